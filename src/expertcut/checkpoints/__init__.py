@@ -1,0 +1,1 @@
+"""The changed model on disk, and what the change did to questions that did not choose it."""

@@ -1,0 +1,103 @@
+"""Commands that change a model: `prune`, `reweight`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from expertcut.cli.options import (
+    Criterion,
+    Device,
+    Dtype,
+    Format,
+    Layout,
+    LayoutOption,
+    OutDir,
+    PlanOnly,
+    Positions,
+    ProfileDir,
+    Threads,
+    TrustRemoteCode,
+    option,
+    read_profile,
+)
+from expertcut.cli.output import print_tables, quiet
+
+if TYPE_CHECKING:
+    from expertcut.checkpoints.build import Built
+    from expertcut.interventions.plan import Draft
+    from expertcut.profiling.store import Profile
+
+
+def prune(
+    profile: ProfileDir = None,
+    keep_active: Annotated[bool, option("Keep the experts that ever fire.")] = False,
+    keep: Annotated[int | None, option("Keep so many per layer.")] = None,
+    keep_fraction: Annotated[float | None, option("Keep this share per layer.")] = None,
+    by: Annotated[Criterion, option("What --keep ranks by.")] = Criterion.activations,
+    positions: Annotated[
+        Positions, option("Count at the answer position, or at all tokens.")
+    ] = Positions.answer,
+    layout: LayoutOption = Layout.stock,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+    out: OutDir = None,
+    plan_only: PlanOnly = False,
+) -> None:
+    """Remove experts that a profile shows to be idle, and say what that did."""
+    from expertcut.interventions.prune import Keep, choose
+    from expertcut.moe.loading import LoadOptions
+    from expertcut.reporting.outcomes import pruning_sentences
+
+    found = read_profile(profile, threads)
+    asked = Keep(keep_active, keep, keep_fraction)
+    chosen = choose(found, asked, by.value, positions.value)
+    for sentence in pruning_sentences(chosen):
+        print(sentence)
+    load_as = LoadOptions(dtype, device, trust_remote_code)
+    _make(found, chosen.draft, out, None if plan_only else load_as)
+
+
+def reweight(
+    profile: ProfileDir = None,
+    boost: Annotated[
+        list[str] | None, option("E, L:E, E=bias or L:E=bias; may be repeated.")
+    ] = None,
+    suppress: Annotated[list[str] | None, option("As --boost, the other way.")] = None,
+    layout: LayoutOption = Layout.stock,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+    out: OutDir = None,
+    plan_only: PlanOnly = False,
+) -> None:
+    """Tilt the gate toward or away from experts by a bias on their logits."""
+    from expertcut.interventions.reweight import reweight_draft, tilts
+    from expertcut.moe.loading import LoadOptions
+    from expertcut.reporting.outcomes import tilt_sentences
+
+    found = read_profile(profile, threads)
+    tilted = tilts(found, boost or [], suppress or [])
+    load_as = LoadOptions(dtype, device, trust_remote_code)
+    built = _make(found, reweight_draft(found, tilted), out, None if plan_only else load_as)
+    for sentence in tilt_sentences(tilted, built):
+        print(sentence)
+
+
+def _make(profile: "Profile", draft: "Draft", out: Path | None, load_as: Any) -> "Built | None":
+    """Builds the checkpoint, or without `load_as` writes the plan alone."""
+    from expertcut.checkpoints.build import build, default_out, write_plan
+    from expertcut.reporting.outcomes import fit_table, held_out_table
+
+    folder = out or default_out(profile, draft, is_plan=load_as is None)
+    if load_as is None:
+        write_plan(profile, draft, folder)
+        print(f"written to {folder}")
+        return None
+    quiet()
+    built = build(profile, draft, folder, load_as)
+    tables = [held_out_table(built)]
+    print_tables([fit_table(built), *tables] if built.fits else tables, Format.table)
+    print(f"written to {folder}")
+    return built

@@ -1,0 +1,126 @@
+"""Commands that measure and show: `profile`, `eval`, `show`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertcut.cli.options import (
+    DEFAULT_MODEL,
+    BatchTokens,
+    Device,
+    Dtype,
+    Format,
+    Limit,
+    QuizName,
+    Shots,
+    Split,
+    Stats,
+    Subjects,
+    Threads,
+    TrustRemoteCode,
+    option,
+    read_quiz,
+)
+from expertcut.cli.output import print_tables, quiet, shown
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder or hub id.")] = DEFAULT_MODEL,
+    quiz: QuizName = "mmlu",
+    split: Split = "test",
+    shots: Shots = 5,
+    subjects: Subjects = None,
+    limit: Limit = None,
+    stats: Annotated[
+        Stats | None, option("answer leaves the all-token statistics out.  [default: all]")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    batch_tokens: BatchTokens = None,
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+    out: Annotated[Path | None, option("Folder; a run begun there is resumed.")] = None,
+) -> None:
+    """Measure what every expert does while the model answers a quiz."""
+    from expertcut.moe.loading import LoadOptions, find_source
+    from expertcut.profiling.measure import MeasureOptions, default_folder, measure, resumed
+    from expertcut.profiling.statistics import answers
+    from expertcut.profiling.store import load_profile
+
+    load_as = LoadOptions(dtype, device, trust_remote_code)
+    options = MeasureOptions(stats.value if stats else None, batch_tokens, threads)
+    if out is not None:
+        load_as, options = resumed(out, load_as, options)
+    quiet()
+    source = find_source(model)
+    questions = read_quiz(quiz, split, shots, subjects, limit)
+    measurement = measure(source, questions, limit, load_as, options)
+    folder = out or default_folder(measurement.info, source)
+    for _ in shown(measurement.run(folder), f"profiling {source.name}", len(questions)):
+        pass
+    found = answers(load_profile(folder))
+    print(f"{folder}: {len(questions):,} questions, accuracy {found.accuracy:.2%}")
+
+
+def show(
+    path: Annotated[Path, typer.Argument(help="A profile, plan, checkpoint or results.")],
+    format: Annotated[Format, option("How to print it.", "--format")] = Format.table,
+) -> None:
+    """Print a profile, plan, checkpoint or results as tables."""
+    from expertcut.reporting.shown import find_shown
+
+    found = find_shown(path)
+    if format is Format.json:
+        print(json.dumps(found.json(), indent=1, allow_nan=False))
+    elif format is Format.csv:
+        from expertcut.reporting.tables import as_csv
+
+        print(as_csv(found.flat()), end="")
+    else:
+        print_tables(found.tables(), format)
+
+
+def eval(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="The first is the base.", metavar="BASE [OTHER]..."),
+    ],
+    quiz: QuizName = "mmlu",
+    split: Split = "test",
+    shots: Shots = 5,
+    subjects: Subjects = None,
+    limit: Limit = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    batch_tokens: BatchTokens = None,
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+    out: Annotated[Path, option("The results file; chunks beside it are resumed.")] = Path(
+        "results.json"
+    ),
+) -> None:
+    """Score checkpoints on the same questions and compare each with the first."""
+    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, save_results
+    from expertcut.evaluation.evaluate import score as score_model
+    from expertcut.moe.loading import LoadOptions
+    from expertcut.profiling.measure import MeasureOptions
+    from expertcut.reporting.outcomes import result_sentences, results_table
+
+    quiet()
+    sources = find_models(models)
+    questions = read_quiz(quiz, split, shots, subjects, limit)
+    load_as = LoadOptions(dtype, device, trust_remote_code)
+    scoring = Scoring(questions, limit, load_as, MeasureOptions("none", batch_tokens, threads))
+    scored: list[Scored] = []
+    for source in sources:
+        steps = score_model(source, scoring, out.with_suffix(".chunks"))
+        steps = shown(steps, f"scoring {source.name}", len(questions))
+        scored += [step for step in steps if isinstance(step, Scored)]
+    found = results(scoring, scored)
+    save_results(out, found)
+    print_tables([results_table(found)], Format.table)
+    for sentence in result_sentences(found):
+        print(sentence)
+    print(f"written to {out}")

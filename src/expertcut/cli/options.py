@@ -1,0 +1,102 @@
+"""Options that several commands share, each defined once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from expertcut.errors import SettingsError
+
+if TYPE_CHECKING:
+    from expertcut.profiling.store import Profile
+    from expertcut.quiz import Quiz
+
+DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0125-Instruct"
+
+
+class Format(StrEnum):
+    """How `show` prints."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    md = "md"
+
+
+class Stats(StrEnum):
+    """What `profile` keeps."""
+
+    answer = "answer"
+    all = "all"
+
+
+class Positions(StrEnum):
+    """Which tokens count."""
+
+    answer = "answer"
+    all = "all"
+
+
+class Criterion(StrEnum):
+    """The names in `interventions.criteria.CRITERIA`; a test holds them together."""
+
+    activations = "activations"
+
+
+class Layout(StrEnum):
+    """Forms of a checkpoint."""
+
+    stock = "stock"
+
+
+def option(text: str, *names: str, **more: Any) -> Any:
+    """An option with its help first."""
+    return typer.Option(*names, help=text, **more)
+
+
+QuizName = Annotated[
+    str, option("mmlu, a folder, a .jsonl file, or a data set of the hub.", "--quiz")
+]
+Split = Annotated[str, option("Split of the quiz: test, val, ...")]
+Shots = Annotated[int, option("Solved questions of split dev before each question.")]
+Subjects = Annotated[str | None, option("Only these, separated by commas.")]
+Limit = Annotated[int | None, option("Only the first so many questions of each subject.")]
+Dtype = Annotated[
+    str, option("auto (float32 on CPU, as stored elsewhere), stored, float32, bfloat16, ...")
+]
+Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, option("CPU threads; part of a profile's settings.", min=1)]
+BatchTokens = Annotated[int | None, option("Tokens of one forward pass.", min=1)]
+TrustRemoteCode = Annotated[bool, option("Run code that comes with a checkpoint.")]
+ProfileDir = Annotated[
+    Path | None, option("The profile to work from; the newest in profiles/ without.", "--profile")
+]
+OutDir = Annotated[Path | None, option("Where to write; must be absent or empty.")]
+PlanOnly = Annotated[bool, option("Write plan.json only, no checkpoint.")]
+LayoutOption = Annotated[Layout, option("stock: loads wherever the base model does.", "--layout")]
+
+
+def read_quiz(quiz: str, split: str, shots: int, subjects: str | None, limit: int | None) -> "Quiz":
+    """The quiz that the shared options name."""
+    from expertcut.quiz import Selection, load_quiz
+
+    names = tuple(name.strip() for name in subjects.split(",")) if subjects else ()
+    return load_quiz(Selection(quiz, split, shots, names, limit))
+
+
+def read_profile(path: Path | None, threads: int | None) -> "Profile":
+    """The named profile, or the newest.
+
+    Raises:
+        SettingsError: other threads than it was made with.
+    """
+    from expertcut.profiling.store import load_profile, newest_profile
+
+    found = newest_profile() if path is None else load_profile(path)
+    if threads not in (None, found.info.settings.threads):
+        raise SettingsError(
+            f"--threads {threads}: the profile was made with {found.info.settings.threads}, "
+            "and what is compared with it must be too"
+        )
+    return found

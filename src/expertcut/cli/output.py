@@ -1,0 +1,47 @@
+"""What commands print: tables and sentences on stdout, progress on stderr."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from expertcut.cli.options import Format
+
+if TYPE_CHECKING:
+    from expertcut.reporting.tables import Table
+
+
+def print_tables(tables: Iterable["Table"], format: Format) -> None:
+    """Prints to stdout, as rich tables or as Markdown."""
+    from expertcut.reporting.tables import as_markdown, as_rich
+
+    if format is Format.md:
+        print("\n".join(map(as_markdown, tables)), end="")
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for table in tables:
+        console.print(as_rich(table))
+
+
+def shown(steps: Iterator[Any], what: str, total: int) -> Iterator[Any]:
+    """The steps, with a bar on stderr while a person is watching."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        for step in steps:
+            bar.update(task, completed=getattr(step, "done", total))
+            yield step
+
+
+def quiet() -> None:
+    """No progress bars of other libraries between ours."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,45 @@
+"""Every error that a user can meet, and can mend.
+
+    ExpertcutError            exit status 2, one line: what, found, do
+    ├── QuizError             questions that cannot be read or asked
+    ├── ModelError            a folder or id that is not a loadable MoE checkpoint
+    │   └── ContractError     a model whose experts cannot be told apart as this tool needs
+    ├── ProfileError          a profile that is missing, unfinished, or of something else
+    ├── PlanError             an edit that cannot be made
+    ├── SettingsError         an option with an unusable value
+    └── OutputError           a place that must not be written to
+
+Anything else that escapes is a fault of ours: exit status 1, with a traceback.
+"""
+
+
+class ExpertcutError(Exception):
+    """Base of all errors below; its text is one line that says what, found and do."""
+
+
+class QuizError(ExpertcutError):
+    """A quiz, a split or a row of one cannot be used."""
+
+
+class ModelError(ExpertcutError):
+    """A checkpoint cannot be found, loaded or trusted."""
+
+
+class ContractError(ModelError):
+    """A model breaks the MoE contract of `expertcut.moe`."""
+
+
+class ProfileError(ExpertcutError):
+    """A profile is missing, unfinished, damaged, or of another model, quiz or setting."""
+
+
+class PlanError(ExpertcutError):
+    """A plan asks for what the model or its layout cannot do."""
+
+
+class SettingsError(ExpertcutError):
+    """An option or argument has a value that cannot be used."""
+
+
+class OutputError(ExpertcutError):
+    """An output folder or file is in the way."""

@@ -1,0 +1,1 @@
+"""Was it worth it: accuracy with its uncertainty, paired comparison, and size."""

@@ -1,0 +1,212 @@
+"""The stage behind `eval`: every model answers the same quiz; `results.json` says how it went."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from expertcut.errors import OutputError
+from expertcut.evaluation.accuracy import accuracy
+from expertcut.evaluation.comparison import compare
+from expertcut.evaluation.size import Size, size
+from expertcut.interventions.plan import PLAN_FILE, load_hashes, load_plan
+from expertcut.moe.loading import LoadOptions, Source, find_source
+from expertcut.profiling.chunks import write_atomically
+from expertcut.profiling.measure import MeasureOptions, Progress, measure
+from expertcut.profiling.statistics import Answers, answers
+from expertcut.profiling.store import Record, first_fault, load_profile, quiz_info
+from expertcut.quiz import Quiz
+
+Array = np.ndarray[Any, Any]
+
+
+class SubjectResult(Record):
+    """One subject of one model."""
+
+    accuracy: float
+    questions: int
+
+
+class ChosenOnResult(Record):
+    """Which split a checkpoint's plan was made on, and how many scored questions were among it."""
+
+    split: str
+    overlap: int
+
+
+class ModelResult(Record):
+    """One model; `bytes` are those of its safetensors files."""
+
+    path: str
+    accuracy: float
+    stderr: float | None
+    ci95: tuple[float, float]
+    questions: int
+    subjects: dict[str, SubjectResult]
+    parameters: int
+    active_parameters: int
+    bytes: int
+    chosen_on: ChosenOnResult | None
+
+
+class ComparisonResult(Record):
+    """A model (`other`, an index) against the first; deltas are other minus base."""
+
+    base: int
+    other: int
+    delta: float
+    ci95: tuple[float, float]
+    gained: int
+    lost: int
+    mcnemar_p: float
+    smallest_effect: float
+    max_abs_logprob_diff: float
+    median_abs_logprob_diff: float
+    parameters_delta: int
+    bytes_delta: int
+
+
+class Results(Record):
+    """`results.json`; the first model is the base of every comparison."""
+
+    format: Literal[1] = 1
+    quiz: str
+    revision: str | None
+    split: str
+    shots: int
+    limit: int | None
+    content_hashes: dict[str, str]
+    models: list[ModelResult]
+    comparisons: list[ComparisonResult]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model's answers, and what else a result says of it."""
+
+    source: Source
+    answers: Answers
+    size: Size
+    chosen_on: ChosenOnResult | None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is asked, and how, of every model alike."""
+
+    quiz: Quiz
+    limit: int | None
+    load_as: LoadOptions
+    options: MeasureOptions
+
+
+def find_models(paths: Sequence[str]) -> list[Source]:
+    """All models' checkpoints, so that a wrong name is found before anything runs."""
+    return [find_source(path) for path in paths]
+
+
+def score(source: Source, scoring: Scoring, folder: Path) -> Iterator[Progress | Scored]:
+    """Progress while chunks are scored into the folder, at last the scored model."""
+    options = MeasureOptions("none", scoring.options.batch_tokens, scoring.options.threads)
+    measurement = measure(source, scoring.quiz, scoring.limit, scoring.load_as, options)
+    store = folder / f"{source.name}-{measurement.info.short_hash}"
+    yield from measurement.run(store)
+    found = Scored(
+        source, answers(load_profile(store)), size(measurement.moe), _chosen_on(source, scoring)
+    )
+    del measurement
+    gc.collect()
+    yield found
+
+
+def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
+    """Accuracies, sizes, and every model compared with the first."""
+    subjects = [q.subject for q in scoring.quiz]
+    info = quiz_info(scoring.quiz, scoring.limit)
+    return Results(
+        quiz=info.id,
+        revision=info.revision,
+        split=info.split,
+        shots=info.shots,
+        limit=info.limit,
+        content_hashes={name: s.content_hash for name, s in info.subjects.items()},
+        models=[_model_result(s, subjects) for s in scored],
+        comparisons=[
+            _comparison(scored[0], other, index, subjects)
+            for index, other in enumerate(scored[1:], start=1)
+        ],
+    )
+
+
+def save_results(path: Path, found: Results) -> None:
+    """Writes `results.json`, whole or not at all."""
+    write_atomically(path, (found.model_dump_json(indent=1) + "\n").encode())
+
+
+def load_results(path: Path) -> Results:
+    """Results from their file.
+
+    Raises:
+        OutputError: no results there.
+    """
+    try:
+        return Results.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise OutputError(f"{path} holds no results: {first_fault(error)}") from None
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _chosen_on(source: Source, scoring: Scoring) -> ChosenOnResult | None:
+    if not (source.path / PLAN_FILE).is_file():
+        return None
+    plan = load_plan(source.path)
+    seen = load_hashes(source.path, plan)
+    splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
+    overlap = sum(q.content_hash in seen for q in scoring.quiz)
+    return ChosenOnResult(split="+".join(splits), overlap=overlap)
+
+
+def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
+    found = accuracy(scored.answers.is_correct_N, subjects)
+    return ModelResult(
+        path=scored.source.id,
+        accuracy=found.accuracy,
+        stderr=found.stderr,
+        ci95=found.ci95,
+        questions=found.n_questions,
+        subjects={
+            name: SubjectResult(accuracy=share, questions=n)
+            for name, (share, n) in found.by_subject.items()
+        },
+        parameters=scored.size.parameters,
+        active_parameters=scored.size.active_parameters,
+        bytes=scored.size.size_bytes,
+        chosen_on=scored.chosen_on,
+    )
+
+
+def _comparison(
+    base: Scored, other: Scored, index: int, subjects: Sequence[str]
+) -> ComparisonResult:
+    found = compare(base.answers.is_correct_N, other.answers.is_correct_N, subjects)
+    both_NC = np.isfinite(base.answers.logprob_NC) & np.isfinite(other.answers.logprob_NC)
+    moved = np.abs(base.answers.logprob_NC - other.answers.logprob_NC)[both_NC]
+    return ComparisonResult(
+        base=0,
+        other=index,
+        delta=found.delta,
+        ci95=found.ci95,
+        gained=found.gained,
+        lost=found.lost,
+        mcnemar_p=found.mcnemar_p,
+        smallest_effect=found.smallest_effect,
+        max_abs_logprob_diff=float(moved.max()),
+        median_abs_logprob_diff=float(np.median(moved)),
+        parameters_delta=other.size.parameters - base.size.parameters,
+        bytes_delta=other.size.size_bytes - base.size.size_bytes,
+    )

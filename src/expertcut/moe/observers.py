@@ -1,0 +1,162 @@
+"""Watching and tilting routers and experts; every context manager leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from expertcut.moe.contract import MoeBlock
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router read and decided in one forward pass."""
+
+    layer: int
+    input_TD: Tensor
+    logits_TE: Tensor
+    weights_TK: Tensor
+    experts_TK: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """One expert's own output, before the gate weight, on the tokens it was chosen for.
+
+    `tokens_M` indexes T; M tokens chose the expert.
+    """
+
+    layer: int
+    expert: int
+    tokens_M: Tensor
+    weights_M: Tensor
+    output_MD: Tensor
+
+
+@contextmanager
+def observe_routers(blocks: Sequence[MoeBlock], see: Callable[[Routing], None]) -> Iterator[None]:
+    """Calls `see` after each router's forward."""
+    with ExitStack() as stack:
+        for block in blocks:
+            handle = block.router.register_forward_hook(_relay(block.layer, see))
+            stack.callback(handle.remove)
+        yield
+
+
+def _relay(layer: int, see: Callable[[Routing], None]) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits_TE, weights_TK, experts_TK = output
+        input_TD = args[0].reshape(-1, args[0].shape[-1])
+        see(Routing(layer, input_TD, logits_TE, weights_TK, experts_TK))
+
+    return hook
+
+
+@contextmanager
+def observe_experts(
+    blocks: Sequence[MoeBlock], see: Callable[[ExpertCall], None]
+) -> Iterator[None]:
+    """Runs experts one by one, in id order, and calls `see` with each one's own output.
+
+    One expert's output is `experts(x, e, 1)`: the model's own code, so no family needs code here.
+    The sum over experts is bit-equal to the `eager` experts implementation.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            loop = _loop(block.layer, block.experts.forward, see)
+            stack.enter_context(_replaced_forward(block.experts, loop))
+        yield
+
+
+def _loop(
+    layer: int, forward: Callable[..., Tensor], see: Callable[[ExpertCall], None]
+) -> Callable[..., Tensor]:
+    def one_by_one(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        y_TD = torch.zeros_like(x_TD)
+        for expert in experts_TK.unique().tolist():
+            slots_M, tokens_M = torch.where(expert == experts_TK.T)
+            chosen_M1 = torch.full_like(tokens_M, expert)[:, None]
+            ones_M1 = weights_TK.new_ones(chosen_M1.shape)
+            output_MD = forward(x_TD[tokens_M], chosen_M1, ones_M1)
+            weights_M = weights_TK[tokens_M, slots_M]
+            see(ExpertCall(layer, expert, tokens_M, weights_M, output_MD))
+            y_TD.index_add_(0, tokens_M, (output_MD * weights_M[:, None]).to(y_TD.dtype))
+        return y_TD
+
+    return one_by_one
+
+
+@contextmanager
+def tilt_routers(blocks: Sequence[MoeBlock], bias_by_layer: Mapping[int, Tensor]) -> Iterator[None]:
+    """Adds a bias (E,) to the logits of the given layers; −inf forbids an expert altogether.
+
+    Where a selection bias exists, masking logits alone would still let masked experts be chosen,
+    so −inf is set there as well.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            if block.layer in bias_by_layer:
+                bias_E = bias_by_layer[block.layer]
+                tilted = _tilted(block, bias_E)
+                stack.enter_context(_replaced_forward(block.router, tilted))
+                stack.enter_context(_forbidden(block.selection_bias(), bias_E))
+        yield
+
+
+class _AddToLogits(TorchFunctionMode):
+    """Adds a bias to the one product inside a router's forward whose result has width E."""
+
+    def __init__(self, bias_E: Tensor) -> None:
+        super().__init__()
+        self.bias_E = bias_E
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and result.shape[-1] == len(self.bias_E):
+            return result + self.bias_E.to(result)
+        return result
+
+
+def _tilted(block: MoeBlock, bias_E: Tensor) -> Callable[..., Any]:
+    forward = block.router.forward
+
+    def route(*args: Any, **kwargs: Any) -> Any:
+        with _AddToLogits(bias_E):
+            return forward(*args, **kwargs)
+
+    return route
+
+
+@contextmanager
+def _forbidden(selection_E: Tensor | None, bias_E: Tensor) -> Iterator[None]:
+    if selection_E is None:
+        yield
+        return
+    before = selection_E.clone()
+    selection_E[bias_E.isneginf().to(selection_E.device)] = -torch.inf
+    try:
+        yield
+    finally:
+        selection_E.copy_(before)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,0 +1,162 @@
+"""From a chunk of questions to forward passes: token ids, the shared prefix, and packs.
+
+Pure: no model is run here.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertcut.errors import ModelError
+from expertcut.quiz import Question, prompt
+from expertcut.quiz.prompts import LETTERS
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A chunk as token ids: each question's whole prompt and its choices' answer tokens."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    choice_ids: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    def shared_prefix(self) -> int:
+        """Length of the longest common prefix of all prompts, at most the shortest minus one."""
+        low, high = min(self.prompts), max(self.prompts)
+        same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), None)
+        shortest = min(map(len, self.prompts)) - 1
+        return shortest if same is None else min(same, shortest)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: which of its T tokens count, for whom, and where answers are written.
+
+    `rows` are runs of token ids: one packed row, or right-padded rows. `questions` are positions
+    in the chunk, `answers_N` the flat index of each one's answer position among the T tokens
+    (pads included). `valid_T` is None where every token counts. The shared prefix is a pass
+    without questions.
+    """
+
+    input_ids: Tensor
+    positions: Tensor | None
+    mask: Tensor | None
+    questions: tuple[int, ...]
+    answers_N: Tensor
+    question_T: Tensor
+    valid_T: Tensor | None = None
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether this is the shared prefix."""
+        return not self.questions
+
+
+def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Question]) -> Encoded:
+    """Token ids of the joint prompts: shots and question are never tokenised apart.
+
+    Raises:
+        ModelError: the tokenizer does not write a choice as one token after the prompt.
+    """
+    texts = [prompt(question, shots) for question in questions]
+    prompts = [tuple(ids) for ids in tokenizer(texts)["input_ids"]]
+    most = max(len(question.choices) for question in questions)
+    letters = _letter_ids(tokenizer, texts[0], prompts[0], most)
+    return Encoded(tuple(prompts), tuple(letters[: len(q.choices)] for q in questions))
+
+
+def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int) -> tuple[int, ...]:
+    answered = tokenizer([f"{text} {letter}" for letter in LETTERS[:n_choices]])["input_ids"]
+    for letter, with_answer in zip(LETTERS, answered, strict=False):
+        if tuple(with_answer[:-1]) != ids:
+            raise ModelError(
+                f"the tokenizer does not write ' {letter}' after 'Answer:' as one token of its "
+                "own: this model cannot be scored by choice letters"
+            )
+    return tuple(with_answer[-1] for with_answer in answered)
+
+
+def cut_packs(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:
+    """Consecutive items, as many as fit in `batch_tokens`, at least one."""
+    pack: list[int] = []
+    used = 0
+    for item, length in enumerate(lengths):
+        if pack and used + length > batch_tokens:
+            yield tuple(pack)
+            pack, used = [], 0
+        pack.append(item)
+        used += length
+    if pack:
+        yield tuple(pack)
+
+
+def cut_rows(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:
+    """Consecutive items whose padded rectangle fits in `batch_tokens`, at least one."""
+    rows: list[int] = []
+    widest = 0
+    for item, length in enumerate(lengths):
+        if rows and max(widest, length) * (len(rows) + 1) > batch_tokens:
+            yield tuple(rows)
+            rows, widest = [], 0
+        rows.append(item)
+        widest = max(widest, length)
+    if rows:
+        yield tuple(rows)
+
+
+def prefix_pass(ids: Sequence[int]) -> Pass:
+    """The tokens that all prompts of the chunk begin with."""
+    nothing = torch.empty(0, dtype=torch.long)
+    owner_T = torch.full((len(ids),), -1)
+    return Pass(torch.tensor([ids]), None, None, (), nothing, owner_T)
+
+
+def packed_pass(encoded: Encoded, questions: Sequence[int], n_prefix: int) -> Pass:
+    """Questions one after another in one row; each sees the prefix and itself only.
+
+    `mask` is boolean (1, 1, T, P + T), true where a token may look.
+    """
+    tails = [encoded.prompts[q][n_prefix:] for q in questions]
+    lengths_N = torch.tensor([len(tail) for tail in tails])
+    ends_N = lengths_N.cumsum(0)
+    owner_T = torch.arange(len(tails)).repeat_interleave(lengths_N)
+    starts_T = (ends_N - lengths_N)[owner_T]
+    positions_T = torch.arange(len(owner_T)) - starts_T + n_prefix
+    itself_TT = (owner_T[:, None] == owner_T).tril_()
+    prefix_TP = torch.ones(len(owner_T), n_prefix, dtype=torch.bool)
+    return Pass(
+        input_ids=torch.tensor([[token for tail in tails for token in tail]]),
+        positions=positions_T[None],
+        mask=torch.cat([prefix_TP, itself_TT], dim=1)[None, None],
+        questions=tuple(questions),
+        answers_N=ends_N - 1,
+        question_T=torch.tensor(questions)[owner_T],
+    )
+
+
+def padded_pass(encoded: Encoded, questions: Sequence[int], pad_id: int) -> Pass:
+    """One question a row, padded on the right; `mask` is (N, S), as every model takes it."""
+    prompts = [encoded.prompts[q] for q in questions]
+    width = max(map(len, prompts))
+    rows = [[*ids, *[pad_id] * (width - len(ids))] for ids in prompts]
+    lengths_N = torch.tensor([len(ids) for ids in prompts])
+    mask_NS = torch.arange(width) < lengths_N[:, None]
+    return Pass(
+        input_ids=torch.tensor(rows),
+        positions=None,
+        mask=None if bool(mask_NS.all()) else mask_NS.long(),
+        questions=tuple(questions),
+        answers_N=torch.arange(len(rows)) * width + lengths_N - 1,
+        question_T=torch.tensor(questions).repeat_interleave(width),
+        valid_T=None if bool(mask_NS.all()) else mask_NS.reshape(-1),
+    )

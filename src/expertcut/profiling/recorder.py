@@ -1,0 +1,129 @@
+"""Listens to one chunk's forward passes and keeps what a profile stores of it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from expertcut.moe.contract import MoeBlock
+from expertcut.moe.observers import ExpertCall, Routing, observe_experts, observe_routers
+from expertcut.moe.packing import Pass
+from expertcut.profiling.chunks import Arrays
+from expertcut.profiling.store import Stats
+
+_PARTS = ("prefix", "question")
+_SUMS = ("tokens", "weight", "norm", "weighted_norm")
+
+
+class Recorder:
+    """One chunk's records; `stats` `answer` leaves the all-token sums out, `none` everything.
+
+    All-token sums are kept apart for the shared prefix, which ran once for the whole chunk, and
+    for the questions' own tokens.
+    """
+
+    def __init__(self, blocks: Sequence[MoeBlock], n_questions: int, stats: Stats) -> None:
+        self.blocks = blocks
+        self.stats = stats
+        n_layers, top_k = len(blocks), blocks[0].top_k
+        n_experts = max(block.n_experts for block in blocks)
+        device = next(blocks[0].router.parameters()).device
+        shape = (len(_SUMS), len(_PARTS), n_layers, n_experts)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.largest = torch.zeros(shape[1:], device=device)
+        self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
+        self.chosen_NLK = torch.zeros(
+            n_questions, n_layers, top_k, dtype=torch.int16, device=device
+        )
+        self.weight_NLK = torch.zeros(n_questions, n_layers, top_k, device=device)
+        self.gap_N = torch.full((n_questions,), torch.inf, device=device)
+        self.prefix_gap = torch.full((1,), torch.inf, device=device)
+        self.step: Pass | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hooks the model's routers, and its experts where all tokens are wanted."""
+        with ExitStack() as stack:
+            if self.stats != "none":
+                stack.enter_context(observe_routers(self.blocks, self._route))
+            if self.stats == "all":
+                stack.enter_context(observe_experts(self.blocks, self._expert))
+            yield
+
+    def begin(self, step: Pass) -> None:
+        """Says whose tokens the coming forward pass holds."""
+        device = self.alpha_NLE.device
+        self.step = step
+        self.part = 0 if step.is_prefix else 1
+        self.answers_N = step.answers_N.to(device)
+        self.questions_N = torch.tensor(step.questions, dtype=torch.long, device=device)
+        self.question_T = step.question_T.to(device)
+        self.valid_T = None if step.valid_T is None else step.valid_T.to(device)
+
+    def _route(self, routing: Routing) -> None:
+        block = self.blocks[routing.layer]
+        alpha_TE = block.alpha(routing.logits_TE)
+        self._note_gaps(block, alpha_TE, routing.experts_TK)
+        at = (self.questions_N, routing.layer)
+        self.alpha_NLE[(*at, slice(block.n_experts))] = alpha_TE[self.answers_N]
+        self.chosen_NLK[at] = routing.experts_TK[self.answers_N].to(torch.int16)
+        self.weight_NLK[at] = routing.weights_TK[self.answers_N].float()
+        if self.stats == "all":
+            self._count(routing)
+
+    def _count(self, routing: Routing) -> None:
+        experts_TK, weights_TK = routing.experts_TK, routing.weights_TK.double()
+        if self.valid_T is not None:
+            experts_TK, weights_TK = experts_TK[self.valid_T], weights_TK[self.valid_T]
+        # Scattered to (T, E) and summed: the same bits every time, also on CUDA.
+        spread_TE = weights_TK.new_zeros(len(experts_TK), self.sums.shape[-1])
+        at = (self.part, routing.layer)
+        self.sums[(_SUMS.index("weight"), *at)] += spread_TE.scatter(1, experts_TK, weights_TK).sum(
+            0
+        )
+        self.sums[(_SUMS.index("tokens"), *at)] += spread_TE.scatter(1, experts_TK, 1.0).sum(0)
+
+    def _expert(self, call: ExpertCall) -> None:
+        output_MD, weights_M = call.output_MD, call.weights_M
+        if self.valid_T is not None:
+            is_valid_M = self.valid_T[call.tokens_M]
+            output_MD, weights_M = output_MD[is_valid_M], weights_M[is_valid_M]
+        if not len(output_MD):
+            return
+        norm_M = output_MD.double().norm(dim=-1)
+        at = (self.part, call.layer, call.expert)
+        self.sums[(_SUMS.index("norm"), *at)] += norm_M.sum()
+        self.sums[(_SUMS.index("weighted_norm"), *at)] += (norm_M * weights_M.double()).sum()
+        self.largest[at] = torch.maximum(self.largest[at], output_MD.abs().max().float())
+
+    def _note_gaps(self, block: MoeBlock, alpha_TE: Tensor, experts_TK: Tensor) -> None:
+        """Keeps the smallest distance between a chosen and a not chosen selection score."""
+        bias_E = block.selection_bias()
+        score_TE = alpha_TE if bias_E is None else alpha_TE + bias_E
+        last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
+        gap_TE = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf)
+        gap_T = gap_TE.min(dim=-1).values
+        if self.valid_T is not None:
+            gap_T = gap_T.where(self.valid_T, torch.inf)
+        if self.part == 0:
+            self.prefix_gap = torch.minimum(self.prefix_gap, gap_T.min())
+        else:
+            self.gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
+
+    def arrays(self) -> Arrays:
+        """The chunk's tensors by their names on disk (design: §5)."""
+        if self.stats == "none":
+            return {}
+        kept = {
+            "alpha_NLE": self.alpha_NLE,
+            "chosen_NLK": self.chosen_NLK,
+            "weight_NLK": self.weight_NLK,
+            "gap_N": self.gap_N,
+            "prefix_gap": self.prefix_gap,
+        }
+        if self.stats == "all":
+            for p, part in enumerate(_PARTS):
+                kept |= {f"{part}_{name}_LE": self.sums[s, p] for s, name in enumerate(_SUMS)}
+                kept[f"{part}_largest_LE"] = self.largest[p]
+        return {name: tensor.cpu().numpy() for name, tensor in kept.items()}

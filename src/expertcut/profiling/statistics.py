@@ -1,0 +1,184 @@
+"""What a profile says: the paper's tables, per layer and per expert (arXiv 2502.17187, §3).
+
+Standard deviations are population ones. A share that is undefined (an expert that no question
+activated) is NaN here and null in JSON.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from expertcut.profiling.store import Profile
+
+Array = np.ndarray[Any, Any]
+NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was answered: log p of the choices, the right ones, and whether the best was right."""
+
+    logprob_NC: Array
+    answer_N: Array
+    is_correct_N: Array
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(self.is_correct_N.mean())
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One MoE block over the N questions of a profile."""
+
+    layer: int
+    block: str
+    n_experts: int
+    top_k: int
+    entropy_top_N: Array
+    entropy_all_N: Array
+    rank_probability_NK: Array
+    is_activated_NE: Array
+    accuracy_E: Array
+    weighted_accuracy_E: Array
+    contribution_pct_E: Array
+    alpha_mean_E: Array
+    tokens_E: Array | None
+
+    @property
+    def appearances_E(self) -> Array:
+        """Share of questions that activated each expert."""
+        mean: Array = self.is_activated_NE.mean(axis=0)
+        return mean
+
+    @property
+    def n_activated(self) -> int:
+        """Experts that at least one question activated."""
+        return int(self.is_activated_NE.any(axis=0).sum())
+
+
+def answers(profile: Profile) -> Answers:
+    """The model's answers; ties go to the first choice."""
+    logprob_NC, answer_N = profile.array("choice_logprob_NC"), profile.array("answer_N")
+    return Answers(logprob_NC, answer_N, logprob_NC.argmax(axis=1) == answer_N)
+
+
+def layer_statistics(profile: Profile) -> list[LayerStatistics]:
+    """Every MoE block's statistics, in layer order."""
+    is_correct_N = answers(profile).is_correct_N
+    alpha_NLE, chosen_NLK = profile.array("alpha_NLE"), profile.array("chosen_NLK")
+    tokens_LE = profile.token_sum("tokens")
+    return [
+        _layer(
+            (layer, block.name),
+            alpha_NLE[:, layer, : block.experts].astype(np.float64),
+            chosen_NLK[:, layer].astype(np.int64),
+            is_correct_N,
+            None if tokens_LE is None else tokens_LE[layer, : block.experts],
+        )
+        for layer, block in enumerate(profile.info.model.blocks)
+    ]
+
+
+def _layer(
+    place: tuple[int, str],
+    alpha_NE: Array,
+    chosen_NK: Array,
+    is_correct_N: Array,
+    tokens_E: Array | None,
+) -> LayerStatistics:
+    is_activated_NE = np.zeros(alpha_NE.shape, dtype=bool)
+    np.put_along_axis(is_activated_NE, chosen_NK, True, axis=1)
+    chosen_alpha_NK = np.take_along_axis(alpha_NE, chosen_NK, axis=1)
+    p_NK = chosen_alpha_NK / chosen_alpha_NK.sum(axis=1, keepdims=True)
+    p_NE = np.zeros_like(alpha_NE)
+    np.put_along_axis(p_NE, chosen_NK, p_NK, axis=1)
+    activated_alpha_NE = alpha_NE * is_activated_NE
+    return LayerStatistics(
+        layer=place[0],
+        block=place[1],
+        n_experts=alpha_NE.shape[1],
+        top_k=chosen_NK.shape[1],
+        entropy_top_N=entropy(p_NK),
+        entropy_all_N=entropy(alpha_NE),
+        rank_probability_NK=np.sort(p_NK, axis=1)[:, ::-1],
+        is_activated_NE=is_activated_NE,
+        accuracy_E=_share(is_activated_NE[is_correct_N].sum(0), is_activated_NE.sum(0)),
+        weighted_accuracy_E=_share(
+            activated_alpha_NE[is_correct_N].sum(0), activated_alpha_NE.sum(0)
+        ),
+        contribution_pct_E=100 * _share(p_NE.sum(0), is_activated_NE.sum(0)),
+        alpha_mean_E=alpha_NE.mean(axis=0),
+        tokens_E=tokens_E,
+    )
+
+
+def entropy(p_NE: Array) -> Array:
+    """−Σ p ln p per row, in nats; 0 ln 0 is 0."""
+    logs = np.log(p_NE, where=p_NE > 0, out=np.zeros_like(p_NE))
+    result: Array = -(p_NE * logs).sum(axis=1)
+    return result
+
+
+def near_ties(profile: Profile, subjects: Sequence[str]) -> list[dict[str, Any]]:
+    """Questions with a token, shots included, whose chosen set hangs on less than 1e-5."""
+    gaps = [np.minimum(chunk["gap_N"], chunk["prefix_gap"]) for chunk in profile.chunks]
+    owns, rows = profile.array("gap_N"), profile.array("row_N")
+    return [
+        {"subject": subjects[i], "row": int(rows[i]), "in_shots": bool(owns[i] >= NEAR_TIE)}
+        for i in np.flatnonzero(np.concatenate(gaps) < NEAR_TIE).tolist()
+    ]
+
+
+def as_json(profile: Profile) -> dict[str, Any]:
+    """`show PROFILE --format json`."""
+    ties = near_ties(profile, profile.subjects())
+    found = answers(profile)
+    return {
+        "questions": len(found.answer_N),
+        "accuracy": found.accuracy,
+        "near_ties": {"questions": len(ties), "listed": ties},
+        "layers": [_layer_json(layer) for layer in layer_statistics(profile)],
+    }
+
+
+def _layer_json(layer: LayerStatistics) -> dict[str, Any]:
+    return {
+        "layer": layer.layer,
+        "block": layer.block,
+        "experts": layer.n_experts,
+        "top_k": layer.top_k,
+        "activated": layer.n_activated,
+        "entropy_top_mean": float(layer.entropy_top_N.mean()),
+        "entropy_top_std": float(layer.entropy_top_N.std()),
+        "entropy_all_mean": float(layer.entropy_all_N.mean()),
+        "entropy_all_std": float(layer.entropy_all_N.std()),
+        "rank_probability_mean": layer.rank_probability_NK.mean(axis=0).tolist(),
+        "rank_probability_std": layer.rank_probability_NK.std(axis=0).tolist(),
+        "expert": [expert_json(layer, expert) for expert in range(layer.n_experts)],
+    }
+
+
+def expert_json(layer: LayerStatistics, expert: int) -> dict[str, Any]:
+    """One expert's row, undefined shares as None."""
+    return {
+        "expert": expert,
+        "appearances": float(layer.appearances_E[expert]),
+        "accuracy": _or_none(layer.accuracy_E[expert]),
+        "weighted_accuracy": _or_none(layer.weighted_accuracy_E[expert]),
+        "contribution_pct": _or_none(layer.contribution_pct_E[expert]),
+        "tokens": None if layer.tokens_E is None else int(layer.tokens_E[expert]),
+    }
+
+
+def _share(part_E: Array, whole_E: Array) -> Array:
+    nothing = np.full(len(whole_E), np.nan)
+    result: Array = np.divide(part_E, whole_E, out=nothing, where=whole_E > 0)
+    return result
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,229 @@
+"""A profile on disk: `profile.json`, one safetensors file per chunk, and `run.json`."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from expertcut.errors import ProfileError
+from expertcut.profiling.chunks import Arrays, read_chunk
+from expertcut.quiz import Question, Quiz
+
+CHUNK_QUESTIONS = 256
+Stats = Literal["none", "answer", "all"]
+
+
+class Record(BaseModel):
+    """Base of what is written as JSON: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlockInfo(Record):
+    """A MoE block as the contract saw it; see `moe.contract.MoeBlock`."""
+
+    name: str
+    experts: int = Field(ge=1)
+    top_k: int = Field(ge=1)
+    scoring: Literal["softmax", "sigmoid"]
+    inflates: bool
+    groups: int = Field(ge=1)
+    top_groups: int = Field(ge=1)
+
+
+class ModelInfo(Record):
+    """Which model, to the last bit of its weights."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+    blocks: tuple[BlockInfo, ...] = Field(min_length=1)
+
+
+class SubjectInfo(Record):
+    """One subject's questions; the hash covers its shots too."""
+
+    questions: int = Field(ge=1)
+    content_hash: str
+
+
+class QuizInfo(Record):
+    """Which questions."""
+
+    id: str
+    revision: str | None
+    split: str
+    shots: int = Field(ge=0)
+    limit: int | None
+    subjects: dict[str, SubjectInfo] = Field(min_length=1)
+
+
+class Settings(Record):
+    """Everything but chunk and model that the bytes of a chunk depend on."""
+
+    dtype: str
+    device_type: str
+    threads: int
+    batch_tokens: int
+    stats: Stats
+    way: Literal["shared", "single"]
+    experts_implementation: str
+    attention: str
+    torch: str
+    cpu_capability: str | None
+
+
+class ProfileInfo(Record):
+    """`profile.json`."""
+
+    format: Literal[1] = 1
+    model: ModelInfo
+    quiz: QuizInfo
+    settings: Settings
+
+    @property
+    def short_hash(self) -> str:
+        """8 hex digits over all of it, for naming the folder."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+
+    def chunks(self) -> Iterator[tuple[str, str, int]]:
+        """(file name, subject, questions) of every chunk, in the quiz's order."""
+        for subject, info in self.quiz.subjects.items():
+            starts = [*range(0, info.questions, CHUNK_QUESTIONS), info.questions]
+            for k, (start, end) in enumerate(pairwise(starts)):
+                # Quoted, so that no subject's name can lead out of the folder.
+                yield f"{quote(subject, safe=' ')}-{k}.safetensors", subject, end - start
+
+
+class Profile:
+    """A profile's folder; arrays are read when asked for, every chunk checked."""
+
+    def __init__(self, path: Path, info: ProfileInfo) -> None:
+        self.path = path
+        self.info = info
+
+    @property
+    def missing(self) -> list[str]:
+        """Chunks that are still to be measured."""
+        return [name for name, _, _ in self.info.chunks() if not self.chunk_path(name).is_file()]
+
+    @property
+    def finished_at(self) -> float | None:
+        """Seconds since the epoch, None while chunks are missing."""
+        try:
+            run = json.loads((self.path / "run.json").read_text())
+            return None if self.missing else float(run["finished"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def chunk_path(self, name: str) -> Path:
+        """Where a chunk lies."""
+        return self.path / "chunks" / name
+
+    @cached_property
+    def chunks(self) -> list[Arrays]:
+        """All chunks in order.
+
+        Raises:
+            ProfileError: one is missing or damaged.
+        """
+        if self.missing:
+            total = sum(1 for _ in self.info.chunks())
+            raise ProfileError(
+                f"{self.path} is not finished: {len(self.missing)} of {total} chunks are missing: "
+                "run the same `expertcut profile` again to finish it"
+            )
+        return [read_chunk(self.chunk_path(name)) for name, _, _ in self.info.chunks()]
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """A per-question array (first axis N) over all chunks."""
+        chunks = [chunk[name] for chunk in self.chunks]
+        if name == "choice_logprob_NC":  # questions may differ in their number of choices
+            most = max(chunk.shape[1] for chunk in chunks)
+            widths = [((0, 0), (0, most - chunk.shape[1])) for chunk in chunks]
+            chunks = [
+                np.pad(c, w, constant_values=-np.inf) for c, w in zip(chunks, widths, strict=True)
+            ]
+        return np.concatenate(chunks)
+
+    def subjects(self) -> list[str]:
+        """The subject of each question."""
+        return [s for _, subject, n in self.info.chunks() for s in [subject] * n]
+
+    def token_sum(self, name: str) -> np.ndarray[Any, Any] | None:
+        """An all-token sum (L, E) as if every prompt had run alone; None without such sums."""
+        if f"question_{name}_LE" not in self.chunks[0]:
+            return None
+        sums = [
+            len(c["row_N"]) * c[f"prefix_{name}_LE"] + c[f"question_{name}_LE"] for c in self.chunks
+        ]
+        return np.asarray(np.sum(sums, axis=0))
+
+
+def load_profile(path: Path) -> Profile:
+    """A profile's description.
+
+    Raises:
+        ProfileError: no profile there, or its description does not hold.
+    """
+    file = path / "profile.json"
+    try:
+        info = ProfileInfo.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise ProfileError(f"no profile in {path}: it has no profile.json") from None
+    except ValidationError as error:
+        raise ProfileError(f"{file} is no profile: {first_fault(error)}") from None
+    except OSError as error:
+        raise ProfileError(f"{file} cannot be read: {error.strerror}") from None
+    return Profile(path, info)
+
+
+def newest_profile(root: Path = Path("profiles")) -> Profile:
+    """The profile in `root` that was finished last.
+
+    Raises:
+        ProfileError: none is finished.
+    """
+    found = [load_profile(file.parent) for file in root.glob("*/profile.json")]
+    finished = [(at, p) for p in found if (at := p.finished_at) is not None]
+    if not finished:
+        state = f"holds {len(found)} unfinished" if found else "holds no"
+        raise ProfileError(f"{root}/ {state} profile: run `expertcut profile` or name --profile")
+    return max(finished, key=lambda pair: pair[0])[1]
+
+
+def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
+    """What a profile says of the quiz that it asked."""
+    subjects = {
+        name: SubjectInfo(questions=len(questions), content_hash=quiz.content_hash(name))
+        for name, questions in quiz.questions.items()
+    }
+    return QuizInfo(
+        id=quiz.id,
+        revision=quiz.revision,
+        split=quiz.split,
+        shots=quiz.shots,
+        limit=limit,
+        subjects=subjects,
+    )
+
+
+def chunk_questions(quiz: Quiz, subject: str) -> list[tuple[Question, ...]]:
+    """A subject's questions in chunks of at most 256, in file order."""
+    questions = quiz.questions[subject]
+    starts = range(0, len(questions), CHUNK_QUESTIONS)
+    return [questions[start : start + CHUNK_QUESTIONS] for start in starts]
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that a validation found, in one line."""
+    fault = error.errors()[0]
+    place = ".".join(map(str, fault["loc"])) or "the file"
+    return f"{place}: {fault['msg']}"

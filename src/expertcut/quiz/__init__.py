@@ -1,0 +1,17 @@
+"""What is asked: questions, their splits, and the prompts that lm-evaluation-harness would send."""
+
+from expertcut.quiz.prompts import answer_letter, prompt
+from expertcut.quiz.questions import Question, Quiz, round_robin, without
+from expertcut.quiz.sources import DEFAULT_QUIZ, Selection, load_quiz
+
+__all__ = [
+    "DEFAULT_QUIZ",
+    "Question",
+    "Quiz",
+    "Selection",
+    "answer_letter",
+    "load_quiz",
+    "prompt",
+    "round_robin",
+    "without",
+]

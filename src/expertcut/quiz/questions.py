@@ -1,0 +1,82 @@
+"""Questions and quizzes: what is asked, in which order, and how two of them are told apart."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question; `row` counts the questions of its subject's split from 0."""
+
+    subject: str
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+    row: int
+
+    @property
+    def content_hash(self) -> str:
+        """16 hex digits over text and choices, so a repeat is found in any subject or split."""
+        return _sha256([self.text.strip(), *self.choices])[:16]
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """The questions of one split with the shots that stand before them, subjects in name order.
+
+    `shots_by_subject` holds as many dev questions as `shots`, per subject.
+    """
+
+    id: str
+    revision: str | None
+    split: str
+    shots: int
+    questions: Mapping[str, tuple[Question, ...]]
+    shots_by_subject: Mapping[str, tuple[Question, ...]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.questions.values()))
+
+    def __iter__(self) -> Iterator[Question]:
+        return chain.from_iterable(self.questions.values())
+
+    def content_hash(self, subject: str) -> str:
+        """SHA-256 over everything asked in a subject: questions, answers and shots."""
+        asked = (*self.shots_by_subject[subject], *self.questions[subject])
+        return _sha256([[q.text, list(q.choices), q.answer] for q in asked])
+
+
+def without(quiz: Quiz, hashes: Collection[str]) -> Quiz:
+    """The quiz less the questions whose content hash is given; subjects left empty go too."""
+    kept = {
+        subject: tuple(q for q in questions if q.content_hash not in hashes)
+        for subject, questions in quiz.questions.items()
+    }
+    return replace_questions(quiz, {subject: qs for subject, qs in kept.items() if qs})
+
+
+def round_robin(quiz: Quiz, n: int) -> Quiz:
+    """At most `n` questions, the first of every subject, then the second, and so on."""
+    turns = zip_longest(*quiz.questions.values())
+    taken = [q for turn in turns for q in turn if q is not None][:n]
+    return replace_questions(quiz, group_by_subject(taken))
+
+
+def replace_questions(quiz: Quiz, questions: Mapping[str, tuple[Question, ...]]) -> Quiz:
+    """The same quiz, shots and all, asking other questions."""
+    shots = {subject: quiz.shots_by_subject[subject] for subject in questions}
+    return Quiz(quiz.id, quiz.revision, quiz.split, quiz.shots, questions, shots)
+
+
+def group_by_subject(questions: Sequence[Question]) -> dict[str, tuple[Question, ...]]:
+    """Questions per subject, subjects in name order, questions in the order given."""
+    subjects = sorted({q.subject for q in questions})
+    return {s: tuple(q for q in questions if q.subject == s) for s in subjects}
+
+
+def _sha256(content: object) -> str:
+    text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

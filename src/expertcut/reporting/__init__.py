@@ -1,0 +1,1 @@
+"""Show it: what stages found, as tables and sentences."""

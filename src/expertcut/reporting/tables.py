@@ -1,0 +1,85 @@
+"""A table as data, and its forms: rich for people, Markdown, CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading and how its numbers are written, as a format specification."""
+
+    name: str
+    spec: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns; `note` is a sentence below."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+    def texts(self) -> list[list[str]]:
+        """Every cell as a person reads it; nothing is a dash."""
+        return [
+            [_text(cell, column) for cell, column in zip(row, self.columns, strict=True)]
+            for row in self.rows
+        ]
+
+
+def as_rich(table: Table) -> Group:
+    """For a terminal: title, table, note; text of files is never taken as markup."""
+    rich = RichTable()
+    for i, column in enumerate(table.columns):
+        is_number = any(isinstance(row[i], int | float) for row in table.rows)
+        rich.add_column(
+            Text(column.name), justify="right" if is_number else "left", overflow="fold"
+        )
+    for row in table.texts():
+        rich.add_row(*map(Text, row))
+    note = [Text(_printable(table.note))] if table.note else []
+    return Group(Text(_printable(table.title), style="bold"), rich, *note, Text())
+
+
+def as_markdown(table: Table) -> str:
+    """A GitHub table under a heading."""
+    rows = [[c.name for c in table.columns], ["---"] * len(table.columns), *table.texts()]
+    lines = ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in rows]
+    parts = [f"### {table.title}", "\n".join(lines), table.note]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def as_csv(table: Table) -> str:
+    """Full precision, one header line; nothing is an empty cell."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([column.name for column in table.columns])
+    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
+    return stream.getvalue()
+
+
+def _text(cell: Any, column: Column) -> str:
+    if cell is None:
+        return "–"
+    text = format(cell, column.spec) if isinstance(cell, int | float) else str(cell)
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    # A control character in a subject's name must not reach a terminal.
+    return "".join(char if char.isprintable() else "�" for char in text)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
