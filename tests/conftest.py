@@ -1,0 +1,182 @@
+"""Shared fixtures: no network, tiny models whose experts matter, a quiz, the real data if there."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+# Before any import of a Hugging Face library: these are read at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import csv
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SUBJECTS = ("green_birds", "old_clocks", "tall_trees")
+COUNTS = {"dev": 5, "val": 7, "test": 11}
+WORDS = "amber birch cloud delta ember fjord grove heron inlet jetty knoll lemon maple".split()
+
+_COMMON = {
+    "vocab_size": 290,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    # With 0.02 experts do not matter, and every test would pass.
+    "initializer_range": 0.25,
+}
+_SMALL = {**_COMMON, "intermediate_size": 16, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, object]] = {
+    "olmoe": {**_SMALL, "num_experts": 8},
+    "mixtral": {**_SMALL, "num_local_experts": 8},
+    "qwen3_moe": {
+        **_SMALL,
+        "num_experts": 8,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v3": {
+        **_SMALL,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 0,
+        "n_group": 2,
+        "topk_group": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 8,
+    },
+    "gpt_oss": {
+        **_SMALL,
+        "num_local_experts": 8,
+        "head_dim": 8,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "jamba": {
+        **_SMALL,
+        "num_experts": 8,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 0,
+        "expert_layer_period": 1,
+        "use_mamba_kernels": False,
+    },
+}
+PACKED_FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+
+
+def pytest_configure() -> None:
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and one token for each letter behind a space."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    merges = [("Ġ", letter) for letter in LETTERS]
+    for merge in merges:
+        vocabulary["".join(merge)] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>"
+    )
+
+
+def make_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object) -> Path:
+    """A random model of a family, saved as a stranger would find it."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # A selection bias of zero would hide a path that forgets it.
+        if name.endswith(("e_score_correction_bias", "router.bias")):
+            tensor.data.normal_(0, 0.25)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_quiz(folder: Path, counts: dict[str, int] = COUNTS, seed: int = 0) -> Path:
+    """A Hendrycks CSV folder with questions of uneven length; no two are alike."""
+    chance = random.Random(seed)
+    number = 0
+    for split, n_questions in counts.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for subject in SUBJECTS:
+            with (folder / split / f"{subject}_{split}.csv").open("w", newline="") as file:
+                writer = csv.writer(file)
+                for _ in range(n_questions):
+                    number += 1
+                    words = " ".join(chance.choices(WORDS, k=chance.randint(1, 12)))
+                    choices = chance.sample(WORDS, 4)
+                    row = [f"{number}: {words}?", *choices, chance.choice("ABCD")]
+                    writer.writerow(row)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quiz_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_quiz(tmp_path_factory.mktemp("quiz") / "birds")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("olmoe", seed=1, ...)`: a random checkpoint, made once a session."""
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def find(family: str, **changes: object) -> Path:
+        key = repr((family, sorted(changes.items())))
+        if key not in made:
+            made[key] = make_checkpoint(root / f"{family}-{len(made)}", family, **changes)  # type: ignore[arg-type]
+        return made[key]
+
+    return find
+
+
+@pytest.fixture(params=PACKED_FAMILIES)
+def tiny_moe(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> MoeModel:
+    """A fresh tiny model of each family that packs."""
+    return open_model(checkpoint(request.param))
+
+
+def open_model(path: Path, **options: str) -> MoeModel:
+    return load(find_source(str(path)), LoadOptions(**options))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def real_mmlu() -> Path:
+    folder = SHARED / "data" / "mmlu"
+    if not folder.is_dir():
+        pytest.skip("the real MMLU is not here (../shared/data/mmlu)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer() -> Path:
+    folder = SHARED / "data" / "olmoe"
+    if not folder.is_dir():
+        pytest.skip("the real OLMoE tokenizer is not here (../shared/data/olmoe)")
+    return folder

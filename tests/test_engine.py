@@ -1,0 +1,148 @@
+"""The engine's ways of scoring agree, whatever the family."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertcut.moe.engine import Engine
+from expertcut.moe.loading import MoeModel
+from expertcut.moe.packing import Encoded, encode
+from expertcut.quiz import Selection, load_quiz
+from tests.conftest import SUBJECTS, open_model
+
+Checkpoints = Callable[..., Path]
+
+
+def encoded(moe: MoeModel, quiz_folder: Path, shots: int = 2) -> Encoded:
+    quiz = load_quiz(Selection(str(quiz_folder), shots=shots))
+    subject = SUBJECTS[0]
+    return encode(moe.tokenizer, quiz.questions[subject], quiz.shots_by_subject[subject])
+
+
+def one_by_one(moe: MoeModel, chunk: Encoded) -> torch.Tensor:
+    """log p by the plainest code there is: a full forward pass per prompt."""
+    rows = []
+    for ids, choices in zip(chunk.prompts, chunk.choice_ids, strict=True):
+        with torch.inference_mode():
+            logits_V = moe.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        rows.append(logits_V.log_softmax(-1)[list(choices)])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_packed_scoring_equals_one_prompt_at_a_time(
+    tiny_moe: MoeModel, quiz_folder: Path, shots: int
+) -> None:
+    chunk = encoded(tiny_moe, quiz_folder, shots)
+    engine = Engine(tiny_moe, batch_tokens=200)
+    assert engine.way(chunk) == "packed"
+    packed_NC, plain_NC = engine.score(chunk), one_by_one(tiny_moe, chunk)
+    assert (packed_NC - plain_NC).abs().max() < 5e-6
+    assert plain_NC.std(dim=0).min() > 0.01  # else any answer would do
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mixtral", {"sliding_window": 16}), ("jamba", {})],
+    ids=["sliding window", "recurrent"],
+)
+def test_the_padded_path_equals_one_prompt_at_a_time(
+    checkpoint: Checkpoints, quiz_folder: Path, family: str, changes: dict[str, int]
+) -> None:
+    moe = open_model(checkpoint(family, **changes))
+    chunk = encoded(moe, quiz_folder)
+    assert len({len(ids) for ids in chunk.prompts}) > 1  # else nothing would be padded
+    engine = Engine(moe, batch_tokens=3 * chunk.longest)
+    assert engine.way(chunk) == "padded"
+    assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 5e-6
+
+
+def test_a_window_wider_than_the_prompts_packs(
+    checkpoint: Checkpoints, quiz_folder: Path
+) -> None:
+    types = ["sliding_attention", "full_attention"]
+    moe = open_model(checkpoint("gpt_oss", layer_types=types, sliding_window=2000))
+    chunk = encoded(moe, quiz_folder)
+    engine = Engine(moe, batch_tokens=300)
+    assert engine.way(chunk) == "packed"
+    assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 5e-6
+    narrow = open_model(checkpoint("gpt_oss", layer_types=types, sliding_window=20))
+    assert Engine(narrow, 300).way(chunk) == "padded"
+
+
+def test_a_rope_that_depends_on_length_goes_one_by_one(
+    checkpoint: Checkpoints, quiz_folder: Path
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    moe = open_model(checkpoint("olmoe", rope_parameters=rope, max_position_embeddings=64))
+    chunk = encoded(moe, quiz_folder)
+    assert chunk.longest > 64  # else the frequencies would never change
+    engine = Engine(moe, batch_tokens=300)
+    assert engine.way(chunk) == "single"
+    alone = []
+    for i in range(len(chunk)):  # a fresh model for each prompt has no memory of longer ones
+        fresh = open_model(checkpoint("olmoe", rope_parameters=rope, max_position_embeddings=64))
+        alone.append(one_by_one(fresh, Encoded(chunk.prompts[i : i + 1], chunk.choice_ids[:1])))
+    assert (engine.score(chunk) - torch.cat(alone)).abs().max() < 5e-6
+
+
+def test_a_model_that_packs_wrongly_is_scored_one_by_one(
+    checkpoint: Checkpoints, quiz_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    chunk = encoded(moe, quiz_folder)
+    engine = Engine(moe, batch_tokens=300)
+    engine.check(chunk)
+    assert engine.is_trusted
+    layer = moe.model.model.layers[0].self_attn
+
+    def leaks(_module: object, args: object, kwargs: dict[str, object]) -> object:
+        return args, {**kwargs, "attention_mask": None}  # every token sees its whole row
+
+    handle = layer.register_forward_pre_hook(leaks, with_kwargs=True)
+    engine.check(chunk)
+    handle.remove()
+    assert not engine.is_trusted
+    assert engine.way(chunk) == "single"
+    assert "one prompt at a time" in caplog.text
+
+
+def test_half_precision_is_checked_with_its_own_tolerance(
+    checkpoint: Checkpoints, quiz_folder: Path
+) -> None:
+    moe = open_model(checkpoint("olmoe"), dtype="bfloat16")
+    engine = Engine(moe, batch_tokens=300)
+    engine.check(encoded(moe, quiz_folder))
+    assert moe.dtype == torch.bfloat16
+    assert engine.is_trusted
+
+
+def test_no_token_of_the_shared_prefix_runs_twice_and_no_pad_runs(
+    checkpoint: Checkpoints, quiz_folder: Path
+) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    chunk = encoded(moe, quiz_folder)
+    n_prefix = chunk.shared_prefix()
+    seen: list[int] = []
+    embedding = moe.model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
+    Engine(moe, batch_tokens=150).score(chunk)
+    handle.remove()
+    assert n_prefix > 100  # the shots
+    assert len(seen) > 2  # several packs
+    assert sum(seen) == n_prefix + sum(len(ids) - n_prefix for ids in chunk.prompts)
+
+
+def test_the_vocabulary_is_projected_at_answer_positions_only(
+    checkpoint: Checkpoints, quiz_folder: Path
+) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    chunk = encoded(moe, quiz_folder)
+    rows: list[int] = []
+    head = moe.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda m, a, out: rows.append(out[..., 0].numel()))
+    Engine(moe, batch_tokens=150).score(chunk)
+    handle.remove()
+    assert sum(rows) == len(chunk)
