@@ -37,6 +37,8 @@ def export(
     moe = load(source, LoadOptions(dtype="stored", device="cpu"))
     apply_stock(moe, plan.blocks, fold_factors(profile, plan.blocks), directions)
     moe.model.save_pretrained(folder, max_shard_size="5GB")
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(source.path / "config.json", file)  # they are written for their owner only
     for file in _companions(source.path):
         shutil.copyfile(file, folder / file.name)
     config = edited_config(read_config(source.path), profile, plan)

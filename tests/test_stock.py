@@ -1,0 +1,228 @@
+"""Layout `stock`: what is written is what the plan says, and plain transformers agrees."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from expertcut.checkpoints.build import build
+from expertcut.checkpoints.export import new_folder
+from expertcut.errors import OutputError, PlanError, ProfileError
+from expertcut.interventions.plan import load_hashes, load_plan
+from expertcut.interventions.prune import Keep, choose, fold_factors
+from expertcut.interventions.reweight import reweight_draft, tilts
+from expertcut.moe.engine import Engine, ask
+from expertcut.moe.loading import LoadOptions
+from expertcut.moe.observers import tilt_routers
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.statistics import layer_statistics
+from expertcut.profiling.store import Profile, load_profile
+from expertcut.quiz import Selection, load_quiz
+from tests.conftest import open_model
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture
+def profile_of(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
+) -> Callable[..., Profile]:
+    def measure(family: str, **changes: object) -> Profile:
+        quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+        moe = open_model(checkpoint(family, **changes))
+        list(Measurement(moe, quiz, None, MeasureOptions()).run(tmp_path / "profile"))
+        return load_profile(tmp_path / "profile")
+
+    return measure
+
+
+def logprobs(path: Path, quiz_folder: Path, bias: dict[int, torch.Tensor]) -> torch.Tensor:
+    moe = open_model(path)
+    quiz = load_quiz(Selection(str(quiz_folder), split="test", shots=1))
+    with tilt_routers(moe.blocks, bias):
+        return ask(Engine(moe, 1000), quiz)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_where_weights_are_renormalised_a_stock_cut_equals_the_mask(
+    profile_of: Callable[..., Profile], quiz_folder: Path, tmp_path: Path, family: str
+) -> None:
+    profile = profile_of(family)
+    pruning = choose(profile, Keep(count=6), "activations", "answer")
+    built = build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    against_base, against_mask = built.differences
+    assert against_base.max_abs_logprob_diff > 0.01
+    assert against_mask.max_abs_logprob_diff < 1e-5
+    assert fold_factors(profile, pruning.draft.edits) == {}
+
+
+def test_folding_brings_a_cut_olmoe_closer_to_the_unedited_model(
+    profile_of: Callable[..., Profile], quiz_folder: Path, tmp_path: Path
+) -> None:
+    profile = profile_of("olmoe", num_experts=16)
+    pruning = choose(profile, Keep(count=15), "activations", "all")
+    build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    base = logprobs(Path(profile.info.model.id), quiz_folder, {})
+    folded = logprobs(tmp_path / "out", quiz_folder, {})
+    mask = {}
+    for layer, edit in enumerate(pruning.draft.edits.values()):
+        mask[layer] = torch.full((16,), -torch.inf)
+        mask[layer][list(edit.keep)] = 0
+    sliced = logprobs(Path(profile.info.model.id), quiz_folder, mask)
+    assert (folded - base).abs().median() < (sliced - base).abs().median()
+
+
+def test_the_checkpoint_says_what_it_is_and_loads_anywhere(
+    profile_of: Callable[..., Profile], tmp_path: Path
+) -> None:
+    profile = profile_of("olmoe")
+    pruning = choose(profile, Keep(count=5), "activations", "answer")
+    build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((Path(profile.info.model.id) / "config.json").read_text())
+    assert config == {**original, "num_experts": 5}
+    plan = load_plan(tmp_path / "out")
+    assert len(load_hashes(tmp_path / "out", plan)) == plan.chosen_on.questions == 21
+    assert plan.proof["held_out"][0]["questions"] == 33
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 5
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {
+        *("config.json", "generation_config.json", "model.safetensors", "plan.json"),
+        *("chosen_on.txt", "tokenizer.json", "tokenizer_config.json"),
+    }
+
+
+def test_kept_experts_keep_their_weights_to_the_last_bit_but_for_the_fold(
+    profile_of: Callable[..., Profile], checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    profile = profile_of("olmoe")
+    pruning = choose(profile, Keep(count=5), "activations", "answer")
+    build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    base = open_model(Path(profile.info.model.id)).blocks
+    folds = fold_factors(profile, pruning.draft.edits)
+    for block, edited in zip(base, open_model(tmp_path / "out").blocks, strict=True):
+        keep = list(pruning.draft.edits[block.name].keep)
+        old, new = block.experts, edited.experts
+        gates = (b.router.get_parameter("weight") for b in (block, edited))
+        assert torch.equal(next(gates)[keep], next(gates))
+        assert torch.equal(
+            old.get_parameter("gate_up_proj")[keep], new.get_parameter("gate_up_proj")
+        )
+        ratio = new.get_parameter("down_proj") / old.get_parameter("down_proj")[keep]
+        fold_E11 = torch.tensor(folds[block.layer])[:, None, None]
+        torch.testing.assert_close(ratio.double(), fold_E11.expand_as(ratio), rtol=1e-5, atol=0)
+        assert (folds[block.layer] < 1).all()
+
+
+def test_a_boost_in_the_gate_row_comes_close_to_the_exact_bias(
+    profile_of: Callable[..., Profile], tmp_path: Path
+) -> None:
+    profile = profile_of("olmoe", hidden_size=64, num_experts=16)
+    appearances_E = layer_statistics(profile)[0].appearances_E
+    often = int(np.argmin(np.abs(appearances_E - 0.5)))
+    found = tilts(profile, ["3=2.0"], [f"0:{often}=1.0"])
+    built = build(profile, reweight_draft(profile, found), tmp_path / "out", LoadOptions())
+    assert [fit.layer for fit in built.fits] == [0, 1]
+    against_base, against_exact = built.differences
+    assert against_exact.median_abs_logprob_diff < against_base.median_abs_logprob_diff / 2
+    base, exact, edited = built.shares[1, 3]
+    assert base < edited
+    assert base < exact
+    base, exact, edited = built.shares[0, often]
+    assert edited < base
+    gates = [
+        b.router.get_parameter("weight")
+        for path in (Path(profile.info.model.id), tmp_path / "out")
+        for b in open_model(path).blocks
+    ]
+    changed = [
+        sorted(set((old != new).nonzero()[:, 0].tolist()))
+        for old, new in zip(gates[:2], gates[2:], strict=True)
+    ]
+    assert changed == [[5], [3]]
+
+
+def test_a_router_with_a_bias_of_its_own_carries_a_boost_exactly(
+    profile_of: Callable[..., Profile], tmp_path: Path
+) -> None:
+    profile = profile_of("gpt_oss")
+    found = tilts(profile, ["3=1.0"], [])
+    built = build(profile, reweight_draft(profile, found), tmp_path / "out", LoadOptions())
+    against_base, against_exact = built.differences
+    assert against_base.max_abs_logprob_diff > 0.01
+    assert against_exact.max_abs_logprob_diff < 1e-5
+
+
+def test_a_plan_that_moves_nothing_writes_the_same_model(
+    profile_of: Callable[..., Profile], tmp_path: Path
+) -> None:
+    profile = profile_of("olmoe")
+    pruning = choose(profile, Keep(count=8), "activations", "answer")
+    built = build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    assert [d.max_abs_logprob_diff for d in built.differences] == [0.0, 0.0]
+
+
+def test_nothing_appears_when_the_build_fails(
+    profile_of: Callable[..., Profile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = profile_of("olmoe")
+    pruning = choose(profile, Keep(count=5), "activations", "answer")
+
+    def breaks(*_: object) -> None:
+        raise PlanError("no")
+
+    monkeypatch.setattr("expertcut.checkpoints.build.proof", breaks)
+    with pytest.raises(PlanError):
+        build(profile, pruning.draft, tmp_path / "outs" / "out", LoadOptions())
+    assert not list((tmp_path / "outs").iterdir())
+
+
+def test_an_output_folder_in_use_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"), new_folder(tmp_path / "taken"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_model_that_changed_since_it_was_profiled_is_refused(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("olmoe"), folder)
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    list(Measurement(open_model(folder), quiz, None, MeasureOptions()).run(tmp_path / "p"))
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    profile = load_profile(tmp_path / "p")
+    pruning = choose(profile, Keep(count=5), "activations", "answer")
+    with pytest.raises(ProfileError, match="another model"):
+        build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_weights_stay_as_they_are_stored(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bf16"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    for file in checkpoint("olmoe").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    list(Measurement(open_model(folder), quiz, None, MeasureOptions()).run(tmp_path / "p"))
+    profile = load_profile(tmp_path / "p")
+    assert profile.info.settings.dtype == "float32"
+    pruning = choose(profile, Keep(count=5), "activations", "answer")
+    build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert stored.dtype == torch.bfloat16
+    assert np.isfinite(load_plan(tmp_path / "out").proof["held_out"][0]["max_abs_logprob_diff"])
