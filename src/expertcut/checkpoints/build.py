@@ -3,15 +3,19 @@
 import gc
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from expertcut.checkpoints.export import check_free, export, new_folder
 from expertcut.checkpoints.held_out import Answered, Difference, answer, at_run_time, proof
+from expertcut.checkpoints.stock import Fitted
 from expertcut.errors import ProfileError
 from expertcut.interventions.direction import Fit, fit_directions, judge_directions
 from expertcut.interventions.plan import Draft, Plan, save_plan
+from expertcut.interventions.prune import fold_factors
 from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
 from expertcut.moe.engine import Engine
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
@@ -50,9 +54,10 @@ def build(profile: Profile, draft: Draft, folder: Path, load_as: LoadOptions) ->
     questions = questions_for(profile, is_fitting=draft.is_fitting)
     plan = draft_plan(profile, draft, questions)
     judged = _judge_base(_load(source, profile, load_as), profile, draft, questions)
+    fitted = Fitted(_folds(profile, draft, questions), judged.directions)
     gc.collect()
     with new_folder(folder) as temporary:
-        export(source, profile, plan, judged.directions, temporary)
+        export(source, profile, plan, fitted, temporary)
         gc.collect()
         edited = _load(Source(str(folder), temporary), profile, load_as)
         exported = answer(_engine(edited, profile), questions.held_out, draft.edits)
@@ -115,6 +120,14 @@ def _judge_base(moe: MoeModel, profile: Profile, draft: Draft, questions: Questi
     with at_run_time(moe, draft.edits):
         exact = answer(engine, held_out, draft.edits)
     return _Judged(base, exact, directions, fits)
+
+
+def _folds(
+    profile: Profile, draft: Draft, questions: Questions
+) -> dict[int, "np.ndarray[Any, Any]"]:
+    is_same_split = questions.held_out.split == profile.info.quiz.split
+    judges = {(q.subject, q.row) for q in questions.held_out} if is_same_split else set()
+    return fold_factors(profile, draft.edits, judges)
 
 
 def _load(source: Source, profile: Profile, load_as: LoadOptions) -> MoeModel:

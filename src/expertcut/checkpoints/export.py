@@ -3,17 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from expertcut.checkpoints.stock import apply_stock
+from expertcut.checkpoints.stock import Fitted, apply_stock
 from expertcut.errors import OutputError
 from expertcut.interventions.plan import PLAN_FILE, QUESTIONS_FILE, Plan
-from expertcut.interventions.prune import fold_factors
 from expertcut.moe.loading import EXPERT_COUNT_FIELDS, LoadOptions, Source, load, read_config
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.store import Profile
@@ -27,7 +24,7 @@ def export(
     source: Source,
     profile: Profile,
     plan: Plan,
-    directions: Mapping[int, Tensor],
+    fitted: Fitted,
     folder: Path,
 ) -> None:
     """Writes the checkpoint that a plan describes into an empty folder, without the plan.
@@ -35,7 +32,7 @@ def export(
     The weights are loaded as they are stored, so nothing but the edited tensors changes.
     """
     moe = load(source, LoadOptions(dtype="stored", device="cpu"))
-    apply_stock(moe, plan.blocks, fold_factors(profile, plan.blocks), directions)
+    apply_stock(moe, plan.blocks, fitted)
     moe.model.save_pretrained(folder, max_shard_size="5GB")
     for file in folder.glob("*.safetensors"):
         shutil.copymode(source.path / "config.json", file)  # they are written for their owner only

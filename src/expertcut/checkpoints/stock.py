@@ -6,6 +6,7 @@ added to the expert's gate row.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,27 @@ from expertcut.moe.loading import EXPERT_COUNT_FIELDS, MoeModel
 _COUNT_ATTRIBUTES = (*EXPERT_COUNT_FIELDS, "n_experts")
 
 
-def apply_stock(
-    moe: MoeModel,
-    edits: Mapping[str, Edit],
-    folds: Mapping[int, "np.ndarray[Any, Any]"],
-    directions: Mapping[int, Tensor],
-) -> None:
-    """Carries out the edits in the loaded model.
+@dataclass(frozen=True)
+class Fitted:
+    """What a stock layout needs beside the plan, by layer.
 
-    `folds` scales the kept experts' outputs (kept,), `directions` are v (D,), both by layer.
+    `folds` scales the kept experts' outputs (kept,), `directions` are v (D,).
     """
+
+    folds: Mapping[int, "np.ndarray[Any, Any]"]
+    directions: Mapping[int, Tensor]
+
+
+def apply_stock(moe: MoeModel, edits: Mapping[str, Edit], fitted: Fitted) -> None:
+    """Carries out the edits in the loaded model."""
     for block in moe.blocks:
         edit = edits[block.name]
         for expert, bias in edit.bias.items():
-            _add_bias(block, expert, bias, directions)
+            _add_bias(block, expert, bias, fitted.directions)
         for expert, factor in edit.scale.items():
             scale_outputs(block, {expert: factor})
-        if block.layer in folds:
-            fold = zip(edit.keep, folds[block.layer], strict=True)
+        if block.layer in fitted.folds:
+            fold = zip(edit.keep, fitted.folds[block.layer], strict=True)
             scale_outputs(block, {expert: float(factor) for expert, factor in fold})
         if len(edit.keep) < block.n_experts:
             cut(block, edit.keep)

@@ -19,7 +19,6 @@ from expertcut.errors import ExpertcutError
 
 app = typer.Typer(
     help="Which experts of a MoE language model matter for a quiz; cut or tilt them, and measure.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -35,10 +34,14 @@ for command in (
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, option("Print the version.", "--version")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, option("Print the version.", "--version")] = False,
+) -> None:
     if version:
         print(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @contextmanager

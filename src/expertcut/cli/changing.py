@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def prune(
     profile: ProfileDir = None,
-    keep_active: Annotated[bool, option("Keep the experts that ever fire.")] = False,
+    keep_active: Annotated[bool, option("Keep what ever fires.", "--keep-active")] = False,
     keep: Annotated[int | None, option("Keep so many per layer.")] = None,
     keep_fraction: Annotated[float | None, option("Keep this share per layer.")] = None,
     by: Annotated[Criterion, option("What --keep ranks by.")] = Criterion.activations,
@@ -44,7 +44,7 @@ def prune(
     out: OutDir = None,
     plan_only: PlanOnly = False,
 ) -> None:
-    """Remove experts that a profile shows to be idle, and say what that did."""
+    """Remove experts, and say what that did."""
     from expertcut.interventions.prune import Keep, choose
     from expertcut.moe.loading import LoadOptions
     from expertcut.reporting.outcomes import pruning_sentences
@@ -72,7 +72,7 @@ def reweight(
     out: OutDir = None,
     plan_only: PlanOnly = False,
 ) -> None:
-    """Tilt the gate toward or away from experts by a bias on their logits."""
+    """Tilt the gate toward or away from experts."""
     from expertcut.interventions.reweight import reweight_draft, tilts
     from expertcut.moe.loading import LoadOptions
     from expertcut.reporting.outcomes import tilt_sentences

@@ -43,7 +43,7 @@ def profile(
     trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, option("Folder; a run begun there is resumed.")] = None,
 ) -> None:
-    """Measure what every expert does while the model answers a quiz."""
+    """Measure what experts do in a quiz."""
     from expertcut.moe.loading import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, default_folder, measure, resumed
     from expertcut.profiling.statistics import answers
@@ -68,7 +68,7 @@ def show(
     path: Annotated[Path, typer.Argument(help="A profile, plan, checkpoint or results.")],
     format: Annotated[Format, option("How to print it.", "--format")] = Format.table,
 ) -> None:
-    """Print a profile, plan, checkpoint or results as tables."""
+    """Print what the other commands wrote."""
     from expertcut.reporting.shown import find_shown
 
     found = find_shown(path)
@@ -101,7 +101,7 @@ def eval(
         "results.json"
     ),
 ) -> None:
-    """Score checkpoints on the same questions and compare each with the first."""
+    """Compare checkpoints on the same questions."""
     from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, save_results
     from expertcut.evaluation.evaluate import score as score_model
     from expertcut.moe.loading import LoadOptions

@@ -68,12 +68,14 @@ Dtype = Annotated[
 Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...")]
 Threads = Annotated[int | None, option("CPU threads; part of a profile's settings.", min=1)]
 BatchTokens = Annotated[int | None, option("Tokens of one forward pass.", min=1)]
-TrustRemoteCode = Annotated[bool, option("Run code that comes with a checkpoint.")]
+TrustRemoteCode = Annotated[
+    bool, option("Run code that comes with a checkpoint.", "--trust-remote-code")
+]
 ProfileDir = Annotated[
     Path | None, option("The profile to work from; the newest in profiles/ without.", "--profile")
 ]
 OutDir = Annotated[Path | None, option("Where to write; must be absent or empty.")]
-PlanOnly = Annotated[bool, option("Write plan.json only, no checkpoint.")]
+PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
 LayoutOption = Annotated[Layout, option("stock: loads wherever the base model does.", "--layout")]
 
 

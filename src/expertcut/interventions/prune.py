@@ -1,6 +1,6 @@
 """Which experts stay, and by how much the gate weights of those that stay would grow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,15 +139,22 @@ def _first(order: list[int], n_keep: int, block: BlockInfo) -> tuple[int, ...]:
     return tuple(sorted(e for group in groups for e in group[: n_keep // block.groups]))
 
 
-def fold_factors(profile: Profile, edits: Mapping[str, Edit]) -> dict[int, Array]:
+def fold_factors(
+    profile: Profile,
+    edits: Mapping[str, Edit],
+    left_out: Collection[tuple[str, int]] = (),
+) -> dict[int, Array]:
     """What undoes the inflation of the kept experts' gate weights, (kept,) per inflating layer.
 
     Without the removed experts the softmax's denominator shrinks, so weights grow by
     1 / (1 − Σ removed α); the factor is the mean of 1 − Σ removed α over the questions that
-    chose the expert, or over all questions where none did.
+    chose the expert, or over all questions where none did. Questions in `left_out` (subject and
+    row) do not count, so that they can judge the result.
     """
+    names = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
+    is_used_N = np.array([name not in left_out for name in names])
+    alpha_NLE = profile.array("alpha_NLE")[is_used_N]
     factors = {}
-    alpha_NLE = profile.array("alpha_NLE")
     for layer in layer_statistics(profile):
         block = profile.info.model.blocks[layer.layer]
         keep = list(edits[block.name].keep)
@@ -156,7 +163,7 @@ def fold_factors(profile: Profile, edits: Mapping[str, Edit]) -> dict[int, Array
         is_removed_E = ~np.isin(np.arange(block.experts), keep)
         alpha_NE = alpha_NLE[:, layer.layer, : block.experts].astype(np.float64)
         left_N = 1 - alpha_NE[:, is_removed_E].sum(axis=1)
-        chosen_NE = layer.is_activated_NE[:, keep]
+        chosen_NE = layer.is_activated_NE[is_used_N][:, keep]
         count_E = chosen_NE.sum(axis=0)
         mean_E = (left_N[:, None] * chosen_NE).sum(axis=0) / np.maximum(count_E, 1)
         factors[layer.layer] = np.where(count_E > 0, mean_E, left_N.mean())

@@ -63,6 +63,16 @@ class MoeBlock:
                 yield owner, name, tensor, tensor.shape.index(self.n_experts)
 
 
+def check_family(model_type: object) -> None:
+    """That a family, by its config.model_type, is none that is known to break the contract.
+
+    Raises:
+        ContractError: it is one of `REFUSED`.
+    """
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise ContractError(f"{model_type} models are not supported: {REFUSED[model_type]}")
+
+
 def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
     """The MoE blocks in layer order; the tokens are run once to see what the gates do.
 
@@ -70,8 +80,7 @@ def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
         ContractError: no block, or one that breaks the contract.
     """
     model_type = getattr(model.config, "model_type", "?")
-    if model_type in REFUSED:
-        raise ContractError(f"{model_type} models are not supported: {REFUSED[model_type]}")
+    check_family(model_type)
     candidates = [
         (name, module)
         for name, module in model.named_modules()

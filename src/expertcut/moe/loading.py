@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.errors import ModelError, SettingsError
-from expertcut.moe.contract import MoeBlock, find_blocks
+from expertcut.moe.contract import MoeBlock, check_family, find_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
         folder = _download(model, revision)
         source = Source(model, folder, folder.name)
     config = read_config(source.path)
+    check_family(config.get("model_type"))
     if expert_count(config) is None:
         raise ModelError(
             f"{model} is not a MoE model: its config.json (model_type "

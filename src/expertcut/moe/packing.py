@@ -77,13 +77,15 @@ def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Questi
 
 def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int) -> tuple[int, ...]:
     answered = tokenizer([f"{text} {letter}" for letter in LETTERS[:n_choices]])["input_ids"]
-    for letter, with_answer in zip(LETTERS, answered, strict=False):
-        if tuple(with_answer[:-1]) != ids:
+    letter_ids: list[int] = []
+    for letter, (*before, last) in zip(LETTERS, answered, strict=False):
+        if tuple(before) != ids or last in letter_ids:  # the same one twice is <unk>
             raise ModelError(
                 f"the tokenizer does not write ' {letter}' after 'Answer:' as one token of its "
                 "own: this model cannot be scored by choice letters"
             )
-    return tuple(with_answer[-1] for with_answer in answered)
+        letter_ids.append(last)
+    return tuple(letter_ids)
 
 
 def cut_packs(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:
