@@ -39,9 +39,11 @@ def shown(steps: Iterator[Any], what: str, total: int) -> Iterator[Any]:
 
 
 def quiet() -> None:
-    """No progress bars of other libraries between ours."""
+    """No progress bars and reports of other libraries between our lines."""
     import datasets
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors reach us as exceptions

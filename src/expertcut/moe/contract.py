@@ -105,6 +105,9 @@ def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
             f"{name}: found {len(routers)} routers and expert tensors of lengths "
             f"{sorted(lengths)}, must be one router and one length"
         )
+    n_experts, top_k = lengths.pop(), int(routers[0].top_k)  # type: ignore[arg-type]
+    if not 1 <= top_k <= n_experts:
+        raise ContractError(f"{name} cannot route each token to {top_k} of {n_experts} experts")
     groups = int(getattr(routers[0], "num_group", 1) or 1)
     return MoeBlock(
         name=name,
@@ -112,8 +115,8 @@ def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
         module=module,
         router=routers[0],
         experts=experts,
-        n_experts=lengths.pop(),
-        top_k=int(routers[0].top_k),  # type: ignore[arg-type]
+        n_experts=n_experts,
+        top_k=top_k,
         n_groups=groups,
         top_groups=int(getattr(routers[0], "topk_group", 1) or 1) if groups > 1 else 1,
         scoring="softmax",

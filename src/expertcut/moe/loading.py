@@ -164,19 +164,46 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
         config=config,
         dtype=_dtype(options.dtype, device),
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
         output_loading_info=True,
     )
-    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lost:
-        raise ModelError(f"{source.id} lacks {len(lost)} of its weights, first {lost[0]}")
+    _check_weights(source, info)
     model = model.to(device).eval().requires_grad_(False)
     set_attention(model)
     if device.type == "cpu":
         # The eager loop is bit-equal to running experts one by one, so statistics change no bit.
         model.set_experts_implementation("eager")
     tokenizer = _from_pretrained(AutoTokenizer, source, options)
+    _check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
     probe_1T = torch.arange(_PROBE_TOKENS, device=device)[None] % model.config.vocab_size
     return MoeModel(source, model, tokenizer, find_blocks(model, probe_1T))
+
+
+def _check_weights(source: Source, info: dict[str, Any]) -> None:
+    lost = sorted(info["missing_keys"])
+    lost += sorted(
+        f"{name} of shape {list(wanted)} (it has {list(found)})"
+        for name, found, wanted in info["mismatched_keys"]
+    )
+    if lost:
+        raise ModelError(f"{source.id} lacks {len(lost)} of its weights, first {lost[0]}")
+    unknown = sorted(info["unexpected_keys"])
+    if unknown:
+        logger.warning(
+            "%s: %d tensors are left out, its architecture has no place for them: first %s",
+            *(source.id, len(unknown), unknown[0]),
+        )
+
+
+def _check_tokenizer(source: Source, tokenizer: Any, n_embeddings: int) -> None:
+    # Without tokenizer files AutoTokenizer makes one that turns every text into nothing.
+    if not tokenizer("A")["input_ids"]:
+        raise ModelError(f"{source.id} holds no tokenizer: add its tokenizer.json")
+    if tokenizer.vocab_size > n_embeddings:
+        raise ModelError(
+            f"{source.id}: its tokenizer has {tokenizer.vocab_size} tokens but its embedding "
+            f"{n_embeddings}: they belong to different models"
+        )
 
 
 def set_attention(model: Any) -> None:

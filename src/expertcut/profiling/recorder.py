@@ -77,12 +77,9 @@ class Recorder:
         if self.valid_T is not None:
             experts_TK, weights_TK = experts_TK[self.valid_T], weights_TK[self.valid_T]
         # Scattered to (T, E) and summed: the same bits every time, also on CUDA.
-        spread_TE = weights_TK.new_zeros(len(experts_TK), self.sums.shape[-1])
-        at = (self.part, routing.layer)
-        self.sums[(_SUMS.index("weight"), *at)] += spread_TE.scatter(1, experts_TK, weights_TK).sum(
-            0
-        )
-        self.sums[(_SUMS.index("tokens"), *at)] += spread_TE.scatter(1, experts_TK, 1.0).sum(0)
+        nothing_TE = weights_TK.new_zeros(len(experts_TK), self.sums.shape[-1])
+        self._add("weight", routing.layer, nothing_TE.scatter(1, experts_TK, weights_TK).sum(0))
+        self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0).sum(0))
 
     def _expert(self, call: ExpertCall) -> None:
         output_MD, weights_M = call.output_MD, call.weights_M
@@ -92,10 +89,14 @@ class Recorder:
         if not len(output_MD):
             return
         norm_M = output_MD.double().norm(dim=-1)
+        self._add("norm", (call.layer, call.expert), norm_M.sum())
+        weighted_M = norm_M * weights_M.double()
+        self._add("weighted_norm", (call.layer, call.expert), weighted_M.sum())
         at = (self.part, call.layer, call.expert)
-        self.sums[(_SUMS.index("norm"), *at)] += norm_M.sum()
-        self.sums[(_SUMS.index("weighted_norm"), *at)] += (norm_M * weights_M.double()).sum()
         self.largest[at] = torch.maximum(self.largest[at], output_MD.abs().max().float())
+
+    def _add(self, name: str, at: int | tuple[int, int], amount: Tensor) -> None:
+        self.sums[_SUMS.index(name), self.part][at] += amount
 
     def _note_gaps(self, block: MoeBlock, alpha_TE: Tensor, experts_TK: Tensor) -> None:
         """Keeps the smallest distance between a chosen and a not chosen selection score."""

@@ -125,8 +125,8 @@ def entropy(p_NE: Array) -> Array:
 
 def near_ties(profile: Profile, subjects: Sequence[str]) -> list[dict[str, Any]]:
     """Questions with a token, shots included, whose chosen set hangs on less than 1e-5."""
-    gaps = [np.minimum(chunk["gap_N"], chunk["prefix_gap"]) for chunk in profile.chunks]
     owns, rows = profile.array("gap_N"), profile.array("row_N")
+    gaps = [np.minimum(chunk["gap_N"], chunk["prefix_gap"]) for chunk in profile.chunks]
     return [
         {"subject": subjects[i], "row": int(rows[i]), "in_shots": bool(owns[i] >= NEAR_TIE)}
         for i in np.flatnonzero(np.concatenate(gaps) < NEAR_TIE).tolist()

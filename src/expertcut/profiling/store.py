@@ -143,8 +143,17 @@ class Profile:
         return [read_chunk(self.chunk_path(name)) for name, _, _ in self.info.chunks()]
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """A per-question array (first axis N) over all chunks."""
-        chunks = [chunk[name] for chunk in self.chunks]
+        """A per-question array (first axis N) over all chunks.
+
+        Raises:
+            ProfileError: only answers were kept.
+        """
+        chunks = [chunk[name] for chunk in self.chunks if name in chunk]
+        if len(chunks) < len(self.chunks):
+            raise ProfileError(
+                f"{self.path} holds no {name}, it keeps answers alone as `expertcut eval` writes "
+                "them: use a folder that `expertcut profile` made"
+            )
         if name == "choice_logprob_NC":  # questions may differ in their number of choices
             most = max(chunk.shape[1] for chunk in chunks)
             widths = [((0, 0), (0, most - chunk.shape[1])) for chunk in chunks]

@@ -43,13 +43,19 @@ def read_jsonl(path: Path, default_subject: str) -> list[Question]:
     rows: dict[str, int] = {}
     questions = []
     for where, record in _json_lines(path):
-        subject = record.get("subject") or default_subject
-        if not isinstance(subject, str):
-            raise QuizError(f"{where}: subject is {subject!r}, must be text")
+        subject = subject_of(record, default_subject, where)
         index = rows.get(subject, 0)
         questions.append(record_question(record, subject, index, where))
         rows[subject] = index + 1
     return questions
+
+
+def subject_of(record: dict[str, Any], default_subject: str, where: str) -> str:
+    """The row's own subject, where it names one."""
+    subject = record.get("subject") or default_subject
+    if not isinstance(subject, str):
+        raise QuizError(f"{where}: subject is {subject!r}, must be text")
+    return subject
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

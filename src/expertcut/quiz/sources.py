@@ -1,13 +1,15 @@
 """Where quizzes come from: a Hendrycks CSV folder, JSON lines, or a data set of the hub."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from expertcut.errors import QuizError
 from expertcut.quiz.questions import Question, Quiz, group_by_subject
-from expertcut.quiz.readers import read_csv, read_jsonl, record_question
+from expertcut.quiz.readers import read_csv, read_jsonl, record_question, subject_of
 
 logger = logging.getLogger(__name__)
 
@@ -122,27 +124,27 @@ class _DataSet:
     revision: str | None
 
     def read(self, split: str) -> list[Question]:
-        from datasets import get_dataset_config_names
-
-        names = get_dataset_config_names(self.id, revision=self.revision)
+        with _one_line(self.id, self.revision):
+            names = _config_names(self.id, self.revision)
         subjects = [name for name in names if name not in _NOT_SUBJECTS]
-        if "all" in names or not subjects:
+        if "all" in names or subjects in ([], ["default"]):  # the rows say what they are about
             return self._read_config("all" if "all" in names else names[0], split, None)
         return [q for name in subjects for q in self._read_config(name, split, name)]
 
     def _read_config(self, config: str, split: str, subject: str | None) -> list[Question]:
         from datasets import get_dataset_split_names, load_dataset
 
-        splits = get_dataset_split_names(self.id, config, revision=self.revision)
-        name = "validation" if split == "val" and "validation" in splits else split
-        if name not in splits:
-            return []
-        rows: Any = load_dataset(self.id, config, split=name, revision=self.revision)
+        with _one_line(self.id, self.revision):
+            splits = get_dataset_split_names(self.id, config, revision=self.revision)
+            name = "validation" if split == "val" and "validation" in splits else split
+            if name not in splits:
+                return []
+            rows: Any = load_dataset(self.id, config, split=name, revision=self.revision)
         counts: dict[str, int] = {}
         questions = []
         for number, row in enumerate(rows):
-            its = subject or row.get("subject") or self.id.rsplit("/", 1)[-1]
             where = f"{self.id} {config}/{name} row {number}"
+            its = subject or subject_of(row, self.id.rsplit("/", 1)[-1], where)
             questions.append(record_question(row, its, counts.setdefault(its, 0), where))
             counts[its] += 1
         return questions
@@ -183,12 +185,33 @@ def _open_mmlu() -> _DataSet:
 
 
 def _open_data_set(quiz: str, revision: str | None) -> _DataSet:
-    from datasets import get_dataset_config_names
-
-    try:
-        get_dataset_config_names(quiz, revision=revision)
-    except (OSError, ValueError) as error:
-        pinned = f" at revision {revision[:8]}" if revision else ""
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise QuizError(f"no such quiz: {quiz}{pinned} cannot be read: {reason}") from None
+    with _one_line(quiz, revision):
+        _config_names(quiz, revision)
     return _DataSet(quiz, revision)
+
+
+def _config_names(quiz: str, revision: str | None) -> list[str]:
+    from datasets import config, get_dataset_config_names
+    from huggingface_hub import DatasetCard, hf_hub_download
+
+    if config.HF_HUB_OFFLINE and not Path(quiz).is_dir():
+        # Offline, datasets reads its cache but has no names for it: the cached card has.
+        card = hf_hub_download(quiz, "README.md", repo_type="dataset", revision=revision)
+        configs = DatasetCard.load(card).data.get("configs") or []
+        if configs:
+            return [entry["config_name"] for entry in configs]
+    return list(get_dataset_config_names(quiz, revision=revision))
+
+
+@contextmanager
+def _one_line(quiz: str, revision: str | None) -> Iterator[None]:
+    """Any fault of `datasets`, and of the YAML, Parquet and HTTP below it, as a QuizError."""
+    try:
+        yield
+    except Exception as error:
+        pinned = f" at revision {revision[:8]}" if revision else ""
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__  # an OSError names the place, others only wrap what happened
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise QuizError(f"no such quiz: {quiz}{pinned} cannot be read: {reason}") from error
