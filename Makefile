@@ -41,7 +41,7 @@ constraints: ## pin the dependencies anew (UV_ARGS=--upgrade for newer ones)
 		--fork-strategy fewest --extra dev --custom-compile-command "make constraints" $(UV_ARGS) \
 		pyproject.toml --output-file constraints.txt
 	awk '/^torch==/ { print "# The first hash: CPU build, Python 3.11 Linux x86-64."; print; \
-		print "    --hash=sha256:$(TORCH_CPU) \\"; next } { print }' \
+		print "    --hash=sha256:$(TORCH_CPU) \\"; next } !/$(TORCH_CPU)/ { print }' \
 		constraints.txt > constraints.tmp
 	mv constraints.tmp constraints.txt
 
