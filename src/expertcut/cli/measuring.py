@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from expertcut.cli.options import (
     Format,
     Limit,
     QuizName,
+    ResultsFile,
     Shots,
     Split,
     Stats,
@@ -24,6 +25,9 @@ from expertcut.cli.options import (
     read_quiz,
 )
 from expertcut.cli.output import print_tables, quiet, shown
+
+if TYPE_CHECKING:
+    from expertcut.evaluation.evaluate import Results
 
 
 def profile(
@@ -97,16 +101,13 @@ def eval(
     batch_tokens: BatchTokens = None,
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
-    out: Annotated[Path, option("The results file; chunks beside it are resumed.")] = Path(
-        "results.json"
-    ),
+    out: ResultsFile = Path("results.json"),
 ) -> None:
     """Compare checkpoints on the same questions."""
     from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, save_results
     from expertcut.evaluation.evaluate import score as score_model
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
-    from expertcut.reporting.outcomes import result_sentences, results_table
 
     quiet()
     sources = find_models(models)
@@ -120,7 +121,13 @@ def eval(
         scored += [step for step in steps if isinstance(step, Scored)]
     found = results(scoring, scored)
     save_results(out, found)
+    _print_results(found)
+    print(f"written to {out}")
+
+
+def _print_results(found: "Results") -> None:
+    from expertcut.reporting.outcomes import result_sentences, results_table
+
     print_tables([results_table(found)], Format.table)
     for sentence in result_sentences(found):
         print(sentence)
-    print(f"written to {out}")
