@@ -24,7 +24,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBJECTS = ("green_birds", "old_clocks", "tall_trees")
 COUNTS = {"dev": 5, "val": 7, "test": 11}
-WORDS = "amber birch cloud delta ember fjord grove heron inlet jetty knoll lemon maple".split()
+WORDS = ["amber", "birch", "cloud", "delta", "ember", "fjord", "grove", "heron", "inlet", "jetty"]
 
 _COMMON = {
     "vocab_size": 290,

@@ -75,7 +75,9 @@ ProfileDir = Annotated[
     Path | None, option("The profile to work from; the newest in profiles/ without.", "--profile")
 ]
 OutDir = Annotated[Path | None, option("Where to write; must be absent or empty.")]
-ResultsFile = Annotated[Path, option("Where to; its chunks beside it are resumed.", "--out")]
+ResultsFile = Annotated[
+    Path, option("Where to; its chunks beside it are resumed.", "--out", dir_okay=False)
+]
 PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
 LayoutOption = Annotated[Layout, option("stock: loads wherever the base model does.", "--layout")]
 

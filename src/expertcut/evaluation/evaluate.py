@@ -4,10 +4,10 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from expertcut.errors import OutputError
 from expertcut.evaluation.accuracy import accuracy
@@ -80,8 +80,14 @@ class Results(Record):
     shots: int
     limit: int | None
     content_hashes: dict[str, str]
-    models: list[ModelResult]
+    models: list[ModelResult] = Field(min_length=1)
     comparisons: list[ComparisonResult]
+
+    @model_validator(mode="after")
+    def _comparisons_name_models(self) -> Self:
+        if any(not 0 <= i < len(self.models) for c in self.comparisons for i in (c.base, c.other)):
+            raise ValueError("a comparison names a model that is not there")
+        return self
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,10 @@ def _check_block(block: BlockInfo, edit: Edit) -> None:
     name, n_kept = block.name, len(edit.keep)
     if list(edit.keep) != sorted(set(edit.keep)):
         raise PlanError(f"{name}: keep must be sorted and without repeats")
-    if edit.keep and not 0 <= edit.keep[0] <= edit.keep[-1] < block.experts:
+    outside = [e for e in edit.keep if not 0 <= e < block.experts]
+    if outside:
         raise PlanError(
-            f"{name} keeps expert {edit.keep[-1]} but has experts 0 to {block.experts - 1}"
+            f"{name} keeps expert {outside[0]} but has experts 0 to {block.experts - 1}"
         )
     if n_kept < block.top_k:
         raise PlanError(
@@ -135,12 +136,17 @@ def _check_groups(block: BlockInfo, edit: Edit) -> None:
         return
     size = block.experts // block.groups
     per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
-    least = max(2, -(-block.top_k // block.top_groups))
+    least = least_per_group(block)
     if len(set(per_group)) > 1 or per_group[0] < least:
         raise PlanError(
             f"{block.name} routes in {block.groups} groups and keeps {per_group} of them: "
             f"keep equally many in each, at least {least}"
         )
+
+
+def least_per_group(block: BlockInfo) -> int:
+    """Experts that each group must keep: 2 rank a group, and those used must hold the top k."""
+    return max(2, -(-block.top_k // block.top_groups))
 
 
 def save_plan(folder: Path, plan: Plan, hashes: Collection[str]) -> None:

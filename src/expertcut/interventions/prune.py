@@ -8,7 +8,7 @@ import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
 from expertcut.interventions.criteria import CRITERIA, ranked
-from expertcut.interventions.plan import Draft, Edit, Positions, check_stock
+from expertcut.interventions.plan import Draft, Edit, Positions, check_stock, least_per_group
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import BlockInfo, Profile
 
@@ -105,8 +105,9 @@ def ranked_active(layer: LayerStatistics, is_active_E: Array) -> list[int]:
 def _least_keep(is_active_E: Array, block: BlockInfo) -> int:
     """The smallest allowed count that keeps every active expert."""
     per_group = is_active_E.reshape(block.groups, -1).sum(axis=1)
-    needed = max(int(per_group.max()), -(-block.top_k // block.top_groups))
-    return needed * block.groups if block.groups > 1 else max(needed, block.top_k)
+    if block.groups == 1:
+        return max(int(per_group[0]), block.top_k)
+    return max(int(per_group.max()), least_per_group(block)) * block.groups
 
 
 def _prune(

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from expertcut.errors import ProfileError, QuizError
 from expertcut.interventions.plan import ChosenOn, Draft, Plan, hashes_sha256, plan_model
@@ -103,6 +104,8 @@ def _profiled(profile: Profile) -> Quiz:
 
 def _other_split(profiled: Quiz, split: str, *used: Quiz) -> Quiz | None:
     """The same subjects' questions of another split, less those that stand in a used one."""
+    if Path(profiled.id).is_file():
+        return None  # one file is whichever split is asked for
     selection = Selection(profiled.id, split, profiled.shots, revision=profiled.revision)
     try:
         other = load_quiz(selection)

@@ -12,7 +12,7 @@ from expertcut.interventions.plan import Draft, Edit
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import Profile
 
-_EXPRESSION = re.compile(r"(?:(\d+):)?(\d+)(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
+_EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def admission_gap(profile: Profile, layer: int, expert: int) -> float:
     alpha_NE = profile.array("alpha_NLE")[:, layer, : block.experts].astype(np.float64)
     chosen_NK = profile.array("chosen_NLK")[:, layer].astype(np.int64)
     last_N = np.take_along_axis(alpha_NE, chosen_NK, axis=1).min(axis=1)
-    return float(np.log(last_N.mean()) - np.log(alpha_NE[:, expert].mean()))
+    with np.errstate(divide="ignore"):  # an expert of probability 0 is infinitely far away
+        return float(np.log(last_N.mean()) - np.log(alpha_NE[:, expert].mean()))
 
 
 def _tilt(profile: Profile, layers: list[LayerStatistics], target: Target, sign: int) -> Tilt:

@@ -187,12 +187,9 @@ def _check_weights(source: Source, info: dict[str, Any]) -> None:
     )
     if lost:
         raise ModelError(f"{source.id} lacks {len(lost)} of its weights, first {lost[0]}")
-    unknown = sorted(info["unexpected_keys"])
-    if unknown:
-        logger.warning(
-            "%s: %d tensors are left out, its architecture has no place for them: first %s",
-            *(source.id, len(unknown), unknown[0]),
-        )
+    if info["unexpected_keys"]:
+        n_left, first = len(info["unexpected_keys"]), min(info["unexpected_keys"])
+        logger.warning("%s: no place for %d tensors, first %s: left out", source.id, n_left, first)
 
 
 def _check_tokenizer(source: Source, tokenizer: Any, n_embeddings: int) -> None:
@@ -224,6 +221,8 @@ def _from_pretrained(cls: Any, source: Source, options: LoadOptions, **kwargs: A
             **kwargs,
         )
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            error = ValueError("it brings code of its own: read that, then --trust-remote-code")
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{source.id} cannot be loaded by {cls.__name__}: {reason}") from error
 

@@ -1,5 +1,6 @@
 """Profiling itself: a quiz through a model, chunk by chunk, into a folder that can be resumed."""
 
+import hashlib
 import json
 import logging
 import os
@@ -209,9 +210,12 @@ def _refuse_other(folder: Path, theirs: ProfileInfo, ours: ProfileInfo) -> None:
 
 def _describe(info: ProfileInfo) -> str:
     quiz = info.quiz
-    first = next(iter(quiz.subjects.values())).content_hash[:8]
+    asked = "".join(s.content_hash for s in quiz.subjects.values()).encode()
     total = sum(s.questions for s in quiz.subjects.values())
-    return f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots ({first})"
+    return (
+        f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots "
+        f"({hashlib.sha256(asked).hexdigest()[:8]})"
+    )
 
 
 def _is_done(path: Path) -> bool:

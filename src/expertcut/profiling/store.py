@@ -21,9 +21,9 @@ Stats = Literal["none", "answer", "all"]
 
 
 class Record(BaseModel):
-    """Base of what is written as JSON: unknown keys are errors, values never change."""
+    """Base of what is written as JSON: unknown keys and NaN are errors, values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BlockInfo(Record):
@@ -70,8 +70,8 @@ class Settings(Record):
 
     dtype: str
     device_type: str
-    threads: int
-    batch_tokens: int
+    threads: int = Field(ge=1)
+    batch_tokens: int = Field(ge=1)
     stats: Stats
     way: Literal["shared", "single"]
     experts_implementation: str

@@ -56,7 +56,7 @@ def as_markdown(table: Table) -> str:
     """A GitHub table under a heading."""
     rows = [[c.name for c in table.columns], ["---"] * len(table.columns), *table.texts()]
     lines = ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in rows]
-    parts = [f"### {table.title}", "\n".join(lines), table.note]
+    parts = [f"### {_escaped(table.title)}", "\n".join(lines), _escaped(table.note)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -65,8 +65,14 @@ def as_csv(table: Table) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([column.name for column in table.columns])
-    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
+    writer.writerows(map(_raw, row) for row in table.rows)
     return stream.getvalue()
+
+
+def _raw(cell: Cell) -> str | int | float:
+    if cell is None:
+        return ""
+    return _printable(cell) if isinstance(cell, str) else cell
 
 
 def _text(cell: Any, column: Column) -> str:
@@ -82,4 +88,4 @@ def _printable(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return _printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,666 @@
+"""What a user can mend: exit status 2, one line that says what is wrong, and nothing written."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from expertcut.cli import main
+from expertcut.interventions.reweight import admission_gap
+from expertcut.moe.loading import LoadOptions, find_source, load
+from expertcut.profiling.measure import MeasureOptions, measure
+from expertcut.profiling.store import Profile, load_profile
+from expertcut.quiz import Selection, load_quiz
+from tests.conftest import make_checkpoint, write_quiz
+
+Refused = Callable[..., str]
+Change = Callable[[Path], object]
+
+ROW = "Which one?,amber,birch,cloud,delta,A\n"
+RECORD = {"question": "Which one?", "choices": ["amber", "birch"], "answer": 0}
+CHUNK = "chunks/old_clocks-0.safetensors"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+CHANGES = (["prune", "--keep", "4"], ["reweight", "--boost", "1=1"])
+EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "olmoe", "olmoe")
+
+
+@pytest.fixture(scope="module")
+def profile(model: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """A finished one, test split, one shot."""
+    folder = tmp_path_factory.mktemp("profile") / "finished"
+    questions = load_quiz(Selection(str(quiz_folder), shots=1))
+    options = MeasureOptions(threads=1)
+    for _ in measure(find_source(str(model)), questions, None, LoadOptions(), options).run(folder):
+        pass
+    return load_profile(folder)
+
+
+@pytest.fixture
+def profile_copy(profile: Profile, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(profile.path, tmp_path / "copy"))
+
+
+@pytest.fixture
+def asked_again(model: Path, quiz_folder: Path) -> list[str]:
+    """The command that made `profile`, all but its --out."""
+    return ["profile", str(model), "--quiz", str(quiz_folder), "--shots", "1"]
+
+
+@pytest.fixture
+def commands(asked_again: list[str], profile: Profile) -> dict[str, list[str]]:
+    """Commands that would work, all but their --out, by name."""
+    changes = {c[0]: [*c, "--profile", str(profile.path)] for c in CHANGES}
+    return {"profile": asked_again, **changes}
+
+
+@pytest.fixture
+def refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> Iterator[Refused]:
+    """Runs a command line in `tmp_path`, checks that it was refused, and gives its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> str:
+        before = contents(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["expertcut", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+        assert contents(tmp_path) == before
+        return one_line(stopped.value.code, capsys.readouterr().err)
+
+    yield run
+    torch.set_num_threads(1)
+
+
+def one_line(status: object, stderr: str) -> str:
+    assert status == 2, stderr
+    assert stderr.startswith("expertcut: "), stderr
+    assert stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    return stderr.strip()
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def edit_json(file: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def edited_config(**fields: object) -> Change:
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(fields))
+
+
+def only_config(text: str | bytes) -> Change:
+    def change(folder: Path) -> None:
+        for file in folder.iterdir():
+            file.unlink()
+        (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return change
+
+
+def edited_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def cut_file(n_bytes: int) -> Change:
+    return lambda folder: os.truncate(folder / "model.safetensors", n_bytes)
+
+
+def smaller_vocabulary(folder: Path) -> None:
+    edited_config(vocab_size=100)(folder)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    edited_weights(lambda t: t.update({name: t[name][:100].clone() for name in names}))(folder)
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {Q_PROJ: "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+BAD_MODELS: dict[str, tuple[Change, str]] = {
+    "dense": (only_config('{"model_type": "llama", "hidden_size": 32}'), "not a MoE model"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "broken config": (only_config('{"model_type": '), "config.json cannot be read as JSON"),
+    "config is a list": (only_config("[]"), "must be a JSON object"),
+    "config is not text": (only_config(b'{"model_type": "\xff"}'), "cannot be read as JSON"),
+    "unknown family": (edited_config(model_type="unheard_of"), "unheard_of"),
+    "family of unknown code": (
+        edited_config(model_type="own", auto_map={"AutoConfig": "own.Config"}),
+        "--trust-remote-code",
+    ),
+    "a width that is no number": (edited_config(hidden_size="x"), "hidden_size"),
+    "more experts than weights": (edited_config(num_experts=10), "lacks 6 of its weights"),
+    "fewer experts than weights": (edited_config(num_experts=6), "lacks 6 of its weights"),
+    "top-k above the experts": (edited_config(num_experts_per_tok=9), "to 9 of 8 experts"),
+    "pickled weights only": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "no *.safetensors",
+    ),
+    "weights cut short": (cut_file(5000), "cannot be loaded"),
+    "weights without their last bytes": (cut_file(200_000), "cannot be loaded"),
+    "weights of no bytes": (cut_file(0), "cannot be loaded"),
+    "a shard missing": (missing_shard, "model-00002-of-00002.safetensors"),
+    "a tensor missing": (edited_weights(lambda t: t.pop(Q_PROJ)), f"first {Q_PROJ}"),
+    "a tensor of another shape": (
+        edited_weights(lambda t: t.update({Q_PROJ: torch.zeros(3, 3)})),
+        f"{Q_PROJ} of shape [32, 32] (it has [3, 3])",
+    ),
+    "an expert missing": (edited_weights(lambda t: t.pop(EXPERT)), "experts.down_proj"),
+    "weights that are not numbers": (
+        edited_weights(lambda t: t["lm_head.weight"].fill_(float("nan"))),
+        "not numbers",
+    ),
+    "no tokenizer": (without_tokenizer, "no tokenizer"),
+    "a tokenizer of another model": (smaller_vocabulary, "its tokenizer has 284 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_a_model_that_cannot_be_used_is_refused(
+    name: str, model: Path, quiz_folder: Path, tmp_path: Path, refused: Refused
+) -> None:
+    change, words = BAD_MODELS[name]
+    folder = tmp_path / "a model"
+    shutil.copytree(model, folder)
+    assert (folder / "model.safetensors").stat().st_size > 200_000  # else a cut would cut nothing
+    change(folder)
+    assert words in refused("profile", folder, "--quiz", quiz_folder, "--shots", "0")
+
+
+def test_tensors_that_the_architecture_has_no_place_for_are_named(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "more"))
+    edited_weights(lambda t: t.update({"model.extra.weight": torch.ones(2)}))(folder)
+    load(find_source(str(folder)), LoadOptions())
+    assert "no place for 1 tensors, first model.extra.weight: left out" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "no/where", "n/o/where", "a file"])
+@pytest.mark.parametrize("command", ["profile", "eval"])
+def test_a_model_that_is_not_there_is_refused(
+    command: str, name: str, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "a file").touch()
+    assert f"no such model: {name} is " in refused(command, name)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        ("llama4", {"text_config": {"num_local_experts": 16}}, "scales the expert's input"),
+        ("jetmoe", {"num_local_experts": 8}, "attention is routed too"),
+    ],
+)
+def test_a_family_outside_the_contract_is_refused_by_name_before_its_weights_are_sought(
+    family: str, config: dict[str, object], words: str, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **config}))
+    line = refused("profile", tmp_path)
+    assert f"{family} models are not supported" in line
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./nowhere", "no/where", "n/o/where", "nowhere.jsonl", "empty", "/"]
+)
+def test_a_quiz_that_is_not_there_is_refused(
+    name: str, model: Path, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "empty").mkdir()
+    line = refused("profile", model, "--quiz", name)
+    assert "no such quiz: " in line or "empty holds no quiz" in line
+    assert name in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--subjects", "red_birds"], "no subject red_birds in split test: it has green_birds"),
+        (["--split", "trian"], "no questions in split trian"),
+        (["--shots", "6"], "6 shots asked but split dev of green_birds has 5"),
+        (["--shots", "-1"], "--shots must be at least 0"),
+        (["--limit", "0"], "--limit at least 1"),
+    ],
+)
+def test_questions_that_the_quiz_does_not_have_are_refused(
+    options: list[str], words: str, model: Path, quiz_folder: Path, refused: Refused
+) -> None:
+    assert words in refused("profile", model, "--quiz", quiz_folder, *options)
+
+
+@pytest.mark.parametrize("name", ["birds", "birds.jsonl"])
+def test_a_quiz_without_questions_is_refused(
+    name: str, model: Path, tmp_path: Path, refused: Refused
+) -> None:
+    file = tmp_path / (name if name.endswith(".jsonl") else f"{name}/test/birds_test.csv")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    line = refused("profile", model, "--quiz", name, "--shots", "0")
+    assert f"{name} has no questions in split test" in line
+
+
+BAD_ROWS: dict[str, tuple[str | bytes, str]] = {
+    "a choice missing": ("Who?,amber,,cloud,delta,A\n", "choice B is missing"),
+    "a choice of blanks": ("Who?,amber, ,cloud,delta,A\n", "choice B is missing"),
+    "an answer outside": ("Who?,amber,birch,cloud,delta,E\n", "answer 'E' must be one of A-D"),
+    "an answer missing": ("Who?,amber,birch,cloud,delta,\n", "answer ''"),
+    "no question": (",amber,birch,cloud,delta,A\n", "the question is empty"),
+    "a field too few": ("Who?,amber,birch,cloud,A\n", "5 fields"),
+    "a field too many": ("Who?,amber,birch,cloud,delta,A,B\n", "7 fields"),
+    "an empty line": ("\n", "0 fields"),
+    "a quote left open": ('"Who?,amber,birch,cloud,delta,A\n', "not a CSV row"),
+    "text of another encoding": (b"Wh\xf6?,amber,birch,cloud,delta,A\n", "not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("split", ["test", "dev"])
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_that_cannot_be_asked_is_refused_by_file_and_line(
+    name: str, split: str, model: Path, tmp_path: Path, refused: Refused
+) -> None:
+    row, words = BAD_ROWS[name]
+    quiz = write_quiz(tmp_path / "quiz")
+    file = quiz / split / f"old_clocks_{split}.csv"
+    file.write_bytes(ROW.encode() + (row if isinstance(row, bytes) else row.encode()))
+    line = refused("profile", model, "--quiz", "quiz", "--shots", "1")
+    assert f"quiz/{split}/old_clocks_{split}.csv:2: " in line
+    assert words in line
+
+
+BAD_RECORDS: dict[str, tuple[str | bytes, str]] = {
+    "broken": ('{"question": ', "not JSON"),
+    "a list": ("[]", "must be a JSON object"),
+    "no answer": (json.dumps({**RECORD, "answer": None}), "has no answer"),
+    "an answer outside": (json.dumps({**RECORD, "answer": 2}), "answer 2 must be one of A-B"),
+    "a truth value for an answer": (json.dumps({**RECORD, "answer": True}), "answer True"),
+    "choices in one text": (json.dumps({**RECORD, "choices": "ab"}), "a list of texts"),
+    "one choice": (json.dumps({**RECORD, "choices": ["amber"]}), "1 choices"),
+    "an empty choice": (json.dumps({**RECORD, "choices": ["amber", ""]}), "choice B is missing"),
+    "no question": (json.dumps({**RECORD, "question": " "}), "the question is empty"),
+    "half a character": (json.dumps({**RECORD, "question": "\ud800"}), "lone surrogate"),
+    "a subject that is no text": (json.dumps({**RECORD, "subject": 3}), "subject is 3"),
+    "text of another encoding": (b'{"question": "Wh\xf6?"}', "not UTF-8 text"),
+    "nested without end": ("[" * 100_000, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_a_json_line_that_cannot_be_asked_is_refused_by_file_and_line(
+    name: str, model: Path, tmp_path: Path, refused: Refused
+) -> None:
+    record, words = BAD_RECORDS[name]
+    content = record if isinstance(record, bytes) else record.encode()
+    (tmp_path / "quiz.jsonl").write_bytes(json.dumps(RECORD).encode() + b"\n" + content + b"\n")
+    line = refused("profile", model, "--quiz", "quiz.jsonl", "--shots", "0")
+    assert "quiz.jsonl:2: " in line
+    assert words in line
+
+
+BAD_DATA_SETS: dict[str, tuple[dict[str, str], str]] = {
+    "a broken card": ({"README.md": "---\nconfigs: [\n---\n"}, "while parsing"),
+    "a card that names no file": (
+        {"README.md": "---\nconfigs: [{config_name: a, data_files: nowhere*}]\n---\n"},
+        "No (supported) data files found",
+    ),
+    "a script": ({"quiz.py": ""}, "scripts are no longer supported"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA_SETS)
+def test_a_data_set_that_cannot_be_read_is_refused(
+    name: str, model: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    files, words = BAD_DATA_SETS[name]
+    (tmp_path / "quiz").mkdir()
+    Dataset.from_list([RECORD]).to_parquet(str(tmp_path / "quiz" / "test-00000.parquet"))
+    for file, content in files.items():
+        (tmp_path / "quiz" / file).write_text(content)
+    line = refused("profile", model, "--quiz", "quiz", "--shots", "0")
+    assert "no such quiz: quiz cannot be read: " in line
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("8", "no expert 8 in layer 1: it has experts 0 to 7"),
+        ("0:8", "no expert 8 in layer 0"),
+        ("2:1", "no layer 2: the model has MoE layers 0 to 1"),
+        ("x", "'x' names no expert"),
+        ("", "'' names no expert"),
+        ("-1", "'-1' names no expert"),
+        ("1:", "'1:' names no expert"),
+        ("1:2:3", "'1:2:3' names no expert"),
+        ("1=", "'1=' names no expert"),
+        ("1=much", "'1=much' names no expert"),
+        ("1=nan", "'1=nan' names no expert"),
+        ("1=.", "'.' is no number"),
+        ("1=0", "a bias of 0 cannot tilt anything"),
+        ("1=1e999", "a bias of 1e999 cannot tilt anything"),
+        ("1=-0.5", "use --suppress"),
+    ],
+)
+def test_an_expert_that_is_not_there_or_not_named_is_refused(
+    target: str, words: str, profile: Profile, refused: Refused
+) -> None:
+    assert words in refused("reweight", "--profile", profile.path, f"--boost={target}")
+
+
+def test_a_tilt_that_has_no_target_or_two_strengths_is_refused(
+    profile: Profile, refused: Refused
+) -> None:
+    command = ("reweight", "--profile", profile.path)
+    assert "say which experts to tilt" in refused(*command)
+    assert "named twice" in refused(*command, "--boost", "1=1", "--suppress", "1:1=1")
+
+
+def test_a_strength_must_be_given_where_the_gap_is_closed_already(
+    profile: Profile, refused: Refused
+) -> None:
+    gaps = [admission_gap(profile, 1, expert) for expert in range(8)]
+    let_in, left_out = gaps.index(min(gaps)), gaps.index(max(gaps))
+    assert gaps[let_in] < 0 < gaps[left_out]
+    command = ("reweight", "--profile", profile.path)
+    line = refused(*command, "--boost", let_in)
+    assert f"expert {let_in} of layer 1 is admitted on average already" in line
+    assert f"give the strength, as in --boost 1:{let_in}=0.5" in line
+    assert "is left out on average already" in refused(*command, "--suppress", left_out)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "say how many experts to keep"),
+        (["--keep-active", "--keep", "4"], "only one of them"),
+        (["--keep", "4", "--keep-fraction", "0.5"], "only one of them"),
+        (["--keep", "1"], "routes each token to 2 of 8 experts: keep 2 to 8"),
+        (["--keep", "9"], "--keep 9 does not fit"),
+        (["--keep", "-4"], "--keep -4 does not fit"),
+        (["--keep", "few"], "--keep"),
+        (["--keep-fraction", "0.1"], "keep 2 to 8"),
+        (["--keep-fraction", "1.5"], "must be above 0, at most 1"),
+        (["--keep-fraction", "nan"], "must be above 0, at most 1"),
+        (["--keep", "4", "--by", "weather"], "'weather'"),
+        (["--keep", "4", "--positions", "some"], "'some'"),
+        (["--keep", "4", "--layout", "sideways"], "'sideways'"),
+        (["--keep", "4", "--threads", "3"], "the profile was made with 1"),
+        (["--keep", "4", "--dtype", "int8"], "--dtype int8 is no floating-point type"),
+        (["--keep", "4", "--device", "moon"], "--device moon is not to be had"),
+    ],
+)
+def test_a_cut_that_cannot_be_made_is_refused(
+    options: list[str], words: str, profile: Profile, refused: Refused
+) -> None:
+    assert words in refused("prune", "--profile", profile.path, *options)
+
+
+@pytest.mark.parametrize("command", CHANGES, ids=lambda command: command[0])
+def test_a_change_without_a_profile_is_refused(
+    command: list[str], profile_copy: Path, tmp_path: Path, refused: Refused
+) -> None:
+    assert "profiles/ holds no profile: run `expertcut profile`" in refused(*command)
+    assert "no profile in nowhere" in refused(*command, "--profile", "nowhere")
+    (tmp_path / "profiles").mkdir()
+    unfinished = profile_copy.rename(tmp_path / "profiles" / "mine")
+    (unfinished / CHUNK).unlink()
+    assert "profiles/ holds 1 unfinished profile" in refused(*command)
+
+
+def flip_last_byte(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+BAD_PROFILES: dict[str, tuple[Change, str]] = {
+    "not finished": (lambda f: (f / CHUNK).unlink(), "not finished: 1 of 3 chunks are missing"),
+    "a chunk cut short": (lambda f: os.truncate(f / CHUNK, 1000), f"{CHUNK} is damaged"),
+    "a chunk of no bytes": (lambda f: os.truncate(f / CHUNK, 0), f"{CHUNK} is damaged"),
+    "a chunk altered": (lambda f: flip_last_byte(f / CHUNK), "its checksum does not hold"),
+    "broken": (lambda f: (f / "profile.json").write_text("{"), "profile.json is no profile"),
+    "of a later format": (
+        lambda f: edit_json(f / "profile.json", lambda p: p.update(format=2)),
+        "profile.json is no profile: format",
+    ),
+    "without questions": (
+        lambda f: edit_json(f / "profile.json", lambda p: p["quiz"].update(subjects={})),
+        "profile.json is no profile: quiz.subjects",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", [*CHANGES, ["show"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("name", BAD_PROFILES)
+def test_a_profile_that_is_damaged_or_unfinished_is_refused(
+    name: str, command: list[str], profile_copy: Path, refused: Refused
+) -> None:
+    change, words = BAD_PROFILES[name]
+    change(profile_copy)
+    where = [profile_copy] if command == ["show"] else ["--profile", profile_copy]
+    assert words in refused(*command, *where)
+
+
+@pytest.mark.parametrize("command", CHANGES, ids=lambda command: command[0])
+def test_a_model_whose_weights_changed_since_it_was_profiled_is_refused(
+    command: list[str], model: Path, profile_copy: Path, tmp_path: Path, refused: Refused
+) -> None:
+    changed = Path(shutil.copytree(model, tmp_path / "changed"))
+    edit_json(profile_copy / "profile.json", lambda p: p["model"].update(id=str(changed)))
+    edited_weights(lambda t: t[EXPERT].mul_(1.5))(changed)
+    line = refused(*command, "--profile", profile_copy)
+    assert "is a profile of another model" in line
+    assert "profile it again" in line
+
+
+@pytest.mark.parametrize("command", CHANGES, ids=lambda command: command[0])
+def test_a_quiz_whose_questions_changed_since_it_was_profiled_is_refused(
+    command: list[str], quiz_folder: Path, profile_copy: Path, tmp_path: Path, refused: Refused
+) -> None:
+    changed = Path(shutil.copytree(quiz_folder, tmp_path / "changed"))
+    edit_json(profile_copy / "profile.json", lambda p: p["quiz"].update(id=str(changed)))
+    with (changed / "test" / "tall_trees_test.csv").open("a") as file:
+        file.write(ROW)
+    line = refused(*command, "--profile", profile_copy)
+    assert "no longer the quiz that" in line
+
+
+def test_a_profile_of_another_model_is_never_gone_on_with(
+    asked_again: list[str], profile_copy: Path, tmp_path: Path, refused: Refused
+) -> None:
+    asked_again[1] = str(make_checkpoint(tmp_path / "other", "olmoe", seed=1))
+    (profile_copy / CHUNK).unlink()  # something is left to do, so it could be mixed in
+    assert "is a profile of another model" in refused(*asked_again, "--out", profile_copy)
+
+
+@pytest.mark.parametrize("options", [["--shots", "2"], ["--split", "val"], ["--limit", "3"]])
+def test_a_profile_of_other_questions_is_never_gone_on_with(
+    options: list[str], asked_again: list[str], profile_copy: Path, refused: Refused
+) -> None:
+    line = refused(*asked_again, *options, "--out", profile_copy)
+    assert "is a profile of another quiz" in line
+
+
+def test_a_profile_of_another_quiz_is_told_apart_by_a_hash_over_all_subjects(
+    asked_again: list[str], quiz_folder: Path, profile_copy: Path, tmp_path: Path, refused: Refused
+) -> None:
+    other = Path(shutil.copytree(quiz_folder, tmp_path / "elsewhere"))
+    last = other / "test" / "tall_trees_test.csv"
+    last.write_text(last.read_text().replace("amber", "ember"))
+    asked_again[3] = str(other)
+    line = refused(*asked_again, "--out", profile_copy)
+    theirs, ours = (part.rsplit("(", 1)[1] for part in line.split(")")[:2])
+    assert "is a profile of another quiz" in line
+    assert theirs != ours
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        (["--batch-tokens", "100"], "batch_tokens 2048, now it is 100"),
+        (["--threads", "2"], "threads 1, now it is 2"),
+        (["--stats", "answer"], "stats all, now it is answer"),
+        (["--dtype", "bfloat16"], "dtype float32, now it is bfloat16"),
+    ],
+)
+def test_a_profile_begun_with_other_settings_is_never_gone_on_with(
+    options: list[str],
+    setting: str,
+    asked_again: list[str],
+    profile_copy: Path,
+    refused: Refused,
+) -> None:
+    (profile_copy / CHUNK).unlink()
+    line = refused(*asked_again, *options, "--out", profile_copy)
+    assert f"was begun with {setting}: give the recorded value" in line
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        ("full", "full is not empty"),
+        ("full/a file", "a file is not empty"),
+        ("full/a file/new", "cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("command", ["profile", "prune", "reweight", "reweight --plan-only"])
+def test_an_output_folder_that_is_taken_is_refused(
+    command: str,
+    out: tuple[str, str],
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a file").write_text("mine")
+    name, *more = command.split()
+    folder, words = out
+    assert words in refused(*commands[name], *more, "--out", folder)
+
+
+def test_results_that_cannot_be_written_are_refused_before_a_model_runs(
+    model: Path, quiz_folder: Path, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "a file").write_text("mine")
+    command = ("eval", model, "--quiz", quiz_folder, "--shots", "0", "--limit", "1", "--out")
+    assert "is a directory" in refused(*command, "full")
+    assert "cannot be written" in refused(*command, "a file/results.json")
+
+
+NONSENSE: dict[str, tuple[str | bytes, str]] = {
+    "broken": ("{", "cannot be read as JSON"),
+    "a list": ("[]", "is no plan"),
+    "an empty object": ("{}", "is no plan"),
+    "results without models": ('{"models": 3}', "holds no results"),
+    "a plan without blocks": ('{"format": 1}', "is no plan"),
+    "not text": (b"\xff\xfe\x00", "cannot be read as JSON"),
+    "nested without end": ("[" * 100_000, "cannot be read as JSON"),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_show_refuses_a_file_of_another_kind(name: str, tmp_path: Path, refused: Refused) -> None:
+    content, words = NONSENSE[name]
+    (tmp_path / "file").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert words in refused("show", "file")
+
+
+def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refused: Refused) -> None:
+    assert "nothing to show in nowhere" in refused("show", "nowhere")
+    assert "nothing to show in " in refused("show", model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("show", "Missing argument"),
+        ("eval", "Missing argument"),
+        ("show one two", "unexpected extra argument"),
+        ("profile --wat", "No such option: --wat"),
+        ("--wat", "No such option: --wat"),
+        ("prof", "No such command 'prof'"),
+        ("show there --format pdf", "'pdf'"),
+        ("profile --shots few", "--shots"),
+        ("profile --stats some", "'some'"),
+        ("profile --threads 0", "--threads"),
+        ("profile --batch-tokens 0", "--batch-tokens"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_refused(
+    arguments: str, words: str, refused: Refused
+) -> None:
+    assert words in refused(*arguments.split())
+
+
+def damaged_parquet(model: Path, folder: Path) -> list[str]:
+    (folder / "quiz").mkdir()
+    (folder / "quiz" / "test-00000-of-00001.parquet").write_bytes(b"nonsense")
+    return ["profile", str(model), "--quiz", "quiz", "--shots", "0"]
+
+
+def missing_tensor(model: Path, folder: Path) -> list[str]:
+    edited_weights(lambda t: t.pop(Q_PROJ))(shutil.copytree(model, folder / "torn"))
+    write_quiz(folder / "quiz")
+    return ["profile", "torn", "--quiz", "quiz", "--shots", "0"]
+
+
+# datasets logs what it cannot read, transformers reports what a checkpoint lacks.
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (damaged_parquet, "no such quiz: quiz cannot be read: Parquet magic bytes not found"),
+        (missing_tensor, f"torn lacks 1 of its weights, first {Q_PROJ}"),
+    ],
+)
+def test_no_other_library_adds_its_own_lines(
+    make: Callable[[Path, Path], list[str]], words: str, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    arguments = make(model, folder)
+    before = contents(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "expertcut", *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert words in one_line(done.returncode, done.stderr)
+    assert contents(folder) == before

@@ -1,0 +1,477 @@
+"""Accuracy, intervals and comparisons against other people's code, and `results.json`."""
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
+from safetensors import safe_open
+from scipy.stats import binomtest
+
+from expertcut.errors import ModelError, OutputError, PlanError
+from expertcut.evaluation.accuracy import accuracy, pooled_stderr, wilson
+from expertcut.evaluation.comparison import bootstrap_interval, compare, mcnemar, smallest_effect
+from expertcut.evaluation.evaluate import (
+    Results,
+    Scored,
+    Scoring,
+    find_models,
+    load_results,
+    results,
+    save_results,
+    score,
+)
+from expertcut.evaluation.size import size
+from expertcut.interventions.plan import (
+    ChosenOn,
+    Edit,
+    Plan,
+    PlanModel,
+    hashes_sha256,
+    save_plan,
+)
+from expertcut.moe.loading import LoadOptions, find_source
+from expertcut.profiling.measure import MeasureOptions, Progress
+from expertcut.quiz import Selection, load_quiz, prompt
+from tests.conftest import SUBJECTS, open_model
+
+close = pytest.approx
+Checkpoints = Callable[..., Path]
+
+
+# One model
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 57, 1531, 14_042])
+def test_the_interval_is_wilsons(n: int):
+    for n_correct in {0, 1, n // 3, n - 1, n}:
+        expected = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
+        assert wilson(n_correct, n) == close((expected.low, expected.high), abs=1e-12)
+        low, high = wilson(n_correct, n)
+        assert 0 <= low < high <= 1
+        assert low - 1e-12 <= n_correct / n <= high + 1e-12
+
+
+def test_wilsons_interval_takes_a_fractional_number():
+    # Its ends are the p whose distance from the share is 1.96 of their own standard error.
+    share, n = 0.3, 12.7
+    for p in wilson(share * n, n):
+        assert abs(share - p) == close(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-6)
+
+
+def test_the_standard_error_is_the_harness_pooled_one():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = rng.integers(2, 60, rng.integers(1, 8)).tolist()
+        answers = [(rng.random(n) < rng.random()).astype(float).tolist() for n in sizes]
+        expected = pooled_sample_stderr([mean_stderr(a) for a in answers], sizes)
+        found = pooled_stderr([(sum(a) / len(a), len(a)) for a in answers])
+        assert found == close(float(expected), abs=1e-12)
+    assert pooled_stderr([(0.5, 2), (1.0, 1)]) == close(math.sqrt(0.5 / (1 * 3)))
+
+
+def test_with_one_question_a_subject_there_is_no_standard_error():
+    found = accuracy(np.array([True, False]), ["birds", "clocks"])
+    assert found.stderr is None
+    assert accuracy(np.array([True, False]), ["birds", "birds"]).stderr == close(0.5)
+
+
+def test_accuracy_is_micro_and_stands_for_every_subject():
+    is_correct_N = np.array([True] * 9 + [False] * 1 + [True, False, False])
+    found = accuracy(is_correct_N, ["birds"] * 10 + ["clocks"] * 3)
+    assert found.accuracy == close(10 / 13)  # not the mean of 0.9 and 1/3
+    assert found.by_subject == {"birds": (close(0.9), 10), "clocks": (close(1 / 3), 3)}
+    assert found.n_questions == 13
+    assert found.ci95 == close(tuple(binomtest(10, 13).proportion_ci(method="wilson")))
+
+
+# Two models
+
+
+def test_mcnemars_test_is_the_exact_binomial_one():
+    for gained in range(12):
+        for lost in range(12):
+            if gained + lost:
+                expected = binomtest(gained, gained + lost, 0.5).pvalue
+                assert mcnemar(gained, lost) == close(expected, abs=1e-12)
+                assert mcnemar(gained, lost) == mcnemar(lost, gained)
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(3, 3) == 1.0
+    assert mcnemar(0, 6) == close(2 / 64)
+    assert mcnemar(400, 500) == close(binomtest(400, 900).pvalue)
+
+
+def naive_bootstrap(change: list[int], subjects: list[str], draws: int) -> tuple[float, float]:
+    """Draws questions with replacement from each subject, and takes the mean over all."""
+    rng = np.random.default_rng(12345)
+    pairs = list(zip(change, subjects, strict=True))
+    groups = [[c for c, s in pairs if s == name] for name in sorted(set(subjects))]
+    means = [
+        sum(int(rng.choice(group, len(group)).sum()) for group in groups) / len(change)
+        for _ in range(draws)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def changes(seed: int, n: int) -> tuple[list[int], list[str]]:
+    """Changes of answers that differ much between three subjects, in mixed order."""
+    rng = np.random.default_rng(seed)
+    subjects = rng.choice(SUBJECTS, n, p=[0.6, 0.3, 0.1])
+    shares = dict(zip(SUBJECTS, ([0.1, 0.8, 0.1], [0.05, 0.25, 0.7], [0.6, 0.3, 0.1]), strict=True))
+    change = [int(rng.choice([-1, 0, 1], p=shares[s])) for s in subjects]
+    return change, [str(s) for s in subjects]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interval_is_a_bootstrap_of_questions_within_subjects(seed: int):
+    change, subjects = changes(seed, 120)
+    found = bootstrap_interval(np.array(change), subjects, seed)
+    expected = naive_bootstrap(change, subjects, 3000)
+    assert found == close(expected, abs=0.012)
+    assert 0.1 < expected[1] - expected[0] < 0.3
+    assert found[0] < np.mean(change) < found[1]
+
+
+def test_resampling_never_leaves_a_subject():
+    change_N = np.array([1] * 50 + [-1] * 50)
+    assert bootstrap_interval(change_N, ["birds"] * 50 + ["trees"] * 50, 0) == (0.0, 0.0)
+    low, high = bootstrap_interval(change_N, ["all"] * 100, 0)
+    assert low < -0.15 and high > 0.15
+
+
+def test_a_bootstrap_is_a_function_of_its_seed():
+    change, subjects = changes(0, 200)
+    found = [bootstrap_interval(np.array(change), subjects, seed, 99) for seed in (1, 1, 2)]
+    assert found[0] == found[1] != found[2]
+    many = [bootstrap_interval(np.array(change), subjects, seed) for seed in (1, 2)]
+    assert many[0] == close(many[1], abs=0.01)  # by default there are draws enough
+
+
+def test_the_interval_covers_the_true_change_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    subjects = ["birds"] * 60 + ["trees"] * 90
+    shares = {"birds": (0.1, 0.7, 0.2), "trees": (0.3, 0.6, 0.1)}
+    true = (60 * (0.2 - 0.1) + 90 * (0.1 - 0.3)) / 150
+    n_covering = 0
+    for seed in range(400):
+        change_N = np.concatenate(
+            [rng.choice([-1, 0, 1], n, p=shares[s]) for s, n in Counter(subjects).items()]
+        )
+        low, high = bootstrap_interval(change_N, subjects, seed, draws=500)
+        n_covering += low <= true <= high
+    assert 0.91 < n_covering / 400 < 0.98
+
+
+def test_the_smallest_effect_is_2_8_standard_errors_of_the_change():
+    for gained, lost, n in ((3, 7, 50), (10, 10, 1000), (0, 9, 14_042)):
+        change_N = np.array([1] * gained + [-1] * lost + [0] * (n - gained - lost))
+        expected = 2.8 * change_N.std() / math.sqrt(n)
+        assert smallest_effect(gained, lost, n) == close(expected, rel=1e-6)
+    assert smallest_effect(0, 0, 600) == 0.005  # rule of three
+    assert smallest_effect(5, 0, 5) == 0.0  # every question gained: no spread, no root of −0
+
+
+def test_gained_and_lost_are_counted_question_by_question():
+    base = [True, True, False, False, True, False]
+    other = [True, False, True, True, False, True]
+    found = compare(np.array(base), np.array(other), ["birds"] * 6)
+    assert (found.gained, found.lost) == (3, 2)
+    assert found.delta == close(sum(other) / 6 - sum(base) / 6)
+    assert found.mcnemar_p == close(binomtest(2, 5).pvalue)
+    back = compare(np.array(other), np.array(base), ["birds"] * 6)
+    assert (back.gained, back.lost, back.delta) == (2, 3, -found.delta)
+
+
+def test_a_model_compared_with_itself_shows_nothing():
+    is_correct_N = np.array([True, False, True] * 20)
+    found = compare(is_correct_N, is_correct_N, ["birds"] * 60)
+    assert (found.delta, found.ci95, found.gained, found.lost) == (0, (0, 0), 0, 0)
+    assert (found.mcnemar_p, found.smallest_effect) == (1.0, 3 / 60)
+
+
+# Size
+
+
+def tensors_on_disk(path: Path) -> dict[str, int]:
+    counts = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                counts[name] = opened.get_tensor(name).numel()
+    return counts
+
+
+def test_size_agrees_with_a_count_by_hand(checkpoint: Checkpoints):
+    expert = 3 * 32 * 16  # gate, up, down
+    attention = 2 * 32 * 32 + 2 * 32 * 16 + 32 + 16  # q, o; k, v of 2 of 4 heads; their norms
+    layer = attention + 2 * 32 + 8 * 32 + 8 * expert  # norms, router, experts
+    whole = 2 * 290 * 32 + 2 * layer + 32  # embedding, head, last norm
+    found = size(open_model(checkpoint("olmoe")))
+    assert found.parameters == whole
+    assert found.active_parameters == whole - 2 * 6 * expert  # 2 of 8 experts are used
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_size_agrees_with_the_tensors_on_disk(checkpoint: Checkpoints, family: str):
+    path = checkpoint(family)
+    found = size(open_model(path))
+    counts = {
+        name: n for name, n in tensors_on_disk(path).items() if "e_score_correction" not in name
+    }
+    in_experts = sum(n for name, n in counts.items() if ".experts." in name)
+    assert found.parameters == sum(counts.values())
+    assert found.active_parameters == found.parameters - in_experts * 6 // 8
+    assert in_experts > 10_000
+
+
+def test_tied_weights_count_once(checkpoint: Checkpoints):
+    tied = size(open_model(checkpoint("olmoe", tie_word_embeddings=True)))
+    assert tied.parameters == size(open_model(checkpoint("olmoe"))).parameters - 290 * 32
+
+
+def test_bytes_are_those_of_all_safetensors_files(checkpoint: Checkpoints, tmp_path: Path):
+    moe = open_model(checkpoint("olmoe"))
+    moe.model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    shutil.copy(checkpoint("olmoe") / "tokenizer.json", tmp_path / "sharded")
+    files = [p for p in (tmp_path / "sharded").iterdir() if p.suffix == ".safetensors"]
+    assert len(files) > 2
+    found = size(open_model(tmp_path / "sharded"))
+    assert found.size_bytes == sum(len(p.read_bytes()) for p in files)
+    assert found.size_bytes > 4 * found.parameters
+    assert found.parameters == size(moe).parameters
+
+
+# results.json
+
+
+def scoring(quiz_folder: Path) -> Scoring:
+    quiz = load_quiz(Selection(str(quiz_folder), shots=1, limit=4))
+    return Scoring(quiz, 4, LoadOptions(), MeasureOptions(batch_tokens=300))
+
+
+def scored(paths: list[Path], how: Scoring, folder: Path) -> list[Scored]:
+    found = []
+    for source in find_models([str(path) for path in paths]):
+        *steps, last = score(source, how, folder)
+        assert isinstance(last, Scored)
+        assert all(isinstance(step, Progress) for step in steps)
+        found.append(last)
+    return found
+
+
+def plain_logprobs(path: Path, how: Scoring) -> np.ndarray:
+    """One forward pass a question, no engine."""
+    moe = open_model(path)
+    letters = [moe.tokenizer(f"x {letter}")["input_ids"][-1] for letter in "ABCD"]
+    rows = []
+    for question in how.quiz:
+        text = prompt(question, how.quiz.shots_by_subject[question.subject])
+        with torch.no_grad():
+            logits_V = moe.model(**moe.tokenizer(text, return_tensors="pt")).logits[0, -1]
+        rows.append(logits_V.double().log_softmax(-1)[letters].numpy())
+    return np.array(rows)
+
+
+@pytest.fixture(scope="module")
+def pair(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Path], Scoring, Results]:
+    """Two random models of different size on twelve questions."""
+    paths = [checkpoint("olmoe"), checkpoint("olmoe", seed=1, num_experts=6)]
+    how = scoring(quiz_folder)
+    return paths, how, results(how, scored(paths, how, tmp_path_factory.mktemp("pair")))
+
+
+def test_results_agree_with_plain_forward_passes(pair: tuple[list[Path], Scoring, Results]):
+    paths, how, found = pair
+    logprobs = [plain_logprobs(path, how) for path in paths]
+    answers = [q.answer for q in how.quiz]
+    correct = [(rows.argmax(axis=1) == answers).tolist() for rows in logprobs]
+    for path, right, model in zip(paths, correct, found.models, strict=True):
+        assert model.path == str(path)
+        assert (model.accuracy, model.questions) == (close(sum(right) / 12), 12)
+        for i, subject in enumerate(SUBJECTS):
+            its = right[4 * i : 4 * i + 4]
+            assert model.subjects[subject].accuracy == close(sum(its) / 4)
+            assert model.subjects[subject].questions == 4
+    (comparison,) = found.comparisons
+    gained = sum(b and not a for a, b in zip(*correct, strict=True))
+    lost = sum(a and not b for a, b in zip(*correct, strict=True))
+    assert (comparison.gained, comparison.lost) == (gained, lost)
+    assert gained + lost > 0
+    assert comparison.delta == close((gained - lost) / 12)
+    gap_NC = np.abs(logprobs[0] - logprobs[1])
+    assert comparison.max_abs_logprob_diff == close(gap_NC.max(), abs=1e-5)
+    assert comparison.median_abs_logprob_diff == close(np.median(gap_NC), abs=1e-5)
+    sizes = [size(open_model(path)) for path in paths]
+    assert comparison.parameters_delta == sizes[1].parameters - sizes[0].parameters < 0
+    assert comparison.bytes_delta == sizes[1].size_bytes - sizes[0].size_bytes < 0
+
+
+def test_results_have_the_documented_keys(
+    pair: tuple[list[Path], Scoring, Results], tmp_path: Path
+):
+    _, how, found = pair
+    save_results(tmp_path / "results.json", found)
+    text = (tmp_path / "results.json").read_text()
+
+    def never(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    shown = json.loads(text, parse_constant=never)
+    extras = {"format", "revision", "limit", "content_hashes"}
+    assert set(shown) == {"quiz", "split", "shots", "models", "comparisons"} | extras
+    assert (shown["split"], shown["shots"], shown["limit"]) == ("test", 1, 4)
+    assert shown["content_hashes"] == {s: how.quiz.content_hash(s) for s in SUBJECTS}
+    for model in shown["models"]:
+        assert set(model) == {
+            *("path", "accuracy", "stderr", "ci95", "questions", "subjects", "parameters"),
+            *("active_parameters", "bytes", "chosen_on"),
+        }
+        assert all(set(its) == {"accuracy", "questions"} for its in model["subjects"].values())
+        assert len(model["ci95"]) == 2
+        assert model["chosen_on"] is None  # no plan made it
+    (comparison,) = shown["comparisons"]
+    assert set(comparison) == {
+        *("base", "other", "delta", "ci95", "gained", "lost", "mcnemar_p"),
+        *("max_abs_logprob_diff", "median_abs_logprob_diff", "parameters_delta", "bytes_delta"),
+        "smallest_effect",
+    }
+    assert (comparison["base"], comparison["other"]) == (0, 1)
+    assert load_results(tmp_path / "results.json") == found
+
+
+def test_a_model_scored_twice_is_measured_once_and_equals_itself(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
+):
+    how, path = scoring(quiz_folder), checkpoint("olmoe")
+    first, second = scored([path, path], how, tmp_path)
+    assert np.array_equal(first.answers.logprob_NC, second.answers.logprob_NC)
+    *_, last, _ = score(find_source(str(path)), how, tmp_path)
+    assert isinstance(last, Progress)
+    assert (last.done, last.total, last.measured) == (12, 12, 0)
+    (comparison,) = results(how, [first, second]).comparisons
+    assert (comparison.gained, comparison.lost, comparison.mcnemar_p) == (0, 0, 1.0)
+    assert comparison.max_abs_logprob_diff == comparison.median_abs_logprob_diff == 0
+    assert comparison.parameters_delta == comparison.bytes_delta == 0
+    other = replace(how, quiz=load_quiz(Selection(str(quiz_folder), "val", shots=1, limit=4)))
+    *_, last, _ = score(find_source(str(path)), other, tmp_path)
+    assert isinstance(last, Progress)
+    assert last.measured == 12  # other questions, other chunks
+
+
+def planned(path: Path, folder: Path, used: set[str], fitted_split: str | None) -> Path:
+    """A checkpoint that says that a plan made it from questions with these hashes."""
+    shutil.copytree(path, folder)
+    chosen = ChosenOn(
+        quiz="birds",
+        split="test",
+        questions=len(used),
+        fitted_split=fitted_split,
+        sha256=hashes_sha256(used),
+    )
+    plan = Plan(
+        model=PlanModel(id="tiny", revision=None, fingerprint="f"),
+        action="prune --keep 8",
+        criterion="activations",
+        positions="answer",
+        removal="reroute",
+        layout="stock",
+        chosen_on=chosen,
+        blocks={"model.layers.0.mlp": Edit(keep=(0, 1))},
+    )
+    save_plan(folder, plan, used)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("n_used", "fitted_split", "split"),
+    [(0, None, "test"), (5, None, "test"), (12, "val", "test+val"), (3, "test", "test")],
+)
+def test_questions_that_chose_a_model_and_score_it_are_counted(
+    checkpoint: Checkpoints,
+    quiz_folder: Path,
+    tmp_path: Path,
+    n_used: int,
+    fitted_split: str | None,
+    split: str,
+):
+    how = scoring(quiz_folder)
+    used = {q.content_hash for q in list(how.quiz)[:n_used]} | {"0" * 16}  # one from elsewhere
+    folder = planned(checkpoint("olmoe"), tmp_path / "planned", used, fitted_split)
+    found = results(how, scored([folder], how, tmp_path / "chunks"))
+    chosen_on = found.models[0].chosen_on
+    assert chosen_on is not None
+    assert (chosen_on.split, chosen_on.overlap) == (split, n_used)
+    assert found.comparisons == []
+
+
+def test_a_plan_without_its_list_of_questions_is_refused(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
+):
+    folder = planned(checkpoint("olmoe"), tmp_path / "planned", {"0" * 16}, None)
+    (folder / "chosen_on.txt").write_text("")
+    with pytest.raises(PlanError, match="is not the list"):
+        scored([folder], scoring(quiz_folder), tmp_path / "chunks")
+
+
+def test_a_wrong_name_is_found_before_anything_runs(checkpoint: Checkpoints, tmp_path: Path):
+    assert [s.path for s in find_models([str(checkpoint("olmoe"))])] == [checkpoint("olmoe")]
+    with pytest.raises(ModelError, match="no such model"):
+        find_models([str(checkpoint("olmoe")), str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("format",), 2),
+        (("comment",), "by hand"),
+        (("split",), None),
+        (("models",), []),
+        (("models",), {}),
+        (("models", 0), 7),
+        (("models", 0, "accuracy"), "good"),
+        (("models", 0, "accuracy"), math.nan),
+        (("models", 0, "accuracy"), None),
+        (("models", 0, "ci95"), [0.1]),
+        (("models", 1, "chosen_on"), "test"),
+        (("models", 1, "score"), 1),
+        (("comparisons", 0, "other"), 2),
+        (("comparisons", 0, "base"), -1),
+        (("comparisons", 0, "gained"), 1.5),
+        (("comparisons", 0, "mcnemar_p"), math.inf),
+    ],
+)
+def test_results_that_make_no_sense_are_refused(
+    pair: tuple[list[Path], Scoring, Results], tmp_path: Path, path: tuple[Any, ...], value: object
+):
+    file = tmp_path / "results.json"
+    save_results(file, pair[2])
+    fields = json.loads(file.read_text())
+    *parents, last = path
+    inner = fields
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    file.write_text(json.dumps(fields))
+    with pytest.raises(OutputError, match=r"results\.json holds no results: ") as refused:
+        load_results(file)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_holds_no_results_is_refused(tmp_path: Path):
+    with pytest.raises(OutputError, match="cannot be read"):
+        load_results(tmp_path / "results.json")
+    for content in (b"", b"{}", b"[]", b"\xff", b'{"format": 1'):
+        (tmp_path / "results.json").write_bytes(content)
+        with pytest.raises(OutputError, match="holds no results"):
+            load_results(tmp_path / "results.json")
