@@ -24,7 +24,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBJECTS = ("green_birds", "old_clocks", "tall_trees")
 COUNTS = {"dev": 5, "val": 7, "test": 11}
-WORDS = ["amber", "birch", "cloud", "delta", "ember", "fjord", "grove", "heron", "inlet", "jetty"]
+WORDS = [
+    *("amber", "birch", "cloud", "delta", "ember", "fjord", "grove", "heron", "inlet", "jetty"),
+    *("knoll", "lemon", "maple"),
+]
 
 _COMMON = {
     "vocab_size": 290,
