@@ -49,12 +49,13 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--stats", nargs="+", default=["all"], choices=("none", "answer", "all"))
     args = parser.parse_args()
     quiz = load_quiz(Selection(args.quiz, shots=args.shots))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         source = find_source(str(random_olmoe(Path(folder) / "m", args.tokenizer, args.layers)))
-        for stats in ("none", "answer", "all"):
+        for stats in args.stats:
             measurement = measure(source, quiz, None, LoadOptions(), MeasureOptions(stats=stats))
             started = time.perf_counter()
             steps = list(measurement.run(Path(folder) / stats))
@@ -62,7 +63,7 @@ def main() -> None:
             chunks = Path(folder, stats, "chunks").iterdir()
             size_mb = sum(file.stat().st_size for file in chunks) / 1e6
             rows.append([stats, steps[-1].done, elapsed_s, len(quiz) / elapsed_s, size_mb])
-        shown = as_json(load_profile(Path(folder) / "all"))
+        shown = as_json(load_profile(Path(folder) / args.stats[-1]))
     columns = ("statistics", "questions", "seconds", "questions/s", "MB of chunks")
     specs = ("", ",d", ".0f", ".0f", ".1f")
     title = (

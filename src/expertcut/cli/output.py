@@ -1,5 +1,6 @@
 """What commands print: tables and sentences on stdout, progress on stderr."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -40,10 +41,10 @@ def shown(steps: Iterator[Any], what: str, total: int) -> Iterator[Any]:
 
 def quiet() -> None:
     """No progress bars and reports of other libraries between our lines."""
-    import datasets
+    # Read when datasets is imported, which takes seconds and is done only for its own quizzes.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors reach us as exceptions
