@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from expertcut.cli import main
@@ -348,7 +349,7 @@ def test_a_data_set_that_cannot_be_read_is_refused(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     files, words = BAD_DATA_SETS[name]
     (tmp_path / "quiz").mkdir()
-    Dataset.from_list([RECORD]).to_parquet(str(tmp_path / "quiz" / "test-00000.parquet"))
+    pq.write_table(pa.Table.from_pylist([RECORD]), tmp_path / "quiz" / "test-00000.parquet")
     for file, content in files.items():
         (tmp_path / "quiz" / file).write_text(content)
     line = refused("profile", model, "--quiz", "quiz", "--shots", "0")
