@@ -1,0 +1,201 @@
+"""Prompts, answers and accuracies are those of lm-evaluation-harness, in float32 on CPU."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expertcut.cli import app
+from expertcut.evaluation.evaluate import ModelResult, Results, load_results
+from expertcut.profiling.statistics import layer_statistics
+from expertcut.profiling.store import load_profile
+from expertcut.quiz import Quiz, Selection, load_quiz, prompt
+from tests.conftest import make_checkpoint
+from tests.harness import Asked, Harnessed, harness
+
+Array = np.ndarray[Any, Any]
+QUICKSTART = Path(__file__).resolve().parents[1] / "checkpoints" / "quickstart"
+# Of different sizes, because the pooled error depends on them.
+QUICKSTART_SIZES = {"alphabet": 20, "invented_capitals": 25, "word_groups": 30}
+# Newlines and outer spaces in cells, choices that read "None", and a \r\n among the shots.
+AWKWARD_MMLU = ("college_mathematics", "formal_logic", "nutrition", "world_religions")
+AWKWARD_ROWS = [
+    ["  Which one?\n", " first ", "second,\nin two lines", "None", "NA", "C"],
+    ["What is {{question}}?", '"quoted"', "{% raw %}", "a, b", "{{choices[0]}}", "A"],
+    ["Lines,\r\n\r\nand an empty one", "\ttab", "at the end\r\n", "nan", "0", "D"],
+    ["Größe – ∑\u2028½ of 日本?", "é", "e\u0301", "\u00a0x\u00a0", "🙂", "B"],
+    ["Answer: A\n\nQuestion", "Answer:", "A.", "\\n", "B. A", "B"],
+]
+PLAIN = """
+import sys
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model, faults = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(faults.values()), faults
+    print(type(model).__name__, model.config.num_experts)
+assert "expertcut" not in sys.modules
+"""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `expertcut eval` says of one model; log p of the choices (N, C) by subject."""
+
+    result: ModelResult
+    logprobs: dict[str, Array]
+
+
+@pytest.mark.parametrize("shots", [0, 5])
+def test_prompts_and_scores_on_mmlu_are_those_of_lm_eval(
+    real_mmlu: Path, real_tokenizer: Path, tmp_path: Path, shots: int
+) -> None:
+    model = model_with_real_vocabulary(tmp_path / "olmoe", real_tokenizer)
+    asked = Asked(real_mmlu, AWKWARD_MMLU, shots, limit=20)
+    theirs = harness(model, asked, tmp_path / "lm_eval")
+    _, (ours,) = evaluate([model], asked, tmp_path / "results.json")
+    assert ours.result.questions == 80
+    assert_agreement(ours, theirs, asked)
+    text = theirs.samples["college_mathematics"][8].prompt
+    assert "II. P is diagonalizable.\nIII. " in text
+    assert "\nA. None\n" in text
+    assert ("\r\n" in text) == (shots == 5)
+
+
+def test_pruned_and_reweighted_models_are_stock_models_that_score_as_eval_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    subjects = ("--subjects", ",".join(QUICKSTART_SIZES), "--limit", 20)
+    run(
+        "profile", QUICKSTART, "--quiz", QUICKSTART / "quiz", "--split", "val", *subjects, "--out=p"
+    )
+    favourite = layer_statistics(load_profile(Path("p")))[1].appearances_E.argmax()
+    run("prune", "--profile=p", "--keep-active", "--out=pruned")
+    run("reweight", "--profile=p", "--boost", f"1:{favourite}=0.5", "--out=reweighted")
+    edited = [tmp_path / "pruned", tmp_path / "reweighted"]
+    n_pruned, n_reweighted = load_without_expertcut(edited)
+    assert n_pruned < n_reweighted
+
+    asked = Asked(smaller_quiz(tmp_path / "quiz"), (*QUICKSTART_SIZES, "awkward_cells"), shots=5)
+    results, (base, *ours) = evaluate([QUICKSTART, *edited], asked, tmp_path / "results.json")
+    assert base.result.questions == 80
+    with ThreadPoolExecutor() as pool:  # a process each: most of its time it starts up
+        theirs = list(pool.map(lambda m: harness(m, asked, m.with_suffix(".lm_eval")), edited))
+    for evaluated, harnessed, change in zip(ours, theirs, results.comparisons, strict=True):
+        assert_agreement(evaluated, harnessed, asked)
+        assert change.max_abs_logprob_diff > 0.05  # else the edit changed nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shots", [0, 5])
+def test_every_prompt_of_mmlu_is_that_of_lm_eval(
+    real_mmlu: Path, tmp_path: Path, shots: int
+) -> None:
+    quiz = load_quiz(Selection(str(real_mmlu), shots=shots))
+    assert (len(quiz), len(quiz.questions)) == (14_042, 57)
+    theirs = harness(None, Asked(real_mmlu, tuple(quiz.questions), shots), tmp_path / "lm_eval")
+    for subject in quiz.questions:
+        assert [s.prompt for s in theirs.samples[subject]] == prompts(quiz, subject)
+
+
+def assert_agreement(ours: Evaluated, theirs: Harnessed, asked: Asked) -> None:
+    quiz = load_quiz(
+        Selection(str(asked.quiz), shots=asked.shots, subjects=asked.subjects, limit=asked.limit)
+    )
+    assert set(quiz.questions) == set(asked.subjects)
+    for subject, questions in quiz.questions.items():
+        samples = theirs.samples[subject]
+        assert [s.prompt for s in samples] == prompts(quiz, subject)
+        assert {s.continuations for s in samples} == {(" A", " B", " C", " D")}
+        answers = [q.answer for q in questions]
+        assert [s.target for s in samples] == answers
+        our_NC, their_NC = ours.logprobs[subject], theirs.logprob_NC(subject)
+        assert their_NC.std(axis=0).min() > 0.01  # else any question would do
+        assert their_NC.std(axis=1).min() > 0.01  # else any choice would do
+        assert np.abs(our_NC - their_NC).max() < 1e-4
+        assert our_NC.argmax(axis=1).tolist() == [s.prediction for s in samples]
+        assert (our_NC.argmax(axis=1) == answers).tolist() == [s.is_correct for s in samples]
+        assert ours.result.subjects[subject].accuracy == theirs.accuracy(subject)
+        assert ours.result.subjects[subject].questions == len(questions)
+    assert len({s.prediction for group in theirs.samples.values() for s in group}) > 1
+    accuracy, stderr = theirs.pooled
+    assert ours.result.accuracy == pytest.approx(accuracy, rel=1e-12)
+    assert ours.result.stderr == pytest.approx(stderr, rel=1e-12)
+    assert stderr > 0
+
+
+def evaluate(models: list[Path], asked: Asked, out: Path) -> tuple[Results, list[Evaluated]]:
+    """`expertcut eval` on what lm_eval is asked."""
+    limit = ("--limit", asked.limit) if asked.limit else ()
+    options = ("--subjects", ",".join(asked.subjects), "--shots", asked.shots, *limit)
+    run("eval", *models, "--quiz", asked.quiz, *options, "--out", out)
+    results = load_results(out)
+    return results, [
+        Evaluated(result, logprobs(next(out.with_suffix(".chunks").glob(f"{model.name}-*"))))
+        for result, model in zip(results.models, models, strict=True)
+    ]
+
+
+def run(*words: object) -> None:
+    app([str(word) for word in words], standalone_mode=False)
+
+
+def logprobs(folder: Path) -> dict[str, Array]:
+    profile = load_profile(folder)
+    subjects, logprob_NC = np.array(profile.subjects()), profile.array("choice_logprob_NC")
+    return {name: logprob_NC[subjects == name] for name in profile.info.quiz.subjects}
+
+
+def prompts(quiz: Quiz, subject: str) -> list[str]:
+    return [prompt(q, quiz.shots_by_subject[subject]) for q in quiz.questions[subject]]
+
+
+def load_without_expertcut(folders: list[Path]) -> list[int]:
+    """Experts of each checkpoint as transformers alone sees it, nothing lost or left over."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, *folders], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names, counts = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+    assert set(names) == {"OlmoeForCausalLM"}
+    return list(map(int, counts))
+
+
+def model_with_real_vocabulary(folder: Path, tokenizer: Path) -> Path:
+    make_checkpoint(
+        folder,
+        "olmoe",
+        vocab_size=50304,
+        hidden_size=64,
+        intermediate_size=32,
+        num_experts=16,
+        num_experts_per_tok=4,
+        pad_token_id=1,
+        bos_token_id=50279,
+        eos_token_id=50279,
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(tokenizer / name, folder / name)
+    return folder
+
+
+def smaller_quiz(folder: Path) -> Path:
+    """The first questions of some subjects of the quickstart quiz, and one of awkward cells."""
+    for split in ("dev", "val", "test"):
+        (folder / split).mkdir(parents=True)
+        with (folder / split / f"awkward_cells_{split}.csv").open(
+            "w", newline="", encoding="utf-8"
+        ) as file:
+            csv.writer(file).writerows(AWKWARD_ROWS)
+        for subject, n_questions in QUICKSTART_SIZES.items():
+            name = f"{split}/{subject}_{split}.csv"
+            lines = (QUICKSTART / "quiz" / name).read_text().splitlines(keepends=True)
+            (folder / name).write_text("".join(lines[:n_questions]))
+    return folder
