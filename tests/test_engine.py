@@ -59,9 +59,7 @@ def test_the_padded_path_equals_one_prompt_at_a_time(
     assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 5e-6
 
 
-def test_a_window_wider_than_the_prompts_packs(
-    checkpoint: Checkpoints, quiz_folder: Path
-) -> None:
+def test_a_window_wider_than_the_prompts_packs(checkpoint: Checkpoints, quiz_folder: Path) -> None:
     types = ["sliding_attention", "full_attention"]
     moe = open_model(checkpoint("gpt_oss", layer_types=types, sliding_window=2000))
     chunk = encoded(moe, quiz_folder)

@@ -1,4 +1,4 @@
-"""A plan becomes a checkpoint folder: edited in memory, saved in the original per-expert names."""
+"""A plan becomes a checkpoint folder, in the original names; no model is instantiated."""
 
 import json
 import os
@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertcut.checkpoints.stock import Fitted, apply_stock
+from expertcut.checkpoints.headers import read_headers
+from expertcut.checkpoints.stock import Fitted
+from expertcut.checkpoints.stock_rewrite import stock_rewrite
+from expertcut.checkpoints.streaming import write_checkpoint
 from expertcut.errors import OutputError
 from expertcut.interventions.plan import PLAN_FILE, QUESTIONS_FILE, Plan
-from expertcut.moe.loading import EXPERT_COUNT_FIELDS, LoadOptions, Source, load, read_config
+from expertcut.moe.loading import EXPERT_COUNT_FIELDS, Source, read_config
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.store import Profile
 
@@ -29,13 +32,10 @@ def export(
 ) -> None:
     """Writes the checkpoint that a plan describes into an empty folder, without the plan.
 
-    The weights are loaded as they are stored, so nothing but the edited tensors changes.
+    Tensors are copied from file to file; only those that the plan edits are read and changed.
     """
-    moe = load(source, LoadOptions(dtype="stored", device="cpu"))
-    apply_stock(moe, plan.blocks, fitted)
-    moe.model.save_pretrained(folder, max_shard_size="5GB")
-    for file in folder.glob("*.safetensors"):
-        shutil.copymode(source.path / "config.json", file)  # they are written for their owner only
+    rewrite = stock_rewrite(read_headers(source.path), plan.blocks, fitted)
+    write_checkpoint(source.path, folder, rewrite)
     for file in _companions(source.path):
         shutil.copyfile(file, folder / file.name)
     config = edited_config(read_config(source.path), profile, plan)

@@ -1,0 +1,225 @@
+"""What lies where in a checkpoint's safetensors files, read from their headers and nothing else."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertcut.errors import ModelError
+from expertcut.moe.loading import read_config
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16},
+    **{"U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64},
+    **{"U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F32": torch.float32, "F64": torch.float64},
+}
+_QUANTIZED_DTYPES = ("F8_", "F6_", "F4")
+_QUANTIZED_NAMES = ("_blocks", "_scales", ".weight_scale_inv")  # MXFP4; block-wise fp8
+_SERIES = re.compile(r"-of-\d+\.safetensors$")
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk: bytes `begin` to `end` of `file`; `dtype` in safetensors' words."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """All tensors of a checkpoint in the order in which they lie on disk, and `__metadata__`."""
+
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+
+
+def read_headers(folder: Path) -> Mapping[str, StoredTensor]:
+    """The tensors of a checkpoint folder by name, in the order in which they lie on disk.
+
+    Raises:
+        ModelError: a header or index that does not hold together, or quantized weights.
+    """
+    return read_stored(folder).tensors
+
+
+def read_stored(folder: Path) -> Stored:
+    """What `read_headers` gives, and the metadata of the files, the first file's word winning.
+
+    Raises:
+        ModelError: a header or index that does not hold together, or quantized weights.
+    """
+    _refuse_quantized_config(folder)
+    index = _read_index(folder)
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    for name in sorted(set(index.values())) or [SINGLE_FILE]:
+        found, described = _read_file(folder / name)
+        if index:
+            _check_against_index(folder / name, set(found), index)
+        tensors |= found
+        metadata = {**described, **metadata}
+    if not tensors:
+        raise ModelError(f"{folder} holds no tensors: download it again")
+    return Stored(tensors, metadata)
+
+
+def _refuse_quantized_config(folder: Path) -> None:
+    config = read_config(folder) if (folder / "config.json").exists() else {}
+    for part in (config, config.get("text_config")):
+        quantized = part.get("quantization_config") if isinstance(part, dict) else None
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise ModelError(
+                f"{folder} is quantized ({method}): take the bf16, f16 or f32 weights instead"
+            )
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor to file name, empty where one file holds everything."""
+    file = folder / INDEX_FILE
+    has_single = (folder / SINGLE_FILE).exists()
+    if not file.exists():
+        if not has_single:
+            raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        return {}
+    try:
+        content = _parse(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, f"it is no JSON object ({error})") from None
+    index = content.get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise _damaged(file, "it has no weight_map")
+    for tensor, name in index.items():
+        if not _is_file_name(name):
+            raise _damaged(file, f"{tensor} lies in {name!r}, must be a .safetensors file here")
+    if has_single and set(index.values()) != {SINGLE_FILE}:
+        raise ModelError(f"{folder} holds {SINGLE_FILE} and an index of other files: remove one")
+    _refuse_forgotten_files(folder, set(index.values()))
+    return index
+
+
+def _refuse_forgotten_files(folder: Path, indexed: set[str]) -> None:
+    """Other weights may lie there (`consolidated.safetensors`), but none of the same series."""
+    for ending in {found[0] for name in indexed if (found := _SERIES.search(name))}:
+        for file in sorted(folder.glob(f"*{ending}")):
+            if file.name not in indexed:
+                raise _damaged(file, "the index does not name it")
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it names a file in the same folder, on every system."""
+    is_text = isinstance(name, str) and name.endswith(".safetensors")
+    return is_text and not set("/\\:\0") & set(str(name))
+
+
+def _check_against_index(file: Path, found: set[str], index: Mapping[str, str]) -> None:
+    wanted = {tensor for tensor, name in index.items() if name == file.name}
+    for tensor in sorted(wanted - found):
+        raise _damaged(file, f"it lacks {tensor}, which the index says it holds")
+    for tensor in sorted(found - wanted):
+        raise _damaged(file, f"it holds {tensor}, which the index does not say")
+
+
+def _read_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    try:
+        with file.open("rb") as stream:
+            size_bytes = stream.seek(0, 2)
+            stream.seek(0)
+            n = int.from_bytes(stream.read(8), "little")
+            if size_bytes < 8 or n > min(size_bytes - 8, _MAX_HEADER_BYTES):
+                raise _damaged(file, f"a header of {n} bytes cannot lie in {size_bytes} bytes")
+            header = _parse(stream.read(n))
+    except FileNotFoundError:
+        raise ModelError(f"{file} is missing, but the index names it: download it again") from None
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"its header is no JSON object ({error})") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(file, "its __metadata__ is not text by name")
+    tensors = {name: _tensor(file, name, entry, 8 + n) for name, entry in header.items()}
+    placed = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+    _check_places(file, placed, 8 + n, size_bytes)
+    return placed, metadata
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: anything else, or a name that stands in it twice.
+    """
+    value = json.loads(content.decode("utf-8"), object_pairs_hook=_distinct)
+    if not isinstance(value, dict):
+        raise ValueError(f"found a {type(value).__name__}")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands in it twice")
+    return found
+
+
+def _tensor(file: Path, name: str, entry: object, data_begin: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = _fields(entry)
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(file, f"{name} has no dtype, shape and data_offsets") from None
+    if dtype.startswith(_QUANTIZED_DTYPES) or name.endswith(_QUANTIZED_NAMES):
+        raise ModelError(
+            f"{file} is quantized ({name} is {dtype}): take the bf16, f16 or f32 weights instead"
+        )
+    if dtype not in DTYPES:
+        raise _damaged(file, f"{name} has the unknown dtype {dtype}")
+    size_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != size_bytes:
+        raise _damaged(file, f"{name} has {end - begin} bytes, its shape needs {size_bytes}")
+    return StoredTensor(file, dtype, shape, data_begin + begin, data_begin + end)
+
+
+def _fields(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    if not isinstance(entry["dtype"], str):
+        raise TypeError
+    begin, end = _counts(entry["data_offsets"])
+    return entry["dtype"], tuple(_counts(entry["shape"])), (begin, end)
+
+
+def _counts(values: list[Any]) -> Iterator[int]:
+    if not isinstance(values, list):
+        raise TypeError
+    for value in values:
+        if type(value) is not int or value < 0:
+            raise ValueError
+        yield value
+
+
+def _check_places(file: Path, placed: Mapping[str, StoredTensor], begin: int, end: int) -> None:
+    """That the tensors fill the file after its header without a gap and without sharing bytes."""
+    for name, tensor in placed.items():
+        if tensor.begin != begin:
+            fault = "overlaps the tensor before it" if tensor.begin < begin else "follows a gap"
+            raise _damaged(file, f"{name} {fault}")
+        begin = tensor.end
+    if begin != end:
+        raise _damaged(file, f"its tensors end at byte {begin}, the file at {end}")
+
+
+def _damaged(file: Path, fault: str) -> ModelError:
+    return ModelError(f"{file} is damaged: {fault}: download it again")

@@ -1,0 +1,204 @@
+"""Where the experts of each MoE block lie on disk, told by names and shapes and not by family.
+
+Three forms are known: a tensor per expert and projection (`…mlp.experts.3.down_proj.weight`,
+`…block_sparse_moe.experts.3.w2.weight`), all experts in one tensor (GPT-OSS: `…experts.down_proj`)
+and Granite's `…input_linear.weight` and `…output_linear.weight`.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from expertcut.checkpoints.headers import StoredTensor
+from expertcut.errors import ContractError
+
+logger = logging.getLogger(__name__)
+
+Headers = Mapping[str, StoredTensor]
+
+_OF_ONE_EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<part>.+)")
+_OF_ALL_EXPERTS = re.compile(
+    r"(?P<block>.+)\.(experts\.(?P<part>[^.\d].*)|(?P<granite>(input|output)_linear)\.weight)"
+)
+_SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
+_ROUTER = re.compile(r"(router|gate|moe_statics)\..+")
+_LAST = re.compile(r"(down_proj|w2|output_linear)([._](weight|bias))?")
+
+
+@dataclass(frozen=True)
+class DiskBlock:
+    """One MoE block as it lies on disk; all names are those of the headers.
+
+    `by_expert[e]` maps what follows the expert's number to the tensor's name; `axes` gives the
+    axis of length E of every tensor that all experts share, the router's included. `last` are
+    the tensors of the experts' last projection, empty where it is not known which one that is.
+    `logit_bias` is the router's own, None where it has none, `unclear_bias` a `gate.bias`: some
+    families call a bias on choosing only by that name.
+    """
+
+    name: str
+    n_experts: int
+    by_expert: tuple[Mapping[str, str], ...]
+    axes: Mapping[str, int]
+    last: frozenset[str]
+    router_weight: str
+    logit_bias: str | None
+    unclear_bias: str | None
+
+    def renamed(self, name: str, expert: int) -> str:
+        """The name of an expert's own tensor when the expert has another number."""
+        part = _OF_ONE_EXPERT.fullmatch(name)
+        assert part is not None
+        return f"{self.name}.experts.{expert}.{part['part']}"
+
+
+def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:
+    """The MoE blocks of a checkpoint by their names on disk.
+
+    Raises:
+        ContractError: a block whose tensors do not fit together.
+    """
+    found: dict[str, list[str]] = {}
+    for name, tensor in headers.items():
+        if (block := _block_of(name, tensor)) is not None:
+            found.setdefault(block, []).append(name)
+    return {name: _disk_block(name, members, headers) for name, members in found.items()}
+
+
+def match_blocks(
+    headers: Headers, names: Iterable[str]
+) -> tuple[dict[str, DiskBlock], frozenset[str]]:
+    """The block on disk of each block of the loaded model, and the tensors that it has no use for.
+
+    Blocks match by name, else by the name up to the layer's number, else by that number alone.
+    Layers on disk whose experts the model did not load (those that predict further tokens) are
+    the tensors without use: a new expert count would make them unreadable.
+
+    Raises:
+        ContractError: a block that is not there or is there more than once.
+    """
+    blocks = find_disk_blocks(headers)
+    matched = {name: _match(name, blocks) for name in names}
+    unused = set(blocks) - {block.name for block in matched.values()}
+    layers = {_layer(name)[0] for name in unused}
+    if len({block.name for block in matched.values()}) < len(matched) or layers & {
+        _layer(block.name)[0] for block in matched.values()
+    }:
+        raise ContractError(
+            f"the experts of {', '.join(sorted(blocks))} on disk do not match those of the model, "
+            f"{', '.join(matched)}: this form is not supported"
+        )
+    for layer in sorted(layers):
+        logger.warning("%s is left out: the model has no place for its experts", layer)
+    return matched, frozenset(name for layer in layers for name in _below(layer, headers))
+
+
+def _match(name: str, blocks: Mapping[str, DiskBlock]) -> DiskBlock:
+    prefix, number = _layer(name)
+    ways = (
+        [b for b in blocks.values() if b.name == name],
+        [b for b in blocks.values() if _layer(b.name)[0] == prefix],
+        [b for b in blocks.values() if _layer(b.name)[1] == number],
+    )
+    found = next((way for way in ways if way), [])
+    if len(found) != 1:
+        raise ContractError(
+            f"{name} has {len(found)} places on disk, must have one: found experts in "
+            f"{', '.join(blocks) or 'no layer'}"
+        )
+    return found[0]
+
+
+def _layer(block: str) -> tuple[str, int]:
+    """A block's name up to its layer's number, and that number: `model.layers.3`, 3."""
+    parts = block.split(".")
+    for i in reversed(range(len(parts))):
+        if parts[i].isdecimal():
+            return ".".join(parts[: i + 1]), int(parts[i])
+    raise ContractError(f"{block} holds experts but names no layer: this form is not supported")
+
+
+def _block_of(name: str, tensor: StoredTensor) -> str | None:
+    """The block whose experts a tensor belongs to."""
+    if _SELECTION_BIAS.fullmatch(name):
+        return None
+    if found := _OF_ONE_EXPERT.fullmatch(name):
+        return found["block"]
+    found = _OF_ALL_EXPERTS.fullmatch(name)
+    if found is None or (found["granite"] and len(tensor.shape) != 3):
+        return None
+    return found["block"]
+
+
+def _disk_block(name: str, members: list[str], headers: Headers) -> DiskBlock:
+    by_expert = _by_expert(name, members, headers)
+    fused = [n for n in members if not _OF_ONE_EXPERT.fullmatch(n)]
+    lengths = {headers[n].shape[0] if headers[n].shape else 0 for n in fused}
+    lengths |= {len(by_expert)} - {0}
+    if len(lengths) != 1 or (fused and by_expert):
+        raise ContractError(
+            f"{name} holds {len(by_expert)} experts one by one and {len(fused)} tensors of all "
+            f"experts, of lengths {sorted(lengths)}: must be one form and one length"
+        )
+    n_experts = lengths.pop()
+    router = _router_axes(name, members, headers, n_experts)
+    gates = [n for n in router if n.endswith("weight") and len(headers[n].shape) == 2]
+    if len(gates) != 1 or router[gates[0]] != 0:
+        raise ContractError(f"{name} must have one router of {n_experts} rows, found {gates}")
+    biases = [n for n in router if n.endswith(".bias") and headers[n].shape == (n_experts,)]
+    parts = {n: p for own in by_expert for p, n in own.items()}
+    parts |= {n: n.removeprefix(f"{name}.").removeprefix("experts.") for n in fused}
+    return DiskBlock(
+        name=name,
+        n_experts=n_experts,
+        by_expert=by_expert,
+        axes=dict.fromkeys(fused, 0) | router,
+        last=frozenset(n for n, part in parts.items() if _LAST.fullmatch(part)),
+        router_weight=gates[0],
+        logit_bias=next((n for n in biases if ".router." in n), None),
+        unclear_bias=next((n for n in biases if ".router." not in n), None),
+    )
+
+
+def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping[str, str], ...]:
+    found: dict[int, dict[str, str]] = {}
+    for member in members:
+        if of_one := _OF_ONE_EXPERT.fullmatch(member):
+            found.setdefault(int(of_one["expert"]), {})[of_one["part"]] = member
+    if sorted(found) != list(range(len(found))):
+        raise ContractError(f"{name} holds {len(found)} experts that are not numbered from 0")
+    own = tuple(found[expert] for expert in range(len(found)))
+    for expert, parts in enumerate(own):
+        if _forms(parts, headers) != _forms(own[0], headers):
+            raise ContractError(
+                f"{name}: the tensors of expert {expert} differ from those of expert 0 in name, "
+                "shape or dtype: download the checkpoint again"
+            )
+    return own
+
+
+def _forms(parts: Mapping[str, str], headers: Headers) -> dict[str, object]:
+    return {part: (headers[n].shape, headers[n].dtype) for part, n in parts.items()}
+
+
+def _router_axes(
+    block: str, members: list[str], headers: Headers, n_experts: int
+) -> dict[str, int]:
+    """The axis of length E of the router's tensors and the selection biases."""
+    axes: dict[str, int] = {}
+    for name in set(_below(block, headers)) - set(members):
+        part, shape = name.removeprefix(f"{block}."), headers[name].shape
+        if part.startswith("shared_") or n_experts not in shape:
+            continue
+        if not (_ROUTER.fullmatch(part) or _SELECTION_BIAS.fullmatch(part)):
+            raise ContractError(
+                f"{name} has an axis of {n_experts}, as many as there are experts, but belongs to "
+                "neither experts nor router: this form is not supported"
+            )
+        axes[name] = shape.index(n_experts)
+    return axes
+
+
+def _below(prefix: str, headers: Headers) -> Iterator[str]:
+    return (name for name in headers if name.startswith(f"{prefix}."))

@@ -1,0 +1,136 @@
+"""Layout `stock` as a rewrite of the tensors on disk; what it means is told in `stock`."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from expertcut.checkpoints.names import DiskBlock, Headers, match_blocks
+from expertcut.checkpoints.shards import Change, Rewrite
+from expertcut.checkpoints.stock import Fitted
+from expertcut.errors import ContractError
+from expertcut.interventions.plan import Edit
+
+Apply = Callable[[Tensor], Tensor]
+
+_PART = 1 << 15  # values that are scaled at a time: their float64 copies stay in the CPU's cache
+
+
+def stock_rewrite(headers: Headers, edits: Mapping[str, Edit], fitted: Fitted) -> Rewrite:
+    """What `apply_stock` makes of the loaded model, bit by bit, for the tensors on disk.
+
+    Layers in `fitted` are counted as there: MoE blocks from 0, in the order of `edits`.
+
+    Raises:
+        ContractError: tensors on disk that cannot be told apart, or do not fit the edits.
+    """
+    matched, unused = match_blocks(headers, edits)
+    removed: set[str] = set(unused)
+    renamed: dict[str, str] = {}
+    changed: dict[str, Change] = {}
+    for layer, (name, block) in enumerate(matched.items()):
+        edit = edits[name]
+        _check(block, edit)
+        for position, expert in enumerate(edit.keep):
+            own = block.by_expert[expert].values() if block.by_expert else ()
+            renamed |= {n: block.renamed(n, position) for n in own if position != expert}
+        for expert in set(range(len(block.by_expert))) - set(edit.keep):
+            removed |= set(block.by_expert[expert].values())
+        changed |= _scaled_experts(headers, block, edit, _factors(edit, layer, fitted))
+        changed |= _shared_tensors(headers, block, edit, layer, fitted)
+    return Rewrite(frozenset(removed), renamed, changed)
+
+
+def _check(block: DiskBlock, edit: Edit) -> None:
+    if edit.keep[-1] >= block.n_experts:
+        raise ContractError(
+            f"{block.name} has {block.n_experts} experts on disk, the plan keeps {edit.keep[-1]}: "
+            "it is of another model"
+        )
+
+
+def _factors(edit: Edit, layer: int, fitted: Fitted) -> dict[int, tuple[float, ...]]:
+    """What each kept expert's output is multiplied by, one after another, by its new number."""
+    folds = fitted.folds[layer] if layer in fitted.folds else [1.0] * len(edit.keep)
+    factors = {
+        position: (edit.scale.get(expert, 1.0), float(fold))
+        for position, (expert, fold) in enumerate(zip(edit.keep, folds, strict=True))
+    }
+    return {
+        i: tuple(f for f in both if f != 1.0) for i, both in factors.items() if set(both) != {1}
+    }
+
+
+def _scaled_experts(
+    headers: Headers, block: DiskBlock, edit: Edit, factors: Mapping[int, tuple[float, ...]]
+) -> dict[str, Change]:
+    if factors and not block.last:
+        raise ContractError(
+            f"{block.name}: which projection of its experts is the last is not known, so their "
+            "outputs cannot be scaled"
+        )
+    return {
+        name: Change(headers[name].shape, partial(_scaled, factors=factors[position]))
+        for position, expert in enumerate(edit.keep)
+        if block.by_expert and position in factors
+        for name in block.by_expert[expert].values()
+        if name in block.last
+    }
+
+
+def _shared_tensors(
+    headers: Headers, block: DiskBlock, edit: Edit, layer: int, fitted: Fitted
+) -> dict[str, Change]:
+    """The tensors with an axis of length E: their kept rows, scaled or tilted where asked for."""
+    is_cut = len(edit.keep) < block.n_experts
+    applies: dict[str, Apply] = _tilts(block, edit, layer, fitted)
+    if factors := _factors(edit, layer, fitted):
+        applies |= {n: partial(_scaled_rows, factors=factors) for n in block.last & set(block.axes)}
+    changed: dict[str, Change] = {}
+    for name, axis in block.axes.items():
+        shape = list(headers[name].shape)
+        shape[axis] = len(edit.keep)
+        if is_cut and axis != 0:
+            select = partial(torch.index_select, dim=axis, index=torch.tensor(edit.keep))
+            changed[name] = Change(tuple(shape), select)
+        elif is_cut or name in applies:
+            rows = edit.keep if is_cut else None
+            changed[name] = Change(tuple(shape), applies.get(name), rows)
+    return changed
+
+
+def _tilts(block: DiskBlock, edit: Edit, layer: int, fitted: Fitted) -> dict[str, Apply]:
+    """How the biases go into the router: into its own bias where it has one, else b·v."""
+    if not edit.bias:
+        return {}
+    if block.unclear_bias:
+        raise ContractError(
+            f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
+            "not tell: boost and suppress are not supported here"
+        )
+    added: dict[int, float | Tensor] = {
+        edit.keep.index(expert): bias if block.logit_bias else bias * fitted.directions[layer]
+        for expert, bias in edit.bias.items()
+    }
+    return {block.logit_bias or block.router_weight: partial(_added, added=added)}
+
+
+def _scaled(tensor: Tensor, factors: tuple[float, ...]) -> Tensor:
+    """Multiplied in float64 and rounded after each factor, as the loaded model would be."""
+    for part in tensor.view(-1).split(_PART):
+        for factor in factors:
+            part.copy_(part.double().mul_(factor))
+    return tensor
+
+
+def _scaled_rows(tensor: Tensor, factors: Mapping[int, tuple[float, ...]]) -> Tensor:
+    for row, several in factors.items():
+        _scaled(tensor[row], several)
+    return tensor
+
+
+def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:
+    for row, addend in added.items():
+        tensor[row] += addend.cpu().to(tensor.dtype) if isinstance(addend, Tensor) else addend
+    return tensor

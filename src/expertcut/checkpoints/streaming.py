@@ -1,0 +1,155 @@
+"""A changed checkpoint written without its model: kept tensors go over as bytes, file to file.
+
+No more of the weights is in memory than the one tensor that is being changed.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from io import FileIO
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expertcut.checkpoints.copying import (
+    Range,
+    announce_ranges,
+    copy_ranges,
+    read_ranges,
+    write_all,
+)
+from expertcut.checkpoints.headers import DTYPES, INDEX_FILE, Stored, StoredTensor, read_stored
+from expertcut.checkpoints.shards import Piece, Rewrite, Shard, index_bytes, lay_out
+from expertcut.errors import ModelError, OutputError
+
+MAX_SHARD_BYTES = 5_000_000_000
+_AHEAD = 8  # tensors that the disk fetches while others are written
+
+
+def write_checkpoint(
+    source: Path, folder: Path, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the safetensors files, and their index if they are several, into a folder; synced.
+
+    No file is larger than `max_shard_bytes`, unless one tensor alone is. Bytes of removed tensors
+    and rows are never read.
+
+    Raises:
+        ModelError: the source is damaged or quantized.
+        OutputError: too little space, found before the first byte, or a place that cannot be
+            written.
+    """
+    shards = lay_out(read_stored(source), rewrite, max_shard_bytes)
+    check_space(folder, _total_bytes(shards))
+    try:
+        write_shards(folder, shards)
+    except EOFError:
+        raise ModelError(f"{source} became shorter while it was read: export it again") from None
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def needed_bytes(stored: Stored, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """How many bytes `write_checkpoint` will write."""
+    return _total_bytes(lay_out(stored, rewrite, max_shard_bytes))
+
+
+def check_space(folder: Path, size_bytes: int) -> None:
+    """That so many bytes fit where a folder is or will be.
+
+    Raises:
+        OutputError: they do not.
+    """
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < size_bytes:
+        raise OutputError(
+            f"{folder} needs {size_bytes:,} bytes but {free_bytes:,} are free there: "
+            "make room or name another --out"
+        )
+
+
+def _total_bytes(shards: Sequence[Shard]) -> int:
+    return sum(shard.size_bytes for shard in shards) + len(index_bytes(shards))
+
+
+def write_shards(folder: Path, shards: Sequence[Shard]) -> None:
+    """Writes files as they are laid out, and their index; synced, whole or with an error.
+
+    Raises:
+        EOFError: a file that tensors come from ends too early.
+        OSError: as reading and writing raise it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as closing:
+        origins = {piece.origin for shard in shards for piece in shard.pieces}
+        files = {origin.file for origin in origins if isinstance(origin, StoredTensor)}
+        sources = {file: closing.enter_context(FileIO(file)) for file in files}
+        targets = [closing.enter_context(FileIO(folder / shard.name, "w")) for shard in shards]
+        soon = chain((p for shard in shards for p in shard.pieces), [None] * _AHEAD)
+        for piece in islice(soon, _AHEAD):
+            _announce(piece, sources)
+        for shard, target in zip(shards, targets, strict=True):
+            write_all(target, memoryview(shard.header))
+            for piece, later in zip(shard.pieces, soon, strict=False):
+                _announce(later, sources)
+                _write_piece(piece, sources, target)
+        if index := index_bytes(shards):
+            targets.append(closing.enter_context(FileIO(folder / INDEX_FILE, "w")))
+            write_all(targets[-1], memoryview(index))
+        for target in targets:
+            os.fsync(target.fileno())
+    _sync_folder(folder)
+
+
+def _announce(piece: Piece | None, sources: dict[Path, FileIO]) -> None:
+    if piece is not None and isinstance(piece.origin, StoredTensor):
+        ranges = _ranges(piece.origin, piece.change.rows if piece.change else None)
+        announce_ranges(sources[piece.origin.file], ranges)
+
+
+def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> None:
+    if isinstance(piece.origin, Tensor):
+        write_all(target, _bytes(piece.origin))
+        return
+    source = sources[piece.origin.file]
+    ranges = _ranges(piece.origin, piece.change.rows if piece.change else None)
+    if piece.change is None or piece.change.apply is None:
+        copy_ranges(source, target, ranges)
+        return
+    read = torch.frombuffer(read_ranges(source, ranges), dtype=DTYPES[piece.dtype])
+    rows, shape = piece.change.rows, piece.origin.shape
+    made = piece.change.apply(read.view(shape if rows is None else (len(rows), *shape[1:])))
+    assert (made.dtype, made.shape) == (read.dtype, piece.shape), f"{piece.name} came out wrong"
+    write_all(target, _bytes(made))
+
+
+def _ranges(tensor: StoredTensor, rows: tuple[int, ...] | None) -> list[Range]:
+    """The bytes of some rows, neighbours in one range."""
+    if rows is None:
+        return [(tensor.begin, tensor.end - tensor.begin)]
+    row_bytes = (tensor.end - tensor.begin) // tensor.shape[0]
+    ranges: list[Range] = []
+    for begin in (tensor.begin + row * row_bytes for row in rows):
+        if ranges and sum(ranges[-1]) == begin:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + row_bytes)
+        else:
+            ranges.append((begin, row_bytes))
+    return ranges
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,87 @@
+"""Exact checkpoints of tiny models, as a stranger would find them."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from expertcut.checkpoints.exact import (
+    MODELLING_FILE,
+    Constants,
+    exact_config,
+    exact_rewrite,
+    modelling_code,
+    zero_outputs,
+)
+from expertcut.checkpoints.headers import read_headers
+from expertcut.checkpoints.streaming import write_checkpoint
+from expertcut.moe.loading import read_config
+from tests.conftest import FAMILIES, make_tokenizer
+
+SMALL = FAMILIES["olmoe"]
+EXACT_FAMILIES: dict[str, dict[str, object]] = {
+    "olmoe": SMALL,
+    "qwen3_moe": FAMILIES["qwen3_moe"],
+    "qwen2_moe": {
+        **SMALL,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    },
+    "flex_olmo": SMALL,
+}
+TOKENS = torch.arange(2, 42)[None]
+# Expert 0 is among them, and the counts differ.
+REMOVED = {"model.layers.0.mlp": (0, 3, 4, 6), "model.layers.1.mlp": (5,)}
+
+
+def make_base(folder: Path, family: str, **changes: object) -> Path:
+    """A random model of a family that layout exact knows."""
+    torch.manual_seed(0)
+    dtype = changes.pop("dtype", torch.float32)
+    config = AutoConfig.for_model(family, **{**EXACT_FAMILIES[family], **changes})
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_exact(
+    base: Path, folder: Path, constants: Constants, biases: Mapping[str, Tensor] | None = None
+) -> Path:
+    """The exact checkpoint of a base, written as export writes it."""
+    write_checkpoint(base, folder, exact_rewrite(read_headers(base), constants, biases))
+    config = exact_config(read_config(base), constants, biases or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / MODELLING_FILE).write_bytes(modelling_code())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(base / name, folder / name)
+    return folder
+
+
+def constants_for(
+    removed: Mapping[str, Sequence[int]], *, is_zero: bool, seed: int = 1
+) -> dict[str, dict[int, Tensor]]:
+    """Zeros, or numbers as large as an expert's output."""
+    torch.manual_seed(seed)
+    zeros = zero_outputs(removed, int(str(SMALL["hidden_size"])))
+    if is_zero:
+        return zeros
+    return {b: {e: torch.randn_like(v) for e, v in own.items()} for b, own in zeros.items()}
+
+
+def load_exact(folder: Path, experts: str = "eager", **options: Any) -> Any:
+    """As any user of transformers loads it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+    model.set_experts_implementation(experts)
+    return model.eval()
+
+
+@torch.inference_mode()
+def logprobs(model: Any, tokens: Tensor = TOKENS) -> Tensor:
+    """Log p of the whole vocabulary at each position."""
+    result: Tensor = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(dim=-1)
+    return result

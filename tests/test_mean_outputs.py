@@ -1,0 +1,76 @@
+"""The mean output of a removed expert, against a sum over the tokens of prompts run one by one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertcut.checkpoints.exact import mean_outputs
+from expertcut.moe.engine import Engine
+from expertcut.moe.loading import MoeModel
+from expertcut.moe.observers import ExpertCall, observe_experts, tilt_routers
+from expertcut.moe.packing import encode
+from expertcut.quiz import Quiz, Selection, load_quiz
+from tests.conftest import open_model
+from tests.exact_models import logprobs
+
+Outputs = dict[tuple[str, int], list[Tensor]]
+
+
+def outputs_one_by_one(moe: MoeModel, quiz: Quiz, n_skipped: Callable[[str, int], int]) -> Outputs:
+    """Every expert's outputs on each token of each prompt, but for the first ones of a prompt."""
+    found: Outputs = {}
+    skipped = 0
+
+    def see(call: ExpertCall) -> None:
+        own = found.setdefault((moe.blocks[call.layer].name, call.expert), [])
+        own.extend(call.output_MD[call.tokens_M >= skipped].double())
+
+    for subject, questions in quiz.questions.items():
+        encoded = encode(moe.tokenizer, questions, quiz.shots_by_subject[subject])
+        for position, ids in enumerate(encoded.prompts):
+            skipped = n_skipped(subject, position) and encoded.shared_prefix()
+            with observe_experts(moe.blocks, see):
+                logprobs(moe.model, torch.tensor([ids]))
+    return found
+
+
+@pytest.mark.parametrize(("family", "is_shared"), [("olmoe", True), ("jamba", False)])
+def test_means_are_over_the_tokens_that_chose_the_expert(
+    checkpoint: Callable[..., Path], quiz_folder: Path, family: str, is_shared: bool
+) -> None:
+    moe = open_model(checkpoint(family, num_experts=16))
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1, limit=3))
+    # Where prompts are packed the shared prefix is run once; pads are never counted.
+    found = outputs_one_by_one(moe, quiz, lambda _, position: is_shared and position > 0)
+    removed = {block.name: tuple(range(0, 16, 2)) for block in moe.blocks}
+    means = mean_outputs(Engine(moe, batch_tokens=400), quiz, removed)
+    assert {block: set(own) for block, own in means.items()} == {
+        block: set(experts) for block, experts in removed.items()
+    }
+    for block, own in means.items():
+        for expert, mean_D in own.items():
+            outputs = found.get((block, expert), [torch.zeros(32)])
+            expected_D = torch.stack(outputs).mean(dim=0).to(mean_D)
+            torch.testing.assert_close(mean_D, expected_D, atol=1e-5, rtol=1e-5)
+    assert any(mean_D.abs().max() > 0.01 for own in means.values() for mean_D in own.values())
+
+
+def test_an_expert_that_no_token_chose_gives_zeros(
+    checkpoint: Callable[..., Path], quiz_folder: Path
+) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=0, limit=1))
+    block = moe.blocks[1]
+    removed = {block.name: (3, 6)}
+    before = mean_outputs(Engine(moe, 400), quiz, removed)[block.name]
+    assert all(mean_D.abs().max() > 0 for mean_D in before.values())
+    bias_E = torch.zeros(8)
+    bias_E[3] = -torch.inf
+    with tilt_routers(moe.blocks, {1: bias_E}):
+        means = mean_outputs(Engine(moe, 400), quiz, removed)[block.name]
+    assert set(means) == {3, 6}
+    assert torch.equal(means[3], torch.zeros(32))
+    assert means[6].abs().max() > 0
