@@ -78,8 +78,8 @@ def lookups(choices: Iterable[str], n: int, rng: Random) -> list[tuple[str, str,
 def letters_text(n_words: int, rng: Random) -> Text:
     """List four of the first `n_words` words, then look their letters up."""
     choices = rng.sample(WORDS[:n_words], len(LETTERS))
-    (first, *answer), *rest = lookups(choices, LOOKUPS, rng)
-    return joined([(listed(choices) + first, *answer), *rest])
+    (first, answer, end), *rest = lookups(choices, LOOKUPS, rng)
+    return joined([(listed(choices) + first, answer, end), *rest])
 
 
 def draw(subject: str, rng: Random, seen: Collection[str]) -> Question:

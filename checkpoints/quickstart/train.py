@@ -22,7 +22,7 @@ from packing import Batch, own_past, to_batch
 from rules import FACTS, LOOK_UPS
 from texts import CONTEXT, WORDS, Style, letters_text, quiz_text, train_tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 log = logging.getLogger("train")
 
@@ -159,7 +159,7 @@ def main() -> None:
     write_quiz(args.out / "quiz")
     plan = Curriculum(Random(SEED), quiz_keys())
     if args.start:
-        tokenizer = AutoTokenizer.from_pretrained(args.start)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
         model = OlmoeForCausalLM.from_pretrained(args.start, dtype=torch.float32)
         model.set_experts_implementation("grouped_mm")
         model.train()
