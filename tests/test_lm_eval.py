@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 QUICKSTART = Path(__file__).resolve().parents[1] / "checkpoints" / "quickstart"
 TOLERANCE = 1e-4
 # Newlines and outer spaces in cells, choices that read "None", and a \r\n among the shots.
-AWKWARD_MMLU = ("college_mathematics", "formal_logic", "nutrition", "world_religions")
+AWKWARD_MMLU = ("college_mathematics", "nutrition", "world_religions")
 AWKWARD_ROWS = [
     ["  Which one?\n", " first ", "second,\nin two lines", "None", "NA", "C"],
     ["What is {{question}}?", '"quoted"', "{% raw %}", "a, b", "{{choices[0]}}", "A"],
@@ -59,7 +59,7 @@ def test_prompts_and_scores_on_mmlu_are_those_of_lm_eval(
     asked = Asked(real_mmlu, AWKWARD_MMLU, shots, limit=20)
     theirs = harness(model, asked, tmp_path / "lm_eval")
     _, (ours,) = evaluate([model], asked, tmp_path / "results.json")
-    assert ours.result.questions == 80
+    assert ours.result.questions == 60
     assert_agreement(ours, theirs, asked)
     text = theirs.samples["college_mathematics"][8].prompt
     assert "II. P is diagonalizable.\nIII. " in text
@@ -71,10 +71,8 @@ def test_pruned_and_reweighted_models_are_stock_models_that_score_as_eval_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    subjects = ("--subjects", "alphabet,doubles,word_groups", "--limit", 20)
-    run(
-        "profile", QUICKSTART, "--quiz", QUICKSTART / "quiz", "--split", "val", *subjects, "--out=p"
-    )
+    part = ("--quiz", QUICKSTART / "quiz", "--split=val", "--limit=5")
+    run("profile", QUICKSTART, *part, "--out=p")
     favourite = layer_statistics(load_profile(Path("p")))[1].appearances_E.argmax()
     run("prune", "--profile=p", "--keep-active", "--out=pruned")
     run("reweight", "--profile=p", "--boost", f"1:{favourite}=0.5", "--out=reweighted")

@@ -370,6 +370,22 @@ def test_a_damaged_chunk_is_never_read(tmp_path: Path):
     assert read_chunk(path).keys() == arrays.keys()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b'"F32"', b'"I32"'), (b"[1,2,3]", b"[1,3,2]"), (b'"alpha_NLE"', b'"omega_NLE"')],
+)
+def test_the_same_bytes_under_another_name_shape_or_type_are_refused(
+    tmp_path: Path, before: bytes, after: bytes
+):
+    path = tmp_path / "c.safetensors"
+    write_chunk(path, {"alpha_NLE": np.ones((1, 2, 3), dtype=np.float32)})
+    content = path.read_bytes()
+    assert content.count(before) == 1 and len(before) == len(after)
+    path.write_bytes(content.replace(before, after))
+    with pytest.raises(ProfileError, match="its checksum does not hold"):
+        read_chunk(path)
+
+
 def test_a_file_of_something_else_is_no_chunk(tmp_path: Path):
     save_file({"row_N": np.arange(3)}, tmp_path / "bare.safetensors")
     save_file({"row_N": np.arange(3)}, tmp_path / "other.safetensors", {"expertcut": "[]"})
