@@ -670,6 +670,19 @@ def test_of_a_single_file_a_fifth_is_held_out(tmp_path: Path, is_fitting: bool, 
     assert total / 10 < len(found.held_out) < total / 3
 
 
+@pytest.mark.parametrize("is_fitting", [False, True])
+@pytest.mark.parametrize("val", ["missing", "a copy of test"])
+def test_without_another_split_a_fifth_is_held_out(tmp_path: Path, is_fitting: bool, val: str):
+    folder = tmp_path / "quiz"
+    for split in ("test", "val") if val != "missing" else ("test",):
+        write_quiz(folder, {split: 50}, seed=3)  # the seed alone says what is asked
+    found = questions_for(profile_of(folder), is_fitting=is_fitting)
+    assert (found.tuning.split, found.held_out.split) == ("test", "test")
+    assert len(found.tuning) + len(found.held_out) == len(found.profiled) == 150
+    assert not hashes(found.tuning) & hashes(found.held_out)
+    assert 150 / 10 < len(found.held_out) < 150 / 3
+
+
 def test_the_fifth_is_chosen_by_content_not_by_place(tmp_path: Path):
     whole = questions_for(
         profile_of(write_file(tmp_path / "a.jsonl", 200)), is_fitting=True
@@ -876,7 +889,7 @@ def test_a_direction_is_fitted_on_every_token_of_a_model(
     changes = {"sliding_window": 16} if way == "padded" else {}
     moe = open_model(checkpoint("mixtral", **changes))
     quiz = load_quiz(Selection(str(quiz_folder), "val", shots=1))
-    engine = Engine(moe, 300)
+    engine = Engine(moe, 300 if way == "packed" else 5000)  # several packs; several rows with pads
     heard: list[Tensor] = []
     handle = moe.blocks[1].router.register_forward_hook(lambda m, a, out: heard.append(a[0]))
     inputs = []
@@ -885,7 +898,8 @@ def test_a_direction_is_fitted_on_every_token_of_a_model(
             moe.tokenizer(prompt(q, quiz.shots_by_subject[subject]))["input_ids"] for q in questions
         ]
         n_prefix = Encoded(tuple(map(tuple, prompts)), ()).shared_prefix()
-        assert n_prefix > 50
+        assert n_prefix > 50 and len(set(map(len, prompts))) > 1
+        assert engine.way(Encoded(tuple(map(tuple, prompts)), ())) == way
         for i, ids in enumerate(prompts):
             heard.clear()
             with torch.no_grad():
