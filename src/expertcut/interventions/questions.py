@@ -110,7 +110,7 @@ def _other_split(profiled: Quiz, split: str, *used: Quiz) -> Quiz | None:
     try:
         other = load_quiz(selection)
     except QuizError as error:
-        logger.info("no questions of split %s: %s", split, error)
+        logger.warning("split %s is not used to judge: %s", split, error)
         return None
     same: dict[str, tuple[Question, ...]] = {
         s: qs for s, qs in other.questions.items() if s in profiled.questions
