@@ -52,10 +52,11 @@ def prune(
     found = read_profile(profile, threads)
     asked = Keep(keep_active, keep, keep_fraction)
     chosen = choose(found, asked, by.value, positions.value)
+    folder = _folder(found, chosen.draft, out, plan_only)
     for sentence in pruning_sentences(chosen):
         print(sentence)
     load_as = LoadOptions(dtype, device, trust_remote_code)
-    _make(found, chosen.draft, out, None if plan_only else load_as)
+    _make(found, chosen.draft, folder, None if plan_only else load_as)
 
 
 def reweight(
@@ -80,17 +81,28 @@ def reweight(
     found = read_profile(profile, threads)
     tilted = tilts(found, boost or [], suppress or [])
     load_as = LoadOptions(dtype, device, trust_remote_code)
-    built = _make(found, reweight_draft(found, tilted), out, None if plan_only else load_as)
+    draft = reweight_draft(found, tilted)
+    folder = _folder(found, draft, out, plan_only)
+    built = _make(found, draft, folder, None if plan_only else load_as)
     for sentence in tilt_sentences(tilted, built):
         print(sentence)
 
 
-def _make(profile: "Profile", draft: "Draft", out: Path | None, load_as: Any) -> "Built | None":
+def _folder(profile: "Profile", draft: "Draft", out: Path | None, plan_only: bool) -> Path:
+    """Where to write, refused before anything is printed if something is there."""
+    from expertcut.checkpoints.build import default_out
+    from expertcut.checkpoints.export import check_free
+
+    folder = out or default_out(profile, draft, is_plan=plan_only)
+    check_free(folder)
+    return folder
+
+
+def _make(profile: "Profile", draft: "Draft", folder: Path, load_as: Any) -> "Built | None":
     """Builds the checkpoint, or without `load_as` writes the plan alone."""
-    from expertcut.checkpoints.build import build, default_out, write_plan
+    from expertcut.checkpoints.build import build, write_plan
     from expertcut.reporting.outcomes import fit_table, held_out_table
 
-    folder = out or default_out(profile, draft, is_plan=load_as is None)
     if load_as is None:
         write_plan(profile, draft, folder)
         print(f"written to {folder}")
