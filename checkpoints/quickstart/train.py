@@ -29,7 +29,7 @@ log = logging.getLogger("train")
 SEED = 0
 PEAK_LR = 1.5e-3
 WARMUP_STEPS = 60
-QUIZ_STEPS = 1400
+QUIZ_STEPS = 1900
 TEXT_WEIGHT = 0.3  # of the language-model loss on all that is not an answer
 TEXT_SHARE = 0.5  # of that text, drawn anew each step
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss: every expert lives, none is forced to be busy
@@ -92,7 +92,6 @@ def losses(model: OlmoeForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     return loss_T[is_answer_T].mean(), loss_T[~is_answer_T].mean(), balance
 
 
-@torch.no_grad()
 @torch.no_grad()
 def probe(
     model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, subjects: tuple[str, ...]
