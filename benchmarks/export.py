@@ -22,11 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expertcut.checkpoints.headers import Stored, StoredTensor, read_headers
-from expertcut.checkpoints.shards import Rewrite, lay_out
-from expertcut.checkpoints.stock import Fitted
-from expertcut.checkpoints.stock_rewrite import stock_rewrite
-from expertcut.checkpoints.streaming import MAX_SHARD_BYTES, write_checkpoint, write_shards
+from expertcut.checkpoints.files.headers import Stored, StoredTensor, read_headers
+from expertcut.checkpoints.files.shards import Rewrite, lay_out
+from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES, write_checkpoint, write_shards
+from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.interventions.plan import Edit
 from expertcut.reporting.tables import Column, Table, as_markdown
 

@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.exact import (
-    MODELLING_FILE,
-    Constants,
-    exact_config,
-    exact_rewrite,
-    modelling_code,
-    zero_outputs,
-)
-from expertcut.checkpoints.headers import read_headers
-from expertcut.checkpoints.streaming import write_checkpoint
-from expertcut.moe.loading import read_config
+from expertcut.checkpoints.files.headers import read_headers
+from expertcut.checkpoints.files.streaming import write_checkpoint
+from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
+from expertcut.interventions.calibration.outputs import Constants, zero_outputs
+from expertcut.interventions.plan import Edit
+from expertcut.moe.loading import MODELLING_FILE, modelling_code, read_config
 from tests.conftest import FAMILIES, make_tokenizer
 
 SMALL = FAMILIES["olmoe"]
@@ -53,7 +48,11 @@ def make_exact(
     base: Path, folder: Path, constants: Constants, biases: Mapping[str, Tensor] | None = None
 ) -> Path:
     """The exact checkpoint of a base, written as export writes it."""
-    write_checkpoint(base, folder, exact_rewrite(read_headers(base), constants, biases))
+    edits = {
+        name: Edit(keep=tuple(range(len(bias_E))), bias=dict(enumerate(bias_E.tolist())))
+        for name, bias_E in (biases or {}).items()
+    }
+    write_checkpoint(base, folder, exact_rewrite(read_headers(base), constants, edits))
     config = exact_config(read_config(base), constants, biases or {})
     (folder / "config.json").write_text(json.dumps(config))
     (folder / MODELLING_FILE).write_bytes(modelling_code())

@@ -1,35 +1,18 @@
-"""Layout `stock`: a plan carried out on a loaded model, in tensors that every loader knows.
-
-Pruning slices the expert axis everywhere; where that inflates gate weights, the mean inflation is
-folded back into `down_proj`. A bias goes into the router's own bias where it has one, else b·v is
-added to the expert's gate row.
-"""
+"""Layout `stock` carried out on a loaded model: what the streamed export must equal bit by bit."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from expertcut.checkpoints.layouts.stock import Fitted
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.loading import EXPERT_COUNT_FIELDS, MoeModel
 
 _COUNT_ATTRIBUTES = (*EXPERT_COUNT_FIELDS, "n_experts")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a stock layout needs beside the plan, by layer.
-
-    `folds` scales the kept experts' outputs (kept,), `directions` are v (D,).
-    """
-
-    folds: Mapping[int, "np.ndarray[Any, Any]"]
-    directions: Mapping[int, Tensor]
 
 
 def apply_stock(moe: MoeModel, edits: Mapping[str, Edit], fitted: Fitted) -> None:

@@ -554,7 +554,7 @@ def test_a_profile_begun_with_other_settings_is_never_gone_on_with(
     "out",
     [
         ("full", "full is not empty"),
-        ("full/a file", "a file is not empty"),
+        ("full/a file", "a file is "),
         ("full/a file/new", "cannot be written"),
     ],
 )

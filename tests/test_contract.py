@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from expertcut.checkpoints.stock import cut, scale_outputs
 from expertcut.errors import ContractError
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.observers import observe_experts, observe_routers, tilt_routers
 from tests.conftest import FAMILIES, open_model
+from tests.loaded_stock import cut, scale_outputs
 
 Checkpoints = Callable[..., Path]
 TOKENS = torch.arange(2, 42)[None]

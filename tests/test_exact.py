@@ -12,18 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints import modeling_exact
-from expertcut.checkpoints.exact import (
-    MODELLING_FILE,
-    constant_experts,
-    exact_config,
-    exact_rewrite,
-    removed_experts,
-)
-from expertcut.checkpoints.headers import read_headers
+from expertcut.checkpoints.export import removed_experts
+from expertcut.checkpoints.files.headers import read_headers
+from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
+from expertcut.checkpoints.unedited import constant_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.plan import Edit
-from expertcut.moe.loading import MoeModel, read_config
+from expertcut.moe.loading import MODELLING_FILE, MoeModel, modeling_exact, read_config
 from expertcut.moe.observers import Routing, observe_routers, tilt_routers
 from tests.conftest import open_model
 from tests.exact_models import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.headers import read_headers
+from expertcut.checkpoints.files.headers import read_headers
 from expertcut.errors import ModelError
 from expertcut.moe.loading import read_config
 

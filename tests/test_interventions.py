@@ -15,22 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
+from expertcut.interventions.calibration.direction import fit_directions, judge_directions
+from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.criteria import CRITERIA, ranked
-from expertcut.interventions.direction import fit_directions, judge_directions
 from expertcut.interventions.plan import (
     ChosenOn,
     Draft,
     Edit,
     Plan,
     PlanModel,
-    check_stock,
+    check_edits,
     hashes_sha256,
     load_hashes,
     load_plan,
     plan_text,
     save_plan,
 )
-from expertcut.interventions.prune import Keep, choose, fold_factors, keep_active, keep_n
+from expertcut.interventions.prune import Keep, Way, choose, keep_active, keep_n
 from expertcut.interventions.questions import draft_plan, hashes, questions_for, used_hashes
 from expertcut.interventions.reweight import (
     Target,
@@ -253,7 +254,7 @@ def test_keep_active_fills_up_to_one_count_by_tokens_else_by_alpha(
     layers = counted(profile)
     if not has_tokens:
         profile = uneven_profile(tmp_path / "answer", seed, has_tokens=False)
-    pruning = keep_active(profile, "answer")
+    pruning = keep_active(profile, Way())
     assert [len(layer.active) for layer in layers] == [3, 6, 4]
     for its, layer in zip(profile.info.model.blocks, layers, strict=True):
         idle = [e for e in range(10) if e not in layer.active]
@@ -268,14 +269,14 @@ def test_keep_active_fills_up_to_one_count_by_tokens_else_by_alpha(
 def test_keep_active_over_all_tokens_counts_every_token(tmp_path: Path):
     profile = uneven_profile(tmp_path / "p")
     layers = counted(profile)
-    pruning = keep_active(profile, "all")
+    pruning = keep_active(profile, Way(positions="all"))
     active = [[e for e in range(10) if layer.tokens[e]] for layer in layers]
     most = max(map(len, active))
     assert {len(a) for a in active} != {most} and most < 10
     for edit, its in zip(pruning.draft.edits.values(), active, strict=True):
         assert len(edit.keep) == most and set(its) <= set(edit.keep)
     with pytest.raises(ProfileError, match="--stats all"):
-        keep_active(uneven_profile(tmp_path / "answer", has_tokens=False), "all")
+        keep_active(uneven_profile(tmp_path / "answer", has_tokens=False), Way(positions="all"))
 
 
 @pytest.mark.parametrize("positions", ["answer", "all"])
@@ -284,7 +285,7 @@ def test_keep_n_takes_the_best_ties_by_alpha_then_by_the_lower_id(
     tmp_path: Path, n_keep: int, positions: Any
 ):
     profile = uneven_profile(tmp_path / "p", seed=n_keep)
-    pruning = keep_n(profile, n_keep, "activations", positions)
+    pruning = keep_n(profile, n_keep, Way(positions=positions))
     for layer, edit in zip(counted(profile), pruning.draft.edits.values(), strict=True):
         score = layer.tokens if positions == "all" else [float(n) for n in layer.count]
         assert len(set(score)) < 10  # some are equal
@@ -315,7 +316,7 @@ def test_ranking_is_by_score_then_alpha_then_the_lower_id():
     ],
 )
 def test_how_many_is_said_in_one_of_three_ways(tmp_path: Path, keep: Keep, expected: int):
-    pruning = choose(uneven_profile(tmp_path / "p"), keep, "activations", "answer")
+    pruning = choose(uneven_profile(tmp_path / "p"), keep, Way())
     assert {len(edit.keep) for edit in pruning.draft.edits.values()} == {expected}
 
 
@@ -338,7 +339,7 @@ def test_how_many_is_refused_where_it_makes_no_sense(
     tmp_path: Path, keep: Keep, error: type[Exception], reason: str
 ):
     with pytest.raises(error, match=reason):
-        choose(uneven_profile(tmp_path / "p"), keep, "activations", "answer")
+        choose(uneven_profile(tmp_path / "p"), keep, Way())
 
 
 def grouped_profile(folder: Path, chosen: list[list[int]], **more: int) -> Profile:
@@ -367,7 +368,7 @@ def test_where_routing_is_in_groups_each_keeps_equally_many(
     tmp_path: Path, chosen: list[list[int]], top_groups: int, count: int
 ):
     profile = grouped_profile(tmp_path / "p", chosen, top_groups=top_groups)
-    pruning = keep_active(profile, "answer")
+    pruning = keep_active(profile, Way())
     active = {e for row in chosen for e in row}
     for edit in pruning.draft.edits.values():
         assert per_group(edit.keep) == [count] * 4
@@ -376,13 +377,13 @@ def test_where_routing_is_in_groups_each_keeps_equally_many(
 
 def test_keep_n_in_groups_is_a_multiple_of_them(tmp_path: Path):
     profile = grouped_profile(tmp_path / "p", [[0, 4], [1, 5], [2, 4], [8, 12]])
-    for edit in keep_n(profile, 12, "activations", "answer").draft.edits.values():
+    for edit in keep_n(profile, 12, Way()).draft.edits.values():
         assert per_group(edit.keep) == [3, 3, 3, 3]
         assert {0, 1, 2, 4, 5, 8, 12} <= set(edit.keep)
     with pytest.raises(PlanError, match="keep a multiple of 4, not 10"):
-        keep_n(profile, 10, "activations", "answer")
+        keep_n(profile, 10, Way())
     with pytest.raises(PlanError, match="keep equally many in each, at least 2"):
-        keep_n(profile, 4, "activations", "answer")
+        keep_n(profile, 4, Way())
 
 
 BLOCKS = [block(0, 8), block(1, 8)]
@@ -416,13 +417,15 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
     blocks: list[BlockInfo], asked: dict[str, Edit], reason: str
 ):
     with pytest.raises(PlanError, match=reason):
-        check_stock(asked, blocks)
+        check_edits(asked, blocks, "stock")
 
 
 def test_a_plan_that_fits_is_taken():
-    check_stock(edits((0, 1), (3, 7)), BLOCKS)
-    check_stock(edits(tuple(range(8)), tuple(range(8)), bias={7: -1.0}, scale={0: 0.5}), BLOCKS)
-    check_stock(edits(tuple(range(8))), GROUPED)
+    check_edits(edits((0, 1), (3, 7)), BLOCKS, "stock")
+    check_edits(
+        edits(tuple(range(8)), tuple(range(8)), bias={7: -1.0}, scale={0: 0.5}), BLOCKS, "stock"
+    )
+    check_edits(edits(tuple(range(8))), GROUPED, "stock")
 
 
 # Folding the inflation back
@@ -437,13 +440,13 @@ def test_the_fold_is_the_mean_of_what_remains_where_an_expert_was_chosen(
     keep = (0, 2, 3, 5, 7)  # 6 and 7 are idle
     left_out = {("trees", row) for row in range(10)} | {("birds", 3)} if is_leaving_out else set()
     asked = edits(keep, keep, tuple(range(8)), keep)
-    factors = fold_factors(profile, asked, left_out)
+    factors = fold_at_answers(profile, asked, left_out)
     assert set(factors) == {0, 3}  # not where weights are renormalised, nor where nothing goes
     for layer, factor in factors.items():
         assert factor.tolist() == close(naive_fold(profile, layer, keep, left_out), rel=1e-6)
         assert factor.min() < 0.9 and factor.max() < 1
     if is_leaving_out:
-        assert not np.allclose(factors[0], fold_factors(profile, asked)[0])
+        assert not np.allclose(factors[0], fold_at_answers(profile, asked)[0])
 
 
 def naive_fold(
@@ -472,7 +475,7 @@ def test_the_fold_undoes_the_inflation_where_it_is_always_the_same(tmp_path: Pat
     chunk = random_chunk(0, 3, blocks) | {"alpha_NLE": alpha_NLE, "chosen_NLK": chosen_NLK}
     profile = write_profile(tmp_path / "p", profile_info(blocks, {"birds": 3}), [chunk])
     sliced = torch.tensor([0.45, 0.3]).log().softmax(-1)
-    factor = fold_factors(profile, edits((0, 1)))[0]
+    factor = fold_at_answers(profile, edits((0, 1)))[0]
     assert (sliced * torch.tensor(factor)).tolist() == close([0.45, 0.3])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.exact import mean_outputs
+from expertcut.interventions.calibration.outputs import mean_outputs
 from expertcut.moe.engine import Engine
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.observers import ExpertCall, observe_experts, tilt_routers

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertcut.checkpoints.headers import StoredTensor
-from expertcut.checkpoints.names import find_disk_blocks, match_blocks
-from expertcut.checkpoints.stock import Fitted
-from expertcut.checkpoints.stock_rewrite import stock_rewrite
+from expertcut.checkpoints.files.headers import StoredTensor
+from expertcut.checkpoints.layouts.names import find_disk_blocks, match_blocks
+from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from expertcut.checkpoints.build import Built
-from expertcut.checkpoints.held_out import Difference
-from expertcut.cli.options import Criterion, Format, Layout, Positions, Stats
+from expertcut.checkpoints.proof import Alone, Difference, Proof
+from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Removed, Stats
 from expertcut.errors import OutputError
 from expertcut.evaluation.evaluate import (
     ChosenOnResult,
@@ -23,8 +23,8 @@ from expertcut.evaluation.evaluate import (
     save_results,
 )
 from expertcut.interventions import plan as plans
+from expertcut.interventions.calibration.direction import Fit
 from expertcut.interventions.criteria import CRITERIA
-from expertcut.interventions.direction import Fit
 from expertcut.interventions.plan import ChosenOn, Draft, Edit, Plan, PlanModel, save_plan
 from expertcut.interventions.prune import Pruning
 from expertcut.interventions.reweight import Tilt
@@ -32,9 +32,9 @@ from expertcut.profiling import store
 from expertcut.profiling.statistics import as_json
 from expertcut.profiling.store import Profile
 from expertcut.reporting.outcomes import (
-    fit_table,
-    held_out_table,
     plan_table,
+    proof_sentences,
+    proof_tables,
     pruning_sentences,
     result_sentences,
     results_csv,
@@ -445,24 +445,47 @@ def test_idle_experts_that_stay_are_listed():
     ]
 
 
-def built() -> Built:
+def built(alone: Alone | None = None) -> Built:
     return Built(
         folder=Path("out"),
         plan=plan(),
-        held_out_split="val",
-        differences=[Difference("the unedited base", 256, 1.23456, 0.012345, 7)],
         fits=[Fit(3, 0.95, 0.99, 1.0, 0.2, 0.98, 0.004)],
-        shares={(3, 12): (0.0, 0.25, 0.125)},
+        proof=Proof(
+            split="val",
+            differences=[Difference("the unedited base", 256, 1.23456, 0.012345, 7)],
+            shares={(3, 12): (0.0, 0.25, 0.125)},
+            alone=alone,
+        ),
     )
 
 
 def test_what_an_edit_did_to_held_out_questions_is_a_table():
-    table = held_out_table(built())
+    fit_table, table = proof_tables(built())
     assert table.title == "Held-out questions (val)"
     assert table.texts() == [["the unedited base", "1.2346", "0.0123", "7", "256"]]
-    assert fit_table(built()).texts() == [
-        ["3", "0.9500", "1.000 ± 0.200", "0.9900", "0.980 ± 0.004"]
-    ]
+    assert fit_table.texts() == [["3", "0.9500", "1.000 ± 0.200", "0.9900", "0.980 ± 0.004"]]
+
+
+@pytest.mark.parametrize(
+    ("alone", "said"),
+    [
+        (None, []),
+        (Alone(256, 0, 0), ["Each of the 256 questions has tokens that chose a removed expert, so "
+                            "none must stay as it was."]),
+        (Alone(256, 9, 9), ["9 of the 256 questions have no token that chose a removed expert; "
+                            "scored alone, all of them come out bit-equal."]),
+        (Alone(256, 9, 7), ["9 of the 256 questions have no token that chose a removed expert; "
+                            "scored alone, 7 of them come out bit-equal."]),
+    ],
+)  # fmt: skip
+def test_layout_exact_says_whether_its_promise_held(alone: Alone | None, said: list[str]):
+    assert proof_sentences(built(alone)) == said
+
+
+def test_a_checkpoint_that_was_not_asked_says_so():
+    unasked = replace(built(), proof=None, fits=[])
+    assert proof_tables(unasked) == []
+    assert proof_sentences(unasked) == ["The new checkpoint was not asked any question."]
 
 
 def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
@@ -521,10 +544,10 @@ def test_every_criterion_is_a_choice_on_the_command_line():
 
 def test_choices_on_the_command_line_are_those_of_the_files():
     assert {choice.value for choice in Positions} == set(get_args(plans.Positions))
-    assert {choice.value for choice in Layout} == set(
-        get_args(Plan.model_fields["layout"].annotation)
-    )
+    assert {choice.value for choice in Layout} == set(get_args(plans.Layout))
+    assert {choice.value for choice in Removed} == set(get_args(plans.Removed))
+    assert {choice.value for choice in Fold} == set(get_args(plans.Fold))
     # `none` is what `eval` keeps.
     assert {choice.value for choice in Stats} | {"none"} == set(get_args(store.Stats))
-    for choices in (Criterion, Positions, Layout, Stats, Format):
+    for choices in (Criterion, Positions, Layout, Removed, Fold, Stats, Format):
         assert all(choice.name == choice.value for choice in choices)

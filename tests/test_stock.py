@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.build import build
-from expertcut.checkpoints.export import new_folder
+from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.checkpoints.files.folders import new_folder
 from expertcut.errors import OutputError, PlanError, ProfileError
+from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.prune import Keep, choose, fold_factors
+from expertcut.interventions.prune import Keep, Way, choose
 from expertcut.interventions.reweight import reweight_draft, tilts
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import LoadOptions
@@ -26,6 +27,7 @@ from expertcut.quiz import Selection, load_quiz
 from tests.conftest import open_model
 
 Checkpoints = Callable[..., Path]
+AS_IS = BuildOptions(LoadOptions())
 
 
 @pytest.fixture
@@ -53,20 +55,20 @@ def test_where_weights_are_renormalised_a_stock_cut_equals_the_mask(
     profile_of: Callable[..., Profile], quiz_folder: Path, tmp_path: Path, family: str
 ) -> None:
     profile = profile_of(family)
-    pruning = choose(profile, Keep(count=6), "activations", "answer")
-    built = build(profile, pruning.draft, tmp_path / "out", LoadOptions())
-    against_base, against_mask = built.differences
+    pruning = choose(profile, Keep(count=6), Way())
+    built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
+    against_base, against_mask = built.proof.differences
     assert against_base.max_abs_logprob_diff > 0.01
     assert against_mask.max_abs_logprob_diff < 1e-5
-    assert fold_factors(profile, pruning.draft.edits) == {}
+    assert fold_at_answers(profile, pruning.draft.edits) == {}
 
 
 def test_folding_brings_a_cut_olmoe_closer_to_the_unedited_model(
     profile_of: Callable[..., Profile], quiz_folder: Path, tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe", num_experts=16)
-    pruning = choose(profile, Keep(count=15), "activations", "all")
-    build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    pruning = choose(profile, Keep(count=15), Way(positions="all"))
+    build(profile, pruning.draft, tmp_path / "out", AS_IS)
     base = logprobs(Path(profile.info.model.id), quiz_folder, {})
     folded = logprobs(tmp_path / "out", quiz_folder, {})
     mask = {}
@@ -81,8 +83,8 @@ def test_the_checkpoint_says_what_it_is_and_loads_anywhere(
     profile_of: Callable[..., Profile], tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=5), "activations", "answer")
-    build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    pruning = choose(profile, Keep(count=5), Way())
+    build(profile, pruning.draft, tmp_path / "out", AS_IS)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     original = json.loads((Path(profile.info.model.id) / "config.json").read_text())
     assert config == {**original, "num_experts": 5}
@@ -103,10 +105,10 @@ def test_kept_experts_keep_their_weights_to_the_last_bit_but_for_the_fold(
     profile_of: Callable[..., Profile], checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=5), "activations", "answer")
-    build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    pruning = choose(profile, Keep(count=5), Way())
+    build(profile, pruning.draft, tmp_path / "out", AS_IS)
     base = open_model(Path(profile.info.model.id)).blocks
-    folds = fold_factors(profile, pruning.draft.edits)
+    folds = fold_at_answers(profile, pruning.draft.edits)
     for block, edited in zip(base, open_model(tmp_path / "out").blocks, strict=True):
         keep = list(pruning.draft.edits[block.name].keep)
         old, new = block.experts, edited.experts
@@ -128,14 +130,14 @@ def test_a_boost_in_the_gate_row_comes_close_to_the_exact_bias(
     appearances_E = layer_statistics(profile)[0].appearances_E
     often = int(np.argmin(np.abs(appearances_E - 0.5)))
     found = tilts(profile, ["3=2.0"], [f"0:{often}=1.0"])
-    built = build(profile, reweight_draft(profile, found), tmp_path / "out", LoadOptions())
+    built = build(profile, reweight_draft(profile, found), tmp_path / "out", AS_IS)
     assert [fit.layer for fit in built.fits] == [0, 1]
-    against_base, against_exact = built.differences
+    against_base, against_exact = built.proof.differences
     assert against_exact.median_abs_logprob_diff < against_base.median_abs_logprob_diff / 2
-    base, exact, edited = built.shares[1, 3]
+    base, exact, edited = built.proof.shares[1, 3]
     assert base < edited
     assert base < exact
-    base, exact, edited = built.shares[0, often]
+    base, exact, edited = built.proof.shares[0, often]
     assert edited < base
     gates = [
         b.router.get_parameter("weight")
@@ -154,8 +156,8 @@ def test_a_router_with_a_bias_of_its_own_carries_a_boost_exactly(
 ) -> None:
     profile = profile_of("gpt_oss")
     found = tilts(profile, ["3=1.0"], [])
-    built = build(profile, reweight_draft(profile, found), tmp_path / "out", LoadOptions())
-    against_base, against_exact = built.differences
+    built = build(profile, reweight_draft(profile, found), tmp_path / "out", AS_IS)
+    against_base, against_exact = built.proof.differences
     assert against_base.max_abs_logprob_diff > 0.01
     assert against_exact.max_abs_logprob_diff < 1e-5
 
@@ -164,23 +166,23 @@ def test_a_plan_that_moves_nothing_writes_the_same_model(
     profile_of: Callable[..., Profile], tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=8), "activations", "answer")
-    built = build(profile, pruning.draft, tmp_path / "out", LoadOptions())
-    assert [d.max_abs_logprob_diff for d in built.differences] == [0.0, 0.0]
+    pruning = choose(profile, Keep(count=8), Way())
+    built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
+    assert [d.max_abs_logprob_diff for d in built.proof.differences] == [0.0, 0.0]
 
 
 def test_nothing_appears_when_the_build_fails(
     profile_of: Callable[..., Profile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=5), "activations", "answer")
+    pruning = choose(profile, Keep(count=5), Way())
 
     def breaks(*_: object) -> None:
         raise PlanError("no")
 
-    monkeypatch.setattr("expertcut.checkpoints.build.proof", breaks)
+    monkeypatch.setattr("expertcut.checkpoints.build.prove_after", breaks)
     with pytest.raises(PlanError):
-        build(profile, pruning.draft, tmp_path / "outs" / "out", LoadOptions())
+        build(profile, pruning.draft, tmp_path / "outs" / "out", AS_IS)
     assert not list((tmp_path / "outs").iterdir())
 
 
@@ -203,9 +205,9 @@ def test_a_model_that_changed_since_it_was_profiled_is_refused(
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     profile = load_profile(tmp_path / "p")
-    pruning = choose(profile, Keep(count=5), "activations", "answer")
+    pruning = choose(profile, Keep(count=5), Way())
     with pytest.raises(ProfileError, match="another model"):
-        build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+        build(profile, pruning.draft, tmp_path / "out", AS_IS)
     assert not (tmp_path / "out").exists()
 
 
@@ -221,8 +223,8 @@ def test_half_precision_weights_stay_as_they_are_stored(
     list(Measurement(open_model(folder), quiz, None, MeasureOptions()).run(tmp_path / "p"))
     profile = load_profile(tmp_path / "p")
     assert profile.info.settings.dtype == "float32"
-    pruning = choose(profile, Keep(count=5), "activations", "answer")
-    build(profile, pruning.draft, tmp_path / "out", LoadOptions())
+    pruning = choose(profile, Keep(count=5), Way())
+    build(profile, pruning.draft, tmp_path / "out", AS_IS)
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert stored.dtype == torch.bfloat16
     assert np.isfinite(load_plan(tmp_path / "out").proof["held_out"][0]["max_abs_logprob_diff"])

@@ -16,17 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints import copying, streaming
-from expertcut.checkpoints.headers import StoredTensor, read_headers, read_stored
-from expertcut.checkpoints.names import match_blocks
-from expertcut.checkpoints.shards import Rewrite
-from expertcut.checkpoints.stock import Fitted, apply_stock
-from expertcut.checkpoints.stock_rewrite import stock_rewrite
-from expertcut.checkpoints.streaming import needed_bytes, write_checkpoint
+from expertcut.checkpoints.files import copying, streaming
+from expertcut.checkpoints.files.headers import StoredTensor, read_headers, read_stored
+from expertcut.checkpoints.files.shards import Rewrite
+from expertcut.checkpoints.files.streaming import needed_bytes, write_checkpoint
+from expertcut.checkpoints.layouts.names import match_blocks
+from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ModelError, OutputError
 from expertcut.interventions.plan import Edit
 from expertcut.moe.loading import EXPERT_COUNT_FIELDS, MoeModel, read_config
 from tests.conftest import FAMILIES, open_model
+from tests.loaded_stock import apply_stock
 
 KEEP = (0, 1, 3, 4, 5, 7)  # three of each of DeepSeek's two groups
 ALL = tuple(range(8))

@@ -1,87 +1,127 @@
-"""The stage behind `prune` and `reweight`: fit, export, judge on held-out questions, rename."""
+"""The stage behind `prune` and `reweight`: gather, export, prove on held-out questions, rename."""
 
 import gc
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from expertcut.checkpoints.export import check_free, export, new_folder
-from expertcut.checkpoints.held_out import Answered, Difference, answer, at_run_time, proof
-from expertcut.checkpoints.stock import Fitted
+from expertcut.checkpoints.export import Gathered, check_export, export, removed_experts
+from expertcut.checkpoints.files.folders import check_free, new_folder
+from expertcut.checkpoints.files.headers import read_headers
+from expertcut.checkpoints.layouts.exact import as_stored
+from expertcut.checkpoints.layouts.stock import Fitted
+from expertcut.checkpoints.proof import Before, Proof, prove_after, prove_before
 from expertcut.errors import ProfileError
-from expertcut.interventions.direction import Fit, fit_directions, judge_directions
+from expertcut.interventions.calibration.direction import Fit, fit_directions, judge_directions
+from expertcut.interventions.calibration.fold import fold_at_answers, fold_over_tokens
+from expertcut.interventions.calibration.outputs import mean_outputs, zero_outputs
 from expertcut.interventions.plan import Draft, Plan, save_plan
-from expertcut.interventions.prune import fold_factors
 from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
 from expertcut.moe.engine import Engine
-from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
+from expertcut.moe.loading import (
+    LoadOptions,
+    Source,
+    find_source,
+    fits_in_memory,
+    load,
+    read_config,
+)
 from expertcut.profiling.store import Profile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build; without `is_verified` no question is asked of the new checkpoint."""
+
+    load_as: LoadOptions
+    is_verified: bool = True
+    is_forced: bool = False
 
 
 @dataclass(frozen=True)
 class Built:
-    """What was made: the plan, and what it did to held-out questions."""
+    """What was made: the plan, how well biases are carried, and the proof where one was asked."""
 
     folder: Path
     plan: Plan
-    held_out_split: str
-    differences: list[Difference]
     fits: list[Fit]
-    shares: dict[tuple[int, int], tuple[float, float, float]]
+    proof: Proof | None
 
 
 @dataclass(frozen=True)
-class _Judged:
-    base: Answered
-    exact: Answered
-    directions: dict[int, Tensor]
-    fits: list[Fit]
+class _Job:
+    """What a build works from."""
+
+    profile: Profile
+    draft: Draft
+    questions: Questions
+    source: Source
+    load_as: LoadOptions
+
+    @property
+    def n_experts(self) -> int:
+        return self.profile.info.model.blocks[0].experts
+
+    @cached_property
+    def removed(self) -> dict[str, tuple[int, ...]]:
+        return removed_experts(self.draft.edits, self.n_experts)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether something must be gathered that the profile does not hold."""
+        draft = self.draft
+        is_exact = draft.layout == "exact"
+        is_gathering = draft.removed == "mean" if is_exact else draft.fold == "all"
+        return draft.is_fitting or (is_gathering and bool(self.removed))
+
+    def engine(self, source: Source) -> Engine:
+        """A model, run as it was when it was profiled."""
+        settings = self.profile.info.settings
+        torch.set_num_threads(settings.threads)
+        engine = Engine(load(source, self.load_as), settings.batch_tokens)
+        engine.is_trusted = settings.way == "shared"
+        return engine
 
 
-def build(profile: Profile, draft: Draft, folder: Path, load_as: LoadOptions) -> Built:
-    """Makes the checkpoint; the folder appears when all is written and judged, or not at all.
+def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -> Built:
+    """Makes the checkpoint; the folder appears when all is written and proved, or not at all.
 
     Raises:
-        OutputError: the folder is not empty or cannot be written.
+        ContractError: a model that the layout cannot carry the plan for.
+        OutputError: the folder is not empty, cannot be written or has no room.
         ProfileError: the model or the quiz is not the one that was profiled.
     """
-    check_free(folder)
-    source = profiled_source(profile)
-    questions = questions_for(profile, is_fitting=draft.is_fitting)
-    plan = draft_plan(profile, draft, questions)
-    judged = _judge_base(_load(source, profile, load_as), profile, draft, questions)
-    fitted = Fitted(_folds(profile, draft, questions), judged.directions)
+    job = _job(profile, draft, options)
+    inputs = (job.source.path, profile.path)
+    check_free(folder, is_forced=options.is_forced, inputs=inputs)
+    check_export(job.source, draft, job.n_experts, folder)
+    plan = draft_plan(profile, draft, job.questions)
+    is_verified = options.is_verified and _has_room(job)
+    gathered, fits, before = _gather_and_ask(job, is_verified=is_verified)
     gc.collect()
-    with new_folder(folder) as temporary:
-        export(source, profile, plan, fitted, temporary)
-        gc.collect()
-        edited = _load(Source(str(folder), temporary), profile, load_as)
-        exported = answer(_engine(edited, profile), questions.held_out, draft.edits)
-        exact_name = "the same removal as a mask" if not draft.is_fitting else "the exact bias"
-        figures, rows = proof(judged.base, judged.exact, exported, exact_name)
-        figures |= {
-            "held_out_split": questions.held_out.split,
-            "fits": [asdict(f) for f in judged.fits],
-        }
+    proof = None
+    with new_folder(folder, is_forced=options.is_forced) as temporary:
+        export(job.source, draft, job.n_experts, gathered, temporary)
+        if before is not None:
+            engine = job.engine(Source(str(folder), temporary))
+            proof = prove_after(engine, job.questions.held_out, draft, before)
+        figures = {"fits": [asdict(f) for f in fits], **(proof.figures() if proof else {})}
         plan = plan.model_copy(update={"proof": figures})
-        save_plan(temporary, plan, used_hashes(draft, questions))
-    shares = {
-        key: (share, judged.exact.shares[key], exported.shares[key])
-        for key, share in judged.base.shares.items()
-    }
-    return Built(folder, plan, questions.held_out.split, rows, judged.fits, shares)
+        save_plan(temporary, plan, used_hashes(draft, job.questions))
+    return Built(folder, plan, fits, proof)
 
 
-def write_plan(profile: Profile, draft: Draft, folder: Path) -> None:
+def write_plan(profile: Profile, draft: Draft, folder: Path, *, is_forced: bool = False) -> None:
     """Only `plan.json` and the list of questions it was chosen on, without running the model."""
-    check_free(folder)
+    check_free(folder, is_forced=is_forced, inputs=(profile.path,))
     questions = questions_for(profile, is_fitting=draft.is_fitting)
     plan = draft_plan(profile, draft, questions)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, is_forced=is_forced) as temporary:
         save_plan(temporary, plan, used_hashes(draft, questions))
 
 
@@ -108,36 +148,52 @@ def profiled_source(profile: Profile) -> Source:
     return source
 
 
-def _judge_base(moe: MoeModel, profile: Profile, draft: Draft, questions: Questions) -> _Judged:
+def _job(profile: Profile, draft: Draft, options: BuildOptions) -> _Job:
+    source = profiled_source(profile)
+    questions = questions_for(profile, is_fitting=draft.is_fitting)
+    load_as = options.load_as
+    if load_as.dtype == "auto":
+        load_as = replace(load_as, dtype=profile.info.settings.dtype)
+    return _Job(profile, draft, questions, source, load_as)
+
+
+def _has_room(job: _Job) -> bool:
+    if fits_in_memory(job.source, job.load_as):
+        return True
+    logger.warning(
+        "%s does not fit in the free memory as %s: the checkpoint is not asked any question",
+        *(job.source.id, job.load_as.dtype),
+    )
+    return False
+
+
+def _gather_and_ask(job: _Job, *, is_verified: bool) -> tuple[Gathered, list[Fit], Before | None]:
     """All that needs the unedited model, so that only one model is in memory at a time."""
-    engine, held_out = _engine(moe, profile), questions.held_out
-    directions: dict[int, Tensor] = {}
-    if draft.is_fitting:
-        layers = [b.layer for b in moe.blocks if draft.edits[b.name].bias]
-        directions = fit_directions(engine, questions.tuning, layers)
+    engine = job.engine(job.source) if is_verified or job.needs_model else None
+    gathered = _gather(job, engine)
+    if engine is None or not is_verified:
+        return gathered, [], None
+    held_out, directions = job.questions.held_out, dict(gathered.fitted.directions)
     fits = judge_directions(engine, held_out, directions) if directions else []
-    base = answer(engine, held_out, draft.edits)
-    with at_run_time(moe, draft.edits):
-        exact = answer(engine, held_out, draft.edits)
-    return _Judged(base, exact, directions, fits)
+    return gathered, fits, prove_before(engine, held_out, job.draft, gathered.constants)
 
 
-def _folds(
-    profile: Profile, draft: Draft, questions: Questions
-) -> dict[int, "np.ndarray[Any, Any]"]:
-    is_same_split = questions.held_out.split == profile.info.quiz.split
-    judges = {(q.subject, q.row) for q in questions.held_out} if is_same_split else set()
-    return fold_factors(profile, draft.edits, judges)
-
-
-def _load(source: Source, profile: Profile, load_as: LoadOptions) -> MoeModel:
-    dtype = profile.info.settings.dtype if load_as.dtype == "auto" else load_as.dtype
-    return load(source, LoadOptions(dtype, load_as.device, load_as.trust_remote_code))
-
-
-def _engine(moe: MoeModel, profile: Profile) -> Engine:
-    settings = profile.info.settings
-    torch.set_num_threads(settings.threads)
-    engine = Engine(moe, settings.batch_tokens)
-    engine.is_trusted = settings.way == "shared"
-    return engine
+def _gather(job: _Job, engine: Engine | None) -> Gathered:
+    draft, tuning = job.draft, job.questions.tuning
+    if draft.layout == "exact":
+        if draft.removed == "mean" and engine is not None:
+            means = mean_outputs(engine, tuning, job.removed)
+            return Gathered(constants=as_stored(read_headers(job.source.path), means))
+        width = int(read_config(job.source.path)["hidden_size"])
+        return Gathered(constants=zero_outputs(job.removed, width))
+    directions = {}
+    if draft.is_fitting and engine is not None:
+        layers = [b.layer for b in engine.moe.blocks if draft.edits[b.name].bias]
+        directions = fit_directions(engine, tuning, layers)
+    if draft.fold == "off":
+        return Gathered(Fitted(directions=directions))
+    if draft.fold == "all" and engine is not None:
+        return Gathered(Fitted(fold_over_tokens(engine, tuning, draft.edits), directions))
+    is_same_split = job.questions.held_out.split == job.profile.info.quiz.split
+    judges = {(q.subject, q.row) for q in job.questions.held_out} if is_same_split else set()
+    return Gathered(Fitted(fold_at_answers(job.profile, draft.edits, judges), directions))

@@ -1,95 +1,96 @@
 """A plan becomes a checkpoint folder, in the original names; no model is instantiated."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from expertcut.checkpoints.headers import read_headers
-from expertcut.checkpoints.stock import Fitted
-from expertcut.checkpoints.stock_rewrite import stock_rewrite
-from expertcut.checkpoints.streaming import write_checkpoint
-from expertcut.errors import OutputError
-from expertcut.interventions.plan import PLAN_FILE, QUESTIONS_FILE, Plan
-from expertcut.moe.loading import EXPERT_COUNT_FIELDS, Source, read_config
+from expertcut.checkpoints.files.headers import Stored, read_stored
+from expertcut.checkpoints.files.shards import Rewrite
+from expertcut.checkpoints.files.streaming import check_space, needed_bytes, write_checkpoint
+from expertcut.checkpoints.layouts.exact import check_exact, exact_config, exact_rewrite
+from expertcut.checkpoints.layouts.stock import Fitted, stock_config, stock_rewrite
+from expertcut.interventions.calibration.outputs import Constants, zero_outputs
+from expertcut.interventions.plan import PLAN_FILE, QUESTIONS_FILE, Draft, Edit
+from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.store import Profile
 
 _NOT_COPIED = {"config.json", PLAN_FILE, QUESTIONS_FILE, "README.md"}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
-_COPIED_NAMES = ("LICENSE", "NOTICE")
+_COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 
 
-def export(
-    source: Source,
-    profile: Profile,
-    plan: Plan,
-    fitted: Fitted,
-    folder: Path,
-) -> None:
+@dataclass(frozen=True)
+class Gathered:
+    """What a layout needs beside the plan: `fitted` for stock, `constants` for exact."""
+
+    fitted: Fitted = field(default_factory=Fitted)
+    constants: Constants = field(default_factory=dict)
+
+
+def check_export(source: Source, draft: Draft, n_experts: int, folder: Path) -> None:
+    """That the layout can carry the plan for this model, and that there is room for the result.
+
+    Raises:
+        ContractError: a family or a form on disk that the layout does not support.
+        ModelError: damaged or quantized weights.
+        OutputError: too little space.
+    """
+    config, stored = read_config(source.path), read_stored(source.path)
+    if draft.layout == "exact":
+        check_exact(config)
+    cut = {name: Edit(keep=edit.keep) for name, edit in draft.edits.items()}
+    constants = zero_outputs(removed_experts(cut, n_experts), int(config.get("hidden_size", 0)))
+    rewrite = _rewrite(stored, replace(draft, edits=cut), Gathered(constants=constants))
+    check_space(folder, needed_bytes(stored, rewrite))
+
+
+def export(source: Source, draft: Draft, n_experts: int, gathered: Gathered, folder: Path) -> None:
     """Writes the checkpoint that a plan describes into an empty folder, without the plan.
 
-    Tensors are copied from file to file; only those that the plan edits are read and changed.
+    `n_experts` is the unedited count. Tensors are copied from file to file; only those that the
+    plan edits are read and changed.
     """
-    rewrite = stock_rewrite(read_headers(source.path), plan.blocks, fitted)
+    rewrite = _rewrite(read_stored(source.path), draft, gathered)
     write_checkpoint(source.path, folder, rewrite)
+    config = read_config(source.path)
+    if draft.layout == "exact":
+        biased = [name for name, edit in draft.edits.items() if edit.bias]
+        config = exact_config(config, removed_experts(draft.edits, n_experts), biased)
+        write_atomically(folder / MODELLING_FILE, modelling_code())
+    else:
+        n_kept = len(next(iter(draft.edits.values())).keep)
+        config = stock_config(config, n_experts, n_kept)
     for file in _companions(source.path):
-        shutil.copyfile(file, folder / file.name)
-    config = edited_config(read_config(source.path), profile, plan)
+        write_atomically(folder / file.name, file.read_bytes())
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def edited_config(config: dict[str, Any], profile: Profile, plan: Plan) -> dict[str, Any]:
-    """The original config with the expert count changed, under every name it goes by."""
-    before = profile.info.model.blocks[0].experts
-    after = len(next(iter(plan.blocks.values())).keep)
-    edited: dict[str, Any] = {
-        key: edited_config(value, profile, plan) if key == "text_config" else value
-        for key, value in config.items()
-    }
-    for field in EXPERT_COUNT_FIELDS:
-        if edited.get(field) == before:
-            edited[field] = after
-    return edited
+def removed_experts(edits: Mapping[str, Edit], n_experts: int) -> dict[str, tuple[int, ...]]:
+    """The experts that each block's edit does not keep; blocks that keep all are left out."""
+    removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
+    return {name: experts for name, experts in removed.items() if experts}
+
+
+def _rewrite(stored: Stored, draft: Draft, gathered: Gathered) -> Rewrite:
+    if draft.layout == "exact":
+        return exact_rewrite(stored.tensors, gathered.constants, draft.edits)
+    return stock_rewrite(stored.tensors, draft.edits, gathered.fitted)
 
 
 def _companions(folder: Path) -> Iterator[Path]:
-    """Tokenizer, generation config, chat template and licence; no weights, no index."""
+    """Tokenizer, generation config, chat template and licence, and code that they or config name.
+
+    No weights, no index.
+    """
+    endings = _COPIED_ENDINGS | ({".py"} if _names_code(folder) else set())
     for file in sorted(folder.iterdir()):
-        is_wanted = file.suffix in _COPIED_ENDINGS or file.name.startswith(_COPIED_NAMES)
-        if is_wanted and file.name not in _NOT_COPIED and ".index." not in file.name:
+        is_wanted = file.suffix in endings or file.name.startswith(_COPIED_NAMES)
+        is_other = file.name in _NOT_COPIED or ".index." in file.name or not file.is_file()
+        if is_wanted and not is_other:
             yield file
 
 
-def check_free(folder: Path) -> None:
-    """That a folder may be written: absent or empty.
-
-    Raises:
-        OutputError: something is there.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} is not empty: remove it or name another --out")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the folder's name when the block ends well, else is removed.
-
-    Raises:
-        OutputError: the place cannot be written, or was taken meanwhile.
-    """
-    check_free(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _names_code(folder: Path) -> bool:
+    files = (folder / "config.json", folder / "tokenizer_config.json")
+    return any(f.is_file() and b'"auto_map"' in f.read_bytes() for f in files)

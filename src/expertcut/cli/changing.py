@@ -7,13 +7,17 @@ from expertcut.cli.options import (
     Criterion,
     Device,
     Dtype,
+    Fold,
+    Force,
     Format,
     Layout,
     LayoutOption,
+    NoVerify,
     OutDir,
     PlanOnly,
     Positions,
     ProfileDir,
+    Removed,
     Threads,
     TrustRemoteCode,
     option,
@@ -24,6 +28,7 @@ from expertcut.cli.output import print_tables, quiet
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
     from expertcut.interventions.plan import Draft
+    from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.store import Profile
 
 
@@ -37,26 +42,34 @@ def prune(
         Positions, option("Count at the answer position, or at all tokens.")
     ] = Positions.answer,
     layout: LayoutOption = Layout.stock,
+    removed: Annotated[
+        Removed | None, option("What removed experts give in layout exact; zero without.")
+    ] = None,
+    fold: Annotated[
+        Fold | None,
+        option("Which tokens say how much layout stock must scale experts; answer without."),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
     out: OutDir = None,
+    force: Force = False,
+    no_verify: NoVerify = False,
     plan_only: PlanOnly = False,
 ) -> None:
     """Remove experts, and say what that did."""
-    from expertcut.interventions.prune import Keep, choose
+    from expertcut.interventions.prune import Keep, Way, choose
     from expertcut.moe.loading import LoadOptions
     from expertcut.reporting.outcomes import pruning_sentences
 
     found = read_profile(profile, threads)
-    asked = Keep(keep_active, keep, keep_fraction)
-    chosen = choose(found, asked, by.value, positions.value)
-    folder = _folder(found, chosen.draft, out, plan_only)
+    way = Way.of(by.value, positions.value, layout.value, _value(removed), _value(fold))
+    chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
+    place = _Place(found, chosen.draft, out, plan_only, force)
     for sentence in pruning_sentences(chosen):
         print(sentence)
-    load_as = LoadOptions(dtype, device, trust_remote_code)
-    _make(found, chosen.draft, folder, None if plan_only else load_as)
+    place.make(LoadOptions(dtype, device, trust_remote_code), is_verified=not no_verify)
 
 
 def reweight(
@@ -71,6 +84,8 @@ def reweight(
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
     out: OutDir = None,
+    force: Force = False,
+    no_verify: NoVerify = False,
     plan_only: PlanOnly = False,
 ) -> None:
     """Tilt the gate toward or away from experts."""
@@ -80,36 +95,45 @@ def reweight(
 
     found = read_profile(profile, threads)
     tilted = tilts(found, boost or [], suppress or [])
+    place = _Place(found, reweight_draft(found, tilted, layout.value), out, plan_only, force)
     load_as = LoadOptions(dtype, device, trust_remote_code)
-    draft = reweight_draft(found, tilted)
-    folder = _folder(found, draft, out, plan_only)
-    built = _make(found, draft, folder, None if plan_only else load_as)
+    built = place.make(load_as, is_verified=not no_verify)
     for sentence in tilt_sentences(tilted, built):
         print(sentence)
 
 
-def _folder(profile: "Profile", draft: "Draft", out: Path | None, plan_only: bool) -> Path:
-    """Where to write, refused before anything is printed if something is there."""
-    from expertcut.checkpoints.build import default_out
-    from expertcut.checkpoints.export import check_free
-
-    folder = out or default_out(profile, draft, is_plan=plan_only)
-    check_free(folder)
-    return folder
+def _value(choice: Any) -> Any:
+    """A choice in the words of the stages."""
+    return None if choice is None else choice.value
 
 
-def _make(profile: "Profile", draft: "Draft", folder: Path, load_as: Any) -> "Built | None":
-    """Builds the checkpoint, or without `load_as` writes the plan alone."""
-    from expertcut.checkpoints.build import build, write_plan
-    from expertcut.reporting.outcomes import fit_table, held_out_table
+class _Place:
+    """Where a draft becomes a checkpoint or a plan; refused at once if something is there."""
 
-    if load_as is None:
-        write_plan(profile, draft, folder)
-        print(f"written to {folder}")
-        return None
-    quiet()
-    built = build(profile, draft, folder, load_as)
-    tables = [held_out_table(built)]
-    print_tables([fit_table(built), *tables] if built.fits else tables, Format.table)
-    print(f"written to {folder}")
-    return built
+    def __init__(
+        self, profile: "Profile", draft: "Draft", out: Path | None, is_plan: bool, is_forced: bool
+    ) -> None:
+        from expertcut.checkpoints.build import default_out
+        from expertcut.checkpoints.files.folders import check_free
+
+        self.profile, self.draft, self.is_plan, self.is_forced = profile, draft, is_plan, is_forced
+        self.folder = out or default_out(profile, draft, is_plan=is_plan)
+        check_free(self.folder, is_forced=is_forced, inputs=(profile.path,))
+
+    def make(self, load_as: "LoadOptions", *, is_verified: bool) -> "Built | None":
+        """Builds and says what came of it; of a plan alone there is nothing to say."""
+        from expertcut.checkpoints.build import BuildOptions, build, write_plan
+        from expertcut.reporting.outcomes import proof_sentences, proof_tables
+
+        if self.is_plan:
+            write_plan(self.profile, self.draft, self.folder, is_forced=self.is_forced)
+            print(f"written to {self.folder}")
+            return None
+        quiet()
+        options = BuildOptions(load_as, is_verified, self.is_forced)
+        built = build(self.profile, self.draft, self.folder, options)
+        print_tables(proof_tables(built), Format.table)
+        for sentence in proof_sentences(built):
+            print(sentence)
+        print(f"written to {self.folder}")
+        return built

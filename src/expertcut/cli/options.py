@@ -48,6 +48,22 @@ class Layout(StrEnum):
     """Forms of a checkpoint."""
 
     stock = "stock"
+    exact = "exact"
+
+
+class Removed(StrEnum):
+    """What a removed expert of layout exact gives."""
+
+    zero = "zero"
+    mean = "mean"
+
+
+class Fold(StrEnum):
+    """Over which tokens layout stock measures how much gate weights grow."""
+
+    answer = "answer"
+    all = "all"
+    off = "off"
 
 
 def option(text: str, *names: str, **more: Any) -> Any:
@@ -74,12 +90,25 @@ TrustRemoteCode = Annotated[
 ProfileDir = Annotated[
     Path | None, option("The profile to work from; the newest in profiles/ without.", "--profile")
 ]
-OutDir = Annotated[Path | None, option("Where to write; must be absent or empty.")]
+OutDir = Annotated[Path | None, option("Where to write; absent or empty without --force.")]
+Force = Annotated[
+    bool, option("Replace what is at --out, once the new one is complete.", "--force")
+]
+NoVerify = Annotated[
+    bool, option("Do not ask held-out questions of the new checkpoint.", "--no-verify")
+]
 ResultsFile = Annotated[
     Path, option("Where to; its chunks beside it are resumed.", "--out", dir_okay=False)
 ]
 PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
-LayoutOption = Annotated[Layout, option("stock: loads wherever the base model does.", "--layout")]
+LayoutOption = Annotated[
+    Layout,
+    option(
+        "stock: loads wherever the base model does. exact: changes nothing else, loads in "
+        "transformers with --trust-remote-code.",
+        "--layout",
+    ),
+]
 
 
 def read_quiz(quiz: str, split: str, shots: int, subjects: str | None, limit: int | None) -> "Quiz":

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+from expertcut.moe.contract import MoeBlock
 from expertcut.moe.loading import MoeModel
 
 
 @dataclass(frozen=True)
 class Size:
-    """`active_parameters` are all but those of the experts that a token does not choose."""
+    """`active_parameters` are all but those of the experts that a token does not choose.
+
+    Where removed experts are constants, these are not active: the token that uses most is meant.
+    """
 
     parameters: int
     active_parameters: int
@@ -17,9 +21,15 @@ class Size:
 def size(moe: MoeModel) -> Size:
     """Counts what is loaded, tied weights once; bytes are those of the safetensors files."""
     total = sum(p.numel() for p in moe.model.parameters())
-    idle = sum(
-        sum(p.numel() for p in b.experts.parameters()) // b.n_experts * (b.n_experts - b.top_k)
-        for b in moe.blocks
-    )
+    idle = sum(map(_idle_parameters, moe.blocks))
     size_bytes = sum(file.stat().st_size for file in moe.source.weight_files)
     return Size(total, total - idle, size_bytes)
+
+
+def _idle_parameters(block: MoeBlock) -> int:
+    experts = dict(block.experts.named_parameters())
+    constants = experts.pop("approx_value", None)
+    n_kept = len(next(iter(experts.values())))
+    per_expert = sum(p.numel() for p in experts.values()) // n_kept
+    n_constants = 0 if constants is None else constants.numel()
+    return per_expert * max(0, n_kept - block.top_k) + n_constants

@@ -19,6 +19,9 @@ from expertcut.profiling.store import BlockInfo, ModelInfo, Record, first_fault
 PLAN_FILE = "plan.json"
 QUESTIONS_FILE = "chosen_on.txt"
 Positions = Literal["answer", "all"]
+Layout = Literal["stock", "exact"]
+Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
+Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measures the inflation
 
 
 class Edit(Record):
@@ -30,6 +33,10 @@ class Edit(Record):
     keep: tuple[int, ...]
     bias: dict[int, FiniteFloat] = Field(default_factory=dict)
     scale: dict[int, FiniteFloat] = Field(default_factory=dict)
+
+    def removed(self, n_experts: int) -> tuple[int, ...]:
+        """Sorted ids of the experts that do not stay."""
+        return tuple(expert for expert in range(n_experts) if expert not in self.keep)
 
 
 class PlanModel(Record):
@@ -60,7 +67,9 @@ class Plan(Record):
     criterion: str
     positions: Positions
     removal: Literal["reroute", "constant"]
-    layout: Literal["stock"]
+    layout: Layout
+    removed: Removed | None = None
+    fold: Fold | None = None
     chosen_on: ChosenOn
     proof: dict[str, Any] = Field(default_factory=dict)
     blocks: dict[str, Edit] = Field(min_length=1)
@@ -70,7 +79,8 @@ class Plan(Record):
 class Draft:
     """A choice made from a profile, before anything is fitted or written.
 
-    `slug` names the outputs, `action` says in words what was asked for.
+    `slug` names the outputs, `action` says in words what was asked for. `removed` is for layout
+    exact, `fold` for layout stock.
     """
 
     slug: str
@@ -78,11 +88,14 @@ class Draft:
     criterion: str
     positions: Positions
     edits: Mapping[str, Edit]
+    layout: Layout = "stock"
+    removed: Removed = "zero"
+    fold: Fold = "answer"
 
     @property
     def is_fitting(self) -> bool:
-        """Whether directions must be fitted: only a bias needs them."""
-        return any(edit.bias for edit in self.edits.values())
+        """Whether directions must be fitted: only a bias in layout stock needs them."""
+        return self.layout == "stock" and any(edit.bias for edit in self.edits.values())
 
 
 def plan_model(info: ModelInfo) -> PlanModel:
@@ -90,8 +103,11 @@ def plan_model(info: ModelInfo) -> PlanModel:
     return PlanModel(id=info.id, revision=info.revision, fingerprint=info.fingerprint)
 
 
-def check_stock(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo]) -> None:
-    """That the edits fit the blocks and that one count in config.json can describe them.
+def check_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: Layout) -> None:
+    """That the edits fit the blocks and that the layout can carry them.
+
+    Stock has one count for all layers, and the router must find K experts among those that stay;
+    exact only needs one that stays.
 
     Raises:
         PlanError: naming the block and what it must be.
@@ -102,16 +118,20 @@ def check_stock(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo]) -> None:
             f"list {blocks[0].name} … {blocks[-1].name} in order"
         )
     for block in blocks:
-        _check_block(block, edits[block.name])
+        _check_block(block, edits[block.name], block.top_k if layout == "stock" else 1)
+    if layout == "exact":
+        return
+    for block in blocks:
+        _check_groups(block, edits[block.name])
     counts = {len(edit.keep) for edit in edits.values()}
     if len(counts) > 1 or len({block.experts for block in blocks}) > 1:
         raise PlanError(
             f"layout stock needs one count for all layers, found {sorted(counts)}: "
-            "keep the same number in each"
+            "keep the same number in each, or take --layout exact"
         )
 
 
-def _check_block(block: BlockInfo, edit: Edit) -> None:
+def _check_block(block: BlockInfo, edit: Edit, least: int) -> None:
     name, n_kept = block.name, len(edit.keep)
     if list(edit.keep) != sorted(set(edit.keep)):
         raise PlanError(f"{name}: keep must be sorted and without repeats")
@@ -120,15 +140,14 @@ def _check_block(block: BlockInfo, edit: Edit) -> None:
         raise PlanError(
             f"{name} keeps expert {outside[0]} but has experts 0 to {block.experts - 1}"
         )
-    if n_kept < block.top_k:
+    if n_kept < least:
         raise PlanError(
             f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
-            f"keep at least {block.top_k}"
+            f"keep at least {least}"
         )
     unknown = sorted({*edit.bias, *edit.scale} - set(edit.keep))
     if unknown:
         raise PlanError(f"{name}: expert {unknown[0]} has a bias or scale but is not kept")
-    _check_groups(block, edit)
 
 
 def _check_groups(block: BlockInfo, edit: Edit) -> None:

@@ -1,14 +1,23 @@
 """Which experts stay, and by how much the gate weights of those that stay would grow."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
 from expertcut.interventions.criteria import CRITERIA, ranked
-from expertcut.interventions.plan import Draft, Edit, Positions, check_stock, least_per_group
+from expertcut.interventions.plan import (
+    Draft,
+    Edit,
+    Fold,
+    Layout,
+    Positions,
+    Removed,
+    check_edits,
+    least_per_group,
+)
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import BlockInfo, Profile
 
@@ -25,6 +34,58 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How to rank and what removing means, as on the command line."""
+
+    by: str = "activations"
+    positions: Positions = "answer"
+    layout: Layout = "stock"
+    removed: Removed = "zero"
+    fold: Fold = "answer"
+
+    @classmethod
+    def of(
+        cls,
+        by: str,
+        positions: Positions,
+        layout: Layout,
+        removed: Removed | None,
+        fold: Fold | None,
+    ) -> Self:
+        """As given, and what each layout does where nothing is.
+
+        Raises:
+            SettingsError: an option of the other layout.
+        """
+        if removed is not None and layout != "exact":
+            raise SettingsError(
+                f"--removed {removed} is of layout exact: add --layout exact or leave it out"
+            )
+        if fold is not None and layout != "stock":
+            raise SettingsError(
+                f"--fold {fold} is of layout stock: {layout} scales nothing, leave it out"
+            )
+        return cls(by, positions, layout, removed or "zero", fold or "answer")
+
+    def draft(self, slug: str, action: str, criterion: str) -> Draft:
+        """A draft without edits, named after what makes it differ from the usual."""
+        unusual = {"all": self.positions, "exact": self.layout, "mean": self.removed}
+        marks = "".join(f"-{mark}" for mark, value in unusual.items() if value == mark)
+        if self.layout == "stock" and self.fold != "answer":
+            marks += f"-fold-{self.fold}"
+        return Draft(
+            f"{slug}{marks}",
+            action,
+            criterion,
+            self.positions,
+            edits={},
+            layout=self.layout,
+            removed=self.removed,
+            fold=self.fold,
+        )
+
+
+@dataclass(frozen=True)
 class Pruning:
     """The experts that stay, how many were active, and which idle ones fill up, by block."""
 
@@ -33,7 +94,7 @@ class Pruning:
     fillers: dict[str, tuple[int, ...]]
 
 
-def choose(profile: Profile, keep: Keep, by: str, positions: Positions) -> Pruning:
+def choose(profile: Profile, keep: Keep, way: Way) -> Pruning:
     """The experts that stay.
 
     Raises:
@@ -46,53 +107,53 @@ def choose(profile: Profile, keep: Keep, by: str, positions: Positions) -> Pruni
             "--keep-fraction F, and only one of them"
         )
     if keep.active:
-        return keep_active(profile, positions)
+        return keep_active(profile, way)
     n_keep = keep.count
     if keep.fraction is not None:
         if not 0 < keep.fraction <= 1:
             raise SettingsError(f"--keep-fraction {keep.fraction:g} must be above 0, at most 1")
         n_keep = round(keep.fraction * profile.info.model.blocks[0].experts)
     assert n_keep is not None
-    return keep_n(profile, n_keep, by, positions)
+    return keep_n(profile, n_keep, way)
 
 
-def keep_active(profile: Profile, positions: Positions) -> Pruning:
-    """Keeps what fires, and as many more as make one count for all layers (layout stock).
+def keep_active(profile: Profile, way: Way) -> Pruning:
+    """Keeps what fires; layout stock also as many more as make one count for all layers.
 
     The others are filled by all-token count where the profile has it, else by mean α.
     """
     layers, blocks = layer_statistics(profile), profile.info.model.blocks
-    counts = [CRITERIA["activations"](layer, positions) for layer in layers]
-    n_keep = max(
-        _least_keep(count_E > 0, block) for count_E, block in zip(counts, blocks, strict=True)
-    )
+    counts = [CRITERIA["activations"](layer, way.positions) for layer in layers]
+    n_keeps = [int((count_E > 0).sum()) for count_E in counts]
+    if way.layout == "stock":
+        least = map(_least_keep, (count_E > 0 for count_E in counts), blocks)
+        n_keeps = [max(least)] * len(blocks)
     orders = [
         ranked_active(layer, count_E > 0) for layer, count_E in zip(layers, counts, strict=True)
     ]
-    suffix = "" if positions == "answer" else "-all"
-    named = Draft(f"keep-active{suffix}", "prune --keep-active", "activations", positions, {})
-    return _prune(n_keep, orders, counts, blocks, named)
+    named = way.draft("keep-active", "prune --keep-active", "activations")
+    return _prune(n_keeps, orders, counts, blocks, named)
 
 
-def keep_n(profile: Profile, n_keep: int, by: str, positions: Positions) -> Pruning:
+def keep_n(profile: Profile, n_keep: int, way: Way) -> Pruning:
     """Keeps the best `n_keep` of each layer by a criterion.
 
     Raises:
-        PlanError: fewer than top-k or more than there are.
+        PlanError: more than there are; in layout stock, fewer than top-k.
     """
     layers, blocks = layer_statistics(profile), profile.info.model.blocks
     for block in blocks:
-        if not block.top_k <= n_keep <= block.experts:
+        least = block.top_k if way.layout == "stock" else 1
+        if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
-                f"{block.top_k} of {block.experts} experts: keep {block.top_k} to {block.experts}"
+                f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
             )
-    counts = [CRITERIA["activations"](layer, positions) for layer in layers]
-    scores = [CRITERIA[by](layer, positions) for layer in layers]
+    counts = [CRITERIA["activations"](layer, way.positions) for layer in layers]
+    scores = [CRITERIA[way.by](layer, way.positions) for layer in layers]
     orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(scores, layers, strict=True)]
-    suffix = "" if positions == "answer" else "-all"
-    named = Draft(f"keep-{n_keep}-{by}{suffix}", f"prune --keep {n_keep}", by, positions, {})
-    return _prune(n_keep, orders, counts, blocks, named)
+    named = way.draft(f"keep-{n_keep}-{way.by}", f"prune --keep {n_keep}", way.by)
+    return _prune([n_keep] * len(blocks), orders, counts, blocks, named)
 
 
 def ranked_active(layer: LayerStatistics, is_active_E: Array) -> list[int]:
@@ -111,15 +172,15 @@ def _least_keep(is_active_E: Array, block: BlockInfo) -> int:
 
 
 def _prune(
-    n_keep: int,
+    n_keeps: Sequence[int],
     orders: Sequence[list[int]],
     counts: Sequence[Array],
     blocks: Sequence[BlockInfo],
     named: Draft,
 ) -> Pruning:
-    keeps = [_first(order, n_keep, block) for order, block in zip(orders, blocks, strict=True)]
+    keeps = [_first(*each, named.layout) for each in zip(orders, n_keeps, blocks, strict=True)]
     edits = {b.name: Edit(keep=keep) for b, keep in zip(blocks, keeps, strict=True)}
-    check_stock(edits, blocks)
+    check_edits(edits, blocks, named.layout)
     fillers = {
         b.name: tuple(e for e in keep if count_E[e] == 0)
         for b, keep, count_E in zip(blocks, keeps, counts, strict=True)
@@ -128,44 +189,13 @@ def _prune(
     return Pruning(replace(named, edits=edits), n_active, fillers)
 
 
-def _first(order: list[int], n_keep: int, block: BlockInfo) -> tuple[int, ...]:
-    """The first of the order, equally many of each routing group, sorted by id."""
-    size = block.experts // block.groups
-    groups = [[e for e in order if e // size == g] for g in range(block.groups)]
-    if n_keep % block.groups:
+def _first(order: list[int], n_keep: int, block: BlockInfo, layout: Layout) -> tuple[int, ...]:
+    """The first of the order, in layout stock equally many of each routing group, sorted by id."""
+    n_groups = block.groups if layout == "stock" else 1
+    size = block.experts // n_groups
+    groups = [[e for e in order if e // size == g] for g in range(n_groups)]
+    if n_keep % n_groups:
         raise PlanError(
-            f"{block.name} routes in {block.groups} groups: keep a multiple of {block.groups}, "
-            f"not {n_keep}"
+            f"{block.name} routes in {n_groups} groups: keep a multiple of {n_groups}, not {n_keep}"
         )
-    return tuple(sorted(e for group in groups for e in group[: n_keep // block.groups]))
-
-
-def fold_factors(
-    profile: Profile,
-    edits: Mapping[str, Edit],
-    left_out: Collection[tuple[str, int]] = (),
-) -> dict[int, Array]:
-    """What undoes the inflation of the kept experts' gate weights, (kept,) per inflating layer.
-
-    Without the removed experts the softmax's denominator shrinks, so weights grow by
-    1 / (1 − Σ removed α); the factor is the mean of 1 − Σ removed α over the questions that
-    chose the expert, or over all questions where none did. Questions in `left_out` (subject and
-    row) do not count, so that they can judge the result.
-    """
-    names = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
-    is_used_N = np.array([name not in left_out for name in names])
-    alpha_NLE = profile.array("alpha_NLE")[is_used_N]
-    factors = {}
-    for layer in layer_statistics(profile):
-        block = profile.info.model.blocks[layer.layer]
-        keep = list(edits[block.name].keep)
-        if not block.inflates or len(keep) == block.experts:
-            continue
-        is_removed_E = ~np.isin(np.arange(block.experts), keep)
-        alpha_NE = alpha_NLE[:, layer.layer, : block.experts].astype(np.float64)
-        left_N = 1 - alpha_NE[:, is_removed_E].sum(axis=1)
-        chosen_NE = layer.is_activated_NE[is_used_N][:, keep]
-        count_E = chosen_NE.sum(axis=0)
-        mean_E = (left_N[:, None] * chosen_NE).sum(axis=0) / np.maximum(count_E, 1)
-        factors[layer.layer] = np.where(count_E > 0, mean_E, left_N.mean())
-    return factors
+    return tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))

@@ -64,8 +64,10 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
         action=draft.action,
         criterion=draft.criterion,
         positions=draft.positions,
-        removal="reroute",
-        layout="stock",
+        removal="reroute" if draft.layout == "stock" else "constant",
+        layout=draft.layout,
+        removed=draft.removed if draft.layout == "exact" else None,
+        fold=draft.fold if draft.layout == "stock" else None,
         chosen_on=ChosenOn(
             quiz=questions.profiled.id,
             split=questions.profiled.split,

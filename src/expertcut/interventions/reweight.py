@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
-from expertcut.interventions.plan import Draft, Edit
+from expertcut.interventions.plan import Draft, Edit, Layout
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import Profile
 
@@ -81,7 +81,7 @@ def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> li
     return found
 
 
-def reweight_draft(profile: Profile, found: list[Tilt]) -> Draft:
+def reweight_draft(profile: Profile, found: list[Tilt], layout: Layout = "stock") -> Draft:
     """Edits that keep every expert and carry the biases."""
     edits = {
         block.name: Edit(
@@ -92,7 +92,8 @@ def reweight_draft(profile: Profile, found: list[Tilt]) -> Draft:
     }
     words = [f"--{t.verb} {t.layer}:{t.expert}={abs(t.bias):.6g}" for t in found]
     slug = "-".join(f"{t.verb}-{t.layer}.{t.expert}" for t in found)[:100]
-    return Draft(slug, f"reweight {' '.join(words)}", "by hand", "answer", edits)
+    slug += "" if layout == "stock" else f"-{layout}"
+    return Draft(slug, f"reweight {' '.join(words)}", "by hand", "answer", edits, layout)
 
 
 def admission_gap(profile: Profile, layer: int, expert: int) -> float:

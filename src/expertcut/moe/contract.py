@@ -98,7 +98,10 @@ def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
 def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
     experts = module.experts
     assert isinstance(experts, nn.Module)
-    lengths = {p.shape[0] if p.ndim else 0 for p in experts.parameters()}
+    places = getattr(experts, "places", None)  # layout exact: kept experts, then constants
+    lengths = (
+        {len(places)} if places else {p.shape[0] if p.ndim else 0 for p in experts.parameters()}
+    )
     routers = [m for m in module.children() if m is not experts and hasattr(m, "top_k")]
     if len(routers) != 1 or len(lengths) != 1:
         raise ContractError(

@@ -71,7 +71,7 @@ def observe_experts(
     with ExitStack() as stack:
         for block in blocks:
             loop = _loop(block.layer, block.experts.forward, see)
-            stack.enter_context(_replaced_forward(block.experts, loop))
+            stack.enter_context(replaced_forward(block.experts, loop))
         yield
 
 
@@ -105,7 +105,7 @@ def tilt_routers(blocks: Sequence[MoeBlock], bias_by_layer: Mapping[int, Tensor]
             if block.layer in bias_by_layer:
                 bias_E = bias_by_layer[block.layer]
                 tilted = _tilted(block, bias_E)
-                stack.enter_context(_replaced_forward(block.router, tilted))
+                stack.enter_context(replaced_forward(block.router, tilted))
                 stack.enter_context(_forbidden(block.selection_bias(), bias_E))
         yield
 
@@ -150,7 +150,8 @@ def _forbidden(selection_E: Tensor | None, bias_E: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for one module while the block runs."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

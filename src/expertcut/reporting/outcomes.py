@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from expertcut.checkpoints.build import Built
+from expertcut.checkpoints.proof import Proof
 from expertcut.evaluation.evaluate import ComparisonResult, ModelResult, Results
 from expertcut.interventions.plan import Plan
 from expertcut.interventions.prune import Pruning
@@ -44,11 +45,35 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
     return sentences
 
 
-def held_out_table(built: Built) -> Table:
-    """What the edit did to questions that were not used."""
+def proof_tables(built: Built) -> list[Table]:
+    """How well biases are carried, and what the edit did to questions that were not used."""
+    tables = [_fit_table(built)] if built.fits else []
+    return [*tables, _held_out_table(built.proof)] if built.proof else tables
+
+
+def proof_sentences(built: Built) -> list[str]:
+    """What layout exact promises, and whether it held; or that nothing was asked."""
+    if built.proof is None:
+        return ["The new checkpoint was not asked any question."]
+    alone = built.proof.alone
+    if alone is None:
+        return []
+    if alone.untouched == 0:
+        return [
+            f"Each of the {alone.questions} questions has tokens that chose a removed expert, so "
+            "none must stay as it was."
+        ]
+    kept = "all of them" if alone.bit_equal == alone.untouched else f"{alone.bit_equal} of them"
+    return [
+        f"{alone.untouched} of the {alone.questions} questions have no token that chose a removed "
+        f"expert; scored alone, {kept} come out bit-equal."
+    ]
+
+
+def _held_out_table(proof: Proof) -> Table:
     rows: list[list[Cell]] = [
         [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
-        for d in built.differences
+        for d in proof.differences
     ]
     columns = (
         Column("against"),
@@ -57,10 +82,10 @@ def held_out_table(built: Built) -> Table:
         Column("flipped answers"),
         Column("questions"),
     )
-    return Table(f"Held-out questions ({built.held_out_split})", columns, rows)
+    return Table(f"Held-out questions ({proof.split})", columns, rows)
 
 
-def fit_table(built: Built) -> Table:
+def _fit_table(built: Built) -> Table:
     """How well the gate row carries the bias (design: layout stock)."""
     rows: list[list[Cell]] = [
         [
@@ -93,8 +118,8 @@ def tilt_sentences(found: list[Tilt], built: Built | None) -> list[str]:
             f"Expert {tilt.expert} of layer {tilt.layer} is {verb} by {tilt.bias:+.4f} "
             f"on its logit ({origin})"
         )
-        if built is not None:
-            base, exact, edited = built.shares[tilt.layer, tilt.expert]
+        if built is not None and built.proof is not None:
+            base, exact, edited = built.proof.shares[tilt.layer, tilt.expert]
             text += (
                 f"; it serves {edited:.1%} of held-out questions, before {base:.1%}, "
                 f"with the exact bias {exact:.1%}"

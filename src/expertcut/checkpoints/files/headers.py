@@ -62,7 +62,7 @@ def read_stored(folder: Path) -> Stored:
         ModelError: a header or index that does not hold together, or quantized weights.
     """
     _refuse_quantized_config(folder)
-    index = _read_index(folder)
+    index = read_index(folder)
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(index.values())) or [SINGLE_FILE]:
@@ -87,8 +87,12 @@ def _refuse_quantized_config(folder: Path) -> None:
             )
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor to file name, empty where one file holds everything."""
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor to file name, empty where one file holds everything.
+
+    Raises:
+        ModelError: no weights, or an index that does not hold together.
+    """
     file = folder / INDEX_FILE
     has_single = (folder / SINGLE_FILE).exists()
     if not file.exists():

@@ -12,17 +12,26 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from expertcut.checkpoints.copying import (
+from expertcut.checkpoints.files.copying import (
     Range,
     announce_ranges,
     copy_ranges,
     read_ranges,
     write_all,
 )
-from expertcut.checkpoints.headers import DTYPES, INDEX_FILE, Stored, StoredTensor, read_stored
-from expertcut.checkpoints.shards import Piece, Rewrite, Shard, index_bytes, lay_out
+from expertcut.checkpoints.files.folders import sync_folder
+from expertcut.checkpoints.files.headers import (
+    DTYPES,
+    INDEX_FILE,
+    Stored,
+    StoredTensor,
+    read_index,
+    read_stored,
+)
+from expertcut.checkpoints.files.shards import Piece, Rewrite, Shard, index_bytes, lay_out
 from expertcut.errors import ModelError, OutputError
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -34,6 +43,7 @@ def write_checkpoint(
 ) -> None:
     """Writes the safetensors files, and their index if they are several, into a folder; synced.
 
+    Then opens them as any reader does and looks whether each tensor is there as it must be.
     No file is larger than `max_shard_bytes`, unless one tensor alone is. Bytes of removed tensors
     and rows are never read.
 
@@ -50,6 +60,31 @@ def write_checkpoint(
         raise ModelError(f"{source} became shorter while it was read: export it again") from None
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror}") from None
+    check_written(folder, shards)
+
+
+def check_written(folder: Path, shards: Sequence[Shard]) -> None:
+    """That safetensors' own reader finds every tensor, with its shape and dtype, and no other.
+
+    Raises:
+        OutputError: naming the first that it does not.
+    """
+    for shard in shards:
+        wanted = {piece.name: (piece.shape, piece.dtype) for piece in shard.pieces}
+        try:
+            with safe_open(folder / shard.name, framework="pt") as written:
+                slices = {name: written.get_slice(name) for name in written.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{folder / shard.name} was not written whole: {error}") from None
+        found = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise OutputError(
+                    f"{folder / shard.name}: {name} is {found.get(name, 'not there')}, must be "
+                    f"{wanted.get(name, 'absent')}: the disk did not keep what was written"
+                )
+    if len(shards) > 1 and read_index(folder) != {p.name: s.name for s in shards for p in s.pieces}:
+        raise OutputError(f"{folder / INDEX_FILE} does not name the tensors that were written")
 
 
 def needed_bytes(stored: Stored, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
@@ -102,7 +137,7 @@ def write_shards(folder: Path, shards: Sequence[Shard]) -> None:
             write_all(targets[-1], memoryview(index))
         for target in targets:
             os.fsync(target.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _announce(piece: Piece | None, sources: dict[Path, FileIO]) -> None:
@@ -144,12 +179,3 @@ def _ranges(tensor: StoredTensor, rows: tuple[int, ...] | None) -> list[Range]:
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -6,27 +6,21 @@ removed ids by layer, and `modeling_exact.py` beside it runs them in transformer
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.headers import DTYPES, StoredTensor
-from expertcut.checkpoints.names import DiskBlock, find_disk_blocks
-from expertcut.checkpoints.shards import Rewrite
+from expertcut.checkpoints.files.headers import DTYPES, StoredTensor
+from expertcut.checkpoints.files.shards import Change, Rewrite
+from expertcut.checkpoints.layouts.names import DiskBlock, find_disk_blocks
+from expertcut.checkpoints.layouts.stock import scaled_experts
 from expertcut.errors import ContractError, PlanError
+from expertcut.interventions.calibration.outputs import Constants, Removed
 from expertcut.interventions.plan import Edit
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import expert_count
-from expertcut.moe.observers import ExpertCall, _replaced_forward, observe_experts
-from expertcut.moe.packing import Pass
-from expertcut.quiz import Quiz
+from expertcut.moe.loading import MODELLING_FILE, expert_count
 
-MODELLING_FILE = "modeling_exact.py"
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
 FAMILIES = {
     "flex_olmo": "FlexOlmo",
@@ -34,15 +28,6 @@ FAMILIES = {
     "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
 }
-
-# What a removed expert gives instead of its output (D,), by block name and expert id.
-Constants = Mapping[str, Mapping[int, Tensor]]
-Removed = Mapping[str, Collection[int]]
-
-
-def modelling_code() -> bytes:
-    """The file that goes into the checkpoint as `modeling_exact.py`."""
-    return Path(__file__).with_name(MODELLING_FILE).read_bytes()
 
 
 def check_exact(config: Mapping[str, Any]) -> None:
@@ -61,15 +46,6 @@ def check_exact(config: Mapping[str, Any]) -> None:
         )
 
 
-def removed_experts(edits: Mapping[str, Edit], n_experts: int) -> dict[str, tuple[int, ...]]:
-    """The experts that each block's edit does not keep; blocks that keep all are left out."""
-    removed = {
-        block: tuple(e for e in range(n_experts) if e not in edit.keep)
-        for block, edit in edits.items()
-    }
-    return {block: experts for block, experts in removed.items() if experts}
-
-
 def exact_config(
     config: Mapping[str, Any], removed: Removed, biased: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -85,7 +61,8 @@ def exact_config(
     """
     check_exact(config)
     family = FAMILIES[config["model_type"]]
-    auto_map = {"AutoModelForCausalLM": f"modeling_exact.Exact{family}ForCausalLM"}
+    module = MODELLING_FILE.removesuffix(".py")
+    auto_map = {"AutoModelForCausalLM": f"{module}.Exact{family}ForCausalLM"}
     n_experts = expert_count(dict(config)) or 0
     for block, experts in removed.items():
         _check_removed(block, experts, n_experts)
@@ -96,7 +73,7 @@ def exact_config(
         "approximate_experts": {str(layer): by_layer[layer] for layer in sorted(by_layer)},
     }
     if biased:
-        auto_map["AutoConfig"] = f"modeling_exact.Exact{family}Config"
+        auto_map["AutoConfig"] = f"{module}.Exact{family}Config"
         edited["architectures"] = [f"Exact{family}ForCausalLM"]
         edited["model_type"] = f"exact_{config['model_type']}"
         edited["biased_gates"] = sorted(map(layer_number, biased))
@@ -129,7 +106,7 @@ def layer_number(block: str) -> int:
 def exact_rewrite(
     headers: Mapping[str, StoredTensor],
     constants: Constants,
-    biases: Mapping[str, Tensor] | None = None,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Rewrite:
     """Which tensors go and which come: constants in their experts' dtype, biases (E,) in float32.
 
@@ -138,16 +115,40 @@ def exact_rewrite(
     """
     blocks = find_disk_blocks(headers)
     removed, added = set[str](), dict[str, Tensor]()
-    for name, by_expert in constants.items():
+    changed: dict[str, Change] = {}
+    for name, by_expert in as_stored(headers, constants).items():
         for expert, value_D in sorted(by_expert.items()):
-            own = _own_tensors(blocks, name, expert)
-            removed.update(own)
-            dtype = DTYPES[headers[own[0]].dtype]
-            added[f"{name}.experts.{expert}.approx_value"] = value_D.to(dtype)
-    for name, bias_E in (biases or {}).items():
-        # In bfloat16 a bias of 12.3 would be 12.3125.
-        added[f"{name}.gate.bias"] = bias_E.float()
-    return Rewrite(removed=frozenset(removed), added=added)
+            removed.update(_own_tensors(blocks, name, expert))
+            added[f"{name}.experts.{expert}.approx_value"] = value_D
+    for name, edit in (edits or {}).items():
+        if edit.bias:
+            # In bfloat16 a bias of 12.3 would be 12.3125.
+            added[f"{name}.gate.bias"] = _bias_E(edit, blocks[name].n_experts)
+        if edit.scale:
+            _own_tensors(blocks, name, edit.keep[0])
+            changed |= scaled_experts(headers, blocks[name], edit)
+    return Rewrite(removed=frozenset(removed), changed=changed, added=added)
+
+
+def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
+    """The constants rounded to the dtype that their experts' weights have on disk.
+
+    Raises:
+        ContractError: a block whose experts do not lie one by one on disk.
+    """
+    blocks = find_disk_blocks(headers)
+    stored: dict[str, dict[int, Tensor]] = {}
+    for name, by_expert in constants.items():
+        own = {expert: _own_tensors(blocks, name, expert)[0] for expert in by_expert}
+        stored[name] = {e: v_D.to(DTYPES[headers[own[e]].dtype]) for e, v_D in by_expert.items()}
+    return stored
+
+
+def _bias_E(edit: Edit, n_experts: int) -> Tensor:
+    bias_E = torch.zeros(n_experts)
+    for expert, bias in edit.bias.items():
+        bias_E[expert] = bias
+    return bias_E
 
 
 def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> list[str]:
@@ -157,81 +158,3 @@ def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> lis
             "save the model in its original format"
         )
     return sorted(blocks[name].by_expert[expert].values())
-
-
-def zero_outputs(removed: Removed, width: int) -> dict[str, dict[int, Tensor]]:
-    """Zeros (D,) for every removed expert."""
-    return {block: {e: torch.zeros(width) for e in ids} for block, ids in removed.items()}
-
-
-def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict[int, Tensor]]:
-    """Mean output (D,) of each removed expert over the tokens that chose it, zeros where none did.
-
-    It is what the expert gave before its gate weight, summed in float64. All tokens of the quiz's
-    prompts count, those that a chunk's questions share once.
-    """
-    sums = _OutputSums(removed)
-    blocks = [block for block in engine.moe.blocks if block.name in removed]
-    names = {block.layer: block.name for block in blocks}
-    with observe_experts(blocks, lambda call: sums.add(names[call.layer], call)):
-        ask(engine, quiz, sums.start)
-    width = int(engine.moe.model.config.get_text_config().hidden_size)
-    means = zero_outputs(removed, width)
-    for (block, expert), (total_D, n_tokens) in sums.by_expert.items():
-        means[block][expert] = total_D / n_tokens
-    return means
-
-
-class _OutputSums:
-    """Sums of the removed experts' outputs and how many there were; pads are left out."""
-
-    def __init__(self, removed: Removed) -> None:
-        self.removed = removed
-        self.by_expert: dict[tuple[str, int], tuple[Tensor, int]] = {}
-        self.valid_T: Tensor | None = None
-
-    def start(self, step: Pass) -> None:
-        """Before each forward pass."""
-        self.valid_T = step.valid_T
-
-    def add(self, block: str, call: ExpertCall) -> None:
-        """One expert's outputs in that pass."""
-        if call.expert not in self.removed[block]:
-            return
-        output_MD = call.output_MD
-        if self.valid_T is not None:
-            output_MD = output_MD[self.valid_T.to(output_MD.device)[call.tokens_M]]
-        if not len(output_MD):
-            return
-        total_D, n_tokens = self.by_expert.get((block, call.expert), (torch.zeros(()), 0))
-        total_D = total_D + output_MD.double().sum(dim=0).cpu()
-        self.by_expert[block, call.expert] = (total_D, n_tokens + len(output_MD))
-
-
-@contextmanager
-def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterator[None]:
-    """Makes experts of a loaded, unedited model constant: the reference for the layout.
-
-    Routing and gate weights after top-k stay; only the outputs are replaced.
-    """
-    with ExitStack() as stack:
-        for block in blocks:
-            if by_expert := constants.get(block.name):
-                forward = _with_constants(block.experts.forward, by_expert)
-                stack.enter_context(_replaced_forward(block.experts, forward))
-        yield
-
-
-def _with_constants(
-    forward: Callable[..., Tensor], by_expert: Mapping[int, Tensor]
-) -> Callable[..., Tensor]:
-    def run(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        is_removed_TK = torch.isin(experts_TK, torch.tensor([*by_expert]).to(experts_TK))
-        y_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_removed_TK, 0))
-        for expert, value_D in by_expert.items():
-            tokens_M, slots_M = (experts_TK == expert).nonzero(as_tuple=True)
-            weights_M1 = weights_TK[tokens_M, slots_M, None]
-            y_TD = y_TD.index_add(0, tokens_M, (weights_M1 * value_D.to(x_TD)).to(y_TD))
-        return y_TD
-
-    return run

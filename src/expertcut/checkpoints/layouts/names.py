@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from expertcut.checkpoints.headers import StoredTensor
+from expertcut.checkpoints.files.headers import StoredTensor
 from expertcut.errors import ContractError
 
 logger = logging.getLogger(__name__)

@@ -1,26 +1,43 @@
-"""Layout `stock` as a rewrite of the tensors on disk; what it means is told in `stock`."""
+"""Layout `stock`: a plan as a rewrite of the tensors on disk, in tensors that every loader knows.
+
+Pruning slices the expert axis everywhere; where that inflates gate weights, the mean inflation is
+folded back into `down_proj`. A bias goes into the router's own bias where it has one, else b·v is
+added to the expert's gate row.
+"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.names import DiskBlock, Headers, match_blocks
-from expertcut.checkpoints.shards import Change, Rewrite
-from expertcut.checkpoints.stock import Fitted
+from expertcut.checkpoints.files.shards import Change, Rewrite
+from expertcut.checkpoints.layouts.names import DiskBlock, Headers, match_blocks
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
+from expertcut.moe.loading import EXPERT_COUNT_FIELDS
 
 Apply = Callable[[Tensor], Tensor]
 
 _PART = 1 << 15  # values that are scaled at a time: their float64 copies stay in the CPU's cache
 
 
-def stock_rewrite(headers: Headers, edits: Mapping[str, Edit], fitted: Fitted) -> Rewrite:
-    """What `apply_stock` makes of the loaded model, bit by bit, for the tensors on disk.
+@dataclass(frozen=True)
+class Fitted:
+    """What the layout needs beside the plan, by layer.
 
-    Layers in `fitted` are counted as there: MoE blocks from 0, in the order of `edits`.
+    `folds` scales the kept experts' outputs (kept,), `directions` are v (D,).
+    """
+
+    folds: Mapping[int, "np.ndarray[Any, Any]"] = field(default_factory=dict)
+    directions: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+def stock_rewrite(headers: Headers, edits: Mapping[str, Edit], fitted: Fitted) -> Rewrite:
+    """What becomes of each tensor; layers in `fitted` are MoE blocks, in the order of `edits`.
 
     Raises:
         ContractError: tensors on disk that cannot be told apart, or do not fit the edits.
@@ -37,9 +54,18 @@ def stock_rewrite(headers: Headers, edits: Mapping[str, Edit], fitted: Fitted) -
             renamed |= {n: block.renamed(n, position) for n in own if position != expert}
         for expert in set(range(len(block.by_expert))) - set(edit.keep):
             removed |= set(block.by_expert[expert].values())
-        changed |= _scaled_experts(headers, block, edit, _factors(edit, layer, fitted))
+        changed |= scaled_experts(headers, block, edit, fitted.folds.get(layer))
         changed |= _shared_tensors(headers, block, edit, layer, fitted)
     return Rewrite(frozenset(removed), renamed, changed)
+
+
+def stock_config(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
+    """The original config with the expert count changed, under every name it goes by."""
+    edited: dict[str, Any] = {
+        key: stock_config(value, before, after) if key == "text_config" else value
+        for key, value in config.items()
+    }
+    return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
 
 
 def _check(block: DiskBlock, edit: Edit) -> None:
@@ -50,21 +76,11 @@ def _check(block: DiskBlock, edit: Edit) -> None:
         )
 
 
-def _factors(edit: Edit, layer: int, fitted: Fitted) -> dict[int, tuple[float, ...]]:
-    """What each kept expert's output is multiplied by, one after another, by its new number."""
-    folds = fitted.folds[layer] if layer in fitted.folds else [1.0] * len(edit.keep)
-    factors = {
-        position: (edit.scale.get(expert, 1.0), float(fold))
-        for position, (expert, fold) in enumerate(zip(edit.keep, folds, strict=True))
-    }
-    return {
-        i: tuple(f for f in both if f != 1.0) for i, both in factors.items() if set(both) != {1}
-    }
-
-
-def _scaled_experts(
-    headers: Headers, block: DiskBlock, edit: Edit, factors: Mapping[int, tuple[float, ...]]
+def scaled_experts(
+    headers: Headers, block: DiskBlock, edit: Edit, folds: "np.ndarray[Any, Any] | None" = None
 ) -> dict[str, Change]:
+    """The last projections of experts that lie one by one, scaled where the plan or a fold asks."""
+    factors = _factors(edit, folds)
     if factors and not block.last:
         raise ContractError(
             f"{block.name}: which projection of its experts is the last is not known, so their "
@@ -79,13 +95,27 @@ def _scaled_experts(
     }
 
 
+def _factors(
+    edit: Edit, folds: "np.ndarray[Any, Any] | None" = None
+) -> dict[int, tuple[float, ...]]:
+    """What each kept expert's output is multiplied by, one after another, by its new number."""
+    folds_E = [1.0] * len(edit.keep) if folds is None else folds
+    factors = {
+        position: (edit.scale.get(expert, 1.0), float(fold))
+        for position, (expert, fold) in enumerate(zip(edit.keep, folds_E, strict=True))
+    }
+    return {
+        i: tuple(f for f in both if f != 1.0) for i, both in factors.items() if set(both) != {1}
+    }
+
+
 def _shared_tensors(
     headers: Headers, block: DiskBlock, edit: Edit, layer: int, fitted: Fitted
 ) -> dict[str, Change]:
     """The tensors with an axis of length E: their kept rows, scaled or tilted where asked for."""
     is_cut = len(edit.keep) < block.n_experts
     applies: dict[str, Apply] = _tilts(block, edit, layer, fitted)
-    if factors := _factors(edit, layer, fitted):
+    if factors := _factors(edit, fitted.folds.get(layer)):
         applies |= {n: partial(_scaled_rows, factors=factors) for n in block.last & set(block.axes)}
     changed: dict[str, Change] = {}
     for name, axis in block.axes.items():

@@ -5,18 +5,18 @@ OLMoE's gate has no bias, so layout `stock` adds b·v to the expert's row. v is 
 1 − mean((1 − v·h)²): the target is the constant 1, so the usual R² is undefined.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import Pass
+from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
+from expertcut.interventions.calibration.listening import listen
+from expertcut.moe.engine import Engine
+from expertcut.moe.observers import Routing
 from expertcut.quiz import Quiz, round_robin
 
-CALIBRATION_QUESTIONS = 512
 _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 
 
@@ -41,8 +41,8 @@ class _Moments:
     total_D: Tensor | float = 0.0
     n_tokens: int = 0
 
-    def add(self, h_TD: Tensor, _is_answer_T: Tensor) -> None:
-        h_TD = h_TD.double()
+    def add(self, routing: Routing, _is_answer_T: Tensor) -> None:
+        h_TD = routing.input_TD.double()
         self.outer_DD = self.outer_DD + h_TD.T @ h_TD
         self.total_D = self.total_D + h_TD.sum(dim=0)
         self.n_tokens += len(h_TD)
@@ -63,8 +63,8 @@ class _Products:
     all: list[Tensor] = field(default_factory=list)
     answer: list[Tensor] = field(default_factory=list)
 
-    def add(self, h_TD: Tensor, is_answer_T: Tensor) -> None:
-        product_T = h_TD.double() @ self.v_D
+    def add(self, routing: Routing, is_answer_T: Tensor) -> None:
+        product_T = routing.input_TD.double() @ self.v_D
         self.all.append(product_T)
         self.answer.append(product_T[is_answer_T])
 
@@ -73,14 +73,24 @@ def fit_directions(engine: Engine, tuning: Quiz, layers: Collection[int]) -> dic
     """V (D,) float64 per layer, fitted on every distinct token of at most 512 questions."""
     moments = {layer: _Moments() for layer in layers}
     few = round_robin(tuning, CALIBRATION_QUESTIONS)
-    _listen(engine, few, {layer: m.add for layer, m in moments.items()})
+    listen(
+        engine,
+        few,
+        moments,
+        lambda routing, is_answer_T: moments[routing.layer].add(routing, is_answer_T),
+    )
     return {layer: m.direction_D() for layer, m in moments.items()}
 
 
 def judge_directions(engine: Engine, held_out: Quiz, directions: dict[int, Tensor]) -> list[Fit]:
     """How well each v holds on questions that it was not fitted on."""
     products = {layer: _Products(v_D) for layer, v_D in directions.items()}
-    _listen(engine, held_out, {layer: p.add for layer, p in products.items()})
+    listen(
+        engine,
+        held_out,
+        products,
+        lambda routing, is_answer_T: products[routing.layer].add(routing, is_answer_T),
+    )
     return [_fit(layer, torch.cat(p.all), torch.cat(p.answer)) for layer, p in products.items()]
 
 
@@ -94,23 +104,3 @@ def _fit(layer: int, all_T: Tensor, answer_N: Tensor) -> Fit:
         mean_answer=float(answer_N.mean()),
         std_answer=float(answer_N.std(correction=0)),
     )
-
-
-def _listen(
-    engine: Engine, quiz: Quiz, add_by_layer: dict[int, Callable[[Tensor, Tensor], None]]
-) -> None:
-    """Feeds each layer's router inputs (T, D), and which are answer positions, to a function."""
-    current: list[Pass] = []
-
-    def see(routing: Routing) -> None:
-        step = current[-1]
-        is_answer_T = torch.zeros(len(routing.input_TD), dtype=torch.bool)
-        is_answer_T[step.answers_N] = True
-        h_TD = routing.input_TD.cpu()
-        if step.valid_T is not None:
-            h_TD, is_answer_T = h_TD[step.valid_T], is_answer_T[step.valid_T]
-        add_by_layer[routing.layer](h_TD, is_answer_T)
-
-    blocks = [block for block in engine.moe.blocks if block.layer in add_by_layer]
-    with observe_routers(blocks, see):
-        ask(engine, quiz, lambda step: current.__setitem__(slice(None), [step]))

@@ -1,52 +1,25 @@
-"""From a folder or a hub id to a model whose experts can be watched and whose bytes are known."""
+"""From a checkpoint's folder to a model whose experts can be watched."""
 
-import hashlib
-import json
 import logging
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.errors import ModelError, SettingsError
-from expertcut.moe.contract import MoeBlock, check_family, find_blocks
+from expertcut.moe.contract import MoeBlock, find_blocks
+from expertcut.moe.loading.own_code import runs_our_code_only
+from expertcut.moe.loading.sources import Source, read_config
 
 logger = logging.getLogger(__name__)
 
-EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _PROBE_TOKENS = 16
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint on this machine: where it lies, what it was asked for as, and its revision."""
-
-    id: str
-    path: Path
-    revision: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The last part of the id, for naming outputs."""
-        return Path(self.id).resolve().name if self.revision is None else self.id.split("/")[-1]
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """All safetensors files, by name."""
-        return sorted(self.path.glob("*.safetensors"))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights."""
-        digest = hashlib.sha256(json.dumps(read_config(self.path), sort_keys=True).encode())
-        for file in self.weight_files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+_BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
+_MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
 
 
 @dataclass(frozen=True)
@@ -84,71 +57,6 @@ class MoeModel:
         return device
 
 
-def find_source(model: str, revision: str | None = None) -> Source:
-    """The checkpoint's folder; a hub id is downloaded, safetensors only, or read from the cache.
-
-    Raises:
-        ModelError: no such folder or repository, no config, not a MoE model, or no safetensors.
-    """
-    path = Path(model)
-    if path.is_dir():
-        source = Source(model, path)
-    elif path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
-        raise ModelError(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
-    else:
-        folder = _download(model, revision)
-        source = Source(model, folder, folder.name)
-    config = read_config(source.path)
-    check_family(config.get("model_type"))
-    if expert_count(config) is None:
-        raise ModelError(
-            f"{model} is not a MoE model: its config.json (model_type "
-            f"{config.get('model_type')!r}) has no {', '.join(EXPERT_COUNT_FIELDS)} above 1"
-        )
-    if not source.weight_files:
-        raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
-    return source
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"no such model: {model} is no folder here and the hub says: {reason}"
-        ) from None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json as it stands.
-
-    Raises:
-        ModelError: missing, or not a JSON object.
-    """
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} holds no model: it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds a {type(config).__name__}, must be a JSON object")
-    return config
-
-
-def expert_count(config: dict[str, Any]) -> int | None:
-    """E as config.json states it, None for a model without experts."""
-    text = config.get("text_config")
-    fields = {**(text if isinstance(text, dict) else {}), **config}
-    counts = [fields.get(field) for field in EXPERT_COUNT_FIELDS]
-    return next((n for n in counts if isinstance(n, int) and n > 1), None)
-
-
 def load(source: Source, options: LoadOptions) -> MoeModel:
     """The model in eval mode, without gradients, experts run in a reproducible way.
 
@@ -156,18 +64,19 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
         ModelError: weights or tokenizer that do not fit config.json.
     """
     device = _device(options.device)
-    config = _from_pretrained(AutoConfig, source, options)
+    trusting = replace(options, trust_remote_code=_may_run_code(source, options))
+    config = _from_pretrained(AutoConfig, source, trusting)
     model, info = _from_pretrained(
         AutoModelForCausalLM,
         source,
-        options,
+        trusting,
         config=config,
         dtype=_dtype(options.dtype, device),
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # refused below, by name
         output_loading_info=True,
     )
-    _check_weights(source, info)
+    _check_weights(source, info, is_trusted=trusting.trust_remote_code)
     model = model.to(device).eval().requires_grad_(False)
     set_attention(model)
     if device.type == "cpu":
@@ -179,12 +88,35 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     return MoeModel(source, model, tokenizer, find_blocks(model, probe_1T))
 
 
-def _check_weights(source: Source, info: dict[str, Any]) -> None:
+def fits_in_memory(source: Source, options: LoadOptions) -> bool:
+    """Whether the weights, in the dtype that they will have, fit in what is free on the device."""
+    device = _device(options.device)
+    dtype = _dtype(options.dtype, device)
+    n_values = n_bytes = 0
+    for file in source.weight_files:
+        n_bytes += file.stat().st_size
+        with safe_open(file, framework="pt") as weights:
+            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+            n_values += sum(map(math.prod, shapes))
+    if isinstance(dtype, torch.dtype):
+        n_bytes = n_values * dtype.itemsize
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    return n_bytes * _MEMORY_PER_WEIGHT_BYTE <= free
+
+
+def _may_run_code(source: Source, options: LoadOptions) -> bool:
+    return options.trust_remote_code or runs_our_code_only(source.path, read_config(source.path))
+
+
+def _check_weights(source: Source, info: dict[str, Any], *, is_trusted: bool) -> None:
     lost = sorted(info["missing_keys"])
     lost += sorted(
         f"{name} of shape {list(wanted)} (it has {list(found)})"
         for name, found, wanted in info["mismatched_keys"]
     )
+    if lost and not is_trusted and "auto_map" in read_config(source.path):
+        raise ModelError(f"{source.id} {_BRINGS_CODE}")
     if lost:
         raise ModelError(f"{source.id} lacks {len(lost)} of its weights, first {lost[0]}")
     if info["unexpected_keys"]:
@@ -222,7 +154,7 @@ def _from_pretrained(cls: Any, source: Source, options: LoadOptions, **kwargs: A
         )
     except Exception as error:
         if "trust_remote_code" in str(error):
-            error = ValueError("it brings code of its own: read that, then --trust-remote-code")
+            error = ValueError(f"it {_BRINGS_CODE}")
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{source.id} cannot be loaded by {cls.__name__}: {reason}") from error
 

@@ -1,0 +1,107 @@
+"""A checkpoint's folder: found here or on the hub, its config read, its bytes known."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from expertcut.errors import ModelError
+from expertcut.moe.contract import check_family
+
+EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on this machine: where it lies, what it was asked for as, and its revision."""
+
+    id: str
+    path: Path
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the id, for naming outputs."""
+        return Path(self.id).resolve().name if self.revision is None else self.id.split("/")[-1]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """All safetensors files, by name."""
+        return sorted(self.path.glob("*.safetensors"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights."""
+        digest = hashlib.sha256(json.dumps(read_config(self.path), sort_keys=True).encode())
+        for file in self.weight_files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+def find_source(model: str, revision: str | None = None) -> Source:
+    """The checkpoint's folder; a hub id is downloaded, safetensors only, or read from the cache.
+
+    Raises:
+        ModelError: no such folder or repository, no config, not a MoE model, or no safetensors.
+    """
+    path = Path(model)
+    if path.is_dir():
+        source = Source(model, path)
+    elif path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
+        raise ModelError(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
+    else:
+        folder = _download(model, revision)
+        source = Source(model, folder, folder.name)
+    config = read_config(source.path)
+    check_family(config.get("model_type"))
+    if expert_count(config) is None:
+        raise ModelError(
+            f"{model} is not a MoE model: its config.json (model_type "
+            f"{config.get('model_type')!r}) has no {', '.join(EXPERT_COUNT_FIELDS)} above 1"
+        )
+    if not source.weight_files:
+        raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
+    return source
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"no such model: {model} is no folder here and the hub says: {reason}"
+        ) from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as it stands.
+
+    Raises:
+        ModelError: missing, or not a JSON object.
+    """
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} holds no model: it has no config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds a {type(config).__name__}, must be a JSON object")
+    return config
+
+
+def expert_count(config: dict[str, Any]) -> int | None:
+    """E as config.json states it, None for a model without experts."""
+    text = config.get("text_config")
+    fields = {**(text if isinstance(text, dict) else {}), **config}
+    counts = [fields.get(field) for field in EXPERT_COUNT_FIELDS]
+    return next((n for n in counts if isinstance(n, int) and n > 1), None)
