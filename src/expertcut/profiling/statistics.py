@@ -6,6 +6,7 @@ activated) is NaN here and null in JSON.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class LayerStatistics:
     alpha_mean_E: Array
     tokens_E: Array | None
 
-    @property
+    @cached_property
     def appearances_E(self) -> Array:
         """Share of questions that activated each expert."""
         mean: Array = self.is_activated_NE.mean(axis=0)
