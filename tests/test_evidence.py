@@ -272,6 +272,22 @@ def test_permutations_move_answers_within_their_subjects_alone(found: Findings):
     assert np.abs(birds.mean(0) - is_correct_N[found.counts.rows[0]].mean()).max() < 0.06
 
 
+def test_chance_raises_an_alarm_no_more_often_than_it_says(found: Findings):
+    # Issue 4, check 4: at 5 % at most 18 of 200, which a true 5 % stays below in 99 % of runs.
+    is_activated_NX = np.concatenate([layer.is_activated_NE for layer in found.layers], axis=1)
+    is_correct_N = answers(found.profile).is_correct_N
+    p_family, n_unadjusted = [], 0
+    for row_N in shuffles(found.counts, is_correct_N, 200, seed=123) > 0:
+        counts = count_by_subject(found.profile.subjects(), row_N, is_activated_NX)
+        tested = significance(counts, row_N, is_activated_NX, seed=0)
+        assert tested.p_family is not None and tested.permutations == 2000
+        p_family.append(tested.p_family)
+        n_unadjusted += bool(np.nanmin(tested.p_X) < 0.05)
+    assert sum(p < 0.05 for p in p_family) <= 18
+    assert n_unadjusted > 50  # what thirteen tests find without the adjustment
+    assert 0.35 < np.median(p_family) < 0.65  # and it is no smaller than it must be
+
+
 # Subjects
 
 
