@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, chi2, hypergeom
 
+from expertcut.cli import main
 from expertcut.errors import SettingsError
 from expertcut.interventions.plan import PLAN_FILE
 from expertcut.profiling.evidence import significance as tests_module
@@ -477,6 +479,22 @@ def test_subjects_of_something_else_are_refused(tmp_path: Path):
     (tmp_path / PLAN_FILE).write_text("{}")
     with pytest.raises(SettingsError, match=f"--subjects: {tmp_path} is no profile"):
         find_shown(tmp_path, by_subject=True)
+
+
+def test_the_command_prints_subjects_when_asked(
+    found: Findings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    printed = []
+    for options in ([], ["--subjects"]):
+        command = ["expertcut", "show", str(found.profile.path), "--format", "md", *options]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
+        printed.append(capsys.readouterr().out)
+    short, long = printed
+    assert long.startswith(short) and "### Suspects" in short and "### Gate margins" in short
+    assert "### Subjects" in long and "### Subjects" not in short
 
 
 def test_subject_tables_hold_the_numbers(found: Findings):
