@@ -30,9 +30,11 @@ from expertcut.interventions.prune import Pruning
 from expertcut.interventions.reweight import Tilt
 from expertcut.interventions.touched import Touched
 from expertcut.profiling import store
+from expertcut.profiling.evidence.findings import find
 from expertcut.profiling.statistics import as_json
 from expertcut.profiling.store import Profile
 from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
+from expertcut.reporting.findings import experts_csv
 from expertcut.reporting.outcomes import (
     plan_table,
     proof_sentences,
@@ -42,7 +44,7 @@ from expertcut.reporting.outcomes import (
     results_table,
     tilt_sentences,
 )
-from expertcut.reporting.profiles import profile_csv, profile_tables
+from expertcut.reporting.profiles import profile_tables
 from expertcut.reporting.shown import find_shown
 from expertcut.reporting.tables import Column, Table, as_csv, as_markdown, as_rich
 from tests.hand_made import block, profile_info, random_chunk, random_profile, write_profile
@@ -246,7 +248,7 @@ def test_without_all_token_sums_the_tables_leave_tokens_out(tmp_path: Path):
 
 
 def test_the_csv_has_every_expert_of_every_layer(profile: Profile):
-    rows = list(csv.DictReader(io.StringIO(as_csv(profile_csv(profile)))))
+    rows = list(csv.DictReader(io.StringIO(as_csv(experts_csv(find(profile))))))
     shown = as_json(profile)
     assert len(rows) == 24
     experts = [(layer, e) for layer in shown["layers"] for e in layer["expert"]]

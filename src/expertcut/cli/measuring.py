@@ -71,11 +71,14 @@ def profile(
 def show(
     path: Annotated[Path, typer.Argument(help="A profile, plan, checkpoint or results.")],
     format: Annotated[Format, option("How to print it.", "--format")] = Format.table,
+    subjects: Annotated[
+        bool, option("Also each subject of a profile; json always has them.", "--subjects")
+    ] = False,
 ) -> None:
     """Print what the other commands wrote."""
     from expertcut.reporting.shown import find_shown
 
-    found = find_shown(path)
+    found = find_shown(path, subjects)
     if format is Format.json:
         print(json.dumps(found.json(), indent=1, allow_nan=False))
     elif format is Format.csv:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.profiling.evidence.significance import wilson as wilson_intervals
+
 Array = np.ndarray[Any, Any]
-Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,5 @@ def pooled_stderr(subjects: Sequence[tuple[float, int]]) -> float | None:
 
 def wilson(n_correct: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share; `n` may be an effective, fractional number."""
-    share, z2 = n_correct / n, Z95**2
-    center = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * np.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, float(center - half)), min(1.0, float(center + half))
+    low, high = wilson_intervals(np.array(n_correct / n), np.array(n))
+    return float(low), float(high)

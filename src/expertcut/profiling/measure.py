@@ -152,6 +152,7 @@ def model_info(moe: MoeModel) -> ModelInfo:
             inflates=b.inflates,
             groups=b.n_groups,
             top_groups=b.top_groups,
+            selection_bias=b.selection_bias() is not None,
         )
         for b in moe.blocks
     )

@@ -6,6 +6,7 @@ activated) is NaN here and null in JSON.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,10 @@ class Answers:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One MoE block over the N questions of a profile."""
+    """One MoE block over the N questions of a profile.
+
+    `n_effective_E` is (Σα)²/Σα², how many equally weighted questions a weighted accuracy is worth.
+    """
 
     layer: int
     block: str
@@ -44,11 +48,12 @@ class LayerStatistics:
     is_activated_NE: Array
     accuracy_E: Array
     weighted_accuracy_E: Array
+    n_effective_E: Array
     contribution_pct_E: Array
     alpha_mean_E: Array
     tokens_E: Array | None
 
-    @property
+    @cached_property
     def appearances_E(self) -> Array:
         """Share of questions that activated each expert."""
         mean: Array = self.is_activated_NE.mean(axis=0)
@@ -106,11 +111,12 @@ def _layer(
         entropy_all_N=entropy(alpha_NE),
         rank_probability_NK=np.sort(p_NK, axis=1)[:, ::-1],
         is_activated_NE=is_activated_NE,
-        accuracy_E=_share(is_activated_NE[is_correct_N].sum(0), is_activated_NE.sum(0)),
-        weighted_accuracy_E=_share(
+        accuracy_E=share(is_activated_NE[is_correct_N].sum(0), is_activated_NE.sum(0)),
+        weighted_accuracy_E=share(
             activated_alpha_NE[is_correct_N].sum(0), activated_alpha_NE.sum(0)
         ),
-        contribution_pct_E=100 * _share(p_NE.sum(0), is_activated_NE.sum(0)),
+        n_effective_E=share(activated_alpha_NE.sum(0) ** 2, (activated_alpha_NE**2).sum(0), 0.0),
+        contribution_pct_E=100 * share(p_NE.sum(0), is_activated_NE.sum(0)),
         alpha_mean_E=alpha_NE.mean(axis=0),
         tokens_E=tokens_E,
     )
@@ -133,32 +139,42 @@ def near_ties(profile: Profile, subjects: Sequence[str]) -> list[dict[str, Any]]
     ]
 
 
-def as_json(profile: Profile) -> dict[str, Any]:
-    """`show PROFILE --format json`."""
+def as_json(profile: Profile, layers: list[LayerStatistics] | None = None) -> dict[str, Any]:
+    """The paper's numbers, of `layers` where they were computed before."""
     ties = near_ties(profile, profile.subjects())
     found = answers(profile)
     return {
         "questions": len(found.answer_N),
         "accuracy": found.accuracy,
         "near_ties": {"questions": len(ties), "listed": ties},
-        "layers": [_layer_json(layer) for layer in layer_statistics(profile)],
+        "layers": [layer_json(layer) for layer in layers or layer_statistics(profile)],
     }
 
 
-def _layer_json(layer: LayerStatistics) -> dict[str, Any]:
+def layer_json(layer: LayerStatistics) -> dict[str, Any]:
+    """One layer's numbers and its experts'."""
     return {
         "layer": layer.layer,
         "block": layer.block,
         "experts": layer.n_experts,
         "top_k": layer.top_k,
         "activated": layer.n_activated,
-        "entropy_top_mean": float(layer.entropy_top_N.mean()),
-        "entropy_top_std": float(layer.entropy_top_N.std()),
-        "entropy_all_mean": float(layer.entropy_all_N.mean()),
-        "entropy_all_std": float(layer.entropy_all_N.std()),
-        "rank_probability_mean": layer.rank_probability_NK.mean(axis=0).tolist(),
-        "rank_probability_std": layer.rank_probability_NK.std(axis=0).tolist(),
+        **routing_json(layer, slice(None)),
         "expert": [expert_json(layer, expert) for expert in range(layer.n_experts)],
+    }
+
+
+def routing_json(layer: LayerStatistics, which: Array | slice) -> dict[str, Any]:
+    """Entropies and rank probabilities over some of the questions."""
+    top_n, all_n = layer.entropy_top_N[which], layer.entropy_all_N[which]
+    rank_nK = layer.rank_probability_NK[which]
+    return {
+        "entropy_top_mean": float(top_n.mean()),
+        "entropy_top_std": float(top_n.std()),
+        "entropy_all_mean": float(all_n.mean()),
+        "entropy_all_std": float(all_n.std()),
+        "rank_probability_mean": rank_nK.mean(axis=0).tolist(),
+        "rank_probability_std": rank_nK.std(axis=0).tolist(),
     }
 
 
@@ -167,18 +183,20 @@ def expert_json(layer: LayerStatistics, expert: int) -> dict[str, Any]:
     return {
         "expert": expert,
         "appearances": float(layer.appearances_E[expert]),
-        "accuracy": _or_none(layer.accuracy_E[expert]),
-        "weighted_accuracy": _or_none(layer.weighted_accuracy_E[expert]),
-        "contribution_pct": _or_none(layer.contribution_pct_E[expert]),
+        "accuracy": or_none(layer.accuracy_E[expert]),
+        "weighted_accuracy": or_none(layer.weighted_accuracy_E[expert]),
+        "contribution_pct": or_none(layer.contribution_pct_E[expert]),
         "tokens": None if layer.tokens_E is None else int(layer.tokens_E[expert]),
     }
 
 
-def _share(part_E: Array, whole_E: Array) -> Array:
-    nothing = np.full(len(whole_E), np.nan)
-    result: Array = np.divide(part_E, whole_E, out=nothing, where=whole_E > 0)
+def share(part: Array, whole: Array, undefined: float = np.nan) -> Array:
+    """Part / whole, element by element, and `undefined` where the whole is 0."""
+    shape = np.broadcast_shapes(np.shape(part), np.shape(whole))
+    result: Array = np.divide(part, whole, out=np.full(shape, undefined), where=whole > 0)
     return result
 
 
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def or_none(value: float) -> float | None:
+    """The number, or None where it is none that JSON can hold."""
+    return float(value) if np.isfinite(value) else None

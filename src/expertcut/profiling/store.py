@@ -27,7 +27,10 @@ class Record(BaseModel):
 
 
 class BlockInfo(Record):
-    """A MoE block as the contract saw it; see `moe.contract.MoeBlock`."""
+    """A MoE block as the contract saw it; see `moe.contract.MoeBlock`.
+
+    `selection_bias` says whether one is added to α where experts are chosen; None is unknown.
+    """
 
     name: str
     experts: int = Field(ge=1)
@@ -36,6 +39,7 @@ class BlockInfo(Record):
     inflates: bool
     groups: int = Field(ge=1)
     top_groups: int = Field(ge=1)
+    selection_bias: bool | None = None
 
 
 class ModelInfo(Record):

@@ -20,26 +20,15 @@ _EXPERT_COLUMNS = (
 )
 
 
-def profile_tables(profile: Profile) -> list[Table]:
-    """Tables 1–2, 3, 4, 5 and 6–7, in the paper's order."""
-    layers = layer_statistics(profile)
+def profile_tables(profile: Profile, layers: list[LayerStatistics] | None = None) -> list[Table]:
+    """Tables 1–2, 3, 4, 5 and 6–7, in the paper's order, of `layers` where they are known."""
+    layers = layers or layer_statistics(profile)
     return [
         _activated(profile, layers),
         _ranks(layers[-1]),
         *[_experts(layers[i]) for i in dict.fromkeys((0, len(layers) - 1))],
         _entropy_all(layers),
     ]
-
-
-def profile_csv(profile: Profile) -> Table:
-    """Every expert of every layer, one row each, for a data frame."""
-    names = ("expert", "appearances", "accuracy", "weighted_accuracy", "contribution_pct", "tokens")
-    rows = []
-    for layer in layer_statistics(profile):
-        for expert in range(layer.n_experts):
-            row = expert_json(layer, expert)
-            rows.append([layer.layer, layer.block, *[row[name] for name in names]])
-    return Table("experts", tuple(map(Column, ("layer", "block", *names))), rows)
 
 
 def _activated(profile: Profile, layers: list[LayerStatistics]) -> Table:

@@ -6,13 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertcut.errors import OutputError
+from expertcut.errors import OutputError, SettingsError
 from expertcut.evaluation.evaluate import load_results
 from expertcut.interventions.plan import PLAN_FILE, load_plan
-from expertcut.profiling.statistics import as_json
+from expertcut.profiling.evidence.findings import find, findings_json
 from expertcut.profiling.store import load_profile
+from expertcut.reporting.findings import (
+    experts_csv,
+    margins_table,
+    subject_tables,
+    subjects_csv,
+    suspects_table,
+)
 from expertcut.reporting.outcomes import plan_table, results_csv, results_table
-from expertcut.reporting.profiles import profile_csv, profile_tables
+from expertcut.reporting.profiles import profile_tables
 from expertcut.reporting.tables import Table
 
 
@@ -25,14 +32,20 @@ class Shown:
     json: Callable[[], dict[str, Any]]
 
 
-def find_shown(path: Path) -> Shown:
+def find_shown(path: Path, by_subject: bool = False) -> Shown:
     """What lies at the path: a profile, a plan, a checkpoint that holds one, or results.
+
+    With `by_subject` the tables of a profile end with those of its subjects, and the flat one has
+    a row for each expert and subject.
 
     Raises:
         OutputError: nothing of that kind.
+        SettingsError: subjects of something that is no profile.
     """
     if (path / "profile.json").is_file() or path.name == "profile.json":
-        return _profile(path if path.is_dir() else path.parent)
+        return _profile(path if path.is_dir() else path.parent, by_subject)
+    if by_subject:
+        raise SettingsError(f"--subjects: {path} is no profile: name one or leave the option out")
     if (path / PLAN_FILE).is_file():
         return _plan(path)
     if path.is_file():
@@ -42,11 +55,19 @@ def find_shown(path: Path) -> Shown:
     )
 
 
-def _profile(path: Path) -> Shown:
-    profile = load_profile(path)
-    return Shown(
-        lambda: profile_tables(profile), lambda: profile_csv(profile), lambda: as_json(profile)
-    )
+def _profile(path: Path, by_subject: bool) -> Shown:
+    found = find(load_profile(path))
+
+    def tables() -> list[Table]:
+        return [
+            *profile_tables(found.profile, found.layers),
+            suspects_table(found),
+            margins_table(found),
+            *(subject_tables(found) if by_subject else []),
+        ]
+
+    flat = subjects_csv if by_subject else experts_csv
+    return Shown(tables, lambda: flat(found), lambda: findings_json(found))
 
 
 def _plan(path: Path) -> Shown:

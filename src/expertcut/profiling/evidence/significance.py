@@ -1,0 +1,143 @@
+"""Is an expert's record chance? Each expert against the questions of its subjects without it.
+
+A subject is a stratum. In it n1 questions activated the expert and n0 did not, y1 and y0 of them
+were answered right, and n = n1 + n0, Y = y1 + y0.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtr
+from scipy.stats import false_discovery_control
+
+from expertcut.profiling.evidence.by_subject import SubjectCounts
+from expertcut.profiling.statistics import share
+
+Array = np.ndarray[Any, Any]
+Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
+MIN_VARIANCE = 2.5  # below, the sum of the strata is too far from normal to be tested
+PERMUTATIONS = 2_000
+_WIDTH = 1024  # experts of one matrix product, which bounds its memory
+
+
+@dataclass(frozen=True)
+class Significance:
+    """Per expert (X,), NaN where undefined: a z below 0 means that its questions went worse.
+
+    `p_adjusted_X` is Benjamini and Hochberg's over the defined tests; `p_family_X` the chance,
+    by permutation, that any of them reaches so large a |z|.
+    """
+
+    difference_X: Array
+    se_X: Array
+    z_X: Array
+    p_X: Array
+    p_adjusted_X: Array
+    p_family_X: Array
+    permutations: int
+    seed: int
+
+    @property
+    def n_tests(self) -> int:
+        """Experts that could be tested."""
+        return int((~np.isnan(self.z_X)).sum())
+
+    @property
+    def p_family(self) -> float | None:
+        """Of the largest |z|; None where nothing could be tested."""
+        return float(np.nanmin(self.p_family_X)) if self.n_tests else None
+
+    @property
+    def suspects(self) -> list[int]:
+        """Tested experts whose questions went worse, the most harmful (lowest z) first."""
+        order = np.argsort(self.z_X, kind="stable")  # NaN last
+        return [int(x) for x in order if self.z_X[x] < 0]
+
+
+def significance(
+    counts: SubjectCounts,
+    is_correct_N: Array,
+    is_activated_NX: Array,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> Significance:
+    """All of it, for every expert."""
+    difference_X, se_X = difference(counts)
+    expected_X, variance_X = null_moments(counts)
+    is_tested_X = variance_X >= MIN_VARIANCE
+    sd_X = np.sqrt(variance_X[is_tested_X])
+    z_X = np.full(len(variance_X), np.nan)
+    z_X[is_tested_X] = (counts.activated_right_SX.sum(0) - expected_X)[is_tested_X] / sd_X
+    p_X = 2 * ndtr(-np.abs(z_X))
+    p_adjusted_X, p_family_X = np.full_like(z_X, np.nan), np.full_like(z_X, np.nan)
+    if is_tested_X.any():
+        shuffled_BN = shuffles(counts, is_correct_N, permutations, seed)
+        tested = np.flatnonzero(is_tested_X)
+        largest_B = np.zeros(permutations)
+        for start in range(0, len(tested), _WIDTH):
+            x = tested[start : start + _WIDTH]
+            right_BX = shuffled_BN @ is_activated_NX[:, x].astype(np.float32)
+            z_BX = (right_BX - expected_X[x]) / np.sqrt(variance_X[x])
+            largest_B = np.maximum(largest_B, np.abs(z_BX).max(axis=1))
+        p_adjusted_X[tested] = false_discovery_control(p_X[tested])
+        p_family_X[tested] = exceedance(np.abs(z_X[tested]), largest_B)
+    return Significance(difference_X, se_X, z_X, p_X, p_adjusted_X, p_family_X, permutations, seed)
+
+
+def wilson(share_E: Array, n_E: Array) -> tuple[Array, Array]:
+    """Wilson's 95 % interval of shares; n may be an effective, fractional number, NaN where 0."""
+    n_E = np.where(n_E > 0, n_E, np.nan)
+    z2 = Z95**2
+    center_E = (share_E + z2 / (2 * n_E)) / (1 + z2 / n_E)
+    variance_E = np.maximum(share_E * (1 - share_E), 0) / n_E + z2 / (4 * n_E * n_E)
+    half_E = Z95 * np.sqrt(variance_E) / (1 + z2 / n_E)
+    return np.maximum(0.0, center_E - half_E), np.minimum(1.0, center_E + half_E)
+
+
+def difference(counts: SubjectCounts) -> tuple[Array, Array]:
+    """Mantel–Haenszel difference in accuracy, with minus without, and its standard error.
+
+    Σ w (p1 − p0) / Σ w with w = n1 n0 / n; the variances of p1 and p0 are those of two binomials.
+    """
+    n1_SX, n_S1 = counts.activated_SX, counts.questions_S[:, None]
+    n0_SX = n_S1 - n1_SX
+    w_SX = n1_SX * n0_SX / n_S1
+    p1_SX = share(counts.activated_right_SX, n1_SX, 0.0)
+    p0_SX = share(counts.right_S[:, None] - counts.activated_right_SX, n0_SX, 0.0)
+    spread_SX = share(p1_SX * (1 - p1_SX), n1_SX, 0.0) + share(p0_SX * (1 - p0_SX), n0_SX, 0.0)
+    total_X = w_SX.sum(0)
+    difference_X = share((w_SX * (p1_SX - p0_SX)).sum(0), total_X)
+    return difference_X, share(np.sqrt((w_SX**2 * spread_SX).sum(0)), total_X)
+
+
+def null_moments(counts: SubjectCounts) -> tuple[Array, Array]:
+    """Mean and variance of Σ y1 if correctness were dealt out at random within subjects.
+
+    The Cochran–Mantel–Haenszel test's: Σ n1 Y / n and Σ n1 n0 Y (n − Y) / (n² (n − 1)).
+    """
+    n1_SX, n_S1 = counts.activated_SX, counts.questions_S[:, None]
+    right_S1 = counts.right_S[:, None]
+    expected_SX = n1_SX * right_S1 / n_S1
+    rate_S1 = share(right_S1 * (n_S1 - right_S1), n_S1**2 * (n_S1 - 1), 0.0)
+    return expected_SX.sum(0), (n1_SX * (n_S1 - n1_SX) * rate_S1).sum(0)
+
+
+def shuffles(counts: SubjectCounts, is_correct_N: Array, draws: int, seed: int) -> Array:
+    """Correctness permuted within subjects (B, N), as float32 for a fast product.
+
+    Products of it with 0 and 1 are whole numbers far below 2²⁴, so they are exact.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled_BN = np.empty((draws, len(is_correct_N)), dtype=np.float32)
+    for row in counts.rows:
+        dealt_BN = np.tile(is_correct_N[row].astype(np.float32), (draws, 1))
+        shuffled_BN[:, row] = rng.permuted(dealt_BN, axis=1)
+    return shuffled_BN
+
+
+def exceedance(value_X: Array, drawn_B: Array) -> Array:
+    """(1 + draws that are at least the value) / (1 + draws)."""
+    below_X = np.searchsorted(np.sort(drawn_B), value_X, side="left")
+    result: Array = (1 + len(drawn_B) - below_X) / (1 + len(drawn_B))
+    return result

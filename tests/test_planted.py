@@ -1,0 +1,96 @@
+"""Issue 4, check 4: an expert that was broken on purpose is the first suspect."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expertcut.evaluation.comparison import mcnemar
+from expertcut.moe.loading import MoeModel
+from expertcut.moe.observers import tilt_routers
+from expertcut.profiling.evidence.findings import Findings, find
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.statistics import answers
+from expertcut.profiling.store import load_profile
+from expertcut.quiz import Quiz, Selection, load_quiz
+from tests.conftest import open_model
+
+QUICKSTART = Path(__file__).parents[1] / "checkpoints" / "quickstart"
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The bundled model on val: as it is, without one expert of its last layer, and with noise."""
+
+    expert: int
+    healthy: Findings
+    masked: Findings
+    noisy: Findings
+
+
+def asked(moe: MoeModel, quiz: Quiz, folder: Path) -> Findings:
+    list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(folder))
+    return find(load_profile(folder))
+
+
+def right(found: Findings) -> np.ndarray:
+    return answers(found.profile).is_correct_N
+
+
+def is_harmless(healthy: Findings, masked: Findings) -> bool:
+    """No change of a point, and none that chance would not make."""
+    gained = int((right(masked) & ~right(healthy)).sum())
+    lost = int((right(healthy) & ~right(masked)).sum())
+    return mcnemar(gained, lost) > 0.05 and abs(gained - lost) < 0.01 * len(right(healthy))
+
+
+def candidates(healthy: Findings) -> list[int]:
+    """Experts of the last layer in 20–80 % of questions and no suspects, the heaviest first.
+
+    In the last layer noise reaches the answers of the questions that chose the expert, and no
+    others; and it must weigh enough to reach them at all.
+    """
+    layer = healthy.layers[-1]
+    z_E = healthy.significance.z_X[-layer.n_experts :]
+    share_E = layer.appearances_E
+    some = np.flatnonzero((share_E >= 0.2) & (share_E <= 0.8) & (z_E > 0))
+    return sorted(some.tolist(), key=lambda e: -layer.contribution_pct_E[e] * share_E[e])
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    folder = tmp_path_factory.mktemp("planted")
+    moe = open_model(QUICKSTART)
+    quiz = load_quiz(Selection(str(QUICKSTART / "quiz"), split="val"))
+    block = moe.blocks[-1]
+    healthy = asked(moe, quiz, folder / "healthy")
+    for expert in candidates(healthy):
+        forbidden_E = torch.zeros(block.n_experts)
+        forbidden_E[expert] = -torch.inf
+        with tilt_routers(moe.blocks, {block.layer: forbidden_E}):
+            masked = asked(moe, quiz, folder / f"without-{expert}")
+        if is_harmless(healthy, masked):
+            break
+    own_DI = block.experts.down_proj.data[expert]
+    noise_DI = torch.randn(own_DI.shape, generator=torch.Generator().manual_seed(0))
+    own_DI.copy_(100 * own_DI.std() * noise_DI)
+    return Planted(expert, healthy, masked, asked(moe, quiz, folder / "noisy"))
+
+
+def test_the_planted_case_is_one(planted: Planted):
+    assert 0.2 <= planted.healthy.layers[-1].appearances_E[planted.expert] <= 0.8
+    assert not planted.masked.layers[-1].is_activated_NE[:, planted.expert].any()
+    assert is_harmless(planted.healthy, planted.masked)
+    assert right(planted.noisy).mean() < right(planted.healthy).mean() - 0.03
+
+
+def test_an_expert_whose_output_is_noise_leads_the_suspects(planted: Planted):
+    place = (len(planted.healthy.layers) - 1, planted.expert)
+    before, after = planted.healthy.significance, planted.noisy.significance
+    x = planted.noisy.places.index(place)
+    assert before.z_X[x] > 0 and x not in before.suspects
+    assert after.suspects[0] == x
+    assert after.p_family_X[x] == pytest.approx(1 / 2001)
+    assert after.difference_X[x] < -0.1
