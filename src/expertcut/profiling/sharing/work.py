@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from expertcut.profiling.store import CHUNK_QUESTIONS, ProfileInfo
 from expertcut.quiz import Question, Quiz
 
-_SCAFFOLD = 30  # characters that a prompt puts around a question, about
+_SCAFFOLD, _HEADER = 30, 85  # characters around a question and at the start of a prompt, about
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
     for name, subject, n in info.chunks():
         k = int(name.removesuffix(".safetensors").rsplit("-", 1)[1])
         questions = quiz.questions[subject][k * CHUNK_QUESTIONS : k * CHUNK_QUESTIONS + n]
-        shots = _characters(quiz.shots_by_subject[subject])
-        cost = shots * (1 if is_shared else n) + _characters(questions)
+        shared = _HEADER + _characters(quiz.shots_by_subject[subject])
+        cost = shared * (1 if is_shared else n) + _characters(questions)
         found[name] = Work(subject, questions, cost)
     return found
 
