@@ -10,9 +10,12 @@ from expertcut.cli.options import (
     DEFAULT_MODEL,
     BatchTokens,
     Device,
+    DeviceMap,
     Dtype,
     Format,
     Limit,
+    MaxMemory,
+    Offload,
     QuizName,
     ResultsFile,
     Shots,
@@ -43,6 +46,9 @@ def profile(
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload: Offload = None,
     batch_tokens: BatchTokens = None,
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -54,7 +60,7 @@ def profile(
     from expertcut.profiling.statistics import answers
     from expertcut.profiling.store import load_profile
 
-    load_as = LoadOptions(dtype, device, trust_remote_code)
+    load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
     options = MeasureOptions(stats.value if stats else None, batch_tokens, threads, is_first())
     if out is not None:
         load_as, options = resumed(out, load_as, options)
@@ -102,6 +108,9 @@ def eval(
     limit: Limit = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload: Offload = None,
     batch_tokens: BatchTokens = None,
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -116,7 +125,7 @@ def eval(
     quiet()
     sources = find_models(models)
     questions = read_quiz(quiz, split, shots, subjects, limit)
-    load_as = LoadOptions(dtype, device, trust_remote_code)
+    load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
     options = MeasureOptions("none", batch_tokens, threads, is_first())
     scoring, folder = Scoring(questions, limit, load_as, options), out.with_suffix(".chunks")
     scored: list[Scored] = []

@@ -10,6 +10,7 @@ import torch
 
 from expertcut.moe.engine import Engine, OnPass, ignore
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
+from expertcut.moe.loading.devices import is_on_several
 from expertcut.moe.packing import Pass, encode
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.recorder import Recorder
@@ -126,9 +127,11 @@ def resumed(
         return load_as, options
     recorded = load_profile(folder).info.settings
     dtype = recorded.dtype if load_as.dtype == "auto" else load_as.dtype
-    device = recorded.device_type if load_as.device == "auto" else load_as.device
+    device_map = load_as.device_map or recorded.device_map
+    is_left_open = load_as.device == "auto" and device_map is None
+    device = recorded.device_type if is_left_open else load_as.device
     return (
-        replace(load_as, dtype=dtype, device=device),
+        replace(load_as, dtype=dtype, device=device, device_map=device_map),
         replace(
             options,
             stats=options.stats or recorded.stats,
@@ -168,6 +171,8 @@ def model_info(moe: MoeModel) -> ModelInfo:
 
 def _settings(engine: Engine, stats: Stats) -> Settings:
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
+    # Weights that wait in memory or on disk for one CPU give the bytes that they always give.
+    is_spread = is_on_several(moe.model) and not on_cpu
     return Settings(
         dtype=str(moe.dtype).removeprefix("torch."),
         device_type=moe.device.type,
@@ -179,4 +184,5 @@ def _settings(engine: Engine, stats: Stats) -> Settings:
         attention=str(moe.model.config._attn_implementation),
         torch=torch.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability() if on_cpu else None,
+        device_map="auto" if is_spread else None,
     )

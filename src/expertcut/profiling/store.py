@@ -78,6 +78,7 @@ class Settings(Record):
     attention: str
     torch: str
     cpu_capability: str | None
+    device_map: Literal["auto"] | None = None  # set where the model runs on several devices
 
 
 class ProfileInfo(Record):
