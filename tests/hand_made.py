@@ -91,9 +91,8 @@ def write_profile(folder: Path, info: ProfileInfo, chunks: Sequence[Arrays]) -> 
     """The folder as `profile` would have left it, but for `run.json`."""
     folder.mkdir(parents=True)
     (folder / "profile.json").write_text(info.model_dump_json())
-    names = [name for name, _, _ in info.chunks()]
-    for name, arrays in zip(names, chunks, strict=True):
-        write_chunk(folder / "chunks" / name, arrays)
+    for (name, subject, _), arrays in zip(info.chunks(), chunks, strict=True):
+        write_chunk(folder / "chunks" / name, arrays, info.place(name, subject))
     return Profile(folder, info)
 
 

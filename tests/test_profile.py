@@ -230,7 +230,7 @@ def test_a_run_that_starts_again_does_only_what_is_missing_or_damaged(
     run = measurement.run(tmp_path / "p")
     assert next(run) == Progress(done=3, total=9, measured=3)
     run.close()
-    assert load_profile(tmp_path / "p").missing == [f"{s}-0.safetensors" for s in SUBJECTS[1:]]
+    assert len(load_profile(tmp_path / "p").missing) == len(SUBJECTS) - 1
     assert load_profile(tmp_path / "p").finished_at is None
     assert [step.measured for step in measurement.run(tmp_path / "p")] == [0, 3, 6]
     undisturbed = chunk_bytes(tmp_path / "p")
@@ -238,8 +238,8 @@ def test_a_run_that_starts_again_does_only_what_is_missing_or_damaged(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert [step.measured for step in measurement.run(tmp_path / "p")] == [3, 3, 3]
-    assert "damaged" in caplog.text
+    assert [step.measured for step in measurement.run(tmp_path / "p")] == [0, 0, 3]
+    assert caplog.text.count("damaged") == 1
     assert chunk_bytes(tmp_path / "p") == undisturbed
     finished = load_profile(tmp_path / "p").finished_at
     assert [step.measured for step in measurement.run(tmp_path / "p")] == [0, 0, 0]

@@ -15,7 +15,10 @@ from typer.exceptions import TyperException
 from expertcut import __version__
 from expertcut.cli import changing, measuring
 from expertcut.cli.options import option
+from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
 from expertcut.errors import ExpertcutError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Which experts of a MoE language model matter for a quiz; cut or tilt them, and measure.",
@@ -53,18 +56,25 @@ def _faults_in_one_line() -> Iterator[None]:
         _stop(" ".join(str(error).split()), 2)
     except TyperException as error:
         _stop(" ".join(error.format_message().split()), 2)
+    except Stopped as stopped:
+        _stop(str(stopped), stopped.status, is_said=is_first())
     except (typer.Abort, KeyboardInterrupt):
-        _stop("interrupted: run the same command again to go on from the last finished chunk", 130)
+        _stop(GO_ON, INTERRUPTED, is_said=is_first())
 
 
-def _stop(text: str, status: int) -> None:
-    print(f"expertcut: {text}", file=sys.stderr)
+def _stop(text: str, status: int, *, is_said: bool = True) -> None:
+    if is_said:
+        print(f"expertcut: {text}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def main() -> None:
     """The console script."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    with _faults_in_one_line():
+    # What the first of several processes warns of, the others would only repeat.
+    level = logging.WARNING if is_first() else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    with _faults_in_one_line(), terminable():
         status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # typer has caught it
+            raise KeyboardInterrupt
     raise SystemExit(status or 0)

@@ -10,9 +10,12 @@ from expertcut.cli.options import (
     DEFAULT_MODEL,
     BatchTokens,
     Device,
+    DeviceMap,
     Dtype,
     Format,
     Limit,
+    MaxMemory,
+    Offload,
     QuizName,
     ResultsFile,
     Shots,
@@ -24,7 +27,8 @@ from expertcut.cli.options import (
     option,
     read_quiz,
 )
-from expertcut.cli.output import print_tables, quiet, shown
+from expertcut.cli.output import print_tables, quiet
+from expertcut.cli.running import Line, is_first, resumable
 
 if TYPE_CHECKING:
     from expertcut.evaluation.evaluate import Results
@@ -42,6 +46,9 @@ def profile(
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload: Offload = None,
     batch_tokens: BatchTokens = None,
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -53,8 +60,8 @@ def profile(
     from expertcut.profiling.statistics import answers
     from expertcut.profiling.store import load_profile
 
-    load_as = LoadOptions(dtype, device, trust_remote_code)
-    options = MeasureOptions(stats.value if stats else None, batch_tokens, threads)
+    load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
+    options = MeasureOptions(stats.value if stats else None, batch_tokens, threads, is_first())
     if out is not None:
         load_as, options = resumed(out, load_as, options)
     quiet()
@@ -62,8 +69,11 @@ def profile(
     questions = read_quiz(quiz, split, shots, subjects, limit)
     measurement = measure(source, questions, limit, load_as, options)
     folder = out or default_folder(measurement.info, source)
-    for _ in shown(measurement.run(folder), f"profiling {source.name}", len(questions)):
-        pass
+    with resumable(str(folder)), Line(f"profiling {source.name}", len(questions)) as line:
+        for _ in line.follow(measurement.run(folder, line.see)):
+            pass
+    if not is_first():
+        return
     found = answers(load_profile(folder))
     print(f"{folder}: {len(questions):,} questions, accuracy {found.accuracy:.2%}")
 
@@ -101,6 +111,9 @@ def eval(
     limit: Limit = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload: Offload = None,
     batch_tokens: BatchTokens = None,
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -115,13 +128,16 @@ def eval(
     quiet()
     sources = find_models(models)
     questions = read_quiz(quiz, split, shots, subjects, limit)
-    load_as = LoadOptions(dtype, device, trust_remote_code)
-    scoring = Scoring(questions, limit, load_as, MeasureOptions("none", batch_tokens, threads))
+    load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
+    options = MeasureOptions("none", batch_tokens, threads, is_first())
+    scoring, folder = Scoring(questions, limit, load_as, options), out.with_suffix(".chunks")
     scored: list[Scored] = []
     for source in sources:
-        steps = score_model(source, scoring, out.with_suffix(".chunks"))
-        steps = shown(steps, f"scoring {source.name}", len(questions))
-        scored += [step for step in steps if isinstance(step, Scored)]
+        with resumable(str(folder)), Line(f"scoring {source.name}", len(questions)) as line:
+            steps = line.follow(score_model(source, scoring, folder, line.see))
+            scored += [step for step in steps if isinstance(step, Scored)]
+    if not is_first():
+        return
     found = results(scoring, scored)
     save_results(out, found)
     _print_results(found)

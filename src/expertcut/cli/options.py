@@ -82,6 +82,13 @@ Dtype = Annotated[
     str, option("auto (float32 on CPU, as stored elsewhere), stored, float32, bfloat16, ...")
 ]
 Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...")]
+DeviceMap = Annotated[
+    str | None, option("auto: spread over all devices and the CPU.", "--device-map")
+]
+MaxMemory = Annotated[
+    str | None, option("How much to use of each, as 0=20GiB,cpu=60GiB.", "--max-memory")
+]
+Offload = Annotated[Path | None, option("Folder for weights that fit in no memory.", "--offload")]
 Threads = Annotated[int | None, option("CPU threads; part of a profile's settings.", min=1)]
 BatchTokens = Annotated[int | None, option("Tokens of one forward pass.", min=1)]
 TrustRemoteCode = Annotated[

@@ -1,12 +1,11 @@
-"""What commands print: tables and sentences on stdout, progress on stderr."""
+"""What commands print on stdout, and what other libraries must not."""
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from expertcut.cli.options import Format
 
@@ -24,19 +23,6 @@ def print_tables(tables: Iterable["Table"], format: Format) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for table in tables:
         console.print(as_rich(table))
-
-
-def shown(steps: Iterator[Any], what: str, total: int) -> Iterator[Any]:
-    """The steps, with a bar on stderr while a person is watching."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        for step in steps:
-            bar.update(task, completed=getattr(step, "done", total))
-            yield step
 
 
 def quiet() -> None:

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,9 +14,11 @@ from expertcut.evaluation.accuracy import accuracy
 from expertcut.evaluation.comparison import compare
 from expertcut.evaluation.size import Size, size
 from expertcut.interventions.plan import PLAN_FILE, load_hashes, load_plan
+from expertcut.moe.engine import OnPass, ignore
 from expertcut.moe.loading import LoadOptions, Source, find_source
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.measure import MeasureOptions, Progress, measure
+from expertcut.profiling.measure import MeasureOptions, measure
+from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import Record, first_fault, load_profile, quiz_info
 from expertcut.quiz import Quiz
@@ -115,12 +117,19 @@ def find_models(paths: Sequence[str]) -> list[Source]:
     return [find_source(path) for path in paths]
 
 
-def score(source: Source, scoring: Scoring, folder: Path) -> Iterator[Progress | Scored]:
-    """Progress while chunks are scored into the folder, at last the scored model."""
-    options = MeasureOptions("none", scoring.options.batch_tokens, scoring.options.threads)
+def score(
+    source: Source, scoring: Scoring, folder: Path, on_pass: OnPass = ignore
+) -> Iterator[Progress | Scored]:
+    """Progress while chunks are scored into the folder, at last the scored model.
+
+    Where this process does not wait for others, it may end without.
+    """
+    options = replace(scoring.options, stats="none")
     measurement = measure(source, scoring.quiz, scoring.limit, scoring.load_as, options)
     store = folder / f"{source.name}-{measurement.info.short_hash}"
-    yield from measurement.run(store)
+    yield from measurement.run(store, on_pass)
+    if not scoring.options.waits:
+        return
     found = Scored(
         source, answers(load_profile(store)), size(measurement.moe), _chosen_on(source, scoring)
     )

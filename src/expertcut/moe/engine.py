@@ -38,8 +38,8 @@ OnPass = Callable[[Pass], None]
 CHECKED_QUESTIONS = 4
 
 
-def _ignore(_: Pass) -> None:
-    pass
+def ignore(_: Pass) -> None:
+    """An `OnPass` that wants to know nothing."""
 
 
 class Engine:
@@ -56,8 +56,8 @@ class Engine:
         way = self.way(few)
         if way == "single":
             return
-        one_by_one_NC = self._score(few, "single", _ignore)
-        difference = (self._score(few, way, _ignore) - one_by_one_NC).nan_to_num(0).abs().max()
+        one_by_one_NC = self._score(few, "single", ignore)
+        difference = (self._score(few, way, ignore) - one_by_one_NC).nan_to_num(0).abs().max()
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         self.is_trusted = bool(difference <= tolerance)
         if not self.is_trusted:
@@ -73,7 +73,7 @@ class Engine:
             return "single"
         return "packed" if _sees_everything(self.moe.model.config, encoded.longest) else "padded"
 
-    def score(self, encoded: Encoded, on_pass: OnPass = _ignore) -> Tensor:
+    def score(self, encoded: Encoded, on_pass: OnPass = ignore) -> Tensor:
         """Log p of each choice (N, C) float32; −inf where a question has fewer choices.
 
         `on_pass` is told of each forward pass before it starts.
@@ -144,7 +144,7 @@ class Engine:
         return torch.zeros_like(mask, dtype=self.moe.dtype).masked_fill_(~mask, lowest)
 
 
-def ask(engine: Engine, quiz: Quiz, on_pass: OnPass = _ignore) -> Tensor:
+def ask(engine: Engine, quiz: Quiz, on_pass: OnPass = ignore) -> Tensor:
     """Log p of each choice (N, C) for a whole quiz, subject by subject."""
     scores = []
     for subject, questions in quiz.questions.items():

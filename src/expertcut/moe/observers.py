@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from expertcut.moe.contract import MoeBlock
 
+_INNER = "_old_forward"  # where accelerate keeps the forward that its own goes around
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -70,7 +72,7 @@ def observe_experts(
     """
     with ExitStack() as stack:
         for block in blocks:
-            loop = _loop(block.layer, block.experts.forward, see)
+            loop = _loop(block.layer, own_forward(block.experts), see)
             stack.enter_context(replaced_forward(block.experts, loop))
         yield
 
@@ -127,7 +129,7 @@ class _AddToLogits(TorchFunctionMode):
 
 
 def _tilted(block: MoeBlock, bias_E: Tensor) -> Callable[..., Any]:
-    forward = block.router.forward
+    forward = own_forward(block.router)
 
     def route(*args: Any, **kwargs: Any) -> Any:
         with _AddToLogits(bias_E):
@@ -149,15 +151,22 @@ def _forbidden(selection_E: Tensor | None, bias_E: Tensor) -> Iterator[None]:
         selection_E.copy_(before)
 
 
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """What a module does, without what brings its weights where it is spread over devices."""
+    forward: Callable[..., Any] = module.__dict__.get(_INNER, module.forward)
+    return forward
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for one module while the block runs."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
+    """Another forward for one module while the block runs; its weights come once for all of it."""
+    name = _INNER if _INNER in module.__dict__ else "forward"
+    before = module.__dict__.get(name)
+    setattr(module, name, forward)
     try:
         yield
     finally:
         if before is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = before
+            setattr(module, name, before)

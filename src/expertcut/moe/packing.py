@@ -61,6 +61,11 @@ class Pass:
         """Whether this is the shared prefix."""
         return not self.questions
 
+    @property
+    def n_tokens(self) -> int:
+        """How many of the T tokens count."""
+        return len(self.question_T) if self.valid_T is None else int(self.valid_T.sum())
+
 
 def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Question]) -> Encoded:
     """Token ids of the joint prompts: shots and question are never tokenised apart.

@@ -1,8 +1,9 @@
-"""One chunk on disk: a safetensors file whose bytes are a function of its arrays."""
+"""One chunk on disk: a safetensors file whose bytes are a function of its arrays and its place."""
 
 import hashlib
 import json
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,31 +19,51 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 _METADATA_KEY = "expertcut"  # one key only: several would be written in random order
 
 
-def write_chunk(path: Path, arrays: Arrays) -> None:
-    """Writes a chunk so that it is there whole or not at all; equal arrays give equal bytes."""
-    described = json.dumps(
-        {"format": 1, "sha256": _checksum(arrays)}, sort_keys=True, separators=(",", ":")
-    )
+def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None = None) -> None:
+    """Writes a chunk so that it is there whole or not at all; equal arguments give equal bytes.
+
+    `of` says what the chunk belongs to, `scratch` is where it is written before it is renamed.
+    """
+    described = json.dumps(_description(arrays, of), sort_keys=True, separators=(",", ":"))
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, save(contiguous, metadata={_METADATA_KEY: described}))
+    write_atomically(path, save(contiguous, metadata={_METADATA_KEY: described}), scratch)
 
 
-def read_chunk(path: Path) -> Arrays:
+def read_chunk(path: Path, of: str = "") -> Arrays:
     """A chunk's arrays.
 
     Raises:
-        ProfileError: truncated, altered, or not a chunk.
+        ProfileError: truncated, altered, not a chunk, or one that belongs to something else.
     """
+    found = _read(path, of)
+    if isinstance(found, str):
+        raise ProfileError(f"{path} is damaged ({found}): profile again to redo it")
+    return found
+
+
+def fault(path: Path, of: str) -> str | None:
+    """Why a chunk cannot be used, None if it can."""
+    found = _read(path, of)
+    return found if isinstance(found, str) else None
+
+
+def _read(path: Path, of: str) -> Arrays | str:
     try:
         with safe_open(path, framework="numpy") as file:
             described = json.loads((file.metadata() or {})[_METADATA_KEY])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if described == {"format": 1, "sha256": _checksum(arrays)}:
+        expected = _description(arrays, of)
+        if described == expected:
             return arrays
-        reason = "its checksum does not hold"
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-    raise ProfileError(f"{path} is damaged ({reason}): delete it and profile again")
+        if {**described, "of": of} == expected:
+            return "it belongs to another profile, subject or place"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return "its checksum does not hold"
+
+
+def _description(arrays: Arrays, of: str) -> dict[str, object]:
+    return {"format": 1, "of": of, "sha256": _checksum(arrays)}
 
 
 def _checksum(arrays: Arrays) -> str:
@@ -53,21 +74,26 @@ def _checksum(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Under a temporary name, synced, renamed.
+def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
+    """Under a temporary name, beside it or in `scratch`, synced, renamed.
 
     Raises:
         OutputError: the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Hosts that share a folder may share a pid, so that does not tell their files apart.
+    name = f".{path.name}.{secrets.token_hex(4)}.tmp"
+    temporary = (scratch or path.parent) / name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent, temporary.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):  # where a file stands in place of the folder, not even this
             temporary.unlink()
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+        if isinstance(error, OSError):
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+        raise

@@ -1,59 +1,47 @@
 """Profiling itself: a quiz through a model, chunk by chunk, into a folder that can be resumed."""
 
-import hashlib
-import json
-import logging
-import os
-import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from expertcut import __version__
-from expertcut.errors import OutputError, ProfileError
-from expertcut.moe.engine import Engine
+from expertcut.moe.engine import Engine, OnPass, ignore
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
-from expertcut.moe.packing import encode
-from expertcut.profiling.chunks import read_chunk, write_atomically, write_chunk
+from expertcut.moe.loading.devices import is_on_several
+from expertcut.moe.packing import Pass, encode
+from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.sharing.folder import SharedFolder
+from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.store import (
     BlockInfo,
     ModelInfo,
-    Profile,
     ProfileInfo,
     Settings,
     Stats,
-    chunk_questions,
     load_profile,
     quiz_info,
 )
-from expertcut.quiz import Question, Quiz
-
-logger = logging.getLogger(__name__)
+from expertcut.quiz import Quiz
 
 DEFAULT_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How to measure; None means as recorded where a run is resumed, else the default."""
+    """How to measure; None means as recorded where a run is resumed, else the default.
+
+    A process that `waits` ends when every chunk is there, another one when there is nothing left
+    for it to do.
+    """
 
     stats: Stats | None = None
     batch_tokens: int | None = None
     threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, in questions; `measured` counts those that were run this time."""
-
-    done: int
-    total: int
-    measured: int
+    waits: bool = True
 
 
 class Measurement:
@@ -66,43 +54,60 @@ class Measurement:
         first = next(iter(quiz.questions))
         shots = quiz.shots_by_subject[first]
         self.engine.check(encode(moe.tokenizer, quiz.questions[first][:4], shots))
+        self.waits = options.waits
         self.info = ProfileInfo(
             model=model_info(moe),
             quiz=quiz_info(quiz, limit),
             settings=_settings(self.engine, options.stats or "all"),
         )
 
-    def run(self, folder: Path) -> Iterator[Progress]:
+    def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
         """Measures the chunks that the folder lacks, writing each as soon as it is done.
+
+        Other processes may do the same in the same folder. Yields whenever a chunk is there;
+        `on_pass` is told of each forward pass before it starts.
 
         Raises:
             ProfileError: the folder holds a profile of another model, quiz or setting.
-            OutputError: the folder holds something else.
+            OutputError: the folder holds something else, or cannot be written.
         """
-        profile = _open(folder, self.info)
-        started, measured, done, total = time.time(), 0, 0, len(self.quiz)
-        chunks = ((s, c) for s in self.quiz.questions for c in chunk_questions(self.quiz, s))
-        for (name, _, n), (subject, questions) in zip(self.info.chunks(), chunks, strict=True):
-            path = profile.chunk_path(name)
-            if not _is_done(path):
-                write_chunk(path, self._measure(subject, questions))
-                measured += n
-            done += n
-            yield Progress(done, total, measured)
-        if measured or profile.finished_at is None:
-            _write_run(folder, started, measured)
+        started = time.time()
+        work = chunks_of_work(self.info, self.quiz)
+        tally = Tally(work)
+        longest_first = sorted(work, key=lambda name: -work[name].cost)
+        with SharedFolder(folder, self.info) as shared:
+            for turn in shared.deal(longest_first, is_waiting=self.waits):
+                if turn.is_mine:
+                    arrays, n_tokens = self._measure(work[turn.chunk], on_pass)
+                    shared.write(turn.chunk, arrays)
+                    tally.note_mine(turn.chunk, n_tokens)
+                else:
+                    yield tally.note_done(turn.chunk, was_there=turn.was_there)
+            if tally.is_complete:
+                shared.finish(started, tally.mine, tally.others)
 
-    def _measure(self, subject: str, questions: tuple[Question, ...]) -> dict[str, np.ndarray]:
-        encoded = encode(self.moe.tokenizer, questions, self.quiz.shots_by_subject[subject])
+    def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
+        """The chunk's arrays, and the tokens that were run for it."""
+        questions = work.questions
+        encoded = encode(self.moe.tokenizer, questions, self.quiz.shots_by_subject[work.subject])
         recorder = Recorder(self.moe.blocks, len(questions), self.info.settings.stats)
+        n_tokens = 0
+
+        def begin(step: Pass) -> None:
+            nonlocal n_tokens
+            n_tokens += step.n_tokens
+            on_pass(step)
+            recorder.begin(step)
+
         with recorder.listening():
-            logprob_NC = self.engine.score(encoded, recorder.begin)
-        return {
+            logprob_NC = self.engine.score(encoded, begin)
+        arrays = {
             **recorder.arrays(),
             "choice_logprob_NC": logprob_NC.numpy(),
             "answer_N": np.array([q.answer for q in questions], dtype=np.uint8),
             "row_N": np.array([q.row for q in questions], dtype=np.int32),
         }
+        return arrays, n_tokens
 
 
 def measure(
@@ -122,13 +127,16 @@ def resumed(
         return load_as, options
     recorded = load_profile(folder).info.settings
     dtype = recorded.dtype if load_as.dtype == "auto" else load_as.dtype
-    device = recorded.device_type if load_as.device == "auto" else load_as.device
+    device_map = load_as.device_map or recorded.device_map
+    is_left_open = load_as.device == "auto" and device_map is None
+    device = recorded.device_type if is_left_open else load_as.device
     return (
-        LoadOptions(dtype, device, load_as.trust_remote_code),
-        MeasureOptions(
-            options.stats or recorded.stats,
-            options.batch_tokens or recorded.batch_tokens,
-            options.threads or recorded.threads,
+        replace(load_as, dtype=dtype, device=device, device_map=device_map),
+        replace(
+            options,
+            stats=options.stats or recorded.stats,
+            batch_tokens=options.batch_tokens or recorded.batch_tokens,
+            threads=options.threads or recorded.threads,
         ),
     )
 
@@ -164,6 +172,8 @@ def model_info(moe: MoeModel) -> ModelInfo:
 
 def _settings(engine: Engine, stats: Stats) -> Settings:
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
+    # Weights that wait in memory or on disk for one CPU give the bytes that they always give.
+    is_spread = is_on_several(moe.model) and not on_cpu
     return Settings(
         dtype=str(moe.dtype).removeprefix("torch."),
         device_type=moe.device.type,
@@ -175,72 +185,5 @@ def _settings(engine: Engine, stats: Stats) -> Settings:
         attention=str(moe.model.config._attn_implementation),
         torch=torch.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability() if on_cpu else None,
+        device_map="auto" if is_spread else None,
     )
-
-
-def _open(folder: Path, info: ProfileInfo) -> Profile:
-    if (folder / "profile.json").is_file():
-        profile = load_profile(folder)
-        _refuse_other(folder, profile.info, info)
-        return profile
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} is not empty and holds no profile: name another --out")
-    write_atomically(folder / "profile.json", (info.model_dump_json(indent=1) + "\n").encode())
-    return Profile(folder, info)
-
-
-def _refuse_other(folder: Path, theirs: ProfileInfo, ours: ProfileInfo) -> None:
-    if theirs.model.fingerprint != ours.model.fingerprint:
-        raise ProfileError(
-            f"{folder} is a profile of another model: {theirs.model.id} with weights "
-            f"{theirs.model.fingerprint[:8]}, not {ours.model.fingerprint[:8]}: name another --out"
-        )
-    if theirs.quiz != ours.quiz:
-        raise ProfileError(
-            f"{folder} is a profile of another quiz: {_describe(theirs)}, not "
-            f"{_describe(ours)}: name another --out"
-        )
-    for key, recorded in theirs.settings.model_dump().items():
-        asked = getattr(ours.settings, key)
-        if asked != recorded:
-            raise ProfileError(
-                f"{folder} was begun with {key} {recorded}, now it is {asked}: "
-                "give the recorded value or name another --out"
-            )
-
-
-def _describe(info: ProfileInfo) -> str:
-    quiz = info.quiz
-    asked = "".join(s.content_hash for s in quiz.subjects.values()).encode()
-    total = sum(s.questions for s in quiz.subjects.values())
-    return (
-        f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots "
-        f"({hashlib.sha256(asked).hexdigest()[:8]})"
-    )
-
-
-def _is_done(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        read_chunk(path)
-    except ProfileError as error:
-        logger.warning("%s: measuring it again", error)
-        return False
-    return True
-
-
-def _write_run(folder: Path, started: float, measured: int) -> None:
-    elapsed_s = time.time() - started
-    run = {
-        "started": started,
-        "finished": time.time(),
-        "elapsed_s": elapsed_s,
-        "questions_measured": measured,
-        "questions_per_s": measured / elapsed_s,
-        "host": platform.node(),
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        "expertcut": __version__,
-    }
-    write_atomically(folder / "run.json", (json.dumps(run, indent=1) + "\n").encode())

@@ -2,16 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from expertcut.moe.contract import MoeBlock
+from expertcut.moe.loading.devices import runs_on
 from expertcut.moe.observers import ExpertCall, Routing, observe_experts, observe_routers
 from expertcut.moe.packing import Pass
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.store import Stats
 
+_Seen = TypeVar("_Seen", Routing, ExpertCall)
 _PARTS = ("prefix", "question")
 _SUMS = ("tokens", "weight", "norm", "weighted_norm")
 
@@ -28,7 +32,7 @@ class Recorder:
         self.stats = stats
         n_layers, top_k = len(blocks), blocks[0].top_k
         n_experts = max(block.n_experts for block in blocks)
-        device = next(blocks[0].router.parameters()).device
+        device = runs_on(blocks[0].router)
         shape = (len(_SUMS), len(_PARTS), n_layers, n_experts)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
@@ -62,6 +66,7 @@ class Recorder:
         self.valid_T = None if step.valid_T is None else step.valid_T.to(device)
 
     def _route(self, routing: Routing) -> None:
+        routing = _on(routing, self.alpha_NLE.device)
         block = self.blocks[routing.layer]
         alpha_TE = block.alpha(routing.logits_TE)
         self._note_gaps(block, alpha_TE, routing.experts_TK)
@@ -82,6 +87,7 @@ class Recorder:
         self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0).sum(0))
 
     def _expert(self, call: ExpertCall) -> None:
+        call = _on(call, self.alpha_NLE.device)
         output_MD, weights_M = call.output_MD, call.weights_M
         if self.valid_T is not None:
             is_valid_M = self.valid_T[call.tokens_M]
@@ -101,7 +107,7 @@ class Recorder:
     def _note_gaps(self, block: MoeBlock, alpha_TE: Tensor, experts_TK: Tensor) -> None:
         """Keeps the smallest distance between a chosen and a not chosen selection score."""
         bias_E = block.selection_bias()
-        score_TE = alpha_TE if bias_E is None else alpha_TE + bias_E
+        score_TE = alpha_TE if bias_E is None else alpha_TE + bias_E.to(alpha_TE.device)
         last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
         gap_TE = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf)
         gap_T = gap_TE.min(dim=-1).values
@@ -128,3 +134,11 @@ class Recorder:
                 kept |= {f"{part}_{name}_LE": self.sums[s, p] for s, name in enumerate(_SUMS)}
                 kept[f"{part}_largest_LE"] = self.largest[p]
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
+
+
+def _on(seen: _Seen, device: torch.device) -> _Seen:
+    """The same on the recorder's device, for blocks may run on several."""
+    moved: dict[str, Any] = {
+        k: v.to(device) for k, v in vars(seen).items() if isinstance(v, torch.Tensor)
+    }
+    return replace(seen, **moved)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expertcut.errors import ProfileError
 from expertcut.profiling.chunks import Arrays, read_chunk
-from expertcut.quiz import Question, Quiz
+from expertcut.quiz import Quiz
 
 CHUNK_QUESTIONS = 256
 Stats = Literal["none", "answer", "all"]
@@ -82,6 +82,7 @@ class Settings(Record):
     attention: str
     torch: str
     cpu_capability: str | None
+    device_map: Literal["auto"] | None = None  # set where the model runs on several devices
 
 
 class ProfileInfo(Record):
@@ -96,6 +97,16 @@ class ProfileInfo(Record):
     def short_hash(self) -> str:
         """8 hex digits over all of it, for naming the folder."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+
+    def place(self, chunk: str, subject: str) -> str:
+        """A hash that a chunk carries, of all that its bytes depend on and of its own name.
+
+        Other subjects of the quiz are no part of it, nor is where the model lies.
+        """
+        asked = self.quiz.subjects[subject].content_hash
+        settings = self.settings.model_dump_json()
+        text = "\n".join((chunk, asked, self.model.fingerprint, settings))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def chunks(self) -> Iterator[tuple[str, str, int]]:
         """(file name, subject, questions) of every chunk, in the quiz's order."""
@@ -144,7 +155,10 @@ class Profile:
                 f"{self.path} is not finished: {len(self.missing)} of {total} chunks are missing: "
                 "run the same `expertcut profile` again to finish it"
             )
-        return [read_chunk(self.chunk_path(name)) for name, _, _ in self.info.chunks()]
+        return [
+            read_chunk(self.chunk_path(name), self.info.place(name, subject))
+            for name, subject, _ in self.info.chunks()
+        ]
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """A per-question array (first axis N) over all chunks.
@@ -226,13 +240,6 @@ def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
         limit=limit,
         subjects=subjects,
     )
-
-
-def chunk_questions(quiz: Quiz, subject: str) -> list[tuple[Question, ...]]:
-    """A subject's questions in chunks of at most 256, in file order."""
-    questions = quiz.questions[subject]
-    starts = range(0, len(questions), CHUNK_QUESTIONS)
-    return [questions[start : start + CHUNK_QUESTIONS] for start in starts]
 
 
 def first_fault(error: ValidationError) -> str:

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.errors import ModelError, SettingsError
 from expertcut.moe.contract import MoeBlock, find_blocks
+from expertcut.moe.loading.devices import find_device, runs_on, spread
 from expertcut.moe.loading.own_code import runs_our_code_only
 from expertcut.moe.loading.sources import Source, read_config
 
@@ -28,12 +30,17 @@ class LoadOptions:
     """How to load: the options shared by every command that runs a model.
 
     `dtype` `stored` is the checkpoint's own, `auto` is float32 on CPU and `stored` elsewhere;
-    `device` `auto` is CUDA where there is one.
+    `device` `auto` is CUDA where there is one. `device_map` `auto` spreads the model over all
+    devices and the CPU, within `max_memory` (`0=20GiB,cpu=60GiB`), and what fits in none is read
+    from the folder `offload`.
     """
 
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    device_map: str | None = None
+    max_memory: str | None = None
+    offload: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,7 @@ class MoeModel:
     @property
     def device(self) -> torch.device:
         """Where its inputs go."""
-        device: torch.device = self.model.device
-        return device
+        return runs_on(self.model.get_input_embeddings())
 
 
 def load(source: Source, options: LoadOptions) -> MoeModel:
@@ -64,7 +70,8 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     Raises:
         ModelError: weights or tokenizer that do not fit config.json.
     """
-    device = _device(options.device)
+    device = find_device(options.device)
+    spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     trusting = replace(options, trust_remote_code=_may_run_code(source, options))
     config = _from_pretrained(AutoConfig, source, trusting)
     model, info = _from_pretrained(
@@ -76,10 +83,12 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # refused below, by name
         output_loading_info=True,
+        **spreading,
     )
     _check_weights(source, info, is_trusted=trusting.trust_remote_code)
-    model = model.to(device).eval().requires_grad_(False)
+    model = (model if spreading else model.to(device)).eval().requires_grad_(False)
     set_attention(model)
+    device = runs_on(model.get_input_embeddings())
     if device.type == "cpu":
         # The eager loop is bit-equal to running experts one by one, so statistics change no bit.
         model.set_experts_implementation("eager")
@@ -92,7 +101,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
 
 def fits_in_memory(source: Source, options: LoadOptions) -> bool:
     """Whether the weights, in the dtype that they will have, fit in what is free on the device."""
-    device = _device(options.device)
+    device = find_device(options.device)
     dtype = _dtype(options.dtype, device)
     n_values = n_bytes = 0
     for file in source.weight_files:
@@ -168,19 +177,10 @@ def _from_pretrained(cls: Any, source: Source, options: LoadOptions, **kwargs: A
     except Exception as error:
         if "trust_remote_code" in str(error):
             error = ValueError(f"it {_BRINGS_CODE}")
+        if "provide an `offload_folder`" in str(error):
+            error = ValueError("it fits in no memory: name a folder for the rest with --offload")
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{source.id} cannot be loaded by {cls.__name__}: {reason}") from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"--device {name} is not to be had: {error}") from None
-    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

@@ -1,0 +1,132 @@
+"""Long runs: one of several processes, a line of progress on stderr, and how to go on after a stop.
+
+Launchers say in the environment which of their processes this is; nothing else is asked of them,
+no process group is set up and no process ever waits for another's message.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from expertcut.moe.packing import Pass
+
+T = TypeVar("T")
+
+GO_ON = "interrupted: run the same command again to go on"
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM; its text says how to go on, `status` is that of the shell."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as torchrun and Slurm send it; everything is left as after Ctrl-C."""
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the one that speaks for all that were started."""
+    rank = next((r for name in ("RANK", "SLURM_PROCID") if (r := os.environ.get(name))), "0")
+    return rank == "0"
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is like Ctrl-C while the block runs."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def resumable(where: str) -> Iterator[None]:
+    """A stop says that what is done is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        status = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+        text = f"interrupted: finished chunks are kept in {where}: run the same command again"
+        raise Stopped(f"{text} to go on", status) from None
+
+
+class Line:
+    """One line on stderr while a person is watching: questions, tokens a second, time left."""
+
+    def __init__(self, what: str, total: int, console: Console | None = None) -> None:
+        # Said outright: FORCE_COLOR, as build servers set it, would make a terminal of any file.
+        self.console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} questions"),
+            TextColumn("{task.fields[pace]}"),
+        )
+        is_quiet = not (self.console.is_terminal and is_first())
+        self.bar = Progress(*columns, console=self.console, disable=is_quiet)
+        self.task = self.bar.add_task(what, total=total, pace="")
+        self.started = time.monotonic()
+        self.done = self.tokens = self.begun = 0
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def see(self, step: "Pass") -> None:
+        """A forward pass begins: the questions of the one before are answered."""
+        self.done += self.begun
+        self.begun = len(step.questions)
+        self._show(None)
+        self.tokens += step.n_tokens
+
+    def follow(self, steps: Iterator[T]) -> Iterator[T]:
+        """The steps, each shown as it comes if it says how far the run is."""
+        for step in steps:
+            if hasattr(step, "left_s"):
+                self._note(step)
+            yield step
+
+    def _note(self, progress: Any) -> None:
+        self.done, self.begun = progress.done, 0
+        self.tokens = max(self.tokens, progress.tokens)
+        self._show(progress.left_s)
+
+    def _show(self, left_s: float | None) -> None:
+        if left_s is not None:
+            self.end = time.monotonic() + left_s
+        elapsed_s = time.monotonic() - self.started
+        words = [f"{self.tokens / elapsed_s:,.0f} tokens/s"] if self.tokens and elapsed_s else []
+        if hasattr(self, "end"):
+            words.append(f"{_clock(self.end - time.monotonic())} left")
+        self.bar.update(self.task, completed=self.done, pace=", ".join(words))
+
+
+def _clock(seconds: float) -> str:
+    """`h:mm:ss`, not below zero."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

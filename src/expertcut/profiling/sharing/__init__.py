@@ -1,0 +1,1 @@
+"""One folder, any number of processes: who does which chunk, and when it is finished."""

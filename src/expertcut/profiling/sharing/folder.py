@@ -1,0 +1,207 @@
+"""A profile's folder while processes fill it: opened or refused, dealt out, finished."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertcut import __version__
+from expertcut.errors import OutputError, ProfileError
+from expertcut.profiling.chunks import Arrays, fault, write_atomically, write_chunk
+from expertcut.profiling.sharing.claims import Claims, Timing
+from expertcut.profiling.store import Profile, ProfileInfo, load_profile
+
+logger = logging.getLogger(__name__)
+
+PROFILE_FILE, RUN_FILE, CLAIMS = "profile.json", "run.json", "claims"
+POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A chunk that is there, or one that this process is to measure before it asks for more."""
+
+    chunk: str
+    is_mine: bool
+    was_there: bool = False
+
+
+class SharedFolder:
+    """A profile's folder that this process and any number of others fill, each with a `with`.
+
+    Raises:
+        ProfileError: the folder holds a profile of another model, quiz or setting.
+        OutputError: the folder holds something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, info: ProfileInfo, timing: Timing | None = None) -> None:
+        self.path = path
+        self.info = info
+        self.claims = Claims(path / CLAIMS, timing)
+        self.places = {name: info.place(name, subject) for name, subject, _ in info.chunks()}
+        self._looked: dict[str, tuple[int, ...]] = {}  # at which files, by their stat
+        self._done: set[str] = set()
+
+    def __enter__(self) -> "SharedFolder":
+        self.claims.__enter__()
+        try:
+            self._open()
+        except BaseException:
+            self.claims.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.claims.__exit__(None, None, None)
+
+    def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[Turn]:
+        """Every chunk once as there, in any order, and before that those that fall to this process.
+
+        It ends when all are there; unless it is waiting, also when others do all that is left.
+        """
+        left = list(chunks)
+        is_first_look = True
+        while left:
+            for name in [name for name in left if self.is_done(name)]:
+                left.remove(name)
+                yield Turn(name, is_mine=False, was_there=is_first_look)
+            is_first_look = False
+            mine = next((name for name in left if self.claims.take(name)), None)
+            if mine is not None:
+                yield from self._mine(mine)
+            elif not is_waiting:
+                return
+            elif left:
+                time.sleep(POLL_S)
+
+    def _mine(self, name: str) -> Iterator[Turn]:
+        try:
+            if not self.is_done(name):  # another may have finished it before the claim
+                (self.path / RUN_FILE).unlink(missing_ok=True)
+                yield Turn(name, is_mine=True)
+        finally:
+            self.claims.release(name)
+
+    def write(self, name: str, arrays: Arrays) -> None:
+        """A chunk that was this process's turn, read back."""
+        path = self.path / "chunks" / name
+        try:
+            write_chunk(path, arrays, self.places[name], self.claims.folder)
+        except OutputError:
+            if not self.is_done(name):  # else another process took over and cleared up
+                raise
+        if not self.is_done(name):
+            raise OutputError(f"{path} reads back damaged: is the disk sound and not full?")
+
+    def is_done(self, name: str) -> bool:
+        """Whether a chunk is there and whole; said once if it is there and not."""
+        path = self.path / "chunks" / name
+        try:
+            stat = path.stat()
+        except OSError:
+            return False
+        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._looked.get(name) != seen:
+            self._looked[name] = seen
+            self._done.discard(name)
+            reason = fault(path, self.places[name])
+            if reason is None:
+                self._done.add(name)
+            else:
+                logger.warning("%s is damaged (%s): measuring it again", path, reason)
+        return name in self._done
+
+    def finish(self, started: float, measured: int, others: int) -> None:
+        """Writes `run.json` where all chunks are there and no other process has.
+
+        `measured` questions were run by this process since it started, `others` by others.
+        """
+        profile = Profile(self.path, self.info)
+        while not profile.missing and profile.finished_at is None:
+            if not self.claims.take(RUN_FILE):
+                time.sleep(POLL_S)
+                continue
+            try:
+                if profile.finished_at is None:
+                    write_atomically(
+                        self.path / RUN_FILE, _run(started, measured, others), self.claims.folder
+                    )
+                    self.claims.clear()
+            finally:
+                self.claims.release(RUN_FILE)
+
+    def _open(self) -> None:
+        """Writes `profile.json`, or finds that what is there asks for the same."""
+        file = self.path / PROFILE_FILE
+        while not file.is_file():
+            self._refuse_something_else()
+            if not self.claims.take(PROFILE_FILE):
+                time.sleep(POLL_S)
+                continue
+            try:
+                if not file.is_file():
+                    content = (self.info.model_dump_json(indent=1) + "\n").encode()
+                    write_atomically(file, content, self.claims.folder)
+            finally:
+                self.claims.release(PROFILE_FILE)
+        _refuse_other(self.path, load_profile(self.path).info, self.info)
+
+    def _refuse_something_else(self) -> None:
+        if not self.path.exists():
+            return
+        names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"."}
+        # Looked at last: another process may have begun the profile in between.
+        if names - {CLAIMS} and not (self.path / PROFILE_FILE).is_file():
+            raise OutputError(f"{self.path} is not empty and holds no profile: name another --out")
+
+
+def _refuse_other(folder: Path, theirs: ProfileInfo, ours: ProfileInfo) -> None:
+    if theirs.model.fingerprint != ours.model.fingerprint:
+        raise ProfileError(
+            f"{folder} is a profile of another model: {theirs.model.id} with weights "
+            f"{theirs.model.fingerprint[:8]}, not {ours.model.fingerprint[:8]}: name another --out"
+        )
+    if theirs.quiz != ours.quiz:
+        raise ProfileError(
+            f"{folder} is a profile of another quiz: {_describe(theirs)}, not "
+            f"{_describe(ours)}: name another --out"
+        )
+    for key, recorded in theirs.settings.model_dump().items():
+        asked = getattr(ours.settings, key)
+        if asked != recorded:
+            raise ProfileError(
+                f"{folder} was begun with {key} {recorded}, now it is {asked}: "
+                "give the recorded value or name another --out"
+            )
+
+
+def _describe(info: ProfileInfo) -> str:
+    quiz = info.quiz
+    asked = "".join(s.content_hash for s in quiz.subjects.values()).encode()
+    total = sum(s.questions for s in quiz.subjects.values())
+    return (
+        f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots "
+        f"({hashlib.sha256(asked).hexdigest()[:8]})"
+    )
+
+
+def _run(started: float, measured: int, others: int) -> bytes:
+    elapsed_s = time.time() - started
+    run = {
+        "started": started,
+        "finished": time.time(),
+        "elapsed_s": elapsed_s,
+        "questions_measured": measured,
+        "questions_by_others": others,
+        "questions_per_s": (measured + others) / elapsed_s,
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "expertcut": __version__,
+    }
+    return (json.dumps(run, indent=1) + "\n").encode()
