@@ -16,6 +16,7 @@ from expertcut.cli.options import (
     Limit,
     MaxMemory,
     Offload,
+    Perturb,
     QuizName,
     ResultsFile,
     Shots,
@@ -31,7 +32,10 @@ from expertcut.cli.output import print_tables, quiet
 from expertcut.cli.running import Line, is_first, resumable
 
 if TYPE_CHECKING:
-    from expertcut.evaluation.evaluate import Results
+    from expertcut.evaluation.evaluate import Results, Scored, Scoring
+    from expertcut.moe.loading import LoadOptions, Source
+    from expertcut.profiling.measure import Measurement
+    from expertcut.profiling.perturb import Kind
 
 
 def profile(
@@ -52,13 +56,16 @@ def profile(
     batch_tokens: BatchTokens = None,
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
+    perturb: Annotated[
+        list[Perturb] | None,
+        option("Then ask again with choices shuffled, or in bfloat16; may be repeated."),
+    ] = None,
     out: Annotated[Path | None, option("Folder; a run begun there is resumed.")] = None,
 ) -> None:
     """Measure what experts do in a quiz."""
     from expertcut.moe.loading import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, default_folder, measure, resumed
-    from expertcut.profiling.statistics import answers
-    from expertcut.profiling.store import load_profile
+    from expertcut.profiling.perturb import check_kinds
 
     load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
     options = MeasureOptions(stats.value if stats else None, batch_tokens, threads, is_first())
@@ -68,14 +75,29 @@ def profile(
     source = find_source(model)
     questions = read_quiz(quiz, split, shots, subjects, limit)
     measurement = measure(source, questions, limit, load_as, options)
-    folder = out or default_folder(measurement.info, source)
-    with resumable(str(folder)), Line(f"profiling {source.name}", len(questions)) as line:
+    kinds = check_kinds(measurement, [kind.value for kind in perturb or []])
+    _run(measurement, out or default_folder(measurement.info, source), kinds, load_as)
+
+
+def _run(
+    measurement: "Measurement", folder: Path, kinds: "list[Kind]", load_as: "LoadOptions"
+) -> None:
+    """Measures, asks again as often as wanted, and says how the model did."""
+    from expertcut.profiling.perturb import perturb
+    from expertcut.profiling.statistics import answers
+    from expertcut.profiling.store import load_profile
+
+    name, total = measurement.moe.source.name, len(measurement.quiz)
+    with resumable(str(folder)), Line(f"profiling {name}", total) as line:
         for _ in line.follow(measurement.run(folder, line.see)):
             pass
-    if not is_first():
-        return
-    found = answers(load_profile(folder))
-    print(f"{folder}: {len(questions):,} questions, accuracy {found.accuracy:.2%}")
+    for kind in kinds:
+        with resumable(str(folder)), Line(f"again with {kind}", total) as line:
+            for _ in line.follow(perturb(measurement, kind, folder, load_as, line.see)):
+                pass
+    if is_first():
+        found = answers(load_profile(folder))
+        print(f"{folder}: {total:,} questions, accuracy {found.accuracy:.2%}")
 
 
 def show(
@@ -120,8 +142,7 @@ def eval(
     out: ResultsFile = Path("results.json"),
 ) -> None:
     """Compare checkpoints on the same questions."""
-    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, save_results
-    from expertcut.evaluation.evaluate import score as score_model
+    from expertcut.evaluation.evaluate import Scoring, find_models, results, save_results
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
 
@@ -131,17 +152,21 @@ def eval(
     load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
     options = MeasureOptions("none", batch_tokens, threads, is_first())
     scoring, folder = Scoring(questions, limit, load_as, options), out.with_suffix(".chunks")
-    scored: list[Scored] = []
-    for source in sources:
-        with resumable(str(folder)), Line(f"scoring {source.name}", len(questions)) as line:
-            steps = line.follow(score_model(source, scoring, folder, line.see))
-            scored += [step for step in steps if isinstance(step, Scored)]
+    scored = [found for source in sources for found in _score(source, scoring, folder)]
     if not is_first():
         return
     found = results(scoring, scored)
     save_results(out, found)
     _print_results(found)
     print(f"written to {out}")
+
+
+def _score(source: "Source", scoring: "Scoring", folder: Path) -> "list[Scored]":
+    from expertcut.evaluation.evaluate import Scored, score
+
+    with resumable(str(folder)), Line(f"scoring {source.name}", len(scoring.quiz)) as line:
+        steps = line.follow(score(source, scoring, folder, line.see))
+        return [step for step in steps if isinstance(step, Scored)]
 
 
 def _print_results(found: "Results") -> None:

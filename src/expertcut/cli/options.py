@@ -31,6 +31,13 @@ class Stats(StrEnum):
     all = "all"
 
 
+class Perturb(StrEnum):
+    """How `profile` asks again."""
+
+    shuffle_choices = "shuffle-choices"
+    bf16 = "bf16"
+
+
 class Positions(StrEnum):
     """Which tokens count."""
 

@@ -1,7 +1,7 @@
 """Profiling itself: a quiz through a model, chunk by chunk, into a folder that can be resumed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from expertcut.profiling.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.store import (
+    NO_CHOICE,
     BlockInfo,
     ModelInfo,
     ProfileInfo,
@@ -25,7 +26,7 @@ from expertcut.profiling.store import (
     load_profile,
     quiz_info,
 )
-from expertcut.quiz import Quiz
+from expertcut.quiz import Question, Quiz
 
 DEFAULT_BATCH_TOKENS = 2048
 
@@ -106,8 +107,18 @@ class Measurement:
             "choice_logprob_NC": logprob_NC.numpy(),
             "answer_N": np.array([q.answer for q in questions], dtype=np.uint8),
             "row_N": np.array([q.row for q in questions], dtype=np.int32),
+            **_orders(questions),
         }
         return arrays, n_tokens
+
+
+def _orders(questions: Sequence[Question]) -> Arrays:
+    """Where choices were shuffled, the original number of each; 255 where there is none."""
+    if not any(q.order for q in questions):
+        return {}
+    most = max(len(q.choices) for q in questions)
+    orders = [[*q.order, *[NO_CHOICE] * (most - len(q.order))] for q in questions]
+    return {"order_NC": np.array(orders, dtype=np.uint8)}
 
 
 def measure(

@@ -17,6 +17,8 @@ from expertcut.profiling.chunks import Arrays, read_chunk
 from expertcut.quiz import Quiz
 
 CHUNK_QUESTIONS = 256
+NO_CHOICE = 255  # in order_NC, where a question has fewer choices
+_PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
 Stats = Literal["none", "answer", "all"]
 
 
@@ -172,12 +174,11 @@ class Profile:
                 f"{self.path} holds no {name}, it keeps answers alone as `expertcut eval` writes "
                 "them: use a folder that `expertcut profile` made"
             )
-        if name == "choice_logprob_NC":  # questions may differ in their number of choices
+        if name in _PADDING:  # questions may differ in their number of choices
             most = max(chunk.shape[1] for chunk in chunks)
             widths = [((0, 0), (0, most - chunk.shape[1])) for chunk in chunks]
-            chunks = [
-                np.pad(c, w, constant_values=-np.inf) for c, w in zip(chunks, widths, strict=True)
-            ]
+            pairs = zip(chunks, widths, strict=True)
+            chunks = [np.pad(c, w, constant_values=_PADDING[name]) for c, w in pairs]
         return np.concatenate(chunks)
 
     def subjects(self) -> list[str]:

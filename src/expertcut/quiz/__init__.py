@@ -2,6 +2,7 @@
 
 from expertcut.quiz.prompts import answer_letter, prompt
 from expertcut.quiz.questions import Question, Quiz, round_robin, without
+from expertcut.quiz.shuffled import shuffle_choices
 from expertcut.quiz.sources import DEFAULT_QUIZ, Selection, load_quiz
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "load_quiz",
     "prompt",
     "round_robin",
+    "shuffle_choices",
     "without",
 ]

@@ -9,13 +9,17 @@ from itertools import chain, zip_longest
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question; `row` counts the questions of its subject's split from 0."""
+    """One multiple-choice question; `row` counts the questions of its subject's split from 0.
+
+    Where the choices were shuffled, `order` tells which one of the original stands at each place.
+    """
 
     subject: str
     text: str
     choices: tuple[str, ...]
     answer: int
     row: int
+    order: tuple[int, ...] = ()
 
     @property
     def content_hash(self) -> str:

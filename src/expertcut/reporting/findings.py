@@ -77,6 +77,35 @@ def margins_table(found: Findings) -> Table:
     return Table(title, columns, rows, " ".join(notes))
 
 
+def perturbation_tables(found: Findings) -> list[Table]:
+    """What moved when the questions were asked otherwise; nothing where they were not."""
+    if not found.perturbations:
+        return []
+    keys = ("accuracy", "flipped", "mean_abs_logprob_diff", "max_abs_logprob_diff", "changed")
+    foretold = ("margin_flipped_correlation", "margin_logprob_correlation")
+    rows = [[p["kind"], *[p[key] for key in (*keys, *foretold)]] for p in found.perturbations]
+    columns = (
+        *(Column("asked again with"), Column("accuracy", ".2%"), Column("flipped answers", ".2%")),
+        *(Column("mean |Δ log p|", ".4f"), Column("largest", ".4f")),
+        *(Column("another set chosen", ".2%"), Column("margin and flips", "+.2f")),
+        Column("margin and |Δ log p|", "+.2f"),
+    )
+    note = "Correlations are Spearman's, with the smallest margin of any layer."
+    by_layer = [
+        [p["kind"], layer["layer"], layer["changed"], layer["margin_changed_correlation"]]
+        for p in found.perturbations
+        for layer in p["layers"]
+    ]
+    layer_columns = (
+        *(Column("asked again with"), _LAYER, Column("another set chosen", ".2%")),
+        Column("margin and change", "+.2f"),
+    )
+    return [
+        Table("Perturbations", columns, rows, note),
+        Table("Perturbations, layer by layer", layer_columns, by_layer, _FROM_0),
+    ]
+
+
 def subject_tables(found: Findings) -> list[Table]:
     """Every subject's accuracy and gate, and the experts in at least 1 % of its questions."""
     subjects = subjects_json(found.counts, found.layers)

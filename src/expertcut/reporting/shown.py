@@ -14,6 +14,7 @@ from expertcut.profiling.store import load_profile
 from expertcut.reporting.findings import (
     experts_csv,
     margins_table,
+    perturbation_tables,
     subject_tables,
     subjects_csv,
     suspects_table,
@@ -63,6 +64,7 @@ def _profile(path: Path, by_subject: bool) -> Shown:
             *profile_tables(found.profile, found.layers),
             suspects_table(found),
             margins_table(found),
+            *perturbation_tables(found),
             *(subject_tables(found) if by_subject else []),
         ]
 

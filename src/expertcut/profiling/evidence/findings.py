@@ -8,6 +8,7 @@ import numpy as np
 
 from expertcut.profiling.evidence.by_subject import SubjectCounts, count_by_subject, subjects_json
 from expertcut.profiling.evidence.margins import Margin, margin_json, margins
+from expertcut.profiling.evidence.perturbations import perturbations_json
 from expertcut.profiling.evidence.significance import (
     PERMUTATIONS,
     Significance,
@@ -38,6 +39,7 @@ class Findings:
     counts: SubjectCounts
     significance: Significance
     places: list[tuple[int, int]]
+    perturbations: list[dict[str, Any]]
 
 
 def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> Findings:
@@ -49,14 +51,16 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
     layers = layer_statistics(profile)
     is_correct_N = answers(profile).is_correct_N
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in layers], axis=1)
+    found = margins(profile)
     counts = count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
     return Findings(
         profile=profile,
         layers=layers,
-        margins=margins(profile),
+        margins=found,
         counts=counts,
         significance=significance(counts, is_correct_N, is_activated_NX, permutations, seed),
         places=[(layer.layer, e) for layer in layers for e in range(layer.n_experts)],
+        perturbations=perturbations_json(profile, found),
     )
 
 
@@ -70,6 +74,7 @@ def findings_json(found: Findings) -> dict[str, Any]:
         "seed": tested.seed,
         "p_family": tested.p_family,
         "suspects": suspects_json(found),
+        "perturbations": found.perturbations,
         "subjects": subjects_json(found.counts, found.layers),
     }
 
