@@ -51,14 +51,14 @@ def logprobs(path: Path, quiz_folder: Path, bias: dict[int, torch.Tensor]) -> to
         return ask(Engine(moe, 1000), quiz)
 
 
-def assert_cut_equals_mask(profile: Profile, folder: Path) -> None:
+def assert_cut_equals_mask(profile: Profile, folder: Path, within: float = 1e-5) -> None:
     """Profiled, pruned, written and loaded again: as if the router could not choose the removed."""
     pruning = choose(profile, Keep(count=6), Way(fold="off"))
     built = build(profile, pruning.draft, folder, AS_IS)
     assert built.proof is not None
     against_base, against_mask = built.proof.differences
     assert against_base.max_abs_logprob_diff > 0.01
-    assert against_mask.max_abs_logprob_diff < 1e-5
+    assert against_mask.max_abs_logprob_diff < within
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     is_folding = any(block.inflates for block in profile.info.model.blocks)
@@ -77,7 +77,8 @@ def test_a_cut_leaves_a_dense_first_layer_alone(
     profile_of: Callable[..., Profile], tmp_path: Path, family: str
 ) -> None:
     profile = profile_of(family, **{"num_hidden_layers": 3, **DENSE_FIRST[family]})
-    assert_cut_equals_mask(profile, tmp_path / "out")
+    # Rounding grows with layers: in float64 the difference is 0.
+    assert_cut_equals_mask(profile, tmp_path / "out", within=1e-4)
     source = Path(profile.info.model.id)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     dense = [name for name in before if ".layers.0." in name]
