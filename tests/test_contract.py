@@ -1,6 +1,7 @@
 """The laws of the MoE contract (design §3), on every family of the tests."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,22 @@ def test_save_and_reload_is_bit_equal_in_per_expert_names(
 def test_the_gates_kind_is_read_off_what_it_does(checkpoint: Checkpoints) -> None:
     renormalised = open_model(checkpoint("olmoe", norm_topk_prob=True)).blocks[0]
     assert (renormalised.scoring, renormalised.inflates) == ("softmax", False)
+
+
+def test_a_near_tie_between_groups_is_one_between_sets_of_experts(checkpoint: Checkpoints) -> None:
+    block = open_model(checkpoint("deepseek_v3")).blocks[0]
+    bias_E = block.selection_bias()
+    assert bias_E is not None
+    bias_E.zero_()
+    far = [0.9, 0.7, 0.1, 0.1, 0.6, 0.2, 0.1, 0.1]
+    best_two = [0.9, 0.1, 0.1, 0.1, 0.6, 0.399, 0.1, 0.1]
+    best_one = [0.6, 0.5, 0.1, 0.1, 0.598, 0.2, 0.1, 0.1]
+    chosen_TK = torch.tensor([[0, 1]] * 3)
+    gap_T = block.selection_gap(torch.tensor([far, best_two, best_one]), chosen_TK)
+    torch.testing.assert_close(gap_T, torch.tensor([0.1, 0.0, 0.002]), atol=1e-6, rtol=0)
+    alone = replace(block, n_groups=1, top_groups=1)
+    gap_T = alone.selection_gap(torch.tensor([best_one]), chosen_TK[:1])
+    torch.testing.assert_close(gap_T, torch.tensor([0.098]))
 
 
 def test_a_bias_at_run_time_equals_an_edit_of_the_logits(checkpoint: Checkpoints) -> None:

@@ -64,7 +64,7 @@ def test_experts_are_chosen_and_weighed_by_alpha_as_the_page_says(
         group_E = torch.arange(block.n_experts) * block.n_groups // block.n_experts
         is_used_TE = (group_E[seen.experts_TK][:, :, None] == group_E).any(dim=1)
         assert not (is_better_TE & is_used_TE).any()
-        assert (is_better_TE.any() if block.n_groups > 1 else not is_better_TE.any())
+        assert is_better_TE.any() if block.n_groups > 1 else not is_better_TE.any()
         ratio_TK = seen.weights_TK / alpha_TE.gather(1, seen.experts_TK)
         is_even_T = (ratio_TK.amax(1) / ratio_TK.amin(1) - 1).abs() < 1e-4
         assert bool(is_even_T.all()) == (family != "phimoe")

@@ -12,8 +12,8 @@ from expertcut.profiling.measure import Measurement, MeasureOptions, Progress, m
 from expertcut.profiling.statistics import as_json, near_ties
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz, prompt
-from tests.hand_made import SUMS
 from tests.conftest import DENSE_FIRST, FAMILIES, LETTERS, SUBJECTS, open_model, write_quiz
+from tests.hand_made import SUMS
 
 Checkpoints = Callable[..., Path]
 SHOTS = 2
@@ -38,10 +38,7 @@ class BruteForce:
         self.moe, self.scoring = moe, scoring
         self.logits: dict[int, torch.Tensor] = {}
         n_layers, n_experts = len(moe.blocks), moe.blocks[0].n_experts
-        self.sums = {
-            name: np.zeros((n_layers, n_experts))
-            for name in (*SUMS, "largest")
-        }
+        self.sums = {name: np.zeros((n_layers, n_experts)) for name in (*SUMS, "largest")}
         rows = list(self.run(quiz))
         self.alpha_NLE, self.chosen_NL, self.logprob_NC = map(np.array, zip(*rows, strict=True))
 

@@ -80,7 +80,9 @@ def test_a_cut_leaves_a_dense_first_layer_alone(
     # Rounding grows with layers: in float64 the difference is 0.
     assert_cut_equals_mask(profile, tmp_path / "out", within=1e-4)
     source = Path(profile.info.model.id)
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out")
+    )
     dense = [name for name in before if ".layers.0." in name]
     assert len(dense) > 5
     assert all(torch.equal(before[name], after[name]) for name in dense)
