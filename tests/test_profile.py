@@ -126,7 +126,7 @@ def assert_agreement(path: Path, small_quiz: Quiz, folder: Path, *, is_sigmoid: 
     for name in ("weight", "norm", "weighted_norm"):
         total = profile.token_sum(name)
         assert total is not None
-        np.testing.assert_allclose(total, brute.sums[name], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(total, brute.sums[name], rtol=1e-5)
     largest = np.max(
         [c[f"{part}_largest_LE"] for c in profile.chunks for part in ("prefix", "question")], axis=0
     )
