@@ -60,7 +60,7 @@ class MoeBlock:
         Where experts lie in groups, also the distance between the last group used and the next.
         """
         bias_E = self.selection_bias()
-        score_TE = alpha_TE if bias_E is None else alpha_TE + bias_E
+        score_TE = alpha_TE if bias_E is None else alpha_TE + bias_E.to(alpha_TE.device)
         last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
         gap_TE = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf)
         gap_T = gap_TE.min(dim=-1).values
