@@ -43,48 +43,101 @@ _COMMON = {
     "initializer_range": 0.25,
 }
 _SMALL = {**_COMMON, "intermediate_size": 16, "num_experts_per_tok": 2}
+_EIGHT = {**_SMALL, "num_experts": 8}
+_SHARED = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+_LATENT = {  # multi-head latent attention
+    **_SMALL,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 0,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+# By config.model_type; all layers are MoE layers, what the families differ in is switched on.
 FAMILIES: dict[str, dict[str, object]] = {
-    "olmoe": {**_SMALL, "num_experts": 8},
+    "olmoe": _EIGHT,
+    "flex_olmo": _EIGHT,
+    "qwen2_moe": {**_EIGHT, **_SHARED},
+    "qwen3_moe": {**_EIGHT, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
     "mixtral": {**_SMALL, "num_local_experts": 8},
-    "qwen3_moe": {
-        **_SMALL,
-        "num_experts": 8,
-        "moe_intermediate_size": 16,
-        "head_dim": 8,
-        "norm_topk_prob": True,
-    },
-    "deepseek_v3": {
-        **_SMALL,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 0,
-        "n_group": 2,
-        "topk_group": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "head_dim": 8,
-    },
+    "deepseek_v2": {**_LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
+    "deepseek_v3": _LATENT,
     "gpt_oss": {
         **_SMALL,
         "num_local_experts": 8,
         "head_dim": 8,
         "layer_types": ["full_attention", "full_attention"],
     },
-    "jamba": {
+    "glm4_moe": {
         **_SMALL,
-        "num_experts": 8,
+        "head_dim": 8,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 0,
+        "num_mtp_layers": 0,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+    },
+    "granitemoe": {**_SMALL, "num_local_experts": 8, "residual_multiplier": 0.5},
+    "phimoe": {**_SMALL, "num_local_experts": 8, "router_jitter_noise": 0.2},
+    "ernie4_5_moe": {
+        **_COMMON,
+        "intermediate_size": 16,
+        "moe_k": 2,
+        "moe_num_experts": 8,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "moe_layer_start_index": 0,
+    },
+    "minimax_m2": {**_SMALL, "num_local_experts": 8, "head_dim": 8},
+    "lfm2_moe": {
+        **_EIGHT,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 0,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "jamba": {
+        **_EIGHT,
         "attn_layer_offset": 1,
         "attn_layer_period": 2,
         "expert_layer_offset": 0,
         "expert_layer_period": 1,
         "use_mamba_kernels": False,
     },
+    "qwen3_next": {
+        **_EIGHT,
+        **_SHARED,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
-PACKED_FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+PADDED_FAMILIES = ("lfm2_moe", "jamba", "qwen3_next")  # with recurrent layers
+# What makes the first of three or four layers dense.
+DENSE_FIRST: dict[str, dict[str, object]] = {
+    "qwen2_moe": {"mlp_only_layers": [0]},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_layer_start_index": 1},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "jamba": {"num_hidden_layers": 4, "expert_layer_offset": 1, "expert_layer_period": 2},
+    "qwen3_next": {
+        "mlp_only_layers": [0],
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+}
 
 
 def pytest_configure() -> None:
@@ -114,7 +167,7 @@ def make_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object)
     model = AutoModelForCausalLM.from_config(config)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # A selection bias of zero would hide a path that forgets it.
-        if name.endswith(("e_score_correction_bias", "router.bias")):
+        if name.endswith(("e_score_correction_bias", "expert_bias", "router.bias")):
             tensor.data.normal_(0, 0.25)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -159,9 +212,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return find
 
 
-@pytest.fixture(params=PACKED_FAMILIES)
+@pytest.fixture(params=FAMILIES)
 def tiny_moe(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> MoeModel:
-    """A fresh tiny model of each family that packs."""
+    """A fresh tiny model of each family."""
     return open_model(checkpoint(request.param))
 
 

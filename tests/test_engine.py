@@ -10,7 +10,7 @@ from expertcut.moe.engine import Engine
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.packing import Encoded, encode
 from expertcut.quiz import Selection, load_quiz
-from tests.conftest import SUBJECTS, open_model
+from tests.conftest import PADDED_FAMILIES, SUBJECTS, open_model
 
 Checkpoints = Callable[..., Path]
 
@@ -32,26 +32,24 @@ def one_by_one(moe: MoeModel, chunk: Encoded) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shots", [0, 2])
-def test_packed_scoring_equals_one_prompt_at_a_time(
+def test_each_family_takes_its_way_and_equals_one_prompt_at_a_time(
     tiny_moe: MoeModel, quiz_folder: Path, shots: int
 ) -> None:
     chunk = encoded(tiny_moe, quiz_folder, shots)
-    engine = Engine(tiny_moe, batch_tokens=200)
-    assert engine.way(chunk) == "packed"
-    packed_NC, plain_NC = engine.score(chunk), one_by_one(tiny_moe, chunk)
-    assert (packed_NC - plain_NC).abs().max() < 5e-6
+    is_padded = tiny_moe.model.config.model_type in PADDED_FAMILIES
+    engine = Engine(tiny_moe, batch_tokens=3 * chunk.longest if is_padded else 200)
+    engine.check(chunk)
+    assert engine.is_trusted
+    assert engine.way(chunk) == ("padded" if is_padded else "packed")
+    together_NC, plain_NC = engine.score(chunk), one_by_one(tiny_moe, chunk)
+    assert (together_NC - plain_NC).abs().max() < 5e-6
     assert plain_NC.std(dim=0).min() > 0.01  # else any answer would do
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [("mixtral", {"sliding_window": 16}), ("jamba", {})],
-    ids=["sliding window", "recurrent"],
-)
-def test_the_padded_path_equals_one_prompt_at_a_time(
-    checkpoint: Checkpoints, quiz_folder: Path, family: str, changes: dict[str, int]
+def test_a_sliding_window_pads_and_equals_one_prompt_at_a_time(
+    checkpoint: Checkpoints, quiz_folder: Path
 ) -> None:
-    moe = open_model(checkpoint(family, **changes))
+    moe = open_model(checkpoint("mixtral", sliding_window=16))
     chunk = encoded(moe, quiz_folder)
     assert len({len(ids) for ids in chunk.prompts}) > 1  # else nothing would be padded
     engine = Engine(moe, batch_tokens=3 * chunk.longest)

@@ -20,7 +20,7 @@ from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.plan import Edit
 from expertcut.moe.loading import MODELLING_FILE, MoeModel, modeling_exact, read_config
 from expertcut.moe.observers import Routing, observe_routers, tilt_routers
-from tests.conftest import open_model
+from tests.conftest import DENSE_FIRST, open_model
 from tests.exact_models import (
     EXACT_FAMILIES,
     REMOVED,
@@ -98,6 +98,19 @@ def test_exact_equals_the_reference_that_replaces_outputs_after_top_k(
     assert torch.equal(logprobs(moe.model), before)  # what was put in is taken out
     model = load_exact(make_exact(base(family), tmp_path / "exact", constants))
     assert type(model).__module__.startswith("transformers_modules")
+    assert (logprobs(model) - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_a_dense_first_layer_stays_dense(base: Bases, tmp_path: Path) -> None:
+    path = base("qwen2_moe", num_hidden_layers=3, **DENSE_FIRST["qwen2_moe"])
+    removed = {"model.layers.1.mlp": (0, 3, 4, 6), "model.layers.2.mlp": (5,)}
+    constants = constants_for(removed, is_zero=False)
+    moe = open_model(path)
+    with constant_experts(moe.blocks, constants):
+        expected = logprobs(moe.model)
+    model = load_exact(make_exact(path, tmp_path / "exact", constants))
+    assert model.config.approximate_experts == {"1": [0, 3, 4, 6], "2": [5]}
+    assert (expected - logprobs(moe.model)).abs().max() > 0.1
     assert (logprobs(model) - expected).abs().max() < 1e-6 * expected.abs().max()
 
 

@@ -12,10 +12,12 @@ from expertcut.profiling.measure import Measurement, MeasureOptions, Progress, m
 from expertcut.profiling.statistics import as_json, near_ties
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz, prompt
-from tests.conftest import FAMILIES, LETTERS, SUBJECTS, open_model, write_quiz
+from tests.conftest import DENSE_FIRST, FAMILIES, LETTERS, SUBJECTS, open_model, write_quiz
+from tests.hand_made import SUMS
 
 Checkpoints = Callable[..., Path]
 SHOTS = 2
+SIGMOID_FAMILIES = ("deepseek_v3", "glm4_moe", "minimax_m2", "lfm2_moe")
 
 
 def profiled(path: Path, quiz: Quiz, folder: Path, **options: object) -> Profile:
@@ -36,10 +38,7 @@ class BruteForce:
         self.moe, self.scoring = moe, scoring
         self.logits: dict[int, torch.Tensor] = {}
         n_layers, n_experts = len(moe.blocks), moe.blocks[0].n_experts
-        self.sums = {
-            name: np.zeros((n_layers, n_experts))
-            for name in ("tokens", "weight", "norm", "weighted_norm", "largest")
-        }
+        self.sums = {name: np.zeros((n_layers, n_experts)) for name in (*SUMS, "largest")}
         rows = list(self.run(quiz))
         self.alpha_NLE, self.chosen_NL, self.logprob_NC = map(np.array, zip(*rows, strict=True))
 
@@ -72,19 +71,16 @@ class BruteForce:
             self.alpha.append(alpha_TE[-1].tolist())
             self.chosen.append(experts_TK[-1].tolist())
             x_TD = args[0].reshape(-1, args[0].shape[-1])
-            for t in range(len(x_TD)):
-                for expert, weight in zip(
-                    experts_TK[t].tolist(), weights_TK[t].tolist(), strict=True
-                ):
-                    f_D = experts(x_TD[t : t + 1], torch.tensor([[expert]]), torch.ones(1, 1))[0]
-                    norm = float(f_D.double().norm())
-                    at = (layer, expert)
-                    self.sums["tokens"][at] += 1
-                    self.sums["weight"][at] += weight
-                    self.sums["norm"][at] += norm
-                    self.sums["weighted_norm"][at] += weight * norm
-                    largest = self.sums["largest"]
-                    largest[at] = max(largest[at], float(f_D.abs().max()))
+            for rank in range(experts_TK.shape[1]):  # each token's own expert of that rank
+                own_T1 = experts_TK[:, rank : rank + 1]
+                f_TD = experts(x_TD, own_T1, torch.ones(len(x_TD), 1))
+                norm_T = f_TD.double().norm(dim=-1)
+                weight_T = weights_TK[:, rank]
+                amounts = (torch.ones_like(norm_T), weight_T, norm_T, weight_T * norm_T)
+                for name, amount_T in zip(SUMS, amounts, strict=True):
+                    np.add.at(self.sums[name][layer], own_T1[:, 0].numpy(), amount_T.numpy())
+                largest_T = f_TD.abs().amax(dim=-1).numpy()
+                np.maximum.at(self.sums["largest"][layer], own_T1[:, 0].numpy(), largest_T)
 
         return see
 
@@ -101,10 +97,24 @@ def test_every_quantity_agrees_with_brute_force(
 ) -> None:
     changes = {"sliding_window": 16} if family == "mixtral" else {}  # packed and padded ways
     path = checkpoint(family, **changes)
-    profile = profiled(path, small_quiz, tmp_path / "p")
-    scoring = profile.info.model.blocks[0].scoring
-    assert (scoring == "sigmoid") == (family == "deepseek_v3")
-    brute = BruteForce(open_model(path), small_quiz, scoring)
+    assert_agreement(path, small_quiz, tmp_path / "p", is_sigmoid=family in SIGMOID_FAMILIES)
+
+
+@pytest.mark.parametrize("family", DENSE_FIRST)
+def test_a_model_whose_first_layer_is_dense_agrees_with_brute_force(
+    checkpoint: Checkpoints, small_quiz: Quiz, tmp_path: Path, family: str
+) -> None:
+    path = checkpoint(family, **{"num_hidden_layers": 3, **DENSE_FIRST[family]})
+    is_sigmoid = family in SIGMOID_FAMILIES
+    profile = assert_agreement(path, small_quiz, tmp_path / "p", is_sigmoid=is_sigmoid)
+    layers = [block.name.split(".")[2] for block in profile.info.model.blocks]
+    assert layers == (["1", "3"] if family == "jamba" else ["1", "2"])
+
+
+def assert_agreement(path: Path, small_quiz: Quiz, folder: Path, *, is_sigmoid: bool) -> Profile:
+    """Every quantity of a profile, within rounding; counts exactly."""
+    profile = profiled(path, small_quiz, folder)
+    brute = BruteForce(open_model(path), small_quiz, "sigmoid" if is_sigmoid else "softmax")
 
     np.testing.assert_allclose(profile.array("alpha_NLE"), brute.alpha_NLE, atol=1e-5)
     assert np.sort(profile.array("chosen_NLK"), axis=-1).tolist() == brute.chosen_NL.tolist()
@@ -116,11 +126,12 @@ def test_every_quantity_agrees_with_brute_force(
     for name in ("weight", "norm", "weighted_norm"):
         total = profile.token_sum(name)
         assert total is not None
-        np.testing.assert_allclose(total, brute.sums[name], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(total, brute.sums[name], rtol=1e-5)
     largest = np.max(
         [c[f"{part}_largest_LE"] for c in profile.chunks for part in ("prefix", "question")], axis=0
     )
     np.testing.assert_allclose(largest, brute.sums["largest"], rtol=1e-5)
+    return profile
 
 
 def test_the_json_of_show_agrees_with_plain_arithmetic(

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 
 from expertcut.errors import OutputError, ProfileError
 from expertcut.profiling.chunks import Arrays, read_chunk, write_atomically, write_chunk
+from expertcut.profiling.recorder import Recorder
 from expertcut.profiling.statistics import (
     LayerStatistics,
     answers,
@@ -22,6 +24,7 @@ from expertcut.profiling.statistics import (
     near_ties,
 )
 from expertcut.profiling.store import Profile, ProfileInfo, load_profile, newest_profile
+from tests.conftest import open_model
 from tests.hand_made import (
     SUMS,
     block,
@@ -32,6 +35,41 @@ from tests.hand_made import (
 )
 
 close = pytest.approx
+ANSWERS = ("choice_logprob_NC", "answer_N", "row_N")
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(("shape", "most_mb"), [((16, 64, 8), 100), ((58, 256, 8), 1300)])
+def test_the_sizes_in_the_docs_are_those_of_chunks(
+    checkpoint: Callable[..., Path], tmp_path: Path, shape: tuple[int, int, int], most_mb: int
+) -> None:
+    n_layers, n_experts, top_k = shape
+    tiny = open_model(checkpoint("olmoe")).blocks[0]
+    blocks = [
+        replace(tiny, layer=layer, n_experts=n_experts, top_k=top_k) for layer in range(n_layers)
+    ]
+
+    def size_bytes(n: int) -> int:
+        answered = {k: v for k, v in random_chunk(0, n, [block(0)]).items() if k in ANSWERS}
+        path = tmp_path / f"{n}.safetensors"
+        write_chunk(path, {**Recorder(blocks, n, "all").arrays(), **answered})
+        return path.stat().st_size
+
+    small, large = size_bytes(100), size_bytes(256)
+    per_question = (large - small) / 156
+    per_chunk = small - 100 * per_question
+    total_mb = (14_042 * per_question + 83 * per_chunk) / 1e6
+    assert total_mb < most_mb
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    row = next(
+        line for line in page.splitlines() if line.startswith(f"| {n_layers} × {n_experts},")
+    )
+    *_, found_question, found_chunk, found_mb, _ = row.replace(",", "").split("|")
+    assert float(found_question) == close(per_question, rel=0.01)
+    assert float(found_chunk) == close(per_chunk, rel=0.01)
+    assert found_mb.strip() == f"{total_mb:.0f} MB"
 
 
 # Statistics

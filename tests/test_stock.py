@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.build import BuildOptions, build
@@ -24,7 +25,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Selection, load_quiz
-from tests.conftest import open_model
+from tests.conftest import DENSE_FIRST, FAMILIES, open_model
 
 Checkpoints = Callable[..., Path]
 AS_IS = BuildOptions(LoadOptions())
@@ -50,17 +51,41 @@ def logprobs(path: Path, quiz_folder: Path, bias: dict[int, torch.Tensor]) -> to
         return ask(Engine(moe, 1000), quiz)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
-def test_where_weights_are_renormalised_a_stock_cut_equals_the_mask(
-    profile_of: Callable[..., Profile], quiz_folder: Path, tmp_path: Path, family: str
-) -> None:
-    profile = profile_of(family)
-    pruning = choose(profile, Keep(count=6), Way())
-    built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
+def assert_cut_equals_mask(profile: Profile, folder: Path, within: float = 1e-5) -> None:
+    """Profiled, pruned, written and loaded again: as if the router could not choose the removed."""
+    pruning = choose(profile, Keep(count=6), Way(fold="off"))
+    built = build(profile, pruning.draft, folder, AS_IS)
+    assert built.proof is not None
     against_base, against_mask = built.proof.differences
     assert against_base.max_abs_logprob_diff > 0.01
-    assert against_mask.max_abs_logprob_diff < 1e-5
-    assert fold_at_answers(profile, pruning.draft.edits) == {}
+    assert against_mask.max_abs_logprob_diff < within
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    is_folding = any(block.inflates for block in profile.info.model.blocks)
+    assert bool(fold_at_answers(profile, pruning.draft.edits)) == is_folding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_cut_without_a_fold_equals_the_mask(
+    profile_of: Callable[..., Profile], tmp_path: Path, family: str
+) -> None:
+    assert_cut_equals_mask(profile_of(family), tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", DENSE_FIRST)
+def test_a_cut_leaves_a_dense_first_layer_alone(
+    profile_of: Callable[..., Profile], tmp_path: Path, family: str
+) -> None:
+    profile = profile_of(family, **{"num_hidden_layers": 3, **DENSE_FIRST[family]})
+    # Rounding grows with layers: in float64 the difference is 0.
+    assert_cut_equals_mask(profile, tmp_path / "out", within=1e-4)
+    source = Path(profile.info.model.id)
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out")
+    )
+    dense = [name for name in before if ".layers.0." in name]
+    assert len(dense) > 5
+    assert all(torch.equal(before[name], after[name]) for name in dense)
 
 
 def test_folding_brings_a_cut_olmoe_closer_to_the_unedited_model(

@@ -120,10 +120,11 @@ def test_a_streamed_stock_export_equals_the_one_through_the_model_bit_by_bit(
     assert any(n not in before or not torch.equal(before[n], t) for n, t in wanted.items())
     config_of(source, tmp_path / "out", len(EDITS[kind][0].keep))
     config = AutoConfig.from_pretrained(tmp_path / "out")
-    _, info = AutoModelForCausalLM.from_pretrained(
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", config=config, output_loading_info=True
     )
     assert not any(info.values())
+    assert_same(reloaded.state_dict(), moe.model.state_dict())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

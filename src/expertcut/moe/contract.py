@@ -54,6 +54,26 @@ class MoeBlock:
                 return tensor.reshape(-1)
         return None
 
+    def selection_gap(self, alpha_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """How close each token came to another set of experts, (T,): a distance of scores.
+
+        Where experts lie in groups, also the distance between the last group used and the next.
+        """
+        bias_E = self.selection_bias()
+        score_TE = alpha_TE if bias_E is None else alpha_TE + bias_E.to(alpha_TE.device)
+        last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
+        gap_TE = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf)
+        gap_T = gap_TE.min(dim=-1).values
+        if self.top_groups == self.n_groups:
+            return gap_T
+        score_TGE = score_TE.unflatten(1, (self.n_groups, -1))
+        best = score_TGE.topk(min(2, score_TGE.shape[-1]), dim=-1).values
+        # DeepSeek-V2 ranks groups by their best expert, all others by the sum of their best two.
+        for group_score in (best[..., 0], best.sum(dim=-1)):
+            ranked = group_score.sort(dim=-1, descending=True).values
+            gap_T = gap_T.minimum(ranked[:, self.top_groups - 1] - ranked[:, self.top_groups])
+        return gap_T
+
     def expert_tensors(self) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
         """Every (owner, name, tensor, axis) of the block with an axis of length E."""
         yield from ((m, n, t, 0) for m, n, t in _owned(self.experts))

@@ -105,12 +105,8 @@ class Recorder:
         self.sums[_SUMS.index(name), self.part][at] += amount
 
     def _note_gaps(self, block: MoeBlock, alpha_TE: Tensor, experts_TK: Tensor) -> None:
-        """Keeps the smallest distance between a chosen and a not chosen selection score."""
-        bias_E = block.selection_bias()
-        score_TE = alpha_TE if bias_E is None else alpha_TE + bias_E.to(alpha_TE.device)
-        last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
-        gap_TE = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf)
-        gap_T = gap_TE.min(dim=-1).values
+        """Keeps how close the prefix and each question came to another choice of experts."""
+        gap_T = block.selection_gap(alpha_TE, experts_TK)
         if self.valid_T is not None:
             gap_T = gap_T.where(self.valid_T, torch.inf)
         if self.part == 0:
