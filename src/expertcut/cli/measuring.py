@@ -1,6 +1,7 @@
 """Commands that measure and show: `profile`, `eval`, `show`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +29,7 @@ from expertcut.cli.options import (
     read_quiz,
 )
 from expertcut.cli.output import print_tables, quiet
-from expertcut.cli.running import Line, is_first, resumable
+from expertcut.cli.running import is_first, watched
 
 if TYPE_CHECKING:
     from expertcut.evaluation.evaluate import Results
@@ -69,13 +70,11 @@ def profile(
     questions = read_quiz(quiz, split, shots, subjects, limit)
     measurement = measure(source, questions, limit, load_as, options)
     folder = out or default_folder(measurement.info, source)
-    with resumable(str(folder)), Line(f"profiling {source.name}", len(questions)) as line:
-        for _ in line.follow(measurement.run(folder, line.see)):
-            pass
-    if not is_first():
-        return
-    found = answers(load_profile(folder))
-    print(f"{folder}: {len(questions):,} questions, accuracy {found.accuracy:.2%}")
+    what = f"profiling {source.name}"
+    watched(partial(measurement.run, folder), what, len(questions), folder)
+    if is_first():
+        found = answers(load_profile(folder))
+        print(f"{folder}: {len(questions):,} questions, accuracy {found.accuracy:.2%}")
 
 
 def show(
@@ -117,7 +116,7 @@ def eval(
     out: ResultsFile = Path("results.json"),
 ) -> None:
     """Compare checkpoints on the same questions."""
-    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, save_results
+    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results
     from expertcut.evaluation.evaluate import score as score_model
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
@@ -130,20 +129,19 @@ def eval(
     scoring, folder = Scoring(questions, limit, load_as, options), out.with_suffix(".chunks")
     scored: list[Scored] = []
     for source in sources:
-        with resumable(str(folder)), Line(f"scoring {source.name}", len(questions)) as line:
-            steps = line.follow(score_model(source, scoring, folder, line.see))
-            scored += [step for step in steps if isinstance(step, Scored)]
-    if not is_first():
-        return
-    found = results(scoring, scored)
-    save_results(out, found)
-    _print_results(found)
-    print(f"written to {out}")
+        steps = partial(score_model, source, scoring, folder)
+        found = watched(steps, f"scoring {source.name}", len(questions), folder)
+        scored += [step for step in found if isinstance(step, Scored)]
+    if is_first():
+        _save(results(scoring, scored), out)
 
 
-def _print_results(found: "Results") -> None:
+def _save(found: "Results", out: Path) -> None:
+    from expertcut.evaluation.evaluate import save_results
     from expertcut.reporting.outcomes import result_sentences, results_table
 
+    save_results(out, found)
     print_tables([results_table(found)], Format.table)
     for sentence in result_sentences(found):
         print(sentence)
+    print(f"written to {out}")
