@@ -28,6 +28,7 @@ from expertcut.cli.output import print_tables, quiet
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
     from expertcut.interventions.plan import Draft
+    from expertcut.interventions.prune import Pruning
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.store import Profile
 
@@ -61,15 +62,25 @@ def prune(
     """Remove experts, and say what that did."""
     from expertcut.interventions.prune import Keep, Way, choose
     from expertcut.moe.loading import LoadOptions
-    from expertcut.reporting.outcomes import pruning_sentences
 
     found = read_profile(profile, threads)
     way = Way.of(by.value, positions.value, layout.value, _value(removed), _value(fold))
     chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
     place = _Place(found, chosen.draft, out, plan_only, force)
+    _say_what_goes(found, chosen)
+    place.make(LoadOptions(dtype, device, trust_remote_code), is_verified=not no_verify)
+
+
+def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
+    from expertcut.interventions.touched import touched
+    from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
+
+    goes = touched(profile, chosen.draft.edits)
     for sentence in pruning_sentences(chosen):
         print(sentence)
-    place.make(LoadOptions(dtype, device, trust_remote_code), is_verified=not no_verify)
+    print_tables([touched_table(goes)], Format.table)
+    for sentence in touched_sentences(chosen, goes):
+        print(sentence)
 
 
 def reweight(
@@ -113,12 +124,12 @@ class _Place:
     def __init__(
         self, profile: "Profile", draft: "Draft", out: Path | None, is_plan: bool, is_forced: bool
     ) -> None:
-        from expertcut.checkpoints.build import default_out
+        from expertcut.checkpoints.build import default_out, inputs_of
         from expertcut.checkpoints.files.folders import check_free
 
         self.profile, self.draft, self.is_plan, self.is_forced = profile, draft, is_plan, is_forced
         self.folder = out or default_out(profile, draft, is_plan=is_plan)
-        check_free(self.folder, is_forced=is_forced, inputs=(profile.path,))
+        check_free(self.folder, is_forced=is_forced, inputs=inputs_of(profile))
 
     def make(self, load_as: "LoadOptions", *, is_verified: bool) -> "Built | None":
         """Builds and says what came of it; of a plan alone there is nothing to say."""
