@@ -42,6 +42,16 @@ def test_every_option_in_the_readme_is_one_of_its_command(help_texts: dict[str, 
     assert found > 6
 
 
+def test_every_option_of_profile_in_the_docs_on_scaling_is_one(help_texts: dict[str, str]) -> None:
+    found = 0
+    for line in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines():
+        asked = re.search(r"expertcut profile([^#]*)", line)
+        for option in re.findall(r"--[a-z-]+", asked[1] if asked else ""):
+            assert option in help_texts["profile"], line
+            found += 1
+    assert found > 4
+
+
 def test_every_option_says_what_it_does(help_texts: dict[str, str]) -> None:
     for command, text in help_texts.items():
         options = re.findall(r"^  (--[a-z-]+)[^\n]*?(?:\n {10,}| {2,})(\S+)", text, re.M)

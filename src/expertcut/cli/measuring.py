@@ -1,6 +1,7 @@
 """Commands that measure and show: `profile`, `eval`, `show`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ from expertcut.cli.options import (
     ResultsFile,
     Shots,
     Split,
-    Stats,
+    StatsOption,
     Subjects,
     Threads,
     TrustRemoteCode,
@@ -29,11 +30,11 @@ from expertcut.cli.options import (
     read_quiz,
 )
 from expertcut.cli.output import print_tables, quiet
-from expertcut.cli.running import Line, is_first, resumable
+from expertcut.cli.running import is_first, watched
 
 if TYPE_CHECKING:
-    from expertcut.evaluation.evaluate import Results, Scored, Scoring
-    from expertcut.moe.loading import LoadOptions, Source
+    from expertcut.evaluation.evaluate import Results
+    from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import Measurement
     from expertcut.profiling.perturb import Kind
 
@@ -45,9 +46,7 @@ def profile(
     shots: Shots = 5,
     subjects: Subjects = None,
     limit: Limit = None,
-    stats: Annotated[
-        Stats | None, option("answer leaves the all-token statistics out.  [default: all]")
-    ] = None,
+    stats: StatsOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -56,10 +55,7 @@ def profile(
     batch_tokens: BatchTokens = None,
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
-    perturb: Annotated[
-        list[Perturb] | None,
-        option("Then ask again with choices shuffled, or in bfloat16; may be repeated."),
-    ] = None,
+    perturb: Perturb = None,
     out: Annotated[Path | None, option("Folder; a run begun there is resumed.")] = None,
 ) -> None:
     """Measure what experts do in a quiz."""
@@ -83,18 +79,15 @@ def _run(
     measurement: "Measurement", folder: Path, kinds: "list[Kind]", load_as: "LoadOptions"
 ) -> None:
     """Measures, asks again as often as wanted, and says how the model did."""
-    from expertcut.profiling.perturb import perturb
+    from expertcut.profiling.perturb import perturb as again
     from expertcut.profiling.statistics import answers
     from expertcut.profiling.store import load_profile
 
     name, total = measurement.moe.source.name, len(measurement.quiz)
-    with resumable(str(folder)), Line(f"profiling {name}", total) as line:
-        for _ in line.follow(measurement.run(folder, line.see)):
-            pass
+    watched(partial(measurement.run, folder), f"profiling {name}", total, folder)
     for kind in kinds:
-        with resumable(str(folder)), Line(f"again with {kind}", total) as line:
-            for _ in line.follow(perturb(measurement, kind, folder, load_as, line.see)):
-                pass
+        steps = partial(again, measurement, kind, folder, load_as)
+        watched(steps, f"again with {kind}", total, folder)
     if is_first():
         found = answers(load_profile(folder))
         print(f"{folder}: {total:,} questions, accuracy {found.accuracy:.2%}")
@@ -142,7 +135,8 @@ def eval(
     out: ResultsFile = Path("results.json"),
 ) -> None:
     """Compare checkpoints on the same questions."""
-    from expertcut.evaluation.evaluate import Scoring, find_models, results, save_results
+    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results
+    from expertcut.evaluation.evaluate import score as score_model
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
 
@@ -152,26 +146,21 @@ def eval(
     load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
     options = MeasureOptions("none", batch_tokens, threads, is_first())
     scoring, folder = Scoring(questions, limit, load_as, options), out.with_suffix(".chunks")
-    scored = [found for source in sources for found in _score(source, scoring, folder)]
-    if not is_first():
-        return
-    found = results(scoring, scored)
-    save_results(out, found)
-    _print_results(found)
-    print(f"written to {out}")
+    scored: list[Scored] = []
+    for source in sources:
+        steps = partial(score_model, source, scoring, folder)
+        found = watched(steps, f"scoring {source.name}", len(questions), folder)
+        scored += [step for step in found if isinstance(step, Scored)]
+    if is_first():
+        _save(results(scoring, scored), out)
 
 
-def _score(source: "Source", scoring: "Scoring", folder: Path) -> "list[Scored]":
-    from expertcut.evaluation.evaluate import Scored, score
-
-    with resumable(str(folder)), Line(f"scoring {source.name}", len(scoring.quiz)) as line:
-        steps = line.follow(score(source, scoring, folder, line.see))
-        return [step for step in steps if isinstance(step, Scored)]
-
-
-def _print_results(found: "Results") -> None:
+def _save(found: "Results", out: Path) -> None:
+    from expertcut.evaluation.evaluate import save_results
     from expertcut.reporting.outcomes import result_sentences, results_table
 
+    save_results(out, found)
     print_tables([results_table(found)], Format.table)
     for sentence in result_sentences(found):
         print(sentence)
+    print(f"written to {out}")

@@ -31,7 +31,7 @@ class Stats(StrEnum):
     all = "all"
 
 
-class Perturb(StrEnum):
+class Perturbation(StrEnum):
     """How `profile` asks again."""
 
     shuffle_choices = "shuffle-choices"
@@ -100,6 +100,13 @@ Threads = Annotated[int | None, option("CPU threads; part of a profile's setting
 BatchTokens = Annotated[int | None, option("Tokens of one forward pass.", min=1)]
 TrustRemoteCode = Annotated[
     bool, option("Run code that comes with a checkpoint.", "--trust-remote-code")
+]
+StatsOption = Annotated[
+    Stats | None, option("answer leaves the all-token statistics out.  [default: all]", "--stats")
+]
+Perturb = Annotated[
+    list[Perturbation] | None,
+    option("Then ask again, choices shuffled or in bfloat16; may be repeated.", "--perturb"),
 ]
 ProfileDir = Annotated[
     Path | None, option("The profile to work from; the newest in profiles/ without.", "--profile")

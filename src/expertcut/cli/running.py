@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
+    from expertcut.moe.engine import OnPass
     from expertcut.moe.packing import Pass
 
 T = TypeVar("T")
@@ -57,7 +59,7 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def resumable(where: str) -> Iterator[None]:
+def resumable(where: Path) -> Iterator[None]:
     """A stop says that what is done is kept."""
     try:
         yield
@@ -130,3 +132,9 @@ def _clock(seconds: float) -> str:
     """`h:mm:ss`, not below zero."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def watched(run: Callable[["OnPass"], Iterator[T]], what: str, total: int, where: Path) -> list[T]:
+    """All that a long run yields, its progress on stderr, and what to do after a stop."""
+    with resumable(where), Line(what, total) as line:
+        return list(line.follow(run(line.see)))

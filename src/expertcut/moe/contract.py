@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,9 @@ class MoeBlock:
 
     def selection_bias(self) -> Tensor | None:
         """The bias (E,) added to α for choosing only, where the family has one."""
-        for name, tensor in _tensors(self.module):
-            if name.rsplit(".", 1)[-1] in _SELECTION_BIAS:
-                return tensor.reshape(-1)
+        for owner, name, tensor in _owned(self.module):
+            if name in _SELECTION_BIAS:
+                return _at_hand(owner, name, tensor).reshape(-1)
         return None
 
     def selection_gap(self, alpha_TE: Tensor, experts_TK: Tensor) -> Tensor:
@@ -187,6 +187,15 @@ def _spread(ratio_TK: Tensor, dim: int | None) -> float:
     return float(((ratio_TK - mean).abs() / mean.abs()).max())
 
 
+def _at_hand(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where accelerate keeps it in another place until it is used."""
+    if tensor.device.type != "meta":
+        return tensor
+    hook: Any = owner._hf_hook
+    values: Tensor = hook.weights_map[name]
+    return values.to(hook.execution_device)
+
+
 def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     return ((m, n, t) for m in module.modules() for n, t in _direct(m))
 
@@ -194,8 +203,3 @@ def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 def _direct(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
