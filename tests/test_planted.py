@@ -1,15 +1,17 @@
 """Issue 4, check 4: an expert that was broken on purpose is the first suspect."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from expertcut.evaluation.comparison import mcnemar
 from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import tilt_routers
+from expertcut.moe.observers import replaced_forward, tilt_routers
 from expertcut.profiling.evidence.findings import Findings, find
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers
@@ -73,10 +75,29 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             masked = asked(moe, quiz, folder / f"without-{expert}")
         if is_harmless(healthy, masked):
             break
-    own_DI = block.experts.down_proj.data[expert]
-    noise_DI = torch.randn(own_DI.shape, generator=torch.Generator().manual_seed(0))
-    own_DI.copy_(100 * own_DI.std() * noise_DI)
-    return Planted(expert, healthy, masked, asked(moe, quiz, folder / "noisy"))
+    with replaced_forward(block.experts, with_noise(block.experts.forward, expert)):
+        noisy = asked(moe, quiz, folder / "noisy")
+    return Planted(expert, healthy, masked, noisy)
+
+
+def with_noise(forward: Callable[..., Tensor], expert: int, seed: int = 0) -> Callable[..., Tensor]:
+    """The block's experts with one's output replaced.
+
+    Its input turned around so fast that every question gets numbers of its own, which a random
+    matrix does not do: it moves all answers in one direction, and often in a harmless one. Large,
+    because a gate weight of 0.01 must not hide them: it is activation that is tested.
+    """
+    dice = torch.Generator().manual_seed(seed)
+
+    def experts(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        is_it_TK = experts_TK == expert
+        width = x_TD.shape[1]
+        turn_DD = 20 * torch.randn(width, width, generator=dice.manual_seed(seed)) / width**0.5
+        weight_T1 = (weights_TK * is_it_TK).sum(1, keepdim=True)
+        others_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_it_TK, 0))
+        return others_TD + weight_T1 * 1000 * torch.sin(x_TD @ turn_DD)
+
+    return experts
 
 
 def test_the_planted_case_is_one(planted: Planted):
