@@ -25,8 +25,11 @@ import torch
 from expertcut.checkpoints.files.headers import Stored, StoredTensor, read_headers
 from expertcut.checkpoints.files.shards import Rewrite, lay_out
 from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES, write_checkpoint, write_shards
+from expertcut.checkpoints.layouts.exact import exact_rewrite
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
+from expertcut.interventions.calibration.outputs import zero_outputs
 from expertcut.interventions.plan import Edit
+from expertcut.moe.loading import Source
 from expertcut.reporting.tables import Column, Table, as_markdown
 
 Config = dict[str, int]
@@ -54,8 +57,18 @@ def stock(headers: Mapping[str, StoredTensor], config: Config, keep: tuple[int, 
     return stock_rewrite(headers, edits, Fitted(folds, {}))
 
 
+def exact(headers: Mapping[str, StoredTensor], config: Config, keep: tuple[int, ...]) -> Rewrite:
+    """Every second expert is removed and leaves zeros, in every layer."""
+    removed = [e for e in range(config["num_experts"]) if e not in keep]
+    names = [f"model.layers.{layer}.mlp" for layer in range(config["num_hidden_layers"])]
+    return exact_rewrite(
+        headers, zero_outputs(dict.fromkeys(names, removed), config["hidden_size"])
+    )
+
+
 LAYOUTS: dict[str, Callable[[Mapping[str, StoredTensor], Config, tuple[int, ...]], Rewrite]] = {
-    "stock": stock
+    "stock": stock,
+    "exact": exact,
 }
 
 
@@ -90,6 +103,7 @@ def build(folder: Path, config: Config) -> None:
         begin = chance.randrange(len(pool) - n)
         tensors[name] = pool[begin : begin + n].view(shape)
     write_shards(folder, lay_out(Stored({}, {}), Rewrite(added=tensors), MAX_SHARD_BYTES))
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def export(source: Path, folder: Path, layout: str, config: Config, n_kept: int) -> None:
@@ -97,6 +111,12 @@ def export(source: Path, folder: Path, layout: str, config: Config, n_kept: int)
     keep = tuple(np.linspace(0, config["num_experts"] - 1, n_kept).astype(int).tolist())
     rewrite = LAYOUTS[layout](read_headers(source), config, keep)
     write_checkpoint(source, folder, rewrite)
+
+
+def identify(source: Path, folder: Path) -> None:
+    """What `prune` and `reweight` do first: is this, byte for byte, the model that was profiled?"""
+    folder.mkdir()
+    (folder / "fingerprint").write_text(Source(str(source), source).fingerprint)
 
 
 def copy(source: Path, folder: Path, is_synced: bool) -> None:
@@ -137,14 +157,15 @@ def rounds(place: Path, config: Config, layouts: list[str], args: argparse.Names
         out, copied = place / layout, place / "copy"
         steps = {f"export, {layout}": (place / "m", out, export, layout, config, args.keep)}
         steps |= {"cp": (out, copied, copy, False), "cp, synced": (out, copied, copy, True)}
+        steps |= {"fingerprint of the source": (place / "m", copied, identify)}
         for name, (source, folder, work, *rest) in steps.items():
             step = measured(source, folder, work, *rest)
             rows.append([name, step.elapsed_s, step.cpu_s, step.size_bytes, step.peak_mb])
             if folder == copied:
                 shutil.rmtree(copied)
             os.sync()
-        for row in rows[-3:]:
-            row.append(rows[-3][1] / row[1])
+        for row in rows[-4:]:
+            row.append(rows[-4][1] / row[1])
         shutil.rmtree(out)
     return rows
 

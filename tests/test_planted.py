@@ -49,15 +49,15 @@ def is_harmless(healthy: Findings, masked: Findings) -> bool:
 
 
 def candidates(healthy: Findings) -> list[int]:
-    """Experts of the last layer in 20–80 % of questions and no suspects, the heaviest first.
+    """Experts of the last layer in 20–80 % of questions, not worse than chance, heaviest first.
 
     In the last layer noise reaches the answers of the questions that chose the expert, and no
     others; and it must weigh enough to reach them at all.
     """
     layer = healthy.layers[-1]
-    z_E = healthy.significance.z_X[-layer.n_experts :]
+    p_E = healthy.significance.p_family_X[-layer.n_experts :]
     share_E = layer.appearances_E
-    some = np.flatnonzero((share_E >= 0.2) & (share_E <= 0.8) & (z_E > 0))
+    some = np.flatnonzero((share_E >= 0.2) & (share_E <= 0.8) & (p_E > 0.05))
     return sorted(some.tolist(), key=lambda e: -layer.contribution_pct_E[e] * share_E[e])
 
 
@@ -84,8 +84,8 @@ def with_noise(forward: Callable[..., Tensor], expert: int, seed: int = 0) -> Ca
     """The block's experts with one's output replaced.
 
     Its input turned around so fast that every question gets numbers of its own, which a random
-    matrix does not do: it moves all answers in one direction, and often in a harmless one. Large,
-    because a gate weight of 0.01 must not hide them: it is activation that is tested.
+    matrix does not do: it moves all answers in one direction, and often in a harmless one. Huge,
+    because no gate weight, however small, must hide them: it is activation that is tested.
     """
     dice = torch.Generator().manual_seed(seed)
 
@@ -95,7 +95,7 @@ def with_noise(forward: Callable[..., Tensor], expert: int, seed: int = 0) -> Ca
         turn_DD = 20 * torch.randn(width, width, generator=dice.manual_seed(seed)) / width**0.5
         weight_T1 = (weights_TK * is_it_TK).sum(1, keepdim=True)
         others_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_it_TK, 0))
-        return others_TD + weight_T1 * 1000 * torch.sin(x_TD @ turn_DD)
+        return others_TD + weight_T1 * 1e6 * torch.sin(x_TD @ turn_DD)
 
     return experts
 
@@ -111,7 +111,7 @@ def test_an_expert_whose_output_is_noise_leads_the_suspects(planted: Planted):
     place = (len(planted.healthy.layers) - 1, planted.expert)
     before, after = planted.healthy.significance, planted.noisy.significance
     x = planted.noisy.places.index(place)
-    assert before.z_X[x] > 0 and x not in before.suspects
+    assert before.p_family_X[x] > 0.05 and before.suspects[0] != x
     assert after.suspects[0] == x
     assert after.p_family_X[x] == pytest.approx(1 / 2001)
     assert after.difference_X[x] < -0.1

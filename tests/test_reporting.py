@@ -28,16 +28,17 @@ from expertcut.interventions.criteria import CRITERIA
 from expertcut.interventions.plan import ChosenOn, Draft, Edit, Plan, PlanModel, save_plan
 from expertcut.interventions.prune import Pruning
 from expertcut.interventions.reweight import Tilt
+from expertcut.interventions.touched import Touched
 from expertcut.profiling import store
 from expertcut.profiling.evidence.findings import find
 from expertcut.profiling.statistics import as_json
 from expertcut.profiling.store import Profile
+from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 from expertcut.reporting.findings import experts_csv
 from expertcut.reporting.outcomes import (
     plan_table,
     proof_sentences,
     proof_tables,
-    pruning_sentences,
     result_sentences,
     results_csv,
     results_table,
@@ -445,6 +446,27 @@ def test_idle_experts_that_stay_are_listed():
         "layers: 2–4.",
         "b: keeps 4 experts, 4 were active.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("positions", "n_used", "said"),
+    [
+        ("answer", 2, "2 of the 5 removed experts are used by other tokens of the prompts; "
+                      "--keep-active --positions all would keep them."),
+        ("answer", 0, None),
+        ("all", 2, None),
+        ("answer", None, "The profile holds no all-token statistics: whether other tokens use "
+                         "what goes is not known."),
+    ],
+)  # fmt: skip
+def test_a_cut_says_what_it_touches(positions: Any, n_used: int | None, said: str | None):
+    edits = {"a": Edit(keep=(0, 1, 2))}
+    pruning = Pruning(Draft("s", "prune", "activations", positions, edits), {"a": 3}, {"a": ()})
+    goes = [Touched("a", 5, 1234, n_used, None if n_used is None else 0.12345)]
+    assert touched_sentences(pruning, goes) == ([said] if said else [])
+    share = "–" if n_used is None else "12.35%"
+    shown = "–" if n_used is None else str(n_used)
+    assert touched_table(goes).texts() == [["a", "5", shown, share, "1,234"]]
 
 
 def built(alone: Alone | None = None) -> Built:

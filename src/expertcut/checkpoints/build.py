@@ -97,7 +97,7 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
         ProfileError: the model or the quiz is not the one that was profiled.
     """
     job = _job(profile, draft, options)
-    inputs = (job.source.path, profile.path)
+    inputs = (job.source.path, *inputs_of(profile))
     check_free(folder, is_forced=options.is_forced, inputs=inputs)
     check_export(job.source, draft, job.n_experts, folder)
     plan = draft_plan(profile, draft, job.questions)
@@ -118,11 +118,17 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
 
 def write_plan(profile: Profile, draft: Draft, folder: Path, *, is_forced: bool = False) -> None:
     """Only `plan.json` and the list of questions it was chosen on, without running the model."""
-    check_free(folder, is_forced=is_forced, inputs=(profile.path,))
+    check_free(folder, is_forced=is_forced, inputs=inputs_of(profile))
     questions = questions_for(profile, is_fitting=draft.is_fitting)
     plan = draft_plan(profile, draft, questions)
     with new_folder(folder, is_forced=is_forced) as temporary:
         save_plan(temporary, plan, used_hashes(draft, questions))
+
+
+def inputs_of(profile: Profile) -> tuple[Path, ...]:
+    """The profile, and what lies here of that which it was made from: never to be replaced."""
+    made_from = (Path(profile.info.model.id), Path(profile.info.quiz.id))
+    return (profile.path, *(path for path in made_from if path.exists()))
 
 
 def default_out(profile: Profile, draft: Draft, *, is_plan: bool) -> Path:

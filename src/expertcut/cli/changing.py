@@ -60,14 +60,19 @@ def prune(
 ) -> None:
     """Remove experts, and say what that did."""
     from expertcut.interventions.prune import Keep, Way, choose
+    from expertcut.interventions.touched import touched
     from expertcut.moe.loading import LoadOptions
-    from expertcut.reporting.outcomes import pruning_sentences
+    from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 
     found = read_profile(profile, threads)
     way = Way.of(by.value, positions.value, layout.value, _value(removed), _value(fold))
     chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
     place = _Place(found, chosen.draft, out, plan_only, force)
+    goes = touched(found, chosen.draft.edits)
     for sentence in pruning_sentences(chosen):
+        print(sentence)
+    print_tables([touched_table(goes)], Format.table)
+    for sentence in touched_sentences(chosen, goes):
         print(sentence)
     place.make(LoadOptions(dtype, device, trust_remote_code), is_verified=not no_verify)
 
@@ -113,12 +118,12 @@ class _Place:
     def __init__(
         self, profile: "Profile", draft: "Draft", out: Path | None, is_plan: bool, is_forced: bool
     ) -> None:
-        from expertcut.checkpoints.build import default_out
+        from expertcut.checkpoints.build import default_out, inputs_of
         from expertcut.checkpoints.files.folders import check_free
 
         self.profile, self.draft, self.is_plan, self.is_forced = profile, draft, is_plan, is_forced
         self.folder = out or default_out(profile, draft, is_plan=is_plan)
-        check_free(self.folder, is_forced=is_forced, inputs=(profile.path,))
+        check_free(self.folder, is_forced=is_forced, inputs=inputs_of(profile))
 
     def make(self, load_as: "LoadOptions", *, is_verified: bool) -> "Built | None":
         """Builds and says what came of it; of a plan alone there is nothing to say."""

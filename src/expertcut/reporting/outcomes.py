@@ -6,7 +6,6 @@ from expertcut.checkpoints.build import Built
 from expertcut.checkpoints.proof import Proof
 from expertcut.evaluation.evaluate import ComparisonResult, ModelResult, Results
 from expertcut.interventions.plan import Plan
-from expertcut.interventions.prune import Pruning
 from expertcut.interventions.reweight import Tilt
 from expertcut.reporting.tables import Cell, Column, Table
 
@@ -17,7 +16,7 @@ def plan_table(plan: Plan) -> Table:
         [
             name,
             len(edit.keep),
-            _ids(edit.keep),
+            ids_text(edit.keep),
             ", ".join(f"{e}: {b:+.4f}" for e, b in edit.bias.items()) or None,
             ", ".join(f"{e}: ×{s:.4f}" for e, s in edit.scale.items()) or None,
         ]
@@ -31,18 +30,6 @@ def plan_table(plan: Plan) -> Table:
         f"{fitted if chosen.fitted_split else ''}; model {plan.model.id}."
     )
     return Table(f"Plan: {plan.action} ({plan.layout})", columns, rows, note)
-
-
-def pruning_sentences(pruning: Pruning) -> list[str]:
-    """What stays and what goes, per block, and the idle experts that stay."""
-    sentences = []
-    for name, edit in pruning.draft.edits.items():
-        fillers = pruning.fillers[name]
-        text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
-        if fillers:
-            text += f"; never activated but kept to make one count for all layers: {_ids(fillers)}"
-        sentences.append(f"{text}.")
-    return sentences
 
 
 def proof_tables(built: Built) -> list[Table]:
@@ -212,8 +199,8 @@ def _interval(ci95: tuple[float, float], sign: str) -> str:
     return f"{ci95[0]:{sign}.2%} … {ci95[1]:{sign}.2%}"
 
 
-def _ids(ids: tuple[int, ...]) -> str:
-    """`0–3, 7, 9–12`."""
+def ids_text(ids: tuple[int, ...]) -> str:
+    """Ids as `0–3, 7, 9–12`."""
     runs: list[list[int]] = []
     for i in ids:
         if runs and i == runs[-1][-1] + 1:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from pathlib import Path
 from expertcut.errors import OutputError
 
 logger = logging.getLogger(__name__)
+
+_NEW, _OLD = ".tmp", ".old"  # endings of the two siblings
+_TOKEN_BYTES = 4
 
 
 def check_free(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...] = ()) -> None:
@@ -23,6 +27,8 @@ def check_free(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: remove it or name another --out")
+    if os.name == "posix" and folder.is_mount():
+        raise OutputError(f"{folder} is a mount point, which no folder can replace: name one in it")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not is_forced:
@@ -36,7 +42,7 @@ def check_free(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...
 
 @contextmanager
 def new_folder(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
-    """A temporary sibling that takes the folder's name when the block ends well, else is removed.
+    """A hidden sibling that takes the folder's name when the block ends well, else is removed.
 
     The old folder goes only then. What is written must be synced; the name is, here.
 
@@ -44,9 +50,11 @@ def new_folder(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
         OutputError: the place cannot be written, or was taken meanwhile.
     """
     place = folder.resolve()  # `.` and links have no place of their own
-    temporary = _sibling(place, "tmp")
-    for left in sorted(place.parent.glob(f".{escape(place.name)}.*.tmp")):
-        logger.warning("%s was left by a run that was killed or still runs", left)
+    # No process id: in a container it is the same each time.
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(_TOKEN_BYTES)}{_NEW}")
+    for left in sorted(place.parent.glob(f".{escape(place.name)}.{'?' * 2 * _TOKEN_BYTES}.*")):
+        if left.suffix in (_NEW, _OLD):
+            logger.warning("%s was left by a run that was killed or still runs", left)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -54,6 +62,8 @@ def new_folder(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
         _replace(place, temporary)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from None
+    except OutputError as error:  # by the name that the user gave
+        raise OutputError(str(error).replace(str(temporary), str(folder))) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -70,18 +80,13 @@ def sync_folder(folder: Path) -> None:
 
 def _replace(place: Path, temporary: Path) -> None:
     sync_folder(temporary)
-    old = _sibling(place, "old")
-    if place.exists():
-        place.rename(old)
+    old = temporary.with_suffix(_OLD)
     try:
+        if place.exists():
+            place.rename(old)
         temporary.rename(place)
-    except OSError:
-        if old.exists():
+    finally:  # Ctrl-C too may come between the two
+        if old.exists() and not place.exists():
             old.rename(place)
-        raise
     sync_folder(place.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(place: Path, ending: str) -> Path:
-    return place.with_name(f".{place.name}.{os.getpid()}.{ending}")

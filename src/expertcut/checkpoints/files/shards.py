@@ -10,7 +10,9 @@ from torch import Tensor
 from expertcut.checkpoints.files.headers import DTYPES, SINGLE_FILE, Stored, StoredTensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PADDING_BYTES = 64  # length field, braces, alignment
+_LENGTH_BYTES = 8  # before the header
+_ALIGNMENT_BYTES = 64  # the format asks for 8; at 64, weights that are mapped compute as copies do
+_PADDING_BYTES = 128  # length field, braces, alignment
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ def _header(pieces: Sequence[Piece], metadata: Mapping[str, str]) -> bytes:
         header[piece.name] = piece.entry(begin)
         begin += piece.size_bytes
     content = _json(header)
-    content += b" " * (-len(content) % 8)
-    return len(content).to_bytes(8, "little") + content
+    content += b" " * (-(_LENGTH_BYTES + len(content)) % _ALIGNMENT_BYTES)
+    return len(content).to_bytes(_LENGTH_BYTES, "little") + content
 
 
 def _json(value: object) -> bytes:

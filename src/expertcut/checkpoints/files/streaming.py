@@ -5,7 +5,7 @@ No more of the weights is in memory than the one tensor that is being changed.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from io import FileIO
 from itertools import chain, islice
@@ -83,7 +83,16 @@ def check_written(folder: Path, shards: Sequence[Shard]) -> None:
                     f"{folder / shard.name}: {name} is {found.get(name, 'not there')}, must be "
                     f"{wanted.get(name, 'absent')}: the disk did not keep what was written"
                 )
-    if len(shards) > 1 and read_index(folder) != {p.name: s.name for s in shards for p in s.pieces}:
+    if len(shards) > 1:
+        _check_index(folder, {p.name: s.name for s in shards for p in s.pieces})
+
+
+def _check_index(folder: Path, wanted: Mapping[str, str]) -> None:
+    try:
+        is_right = read_index(folder) == wanted
+    except ModelError as error:
+        raise OutputError(f"{folder / INDEX_FILE} was not written whole: {error}") from None
+    if not is_right:
         raise OutputError(f"{folder / INDEX_FILE} does not name the tensors that were written")
 
 

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 16
 _BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
+_ALIGNMENT_BYTES = 64  # what torch gives to new tensors
 _MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
 
 
@@ -82,6 +83,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     if device.type == "cpu":
         # The eager loop is bit-equal to running experts one by one, so statistics change no bit.
         model.set_experts_implementation("eager")
+        _align(model)
     tokenizer = _from_pretrained(AutoTokenizer, source, options)
     _check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
     probe_1T = torch.arange(_PROBE_TOKENS, device=device)[None] % model.config.vocab_size
@@ -103,6 +105,17 @@ def fits_in_memory(source: Source, options: LoadOptions) -> bool:
     is_cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
     return n_bytes * _MEMORY_PER_WEIGHT_BYTE <= free
+
+
+def _align(model: Any) -> None:
+    """Moves weights that lie in memory as they lie in a file, at whatever address.
+
+    Matrix products choose another order of summing for addresses that are not aligned, so the last
+    bits would depend on how the checkpoint's files are laid out.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT_BYTES:
+            tensor.data = tensor.data.clone()
 
 
 def _may_run_code(source: Source, options: LoadOptions) -> bool:

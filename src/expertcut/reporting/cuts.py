@@ -1,0 +1,49 @@
+"""What `prune` says before it writes: who stays, and what goes with those that do not."""
+
+from collections.abc import Sequence
+
+from expertcut.interventions.prune import Pruning
+from expertcut.interventions.touched import Touched
+from expertcut.reporting.outcomes import ids_text
+from expertcut.reporting.tables import Cell, Column, Table
+
+
+def pruning_sentences(pruning: Pruning) -> list[str]:
+    """What stays and what goes, per block, and the idle experts that stay."""
+    sentences = []
+    for name, edit in pruning.draft.edits.items():
+        fillers = ids_text(pruning.fillers[name])
+        text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
+        if fillers:
+            text += f"; never activated but kept to make one count for all layers: {fillers}"
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def touched_table(found: Sequence[Touched]) -> Table:
+    """How much of what was profiled went through the experts that go."""
+    rows: list[list[Cell]] = [
+        [t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in found
+    ]
+    columns = (
+        Column("block"),
+        Column("removed"),
+        Column("chosen by some token"),
+        Column("share of all gate weight", ".2%"),
+        Column("questions that chose one to answer", ",d"),
+    )
+    return Table("What the cut touches, in the profile", columns, rows)
+
+
+def touched_sentences(pruning: Pruning, found: Sequence[Touched]) -> list[str]:
+    """Whether other tokens use what goes: the paper's rule looks at the answer position alone."""
+    n_used = [t.n_used for t in found if t.n_used is not None]
+    if not n_used:
+        return ["The profile holds no all-token statistics: whether other tokens use what goes is "
+                "not known."]  # fmt: skip
+    if pruning.draft.positions == "all" or not sum(n_used):
+        return []
+    return [
+        f"{sum(n_used)} of the {sum(t.n_removed for t in found)} removed experts are used by other "
+        "tokens of the prompts; --keep-active --positions all would keep them."
+    ]

@@ -1,0 +1,142 @@
+"""Layout exact from the command line: profile, prune, eval, on a random and the bundled model."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertcut.cli import main
+from tests.conftest import make_checkpoint, write_quiz
+
+QUICKSTART = Path(__file__).parents[1] / "checkpoints" / "quickstart"
+Commands = Callable[..., str]
+
+
+@pytest.fixture
+def expertcut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Commands:
+    """Runs a command line in `tmp_path` and gives what it printed, or what it was refused for."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["expertcut", *line.split()])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert (stopped.value.code or 0) == status, printed.err
+        torch.set_num_threads(1)
+        return printed.out if status == 0 else printed.err
+
+    return run
+
+
+def comparison(folder: Path) -> dict[str, Any]:
+    (found,) = json.loads((folder / "results.json").read_text())["comparisons"]
+    return dict(found)
+
+
+@pytest.mark.parametrize("is_bundled", [True, False])
+def test_keeping_what_fires_at_any_token_changes_no_bit_of_what_was_profiled(
+    tmp_path: Path, expertcut: Commands, is_bundled: bool
+) -> None:
+    if is_bundled:
+        model, asked = (
+            QUICKSTART,
+            f"--quiz {QUICKSTART / 'quiz'} --limit 2",
+        )
+    else:
+        model = make_checkpoint(tmp_path / "model", "olmoe", num_experts=64)
+        asked = f"--quiz {write_quiz(tmp_path / 'quiz')}"
+    asked += " --split val --threads 1"
+    expertcut(f"profile {model} {asked} --out p")
+    printed = expertcut("prune --profile p --keep-active --positions all --layout exact --out cut")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    n_removed = sum(map(len, config["approximate_experts"].values()))
+    if not is_bundled:  # there every expert fires at some token
+        assert n_removed > 0
+        assert "all of them come out bit-equal" in printed
+    expertcut(f"eval {model} cut {asked} --out results.json")
+    found = comparison(tmp_path)
+    assert found["max_abs_logprob_diff"] == 0.0
+    assert (found["gained"], found["lost"]) == (0, 0)
+    assert is_bundled or (found["parameters_delta"] < 0 and found["bytes_delta"] < 0)
+
+
+@pytest.fixture
+def cut(tmp_path: Path, expertcut: Commands) -> Path:
+    """An exact checkpoint of a small model, beside its profile `p`."""
+    make_checkpoint(tmp_path / "model", "olmoe")
+    write_quiz(tmp_path / "quiz", {"dev": 5, "val": 3, "test": 2})
+    expertcut("profile model --quiz quiz --split val --shots 1 --threads 1 --out p")
+    expertcut("prune --profile p --keep 3 --layout exact --out cut")
+    return tmp_path / "cut"
+
+
+def test_code_of_our_own_runs_and_no_other(cut: Path, expertcut: Commands) -> None:
+    line = "eval model cut --quiz quiz --shots 1 --out results.json"
+    expertcut(line)
+    with (cut / "modeling_exact.py").open("a") as file:
+        file.write("\nraise SystemError('the checkpoint ran its code')\n")
+    said = expertcut(line, status=2)
+    assert "brings code of its own: read that, then --trust-remote-code" in said
+    said = expertcut(f"{line} --trust-remote-code", status=2)
+    assert "the checkpoint ran its code" in said
+
+
+@pytest.mark.parametrize("named", ["other--modeling_exact.A", "modelling.A", 3, "modeling_exact"])
+def test_only_the_one_file_counts_as_ours(cut: Path, expertcut: Commands, named: object) -> None:
+    config = json.loads((cut / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = named
+    (cut / "config.json").write_text(json.dumps(config))
+    expertcut("eval model cut --quiz quiz --shots 1 --out results.json", status=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--keep 3 --removed mean", "--removed mean is of layout exact: add --layout exact"),
+        ("--keep 3 --removed zero", "--removed zero is of layout exact"),
+        ("--keep 3 --layout exact --fold all", "--fold all is of layout stock"),
+        ("--keep 0 --layout exact", "keep 1 to 8"),
+        ("--keep 9 --layout exact", "keep 1 to 8"),
+        ("--keep 1", "keep 2 to 8"),
+        ("--keep 3 --layout other", "'other' is not one of 'stock', 'exact'"),
+    ],
+)
+def test_options_that_do_not_fit_the_layout_are_refused(
+    cut: Path, expertcut: Commands, options: str, words: str
+) -> None:
+    said = expertcut(f"prune --profile p {options} --out new", status=2)
+    assert words in said and said.count("\n") == 1
+    assert not (cut.parent / "new").exists()
+
+
+def test_a_plan_of_layout_exact_can_be_written_and_shown_alone(
+    cut: Path, expertcut: Commands
+) -> None:
+    expertcut("prune --profile p --keep-active --layout exact --removed mean --plan-only --out q")
+    plan = json.loads((cut.parent / "q" / "plan.json").read_text())
+    assert (plan["layout"], plan["removal"], plan["removed"]) == ("exact", "constant", "mean")
+    assert plan["fold"] is None and plan["proof"] == {}
+    assert "prune --keep-active (exact)" in expertcut("show q")
+
+
+def test_outputs_are_named_after_what_makes_them_differ(cut: Path, expertcut: Commands) -> None:
+    for options in (
+        "--keep-active --layout exact",
+        "--keep 3 --layout exact --removed mean --positions all",
+        "--keep 3 --fold off",
+    ):
+        expertcut(f"prune --profile p {options} --no-verify")
+    expertcut("reweight --profile p --boost 1:3=1 --layout exact --no-verify")
+    assert sorted(folder.name for folder in (cut.parent / "checkpoints").iterdir()) == [
+        "model-boost-1.3-exact",
+        "model-keep-3-activations-all-exact-mean",
+        "model-keep-3-activations-fold-off",
+        "model-keep-active-exact",
+    ]
