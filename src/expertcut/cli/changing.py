@@ -28,6 +28,7 @@ from expertcut.cli.output import print_tables, quiet
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
     from expertcut.interventions.plan import Draft
+    from expertcut.interventions.prune import Pruning
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.store import Profile
 
@@ -60,21 +61,26 @@ def prune(
 ) -> None:
     """Remove experts, and say what that did."""
     from expertcut.interventions.prune import Keep, Way, choose
-    from expertcut.interventions.touched import touched
     from expertcut.moe.loading import LoadOptions
-    from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 
     found = read_profile(profile, threads)
     way = Way.of(by.value, positions.value, layout.value, _value(removed), _value(fold))
     chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
     place = _Place(found, chosen.draft, out, plan_only, force)
-    goes = touched(found, chosen.draft.edits)
+    _say_what_goes(found, chosen)
+    place.make(LoadOptions(dtype, device, trust_remote_code), is_verified=not no_verify)
+
+
+def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
+    from expertcut.interventions.touched import touched
+    from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
+
+    goes = touched(profile, chosen.draft.edits)
     for sentence in pruning_sentences(chosen):
         print(sentence)
     print_tables([touched_table(goes)], Format.table)
     for sentence in touched_sentences(chosen, goes):
         print(sentence)
-    place.make(LoadOptions(dtype, device, trust_remote_code), is_verified=not no_verify)
 
 
 def reweight(
