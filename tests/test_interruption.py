@@ -233,6 +233,19 @@ def test_a_claim_without_a_heartbeat_is_taken_over_by_exactly_one(tmp_path: Path
     assert list((tmp_path / "claims").iterdir()) == []
 
 
+def test_a_stop_while_a_claim_is_written_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped() -> None:
+        assert len(list((tmp_path / "claims").iterdir())) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claiming, "_here", stopped)
+    with pytest.raises(KeyboardInterrupt), Claims(tmp_path / "claims", FAST) as claims:
+        claims.take("birds")
+    assert not (tmp_path / "claims").exists()
+
+
 def test_the_claim_of_a_process_that_is_gone_is_taken_over_at_once(tmp_path: Path) -> None:
     process = PROCESSES.Process(target=holder_gone, args=(tmp_path,))
     process.start()

@@ -72,6 +72,18 @@ class Claims:
         if claims and self._is_alive(claims[-1]):
             return False
         path = self.folder / f"{name}.{_number(claims[-1]) + 1 if claims else 0}"
+        self._held[name] = path  # before it is there, so that a stop at any point gives it back
+        if not self._create(path):
+            del self._held[name]
+            return False
+        if self._claims(name)[-1:] != [path]:  # this number came free while a higher one is held
+            self.release(name)
+            return False
+        if claims:
+            logger.info("%s: its process is gone, taken over", name)
+        return True
+
+    def _create(self, path: Path) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("x") as file:
@@ -84,12 +96,6 @@ class Claims:
             return False
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}") from None
-        if self._claims(name)[-1:] != [path]:  # this number came free while a higher one is held
-            path.unlink(missing_ok=True)
-            return False
-        self._held[name] = path
-        if claims:
-            logger.info("%s: its process is gone, taken over", name)
         return True
 
     def release(self, name: str) -> None:
@@ -97,7 +103,8 @@ class Claims:
         mine = self._held.pop(name)
         for path in self._claims(name):
             if _number(path) <= _number(mine):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # gone, or in a place that cannot be written
+                    path.unlink()
 
     def clear(self) -> None:
         """Removes all claims and half-written files, for everything is done."""
