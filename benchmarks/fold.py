@@ -53,6 +53,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         "deepseek_v3",
         {
             **LATENT,
+            "head_dim": 8,
             "n_routed_experts": 32,
             "first_k_dense_replace": 0,
             "n_group": 2,
@@ -67,7 +68,7 @@ def random_model(folder: Path, family: str, changes: dict[str, object]) -> Path:
     """A random model with the bundled tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **COMMON, vocab_size=len(tokenizer), **changes)
+    config = AutoConfig.for_model(family, **{**COMMON, "vocab_size": len(tokenizer), **changes})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
