@@ -166,6 +166,8 @@ def run_command(arguments: list[str], step: int, sent: int) -> None:
         if event in _STEPS and next(steps) == step:
             os.kill(os.getpid(), sent)
 
+    # A suite that runs in the background of a shell inherits that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # else build's own gc.collect() copies every page of the server's
     sys.addaudithook(watch)
     sys.argv = ["expertcut", *arguments]

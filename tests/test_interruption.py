@@ -348,7 +348,14 @@ def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(
     model: Path, quiz: Path, undisturbed: Path, nearly: Path
 ) -> None:
     command = [sys.executable, "-m", *ask(model, quiz, nearly)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background of a shell inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for_work(nearly, lambda: run.poll() is None)
     run.send_signal(signal.SIGINT)
     stdout, stderr = run.communicate(timeout=120)
