@@ -19,16 +19,8 @@ from scipy.stats import binomtest
 from expertcut.errors import ModelError, OutputError, PlanError
 from expertcut.evaluation.accuracy import accuracy, pooled_stderr, wilson
 from expertcut.evaluation.comparison import bootstrap_interval, compare, mcnemar, smallest_effect
-from expertcut.evaluation.evaluate import (
-    Results,
-    Scored,
-    Scoring,
-    find_models,
-    load_results,
-    results,
-    save_results,
-    score,
-)
+from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
+from expertcut.evaluation.results import Results, load_results, save_results
 from expertcut.evaluation.size import size
 from expertcut.interventions.plan import (
     ChosenOn,

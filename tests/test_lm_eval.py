@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from expertcut.cli import app
-from expertcut.evaluation.evaluate import ModelResult, Results, load_results
+from expertcut.evaluation.results import ModelResult, Results, load_results
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz, prompt

@@ -16,9 +16,9 @@ from expertcut.errors import ProfileError
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import LoadOptions
 from expertcut.profiling.evidence.findings import find, findings_json
-from expertcut.profiling.evidence.perturbations import correlation, unshuffled
+from expertcut.profiling.evidence.perturbations import correlation, perturbed_profiles, unshuffled
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.perturb import perturb, perturbed_profiles
+from expertcut.profiling.perturb import perturb
 from expertcut.profiling.statistics import answers
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz, shuffle_choices

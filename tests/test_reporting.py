@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +16,7 @@ from expertcut.checkpoints.build import Built
 from expertcut.checkpoints.proof import Alone, Difference, Proof
 from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Removed, Stats
 from expertcut.errors import OutputError
-from expertcut.evaluation.evaluate import (
+from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
     ModelResult,
@@ -575,3 +577,16 @@ def test_choices_on_the_command_line_are_those_of_the_files():
     assert {choice.value for choice in Stats} | {"none"} == set(get_args(store.Stats))
     for choices in (Criterion, Positions, Layout, Removed, Fold, Stats, Format):
         assert all(choice.name == choice.value for choice in choices)
+
+
+def test_showing_a_profile_or_results_needs_no_torch(tmp_path: Path):
+    """Importing it takes seconds in which a person waits for a table."""
+    profile = random_profile(tmp_path / "p", profile_info([block(0)], {"birds": 30}))
+    save_results(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
+    code = (
+        "import sys; from expertcut.reporting.shown import find_shown; from pathlib import Path; "
+    )
+    code += "[find_shown(Path(p)).tables() for p in sys.argv[1:]]; print('torch' in sys.modules)"
+    paths = map(str, (profile.path, tmp_path / "results.json"))
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")

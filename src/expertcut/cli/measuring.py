@@ -33,10 +33,10 @@ from expertcut.cli.output import print_tables, quiet
 from expertcut.cli.running import is_first, watched
 
 if TYPE_CHECKING:
-    from expertcut.evaluation.evaluate import Results
+    from expertcut.evaluation.results import Results
     from expertcut.moe.loading import LoadOptions
+    from expertcut.profiling.evidence.perturbations import Kind
     from expertcut.profiling.measure import Measurement
-    from expertcut.profiling.perturb import Kind
 
 
 def profile(
@@ -156,7 +156,7 @@ def eval(
 
 
 def _save(found: "Results", out: Path) -> None:
-    from expertcut.evaluation.evaluate import save_results
+    from expertcut.evaluation.results import save_results
     from expertcut.reporting.outcomes import result_sentences, results_table
 
     save_results(out, found)

@@ -7,31 +7,14 @@ and checked as every profile.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 from expertcut.errors import SettingsError
 from expertcut.moe.engine import OnPass, ignore
 from expertcut.moe.loading import LoadOptions
+from expertcut.profiling.evidence.perturbations import KINDS, Kind, perturbed_folder
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
-from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import shuffle_choices
-
-Kind = Literal["shuffle-choices", "bf16"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-_FOLDER = "perturbed"
-
-
-def perturbed_folder(folder: Path, kind: Kind) -> Path:
-    """Where a perturbation of a profile lies."""
-    return folder / _FOLDER / kind
-
-
-def perturbed_profiles(profile: Profile) -> dict[Kind, Profile]:
-    """The finished perturbations of a profile, by kind."""
-    folders = {kind: perturbed_folder(profile.path, kind) for kind in KINDS}
-    found = {k: load_profile(f) for k, f in folders.items() if (f / "profile.json").is_file()}
-    return {kind: other for kind, other in found.items() if other.finished_at is not None}
 
 
 def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:

@@ -1,13 +1,16 @@
 """Plans, built checkpoints and results: what was done, and what came of it, in tables and words."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from expertcut.checkpoints.build import Built
-from expertcut.checkpoints.proof import Proof
-from expertcut.evaluation.evaluate import ComparisonResult, ModelResult, Results
+from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
 from expertcut.interventions.plan import Plan
 from expertcut.interventions.reweight import Tilt
 from expertcut.reporting.tables import Cell, Column, Table
+
+if TYPE_CHECKING:  # with torch, which `show` does without
+    from expertcut.checkpoints.build import Built
+    from expertcut.checkpoints.proof import Proof
 
 
 def plan_table(plan: Plan) -> Table:
@@ -32,13 +35,13 @@ def plan_table(plan: Plan) -> Table:
     return Table(f"Plan: {plan.action} ({plan.layout})", columns, rows, note)
 
 
-def proof_tables(built: Built) -> list[Table]:
+def proof_tables(built: "Built") -> list[Table]:
     """How well biases are carried, and what the edit did to questions that were not used."""
     tables = [_fit_table(built)] if built.fits else []
     return [*tables, _held_out_table(built.proof)] if built.proof else tables
 
 
-def proof_sentences(built: Built) -> list[str]:
+def proof_sentences(built: "Built") -> list[str]:
     """What layout exact promises, and whether it held; or that nothing was asked."""
     if built.proof is None:
         return ["The new checkpoint was not asked any question."]
@@ -57,7 +60,7 @@ def proof_sentences(built: Built) -> list[str]:
     ]
 
 
-def _held_out_table(proof: Proof) -> Table:
+def _held_out_table(proof: "Proof") -> Table:
     rows: list[list[Cell]] = [
         [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
         for d in proof.differences
@@ -72,7 +75,7 @@ def _held_out_table(proof: Proof) -> Table:
     return Table(f"Held-out questions ({proof.split})", columns, rows)
 
 
-def _fit_table(built: Built) -> Table:
+def _fit_table(built: "Built") -> Table:
     """How well the gate row carries the bias (design: layout stock)."""
     rows: list[list[Cell]] = [
         [
@@ -95,7 +98,7 @@ def _fit_table(built: Built) -> Table:
     return Table("The bias as a gate row", columns, rows, note)
 
 
-def tilt_sentences(found: list[Tilt], built: Built | None) -> list[str]:
+def tilt_sentences(found: list[Tilt], built: "Built | None") -> list[str]:
     """What each tilt did, in words."""
     sentences = []
     for tilt in found:

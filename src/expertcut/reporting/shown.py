@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.errors import OutputError, SettingsError
-from expertcut.evaluation.evaluate import load_results
+from expertcut.evaluation.results import load_results
 from expertcut.interventions.plan import PLAN_FILE, load_plan
 from expertcut.profiling.evidence.findings import find, findings_json
 from expertcut.profiling.store import load_profile

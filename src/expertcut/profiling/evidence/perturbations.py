@@ -1,17 +1,32 @@
 """What a perturbation moved: chosen sets, log p, answers; and whether margins foretold it."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from expertcut.errors import ProfileError
 from expertcut.profiling.evidence.margins import Margin
-from expertcut.profiling.perturb import perturbed_profiles
 from expertcut.profiling.statistics import answers
-from expertcut.profiling.store import NO_CHOICE, Profile
+from expertcut.profiling.store import NO_CHOICE, Profile, load_profile
 
 Array = np.ndarray[Any, Any]
+Kind = Literal["shuffle-choices", "bf16"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_FOLDER = "perturbed"
+
+
+def perturbed_folder(folder: Path, kind: Kind) -> Path:
+    """Where a perturbation of a profile lies."""
+    return folder / _FOLDER / kind
+
+
+def perturbed_profiles(profile: Profile) -> dict[Kind, Profile]:
+    """The finished perturbations of a profile, by kind."""
+    folders = {kind: perturbed_folder(profile.path, kind) for kind in KINDS}
+    found = {k: load_profile(f) for k, f in folders.items() if (f / "profile.json").is_file()}
+    return {kind: other for kind, other in found.items() if other.finished_at is not None}
 
 
 def perturbations_json(profile: Profile, margins: list[Margin]) -> list[dict[str, Any]]:
