@@ -94,12 +94,14 @@ class Recorder:
             output_MD, weights_M = output_MD[is_valid_M], weights_M[is_valid_M]
         if not len(output_MD):
             return
-        norm_M = output_MD.double().norm(dim=-1)
+        # Neither makes a copy of M times D values, as .double() and .abs() would.
+        norm_M = torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float64)
+        largest = torch.stack(output_MD.aminmax()).abs().max().float()
         self._add("norm", (call.layer, call.expert), norm_M.sum())
         weighted_M = norm_M * weights_M.double()
         self._add("weighted_norm", (call.layer, call.expert), weighted_M.sum())
         at = (self.part, call.layer, call.expert)
-        self.largest[at] = torch.maximum(self.largest[at], output_MD.abs().max().float())
+        self.largest[at] = torch.maximum(self.largest[at], largest)
 
     def _add(self, name: str, at: int | tuple[int, int], amount: Tensor) -> None:
         self.sums[_SUMS.index(name), self.part][at] += amount
