@@ -12,7 +12,7 @@ from expertcut.moe.engine import Engine
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.observers import ExpertCall, observe_experts, tilt_routers
 from expertcut.moe.packing import encode
-from expertcut.quiz import Quiz, Selection, load_quiz
+from expertcut.quiz import Quiz, Selection, load_quiz, round_robin
 from tests.conftest import open_model
 from tests.exact_models import logprobs
 
@@ -74,3 +74,17 @@ def test_an_expert_that_no_token_chose_gives_zeros(
     assert set(means) == {3, 6}
     assert torch.equal(means[3], torch.zeros(32))
     assert means[6].abs().max() > 0
+
+
+def test_a_few_questions_of_every_subject_are_enough(
+    checkpoint: Callable[..., Path], quiz_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(open_model(checkpoint("olmoe")), 2048)
+    quiz = load_quiz(Selection(str(quiz_folder), split="test", shots=1))
+    removed = {"model.layers.0.mlp": range(8)}
+    of_few = mean_outputs(engine, round_robin(quiz, 4), removed)
+    of_all = mean_outputs(engine, quiz, removed)
+    monkeypatch.setattr("expertcut.interventions.calibration.outputs.CALIBRATION_QUESTIONS", 4)
+    for expert, mean_D in mean_outputs(engine, quiz, removed)["model.layers.0.mlp"].items():
+        assert torch.equal(mean_D, of_few["model.layers.0.mlp"][expert])
+        assert not torch.equal(mean_D, of_all["model.layers.0.mlp"][expert])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.checkpoints.files.folders import new_folder
+from expertcut.checkpoints.files.folders import check_free, new_folder
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.plan import load_hashes, load_plan
@@ -217,6 +217,18 @@ def test_an_output_folder_in_use_is_refused_before_anything_runs(tmp_path: Path)
     with pytest.raises(OutputError, match="not empty"), new_folder(tmp_path / "taken"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_empty_working_directory_is_free_and_a_full_one_is_spared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_free(Path())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="is not empty"):
+        check_free(Path())
+    with pytest.raises(OutputError, match="so --force spares it"):
+        check_free(Path(), is_forced=True)
 
 
 def test_a_model_that_changed_since_it_was_profiled_is_refused(

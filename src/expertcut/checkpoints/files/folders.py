@@ -27,7 +27,7 @@ def check_free(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: remove it or name another --out")
-    if os.name == "posix" and folder.is_mount():
+    if os.name == "posix" and folder.resolve().is_mount():
         raise OutputError(f"{folder} is a mount point, which no folder can replace: name one in it")
     if not folder.exists() or not any(folder.iterdir()):
         return

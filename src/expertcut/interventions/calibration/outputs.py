@@ -5,10 +5,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.observers import ExpertCall, observe_experts
 from expertcut.moe.packing import Pass
-from expertcut.quiz import Quiz
+from expertcut.quiz import Quiz, round_robin
 
 # By block name and expert id: which experts, and what each gives (D,).
 Removed = Mapping[str, Collection[int]]
@@ -23,14 +24,14 @@ def zero_outputs(removed: Removed, width: int) -> dict[str, dict[int, Tensor]]:
 def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict[int, Tensor]]:
     """Mean output (D,) of each removed expert over the tokens that chose it, zeros where none did.
 
-    It is what the expert gave before its gate weight, summed in float64. All tokens of the quiz's
-    prompts count, those that a chunk's questions share once.
+    It is what the expert gave before its gate weight, summed in float64. Every distinct token of
+    at most 512 questions counts.
     """
     sums = _OutputSums(removed)
     blocks = [block for block in engine.moe.blocks if block.name in removed]
     names = {block.layer: block.name for block in blocks}
     with observe_experts(blocks, lambda call: sums.add(names[call.layer], call)):
-        ask(engine, quiz, sums.start)
+        ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), sums.start)
     width = int(engine.moe.model.config.get_text_config().hidden_size)
     means = zero_outputs(removed, width)
     for (block, expert), (total_D, n_tokens) in sums.by_expert.items():
