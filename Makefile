@@ -13,8 +13,10 @@ NAMES := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project
 # The registry's torch for Linux brings CUDA. This is the CPU build, Python 3.11 Linux x86-64.
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
-# Idle threads sleep instead of spinning, so that processes do not starve one another.
+# Idle threads sleep, so that processes do not starve one another, but first spin some microseconds:
+# asleep at once, they took up to four times as long on an idle machine (docs/benchmarks.md).
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 1000
 
 .PHONY: help venv quickstart test lint constraints clean
 

@@ -12,7 +12,7 @@ step() {
     "$@"
 }
 
-# For so small a model a second thread costs more than it gives.
+# One thread: for so small a model more of them bring little.
 step expertcut profile "$model" --quiz "$quiz" --split val --threads 1 --out "$out/profile"
 step expertcut show "$out/profile"
 step expertcut prune --profile "$out/profile" --keep-active --out "$out/pruned"

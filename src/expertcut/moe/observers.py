@@ -82,12 +82,14 @@ def _loop(
 ) -> Callable[..., Tensor]:
     def one_by_one(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD = torch.zeros_like(x_TD)
-        for expert in experts_TK.unique().tolist():
-            slots_M, tokens_M = torch.where(expert == experts_TK.T)
-            chosen_M1 = torch.full_like(tokens_M, expert)[:, None]
-            ones_M1 = weights_TK.new_ones(chosen_M1.shape)
-            output_MD = forward(x_TD[tokens_M], chosen_M1, ones_M1)
-            weights_M = weights_TK[tokens_M, slots_M]
+        # A: all T * K assignments, sorted once; a stable sort keeps each expert's in eager's order.
+        expert_A, order_A = experts_TK.T.flatten().sort(stable=True)
+        weight_A = weights_TK.T.flatten()[order_A]
+        hit, counts = (found.tolist() for found in expert_A.unique_consecutive(return_counts=True))
+        parts = (a.split(counts) for a in (expert_A, order_A % len(x_TD), weight_A))
+        for expert, chosen_M, tokens_M, weights_M in zip(hit, *parts, strict=True):
+            ones_M1 = torch.ones_like(weights_M)[:, None]
+            output_MD = forward(x_TD[tokens_M], chosen_M[:, None], ones_M1)
             see(ExpertCall(layer, expert, tokens_M, weights_M, output_MD))
             y_TD.index_add_(0, tokens_M, (output_MD * weights_M[:, None]).to(y_TD.dtype))
         return y_TD
