@@ -58,6 +58,17 @@ class ChosenOn(Record):
     sha256: str
 
 
+class Point(Record):
+    """One try of a search for the strength; `biases` are (layer, expert, bias in logits)."""
+
+    experts: int
+    strength: FiniteFloat
+    biases: tuple[tuple[int, int, FiniteFloat], ...]
+    questions: int
+    accuracy: FiniteFloat
+    ci95: tuple[FiniteFloat, FiniteFloat]
+
+
 class Plan(Record):
     """`plan.json`."""
 
@@ -71,6 +82,7 @@ class Plan(Record):
     removed: Removed | None = None
     fold: Fold | None = None
     chosen_on: ChosenOn
+    tuning: tuple[Point, ...] = ()
     proof: dict[str, Any] = Field(default_factory=dict)
     blocks: dict[str, Edit] = Field(min_length=1)
 
