@@ -1,0 +1,1 @@
+"""Tilting the gate: which experts, and by how much."""
