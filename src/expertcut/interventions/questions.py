@@ -68,6 +68,7 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
         layout=draft.layout,
         removed=draft.removed if draft.layout == "exact" else None,
         fold=draft.fold if draft.layout == "stock" else None,
+        apply_at=draft.apply_at if draft.is_biased else None,
         chosen_on=ChosenOn(
             quiz=questions.profiled.id,
             split=questions.profiled.split,
