@@ -10,7 +10,7 @@ from expertcut.errors import PlanError, QuizError
 from expertcut.evaluation.proving.control import draw
 from expertcut.evaluation.proving.crossfit import Control, Judged, judge
 from expertcut.evaluation.proving.folds import FOLDS, deal
-from expertcut.evaluation.proving.outcome import load_proof, proof_result, save_proof
+from expertcut.evaluation.proving.outcome import load_proof, proof_file, proof_result
 from expertcut.interventions.reweighting.choosing import SCORES, Chooser, Contrast, Pick
 from expertcut.interventions.reweighting.records import places
 from expertcut.interventions.reweighting.tuning import STRENGTHS, Procedure, Shift, firsts
@@ -179,7 +179,8 @@ def test_fewer_questions_than_folds_are_refused() -> None:
 def test_a_proof_is_read_as_it_was_written(tmp_path) -> None:
     found = judged(world(11, 100), SUPPRESS, draws=9)
     result = proof_result(found, "suppress-worst 1", ("made up", "val"), seed=0)
-    save_proof(tmp_path, result)
+    [(name, content)] = proof_file(result).items()
+    (tmp_path / name).write_bytes(content)
     assert load_proof(tmp_path) == result
     (tmp_path / "proof.json").write_text('{"format": 2}')
     with pytest.raises(PlanError, match="is no proof"):

@@ -2,7 +2,8 @@
 
 import gc
 import logging
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from expertcut.moe.loading import (
     load,
     read_config,
 )
+from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.store import Profile
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build; without `is_verified` no question is asked of the new checkpoint."""
+    """How to build; without `is_verified` no question is asked of the new checkpoint.
+
+    `beside` are files, by name, to lie beside the plan.
+    """
 
     load_as: LoadOptions
     is_verified: bool = True
     is_forced: bool = False
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,7 @@ class _Job:
         return draft.is_fitting or (is_gathering and bool(self.removed))
 
     def engine(self, source: Source) -> Engine:
-        """A model, run as it was when it was profiled."""
-        settings = self.profile.info.settings
-        torch.set_num_threads(settings.threads)
-        engine = Engine(load(source, self.load_as), settings.batch_tokens)
-        engine.is_trusted = settings.way == "shared"
-        return engine
+        return engine_as_profiled(self.profile, source, self.load_as)
 
 
 def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -> Built:
@@ -113,16 +114,30 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
         figures = {"fits": [asdict(f) for f in fits], **(proof.figures() if proof else {})}
         plan = plan.model_copy(update={"proof": figures})
         save_plan(temporary, plan, used_hashes(draft, job.questions))
+        _write_beside(temporary, options.beside)
     return Built(folder, plan, fits, proof)
 
 
-def write_plan(profile: Profile, draft: Draft, folder: Path, *, is_forced: bool = False) -> None:
+def write_plan(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -> None:
     """Only `plan.json` and the list of questions it was chosen on, without running the model."""
-    check_free(folder, is_forced=is_forced, inputs=inputs_of(profile))
-    questions = questions_for(profile, is_fitting=draft.is_fitting)
+    check_free(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
+    questions = questions_for(profile, is_fitting=draft.asks_tuning)
     plan = draft_plan(profile, draft, questions)
-    with new_folder(folder, is_forced=is_forced) as temporary:
+    with new_folder(folder, is_forced=options.is_forced) as temporary:
         save_plan(temporary, plan, used_hashes(draft, questions))
+        _write_beside(temporary, options.beside)
+
+
+def write_beside(profile: Profile, folder: Path, options: BuildOptions) -> None:
+    """Only the files that would lie beside a plan, where there is none to make."""
+    check_free(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
+    with new_folder(folder, is_forced=options.is_forced) as temporary:
+        _write_beside(temporary, options.beside)
+
+
+def _write_beside(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        write_atomically(folder / name, content)
 
 
 def inputs_of(profile: Profile) -> tuple[Path, ...]:
@@ -131,11 +146,11 @@ def inputs_of(profile: Profile) -> tuple[Path, ...]:
     return (profile.path, *(path for path in made_from if path.exists()))
 
 
-def default_out(profile: Profile, draft: Draft, *, is_plan: bool) -> Path:
+def default_out(profile: Profile, slug: str, *, is_plan: bool) -> Path:
     """`checkpoints/<model>-<what>`, or the same under `plans/`."""
     model = profile.info.model.id
     name = Path(model).resolve().name if Path(model).is_dir() else model.split("/")[-1]
-    return Path("plans" if is_plan else "checkpoints") / f"{name}-{draft.slug}"
+    return Path("plans" if is_plan else "checkpoints") / f"{name}-{slug}"
 
 
 def profiled_source(profile: Profile) -> Source:
@@ -154,9 +169,20 @@ def profiled_source(profile: Profile) -> Source:
     return source
 
 
+def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -> Engine:
+    """A model, run as it was when it was profiled."""
+    settings = profile.info.settings
+    torch.set_num_threads(settings.threads)
+    if load_as.dtype == "auto":
+        load_as = replace(load_as, dtype=settings.dtype)
+    engine = Engine(load(source, load_as), settings.batch_tokens)
+    engine.is_trusted = settings.way == "shared"
+    return engine
+
+
 def _job(profile: Profile, draft: Draft, options: BuildOptions) -> _Job:
     source = profiled_source(profile)
-    questions = questions_for(profile, is_fitting=draft.is_fitting)
+    questions = questions_for(profile, is_fitting=draft.asks_tuning)
     load_as = options.load_as
     if load_as.dtype == "auto":
         load_as = replace(load_as, dtype=profile.info.settings.dtype)

@@ -11,11 +11,11 @@ from expertcut.checkpoints.files.streaming import check_space, needed_bytes, wri
 from expertcut.checkpoints.layouts.exact import check_exact, exact_config, exact_rewrite
 from expertcut.checkpoints.layouts.stock import Fitted, stock_config, stock_rewrite
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
-from expertcut.interventions.plan import PLAN_FILE, QUESTIONS_FILE, Draft, Edit
+from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, Draft, Edit
 from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
 from expertcut.profiling.chunks import write_atomically
 
-_NOT_COPIED = {"config.json", PLAN_FILE, QUESTIONS_FILE, "README.md"}
+_NOT_COPIED = {"config.json", PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, "README.md"}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 

@@ -26,10 +26,9 @@ from expertcut.cli.options import (
 from expertcut.cli.output import print_tables, quiet
 
 if TYPE_CHECKING:
-    from expertcut.checkpoints.build import Built
+    from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.interventions.plan import Draft
     from expertcut.interventions.prune import Pruning
-    from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.store import Profile
 
 
@@ -60,15 +59,17 @@ def prune(
     plan_only: PlanOnly = False,
 ) -> None:
     """Remove experts, and say what that did."""
+    from expertcut.checkpoints.build import BuildOptions
     from expertcut.interventions.prune import Keep, Way, choose
     from expertcut.moe.loading import LoadOptions
 
     found = read_profile(profile, threads)
     way = Way.of(by.value, positions.value, layout.value, _value(removed), _value(fold))
     chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
-    place = Place(found, chosen.draft, out, plan_only, force)
+    place = Place(found, chosen.draft.slug, out, plan_only, force)
     _say_what_goes(found, chosen)
-    place.make(LoadOptions(dtype, device, trust_remote_code), is_verified=not no_verify)
+    load_as = LoadOptions(dtype, device, trust_remote_code)
+    place.make(chosen.draft, BuildOptions(load_as, not no_verify, force))
 
 
 def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
@@ -92,27 +93,36 @@ class Place:
     """Where a draft becomes a checkpoint or a plan; refused at once if something is there."""
 
     def __init__(
-        self, profile: "Profile", draft: "Draft", out: Path | None, is_plan: bool, is_forced: bool
+        self, profile: "Profile", slug: str, out: Path | None, is_plan: bool, is_forced: bool
     ) -> None:
         from expertcut.checkpoints.build import default_out, inputs_of
         from expertcut.checkpoints.files.folders import check_free
 
-        self.profile, self.draft, self.is_plan, self.is_forced = profile, draft, is_plan, is_forced
-        self.folder = out or default_out(profile, draft, is_plan=is_plan)
+        self.profile, self.is_plan, self.is_forced = profile, is_plan, is_forced
+        self.folder = out or default_out(profile, slug, is_plan=is_plan)
         check_free(self.folder, is_forced=is_forced, inputs=inputs_of(profile))
 
-    def make(self, load_as: "LoadOptions", *, is_verified: bool) -> "Built | None":
+    def keep(self, options: "BuildOptions") -> None:
+        """Only what would lie beside a plan, if there is anything."""
+        from expertcut.checkpoints.build import write_beside
+
+        if options.beside:
+            write_beside(self.profile, self.folder, options)
+            print(f"no checkpoint is made; the proof is written to {self.folder}")
+        else:
+            print("nothing is written")
+
+    def make(self, draft: "Draft", options: "BuildOptions") -> "Built | None":
         """Builds and says what came of it; of a plan alone there is nothing to say."""
-        from expertcut.checkpoints.build import BuildOptions, build, write_plan
+        from expertcut.checkpoints.build import build, write_plan
         from expertcut.reporting.outcomes import proof_sentences, proof_tables
 
         if self.is_plan:
-            write_plan(self.profile, self.draft, self.folder, is_forced=self.is_forced)
+            write_plan(self.profile, draft, self.folder, options)
             print(f"written to {self.folder}")
             return None
         quiet()
-        options = BuildOptions(load_as, is_verified, self.is_forced)
-        built = build(self.profile, self.draft, self.folder, options)
+        built = build(self.profile, draft, self.folder, options)
         print_tables(proof_tables(built), Format.table)
         for sentence in proof_sentences(built):
             print(sentence)

@@ -17,6 +17,7 @@ from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.store import BlockInfo, ModelInfo, Record, first_fault
 
 PLAN_FILE = "plan.json"
+PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 Positions = Literal["answer", "all"]
 Layout = Literal["stock", "exact"]
@@ -94,7 +95,8 @@ class Draft:
     """A choice made from a profile, before anything is fitted or written.
 
     `slug` names the outputs, `action` says in words what was asked for. `removed` is for layout
-    exact, `fold` for layout stock, `apply_at` for biases.
+    exact, `fold` for layout stock, `apply_at` for biases. What was chosen on the tuning questions
+    instead of the profile's is `is_tuned`; `tuning` is the curve of a search.
     """
 
     slug: str
@@ -106,6 +108,8 @@ class Draft:
     removed: Removed = "zero"
     fold: Fold = "answer"
     apply_at: ApplyAt = "all"
+    is_tuned: bool = False
+    tuning: tuple[Point, ...] = ()
 
     @property
     def is_biased(self) -> bool:
@@ -116,6 +120,11 @@ class Draft:
     def is_fitting(self) -> bool:
         """Whether directions must be fitted: only a bias in layout stock needs them."""
         return self.layout == "stock" and self.is_biased
+
+    @property
+    def asks_tuning(self) -> bool:
+        """Whether tuning questions were or will be looked at."""
+        return self.is_tuned or self.is_fitting
 
 
 def plan_model(info: ModelInfo) -> PlanModel:

@@ -58,6 +58,7 @@ def questions_for(profile: Profile, *, is_fitting: bool) -> Questions:
 
 def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
     """The plan with its provenance, still without proof."""
+    chosen = questions.tuning if draft.is_tuned else questions.profiled
     fitted = questions.tuning if draft.is_fitting else None
     return Plan(
         model=plan_model(profile.info.model),
@@ -70,21 +71,22 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
         fold=draft.fold if draft.layout == "stock" else None,
         apply_at=draft.apply_at if draft.is_biased else None,
         chosen_on=ChosenOn(
-            quiz=questions.profiled.id,
-            split=questions.profiled.split,
-            questions=len(questions.profiled),
+            quiz=chosen.id,
+            split=chosen.split,
+            questions=len(chosen),
             fitted_split=fitted.split if fitted else None,
             fitted_questions=len(fitted) if fitted else 0,
             sha256=hashes_sha256(used_hashes(draft, questions)),
         ),
+        tuning=draft.tuning,
         blocks=dict(draft.edits),
     )
 
 
 def used_hashes(draft: Draft, questions: Questions) -> frozenset[str]:
     """Content hashes of every question that the choice or the fit looked at."""
-    fitted = hashes(questions.tuning) if draft.is_fitting else frozenset()
-    return hashes(questions.profiled) | fitted
+    tuning = hashes(questions.tuning) if draft.asks_tuning else frozenset()
+    return tuning if draft.is_tuned else hashes(questions.profiled) | tuning
 
 
 def hashes(quiz: Quiz) -> frozenset[str]:

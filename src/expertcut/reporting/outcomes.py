@@ -103,10 +103,9 @@ def tilt_sentences(found: list[Tilt], built: "Built | None") -> list[str]:
     sentences = []
     for tilt in found:
         verb = "boosted" if tilt.bias > 0 else "suppressed"
-        origin = "given" if tilt.is_given else "its admission gap"
         text = (
             f"Expert {tilt.expert} of layer {tilt.layer} is {verb} by {tilt.bias:+.4f} "
-            f"on its logit ({origin})"
+            f"on its logit ({tilt.origin})"
         )
         if built is not None and built.proof is not None:
             base, exact, edited = built.proof.shares[tilt.layer, tilt.expert]

@@ -9,10 +9,9 @@ from pydantic import ValidationError
 
 from expertcut.errors import PlanError
 from expertcut.evaluation.proving.crossfit import Judged
-from expertcut.profiling.chunks import write_atomically
+from expertcut.interventions.plan import PROOF_FILE
 from expertcut.profiling.store import Record, first_fault
 
-PROOF_FILE = "proof.json"
 SIGNIFICANT = 0.05
 Verdict = Literal["helps", "hurts", "no evidence"]
 
@@ -123,10 +122,9 @@ def _sentence(judged: Judged, word: Verdict, p_random: float) -> str:
     return f"No evidence that this procedure helps: {change}; {reason}."
 
 
-def save_proof(folder: Path, result: ProofResult) -> None:
-    """Writes `proof.json`."""
-    text = result.model_dump_json(indent=1) + "\n"
-    write_atomically(folder / PROOF_FILE, text.encode())
+def proof_file(result: ProofResult) -> dict[str, bytes]:
+    """`proof.json` by its name, for writing beside a plan."""
+    return {PROOF_FILE: (result.model_dump_json(indent=1) + "\n").encode()}
 
 
 def load_proof(folder: Path) -> ProofResult:

@@ -15,6 +15,7 @@ from expertcut.profiling.evidence.significance import wilson
 
 Array = np.ndarray[Any, Any]
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
+_SAME = 1e-5
 _FINER = (2**-0.5, 2**0.5)  # around the best of them
 
 
@@ -111,7 +112,7 @@ class _Search:
     """Strengths in doubling steps for the first 1, 2, 4, … experts, then finer around the best.
 
     A run of strengths ends where it clearly hurts (by two standard errors), and where a stronger
-    one answers every question as the one before did. Only a gain moves the best, so of equals the
+    one moves no log-probability any more. Only a gain moves the best, so of equals the
     fewest experts and the weakest tilt are kept, and no tilt at all if none gains.
     """
 
@@ -136,19 +137,17 @@ class _Search:
         return replace(self.best, curve=tuple(self.curve))
 
     def _climb(self, picks: Sequence[Pick]) -> None:
-        before_N = self.base_logprob_NC.argmax(axis=1)
-        is_moved = False
+        before_NC = self.base_logprob_NC
         for strength in STRENGTHS:
             shifts = tuple(Shift(p.layer, p.expert, p.sign * strength) for p in picks)
             logprob_NC = self._try(shifts, strength)
-            right_N, best_N = right(logprob_NC, self.answer_N), logprob_NC.argmax(axis=1)
+            right_N = right(logprob_NC, self.answer_N)
             gained = int((right_N & ~self.base_N).sum())
             lost = int((~right_N & self.base_N).sum())
-            is_same = bool((best_N == before_N).all())
-            if lost - gained > 2 * math.sqrt(lost + gained) or (is_same and is_moved):
+            is_same = np.allclose(logprob_NC, before_NC, rtol=0, atol=_SAME)
+            if lost - gained > 2 * math.sqrt(lost + gained) or is_same:
                 return
-            is_moved |= not is_same
-            before_N = best_N
+            before_NC = logprob_NC
 
     def _try(self, shifts: tuple[Shift, ...], strength: float) -> Array:
         logprob_NC: Array = self.ask(shifts)[self.is_used_N]

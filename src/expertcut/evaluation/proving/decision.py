@@ -1,0 +1,93 @@
+"""The stage behind `reweight --tune` and `--prove`: one model load, all runs through it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.evaluation.proving.control import DRAWS
+from expertcut.evaluation.proving.crossfit import judge
+from expertcut.evaluation.proving.outcome import ProofResult, proof_result
+from expertcut.interventions.questions import questions_for
+from expertcut.interventions.reweighting.records import Records, right
+from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.interventions.reweighting.tuning import Procedure, Settled
+from expertcut.moe.loading import LoadOptions
+from expertcut.moe.tilting import ApplyAt
+from expertcut.profiling.store import Profile
+from expertcut.quiz import Quiz
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen on the tuning questions, and the proof where one was asked for.
+
+    `base_accuracy` and `accuracy_at` are over the tuning questions, so the latter flatter.
+    """
+
+    tuning: Quiz
+    settled: Settled
+    base_accuracy: float
+    accuracy_at: dict[ApplyAt, float]
+    proof: ProofResult | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class DecideOptions:
+    """How to decide; `name` is that of the procedure, `draws` are the random control's."""
+
+    load_as: LoadOptions
+    name: str
+    apply_at: ApplyAt = "all"
+    is_proved: bool = False
+    draws: int = DRAWS
+    seed: int = 0
+
+
+Report = Callable[[int, int], None]
+"""Told how many parts are done, of how many."""
+
+
+def decide(
+    profile: Profile, procedure: Procedure, options: DecideOptions, report: Report
+) -> Decision:
+    """Chooses experts and strengths on the tuning questions of a profile.
+
+    Raises:
+        PlanError: fewer candidates than are to be tilted, or one without a strength.
+        QuizError: too few questions for a proof.
+    """
+    tuning = questions_for(profile, is_fitting=True).tuning
+    engine = engine_as_profiled(profile, profiled_source(profile), options.load_as)
+    rescorer = Rescorer(engine, tuning)
+    records, ask = rescorer.records, partial(rescorer.ask, apply_at=options.apply_at)
+    procedure.check(records)
+    proof = None
+    if options.is_proved:
+        for step in judge(records, procedure, ask, options.draws, options.seed):
+            report(step.done, step.total)
+        assert step.judged is not None
+        settled = step.judged.settled
+        quiz = (tuning.id, tuning.split)
+        proof = proof_result(step.judged, options.name, quiz, options.seed)
+    else:
+        settled = procedure.settle(records, procedure.pick(records), ask)
+    return Decision(
+        tuning=tuning,
+        settled=settled,
+        base_accuracy=float(records.is_correct_N.mean()),
+        accuracy_at=dict(_accuracy_at(rescorer, records, settled)),
+        proof=proof,
+        runs=rescorer.n_runs,
+    )
+
+
+def _accuracy_at(
+    rescorer: Rescorer, records: Records, settled: Settled
+) -> Iterator[tuple[ApplyAt, float]]:
+    """What the tilt does where the answer is written alone, and everywhere."""
+    places: tuple[ApplyAt, ...] = ("answer", "all")
+    for place in places:
+        logprob_NC = rescorer.ask(settled.shifts, place)
+        yield place, float(right(logprob_NC, records.answer_N).mean())
