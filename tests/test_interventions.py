@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
+from expertcut.interventions.allowed import check_edits
 from expertcut.interventions.calibration.direction import fit_directions, judge_directions
 from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.criteria import CRITERIA, ranked
@@ -24,7 +25,6 @@ from expertcut.interventions.plan import (
     Edit,
     Plan,
     PlanModel,
-    check_edits,
     hashes_sha256,
     load_hashes,
     load_plan,
@@ -33,11 +33,11 @@ from expertcut.interventions.plan import (
 )
 from expertcut.interventions.prune import Keep, Way, choose, keep_active, keep_n
 from expertcut.interventions.questions import draft_plan, hashes, questions_for, used_hashes
+from expertcut.interventions.reweighting.drafting import reweight_draft
 from expertcut.interventions.reweighting.targets import (
     Target,
     admission_gap,
     parse_target,
-    reweight_draft,
     tilts,
 )
 from expertcut.moe.engine import Engine
@@ -155,7 +155,6 @@ def test_boost_and_suppress_are_mirrors(tmp_path: Path):
 @pytest.mark.parametrize(
     ("boost", "suppress", "error", "reason"),
     [
-        ([], [], SettingsError, "--boost E or --suppress E"),
         (["2:0"], [], PlanError, "no layer 2: the model has MoE layers 0 to 1"),
         (["4"], [], PlanError, "no expert 4 in layer 1: it has experts 0 to 3"),
         (["3", "1:3=2"], [], PlanError, "expert 1:3 is named twice"),
@@ -857,32 +856,50 @@ def test_a_strong_common_component_is_found():
     fresh: Any = Synthetic(common=4.0)
     fresh.generator.manual_seed(1)
     (fit,) = judge_directions(fresh, small_quiz(20), {3: v_D})
-    assert fit.mean_all == close(1, abs=0.01) and fit.quality_all > 0.99
+    assert fit.mean_elsewhere == close(1, abs=0.01) and fit.quality > 0.99
 
 
 def test_without_a_common_component_the_fit_says_so():
     engine: Any = Synthetic(common=0.0)
     v_D = fit_directions(engine, small_quiz(20), [3])[3]
     (fit,) = judge_directions(engine, small_quiz(20), {3: v_D})
-    assert fit.quality_all < 0.5
+    assert fit.quality < 0.5
 
 
-def test_a_fit_is_judged_over_all_tokens_and_over_answers():
+@pytest.mark.parametrize("apply_at", ["all", "answer"])
+def test_a_fit_is_judged_by_the_target_that_it_was_fitted_for(apply_at: Any):
     engine: Any = Synthetic(common=1.0)
     v_D = torch.linspace(0, 0.1, 16, dtype=torch.float64)
-    (fit,) = judge_directions(engine, small_quiz(7), {3: v_D})
+    (fit,) = judge_directions(engine, small_quiz(7), {3: v_D}, apply_at)
     product_T = np.array(engine.seen) @ v_D.numpy()
     is_answer_T = np.array(engine.is_answer)
     assert is_answer_T.sum() == 21
-    for part_T, mean, std, quality in (
-        (product_T, fit.mean_all, fit.std_all, fit.quality_all),
-        (product_T[is_answer_T], fit.mean_answer, fit.std_answer, fit.quality_answer),
+    at, elsewhere = product_T[is_answer_T], product_T[~is_answer_T]
+    for part_T, mean, std in (
+        (at, fit.mean_answer, fit.std_answer),
+        (elsewhere, fit.mean_elsewhere, fit.std_elsewhere),
     ):
         n = len(part_T)
         assert mean == close(sum(part_T) / n)
         assert std == close(math.sqrt(sum((x - sum(part_T) / n) ** 2 for x in part_T) / n))
-        assert quality == close(1 - sum((1 - x) ** 2 for x in part_T) / n)
-    assert fit.layer == 3 and fit.mean_all != fit.mean_answer
+    loss_at = sum((1 - x) ** 2 for x in at) / len(at)
+    loss_all = sum((1 - x) ** 2 for x in product_T) / len(product_T)
+    loss_0 = sum(x**2 for x in elsewhere) / len(elsewhere)
+    assert fit.quality_answer == close(1 - loss_at)
+    assert fit.quality == close(1 - (loss_all if apply_at == "all" else (loss_at + loss_0) / 2))
+    assert fit.layer == 3 and fit.mean_elsewhere != fit.mean_answer
+
+
+def test_a_direction_for_answers_is_a_ridge_in_which_both_kinds_of_tokens_weigh_the_same():
+    engine: Any = Synthetic(common=1.0)
+    v_D = fit_directions(engine, small_quiz(20), [3], "answer")[3].numpy()
+    h_TD, is_answer_T = np.array(engine.seen), np.array(engine.is_answer)
+    n_each = np.where(is_answer_T, is_answer_T.sum(), (~is_answer_T).sum())
+    outer_DD = (h_TD / n_each[:, None]).T @ h_TD
+    penalty_DD = 1e-4 * np.trace(outer_DD) / 16 * np.eye(16)
+    w_D = np.linalg.solve(outer_DD + penalty_DD, h_TD[is_answer_T].mean(axis=0))
+    assert v_D == close(w_D / (h_TD[is_answer_T] @ w_D).mean(), rel=1e-6)
+    assert v_D != close(fit_directions(engine, small_quiz(20), [3])[3].numpy(), rel=0.01)
 
 
 @pytest.mark.parametrize("way", ["packed", "padded"])

@@ -1,9 +1,9 @@
 """The command `reweight`."""
 
-from typing import Annotated
-
-from expertcut.cli.changing import Place
+from expertcut.cli.changing import Named, Place
 from expertcut.cli.options import (
+    ApplyAtOption,
+    Boost,
     Device,
     Dtype,
     Force,
@@ -13,19 +13,21 @@ from expertcut.cli.options import (
     OutDir,
     PlanOnly,
     ProfileDir,
+    Scale,
+    Suppress,
     Threads,
     TrustRemoteCode,
-    option,
     read_profile,
+    value,
 )
 
 
 def reweight(
     profile: ProfileDir = None,
-    boost: Annotated[
-        list[str] | None, option("E, L:E, E=bias or L:E=bias; may be repeated.")
-    ] = None,
-    suppress: Annotated[list[str] | None, option("As --boost, the other way.")] = None,
+    boost: Boost = None,
+    suppress: Suppress = None,
+    scale: Scale = None,
+    apply_at: ApplyAtOption = None,
     layout: LayoutOption = Layout.stock,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -37,14 +39,13 @@ def reweight(
     plan_only: PlanOnly = False,
 ) -> None:
     """Tilt the gate toward or away from experts."""
-    from expertcut.interventions.reweighting.targets import reweight_draft, tilts
+    from expertcut.interventions.reweighting.drafting import reweight_draft
     from expertcut.moe.loading import LoadOptions
-    from expertcut.reporting.outcomes import tilt_sentences
 
     found = read_profile(profile, threads)
-    tilted = tilts(found, boost or [], suppress or [])
-    place = Place(found, reweight_draft(found, tilted, layout.value), out, plan_only, force)
+    named = Named.of(found, boost, suppress, scale)
+    draft = reweight_draft(found, named.tilts, layout.value, named.scalings, value(apply_at))
+    place = Place(found, draft, out, plan_only, force)
     load_as = LoadOptions(dtype, device, trust_remote_code)
     built = place.make(load_as, is_verified=not no_verify)
-    for sentence in tilt_sentences(tilted, built):
-        print(sentence)
+    named.say(draft, built)
