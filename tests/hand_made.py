@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.interventions.reweighting.records import admission_gap
 from expertcut.profiling.chunks import Arrays, write_chunk
 from expertcut.profiling.store import (
     CHUNK_QUESTIONS,
@@ -106,3 +107,9 @@ def random_profile(folder: Path, info: ProfileInfo, seed: int = 0, n_idle: int =
         chunk["row_N"] = chunk["row_N"] + np.int32(k * CHUNK_QUESTIONS)
         chunks.append(chunk)
     return write_profile(folder, info, chunks)
+
+
+def gap(profile: Profile, layer: int, expert: int) -> float:
+    """The admission gap of an expert in a profile."""
+    alpha_NLE, chosen_NLK = profile.array("alpha_NLE"), profile.array("chosen_NLK")
+    return admission_gap(alpha_NLE[:, layer], chosen_NLK[:, layer], expert)

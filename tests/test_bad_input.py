@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertcut.cli import main
-from expertcut.interventions.reweighting.targets import admission_gap
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Selection, load_quiz
 from tests.conftest import make_checkpoint, write_quiz
+from tests.hand_made import gap
 
 Refused = Callable[..., str]
 Change = Callable[[Path], object]
@@ -394,7 +394,7 @@ def test_a_tilt_that_has_no_target_or_two_strengths_is_refused(
 def test_a_strength_must_be_given_where_the_gap_is_closed_already(
     profile: Profile, refused: Refused
 ) -> None:
-    gaps = [admission_gap(profile, 1, expert) for expert in range(8)]
+    gaps = [gap(profile, 1, expert) for expert in range(8)]
     let_in, left_out = gaps.index(min(gaps)), gaps.index(max(gaps))
     assert gaps[let_in] < 0 < gaps[left_out]
     command = ("reweight", "--profile", profile.path)

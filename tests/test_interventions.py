@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
+from expertcut.interventions.allowed import check_edits
 from expertcut.interventions.calibration.direction import fit_directions, judge_directions
 from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.criteria import CRITERIA, ranked
@@ -24,7 +25,6 @@ from expertcut.interventions.plan import (
     Edit,
     Plan,
     PlanModel,
-    check_edits,
     hashes_sha256,
     load_hashes,
     load_plan,
@@ -33,11 +33,10 @@ from expertcut.interventions.plan import (
 )
 from expertcut.interventions.prune import Keep, Way, choose, keep_active, keep_n
 from expertcut.interventions.questions import draft_plan, hashes, questions_for, used_hashes
+from expertcut.interventions.reweighting.drafting import reweight_draft
 from expertcut.interventions.reweighting.targets import (
     Target,
-    admission_gap,
     parse_target,
-    reweight_draft,
     tilts,
 )
 from expertcut.moe.engine import Engine
@@ -45,7 +44,7 @@ from expertcut.moe.packing import Encoded, Pass, packed_pass, prefix_pass
 from expertcut.profiling.store import BlockInfo, Profile, quiz_info
 from expertcut.quiz import Question, Quiz, Selection, load_quiz, prompt
 from tests.conftest import SUBJECTS, make_tokenizer, open_model, write_quiz
-from tests.hand_made import block, profile_info, random_chunk, random_profile, write_profile
+from tests.hand_made import block, gap, profile_info, random_chunk, random_profile, write_profile
 
 close = pytest.approx
 Checkpoints = Callable[..., Path]
@@ -108,12 +107,12 @@ def gate_profile(folder: Path) -> Profile:
 def test_the_admission_gap_lifts_an_expert_to_the_last_one_let_in(tmp_path: Path):
     profile = gate_profile(tmp_path / "p")
     # Mean α of the second chosen is 0.0317, that of expert 3 is 0.0291.
-    assert admission_gap(profile, 1, 3) == close(math.log(0.0317 / 0.0291), rel=1e-5)
-    assert admission_gap(profile, 1, 3) == close(0.0856, abs=5e-5)
-    assert 0.0291 * math.exp(admission_gap(profile, 1, 3)) == close(0.0317, rel=1e-5)
-    assert admission_gap(profile, 0, 3) == close(math.log(0.3 / 0.1), rel=1e-5)
-    assert admission_gap(profile, 0, 1) == close(0, abs=1e-6)  # it is the last one let in
-    assert admission_gap(profile, 0, 0) == close(math.log(0.3 / 0.45), rel=1e-5)
+    assert gap(profile, 1, 3) == close(math.log(0.0317 / 0.0291), rel=1e-5)
+    assert gap(profile, 1, 3) == close(0.0856, abs=5e-5)
+    assert 0.0291 * math.exp(gap(profile, 1, 3)) == close(0.0317, rel=1e-5)
+    assert gap(profile, 0, 3) == close(math.log(0.3 / 0.1), rel=1e-5)
+    assert gap(profile, 0, 1) == close(0, abs=1e-6)  # it is the last one let in
+    assert gap(profile, 0, 0) == close(math.log(0.3 / 0.45), rel=1e-5)
 
 
 def test_the_gap_agrees_with_a_plain_loop(tmp_path: Path):
@@ -127,19 +126,19 @@ def test_the_gap_agrees_with_a_plain_loop(tmp_path: Path):
             for alpha, chosen in zip(chunk["alpha_NLE"], chunk["chosen_NLK"], strict=True):
                 last += min(float(alpha[layer, e]) for e in chosen[layer])
                 own += float(alpha[layer, expert])
-            assert admission_gap(profile, layer, expert) == close(math.log(last / own))
+            assert gap(profile, layer, expert) == close(math.log(last / own))
 
 
 def test_boost_and_suppress_are_mirrors(tmp_path: Path):
     profile = gate_profile(tmp_path / "p")
     boosted, left = tilts(profile, ["3", "0:2=0.5"], [])
-    assert (boosted.layer, boosted.expert, boosted.is_given) == (1, 3, False)
+    assert (boosted.layer, boosted.expert, boosted.origin) == (1, 3, "its admission gap")
     assert boosted.bias == close(0.0856, abs=5e-5)
-    assert (left.layer, left.block, left.bias, left.is_given) == (
+    assert (left.layer, left.block, left.bias, left.origin) == (
         0,
         "model.layers.0.mlp",
         0.5,
-        True,
+        "given",
     )
     down, given, signed = tilts(profile, [], ["0:0", "3=0.25", "1:0=-0.25"])
     assert down.bias == close(math.log(0.3 / 0.45), rel=1e-5)  # negative: it was let in
@@ -155,7 +154,6 @@ def test_boost_and_suppress_are_mirrors(tmp_path: Path):
 @pytest.mark.parametrize(
     ("boost", "suppress", "error", "reason"),
     [
-        ([], [], SettingsError, "--boost E or --suppress E"),
         (["2:0"], [], PlanError, "no layer 2: the model has MoE layers 0 to 1"),
         (["4"], [], PlanError, "no expert 4 in layer 1: it has experts 0 to 3"),
         (["3", "1:3=2"], [], PlanError, "expert 1:3 is named twice"),
@@ -857,32 +855,50 @@ def test_a_strong_common_component_is_found():
     fresh: Any = Synthetic(common=4.0)
     fresh.generator.manual_seed(1)
     (fit,) = judge_directions(fresh, small_quiz(20), {3: v_D})
-    assert fit.mean_all == close(1, abs=0.01) and fit.quality_all > 0.99
+    assert fit.mean_elsewhere == close(1, abs=0.01) and fit.quality > 0.99
 
 
 def test_without_a_common_component_the_fit_says_so():
     engine: Any = Synthetic(common=0.0)
     v_D = fit_directions(engine, small_quiz(20), [3])[3]
     (fit,) = judge_directions(engine, small_quiz(20), {3: v_D})
-    assert fit.quality_all < 0.5
+    assert fit.quality < 0.5
 
 
-def test_a_fit_is_judged_over_all_tokens_and_over_answers():
+@pytest.mark.parametrize("apply_at", ["all", "answer"])
+def test_a_fit_is_judged_by_the_target_that_it_was_fitted_for(apply_at: Any):
     engine: Any = Synthetic(common=1.0)
     v_D = torch.linspace(0, 0.1, 16, dtype=torch.float64)
-    (fit,) = judge_directions(engine, small_quiz(7), {3: v_D})
+    (fit,) = judge_directions(engine, small_quiz(7), {3: v_D}, apply_at)
     product_T = np.array(engine.seen) @ v_D.numpy()
     is_answer_T = np.array(engine.is_answer)
     assert is_answer_T.sum() == 21
-    for part_T, mean, std, quality in (
-        (product_T, fit.mean_all, fit.std_all, fit.quality_all),
-        (product_T[is_answer_T], fit.mean_answer, fit.std_answer, fit.quality_answer),
+    at, elsewhere = product_T[is_answer_T], product_T[~is_answer_T]
+    for part_T, mean, std in (
+        (at, fit.mean_answer, fit.std_answer),
+        (elsewhere, fit.mean_elsewhere, fit.std_elsewhere),
     ):
         n = len(part_T)
         assert mean == close(sum(part_T) / n)
         assert std == close(math.sqrt(sum((x - sum(part_T) / n) ** 2 for x in part_T) / n))
-        assert quality == close(1 - sum((1 - x) ** 2 for x in part_T) / n)
-    assert fit.layer == 3 and fit.mean_all != fit.mean_answer
+    loss_at = sum((1 - x) ** 2 for x in at) / len(at)
+    loss_all = sum((1 - x) ** 2 for x in product_T) / len(product_T)
+    loss_0 = sum(x**2 for x in elsewhere) / len(elsewhere)
+    assert fit.quality_answer == close(1 - loss_at)
+    assert fit.quality == close(1 - (loss_all if apply_at == "all" else (loss_at + loss_0) / 2))
+    assert fit.layer == 3 and fit.mean_elsewhere != fit.mean_answer
+
+
+def test_a_direction_for_answers_is_a_ridge_in_which_both_kinds_of_tokens_weigh_the_same():
+    engine: Any = Synthetic(common=1.0)
+    v_D = fit_directions(engine, small_quiz(20), [3], "answer")[3].numpy()
+    h_TD, is_answer_T = np.array(engine.seen), np.array(engine.is_answer)
+    n_each = np.where(is_answer_T, is_answer_T.sum(), (~is_answer_T).sum())
+    outer_DD = (h_TD / n_each[:, None]).T @ h_TD
+    penalty_DD = 1e-4 * np.trace(outer_DD) / 16 * np.eye(16)
+    w_D = np.linalg.solve(outer_DD + penalty_DD, h_TD[is_answer_T].mean(axis=0))
+    assert v_D == close(w_D / (h_TD[is_answer_T] @ w_D).mean(), rel=1e-6)
+    assert v_D != close(fit_directions(engine, small_quiz(20), [3])[3].numpy(), rel=0.01)
 
 
 @pytest.mark.parametrize("way", ["packed", "padded"])

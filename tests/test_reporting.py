@@ -37,16 +37,13 @@ from expertcut.profiling.statistics import as_json
 from expertcut.profiling.store import Profile
 from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 from expertcut.reporting.findings import experts_csv
-from expertcut.reporting.outcomes import (
-    plan_table,
+from expertcut.reporting.outcomes import plan_table, result_sentences, results_csv, results_table
+from expertcut.reporting.profiles import profile_tables
+from expertcut.reporting.proofs import (
     proof_sentences,
     proof_tables,
-    result_sentences,
-    results_csv,
-    results_table,
     tilt_sentences,
 )
-from expertcut.reporting.profiles import profile_tables
 from expertcut.reporting.shown import find_shown
 from expertcut.reporting.tables import Column, Table, as_csv, as_markdown, as_rich
 from tests.hand_made import block, profile_info, random_chunk, random_profile, write_profile
@@ -475,7 +472,7 @@ def built(alone: Alone | None = None) -> Built:
     return Built(
         folder=Path("out"),
         plan=plan(),
-        fits=[Fit(3, 0.95, 0.99, 1.0, 0.2, 0.98, 0.004)],
+        fits=[Fit(3, 0.95, 0.99, 0.98, 0.004, 1.0, 0.2)],
         proof=Proof(
             split="val",
             differences=[Difference("the unedited base", 256, 1.23456, 0.012345, 7)],
@@ -489,7 +486,7 @@ def test_what_an_edit_did_to_held_out_questions_is_a_table():
     fit_table, table = proof_tables(built())
     assert table.title == "Held-out questions (val)"
     assert table.texts() == [["the unedited base", "1.2346", "0.0123", "7", "256"]]
-    assert fit_table.texts() == [["3", "0.9500", "1.000 ± 0.200", "0.9900", "0.980 ± 0.004"]]
+    assert fit_table.texts() == [["3", "0.9500", "0.9900", "0.980 ± 0.004", "1.000 ± 0.200"]]
 
 
 @pytest.mark.parametrize(
@@ -515,8 +512,8 @@ def test_a_checkpoint_that_was_not_asked_says_so():
 
 
 def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
-    boost = Tilt(3, "model.layers.3.mlp", 12, 0.0856, False)
-    down = Tilt(3, "model.layers.3.mlp", 12, -0.5, True)
+    boost = Tilt(3, "model.layers.3.mlp", 12, 0.0856, "its admission gap")
+    down = Tilt(3, "model.layers.3.mlp", 12, -0.5, "given")
     assert tilt_sentences([boost, down], None) == [
         "Expert 12 of layer 3 is boosted by +0.0856 on its logit (its admission gap).",
         "Expert 12 of layer 3 is suppressed by -0.5000 on its logit (given).",

@@ -17,7 +17,8 @@ from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.plan import load_hashes, load_plan
 from expertcut.interventions.prune import Keep, Way, choose
-from expertcut.interventions.reweighting.targets import reweight_draft, tilts
+from expertcut.interventions.reweighting.drafting import reweight_draft
+from expertcut.interventions.reweighting.targets import tilts
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import LoadOptions
 from expertcut.moe.tilting import Tilts, tilted

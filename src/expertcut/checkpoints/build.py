@@ -206,7 +206,8 @@ def _gather_and_ask(job: _Job, *, is_verified: bool) -> tuple[Gathered, list[Fit
     if engine is None or not is_verified:
         return gathered, [], None
     held_out, directions = job.questions.held_out, dict(gathered.fitted.directions)
-    fits = judge_directions(engine, held_out, directions) if directions else []
+    apply_at = job.draft.apply_at
+    fits = judge_directions(engine, held_out, directions, apply_at) if directions else []
     return gathered, fits, prove_before(engine, held_out, job.draft, gathered.constants)
 
 
@@ -221,7 +222,7 @@ def _gather(job: _Job, engine: Engine | None) -> Gathered:
     directions = {}
     if draft.is_fitting and engine is not None:
         layers = [b.layer for b in engine.moe.blocks if draft.edits[b.name].bias]
-        directions = fit_directions(engine, tuning, layers)
+        directions = fit_directions(engine, tuning, layers, draft.apply_at)
     if draft.fold == "off":
         return Gathered(Fitted(directions=directions))
     if draft.fold == "all" and engine is not None:

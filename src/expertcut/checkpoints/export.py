@@ -8,8 +8,14 @@ from pathlib import Path
 from expertcut.checkpoints.files.headers import Stored, read_stored
 from expertcut.checkpoints.files.shards import Rewrite
 from expertcut.checkpoints.files.streaming import check_space, needed_bytes, write_checkpoint
-from expertcut.checkpoints.layouts.exact import check_exact, exact_config, exact_rewrite
+from expertcut.checkpoints.layouts.exact import (
+    check_exact,
+    exact_config,
+    exact_rewrite,
+    is_exact,
+)
 from expertcut.checkpoints.layouts.stock import Fitted, stock_config, stock_rewrite
+from expertcut.errors import ContractError
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
 from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, Draft, Edit
 from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
@@ -38,7 +44,11 @@ def check_export(source: Source, draft: Draft, n_experts: int, folder: Path) -> 
     """
     config, stored = read_config(source.path), read_stored(source.path)
     if draft.layout == "exact":
-        check_exact(config)
+        check_exact(config, is_cutting=draft.is_cut)
+    elif is_exact(config):
+        raise ContractError(
+            f"{source.id} has layout exact, which layout stock cannot carry on: take --layout exact"
+        )
     cut = {name: Edit(keep=edit.keep) for name, edit in draft.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), int(config.get("hidden_size", 0)))
     rewrite = _rewrite(stored, replace(draft, edits=cut), Gathered(constants=constants))
@@ -57,12 +67,13 @@ def export(source: Source, draft: Draft, n_experts: int, gathered: Gathered, fol
     if draft.layout == "exact":
         biased = [name for name, edit in draft.edits.items() if edit.bias]
         config = exact_config(config, removed_experts(draft.edits, n_experts), biased)
-        write_atomically(folder / MODELLING_FILE, modelling_code())
     else:
         n_kept = len(next(iter(draft.edits.values())).keep)
         config = stock_config(config, n_experts, n_kept)
     for file in _companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
+    if draft.layout == "exact":
+        write_atomically(folder / MODELLING_FILE, modelling_code())
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -75,7 +86,7 @@ def removed_experts(edits: Mapping[str, Edit], n_experts: int) -> dict[str, tupl
 def _rewrite(stored: Stored, draft: Draft, gathered: Gathered) -> Rewrite:
     if draft.layout == "exact":
         return exact_rewrite(stored.tensors, gathered.constants, draft.edits)
-    return stock_rewrite(stored.tensors, draft.edits, gathered.fitted)
+    return stock_rewrite(stored.tensors, draft.edits, gathered.fitted, draft.apply_at)
 
 
 def _companions(folder: Path) -> Iterator[Path]:

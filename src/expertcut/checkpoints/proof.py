@@ -1,19 +1,16 @@
 """What an edit did to held-out questions, scored in both models; the figures go into the plan."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from expertcut.checkpoints.unedited import at_run_time
+from expertcut.checkpoints.agreement import Agreement, agreements
+from expertcut.checkpoints.answering import Answered, answer, answer_alone
+from expertcut.checkpoints.unedited import at_run_time, renumbered
 from expertcut.interventions.calibration.outputs import Constants
-from expertcut.interventions.plan import Draft, Edit
-from expertcut.moe.engine import Engine, OnPass, ignore
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import Pass, encode
+from expertcut.interventions.plan import Draft
+from expertcut.moe.engine import Engine
 from expertcut.quiz import Quiz
 from expertcut.quiz.questions import group_by_subject, replace_questions
 
@@ -30,6 +27,20 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """How well a form of the model answers; `flipped` counts answers that the unedited one has not.
+
+    `right_logprob` is the mean log p of the right choice.
+    """
+
+    form: str
+    questions: int
+    accuracy: float
+    right_logprob: float
+    flipped: int
+
+
+@dataclass(frozen=True)
 class Alone:
     """Questions scored alone: those without a token that chose a removed expert must not change.
 
@@ -42,108 +53,37 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """log p of choices (N, C), and what the routers did meanwhile.
-
-    `shares` gives per (layer, expert) watched the share of questions that it served;
-    `is_untouched_N` tells the questions none of whose tokens chose an expert that the plan removes.
-    """
-
-    logprob_NC: Tensor
-    shares: dict[tuple[int, int], float]
-    is_untouched_N: Tensor
-
-
-def difference(against: str, a_NC: Tensor, b_NC: Tensor) -> Difference:
-    """Compares the choices that both have."""
-    both_NC = a_NC.isfinite() & b_NC.isfinite()
-    gap = (a_NC - b_NC)[both_NC].abs().double()
-    flipped = int((a_NC.argmax(dim=1) != b_NC.argmax(dim=1)).sum())
-    return Difference(against, len(a_NC), float(gap.max()), float(gap.quantile(0.5)), flipped)
-
-
-def answer(
-    engine: Engine, quiz: Quiz, edits: Mapping[str, Edit], on_pass: OnPass = ignore
-) -> Answered:
-    """Scores a quiz, watching the experts that the plan removes or tilts.
-
-    Once experts are renumbered, `is_untouched_N` says nothing.
-    """
-    watch = _Watch(engine, edits, on_pass)
-    scores, untouched = [], []
-    with observe_routers(engine.moe.blocks, watch.see):
-        for subject, questions in quiz.questions.items():
-            encoded = encode(engine.moe.tokenizer, questions, quiz.shots_by_subject[subject])
-            watch.open(len(questions))
-            scores.append(engine.score(encoded, watch.begin))
-            untouched.append(watch.is_untouched_N)
-    most = max(score_NC.shape[1] for score_NC in scores)
-    padded = [F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores]
-    shares = {key: n / len(quiz) for key, n in watch.n_served.items()}
-    return Answered(torch.cat(padded), shares, torch.cat(untouched))
-
-
-class _Watch:
-    """Counts how many questions each tilted expert serves, and marks those that change."""
-
-    def __init__(self, engine: Engine, edits: Mapping[str, Edit], on_pass: OnPass) -> None:
-        self.on_pass = on_pass
-        blocks = engine.moe.blocks
-        self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].bias}
-        self.removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
-        self.step: Pass
-
-    def begin(self, step: Pass) -> None:
-        """Before each forward pass."""
-        self.step = step
-        self.on_pass(step)
-
-    def open(self, n_questions: int) -> None:
-        """Before each chunk."""
-        self.is_untouched_N = torch.ones(n_questions, dtype=torch.bool)
-
-    def see(self, routing: Routing) -> None:
-        """After each router."""
-        experts_TK = routing.experts_TK.cpu()
-        chosen_NK = experts_TK[self.step.answers_N]
-        for layer, expert in self.n_served:
-            if layer == routing.layer:
-                self.n_served[layer, expert] += int((chosen_NK == expert).sum())
-        self._mark(experts_TK, self.removed[routing.layer])
-
-    def _mark(self, experts_TK: Tensor, removed: Collection[int]) -> None:
-        hit_T = torch.isin(experts_TK, torch.tensor(removed, dtype=experts_TK.dtype)).any(dim=1)
-        if self.step.valid_T is not None:
-            hit_T &= self.step.valid_T
-        if self.step.is_prefix:
-            self.is_untouched_N &= ~hit_T.any()
-        else:
-            self.is_untouched_N[self.step.question_T[hit_T]] = False
-
-
-@dataclass(frozen=True)
 class Before:
     """What the unedited model says: as it is, with the plan at run time, and questions alone.
 
-    Where layout exact removes experts, `quiet` are the questions none of whose tokens chose one,
-    and `alone` the answers to them.
+    `placed` is with the plan's biases at answer positions alone and everywhere, by name. Where
+    layout exact removes experts and tilts none, `quiet` are the questions none of whose tokens
+    chose a removed one, and `alone` the answers to them.
     """
 
     base: Answered
     reference: Answered
     is_cut_exactly: bool
+    placed: dict[str, Answered] = field(default_factory=dict)
     quiet: Quiz | None = None
     alone: Answered | None = None
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the checkpoint is from the unedited model on held-out questions of a split."""
+    """How far the checkpoint is from the unedited model on held-out questions of a split.
+
+    `shares` are by layer and row of the unedited router: before, with the plan at run time, and in
+    the checkpoint. `agreement` is there where layout stock carries biases, `outcomes` where any
+    layout does.
+    """
 
     split: str
     differences: list[Difference]
     shares: dict[tuple[int, int], tuple[float, float, float]]
     alone: Alone | None
+    agreement: list[Agreement] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
         """As they stand in plan.json."""
@@ -156,42 +96,83 @@ class Proof:
                 for key, shares in self.shares.items()
             ],
             "alone": None if self.alone is None else asdict(self.alone),
+            "agreement": [asdict(row) for row in self.agreement],
+            "outcomes": [asdict(row) for row in self.outcomes],
         }
+
+
+def difference(against: str, a_NC: Tensor, b_NC: Tensor) -> Difference:
+    """Compares the choices that both have."""
+    both_NC = a_NC.isfinite() & b_NC.isfinite()
+    gap = (a_NC - b_NC)[both_NC].abs().double()
+    flipped = int((a_NC.argmax(dim=1) != b_NC.argmax(dim=1)).sum())
+    return Difference(against, len(a_NC), float(gap.max()), float(gap.quantile(0.5)), flipped)
+
+
+def outcome(form: str, quiz: Quiz, found: Answered, base: Answered) -> Outcome:
+    """How well the questions are answered in one form of the model."""
+    logprob_NC, said_N = found.logprob_NC.double(), found.logprob_NC.argmax(dim=1).tolist()
+    answers = [question.answer for question in quiz]
+    n_right = sum(said == right for said, right in zip(said_N, answers, strict=True))
+    right = logprob_NC[range(len(answers)), answers].mean()
+    flipped = int((found.logprob_NC.argmax(dim=1) != base.logprob_NC.argmax(dim=1)).sum())
+    return Outcome(form, len(answers), n_right / len(answers), float(right), flipped)
 
 
 def prove_before(engine: Engine, quiz: Quiz, draft: Draft, constants: Constants) -> Before:
     """All that needs the unedited model, so that only one model is in memory at a time."""
     base = answer(engine, quiz, draft.edits)
-    with at_run_time(engine.moe, draft, constants) as begin:
-        reference = answer(engine, quiz, draft.edits, begin)
-    if draft.layout == "stock" or not constants:
-        return Before(base, reference, False)
+    reference = _at_run_time(engine, quiz, draft, constants)
+    placed = _placed(engine, quiz, draft, constants, reference) if draft.is_biased else {}
+    if draft.layout == "stock" or draft.is_tilted or not constants:
+        return Before(base, reference, False, placed)
     found = [q for q, is_it in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_it]
     quiet = replace_questions(quiz, group_by_subject(found)) if found else None
     alone = answer_alone(engine, quiet, draft.edits) if quiet else None
-    return Before(base, reference, True, quiet, alone)
+    return Before(base, reference, True, placed, quiet, alone)
+
+
+def _at_run_time(engine: Engine, quiz: Quiz, draft: Draft, constants: Constants) -> Answered:
+    with at_run_time(engine.moe, draft, constants) as begin:
+        return answer(engine, quiz, draft.edits, begin)
+
+
+def _placed(
+    engine: Engine, quiz: Quiz, draft: Draft, constants: Constants, reference: Answered
+) -> dict[str, Answered]:
+    """The plan at run time with its biases at answer positions alone, and everywhere."""
+    other = replace(draft, apply_at="answer" if draft.apply_at == "all" else "all")
+    by_place: dict[str, Answered] = {
+        draft.apply_at: reference,
+        other.apply_at: _at_run_time(engine, quiz, other, constants),
+    }
+    names = {"answer": "bias at answer positions only", "all": "bias everywhere"}
+    return {name: by_place[place] for place, name in names.items()}
 
 
 def prove_after(engine: Engine, quiz: Quiz, draft: Draft, before: Before) -> Proof:
     """The edited model against both."""
-    edited = answer(engine, quiz, draft.edits)
+    edited = answer(engine, quiz, renumbered(draft))
     rows = [
         difference("the unedited base", edited.logprob_NC, before.base.logprob_NC),
         difference(_reference_name(draft), edited.logprob_NC, before.reference.logprob_NC),
     ]
+    of_edited = edited.shares.values()  # in the same order, under the new numbers
     shares = {
-        key: (share, before.reference.shares[key], edited.shares[key])
-        for key, share in before.base.shares.items()
+        key: (share, before.reference.shares[key], its)
+        for (key, share), its in zip(before.base.shares.items(), of_edited, strict=True)
     }
     alone = _alone(engine, quiz, draft, before) if before.is_cut_exactly else None
-    return Proof(quiz.split, rows, shares, alone)
+    is_stock = draft.layout == "stock"
+    agreement = agreements(before.reference, edited, draft, engine.moe) if is_stock else []
+    return Proof(quiz.split, rows, shares, alone, agreement, _outcomes(quiz, before, edited))
 
 
-def answer_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> Answered:
-    """As `answer`, one prompt at a time, so that no question's bits depend on its neighbours."""
-    single = Engine(engine.moe, engine.batch_tokens)
-    single.is_trusted = False
-    return answer(single, quiz, edits)
+def _outcomes(quiz: Quiz, before: Before, edited: Answered) -> list[Outcome]:
+    if not before.placed:
+        return []
+    forms = {"unedited": before.base, **before.placed, "this checkpoint": edited}
+    return [outcome(form, quiz, found, before.base) for form, found in forms.items()]
 
 
 def _alone(engine: Engine, quiz: Quiz, draft: Draft, before: Before) -> Alone:
@@ -205,7 +186,9 @@ def _alone(engine: Engine, quiz: Quiz, draft: Draft, before: Before) -> Alone:
 
 
 def _reference_name(draft: Draft) -> str:
-    if any(edit.bias for edit in draft.edits.values()):
-        return "the exact bias"
+    if draft.is_tilted and draft.is_cut:
+        return "the same plan at run time"
+    if draft.is_tilted:
+        return "the exact bias" if draft.is_biased else "the same factors at run time"
     same = "as a mask" if draft.layout == "stock" else "after top-k"
     return f"the same removal {same}"

@@ -27,6 +27,20 @@ def at_run_time(moe: MoeModel, draft: Draft, constants: Constants) -> Iterator[O
         yield begin
 
 
+def renumbered(draft: Draft) -> dict[str, Edit]:
+    """The edits by the numbers that the experts have in the checkpoint that the plan makes."""
+    if draft.layout == "exact":
+        return dict(draft.edits)
+    return {
+        name: Edit(
+            keep=tuple(range(len(edit.keep))),
+            bias={edit.keep.index(e): bias for e, bias in edit.bias.items()},
+            scale={edit.keep.index(e): factor for e, factor in edit.scale.items()},
+        )
+        for name, edit in draft.edits.items()
+    }
+
+
 def tilts_of(blocks: Sequence[MoeBlock], draft: Draft) -> Tilts:
     """What a plan does to the routers of the unedited model."""
     edits = draft.edits

@@ -1,13 +1,16 @@
 """The command `prune`, and how a choice becomes a checkpoint."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from expertcut.cli.options import (
+    ApplyAtOption,
+    Boost,
     Criterion,
     Device,
     Dtype,
-    Fold,
+    FoldOption,
     Force,
     Format,
     Layout,
@@ -17,11 +20,14 @@ from expertcut.cli.options import (
     PlanOnly,
     Positions,
     ProfileDir,
-    Removed,
+    RemovedOption,
+    Scale,
+    Suppress,
     Threads,
     TrustRemoteCode,
     option,
     read_profile,
+    value,
 )
 from expertcut.cli.output import print_tables, quiet
 
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.interventions.plan import Draft
     from expertcut.interventions.prune import Pruning
+    from expertcut.interventions.reweighting.targets import Scaling, Tilt
     from expertcut.profiling.store import Profile
 
 
@@ -42,13 +49,12 @@ def prune(
         Positions, option("Count at the answer position, or at all tokens.")
     ] = Positions.answer,
     layout: LayoutOption = Layout.stock,
-    removed: Annotated[
-        Removed | None, option("What removed experts give in layout exact; zero without.")
-    ] = None,
-    fold: Annotated[
-        Fold | None,
-        option("Which tokens say how much layout stock must scale experts; answer without."),
-    ] = None,
+    removed: RemovedOption = None,
+    fold: FoldOption = None,
+    boost: Boost = None,
+    suppress: Suppress = None,
+    scale: Scale = None,
+    apply_at: ApplyAtOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -64,12 +70,15 @@ def prune(
     from expertcut.moe.loading import LoadOptions
 
     found = read_profile(profile, threads)
-    way = Way.of(by.value, positions.value, layout.value, _value(removed), _value(fold))
+    named = Named.of(found, boost, suppress, scale)
+    way = Way.of(by.value, positions.value, layout.value, value(removed), value(fold))
     chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
-    place = Place(found, chosen.draft.slug, out, plan_only, force)
+    draft = named.on(chosen.draft, value(apply_at))
+    place = Place(found, draft.slug, out, plan_only, force)
     _say_what_goes(found, chosen)
     load_as = LoadOptions(dtype, device, trust_remote_code)
-    place.make(chosen.draft, BuildOptions(load_as, not no_verify, force))
+    built = place.make(draft, BuildOptions(load_as, not no_verify, force))
+    named.say(draft, built)
 
 
 def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
@@ -84,9 +93,43 @@ def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
         print(sentence)
 
 
-def _value(choice: Any) -> Any:
-    """A choice in the words of the stages."""
-    return None if choice is None else choice.value
+@dataclass(frozen=True)
+class Named:
+    """The experts that --boost, --suppress and --scale name."""
+
+    tilts: "list[Tilt]"
+    scalings: "list[Scaling]"
+
+    @classmethod
+    def of(
+        cls,
+        profile: "Profile",
+        boost: list[str] | None,
+        suppress: list[str] | None,
+        scale: list[str] | None,
+    ) -> Self:
+        """As they stand on the command line."""
+        from expertcut.interventions.reweighting.targets import scalings, tilts
+
+        return cls(tilts(profile, boost or [], suppress or []), scalings(profile, scale or []))
+
+    def on(self, draft: "Draft", apply_at: Any) -> "Draft":
+        """A draft that tilts them too; the same one where none is named."""
+        from expertcut.interventions.reweighting.drafting import with_tilts
+
+        if not (self.tilts or self.scalings or apply_at):
+            return draft
+        return with_tilts(draft, self.tilts, self.scalings, apply_at)
+
+    def say(self, draft: "Draft", built: "Built | None") -> None:
+        """What was done to each, in words."""
+        from expertcut.reporting.proofs import scale_sentences, tilt_sentences
+
+        for sentence in (
+            *tilt_sentences(self.tilts, built, draft.numbers),
+            *scale_sentences(self.scalings, built, draft.numbers),
+        ):
+            print(sentence)
 
 
 class Place:
@@ -115,7 +158,7 @@ class Place:
     def make(self, draft: "Draft", options: "BuildOptions") -> "Built | None":
         """Builds and says what came of it; of a plan alone there is nothing to say."""
         from expertcut.checkpoints.build import build, write_plan
-        from expertcut.reporting.outcomes import proof_sentences, proof_tables
+        from expertcut.reporting.proofs import proof_sentences, proof_tables
 
         if self.is_plan:
             write_plan(self.profile, draft, self.folder, options)

@@ -1,5 +1,6 @@
 """How `reweight` chooses experts and strengths where they are not all given by hand."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from expertcut.interventions.reweighting.tuning import Procedure, Settled
     from expertcut.profiling.store import Profile
 
+Expressions = tuple[list[str] | None, list[str] | None, list[str] | None]
 BoostBest = Annotated[
     int, option("Boost so many of the experts with the best score.", "--boost-best", min=0)
 ]
@@ -65,34 +67,70 @@ class Asked:
         """Whether experts are chosen by a score."""
         return bool(self.boost_best or self.suppress_worst)
 
-    def chooser(self, fingerprint: str) -> "Chooser":
-        """As the stage takes it.
+    @property
+    def criterion(self) -> str:
+        """What a plan says that experts were chosen by."""
+        if not self.is_choosing:
+            return "by hand"
+        return "contrast" if self.contrast else self.by or "difference"
+
+    def procedure(self, profile: "Profile", how: "How", named: Expressions) -> "Procedure":
+        """As the stages take it.
 
         Raises:
-            SettingsError: an option that nothing uses, or one with an unusable value.
+            PlanError: no such layer or expert, or one named twice.
+            SettingsError: nothing to tilt, or an option that does not go with the others.
         """
-        from expertcut.interventions.reweighting.choosing import (
-            MIN_APPEARANCES,
-            SCORES,
-            Chooser,
-            read_contrast,
-        )
+        from expertcut.interventions.reweighting.targets import named_picks
+        from expertcut.interventions.reweighting.tuning import Procedure
 
-        self._check(list(SCORES))
+        boost, suppress, scale = named
+        self.check()
+        if scale:
+            raise SettingsError(
+                "--scale takes its factor by hand: give it in a command of its own, without "
+                "--boost-best, --suppress-worst, --strength, --tune and --prove"
+            )
+        if not (boost or suppress or self.is_choosing):
+            raise SettingsError(
+                "say which experts to tilt: --boost E or --suppress E, E as in 3:12, "
+                "--boost-best N or --suppress-worst N"
+            )
+        picks = named_picks(profile, boost or [], suppress or [])
+        how.check(is_given=any(strength for _, strength in picks))
+        return Procedure(picks, self._chooser(profile), how.strength, how.is_tuned)
+
+    def _chooser(self, profile: "Profile") -> "Chooser":
+        from expertcut.interventions.lineage import numbers_of
+        from expertcut.interventions.reweighting.choosing import MIN_APPEARANCES, Chooser
+        from expertcut.interventions.reweighting.choosing import read_contrast as read
+
+        model, least = profile.info.model, self.min_appearances
+        constant = numbers_of(profile).constant
         return Chooser(
             boost_best=self.boost_best,
             suppress_worst=self.suppress_worst,
-            by=self.by or next(iter(SCORES)),
-            min_appearances=MIN_APPEARANCES
-            if self.min_appearances is None
-            else self.min_appearances,
+            by=self.by or "difference",
+            min_appearances=MIN_APPEARANCES if least is None else least,
             layers=read_layers(self.layers),
-            contrast=read_contrast(self.contrast, fingerprint) if self.contrast else None,
+            contrast=read(self.contrast, model.fingerprint) if self.contrast else None,
+            constant=tuple(
+                (layer, row)
+                for layer, block in enumerate(model.blocks)
+                for row in sorted(constant.get(block.name, ()))
+            ),
         )
 
-    def _check(self, scores: list[str]) -> None:
-        if self.by is not None and self.by not in scores:
-            raise SettingsError(f"--by {self.by} is no score: take one of {', '.join(scores)}")
+    def check(self) -> None:
+        """That the options go together.
+
+        Raises:
+            SettingsError: which does not.
+        """
+        from expertcut.interventions.reweighting.choosing import SCORES
+
+        if self.by is not None and self.by not in SCORES:
+            raise SettingsError(f"--by {self.by} is no score: take one of {', '.join(SCORES)}")
         if self.by is not None and self.contrast:
             raise SettingsError("--by and --contrast both score experts: give one of them")
         if self.min_appearances is not None and not 0 <= self.min_appearances <= 1:
@@ -105,17 +143,52 @@ class Asked:
                 "give one of these"
             )
 
-    @property
-    def criterion(self) -> str:
-        """What a plan says that experts were chosen by."""
-        if not self.is_choosing:
-            return "by hand"
-        return "contrast" if self.contrast else self.by or "difference"
+    def name(self, profile: "Profile", procedure: "Procedure") -> str:
+        """The procedure in words, which also name the outputs."""
+        from expertcut.interventions.lineage import numbers_of
 
-    def slug(self) -> str:
-        """Names the outputs."""
-        parts = (("boost-best", self.boost_best), ("suppress-worst", self.suppress_worst))
-        return "-".join(f"{name}-{n}" for name, n in parts if n)
+        numbers, blocks = numbers_of(profile), profile.info.model.blocks
+        words = {+1: "boost", -1: "suppress"}
+        named = [
+            f"{words[p.sign]} {p.layer}:{numbers.number(blocks[p.layer].name, p.expert)}"
+            for p, _ in procedure.named
+        ]
+        chosen = (("boost-best", self.boost_best), ("suppress-worst", self.suppress_worst))
+        named += [f"{name} {n}" for name, n in chosen if n]
+        by = () if self.criterion in ("by hand", "difference") else (f"by {self.criterion}",)
+        return " ".join((*named, *by, *(("tuned",) if procedure.is_tuned else ())))
+
+
+@dataclass(frozen=True)
+class How:
+    """How strongly, and how it is judged, as given."""
+
+    strength: float | None
+    is_tuned: bool
+    is_proved: bool
+    draws: int
+    seed: int
+
+    @property
+    def is_deciding(self) -> bool:
+        """Whether the model is asked before anything is built."""
+        return self.is_tuned or self.is_proved
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether there is more to settle than experts and strengths given by hand."""
+        return self.is_deciding or self.strength is not None
+
+    def check(self, *, is_given: bool) -> None:
+        """That the strength is one, and given once.
+
+        Raises:
+            SettingsError: it is not.
+        """
+        if self.strength is not None and not (math.isfinite(self.strength) and self.strength > 0):
+            raise SettingsError(f"--strength {self.strength:g} must be a number of logits above 0")
+        if self.is_tuned and (self.strength is not None or is_given):
+            raise SettingsError("--tune searches for the strength: leave the number out")
 
 
 def read_layers(text: str | None) -> tuple[int, ...]:
@@ -149,7 +222,7 @@ def settled_on_profile(profile: "Profile", procedure: "Procedure") -> "Settled":
 def decided(profile: "Profile", procedure: "Procedure", options: "DecideOptions") -> "Decision":
     """Chosen and proved on the tuning questions; prints what was found."""
     from expertcut.evaluation.proving.decision import decide
-    from expertcut.reporting.proofs import decision_sentences, decision_tables
+    from expertcut.reporting.proving import decision_sentences, decision_tables
 
     quiet()
     columns = (TextColumn("proving"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

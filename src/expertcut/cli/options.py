@@ -65,6 +65,13 @@ class Removed(StrEnum):
     mean = "mean"
 
 
+class ApplyAt(StrEnum):
+    """At which tokens a bias acts."""
+
+    answer = "answer"
+    all = "all"
+
+
 class Fold(StrEnum):
     """Over which tokens layout stock measures how much gate weights grow."""
 
@@ -122,6 +129,27 @@ ResultsFile = Annotated[
     Path, option("Where to; its chunks beside it are resumed.", "--out", dir_okay=False)
 ]
 PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
+RemovedOption = Annotated[
+    Removed | None, option("What removed experts give in layout exact; zero without.", "--removed")
+]
+FoldOption = Annotated[
+    Fold | None,
+    option("Which tokens say how much layout stock must scale experts; answer without.", "--fold"),
+]
+Boost = Annotated[
+    list[str] | None, option("E, L:E, E=bias or L:E=bias; may be repeated.", "--boost")
+]
+Suppress = Annotated[list[str] | None, option("As --boost, the other way.", "--suppress")]
+Scale = Annotated[
+    list[str] | None,
+    option("E=factor or L:E=factor on its gate weight: who is chosen stays.", "--scale"),
+]
+ApplyAtOption = Annotated[
+    ApplyAt | None,
+    option(
+        "Let biases act at the answer position only (layout stock).  [default: all]", "--apply-at"
+    ),
+]
 LayoutOption = Annotated[
     Layout,
     option(
@@ -130,6 +158,11 @@ LayoutOption = Annotated[
         "--layout",
     ),
 ]
+
+
+def value(choice: Any) -> Any:
+    """A choice in the words of the stages."""
+    return None if choice is None else choice.value
 
 
 def read_quiz(quiz: str, split: str, shots: int, subjects: str | None, limit: int | None) -> "Quiz":

@@ -1,16 +1,18 @@
 """The command `reweight`."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from expertcut.cli.changing import Place
+from expertcut.cli.changing import Named, Place
 from expertcut.cli.deciding import (
     Asked,
     BoostBest,
     By,
     ContrastPair,
     Draws,
+    Expressions,
+    How,
     Layers,
     MinAppearances,
     Prove,
@@ -22,6 +24,8 @@ from expertcut.cli.deciding import (
     settled_on_profile,
 )
 from expertcut.cli.options import (
+    ApplyAtOption,
+    Boost,
     Device,
     Dtype,
     Force,
@@ -31,26 +35,30 @@ from expertcut.cli.options import (
     OutDir,
     PlanOnly,
     ProfileDir,
+    Scale,
+    Suppress,
     Threads,
     TrustRemoteCode,
-    option,
     read_profile,
+    value,
 )
-from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions
     from expertcut.evaluation.proving.decision import DecideOptions, Decision
-    from expertcut.interventions.reweighting.tuning import Procedure, Settled
+    from expertcut.interventions.plan import Layout as LayoutName
+    from expertcut.interventions.plan import Positions
+    from expertcut.interventions.reweighting.tuning import Settled
     from expertcut.profiling.store import Profile
+
+_Where = tuple[Path | None, bool, bool]
 
 
 def reweight(
     profile: ProfileDir = None,
-    boost: Annotated[
-        list[str] | None, option("E, L:E, E=bias or L:E=bias; may be repeated.")
-    ] = None,
-    suppress: Annotated[list[str] | None, option("As --boost, the other way.")] = None,
+    boost: Boost = None,
+    suppress: Suppress = None,
+    scale: Scale = None,
     boost_best: BoostBest = 0,
     suppress_worst: SuppressWorst = 0,
     by: By = None,
@@ -62,6 +70,7 @@ def reweight(
     prove: Prove = False,
     draws: Draws = 99,
     seed: Seed = 0,
+    apply_at: ApplyAtOption = None,
     layout: LayoutOption = Layout.stock,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -74,99 +83,83 @@ def reweight(
 ) -> None:
     """Tilt the gate toward or away from experts."""
     from expertcut.checkpoints.build import BuildOptions
-    from expertcut.evaluation.proving.decision import DecideOptions
     from expertcut.moe.loading import LoadOptions
 
     asked = Asked(boost_best, suppress_worst, by, min_appearances, layers, contrast)
-    found = read_profile(profile, threads)
-    procedure = _procedure(found, asked, (boost or [], suppress or []), strength, tune)
-    name = "-".join(filter(None, (_slug(procedure), asked.slug(), "tuned" if tune else "")))
-    load_as = LoadOptions(dtype, device, trust_remote_code)
-    tilting = _Tilting(found, procedure, asked.criterion, layout.value)
-    place = Place(found, name + tilting.mark, out, plan_only, force)
-    if tune or prove:
-        tilting.decide(DecideOptions(load_as, name, "all", prove, draws, seed))
-    tilting.make(place, BuildOptions(load_as, not no_verify, force))
+    how = How(strength, tune, prove, draws, seed)
+    options = BuildOptions(LoadOptions(dtype, device, trust_remote_code), not no_verify, force)
+    tilting = _Tilting(read_profile(profile, threads), layout.value, value(apply_at), options)
+    named, where = (boost, suppress, scale), (out, plan_only, force)
+    tilting.make(asked, how, named, where)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Tilting:
-    """From a procedure to shifts, and from these to a checkpoint."""
+    """What every way to a tilted checkpoint has in common."""
 
     profile: "Profile"
-    procedure: "Procedure"
-    criterion: str
-    layout: Any
-    decision: "Decision | None" = None
+    layout: "LayoutName"
+    apply_at: "Positions | None"
+    options: "BuildOptions"
 
-    @property
-    def mark(self) -> str:
-        """What names of outputs end in."""
-        return "" if self.layout == "stock" else f"-{self.layout}"
+    def make(self, asked: Asked, how: How, named: Expressions, where: _Where) -> None:
+        """The one way or the other."""
+        asked.check()
+        if asked.is_choosing or how.is_asking:
+            self.choose(asked, how, named, where)
+        else:
+            self.by_hand(named, where)
 
-    def decide(self, options: "DecideOptions") -> None:
-        """On the tuning questions, with the model."""
-        self.decision = decided(self.profile, self.procedure, options)
+    def by_hand(self, named: Expressions, where: _Where) -> None:
+        """Experts and strengths that need no question to be asked."""
+        from expertcut.interventions.reweighting.drafting import reweight_draft
 
-    def make(self, place: Place, options: "BuildOptions") -> None:
-        """The checkpoint or plan; where nothing is tilted, the proof alone."""
+        found = Named.of(self.profile, *named)
+        kind = (self.layout, found.scalings, self.apply_at)
+        draft = reweight_draft(self.profile, found.tilts, *kind)
+        built = Place(self.profile, draft.slug, *where).make(draft, self.options)
+        found.say(draft, built)
+
+    def choose(self, asked: Asked, how: How, named: Expressions, where: _Where) -> None:
+        """Experts by a score, strengths by a search, the proof; then the checkpoint."""
+        procedure = asked.procedure(self.profile, how, named)
+        name = asked.name(self.profile, procedure)
+        mark = "" if self.layout == "stock" else f"-{self.layout}"
+        mark += "-answer" if self.apply_at == "answer" else ""
+        place = Place(self.profile, name.replace(":", ".").replace(" ", "-") + mark, *where)
+        decision = None
+        if how.is_deciding:
+            decision = decided(self.profile, procedure, self._decide_options(how, name))
+        settled = decision.settled if decision else settled_on_profile(self.profile, procedure)
+        origins = [procedure.origin(shift) for shift in settled.shifts]
+        self._make(place, (settled, origins, asked.criterion), decision)
+
+    def _make(
+        self,
+        place: Place,
+        chosen: "tuple[Settled, list[str], str]",
+        decision: "Decision | None",
+    ) -> None:
         from expertcut.evaluation.proving.outcome import proof_file
-        from expertcut.interventions.reweighting.targets import reweight_draft, tilts_of
-        from expertcut.reporting.outcomes import tilt_sentences
+        from expertcut.interventions.reweighting.drafting import reweight_draft
+        from expertcut.interventions.reweighting.targets import tilts_of
 
-        found = self.decision
-        proof = proof_file(found.proof) if found and found.proof else {}
-        options = replace(options, beside=proof)
-        settled = found.settled if found else settled_on_profile(self.profile, self.procedure)
+        proof = proof_file(decision.proof) if decision and decision.proof else {}
+        options, (settled, origins, criterion) = replace(self.options, beside=proof), chosen
         if not settled.shifts:
             place.keep(options)
             return
-        tilted = tilts_of(self.profile, settled.shifts, self._origins(settled))
+        tilts = tilts_of(self.profile, settled.shifts, origins)
         draft = replace(
-            reweight_draft(self.profile, tilted, self.layout, self.criterion),
-            is_tuned=found is not None,
-            tuning=settled.curve,
+            reweight_draft(self.profile, tilts, self.layout, (), self.apply_at),
+            criterion=criterion,
+            is_tuned=decision is not None,
+            tuning=decision.curve if decision else (),
         )
-        built = place.make(draft, options)
-        for sentence in tilt_sentences(tilted, built):
-            print(sentence)
+        Named(tilts, []).say(draft, place.make(draft, options))
 
-    def _origins(self, settled: "Settled") -> list[str]:
-        given = {(pick.layer, pick.expert) for pick, strength in self.procedure.named if strength}
-        if self.procedure.is_tuned:
-            return ["found by a search"] * len(settled.shifts)
-        is_given = self.procedure.strength is not None
-        return [
-            "given" if is_given or (s.layer, s.expert) in given else "its admission gap"
-            for s in settled.shifts
-        ]
+    def _decide_options(self, how: How, name: str) -> "DecideOptions":
+        from expertcut.evaluation.proving.decision import DecideOptions
 
-
-def _slug(procedure: "Procedure") -> str:
-    words = {+1: "boost", -1: "suppress"}
-    named = [f"{words[p.sign]}-{p.layer}.{p.expert}" for p, _ in procedure.named]
-    return "-".join(named)[:100]
-
-
-def _procedure(
-    profile: "Profile",
-    asked: Asked,
-    named: tuple[list[str], list[str]],
-    strength: float | None,
-    is_tuned: bool,
-) -> "Procedure":
-    from expertcut.interventions.reweighting.targets import named_picks
-    from expertcut.interventions.reweighting.tuning import Procedure
-
-    if not any(named) and not asked.is_choosing:
-        raise SettingsError(
-            "say which experts to tilt: --boost E or --suppress E, E as in 3:12, or "
-            "--boost-best N or --suppress-worst N"
-        )
-    if strength is not None and not (math.isfinite(strength) and strength > 0):
-        raise SettingsError(f"--strength {strength:g} must be a number of logits above 0")
-    picks = named_picks(profile, *named)
-    if is_tuned and (strength is not None or any(given for _, given in picks)):
-        raise SettingsError("--tune searches for the strength: leave the number out")
-    chooser = asked.chooser(profile.info.model.fingerprint)
-    return Procedure(picks, chooser, strength, is_tuned)
+        load_as, apply_at = self.options.load_as, self.apply_at or "all"
+        return DecideOptions(load_as, name, apply_at, how.is_proved, how.draws, how.seed)

@@ -5,16 +5,19 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, FiniteFloat, ValidationError
 
 from expertcut.errors import PlanError
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.store import BlockInfo, ModelInfo, Record, first_fault
+from expertcut.profiling.store import ModelInfo, Record, first_fault
+
+if TYPE_CHECKING:
+    from expertcut.interventions.lineage import Numbers
 
 PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
@@ -22,19 +25,26 @@ QUESTIONS_FILE = "chosen_on.txt"
 Positions = Literal["answer", "all"]
 Layout = Literal["stock", "exact"]
 Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
-ApplyAt = Literal["answer", "all"]  # at which tokens a bias acts
 Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measures the inflation
 
 
 class Edit(Record):
     """One block's change; ids are the unedited model's.
 
-    `bias` is added to router logits, `scale` multiplies gate weights.
+    `bias` is added to router logits, `scale` multiplies gate weights. In plan.json the ids are
+    those of the model before any cut, and `rows` gives those of the router's rows where earlier
+    cuts made them differ.
     """
 
     keep: tuple[int, ...]
     bias: dict[int, FiniteFloat] = Field(default_factory=dict)
     scale: dict[int, FiniteFloat] = Field(default_factory=dict)
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def tilted(self) -> tuple[int, ...]:
+        """The experts with a bias or a factor, each once."""
+        return tuple(dict.fromkeys((*self.bias, *self.scale)))
 
     def removed(self, n_experts: int) -> tuple[int, ...]:
         """Sorted ids of the experts that do not stay."""
@@ -83,7 +93,7 @@ class Plan(Record):
     layout: Layout
     removed: Removed | None = None
     fold: Fold | None = None
-    apply_at: ApplyAt | None = None
+    apply_at: Positions | None = None
     chosen_on: ChosenOn
     tuning: tuple[Point, ...] = ()
     proof: dict[str, Any] = Field(default_factory=dict)
@@ -95,8 +105,10 @@ class Draft:
     """A choice made from a profile, before anything is fitted or written.
 
     `slug` names the outputs, `action` says in words what was asked for. `removed` is for layout
-    exact, `fold` for layout stock, `apply_at` for biases. What was chosen on the tuning questions
-    instead of the profile's is `is_tuned`; `tuning` is the curve of a search.
+    exact, `fold` for layout stock; `apply_at` says at which tokens a bias acts. What was chosen on
+    the tuning questions instead of the profile's is `is_tuned`; `tuning` is the curve of a search.
+    `edits` are of rows of the profiled routers, which `numbers` calls by what they were before
+    earlier cuts.
     """
 
     slug: str
@@ -107,7 +119,9 @@ class Draft:
     layout: Layout = "stock"
     removed: Removed = "zero"
     fold: Fold = "answer"
-    apply_at: ApplyAt = "all"
+    apply_at: Positions = "all"
+    is_cut: bool = False
+    numbers: "Numbers | None" = None
     is_tuned: bool = False
     tuning: tuple[Point, ...] = ()
 
@@ -115,6 +129,11 @@ class Draft:
     def is_biased(self) -> bool:
         """Whether any expert gets a logit bias."""
         return any(edit.bias for edit in self.edits.values())
+
+    @property
+    def is_tilted(self) -> bool:
+        """Whether any expert gets a bias or a factor."""
+        return any(edit.tilted for edit in self.edits.values())
 
     @property
     def is_fitting(self) -> bool:
@@ -132,71 +151,6 @@ def plan_model(info: ModelInfo) -> PlanModel:
     return PlanModel(id=info.id, revision=info.revision, fingerprint=info.fingerprint)
 
 
-def check_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: Layout) -> None:
-    """That the edits fit the blocks and that the layout can carry them.
-
-    Stock has one count for all layers, and the router must find K experts among those that stay;
-    exact only needs one that stays.
-
-    Raises:
-        PlanError: naming the block and what it must be.
-    """
-    if list(edits) != [block.name for block in blocks]:
-        raise PlanError(
-            f"the plan names {len(edits)} blocks, the model has {len(blocks)}: "
-            f"list {blocks[0].name} … {blocks[-1].name} in order"
-        )
-    for block in blocks:
-        _check_block(block, edits[block.name], block.top_k if layout == "stock" else 1)
-    if layout == "exact":
-        return
-    for block in blocks:
-        _check_groups(block, edits[block.name])
-    counts = {len(edit.keep) for edit in edits.values()}
-    if len(counts) > 1 or len({block.experts for block in blocks}) > 1:
-        raise PlanError(
-            f"layout stock needs one count for all layers, found {sorted(counts)}: "
-            "keep the same number in each, or take --layout exact"
-        )
-
-
-def _check_block(block: BlockInfo, edit: Edit, least: int) -> None:
-    name, n_kept = block.name, len(edit.keep)
-    if list(edit.keep) != sorted(set(edit.keep)):
-        raise PlanError(f"{name}: keep must be sorted and without repeats")
-    outside = [e for e in edit.keep if not 0 <= e < block.experts]
-    if outside:
-        raise PlanError(
-            f"{name} keeps expert {outside[0]} but has experts 0 to {block.experts - 1}"
-        )
-    if n_kept < least:
-        raise PlanError(
-            f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
-            f"keep at least {least}"
-        )
-    unknown = sorted({*edit.bias, *edit.scale} - set(edit.keep))
-    if unknown:
-        raise PlanError(f"{name}: expert {unknown[0]} has a bias or scale but is not kept")
-
-
-def _check_groups(block: BlockInfo, edit: Edit) -> None:
-    if block.groups == 1 or len(edit.keep) == block.experts:
-        return
-    size = block.experts // block.groups
-    per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
-    least = least_per_group(block)
-    if len(set(per_group)) > 1 or per_group[0] < least:
-        raise PlanError(
-            f"{block.name} routes in {block.groups} groups and keeps {per_group} of them: "
-            f"keep equally many in each, at least {least}"
-        )
-
-
-def least_per_group(block: BlockInfo) -> int:
-    """Experts that each group must keep: 2 rank a group, and those used must hold the top k."""
-    return max(2, -(-block.top_k // block.top_groups))
-
-
 def save_plan(folder: Path, plan: Plan, hashes: Collection[str]) -> None:
     """Writes `plan.json` and the hashes of the questions it was chosen on."""
     write_atomically(folder / QUESTIONS_FILE, _hash_lines(hashes))
@@ -208,7 +162,7 @@ def plan_text(plan: Plan) -> str:
     head = plan.model_dump(mode="json", exclude={"blocks"})
     lines = [f' "{key}": {json.dumps(value)},' for key, value in head.items()]
     edits = [
-        f"  {json.dumps(name)}: {json.dumps(edit.model_dump(mode='json'))}"
+        f"  {json.dumps(name)}: {json.dumps(edit.model_dump(mode='json', exclude_none=True))}"
         for name, edit in plan.blocks.items()
     ]
     return "\n".join(["{", *lines, ' "blocks": {', ",\n".join(edits), " }", "}"]) + "\n"

@@ -7,17 +7,10 @@ from typing import Any, Self
 import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
+from expertcut.interventions.allowed import check_edits, least_per_group
 from expertcut.interventions.criteria import CRITERIA, ranked
-from expertcut.interventions.plan import (
-    Draft,
-    Edit,
-    Fold,
-    Layout,
-    Positions,
-    Removed,
-    check_edits,
-    least_per_group,
-)
+from expertcut.interventions.lineage import numbers_of
+from expertcut.interventions.plan import Draft, Edit, Fold, Layout, Positions, Removed
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import BlockInfo, Profile
 
@@ -82,6 +75,7 @@ class Way:
             layout=self.layout,
             removed=self.removed,
             fold=self.fold,
+            is_cut=True,
         )
 
 
@@ -106,8 +100,12 @@ def choose(profile: Profile, keep: Keep, way: Way) -> Pruning:
             "say how many experts to keep: --keep-active, --keep N or "
             "--keep-fraction F, and only one of them"
         )
-    if keep.active:
-        return keep_active(profile, way)
+    pruning = keep_active(profile, way) if keep.active else _keep_some(profile, keep, way)
+    draft = replace(pruning.draft, numbers=numbers_of(profile))
+    return replace(pruning, draft=draft)
+
+
+def _keep_some(profile: Profile, keep: Keep, way: Way) -> Pruning:
     n_keep = keep.count
     if keep.fraction is not None:
         if not 0 < keep.fraction <= 1:

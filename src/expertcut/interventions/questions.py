@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertcut.errors import ProfileError, QuizError
+from expertcut.interventions.lineage import Numbers, inherited_hashes
 from expertcut.interventions.plan import ChosenOn, Draft, Plan, hashes_sha256, plan_model
 from expertcut.profiling.store import Profile, quiz_info
 from expertcut.quiz import Question, Quiz, Selection, load_quiz, round_robin, without
@@ -19,11 +20,15 @@ _MOST_OVERLAP = 0.05
 
 @dataclass(frozen=True)
 class Questions:
-    """`profiled` chose the experts, `tuning` fits what needs fitting, `held_out` judges."""
+    """`profiled` chose the experts, `tuning` fits what needs fitting, `held_out` judges.
+
+    `inherited` are content hashes of what the profiled checkpoint was itself chosen on.
+    """
 
     profiled: Quiz
     tuning: Quiz
     held_out: Quiz
+    inherited: frozenset[str] = frozenset()
 
 
 def questions_for(profile: Profile, *, is_fitting: bool) -> Questions:
@@ -37,7 +42,7 @@ def questions_for(profile: Profile, *, is_fitting: bool) -> Questions:
         ProfileError: the quiz is not the one that was profiled.
         QuizError: more than 5 % of the tuning questions stand in the profiled split.
     """
-    profiled = profiled_quiz(profile)
+    profiled, inherited = profiled_quiz(profile), inherited_hashes(profile)
     tuning = profiled
     if is_fitting and profiled.split == "test":
         tuning = _other_split(profiled, "val", profiled) or profiled
@@ -45,7 +50,8 @@ def questions_for(profile: Profile, *, is_fitting: bool) -> Questions:
     for split in (s for s in ("val", "test") if s not in used):
         other = _other_split(profiled, split, profiled, tuning)
         if other is not None:
-            return Questions(profiled, tuning, round_robin(other, HELD_OUT))
+            other = without(other, inherited) if len(without(other, inherited)) else other
+            return Questions(profiled, tuning, round_robin(other, HELD_OUT), inherited)
     fifth = [q for q in tuning if int(q.content_hash, 16) % _ONE_IN == 0]
     held_out = round_robin(replace_questions(tuning, group_by_subject(fifth)), HELD_OUT)
     kept = without(tuning, hashes(held_out))
@@ -53,13 +59,14 @@ def questions_for(profile: Profile, *, is_fitting: bool) -> Questions:
         raise QuizError(
             f"{profiled.id} has too few questions to hold any out: it has {len(tuning)}"
         )
-    return Questions(profiled, kept, held_out)
+    return Questions(profiled, kept, held_out, inherited)
 
 
 def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
     """The plan with its provenance, still without proof."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
     fitted = questions.tuning if draft.is_fitting else None
+    numbers = draft.numbers or Numbers()
     return Plan(
         model=plan_model(profile.info.model),
         action=draft.action,
@@ -79,14 +86,15 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
             sha256=hashes_sha256(used_hashes(draft, questions)),
         ),
         tuning=draft.tuning,
-        blocks=dict(draft.edits),
+        blocks={name: numbers.named(name, edit) for name, edit in draft.edits.items()},
     )
 
 
 def used_hashes(draft: Draft, questions: Questions) -> frozenset[str]:
-    """Content hashes of every question that the choice or the fit looked at."""
+    """Content hashes of every question that this choice, its fit or an earlier one looked at."""
     tuning = hashes(questions.tuning) if draft.asks_tuning else frozenset()
-    return tuning if draft.is_tuned else hashes(questions.profiled) | tuning
+    chosen = tuning if draft.is_tuned else hashes(questions.profiled) | tuning
+    return chosen | questions.inherited
 
 
 def hashes(quiz: Quiz) -> frozenset[str]:

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
+from expertcut.interventions.lineage import Numbers, ids_text
 from expertcut.interventions.prune import Pruning
 from expertcut.interventions.touched import Touched
-from expertcut.reporting.outcomes import ids_text
 from expertcut.reporting.tables import Cell, Column, Table
 
 
 def pruning_sentences(pruning: Pruning) -> list[str]:
     """What stays and what goes, per block, and the idle experts that stay."""
-    sentences = []
+    sentences, numbers = [], pruning.draft.numbers or Numbers()
     for name, edit in pruning.draft.edits.items():
-        fillers = ids_text(pruning.fillers[name])
+        fillers = ids_text(numbers.kept(name, pruning.fillers[name]))
         text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
         if fillers:
             text += f"; never activated but kept to make one count for all layers: {fillers}"

@@ -1,16 +1,11 @@
-"""Plans, built checkpoints and results: what was done, and what came of it, in tables and words."""
+"""Plans and results: what was done, and how well it answers, in tables and words."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
+from expertcut.interventions.lineage import ids_text
 from expertcut.interventions.plan import Plan
-from expertcut.interventions.reweighting.targets import Tilt
 from expertcut.reporting.tables import Cell, Column, Table
-
-if TYPE_CHECKING:  # with torch, which `show` does without
-    from expertcut.checkpoints.build import Built
-    from expertcut.checkpoints.proof import Proof
 
 
 def plan_table(plan: Plan) -> Table:
@@ -33,88 +28,6 @@ def plan_table(plan: Plan) -> Table:
         f"{fitted if chosen.fitted_split else ''}; model {plan.model.id}."
     )
     return Table(f"Plan: {plan.action} ({plan.layout})", columns, rows, note)
-
-
-def proof_tables(built: "Built") -> list[Table]:
-    """How well biases are carried, and what the edit did to questions that were not used."""
-    tables = [_fit_table(built)] if built.fits else []
-    return [*tables, _held_out_table(built.proof)] if built.proof else tables
-
-
-def proof_sentences(built: "Built") -> list[str]:
-    """What layout exact promises, and whether it held; or that nothing was asked."""
-    if built.proof is None:
-        return ["The new checkpoint was not asked any question."]
-    alone = built.proof.alone
-    if alone is None:
-        return []
-    if alone.untouched == 0:
-        return [
-            f"Each of the {alone.questions} questions has tokens that chose a removed expert, so "
-            "none must stay as it was."
-        ]
-    kept = "all of them" if alone.bit_equal == alone.untouched else f"{alone.bit_equal} of them"
-    return [
-        f"{alone.untouched} of the {alone.questions} questions have no token that chose a removed "
-        f"expert; scored alone, {kept} come out bit-equal."
-    ]
-
-
-def _held_out_table(proof: "Proof") -> Table:
-    rows: list[list[Cell]] = [
-        [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
-        for d in proof.differences
-    ]
-    columns = (
-        Column("against"),
-        Column("largest |Δ log p|", ".4f"),
-        Column("median |Δ log p|", ".4f"),
-        Column("flipped answers"),
-        Column("questions"),
-    )
-    return Table(f"Held-out questions ({proof.split})", columns, rows)
-
-
-def _fit_table(built: "Built") -> Table:
-    """How well the gate row carries the bias (design: layout stock)."""
-    rows: list[list[Cell]] = [
-        [
-            f.layer,
-            f.quality_all,
-            f"{f.mean_all:.3f} ± {f.std_all:.3f}",
-            f.quality_answer,
-            f"{f.mean_answer:.3f} ± {f.std_answer:.3f}",
-        ]
-        for f in built.fits
-    ]
-    columns = (
-        Column("layer"),
-        Column("fit, all tokens", ".4f"),
-        Column("v·h, all tokens"),
-        Column("fit, answer positions", ".4f"),
-        Column("v·h, answer positions"),
-    )
-    note = "fit = 1 − mean((1 − v·h)²) on held-out questions; 1 is a bias carried exactly."
-    return Table("The bias as a gate row", columns, rows, note)
-
-
-def tilt_sentences(found: list[Tilt], built: "Built | None") -> list[str]:
-    """What each tilt did, in words."""
-    sentences = []
-    for tilt in found:
-        verb = "boosted" if tilt.bias > 0 else "suppressed"
-        text = (
-            f"Expert {tilt.expert} of layer {tilt.layer} is {verb} by {tilt.bias:+.4f} "
-            f"on its logit ({tilt.origin})"
-        )
-        if built is not None and built.proof is not None:
-            base, exact, edited = built.proof.shares[tilt.layer, tilt.expert]
-            text += (
-                f"; it serves {edited:.1%} of held-out questions, before {base:.1%}, "
-                f"with the exact bias {exact:.1%}"
-            )
-        sentences.append(f"{text}.")
-    return sentences
 
 
 def results_table(found: Results) -> Table:
@@ -199,14 +112,3 @@ def _leak(model: ModelResult, split: str) -> str:
 
 def _interval(ci95: tuple[float, float], sign: str) -> str:
     return f"{ci95[0]:{sign}.2%} … {ci95[1]:{sign}.2%}"
-
-
-def ids_text(ids: tuple[int, ...]) -> str:
-    """Ids as `0–3, 7, 9–12`."""
-    runs: list[list[int]] = []
-    for i in ids:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)

@@ -1,93 +1,149 @@
-"""Searches for a strength, and proofs of a way of reweighting, in tables and words."""
+"""Built checkpoints: how well a layout carries a plan, and what that did to held-out questions."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expertcut.interventions.plan import Point
+from expertcut.interventions.lineage import Numbers
+from expertcut.interventions.reweighting.targets import Scaling, Tilt
 from expertcut.reporting.tables import Cell, Column, Table
 
 if TYPE_CHECKING:  # with torch, which `show` does without
-    from expertcut.evaluation.proving.decision import Decision
-    from expertcut.evaluation.proving.outcome import Change, ProofResult
+    from expertcut.checkpoints.build import Built
+    from expertcut.checkpoints.proof import Proof
 
 
-def curve_table(curve: Sequence[Point]) -> Table:
-    """Strength against accuracy, as the search went."""
+def proof_tables(built: "Built") -> list[Table]:
+    """How well biases are carried, and what the edit did to questions that were not used."""
+    tables = [_fit_table(built)] if built.fits else []
+    if built.proof is None:
+        return tables
+    tables.append(_held_out_table(built.proof))
+    return [*tables, _outcome_table(built.proof)] if built.proof.outcomes else tables
+
+
+def proof_sentences(built: "Built") -> list[str]:
+    """What layout exact promises, and whether it held; or that nothing was asked."""
+    if built.proof is None:
+        return ["The new checkpoint was not asked any question."]
+    alone = built.proof.alone
+    if alone is None:
+        return []
+    if alone.untouched == 0:
+        return [
+            f"Each of the {alone.questions} questions has tokens that chose a removed expert, so "
+            "none must stay as it was."
+        ]
+    kept = "all of them" if alone.bit_equal == alone.untouched else f"{alone.bit_equal} of them"
+    return [
+        f"{alone.untouched} of the {alone.questions} questions have no token that chose a removed "
+        f"expert; scored alone, {kept} come out bit-equal."
+    ]
+
+
+def _held_out_table(proof: "Proof") -> Table:
+    rows: list[list[Cell]] = [
+        [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
+        for d in proof.differences
+    ]
+    columns = (
+        Column("against"),
+        Column("largest |Δ log p|", ".4f"),
+        Column("median |Δ log p|", ".4f"),
+        Column("flipped answers"),
+        Column("questions"),
+    )
+    return Table(f"Held-out questions ({proof.split})", columns, rows)
+
+
+def _outcome_table(proof: "Proof") -> Table:
+    """How much of a bias's effect comes from where the answer is written."""
+    rows: list[list[Cell]] = [
+        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in proof.outcomes
+    ]
+    columns = (
+        Column("form"),
+        Column("accuracy", ".2%"),
+        Column("mean log p of the right choice", ".4f"),
+        Column("flipped answers"),
+        Column("questions"),
+    )
+    note = "Biases act at run time, in the unedited model, but for the last row."
+    return Table(f"Where the bias acts ({proof.split})", columns, rows, note)
+
+
+def _fit_table(built: "Built") -> Table:
+    """How well the gate row carries the bias (design: layout stock)."""
     rows: list[list[Cell]] = [
         [
-            point.strength,
-            ", ".join(f"{layer}:{e}" for layer, e, _ in point.biases) or None,
-            point.accuracy,
-            f"{point.ci95[0]:.2%} … {point.ci95[1]:.2%}",
-            point.questions,
+            f.layer,
+            f.quality,
+            f.quality_answer,
+            f"{f.mean_answer:.3f} ± {f.std_answer:.3f}",
+            f"{f.mean_elsewhere:.3f} ± {f.std_elsewhere:.3f}",
         ]
-        for point in curve
+        for f in built.fits
     ]
     columns = (
-        Column("strength", ".4g"),
-        Column("experts"),
-        Column("accuracy", ".2%"),
-        Column("95 % interval"),
-        Column("questions", ",d"),
+        Column("layer"),
+        Column("fit", ".4f"),
+        Column("fit, answer positions", ".4f"),
+        Column("v·h, answer positions"),
+        Column("v·h, elsewhere"),
     )
-    note = "Accuracy on the questions that the strength was chosen on, so the best of it flatters."
-    return Table("Strength (logits) against accuracy", columns, rows, note)
-
-
-def proof_table(proof: "ProofResult") -> Table:
-    """The fair number, the flattering one and chance, side by side."""
-    control = proof.random
-    rows = [
-        ["cross-fitted", *_change_cells(proof.cross_fitted)],
-        ["chosen and scored on the same questions", *_change_cells(proof.same_questions)],
-        [
-            f"random experts ({control.draws} draws, {control.distinct} distinct)",
-            control.delta_mean,
-            _points(control.range95),
-            *[None] * 3,
-        ],
-    ]
-    columns = (
-        Column(f"{proof.questions:,} questions of {proof.split}"),
-        Column("Δ accuracy", "+.2%"),
-        Column("95 % interval"),
-        Column("gained"),
-        Column("lost"),
-        Column("McNemar p", ".3g"),
+    target = "1 at answer positions and 0 elsewhere, both weighing the same"
+    note = (
+        "fit = 1 − mean((t − v·h)²) on held-out questions, where t is "
+        f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
     )
-    note = f"Unedited accuracy {proof.base_accuracy:.2%}; p against random experts {control.p:.3g}."
-    return Table(f"Proof: {proof.procedure}", columns, rows, note)
+    return Table("The bias as a gate row", columns, rows, note)
 
 
-def _change_cells(change: "Change") -> list[Cell]:
-    interval = _points(change.ci95)
-    return [change.delta, interval, change.gained, change.lost, change.mcnemar_p]
-
-
-def _points(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:+.2%} … {ends[1]:+.2%}"
-
-
-def decision_tables(found: "Decision") -> list[Table]:
-    """The curve of the search, and the proof."""
-    tables = [curve_table(found.settled.curve)] if found.settled.curve else []
-    return [*tables, proof_table(found.proof)] if found.proof else tables
-
-
-def decision_sentences(found: "Decision") -> list[str]:
-    """What was chosen, where its effect comes from, and the verdict."""
+def tilt_sentences(
+    found: Sequence[Tilt], built: "Built | None", numbers: Numbers | None = None
+) -> list[str]:
+    """What each bias did, in words, and whether the experts are then those of the exact bias."""
     sentences = []
-    if found.settled.shifts:
-        chosen = ", ".join(f"{s.layer}:{s.expert} by {s.bias:+.4g}" for s in found.settled.shifts)
-        answer, everywhere = found.accuracy_at["answer"], found.accuracy_at["all"]
-        sentences.append(
-            f"Chosen on {len(found.tuning):,} {found.tuning.split} questions: {chosen} (logits). "
-            f"There accuracy goes from {found.base_accuracy:.2%} to {everywhere:.2%} with the bias "
-            f"at every token, and to {answer:.2%} with it at the answer position alone."
+    for tilt in found:
+        verb = "boosted" if tilt.bias > 0 else "suppressed"
+        text = (
+            f"{_expert(tilt, numbers)} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"
         )
-    else:
-        sentences.append(
-            f"No tilt that was tried beats the unedited model on {len(found.tuning):,} "
-            f"{found.tuning.split} questions."
-        )
-    return [*sentences, found.proof.sentence] if found.proof else sentences
+        if built is not None and built.proof is not None:
+            base, exact, edited = built.proof.shares[tilt.layer, tilt.expert]
+            text += (
+                f"; it serves {edited:.1%} of held-out questions, before {base:.1%}, "
+                f"with the exact bias {exact:.1%}"
+            )
+        sentences.append(f"{text}.")
+    proof = None if built is None else built.proof
+    return [*sentences, *(_agreement_sentences(proof) if proof else [])]
+
+
+def scale_sentences(
+    scaled: Sequence[Scaling], built: "Built | None", numbers: Numbers | None = None
+) -> list[str]:
+    """What each factor did, in words."""
+    sentences = []
+    for scaling in scaled:
+        expert = _expert(scaling, numbers)
+        text = f"The gate weight of {expert[0].lower()}{expert[1:]} is multiplied by "
+        text += f"{scaling.factor:g}; in its own layer who is chosen stays"
+        if built is not None and built.proof is not None:
+            share = built.proof.shares[scaling.layer, scaling.expert][2]
+            text += f", and it serves {share:.1%} of held-out questions"
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def _agreement_sentences(proof: "Proof") -> list[str]:
+    return [
+        f"In layer {a.layer} the checkpoint chooses the very experts of the exact bias at "
+        f"{a.same_answer:.1%} of answer positions ({a.overlap_answer:.1%} of the experts) and at "
+        f"{a.same_all:.1%} of all tokens ({a.overlap_all:.1%})."
+        for a in proof.agreement
+    ]
+
+
+def _expert(tilt: Tilt | Scaling, numbers: Numbers | None) -> str:
+    number = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
+    return f"Expert {number} of layer {tilt.layer}"

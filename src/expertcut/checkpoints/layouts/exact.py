@@ -7,6 +7,7 @@ removed ids by layer, and `modeling_exact.py` beside it runs them in transformer
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +31,23 @@ FAMILIES = {
 }
 
 
-def check_exact(config: Mapping[str, Any]) -> None:
+def is_exact(config: Mapping[str, Any]) -> bool:
+    """Whether a model has this layout already."""
+    return "approximate_experts" in config or "biased_gates" in config
+
+
+def check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
     """That the layout can carry an edit of this model.
 
     Raises:
-        ContractError: a family that it does not know, or a model that is `exact` already.
+        ContractError: a family that it does not know, or a cut of a model that is `exact` already.
     """
-    model_type = config.get("model_type")
-    if "approximate_experts" in config or "biased_gates" in config:
-        raise ContractError("the model has layout exact already: change the one it was made from")
+    model_type = _family_type(config)
+    if is_exact(config) and is_cutting:
+        raise ContractError(
+            "the model has layout exact already: it can be reweighted, but to cut it again, cut "
+            "the one it was made from"
+        )
     if model_type not in FAMILIES:
         raise ContractError(
             f"layout exact does not support {model_type} models, only "
@@ -55,29 +64,40 @@ def exact_config(
     vLLM reads the checkpoint. It has no place for a gate's bias, and neither have the family's
     classes in transformers, so that with one both names change and both refuse it.
 
+    In a model of this layout constants and biased gates stay what they are, and more come.
+
     Raises:
         ContractError: as `check_exact`.
         PlanError: a block without an expert left, or an expert that it does not have.
     """
-    check_exact(config)
-    family = FAMILIES[config["model_type"]]
+    check_exact(config, is_cutting=any(removed.values()))
+    model_type = _family_type(config)
+    family = FAMILIES[model_type]
     module = MODELLING_FILE.removesuffix(".py")
     auto_map = {"AutoModelForCausalLM": f"{module}.Exact{family}ForCausalLM"}
     n_experts = expert_count(dict(config)) or 0
     for block, experts in removed.items():
         _check_removed(block, experts, n_experts)
     by_layer = {layer_number(block): sorted(ids) for block, ids in removed.items() if ids}
+    constants = {str(layer): by_layer[layer] for layer in sorted(by_layer)}
     edited = {
         **config,
         "auto_map": auto_map,
-        "approximate_experts": {str(layer): by_layer[layer] for layer in sorted(by_layer)},
+        "approximate_experts": config.get("approximate_experts") or constants,
     }
-    if biased:
+    gates = {*config.get("biased_gates", ()), *map(layer_number, biased)}
+    if gates:
         auto_map["AutoConfig"] = f"{module}.Exact{family}Config"
         edited["architectures"] = [f"Exact{family}ForCausalLM"]
-        edited["model_type"] = f"exact_{config['model_type']}"
-        edited["biased_gates"] = sorted(map(layer_number, biased))
+        edited["model_type"] = f"exact_{model_type}"
+        edited["biased_gates"] = sorted(gates)
     return edited
+
+
+def _family_type(config: Mapping[str, Any]) -> str:
+    """The family's `model_type`, also of a model whose biased gates gave it one of its own."""
+    model_type = str(config.get("model_type"))
+    return model_type.removeprefix("exact_") if is_exact(config) else model_type
 
 
 def _check_removed(block: str, experts: Collection[int], n_experts: int) -> None:
@@ -122,10 +142,14 @@ def exact_rewrite(
             added[f"{name}.experts.{expert}.approx_value"] = value_D
     for name, edit in (edits or {}).items():
         if edit.bias:
-            # In bfloat16 a bias of 12.3 would be 12.3125.
-            added[f"{name}.gate.bias"] = _bias_E(edit, blocks[name].n_experts)
+            gate, bias_E = f"{name}.gate.bias", _bias_E(edit, blocks[name].n_experts)
+            if gate in headers:  # of an earlier reweighting
+                changed[gate] = Change(headers[gate].shape, partial(_plus, bias_E=bias_E))
+            else:  # in bfloat16 a bias of 12.3 would be 12.3125
+                added[gate] = bias_E
         if edit.scale:
-            _own_tensors(blocks, name, edit.keep[0])
+            for expert in edit.scale:
+                _own_tensors(blocks, name, expert)
             changed |= scaled_experts(headers, blocks[name], edit)
     return Rewrite(removed=frozenset(removed), changed=changed, added=added)
 
@@ -144,6 +168,10 @@ def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Cons
     return stored
 
 
+def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:
+    return (before_E.float() + bias_E).to(before_E.dtype)
+
+
 def _bias_E(edit: Edit, n_experts: int) -> Tensor:
     bias_E = torch.zeros(n_experts)
     for expert, bias in edit.bias.items():
@@ -152,6 +180,10 @@ def _bias_E(edit: Edit, n_experts: int) -> Tensor:
 
 
 def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> list[str]:
+    if name in blocks and blocks[name].by_expert and not blocks[name].by_expert[expert]:
+        raise ContractError(
+            f"expert {expert} of {name} is a constant already: it cannot be changed"
+        )
     if name not in blocks or not blocks[name].by_expert:
         raise ContractError(
             f"{name} has no tensors of its own for each expert on disk, which layout exact needs: "

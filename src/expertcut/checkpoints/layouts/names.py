@@ -16,6 +16,7 @@ from expertcut.errors import ContractError
 logger = logging.getLogger(__name__)
 
 Headers = Mapping[str, StoredTensor]
+CONSTANT = "approx_value"  # what a removed expert of layout exact leaves behind
 
 _OF_ONE_EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<part>.+)")
 _OF_ALL_EXPERTS = re.compile(
@@ -30,7 +31,8 @@ _LAST = re.compile(r"(down_proj|w2|output_linear)([._](weight|bias))?")
 class DiskBlock:
     """One MoE block as it lies on disk; all names are those of the headers.
 
-    `by_expert[e]` maps what follows the expert's number to the tensor's name; `axes` gives the
+    `by_expert[e]` maps what follows the expert's number to the tensor's name, and is empty where
+    the expert is a constant already (layout exact); `axes` gives the
     axis of length E of every tensor that all experts share, the router's included. `last` are
     the tensors of the experts' last projection, empty where it is not known which one that is.
     `logit_bias` is the router's own, None where it has none, `unclear_bias` a `gate.bias`: some
@@ -168,12 +170,14 @@ def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping
             found.setdefault(int(of_one["expert"]), {})[of_one["part"]] = member
     if sorted(found) != list(range(len(found))):
         raise ContractError(f"{name} holds {len(found)} experts that are not numbered from 0")
-    own = tuple(found[expert] for expert in range(len(found)))
+    is_constant = [set(found[expert]) == {CONSTANT} for expert in range(len(found))]
+    own = tuple({} if it_is else found[e] for e, it_is in enumerate(is_constant))
+    first = next((expert for expert, it_is in enumerate(is_constant) if not it_is), 0)
     for expert, parts in enumerate(own):
-        if _forms(parts, headers) != _forms(own[0], headers):
+        if parts and _forms(parts, headers) != _forms(own[first], headers):
             raise ContractError(
-                f"{name}: the tensors of expert {expert} differ from those of expert 0 in name, "
-                "shape or dtype: download the checkpoint again"
+                f"{name}: the tensors of expert {expert} differ from those of expert {first} in "
+                "name, shape or dtype: download the checkpoint again"
             )
     return own
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.layouts.names import DiskBlock, Headers, match_blocks
 from expertcut.errors import ContractError
-from expertcut.interventions.plan import Edit
+from expertcut.interventions.plan import Edit, Positions
 from expertcut.moe.loading import EXPERT_COUNT_FIELDS
 
 Apply = Callable[[Tensor], Tensor]
@@ -36,8 +36,15 @@ class Fitted:
     directions: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-def stock_rewrite(headers: Headers, edits: Mapping[str, Edit], fitted: Fitted) -> Rewrite:
+def stock_rewrite(
+    headers: Headers,
+    edits: Mapping[str, Edit],
+    fitted: Fitted,
+    apply_at: Positions = "all",
+) -> Rewrite:
     """What becomes of each tensor; layers in `fitted` are MoE blocks, in the order of `edits`.
+
+    A router's own bias acts at every token, so with `apply_at` `answer` it is left alone.
 
     Raises:
         ContractError: tensors on disk that cannot be told apart, or do not fit the edits.
@@ -55,7 +62,9 @@ def stock_rewrite(headers: Headers, edits: Mapping[str, Edit], fitted: Fitted) -
         for expert in set(range(len(block.by_expert))) - set(edit.keep):
             removed |= set(block.by_expert[expert].values())
         changed |= scaled_experts(headers, block, edit, fitted.folds.get(layer))
-        changed |= _shared_tensors(headers, block, edit, layer, fitted)
+        directions = {} if block.logit_bias and apply_at == "all" else fitted.directions
+        tilts = _tilts(block, edit, directions.get(layer))
+        changed |= _shared_tensors(headers, block, edit, tilts, fitted.folds.get(layer))
     return Rewrite(frozenset(removed), renamed, changed)
 
 
@@ -110,12 +119,16 @@ def _factors(
 
 
 def _shared_tensors(
-    headers: Headers, block: DiskBlock, edit: Edit, layer: int, fitted: Fitted
+    headers: Headers,
+    block: DiskBlock,
+    edit: Edit,
+    tilts: Mapping[str, Apply],
+    folds: "np.ndarray[Any, Any] | None",
 ) -> dict[str, Change]:
     """The tensors with an axis of length E: their kept rows, scaled or tilted where asked for."""
     is_cut = len(edit.keep) < block.n_experts
-    applies: dict[str, Apply] = _tilts(block, edit, layer, fitted)
-    if factors := _factors(edit, fitted.folds.get(layer)):
+    applies = dict(tilts)
+    if factors := _factors(edit, folds):
         applies |= {n: partial(_scaled_rows, factors=factors) for n in block.last & set(block.axes)}
     changed: dict[str, Change] = {}
     for name, axis in block.axes.items():
@@ -130,8 +143,8 @@ def _shared_tensors(
     return changed
 
 
-def _tilts(block: DiskBlock, edit: Edit, layer: int, fitted: Fitted) -> dict[str, Apply]:
-    """How the biases go into the router: into its own bias where it has one, else b·v."""
+def _tilts(block: DiskBlock, edit: Edit, v_D: Tensor | None) -> dict[str, Apply]:
+    """How the biases go into the router: as b·v, or into its own bias without a direction."""
     if not edit.bias:
         return {}
     if block.unclear_bias:
@@ -140,10 +153,12 @@ def _tilts(block: DiskBlock, edit: Edit, layer: int, fitted: Fitted) -> dict[str
             "not tell: boost and suppress are not supported here"
         )
     added: dict[int, float | Tensor] = {
-        edit.keep.index(expert): bias if block.logit_bias else bias * fitted.directions[layer]
+        edit.keep.index(expert): bias if v_D is None else bias * v_D
         for expert, bias in edit.bias.items()
     }
-    return {block.logit_bias or block.router_weight: partial(_added, added=added)}
+    name = block.logit_bias if v_D is None else block.router_weight
+    assert name is not None
+    return {name: partial(_added, added=added)}
 
 
 def _scaled(tensor: Tensor, factors: tuple[float, ...]) -> Tensor:

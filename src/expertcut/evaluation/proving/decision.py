@@ -1,20 +1,22 @@
 """The stage behind `reweight --tune` and `--prove`: one model load, all runs through it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.evaluation.proving.control import DRAWS
 from expertcut.evaluation.proving.crossfit import judge
-from expertcut.evaluation.proving.outcome import ProofResult, proof_result
+from expertcut.evaluation.proving.outcome import ProofResult, called, proof_result
+from expertcut.interventions.lineage import Numbers, numbers_of
+from expertcut.interventions.plan import Point
 from expertcut.interventions.questions import questions_for
 from expertcut.interventions.reweighting.records import Records, right
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.interventions.reweighting.tuning import Procedure, Settled
+from expertcut.interventions.reweighting.tuning import Procedure, Settled, Shift
 from expertcut.moe.loading import LoadOptions
 from expertcut.moe.tilting import ApplyAt
-from expertcut.profiling.store import Profile
+from expertcut.profiling.store import BlockInfo, Profile
 from expertcut.quiz import Quiz
 
 
@@ -22,11 +24,14 @@ from expertcut.quiz import Quiz
 class Decision:
     """What was chosen on the tuning questions, and the proof where one was asked for.
 
+    `settled` has router rows, `curve` and `chosen` call experts as before earlier cuts.
     `base_accuracy` and `accuracy_at` are over the tuning questions, so the latter flatter.
     """
 
     tuning: Quiz
     settled: Settled
+    curve: tuple[Point, ...]
+    chosen: tuple[tuple[int, int, float], ...]
     base_accuracy: float
     accuracy_at: dict[ApplyAt, float]
     proof: ProofResult | None
@@ -63,6 +68,7 @@ def decide(
     rescorer = Rescorer(engine, tuning)
     records, ask = rescorer.records, partial(rescorer.ask, apply_at=options.apply_at)
     procedure.check(records)
+    numbers = numbers_of(profile)
     proof = None
     if options.is_proved:
         for step in judge(records, procedure, ask, options.draws, options.seed):
@@ -70,17 +76,24 @@ def decide(
         assert step.judged is not None
         settled = step.judged.settled
         quiz = (tuning.id, tuning.split)
-        proof = proof_result(step.judged, options.name, quiz, options.seed)
+        proof = proof_result(step.judged, options.name, quiz, options.seed, numbers)
     else:
         settled = procedure.settle(records, procedure.pick(records), ask)
     return Decision(
         tuning=tuning,
         settled=settled,
+        curve=tuple(_renumbered(point, records.blocks, numbers) for point in settled.curve),
+        chosen=called(settled.shifts, records.blocks, numbers),
         base_accuracy=float(records.is_correct_N.mean()),
         accuracy_at=dict(_accuracy_at(rescorer, records, settled)),
         proof=proof,
         runs=rescorer.n_runs,
     )
+
+
+def _renumbered(point: Point, blocks: Sequence[BlockInfo], numbers: Numbers) -> Point:
+    shifts = tuple(Shift(*bias) for bias in point.biases)
+    return point.model_copy(update={"biases": called(shifts, blocks, numbers)})
 
 
 def _accuracy_at(

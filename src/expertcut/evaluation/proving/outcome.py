@@ -1,5 +1,6 @@
 """What a proof says: `proof.json`, and the verdict in one sentence."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,13 @@ from pydantic import ValidationError
 
 from expertcut.errors import PlanError
 from expertcut.evaluation.proving.crossfit import Judged
+from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import PROOF_FILE
-from expertcut.profiling.store import Record, first_fault
+from expertcut.interventions.reweighting.tuning import Shift
+from expertcut.profiling.store import BlockInfo, Record, first_fault
 
 SIGNIFICANT = 0.05
+NUMBERED_FROM_0 = Numbers()
 Verdict = Literal["helps", "hurts", "no evidence"]
 
 
@@ -63,8 +67,14 @@ class ProofResult(Record):
     sentence: str
 
 
-def proof_result(judged: Judged, procedure: str, quiz: tuple[str, str], seed: int) -> ProofResult:
-    """The figures of a finished proof; `quiz` is its id and split."""
+def proof_result(
+    judged: Judged,
+    procedure: str,
+    quiz: tuple[str, str],
+    seed: int,
+    numbers: Numbers = NUMBERED_FROM_0,
+) -> ProofResult:
+    """The figures of a finished proof; `quiz` is its id and split, `numbers` call its experts."""
     cross, control = judged.cross_fitted, judged.control
     p_random = control.p(cross.delta)
     low, high = np.percentile(control.delta_B, [2.5, 97.5])
@@ -88,7 +98,7 @@ def proof_result(judged: Judged, procedure: str, quiz: tuple[str, str], seed: in
         folds=tuple(
             FoldResult(
                 questions=fold.questions,
-                biases=tuple((s.layer, s.expert, s.bias) for s in fold.shifts),
+                biases=called(fold.shifts, judged.records.blocks, numbers),
                 delta=fold.delta,
             )
             for fold in judged.folds
@@ -96,6 +106,13 @@ def proof_result(judged: Judged, procedure: str, quiz: tuple[str, str], seed: in
         verdict=word,
         sentence=_sentence(judged, word, p_random),
     )
+
+
+def called(
+    shifts: Sequence[Shift], blocks: Sequence[BlockInfo], numbers: Numbers
+) -> tuple[tuple[int, int, float], ...]:
+    """(layer, expert, bias) of each, experts by what they were before earlier cuts."""
+    return tuple((s.layer, numbers.number(blocks[s.layer].name, s.expert), s.bias) for s in shifts)
 
 
 def verdict(ci95: tuple[float, float], p_random: float) -> Verdict:

@@ -1,8 +1,11 @@
 """A direction v with v·h ≈ 1 on a router's inputs h, so that a gate row can carry a bias.
 
 OLMoE's gate has no bias, so layout `stock` adds b·v to the expert's row. v is the ridge solution
-(E[hhᵀ] + λI)⁻¹ E[h], rescaled to mean v·h = 1. Its fit is judged on other questions by
-1 − mean((1 − v·h)²): the target is the constant 1, so the usual R² is undefined.
+(E[hhᵀ] + λI)⁻¹ E[h], rescaled to mean v·h = 1. A bias for answer positions alone wants 1 there and
+0 elsewhere, both kinds of tokens weighing the same: then E[h] is over answer positions, and E[hhᵀ]
+is the sum of both kinds'. (Fitted on answer positions alone, v·h is anything elsewhere: see
+docs/log.md.) The fit is judged on other questions by 1 − mean((target − v·h)²): with a constant
+target the usual R² is undefined.
 """
 
 from collections.abc import Collection
@@ -15,6 +18,7 @@ from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing
+from expertcut.moe.tilting import ApplyAt
 from expertcut.quiz import Quiz, round_robin
 
 _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
@@ -22,33 +26,56 @@ _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 
 @dataclass(frozen=True)
 class Fit:
-    """How constant v·h is on questions that v was not fitted on."""
+    """How near v·h is to its target on questions that v was not fitted on.
+
+    `quality` is over all that v was fitted for, `quality_answer` over answer positions, where the
+    target is 1 in any case; means and standard deviations are those of v·h.
+    """
 
     layer: int
-    quality_all: float
+    quality: float
     quality_answer: float
-    mean_all: float
-    std_all: float
     mean_answer: float
     std_answer: float
+    mean_elsewhere: float
+    std_elsewhere: float
 
 
 @dataclass
-class _Moments:
-    """Running Σ hhᵀ, Σ h and count of one layer, in float64."""
+class _Sums:
+    """Running Σ hhᵀ, Σ h and count, in float64."""
 
     outer_DD: Tensor | float = 0.0
     total_D: Tensor | float = 0.0
     n_tokens: int = 0
 
-    def add(self, routing: Routing, _is_answer_T: Tensor) -> None:
-        h_TD = routing.input_TD.double()
+    def add(self, h_TD: Tensor) -> None:
         self.outer_DD = self.outer_DD + h_TD.T @ h_TD
         self.total_D = self.total_D + h_TD.sum(dim=0)
         self.n_tokens += len(h_TD)
 
-    def direction_D(self) -> Tensor:
-        outer_DD, mean_D = self.outer_DD / self.n_tokens, self.total_D / self.n_tokens
+
+@dataclass
+class _Moments:
+    """One layer's router inputs, at answer positions and elsewhere."""
+
+    answer: _Sums = field(default_factory=_Sums)
+    elsewhere: _Sums = field(default_factory=_Sums)
+
+    def add(self, routing: Routing, is_answer_T: Tensor) -> None:
+        h_TD = routing.input_TD.double()
+        self.answer.add(h_TD[is_answer_T])
+        self.elsewhere.add(h_TD[~is_answer_T])
+
+    def direction_D(self, apply_at: ApplyAt) -> Tensor:
+        a, b = self.answer, self.elsewhere
+        if apply_at == "all":
+            n_tokens = a.n_tokens + b.n_tokens
+            outer_DD = (a.outer_DD + b.outer_DD) / n_tokens
+            mean_D = (a.total_D + b.total_D) / n_tokens
+        else:
+            outer_DD = a.outer_DD / a.n_tokens + b.outer_DD / max(b.n_tokens, 1)
+            mean_D = a.total_D / a.n_tokens
         assert isinstance(outer_DD, Tensor) and isinstance(mean_D, Tensor)
         ridge = _RIDGE * outer_DD.diagonal().mean()
         v_D: Tensor = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), mean_D)
@@ -60,16 +87,18 @@ class _Products:
     """v·h of every token of one layer."""
 
     v_D: Tensor
-    all: list[Tensor] = field(default_factory=list)
     answer: list[Tensor] = field(default_factory=list)
+    elsewhere: list[Tensor] = field(default_factory=list)
 
     def add(self, routing: Routing, is_answer_T: Tensor) -> None:
         product_T = routing.input_TD.double() @ self.v_D
-        self.all.append(product_T)
         self.answer.append(product_T[is_answer_T])
+        self.elsewhere.append(product_T[~is_answer_T])
 
 
-def fit_directions(engine: Engine, tuning: Quiz, layers: Collection[int]) -> dict[int, Tensor]:
+def fit_directions(
+    engine: Engine, tuning: Quiz, layers: Collection[int], apply_at: ApplyAt = "all"
+) -> dict[int, Tensor]:
     """V (D,) float64 per layer, fitted on every distinct token of at most 512 questions."""
     moments = {layer: _Moments() for layer in layers}
     few = round_robin(tuning, CALIBRATION_QUESTIONS)
@@ -79,10 +108,12 @@ def fit_directions(engine: Engine, tuning: Quiz, layers: Collection[int]) -> dic
         moments,
         lambda routing, is_answer_T: moments[routing.layer].add(routing, is_answer_T),
     )
-    return {layer: m.direction_D() for layer, m in moments.items()}
+    return {layer: m.direction_D(apply_at) for layer, m in moments.items()}
 
 
-def judge_directions(engine: Engine, held_out: Quiz, directions: dict[int, Tensor]) -> list[Fit]:
+def judge_directions(
+    engine: Engine, held_out: Quiz, directions: dict[int, Tensor], apply_at: ApplyAt = "all"
+) -> list[Fit]:
     """How well each v holds on questions that it was not fitted on."""
     products = {layer: _Products(v_D) for layer, v_D in directions.items()}
     listen(
@@ -91,16 +122,23 @@ def judge_directions(engine: Engine, held_out: Quiz, directions: dict[int, Tenso
         products,
         lambda routing, is_answer_T: products[routing.layer].add(routing, is_answer_T),
     )
-    return [_fit(layer, torch.cat(p.all), torch.cat(p.answer)) for layer, p in products.items()]
+    return [
+        _fit(layer, torch.cat(p.answer), torch.cat(p.elsewhere), apply_at)
+        for layer, p in products.items()
+    ]
 
 
-def _fit(layer: int, all_T: Tensor, answer_N: Tensor) -> Fit:
+def _fit(layer: int, answer_N: Tensor, elsewhere_T: Tensor, apply_at: ApplyAt) -> Fit:
+    if apply_at == "all":
+        loss = ((1 - torch.cat([answer_N, elsewhere_T])) ** 2).mean()
+    else:
+        loss = (((1 - answer_N) ** 2).mean() + (elsewhere_T**2).mean()) / 2
     return Fit(
         layer=layer,
-        quality_all=float(1 - ((1 - all_T) ** 2).mean()),
+        quality=float(1 - loss),
         quality_answer=float(1 - ((1 - answer_N) ** 2).mean()),
-        mean_all=float(all_T.mean()),
-        std_all=float(all_T.std(correction=0)),
         mean_answer=float(answer_N.mean()),
         std_answer=float(answer_N.std(correction=0)),
+        mean_elsewhere=float(elsewhere_T.mean()),
+        std_elsewhere=float(elsewhere_T.std(correction=0)),
     )

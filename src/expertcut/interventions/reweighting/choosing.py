@@ -31,7 +31,8 @@ class Chooser:
     """How many of the best to boost and of the worst to suppress, and what ranks them.
 
     Candidates appear in at least a share `min_appearances` of the questions and lie in one of
-    `layers`, where any are given. With a contrast, it ranks them, and `by` does not.
+    `layers`, where any are given. With a contrast, it ranks them, and `by` does not. Experts that
+    are `constant` already, by (layer, expert), are none.
     """
 
     boost_best: int = 0
@@ -40,6 +41,7 @@ class Chooser:
     min_appearances: float = MIN_APPEARANCES
     layers: tuple[int, ...] = ()
     contrast: "Contrast | None" = None
+    constant: tuple[tuple[int, int], ...] = ()
 
     def scores(self, records: Records, left_out: Collection[str] = ()) -> Array:
         """Score (X,) of every expert, NaN where it is no candidate or has none.
@@ -57,7 +59,8 @@ class Chooser:
         layer_X = np.array([layer for layer, _ in places(records.blocks)])
         is_within_X = np.isin(layer_X, self.layers) if self.layers else np.full(len(layer_X), True)
         is_common_X = appearances(records) >= self.min_appearances
-        return np.asarray(is_within_X & is_common_X)
+        is_own_X = np.array([place not in self.constant for place in places(records.blocks)])
+        return np.asarray(is_within_X & is_common_X & is_own_X)
 
     def choose(self, records: Records, left_out: Collection[str] = ()) -> tuple[Pick, ...]:
         """The best, best first, then the worst, worst first; ties go to the lower id.

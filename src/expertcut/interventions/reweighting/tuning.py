@@ -79,6 +79,14 @@ class Procedure:
                 shifts.append(Shift(pick.layer, pick.expert, bias))
         return tuple(shifts)
 
+    def origin(self, shift: Shift) -> str:
+        """Where its strength came from, in words."""
+        if self.is_tuned:
+            return "found by a search"
+        given = {(pick.layer, pick.expert) for pick, strength in self.named if strength}
+        is_given = self.strength is not None or (shift.layer, shift.expert) in given
+        return "given" if is_given else "its admission gap"
+
     def check(self, records: Records) -> None:
         """That enough experts can be chosen and that each has a strength.
 

@@ -1,0 +1,115 @@
+"""A model's answers to a quiz, and what its routers did meanwhile."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertcut.interventions.plan import Edit
+from expertcut.moe.engine import Engine, OnPass, ignore
+from expertcut.moe.observers import Routing, observe_routers
+from expertcut.moe.packing import Pass, encode
+from expertcut.quiz import Quiz
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The experts that each token of a pass chose, pads left out, and which are answer positions.
+
+    Ids are int16: they are kept for every token of every question.
+    """
+
+    experts_TK: Tensor
+    is_answer_T: Tensor
+
+
+@dataclass(frozen=True)
+class Answered:
+    """log p of choices (N, C), and what the routers did meanwhile.
+
+    `shares` gives per (layer, expert) watched the share of questions that it served;
+    `is_untouched_N` tells the questions none of whose tokens chose an expert that the plan removes;
+    `chosen` is by layer with a bias what was chosen in each pass.
+    """
+
+    logprob_NC: Tensor
+    shares: dict[tuple[int, int], float]
+    is_untouched_N: Tensor
+    chosen: dict[int, list[Chosen]] = field(default_factory=dict)
+
+
+def answer(
+    engine: Engine, quiz: Quiz, edits: Mapping[str, Edit], on_pass: OnPass = ignore
+) -> Answered:
+    """Scores a quiz, watching the experts that the plan removes or tilts.
+
+    Once experts are renumbered, `is_untouched_N` says nothing.
+    """
+    watch = _Watch(engine, edits, on_pass)
+    scores, untouched = [], []
+    with observe_routers(engine.moe.blocks, watch.see):
+        for subject, questions in quiz.questions.items():
+            encoded = encode(engine.moe.tokenizer, questions, quiz.shots_by_subject[subject])
+            watch.open(len(questions))
+            scores.append(engine.score(encoded, watch.begin))
+            untouched.append(watch.is_untouched_N)
+    most = max(score_NC.shape[1] for score_NC in scores)
+    padded = [F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores]
+    shares = {key: n / len(quiz) for key, n in watch.n_served.items()}
+    return Answered(torch.cat(padded), shares, torch.cat(untouched), watch.chosen)
+
+
+class _Watch:
+    """Counts how many questions each tilted expert serves, and marks those that change."""
+
+    def __init__(self, engine: Engine, edits: Mapping[str, Edit], on_pass: OnPass) -> None:
+        self.on_pass = on_pass
+        blocks = engine.moe.blocks
+        self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
+        self.chosen: dict[int, list[Chosen]] = {b.layer: [] for b in blocks if edits[b.name].bias}
+        self.removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
+        self.step: Pass
+
+    def begin(self, step: Pass) -> None:
+        """Before each forward pass."""
+        self.step = step
+        self.on_pass(step)
+
+    def open(self, n_questions: int) -> None:
+        """Before each chunk."""
+        self.is_untouched_N = torch.ones(n_questions, dtype=torch.bool)
+
+    def see(self, routing: Routing) -> None:
+        """After each router."""
+        experts_TK = routing.experts_TK.cpu()
+        chosen_NK = experts_TK[self.step.answers_N]
+        for layer, expert in self.n_served:
+            if layer == routing.layer:
+                self.n_served[layer, expert] += int((chosen_NK == expert).sum())
+        self._mark(experts_TK, self.removed[routing.layer])
+        if routing.layer in self.chosen:
+            self.chosen[routing.layer].append(self._chosen(experts_TK))
+
+    def _chosen(self, experts_TK: Tensor) -> Chosen:
+        is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
+        is_answer_T[self.step.answers_N] = True
+        valid_T = slice(None) if self.step.valid_T is None else self.step.valid_T
+        return Chosen(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
+
+    def _mark(self, experts_TK: Tensor, removed: Collection[int]) -> None:
+        hit_T = torch.isin(experts_TK, torch.tensor(removed, dtype=experts_TK.dtype)).any(dim=1)
+        if self.step.valid_T is not None:
+            hit_T &= self.step.valid_T
+        if self.step.is_prefix:
+            self.is_untouched_N &= ~hit_T.any()
+        else:
+            self.is_untouched_N[self.step.question_T[hit_T]] = False
+
+
+def answer_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> Answered:
+    """As `answer`, one prompt at a time, so that no question's bits depend on its neighbours."""
+    single = Engine(engine.moe, engine.batch_tokens)
+    single.is_trusted = False
+    return answer(single, quiz, edits)

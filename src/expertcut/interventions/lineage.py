@@ -1,0 +1,112 @@
+"""What the profiled model was made from: numbers that its experts had before, questions used then.
+
+Layout stock cuts rows out of routers, so what was expert 12 may lie in row 9. The plan that such a
+checkpoint holds tells, and experts are called by what they were in the model that was first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expertcut.errors import PlanError
+from expertcut.interventions.plan import PLAN_FILE, Edit, Plan, load_hashes, load_plan
+from expertcut.profiling.store import BlockInfo, ModelInfo, Profile
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """By block name: the number of each router row, and rows whose experts are constants already.
+
+    In blocks that are not named, rows are numbered from 0 and all experts are there.
+    """
+
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    constant: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+    def number(self, block: str, row: int) -> int:
+        """What the expert of a row is called."""
+        return self.rows[block][row] if block in self.rows else row
+
+    def row(self, block: str, number: int) -> int | None:
+        """Where an expert lies; None where it is none of those that were kept."""
+        rows = self.rows.get(block)
+        row = number if rows is None else rows.index(number) if number in rows else None
+        return None if row in self.constant.get(block, ()) else row
+
+    def kept(self, block: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """The numbers of those of some rows that hold an expert."""
+        gone = self.constant.get(block, frozenset())
+        return tuple(self.number(block, row) for row in rows if row not in gone)
+
+    def named(self, block: str, edit: Edit) -> Edit:
+        """An edit of rows, in the words of plan.json."""
+        return Edit(
+            keep=self.kept(block, edit.keep),
+            bias={self.number(block, e): bias for e, bias in edit.bias.items()},
+            scale={self.number(block, e): factor for e, factor in edit.scale.items()},
+            rows=self.rows.get(block),
+        )
+
+
+def numbers_of(profile: Profile) -> Numbers:
+    """As the plan in the profiled checkpoint has them; a model without one was never cut.
+
+    Raises:
+        PlanError: a plan that is not this checkpoint's.
+    """
+    found = _plan_of(profile.info.model)
+    if found is None:
+        return Numbers()
+    folder, plan = found
+    rows: dict[str, tuple[int, ...]] = {}
+    constant: dict[str, frozenset[int]] = {}
+    for block in profile.info.model.blocks:
+        edit = plan.blocks.get(block.name)
+        own = () if edit is None else _rows(plan, edit, block)
+        if edit is None or len(own) != block.experts:
+            raise PlanError(
+                f"{folder / PLAN_FILE} is not of this checkpoint, whose {block.name} has "
+                f"{block.experts} experts: put the plan back that made it, or take this one away"
+            )
+        if own != tuple(range(block.experts)):
+            rows[block.name] = own
+        if gone := frozenset(row for row, number in enumerate(own) if number not in edit.keep):
+            constant[block.name] = gone
+    return Numbers(rows, constant)
+
+
+def inherited_hashes(profile: Profile) -> frozenset[str]:
+    """The questions that the profiled checkpoint was itself chosen or fitted on."""
+    found = _plan_of(profile.info.model)
+    return frozenset() if found is None else load_hashes(*found)
+
+
+def ids_text(ids: tuple[int, ...]) -> str:
+    """Ids as `0–3, 7, 9–12`."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
+
+
+def _rows(plan: Plan, edit: Edit, block: BlockInfo) -> tuple[int, ...]:
+    """The numbers of the rows that a plan left."""
+    if plan.layout == "stock":
+        return edit.keep
+    return edit.rows or tuple(range(block.experts))
+
+
+def _plan_of(model: ModelInfo) -> tuple[Path, Plan] | None:
+    """The plan in a checkpoint's folder, or among what was downloaded of it."""
+    folder = Path(model.id)
+    if model.revision is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model.id, PLAN_FILE, revision=model.revision)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    return (folder, load_plan(folder)) if (folder / PLAN_FILE).is_file() else None
