@@ -111,7 +111,7 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
         if before is not None:
             engine = job.engine(Source(str(folder), temporary))
             proof = prove_after(engine, job.questions.held_out, draft, before)
-        figures = {"fits": [asdict(f) for f in fits], **(proof.figures() if proof else {})}
+        figures = {"fits": [asdict(f) for f in fits], **(proof.figures(draft) if proof else {})}
         plan = plan.model_copy(update={"proof": figures})
         save_plan(temporary, plan, used_hashes(draft, job.questions))
         _write_beside(temporary, options.beside)

@@ -9,7 +9,8 @@ from expertcut.checkpoints.agreement import Agreement, agreements
 from expertcut.checkpoints.answering import Answered, answer, answer_alone
 from expertcut.checkpoints.unedited import at_run_time, renumbered
 from expertcut.interventions.calibration.outputs import Constants
-from expertcut.interventions.plan import Draft
+from expertcut.interventions.lineage import Numbers
+from expertcut.interventions.plan import Draft, Positions
 from expertcut.moe.engine import Engine
 from expertcut.quiz import Quiz
 from expertcut.quiz.questions import group_by_subject, replace_questions
@@ -56,7 +57,8 @@ class Alone:
 class Before:
     """What the unedited model says: as it is, with the plan at run time, and questions alone.
 
-    `placed` is with the plan's biases at answer positions alone and everywhere, by name. Where
+    `placed` is with the plan's biases nowhere (if there is more in the plan), at answer positions
+    alone and everywhere, by name. Where
     layout exact removes experts and tilts none, `quiet` are the questions none of whose tokens
     chose a removed one, and `alone` the answers to them.
     """
@@ -85,15 +87,16 @@ class Proof:
     agreement: list[Agreement] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
 
-    def figures(self) -> dict[str, Any]:
-        """As they stand in plan.json."""
-        names = ("layer", "expert", "base", "exact", "edited")
+    def figures(self, draft: Draft) -> dict[str, Any]:
+        """As they stand in plan.json, with the numbers that experts are called by."""
+        names, blocks = ("layer", "expert", "base", "exact", "edited"), list(draft.edits)
+        numbers = draft.numbers or Numbers()
         return {
             "held_out_split": self.split,
             "held_out": [asdict(row) for row in self.differences],
             "shares": [
-                dict(zip(names, (*key, *shares), strict=True))
-                for key, shares in self.shares.items()
+                dict(zip(names, (layer, numbers.number(blocks[layer], row), *its), strict=True))
+                for (layer, row), its in self.shares.items()
             ],
             "alone": None if self.alone is None else asdict(self.alone),
             "agreement": [asdict(row) for row in self.agreement],
@@ -140,14 +143,22 @@ def _at_run_time(engine: Engine, quiz: Quiz, draft: Draft, constants: Constants)
 def _placed(
     engine: Engine, quiz: Quiz, draft: Draft, constants: Constants, reference: Answered
 ) -> dict[str, Answered]:
-    """The plan at run time with its biases at answer positions alone, and everywhere."""
-    other = replace(draft, apply_at="answer" if draft.apply_at == "all" else "all")
-    by_place: dict[str, Answered] = {
-        draft.apply_at: reference,
-        other.apply_at: _at_run_time(engine, quiz, other, constants),
+    """The plan at run time without its biases, with them at answer positions, and everywhere."""
+    places: dict[Positions, str] = {
+        "answer": "bias at answer positions only",
+        "all": "bias everywhere",
     }
-    names = {"answer": "bias at answer positions only", "all": "bias everywhere"}
-    return {name: by_place[place] for place, name in names.items()}
+    rest = replace(
+        draft, edits={n: e.model_copy(update={"bias": {}}) for n, e in draft.edits.items()}
+    )
+    found = {}
+    if draft.is_cut or rest.is_tilted:
+        found["the plan without biases"] = _at_run_time(engine, quiz, rest, constants)
+    for place, name in places.items():
+        its = replace(draft, apply_at=place)
+        is_known = place == draft.apply_at
+        found[name] = reference if is_known else _at_run_time(engine, quiz, its, constants)
+    return found
 
 
 def prove_after(engine: Engine, quiz: Quiz, draft: Draft, before: Before) -> Proof:

@@ -67,7 +67,7 @@ def _outcome_table(proof: "Proof") -> Table:
         Column("flipped answers"),
         Column("questions"),
     )
-    note = "Biases act at run time, in the unedited model, but for the last row."
+    note = "Carried out at run time, in the unedited model, but for the last row."
     return Table(f"Where the bias acts ({proof.split})", columns, rows, note)
 
 
