@@ -44,7 +44,7 @@ def with_tilts(
         PlanError: an expert that the draft removes.
         SettingsError: `apply_at` where it cannot be carried.
     """
-    _check_place(draft.layout, apply_at, is_biased=bool(found))
+    check_place(draft.layout, apply_at, is_biased=bool(found))
     _check_kept(draft, [*found, *scaled])
     edits = {
         name: edit.model_copy(
@@ -67,7 +67,12 @@ def with_tilts(
     return replace(draft, slug=slug, action=action, edits=edits, apply_at=apply_at or "all")
 
 
-def _check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
+def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
+    """That a bias can act where it is asked to.
+
+    Raises:
+        SettingsError: there is none, or the layout carries it everywhere.
+    """
     if apply_at is not None and not is_biased:
         raise SettingsError(
             f"--apply-at {apply_at} says where a bias acts, and there is none: a factor acts at "
