@@ -105,6 +105,10 @@ def test_only_the_one_file_counts_as_ours(cut: Path, expertcut: Commands, named:
         ("--keep 0 --layout exact", "keep 1 to 8"),
         ("--keep 9 --layout exact", "keep 1 to 8"),
         ("--keep 1", "keep 2 to 8"),
+        ("--keep 3 --boost 1:99", "no expert 99 in layer 1: it has experts 0 to 7"),
+        ("--keep 8 --boost 1:3=1 --layout exact --apply-at answer", "--apply-at answer is of"),
+        ("--keep 3 --layout exact --apply-at all", "says where a bias acts, and there is none"),
+        ("--keep 3 --scale 1:3", "must give a factor"),
         ("--keep 3 --layout other", "'other' is not one of 'stock', 'exact'"),
     ],
 )
@@ -126,6 +130,29 @@ def test_a_plan_of_layout_exact_can_be_written_and_shown_alone(
     assert "prune --keep-active (exact)" in expertcut("show q")
 
 
+def test_a_cut_and_tilts_are_said_in_words(cut: Path, expertcut: Commands) -> None:
+    keep = json.loads((cut / "plan.json").read_text())["blocks"]["model.layers.1.mlp"]["keep"]
+    line = f"prune --profile p --keep 3 --boost {keep[0]}=1 --scale 1:{keep[1]}=0.5 --out both"
+    printed = expertcut(line)
+    assert f"Expert {keep[0]} of layer 1 is boosted by +1.0000 on its logit (given)" in printed
+    assert f"The gate weight of expert {keep[1]} of layer 1 is multiplied by 0.5" in printed
+    assert "the plan without biases" in printed and "the same plan at run time" in printed
+    expertcut("profile both --quiz quiz --split val --shots 1 --threads 1 --out p-both")
+    gone = next(e for e in range(8) if e not in keep)
+    said = expertcut(f"reweight --profile p-both --boost 1:{gone}=1 --out again", status=2)
+    assert f"expert {gone} of layer 1 is not in this pruned model" in said
+    assert said.count("\n") == 1
+    printed = expertcut(
+        f"reweight --profile p-both --boost {keep[2]}=1 --apply-at answer --out again"
+    )
+    assert f"Expert {keep[2]} of layer 1 is boosted by +1.0000" in printed
+    assert "This model was cut before" in expertcut("show p-both")
+    said = expertcut("profile cut --quiz quiz --split val --shots 1 --threads 1 --out p-cut")
+    said = expertcut(f"reweight --profile p-cut --boost {keep[0]}=1 --out new", status=2)
+    assert "has layout exact, which layout stock cannot carry on: take --layout exact" in said
+    expertcut(f"reweight --profile p-cut --boost {keep[0]}=1 --layout exact --out new")
+
+
 def test_outputs_are_named_after_what_makes_them_differ(cut: Path, expertcut: Commands) -> None:
     for options in (
         "--keep-active --layout exact",
@@ -134,8 +161,10 @@ def test_outputs_are_named_after_what_makes_them_differ(cut: Path, expertcut: Co
     ):
         expertcut(f"prune --profile p {options} --no-verify")
     expertcut("reweight --profile p --boost 1:3=1 --layout exact --no-verify")
+    expertcut("reweight --profile p --boost 1:3=1 --scale 0:1=2 --apply-at answer --no-verify")
     assert sorted(folder.name for folder in (cut.parent / "checkpoints").iterdir()) == [
         "model-boost-1.3-exact",
+        "model-boost-1.3-scale-0.1-answer",
         "model-keep-3-activations-all-exact-mean",
         "model-keep-3-activations-fold-off",
         "model-keep-active-exact",

@@ -253,6 +253,25 @@ def test_the_boosted_expert_serves_more_held_out_questions(paper: Paper) -> None
     assert served in paper.done[2].stdout
 
 
+def test_the_boost_says_in_words_what_it_did(paper: Paper) -> None:
+    plan = json.loads((paper.folder / "checkpoints" / TILTED / "plan.json").read_text())
+    bias = plan["blocks"]["model.layers.1.mlp"]["bias"]["12"]
+    (agreement,) = plan["proof"]["agreement"]
+    said = paper.done[2].stdout
+    assert (
+        f"Expert 12 of layer 1 is boosted by {bias:+.4f} on its logit (its admission gap)" in said
+    )
+    assert (
+        f"In layer 1 the checkpoint chooses the very experts of the exact bias at "
+        f"{agreement['same_answer']:.1%} of answer positions ({agreement['overlap_answer']:.1%} "
+        f"of the experts) and at {agreement['same_all']:.1%} of all tokens"
+    ) in said
+    assert 0 < agreement["same_all"] <= agreement["overlap_all"] <= 1
+    forms = ["unedited", *(f"bias {where}" for where in ("at answer positions only", "everywhere"))]
+    assert [o["form"] for o in plan["proof"]["outcomes"]] == [*forms, "this checkpoint"]
+    assert all(form in said for form in forms)
+
+
 def test_they_give_the_same_bytes_offline_from_the_cache(paper: Paper, tmp_path: Path) -> None:
     folder = tmp_path / "offline"
     folder.mkdir()

@@ -12,8 +12,9 @@ from typing import Any, get_args
 import pytest
 from rich.console import Console
 
+from expertcut.checkpoints.agreement import Agreement
 from expertcut.checkpoints.build import Built
-from expertcut.checkpoints.proof import Alone, Difference, Proof
+from expertcut.checkpoints.proof import Alone, Difference, Outcome, Proof
 from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Removed, Stats
 from expertcut.errors import OutputError
 from expertcut.evaluation.results import (
@@ -27,9 +28,10 @@ from expertcut.evaluation.results import (
 from expertcut.interventions import plan as plans
 from expertcut.interventions.calibration.direction import Fit
 from expertcut.interventions.criteria import CRITERIA
+from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import ChosenOn, Draft, Edit, Plan, PlanModel, save_plan
 from expertcut.interventions.prune import Pruning
-from expertcut.interventions.reweighting.targets import Tilt
+from expertcut.interventions.reweighting.targets import Scaling, Tilt
 from expertcut.interventions.touched import Touched
 from expertcut.profiling import store
 from expertcut.profiling.evidence.findings import find
@@ -522,6 +524,39 @@ def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
     assert sentence.endswith(
         "; it serves 12.5% of held-out questions, before 0.0%, with the exact bias 25.0%."
     )
+
+
+def test_experts_of_a_cut_model_are_called_by_their_first_numbers():
+    numbers = Numbers({"model.layers.3.mlp": (*range(12), 40)})
+    boost = Tilt(3, "model.layers.3.mlp", 12, 0.0856, False)
+    assert tilt_sentences([boost], None, numbers)[0].startswith("Expert 40 of layer 3 is boosted")
+    scaling = Scaling(3, "model.layers.3.mlp", 12, 1.5)
+    start = "The gate weight of expert 40 of layer 3 is multiplied by 1.5; in its own layer who is"
+    assert scale_sentences([scaling], None, numbers) == [f"{start} chosen stays."]
+    assert scale_sentences([scaling], built(), numbers) == [
+        f"{start} chosen stays, and it serves 12.5% of held-out questions."
+    ]
+
+
+def test_a_bias_says_whether_the_same_experts_are_chosen_and_where_it_acts():
+    made = built()
+    assert made.proof
+    proof = replace(
+        made.proof,
+        agreement=[Agreement(3, 0.75, 0.9, 0.5, 0.8125)],
+        outcomes=[Outcome("unedited", 256, 0.5, -1.25, 0), Outcome("x", 256, 0.625, -1.0, 32)],
+    )
+    made = replace(made, proof=proof, plan=made.plan.model_copy(update={"apply_at": "answer"}))
+    assert tilt_sentences([], made) == [
+        "In layer 3 the checkpoint chooses the very experts of the exact bias at 75.0% of answer "
+        "positions (90.0% of the experts) and at 50.0% of all tokens (81.2%)."
+    ]
+    fit_table, _, table = proof_tables(made)
+    assert "t is 1 at answer positions and 0 elsewhere" in fit_table.note
+    assert table.texts() == [
+        ["unedited", "50.00%", "-1.2500", "0", "256"],
+        ["x", "62.50%", "-1.0000", "32", "256"],
+    ]
 
 
 # What lies at a path

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from expertcut.interventions.lineage import Numbers, ids_text
+from expertcut.interventions.lineage import Numbers, ids_text, numbers_of
 from expertcut.interventions.prune import Pruning
 from expertcut.interventions.touched import Touched
+from expertcut.profiling.store import Profile
 from expertcut.reporting.tables import Cell, Column, Table
 
 
@@ -18,6 +19,20 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
             text += f"; never activated but kept to make one count for all layers: {fillers}"
         sentences.append(f"{text}.")
     return sentences
+
+
+def rows_tables(profile: Profile) -> list[Table]:
+    """What the experts of a model that was cut before were called, for its tables count rows."""
+    numbers = numbers_of(profile)
+    rows: list[list[Cell]] = [
+        [layer, ids_text(numbers.rows[block.name])]
+        for layer, block in enumerate(profile.info.model.blocks)
+        if block.name in numbers.rows
+    ]
+    note = "The tables above count rows from 0; --boost, --suppress and --scale take the numbers."
+    columns = (Column("layer"), Column("numbers of its rows, in order"))
+    title = "This model was cut before: its experts' numbers"
+    return [Table(title, columns, rows, note)] if rows else []
 
 
 def touched_table(found: Sequence[Touched]) -> Table:

@@ -11,6 +11,7 @@ from expertcut.evaluation.results import load_results
 from expertcut.interventions.plan import PLAN_FILE, load_plan
 from expertcut.profiling.evidence.findings import find, findings_json
 from expertcut.profiling.store import load_profile
+from expertcut.reporting.cuts import rows_tables
 from expertcut.reporting.findings import (
     experts_csv,
     margins_table,
@@ -66,6 +67,7 @@ def _profile(path: Path, by_subject: bool) -> Shown:
             margins_table(found),
             *perturbation_tables(found),
             *(subject_tables(found) if by_subject else []),
+            *rows_tables(found.profile),
         ]
 
     flat = subjects_csv if by_subject else experts_csv
