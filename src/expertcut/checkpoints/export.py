@@ -17,7 +17,14 @@ from expertcut.checkpoints.layouts.exact import (
 from expertcut.checkpoints.layouts.stock import Fitted, stock_config, stock_rewrite
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
-from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, Draft, Edit
+from expertcut.interventions.plan import (
+    PLAN_FILE,
+    PROOF_FILE,
+    QUESTIONS_FILE,
+    Draft,
+    Edit,
+    Layout,
+)
 from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
 from expertcut.profiling.chunks import write_atomically
 
@@ -43,16 +50,26 @@ def check_export(source: Source, draft: Draft, n_experts: int, folder: Path) -> 
         OutputError: too little space.
     """
     config, stored = read_config(source.path), read_stored(source.path)
-    if draft.layout == "exact":
-        check_exact(config, is_cutting=draft.is_cut)
-    elif is_exact(config):
-        raise ContractError(
-            f"{source.id} has layout exact, which layout stock cannot carry on: take --layout exact"
-        )
+    check_layout(source, draft.layout, is_cutting=draft.is_cut)
     cut = {name: Edit(keep=edit.keep) for name, edit in draft.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), int(config.get("hidden_size", 0)))
     rewrite = _rewrite(stored, replace(draft, edits=cut), Gathered(constants=constants))
     check_space(folder, needed_bytes(stored, rewrite))
+
+
+def check_layout(source: Source, layout: Layout, *, is_cutting: bool) -> None:
+    """That the layout knows the model's family, and can carry on what was made of it before.
+
+    Raises:
+        ContractError: it does not, or cannot.
+    """
+    config = read_config(source.path)
+    if layout == "exact":
+        check_exact(config, is_cutting=is_cutting)
+    elif is_exact(config):
+        raise ContractError(
+            f"{source.id} has layout exact, which layout stock cannot carry on: take --layout exact"
+        )
 
 
 def export(source: Source, draft: Draft, n_experts: int, gathered: Gathered, folder: Path) -> None:

@@ -122,11 +122,12 @@ class _Tilting:
 
     def choose(self, asked: Asked, how: How, named: Expressions, where: _Where) -> None:
         """Experts by a score, strengths by a search, the proof; then the checkpoint."""
-        from expertcut.checkpoints.build import check_layout
+        from expertcut.checkpoints.build import profiled_source
+        from expertcut.checkpoints.export import check_layout
         from expertcut.interventions.reweighting.drafting import check_place
 
         check_place(self.layout, self.apply_at, is_biased=True)
-        check_layout(self.profile, self.layout)
+        check_layout(profiled_source(self.profile), self.layout, is_cutting=False)
         procedure = asked.procedure(self.profile, how, named)
         name = asked.name(self.profile, procedure)
         mark = "" if self.layout == "stock" else f"-{self.layout}"
