@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.errors import OutputError, SettingsError
+from expertcut.evaluation.proving.outcome import load_proof
 from expertcut.evaluation.results import load_results
-from expertcut.interventions.plan import PLAN_FILE, load_plan
+from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, load_plan
 from expertcut.profiling.evidence.findings import find, findings_json
 from expertcut.profiling.store import load_profile
 from expertcut.reporting.cuts import rows_tables
@@ -22,6 +23,7 @@ from expertcut.reporting.findings import (
 )
 from expertcut.reporting.outcomes import plan_table, results_csv, results_table
 from expertcut.reporting.profiles import profile_tables
+from expertcut.reporting.proving import curve_table, proof_table
 from expertcut.reporting.tables import Table
 
 
@@ -35,7 +37,7 @@ class Shown:
 
 
 def find_shown(path: Path, by_subject: bool = False) -> Shown:
-    """What lies at the path: a profile, a plan, a checkpoint that holds one, or results.
+    """What lies at the path: a profile, a plan, a checkpoint that holds one, a proof, or results.
 
     With `by_subject` the tables of a profile end with those of its subjects, and the flat one has
     a row for each expert and subject.
@@ -50,6 +52,8 @@ def find_shown(path: Path, by_subject: bool = False) -> Shown:
         raise SettingsError(f"--subjects: {path} is no profile: name one or leave the option out")
     if (path / PLAN_FILE).is_file():
         return _plan(path)
+    if (path / PROOF_FILE).is_file() or path.name == PROOF_FILE:
+        return _proof(path if path.is_dir() else path.parent)
     if path.is_file():
         return _results(path) if "models" in _keys(path) else _plan(path)
     raise OutputError(
@@ -76,9 +80,16 @@ def _profile(path: Path, by_subject: bool) -> Shown:
 
 def _plan(path: Path) -> Shown:
     plan = load_plan(path)
-    return Shown(
-        lambda: [plan_table(plan)], lambda: plan_table(plan), lambda: plan.model_dump(mode="json")
-    )
+    tables = [plan_table(plan), *([curve_table(plan.tuning)] if plan.tuning else [])]
+    if (path / PROOF_FILE).is_file():
+        tables.append(proof_table(load_proof(path)))
+    return Shown(lambda: tables, lambda: plan_table(plan), lambda: plan.model_dump(mode="json"))
+
+
+def _proof(path: Path) -> Shown:
+    proof = load_proof(path)
+    table = proof_table(proof)
+    return Shown(lambda: [table], lambda: table, lambda: proof.model_dump(mode="json"))
 
 
 def _results(path: Path) -> Shown:

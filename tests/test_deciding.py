@@ -1,0 +1,191 @@
+"""`reweight` with experts chosen by score or contrast, strengths by search, and a proof."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from expertcut.cli import main
+from expertcut.cli.deciding import read_layers
+from expertcut.errors import SettingsError
+from expertcut.evaluation.proving.outcome import load_proof
+from expertcut.interventions.plan import load_hashes, load_plan
+from expertcut.interventions.reweighting.choosing import read_contrast
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.statistics import answers, layer_statistics
+from expertcut.profiling.store import Profile, load_profile
+from expertcut.quiz import Selection, load_quiz
+from tests.conftest import open_model
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def profile(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Profile:
+    """Of split val, so that its own questions are the tuning questions."""
+    folder = tmp_path_factory.mktemp("deciding") / "profile"
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    moe = open_model(checkpoint("olmoe"))
+    list(Measurement(moe, quiz, None, MeasureOptions()).run(folder))
+    return load_profile(folder)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """A command line in an empty folder; what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["expertcut", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stopped:
+            assert (stopped.code or 0) == status
+        else:
+            assert status == 0
+        printed = capsys.readouterr()
+        return printed.err if status else printed.out
+
+    return command
+
+
+def test_the_best_by_a_score_is_boosted_by_its_strength(profile: Profile, run: Run) -> None:
+    asked = ("--boost-best", 1, "--by", "accuracy", "--strength", 0.5, "--min-appearances", 0.1)
+    out = run("reweight", "--profile", profile.path, *asked, "--plan-only", "--out", "plan")
+    plan = load_plan(Path("plan"))
+    biases = {(n, e): b for n, edit in plan.blocks.items() for e, b in edit.bias.items()}
+    assert list(biases.values()) == [0.5]
+    assert plan.criterion == "accuracy" and plan.tuning == ()
+    ((block, expert),) = biases
+    layers = layer_statistics(profile)
+    common = [x.accuracy_E[x.appearances_E >= 0.1].max() for x in layers]
+    assert next(x for x in layers if x.block == block).accuracy_E[expert] == max(common)
+    assert "is boosted by +0.5000 on its logit (given)" in out
+
+
+def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(profile: Profile, run: Run) -> None:
+    asked = ("--boost-best", 1, "--suppress-worst", 1, "--tune")
+    out = run("reweight", "--profile", profile.path, *asked, "--out", "tuned")
+    plan = load_plan(Path("tuned"))
+    best = max(plan.tuning, key=lambda point: point.accuracy)
+    assert plan.tuning[0].strength == 0 and best.accuracy > plan.tuning[0].accuracy
+    named = {(b[0], b[1]): b[2] for b in best.biases}
+    blocks = [block.name for block in profile.info.model.blocks]
+    kept = {
+        (blocks.index(n), e): b for n, edit in plan.blocks.items() for e, b in edit.bias.items()
+    }
+    assert kept == pytest.approx(named)
+    assert "found by a search" in out and "at the answer position alone" in out
+    assert plan.chosen_on.split == "val" and "held_out_split" in plan.proof
+    quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=1))
+    assert load_hashes(Path("tuned"), plan) == {q.content_hash for q in quiz}
+    assert "Strength (logits) against accuracy" in run("show", "tuned")
+    shown = json.loads(run("show", "tuned", "--format", "json"))
+    assert len(shown["tuning"]) == len(plan.tuning)
+
+
+def test_a_proof_is_printed_written_and_shown(profile: Profile, run: Run) -> None:
+    asked = ("--boost-best", 1, "--strength", 2, "--prove", "--plan-only", "--seed", 3)
+    out = run("reweight", "--profile", profile.path, *asked, "--out", "proved")
+    proof = load_proof(Path("proved"))
+    assert proof.random.draws == 99 and proof.seed == 3 and len(proof.folds) == 5
+    assert sum(fold.questions for fold in proof.folds) == proof.questions
+    assert proof.sentence in out.replace("\n", " ")
+    assert "cross-fitted" in out and "chosen and scored on the same questions" in out
+    assert "cross-fitted" in run("show", "proved")
+    assert json.loads(Path("proved/proof.json").read_text())["verdict"] == proof.verdict
+    again = run("reweight", "--profile", profile.path, *asked, "--out", "again")
+    assert Path("again/proof.json").read_bytes() == Path("proved/proof.json").read_bytes()
+    assert again.replace("again", "proved") == out
+
+
+def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(
+    profile: Profile, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertcut.interventions.reweighting.tuning.STRENGTHS", (1e-9,))
+    asked = ("reweight", "--profile", profile.path, "--boost", "1:1", "--tune")
+    assert "nothing is written" in run(*asked, "--out", "none")
+    assert not Path("none").exists()
+    out = run(*asked, "--prove", "--out", "proof")
+    assert "No tilt that was tried beats the unedited model" in out
+    assert [f.name for f in Path("proof").iterdir()] == ["proof.json"]
+    assert load_proof(Path("proof")).verdict == "no evidence"
+    assert "cross-fitted" in run("show", "proof")
+    assert "cross-fitted" in run("show", "proof/proof.json")
+
+
+def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run: Run) -> None:
+    fingerprint = profile.info.model.fingerprint
+    right = read_contrast((f"{profile.path}@right", f"{profile.path}@wrong"), fingerprint)
+    n_right = int(answers(profile).is_correct_N.sum())
+    assert (len(right.wanted), len(right.unwanted)) == (
+        n_right,
+        len(answers(profile).answer_N) - n_right,
+    )
+    first, *_ = profile.info.quiz.subjects
+    one = read_contrast((f"{profile.path}@{first}", str(profile.path)), fingerprint)
+    assert set(one.wanted.subject_N) == {first} and len(one.unwanted) == n_right + len(
+        right.unwanted
+    )
+    pair = (f"{profile.path}@right", f"{profile.path}@wrong")
+    asked = ("--contrast", *pair, "--suppress-worst", 1, "--strength", 1, "--plan-only")
+    run("reweight", "--profile", profile.path, *asked, "--out", "plan")
+    plan = load_plan(Path("plan"))
+    assert plan.criterion == "contrast"
+    ((name, expert),) = [(n, e) for n, edit in plan.blocks.items() for e in edit.bias]
+    layer = next(x for x in layer_statistics(profile) if x.block == name)
+    is_right_N = answers(profile).is_correct_N
+    rate = layer.is_activated_NE[is_right_N].mean(0) - layer.is_activated_NE[~is_right_N].mean(0)
+    assert rate[expert] == min(rate) < 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--by", "foo", "--boost-best", 1), "--by foo is no score: take one of difference"),
+        (("--by", "accuracy"), "rank experts for --boost-best N"),
+        (("--tune",), "say which experts to tilt"),
+        (("--boost", "1:1=2", "--tune"), "--tune searches for the strength"),
+        (("--boost", "1:1", "--scale", "1:2=2", "--tune"), "--scale takes its factor by hand"),
+        (("--boost-best", 1, "--strength", -1), "--strength -1 must be a number of logits above 0"),
+        (("--boost-best", 1, "--min-appearances", 2), "must be a share from 0 to 1"),
+        (("--boost-best", 1, "--layers", "0-x"), "is no layer: write them as 0,3,8-15"),
+        (("--boost-best", 1, "--layers", "9"), "the model has MoE layers 0 to 1"),
+        (("--boost-best", 99), "99 experts are to be tilted, but only"),
+        (("--boost-best", 1, "--tune", "--layout", "exact", "--apply-at", "answer"), "gate.bias"),
+        (("--boost-best", 1, "--contrast", "x", "y"), "no profile in x"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    options: tuple[object, ...], words: str, profile: Profile, run: Run, tmp_path: Path
+) -> None:
+    said = run("reweight", "--profile", profile.path, *options, status=2)
+    assert words in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_a_contrast_that_are_not_there_are_refused(profile: Profile) -> None:
+    fingerprint = profile.info.model.fingerprint
+    with pytest.raises(SettingsError, match="'fish' is no subject of that profile"):
+        read_contrast((f"{profile.path}@fish", str(profile.path)), fingerprint)
+    with pytest.raises(SettingsError, match="is a profile of another model"):
+        read_contrast((str(profile.path), str(profile.path)), "0" * 64)
+
+
+def test_layers_are_numbers_and_ranges() -> None:
+    assert read_layers(None) == ()
+    assert read_layers("0,3,8-10, 3") == (0, 3, 8, 9, 10)
+    for bad in ("", "a", "1-", "-1", "1,,2"):
+        with pytest.raises(SettingsError, match="is no layer"):
+            read_layers(bad)
+
+
+def test_the_exact_layout_carries_what_was_found(profile: Profile, run: Run) -> None:
+    asked = ("--boost-best", 1, "--suppress-worst", 1, "--tune", "--layout", "exact")
+    run("reweight", "--profile", profile.path, *asked, "--out", "exact", "--no-verify")
+    assert load_plan(Path("exact")).layout == "exact"
+    assert any(edit.bias for edit in load_plan(Path("exact")).blocks.values())

@@ -1,0 +1,93 @@
+"""One model asked again and again: the same bits as whole runs, from whichever layer they start."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expertcut.interventions.reweighting.records import Records
+from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.interventions.reweighting.tuning import Shift
+from expertcut.moe.engine import Engine, ask
+from expertcut.moe.loading import MoeModel
+from expertcut.moe.tilting import ApplyAt, Tilts, tilted
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.store import load_profile
+from expertcut.quiz import Quiz, Selection, load_quiz
+from tests.conftest import open_model
+
+
+@pytest.fixture
+def quiz(quiz_folder: Path) -> Quiz:
+    return load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+
+
+def whole_run(moe: MoeModel, quiz: Quiz, shifts: tuple[Shift, ...], at: ApplyAt) -> np.ndarray:
+    biases = {s.layer: torch.zeros(moe.blocks[s.layer].n_experts) for s in shifts}
+    for shift in shifts:
+        biases[shift.layer][shift.expert] = shift.bias
+    with tilted(moe.blocks, Tilts(biases, apply_at=at)) as begin:
+        return ask(Engine(moe, 2048), quiz, begin).numpy()
+
+
+def test_a_run_that_starts_at_the_first_tilt_has_the_bits_of_a_whole_one(
+    tiny_moe: MoeModel, quiz: Quiz
+) -> None:
+    rescorer = Rescorer(Engine(tiny_moe, 2048), quiz)
+    assert rescorer.replay.starts, "nothing would be tested"
+    assert np.array_equal(rescorer.records.logprob_NC, ask(Engine(tiny_moe, 2048), quiz).numpy())
+    last = len(tiny_moe.blocks) - 1
+    for shifts in ((Shift(last, 1, 3.0),), (Shift(0, 2, -2.0), Shift(last, 0, 1.0))):
+        for at in ("all", "answer"):
+            found_NC = rescorer.ask(shifts, at)
+            assert np.array_equal(found_NC, whole_run(tiny_moe, quiz, shifts, at))
+            moved_NC = np.abs(found_NC - rescorer.records.logprob_NC)
+            assert np.nanmax(moved_NC) > 1e-4
+
+
+def test_without_room_every_layer_runs(tiny_moe: MoeModel, quiz: Quiz) -> None:
+    rescorer = Rescorer(Engine(tiny_moe, 2048), quiz, kept_bytes=0)
+    assert rescorer.replay.starts == ()
+    shifts = (Shift(len(tiny_moe.blocks) - 1, 1, 3.0),)
+    assert np.array_equal(rescorer.ask(shifts), whole_run(tiny_moe, quiz, shifts, "all"))
+
+
+def test_what_was_asked_once_is_remembered(checkpoint: Callable[..., Path], quiz: Quiz) -> None:
+    rescorer = Rescorer(Engine(open_model(checkpoint("olmoe")), 2048), quiz)
+    first = rescorer.ask((Shift(0, 1, 1.0), Shift(1, 2, -1.0)))
+    assert rescorer.ask((Shift(1, 2, -1.0), Shift(0, 1, 1.0))) is first
+    assert rescorer.n_runs == 1
+    assert rescorer.ask(()) is rescorer.records.logprob_NC
+    rescorer.ask((Shift(0, 1, 1.0),))
+    assert rescorer.n_runs == 2
+
+
+def test_outputs_that_do_not_repeat_are_not_used(
+    checkpoint: Callable[..., Path],
+    quiz: Quiz,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Rescorer, "_replays_exactly", lambda self: False)
+    moe = open_model(checkpoint("olmoe"))
+    rescorer = Rescorer(Engine(moe, 2048), quiz)
+    assert "all of them run" in caplog.text
+    shifts = (Shift(1, 1, 3.0),)
+    assert np.array_equal(rescorer.ask(shifts), whole_run(moe, quiz, shifts, "all"))
+
+
+def test_records_are_those_of_a_profile(
+    checkpoint: Callable[..., Path], quiz: Quiz, tmp_path: Path
+) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "p"))
+    of_profile = Records.of(load_profile(tmp_path / "p"), quiz)
+    of_run = Rescorer(Engine(moe, 2048), quiz).records
+    for name in ("subject_N", "hash_N", "answer_N", "logprob_NC", "alpha_NLE", "chosen_NLK"):
+        assert np.array_equal(getattr(of_profile, name), getattr(of_run, name)), name
+    assert of_profile.blocks == of_run.blocks
+    some = of_profile.part(np.arange(3))
+    assert len(some) == 3 and len(some.layers) == len(moe.blocks)
+    assert len(of_profile.less(some.hash_N.tolist())) == len(of_profile) - 3
