@@ -44,6 +44,7 @@ from expertcut.reporting.profiles import profile_tables
 from expertcut.reporting.proofs import (
     proof_sentences,
     proof_tables,
+    scale_sentences,
     tilt_sentences,
 )
 from expertcut.reporting.shown import find_shown
