@@ -76,7 +76,7 @@ def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
     except ValueError:
         raise SettingsError(f"{expression!r}: {number!r} is no number") from None
     if value is not None and not math.isfinite(value):
-        raise SettingsError(f"{expression!r}: a {what} of {number} is not finite")
+        raise SettingsError(f"{expression!r}: a {what} of {number} cannot tilt anything")
     return None if layer is None else int(layer), int(expert), value
 
 
