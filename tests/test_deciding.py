@@ -17,18 +17,17 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Selection, load_quiz
-from tests.conftest import open_model
+from tests.conftest import COUNTS, open_model, write_quiz
 
 Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def profile(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Profile:
+def profile(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """Of split val, so that its own questions are the tuning questions."""
     folder = tmp_path_factory.mktemp("deciding") / "profile"
-    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    asked = write_quiz(folder.parent / "birds", {**COUNTS, "val": 60})
+    quiz = load_quiz(Selection(str(asked), split="val", shots=1))
     moe = open_model(checkpoint("olmoe"))
     list(Measurement(moe, quiz, None, MeasureOptions()).run(folder))
     return load_profile(folder)
@@ -90,17 +89,17 @@ def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(profile: Profile
 
 def test_a_proof_is_printed_written_and_shown(profile: Profile, run: Run) -> None:
     asked = ("--boost-best", 1, "--strength", 2, "--prove", "--plan-only", "--seed", 3)
-    out = run("reweight", "--profile", profile.path, *asked, "--out", "proved")
-    proof = load_proof(Path("proved"))
+    out = run("reweight", "--profile", profile.path, *asked, "--out", "proof-1")
+    proof = load_proof(Path("proof-1"))
     assert proof.random.draws == 99 and proof.seed == 3 and len(proof.folds) == 5
     assert sum(fold.questions for fold in proof.folds) == proof.questions
     assert proof.sentence in out.replace("\n", " ")
     assert "cross-fitted" in out and "chosen and scored on the same questions" in out
-    assert "cross-fitted" in run("show", "proved")
-    assert json.loads(Path("proved/proof.json").read_text())["verdict"] == proof.verdict
-    again = run("reweight", "--profile", profile.path, *asked, "--out", "again")
-    assert Path("again/proof.json").read_bytes() == Path("proved/proof.json").read_bytes()
-    assert again.replace("again", "proved") == out
+    assert "cross-fitted" in run("show", "proof-1")
+    assert json.loads(Path("proof-1/proof.json").read_text())["verdict"] == proof.verdict
+    again = run("reweight", "--profile", profile.path, *asked, "--out", "proof-2")
+    assert Path("proof-2/proof.json").read_bytes() == Path("proof-1/proof.json").read_bytes()
+    assert again.replace("proof-2", "proof-1") == out
 
 
 def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(

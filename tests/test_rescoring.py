@@ -38,8 +38,10 @@ def test_a_run_that_starts_at_the_first_tilt_has_the_bits_of_a_whole_one(
     rescorer = Rescorer(Engine(tiny_moe, 2048), quiz)
     assert rescorer.replay.starts, "nothing would be tested"
     assert np.array_equal(rescorer.records.logprob_NC, ask(Engine(tiny_moe, 2048), quiz).numpy())
-    last = len(tiny_moe.blocks) - 1
-    for shifts in ((Shift(last, 1, 3.0),), (Shift(0, 2, -2.0), Shift(last, 0, 1.0))):
+    layers = rescorer.records.layers
+    used = [int(layer.appearances_E.argmax()) for layer in layers]
+    last = Shift(len(layers) - 1, used[-1], -8.0)
+    for shifts in ((last,), (Shift(0, used[0], -8.0), last)):
         for at in ("all", "answer"):
             found_NC = rescorer.ask(shifts, at)
             assert np.array_equal(found_NC, whole_run(tiny_moe, quiz, shifts, at))

@@ -96,7 +96,7 @@ class Chooser:
             raise PlanError(
                 f"{n_asked} experts are to be tilted, but only {n_ranked} appear in at least "
                 f"{self.min_appearances:.1%} of {len(records):,} questions and have a score: ask "
-                "for fewer, or lower --min-appearances"
+                "for fewer, lower --min-appearances, or profile more questions"
             )
 
 
