@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertcut.cli import main
-from expertcut.interventions.reweight import admission_gap
+from expertcut.interventions.reweighting.targets import admission_gap
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from expertcut.errors import ContractError
 from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import observe_experts, observe_routers, tilt_routers
+from expertcut.moe.observers import observe_experts, observe_routers
+from expertcut.moe.tilting import Tilts, tilted
 from tests.conftest import FAMILIES, open_model
 from tests.loaded_stock import cut, scale_outputs
 
@@ -44,7 +45,7 @@ def test_a_cut_equals_a_router_that_cannot_choose_the_removed(
 ) -> None:
     moe = open_model(checkpoint(family))
     before = logits(moe)
-    with tilt_routers(moe.blocks, removed_bias(moe)):
+    with tilted(moe.blocks, Tilts(removed_bias(moe))):
         masked = logits(moe)
     assert (before - masked).abs().max() > 0.1  # else a no-op would pass too
     assert torch.equal(logits(moe), before)  # what was put in is taken out
@@ -149,7 +150,7 @@ def test_a_bias_at_run_time_equals_an_edit_of_the_logits(checkpoint: Checkpoints
     bias_E[5] = 1.5
     found: list[Tensor] = []
     with (
-        tilt_routers(moe.blocks, {1: bias_E}),
+        tilted(moe.blocks, Tilts({1: bias_E})),
         observe_routers(moe.blocks[1:], lambda r: found.extend([r.input_TD, r.logits_TE])),
     ):
         logits(moe)

@@ -10,7 +10,8 @@ import torch
 from expertcut.errors import ModelError, SettingsError
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.moe.loading.devices import own_device, runs_on, spread
-from expertcut.moe.observers import observe_experts, tilt_routers
+from expertcut.moe.observers import observe_experts
+from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
@@ -145,10 +146,10 @@ def test_watching_and_tilting_fetch_weights_once_and_leave_no_trace(
     assert len(fetched) == 1  # not once an expert
     bias_E = torch.zeros(block.n_experts)
     bias_E[3] = 5.0
-    tilted = []
+    logits = []
     for its in (moe, whole):
-        with tilt_routers(its.blocks, {0: bias_E}):
-            tilted.append(its.model(ids).logits)
-    assert torch.equal(*tilted)
-    assert not torch.equal(tilted[0], plain)
+        with tilted(its.blocks, Tilts({0: bias_E})):
+            logits.append(its.model(ids).logits)
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], plain)
     assert torch.equal(moe.model(ids).logits, plain)

@@ -19,7 +19,8 @@ from expertcut.checkpoints.unedited import constant_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.plan import Edit
 from expertcut.moe.loading import MODELLING_FILE, MoeModel, modeling_exact, read_config
-from expertcut.moe.observers import Routing, observe_routers, tilt_routers
+from expertcut.moe.observers import Routing, observe_routers
+from expertcut.moe.tilting import Tilts, tilted
 from tests.conftest import DENSE_FIRST, open_model
 from tests.exact_models import (
     EXACT_FAMILIES,
@@ -292,7 +293,7 @@ def test_a_gate_bias_equals_the_tilt_at_run_time(
     moe = open_model(base(family))
     with constant_experts(moe.blocks, constants):
         untilted = logprobs(moe.model)
-        with tilt_routers(moe.blocks, {1: biases()[SECOND]}):
+        with tilted(moe.blocks, Tilts({1: biases()[SECOND]})):
             expected = logprobs(moe.model)
     assert (expected - untilted).abs().max() > 0.1
     model = load_exact(make_exact(base(family), tmp_path / "exact", constants, biases()))

@@ -33,7 +33,7 @@ from expertcut.interventions.plan import (
 )
 from expertcut.interventions.prune import Keep, Way, choose, keep_active, keep_n
 from expertcut.interventions.questions import draft_plan, hashes, questions_for, used_hashes
-from expertcut.interventions.reweight import (
+from expertcut.interventions.reweighting.targets import (
     Target,
     admission_gap,
     parse_target,

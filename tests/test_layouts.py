@@ -17,7 +17,7 @@ from expertcut.errors import ContractError
 from expertcut.evaluation.size import size
 from expertcut.interventions.plan import Edit, load_plan
 from expertcut.interventions.prune import Keep, Pruning, Way, choose
-from expertcut.interventions.reweight import reweight_draft, tilts
+from expertcut.interventions.reweighting.targets import reweight_draft, tilts
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import LoadOptions, MoeModel
 from expertcut.moe.observers import Routing, observe_routers

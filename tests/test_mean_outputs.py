@@ -10,8 +10,9 @@ from torch import Tensor
 from expertcut.interventions.calibration.outputs import mean_outputs
 from expertcut.moe.engine import Engine
 from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import ExpertCall, observe_experts, tilt_routers
+from expertcut.moe.observers import ExpertCall, observe_experts
 from expertcut.moe.packing import encode
+from expertcut.moe.tilting import Tilts, tilted
 from expertcut.quiz import Quiz, Selection, load_quiz, round_robin
 from tests.conftest import open_model
 from tests.exact_models import logprobs
@@ -69,7 +70,7 @@ def test_an_expert_that_no_token_chose_gives_zeros(
     assert all(mean_D.abs().max() > 0 for mean_D in before.values())
     bias_E = torch.zeros(8)
     bias_E[3] = -torch.inf
-    with tilt_routers(moe.blocks, {1: bias_E}):
+    with tilted(moe.blocks, Tilts({1: bias_E})):
         means = mean_outputs(Engine(moe, 400), quiz, removed)[block.name]
     assert set(means) == {3, 6}
     assert torch.equal(means[3], torch.zeros(32))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from expertcut.evaluation.comparison import mcnemar
 from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import replaced_forward, tilt_routers
+from expertcut.moe.observers import replaced_forward
+from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.evidence.findings import Findings, find
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers
@@ -71,7 +72,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     for expert in candidates(healthy):
         forbidden_E = torch.zeros(block.n_experts)
         forbidden_E[expert] = -torch.inf
-        with tilt_routers(moe.blocks, {block.layer: forbidden_E}):
+        with tilted(moe.blocks, Tilts({block.layer: forbidden_E})):
             masked = asked(moe, quiz, folder / f"without-{expert}")
         if is_harmless(healthy, masked):
             break

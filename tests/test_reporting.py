@@ -29,7 +29,7 @@ from expertcut.interventions.calibration.direction import Fit
 from expertcut.interventions.criteria import CRITERIA
 from expertcut.interventions.plan import ChosenOn, Draft, Edit, Plan, PlanModel, save_plan
 from expertcut.interventions.prune import Pruning
-from expertcut.interventions.reweight import Tilt
+from expertcut.interventions.reweighting.targets import Tilt
 from expertcut.interventions.touched import Touched
 from expertcut.profiling import store
 from expertcut.profiling.evidence.findings import find

@@ -17,10 +17,10 @@ from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.plan import load_hashes, load_plan
 from expertcut.interventions.prune import Keep, Way, choose
-from expertcut.interventions.reweight import reweight_draft, tilts
+from expertcut.interventions.reweighting.targets import reweight_draft, tilts
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import LoadOptions
-from expertcut.moe.observers import tilt_routers
+from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile, load_profile
@@ -47,7 +47,7 @@ def profile_of(
 def logprobs(path: Path, quiz_folder: Path, bias: dict[int, torch.Tensor]) -> torch.Tensor:
     moe = open_model(path)
     quiz = load_quiz(Selection(str(quiz_folder), split="test", shots=1))
-    with tilt_routers(moe.blocks, bias):
+    with tilted(moe.blocks, Tilts(bias)):
         return ask(Engine(moe, 1000), quiz)
 
 

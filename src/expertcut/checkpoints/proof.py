@@ -11,7 +11,7 @@ from torch import Tensor
 from expertcut.checkpoints.unedited import at_run_time
 from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.plan import Draft, Edit
-from expertcut.moe.engine import Engine
+from expertcut.moe.engine import Engine, OnPass, ignore
 from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import Pass, encode
 from expertcut.quiz import Quiz
@@ -62,12 +62,14 @@ def difference(against: str, a_NC: Tensor, b_NC: Tensor) -> Difference:
     return Difference(against, len(a_NC), float(gap.max()), float(gap.quantile(0.5)), flipped)
 
 
-def answer(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> Answered:
+def answer(
+    engine: Engine, quiz: Quiz, edits: Mapping[str, Edit], on_pass: OnPass = ignore
+) -> Answered:
     """Scores a quiz, watching the experts that the plan removes or tilts.
 
     Once experts are renumbered, `is_untouched_N` says nothing.
     """
-    watch = _Watch(engine, edits)
+    watch = _Watch(engine, edits, on_pass)
     scores, untouched = [], []
     with observe_routers(engine.moe.blocks, watch.see):
         for subject, questions in quiz.questions.items():
@@ -84,7 +86,8 @@ def answer(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> Answered:
 class _Watch:
     """Counts how many questions each tilted expert serves, and marks those that change."""
 
-    def __init__(self, engine: Engine, edits: Mapping[str, Edit]) -> None:
+    def __init__(self, engine: Engine, edits: Mapping[str, Edit], on_pass: OnPass) -> None:
+        self.on_pass = on_pass
         blocks = engine.moe.blocks
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].bias}
         self.removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
@@ -93,6 +96,7 @@ class _Watch:
     def begin(self, step: Pass) -> None:
         """Before each forward pass."""
         self.step = step
+        self.on_pass(step)
 
     def open(self, n_questions: int) -> None:
         """Before each chunk."""
@@ -158,8 +162,8 @@ class Proof:
 def prove_before(engine: Engine, quiz: Quiz, draft: Draft, constants: Constants) -> Before:
     """All that needs the unedited model, so that only one model is in memory at a time."""
     base = answer(engine, quiz, draft.edits)
-    with at_run_time(engine.moe, draft, constants):
-        reference = answer(engine, quiz, draft.edits)
+    with at_run_time(engine.moe, draft, constants) as begin:
+        reference = answer(engine, quiz, draft.edits, begin)
     if draft.layout == "stock" or not constants:
         return Before(base, reference, False)
     found = [q for q, is_it in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_it]

@@ -9,20 +9,34 @@ from torch import Tensor
 from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.plan import Draft, Edit
 from expertcut.moe.contract import MoeBlock
+from expertcut.moe.engine import OnPass
 from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import replaced_forward, tilt_routers
+from expertcut.moe.observers import replaced_forward
+from expertcut.moe.tilting import Tilts, tilted
 
 
 @contextmanager
-def at_run_time(moe: MoeModel, draft: Draft, constants: Constants) -> Iterator[None]:
-    """The plan to the letter: biases on logits, and what removing means in its layout.
+def at_run_time(moe: MoeModel, draft: Draft, constants: Constants) -> Iterator[OnPass]:
+    """The plan to the letter: biases, factors, and what removing means in its layout.
 
     Stock: removed experts cannot be chosen. Exact: they may be, and then give their constants.
+    What it gives must be told of each forward pass before it starts.
     """
-    biases = {b.layer: _logit_bias_E(b, draft.edits[b.name], draft.layout) for b in moe.blocks}
-    touched = {layer: bias_E for layer, bias_E in biases.items() if bool(bias_E.any())}
-    with tilt_routers(moe.blocks, touched), constant_experts(moe.blocks, constants):
-        yield
+    tilts = tilts_of(moe.blocks, draft)
+    with tilted(moe.blocks, tilts) as begin, constant_experts(moe.blocks, constants):
+        yield begin
+
+
+def tilts_of(blocks: Sequence[MoeBlock], draft: Draft) -> Tilts:
+    """What a plan does to the routers of the unedited model."""
+    edits = draft.edits
+    biases = {b.layer: _logit_bias_E(b, edits[b.name], draft.layout) for b in blocks}
+    scales = {b.layer: _scale_E(b, edits[b.name]) for b in blocks}
+    return Tilts(
+        {layer: bias_E for layer, bias_E in biases.items() if bool(bias_E.any())},
+        {layer: scale_E for layer, scale_E in scales.items() if bool((scale_E != 1).any())},
+        draft.apply_at,
+    )
 
 
 def _logit_bias_E(block: MoeBlock, edit: Edit, layout: str) -> Tensor:
@@ -32,6 +46,13 @@ def _logit_bias_E(block: MoeBlock, edit: Edit, layout: str) -> Tensor:
     for expert, bias in edit.bias.items():
         bias_E[expert] = bias
     return bias_E
+
+
+def _scale_E(block: MoeBlock, edit: Edit) -> Tensor:
+    scale_E = torch.ones(block.n_experts, dtype=torch.float64)
+    for expert, factor in edit.scale.items():
+        scale_E[expert] = factor
+    return scale_E
 
 
 @contextmanager

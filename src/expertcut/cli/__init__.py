@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__
-from expertcut.cli import changing, measuring
+from expertcut.cli import changing, measuring, tilting
 from expertcut.cli.options import option
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
 from expertcut.errors import ExpertcutError
@@ -30,7 +30,7 @@ for command in (
     measuring.profile,
     measuring.show,
     changing.prune,
-    changing.reweight,
+    tilting.reweight,
     measuring.eval,
 ):
     app.command()(command)

@@ -1,4 +1,4 @@
-"""Commands that change a model: `prune`, `reweight`."""
+"""The command `prune`, and how a choice becomes a checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,7 +66,7 @@ def prune(
     found = read_profile(profile, threads)
     way = Way.of(by.value, positions.value, layout.value, _value(removed), _value(fold))
     chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
-    place = _Place(found, chosen.draft, out, plan_only, force)
+    place = Place(found, chosen.draft, out, plan_only, force)
     _say_what_goes(found, chosen)
     place.make(LoadOptions(dtype, device, trust_remote_code), is_verified=not no_verify)
 
@@ -83,42 +83,12 @@ def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
         print(sentence)
 
 
-def reweight(
-    profile: ProfileDir = None,
-    boost: Annotated[
-        list[str] | None, option("E, L:E, E=bias or L:E=bias; may be repeated.")
-    ] = None,
-    suppress: Annotated[list[str] | None, option("As --boost, the other way.")] = None,
-    layout: LayoutOption = Layout.stock,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = False,
-    out: OutDir = None,
-    force: Force = False,
-    no_verify: NoVerify = False,
-    plan_only: PlanOnly = False,
-) -> None:
-    """Tilt the gate toward or away from experts."""
-    from expertcut.interventions.reweight import reweight_draft, tilts
-    from expertcut.moe.loading import LoadOptions
-    from expertcut.reporting.outcomes import tilt_sentences
-
-    found = read_profile(profile, threads)
-    tilted = tilts(found, boost or [], suppress or [])
-    place = _Place(found, reweight_draft(found, tilted, layout.value), out, plan_only, force)
-    load_as = LoadOptions(dtype, device, trust_remote_code)
-    built = place.make(load_as, is_verified=not no_verify)
-    for sentence in tilt_sentences(tilted, built):
-        print(sentence)
-
-
 def _value(choice: Any) -> Any:
     """A choice in the words of the stages."""
     return None if choice is None else choice.value
 
 
-class _Place:
+class Place:
     """Where a draft becomes a checkpoint or a plan; refused at once if something is there."""
 
     def __init__(

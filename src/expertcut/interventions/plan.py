@@ -21,6 +21,7 @@ QUESTIONS_FILE = "chosen_on.txt"
 Positions = Literal["answer", "all"]
 Layout = Literal["stock", "exact"]
 Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
+ApplyAt = Literal["answer", "all"]  # at which tokens a bias acts
 Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measures the inflation
 
 
@@ -58,6 +59,17 @@ class ChosenOn(Record):
     sha256: str
 
 
+class Point(Record):
+    """One try of a search for the strength; `biases` are (layer, expert, bias in logits)."""
+
+    experts: int
+    strength: FiniteFloat
+    biases: tuple[tuple[int, int, FiniteFloat], ...]
+    questions: int
+    accuracy: FiniteFloat
+    ci95: tuple[FiniteFloat, FiniteFloat]
+
+
 class Plan(Record):
     """`plan.json`."""
 
@@ -70,7 +82,9 @@ class Plan(Record):
     layout: Layout
     removed: Removed | None = None
     fold: Fold | None = None
+    apply_at: ApplyAt | None = None
     chosen_on: ChosenOn
+    tuning: tuple[Point, ...] = ()
     proof: dict[str, Any] = Field(default_factory=dict)
     blocks: dict[str, Edit] = Field(min_length=1)
 
@@ -80,7 +94,7 @@ class Draft:
     """A choice made from a profile, before anything is fitted or written.
 
     `slug` names the outputs, `action` says in words what was asked for. `removed` is for layout
-    exact, `fold` for layout stock.
+    exact, `fold` for layout stock, `apply_at` for biases.
     """
 
     slug: str
@@ -91,11 +105,17 @@ class Draft:
     layout: Layout = "stock"
     removed: Removed = "zero"
     fold: Fold = "answer"
+    apply_at: ApplyAt = "all"
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether any expert gets a logit bias."""
+        return any(edit.bias for edit in self.edits.values())
 
     @property
     def is_fitting(self) -> bool:
         """Whether directions must be fitted: only a bias in layout stock needs them."""
-        return self.layout == "stock" and any(edit.bias for edit in self.edits.values())
+        return self.layout == "stock" and self.is_biased
 
 
 def plan_model(info: ModelInfo) -> PlanModel:

@@ -37,7 +37,7 @@ def questions_for(profile: Profile, *, is_fitting: bool) -> Questions:
         ProfileError: the quiz is not the one that was profiled.
         QuizError: more than 5 % of the tuning questions stand in the profiled split.
     """
-    profiled = _profiled(profile)
+    profiled = profiled_quiz(profile)
     tuning = profiled
     if is_fitting and profiled.split == "test":
         tuning = _other_split(profiled, "val", profiled) or profiled
@@ -68,6 +68,7 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
         layout=draft.layout,
         removed=draft.removed if draft.layout == "exact" else None,
         fold=draft.fold if draft.layout == "stock" else None,
+        apply_at=draft.apply_at if draft.is_biased else None,
         chosen_on=ChosenOn(
             quiz=questions.profiled.id,
             split=questions.profiled.split,
@@ -91,7 +92,12 @@ def hashes(quiz: Quiz) -> frozenset[str]:
     return frozenset(q.content_hash for q in quiz)
 
 
-def _profiled(profile: Profile) -> Quiz:
+def profiled_quiz(profile: Profile) -> Quiz:
+    """The quiz that a profile asked.
+
+    Raises:
+        ProfileError: its questions changed since.
+    """
     info = profile.info.quiz
     selection = Selection(
         info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision

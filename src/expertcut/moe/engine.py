@@ -118,7 +118,7 @@ class Engine:
             on_pass(step)
             yield step, self._forward(step, cache)
             if cache is not None:
-                cache.crop(n_prefix - cache.get_seq_length())
+                cache.crop(-step.n_tokens)
 
     def _forward(self, step: Pass, cache: DynamicCache | None) -> Tensor:
         """Logits (N, V) at the answer positions; the vocabulary is projected nowhere else."""

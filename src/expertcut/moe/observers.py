@@ -1,8 +1,8 @@
-"""Watching and tilting routers and experts; every context manager leaves the model as it was."""
+"""Watching routers and experts; every context manager leaves the model as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from expertcut.moe.kernels.experts import BY_EXPERT, Own, by_expert, own_output
 
@@ -101,62 +100,6 @@ def _own(block: MoeBlock) -> Own:
         return output_MD
 
     return one
-
-
-@contextmanager
-def tilt_routers(blocks: Sequence[MoeBlock], bias_by_layer: Mapping[int, Tensor]) -> Iterator[None]:
-    """Adds a bias (E,) to the logits of the given layers; −inf forbids an expert altogether.
-
-    Where a selection bias exists, masking logits alone would still let masked experts be chosen,
-    so −inf is set there as well.
-    """
-    with ExitStack() as stack:
-        for block in blocks:
-            if block.layer in bias_by_layer:
-                bias_E = bias_by_layer[block.layer]
-                tilted = _tilted(block, bias_E)
-                stack.enter_context(replaced_forward(block.router, tilted))
-                stack.enter_context(_forbidden(block.selection_bias(), bias_E))
-        yield
-
-
-class _AddToLogits(TorchFunctionMode):
-    """Adds a bias to the one product inside a router's forward whose result has width E."""
-
-    def __init__(self, bias_E: Tensor) -> None:
-        super().__init__()
-        self.bias_E = bias_E
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and result.shape[-1] == len(self.bias_E):
-            return result + self.bias_E.to(result)
-        return result
-
-
-def _tilted(block: MoeBlock, bias_E: Tensor) -> Callable[..., Any]:
-    forward = own_forward(block.router)
-
-    def route(*args: Any, **kwargs: Any) -> Any:
-        with _AddToLogits(bias_E):
-            return forward(*args, **kwargs)
-
-    return route
-
-
-@contextmanager
-def _forbidden(selection_E: Tensor | None, bias_E: Tensor) -> Iterator[None]:
-    if selection_E is None:
-        yield
-        return
-    before = selection_E.clone()
-    selection_E[bias_E.isneginf().to(selection_E.device)] = -torch.inf
-    try:
-        yield
-    finally:
-        selection_E.copy_(before)
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.profiling.store import Profile
+from expertcut.profiling.store import BlockInfo, Profile
 
 Array = np.ndarray[Any, Any]
 NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
@@ -73,9 +73,23 @@ def answers(profile: Profile) -> Answers:
 
 def layer_statistics(profile: Profile) -> list[LayerStatistics]:
     """Every MoE block's statistics, in layer order."""
-    is_correct_N = answers(profile).is_correct_N
-    alpha_NLE, chosen_NLK = profile.array("alpha_NLE"), profile.array("chosen_NLK")
-    tokens_LE = profile.token_sum("tokens")
+    return layers_of(
+        profile.info.model.blocks,
+        profile.array("alpha_NLE"),
+        profile.array("chosen_NLK"),
+        answers(profile).is_correct_N,
+        profile.token_sum("tokens"),
+    )
+
+
+def layers_of(
+    blocks: Sequence[BlockInfo],
+    alpha_NLE: Array,
+    chosen_NLK: Array,
+    is_correct_N: Array,
+    tokens_LE: Array | None = None,
+) -> list[LayerStatistics]:
+    """The same from what a profile holds of any questions."""
     return [
         _layer(
             (layer, block.name),
@@ -84,7 +98,7 @@ def layer_statistics(profile: Profile) -> list[LayerStatistics]:
             is_correct_N,
             None if tokens_LE is None else tokens_LE[layer, : block.experts],
         )
-        for layer, block in enumerate(profile.info.model.blocks)
+        for layer, block in enumerate(blocks)
     ]
 
 

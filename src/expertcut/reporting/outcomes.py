@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
 from expertcut.interventions.plan import Plan
-from expertcut.interventions.reweight import Tilt
+from expertcut.interventions.reweighting.targets import Tilt
 from expertcut.reporting.tables import Cell, Column, Table
 
 if TYPE_CHECKING:  # with torch, which `show` does without

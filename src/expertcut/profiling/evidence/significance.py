@@ -64,11 +64,9 @@ def significance(
 ) -> Significance:
     """All of it, for every expert."""
     difference_X, se_X = difference(counts)
+    z_X = z_scores(counts)
+    is_tested_X = ~np.isnan(z_X)
     expected_X, variance_X = null_moments(counts)
-    is_tested_X = variance_X >= MIN_VARIANCE
-    sd_X = np.sqrt(variance_X[is_tested_X])
-    z_X = np.full(len(variance_X), np.nan)
-    z_X[is_tested_X] = (counts.activated_right_SX.sum(0) - expected_X)[is_tested_X] / sd_X
     p_X = 2 * ndtr(-np.abs(z_X))
     p_adjusted_X, p_family_X = np.full_like(z_X, np.nan), np.full_like(z_X, np.nan)
     if is_tested_X.any():
@@ -83,6 +81,14 @@ def significance(
         p_adjusted_X[tested] = false_discovery_control(p_X[tested])
         p_family_X[tested] = exceedance(np.abs(z_X[tested]), largest_B)
     return Significance(difference_X, se_X, z_X, p_X, p_adjusted_X, p_family_X, permutations, seed)
+
+
+def z_scores(counts: SubjectCounts) -> Array:
+    """Cochran–Mantel–Haenszel z (X,), without continuity correction; NaN where it is not tested."""
+    expected_X, variance_X = null_moments(counts)
+    is_tested_X = variance_X >= MIN_VARIANCE
+    excess_X = counts.activated_right_SX.sum(0) - expected_X
+    return share(excess_X, np.sqrt(np.where(is_tested_X, variance_X, 0)))
 
 
 def wilson(share_E: Array, n_E: Array) -> tuple[Array, Array]:

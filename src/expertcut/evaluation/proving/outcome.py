@@ -1,0 +1,144 @@
+"""What a proof says: `proof.json`, and the verdict in one sentence."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from expertcut.errors import PlanError
+from expertcut.evaluation.proving.crossfit import Judged
+from expertcut.profiling.chunks import write_atomically
+from expertcut.profiling.store import Record, first_fault
+
+PROOF_FILE = "proof.json"
+SIGNIFICANT = 0.05
+Verdict = Literal["helps", "hurts", "no evidence"]
+
+
+class Change(Record):
+    """A change in accuracy on the same questions; see `evaluation.comparison.Comparison`."""
+
+    delta: float
+    ci95: tuple[float, float]
+    gained: int
+    lost: int
+    mcnemar_p: float
+    smallest_effect: float
+
+
+class FoldResult(Record):
+    """One fold: what was chosen without it (layer, expert, bias), and what that did to it."""
+
+    questions: int
+    biases: tuple[tuple[int, int, float], ...]
+    delta: float
+
+
+class RandomControl(Record):
+    """The same procedure on random experts; `range95` holds 95 % of the draws."""
+
+    draws: int
+    distinct: int
+    delta_mean: float
+    range95: tuple[float, float]
+    p: float
+
+
+class ProofResult(Record):
+    """`proof.json`. `same_questions` chose and scored on the same questions, so it flatters."""
+
+    format: Literal[1] = 1
+    procedure: str
+    quiz: str
+    split: str
+    questions: int
+    seed: int
+    base_accuracy: float
+    cross_fitted: Change
+    same_questions: Change
+    random: RandomControl
+    folds: tuple[FoldResult, ...]
+    verdict: Verdict
+    sentence: str
+
+
+def proof_result(judged: Judged, procedure: str, quiz: tuple[str, str], seed: int) -> ProofResult:
+    """The figures of a finished proof; `quiz` is its id and split."""
+    cross, control = judged.cross_fitted, judged.control
+    p_random = control.p(cross.delta)
+    low, high = np.percentile(control.delta_B, [2.5, 97.5])
+    word = verdict(cross.ci95, p_random)
+    return ProofResult(
+        procedure=procedure,
+        quiz=quiz[0],
+        split=quiz[1],
+        questions=len(judged.records),
+        seed=seed,
+        base_accuracy=float(judged.records.is_correct_N.mean()),
+        cross_fitted=Change(**asdict(cross)),
+        same_questions=Change(**asdict(judged.same_questions)),
+        random=RandomControl(
+            draws=len(control.delta_B),
+            distinct=control.distinct,
+            delta_mean=float(control.delta_B.mean()),
+            range95=(float(low), float(high)),
+            p=p_random,
+        ),
+        folds=tuple(
+            FoldResult(
+                questions=fold.questions,
+                biases=tuple((s.layer, s.expert, s.bias) for s in fold.shifts),
+                delta=fold.delta,
+            )
+            for fold in judged.folds
+        ),
+        verdict=word,
+        sentence=_sentence(judged, word, p_random),
+    )
+
+
+def verdict(ci95: tuple[float, float], p_random: float) -> Verdict:
+    """Helps: the interval lies above 0 and random experts seldom do as well (design: §8)."""
+    if ci95[0] > 0 and p_random < SIGNIFICANT:
+        return "helps"
+    return "hurts" if ci95[1] < 0 else "no evidence"
+
+
+def _sentence(judged: Judged, word: Verdict, p_random: float) -> str:
+    cross, n = judged.cross_fitted, len(judged.records)
+    change = (
+        f"{cross.delta * 100:+.2f} points (95 % interval {cross.ci95[0] * 100:+.2f} to "
+        f"{cross.ci95[1] * 100:+.2f}) on {n:,} questions that it was not chosen on"
+    )
+    if word == "helps":
+        return f"This procedure helps: {change}; random experts do as well with p = {p_random:.2g}."
+    if word == "hurts":
+        return f"This procedure hurts: {change}."
+    if cross.ci95[0] > 0:
+        reason = f"random experts do as well with p = {p_random:.2g}"
+    else:
+        reason = f"{cross.smallest_effect * 100:.2f} points is the smallest effect they could show"
+    return f"No evidence that this procedure helps: {change}; {reason}."
+
+
+def save_proof(folder: Path, result: ProofResult) -> None:
+    """Writes `proof.json`."""
+    text = result.model_dump_json(indent=1) + "\n"
+    write_atomically(folder / PROOF_FILE, text.encode())
+
+
+def load_proof(folder: Path) -> ProofResult:
+    """A proof from its folder.
+
+    Raises:
+        PlanError: none there, or one that does not hold together.
+    """
+    file = folder / PROOF_FILE
+    try:
+        return ProofResult.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise PlanError(f"{file} is no proof: {first_fault(error)}") from None
+    except OSError as error:
+        raise PlanError(f"{file} cannot be read: {error.strerror}") from None

@@ -1,0 +1,1 @@
+"""Tilting the gate: which experts, how strongly, and what that does to answers."""

@@ -1,0 +1,182 @@
+"""How strongly to tilt: a given number, the admission gap, or a search on the tuning questions."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from expertcut.errors import PlanError
+from expertcut.interventions.plan import Point
+from expertcut.interventions.reweighting.choosing import Chooser, Pick
+from expertcut.interventions.reweighting.records import Records, admission_gap, right
+from expertcut.profiling.evidence.significance import wilson
+
+Array = np.ndarray[Any, Any]
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
+_FINER = (2**-0.5, 2**0.5)  # around the best of them
+
+
+class Shift(NamedTuple):
+    """A bias on one expert's logit."""
+
+    layer: int
+    expert: int
+    bias: float
+
+
+Ask = Callable[[tuple[Shift, ...]], Array]
+"""Log p (N, C) of all questions with these shifts on the gates."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Which shifts were chosen, and the curve of a search: how each strength tried fared."""
+
+    shifts: tuple[Shift, ...]
+    curve: tuple[Point, ...] = ()
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """A way to choose experts and strengths, which can be judged by repeating it.
+
+    `named` are chosen by hand, each with its strength or None; `chooser` adds to them. `strength`
+    is for experts without one of their own, None the admission gap.
+    """
+
+    named: tuple[tuple[Pick, float | None], ...] = ()
+    chooser: Chooser = field(default_factory=Chooser)
+    strength: float | None = None
+    is_tuned: bool = False
+
+    def pick(self, records: Records, left_out: Collection[str] = ()) -> tuple[Pick, ...]:
+        """The experts, those named by hand first."""
+        named = tuple(pick for pick, _ in self.named)
+        places = {(pick.layer, pick.expert) for pick in named}
+        chosen = self.chooser.choose(records, left_out)
+        return (*named, *(p for p in chosen if (p.layer, p.expert) not in places))
+
+    def settle(
+        self, records: Records, picks: Sequence[Pick], ask: Ask, left_out: Collection[str] = ()
+    ) -> Settled:
+        """The strengths; questions whose content hash is in `left_out` are not looked at."""
+        is_used_N = ~np.isin(records.hash_N, list(left_out))
+        if self.is_tuned:
+            return _Search(records, is_used_N, ask).run(picks, len(self.named))
+        return Settled(self.untuned(records.part(is_used_N), picks))
+
+    def untuned(self, records: Records, picks: Sequence[Pick]) -> tuple[Shift, ...]:
+        """Given strengths, or gaps; none for an expert whose gap would tilt it the other way."""
+        given = dict(self.named)
+        shifts = []
+        for pick in picks:
+            strength = given.get(pick) or self.strength
+            bias = gap(records, pick) if strength is None else pick.sign * strength
+            if math.isfinite(bias) and bias * pick.sign > 0:
+                shifts.append(Shift(pick.layer, pick.expert, bias))
+        return tuple(shifts)
+
+    def check(self, records: Records) -> None:
+        """That enough experts can be chosen and that each has a strength.
+
+        Raises:
+            PlanError: which has none, or how many there are.
+        """
+        self.chooser.check(records)
+        picks = self.pick(records)
+        shifts = () if self.is_tuned else self.untuned(records, picks)
+        tilted = {(shift.layer, shift.expert) for shift in shifts}
+        for pick in picks:
+            if not self.is_tuned and (pick.layer, pick.expert) not in tilted:
+                raise PlanError(_no_strength(pick, gap(records, pick)))
+
+
+def gap(records: Records, pick: Pick) -> float:
+    """The admission gap of an expert."""
+    alpha_NE = records.alpha_NLE[:, pick.layer, : records.blocks[pick.layer].experts]
+    return admission_gap(alpha_NE, records.chosen_NLK[:, pick.layer], pick.expert)
+
+
+def _no_strength(pick: Pick, bias: float) -> str:
+    verb, state = ("boost", "admitted") if pick.sign > 0 else ("suppress", "left out")
+    return (
+        f"expert {pick.expert} of layer {pick.layer} is {state} on average already (admission gap "
+        f"{bias:+.4f}), so there is no default strength to {verb} it by: give --strength or --tune"
+    )
+
+
+class _Search:
+    """Strengths in doubling steps for the first 1, 2, 4, … experts, then finer around the best.
+
+    A run of strengths ends where it clearly hurts (by two standard errors), and where a stronger
+    one answers every question as the one before did. Only a gain moves the best, so of equals the
+    fewest experts and the weakest tilt are kept, and no tilt at all if none gains.
+    """
+
+    def __init__(self, records: Records, is_used_N: Array, ask: Ask) -> None:
+        self.ask = ask
+        self.is_used_N = is_used_N
+        self.answer_N = records.answer_N[is_used_N]
+        self.base_logprob_NC = records.logprob_NC[is_used_N]
+        self.base_N = right(self.base_logprob_NC, self.answer_N)
+        self.best = Settled(())
+        self.most_right = int(self.base_N.sum())
+        self.curve = [self._point((), 0.0, self.base_N)]
+
+    def run(self, picks: Sequence[Pick], n_named: int) -> Settled:
+        for few in firsts(picks, n_named):
+            self._climb(few)
+        if self.best.shifts:
+            best, point = self.best.shifts, max(self.curve, key=lambda p: p.accuracy)
+            for factor in _FINER:
+                shifts = tuple(s._replace(bias=s.bias * factor) for s in best)
+                self._try(shifts, point.strength * factor)
+        return replace(self.best, curve=tuple(self.curve))
+
+    def _climb(self, picks: Sequence[Pick]) -> None:
+        before_N = self.base_logprob_NC.argmax(axis=1)
+        is_moved = False
+        for strength in STRENGTHS:
+            shifts = tuple(Shift(p.layer, p.expert, p.sign * strength) for p in picks)
+            logprob_NC = self._try(shifts, strength)
+            right_N, best_N = right(logprob_NC, self.answer_N), logprob_NC.argmax(axis=1)
+            gained = int((right_N & ~self.base_N).sum())
+            lost = int((~right_N & self.base_N).sum())
+            is_same = bool((best_N == before_N).all())
+            if lost - gained > 2 * math.sqrt(lost + gained) or (is_same and is_moved):
+                return
+            is_moved |= not is_same
+            before_N = best_N
+
+    def _try(self, shifts: tuple[Shift, ...], strength: float) -> Array:
+        logprob_NC: Array = self.ask(shifts)[self.is_used_N]
+        right_N = right(logprob_NC, self.answer_N)
+        self.curve.append(self._point(shifts, strength, right_N))
+        if right_N.sum() > self.most_right:
+            self.most_right, self.best = int(right_N.sum()), Settled(shifts)
+        return logprob_NC
+
+    def _point(self, shifts: tuple[Shift, ...], strength: float, right_N: Array) -> Point:
+        share = right_N.mean()
+        low, high = wilson(share, np.array(len(right_N)))
+        return Point(
+            experts=len(shifts),
+            strength=strength,
+            biases=tuple((s.layer, s.expert, s.bias) for s in shifts),
+            questions=len(right_N),
+            accuracy=float(share),
+            ci95=(float(low), float(high)),
+        )
+
+
+def firsts(picks: Sequence[Pick], n_named: int) -> Iterator[tuple[Pick, ...]]:
+    """Those named by hand with the first 1, 2, 4, … and at last all others of each sign."""
+    named, others = tuple(picks[:n_named]), picks[n_named:]
+    by_sign = [[p for p in others if p.sign == sign] for sign in (+1, -1)]
+    most, count = max(map(len, by_sign)), 1
+    while count < most:
+        yield (*named, *(p for found in by_sign for p in found[:count]))
+        count *= 2
+    yield (*named, *others)
