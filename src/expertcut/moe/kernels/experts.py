@@ -38,7 +38,7 @@ def by_expert(
 
 
 def own_output(experts: Any, expert: int, x_MD: Tensor) -> Tensor:
-    """One expert's outputs, by the description that transformers gives of every family's experts."""
+    """One expert's outputs, by what transformers says of every family's experts."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     hidden_MI = _project(experts, up, expert, x_MD)
     hidden_MI = experts._apply_gate(hidden_MI) if experts.has_gate else experts.act_fn(hidden_MI)
