@@ -92,12 +92,9 @@ def test_a_model_that_packs_wrongly_is_scored_one_by_one(
     engine = Engine(moe, batch_tokens=300)
     engine.check(chunk)
     assert engine.is_trusted
-    layer = moe.model.model.layers[0].self_attn
-
-    def leaks(_module: object, args: object, kwargs: dict[str, object]) -> object:
-        return args, {**kwargs, "attention_mask": None}  # every token sees its whole row
-
-    handle = layer.register_forward_pre_hook(leaks, with_kwargs=True)
+    layer = moe.model.get_input_embeddings()
+    # Every token takes from the one before it in its row, whosever that is.
+    handle = layer.register_forward_hook(lambda _module, _args, out: out + out.roll(1, dims=1))
     engine.check(chunk)
     handle.remove()
     assert not engine.is_trusted
