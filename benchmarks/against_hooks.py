@@ -2,12 +2,13 @@
 
     python -m benchmarks.against_hooks --quiz DATA/mmlu --tokenizer DATA/olmoe
 
-The paper's loop (arXiv:2502.17187): transformers, batches of 2 prompts, `output_router_logits=True`,
-the full prompt of every question, statistics at the answer position. The observer of
-expert-pruning tools (REAP, arXiv:2510.13999): the same loop, and a hook on every MoE block that
-runs every expert on every token to take norms. The slow ones answer the first questions of each
-subject only (`--slow-limit`), and their seconds a question are set against ours on the whole sets.
-All run in this process, on one loaded model each, and no ratio is printed where counts differ.
+The paper's loop (arXiv:2502.17187): transformers, batches of 2 prompts, all router logits
+(`output_router_logits=True`), the full prompt of every question, statistics at the answer position.
+The observer of expert-pruning tools (REAP, arXiv:2510.13999): one prompt at a time, and a hook on
+every MoE block that runs every expert on every token to take norms. Both answer the first questions
+of each subject only (`--slow-limit`); their seconds a question are set against ours on the same
+questions and on the whole sets, where a shared prefix serves more of them. All run in this process,
+and no ratio is printed where counts differ.
 """
 
 import argparse
@@ -118,13 +119,13 @@ def ours(moe: MoeModel, quiz: Quiz, limit: int | None, stats: Stats) -> "np.ndar
     with tempfile.TemporaryDirectory() as folder:
         list(measurement.run(Path(folder) / "p"))
         profile = load_profile(Path(folder) / "p")
-    if stats == "all":
-        found = profile.token_sum("tokens")
-        assert found is not None
-        return found
-    chosen_NLK = profile.array("chosen_NLK").astype(int)
-    n_experts = profile.array("alpha_NLE").shape[2]
-    return np.eye(n_experts)[chosen_NLK].sum(axis=(0, 2))
+        if stats == "all":
+            found = profile.token_sum("tokens")
+            assert found is not None
+            return found
+        chosen_NLK = profile.array("chosen_NLK").astype(int)
+        n_experts = profile.array("alpha_NLE").shape[2]
+        return np.eye(n_experts)[chosen_NLK].sum(axis=(0, 2))
 
 
 def measured(model_folder: Path, args: argparse.Namespace) -> list[list[object]]:
