@@ -11,9 +11,10 @@ from torch import Tensor
 from expertcut.checkpoints.unedited import at_run_time
 from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.plan import Draft, Edit
-from expertcut.moe.engine import Engine, OnPass, ignore
+from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import Pass, encode
+from expertcut.moe.passes import OnPass, ignore
 from expertcut.quiz import Quiz
 from expertcut.quiz.questions import group_by_subject, replace_questions
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from expertcut.errors import ModelError
-from expertcut.moe.kernels.attention import Split, attending
+from expertcut.moe.kernels.attention import Prefix, Split, attending
 from expertcut.moe.kernels.last_block import OnRows, reading_answers
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.packing import (
@@ -66,7 +66,8 @@ class Run:
         is_shared = how.way == "packed"
         self.n_prefix = encoded.shared_prefix() if is_shared else 0
         self.splits = is_shared and how.attention == "split"
-        self.cache = DynamicCache() if self.n_prefix else None
+        self.prefix: Prefix = {}
+        self.cache = DynamicCache() if self.n_prefix and not self.splits else None
 
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
         """Each pass that answers questions, with its logits (N, V).
@@ -77,7 +78,8 @@ class Run:
         if self.n_prefix:
             step = prefix_pass(self.encoded.prompts[0][: self.n_prefix])
             self.watch.begin(step)
-            self._forward(step)
+            if self._attempt(step) is None:
+                raise self._too_small(step)
         todo = self._cut()
         while todo:
             questions = todo.pop(0)
@@ -88,10 +90,16 @@ class Run:
                 yield step, logits_NV
                 continue
             if len(questions) == 1:
-                raise ModelError(f"not enough memory for one prompt of {step.n_tokens} tokens")
+                raise self._too_small(step)
             self.watch.undo(step)
             half = len(questions) // 2
             todo = [questions[:half], questions[half:], *todo]
+
+    def _too_small(self, step: Pass) -> ModelError:
+        return ModelError(
+            f"{self.moe.source.id}: not enough memory for {step.n_tokens} tokens at once, which "
+            "cannot be cut smaller: use another device"
+        )
 
     def _cut(self) -> list[tuple[int, ...]]:
         lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
@@ -116,7 +124,8 @@ class Run:
                 raise
             return None
         finally:
-            for layer in self.cache.layers if self.cache is not None else []:
+            layers: list[Any] = [] if self.cache is None else list(self.cache.layers)
+            for layer in layers:
                 if (n_more := layer.get_seq_length() - self.n_prefix) > 0:
                     layer.crop(-n_more)
 
@@ -125,16 +134,14 @@ class Run:
         device = self.moe.device
         width = step.input_ids.shape[1]
         columns, column_N = (step.answers_N % width).unique(return_inverse=True)
-        # Split attention reads the prefix where it lies.
-        cache = None if self.splits and not step.is_prefix else self.cache
         with ExitStack() as stack:
             self._enter(stack, step)
             logits_BCV = self.moe.model(
                 input_ids=step.input_ids.to(device),
                 attention_mask=None if step.mask is None else self._mask(step.mask.to(device)),
                 position_ids=None if step.positions is None else step.positions.to(device),
-                past_key_values=cache,
-                use_cache=cache is not None,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
                 logits_to_keep=columns.to(device),
             ).logits
         result: Tensor = logits_BCV[step.answers_N // width, column_N]
@@ -145,7 +152,7 @@ class Run:
         last, keeps_all = self.how.last_layer, self.watch.keeps_all
         if self.splits:
             lengths_N = step.answers_N.diff(prepend=torch.tensor([-1]))
-            split = Split(self.cache, lengths_N, last, step.answers_N, keeps_all=keeps_all)
+            split = Split(self.prefix, lengths_N, last, step.answers_N, keeps_all=keeps_all)
             stack.enter_context(attending(self.moe.model, split))
         if last is not None:
             parts = (step.answers_N, step.input_ids.numel(), self.watch.on_rows)

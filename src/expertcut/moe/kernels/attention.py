@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SPLIT = "split"
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 Attend = Callable[..., tuple[Tensor, None]]
+Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer, as attended to
 
 
 def is_there(model: Any) -> bool:
@@ -72,7 +72,7 @@ def groups(lengths_N: Tensor) -> list[Group]:
 
 
 class Split:
-    """The attention function of one pass: the shared prefix alone, or a pack behind it.
+    """The attention function of one pass: the shared prefix, which it keeps, or a pack behind it.
 
     In the layer `last` only `answers_N` are looked at by anybody, unless the pass `keeps_all`;
     what stands elsewhere is zero then. Answers are computed apart in any case, so that keeping the
@@ -81,7 +81,7 @@ class Split:
 
     def __init__(
         self,
-        prefix: DynamicCache | None,
+        prefix: Prefix,
         lengths_N: Tensor,
         last: int | None,
         answers_N: Tensor,
@@ -98,6 +98,8 @@ class Split:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
     ) -> tuple[Tensor, None]:
         """Outputs (1, T, H, d) of queries, keys and values (1, H, T, d)."""
+        if not self.groups:
+            self.prefix[module.layer_idx] = key, value
         parts = _Parts(self, module, (query, key, value), options.get("scaling"))
         if module.layer_idx != self.last:
             return parts.at(None), None
@@ -114,13 +116,11 @@ class _Parts:
     """One layer's queries, keys and values in one pass."""
 
     def __init__(
-        self, split: Split, module: nn.Module, states: tuple[Tensor, ...], scale: float | None
+        self, split: Split, module: Any, states: tuple[Tensor, ...], scale: float | None
     ) -> None:
         self.split, self.scale = split, scale
         self.query, self.key, self.value = states
-        layer = getattr(module, "layer_idx", None)
-        is_behind = bool(split.groups) and split.prefix is not None
-        self.before = split.prefix.layers[layer] if is_behind else None  # type: ignore[union-attr, index]
+        self.before = split.prefix.get(module.layer_idx) if split.groups else None
 
     def at(self, rows_N: Tensor | None) -> Tensor:
         """Outputs (1, T, H, d), of these rows only or of all."""
@@ -132,7 +132,7 @@ class _Parts:
             own, own_weight, query = own[:, rows_N], own_weight[:, rows_N], query[:, :, rows_N]
         if self.before is None:
             return own
-        shared, shared_weight = self._flash(query, self.before.keys, self.before.values)
+        shared, shared_weight = self._flash(query, *self.before)
         # The weights are logarithms of sums of exponentials.
         share = (own_weight - shared_weight).sigmoid().to(own.dtype)
         return torch.lerp(shared, own, share[..., None])
