@@ -1,6 +1,6 @@
 """What statistics cost: plain scoring, answer-only and all-token statistics, in turns.
 
-    python benchmarks/profile_overhead.py --quiz DATA/mmlu --tokenizer DATA/olmoe
+    python -m benchmarks.profile_overhead --quiz DATA/mmlu --tokenizer DATA/olmoe
 
 A random OLMoE of 260M parameters, real text, five shots. Each round runs all three, each time
 another first, into a new folder: reading, scoring and writing, but not loading. What is compared
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
+from benchmarks.common import random_olmoe
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Stats
@@ -27,26 +27,6 @@ from expertcut.reporting.tables import Column, Table, as_markdown
 NAMES: dict[Stats, str] = {"none": "plain scoring", "answer": "answer only", "all": "all tokens"}
 Times = list[tuple[float, float]]
 SUBJECTS = ("abstract_algebra", "anatomy", "machine_learning", "world_religions")
-
-
-def random_olmoe(folder: Path, tokenizer: Path) -> Path:
-    """Writes an OLMoE of 261,505,536 parameters with the real vocabulary."""
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        hidden_size=512,
-        intermediate_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_experts=64,
-        num_experts_per_tok=8,
-        vocab_size=50304,
-        pad_token_id=1,
-        eos_token_id=50279,
-    )
-    OlmoeForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
 
 
 def timed(moe: MoeModel, quiz: Quiz, limit: int, stats: Stats) -> tuple[float, float]:

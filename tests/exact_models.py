@@ -15,7 +15,8 @@ from expertcut.checkpoints.files.streaming import write_checkpoint
 from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
 from expertcut.interventions.plan import Edit
-from expertcut.moe.loading import MODELLING_FILE, modelling_code, read_config
+from expertcut.moe.kernels.products import Linear
+from expertcut.moe.loading import MODELLING_FILE, MoeModel, modelling_code, read_config
 from tests.conftest import FAMILIES, make_tokenizer
 
 SMALL = FAMILIES["olmoe"]
@@ -68,6 +69,15 @@ def load_exact(folder: Path, experts: str = "eager", **options: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
     model.set_experts_implementation(experts)
     return model.eval()
+
+
+def as_transformers_runs_it(moe: MoeModel) -> MoeModel:
+    """Without our products and our loop over experts, so that bits can be compared."""
+    moe.model.set_experts_implementation("eager")
+    for module in moe.model.modules():
+        if type(module) is Linear:
+            module.__class__ = torch.nn.Linear
+    return moe
 
 
 @torch.inference_mode()

@@ -101,7 +101,7 @@ def harness(model: Path | None, asked: Asked, folder: Path) -> Harnessed:
         )
     if done.returncode:
         raise AssertionError(f"lm_eval failed:\n{(folder / 'lm_eval.log').read_text()[-4000:]}")
-    return _read(folder / "out", asked.subjects)
+    return read_output(folder / "out", asked.subjects)
 
 
 def write_data_set(asked: Asked, folder: Path) -> None:
@@ -163,7 +163,7 @@ def _is_stock(subject: str) -> bool:
     return (_stock_tasks() / f"mmlu_{subject}.yaml").is_file()
 
 
-def _read(out: Path, subjects: Sequence[str]) -> Harnessed:
+def read_output(out: Path, subjects: Sequence[str]) -> Harnessed:
     (results,) = out.glob("*/results_*.json")
     samples = {}
     for subject in subjects:

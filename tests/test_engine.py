@@ -42,7 +42,7 @@ def test_each_family_takes_its_way_and_equals_one_prompt_at_a_time(
     assert engine.is_trusted
     assert engine.way(chunk) == ("padded" if is_padded else "packed")
     together_NC, plain_NC = engine.score(chunk), one_by_one(tiny_moe, chunk)
-    assert (together_NC - plain_NC).abs().max() < 5e-6
+    assert (together_NC - plain_NC).abs().max() < 1e-5
     assert plain_NC.std(dim=0).min() > 0.01  # else any answer would do
 
 
@@ -54,7 +54,7 @@ def test_a_sliding_window_pads_and_equals_one_prompt_at_a_time(
     assert len({len(ids) for ids in chunk.prompts}) > 1  # else nothing would be padded
     engine = Engine(moe, batch_tokens=3 * chunk.longest)
     assert engine.way(chunk) == "padded"
-    assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 5e-6
+    assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 1e-5
 
 
 def test_a_window_wider_than_the_prompts_packs(checkpoint: Checkpoints, quiz_folder: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_window_wider_than_the_prompts_packs(checkpoint: Checkpoints, quiz_fol
     chunk = encoded(moe, quiz_folder)
     engine = Engine(moe, batch_tokens=300)
     assert engine.way(chunk) == "packed"
-    assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 5e-6
+    assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 1e-5
     narrow = open_model(checkpoint("gpt_oss", layer_types=types, sliding_window=20))
     assert Engine(narrow, 300).way(chunk) == "padded"
 
@@ -81,7 +81,7 @@ def test_a_rope_that_depends_on_length_goes_one_by_one(
     for i in range(len(chunk)):  # a fresh model for each prompt has no memory of longer ones
         fresh = open_model(checkpoint("olmoe", rope_parameters=rope, max_position_embeddings=64))
         alone.append(one_by_one(fresh, Encoded(chunk.prompts[i : i + 1], chunk.choice_ids[:1])))
-    assert (engine.score(chunk) - torch.cat(alone)).abs().max() < 5e-6
+    assert (engine.score(chunk) - torch.cat(alone)).abs().max() < 1e-5
 
 
 def test_a_model_that_packs_wrongly_is_scored_one_by_one(
@@ -92,12 +92,9 @@ def test_a_model_that_packs_wrongly_is_scored_one_by_one(
     engine = Engine(moe, batch_tokens=300)
     engine.check(chunk)
     assert engine.is_trusted
-    layer = moe.model.model.layers[0].self_attn
-
-    def leaks(_module: object, args: object, kwargs: dict[str, object]) -> object:
-        return args, {**kwargs, "attention_mask": None}  # every token sees its whole row
-
-    handle = layer.register_forward_pre_hook(leaks, with_kwargs=True)
+    layer = moe.model.get_input_embeddings()
+    # Every token takes from the one before it in its row, whosever that is.
+    handle = layer.register_forward_hook(lambda _module, _args, out: out + out.roll(1, dims=1))
     engine.check(chunk)
     handle.remove()
     assert not engine.is_trusted

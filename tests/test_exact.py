@@ -26,6 +26,7 @@ from tests.exact_models import (
     EXACT_FAMILIES,
     REMOVED,
     TOKENS,
+    as_transformers_runs_it,
     constants_for,
     load_exact,
     logprobs,
@@ -129,7 +130,7 @@ def test_a_question_that_chose_no_removed_expert_keeps_every_bit(
     base: Bases, family: str, dtype: str, tmp_path: Path
 ) -> None:
     path = base(family, num_experts=32, dtype=getattr(torch, dtype))
-    moe = open_model(path, dtype=dtype)
+    moe = as_transformers_runs_it(open_model(path, dtype=dtype))
     question, other = torch.arange(2, 14)[None], torch.arange(60, 90)[None]
     idle = {b: tuple(set(range(32)) - used) for b, used in chosen(moe, question).items()}
     assert all(0 < len(experts) < 32 for experts in idle.values())
@@ -290,7 +291,7 @@ def test_a_gate_bias_equals_the_tilt_at_run_time(
     base: Bases, family: str, is_pruned: bool, tmp_path: Path
 ) -> None:
     constants = constants_for(REMOVED, is_zero=False) if is_pruned else {}
-    moe = open_model(base(family))
+    moe = as_transformers_runs_it(open_model(base(family)))
     with constant_experts(moe.blocks, constants):
         untilted = logprobs(moe.model)
         with tilted(moe.blocks, Tilts({1: biases()[SECOND]})):
@@ -304,7 +305,8 @@ def test_a_gate_bias_equals_the_tilt_at_run_time(
 def test_a_bias_of_zero_changes_no_bit(base: Bases, family: str, tmp_path: Path) -> None:
     zeros = {FIRST: torch.zeros(8), SECOND: torch.zeros(8)}
     model = load_exact(make_exact(base(family), tmp_path / "exact", {}, zeros))
-    assert torch.equal(logprobs(model), logprobs(open_model(base(family)).model))
+    moe = as_transformers_runs_it(open_model(base(family)))
+    assert torch.equal(logprobs(model), logprobs(moe.model))
 
 
 def test_a_bias_is_not_rounded_to_the_checkpoints_dtype(base: Bases, tmp_path: Path) -> None:

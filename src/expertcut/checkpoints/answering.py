@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.interventions.plan import Edit
-from expertcut.moe.engine import Engine, OnPass, ignore
+from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import Pass, encode
+from expertcut.moe.passes import OnPass, ignore
 from expertcut.quiz import Quiz
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.plan import Draft, Edit
 from expertcut.moe.contract import MoeBlock
-from expertcut.moe.engine import OnPass
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.observers import replaced_forward
+from expertcut.moe.passes import OnPass
 from expertcut.moe.tilting import Tilts, tilted
 
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
-    from expertcut.moe.engine import OnPass
     from expertcut.moe.packing import Pass
+    from expertcut.moe.passes import OnPass
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from expertcut.evaluation.results import (
 )
 from expertcut.evaluation.size import Size, size
 from expertcut.interventions.plan import PLAN_FILE, load_hashes, load_plan
-from expertcut.moe.engine import OnPass, ignore
 from expertcut.moe.loading import LoadOptions, Source, find_source
+from expertcut.moe.passes import OnPass, ignore
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from expertcut.moe.kernels.experts import BY_EXPERT, Own, by_expert, own_output
 
 if TYPE_CHECKING:
     from expertcut.moe.contract import MoeBlock
@@ -67,33 +70,36 @@ def observe_experts(
     """Runs experts one by one, in id order, and calls `see` with each one's own output.
 
     One expert's output is `experts(x, e, 1)`: the model's own code, so no family needs code here.
-    The sum over experts is bit-equal to the `eager` experts implementation.
+    The sum over experts is bit-equal to what the model runs unwatched on a CPU.
     """
     with ExitStack() as stack:
         for block in blocks:
-            loop = _loop(block.layer, own_forward(block.experts), see)
-            stack.enter_context(replaced_forward(block.experts, loop))
+            stack.enter_context(replaced_forward(block.experts, _watched(block, see)))
         yield
 
 
-def _loop(
-    layer: int, forward: Callable[..., Tensor], see: Callable[[ExpertCall], None]
-) -> Callable[..., Tensor]:
-    def one_by_one(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        y_TD = torch.zeros_like(x_TD)
-        # A: all T * K assignments, sorted once; a stable sort keeps each expert's in eager's order.
-        expert_A, order_A = experts_TK.T.flatten().sort(stable=True)
-        weight_A = weights_TK.T.flatten()[order_A]
-        hit, counts = (found.tolist() for found in expert_A.unique_consecutive(return_counts=True))
-        parts = (a.split(counts) for a in (expert_A, order_A % len(x_TD), weight_A))
-        for expert, chosen_M, tokens_M, weights_M in zip(hit, *parts, strict=True):
-            ones_M1 = torch.ones_like(weights_M)[:, None]
-            output_MD = forward(x_TD[tokens_M], chosen_M[:, None], ones_M1)
-            see(ExpertCall(layer, expert, tokens_M, weights_M, output_MD))
-            y_TD.index_add_(0, tokens_M, (output_MD * weights_M[:, None]).to(y_TD.dtype))
-        return y_TD
+def _watched(block: MoeBlock, see: Callable[[ExpertCall], None]) -> Callable[..., Tensor]:
+    own = _own(block)
 
-    return one_by_one
+    def note(expert: int, tokens_M: Tensor, weights_M: Tensor, output_MD: Tensor) -> None:
+        see(ExpertCall(block.layer, expert, tokens_M, weights_M, output_MD))
+
+    return lambda x_TD, experts_TK, weights_TK: by_expert(x_TD, experts_TK, weights_TK, own, note)
+
+
+def _own(block: MoeBlock) -> Own:
+    config = getattr(block.experts, "config", None)
+    is_constant_too = hasattr(block.experts, "places")  # layout exact
+    if getattr(config, "_experts_implementation", None) == BY_EXPERT and not is_constant_too:
+        return partial(own_output, block.experts)
+    forward = own_forward(block.experts)
+
+    def one(expert: int, x_MD: Tensor) -> Tensor:
+        chosen_M1 = torch.full((len(x_MD), 1), expert, device=x_MD.device)
+        output_MD: Tensor = forward(x_MD, chosen_M1, x_MD.new_ones(len(x_MD), 1))
+        return output_MD
+
+    return one
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:

@@ -128,10 +128,12 @@ def prefix_pass(ids: Sequence[int]) -> Pass:
     return Pass(torch.tensor([ids]), None, None, (), nothing, owner_T)
 
 
-def packed_pass(encoded: Encoded, questions: Sequence[int], n_prefix: int) -> Pass:
+def packed_pass(
+    encoded: Encoded, questions: Sequence[int], n_prefix: int, *, is_masked: bool = True
+) -> Pass:
     """Questions one after another in one row; each sees the prefix and itself only.
 
-    `mask` is boolean (1, 1, T, P + T), true where a token may look.
+    `mask` is boolean (1, 1, T, P + T), true where a token may look; None if not `is_masked`.
     """
     tails = [encoded.prompts[q][n_prefix:] for q in questions]
     lengths_N = torch.tensor([len(tail) for tail in tails])
@@ -139,16 +141,20 @@ def packed_pass(encoded: Encoded, questions: Sequence[int], n_prefix: int) -> Pa
     owner_T = torch.arange(len(tails)).repeat_interleave(lengths_N)
     starts_T = (ends_N - lengths_N)[owner_T]
     positions_T = torch.arange(len(owner_T)) - starts_T + n_prefix
-    itself_TT = (owner_T[:, None] == owner_T).tril_()
-    prefix_TP = torch.ones(len(owner_T), n_prefix, dtype=torch.bool)
     return Pass(
         input_ids=torch.tensor([[token for tail in tails for token in tail]]),
         positions=positions_T[None],
-        mask=torch.cat([prefix_TP, itself_TT], dim=1)[None, None],
+        mask=_packed_mask(owner_T, n_prefix) if is_masked else None,
         questions=tuple(questions),
         answers_N=ends_N - 1,
         question_T=torch.tensor(questions)[owner_T],
     )
+
+
+def _packed_mask(owner_T: Tensor, n_prefix: int) -> Tensor:
+    itself_TT = (owner_T[:, None] == owner_T).tril_()
+    prefix_TP = torch.ones(len(owner_T), n_prefix, dtype=torch.bool)
+    return torch.cat([prefix_TP, itself_TT], dim=1)[None, None]
 
 
 def padded_pass(encoded: Encoded, questions: Sequence[int], pad_id: int) -> Pass:

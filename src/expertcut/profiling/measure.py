@@ -1,5 +1,6 @@
 """Profiling itself: a quiz through a model, chunk by chunk, into a folder that can be resumed."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expertcut.moe.engine import Engine, OnPass, ignore
+from expertcut.moe.engine import Engine
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
 from expertcut.moe.loading.devices import is_on_several
 from expertcut.moe.packing import Pass, encode
+from expertcut.moe.passes import OnPass, Watch, ignore
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
@@ -28,7 +30,10 @@ from expertcut.profiling.store import (
 )
 from expertcut.quiz import Question, Quiz
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_BATCH_TOKENS = 2048
+HALVED = "halved_passes"  # in a chunk whose passes had to be cut smaller than its settings say
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Measurement:
         questions = work.questions
         encoded = encode(self.moe.tokenizer, questions, self.quiz.shots_by_subject[work.subject])
         recorder = Recorder(self.moe.blocks, len(questions), self.info.settings.stats)
-        n_tokens = 0
+        n_tokens = n_halved = 0
 
         def begin(step: Pass) -> None:
             nonlocal n_tokens
@@ -100,10 +105,25 @@ class Measurement:
             on_pass(step)
             recorder.begin(step)
 
+        def undo(step: Pass) -> None:
+            nonlocal n_tokens, n_halved
+            n_tokens -= step.n_tokens
+            n_halved += 1
+            recorder.undo(step)
+            logger.warning(
+                "%s: a pass of %d tokens ran out of memory and comes again in halves: the bytes of "
+                "this chunk may differ from those of another run",
+                *(work.subject, step.n_tokens),
+            )
+
+        keeps_all = self.info.settings.stats == "all"
         with recorder.listening():
-            logprob_NC = self.engine.score(encoded, begin)
+            logprob_NC = self.engine.score(
+                encoded, watch=Watch(begin, undo, recorder.on_rows, keeps_all)
+            )
         arrays = {
             **recorder.arrays(),
+            **({HALVED: np.array([n_halved], dtype=np.uint16)} if n_halved else {}),
             "choice_logprob_NC": logprob_NC.numpy(),
             "answer_N": np.array([q.answer for q in questions], dtype=np.uint8),
             "row_N": np.array([q.row for q in questions], dtype=np.int32),
@@ -181,6 +201,11 @@ def model_info(moe: MoeModel) -> ModelInfo:
     )
 
 
+def _attention(engine: Engine) -> str:
+    own = str(engine.moe.model.config._attn_implementation)
+    return engine.attention if engine.attention == "split" else own
+
+
 def _settings(engine: Engine, stats: Stats) -> Settings:
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
     # Weights that wait in memory or on disk for one CPU give the bytes that they always give.
@@ -193,7 +218,7 @@ def _settings(engine: Engine, stats: Stats) -> Settings:
         stats=stats,
         way="shared" if engine.is_trusted else "single",
         experts_implementation=str(moe.model.config._experts_implementation),
-        attention=str(moe.model.config._attn_implementation),
+        attention=_attention(engine),
         torch=torch.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability() if on_cpu else None,
         device_map="auto" if is_spread else None,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from expertcut.errors import SettingsError
-from expertcut.moe.engine import OnPass, ignore
 from expertcut.moe.loading import LoadOptions
+from expertcut.moe.passes import OnPass, ignore
 from expertcut.profiling.evidence.perturbations import KINDS, Kind, perturbed_folder
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress

@@ -43,7 +43,10 @@ class Recorder:
         self.weight_NLK = torch.zeros(n_questions, n_layers, top_k, device=device)
         self.gap_N = torch.full((n_questions,), torch.inf, device=device)
         self.prefix_gap = torch.full((1,), torch.inf, device=device)
-        self.step: Pass | None = None
+        # The last block's other tokens, which no answer depends on, are kept apart.
+        self.unread_gap_N = self.gap_N.clone()
+        self.unread_prefix_gap = self.prefix_gap.clone()
+        self.before: list[Tensor] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -58,22 +61,53 @@ class Recorder:
     def begin(self, step: Pass) -> None:
         """Says whose tokens the coming forward pass holds."""
         device = self.alpha_NLE.device
-        self.step = step
         self.part = 0 if step.is_prefix else 1
-        self.answers_N = step.answers_N.to(device)
         self.questions_N = torch.tensor(step.questions, dtype=torch.long, device=device)
+        self.answers_N: Tensor | None = step.answers_N.to(device)
         self.question_T = step.question_T.to(device)
         self.valid_T = None if step.valid_T is None else step.valid_T.to(device)
+        self.gaps = self.gap_N, self.prefix_gap
+        self.before = [tensor.clone() for tensor in self._added()]
+
+    def undo(self, _step: Pass) -> None:
+        """Forgets what was seen since the pass began."""
+        for tensor, before in zip(self._added(), self.before, strict=True):
+            tensor.copy_(before)
+
+    def on_rows(self, rows_M: Tensor, is_read: bool) -> None:
+        """Says that the pass goes on with these of its tokens only."""
+        if self.stats == "none":
+            return
+        rows_M = rows_M.to(self.alpha_NLE.device)
+        if is_read:  # then they are the answers; the others come after them
+            self.all_T = self.question_T, self.valid_T
+            self.answers_N = torch.arange(len(rows_M), device=rows_M.device)
+        else:
+            self.answers_N = None
+            self.gaps = self.unread_gap_N, self.unread_prefix_gap
+        question_T, valid_T = self.all_T
+        self.question_T = question_T[rows_M]
+        self.valid_T = None if valid_T is None else valid_T[rows_M]
+
+    def _added(self) -> list[Tensor]:
+        """What a pass adds to; the rest it writes."""
+        if self.stats == "none":
+            return []
+        gaps = [self.gap_N, self.unread_gap_N]
+        return [self.sums, self.largest, *gaps] if self.stats == "all" else gaps
 
     def _route(self, routing: Routing) -> None:
+        if not len(routing.logits_TE):
+            return
         routing = _on(routing, self.alpha_NLE.device)
         block = self.blocks[routing.layer]
         alpha_TE = block.alpha(routing.logits_TE)
         self._note_gaps(block, alpha_TE, routing.experts_TK)
-        at = (self.questions_N, routing.layer)
-        self.alpha_NLE[(*at, slice(block.n_experts))] = alpha_TE[self.answers_N]
-        self.chosen_NLK[at] = routing.experts_TK[self.answers_N].to(torch.int16)
-        self.weight_NLK[at] = routing.weights_TK[self.answers_N].float()
+        if self.answers_N is not None:
+            at = (self.questions_N, routing.layer)
+            self.alpha_NLE[(*at, slice(block.n_experts))] = alpha_TE[self.answers_N]
+            self.chosen_NLK[at] = routing.experts_TK[self.answers_N].to(torch.int16)
+            self.weight_NLK[at] = routing.weights_TK[self.answers_N].float()
         if self.stats == "all":
             self._count(routing)
 
@@ -111,10 +145,11 @@ class Recorder:
         gap_T = block.selection_gap(alpha_TE, experts_TK)
         if self.valid_T is not None:
             gap_T = gap_T.where(self.valid_T, torch.inf)
+        gap_N, prefix_gap = self.gaps
         if self.part == 0:
-            self.prefix_gap = torch.minimum(self.prefix_gap, gap_T.min())
+            prefix_gap.copy_(torch.minimum(prefix_gap, gap_T.min()))
         else:
-            self.gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
+            gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
 
     def arrays(self) -> Arrays:
         """The chunk's tensors by their names on disk (design: §5)."""
@@ -128,6 +163,10 @@ class Recorder:
             "prefix_gap": self.prefix_gap,
         }
         if self.stats == "all":
+            kept |= {
+                "unread_gap_N": self.unread_gap_N,
+                "unread_prefix_gap": self.unread_prefix_gap,
+            }
             for p, part in enumerate(_PARTS):
                 kept |= {f"{part}_{name}_LE": self.sums[s, p] for s, name in enumerate(_SUMS)}
                 kept[f"{part}_largest_LE"] = self.largest[p]

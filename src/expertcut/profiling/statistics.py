@@ -6,7 +6,7 @@ activated) is NaN here and null in JSON.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,8 @@ def entropy(p_NE: Array) -> Array:
 def near_ties(profile: Profile, subjects: Sequence[str]) -> list[dict[str, Any]]:
     """Questions with a token, shots included, whose chosen set hangs on less than 1e-5."""
     owns, rows = profile.array("gap_N"), profile.array("row_N")
-    gaps = [np.minimum(chunk["gap_N"], chunk["prefix_gap"]) for chunk in profile.chunks]
+    names = ("gap_N", "prefix_gap", "unread_gap_N", "unread_prefix_gap")
+    gaps = [reduce(np.minimum, [c[name] for name in names if name in c]) for c in profile.chunks]
     return [
         {"subject": subjects[i], "row": int(rows[i]), "in_shots": bool(owns[i] >= NEAR_TIE)}
         for i in np.flatnonzero(np.concatenate(gaps) < NEAR_TIE).tolist()

@@ -73,9 +73,9 @@ class ConstantExperts(nn.Module):
         """As the family's own; expert ids are those of the router."""
         places_TK = torch.tensor(self.places, device=experts_TK.device)[experts_TK]
         is_removed_TK = places_TK >= self.num_experts
-        # The eager loop skips an index behind the last row; the others need a row, at weight 0.
-        is_eager = self.config._experts_implementation in ("eager", None)
-        rows_TK = places_TK.masked_fill(is_removed_TK, self.num_experts if is_eager else 0)
+        # Loops skip an index behind the last row (by_expert is expertcut's own); others need a row.
+        is_skipping = self.config._experts_implementation in ("eager", "by_expert", None)
+        rows_TK = places_TK.masked_fill(is_removed_TK, self.num_experts if is_skipping else 0)
         y_TD: Tensor = super().forward(x_TD, rows_TK, weights_TK.masked_fill(is_removed_TK, 0))
         weights_TE = x_TD.new_zeros(len(x_TD), len(self.places), dtype=torch.float)
         weights_TE = weights_TE.scatter(1, places_TK, weights_TK.float())

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.errors import ModelError, SettingsError
 from expertcut.moe.contract import MoeBlock, find_blocks
+from expertcut.moe.kernels.experts import BY_EXPERT
+from expertcut.moe.kernels.products import use_faster_products
 from expertcut.moe.loading.devices import find_device, runs_on, spread
 from expertcut.moe.loading.own_code import runs_our_code_only
 from expertcut.moe.loading.sources import Source, read_config
@@ -90,8 +92,9 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     set_attention(model)
     device = runs_on(model.get_input_embeddings())
     if device.type == "cpu":
-        # The eager loop is bit-equal to running experts one by one, so statistics change no bit.
-        model.set_experts_implementation("eager")
+        # The loop that statistics watch too, so they change no bit.
+        model.set_experts_implementation(BY_EXPERT)
+        use_faster_products(model)
         _align(model)
     tokenizer = _from_pretrained(AutoTokenizer, source, options)
     _check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))

@@ -1,0 +1,156 @@
+"""expertcut eval and expertcut profile beside lm-evaluation-harness: same model, same questions.
+
+    python -m benchmarks.against_lm_eval --quiz DATA/mmlu --tokenizer DATA/olmoe
+
+A random OLMoE of 261M parameters in float32 answers the whole test sets of five subjects of MMLU.
+lm-evaluation-harness runs at its best batch size of 1, 8 and 32, found on the first questions of
+each subject. Every run is a process of its own, one after another. Scoring only is what is left
+without starting Python and loading the model. No ratio is printed where a prediction differs or a
+log-probability by more than 1e-4.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tests.harness import GROUP, Asked, read_output, write_data_set, write_tasks
+
+from benchmarks.common import SUBJECTS, Took, parser, random_olmoe, report, timed
+
+BATCH_SIZES = (1, 8, 32)
+TOLERANCE = 1e-4
+# lm_eval's command line, with a clock around what scores.
+TIMED_LM_EVAL = """
+import sys, time
+from lm_eval.models.huggingface import HFLM
+score = HFLM.loglikelihood
+def clocked(self, *args, **kwargs):
+    started = time.perf_counter()
+    try:
+        return score(self, *args, **kwargs)
+    finally:
+        print(f"SCORING {time.perf_counter() - started:.3f} s", flush=True)
+HFLM.loglikelihood = clocked
+from lm_eval.__main__ import cli_evaluate
+sys.argv = ["lm_eval", *sys.argv[1:]]
+cli_evaluate()
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a tool: its process, the seconds that it scored, log p of the choices (N, C)."""
+
+    tool: str
+    took: Took
+    scoring_s: float
+    logprob_NC: "np.ndarray"
+
+
+def lm_eval(model: Path, asked: Asked, folder: Path, batch_size: int, threads: int) -> Run:
+    """lm-evaluation-harness as its users run it, offline."""
+    folder.mkdir()
+    write_data_set(asked, folder / "cais/mmlu")
+    write_tasks(asked, folder / "cais/mmlu", folder / "tasks")
+    command = [
+        *(sys.executable, "-c", TIMED_LM_EVAL, "--tasks", GROUP, "--include_path", "tasks"),
+        *("--model", "hf", "--model_args", f"pretrained={model},dtype=float32"),
+        *("--num_fewshot", asked.shots, "--log_samples", "--output_path", "out"),
+        *("--device", "cpu", "--batch_size", batch_size),
+        *(("--limit", asked.limit) if asked.limit else ()),
+    ]
+    took = timed(command, threads, folder / "log", folder)
+    found = read_output(folder / "out", asked.subjects)
+    logprob_NC = np.concatenate([found.logprob_NC(subject) for subject in asked.subjects])
+    scoring = re.findall(r"^SCORING ([0-9.]+) s", (folder / "log").read_text(), re.M)
+    return Run(f"lm_eval, batch size {batch_size}", took, sum(map(float, scoring)), logprob_NC)
+
+
+def expertcut(verb: str, model: Path, asked: Asked, folder: Path, threads: int) -> Run:
+    """`expertcut eval`, or `expertcut profile` at the answer positions or at all tokens."""
+    from expertcut.profiling.store import load_profile
+
+    folder.mkdir()
+    name, _, stats = verb.partition(" ")
+    command = [
+        *(sys.executable, "-m", "expertcut", name, model, "--quiz", asked.quiz.resolve()),
+        *("--subjects", ",".join(asked.subjects), "--shots", asked.shots, "--threads", threads),
+        *(("--limit", asked.limit) if asked.limit else ()),
+        *(("--stats", stats) if stats else ()),
+        *("--out", folder / ("p" if stats else "results.json")),
+    ]
+    took = timed(command, threads, folder / "log", folder)
+    place = folder / "p" if stats else next((folder / "results.chunks").iterdir())
+    profile = load_profile(place)
+    order = np.argsort([asked.subjects.index(s) for s in profile.subjects()], kind="stable")
+    run = json.loads((place / "run.json").read_text())
+    return Run(
+        f"expertcut {verb}", took, run["elapsed_s"], profile.array("choice_logprob_NC")[order]
+    )
+
+
+def fault(theirs: Run, ours: Run) -> str | None:
+    """Why two runs must not be compared, None if they may."""
+    moved = np.abs(theirs.logprob_NC - ours.logprob_NC).max()
+    differ = (theirs.logprob_NC.argmax(1) != ours.logprob_NC.argmax(1)).sum()
+    if differ or moved > TOLERANCE:
+        return f"{differ} predictions differ, largest |Δ log p| {moved:.2g}: no ratio"
+    return None
+
+
+def measured(model: Path, shots: int, args: argparse.Namespace, place: Path) -> list[list[object]]:
+    """One row per run; ratios are of lm_eval's time by ours."""
+    few = Asked(args.quiz, SUBJECTS, shots, args.tuning_limit)
+    tried = {
+        size: lm_eval(model, few, place / f"try{size}", size, args.threads).scoring_s
+        for size in BATCH_SIZES
+    }
+    best = min(tried, key=lambda size: tried[size])
+    print(f"{shots} shots, seconds by batch size of lm_eval: {tried}", flush=True)
+    asked = Asked(args.quiz, SUBJECTS, shots, args.limit)
+    theirs = lm_eval(model, asked, place / "lm_eval", best, args.threads)
+    runs = [theirs]
+    for number, verb in enumerate(("eval", "profile answer", "profile all")):
+        runs.append(expertcut(verb, model, asked, place / f"ours{number}", args.threads))
+    rows: list[list[object]] = []
+    for run in runs:
+        wrong = fault(theirs, run)
+        ratios = [theirs.scoring_s / run.scoring_s, theirs.took.elapsed_s / run.took.elapsed_s]
+        times = [run.scoring_s, run.took.elapsed_s, run.took.cpu_s, run.took.peak_mb]
+        moved = float(np.abs(theirs.logprob_NC - run.logprob_NC).max())
+        counts = "/".join(map(str, np.bincount(run.logprob_NC.argmax(1), minlength=4)))
+        shown = [None, None] if wrong else ratios
+        rows.append([shots, run.tool, len(run.logprob_NC), *times, *shown, moved, counts])
+        if wrong:
+            print(f"{run.tool}: {wrong}", file=sys.stderr)
+    return rows
+
+
+def main() -> None:
+    """Reads the command line, measures, reports; exit status 1 where answers differ."""
+    options = parser(__doc__, "against_lm_eval")
+    options.add_argument("--shots", type=int, nargs="+", default=[5, 0])
+    options.add_argument("--limit", type=int, help="questions of each subject")
+    options.add_argument("--tuning-limit", type=int, default=8, help="to find the batch size with")
+    args = options.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_olmoe(Path(folder) / "olmoe", args.tokenizer)
+        for shots in args.shots:
+            place = Path(folder) / f"{shots}"
+            place.mkdir()
+            rows += measured(model, shots, args, place)
+    columns = {"shots": "", "run": "", "questions": ",d", "scoring s": ".1f", "process s": ".1f"}
+    columns |= {"CPU s": ".1f", "peak MB": ".0f", "× scoring": ".1f", "× process": ".1f"}
+    columns |= {"largest |Δ log p|": ".1e", "answers A/B/C/D": ""}
+    report(args.out, f"{args.threads} threads", columns, rows)
+    sys.exit(any(row[7] is None for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Attention of packed questions without a mask: to the shared prefix, and each to itself.
+
+A mask over a pack of T tokens behind a prefix of P has T * (P + T) entries, nearly all work of the
+second part is thrown away, and the prefix must be copied in front of every pack's keys. Here the
+two parts are computed apart and joined by their log-sum-exps (FlashAttention-2, arXiv:2307.08691,
+and cascade inference), the prefix's keys where they lie. CPU only: it takes torch's CPU kernel.
+
+Beside the legend of `moe`: H heads, S places of the longest question of a group, d width of a head.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+SPLIT = "split"
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+Attend = Callable[..., tuple[Tensor, None]]
+Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer, as attended to
+
+
+def is_there(model: Any) -> bool:
+    """Whether the model can attend so: on one CPU, where it would take `sdpa`."""
+    is_on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+    is_on_one = len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
+    takes_sdpa = model.config._attn_implementation == "sdpa"
+    return is_on_cpu and is_on_one and takes_sdpa and hasattr(torch.ops.aten, _FLASH)
+
+
+@contextmanager
+def attending(model: Any, attend: Attend) -> Iterator[None]:
+    """Another attention function for all layers while the block runs."""
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[SPLIT] = attend
+    config._attn_implementation = SPLIT
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[SPLIT]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions of a pack whose lengths differ by less than a factor of two.
+
+    `places_NS` are their tokens among the pack's T, `is_own_NS` which of them are no filling.
+    """
+
+    places_NS: Tensor
+    is_own_NS: Tensor
+
+
+def groups(lengths_N: Tensor) -> list[Group]:
+    """The questions of a pack, one behind another in it, by length."""
+    starts_N = lengths_N.cumsum(0) - lengths_N
+    found = []
+    for size in (lengths_N.log2().long()).unique().tolist():
+        is_in_N = lengths_N.log2().long() == size
+        place_S = torch.arange(int(lengths_N[is_in_N].max()))
+        is_own_NS = place_S < lengths_N[is_in_N][:, None]
+        places_NS = starts_N[is_in_N][:, None] + place_S
+        found.append(Group(places_NS.where(is_own_NS, starts_N[is_in_N][:, None]), is_own_NS))
+    return found
+
+
+class Split:
+    """The attention function of one pass: the shared prefix, which it keeps, or a pack behind it.
+
+    In the layer `last` only `answers_N` are looked at by anybody, unless the pass `keeps_all`;
+    what stands elsewhere is zero then. Answers are computed apart in any case, so that keeping the
+    rest changes none of their bits.
+    """
+
+    def __init__(
+        self,
+        prefix: Prefix,
+        lengths_N: Tensor,
+        last: int | None,
+        answers_N: Tensor,
+        *,
+        keeps_all: bool,
+    ) -> None:
+        self.prefix = prefix
+        self.groups = groups(lengths_N)
+        self.last = last
+        self.answers_N = answers_N
+        self.keeps_all = keeps_all
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        """Outputs (1, T, H, d) of queries, keys and values (1, H, T, d)."""
+        if not self.groups:
+            self.prefix[module.layer_idx] = key, value
+        parts = _Parts(self, module, (query, key, value), options.get("scaling"))
+        if module.layer_idx != self.last:
+            return parts.at(None), None
+        if self.keeps_all:
+            result = parts.at(None)
+        else:
+            result = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+        if len(self.answers_N):
+            result[:, self.answers_N] = parts.at(self.answers_N)
+        return result, None
+
+
+class _Parts:
+    """One layer's queries, keys and values in one pass."""
+
+    def __init__(
+        self, split: Split, module: Any, states: tuple[Tensor, ...], scale: float | None
+    ) -> None:
+        self.split, self.scale = split, scale
+        self.query, self.key, self.value = states
+        self.before = split.prefix.get(module.layer_idx) if split.groups else None
+
+    def at(self, rows_N: Tensor | None) -> Tensor:
+        """Outputs (1, T, H, d), of these rows only or of all."""
+        if not self.split.groups:
+            return self._flash(self.query, self.key, self.value, is_causal=True)[0]
+        own, own_weight = self._own
+        query = self.query
+        if rows_N is not None:
+            own, own_weight, query = own[:, rows_N], own_weight[:, rows_N], query[:, :, rows_N]
+        if self.before is None:
+            return own
+        shared, shared_weight = self._flash(query, *self.before)
+        # The weights are logarithms of sums of exponentials.
+        share = (own_weight - shared_weight).sigmoid().to(own.dtype)
+        return torch.lerp(shared, own, share[..., None])
+
+    @cached_property
+    def _own(self) -> tuple[Tensor, Tensor]:
+        # Tokens first, so that a token's heads are one run of memory.
+        states = [s.transpose(1, 2)[0] for s in (self.query, self.key, self.value)]
+        n_tokens, n_heads = states[0].shape[:2]
+        out = self.query.new_empty(1, n_tokens, n_heads, states[2].shape[-1])
+        weight = self.query.new_empty(1, n_tokens, n_heads, dtype=_weight_dtype(self.query))
+        for group in self.split.groups:
+            query, key, value = (s[group.places_NS].transpose(1, 2) for s in states)
+            own, own_weight = self._flash(query, key, value, is_causal=True)
+            own_T = group.places_NS[group.is_own_NS]
+            out[0, own_T] = own[group.is_own_NS]
+            weight[0, own_T] = own_weight[group.is_own_NS]
+        return out, weight
+
+    def _flash(
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (N, T, H, d) and their log-sum-exps (N, T, H)."""
+        width = value.shape[-1]
+        widest = max(width, query.shape[-1])  # in latent attention values are narrower
+        query, key, value = (_widened(s, widest) for s in (query, key, value))
+        scale = self.scale or self.query.shape[-1] ** -0.5
+        flash = getattr(torch.ops.aten, _FLASH)
+        out, weight = flash(query, key, value, 0.0, is_causal, scale=scale)
+        return out.transpose(1, 2)[..., :width], weight.transpose(1, 2)
+
+
+def _widened(states: Tensor, width: int) -> Tensor:
+    return states if states.shape[-1] == width else F.pad(states, (0, width - states.shape[-1]))
+
+
+def _weight_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32

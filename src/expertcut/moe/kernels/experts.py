@@ -1,0 +1,74 @@
+"""Experts one after another, each on the tokens that chose it: what a CPU runs.
+
+Scoring and all-token statistics run the same loop, so that watching experts changes no bit. It is
+registered as an experts implementation of transformers. Their `eager` loop does the same in the
+same order, and looks through all assignments again for every expert.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface
+
+from expertcut.moe.kernels.products import linear
+
+BY_EXPERT = "by_expert"
+# Each number of rows that oneDNN has not seen lately costs it a millisecond of preparation.
+_ROWS = 16
+Own = Callable[[int, Tensor], Tensor]  # expert, its tokens (M, D) → its outputs (M, D)
+See = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, tokens_M, weights_M, output_MD
+
+
+def by_expert(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, own: Own, see: See | None = None
+) -> Tensor:
+    """Σ weight · own output, in the order of ids; `see` is told of each expert's own outputs."""
+    y_TD = torch.zeros_like(x_TD)
+    # A: all T * K assignments, sorted once; a stable sort keeps each expert's tokens in order.
+    expert_A, order_A = experts_TK.T.flatten().sort(stable=True)
+    weight_A = weights_TK.T.flatten()[order_A]
+    hit, counts = (found.tolist() for found in expert_A.unique_consecutive(return_counts=True))
+    parts = ((order_A % len(x_TD)).split(counts), weight_A.split(counts))
+    for expert, tokens_M, weights_M in zip(hit, *parts, strict=True):
+        n_more = -len(tokens_M) % _ROWS if x_TD.device.type == "cpu" else 0
+        own_TD = x_TD.index_select(0, F.pad(tokens_M, (0, n_more)))
+        output_MD = own(expert, own_TD)[: len(tokens_M)]
+        if see is not None:
+            see(expert, tokens_M, weights_M, output_MD)
+        y_TD.index_add_(0, tokens_M, (output_MD * weights_M[:, None]).to(y_TD.dtype))
+    return y_TD
+
+
+def own_output(experts: Any, expert: int, x_MD: Tensor) -> Tensor:
+    """One expert's outputs, by what transformers says of every family's experts."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    hidden_MI = _project(experts, up, expert, x_MD)
+    hidden_MI = experts._apply_gate(hidden_MI) if experts.has_gate else experts.act_fn(hidden_MI)
+    output_MD = _project(experts, "down_proj", expert, hidden_MI)
+    if experts.has_post_expert_norm:
+        output_MD = experts.post_expert_norm(output_MD)
+    return output_MD
+
+
+def _project(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return linear(x, weight.T if experts.is_transposed else weight, bias)
+
+
+def _forward(
+    experts: nn.Module, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *_: object
+) -> Tensor:
+    n_rows = len(experts.down_proj)  # type: ignore[arg-type]
+
+    def own(expert: int, x_MD: Tensor) -> Tensor:
+        # As in eager, an index behind the last row is nobody.
+        return own_output(experts, expert, x_MD) if expert < n_rows else torch.zeros_like(x_MD)
+
+    return by_expert(x_TD, experts_TK, weights_TK, own)
+
+
+ExpertsInterface.register(BY_EXPERT, _forward)

@@ -1,0 +1,57 @@
+"""What benchmarks rest on: operations are counted right, and scripts run where there is no GPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks import gpu_full_size
+from benchmarks.common import timed
+from benchmarks.work import Shape, count
+
+from expertcut.moe.packing import Encoded
+
+SHAPE = Shape(width=8, inner=4, layers=3, experts=6, top_k=2, words=50)
+PROMPTS = ((1, 2, 3, 4), (1, 2, 5), (1, 2, 3, 6, 7, 8))
+
+
+@pytest.mark.parametrize("keeps_all", [True, False])
+def test_operations_are_those_of_each_token_one_by_one(keeps_all: bool) -> None:
+    weights = attention = experts = tokens = 0
+    n_prefix = 2
+    rows = [(place, False) for place in range(n_prefix)]
+    for ids in PROMPTS:
+        rows += [(place, place == len(ids) - 1) for place in range(n_prefix, len(ids))]
+    for place, is_answer in rows:
+        tokens += 1
+        for layer in range(SHAPE.layers):
+            weights += 2 * 4 * 8 * 8
+            if layer < SHAPE.layers - 1 or keeps_all or is_answer:
+                attention += 4 * 8 * (place + 1)
+                experts += 2 * (8 * 6 + 2 * 3 * 8 * 4)
+    found = count(SHAPE, Encoded(PROMPTS, ((0, 1),) * 3), keeps_all=keeps_all)
+    assert found.tokens == tokens == 2 + 2 + 1 + 4
+    assert (found.projections, found.attention, found.experts) == (weights, attention, experts)
+    assert found.head == 2 * 3 * 8 * 50
+    assert found.total == weights + attention + experts + found.head
+
+
+def test_a_process_is_timed_and_its_failure_told(tmp_path: Path) -> None:
+    code = "import time; x = bytearray(50_000_000); time.sleep(0.4); print('done')"
+    took = timed([sys.executable, "-c", code], 1, tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "done\n"
+    assert took.elapsed_s >= 0.4 and took.peak_mb > 50
+    with pytest.raises(RuntimeError, match="went wrong"):
+        timed([sys.executable, "-c", "raise ValueError('went wrong')"], 1, tmp_path / "log")
+
+
+def test_the_script_for_a_gpu_runs_on_a_small_shape(
+    real_mmlu: Path, real_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--quiz", real_mmlu, "--tokenizer", real_tokenizer, "--out", tmp_path / "gpu.json"]
+    words += ["--device", "cpu", "--layers", "2", "--width", "64", "--limit", "1", "--threads", 1]
+    words += ["--subjects", "astronomy,virology", "--batch-tokens", "300"]
+    monkeypatch.setattr(sys, "argv", ["gpu_full_size", *map(str, words)])
+    gpu_full_size.main()
+    (row,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert row[0] == 2 and row[1] > 600 and row[2] > 0
