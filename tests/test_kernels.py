@@ -121,7 +121,10 @@ def test_the_prefix_is_never_copied(
 
 
 def test_where_split_attention_is_wrong_a_mask_is_taken(
-    checkpoint: Checkpoints, quiz: Quiz, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoints,
+    quiz: Quiz,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     moe = open_model(checkpoint("olmoe"))
     chunk = encoded(moe, quiz)
@@ -135,6 +138,7 @@ def test_where_split_attention_is_wrong_a_mask_is_taken(
     engine = Engine(moe, batch_tokens=150)
     engine.check(chunk)
     assert (engine.attention, engine.is_trusted) == ("masked", True)
+    assert "using a mask" in caplog.text
     assert (engine.score(chunk) - expected_NC).abs().max() < 1e-5
 
 

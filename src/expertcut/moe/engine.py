@@ -34,7 +34,8 @@ class Engine:
         self.moe = moe
         self.batch_tokens = batch_tokens
         self.is_trusted = True
-        self.attention: Attention = "split" if attention.is_there(moe.model) else "masked"
+        is_split = attention.is_there(moe.model, moe.device)
+        self.attention: Attention = "split" if is_split else "masked"
         self.last_layer = last_decoder_layer(moe.model, moe.blocks)
 
     def check(self, encoded: Encoded) -> None:
@@ -53,6 +54,11 @@ class Engine:
             if self.attention == "masked" or way != "packed":
                 break
             self.attention = "masked"
+            logger.warning(
+                "attention in two parts is off by %.2g on %d questions (at most %g allowed): "
+                "using a mask instead, which is slower",
+                *(float(difference), len(few), tolerance),
+            )
         self.is_trusted = False
         logger.warning(
             "%s scoring is off by %.2g on %d questions (at most %g allowed): "

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from expertcut.moe.kernels.experts import BY_EXPERT, Own, by_expert, own_output
+from expertcut.moe.kernels.products import INNER
 
 if TYPE_CHECKING:
     from expertcut.moe.contract import MoeBlock
-
-_INNER = "_old_forward"  # where accelerate keeps the forward that its own goes around
 
 
 @dataclass(frozen=True)
@@ -104,14 +103,14 @@ def _own(block: MoeBlock) -> Own:
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
     """What a module does, without what brings its weights where it is spread over devices."""
-    forward: Callable[..., Any] = module.__dict__.get(_INNER, module.forward)
+    forward: Callable[..., Any] = module.__dict__.get(INNER, module.forward)
     return forward
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward for one module while the block runs; its weights come once for all of it."""
-    name = _INNER if _INNER in module.__dict__ else "forward"
+    name = INNER if INNER in module.__dict__ else "forward"
     before = module.__dict__.get(name)
     setattr(module, name, forward)
     try:

@@ -25,12 +25,12 @@ Attend = Callable[..., tuple[Tensor, None]]
 Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer, as attended to
 
 
-def is_there(model: Any) -> bool:
-    """Whether the model can attend so: on one CPU, where it would take `sdpa`."""
-    is_on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
-    is_on_one = len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
+def is_there(model: Any, device: torch.device) -> bool:
+    """Whether the model, which begins on this device, can attend so: on a CPU alone, by `sdpa`."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    is_on_cpu = device.type == "cpu" and places <= {"cpu", "disk"}
     takes_sdpa = model.config._attn_implementation == "sdpa"
-    return is_on_cpu and is_on_one and takes_sdpa and hasattr(torch.ops.aten, _FLASH)
+    return is_on_cpu and takes_sdpa and hasattr(torch.ops.aten, _FLASH)
 
 
 @contextmanager
