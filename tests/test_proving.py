@@ -14,7 +14,7 @@ from expertcut.evaluation.proving.outcome import load_proof, proof_file, proof_r
 from expertcut.interventions.reweighting.choosing import SCORES, Chooser, Contrast, Pick
 from expertcut.interventions.reweighting.records import places
 from expertcut.interventions.reweighting.tuning import STRENGTHS, Procedure, Shift, firsts
-from tests.worlds import EXPERTS, LAYERS, World, world
+from tests.worlds import EXPERTS, LAYERS, TOP_K, World, softmax, world
 
 HARM = {(1, 3): -12.0}
 SUPPRESS = Procedure(chooser=Chooser(suppress_worst=1), is_tuned=True)
@@ -102,6 +102,34 @@ def test_a_search_stops_where_it_hurts_and_keeps_nothing_that_does_not_gain() ->
     settled = procedure.settle(made.records, procedure.pick(made.records), made.ask)
     assert settled.shifts == ()
     assert len(settled.curve) < 1 + len(STRENGTHS)
+
+
+def test_a_search_brings_an_expert_back_that_only_a_strong_tilt_admits() -> None:
+    made = starved_by(15.0)
+    procedure = Procedure(named=((Pick(0, 2, 1), None),), is_tuned=True)
+    settled = procedure.settle(made.records, procedure.pick(made.records), made.ask)
+    assert settled.shifts[0].bias > STRENGTHS[-1] * 2**0.5
+    weak = next(point for point in settled.curve if point.strength == STRENGTHS[0])
+    assert weak.accuracy == settled.curve[0].accuracy  # a weak boost does nothing yet
+
+
+def test_a_search_that_gains_nothing_does_not_go_beyond_eight() -> None:
+    made = world(13, 600)
+    for sign in (+1, -1):
+        procedure = Procedure(named=((Pick(0, 3, sign), None),), is_tuned=True)
+        settled = procedure.settle(made.records, procedure.pick(made.records), made.ask)
+        assert max(point.strength for point in settled.curve) <= STRENGTHS[-1] * 2**0.5
+
+
+def starved_by(shift: float) -> World:
+    """A useful expert whose logit lies so far below where it should."""
+    made = world(13, 600, {(0, 2): 12.0})
+    down = replace(made, logits_NLE=made.logits_NLE.copy())
+    down.logits_NLE[:, 0, 2] -= shift
+    alpha_NLE = softmax(down.logits_NLE)
+    chosen_NLK = np.argsort(-alpha_NLE, axis=2, kind="stable")[:, :, :TOP_K]
+    kept = {"alpha_NLE": alpha_NLE, "chosen_NLK": chosen_NLK, "logprob_NC": down.ask(())}
+    return replace(down, records=replace(made.records, **kept))
 
 
 def test_counts_double_up_to_all_experts() -> None:

@@ -15,6 +15,7 @@ from expertcut.profiling.evidence.significance import wilson
 
 Array = np.ndarray[Any, Any]
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
+STRONGER = (16.0, 32.0, 64.0)  # only where these are not enough
 _SAME = 1e-5
 _FINER = (2**-0.5, 2**0.5)  # around the best of them
 
@@ -119,16 +120,18 @@ def _no_strength(pick: Pick, bias: float) -> str:
 class _Search:
     """Strengths in doubling steps for the first 1, 2, 4, … experts, then finer around the best.
 
-    A run of strengths ends where it clearly hurts (by two standard errors), and where a stronger
-    one moves no log-probability any more. Only a gain moves the best, so of equals the
-    fewest experts and the weakest tilt are kept, and no tilt at all if none gains.
+    A run of strengths ends where it clearly hurts (by two standard errors), and where stronger
+    suppression moves no log-probability any more (a boost may, once it admits its expert). It goes
+    beyond 8 logits while the strongest is the best or below the admission gap of a boosted expert.
+    Only a gain moves the best, so of equals the fewest experts and the weakest tilt are kept, and
+    no tilt at all if none gains.
     """
 
     def __init__(self, records: Records, is_used_N: Array, ask: Ask) -> None:
         self.ask = ask
+        self.used = records.part(is_used_N)
         self.is_used_N = is_used_N
-        self.answer_N = records.answer_N[is_used_N]
-        self.base_logprob_NC = records.logprob_NC[is_used_N]
+        self.answer_N, self.base_logprob_NC = self.used.answer_N, self.used.logprob_NC
         self.base_N = right(self.base_logprob_NC, self.answer_N)
         self.best = Settled(())
         self.most_right = int(self.base_N.sum())
@@ -146,14 +149,18 @@ class _Search:
 
     def _climb(self, picks: Sequence[Pick]) -> None:
         before_NC = self.base_logprob_NC
-        for strength in STRENGTHS:
+        gaps = [gap(self.used, pick) for pick in picks if pick.sign > 0]
+        enough = max(STRENGTHS[-1], *gaps, 0)
+        for strength in (*STRENGTHS, *STRONGER):
             shifts = tuple(Shift(p.layer, p.expert, p.sign * strength) for p in picks)
             logprob_NC = self._try(shifts, strength)
             right_N = right(logprob_NC, self.answer_N)
             gained = int((right_N & ~self.base_N).sum())
             lost = int((~right_N & self.base_N).sum())
-            is_same = np.allclose(logprob_NC, before_NC, rtol=0, atol=_SAME)
-            if lost - gained > 2 * math.sqrt(lost + gained) or is_same:
+            is_same = not gaps and np.allclose(logprob_NC, before_NC, rtol=0, atol=_SAME)
+            is_hurting = lost - gained > 2 * math.sqrt(lost + gained)
+            is_far = strength >= enough and self.best.shifts != shifts
+            if is_hurting or is_same or is_far:
                 return
             before_NC = logprob_NC
 

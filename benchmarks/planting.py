@@ -1,0 +1,73 @@
+"""Checkpoints with a planted truth, made of the bundled one: what benchmarks/planted.py looks for."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expertcut.interventions.reweighting.choosing import SCORES
+from expertcut.interventions.reweighting.records import Records, right
+from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.interventions.reweighting.tuning import Shift
+
+BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
+QUIZ = BUNDLED / "quiz"
+LAST = 3
+NOISE = 100.0  # times the spread of its siblings' weights: no small gate weight hides the output
+
+
+def copied(tensors: dict[str, Tensor], folder: Path) -> Path:
+    """A checkpoint like the bundled one, with these weights."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        shutil.copy(BUNDLED / name, folder)
+    shutil.copy(BUNDLED / "tokenizer_config.json", folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def bundled_weights() -> dict[str, Tensor]:
+    """Every tensor of the bundled checkpoint by name."""
+    return load_file(BUNDLED / "model.safetensors")
+
+
+def cost(rescorer: Rescorer, expert: int) -> float:
+    """The accuracy that masking an expert of the last layer takes."""
+    masked_N = right(rescorer.ask((Shift(LAST, expert, -torch.inf),)), rescorer.records.answer_N)
+    return float(rescorer.records.is_correct_N.mean() - masked_N.mean())
+
+
+def saboteur(rescorer: Rescorer) -> int:
+    """An expert of the last layer in 20–80 % of questions that costs less than a point to mask.
+
+    In the last layer noise reaches the answers of the questions that chose the expert, and no
+    others. Of several the one with the most gate weight.
+    """
+    records = rescorer.records
+    for expert in often(records):
+        if abs(cost(rescorer, expert)) < 0.01:
+            return expert
+    raise LookupError("no expert of the last layer is in 20–80 % of questions and harmless to mask")
+
+
+def often(records: Records) -> list[int]:
+    """Experts of the last layer in 20–80 % of questions, the most gate weight first."""
+    n_experts = records.blocks[LAST].experts
+    share_E, mass_E = (
+        SCORES[name](records)[-n_experts:] for name in ("appearances", "contribution")
+    )
+    some = np.flatnonzero((share_E >= 0.2) & (share_E <= 0.8))
+    return sorted(some.tolist(), key=lambda e: -mass_E[e] * share_E[e])
+
+
+def sabotaged(tensors: dict[str, Tensor], expert: int, seed: int) -> dict[str, Tensor]:
+    """The weights, one expert of the last layer made of strong noise."""
+    dice, found = torch.Generator().manual_seed(seed), dict(tensors)
+    for part in ("gate", "up", "down"):
+        name = f"model.layers.{LAST}.mlp.experts.{expert}.{part}_proj.weight"
+        noise = torch.randn(found[name].shape, generator=dice)
+        found[name] = (NOISE * found[name].float().std() * noise).to(found[name].dtype)
+    return found
