@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from planting import BUNDLED, LAST, QUIZ, cost, saboteur, strong_noise
 from teaching import EXPERT, drawn, home, learn, lesson, margin, write_turned_quiz
 
-N_VAL, N_TEST = 10, 40  # questions of each of 11 subjects, without shots
+N_VAL, N_TEST = 20, 40  # questions of each of 11 subjects, without shots
 
 
 def asked(moe: MoeModel, quiz: Path, split: str = "val", limit: int = N_VAL) -> Rescorer:
@@ -56,18 +56,18 @@ def healthy(bundled: MoeModel) -> Rescorer:
     return asked(bundled, QUIZ)
 
 
-def test_a_saboteur_is_found_suppressed_and_proved(healthy: Rescorer):
+def test_a_saboteur_is_found_and_suppressed(healthy: Rescorer):
     expert = saboteur(healthy)
     whole = accuracy(asked(healthy.engine.moe, QUIZ, "test", N_TEST))
     moe = open_model(BUNDLED)
     experts = moe.blocks[-1].experts
     for weights in (experts.gate_up_proj.data, experts.down_proj.data):
         weights[expert] = strong_noise(weights[expert], torch.Generator().manual_seed(0))
-    procedure = Procedure(chooser=Chooser(suppress_worst=1, layers=(2, LAST)), is_tuned=True)
-    found = judged(asked(moe, QUIZ), procedure, draws=60)
-    result = proof_result(found, "suppress-worst 1", ("quickstart", "val"), seed=0)
-    assert result.verdict == "helps"
-    assert all(fold.biases[0][:2] == (LAST, expert) for fold in result.folds)
+    procedure = Procedure(chooser=Chooser(suppress_worst=1), is_tuned=True)
+    found = judged(asked(moe, QUIZ), procedure, draws=5)
+    assert found.settled.shifts[0][:2] == (LAST, expert)
+    assert found.cross_fitted.ci95[0] > 0
+    assert found.control.delta_B.max() < found.cross_fitted.delta / 2
     test = asked(moe, QUIZ, "test", N_TEST)
     harmed, repaired = accuracy(test), accuracy(test, found.settled.shifts)
     assert harmed < whole - 0.1
@@ -76,7 +76,7 @@ def test_a_saboteur_is_found_suppressed_and_proved(healthy: Rescorer):
 
 def test_a_starved_expert_is_fed(tmp_path: Path):
     quiz, moe = write_turned_quiz(tmp_path), open_model(BUNDLED)
-    pupil = learn(moe, lesson(moe, drawn(150, seed=0)), epochs=100, seed=0)
+    pupil = learn(moe, lesson(moe, drawn(120, seed=0)), epochs=100, seed=0)
     for place, weights in zip(home(moe).parts, pupil.parts, strict=True):
         place.copy_(weights)
     taught = asked(moe, quiz)
@@ -98,7 +98,7 @@ def test_a_starved_expert_is_fed(tmp_path: Path):
 
 
 def test_shuffled_answers_of_a_healthy_model_are_no_evidence(healthy: Rescorer):
-    chooser = Chooser(boost_best=1, suppress_worst=1, layers=(LAST,))
+    chooser = Chooser(suppress_worst=1, layers=(LAST,))
     procedure, verdicts = Procedure(chooser=chooser, is_tuned=True), Counter[str]()
     for seed in range(100):
         answer_N = np.random.default_rng(seed).permutation(healthy.records.answer_N)
