@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from planting import BUNDLED, LAST, QUIZ, cost, saboteur, strong_noise
 from teaching import EXPERT, drawn, home, learn, lesson, margin, write_turned_quiz
 
-N_VAL, N_TEST = 20, 40  # questions of each of 11 subjects, without shots
+N_VAL, N_TEST = 20, 25  # questions of each of 11 subjects, without shots
 
 
 def asked(moe: MoeModel, quiz: Path, split: str = "val", limit: int = N_VAL) -> Rescorer:
@@ -64,7 +64,7 @@ def test_a_saboteur_is_found_and_suppressed(healthy: Rescorer):
     for weights in (experts.gate_up_proj.data, experts.down_proj.data):
         weights[expert] = strong_noise(weights[expert], torch.Generator().manual_seed(0))
     procedure = Procedure(chooser=Chooser(suppress_worst=1), is_tuned=True)
-    found = judged(asked(moe, QUIZ), procedure, draws=5)
+    found = judged(asked(moe, QUIZ), procedure, draws=3)
     assert found.settled.shifts[0][:2] == (LAST, expert)
     assert found.cross_fitted.ci95[0] > 0
     assert found.control.delta_B.max() < found.cross_fitted.delta / 2
