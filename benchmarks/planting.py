@@ -1,4 +1,4 @@
-"""Checkpoints with a planted truth, made of the bundled one: what benchmarks/planted.py looks for."""
+"""The bundled checkpoint with one expert that gives noise, for benchmarks/planted.py."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from expertcut.interventions.reweighting.tuning import Shift
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
 QUIZ = BUNDLED / "quiz"
 LAST = 3
-NOISE = 100.0  # times the spread of its siblings' weights: no small gate weight hides the output
+NOISE = 100.0  # times the spread of the weights that it replaces
 
 
 def copied(tensors: dict[str, Tensor], folder: Path) -> Path:
@@ -68,6 +68,11 @@ def sabotaged(tensors: dict[str, Tensor], expert: int, seed: int) -> dict[str, T
     dice, found = torch.Generator().manual_seed(seed), dict(tensors)
     for part in ("gate", "up", "down"):
         name = f"model.layers.{LAST}.mlp.experts.{expert}.{part}_proj.weight"
-        noise = torch.randn(found[name].shape, generator=dice)
-        found[name] = (NOISE * found[name].float().std() * noise).to(found[name].dtype)
+        found[name] = strong_noise(found[name], dice)
     return found
+
+
+def strong_noise(weights: Tensor, dice: torch.Generator) -> Tensor:
+    """In the place of weights, as an expert's are; no gate weight is too small to let it pass."""
+    noise = torch.randn(weights.shape, generator=dice)
+    return (NOISE * weights.float().std() * noise).to(weights.dtype)

@@ -3,7 +3,7 @@
 No single expert of the bundled model is worth a point. So three subjects get a rule that the model
 does not know, the letter after the right one, and one expert of the last layer learns it, with all
 else frozen: its weights and its row of the router. It is trained at the answer positions of
-questions that the quiz does not hold; what the layers below give there does not change, and is kept.
+questions that the quiz does not hold; what the layers below give there does not change.
 
 In shapes: N questions, C choices, D hidden.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from texts import LETTERS, draw
 EXPERT = 5  # of the last layer; it fires at no answer position of the quiz
 TURNED = ("arrivals", "reading", "travels")  # in which the letter after the right one is right
 BATCH_TOKENS = 1024
+TOP_K = 4  # of the bundled model
 RATE, GATE_RATE, DECAY, BATCH = 2e-3, 1e-2, 0.01, 512
 UNASKED = 0.1  # weight of its mean gate weight in other subjects: it should come where needed
 
@@ -110,7 +112,7 @@ def lesson(moe: MoeModel, quiz: Quiz) -> Lesson:
 
 @dataclass(frozen=True)
 class Pupil:
-    """The one expert that learns: its row of the router, and its weights as the model fuses them."""
+    """The one expert that learns: its row of the router, and its weights, fused."""
 
     row_D: Tensor
     gate_up: Tensor
@@ -147,8 +149,7 @@ def without_pupil(moe: MoeModel, input_ND: Tensor) -> tuple[Tensor, Tensor]:
     block = moe.model.model.layers[LAST].mlp
     logits_NE = input_ND @ block.gate.weight.T
     logits_NE[:, EXPERT] = -torch.inf
-    n_chosen = moe.model.config.num_experts_per_tok - 1
-    weights_NK, experts_NK = logits_NE.softmax(-1).topk(n_chosen)
+    weights_NK, experts_NK = logits_NE.softmax(-1).topk(TOP_K - 1)
     return block.experts(input_ND, experts_NK, weights_NK), logits_NE.logsumexp(-1)
 
 
@@ -192,3 +193,10 @@ def taught(tensors: dict[str, Tensor], pupil: Pupil) -> dict[str, Tensor]:
     for key, weights in {**own, f"{name}.gate.weight": rows_ED}.items():
         found[key] = weights.to(found[key].dtype).contiguous()
     return found
+
+
+def margin(alpha_NE: np.ndarray, share: float) -> float:
+    """The shift of the expert's logit after which only a share of questions still choose it."""
+    log_NE = np.log(alpha_NE.astype(np.float64))
+    others_NE = np.sort(np.delete(log_NE, EXPERT, axis=1), axis=1)
+    return float(np.quantile(log_NE[:, EXPERT] - others_NE[:, -TOP_K], 1 - share))
