@@ -128,13 +128,13 @@ def measured(model: Path, args: argparse.Namespace, place: Path) -> Iterator[Row
     torch.set_num_threads(args.threads)
     moe = load(find_source(str(model)), LoadOptions())
     if "questions" in args.parts:
-        sized = {n: (moe, synthetic(64 * n, 500, moe.tokenizer)) for n in TIMES}
-        yield from costs("questions × 64", sized, args.rounds)
+        sized = {n: (moe, synthetic(args.questions * n, 500, moe.tokenizer)) for n in TIMES}
+        yield from costs(f"questions × {args.questions}", sized, args.rounds)
     if "prefix" in args.parts:
-        sized = {n: (moe, synthetic(96, n, moe.tokenizer)) for n in PREFIXES}
+        sized = {n: (moe, synthetic(args.questions, n, moe.tokenizer)) for n in PREFIXES}
         yield from costs("prefix tokens", sized, args.rounds)
     if "experts" in args.parts:
-        quiz = synthetic(96, 500, moe.tokenizer)
+        quiz = synthetic(args.questions, 500, moe.tokenizer)
         sized = {}
         for n in EXPERTS:
             source = random_olmoe(place / f"experts{n}", args.tokenizer, num_experts=n)
@@ -147,11 +147,15 @@ def main() -> None:
     options = parser(__doc__, "scaling")
     options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options.add_argument("--limit", type=int, default=40, help="questions a subject for processes")
+    options.add_argument("--questions", type=int, default=64, help="synthetic ones, at size 1")
     options.add_argument("--rounds", type=int, default=2)
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = random_olmoe(Path(folder) / "olmoe", args.tokenizer)
-        rows = list(measured(model, args, Path(folder)))
+        rows = []
+        for row in measured(model, args, Path(folder)):
+            print(*row, file=sys.stderr, flush=True)
+            rows.append(row)
     columns = {"part": "", "size": ",d", "distinct tokens": ",d", "seconds": ".2f"}
     columns |= {"measuring s": ".2f", "s / Tflop": ".2f", "× one process, or ÷ the median": ".2f"}
     report(args.out, f"{args.threads} threads", columns, rows)
