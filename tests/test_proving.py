@@ -233,7 +233,7 @@ def test_shuffled_labels_give_no_evidence() -> None:
     for seed in range(100):
         answer_N = rng.permutation(made.records.answer_N)
         shuffled = replace(made.records, answer_N=answer_N)
-        *_, last = judge(shuffled, procedure, ask, draws=19, seed=seed)
+        *_, last = judge(shuffled, procedure, ask, draws=24, seed=seed)
         assert last.judged is not None
         verdicts[proof_result(last.judged, "-", ("made up", "val"), seed).verdict] += 1
     assert verdicts["no evidence"] >= 90, verdicts

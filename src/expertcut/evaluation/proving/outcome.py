@@ -16,6 +16,7 @@ from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.profiling.store import BlockInfo, Record, first_fault
 
 SIGNIFICANT = 0.05
+_FEWEST = 20  # distinct draws, with which p can lie below 0.05
 NUMBERED_FROM_0 = Numbers()
 Verdict = Literal["helps", "hurts", "no evidence"]
 
@@ -133,7 +134,13 @@ def _sentence(judged: Judged, word: Verdict, p_random: float) -> str:
     if word == "hurts":
         return f"This procedure hurts: {change}."
     if cross.ci95[0] > 0:
-        reason = f"random experts do as well with p = {p_random:.2g}"
+        n_drawn = judged.control.distinct
+        few = (
+            f", and only {n_drawn} others were drawn, too few to show more"
+            if n_drawn < _FEWEST
+            else ""
+        )
+        reason = f"random experts do as well with p = {p_random:.2g}{few}"
     else:
         reason = f"{cross.smallest_effect * 100:.2f} points is the smallest effect they could show"
     return f"No evidence that this procedure helps: {change}; {reason}."
