@@ -134,6 +134,7 @@ def test_where_split_attention_is_wrong_a_mask_is_taken(
         def __call__(self, *args: object, **kwargs: object) -> tuple[Tensor, None]:
             return super().__call__(*args, **kwargs)[0] * 1.5, None  # type: ignore[arg-type]
 
+    caplog.set_level("INFO", "expertcut")
     monkeypatch.setattr(passes, "Split", Wrong)
     engine = Engine(moe, batch_tokens=150)
     engine.check(chunk)

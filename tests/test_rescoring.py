@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.interventions.reweighting.records import Records
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import MoeModel
+from expertcut.moe.loading import LoadOptions, MoeModel
 from expertcut.moe.tilting import ApplyAt, Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import open_model
 
@@ -87,9 +88,26 @@ def test_records_are_those_of_a_profile(
     list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "p"))
     of_profile = Records.of(load_profile(tmp_path / "p"), quiz)
     of_run = Rescorer(Engine(moe, 2048), quiz).records
-    for name in ("subject_N", "hash_N", "answer_N", "logprob_NC", "alpha_NLE", "chosen_NLK"):
+    for name in ("subject_N", "hash_N", "answer_N", "chosen_NLK"):
         assert np.array_equal(getattr(of_profile, name), getattr(of_run, name)), name
+    # A profile computes the last block's answers apart, which is another product.
+    for name in ("logprob_NC", "alpha_NLE"):
+        assert np.allclose(getattr(of_profile, name), getattr(of_run, name), atol=1e-5), name
     assert of_profile.blocks == of_run.blocks
     some = of_profile.part(np.arange(3))
     assert len(some) == 3 and len(some.layers) == len(moe.blocks)
     assert len(of_profile.less(some.hash_N.tolist())) == len(of_profile) - 3
+
+
+def test_a_model_runs_with_the_attention_that_it_was_profiled_with(
+    checkpoint: Callable[..., Path], quiz: Quiz, tmp_path: Path
+) -> None:
+    measurement = Measurement(open_model(checkpoint("olmoe")), quiz, None, MeasureOptions("answer"))
+    list(measurement.run(tmp_path / "p"))
+    profile = load_profile(tmp_path / "p")
+    assert profile.info.settings.attention == measurement.engine.attention == "split"
+    source = profiled_source(profile)
+    assert engine_as_profiled(profile, source, LoadOptions()).attention == "split"
+    settings = profile.info.settings.model_copy(update={"attention": "sdpa"})
+    masked = Profile(profile.path, profile.info.model_copy(update={"settings": settings}))
+    assert engine_as_profiled(masked, source, LoadOptions()).attention == "masked"

@@ -177,6 +177,8 @@ def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -
         load_as = replace(load_as, dtype=settings.dtype)
     engine = Engine(load(source, load_as), settings.batch_tokens)
     engine.is_trusted = settings.way == "shared"
+    if settings.attention != "split":
+        engine.attention = "masked"
     return engine
 
 
