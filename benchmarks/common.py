@@ -22,6 +22,8 @@ SUBJECTS = (
     "virology",
     "world_religions",
 )
+LETTER_IDS = (329, 378, 330, 399)  # " A" to " D" in OLMoE's tokenizer
+LETTER_SEED = 1640
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -56,8 +58,10 @@ class Took:
 def random_olmoe(folder: Path, tokenizer: Path, **changes: object) -> Path:
     """Writes an OLMoE of 261,505,536 random parameters with the real vocabulary and tokenizer.
 
-    With norms of queries and keys at 1, attention is nearly an average over the prompt, and every
-    question gets the same answer; at 2 answers differ, and rounding still moves them by 3e-6.
+    As transformers draws them, with the rows of the four letters in the vocabulary projection drawn
+    again: else one letter is the answer to everything, and agreement says nothing. This seed gives
+    four answers their share, and differences far above rounding. (Sharper attention does so too,
+    but makes near-ties between experts matter: 6e-4 in log p against lm-evaluation-harness.)
     """
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -67,9 +71,9 @@ def random_olmoe(folder: Path, tokenizer: Path, **changes: object) -> Path:
     torch.manual_seed(0)
     config = OlmoeConfig(**{**SIZES, **changes})
     model = OlmoeForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter.data.fill_(2.0)
+    letters = torch.empty(len(LETTER_IDS), config.hidden_size)
+    letters.normal_(0, 0.02, generator=torch.Generator().manual_seed(LETTER_SEED))
+    model.lm_head.weight.data[list(LETTER_IDS)] = letters
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
