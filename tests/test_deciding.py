@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from expertcut.cli import main
@@ -12,7 +13,7 @@ from expertcut.cli.deciding import read_layers
 from expertcut.errors import SettingsError
 from expertcut.evaluation.proving.outcome import load_proof
 from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.reweighting.choosing import read_contrast
+from expertcut.interventions.reweighting.choosing import TOKEN_SCORES, read_contrast
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.store import Profile, load_profile
@@ -188,3 +189,27 @@ def test_the_exact_layout_carries_what_was_found(profile: Profile, run: Run) -> 
     run("reweight", "--profile", profile.path, *asked, "--out", "exact", "--no-verify")
     assert load_plan(Path("exact")).layout == "exact"
     assert any(edit.bias for edit in load_plan(Path("exact")).blocks.values())
+
+
+@pytest.mark.parametrize("by", sorted(TOKEN_SCORES))
+def test_sums_over_tokens_rank_experts_too(by: str, profile: Profile, run: Run) -> None:
+    asked = ("--boost-best", 1, "--by", by, "--strength", 1, "--min-appearances", 0)
+    run("reweight", "--profile", profile.path, *asked, "--plan-only", "--out", by)
+    ((name, expert),) = [(n, e) for n, x in load_plan(Path(by)).blocks.items() for e in x.bias]
+    total, per = TOKEN_SCORES[by]
+    score_LE = profile.token_sum(total)
+    assert score_LE is not None
+    if per is not None:
+        score_LE = score_LE / profile.token_sum(per)
+    layer = [block.name for block in profile.info.model.blocks].index(name)
+    assert score_LE[layer, expert] == np.nanmax(score_LE)
+
+
+def test_without_sums_over_tokens_nothing_is_ranked_by_them(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path, run: Run
+) -> None:
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    moe = open_model(checkpoint("olmoe"))
+    list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "p"))
+    said = run("reweight", "--profile", "p", "--boost-best", 1, "--by", "tokens", status=2)
+    assert "holds no all-token statistics" in said

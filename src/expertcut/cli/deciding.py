@@ -102,18 +102,21 @@ class Asked:
 
     def _chooser(self, profile: "Profile") -> "Chooser":
         from expertcut.interventions.lineage import numbers_of
-        from expertcut.interventions.reweighting.choosing import MIN_APPEARANCES, Chooser
-        from expertcut.interventions.reweighting.choosing import read_contrast as read
+        from expertcut.interventions.reweighting import choosing
 
         model, least = profile.info.model, self.min_appearances
         constant = numbers_of(profile).constant
-        return Chooser(
+        by = self.by or "difference"
+        return choosing.Chooser(
             boost_best=self.boost_best,
             suppress_worst=self.suppress_worst,
-            by=self.by or "difference",
-            min_appearances=MIN_APPEARANCES if least is None else least,
+            by=by,
+            min_appearances=choosing.MIN_APPEARANCES if least is None else least,
             layers=read_layers(self.layers),
-            contrast=read(self.contrast, model.fingerprint) if self.contrast else None,
+            contrast=choosing.read_contrast(self.contrast, model.fingerprint)
+            if self.contrast
+            else None,
+            fixed=choosing.token_scores(profile, by) if by in choosing.TOKEN_SCORES else None,
             constant=tuple(
                 (layer, row)
                 for layer, block in enumerate(model.blocks)
@@ -127,10 +130,11 @@ class Asked:
         Raises:
             SettingsError: which does not.
         """
-        from expertcut.interventions.reweighting.choosing import SCORES
+        from expertcut.interventions.reweighting.choosing import SCORES, TOKEN_SCORES
 
-        if self.by is not None and self.by not in SCORES:
-            raise SettingsError(f"--by {self.by} is no score: take one of {', '.join(SCORES)}")
+        names = (*SCORES, *TOKEN_SCORES)
+        if self.by is not None and self.by not in names:
+            raise SettingsError(f"--by {self.by} is no score: take one of {', '.join(names)}")
         if self.by is not None and self.contrast:
             raise SettingsError("--by and --contrast both score experts: give one of them")
         if self.min_appearances is not None and not 0 <= self.min_appearances <= 1:

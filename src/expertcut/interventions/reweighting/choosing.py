@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.errors import PlanError, SettingsError
+from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.interventions.questions import profiled_quiz
 from expertcut.interventions.reweighting.records import Records, joined, places
 from expertcut.profiling.evidence.significance import z_scores
+from expertcut.profiling.statistics import share
 from expertcut.profiling.store import Profile, load_profile
 
 Array = np.ndarray[Any, Any]
@@ -32,7 +33,8 @@ class Chooser:
 
     Candidates appear in at least a share `min_appearances` of the questions and lie in one of
     `layers`, where any are given. With a contrast, it ranks them, and `by` does not. Experts that
-    are `constant` already, by (layer, expert), are none.
+    are `constant` already, by (layer, expert), are none. `fixed` scores (X,) are the same for any
+    questions; they go before `by`.
     """
 
     boost_best: int = 0
@@ -42,6 +44,7 @@ class Chooser:
     layers: tuple[int, ...] = ()
     contrast: "Contrast | None" = None
     constant: tuple[tuple[int, int], ...] = ()
+    fixed: tuple[float, ...] | None = None
 
     def scores(self, records: Records, left_out: Collection[str] = ()) -> Array:
         """Score (X,) of every expert, NaN where it is no candidate or has none.
@@ -49,9 +52,12 @@ class Chooser:
         Questions whose content hash is in `left_out` do not count.
         """
         records = records.less(left_out)
-        score_X = SCORES[self.by](records)
         if self.contrast is not None:
             score_X = self.contrast.scores(left_out)
+        elif self.fixed is not None:
+            score_X = np.array(self.fixed)
+        else:
+            score_X = SCORES[self.by](records)
         return np.where(self.candidates(records), score_X, np.nan)
 
     def candidates(self, records: Records) -> Array:
@@ -138,6 +144,34 @@ SCORES = {
     f.__name__: f
     for f in (difference, accuracy, weighted_accuracy, contribution, appearances, gate_mass)
 }
+
+
+# Over every token, shots included: sums of a whole profile, which know nothing of right and wrong,
+# so that a fold may be chosen by them.
+TOKEN_SCORES = {
+    "tokens": ("tokens", None),  # that chose each expert
+    "token_weight": ("weight", None),  # Σ gate weight
+    "output_norm": ("norm", "tokens"),  # mean ‖f‖ where chosen
+    "weighted_output_norm": ("weighted_norm", "tokens"),  # mean weight·‖f‖ where chosen
+}
+
+
+def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
+    """A score of `TOKEN_SCORES` (X,), NaN where no token chose the expert.
+
+    Raises:
+        ProfileError: the profile was made with --stats answer.
+    """
+    total_LE, per_LE = (profile.token_sum(name) if name else None for name in TOKEN_SCORES[by])
+    if total_LE is None:
+        raise ProfileError(
+            f"--by {by}: {profile.path} holds no all-token statistics (--stats answer): profile "
+            "with --stats all"
+        )
+    score_LE = total_LE if per_LE is None else share(total_LE, per_LE)
+    blocks = profile.info.model.blocks
+    rows = [score_LE[layer, : block.experts] for layer, block in enumerate(blocks)]
+    return tuple(float(value) for value in np.concatenate(rows))
 
 
 @dataclass(frozen=True)
