@@ -191,6 +191,20 @@ def test_the_exact_layout_carries_what_was_found(profile: Profile, run: Run) -> 
     assert any(edit.bias for edit in load_plan(Path("exact")).blocks.values())
 
 
+def test_the_questions_of_a_contrast_count_as_used(
+    profile: Profile, run: Run, tmp_path: Path
+) -> None:
+    quiz = load_quiz(Selection(profile.info.quiz.id, split="test", shots=1))
+    moe = open_model(Path(profile.info.model.id))
+    list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "other"))
+    asked = ("--contrast", "other@right", "other@wrong", "--boost-best", 1, "--strength", 1)
+    run("reweight", "--profile", profile.path, *asked, "--plan-only", "--out", "plan")
+    used = load_hashes(Path("plan"), load_plan(Path("plan")))
+    assert {q.content_hash for q in quiz} <= used
+    val = load_quiz(Selection(profile.info.quiz.id, split="val", shots=1))
+    assert used == {q.content_hash for q in (*quiz, *val)}
+
+
 @pytest.mark.parametrize("by", sorted(TOKEN_SCORES))
 def test_sums_over_tokens_rank_experts_too(by: str, profile: Profile, run: Run) -> None:
     asked = ("--boost-best", 1, "--by", by, "--strength", 1, "--min-appearances", 0)

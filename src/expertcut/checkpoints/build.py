@@ -121,7 +121,7 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
 def write_plan(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -> None:
     """Only `plan.json` and the list of questions it was chosen on, without running the model."""
     check_free(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
-    questions = questions_for(profile, is_fitting=draft.asks_tuning)
+    questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
     plan = draft_plan(profile, draft, questions)
     with new_folder(folder, is_forced=options.is_forced) as temporary:
         save_plan(temporary, plan, used_hashes(draft, questions))
@@ -184,7 +184,7 @@ def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -
 
 def _job(profile: Profile, draft: Draft, options: BuildOptions) -> _Job:
     source = profiled_source(profile)
-    questions = questions_for(profile, is_fitting=draft.asks_tuning)
+    questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
     load_as = options.load_as
     if load_as.dtype == "auto":
         load_as = replace(load_as, dtype=profile.info.settings.dtype)

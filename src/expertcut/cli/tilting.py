@@ -138,12 +138,13 @@ class _Tilting:
             decision = decided(self.profile, procedure, self._decide_options(how, name))
         settled = decision.settled if decision else settled_on_profile(self.profile, procedure)
         origins = [procedure.origin(shift) for shift in settled.shifts]
-        self._make(place, (settled, origins, asked.criterion), decision)
+        used = procedure.chooser.looked_at(self.profile)
+        self._make(place, (settled, origins, asked.criterion, used), decision)
 
     def _make(
         self,
         place: Place,
-        chosen: "tuple[Settled, list[str], str]",
+        chosen: "tuple[Settled, list[str], str, frozenset[str]]",
         decision: "Decision | None",
     ) -> None:
         from expertcut.evaluation.proving.outcome import proof_file
@@ -151,7 +152,7 @@ class _Tilting:
         from expertcut.interventions.reweighting.targets import tilts_of
 
         proof = proof_file(decision.proof) if decision and decision.proof else {}
-        options, (settled, origins, criterion) = replace(self.options, beside=proof), chosen
+        options, (settled, origins, criterion, used) = replace(self.options, beside=proof), chosen
         if not settled.shifts:
             place.keep(options)
             return
@@ -161,6 +162,7 @@ class _Tilting:
             criterion=criterion,
             is_tuned=decision is not None,
             tuning=decision.curve if decision else (),
+            used=used,
         )
         Named(tilts, []).say(draft, place.make(draft, options))
 

@@ -22,7 +22,8 @@ _MOST_OVERLAP = 0.05
 class Questions:
     """`profiled` chose the experts, `tuning` fits what needs fitting, `held_out` judges.
 
-    `inherited` are content hashes of what the profiled checkpoint was itself chosen on.
+    `inherited` are content hashes of what the profiled checkpoint was itself chosen on, and of what
+    else was looked at.
     """
 
     profiled: Quiz
@@ -31,23 +32,26 @@ class Questions:
     inherited: frozenset[str] = frozenset()
 
 
-def questions_for(profile: Profile, *, is_fitting: bool) -> Questions:
+def questions_for(
+    profile: Profile, *, is_fitting: bool, used: frozenset[str] = frozenset()
+) -> Questions:
     """The questions of a command that works from a profile.
 
     Tuning questions are the profile's, or `val` where the profile is of `test`; what repeats a
     question of the other set is dropped. Held-out questions are 256, round-robin over subjects,
     of a split that was not used, else a fifth of the tuning questions, which then leave those.
+    `used` are content hashes of what was looked at besides.
 
     Raises:
         ProfileError: the quiz is not the one that was profiled.
         QuizError: more than 5 % of the tuning questions stand in the profiled split.
     """
-    profiled, inherited = profiled_quiz(profile), inherited_hashes(profile)
+    profiled, inherited = profiled_quiz(profile), inherited_hashes(profile) | used
     tuning = profiled
     if is_fitting and profiled.split == "test":
         tuning = _other_split(profiled, "val", profiled) or profiled
-    used = {profiled.split, tuning.split}
-    for split in (s for s in ("val", "test") if s not in used):
+    asked = {profiled.split, tuning.split}
+    for split in (s for s in ("val", "test") if s not in asked):
         other = _other_split(profiled, split, profiled, tuning)
         if other is not None:
             other = without(other, inherited) if len(without(other, inherited)) else other

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from expertcut.errors import PlanError, ProfileError, SettingsError
-from expertcut.interventions.questions import profiled_quiz
+from expertcut.interventions.questions import hashes, profiled_quiz
 from expertcut.interventions.reweighting.records import Records, joined, places
 from expertcut.profiling.evidence.significance import z_scores
 from expertcut.profiling.statistics import share
@@ -83,6 +83,13 @@ class Chooser:
         return tuple(
             Pick(*by_id[x], sign) for sign, found in ((+1, best), (-1, worst)) for x in found
         )
+
+    def looked_at(self, profile: Profile) -> frozenset[str]:
+        """Content hashes of questions that rank experts besides those that are given."""
+        if self.contrast is not None:
+            sides = (self.contrast.wanted, self.contrast.unwanted)
+            return frozenset(content for side in sides for content in side.hash_N.tolist())
+        return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
 
     def check(self, records: Records) -> None:
         """That there are as many candidates as are asked for.
