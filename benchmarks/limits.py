@@ -28,7 +28,7 @@ from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 from expertcut.moe.packing import Encoded, encode
 from expertcut.profiling import measure
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS, Measurement, MeasureOptions
-from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.recording.recorder import Recorder
 from expertcut.quiz import Quiz, Selection, load_quiz
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from expertcut.errors import OutputError, ProfileError
 from expertcut.profiling.chunks import Arrays, read_chunk, write_atomically, write_chunk
-from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.statistics import (
     LayerStatistics,
     answers,

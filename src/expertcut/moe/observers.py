@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from expertcut.moe.contract import MoeBlock
 
 
+Combined = Callable[[int, Tensor], None]  # layer, the experts' weighted sum (T, D)
+
+
 @dataclass(frozen=True)
 class Routing:
     """What a router read and decided in one forward pass."""
@@ -64,26 +67,38 @@ def _relay(layer: int, see: Callable[[Routing], None]) -> Callable[..., None]:
 
 @contextmanager
 def observe_experts(
-    blocks: Sequence[MoeBlock], see: Callable[[ExpertCall], None]
+    blocks: Sequence[MoeBlock],
+    see: Callable[[ExpertCall], None],
+    combined: Combined | None = None,
 ) -> Iterator[None]:
     """Runs experts one by one, in id order, and calls `see` with each one's own output.
+
+    After a block's last expert, `combined` gets the layer and the weighted sum (T, D).
 
     One expert's output is `experts(x, e, 1)`: the model's own code, so no family needs code here.
     The sum over experts is bit-equal to what the model runs unwatched on a CPU.
     """
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(replaced_forward(block.experts, _watched(block, see)))
+            stack.enter_context(replaced_forward(block.experts, _watched(block, see, combined)))
         yield
 
 
-def _watched(block: MoeBlock, see: Callable[[ExpertCall], None]) -> Callable[..., Tensor]:
+def _watched(
+    block: MoeBlock, see: Callable[[ExpertCall], None], combined: Combined | None
+) -> Callable[..., Tensor]:
     own = _own(block)
 
     def note(expert: int, tokens_M: Tensor, weights_M: Tensor, output_MD: Tensor) -> None:
         see(ExpertCall(block.layer, expert, tokens_M, weights_M, output_MD))
 
-    return lambda x_TD, experts_TK, weights_TK: by_expert(x_TD, experts_TK, weights_TK, own, note)
+    def run(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        y_TD = by_expert(x_TD, experts_TK, weights_TK, own, note)
+        if combined is not None:
+            combined(block.layer, y_TD)
+        return y_TD
+
+    return run
 
 
 def _own(block: MoeBlock) -> Own:

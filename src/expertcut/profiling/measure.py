@@ -15,7 +15,7 @@ from expertcut.moe.loading.devices import is_on_several
 from expertcut.moe.packing import Pass, encode
 from expertcut.moe.passes import OnPass, Watch, ignore
 from expertcut.profiling.chunks import Arrays
-from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.store import (

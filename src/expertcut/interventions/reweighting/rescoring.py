@@ -14,7 +14,7 @@ from expertcut.moe.packing import Encoded, encode
 from expertcut.moe.replay import Replay
 from expertcut.moe.tilting import ApplyAt, Tilts, tilted
 from expertcut.profiling.measure import model_info
-from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.recording.recorder import Recorder
 from expertcut.quiz import Quiz
 
 logger = logging.getLogger(__name__)

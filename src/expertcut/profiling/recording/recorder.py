@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,8 @@ from expertcut.moe.loading.devices import runs_on
 from expertcut.moe.observers import ExpertCall, Routing, observe_experts, observe_routers
 from expertcut.moe.packing import Pass
 from expertcut.profiling.chunks import Arrays
+from expertcut.profiling.recording.token_sums import NAMES, PARTS, TokenSums
 from expertcut.profiling.store import Stats
-
-_Seen = TypeVar("_Seen", Routing, ExpertCall)
-_PARTS = ("prefix", "question")
-_SUMS = ("tokens", "weight", "norm", "weighted_norm")
 
 
 class Recorder:
@@ -33,9 +30,7 @@ class Recorder:
         n_layers, top_k = len(blocks), blocks[0].top_k
         n_experts = max(block.n_experts for block in blocks)
         device = runs_on(blocks[0].router)
-        shape = (len(_SUMS), len(_PARTS), n_layers, n_experts)
-        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.largest = torch.zeros(shape[1:], device=device)
+        self.tokens = TokenSums(n_layers, n_experts, device)
         self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
         self.chosen_NLK = torch.zeros(
             n_questions, n_layers, top_k, dtype=torch.int16, device=device
@@ -55,13 +50,13 @@ class Recorder:
             if self.stats != "none":
                 stack.enter_context(observe_routers(self.blocks, self._route))
             if self.stats == "all":
-                stack.enter_context(observe_experts(self.blocks, self._expert))
+                stack.enter_context(observe_experts(self.blocks, self._expert, self._combined))
             yield
 
     def begin(self, step: Pass) -> None:
         """Says whose tokens the coming forward pass holds."""
         device = self.alpha_NLE.device
-        self.part = 0 if step.is_prefix else 1
+        self.tokens.begin(PARTS.index("prefix" if step.is_prefix else "question"))
         self.questions_N = torch.tensor(step.questions, dtype=torch.long, device=device)
         self.answers_N: Tensor | None = step.answers_N.to(device)
         self.question_T = step.question_T.to(device)
@@ -94,7 +89,7 @@ class Recorder:
         if self.stats == "none":
             return []
         gaps = [self.gap_N, self.unread_gap_N]
-        return [self.sums, self.largest, *gaps] if self.stats == "all" else gaps
+        return [self.tokens.sums, self.tokens.largest, *gaps] if self.stats == "all" else gaps
 
     def _route(self, routing: Routing) -> None:
         if not len(routing.logits_TE):
@@ -109,36 +104,13 @@ class Recorder:
             self.chosen_NLK[at] = routing.experts_TK[self.answers_N].to(torch.int16)
             self.weight_NLK[at] = routing.weights_TK[self.answers_N].float()
         if self.stats == "all":
-            self._count(routing)
-
-    def _count(self, routing: Routing) -> None:
-        experts_TK, weights_TK = routing.experts_TK, routing.weights_TK.double()
-        if self.valid_T is not None:
-            experts_TK, weights_TK = experts_TK[self.valid_T], weights_TK[self.valid_T]
-        # Scattered to (T, E) and summed: the same bits every time, also on CUDA.
-        nothing_TE = weights_TK.new_zeros(len(experts_TK), self.sums.shape[-1])
-        self._add("weight", routing.layer, nothing_TE.scatter(1, experts_TK, weights_TK).sum(0))
-        self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0).sum(0))
+            self.tokens.route(routing, self.valid_T)
 
     def _expert(self, call: ExpertCall) -> None:
-        call = _on(call, self.alpha_NLE.device)
-        output_MD, weights_M = call.output_MD, call.weights_M
-        if self.valid_T is not None:
-            is_valid_M = self.valid_T[call.tokens_M]
-            output_MD, weights_M = output_MD[is_valid_M], weights_M[is_valid_M]
-        if not len(output_MD):
-            return
-        # Neither makes a copy of M times D values, as .double() and .abs() would.
-        norm_M = torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float64)
-        largest = torch.stack(output_MD.aminmax()).abs().max().float()
-        self._add("norm", (call.layer, call.expert), norm_M.sum())
-        weighted_M = norm_M * weights_M.double()
-        self._add("weighted_norm", (call.layer, call.expert), weighted_M.sum())
-        at = (self.part, call.layer, call.expert)
-        self.largest[at] = torch.maximum(self.largest[at], largest)
+        self.tokens.expert(call, self.valid_T)
 
-    def _add(self, name: str, at: int | tuple[int, int], amount: Tensor) -> None:
-        self.sums[_SUMS.index(name), self.part][at] += amount
+    def _combined(self, layer: int, output_TD: Tensor) -> None:
+        self.tokens.combined(layer, len(output_TD))
 
     def _note_gaps(self, block: MoeBlock, alpha_TE: Tensor, experts_TK: Tensor) -> None:
         """Keeps how close the prefix and each question came to another choice of experts."""
@@ -146,7 +118,7 @@ class Recorder:
         if self.valid_T is not None:
             gap_T = gap_T.where(self.valid_T, torch.inf)
         gap_N, prefix_gap = self.gaps
-        if self.part == 0:
+        if PARTS[self.tokens.part] == "prefix":
             prefix_gap.copy_(torch.minimum(prefix_gap, gap_T.min()))
         else:
             gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
@@ -167,15 +139,16 @@ class Recorder:
                 "unread_gap_N": self.unread_gap_N,
                 "unread_prefix_gap": self.unread_prefix_gap,
             }
-            for p, part in enumerate(_PARTS):
-                kept |= {f"{part}_{name}_LE": self.sums[s, p] for s, name in enumerate(_SUMS)}
-                kept[f"{part}_largest_LE"] = self.largest[p]
+            for p, part in enumerate(PARTS):
+                sums = self.tokens.sums[:, p]
+                kept |= {f"{part}_{name}_LE": sums[s] for s, name in enumerate(NAMES)}
+                kept[f"{part}_largest_LE"] = self.tokens.largest[p]
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
 
-def _on(seen: _Seen, device: torch.device) -> _Seen:
+def _on(routing: Routing, device: torch.device) -> Routing:
     """The same on the recorder's device, for blocks may run on several."""
     moved: dict[str, Any] = {
-        k: v.to(device) for k, v in vars(seen).items() if isinstance(v, torch.Tensor)
+        k: v.to(device) for k, v in vars(routing).items() if isinstance(v, torch.Tensor)
     }
-    return replace(seen, **moved)
+    return replace(routing, **moved)

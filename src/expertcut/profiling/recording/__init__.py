@@ -1,0 +1,1 @@
+"""What one chunk's forward passes show, as they run."""
