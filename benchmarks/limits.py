@@ -122,7 +122,7 @@ def put_clocks(moe: MoeModel, clock: Clock) -> None:
     moe.model.lm_head.forward = clock.around("vocabulary", moe.model.lm_head.forward)
     moe.model.forward = clock.around("norms and the rest of the model", moe.model.forward)
     measure.encode = clock.around("tokenising", measure.encode)
-    for name in ("_route", "_expert", "arrays", "begin", "on_rows"):
+    for name in ("_route", "_expert", "_combined", "arrays", "begin", "on_rows"):
         setattr(Recorder, name, clock.around("statistics", getattr(Recorder, name)))
 
 
