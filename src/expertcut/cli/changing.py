@@ -1,6 +1,6 @@
 """The command `prune`, and how a choice becomes a checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -18,8 +18,9 @@ from expertcut.cli.options import (
     NoVerify,
     OutDir,
     PlanOnly,
-    Positions,
+    PositionsOption,
     ProfileDir,
+    ProtectOption,
     RemovedOption,
     Scale,
     Suppress,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from expertcut.interventions.plan import Draft
     from expertcut.interventions.prune import Pruning
     from expertcut.interventions.reweighting.targets import Scaling, Tilt
+    from expertcut.moe.engine import Engine
+    from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.store import Profile
 
 
@@ -45,9 +48,9 @@ def prune(
     keep: Annotated[int | None, option("Keep so many per layer.")] = None,
     keep_fraction: Annotated[float | None, option("Keep this share per layer.")] = None,
     by: Annotated[Criterion, option("What --keep ranks by.")] = Criterion.activations,
-    positions: Annotated[
-        Positions, option("Count at the answer position, or at all tokens.")
-    ] = Positions.answer,
+    positions: PositionsOption = None,
+    protect: ProtectOption = None,
+    seed: Annotated[int, option("Of --by random.", min=0)] = 0,
     layout: LayoutOption = Layout.stock,
     removed: RemovedOption = None,
     fold: FoldOption = None,
@@ -71,14 +74,38 @@ def prune(
 
     found = read_profile(profile, threads)
     named = Named.of(found, boost, suppress, scale)
-    way = Way.of(by.value, positions.value, layout.value, value(removed), value(fold))
-    chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
+    way = Way.of(by.value, value(positions), layout.value, value(removed), value(fold))
+    way = replace(way, protect=_protected(found, protect or [], keep_active), seed=seed)
+    load_as = LoadOptions(dtype, device, trust_remote_code)
+    chosen = choose(
+        found, Keep(keep_active, keep, keep_fraction), way, _engine(found, by.value, load_as)
+    )
     draft = named.on(chosen.draft, value(apply_at))
     place = Place(found, draft.slug, out, plan_only, force)
     _say_what_goes(found, chosen)
-    load_as = LoadOptions(dtype, device, trust_remote_code)
     built = place.make(draft, BuildOptions(load_as, not no_verify, force))
     named.say(draft, built)
+
+
+def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[str, ...]:
+    """What stays whatever its score; super experts unasked, where they are known."""
+    from expertcut.interventions.criteria.protection import expressions_of
+
+    is_known = profile.info.settings.stats == "all"
+    if not (is_known or is_active or asked):
+        print("Super experts are not known without all-token statistics: none is protected.")
+    return expressions_of(asked, is_super=is_known and not is_active)
+
+
+def _engine(profile: "Profile", by: str, load_as: "LoadOptions") -> "Engine | None":
+    """The profiled model, where a criterion asks it."""
+    from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+    from expertcut.interventions.criteria.scoring import NEEDS_MODEL
+
+    if by not in NEEDS_MODEL:
+        return None
+    quiet()
+    return engine_as_profiled(profile, profiled_source(profile), load_as)
 
 
 def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:

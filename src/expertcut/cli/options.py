@@ -49,6 +49,17 @@ class Criterion(StrEnum):
     """The names in `interventions.criteria.CRITERIA`; a test holds them together."""
 
     activations = "activations"
+    gate_mass = "gate_mass"
+    weighted_accuracy = "weighted_accuracy"
+    output_norm = "output_norm"
+    output_norm_mean = "output_norm_mean"
+    reap = "reap"
+    easy_ep = "easy_ep"
+    easy_ep_postnorm = "easy_ep_postnorm"
+    ranked_choice = "ranked_choice"
+    aimer = "aimer"
+    reconstruction = "reconstruction"
+    random = "random"
 
 
 class Layout(StrEnum):
@@ -129,6 +140,18 @@ ResultsFile = Annotated[
     Path, option("Where to; its chunks beside it are resumed.", "--out", dir_okay=False)
 ]
 PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
+ProtectOption = Annotated[
+    list[str] | None,
+    option(
+        "super (super experts), none, or L:E: what stays whatever its score; may be repeated.  "
+        "[default: super, with --keep and --keep-fraction]",
+        "--protect",
+    ),
+]
+PositionsOption = Annotated[
+    Positions | None,
+    option("Count at the answer position or at all tokens; the criterion's own without."),
+]
 RemovedOption = Annotated[
     Removed | None, option("What removed experts give in layout exact; zero without.", "--removed")
 ]

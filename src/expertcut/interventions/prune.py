@@ -1,18 +1,23 @@
 """Which experts stay, and by how much the gate weights of those that stay would grow."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
 from expertcut.interventions.allowed import check_edits, least_per_group
-from expertcut.interventions.criteria import CRITERIA, ranked
+from expertcut.interventions.criteria.observed import activations
+from expertcut.interventions.criteria.protection import protection
+from expertcut.interventions.criteria.scoring import CALIBRATED, positions_of, ranked, scores
 from expertcut.interventions.lineage import numbers_of
 from expertcut.interventions.plan import Draft, Edit, Fold, Layout, Positions, Removed
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import BlockInfo, Profile
+
+if TYPE_CHECKING:
+    from expertcut.moe.engine import Engine
 
 Array = np.ndarray[Any, Any]
 
@@ -28,19 +33,29 @@ class Keep:
 
 @dataclass(frozen=True)
 class Way:
-    """How to rank and what removing means, as on the command line."""
+    """How to rank and what removing means, as on the command line.
+
+    `protect` are expressions of `protection`, `seed` is for the criterion `random`.
+    """
 
     by: str = "activations"
-    positions: Positions = "answer"
+    positions: Positions | None = None
     layout: Layout = "stock"
     removed: Removed = "zero"
     fold: Fold = "answer"
+    protect: tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def at(self) -> Positions:
+        """The positions that count: the criterion's own where none were asked for."""
+        return positions_of(self.by, self.positions)
 
     @classmethod
     def of(
         cls,
         by: str,
-        positions: Positions,
+        positions: Positions | None,
         layout: Layout,
         removed: Removed | None,
         fold: Fold | None,
@@ -62,82 +77,106 @@ class Way:
 
     def draft(self, slug: str, action: str, criterion: str) -> Draft:
         """A draft without edits, named after what makes it differ from the usual."""
-        unusual = {"all": self.positions, "exact": self.layout, "mean": self.removed}
-        marks = "".join(f"-{mark}" for mark, value in unusual.items() if value == mark)
+        unusual = {"all": self.at, "exact": self.layout, "mean": self.removed}
+        usual = {positions_of(self.by, None)}
+        marks = "".join(f"-{m}" for m, value in unusual.items() if value == m and m not in usual)
         if self.layout == "stock" and self.fold != "answer":
             marks += f"-fold-{self.fold}"
         return Draft(
             f"{slug}{marks}",
             action,
             criterion,
-            self.positions,
+            self.at,
             edits={},
             layout=self.layout,
             removed=self.removed,
             fold=self.fold,
             is_cut=True,
+            is_calibrated=self.by in CALIBRATED,
         )
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """The experts that stay, how many were active, and which idle ones fill up, by block."""
+    """The experts that stay, how many were active, and which idle ones fill up, by block.
+
+    `spared` would have gone but for their protection.
+    """
 
     draft: Draft
     n_active: dict[str, int]
     fillers: dict[str, tuple[int, ...]]
+    spared: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def choose(profile: Profile, keep: Keep, way: Way) -> Pruning:
-    """The experts that stay.
+def choose(profile: Profile, keep: Keep, way: Way, engine: "Engine | None" = None) -> Pruning:
+    """The experts that stay; some criteria ask the engine's model.
 
     Raises:
-        SettingsError: not exactly one way of saying how many, or a fraction outside (0, 1].
-        PlanError: a count that does not fit the model.
+        SettingsError: not exactly one way of saying how many, a fraction outside (0, 1], positions
+            that the criterion does not look at, or no engine where it needs one.
+        PlanError: a count that does not fit the model, or the protected experts.
+        ProfileError: the profile does not hold what the criterion needs.
     """
     if [keep.active, keep.count is not None, keep.fraction is not None].count(True) != 1:
         raise SettingsError(
             "say how many experts to keep: --keep-active, --keep N or "
             "--keep-fraction F, and only one of them"
         )
-    pruning = keep_active(profile, way) if keep.active else _keep_some(profile, keep, way)
+    if keep.active:
+        pruning = keep_active(profile, way)
+    else:
+        pruning = keep_n(profile, _count(profile, keep), way, engine)
     draft = replace(pruning.draft, numbers=numbers_of(profile))
     return replace(pruning, draft=draft)
 
 
-def _keep_some(profile: Profile, keep: Keep, way: Way) -> Pruning:
+def _count(profile: Profile, keep: Keep) -> int:
     n_keep = keep.count
     if keep.fraction is not None:
         if not 0 < keep.fraction <= 1:
             raise SettingsError(f"--keep-fraction {keep.fraction:g} must be above 0, at most 1")
         n_keep = round(keep.fraction * profile.info.model.blocks[0].experts)
     assert n_keep is not None
-    return keep_n(profile, n_keep, way)
+    return n_keep
 
 
 def keep_active(profile: Profile, way: Way) -> Pruning:
     """Keeps what fires; layout stock also as many more as make one count for all layers.
 
-    The others are filled by all-token count where the profile has it, else by mean α.
-    """
-    layers, blocks = layer_statistics(profile), profile.info.model.blocks
-    counts = [CRITERIA["activations"](layer, way.positions) for layer in layers]
-    n_keeps = [int((count_E > 0).sum()) for count_E in counts]
-    if way.layout == "stock":
-        least = map(_least_keep, (count_E > 0 for count_E in counts), blocks)
-        n_keeps = [max(least)] * len(blocks)
-    orders = [
-        ranked_active(layer, count_E > 0) for layer, count_E in zip(layers, counts, strict=True)
-    ]
-    named = way.draft("keep-active", "prune --keep-active", "activations")
-    return _prune(n_keeps, orders, counts, blocks, named)
-
-
-def keep_n(profile: Profile, n_keep: int, way: Way) -> Pruning:
-    """Keeps the best `n_keep` of each layer by a criterion.
+    The others are filled by all-token count where the profile has it, else by mean α. What is
+    protected counts as firing.
 
     Raises:
-        PlanError: more than there are; in layout stock, fewer than top-k.
+        SettingsError: a criterion by which it does not choose.
+    """
+    if way.by != "activations":
+        raise SettingsError(f"--by {way.by} ranks what --keep N keeps: leave it out")
+    layers, blocks = layer_statistics(profile), profile.info.model.blocks
+    counts = [activations(layer, way.at) for layer in layers]
+    stay = protection(profile, way.protect)
+    is_active = [
+        (count_E > 0) | np.isin(np.arange(len(count_E)), list(ids))
+        for count_E, ids in zip(counts, stay.ids, strict=True)
+    ]
+    n_keeps = [int(is_active_E.sum()) for is_active_E in is_active]
+    if way.layout == "stock":
+        n_keeps = [max(map(_least_keep, is_active, blocks))] * len(blocks)
+    orders = [ranked_active(*each) for each in zip(layers, is_active, strict=True)]
+    named = way.draft("keep-active", "prune --keep-active", "activations")
+    pruning = _prune(n_keeps, orders, counts, blocks, named)
+    if not way.protect:
+        return pruning
+    plain = keep_active(profile, replace(way, protect=()))
+    return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
+
+
+def keep_n(profile: Profile, n_keep: int, way: Way, engine: "Engine | None" = None) -> Pruning:
+    """Keeps the best `n_keep` of each layer by a criterion, the protected ones among them.
+
+    Raises:
+        PlanError: more than there are, or fewer than are protected by hand; in layout stock, fewer
+            than top-k.
     """
     layers, blocks = layer_statistics(profile), profile.info.model.blocks
     for block in blocks:
@@ -147,11 +186,18 @@ def keep_n(profile: Profile, n_keep: int, way: Way) -> Pruning:
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
                 f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
             )
-    counts = [CRITERIA["activations"](layer, way.positions) for layer in layers]
-    scores = [CRITERIA[way.by](layer, way.positions) for layer in layers]
-    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(scores, layers, strict=True)]
-    named = way.draft(f"keep-{n_keep}-{way.by}", f"prune --keep {n_keep}", way.by)
-    return _prune([n_keep] * len(blocks), orders, counts, blocks, named)
+    at = way.at if way.by == "activations" else "answer"
+    counts = [activations(layer, at) for layer in layers]
+    found = scores(profile, way.by, way.at, engine, way.seed)
+    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]
+    name = f"random-{way.seed}" if way.by == "random" else way.by
+    named = way.draft(f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
+    n_keeps = [n_keep] * len(blocks)
+    plain = _prune(n_keeps, orders, counts, blocks, named)
+    stay = protection(profile, way.protect)
+    pruning = _prune(n_keeps, stay.first(orders), counts, blocks, named)
+    stay.check(pruning.draft.edits)
+    return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
 def ranked_active(layer: LayerStatistics, is_active_E: Array) -> list[int]:

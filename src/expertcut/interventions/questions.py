@@ -69,7 +69,7 @@ def questions_for(
 def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
     """The plan with its provenance, still without proof."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
-    fitted = questions.tuning if draft.is_fitting else None
+    fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
     numbers = draft.numbers or Numbers()
     return Plan(
         model=plan_model(profile.info.model),

@@ -17,6 +17,8 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
         text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
         if fillers:
             text += f"; never activated but kept to make one count for all layers: {fillers}"
+        if spared := ids_text(numbers.kept(name, pruning.spared.get(name, ()))):
+            text += f"; stay only because they are protected: {spared}"
         sentences.append(f"{text}.")
     return sentences
 
