@@ -9,9 +9,11 @@ from typing import Any
 from expertcut.errors import OutputError, SettingsError
 from expertcut.evaluation.proving.outcome import load_proof
 from expertcut.evaluation.results import load_results
+from expertcut.interventions.criteria.scoring import compare
 from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, load_plan
 from expertcut.profiling.evidence.findings import find, findings_json
 from expertcut.profiling.store import load_profile
+from expertcut.reporting.criteria import criteria_csv, criteria_json, criteria_tables
 from expertcut.reporting.cuts import rows_tables
 from expertcut.reporting.findings import (
     experts_csv,
@@ -36,20 +38,24 @@ class Shown:
     json: Callable[[], dict[str, Any]]
 
 
-def find_shown(path: Path, by_subject: bool = False) -> Shown:
+def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) -> Shown:
     """What lies at the path: a profile, a plan, a checkpoint that holds one, a proof, or results.
 
     With `by_subject` the tables of a profile end with those of its subjects, and the flat one has
-    a row for each expert and subject.
+    a row for each expert and subject. With `by_criteria` it is the criteria that are shown.
 
     Raises:
         OutputError: nothing of that kind.
-        SettingsError: subjects of something that is no profile.
+        SettingsError: subjects or criteria of something that is no profile, or both.
     """
+    if by_subject and by_criteria:
+        raise SettingsError("--subjects and --criteria show different tables: give one of them")
     if (path / "profile.json").is_file() or path.name == "profile.json":
-        return _profile(path if path.is_dir() else path.parent, by_subject)
-    if by_subject:
-        raise SettingsError(f"--subjects: {path} is no profile: name one or leave the option out")
+        folder = path if path.is_dir() else path.parent
+        return _criteria(folder) if by_criteria else _profile(folder, by_subject)
+    if by_subject or by_criteria:
+        option = "--subjects" if by_subject else "--criteria"
+        raise SettingsError(f"{option}: {path} is no profile: name one or leave the option out")
     if (path / PLAN_FILE).is_file():
         return _plan(path)
     if (path / PROOF_FILE).is_file() or path.name == PROOF_FILE:
@@ -76,6 +82,15 @@ def _profile(path: Path, by_subject: bool) -> Shown:
 
     flat = subjects_csv if by_subject else experts_csv
     return Shown(tables, lambda: flat(found), lambda: findings_json(found))
+
+
+def _criteria(path: Path) -> Shown:
+    found = compare(load_profile(path))
+    return Shown(
+        lambda: criteria_tables(found),
+        lambda: criteria_csv(found),
+        lambda: criteria_json(found),
+    )
 
 
 def _plan(path: Path) -> Shown:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import rankdata
 
-from expertcut.errors import SettingsError
+from expertcut.errors import ProfileError, SettingsError
 from expertcut.interventions.allowed import least_per_group
 from expertcut.interventions.criteria.blind import aimer, random
 from expertcut.interventions.criteria.observed import (
@@ -23,7 +26,7 @@ from expertcut.interventions.criteria.observed import (
 )
 from expertcut.interventions.criteria.reconstruction import reconstruction
 from expertcut.interventions.plan import Positions
-from expertcut.profiling.statistics import layer_statistics
+from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import BlockInfo, Profile
 
 if TYPE_CHECKING:
@@ -69,11 +72,14 @@ def scores(
         return [random(block.experts, layer, seed) for layer, block in enumerate(blocks)]
     if by in NEEDS_MODEL:
         return _asking_the_model(profile, by, engine)
-    layers = layer_statistics(profile)
+    return _observed(layer_statistics(profile), by, positions)
+
+
+def _observed(layers: Sequence[LayerStatistics], by: str, positions: Positions) -> list[Array]:
     if by in _AT_POSITIONS:
-        return [_AT_POSITIONS[by](layer, positions) for layer in layers]
+        return [_AT_POSITIONS[by](layer, positions).astype(np.float64) for layer in layers]
     criterion = {**_AT_ANSWERS, **_OVER_TOKENS}[by]
-    return [np.asarray(criterion(layer)) for layer in layers]
+    return [criterion(layer) for layer in layers]
 
 
 def _asking_the_model(profile: Profile, by: str, engine: Engine | None) -> list[Array]:
@@ -111,6 +117,76 @@ def positions_of(by: str, asked: Positions | None) -> Positions:
     if by not in OBSERVED:
         where = "no positions"
     raise SettingsError(f"--positions {asked}: {by} looks at {where} alone: leave --positions out")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The criteria that a profile can answer: scores and ranks (E,) per layer, 1 is kept longest.
+
+    `left_out` says of the others why.
+    """
+
+    profile: Profile
+    layers: Sequence[LayerStatistics]
+    scores: Mapping[str, list[Array]]
+    left_out: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Criteria, those over all tokens that have a choice marked so."""
+        return tuple(self.scores)
+
+    @cached_property
+    def ranks(self) -> dict[str, list[Array]]:
+        """Places in the order of `ranked`."""
+        return {
+            name: [
+                np.argsort(ranked(score_E, layer.alpha_mean_E)) + 1
+                for score_E, layer in zip(found, self.layers, strict=True)
+            ]
+            for name, found in self.scores.items()
+        }
+
+    def correlations(self, a: str, b: str) -> list[float]:
+        """Spearman's rank correlation of two criteria's scores in each layer.
+
+        NaN where a criterion tells no expert from another.
+        """
+        return [spearman(x, y) for x, y in zip(self.scores[a], self.scores[b], strict=True)]
+
+    def agreement(self, a: str, b: str) -> float:
+        """Their mean over the layers that have one."""
+        values = np.array(self.correlations(a, b))
+        is_defined = ~np.isnan(values)
+        return float(values[is_defined].mean()) if is_defined.any() else float("nan")
+
+
+def compare(profile: Profile) -> Compared:
+    """Every criterion by every kind of positions that it takes, from a profile alone."""
+    layers = layer_statistics(profile)
+    found: dict[str, list[Array]] = {}
+    left_out = {name: "asks the model" for name in sorted(NEEDS_MODEL)}
+    for by in OBSERVED:
+        for positions in _positions(by):
+            is_second = positions == "all" and by in _AT_POSITIONS
+            name = f"{by}_all" if is_second else by
+            try:
+                found[name] = _observed(layers, by, positions)
+            except ProfileError as error:
+                left_out[name] = str(error).removeprefix(f"{by}: ")
+    return Compared(profile, layers, found, left_out)
+
+
+def _positions(by: str) -> tuple[Positions, ...]:
+    return ("answer", "all") if by in _AT_POSITIONS else (positions_of(by, None),)
+
+
+def spearman(a_E: Array, b_E: Array) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN where either is constant."""
+    a_E, b_E = (rankdata(values_E) for values_E in (a_E, b_E))
+    a_E, b_E = a_E - a_E.mean(), b_E - b_E.mean()
+    length = float(np.sqrt((a_E @ a_E) * (b_E @ b_E)))
+    return float(a_E @ b_E) / length if length else float("nan")
 
 
 def ranked(score_E: Array, alpha_mean_E: Array) -> list[int]:
