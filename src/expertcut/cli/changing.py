@@ -35,9 +35,8 @@ from expertcut.cli.output import print_tables, quiet
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.interventions.plan import Draft
-    from expertcut.interventions.prune import Pruning
+    from expertcut.interventions.prune import Keep, Pruning, Way
     from expertcut.interventions.reweighting.targets import Scaling, Tilt
-    from expertcut.moe.engine import Engine
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.store import Profile
 
@@ -69,7 +68,7 @@ def prune(
 ) -> None:
     """Remove experts, and say what that did."""
     from expertcut.checkpoints.build import BuildOptions
-    from expertcut.interventions.prune import Keep, Way, choose
+    from expertcut.interventions.prune import Keep, Way
     from expertcut.moe.loading import LoadOptions
 
     found = read_profile(profile, threads)
@@ -77,9 +76,7 @@ def prune(
     way = Way.of(by.value, value(positions), layout.value, value(removed), value(fold))
     way = replace(way, protect=_protected(found, protect or [], keep_active), seed=seed)
     load_as = LoadOptions(dtype, device, trust_remote_code)
-    chosen = choose(
-        found, Keep(keep_active, keep, keep_fraction), way, _engine(found, by.value, load_as)
-    )
+    chosen = _chosen(found, Keep(keep_active, keep, keep_fraction), way, load_as)
     draft = named.on(chosen.draft, value(apply_at))
     place = Place(found, draft.slug, out, plan_only, force)
     _say_what_goes(found, chosen)
@@ -97,15 +94,18 @@ def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[s
     return expressions_of(asked, is_super=is_known and not is_active)
 
 
-def _engine(profile: "Profile", by: str, load_as: "LoadOptions") -> "Engine | None":
-    """The profiled model, where a criterion asks it."""
+def _chosen(profile: "Profile", keep: "Keep", way: "Way", load_as: "LoadOptions") -> "Pruning":
+    """Who stays; the profiled model is loaded where the criterion asks it."""
     from expertcut.checkpoints.build import engine_as_profiled, profiled_source
     from expertcut.interventions.criteria.scoring import NEEDS_MODEL
+    from expertcut.interventions.prune import choose
 
-    if by not in NEEDS_MODEL:
-        return None
+    if way.by not in NEEDS_MODEL:
+        return choose(profile, keep, way)
     quiet()
-    return engine_as_profiled(profile, profiled_source(profile), load_as)
+    return choose(
+        profile, keep, way, engine_as_profiled(profile, profiled_source(profile), load_as)
+    )
 
 
 def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:

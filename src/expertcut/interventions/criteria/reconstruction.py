@@ -13,23 +13,27 @@ Array = np.ndarray[Any, Any]
 Change = Callable[[tuple[int, ...]], float]  # of the block's output, these experts removed
 
 
-def reconstruction(change: Change, groups: Sequence[range], least: int) -> Array:
+def reconstruction(
+    change: Change, groups: Sequence[range], least: int, before: Sequence[int]
+) -> Array:
     """The order in which experts go, 0 first, each the one whose going then changes least.
 
     Ends where every group of experts has `least` left, which the router needs. Those that are left
-    rank above all others, by the change that their going would make next. Ties go to the higher id,
-    which goes first.
+    rank above all others, by the change that their going would make next. Of equal changes, as of
+    experts that no stored token chose, the later one in the order `before` goes first.
     """
+    later = {expert: -rank for rank, expert in enumerate(before)}
     score_E = np.full(sum(map(len, groups)), np.nan)
     removed: tuple[int, ...] = ()
     while candidates := _candidates(groups, removed, least):
         changes = [change((*removed, e)) for e in candidates]
-        goes = min(zip(changes, candidates, strict=True), key=lambda pair: (pair[0], -pair[1]))[1]
+        pairs = zip(changes, candidates, strict=True)
+        goes = min(pairs, key=lambda pair: (pair[0], later[pair[1]]))[1]
         score_E[goes] = len(removed)
         removed = (*removed, goes)
     left = [e for group in groups for e in group if e not in removed]
     last = removed[:-1]
-    order = sorted(left, key=lambda e: (change((*last, e)), -e)) if removed else left
+    order = sorted(left, key=lambda e: (change((*last, e)), later[e])) if removed else left
     for rank, expert in enumerate(order):
         score_E[expert] = len(removed) + rank
     return score_E

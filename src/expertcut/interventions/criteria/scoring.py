@@ -91,10 +91,18 @@ def _asking_the_model(profile: Profile, by: str, engine: Engine | None) -> list[
     from expertcut.interventions.questions import questions_for
 
     kept = keep_inputs(engine, questions_for(profile, is_fitting=True).tuning)
+    layers = zip(
+        engine.moe.blocks, profile.info.model.blocks, layer_statistics(profile), strict=True
+    )
     return [
-        reconstruction(Tried(own, kept[own.layer]).change, *_groups(block))
-        for own, block in zip(engine.moe.blocks, profile.info.model.blocks, strict=True)
+        reconstruction(Tried(own, kept[own.layer]).change, *_groups(block), _by_use(layer))
+        for own, block, layer in layers
     ]
+
+
+def _by_use(layer: LayerStatistics) -> list[int]:
+    use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
+    return ranked(use_E, layer.alpha_mean_E)
 
 
 def _groups(block: BlockInfo) -> tuple[list[range], int]:
