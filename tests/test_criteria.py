@@ -505,3 +505,16 @@ def aged(profile: Profile) -> Profile:
         for name in [n for n in chunk if n.endswith(("votes_LE", "shift_LE"))]:
             del chunk[name]
     return profile
+
+
+def test_the_page_has_a_section_and_a_row_for_every_criterion():
+    page = (Path(__file__).parents[1] / "docs" / "criteria.md").read_text(encoding="utf-8")
+    heads = [line for line in page.splitlines() if line.startswith("## ")]
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    assert [row[1].strip(" `") for row in rows] == list(CRITERIA)
+    for by, row in zip(CRITERIA, rows, strict=True):
+        assert any(by in head.split() for head in heads), by
+        assert (row[5].strip() == "no") == (by not in NEEDS_MODEL)
+        takes = row[3].strip()
+        own = "none" if by in ("aimer", "random") else positions_of(by, None)
+        assert takes == ("answer (default) or all" if by in ("activations", "gate_mass") else own)
