@@ -80,8 +80,7 @@ def prune(
     draft = named.on(chosen.draft, value(apply_at))
     place = Place(found, draft.slug, out, plan_only, force)
     _say_what_goes(found, chosen)
-    built = place.make(draft, BuildOptions(load_as, not no_verify, force))
-    named.say(draft, built)
+    named.say(draft, place.make(draft, BuildOptions(load_as, not no_verify, force)))
 
 
 def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ class Recorder:
             if self.stats != "none":
                 stack.enter_context(observe_routers(self.blocks, self._route))
             if self.stats == "all":
-                stack.enter_context(observe_residuals(self.blocks, self.tokens.stream))
+                stack.enter_context(observe_residuals(self.blocks, self.tokens.read))
                 stack.enter_context(
                     observe_experts(self.blocks, self._expert, self.tokens.combined)
                 )

@@ -48,12 +48,12 @@ class TokenSums:
         """Says whose tokens come, as a place in `PARTS`."""
         self.part = part
         self.pending = _Layer()
-        self.streams: dict[int, Tensor] = {}
+        self.stream: tuple[int, Tensor] | None = None
         self.rows_M: Tensor | None = None
 
-    def stream(self, layer: int, x_TD: Tensor) -> None:
-        """Keeps the residual stream before a block until its experts have run."""
-        self.streams[layer] = x_TD
+    def read(self, layer: int, x_TD: Tensor) -> None:
+        """Keeps the residual stream before a block until the next block's comes."""
+        self.stream = layer, x_TD
 
     def route(self, routing: Routing, valid_T: Tensor | None) -> None:
         """Adds one router's choices."""
@@ -115,8 +115,8 @@ class TokenSums:
         self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
         input_T = shift(routing.input_TD, output_TD)
         self._add("input_shift", layer, weighted_TE * input_T.to(weighted_TE)[:, None])
-        x_TD = self.streams.get(layer)
-        if x_TD is not None:
+        if self.stream is not None and self.stream[0] == layer:
+            x_TD = self.stream[1]
             x_TD = x_TD if self.rows_M is None else x_TD[self.rows_M.to(x_TD.device)]
             residual_T = shift(x_TD, output_TD, self.factors[layer])
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
