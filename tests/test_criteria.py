@@ -146,11 +146,7 @@ def expected(seen: Seen, n_experts: int, factor: float) -> dict[tuple[str, Posit
             if seen.is_answer[t]:
                 total["asked"][e] += 1
                 total["mass"][e] += w
-    never = total["tokens"] == 0
-    mean = {
-        name: np.where(never, -1, total[name] / total["tokens"].clip(1))
-        for name in ("norm", "weighted")
-    }
+    mean = {name: total[name] / total["tokens"].clip(1) for name in ("norm", "weighted")}
     return {
         ("activations", "answer"): total["asked"],
         ("activations", "all"): total["tokens"],
@@ -166,14 +162,14 @@ def expected(seen: Seen, n_experts: int, factor: float) -> dict[tuple[str, Posit
 
 
 def weighted_accuracy(seen: Seen, block: MoeBlock) -> Array:
-    """Σ α·1(correct) / Σ α over the answers that chose each expert, −1 where none did."""
+    """Σ α·1(correct) / Σ α over the answers that chose each expert, −∞ where none did."""
     right, alpha = np.zeros(block.n_experts), np.zeros(block.n_experts)
     for t in np.flatnonzero(seen.is_answer):
         alpha_E = block.alpha(seen.logits[t][None])[0]
         for e in seen.experts[t]:
             alpha[e] += float(alpha_E[e])
             right[e] += float(alpha_E[e]) * seen.is_correct[t]
-    return np.where(alpha == 0, -1, right / np.where(alpha == 0, 1, alpha))
+    return np.where(alpha == 0, -np.inf, right / np.where(alpha == 0, 1, alpha))
 
 
 @pytest.mark.parametrize("family", BRUTE)
@@ -205,7 +201,7 @@ def reap_of_cerebras(seen: Seen, n_experts: int, *, is_renormalised: bool) -> Ar
             weight_E = weight_E / weight_E[experts].sum()
         for e, f_D in zip(experts, outputs, strict=True):
             amounts[e].append(float(f_D.norm() * weight_E[e]))
-    return np.array([np.mean(own) if own else -1 for own in amounts])
+    return np.array([np.mean(own) if own else 0 for own in amounts])
 
 
 def reap_of_llm_compressor(seen: Seen, n_experts: int) -> Array:
@@ -216,7 +212,7 @@ def reap_of_llm_compressor(seen: Seen, n_experts: int) -> Array:
     norms = np.array([[float(f.norm()) for f in own] for own in seen.outputs]).T.ravel()
     np.add.at(total, index, gates * norms)
     np.add.at(count, index, 1)
-    return np.where(count > 0, total / count.clip(1), -1)
+    return total / count.clip(1)
 
 
 @pytest.mark.parametrize(

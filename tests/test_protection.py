@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,7 +259,7 @@ def test_show_criteria_ranks_experts_and_says_how_far_criteria_agree(
     assert [layer["super_experts"] for layer in shown["layers"]] == [[expert], []]
     for layer, statistics in zip(shown["layers"], layer_statistics(profile), strict=True):
         for name in names:
-            score_E = np.array([row["scores"][name] for row in layer["expert"]])
+            score_E = _scores(layer, name)
             by, positions = (name.removesuffix("_all"), "all" if "_all" in name else "answer")
             wanted_E = scores(profile, by, positions)[layer["layer"]]  # type: ignore[arg-type]
             assert score_E.tolist() == wanted_E.tolist()
@@ -268,10 +269,16 @@ def test_show_criteria_ranks_experts_and_says_how_far_criteria_agree(
     assert len(shown["spearman"]) == len(names) * (len(names) - 1) // 2
     for pair in shown["spearman"]:
         for layer, value in zip(shown["layers"], pair["layers"], strict=True):
-            a_E, b_E = ([row["scores"][n] for row in layer["expert"]] for n in pair["criteria"])
+            a_E, b_E = (_scores(layer, name) for name in pair["criteria"])
             assert value == pytest.approx(spearmanr(a_E, b_E).statistic)
         assert pair["mean"] == pytest.approx(np.mean(pair["layers"]))
     assert not all(pair["mean"] > 0.99 for pair in shown["spearman"])
+
+
+def _scores(layer: dict[str, Any], name: str) -> Any:
+    """Of the layer's experts, −∞ where there is none."""
+    found = [row["scores"][name] for row in layer["expert"]]
+    return np.array([-np.inf if score is None else score for score in found])
 
 
 def test_show_criteria_prints_tables_and_a_row_per_expert(planted: tuple[Profile, int], run: Run):

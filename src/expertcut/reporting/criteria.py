@@ -58,13 +58,13 @@ def criteria_json(found: Compared) -> dict[str, Any]:
     }
 
 
-def _experts(found: Compared) -> list[tuple[int, int, dict[str, float], dict[str, int]]]:
-    """Layer, expert, scores and ranks by criterion."""
+def _experts(found: Compared) -> list[tuple[int, int, dict[str, float | None], dict[str, int]]]:
+    """Layer, expert, scores and ranks by criterion; a score that is undefined is None."""
     return [
         (
             layer.layer,
             expert,
-            {name: float(found.scores[name][layer.layer][expert]) for name in found.names},
+            {name: or_none(found.scores[name][layer.layer][expert]) for name in found.names},
             {name: int(found.ranks[name][layer.layer][expert]) for name in found.names},
         )
         for layer in found.layers

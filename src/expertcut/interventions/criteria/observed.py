@@ -10,7 +10,6 @@ from expertcut.profiling.statistics import LayerStatistics, share
 from expertcut.profiling.sums import OverTokens
 
 Array = np.ndarray[Any, Any]
-NEVER = -1.0  # below every score that an expert which was chosen can have
 
 
 def activations(layer: LayerStatistics, positions: Positions) -> Array:
@@ -29,8 +28,8 @@ def gate_mass(layer: LayerStatistics, positions: Positions) -> Array:
 
 
 def weighted_accuracy(layer: LayerStatistics) -> Array:
-    """Σ α·1(correct) / Σ α over the questions that chose it, −1 where none. arXiv:2502.17187."""
-    return np.where(np.isnan(layer.weighted_accuracy_E), NEVER, layer.weighted_accuracy_E)
+    """Σ α·1(correct) / Σ α over the questions that chose it, −∞ where none. arXiv:2502.17187."""
+    return np.where(np.isnan(layer.weighted_accuracy_E), -np.inf, layer.weighted_accuracy_E)
 
 
 def output_norm(layer: LayerStatistics) -> Array:
@@ -39,15 +38,15 @@ def output_norm(layer: LayerStatistics) -> Array:
 
 
 def output_norm_mean(layer: LayerStatistics) -> Array:
-    """Mean ‖f(x)‖₂ over the tokens that chose it, −1 where none did. arXiv:2510.13999."""
+    """Mean ‖f(x)‖₂ over the tokens that chose it, 0 where none did. arXiv:2510.13999."""
     sums = all_tokens(layer)
-    return share(sums.norm_E, sums.tokens_E, NEVER)
+    return share(sums.norm_E, sums.tokens_E, 0.0)
 
 
 def reap(layer: LayerStatistics) -> Array:
-    """Mean gate weight·‖f(x)‖₂ over the tokens that chose it, −1 where none. arXiv:2510.13999."""
+    """Mean gate weight·‖f(x)‖₂ over the tokens that chose it, 0 where none. arXiv:2510.13999."""
     sums = all_tokens(layer)
-    return share(sums.weighted_norm_E, sums.tokens_E, NEVER)
+    return share(sums.weighted_norm_E, sums.tokens_E, 0.0)
 
 
 def easy_ep(layer: LayerStatistics) -> Array:

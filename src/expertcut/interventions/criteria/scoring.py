@@ -30,6 +30,7 @@ from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import BlockInfo, Profile
 
 if TYPE_CHECKING:
+    from expertcut.moe.contract import MoeBlock
     from expertcut.moe.engine import Engine
 
 Array = np.ndarray[Any, Any]
@@ -86,7 +87,7 @@ def _asking_the_model(profile: Profile, by: str, engine: Engine | None) -> list[
     if engine is None:
         raise SettingsError(f"{by} needs the model itself: load it, or take another criterion")
     if by == aimer.__name__:
-        return [aimer(block.expert_weights()) for block in engine.moe.blocks]
+        return [_by_weights(block) for block in engine.moe.blocks]
     from expertcut.interventions.calibration.activations import Tried, keep_inputs
     from expertcut.interventions.questions import questions_for
 
@@ -98,6 +99,16 @@ def _asking_the_model(profile: Profile, by: str, engine: Engine | None) -> list[
         reconstruction(Tried(own, kept[own.layer]).change, *_groups(block), _by_use(layer))
         for own, block, layer in layers
     ]
+
+
+def _by_weights(block: MoeBlock) -> Array:
+    weights = list(block.expert_weights())
+    if not weights:
+        raise SettingsError(
+            f"aimer: {block.name} has experts without weights of their own, which a cut in layout "
+            "exact leaves: take another criterion"
+        )
+    return aimer(weights)
 
 
 def _by_use(layer: LayerStatistics) -> list[int]:
