@@ -8,10 +8,11 @@ import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
 from expertcut.interventions.allowed import check_edits, least_per_group
+from expertcut.interventions.budgets import Keep, asked_count, floors, share_out
 from expertcut.interventions.criteria.observed import activations
-from expertcut.interventions.criteria.protection import protection
+from expertcut.interventions.criteria.protection import Protection, protected, protection
 from expertcut.interventions.criteria.scoring import CALIBRATED, positions_of, ranked, scores
-from expertcut.interventions.lineage import numbers_of
+from expertcut.interventions.lineage import Numbers, numbers_of
 from expertcut.interventions.plan import Draft, Edit, Fold, Layout, Positions, Removed
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import BlockInfo, Profile
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
     from expertcut.moe.engine import Engine
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """How many to keep: exactly one of the three, as on the command line."""
-
-    active: bool = False
-    count: int | None = None
-    fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +89,22 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """Every expert of a profile by a criterion: scores (E,) and ids, best first, by layer.
+
+    `orders` are the criterion's alone; `counts` say how often each expert was active.
+    """
+
+    blocks: tuple[BlockInfo, ...]
+    way: Way
+    scores: tuple[Array, ...]
+    orders: tuple[list[int], ...]
+    stay: Protection
+    counts: tuple[Array, ...]
+    numbers: Numbers
+
+
+@dataclass(frozen=True)
 class Pruning:
     """The experts that stay, how many were active, and which idle ones fill up, by block.
 
@@ -113,32 +121,94 @@ def choose(profile: Profile, keep: Keep, way: Way, engine: "Engine | None" = Non
     """The experts that stay; some criteria ask the engine's model.
 
     Raises:
-        SettingsError: not exactly one way of saying how many, a fraction outside (0, 1], positions
-            that the criterion does not look at, or no engine where it needs one.
+        SettingsError: not exactly one way of saying how many, one that the layout cannot carry,
+            positions that the criterion does not look at, or no engine where it needs one.
         PlanError: a count that does not fit the model, or the protected experts.
         ProfileError: the profile does not hold what the criterion needs.
     """
-    if [keep.active, keep.count is not None, keep.fraction is not None].count(True) != 1:
-        raise SettingsError(
-            "say how many experts to keep: --keep-active, --keep N or "
-            "--keep-fraction F, and only one of them"
-        )
+    keep.check(way.layout)
     if keep.active:
-        pruning = keep_active(profile, way)
+        return keep_active(profile, way)
+    blocks = profile.info.model.blocks
+    n_keep = asked_count(keep, blocks, way.layout)
+    if keep.budget == "layer":
+        _check_count(n_keep, blocks, way.layout)
+    return cut(rank(profile, way, engine), keep, n_keep)
+
+
+def rank(profile: Profile, way: Way, engine: "Engine | None" = None) -> Ranking:
+    """Scores by the criterion, the order that follows, and who stays whatever it says."""
+    layers = layer_statistics(profile)
+    at = way.at if way.by == "activations" else "answer"
+    found = scores(profile, way.by, way.at, engine, way.seed)
+    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]
+    return Ranking(
+        blocks=profile.info.model.blocks,
+        way=way,
+        scores=tuple(found),
+        orders=tuple(orders),
+        stay=protection(profile, way.protect),
+        counts=tuple(activations(layer, at) for layer in layers),
+        numbers=numbers_of(profile),
+    )
+
+
+def cut(ranking: Ranking, keep: Keep, n_keep: int) -> Pruning:
+    """Keeps the best `n_keep` of each layer, with a global budget of all layers together.
+
+    Raises:
+        PlanError: more than there are, too few, or fewer than are protected by hand.
+    """
+    way, stay = ranking.way, ranking.stay
+    name = f"random-{way.seed}" if way.by == "random" else way.by
+    if keep.budget == "global":
+        n_experts = sum(block.experts for block in ranking.blocks)
+        action = f"prune --budget global ({n_keep} of {n_experts} experts)"
+        named = way.draft(f"keep-{n_keep}-global-{name}", action, name)
     else:
-        pruning = keep_n(profile, _count(profile, keep), way, engine)
-    draft = replace(pruning.draft, numbers=numbers_of(profile))
-    return replace(pruning, draft=draft)
+        _check_count(n_keep, ranking.blocks, way.layout)
+        named = way.draft(f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
+    named = replace(named, numbers=ranking.numbers)
+    nobody: list[tuple[int, ...]] = [() for _ in ranking.orders]
+    plain, pruning = (
+        _prune(_n_keeps(ranking, keep, n_keep, first), orders, ranking.counts, blocks, named)
+        for blocks, orders, first in (
+            (ranking.blocks, ranking.orders, nobody),
+            (ranking.blocks, stay.first(ranking.orders), stay.ids),
+        )
+    )
+    stay.check(pruning.draft.edits)
+    return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
-def _count(profile: Profile, keep: Keep) -> int:
-    n_keep = keep.count
-    if keep.fraction is not None:
-        if not 0 < keep.fraction <= 1:
-            raise SettingsError(f"--keep-fraction {keep.fraction:g} must be above 0, at most 1")
-        n_keep = round(keep.fraction * profile.info.model.blocks[0].experts)
-    assert n_keep is not None
-    return n_keep
+def _n_keeps(
+    ranking: Ranking, keep: Keep, n_keep: int, first: Sequence[Sequence[int]]
+) -> list[int]:
+    if keep.budget == "layer":
+        return [n_keep] * len(ranking.blocks)
+    least = floors(ranking.blocks, keep.min_keep)
+    orders = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
+    return share_out(n_keep, ranking.scores, orders, first, least)
+
+
+def keep_n(profile: Profile, n_keep: int, way: Way, engine: "Engine | None" = None) -> Pruning:
+    """Keeps the best `n_keep` of each layer by a criterion, the protected ones among them.
+
+    Raises:
+        PlanError: more than there are, or fewer than are protected by hand; in layout stock, fewer
+            than top-k.
+    """
+    return choose(profile, Keep(count=n_keep), way, engine)
+
+
+def _check_count(n_keep: int, blocks: Sequence[BlockInfo], layout: Layout) -> None:
+    for block in blocks:
+        least = block.top_k if layout == "stock" else 1
+        if not least <= n_keep <= block.experts:
+            raise PlanError(
+                f"--keep {n_keep} does not fit {block.name}, which routes each token to "
+                f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
+            )
 
 
 def keep_active(profile: Profile, way: Way) -> Pruning:
@@ -164,39 +234,11 @@ def keep_active(profile: Profile, way: Way) -> Pruning:
         n_keeps = [max(map(_least_keep, is_active, blocks))] * len(blocks)
     orders = [ranked_active(*each) for each in zip(layers, is_active, strict=True)]
     named = way.draft("keep-active", "prune --keep-active", "activations")
+    named = replace(named, numbers=numbers_of(profile))
     pruning = _prune(n_keeps, orders, counts, blocks, named)
     if not way.protect:
         return pruning
     plain = keep_active(profile, replace(way, protect=()))
-    return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
-
-
-def keep_n(profile: Profile, n_keep: int, way: Way, engine: "Engine | None" = None) -> Pruning:
-    """Keeps the best `n_keep` of each layer by a criterion, the protected ones among them.
-
-    Raises:
-        PlanError: more than there are, or fewer than are protected by hand; in layout stock, fewer
-            than top-k.
-    """
-    layers, blocks = layer_statistics(profile), profile.info.model.blocks
-    for block in blocks:
-        least = block.top_k if way.layout == "stock" else 1
-        if not least <= n_keep <= block.experts:
-            raise PlanError(
-                f"--keep {n_keep} does not fit {block.name}, which routes each token to "
-                f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
-            )
-    at = way.at if way.by == "activations" else "answer"
-    counts = [activations(layer, at) for layer in layers]
-    found = scores(profile, way.by, way.at, engine, way.seed)
-    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]
-    name = f"random-{way.seed}" if way.by == "random" else way.by
-    named = way.draft(f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
-    n_keeps = [n_keep] * len(blocks)
-    plain = _prune(n_keeps, orders, counts, blocks, named)
-    stay = protection(profile, way.protect)
-    pruning = _prune(n_keeps, stay.first(orders), counts, blocks, named)
-    stay.check(pruning.draft.edits)
     return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
