@@ -1,122 +1,17 @@
-"""The command `prune`, and how a choice becomes a checkpoint."""
+"""How a choice becomes a checkpoint or a plan, and what named experts are told of."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from expertcut.cli.options import (
-    ApplyAtOption,
-    Boost,
-    Criterion,
-    Device,
-    Dtype,
-    FoldOption,
-    Force,
-    Format,
-    Layout,
-    LayoutOption,
-    NoVerify,
-    OutDir,
-    PlanOnly,
-    PositionsOption,
-    ProfileDir,
-    ProtectOption,
-    RemovedOption,
-    Scale,
-    Suppress,
-    Threads,
-    TrustRemoteCode,
-    option,
-    read_profile,
-    value,
-)
+from expertcut.cli.options import Format
 from expertcut.cli.output import print_tables, quiet
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.interventions.plan import Draft
-    from expertcut.interventions.prune import Keep, Pruning, Way
     from expertcut.interventions.reweighting.targets import Scaling, Tilt
-    from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.store import Profile
-
-
-def prune(
-    profile: ProfileDir = None,
-    keep_active: Annotated[bool, option("Keep what ever fires.", "--keep-active")] = False,
-    keep: Annotated[int | None, option("Keep so many per layer.")] = None,
-    keep_fraction: Annotated[float | None, option("Keep this share per layer.")] = None,
-    by: Annotated[Criterion, option("What --keep ranks by.")] = Criterion.activations,
-    positions: PositionsOption = None,
-    protect: ProtectOption = None,
-    seed: Annotated[int, option("Of --by random.", min=0)] = 0,
-    layout: LayoutOption = Layout.stock,
-    removed: RemovedOption = None,
-    fold: FoldOption = None,
-    boost: Boost = None,
-    suppress: Suppress = None,
-    scale: Scale = None,
-    apply_at: ApplyAtOption = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = False,
-    out: OutDir = None,
-    force: Force = False,
-    no_verify: NoVerify = False,
-    plan_only: PlanOnly = False,
-) -> None:
-    """Remove experts, and say what that did."""
-    from expertcut.checkpoints.build import BuildOptions
-    from expertcut.interventions.prune import Keep, Way
-    from expertcut.moe.loading import LoadOptions
-
-    found = read_profile(profile, threads)
-    named = Named.of(found, boost, suppress, scale)
-    way = Way.of(by.value, value(positions), layout.value, value(removed), value(fold))
-    way = replace(way, protect=_protected(found, protect or [], keep_active), seed=seed)
-    load_as = LoadOptions(dtype, device, trust_remote_code)
-    chosen = _chosen(found, Keep(keep_active, keep, keep_fraction), way, load_as)
-    draft = named.on(chosen.draft, value(apply_at))
-    place = Place(found, draft.slug, out, plan_only, force)
-    _say_what_goes(found, chosen)
-    named.say(draft, place.make(draft, BuildOptions(load_as, not no_verify, force)))
-
-
-def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[str, ...]:
-    """What stays whatever its score; super experts unasked, where they are known."""
-    from expertcut.interventions.criteria.protection import expressions_of
-
-    is_known = profile.info.settings.stats == "all"
-    if not (is_known or is_active or asked):
-        print("Super experts are not known without all-token statistics: none is protected.")
-    return expressions_of(asked, is_super=is_known and not is_active)
-
-
-def _chosen(profile: "Profile", keep: "Keep", way: "Way", load_as: "LoadOptions") -> "Pruning":
-    """Who stays; the profiled model is loaded where the criterion asks it."""
-    from expertcut.checkpoints.build import engine_as_profiled, profiled_source
-    from expertcut.interventions.criteria.scoring import NEEDS_MODEL
-    from expertcut.interventions.prune import choose
-
-    if way.by not in NEEDS_MODEL:
-        return choose(profile, keep, way)
-    quiet()
-    return choose(
-        profile, keep, way, engine_as_profiled(profile, profiled_source(profile), load_as)
-    )
-
-
-def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
-    from expertcut.interventions.touched import touched
-    from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
-
-    goes = touched(profile, chosen.draft.edits)
-    for sentence in pruning_sentences(chosen):
-        print(sentence)
-    print_tables([touched_table(goes)], Format.table)
-    for sentence in touched_sentences(chosen, goes):
-        print(sentence)
 
 
 @dataclass(frozen=True)

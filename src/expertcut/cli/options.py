@@ -1,8 +1,10 @@
 """Options that several commands share, each defined once."""
 
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
 
 import typer
 
@@ -62,6 +64,13 @@ class Criterion(StrEnum):
     random = "random"
 
 
+class Budget(StrEnum):
+    """Whether layers keep equally many."""
+
+    layer = "layer"
+    all = "global"
+
+
 class Layout(StrEnum):
     """Forms of a checkpoint."""
 
@@ -94,6 +103,28 @@ class Fold(StrEnum):
 def option(text: str, *names: str, **more: Any) -> Any:
     """An option with its help first."""
     return typer.Option(*names, help=text, **more)
+
+
+class Runs(Protocol):
+    """A command whose fields are its options."""
+
+    def run(self) -> None:
+        """Does what was asked."""
+
+
+def command(options: type[Runs]) -> Callable[..., None]:
+    """A command of the class's name whose options are the fields of that frozen dataclass.
+
+    For commands with so many options that a function's signature would be a page long.
+    """
+
+    def run(**given: Any) -> None:
+        options(**given).run()
+
+    run.__name__, run.__doc__ = options.__name__.lower(), options.__doc__
+    run.__annotations__ = get_type_hints(options, include_extras=True)
+    run.__signature__ = inspect.signature(options, eval_str=True)  # type: ignore[attr-defined]
+    return run
 
 
 QuizName = Annotated[
@@ -172,6 +203,22 @@ ApplyAtOption = Annotated[
     option(
         "Let biases act at the answer position only (layout stock).  [default: all]", "--apply-at"
     ),
+]
+BudgetOption = Annotated[
+    Budget,
+    option("global: more experts in layers where they score more (layout exact).", "--budget"),
+]
+MinKeep = Annotated[int | None, option("What --budget global keeps in each layer at least.")]
+MaxBytes = Annotated[
+    str | None, option("Keep as many as fit in weights of this size: 4GB, 500MB, 3.5GiB.")
+]
+ByText = Annotated[
+    str,
+    option(f"What ranks experts: {', '.join(Criterion)}; --sweep takes several or all.", "--by"),
+]
+Sweep = Annotated[
+    str | None,
+    option("Score cuts that keep these shares, 0.75,0.5,0.25, and write no checkpoint."),
 ]
 LayoutOption = Annotated[
     Layout,

@@ -119,17 +119,23 @@ def floors(blocks: Sequence[BlockInfo], min_keep: int | None) -> list[int]:
     return [max(block.top_k, min_keep or 0) for block in blocks]
 
 
-def normalised(score_E: Array) -> Array:
-    """Scores as shares of their layer's sum, so that layers can be compared.
-
-    Where some are negative the layer's lowest becomes 0 first; what is no number counts as lowest;
-    experts that all score 0 are worth the same.
-    """
+def as_numbers(score_E: Array) -> Array:
+    """Scores in float64; what is no number counts as the layer's lowest, +∞ as its highest."""
     is_number_E = np.isfinite(score_E)
     lowest = float(score_E[is_number_E].min()) if is_number_E.any() else 0.0
     highest = float(score_E[is_number_E].max()) if is_number_E.any() else 0.0
     filled_E = np.nan_to_num(score_E, nan=lowest, neginf=lowest, posinf=highest)
-    shifted_E = filled_E.astype(np.float64) - min(0.0, lowest)
+    return filled_E.astype(np.float64)
+
+
+def normalised(score_E: Array) -> Array:
+    """Scores as shares of their layer's sum, so that layers can be compared.
+
+    Where some are negative the layer's lowest becomes 0 first; experts that all score 0 are worth
+    the same.
+    """
+    filled_E = as_numbers(score_E)
+    shifted_E = filled_E - min(0.0, float(filled_E.min()))
     total = shifted_E.sum()
     equal_E = np.full(len(score_E), 1 / len(score_E))
     result: Array = shifted_E / total if total > 0 else equal_E

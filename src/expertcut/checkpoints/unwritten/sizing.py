@@ -9,7 +9,8 @@ from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES
 from expertcut.errors import PlanError
 from expertcut.interventions.budgets import Keep, counts
 from expertcut.interventions.plan import Draft, Layout
-from expertcut.interventions.prune import Pruning, Ranking, cut
+from expertcut.interventions.prune import Pruning, cut
+from expertcut.interventions.ranking import Ranking
 from expertcut.moe.loading import Source
 
 SizeOf = Callable[[Draft], int]
