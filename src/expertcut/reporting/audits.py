@@ -100,9 +100,10 @@ def audit_sentences(found: Audit) -> list[str]:
     if first.within.rho is None:
         return [leak, "No rank correlation is defined: sample more experts."]
     clear = [v.by for v in ranked(found) if v.within.ci95 is not None and v.within.ci95[0] > 0]
-    text = f"{first.by} foretells harm best in its layer (ρ = {first.within.rho:+.2f})"
-    above = f"above 0 beyond chance: {', '.join(clear)}" if clear else "no ρ is clearly above 0"
-    return [leak, f"{text}; {above}."]
+    best = f"the best is {first.by} (ρ = {first.within.rho:+.2f} within layers)"
+    if not clear:
+        return [leak, f"No criterion clearly foretells harm on these experts; {best}."]
+    return [leak, f"These foretell harm beyond chance: {', '.join(clear)}; {best}."]
 
 
 def audit_figure(found: Audit) -> dict[str, bytes]:

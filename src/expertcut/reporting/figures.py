@@ -94,6 +94,9 @@ def forests(
             bar = [[point.x - point.low], [point.high - point.x]]
             first.errorbar([point.x], [row], xerr=bar, fmt="o", color=_COLOURS[0], capsize=2.5)
     first.axvline(0, color="0.4", linewidth=1)
+    first.set_xlim(-1.08, 1.08)
+    first.set_xticks([-1, -0.5, 0, 0.5, 1])
+    second.locator_params(axis="x", nbins=5)
     first.set_yticks(range(len(names)), names)
     offsets = [(i - (len(right[1]) - 1) / 2) * 0.22 for i in range(len(right[1]))]
     for series, style, offset, mark in zip(
