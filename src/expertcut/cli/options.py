@@ -64,13 +64,6 @@ class Criterion(StrEnum):
     random = "random"
 
 
-class Budget(StrEnum):
-    """Whether layers keep equally many."""
-
-    layer = "layer"
-    all = "global"
-
-
 class Layout(StrEnum):
     """Forms of a checkpoint."""
 
@@ -203,22 +196,6 @@ ApplyAtOption = Annotated[
     option(
         "Let biases act at the answer position only (layout stock).  [default: all]", "--apply-at"
     ),
-]
-BudgetOption = Annotated[
-    Budget,
-    option("global: more experts in layers where they score more (layout exact).", "--budget"),
-]
-MinKeep = Annotated[int | None, option("What --budget global keeps in each layer at least.")]
-MaxBytes = Annotated[
-    str | None, option("Keep as many as fit in weights of this size: 4GB, 500MB, 3.5GiB.")
-]
-ByText = Annotated[
-    str,
-    option(f"What ranks experts: {', '.join(Criterion)}; --sweep takes several or all.", "--by"),
-]
-Sweep = Annotated[
-    str | None,
-    option("Score cuts that keep these shares, 0.75,0.5,0.25, and write no checkpoint."),
 ]
 LayoutOption = Annotated[
     Layout,

@@ -1,15 +1,14 @@
 """The command `prune`: a checkpoint, a plan, or what each of several cuts would answer."""
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 from expertcut.cli.changing import Named, Place
 from expertcut.cli.options import (
     ApplyAtOption,
     Boost,
-    Budget,
-    BudgetOption,
-    ByText,
+    Criterion,
     Device,
     Dtype,
     FoldOption,
@@ -17,8 +16,6 @@ from expertcut.cli.options import (
     Format,
     Layout,
     LayoutOption,
-    MaxBytes,
-    MinKeep,
     NoVerify,
     OutDir,
     PlanOnly,
@@ -28,7 +25,6 @@ from expertcut.cli.options import (
     RemovedOption,
     Scale,
     Suppress,
-    Sweep,
     Threads,
     TrustRemoteCode,
     option,
@@ -39,6 +35,7 @@ from expertcut.cli.output import print_tables, quiet
 from expertcut.cli.sweeping import (
     Scored,
     Start,
+    Sweep,
     SweepLimit,
     SweepQuiz,
     SweepShots,
@@ -52,6 +49,27 @@ if TYPE_CHECKING:
     from expertcut.evaluation.sweeping.grid import Grid
     from expertcut.interventions.prune import Pruning
     from expertcut.profiling.store import Profile
+
+
+class Budget(StrEnum):
+    """Whether layers keep equally many."""
+
+    layer = "layer"
+    all = "global"
+
+
+BudgetOption = Annotated[
+    Budget,
+    option("global: more experts in layers where they score more (layout exact).", "--budget"),
+]
+MinKeep = Annotated[int | None, option("What --budget global keeps in each layer at least.")]
+MaxBytes = Annotated[
+    str | None, option("Keep as many as fit in weights of this size: 4GB, 500MB, 3.5GiB.")
+]
+ByText = Annotated[
+    str,
+    option(f"What ranks experts: {', '.join(Criterion)}; --sweep takes several or all.", "--by"),
+]
 
 
 @dataclass(frozen=True)

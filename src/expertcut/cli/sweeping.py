@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from expertcut.profiling.store import Profile
     from expertcut.quiz import Quiz
 
+Sweep = Annotated[
+    str | None,
+    option("Score cuts that keep these shares, 0.75,0.5,0.25, and write no checkpoint."),
+]
 SweepQuiz = Annotated[str | None, option("What --sweep scores: a quiz; the profile's without.")]
 SweepSplit = Annotated[str | None, option("Split that --sweep scores.  [default: test]")]
 SweepShots = Annotated[int | None, option("Shots of --sweep; the profile's without.")]
