@@ -136,9 +136,9 @@ def test_an_expert_that_no_token_chose_is_harmless_to_the_last_bit(
 ) -> None:
     # Where the gate renormalises, an expert that is not chosen takes no part in anything.
     family = "olmoe" if layout == "exact" else "qwen3_moe"
-    profile = profiled(checkpoint(family, num_experts=64), quiz_folder, tmp_path / "p")
+    profile = profiled(checkpoint(family, num_experts=48), quiz_folder, tmp_path / "p")
     way = Way(layout=layout)  # type: ignore[arg-type]
-    auditing, found = audited(profile, tmp_path / "audit", options(way, sample=40))
+    auditing, found = audited(profile, tmp_path / "audit", options(way, sample=24))
     used: set[tuple[int, int]] = set()
 
     def see(routing: Routing) -> None:
@@ -193,12 +193,12 @@ def test_a_planted_vital_expert_comes_first_and_a_dead_one_is_harmless(
     quiz = load_quiz(Selection(str(asked), split="val", shots=0))
     list(Measurement(open_model(model), quiz, None, MeasureOptions()).run(tmp_path / "p"))
     profile = load_profile(tmp_path / "p")
-    asking = replace(options(), questions=33, is_all=True, by=tuple(CRITERIA))
+    asking = replace(options(), questions=15, is_all=True, by=tuple(CRITERIA))
     _, found = audited(profile, tmp_path / "audit", asking)
     assert len(found.harms) == 16 and found.accuracy == 1
     by_harm = sorted(found.harms, key=lambda harm: -harm.logprob)
     assert (by_harm[0].layer, by_harm[0].expert) == (0, vital)
-    assert by_harm[0].lost > 5
+    assert by_harm[0].lost > 2
     (its,) = (h for h in found.harms if (h.layer, h.expert) == (0, dead))
     assert (its.logprob, its.stderr, its.accuracy, its.largest) == (0, 0, 0, 0)
     (place,) = (i for i, s in enumerate(found.sampled) if (s.layer, s.expert) == (0, dead))

@@ -36,7 +36,6 @@ FORMS = [
     ("olmoe", Way(fold="off")),
     ("olmoe", Way(layout="exact")),
     ("olmoe", Way(layout="exact", removed="mean")),
-    ("qwen3_moe", STOCK),
     ("deepseek_v3", STOCK),
 ]
 
@@ -64,7 +63,7 @@ def profile_of(
 
 @pytest.fixture(scope="module")
 def asked(quiz_folder: Path) -> Quiz:
-    return load_quiz(Selection(str(quiz_folder), shots=1, limit=4))
+    return load_quiz(Selection(str(quiz_folder), shots=1, limit=3))
 
 
 @pytest.fixture
@@ -128,6 +127,8 @@ def test_a_cell_equals_eval_of_the_written_checkpoint(
     found = cell_answers(tmp_path / "sweep", chosen.draft.slug)
     finite_NC = np.isfinite(found.logprob_NC)
     assert np.abs(found.logprob_NC - written.answers.logprob_NC)[finite_NC].max() <= 1e-4
+    if way.layout == "exact" and way.removed == "zero":
+        assert np.array_equal(found.logprob_NC, written.answers.logprob_NC)
     assert np.array_equal(found.logprob_NC.argmax(1), written.answers.logprob_NC.argmax(1))
     moved_NC = np.abs(found.logprob_NC - base.answers.logprob_NC)[finite_NC]
     assert moved_NC.max() > 0.01, "the cut did nothing"
@@ -186,7 +187,7 @@ def test_a_sweep_that_was_killed_comes_to_the_same_bytes(
     n_passes = swept(profile, asked, tmp_path / "whole")
     assert swept(profile, asked, tmp_path / "whole") == 0, "it was all there"
     n_done = []
-    for n in (1, 2, n_passes // 4, n_passes // 3):
+    for n in (2, n_passes // 3, n_passes // 3):
         see = stopping_after(n)
         sweeping = Sweeping(profile, GRID, STOCK, Asking(asked, None, LoadOptions()))
         with pytest.raises(Stop):
@@ -198,6 +199,19 @@ def test_a_sweep_that_was_killed_comes_to_the_same_bytes(
     assert 0 < left < n_passes / 2
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert load_sweep(tmp_path / "killed").is_complete
+
+
+def test_what_another_process_did_is_not_done_again(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    profile = profile_of("olmoe")
+    swept(profile, asked, tmp_path / "alone")
+    second = Sweeping(profile, GRID, STOCK, Asking(asked, None, LoadOptions(), waits=False))
+    for step in second.steps(tmp_path / "both"):
+        list(step.run(ignore))
+    assert load_sweep(tmp_path / "both").cells == ()
+    assert swept(profile, asked, tmp_path / "both") == 0
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
 
 
 def test_a_cell_that_is_gone_is_asked_again_and_others_are_not(

@@ -112,7 +112,8 @@ class Sweeping:
         if earlier is not None:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
             self.found = earlier
-        self._save(folder)
+        else:
+            save_sweep(folder, self.found)  # by every process: it says whose folder this is
         place = folder / "cells" / "base"
         yield Step("the unedited model", lambda on_pass: self.measurement.run(place, on_pass))
         if self.asking.waits:
