@@ -83,7 +83,9 @@ def test_a_size_is_read_in_both_kinds_of_units(text: str, size_bytes: int) -> No
     assert read_size(text) == size_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 gigabytes", "0", "1e9", "4G B", "1.2.3MB"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "4 gigabytes", "0", "0.4", "1e9", "4G B", "1.2.3MB"]
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match=r"3\.5GiB"):
         read_size(text)

@@ -35,8 +35,8 @@ from expertcut.cli.output import print_tables, quiet
 from expertcut.cli.sweeping import (
     Scored,
     Start,
-    Sweep,
     SweepLimit,
+    SweepOption,
     SweepQuiz,
     SweepShots,
     SweepSplit,
@@ -94,7 +94,7 @@ class Prune:
     suppress: Suppress = None
     scale: Scale = None
     apply_at: ApplyAtOption = None
-    sweep: Sweep = None
+    sweep: SweepOption = None
     quiz: SweepQuiz = None
     split: SweepSplit = None
     shots: SweepShots = None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from expertcut.profiling.store import Profile
     from expertcut.quiz import Quiz
 
-Sweep = Annotated[
+SweepOption = Annotated[
     str | None,
     option("Score cuts that keep these shares, 0.75,0.5,0.25, and write no checkpoint."),
 ]

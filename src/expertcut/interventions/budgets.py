@@ -182,7 +182,9 @@ def read_size(text: str) -> int:
         SettingsError: not of that form.
     """
     found = _SIZE.fullmatch(text.strip())
-    if found is None or not float(found["number"]):
+    power = " kmgt".index(((found and found["prefix"]) or " ").lower())
+    unit = 1024 if found and found["binary"] else 1000
+    size_bytes = int(float(found["number"]) * unit**power) if found else 0
+    if size_bytes < 1:
         raise SettingsError(f"--max-bytes {text!r} is no size: write it as 4GB, 500MB or 3.5GiB")
-    power = " kmgt".index((found["prefix"] or " ").lower())
-    return int(float(found["number"]) * (1024 if found["binary"] else 1000) ** power)
+    return size_bytes
