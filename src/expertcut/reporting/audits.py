@@ -101,9 +101,22 @@ def audit_sentences(found: Audit) -> list[str]:
         return [leak, "No rank correlation is defined: sample more experts."]
     clear = [v.by for v in ranked(found) if v.within.ci95 is not None and v.within.ci95[0] > 0]
     best = f"the best is {first.by} (ρ = {first.within.rho:+.2f} within layers)"
-    if not clear:
-        return [leak, f"No criterion clearly foretells harm on these experts; {best}."]
-    return [leak, f"These foretell harm beyond chance: {', '.join(clear)}; {best}."]
+    told = "No criterion clearly orders these experts by their harm"
+    if clear:
+        told = f"These order experts by their harm beyond chance: {', '.join(clear)}"
+    return [leak, f"{told}; {best}.", f"Least regret: {_least_regrets(found)}."]
+
+
+def _least_regrets(found: Audit) -> str:
+    """At each budget the criterion whose removals do least harm, and what chance would do."""
+    parts = []
+    for i, fraction in enumerate(found.asked.fractions):
+        best = min(found.verdicts, key=lambda v: v.regrets[i].regret)
+        its = best.regrets[i]
+        parts.append(
+            f"at {fraction:g} {best.by} ({its.regret:.4f}, at random {its.random - its.least:.4f})"
+        )
+    return ", ".join(parts)
 
 
 def audit_figure(found: Audit) -> dict[str, bytes]:
@@ -117,7 +130,7 @@ def audit_figure(found: Audit) -> dict[str, bytes]:
         regrets.append(Series(f"{fraction:g} kept", values))
         marks.append(its[0].random - its[0].least)
     left = "Spearman's ρ of score and harm, within layers"
-    right = "regret (nats of mean log p); dotted: at random"
+    right = "regret (nats); dotted: at random"
     return forests("audit", (left, rhos), (right, regrets), marks)
 
 

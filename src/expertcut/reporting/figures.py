@@ -1,7 +1,7 @@
 """Figures as PNG and SVG, the same bytes each time; matplotlib is imported when one is drawn.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart; markers and dashes differ
-too, so that a figure can be read in grey.
+Colours are those of Okabe and Ito, which the colour-blind tell apart; markers differ too, and where
+colours repeat lines are dashed and markers hollow, so that a figure can be read in grey.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def curves(
 
     Series are moved sideways a little, so that intervals at one x can be told apart.
     """
-    figure, (axes,) = _figure(7.5, 4.6, 1)
+    figure, (axes,) = _figure(8.5, 4.8, 1)
     xs = [p.x for s in series for p in s.points] + ([base.x] if base else [])
     width = (max(xs) - min(xs)) or 1.0 if xs else 1.0
     if base is not None:
@@ -122,6 +122,7 @@ def styles(n: int) -> list[dict[str, Any]]:
     ]
     return [
         {"linestyle": dash, "color": colour, "marker": marker}
+        | ({} if dash == _DASHES[0] else {"markerfacecolor": "white"})
         for dash, colour, marker in (pairs[i % len(pairs)] for i in range(n))
     ]
 

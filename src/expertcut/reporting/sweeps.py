@@ -87,16 +87,16 @@ def _verdict(fraction: float, found: Sweep) -> str:
     if not cells:
         return f"At {fraction:g} no cell is finished."
     best = max(cells, key=lambda cell: cell.accuracy)
-    unclear = [c.by for c in cells if c.change.ci95[0] <= 0 <= c.change.ci95[1]]
+    clear = [c.by for c in cells if c.change.ci95[0] > 0 or c.change.ci95[1] < 0]
     change = best.change
     text = (
         f"At {fraction:g} of the experts {best.by} keeps most: {best.accuracy:.2%}, "
         f"{change.delta * 100:+.2f} points (95 % interval {change.ci95[0] * 100:+.2f} to "
         f"{change.ci95[1] * 100:+.2f})"
     )
-    if unclear:
-        return f"{text}; no evidence of a change for {', '.join(unclear)}."
-    return f"{text}; every criterion changes accuracy."
+    if clear:
+        return f"{text}; accuracy changes beyond chance with {', '.join(clear)}."
+    return f"{text}; no evidence of a change with any criterion."
 
 
 def sweep_figure(found: Sweep) -> dict[str, bytes]:
