@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.unwritten.sizing import largest, size_of_cuts
+from expertcut.cli import pruning
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.size import size, size_of_cut
 from expertcut.interventions.budgets import (
+    Budget,
     Keep,
     asked_count,
     counts,
@@ -98,6 +101,7 @@ def test_normalised_scores_are_shares_of_their_layer() -> None:
     assert normalised(np.array([1.0, 3.0, 0.0])) == pytest.approx([0.25, 0.75, 0])
     assert normalised(np.array([-3.0, -1.0, -2.0])) == pytest.approx([0, 2 / 3, 1 / 3])
     assert normalised(np.array([np.nan, 2.0, -np.inf, np.inf])) == pytest.approx([1 / 4] * 4)
+    assert normalised(np.array([-1.0, 1.0, 3.0])) == pytest.approx([0, 0.25, 0.75])
     assert normalised(np.array([0.0, 0.0])) == pytest.approx([0.5, 0.5])
     assert normalised(np.array([np.nan, 1.0, 3.0])) == pytest.approx([0.2, 0.2, 0.6])
 
@@ -181,6 +185,10 @@ def test_budgets_that_do_not_go_together_are_refused(
 def test_totals_that_do_not_fit_are_refused(tmp_path: Path, keep: Keep, told: str) -> None:
     with pytest.raises(PlanError, match=told):
         choose(hand_made(tmp_path / "p"), keep, GLOBAL)
+
+
+def test_budgets_on_the_command_line_are_those_of_the_stages() -> None:
+    assert {choice.value for choice in pruning.Budget} == set(get_args(Budget))
 
 
 # Groups

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -324,6 +325,22 @@ def test_show_says_that_a_sweep_is_unfinished(
     steps = sweeping.steps(Path("half"))
     next(steps)
     assert "0 of 4 cells: the same command does the rest" in " ".join(run("show", "half").split())
+
+
+def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, Asking(asked, None, LoadOptions()))
+    next(sweeping.steps(tmp_path / "half"))
+    code = (
+        "import sys; from pathlib import Path; from expertcut.reporting.shown import find_shown; "
+    )
+    code += (
+        "find_shown(Path(sys.argv[1])).tables(); print({'torch', 'matplotlib'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "half")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 @pytest.mark.parametrize(

@@ -131,11 +131,13 @@ def as_numbers(score_E: Array) -> Array:
 def normalised(score_E: Array) -> Array:
     """Scores as shares of their layer's sum, so that layers can be compared.
 
-    Where some are negative the layer's lowest becomes 0 first; experts that all score 0 are worth
-    the same.
+    What is below 0 counts as 0 (criteria give −1 to experts that nothing is known of); where no
+    score is above 0 the layer's lowest becomes 0 instead. Experts that all count 0 are worth the
+    same.
     """
     filled_E = as_numbers(score_E)
-    shifted_E = filled_E - min(0.0, float(filled_E.min()))
+    lowest = 0.0 if float(filled_E.max()) > 0 else float(filled_E.min())
+    shifted_E = np.maximum(filled_E - lowest, 0)
     total = shifted_E.sum()
     equal_E = np.full(len(score_E), 1 / len(score_E))
     result: Array = shifted_E / total if total > 0 else equal_E
