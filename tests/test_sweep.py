@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.cli import main
-from expertcut.errors import OutputError, PlanError, SettingsError
+from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import Scored, Scoring, results, score
 from expertcut.evaluation.sweeping.grid import Grid, read_criteria, read_fractions
 from expertcut.evaluation.sweeping.outcome import load_sweep
@@ -32,6 +33,7 @@ from tests.conftest import open_model
 Run = Callable[..., str]
 GRID = Grid(("activations", "random"), (0.75, 0.5))
 STOCK = Way()
+AS_IS = LoadOptions()
 FORMS = [
     ("olmoe", STOCK),
     ("olmoe", Way(fold="off")),
@@ -273,6 +275,21 @@ def test_a_folder_of_something_else_is_refused(
     asking = Asking(quiz(quiz_folder, 1), None, LoadOptions())
     with pytest.raises(OutputError, match=r"holds no sweep|is no sweep"):
         next(Sweeping(profile_of("olmoe"), GRID, STOCK, asking).steps(tmp_path / "sweep"))
+
+
+def test_what_a_profile_is_too_small_for_is_said_before_anything_is_written(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    moe = open_model(Path(profile_of("olmoe").info.model.id))
+    list(Measurement(moe, asked, None, MeasureOptions(stats="answer")).run(tmp_path / "small"))
+    small, way = load_profile(tmp_path / "small"), Way(positions="all")
+    grid = Grid(("random", "activations"), (0.5,))
+    sweeping = Sweeping(small, grid, replace(way, positions=None), Asking(asked, None, AS_IS))
+    assert next(sweeping.steps(tmp_path / "can"))
+    sweeping = Sweeping(small, Grid(("activations",), (0.5,)), way, Asking(asked, None, AS_IS))
+    with pytest.raises(ProfileError, match="--stats all"):
+        next(sweeping.steps(tmp_path / "cannot"))
+    assert not (tmp_path / "cannot").exists()
 
 
 # The command

@@ -28,9 +28,9 @@ from expertcut.evaluation.sweeping.outcome import (
 )
 from expertcut.interventions.criteria.scoring import NEEDS_MODEL
 from expertcut.interventions.plan import Draft
-from expertcut.interventions.prune import Pruning, cut
+from expertcut.interventions.prune import cut
 from expertcut.interventions.questions import Questions, questions_for, used_hashes
-from expertcut.interventions.ranking import Ranking, Way, rank
+from expertcut.interventions.ranking import Way, rank
 from expertcut.moe.loading import LoadOptions
 from expertcut.moe.passes import OnPass
 from expertcut.profiling.measure import Measurement, MeasureOptions
@@ -107,12 +107,16 @@ class Sweeping:
 
         Raises:
             OutputError: the folder holds something else, or another sweep.
+            PlanError: a cut that leaves no room for what is protected by hand.
+            ProfileError: the profile does not hold what a criterion needs.
         """
         earlier = begun(folder / SWEEP_FILE, Sweep)
         if earlier is not None:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
             self.found = earlier
-        else:
+        # What these criteria or counts cannot do is said before anything runs or is written.
+        at_once = {by: self._cuts(by) for by in self.grid.by if by not in NEEDS_MODEL}
+        if earlier is None:
             save_sweep(folder, self.found)  # by every process: it says whose folder this is
         place = folder / "cells" / "base"
         yield Step("the unedited model", lambda on_pass: self.measurement.run(place, on_pass))
@@ -122,25 +126,27 @@ class Sweeping:
             self.found = self.found.model_copy(update={"base": model})
             self._save(folder)
         for by in self.grid.by:
-            yield from self._steps_by(by, folder)
+            cuts = at_once[by] if by in at_once else self._cuts(by)
+            for fraction, draft in cuts.items():
+                yield from self._step(by, fraction, draft, folder)
 
-    def _steps_by(self, by: str, folder: Path) -> Iterator[Step]:
+    def _cuts(self, by: str) -> dict[float, Draft]:
+        """The cuts of a criterion that the folder lacks."""
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
-            return
-        engine = self.engine if by in NEEDS_MODEL else None
-        ranking = rank(self.profile, replace(self.way, by=by), engine)
-        for fraction in missing:
-            pruning = self._cut(ranking, fraction)
-            place = folder / "cells" / f"{pruning.draft.slug}-{_keep_hash(pruning.draft)}"
-            yield Step(f"{fraction:g} by {by}", self._run(pruning.draft, place))
-            if self.asking.waits:
-                cell = self._cell(by, fraction, pruning.draft, answers(load_profile(place)))
-                self.found = self.grid.with_cell(self.found, cell)
-                self._save(folder)
+            return {}
+        way, engine = replace(self.way, by=by), self.engine if by in NEEDS_MODEL else None
+        ranking = rank(self.profile, way, engine)
+        kept = {f: self.grid.keep(f, ranking.blocks, way.layout) for f in missing}
+        return {f: cut(ranking, *how_many).draft for f, how_many in kept.items()}
 
-    def _cut(self, ranking: Ranking, fraction: float) -> Pruning:
-        return cut(ranking, *self.grid.keep(fraction, ranking.blocks, self.way.layout))
+    def _step(self, by: str, fraction: float, draft: Draft, folder: Path) -> Iterator[Step]:
+        place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
+        yield Step(f"{fraction:g} by {by}", self._run(draft, place))
+        if self.asking.waits:
+            cell = self._cell(by, fraction, draft, answers(load_profile(place)))
+            self.found = self.grid.with_cell(self.found, cell)
+            self._save(folder)
 
     def _run(self, draft: Draft, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
         def run(on_pass: OnPass) -> Iterator[Progress]:
