@@ -281,7 +281,7 @@ def test_what_a_profile_is_too_small_for_is_said_before_anything_is_written(
     profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
 ) -> None:
     moe = open_model(Path(profile_of("olmoe").info.model.id))
-    list(Measurement(moe, asked, None, MeasureOptions(stats="answer")).run(tmp_path / "small"))
+    list(Measurement(moe, asked, 3, MeasureOptions(stats="answer")).run(tmp_path / "small"))
     small, way = load_profile(tmp_path / "small"), Way(positions="all")
     grid = Grid(("random", "activations"), (0.5,))
     sweeping = Sweeping(small, grid, replace(way, positions=None), Asking(asked, None, AS_IS))
