@@ -1,5 +1,6 @@
 """Experts on disk as tensors with neurons, whichever form these have; which neurons correspond."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from expertcut.interventions.plan import Edit
 
 _FIRST_KINDS = ("gate_proj", "up_proj", "w1", "w3")
 _LAST_KINDS = ("down_proj", "w2")
+_BOTH = re.compile(r"gate_up_proj|input_linear")  # gate and up in one tensor
 _UNKNOWN = Neurons(None, n_parts=0)
 
 
@@ -63,7 +65,7 @@ class Experts:
 
     def neurons(self, expert: int) -> list[Tensor]:
         """`Neurons.rows` of each of an expert's tensors."""
-        parts = self._parts(expert)
+        parts = self.tensors(expert)
         unknown = [kind for kind, part in parts.items() if part.neurons == _UNKNOWN]
         if unknown:
             raise ContractError(
@@ -77,12 +79,12 @@ class Experts:
     ) -> list[ExpertTensor]:
         """One kind of tensor of each member, with its share."""
         return [
-            replace(self._parts(member)[kind], share=share, order_I=orders.get(member))
+            replace(self.tensors(member)[kind], share=share, order_I=orders.get(member))
             for member, share in shares.items()
         ]
 
-    def _parts(self, expert: int) -> dict[str, ExpertTensor]:
-        """An expert's tensors by kind."""
+    def tensors(self, expert: int) -> dict[str, ExpertTensor]:
+        """An expert's tensors by kind: what follows its number, or the name of what holds all."""
         if self.block.fused:
             return {
                 name: ExpertTensor(self.headers[name], expert, self._fused_neurons(name))
@@ -96,25 +98,25 @@ class Experts:
     def _fused_neurons(self, name: str) -> Neurons:
         """Of one row: (2I, D) and (D, I), or transposed; biases (2I,) and (D,)."""
         is_last, shape = name in self.block.last, self.headers[name].shape[1:]
-        n_parts = 1 if is_last else 2
+        n_parts = 2 if _BOTH.search(name) else 1
         if len(shape) == 1:
-            return Neurons(None) if is_last else Neurons(0, n_parts, self.is_interleaved)
-        if len(shape) != 2 or not self.block.last:
+            return Neurons(None) if is_last else Neurons(0, n_parts, self._in_turn(n_parts))
+        is_transposed = self._is_transposed()
+        if is_transposed is None or not (is_last or n_parts == 2):
             return _UNKNOWN
-        axis = int(self._is_transposed() != is_last)
-        return Neurons(axis, n_parts, self.is_interleaved and not is_last)
+        return Neurons(int(is_transposed != is_last), n_parts, self._in_turn(n_parts))
 
-    def _is_transposed(self) -> bool:
-        """Whether rows are inputs: told by the width D where both axes have it in one tensor."""
+    def _in_turn(self, n_parts: int) -> bool:
+        return self.is_interleaved and n_parts > 1
+
+    def _is_transposed(self) -> bool | None:
+        """Whether rows are inputs: told by where a tensor that is not square has the width D."""
         width = self.headers[self.block.router_weight].shape[1]
-        for name in self.block.fused:
+        for name in self.block.fused if self.block.last else ():
             shape = self.headers[name].shape[1:]
             if len(shape) == 2 and shape[0] != shape[1]:
                 return shape[int(name in self.block.last)] == width
-        raise ContractError(
-            f"{self.block.name}: its experts are as wide as they are deep, so that rows and "
-            "columns cannot be told apart: this form is not supported"
-        )
+        return None
 
 
 def _own_neurons(kind: str) -> Neurons:

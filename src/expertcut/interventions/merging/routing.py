@@ -139,7 +139,7 @@ class _Sums:
         self.selection_E = None if selection_E is None else selection_E.double().cpu()
         self.n_tokens = 0
         self.input_D = self.outer_DD = self.rest_G = self.cross_DG = torch.zeros(()).double()
-        self.score_G = self.n_chosen_G = torch.zeros(len(merged)).double()
+        self.score_G = self.n_chosen_G = torch.zeros(()).double()
 
     def add(self, routing: Routing) -> None:
         h_TD, logits_TE = routing.input_TD.double(), routing.logits_TE.double()
@@ -163,11 +163,11 @@ class _Sums:
             mass_TG = (target_TG - routing.logits_TE.double().logsumexp(dim=1, keepdim=True)).exp()
         score_TE = alpha_TE if self.selection_E is None else alpha_TE + self.selection_E
         chosen_TE = torch.zeros_like(alpha_TE).scatter(1, routing.experts_TK, 1.0)
-        for group, shares in enumerate(self.merged.values()):
-            is_chosen_T = chosen_TE[:, list(shares)].any(dim=1)
-            over_T = score_TE[:, list(shares)].amax(dim=1) - mass_TG[:, group]
-            self.score_G[group] += over_T[is_chosen_T].sum()
-            self.n_chosen_G[group] += is_chosen_T.sum()
+        members = [list(shares) for shares in self.merged.values()]
+        chosen_TG = torch.stack([chosen_TE[:, ids].amax(dim=1) for ids in members], dim=1)
+        best_TG = torch.stack([score_TE[:, ids].amax(dim=1) for ids in members], dim=1)
+        self.score_G = self.score_G + ((best_TG - mass_TG) * chosen_TG).sum(dim=0)
+        self.n_chosen_G = self.n_chosen_G + chosen_TG.sum(dim=0)
 
     def rows(self) -> Rows:
         added_DG, offset_G = self._regression()
