@@ -1,7 +1,7 @@
 """The command `merge`."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from expertcut.cli.changing import Place
 from expertcut.cli.options import (
@@ -19,6 +19,11 @@ from expertcut.cli.options import (
     read_profile,
 )
 from expertcut.cli.output import print_tables, quiet
+from expertcut.errors import SettingsError
+
+if TYPE_CHECKING:
+    from expertcut.checkpoints.merging.merge import Merged
+    from expertcut.profiling.store import Profile
 
 
 class Method(StrEnum):
@@ -41,7 +46,7 @@ def merge(
     keep: Annotated[int | None, option("Experts per layer afterwards.")] = None,
     by: Annotated[
         Method, option("What makes a group: like router logits, or like mean outputs.")
-    ] = Method.hc_smoe,
+    ] = Method.m_smoe,
     router: Annotated[
         RouterRow,
         option("A group's router row: fitted to its members' mass, their mean, or one's own."),
@@ -62,11 +67,8 @@ def merge(
     """Make one expert of several, and say what that did."""
     from expertcut.checkpoints.build import BuildOptions
     from expertcut.checkpoints.merging.merge import merge as make
-    from expertcut.errors import SettingsError
     from expertcut.interventions.merging.asking import Merge
     from expertcut.moe.loading import LoadOptions
-    from expertcut.reporting.merging import groups_table, merging_sentences
-    from expertcut.reporting.proofs import proof_sentences, proof_tables
 
     if keep is None:
         raise SettingsError("say how many experts each layer has afterwards: --keep N")
@@ -75,10 +77,17 @@ def merge(
     folder = Place(found, asked.slug, out, plan_only, force).folder
     quiet()
     options = BuildOptions(LoadOptions(dtype, device, trust_remote_code), not no_verify, force)
-    merged = make(found, asked, folder, options, is_plan=plan_only)
-    print_tables([groups_table(found, merged)], Format.table)
-    if not plan_only:
-        print_tables(proof_tables(merged.built), Format.table)
-        for sentence in (*proof_sentences(merged.built), *merging_sentences(found, merged)):
-            print(sentence)
+    _say(found, make(found, asked, folder, options, is_plan=plan_only), is_plan=plan_only)
     print(f"written to {folder}")
+
+
+def _say(profile: "Profile", merged: "Merged", *, is_plan: bool) -> None:
+    from expertcut.reporting.merging import groups_table, merging_sentences
+    from expertcut.reporting.proofs import proof_sentences, proof_tables
+
+    print_tables([groups_table(profile, merged)], Format.table)
+    if is_plan:
+        return
+    print_tables(proof_tables(merged.built), Format.table)
+    for sentence in (*proof_sentences(merged.built), *merging_sentences(profile, merged)):
+        print(sentence)

@@ -68,33 +68,26 @@ def merge(
     n_experts = _check(profile, asked, source, folder)
     questions = questions_for(profile, is_fitting=True)
     engine = engine_as_profiled(profile, source, options.load_as)
-    evidence = gather(profile, engine, questions.tuning, asked.by)
-    edits = merge_edits(profile.info.model.blocks, evidence, asked.n_keep, asked.by)
-    draft = asked.draft(profile, edits)
-    plan = draft_plan(profile, draft, questions)
-    if is_plan:
-        with new_folder(folder, is_forced=options.is_forced) as temporary:
-            save_plan(temporary, plan, used_hashes(draft, questions))
-        return Merged(Built(folder, plan, [], None), draft, [])
-    merging = _fitted(engine, questions, draft, asked)
-    before = _ask_before(engine, questions, draft, merging) if options.is_verified else None
+    draft = _grouped(profile, engine, questions, asked)
+    merging, before = Merging(), None
+    if not is_plan:
+        merging = _fitted(engine, questions, draft, asked)
+        before = _ask_before(engine, questions, draft, merging) if options.is_verified else None
     del engine
     gc.collect()
-    if asked.is_aligned:
-        orders = aligned_neurons(read_headers(source.path), edits, merging.interleaved)
-        merging = replace(merging, orders=orders)
+    plan, proof = draft_plan(profile, draft, questions), None
     with new_folder(folder, is_forced=options.is_forced) as temporary:
-        export(source, draft, n_experts, Gathered(merging=merging), temporary)
-        proof = None
+        if not is_plan:
+            merging = _aligned(source, draft, merging, asked)
+            export(source, draft, n_experts, Gathered(merging=merging), temporary)
         if before is not None:
             written = Source(str(folder), temporary)
             edited = engine_as_profiled(profile, written, options.load_as)
             proof = _prove(edited, questions, before)
-        figures = _figures(draft, proof, before)
-        plan = plan.model_copy(update={"proof": figures})
+            plan = plan.model_copy(update={"proof": _figures(draft, proof, before)})
         save_plan(temporary, plan, used_hashes(draft, questions))
-    built = Built(folder, plan, [], proof)
-    return Merged(built, draft, before.qualities if before else [])
+    qualities = before.qualities if before else []
+    return Merged(Built(folder, plan, [], proof), draft, qualities)
 
 
 def _check(profile: Profile, asked: Merge, source: Source, folder: Path) -> int:
@@ -106,6 +99,19 @@ def _check(profile: Profile, asked: Merge, source: Source, folder: Path) -> int:
     first = {b.name: Edit(keep=tuple(range(asked.n_keep))) for b in blocks}
     check_export(source, asked.draft(profile, first), blocks[0].experts, folder)
     return blocks[0].experts
+
+
+def _grouped(profile: Profile, engine: Engine, questions: Questions, asked: Merge) -> Draft:
+    evidence = gather(profile, engine, questions.tuning, asked.by)
+    edits = merge_edits(profile.info.model.blocks, evidence, asked.n_keep, asked.by)
+    return asked.draft(profile, edits)
+
+
+def _aligned(source: Source, draft: Draft, merging: Merging, asked: Merge) -> Merging:
+    if not asked.is_aligned:
+        return merging
+    headers = read_headers(source.path)
+    return replace(merging, orders=aligned_neurons(headers, draft.edits, merging.interleaved))
 
 
 def _fitted(engine: Engine, questions: Questions, draft: Draft, asked: Merge) -> Merging:
@@ -147,7 +153,5 @@ def _prove(engine: Engine, questions: Questions, before: _Before) -> Proof:
     return Proof(held_out.split, rows, {}, None)
 
 
-def _figures(draft: Draft, proof: Proof | None, before: _Before | None) -> dict[str, Any]:
-    if proof is None or before is None:
-        return {}
+def _figures(draft: Draft, proof: Proof, before: _Before) -> dict[str, Any]:
     return {**proof.figures(draft), "rows": [asdict(quality) for quality in before.qualities]}
