@@ -92,7 +92,7 @@ def test_the_ways_of_making_a_row_and_of_averaging_name_what_they_make(
     profiled: Path, tmp_path: Path, expertcut: Commands
 ) -> None:
     weights = set()
-    for options in ("", "--align", "--router mean", "--router dominant"):
+    for options in ("", "--no-align", "--router mean", "--router dominant"):
         expertcut(f"merge --profile {profiled} --keep 4 --no-verify {options}")
     for folder in sorted((tmp_path / "checkpoints").iterdir()):
         weights.add((folder / "model.safetensors").read_bytes())

@@ -24,7 +24,7 @@ from expertcut.quiz import Quiz, round_robin
 
 RouterRow = Literal["fitted", "mean", "dominant"]
 Shares = Mapping[int, float]
-_RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
+_RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def judge_rows(
 
     def hear(routing: Routing, _is_answer_T: Tensor) -> None:
         block = blocks[routing.layer]
-        target_TG = targets(block, routing.logits_TE, edits[block.name].merged or {})
+        target_TG = targets(block, routing, edits[block.name].merged or {})
         found[routing.layer].append((target_TG, rows[routing.layer].logits(routing)))
 
     if rows:
@@ -94,9 +94,9 @@ def judge_rows(
     return [_quality(layer, pairs) for layer, pairs in found.items()]
 
 
-def targets(block: MoeBlock, logits_TE: Tensor, merged: Mapping[int, Shares]) -> Tensor:
+def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Shares]) -> Tensor:
     """The logit (T, groups) float64 that keeps each group's mass."""
-    logits_TE = logits_TE.double()
+    logits_TE = routing.logits_TE.double()
     if block.scoring == "softmax":
         return torch.stack([logits_TE[:, list(s)].logsumexp(dim=1) for s in merged.values()], dim=1)
     score_TE = logits_TE.sigmoid()
@@ -143,7 +143,7 @@ class _Sums:
 
     def add(self, routing: Routing) -> None:
         h_TD, logits_TE = routing.input_TD.double(), routing.logits_TE.double()
-        target_TG = targets(self.block, logits_TE, self.merged)
+        target_TG = targets(self.block, routing, self.merged)
         mean = [_mean_logit(logits_TE, shares) for shares in self.merged.values()]
         rest_TG = target_TG - torch.stack(mean, dim=1)
         self.n_tokens += len(h_TD)
