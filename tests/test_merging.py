@@ -355,7 +355,7 @@ def test_a_fitted_row_keeps_more_of_the_mass_than_a_mean_or_a_members_own(
         assert fitted.quality > max(mean.quality, dominant.quality)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss", "deepseek_v3"])
 def test_a_fitted_row_is_the_ridge_solution(
     checkpoint: Checkpoints, profile_of: Profiles, family: str
 ) -> None:
@@ -368,24 +368,43 @@ def test_a_fitted_row_is_the_ridge_solution(
         for block in moe.blocks
     }
     rows = merged_rows(Engine(moe, 2048), tuning, edits, "fitted")
-    h_TD, logits_TE = [], []
+    h_TD, logits_TE, chosen_TK = [], [], []
     for routing in routings(moe, tuning, is_repeating=False):
         if routing.layer == 1:
             h_TD.append(routing.input_TD.double().numpy())
             logits_TE.append(routing.logits_TE.double().numpy())
+            chosen_TK.extend(routing.experts_TK.tolist())
     h, logits = np.concatenate(h_TD), np.concatenate(logits_TE)
+    bias_E = moe.blocks[1].selection_bias()
+    selection = np.zeros(8) if bias_E is None else bias_E.numpy()
     for expert, shares in (edits[moe.blocks[1].name].merged or {}).items():
         ids, weights = list(shares), list(shares.values())
-        rest = np.log(np.exp(logits[:, ids]).sum(1)) - logits[:, ids] @ weights
+        target = [
+            target_by_hand(family, row, set(chosen), ids, selection)
+            for row, chosen in zip(logits, chosen_TK, strict=True)
+        ]
+        rest = np.array(target) - logits[:, ids] @ weights
         centre = h.mean(0) if family == "gpt_oss" else 0  # it has a bias, so an intercept
         x, y = h - centre, rest - (rest.mean() if family == "gpt_oss" else 0)
-        ridge = 1e-4 * np.trace(x.T @ x) / x.shape[1]
+        ridge = 1e-6 * np.trace(x.T @ x) / x.shape[1]
         wanted = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
         np.testing.assert_allclose(rows[1].added[expert].numpy(), wanted, atol=1e-6)
         if family == "gpt_oss":
             wanted_offset = rest.mean() - centre @ wanted
             assert rows[1].offsets[expert] == pytest.approx(wanted_offset, abs=1e-6)
     assert bool(rows[1].offsets) == (family == "gpt_oss")
+
+
+def target_by_hand(
+    family: str, logits_E: Any, chosen: set[int], members: list[int], selection_E: Any
+) -> float:
+    """The logit of the members whose mass was used."""
+    if family == "deepseek_v3":
+        score = {e: 1 / (1 + np.exp(-logits_E[e])) + selection_E[e] for e in members}
+        return float(logits_E[max(members, key=lambda e: score[e])])
+    count = members if family == "olmoe" else [e for e in members if e in chosen]
+    count = count or [max(members, key=lambda e: logits_E[e])]
+    return float(np.log(sum(np.exp(logits_E[e]) for e in count)))
 
 
 def test_a_selection_bias_lifts_a_group_as_its_best_member_was_lifted(

@@ -2,9 +2,14 @@
 
 In a softmax gate a group's mass is Σ exp(logit) over its members, so its row should give the
 logarithm of that, which no linear row does. The fitted row is the members' mean row, by their
-shares, plus what a ridge regression on router inputs finds of the difference. A sigmoid has no
-mass to share (a score never exceeds 1): there the row is fitted to the logit of the member that is
-chosen first.
+shares, plus what a ridge regression on router inputs finds of the difference.
+
+    gate weight       members that count
+    α of all experts  all: the softmax keeps its denominator
+    renormalised      those that the token chose, for the others' mass was never used; where it
+                      chose none, the largest
+    sigmoid           the one that would be chosen first: a score never exceeds 1, so there is no
+                      mass to add up
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +29,8 @@ from expertcut.quiz import Quiz, round_robin
 
 RouterRow = Literal["fitted", "mean", "dominant"]
 Shares = Mapping[int, float]
-_RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]
+_RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]; more lost what lies in small ones (docs/log.md)
+_TIE = 1e-5  # logits that are this close are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -97,17 +103,27 @@ def judge_rows(
 def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Shares]) -> Tensor:
     """The logit (T, groups) float64 that keeps each group's mass."""
     logits_TE = routing.logits_TE.double()
-    if block.scoring == "softmax":
-        return torch.stack([logits_TE[:, list(s)].logsumexp(dim=1) for s in merged.values()], dim=1)
-    score_TE = logits_TE.sigmoid()
-    selection_E = block.selection_bias()
-    if selection_E is not None:
-        score_TE = score_TE + selection_E.cpu()
+    groups = [list(shares) for shares in merged.values()]
+    if block.scoring == "sigmoid":
+        return torch.stack([_first(block, logits_TE, ids) for ids in groups], dim=1)
+    if block.inflates:
+        return torch.stack([logits_TE[:, ids].logsumexp(dim=1) for ids in groups], dim=1)
+    last_T1 = logits_TE.gather(1, routing.experts_TK).amin(dim=1, keepdim=True)
     found = []
-    for shares in merged.values():
-        first_T1 = score_TE[:, list(shares)].argmax(dim=1, keepdim=True)
-        found.append(logits_TE[:, list(shares)].gather(1, first_T1)[:, 0])
+    for ids in groups:
+        own_TM = logits_TE[:, ids]
+        least_T1 = last_T1.minimum(own_TM.amax(dim=1, keepdim=True)) - _TIE
+        found.append(own_TM.masked_fill(own_TM < least_T1, -torch.inf).logsumexp(dim=1))
     return torch.stack(found, dim=1)
+
+
+def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
+    """The logit (T,) of the member with the best score, its bias on choosing included."""
+    own_TM, selection_E = logits_TE[:, experts], block.selection_bias()
+    score_TM = own_TM.sigmoid()
+    if selection_E is not None:
+        score_TM = score_TM + selection_E.cpu()[experts]
+    return own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0]
 
 
 def _unfitted(edit: Edit, kind: RouterRow) -> Rows:
