@@ -287,7 +287,9 @@ def test_a_clone_that_is_never_chosen_merges_without_a_trace_in_a_checkpoint(
     for first, second in pairs:
         silence(base, family, second, first)
     profile = profile_of(base)
-    done = merged(profile, tmp_path / "out", Merge(6, "hc_smoe"))
+    is_asked = family == "mixtral"
+    how = AS_IS if is_asked else UNASKED
+    done = merged(profile, tmp_path / "out", Merge(6, "hc_smoe"), how)
     moe, new = open_model(base), open_model(tmp_path / "out")
     inputs = router_inputs(moe, questions_for(profile, is_fitting=True).tuning)
     for before, after in zip(moe.blocks, new.blocks, strict=True):
@@ -295,8 +297,9 @@ def test_a_clone_that_is_never_chosen_merges_without_a_trace_in_a_checkpoint(
         y_TD = block_output(before, inputs[before.layer])
         assert (block_output(after, inputs[before.layer]) - y_TD).abs().max() <= 1e-5
         assert y_TD.abs().max() > 0.1
-    assert done.built.proof is not None
-    assert done.built.proof.differences[0].max_abs_logprob_diff <= 1e-4
+    if is_asked:
+        assert done.built.proof is not None
+        assert done.built.proof.differences[0].max_abs_logprob_diff <= 1e-4
 
 
 def test_clones_with_one_row_act_as_one_expert_of_their_mass(
@@ -314,7 +317,7 @@ def test_clones_with_one_row_act_as_one_expert_of_their_mass(
 
     base = with_clones(checkpoint("gpt_oss"), tmp_path / "base", [(1, 3)], is_shuffled=True)
     profile = profile_of(rewritten(base, twin))
-    merged(profile, tmp_path / "out", Merge(7, "hc_smoe", aligns=True))
+    merged(profile, tmp_path / "out", Merge(7, "hc_smoe", aligns=True), UNASKED)
     moe, new = open_model(base), open_model(tmp_path / "out")
     inputs = router_inputs(moe, questions_for(profile, is_fitting=True).tuning)
     n_one_more, n_same = 0, 0
