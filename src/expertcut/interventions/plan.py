@@ -148,8 +148,8 @@ class Draft:
 
     @property
     def is_fitting(self) -> bool:
-        """Whether something is fitted on tuning questions: directions of biases, merged experts."""
-        return self.is_merging or (self.layout == "stock" and self.is_biased)
+        """Whether directions must be fitted: only a bias in layout stock needs them."""
+        return self.layout == "stock" and self.is_biased
 
     @property
     def asks_tuning(self) -> bool:

@@ -52,5 +52,6 @@ class Merge:
             positions="all",
             edits=edits,
             is_cut=True,
+            is_calibrated=True,
             numbers=numbers_of(profile),
         )
