@@ -228,6 +228,23 @@ def test_what_eval_and_perturb_scored_is_no_profile_of_the_run(tmp_path: Path):
     assert list(data_of(text_of(tmp_path))["explorers"]) == ["p"]
 
 
+def test_a_recipe_and_its_stages_stand_where_the_numbers_come_from(tmp_path: Path):
+    make_results(tmp_path / "results.json")
+    stage = {"inputs": {}, "finished": "2026-11-22T17:00:00Z", "elapsed_s": 5.57,
+             "versions": {"expertcut": "0.1.0", "torch": "2.13.0"}}  # fmt: skip
+    begun = {"inputs": {}, "finished": None}
+    manifest = {"format": 1, "stages": {"eval <b>": stage, "report": begun}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "recipe.yaml").write_text("model: <i>tiny\n  a: 1\n")
+    text = text_of(tmp_path)
+    said = "2026-11-22T17:00:00Z, 5.6 s, expertcut 0.1.0, torch 2.13.0"
+    assert f"<dt>eval &lt;b&gt;</dt><dd>{said}</dd>" in text and "<dt>report</dt>" not in text
+    assert "model: &lt;i&gt;tiny\n  a: 1\n" in text
+    for broken in ("{", "[]", '{"stages": [1]}', '{"stages": {"eval": {"finished": 3}}}'):
+        (tmp_path / "manifest.json").write_text(broken)
+        assert "Stages of the run" not in text_of(tmp_path)
+
+
 def test_without_all_token_sums_there_is_no_map_of_them(tmp_path: Path):
     chunk = random_chunk(0, 30, [block(0)])
     kept = {name: values for name, values in chunk.items() if not name.endswith("_LE")}

@@ -16,6 +16,8 @@ from expertcut.profiling.store import ModelInfo, QuizInfo, load_profile
 
 PROFILE_FILE = "profile.json"
 RUN_FILE = "run.json"
+MANIFEST_FILE = "manifest.json"
+RECIPE_FILE = "recipe.yaml"
 RESULTS = "results*.json"
 T = TypeVar("T")
 
@@ -85,13 +87,21 @@ def quiz_of(found: Findings) -> QuizInfo:
     return found.profile.info.quiz
 
 
-def run_notes(folder: Path) -> dict[str, Any]:
-    """`run.json` of a profile: times and versions; empty where there is none that can be read."""
+def notes_in(file: Path) -> dict[str, Any]:
+    """`run.json` of a profile, a recipe's manifest: empty where there is none that can be read."""
     try:
-        notes = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        notes = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return notes if isinstance(notes, dict) else {}
+
+
+def recipe_in(folder: Path) -> list[str]:
+    """The lines of the recipe that a run was made by; none where there is none."""
+    try:
+        return (folder / RECIPE_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
 
 
 def _files(path: Path) -> Iterator[Path]:

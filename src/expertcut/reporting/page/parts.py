@@ -24,6 +24,13 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """A file's lines, as they stand there."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Folded:
     """Parts behind a title, shown when it is opened, and always on paper."""
 
@@ -44,7 +51,7 @@ class Explorer:
     table: Table
 
 
-Part = Text | Facts | Table | Heat | Curves | Folded | Explorer
+Part = Text | Facts | Lines | Table | Heat | Curves | Folded | Explorer
 
 
 @dataclass(frozen=True)

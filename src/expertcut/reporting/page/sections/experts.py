@@ -25,7 +25,7 @@ from expertcut.reporting.tables import Column, printable
 _MAPS = (
     ("appearances", "Appearances", ".1%", "Share of questions that chose the expert to answer."),
     ("weighted_accuracy", "Weighted accuracy", ".1%",
-     "Share of right answers among its questions, weighted by its probability."),
+     "Right among its questions, weighted by its probability."),
     ("contribution_pct", "Contribution, %", ".2f",
      "Its mean share of the chosen experts' probability."),
     ("tokens", "All-token load", ",d", "Tokens of all prompts, shots included, that chose it."),

@@ -8,8 +8,14 @@ from typing import Any
 from expertcut.evaluation.results import Results
 from expertcut.interventions.plan import Plan
 from expertcut.profiling.evidence.findings import Findings
-from expertcut.reporting.page.gathering import Run, run_notes
-from expertcut.reporting.page.parts import Facts, Folded, Part, Section
+from expertcut.reporting.page.gathering import (
+    MANIFEST_FILE,
+    RUN_FILE,
+    Run,
+    notes_in,
+    recipe_in,
+)
+from expertcut.reporting.page.parts import Facts, Folded, Lines, Part, Section
 
 Rows = list[tuple[str, str]]
 
@@ -17,8 +23,12 @@ Rows = list[tuple[str, str]]
 def provenance_sections(run: Run) -> list[Section]:
     """One, with facts on everything that was found."""
     parts: list[Part] = []
+    if stages := _stages(notes_in(run.path / MANIFEST_FILE)):
+        parts.append(_folded("Stages of the run", stages))
+    if recipe := recipe_in(run.path):
+        parts.append(Folded("Recipe", [Lines(recipe)]))
     for profile in run.profiles:
-        notes = run_notes(profile.file.parent)
+        notes = notes_in(profile.file.parent / RUN_FILE)
         parts.append(_folded(f"Profile {profile.name}", _profile(profile.its, notes)))
     parts += [_folded(f"Plan {plan.name}", _plan(plan.its)) for plan in run.plans]
     parts += [_folded(f"Results {found.name}", _results(found.its)) for found in run.results]
@@ -74,6 +84,22 @@ def _some(*rows: tuple[str, str | None]) -> Rows:
     return [(name, text) for name, text in rows if text]
 
 
+def _stages(manifest: Mapping[str, Any]) -> Rows:
+    """When each stage of a recipe was finished, by what, and how long it took."""
+    stages = manifest.get("stages")
+    rows: Rows = []
+    for name, record in stages.items() if isinstance(stages, dict) else ():
+        if not isinstance(record, dict) or not isinstance(record.get("finished"), str):
+            continue
+        texts = [record["finished"]]
+        if isinstance(elapsed_s := record.get("elapsed_s"), int | float):
+            texts.append(f"{elapsed_s:,.1f} s")
+        if isinstance(versions := record.get("versions"), dict):
+            texts += [f"{package} {version}" for package, version in versions.items()]
+        rows.append((name, ", ".join(texts)))
+    return rows
+
+
 def _times(notes: Mapping[str, Any]) -> Rows:
     """Whatever of it is there: `run.json` promises nothing."""
     rows: Rows = []
@@ -82,7 +108,9 @@ def _times(notes: Mapping[str, Any]) -> Rows:
     if isinstance(elapsed_s := notes.get("elapsed_s"), int | float):
         rows.append(("took", f"{elapsed_s:,.1f} s"))
     for name in ("expertcut", "python"):
-        rows += _some((f"version of {name}", notes.get(name)))
+        rows += [
+            (f"version of {name}", text) for text in (notes.get(name),) if isinstance(text, str)
+        ]
     return rows
 
 
