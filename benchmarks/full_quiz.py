@@ -1,76 +1,81 @@
-"""Profiles a whole quiz with a random model of OLMoE's form, and prints questions per second.
+"""Profiles a whole quiz with a random model of OLMoE's form: what a question and a token cost.
 
-    python benchmarks/full_quiz.py --quiz DATA/mmlu --tokenizer DATA/olmoe [--layers 2]
+    python -m benchmarks.full_quiz --quiz DATA/mmlu --tokenizer DATA/olmoe [--model small]
 
-Everything but the weights is real: the text, the tokenizer, five shots, all-token statistics.
+Everything but the weights is real: the text, the tokenizer, five shots. Beside the whole quiz some
+questions of each subject run first (`--limit 18`: about 1,000 of MMLU), for a token must cost the
+same in both. The model is the 261M one that the other benchmarks have, or a small one of 2 layers.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
-from expertcut.moe.loading import LoadOptions, find_source
-from expertcut.profiling.measure import MeasureOptions, measure
+from benchmarks.common import parser, random_olmoe, report
+from benchmarks.limits import chunks
+from expertcut.moe.loading import LoadOptions, find_source, load
+from expertcut.moe.packing import Encoded
+from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import as_json
-from expertcut.profiling.store import load_profile
-from expertcut.quiz import Selection, load_quiz
-from expertcut.reporting.tables import Column, Table, as_markdown
+from expertcut.profiling.store import Stats, load_profile
+from expertcut.quiz import Quiz, Selection, load_quiz
+
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.1,
+}
+MODELS: dict[str, dict[str, int | float]] = {"261M": {}, "small": SMALL}
 
 
-def random_olmoe(folder: Path, tokenizer: Path, n_layers: int) -> Path:
-    """Writes a small OLMoE with the real vocabulary."""
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_experts=64,
-        num_experts_per_tok=8,
-        vocab_size=50304,
-        initializer_range=0.1,
-        pad_token_id=1,
-        eos_token_id=50279,
-    )
-    OlmoeForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
+def distinct_tokens(encoded: Encoded) -> int:
+    """Tokens that are run for a chunk: the shared prefix once."""
+    n_prefix = encoded.shared_prefix()
+    return n_prefix + sum(len(ids) - n_prefix for ids in encoded.prompts)
+
+
+def measured(measurement: Measurement, quiz: Quiz, folder: Path) -> list[object]:
+    """Questions, tokens, seconds, cost and size of one run; every question must be answered."""
+    stats: Stats = measurement.info.settings.stats
+    n_tokens = sum(map(distinct_tokens, chunks(measurement.moe, quiz)))
+    started = time.perf_counter()
+    steps = list(measurement.run(folder))
+    elapsed_s = time.perf_counter() - started
+    assert as_json(load_profile(folder))["questions"] == steps[-1].done == len(quiz)
+    size_mb = sum(file.stat().st_size for file in (folder / "chunks").iterdir()) / 1e6
+    costs = [len(quiz) / elapsed_s, 1e6 * elapsed_s / n_tokens]
+    return [stats, len(quiz), n_tokens, elapsed_s, *costs, size_mb]
 
 
 def main() -> None:
-    """Reads the command line, profiles, prints a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quiz", required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--shots", type=int, default=5)
-    parser.add_argument("--stats", nargs="+", default=["all"], choices=("none", "answer", "all"))
-    args = parser.parse_args()
-    quiz = load_quiz(Selection(args.quiz, shots=args.shots))
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        source = find_source(str(random_olmoe(Path(folder) / "m", args.tokenizer, args.layers)))
-        for stats in args.stats:
-            measurement = measure(source, quiz, None, LoadOptions(), MeasureOptions(stats=stats))
-            started = time.perf_counter()
-            steps = list(measurement.run(Path(folder) / stats))
-            elapsed_s = time.perf_counter() - started
-            chunks = Path(folder, stats, "chunks").iterdir()
-            size_mb = sum(file.stat().st_size for file in chunks) / 1e6
-            rows.append([stats, steps[-1].done, elapsed_s, len(quiz) / elapsed_s, size_mb])
-        shown = as_json(load_profile(Path(folder) / args.stats[-1]))
-    columns = ("statistics", "questions", "seconds", "questions/s", "MB of chunks")
-    specs = ("", ",d", ".0f", ".0f", ".1f")
-    title = (
-        f"{args.layers} layers × 64 experts, {args.shots} shots, {torch.get_num_threads()} threads"
+    """Reads the command line, profiles, reports."""
+    options = parser(__doc__, "full_quiz")
+    options.add_argument("--model", choices=MODELS, default="261M")
+    options.add_argument("--shots", type=int, default=5)
+    options.add_argument("--limit", type=int, nargs="*", default=[18], help="smaller runs before")
+    options.add_argument(
+        "--stats", nargs="+", default=["answer"], choices=("none", "answer", "all")
     )
-    print(as_markdown(Table(title, tuple(map(Column, columns, specs)), rows)))
-    print(json.dumps({"rows": rows, "accuracy": shown["accuracy"]}))
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        source = random_olmoe(Path(place) / "m", args.tokenizer, **MODELS[args.model])
+        moe = load(find_source(str(source)), LoadOptions())
+        for stats in args.stats:
+            for limit in (*args.limit, None):
+                quiz = load_quiz(Selection(str(args.quiz), shots=args.shots, limit=limit))
+                measurement = Measurement(moe, quiz, limit, MeasureOptions(stats=stats))
+                rows.append(measured(measurement, quiz, Path(place) / f"{stats}{limit}"))
+                print(*rows[-1], flush=True)
+    columns = {"statistics": "", "questions": ",d", "distinct tokens": ",d", "seconds": ".0f"}
+    columns |= {"questions/s": ".1f", "µs a token": ".1f", "MB of chunks": ".1f"}
+    report(args.out, f"{args.model}, {args.shots} shots, {args.threads} threads", columns, rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import SUBJECTS, parser, random_olmoe, report, timed
+from benchmarks.common import parser, random_olmoe, report, timed
 from benchmarks.limits import chunks, seconds, shape_of
 from benchmarks.work import Work, total
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
@@ -42,8 +42,8 @@ def processes(model: Path, args: argparse.Namespace, place: Path) -> Iterator[Ro
         folder = place / f"processes{number}"
         command = [
             *(sys.executable, "-m", "expertcut", "profile", model, "--quiz", args.quiz.resolve()),
-            *("--subjects", ",".join(SUBJECTS), "--shots", 5, "--threads", 1, "--out", folder),
-            *(("--limit", args.limit) if args.limit else ()),
+            *("--shots", 5, "--threads", 1, "--out", folder),
+            *("--limit", args.limit),
         ]
         started = time.perf_counter()
         others = [
@@ -146,7 +146,7 @@ def main() -> None:
     """Reads the command line, measures, reports."""
     options = parser(__doc__, "scaling")
     options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    options.add_argument("--limit", type=int, default=40, help="questions a subject for processes")
+    options.add_argument("--limit", type=int, default=10, help="questions a subject for processes")
     options.add_argument("--questions", type=int, default=64, help="synthetic ones, at size 1")
     options.add_argument("--rounds", type=int, default=2)
     args = options.parse_args()
