@@ -17,6 +17,9 @@ from expertcut.evaluation.results import (
 )
 from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel, Point, save_plan
 from expertcut.profiling.store import Profile
+from expertcut.reporting.page.gathering import gather
+from expertcut.reporting.page.sections import sections_of
+from expertcut.reporting.page.writing import PAGE, render
 from tests.hand_made import block, profile_info, random_chunk, random_profile, write_profile
 
 SUBJECTS = {"birds": 40, "clocks": 60}
@@ -174,6 +177,19 @@ def make_hostile_run(folder: Path) -> Path:
         folder / "results.json", results.model_copy(update={"models": [results.models[0], cut]})
     )
     return folder
+
+
+def text_of(path: Path) -> str:
+    """The page of a run, without drawing its figures."""
+    found = gather(path)
+    return render(found, sections_of(found), "report")
+
+
+def bare_page(path: Path) -> Path:
+    """The page alone, in the run's folder."""
+    page = path / PAGE
+    page.write_text(text_of(path), encoding="utf-8")
+    return page
 
 
 def is_png(content: bytes) -> bool:

@@ -25,11 +25,9 @@ from expertcut.reporting.outcomes import result_sentences, results_table
 from expertcut.reporting.page import write
 from expertcut.reporting.page.drawing import draw
 from expertcut.reporting.page.figures import Curves, Heat, Series, span
-from expertcut.reporting.page.gathering import gather
 from expertcut.reporting.page.parts import key_of
-from expertcut.reporting.page.sections import sections_of
 from expertcut.reporting.page.sections.changes import edits_of, rows_of
-from expertcut.reporting.page.writing import PAGE, render
+from expertcut.reporting.page.writing import PAGE
 from expertcut.reporting.tables import Column, as_csv
 from tests.hand_made import block, profile_info, random_chunk, write_profile
 from tests.pages import (
@@ -40,6 +38,7 @@ from tests.pages import (
     make_profile,
     make_results,
     make_run,
+    text_of,
 )
 
 VOID = {"meta", "link", "br", "input", "img"}
@@ -77,12 +76,6 @@ def data_of(page: Path | str) -> dict[str, Any]:
     text = page if isinstance(page, str) else page.read_text(encoding="utf-8")
     (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     return dict(json.loads(found))
-
-
-def text_of(path: Path) -> str:
-    """The page of a run, without drawing its figures."""
-    found = gather(path)
-    return render(found, sections_of(found), "report")
 
 
 def titles(text: str) -> list[str]:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from expertcut.reporting.page import write
-from tests.pages import HOSTILE, find_chromium, large_profile, make_hostile_run, make_run
+from tests.pages import HOSTILE, bare_page, find_chromium, large_profile, make_hostile_run, make_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -65,12 +64,12 @@ def visit(browser: Any) -> Iterator[Callable[..., Seen]]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(make_run(tmp_path_factory.mktemp("runs") / "run"))
+    return bare_page(make_run(tmp_path_factory.mktemp("runs") / "run"))
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(large_profile(tmp_path_factory.mktemp("runs") / "large").path)
+    return bare_page(large_profile(tmp_path_factory.mktemp("runs") / "large").path)
 
 
 def colours(seen: Seen, selector: str) -> int:
@@ -216,7 +215,7 @@ def test_a_phone_scrolls_down_only(visit: Callable[..., Seen], page: Path, large
             return box.width && box.right > innerWidth + 1 && !node.closest(".scroll, .plot, nav");
         }).map(node => node.className || node.tagName)"""
         assert seen.page.evaluate(wide) == []
-        seen.page.locator(MAP).first.tap(position={"x": 60, "y": 10})
+        seen.page.locator(MAP).first.tap(position={"x": 60, "y": 3})
         assert seen.page.locator(".detail h3").inner_text().startswith("Layer 0")
 
 
@@ -262,7 +261,7 @@ def test_many_experts_stay_responsive(visit: Callable[..., Seen], large: Path):
 
 
 def test_hostile_words_are_shown_as_words(visit: Callable[..., Seen], tmp_path: Path):
-    seen = visit(write(make_hostile_run(tmp_path / "<i>run")))
+    seen = visit(bare_page(make_hostile_run(tmp_path / "<i>run")))
     assert "owned" not in seen.page.title()
     assert seen.page.locator("main img, main script, header i, nav b, main b").count() == 0
     assert seen.page.evaluate("document.scripts.length") == 2

@@ -57,7 +57,7 @@ def colour_stops() -> list[str]:
 def _style(key: str) -> Iterator[None]:
     import matplotlib
 
-    settings: dict[str, Any] = {
+    settings: Any = {
         "svg.hashsalt": key,
         "svg.fonttype": "none",  # text stays text
         "text.parse_math": False,  # a subject may be called $x$
@@ -85,6 +85,7 @@ def _size(figure: Figure) -> tuple[float, float]:
 def _heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     import matplotlib
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 
     most = max(len(values) for values in figure.rows)
     padded_LE = np.full((len(figure.rows), most), np.nan)
@@ -106,8 +107,8 @@ def _heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     )
     axes.set_xlabel(printable(figure.across))
     axes.set_ylabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     bar = canvas.colorbar(image, ax=axes, extend=_extend(figure), shrink=0.9)
     bar.ax.yaxis.set_major_formatter(lambda value, _: format(value, _spec(figure)))
     axes.annotate(f"hatched: {figure.undefined}", (1, 1.01), xycoords="axes fraction", ha="right",
@@ -143,13 +144,14 @@ def _curves(axes: "Axes", figure: Curves) -> None:
 
 def _series(axes: "Axes", places: Any, its: Series, number: int, is_flat: bool) -> None:
     values = _numbers(its.values)
-    bars = None
+    bars: dict[str, Any] = {}
     if its.low:
         ends = np.stack([values - _numbers(its.low), _numbers(its.high) - values])
-        bars = np.maximum(ends, 0)  # rounding may leave an end on the wrong side
+        # Rounding may leave an end on the wrong side.
+        bars["xerr" if is_flat else "yerr"] = np.maximum(ends, 0)
     axes.errorbar(
         *((values, places) if is_flat else (places, values)),
-        **{"xerr" if is_flat else "yerr": bars},
+        **bars,
         color=COLOURS[number % len(COLOURS)],
         marker=MARKERS[number % len(MARKERS)],
         linestyle="none" if is_flat else "-",

@@ -127,8 +127,8 @@ Figure = Heat | Curves
 
 def spread(name: str, mean_X: Array, std_X: Array) -> Series:
     """A mean with one standard deviation to either side."""
-    ends = [tuple(values_X.tolist()) for values_X in (mean_X, mean_X - std_X, mean_X + std_X)]
-    return Series(name, *ends)
+    low_X, high_X = mean_X - std_X, mean_X + std_X
+    return Series(name, tuple(mean_X.tolist()), tuple(low_X.tolist()), tuple(high_X.tolist()))
 
 
 def span(rows: Iterable[Array]) -> tuple[float, float]:

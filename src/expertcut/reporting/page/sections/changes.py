@@ -16,7 +16,7 @@ from expertcut.reporting.page.figures import Curves, Series
 from expertcut.reporting.page.gathering import Found, Run
 from expertcut.reporting.page.parts import Folded, Part, Section, Text, key_of
 from expertcut.reporting.proving import curve_table, proof_table
-from expertcut.reporting.tables import Column, Table
+from expertcut.reporting.tables import Cell, Column, Table
 
 
 class HeldOut(BaseModel):
@@ -38,7 +38,7 @@ def change_sections(run: Run) -> list[Section]:
     alone = [p for p in run.proofs if p.file.parent not in {plan.file.parent for plan in run.plans}]
     for proof in alone:
         key = key_of(f"proof-{proof.name}", [section.key for section in sections])
-        parts = [Text(proof.its.sentence), proof_table(proof.its)]
+        parts: list[Part] = [Text(proof.its.sentence), proof_table(proof.its)]
         sections.append(Section(key, f"Proof: {proof.name}", parts))
     return sections
 
@@ -157,7 +157,7 @@ def _held_out(found: Found[Plan]) -> list[Part]:
         *(Column("against"), Column("largest |Δ log p|", ".4f"), Column("median", ".4f")),
         *(Column("flipped answers", ",d"), Column("questions", ",d")),
     )
-    cells = [
+    cells: list[list[Cell]] = [
         [r.against, r.max_abs_logprob_diff, r.median_abs_logprob_diff, r.flipped, r.questions]
         for r in rows
     ]
