@@ -99,11 +99,17 @@ def show(
     subjects: Annotated[
         bool, option("Also each subject of a profile; json always has them.", "--subjects")
     ] = False,
+    criteria: Annotated[
+        bool,
+        option(
+            "How each criterion ranks a profile's experts, and how far they agree.", "--criteria"
+        ),
+    ] = False,
 ) -> None:
     """Print what the other commands wrote."""
     from expertcut.reporting.shown import find_shown
 
-    found = find_shown(path, subjects)
+    found = find_shown(path, subjects, criteria)
     if format is Format.json:
         print(json.dumps(found.json(), indent=1, allow_nan=False))
     elif format is Format.csv:
