@@ -28,7 +28,7 @@ from expertcut.evaluation.auditing.outcome import (
     Verdict,
     save_audit,
 )
-from expertcut.evaluation.proving.outcome import Change
+from expertcut.evaluation.proving.outcome import Change, ProofResult, RandomControl
 from expertcut.evaluation.results import ChosenOnResult
 from expertcut.evaluation.sweeping.outcome import (
     Sweep,
@@ -362,6 +362,35 @@ def test_sweeps_and_audits_stand_there_as_show_prints_them(tmp_path: Path):
     assert found == {"reap": [0.7, 0.5], "random": [0.6, None], "unedited": [0.75, 0.75]}
     assert figures["audit-a-correlations"]["series"][0]["values"] == [0.5, None]
     assert figures["audit-a-regrets"]["series"][0]["values"] == [0.175, 0.175]
+
+
+def test_a_proof_stands_with_its_plan_or_alone(tmp_path: Path):
+    change = Change(
+        delta=0.02, ci95=(0.01, 0.03), gained=4, lost=2, mcnemar_p=0.04, smallest_effect=0.01
+    )
+    proof = ProofResult(
+        procedure="reweight --tune <b>",
+        quiz="birds",
+        split="val",
+        questions=100,
+        seed=0,
+        base_accuracy=0.5,
+        cross_fitted=change,
+        same_questions=change,
+        random=RandomControl(draws=99, distinct=90, delta_mean=0.0, range95=(-0.01, 0.01), p=0.01),
+        folds=(),
+        verdict="helps",
+        sentence="This procedure helps & is <sound>.",
+    )
+    profile = make_profile(tmp_path / "p", 1)
+    make_plan(tmp_path / "cut", profile)
+    (tmp_path / "alone").mkdir()
+    for folder in ("cut", "alone"):
+        (tmp_path / folder / "proof.json").write_text(proof.model_dump_json())
+    text = text_of(tmp_path)
+    assert "Proof: alone" in titles(text) and "Proof: cut" not in titles(text)
+    assert text.count("This procedure helps &amp; is &lt;sound&gt;.") == 2
+    assert Outline(text).cells.count("random experts (99 draws, 90 distinct)") == 2
 
 
 def test_without_all_token_sums_there_is_no_map_of_them(tmp_path: Path):
