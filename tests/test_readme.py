@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("profile", "show", "prune", "merge", "reweight", "audit", "eval", "publish")
+COMMANDS = (
+    "profile",
+    "show",
+    "prune",
+    "merge",
+    "reweight",
+    "audit",
+    "eval",
+    "report",
+    "publish",
+)
 
 
 def run(*args: str) -> str:

@@ -13,10 +13,19 @@ import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__
-from expertcut.cli import auditing, measuring, merging, pruning, publishing, tilting
+from expertcut.cli import (
+    auditing,
+    measuring,
+    merging,
+    pruning,
+    publishing,
+    reporting,
+    tilting,
+)
 from expertcut.cli.options import command, option
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
 from expertcut.errors import ExpertcutError
+from expertcut.reporting.tables import printable
 
 INTERRUPTED = 130
 
@@ -34,6 +43,7 @@ for run in (
     tilting.reweight,
     auditing.audit,
     measuring.eval,
+    reporting.report,
     publishing.publish,
 ):
     app.command()(run)
@@ -67,15 +77,25 @@ def _faults_in_one_line() -> Iterator[None]:
 
 def _stop(text: str, status: int, *, is_said: bool = True) -> None:
     if is_said:
-        print(f"expertcut: {text}", file=sys.stderr)
+        print(f"expertcut: {printable(text)}", file=sys.stderr)
     raise SystemExit(status)
+
+
+class HarmlessFormatter(logging.Formatter):
+    """A name from a quiz or a model must not steer the terminal that a warning goes to."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Each line of it, printable."""
+        return "\n".join(map(printable, super().format(record).splitlines()))
 
 
 def main() -> None:
     """The console script."""
     # What the first of several processes warns of, the others would only repeat.
     level = logging.WARNING if is_first() else logging.ERROR
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     with _faults_in_one_line(), terminable():
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # typer has caught it

@@ -44,12 +44,12 @@ def as_rich(table: Table) -> Group:
     for i, column in enumerate(table.columns):
         is_number = any(isinstance(row[i], int | float) for row in table.rows)
         rich.add_column(
-            Text(column.name), justify="right" if is_number else "left", overflow="fold"
+            Text(printable(column.name)), justify="right" if is_number else "left", overflow="fold"
         )
     for row in table.texts():
         rich.add_row(*map(Text, row))
-    note = [Text(_printable(table.note))] if table.note else []
-    return Group(Text(_printable(table.title), style="bold"), rich, *note, Text())
+    note = [Text(printable(table.note))] if table.note else []
+    return Group(Text(printable(table.title), style="bold"), rich, *note, Text())
 
 
 def as_markdown(table: Table) -> str:
@@ -64,7 +64,7 @@ def as_csv(table: Table) -> str:
     """Full precision, one header line; nothing is an empty cell."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([column.name for column in table.columns])
+    writer.writerow([printable(column.name) for column in table.columns])
     writer.writerows(map(_raw, row) for row in table.rows)
     return stream.getvalue()
 
@@ -72,20 +72,21 @@ def as_csv(table: Table) -> str:
 def _raw(cell: Cell) -> str | int | float:
     if cell is None:
         return ""
-    return _printable(cell) if isinstance(cell, str) else cell
+    return printable(cell) if isinstance(cell, str) else cell
 
 
 def _text(cell: Any, column: Column) -> str:
     if cell is None:
         return "–"
     text = format(cell, column.spec) if isinstance(cell, int | float) else str(cell)
-    return _printable(text)
+    return printable(text)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text with everything that a terminal or page would obey replaced by �."""
     # A control character in a subject's name must not reach a terminal.
     return "".join(char if char.isprintable() else "�" for char in text)
 
 
 def _escaped(text: str) -> str:
-    return _printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,235 @@
+"""What the experts did: maps of every layer and expert, routing, suspects."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from expertcut.profiling.evidence.findings import Findings, layers_json
+from expertcut.profiling.statistics import LayerStatistics
+from expertcut.reporting.cuts import rows_tables
+from expertcut.reporting.findings import (
+    experts_csv,
+    margins_table,
+    perturbation_tables,
+    suspects_table,
+)
+from expertcut.reporting.page.figures import Curves, Heat, Series, rounded, span, spread
+from expertcut.reporting.page.gathering import Found, Run, quiz_of
+from expertcut.reporting.page.parts import Explorer, Folded, Part, Section, Text, key_of
+from expertcut.reporting.page.sections.changes import edits_of
+from expertcut.reporting.profiles import MIN_APPEARANCES, profile_tables
+from expertcut.reporting.tables import Column, printable
+
+_MAPS = (
+    ("appearances", "Appearances", ".1%", "Share of questions that chose the expert to answer."),
+    ("weighted_accuracy", "Weighted accuracy", ".1%",
+     "Right among its questions, weighted by its probability."),
+    ("contribution_pct", "Contribution, %", ".2f",
+     "Its mean share of the chosen experts' probability."),
+    ("tokens", "All-token load", ",d", "Tokens of all prompts, shots included, that chose it."),
+)  # fmt: skip
+_FIGURES = (
+    *("appearances", "accuracy", "accuracy_ci95", "weighted_accuracy", "weighted_accuracy_ci95"),
+    *("contribution_pct", "tokens", "difference", "difference_se", "z", "p", "p_adjusted"),
+    "p_family",
+)
+
+
+def expert_sections(run: Run) -> list[Section]:
+    """Experts, routing and suspects of each profile."""
+    sections: list[Section] = []
+    for found in run.profiles:
+        key = key_of(found.name, [s.key.removesuffix("-experts") for s in sections])
+        of = f": {found.name}" if len(run.profiles) > 1 else ""
+        its = found.its
+        explorer = Explorer(key, _maps(its, key), _data(run, found), experts_csv(its))
+        suspects: list[Part] = [suspects_table(its)]
+        sections += [
+            Section(f"{key}-experts", f"Experts{of}", [Text(_in_words(its)), explorer]),
+            Section(f"{key}-suspects", f"Suspects{of}", suspects),
+            Section(f"{key}-routing", f"Routing{of}", _routing(its, key)),
+        ]
+    return sections
+
+
+def _in_words(found: Findings) -> str:
+    quiz, counts = quiz_of(found), found.counts
+    n_right, n_questions = int(counts.right_S.sum()), int(counts.questions_S.sum())
+    return (
+        f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, "
+        f"{n_right:,} of them ({n_right / n_questions:.2%}) answered right. Layers are MoE layers, "
+        "counted from 0."
+    )
+
+
+def _maps(found: Findings, key: str) -> tuple[Heat, ...]:
+    maps = []
+    for name, title, spec, note in _MAPS:
+        rows = _rows(found, name)
+        if rows is None:
+            continue
+        low, high = span(_common(found, rows))
+        if name != "weighted_accuracy":
+            low = min(low, 0.0)
+        if name == "tokens":
+            low, high = span(rows)
+            low = 0.0
+        maps.append(
+            Heat(
+                key=f"{key}-{name.replace('_', '-')}",
+                title=title,
+                note=note,
+                rows=tuple(rows),
+                column=Column(title.lower(), spec),
+                low=low,
+                high=high,
+            )
+        )
+    return tuple(maps)
+
+
+def _rows(found: Findings, name: str) -> "list[np.ndarray[Any, Any]] | None":
+    values = [getattr(layer, f"{name}_E") for layer in found.layers]
+    if any(value is None for value in values):
+        return None
+    return [np.asarray(value, dtype=float) for value in values]
+
+
+def _common(found: Findings, rows: Sequence[Any]) -> list[Any]:
+    """Of the experts in at least 1 % of questions: else one question would set the colours."""
+    pairs = list(zip(found.layers, rows, strict=True))
+    common = [values[layer.appearances_E >= MIN_APPEARANCES] for layer, values in pairs]
+    return common if any(len(values) for values in common) else list(rows)
+
+
+def _data(run: Run, found: Found[Findings]) -> dict[str, Any]:
+    its, layers = found.its, layers_json(found.its)
+    rows = [expert for layer in layers for expert in layer["expert"]]
+    figures: dict[str, Any] = {}
+    for name in _FIGURES:
+        values = [row[name] for row in rows]
+        if name.endswith("_ci95"):
+            for end, part in enumerate(("low", "high")):
+                figures[f"{name}_{part}"] = rounded(None if v is None else v[end] for v in values)
+        else:
+            figures[name] = rounded(values)
+    counts = its.counts
+    return {
+        "layers": [
+            {k: layer[k] for k in ("layer", "block", "experts", "top_k")} for layer in layers
+        ],
+        "figures": figures,
+        "subjects": {
+            "names": [printable(name) for name in counts.names],
+            "questions": counts.questions_S.tolist(),
+            "right": counts.right_S.tolist(),
+            "activated": counts.activated_SX.tolist(),
+            "activated_right": counts.activated_right_SX.tolist(),
+        },
+        "marks": _marks(run, found),
+        "suspect": next(iter(its.significance.suspects), None),
+    }
+
+
+def _marks(run: Run, found: Found[Findings]) -> list[dict[str, Any]]:
+    """What each plan that was made from this profile removes and tilts, by places in X."""
+    marks = []
+    for plan in run.plans:
+        profile = run.profile_of(plan.its)
+        edits = edits_of(plan.its, found.its) if profile is found else None
+        if edits is None:
+            continue
+        removed, tilted, start = [], [], 0
+        for layer in found.its.layers:
+            edit = edits[layer.block]
+            removed += [start + expert for expert in edit.removed(layer.n_experts)]
+            tilted += [start + expert for expert in edit.tilted]
+            start += layer.n_experts
+        verb = "merged" if plan.its.removal == "merge" else "removed"
+        marks.append(
+            {"name": printable(plan.name), "removed": removed, "tilted": tilted, "verb": verb}
+        )
+    return marks
+
+
+def _routing(found: Findings, key: str) -> list[Part]:
+    layers = found.layers
+    parts: list[Part] = [
+        _entropy(f"{key}-entropy-top", "Entropy of the chosen experts", layers, "top", "top_k"),
+        _entropy(f"{key}-entropy-all", "Entropy over all experts", layers, "all", "n_experts"),
+        _ranks(layers, key),
+    ]
+    if len(layers) > 2:
+        parts.append(_rank_map(layers, key))
+    parts += perturbation_tables(found)
+    tables: list[Part] = list(profile_tables(found.profile, list(layers)))
+    return [
+        *parts,
+        *rows_tables(found.profile),
+        Folded("Gate margins", [margins_table(found)]),
+        Folded("Tables 1 to 7 of the paper (arXiv 2502.17187)", tables),
+    ]
+
+
+def _entropy(
+    key: str, title: str, layers: Sequence[LayerStatistics], which: str, count: str
+) -> Curves:
+    entropies = [getattr(layer, f"entropy_{which}_N") for layer in layers]
+    most = tuple(math.log(getattr(layer, count)) for layer in layers)
+    mean = spread(
+        "mean ± standard deviation",
+        np.array([its.mean() for its in entropies]),
+        np.array([its.std() for its in entropies]),
+    )
+    return Curves(
+        key=key,
+        title=title,
+        note="Over questions, at the answer position. The maximum is that of a uniform gate.",
+        across="layer",
+        categories=tuple(str(layer.layer) for layer in layers),
+        series=(mean, Series("maximum", most, is_reference=True)),
+        column=Column("entropy (nats)", ".2f"),
+        zero=0.0,
+    )
+
+
+def _ranks(layers: Sequence[LayerStatistics], key: str) -> Curves:
+    most = max(layer.top_k for layer in layers)
+    series = []
+    for layer in _ends(layers):
+        p_NK, rest = layer.rank_probability_NK, (None,) * (most - layer.top_k)
+        its = spread(f"layer {layer.layer}", p_NK.mean(axis=0), p_NK.std(axis=0))
+        ends = (its.low + rest, its.high + rest)
+        series.append(Series(its.name, its.values + rest, *ends))
+    return Curves(
+        key=f"{key}-ranks",
+        title="Probability of each rank, first and last layer",
+        note="Normalised over the chosen experts; mean and standard deviation over questions.",
+        across="rank",
+        categories=tuple(str(rank + 1) for rank in range(most)),
+        series=tuple(series),
+        column=Column("probability", ".2f"),
+        zero=0.0,
+    )
+
+
+def _ends(layers: Sequence[LayerStatistics]) -> list[LayerStatistics]:
+    return [layers[i] for i in dict.fromkeys((0, len(layers) - 1))]
+
+
+def _rank_map(layers: Sequence[LayerStatistics], key: str) -> Heat:
+    rows = tuple(layer.rank_probability_NK.mean(axis=0) for layer in layers)
+    low, high = span(rows)
+    return Heat(
+        key=f"{key}-rank-map",
+        title="Mean probability of each rank, every layer",
+        note="Normalised over the chosen experts.",
+        rows=rows,
+        column=Column("mean probability", ".3f"),
+        across="rank",
+        first=1,
+        low=low,
+        high=high,
+    )

@@ -1,0 +1,133 @@
+"""The page on disk: one file that needs nothing else, and its figures in a folder beside it."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from expertcut import __version__
+from expertcut.errors import OutputError
+from expertcut.profiling.chunks import write_atomically
+from expertcut.reporting.page.drawing import colour_stops, draw
+from expertcut.reporting.page.gathering import Run, gather
+from expertcut.reporting.page.parts import Explorer, Section, figures_of
+from expertcut.reporting.page.sections import sections_of
+from expertcut.reporting.tables import Table, as_csv, printable
+
+PAGE = "report.html"
+SCRIPTS = ("core", "tables", "heat", "curves", "explorer")  # each uses those before it
+
+
+def write(run: Path, out: Path | None = None) -> Path:
+    """Writes the page of a run and returns where; `out` is `report.html` in the run's folder.
+
+    Figures lie beside it, in a folder of the page's name without its ending, as PNG, SVG and CSV.
+    The same run gives the same bytes.
+
+    Raises:
+        OutputError: nothing to report on, or a place that cannot be written.
+        ProfileError: an unfinished or damaged profile.
+        PlanError: a damaged plan or proof.
+    """
+    page = out or (run if run.is_dir() else run.parent) / PAGE
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{page} is no name for a page: end it in .html")
+    found = gather(run)
+    sections = sections_of(found)
+    beside = page.with_suffix("")
+    for name, content in figure_files(sections):
+        write_atomically(beside / name, content)
+    write_atomically(page, render(found, sections, beside.name).encode())
+    return page
+
+
+def figure_files(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
+    """Every figure's PNG, SVG and CSV by name; and the experts of explorers."""
+    for section in sections:
+        for figure in figures_of(section.parts):
+            yield f"{figure.key}.csv", as_csv(figure.table()).encode()
+            for ending, content in draw(figure).items():
+                yield f"{figure.key}.{ending}", content
+        for part in section.parts:
+            if isinstance(part, Explorer):
+                yield f"{part.key}-experts.csv", as_csv(part.table).encode()
+
+
+def render(run: Run, sections: Sequence[Section], folder: str) -> str:
+    """The page; `folder` is what its links to figures begin with."""
+    environment = Environment(
+        loader=PackageLoader("expertcut.reporting.page", "template"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_plain,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["kind"] = lambda part: type(part).__name__.lower()
+    environment.filters["headings"] = _headings
+    environment.filters["cells"] = _cells
+    style = _resource("style.css")
+    script = "\n".join(_resource(f"scripts/{name}.js") for name in SCRIPTS)
+    return environment.get_template("page.html").render(
+        title=printable(run.path.resolve().name),
+        sections=sections,
+        folder=folder,
+        version=__version__,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=htmlsafe_json_dumps(_data(sections), dumps=_dumps),
+    )
+
+
+def _data(sections: Sequence[Section]) -> dict[str, Any]:
+    parts = [part for section in sections for part in section.parts]
+    return {
+        "colours": colour_stops(),
+        "figures": {f.key: f.as_json() for f in figures_of(parts)},
+        "explorers": {p.key: p.data for p in parts if isinstance(p, Explorer)},
+    }
+
+
+def _dumps(content: object, **_: object) -> str:
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
+
+
+def _headings(table: Table) -> list[tuple[str, bool]]:
+    """Each column's name, and whether it holds numbers."""
+    return [
+        (column.name, any(isinstance(row[i], int | float) for row in table.rows))
+        for i, column in enumerate(table.columns)
+    ]
+
+
+def _cells(table: Table) -> list[list[tuple[str, str | int | float | None, bool]]]:
+    """Each cell as a person reads it, as it is sorted, and whether its column holds numbers."""
+    is_number = [number for _, number in _headings(table)]
+    return [
+        [(text, raw, number) for text, raw, number in zip(texts, row, is_number, strict=True)]
+        for texts, row in zip(table.texts(), table.rows, strict=True)
+    ]
+
+
+def _plain(value: object) -> object:
+    # Before escaping: what a terminal would obey, a page must not hold either.
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _resource(name: str) -> str:
+    folder = files("expertcut.reporting.page") / "template"
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """As a content security policy names what may run."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
