@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__
-from expertcut.cli import auditing, measuring, pruning, tilting
+from expertcut.cli import auditing, measuring, pruning, publishing, tilting
 from expertcut.cli.options import command, option
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
 from expertcut.errors import ExpertcutError
@@ -33,6 +33,7 @@ for run in (
     tilting.reweight,
     auditing.audit,
     measuring.eval,
+    publishing.publish,
 ):
     app.command()(run)
 

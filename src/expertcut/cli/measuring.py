@@ -15,6 +15,7 @@ from expertcut.cli.options import (
     Dtype,
     Format,
     Limit,
+    LmEvalJson,
     MaxMemory,
     Offload,
     Perturb,
@@ -139,9 +140,10 @@ def eval(
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
     out: ResultsFile = Path("results.json"),
+    lm_eval_json: LmEvalJson = None,
 ) -> None:
     """Compare checkpoints on the same questions."""
-    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results
+    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, save
     from expertcut.evaluation.evaluate import score as score_model
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
@@ -158,14 +160,12 @@ def eval(
         found = watched(steps, f"scoring {source.name}", len(questions), folder)
         scored += [step for step in found if isinstance(step, Scored)]
     if is_first():
-        _save(results(scoring, scored), out)
+        _say(save(scoring, scored, out, lm_eval_json), out)
 
 
-def _save(found: "Results", out: Path) -> None:
-    from expertcut.evaluation.results import save_results
+def _say(found: "Results", out: Path) -> None:
     from expertcut.reporting.outcomes import result_sentences, results_table
 
-    save_results(out, found)
     print_tables([results_table(found)], Format.table)
     for sentence in result_sentences(found):
         print(sentence)

@@ -163,6 +163,14 @@ NoVerify = Annotated[
 ResultsFile = Annotated[
     Path, option("Where to; its chunks beside it are resumed.", "--out", dir_okay=False)
 ]
+LmEvalJson = Annotated[
+    Path | None,
+    option(
+        "Also a results file in the form of lm-evaluation-harness; of several models one each.",
+        "--lm-eval-json",
+        dir_okay=False,
+    ),
+]
 PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
 ProtectOption = Annotated[
     list[str] | None,

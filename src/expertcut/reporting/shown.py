@@ -26,9 +26,9 @@ from expertcut.reporting.findings import (
     subjects_csv,
     suspects_table,
 )
-from expertcut.reporting.outcomes import plan_table, results_csv, results_table
+from expertcut.reporting.outcomes import plan_csv, plan_table, results_csv, results_table
 from expertcut.reporting.profiles import profile_tables
-from expertcut.reporting.proving import curve_table, proof_table
+from expertcut.reporting.proving import curve_table, proof_csv, proof_table
 from expertcut.reporting.sweeps import sweep_csv, sweep_table
 from expertcut.reporting.tables import Table
 
@@ -111,13 +111,13 @@ def _plan(path: Path) -> Shown:
     tables = [plan_table(plan), *([curve_table(plan.tuning)] if plan.tuning else [])]
     if (path / PROOF_FILE).is_file():
         tables.append(proof_table(load_proof(path)))
-    return Shown(lambda: tables, lambda: plan_table(plan), lambda: plan.model_dump(mode="json"))
+    return Shown(lambda: tables, lambda: plan_csv(plan), lambda: plan.model_dump(mode="json"))
 
 
 def _proof(path: Path) -> Shown:
     proof = load_proof(path)
     table = proof_table(proof)
-    return Shown(lambda: [table], lambda: table, lambda: proof.model_dump(mode="json"))
+    return Shown(lambda: [table], lambda: proof_csv(proof), lambda: proof.model_dump(mode="json"))
 
 
 def _results(path: Path) -> Shown:
