@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ _STEPS = {
     "put": r"PUT /storage/([0-9a-f]{64})",
     "commit": r"POST /api/models/([^/]+/[^/]+)/commit/([^/]+)",
 }
+_COUNTING = threading.Lock()
 STEPS = {name: re.compile(pattern) for name, pattern in _STEPS.items()}
 
 
@@ -48,22 +50,29 @@ class Request:
 
 @dataclass
 class Fault:
-    """A step that fails so many times: with a status, or, without one, by a cut connection."""
+    """A step that fails so many times: with a status, or, without one, by a cut connection.
+
+    The first `after` requests of that step go well.
+    """
 
     step: str
     status: int | None = None
     times: int = 1
     message: str = ""
+    after: int = 0
 
     def is_due(self, method: str, path: str) -> bool:
-        is_it = self.times > 0 and STEPS[self.step].fullmatch(f"{method} {path}") is not None
-        self.times -= is_it
+        if STEPS[self.step].fullmatch(f"{method} {path}") is None:
+            return False
+        with _COUNTING:
+            is_it = self.after <= 0 < self.times
+            self.after -= 1
+            self.times -= is_it
         return is_it
 
     def answer(self) -> Answer:
         assert self.status is not None
-        headers = {"X-Error-Message": self.message} if self.message else {}
-        return Answer(b"{}", headers, self.status)
+        return json_answer({"error": self.message} if self.message else {}, self.status)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from expertcut.errors import HubError, SettingsError
 from expertcut.evaluation.results import results_bytes
 from expertcut.profiling.chunks import write_atomically
 from expertcut.publishing.card.evidence import Evaluated, evaluations
+from expertcut.publishing.card.markup import printable
 from expertcut.publishing.card.origin import origin
 from expertcut.publishing.card.text import Place, card_text, is_edited
 from expertcut.publishing.faults import warnings_kept
@@ -91,12 +92,13 @@ def _check_names(repo: str, revision: str | None) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise SettingsError(f"{repo} is no name that the Hub takes: {error}") from None
+        what = printable(f"{repo} is no name that the Hub takes: {error}")
+        raise SettingsError(what) from None
     if repo.count("/") != 1:
         raise SettingsError(f"{repo} must name owner and repository: OWNER/NAME")
     if revision is not None and not _REVISION.fullmatch(revision):
         raise SettingsError(
-            f"--revision {revision} must be the name of a branch, like v2 or keep-32"
+            f"--revision {printable(revision)} must be the name of a branch, like v2 or keep-32"
         )
 
 

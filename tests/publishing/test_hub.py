@@ -3,19 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
-from expertcut.checkpoints.files.headers import read_headers
-from tests.hub import TOKEN, Fault, LocalHub
-from tests.published import Done, copied, hub_of_this_process, make_checkpoints, run
+from tests.hub import Fault, LocalHub
+from tests.publishing.made import REPO, Publish, copied, in_two_files, refused
 
-REPO = "birds/cut"
-REFUSALS = {401: "hf auth login", 403: "to birds/cut", 409: "run the same command again"}
-Publish = Callable[..., Done]
 # In a process of its own, to which expertcut cannot be imported.
 LOAD_BACK = """
 import sys
@@ -35,42 +29,6 @@ for repo, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     assert torch.equal(*found) and found[0].std() > 0.1
     print(repo, type(model).__name__)
 """
-
-
-@pytest.fixture(scope="module")
-def made(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return make_checkpoints(checkpoint("olmoe"), quiz_folder, tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    with hub_of_this_process(monkeypatch, tmp_path / "hf") as running:
-        yield running
-
-
-@pytest.fixture
-def publish(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Publish:
-    """`publish CHECKPOINT REPO …`, whose words never hold the token."""
-
-    def publish(*words: object) -> Done:
-        done = run(monkeypatch, capsys, "publish", *words)
-        assert TOKEN not in done.out + done.err
-        return done
-
-    return publish
-
-
-def refused(done: Done, *parts: str) -> str:
-    """One line, exit status 2."""
-    assert (done.status, done.out) == (2, ""), done
-    assert done.err.count("\n") == 1 and done.err.startswith("expertcut: ")
-    for part in parts:
-        assert part in done.err
-    return done.err
 
 
 def test_what_is_published_loads_back_by_its_id_without_expertcut(
@@ -120,103 +78,6 @@ def test_publishing_again_changes_nothing_and_a_new_result_only_what_tells_of_it
     assert hub.uploads.bytes_put == put > 0
 
 
-@pytest.mark.parametrize("step", ["look", "create", "validate", "preupload", "batch", "commit"])
-@pytest.mark.parametrize("status", REFUSALS)
-def test_a_refusal_at_any_step_is_one_line_and_running_again_finishes(
-    made: Path, hub: LocalHub, publish: Publish, tmp_path: Path, step: str, status: int
-) -> None:
-    folder = copied(made / "tilted", tmp_path / "tilted")
-    hub.faults.append(Fault(step, status, message=f"No! {TOKEN}\n\x1b[31mred"))
-    line = refused(publish(folder, REPO), f"{status} (No! *** [31mred): ", REFUSALS[status])
-    assert "\x1b" not in line
-    assert_again_finishes(folder, hub, publish)
-
-
-@pytest.mark.parametrize("step", ["preupload", "put", "commit"])
-def test_what_is_too_large_is_one_line(
-    made: Path, hub: LocalHub, publish: Publish, tmp_path: Path, step: str
-) -> None:
-    folder = copied(made / "tilted", tmp_path / "tilted")
-    hub.faults.append(Fault(step, 413))
-    refused(publish(folder, REPO), "413: a file is larger than the Hub takes")
-    assert_again_finishes(folder, hub, publish)
-
-
-@pytest.mark.parametrize("step", ["look", "create", "validate", "preupload", "put", "commit"])
-def test_a_hub_that_is_at_fault_twice_is_asked_until_it_answers(
-    made: Path, hub: LocalHub, publish: Publish, tmp_path: Path, step: str
-) -> None:
-    folder = copied(made / "tilted", tmp_path / "tilted")
-    fault = Fault(step, 500, times=2)
-    hub.faults.append(fault)
-    done = publish(folder, REPO)
-    for _ in range(2):  # some steps huggingface_hub asks again by itself
-        if done.status:
-            refused(done, "500: the Hub has a fault of its own: run the same command again")
-            done = publish(folder, REPO)
-    assert done.status == 0, done.err
-    assert fault.times == 0
-    assert hub.files(REPO)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("step", ["look", "create", "batch", "put", "commit"])
-def test_a_connection_that_breaks_is_one_line_and_what_is_there_is_not_sent_again(
-    made: Path, hub: LocalHub, publish: Publish, tmp_path: Path, step: str
-) -> None:
-    folder = in_two_files(copied(made / "tilted", tmp_path / "tilted"))
-    hub.faults.append(Fault(step, times=6))  # as often as huggingface_hub tries
-    refused(publish(folder, REPO), "the connection broke", "run the same command again")
-    hub.faults.clear()
-    put = hub.uploads.bytes_put
-    assert_again_finishes(folder, hub, publish)
-    sizes = sorted(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert len(sizes) == 2
-    assert hub.uploads.bytes_put == sum(sizes)  # each went up once, over both runs
-    assert (put > 0) == (step in ("put", "commit"))
-
-
-def assert_again_finishes(folder: Path, hub: LocalHub, publish: Publish) -> None:
-    done = publish(folder, REPO)
-    assert done.status == 0, done.err
-    assert {file.name for file in folder.iterdir()} <= set(hub.files(REPO))
-
-
-def in_two_files(folder: Path) -> Path:
-    """The same checkpoint, its weights in two files and an index."""
-    tensors = load_file(folder / "model.safetensors")
-    names, half = list(tensors), len(tensors) // 2
-    index = {}
-    for number, part in enumerate((names[:half], names[half:]), start=1):
-        file = f"model-0000{number}-of-00002.safetensors"
-        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors").unlink()
-    text = json.dumps({"metadata": {}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(text)
-    assert len(read_headers(folder)) == len(names) > 10
-    return folder
-
-
-def test_without_a_token_or_with_another_ones_owner_nothing_goes_up(
-    made: Path,
-    hub: LocalHub,
-    publish: Publish,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = copied(made / "tilted", tmp_path / "tilted")
-    refused(publish(folder, "strangers/cut"), "403", "take one that may write to strangers/cut")
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    line = refused(publish(folder, REPO), "401", "`hf auth login`")
-    assert "hf_wrong" not in line
-    monkeypatch.delenv("HF_TOKEN")
-    refused(publish(folder, REPO), "no Hugging Face token: log in with `hf auth login`")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(publish(folder, REPO), "HF_HUB_OFFLINE is set")
-    assert not hub.repositories and not hub.uploads.storage
-
-
 def test_a_dry_run_asks_the_hub_nothing_and_says_what_would_go(
     made: Path, hub: LocalHub, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +114,6 @@ def test_another_models_repository_is_refused_and_replaced_only_by_force(
     refused(publish(exact, REPO), "holds another checkpoint of this base", "--revision")
     plan = json.loads((stock / "plan.json").read_text())
     plan["model"]["fingerprint"] = "0" * 64
-    (exact / "plan.json").unlink()
     other_base = copied(stock, tmp_path / "other_base")
     (other_base / "plan.json").write_text(json.dumps(plan))
     refused(publish(other_base, REPO), "of another base")

@@ -1,5 +1,6 @@
 """Checkpoints to publish, the command as it is typed, and the local Hub as this process's Hub."""
 
+import json
 import shutil
 import sys
 import time
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+from safetensors.torch import load_file, save_file
 
+from expertcut.checkpoints.files.headers import read_headers
 from expertcut.cli import main
 from expertcut.interventions.plan import PlanModel, load_plan, plan_text
 from tests.hub import TOKEN, LocalHub
 
-Run = Callable[..., "Done"]
+REPO = "birds/cut"
+Publish = Callable[..., "Done"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ def hub_of_this_process(patch: pytest.MonkeyPatch, home: Path) -> Iterator[Local
     with LocalHub() as hub:
         for name, value in {
             "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_CACHE": str(home / "hub"),
@@ -86,3 +91,28 @@ def copied(folder: Path, place: Path, base: tuple[str, str] | None = None) -> Pa
         model = PlanModel(id=base[0], revision=base[1], fingerprint=plan.model.fingerprint)
         (place / "plan.json").write_text(plan_text(plan.model_copy(update={"model": model})))
     return place
+
+
+def in_two_files(folder: Path) -> Path:
+    """The same checkpoint, its weights in two files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names, half = list(tensors), len(tensors) // 2
+    index = {}
+    for number, part in enumerate((names[:half], names[half:]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert len(read_headers(folder)) == len(names) > 10
+    return folder
+
+
+def refused(done: Done, *parts: str) -> str:
+    """One line, exit status 2."""
+    assert (done.status, done.out) == (2, ""), done
+    assert done.err.count("\n") == 1 and done.err.startswith("expertcut: ")
+    for part in parts:
+        assert part in done.err
+    return done.err
