@@ -111,6 +111,8 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits for an acknowledgement
+    wbufsize = 1 << 16
     server: _Server
 
     def _respond(self) -> None:

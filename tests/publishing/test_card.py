@@ -35,10 +35,10 @@ HOSTILE = (
 )
 
 
-def card_of(folder: Path, results: tuple[Path, ...] = (), place: Place = PLACE) -> str:
+def card_of(folder: Path, *results: Path) -> str:
     found = verified(folder)
     evaluated = evaluations(found, results)
-    return card_text(found, origin(found.plan, found.folder), evaluated, place)
+    return card_text(found, origin(found.plan, found.folder), evaluated, PLACE)
 
 
 def metadata_of(card: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
     made: Path, hub: LocalHub, tmp_path: Path
 ) -> None:
     folder = based_on_the_hub(made, hub, tmp_path / "cut", "---\nlicense: Apache-2.0\n---\n# B\n")
-    card = card_of(folder, (made / "results.json",))
+    card = card_of(folder, made / "results.json")
     data = metadata_of(card)
     assert data["base_model"] == BASE and data["base_model_relation"] == "finetune"
     assert data["license"] == "apache-2.0"
@@ -77,10 +77,11 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
     plain = card.replace("\\", "")
     for said in (
         "Each of 2 MoE layers keeps 5 of 8 experts; the others are cut out",
+        "with expertcut: `prune --keep 5`.",
         "prune --keep 5 (layout stock), by activations, counted at the answer position",
         f"[{BASE}](<https://huggingface.co/{BASE}/tree/{hub.commit(BASE)}>)",
         "the same removal as a mask",
-        f"| green_birds | {own.subjects['green_birds'].accuracy:.2%} |",
+        f"{own.subjects['green_birds'].accuracy:.2%} | {own.subjects['green_birds'].questions} |",
         'AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
         f"vllm serve {REPO}",
         "convert_hf_to_gguf.py",
@@ -110,15 +111,12 @@ def test_results_of_other_weights_are_refused_and_what_goes_up_names_no_path(
     stock = copied(made / "stock", tmp_path / "stock")
     (tmp_path / "results.json").write_bytes((made / "results.json").read_bytes())
     assert publish(stock, REPO).status == 0  # found beside it
+    base = Path(load_results(made / "results.json").models[0].path).name
     sent = json.loads(hub.files(REPO)["results.json"])
-    assert [model["path"] for model in sent["models"]] == [load_results_name(made), "stock"]
+    assert [model["path"] for model in sent["models"]] == [base, "stock"]
     assert (sent["comparisons"][0]["base"], sent["comparisons"][0]["other"]) == (0, 1)
     assert "/" not in sent["quiz"]
     assert load_results(tmp_path / "results.json").models[1].fingerprint is not None
-
-
-def load_results_name(made: Path) -> str:
-    return Path(load_results(made / "results.json").models[0].path).name
 
 
 def test_a_card_that_was_edited_stays_and_goes_up_as_it_is(
@@ -210,7 +208,7 @@ def test_hostile_text_changes_neither_card_nor_terminal(
     made: Path, publish: Publish, hub: LocalHub, tmp_path: Path
 ) -> None:
     plain = copied(made / "stock", tmp_path / "plain")
-    harmless = card_of(plain, (made / "results.json",))
+    harmless = card_of(plain, made / "results.json")
     folder = copied(made / "stock", tmp_path / "hostile")
     results = json.loads((made / "results.json").read_text())
     for model in results["models"]:
@@ -218,8 +216,7 @@ def test_hostile_text_changes_neither_card_nor_terminal(
         model["subjects"] = dict.fromkeys(HOSTILE, subject)
     results |= {"quiz": HOSTILE[3], "split": HOSTILE[5]}
     results["models"][0]["path"] = HOSTILE[0]
-    file = tmp_path / "hostile.json"
-    file.write_text(json.dumps(results))
+    (file := tmp_path / "hostile.json").write_text(json.dumps(results))
     plan = json.loads((folder / "plan.json").read_text())
     plan["action"], plan["criterion"] = f"prune {HOSTILE[5]}", HOSTILE[4]
     plan["model"]["id"] = f"/x/{HOSTILE[0]}"

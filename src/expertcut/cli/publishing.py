@@ -48,7 +48,8 @@ def _say(done: "Published") -> None:
     if done.is_card_kept:
         print(f"{done.card} was edited by hand and stays; remove it for a new one")
     else:
-        what = f"with {done.n_results} evaluations" if done.n_results else "without an evaluation"
+        counts = {0: "without an evaluation", 1: "with an evaluation"}
+        what = counts.get(done.n_results, f"with {done.n_results} evaluations")
         print(f"the card is written to {done.card}, {what}")
     if done.left_out:
         print(f"left out: {printable(', '.join(done.left_out))}")

@@ -4,8 +4,11 @@ import re
 
 from expertcut.reporting.tables import Table
 
-# What CommonMark lets a backslash stand before, but for a point in a number and a hyphen in a name.
-_PUNCTUATION = re.compile(r"(?!(?<=\d)\.(?=\d)|(?<=\w)-(?=\w))([!-/:-@\[-`{-~])")
+# What CommonMark lets a backslash stand before, but for a point in a number or behind a word, a
+# hyphen in a name and a colon before a space, which mean nothing.
+_PUNCTUATION = re.compile(
+    r"(?!(?<=\d)\.(?=\d)|(?<=[a-z%)])\.(?=\s|$)|(?<=\w)-(?=\w)|:(?=\s))([!-/:-@\[-`{-~])"
+)
 _HARMLESS = set(",;%'\"/+=()")
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 

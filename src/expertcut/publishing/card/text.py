@@ -155,6 +155,7 @@ def _results_facts(one: Evaluated) -> dict[str, Any]:
         Column("questions", ",d"),
     )
     return {
+        "file": Markdown(one.file),
         "table": results_table(one.results),
         "sentences": result_sentences(one.results) if one.results.comparisons else [],
         "subjects": Table("Subjects", columns, rows),
