@@ -327,7 +327,7 @@ def test_results_have_the_documented_keys(
     for model in shown["models"]:
         assert set(model) == {
             *("path", "accuracy", "stderr", "ci95", "questions", "subjects", "parameters"),
-            *("active_parameters", "bytes", "chosen_on"),
+            *("active_parameters", "bytes", "chosen_on", "revision", "fingerprint"),
         }
         assert all(set(its) == {"accuracy", "questions"} for its in model["subjects"].values())
         assert len(model["ci95"]) == 2

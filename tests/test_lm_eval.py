@@ -1,6 +1,7 @@
 """Prompts, answers and accuracies are those of lm-evaluation-harness, in float32 on CPU."""
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 
 from expertcut.cli import app
@@ -18,7 +20,7 @@ from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz, prompt
 from tests.conftest import make_checkpoint
-from tests.harness import Asked, Harnessed, harness
+from tests.harness import GROUP, Asked, Harnessed, harness, task_name
 
 Array = np.ndarray[Any, Any]
 QUICKSTART = Path(__file__).resolve().parents[1] / "checkpoints" / "quickstart"
@@ -32,6 +34,16 @@ AWKWARD_ROWS = [
     ["Größe – ∑\u2028½ of 日本?", "é", "e\u0301", "\u00a0x\u00a0", "🙂", "B"],
     ["Answer: A\n\nQuestion", "Answer:", "A.", "\\n", "B. A", "B"],
 ]
+# What tells where a task lies, and not what it asks.
+WHERE = ("task", "dataset_path", "metadata")
+THEIR_TABLES = """
+import json, sys
+from lm_eval.utils import make_table
+for file in sys.argv[1:]:
+    found = json.load(open(file))
+    print(make_table(found))
+    assert make_table(found, "groups")
+"""
 PLAIN = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -85,6 +97,13 @@ def test_pruned_and_reweighted_models_are_stock_models_that_score_as_eval_says(
     assert base.result.questions == 80
     with ThreadPoolExecutor() as pool:  # a process each: most of its time it starts up
         theirs = list(pool.map(lambda m: harness(m, asked, m.with_suffix(".lm_eval")), edited))
+    predicted = pandas.read_parquet(tmp_path / "predictions.parquet")
+    files = sorted(tmp_path.glob("harness-*.json"))
+    assert [f.name.split("-")[1] for f in files] == ["0", "1", "2"]
+    for evaluated, harnessed, file in zip(ours, theirs, files[1:], strict=True):
+        assert_same_file(json.loads(file.read_text()), harnessed, asked)
+        assert_same_predictions(predicted, evaluated.result.path, harnessed, asked)
+    assert_lm_eval_reads(files)
     for evaluated, harnessed, change in zip(ours, theirs, results.comparisons, strict=True):
         assert_agreement(evaluated, harnessed, asked)
         assert change.max_abs_logprob_diff > 0.05  # else the edit changed nothing
@@ -100,6 +119,56 @@ def test_every_prompt_of_mmlu_is_that_of_lm_eval(
     theirs = harness(None, Asked(real_mmlu, tuple(quiz.questions), shots), tmp_path / "lm_eval")
     for subject in quiz.questions:
         assert [s.prompt for s in theirs.samples[subject]] == prompts(quiz, subject)
+
+
+def assert_same_file(ours: dict[str, Any], theirs: Harnessed, asked: Asked) -> None:
+    """What `--lm-eval-json` wrote has the keys of a real run, and its figures."""
+    real, group = theirs.results, asked.quiz.name
+    assert set(ours) == set(real)
+    assert set(ours["config"]) == set(real["config"])
+    tasks = {task_name(subject): f"{group}_{subject}" for subject in asked.subjects}
+    for part in ("configs", "n-samples", "n-shot", "higher_is_better", "versions"):
+        assert set(ours[part]) - {group} == set(tasks.values())
+        for name, own in tasks.items():
+            same = {k: v for k, v in as_dict(real[part][name]).items() if k not in WHERE}
+            assert same == {k: v for k, v in as_dict(ours[part][own]).items() if k not in WHERE}
+    assert ours["group_subtasks"] == {group: list(tasks.values())}
+    assert ours["groups"][group] == ours["results"][group]
+    for name, own in {**tasks, GROUP: group}.items():
+        found, expected = ours["results"][own], real["results"][name]
+        assert set(found) == set(expected)
+        for key, value in expected.items():
+            assert key in ("name", "alias") or found[key] == pytest.approx(value, rel=1e-9)
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"": value}
+
+
+def assert_same_predictions(found: Any, path: str, theirs: Harnessed, asked: Asked) -> None:
+    """`predictions.parquet` against the harness's own samples."""
+    rows = found[found.model == path]
+    assert len(rows) == sum(map(len, theirs.samples.values())) > 50
+    for subject in asked.subjects:
+        own, samples = rows[rows.subject == subject], theirs.samples[subject]
+        assert own.row.tolist() == list(range(len(samples)))
+        assert own.answer.tolist() == ["ABCD"[s.target] for s in samples]
+        assert own.prediction.tolist() == ["ABCD"[s.prediction] for s in samples]
+        assert own.is_correct.tolist() == [s.is_correct for s in samples]
+        columns = [f"logprob_{letter}" for letter in "ABCD"]
+        assert np.abs(own[columns].to_numpy() - theirs.logprob_NC(subject)).max() < TOLERANCE
+
+
+def assert_lm_eval_reads(files: list[Path]) -> None:
+    """Its own table is made of each file."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", THEIR_TABLES, *files],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("quiz_awkward_cells") == len(files)
 
 
 def assert_agreement(ours: Evaluated, theirs: Harnessed, asked: Asked) -> None:
@@ -132,7 +201,8 @@ def evaluate(models: list[Path], asked: Asked, out: Path) -> tuple[Results, list
     """`expertcut eval` on what lm_eval is asked."""
     limit = ("--limit", asked.limit) if asked.limit else ()
     options = ("--subjects", ",".join(asked.subjects), "--shots", asked.shots, *limit)
-    run("eval", *models, "--quiz", asked.quiz, *options, "--out", out)
+    harness_file = ("--lm-eval-json", out.with_name("harness.json"))
+    run("eval", *models, "--quiz", asked.quiz, *options, *harness_file, "--out", out)
     results = load_results(out)
     return results, [
         Evaluated(result, logprobs(next(out.with_suffix(".chunks").glob(f"{model.name}-*"))))

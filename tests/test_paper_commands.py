@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expertcut.cli import main
 from expertcut.quiz.sources import MMLU_REVISION
 from tests.conftest import WORDS, make_checkpoint
-from tests.local_hub import LocalHub
+from tests.hub import LocalHub
 
 MODEL_ID = "allenai/OLMoE-1B-7B-0125-Instruct"
 QUIZ_ID = "cais/mmlu"
@@ -185,7 +185,7 @@ def test_they_leave_a_profile_and_two_checkpoints_and_nothing_else(paper: Paper)
 def test_the_profile_says_which_revisions_it_saw(paper: Paper) -> None:
     info = json.loads((paper.profile / "profile.json").read_text())
     assert info["model"]["id"] == MODEL_ID
-    assert info["model"]["revision"] == paper.hub.find("models", MODEL_ID, "main").commit
+    assert info["model"]["revision"] == paper.hub.commit(MODEL_ID)
     assert (info["quiz"]["id"], info["quiz"]["revision"]) == (QUIZ_ID, MMLU_REVISION)
     assert (info["quiz"]["split"], info["quiz"]["shots"]) == ("test", 5)
     assert {s: q["questions"] for s, q in info["quiz"]["subjects"].items()} == {
@@ -293,7 +293,7 @@ def test_a_hub_without_the_pinned_revision_gives_its_main_one_and_says_so(
     folder = tmp_path / "empty"
     folder.mkdir()
     with LocalHub() as hub:
-        mmlu = hub.add("datasets", QUIZ_ID, write_mmlu(tmp_path / "mmlu", has_all=False))
+        mmlu = hub.add("datasets", QUIZ_ID, write_mmlu(tmp_path / "mmlu", has_all=False)).at("main")
         command = ["profile", str(model), "--shots", "1", "--limit", "2", "--out", "found"]
         done = expertcut(command, folder, hub.environment(tmp_path / "hf"))
         asked = [path for path in hub.asked if f"datasets/{QUIZ_ID}/" in path]

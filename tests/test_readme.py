@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("profile", "show", "prune", "reweight", "eval", "report")
+COMMANDS = ("profile", "show", "prune", "reweight", "audit", "eval", "report", "publish")
 
 
 def run(*args: str) -> str:

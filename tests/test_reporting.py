@@ -17,6 +17,7 @@ from expertcut.checkpoints.build import Built
 from expertcut.checkpoints.proof import Alone, Difference, Outcome, Proof
 from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Removed, Stats
 from expertcut.errors import OutputError
+from expertcut.evaluation.proving.outcome import Change, ProofResult, RandomControl
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
@@ -39,7 +40,13 @@ from expertcut.profiling.statistics import as_json
 from expertcut.profiling.store import Profile
 from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 from expertcut.reporting.findings import experts_csv
-from expertcut.reporting.outcomes import plan_table, result_sentences, results_csv, results_table
+from expertcut.reporting.outcomes import (
+    plan_csv,
+    plan_table,
+    result_sentences,
+    results_csv,
+    results_table,
+)
 from expertcut.reporting.profiles import profile_tables
 from expertcut.reporting.proofs import (
     proof_sentences,
@@ -47,6 +54,7 @@ from expertcut.reporting.proofs import (
     scale_sentences,
     tilt_sentences,
 )
+from expertcut.reporting.proving import proof_csv
 from expertcut.reporting.shown import find_shown
 from expertcut.reporting.tables import Column, Table, as_csv, as_markdown, as_rich
 from tests.hand_made import block, profile_info, random_chunk, random_profile, write_profile
@@ -387,6 +395,43 @@ def test_every_comparison_stands_with_its_model():
     assert [s.split()[0] for s in result_sentences(found)] == [
         *("models/base", "models/b", "models/a")
     ]
+
+
+def test_the_csv_of_a_plan_has_every_expert_that_stays():
+    made = plan()
+    rows = list(csv.DictReader(io.StringIO(as_csv(plan_csv(made)))))
+    assert len(rows) == sum(len(edit.keep) for edit in made.blocks.values()) > 2
+    for row in rows:
+        edit, expert = made.blocks[row["block"]], int(row["expert"])
+        assert expert in edit.keep
+        for name, values in (("bias", edit.bias), ("scale", edit.scale)):
+            assert row[name] == ("" if expert not in values else str(values[expert]))
+    assert any(row["bias"] for row in rows) and any(row["scale"] for row in rows)
+
+
+def test_the_csv_of_a_proof_has_every_estimate():
+    change = Change(
+        delta=1 / 3, ci95=(0.1, 0.5), gained=5, lost=2, mcnemar_p=0.25, smallest_effect=0.3
+    )
+    control = RandomControl(draws=99, distinct=20, delta_mean=0.0, range95=(-0.1, 0.1), p=0.01)
+    proof = ProofResult(
+        procedure="boost",
+        quiz="birds",
+        split="val",
+        questions=30,
+        seed=0,
+        base_accuracy=0.5,
+        cross_fitted=change,
+        same_questions=change,
+        random=control,
+        folds=(),
+        verdict="helps",
+        sentence="",
+    )
+    rows = list(csv.DictReader(io.StringIO(as_csv(proof_csv(proof)))))
+    assert [row["estimate"] for row in rows] == ["cross_fitted", "same_questions", "random"]
+    assert float(rows[0]["delta"]) == 1 / 3 and rows[0]["p_random"] == ""
+    assert (rows[2]["low"], rows[2]["draws"], rows[2]["p_random"]) == ("-0.1", "99", "0.01")
 
 
 def test_the_results_csv_has_every_subject_and_all_of_them():

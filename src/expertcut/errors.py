@@ -7,7 +7,8 @@
     ├── ProfileError          a profile that is missing, unfinished, or of something else
     ├── PlanError             an edit that cannot be made
     ├── SettingsError         an option with an unusable value
-    └── OutputError           a place that must not be written to
+    ├── OutputError           a place that must not be written to
+    └── HubError              the Hugging Face Hub, or the way to it, refused
 
 Anything else that escapes is a fault of ours: exit status 1, with a traceback.
 """
@@ -43,3 +44,7 @@ class SettingsError(ExpertcutError):
 
 class OutputError(ExpertcutError):
     """An output folder or file is in the way."""
+
+
+class HubError(ExpertcutError):
+    """The Hub refused, or could not be reached."""

@@ -213,6 +213,11 @@ def _gather_and_ask(job: _Job, *, is_verified: bool) -> tuple[Gathered, list[Fit
     return gathered, fits, prove_before(engine, held_out, job.draft, gathered.constants)
 
 
+def gather(profile: Profile, draft: Draft, questions: Questions, engine: Engine) -> Gathered:
+    """What the layout needs beside the plan, from a model that is loaded already."""
+    return _gather(_Job(profile, draft, questions, engine.moe.source, LoadOptions()), engine)
+
+
 def _gather(job: _Job, engine: Engine | None) -> Gathered:
     draft, tuning = job.draft, job.questions.tuning
     if draft.layout == "exact":

@@ -49,12 +49,21 @@ def check_export(source: Source, draft: Draft, n_experts: int, folder: Path) -> 
         ModelError: damaged or quantized weights.
         OutputError: too little space.
     """
-    config, stored = read_config(source.path), read_stored(source.path)
     check_layout(source, draft.layout, is_cutting=draft.is_cut)
+    stored = read_stored(source.path)
+    check_space(folder, needed_bytes(stored, cut_rewrite(source, stored, draft, n_experts)))
+
+
+def cut_rewrite(source: Source, stored: Stored, draft: Draft, n_experts: int) -> Rewrite:
+    """What a plan's cut does to each tensor, tilts left out; its sizes are right, not its values.
+
+    Raises:
+        ContractError: a form on disk that the layout does not support.
+    """
+    width = int(read_config(source.path).get("hidden_size", 0))
     cut = {name: Edit(keep=edit.keep) for name, edit in draft.edits.items()}
-    constants = zero_outputs(removed_experts(cut, n_experts), int(config.get("hidden_size", 0)))
-    rewrite = _rewrite(stored, replace(draft, edits=cut), Gathered(constants=constants))
-    check_space(folder, needed_bytes(stored, rewrite))
+    constants = zero_outputs(removed_experts(cut, n_experts), width)
+    return _rewrite(stored, replace(draft, edits=cut), Gathered(constants=constants))
 
 
 def check_layout(source: Source, layout: Layout, *, is_cutting: bool) -> None:

@@ -13,8 +13,8 @@ import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__
-from expertcut.cli import changing, measuring, reporting, tilting
-from expertcut.cli.options import option
+from expertcut.cli import auditing, measuring, pruning, publishing, reporting, tilting
+from expertcut.cli.options import command, option
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
 from expertcut.errors import ExpertcutError
 from expertcut.reporting.tables import printable
@@ -27,15 +27,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (
+for run in (
     measuring.profile,
     measuring.show,
-    changing.prune,
+    command(pruning.Prune),
     tilting.reweight,
+    auditing.audit,
     measuring.eval,
     reporting.report,
+    publishing.publish,
 ):
-    app.command()(command)
+    app.command()(run)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,96 +1,17 @@
-"""The command `prune`, and how a choice becomes a checkpoint."""
+"""How a choice becomes a checkpoint or a plan, and what named experts are told of."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from expertcut.cli.options import (
-    ApplyAtOption,
-    Boost,
-    Criterion,
-    Device,
-    Dtype,
-    FoldOption,
-    Force,
-    Format,
-    Layout,
-    LayoutOption,
-    NoVerify,
-    OutDir,
-    PlanOnly,
-    Positions,
-    ProfileDir,
-    RemovedOption,
-    Scale,
-    Suppress,
-    Threads,
-    TrustRemoteCode,
-    option,
-    read_profile,
-    value,
-)
+from expertcut.cli.options import Format
 from expertcut.cli.output import print_tables, quiet
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.interventions.plan import Draft
-    from expertcut.interventions.prune import Pruning
     from expertcut.interventions.reweighting.targets import Scaling, Tilt
     from expertcut.profiling.store import Profile
-
-
-def prune(
-    profile: ProfileDir = None,
-    keep_active: Annotated[bool, option("Keep what ever fires.", "--keep-active")] = False,
-    keep: Annotated[int | None, option("Keep so many per layer.")] = None,
-    keep_fraction: Annotated[float | None, option("Keep this share per layer.")] = None,
-    by: Annotated[Criterion, option("What --keep ranks by.")] = Criterion.activations,
-    positions: Annotated[
-        Positions, option("Count at the answer position, or at all tokens.")
-    ] = Positions.answer,
-    layout: LayoutOption = Layout.stock,
-    removed: RemovedOption = None,
-    fold: FoldOption = None,
-    boost: Boost = None,
-    suppress: Suppress = None,
-    scale: Scale = None,
-    apply_at: ApplyAtOption = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = False,
-    out: OutDir = None,
-    force: Force = False,
-    no_verify: NoVerify = False,
-    plan_only: PlanOnly = False,
-) -> None:
-    """Remove experts, and say what that did."""
-    from expertcut.checkpoints.build import BuildOptions
-    from expertcut.interventions.prune import Keep, Way, choose
-    from expertcut.moe.loading import LoadOptions
-
-    found = read_profile(profile, threads)
-    named = Named.of(found, boost, suppress, scale)
-    way = Way.of(by.value, positions.value, layout.value, value(removed), value(fold))
-    chosen = choose(found, Keep(keep_active, keep, keep_fraction), way)
-    draft = named.on(chosen.draft, value(apply_at))
-    place = Place(found, draft.slug, out, plan_only, force)
-    _say_what_goes(found, chosen)
-    load_as = LoadOptions(dtype, device, trust_remote_code)
-    built = place.make(draft, BuildOptions(load_as, not no_verify, force))
-    named.say(draft, built)
-
-
-def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
-    from expertcut.interventions.touched import touched
-    from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
-
-    goes = touched(profile, chosen.draft.edits)
-    for sentence in pruning_sentences(chosen):
-        print(sentence)
-    print_tables([touched_table(goes)], Format.table)
-    for sentence in touched_sentences(chosen, goes):
-        print(sentence)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from expertcut.cli.options import (
     Dtype,
     Format,
     Limit,
+    LmEvalJson,
     MaxMemory,
     Offload,
     Perturb,
@@ -99,11 +100,17 @@ def show(
     subjects: Annotated[
         bool, option("Also each subject of a profile; json always has them.", "--subjects")
     ] = False,
+    criteria: Annotated[
+        bool,
+        option(
+            "How each criterion ranks a profile's experts, and how far they agree.", "--criteria"
+        ),
+    ] = False,
 ) -> None:
     """Print what the other commands wrote."""
     from expertcut.reporting.shown import find_shown
 
-    found = find_shown(path, subjects)
+    found = find_shown(path, subjects, criteria)
     if format is Format.json:
         print(json.dumps(found.json(), indent=1, allow_nan=False))
     elif format is Format.csv:
@@ -133,9 +140,10 @@ def eval(
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
     out: ResultsFile = Path("results.json"),
+    lm_eval_json: LmEvalJson = None,
 ) -> None:
     """Compare checkpoints on the same questions."""
-    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results
+    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, save
     from expertcut.evaluation.evaluate import score as score_model
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
@@ -152,14 +160,12 @@ def eval(
         found = watched(steps, f"scoring {source.name}", len(questions), folder)
         scored += [step for step in found if isinstance(step, Scored)]
     if is_first():
-        _save(results(scoring, scored), out)
+        _say(save(scoring, scored, out, lm_eval_json), out)
 
 
-def _save(found: "Results", out: Path) -> None:
-    from expertcut.evaluation.results import save_results
+def _say(found: "Results", out: Path) -> None:
     from expertcut.reporting.outcomes import result_sentences, results_table
 
-    save_results(out, found)
     print_tables([results_table(found)], Format.table)
     for sentence in result_sentences(found):
         print(sentence)

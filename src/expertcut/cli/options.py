@@ -1,8 +1,10 @@
 """Options that several commands share, each defined once."""
 
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
 
 import typer
 
@@ -49,6 +51,17 @@ class Criterion(StrEnum):
     """The names in `interventions.criteria.CRITERIA`; a test holds them together."""
 
     activations = "activations"
+    gate_mass = "gate_mass"
+    weighted_accuracy = "weighted_accuracy"
+    output_norm = "output_norm"
+    output_norm_mean = "output_norm_mean"
+    reap = "reap"
+    easy_ep = "easy_ep"
+    easy_ep_postnorm = "easy_ep_postnorm"
+    ranked_choice = "ranked_choice"
+    aimer = "aimer"
+    reconstruction = "reconstruction"
+    random = "random"
 
 
 class Layout(StrEnum):
@@ -83,6 +96,28 @@ class Fold(StrEnum):
 def option(text: str, *names: str, **more: Any) -> Any:
     """An option with its help first."""
     return typer.Option(*names, help=text, **more)
+
+
+class Runs(Protocol):
+    """A command whose fields are its options."""
+
+    def run(self) -> None:
+        """Does what was asked."""
+
+
+def command(options: type[Runs]) -> Callable[..., None]:
+    """A command of the class's name whose options are the fields of that frozen dataclass.
+
+    For commands with so many options that a function's signature would be a page long.
+    """
+
+    def run(**given: Any) -> None:
+        options(**given).run()
+
+    run.__name__, run.__doc__ = options.__name__.lower(), options.__doc__
+    run.__annotations__ = get_type_hints(options, include_extras=True)
+    run.__signature__ = inspect.signature(options, eval_str=True)  # type: ignore[attr-defined]
+    return run
 
 
 QuizName = Annotated[
@@ -128,7 +163,27 @@ NoVerify = Annotated[
 ResultsFile = Annotated[
     Path, option("Where to; its chunks beside it are resumed.", "--out", dir_okay=False)
 ]
+LmEvalJson = Annotated[
+    Path | None,
+    option(
+        "Also a results file in the form of lm-evaluation-harness; of several models one each.",
+        "--lm-eval-json",
+        dir_okay=False,
+    ),
+]
 PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
+ProtectOption = Annotated[
+    list[str] | None,
+    option(
+        "super (super experts), none, or L:E: what stays whatever its score; may be repeated.  "
+        "[default: super, with --keep and --keep-fraction]",
+        "--protect",
+    ),
+]
+PositionsOption = Annotated[
+    Positions | None,
+    option("Count at the answer position or at all tokens; the criterion's own without."),
+]
 RemovedOption = Annotated[
     Removed | None, option("What removed experts give in layout exact; zero without.", "--removed")
 ]

@@ -10,17 +10,21 @@ import numpy as np
 
 from expertcut.evaluation.accuracy import accuracy
 from expertcut.evaluation.comparison import compare
+from expertcut.evaluation.outputs.harness import Loaded, harness_bytes, harness_paths
+from expertcut.evaluation.outputs.predictions import predictions_bytes, predictions_path
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
     ModelResult,
     Results,
     SubjectResult,
+    save_results,
 )
 from expertcut.evaluation.size import Size, size
 from expertcut.interventions.plan import PLAN_FILE, load_hashes, load_plan
 from expertcut.moe.loading import LoadOptions, Source, find_source
 from expertcut.moe.passes import OnPass, ignore
+from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
@@ -38,6 +42,7 @@ class Scored:
     answers: Answers
     size: Size
     chosen_on: ChosenOnResult | None
+    loaded: Loaded
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,11 @@ def score(
     if not scoring.options.waits:
         return
     found = Scored(
-        source, answers(load_profile(store)), size(measurement.moe), _chosen_on(source, scoring)
+        source,
+        answers(load_profile(store)),
+        size(measurement.moe),
+        _chosen_on(source, scoring),
+        Loaded.of(measurement.moe, measurement.info.settings),
     )
     del measurement
     gc.collect()
@@ -95,6 +104,24 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
     )
 
 
+def save(
+    scoring: Scoring, scored: Sequence[Scored], out: Path, harness_file: Path | None = None
+) -> Results:
+    """Writes predictions, the harness's form where it is wanted, and at last the results.
+
+    Raises:
+        OutputError: a place cannot be written.
+    """
+    found = results(scoring, scored)
+    write_atomically(predictions_path(out), predictions_bytes(scoring.quiz, scored))
+    if harness_file is not None:
+        places = harness_paths(harness_file, scored)
+        for place, one, result in zip(places, scored, found.models, strict=True):
+            write_atomically(place, harness_bytes(scoring, one, result))
+    save_results(out, found)
+    return found
+
+
 def _chosen_on(source: Source, scoring: Scoring) -> ChosenOnResult | None:
     if not (source.path / PLAN_FILE).is_file():
         return None
@@ -109,6 +136,8 @@ def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
     found = accuracy(scored.answers.is_correct_N, subjects)
     return ModelResult(
         path=scored.source.id,
+        revision=scored.source.revision,
+        fingerprint=scored.source.fingerprint,
         accuracy=found.accuracy,
         stderr=found.stderr,
         ci95=found.ci95,

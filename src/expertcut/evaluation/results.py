@@ -25,9 +25,14 @@ class ChosenOnResult(Record):
 
 
 class ModelResult(Record):
-    """One model; `bytes` are those of its safetensors files."""
+    """One model; `bytes` are those of its safetensors files.
+
+    `fingerprint` is a hash over these and config.json.
+    """
 
     path: str
+    revision: str | None = None
+    fingerprint: str | None = None
     accuracy: float
     stderr: float | None
     ci95: tuple[float, float]
@@ -78,7 +83,12 @@ class Results(Record):
 
 def save_results(path: Path, found: Results) -> None:
     """Writes `results.json`, whole or not at all."""
-    write_atomically(path, (found.model_dump_json(indent=1) + "\n").encode())
+    write_atomically(path, results_bytes(found))
+
+
+def results_bytes(found: Results) -> bytes:
+    """`results.json` as it is written."""
+    return (found.model_dump_json(indent=1) + "\n").encode()
 
 
 def load_results(path: Path) -> Results:

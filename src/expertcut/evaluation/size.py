@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
+from expertcut.interventions.plan import Draft
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.loading import MoeModel
 
@@ -23,6 +26,26 @@ def size(moe: MoeModel) -> Size:
     total = sum(p.numel() for p in moe.model.parameters())
     idle = sum(map(_idle_parameters, moe.blocks))
     size_bytes = sum(file.stat().st_size for file in moe.source.weight_files)
+    return Size(total, total - idle, size_bytes)
+
+
+def size_of_cut(moe: MoeModel, draft: Draft, size_bytes: int) -> Size:
+    """What `size` will say of the checkpoint that a cut of this unedited model makes."""
+    total = sum(p.numel() for p in moe.model.parameters())
+    idle = 0
+    for block in moe.blocks:
+        n_kept = len(draft.edits[block.name].keep)
+        n_removed = block.n_experts - n_kept
+        own = sum(p.numel() for p in block.experts.parameters()) // block.n_experts
+        n_constants = 0
+        if draft.layout == "exact":
+            width = int(moe.model.config.get_text_config().hidden_size)
+            n_constants = n_removed * width
+            total += n_constants - n_removed * own
+        else:
+            rows = (t for _, _, t, _ in block.expert_tensors() if isinstance(t, nn.Parameter))
+            total -= n_removed * sum(t.numel() // block.n_experts for t in rows)
+        idle += own * max(0, n_kept - block.top_k) + n_constants
     return Size(total, total - idle, size_bytes)
 
 

@@ -4,7 +4,7 @@ Layout stock cuts rows out of routers, so what was expert 12 may lie in row 9. T
 checkpoint holds tells, and experts are called by what they were in the model that was first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +73,34 @@ def numbers_of(profile: Profile) -> Numbers:
         if gone := frozenset(row for row, number in enumerate(own) if number not in edit.keep):
             constant[block.name] = gone
     return Numbers(rows, constant)
+
+
+def find_expert(
+    blocks: Sequence[tuple[str, int]], layer: int, expert: int, numbers: Numbers
+) -> tuple[int, int]:
+    """The layer and the row of its router that an expert has; blocks are names and counts.
+
+    Raises:
+        PlanError: no such layer or expert.
+    """
+    if layer >= len(blocks):
+        raise PlanError(
+            f"no layer {layer}: the model has MoE layers 0 to {len(blocks) - 1} "
+            "(layers are counted from 0)"
+        )
+    name, n_experts = blocks[layer]
+    kept = numbers.kept(name, tuple(range(n_experts)))
+    row = numbers.row(name, expert)
+    if expert not in kept or row is None:
+        if kept == tuple(range(n_experts)):
+            raise PlanError(
+                f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}"
+            )
+        raise PlanError(
+            f"expert {expert} of layer {layer} is not in this pruned model: "
+            f"there it keeps {ids_text(kept)}, name one of these"
+        )
+    return layer, row
 
 
 def inherited_hashes(profile: Profile) -> frozenset[str]:

@@ -106,7 +106,8 @@ class Draft:
 
     `slug` names the outputs, `action` says in words what was asked for. `removed` is for layout
     exact, `fold` for layout stock; `apply_at` says at which tokens a bias acts. What was chosen on
-    the tuning questions instead of the profile's is `is_tuned`; `tuning` is the curve of a search;
+    the tuning questions instead of the profile's is `is_tuned`, on both `is_calibrated`; `tuning`
+    is the curve of a search;
     `used` are content hashes of what else was looked at.
     `edits` are of rows of the profiled routers, which `numbers` calls by what they were before
     earlier cuts.
@@ -124,6 +125,7 @@ class Draft:
     is_cut: bool = False
     numbers: "Numbers | None" = None
     is_tuned: bool = False
+    is_calibrated: bool = False
     tuning: tuple[Point, ...] = ()
     used: frozenset[str] = frozenset()
 
@@ -145,7 +147,7 @@ class Draft:
     @property
     def asks_tuning(self) -> bool:
         """Whether tuning questions were or will be looked at."""
-        return self.is_tuned or self.is_fitting
+        return self.is_tuned or self.is_calibrated or self.is_fitting
 
 
 def plan_model(info: ModelInfo) -> PlanModel:

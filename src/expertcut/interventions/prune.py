@@ -1,157 +1,148 @@
 """Which experts stay, and by how much the gate weights of those that stay would grow."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
 from expertcut.interventions.allowed import check_edits, least_per_group
-from expertcut.interventions.criteria import CRITERIA, ranked
+from expertcut.interventions.budgets import Keep, asked_count, floors, share_out
+from expertcut.interventions.criteria.observed import activations
+from expertcut.interventions.criteria.protection import protected, protection
+from expertcut.interventions.criteria.scoring import ranked
 from expertcut.interventions.lineage import numbers_of
-from expertcut.interventions.plan import Draft, Edit, Fold, Layout, Positions, Removed
+from expertcut.interventions.plan import Draft, Edit, Layout
+from expertcut.interventions.ranking import Ranking, Way, rank
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import BlockInfo, Profile
+
+if TYPE_CHECKING:
+    from expertcut.moe.engine import Engine
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Keep:
-    """How many to keep: exactly one of the three, as on the command line."""
-
-    active: bool = False
-    count: int | None = None
-    fraction: float | None = None
-
-
-@dataclass(frozen=True)
-class Way:
-    """How to rank and what removing means, as on the command line."""
-
-    by: str = "activations"
-    positions: Positions = "answer"
-    layout: Layout = "stock"
-    removed: Removed = "zero"
-    fold: Fold = "answer"
-
-    @classmethod
-    def of(
-        cls,
-        by: str,
-        positions: Positions,
-        layout: Layout,
-        removed: Removed | None,
-        fold: Fold | None,
-    ) -> Self:
-        """As given, and what each layout does where nothing is.
-
-        Raises:
-            SettingsError: an option of the other layout.
-        """
-        if removed is not None and layout != "exact":
-            raise SettingsError(
-                f"--removed {removed} is of layout exact: add --layout exact or leave it out"
-            )
-        if fold is not None and layout != "stock":
-            raise SettingsError(
-                f"--fold {fold} is of layout stock: {layout} scales nothing, leave it out"
-            )
-        return cls(by, positions, layout, removed or "zero", fold or "answer")
-
-    def draft(self, slug: str, action: str, criterion: str) -> Draft:
-        """A draft without edits, named after what makes it differ from the usual."""
-        unusual = {"all": self.positions, "exact": self.layout, "mean": self.removed}
-        marks = "".join(f"-{mark}" for mark, value in unusual.items() if value == mark)
-        if self.layout == "stock" and self.fold != "answer":
-            marks += f"-fold-{self.fold}"
-        return Draft(
-            f"{slug}{marks}",
-            action,
-            criterion,
-            self.positions,
-            edits={},
-            layout=self.layout,
-            removed=self.removed,
-            fold=self.fold,
-            is_cut=True,
-        )
-
-
-@dataclass(frozen=True)
 class Pruning:
-    """The experts that stay, how many were active, and which idle ones fill up, by block."""
+    """The experts that stay, how many were active, and which idle ones fill up, by block.
+
+    `spared` would have gone but for their protection.
+    """
 
     draft: Draft
     n_active: dict[str, int]
     fillers: dict[str, tuple[int, ...]]
+    spared: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def choose(profile: Profile, keep: Keep, way: Way) -> Pruning:
-    """The experts that stay.
+def choose(profile: Profile, keep: Keep, way: Way, engine: "Engine | None" = None) -> Pruning:
+    """The experts that stay; some criteria ask the engine's model.
 
     Raises:
-        SettingsError: not exactly one way of saying how many, or a fraction outside (0, 1].
-        PlanError: a count that does not fit the model.
+        SettingsError: not exactly one way of saying how many, one that the layout cannot carry,
+            positions that the criterion does not look at, or no engine where it needs one.
+        PlanError: a count that does not fit the model, or the protected experts.
+        ProfileError: the profile does not hold what the criterion needs.
     """
-    if [keep.active, keep.count is not None, keep.fraction is not None].count(True) != 1:
-        raise SettingsError(
-            "say how many experts to keep: --keep-active, --keep N or "
-            "--keep-fraction F, and only one of them"
+    keep.check(way.layout)
+    if keep.active:
+        return keep_active(profile, way)
+    blocks = profile.info.model.blocks
+    n_keep = asked_count(keep, blocks, way.layout)
+    if keep.budget == "layer":
+        _check_count(n_keep, blocks, way.layout)
+    return cut(rank(profile, way, engine), keep, n_keep)
+
+
+def cut(ranking: Ranking, keep: Keep, n_keep: int) -> Pruning:
+    """Keeps the best `n_keep` of each layer, with a global budget of all layers together.
+
+    Raises:
+        PlanError: more than there are, too few, or fewer than are protected by hand.
+    """
+    way, stay = ranking.way, ranking.stay
+    name = f"random-{way.seed}" if way.by == "random" else way.by
+    if keep.budget == "global":
+        n_experts = sum(block.experts for block in ranking.blocks)
+        action = f"prune --budget global ({n_keep} of {n_experts} experts)"
+        named = way.draft(f"keep-{n_keep}-global-{name}", action, name)
+    else:
+        _check_count(n_keep, ranking.blocks, way.layout)
+        named = way.draft(f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
+    named = replace(named, numbers=ranking.numbers)
+    nobody: list[tuple[int, ...]] = [() for _ in ranking.orders]
+    plain, pruning = (
+        _prune(_n_keeps(ranking, keep, n_keep, first), orders, ranking.counts, blocks, named)
+        for blocks, orders, first in (
+            (ranking.blocks, ranking.orders, nobody),
+            (ranking.blocks, stay.first(ranking.orders), stay.ids),
         )
-    pruning = keep_active(profile, way) if keep.active else _keep_some(profile, keep, way)
-    draft = replace(pruning.draft, numbers=numbers_of(profile))
-    return replace(pruning, draft=draft)
+    )
+    stay.check(pruning.draft.edits)
+    return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
-def _keep_some(profile: Profile, keep: Keep, way: Way) -> Pruning:
-    n_keep = keep.count
-    if keep.fraction is not None:
-        if not 0 < keep.fraction <= 1:
-            raise SettingsError(f"--keep-fraction {keep.fraction:g} must be above 0, at most 1")
-        n_keep = round(keep.fraction * profile.info.model.blocks[0].experts)
-    assert n_keep is not None
-    return keep_n(profile, n_keep, way)
+def _n_keeps(
+    ranking: Ranking, keep: Keep, n_keep: int, first: Sequence[Sequence[int]]
+) -> list[int]:
+    if keep.budget == "layer":
+        return [n_keep] * len(ranking.blocks)
+    least = floors(ranking.blocks, keep.min_keep)
+    orders = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
+    return share_out(n_keep, ranking.scores, orders, first, least)
 
 
-def keep_active(profile: Profile, way: Way) -> Pruning:
-    """Keeps what fires; layout stock also as many more as make one count for all layers.
-
-    The others are filled by all-token count where the profile has it, else by mean α.
-    """
-    layers, blocks = layer_statistics(profile), profile.info.model.blocks
-    counts = [CRITERIA["activations"](layer, way.positions) for layer in layers]
-    n_keeps = [int((count_E > 0).sum()) for count_E in counts]
-    if way.layout == "stock":
-        least = map(_least_keep, (count_E > 0 for count_E in counts), blocks)
-        n_keeps = [max(least)] * len(blocks)
-    orders = [
-        ranked_active(layer, count_E > 0) for layer, count_E in zip(layers, counts, strict=True)
-    ]
-    named = way.draft("keep-active", "prune --keep-active", "activations")
-    return _prune(n_keeps, orders, counts, blocks, named)
-
-
-def keep_n(profile: Profile, n_keep: int, way: Way) -> Pruning:
-    """Keeps the best `n_keep` of each layer by a criterion.
+def keep_n(profile: Profile, n_keep: int, way: Way, engine: "Engine | None" = None) -> Pruning:
+    """Keeps the best `n_keep` of each layer by a criterion, the protected ones among them.
 
     Raises:
-        PlanError: more than there are; in layout stock, fewer than top-k.
+        PlanError: more than there are, or fewer than are protected by hand; in layout stock, fewer
+            than top-k.
     """
-    layers, blocks = layer_statistics(profile), profile.info.model.blocks
+    return choose(profile, Keep(count=n_keep), way, engine)
+
+
+def _check_count(n_keep: int, blocks: Sequence[BlockInfo], layout: Layout) -> None:
     for block in blocks:
-        least = block.top_k if way.layout == "stock" else 1
+        least = block.top_k if layout == "stock" else 1
         if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
                 f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
             )
-    counts = [CRITERIA["activations"](layer, way.positions) for layer in layers]
-    scores = [CRITERIA[way.by](layer, way.positions) for layer in layers]
-    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(scores, layers, strict=True)]
-    named = way.draft(f"keep-{n_keep}-{way.by}", f"prune --keep {n_keep}", way.by)
-    return _prune([n_keep] * len(blocks), orders, counts, blocks, named)
+
+
+def keep_active(profile: Profile, way: Way) -> Pruning:
+    """Keeps what fires; layout stock also as many more as make one count for all layers.
+
+    The others are filled by all-token count where the profile has it, else by mean α. What is
+    protected counts as firing.
+
+    Raises:
+        SettingsError: a criterion by which it does not choose.
+    """
+    if way.by != "activations":
+        raise SettingsError(f"--by {way.by} ranks what --keep N keeps: leave it out")
+    layers, blocks = layer_statistics(profile), profile.info.model.blocks
+    counts = [activations(layer, way.at) for layer in layers]
+    stay = protection(profile, way.protect)
+    is_active = [
+        (count_E > 0) | np.isin(np.arange(len(count_E)), list(ids))
+        for count_E, ids in zip(counts, stay.ids, strict=True)
+    ]
+    n_keeps = [int(is_active_E.sum()) for is_active_E in is_active]
+    if way.layout == "stock":
+        n_keeps = [max(map(_least_keep, is_active, blocks))] * len(blocks)
+    orders = [ranked_active(*each) for each in zip(layers, is_active, strict=True)]
+    named = way.draft("keep-active", "prune --keep-active", "activations")
+    named = replace(named, numbers=numbers_of(profile))
+    pruning = _prune(n_keeps, orders, counts, blocks, named)
+    if not way.protect:
+        return pruning
+    plain = keep_active(profile, replace(way, protect=()))
+    return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
 def ranked_active(layer: LayerStatistics, is_active_E: Array) -> list[int]:

@@ -33,13 +33,18 @@ class Questions:
 
 
 def questions_for(
-    profile: Profile, *, is_fitting: bool, used: frozenset[str] = frozenset()
+    profile: Profile,
+    *,
+    is_fitting: bool,
+    used: frozenset[str] = frozenset(),
+    n_held_out: int = HELD_OUT,
 ) -> Questions:
     """The questions of a command that works from a profile.
 
     Tuning questions are the profile's, or `val` where the profile is of `test`; what repeats a
-    question of the other set is dropped. Held-out questions are 256, round-robin over subjects,
-    of a split that was not used, else a fifth of the tuning questions, which then leave those.
+    question of the other set is dropped. Held-out questions are 256 (`n_held_out`), round-robin
+    over subjects, of a split that was not used, else a fifth of the tuning questions, which then
+    leave those.
     `used` are content hashes of what was looked at besides.
 
     Raises:
@@ -55,9 +60,9 @@ def questions_for(
         other = _other_split(profiled, split, profiled, tuning)
         if other is not None:
             other = without(other, inherited) if len(without(other, inherited)) else other
-            return Questions(profiled, tuning, round_robin(other, HELD_OUT), inherited)
+            return Questions(profiled, tuning, round_robin(other, n_held_out), inherited)
     fifth = [q for q in tuning if int(q.content_hash, 16) % _ONE_IN == 0]
-    held_out = round_robin(replace_questions(tuning, group_by_subject(fifth)), HELD_OUT)
+    held_out = round_robin(replace_questions(tuning, group_by_subject(fifth)), n_held_out)
     kept = without(tuning, hashes(held_out))
     if not len(held_out) or not len(kept):
         raise QuizError(
@@ -69,7 +74,7 @@ def questions_for(
 def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
     """The plan with its provenance, still without proof."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
-    fitted = questions.tuning if draft.is_fitting else None
+    fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
     numbers = draft.numbers or Numbers()
     return Plan(
         model=plan_model(profile.info.model),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from expertcut.errors import ContractError
 from expertcut.moe.observers import Routing, observe_routers
+from expertcut.moe.residual import Residual, probing
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -28,6 +29,7 @@ class MoeBlock:
     `scoring` says what α is: the softmax over all E logits or the sigmoid of each.
     `inflates` is true where the gate weight is a softmax over all E experts cut to K, so that
     removing a router row makes every other weight larger (OLMoE, Qwen2-MoE, Jamba, ...).
+    `residual` says where the residual stream is read that the block's output is added to.
     """
 
     name: str
@@ -41,6 +43,7 @@ class MoeBlock:
     top_groups: int
     scoring: Scoring
     inflates: bool
+    residual: Residual | None = None
 
     def alpha(self, logits_TE: Tensor) -> Tensor:
         """Router probability of every expert before top-k, (T, E) float32."""
@@ -73,6 +76,12 @@ class MoeBlock:
             ranked = group_score.sort(dim=-1, descending=True).values
             gap_T = gap_T.minimum(ranked[:, self.top_groups - 1] - ranked[:, self.top_groups])
         return gap_T
+
+    def expert_weights(self) -> Iterator[Tensor]:
+        """The matrices (E, ·, ·) of the experts, biases left out."""
+        for owner, name, tensor in _owned(self.experts):
+            if tensor.ndim == 3 and len(tensor) == self.n_experts:
+                yield _at_hand(owner, name, tensor)
 
     def expert_tensors(self) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
         """Every (owner, name, tensor, axis) of the block with an axis of length E."""
@@ -110,9 +119,16 @@ def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
     if not unprobed:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
     seen: dict[int, Routing] = {}
-    with torch.inference_mode(), observe_routers(unprobed, lambda r: seen.update({r.layer: r})):
+    with (
+        torch.inference_mode(),
+        probing(model, unprobed) as probes,
+        observe_routers(unprobed, lambda r: seen.update({r.layer: r})),
+    ):
         model(input_ids=input_ids_1T, use_cache=False)
-    return tuple(_probed(block, seen.get(block.layer)) for block in unprobed)
+    return tuple(
+        replace(_probed(b, seen.get(b.layer)), residual=probes[b.layer].residual())
+        for b in unprobed
+    )
 
 
 def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:

@@ -66,6 +66,30 @@ def _relay(layer: int, see: Callable[[Routing], None]) -> Callable[..., None]:
 
 
 @contextmanager
+def observe_residuals(
+    blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Calls `see` with the layer and the residual stream (T, D) that its output is added to.
+
+    It is told before the block's router runs, of blocks whose stream is known.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            if block.residual is not None:
+                hook = _relay_input(block.layer, see)
+                handle = block.residual.norm.register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+        yield
+
+
+def _relay_input(layer: int, see: Callable[[int, Tensor], None]) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        see(layer, args[0].reshape(-1, args[0].shape[-1]))
+
+    return hook
+
+
+@contextmanager
 def observe_experts(
     blocks: Sequence[MoeBlock],
     see: Callable[[ExpertCall], None],

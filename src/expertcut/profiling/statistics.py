@@ -5,13 +5,14 @@ activated) is NaN here and null in JSON.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
 
 from expertcut.profiling.store import BlockInfo, Profile
+from expertcut.profiling.sums import OverTokens, answer_weights, over_tokens
 
 Array = np.ndarray[Any, Any]
 NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
@@ -35,7 +36,8 @@ class Answers:
 class LayerStatistics:
     """One MoE block over the N questions of a profile.
 
-    `n_effective_E` is (Σα)²/Σα², how many equally weighted questions a weighted accuracy is worth.
+    `n_effective_E` is (Σα)²/Σα², how many equally weighted questions a weighted accuracy is worth;
+    `weight_E` is Σ gate weight over the questions that chose an expert.
     """
 
     layer: int
@@ -51,7 +53,13 @@ class LayerStatistics:
     n_effective_E: Array
     contribution_pct_E: Array
     alpha_mean_E: Array
-    tokens_E: Array | None
+    weight_E: Array | None = None
+    over_tokens: OverTokens | None = None
+
+    @property
+    def tokens_E(self) -> Array | None:
+        """Tokens that chose each expert; None where only the answer position was kept."""
+        return None if self.over_tokens is None else self.over_tokens.tokens_E
 
     @cached_property
     def appearances_E(self) -> Array:
@@ -73,13 +81,16 @@ def answers(profile: Profile) -> Answers:
 
 def layer_statistics(profile: Profile) -> list[LayerStatistics]:
     """Every MoE block's statistics, in layer order."""
-    return layers_of(
+    layers = layers_of(
         profile.info.model.blocks,
         profile.array("alpha_NLE"),
         profile.array("chosen_NLK"),
         answers(profile).is_correct_N,
-        profile.token_sum("tokens"),
     )
+    sums = zip(layers, answer_weights(profile), over_tokens(profile), strict=True)
+    return [
+        replace(layer, weight_E=weight_E, over_tokens=tokens) for layer, weight_E, tokens in sums
+    ]
 
 
 def layers_of(
@@ -87,16 +98,14 @@ def layers_of(
     alpha_NLE: Array,
     chosen_NLK: Array,
     is_correct_N: Array,
-    tokens_LE: Array | None = None,
 ) -> list[LayerStatistics]:
-    """The same from what a profile holds of any questions."""
+    """The same from what a profile holds of any questions, but for sums over gate weights."""
     return [
         _layer(
             (layer, block.name),
             alpha_NLE[:, layer, : block.experts].astype(np.float64),
             chosen_NLK[:, layer].astype(np.int64),
             is_correct_N,
-            None if tokens_LE is None else tokens_LE[layer, : block.experts],
         )
         for layer, block in enumerate(blocks)
     ]
@@ -107,7 +116,6 @@ def _layer(
     alpha_NE: Array,
     chosen_NK: Array,
     is_correct_N: Array,
-    tokens_E: Array | None,
 ) -> LayerStatistics:
     is_activated_NE = np.zeros(alpha_NE.shape, dtype=bool)
     np.put_along_axis(is_activated_NE, chosen_NK, True, axis=1)
@@ -132,7 +140,6 @@ def _layer(
         n_effective_E=share(activated_alpha_NE.sum(0) ** 2, (activated_alpha_NE**2).sum(0), 0.0),
         contribution_pct_E=100 * share(p_NE.sum(0), is_activated_NE.sum(0)),
         alpha_mean_E=alpha_NE.mean(axis=0),
-        tokens_E=tokens_E,
     )
 
 

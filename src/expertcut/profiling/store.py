@@ -186,8 +186,8 @@ class Profile:
         return [s for _, subject, n in self.info.chunks() for s in [subject] * n]
 
     def token_sum(self, name: str) -> np.ndarray[Any, Any] | None:
-        """An all-token sum (L, E) as if every prompt had run alone; None without such sums."""
-        if f"question_{name}_LE" not in self.chunks[0]:
+        """An all-token sum (L, E) as if every prompt had run alone; None where a chunk lacks it."""
+        if not all(f"question_{name}_LE" in chunk for chunk in self.chunks):
             return None
         sums = [
             len(c["row_N"]) * c[f"prefix_{name}_LE"] + c[f"question_{name}_LE"] for c in self.chunks

@@ -14,12 +14,14 @@ def answer_letter(question: Question) -> str:
 
 def prompt(question: Question, shots: Sequence[Question] = ()) -> str:
     """Everything the model reads before it writes ` A`, ` B`, …; no trailing space."""
-    header = (
-        "The following are multiple choice questions (with answers) about "
-        f"{question.subject.replace('_', ' ')}.\n\n"
-    )
     solved = (f"{_ask(shot)} {answer_letter(shot)}\n\n" for shot in shots)
-    return header + "".join(solved) + _ask(question)
+    return header(question.subject) + "".join(solved) + _ask(question)
+
+
+def header(subject: str) -> str:
+    """What stands before the first question."""
+    about = subject.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {about}.\n\n"
 
 
 def _ask(question: Question) -> str:

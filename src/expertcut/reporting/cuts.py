@@ -8,6 +8,8 @@ from expertcut.interventions.touched import Touched
 from expertcut.profiling.store import Profile
 from expertcut.reporting.tables import Cell, Column, Table
 
+_WHY = " to make one count for all layers"
+
 
 def pruning_sentences(pruning: Pruning) -> list[str]:
     """What stays and what goes, per block, and the idle experts that stay."""
@@ -16,7 +18,10 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
         fillers = ids_text(numbers.kept(name, pruning.fillers[name]))
         text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
         if fillers:
-            text += f"; never activated but kept to make one count for all layers: {fillers}"
+            why = "" if pruning.draft.criterion != "activations" else _WHY
+            text += f"; never activated but kept{why}: {fillers}"
+        if spared := ids_text(numbers.kept(name, pruning.spared.get(name, ()))):
+            text += f"; stay only because they are protected: {spared}"
         sentences.append(f"{text}.")
     return sentences
 

@@ -30,6 +30,16 @@ def plan_table(plan: Plan) -> Table:
     return Table(f"Plan: {plan.action} ({plan.layout})", columns, rows, note)
 
 
+def plan_csv(plan: Plan) -> Table:
+    """One row per expert that stays, with its bias and its factor, empty where it has none."""
+    rows: list[list[Cell]] = [
+        [name, expert, edit.bias.get(expert), edit.scale.get(expert)]
+        for name, edit in plan.blocks.items()
+        for expert in edit.keep
+    ]
+    return Table("plan", tuple(map(Column, ("block", "expert", "bias", "scale"))), rows)
+
+
 def results_table(found: Results) -> Table:
     """One row per model, compared with the first."""
     compared = {c.other: c for c in found.comparisons}

@@ -59,6 +59,25 @@ def proof_table(proof: "ProofResult") -> Table:
     return Table(f"Proof: {proof.procedure}", columns, rows, note)
 
 
+def proof_csv(proof: "ProofResult") -> Table:
+    """One row per estimate, shares and not percentages; of random experts the range of draws."""
+    control = proof.random
+    rows: list[list[Cell]] = [
+        [name, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p, c.smallest_effect, None, None]
+        for name, c in (
+            ("cross_fitted", proof.cross_fitted),
+            ("same_questions", proof.same_questions),
+        )
+    ]
+    drawn: list[Cell] = [control.delta_mean, *control.range95, *[None] * 4, control.draws]
+    rows.append(["random", *drawn, control.p])
+    names = (
+        *("estimate", "delta", "low", "high", "gained", "lost", "mcnemar_p", "smallest_effect"),
+        *("draws", "p_random"),
+    )
+    return Table("proof", tuple(map(Column, names)), rows)
+
+
 def _change_cells(change: "Change") -> list[Cell]:
     interval = _points(change.ci95)
     return [change.delta, interval, change.gained, change.lost, change.mcnemar_p]

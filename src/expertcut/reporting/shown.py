@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.errors import OutputError, SettingsError
+from expertcut.evaluation.auditing.outcome import AUDIT_FILE, load_audit
 from expertcut.evaluation.proving.outcome import load_proof
 from expertcut.evaluation.results import load_results
+from expertcut.evaluation.sweeping.outcome import SWEEP_FILE, load_sweep
+from expertcut.interventions.criteria.scoring import compare
 from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, load_plan
 from expertcut.profiling.evidence.findings import find, findings_json
 from expertcut.profiling.store import load_profile
+from expertcut.reporting.audits import audit_csv, audit_tables
+from expertcut.reporting.criteria import criteria_csv, criteria_json, criteria_tables
 from expertcut.reporting.cuts import rows_tables
 from expertcut.reporting.findings import (
     experts_csv,
@@ -21,9 +26,10 @@ from expertcut.reporting.findings import (
     subjects_csv,
     suspects_table,
 )
-from expertcut.reporting.outcomes import plan_table, results_csv, results_table
+from expertcut.reporting.outcomes import plan_csv, plan_table, results_csv, results_table
 from expertcut.reporting.profiles import profile_tables
-from expertcut.reporting.proving import curve_table, proof_table
+from expertcut.reporting.proving import curve_table, proof_csv, proof_table
+from expertcut.reporting.sweeps import sweep_csv, sweep_table
 from expertcut.reporting.tables import Table
 
 
@@ -36,28 +42,41 @@ class Shown:
     json: Callable[[], dict[str, Any]]
 
 
-def find_shown(path: Path, by_subject: bool = False) -> Shown:
-    """What lies at the path: a profile, a plan, a checkpoint that holds one, a proof, or results.
+def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) -> Shown:
+    """What lies at the path: a profile, a plan, a proof, results, a sweep or an audit.
 
     With `by_subject` the tables of a profile end with those of its subjects, and the flat one has
-    a row for each expert and subject.
+    a row for each expert and subject. With `by_criteria` it is the criteria that are shown.
 
     Raises:
         OutputError: nothing of that kind.
-        SettingsError: subjects of something that is no profile.
+        SettingsError: subjects or criteria of something that is no profile, or both.
     """
+    if by_subject and by_criteria:
+        raise SettingsError("--subjects and --criteria show different tables: give one of them")
     if (path / "profile.json").is_file() or path.name == "profile.json":
-        return _profile(path if path.is_dir() else path.parent, by_subject)
-    if by_subject:
-        raise SettingsError(f"--subjects: {path} is no profile: name one or leave the option out")
-    if (path / PLAN_FILE).is_file():
-        return _plan(path)
-    if (path / PROOF_FILE).is_file() or path.name == PROOF_FILE:
-        return _proof(path if path.is_dir() else path.parent)
+        folder = path if path.is_dir() else path.parent
+        return _criteria(folder) if by_criteria else _profile(folder, by_subject)
+    if by_subject or by_criteria:
+        option = "--subjects" if by_subject else "--criteria"
+        raise SettingsError(f"{option}: {path} is no profile: name one or leave the option out")
+    return _no_profile(path)
+
+
+def _no_profile(path: Path) -> Shown:
+    by_file = {PLAN_FILE: _plan, PROOF_FILE: _proof, SWEEP_FILE: _sweep, AUDIT_FILE: _audit}
+    for name, make in by_file.items():
+        if (path / name).is_file():
+            return make(path)
+    if path.name == PROOF_FILE:
+        return _proof(path.parent)
     if path.is_file():
-        return _results(path) if "models" in _keys(path) else _plan(path)
+        keys = _keys(path)
+        by_key = {"models": _results, "cells": _sweep, "harms": _audit}
+        return next((make for key, make in by_key.items() if key in keys), _plan)(path)
     raise OutputError(
-        f"nothing to show in {path}: it is no profile, plan, results, or checkpoint with a plan"
+        f"nothing to show in {path}: it is no profile, plan, results, sweep, audit, or "
+        "checkpoint with a plan"
     )
 
 
@@ -78,18 +97,27 @@ def _profile(path: Path, by_subject: bool) -> Shown:
     return Shown(tables, lambda: flat(found), lambda: findings_json(found))
 
 
+def _criteria(path: Path) -> Shown:
+    found = compare(load_profile(path))
+    return Shown(
+        lambda: criteria_tables(found),
+        lambda: criteria_csv(found),
+        lambda: criteria_json(found),
+    )
+
+
 def _plan(path: Path) -> Shown:
     plan = load_plan(path)
     tables = [plan_table(plan), *([curve_table(plan.tuning)] if plan.tuning else [])]
     if (path / PROOF_FILE).is_file():
         tables.append(proof_table(load_proof(path)))
-    return Shown(lambda: tables, lambda: plan_table(plan), lambda: plan.model_dump(mode="json"))
+    return Shown(lambda: tables, lambda: plan_csv(plan), lambda: plan.model_dump(mode="json"))
 
 
 def _proof(path: Path) -> Shown:
     proof = load_proof(path)
     table = proof_table(proof)
-    return Shown(lambda: [table], lambda: table, lambda: proof.model_dump(mode="json"))
+    return Shown(lambda: [table], lambda: proof_csv(proof), lambda: proof.model_dump(mode="json"))
 
 
 def _results(path: Path) -> Shown:
@@ -98,6 +126,24 @@ def _results(path: Path) -> Shown:
         lambda: [results_table(results)],
         lambda: results_csv(results),
         lambda: results.model_dump(mode="json"),
+    )
+
+
+def _sweep(path: Path) -> Shown:
+    found = load_sweep(path)
+    return Shown(
+        lambda: [sweep_table(found)],
+        lambda: sweep_csv(found),
+        lambda: found.model_dump(mode="json"),
+    )
+
+
+def _audit(path: Path) -> Shown:
+    found = load_audit(path)
+    return Shown(
+        lambda: audit_tables(found),
+        lambda: audit_csv(found),
+        lambda: found.model_dump(mode="json"),
     )
 
 

@@ -1,6 +1,7 @@
 """One loaded model asked the same questions again and again, each time with other gates."""
 
 import logging
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from expertcut.interventions.reweighting.records import Array, Records
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.moe.engine import Engine
 from expertcut.moe.packing import Encoded, encode
+from expertcut.moe.passes import OnPass
 from expertcut.moe.replay import Replay
 from expertcut.moe.tilting import ApplyAt, Tilts, tilted
 from expertcut.profiling.measure import model_info
@@ -84,10 +86,11 @@ class Rescorer:
         for shift in shifts:
             biases[shift.layer][shift.expert] += shift.bias
         tilts = Tilts(biases, apply_at=apply_at)
-        with (
-            self.replay.starting_at(min(biases)),
-            tilted(self.engine.moe.blocks, tilts) as begin,
-        ):
+        return self.changed(min(biases), tilted(self.engine.moe.blocks, tilts))
+
+    def changed(self, layer: int, change: AbstractContextManager[OnPass]) -> Array:
+        """Log p (N, C) with a change of this MoE block, and of later ones, in place."""
+        with self.replay.starting_at(layer), change as begin:
             return _stacked([self.engine.score(chunk, begin) for chunk in self.chunks])
 
     def _replays_exactly(self) -> bool:

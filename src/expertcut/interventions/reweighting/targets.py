@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertcut.errors import PlanError, SettingsError
-from expertcut.interventions.lineage import Numbers, ids_text, numbers_of
+from expertcut.interventions.lineage import Numbers, find_expert, numbers_of
 from expertcut.interventions.reweighting.choosing import Pick
 from expertcut.interventions.reweighting.records import admission_gap
 from expertcut.interventions.reweighting.tuning import Shift
@@ -153,25 +153,9 @@ def _find(
     layers: list[LayerStatistics], index: int | None, expert: int, numbers: Numbers
 ) -> tuple[LayerStatistics, int]:
     """The layer, the last one without an index, and the row of its router that an expert has."""
-    index = len(layers) - 1 if index is None else index
-    if index >= len(layers):
-        raise PlanError(
-            f"no layer {index}: the model has MoE layers 0 to {len(layers) - 1} "
-            "(layers are counted from 0)"
-        )
-    layer = layers[index]
-    kept = numbers.kept(layer.block, tuple(range(layer.n_experts)))
-    row = numbers.row(layer.block, expert)
-    if expert not in kept or row is None:
-        if kept == tuple(range(layer.n_experts)):
-            raise PlanError(
-                f"no expert {expert} in layer {index}: it has experts 0 to {layer.n_experts - 1}"
-            )
-        raise PlanError(
-            f"expert {expert} of layer {index} is not in this pruned model: "
-            f"there it keeps {ids_text(kept)}, name one of these"
-        )
-    return layer, row
+    blocks = [(layer.block, layer.n_experts) for layer in layers]
+    found, row = find_expert(blocks, len(layers) - 1 if index is None else index, expert, numbers)
+    return layers[found], row
 
 
 def _check_once(found: Sequence[tuple[int, int]], expressions: Sequence[str]) -> None:

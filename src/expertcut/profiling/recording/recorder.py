@@ -10,10 +10,16 @@ from torch import Tensor
 
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.loading.devices import runs_on
-from expertcut.moe.observers import ExpertCall, Routing, observe_experts, observe_routers
+from expertcut.moe.observers import (
+    ExpertCall,
+    Routing,
+    observe_experts,
+    observe_residuals,
+    observe_routers,
+)
 from expertcut.moe.packing import Pass
 from expertcut.profiling.chunks import Arrays
-from expertcut.profiling.recording.token_sums import NAMES, PARTS, TokenSums
+from expertcut.profiling.recording.token_sums import NAMES, PARTS, RESIDUAL, TokenSums
 from expertcut.profiling.store import Stats
 
 
@@ -30,7 +36,8 @@ class Recorder:
         n_layers, top_k = len(blocks), blocks[0].top_k
         n_experts = max(block.n_experts for block in blocks)
         device = runs_on(blocks[0].router)
-        self.tokens = TokenSums(n_layers, n_experts, device)
+        factors = {b.layer: b.residual.factor for b in blocks if b.residual is not None}
+        self.tokens = TokenSums(n_layers, n_experts, device, factors)
         self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
         self.chosen_NLK = torch.zeros(
             n_questions, n_layers, top_k, dtype=torch.int16, device=device
@@ -50,7 +57,10 @@ class Recorder:
             if self.stats != "none":
                 stack.enter_context(observe_routers(self.blocks, self._route))
             if self.stats == "all":
-                stack.enter_context(observe_experts(self.blocks, self._expert, self._combined))
+                stack.enter_context(observe_residuals(self.blocks, self.tokens.read))
+                stack.enter_context(
+                    observe_experts(self.blocks, self._expert, self.tokens.combined)
+                )
             yield
 
     def begin(self, step: Pass) -> None:
@@ -80,6 +90,7 @@ class Recorder:
         else:
             self.answers_N = None
             self.gaps = self.unread_gap_N, self.unread_prefix_gap
+        self.tokens.rows_M = rows_M
         question_T, valid_T = self.all_T
         self.question_T = question_T[rows_M]
         self.valid_T = None if valid_T is None else valid_T[rows_M]
@@ -109,9 +120,6 @@ class Recorder:
     def _expert(self, call: ExpertCall) -> None:
         self.tokens.expert(call, self.valid_T)
 
-    def _combined(self, layer: int, output_TD: Tensor) -> None:
-        self.tokens.combined(layer, len(output_TD))
-
     def _note_gaps(self, block: MoeBlock, alpha_TE: Tensor, experts_TK: Tensor) -> None:
         """Keeps how close the prefix and each question came to another choice of experts."""
         gap_T = block.selection_gap(alpha_TE, experts_TK)
@@ -139,11 +147,18 @@ class Recorder:
                 "unread_gap_N": self.unread_gap_N,
                 "unread_prefix_gap": self.unread_prefix_gap,
             }
-            for p, part in enumerate(PARTS):
-                sums = self.tokens.sums[:, p]
-                kept |= {f"{part}_{name}_LE": sums[s] for s, name in enumerate(NAMES)}
-                kept[f"{part}_largest_LE"] = self.tokens.largest[p]
+            kept |= self._token_sums()
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
+
+    def _token_sums(self) -> dict[str, Tensor]:
+        is_known = all(block.residual is not None for block in self.blocks)
+        kept = {}
+        for p, part in enumerate(PARTS):
+            for s, name in enumerate(NAMES):
+                if name != RESIDUAL or is_known:
+                    kept[f"{part}_{name}_LE"] = self.tokens.sums[s, p]
+            kept[f"{part}_largest_LE"] = self.tokens.largest[p]
+        return kept
 
 
 def _on(routing: Routing, device: torch.device) -> Routing:

@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 from expertcut.moe.observers import ExpertCall, Routing
+from expertcut.profiling.recording.contributions import borda_points, shift
 
 PARTS = ("prefix", "question")
-NAMES = ("tokens", "weight", "norm", "weighted_norm")
+RESIDUAL = "residual_shift"  # only where a model's residual stream is known
+# What each is, docs/formats.md says.
+NAMES = ("tokens", "weight", "norm", "weighted_norm", "votes", "input_shift", RESIDUAL)
 
 
 @dataclass
 class _Layer:
-    """One block's calls of its experts, as small as they can be kept until all have run.
+    """One block's pass, as small as it can be kept until all its experts have run.
 
     `extremes` are each call's least and greatest output value.
     """
@@ -23,23 +26,38 @@ class _Layer:
     weights: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     extremes: list[Tensor] = field(default_factory=list)
+    routing: Routing | None = None
 
 
 class TokenSums:
-    """Kept apart for the shared prefix, which ran once for the whole chunk, and for the rest."""
+    """Kept apart for the shared prefix, which ran once for the whole chunk, and for the rest.
 
-    def __init__(self, n_layers: int, n_experts: int, device: torch.device) -> None:
+    `factors` are what each block's output is multiplied with where it is added to the residual
+    stream, by layer; a sum that needs the stream stays 0 where it is not told of.
+    """
+
+    def __init__(
+        self, n_layers: int, n_experts: int, device: torch.device, factors: dict[int, float]
+    ) -> None:
         shape = (len(NAMES), len(PARTS), n_layers, n_experts)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
+        self.factors = factors
 
     def begin(self, part: int) -> None:
         """Says whose tokens come, as a place in `PARTS`."""
         self.part = part
         self.pending = _Layer()
+        self.stream: tuple[int, Tensor] | None = None
+        self.rows_M: Tensor | None = None
+
+    def read(self, layer: int, x_TD: Tensor) -> None:
+        """Keeps the residual stream before a block until the next block's comes."""
+        self.stream = layer, x_TD
 
     def route(self, routing: Routing, valid_T: Tensor | None) -> None:
         """Adds one router's choices."""
+        self.pending.routing = routing
         experts_TK, weights_TK = routing.experts_TK, routing.weights_TK.double()
         if valid_T is not None:
             experts_TK, weights_TK = experts_TK[valid_T], weights_TK[valid_T]
@@ -65,8 +83,8 @@ class TokenSums:
         seen.norms.append(torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32))
         seen.extremes.append(torch.stack(output_MD.aminmax()))
 
-    def combined(self, layer: int, n_tokens: int) -> None:
-        """Adds what the block's experts gave, all having run."""
+    def combined(self, layer: int, output_TD: Tensor) -> None:
+        """Adds what the block's experts gave, all having run; their sum is the output."""
         seen, self.pending = self.pending, _Layer()
         if not seen.experts:
             return
@@ -74,15 +92,34 @@ class TokenSums:
         expert_H = torch.tensor(seen.experts, device=device)
         counts_H = torch.tensor([len(tokens_M) for tokens_M in seen.tokens], device=device)
         at_A = (torch.cat(seen.tokens).to(device), expert_H.repeat_interleave(counts_H))
-        norm_TE = self.sums.new_zeros(n_tokens, self.sums.shape[-1])
+        norm_TE = self.sums.new_zeros(len(output_TD), self.sums.shape[-1])
         norm_TE[at_A] = torch.cat(seen.norms).to(norm_TE)
         weight_TE = torch.zeros_like(norm_TE)
         weight_TE[at_A] = torch.cat(seen.weights).to(weight_TE)
+        weighted_TE = norm_TE * weight_TE
         self._add("norm", layer, norm_TE)
-        self._add("weighted_norm", layer, norm_TE * weight_TE)
+        self._add("weighted_norm", layer, weighted_TE)
+        self._contributions(layer, weighted_TE, output_TD, seen.routing)
         largest_E = self.largest[self.part, layer]
         largest_H = torch.stack(seen.extremes).abs().amax(dim=1).to(largest_E)
         largest_E[expert_H] = largest_E[expert_H].maximum(largest_H)
+
+    def _contributions(
+        self, layer: int, weighted_TE: Tensor, output_TD: Tensor, routing: Routing | None
+    ) -> None:
+        """Adds what weighs a token's experts against each other, or tokens by how far they move.
+
+        Pads weigh 0, whatever they are.
+        """
+        assert routing is not None, "a block's router runs before its experts"
+        self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
+        input_T = shift(routing.input_TD, output_TD)
+        self._add("input_shift", layer, weighted_TE * input_T.to(weighted_TE)[:, None])
+        if self.stream is not None and self.stream[0] == layer:
+            x_TD = self.stream[1]
+            x_TD = x_TD if self.rows_M is None else x_TD[self.rows_M.to(x_TD.device)]
+            residual_T = shift(x_TD, output_TD, self.factors[layer])
+            self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
     def _add(self, name: str, layer: int, amount_TE: Tensor) -> None:
         self.sums[NAMES.index(name), self.part, layer] += amount_TE.sum(dim=0)

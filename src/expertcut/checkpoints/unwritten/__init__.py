@@ -1,0 +1,1 @@
+"""What the checkpoint of a cut would be, without writing it."""

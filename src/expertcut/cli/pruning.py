@@ -1,0 +1,215 @@
+"""The command `prune`: a checkpoint, a plan, or what each of several cuts would answer."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+from expertcut.cli.changing import Named, Place
+from expertcut.cli.options import (
+    ApplyAtOption,
+    Boost,
+    Criterion,
+    Device,
+    Dtype,
+    FoldOption,
+    Force,
+    Format,
+    Layout,
+    LayoutOption,
+    NoVerify,
+    OutDir,
+    PlanOnly,
+    PositionsOption,
+    ProfileDir,
+    ProtectOption,
+    RemovedOption,
+    Scale,
+    Suppress,
+    Threads,
+    TrustRemoteCode,
+    option,
+    read_profile,
+    value,
+)
+from expertcut.cli.output import print_tables, quiet
+from expertcut.cli.sweeping import (
+    Scored,
+    Start,
+    SweepLimit,
+    SweepOption,
+    SweepQuiz,
+    SweepShots,
+    SweepSplit,
+    SweepSubjects,
+    run_sweep,
+)
+from expertcut.errors import SettingsError
+
+if TYPE_CHECKING:
+    from expertcut.evaluation.sweeping.grid import Grid
+    from expertcut.interventions.prune import Pruning
+    from expertcut.profiling.store import Profile
+
+
+class Budget(StrEnum):
+    """Whether layers keep equally many."""
+
+    layer = "layer"
+    all = "global"
+
+
+BudgetOption = Annotated[
+    Budget,
+    option("global: more experts in layers where they score more (layout exact).", "--budget"),
+]
+MinKeep = Annotated[int | None, option("What --budget global keeps in each layer at least.")]
+MaxBytes = Annotated[
+    str | None, option("Keep as many as fit in weights of this size: 4GB, 500MB, 3.5GiB.")
+]
+ByText = Annotated[
+    str,
+    option(f"What ranks experts: {', '.join(Criterion)}; --sweep takes several or all.", "--by"),
+]
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Remove experts, and say what that did."""
+
+    profile: ProfileDir = None
+    keep_active: Annotated[bool, option("Keep what ever fires.", "--keep-active")] = False
+    keep: Annotated[int | None, option("Keep so many per layer.")] = None
+    keep_fraction: Annotated[float | None, option("Keep this share per layer.")] = None
+    max_bytes: MaxBytes = None
+    budget: BudgetOption = Budget.layer
+    min_keep: MinKeep = None
+    by: ByText = "activations"
+    positions: PositionsOption = None
+    protect: ProtectOption = None
+    seed: Annotated[int, option("Of --by random.", min=0)] = 0
+    layout: LayoutOption = Layout.stock
+    removed: RemovedOption = None
+    fold: FoldOption = None
+    boost: Boost = None
+    suppress: Suppress = None
+    scale: Scale = None
+    apply_at: ApplyAtOption = None
+    sweep: SweepOption = None
+    quiz: SweepQuiz = None
+    split: SweepSplit = None
+    shots: SweepShots = None
+    subjects: SweepSubjects = None
+    limit: SweepLimit = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    threads: Threads = None
+    trust_remote_code: TrustRemoteCode = False
+    out: OutDir = None
+    force: Force = False
+    no_verify: NoVerify = False
+    plan_only: PlanOnly = False
+
+    def run(self) -> None:
+        """A checkpoint or a plan, or what each of several would answer."""
+        asked = (self.quiz, self.split, self.shots, self.subjects, self.limit)
+        if self.sweep is not None:
+            self._refuse_what_writes()
+            run_sweep(self._grid(self.sweep), Scored(*asked), self._start())
+        elif any(given is not None for given in asked):
+            raise SettingsError(
+                "--quiz, --split, --shots, --subjects and --limit say what --sweep scores: add "
+                "--sweep or leave them out"
+            )
+        else:
+            self._cut()
+
+    def _cut(self) -> None:
+        from expertcut.checkpoints.build import BuildOptions
+
+        start = self._start()
+        found = start.profile
+        named = Named.of(found, self.boost, self.suppress, self.scale)
+        chosen = self._choose(start)
+        draft = named.on(chosen.draft, value(self.apply_at))
+        place = Place(found, draft.slug, self.out, self.plan_only, self.force)
+        _say_what_goes(found, chosen)
+        built = place.make(draft, BuildOptions(start.load_as, not self.no_verify, self.force))
+        named.say(draft, built)
+
+    def _choose(self, start: Start) -> "Pruning":
+        from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+        from expertcut.checkpoints.unwritten.sizing import largest, size_of_cuts
+        from expertcut.interventions.budgets import Keep, read_size
+        from expertcut.interventions.criteria.scoring import NEEDS_MODEL
+        from expertcut.interventions.prune import choose
+        from expertcut.interventions.ranking import rank
+
+        found, way = start.profile, start.way
+        most = None if self.max_bytes is None else read_size(self.max_bytes)
+        numbers = (self.keep_active, self.keep, self.keep_fraction, most)
+        keep = Keep(*numbers, value(self.budget), self.min_keep)
+        keep.check(way.layout)
+        source = profiled_source(found) if most or way.by in NEEDS_MODEL else None
+        engine = None
+        if source is not None and way.by in NEEDS_MODEL:
+            quiet()
+            engine = engine_as_profiled(found, source, start.load_as)
+        if source is None or most is None:
+            return choose(found, keep, way, engine)
+        size_of = size_of_cuts(source, way.layout, found.info.model.blocks[0].experts)
+        chosen = largest(rank(found, way, engine), keep, size_of)
+        print(f"the weights will have {size_of(chosen.draft):,} bytes, of at most {most:,}")
+        return chosen
+
+    def _start(self) -> Start:
+        from expertcut.interventions.criteria import CRITERIA
+        from expertcut.interventions.ranking import Way
+        from expertcut.moe.loading import LoadOptions
+
+        if self.sweep is None and self.by not in CRITERIA:
+            known = ", ".join(CRITERIA)
+            raise SettingsError(f"--by {self.by} is no criterion: take one of {known}")
+        found = read_profile(self.profile, self.threads)
+        kind = (value(self.positions), value(self.layout), value(self.removed), value(self.fold))
+        protect = _protected(found, self.protect or [], self.keep_active)
+        way = replace(Way.of(self.by, *kind), protect=protect, seed=self.seed)
+        load_as = LoadOptions(self.dtype, self.device, self.trust_remote_code)
+        return Start(found, way, load_as, self.out)
+
+    def _grid(self, fractions: str) -> "Grid":
+        from expertcut.evaluation.sweeping.grid import Grid
+        from expertcut.interventions.criteria import CRITERIA
+
+        return Grid.of(self.by, fractions, CRITERIA, value(self.budget), self.min_keep)
+
+    def _refuse_what_writes(self) -> None:
+        numbers = ("keep_active", "keep", "keep_fraction", "max_bytes")
+        names = (*numbers, "boost", "suppress", "scale", "apply_at", "force", "no_verify")
+        given = [name for name in (*names, "plan_only") if getattr(self, name) not in (None, False)]
+        if given:
+            option_name = f"--{given[0].replace('_', '-')}"
+            raise SettingsError(
+                f"{option_name} does not go with --sweep, which writes no checkpoint: leave it out"
+            )
+
+
+def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[str, ...]:
+    """What stays whatever its score; super experts unasked, where they are known."""
+    from expertcut.interventions.criteria.protection import expressions_of
+
+    is_known = profile.info.settings.stats == "all"
+    if not (is_known or is_active or asked):
+        print("Super experts are not known without all-token statistics: none is protected.")
+    return expressions_of(asked, is_super=is_known and not is_active)
+
+
+def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
+    from expertcut.interventions.touched import touched
+    from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
+
+    goes = touched(profile, chosen.draft.edits)
+    for sentence in pruning_sentences(chosen):
+        print(sentence)
+    print_tables([touched_table(goes)], Format.table)
+    for sentence in touched_sentences(chosen, goes):
+        print(sentence)

@@ -1,0 +1,142 @@
+"""`audit.json`: what removing single experts did, and who foretold it. No torch here."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, FiniteFloat
+
+from expertcut.evaluation.folders import load_outcome, save_outcome
+from expertcut.interventions.plan import Layout, PlanModel, Positions
+from expertcut.profiling.store import Record, Settings
+
+AUDIT_FILE = "audit.json"
+Interval = tuple[FiniteFloat, FiniteFloat]
+
+
+class AuditAsked(Record):
+    """All that an audit depends on: another one is never mixed in.
+
+    `profile` is the hash of what scored the experts, `asked` that of the held-out questions.
+    """
+
+    model: PlanModel
+    settings: Settings
+    profile: str
+    quiz: str
+    split: str
+    shots: int
+    questions: int
+    asked: str
+    by: tuple[str, ...] = Field(min_length=1)
+    positions: Positions | None
+    layout: Layout
+    fractions: tuple[FiniteFloat, ...] = Field(min_length=1)
+    sample: int
+    seed: int
+
+
+class Standing(Record):
+    """What a criterion says of the sampled experts, in their order.
+
+    `share` is the score over its layer's sum, `place` the number of experts of its layer that the
+    criterion would keep before it.
+    """
+
+    score: tuple[FiniteFloat, ...]
+    share: tuple[FiniteFloat, ...]
+    place: tuple[int, ...]
+
+
+class Sampled(Record):
+    """An expert to be removed: its router's row in the profiled model, and what it is called."""
+
+    layer: int
+    row: int
+    expert: int
+
+
+class Harm(Record):
+    """What removing one expert did to the held-out questions, paired with the unedited model.
+
+    `logprob` is the mean loss of log p of the right answer, `stderr` that of this mean, `accuracy`
+    the share of answers lost less those gained; `largest` is the largest |Δ log p| of any choice.
+    """
+
+    layer: int
+    expert: int
+    logprob: FiniteFloat
+    stderr: FiniteFloat
+    accuracy: FiniteFloat
+    gained: int
+    lost: int
+    mcnemar_p: FiniteFloat
+    largest: FiniteFloat
+
+
+class Correlation(Record):
+    """Spearman's, and its 95 % interval over draws of experts; None where it is undefined."""
+
+    rho: FiniteFloat | None
+    ci95: Interval | None
+
+
+class Regret(Record):
+    """At one budget: how much more harm the criterion's removals do, one by one, than the least.
+
+    `removed` of the sampled experts go; `chosen`, `least` and `random` are sums of their harms to
+    log p as the criterion chooses, at least, and on average over all choices.
+    """
+
+    fraction: FiniteFloat
+    removed: int
+    chosen: FiniteFloat
+    least: FiniteFloat
+    random: FiniteFloat
+
+    @property
+    def regret(self) -> float:
+        """Never below 0, and 0 where the criterion removes the least harmful ones."""
+        return self.chosen - self.least
+
+
+class Verdict(Record):
+    """How well a criterion foretold the harms; `within` compares experts of a layer only."""
+
+    by: str
+    within: Correlation
+    overall: Correlation
+    within_accuracy: Correlation
+    regrets: tuple[Regret, ...]
+
+
+class Audit(Record):
+    """`audit.json`; `verdicts` are there when all `sampled` experts have been removed once."""
+
+    format: Literal[1] = 1
+    asked: AuditAsked
+    overlap: int
+    accuracy: FiniteFloat
+    right_logprob: FiniteFloat
+    sampled: tuple[Sampled, ...]
+    standings: dict[str, Standing]
+    harms: tuple[Harm, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sampled expert has been removed."""
+        return len(self.harms) == len(self.sampled)
+
+
+def save_audit(folder: Path, found: Audit) -> None:
+    """Writes `audit.json`, whole or not at all."""
+    save_outcome(folder / AUDIT_FILE, found)
+
+
+def load_audit(path: Path) -> Audit:
+    """An audit from its folder or file.
+
+    Raises:
+        OutputError: none there, or one that does not hold together.
+    """
+    return load_outcome(path / AUDIT_FILE if path.is_dir() else path, Audit)

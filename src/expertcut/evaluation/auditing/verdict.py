@@ -1,0 +1,98 @@
+"""Scores against harms: rank correlations, and what a criterion's choice costs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from expertcut.evaluation.auditing.outcome import Correlation, Harm, Regret, Standing, Verdict
+
+Array = np.ndarray[Any, Any]
+DRAWS = 2_000
+_FEWEST = 3  # experts, of which a rank correlation says anything
+Ranks = Callable[[Array, Array], Array]  # values (B, X) and layers (X,) → ranks (B, X)
+
+
+def verdict(
+    by: str, standing: Standing, harms: Sequence[Harm], fractions: Sequence[float], seed: int
+) -> Verdict:
+    """How well one criterion foretold the harms; X are the sampled experts."""
+    layer_X = np.array([harm.layer for harm in harms])
+    logprob_X = np.array([harm.logprob for harm in harms])
+    accuracy_X = np.array([harm.accuracy for harm in harms])
+    score_X, share_X = np.array(standing.score), np.array(standing.share)
+    return Verdict(
+        by=by,
+        within=correlation(score_X, logprob_X, layer_X, ranks_within, seed),
+        overall=correlation(share_X, logprob_X, layer_X, ranks_overall, seed),
+        within_accuracy=correlation(score_X, accuracy_X, layer_X, ranks_within, seed),
+        regrets=tuple(
+            regret(np.array(standing.place), logprob_X, layer_X, fraction) for fraction in fractions
+        ),
+    )
+
+
+def correlation(
+    score_X: Array, harm_X: Array, layer_X: Array, ranks: Ranks, seed: int
+) -> Correlation:
+    """Spearman's; the interval draws experts again, as many of each layer as were sampled."""
+    if len(score_X) < _FEWEST:
+        return Correlation(rho=None, ci95=None)
+    rho = _pearson(ranks(score_X[None], layer_X), ranks(harm_X[None], layer_X))[0]
+    drawn_BX = _draws(layer_X, seed)
+    rho_B = _pearson(ranks(score_X[drawn_BX], layer_X), ranks(harm_X[drawn_BX], layer_X))
+    defined_B = rho_B[np.isfinite(rho_B)]
+    is_defined = bool(np.isfinite(rho))
+    low, high = np.percentile(defined_B, [2.5, 97.5]) if len(defined_B) else (np.nan, np.nan)
+    return Correlation(
+        rho=float(rho) if is_defined else None,
+        ci95=(float(low), float(high)) if is_defined and 2 * len(defined_B) > DRAWS else None,
+    )
+
+
+def ranks_overall(values_BX: Array, _layer_X: Array) -> Array:
+    """Ranks among all, ties shared."""
+    ranks_BX = rankdata(values_BX, axis=1)
+    distances_BX: Array = ranks_BX - ranks_BX.mean(axis=1, keepdims=True)
+    return distances_BX
+
+
+def ranks_within(values_BX: Array, layer_X: Array) -> Array:
+    """Ranks among those of the same layer, ties shared, as distances from the layer's mean."""
+    ranks_BX = np.empty(values_BX.shape)
+    for layer in np.unique(layer_X):
+        is_own_X = layer_X == layer
+        ranks_BX[:, is_own_X] = ranks_overall(values_BX[:, is_own_X], layer_X)
+    return ranks_BX
+
+
+def regret(place_X: Array, harm_X: Array, layer_X: Array, fraction: float) -> Regret:
+    """Of each layer's sampled experts so large a share stays, as with --keep-fraction."""
+    removed, chosen, least, random = 0, 0.0, 0.0, 0.0
+    for layer in np.unique(layer_X):
+        of_layer = np.flatnonzero(layer_X == layer)
+        n_removed = len(of_layer) - round(fraction * len(of_layer))
+        by_place = harm_X[of_layer][np.argsort(-place_X[of_layer], kind="stable")]
+        removed += n_removed
+        chosen += float(by_place[:n_removed].sum())
+        least += float(np.sort(by_place)[:n_removed].sum())
+        random += n_removed * float(by_place.mean())
+    return Regret(fraction=fraction, removed=removed, chosen=chosen, least=least, random=random)
+
+
+def _pearson(a_BX: Array, b_BX: Array) -> Array:
+    """Of values that are distances from their means; NaN where one does not vary."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        both_B = (a_BX * b_BX).sum(axis=1)
+        rho_B: Array = both_B / np.sqrt((a_BX**2).sum(axis=1) * (b_BX**2).sum(axis=1))
+    return rho_B
+
+
+def _draws(layer_X: Array, seed: int) -> Array:
+    rng = np.random.default_rng(seed)
+    drawn_BX = np.empty((DRAWS, len(layer_X)), dtype=np.int64)
+    for layer in np.unique(layer_X):
+        own = np.flatnonzero(layer_X == layer)
+        drawn_BX[:, own] = rng.choice(own, (DRAWS, len(own)))
+    return drawn_BX

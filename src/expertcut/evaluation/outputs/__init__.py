@@ -1,0 +1,1 @@
+"""Evaluations for other programs: data frames, and readers of lm-evaluation-harness."""

@@ -1,0 +1,195 @@
+"""A results file as lm-evaluation-harness 0.4.13 writes it (`--output_path`), one for each model.
+
+Keys whose values that tool alone could know are null: its version, its hashes of prompts.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from expertcut import __version__
+from expertcut.evaluation.accuracy import pooled_stderr
+from expertcut.evaluation.results import ModelResult
+from expertcut.profiling.store import Settings
+from expertcut.quiz import Quiz
+from expertcut.quiz.prompts import LETTERS, header
+from expertcut.quiz.sources import MMLU_HUB_ID
+
+if TYPE_CHECKING:
+    from expertcut.evaluation.evaluate import Scored, Scoring
+    from expertcut.moe.loading import MoeModel
+
+_TASK_VERSION = 1.0  # of the stock task whose prompts these are
+_SPLITS = {"val": "validation"}  # ours, and the data set's name
+_METRIC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+_UNKNOWN = "N/A"  # the harness's word where there is no standard error
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a results file says of a model while it was loaded."""
+
+    settings: Settings
+    special_tokens: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, moe: "MoeModel", settings: Settings) -> "Loaded":
+        """Of a model in memory."""
+        tokenizer, config = moe.tokenizer, moe.model.config
+        tokens: dict[str, Any] = {
+            f"tokenizer_{name}_token": [
+                getattr(tokenizer, f"{name}_token"),
+                str(getattr(tokenizer, f"{name}_token_id")),
+            ]
+            for name in ("pad", "eos", "bos")
+        }
+        tokens["eot_token_id"] = tokenizer.eos_token_id
+        tokens["max_length"] = getattr(config, "max_position_embeddings", None)
+        return cls(settings, tokens)
+
+
+def harness_paths(file: Path, scored: Sequence["Scored"]) -> list[Path]:
+    """The file itself for one model; for several, one each, named after it and numbered."""
+    if len(scored) == 1:
+        return [file]
+    suffix = file.suffix or ".json"
+    return [
+        file.with_name(f"{file.stem}-{i}-{one.source.name}{suffix}") for i, one in enumerate(scored)
+    ]
+
+
+def harness_bytes(scoring: "Scoring", scored: "Scored", result: ModelResult) -> bytes:
+    """The file's bytes."""
+    found = harness_results(scoring, scored, result)
+    return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode()
+
+
+def harness_results(scoring: "Scoring", scored: "Scored", result: ModelResult) -> dict[str, Any]:
+    """What the harness would write of one model, a task for each subject and a group of them."""
+    quiz = scoring.quiz
+    group = "mmlu" if quiz.id == MMLU_HUB_ID else Path(quiz.id).name.removesuffix(".jsonl")
+    tasks = {f"{group}_{subject}": subject for subject in quiz.questions}
+    of_group = _metrics(group, result.accuracy, result.stderr, result.questions)
+    of_group["sample_count"] = {"acc,none": result.questions}
+    is_better, names = {"acc": True}, (group, *tasks)
+    sizes = {t: result.subjects[s].questions for t, s in tasks.items()}
+    of_tasks = {
+        task: _metrics(task, share, pooled_stderr([(share, n)]), n)
+        for task, subject in tasks.items()
+        for share, n in [(result.subjects[subject].accuracy, sizes[task])]
+    }
+    return {
+        "results": {**of_tasks, group: of_group},
+        "groups": {group: of_group},
+        "group_subtasks": {group: list(tasks)},
+        "configs": {t: _config(t, s, quiz, scored) for t, s in tasks.items()},
+        "versions": {group: _UNKNOWN, **dict.fromkeys(tasks, _TASK_VERSION)},
+        "n-shot": dict.fromkeys(names, quiz.shots),
+        "higher_is_better": dict.fromkeys(names, is_better),
+        "n-samples": {
+            t: {"original": n if scoring.limit is None else None, "effective": n}
+            for t, n in sizes.items()
+        },
+        **_run(scoring, scored, result),
+        "task_hashes": {},
+        **_identity(scored),
+    }
+
+
+def _metrics(name: str, share: float, stderr: float | None, n: int) -> dict[str, Any]:
+    error = _UNKNOWN if stderr is None else stderr
+    return {
+        "name": name,
+        "alias": name,
+        "sample_len": n,
+        "acc,none": share,
+        "acc_stderr,none": error,
+    }
+
+
+def _config(task: str, subject: str, quiz: Quiz, scored: "Scored") -> dict[str, Any]:
+    n_choices = max(len(q.choices) for q in quiz.questions[subject])
+    letters = list(LETTERS[:n_choices])
+    lines = [f"{letter}. {{{{choices[{i}]}}}}\n" for i, letter in enumerate(letters)]
+    asked = {
+        "doc_to_text": f"{{{{question.strip()}}}}\n{''.join(lines)}Answer:",
+        "doc_to_choice": letters,
+        "doc_to_target": "answer",
+        "fewshot_delimiter": "\n\n",
+        "target_delimiter": " ",
+    }
+    return {
+        "task": task,
+        "dataset_path": quiz.id,
+        "dataset_name": subject,
+        "test_split": _SPLITS.get(quiz.split, quiz.split),
+        "fewshot_split": "dev",
+        "unsafe_code": False,
+        "description": header(subject),
+        **asked,
+        "fewshot_config": {
+            "sampler": "first_n",
+            "split": "dev",
+            "process_docs": None,
+            "fewshot_indices": None,
+            "samples": None,
+            "gen_prefix": None,
+            **asked,
+        },
+        "num_fewshot": quiz.shots,
+        "metric_list": [_METRIC],
+        "output_type": "multiple_choice",
+        "repeats": 1,
+        "should_decontaminate": False,
+        "metadata": {
+            "version": _TASK_VERSION,
+            "pretrained": scored.source.id,
+            "dtype": scored.loaded.settings.dtype,
+        },
+    }
+
+
+def _run(scoring: "Scoring", scored: "Scored", result: ModelResult) -> dict[str, Any]:
+    settings, source = scored.loaded.settings, scored.source
+    return {
+        "config": {
+            "model": "expertcut",
+            "model_args": {"pretrained": source.id, "dtype": settings.dtype},
+            "model_num_parameters": result.parameters,
+            "model_dtype": f"torch.{settings.dtype}",
+            "model_revision": source.revision or "main",
+            "model_sha": source.revision or "",
+            "batch_size": None,
+            "batch_sizes": [],
+            "device": settings.device_type,
+            "use_cache": None,
+            "limit": scoring.limit,
+            "bootstrap_iters": 0,
+            "gen_kwargs": {},
+            **dict.fromkeys(("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")),
+        },
+        "git_hash": None,
+        "date": time.time(),
+        "pretty_env_info": f"expertcut {__version__}, torch {settings.torch}",
+        "transformers_version": transformers.__version__,
+        "lm_eval_version": None,
+        "upper_git_hash": None,
+        **scored.loaded.special_tokens,
+    }
+
+
+def _identity(scored: "Scored") -> dict[str, Any]:
+    name = scored.source.id
+    silent = ("system_instruction", "system_instruction_sha", "fewshot_as_multiturn")
+    return {
+        "model_source": "expertcut",
+        "model_name": name,
+        "model_name_sanitized": "".join(c if c.isalnum() or c in "-." else "_" for c in name),
+        **dict.fromkeys((*silent, "chat_template", "chat_template_sha")),
+        "total_evaluation_time_seconds": None,
+    }

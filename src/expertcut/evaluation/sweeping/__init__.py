@@ -1,0 +1,1 @@
+"""What every cut of a grid would answer, without writing one."""

@@ -1,0 +1,206 @@
+"""The stage behind `prune --sweep`: one loaded model carries out every cut of a grid in turn."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expertcut.checkpoints.build import engine_as_profiled, gather, profiled_source
+from expertcut.checkpoints.unwritten.carried import as_written
+from expertcut.checkpoints.unwritten.sizing import size_of_cuts
+from expertcut.evaluation.accuracy import accuracy
+from expertcut.evaluation.comparison import compare
+from expertcut.evaluation.folders import begun, check_same, profile_hash
+from expertcut.evaluation.proving.outcome import Change
+from expertcut.evaluation.results import ChosenOnResult
+from expertcut.evaluation.size import Size, size, size_of_cut
+from expertcut.evaluation.sweeping.grid import Grid
+from expertcut.evaluation.sweeping.outcome import (
+    SWEEP_FILE,
+    Sweep,
+    SweepAsked,
+    SweepCell,
+    SweptModel,
+    save_sweep,
+)
+from expertcut.interventions.criteria.scoring import NEEDS_MODEL
+from expertcut.interventions.plan import Draft
+from expertcut.interventions.prune import cut
+from expertcut.interventions.questions import Questions, questions_for, used_hashes
+from expertcut.interventions.ranking import Way, rank
+from expertcut.moe.loading import LoadOptions
+from expertcut.moe.passes import OnPass
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.sharing.work import Progress
+from expertcut.profiling.statistics import Answers, answers
+from expertcut.profiling.store import Profile, load_profile
+from expertcut.quiz import Quiz
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One form of the model to be asked: its name, and the run that asks what is missing."""
+
+    name: str
+    run: Callable[[OnPass], Iterator[Progress]]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is asked of every cell, and how; what does not wait leaves saving to others."""
+
+    quiz: Quiz
+    limit: int | None
+    load_as: LoadOptions
+    waits: bool = True
+
+
+class Sweeping:
+    """A grid of cuts of one profiled model; `found` is what is finished.
+
+    Raises:
+        ContractError: the layout does not know the model's family.
+        PlanError: a cell that keeps too few experts.
+        ProfileError: the model or the quiz is not the one that was profiled.
+    """
+
+    def __init__(self, profile: Profile, grid: Grid, way: Way, asking: Asking) -> None:
+        blocks, settings = profile.info.model.blocks, profile.info.settings
+        grid.check(blocks, way.layout)
+        self.profile, self.grid, self.way, self.asking = profile, grid, way, asking
+        source = profiled_source(profile)
+        self.size_of = size_of_cuts(source, way.layout, blocks[0].experts)
+        drafts = [replace(way, by=by).draft("", "", by) for by in grid.by]
+        used = frozenset().union(*(used_hashes(d, self._questions(d)) for d in drafts))
+        self.engine = engine_as_profiled(profile, source, asking.load_as)
+        options = MeasureOptions("none", settings.batch_tokens, settings.threads, asking.waits)
+        self.measurement = Measurement(self.engine.moe, asking.quiz, asking.limit, options)
+        self.subjects = [question.subject for question in asking.quiz]
+        overlap = sum(question.content_hash in used for question in asking.quiz)
+        chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
+        self.found = Sweep(asked=self._asked(), chosen_on=chosen_on)
+
+    def _asked(self) -> SweepAsked:
+        grid, way = self.grid, self.way
+        return SweepAsked(
+            scored=self.measurement.info,
+            profile=profile_hash(self.profile.info),
+            by=grid.by,
+            fractions=grid.fractions,
+            budget=grid.budget,
+            min_keep=grid.min_keep,
+            positions=way.positions,
+            layout=way.layout,
+            removed=way.removed if way.layout == "exact" else None,
+            fold=way.fold if way.layout == "stock" else None,
+            protect=way.protect,
+            seed=way.seed,
+        )
+
+    def steps(self, folder: Path) -> Iterator[Step]:
+        """The unedited model, then every cell that the folder lacks; each is kept when it is done.
+
+        Raises:
+            OutputError: the folder holds something else, or another sweep.
+            PlanError: a cut that leaves no room for what is protected by hand.
+            ProfileError: the profile does not hold what a criterion needs.
+        """
+        earlier = begun(folder / SWEEP_FILE, Sweep)
+        if earlier is not None:
+            check_same(folder, earlier.asked, self.found.asked, "sweep")
+            self.found = earlier
+        # What these criteria or counts cannot do is said before anything runs or is written.
+        at_once = {by: self._cuts(by) for by in self.grid.by if by not in NEEDS_MODEL}
+        if earlier is None:
+            save_sweep(folder, self.found)  # by every process: it says whose folder this is
+        place = folder / "cells" / "base"
+        yield Step("the unedited model", lambda on_pass: self.measurement.run(place, on_pass))
+        if self.asking.waits:
+            self.base = answers(load_profile(place))
+            model = self._model(self.base, size(self.engine.moe))
+            self.found = self.found.model_copy(update={"base": model})
+            self._save(folder)
+        for by in self.grid.by:
+            cuts = at_once[by] if by in at_once else self._cuts(by)
+            for fraction, draft in cuts.items():
+                yield from self._step(by, fraction, draft, folder)
+
+    def _cuts(self, by: str) -> dict[float, Draft]:
+        """The cuts of a criterion that the folder lacks."""
+        missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
+        if not missing:
+            return {}
+        way, engine = replace(self.way, by=by), self.engine if by in NEEDS_MODEL else None
+        ranking = rank(self.profile, way, engine)
+        kept = {f: self.grid.keep(f, ranking.blocks, way.layout) for f in missing}
+        return {f: cut(ranking, *how_many).draft for f, how_many in kept.items()}
+
+    def _step(self, by: str, fraction: float, draft: Draft, folder: Path) -> Iterator[Step]:
+        place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
+        yield Step(f"{fraction:g} by {by}", self._run(draft, place))
+        if self.asking.waits:
+            cell = self._cell(by, fraction, draft, answers(load_profile(place)))
+            self.found = self.grid.with_cell(self.found, cell)
+            self._save(folder)
+
+    def _run(self, draft: Draft, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
+        def run(on_pass: OnPass) -> Iterator[Progress]:
+            gathered = gather(self.profile, draft, self._questions(draft), self.engine)
+            with as_written(self.engine.moe, draft, gathered):
+                yield from self.measurement.run(place, on_pass)
+
+        return run
+
+    def _questions(self, draft: Draft) -> Questions:
+        """As `prune` would choose, fit and judge."""
+        return questions_for(self.profile, is_fitting=draft.asks_tuning, used=draft.used)
+
+    def _save(self, folder: Path) -> None:
+        if self.asking.waits:
+            save_sweep(folder, self.found)
+
+    def _model(self, found: Answers, its: Size) -> SweptModel:
+        scored = accuracy(found.is_correct_N, self.subjects)
+        return SweptModel(
+            accuracy=scored.accuracy,
+            ci95=scored.ci95,
+            questions=scored.n_questions,
+            right_logprob=right_logprob(found),
+            parameters=its.parameters,
+            active_parameters=its.active_parameters,
+            bytes=its.size_bytes,
+        )
+
+    def _cell(self, by: str, fraction: float, draft: Draft, found: Answers) -> SweepCell:
+        its = size_of_cut(self.engine.moe, draft, self.size_of(draft))
+        base, numbers = self.base, draft.numbers
+        both_NC = np.isfinite(base.logprob_NC) & np.isfinite(found.logprob_NC)
+        moved = np.abs(base.logprob_NC - found.logprob_NC)[both_NC]
+        change = compare(base.is_correct_N, found.is_correct_N, self.subjects)
+        assert numbers is not None
+        return SweepCell(
+            **self._model(found, its).model_dump(),
+            by=by,
+            fraction=fraction,
+            keep={name: numbers.kept(name, edit.keep) for name, edit in draft.edits.items()},
+            change=Change(**asdict(change)),
+            max_abs_logprob_diff=float(moved.max()),
+            median_abs_logprob_diff=float(np.median(moved)),
+        )
+
+
+def right_logprob(found: Answers) -> float:
+    """Mean log p of the right choice."""
+    return float(found.logprob_NC[np.arange(len(found.answer_N)), found.answer_N].mean())
+
+
+def _keep_hash(draft: Draft) -> str:
+    """8 hex digits over who stays and what removing means, so that no cell reads another's."""
+    kept = {name: edit.keep for name, edit in draft.edits.items()}
+    text = repr((kept, draft.layout, draft.removed, draft.fold))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,127 @@
+"""What a block's experts give on stored tokens, so that removals can be tried one after another.
+
+Beside the legend of `moe`: a Gram matrix (E, E) per token holds the inner products of all experts'
+outputs, from which the change of the block's output follows for any gate weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
+from expertcut.interventions.calibration.listening import listen
+from expertcut.moe.contract import MoeBlock
+from expertcut.moe.engine import Engine
+from expertcut.moe.observers import Routing, own_forward, replaced_forward
+from expertcut.moe.tilting import Tilts, tilted
+from expertcut.quiz import Quiz, round_robin
+
+MOST_TOKENS = 1024
+KEPT_BYTES = 256 << 20  # of all layers' inputs, and again of one layer's Gram matrices
+_SCRATCH_BYTES = 64 << 20
+
+
+class Tried:
+    """A block on stored tokens, all its experts run on all of them once."""
+
+    @torch.inference_mode()
+    def __init__(self, block: MoeBlock, x_TD: Tensor) -> None:
+        self.block = block
+        self.x_TD = x_TD.to(next(block.router.parameters()).device)
+        self.route = _own_router(block, self.x_TD)
+        n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * x_TD.shape[1] * 8))
+        self.gram_TEE = torch.cat([_gram(block, rows_RD) for rows_RD in x_TD.split(n_rows)])
+        self.gate_TE = self._gates(())
+
+    @torch.inference_mode()
+    def change(self, removed: tuple[int, ...]) -> float:
+        """Mean ‖Δy‖² over the tokens, these experts cut and the tokens routed anew."""
+        delta_TE = self._gates(removed) - self.gate_TE
+        return float(torch.einsum("te,tef,tf->t", delta_TE, self.gram_TEE, delta_TE).mean())
+
+    def _gates(self, removed: tuple[int, ...]) -> Tensor:
+        """Gate weights (T, E) by the model's own router, float64, 0 where not chosen."""
+        bias_E = torch.zeros(self.block.n_experts)
+        bias_E[list(removed)] = -torch.inf
+        with tilted([self.block], Tilts({self.block.layer: bias_E} if removed else {})):
+            _, weights_TK, experts_TK = self.route(self.x_TD)
+        nothing_TE = torch.zeros(len(self.x_TD), len(bias_E), dtype=torch.float64)
+        return nothing_TE.scatter(1, experts_TK.cpu(), weights_TK.double().cpu())
+
+
+def keep_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
+    """Inputs (T, D) of every block, by layer, at the same T tokens.
+
+    They are drawn from all distinct tokens of at most 512 questions, at most 1,024 and no more than
+    `KEPT_BYTES` hold.
+    """
+    draw = _Draw(_n_tokens(engine))
+    layers = {block.layer for block in engine.moe.blocks}
+    listen(engine, round_robin(quiz, CALIBRATION_QUESTIONS), layers, draw.see)
+    return draw.kept
+
+
+def _n_tokens(engine: Engine) -> int:
+    blocks = engine.moe.blocks
+    width = int(engine.moe.model.config.get_text_config().hidden_size)
+    n_experts = max(block.n_experts for block in blocks)
+    by_inputs = KEPT_BYTES // (len(blocks) * width * engine.moe.dtype.itemsize)
+    return max(1, min(MOST_TOKENS, by_inputs, KEPT_BYTES // (n_experts**2 * 8)))
+
+
+class _Draw:
+    """Keeps the inputs of the T tokens with the smallest of seeded random keys, pass by pass."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self.generator = torch.Generator().manual_seed(0)
+        self.keys = torch.empty(0)
+        self.kept: dict[int, Tensor] = {}
+        self.stays = torch.empty(0, dtype=torch.long)
+        self.seen: set[int] = set()
+
+    def see(self, routing: Routing, _is_answer_T: Tensor) -> None:
+        """One router's tokens; the first of a pass draws for all."""
+        if not self.seen or routing.layer in self.seen:
+            self.seen = set()
+            self._draw(len(routing.input_TD))
+        self.seen.add(routing.layer)
+        before = self.kept.get(routing.layer, routing.input_TD[:0])
+        n_before = len(before)
+        is_old_T = self.stays < n_before
+        rows = (before[self.stays[is_old_T]], routing.input_TD[self.stays[~is_old_T] - n_before])
+        self.kept[routing.layer] = torch.cat(rows)
+
+    def _draw(self, n_new: int) -> None:
+        keys = torch.cat([self.keys, torch.rand(n_new, generator=self.generator)])
+        n_kept = min(self.n_tokens, len(keys))
+        self.stays = keys.topk(n_kept, largest=False).indices.sort().values
+        self.keys = keys[self.stays]
+
+
+def _gram(block: MoeBlock, x_RD: Tensor) -> Tensor:
+    """Inner products (R, E, E) of all experts' own outputs, float64."""
+    n_rows, n_experts = len(x_RD), block.n_experts
+    device = next(block.experts.parameters()).device
+    forward = own_forward(block.experts)
+    rows = x_RD.to(device)
+    outputs = []
+    for expert in range(n_experts):
+        chosen_R1 = torch.full((n_rows, 1), expert, device=device)
+        outputs.append(forward(rows, chosen_R1, rows.new_ones(n_rows, 1)).double().cpu())
+    f_RED = torch.stack(outputs, dim=1)
+    return f_RED @ f_RED.transpose(1, 2)
+
+
+def _own_router(block: MoeBlock, x_TD: Tensor) -> Callable[[Tensor], Any]:
+    """The router as its block calls it; some give it more than the tokens."""
+    more: list[tuple[Any, ...]] = []
+    handle = block.router.register_forward_pre_hook(lambda _module, args: more.append(args[1:]))
+    try:
+        with replaced_forward(block.experts, lambda x_TD, *_: torch.zeros_like(x_TD)):
+            block.module(x_TD[None, :1])
+    finally:
+        handle.remove()
+    return lambda x_TD: block.router(x_TD, *more[0])

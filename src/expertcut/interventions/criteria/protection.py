@@ -1,0 +1,125 @@
+"""Experts that stay whatever a criterion says of them: super experts, and those named by hand."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertcut.errors import PlanError, ProfileError, SettingsError
+from expertcut.interventions.lineage import find_expert, numbers_of
+from expertcut.interventions.plan import Edit
+from expertcut.profiling.store import Profile
+from expertcut.profiling.sums import largest_values
+
+PERCENTILE = 99.5
+SHARE_OF_LARGEST = 0.1
+SHARE_OF_LAYERS = 0.75
+SUPER = "super"
+_EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Rows of routers per layer: super experts, and those that were named."""
+
+    supers: tuple[tuple[int, ...], ...]
+    named: tuple[tuple[int, ...], ...]
+
+    @property
+    def ids(self) -> list[tuple[int, ...]]:
+        """All that stay, per layer."""
+        return [(*own, *named) for own, named in zip(self.supers, self.named, strict=True)]
+
+    def first(self, orders: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Orders of all layers' experts, those that were named first, then super experts."""
+        layers = zip(orders, self.supers, self.named, strict=True)
+        return [protected(protected(order, own), named) for order, own, named in layers]
+
+    def spared(
+        self, edits: Mapping[str, Edit], plain: Mapping[str, Edit]
+    ) -> dict[str, tuple[int, ...]]:
+        """By block, what stays and without protection would not."""
+        blocks = zip(edits.items(), self.ids, strict=True)
+        return {
+            block: tuple(e for e in edit.keep if e in ids and e not in plain[block].keep)
+            for (block, edit), ids in blocks
+        }
+
+    def check(self, edits: Mapping[str, Edit]) -> None:
+        """That all that were named stay.
+
+        Raises:
+            PlanError: there was no room for one of them.
+        """
+        for (block, edit), named in zip(edits.items(), self.named, strict=True):
+            if not set(named) <= set(edit.keep):
+                raise PlanError(
+                    f"{block} keeps {len(edit.keep)} experts, too few for the {len(named)} that "
+                    "--protect names there: keep more or protect fewer"
+                )
+
+
+def expressions_of(asked: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
+    """What --protect asks for; `is_super` says whether super experts are protected unasked.
+
+    Raises:
+        SettingsError: none and super.
+    """
+    if "none" not in asked:
+        return tuple(dict.fromkeys([*([SUPER] if is_super else []), *asked]))
+    if SUPER in asked:
+        raise SettingsError("--protect none and --protect super contradict each other: give one")
+    return tuple(text for text in asked if text != "none")
+
+
+def protection(profile: Profile, expressions: Sequence[str]) -> Protection:
+    """What `super` and `L:E` (expert E of layer L) protect.
+
+    Raises:
+        SettingsError: neither of the two.
+        PlanError: no such layer or expert.
+        ProfileError: super experts of a profile made with --stats answer.
+    """
+    blocks = [(b.name, b.experts) for b in profile.info.model.blocks]
+    named: list[list[int]] = [[] for _ in blocks]
+    for text in expressions:
+        match = _EXPERT.fullmatch(text.strip())
+        if match is not None:
+            layer, row = find_expert(blocks, int(match[1]), int(match[2]), numbers_of(profile))
+            named[layer].append(row)
+        elif text != SUPER:
+            raise SettingsError(
+                f"--protect {text} names no expert: write super, none or L:E, as in 3:12"
+            )
+    supers = super_experts(profile) if SUPER in expressions else [()] * len(blocks)
+    return Protection(tuple(supers), tuple(tuple(dict.fromkeys(own)) for own in named))
+
+
+def super_experts(profile: Profile) -> list[tuple[int, ...]]:
+    """Super experts (ids per layer): outputs with a value far above all others'. arXiv:2507.23279.
+
+    An expert's largest absolute output value over all tokens is above the 99.5th percentile of all
+    experts of all layers and above a tenth of the largest, in the first 75 % of the MoE layers.
+
+    Raises:
+        ProfileError: the profile was made with --stats answer.
+    """
+    largest = largest_values(profile)
+    if largest is None:
+        raise ProfileError(
+            "--protect super: the profile holds no all-token statistics (--stats answer): profile "
+            "with --stats all, or take --protect none"
+        )
+    all_X = np.concatenate(largest).astype(np.float64)
+    threshold = max(float(np.percentile(all_X, PERCENTILE)), SHARE_OF_LARGEST * float(all_X.max()))
+    n_layers = SHARE_OF_LAYERS * len(largest)
+    return [
+        tuple(np.flatnonzero(value_E > threshold).tolist()) if layer < n_layers else ()
+        for layer, value_E in enumerate(largest)
+    ]
+
+
+def protected(order: Sequence[int], ids: Collection[int]) -> list[int]:
+    """An order of experts with the protected ones first; else it stays as it is."""
+    return [*(e for e in order if e in ids), *(e for e in order if e not in ids)]

@@ -1,0 +1,1 @@
+"""Give it away: the model card, and the Hugging Face Hub."""

@@ -1,0 +1,177 @@
+"""The stage behind `publish`: verify, write the card, upload."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from expertcut.errors import HubError, SettingsError
+from expertcut.evaluation.results import results_bytes
+from expertcut.profiling.chunks import write_atomically
+from expertcut.publishing.card.evidence import Evaluated, evaluations
+from expertcut.publishing.card.markup import printable
+from expertcut.publishing.card.origin import origin
+from expertcut.publishing.card.text import Place, card_text, is_edited
+from expertcut.publishing.faults import warnings_kept
+from expertcut.publishing.repository import Content, Repository, check_ours, stale
+from expertcut.publishing.verify import CARD_FILE, Checkpoint, verified
+
+logger = logging.getLogger(__name__)
+
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """How to publish; `results` are files of `eval`, `is_dry` writes the card and no more."""
+
+    is_private: bool = False
+    is_dry: bool = False
+    is_forced: bool = False
+    revision: str | None = None
+    results: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was done, or would be; `files` by name with their bytes, `commit` None in a dry run.
+
+    `is_card_kept` says that the card had been edited by hand and stayed, `gone` what was removed
+    from the repository, `left_out` what lies in the folder and does not belong to the checkpoint.
+    """
+
+    repo: str
+    url: str
+    card: Path
+    is_card_kept: bool
+    n_results: int
+    files: Mapping[str, int]
+    left_out: tuple[str, ...]
+    commit: str | None = None
+    is_changed: bool = False
+    gone: tuple[str, ...] = ()
+
+
+def publish(checkpoint: Path, repo: str, options: PublishOptions) -> Published:
+    """Writes the card into the checkpoint's folder and uploads both; a second call goes on.
+
+    Raises:
+        HubError: the Hub, or the way to it, refused; or the repository holds another model.
+        ModelError: no checkpoint, or damaged files.
+        OutputError: no results in a named file, or the card cannot be written.
+        PlanError: no plan, or one of something else.
+        SettingsError: a name that the Hub does not take, results of other weights, no token.
+    """
+    _check_names(repo, options.revision)
+    api = HfApi()
+    place = Place(repo, options.revision, api.endpoint)
+    found = verified(checkpoint)
+    evaluated = evaluations(found, options.results)
+    card, is_kept = _write_card(found, evaluated, place)
+    files = _files(found, card, evaluated)
+    prepared = Published(
+        repo=repo,
+        url=f"{api.endpoint}/{repo}" + (f"/tree/{options.revision}" if options.revision else ""),
+        card=card,
+        is_card_kept=is_kept,
+        n_results=len(evaluated),
+        files={name: _size(content) for name, content in files.items()},
+        left_out=found.left_out,
+    )
+    if options.is_dry:
+        return prepared
+    return _upload(prepared, found, files, options)
+
+
+def _check_names(repo: str, revision: str | None) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        what = printable(f"{repo} is no name that the Hub takes: {error}")
+        raise SettingsError(what) from None
+    if repo.count("/") != 1:
+        raise SettingsError(f"{repo} must name owner and repository: OWNER/NAME")
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise SettingsError(
+            f"--revision {printable(revision)} must be the name of a branch, like v2 or keep-32"
+        )
+
+
+def _write_card(
+    found: Checkpoint, evaluated: tuple[Evaluated, ...], place: Place
+) -> tuple[Path, bool]:
+    """The card's file, and whether it is one that was edited by hand."""
+    file = found.folder / CARD_FILE
+    if file.is_file() and is_edited(file.read_text(encoding="utf-8", errors="replace")):
+        return file, True
+    text = card_text(found, origin(found.plan, found.folder), evaluated, place)
+    write_atomically(file, text.encode())
+    return file, False
+
+
+def _files(
+    found: Checkpoint, card: Path, evaluated: tuple[Evaluated, ...]
+) -> Mapping[str, Content]:
+    files: dict[str, Content] = {file.name: file for file in (card, *found.files)}
+    return {**files, **{one.file: results_bytes(one.results) for one in evaluated}}
+
+
+def _size(content: Content) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _upload(
+    prepared: Published,
+    found: Checkpoint,
+    files: Mapping[str, Content],
+    options: PublishOptions,
+) -> Published:
+    token = get_token()
+    if token is None:
+        raise SettingsError("no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN")
+    repository = Repository(HfApi(token=token), prepared.repo, options.revision, token)
+    parent, gone = _prepare(repository, found, files, options)
+    message = f"Publish {found.plan.action}"
+    with warnings_kept() as kept:
+        commit = repository.commit(files, gone, parent, message)
+        repository.check_there(commit, files)
+    for warning in kept:
+        logger.warning("%s", " ".join(str(warning.message).split()))
+    return replace(prepared, commit=commit, is_changed=commit != parent, gone=gone)
+
+
+def _prepare(
+    repository: Repository,
+    found: Checkpoint,
+    files: Mapping[str, Content],
+    options: PublishOptions,
+) -> tuple[str, tuple[str, ...]]:
+    """Repository and revision made where they are not there; the commit to build on, what goes."""
+    remote, there, is_new = repository.look(), None, False
+    if remote is None:
+        repository.create(is_private=options.is_private)
+        remote = repository.look()
+    elif options.is_private and not remote.is_private:
+        raise HubError(
+            f"{repository.id} is public, which --private does not change: make it private in its "
+            "settings, or leave --private out"
+        )
+    if remote is not None and options.revision is not None:
+        there = repository.look(options.revision)
+        # A branch that an interrupted run made still is what the main one is.
+        is_new = there is None or there.commit == remote.commit
+        remote = there or remote
+    if remote is None:
+        raise HubError(
+            f"{repository.id} was created, but cannot be seen yet: run the command again"
+        )
+    if not options.is_forced:
+        check_ours(remote, found.plan, repository.id, is_new_branch=is_new)
+    if options.revision is not None and there is None:
+        repository.branch()
+    return remote.commit, stale(remote, files, is_replacing=options.is_forced or is_new)

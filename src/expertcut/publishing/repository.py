@@ -1,0 +1,165 @@
+"""The repository on the Hub: whose it is, what must go, and the one commit that changes it."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from expertcut.errors import HubError, PlanError
+from expertcut.interventions.plan import PLAN_FILE, Plan, load_plan
+from expertcut.publishing.faults import in_words
+
+_MAIN = "main"
+_OF_THE_HUB = frozenset({".gitattributes"})
+# What a repository may hold that was made by hand on the Hub, before anything was uploaded.
+_OF_A_NEW_ONE = frozenset({"README.md", "LICENSE", ".gitignore"}) | _OF_THE_HUB
+# What decides which weights are loaded, and how; left behind it would speak for the new ones.
+_DECIDING = (".safetensors", ".bin", ".index.json", ".py", ".pt", ".pth")
+Content = Path | bytes
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository as it is: the commit, its files, and the plan in it if there is a sound one."""
+
+    commit: str
+    files: frozenset[str]
+    is_private: bool
+    plan: Plan | None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it holds nothing but what a new one holds."""
+        return self.files <= _OF_A_NEW_ONE
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A place on the Hub, and the account that speaks to it."""
+
+    api: HfApi
+    id: str
+    revision: str | None
+    token: str | None
+
+    def look(self, revision: str | None = None) -> Remote | None:
+        """What is there, None where there is no such repository or revision.
+
+        Raises:
+            HubError: it cannot be seen.
+        """
+        with in_words(f"looking at {self.id}", self.id, self.token):
+            try:
+                info = self.api.model_info(self.id, revision=revision)
+            except RevisionNotFoundError:
+                return None
+            except RepositoryNotFoundError as error:
+                if error.response.status_code != 404:
+                    raise
+                return None
+            files = frozenset(sibling.rfilename for sibling in info.siblings or ())
+            plan = self._plan(str(info.sha)) if PLAN_FILE in files else None
+        return Remote(str(info.sha), files, bool(info.private), plan)
+
+    def _plan(self, commit: str) -> Plan | None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.api.hf_hub_download(self.id, PLAN_FILE, revision=commit, local_dir=folder)
+            try:
+                return load_plan(Path(path))
+            except PlanError:
+                return None
+
+    def create(self, *, is_private: bool) -> None:
+        """Makes the repository.
+
+        Raises:
+            HubError: it may not be made, or was meanwhile.
+        """
+        with in_words(f"creating {self.id}", self.id, self.token):
+            self.api.create_repo(self.id, private=is_private or None)
+
+    def branch(self) -> None:
+        """Makes the revision, from the main one.
+
+        Raises:
+            HubError: it may not be made, or was meanwhile.
+        """
+        with in_words(f"creating revision {self.revision} of {self.id}", self.id, self.token):
+            self.api.create_branch(self.id, branch=str(self.revision))
+
+    def commit(
+        self, files: Mapping[str, Content], gone: Sequence[str], parent: str, message: str
+    ) -> str:
+        """Uploads what is not there yet and changes the repository in one commit; its id.
+
+        Where nothing changed, that is the id of the commit before.
+
+        Raises:
+            HubError: nothing changed in the repository; what was uploaded stays for the next try.
+        """
+        with in_words(f"uploading to {self.id}", self.id, self.token):
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *(CommitOperationDelete(name, is_folder=False) for name in gone),
+            ]
+            done = self.api.create_commit(
+                self.id,
+                operations,
+                commit_message=message,
+                revision=self.revision,
+                parent_commit=parent,
+            )
+        return str(done.oid)
+
+    def check_there(self, commit: str, files: Mapping[str, Content]) -> None:
+        """That a commit holds the files: the Hub leaves out what a `.gitignore` there names.
+
+        Raises:
+            HubError: one is missing.
+        """
+        remote = self.look(commit)
+        missing = sorted(set(files) - (frozenset() if remote is None else remote.files))
+        if missing:
+            raise HubError(
+                f"{self.id} does not hold {', '.join(missing[:3])} after the upload: take what "
+                "names it out of the repository's .gitignore, then run the same command again"
+            )
+
+
+def check_ours(remote: Remote, plan: Plan, repo: str, *, is_new_branch: bool = False) -> None:
+    """That a repository may take this checkpoint.
+
+    Raises:
+        HubError: it holds another model.
+    """
+    do = "name another repository, or replace what it holds with --force"
+    if remote.is_fresh:
+        return
+    if remote.plan is None:
+        some = ", ".join(sorted(remote.files - _OF_A_NEW_ONE)[:3])
+        raise HubError(f"{repo} holds something else ({some}) and no {PLAN_FILE} of ours: {do}")
+    if remote.plan.model.fingerprint != plan.model.fingerprint:
+        raise HubError(
+            f"{repo} holds {remote.plan.action} of another base ({remote.plan.model.id}): {do}"
+        )
+    if not is_new_branch and not _is_same(remote.plan, plan):
+        raise HubError(
+            f"{repo} holds another checkpoint of this base ({remote.plan.action}), this is "
+            f"{plan.action}: {do}, or give this one a --revision of its own"
+        )
+
+
+def stale(remote: Remote, kept: Mapping[str, Content], *, is_replacing: bool) -> tuple[str, ...]:
+    """Files that go: all others where it is replaced, else those that decide what is loaded."""
+    others = sorted(remote.files - set(kept) - _OF_THE_HUB)
+    return tuple(f for f in others if is_replacing or f.endswith(_DECIDING))
+
+
+def _is_same(there: Plan, here: Plan) -> bool:
+    """Whether two plans make the same checkpoint, whatever was measured of it."""
+    return (there.layout, there.removed, there.fold, there.apply_at, there.blocks) == (
+        *(here.layout, here.removed, here.fold, here.apply_at, here.blocks),
+    )

@@ -1,0 +1,413 @@
+"""`audit`: what removing single experts does, against other code, and what was planted."""
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+
+from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.cli import main
+from expertcut.errors import OutputError, PlanError
+from expertcut.evaluation.auditing.audit import Auditing, AuditOptions
+from expertcut.evaluation.auditing.outcome import Audit, Harm, Standing, load_audit
+from expertcut.evaluation.auditing.sample import sample_experts
+from expertcut.evaluation.auditing.verdict import regret, verdict
+from expertcut.interventions.criteria import CRITERIA
+from expertcut.interventions.plan import Edit
+from expertcut.interventions.prune import Way
+from expertcut.moe.engine import Engine, ask
+from expertcut.moe.loading import LoadOptions
+from expertcut.moe.observers import Routing, observe_routers
+from expertcut.moe.packing import Pass
+from expertcut.moe.passes import OnPass, ignore
+from expertcut.moe.tilting import Tilts, tilted
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.store import Profile, load_profile
+from expertcut.quiz import Quiz, Selection, load_quiz
+from tests.conftest import LETTERS, make_checkpoint, open_model, write_quiz
+
+Run = Callable[..., str]
+BY = ("activations", "random")
+EXACT = Way(layout="exact")
+
+
+def profiled(model: Path, quiz_folder: Path, folder: Path) -> Profile:
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    list(Measurement(open_model(model), quiz, None, MeasureOptions()).run(folder))
+    return load_profile(folder)
+
+
+@pytest.fixture(scope="module")
+def profile(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Profile:
+    return profiled(checkpoint("olmoe"), quiz_folder, tmp_path_factory.mktemp("audit") / "olmoe")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """A command line in an empty folder; what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["expertcut", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert (stopped.value.code or 0) == status
+        printed = capsys.readouterr()
+        return printed.err if status else printed.out
+
+    return command
+
+
+def options(way: Way = Way(), sample: int = 16, by: tuple[str, ...] = BY) -> AuditOptions:  # noqa: B008
+    return AuditOptions(by, (0.75, 0.5), way, LoadOptions(), sample, questions=12)
+
+
+def audited(
+    profile: Profile, folder: Path, asked: AuditOptions, on_pass: OnPass = ignore
+) -> tuple[Auditing, Audit]:
+    auditing = Auditing(profile, asked)
+    list(auditing.run(folder, on_pass))
+    return auditing, load_audit(folder)
+
+
+def right_logprob(moe_logprob: torch.Tensor, quiz: Quiz) -> np.ndarray:
+    answers = [question.answer for question in quiz]
+    return moe_logprob.double()[range(len(answers)), answers].numpy()
+
+
+# Harm
+
+
+def test_the_harm_is_that_of_a_mask_on_the_router(profile: Profile, tmp_path: Path) -> None:
+    auditing, found = audited(profile, tmp_path / "audit", options(sample=6))
+    moe, quiz = open_model(Path(profile.info.model.id)), auditing.quiz
+    base = ask(Engine(moe, 2048), quiz)
+    assert len(quiz) == 12 and found.overlap == 0
+    for harm in found.harms:
+        bias_E = torch.zeros(8)
+        bias_E[harm.expert] = -torch.inf
+        with tilted(moe.blocks, Tilts({harm.layer: bias_E})):
+            without = ask(Engine(moe, 2048), quiz)
+        lost = right_logprob(base, quiz) - right_logprob(without, quiz)
+        assert harm.logprob == pytest.approx(lost.mean(), abs=1e-6)
+        assert harm.stderr == pytest.approx(lost.std(ddof=1) / np.sqrt(12), abs=1e-6)
+        answers = torch.tensor([q.answer for q in quiz])
+        was, now = (x.argmax(1) == answers for x in (base, without))
+        assert (harm.gained, harm.lost) == (int((~was & now).sum()), int((was & ~now).sum()))
+        assert harm.accuracy == pytest.approx((harm.lost - harm.gained) / 12)
+    assert max(abs(harm.logprob) for harm in found.harms) > 0.01
+
+
+def test_the_harm_is_that_of_a_written_checkpoint(profile: Profile, tmp_path: Path) -> None:
+    auditing, found = audited(profile, tmp_path / "audit", options(EXACT, sample=3))
+    quiz = auditing.quiz
+    base = ask(Engine(open_model(Path(profile.info.model.id)), 2048), quiz)
+    for harm in found.harms:
+        name = profile.info.model.blocks[harm.layer].name
+        edits = {b.name: Edit(keep=tuple(range(8))) for b in profile.info.model.blocks}
+        edits[name] = Edit(keep=tuple(e for e in range(8) if e != harm.expert))
+        draft = replace(EXACT.draft("one", "", ""), edits=edits)
+        out = tmp_path / f"{harm.layer}-{harm.expert}"
+        build(profile, draft, out, BuildOptions(LoadOptions(), is_verified=False))
+        written = ask(Engine(open_model(out), 2048), quiz)
+        lost = right_logprob(base, quiz) - right_logprob(written, quiz)
+        assert harm.logprob == pytest.approx(lost.mean(), abs=1e-6)
+    assert any(harm.largest > 0.01 for harm in found.harms)
+
+
+# What was planted
+
+
+@pytest.mark.parametrize("layout", ["stock", "exact"])
+def test_an_expert_that_no_token_chose_is_harmless_to_the_last_bit(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path, layout: str
+) -> None:
+    # Where the gate renormalises, an expert that is not chosen takes no part in anything.
+    family = "olmoe" if layout == "exact" else "qwen3_moe"
+    profile = profiled(checkpoint(family, num_experts=48), quiz_folder, tmp_path / "p")
+    way = Way(layout=layout)  # type: ignore[arg-type]
+    auditing, found = audited(profile, tmp_path / "audit", options(way, sample=24))
+    used: set[tuple[int, int]] = set()
+
+    def see(routing: Routing) -> None:
+        used.update((routing.layer, e) for e in routing.experts_TK.unique().tolist())
+
+    with observe_routers(auditing.engine.moe.blocks, see):
+        ask(auditing.engine, auditing.quiz)
+    idle = [h for h in found.harms if (h.layer, h.expert) not in used]
+    busy = [h for h in found.harms if (h.layer, h.expert) in used]
+    assert idle and busy
+    if layout == "exact":
+        assert all((h.logprob, h.stderr, h.largest, h.lost) == (0, 0, 0, 0) for h in idle)
+    else:  # softmax over fewer rows, renormalised: the same but for rounding
+        assert all(h.largest < 1e-5 and h.lost == 0 for h in idle)
+    # In the last layer only answer positions are read.
+    assert all(h.largest > 0 for h in busy if h.layer == 0)
+
+
+def planted(folder: Path, dead: int, vital: int) -> Path:
+    """GPT-OSS, whose router has a bias: in layer 0 no token chooses one expert, each the other."""
+    model = make_checkpoint(folder / "model", "gpt_oss")
+    weights = load_file(model / "model.safetensors")
+    (bias,) = (n for n in weights if "layers.0" in n and n.endswith("router.bias"))
+    weights[bias][dead], weights[bias][vital] = -1e4, 6.0
+    for name in weights:
+        if "layers.0" in name and "experts.down_proj" in name:
+            weights[name][vital] *= 4
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def answered_by(model: Path, quiz_folder: Path, folder: Path) -> Path:
+    """The quiz with what a model says as the right answers."""
+    moe = open_model(model)
+    for split in ("val", "test"):
+        said = ask(Engine(moe, 2048), load_quiz(Selection(str(quiz_folder), split, 0))).argmax(1)
+        letters = iter(LETTERS[i] for i in said.tolist())
+        for file in sorted((quiz_folder / split).glob("*.csv")):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            rows = [[*row[:-1], next(letters)] for row in csv.reader(file.read_text().splitlines())]
+            with (folder / split / file.name).open("w", newline="") as copy:
+                csv.writer(copy).writerows(rows)
+    return folder
+
+
+def test_a_planted_vital_expert_comes_first_and_a_dead_one_is_harmless(
+    quiz_folder: Path, tmp_path: Path
+) -> None:
+    dead, vital = 5, 2
+    model = planted(tmp_path, dead, vital)
+    asked = answered_by(model, quiz_folder, tmp_path / "quiz")
+    quiz = load_quiz(Selection(str(asked), split="val", shots=0))
+    list(Measurement(open_model(model), quiz, None, MeasureOptions()).run(tmp_path / "p"))
+    profile = load_profile(tmp_path / "p")
+    asking = replace(options(), questions=15, is_all=True, by=tuple(CRITERIA))
+    _, found = audited(profile, tmp_path / "audit", asking)
+    assert len(found.harms) == 16 and found.accuracy == 1
+    by_harm = sorted(found.harms, key=lambda harm: -harm.logprob)
+    assert (by_harm[0].layer, by_harm[0].expert) == (0, vital)
+    assert by_harm[0].lost > 2
+    (its,) = (h for h in found.harms if (h.layer, h.expert) == (0, dead))
+    assert (its.logprob, its.stderr, its.accuracy, its.largest) == (0, 0, 0, 0)
+    (place,) = (i for i, s in enumerate(found.sampled) if (s.layer, s.expert) == (0, dead))
+    assert found.standings["activations"].score[place] == 0
+
+
+# Verdicts
+
+
+def synthetic(seed: int, n_layers: int = 3, each: int = 6) -> tuple[list[Harm], np.ndarray]:
+    rng = np.random.default_rng(seed)
+    harm_X = rng.normal(size=n_layers * each)
+    common = {"stderr": 0.1, "accuracy": 0.0, "gained": 0, "lost": 0, "mcnemar_p": 1.0}
+    harms = [
+        Harm(layer=x // each, expert=x % each, logprob=float(h), largest=1.0, **common)
+        for x, h in enumerate(harm_X)
+    ]
+    return harms, harm_X
+
+
+def standing(score_X: np.ndarray, each: int = 6) -> Standing:
+    rows = score_X.reshape(-1, each)
+    place = np.argsort(np.argsort(-rows, axis=1, kind="stable"), axis=1).ravel()
+    return Standing(
+        score=tuple(score_X.tolist()), share=tuple(score_X.tolist()), place=tuple(place.tolist())
+    )
+
+
+def test_rank_correlations_are_those_of_scipy() -> None:
+    for seed in range(5):
+        harms, harm_X = synthetic(seed)
+        score_X = np.round(harm_X + np.random.default_rng(seed + 9).normal(size=18), 0)  # ties
+        found = verdict("x", standing(score_X), harms, (0.5,), 0)
+        assert found.overall.rho == pytest.approx(spearmanr(score_X, harm_X).statistic)
+        assert found.overall.ci95 is not None
+        assert -1 <= found.overall.ci95[0] < found.overall.rho < found.overall.ci95[1] <= 1
+        alone, own = synthetic(seed, n_layers=1, each=9)
+        within = verdict("x", standing(own**2, 9), alone, (0.5,), 0).within
+        assert within.rho == pytest.approx(spearmanr(own**2, own).statistic)
+
+
+def test_what_is_the_same_in_each_layer_says_nothing_within_them() -> None:
+    harms, _ = synthetic(0)
+    by_layer_X = np.repeat([1.0, 2.0, 3.0], 6)
+    found = verdict("x", standing(by_layer_X), harms, (0.5,), 0)
+    assert found.within.rho is None and found.within.ci95 is None
+    assert found.overall.rho is not None
+
+
+def test_the_truth_as_a_score_has_no_regret_and_its_opposite_the_most() -> None:
+    harms, harm_X = synthetic(1)
+    best = verdict("x", standing(harm_X), harms, (0.75, 0.5, 0.25), 0)
+    worst = verdict("x", standing(-harm_X), harms, (0.75, 0.5, 0.25), 0)
+    assert best.within.rho == pytest.approx(1) and worst.within.rho == pytest.approx(-1)
+    for good, bad in zip(best.regrets, worst.regrets, strict=True):
+        assert good.regret == pytest.approx(0, abs=1e-12) and bad.regret > good.random - good.least
+
+
+@pytest.mark.parametrize("fraction", [0.75, 0.5, 0.25, 1.0])
+def test_regret_equals_trying_every_choice(fraction: float) -> None:
+    harms, harm_X = synthetic(2, n_layers=2, each=6)
+    layer_X = np.array([harm.layer for harm in harms])
+    place_X = np.array([*np.random.default_rng(0).permutation(6), 3, 5, 0, 1, 2, 4])
+    found = regret(place_X, harm_X, layer_X, fraction)
+    n_kept = round(fraction * 6)
+    least, mean, chosen = 0.0, 0.0, 0.0
+    for layer in range(2):
+        own = harm_X[layer_X == layer]
+        sums = [sum(own[list(c)]) for c in combinations(range(6), 6 - n_kept)]
+        least, mean = least + min(sums), mean + float(np.mean(sums))
+        chosen += sum(own[place_X[layer_X == layer] >= n_kept])
+    assert found.least == pytest.approx(least)
+    assert found.random == pytest.approx(mean)
+    assert found.chosen == pytest.approx(chosen)
+    assert found.removed == 2 * (6 - n_kept)
+
+
+def test_the_sample_is_spread_over_layers_and_keeps_nothing_away() -> None:
+    for sample in (1, 5, 12, 15, 26, 99):
+        drawn = sample_experts([8, 8, 10], sample, seed=0)
+        assert drawn == sorted(set(drawn)) and len(drawn) == min(sample, 26)
+        per_layer = [sum(layer == own for own, _ in drawn) for layer in range(3)]
+        if sample <= 24:
+            assert max(per_layer) - min(per_layer) <= 1
+        assert drawn == sample_experts([8, 8, 10], sample, seed=0)
+    several = {tuple(sample_experts([8, 8, 10], 6, seed)) for seed in range(40)}
+    assert len(several) > 30
+    assert {pair for drawn in several for pair in drawn} == {
+        (layer, e) for layer, n in enumerate((8, 8, 10)) for e in range(n)
+    }
+
+
+# What is finished is kept
+
+
+class Stop(Exception):
+    """In place of a kill."""
+
+
+def stopping_after(n: int) -> OnPass:
+    passes: Iterator[int] = iter(range(n))
+
+    def see(_step: Pass) -> None:
+        if next(passes, None) is None:
+            raise Stop
+
+    return see
+
+
+def test_an_audit_that_was_killed_comes_to_the_same_bytes(profile: Profile, tmp_path: Path) -> None:
+    seen: list[Pass] = []
+    _, whole = audited(profile, tmp_path / "whole", options(sample=8), seen.append)
+    assert whole.is_complete and len(whole.verdicts) == 2
+    for n in (1, len(seen) // 2):
+        with pytest.raises(Stop):
+            audited(profile, tmp_path / "killed", options(sample=8), stopping_after(n))
+    half = load_audit(tmp_path / "killed")
+    assert 0 < len(half.harms) < 8 and not half.verdicts
+    left: list[Pass] = []
+    audited(profile, tmp_path / "killed", options(sample=8), left.append)
+    assert 0 < len(left) < len(seen)
+    files = [(tmp_path / name / "audit.json").read_bytes() for name in ("killed", "whole")]
+    assert files[0] == files[1]
+    again: list[Pass] = []
+    audited(profile, tmp_path / "whole", options(sample=8), again.append)
+    assert not again and (tmp_path / "whole" / "audit.json").read_bytes() == files[1]
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (options(sample=4), "its sample was 2, now it is 4"),
+        (options(EXACT, sample=2), "its layout was stock"),
+        (options(Way(seed=1), sample=2), "its seed was 0"),
+        (options(sample=2, by=("random",)), "its by was"),
+        (replace(options(sample=2), questions=6), "its questions was 12, now it is 6"),
+    ],
+)
+def test_a_folder_of_another_audit_is_refused(
+    profile: Profile, begun: Path, tmp_path: Path, other: AuditOptions, told: str
+) -> None:
+    folder = Path(shutil.copytree(begun, tmp_path / "audit"))
+    before = (folder / "audit.json").read_bytes()
+    with pytest.raises(OutputError, match=told):
+        audited(profile, folder, other)
+    assert (folder / "audit.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def begun(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("begun") / "audit"
+    audited(profile, folder, options(sample=2))
+    return folder
+
+
+# The command
+
+
+def test_the_command_writes_tables_a_figure_and_what_show_reads(profile: Profile, run: Run) -> None:
+    asked = ("audit", "--profile", profile.path, "--sample", 8, "--by", "activations,random")
+    out = run(*asked, "--questions", 9)
+    folder = Path("audits") / profile.path.name
+    assert f"written to {folder}" in out
+    assert "None of the 9 held-out questions (test) was profiled" in out
+    assert (folder / "audit.png").read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in (folder / "audit.svg").read_bytes()
+    lines = (folder / "audit.csv").read_text().splitlines()
+    assert len(lines) == 1 + 8 and lines[0].endswith("activations,random")
+    assert run("show", folder, "--format", "csv").splitlines() == lines
+    assert len(json.loads(run("show", folder, "--format", "json"))["harms"]) == 8
+    assert "ρ within layers" in run("show", folder, "--format", "md")
+    files = {f.name: f.read_bytes() for f in folder.iterdir()}
+    assert run(*asked, "--questions", 9) == out
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == files
+
+
+def test_questions_that_were_profiled_are_not_called_held_out_without_a_word(
+    checkpoint: Callable[..., Path], tmp_path: Path, run: Run
+) -> None:
+    asked = write_quiz(tmp_path / "one", {"dev": 2, "val": 30})
+    profile = profiled(checkpoint("olmoe"), asked, tmp_path / "p")
+    out = run("audit", "--profile", profile.path, "--sample", 3, "--by", "random", "--out", "o")
+    n = load_audit(Path("o")).asked.questions
+    assert f"{n} of the {n} held-out questions were profiled too" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("--by", "fame"), "--by fame is no criterion"),
+        (("--by", "random,random"), "names random twice"),
+        (("--fractions", "0"), "--fractions 0"),
+        (("--seed", "-1"), "--seed -1"),
+        (("--sample", "0"), "--sample"),
+        (("--questions", "1"), "--questions"),
+        (("--threads", "77"), "--threads 77"),
+        (("--profile", "nowhere"), "no profile in nowhere"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused_in_one_line(
+    profile: Profile, run: Run, asked: tuple[str, ...], told: str
+) -> None:
+    out = run("audit", "--profile", profile.path, *asked, "--out", "o", status=2)
+    assert told in out and out.count("\n") == 1 and not Path("o").exists()
+
+
+def test_where_every_expert_is_needed_none_is_removed(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path
+) -> None:
+    model = checkpoint("olmoe", num_experts=2)
+    with pytest.raises(PlanError, match="all of its 2 experts"):
+        Auditing(profiled(model, quiz_folder, tmp_path / "p"), options())

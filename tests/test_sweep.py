@@ -1,0 +1,423 @@
+"""`prune --sweep`: a cell answers as the checkpoint of its plan; nothing finished is lost."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.cli import main
+from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
+from expertcut.evaluation.evaluate import Scored, Scoring, results, score
+from expertcut.evaluation.sweeping.grid import Grid, read_criteria, read_fractions
+from expertcut.evaluation.sweeping.outcome import load_sweep
+from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
+from expertcut.interventions.criteria import CRITERIA
+from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.moe.engine import ask
+from expertcut.moe.loading import LoadOptions, find_source
+from expertcut.moe.packing import Pass
+from expertcut.moe.passes import ignore
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.statistics import Answers, answers
+from expertcut.profiling.store import Profile, load_profile
+from expertcut.quiz import Quiz, Selection, load_quiz
+from tests.conftest import open_model
+
+Run = Callable[..., str]
+GRID = Grid(("activations", "random"), (0.75, 0.5))
+STOCK = Way()
+AS_IS = LoadOptions()
+FORMS = [
+    ("olmoe", STOCK),
+    ("olmoe", Way(fold="off")),
+    ("olmoe", Way(layout="exact")),
+    ("olmoe", Way(layout="exact", removed="mean")),
+    ("deepseek_v3", STOCK),
+]
+
+
+@pytest.fixture(scope="module")
+def profile_of(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Profile]:
+    made: dict[str, Profile] = {}
+
+    def measure(family: str) -> Profile:
+        if family not in made:
+            folder = tmp_path_factory.mktemp("sweep") / f"{family}-val"
+            quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+            list(
+                Measurement(open_model(checkpoint(family)), quiz, None, MeasureOptions()).run(
+                    folder
+                )
+            )
+            made[family] = load_profile(folder)
+        return made[family]
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def asked(quiz_folder: Path) -> Quiz:
+    return load_quiz(Selection(str(quiz_folder), shots=1, limit=3))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """A command line in an empty folder; what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["expertcut", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert (stopped.value.code or 0) == status
+        printed = capsys.readouterr()
+        return printed.err if status else printed.out
+
+    return command
+
+
+def swept(profile: Profile, quiz: Quiz, folder: Path, way: Way = STOCK, grid: Grid = GRID) -> int:
+    """Runs what is missing; how many forward passes that took."""
+    passes: list[Pass] = []
+    sweeping = Sweeping(profile, grid, way, Asking(quiz, None, LoadOptions()))
+    for step in sweeping.steps(folder):
+        list(step.run(passes.append))
+    return len(passes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but those with times."""
+    files = (f for f in folder.rglob("*") if f.is_file() and f.name != "run.json")
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def cell_answers(folder: Path, slug: str) -> Answers:
+    (found,) = (folder / "cells").glob(f"{slug}-????????")
+    return answers(load_profile(found))
+
+
+# The law
+
+
+@pytest.mark.parametrize(("family", "way"), FORMS, ids=lambda value: str(value)[:60])
+def test_a_cell_equals_eval_of_the_written_checkpoint(
+    profile_of: Callable[[str], Profile],
+    asked: Quiz,
+    tmp_path: Path,
+    family: str,
+    way: Way,
+) -> None:
+    profile = profile_of(family)
+    grid = Grid(("activations",), (0.5,))
+    swept(profile, asked, tmp_path / "sweep", way, grid)
+    (cell,) = load_sweep(tmp_path / "sweep").cells
+    chosen = choose(profile, Keep(fraction=0.5), way)
+    out, as_loaded = tmp_path / "cut", BuildOptions(LoadOptions(), is_verified=False)
+    build(profile, chosen.draft, out, as_loaded)
+    scoring = Scoring(asked, None, LoadOptions(), MeasureOptions("none"))
+    models = (profile.info.model.id, str(out))
+    scored = [list(score(find_source(m), scoring, tmp_path / "c", ignore))[-1] for m in models]
+    base, written = (s for s in scored if isinstance(s, Scored))
+    found = cell_answers(tmp_path / "sweep", chosen.draft.slug)
+    finite_NC = np.isfinite(found.logprob_NC)
+    assert np.abs(found.logprob_NC - written.answers.logprob_NC)[finite_NC].max() <= 1e-4
+    if way.layout == "exact" and way.removed == "zero":
+        assert np.array_equal(found.logprob_NC, written.answers.logprob_NC)
+    assert np.array_equal(found.logprob_NC.argmax(1), written.answers.logprob_NC.argmax(1))
+    moved_NC = np.abs(found.logprob_NC - base.answers.logprob_NC)[finite_NC]
+    assert moved_NC.max() > 0.01, "the cut did nothing"
+    evaluated = results(scoring, [base, written])
+    _, its = evaluated.models
+    for name in ("accuracy", "ci95", "parameters", "active_parameters", "bytes"):
+        assert getattr(cell, name) == getattr(its, name), name
+    change = evaluated.comparisons[0].model_dump()
+    assert {k: change[k] for k in cell.change.model_dump()} == cell.change.model_dump()
+    assert cell.keep == {name: edit.keep for name, edit in chosen.draft.edits.items()}
+
+
+def test_a_sweep_leaves_the_model_as_it_was(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, Asking(asked, None, LoadOptions()))
+    before = ask(sweeping.engine, asked)
+    for step in sweeping.steps(tmp_path / "sweep"):
+        list(step.run(ignore))
+    assert bool((ask(sweeping.engine, asked) == before).all())
+    assert any(cell.median_abs_logprob_diff > 0.01 for cell in sweeping.found.cells)
+
+
+def test_a_global_budget_is_swept_too(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    grid = Grid(("activations",), (0.5,), "global", 3)
+    swept(profile_of("olmoe"), asked, tmp_path / "sweep", Way(layout="exact"), grid)
+    (cell,) = load_sweep(tmp_path / "sweep").cells
+    kept = [len(experts) for experts in cell.keep.values()]
+    assert sum(kept) == 8 and min(kept) >= 3
+    assert all(len(experts) <= 5 for experts in cell.keep.values())
+
+
+# What is finished is kept
+
+
+class Stop(Exception):
+    """In place of a kill."""
+
+
+def stopping_after(n: int) -> Callable[[Pass], None]:
+    passes: Iterator[int] = iter(range(n))
+
+    def see(_step: Pass) -> None:
+        if next(passes, None) is None:
+            raise Stop
+
+    return see
+
+
+def test_a_sweep_that_was_killed_comes_to_the_same_bytes(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    profile = profile_of("olmoe")
+    n_passes = swept(profile, asked, tmp_path / "whole")
+    assert swept(profile, asked, tmp_path / "whole") == 0, "it was all there"
+    n_done = []
+    for n in (2, n_passes // 3, n_passes // 3):
+        see = stopping_after(n)
+        sweeping = Sweeping(profile, GRID, STOCK, Asking(asked, None, LoadOptions()))
+        with pytest.raises(Stop):
+            for step in sweeping.steps(tmp_path / "killed"):
+                list(step.run(see))
+        n_done.append(len(load_sweep(tmp_path / "killed").cells))
+    assert n_done == sorted(n_done) and 0 < n_done[-1] < 4
+    left = swept(profile, asked, tmp_path / "killed")
+    assert 0 < left < n_passes / 2
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert load_sweep(tmp_path / "killed").is_complete
+
+
+def test_what_another_process_did_is_not_done_again(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    profile = profile_of("olmoe")
+    swept(profile, asked, tmp_path / "alone")
+    second = Sweeping(profile, GRID, STOCK, Asking(asked, None, LoadOptions(), waits=False))
+    for step in second.steps(tmp_path / "both"):
+        list(step.run(ignore))
+    assert load_sweep(tmp_path / "both").cells == ()
+    assert swept(profile, asked, tmp_path / "both") == 0
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+
+
+def test_a_cell_that_is_gone_is_asked_again_and_others_are_not(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    profile, folder = profile_of("olmoe"), tmp_path / "sweep"
+    n_passes = swept(profile, asked, folder)
+    before = contents(folder)
+    file = folder / "sweep.json"
+    content = json.loads(file.read_text())
+    gone = content["cells"].pop(1)
+    file.write_text(json.dumps(content))
+    for cell in (folder / "cells").glob(f"keep-4-{gone['by']}-*"):
+        shutil.rmtree(cell)
+    assert swept(profile, asked, folder) == n_passes // 5
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ((Grid(("activations",), (0.75, 0.5)), STOCK, 1), "its by was"),
+        ((Grid(GRID.by, (0.75,)), STOCK, 1), "its fractions was"),
+        ((GRID, Way(layout="exact"), 1), "its layout was stock, now it is exact"),
+        ((GRID, Way(seed=1), 1), "its seed was 0, now it is 1"),
+        ((GRID, STOCK, 0), "its scored differs"),
+    ],
+)
+def test_a_folder_of_another_sweep_is_refused(
+    profile_of: Callable[[str], Profile],
+    quiz_folder: Path,
+    tmp_path: Path,
+    other: tuple[Grid, Way, int],
+    told: str,
+) -> None:
+    profile = profile_of("olmoe")
+    begun = Sweeping(profile, GRID, STOCK, Asking(quiz(quiz_folder, 1), None, LoadOptions()))
+    next(begun.steps(tmp_path / "sweep"))
+    before = contents(tmp_path / "sweep")
+    assert before
+    grid, way, shots = other
+    now = Sweeping(profile, grid, way, Asking(quiz(quiz_folder, shots), None, LoadOptions()))
+    with pytest.raises(OutputError, match=told):
+        next(now.steps(tmp_path / "sweep"))
+    assert contents(tmp_path / "sweep") == before
+
+
+def quiz(folder: Path, shots: int) -> Quiz:
+    return load_quiz(Selection(str(folder), shots=shots, limit=1))
+
+
+@pytest.mark.parametrize("what", ["notes.txt", "sweep.json"])
+def test_a_folder_of_something_else_is_refused(
+    profile_of: Callable[[str], Profile], quiz_folder: Path, tmp_path: Path, what: str
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / what).write_text("{}")
+    asking = Asking(quiz(quiz_folder, 1), None, LoadOptions())
+    with pytest.raises(OutputError, match=r"holds no sweep|is no sweep"):
+        next(Sweeping(profile_of("olmoe"), GRID, STOCK, asking).steps(tmp_path / "sweep"))
+
+
+def test_what_a_profile_is_too_small_for_is_said_before_anything_is_written(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    moe = open_model(Path(profile_of("olmoe").info.model.id))
+    list(Measurement(moe, asked, 3, MeasureOptions(stats="answer")).run(tmp_path / "small"))
+    small, way = load_profile(tmp_path / "small"), Way(positions="all")
+    grid = Grid(("random", "activations"), (0.5,))
+    sweeping = Sweeping(small, grid, replace(way, positions=None), Asking(asked, None, AS_IS))
+    assert next(sweeping.steps(tmp_path / "can"))
+    sweeping = Sweeping(small, Grid(("activations",), (0.5,)), way, Asking(asked, None, AS_IS))
+    with pytest.raises(ProfileError, match="--stats all"):
+        next(sweeping.steps(tmp_path / "cannot"))
+    assert not (tmp_path / "cannot").exists()
+
+
+# The command
+
+
+def test_the_command_writes_a_table_a_figure_and_what_show_reads(
+    profile_of: Callable[[str], Profile], run: Run
+) -> None:
+    profile = profile_of("olmoe")
+    asked = (
+        "prune",
+        "--profile",
+        profile.path,
+        "--sweep",
+        "0.75,0.5",
+        "--by",
+        "activations,random",
+    )
+    out = run(*asked)
+    folder = Path("sweeps") / profile.path.name
+    assert f"written to {folder}" in out and "none of the questions scored here" in out
+    assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in (folder / "sweep.svg").read_bytes()
+    lines = (folder / "sweep.csv").read_text().splitlines()
+    assert len(lines) == 1 + 1 + 4
+    assert run("show", folder, "--format", "csv").splitlines() == lines
+    assert len(json.loads(run("show", folder, "--format", "json"))["cells"]) == 4
+    assert "| random | 0.5 |" in run("show", folder / "sweep.json", "--format", "md")
+    assert "unedited" in run("show", folder)
+    before = contents(folder)
+    assert run(*asked) == out
+    assert contents(folder) == before
+
+
+def test_what_the_profile_asked_is_not_scored_without_a_word(
+    profile_of: Callable[[str], Profile], run: Run
+) -> None:
+    profile = profile_of("olmoe")
+    n = sum(subject.questions for subject in profile.info.quiz.subjects.values())
+    asked = ("prune", "--profile", profile.path, "--sweep", "0.5", "--split", "val")
+    out = run(*asked, "--out", "here")
+    assert f"{n} of the {n} val questions scored here were used to choose" in out
+    assert load_sweep(Path("here")).chosen_on.overlap == n
+
+
+def test_show_says_that_a_sweep_is_unfinished(
+    profile_of: Callable[[str], Profile], asked: Quiz, run: Run
+) -> None:
+    sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, Asking(asked, None, LoadOptions()))
+    steps = sweeping.steps(Path("half"))
+    next(steps)
+    assert "0 of 4 cells: the same command does the rest" in " ".join(run("show", "half").split())
+
+
+def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
+    profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, Asking(asked, None, LoadOptions()))
+    next(sweeping.steps(tmp_path / "half"))
+    code = (
+        "import sys; from pathlib import Path; from expertcut.reporting.shown import find_shown; "
+    )
+    code += (
+        "find_shown(Path(sys.argv[1])).tables(); print({'torch', 'matplotlib'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "half")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--sweep", "2"), "'2' must be a share"),
+        (("--sweep", "half"), "'half' must be a share"),
+        (("--sweep", "0.5,0.5"), "has 0.5 twice"),
+        (("--sweep", ""), "must be a share"),
+        (("--sweep", "0.1"), "keep 2 to 8"),
+        (("--sweep", "0.5", "--by", "fame"), "--by fame is no criterion"),
+        (("--sweep", "0.5", "--by", "random,random"), "names random twice"),
+        (("--sweep", "0.5", "--keep", "4"), "--keep does not go with --sweep"),
+        (("--sweep", "0.5", "--plan-only"), "--plan-only does not go with --sweep"),
+        (("--sweep", "0.5", "--boost", "3"), "--boost does not go with --sweep"),
+        (("--sweep", "0.5", "--budget", "global"), "add --layout exact"),
+        (("--sweep", "0.5", "--min-keep", "3"), "go with --budget global"),
+        (("--sweep", "0.5", "--split", "nights"), "nights"),
+        (("--sweep", "0.5", "--subjects", "dark_rooms"), "dark_rooms"),
+        (("--keep", "4", "--split", "test"), "add --sweep"),
+        (("--keep", "4", "--by", "fame"), "--by fame is no criterion"),
+        (("--keep", "4", "--by", "random,activations"), "is no criterion"),
+        (("--max-bytes", "few"), "is no size"),
+        (("--max-bytes", "1kB"), "the smallest cut, --keep 2, has"),
+        (("--max-bytes", "1GB", "--keep", "4"), "only one of them"),
+        (("--keep", "4", "--budget", "global"), "add --layout exact"),
+    ],
+)
+def test_what_cannot_be_swept_or_kept_is_refused_in_one_line(
+    profile_of: Callable[[str], Profile], run: Run, options: tuple[str, ...], told: str
+) -> None:
+    out = run("prune", "--profile", profile_of("olmoe").path, *options, "--out", "o", status=2)
+    assert told in out and out.count("\n") == 1 and "Traceback" not in out
+    assert not Path("o").exists()
+
+
+def test_max_bytes_keeps_what_fits(profile_of: Callable[[str], Profile], run: Run) -> None:
+    prune = ("prune", "--profile", profile_of("olmoe").path, "--no-verify")
+    for n in (5, 6):
+        run(*prune, "--keep", n, "--out", n)
+    five, six = (Path(f"{n}/model.safetensors").stat().st_size for n in (5, 6))
+    out = run(*prune, "--max-bytes", six - 1, "--out", "o")
+    assert f"the weights will have {five:,} bytes, of at most {six - 1:,}" in out
+    assert out.count("keeps 5 experts") == 2
+    assert Path("o/model.safetensors").read_bytes() == Path("5/model.safetensors").read_bytes()
+
+
+def test_grids_are_read_as_they_are_written() -> None:
+    assert read_fractions("0.75, .5,1", "--sweep") == (0.75, 0.5, 1.0)
+    assert read_criteria("all", CRITERIA) == tuple(CRITERIA)
+    assert read_criteria("random, activations", CRITERIA) == ("random", "activations")
+    for wrong in ("", ",", "0", "-1", "nan", "inf", "1.01"):
+        with pytest.raises(SettingsError):
+            read_fractions(wrong, "--sweep")
+
+
+def test_a_grid_that_keeps_too_few_is_refused_before_anything_is_loaded(
+    profile_of: Callable[[str], Profile],
+) -> None:
+    blocks = profile_of("deepseek_v3").info.model.blocks
+    Grid(("random",), (0.5,)).check(blocks, "stock")
+    with pytest.raises(PlanError, match="keep 4 to 8"):
+        Grid(("random",), (0.5, 0.25)).check(blocks, "stock")
