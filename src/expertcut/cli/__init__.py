@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__
-from expertcut.cli import auditing, measuring, pruning, publishing, reporting, tilting
+from expertcut.cli import auditing, measuring, pruning, publishing, recipes, reporting, tilting
 from expertcut.cli.options import command, option
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
 from expertcut.errors import ExpertcutError
@@ -36,6 +36,7 @@ for run in (
     measuring.eval,
     reporting.report,
     publishing.publish,
+    recipes.run,
 ):
     app.command()(run)
 
