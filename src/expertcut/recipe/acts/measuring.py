@@ -4,8 +4,7 @@ import json
 from functools import partial
 
 from expertcut.checkpoints.files.folders import new_folder
-from expertcut.evaluation.evaluate import Scored, Scoring, results, score
-from expertcut.evaluation.results import save_results
+from expertcut.evaluation.evaluate import Scored, Scoring, save, score
 from expertcut.moe.loading import Source, find_source
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.measure import MeasureOptions, measure, resumed
@@ -67,8 +66,7 @@ def evaluate(job: Job) -> None:
         steps = partial(score, source, scoring, folder)
         found = job.audience.watch(steps, f"scoring {source.name}", len(quiz), folder)
         scored += [step for step in found if isinstance(step, Scored)]
-    outcome = results(scoring, scored)
-    save_results(job.run / RESULTS, outcome)
+    outcome = save(scoring, scored, job.run / RESULTS)
     job.audience.say([results_table(outcome)], result_sentences(outcome))
 
 
