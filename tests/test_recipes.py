@@ -330,6 +330,21 @@ def test_a_search_that_finds_nothing_makes_no_checkpoint_and_the_run_goes_on(
     assert not (done.folder / "variants" / "tilted" / "config.json").exists()
 
 
+def test_the_page_and_the_card_are_of_what_the_run_made(done: Place) -> None:
+    with done.file.open("a") as file:
+        file.write("report:\npublish: [{variant: cut, repo: owner/name, dry_run: true}]\n")
+    outcome = done.run()
+    assert outcome.ran == ("report", "publish cut")
+    page = (done.folder / "report.html").read_text()
+    assert "tilted" in page and "cut" in page
+    cut = done.folder / "variants" / "cut"
+    assert (cut / "report.html").read_text() == page
+    assert "model-index" in (cut / "README.md").read_text()
+    noted = json.loads((done.folder / "publish" / "cut.json").read_text())
+    assert noted["repo"] == "owner/name" and noted["commit"] is None
+    assert done.run().ran == ()  # what publishing put beside a checkpoint is not of the checkpoint
+
+
 def test_a_branch_of_the_hub_means_in_a_run_what_it_meant_first(tmp_path: Path) -> None:
     from expertcut.recipe.model import Recipe
     from expertcut.recipe.record.inputs import Inputs
