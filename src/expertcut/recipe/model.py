@@ -74,8 +74,13 @@ class PruneSection(Section):
     keep_active: bool = False
     keep: Count | None = None
     keep_fraction: float | None = None
+    max_bytes: str | None = None
+    budget: Literal["layer", "global"] = "layer"
+    min_keep: Count | None = None
     by: str = "activations"
-    positions: Place = "answer"
+    positions: Place | None = None
+    protect: list[str] = []
+    seed: Annotated[int, Field(ge=0)] = 0
     layout: Layout = "stock"
     removed: Literal["zero", "mean"] | None = None
     fold: Literal["answer", "all", "off"] | None = None

@@ -1,12 +1,15 @@
 """Stages that make a variant's checkpoint: prune, reweight."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from expertcut.checkpoints.build import BuildOptions, Built, build, write_beside
+from expertcut.checkpoints.unwritten.choosing import check_criterion, choose_cut, protected
 from expertcut.evaluation.proving.decision import DecideOptions, Decision, decide
 from expertcut.evaluation.proving.tilted import Tilted, Tilting, by_hand, chosen, prepared
+from expertcut.interventions.budgets import Keep, read_size
 from expertcut.interventions.plan import Draft
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.asked import Asked, How
 from expertcut.interventions.reweighting.drafting import with_tilts
 from expertcut.interventions.reweighting.targets import scalings, tilts
@@ -14,7 +17,7 @@ from expertcut.interventions.reweighting.tuning import Procedure
 from expertcut.interventions.touched import touched
 from expertcut.profiling.store import Profile
 from expertcut.recipe.acts.job import Job
-from expertcut.recipe.model import ReweightSection, Variant
+from expertcut.recipe.model import PruneSection, ReweightSection, Variant
 from expertcut.recipe.stages import variant_folder
 from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 from expertcut.reporting.proofs import (
@@ -30,10 +33,15 @@ def prune(job: Job) -> None:
     """Chooses who stays, says what goes, and makes the checkpoint."""
     profile, asked = job.profile(), _variant(job).prune
     assert asked is not None
+    check_criterion(asked.by)
     found = tilts(profile, asked.boost or [], asked.suppress or [])
     scaled = scalings(profile, asked.scale or [])
+    stays, notes = protected(profile, asked.protect, is_active=asked.keep_active)
     way = Way.of(asked.by, asked.positions, asked.layout, asked.removed, asked.fold)
-    pruning = choose(profile, Keep(asked.keep_active, asked.keep, asked.keep_fraction), way)
+    way = replace(way, protect=stays, seed=asked.seed)
+    chosen_cut = choose_cut(profile, _keep(asked), way, job.load_as())
+    job.audience.say([], [*notes, *chosen_cut.notes])
+    pruning = chosen_cut.pruning
     draft = pruning.draft
     if found or scaled or asked.apply_at:
         draft = with_tilts(draft, found, scaled, asked.apply_at)
@@ -57,6 +65,12 @@ def reweight(job: Job) -> None:
             decision = _decided(job, profile, tilting, (procedure, name))
         found = chosen(profile, tilting, procedure, decision)
     _build(job, profile, found, is_verified=variant.reweight.verify)
+
+
+def _keep(asked: PruneSection) -> Keep:
+    most = None if asked.max_bytes is None else read_size(asked.max_bytes)
+    numbers = (asked.keep_active, asked.keep, asked.keep_fraction, most)
+    return Keep(*numbers, asked.budget, asked.min_keep)
 
 
 def _variant(job: Job) -> Variant:
