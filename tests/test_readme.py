@@ -130,8 +130,7 @@ def test_every_command_in_the_readme_is_run_by_a_test() -> None:
     recipes = [c for c in commands(README + read("docs/recipes.md")) if c.startswith("run ")]
     assert len(toured) >= 3 and len(recipes) >= 4
     assert all((ROOT / command.split()[1]).is_file() for command in recipes)
-    left = set(commands(README)) - toured - set(recipes)
-    assert left == PAPER
+    assert PAPER <= set(commands(README)) <= toured | set(recipes) | PAPER
 
 
 def read(name: str) -> str:

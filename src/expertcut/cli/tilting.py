@@ -82,18 +82,12 @@ def reweight(
     from expertcut.interventions.reweighting.asked import Asked, How
     from expertcut.moe.loading import LoadOptions
 
-    tilting = Tilting(
-        Asked(boost_best, suppress_worst, by, min_appearances, layers, contrast),
-        How(strength, tune, prove, draws, seed),
-        (boost, suppress, scale),
-        layout.value,
-        value(apply_at),
-    )
+    asked = Asked(boost_best, suppress_worst, by, min_appearances, layers, contrast)
+    how, named = How(strength, tune, prove, draws, seed), (boost, suppress, scale)
+    tilting = Tilting(asked, how, named, layout.value, value(apply_at))
     options = BuildOptions(LoadOptions(dtype, device, trust_remote_code), not no_verify, force)
     found = read_profile(profile, threads)
-    tilting.asked.check()
-    making, where = _Reweighting(found, tilting, options), (out, plan_only, force)
-    making.by_hand(where) if tilting.is_by_hand else making.choose(where)
+    _Reweighting(found, tilting, options).make((out, plan_only, force))
 
 
 @dataclass(frozen=True)
@@ -103,6 +97,14 @@ class _Reweighting:
     profile: "Profile"
     tilting: "Tilting"
     options: "BuildOptions"
+
+    def make(self, where: _Where) -> None:
+        """The one way or the other."""
+        self.tilting.asked.check()
+        if self.tilting.is_by_hand:
+            self.by_hand(where)
+        else:
+            self.choose(where)
 
     def by_hand(self, where: _Where) -> None:
         """Experts and strengths that need no question to be asked."""
