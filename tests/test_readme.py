@@ -20,7 +20,18 @@ from expertcut.recipe.model import (
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("profile", "show", "prune", "reweight", "audit", "eval", "report", "publish", "run")
+COMMANDS = (
+    "profile",
+    "show",
+    "prune",
+    "merge",
+    "reweight",
+    "audit",
+    "eval",
+    "report",
+    "publish",
+    "run",
+)
 PAPER = {"profile", "prune --keep-active", "reweight --boost 12"}  # run by test_paper_commands.py
 NUMBER = re.compile(r"[-+−]?\d[\d.,]*(?:e[-+]?\d+)?")
 

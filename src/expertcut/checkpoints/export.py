@@ -14,6 +14,7 @@ from expertcut.checkpoints.layouts.exact import (
     exact_rewrite,
     is_exact,
 )
+from expertcut.checkpoints.layouts.merged import Merging, merged_rewrite
 from expertcut.checkpoints.layouts.stock import Fitted, stock_config, stock_rewrite
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
@@ -35,10 +36,14 @@ _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a layout needs beside the plan: `fitted` for stock, `constants` for exact."""
+    """What a layout needs beside the plan: `fitted` for stock, `constants` for exact.
+
+    `merging` is for plans that merge experts.
+    """
 
     fitted: Fitted = field(default_factory=Fitted)
     constants: Constants = field(default_factory=dict)
+    merging: Merging = field(default_factory=Merging)
 
 
 def check_export(source: Source, draft: Draft, n_experts: int, folder: Path) -> None:
@@ -112,6 +117,8 @@ def removed_experts(edits: Mapping[str, Edit], n_experts: int) -> dict[str, tupl
 def _rewrite(stored: Stored, draft: Draft, gathered: Gathered) -> Rewrite:
     if draft.layout == "exact":
         return exact_rewrite(stored.tensors, gathered.constants, draft.edits)
+    if draft.is_merging:
+        return merged_rewrite(stored.tensors, draft.edits, gathered.merging)
     return stock_rewrite(stored.tensors, draft.edits, gathered.fitted, draft.apply_at)
 
 

@@ -13,7 +13,16 @@ import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__
-from expertcut.cli import auditing, measuring, pruning, publishing, recipes, reporting, tilting
+from expertcut.cli import (
+    auditing,
+    measuring,
+    merging,
+    pruning,
+    publishing,
+    recipes,
+    reporting,
+    tilting,
+)
 from expertcut.cli.options import command, option
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
 from expertcut.errors import ExpertcutError
@@ -31,6 +40,7 @@ for run in (
     measuring.profile,
     measuring.show,
     command(pruning.Prune),
+    merging.merge,
     tilting.reweight,
     auditing.audit,
     measuring.eval,

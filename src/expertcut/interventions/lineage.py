@@ -45,7 +45,16 @@ class Numbers:
             bias={self.number(block, e): bias for e, bias in edit.bias.items()},
             scale={self.number(block, e): factor for e, factor in edit.scale.items()},
             rows=self.rows.get(block),
+            merged=None if edit.merged is None else self._merged(block, edit.merged),
         )
+
+    def _merged(
+        self, block: str, merged: Mapping[int, Mapping[int, float]]
+    ) -> dict[int, dict[int, float]]:
+        return {
+            self.number(block, e): {self.number(block, m): share for m, share in members.items()}
+            for e, members in merged.items()
+        }
 
 
 def numbers_of(profile: Profile) -> Numbers:

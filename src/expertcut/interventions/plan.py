@@ -31,15 +31,17 @@ Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measure
 class Edit(Record):
     """One block's change; ids are the unedited model's.
 
-    `bias` is added to router logits, `scale` multiplies gate weights. In plan.json the ids are
-    those of the model before any cut, and `rows` gives those of the router's rows where earlier
-    cuts made them differ.
+    `bias` is added to router logits, `scale` multiplies gate weights. `merged` says what an expert
+    that stays is made of, where that is several: their shares by id, its own among them. In
+    plan.json the ids are those of the model before any cut, and `rows` gives those of the router's
+    rows where earlier cuts made them differ.
     """
 
     keep: tuple[int, ...]
     bias: dict[int, FiniteFloat] = Field(default_factory=dict)
     scale: dict[int, FiniteFloat] = Field(default_factory=dict)
     rows: tuple[int, ...] | None = None
+    merged: dict[int, dict[int, FiniteFloat]] | None = None
 
     @property
     def tilted(self) -> tuple[int, ...]:
@@ -89,7 +91,7 @@ class Plan(Record):
     action: str
     criterion: str
     positions: Positions
-    removal: Literal["reroute", "constant"]
+    removal: Literal["reroute", "constant", "merge"]
     layout: Layout
     removed: Removed | None = None
     fold: Fold | None = None
@@ -138,6 +140,11 @@ class Draft:
     def is_tilted(self) -> bool:
         """Whether any expert gets a bias or a factor."""
         return any(edit.tilted for edit in self.edits.values())
+
+    @property
+    def is_merging(self) -> bool:
+        """Whether experts that go live on in others."""
+        return any(edit.merged for edit in self.edits.values())
 
     @property
     def is_fitting(self) -> bool:

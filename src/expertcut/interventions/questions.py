@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from expertcut.errors import ProfileError, QuizError
 from expertcut.interventions.lineage import Numbers, inherited_hashes
@@ -81,10 +82,10 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
         action=draft.action,
         criterion=draft.criterion,
         positions=draft.positions,
-        removal="reroute" if draft.layout == "stock" else "constant",
+        removal=_removal(draft),
         layout=draft.layout,
         removed=draft.removed if draft.layout == "exact" else None,
-        fold=draft.fold if draft.layout == "stock" else None,
+        fold=draft.fold if draft.layout == "stock" and not draft.is_merging else None,
         apply_at=draft.apply_at if draft.is_biased else None,
         chosen_on=ChosenOn(
             quiz=chosen.id,
@@ -97,6 +98,12 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
         tuning=draft.tuning,
         blocks={name: numbers.named(name, edit) for name, edit in draft.edits.items()},
     )
+
+
+def _removal(draft: Draft) -> Literal["reroute", "constant", "merge"]:
+    if draft.is_merging:
+        return "merge"
+    return "reroute" if draft.layout == "stock" else "constant"
 
 
 def used_hashes(draft: Draft, questions: Questions) -> frozenset[str]:

@@ -111,7 +111,7 @@ def observe_experts(
 def _watched(
     block: MoeBlock, see: Callable[[ExpertCall], None], combined: Combined | None
 ) -> Callable[..., Tensor]:
-    own = _own(block)
+    own = own_expert(block)
 
     def note(expert: int, tokens_M: Tensor, weights_M: Tensor, output_MD: Tensor) -> None:
         see(ExpertCall(block.layer, expert, tokens_M, weights_M, output_MD))
@@ -125,7 +125,8 @@ def _watched(
     return run
 
 
-def _own(block: MoeBlock) -> Own:
+def own_expert(block: MoeBlock) -> Own:
+    """One expert of a block by itself: its tokens (M, D) → its outputs before any weight."""
     config = getattr(block.experts, "config", None)
     is_constant_too = hasattr(block.experts, "places")  # layout exact
     if getattr(config, "_experts_implementation", None) == BY_EXPERT and not is_constant_too:

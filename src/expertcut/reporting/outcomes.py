@@ -5,11 +5,12 @@ from pathlib import Path
 from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
 from expertcut.interventions.lineage import ids_text
 from expertcut.interventions.plan import Plan
+from expertcut.reporting.merging import merged_text
 from expertcut.reporting.tables import Cell, Column, Table
 
 
 def plan_table(plan: Plan) -> Table:
-    """One row per block: what stays and what is tilted."""
+    """One row per block: what stays, what is tilted, and what joined what."""
     rows: list[list[Cell]] = [
         [
             name,
@@ -17,10 +18,12 @@ def plan_table(plan: Plan) -> Table:
             ids_text(edit.keep),
             ", ".join(f"{e}: {b:+.4f}" for e, b in edit.bias.items()) or None,
             ", ".join(f"{e}: ×{s:.4f}" for e, s in edit.scale.items()) or None,
+            *([merged_text(edit)] if plan.removal == "merge" else []),
         ]
         for name, edit in plan.blocks.items()
     ]
-    columns = (Column("block"), Column("kept"), Column("experts"), Column("bias"), Column("scale"))
+    names = ["block", "kept", "experts", "bias", "scale"]
+    columns = tuple(map(Column, [*names, *(["joined by"] if plan.removal == "merge" else [])]))
     chosen = plan.chosen_on
     fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     note = (

@@ -21,12 +21,14 @@ class Change:
 
     Of axis 0 only `rows` are read, and in this order (None: all of it). `apply` makes the new
     values, of the given shape, from what was read; it owns its argument and depends on nothing
-    else. Without it the bytes are copied.
+    else. `make` reads what it needs itself and gives the new values part by part, the rows of axis
+    0 in order, so that no more than a part is in memory. Without either the bytes are copied.
     """
 
     shape: tuple[int, ...]
     apply: Callable[[Tensor], Tensor] | None = None
     rows: tuple[int, ...] | None = None
+    make: Callable[[], Iterator[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ No more of the weights is in memory than the one tensor that is being changed.
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from io import FileIO
 from itertools import chain, islice
@@ -159,6 +159,9 @@ def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> N
     if isinstance(piece.origin, Tensor):
         write_all(target, _bytes(piece.origin))
         return
+    if piece.change is not None and piece.change.make is not None:
+        _write_parts(piece, piece.change.make(), target)
+        return
     source = sources[piece.origin.file]
     ranges = _ranges(piece.origin, piece.change.rows if piece.change else None)
     if piece.change is None or piece.change.apply is None:
@@ -169,6 +172,29 @@ def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> N
     made = piece.change.apply(read.view(shape if rows is None else (len(rows), *shape[1:])))
     assert (made.dtype, made.shape) == (read.dtype, piece.shape), f"{piece.name} came out wrong"
     write_all(target, _bytes(made))
+
+
+def _write_parts(piece: Piece, parts: Iterator[Tensor], target: FileIO) -> None:
+    size_bytes = 0
+    for part in parts:
+        assert part.dtype == DTYPES[piece.dtype], f"{piece.name} came out wrong"
+        content = _bytes(part)
+        write_all(target, content)
+        size_bytes += len(content)
+    assert size_bytes == piece.size_bytes, f"{piece.name} came out wrong"
+
+
+def read_tensor(tensor: StoredTensor, row: int | None = None) -> Tensor:
+    """A tensor from its file, or one row of its axis 0.
+
+    Raises:
+        EOFError: the file ends too early.
+        OSError: as reading raises it.
+    """
+    with FileIO(tensor.file) as source:
+        content = read_ranges(source, _ranges(tensor, None if row is None else (row,)))
+    shape = tensor.shape if row is None else tensor.shape[1:]
+    return torch.frombuffer(content, dtype=DTYPES[tensor.dtype]).view(shape)
 
 
 def _ranges(tensor: StoredTensor, rows: tuple[int, ...] | None) -> list[Range]:

@@ -35,6 +35,7 @@ class DiskBlock:
     the expert is a constant already (layout exact); `axes` gives the
     axis of length E of every tensor that all experts share, the router's included. `last` are
     the tensors of the experts' last projection, empty where it is not known which one that is.
+    `fused` are the tensors that hold all experts' weights, empty where they lie one by one.
     `logit_bias` is the router's own, None where it has none, `unclear_bias` a `gate.bias`: some
     families call a bias on choosing only by that name.
     """
@@ -47,6 +48,7 @@ class DiskBlock:
     router_weight: str
     logit_bias: str | None
     unclear_bias: str | None
+    fused: tuple[str, ...]
 
     def renamed(self, name: str, expert: int) -> str:
         """The name of an expert's own tensor when the expert has another number."""
@@ -81,7 +83,7 @@ def match_blocks(
         ContractError: a block that is not there or is there more than once.
     """
     blocks = find_disk_blocks(headers)
-    matched = {name: _match(name, blocks) for name in names}
+    matched = blocks_of(headers, names)
     unused = set(blocks) - {block.name for block in matched.values()}
     layers = {_layer(name)[0] for name in unused}
     if len({block.name for block in matched.values()}) < len(matched) or layers & {
@@ -94,6 +96,16 @@ def match_blocks(
     for layer in sorted(layers):
         logger.warning("%s is left out: the model has no place for its experts", layer)
     return matched, frozenset(name for layer in layers for name in _below(layer, headers))
+
+
+def blocks_of(headers: Headers, names: Iterable[str]) -> dict[str, DiskBlock]:
+    """The block on disk of each block of the loaded model, as `match_blocks` finds them.
+
+    Raises:
+        ContractError: a block that is not there or is there more than once.
+    """
+    blocks = find_disk_blocks(headers)
+    return {name: _match(name, blocks) for name in names}
 
 
 def _match(name: str, blocks: Mapping[str, DiskBlock]) -> DiskBlock:
@@ -160,6 +172,7 @@ def _disk_block(name: str, members: list[str], headers: Headers) -> DiskBlock:
         router_weight=gates[0],
         logit_bias=next((n for n in biases if ".router." in n), None),
         unclear_bias=next((n for n in biases if ".router." not in n), None),
+        fused=tuple(fused),
     )
 
 

@@ -1,0 +1,93 @@
+"""The command `merge`."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+from expertcut.cli.changing import Place
+from expertcut.cli.options import (
+    Device,
+    Dtype,
+    Force,
+    Format,
+    NoVerify,
+    OutDir,
+    PlanOnly,
+    ProfileDir,
+    Threads,
+    TrustRemoteCode,
+    option,
+    read_profile,
+)
+from expertcut.cli.output import print_tables, quiet
+from expertcut.errors import SettingsError
+
+if TYPE_CHECKING:
+    from expertcut.checkpoints.merging.merge import Merged
+    from expertcut.profiling.store import Profile
+
+
+class Method(StrEnum):
+    """The names in `interventions.merging.grouping.METHODS`; a test holds them together."""
+
+    m_smoe = "m_smoe"
+    hc_smoe = "hc_smoe"
+
+
+class RouterRow(StrEnum):
+    """What a group's router row is made of."""
+
+    fitted = "fitted"
+    mean = "mean"
+    dominant = "dominant"
+
+
+def merge(
+    profile: ProfileDir = None,
+    keep: Annotated[int | None, option("Experts per layer afterwards.")] = None,
+    by: Annotated[
+        Method, option("What makes a group: like router logits, or like mean outputs.")
+    ] = Method.m_smoe,
+    router: Annotated[
+        RouterRow,
+        option("A group's router row: fitted to its members' mass, their mean, or one's own."),
+    ] = RouterRow.fitted,
+    align: Annotated[
+        bool | None,
+        option("Put neurons in the same order first.  [default: in m_smoe]", "--align/--no-align"),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+    out: OutDir = None,
+    force: Force = False,
+    no_verify: NoVerify = False,
+    plan_only: PlanOnly = False,
+) -> None:
+    """Make one expert of several, and say what that did."""
+    from expertcut.checkpoints.build import BuildOptions
+    from expertcut.checkpoints.merging.merge import merge as make
+    from expertcut.interventions.merging.asking import Merge
+    from expertcut.moe.loading import LoadOptions
+
+    if keep is None:
+        raise SettingsError("say how many experts each layer has afterwards: --keep N")
+    found = read_profile(profile, threads)
+    asked = Merge(keep, by.value, router.value, align)
+    folder = Place(found, asked.slug, out, plan_only, force).folder
+    quiet()
+    options = BuildOptions(LoadOptions(dtype, device, trust_remote_code), not no_verify, force)
+    _say(found, make(found, asked, folder, options, is_plan=plan_only), is_plan=plan_only)
+    print(f"written to {folder}")
+
+
+def _say(profile: "Profile", merged: "Merged", *, is_plan: bool) -> None:
+    from expertcut.reporting.merging import groups_table, merging_sentences
+    from expertcut.reporting.proofs import proof_sentences, proof_tables
+
+    print_tables([groups_table(profile, merged)], Format.table)
+    if is_plan:
+        return
+    print_tables(proof_tables(merged.built), Format.table)
+    for sentence in (*proof_sentences(merged.built), *merging_sentences(profile, merged)):
+        print(sentence)
