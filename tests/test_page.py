@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -14,12 +15,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expertcut.cli import main
+from expertcut.cli import HarmlessFormatter, main
 from expertcut.errors import OutputError, PlanError, ProfileError
-from expertcut.interventions.plan import Edit, load_plan
+from expertcut.evaluation.auditing.outcome import (
+    Audit,
+    AuditAsked,
+    Correlation,
+    Harm,
+    Regret,
+    Sampled,
+    Standing,
+    Verdict,
+    save_audit,
+)
+from expertcut.evaluation.proving.outcome import Change, ProofResult, RandomControl
+from expertcut.evaluation.results import ChosenOnResult
+from expertcut.evaluation.sweeping.outcome import (
+    Sweep,
+    SweepAsked,
+    SweepCell,
+    SweptModel,
+    save_sweep,
+)
+from expertcut.interventions.plan import Edit, PlanModel, load_plan
 from expertcut.interventions.touched import touched
 from expertcut.profiling.evidence.findings import find, findings_json
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.store import Profile, load_profile
+from expertcut.reporting.audits import audit_sentences, audit_tables
 from expertcut.reporting.findings import experts_csv
 from expertcut.reporting.outcomes import result_sentences, results_table
 from expertcut.reporting.page import write
@@ -28,6 +50,7 @@ from expertcut.reporting.page.figures import Curves, Heat, Series, span
 from expertcut.reporting.page.parts import key_of
 from expertcut.reporting.page.sections.changes import edits_of, rows_of
 from expertcut.reporting.page.writing import PAGE
+from expertcut.reporting.sweeps import sweep_sentences, sweep_table
 from expertcut.reporting.tables import Column, as_csv
 from tests.hand_made import block, profile_info, random_chunk, write_profile
 from tests.pages import (
@@ -238,6 +261,138 @@ def test_a_recipe_and_its_stages_stand_where_the_numbers_come_from(tmp_path: Pat
         assert "Stages of the run" not in text_of(tmp_path)
 
 
+def make_sweep(folder: Path, profile: Profile) -> Sweep:
+    """Two criteria at two shares; the last cell is not finished."""
+    sizes = {"parameters": 4_000, "active_parameters": 1_000, "bytes": 16_000}
+    base = {"accuracy": 0.75, "ci95": (0.7, 0.8), "questions": 100, "right_logprob": -0.5, **sizes}
+    change = Change(
+        delta=-0.05, ci95=(-0.1, 0.0), gained=1, lost=6, mcnemar_p=0.1, smallest_effect=0.07
+    )
+    moved = {"max_abs_logprob_diff": 1.0, "median_abs_logprob_diff": 0.1, "change": change}
+    keep = {block.name: (0, 1) for block in profile.info.model.blocks}
+    cells = [
+        SweepCell(**{**base, "accuracy": share}, **moved, by=by, fraction=fraction, keep=keep)
+        for by, fraction, share in (("reap", 0.5, 0.7), ("reap", 0.25, 0.5), ("random", 0.5, 0.6))
+    ]
+    asked = SweepAsked(
+        scored=profile.info,
+        profile="0" * 64,
+        by=("reap", "random"),
+        fractions=(0.5, 0.25),
+        budget="layer",
+        min_keep=None,
+        positions="answer",
+        layout="stock",
+        removed=None,
+        fold="answer",
+        protect=(),
+        seed=0,
+    )
+    chosen_on = ChosenOnResult(split="val", overlap=0)
+    found = Sweep(asked=asked, chosen_on=chosen_on, base=SweptModel(**base), cells=tuple(cells))
+    folder.mkdir()
+    save_sweep(folder, found)
+    return found
+
+
+def make_audit(folder: Path, profile: Profile) -> Audit:
+    """Two experts removed, two criteria judged, one of them without a correlation."""
+    model, info = profile.info.model, profile.info
+    asked = AuditAsked(
+        model=PlanModel(id=model.id, revision=None, fingerprint=model.fingerprint),
+        settings=info.settings,
+        profile="0" * 64,
+        quiz=info.quiz.id,
+        split="val",
+        shots=5,
+        questions=100,
+        asked="0" * 64,
+        by=("reap", "random"),
+        positions="answer",
+        layout="stock",
+        fractions=(0.5,),
+        sample=2,
+        seed=0,
+    )
+    harm = {
+        "stderr": 0.01,
+        "accuracy": 0.02,
+        "gained": 1,
+        "lost": 3,
+        "mcnemar_p": 0.6,
+        "largest": 1,
+    }
+    regret = (Regret(fraction=0.5, removed=1, chosen=0.3, least=0.125, random=0.2),)
+    known, unknown = Correlation(rho=0.5, ci95=(0.25, 0.75)), Correlation(rho=None, ci95=None)
+    found = Audit(
+        asked=asked,
+        overlap=0,
+        accuracy=0.75,
+        right_logprob=-0.5,
+        sampled=tuple(Sampled(layer=0, row=e, expert=e) for e in (0, 1)),
+        standings={by: Standing(score=(1, 2), share=(0.3, 0.7), place=(1, 0)) for by in asked.by},
+        harms=tuple(Harm(layer=0, expert=e, logprob=0.1 + e / 10, **harm) for e in (0, 1)),
+        verdicts=tuple(
+            Verdict(by=by, within=its, overall=its, within_accuracy=its, regrets=regret)
+            for by, its in zip(asked.by, (known, unknown), strict=True)
+        ),
+    )
+    folder.mkdir()
+    save_audit(folder, found)
+    return found
+
+
+def test_sweeps_and_audits_stand_there_as_show_prints_them(tmp_path: Path):
+    profile = make_profile(tmp_path / "p", 1)
+    sweep, audit = make_sweep(tmp_path / "s", profile), make_audit(tmp_path / "a", profile)
+    make_profile(tmp_path / "s" / "cells" / "base", 1)
+    text = text_of(tmp_path)
+    assert {"Sweep: s", "Audit: a"} < set(titles(text)) and list(data_of(text)["explorers"]) == [
+        "p"
+    ]
+    cells = Outline(text).cells
+    for table in (sweep_table(sweep), *audit_tables(audit)):
+        expected = [cell for row in table.texts() for cell in row]
+        start = next(i for i in range(len(cells)) if cells[i : i + len(expected)] == expected)
+        assert start >= 0
+    for sentence in (*sweep_sentences(sweep), *audit_sentences(audit)):
+        assert sentence in unescape(text)
+    figures = data_of(text)["figures"]
+    found = {its["name"]: its["values"] for its in figures["sweep-s-accuracy"]["series"]}
+    assert found == {"reap": [0.7, 0.5], "random": [0.6, None], "unedited": [0.75, 0.75]}
+    assert figures["audit-a-correlations"]["series"][0]["values"] == [0.5, None]
+    assert figures["audit-a-regrets"]["series"][0]["values"] == [0.175, 0.175]
+
+
+def test_a_proof_stands_with_its_plan_or_alone(tmp_path: Path):
+    change = Change(
+        delta=0.02, ci95=(0.01, 0.03), gained=4, lost=2, mcnemar_p=0.04, smallest_effect=0.01
+    )
+    proof = ProofResult(
+        procedure="reweight --tune <b>",
+        quiz="birds",
+        split="val",
+        questions=100,
+        seed=0,
+        base_accuracy=0.5,
+        cross_fitted=change,
+        same_questions=change,
+        random=RandomControl(draws=99, distinct=90, delta_mean=0.0, range95=(-0.01, 0.01), p=0.01),
+        folds=(),
+        verdict="helps",
+        sentence="This procedure helps & is <sound>.",
+    )
+    profile = make_profile(tmp_path / "p", 1)
+    make_plan(tmp_path / "cut", profile)
+    (tmp_path / "alone").mkdir()
+    for folder in ("cut", "alone"):
+        (tmp_path / folder / "proof.json").write_text(proof.model_dump_json())
+    text = text_of(tmp_path)
+    assert "Proof: alone" in titles(text) and "Proof: cut" not in titles(text)
+    assert text.count("This procedure helps &amp; is &lt;sound&gt;.") == 2
+    assert Outline(text).cells.count("random experts (99 draws, 90 distinct)") == 2
+
+
 def test_without_all_token_sums_there_is_no_map_of_them(tmp_path: Path):
     chunk = random_chunk(0, 30, [block(0)])
     kept = {name: values for name, values in chunk.items() if not name.endswith("_LE")}
@@ -358,6 +513,20 @@ def test_the_command_says_where_the_page_lies(
         main()
     assert not done.value.code and page.is_file() and (tmp_path / "out" / "page").is_dir()
     assert capsys.readouterr().out == f"written to {page}, its figures to {tmp_path}/out/page/\n"
+
+
+def test_an_error_or_warning_cannot_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["expertcut", "report", str(tmp_path / HOSTILE[6])])
+    with pytest.raises(SystemExit) as done:
+        main()
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and "31mred" in said and "�" in said
+    assert all(char.isprintable() for char in said.rstrip("\n"))
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "%s\nthen", (HOSTILE[6],), None)
+    text = HarmlessFormatter().format(record)
+    assert text.splitlines()[1] == "then" and text.splitlines()[0].isprintable()
 
 
 # Figures

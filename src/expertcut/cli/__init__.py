@@ -83,7 +83,7 @@ def _stop(text: str, status: int, *, is_said: bool = True) -> None:
     raise SystemExit(status)
 
 
-class _Harmless(logging.Formatter):
+class HarmlessFormatter(logging.Formatter):
     """A name from a quiz or a model must not steer the terminal that a warning goes to."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -96,7 +96,7 @@ def main() -> None:
     # What the first of several processes warns of, the others would only repeat.
     level = logging.WARNING if is_first() else logging.ERROR
     handler = logging.StreamHandler()
-    handler.setFormatter(_Harmless("%(levelname)s: %(message)s"))
+    handler.setFormatter(HarmlessFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
     with _faults_in_one_line(), terminable():
         status = app(standalone_mode=False)

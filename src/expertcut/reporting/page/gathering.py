@@ -1,4 +1,4 @@
-"""What lies in a run's folder: profiles, plans, proofs and results, in whatever subfolders."""
+"""What lies in a run's folder, in whatever subfolders: profiles, plans, results, searches."""
 
 import json
 import os
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from expertcut.errors import OutputError
+from expertcut.evaluation.auditing.outcome import AUDIT_FILE, Audit, load_audit
 from expertcut.evaluation.proving.outcome import ProofResult, load_proof
 from expertcut.evaluation.results import Results, load_results
+from expertcut.evaluation.sweeping.outcome import SWEEP_FILE, Sweep, load_sweep
 from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, Plan, load_plan
 from expertcut.profiling.evidence.findings import Findings, find
 from expertcut.profiling.store import ModelInfo, QuizInfo, load_profile
@@ -19,6 +21,7 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
 RESULTS = "results*.json"
+KINDS = (PROFILE_FILE, PLAN_FILE, PROOF_FILE, SWEEP_FILE, AUDIT_FILE)
 T = TypeVar("T")
 
 
@@ -40,6 +43,8 @@ class Run:
     plans: list[Found[Plan]]
     proofs: list[Found[ProofResult]]
     results: list[Found[Results]]
+    sweeps: list[Found[Sweep]]
+    audits: list[Found[Audit]]
 
     def profile_of(self, plan: Plan) -> Found[Findings] | None:
         """The profile that a plan was chosen on, or another of its model."""
@@ -74,6 +79,8 @@ def gather(path: Path) -> Run:
         plans=read(PLAN_FILE, load_plan),
         proofs=read(PROOF_FILE, lambda file: load_proof(file.parent)),
         results=read(RESULTS, load_results),
+        sweeps=read(SWEEP_FILE, load_sweep),
+        audits=read(AUDIT_FILE, load_audit),
     )
 
 
@@ -112,22 +119,21 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         raise OutputError(f"{path} is not there: name the folder of a run")
     for folder, subfolders, names in os.walk(path):
-        # What `eval` scored, and what was asked again, belong to the folder that they lie in.
+        # What `eval` scored is no profile of the run, nor is what lies in one, a sweep, an audit.
         subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and _is_open(s))
         here = Path(folder)
-        if PROFILE_FILE in names:
+        if not {PROFILE_FILE, SWEEP_FILE, AUDIT_FILE}.isdisjoint(names):
             subfolders.clear()
-            yield here / PROFILE_FILE
-        yield from (here / n for n in (PLAN_FILE, PROOF_FILE) if n in names)
+        yield from (here / n for n in KINDS if n in names)
         yield from (here / n for n in sorted(names) if Path(n).match(RESULTS))
 
 
 def _is_open(folder: str) -> bool:
-    return not folder.endswith(".chunks") and folder not in ("chunks", "perturbed", "cells")
+    return not folder.endswith(".chunks")
 
 
 def _kind(file: Path) -> str:
-    return file.name if file.name in (PROFILE_FILE, PLAN_FILE, PROOF_FILE) else RESULTS
+    return file.name if file.name in KINDS else RESULTS
 
 
 def _name(file: Path, root: Path) -> str:

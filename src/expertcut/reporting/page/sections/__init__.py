@@ -8,10 +8,12 @@ from expertcut.reporting.page.sections.changes import change_sections
 from expertcut.reporting.page.sections.experts import expert_sections
 from expertcut.reporting.page.sections.outcomes import outcome_sections
 from expertcut.reporting.page.sections.provenance import provenance_sections
+from expertcut.reporting.page.sections.searches import search_sections
 
 SECTIONS: tuple[Callable[[Run], list[Section]], ...] = (
     outcome_sections,
     change_sections,
+    search_sections,
     expert_sections,
     provenance_sections,
 )

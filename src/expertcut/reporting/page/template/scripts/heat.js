@@ -124,11 +124,12 @@ class Heat {
   }
 
   place(group, row, column) {
+    const room = Math.min(this.w, this.h) < 10 ? 3 : 1; // a frame must not hide a small cell
     for (const rect of group.children) {
-      rect.setAttribute("x", LEFT + column * this.w - 1);
-      rect.setAttribute("y", row * this.h - 1);
-      rect.setAttribute("width", this.w + 1);
-      rect.setAttribute("height", this.h + 1);
+      rect.setAttribute("x", LEFT + column * this.w - room);
+      rect.setAttribute("y", row * this.h - room);
+      rect.setAttribute("width", this.w + 2 * room - 1);
+      rect.setAttribute("height", this.h + 2 * room - 1);
     }
     group.setAttribute("visibility", "visible");
   }
