@@ -20,6 +20,16 @@ from expertcut.interventions.plan import PlanModel, load_plan, plan_text
 from tests.hub import TOKEN, LocalHub
 
 REPO = "birds/cut"
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a|b| \\| c",
+    "[click](javascript:alert(1)) ![x](http://evil.example/x.png)",
+    "---\nlicense: evil\n---\n# Owned",
+    "\x1b[31mred\x07\u202e\u2028next",
+    "`code` **bold** <img src=x onerror=alert(1)> {{ 7 * 7 }} {% raw %}",
+    "http://evil.example www.evil.example me@evil.example $$x$$ &lt;b&gt; - 1. #",
+    "'\"; }: [*] !!python/object/apply:os.system ['true']",
+)
 Publish = Callable[..., "Done"]
 
 

@@ -19,20 +19,10 @@ from expertcut.publishing.card.text import Place, card_text, is_edited
 from expertcut.publishing.verify import verified
 from tests.hub import LocalHub
 from tests.hub.uploads import card_faults
-from tests.publishing.made import REPO, Publish, copied, refused
+from tests.publishing.made import HOSTILE, REPO, Publish, copied, refused
 
 PLACE = Place(REPO, None, "https://huggingface.co")
 BASE = "clocks/base"
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "a|b| \\| c",
-    "[click](javascript:alert(1)) ![x](http://evil.example/x.png)",
-    "---\nlicense: evil\n---\n# Owned",
-    "\x1b[31mred\x07\u202e\u2028next",
-    "`code` **bold** <img src=x onerror=alert(1)> {{ 7 * 7 }} {% raw %}",
-    "http://evil.example www.evil.example me@evil.example $$x$$ &lt;b&gt; - 1. #",
-    "'\"; }: [*] !!python/object/apply:os.system ['true']",
-)
 
 
 def card_of(folder: Path, *results: Path) -> str:
@@ -68,9 +58,9 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert {"moe", "pruning"} <= set(data["tags"]) and "expert-reweighting" not in data["tags"]
     (index,) = data["model-index"]
-    (result,) = index["results"]
     own = load_results(made / "results.json").models[1]
     assert index["name"] == "cut"
+    (result,) = index["results"]
     assert result["metrics"][0]["value"] == pytest.approx(own.accuracy, abs=1e-6)
     assert result["dataset"]["args"] == {"num_few_shot": 1}
     assert result["source"]["url"] == f"https://huggingface.co/{REPO}/blob/main/results.json"
@@ -212,11 +202,11 @@ def test_hostile_text_changes_neither_card_nor_terminal(
     folder = copied(made / "stock", tmp_path / "hostile")
     results = json.loads((made / "results.json").read_text())
     for model in results["models"]:
+        model["path"] = HOSTILE[0] if model is results["models"][0] else model["path"]
         subject = next(iter(model["subjects"].values()))
         model["subjects"] = dict.fromkeys(HOSTILE, subject)
     results |= {"quiz": HOSTILE[3], "split": HOSTILE[5]}
-    results["models"][0]["path"] = HOSTILE[0]
-    (file := tmp_path / "hostile.json").write_text(json.dumps(results))
+    (file := tmp_path / "x.json").write_text(json.dumps(results))
     plan = json.loads((folder / "plan.json").read_text())
     plan["action"], plan["criterion"] = f"prune {HOSTILE[5]}", HOSTILE[4]
     plan["model"]["id"] = f"/x/{HOSTILE[0]}"
