@@ -10,6 +10,7 @@ import pytest
 
 from expertcut.cli import main
 from expertcut.recipe.model import (
+    MergeSection,
     ProfileSection,
     ProveSection,
     PruneSection,
@@ -184,7 +185,8 @@ def test_recipes_in_the_readme_and_the_docs_do_what_they_say(
 
 def test_every_key_of_a_recipe_stands_in_the_docs() -> None:
     text = read("docs/recipes.md")
-    parts = (Recipe, ProfileSection, PruneSection, ReweightSection, ProveSection, PublishSection)
+    changes = (PruneSection, MergeSection, ReweightSection)
+    parts = (Recipe, ProfileSection, *changes, ProveSection, PublishSection)
     keys = {key for part in parts for key in part.model_fields}
     assert len(keys) > 30
     assert [key for key in sorted(keys) if f"`{key}`" not in text and f"`{key}:" not in text] == []

@@ -345,6 +345,14 @@ def test_the_page_and_the_card_are_of_what_the_run_made(done: Place) -> None:
     assert done.run().ran == ()  # what publishing put beside a checkpoint is not of the checkpoint
 
 
+def test_a_merge_is_a_variant_too(done: Place) -> None:
+    done.change("prune: {keep: 5, verify: false}", "merge: {keep: 5, verify: false}")
+    assert done.run().ran == ("cut", "eval")
+    cut = done.folder / "variants" / "cut"
+    assert json.loads((cut / "plan.json").read_text())["action"].startswith("merge --keep 5")
+    assert (cut / "recipe.yaml").read_bytes() == done.file.read_bytes()
+
+
 def test_a_branch_of_the_hub_means_in_a_run_what_it_meant_first(tmp_path: Path) -> None:
     from expertcut.recipe.model import Recipe
     from expertcut.recipe.record.inputs import Inputs

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+KINDS = ("prune", "merge", "reweight")  # of variants
 OWN_FILES = ("profile", "show", "eval", "report", "publish", "results", "recipe", "manifest")
 
 
@@ -91,6 +92,16 @@ class PruneSection(Section):
     verify: bool = True
 
 
+class MergeSection(Section):
+    """`expertcut merge`."""
+
+    keep: Count
+    by: Literal["m_smoe", "hc_smoe"] = "m_smoe"
+    router: Literal["fitted", "mean", "dominant"] = "fitted"
+    align: bool | None = None
+    verify: bool = True
+
+
 class ReweightSection(Section):
     """`expertcut reweight`."""
 
@@ -122,22 +133,23 @@ class Variant(Section):
 
     name: Name
     prune: PruneSection | None = None
+    merge: MergeSection | None = None
     reweight: ReweightSection | None = None
     prove: ProveSection | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _keeps_empty_sections(cls, values: Any) -> Any:
-        return _filled(values, ("prune", "reweight", "prove"))
+        return _filled(values, (*KINDS, "prove"))
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
-        if (self.prune is None) == (self.reweight is None):
-            _refuse("a variant does one thing: give it prune or reweight")
-        if self.prune and self.prove:
+        if [getattr(self, kind) is None for kind in KINDS].count(False) != 1:
+            _refuse("a variant does one thing: give it prune, merge or reweight")
+        if self.prove and not self.reweight:
             _refuse(
-                "prove repeats a way of choosing what to tilt: a cut is compared on held-out "
-                "questions by itself, leave prove out"
+                "prove repeats a way of choosing what to tilt: a cut or a merge is compared on "
+                "held-out questions by itself, leave prove out"
             )
         if self.name in OWN_FILES:
             _refuse(f"the name {self.name} is taken by the run itself: choose another")
@@ -146,7 +158,7 @@ class Variant(Section):
     @property
     def kind(self) -> str:
         """The key that says what it does."""
-        return "prune" if self.prune else "reweight"
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
 
 class EvalSection(Section):

@@ -153,6 +153,7 @@ def _act_of(stage: Stage) -> Callable[[Job], None]:
         "profile": measuring.profile,
         "show": measuring.show,
         "prune": changing.prune,
+        "merge": changing.merge,
         "reweight": changing.reweight,
         "eval": measuring.evaluate,
         "report": giving.report,

@@ -9,7 +9,7 @@ from expertcut.errors import RecipeError
 from expertcut.quiz import Selection
 from expertcut.recipe.model import Recipe, Variant
 
-Kind = Literal["profile", "show", "prune", "reweight", "eval", "report", "publish"]
+Kind = Literal["profile", "show", "prune", "merge", "reweight", "eval", "report", "publish"]
 PROFILE, VARIANTS = "profile", "variants"
 RESULTS, REPORT = "results.json", "report.html"
 _ASKED = ("quiz", "quiz_revision", "shots", "subjects")

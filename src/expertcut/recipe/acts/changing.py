@@ -1,13 +1,15 @@
-"""Stages that make a variant's checkpoint: prune, reweight."""
+"""Stages that make a variant's checkpoint: prune, merge, reweight."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 from expertcut.checkpoints.build import BuildOptions, Built, build, write_beside
+from expertcut.checkpoints.merging.merge import merge as merge_experts
 from expertcut.checkpoints.unwritten.choosing import check_criterion, choose_cut, protected
 from expertcut.evaluation.proving.decision import DecideOptions, Decision, decide
 from expertcut.evaluation.proving.tilted import Tilted, Tilting, by_hand, chosen, prepared
 from expertcut.interventions.budgets import Keep, read_size
+from expertcut.interventions.merging.asking import Merge
 from expertcut.interventions.plan import Draft
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.asked import Asked, How
@@ -20,6 +22,7 @@ from expertcut.recipe.acts.job import Job
 from expertcut.recipe.model import PruneSection, ReweightSection, Variant
 from expertcut.recipe.stages import variant_folder
 from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
+from expertcut.reporting.merging import groups_table, merging_sentences
 from expertcut.reporting.proofs import (
     proof_sentences,
     proof_tables,
@@ -49,6 +52,20 @@ def prune(job: Job) -> None:
     job.audience.say([], pruning_sentences(pruning))
     job.audience.say([touched_table(goes)], touched_sentences(pruning, goes))
     _build(job, profile, Tilted(draft, found, scaled), is_verified=asked.verify)
+
+
+def merge(job: Job) -> None:
+    """Makes one expert of several, and the checkpoint."""
+    profile, asked = job.profile(), _variant(job).merge
+    assert asked is not None
+    folder = job.run / variant_folder(job.stage.name)
+    options = _options(job, job.beside, is_verified=asked.verify)
+    merged = merge_experts(
+        profile, Merge(asked.keep, asked.by, asked.router, asked.align), folder, options
+    )
+    tables = [groups_table(profile, merged), *proof_tables(merged.built)]
+    sentences = [*proof_sentences(merged.built), *merging_sentences(profile, merged)]
+    job.audience.say(tables, [*sentences, f"written to {folder}"])
 
 
 def reweight(job: Job) -> None:
