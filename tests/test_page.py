@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ from expertcut.evaluation.sweeping.outcome import (
     SweptModel,
     save_sweep,
 )
-from expertcut.interventions.plan import Edit, PlanModel, load_plan
+from expertcut.interventions.plan import Edit, Plan, PlanModel, load_plan
 from expertcut.interventions.touched import touched
 from expertcut.profiling.evidence.findings import find, findings_json
 from expertcut.profiling.store import Profile, load_profile
@@ -410,6 +410,18 @@ def test_a_plan_of_a_cut_model_is_read_by_the_rows_of_its_profile():
     assert rows_of(Edit(keep=(0, 2)), its) == Edit(keep=(0, 2))
     assert rows_of(Edit(keep=(0, 5)), its) is None  # another cut's profile
     assert rows_of(Edit(keep=(4, 9), rows=(4, 7, 9, 11)), its) is None
+
+
+@pytest.mark.parametrize("removal", get_args(Plan.model_fields["removal"].annotation))
+def test_every_kind_of_removal_is_said_in_words(tmp_path: Path, removal: str):
+    profile = make_profile(tmp_path / "p", 1)
+    make_plan(tmp_path / "cut", profile, removal=removal, blocks={
+        "model.layers.0.mlp": Edit(keep=(0, 2, 3, 4, 5, 6, 7)),
+    })  # fmt: skip
+    text = text_of(tmp_path)
+    assert "a removed" in text
+    (mark,) = data_of(text)["explorers"]["p"]["marks"]
+    assert (mark["removed"], mark["verb"] == "merged") == ([1], removal == "merge")
 
 
 def test_a_plan_of_another_model_says_nothing_of_a_profile(tmp_path: Path):

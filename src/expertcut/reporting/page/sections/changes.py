@@ -88,6 +88,7 @@ def _in_words(plan: Plan) -> str:
     removal = {
         "reroute": "the router takes the next best expert instead of a removed one",
         "constant": f"a removed expert may be chosen and gives a constant ({plan.removed})",
+        "merge": "a removed expert lives on in one that stays, which it has joined",
     }
     parts = [f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}"]
     if not any(edit.tilted for edit in plan.blocks.values()):

@@ -147,7 +147,10 @@ def _marks(run: Run, found: Found[Findings]) -> list[dict[str, Any]]:
             removed += [start + expert for expert in edit.removed(layer.n_experts)]
             tilted += [start + expert for expert in edit.tilted]
             start += layer.n_experts
-        marks.append({"name": printable(plan.name), "removed": removed, "tilted": tilted})
+        verb = "merged" if plan.its.removal == "merge" else "removed"
+        marks.append(
+            {"name": printable(plan.name), "removed": removed, "tilted": tilted, "verb": verb}
+        )
     return marks
 
 

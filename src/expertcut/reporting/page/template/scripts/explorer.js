@@ -63,8 +63,8 @@ class Explorer {
 
   /** Which plans remove or tilt it, in words. */
   fate(x) {
-    return this.marks.flatMap(({ name, removed, tilted }) =>
-      (removed.includes(x) ? [`removed in ${name}`] : []).concat(tilted.includes(x) ? [`tilted in ${name}`] : []));
+    return this.marks.flatMap(({ name, removed, tilted, verb }) =>
+      (removed.includes(x) ? [`${verb} in ${name}`] : []).concat(tilted.includes(x) ? [`tilted in ${name}`] : []));
   }
 
   hover(x, atX, atY) {
