@@ -26,7 +26,7 @@ help: ## this list
 venv: $(STAMP) ## .venv with this project and its development tools, every file checked by hash
 
 quickstart: $(STAMP) ## the tour of the README, on the bundled model
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" expertcut run recipes/quickstart.yaml
 
 test: $(STAMP) ## the tests, with branch coverage of at least 95 %
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov $(PYTEST_ARGS)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from expertcut.cli import main
-from expertcut.cli.deciding import read_layers
 from expertcut.errors import SettingsError
 from expertcut.evaluation.proving.outcome import load_proof
 from expertcut.interventions.plan import load_hashes, load_plan
+from expertcut.interventions.reweighting.asked import read_layers
 from expertcut.interventions.reweighting.choosing import TOKEN_SCORES, read_contrast
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers, layer_statistics

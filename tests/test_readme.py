@@ -1,11 +1,23 @@
 """README and --help say the same, and both are true."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from expertcut.cli import main
+from expertcut.recipe.model import (
+    MergeSection,
+    ProfileSection,
+    ProveSection,
+    PruneSection,
+    PublishSection,
+    Recipe,
+    ReweightSection,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +31,43 @@ COMMANDS = (
     "eval",
     "report",
     "publish",
+    "run",
 )
+PAPER = {"profile", "prune --keep-active", "reweight --boost 12"}  # run by test_paper_commands.py
+NUMBER = re.compile(r"[-+−]?\d[\d.,]*(?:e[-+]?\d+)?")
+
+
+def blocks(text: str) -> list[list[str]]:
+    """Lines of every fenced block."""
+    return [block.strip("\n").splitlines() for block in text.split("```")[1::2]]
+
+
+def commands(text: str) -> list[str]:
+    """What follows `expertcut` wherever a block has it, comments aside."""
+    lines = [line.removeprefix("$ ") for block in blocks(text) for line in block]
+    return [
+        line.partition("#")[0].removeprefix("expertcut").strip()
+        for line in lines
+        if line.startswith("expertcut ")
+    ]
+
+
+def tour() -> list[tuple[str, list[str]]]:
+    """The commands of the README that stand with what they print."""
+    found: list[tuple[str, list[str]]] = []
+    for block in blocks(README):
+        for line in block:
+            if line.startswith("$ expertcut "):
+                found.append((line.removeprefix("$ expertcut "), []))
+            elif found and block[0].startswith("$"):
+                found[-1][1].append(line)
+    return found
+
+
+def shape(line: str) -> str:
+    """A line whatever its numbers are, and however wide they make its columns."""
+    line = re.sub(r"-[0-9a-f]{8}\b", "-HASH", line)
+    return re.sub(r"[━─]+", "─", " ".join(NUMBER.sub("#", line).split()))
 
 
 def run(*args: str) -> str:
@@ -87,6 +135,61 @@ def test_every_source_file_stands_in_the_tree_of_the_readme() -> None:
             "reporting",
         ):
             assert name in tree, file
+
+
+def test_every_command_in_the_readme_is_run_by_a_test() -> None:
+    toured = {command for command, _ in tour()}
+    recipes = [c for c in commands(README + read("docs/recipes.md")) if c.startswith("run ")]
+    assert len(toured) >= 3 and len(recipes) >= 4
+    assert all((ROOT / command.split()[1]).is_file() for command in recipes)
+    assert PAPER <= set(commands(README)) <= toured | set(recipes) | PAPER
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_tour_of_the_readme_prints_what_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "quickstart").symlink_to(ROOT / "checkpoints" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    n_lines = 0
+    for command, expected in tour():
+        monkeypatch.setattr(sys, "argv", ["expertcut", *shlex.split(command)])
+        with pytest.raises(SystemExit) as ending:
+            main()
+        printed = [shape(line) for line in capsys.readouterr().out.splitlines()]
+        assert ending.value.code == 0, command
+        for line in expected:
+            assert line == "…" or shape(line) in printed, command
+            n_lines += line != "…"
+    assert n_lines > 12
+
+
+def test_recipes_in_the_readme_and_the_docs_do_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in commands(README + read("docs/recipes.md")):
+        if command.startswith("run "):
+            words = [*shlex.split(command), "--dry-run", "--out", str(tmp_path / "run")]
+            monkeypatch.setattr(sys, "argv", ["expertcut", *words])
+            with pytest.raises(SystemExit) as ending:
+                main()
+            printed = capsys.readouterr().out
+            assert ending.value.code == 0, printed
+            assert "would run" in printed
+
+
+def test_every_key_of_a_recipe_stands_in_the_docs() -> None:
+    text = read("docs/recipes.md")
+    changes = (PruneSection, MergeSection, ReweightSection)
+    parts = (Recipe, ProfileSection, *changes, ProveSection, PublishSection)
+    keys = {key for part in parts for key in part.model_fields}
+    assert len(keys) > 30
+    assert [key for key in sorted(keys) if f"`{key}`" not in text and f"`{key}:" not in text] == []
 
 
 def test_python_m_and_the_console_script_are_the_same() -> None:

@@ -8,7 +8,8 @@
     ├── PlanError             an edit that cannot be made
     ├── SettingsError         an option with an unusable value
     ├── OutputError           a place that must not be written to
-    └── HubError              the Hugging Face Hub, or the way to it, refused
+    ├── HubError              the Hugging Face Hub, or the way to it, refused
+    └── RecipeError           a recipe that cannot be read or does not hang together
 
 Anything else that escapes is a fault of ours: exit status 1, with a traceback.
 """
@@ -48,3 +49,7 @@ class OutputError(ExpertcutError):
 
 class HubError(ExpertcutError):
     """The Hub refused, or could not be reached."""
+
+
+class RecipeError(ExpertcutError):
+    """A recipe cannot be read, or says what no stage can do."""

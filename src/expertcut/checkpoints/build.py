@@ -114,7 +114,7 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
         figures = {"fits": [asdict(f) for f in fits], **(proof.figures(draft) if proof else {})}
         plan = plan.model_copy(update={"proof": figures})
         save_plan(temporary, plan, used_hashes(draft, job.questions))
-        _write_beside(temporary, options.beside)
+        add_files(temporary, options.beside)
     return Built(folder, plan, fits, proof)
 
 
@@ -125,17 +125,18 @@ def write_plan(profile: Profile, draft: Draft, folder: Path, options: BuildOptio
     plan = draft_plan(profile, draft, questions)
     with new_folder(folder, is_forced=options.is_forced) as temporary:
         save_plan(temporary, plan, used_hashes(draft, questions))
-        _write_beside(temporary, options.beside)
+        add_files(temporary, options.beside)
 
 
 def write_beside(profile: Profile, folder: Path, options: BuildOptions) -> None:
     """Only the files that would lie beside a plan, where there is none to make."""
     check_free(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
     with new_folder(folder, is_forced=options.is_forced) as temporary:
-        _write_beside(temporary, options.beside)
+        add_files(temporary, options.beside)
 
 
-def _write_beside(folder: Path, files: Mapping[str, bytes]) -> None:
+def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Files, by name, that lie beside a plan."""
     for name, content in files.items():
         write_atomically(folder / name, content)
 

@@ -19,6 +19,7 @@ from expertcut.cli import (
     merging,
     pruning,
     publishing,
+    recipes,
     reporting,
     tilting,
 )
@@ -45,6 +46,7 @@ for run in (
     measuring.eval,
     reporting.report,
     publishing.publish,
+    recipes.run,
 ):
     app.command()(run)
 

@@ -137,38 +137,26 @@ class Prune:
         named.say(draft, built)
 
     def _choose(self, start: Start) -> "Pruning":
-        from expertcut.checkpoints.build import engine_as_profiled, profiled_source
-        from expertcut.checkpoints.unwritten.sizing import largest, size_of_cuts
+        from expertcut.checkpoints.unwritten.choosing import choose_cut
         from expertcut.interventions.budgets import Keep, read_size
-        from expertcut.interventions.criteria.scoring import NEEDS_MODEL
-        from expertcut.interventions.prune import choose
-        from expertcut.interventions.ranking import rank
 
-        found, way = start.profile, start.way
         most = None if self.max_bytes is None else read_size(self.max_bytes)
         numbers = (self.keep_active, self.keep, self.keep_fraction, most)
         keep = Keep(*numbers, value(self.budget), self.min_keep)
-        keep.check(way.layout)
-        source = profiled_source(found) if most or way.by in NEEDS_MODEL else None
-        engine = None
-        if source is not None and way.by in NEEDS_MODEL:
-            quiet()
-            engine = engine_as_profiled(found, source, start.load_as)
-        if source is None or most is None:
-            return choose(found, keep, way, engine)
-        size_of = size_of_cuts(source, way.layout, found.info.model.blocks[0].experts)
-        chosen = largest(rank(found, way, engine), keep, size_of)
-        print(f"the weights will have {size_of(chosen.draft):,} bytes, of at most {most:,}")
-        return chosen
+        keep.check(start.way.layout)
+        quiet()
+        chosen = choose_cut(start.profile, keep, start.way, start.load_as)
+        for note in chosen.notes:
+            print(note)
+        return chosen.pruning
 
     def _start(self) -> Start:
-        from expertcut.interventions.criteria import CRITERIA
+        from expertcut.checkpoints.unwritten.choosing import check_criterion
         from expertcut.interventions.ranking import Way
         from expertcut.moe.loading import LoadOptions
 
-        if self.sweep is None and self.by not in CRITERIA:
-            known = ", ".join(CRITERIA)
-            raise SettingsError(f"--by {self.by} is no criterion: take one of {known}")
+        if self.sweep is None:
+            check_criterion(self.by)
         found = read_profile(self.profile, self.threads)
         kind = (value(self.positions), value(self.layout), value(self.removed), value(self.fold))
         protect = _protected(found, self.protect or [], self.keep_active)
@@ -195,12 +183,12 @@ class Prune:
 
 def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[str, ...]:
     """What stays whatever its score; super experts unasked, where they are known."""
-    from expertcut.interventions.criteria.protection import expressions_of
+    from expertcut.checkpoints.unwritten.choosing import protected
 
-    is_known = profile.info.settings.stats == "all"
-    if not (is_known or is_active or asked):
-        print("Super experts are not known without all-token statistics: none is protected.")
-    return expressions_of(asked, is_super=is_known and not is_active)
+    found, notes = protected(profile, asked, is_active=is_active)
+    for note in notes:
+        print(note)
+    return found
 
 
 def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:

@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING
 
 from expertcut.cli.changing import Named, Place
 from expertcut.cli.deciding import (
-    Asked,
     BoostBest,
     By,
     ContrastPair,
     Draws,
-    Expressions,
-    How,
     Layers,
     MinAppearances,
     Prove,
@@ -21,7 +18,6 @@ from expertcut.cli.deciding import (
     SuppressWorst,
     Tune,
     decided,
-    settled_on_profile,
 )
 from expertcut.cli.options import (
     ApplyAtOption,
@@ -42,13 +38,12 @@ from expertcut.cli.options import (
     read_profile,
     value,
 )
+from expertcut.cli.output import quiet
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions
-    from expertcut.evaluation.proving.decision import DecideOptions, Decision
-    from expertcut.interventions.plan import Layout as LayoutName
-    from expertcut.interventions.plan import Positions
-    from expertcut.interventions.reweighting.tuning import Settled
+    from expertcut.evaluation.proving.decision import DecideOptions
+    from expertcut.evaluation.proving.tilted import Tilted, Tilting
     from expertcut.profiling.store import Profile
 
 _Where = tuple[Path | None, bool, bool]
@@ -83,91 +78,68 @@ def reweight(
 ) -> None:
     """Tilt the gate toward or away from experts."""
     from expertcut.checkpoints.build import BuildOptions
+    from expertcut.evaluation.proving.tilted import Tilting
+    from expertcut.interventions.reweighting.asked import Asked, How
     from expertcut.moe.loading import LoadOptions
 
     asked = Asked(boost_best, suppress_worst, by, min_appearances, layers, contrast)
-    how = How(strength, tune, prove, draws, seed)
+    how, named = How(strength, tune, prove, draws, seed), (boost, suppress, scale)
+    tilting = Tilting(asked, how, named, layout.value, value(apply_at))
     options = BuildOptions(LoadOptions(dtype, device, trust_remote_code), not no_verify, force)
-    tilting = _Tilting(read_profile(profile, threads), layout.value, value(apply_at), options)
-    named, where = (boost, suppress, scale), (out, plan_only, force)
-    tilting.make(asked, how, named, where)
+    found = read_profile(profile, threads)
+    _Reweighting(found, tilting, options).make((out, plan_only, force))
 
 
 @dataclass(frozen=True)
-class _Tilting:
+class _Reweighting:
     """What every way to a tilted checkpoint has in common."""
 
     profile: "Profile"
-    layout: "LayoutName"
-    apply_at: "Positions | None"
+    tilting: "Tilting"
     options: "BuildOptions"
 
-    def make(self, asked: Asked, how: How, named: Expressions, where: _Where) -> None:
+    def make(self, where: _Where) -> None:
         """The one way or the other."""
-        asked.check()
-        if asked.is_choosing or how.is_asking:
-            self.choose(asked, how, named, where)
+        self.tilting.asked.check()
+        if self.tilting.is_by_hand:
+            self.by_hand(where)
         else:
-            self.by_hand(named, where)
+            self.choose(where)
 
-    def by_hand(self, named: Expressions, where: _Where) -> None:
+    def by_hand(self, where: _Where) -> None:
         """Experts and strengths that need no question to be asked."""
-        from expertcut.interventions.reweighting.drafting import reweight_draft
+        from expertcut.evaluation.proving.tilted import by_hand
 
-        found = Named.of(self.profile, *named)
-        kind = (self.layout, found.scalings, self.apply_at)
-        draft = reweight_draft(self.profile, found.tilts, *kind)
-        built = Place(self.profile, draft.slug, *where).make(draft, self.options)
-        found.say(draft, built)
+        found = by_hand(self.profile, self.tilting)
+        assert found.draft is not None
+        self._make(Place(self.profile, found.draft.slug, *where), found)
 
-    def choose(self, asked: Asked, how: How, named: Expressions, where: _Where) -> None:
+    def choose(self, where: _Where) -> None:
         """Experts by a score, strengths by a search, the proof; then the checkpoint."""
-        from expertcut.checkpoints.build import profiled_source
-        from expertcut.checkpoints.export import check_layout
-        from expertcut.interventions.reweighting.drafting import check_place
+        from expertcut.evaluation.proving.tilted import chosen, prepared
 
-        check_place(self.layout, self.apply_at, is_biased=True)
-        check_layout(profiled_source(self.profile), self.layout, is_cutting=False)
-        procedure = asked.procedure(self.profile, how, named)
-        name = asked.name(self.profile, procedure)
-        mark = "" if self.layout == "stock" else f"-{self.layout}"
-        mark += "-answer" if self.apply_at == "answer" else ""
+        procedure, name = prepared(self.profile, self.tilting)
+        mark = "" if self.tilting.layout == "stock" else f"-{self.tilting.layout}"
+        mark += "-answer" if self.tilting.apply_at == "answer" else ""
         place = Place(self.profile, name.replace(":", ".").replace(" ", "-") + mark, *where)
+        quiet()
         decision = None
-        if how.is_deciding:
-            decision = decided(self.profile, procedure, self._decide_options(how, name))
-        settled = decision.settled if decision else settled_on_profile(self.profile, procedure)
-        origins = [procedure.origin(shift) for shift in settled.shifts]
-        used = procedure.chooser.looked_at(self.profile)
-        self._make(place, (settled, origins, asked.criterion, used), decision)
+        if self.tilting.how.is_deciding:
+            decision = decided(self.profile, procedure, self._decide_options(name))
+        self._make(place, chosen(self.profile, self.tilting, procedure, decision))
 
-    def _make(
-        self,
-        place: Place,
-        chosen: "tuple[Settled, list[str], str, frozenset[str]]",
-        decision: "Decision | None",
-    ) -> None:
-        from expertcut.evaluation.proving.outcome import proof_file
-        from expertcut.interventions.reweighting.drafting import reweight_draft
-        from expertcut.interventions.reweighting.targets import tilts_of
-
-        proof = proof_file(decision.proof) if decision and decision.proof else {}
-        options, (settled, origins, criterion, used) = replace(self.options, beside=proof), chosen
-        if not settled.shifts:
+    def _make(self, place: Place, found: "Tilted") -> None:
+        options = replace(self.options, beside=found.beside)
+        if found.draft is None:
             place.keep(options)
             return
-        tilts = tilts_of(self.profile, settled.shifts, origins)
-        draft = replace(
-            reweight_draft(self.profile, tilts, self.layout, (), self.apply_at),
-            criterion=criterion,
-            is_tuned=decision is not None,
-            tuning=decision.curve if decision else (),
-            used=used,
-        )
-        Named(tilts, []).say(draft, place.make(draft, options))
+        built = place.make(found.draft, options)
+        Named(found.tilts, found.scalings).say(found.draft, built)
 
-    def _decide_options(self, how: How, name: str) -> "DecideOptions":
+    def _decide_options(self, name: str) -> "DecideOptions":
         from expertcut.evaluation.proving.decision import DecideOptions
 
-        load_as, apply_at = self.options.load_as, self.apply_at or "all"
-        return DecideOptions(load_as, name, apply_at, how.is_proved, how.draws, how.seed)
+        how, apply_at = self.tilting.how, self.tilting.apply_at or "all"
+        return DecideOptions(
+            self.options.load_as, name, apply_at, how.is_proved, how.draws, how.seed
+        )

@@ -23,7 +23,7 @@ from expertcut.moe.loading import MODELLING_FILE, Source, expert_count, find_sou
 
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
-_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py")
+_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".yaml")
 _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _RESULTS = "results"  # they go up as the card found them, not as they lie here
 

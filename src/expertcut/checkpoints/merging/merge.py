@@ -11,6 +11,7 @@ from torch import Tensor
 from expertcut.checkpoints.build import (
     BuildOptions,
     Built,
+    add_files,
     engine_as_profiled,
     inputs_of,
     profiled_source,
@@ -86,6 +87,7 @@ def merge(
             proof = _prove(edited, questions, before)
             plan = plan.model_copy(update={"proof": _figures(draft, proof, before)})
         save_plan(temporary, plan, used_hashes(draft, questions))
+        add_files(temporary, options.beside)
     qualities = before.qualities if before else []
     return Merged(Built(folder, plan, [], proof), draft, qualities)
 

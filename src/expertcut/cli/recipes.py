@@ -1,0 +1,98 @@
+"""The command `run`."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from expertcut.cli.options import Format, option
+from expertcut.cli.output import print_tables, quiet
+from expertcut.cli.running import watched
+from expertcut.errors import SettingsError
+
+if TYPE_CHECKING:
+    from expertcut.moe.passes import OnPass
+    from expertcut.recipe.run import Outcome
+    from expertcut.recipe.stages import Stage
+    from expertcut.reporting.tables import Table
+
+T = TypeVar("T")
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, as in recipes/.")],
+    out: Annotated[
+        Path | None, option("The run's folder; as the recipe says, else results/<its name>.")
+    ] = None,
+    dry_run: Annotated[bool, option("Only say what would run, and why.", "--dry-run")] = False,
+    start: Annotated[
+        str | None, option("Run this stage and all after it, whatever is there.", "--from")
+    ] = None,
+) -> None:
+    """Run a recipe: all stages, each only where it is due."""
+    from expertcut.recipe.run import RunOptions
+    from expertcut.recipe.run import run as run_recipe
+
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise SettingsError(
+            "a recipe runs in one process: let several fill its profile with `expertcut profile "
+            "--out RUN/profile` first, then run the recipe, which goes on from there"
+        )
+    outcome = run_recipe(recipe, RunOptions(out, start, dry_run), _Reader())
+    print(_summary(outcome, is_dry=dry_run))
+    for name in outcome.left_over:
+        print(f"{name} is no longer in the recipe; what it made stays")
+
+
+def _summary(outcome: "Outcome", *, is_dry: bool) -> str:
+    n_ran, n_stages = len(outcome.ran), len(outcome.stages)
+    if not n_ran:
+        again = f"--from {outcome.stages[0]} runs them again"
+        return f"{outcome.folder}: nothing to do, all {n_stages} stages are current ({again})"
+    verb = "would run" if is_dry else "ran"
+    return f"{outcome.folder}: {n_ran} of {n_stages} stages {verb}"
+
+
+class _Reader:
+    """Someone at a terminal, or at what it is piped to."""
+
+    def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
+        """Tables and sentences, as the commands print them."""
+        if tables:
+            print_tables(tables, Format.table)
+        for sentence in sentences:
+            print(sentence, flush=True)
+
+    def watch(
+        self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
+    ) -> list[T]:
+        """A line of progress on stderr."""
+        return watched(run, what, total, where)
+
+    @contextmanager
+    def parts(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar on stderr."""
+        columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    def plan(self, stage: "Stage", why: str, *, is_dry: bool) -> None:
+        """One line per stage."""
+        if not why:
+            print(f"[{stage.name}] is current", flush=True)
+        elif is_dry:
+            print(f"[{stage.name}] would run: {why}", flush=True)
+        else:
+            print(f"\n[{stage.name}] runs: {why}", flush=True)
+            quiet()
+
+    def done(self, stage: "Stage", elapsed_s: float) -> None:
+        """How long it took."""
+        print(f"[{stage.name}] took {elapsed_s:,.1f} s", flush=True)

@@ -1,0 +1,1 @@
+"""What each kind of stage does, through the same stage functions as the commands."""

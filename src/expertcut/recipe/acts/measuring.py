@@ -1,0 +1,78 @@
+"""Stages that ask a model questions or show what that gave: profile, show, eval."""
+
+import json
+from functools import partial
+
+from expertcut.checkpoints.files.folders import new_folder
+from expertcut.evaluation.evaluate import Scored, Scoring, save, score
+from expertcut.moe.loading import Source, find_source
+from expertcut.profiling.chunks import write_atomically
+from expertcut.profiling.measure import MeasureOptions, measure, resumed
+from expertcut.profiling.perturb import check_kinds, perturb
+from expertcut.profiling.statistics import answers
+from expertcut.profiling.store import load_profile
+from expertcut.quiz import load_quiz
+from expertcut.recipe.acts.job import Job
+from expertcut.recipe.stages import RESULTS
+from expertcut.reporting.outcomes import result_sentences, results_table
+from expertcut.reporting.shown import find_shown
+from expertcut.reporting.tables import as_csv, as_markdown
+
+
+def profile(job: Job) -> None:
+    """Measures the model, going on where an earlier try was stopped."""
+    recipe, section, folder = job.recipe, job.recipe.profile, job.profile_folder
+    given = MeasureOptions(section.stats, recipe.batch_tokens, recipe.threads)
+    load_as, options = resumed(folder, job.load_as(), given)
+    (asking,) = job.stage.asks
+    quiz = load_quiz(asking.selection(recipe))
+    measurement = measure(job.source(), quiz, section.limit, load_as, options)
+    kinds = check_kinds(measurement, section.perturb)
+    name, total = measurement.moe.source.name, len(quiz)
+    job.audience.watch(partial(measurement.run, folder), f"profiling {name}", total, folder)
+    for kind in kinds:
+        steps = partial(perturb, measurement, kind, folder, load_as)
+        job.audience.watch(steps, f"again with {kind}", total, folder)
+    found = answers(load_profile(folder))
+    job.audience.say([], [f"{folder}: {total:,} questions, accuracy {found.accuracy:.2%}"])
+
+
+def show(job: Job) -> None:
+    """Prints the profile's tables, and writes them as Markdown, JSON and CSV."""
+    assert job.recipe.show is not None
+    found = find_shown(job.profile_folder, job.recipe.show.subjects)
+    tables = found.tables()
+    written = {
+        "tables.md": "\n".join(map(as_markdown, tables)),
+        "findings.json": json.dumps(found.json(), indent=1, allow_nan=False) + "\n",
+        "experts.csv": as_csv(found.flat()),
+    }
+    with new_folder(job.run / "show", is_forced=True) as folder:
+        for name, text in written.items():
+            write_atomically(folder / name, text.encode())
+    job.audience.say(tables, [])
+
+
+def evaluate(job: Job) -> None:
+    """Asks the model and every checkpoint the same questions, run as the profile was."""
+    (asking,) = job.stage.asks
+    quiz = load_quiz(asking.selection(job.recipe))
+    settings = job.profile().info.settings
+    options = MeasureOptions("none", settings.batch_tokens, settings.threads)
+    scoring = Scoring(quiz, asking.limit, job.load_as(), options)
+    folder = (job.run / RESULTS).with_suffix(".chunks")
+    scored: list[Scored] = []
+    for source in _sources(job):
+        steps = partial(score, source, scoring, folder)
+        found = job.audience.watch(steps, f"scoring {source.name}", len(quiz), folder)
+        scored += [step for step in found if isinstance(step, Scored)]
+    outcome = save(scoring, scored, job.run / RESULTS)
+    job.audience.say([results_table(outcome)], result_sentences(outcome))
+
+
+def _sources(job: Job) -> list[Source]:
+    made = job.checkpoints()
+    missing = [variant.name for variant in job.recipe.variants if variant.name not in made]
+    if missing:
+        job.audience.say([], [f"{name} made no checkpoint, so none is asked" for name in missing])
+    return [job.source(), *(find_source(str(path)) for path in made.values())]

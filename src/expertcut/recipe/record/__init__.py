@@ -1,0 +1,1 @@
+"""What a run folder remembers: what each stage was made from, and what it made."""

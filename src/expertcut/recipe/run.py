@@ -1,0 +1,162 @@
+"""A recipe's stages in order: each skipped where what it made is there and current, else run."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertcut.errors import ExpertcutError, OutputError
+from expertcut.recipe.acts.job import Audience, Job, Nobody
+from expertcut.recipe.model import Recipe
+from expertcut.recipe.reading import read_bytes, read_recipe
+from expertcut.recipe.record.inputs import Inputs, reason
+from expertcut.recipe.record.ledger import Ledger
+from expertcut.recipe.record.manifest import StageRecord
+from expertcut.recipe.stages import Stage, find_stage, stages_of
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where to, from which stage on whatever is there, and whether only to say what would run."""
+
+    out: Path | None = None
+    start: str | None = None
+    is_dry: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the run lies, its stages, those that ran (or would), and what earlier recipes left."""
+
+    folder: Path
+    stages: tuple[str, ...]
+    ran: tuple[str, ...]
+    left_over: tuple[str, ...]
+
+
+def run(file: Path, options: RunOptions, audience: Audience | None = None) -> Outcome:
+    """Runs what is to be run.
+
+    Raises:
+        ExpertcutError: the recipe, or what a stage met, with the stage's name before it.
+    """
+    recipe = read_recipe(file)
+    folder = options.out or Path(recipe.out or Path("results") / file.stem)
+    return _Running(recipe, Ledger(folder, read_bytes(file)), options, audience or Nobody()).all()
+
+
+class _Running:
+    """One run of a recipe."""
+
+    def __init__(
+        self, recipe: Recipe, ledger: Ledger, options: RunOptions, audience: Audience
+    ) -> None:
+        self.recipe, self.ledger, self.audience = recipe, ledger, audience
+        self.is_dry = options.is_dry
+        self.stages = stages_of(recipe)
+        self.first = len(self.stages)  # of those that are run whatever is there
+        if options.start is not None:
+            self.first = find_stage(options.start, self.stages)
+        self.inputs = Inputs(recipe, ledger.before, is_anew=self.first == 0)
+        self.outputs: dict[str, str | None] = {}
+        self.ran: list[str] = []
+
+    def all(self) -> Outcome:
+        """Every stage in its turn."""
+        for index, stage in enumerate(self.stages):
+            with _named(stage):
+                self._turn(stage, is_asked=index >= self.first)
+        if not self.is_dry:
+            self.ledger.save(self.inputs)
+        names = tuple(stage.name for stage in self.stages)
+        left_over = tuple(name for name in self.ledger.records if name not in names)
+        return Outcome(self.ledger.folder, names, tuple(self.ran), left_over)
+
+    def _turn(self, stage: Stage, *, is_asked: bool) -> None:
+        record = self.ledger.records.get(stage.name)
+        inputs = self.inputs.of(stage, self.outputs)
+        why = reason(self.ledger.folder, stage, record, inputs)
+        why = "--from asks for it" if is_asked else why
+        self.audience.plan(stage, why, is_dry=self.is_dry)
+        if not why and record is not None:
+            self.outputs[stage.name] = record.output
+            self.ledger.keep(stage)
+            return
+        self.ran.append(stage.name)
+        self.outputs[stage.name] = None
+        if not self.is_dry:
+            self._act(stage, record, is_asked=is_asked)
+
+    def _act(self, stage: Stage, record: StageRecord | None, *, is_asked: bool) -> None:
+        self._refuse_what_is_there(stage, record)
+        if stage.reads_model:
+            self._find_commit()
+        inputs = self.inputs.of(stage, self.outputs)
+        if record is not None:
+            self._clear(stage, record, inputs, is_asked=is_asked)
+        self.ledger.begin(stage, inputs)
+        self.ledger.save(self.inputs)
+        about = (self.recipe, self.ledger.text, stage, self.ledger.folder, self.inputs.commit)
+        started = time.monotonic()
+        _act_of(stage)(Job(*about, self.audience))
+        elapsed_s = time.monotonic() - started
+        self.outputs[stage.name] = self.ledger.finish(stage, elapsed_s)
+        self.ledger.save(self.inputs)
+        self.audience.done(stage, elapsed_s)
+
+    def _refuse_what_is_there(self, stage: Stage, record: StageRecord | None) -> None:
+        if record is not None or stage.kind == "profile":  # which is resumed, or refused there
+            return
+        for place in (self.ledger.folder / name for name in stage.makes):
+            if place.exists():
+                raise OutputError(
+                    f"{place} is there and was not made by this recipe: remove it or name another "
+                    "--out"
+                )
+
+    def _find_commit(self) -> None:
+        """What a branch of the hub means from now on, in this run folder."""
+        if self.inputs.commit is None and not Path(self.recipe.model).is_dir():
+            from expertcut.moe.loading import find_source
+
+            self.inputs.commit = find_source(self.recipe.model, self.recipe.revision).revision
+
+    def _clear(
+        self, stage: Stage, record: StageRecord, inputs: Mapping[str, Any], *, is_asked: bool
+    ) -> None:
+        """What must not be gone on from; a checkpoint stays until the new one is complete."""
+        stale: list[str] = []
+        if stage.kind == "profile" and (is_asked or record.inputs != inputs):
+            stale += stage.makes
+        if is_asked:
+            stale += stage.keeps
+        for name in stale:
+            shutil.rmtree(self.ledger.folder / name, ignore_errors=True)
+
+
+@contextmanager
+def _named(stage: Stage) -> Iterator[None]:
+    """Errors say at which stage they came."""
+    try:
+        yield
+    except ExpertcutError as error:
+        raise type(error)(f"{stage.name}: {error}") from error
+
+
+def _act_of(stage: Stage) -> Callable[[Job], None]:
+    from expertcut.recipe.acts import changing, giving, measuring
+
+    acts: dict[str, Callable[[Job], None]] = {
+        "profile": measuring.profile,
+        "show": measuring.show,
+        "prune": changing.prune,
+        "merge": changing.merge,
+        "reweight": changing.reweight,
+        "eval": measuring.evaluate,
+        "report": giving.report,
+        "publish": giving.publish,
+    }
+    return acts[stage.kind]

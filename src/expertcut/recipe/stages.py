@@ -1,0 +1,135 @@
+"""The stages of a recipe: what each takes from it, reads of others, and makes in the run folder."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from expertcut.errors import RecipeError
+from expertcut.quiz import Selection
+from expertcut.recipe.model import Recipe, Variant
+
+Kind = Literal["profile", "show", "prune", "merge", "reweight", "eval", "report", "publish"]
+PROFILE, VARIANTS = "profile", "variants"
+RESULTS, REPORT = "results.json", "report.html"
+_ASKED = ("quiz", "quiz_revision", "shots", "subjects")
+_LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
+_RUN = ("threads", "batch_tokens")
+_JUDGES = ("val", "test")  # splits that fit and judge, where the quiz has them
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Questions that a stage reads; without `is_needed` there may be none."""
+
+    split: str
+    limit: int | None = None
+    is_needed: bool = True
+
+    def selection(self, recipe: Recipe) -> Selection:
+        """As the quiz takes it."""
+        kind = (recipe.shots, tuple(recipe.subjects), self.limit, recipe.quiz_revision)
+        return Selection(recipe.quiz, self.split, *kind)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `settings` are all that it takes from the recipe, `after` the stages it reads.
+
+    `makes` are its files and folders in the run folder, `keeps` are those that help it to go on.
+    """
+
+    name: str
+    kind: Kind
+    settings: Mapping[str, Any]
+    makes: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    asks: tuple[Asking, ...] = ()
+    reads_model: bool = False
+    keeps: tuple[str, ...] = ()
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """All stages in order."""
+    return list(_stages(recipe))
+
+
+def find_stage(name: str, stages: list[Stage]) -> int:
+    """The place of the stage of that name, else of the first of that kind.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    for of in ([s.name for s in stages], [str(s.kind) for s in stages]):
+        if name in of:
+            return of.index(name)
+    names = [stage.name for stage in stages]
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+    raise RecipeError(f"--from {name[:80]!a}: the recipe has no such stage: {hint}")
+
+
+def variant_folder(name: str) -> str:
+    """Where a variant lies in the run folder."""
+    return f"{VARIANTS}/{name}"
+
+
+def _stages(recipe: Recipe) -> Iterator[Stage]:
+    yield Stage(
+        *("profile", "profile"),
+        settings=_taken(recipe, _LOADED, _ASKED, _RUN) | recipe.profile.model_dump(),
+        makes=(PROFILE,),
+        asks=(Asking(recipe.profile.split, recipe.profile.limit),),
+        reads_model=True,
+    )
+    if recipe.show:
+        settings = recipe.show.model_dump()
+        yield Stage("show", "show", settings, makes=("show",), after=("profile",))
+    for variant in recipe.variants:
+        yield _variant_stage(recipe, variant)
+    names = tuple(variant.name for variant in recipe.variants)
+    if recipe.eval:
+        yield Stage(
+            *("eval", "eval"),
+            settings=_taken(recipe, _LOADED, _ASKED, _RUN) | recipe.eval.model_dump(),
+            makes=(RESULTS, "predictions.parquet"),
+            after=("profile", *names),
+            asks=(Asking(recipe.eval.split, recipe.eval.limit),),
+            reads_model=True,
+            keeps=("results.chunks",),
+        )
+    shown = ("profile", *names, *(["eval"] if recipe.eval else []))
+    if recipe.report:
+        settings = recipe.report.model_dump()
+        yield Stage("report", "report", settings, makes=(REPORT, "report"), after=shown)
+    yield from _publish_stages(recipe)
+
+
+def _publish_stages(recipe: Recipe) -> Iterator[Stage]:
+    tells = [name for name in ("eval", "report") if getattr(recipe, name)]
+    for published in recipe.publish:
+        yield Stage(
+            *(f"publish {published.variant}", "publish"),
+            settings=published.model_dump(),
+            makes=(f"publish/{published.variant}.json",),
+            after=(published.variant, *tells),
+        )
+
+
+def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
+    """What fits and judges it comes from splits of the quiz that the profile may not have seen."""
+    own, limit = recipe.profile.split, recipe.profile.limit
+    others = [Asking(split, None, is_needed=False) for split in _JUDGES if split != own]
+    return Stage(
+        *(variant.name, variant.kind),  # type: ignore[arg-type]
+        settings=_taken(recipe, _LOADED) | variant.model_dump(),
+        makes=(variant_folder(variant.name),),
+        after=("profile",),
+        asks=(Asking(own, limit), *others),
+        reads_model=True,
+    )
+
+
+def _taken(recipe: Recipe, *keys: tuple[str, ...]) -> dict[str, Any]:
+    wanted = [key for group in keys for key in group]
+    return {key: value for key, value in recipe.model_dump().items() if key in wanted}
