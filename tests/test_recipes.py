@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from expertcut.errors import OutputError, PlanError, RecipeError
+from expertcut.interventions.criteria import CRITERIA
+from expertcut.recipe import values
 from expertcut.recipe.acts import changing, measuring
 from expertcut.recipe.acts.job import Nobody
 from expertcut.recipe.reading import MAX_BYTES, MAX_DEPTH, read_recipe
@@ -396,7 +398,26 @@ HOSTILE = {
     "model: x\nvariants: [{name: a, prune: }, {name: a, prune: }]": "two variants are called a",
     "model: x\nvariants: [{name: a, prune: , prove: }]": "leave prove out",
     "model: x\npublish: [{variant: a, repo: b/c}]": "which is no variant",
+    "model: x\npublish: [{variant: a, repo: me x}]": "'me x' is no repository: write OWNER/NAME",
+    "model: x\nvariants: [{name: a, prune: {keep: 4, by: reep}}]": "did you mean reap?",
+    "model: x\nvariants: [{name: a, reweight: {boost: 'x:1'}}]": "'x:1' is no expert: write 12",
+    "model: /nope/model": "'/nope/model' is not there: give an existing path",
+    "model: x\nquiz: nope.jsonl": "'nope.jsonl' is not there",
+    "model: x\ndtype: fp12": "'fp12' is no dtype",
 }
+
+
+def test_one_value_may_stand_where_several_may(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: x\nsubjects: law\nvariants: [{name: a, reweight: {boost: 3:12}}]")
+    recipe = read_recipe(file)
+    assert recipe.subjects == ["law"]
+    assert recipe.variants[0].reweight is not None
+    assert recipe.variants[0].reweight.boost == ["3:12"]
+
+
+def test_the_criteria_of_recipes_are_those_of_prune() -> None:
+    assert tuple(CRITERIA) == values.CRITERIA
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -92,7 +92,7 @@ def _check_names(repo: str, revision: str | None) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        what = printable(f"{repo} is no name that the Hub takes: {error}")
+        what = printable(f"{repo!a} is no name that the Hub takes: {error}")
         raise SettingsError(what) from None
     if repo.count("/") != 1:
         raise SettingsError(f"{repo} must name owner and repository: OWNER/NAME")

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from expertcut.recipe.values import Criterion, DtypeName, Experts, Repository, Source, Text, Texts
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 KINDS = ("prune", "merge", "reweight")  # of variants
@@ -41,13 +43,6 @@ def _unknown(key: object, section: type[Section]) -> str:
     return f"unknown key {key!a}: it may have {', '.join(known)}"
 
 
-def _as_text(value: Any) -> Any:
-    """An expert that YAML took for a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Expert = Annotated[str, BeforeValidator(_as_text)]
-Experts = Annotated[list[Expert], Field(min_length=1)]
 Name = Annotated[str, Field(pattern=NAME)]
 Count = Annotated[int, Field(ge=1)]
 Layout = Literal["stock", "exact"]
@@ -78,9 +73,9 @@ class PruneSection(Section):
     max_bytes: str | None = None
     budget: Literal["layer", "global"] = "layer"
     min_keep: Count | None = None
-    by: str = "activations"
+    by: Criterion = "activations"
     positions: Place | None = None
-    protect: list[str] = []
+    protect: Texts = []
     seed: Annotated[int, Field(ge=0)] = 0
     layout: Layout = "stock"
     removed: Literal["zero", "mean"] | None = None
@@ -112,7 +107,7 @@ class ReweightSection(Section):
     suppress_worst: Annotated[int, Field(ge=0)] = 0
     by: str | None = None
     min_appearances: float | None = None
-    layers: Expert | None = None
+    layers: Text | None = None
     contrast: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
     strength: float | None = None
     tune: bool = False
@@ -176,7 +171,7 @@ class PublishSection(Section):
     """`expertcut publish` of one variant."""
 
     variant: Name
-    repo: str
+    repo: Repository
     private: bool = False
     revision: str | None = None
     force: bool = False
@@ -186,20 +181,20 @@ class PublishSection(Section):
 class Recipe(Section):
     """All of it; paths are relative to the working directory, as in the commands."""
 
-    model: str
+    model: Source
     revision: str | None = None
     trust_remote_code: bool = False
-    dtype: str = "auto"
+    dtype: DtypeName = "auto"
     device: str = "auto"
     device_map: Literal["auto"] | None = None
     max_memory: str | None = None
     offload: str | None = None
     threads: Count | None = None
     batch_tokens: Count | None = None
-    quiz: str = "mmlu"
+    quiz: Source = "mmlu"
     quiz_revision: str | None = None
     shots: Annotated[int, Field(ge=0)] = 5
-    subjects: list[str] = []
+    subjects: Texts = []
     out: str | None = None
     profile: ProfileSection = ProfileSection()
     show: ShowSection | None = None

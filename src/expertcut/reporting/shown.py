@@ -76,7 +76,7 @@ def _no_profile(path: Path) -> Shown:
         return next((make for key, make in by_key.items() if key in keys), _plan)(path)
     raise OutputError(
         f"nothing to show in {path}: it is no profile, plan, results, sweep, audit, or "
-        "checkpoint with a plan"
+        "checkpoint with a plan; of a run's folder name a part, or make its page with report"
     )
 
 
