@@ -240,6 +240,18 @@ def test_rank_correlations_are_those_of_scipy() -> None:
         assert within.rho == pytest.approx(spearmanr(own**2, own).statistic)
 
 
+def test_pairs_that_happen_to_agree_are_no_order_beyond_chance() -> None:
+    harms, harm_X = synthetic(3, n_layers=4, each=2)
+    score_X = harm_X.copy()
+    score_X[:4] = 0.0  # tells two of four pairs apart, and both as they are
+    few = verdict("x", standing(score_X, 2), harms, (0.5,), 0).within
+    assert few.ci95 is not None and few.ci95[0] > 0
+    assert few.p == pytest.approx(0.25, abs=0.05) and not few.is_clear
+    many, own_X = synthetic(3)
+    assert verdict("x", standing(own_X), many, (0.5,), 0).within.is_clear
+    assert not verdict("x", standing(-own_X), many, (0.5,), 0).within.is_clear
+
+
 def test_what_is_the_same_in_each_layer_says_nothing_within_them() -> None:
     harms, _ = synthetic(0)
     by_layer_X = np.repeat([1.0, 2.0, 3.0], 6)

@@ -99,7 +99,7 @@ def audit_sentences(found: Audit) -> list[str]:
     first = ranked(found)[0]
     if first.within.rho is None:
         return [leak, "No rank correlation is defined: sample more experts."]
-    clear = [v.by for v in ranked(found) if v.within.ci95 is not None and v.within.ci95[0] > 0]
+    clear = [v.by for v in ranked(found) if v.within.is_clear]
     best = f"the best is {first.by} (ρ = {first.within.rho:+.2f} within layers)"
     told = "No criterion clearly orders these experts by their harm"
     if clear:
@@ -109,12 +109,17 @@ def audit_sentences(found: Audit) -> list[str]:
 
 def _least_regrets(found: Audit) -> str:
     """At each budget the criterion whose removals do least harm, and what chance would do."""
-    parts = []
+    parts, n_sampled = [], len(found.harms)
     for i, fraction in enumerate(found.asked.fractions):
-        best = min(found.verdicts, key=lambda v: v.regrets[i].regret)
-        its = best.regrets[i]
+        least = min(v.regrets[i].regret for v in found.verdicts)
+        best = [v.by for v in found.verdicts if v.regrets[i].regret <= least + 1e-12]
+        its = found.verdicts[0].regrets[i]
+        if its.removed in (0, n_sampled):
+            parts.append(f"at {fraction:g} {'all' if its.removed else 'none'} of the sample go")
+            continue
+        names = "all alike" if len(best) == len(found.verdicts) > 1 else " and ".join(best)
         parts.append(
-            f"at {fraction:g} {best.by} ({its.regret:.4f}, at random {its.random - its.least:.4f})"
+            f"at {fraction:g} {names} ({least:.4f}, at random {its.random - its.least:.4f})"
         )
     return ", ".join(parts)
 

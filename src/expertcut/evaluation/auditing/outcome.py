@@ -73,11 +73,23 @@ class Harm(Record):
     largest: FiniteFloat
 
 
+LEVEL = 0.05
+
+
 class Correlation(Record):
-    """Spearman's, and its 95 % interval over draws of experts; None where it is undefined."""
+    """Spearman's, and its 95 % interval over draws of experts; None where it is undefined.
+
+    `p` is the share of shuffled harms (within layers, or over all) that agree at least as well.
+    """
 
     rho: FiniteFloat | None
     ci95: Interval | None
+    p: FiniteFloat | None = None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the order is one beyond chance; an interval of few pairs alone does not say."""
+        return bool(self.ci95 and self.ci95[0] > 0 and self.p is not None and self.p < LEVEL)
 
 
 class Regret(Record):

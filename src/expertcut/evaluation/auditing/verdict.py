@@ -36,10 +36,16 @@ def verdict(
 def correlation(
     score_X: Array, harm_X: Array, layer_X: Array, ranks: Ranks, seed: int
 ) -> Correlation:
-    """Spearman's; the interval draws experts again, as many of each layer as were sampled."""
+    """Spearman's; the interval draws experts again, as many of each layer as were sampled.
+
+    With two of a layer no such draw can turn an order round, so p shuffles harms besides.
+    """
     if len(score_X) < _FEWEST:
         return Correlation(rho=None, ci95=None)
-    rho = _pearson(ranks(score_X[None], layer_X), ranks(harm_X[None], layer_X))[0]
+    score_BX, ranked_BX = ranks(score_X[None], layer_X), ranks(harm_X[None], layer_X)
+    rho = _pearson(score_BX, ranked_BX)[0]
+    apart_X = layer_X if ranks is ranks_within else np.zeros_like(layer_X)
+    shuffled_B = _pearson(score_BX, ranked_BX[0, _draws(apart_X, seed, again=False)])
     drawn_BX = _draws(layer_X, seed)
     rho_B = _pearson(ranks(score_X[drawn_BX], layer_X), ranks(harm_X[drawn_BX], layer_X))
     defined_B = rho_B[np.isfinite(rho_B)]
@@ -48,6 +54,8 @@ def correlation(
     return Correlation(
         rho=float(rho) if is_defined else None,
         ci95=(float(low), float(high)) if is_defined and 2 * len(defined_B) > DRAWS else None,
+        # Sums in another order differ in their last bits.
+        p=float((1 + (shuffled_B >= rho - 1e-9).sum()) / (1 + DRAWS)) if is_defined else None,
     )
 
 
@@ -89,10 +97,14 @@ def _pearson(a_BX: Array, b_BX: Array) -> Array:
     return rho_B
 
 
-def _draws(layer_X: Array, seed: int) -> Array:
+def _draws(layer_X: Array, seed: int, *, again: bool = True) -> Array:
+    """Experts of the same layers, drawn with the same one `again`, or only in another order."""
     rng = np.random.default_rng(seed)
     drawn_BX = np.empty((DRAWS, len(layer_X)), dtype=np.int64)
     for layer in np.unique(layer_X):
         own = np.flatnonzero(layer_X == layer)
-        drawn_BX[:, own] = rng.choice(own, (DRAWS, len(own)))
+        if again:
+            drawn_BX[:, own] = rng.choice(own, (DRAWS, len(own)))
+        else:
+            drawn_BX[:, own] = rng.permuted(np.tile(own, (DRAWS, 1)), axis=1)
     return drawn_BX
