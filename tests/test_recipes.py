@@ -345,6 +345,11 @@ def test_the_page_and_the_card_are_of_what_the_run_made(done: Place) -> None:
     noted = json.loads((done.folder / "publish" / "cut.json").read_text())
     assert noted["repo"] == "owner/name" and noted["commit"] is None
     assert done.run().ran == ()  # what publishing put beside a checkpoint is not of the checkpoint
+    card = done.folder / "variants/cut/README.md"
+    before = card.read_text()
+    card.unlink()  # and what is gone of it, or another's, is put there again
+    assert done.run().ran == ("publish cut",)
+    assert card.read_text() == before
 
 
 def test_a_merge_is_a_variant_too(done: Place) -> None:

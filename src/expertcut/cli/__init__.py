@@ -70,7 +70,8 @@ def _faults_in_one_line() -> Iterator[None]:
     except ExpertcutError as error:
         _stop(" ".join(str(error).split()), 2)
     except TyperException as error:
-        _stop(" ".join(error.format_message().split()), 2)
+        text = error.format_message().replace("Value error, ", "")  # pydantic's, inside typer
+        _stop(" ".join(text.split()), 2)
     except Stopped as stopped:
         _stop(str(stopped), stopped.status, is_said=is_first())
     except (typer.Abort, KeyboardInterrupt):

@@ -42,9 +42,11 @@ def begun(file: Path, kind: type[Outcome]) -> Outcome | None:
     if file.is_file():
         return load_outcome(file, kind)
     folder = file.parent
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file: remove it or name another --out")
     # Names with a dot are files that another process is just writing.
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    if folder.is_file() or any(not name.startswith(".") for name in names):
+    if any(not name.startswith(".") for name in names):
         raise OutputError(
             f"{folder} is not empty and holds no {kind.__name__.lower()}: name another --out"
         )

@@ -204,7 +204,7 @@ def load_profile(path: Path) -> Profile:
     file = path / "profile.json"
     try:
         info = ProfileInfo.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ProfileError(f"no profile in {path}: it has no profile.json") from None
     except ValidationError as error:
         raise ProfileError(f"{file} is no profile: {first_fault(error)}") from None

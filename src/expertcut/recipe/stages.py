@@ -11,7 +11,7 @@ from expertcut.recipe.model import Recipe, Variant
 
 Kind = Literal["profile", "show", "prune", "merge", "reweight", "eval", "report", "publish"]
 PROFILE, VARIANTS = "profile", "variants"
-RESULTS, REPORT = "results.json", "report.html"
+RESULTS, REPORT, CARD = "results.json", "report.html", "README.md"
 _ASKED = ("quiz", "quiz_revision", "shots", "subjects")
 _LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
 _RUN = ("threads", "batch_tokens")
@@ -36,7 +36,8 @@ class Asking:
 class Stage:
     """One stage: `settings` are all that it takes from the recipe, `after` the stages it reads.
 
-    `makes` are its files and folders in the run folder, `keeps` are those that help it to go on.
+    `makes` are its files and folders in the run folder, `leaves` those in another stage's folder,
+    `keeps` are those that help it to go on.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     asks: tuple[Asking, ...] = ()
     reads_model: bool = False
     keeps: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -108,11 +110,13 @@ def _stages(recipe: Recipe) -> Iterator[Stage]:
 def _publish_stages(recipe: Recipe) -> Iterator[Stage]:
     tells = [name for name in ("eval", "report") if getattr(recipe, name)]
     for published in recipe.publish:
+        folder = variant_folder(published.variant)
         yield Stage(
             *(f"publish {published.variant}", "publish"),
             settings=published.model_dump(),
             makes=(f"publish/{published.variant}.json",),
             after=(published.variant, *tells),
+            leaves=(f"{folder}/{CARD}", *([f"{folder}/{REPORT}"] if recipe.report else [])),
         )
 
 

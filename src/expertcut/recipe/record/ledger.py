@@ -49,7 +49,7 @@ class Ledger:
 
     def finish(self, stage: Stage, elapsed_s: float) -> str:
         """Notes what the stage made; returns the hash of its content."""
-        files = made_files(self.folder, stage.makes, {})
+        files = made_files(self.folder, (*stage.makes, *stage.leaves), {})
         loaded = {name: version(name) for name in _LIBRARIES if name in sys.modules}
         output = content_of(files)
         self.records[stage.name] = StageRecord(
