@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from expertcut.cli import main
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 
+Commands = Callable[..., str]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBJECTS = ("green_birds", "old_clocks", "tall_trees")
@@ -210,6 +213,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return find
+
+
+@pytest.fixture
+def expertcut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Commands:
+    """Runs a command in `tmp_path`: a line, or its words one by one. Gives what it printed.
+
+    With `status` it must be refused so, and what it was refused for is given.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object, status: int = 0) -> str:
+        line = " ".join(map(str, words)).split() if len(words) == 1 else map(str, words)
+        monkeypatch.setattr(sys, "argv", ["expertcut", *line])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert (stopped.value.code or 0) == status, printed.err
+        torch.set_num_threads(1)
+        return printed.out if status == 0 else printed.err
+
+    return run
 
 
 @pytest.fixture(params=FAMILIES)

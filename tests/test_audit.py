@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.cli import main
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.auditing.audit import Auditing, AuditOptions
 from expertcut.evaluation.auditing.outcome import Audit, Harm, Standing, load_audit
@@ -34,9 +32,8 @@ from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
-from tests.conftest import LETTERS, make_checkpoint, open_model, write_quiz
+from tests.conftest import LETTERS, Commands, make_checkpoint, open_model, write_quiz
 
-Run = Callable[..., str]
 BY = ("activations", "random")
 EXACT = Way(layout="exact")
 
@@ -52,22 +49,6 @@ def profile(
     checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Profile:
     return profiled(checkpoint("olmoe"), quiz_folder, tmp_path_factory.mktemp("audit") / "olmoe")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """A command line in an empty folder; what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["expertcut", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert (stopped.value.code or 0) == status
-        printed = capsys.readouterr()
-        return printed.err if status else printed.out
-
-    return command
 
 
 def options(way: Way = Way(), sample: int = 16, by: tuple[str, ...] = BY) -> AuditOptions:  # noqa: B008
@@ -369,9 +350,11 @@ def begun(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The command
 
 
-def test_the_command_writes_tables_a_figure_and_what_show_reads(profile: Profile, run: Run) -> None:
+def test_the_command_writes_tables_a_figure_and_what_show_reads(
+    profile: Profile, expertcut: Commands
+) -> None:
     asked = ("audit", "--profile", profile.path, "--sample", 8, "--by", "activations,random")
-    out = run(*asked, "--questions", 9)
+    out = expertcut(*asked, "--questions", 9)
     folder = Path("audits") / profile.path.name
     assert f"written to {folder}" in out
     assert "None of the 9 held-out questions (test) was profiled" in out
@@ -379,20 +362,22 @@ def test_the_command_writes_tables_a_figure_and_what_show_reads(profile: Profile
     assert b"<svg" in (folder / "audit.svg").read_bytes()
     lines = (folder / "audit.csv").read_text().splitlines()
     assert len(lines) == 1 + 8 and lines[0].endswith("activations,random")
-    assert run("show", folder, "--format", "csv").splitlines() == lines
-    assert len(json.loads(run("show", folder, "--format", "json"))["harms"]) == 8
-    assert "ρ within layers" in run("show", folder, "--format", "md")
+    assert expertcut("show", folder, "--format", "csv").splitlines() == lines
+    assert len(json.loads(expertcut("show", folder, "--format", "json"))["harms"]) == 8
+    assert "ρ within layers" in expertcut("show", folder, "--format", "md")
     files = {f.name: f.read_bytes() for f in folder.iterdir()}
-    assert run(*asked, "--questions", 9) == out
+    assert expertcut(*asked, "--questions", 9) == out
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == files
 
 
 def test_questions_that_were_profiled_are_not_called_held_out_without_a_word(
-    checkpoint: Callable[..., Path], tmp_path: Path, run: Run
+    checkpoint: Callable[..., Path], tmp_path: Path, expertcut: Commands
 ) -> None:
     asked = write_quiz(tmp_path / "one", {"dev": 2, "val": 30})
     profile = profiled(checkpoint("olmoe"), asked, tmp_path / "p")
-    out = run("audit", "--profile", profile.path, "--sample", 3, "--by", "random", "--out", "o")
+    out = expertcut(
+        "audit", "--profile", profile.path, "--sample", 3, "--by", "random", "--out", "o"
+    )
     n = load_audit(Path("o")).asked.questions
     assert f"{n} of the {n} held-out questions were profiled too" in " ".join(out.split())
 
@@ -411,10 +396,20 @@ def test_questions_that_were_profiled_are_not_called_held_out_without_a_word(
     ],
 )
 def test_what_cannot_be_audited_is_refused_in_one_line(
-    profile: Profile, run: Run, asked: tuple[str, ...], told: str
+    profile: Profile, expertcut: Commands, asked: tuple[str, ...], told: str
 ) -> None:
-    out = run("audit", "--profile", profile.path, *asked, "--out", "o", status=2)
+    out = expertcut("audit", "--profile", profile.path, *asked, "--out", "o", status=2)
     assert told in out and out.count("\n") == 1 and not Path("o").exists()
+
+
+def test_a_file_is_no_folder_to_write_to_or_to_read_from(
+    profile: Profile, expertcut: Commands, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    out = expertcut("audit", "--profile", profile.path, "--out", "file", status=2)
+    assert "file is a file: remove it or name another --out" in out
+    assert "no profile in file" in expertcut("audit --profile file", status=2)
+    assert "Value error" not in expertcut("show file --format song", status=2)
 
 
 def test_where_every_expert_is_needed_none_is_removed(

@@ -1,38 +1,14 @@
 """Layout exact from the command line: profile, prune, eval, on a random and the bundled model."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from expertcut.cli import main
-from tests.conftest import make_checkpoint, write_quiz
+from tests.conftest import Commands, make_checkpoint, write_quiz
 
 QUICKSTART = Path(__file__).parents[1] / "checkpoints" / "quickstart"
-Commands = Callable[..., str]
-
-
-@pytest.fixture
-def expertcut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Commands:
-    """Runs a command line in `tmp_path` and gives what it printed, or what it was refused for."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(line: str, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["expertcut", *line.split()])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        assert (stopped.value.code or 0) == status, printed.err
-        torch.set_num_threads(1)
-        return printed.out if status == 0 else printed.err
-
-    return run
 
 
 def comparison(folder: Path) -> dict[str, Any]:

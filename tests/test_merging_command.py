@@ -2,23 +2,17 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from expertcut.checkpoints.files import streaming
-from expertcut.cli import main
 from expertcut.interventions.plan import load_hashes, load_plan
 from expertcut.interventions.questions import hashes, questions_for
 from expertcut.profiling.store import load_profile
-from tests.conftest import make_checkpoint
+from tests.conftest import Commands, make_checkpoint
 from tests.merged_models import measured
-
-Commands = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +21,6 @@ def profiled(quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return measured(
         make_checkpoint(root / "model", "olmoe"), quiz_folder, root / "p", threads=1
     ).path
-
-
-@pytest.fixture
-def expertcut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Commands:
-    """Runs a command line in `tmp_path` and gives what it printed, or what it was refused for."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(line: str, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["expertcut", *line.split()])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        assert (stopped.value.code or 0) == status, printed.err
-        torch.set_num_threads(1)
-        return printed.out if status == 0 else printed.err
-
-    return run
 
 
 def test_a_merge_is_proved_shown_and_evaluated(

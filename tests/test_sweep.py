@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.cli import main
 from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import Scored, Scoring, results, score
 from expertcut.evaluation.sweeping.grid import Grid, read_criteria, read_fractions
@@ -28,9 +27,8 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
-from tests.conftest import open_model
+from tests.conftest import Commands, open_model
 
-Run = Callable[..., str]
 GRID = Grid(("activations", "random"), (0.75, 0.5))
 STOCK = Way()
 AS_IS = LoadOptions()
@@ -67,22 +65,6 @@ def profile_of(
 @pytest.fixture(scope="module")
 def asked(quiz_folder: Path) -> Quiz:
     return load_quiz(Selection(str(quiz_folder), shots=1, limit=3))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """A command line in an empty folder; what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["expertcut", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert (stopped.value.code or 0) == status
-        printed = capsys.readouterr()
-        return printed.err if status else printed.out
-
-    return command
 
 
 def swept(profile: Profile, quiz: Quiz, folder: Path, way: Way = STOCK, grid: Grid = GRID) -> int:
@@ -296,7 +278,7 @@ def test_what_a_profile_is_too_small_for_is_said_before_anything_is_written(
 
 
 def test_the_command_writes_a_table_a_figure_and_what_show_reads(
-    profile_of: Callable[[str], Profile], run: Run
+    profile_of: Callable[[str], Profile], expertcut: Commands
 ) -> None:
     profile = profile_of("olmoe")
     asked = (
@@ -308,40 +290,42 @@ def test_the_command_writes_a_table_a_figure_and_what_show_reads(
         "--by",
         "activations,random",
     )
-    out = run(*asked)
+    out = expertcut(*asked)
     folder = Path("sweeps") / profile.path.name
     assert f"written to {folder}" in out and "none of the questions scored here" in out
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in (folder / "sweep.svg").read_bytes()
     lines = (folder / "sweep.csv").read_text().splitlines()
     assert len(lines) == 1 + 1 + 4
-    assert run("show", folder, "--format", "csv").splitlines() == lines
-    assert len(json.loads(run("show", folder, "--format", "json"))["cells"]) == 4
-    assert "| random | 0.5 |" in run("show", folder / "sweep.json", "--format", "md")
-    assert "unedited" in run("show", folder)
+    assert expertcut("show", folder, "--format", "csv").splitlines() == lines
+    assert len(json.loads(expertcut("show", folder, "--format", "json"))["cells"]) == 4
+    assert "| random | 0.5 |" in expertcut("show", folder / "sweep.json", "--format", "md")
+    assert "unedited" in expertcut("show", folder)
     before = contents(folder)
-    assert run(*asked) == out
+    assert expertcut(*asked) == out
     assert contents(folder) == before
 
 
 def test_what_the_profile_asked_is_not_scored_without_a_word(
-    profile_of: Callable[[str], Profile], run: Run
+    profile_of: Callable[[str], Profile], expertcut: Commands
 ) -> None:
     profile = profile_of("olmoe")
     n = sum(subject.questions for subject in profile.info.quiz.subjects.values())
     asked = ("prune", "--profile", profile.path, "--sweep", "0.5", "--split", "val")
-    out = run(*asked, "--out", "here")
+    out = expertcut(*asked, "--out", "here")
     assert f"{n} of the {n} val questions scored here were used to choose" in out
     assert load_sweep(Path("here")).chosen_on.overlap == n
 
 
 def test_show_says_that_a_sweep_is_unfinished(
-    profile_of: Callable[[str], Profile], asked: Quiz, run: Run
+    profile_of: Callable[[str], Profile], asked: Quiz, expertcut: Commands
 ) -> None:
     sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, Asking(asked, None, LoadOptions()))
     steps = sweeping.steps(Path("half"))
     next(steps)
-    assert "0 of 4 cells: the same command does the rest" in " ".join(run("show", "half").split())
+    assert "0 of 4 cells: the same command does the rest" in " ".join(
+        expertcut("show", "half").split()
+    )
 
 
 def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
@@ -387,19 +371,23 @@ def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
     ],
 )
 def test_what_cannot_be_swept_or_kept_is_refused_in_one_line(
-    profile_of: Callable[[str], Profile], run: Run, options: tuple[str, ...], told: str
+    profile_of: Callable[[str], Profile], expertcut: Commands, options: tuple[str, ...], told: str
 ) -> None:
-    out = run("prune", "--profile", profile_of("olmoe").path, *options, "--out", "o", status=2)
+    out = expertcut(
+        "prune", "--profile", profile_of("olmoe").path, *options, "--out", "o", status=2
+    )
     assert told in out and out.count("\n") == 1 and "Traceback" not in out
     assert not Path("o").exists()
 
 
-def test_max_bytes_keeps_what_fits(profile_of: Callable[[str], Profile], run: Run) -> None:
+def test_max_bytes_keeps_what_fits(
+    profile_of: Callable[[str], Profile], expertcut: Commands
+) -> None:
     prune = ("prune", "--profile", profile_of("olmoe").path, "--no-verify")
     for n in (5, 6):
-        run(*prune, "--keep", n, "--out", n)
+        expertcut(*prune, "--keep", n, "--out", n)
     five, six = (Path(f"{n}/model.safetensors").stat().st_size for n in (5, 6))
-    out = run(*prune, "--max-bytes", six - 1, "--out", "o")
+    out = expertcut(*prune, "--max-bytes", six - 1, "--out", "o")
     assert f"the weights will have {five:,} bytes, of at most {six - 1:,}" in out
     assert out.count("keeps 5 experts") == 2
     assert Path("o/model.safetensors").read_bytes() == Path("5/model.safetensors").read_bytes()
