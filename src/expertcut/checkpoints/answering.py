@@ -10,7 +10,7 @@ from torch import Tensor
 from expertcut.interventions.plan import Edit
 from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import Pass, encode
+from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass, ignore
 from expertcut.quiz import Quiz
 
@@ -51,9 +51,8 @@ def answer(
     watch = _Watch(engine, edits, on_pass)
     scores, untouched = [], []
     with observe_routers(engine.moe.blocks, watch.see):
-        for subject, questions in quiz.questions.items():
-            encoded = encode(engine.moe.tokenizer, questions, quiz.shots_by_subject[subject])
-            watch.open(len(questions))
+        for encoded in engine.encode_all(quiz):
+            watch.open(len(encoded))
             scores.append(engine.score(encoded, watch.begin))
             untouched.append(watch.is_untouched_N)
     most = max(score_NC.shape[1] for score_NC in scores)

@@ -12,12 +12,13 @@ from expertcut.cli.options import (
     PositionsOption,
     ProfileDir,
     Threads,
+    TruncateMore,
     TrustRemoteCode,
     option,
-    read_profile,
     value,
 )
 from expertcut.cli.output import print_tables, quiet
+from expertcut.cli.reading import read_profile
 from expertcut.cli.running import watched
 from expertcut.errors import SettingsError
 
@@ -39,6 +40,7 @@ def audit(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
+    truncate: TruncateMore = None,
     trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, option("Folder; an audit begun there is resumed.")] = None,
 ) -> None:
@@ -53,7 +55,7 @@ def audit(
         raise SettingsError(f"--seed {seed} must be at least 0")
     names = read_criteria(by, CRITERIA)
     shares = read_fractions(fractions, "--fractions")
-    found = read_profile(profile, threads)
+    found = read_profile(profile, threads, truncate)
     way = Way(names[0], value(positions), layout.value, seed=seed)
     load_as = LoadOptions(dtype, device, trust_remote_code)
     quiet()

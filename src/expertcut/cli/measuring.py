@@ -26,11 +26,12 @@ from expertcut.cli.options import (
     StatsOption,
     Subjects,
     Threads,
+    TruncateOption,
     TrustRemoteCode,
     option,
-    read_quiz,
 )
 from expertcut.cli.output import print_tables, quiet
+from expertcut.cli.reading import read_quiz
 from expertcut.cli.running import is_first, watched
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def profile(
     shots: Shots = 5,
     subjects: Subjects = None,
     limit: Limit = None,
+    truncate: TruncateOption = None,
     stats: StatsOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -70,7 +72,7 @@ def profile(
         load_as, options = resumed(out, load_as, options)
     quiet()
     source = find_source(model)
-    questions = read_quiz(quiz, split, shots, subjects, limit)
+    questions = read_quiz(quiz, split, shots, subjects, limit, truncate)
     measurement = measure(source, questions, limit, load_as, options)
     kinds = check_kinds(measurement, [kind.value for kind in perturb or []])
     _run(measurement, out or default_folder(measurement.info, source), kinds, load_as)
@@ -83,6 +85,7 @@ def _run(
     from expertcut.profiling.perturb import perturb as again
     from expertcut.profiling.statistics import answers
     from expertcut.profiling.store import load_profile
+    from expertcut.reporting.profiles import answered_sentence
 
     name, total = measurement.moe.source.name, len(measurement.quiz)
     watched(partial(measurement.run, folder), f"profiling {name}", total, folder)
@@ -91,7 +94,7 @@ def _run(
         watched(steps, f"again with {kind}", total, folder)
     if is_first():
         found = answers(load_profile(folder))
-        print(f"{folder}: {total:,} questions, accuracy {found.accuracy:.2%}")
+        print(answered_sentence(folder, found))
 
 
 def show(
@@ -131,6 +134,7 @@ def eval(
     shots: Shots = 5,
     subjects: Subjects = None,
     limit: Limit = None,
+    truncate: TruncateOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -150,7 +154,7 @@ def eval(
 
     quiet()
     sources = find_models(models)
-    questions = read_quiz(quiz, split, shots, subjects, limit)
+    questions = read_quiz(quiz, split, shots, subjects, limit, truncate)
     load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
     options = MeasureOptions("none", batch_tokens, threads, is_first())
     scoring, folder = Scoring(questions, limit, load_as, options), out.with_suffix(".chunks")

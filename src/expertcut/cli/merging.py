@@ -14,11 +14,12 @@ from expertcut.cli.options import (
     PlanOnly,
     ProfileDir,
     Threads,
+    TruncateMore,
     TrustRemoteCode,
     option,
-    read_profile,
 )
 from expertcut.cli.output import print_tables, quiet
+from expertcut.cli.reading import read_profile
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def merge(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
+    truncate: TruncateMore = None,
     trust_remote_code: TrustRemoteCode = False,
     out: OutDir = None,
     force: Force = False,
@@ -72,7 +74,7 @@ def merge(
 
     if keep is None:
         raise SettingsError("say how many experts each layer has afterwards: --keep N")
-    found = read_profile(profile, threads)
+    found = read_profile(profile, threads, truncate)
     asked = Merge(keep, by.value, router.value, align)
     folder = Place(found, asked.slug, out, plan_only, force).folder
     quiet()

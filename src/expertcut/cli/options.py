@@ -4,15 +4,9 @@ import inspect
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
+from typing import Annotated, Any, Protocol, get_type_hints
 
 import typer
-
-from expertcut.errors import SettingsError
-
-if TYPE_CHECKING:
-    from expertcut.profiling.store import Profile
-    from expertcut.quiz import Quiz
 
 DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0125-Instruct"
 
@@ -62,6 +56,12 @@ class Criterion(StrEnum):
     aimer = "aimer"
     reconstruction = "reconstruction"
     random = "random"
+
+
+class Truncate(StrEnum):
+    """Where prompts that are too long lose tokens."""
+
+    left = "left"
 
 
 class Layout(StrEnum):
@@ -127,6 +127,18 @@ Split = Annotated[str, option("Split of the quiz: test, val, ...")]
 Shots = Annotated[int, option("Solved questions of split dev before each question.")]
 Subjects = Annotated[str | None, option("Only these, separated by commas.")]
 Limit = Annotated[int | None, option("Only the first so many questions of each subject.")]
+TruncateOption = Annotated[
+    Truncate | None,
+    option(
+        "left: prompts longer than the context lose their first tokens, as in "
+        "lm-evaluation-harness; without they are refused.",
+        "--truncate",
+    ),
+]
+TruncateMore = Annotated[
+    Truncate | None,
+    option("left: as in `profile`; as the profile was made without.", "--truncate"),
+]
 Dtype = Annotated[
     str, option("auto (float32 on CPU, as stored elsewhere), stored, float32, bfloat16, ...")
 ]
@@ -218,28 +230,3 @@ LayoutOption = Annotated[
 def value(choice: Any) -> Any:
     """A choice in the words of the stages."""
     return None if choice is None else choice.value
-
-
-def read_quiz(quiz: str, split: str, shots: int, subjects: str | None, limit: int | None) -> "Quiz":
-    """The quiz that the shared options name."""
-    from expertcut.quiz import Selection, load_quiz
-
-    names = tuple(name.strip() for name in subjects.split(",")) if subjects else ()
-    return load_quiz(Selection(quiz, split, shots, names, limit))
-
-
-def read_profile(path: Path | None, threads: int | None) -> "Profile":
-    """The named profile, or the newest.
-
-    Raises:
-        SettingsError: other threads than it was made with.
-    """
-    from expertcut.profiling.store import load_profile, newest_profile
-
-    found = newest_profile() if path is None else load_profile(path)
-    if threads not in (None, found.info.settings.threads):
-        raise SettingsError(
-            f"--threads {threads}: the profile was made with {found.info.settings.threads}, "
-            "and what is compared with it must be too"
-        )
-    return found

@@ -26,12 +26,13 @@ from expertcut.cli.options import (
     Scale,
     Suppress,
     Threads,
+    TruncateMore,
     TrustRemoteCode,
     option,
-    read_profile,
     value,
 )
 from expertcut.cli.output import print_tables, quiet
+from expertcut.cli.reading import read_profile
 from expertcut.cli.sweeping import (
     Scored,
     Start,
@@ -103,6 +104,7 @@ class Prune:
     dtype: Dtype = "auto"
     device: Device = "auto"
     threads: Threads = None
+    truncate: TruncateMore = None
     trust_remote_code: TrustRemoteCode = False
     out: OutDir = None
     force: Force = False
@@ -157,7 +159,7 @@ class Prune:
 
         if self.sweep is None:
             check_criterion(self.by)
-        found = read_profile(self.profile, self.threads)
+        found = read_profile(self.profile, self.threads, self.truncate)
         kind = (value(self.positions), value(self.layout), value(self.removed), value(self.fold))
         protect = _protected(found, self.protect or [], self.keep_active)
         way = replace(Way.of(self.by, *kind), protect=protect, seed=self.seed)

@@ -61,7 +61,7 @@ class Scored:
         shots = info.shots if self.shots is None else self.shots
         revision = info.revision if is_same else None
         asked = (self.quiz or info.id, self.split or "test", shots, subjects)
-        return load_quiz(Selection(*asked, self.limit, revision))
+        return load_quiz(Selection(*asked, self.limit, revision, profile.truncate))
 
 
 def run_sweep(grid: "Grid", scored: Scored, start: Start) -> None:

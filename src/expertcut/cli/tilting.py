@@ -34,11 +34,12 @@ from expertcut.cli.options import (
     Scale,
     Suppress,
     Threads,
+    TruncateMore,
     TrustRemoteCode,
-    read_profile,
     value,
 )
 from expertcut.cli.output import quiet
+from expertcut.cli.reading import read_profile
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions
@@ -70,6 +71,7 @@ def reweight(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
+    truncate: TruncateMore = None,
     trust_remote_code: TrustRemoteCode = False,
     out: OutDir = None,
     force: Force = False,
@@ -86,7 +88,7 @@ def reweight(
     how, named = How(strength, tune, prove, draws, seed), (boost, suppress, scale)
     tilting = Tilting(asked, how, named, layout.value, value(apply_at))
     options = BuildOptions(LoadOptions(dtype, device, trust_remote_code), not no_verify, force)
-    found = read_profile(profile, threads)
+    found = read_profile(profile, threads, truncate)
     _Reweighting(found, tilting, options).make((out, plan_only, force))
 
 

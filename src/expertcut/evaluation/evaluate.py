@@ -142,6 +142,7 @@ def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
         stderr=found.stderr,
         ci95=found.ci95,
         questions=found.n_questions,
+        cut=scored.answers.n_cut,
         subjects={
             name: SubjectResult(accuracy=share, questions=n)
             for name, (share, n) in found.by_subject.items()

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.store import ProfileInfo, Record, first_fault
+from expertcut.profiling.record import Record, first_fault
+from expertcut.profiling.store import ProfileInfo
 
 Outcome = TypeVar("Outcome", bound=Record)
 

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.store import Record, first_fault
+from expertcut.profiling.record import Record, first_fault
 
 
 class SubjectResult(Record):
@@ -27,7 +27,8 @@ class ChosenOnResult(Record):
 class ModelResult(Record):
     """One model; `bytes` are those of its safetensors files.
 
-    `fingerprint` is a hash over these and config.json.
+    `fingerprint` is a hash over these and config.json. `cut` of its prompts were longer than its
+    context and lost tokens on their left; None where none may (`--truncate`).
     """
 
     path: str
@@ -37,6 +38,7 @@ class ModelResult(Record):
     stderr: float | None
     ci95: tuple[float, float]
     questions: int
+    cut: int | None = None
     subjects: dict[str, SubjectResult]
     parameters: int
     active_parameters: int

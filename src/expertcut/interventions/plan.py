@@ -14,7 +14,8 @@ from pydantic import Field, FiniteFloat, ValidationError
 
 from expertcut.errors import PlanError
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.store import ModelInfo, Record, first_fault
+from expertcut.profiling.record import Record, first_fault
+from expertcut.profiling.store import ModelInfo
 
 if TYPE_CHECKING:
     from expertcut.interventions.lineage import Numbers

@@ -125,9 +125,8 @@ def profiled_quiz(profile: Profile) -> Quiz:
         ProfileError: its questions changed since.
     """
     info = profile.info.quiz
-    selection = Selection(
-        info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision
-    )
+    which = (info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision)
+    selection = Selection(*which, profile.truncate)
     quiz = load_quiz(selection)
     if quiz_info(quiz, info.limit).subjects != info.subjects:
         raise ProfileError(
@@ -140,7 +139,11 @@ def _other_split(profiled: Quiz, split: str, *used: Quiz) -> Quiz | None:
     """The same subjects' questions of another split, less those that stand in a used one."""
     if Path(profiled.id).is_file():
         return None  # one file is whichever split is asked for
-    selection = Selection(profiled.id, split, profiled.shots, revision=profiled.revision)
+    selection = Selection(
+        *(profiled.id, split, profiled.shots),
+        revision=profiled.revision,
+        truncate=profiled.truncate,
+    )
     try:
         other = load_quiz(selection)
     except QuizError as error:

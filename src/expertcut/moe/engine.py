@@ -8,19 +8,21 @@ Three ways, one result (within 1e-4 in float32):
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.errors import ModelError
+from expertcut.moe.context import Context
 from expertcut.moe.kernels import attention
 from expertcut.moe.kernels.last_block import last_decoder_layer
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.packing import Encoded, encode
 from expertcut.moe.passes import Attention, How, OnPass, Run, Watch, ignore
 from expertcut.moe.ways import Way, suitable_way
-from expertcut.quiz import Quiz
+from expertcut.quiz import Question, Quiz
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +35,34 @@ class Engine:
     def __init__(self, moe: MoeModel, batch_tokens: int) -> None:
         self.moe = moe
         self.batch_tokens = batch_tokens
+        self.context = Context(moe)
         self.is_trusted = True
         is_split = attention.is_there(moe.model, moe.device)
         self.attention: Attention = "split" if is_split else "masked"
         self.last_layer = last_decoder_layer(moe.model, moe.blocks)
+
+    def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
+        """Questions of one subject as this model takes them.
+
+        Raises:
+            ModelError: a prompt is longer than the context, and the quiz does not have it cut.
+        """
+        shots = quiz.shots_by_subject[subject]
+        return self.context.fit(encode(self.moe.tokenizer, questions, shots), quiz)
+
+    def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
+        """A whole quiz, subject by subject, where no prompt is too long; says how many were cut."""
+        self.context.check(quiz)
+        n_cut = 0
+        for subject, questions in quiz.questions.items():
+            encoded = self.encode(quiz, subject, questions)
+            n_cut += encoded.n_cut
+            yield encoded
+        if n_cut:
+            logger.warning(
+                "%d of %d %s prompts lost tokens on their left: the context of %s has %d",
+                *(n_cut, len(quiz), quiz.split, self.moe.source.id, self.context.length),
+            )
 
     def check(self, encoded: Encoded) -> None:
         """Scores four questions both ways; where they differ, all go one by one from now on."""
@@ -108,9 +134,6 @@ class Engine:
 
 def ask(engine: Engine, quiz: Quiz, on_pass: OnPass = ignore) -> Tensor:
     """Log p of each choice (N, C) for a whole quiz, subject by subject."""
-    scores = []
-    for subject, questions in quiz.questions.items():
-        shots = quiz.shots_by_subject[subject]
-        scores.append(engine.score(encode(engine.moe.tokenizer, questions, shots), on_pass))
+    scores = [engine.score(encoded, on_pass) for encoded in engine.encode_all(quiz)]
     most = max(score_NC.shape[1] for score_NC in scores)
     return torch.cat([F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores])

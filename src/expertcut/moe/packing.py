@@ -17,10 +17,14 @@ from expertcut.quiz.prompts import LETTERS
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk as token ids: each question's whole prompt and its choices' answer tokens."""
+    """A chunk as token ids: each question's prompt and its choices' answer tokens.
+
+    `cut_N` says how many tokens each prompt lost on its left; it is empty where none may.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     choice_ids: tuple[tuple[int, ...], ...]
+    cut_N: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -29,6 +33,16 @@ class Encoded:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(map(len, self.prompts))
+
+    @property
+    def n_cut(self) -> int:
+        """How many prompts lost tokens."""
+        return sum(n > 0 for n in self.cut_N)
+
+    def cut_left(self, most: int) -> "Encoded":
+        """The same with the last so many tokens of each prompt."""
+        prompts = tuple(ids[-most:] for ids in self.prompts)
+        return Encoded(prompts, self.choice_ids, tuple(max(len(p) - most, 0) for p in self.prompts))
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""

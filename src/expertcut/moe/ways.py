@@ -29,11 +29,10 @@ def _sees_everything(config: Any, longest: int) -> bool:
 
 
 def _rope_depends_on_length(config: Any, longest: int) -> bool:
-    text = config.get_text_config(decoder=True)
-    ropes = list(_rope_settings(getattr(text, "rope_parameters", None) or {}))
-    if any("dynamic" in rope["rope_type"] for rope in ropes):
+    if grows_with_prompt(config):
         return True
-    long = [rope for rope in ropes if "longrope" in rope["rope_type"]]
+    text = config.get_text_config(decoder=True)
+    long = [rope for rope in _ropes(text) if "longrope" in rope["rope_type"]]
     limits = [
         rope.get("original_max_position_embeddings")
         or getattr(text, "original_max_position_embeddings", None)
@@ -41,6 +40,16 @@ def _rope_depends_on_length(config: Any, longest: int) -> bool:
         for rope in long
     ]
     return any(longest > limit for limit in limits)
+
+
+def grows_with_prompt(config: Any) -> bool:
+    """Whether positions are scaled to whatever length a prompt has: the context has no end."""
+    text = config.get_text_config(decoder=True)
+    return any("dynamic" in rope["rope_type"] for rope in _ropes(text))
+
+
+def _ropes(text: Any) -> list[dict[str, Any]]:
+    return list(_rope_settings(getattr(text, "rope_parameters", None) or {}))
 
 
 def _rope_settings(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:

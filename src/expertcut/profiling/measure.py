@@ -12,13 +12,14 @@ import torch
 from expertcut.moe.engine import Engine
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
 from expertcut.moe.loading.devices import is_on_several
-from expertcut.moe.packing import Pass, encode
+from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass, Watch, ignore
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.store import (
+    CUT,
     NO_CHOICE,
     BlockInfo,
     ModelInfo,
@@ -28,7 +29,7 @@ from expertcut.profiling.store import (
     load_profile,
     quiz_info,
 )
-from expertcut.quiz import Question, Quiz
+from expertcut.quiz import Question, Quiz, Truncate
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,14 @@ class Measurement:
         self.moe = moe
         self.quiz = quiz
         self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
+        self.engine.context.check(quiz)
         first = next(iter(quiz.questions))
-        shots = quiz.shots_by_subject[first]
-        self.engine.check(encode(moe.tokenizer, quiz.questions[first][:4], shots))
+        self.engine.check(self.engine.encode(quiz, first, quiz.questions[first][:4]))
         self.waits = options.waits
         self.info = ProfileInfo(
             model=model_info(moe),
             quiz=quiz_info(quiz, limit),
-            settings=_settings(self.engine, options.stats or "all"),
+            settings=_settings(self.engine, options.stats or "all", quiz.truncate),
         )
 
     def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
@@ -95,7 +96,7 @@ class Measurement:
     def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         """The chunk's arrays, and the tokens that were run for it."""
         questions = work.questions
-        encoded = encode(self.moe.tokenizer, questions, self.quiz.shots_by_subject[work.subject])
+        encoded = self.engine.encode(self.quiz, work.subject, questions)
         recorder = Recorder(self.moe.blocks, len(questions), self.info.settings.stats)
         n_tokens = n_halved = 0
 
@@ -124,6 +125,7 @@ class Measurement:
         arrays = {
             **recorder.arrays(),
             **({HALVED: np.array([n_halved], dtype=np.uint16)} if n_halved else {}),
+            **({CUT: np.array(encoded.cut_N, dtype=np.int32)} if encoded.n_cut else {}),
             "choice_logprob_NC": logprob_NC.numpy(),
             "answer_N": np.array([q.answer for q in questions], dtype=np.uint8),
             "row_N": np.array([q.row for q in questions], dtype=np.int32),
@@ -206,7 +208,7 @@ def _attention(engine: Engine) -> str:
     return engine.attention if engine.attention == "split" else own
 
 
-def _settings(engine: Engine, stats: Stats) -> Settings:
+def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settings:
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
     # Weights that wait in memory or on disk for one CPU give the bytes that they always give.
     is_spread = is_on_several(moe.model) and not on_cpu
@@ -222,4 +224,5 @@ def _settings(engine: Engine, stats: Stats) -> Settings:
         torch=torch.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability() if on_cpu else None,
         device_map="auto" if is_spread else None,
+        truncate=truncate,
     )

@@ -20,11 +20,15 @@ NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered: log p of the choices, the right ones, and whether the best was right."""
+    """What was answered: log p of the choices, the right ones, and whether the best was right.
+
+    `n_cut` prompts lost tokens on their left; None where none may.
+    """
 
     logprob_NC: Array
     answer_N: Array
     is_correct_N: Array
+    n_cut: int | None = None
 
     @property
     def accuracy(self) -> float:
@@ -76,7 +80,8 @@ class LayerStatistics:
 def answers(profile: Profile) -> Answers:
     """The model's answers; ties go to the first choice."""
     logprob_NC, answer_N = profile.array("choice_logprob_NC"), profile.array("answer_N")
-    return Answers(logprob_NC, answer_N, logprob_NC.argmax(axis=1) == answer_N)
+    is_correct_N = logprob_NC.argmax(axis=1) == answer_N
+    return Answers(logprob_NC, answer_N, is_correct_N, profile.n_cut)
 
 
 def layer_statistics(profile: Profile) -> list[LayerStatistics]:
@@ -168,6 +173,7 @@ def as_json(profile: Profile, layers: list[LayerStatistics] | None = None) -> di
     return {
         "questions": len(found.answer_N),
         "accuracy": found.accuracy,
+        **({} if found.n_cut is None else {"cut_prompts": found.n_cut}),
         "near_ties": {"questions": len(ties), "listed": ties},
         "layers": [layer_json(layer) for layer in layers or layer_statistics(profile)],
     }

@@ -10,22 +10,18 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from expertcut.errors import ProfileError
 from expertcut.profiling.chunks import Arrays, read_chunk
-from expertcut.quiz import Quiz
+from expertcut.profiling.record import Record, first_fault
+from expertcut.quiz import Quiz, Truncate
 
 CHUNK_QUESTIONS = 256
 NO_CHOICE = 255  # in order_NC, where a question has fewer choices
+CUT = "cut_N"  # tokens that prompts lost on their left, in a chunk where one did
 _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
 Stats = Literal["none", "answer", "all"]
-
-
-class Record(BaseModel):
-    """Base of what is written as JSON: unknown keys and NaN are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BlockInfo(Record):
@@ -85,6 +81,7 @@ class Settings(Record):
     torch: str
     cpu_capability: str | None
     device_map: Literal["auto"] | None = None  # set where the model runs on several devices
+    truncate: Truncate | None = None
 
 
 class ProfileInfo(Record):
@@ -120,11 +117,15 @@ class ProfileInfo(Record):
 
 
 class Profile:
-    """A profile's folder; arrays are read when asked for, every chunk checked."""
+    """A profile's folder; arrays are read when asked for, every chunk checked.
 
-    def __init__(self, path: Path, info: ProfileInfo) -> None:
+    `truncate` is for prompts of what is asked from here on: as the profile's, unless given.
+    """
+
+    def __init__(self, path: Path, info: ProfileInfo, truncate: Truncate | None = None) -> None:
         self.path = path
         self.info = info
+        self.truncate = truncate or info.settings.truncate
 
     @property
     def missing(self) -> list[str]:
@@ -181,6 +182,12 @@ class Profile:
             chunks = [np.pad(c, w, constant_values=_PADDING[name]) for c, w in pairs]
         return np.concatenate(chunks)
 
+    @property
+    def n_cut(self) -> int | None:
+        """Questions whose prompts lost tokens on their left; None where none may."""
+        found = sum(int((chunk[CUT] > 0).sum()) for chunk in self.chunks if CUT in chunk)
+        return found if self.info.settings.truncate else None
+
     def subjects(self) -> list[str]:
         """The subject of each question."""
         return [s for _, subject, n in self.info.chunks() for s in [subject] * n]
@@ -195,7 +202,7 @@ class Profile:
         return np.asarray(np.sum(sums, axis=0))
 
 
-def load_profile(path: Path) -> Profile:
+def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
     """A profile's description.
 
     Raises:
@@ -210,16 +217,16 @@ def load_profile(path: Path) -> Profile:
         raise ProfileError(f"{file} is no profile: {first_fault(error)}") from None
     except OSError as error:
         raise ProfileError(f"{file} cannot be read: {error.strerror}") from None
-    return Profile(path, info)
+    return Profile(path, info, truncate)
 
 
-def newest_profile(root: Path = Path("profiles")) -> Profile:
+def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = None) -> Profile:
     """The profile in `root` that was finished last.
 
     Raises:
         ProfileError: none is finished.
     """
-    found = [load_profile(file.parent) for file in root.glob("*/profile.json")]
+    found = [load_profile(file.parent, truncate) for file in root.glob("*/profile.json")]
     finished = [(at, p) for p in found if (at := p.finished_at) is not None]
     if not finished:
         state = f"holds {len(found)} unfinished" if found else "holds no"
@@ -241,10 +248,3 @@ def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
         limit=limit,
         subjects=subjects,
     )
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first thing that a validation found, in one line."""
-    fault = error.errors()[0]
-    place = ".".join(map(str, fault["loc"])) or "the file"
-    return f"{place}: {fault['msg']}"

@@ -1,7 +1,7 @@
 """What is asked: questions, their splits, and the prompts that lm-evaluation-harness would send."""
 
 from expertcut.quiz.prompts import answer_letter, prompt
-from expertcut.quiz.questions import Question, Quiz, round_robin, without
+from expertcut.quiz.questions import Question, Quiz, Truncate, round_robin, without
 from expertcut.quiz.shuffled import shuffle_choices
 from expertcut.quiz.sources import DEFAULT_QUIZ, Selection, load_quiz
 
@@ -10,6 +10,7 @@ __all__ = [
     "Question",
     "Quiz",
     "Selection",
+    "Truncate",
     "answer_letter",
     "load_quiz",
     "prompt",

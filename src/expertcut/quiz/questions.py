@@ -3,8 +3,11 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
+from typing import Literal
+
+Truncate = Literal["left"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Question:
 class Quiz:
     """The questions of one split with the shots that stand before them, subjects in name order.
 
-    `shots_by_subject` holds as many dev questions as `shots`, per subject.
+    `shots_by_subject` holds as many dev questions as `shots`, per subject. `truncate` says where a
+    prompt that is longer than the model's context loses tokens; None refuses it.
     """
 
     id: str
@@ -40,6 +44,7 @@ class Quiz:
     shots: int
     questions: Mapping[str, tuple[Question, ...]]
     shots_by_subject: Mapping[str, tuple[Question, ...]]
+    truncate: Truncate | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self.questions.values()))
@@ -72,7 +77,7 @@ def round_robin(quiz: Quiz, n: int) -> Quiz:
 def replace_questions(quiz: Quiz, questions: Mapping[str, tuple[Question, ...]]) -> Quiz:
     """The same quiz, shots and all, asking other questions."""
     shots = {subject: quiz.shots_by_subject[subject] for subject in questions}
-    return Quiz(quiz.id, quiz.revision, quiz.split, quiz.shots, questions, shots)
+    return replace(quiz, questions=questions, shots_by_subject=shots)
 
 
 def group_by_subject(questions: Sequence[Question]) -> dict[str, tuple[Question, ...]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.errors import QuizError
-from expertcut.quiz.questions import Question, Quiz, group_by_subject
+from expertcut.quiz.questions import Question, Quiz, Truncate, group_by_subject
 from expertcut.quiz.readers import read_csv, read_jsonl, record_question, subject_of
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ class Selection:
     """Which questions to ask: the options shared by every command that takes a quiz.
 
     `subjects` empty means all; `limit` keeps the first so many questions of each subject;
-    `revision` is of a hub data set, None for its main one (for `mmlu`, the pinned one).
+    `revision` is of a hub data set, None for its main one (for `mmlu`, the pinned one). `truncate`
+    says what becomes of prompts that are longer than the context of whoever is asked.
     """
 
     quiz: str = DEFAULT_QUIZ
@@ -34,6 +35,7 @@ class Selection:
     subjects: tuple[str, ...] = ()
     limit: int | None = None
     revision: str | None = None
+    truncate: Truncate | None = None
 
 
 def load_quiz(selection: Selection) -> Quiz:
@@ -52,7 +54,8 @@ def load_quiz(selection: Selection) -> Quiz:
         dev = group_by_subject(source.read(SHOTS_SPLIT))
         shots = {s: dev.get(s, ())[: selection.shots] for s in questions}
         _refuse_too_few_shots(shots, selection)
-    return Quiz(source.id, source.revision, split, selection.shots, questions, shots)
+    kind = (source.id, source.revision, split, selection.shots)
+    return Quiz(*kind, questions, shots, selection.truncate)
 
 
 def _select(

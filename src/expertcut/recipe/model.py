@@ -195,6 +195,7 @@ class Recipe(Section):
     quiz_revision: str | None = None
     shots: Annotated[int, Field(ge=0)] = 5
     subjects: Texts = []
+    truncate: Literal["left"] | None = None
     out: str | None = None
     profile: ProfileSection = ProfileSection()
     show: ShowSection | None = None

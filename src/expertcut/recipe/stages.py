@@ -12,7 +12,7 @@ from expertcut.recipe.model import Recipe, Variant
 Kind = Literal["profile", "show", "prune", "merge", "reweight", "eval", "report", "publish"]
 PROFILE, VARIANTS = "profile", "variants"
 RESULTS, REPORT, CARD = "results.json", "report.html", "README.md"
-_ASKED = ("quiz", "quiz_revision", "shots", "subjects")
+_ASKED = ("quiz", "quiz_revision", "shots", "subjects", "truncate")
 _LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
 _RUN = ("threads", "batch_tokens")
 _JUDGES = ("val", "test")  # splits that fit and judge, where the quiz has them
@@ -29,7 +29,7 @@ class Asking:
     def selection(self, recipe: Recipe) -> Selection:
         """As the quiz takes it."""
         kind = (recipe.shots, tuple(recipe.subjects), self.limit, recipe.quiz_revision)
-        return Selection(recipe.quiz, self.split, *kind)
+        return Selection(recipe.quiz, self.split, *kind, recipe.truncate)
 
 
 @dataclass(frozen=True)
@@ -136,4 +136,7 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
 
 def _taken(recipe: Recipe, *keys: tuple[str, ...]) -> dict[str, Any]:
     wanted = [key for group in keys for key in group]
-    return {key: value for key, value in recipe.model_dump().items() if key in wanted}
+    # Runs from before there was `truncate` stay as they are.
+    unsaid = ["truncate"] if recipe.truncate is None else []
+    taken = recipe.model_dump(exclude={*unsaid})
+    return {key: value for key, value in taken.items() if key in wanted}

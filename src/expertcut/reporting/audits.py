@@ -2,6 +2,7 @@
 
 from expertcut.evaluation.auditing.outcome import Audit, Correlation, Verdict
 from expertcut.reporting.figures import Point, Series, forests
+from expertcut.reporting.profiles import cut_text
 from expertcut.reporting.tables import Cell, Column, Table
 
 
@@ -63,7 +64,7 @@ def harm_table(found: Audit, most: int = 10) -> Table:
     note = (
         f"{len(found.harms)} of {len(found.sampled)} sampled experts removed one at a time (layout "
         f"{asked.layout}); {asked.questions:,} {asked.split} questions of {asked.quiz} at "
-        f"{asked.shots} shots, unedited accuracy {found.accuracy:.2%}."
+        f"{asked.shots} shots{cut_text(found.cut)}, unedited accuracy {found.accuracy:.2%}."
     )
     if not found.is_complete:
         note += " The same command does the rest."

@@ -81,7 +81,17 @@ def result_sentences(found: Results) -> list[str]:
     for comparison in found.comparisons:
         model = found.models[comparison.other]
         sentences.append(f"{model.path} {_verdict(comparison)}{_leak(model, found.split)}.")
-    return sentences
+    return [*sentences, *cut_sentences(found)]
+
+
+def cut_sentences(found: Results) -> list[str]:
+    """Where prompts may be cut, how many were; models may differ in tokenizer and context."""
+    return [
+        f"{model.cut:,} of the {model.questions:,} prompts are longer than the context of "
+        f"{model.path} and were cut from the left, as lm-evaluation-harness does."
+        for model in found.models
+        if model.cut is not None
+    ]
 
 
 def _result_row(model: ModelResult, comparison: ComparisonResult | None) -> list[Cell]:

@@ -1,8 +1,15 @@
 """A profile as the paper's Tables 1 to 7 (arXiv 2502.17187)."""
 
 import math
+from pathlib import Path
 
-from expertcut.profiling.statistics import LayerStatistics, expert_json, layer_statistics, near_ties
+from expertcut.profiling.statistics import (
+    Answers,
+    LayerStatistics,
+    expert_json,
+    layer_statistics,
+    near_ties,
+)
 from expertcut.profiling.store import Profile
 from expertcut.reporting.tables import Column, Table
 
@@ -18,6 +25,19 @@ _EXPERT_COLUMNS = (
     Column("contribution, %", ".2f"),
     Column("tokens", ",d"),
 )
+
+
+def answered_sentence(folder: Path, found: Answers) -> str:
+    """What a profile was made of, and how the model did."""
+    n_questions = len(found.answer_N)
+    return (
+        f"{folder}: {n_questions:,} questions, accuracy {found.accuracy:.2%}{cut_text(found.n_cut)}"
+    )
+
+
+def cut_text(n_cut: int | None) -> str:
+    """How many prompts were cut, as the end of a sentence; nothing where none may be."""
+    return "" if n_cut is None else f", {n_cut:,} prompts cut from the left to fit the context"
 
 
 def profile_tables(profile: Profile, layers: list[LayerStatistics] | None = None) -> list[Table]:
@@ -37,7 +57,8 @@ def _activated(profile: Profile, layers: list[LayerStatistics]) -> Table:
     own = sum(not tie["in_shots"] for tie in ties)
     n_questions = len(profile.array("answer_N"))
     note = (
-        f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots. {_COUNTED} "
+        f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
+        f"{cut_text(profile.n_cut)}. {_COUNTED} "
         f"Near-ties: {own:,} questions have a token of their own whose choice of experts hangs "
         f"on a gap below 1e-5, {len(ties) - own:,} more have one in their shots."
     )

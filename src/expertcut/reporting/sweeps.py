@@ -34,6 +34,8 @@ def sweep_table(found: Sweep) -> Table:
         f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, layout "
         f"{asked.layout}. MB are those of the weights that a checkpoint would have."
     )
+    if found.base is not None and found.base.cut is not None:
+        note += f" {found.base.cut:,} prompts are cut from the left to fit the context."
     if not found.is_complete:
         note += f" {len(found.cells)} of {n_cells} cells: the same command does the rest."
     return Table(f"Sweep of {asked.scored.model.id}", columns, rows, note)

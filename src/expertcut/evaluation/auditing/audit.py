@@ -141,6 +141,7 @@ class Auditing:
             fractions=options.fractions,
             sample=options.sample,
             seed=options.way.seed,
+            truncate=self.quiz.truncate,
         )
 
     def _begin(self, asked: AuditAsked, rescorer: Rescorer) -> Audit:
@@ -153,6 +154,7 @@ class Auditing:
         return Audit(
             asked=asked,
             overlap=self.overlap,
+            cut=rescorer.n_cut,
             accuracy=float(records.is_correct_N.mean()),
             right_logprob=float(_right(records.logprob_NC, records.answer_N).mean()),
             sampled=sampled,

@@ -7,7 +7,9 @@ from pydantic import Field, FiniteFloat
 
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.interventions.plan import Layout, PlanModel, Positions
-from expertcut.profiling.store import Record, Settings
+from expertcut.profiling.record import Record
+from expertcut.profiling.store import Settings
+from expertcut.quiz import Truncate
 
 AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]
@@ -33,6 +35,7 @@ class AuditAsked(Record):
     fractions: tuple[FiniteFloat, ...] = Field(min_length=1)
     sample: int
     seed: int
+    truncate: Truncate | None = None
 
 
 class Standing(Record):
@@ -122,11 +125,15 @@ class Verdict(Record):
 
 
 class Audit(Record):
-    """`audit.json`; `verdicts` are there when all `sampled` experts have been removed once."""
+    """`audit.json`; `verdicts` are there when all `sampled` experts have been removed once.
+
+    `cut` of the prompts lost tokens on their left; None where none may (`--truncate`).
+    """
 
     format: Literal[1] = 1
     asked: AuditAsked
     overlap: int
+    cut: int | None = None
     accuracy: FiniteFloat
     right_logprob: FiniteFloat
     sampled: tuple[Sampled, ...]

@@ -10,7 +10,8 @@ from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult
 from expertcut.interventions.budgets import Budget
 from expertcut.interventions.plan import Fold, Layout, Positions, Removed
-from expertcut.profiling.store import ProfileInfo, Record
+from expertcut.profiling.record import Record
+from expertcut.profiling.store import ProfileInfo
 
 SWEEP_FILE = "sweep.json"
 
@@ -36,11 +37,15 @@ class SweepAsked(Record):
 
 
 class SweptModel(Record):
-    """The unedited model; a cut is described by the same, `bytes` as its weights would be."""
+    """The unedited model; a cut is described by the same, `bytes` as its weights would be.
+
+    `cut` of the prompts lost tokens on their left; None where none may (`--truncate`).
+    """
 
     accuracy: FiniteFloat
     ci95: tuple[FiniteFloat, FiniteFloat]
     questions: int
+    cut: int | None = None
     right_logprob: FiniteFloat
     parameters: int
     active_parameters: int

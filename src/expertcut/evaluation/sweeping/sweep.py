@@ -170,6 +170,7 @@ class Sweeping:
             accuracy=scored.accuracy,
             ci95=scored.ci95,
             questions=scored.n_questions,
+            cut=found.n_cut,
             right_logprob=right_logprob(found),
             parameters=its.parameters,
             active_parameters=its.active_parameters,

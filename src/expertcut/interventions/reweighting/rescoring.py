@@ -11,7 +11,7 @@ from torch import Tensor
 from expertcut.interventions.reweighting.records import Array, Records
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.moe.engine import Engine
-from expertcut.moe.packing import Encoded, encode
+from expertcut.moe.packing import Encoded
 from expertcut.moe.passes import OnPass
 from expertcut.moe.replay import Replay
 from expertcut.moe.tilting import ApplyAt, Tilts, tilted
@@ -33,10 +33,7 @@ class Rescorer:
     def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = KEPT_BYTES) -> None:
         self.engine = engine
         self.quiz = quiz
-        self.chunks = [
-            encode(engine.moe.tokenizer, questions, quiz.shots_by_subject[subject])
-            for subject, questions in quiz.questions.items()
-        ]
+        self.chunks = list(engine.encode_all(quiz))
         blocks, model = engine.moe.blocks, engine.moe.model
         self.replay = Replay(model, blocks, sum(map(self._n_tokens, self.chunks)), kept_bytes)
         self.known: dict[tuple[tuple[Shift, ...], ApplyAt], Array] = {}
@@ -55,6 +52,11 @@ class Rescorer:
             self.known[key] = self._run(shifts, apply_at)
             self.n_runs += 1
         return self.known[key]
+
+    @property
+    def n_cut(self) -> int | None:
+        """Prompts that lost tokens on their left; None where none may."""
+        return sum(c.n_cut for c in self.chunks) if self.quiz.truncate else None
 
     def _n_tokens(self, chunk: Encoded) -> int:
         n_all = sum(map(len, chunk.prompts))

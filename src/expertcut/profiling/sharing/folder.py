@@ -14,7 +14,7 @@ from expertcut import __version__
 from expertcut.errors import OutputError, ProfileError
 from expertcut.profiling.chunks import Arrays, fault, write_atomically, write_chunk
 from expertcut.profiling.sharing.claims import Claims, Timing
-from expertcut.profiling.store import Profile, ProfileInfo, load_profile
+from expertcut.profiling.store import Profile, ProfileInfo, Settings, load_profile
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +171,8 @@ def _refuse_other(folder: Path, theirs: ProfileInfo, ours: ProfileInfo) -> None:
             f"{folder} is a profile of another quiz: {_describe(theirs)}, not "
             f"{_describe(ours)}: name another --out"
         )
-    for key, recorded in theirs.settings.model_dump().items():
-        asked = getattr(ours.settings, key)
+    for key in Settings.model_fields:
+        recorded, asked = getattr(theirs.settings, key), getattr(ours.settings, key)
         if asked != recorded:
             raise ProfileError(
                 f"{folder} was begun with {key} {recorded}, now it is {asked}: "

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from expertcut.errors import PlanError
 from expertcut.interventions.plan import PLAN_FILE, Plan
-from expertcut.profiling.store import first_fault
+from expertcut.profiling.record import first_fault
 from expertcut.publishing.card.evidence import public_name
 from expertcut.publishing.card.origin import Origin
 from expertcut.reporting.tables import Cell, Column, Table

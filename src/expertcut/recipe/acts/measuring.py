@@ -15,6 +15,7 @@ from expertcut.quiz import load_quiz
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.stages import RESULTS
 from expertcut.reporting.outcomes import result_sentences, results_table
+from expertcut.reporting.profiles import answered_sentence
 from expertcut.reporting.shown import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown
 
@@ -34,7 +35,7 @@ def profile(job: Job) -> None:
         steps = partial(perturb, measurement, kind, folder, load_as)
         job.audience.watch(steps, f"again with {kind}", total, folder)
     found = answers(load_profile(folder))
-    job.audience.say([], [f"{folder}: {total:,} questions, accuracy {found.accuracy:.2%}"])
+    job.audience.say([], [answered_sentence(folder, found)])
 
 
 def show(job: Job) -> None:
