@@ -29,10 +29,8 @@ _EXPERT_COLUMNS = (
 
 def answered_sentence(folder: Path, found: Answers) -> str:
     """What a profile was made of, and how the model did."""
-    n_questions = len(found.answer_N)
-    return (
-        f"{folder}: {n_questions:,} questions, accuracy {found.accuracy:.2%}{cut_text(found.n_cut)}"
-    )
+    asked = f"{len(found.answer_N):,} questions, accuracy {found.accuracy:.2%}"
+    return f"{folder}: {asked}{cut_text(found.n_cut)}"
 
 
 def cut_text(n_cut: int | None) -> str:
