@@ -17,10 +17,14 @@ from expertcut.quiz.prompts import LETTERS
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk as token ids: each question's whole prompt and its choices' answer tokens."""
+    """A chunk as token ids: each question's whole prompt and its choices' answer tokens.
+
+    `names` say which questions they are, to those who read errors.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     choice_ids: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -29,6 +33,14 @@ class Encoded:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(map(len, self.prompts))
+
+    def name(self, question: int) -> str:
+        """Which question it is."""
+        return self.names[question] if self.names else f"question {question} of a chunk"
+
+    def part(self, questions: slice) -> "Encoded":
+        """Some of its questions."""
+        return Encoded(self.prompts[questions], self.choice_ids[questions], self.names[questions])
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""
@@ -77,7 +89,9 @@ def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Questi
     prompts = [tuple(ids) for ids in tokenizer(texts)["input_ids"]]
     most = max(len(question.choices) for question in questions)
     letters = _letter_ids(tokenizer, texts[0], prompts[0], most)
-    return Encoded(tuple(prompts), tuple(letters[: len(q.choices)] for q in questions))
+    names = tuple(f"question {q.row} of {q.subject} (counted from 0)" for q in questions)
+    choice_ids = tuple(letters[: len(q.choices)] for q in questions)
+    return Encoded(tuple(prompts), choice_ids, names)
 
 
 def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int) -> tuple[int, ...]:
