@@ -183,7 +183,7 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     "an expert missing": (edited_weights(lambda t: t.pop(EXPERT)), "experts.down_proj"),
     "weights that are not numbers": (
         edited_weights(lambda t: t["lm_head.weight"].fill_(float("nan"))),
-        "not numbers",
+        "lm_head is the first to give one",
     ),
     "no tokenizer": (without_tokenizer, "no tokenizer"),
     "a tokenizer of another model": (smaller_vocabulary, "its tokenizer has 284 tokens"),

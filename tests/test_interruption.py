@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -236,11 +237,18 @@ def test_a_claim_without_a_heartbeat_is_taken_over_by_exactly_one(tmp_path: Path
 def test_a_stop_while_a_claim_is_written_gives_it_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped() -> None:
+    def stopped(*_: object) -> None:
         assert len(list((tmp_path / "claims").iterdir())) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(claiming, "_here", stopped)
+    def opened(path: Path, mode: str = "r") -> IO[str]:
+        file = opening(path, mode)
+        if mode == "x":
+            monkeypatch.setattr(file, "write", stopped)
+        return file
+
+    opening = Path.open
+    monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(KeyboardInterrupt), Claims(tmp_path / "claims", FAST) as claims:
         claims.take("birds")
     assert not (tmp_path / "claims").exists()
@@ -307,7 +315,7 @@ def test_a_process_on_its_way_out_counts_as_gone(tmp_path: Path) -> None:
     holder = {
         **claiming._here(),
         "pid": sleeper.pid,
-        "started": process.create_time(),
+        "started": claiming._started(sleeper.pid),
     }
     assert not claiming._is_gone(json.dumps(holder))
     sleeper.kill()

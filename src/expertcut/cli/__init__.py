@@ -3,6 +3,7 @@
 Stages are imported where they are used, so that `--help` and wrong arguments answer at once.
 """
 
+import errno
 import logging
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,11 @@ from expertcut.errors import ExpertcutError
 from expertcut.reporting.tables import printable
 
 INTERRUPTED = 130
+# What a disk, its file system or its owner can do to any command at any time.
+_MENDABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.EMFILE, errno.ENOMEM),
+}
 
 app = typer.Typer(
     help="Which experts of a MoE language model matter for a quiz; cut or tilt them, and measure.",
@@ -76,6 +82,24 @@ def _faults_in_one_line() -> Iterator[None]:
         _stop(str(stopped), stopped.status, is_said=is_first())
     except (typer.Abort, KeyboardInterrupt):
         _stop(GO_ON, INTERRUPTED, is_said=is_first())
+    except (OSError, RuntimeError, MemoryError) as error:
+        fault = _outer_fault(error)
+        if fault is None:
+            raise
+        _stop(fault, 2)
+
+
+def _outer_fault(error: Exception) -> str | None:
+    """What went wrong outside of us, in one line; None for a fault of ours."""
+    again = "mend that and run the same command again"
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}: {again}"
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported here
+    if kinds & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error):
+        what = str(error).splitlines()[0][:200] if str(error) else "nothing more is known"
+        return f"not enough memory ({what}): free some, or give a smaller --batch-tokens"
+    return None
 
 
 def _stop(text: str, status: int, *, is_said: bool = True) -> None:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.record import Record, first_fault
+from expertcut.profiling.sharing.claims import CLAIMS
 from expertcut.profiling.store import ProfileInfo
 
 Outcome = TypeVar("Outcome", bound=Record)
@@ -45,9 +46,9 @@ def begun(file: Path, kind: type[Outcome]) -> Outcome | None:
     folder = file.parent
     if folder.is_file():
         raise OutputError(f"{folder} is a file: remove it or name another --out")
-    # Names with a dot are files that another process is just writing.
+    # Names with a dot are files that another process is just writing, or was when it was killed.
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    if any(not name.startswith(".") for name in names):
+    if any(not name.startswith(".") and name != CLAIMS for name in names):
         raise OutputError(
             f"{folder} is not empty and holds no {kind.__name__.lower()}: name another --out"
         )

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertcut.errors import ModelError
 from expertcut.moe.context import Context
 from expertcut.moe.kernels import attention
 from expertcut.moe.kernels.last_block import last_decoder_layer
 from expertcut.moe.loading import MoeModel
+from expertcut.moe.nonfinite import first_unanswered, not_finite
 from expertcut.moe.packing import Encoded, encode
 from expertcut.moe.passes import Attention, How, OnPass, Run, Watch, ignore
 from expertcut.moe.ways import Way, suitable_way
@@ -66,7 +66,7 @@ class Engine:
 
     def check(self, encoded: Encoded) -> None:
         """Scores four questions both ways; where they differ, all go one by one from now on."""
-        few = Encoded(encoded.prompts[:CHECKED_QUESTIONS], encoded.choice_ids[:CHECKED_QUESTIONS])
+        few = encoded.part(slice(CHECKED_QUESTIONS))
         way = self.way(few)
         if way == "single":
             return
@@ -106,6 +106,9 @@ class Engine:
 
         `on_pass` is told of each forward pass before it starts, and all of it runs; a `watch`
         listens more closely.
+
+        Raises:
+            ModelError: an answer that is no finite number, or too little memory.
         """
         how = self._how(self.way(encoded), trims=watch is not None)
         return self._score(encoded, how, watch or Watch(begin=on_pass))
@@ -127,8 +130,10 @@ class Engine:
             found_NC = logprob_NV.gather(1, ids_NC.clamp(min=0)).where(ids_NC >= 0, -torch.inf)
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)
         logprob_NC = logprob_NC.cpu()
-        if logprob_NC.isnan().any():
-            raise ModelError(f"{self.moe.source.id} gives logits that are not numbers")
+        if (bad := first_unanswered(logprob_NC, encoded)) is not None:
+            alone = encoded.part(slice(bad, bad + 1))
+            single = Run(self.moe, alone, self._how("single"), Watch(begin=watch.begin))
+            raise not_finite(self.moe, encoded.name(bad), lambda: list(single.passes()))
         return logprob_NC
 
 

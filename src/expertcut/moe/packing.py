@@ -4,7 +4,7 @@ Pure: no model is run here.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from expertcut.quiz.prompts import LETTERS
 class Encoded:
     """A chunk as token ids: each question's prompt and its choices' answer tokens.
 
-    `cut_N` says how many tokens each prompt lost on its left; it is empty where none may.
+    `names` say which questions they are, to those who read errors; `cut_N` how many tokens each
+    prompt lost on its left: it is empty where none may.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     choice_ids: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...] = ()
     cut_N: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -41,8 +43,17 @@ class Encoded:
 
     def cut_left(self, most: int) -> "Encoded":
         """The same with the last so many tokens of each prompt."""
-        prompts = tuple(ids[-most:] for ids in self.prompts)
-        return Encoded(prompts, self.choice_ids, tuple(max(len(p) - most, 0) for p in self.prompts))
+        cut_N = tuple(max(len(ids) - most, 0) for ids in self.prompts)
+        return replace(self, prompts=tuple(ids[-most:] for ids in self.prompts), cut_N=cut_N)
+
+    def name(self, question: int) -> str:
+        """Which question it is."""
+        return self.names[question] if self.names else f"question {question} of a chunk"
+
+    def part(self, questions: slice) -> "Encoded":
+        """Some of its questions."""
+        parts = (self.prompts, self.choice_ids, self.names, self.cut_N)
+        return Encoded(*(part[questions] for part in parts))
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""
@@ -91,7 +102,9 @@ def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Questi
     prompts = [tuple(ids) for ids in tokenizer(texts)["input_ids"]]
     most = max(len(question.choices) for question in questions)
     letters = _letter_ids(tokenizer, texts[0], prompts[0], most)
-    return Encoded(tuple(prompts), tuple(letters[: len(q.choices)] for q in questions))
+    names = tuple(f"question {q.row} of {q.subject} (counted from 0)" for q in questions)
+    choice_ids = tuple(letters[: len(q.choices)] for q in questions)
+    return Encoded(tuple(prompts), choice_ids, names)
 
 
 def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int) -> tuple[int, ...]:

@@ -73,7 +73,8 @@ class Run:
         """Each pass that answers questions, with its logits (N, V).
 
         Raises:
-            ModelError: there is not enough memory for one question.
+            ModelError: there is not enough memory for one question, or for a pass that must not
+                come in halves.
         """
         if self.n_prefix:
             step = prefix_pass(self.encoded.prompts[0][: self.n_prefix])
@@ -101,6 +102,12 @@ class Run:
             "cannot be cut smaller: use another device"
         )
 
+    def _too_large(self, step: Pass) -> ModelError:
+        return ModelError(
+            f"{self.moe.source.id}: not enough memory for {step.n_tokens} tokens at once: profile "
+            f"or score with a --batch-tokens below {self.how.batch_tokens}, or on another device"
+        )
+
     def _cut(self) -> list[tuple[int, ...]]:
         lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
         if self.how.way == "packed":
@@ -120,8 +127,10 @@ class Run:
         try:
             return self._forward(step)
         except (RuntimeError, MemoryError) as error:
-            if self.watch.undo is ignore or not _is_out_of_memory(error):
+            if not _is_out_of_memory(error):
                 raise
+            if self.watch.undo is ignore:
+                raise self._too_large(step) from None
             return None
         finally:
             layers: list[Any] = [] if self.cache is None else list(self.cache.layers)

@@ -15,6 +15,7 @@ from expertcut.moe.loading.devices import is_on_several
 from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass, Watch, ignore
 from expertcut.profiling.chunks import Arrays
+from expertcut.profiling.recording.finite import check_finite
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
@@ -78,7 +79,7 @@ class Measurement:
             ProfileError: the folder holds a profile of another model, quiz or setting.
             OutputError: the folder holds something else, or cannot be written.
         """
-        started = time.time()
+        started = time.monotonic()
         work = chunks_of_work(self.info, self.quiz)
         tally = Tally(work)
         longest_first = sorted(work, key=lambda name: -work[name].cost)
@@ -91,7 +92,7 @@ class Measurement:
                 else:
                     yield tally.note_done(turn.chunk, was_there=turn.was_there)
             if tally.is_complete:
-                shared.finish(started, tally.mine, tally.others)
+                shared.finish(time.monotonic() - started, tally.mine, tally.others)
 
     def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         """The chunk's arrays, and the tokens that were run for it."""
@@ -122,8 +123,10 @@ class Measurement:
             logprob_NC = self.engine.score(
                 encoded, watch=Watch(begin, undo, recorder.on_rows, keeps_all)
             )
+        recorded = recorder.arrays()
+        check_finite(self.moe, work.subject, recorded)
         arrays = {
-            **recorder.arrays(),
+            **recorded,
             **({HALVED: np.array([n_halved], dtype=np.uint16)} if n_halved else {}),
             **({CUT: np.array(encoded.cut_N, dtype=np.int32)} if encoded.n_cut else {}),
             "choice_logprob_NC": logprob_NC.numpy(),

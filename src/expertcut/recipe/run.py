@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,17 @@ class _Running:
         self.inputs = Inputs(recipe, ledger.before, is_anew=self.first == 0)
         self.outputs: dict[str, str | None] = {}
         self.ran: list[str] = []
+        self.is_held = False
 
     def all(self) -> Outcome:
         """Every stage in its turn."""
-        for index, stage in enumerate(self.stages):
-            with _named(stage):
-                self._turn(stage, is_asked=index >= self.first)
-        if not self.is_dry:
-            self.ledger.save(self.inputs)
+        with ExitStack() as self.until_done:
+            for index, stage in enumerate(self.stages):
+                with _named(stage):
+                    self._turn(stage, is_asked=index >= self.first)
+            if not self.is_dry and not self.ledger.is_saved(self.inputs):
+                self._hold()
+                self.ledger.save(self.inputs)
         names = tuple(stage.name for stage in self.stages)
         left_over = tuple(name for name in self.ledger.records if name not in names)
         return Outcome(self.ledger.folder, names, tuple(self.ran), left_over)
@@ -91,6 +94,7 @@ class _Running:
             self._act(stage, record, is_asked=is_asked)
 
     def _act(self, stage: Stage, record: StageRecord | None, *, is_asked: bool) -> None:
+        self._hold()
         self._refuse_what_is_there(stage, record)
         if stage.reads_model:
             self._find_commit()
@@ -106,6 +110,16 @@ class _Running:
         self.outputs[stage.name] = self.ledger.finish(stage, elapsed_s)
         self.ledger.save(self.inputs)
         self.audience.done(stage, elapsed_s)
+
+    def _hold(self) -> None:
+        """From now on until it is done this run alone changes the folder."""
+        if self.is_held:
+            return
+        from expertcut.profiling.sharing.alone import alone  # with numpy, else not needed
+
+        self.until_done.enter_context(alone(self.ledger.folder, "recipe"))
+        self.is_held = True
+        self.ledger.check_unchanged()
 
     def _refuse_what_is_there(self, stage: Stage, record: StageRecord | None) -> None:
         if record is not None or stage.kind == "profile":  # which is resumed, or refused there

@@ -59,13 +59,31 @@ def new_folder(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         check_free(folder, is_forced=is_forced)
+        if place.exists() and not is_forced:
+            place.rmdir()  # fails where another run has taken the name since it was looked at
         _replace(place, temporary)
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from None
+        raise failed(error, folder, temporary) from None
     except OutputError as error:  # by the name that the user gave
         raise OutputError(str(error).replace(str(temporary), str(folder))) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def failed(error: OSError, folder: Path, *ours: Path) -> OutputError:
+    """What to say where writing a folder met an error: of the system, or of a file that is read.
+
+    `ours` are other names under which the folder is written.
+    """
+    reason = error.strerror or error
+    name = os.fsdecode(error.filename) if error.filename else None
+    places = (folder, folder.resolve(), *ours)
+    if name is None or any(p.is_relative_to(name) or Path(name).is_relative_to(p) for p in places):
+        return OutputError(f"{folder} cannot be written: {reason}")
+    return OutputError(
+        f"{name} cannot be read: {reason}: {folder} was not written, run the same command again "
+        "once the file is there"
+    )
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from expertcut.checkpoints.files.copying import (
     read_ranges,
     write_all,
 )
-from expertcut.checkpoints.files.folders import sync_folder
+from expertcut.checkpoints.files.folders import failed, sync_folder
 from expertcut.checkpoints.files.headers import (
     DTYPES,
     INDEX_FILE,
@@ -59,7 +59,7 @@ def write_checkpoint(
     except EOFError:
         raise ModelError(f"{source} became shorter while it was read: export it again") from None
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}") from None
+        raise failed(error, folder) from None
     check_written(folder, shards)
 
 

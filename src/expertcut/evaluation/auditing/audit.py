@@ -36,6 +36,7 @@ from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.moe.loading import LoadOptions
 from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass
+from expertcut.profiling.sharing.alone import alone
 from expertcut.profiling.store import Profile
 
 Array = np.ndarray[Any, Any]
@@ -103,14 +104,19 @@ class Auditing:
         """Removes every expert that the folder lacks; each is kept when it is done.
 
         Raises:
-            OutputError: the folder holds something else, or another audit.
+            OutputError: the folder holds something else, or another audit, or another run is at
+                work there.
         """
-        earlier, asked = begun(folder / AUDIT_FILE, Audit), self._asked()
-        if earlier is not None:
-            check_same(folder, earlier.asked, asked, "audit")
+        asked = self._asked()
+        earlier = _earlier(folder, asked)
         if earlier is not None and earlier.verdicts:
             self.found = earlier
             return
+        with alone(folder, "audit"):
+            yield from self._run(folder, asked, on_pass)
+
+    def _run(self, folder: Path, asked: AuditAsked, on_pass: OnPass) -> Iterator[AuditProgress]:
+        earlier = _earlier(folder, asked)  # another run may have ended since
         rescorer = Rescorer(self.engine, self.quiz)
         self.found = earlier or self._begin(asked, rescorer)
         save_audit(folder, self.found)
@@ -184,6 +190,13 @@ class Auditing:
         is_exact = way.layout == "exact"
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
         return at_run_time(self.engine.moe, draft, constants)
+
+
+def _earlier(folder: Path, asked: AuditAsked) -> Audit | None:
+    earlier = begun(folder / AUDIT_FILE, Audit)
+    if earlier is not None:
+        check_same(folder, earlier.asked, asked, "audit")
+    return earlier
 
 
 @contextmanager

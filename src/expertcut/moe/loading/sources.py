@@ -34,11 +34,19 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights."""
+        """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights.
+
+        Raises:
+            ModelError: a file that cannot be read.
+        """
         digest = hashlib.sha256(json.dumps(read_config(self.path), sort_keys=True).encode())
         for file in self.weight_files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            try:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                reason = f"{error.strerror}: download it again"
+                raise ModelError(f"{file} cannot be read: {reason}") from None
         return digest.hexdigest()
 
 

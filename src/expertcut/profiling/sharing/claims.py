@@ -25,6 +25,9 @@ from expertcut.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
+CLAIMS = "claims"  # their folder's name
+_SAME_START_S = 5  # where only the time of day is known, which may be set a little
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -84,10 +87,12 @@ class Claims:
         return True
 
     def _create(self, path: Path) -> bool:
+        # Made before the file is there: of one whose holder died over it, only the heartbeat tells.
+        text = json.dumps(_here())
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("x") as file:
-                json.dump(_here(), file)
+                file.write(text)
         except FileExistsError:
             if not self.folder.is_dir():
                 raise OutputError(f"{self.folder} is in the way: name another --out") from None
@@ -97,6 +102,16 @@ class Claims:
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}") from None
         return True
+
+    def holder(self, name: str) -> tuple[str, bool]:
+        """Who has it, in words, and whether that is a process which is seen to live here."""
+        claims = self._claims(name)
+        try:
+            held = json.loads(claims[-1].read_text())
+            words = f"process {held['pid']} on {held['host']}"
+            return words, _is_here(held) and psutil.pid_exists(held["pid"])
+        except (IndexError, OSError, ValueError, KeyError, TypeError):
+            return "another process", False  # given back, or still being written
 
     def release(self, name: str) -> None:
         """Gives it back, and removes the dead claims that it replaced."""
@@ -157,8 +172,23 @@ def _here() -> dict[str, Any]:
         "host": platform.node(),
         "kernel": _kernel(),
         "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "started": _started(os.getpid()),
     }
+
+
+def _started(pid: int) -> float:
+    """When a process began, by a clock that nobody can set, where there is one.
+
+    On Linux seconds since boot: times of day are reckoned from that and move when the clock is set.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        return psutil.Process(pid).create_time()
 
 
 def _kernel() -> str:
@@ -170,16 +200,19 @@ def _kernel() -> str:
         return ""
 
 
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether its pid means here what it meant to the holder."""
+    return (holder["host"], holder["kernel"]) == (platform.node(), _kernel())
+
+
 def _is_gone(text: str) -> bool:
     """True where the holder ran here and is no more; False also means unknown."""
     try:
         holder = json.loads(text)
-        here = (holder["host"], holder["kernel"]) == (platform.node(), _kernel())
-        if not here:
+        if not _is_here(holder):
             return False
         process = psutil.Process(holder["pid"])
-        # A little apart, because the clock that it was taken from may have been set since.
-        is_other = abs(process.create_time() - holder["started"]) > 5
+        is_other = abs(_started(holder["pid"]) - holder["started"]) > _SAME_START_S
         return is_other or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True

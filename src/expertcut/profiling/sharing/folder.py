@@ -13,12 +13,12 @@ from pathlib import Path
 from expertcut import __version__
 from expertcut.errors import OutputError, ProfileError
 from expertcut.profiling.chunks import Arrays, fault, write_atomically, write_chunk
-from expertcut.profiling.sharing.claims import Claims, Timing
+from expertcut.profiling.sharing.claims import CLAIMS, Claims, Timing
 from expertcut.profiling.store import Profile, ProfileInfo, Settings, load_profile
 
 logger = logging.getLogger(__name__)
 
-PROFILE_FILE, RUN_FILE, CLAIMS = "profile.json", "run.json", "claims"
+PROFILE_FILE, RUN_FILE = "profile.json", "run.json"
 POLL_S = 0.25
 
 
@@ -116,10 +116,10 @@ class SharedFolder:
                 logger.warning("%s is damaged (%s): measuring it again", path, reason)
         return name in self._done
 
-    def finish(self, started: float, measured: int, others: int) -> None:
+    def finish(self, elapsed_s: float, measured: int, others: int) -> None:
         """Writes `run.json` where all chunks are there and no other process has.
 
-        `measured` questions were run by this process since it started, `others` by others.
+        `measured` questions were run by this process in that time, `others` by others.
         """
         profile = Profile(self.path, self.info)
         while not profile.missing and profile.finished_at is None:
@@ -129,7 +129,7 @@ class SharedFolder:
             try:
                 if profile.finished_at is None:
                     write_atomically(
-                        self.path / RUN_FILE, _run(started, measured, others), self.claims.folder
+                        self.path / RUN_FILE, _run(elapsed_s, measured, others), self.claims.folder
                     )
                     self.claims.clear()
             finally:
@@ -190,15 +190,16 @@ def _describe(info: ProfileInfo) -> str:
     )
 
 
-def _run(started: float, measured: int, others: int) -> bytes:
-    elapsed_s = time.time() - started
+def _run(elapsed_s: float, measured: int, others: int) -> bytes:
+    """By a clock that only goes on: the time of day may have been set since the run began."""
+    finished = time.time()
     run = {
-        "started": started,
-        "finished": time.time(),
+        "started": finished - elapsed_s,
+        "finished": finished,
         "elapsed_s": elapsed_s,
         "questions_measured": measured,
         "questions_by_others": others,
-        "questions_per_s": (measured + others) / elapsed_s,
+        "questions_per_s": (measured + others) / elapsed_s if elapsed_s else 0.0,
         "host": platform.node(),
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expertcut import __version__
+from expertcut.errors import OutputError
 from expertcut.recipe.record.inputs import Inputs
 from expertcut.recipe.record.manifest import (
     RECIPE_FILE,
@@ -62,26 +63,45 @@ class Ledger:
         )
         return output
 
+    def check_unchanged(self) -> None:
+        """That nobody else has written the manifest since this run read or wrote it.
+
+        Raises:
+            OutputError: another run has.
+        """
+        if load_manifest(self.folder) != self._saved:
+            raise OutputError(
+                f"{self.folder} was just changed by another run: run the same command again"
+            )
+
+    def is_saved(self, inputs: Inputs) -> bool:
+        """Whether the manifest and the recipe's copy on disk say what is known."""
+        return self._manifest(inputs) == self._saved and self._has_copy()
+
     def save(self, inputs: Inputs) -> None:
         """Writes the manifest and the recipe's copy, where they differ from what is there.
 
         Raises:
             OutputError: the place cannot be written.
         """
-        manifest = Manifest(
-            model=inputs.asked_model,
-            commit=inputs.commit,
-            inputs=inputs.stamps.now,
-            contents=inputs.contents,
-            stages=self.records,
-        )
-        copy = self.folder / RECIPE_FILE
-        has_copy = copy.is_file() and copy.read_bytes() == self.text
-        if manifest == self._saved and has_copy:
+        if self.is_saved(inputs):
             return
         from expertcut.profiling.chunks import write_atomically  # with numpy, else not needed
 
-        if not has_copy:
-            write_atomically(copy, self.text)
-        save_manifest(self.folder, manifest)
-        self._saved = manifest
+        if not self._has_copy():
+            write_atomically(self.folder / RECIPE_FILE, self.text)
+        self._saved = self._manifest(inputs)
+        save_manifest(self.folder, self._saved)
+
+    def _has_copy(self) -> bool:
+        copy = self.folder / RECIPE_FILE
+        return copy.is_file() and copy.read_bytes() == self.text
+
+    def _manifest(self, inputs: Inputs) -> Manifest:
+        return Manifest(
+            model=inputs.asked_model,
+            commit=inputs.commit,
+            inputs=dict(inputs.stamps.now),
+            contents=dict(inputs.contents),
+            stages=dict(self.records),
+        )
