@@ -52,8 +52,12 @@ class Encoded:
 
     def part(self, questions: slice) -> "Encoded":
         """Some of its questions."""
-        parts = (self.prompts, self.choice_ids, self.names, self.cut_N)
-        return Encoded(*(part[questions] for part in parts))
+        return Encoded(
+            self.prompts[questions],
+            self.choice_ids[questions],
+            self.names[questions],
+            self.cut_N[questions],
+        )
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""
