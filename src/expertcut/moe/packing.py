@@ -19,7 +19,7 @@ from expertcut.quiz.prompts import LETTERS
 class Encoded:
     """A chunk as token ids: each question's prompt and its choices' answer tokens.
 
-    `cut_N` says how many tokens each prompt lost on its left; it is empty where none may.
+    `cut_N` says how many tokens each prompt lost on its left; it is empty where none did.
     """
 
     prompts: tuple[tuple[int, ...], ...]
