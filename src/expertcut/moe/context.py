@@ -63,11 +63,11 @@ class Context:
         """
         if self.length is None or quiz.truncate or self.takes_more:
             return
-        lengths = [n for n in self._possible(quiz, self.length) if n > self.length]
+        lengths = [n for n in self.possible(quiz, self.length) if n > self.length]
         if lengths:
             raise self._too_long(len(lengths), len(quiz), max(lengths))
 
-    def _possible(self, quiz: Quiz, limit: int) -> Iterator[int]:
+    def possible(self, quiz: Quiz, limit: int) -> Iterator[int]:
         """Tokens of each prompt that may have more than the limit.
 
         A text has at most as many tokens as bytes, and what stands before a subject's questions is

@@ -20,7 +20,7 @@ class Encoded:
     """A chunk as token ids: each question's prompt and its choices' answer tokens.
 
     `names` say which questions they are, to those who read errors; `cut_N` how many tokens each
-    prompt lost on its left: it is empty where none may.
+    prompt lost on its left: it is empty where none did.
     """
 
     prompts: tuple[tuple[int, ...], ...]

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SPLIT = "split"
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+# Before, the kernel read beyond keys and values that several heads of queries share.
+_TAKES_SHARED_KEYS = TorchVersion(torch.__version__) >= (2, 9)
 Attend = Callable[..., tuple[Tensor, None]]
 Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer, as attended to
 
@@ -159,6 +162,9 @@ class _Parts:
         width = value.shape[-1]
         widest = max(width, query.shape[-1])  # in latent attention values are narrower
         query, key, value = (_widened(s, widest) for s in (query, key, value))
+        if not _TAKES_SHARED_KEYS:
+            n_sharing = query.shape[1] // key.shape[1]
+            key, value = (s.repeat_interleave(n_sharing, dim=1) for s in (key, value))
         scale = self.scale or self.query.shape[-1] ** -0.5
         flash = getattr(torch.ops.aten, _FLASH)
         out, weight = flash(query, key, value, 0.0, is_causal, scale=scale)
