@@ -18,7 +18,7 @@ TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 1000
 
-.PHONY: help venv quickstart test lint constraints clean
+.PHONY: help venv quickstart test lint lowest newest advisories constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -35,6 +35,27 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+lowest newest: PLACE = .venv-$@
+lowest: RESOLUTION = lowest-direct
+newest: RESOLUTION = highest
+lowest: $(STAMP) ## the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(TEST_OTHERS)
+
+newest: $(STAMP) ## the tests with the newest that there are, in .venv-newest
+	$(TEST_OTHERS)
+
+# Without [tool.uv], which pins torch. Several GB each, for the index's torch brings CUDA.
+define TEST_OTHERS
+$(UV) venv --quiet --clear --python $(BIN)/python $(PLACE)
+$(UV) pip install --no-config --python $(PLACE)/bin/python --resolution $(RESOLUTION) \
+	--requirement pyproject.toml --extra dev
+$(UV) pip install --no-config --python $(PLACE)/bin/python --no-deps --editable .
+OMP_NUM_THREADS=1 $(PLACE)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+endef
+
+advisories: $(STAMP) ## known vulnerabilities in constraints.txt, where PyPI or OSV can be asked
+	$(BIN)/python .ci/advisories.py $(UV)
 
 # Does not ask for a current .venv: that may need the very pins that are made here.
 constraints: ## pin the dependencies anew (UV_ARGS=--upgrade for newer ones)

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 
-from expertcut.evaluation.results import load_results
+from expertcut.evaluation.results import load_results, save_results
 from expertcut.interventions.plan import load_plan
 from expertcut.publishing.card.evidence import evaluations
 from expertcut.publishing.card.markup import Markdown, escaped, printable
@@ -240,3 +240,13 @@ def test_escaped_text_reads_as_it_is_and_is_escaped_once(text: str) -> None:
     for entity, char in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
         inside = inside.replace(entity, char)
     assert inside == printable(text)
+
+
+def test_a_card_says_how_many_prompts_were_cut(made: Path, hub: LocalHub, tmp_path: Path) -> None:
+    folder = based_on_the_hub(made, hub, tmp_path / "cut")
+    found = load_results(made / "results.json")
+    assert "cut from the left" not in card_of(folder, made / "results.json")
+    models = [model.model_copy(update={"cut": 17}) for model in found.models]
+    save_results(tmp_path / "r.json", found.model_copy(update={"models": models}))
+    heading = "test, 1 shots, 17 prompts cut from the left to fit the context\n"
+    assert heading in card_of(folder, tmp_path / "r.json").replace("\\", "")

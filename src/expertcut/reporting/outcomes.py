@@ -62,6 +62,9 @@ def results_table(found: Results) -> Table:
     )
     n_questions = found.models[0].questions
     note = f"{n_questions:,} {found.split} questions of {found.quiz} at {found.shots} shots"
+    if cuts := {model.cut for model in found.models if model.cut is not None}:
+        n_cut = " or ".join(f"{n:,}" for n in sorted(cuts))  # tokenizers and contexts may differ
+        note += f", {n_cut} prompts cut from the left to fit the context"
     return Table("Evaluation", columns, rows, note)
 
 
@@ -81,17 +84,7 @@ def result_sentences(found: Results) -> list[str]:
     for comparison in found.comparisons:
         model = found.models[comparison.other]
         sentences.append(f"{model.path} {_verdict(comparison)}{_leak(model, found.split)}.")
-    return [*sentences, *cut_sentences(found)]
-
-
-def cut_sentences(found: Results) -> list[str]:
-    """Where prompts may be cut, how many were; models may differ in tokenizer and context."""
-    return [
-        f"{model.cut:,} of the {model.questions:,} prompts are longer than the context of "
-        f"{model.path} and were cut from the left, as lm-evaluation-harness does."
-        for model in found.models
-        if model.cut is not None
-    ]
+    return sentences
 
 
 def _result_row(model: ModelResult, comparison: ComparisonResult | None) -> list[Cell]:

@@ -26,7 +26,8 @@ from expertcut.publishing.card.loaders import loaders
 from expertcut.publishing.card.markup import Markdown, code, escaped, markdown_table, printable
 from expertcut.publishing.card.origin import Licence, Origin
 from expertcut.publishing.verify import REPORT_FILE, Checkpoint
-from expertcut.reporting.outcomes import cut_sentences, plan_table, result_sentences, results_table
+from expertcut.reporting.outcomes import plan_table, result_sentences, results_table
+from expertcut.reporting.profiles import cut_text
 from expertcut.reporting.proving import proof_table
 from expertcut.reporting.tables import Cell, Column, Table
 
@@ -156,8 +157,9 @@ def _results_facts(one: Evaluated) -> dict[str, Any]:
     )
     return {
         "file": Markdown(one.file),
+        "cut": cut_text(one.model.cut),
         "table": results_table(one.results),
-        "sentences": (result_sentences if one.results.comparisons else cut_sentences)(one.results),
+        "sentences": result_sentences(one.results) if one.results.comparisons else [],
         "subjects": Table("Subjects", columns, rows),
     }
 
