@@ -215,7 +215,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="faults whose name holds this")
     began_s = time.monotonic()
-    rows = list(soak(parser.parse_args().only))
+    only = parser.parse_args().only
+    from tests.soak import together  # which is made of what stands here
+
+    rows = [*soak(only), *together.soak(only)]
     print(table(rows))
     wrong = [f"{found.fault}: {what}" for found in rows for what in found.wrong]
     n_skipped = sum(bool(found.skipped) for found in rows)
