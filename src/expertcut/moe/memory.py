@@ -18,9 +18,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """Lets go of a failed pass, and of what the C library keeps of it for later.
+    """Lets go of a failed pass, and gives the system what the C library keeps of it for later.
 
-    Without the latter oneDNN, which asks the system itself, finds nothing for the smallest pass.
+    Addresses stay taken: where these are what ended, oneDNN, which asks the system itself, may find
+    nothing for the smallest pass.
     """
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # another C library, or another system
