@@ -18,7 +18,7 @@ TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 1000
 
-.PHONY: help venv quickstart test lint lowest newest advisories constraints clean
+.PHONY: help venv quickstart test soak lint lowest newest advisories constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -30,6 +30,12 @@ quickstart: $(STAMP) ## the tour of the README, on the bundled model
 
 test: $(STAMP) ## the tests, with branch coverage of at least 95 %
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov $(PYTEST_ARGS)
+
+soak: $(STAMP) ## breaks it on purpose for about a quarter of an hour, and prints the figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.kills --moments 100 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.fuzz --minutes 10
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

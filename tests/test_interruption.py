@@ -241,8 +241,8 @@ def test_a_stop_while_a_claim_is_written_gives_it_back(
         assert len(list((tmp_path / "claims").iterdir())) == 1
         raise KeyboardInterrupt
 
-    def opened(path: Path, mode: str = "r") -> IO[str]:
-        file = opening(path, mode)
+    def opened(path: Path, mode: str = "r", **how: str) -> IO[str]:
+        file = opening(path, mode, **how)
         if mode == "x":
             monkeypatch.setattr(file, "write", stopped)
         return file

@@ -68,6 +68,12 @@ def _root(
         print(context.get_help())
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    from expertcut.moe.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
 @contextmanager
 def _faults_in_one_line() -> Iterator[None]:
     """What a user can mend becomes one line and exit status 2; the rest keeps its traceback."""
@@ -95,8 +101,7 @@ def _outer_fault(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _MENDABLE:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}: {again}"
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported here
-    if kinds & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, MemoryError) or ("torch" in sys.modules and _is_out_of_memory(error)):
         what = str(error).splitlines()[0][:200] if str(error) else "nothing more is known"
         return f"not enough memory ({what}): free some, or give a smaller --batch-tokens"
     return None

@@ -13,6 +13,7 @@ from expertcut.errors import ModelError
 from expertcut.moe.kernels.attention import Prefix, Split, attending
 from expertcut.moe.kernels.last_block import OnRows, reading_answers
 from expertcut.moe.loading import MoeModel
+from expertcut.moe.memory import give_back, is_out_of_memory
 from expertcut.moe.packing import (
     Encoded,
     Pass,
@@ -92,6 +93,7 @@ class Run:
                 continue
             if len(questions) == 1:
                 raise self._too_small(step)
+            give_back()
             self.watch.undo(step)
             half = len(questions) // 2
             todo = [questions[:half], questions[half:], *todo]
@@ -99,7 +101,7 @@ class Run:
     def _too_small(self, step: Pass) -> ModelError:
         return ModelError(
             f"{self.moe.source.id}: not enough memory for {step.n_tokens} tokens at once, which "
-            "cannot be cut smaller: use another device"
+            "cannot be cut smaller: try a smaller --batch-tokens from the start, or another device"
         )
 
     def _too_large(self, step: Pass) -> ModelError:
@@ -127,7 +129,7 @@ class Run:
         try:
             return self._forward(step)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if self.watch.undo is ignore:
                 raise self._too_large(step) from None
@@ -174,8 +176,3 @@ class Run:
             return mask
         lowest = torch.finfo(self.moe.dtype).min
         return torch.zeros_like(mask, dtype=self.moe.dtype).masked_fill_(~mask, lowest)
-
-
-def _is_out_of_memory(error: Any) -> bool:
-    is_cpu = "DefaultCPUAllocator" in str(error)
-    return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -45,8 +45,8 @@ class Source:
                 with file.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
             except OSError as error:
-                reason = f"{error.strerror}: download it again"
-                raise ModelError(f"{file} cannot be read: {reason}") from None
+                what = f"{file} cannot be read: {error.strerror}"
+                raise ModelError(f"{what}: mend that or download it again") from None
         return digest.hexdigest()
 
 
