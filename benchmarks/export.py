@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expertcut.checkpoints.files.headers import Stored, StoredTensor, read_headers
+from expertcut.moe.stored.headers import Stored, StoredTensor, read_headers
 from expertcut.checkpoints.files.shards import Rewrite, lay_out
 from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES, write_checkpoint, write_shards
 from expertcut.checkpoints.layouts.exact import exact_rewrite

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.errors import ModelError
 from expertcut.moe.loading import read_config
+from expertcut.moe.stored.headers import read_headers
 
 Checkpoints = Callable[..., Path]
 Entry = dict[str, Any]

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,9 @@ def run(folder: Path, words: Sequence[str]) -> Ended:
             status = 0
         except SystemExit as stopped:
             status = int(stopped.code or 0)
+        except Exception:  # as a process of its own would end
+            traceback.print_exc(file=err)
+            status = 1
     torch.set_num_threads(1)
     return Ended(status, out.getvalue(), err.getvalue(), time.monotonic() - start)
 

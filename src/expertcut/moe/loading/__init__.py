@@ -7,8 +7,8 @@ from expertcut.moe.loading.sources import (
     Source,
     expert_count,
     find_source,
-    read_config,
 )
+from expertcut.moe.stored.objects import read_config
 
 __all__ = [
     "EXPERT_COUNT_FIELDS",
