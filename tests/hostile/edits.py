@@ -59,7 +59,7 @@ def run(world: World) -> list[str]:
 
 
 def eval_cut(world: World) -> list[str]:
-    return ["eval", world.model, world.cut, *world.asked, "--out", "new.json"]
+    return ["eval", world.cut, world.model, *world.asked, "--out", "new.json"]
 
 
 def publish(world: World) -> list[str]:

@@ -9,10 +9,8 @@ from tests.hostile.edits import (
     config,
     evaluate,
     in_model,
-    json_of,
     profile,
     reweight,
-    run,
 )
 
 CASES = Corpus("code")
@@ -35,13 +33,6 @@ def own(reference: str) -> Change:
     return config(model_type="own", auto_map=classes)
 
 
-def tokenizer_code(*references: str | None) -> Change:
-    def change(content: dict[str, object]) -> None:
-        content.update(tokenizer_class="Evil", auto_map={"AutoTokenizer": list(references)})
-
-    return json_of("tokenizer_config.json", change)
-
-
 CODE: dict[str, tuple[Change, Command, str, str]] = {
     "a family of its own": (
         with_code("evil.py", own("evil.Evil")),
@@ -52,12 +43,6 @@ CODE: dict[str, tuple[Change, Command, str, str]] = {
     "a family of its own, met by eval": (
         with_code("evil.py", own("evil.Evil")),
         evaluate,
-        r"olmoe/config\.json",
-        "--trust-remote-code",
-    ),
-    "a family of its own, met by run": (
-        with_code("evil.py", own("evil.Evil")),
-        run,
         r"olmoe/config\.json",
         "--trust-remote-code",
     ),
@@ -89,24 +74,6 @@ CODE: dict[str, tuple[Change, Command, str, str]] = {
         own("other/repo--modeling_exact.ExactOlmoeForCausalLM"),
         profile,
         r"olmoe/config\.json",
-        "--trust-remote-code",
-    ),
-    "a tokenizer of its own": (
-        with_code("evil.py", tokenizer_code("evil.Evil", None)),
-        profile,
-        "olmoe/tokenizer",
-        "--trust-remote-code",
-    ),
-    "a fast tokenizer of its own": (
-        with_code("evil.py", tokenizer_code(None, "evil.Evil")),
-        evaluate,
-        "olmoe/tokenizer",
-        "--trust-remote-code",
-    ),
-    "a tokenizer of another repository": (
-        tokenizer_code(None, "other/repo--evil.Evil"),
-        profile,
-        "olmoe/tokenizer",
         "--trust-remote-code",
     ),
     "an auto_map that is a list": (

@@ -21,7 +21,6 @@ from tests.hostile.edits import (
     prune_exactly,
     publish,
     reweight,
-    run,
     text_of,
 )
 
@@ -92,22 +91,28 @@ COUNTS: dict[str, tuple[Change, str]] = {
     "10^12 experts": (config(num_experts=10**12), "says 1000000000000 experts, .* holds 8"),
     "16 experts": (config(num_experts=16), "says 16 experts, .* holds 8"),
     "6 experts": (config(num_experts=6), "says 6 experts, .* holds 8"),
-    "two experts in another field": (config(num_local_experts=2), "says 2 experts|8 experts"),
+    "two experts in another field": (config(num_local_experts=2), "lacks 6|says 2 experts"),
     "10^9 layers": (config(num_hidden_layers=10**9), "says 1000000000 layers, the weights hold 2"),
     "3 layers": (config(num_hidden_layers=3), "says 3 layers, the weights hold 2"),
-    "no layers": (config(num_hidden_layers=0), "num_hidden_layers 0, must be a number above 0"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers 0, must be a whole number"),
     "-2 layers": (config(num_hidden_layers=-2), "num_hidden_layers -2, must be"),
     "a width of 10^9": (config(hidden_size=10**9), "values, .*safetensors holds"),
     "a width of 10^30": (config(hidden_size=10**30), "config.json"),
-    "a width of 0": (config(hidden_size=0), "hidden_size 0, must be a number above 0"),
+    "a width of 0": (config(hidden_size=0), "hidden_size 0, must be a whole number"),
     "a negative width": (config(hidden_size=-32), "hidden_size -32, must be"),
     "a width of 16": (config(hidden_size=16), r"olmoe/model.safetensors lacks|config.json"),
-    "a width that is a text": (config(hidden_size="32"), "hidden_size 32, must be a number"),
-    "a width that is a list": (config(hidden_size=[32]), r"hidden_size \[32\], must be a number"),
-    "a width of 32.5": (config(hidden_size=32.5), "hidden_size 32.5, must be a number"),
-    "a width that is NaN": (literal("hidden_size", "NaN"), "hidden_size nan, must be a number"),
+    "a width that is a text": (config(hidden_size="32"), "hidden_size 32, must be a whole number"),
+    "a width that is a list": (
+        config(hidden_size=[32]),
+        r"hidden_size \[32\], must be a whole",
+    ),
+    "a width of 32.5": (config(hidden_size=32.5), "hidden_size 32.5, must be a whole number"),
+    "a width that is NaN": (
+        literal("hidden_size", "NaN"),
+        "hidden_size nan, must be a whole",
+    ),
     "a width that is infinite": (literal("hidden_size", "1e999"), "hidden_size inf, must be"),
-    "a width that is true": (config(hidden_size=True), "hidden_size True, must be a number"),
+    "a width that is true": (config(hidden_size=True), "hidden_size True, must be a whole number"),
     "an intermediate size of 10^12": (config(intermediate_size=10**12), "holds"),
     "an intermediate size of -16": (config(intermediate_size=-16), "intermediate_size|negative"),
     "10^15 tokens": (config(vocab_size=10**15), "holds"),
@@ -184,11 +189,10 @@ for fault, (change, says) in VALUES.items():
 
 BY_COMMAND: tuple[tuple[Command, str], ...] = (
     (evaluate, "says 1000000000000 experts"),
-    (run, "says 1000000000000 experts"),
-    (prune, "is a profile of another model"),
-    (prune_exactly, "is a profile of another model"),
-    (reweight, "is a profile of another model"),
-    (merge, "is a profile of another model"),
+    (prune, "says 1000000000000 experts"),
+    (prune_exactly, "says 1000000000000 experts"),
+    (reweight, "says 1000000000000 experts"),
+    (merge, "says 1000000000000 experts"),
 )
 for command, says in BY_COMMAND:
     CASES.add(
@@ -206,8 +210,8 @@ CASES.add(
 CASES.add(
     "an edited checkpoint of another count, published",
     in_cut(config(num_experts=5), publish),
-    r"plan\.json is not of these weights",
-    "config.json says 5",
+    r"cut/config\.json",
+    "config.json says 5|says 5 experts",
 )
 CASES.add(
     "an edited checkpoint without a config, published",

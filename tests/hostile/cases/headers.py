@@ -113,7 +113,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "a text": (raw_header('"weights"'), "found a str"),
     "no tensors": (raw_header("{}"), "tensors end at|holds no tensors"),
     "metadata alone": (raw_header('{"__metadata__": {"format": "pt"}}'), "tensors end at"),
-    "10,000 levels of lists": (raw_header(ENTRY + "[" * 10_000), "no JSON object .*recursion"),
+    "10,000 levels of lists": (raw_header(ENTRY + "[" * 10_000), "no JSON object"),
     "a million levels of objects": (raw_header('{"a":' * 1_000_000), "no JSON object"),
     "a name twice": (raw_header(twice()), "a stands in it twice"),
     "a name twice behind 100,000 others": (raw_header(twice_at_the_end()), "99999 stands in it"),
@@ -162,13 +162,20 @@ CASES.add(
     FILE,
     "unknown dtype X",
 )
-for command in (evaluate, prune, reweight, merge, audit, run):
+for command in (evaluate, prune, reweight, merge, audit):
     CASES.add(
         f"an overlap, met by {command.__name__}",
         in_model(moved(-4, after=40_000), command),
         FILE,
         "overlaps the tensor before it",
     )
+CASES.add(
+    "an overlap, met by run",
+    in_model(moved(-4, after=40_000), run),
+    FILE,
+    "stage .*overlaps the tensor before it",
+    keeps="out",
+)
 CASES.add(
     "an overlap in what is published",
     in_cut(moved(-4, after=10_000), publish),

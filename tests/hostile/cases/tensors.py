@@ -122,6 +122,7 @@ CASES.add(
     in_model(filled(EXPERT, NAN, all_of_it=True), run),
     FILE,
     "holds 512 values of 512",
+    keeps="out",
 )
 CASES.add(
     "NaN in an edited checkpoint",

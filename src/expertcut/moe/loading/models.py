@@ -14,13 +14,13 @@ from expertcut.errors import ContractError, ModelError, SettingsError
 from expertcut.moe.contract import MoeBlock, find_blocks
 from expertcut.moe.kernels.experts import BY_EXPERT
 from expertcut.moe.kernels.products import use_faster_products
-from expertcut.moe.loading.checks.counts import check_counts, check_total
-from expertcut.moe.loading.checks.refusals import BRINGS_CODE, refusals_of
+from expertcut.moe.loading.checks.refusals import BRINGS_CODE, check_quantization, refusals_of
 from expertcut.moe.loading.checks.tokenizer import check_files, check_vocabulary
-from expertcut.moe.loading.checks.weights import check_complete, check_finite
+from expertcut.moe.loading.checks.weights import check_complete, check_finite, check_total
 from expertcut.moe.loading.devices import find_device, runs_on, spread
 from expertcut.moe.loading.own_code import check_named, runs_our_code_only
 from expertcut.moe.loading.sources import Source
+from expertcut.moe.stored.counts import check_counts
 from expertcut.moe.stored.headers import read_even_quantized
 from expertcut.moe.stored.objects import read_config
 
@@ -78,7 +78,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, trusting = _checked_config(source, options)
     tokenizer = _tokenizer(source, options)
-    with refusals_of("AutoModelForCausalLM", source.path):
+    with refusals_of("AutoModelForCausalLM", source.path / "config.json"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
@@ -119,6 +119,7 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOpti
             return AutoConfig.from_pretrained(folder, trust_remote_code=True), options
         stored = read_even_quantized(folder)
         check_counts(folder, raw, stored)
+        check_quantization(folder, raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
         with torch.device("meta"):  # tensors with shapes and no bytes
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code)

@@ -5,15 +5,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from expertcut.errors import ModelError
+from expertcut.errors import ContractError, ModelError
 from expertcut.moe.contract import check_family
+from expertcut.moe.stored.counts import EXPERT_COUNT_FIELDS, check_counts, expert_count
 from expertcut.moe.stored.folder import check_folder, refuse_pickles
 from expertcut.moe.stored.headers import read_even_quantized
 from expertcut.moe.stored.objects import read_config
 
-EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
 
 
@@ -62,7 +61,10 @@ def find_source(model: str, revision: str | None = None) -> Source:
         source = Source(model, folder, folder.name)
     check_folder(source.path)
     config = read_config(source.path)
-    check_family(config.get("model_type"))
+    try:
+        check_family(config.get("model_type"))
+    except ContractError as error:
+        raise ContractError(f"{source.path / 'config.json'}: {error}") from None
     if expert_count(config) is None:
         family, fields = str(config.get("model_type"))[:50], ", ".join(EXPERT_COUNT_FIELDS)
         raise ModelError(
@@ -72,7 +74,9 @@ def find_source(model: str, revision: str | None = None) -> Source:
     if not source.weight_files:
         refuse_pickles(source.path)
         raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
-    read_even_quantized(source.path)
+    stored = read_even_quantized(source.path)
+    if "auto_map" not in config:  # else it depends on whether that code is run
+        check_counts(source.path, config, stored)
     return source
 
 
@@ -87,11 +91,3 @@ def _download(model: str, revision: str | None) -> Path:
         raise ModelError(
             f"no such model: {model} is no folder here and the hub says: {reason}"
         ) from None
-
-
-def expert_count(config: dict[str, Any]) -> int | None:
-    """E as config.json states it, None for a model without experts."""
-    text = config.get("text_config")
-    fields = {**(text if isinstance(text, dict) else {}), **config}
-    counts = [fields.get(field) for field in EXPERT_COUNT_FIELDS]
-    return next((n for n in counts if isinstance(n, int) and n > 1), None)

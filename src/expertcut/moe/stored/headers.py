@@ -54,6 +54,12 @@ class Stored:
     metadata: Mapping[str, str]
 
 
+def weights_file(folder: Path) -> Path:
+    """The file that says what weights there are."""
+    index = folder / INDEX_FILE
+    return index if index.exists() else folder / SINGLE_FILE
+
+
 def read_headers(folder: Path) -> Mapping[str, StoredTensor]:
     """The tensors of a checkpoint folder by name, in the order in which they lie on disk.
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.errors import ModelError
+from expertcut.moe.loading.checks.refusals import refusals_of
 from expertcut.moe.stored.objects import read_object
 
 _MAX_BYTES = 500_000_000  # the largest known, with a quarter of a million tokens, has 33 MB
@@ -29,7 +30,8 @@ def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
         ModelError: it does not.
     """
     # Without tokenizer files AutoTokenizer makes one that turns every text into nothing.
-    ids = tokenizer(_PROBE)["input_ids"]
+    with refusals_of("AutoTokenizer", folder / "tokenizer_config.json"):
+        ids = tokenizer(_PROBE)["input_ids"]
     if not ids:
         raise ModelError(f"{folder} holds no tokenizer: add its tokenizer.json")
     if tokenizer.vocab_size > n_embeddings:

@@ -1,6 +1,7 @@
-"""Weights that were loaded: all that the model wants, all of them numbers."""
+"""Weights before and after loading: enough, all that the model wants, all of them numbers."""
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,36 @@ from safetensors import safe_open
 from torch import Tensor
 
 from expertcut.errors import ModelError
-from expertcut.moe.loading.checks.counts import weights_file
+from expertcut.moe.stored.headers import Stored, StoredTensor, weights_file
 
 _CHECKED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+_VALUES_PER_QUANTIZED_BYTE = 8
 
 logger = logging.getLogger(__name__)
+
+
+def check_total(folder: Path, model: Any, stored: Stored) -> None:
+    """That the weights hold about as many values as a model, which was made on the meta device.
+
+    What is lacking is allocated while loading, to be refused by name after that: so not too much.
+
+    Raises:
+        ModelError: they hold less than half of them.
+    """
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(map(_most_values, stored.tensors.values()))
+    if needed > 2 * held:
+        raise ModelError(
+            f"{folder / 'config.json'} describes a model of {needed:,} values, "
+            f"{weights_file(folder)} holds {held:,}: one of them is wrong or not whole"
+        )
+
+
+def _most_values(tensor: StoredTensor) -> int:
+    """Quantized ones, and the integers that others are packed in, hold several in a byte."""
+    if tensor.dtype in ("F64", "F32", "F16", "BF16"):
+        return math.prod(tensor.shape)
+    return (tensor.end - tensor.begin) * _VALUES_PER_QUANTIZED_BYTE
 
 
 def check_complete(folder: Path, info: dict[str, Any]) -> None:

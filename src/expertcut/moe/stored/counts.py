@@ -1,15 +1,14 @@
 """The counts of config.json against the tensors on disk, before memory is taken for any of them."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from expertcut.errors import ModelError
-from expertcut.moe.loading.sources import EXPERT_COUNT_FIELDS, expert_count
-from expertcut.moe.stored.headers import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
+from expertcut.moe.stored.headers import Stored, StoredTensor, weights_file
 
+EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
 _COUNT_FIELDS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"),
@@ -18,7 +17,6 @@ _COUNT_FIELDS = (
 _NUMBER = re.compile(r"\.(\d+)\.")
 _OF_ONE_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d{1,9})\.(?P<part>.+)")
 _CONSTANT = {"approx_value"}  # all that is left of a removed expert of layout exact
-_VALUES_PER_QUANTIZED_BYTE = 8
 
 
 def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> None:
@@ -33,9 +31,8 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
     for name in _COUNT_FIELDS:
         value = fields.get(name)
         if value is not None and (type(value) is not int or value < 1):
-            raise ModelError(
-                f"{file} says {name} {str(value)[:50]}: must be a whole number above 0"
-            )
+            found = str(value)[:50]
+            raise ModelError(f"{file} says {name} {found}, must be a whole number above 0")
     n_experts = expert_count(dict(config)) or 0
     for name in _TOP_K_FIELDS:
         if fields.get(name, 0) > n_experts:
@@ -49,6 +46,14 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
     for block, n_found in _experts_one_by_one(folder, stored):
         if n_found != n_experts:
             raise ModelError(f"{file} says {n_experts} experts, {block} holds {n_found}")
+
+
+def expert_count(config: dict[str, Any]) -> int | None:
+    """E as config.json states it, None for a model without experts."""
+    text = config.get("text_config")
+    fields = {**(text if isinstance(text, dict) else {}), **config}
+    counts = [fields.get(field) for field in EXPERT_COUNT_FIELDS]
+    return next((n for n in counts if isinstance(n, int) and n > 1), None)
 
 
 def _experts_one_by_one(folder: Path, stored: Stored) -> Iterator[tuple[str, int]]:
@@ -81,33 +86,3 @@ def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTe
                     f"{parts[part].file} is damaged: {name} has shape "
                     f"{list(parts[part].shape)}, that of expert {first} {list(wanted[part].shape)}"
                 )
-
-
-def check_total(folder: Path, model: Any, stored: Stored) -> None:
-    """That the weights hold about as many values as a model, which was made on the meta device.
-
-    What is lacking is allocated while loading, to be refused by name after that: so not too much.
-
-    Raises:
-        ModelError: they hold less than half of them.
-    """
-    needed = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(map(_most_values, stored.tensors.values()))
-    if needed > 2 * held:
-        raise ModelError(
-            f"{folder / 'config.json'} describes a model of {needed:,} values, "
-            f"{weights_file(folder)} holds {held:,}: one of them is wrong or not whole"
-        )
-
-
-def _most_values(tensor: StoredTensor) -> int:
-    """Quantized ones, and the integers that others are packed in, hold several in a byte."""
-    if tensor.dtype in ("F64", "F32", "F16", "BF16"):
-        return math.prod(tensor.shape)
-    return (tensor.end - tensor.begin) * _VALUES_PER_QUANTIZED_BYTE
-
-
-def weights_file(folder: Path) -> Path:
-    """The file that says what weights there are."""
-    index = folder / INDEX_FILE
-    return index if index.exists() else folder / SINGLE_FILE
