@@ -107,7 +107,12 @@ PLACES = {
     "the output": "lm_head.weight",
 }
 for place, name in PLACES.items():
-    CASES.add(f"one NaN in {place}", in_model(filled(name, NAN)), FILE, f"{name} that are NaN or")
+    CASES.add(
+        f"one NaN in {place}",
+        in_model(filled(name, NAN)),
+        FILE,
+        f"NaN or infinity, 1 of the .* values of {name}:",
+    )
 CASES.add(
     "infinity in an expert, met by eval", in_model(filled(EXPERT, INF), evaluate), FILE, EXPERT
 )
@@ -115,20 +120,20 @@ CASES.add(
     "minus infinity in a router",
     in_model(filled(PLACES["a router"], -INF)),
     FILE,
-    "mlp.gate.weight that are NaN or infinite",
+    "NaN or infinity, 1 .*mlp.gate.weight",
 )
 CASES.add(
     "NaN in all of an expert, met by run",
     in_model(filled(EXPERT, NAN, all_of_it=True), run),
     FILE,
-    "holds 512 values of 512",
+    "NaN or infinity, 512 of the 512 values",
     keeps="out",
 )
 CASES.add(
     "NaN in an edited checkpoint",
     in_cut(filled(EXPERT.replace(".3.", ".2."), NAN), eval_cut),
     r"cut/model\.safetensors",
-    "NaN or infinite",
+    "NaN or infinity",
 )
 
 
@@ -165,7 +170,7 @@ CASES.add(
     "NaN in one shard of six",
     in_shards(nan_in_a_shard),
     r"sharded/model-00001-of-00006\.safetensors",
-    "NaN or infinite",
+    "NaN or infinity",
 )
 
 

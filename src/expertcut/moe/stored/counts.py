@@ -14,7 +14,7 @@ _COUNT_FIELDS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"),
     *(*EXPERT_COUNT_FIELDS, *_TOP_K_FIELDS),
 )
-_NUMBER = re.compile(r"\.(\d+)\.")
+_NUMBER = re.compile(r"\.(\d{1,9})\.")
 _OF_ONE_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d{1,9})\.(?P<part>.+)")
 _CONSTANT = {"approx_value"}  # all that is left of a removed expert of layout exact
 
@@ -35,11 +35,11 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
             raise ModelError(f"{file} says {name} {found}, must be a whole number above 0")
     n_experts = expert_count(dict(config)) or 0
     for name in _TOP_K_FIELDS:
-        if fields.get(name, 0) > n_experts:
+        if (fields.get(name) or 0) > n_experts:
             raise ModelError(f"{file} routes each token to {fields[name]} of {n_experts} experts")
     numbers = [int(found[1]) for name in stored.tensors if (found := _NUMBER.search(f".{name}"))]
     n_layers = max(numbers, default=-1) + 1
-    if fields.get("num_hidden_layers", 0) > n_layers:
+    if (fields.get("num_hidden_layers") or 0) > n_layers:
         raise ModelError(
             f"{file} says {fields['num_hidden_layers']} layers, the weights hold {n_layers}"
         )

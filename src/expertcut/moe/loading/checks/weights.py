@@ -82,8 +82,8 @@ def check_finite(folder: Path, model: Any, files: list[Path]) -> None:
             if not _is_finite(tensor):
                 n_bad = int((~tensor.isfinite()).sum())
                 raise ModelError(
-                    f"{file} holds {n_bad} values of {tensor.numel()} in {name} that are NaN or "
-                    "infinite: download it again, or ask who made it"
+                    f"{file} holds NaN or infinity, {n_bad} of the {tensor.numel()} values of "
+                    f"{name}: download it again, or ask who made it"
                 )
     if bad is not None:
         raise ModelError(
