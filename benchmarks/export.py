@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expertcut.checkpoints.files.headers import Stored, StoredTensor, read_headers
 from expertcut.checkpoints.files.shards import Rewrite, lay_out
 from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES, write_checkpoint, write_shards
 from expertcut.checkpoints.layouts.exact import exact_rewrite
@@ -30,6 +29,7 @@ from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.interventions.calibration.outputs import zero_outputs
 from expertcut.interventions.plan import Edit
 from expertcut.moe.loading import Source
+from expertcut.moe.stored.headers import Stored, StoredTensor, read_headers
 from expertcut.reporting.tables import Column, Table, as_markdown
 
 Config = dict[str, int]

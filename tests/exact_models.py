@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.checkpoints.files.streaming import write_checkpoint
 from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
 from expertcut.interventions.plan import Edit
 from expertcut.moe.kernels.products import Linear
 from expertcut.moe.loading import MODELLING_FILE, MoeModel, modelling_code, read_config
+from expertcut.moe.stored.headers import read_headers
 from tests.conftest import FAMILIES, make_tokenizer
 
 SMALL = FAMILIES["olmoe"]

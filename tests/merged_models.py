@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.checkpoints.layouts.names import find_disk_blocks
 from expertcut.checkpoints.layouts.neurons import Experts
 from expertcut.checkpoints.merging.merge import Merged, merge
@@ -20,6 +19,7 @@ from expertcut.moe.contract import MoeBlock
 from expertcut.moe.loading import LoadOptions, MoeModel
 from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import encode
+from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertcut.checkpoints.export import removed_experts
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
 from expertcut.checkpoints.unedited import constant_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.plan import Edit
 from expertcut.moe.loading import MODELLING_FILE, MoeModel, modeling_exact, read_config
 from expertcut.moe.observers import Routing, observe_routers
+from expertcut.moe.stored.headers import read_headers
 from expertcut.moe.tilting import Tilts, tilted
 from tests.conftest import DENSE_FIRST, open_model
 from tests.exact_models import (

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.files import streaming
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.checkpoints.layouts.names import find_disk_blocks
 from expertcut.checkpoints.layouts.neurons import Experts
 from expertcut.checkpoints.merging.merge import _is_interleaved
@@ -31,6 +30,7 @@ from expertcut.interventions.prune import Keep, Way, choose
 from expertcut.interventions.questions import questions_for
 from expertcut.interventions.reweighting.targets import tilts
 from expertcut.moe.engine import Engine
+from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.store import Profile
 from expertcut.quiz import round_robin
 from tests.conftest import FAMILIES, open_model

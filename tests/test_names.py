@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertcut.checkpoints.files.headers import StoredTensor
 from expertcut.checkpoints.layouts.names import find_disk_blocks, match_blocks
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
+from expertcut.moe.stored.headers import StoredTensor
 
 Shapes = dict[str, tuple[int, ...]]
 NOTHING = Fitted({}, {})

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertcut.checkpoints.files import copying, streaming
-from expertcut.checkpoints.files.headers import StoredTensor, read_headers, read_stored
 from expertcut.checkpoints.files.shards import Rewrite
 from expertcut.checkpoints.files.streaming import needed_bytes, write_checkpoint
 from expertcut.checkpoints.layouts.names import match_blocks
@@ -25,6 +24,7 @@ from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ModelError, OutputError
 from expertcut.interventions.plan import Edit
 from expertcut.moe.loading import EXPERT_COUNT_FIELDS, MoeModel, read_config
+from expertcut.moe.stored.headers import StoredTensor, read_headers, read_stored
 from tests.conftest import FAMILIES, open_model
 from tests.loaded_stock import apply_stock
 

@@ -14,9 +14,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file, save_file
 
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.cli import main
 from expertcut.interventions.plan import PlanModel, load_plan, plan_text
+from expertcut.moe.stored.headers import read_headers
 from tests.hub import TOKEN, LocalHub
 
 REPO = "birds/cut"

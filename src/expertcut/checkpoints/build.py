@@ -11,7 +11,6 @@ import torch
 
 from expertcut.checkpoints.export import Gathered, check_export, export, removed_experts
 from expertcut.checkpoints.files.folders import check_free, new_folder
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.checkpoints.layouts.exact import as_stored
 from expertcut.checkpoints.layouts.stock import Fitted
 from expertcut.checkpoints.proof import Before, Proof, prove_after, prove_before
@@ -30,6 +29,7 @@ from expertcut.moe.loading import (
     load,
     read_config,
 )
+from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.store import Profile
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from expertcut.checkpoints.files.headers import Stored, read_stored
 from expertcut.checkpoints.files.shards import Rewrite
 from expertcut.checkpoints.files.streaming import check_space, needed_bytes, write_checkpoint
 from expertcut.checkpoints.layouts.exact import (
@@ -27,6 +26,7 @@ from expertcut.interventions.plan import (
     Layout,
 )
 from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
+from expertcut.moe.stored.headers import Stored, read_stored
 from expertcut.profiling.chunks import write_atomically
 
 _NOT_COPIED = {"config.json", PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, "README.md"}

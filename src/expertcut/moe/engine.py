@@ -18,6 +18,7 @@ from expertcut.moe.context import Context
 from expertcut.moe.kernels import attention
 from expertcut.moe.kernels.last_block import last_decoder_layer
 from expertcut.moe.loading import MoeModel
+from expertcut.moe.loading.checks.tokenizer import check_ids
 from expertcut.moe.nonfinite import first_unanswered, not_finite
 from expertcut.moe.packing import Encoded, encode
 from expertcut.moe.passes import Attention, How, OnPass, Run, Watch, ignore
@@ -119,6 +120,9 @@ class Engine:
 
     @torch.inference_mode()
     def _score(self, encoded: Encoded, how: How, watch: Watch) -> Tensor:
+        n_embeddings = len(self.moe.model.get_input_embeddings().weight)
+        for ids in (*encoded.prompts, *encoded.choice_ids):
+            check_ids(self.moe.source.path, ids, n_embeddings)
         most = max(map(len, encoded.choice_ids))
         padded = [[*ids, *[-1] * (most - len(ids))] for ids in encoded.choice_ids]
         choice_NC = torch.tensor(padded, device=self.moe.device)

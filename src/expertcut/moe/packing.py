@@ -5,6 +5,7 @@ Pure: no model is run here.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,11 +118,16 @@ def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int)
     for letter, (*before, last) in zip(LETTERS, answered, strict=False):
         if tuple(before) != ids or last in letter_ids:  # the same one twice is <unk>
             raise ModelError(
-                f"the tokenizer does not write ' {letter}' after 'Answer:' as one token of its "
-                "own: this model cannot be scored by choice letters"
+                f"{_file(tokenizer)} does not write ' {letter}' after 'Answer:' as one token of "
+                "its own: this model cannot be scored by choice letters"
             )
         letter_ids.append(last)
     return tuple(letter_ids)
+
+
+def _file(tokenizer: Any) -> Path:
+    """Its main file, for naming it."""
+    return Path(str(getattr(tokenizer, "name_or_path", ""))) / "tokenizer.json"
 
 
 def cut_packs(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:

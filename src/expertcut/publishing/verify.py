@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from expertcut.checkpoints.files.headers import INDEX_FILE, StoredTensor, read_headers, read_index
 from expertcut.checkpoints.layouts.exact import is_exact
 from expertcut.checkpoints.layouts.names import DiskBlock, match_blocks
 from expertcut.errors import ModelError, PlanError
@@ -20,6 +19,7 @@ from expertcut.interventions.plan import (
     load_plan,
 )
 from expertcut.moe.loading import MODELLING_FILE, Source, expert_count, find_source, read_config
+from expertcut.moe.stored.headers import INDEX_FILE, StoredTensor, read_headers, read_index
 
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"

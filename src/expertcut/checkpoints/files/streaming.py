@@ -23,7 +23,9 @@ from expertcut.checkpoints.files.copying import (
     write_all,
 )
 from expertcut.checkpoints.files.folders import failed, sync_folder
-from expertcut.checkpoints.files.headers import (
+from expertcut.checkpoints.files.shards import Piece, Rewrite, Shard, index_bytes, lay_out
+from expertcut.errors import ModelError, OutputError
+from expertcut.moe.stored.headers import (
     DTYPES,
     INDEX_FILE,
     Stored,
@@ -31,8 +33,6 @@ from expertcut.checkpoints.files.headers import (
     read_index,
     read_stored,
 )
-from expertcut.checkpoints.files.shards import Piece, Rewrite, Shard, index_bytes, lay_out
-from expertcut.errors import ModelError, OutputError
 
 MAX_SHARD_BYTES = 5_000_000_000
 _AHEAD = 8  # tensors that the disk fetches while others are written

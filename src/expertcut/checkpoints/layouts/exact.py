@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.files.headers import DTYPES, StoredTensor
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.layouts.names import DiskBlock, find_disk_blocks
 from expertcut.checkpoints.layouts.stock import scaled_experts
@@ -21,6 +20,7 @@ from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.calibration.outputs import Constants, Removed
 from expertcut.interventions.plan import Edit
 from expertcut.moe.loading import MODELLING_FILE, expert_count
+from expertcut.moe.stored.headers import DTYPES, StoredTensor
 
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
 FAMILIES = {

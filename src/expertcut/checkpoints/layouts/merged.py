@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.files.headers import DTYPES
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.layouts.names import DiskBlock, Headers, blocks_of
 from expertcut.checkpoints.layouts.neurons import Experts, ExpertTensor
@@ -20,6 +19,7 @@ from expertcut.errors import ContractError
 from expertcut.interventions.merging.grouping import members_of
 from expertcut.interventions.merging.routing import Rows
 from expertcut.interventions.plan import Edit
+from expertcut.moe.stored.headers import DTYPES
 
 Orders = Mapping[str, Mapping[int, Tensor]]  # by block name and member: its neurons in order (I,)
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from expertcut.checkpoints.files.headers import StoredTensor
 from expertcut.errors import ContractError
+from expertcut.moe.stored.headers import StoredTensor
 
 logger = logging.getLogger(__name__)
 

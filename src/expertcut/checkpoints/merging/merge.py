@@ -18,7 +18,6 @@ from expertcut.checkpoints.build import (
 )
 from expertcut.checkpoints.export import Gathered, check_export, export
 from expertcut.checkpoints.files.folders import check_free, new_folder
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.checkpoints.layouts.merged import Merging
 from expertcut.checkpoints.layouts.neurons import aligned_neurons
 from expertcut.checkpoints.merging.unedited_router import Router, under, unedited_routers
@@ -31,6 +30,7 @@ from expertcut.interventions.plan import Draft, Edit, save_plan
 from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import Source
+from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.store import Profile
 
 

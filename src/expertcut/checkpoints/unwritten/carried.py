@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.export import Gathered
-from expertcut.checkpoints.files.headers import DTYPES, read_headers
 from expertcut.checkpoints.layouts.names import match_blocks
 from expertcut.checkpoints.unedited import at_run_time
 from expertcut.errors import ContractError
@@ -15,6 +14,7 @@ from expertcut.interventions.plan import Draft
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.passes import OnPass
+from expertcut.moe.stored.headers import DTYPES, read_headers
 
 
 @contextmanager

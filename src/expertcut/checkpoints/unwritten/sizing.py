@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from expertcut.checkpoints.export import check_layout, cut_rewrite
-from expertcut.checkpoints.files.headers import read_stored
 from expertcut.checkpoints.files.shards import lay_out
 from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES
 from expertcut.errors import PlanError
@@ -12,6 +11,7 @@ from expertcut.interventions.plan import Draft, Layout
 from expertcut.interventions.prune import Pruning, cut
 from expertcut.interventions.ranking import Ranking
 from expertcut.moe.loading import Source
+from expertcut.moe.stored.headers import read_stored
 
 SizeOf = Callable[[Draft], int]
 

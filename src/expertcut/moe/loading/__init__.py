@@ -2,13 +2,9 @@
 
 from expertcut.moe.loading.models import LoadOptions, MoeModel, fits_in_memory, load
 from expertcut.moe.loading.own_code import MODELLING_FILE, modelling_code
-from expertcut.moe.loading.sources import (
-    EXPERT_COUNT_FIELDS,
-    Source,
-    expert_count,
-    find_source,
-    read_config,
-)
+from expertcut.moe.loading.sources import Source, find_source
+from expertcut.moe.stored.counts import EXPERT_COUNT_FIELDS, expert_count
+from expertcut.moe.stored.objects import read_config
 
 __all__ = [
     "EXPERT_COUNT_FIELDS",

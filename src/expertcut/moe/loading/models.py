@@ -1,6 +1,5 @@
 """From a checkpoint's folder to a model whose experts can be watched."""
 
-import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,20 +8,23 @@ from typing import Any
 import psutil
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from expertcut.errors import ModelError, SettingsError
+from expertcut.errors import ContractError, ModelError, SettingsError
 from expertcut.moe.contract import MoeBlock, find_blocks
 from expertcut.moe.kernels.experts import BY_EXPERT
 from expertcut.moe.kernels.products import use_faster_products
+from expertcut.moe.loading.checks.refusals import BRINGS_CODE, check_quantization, refusals_of
+from expertcut.moe.loading.checks.tokenizer import check_files, check_vocabulary
+from expertcut.moe.loading.checks.weights import check_complete, check_finite, check_total
 from expertcut.moe.loading.devices import find_device, runs_on, spread
-from expertcut.moe.loading.own_code import runs_our_code_only
-from expertcut.moe.loading.sources import Source, read_config
-
-logger = logging.getLogger(__name__)
+from expertcut.moe.loading.own_code import check_named, runs_our_code_only
+from expertcut.moe.loading.sources import Source
+from expertcut.moe.stored.counts import check_counts
+from expertcut.moe.stored.headers import read_even_quantized
+from expertcut.moe.stored.objects import read_config
 
 _PROBE_TOKENS = 16
-_BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
 _ALIGNMENT_BYTES = 64  # what torch gives to new tensors
 _MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
 
@@ -74,32 +76,84 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     """
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
-    trusting = replace(options, trust_remote_code=_may_run_code(source, options))
-    config = _from_pretrained(AutoConfig, source, trusting)
-    model, info = _from_pretrained(
-        AutoModelForCausalLM,
-        source,
-        trusting,
-        config=config,
-        dtype=_dtype(options.dtype, device),
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # refused below, by name
-        output_loading_info=True,
-        **spreading,
-    )
-    _check_weights(source, info, is_trusted=trusting.trust_remote_code)
+    config, trusting = _checked_config(source, options)
+    tokenizer = _tokenizer(source, options)
+    with refusals_of("AutoModelForCausalLM", source.path / "config.json"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            trust_remote_code=trusting.trust_remote_code,
+            local_files_only=True,
+            dtype=_dtype(options.dtype, device),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            # Nothing is generated here; without it, transformers runs custom_generate/generate.py.
+            generation_config=GenerationConfig(),
+            **spreading,
+        )
+    _check_complete(source, info, is_trusted=trusting.trust_remote_code)
+    check_finite(source.path, model, source.weight_files)
     model = (model if spreading else model.to(device)).eval().requires_grad_(False)
     set_attention(model)
-    device = runs_on(model.get_input_embeddings())
-    if device.type == "cpu":
+    if runs_on(model.get_input_embeddings()).type == "cpu":
         # The loop that statistics watch too, so they change no bit.
         model.set_experts_implementation(BY_EXPERT)
         use_faster_products(model)
         _align(model)
-    tokenizer = _from_pretrained(AutoTokenizer, source, options)
-    _check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
+    check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
+    return MoeModel(source, model, tokenizer, _blocks(source, model))
+
+
+def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOptions]:
+    """The config, held against the weights, and the options to load the model with.
+
+    The modelling file of this package is trusted without being asked for. What other code that the
+    user trusts makes of the config is not checked.
+    """
+    folder, raw = source.path, read_config(source.path)
+    check_named(folder, raw)
+    may_run_code = options.trust_remote_code or runs_our_code_only(folder, raw)
+    with refusals_of("AutoConfig", folder / "config.json"):
+        if options.trust_remote_code and "auto_map" in raw:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True), options
+        stored = read_even_quantized(folder)
+        check_counts(folder, raw, stored)
+        check_quantization(folder, raw)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
+        with torch.device("meta"):  # tensors with shapes and no bytes
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code)
+        check_total(folder, model, stored)
+    return config, replace(options, trust_remote_code=may_run_code)
+
+
+def _tokenizer(source: Source, options: LoadOptions) -> Any:
+    check_files(source.path)
+    with refusals_of("AutoTokenizer", source.path / "tokenizer.json"):
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+
+
+def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
+    device = runs_on(model.get_input_embeddings())
     probe_1T = torch.arange(_PROBE_TOKENS, device=device)[None] % model.config.vocab_size
-    return MoeModel(source, model, tokenizer, find_blocks(model, probe_1T))
+    try:
+        return find_blocks(model, probe_1T)
+    except ContractError as error:
+        raise ContractError(f"{source.path / 'config.json'}: {error}") from None
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{source.path / 'config.json'} describes a model that does not run: {reason}"
+        ) from error
+
+
+def _check_complete(source: Source, info: dict[str, Any], *, is_trusted: bool) -> None:
+    is_lacking = info["missing_keys"] or info["mismatched_keys"]
+    if is_lacking and not is_trusted and "auto_map" in read_config(source.path):
+        raise ModelError(f"{source.path / 'config.json'} {BRINGS_CODE}")
+    check_complete(source.path, info)
 
 
 def fits_in_memory(source: Source, options: LoadOptions) -> bool:
@@ -130,36 +184,6 @@ def _align(model: Any) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _may_run_code(source: Source, options: LoadOptions) -> bool:
-    return options.trust_remote_code or runs_our_code_only(source.path, read_config(source.path))
-
-
-def _check_weights(source: Source, info: dict[str, Any], *, is_trusted: bool) -> None:
-    lost = sorted(info["missing_keys"])
-    lost += sorted(
-        f"{name} of shape {list(wanted)} (it has {list(found)})"
-        for name, found, wanted in info["mismatched_keys"]
-    )
-    if lost and not is_trusted and "auto_map" in read_config(source.path):
-        raise ModelError(f"{source.id} {_BRINGS_CODE}")
-    if lost:
-        raise ModelError(f"{source.id} lacks {len(lost)} of its weights, first {lost[0]}")
-    if info["unexpected_keys"]:
-        n_left, first = len(info["unexpected_keys"]), min(info["unexpected_keys"])
-        logger.warning("%s: no place for %d tensors, first %s: left out", source.id, n_left, first)
-
-
-def _check_tokenizer(source: Source, tokenizer: Any, n_embeddings: int) -> None:
-    # Without tokenizer files AutoTokenizer makes one that turns every text into nothing.
-    if not tokenizer("A")["input_ids"]:
-        raise ModelError(f"{source.id} holds no tokenizer: add its tokenizer.json")
-    if tokenizer.vocab_size > n_embeddings:
-        raise ModelError(
-            f"{source.id}: its tokenizer has {tokenizer.vocab_size} tokens but its embedding "
-            f"{n_embeddings}: they belong to different models"
-        )
-
-
 def set_attention(model: Any) -> None:
     """Sdpa where the model has it, else eager: the two whose masks the engine knows."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
@@ -167,23 +191,6 @@ def set_attention(model: Any) -> None:
             model.set_attn_implementation("sdpa")
         except ValueError:
             model.set_attn_implementation("eager")
-
-
-def _from_pretrained(cls: Any, source: Source, options: LoadOptions, **kwargs: Any) -> Any:
-    try:
-        return cls.from_pretrained(
-            source.path,
-            trust_remote_code=options.trust_remote_code,
-            local_files_only=True,
-            **kwargs,
-        )
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            error = ValueError(f"it {_BRINGS_CODE}")
-        if "provide an `offload_folder`" in str(error):
-            error = ValueError("it fits in no memory: name a folder for the rest with --offload")
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{source.id} cannot be loaded by {cls.__name__}: {reason}") from error
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

@@ -7,7 +7,15 @@ without `--trust-remote-code`.
 from pathlib import Path
 from typing import Any
 
+from expertcut.errors import ModelError
+from expertcut.moe.stored.headers import INDEX_FILE, SINGLE_FILE
+
 MODELLING_FILE = "modeling_exact.py"
+_WEIGHTS = "transformers_weights"  # names the file of the weights, in transformers 5
+_IMPLEMENTATIONS = (
+    *("attn_implementation", "_attn_implementation"),
+    *("experts_implementation", "_experts_implementation"),
+)
 
 
 def modelling_code() -> bytes:
@@ -26,3 +34,25 @@ def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
         return False
     file = folder / MODELLING_FILE
     return file.is_file() and file.read_bytes() == modelling_code()
+
+
+def check_named(folder: Path, config: dict[str, Any]) -> None:
+    """That config.json names no other weights than those that are checked, and no kernels.
+
+    Kernels are code that transformers would fetch from the Hub and run without being asked.
+
+    Raises:
+        ModelError: it does.
+    """
+    file, weights = folder / "config.json", config.get(_WEIGHTS)
+    if weights not in (None, SINGLE_FILE, INDEX_FILE):
+        raise ModelError(f"{file} says {_WEIGHTS} {str(weights)[:100]!r}: must be {SINGLE_FILE}")
+    for part in (config, config.get("text_config")):
+        for name in _IMPLEMENTATIONS:
+            named = part.get(name) if isinstance(part, dict) else None
+            for value in named.values() if isinstance(named, dict) else (named,):
+                if value is not None and not (isinstance(value, str) and value.isidentifier()):
+                    raise ModelError(
+                        f"{file} says {name} {str(value)[:100]!r}, which is code of others: "
+                        "take that line out"
+                    )

@@ -5,12 +5,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from expertcut.errors import ModelError
+from expertcut.errors import ContractError, ModelError
 from expertcut.moe.contract import check_family
+from expertcut.moe.stored.counts import EXPERT_COUNT_FIELDS, check_counts, expert_count
+from expertcut.moe.stored.folder import check_folder, refuse_pickles
+from expertcut.moe.stored.headers import read_even_quantized
+from expertcut.moe.stored.objects import read_config
 
-EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
 
 
@@ -54,7 +56,8 @@ def find_source(model: str, revision: str | None = None) -> Source:
     """The checkpoint's folder; a hub id is downloaded, safetensors only, or read from the cache.
 
     Raises:
-        ModelError: no such folder or repository, no config, not a MoE model, or no safetensors.
+        ModelError: no such folder or repository, no config, not a MoE model, no safetensors, or
+            files that do not hold together or lead elsewhere.
     """
     path = Path(model)
     if path.is_dir():
@@ -64,15 +67,24 @@ def find_source(model: str, revision: str | None = None) -> Source:
     else:
         folder = _download(model, revision)
         source = Source(model, folder, folder.name)
+    check_folder(source.path)
     config = read_config(source.path)
-    check_family(config.get("model_type"))
+    try:
+        check_family(config.get("model_type"))
+    except ContractError as error:
+        raise ContractError(f"{source.path / 'config.json'}: {error}") from None
     if expert_count(config) is None:
+        family, fields = str(config.get("model_type"))[:50], ", ".join(EXPERT_COUNT_FIELDS)
         raise ModelError(
-            f"{model} is not a MoE model: its config.json (model_type "
-            f"{config.get('model_type')!r}) has no {', '.join(EXPERT_COUNT_FIELDS)} above 1"
+            f"{model} is not a MoE model: its config.json (model_type {family!r}) has no {fields} "
+            "above 1"
         )
     if not source.weight_files:
+        refuse_pickles(source.path)
         raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
+    stored = read_even_quantized(source.path)
+    if "auto_map" not in config:  # else it depends on whether that code is run
+        check_counts(source.path, config, stored)
     return source
 
 
@@ -87,29 +99,3 @@ def _download(model: str, revision: str | None) -> Path:
         raise ModelError(
             f"no such model: {model} is no folder here and the hub says: {reason}"
         ) from None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json as it stands.
-
-    Raises:
-        ModelError: missing, or not a JSON object.
-    """
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} holds no model: it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds a {type(config).__name__}, must be a JSON object")
-    return config
-
-
-def expert_count(config: dict[str, Any]) -> int | None:
-    """E as config.json states it, None for a model without experts."""
-    text = config.get("text_config")
-    fields = {**(text if isinstance(text, dict) else {}), **config}
-    counts = [fields.get(field) for field in EXPERT_COUNT_FIELDS]
-    return next((n for n in counts if isinstance(n, int) and n > 1), None)

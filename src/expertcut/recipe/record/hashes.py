@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from expertcut.errors import ModelError, QuizError, RecipeError
+from expertcut.moe.stored.folder import check_folder
 from expertcut.quiz import DEFAULT_QUIZ, Quiz, Selection, load_quiz
 from expertcut.quiz.sources import MMLU_HUB_ID, MMLU_REVISION
 
@@ -94,13 +95,14 @@ def model_content(model: str, commit: str | None, stamps: Stamps, *, has_code: b
     """Of a folder a hash over its files, of a hub id `id@commit`, None while that is not known.
 
     Raises:
-        ModelError: a folder without a model.
+        ModelError: a folder without a model, or with files that lead elsewhere.
     """
     folder = Path(model)
     if folder.is_dir():
         files = model_files(folder, has_code=has_code)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{model} holds no model: it has no config.json")
+        check_folder(folder)
         found = stamps.of(files)
         return sha256_of({Path(name).name: content for name, content in found.items()})
     return f"{model}@{commit}" if commit else None

@@ -1,6 +1,5 @@
 """What lies where in a checkpoint's safetensors files, read from their headers and nothing else."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from expertcut.errors import ModelError
-from expertcut.moe.loading import read_config
+from expertcut.moe.stored.objects import check_size, parse, read_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -21,10 +20,19 @@ DTYPES = {
     **{"U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"F32": torch.float32, "F64": torch.float64},
 }
-_QUANTIZED_DTYPES = ("F8_", "F6_", "F4")
+_QUANTIZED_BITS = {
+    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
 _QUANTIZED_NAMES = ("_blocks", "_scales", ".weight_scale_inv")  # MXFP4; block-wise fp8
 _SERIES = re.compile(r"-of-\d+\.safetensors$")
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# The format allows 100 MB, but what that unfolds to fills a machine; 200,000 tensors need less.
+_MAX_HEADER_BYTES = 25_000_000
+_MAX_INDEX_BYTES = 50_000_000
+_MAX_AXES = 16
+_MAX_LENGTH = 2**63 - 1  # of an axis
+_MAX_NAME = 255  # of a file, on every system
+_MAX_LINE = 300  # a name may be as long as the header
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,12 @@ class Stored:
     metadata: Mapping[str, str]
 
 
+def weights_file(folder: Path) -> Path:
+    """The file that says what weights there are."""
+    index = folder / INDEX_FILE
+    return index if index.exists() else folder / SINGLE_FILE
+
+
 def read_headers(folder: Path) -> Mapping[str, StoredTensor]:
     """The tensors of a checkpoint folder by name, in the order in which they lie on disk.
 
@@ -62,6 +76,22 @@ def read_stored(folder: Path) -> Stored:
         ModelError: a header or index that does not hold together, or quantized weights.
     """
     _refuse_quantized_config(folder)
+    stored = read_even_quantized(folder)
+    for name, tensor in stored.tensors.items():
+        if tensor.dtype in _QUANTIZED_BITS or name.endswith(_QUANTIZED_NAMES):
+            raise ModelError(
+                f"{tensor.file} is quantized ({name} is {tensor.dtype}): "
+                "take the bf16, f16 or f32 weights instead"
+            )
+    return stored
+
+
+def read_even_quantized(folder: Path) -> Stored:
+    """What `read_stored` gives, quantized weights included: those that only run may be.
+
+    Raises:
+        ModelError: a header or index that does not hold together.
+    """
     index = read_index(folder)
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
@@ -100,7 +130,8 @@ def read_index(folder: Path) -> dict[str, str]:
             raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         return {}
     try:
-        content = _parse(file.read_bytes())
+        check_size(file, _MAX_INDEX_BYTES)
+        content = parse(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(file, f"it is no JSON object ({error})") from None
     index = content.get("weight_map")
@@ -126,7 +157,7 @@ def _refuse_forgotten_files(folder: Path, indexed: set[str]) -> None:
 def _is_file_name(name: object) -> bool:
     """Whether it names a file in the same folder, on every system."""
     is_text = isinstance(name, str) and name.endswith(".safetensors")
-    return is_text and not set("/\\:\0") & set(str(name))
+    return is_text and len(str(name)) <= _MAX_NAME and not set("/\\:\0") & set(str(name))
 
 
 def _check_against_index(file: Path, found: set[str], index: Mapping[str, str]) -> None:
@@ -143,9 +174,11 @@ def _read_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             size_bytes = stream.seek(0, 2)
             stream.seek(0)
             n = int.from_bytes(stream.read(8), "little")
-            if size_bytes < 8 or n > min(size_bytes - 8, _MAX_HEADER_BYTES):
+            if size_bytes < 8 or n > size_bytes - 8:
                 raise _damaged(file, f"a header of {n} bytes cannot lie in {size_bytes} bytes")
-            header = _parse(stream.read(n))
+            if n > _MAX_HEADER_BYTES:
+                raise _damaged(file, f"a header of {n:,} bytes is more than any model needs")
+            header = parse(stream.read(n))
     except FileNotFoundError:
         raise ModelError(f"{file} is missing, but the index names it: download it again") from None
     except OSError as error:
@@ -161,38 +194,15 @@ def _read_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return placed, metadata
 
 
-def _parse(content: bytes) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: anything else, or a name that stands in it twice.
-    """
-    value = json.loads(content.decode("utf-8"), object_pairs_hook=_distinct)
-    if not isinstance(value, dict):
-        raise ValueError(f"found a {type(value).__name__}")
-    return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands in it twice")
-    return found
-
-
 def _tensor(file: Path, name: str, entry: object, data_begin: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = _fields(entry)
     except (KeyError, TypeError, ValueError):
         raise _damaged(file, f"{name} has no dtype, shape and data_offsets") from None
-    if dtype.startswith(_QUANTIZED_DTYPES) or name.endswith(_QUANTIZED_NAMES):
-        raise ModelError(
-            f"{file} is quantized ({name} is {dtype}): take the bf16, f16 or f32 weights instead"
-        )
-    if dtype not in DTYPES:
+    bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _QUANTIZED_BITS.get(dtype)
+    if bits is None:
         raise _damaged(file, f"{name} has the unknown dtype {dtype}")
-    size_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    size_bytes = -(-math.prod(shape) * bits // 8)
     if end - begin != size_bytes:
         raise _damaged(file, f"{name} has {end - begin} bytes, its shape needs {size_bytes}")
     return StoredTensor(file, dtype, shape, data_begin + begin, data_begin + end)
@@ -202,14 +212,17 @@ def _fields(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     if not isinstance(entry["dtype"], str):
         raise TypeError
     begin, end = _counts(entry["data_offsets"])
-    return entry["dtype"], tuple(_counts(entry["shape"])), (begin, end)
+    shape = tuple(_counts(entry["shape"]))
+    if len(shape) > _MAX_AXES:  # their product would take hours
+        raise ValueError
+    return entry["dtype"], shape, (begin, end)
 
 
 def _counts(values: list[Any]) -> Iterator[int]:
     if not isinstance(values, list):
         raise TypeError
     for value in values:
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value <= _MAX_LENGTH:
             raise ValueError
         yield value
 
@@ -226,4 +239,5 @@ def _check_places(file: Path, placed: Mapping[str, StoredTensor], begin: int, en
 
 
 def _damaged(file: Path, fault: str) -> ModelError:
+    fault = fault if len(fault) <= _MAX_LINE else f"{fault[:_MAX_LINE]}…"
     return ModelError(f"{file} is damaged: {fault}: download it again")

@@ -1,0 +1,55 @@
+"""The tokenizer of a checkpoint: loaded without its code, and such that a prompt can be read."""
+
+from pathlib import Path
+from typing import Any
+
+from expertcut.errors import ModelError
+from expertcut.moe.loading.checks.refusals import refusals_of
+from expertcut.moe.stored.objects import read_object
+
+_MAX_BYTES = 500_000_000  # the largest known, with a quarter of a million tokens, has 33 MB
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_PROBE = "Answer: A"
+
+
+def check_files(folder: Path) -> None:
+    """That the files which transformers reads hold JSON objects.
+
+    Raises:
+        ModelError: one does not.
+    """
+    for name in _FILES:
+        if (folder / name).exists():
+            read_object(folder / name, _MAX_BYTES)
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
+    """That it turns text into ids that the model has an embedding for.
+
+    Raises:
+        ModelError: it does not.
+    """
+    # Without tokenizer files AutoTokenizer makes one that turns every text into nothing.
+    with refusals_of("AutoTokenizer", folder / "tokenizer_config.json"):
+        ids = tokenizer(_PROBE)["input_ids"]
+    if not ids:
+        raise ModelError(f"{folder} holds no tokenizer: add its tokenizer.json")
+    if tokenizer.vocab_size > n_embeddings:
+        raise ModelError(
+            f"{folder / 'tokenizer.json'}: its tokenizer has {tokenizer.vocab_size} tokens but "
+            f"the embedding of the weights {n_embeddings}: they belong to different models"
+        )
+    check_ids(folder, ids, n_embeddings)
+
+
+def check_ids(folder: Path, ids: Any, n_embeddings: int) -> None:
+    """That each token of a prompt has an embedding.
+
+    Raises:
+        ModelError: one has none.
+    """
+    if (largest := max(ids, default=0)) >= n_embeddings:
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} gives a prompt the token {largest}, but the weights have "
+            f"embeddings for {n_embeddings}: they belong to different models"
+        )

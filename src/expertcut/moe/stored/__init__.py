@@ -1,0 +1,1 @@
+"""What lies in a checkpoint's folder, checked before any of it is believed; no model is made."""
