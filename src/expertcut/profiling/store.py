@@ -1,7 +1,6 @@
 """A profile on disk: `profile.json`, one safetensors file per chunk, and `run.json`."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -10,22 +9,17 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from expertcut.documents.reading import parse_json, read_file
+from expertcut.documents.records import Identified, Record, load_record
 from expertcut.errors import ProfileError
 from expertcut.profiling.chunks import Arrays, read_chunk
+from expertcut.profiling.sound import NO_CHOICE, Expected, Stats, arrays_fault
 from expertcut.quiz import Quiz
 
 CHUNK_QUESTIONS = 256
-NO_CHOICE = 255  # in order_NC, where a question has fewer choices
 _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
-Stats = Literal["none", "answer", "all"]
-
-
-class Record(BaseModel):
-    """Base of what is written as JSON: unknown keys and NaN are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BlockInfo(Record):
@@ -44,11 +38,9 @@ class BlockInfo(Record):
     selection_bias: bool | None = None
 
 
-class ModelInfo(Record):
+class ModelInfo(Identified):
     """Which model, to the last bit of its weights."""
 
-    id: str
-    revision: str | None
     fingerprint: str
     blocks: tuple[BlockInfo, ...] = Field(min_length=1)
 
@@ -60,11 +52,9 @@ class SubjectInfo(Record):
     content_hash: str
 
 
-class QuizInfo(Record):
+class QuizInfo(Identified):
     """Which questions."""
 
-    id: str
-    revision: str | None
     split: str
     shots: int = Field(ge=0)
     limit: int | None
@@ -135,7 +125,7 @@ class Profile:
     def finished_at(self) -> float | None:
         """Seconds since the epoch, None while chunks are missing."""
         try:
-            run = json.loads((self.path / "run.json").read_text())
+            run = parse_json(read_file(self.path / "run.json"))
             return None if self.missing else float(run["finished"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -158,9 +148,18 @@ class Profile:
                 "run the same `expertcut profile` again to finish it"
             )
         return [
-            read_chunk(self.chunk_path(name), self.info.place(name, subject))
-            for name, subject, _ in self.info.chunks()
+            self._chunk(name, subject, n_questions)
+            for name, subject, n_questions in self.info.chunks()
         ]
+
+    def _chunk(self, name: str, subject: str, n_questions: int) -> Arrays:
+        path, blocks = self.chunk_path(name), self.info.model.blocks
+        arrays = read_chunk(path, self.info.place(name, subject))
+        experts = tuple(block.experts for block in blocks)
+        expected = Expected(n_questions, experts, blocks[0].top_k, self.info.settings.stats)
+        if (found := arrays_fault(arrays, expected)) is not None:
+            raise ProfileError(f"{path} is damaged ({found}): profile again to redo it")
+        return arrays
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """A per-question array (first axis N) over all chunks.
@@ -202,15 +201,9 @@ def load_profile(path: Path) -> Profile:
         ProfileError: no profile there, or its description does not hold.
     """
     file = path / "profile.json"
-    try:
-        info = ProfileInfo.model_validate_json(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ProfileError(f"no profile in {path}: it has no profile.json") from None
-    except ValidationError as error:
-        raise ProfileError(f"{file} is no profile: {first_fault(error)}") from None
-    except OSError as error:
-        raise ProfileError(f"{file} cannot be read: {error.strerror}") from None
-    return Profile(path, info)
+    if not file.exists():
+        raise ProfileError(f"no profile in {path}: it has no profile.json")
+    return Profile(path, load_record(file, ProfileInfo, ProfileError, "is no profile"))
 
 
 def newest_profile(root: Path = Path("profiles")) -> Profile:
@@ -241,10 +234,3 @@ def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
         limit=limit,
         subjects=subjects,
     )
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first thing that a validation found, in one line."""
-    fault = error.errors()[0]
-    place = ".".join(map(str, fault["loc"])) or "the file"
-    return f"{place}: {fault['msg']}"

@@ -5,9 +5,10 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
+from expertcut.documents.records import Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.interventions.plan import Layout, PlanModel, Positions
-from expertcut.profiling.store import Record, Settings
+from expertcut.profiling.store import Settings
 
 AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]

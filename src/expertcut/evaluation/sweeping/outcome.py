@@ -1,16 +1,17 @@
 """`sweep.json`: what each cut of a grid would answer, and how large it would be. No torch here."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
 
+from expertcut.documents.records import Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult
 from expertcut.interventions.budgets import Budget
 from expertcut.interventions.plan import Fold, Layout, Positions, Removed
-from expertcut.profiling.store import ProfileInfo, Record
+from expertcut.profiling.store import ProfileInfo
 
 SWEEP_FILE = "sweep.json"
 
@@ -40,7 +41,7 @@ class SweptModel(Record):
 
     accuracy: FiniteFloat
     ci95: tuple[FiniteFloat, FiniteFloat]
-    questions: int
+    questions: Annotated[int, Field(ge=0)]
     right_logprob: FiniteFloat
     parameters: int
     active_parameters: int
