@@ -1,8 +1,8 @@
 """All cases of all kinds."""
 
 from tests.hostile.case import Case
-from tests.hostile.cases import indexes
+from tests.hostile.cases import documents, plans, profiles, quizzes, recipes, results
 
 CASES: dict[str, Case] = {}
-for kind in (indexes,):
+for kind in (documents, profiles, plans, results, recipes, quizzes):
     CASES.update(kind.CASES)

@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from expertcut.documents.reading import parse_json, read_file
 from expertcut.errors import ExpertcutError
@@ -12,6 +12,16 @@ from expertcut.errors import ExpertcutError
 Document = TypeVar("Document", bound=BaseModel)
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.A)
 REVISION = re.compile(r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}", re.A)
+
+
+def _no_truth(value: object) -> object:
+    """True equals 1, and is no version."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Format1 = Annotated[Literal[1], BeforeValidator(_no_truth)]
 
 
 class Record(BaseModel):

@@ -1,11 +1,11 @@
 """`results.json`: how models did on the same questions. No torch here, so that it shows at once."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from expertcut.documents.records import Record, load_record
+from expertcut.documents.records import Format1, Record, load_record
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
 
@@ -78,7 +78,7 @@ class ComparisonResult(Record):
 class Results(Record):
     """`results.json`; the first model is the base of every comparison."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     quiz: str
     revision: str | None
     split: str

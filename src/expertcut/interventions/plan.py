@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents.reading import read_file
-from expertcut.documents.records import Identified, Record, load_record
+from expertcut.documents.records import Format1, Identified, Record, load_record
 from expertcut.errors import PlanError
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.store import ModelInfo
@@ -99,7 +99,7 @@ class Point(Record):
 class Plan(Record):
     """`plan.json`."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     model: PlanModel
     action: str
     criterion: str

@@ -18,13 +18,12 @@ from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
+from expertcut.profiling.sound import NO_CHOICE, Stats
 from expertcut.profiling.store import (
-    NO_CHOICE,
     BlockInfo,
     ModelInfo,
     ProfileInfo,
     Settings,
-    Stats,
     load_profile,
     quiz_info,
 )

@@ -5,20 +5,22 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from expertcut.documents.reading import parse_json, read_file
-from expertcut.documents.records import Identified, Record, load_record
+from expertcut.documents.records import Format1, Identified, Record, load_record
 from expertcut.errors import ProfileError
 from expertcut.profiling.chunks import Arrays, read_chunk
 from expertcut.profiling.sound import NO_CHOICE, Expected, Stats, arrays_fault
 from expertcut.quiz import Quiz
 
 CHUNK_QUESTIONS = 256
+MOST_EXPERTS = 1 << 15  # they are kept as int16
+MOST_QUESTIONS = 10_000_000  # of a subject
 _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
 
 
@@ -29,13 +31,21 @@ class BlockInfo(Record):
     """
 
     name: str
-    experts: int = Field(ge=1)
+    experts: int = Field(ge=1, le=MOST_EXPERTS)
     top_k: int = Field(ge=1)
     scoring: Literal["softmax", "sigmoid"]
     inflates: bool
     groups: int = Field(ge=1)
     top_groups: int = Field(ge=1)
     selection_bias: bool | None = None
+
+    @model_validator(mode="after")
+    def _can_route(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"routes each token to {self.top_k} of {self.experts} experts")
+        if self.experts % self.groups or self.top_groups > self.groups:
+            raise ValueError(f"{self.experts} experts do not lie in {self.groups} groups")
+        return self
 
 
 class ModelInfo(Identified):
@@ -44,11 +54,17 @@ class ModelInfo(Identified):
     fingerprint: str
     blocks: tuple[BlockInfo, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _blocks_have_names(self) -> Self:
+        if len({block.name for block in self.blocks}) < len(self.blocks):
+            raise ValueError("two blocks have one name")
+        return self
+
 
 class SubjectInfo(Record):
     """One subject's questions; the hash covers its shots too."""
 
-    questions: int = Field(ge=1)
+    questions: int = Field(ge=1, le=MOST_QUESTIONS)
     content_hash: str
 
 
@@ -66,8 +82,8 @@ class Settings(Record):
 
     dtype: str
     device_type: str
-    threads: int = Field(ge=1)
-    batch_tokens: int = Field(ge=1)
+    threads: int = Field(ge=1, le=4096)
+    batch_tokens: int = Field(ge=1, le=1 << 30)
     stats: Stats
     way: Literal["shared", "single"]
     experts_implementation: str
@@ -80,7 +96,7 @@ class Settings(Record):
 class ProfileInfo(Record):
     """`profile.json`."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     model: ModelInfo
     quiz: QuizInfo
     settings: Settings
@@ -147,10 +163,7 @@ class Profile:
                 f"{self.path} is not finished: {len(self.missing)} of {total} chunks are missing: "
                 "run the same `expertcut profile` again to finish it"
             )
-        return [
-            self._chunk(name, subject, n_questions)
-            for name, subject, n_questions in self.info.chunks()
-        ]
+        return [self._chunk(*chunk) for chunk in self.info.chunks()]
 
     def _chunk(self, name: str, subject: str, n_questions: int) -> Arrays:
         path, blocks = self.chunk_path(name), self.info.model.blocks

@@ -16,6 +16,7 @@ from expertcut.recipe.model import Recipe
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
 _MOST_DIGITS = 18
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -122,6 +123,19 @@ class _Loader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         finally:
             self.depth -= 1
+
+    def construct_scalar(self, node: Any) -> Any:
+        """A word, all of whose characters are some.
+
+        Raises:
+            ConstructorError: an escape that stands for half a character, or for none.
+        """
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and _NO_TEXT.search(value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "an escape that is no character", node.start_mark
+            )
+        return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are texts, each there once.

@@ -1,11 +1,10 @@
 """`audit.json`: what removing single experts did, and who foretold it. No torch here."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from expertcut.documents.records import Record
+from expertcut.documents.records import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.interventions.plan import Layout, PlanModel, Positions
 from expertcut.profiling.store import Settings
@@ -125,7 +124,7 @@ class Verdict(Record):
 class Audit(Record):
     """`audit.json`; `verdicts` are there when all `sampled` experts have been removed once."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     asked: AuditAsked
     overlap: int
     accuracy: FiniteFloat

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from expertcut.documents.records import Record, load_record
+from expertcut.documents.records import Format1, Record, load_record
 from expertcut.errors import PlanError
 from expertcut.evaluation.proving.crossfit import Judged
 from expertcut.interventions.lineage import Numbers
@@ -53,7 +53,7 @@ class RandomControl(Record):
 class ProofResult(Record):
     """`proof.json`. `same_questions` chose and scored on the same questions, so it flatters."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     procedure: str
     quiz: str
     split: str

@@ -1,11 +1,11 @@
 """`sweep.json`: what each cut of a grid would answer, and how large it would be. No torch here."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 
-from expertcut.documents.records import Record
+from expertcut.documents.records import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult
@@ -71,7 +71,7 @@ class SweepCell(SweptModel):
 class Sweep(Record):
     """`sweep.json`; `cells` are those that are finished, in the order of the grid."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     asked: SweepAsked
     chosen_on: ChosenOnResult
     base: SweptModel | None = None

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from expertcut.documents.records import load_record
+from expertcut.documents.records import Format1, load_record
 from expertcut.errors import OutputError
 from expertcut.recipe.record.hashes import Stamp, sha256_of, stamp
 
@@ -50,7 +50,7 @@ class Manifest(Entry):
     `commit` is that of a hub model, which later runs keep to.
     """
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     model: str
     commit: str | None = None
     inputs: dict[str, Stamp] = Field(default_factory=dict)
