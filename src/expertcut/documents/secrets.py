@@ -5,7 +5,6 @@ import re
 
 _SECRET = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"  # tokens of the Hub
-    r"|(?i:\bbearer\s+)[^\s\"']{8,}"
     r"|(?<=://)[^\s/@:\"'<>]*:[^\s/@\"'<>]+(?=@)"  # name and password in an address
 )
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")

@@ -87,6 +87,18 @@ for fault, spoil, says in (
     )
 
 
+CASES.add(
+    "a solved question that is none, met by profile",
+    written(
+        f"{World.quiz}/dev/old_clocks_dev.csv",
+        "Who?,amber,birch,cloud,delta,E\n",
+        *["profile", World.model, "--quiz", World.quiz, "--shots", "1", "--out", "new"],
+    ),
+    r"dev/old_clocks_dev\.csv:1: ",
+    "answer 'E' must be one of A-D",
+)
+
+
 def line(fault: str, content: bytes | str, says: str) -> None:
     """A second line of JSON lines."""
     command, words = next(JSON_TURNS)
