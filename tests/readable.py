@@ -1,5 +1,6 @@
 """Files of every kind that somebody might write, and what became of reading them."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,13 @@ from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from expertcut.errors import ExpertcutError
 from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel
 from expertcut.profiling.store import ProfileInfo, Settings, SubjectInfo
+from expertcut.reporting.shown import find_shown
+from expertcut.reporting.tables import as_csv, as_markdown, as_rich
 from tests.hand_made import block, profile_info
 
 T = TypeVar("T")
@@ -41,6 +45,20 @@ def read_or_refused(read: Callable[[], T]) -> T | None:
     except ExpertcutError as error:
         assert str(error).strip()
         return None
+
+
+def shown_or_refused(file: Path) -> bool:
+    """Whether `show` takes a document, in every form that it prints."""
+    shown = read_or_refused(lambda: find_shown(file))
+    if shown is None:
+        return False
+    tables = read_or_refused(shown.tables)
+    for table in tables or ():
+        as_markdown(table)
+        Console(file=io.StringIO(), width=200).print(as_rich(table))
+    read_or_refused(lambda: as_csv(shown.flat()))
+    read_or_refused(lambda: json.dumps(shown.json(), allow_nan=False))
+    return tables is not None
 
 
 @st.composite

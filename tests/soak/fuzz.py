@@ -15,8 +15,10 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count, cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -29,7 +31,17 @@ from expertcut.interventions.plan import load_plan, plan_text
 from expertcut.profiling.chunks import read_chunk, write_chunk
 from expertcut.profiling.store import load_profile
 from tests.hand_made import block, profile_info, random_chunk
-from tests.readable import changed, damaged, plans, profiles, read_or_refused, written
+from tests.hostile.test_shown import DOCUMENTS
+from tests.hostile.world import make_world
+from tests.readable import (
+    changed,
+    damaged,
+    plans,
+    profiles,
+    read_or_refused,
+    shown_or_refused,
+    written,
+)
 
 BATCH = 200
 SETTINGS = settings(
@@ -106,7 +118,25 @@ def chunk(folder: Path, data: st.DataObject) -> bool:
     return read_or_refused(lambda: load_profile(folder).chunks) is not None
 
 
-READERS: dict[str, Attempt] = {f.__name__: f for f in (weights, index, plan, profile, chunk)}
+def shown(folder: Path, data: st.DataObject) -> bool:
+    """Results, a sweep, an audit or a plan, printed in every form."""
+    value = data.draw(st.sampled_from(_documents()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        value = data.draw(changed(value)) if value else value
+    return shown_or_refused(written(folder / "document.json", json.dumps(value)))
+
+
+READERS: dict[str, Attempt] = {
+    attempt.__name__: attempt for attempt in (weights, index, plan, profile, chunk, shown)
+}
+
+
+@cache
+def _documents() -> list[Any]:
+    """As the commands write them."""
+    with tempfile.TemporaryDirectory() as root:
+        world = make_world(Path(root) / "world")
+        return [json.loads((world / name).read_text()) for name in DOCUMENTS]
 
 
 @st.composite
@@ -170,6 +200,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
+    _documents()  # before the time begins
     tallies = {name: Tally() for name in READERS}
     end = time.monotonic() + asked.minutes * 60
     with tempfile.TemporaryDirectory() as root:

@@ -10,7 +10,7 @@ from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult
 from expertcut.interventions.budgets import Budget
-from expertcut.interventions.plan import Fold, Layout, Positions, Removed
+from expertcut.interventions.plan import Expert, Fold, Layout, Positions, Removed
 from expertcut.profiling.store import ProfileInfo
 
 SWEEP_FILE = "sweep.json"
@@ -56,7 +56,7 @@ class SweepCell(SweptModel):
 
     by: str
     fraction: FiniteFloat
-    keep: dict[str, tuple[int, ...]]
+    keep: dict[str, tuple[Expert, ...]] = Field(min_length=1)
     change: Change
     max_abs_logprob_diff: FiniteFloat
     median_abs_logprob_diff: FiniteFloat
