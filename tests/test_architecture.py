@@ -9,6 +9,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "expertcut"
 ORDER = (
     "errors",
+    "documents",
     "quiz",
     "moe",
     "profiling",

@@ -175,63 +175,6 @@ def test_a_quiz_without_questions_is_refused(
     assert f"{name} has no questions in split test" in line
 
 
-BAD_ROWS: dict[str, tuple[str | bytes, str]] = {
-    "a choice missing": ("Who?,amber,,cloud,delta,A\n", "choice B is missing"),
-    "a choice of blanks": ("Who?,amber, ,cloud,delta,A\n", "choice B is missing"),
-    "an answer outside": ("Who?,amber,birch,cloud,delta,E\n", "answer 'E' must be one of A-D"),
-    "an answer missing": ("Who?,amber,birch,cloud,delta,\n", "answer ''"),
-    "no question": (",amber,birch,cloud,delta,A\n", "the question is empty"),
-    "a field too few": ("Who?,amber,birch,cloud,A\n", "5 fields"),
-    "a field too many": ("Who?,amber,birch,cloud,delta,A,B\n", "7 fields"),
-    "an empty line": ("\n", "0 fields"),
-    "a quote left open": ('"Who?,amber,birch,cloud,delta,A\n', "not a CSV row"),
-    "text of another encoding": (b"Wh\xf6?,amber,birch,cloud,delta,A\n", "not UTF-8 text"),
-}
-
-
-@pytest.mark.parametrize("split", ["test", "dev"])
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_row_that_cannot_be_asked_is_refused_by_file_and_line(
-    name: str, split: str, model: Path, tmp_path: Path, refused: Refused
-) -> None:
-    row, words = BAD_ROWS[name]
-    quiz = write_quiz(tmp_path / "quiz")
-    file = quiz / split / f"old_clocks_{split}.csv"
-    file.write_bytes(ROW.encode() + (row if isinstance(row, bytes) else row.encode()))
-    line = refused("profile", model, "--quiz", "quiz", "--shots", "1")
-    assert f"quiz/{split}/old_clocks_{split}.csv:2: " in line
-    assert words in line
-
-
-BAD_RECORDS: dict[str, tuple[str | bytes, str]] = {
-    "broken": ('{"question": ', "not JSON"),
-    "a list": ("[]", "must be a JSON object"),
-    "no answer": (json.dumps({**RECORD, "answer": None}), "has no answer"),
-    "an answer outside": (json.dumps({**RECORD, "answer": 2}), "answer 2 must be one of A-B"),
-    "a truth value for an answer": (json.dumps({**RECORD, "answer": True}), "answer True"),
-    "choices in one text": (json.dumps({**RECORD, "choices": "ab"}), "a list of texts"),
-    "one choice": (json.dumps({**RECORD, "choices": ["amber"]}), "1 choices"),
-    "an empty choice": (json.dumps({**RECORD, "choices": ["amber", ""]}), "choice B is missing"),
-    "no question": (json.dumps({**RECORD, "question": " "}), "the question is empty"),
-    "half a character": (json.dumps({**RECORD, "question": "\ud800"}), "lone surrogate"),
-    "a subject that is no text": (json.dumps({**RECORD, "subject": 3}), "subject is 3"),
-    "text of another encoding": (b'{"question": "Wh\xf6?"}', "not UTF-8 text"),
-    "nested without end": ("[" * 100_000, "not JSON"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_RECORDS)
-def test_a_json_line_that_cannot_be_asked_is_refused_by_file_and_line(
-    name: str, model: Path, tmp_path: Path, refused: Refused
-) -> None:
-    record, words = BAD_RECORDS[name]
-    content = record if isinstance(record, bytes) else record.encode()
-    (tmp_path / "quiz.jsonl").write_bytes(json.dumps(RECORD).encode() + b"\n" + content + b"\n")
-    line = refused("profile", model, "--quiz", "quiz.jsonl", "--shots", "0")
-    assert "quiz.jsonl:2: " in line
-    assert words in line
-
-
 BAD_DATA_SETS: dict[str, tuple[dict[str, str], str]] = {
     "a broken card": ({"README.md": "---\nconfigs: [\n---\n"}, "while parsing"),
     "a card that names no file": (
@@ -343,39 +286,6 @@ def test_a_change_without_a_profile_is_refused(
     assert "profiles/ holds 1 unfinished profile" in refused(*command)
 
 
-def flip_last_byte(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
-BAD_PROFILES: dict[str, tuple[Change, str]] = {
-    "not finished": (lambda f: (f / CHUNK).unlink(), "not finished: 1 of 3 chunks are missing"),
-    "a chunk cut short": (lambda f: os.truncate(f / CHUNK, 1000), f"{CHUNK} is damaged"),
-    "a chunk of no bytes": (lambda f: os.truncate(f / CHUNK, 0), f"{CHUNK} is damaged"),
-    "a chunk altered": (lambda f: flip_last_byte(f / CHUNK), "its checksum does not hold"),
-    "broken": (lambda f: (f / "profile.json").write_text("{"), "profile.json is no profile"),
-    "of a later format": (
-        lambda f: edit_json(f / "profile.json", lambda p: p.update(format=2)),
-        "profile.json is no profile: format",
-    ),
-    "without questions": (
-        lambda f: edit_json(f / "profile.json", lambda p: p["quiz"].update(subjects={})),
-        "profile.json is no profile: quiz.subjects",
-    ),
-}
-
-
-@pytest.mark.parametrize("command", [*CHANGES, ["show"]], ids=lambda command: command[0])
-@pytest.mark.parametrize("name", BAD_PROFILES)
-def test_a_profile_that_is_damaged_or_unfinished_is_refused(
-    name: str, command: list[str], profile_copy: Path, refused: Refused
-) -> None:
-    change, words = BAD_PROFILES[name]
-    change(profile_copy)
-    where = [profile_copy] if command == ["show"] else ["--profile", profile_copy]
-    assert words in refused(*command, *where)
-
-
 @pytest.mark.parametrize("command", CHANGES, ids=lambda command: command[0])
 def test_a_model_whose_weights_changed_since_it_was_profiled_is_refused(
     command: list[str], model: Path, profile_copy: Path, tmp_path: Path, refused: Refused
@@ -481,24 +391,6 @@ def test_results_that_cannot_be_written_are_refused_before_a_model_runs(
     command = ("eval", model, "--quiz", quiz_folder, "--shots", "0", "--limit", "1", "--out")
     assert "is a directory" in refused(*command, "full")
     assert "cannot be written" in refused(*command, "a file/results.json")
-
-
-NONSENSE: dict[str, tuple[str | bytes, str]] = {
-    "broken": ("{", "cannot be read as JSON"),
-    "a list": ("[]", "is no plan"),
-    "an empty object": ("{}", "is no plan"),
-    "results without models": ('{"models": 3}', "holds no results"),
-    "a plan without blocks": ('{"format": 1}', "is no plan"),
-    "not text": (b"\xff\xfe\x00", "cannot be read as JSON"),
-    "nested without end": ("[" * 100_000, "cannot be read as JSON"),
-}
-
-
-@pytest.mark.parametrize("name", NONSENSE)
-def test_show_refuses_a_file_of_another_kind(name: str, tmp_path: Path, refused: Refused) -> None:
-    content, words = NONSENSE[name]
-    (tmp_path / "file").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert words in refused("show", "file")
 
 
 def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refused: Refused) -> None:

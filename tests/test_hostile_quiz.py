@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub import TOKEN
 from tests.publishing.made import HOSTILE, REPO, run
 
 
@@ -32,6 +33,7 @@ def test_a_hostile_quiz_changes_neither_page_nor_card_nor_terminal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     model, quiz = checkpoint("olmoe"), write_quiz(tmp_path / "quiz.jsonl")
     asked = ("--quiz", quiz, "--shots", 0, "--threads", 1)
     profile, cut = tmp_path / "run/profile", tmp_path / "run/cut"
@@ -51,6 +53,10 @@ def test_a_hostile_quiz_changes_neither_page_nor_card_nor_terminal(
         said += done.out + done.err
     assert "alert(1)" in said  # the subjects are shown, as text
     assert all(char.isprintable() or char == "\n" for char in said)
+
+    written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) > 20 and not any(TOKEN.encode() in content for content in written)
+    assert TOKEN not in said
 
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "alert(1)" in page

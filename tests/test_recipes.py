@@ -441,7 +441,7 @@ def test_whatever_a_recipe_holds_at_worst_one_line_comes_of_it(tmp_path: Path, t
 def test_a_recipe_of_unusual_size_or_encoding_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_bytes(b"model: x\n" + b"#" * MAX_BYTES)
-    with pytest.raises(RecipeError, match="more than 256 KiB"):
+    with pytest.raises(RecipeError, match="More than 256 KiB"):
         read_recipe(file)
     file.write_bytes(b"model: \xff")
     with pytest.raises(RecipeError, match="byte 7 is not UTF-8"):

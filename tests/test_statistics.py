@@ -334,7 +334,9 @@ def test_a_near_tie_is_listed_and_said_to_be_its_own_or_in_its_shots(tmp_path: P
 def test_a_profile_that_kept_answers_alone_says_so(tmp_path: Path):
     chunk = random_chunk(0, 4, [block(0)])
     kept = {k: chunk[k] for k in ("choice_logprob_NC", "answer_N", "row_N")}
-    profile = write_profile(tmp_path / "p", profile_info([block(0)], {"birds": 4}), [kept])
+    info = profile_info([block(0)], {"birds": 4})
+    info = info.model_copy(update={"settings": info.settings.model_copy(update={"stats": "none"})})
+    profile = write_profile(tmp_path / "p", info, [kept])
     assert len(answers(profile).is_correct_N) == 4
     for ask in (as_json, layer_statistics):
         with pytest.raises(ProfileError, match="answers alone"):

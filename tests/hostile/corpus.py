@@ -1,8 +1,25 @@
 """All cases of all kinds."""
 
 from tests.hostile.case import Case
-from tests.hostile.cases import code, configs, files, headers, indexes, tensors, tokenizers
+from tests.hostile.cases import (
+    code,
+    configs,
+    documents,
+    files,
+    headers,
+    indexes,
+    plans,
+    profiles,
+    quizzes,
+    recipes,
+    results,
+    tensors,
+    tokenizers,
+)
 
 CASES: dict[str, Case] = {}
-for kind in (headers, indexes, files, tensors, configs, tokenizers, code):
+for kind in (
+    *(headers, indexes, files, tensors, configs, tokenizers, code),
+    *(documents, profiles, plans, results, recipes, quizzes),
+):
     CASES.update(kind.CASES)

@@ -7,14 +7,9 @@ import pytest
 from tests.hostile.case import check_refusal
 from tests.hostile.corpus import CASES
 from tests.hostile.running import run, run_alone
-from tests.hostile.world import World, make_world
+from tests.hostile.world import World
 
 N_ALONE = 10
-
-
-@pytest.fixture(scope="session")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("hostile") / "world")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,6 +11,8 @@ from tests.conftest import make_checkpoint, make_tokenizer, write_quiz
 from tests.hostile.running import run
 
 COUNTS = {"dev": 1, "test": 3, "val": 3}
+SWEPT = ["--sweep", "0.5", "--limit", "1"]
+AUDITED = ["--sample", "2", "--questions", "3", "--by", "activations"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,11 @@ class World:
     plan: str = "plans/plan.json"
     cut: str = "checkpoints/cut"  # half of the experts, layout stock
     results: str = "results.json"  # `model` against `cut`
+    cut_profile: str = "profiles/cut"  # of `cut`, which is called by numbers in its plan
+    sweep: str = "sweep"  # of `profile`, one cut
+    audit: str = "audit"  # of `profile`, two experts
     recipe: str = "recipe.yaml"
+    run: str = "made"  # what `recipe` made
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
@@ -55,10 +61,15 @@ def make_world(root: Path) -> World:
         ["prune", *of, "--keep", "4", "--plan-only", "--out", "plans"],
         ["prune", *of, "--keep", "4", "--no-verify", "--out", world.cut],
         ["eval", world.model, world.cut, *world.asked, "--out", world.results],
+        ["profile", world.cut, *world.asked, "--out", world.cut_profile],
+        ["prune", *of, *SWEPT, "--out", world.sweep],
+        ["audit", *of, *AUDITED, "--out", world.audit],
+        ["run", world.recipe, "--out", world.run],
     ):
         ended = run(root, words)
         assert ended.status == 0, ended.stderr
-    assert all((root / p).exists() for p in (world.profile, world.plan, world.cut, world.results))
+    made = (world.profile, world.plan, world.cut, world.results, world.sweep, world.audit)
+    assert all((root / path).exists() for path in (*made, f"{world.run}/manifest.json"))
     return world
 
 

@@ -175,9 +175,9 @@ def test_without_the_hub_the_licence_is_unknown(
 
 def test_a_step_before_is_told(made: Path, tmp_path: Path) -> None:
     first = copied(made / "stock", tmp_path / "first")
-    second = copied(made / "stock", tmp_path / "second", (str(first), "x"))
+    second = copied(made / "stock", tmp_path / "second")
     plan = load_plan(second)
-    model = plan.model.model_copy(update={"revision": None})
+    model = plan.model.model_copy(update={"id": str(first), "revision": None})
     edits = {n: e.model_copy(update={"bias": {e.keep[0]: 1.0}}) for n, e in plan.blocks.items()}
     changes = {"model": model, "action": "reweight --boost 0:1", "blocks": edits}
     (second / "plan.json").write_text(plan.model_copy(update=changes).model_dump_json())
@@ -205,6 +205,8 @@ def test_hostile_text_changes_neither_card_nor_terminal(
         model["path"] = HOSTILE[0] if model is results["models"][0] else model["path"]
         subject = next(iter(model["subjects"].values()))
         model["subjects"] = dict.fromkeys(HOSTILE, subject)
+        model["questions"] = subject["questions"] * len(HOSTILE)
+        model["accuracy"] = subject["accuracy"]
     results |= {"quiz": HOSTILE[3], "split": HOSTILE[5]}
     (file := tmp_path / "x.json").write_text(json.dumps(results))
     plan = json.loads((folder / "plan.json").read_text())

@@ -26,6 +26,7 @@ from expertcut.cli import (
 )
 from expertcut.cli.options import command, option
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
+from expertcut.documents.secrets import without_secrets
 from expertcut.errors import ExpertcutError
 from expertcut.reporting.tables import printable
 
@@ -35,6 +36,7 @@ _MENDABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.EMFILE, errno.ENOMEM),
 }
+_LONGEST = 1000  # characters of a line; a name in a file may have millions
 
 app = typer.Typer(
     help="Which experts of a MoE language model matter for a quiz; cut or tilt them, and measure.",
@@ -109,8 +111,12 @@ def _outer_fault(error: Exception) -> str | None:
 
 def _stop(text: str, status: int, *, is_said: bool = True) -> None:
     if is_said:
-        print(f"expertcut: {printable(text)}", file=sys.stderr)
+        print(f"expertcut: {printable(_shortened(without_secrets(text)))}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 class HarmlessFormatter(logging.Formatter):
@@ -118,7 +124,8 @@ class HarmlessFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Each line of it, printable."""
-        return "\n".join(map(printable, super().format(record).splitlines()))
+        text = without_secrets(super().format(record))
+        return "\n".join(map(printable, text.splitlines()))
 
 
 def main() -> None:

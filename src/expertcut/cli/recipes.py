@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from expertcut.cli.options import Format, option
+from expertcut.cli.options import Format, TrustRemoteCode, option
 from expertcut.cli.output import print_tables, quiet
 from expertcut.cli.running import watched
 from expertcut.errors import SettingsError
@@ -33,6 +33,7 @@ def run(
     start: Annotated[
         str | None, option("Run this stage and all after it, whatever is there.", "--from")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a recipe: all stages, each only where it is due."""
     from expertcut.recipe.run import RunOptions
@@ -43,7 +44,7 @@ def run(
             "a recipe runs in one process: let several fill its profile with `expertcut profile "
             "--out RUN/profile` first, then run the recipe, which goes on from there"
         )
-    outcome = run_recipe(recipe, RunOptions(out, start, dry_run), _Reader())
+    outcome = run_recipe(recipe, RunOptions(out, start, dry_run, trust_remote_code), _Reader())
     print(_summary(outcome, is_dry=dry_run))
     for name in outcome.left_over:
         print(f"{name} is no longer in the recipe; what it made stays")

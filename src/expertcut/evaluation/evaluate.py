@@ -1,6 +1,7 @@
 """The stage behind `eval`: every model answers the same quiz; `results.json` says how it went."""
 
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from expertcut.evaluation.results import (
     save_results,
 )
 from expertcut.evaluation.size import Size, size
-from expertcut.interventions.plan import PLAN_FILE, load_hashes, load_plan
+from expertcut.interventions.plan import PLAN_FILE, Plan, load_hashes, load_plan
 from expertcut.moe.loading import LoadOptions, Source, find_source
 from expertcut.moe.passes import OnPass, ignore
 from expertcut.profiling.chunks import write_atomically
@@ -56,8 +57,11 @@ class Scoring:
 
 
 def find_models(paths: Sequence[str]) -> list[Source]:
-    """All models' checkpoints, so that a wrong name is found before anything runs."""
-    return [find_source(path) for path in paths]
+    """All models' checkpoints, so that a wrong name or plan is found before anything runs."""
+    sources = [find_source(path) for path in paths]
+    for source in sources:
+        _seen(source)
+    return sources
 
 
 def score(
@@ -122,11 +126,19 @@ def save(
     return found
 
 
-def _chosen_on(source: Source, scoring: Scoring) -> ChosenOnResult | None:
-    if not (source.path / PLAN_FILE).is_file():
+def _seen(source: Source) -> tuple[Plan, frozenset[str]] | None:
+    """The plan that made a checkpoint, and the questions that were looked at; None for others."""
+    if not os.path.lexists(source.path / PLAN_FILE):
         return None
     plan = load_plan(source.path)
-    seen = load_hashes(source.path, plan)
+    return plan, load_hashes(source.path, plan)
+
+
+def _chosen_on(source: Source, scoring: Scoring) -> ChosenOnResult | None:
+    found = _seen(source)
+    if found is None:
+        return None
+    plan, seen = found
     splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
     overlap = sum(q.content_hash in seen for q in scoring.quiz)
     return ChosenOnResult(split="+".join(splits), overlap=overlap)

@@ -4,11 +4,9 @@ import hashlib
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
-
+from expertcut.documents.records import Record, load_record
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.record import Record, first_fault
 from expertcut.profiling.sharing.claims import CLAIMS
 from expertcut.profiling.store import ProfileInfo
 
@@ -26,13 +24,7 @@ def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:
     Raises:
         OutputError: none there, or one that does not hold together.
     """
-    try:
-        return kind.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        name = kind.__name__.lower()
-        raise OutputError(f"{file} is no {name}: {first_fault(error)}") from None
-    except OSError as error:
-        raise OutputError(f"{file} cannot be read: {error.strerror}") from None
+    return load_record(file, kind, OutputError, f"is no {kind.__name__.lower()}")
 
 
 def begun(file: Path, kind: type[Outcome]) -> Outcome | None:

@@ -1,27 +1,31 @@
 """`results.json`: how models did on the same questions. No torch here, so that it shows at once."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from expertcut.documents.records import Format1, Record, load_record
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.record import Record, first_fault
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+_ROUNDING = 1e-6
 
 
 class SubjectResult(Record):
     """One subject of one model."""
 
-    accuracy: float
-    questions: int
+    accuracy: Share
+    questions: Count
 
 
 class ChosenOnResult(Record):
     """Which split a checkpoint's plan was made on, and how many scored questions were among it."""
 
     split: str
-    overlap: int
+    overlap: Count
 
 
 class ModelResult(Record):
@@ -34,16 +38,26 @@ class ModelResult(Record):
     path: str
     revision: str | None = None
     fingerprint: str | None = None
-    accuracy: float
-    stderr: float | None
-    ci95: tuple[float, float]
-    questions: int
-    cut: int | None = None
+    accuracy: Share
+    stderr: Share | None
+    ci95: tuple[Share, Share]
+    questions: Count
+    cut: Count | None = None
     subjects: dict[str, SubjectResult]
-    parameters: int
-    active_parameters: int
-    bytes: int
+    parameters: Count
+    active_parameters: Count
+    bytes: Count
     chosen_on: ChosenOnResult | None
+
+    @model_validator(mode="after")
+    def _is_the_sum_of_its_subjects(self) -> Self:
+        subjects = self.subjects.values()
+        if sum(subject.questions for subject in subjects) != self.questions:
+            raise ValueError("its subjects have another number of questions")
+        n_right = sum(subject.accuracy * subject.questions for subject in subjects)
+        if abs(n_right - self.accuracy * self.questions) > _ROUNDING * max(self.questions, 1):
+            raise ValueError("its accuracy is not that of its subjects")
+        return self
 
 
 class ComparisonResult(Record):
@@ -53,9 +67,9 @@ class ComparisonResult(Record):
     other: int
     delta: float
     ci95: tuple[float, float]
-    gained: int
-    lost: int
-    mcnemar_p: float
+    gained: Count
+    lost: Count
+    mcnemar_p: Share
     smallest_effect: float
     max_abs_logprob_diff: float
     median_abs_logprob_diff: float
@@ -66,12 +80,12 @@ class ComparisonResult(Record):
 class Results(Record):
     """`results.json`; the first model is the base of every comparison."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     quiz: str
     revision: str | None
     split: str
-    shots: int
-    limit: int | None
+    shots: Count
+    limit: Count | None
     content_hashes: dict[str, str]
     models: list[ModelResult] = Field(min_length=1)
     comparisons: list[ComparisonResult]
@@ -99,9 +113,4 @@ def load_results(path: Path) -> Results:
     Raises:
         OutputError: no results there.
     """
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise OutputError(f"{path} holds no results: {first_fault(error)}") from None
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
+    return load_record(path, Results, OutputError, "holds no results")

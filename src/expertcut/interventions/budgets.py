@@ -15,7 +15,10 @@ from expertcut.profiling.store import BlockInfo
 Array = np.ndarray[Any, Any]
 Budget = Literal["layer", "global"]
 
-_SIZE = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*((?P<prefix>[kmgt])(?P<binary>i)?)?(b)?", re.I)
+_SIZE = re.compile(
+    r"(?P<number>\d{1,19}(\.\d{0,19})?|\.\d{1,19})\s*((?P<prefix>[kmgt])(?P<binary>i)?)?(b)?", re.I
+)
+_TOO_MANY = 1 << 62  # bytes
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,6 @@ def read_size(text: str) -> int:
     power = " kmgt".index(((found and found["prefix"]) or " ").lower())
     unit = 1024 if found and found["binary"] else 1000
     size_bytes = int(float(found["number"]) * unit**power) if found else 0
-    if size_bytes < 1:
+    if not 1 <= size_bytes < _TOO_MANY:
         raise SettingsError(f"--max-bytes {text!r} is no size: write it as 4GB, 500MB or 3.5GiB")
     return size_bytes

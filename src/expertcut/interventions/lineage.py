@@ -4,6 +4,7 @@ Layout stock cuts rows out of routers, so what was expert 12 may lie in row 9. T
 checkpoint holds tells, and experts are called by what they were in the model that was first.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,4 +147,4 @@ def _plan_of(model: ModelInfo) -> tuple[Path, Plan] | None:
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
-    return (folder, load_plan(folder)) if (folder / PLAN_FILE).is_file() else None
+    return (folder, load_plan(folder)) if os.path.lexists(folder / PLAN_FILE) else None

@@ -7,14 +7,16 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, model_validator
 
+from expertcut.documents.reading import read_file
+from expertcut.documents.records import Format1, Identified, Record, load_record
 from expertcut.errors import PlanError
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.record import Record, first_fault
 from expertcut.profiling.store import ModelInfo
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
 Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measures the inflation
 
 
+Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
+
+
 class Edit(Record):
     """One block's change; ids are the unedited model's.
 
@@ -38,11 +43,20 @@ class Edit(Record):
     rows where earlier cuts made them differ.
     """
 
-    keep: tuple[int, ...]
-    bias: dict[int, FiniteFloat] = Field(default_factory=dict)
-    scale: dict[int, FiniteFloat] = Field(default_factory=dict)
-    rows: tuple[int, ...] | None = None
-    merged: dict[int, dict[int, FiniteFloat]] | None = None
+    keep: tuple[Expert, ...]
+    bias: dict[Expert, FiniteFloat] = Field(default_factory=dict)
+    scale: dict[Expert, FiniteFloat] = Field(default_factory=dict)
+    rows: tuple[Expert, ...] | None = None
+    merged: dict[Expert, dict[Expert, FiniteFloat]] | None = None
+
+    @model_validator(mode="after")
+    def _names_experts_that_stay(self) -> Self:
+        if any(a >= b for a, b in pairwise(self.keep)):
+            raise ValueError("keep must be ascending numbers, none of them twice")
+        others = {*self.tilted, *(self.merged or {})} - set(self.keep)
+        if others:
+            raise ValueError(f"expert {min(others)} does not stay, but is changed")
+        return self
 
     @property
     def tilted(self) -> tuple[int, ...]:
@@ -54,11 +68,9 @@ class Edit(Record):
         return tuple(expert for expert in range(n_experts) if expert not in self.keep)
 
 
-class PlanModel(Record):
+class PlanModel(Identified):
     """For which model."""
 
-    id: str
-    revision: str | None
     fingerprint: str
 
 
@@ -87,7 +99,7 @@ class Point(Record):
 class Plan(Record):
     """`plan.json`."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     model: PlanModel
     action: str
     criterion: str
@@ -187,12 +199,7 @@ def load_plan(path: Path) -> Plan:
         PlanError: no plan there, or one that does not hold together.
     """
     file = path / PLAN_FILE if path.is_dir() else path
-    try:
-        return Plan.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise PlanError(f"{file} is no plan: {first_fault(error)}") from None
-    except OSError as error:
-        raise PlanError(f"{file} cannot be read: {error.strerror}") from None
+    return load_record(file, Plan, PlanError, "is no plan")
 
 
 def load_hashes(folder: Path, plan: Plan) -> frozenset[str]:
@@ -203,7 +210,7 @@ def load_hashes(folder: Path, plan: Plan) -> frozenset[str]:
     """
     file = folder / QUESTIONS_FILE
     try:
-        content = file.read_bytes()
+        content = read_file(file)
     except OSError as error:
         raise PlanError(f"{file} cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != plan.chosen_on.sha256:

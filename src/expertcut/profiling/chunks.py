@@ -12,11 +12,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from expertcut.documents.private import create_private, share
+from expertcut.documents.reading import parse_json
 from expertcut.errors import OutputError, ProfileError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 _METADATA_KEY = "expertcut"  # one key only: several would be written in random order
+_MAX_BYTES = 1 << 30  # 256 questions of 1,024 experts in 200 layers are a fifth of it
+_DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 
 def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None = None) -> None:
@@ -49,9 +53,14 @@ def fault(path: Path, of: str) -> str | None:
 
 def _read(path: Path, of: str) -> Arrays | str:
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            return f"it has more than {_MAX_BYTES >> 20} MiB"
         with safe_open(path, framework="numpy") as file:
-            described = json.loads((file.metadata() or {})[_METADATA_KEY])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            described = parse_json((file.metadata() or {})[_METADATA_KEY].encode())
+            names = list(file.keys())
+            if not {file.get_slice(name).get_dtype() for name in names} <= _DTYPES:
+                return "it holds numbers of a type that numpy lacks"
+            arrays = {name: file.get_tensor(name) for name in names}
         expected = _description(arrays, of)
         if described == expected:
             return arrays
@@ -86,10 +95,11 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
     try:
         for folder in (path.parent, temporary.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with create_private(temporary) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        share(temporary)
         temporary.replace(path)
     except BaseException as error:
         with suppress(OSError):  # where a file stands in place of the folder, not even this

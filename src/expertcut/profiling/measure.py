@@ -19,14 +19,13 @@ from expertcut.profiling.recording.finite import check_finite
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
+from expertcut.profiling.sound import NO_CHOICE, Stats
 from expertcut.profiling.store import (
     CUT,
-    NO_CHOICE,
     BlockInfo,
     ModelInfo,
     ProfileInfo,
     Settings,
-    Stats,
     load_profile,
     quiz_info,
 )

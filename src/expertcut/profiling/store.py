@@ -1,27 +1,28 @@
 """A profile on disk: `profile.json`, one safetensors file per chunk, and `run.json`."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 
+from expertcut.documents.reading import parse_json, read_file
+from expertcut.documents.records import Format1, Identified, Record, load_record
 from expertcut.errors import ProfileError
 from expertcut.profiling.chunks import Arrays, read_chunk
-from expertcut.profiling.record import Record, first_fault
+from expertcut.profiling.sound import NO_CHOICE, Expected, Stats, arrays_fault
 from expertcut.quiz import Quiz, Truncate
 
 CHUNK_QUESTIONS = 256
-NO_CHOICE = 255  # in order_NC, where a question has fewer choices
+MOST_EXPERTS = 1 << 15  # they are kept as int16
+MOST_QUESTIONS = 10_000_000  # of a subject
 CUT = "cut_N"  # tokens that prompts lost on their left, in a chunk where one did
 _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
-Stats = Literal["none", "answer", "all"]
 
 
 class BlockInfo(Record):
@@ -31,7 +32,7 @@ class BlockInfo(Record):
     """
 
     name: str
-    experts: int = Field(ge=1)
+    experts: int = Field(ge=1, le=MOST_EXPERTS)
     top_k: int = Field(ge=1)
     scoring: Literal["softmax", "sigmoid"]
     inflates: bool
@@ -39,28 +40,38 @@ class BlockInfo(Record):
     top_groups: int = Field(ge=1)
     selection_bias: bool | None = None
 
+    @model_validator(mode="after")
+    def _can_route(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"routes each token to {self.top_k} of {self.experts} experts")
+        if self.experts % self.groups or self.top_groups > self.groups:
+            raise ValueError(f"{self.experts} experts do not lie in {self.groups} groups")
+        return self
 
-class ModelInfo(Record):
+
+class ModelInfo(Identified):
     """Which model, to the last bit of its weights."""
 
-    id: str
-    revision: str | None
     fingerprint: str
     blocks: tuple[BlockInfo, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _blocks_have_names(self) -> Self:
+        if len({block.name for block in self.blocks}) < len(self.blocks):
+            raise ValueError("two blocks have one name")
+        return self
 
 
 class SubjectInfo(Record):
     """One subject's questions; the hash covers its shots too."""
 
-    questions: int = Field(ge=1)
+    questions: int = Field(ge=1, le=MOST_QUESTIONS)
     content_hash: str
 
 
-class QuizInfo(Record):
+class QuizInfo(Identified):
     """Which questions."""
 
-    id: str
-    revision: str | None
     split: str
     shots: int = Field(ge=0)
     limit: int | None
@@ -72,8 +83,8 @@ class Settings(Record):
 
     dtype: str
     device_type: str
-    threads: int = Field(ge=1)
-    batch_tokens: int = Field(ge=1)
+    threads: int = Field(ge=1, le=4096)
+    batch_tokens: int = Field(ge=1, le=1 << 30)
     stats: Stats
     way: Literal["shared", "single"]
     experts_implementation: str
@@ -87,7 +98,7 @@ class Settings(Record):
 class ProfileInfo(Record):
     """`profile.json`."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     model: ModelInfo
     quiz: QuizInfo
     settings: Settings
@@ -136,7 +147,7 @@ class Profile:
     def finished_at(self) -> float | None:
         """Seconds since the epoch, None while chunks are missing."""
         try:
-            run = json.loads((self.path / "run.json").read_text())
+            run = parse_json(read_file(self.path / "run.json"))
             return None if self.missing else float(run["finished"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -158,10 +169,16 @@ class Profile:
                 f"{self.path} is not finished: {len(self.missing)} of {total} chunks are missing: "
                 "run the same `expertcut profile` again to finish it"
             )
-        return [
-            read_chunk(self.chunk_path(name), self.info.place(name, subject))
-            for name, subject, _ in self.info.chunks()
-        ]
+        return [self._chunk(*chunk) for chunk in self.info.chunks()]
+
+    def _chunk(self, name: str, subject: str, n_questions: int) -> Arrays:
+        path, blocks = self.chunk_path(name), self.info.model.blocks
+        arrays = read_chunk(path, self.info.place(name, subject))
+        experts = tuple(block.experts for block in blocks)
+        expected = Expected(n_questions, experts, blocks[0].top_k, self.info.settings.stats)
+        if (found := arrays_fault(arrays, expected)) is not None:
+            raise ProfileError(f"{path} is damaged ({found}): profile again to redo it")
+        return arrays
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """A per-question array (first axis N) over all chunks.
@@ -209,14 +226,9 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
         ProfileError: no profile there, or its description does not hold.
     """
     file = path / "profile.json"
-    try:
-        info = ProfileInfo.model_validate_json(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ProfileError(f"no profile in {path}: it has no profile.json") from None
-    except ValidationError as error:
-        raise ProfileError(f"{file} is no profile: {first_fault(error)}") from None
-    except OSError as error:
-        raise ProfileError(f"{file} cannot be read: {error.strerror}") from None
+    if not file.exists():
+        raise ProfileError(f"no profile in {path}: it has no profile.json")
+    info = load_record(file, ProfileInfo, ProfileError, "is no profile")
     return Profile(path, info, truncate)
 
 

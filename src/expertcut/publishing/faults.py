@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from expertcut.documents.secrets import HIDDEN, without_secrets
 from expertcut.errors import HubError
 from expertcut.publishing.card.markup import printable
 
@@ -21,7 +22,7 @@ from expertcut.publishing.card.markup import printable
 TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 AGAIN = "run the same command again: what is uploaded already stays"
-_TOKEN = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
+_BEARER = re.compile(r"(?i:bearer)\s+\S+")
 _MOST_CHARACTERS = 200
 # By HTTP status; what is not here is said with its number alone.
 _MEANINGS = {
@@ -94,8 +95,7 @@ def _short(text: str) -> str:
 
 
 def _without_token(text: str, token: str | None) -> str:
-    hidden = text.replace(token, "***") if token else text
-    return _TOKEN.sub("***", hidden)
+    return _BEARER.sub(HIDDEN, without_secrets(text.replace(token, HIDDEN) if token else text))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from expertcut.documents.secrets import without_secrets
 from expertcut.errors import HubError, SettingsError
 from expertcut.evaluation.results import results_bytes
 from expertcut.profiling.chunks import write_atomically
@@ -109,7 +110,7 @@ def _write_card(
     file = found.folder / CARD_FILE
     if file.is_file() and is_edited(file.read_text(encoding="utf-8", errors="replace")):
         return file, True
-    text = card_text(found, origin(found.plan, found.folder), evaluated, place)
+    text = without_secrets(card_text(found, origin(found.plan, found.folder), evaluated, place))
     write_atomically(file, text.encode())
     return file, False
 

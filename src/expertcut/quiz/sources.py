@@ -1,12 +1,14 @@
 """Where quizzes come from: a Hendrycks CSV folder, JSON lines, or a data set of the hub."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertcut.documents.reading import open_file
 from expertcut.errors import QuizError
 from expertcut.quiz.questions import Question, Quiz, Truncate, group_by_subject
 from expertcut.quiz.readers import read_csv, read_jsonl, record_question, subject_of
@@ -17,6 +19,7 @@ DEFAULT_QUIZ = "mmlu"
 MMLU_HUB_ID = "cais/mmlu"
 MMLU_REVISION = "c30699e8356da336a370243923dbaf21066bb9fe"
 SHOTS_SPLIT = "dev"
+_SPLIT = re.compile(r"\w[\w.-]{0,99}")
 _NOT_SUBJECTS = {"all", "auxiliary_train"}  # configurations of cais/mmlu that are no subject
 
 
@@ -83,6 +86,8 @@ def _refuse_too_few_shots(shots: dict[str, tuple[Question, ...]], selection: Sel
 
 
 def _canonical_split(split: str) -> str:
+    if not _SPLIT.fullmatch(split):  # it becomes part of paths
+        raise QuizError(f"{split[:80]!a} is no name of a split: take test, val or another word")
     return "val" if split == "validation" else split
 
 
@@ -162,7 +167,7 @@ def _find_source(quiz: str, revision: str | None) -> _CsvFolder | _JsonLines | _
             return _CsvFolder(path)
         if any(path.glob("*.jsonl")):
             return _JsonLines(path)
-        if not any(path.rglob("*.parquet")):
+        if not _parquet_files(path):
             raise QuizError(
                 f"{quiz} holds no quiz: no <split>/<subject>_<split>.csv, no <split>.jsonl, "
                 "no parquet files"
@@ -173,6 +178,21 @@ def _find_source(quiz: str, revision: str | None) -> _CsvFolder | _JsonLines | _
     if "/" not in quiz or quiz.startswith((".", "/")) or quiz.count("/") > 1:
         raise QuizError(f"no such quiz: {quiz} is no folder, no .jsonl file and no hub id")
     return _open_data_set(quiz, revision)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    """Those of a data set; `datasets` itself would wait for a pipe.
+
+    Raises:
+        QuizError: one that is no ordinary file.
+    """
+    files = sorted(folder.rglob("*.parquet"))
+    for file in files:
+        try:
+            open_file(file).close()
+        except OSError as error:
+            raise QuizError(f"{file}: cannot be read: {error.strerror}") from None
+    return files
 
 
 def _open_mmlu() -> _DataSet:

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from expertcut.recipe.values import Criterion, DtypeName, Experts, Repository, Source, Text, Texts
+from expertcut.recipe.values import (
+    Criterion,
+    DtypeName,
+    Experts,
+    Folder,
+    Repository,
+    Source,
+    Text,
+    Texts,
+)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 KINDS = ("prune", "merge", "reweight")  # of variants
@@ -188,7 +197,7 @@ class Recipe(Section):
     device: str = "auto"
     device_map: Literal["auto"] | None = None
     max_memory: str | None = None
-    offload: str | None = None
+    offload: Folder | None = None
     threads: Count | None = None
     batch_tokens: Count | None = None
     quiz: Source = "mmlu"
@@ -196,7 +205,7 @@ class Recipe(Section):
     shots: Annotated[int, Field(ge=0)] = 5
     subjects: Texts = []
     truncate: Literal["left"] | None = None
-    out: str | None = None
+    out: Folder | None = None
     profile: ProfileSection = ProfileSection()
     show: ShowSection | None = None
     variants: list[Variant] = []

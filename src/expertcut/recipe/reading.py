@@ -8,11 +8,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from expertcut.documents.reading import read_file
+from expertcut.documents.secrets import line_with_secret
 from expertcut.errors import RecipeError
 from expertcut.recipe.model import Recipe
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
+_MOST_DIGITS = 18
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -48,24 +52,31 @@ def read_bytes(file: Path) -> bytes:
         RecipeError: it cannot be read, or is larger.
     """
     try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+        return read_file(file, MAX_BYTES)
     except OSError as error:
-        raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise RecipeError(f"{file} is no recipe: it has more than {MAX_BYTES // 1024} KiB")
-    return content
+        raise RecipeError(f"{file} cannot be read as a recipe: {error.strerror}") from None
 
 
 def _parsed(file: Path, content: bytes) -> Any:
     try:
-        return yaml.load(content.decode("utf-8"), Loader=_Loader)
+        text = content.decode("utf-8")
+        _refuse_secrets(file, text)
+        return yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is no YAML: byte {error.start} is not UTF-8") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{file} is no YAML that is read here: {_said(error)}") from None
     except ValueError as error:  # a number that Python does not read
         raise RecipeError(f"{file} holds a value that cannot be read: {error}") from None
+
+
+def _refuse_secrets(file: Path, text: str) -> None:
+    """The recipe is copied beside all that it makes, and published with it."""
+    if (line := line_with_secret(text)) is not None:
+        raise RecipeError(
+            f"{file} holds a token or a password in line {line}, and its copies would too: take it "
+            "out, and log in with `hf auth login` or set HF_TOKEN"
+        )
 
 
 def _said(error: yaml.YAMLError) -> str:
@@ -113,6 +124,19 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
+    def construct_scalar(self, node: Any) -> Any:
+        """A word, all of whose characters are some.
+
+        Raises:
+            ConstructorError: an escape that stands for half a character, or for none.
+        """
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and _NO_TEXT.search(value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "an escape that is no character", node.start_mark
+            )
+        return value
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are texts, each there once.
 
@@ -150,5 +174,13 @@ def _plain(tag: str, form: str, read: Callable[[str], Any]) -> None:
 
 _plain("null", r"null|Null|NULL|~|", lambda _: None)
 _plain("bool", r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true")
-_plain("int", r"[-+]?[0-9]+", int)
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:_MOST_DIGITS]}… has too many digits")
+    return int(text)
+
+
+_plain("int", r"[-+]?[0-9]+", _whole)
 _plain("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float)

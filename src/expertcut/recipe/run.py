@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertcut.errors import ExpertcutError, OutputError
+from expertcut.errors import ExpertcutError, OutputError, RecipeError
 from expertcut.recipe.acts.job import Audience, Job, Nobody
 from expertcut.recipe.model import Recipe
 from expertcut.recipe.reading import read_bytes, read_recipe
@@ -20,11 +20,15 @@ from expertcut.recipe.stages import Stage, find_stage, stages_of
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where to, from which stage on whatever is there, and whether only to say what would run."""
+    """Where to, from which stage on whatever is there, and whether only to say what would run.
+
+    `trusts_code` is the user's own word for code that comes with a checkpoint.
+    """
 
     out: Path | None = None
     start: str | None = None
     is_dry: bool = False
+    trusts_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ def run(file: Path, options: RunOptions, audience: Audience | None = None) -> Ou
         ExpertcutError: the recipe, or what a stage met, with the stage's name before it.
     """
     recipe = read_recipe(file)
+    if recipe.trust_remote_code and not options.trusts_code:
+        raise RecipeError(
+            f"{file} asks to run code that comes with {recipe.model}: read it, and if you trust it "
+            "add --trust-remote-code"
+        )
     folder = options.out or Path(recipe.out or Path("results") / file.stem)
     return _Running(recipe, Ledger(folder, read_bytes(file)), options, audience or Nobody()).all()
 

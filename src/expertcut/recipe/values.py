@@ -61,6 +61,14 @@ def _there(text: str) -> str:
     return text
 
 
+def _below(text: str) -> str:
+    """A folder that a stranger's recipe may have written to."""
+    path = Path(text)
+    if path.is_absolute() or ".." in path.parts or "\0" in text or text.startswith("~"):
+        _refuse(f"{text[:200]!a} lies outside this folder: a recipe writes below where you stand")
+    return text
+
+
 def _refuse(text: str) -> None:
     raise PydanticCustomError("value", "{text}", {"text": text})
 
@@ -69,11 +77,17 @@ Text = Annotated[str, BeforeValidator(_as_text)]
 Texts = Annotated[list[Text], BeforeValidator(_as_list)]
 _Expert = Annotated[
     Text,
-    AfterValidator(_like(r"\s*(\d+:)?\d+\s*(=.+)?", "is no expert: write 12, 3:12 or 3:12=0.25")),
+    AfterValidator(
+        _like(
+            r"\s*(\d{1,9}:)?\d{1,9}(=[+-]?[\d.]+([eE][+-]?\d+)?)?\s*",
+            "is no expert: write 12, 3:12 or 3:12=0.25",
+        )
+    ),
 ]
 Experts = Annotated[list[_Expert], BeforeValidator(_as_list), Field(min_length=1)]
 Criterion = Annotated[str, AfterValidator(_known)]
 Source = Annotated[str, AfterValidator(_there)]
+Folder = Annotated[str, AfterValidator(_below)]
 DtypeName = Annotated[
     str,
     AfterValidator(_like(r"auto|stored|b?float\d+\w*", "is no dtype: take auto or float32")),

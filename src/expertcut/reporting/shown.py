@@ -1,11 +1,11 @@
 """What `show` finds at a path, in every form it can be printed in."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertcut.documents.reading import parse_json, read_file
 from expertcut.errors import OutputError, SettingsError
 from expertcut.evaluation.auditing.outcome import AUDIT_FILE, load_audit
 from expertcut.evaluation.proving.outcome import load_proof
@@ -149,7 +149,9 @@ def _audit(path: Path) -> Shown:
 
 def _keys(path: Path) -> set[str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_file(path))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise OutputError(f"{path} cannot be read as JSON: {error}") from None
     return set(content) if isinstance(content, dict) else set()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
+from expertcut.documents.private import share
 from expertcut.errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,11 @@ def new_folder(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
         if left.suffix in (_NEW, _OLD):
             logger.warning("%s was left by a run that was killed or still runs", left)
     try:
-        temporary.mkdir(parents=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(mode=0o700)
         yield temporary
         check_free(folder, is_forced=is_forced)
+        share(temporary)
         if place.exists() and not is_forced:
             place.rmdir()  # fails where another run has taken the name since it was looked at
         _replace(place, temporary)

@@ -1,13 +1,12 @@
 """`audit.json`: what removing single experts did, and who foretold it. No torch here."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
+from expertcut.documents.records import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.interventions.plan import Layout, PlanModel, Positions
-from expertcut.profiling.record import Record
 from expertcut.profiling.store import Settings
 from expertcut.quiz import Truncate
 
@@ -130,7 +129,7 @@ class Audit(Record):
     `cut` of the prompts lost tokens on their left; None where none may (`--truncate`).
     """
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     asked: AuditAsked
     overlap: int
     cut: int | None = None

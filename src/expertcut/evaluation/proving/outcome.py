@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError
 
+from expertcut.documents.records import Format1, Record, load_record
 from expertcut.errors import PlanError
 from expertcut.evaluation.proving.crossfit import Judged
 from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import PROOF_FILE
 from expertcut.interventions.reweighting.tuning import Shift
-from expertcut.profiling.record import Record, first_fault
 from expertcut.profiling.store import BlockInfo
 
 SIGNIFICANT = 0.05
@@ -54,7 +53,7 @@ class RandomControl(Record):
 class ProofResult(Record):
     """`proof.json`. `same_questions` chose and scored on the same questions, so it flatters."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     procedure: str
     quiz: str
     split: str
@@ -158,10 +157,4 @@ def load_proof(folder: Path) -> ProofResult:
     Raises:
         PlanError: none there, or one that does not hold together.
     """
-    file = folder / PROOF_FILE
-    try:
-        return ProofResult.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise PlanError(f"{file} is no proof: {first_fault(error)}") from None
-    except OSError as error:
-        raise PlanError(f"{file} cannot be read: {error.strerror}") from None
+    return load_record(folder / PROOF_FILE, ProofResult, PlanError, "is no proof")

@@ -1,16 +1,16 @@
 """`sweep.json`: what each cut of a grid would answer, and how large it would be. No torch here."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 
+from expertcut.documents.records import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult
 from expertcut.interventions.budgets import Budget
-from expertcut.interventions.plan import Fold, Layout, Positions, Removed
-from expertcut.profiling.record import Record
+from expertcut.interventions.plan import Expert, Fold, Layout, Positions, Removed
 from expertcut.profiling.store import ProfileInfo
 
 SWEEP_FILE = "sweep.json"
@@ -44,8 +44,8 @@ class SweptModel(Record):
 
     accuracy: FiniteFloat
     ci95: tuple[FiniteFloat, FiniteFloat]
-    questions: int
-    cut: int | None = None
+    questions: Annotated[int, Field(ge=0)]
+    cut: Annotated[int, Field(ge=0)] | None = None
     right_logprob: FiniteFloat
     parameters: int
     active_parameters: int
@@ -60,7 +60,7 @@ class SweepCell(SweptModel):
 
     by: str
     fraction: FiniteFloat
-    keep: dict[str, tuple[int, ...]]
+    keep: dict[str, tuple[Expert, ...]] = Field(min_length=1)
     change: Change
     max_abs_logprob_diff: FiniteFloat
     median_abs_logprob_diff: FiniteFloat
@@ -75,7 +75,7 @@ class SweepCell(SweptModel):
 class Sweep(Record):
     """`sweep.json`; `cells` are those that are finished, in the order of the grid."""
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     asked: SweepAsked
     chosen_on: ChosenOnResult
     base: SweptModel | None = None

@@ -1,6 +1,7 @@
 """Where a model runs: on this process's own device, or spread over several and the CPU."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from torch import nn
 
 from expertcut.errors import SettingsError
+
+_DEVICE = re.compile(r"cpu|[0-9]{1,4}")
+_SIZE = re.compile(r"[0-9]{1,18}|[0-9]{1,9}([.][0-9]{1,9})? ?[KMGT]i?B", re.I)
 
 
 def find_device(name: str) -> torch.device:
@@ -70,7 +74,7 @@ def _limits(text: str) -> dict[int | str, str | int]:
     limits: dict[int | str, str | int] = {}
     for part in text.split(","):
         where, _, size = (piece.strip() for piece in part.partition("="))
-        if not size or not (where == "cpu" or where.isdigit()):
+        if not _DEVICE.fullmatch(where) or not _SIZE.fullmatch(size):
             raise SettingsError(f"--max-memory {text}: must be like 0=20GiB,cpu=60GiB")
         limits[where if where == "cpu" else int(where)] = int(size) if size.isdigit() else size
     return limits

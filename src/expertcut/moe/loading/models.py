@@ -79,7 +79,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     config, trusting = _checked_config(source, options)
     tokenizer = _tokenizer(source, options)
     with refusals_of("AutoModelForCausalLM", source.path / "config.json"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
             trust_remote_code=trusting.trust_remote_code,
@@ -92,6 +92,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             generation_config=GenerationConfig(),
             **spreading,
         )
+    model, info = loaded
     _check_complete(source, info, is_trusted=trusting.trust_remote_code)
     check_finite(source.path, model, source.weight_files)
     model = (model if spreading else model.to(device)).eval().requires_grad_(False)

@@ -37,7 +37,7 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
     for name in _TOP_K_FIELDS:
         if (fields.get(name) or 0) > n_experts:
             raise ModelError(f"{file} routes each token to {fields[name]} of {n_experts} experts")
-    numbers = [int(found[1]) for name in stored.tensors if (found := _NUMBER.search(f".{name}"))]
+    numbers = [int(n[1]) for name in stored.tensors if (n := _NUMBER.search(f".{name}"))]
     n_layers = max(numbers, default=-1) + 1
     if (fields.get("num_hidden_layers") or 0) > n_layers:
         raise ModelError(

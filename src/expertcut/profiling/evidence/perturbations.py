@@ -8,8 +8,9 @@ from scipy.stats import spearmanr
 
 from expertcut.errors import ProfileError
 from expertcut.profiling.evidence.margins import Margin
+from expertcut.profiling.sound import NO_CHOICE
 from expertcut.profiling.statistics import answers
-from expertcut.profiling.store import NO_CHOICE, Profile, load_profile
+from expertcut.profiling.store import Profile, load_profile
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["shuffle-choices", "bf16"]

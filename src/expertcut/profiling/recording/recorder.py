@@ -21,7 +21,7 @@ from expertcut.moe.observers import (
 from expertcut.moe.packing import Pass
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.recording.token_sums import NAMES, PARTS, RESIDUAL, TokenSums
-from expertcut.profiling.store import Stats
+from expertcut.profiling.sound import Stats
 
 
 class Recorder:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from expertcut.documents.records import first_fault
 from expertcut.errors import PlanError
 from expertcut.interventions.plan import PLAN_FILE, Plan
-from expertcut.profiling.record import first_fault
 from expertcut.publishing.card.evidence import public_name
 from expertcut.publishing.card.origin import Origin
 from expertcut.reporting.tables import Cell, Column, Table

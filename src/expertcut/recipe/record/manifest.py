@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from expertcut.documents.records import Format1, load_record
 from expertcut.errors import OutputError
 from expertcut.recipe.record.hashes import Stamp, sha256_of, stamp
 
@@ -15,10 +16,18 @@ RECIPE_FILE = "recipe.yaml"
 _NOT_CONTENT = {"run.json", RECIPE_FILE}  # times and the like, which say nothing of what was made
 
 
+def _below(name: str) -> str:
+    """A path that leads nowhere but into the run folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{name[:80]!a} lies outside the run folder")
+    return name
+
+
 class Entry(BaseModel):
     """Base of what the manifest holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class StageRecord(Entry):
@@ -29,7 +38,7 @@ class StageRecord(Entry):
 
     inputs: dict[str, Any]
     output: str | None = None
-    files: dict[str, Stamp] = Field(default_factory=dict)
+    files: dict[Annotated[str, AfterValidator(_below)], Stamp] = Field(default_factory=dict)
     elapsed_s: float | None = None
     finished: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
@@ -41,7 +50,7 @@ class Manifest(Entry):
     `commit` is that of a hub model, which later runs keep to.
     """
 
-    format: Literal[1] = 1
+    format: Format1 = 1
     model: str
     commit: str | None = None
     inputs: dict[str, Stamp] = Field(default_factory=dict)
@@ -56,19 +65,13 @@ def load_manifest(run: Path) -> Manifest | None:
         OutputError: it cannot be read.
     """
     file = run / MANIFEST_FILE
-    try:
-        return Manifest.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"])) or "the file"
-        raise OutputError(
-            f"{file} is no manifest ({place}: {fault['msg']}): name another --out, or remove "
-            "it and what the run made"
-        ) from None
-    except OSError as error:
-        raise OutputError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        return load_record(file, Manifest, OutputError, "is no manifest")
+    except OutputError as error:
+        do = "name another --out, or remove it and what the run made"
+        raise OutputError(f"{error}: {do}") from None
 
 
 def save_manifest(run: Path, manifest: Manifest) -> None:

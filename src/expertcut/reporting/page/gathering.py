@@ -1,12 +1,12 @@
 """What lies in a run's folder, in whatever subfolders: profiles, plans, results, searches."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from expertcut.documents.reading import parse_json, read_file
 from expertcut.errors import OutputError
 from expertcut.evaluation.auditing.outcome import AUDIT_FILE, Audit, load_audit
 from expertcut.evaluation.proving.outcome import ProofResult, load_proof
@@ -97,8 +97,8 @@ def quiz_of(found: Findings) -> QuizInfo:
 def notes_in(file: Path) -> dict[str, Any]:
     """`run.json` of a profile, a recipe's manifest: empty where there is none that can be read."""
     try:
-        notes = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        notes = parse_json(read_file(file))
+    except (OSError, ValueError):
         return {}
     return notes if isinstance(notes, dict) else {}
 
@@ -106,7 +106,7 @@ def notes_in(file: Path) -> dict[str, Any]:
 def recipe_in(folder: Path) -> list[str]:
     """The lines of the recipe that a run was made by; none where there is none."""
     try:
-        return (folder / RECIPE_FILE).read_text(encoding="utf-8").splitlines()
+        return read_file(folder / RECIPE_FILE).decode("utf-8").splitlines()
     except (OSError, ValueError):
         return []
 

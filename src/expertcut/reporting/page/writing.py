@@ -13,6 +13,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from expertcut import __version__
+from expertcut.documents.secrets import without_secrets
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
 from expertcut.reporting.page.drawing import colour_stops, draw
@@ -75,7 +76,7 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
     environment.filters["cells"] = _cells
     style = _resource("style.css")
     script = "\n".join(_resource(f"scripts/{name}.js") for name in SCRIPTS)
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         title=printable(run.path.resolve().name),
         sections=sections,
         folder=folder,
@@ -86,6 +87,7 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
         script_hash=_hash(script),
         data=htmlsafe_json_dumps(_data(sections), dumps=_dumps),
     )
+    return without_secrets(page)
 
 
 def _data(sections: Sequence[Section]) -> dict[str, Any]:

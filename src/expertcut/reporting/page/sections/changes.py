@@ -5,11 +5,11 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from expertcut.documents.records import first_fault
 from expertcut.errors import PlanError
 from expertcut.interventions.plan import Edit, Plan, Point
 from expertcut.interventions.touched import Touched, touched
 from expertcut.profiling.evidence.findings import Findings
-from expertcut.profiling.record import first_fault
 from expertcut.profiling.store import BlockInfo
 from expertcut.reporting.cuts import touched_table
 from expertcut.reporting.outcomes import plan_table

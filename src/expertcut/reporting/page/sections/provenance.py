@@ -104,7 +104,7 @@ def _times(notes: Mapping[str, Any]) -> Rows:
     """Whatever of it is there: `run.json` promises nothing."""
     rows: Rows = []
     if isinstance(finished := notes.get("finished"), int | float):
-        rows.append(("finished", _moment(finished)))
+        rows += [("finished", text) for text in (_moment(finished),) if text]
     if isinstance(elapsed_s := notes.get("elapsed_s"), int | float):
         rows.append(("took", f"{elapsed_s:,.1f} s"))
     for name in ("expertcut", "python"):
@@ -114,8 +114,11 @@ def _times(notes: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _moment(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+def _moment(seconds: float) -> str | None:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):  # no year that a calendar has
+        return None
 
 
 def _hash(hashes: Mapping[str, str]) -> str:

@@ -1,0 +1,113 @@
+"""A file's bytes, bounded and never waited for, and JSON that means one thing."""
+
+import errno
+import json
+import os
+import stat
+from io import BufferedReader
+from math import isinf
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_DOCUMENT_BYTES = 32 << 20  # a profile, plan, proof or sweep of any size is far below
+MAX_DEPTH = 100
+_MOST_DIGITS = 19  # of 64 bits; beyond, sums and prints of it fail in ways of their own
+
+
+def open_file(file: Path) -> BufferedReader:
+    """An ordinary file, or what a link to one leads to, opened for reading.
+
+    Raises:
+        OSError: not there, not to be read, or a folder, a pipe or a device, which might never end.
+    """
+    try:
+        # Opening a pipe for reading waits for a writer, unless it is asked not to.
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except ValueError:  # a NUL in its name
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(file)) from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(file))
+        raise OSError(errno.EINVAL, "Not an ordinary file", str(file))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(file: Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
+    """All of an ordinary file.
+
+    Raises:
+        OSError: as `open_file`, or it is larger than `most_bytes`.
+    """
+    with open_file(file) as stream:
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"More than {most_bytes >> 10} KiB", str(file))
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON as RFC 8259 has it, in which no name stands twice in an object.
+
+    Raises:
+        ValueError: anything else; NaN, Infinity, numbers beyond 64 bits, more than 100 levels.
+    """
+    text = content.decode("utf-8")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_distinct,
+            parse_constant=_no_number,
+            parse_int=_integer,
+            parse_float=_float,
+        )
+    except RecursionError:
+        raise _too_deep() from None
+    _check_depth(value)
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:60]!a} stands twice in one object")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS + 1 or not -(1 << 63) <= int(text) < 1 << 64:
+        raise ValueError(f"{text[:20]}… has more than 64 bits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if isinf(value):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Level by level, because recursion is what a deep value breaks."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _inside(value: Any) -> list[Any]:
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [inner for inner in held if isinstance(inner, dict | list)]
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"more than {MAX_DEPTH} levels, one inside the other")

@@ -1,0 +1,11 @@
+"""The world, made once."""
+
+import pytest
+
+from tests.hostile.world import World, make_world
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """To be copied before it is changed."""
+    return make_world(tmp_path_factory.mktemp("hostile") / "world")
