@@ -57,7 +57,7 @@ def test_code_of_another_repository_is_not_fetched_for_a_known_family(
     naming_code("config.json", AutoConfig=named, AutoModelForCausalLM=named)(olmoe)
     opened(olmoe)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(ModelError, match="huggingface.co"):  # there is no network
+    with pytest.raises(ModelError, match="huggingface"):  # there is no network
         opened(olmoe, is_trusted=True)
 
 
