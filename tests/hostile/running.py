@@ -24,6 +24,7 @@ import torch
 from expertcut.cli import main
 
 TIMEOUT_S = 60
+LARGE = 10 << 20
 MORE_MEMORY = 2 << 30  # bytes that one refusal may reserve
 ADDRESS_SPACE = 12 << 30  # of a whole process; torch alone reserves several GiB
 
@@ -47,7 +48,12 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def _content(path: Path) -> bytes | None:
     if path.is_symlink():
         return str(path.readlink()).encode()
-    return path.read_bytes() if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = path.stat()
+    if found.st_size > LARGE:  # mostly a hole, which would be read as zeros
+        return f"{found.st_size} {found.st_mtime_ns}".encode()
+    return path.read_bytes()
 
 
 def run(folder: Path, words: Sequence[str]) -> Ended:
