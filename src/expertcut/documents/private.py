@@ -15,7 +15,8 @@ def create_private(file: Path) -> BinaryIO:
     Raises:
         FileExistsError: something, were it a link, has that name.
     """
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    as_bytes = getattr(os, "O_BINARY", 0)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | as_bytes, 0o600)
     return os.fdopen(descriptor, "wb")
 
 

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 MAX_DOCUMENT_BYTES = 32 << 20  # a profile, plan, proof or sweep of any size is far below
 MAX_DEPTH = 100
+# Only where the system has them.
+_UNWAITING, _AS_BYTES = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_BINARY", 0)
 _MOST_DIGITS = 19  # of 64 bits; beyond, sums and prints of it fail in ways of their own
 
 
@@ -22,7 +24,7 @@ def open_file(file: Path) -> BufferedReader:
     """
     try:
         # Opening a pipe for reading waits for a writer, unless it is asked not to.
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(file, os.O_RDONLY | _UNWAITING | _AS_BYTES)
     except ValueError:  # a NUL in its name
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(file)) from None
     mode = os.fstat(descriptor).st_mode
