@@ -91,19 +91,19 @@ CASES.add(
     "a list of questions that links to nothing",
     spoiled(CHOSEN_ON, as_dangling_link, *PUBLISH),
     r"chosen_on\.txt",
-    "cannot be read: No such file",
+    "is a link to nothing",
 )
 CASES.add(
     "a list of questions that is a folder",
     spoiled(CHOSEN_ON, as_folder, *EVAL),
     r"chosen_on\.txt",
-    "cannot be read: Is a directory",
+    "is no regular file",
 )
 CASES.add(
     "a plan that links to nothing, met by eval",
     spoiled(PLAN, as_dangling_link, *EVAL),
     r"plan\.json",
-    "cannot be read: No such file",
+    "is a link to nothing",
 )
 
 

@@ -1,8 +1,9 @@
 """`audit.json`: what removing single experts did, and who foretold it. No torch here."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents.records import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
@@ -139,6 +140,13 @@ class Audit(Record):
     standings: dict[str, Standing]
     harms: tuple[Harm, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_a_regret_for_each_fraction(self) -> Self:
+        for its in self.verdicts:
+            if tuple(regret.fraction for regret in its.regrets) != self.asked.fractions:
+                raise ValueError(f"{its.by[:80]} has regrets at other fractions than were asked")
+        return self
 
     @property
     def is_complete(self) -> bool:
