@@ -1,8 +1,17 @@
 """All cases of all kinds."""
 
 from tests.hostile.case import Case
-from tests.hostile.cases import code, configs, files, headers, indexes, tensors, tokenizers
+from tests.hostile.cases import (
+    code,
+    configs,
+    files,
+    headers,
+    indexes,
+    settings,
+    tensors,
+    tokenizers,
+)
 
 CASES: dict[str, Case] = {}
-for kind in (headers, indexes, files, tensors, configs, tokenizers, code):
+for kind in (headers, indexes, files, tensors, configs, tokenizers, settings, code):
     CASES.update(kind.CASES)
