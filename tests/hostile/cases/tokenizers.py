@@ -54,18 +54,26 @@ def giant_ids(content: dict[str, Any]) -> None:
         vocabulary[token] += 1_000_000
 
 
-def starting_with(token: int) -> Change:
-    """Every prompt begins with a token that the vocabulary does not know."""
+def template(special: dict[str, Any]) -> dict[str, Any]:
+    """Every prompt begins with `<s>`, whatever that is."""
     piece = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
-    special = {"<s>": {"id": "<s>", "ids": [token], "tokens": ["<s>"]}}
-    template = {
+    return {
         "type": "TemplateProcessing",
         "single": [piece, text],
         "pair": [piece, text, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": special,
     }
-    return main(lambda content: content.update(post_processor=template))
+
+
+def starting_with(token: int) -> Change:
+    """Every prompt begins with a token that the vocabulary does not know."""
+    special = {"<s>": {"id": "<s>", "ids": [token], "tokens": ["<s>"]}}
+    return main(lambda content: content.update(post_processor=template(special)))
+
+
+def normalizer(**fields: object) -> Change:
+    return main(lambda content: content.update(normalizer=fields))
 
 
 def nothing_left(content: dict[str, Any]) -> None:
@@ -123,11 +131,7 @@ MAINS: dict[str, tuple[Change, str]] = {
     ),
     "added tokens with ids of 2^40": (main(many_added), "cannot be loaded"),
     "a broken regular expression": (
-        main(
-            lambda c: c.update(
-                normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}
-            )
-        ),
+        normalizer(type="Replace", pattern={"Regex": "("}, content=""),
         "cannot be loaded",
     ),
     "an unknown pre-tokenizer": (
@@ -135,10 +139,22 @@ MAINS: dict[str, tuple[Change, str]] = {
         "cannot be loaded",
     ),
     "a unigram model whose unknown token is not there": (main(unigram), "cannot be loaded"),
+    "a map of characters that panics": (
+        normalizer(type="Precompiled", precompiled_charsmap="AAAA"),
+        "cannot be loaded by AutoTokenizer: Precompiled",
+    ),
+    "pieces of no length, which panics": (
+        main(lambda c: c.update(pre_tokenizer={"type": "FixedLength", "length": 0})),
+        "cannot be loaded by AutoTokenizer: chunk size must be non-zero",
+    ),
+    "a template of what is not there, which panics": (
+        main(lambda c: c.update(post_processor=template({}))),
+        "cannot be loaded by AutoTokenizer: no entry found for key",
+    ),
     "letters split in two": (main(no_merges), "does not write ' A' after 'Answer:' as one token"),
     "no letters": (main(without_letters), "does not write ' [AB]' after 'Answer:' as one token"),
     "letters made small": (
-        main(lambda c: c.update(normalizer={"type": "Lowercase"})),
+        normalizer(type="Lowercase"),
         "does not write ' A' after 'Answer:' as one token",
     ),
     "one word for all": (main(words_only), "does not write ' A'|' B' after 'Answer:'"),
