@@ -1,7 +1,7 @@
 """`python -m tests.hostile`: every case in a process of its own, and what it cost at most.
 
 Texts choose the cases whose names begin so; `--here` stays in this process, which is quicker and
-knows no memory; `--lines` prints each refusal.
+knows no memory; `--lines` prints each refusal; `--part 2/6` is the second sixth of them.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from tests.hostile.world import make_world
 
 def main() -> int:
     asked = _asked()
-    chosen = [name for name in CASES if name.startswith(tuple(asked.texts or [""]))]
+    part, n_parts = map(int, asked.part.split("/"))
+    named = [name for name in CASES if name.startswith(tuple(asked.texts or [""]))]
+    chosen = named[part - 1 :: n_parts]
     ended: dict[str, Ended] = {}
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -31,9 +33,8 @@ def main() -> int:
                 ended[name] = check_refusal(CASES[name], world, run if asked.here else run_alone)
             except AssertionError as error:
                 failed[name] = str(error)
-    if asked.lines:
-        for name, end in ended.items():
-            print(f"{name} ({end.seconds:.2f} s)\n    {end.stderr.strip()}")
+            if asked.lines and name in ended:
+                print(f"{name} ({ended[name].seconds:.2f} s)\n    {ended[name].stderr.strip()}")
     _summarize(chosen, ended, failed)
     return 1 if failed else 0
 
@@ -42,6 +43,7 @@ def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("texts", nargs="*", help="only cases whose names begin so")
     parser.add_argument("--here", action="store_true", help="all in this process")
+    parser.add_argument("--part", default="1/1", help="K/N: every Nth case, from the Kth")
     parser.add_argument("--lines", action="store_true", help="print each refusal")
     return parser.parse_args()
 

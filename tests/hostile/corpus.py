@@ -13,13 +13,14 @@ from tests.hostile.cases import (
     quizzes,
     recipes,
     results,
+    settings,
     tensors,
     tokenizers,
 )
 
 CASES: dict[str, Case] = {}
 for kind in (
-    *(headers, indexes, files, tensors, configs, tokenizers, code),
+    *(headers, indexes, files, tensors, configs, tokenizers, settings, code),
     *(documents, profiles, plans, results, recipes, quizzes),
 ):
     CASES.update(kind.CASES)

@@ -5,13 +5,13 @@ Pure: no model is run here.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from expertcut.errors import ModelError
+from expertcut.moe.loading.checks.tokenizer import file_of, token_ids
 from expertcut.quiz import Question, prompt
 from expertcut.quiz.prompts import LETTERS
 
@@ -104,7 +104,7 @@ def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Questi
         ModelError: the tokenizer does not write a choice as one token after the prompt.
     """
     texts = [prompt(question, shots) for question in questions]
-    prompts = [tuple(ids) for ids in tokenizer(texts)["input_ids"]]
+    prompts = [tuple(ids) for ids in token_ids(tokenizer, texts)]
     most = max(len(question.choices) for question in questions)
     letters = _letter_ids(tokenizer, texts[0], prompts[0], most)
     names = tuple(f"question {q.row} of {q.subject} (counted from 0)" for q in questions)
@@ -113,21 +113,16 @@ def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Questi
 
 
 def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int) -> tuple[int, ...]:
-    answered = tokenizer([f"{text} {letter}" for letter in LETTERS[:n_choices]])["input_ids"]
+    answered = token_ids(tokenizer, [f"{text} {letter}" for letter in LETTERS[:n_choices]])
     letter_ids: list[int] = []
     for letter, (*before, last) in zip(LETTERS, answered, strict=False):
         if tuple(before) != ids or last in letter_ids:  # the same one twice is <unk>
             raise ModelError(
-                f"{_file(tokenizer)} does not write ' {letter}' after 'Answer:' as one token of "
+                f"{file_of(tokenizer)} does not write ' {letter}' after 'Answer:' as one token of "
                 "its own: this model cannot be scored by choice letters"
             )
         letter_ids.append(last)
     return tuple(letter_ids)
-
-
-def _file(tokenizer: Any) -> Path:
-    """Its main file, for naming it."""
-    return Path(str(getattr(tokenizer, "name_or_path", ""))) / "tokenizer.json"
 
 
 def cut_packs(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:

@@ -14,24 +14,18 @@ from tests.hostile.edits import (
     in_cut,
     in_model,
     json_of,
-    profile,
     prune,
     run,
     tensors,
     text_of,
 )
-from tests.hostile.world import World
 
 CASES = Corpus("tokenizer")
-FILE, MAIN, SETTINGS = r"olmoe/tokenizer\.json", "tokenizer.json", "tokenizer_config.json"
+FILE, MAIN = r"olmoe/tokenizer\.json", "tokenizer.json"
 
 
 def main(change: Callable[[dict[str, Any]], object]) -> Change:
     return json_of(MAIN, change)
-
-
-def settings(**fields: object) -> Change:
-    return json_of(SETTINGS, lambda content: content.update(fields))
 
 
 def none(folder: Path) -> None:
@@ -60,33 +54,32 @@ def giant_ids(content: dict[str, Any]) -> None:
         vocabulary[token] += 1_000_000
 
 
-def one_giant_letter(content: dict[str, Any]) -> None:
-    content["model"]["vocab"]["ĠC"] = 4_000_000_000
-
-
-def starting_with(token: int) -> Change:
-    """Every prompt begins with a token that the vocabulary does not know."""
+def template(special: dict[str, Any]) -> dict[str, Any]:
+    """Every prompt begins with `<s>`, whatever that is."""
     piece = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
-    special = {"<s>": {"id": "<s>", "ids": [token], "tokens": ["<s>"]}}
-    template = {
+    return {
         "type": "TemplateProcessing",
         "single": [piece, text],
         "pair": [piece, text, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": special,
     }
-    return main(lambda content: content.update(post_processor=template))
+
+
+def starting_with(token: int) -> Change:
+    """Every prompt begins with a token that the vocabulary does not know."""
+    special = {"<s>": {"id": "<s>", "ids": [token], "tokens": ["<s>"]}}
+    return main(lambda content: content.update(post_processor=template(special)))
+
+
+def normalizer(**fields: object) -> Change:
+    return main(lambda content: content.update(normalizer=fields))
 
 
 def nothing_left(content: dict[str, Any]) -> None:
     """The normalizer takes every character away."""
     pattern = {"Regex": "[\\s\\S]"}
     content["normalizer"] = {"type": "Replace", "pattern": pattern, "content": ""}
-
-
-def lowercase(content: dict[str, Any]) -> None:
-    """' A' and ' a' are one, but no token of its own."""
-    content["normalizer"] = {"type": "Lowercase"}
 
 
 def many_added(content: dict[str, Any]) -> None:
@@ -138,11 +131,7 @@ MAINS: dict[str, tuple[Change, str]] = {
     ),
     "added tokens with ids of 2^40": (main(many_added), "cannot be loaded"),
     "a broken regular expression": (
-        main(
-            lambda c: c.update(
-                normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}
-            )
-        ),
+        normalizer(type="Replace", pattern={"Regex": "("}, content=""),
         "cannot be loaded",
     ),
     "an unknown pre-tokenizer": (
@@ -150,13 +139,31 @@ MAINS: dict[str, tuple[Change, str]] = {
         "cannot be loaded",
     ),
     "a unigram model whose unknown token is not there": (main(unigram), "cannot be loaded"),
+    "a map of characters that panics": (
+        normalizer(type="Precompiled", precompiled_charsmap="AAAA"),
+        "cannot be loaded by AutoTokenizer: Precompiled",
+    ),
+    "pieces of no length, which panics": (
+        main(lambda c: c.update(pre_tokenizer={"type": "FixedLength", "length": 0})),
+        "cannot be loaded by AutoTokenizer: chunk size must be non-zero",
+    ),
+    "a template of what is not there, which panics": (
+        main(lambda c: c.update(post_processor=template({}))),
+        "cannot be loaded by AutoTokenizer: no entry found for key",
+    ),
     "letters split in two": (main(no_merges), "does not write ' A' after 'Answer:' as one token"),
     "no letters": (main(without_letters), "does not write ' [AB]' after 'Answer:' as one token"),
-    "letters made small": (main(lowercase), "does not write ' A' after 'Answer:' as one token"),
+    "letters made small": (
+        normalizer(type="Lowercase"),
+        "does not write ' A' after 'Answer:' as one token",
+    ),
     "one word for all": (main(words_only), "does not write ' A'|' B' after 'Answer:'"),
     "no text at all": (main(nothing_left), "holds no tokenizer|cannot be loaded"),
     "ids beyond the embedding": (main(giant_ids), "embeddings for 290|cannot be loaded"),
-    "a letter beyond the embedding": (main(one_giant_letter), "token 4000000000, .*for 290"),
+    "a letter beyond the embedding": (
+        main(lambda c: c["model"]["vocab"].update({"ĠC": 4_000_000_000})),
+        "token 4000000000, .*for 290",
+    ),
     "a first token beyond the embedding": (starting_with(10**9), "token 1000000000, .*for 290"),
     "more tokens than the embedding": (
         main(lambda c: c["model"]["vocab"].update({f"<{i}>": 284 + i for i in range(100)})),
@@ -165,45 +172,6 @@ MAINS: dict[str, tuple[Change, str]] = {
 }
 for fault, (change, says) in MAINS.items():
     CASES.add(f"{fault} for a tokenizer", in_model(change), "olmoe", says)
-
-SETTINGS_OF: dict[str, tuple[Change, str]] = {
-    "no JSON": (text_of(SETTINGS, "{"), r"tokenizer_config\.json cannot be read as JSON"),
-    "a list": (text_of(SETTINGS, "[]"), r"tokenizer_config\.json holds a list"),
-    "10,000 levels": (
-        text_of(SETTINGS, '{"a":' + "[" * 10_000 + "]" * 10_000 + "}"),
-        r"tokenizer_config\.json cannot be read as JSON",
-    ),
-    "a class that is a list": (settings(tokenizer_class=["x"]), "cannot be loaded"),
-    "a limit that is a text": (settings(model_max_length={"a": 1}), "cannot be loaded"),
-    "special tokens that are numbers": (settings(bos_token=7), "cannot be loaded"),
-    "an added token that is a number": (
-        settings(added_tokens_decoder={"0": 7}),
-        "cannot be loaded",
-    ),
-    "an added token of no number": (
-        settings(added_tokens_decoder={"zero": {"content": "x"}}),
-        "cannot be loaded",
-    ),
-    "added tokens that are a list": (settings(added_tokens_decoder=[1]), "cannot be loaded"),
-    "an auto_map that is a number": (settings(auto_map=1), "cannot be loaded"),
-}
-for fault, (change, says) in SETTINGS_OF.items():
-    CASES.add(f"{fault} in tokenizer_config.json", in_model(change), "olmoe/tokenizer", says)
-
-BESIDE = {
-    "special_tokens_map.json with no JSON": ("special_tokens_map.json", "{"),
-    "special_tokens_map.json with a list": ("special_tokens_map.json", "[1]"),
-    "added_tokens.json with no JSON": ("added_tokens.json", "x"),
-    "added_tokens.json with a list": ("added_tokens.json", '["a"]'),
-}
-for fault, (name, content) in BESIDE.items():
-    CASES.add(fault, in_model(text_of(name, content)), f"olmoe/{name}", "JSON")
-CASES.add(
-    "a special token that is a number in special_tokens_map.json",
-    in_model(text_of("special_tokens_map.json", '{"bos_token": {"content": 7}}')),
-    "olmoe/tokenizer",
-    "cannot be loaded",
-)
 
 
 def smaller_embedding(folder: Path) -> None:
@@ -236,22 +204,3 @@ CASES.add(
     r"cut/tokenizer\.json",
     "as one token",
 )
-CASES.add(
-    "a template folder that is a pipe's",
-    in_model(
-        lambda f: (
-            (f / "additional_chat_templates").mkdir(),
-            os.mkfifo(f / "additional_chat_templates" / "tool.jinja"),
-        )
-    ),
-    r"additional_chat_templates/tool\.jinja",
-    "no regular file",
-)
-
-
-def _in_two_places(world: World) -> list[str]:
-    (world / world.model / "chat_template.jinja").symlink_to("/etc/hostname")
-    return profile(world)
-
-
-CASES.add("a template that is a link", _in_two_places, r"chat_template\.jinja", "leads outside")

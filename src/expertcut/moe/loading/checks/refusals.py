@@ -1,5 +1,8 @@
 """What transformers, tokenizers and safetensors raise, in the words of this tool."""
 
+import os
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +24,8 @@ def refusals_of(name: str, file: Path) -> Iterator[None]:
         ModelError: it was raised.
     """
     try:
-        yield
+        with _panics_as_errors():
+            yield
     except ExpertcutError:
         raise
     except Exception as error:
@@ -31,6 +35,30 @@ def refusals_of(name: str, file: Path) -> Iterator[None]:
             error = ValueError("it fits in no memory: name a folder for the rest with --offload")
         reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
         raise ModelError(f"{file} cannot be loaded by {name}: {reason}") from error
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """A panic in Rust, which is no Exception, becomes a ValueError, without its lines on stderr.
+
+    Whatever else is written there comes when the block ends.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        own = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # pyo3 has no name to import it by
+                raise
+            said.truncate(0)
+            raise ValueError(str(error)) from None
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+            said.seek(0)
+            os.write(2, said.read())
 
 
 def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:

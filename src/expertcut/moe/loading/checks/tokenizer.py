@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint: loaded without its code, and such that a prompt can be read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
         ModelError: it does not.
     """
     # Without tokenizer files AutoTokenizer makes one that turns every text into nothing.
-    with refusals_of("AutoTokenizer", folder / "tokenizer_config.json"):
-        ids = tokenizer(_PROBE)["input_ids"]
+    ids = token_ids(tokenizer, [_PROBE])[0]
     if not ids:
         raise ModelError(f"{folder} holds no tokenizer: add its tokenizer.json")
     if tokenizer.vocab_size > n_embeddings:
@@ -40,6 +40,22 @@ def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
             f"the embedding of the weights {n_embeddings}: they belong to different models"
         )
     check_ids(folder, ids, n_embeddings)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, as the tokenizer gives them.
+
+    Raises:
+        ModelError: it fails at one.
+    """
+    with refusals_of("AutoTokenizer", file_of(tokenizer)):
+        ids: list[list[int]] = tokenizer(list(texts))["input_ids"]
+    return ids
+
+
+def file_of(tokenizer: Any) -> Path:
+    """Its main file, for naming it."""
+    return Path(str(getattr(tokenizer, "name_or_path", ""))) / "tokenizer.json"
 
 
 def check_ids(folder: Path, ids: Any, n_embeddings: int) -> None:
