@@ -1,8 +1,9 @@
 """`audit.json`: what removing single experts did, and who foretold it. No torch here."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents.records import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
@@ -133,6 +134,19 @@ class Audit(Record):
     standings: dict[str, Standing]
     harms: tuple[Harm, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_of_one_sample(self) -> Self:
+        n_sampled, fractions = len(self.sampled), self.asked.fractions
+        if len(self.harms) > n_sampled:
+            raise ValueError(f"{len(self.harms)} harms of {n_sampled} sampled experts")
+        for by, its in self.standings.items():
+            if {len(its.score), len(its.share), len(its.place)} != {n_sampled}:
+                raise ValueError(f"{by[:60]!a} does not rank the {n_sampled} sampled experts")
+        for verdict in self.verdicts:
+            if tuple(regret.fraction for regret in verdict.regrets) != fractions:
+                raise ValueError(f"{verdict.by[:60]!a} has regrets of other shares than were asked")
+        return self
 
     @property
     def is_complete(self) -> bool:
