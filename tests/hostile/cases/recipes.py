@@ -75,11 +75,7 @@ for name in ("../../up", "/etc/passwd", "a/b", "a\\\\b", "..", ".hidden", "", "x
         "variants.0.name: ",
     )
 add("a variant called profile", "variants: [{name: profile, prune: {keep: 4}}]", "is taken")
-add(
-    "a variant with a NUL",
-    'variants: [{name: "a\\0b", prune: {keep: 4}}]',
-    "variants.0.name: |no character",
-)
+add("a variant with a NUL", 'variants: [{name: "a\\0b", prune: {keep: 4}}]', "no character")
 add("a variant of nothing", "variants: [{name: a}]", "does one thing")
 add("an expert of no number", "variants: [{name: a, reweight: {boost: first}}]", "no expert")
 add("an expert with a bias of NaN", "variants: [{name: a, reweight: {boost: 1=nan}}]", "no expert")

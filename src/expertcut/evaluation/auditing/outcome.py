@@ -142,10 +142,16 @@ class Audit(Record):
     verdicts: tuple[Verdict, ...] = ()
 
     @model_validator(mode="after")
-    def _has_a_regret_for_each_fraction(self) -> Self:
-        for its in self.verdicts:
-            if tuple(regret.fraction for regret in its.regrets) != self.asked.fractions:
-                raise ValueError(f"{its.by[:80]} has regrets at other fractions than were asked")
+    def _is_of_one_sample(self) -> Self:
+        n_sampled, fractions = len(self.sampled), self.asked.fractions
+        if len(self.harms) > n_sampled:
+            raise ValueError(f"{len(self.harms)} harms of {n_sampled} sampled experts")
+        for by, its in self.standings.items():
+            if {len(its.score), len(its.share), len(its.place)} != {n_sampled}:
+                raise ValueError(f"{by[:60]!a} does not rank the {n_sampled} sampled experts")
+        for verdict in self.verdicts:
+            if tuple(regret.fraction for regret in verdict.regrets) != fractions:
+                raise ValueError(f"{verdict.by[:60]!a} has regrets of other shares than were asked")
         return self
 
     @property
