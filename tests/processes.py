@@ -21,9 +21,21 @@ from expertcut.profiling.store import load_profile
 from expertcut.quiz import Selection, load_quiz
 from tests.conftest import open_model, write_quiz
 
-# A server that has imported all this forks each process, in milliseconds.
+# A server that has imported all this forks each process, in milliseconds. It is one for all tests,
+# so whoever needs something there says so here.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__, "transformers.models.olmoe.modeling_olmoe"])
+_EXPERTCUT = (
+    *("checkpoints.build", "evaluation.sweeping.sweep", "recipe.run", "recipe.acts.changing"),
+    *("recipe.acts.giving", "reporting.outcomes", "reporting.shown", "reporting.sweeps"),
+)
+PROCESSES.set_forkserver_preload(
+    [
+        *(__name__, "tests.prune_runs", "tests.soak.commands"),
+        *(f"expertcut.{name}" for name in _EXPERTCUT),
+        *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
+        "transformers.models.olmoe.modeling_olmoe",
+    ]
+)
 LONG, SHORT = "green_birds", ("green_bees", "old_clocks", "old_cups", "tall_trees")
 N_QUESTIONS = 258 + 4 * 5
 CHUNKS = sorted([f"{LONG}-1.safetensors", *(f"{name}-0.safetensors" for name in (LONG, *SHORT))])

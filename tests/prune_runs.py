@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -25,19 +24,12 @@ from expertcut.cli import main
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.quiz import Selection, load_quiz
 from tests.conftest import make_checkpoint, open_model
+from tests.processes import PROCESSES
 
 PAGE_BYTES = 4096
 Contents = dict[str, str]  # SHA-256 of each file
 _SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 _STEPS = {"os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
-# A server that has imported all this forks each process, in milliseconds.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    [
-        *(__name__, "expertcut.checkpoints.build", "expertcut.reporting.outcomes"),
-        "transformers.models.olmoe.modeling_olmoe",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Runs:
     ) -> BaseProcess:
         """A process that may get a signal before one of its changes of a name on disk."""
         arguments = (self.command(*options, keep=keep), step, sent)
-        process = _PROCESSES.Process(target=run_command, args=arguments, daemon=True)
+        process = PROCESSES.Process(target=run_command, args=arguments, daemon=True)
         process.start()
         return process
 

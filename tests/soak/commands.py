@@ -2,7 +2,6 @@
 
 import gc
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -18,20 +17,8 @@ import torch
 
 from expertcut.cli import main
 from tests.conftest import make_checkpoint
-from tests.processes import long_quiz
+from tests.processes import PROCESSES, long_quiz
 
-# A server that has imported all this forks each process, in milliseconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [
-        __name__,
-        *(f"expertcut.{name}" for name in ("checkpoints.build", "evaluation.sweeping.sweep")),
-        *(f"expertcut.{name}" for name in ("recipe.run", "recipe.acts.changing")),
-        *(f"expertcut.reporting.{name}" for name in ("sweeps", "shown", "outcomes")),
-        *("expertcut.recipe.acts.giving", "matplotlib.backends.backend_svg"),
-        *("matplotlib.backends.backend_agg", "transformers.models.olmoe.modeling_olmoe"),
-    ]
-)
 RECIPE = """
 model: {model}
 quiz: {quiz}
