@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 SPLIT = "split"
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 # Before, the kernel read beyond keys and values that several heads of queries share.
-_TAKES_SHARED_KEYS = TorchVersion(torch.__version__) >= (2, 9)
+_TAKES_SHARED_KEYS = TorchVersion(torch.__version__) >= "2.9"
 Attend = Callable[..., tuple[Tensor, None]]
 Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer, as attended to
 
