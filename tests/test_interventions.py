@@ -40,7 +40,7 @@ from expertcut.interventions.reweighting.targets import (
     tilts,
 )
 from expertcut.moe.engine import Engine
-from expertcut.moe.packing import Encoded, Pass, packed_pass, prefix_pass
+from expertcut.moe.packing import Encoded, Pass, encode, packed_pass, prefix_pass
 from expertcut.profiling.store import BlockInfo, Profile, quiz_info
 from expertcut.quiz import Question, Quiz, Selection, load_quiz, prompt
 from tests.conftest import SUBJECTS, make_tokenizer, open_model, write_quiz
@@ -798,6 +798,10 @@ class Synthetic:
         self.router = Router()
         blocks = [SimpleNamespace(layer=3, router=self.router)]
         self.moe = SimpleNamespace(tokenizer=make_tokenizer(), blocks=blocks)
+
+    def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
+        for subject, questions in quiz.questions.items():
+            yield encode(self.moe.tokenizer, questions, quiz.shots_by_subject[subject])
 
     def score(self, encoded: Encoded, on_pass: Callable[[Pass], None]) -> Tensor:
         n_prefix = encoded.shared_prefix()

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from expertcut.errors import ModelError
 from expertcut.moe import passes
 from expertcut.moe.engine import Engine
+from expertcut.moe.kernels import attention
 from expertcut.moe.kernels.attention import Split, groups
 from expertcut.moe.kernels.experts import by_expert
 from expertcut.moe.kernels.products import Linear, linear
@@ -97,6 +98,27 @@ def test_split_attention_equals_the_masked_one(tiny_moe: MoeModel, quiz: Quiz) -
     split_NC = engine.score(chunk)
     engine.attention = "masked"
     assert (engine.score(chunk) - split_NC).abs().max() < 1e-5
+
+
+def test_where_the_kernel_reads_beyond_shared_keys_each_head_gets_its_own(
+    checkpoint: Checkpoints, quiz: Quiz, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch before 2.9; `make lowest` runs all tests with such a one."""
+    moe = open_model(checkpoint("olmoe"))
+    assert moe.model.config.num_key_value_heads < moe.model.config.num_attention_heads
+    engine, chunk = Engine(moe, batch_tokens=200), encoded(moe, quiz)
+    shared_NC = engine.score(chunk)
+    flash, n_heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, []
+
+    def watched(query: Tensor, key: Tensor, *rest: object, **more: object) -> object:
+        n_heads.append((query.shape[1], key.shape[1]))
+        return flash(query, key, *rest, **more)
+
+    monkeypatch.setattr(attention, "_TAKES_SHARED_KEYS", False)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", watched)
+    own_NC = engine.score(chunk)
+    assert set(n_heads) == {(4, 4)}
+    assert (own_NC - shared_NC).abs().max() < 1e-5
 
 
 def test_the_prefix_is_never_copied(

@@ -20,7 +20,7 @@ from expertcut.quiz import Selection, load_quiz
 from tests.conftest import Commands, make_checkpoint
 
 Checkpoints = Callable[..., Path]
-SIZES = {"green_birds": 9, "old_clocks": 1, "tall_trees": 12}  # one subject of one question
+SIZES = {"green_birds": 9, "old_clocks": 1, "tall_trees": 11}  # one subject of one question
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_all_right_and_all_wrong_are_numbers_in_every_table_file_and_page(
     model = predicted.info.model.id
     asked = ("--quiz", quiz, "--shots", 0)
     said = expertcut("profile", model, *asked, "--split", "val", "--out", "p")
-    assert f"22 questions, accuracy {share:.2%}" in said
+    assert f"21 questions, accuracy {share:.2%}" in said
     found = finite(expertcut("show", "p", "--format", "json"))
     experts = [e for layer in found["layers"] for e in layer["expert"]]
     used = [e for e in experts if e["appearances"]]
@@ -99,7 +99,8 @@ def test_all_right_and_all_wrong_are_numbers_in_every_table_file_and_page(
     assert found["suspects"] == [] and found["tests"] == 0
     assert [s["questions"] for s in found["subjects"]] == list(SIZES.values())
     for form in ("table", "csv", "md"):
-        assert "nan" not in expertcut("show", "p", "--format", form, "--subjects", "--criteria")
+        for more in ("--subjects", "--criteria"):
+            assert "nan" not in expertcut("show", "p", "--format", form, more)
     expertcut("prune", "--profile", "p", "--keep", 4, "--out", "cut")
     expertcut("eval", model, "cut", *asked, "--split", "val", "--out", "r.json")
     finite((tmp_path / "r.json").read_text())
@@ -141,16 +142,16 @@ def test_an_expert_activated_once_has_the_accuracy_of_that_question(
                 assert row["accuracy"] == row["weighted_accuracy"] == right_N[at_N][0]
                 assert 0 <= row["accuracy_ci95"][0] < row["accuracy_ci95"][1] <= 1
                 assert row["difference_se"] is None or row["difference_se"] >= 0
-    assert n_seen > 3
+    assert n_seen > 1
 
 
 EDGES: dict[str, tuple[dict[str, int], int]] = {  # what the model is, and how many may stay
     "all experts are chosen": ({"num_experts": 2}, 2),
-    "one expert is chosen": ({"num_experts_per_tok": 1}, 1),
+    "one expert is chosen": ({"num_experts_per_tok": 1}, 2),
     "one layer": ({"num_hidden_layers": 1}, 4),
-    "one layer, one expert, always": (
-        {"num_hidden_layers": 1, "num_experts": 1, "num_experts_per_tok": 1},
-        1,
+    "one expert of two in one layer": (
+        {"num_hidden_layers": 1, "num_experts": 2, "num_experts_per_tok": 1},
+        2,
     ),
 }
 
@@ -178,10 +179,12 @@ def test_edges_of_the_model_go_all_the_way(
     expertcut("prune", "--profile", "p", "--keep-active", "--out", "active")
     expertcut("prune", "--profile", "p", "--keep", keep, "--out", "kept")
     expertcut("reweight", "--profile", "p", "--boost", "0:0=0.5", "--out", "tilted")
-    if keep > 1:
-        too_few = expertcut("prune", "--profile", "p", "--keep", 1, "--out", "few", status=2)
-        assert too_few.count("\n") == 1 and "at least 2" in too_few
-    made = ("active", "kept", "tilted")
+    for command in ("prune", "merge"):  # a model of one expert could not be read again
+        too_few = expertcut(command, "--profile", "p", "--keep", 1, "--out", "few", status=2)
+        assert too_few.count("\n") == 1 and "keep 2 to " in too_few
+    one = ("--keep", 1, "--layout", "exact", "--out", "one")  # there the router keeps its rows
+    expertcut("prune", "--profile", "p", *one)
+    made = ("active", "kept", "tilted", "one")
     expertcut("eval", model, *made, *asked, "--limit", 2, "--out", "r.json")
     finite((tmp_path / "r.json").read_text())
     results = load_results(tmp_path / "r.json")
@@ -191,7 +194,6 @@ def test_edges_of_the_model_go_all_the_way(
     else:
         assert results.comparisons[1].parameters_delta < 0
     finite(expertcut("show", "kept", "--format", "json"))
-    expertcut("report", ".")
 
 
 def test_a_thousand_experts_are_measured_shown_cut_and_compared_in_bounded_time(

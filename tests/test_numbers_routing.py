@@ -24,12 +24,12 @@ Checkpoints = Callable[..., Path]
 
 @pytest.fixture
 def tied(tmp_path: Path) -> Path:
-    """A model whose experts 2 to 5 have the same router row, and so the same logit, always."""
+    """A model whose experts have the same router row, and so the same logit, always."""
     path = tmp_path / "tied"
     make_checkpoint(path, "olmoe")
     moe = open_model(path)
     for block in moe.blocks:
-        block.router.weight[2:6] = block.router.weight[2]
+        block.router.weight[:] = block.router.weight[0]
     moe.model.save_pretrained(path)
     return path
 
@@ -51,19 +51,22 @@ def test_ties_at_the_edge_of_the_top_k_are_broken_as_the_model_breaks_them(
                 moe.model(input_ids=torch.tensor([ids]))
     own_NLK = torch.stack(chosen).view(len(quiz), 2, 2).numpy()
     assert np.array_equal(np.sort(own_NLK), np.sort(p.array("chosen_NLK")))
-    is_tied_NL = np.isin(own_NLK, (2, 3, 4, 5)).any(axis=2)
-    assert is_tied_NL.mean() > 0.3
-    ties = finite(expertcut("show", "p", "--format", "json"))["near_ties"]
-    assert ties["questions"] >= is_tied_NL.any(axis=1).sum()
+    assert np.allclose(p.array("alpha_NLE"), 1 / 8)
+    assert finite(expertcut("show", "p", "--format", "json"))["near_ties"]["questions"] == len(quiz)
 
 
 def spoilt(moe: Any, value: float, layer: int, token: int) -> Any:
-    """One logit of one token is no number, as after an overflow in half precision."""
+    """One logit of one token is no number, as after an overflow in half precision.
+
+    Of the last block's calls only those that no answer reads: they are of many tokens.
+    """
     block = moe.blocks[layer]
     route = own_forward(block.router)
 
     def spoil(*args: Any, **kwargs: Any) -> Any:
         logits_TE, weights_TK, experts_TK = route(*args, **kwargs)
+        if len(logits_TE) <= 7:  # questions of a subject
+            return logits_TE, weights_TK, experts_TK
         logits_TE, weights_TK = logits_TE.clone(), weights_TK.clone()
         logits_TE[token, 0] = value
         weights_TK[token] = logits_TE.float().softmax(-1)[token, experts_TK[token]]

@@ -245,7 +245,7 @@ def test_escaped_text_reads_as_it_is_and_is_escaped_once(text: str) -> None:
 
 
 def test_a_card_says_how_many_prompts_were_cut(made: Path, hub: LocalHub, tmp_path: Path) -> None:
-    folder = based_on_the_hub(made, hub, tmp_path / "cut")
+    folder = based_on_the_hub(made, hub, tmp_path / "cut", "")
     found = load_results(made / "results.json")
     assert "cut from the left" not in card_of(folder, made / "results.json")
     models = [model.model_copy(update={"cut": 17}) for model in found.models]

@@ -147,8 +147,7 @@ def eval(
     lm_eval_json: LmEvalJson = None,
 ) -> None:
     """Compare checkpoints on the same questions."""
-    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, save
-    from expertcut.evaluation.evaluate import score as score_model
+    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, save, score
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
 
@@ -160,7 +159,7 @@ def eval(
     scoring, folder = Scoring(questions, limit, load_as, options), out.with_suffix(".chunks")
     scored: list[Scored] = []
     for source in sources:
-        steps = partial(score_model, source, scoring, folder)
+        steps = partial(score, source, scoring, folder)
         found = watched(steps, f"scoring {source.name}", len(questions), folder)
         scored += [step for step in found if isinstance(step, Scored)]
     if is_first():

@@ -22,7 +22,7 @@ def check_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: 
             f"list {blocks[0].name} … {blocks[-1].name} in order"
         )
     for block in blocks:
-        _check_block(block, edits[block.name], block.top_k if layout == "stock" else 1)
+        _check_block(block, edits[block.name], least_of(block, layout))
     if layout == "exact":
         return
     for block in blocks:
@@ -65,6 +65,14 @@ def _check_groups(block: BlockInfo, edit: Edit) -> None:
             f"{block.name} routes in {block.groups} groups and keeps {per_group} of them: "
             f"keep equally many in each, at least {least}"
         )
+
+
+def least_of(block: BlockInfo, layout: Layout) -> int:
+    """The fewest that may stay: in layout stock the router needs K, and one expert is no mixture.
+
+    A model of one expert would be refused wherever it is read again.
+    """
+    return max(2, block.top_k) if layout == "stock" else 1
 
 
 def least_per_group(block: BlockInfo) -> int:

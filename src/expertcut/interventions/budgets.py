@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
-from expertcut.interventions.allowed import least_per_group
+from expertcut.interventions.allowed import least_of, least_per_group
 from expertcut.interventions.plan import Layout
 from expertcut.profiling.store import BlockInfo
 
@@ -88,7 +88,7 @@ def counts(keep: Keep, blocks: Sequence[BlockInfo], layout: Layout) -> range:
 
 def _least_of_stock(block: BlockInfo) -> int:
     if block.groups == 1:
-        return block.top_k
+        return least_of(block, "stock")
     return max(-(-block.top_k // block.groups), least_per_group(block)) * block.groups
 
 

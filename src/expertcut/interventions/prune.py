@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expertcut.errors import PlanError, SettingsError
-from expertcut.interventions.allowed import check_edits, least_per_group
+from expertcut.interventions.allowed import check_edits, least_of, least_per_group
 from expertcut.interventions.budgets import Keep, asked_count, floors, share_out
 from expertcut.interventions.criteria.observed import activations
 from expertcut.interventions.criteria.protection import protected, protection
@@ -106,7 +106,7 @@ def keep_n(profile: Profile, n_keep: int, way: Way, engine: "Engine | None" = No
 
 def _check_count(n_keep: int, blocks: Sequence[BlockInfo], layout: Layout) -> None:
     for block in blocks:
-        least = block.top_k if layout == "stock" else 1
+        least = least_of(block, layout)
         if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
@@ -156,7 +156,7 @@ def _least_keep(is_active_E: Array, block: BlockInfo) -> int:
     """The smallest allowed count that keeps every active expert."""
     per_group = is_active_E.reshape(block.groups, -1).sum(axis=1)
     if block.groups == 1:
-        return max(int(per_group[0]), block.top_k)
+        return max(int(per_group[0]), least_of(block, "stock"))
     return max(int(per_group.max()), least_per_group(block)) * block.groups
 
 

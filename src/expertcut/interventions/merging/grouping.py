@@ -11,7 +11,7 @@ import numpy as np
 from scipy.cluster.hierarchy import linkage
 
 from expertcut.errors import PlanError
-from expertcut.interventions.allowed import check_edits
+from expertcut.interventions.allowed import check_edits, least_of
 from expertcut.interventions.plan import Edit
 from expertcut.profiling.store import BlockInfo
 
@@ -105,10 +105,11 @@ def check_count(blocks: Sequence[BlockInfo], n_keep: int) -> None:
         PlanError: fewer than top-k, more than there are, or not equally many per routing group.
     """
     for block in blocks:
-        if not block.top_k <= n_keep <= block.experts:
+        least = least_of(block, "stock")
+        if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
-                f"{block.top_k} of {block.experts} experts: keep {block.top_k} to {block.experts}"
+                f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
             )
         if n_keep % block.groups:
             raise PlanError(
