@@ -101,7 +101,7 @@ def export(source: Source, draft: Draft, n_experts: int, gathered: Gathered, fol
     else:
         n_kept = len(next(iter(draft.edits.values())).keep)
         config = stock_config(config, n_experts, n_kept)
-    for file in _companions(source.path):
+    for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
     if draft.layout == "exact":
         write_atomically(folder / MODELLING_FILE, modelling_code())
@@ -122,7 +122,7 @@ def _rewrite(stored: Stored, draft: Draft, gathered: Gathered) -> Rewrite:
     return stock_rewrite(stored.tensors, draft.edits, gathered.fitted, draft.apply_at)
 
 
-def _companions(folder: Path) -> Iterator[Path]:
+def companions(folder: Path) -> Iterator[Path]:
     """Tokenizer, generation config, chat template and licence, and code that they or config name.
 
     No weights, no index.
