@@ -15,6 +15,7 @@ ORDER = (
     "interventions",
     "checkpoints",
     "evaluation",
+    "healing",
     "reporting",
     "publishing",
     "recipe",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -73,6 +74,9 @@ class Heal:
         str | None, option("The model of distill.  [default: what the checkpoint was made from]")
     ] = None
     likeliest: Annotated[int, option("Of the teacher's tokens that count one by one.", min=1)] = 64
+    teacher_cache: Annotated[
+        Path | None, option("Folder for what it says, asked for only once, for any number of runs.")
+    ] = None
     answer_weight: Annotated[
         float | None,
         option(
@@ -96,9 +100,15 @@ class Heal:
     check_every: Annotated[int, option("Steps between two looks at held-out rows.", min=1)] = 50
     patience: Annotated[int, option("Looks without a better loss that end it.", min=1)] = 3
     max_tokens: Annotated[int, option("Of a row.", min=2)] = 2048
+    adapter: Annotated[
+        bool, option("Write the adapter alone, not a whole checkpoint.", "--adapter")
+    ] = False
     save_memory: Annotated[
         bool, option("Compute activations again instead of keeping them.", "--save-memory")
     ] = False
+    shuffle: Annotated[
+        bool, option("Ask each time with the choices in another order.", "--shuffle/--no-shuffle")
+    ] = True
     seed: Annotated[int, option("Of the rows' order and the adapters.", min=0)] = 0
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -133,15 +143,16 @@ class Heal:
             tuple(map(Weighted.read, quizzes)),
             *(self.split, self.shots, subjects, self.limit),
             tuple(map(Weighted.read, self.text or [])),
-            *(self.eval_quiz, self.eval_split, self.max_tokens),
+            *(self.eval_quiz, self.eval_split, self.max_tokens, self.shuffle),
         )
         targets = tuple(target.strip() for target in self.targets.split(","))
         lora = Lora(self.rank, self.alpha or self.rank, targets, self.seed)
         return Healing(
             data,
-            *(value(self.objective), self.teacher, self.likeliest),
+            *(value(self.objective), self.teacher, self.likeliest, self.teacher_cache),
             lora=lora,
             training=self._training(),
+            is_adapter=self.adapter,
         )
 
     def _training(self) -> Any:

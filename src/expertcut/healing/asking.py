@@ -38,7 +38,8 @@ class Data:
     """What is trained on: one split of quizzes, and texts.
 
     Nothing that stands in split `eval_split` of `eval_quiz` (else of each quiz itself) is. `shots`
-    is how many solved questions stand before the last of a row, all of the same split.
+    is how many solved questions stand before the last of a row, all of the same split. Whenever a
+    question comes, its choices stand in another order, if `is_shuffled`.
     """
 
     quizzes: tuple[Weighted, ...]
@@ -50,6 +51,7 @@ class Data:
     eval_quiz: str | None = None
     eval_split: str = "test"
     max_tokens: int = 2048
+    is_shuffled: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,15 @@ class Healing:
     """All of it. Without an `objective`, `distill` where the base is at hand, else `answer`.
 
     `teacher` is the model to come close to, without one that which the checkpoint was made from.
-    `likeliest` of its tokens count by themselves, the others as one.
+    `likeliest` of its tokens count by themselves, the others as one; what it says lies in `cache`,
+    where one is named, and is asked for only once.
     """
 
     data: Data
     objective: str | None = None
     teacher: str | None = None
     likeliest: int = 64
-    is_cached: bool = False
+    cache: Path | None = None
     lora: Lora = field(default_factory=lambda: Lora(16, 16, ("attention", "experts")))
     training: Training = field(default_factory=Training)
     is_adapter: bool = False

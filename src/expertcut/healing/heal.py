@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from torch import Tensor
 from expertcut.checkpoints.files.folders import check_free, new_folder
 from expertcut.errors import SettingsError
 from expertcut.healing.asking import Healing, Place
+from expertcut.healing.begun import Begun, go_on, plain
 from expertcut.healing.data.sources import Read, read_data
 from expertcut.healing.judging import BASE, BEFORE, HEALED, Verdict, answers, judge
 from expertcut.healing.lineage import first_base
 from expertcut.healing.planning import healed_plan, used_questions
 from expertcut.healing.training.adapters import adapted
+from expertcut.healing.training.cache import Whose, filled
 from expertcut.healing.training.fit import Curve, Report, fit
 from expertcut.healing.training.objectives import OBJECTIVES, Objective
 from expertcut.healing.training.teacher import Live, Teacher
@@ -92,6 +96,7 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
     read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
     judges = read.judges(used_questions(source, read)) if options.is_verified else None
     run = _Run(asked, objective, moe, read, judges, options)
+    go_on(place.working, Begun.of(source, base, objective.name, asked))
     teacher, before = _ask_others(run, base)
     model = adapted(moe, replace(asked.lora, seed=asked.training.seed))
     curve = fit(
@@ -136,23 +141,33 @@ def _ask_others(run: _Run, base: Source | None) -> tuple[Teacher | None, dict[st
     before: dict[str, Tensor] = {}
     teacher: Teacher | None = None
     if base is not None and (run.objective.needs_teacher or run.judges is not None):
-        other = load(base, run.options.load_as)
-        _check_vocabulary(run.moe, other)
+        other = cache(partial(_load_other, run, base))
         if run.judges is not None:
-            before[BASE] = answers(other, run.judges)
+            before[BASE] = answers(other(), run.judges)
         if run.objective.needs_teacher:
-            teacher = Live(other, run.asked.likeliest)
+            teacher = _teacher(run, base, other)
     if run.judges is not None:
         before[BEFORE] = answers(run.moe, run.judges)
     return teacher, before
 
 
-def _check_vocabulary(moe: MoeModel, teacher: MoeModel) -> None:
-    ours, theirs = (m.tokenizer.get_vocab() for m in (moe, teacher))
+def _teacher(run: _Run, base: Source, other: Callable[[], MoeModel]) -> Teacher:
+    asked = run.asked
+    if asked.cache is None:
+        return Live(other(), asked.likeliest)
+    whose = Whose(base.fingerprint, str(run.moe.dtype), asked.likeliest)
+    n_rows = asked.training.steps * asked.training.batch
+    rows: Any = (run.read.rows(n_rows), run.read.fixed(n_rows))
+    batch = asked.training.micro_batch or asked.training.batch
+    return filled(asked.cache, whose, rows, lambda: Live(other(), asked.likeliest), batch)
+
+
+def _load_other(run: _Run, base: Source) -> MoeModel:
+    other = load(base, run.options.load_as)
+    ours, theirs = (moe.tokenizer.get_vocab() for moe in (run.moe, other))
     if ours != theirs:
-        raise SettingsError(
-            f"{teacher.source.id} cannot teach {moe.source.id}: their tokenizers differ"
-        )
+        raise SettingsError(f"{base.id} cannot teach {run.moe.source.id}: their tokenizers differ")
+    return other
 
 
 def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], place: Place) -> Healed:
@@ -185,11 +200,11 @@ def _reloaded(run: _Run, written: Path, folder: Path) -> MoeModel:
 
 def _record(run: _Run, curve: Curve) -> dict[str, Any]:
     """`healing.json`: what was asked, what was trained on, and every loss."""
-    read = run.read
+    read, asked = run.read, run.asked
     return {
         "objective": run.objective.name,
-        "asked": asdict(run.asked),
-        "rate": run.asked.training.rate(run.moe.model.config.get_text_config().hidden_size),
+        "asked": plain(asked),
+        "rate": asked.training.rate(run.moe.model.config.get_text_config().hidden_size),
         "questions": read.n_questions,
         "texts": read.n_texts,
         "held_out_rows": len(read.held_out),

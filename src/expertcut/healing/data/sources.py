@@ -24,7 +24,7 @@ from expertcut.healing.data.rows import (
     text_rows,
 )
 from expertcut.healing.data.texts import read_texts
-from expertcut.quiz import Quiz, Selection, load_quiz, round_robin, without
+from expertcut.quiz import Question, Quiz, Selection, load_quiz, reordered, round_robin, without
 from expertcut.quiz.questions import group_by_subject, replace_questions
 
 _ONE_IN = 10  # of the questions and texts are held out, by their content
@@ -110,7 +110,7 @@ class _Reader:
         self.hashes |= {q.content_hash for q in quiz}
         self.n_questions += len(kept)
         self.held_out_quiz = self.held_out_quiz or held_out
-        shuffled = self._shuffled_quiz(kept)
+        shuffled = self._shuffled_quiz(kept, is_turned=self.data.is_shuffled)
         self.held_out += self._shuffled_quiz(held_out)(random.Random(self.seed))
         self._add(named, shuffled)
 
@@ -153,7 +153,9 @@ class _Reader:
         number = len(self.parts)
         self.parts.append(Part(f"{number}", named.weight, shuffled, self.seed))
 
-    def _shuffled_quiz(self, quiz: Quiz) -> Callable[[random.Random], list[Row]]:
+    def _shuffled_quiz(
+        self, quiz: Quiz, *, is_turned: bool = False
+    ) -> Callable[[random.Random], list[Row]]:
         lengths = {
             subject: dict(
                 zip(
@@ -170,6 +172,8 @@ class _Reader:
             for subject, questions in quiz.questions.items():
                 turned = order.sample(questions, len(questions))
                 sizes = [lengths[subject][q.row] for q in turned]
+                if is_turned:
+                    turned = [_turned(question, order) for question in turned]
                 groups = group_questions(turned, sizes, self.data.shots + 1, self.max_tokens)
                 rows += [question_row(self.tokenizer, group) for group in groups]
             order.shuffle(rows)
@@ -187,6 +191,11 @@ def _held_out(quiz: Quiz) -> Quiz:
     if len(held_out) == len(quiz):
         raise QuizError(f"{quiz.id} has too few questions to hold any out: it has {len(quiz)}")
     return held_out
+
+
+def _turned(question: Question, chance: random.Random) -> Question:
+    n_choices = len(question.choices)
+    return reordered(question, chance.sample(range(n_choices), n_choices))
 
 
 def _shuffled(rows: Sequence[Row], order: random.Random) -> list[Row]:

@@ -1,6 +1,5 @@
 """What the uncut model would say: asked while the other is trained, or once before."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +33,3 @@ class Live:
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits
         return likeliest(logits_BSV[at_BS], self.n_likeliest)
-
-
-Report = Callable[[int, int], None]
