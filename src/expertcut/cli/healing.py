@@ -90,7 +90,7 @@ class Heal:
     alpha: Annotated[int | None, option("Their scale times the rank.  [default: the rank]")] = None
     steps: Annotated[int, option("Steps at most.", min=1)] = 300
     learning_rate: Annotated[
-        float | None, option("The highest.  [default: 0.4 / width of the model]")
+        float | None, option("The highest.  [default: 0.64 / width of the model]")
     ] = None
     batch: Annotated[int, option("Rows of a step, over all processes.", min=1)] = 16
     micro_batch: Annotated[

@@ -8,7 +8,7 @@ from expertcut.healing.training.adapters import TARGETS, Lora
 from expertcut.healing.training.objectives import OBJECTIVES
 
 # Tried on the bundled model of width 128; Adam's best rates fall as width grows (arXiv:2203.03466).
-_RATE_TIMES_WIDTH = 0.4
+_RATE_TIMES_WIDTH = 0.64
 
 
 @dataclass(frozen=True)
