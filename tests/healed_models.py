@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.healing.asking import Data, Healing, Place, Training, Weighted
+from expertcut.healing.asking import Data, Healing, Place, Training
 from expertcut.healing.heal import Healed, Options, heal
 from expertcut.healing.training.adapters import Lora
+from expertcut.healing.weighted import Weighted
 from expertcut.interventions.prune import Keep, Way, choose
 from expertcut.moe.loading import LoadOptions
 from tests.merged_models import measured

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from expertcut.cli.healing import Objective
 from expertcut.errors import OutputError, SettingsError
-from expertcut.healing.asking import Data, Training, Weighted
+from expertcut.healing.asking import Data, Training
 from expertcut.healing.judging import BASE, BEFORE, HEALED
 from expertcut.healing.training.objectives import OBJECTIVES
+from expertcut.healing.weighted import Weighted
 from expertcut.interventions.plan import load_hashes, load_plan
 from expertcut.moe.engine import Engine, ask
 from expertcut.quiz import Selection, load_quiz

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from expertcut.errors import QuizError
-from expertcut.healing.asking import Data, Healing, Weighted
+from expertcut.healing.asking import Data, Healing
 from expertcut.healing.data.leaks import texts_without_scored
 from expertcut.healing.data.mixing import Part, Rows
 from expertcut.healing.data.rows import Row, group_questions, question_row
@@ -29,6 +29,7 @@ from expertcut.healing.training.objectives import (
     distillation,
     likeliest,
 )
+from expertcut.healing.weighted import Weighted
 from expertcut.moe.observers import Routing
 from expertcut.quiz import Selection, load_quiz, prompt
 from tests.conftest import make_tokenizer, open_model, write_quiz

@@ -6,31 +6,10 @@ from pathlib import Path
 from expertcut.errors import SettingsError
 from expertcut.healing.training.adapters import TARGETS, Lora
 from expertcut.healing.training.objectives import OBJECTIVES
+from expertcut.healing.weighted import Weighted
 
 # Tried on the bundled model of width 128; Adam's best rates fall as width grows (arXiv:2203.03466).
 _RATE_TIMES_WIDTH = 0.64
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A quiz or a text file, and how many rows of it are trained on compared with others."""
-
-    name: str
-    weight: float = 1.0
-
-    @classmethod
-    def read(cls, text: str) -> "Weighted":
-        """From `name` or `name=0.7`.
-
-        Raises:
-            SettingsError: a weight that is not above 0.
-        """
-        name, equals, weight = text.rpartition("=")
-        if not equals or not _is_number(weight):  # a path may hold one of its own
-            return cls(text)
-        if not 0 < float(weight) < float("inf"):
-            raise SettingsError(f"{text}: a weight must be above 0")
-        return cls(name, float(weight))
 
 
 @dataclass(frozen=True)
@@ -159,11 +138,3 @@ class Place:
     def working(self) -> Path:
         """A sibling that goes when all is done."""
         return self.folder.with_name(f"{self.folder.name}.healing")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

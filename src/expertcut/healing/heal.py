@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertcut.checkpoints.build import add_files
 from expertcut.checkpoints.files.folders import check_free, new_folder
 from expertcut.errors import SettingsError
 from expertcut.healing.asking import Healing, Place
@@ -27,7 +28,6 @@ from expertcut.healing.training.teacher import Live, Teacher
 from expertcut.healing.written import write_adapter, write_merged
 from expertcut.interventions.plan import Plan, save_plan
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
-from expertcut.profiling.chunks import write_atomically
 from expertcut.quiz import Quiz
 
 HEALING_FILE = "healing.json"
@@ -35,12 +35,16 @@ HEALING_FILE = "healing.json"
 
 @dataclass(frozen=True)
 class Options:
-    """How to load and run; without `is_verified` no question is asked of the result."""
+    """How to load and run; without `is_verified` no question is asked of the result.
+
+    `beside` are files, by name, to lie beside the plan.
+    """
 
     load_as: LoadOptions
     threads: int | None = None
     is_verified: bool = True
     report: Report = lambda done, total: None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], place
             plan = plan.model_copy(update={"proof": verdict.figures()})
         save_plan(temporary, plan, used_questions(source, run.read))
         record = json.dumps(_record(run, curve), indent=1) + "\n"
-        write_atomically(temporary / HEALING_FILE, record.encode())
+        add_files(temporary, {HEALING_FILE: record.encode(), **run.options.beside})
     sizes = (trained, parameters - trained)
     return Healed(place.folder, plan, run.objective.name, run.read, curve, *sizes, verdict)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.errors import QuizError
-from expertcut.healing.asking import Data, Healing, Weighted
+from expertcut.healing.asking import Data, Healing
 from expertcut.healing.data.leaks import (
     Dropped,
     evaluation_questions,
@@ -24,6 +24,7 @@ from expertcut.healing.data.rows import (
     text_rows,
 )
 from expertcut.healing.data.texts import read_texts
+from expertcut.healing.weighted import Weighted
 from expertcut.quiz import Question, Quiz, Selection, load_quiz, reordered, round_robin, without
 from expertcut.quiz.questions import group_by_subject, replace_questions
 

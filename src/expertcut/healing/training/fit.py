@@ -67,6 +67,7 @@ def fit(
     if how.balance:
         trainer.add_balance(how.balance)
     trainer.train(resume_from_checkpoint=_last(folder))
+    trainer.accelerator.wait_for_everyone()  # each has read the best adapters
     return _curve(trainer)
 
 
