@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from expertcut.checkpoints.build import add_files
@@ -97,6 +98,7 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
         torch.set_num_threads(options.threads)
     objective, base = _objective(source, asked)
     moe = load(source, options.load_as)
+    PartialState(cpu=moe.device.type == "cpu")  # the processes of a launcher find each other
     read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
     judges = read.judges(used_questions(source, read)) if options.is_verified else None
     run = _Run(asked, objective, moe, read, judges, options)
