@@ -56,7 +56,7 @@ def test_the_written_checkpoint_is_the_model_with_its_adapters(
     }
     changed = [n for n in theirs if not read_tensor(theirs[n]).equal(read_tensor(ours[n]))]
     assert 0 < len(changed) < len(theirs)
-    assert any("expert" in name for name in changed)
+    assert any("expert" in name or "put_linear" in name for name in changed)  # Granite
     assert not [name for name in changed if "norm" in name or "embed" in name]
 
 

@@ -19,6 +19,7 @@ from expertcut.checkpoints.layouts.stock import Fitted, stock_config, stock_rewr
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
 from expertcut.interventions.plan import (
+    HEALING_FILE,
     PLAN_FILE,
     PROOF_FILE,
     QUESTIONS_FILE,
@@ -29,7 +30,10 @@ from expertcut.interventions.plan import (
 from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
 from expertcut.profiling.chunks import write_atomically
 
-_NOT_COPIED = {"config.json", PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, "README.md"}
+_NOT_COPIED = {
+    *("config.json", "README.md"),
+    *(PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE),
+}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 

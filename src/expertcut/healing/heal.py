@@ -27,11 +27,9 @@ from expertcut.healing.training.fit import Curve, Report, fit
 from expertcut.healing.training.objectives import OBJECTIVES, Objective
 from expertcut.healing.training.teacher import Live, Teacher
 from expertcut.healing.written import write_adapter, write_merged
-from expertcut.interventions.plan import Plan, save_plan
+from expertcut.interventions.plan import HEALING_FILE, Plan, save_plan
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
 from expertcut.quiz import Quiz
-
-HEALING_FILE = "healing.json"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.reporting.tables import Cell, Column, Table, printable
 
 if TYPE_CHECKING:
     from expertcut.healing.data.leaks import Dropped
@@ -57,7 +57,7 @@ def dropped_sentence(dropped: "Dropped") -> str:
     """How many stand in what is scored later, and which."""
     named = ", ".join(dropped.names[:_NAMED])
     more = f" and {len(dropped.names) - _NAMED} more" if len(dropped.names) > _NAMED else ""
-    return (
+    return printable(
         f"{len(dropped.names)} of {dropped.total:,} of {dropped.source} stand in split "
         f"{dropped.split} and were left out: {named}{more}."
     )
