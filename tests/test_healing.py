@@ -152,7 +152,11 @@ def test_a_teacher_from_a_cache_teaches_as_a_live_one(
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) > 4 and {f.suffix for f in files} == {".json", ".safetensors"}
     assert load_file(files[0])["ids"].shape[1] == n_likeliest
-    monkeypatch.setattr("expertcut.healing.heal._load_other", None)  # asked for only once
+
+    def never(*_: object) -> None:
+        raise AssertionError("the teacher is asked again")
+
+    monkeypatch.setattr("expertcut.healing.heal._load_other", never)
     second = healed(stock, cached, tmp_path / "second")
     assert first.curve == second.curve
     assert live.curve.losses == pytest.approx(first.curve.losses, abs=1e-5)
