@@ -120,6 +120,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     left = list((tmp_path / "parts.healing").rglob("*"))
     assert not [file for file in left if file.suffix in (".pt", ".pth", ".bin", ".pkl")]
     assert step < 2 or any(file.name == "optimizer.safetensors" for file in left)
+    for name, half in (("checkpoint-8", None), ("checkpoint-9", '{"epoch":')):
+        folder = tmp_path / "parts.healing" / "steps" / name  # as a kill while it is written
+        folder.mkdir(parents=True)
+        if half:
+            (folder / "trainer_state.json").write_text(half)
     seen: list[int] = []
     found = healed(stock, asked, tmp_path / "parts", report=lambda done, _: seen.append(done))
     assert seen[0] == step // 2 * 2 + 1

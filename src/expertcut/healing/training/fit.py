@@ -1,5 +1,6 @@
 """One training run: set up, gone on with where it was stopped, its best adapters kept."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,12 +125,20 @@ def _memory(how: Training) -> dict[str, Any]:
 def _last(folder: Path) -> str | None:
     """The last checkpoint that was written whole; those that were not are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    # Trainer writes its state last.
-    whole = [path for path in found if (path / TRAINER_STATE_NAME).is_file()]
+    whole = [path for path in found if _is_whole(path)]
     for path in found:
         if path not in whole:
             shutil.rmtree(path)
     return str(whole[-1]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Trainer writes its state last, and a kill may leave half of that."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _pad_id(moe: MoeModel) -> int:
