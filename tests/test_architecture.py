@@ -16,6 +16,7 @@ ORDER = (
     "interventions",
     "checkpoints",
     "evaluation",
+    "healing",
     "reporting",
     "publishing",
     "recipe",

@@ -79,7 +79,7 @@ def test_prompts_and_scores_on_mmlu_are_those_of_lm_eval(
     assert ("\r\n" in text) == (shots == 5)
 
 
-def test_pruned_and_reweighted_models_are_stock_models_that_score_as_eval_says(
+def test_pruned_healed_and_reweighted_models_are_stock_models_that_score_as_eval_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -88,9 +88,11 @@ def test_pruned_and_reweighted_models_are_stock_models_that_score_as_eval_says(
     favourite = layer_statistics(load_profile(Path("p")))[1].appearances_E.argmax()
     run("prune", "--profile=p", "--keep-active", "--out=pruned")
     run("reweight", "--profile=p", "--boost", f"1:{favourite}=0.5", "--out=reweighted")
-    edited = [tmp_path / "pruned", tmp_path / "reweighted"]
-    n_pruned, n_reweighted = load_without_expertcut(edited)
-    assert n_pruned < n_reweighted
+    few = ("--steps=4", "--batch=4", "--shots=1", "--no-verify", "--out=healed")
+    run("heal", "pruned", *part, *few)
+    edited = [tmp_path / "pruned", tmp_path / "healed", tmp_path / "reweighted"]
+    n_pruned, n_healed, n_reweighted = load_without_expertcut(edited)
+    assert n_healed == n_pruned < n_reweighted
 
     asked = smaller_quiz(tmp_path / "quiz")
     results, (base, *ours) = evaluate([QUICKSTART, *edited], asked, tmp_path / "results.json")
@@ -99,7 +101,7 @@ def test_pruned_and_reweighted_models_are_stock_models_that_score_as_eval_says(
         theirs = list(pool.map(lambda m: harness(m, asked, m.with_suffix(".lm_eval")), edited))
     predicted = pandas.read_parquet(tmp_path / "predictions.parquet")
     files = sorted(tmp_path.glob("harness-*.json"))
-    assert [f.name.split("-")[1] for f in files] == ["0", "1", "2"]
+    assert [f.name.split("-")[1] for f in files] == ["0", "1", "2", "3"]
     for evaluated, harnessed, file in zip(ours, theirs, files[1:], strict=True):
         assert_same_file(json.loads(file.read_text()), harnessed, asked)
         assert_same_predictions(predicted, evaluated.result.path, harnessed, asked)

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from expertcut.cli import main
-from expertcut.recipe.model import (
+from expertcut.recipe.model import Recipe
+from expertcut.recipe.sections import (
+    HealSection,
     MergeSection,
     ProfileSection,
     ProveSection,
     PruneSection,
     PublishSection,
-    Recipe,
     ReweightSection,
 )
 
@@ -27,6 +28,7 @@ COMMANDS = (
     "prune",
     "merge",
     "reweight",
+    "heal",
     "audit",
     "eval",
     "report",
@@ -185,7 +187,7 @@ def test_recipes_in_the_readme_and_the_docs_do_what_they_say(
 
 def test_every_key_of_a_recipe_stands_in_the_docs() -> None:
     text = read("docs/recipes.md")
-    changes = (PruneSection, MergeSection, ReweightSection)
+    changes = (PruneSection, MergeSection, ReweightSection, HealSection)
     parts = (Recipe, ProfileSection, *changes, ProveSection, PublishSection)
     keys = {key for part in parts for key in part.model_fields}
     assert len(keys) > 30

@@ -18,6 +18,7 @@ from expertcut.checkpoints.layouts.stock import Fitted, stock_config, stock_rewr
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
 from expertcut.interventions.plan import (
+    HEALING_FILE,
     PLAN_FILE,
     PROOF_FILE,
     QUESTIONS_FILE,
@@ -29,7 +30,10 @@ from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_c
 from expertcut.moe.stored.headers import Stored, read_stored
 from expertcut.profiling.chunks import write_atomically
 
-_NOT_COPIED = {"config.json", PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, "README.md"}
+_NOT_COPIED = {
+    *("config.json", "README.md"),
+    *(PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE),
+}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 
@@ -101,7 +105,7 @@ def export(source: Source, draft: Draft, n_experts: int, gathered: Gathered, fol
     else:
         n_kept = len(next(iter(draft.edits.values())).keep)
         config = stock_config(config, n_experts, n_kept)
-    for file in _companions(source.path):
+    for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
     if draft.layout == "exact":
         write_atomically(folder / MODELLING_FILE, modelling_code())
@@ -122,7 +126,7 @@ def _rewrite(stored: Stored, draft: Draft, gathered: Gathered) -> Rewrite:
     return stock_rewrite(stored.tensors, draft.edits, gathered.fitted, draft.apply_at)
 
 
-def _companions(folder: Path) -> Iterator[Path]:
+def companions(folder: Path) -> Iterator[Path]:
     """Tokenizer, generation config, chat template and licence, and code that they or config name.
 
     No weights, no index.

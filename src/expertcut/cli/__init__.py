@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from expertcut import __version__
 from expertcut.cli import (
     auditing,
+    healing,
     measuring,
     merging,
     pruning,
@@ -50,6 +51,7 @@ for run in (
     command(pruning.Prune),
     merging.merge,
     tilting.reweight,
+    command(healing.Heal),
     auditing.audit,
     measuring.eval,
     reporting.report,

@@ -128,6 +128,18 @@ class Line:
         self.bar.update(self.task, completed=self.done, pace=", ".join(words))
 
 
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Someone to tell how many parts of something are done, of how many: a bar on stderr."""
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
+    with Progress(
+        *columns, console=console, disable=not (console.is_terminal and is_first())
+    ) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
 def _clock(seconds: float) -> str:
     """`h:mm:ss`, not below zero."""
     minutes, rest = divmod(max(0, round(seconds)), 60)

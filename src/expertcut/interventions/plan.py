@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
+HEALING_FILE = "healing.json"
 Positions = Literal["answer", "all"]
 Layout = Literal["stock", "exact"]
 Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives

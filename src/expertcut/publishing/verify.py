@@ -87,7 +87,8 @@ def verified(folder: Path) -> Checkpoint:
     config = read_config(folder)
     if not (folder / PLAN_FILE).is_file():
         raise PlanError(
-            f"{folder} has no {PLAN_FILE}: publish takes what `prune`, `merge` and `reweight` made"
+            f"{folder} has no {PLAN_FILE}: publish takes what `prune`, `merge`, `reweight` and "
+            "`heal` made"
         )
     source, tensors, plan = find_source(str(folder)), read_headers(folder), load_plan(folder)
     load_hashes(folder, plan)

@@ -2,7 +2,7 @@
 
 from expertcut.quiz.prompts import answer_letter, prompt
 from expertcut.quiz.questions import Question, Quiz, Truncate, round_robin, without
-from expertcut.quiz.shuffled import shuffle_choices
+from expertcut.quiz.shuffled import reordered, shuffle_choices
 from expertcut.quiz.sources import DEFAULT_QUIZ, Selection, load_quiz
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "answer_letter",
     "load_quiz",
     "prompt",
+    "reordered",
     "round_robin",
     "shuffle_choices",
     "without",

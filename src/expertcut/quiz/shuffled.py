@@ -1,5 +1,6 @@
 """The same questions with their choices in another order: an answer that is known should stay."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -18,6 +19,11 @@ def _shuffle(question: Question) -> Question:
     chance = Random(int(question.content_hash, 16))
     while order == list(places):
         chance.shuffle(order)
+    return reordered(question, order)
+
+
+def reordered(question: Question, order: Sequence[int]) -> Question:
+    """Its choices as `order` says: which of the original stands at each place."""
     return replace(
         question,
         choices=tuple(question.choices[i] for i in order),

@@ -154,7 +154,7 @@ class _Running:
         stale: list[str] = []
         if stage.kind == "profile" and (is_asked or record.inputs != inputs):
             stale += stage.makes
-        if is_asked:
+        if is_asked or (stage.kind == "heal" and record.inputs != inputs):
             stale += stage.keeps
         for name in stale:
             shutil.rmtree(self.ledger.folder / name, ignore_errors=True)
@@ -170,7 +170,7 @@ def _named(stage: Stage) -> Iterator[None]:
 
 
 def _act_of(stage: Stage) -> Callable[[Job], None]:
-    from expertcut.recipe.acts import changing, giving, measuring
+    from expertcut.recipe.acts import changing, giving, healing, measuring
 
     acts: dict[str, Callable[[Job], None]] = {
         "profile": measuring.profile,
@@ -178,6 +178,7 @@ def _act_of(stage: Stage) -> Callable[[Job], None]:
         "prune": changing.prune,
         "merge": changing.merge,
         "reweight": changing.reweight,
+        "heal": healing.heal,
         "eval": measuring.evaluate,
         "report": giving.report,
         "publish": giving.publish,

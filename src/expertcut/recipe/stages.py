@@ -6,10 +6,12 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from expertcut.errors import RecipeError
+from expertcut.healing.weighted import Weighted
 from expertcut.quiz import Selection
 from expertcut.recipe.model import Recipe, Variant
+from expertcut.recipe.sections import HealSection
 
-Kind = Literal["profile", "show", "prune", "merge", "reweight", "eval", "report", "publish"]
+Kind = Literal["profile", "show", "prune", "merge", "reweight", "heal", "eval", "report", "publish"]
 PROFILE, VARIANTS = "profile", "variants"
 RESULTS, REPORT, CARD = "results.json", "report.html", "README.md"
 _ASKED = ("quiz", "quiz_revision", "shots", "subjects", "truncate")
@@ -37,7 +39,7 @@ class Stage:
     """One stage: `settings` are all that it takes from the recipe, `after` the stages it reads.
 
     `makes` are its files and folders in the run folder, `leaves` those in another stage's folder,
-    `keeps` are those that help it to go on.
+    `keeps` are those that help it to go on. `reads` are quizzes and files of its own.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Stage:
     reads_model: bool = False
     keeps: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -120,8 +123,27 @@ def _publish_stages(recipe: Recipe) -> Iterator[Stage]:
         )
 
 
+def _heal_stage(recipe: Recipe, variant: Variant, asked: HealSection) -> Stage:
+    """Without other quizzes it is trained on the recipe's; what it has done is gone on from."""
+    folder = variant_folder(variant.name)
+    is_own = not asked.quiz and not asked.text
+    trained = [Asking(asked.split, asked.limit)] if is_own else []
+    return Stage(
+        *(variant.name, "heal"),
+        settings=_taken(recipe, _LOADED, ("threads",)) | variant.model_dump(),
+        makes=(folder,),
+        after=("profile", asked.of),
+        asks=(*trained, Asking(asked.eval_split, None, is_needed=False)),
+        reads_model=True,
+        keeps=(f"{folder}.healing",),
+        reads=tuple(Weighted.read(text).name for text in (*asked.quiz, *asked.text)),
+    )
+
+
 def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
     """What fits and judges it comes from splits of the quiz that the profile may not have seen."""
+    if variant.heal is not None:
+        return _heal_stage(recipe, variant, variant.heal)
     own, limit = recipe.profile.split, recipe.profile.limit
     others = [Asking(split, None, is_needed=False) for split in _JUDGES if split != own]
     return Stage(

@@ -19,7 +19,8 @@ from expertcut.interventions.reweighting.tuning import Procedure
 from expertcut.interventions.touched import touched
 from expertcut.profiling.store import Profile
 from expertcut.recipe.acts.job import Job
-from expertcut.recipe.model import PruneSection, ReweightSection, Variant
+from expertcut.recipe.model import Variant
+from expertcut.recipe.sections import PruneSection, ReweightSection
 from expertcut.recipe.stages import variant_folder
 from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 from expertcut.reporting.merging import groups_table, merging_sentences

@@ -6,7 +6,7 @@ from expertcut.profiling.chunks import write_atomically
 from expertcut.publishing.hub import Published, PublishOptions
 from expertcut.publishing.hub import publish as upload
 from expertcut.recipe.acts.job import Job
-from expertcut.recipe.model import PublishSection
+from expertcut.recipe.sections import PublishSection
 from expertcut.recipe.stages import REPORT, RESULTS
 from expertcut.reporting.page import write
 

@@ -53,6 +53,9 @@ class Inputs:
             found["model"] = self.model()
         for asking in stage.asks:
             found[f"quiz {asking.split}"] = self._quiz(asking)
+        for name in stage.reads:
+            files = quiz_files(name)  # what is on the hub is its name
+            found[f"data {name}"] = sha256_of(name if files is None else self.stamps.of(files))
         return {**found, **{f"stage {name}": outputs.get(name) for name in stage.after}}
 
     def model(self) -> str | None:
@@ -102,7 +105,7 @@ def _changes(stage: Stage, before: Mapping[str, Any], now: Mapping[str, Any]) ->
         elif kind == "stage":
             yield f"{which} made something else" if was else f"{which} is new"
         else:
-            what = f"split {which} of the quiz" if which else "the model"
+            what = {"quiz": f"split {which} of the quiz", "data": which}.get(kind, "the model")
             yield f"{what} changed" if was else f"{what} is new"
     yield from (f"{name} is no longer read" for name in before if name not in now)
 

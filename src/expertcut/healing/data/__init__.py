@@ -1,0 +1,1 @@
+"""What is trained on: rows of token ids, and nothing that is later scored."""

@@ -1,0 +1,203 @@
+"""From what was asked for to rows: those trained on, in order, and those held out."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from expertcut.errors import QuizError
+from expertcut.healing.asking import Data, Healing
+from expertcut.healing.data.leaks import (
+    Dropped,
+    evaluation_questions,
+    texts_without_scored,
+    without_scored,
+)
+from expertcut.healing.data.mixing import Fixed, Part, Rows
+from expertcut.healing.data.rows import (
+    Row,
+    group_questions,
+    question_lengths,
+    question_row,
+    text_rows,
+)
+from expertcut.healing.data.texts import read_texts
+from expertcut.healing.weighted import Weighted
+from expertcut.quiz import Question, Quiz, Selection, load_quiz, reordered, round_robin, without
+from expertcut.quiz.questions import group_by_subject, replace_questions
+
+_ONE_IN = 10  # of the questions and texts are held out, by their content
+_MOST_HELD_OUT = 256
+
+
+@dataclass(frozen=True)
+class Read:
+    """All questions and texts of a run, before they are cut into rows.
+
+    `scored` is what the healed model is judged by, never trained on. `hashes` are those of every
+    question that was looked at.
+    """
+
+    parts: list[Part]
+    held_out: list[Row]
+    held_out_quiz: Quiz | None
+    scored: Quiz | None
+    dropped: list[Dropped]
+    hashes: frozenset[str]
+    n_questions: int
+    n_texts: int
+
+    def rows(self, n_rows: int) -> Rows:
+        """So many rows to be trained on."""
+        return Rows(self.parts, n_rows)
+
+    def judges(self, used: frozenset[str]) -> Quiz | None:
+        """Questions that no step looked at: of what is scored later, else those held out.
+
+        None where there were only texts.
+        """
+        found = self.held_out_quiz if self.scored is None else self.scored
+        if found is None:
+            return None
+        unused = found if self.scored is None else without(found, used)
+        return round_robin(unused if len(unused) else found, _MOST_HELD_OUT)
+
+    def fixed(self, first: int) -> Fixed:
+        """The held-out rows, numbered from `first`."""
+        return Fixed(self.held_out, first)
+
+
+def read_data(asked: Healing, tokenizer: Any, max_tokens: int) -> Read:
+    """Reads quizzes and texts, drops what is scored later, holds some out.
+
+    Raises:
+        QuizError: a source that cannot be read, that is too small, or of which more than 5 % stand
+            in the evaluation split.
+    """
+    reader = _Reader(asked.data, tokenizer, max_tokens, asked.training.seed)
+    for quiz in asked.data.quizzes:
+        reader.add_quiz(quiz)
+    for text in asked.data.texts:
+        reader.add_texts(text)
+    return reader.done()
+
+
+class _Reader:
+    def __init__(self, data: Data, tokenizer: Any, max_tokens: int, seed: int) -> None:
+        self.data, self.tokenizer, self.max_tokens, self.seed = data, tokenizer, max_tokens, seed
+        self.parts: list[Part] = []
+        self.held_out: list[Row] = []
+        self.held_out_quiz: Quiz | None = None
+        self.scored: list[Quiz] = []
+        self.dropped: list[Dropped | None] = []
+        self.hashes: frozenset[str] = frozenset()
+        self.n_questions = self.n_texts = 0
+
+    def add_quiz(self, named: Weighted) -> None:
+        data = self.data
+        selection = Selection(named.name, data.split, 0, data.subjects, data.limit)
+        quiz = load_quiz(selection)
+        scored = evaluation_questions(
+            data.eval_quiz or named.name, data.eval_split, selection, data.shots
+        )
+        if scored is not None and all(scored.id != known.id for known in self.scored):
+            self.scored.append(scored)
+        quiz, dropped = without_scored(quiz, scored)
+        self.dropped.append(dropped)
+        held_out = _held_out(quiz)
+        kept = without(quiz, {q.content_hash for q in held_out})
+        self.hashes |= {q.content_hash for q in quiz}
+        self.n_questions += len(kept)
+        self.held_out_quiz = self.held_out_quiz or held_out
+        shuffled = self._shuffled_quiz(kept, is_turned=self.data.is_shuffled)
+        self.held_out += self._shuffled_quiz(held_out)(random.Random(self.seed))
+        self._add(named, shuffled)
+
+    def add_texts(self, named: Weighted) -> None:
+        texts = read_texts(Path(named.name), self.tokenizer)
+        if self.data.eval_quiz and not self.scored:
+            found = evaluation_questions(self.data.eval_quiz, self.data.eval_split)
+            self.scored += [found] if found is not None else []
+        scored = [question for quiz in self.scored for question in quiz]
+        clean, dropped = texts_without_scored(named.name, texts, scored, self.data.eval_split)
+        self.dropped.append(dropped)
+        ids = self.tokenizer([texts[at] for at in clean])["input_ids"] if clean else []
+        out = [at for at in range(len(ids)) if at % _ONE_IN == _ONE_IN - 1][:_MOST_HELD_OUT]
+        self.held_out += text_rows([ids[at] for at in out], self.max_tokens)
+        kept = [document for at, document in enumerate(ids) if at not in set(out)]
+        self.n_texts += len(kept)
+        self._add(named, partial(_shuffled, list(text_rows(kept, self.max_tokens))))
+
+    def done(self) -> Read:
+        if not self.held_out:
+            raise QuizError("too few questions and texts to hold any out: name more")
+        scored = self.scored[0] if self.scored else None
+        return Read(
+            self.parts,
+            self.held_out[:_MOST_HELD_OUT],
+            self.held_out_quiz,
+            scored,
+            [found for found in self.dropped if found is not None],
+            self.hashes,
+            self.n_questions,
+            self.n_texts,
+        )
+
+    def _add(self, named: Weighted, shuffled: Callable[[random.Random], list[Row]]) -> None:
+        if not shuffled(random.Random(self.seed)):
+            raise QuizError(
+                f"{named.name} leaves nothing to train on: it has too little, or only rows of "
+                f"more than {self.max_tokens} tokens: raise --max-tokens or name another"
+            )
+        number = len(self.parts)
+        self.parts.append(Part(f"{number}", named.weight, shuffled, self.seed))
+
+    def _shuffled_quiz(
+        self, quiz: Quiz, *, is_turned: bool = False
+    ) -> Callable[[random.Random], list[Row]]:
+        lengths = {
+            subject: dict(
+                zip(
+                    (q.row for q in questions),
+                    question_lengths(self.tokenizer, questions),
+                    strict=True,
+                )
+            )
+            for subject, questions in quiz.questions.items()
+        }
+
+        def shuffled(order: random.Random) -> list[Row]:
+            rows = []
+            for subject, questions in quiz.questions.items():
+                turned = order.sample(questions, len(questions))
+                sizes = [lengths[subject][q.row] for q in turned]
+                if is_turned:
+                    turned = [_turned(question, order) for question in turned]
+                groups = group_questions(turned, sizes, self.data.shots + 1, self.max_tokens)
+                rows += [question_row(self.tokenizer, group) for group in groups]
+            order.shuffle(rows)
+            return rows
+
+        return shuffled
+
+
+def _held_out(quiz: Quiz) -> Quiz:
+    """A tenth, by content, so that another run or seed holds out the same; some in any case."""
+    tenth = [q for q in quiz if int(q.content_hash, 16) % _ONE_IN == 0]
+    held_out = round_robin(
+        replace_questions(quiz, group_by_subject(tenth or list(quiz)[:1])), _MOST_HELD_OUT
+    )
+    if len(held_out) == len(quiz):
+        raise QuizError(f"{quiz.id} has too few questions to hold any out: it has {len(quiz)}")
+    return held_out
+
+
+def _turned(question: Question, chance: random.Random) -> Question:
+    n_choices = len(question.choices)
+    return reordered(question, chance.sample(range(n_choices), n_choices))
+
+
+def _shuffled(rows: Sequence[Row], order: random.Random) -> list[Row]:
+    return order.sample(rows, len(rows))

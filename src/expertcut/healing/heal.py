@@ -1,0 +1,223 @@
+"""The stage behind `heal`: read, train, write, prove on questions that were not used."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from expertcut.checkpoints.build import add_files
+from expertcut.checkpoints.files.folders import check_free, new_folder
+from expertcut.errors import SettingsError
+from expertcut.healing.asking import Healing, Place
+from expertcut.healing.begun import Begun, go_on, plain
+from expertcut.healing.data.sources import Read, read_data
+from expertcut.healing.judging import BASE, BEFORE, HEALED, Verdict, answers, judge
+from expertcut.healing.lineage import first_base
+from expertcut.healing.planning import healed_plan, used_questions
+from expertcut.healing.training.adapters import adapted
+from expertcut.healing.training.cache import Whose, filled
+from expertcut.healing.training.fit import Curve, Report, fit
+from expertcut.healing.training.objectives import OBJECTIVES, Objective
+from expertcut.healing.training.teacher import Live, Teacher
+from expertcut.healing.written import write_adapter, write_merged
+from expertcut.interventions.plan import HEALING_FILE, Plan, save_plan
+from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
+from expertcut.quiz import Quiz
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to load and run; without `is_verified` no question is asked of the result.
+
+    `beside` are files, by name, to lie beside the plan.
+    """
+
+    load_as: LoadOptions
+    threads: int | None = None
+    is_verified: bool = True
+    report: Report = lambda done, total: None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What was made, what it was trained on, and how the loss fell.
+
+    `trained` counts the weights of the adapters, `parameters` those of the checkpoint.
+    """
+
+    folder: Path
+    plan: Plan
+    objective: str
+    read: Read
+    curve: Curve
+    trained: int
+    parameters: int
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run works from: the checkpoint that is trained and the questions that judge it."""
+
+    asked: Healing
+    objective: Objective
+    moe: MoeModel
+    read: Read
+    judges: Quiz | None
+    options: Options
+
+
+def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Healed | None:
+    """Trains a checkpoint and writes the healed one; the folder appears when all is done.
+
+    Of several processes the first writes and has a result.
+
+    Raises:
+        ContractError: a model whose experts cannot be told apart, or cannot be written back.
+        ModelError: a checkpoint or teacher that cannot be loaded.
+        OutputError: a place that must not be written, or that holds another run.
+        QuizError: data that cannot be read, or of which too much is scored later.
+        SettingsError: options that cannot be used.
+    """
+    asked.check()
+    source = find_source(checkpoint)
+    named = (*asked.data.quizzes, *asked.data.texts)
+    inputs = (source.path, *(Path(data.name) for data in named if Path(data.name).exists()))
+    check_free(place.folder, is_forced=place.is_forced, inputs=inputs)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    objective, base = _objective(source, asked)
+    moe = load(source, options.load_as)
+    PartialState(cpu=moe.device.type == "cpu")  # the processes of a launcher find each other
+    read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
+    judges = read.judges(used_questions(source, read)) if options.is_verified else None
+    run = _Run(asked, objective, moe, read, judges, options)
+    go_on(place.working, Begun.of(source, base, objective.name, asked))
+    teacher, before = _ask_others(run, base)
+    model = adapted(moe, replace(asked.lora, seed=asked.training.seed))
+    curve = fit(
+        moe, model, read, asked.training, (objective, teacher),
+        (place.working / "steps", options.report),
+    )  # fmt: skip
+    model.eval()
+    del teacher
+    if not _is_first():
+        return None
+    healed = _write(run, model, curve, before, place)
+    shutil.rmtree(place.working, ignore_errors=True)
+    return healed
+
+
+def default_out(checkpoint: str) -> Path:
+    """Beside other checkpoints, by its name."""
+    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+    return Path("checkpoints") / f"{name.split('/')[-1]}-healed"
+
+
+def _objective(source: Source, asked: Healing) -> tuple[Objective, Source | None]:
+    """What is asked for, or what suits; and the model to come close to, where one is at hand."""
+    base = find_source(asked.teacher) if asked.teacher else first_base(source)
+    name = asked.objective or ("answer" if base is None else "distill")
+    objective = OBJECTIVES[name]
+    if objective.needs_teacher and base is None:
+        raise SettingsError(
+            f"--objective {name}: the model that {source.id} was made from is not at hand: name it "
+            "with --teacher, or take --objective answer or lm"
+        )
+    return objective, base
+
+
+def _max_tokens(moe: MoeModel, asked: Healing) -> int:
+    config = moe.model.config.get_text_config()
+    return min(asked.data.max_tokens, getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+def _ask_others(run: _Run, base: Source | None) -> tuple[Teacher | None, dict[str, Tensor]]:
+    """The teacher, where one is needed; and what the base and the checkpoint say now."""
+    before: dict[str, Tensor] = {}
+    teacher: Teacher | None = None
+    if base is not None and (run.objective.needs_teacher or run.judges is not None):
+        other = cache(partial(_load_other, run, base))
+        if run.judges is not None:
+            before[BASE] = answers(other(), run.judges)
+        if run.objective.needs_teacher:
+            teacher = _teacher(run, base, other)
+    if run.judges is not None:
+        before[BEFORE] = answers(run.moe, run.judges)
+    return teacher, before
+
+
+def _teacher(run: _Run, base: Source, other: Callable[[], MoeModel]) -> Teacher:
+    asked = run.asked
+    if asked.cache is None:
+        return Live(other(), asked.likeliest)
+    whose = Whose(base.fingerprint, str(run.moe.dtype), asked.likeliest)
+    n_rows = asked.training.steps * asked.training.batch
+    rows: Any = (run.read.rows(n_rows), run.read.fixed(n_rows))
+    batch = asked.training.micro_batch or asked.training.batch
+    return filled(asked.cache, whose, rows, lambda: Live(other(), asked.likeliest), batch)
+
+
+def _load_other(run: _Run, base: Source) -> MoeModel:
+    other = load(base, run.options.load_as)
+    ours, theirs = (moe.tokenizer.get_vocab() for moe in (run.moe, other))
+    if ours != theirs:
+        raise SettingsError(f"{base.id} cannot teach {run.moe.source.id}: their tokenizers differ")
+    return other
+
+
+def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], place: Place) -> Healed:
+    plan, verdict = healed_plan(run.moe, run.asked, run.objective.name, run.read), None
+    source, write = run.moe.source, write_adapter if run.asked.is_adapter else write_merged
+    trained, parameters = model.get_nb_trainable_parameters()
+    with new_folder(place.folder, is_forced=place.is_forced) as temporary:
+        write(source, model, temporary)
+        if run.judges is not None:
+            written = _reloaded(run, temporary, place.folder)
+            verdict = judge(run.judges, {**before, HEALED: answers(written, run.judges)})
+            plan = plan.model_copy(update={"proof": verdict.figures()})
+        save_plan(temporary, plan, used_questions(source, run.read))
+        record = json.dumps(_record(run, curve), indent=1) + "\n"
+        add_files(temporary, {HEALING_FILE: record.encode(), **run.options.beside})
+    sizes = (trained, parameters - trained)
+    return Healed(place.folder, plan, run.objective.name, run.read, curve, *sizes, verdict)
+
+
+def _reloaded(run: _Run, written: Path, folder: Path) -> MoeModel:
+    """What was written, read as anyone will."""
+    if not run.asked.is_adapter:
+        return load(Source(str(folder), written), run.options.load_as)
+    from peft import PeftModel
+
+    moe = load(run.moe.source, run.options.load_as)
+    PeftModel.from_pretrained(moe.model, written)
+    return moe
+
+
+def _record(run: _Run, curve: Curve) -> dict[str, Any]:
+    """`healing.json`: what was asked, what was trained on, and every loss."""
+    read, asked = run.read, run.asked
+    return {
+        "objective": run.objective.name,
+        "asked": plain(asked),
+        "rate": asked.training.rate(run.moe.model.config.get_text_config().hidden_size),
+        "questions": read.n_questions,
+        "texts": read.n_texts,
+        "held_out_rows": len(read.held_out),
+        "dropped": [asdict(dropped) for dropped in read.dropped],
+        **asdict(curve),
+    }
+
+
+def _is_first() -> bool:
+    import torch.distributed as processes
+
+    return not processes.is_initialized() or processes.get_rank() == 0

@@ -1,0 +1,55 @@
+"""Whether a checkpoint came back: answers to questions that were not used, beside two others'."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertcut.checkpoints.answering import Answered
+from expertcut.checkpoints.proof import Difference, Outcome, difference, outcome
+from expertcut.moe.engine import Engine, ask
+from expertcut.moe.loading import MoeModel
+from expertcut.quiz import Quiz
+
+_BATCH_TOKENS = 4096
+HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far apart the forms are, and how well each answers."""
+
+    split: str
+    differences: list[Difference]
+    outcomes: list[Outcome]
+
+    def figures(self) -> dict[str, Any]:
+        """As they stand in plan.json, under the names that proofs of cuts have."""
+        return {
+            "held_out_split": self.split,
+            "held_out": [asdict(row) for row in self.differences],
+            "shares": [],
+            "alone": None,
+            "agreement": [],
+            "outcomes": [asdict(row) for row in self.outcomes],
+        }
+
+
+def answers(moe: MoeModel, quiz: Quiz) -> Tensor:
+    """Log p of the choices (N, C)."""
+    return ask(Engine(moe, _BATCH_TOKENS), quiz)
+
+
+def judge(quiz: Quiz, by_form: dict[str, Tensor]) -> Verdict:
+    """`by_form` are log p of choices (N, C); the healed model is compared with the others."""
+    healed_NC = by_form[HEALED]
+    others = [form for form in (BASE, BEFORE) if form in by_form]
+    rows = [difference(form, healed_NC, by_form[form]) for form in others]
+    said = {form: _answered(by_form[form]) for form in (*others, HEALED)}
+    outcomes = [outcome(form, quiz, found, said[others[0]]) for form, found in said.items()]
+    return Verdict(quiz.split, rows, outcomes)
+
+
+def _answered(logprob_NC: Tensor) -> Answered:
+    return Answered(logprob_NC, {}, torch.empty(0, dtype=torch.bool))

@@ -1,0 +1,132 @@
+"""Low-rank adapters on attention, on the experts' fused matrices and, if asked, on the gates."""
+
+import re
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertcut.errors import ModelError, SettingsError
+from expertcut.moe.contract import MoeBlock
+from expertcut.moe.loading import MoeModel
+
+TARGETS = ("attention", "experts", "gate")
+ADAPTER = "default"
+_ATTENTION = re.compile(r"attn|attention")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Rank, scale (`alpha` / rank) and what is adapted."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+    seed: int = 0
+
+
+def adapted(moe: MoeModel, lora: Lora) -> Any:
+    """The model with adapters that change nothing yet, the only weights with gradients.
+
+    The blocks of `moe` stay valid: their modules are wrapped, not replaced.
+
+    Raises:
+        ModelError: nothing there to adapt.
+        SettingsError: an unknown target.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    modules, parameters = _targets(moe, lora.targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,  # cannot be had for fused experts
+        target_modules=modules or None,
+        target_parameters=parameters or None,
+    )
+    torch.manual_seed(lora.seed)
+    with warnings.catch_warnings():
+        # peft asks transformers for a name that it gave up.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(moe.model, config, adapter_name=ADAPTER)
+
+
+def deltas(model: Any) -> Iterator[tuple[str, Any]]:
+    """What adapters add, by the name of the parameter: a function of nothing for each."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            own = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            yield f"{name.replace('.base_layer', '')}.{own}", _Delta(module, own)
+
+
+@dataclass(frozen=True)
+class _Delta:
+    module: Any
+    parameter: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter."""
+        parameter: Tensor = getattr(self.module.get_base_layer(), self.parameter)
+        return parameter.shape
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """In float32, of the parameter's shape."""
+        made: Tensor = self.module.get_delta_weight(ADAPTER)
+        return made.float().cpu().reshape(self.shape)
+
+
+def _targets(moe: MoeModel, asked: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of linear layers, and of parameters, as short as they are unambiguous."""
+    if unknown := [target for target in asked if target not in TARGETS]:
+        raise SettingsError(f"--targets {unknown[0]} is unknown: it can be {', '.join(TARGETS)}")
+    modules, parameters = list[str](), list[str]()
+    if "attention" in asked:
+        modules = _attention(moe)
+    if "experts" in asked:
+        parameters += [name for block in moe.blocks for name in _experts(block)]
+    if "gate" in asked:
+        parameters += [name for block in moe.blocks for name in _gate(block)]
+    linear = [n for n, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
+    known = [name for name, _ in moe.model.named_parameters()]
+    return _short(modules, linear, 1), _short(parameters, known, 3)
+
+
+def _attention(moe: MoeModel) -> list[str]:
+    inside = tuple(f"{block.name}." for block in moe.blocks)
+    found = [
+        name
+        for name, module in moe.model.named_modules()
+        if isinstance(module, nn.Linear) and _ATTENTION.search(name) and not name.startswith(inside)
+    ]
+    if not found:
+        raise ModelError(f"{moe.source.id} has no linear layers in its attention to adapt")
+    return found
+
+
+def _experts(block: MoeBlock) -> list[str]:
+    names = [name for name, weight in block.experts.named_parameters() if weight.ndim == 3]
+    if not names:
+        raise ModelError(f"{block.name} has no fused experts to adapt")
+    return [f"{block.name}.experts.{name}" for name in names]
+
+
+def _gate(block: MoeBlock) -> list[str]:
+    own = next(name for name, module in block.module.named_children() if module is block.router)
+    found = [n for n, w in block.router.named_parameters() if w.ndim == 2 and n.endswith("weight")]
+    return [f"{block.name}.{own}.{name}" for name in found]
+
+
+def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]:
+    """Endings of so many parts where they name just what is wanted, else full names."""
+    endings = sorted({".".join(name.split(".")[-n_parts:]) for name in wanted})
+    meant = [name for name in known if any(f".{name}".endswith(f".{end}") for end in endings)]
+    return endings if sorted(meant) == sorted(wanted) else sorted(wanted)

@@ -1,0 +1,153 @@
+"""A teacher's likeliest tokens on disk: computed once, for one run or several.
+
+A folder of safetensors files: `ids` (M, R) int32 and `logprob` (M, R) float32, row after row, all
+positions of a row but the last; the metadata name the rows by what they hold and say where each
+begins. `teacher.json` says whose words these are.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from expertcut.errors import OutputError
+from expertcut.healing.data.rows import Row
+from expertcut.healing.training.batches import Collator
+from expertcut.healing.training.objectives import IGNORED, Likeliest, everywhere
+from expertcut.healing.training.teacher import Batch, Live
+from expertcut.profiling.chunks import write_atomically
+
+_WHOSE = "teacher.json"
+_KEY = "rows"
+
+
+@dataclass(frozen=True)
+class Whose:
+    """What a cache depends on besides the rows."""
+
+    fingerprint: str
+    dtype: str
+    likeliest: int
+
+
+class Cached:
+    """A cache that is read; `has` tells which rows it holds."""
+
+    def __init__(self, folder: Path, whose: Whose) -> None:
+        self.places: dict[str, tuple[Any, int, int]] = {}
+        self.files = ExitStack()
+        check_whose(folder, whose)
+        for file in sorted(folder.glob("*.safetensors")):
+            opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
+            for digest, (begin, length) in json.loads(opened.metadata()[_KEY]).items():
+                self.places[digest] = (opened, begin, length)
+
+    def has(self, row: Row) -> bool:
+        """Whether a row's words are there."""
+        return digest(row.ids) in self.places
+
+    def close(self) -> None:
+        """Its files."""
+        self.files.close()
+
+    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
+        """As a live teacher."""
+        found = [
+            self._of(ids_S[: int(n)].tolist(), at_S[: int(n)])
+            for ids_S, n, at_S in zip(
+                batch["input_ids"].cpu(),
+                batch["attention_mask"].sum(dim=1),
+                at_BS.cpu(),
+                strict=True,
+            )
+        ]
+        ids_MR, logprob_MR = (torch.cat(parts) for parts in zip(*found, strict=True))
+        device = at_BS.device
+        return Likeliest(ids_MR.long().to(device), logprob_MR.to(device))
+
+    def _of(self, ids: Sequence[int], at_S: Tensor) -> tuple[Tensor, Tensor]:
+        file, begin, length = self.places[digest(ids)]
+        rows = slice(begin, begin + length)
+        taken = (file.get_slice(name)[rows][at_S[:-1]] for name in ("ids", "logprob"))
+        return next(taken), next(taken)
+
+
+def digest(ids: Sequence[int]) -> str:
+    """What a row is called in a cache."""
+    return hashlib.sha256(torch.tensor(ids, dtype=torch.int32).numpy().tobytes()).hexdigest()[:32]
+
+
+def check_whose(folder: Path, whose: Whose) -> None:
+    """That a folder may become, or is, a cache of that teacher.
+
+    Raises:
+        OutputError: it holds something else.
+    """
+    file = folder / _WHOSE
+    content = json.dumps(vars(whose), indent=1) + "\n"
+    if not file.is_file():
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise OutputError(f"{folder} holds no teacher's words: name another --teacher-cache")
+        write_atomically(file, content.encode())
+    elif file.read_text() != content:
+        raise OutputError(
+            f"{folder} holds the words of another teacher, or others of them: name another "
+            "--teacher-cache"
+        )
+
+
+def filled(
+    folder: Path,
+    whose: Whose,
+    sources: Sequence[Sequence[tuple[int, Row]]],
+    live: Callable[[], Live],
+    batch: int,
+) -> Cached:
+    """The cache, once it holds all rows; without need the teacher is never loaded.
+
+    Rows are asked for in batches, as they will be trained on; of several processes each takes its
+    share. A file is there whole or not at all.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    processes = PartialState()
+    with processes.main_process_first():
+        known = Cached(folder, whose)
+    batches = [b for rows in sources for b in _batches(rows, batch)]
+    teacher: Live | None = None
+    for items in batches[processes.process_index :: processes.num_processes]:
+        missing = {digest(row.ids): (at, row) for at, row in items if not known.has(row)}
+        if missing:
+            teacher = teacher or live()
+            name = hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()[:16]
+            write_atomically(folder / f"{name}.safetensors", _asked(teacher, missing))
+    known.close()
+    processes.wait_for_everyone()
+    return Cached(folder, whose)
+
+
+def _batches(rows: Sequence[tuple[int, Row]], n_rows: int) -> Iterator[list[tuple[int, Row]]]:
+    for begin in range(0, len(rows), n_rows):
+        yield [rows[at] for at in range(begin, min(begin + n_rows, len(rows)))]
+
+
+def _asked(live: Live, missing: dict[str, tuple[int, Row]]) -> bytes:
+    collator = Collator(everywhere, live.moe.tokenizer.pad_token_id or 0)
+    batch = {name: t.to(live.moe.device) for name, t in collator(list(missing.values())).items()}
+    found = live(batch, batch["labels"] != IGNORED)
+    begin, rows = 0, {}
+    for name, (_, row) in missing.items():
+        rows[name] = (begin, len(row.ids) - 1)
+        begin += len(row.ids) - 1
+    tensors = {"ids": found.ids_MR.int().cpu(), "logprob": found.logprob_MR.float().cpu()}
+    return save(tensors, {_KEY: json.dumps(rows)})

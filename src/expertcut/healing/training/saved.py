@@ -1,0 +1,73 @@
+"""The state of a training run as safetensors and JSON; transformers' own is pickled."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+OPTIMIZER, STEPS, RANDOM = "optimizer.safetensors", "optimizer.json", "random-{rank}.safetensors"
+
+
+def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
+    """Moments as tensors named `<parameter>.<moment>`; groups and the schedule as JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for parameter, moments in state["state"].items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers.setdefault(str(parameter), {})[name] = value
+    save_file(tensors, folder / OPTIMIZER)
+    groups = [_plain(group) for group in state["param_groups"]]
+    schedule = _plain(scheduler.state_dict())
+    content = {"groups": groups, "numbers": numbers, "schedule": schedule}
+    (folder / STEPS).write_text(json.dumps(content, indent=1))
+
+
+def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
+    """Puts both back to where they were."""
+    content = json.loads((folder / STEPS).read_text())
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in load_file(folder / OPTIMIZER).items():
+        parameter, name = key.split(".", 1)
+        state.setdefault(int(parameter), {})[name] = tensor
+    for parameter, numbers in content["numbers"].items():
+        state.setdefault(int(parameter), {}).update(numbers)
+    groups = [
+        {**now, **saved}
+        for now, saved in zip(
+            optimizer.state_dict()["param_groups"], content["groups"], strict=True
+        )
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scheduler.load_state_dict({**scheduler.state_dict(), **content["schedule"]})
+
+
+def save_random(folder: Path, rank: int) -> None:
+    """The generators that forward passes may use: torch's of the CPU and of CUDA devices."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    save_file(states, folder / RANDOM.format(rank=rank))
+
+
+def load_random(folder: Path, rank: int) -> None:
+    """Puts the generators back, those that are there."""
+    file = folder / RANDOM.format(rank=rank)
+    states = load_file(file) if file.is_file() else {}
+    if "cpu" in states:
+        torch.set_rng_state(states.pop("cpu"))
+    for device, state in states.items():
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, device)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold: numbers, words and lists of them."""
+    kinds = (int, float, str, bool, list, tuple, type(None))
+    return {key: value for key, value in state.items() if isinstance(value, kinds)}

@@ -1,0 +1,57 @@
+"""The stage that heals another variant."""
+
+from pathlib import Path
+
+from expertcut.healing.asking import Data, Healing, Place, Training
+from expertcut.healing.heal import Options
+from expertcut.healing.heal import heal as train
+from expertcut.healing.training.adapters import Lora
+from expertcut.healing.weighted import Weighted
+from expertcut.recipe.acts.job import Job
+from expertcut.recipe.model import Recipe
+from expertcut.recipe.sections import HealSection
+from expertcut.recipe.stages import variant_folder
+from expertcut.reporting.healing import healing_sentences, healing_tables
+
+
+def heal(job: Job) -> None:
+    """Trains the variant's checkpoint, or goes on where an earlier try was stopped."""
+    asked = next(v.heal for v in job.recipe.variants if v.name == job.stage.name)
+    assert asked is not None
+    place = Place(job.run / variant_folder(job.stage.name), is_forced=True)
+    with job.audience.parts("healing") as report:
+        options = Options(
+            job.load_as(), job.recipe.threads, asked.verify, report, beside=job.beside
+        )
+        checkpoint = str(job.run / variant_folder(asked.of))
+        healed = train(checkpoint, _healing(job.recipe, asked), place, options)
+    assert healed is not None  # a recipe runs in one process
+    sentences = [*healing_sentences(healed), f"written to {place.folder}"]
+    job.audience.say(healing_tables(healed), sentences)
+
+
+def _healing(recipe: Recipe, asked: HealSection) -> Healing:
+    quizzes = asked.quiz or ([] if asked.text else [recipe.quiz])
+    subjects = () if asked.quiz else tuple(recipe.subjects)
+    data = Data(
+        tuple(map(Weighted.read, quizzes)),
+        *(asked.split, recipe.shots, subjects, asked.limit),
+        tuple(map(Weighted.read, asked.text)),
+        *(asked.eval_quiz, asked.eval_split, asked.max_tokens, asked.shuffle),
+    )
+    training = Training(
+        steps=asked.steps,
+        learning_rate=asked.learning_rate,
+        answer_weight=asked.answer_weight,
+        batch=asked.batch,
+        micro_batch=asked.micro_batch,
+        balance=asked.balance,
+        check_every=asked.check_every,
+        patience=asked.patience,
+        seed=asked.seed,
+        saves_memory=asked.save_memory,
+    )
+    cache = None if asked.teacher_cache is None else Path(asked.teacher_cache)
+    lora = Lora(asked.rank, asked.alpha or asked.rank, tuple(asked.targets), asked.seed)
+    kind = (asked.objective, asked.teacher, asked.likeliest, cache)
+    return Healing(data, *kind, lora=lora, training=training)

@@ -1,0 +1,63 @@
+"""What healing was done with, and what it won back."""
+
+from typing import TYPE_CHECKING
+
+from expertcut.reporting.tables import Cell, Column, Table, printable
+
+if TYPE_CHECKING:
+    from expertcut.healing.data.leaks import Dropped
+    from expertcut.healing.heal import Healed
+
+_NAMED = 10
+
+
+def healing_tables(healed: "Healed") -> list[Table]:
+    """Answers to questions that were not used, of the base, before and after."""
+    verdict = healed.verdict
+    if verdict is None:
+        return []
+    to_base = {row.against: row for row in verdict.differences}
+    rows: list[list[Cell]] = [
+        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in verdict.outcomes
+    ]
+    columns = (
+        Column("form"),
+        Column("accuracy", ".2%"),
+        Column("mean log p of the right choice", ".4f"),
+        Column(f"answers unlike {verdict.outcomes[0].form}"),
+        Column("questions"),
+    )
+    found = next(iter(to_base.values()))
+    note = (
+        f"Healed against {found.against}: largest |Δ log p| {found.max_abs_logprob_diff:.4f}, "
+        f"median {found.median_abs_logprob_diff:.4f}."
+    )
+    return [Table(f"Questions that were not used ({verdict.split})", columns, rows, note)]
+
+
+def healing_sentences(healed: "Healed") -> list[str]:
+    """What was trained, on what, how the loss fell, and what was left out."""
+    read, curve = healed.read, healed.curve
+    texts = f" and {read.n_texts:,} texts" if read.n_texts else ""
+    by_step = dict(curve.held_out)
+    first = f"{curve.losses[0]:.4f}" if curve.losses else "?"
+    sentences = [
+        f"Trained {healed.trained:,} weights of adapters beside {healed.parameters:,} by "
+        f"{healed.objective} on {read.n_questions:,} questions{texts}: {curve.steps} steps, the "
+        f"loss from {first} to {curve.losses[-1]:.4f}; kept is step {curve.best_step}, where it "
+        f"was {by_step[curve.best_step]:.4f} on {len(read.held_out)} rows that were held out.",
+        *map(dropped_sentence, read.dropped),
+    ]
+    if healed.verdict is None:
+        sentences.append("The new checkpoint was not asked any question.")
+    return sentences
+
+
+def dropped_sentence(dropped: "Dropped") -> str:
+    """How many stand in what is scored later, and which."""
+    named = ", ".join(dropped.names[:_NAMED])
+    more = f" and {len(dropped.names) - _NAMED} more" if len(dropped.names) > _NAMED else ""
+    return printable(
+        f"{len(dropped.names)} of {dropped.total:,} of {dropped.source} stand in split "
+        f"{dropped.split} and were left out: {named}{more}."
+    )

@@ -1,0 +1,120 @@
+"""Adapters of a healed model as weights on disk, family by family."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from expertcut.checkpoints.files.headers import read_headers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from expertcut.checkpoints.files.streaming import read_tensor
+from expertcut.errors import ModelError, SettingsError
+from expertcut.healing.training.adapters import TARGETS, Lora, adapted, deltas
+from expertcut.healing.written import write_adapter, write_merged
+from expertcut.moe.loading import MoeModel
+from tests.conftest import FAMILIES, make_checkpoint, open_model
+
+Checkpoints = Callable[..., Path]
+TOKENS = torch.arange(2, 42)[None]
+
+
+def trained(moe: MoeModel, targets: tuple[str, ...] = TARGETS) -> object:
+    """Adapters that change something, as after some steps."""
+    model = adapted(moe, Lora(2, 4, targets))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.05)
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_written_checkpoint_is_the_model_with_its_adapters(
+    checkpoint: Checkpoints, tmp_path: Path, family: str
+) -> None:
+    path = checkpoint(family)
+    moe = open_model(path)
+    before = logits(moe.model)
+    model = trained(moe)
+    with_adapters = logits(moe.model)
+    assert (with_adapters - before).abs().max() > 0.05
+    write_merged(moe.source, model, tmp_path / "healed")
+    again = open_model(tmp_path / "healed")
+    assert (logits(again.model) - with_adapters).abs().max() < 2e-4
+    theirs, ours = read_headers(path), read_headers(tmp_path / "healed")
+    assert {n: (t.shape, t.dtype) for n, t in theirs.items()} == {
+        n: (t.shape, t.dtype) for n, t in ours.items()
+    }
+    changed = [n for n in theirs if not read_tensor(theirs[n]).equal(read_tensor(ours[n]))]
+    assert 0 < len(changed) < len(theirs)
+    assert any("expert" in name or "put_linear" in name for name in changed)  # Granite
+    assert not [name for name in changed if "norm" in name or "embed" in name]
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("experts",), ("gate",)])
+def test_only_what_is_named_changes(
+    checkpoint: Checkpoints, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    path = checkpoint("olmoe")
+    moe = open_model(path)
+    write_merged(moe.source, trained(moe, targets), tmp_path / "healed")
+    theirs, ours = (load_file(p / "model.safetensors") for p in (path, tmp_path / "healed"))
+    mark = {"attention": "self_attn", "experts": ".experts.", "gate": "mlp.gate.weight"}[targets[0]]
+    changed = {name for name in theirs if not theirs[name].equal(ours[name])}
+    assert changed == {n for n in theirs if mark in n and "norm" not in n} != set()
+
+
+def test_adapters_change_nothing_before_they_are_trained(checkpoint: Checkpoints) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    before = logits(moe.model)
+    model = adapted(moe, Lora(2, 4, TARGETS))
+    assert (logits(moe.model) - before).abs().max() < 1e-6
+    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert names and all("lora_" in name for name in names)
+
+
+def test_half_precision_is_rounded_once(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "half", "olmoe")
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    moe = open_model(path)
+    model = trained(moe)
+    added = {name: delta() for name, delta in deltas(model)}
+    write_merged(moe.source, model, tmp_path / "healed")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    stored, healed = (load_file(p / "model.safetensors")[name] for p in (path, tmp_path / "healed"))
+    assert stored.dtype == healed.dtype == torch.bfloat16
+    assert healed.equal((stored.float() + added[name]).bfloat16()) and not healed.equal(stored)
+
+
+def test_an_adapter_loads_with_peft_on_plain_transformers(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    path = checkpoint("olmoe")
+    moe = open_model(path)
+    model = trained(moe)
+    write_adapter(moe.source, model, tmp_path / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    assert (logits(loaded) - logits(moe.model)).abs().max() < 2e-4
+    assert not list((tmp_path / "adapter").glob("*.bin"))
+
+
+def test_what_cannot_be_adapted_is_refused(checkpoint: Checkpoints) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    with pytest.raises(SettingsError, match="--targets shared is unknown"):
+        adapted(moe, Lora(2, 4, ("shared",)))
+    for layer in moe.model.model.layers:
+        del layer.self_attn
+    with pytest.raises(ModelError, match="no linear layers in its attention"):
+        adapted(moe, Lora(2, 4, ("attention",)))

@@ -1,0 +1,280 @@
+"""Healing: what it wins back, that a stop changes nothing, and that caches and batches do not."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from expertcut.cli.healing import Objective
+from expertcut.errors import OutputError, SettingsError
+from expertcut.healing.asking import Data, Training
+from expertcut.healing.judging import BASE, BEFORE, HEALED
+from expertcut.healing.training.objectives import OBJECTIVES
+from expertcut.healing.weighted import Weighted
+from expertcut.interventions.plan import load_hashes, load_plan
+from expertcut.moe.engine import Engine, ask
+from expertcut.quiz import Selection, load_quiz
+from tests.conftest import Commands, open_model
+from tests.exact_models import as_transformers_runs_it, load_exact, logprobs
+from tests.healed_models import SHORT, asked_for, cut, healed
+
+Checkpoints = Callable[..., Path]
+BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code out of checkpoints goes into a folder of the tests'."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+    for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def stock(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return cut(checkpoint("olmoe"), quiz_folder, tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture(scope="module")
+def exact(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return cut(checkpoint("olmoe"), quiz_folder, tmp_path_factory.mktemp("exact"), "exact")
+
+
+def test_a_cut_model_comes_back_toward_its_base(tmp_path: Path) -> None:
+    quiz = BUNDLED / "quiz"
+    folder = cut(BUNDLED, quiz, tmp_path)
+    data = Data((Weighted(str(quiz)),), shots=0, limit=12)
+    training = Training(steps=12, batch=16, check_every=4, learning_rate=1e-2)
+    found = healed(
+        folder, asked_for(quiz, data=data, training=training), tmp_path / "out", is_verified=True
+    )
+    assert found.objective == "distill" and found.verdict is not None
+    by_step = dict(found.curve.held_out)
+    assert by_step[found.curve.best_step] < 0.6 * found.curve.losses[0]
+    to_base, to_cut = found.verdict.differences
+    assert (to_base.against, to_cut.against) == (BASE, BEFORE)
+    forms = {outcome.form: outcome for outcome in found.verdict.outcomes}
+    assert forms[HEALED].right_logprob > forms[BEFORE].right_logprob + 0.2
+    assert forms[HEALED].flipped < forms[BEFORE].flipped
+
+
+@pytest.mark.parametrize("layout", ["stock", "exact"])
+def test_a_healed_checkpoint_loads_as_it_was_written(
+    stock: Path, exact: Path, quiz_folder: Path, tmp_path: Path, layout: str
+) -> None:
+    folder = stock if layout == "stock" else exact
+    healed(folder, asked_for(quiz_folder), tmp_path / "out")
+    ours = logprobs(as_transformers_runs_it(open_model(tmp_path / "out")).model)
+    if layout == "exact":
+        theirs = load_exact(tmp_path / "out")
+    else:
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        theirs.set_experts_implementation("eager")
+    assert logprobs(theirs).equal(ours)
+    theirs.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / p / "model.safetensors") for p in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    before = load_file(folder / "model.safetensors")
+    assert before.keys() == first.keys()
+    assert any(not first[name].equal(before[name]) for name in first)
+    if layout == "exact":
+        constants = [name for name in first if name.endswith("approx_value")]
+        assert constants and all(first[name].equal(before[name]) for name in constants)
+
+
+class Stop(Exception):
+    """In place of a power cut."""
+
+
+def stopped_after(n_steps: int) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        if done == n_steps:
+            raise Stop
+
+    return report
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    stock: Path, quiz_folder: Path, tmp_path: Path, step: int
+) -> None:
+    asked = asked_for(quiz_folder, training=replace(SHORT, steps=6, micro_batch=2))
+    whole = healed(stock, asked, tmp_path / "whole")
+    with pytest.raises(Stop):
+        healed(stock, asked, tmp_path / "parts", report=stopped_after(step))
+    assert not (tmp_path / "parts").exists()
+    left = list((tmp_path / "parts.healing").rglob("*"))
+    assert not [file for file in left if file.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    assert step < 2 or any(file.name == "optimizer.safetensors" for file in left)
+    for name, half in (("checkpoint-8", None), ("checkpoint-9", '{"epoch":')):
+        folder = tmp_path / "parts.healing" / "steps" / name  # as a kill while it is written
+        folder.mkdir(parents=True)
+        if half:
+            (folder / "trainer_state.json").write_text(half)
+    seen: list[int] = []
+    found = healed(stock, asked, tmp_path / "parts", report=lambda done, _: seen.append(done))
+    assert seen[0] == step // 2 * 2 + 1
+    assert found.curve == whole.curve and len(set(whole.curve.losses)) == 6
+    first, second = (load_file(tmp_path / p / "model.safetensors") for p in ("whole", "parts"))
+    assert all(first[name].equal(second[name]) for name in first)
+    assert not (tmp_path / "parts.healing").exists()
+
+
+def test_another_run_does_not_go_on_with_what_one_left(
+    stock: Path, quiz_folder: Path, tmp_path: Path
+) -> None:
+    asked = asked_for(quiz_folder)
+    with pytest.raises(Stop):
+        healed(stock, asked, tmp_path / "out", report=stopped_after(3))
+    other = replace(asked, training=replace(SHORT, seed=5))
+    with pytest.raises(OutputError, match="is another healing: its training"):
+        healed(stock, other, tmp_path / "out")
+
+
+@pytest.mark.parametrize("n_likeliest", [20, 290])
+def test_a_teacher_from_a_cache_teaches_as_a_live_one(
+    stock: Path, quiz_folder: Path, tmp_path: Path, n_likeliest: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked = asked_for(quiz_folder, likeliest=n_likeliest)
+    live = healed(stock, asked, tmp_path / "live")
+    cached = replace(asked, cache=tmp_path / "cache")
+    first = healed(stock, cached, tmp_path / "first")
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) > 4 and {f.suffix for f in files} == {".json", ".safetensors"}
+    assert load_file(files[0])["ids"].shape[1] == n_likeliest
+
+    def never(*_: object) -> None:
+        raise AssertionError("the teacher is asked again")
+
+    monkeypatch.setattr("expertcut.healing.heal._load_other", never)
+    second = healed(stock, cached, tmp_path / "second")
+    assert first.curve == second.curve
+    assert live.curve.losses == pytest.approx(first.curve.losses, abs=1e-5)
+    assert live.curve.losses[0] > 0.1
+    with pytest.raises(OutputError, match="another teacher, or others of them"):
+        healed(stock, replace(cached, likeliest=7), tmp_path / "third")
+
+
+def test_the_loss_is_that_of_the_whole_batch_however_it_is_cut(
+    stock: Path, quiz_folder: Path, tmp_path: Path
+) -> None:
+    for objective in OBJECTIVES:
+        curves = []
+        for micro in (4, 2, 1):
+            training = replace(SHORT, steps=2, micro_batch=micro, answer_weight=0.5)
+            asked = asked_for(quiz_folder, objective=objective, training=training)
+            curves.append(healed(stock, asked, tmp_path / f"{objective}-{micro}").curve.losses)
+        assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+        assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_training_stops_where_held_out_rows_no_longer_gain_and_keeps_the_best(
+    stock: Path, quiz_folder: Path, tmp_path: Path
+) -> None:
+    wild = Training(steps=40, batch=4, check_every=1, patience=2, learning_rate=0.9, warmup=0)
+    curve = healed(stock, asked_for(quiz_folder, training=wild), tmp_path / "out").curve
+    assert curve.steps < 40 and curve.best_step == curve.steps - 2
+    losses = dict(curve.held_out)
+    assert losses[curve.best_step] == min(losses.values()) < losses[curve.steps]
+
+
+def test_the_plan_says_who_is_left_and_what_was_shown(
+    stock: Path, checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
+) -> None:
+    found = healed(stock, asked_for(quiz_folder), tmp_path / "out", is_verified=True)
+    before, after = load_plan(stock), load_plan(tmp_path / "out")
+    assert after == found.plan and after.action == "heal --objective distill"
+    assert {n: e.keep for n, e in after.blocks.items()} == {
+        n: e.keep for n, e in before.blocks.items()
+    }
+    shown = load_hashes(tmp_path / "out", after)
+    trained = load_quiz(Selection(str(quiz_folder), "val", 0))
+    assert {q.content_hash for q in trained} <= shown
+    record = json.loads((tmp_path / "out" / "healing.json").read_text())
+    assert len(record["losses"]) == 4 and record["questions"] + 2 <= len(trained)
+    assert after.proof["held_out_split"] == "test" and len(after.proof["outcomes"]) == 3
+    # What is told is what anyone measures.
+    quiz = load_quiz(Selection(str(quiz_folder), "test", 1))
+    logprob_NC = ask(Engine(open_model(tmp_path / "out"), 512), quiz)
+    right = sum(int(row.argmax()) == q.answer for row, q in zip(logprob_NC, quiz, strict=True))
+    assert after.proof["outcomes"][-1]["accuracy"] == pytest.approx(right / len(quiz))
+
+
+def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: Commands) -> None:
+    short = ("--steps", 2, "--batch", 4, "--shots", 1, "--rank", 2, "--threads", 1)
+    printed = expertcut("heal", stock, "--quiz", quiz_folder, *short)
+    assert "Questions that were not used (test)" in printed
+    assert "by distill on " in printed and "2 steps" in printed
+    assert printed.splitlines()[-1] == "written to checkpoints/cut-healed"
+    evaluated = expertcut(
+        "eval", stock, "checkpoints/cut-healed", "--quiz", quiz_folder, "--shots", 1
+    )
+    assert "it was chosen on val, none of the questions scored here" in evaluated
+    again = expertcut("heal", stock, "--quiz", quiz_folder, *short, status=2)
+    assert "checkpoints/cut-healed is not empty" in again
+    adapter = ("--adapter", "--objective", "lm", "--out", "lora", "--no-verify")
+    printed = expertcut("heal", stock, "--quiz", quiz_folder, *short, *adapter)
+    assert "by lm on " in printed and "was not asked any question" in printed
+    assert Path("lora/adapter_model.safetensors").is_file() and Path("lora/plan.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--targets", "attention,mlp"), "--targets mlp is unknown"),
+        (("--batch", 6, "--micro-batch", 4), "--micro-batch 4 must divide --batch 6"),
+        (("--learning-rate", 3), "--learning-rate must lie between 0 and 1"),
+        (("--text", "x.jsonl", "--objective", "answer"), "--text has no answers"),
+        (("--split", "test"), "stand in split test, which is scored later"),
+        (("--split", "nothing"), "has no questions in split nothing"),
+        (("--quiz", "birds=0"), "a weight must be above 0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_line(
+    stock: Path, quiz_folder: Path, expertcut: Commands, options: tuple[object, ...], said: str
+) -> None:
+    printed = expertcut("heal", stock, "--quiz", quiz_folder, "--shots", 1, *options, status=2)
+    assert said in printed and len(printed.splitlines()) == 1
+    assert not Path("checkpoints").exists()
+
+
+def test_without_a_base_the_letters_are_trained_on(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
+) -> None:
+    asked = asked_for(quiz_folder, training=replace(SHORT, steps=1))
+    assert healed(checkpoint("olmoe"), asked, tmp_path / "out").objective == "answer"
+    with pytest.raises(SettingsError, match="name it with --teacher"):
+        healed(checkpoint("olmoe"), replace(asked, objective="distill"), tmp_path / "none")
+    other = checkpoint("olmoe", vocab_size=290, seed=3)
+    taught = replace(asked, objective="distill", teacher=str(other))
+    assert healed(checkpoint("olmoe"), taught, tmp_path / "taught").curve.losses[0] > 0.1
+
+
+def test_the_command_line_names_all_objectives() -> None:
+    assert {objective.value for objective in Objective} == set(OBJECTIVES)
+
+
+def test_options_of_memory_change_no_loss(stock: Path, quiz_folder: Path, tmp_path: Path) -> None:
+    training = replace(SHORT, steps=2, balance=0.1)
+    plain = healed(stock, asked_for(quiz_folder, training=training), tmp_path / "plain")
+    spared = replace(training, saves_memory=True)
+    found = healed(stock, asked_for(quiz_folder, training=spared), tmp_path / "spared")
+    assert found.curve.losses == pytest.approx(plain.curve.losses, rel=1e-4)
+    without = replace(training, balance=0.0)
+    other = healed(stock, asked_for(quiz_folder, training=without), tmp_path / "without")
+    assert plain.curve.losses[0] > other.curve.losses[0] + 0.09  # at least 1, times its weight

@@ -1,0 +1,281 @@
+"""What is trained on: rows, mixtures, and nothing that is later scored."""
+
+import csv
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from expertcut.errors import QuizError
+from expertcut.healing.asking import Data, Healing
+from expertcut.healing.data.leaks import texts_without_scored
+from expertcut.healing.data.mixing import Part, Rows
+from expertcut.healing.data.rows import Row, group_questions, question_row
+from expertcut.healing.data.sources import Read, read_data
+from expertcut.healing.training.balance import Balance
+from expertcut.healing.training.batches import Collator
+from expertcut.healing.training.objectives import (
+    IGNORED,
+    OBJECTIVES,
+    Likeliest,
+    distillation,
+    likeliest,
+)
+from expertcut.healing.weighted import Weighted
+from expertcut.moe.observers import Routing
+from expertcut.quiz import Selection, load_quiz, prompt
+from tests.conftest import make_tokenizer, open_model, write_quiz
+
+Checkpoints = Callable[..., Path]
+
+
+def read(*quizzes: Path | str, **changes: object) -> Read:
+    data = Data(tuple(Weighted.read(str(quiz)) for quiz in quizzes), shots=1)
+    return read_data(Healing(replace(data, **changes)), make_tokenizer(), 2048)
+
+
+def texts_of(found: Read, n_rows: int) -> list[str]:
+    tokenizer = make_tokenizer()
+    rows = found.rows(n_rows)
+    return [tokenizer.decode(rows[at][1].ids) for at in range(n_rows)]
+
+
+def test_a_row_is_a_prompt_with_its_answer_and_the_places_before_letters(quiz_folder: Path) -> None:
+    quiz = load_quiz(Selection(str(quiz_folder), "val", 0))
+    group = next(iter(quiz.questions.values()))[:3]
+    tokenizer = make_tokenizer()
+    row = question_row(tokenizer, group)
+    letters = ["ABCD"[question.answer] for question in group]
+    assert tokenizer.decode(row.ids) == f"{prompt(group[-1], group[:-1])} {letters[-1]}"
+    assert [tokenizer.decode(row.ids[at + 1]) for at in row.answers] == [f" {x}" for x in letters]
+
+
+def test_groups_are_as_long_as_they_may_be() -> None:
+    quiz = ["a", "b", "c", "d", "e"]
+    groups = list(group_questions(quiz, [10, 10, 10, 99, 10], 2, 25))  # type: ignore[arg-type]
+    assert groups == [("a", "b"), ("c", "e")]
+
+
+def test_every_question_is_trained_on_but_those_held_out(quiz_folder: Path) -> None:
+    found = read(quiz_folder, is_shuffled=False)
+    quiz = load_quiz(Selection(str(quiz_folder), "val", 0))
+    n_held_out = len(quiz) - found.n_questions
+    assert found.held_out_quiz is not None and 0 < n_held_out == len(found.held_out_quiz)
+    held_out = {q.text for q in found.held_out_quiz}
+    trained = "\n".join(texts_of(found, 40))
+    for question in quiz:
+        assert (question.text in trained) == (question.text not in held_out)
+
+
+def test_choices_come_in_other_orders_and_letters_with_them(quiz_folder: Path) -> None:
+    quiz = load_quiz(Selection(str(quiz_folder), "val", 0))
+    right = {q.text: q.choices[q.answer] for q in quiz}
+    orders: dict[str, set[str]] = {}
+    for text in texts_of(read(quiz_folder, shots=0), 120):
+        asked = text.split("\n\n")[1].split("\n")
+        choices = {line[0]: line[3:] for line in asked[1:5]}
+        orders.setdefault(asked[0], set()).add(str(choices))
+        assert choices[asked[5].removeprefix("Answer: ")] == right[asked[0]]
+    assert len(orders) > 15 and max(map(len, orders.values())) > 3
+
+
+def test_rows_come_in_the_same_order_from_any_place(quiz_folder: Path) -> None:
+    first, second = read(quiz_folder).rows(60), read(quiz_folder).rows(60)
+    whole = [first[at] for at in range(60)]
+    assert [second[at] for at in (50, 7, 59, 8)] == [whole[at] for at in (50, 7, 59, 8)]
+    assert len({row for _, row in whole}) > 30
+
+
+def test_parts_come_as_often_as_they_weigh() -> None:
+    def rows(n: int) -> Callable[[random.Random], list[Row]]:
+        return lambda order: order.sample([Row((n, i)) for i in range(5)], 5)
+
+    parts = [Part("a", 3.0, rows(0), 0), Part("b", 1.0, rows(1), 0)]
+    mixed = Rows(parts, 400)
+    found = [mixed[at][1].ids for at in range(400)]
+    assert Counter(ids[0] for ids in found) == {0: 300, 1: 100}
+    assert max(abs(sum(ids[0] for ids in found[:n]) - n / 4) for n in range(1, 400)) <= 1
+    assert Counter(found)[0, 3] == 60  # each epoch has all of them
+
+
+def test_weights_are_read_behind_the_last_equals_sign() -> None:
+    assert Weighted.read("a=0.7") == Weighted("a", 0.7)
+    assert Weighted.read("x=y/quiz") == Weighted("x=y/quiz")
+
+
+def with_repeats(folder: Path, quiz_folder: Path, n_repeated: int) -> Path:
+    """Fifty val questions a subject, the first few of which stand in test."""
+    write_quiz(folder, {"val": 50}, seed=7)
+    shutil.copytree(quiz_folder / "test", folder / "test")
+    shutil.copytree(quiz_folder / "dev", folder / "dev")
+    file = sorted((folder / "val").iterdir())[0]
+    theirs = sorted((folder / "test").iterdir())[0]
+    with theirs.open(newline="") as source, file.open(newline="") as target:
+        repeated, own = list(csv.reader(source))[:n_repeated], list(csv.reader(target))
+    with file.open("w", newline="") as target:
+        csv.writer(target).writerows([*repeated, *own[n_repeated:]])
+    return folder
+
+
+def test_what_stands_in_the_evaluation_split_is_dropped_and_named(
+    quiz_folder: Path, tmp_path: Path
+) -> None:
+    found = read(with_repeats(tmp_path / "quiz", quiz_folder, 7))  # of 150: 4.7 %
+    (dropped,) = found.dropped
+    assert (len(dropped.names), dropped.total, dropped.split) == (7, 150, "test")
+    assert dropped.names[0] == "green_birds:0"
+    scored = load_quiz(Selection(str(quiz_folder), "test", 0))
+    everything = "\n".join(texts_of(found, 200))
+    assert not [q for q in scored if q.text in everything]
+    assert read(quiz_folder).dropped == []
+
+
+def test_more_than_a_twentieth_of_them_is_refused(quiz_folder: Path, tmp_path: Path) -> None:
+    folder = with_repeats(tmp_path / "quiz", quiz_folder, 8)  # 5.3 %
+    with pytest.raises(QuizError, match=r"8 of 150 questions of .* stand in split test"):
+        read(folder)
+    assert read(folder, eval_split="dev").dropped == []
+
+
+def test_another_quiz_may_be_what_is_scored(quiz_folder: Path, tmp_path: Path) -> None:
+    alone = write_quiz(tmp_path / "alone", {"val": 50}, seed=9)
+    assert read(alone).scored is None
+    found = read(alone, eval_quiz=str(quiz_folder))
+    assert found.scored is not None and found.scored.id == str(quiz_folder)
+
+
+def jsonl(file: Path, *lines: object) -> Path:
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return file
+
+
+def test_texts_and_quizzes_are_mixed(quiz_folder: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "texts.jsonl", *({"text": f"note {i} on larks"} for i in range(30)))
+    found = read(quiz_folder, texts=(Weighted(str(file), 3.0),))
+    assert found.n_texts == 27
+    texts = texts_of(found, 80)
+    assert sum("on larks" in text for text in texts) == 60
+    alone = read(texts=(Weighted(str(file)),))
+    assert alone.held_out_quiz is None and len(alone.held_out) == 3
+
+
+def test_chats_are_written_in_the_template(tmp_path: Path, quiz_folder: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    file = jsonl(tmp_path / "chats.jsonl", *[chat] * 12)
+    with pytest.raises(QuizError, match="no chat template"):
+        read(quiz_folder, texts=(Weighted(str(file)),))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    found = read_data(Healing(Data((), texts=(Weighted(str(file)),))), tokenizer, 99)
+    assert tokenizer.decode(found.rows(1)[0][1].ids) == "<user>hello"
+
+
+def test_texts_that_ask_what_is_scored_are_dropped(quiz_folder: Path, tmp_path: Path) -> None:
+    scored = next(iter(load_quiz(Selection(str(quiz_folder), "test", 0))))
+    lines = [{"text": f"note {i}"} for i in range(39)]
+    file = jsonl(tmp_path / "texts.jsonl", {"text": f"Q:\n{prompt(scored)} A"}, *lines)
+    found = read(quiz_folder, texts=(Weighted(str(file)),))
+    assert [dropped.names for dropped in found.dropped] == [("line 1",)]
+    with pytest.raises(QuizError, match="of 3 texts of notes stand in split test"):
+        texts_without_scored("notes", [prompt(scored), "b", "c"], [scored], "test")
+    half = prompt(scored).replace(scored.choices[3], "zebra")
+    assert texts_without_scored("notes", [half], [scored], "test") == ([0], None)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": 3}', "must hold text, or messages"),
+        ("[1]", "it holds list"),
+        ('{"messages": [{"role": "user"}]}', "must hold text, or messages"),
+        ("{", "is no JSON"),
+    ],
+)
+def test_a_line_that_holds_no_text_is_named(
+    quiz_folder: Path, tmp_path: Path, line: str, said: str
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(QuizError, match=rf"line 2 .*{said}"):
+        read(quiz_folder, texts=(Weighted(str(file)),))
+
+
+def test_a_batch_trains_where_the_objective_says() -> None:
+    row = Row((5, 6, 7, 8, 9), answers=(1, 3))
+    items = [(0, row), (1, Row((5, 6, 7), answers=(1,)))]
+    batch = Collator(OBJECTIVES["answer"].where, 0)(items)
+    wanted = [[IGNORED, 7, IGNORED, 9, IGNORED], [IGNORED, 7, *[IGNORED] * 3]]
+    assert batch["labels"].tolist() == wanted
+    batch = Collator(OBJECTIVES["lm"].where, 0, 1.0)(items)
+    assert batch["labels"].tolist() == [[6, 7, 8, 9, IGNORED], [6, 7, *[IGNORED] * 3]]
+    assert batch["weight_BS"].tolist() == [[1, 3, 1, 3, 0], [1, 3, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+
+
+def test_distillation_is_the_divergence_and_of_fewer_tokens_a_lower_bound() -> None:
+    torch.manual_seed(0)
+    ours_MV, theirs_MV, next_M = 3 * torch.randn(6, 40), 3 * torch.randn(6, 40), torch.zeros(6)
+    logs = [x.log_softmax(dim=-1) for x in (ours_MV, theirs_MV)]
+    exact_M = F.kl_div(*logs, log_target=True, reduction="none").sum(dim=-1)
+    bounds = [
+        distillation(ours_MV, next_M, likeliest(theirs_MV, n)) for n in (1, 5, 20, 39, 40, 99)
+    ]
+    for fewer_M, more_M in pairwise(bounds):
+        assert (fewer_M <= more_M + 1e-5).all()
+    assert bounds[-1].allclose(exact_M, atol=1e-5) and (bounds[0] < 0.9 * exact_M).any()
+    same = likeliest(ours_MV, 5)
+    assert distillation(ours_MV, next_M, same).abs().max() < 1e-5
+    sure = Likeliest(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0.0, -99.0]]))
+    logits = torch.zeros(1, 4, requires_grad=True)
+    distillation(logits, next_M, sure).sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_the_balance_is_counted_over_the_step_and_all_processes(checkpoint: Checkpoints) -> None:
+    block = open_model(checkpoint("olmoe")).blocks[0]
+    torch.manual_seed(0)
+    passes = [routing_of(block.layer, torch.randn(12, 8)) for _ in range(2)]
+    mask_BS = torch.ones(3, 4)
+
+    def loss(balance: Balance, routing: Routing) -> float:
+        balance.seen = {block.layer: routing}
+        return float(balance.loss(mask_BS))
+
+    counts = [torch.bincount(r.experts_TK.flatten(), minlength=8).float() for r in passes]
+    means = [r.logits_TE.softmax(dim=-1).mean(dim=0) for r in passes]
+    shared = Balance([block], lambda own_E: own_E + counts[1])
+    together_E = (counts[0] + counts[1]) / (counts[0] + counts[1]).sum()
+    assert loss(shared, passes[0]) == pytest.approx(8 * float((together_E * means[0]).sum()))
+    alone = Balance([block], lambda own_E: own_E)
+    first = loss(alone, passes[0])
+    assert first == pytest.approx(8 * float((counts[0] / 24 * means[0]).sum()))
+    assert loss(alone, passes[1]) == pytest.approx(8 * float((together_E * means[1]).sum()))
+    alone.begin()
+    assert loss(alone, passes[0]) == pytest.approx(first)
+    even = routing_of(block.layer, torch.zeros(12, 8))
+    even = replace(even, experts_TK=torch.arange(24).reshape(12, 2) % 8)
+    assert loss(Balance([block], lambda own_E: own_E), even) == pytest.approx(1.0)
+
+
+def test_pads_do_not_count_for_the_balance(checkpoint: Checkpoints) -> None:
+    block = open_model(checkpoint("olmoe")).blocks[0]
+    torch.manual_seed(0)
+    logits_TE = torch.randn(8, 8)
+    short, padded = Balance([block], lambda own_E: own_E), Balance([block], lambda own_E: own_E)
+    short.seen = {0: routing_of(0, logits_TE[[0, 1, 2, 4, 5]])}
+    padded.seen = {0: routing_of(0, logits_TE)}
+    mask_BS = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert float(padded.loss(mask_BS)) == pytest.approx(float(short.loss(torch.ones(1, 5))))
+
+
+def routing_of(layer: int, logits_TE: torch.Tensor) -> Routing:
+    weights_TK, experts_TK = logits_TE.softmax(dim=-1).topk(2, dim=-1)
+    return Routing(layer, torch.empty(0), logits_TE, weights_TK, experts_TK)

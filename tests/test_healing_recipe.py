@@ -1,0 +1,108 @@
+"""A recipe that cuts and heals: in order, only what is due, and on from where it was stopped."""
+
+from pathlib import Path
+
+import pytest
+
+from expertcut.errors import RecipeError
+from expertcut.recipe.reading import read_recipe
+from expertcut.recipe.stages import stages_of
+from tests.conftest import make_checkpoint, write_quiz
+from tests.test_recipes import Place
+
+TEXT = """
+model: {model}
+quiz: {quiz}
+shots: 1
+threads: 1
+profile: {{split: val, limit: 2}}
+variants:
+- name: cut
+  prune: {{keep: 5, verify: false}}
+- name: healed
+  heal: {{of: cut, steps: 4, batch: 4, check_every: 2, rank: 2, verify: false}}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(tmp_path)
+    found = Place(tmp_path)
+    make_checkpoint(found.model, "olmoe")
+    write_quiz(found.quiz, {"dev": 1, "val": 7, "test": 3})
+    found.write(TEXT)
+    return found
+
+
+def test_a_variant_is_healed_only_where_that_is_due(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertcut.healing.training.fit import _Progress
+
+    done: list[int] = []
+
+    def stop(self: object, args: object, state: object, control: object, **more: object) -> None:
+        done.append(state.global_step)  # type: ignore[attr-defined]
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Progress, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        place.run()
+    assert (place.folder / "variants" / "healed.healing" / "steps" / "checkpoint-2").is_dir()
+    assert not (place.folder / "variants" / "healed").exists()
+    assert place.run().ran == ("healed",)
+    assert done == [1, 2, 3, 3, 4]  # the third step was not saved
+    assert any(line.startswith("Trained ") for line in place.said)
+    assert sorted(p.name for p in (place.folder / "variants").iterdir()) == ["cut", "healed"]
+    assert (place.folder / "variants" / "healed" / "recipe.yaml").is_file()
+    assert place.run().ran == ()
+    place.change("steps: 4", "steps: 2")
+    assert place.run().ran == ("healed",)
+    assert "steps is 2, was 4" in place.why["healed"]
+    place.change("keep: 5", "keep: 6")
+    assert place.run().ran == ("cut", "healed")
+
+
+def test_other_settings_do_not_go_on_with_what_was_begun(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertcut.healing import heal
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heal, "_write", None)  # a fault after training
+        with pytest.raises(TypeError):
+            place.run()
+    place.change("rank: 2", "rank: 1")
+    assert place.run().ran == ("healed",)
+
+
+def test_its_own_texts_are_inputs(place: Place) -> None:
+    texts = place.root / "texts.jsonl"
+    texts.write_text('{"text": "some words"}\n' * 12)
+    place.change("of: cut", f"of: cut, objective: lm, text: {texts}=2")
+    stage = stages_of(read_recipe(place.file))[-1]
+    assert stage.reads == (str(texts),) and stage.after == ("profile", "cut")
+    place.run()
+    assert place.run(is_dry=True).ran == ()
+    texts.write_text('{"text": "other words"}\n' * 12)
+    assert place.run(is_dry=True).ran == ("healed",)
+    assert f"{texts} changed" in place.why["healed"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("of: cut", "of: healed", "healed heals 'healed', which no variant before it is"),
+        ("of: cut", "of: nobody", "which no variant before it is"),
+        ("steps: 4", "stepps: 4", "did you mean steps?"),
+        ("rank: 2", "targets: [experts, mlp]", "targets"),
+    ],
+)
+def test_what_cannot_be_healed_is_refused_before_anything_runs(
+    place: Place, old: str, new: str, said: str
+) -> None:
+    place.change(old, new)
+    with pytest.raises(RecipeError) as refused:
+        read_recipe(place.file)
+    assert said in str(refused.value)
