@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from expertcut.recipe.values import Criterion, DtypeName, Experts, Repository, Source, Text, Texts
+from expertcut.recipe.values import (
+    AdapterFolder,
+    Criterion,
+    DtypeName,
+    Experts,
+    Repository,
+    Source,
+    Text,
+    Texts,
+)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 KINDS = ("prune", "merge", "reweight")  # of variants
@@ -84,6 +93,7 @@ class PruneSection(Section):
     suppress: Experts | None = None
     scale: Experts | None = None
     apply_at: Place | None = None
+    adapter: AdapterFolder | None = None
     verify: bool = True
 
 

@@ -37,7 +37,7 @@ class Stage:
     """One stage: `settings` are all that it takes from the recipe, `after` the stages it reads.
 
     `makes` are its files and folders in the run folder, `leaves` those in another stage's folder,
-    `keeps` are those that help it to go on.
+    `keeps` are those that help it to go on; `adapter` is the folder of one that it reads.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Stage:
     reads_model: bool = False
     keeps: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
+    adapter: str | None = None
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -131,6 +132,7 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
         after=("profile",),
         asks=(Asking(own, limit), *others),
         reads_model=True,
+        adapter=variant.prune.adapter if variant.prune else None,
     )
 
 

@@ -61,6 +61,13 @@ def _there(text: str) -> str:
     return text
 
 
+def _adapter(text: str) -> str:
+    """A folder of this machine that peft wrote."""
+    if not (Path(text) / "adapter_config.json").is_file():
+        _refuse(f"{text[:200]!a} holds no adapter: give a folder with adapter_config.json")
+    return text
+
+
 def _refuse(text: str) -> None:
     raise PydanticCustomError("value", "{text}", {"text": text})
 
@@ -74,6 +81,7 @@ _Expert = Annotated[
 Experts = Annotated[list[_Expert], BeforeValidator(_as_list), Field(min_length=1)]
 Criterion = Annotated[str, AfterValidator(_known)]
 Source = Annotated[str, AfterValidator(_there)]
+AdapterFolder = Annotated[str, AfterValidator(_adapter)]
 DtypeName = Annotated[
     str,
     AfterValidator(_like(r"auto|stored|b?float\d+\w*", "is no dtype: take auto or float32")),
