@@ -95,7 +95,8 @@ def test_so_they_are_in_layout_exact_where_each_layer_keeps_its_own_number(
     made: Make, tmp_path: Path, family: str
 ) -> None:
     folder = made(family)
-    check_the_law(folder, tmp_path, edits_of(folder / "base", UNEQUAL, scale={2: 1.5}), "exact")
+    edits = edits_of(folder / "base", UNEQUAL, scale={2: 1.5}, bias={2: 0.5})
+    check_the_law(folder, tmp_path, edits, "exact")
 
 
 def test_layout_exact_is_the_adapted_model_whose_removed_experts_give_nothing(
@@ -127,6 +128,10 @@ def test_an_adapter_with_layers_of_each_expert_is_cut_too(
     edits = edits_of(folder / "base", SAME, scale={4: 1.5})
     (tmp_path / "out").mkdir()
     check_the_law(tmp_path, tmp_path / "out", edits, layout)
+    biased = edits_of(folder / "base", SAME, bias={4: 0.5})
+    assert "as transformers 4 has" in refusal(
+        tmp_path / "base", tmp_path / "adapter", biased, "exact"
+    )
 
 
 def test_ranks_of_their_own_and_routers_trained_whole_go_along(made: Make, tmp_path: Path) -> None:

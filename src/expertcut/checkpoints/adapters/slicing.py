@@ -53,6 +53,11 @@ def adapter_rewrite(
     for place in places(adapter, base):
         if place.block is None:
             continue
+        if draft.layout == "exact" and draft.is_biased and _is_of_old(adapter, place):
+            raise adapter.refusal(
+                f"{place.names[0]} is as transformers 4 has experts and routers, which peft cannot "
+                "bring to gates with biases: leave out --boost and --suppress, or --layout exact"
+            )
         edit, scaled = draft.edits[place.block], factors[place.block] if place.is_last else {}
         n_experts = base.blocks[place.block].n_experts
         if place.kind == "all experts":
@@ -126,6 +131,13 @@ def _slice_router(
         shape[axis] = len(edit.keep)
         select = partial(torch.index_select, dim=axis, index=torch.tensor(edit.keep))
         slices.changed[name] = Change(tuple(shape), select)
+
+
+def _is_of_old(adapter: Adapter, place: Place) -> bool:
+    """Whether peft must convert it: linear layers, where now parameters are targeted."""
+    targets = adapter.settings.target_parameters or ()
+    is_named = any(target.endswith(("gate.weight", "router.weight")) for target in targets)
+    return place.kind == "one expert" or (place.kind == "router" and not is_named)
 
 
 def _columns(
