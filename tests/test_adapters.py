@@ -33,12 +33,10 @@ from tests.adapters import (
     saved,
     with_adapter,
 )
-from tests.conftest import Commands, open_model
+from tests.conftest import FAMILIES, Commands, open_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model.model.layers.0."
-# Renamed on disk, transposed, fused on disk, another name of the router and recurrent, in groups.
-STOCK = ("olmoe", "qwen2_moe", "mixtral", "gpt_oss", "granitemoe", "jamba", "deepseek_v3")
 SAME = ((0, 1, 2, 4, 5, 7), (1, 2, 3, 4, 6, 7))  # equally many in both groups of four
 UNEQUAL = ((1, 2, 5), (0, 2, 3, 4, 6, 7))
 TOLERANCE = 1e-6
@@ -82,7 +80,7 @@ def check_the_law(folder: Path, out: Path, edits: dict[str, Edit], layout: Layou
     assert (logits(opened(both)) - wanted).abs().max() > 1  # and so does the cut
 
 
-@pytest.mark.parametrize("family", STOCK)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_base_and_adapter_cut_together_are_the_cut_base_with_the_cut_adapter(
     made: Make, tmp_path: Path, family: str
 ) -> None:
