@@ -14,6 +14,7 @@ that lies above what the loaded model held before adapters came.
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import statistics
@@ -256,6 +257,7 @@ def tell_and_wait(word: str) -> None:
 
 def forgotten_peak_mb() -> float:
     """What is resident now; from here on the peak is a new one. Linux only."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return memory_mb("VmRSS")

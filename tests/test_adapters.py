@@ -332,6 +332,11 @@ def profiled(made: Make, quiz_folder: Path, tmp_path: Path, expertcut: Commands)
     return tmp_path
 
 
+def page(expertcut: Commands, folder: Path) -> str:
+    expertcut(f"report {folder} --out page.html")
+    return (folder.parent / "page.html").read_text()
+
+
 @pytest.mark.parametrize("layout", ["stock", "exact"])
 def test_prune_writes_the_adapter_into_its_checkpoint(
     profiled: Path, expertcut: Commands, layout: Layout
@@ -344,6 +349,7 @@ def test_prune_writes_the_adapter_into_its_checkpoint(
     plan = load_plan(profiled / "cut")
     assert plan.adapter is not None and plan.adapter.path == "lora"
     assert len(plan.adapter.weights_sha256) == len(plan.adapter.config_sha256) == 64
+    assert f"lora, {plan.adapter.weights_sha256}" in page(expertcut, profiled / "cut")
     with safe_open(folder / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
     options = {"trust_remote_code": True} if layout == "exact" else {}
@@ -356,6 +362,7 @@ def test_prune_writes_the_adapter_into_its_checkpoint(
 
 def test_without_an_adapter_a_plan_has_no_word_of_it(profiled: Path, expertcut: Commands) -> None:
     printed = expertcut("prune --profile p --keep 5 --no-verify --out cut")
+    assert "adapter that was cut along" not in page(expertcut, profiled / "cut")
     assert "adapter" not in printed + (profiled / "cut" / "plan.json").read_text()
     assert not (profiled / "cut" / "adapter").exists()
 
