@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from expertcut.checkpoints.adapters.carrying import carried
 from expertcut.checkpoints.export import Gathered, check_export, export, removed_experts
 from expertcut.checkpoints.files.folders import check_free, new_folder
 from expertcut.checkpoints.layouts.exact import as_stored
@@ -40,13 +41,14 @@ logger = logging.getLogger(__name__)
 class BuildOptions:
     """How to build; without `is_verified` no question is asked of the new checkpoint.
 
-    `beside` are files, by name, to lie beside the plan.
+    `beside` are files, by name, to lie beside the plan; `adapter` is the folder of one to cut too.
     """
 
     load_as: LoadOptions
     is_verified: bool = True
     is_forced: bool = False
     beside: Mapping[str, bytes] = field(default_factory=dict)
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,15 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
 
     Raises:
         ContractError: a model that the layout cannot carry the plan for.
+        ModelError: an adapter that is not of this model, or cannot be sliced.
         OutputError: the folder is not empty, cannot be written or has no room.
         ProfileError: the model or the quiz is not the one that was profiled.
     """
     job = _job(profile, draft, options)
-    inputs = (job.source.path, *inputs_of(profile))
+    inputs = (job.source.path, *inputs_of(profile), *filter(None, [options.adapter]))
     check_free(folder, is_forced=options.is_forced, inputs=inputs)
     check_export(job.source, draft, job.n_experts, folder)
+    adapter = carried(options.adapter, job.source, draft, folder)
     plan = draft_plan(profile, draft, job.questions)
     is_verified = options.is_verified and _has_room(job)
     gathered, fits, before = _gather_and_ask(job, is_verified=is_verified)
@@ -108,6 +112,8 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
     proof = None
     with new_folder(folder, is_forced=options.is_forced) as temporary:
         export(job.source, draft, job.n_experts, gathered, temporary)
+        if adapter is not None:
+            plan = adapter.write(temporary, plan, gathered.fitted.folds)
         if before is not None:
             engine = job.engine(Source(str(folder), temporary))
             proof = prove_after(engine, job.questions.held_out, draft, before)

@@ -82,7 +82,7 @@ class Place:
     def make(self, draft: "Draft", options: "BuildOptions") -> "Built | None":
         """Builds and says what came of it; of a plan alone there is nothing to say."""
         from expertcut.checkpoints.build import build, write_plan
-        from expertcut.reporting.proofs import proof_sentences, proof_tables
+        from expertcut.reporting.proofs import adapter_sentences, proof_sentences, proof_tables
 
         if self.is_plan:
             write_plan(self.profile, draft, self.folder, options)
@@ -91,7 +91,7 @@ class Place:
         quiet()
         built = build(self.profile, draft, self.folder, options)
         print_tables(proof_tables(built), Format.table)
-        for sentence in proof_sentences(built):
+        for sentence in (*proof_sentences(built), *adapter_sentences(built)):
             print(sentence)
         print(f"written to {self.folder}")
         return built

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from expertcut.cli.changing import Named, Place
@@ -67,6 +68,10 @@ MinKeep = Annotated[int | None, option("What --budget global keeps in each layer
 MaxBytes = Annotated[
     str | None, option("Keep as many as fit in weights of this size: 4GB, 500MB, 3.5GiB.")
 ]
+AdapterDir = Annotated[
+    Path | None,
+    option("Cut a LoRA adapter of the unpruned model too, into adapter/ of the output."),
+]
 ByText = Annotated[
     str,
     option(f"What ranks experts: {', '.join(Criterion)}; --sweep takes several or all.", "--by"),
@@ -95,6 +100,7 @@ class Prune:
     suppress: Suppress = None
     scale: Scale = None
     apply_at: ApplyAtOption = None
+    adapter: AdapterDir = None
     sweep: SweepOption = None
     quiz: SweepQuiz = None
     split: SweepSplit = None
@@ -128,6 +134,7 @@ class Prune:
     def _cut(self) -> None:
         from expertcut.checkpoints.build import BuildOptions
 
+        self._check_adapter()
         start = self._start()
         found = start.profile
         named = Named.of(found, self.boost, self.suppress, self.scale)
@@ -135,8 +142,21 @@ class Prune:
         draft = named.on(chosen.draft, value(self.apply_at))
         place = Place(found, draft.slug, self.out, self.plan_only, self.force)
         _say_what_goes(found, chosen)
-        built = place.make(draft, BuildOptions(start.load_as, not self.no_verify, self.force))
+        options = BuildOptions(start.load_as, not self.no_verify, self.force, adapter=self.adapter)
+        built = place.make(draft, options)
         named.say(draft, built)
+
+    def _check_adapter(self) -> None:
+        """Told before the profile is read; whether it is of the model shows later."""
+        if self.adapter is None:
+            return
+        if self.plan_only:
+            raise SettingsError(
+                "--adapter goes into a checkpoint, which --plan-only does not write: leave one out"
+            )
+        from expertcut.checkpoints.adapters.reading import read_adapter
+
+        read_adapter(self.adapter)
 
     def _choose(self, start: Start) -> "Pruning":
         from expertcut.checkpoints.unwritten.choosing import choose_cut
@@ -174,7 +194,16 @@ class Prune:
 
     def _refuse_what_writes(self) -> None:
         numbers = ("keep_active", "keep", "keep_fraction", "max_bytes")
-        names = (*numbers, "boost", "suppress", "scale", "apply_at", "force", "no_verify")
+        names = (
+            *numbers,
+            "boost",
+            "suppress",
+            "scale",
+            "apply_at",
+            "adapter",
+            "force",
+            "no_verify",
+        )
         given = [name for name in (*names, "plan_only") if getattr(self, name) not in (None, False)]
         if given:
             option_name = f"--{given[0].replace('_', '-')}"

@@ -86,6 +86,14 @@ class ChosenOn(Record):
     sha256: str
 
 
+class PlanAdapter(Record):
+    """The LoRA adapter that was cut along: where it lay, and the SHA-256 of its files."""
+
+    path: str
+    config_sha256: str
+    weights_sha256: str
+
+
 class Point(Record):
     """One try of a search for the strength; `biases` are (layer, expert, bias in logits)."""
 
@@ -111,6 +119,7 @@ class Plan(Record):
     fold: Fold | None = None
     apply_at: Positions | None = None
     chosen_on: ChosenOn
+    adapter: PlanAdapter | None = None
     tuning: tuple[Point, ...] = ()
     proof: dict[str, Any] = Field(default_factory=dict)
     blocks: dict[str, Edit] = Field(min_length=1)
@@ -184,7 +193,8 @@ def save_plan(folder: Path, plan: Plan, hashes: Collection[str]) -> None:
 
 def plan_text(plan: Plan) -> str:
     """The plan as JSON with one line per block."""
-    head = plan.model_dump(mode="json", exclude={"blocks"})
+    without = {"blocks"} if plan.adapter else {"blocks", "adapter"}
+    head = plan.model_dump(mode="json", exclude=without)
     lines = [f' "{key}": {json.dumps(value)},' for key, value in head.items()]
     edits = [
         f"  {json.dumps(name)}: {json.dumps(edit.model_dump(mode='json', exclude_none=True))}"

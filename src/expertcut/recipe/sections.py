@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from expertcut.recipe.values import Criterion, Experts, Repository, Source, Text, Texts
+from expertcut.recipe.values import (
+    AdapterFolder,
+    Criterion,
+    Experts,
+    Repository,
+    Source,
+    Text,
+    Texts,
+)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 
@@ -82,6 +90,7 @@ class PruneSection(Section):
     suppress: Experts | None = None
     scale: Experts | None = None
     apply_at: Place | None = None
+    adapter: AdapterFolder | None = None
     verify: bool = True
 
 

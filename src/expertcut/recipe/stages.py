@@ -39,7 +39,8 @@ class Stage:
     """One stage: `settings` are all that it takes from the recipe, `after` the stages it reads.
 
     `makes` are its files and folders in the run folder, `leaves` those in another stage's folder,
-    `keeps` are those that help it to go on. `reads` are quizzes and files of its own.
+    `keeps` are those that help it to go on. `reads` are quizzes and files of its own, `adapter` is
+    the folder of one that it reads.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage:
     keeps: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    adapter: str | None = None
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -153,6 +155,7 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
         after=("profile",),
         asks=(Asking(own, limit), *others),
         reads_model=True,
+        adapter=variant.prune.adapter if variant.prune else None,
     )
 
 

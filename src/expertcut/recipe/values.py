@@ -69,6 +69,13 @@ def _below(text: str) -> str:
     return text
 
 
+def _adapter(text: str) -> str:
+    """A folder of this machine that peft wrote."""
+    if not (Path(text) / "adapter_config.json").is_file():
+        _refuse(f"{text[:200]!a} holds no adapter: give a folder with adapter_config.json")
+    return text
+
+
 def _refuse(text: str) -> None:
     raise PydanticCustomError("value", "{text}", {"text": text})
 
@@ -88,6 +95,7 @@ Experts = Annotated[list[_Expert], BeforeValidator(_as_list), Field(min_length=1
 Criterion = Annotated[str, AfterValidator(_known)]
 Source = Annotated[str, AfterValidator(_there)]
 Folder = Annotated[str, AfterValidator(_below)]
+AdapterFolder = Annotated[str, AfterValidator(_adapter)]
 DtypeName = Annotated[
     str,
     AfterValidator(_like(r"auto|stored|b?float\d+\w*", "is no dtype: take auto or float32")),

@@ -40,6 +40,19 @@ def proof_sentences(built: "Built") -> list[str]:
     ]
 
 
+def adapter_sentences(built: "Built") -> list[str]:
+    """That an adapter was cut along, and what was done without it."""
+    plan = built.plan
+    if plan.adapter is None:
+        return []
+    is_fitted = plan.fold in ("answer", "all") or plan.removed == "mean" or bool(built.fits)
+    fitted = ", what was fitted is fitted" if is_fitted else ""
+    return [
+        f"The adapter {plan.adapter.path} is cut to fit, in {built.folder / 'adapter'}; experts "
+        f"were chosen{fitted} and held-out questions asked without it."
+    ]
+
+
 def _held_out_table(proof: "Proof") -> Table:
     rows: list[list[Cell]] = [
         [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]

@@ -89,7 +89,7 @@ def scaled_experts(
     headers: Headers, block: DiskBlock, edit: Edit, folds: "np.ndarray[Any, Any] | None" = None
 ) -> dict[str, Change]:
     """The last projections of experts that lie one by one, scaled where the plan or a fold asks."""
-    factors = _factors(edit, folds)
+    factors = output_factors(edit, folds)
     if factors and not block.last:
         raise ContractError(
             f"{block.name}: which projection of its experts is the last is not known, so their "
@@ -104,7 +104,7 @@ def scaled_experts(
     }
 
 
-def _factors(
+def output_factors(
     edit: Edit, folds: "np.ndarray[Any, Any] | None" = None
 ) -> dict[int, tuple[float, ...]]:
     """What each kept expert's output is multiplied by, one after another, by its new number."""
@@ -128,7 +128,7 @@ def _shared_tensors(
     """The tensors with an axis of length E: their kept rows, scaled or tilted where asked for."""
     is_cut = len(edit.keep) < block.n_experts
     applies = dict(tilts)
-    if factors := _factors(edit, folds):
+    if factors := output_factors(edit, folds):
         applies |= {n: partial(_scaled_rows, factors=factors) for n in block.last & set(block.axes)}
     changed: dict[str, Change] = {}
     for name, axis in block.axes.items():

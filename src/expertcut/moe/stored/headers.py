@@ -96,11 +96,11 @@ def read_even_quantized(folder: Path) -> Stored:
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(index.values())) or [SINGLE_FILE]:
-        found, described = _read_file(folder / name)
+        found = read_file(folder / name)
         if index:
-            _check_against_index(folder / name, set(found), index)
-        tensors |= found
-        metadata = {**described, **metadata}
+            _check_against_index(folder / name, set(found.tensors), index)
+        tensors |= found.tensors
+        metadata = {**found.metadata, **metadata}
     if not tensors:
         raise ModelError(f"{folder} holds no tensors: download it again")
     return Stored(tensors, metadata)
@@ -168,7 +168,12 @@ def _check_against_index(file: Path, found: set[str], index: Mapping[str, str]) 
         raise _damaged(file, f"it holds {tensor}, which the index does not say")
 
 
-def _read_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_file(file: Path) -> Stored:
+    """What lies in one safetensors file.
+
+    Raises:
+        ModelError: a header that does not hold together, or quantized weights.
+    """
     try:
         with file.open("rb") as stream:
             size_bytes = stream.seek(0, 2)
@@ -191,7 +196,7 @@ def _read_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     tensors = {name: _tensor(file, name, entry, 8 + n) for name, entry in header.items()}
     placed = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     _check_places(file, placed, 8 + n, size_bytes)
-    return placed, metadata
+    return Stored(placed, metadata)
 
 
 def _tensor(file: Path, name: str, entry: object, data_begin: int) -> StoredTensor:

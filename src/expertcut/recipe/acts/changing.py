@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from expertcut.checkpoints.build import BuildOptions, Built, build, write_beside
 from expertcut.checkpoints.merging.merge import merge as merge_experts
@@ -25,6 +26,7 @@ from expertcut.recipe.stages import variant_folder
 from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 from expertcut.reporting.merging import groups_table, merging_sentences
 from expertcut.reporting.proofs import (
+    adapter_sentences,
     proof_sentences,
     proof_tables,
     scale_sentences,
@@ -52,7 +54,9 @@ def prune(job: Job) -> None:
     goes = touched(profile, draft.edits)
     job.audience.say([], pruning_sentences(pruning))
     job.audience.say([touched_table(goes)], touched_sentences(pruning, goes))
-    _build(job, profile, Tilted(draft, found, scaled), is_verified=asked.verify)
+    adapter = None if asked.adapter is None else Path(asked.adapter)
+    tilted = Tilted(draft, found, scaled)
+    _build(job, profile, tilted, is_verified=asked.verify, adapter=adapter)
 
 
 def merge(job: Job) -> None:
@@ -121,15 +125,18 @@ def _decided(
     return decision
 
 
-def _build(job: Job, profile: Profile, found: Tilted, *, is_verified: bool) -> None:
+def _build(
+    job: Job, profile: Profile, found: Tilted, *, is_verified: bool, adapter: Path | None = None
+) -> None:
     """The checkpoint, or without anything to tilt what would lie beside it."""
     folder, beside = job.run / variant_folder(job.stage.name), {**found.beside, **job.beside}
     if found.draft is None:
         write_beside(profile, folder, _options(job, beside, is_verified=is_verified))
         job.audience.say([], [f"no checkpoint is made; the proof, if any, is in {folder}"])
         return
-    built = build(profile, found.draft, folder, _options(job, beside, is_verified=is_verified))
-    job.audience.say(proof_tables(built), proof_sentences(built))
+    options = replace(_options(job, beside, is_verified=is_verified), adapter=adapter)
+    built = build(profile, found.draft, folder, options)
+    job.audience.say(proof_tables(built), [*proof_sentences(built), *adapter_sentences(built)])
     job.audience.say([], [*_sentences(found, found.draft, built), f"written to {folder}"])
 
 

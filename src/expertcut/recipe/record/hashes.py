@@ -16,6 +16,7 @@ from expertcut.quiz.sources import MMLU_HUB_ID, MMLU_REVISION
 
 _COMMIT_LENGTH = 40
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _QUIZ_FILES = ("*.csv", "*.jsonl", "*.parquet")
 ABSENT = "absent"
 
@@ -106,6 +107,16 @@ def model_content(model: str, commit: str | None, stamps: Stamps, *, has_code: b
         found = stamps.of(files)
         return sha256_of({Path(name).name: content for name, content in found.items()})
     return f"{model}@{commit}" if commit else None
+
+
+def adapter_content(folder: Path, stamps: Stamps) -> str:
+    """A hash over the two files of an adapter.
+
+    Raises:
+        RecipeError: one cannot be read.
+    """
+    found = stamps.of([folder / name for name in _ADAPTER_FILES])
+    return sha256_of({Path(name).name: content for name, content in found.items()})
 
 
 def pinned(revision: str | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 from expertcut.recipe.model import Recipe
 from expertcut.recipe.record.hashes import (
     Stamps,
+    adapter_content,
     model_content,
     pinned,
     quiz_content,
@@ -51,6 +52,8 @@ class Inputs:
         found: dict[str, Any] = {"settings": dict(stage.settings)}
         if stage.reads_model:
             found["model"] = self.model()
+        if stage.adapter is not None:
+            found["adapter"] = adapter_content(Path(stage.adapter), self.stamps)
         for asking in stage.asks:
             found[f"quiz {asking.split}"] = self._quiz(asking)
         for name in stage.reads:
@@ -105,7 +108,8 @@ def _changes(stage: Stage, before: Mapping[str, Any], now: Mapping[str, Any]) ->
         elif kind == "stage":
             yield f"{which} made something else" if was else f"{which} is new"
         else:
-            what = {"quiz": f"split {which} of the quiz", "data": which}.get(kind, "the model")
+            named = {"quiz": f"split {which} of the quiz", "data": which}
+            what = named.get(kind, f"the {kind}")
             yield f"{what} changed" if was else f"{what} is new"
     yield from (f"{name} is no longer read" for name in before if name not in now)
 

@@ -54,7 +54,7 @@ def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
 
 
 def _plan(plan: Plan) -> Rows:
-    chosen = plan.chosen_on
+    chosen, adapter = plan.chosen_on, plan.adapter
     fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     return [
         ("made by", plan.action),
@@ -63,6 +63,8 @@ def _plan(plan: Plan) -> Rows:
         ("chosen on", f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
                       f"{fitted if chosen.fitted_split else ''}"),
         ("hash of their list", chosen.sha256),
+        *_some(("adapter that was cut along",
+                adapter and f"{adapter.path}, {adapter.weights_sha256}")),
     ]  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""A LoRA adapter of the unpruned model, made to fit the pruned one."""

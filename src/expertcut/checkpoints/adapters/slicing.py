@@ -1,0 +1,171 @@
+"""What a plan makes of each tensor of an adapter.
+
+With delta_e = B_e·A_e for each expert, the rows and columns of the experts that stay are taken in
+the order of the plan, so that base and adapter, cut together, are the cut base with this adapter.
+Where the plan or a fold scales an expert's output, the delta of its last projection is scaled too.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from expertcut.checkpoints.adapters.places import Base, Place, places
+from expertcut.checkpoints.adapters.reading import CONFIG_FILE, Adapter
+from expertcut.checkpoints.files.shards import Change, Rewrite
+from expertcut.checkpoints.layouts.stock import output_factors
+from expertcut.errors import ModelError
+from expertcut.interventions.plan import Draft, Edit
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_NUMBERED = re.compile(r"experts\W+\d")  # an expert's number in a pattern of the config
+Folds = Mapping[int, "np.ndarray[Any, Any]"]
+
+
+@dataclass
+class _Slices:
+    """A `Rewrite` in the making."""
+
+    removed: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, Change] = field(default_factory=dict)
+
+
+def adapter_rewrite(
+    adapter: Adapter, base: Base, draft: Draft, folds: Folds | None = None
+) -> Rewrite:
+    """What becomes of each of the adapter's tensors; `folds` are those of layout stock, by layer.
+
+    Raises:
+        ModelError: the adapter is of another model, or adapts what cannot be sliced.
+    """
+    slices, is_stock = _Slices(), draft.layout == "stock"
+    factors = {
+        name: output_factors(edit, (folds or {}).get(layer))
+        for layer, (name, edit) in enumerate(draft.edits.items())
+    }
+    for place in places(adapter, base):
+        if place.block is None:
+            continue
+        if draft.layout == "exact" and draft.is_biased and _is_of_old(adapter, place):
+            raise adapter.refusal(
+                f"{place.names[0]} is as transformers 4 has experts and routers, which peft cannot "
+                "bring to gates with biases: leave out --boost and --suppress, or --layout exact"
+            )
+        edit, scaled = draft.edits[place.block], factors[place.block] if place.is_last else {}
+        n_experts = base.blocks[place.block].n_experts
+        if place.kind == "all experts":
+            _slice_all(adapter, place, (edit.keep, n_experts), scaled, slices)
+        elif place.kind == "one expert":
+            _slice_one(adapter, place, edit.keep, scaled, slices, is_stock=is_stock)
+        else:
+            _slice_router(adapter, place, (edit, n_experts), slices, is_stock=is_stock)
+    if is_stock and slices.renamed:
+        _refuse_numbers(adapter)
+    return Rewrite(frozenset(slices.removed), slices.renamed, slices.changed)
+
+
+def _slice_all(
+    adapter: Adapter,
+    place: Place,
+    kept: tuple[tuple[int, ...], int],
+    scaled: Mapping[int, Sequence[float]],
+    slices: _Slices,
+) -> None:
+    (a, b), (keep, n_experts) = place.names, kept
+    (rows, n_in), (n_out, _) = adapter.shape(a), adapter.shape(b)
+    rank = rows // n_experts
+    if len(keep) < n_experts:
+        own = tuple(expert * rank + j for expert in keep for j in range(rank))
+        slices.changed[a] = Change((len(own), n_in), rows=own)
+    if len(keep) < n_experts or scaled:
+        apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
+        slices.changed[b] = Change((n_out, rank * len(keep)), apply)
+
+
+def _slice_one(
+    adapter: Adapter,
+    place: Place,
+    keep: tuple[int, ...],
+    scaled: Mapping[int, Sequence[float]],
+    slices: _Slices,
+    *,
+    is_stock: bool,
+) -> None:
+    if place.expert not in keep:
+        slices.removed |= set(place.names)
+        return
+    position, (_, b) = keep.index(place.expert), place.names
+    if is_stock and position != place.expert:
+        old, new = f".experts.{place.expert}.", f".experts.{position}."
+        slices.renamed |= {name: name.replace(old, new) for name in place.names}
+    if position in scaled:
+        apply = partial(_multiplied, factors=scaled[position])
+        slices.changed[b] = Change(adapter.shape(b), apply)
+
+
+def _slice_router(
+    adapter: Adapter,
+    place: Place,
+    edited: tuple[Edit, int],
+    slices: _Slices,
+    *,
+    is_stock: bool,
+) -> None:
+    """In layout exact a router keeps all its rows."""
+    (edit, n_experts), name = edited, place.names[-1]  # lora_B, whose rows are the experts'
+    if place.kind == "whole router" and edit.bias:
+        raise adapter.refusal(
+            f"{name} takes the place of a router that --boost or --suppress would change: leave "
+            "these out, or train the router by lora_A and lora_B"
+        )
+    if is_stock and len(edit.keep) < n_experts:
+        shape = list(adapter.shape(name))
+        axis = shape.index(n_experts) if place.kind == "whole router" else 0
+        shape[axis] = len(edit.keep)
+        select = partial(torch.index_select, dim=axis, index=torch.tensor(edit.keep))
+        slices.changed[name] = Change(tuple(shape), select)
+
+
+def _is_of_old(adapter: Adapter, place: Place) -> bool:
+    """Whether peft must convert it: linear layers, where now parameters are targeted."""
+    targets = adapter.settings.target_parameters or ()
+    is_named = any(target.endswith(("gate.weight", "router.weight")) for target in targets)
+    return place.kind == "one expert" or (place.kind == "router" and not is_named)
+
+
+def _columns(
+    b: Tensor, keep: tuple[int, ...], n_experts: int, scaled: Mapping[int, Sequence[float]]
+) -> Tensor:
+    """The columns (out, r·E) of the experts that stay, an expert's r columns lying E apart."""
+    by_expert: Tensor = b.unflatten(1, (-1, n_experts))[..., list(keep)]
+    for position, factors in scaled.items():
+        by_expert[..., position] = _multiplied(by_expert[..., position], factors)
+    return by_expert.flatten(1)
+
+
+def _multiplied(b: Tensor, factors: Sequence[float]) -> Tensor:
+    made = b.double()
+    for factor in factors:
+        made = made * factor
+    return made.to(b.dtype)
+
+
+def _refuse_numbers(adapter: Adapter) -> None:
+    """Experts get new numbers, so none may stand in a pattern of the config.
+
+    Raises:
+        ModelError: one does.
+    """
+    for key, texts in adapter.settings.patterns.items():
+        if wrong := next((text for text in texts if _NUMBERED.search(text)), None):
+            raise ModelError(
+                f"{adapter.folder / CONFIG_FILE}: {key} names an expert by its number ({wrong}), "
+                "and numbers change in layout stock: take --layout exact"
+            )
