@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from expertcut.checkpoints.files.headers import read_headers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from expertcut.interventions.plan import (
     save_plan,
 )
 from expertcut.moe.loading import LoadOptions, Source, find_source, load
+from expertcut.moe.stored.headers import read_headers
 from tests.readable import FEW, edits
 
 N_EXPERTS, WIDTH = 8, 32

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from expertcut.checkpoints.files.headers import read_headers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -15,6 +14,7 @@ from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.training.adapters import TARGETS, Lora, adapted, deltas
 from expertcut.healing.written import write_adapter, write_merged
 from expertcut.moe.loading import MoeModel
+from expertcut.moe.stored.headers import read_headers
 from tests.conftest import FAMILIES, make_checkpoint, open_model
 
 Checkpoints = Callable[..., Path]

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from expertcut.checkpoints.files.headers import read_stored
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
 from expertcut.interventions.plan import load_plan, plan_text
+from expertcut.moe.stored.headers import read_stored
 from expertcut.profiling.chunks import read_chunk, write_chunk
 from expertcut.profiling.store import load_profile
 from tests.hand_made import block, profile_info, random_chunk

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.export import companions
-from expertcut.checkpoints.files.headers import read_stored
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.files.streaming import write_checkpoint
 from expertcut.errors import ContractError
 from expertcut.healing.training.adapters import ADAPTER, deltas
 from expertcut.moe.loading import Source
+from expertcut.moe.stored.headers import read_stored
 from expertcut.profiling.chunks import write_atomically
 
 _NEIGHBOURS = 4  # parameters whose tensors lie mixed with one another on disk

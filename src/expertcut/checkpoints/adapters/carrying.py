@@ -14,13 +14,13 @@ from expertcut.checkpoints.adapters.reading import (
     read_adapter,
 )
 from expertcut.checkpoints.adapters.slicing import Folds, adapter_rewrite
-from expertcut.checkpoints.files.headers import read_headers
 from expertcut.checkpoints.files.shards import Shard, lay_out
 from expertcut.checkpoints.files.streaming import check_space, check_written, write_shards
 from expertcut.checkpoints.layouts.names import blocks_of
 from expertcut.errors import ModelError, OutputError
 from expertcut.interventions.plan import Draft, Plan, PlanAdapter
 from expertcut.moe.loading import Source, read_config
+from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.chunks import write_atomically
 
 ADAPTER_FOLDER = "adapter"  # in the checkpoint's

@@ -3,7 +3,6 @@
 Needs neither peft nor a model: names, shapes and ranks say all. The form is that of peft 0.21.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from expertcut.checkpoints.files.headers import Stored, StoredTensor, read_file
+from expertcut.documents.records import first_fault
 from expertcut.errors import ModelError
-from expertcut.profiling.store import first_fault
+from expertcut.moe.stored.headers import Stored, StoredTensor, read_file
+from expertcut.moe.stored.objects import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -142,15 +142,9 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file.parent} holds no adapter: it has no {CONFIG_FILE}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds a {type(config).__name__}, must be a JSON object")
-    return config
+    if not file.exists():
+        raise ModelError(f"{file.parent} holds no adapter: it has no {CONFIG_FILE}")
+    return read_object(file)
 
 
 def _check_settings(folder: Path, settings: _Settings) -> None:

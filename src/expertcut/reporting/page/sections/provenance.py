@@ -64,7 +64,7 @@ def _plan(plan: Plan) -> Rows:
                       f"{fitted if chosen.fitted_split else ''}"),
         ("hash of their list", chosen.sha256),
         *_some(("adapter that was cut along",
-                adapter and f"{adapter.path}, {adapter.weights_sha256}")),
+                f"{adapter.path}, {adapter.weights_sha256}" if adapter else None)),
     ]  # fmt: skip
 
 
