@@ -24,6 +24,7 @@ from expertcut.moe.stored.counts import check_counts
 from expertcut.moe.stored.headers import read_even_quantized
 from expertcut.moe.stored.objects import read_config
 
+_MODELS: Any = AutoModelForCausalLM  # whose types know nothing of loading info
 _PROBE_TOKENS = 16
 _ALIGNMENT_BYTES = 64  # what torch gives to new tensors
 _MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
@@ -79,7 +80,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     config, trusting = _checked_config(source, options)
     tokenizer = _tokenizer(source, options)
     with refusals_of("AutoModelForCausalLM", source.path / "config.json"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _MODELS.from_pretrained(
             source.path,
             config=config,
             trust_remote_code=trusting.trust_remote_code,
