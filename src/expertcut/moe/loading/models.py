@@ -24,6 +24,7 @@ from expertcut.moe.stored.counts import check_counts
 from expertcut.moe.stored.headers import read_even_quantized
 from expertcut.moe.stored.objects import read_config
 
+_MODELS: Any = AutoModelForCausalLM  # whose types know nothing of loading info
 _PROBE_TOKENS = 16
 _ALIGNMENT_BYTES = 64  # what torch gives to new tensors
 _MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
@@ -79,7 +80,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     config, trusting = _checked_config(source, options)
     tokenizer = _tokenizer(source, options)
     with refusals_of("AutoModelForCausalLM", source.path / "config.json"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, info = _MODELS.from_pretrained(
             source.path,
             config=config,
             trust_remote_code=trusting.trust_remote_code,
@@ -92,7 +93,6 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             generation_config=GenerationConfig(),
             **spreading,
         )
-    model, info = loaded
     _check_complete(source, info, is_trusted=trusting.trust_remote_code)
     check_finite(source.path, model, source.weight_files)
     model = (model if spreading else model.to(device)).eval().requires_grad_(False)

@@ -31,8 +31,8 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
     for name in _COUNT_FIELDS:
         value = fields.get(name)
         if value is not None and (type(value) is not int or value < 1):
-            found = str(value)[:50]
-            raise ModelError(f"{file} says {name} {found}, must be a whole number above 0")
+            said = str(value)[:50]
+            raise ModelError(f"{file} says {name} {said}, must be a whole number above 0")
     n_experts = expert_count(dict(config)) or 0
     for name in _TOP_K_FIELDS:
         if (fields.get(name) or 0) > n_experts:

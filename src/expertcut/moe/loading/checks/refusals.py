@@ -1,7 +1,6 @@
 """What transformers, tokenizers and safetensors raise, in the words of this tool."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +42,6 @@ def _panics_as_errors() -> Iterator[None]:
 
     Whatever else is written there comes when the block ends.
     """
-    sys.stderr.flush()
     with tempfile.TemporaryFile() as said:
         own = os.dup(2)
         os.dup2(said.fileno(), 2)
