@@ -187,11 +187,18 @@ def attempt(name: str, number: int, tally: Tally, folder: Path) -> None:
     try:
         batch()
     except Exception as error:  # the point of it all: whatever it is, it is counted
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
-        tally.crashes[place] += 1
-        if tally.crashes[place] == 1:
-            print(f"{name}: {place}\n{error}\n{getattr(error, '__notes__', '')}", flush=True)
+        several = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
+        for one in several:
+            _count(name, one, tally)
+
+
+def _count(name: str, error: Exception, tally: Tally) -> None:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+    tally.crashes[place] += 1
+    if tally.crashes[place] == 1:
+        example = "\n".join(getattr(error, "__notes__", ()))
+        print(f"{name}: {place}: {error}\n{example}", flush=True)
 
 
 def main() -> int:
