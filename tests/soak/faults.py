@@ -87,6 +87,7 @@ class Bench:
     def whole(self, command: Command, out: Path) -> Files:
         """What it leaves in such a folder, and how much room that takes."""
         if command.name not in self._whole:
+            shutil.rmtree(out, ignore_errors=True)  # of another scene
             status, said = run(command.argv(out), self.log)
             assert status == 0, said
             self._whole[command.name] = comparable(found := files(out))
