@@ -95,6 +95,7 @@ def test_half_precision_is_rounded_once(checkpoint: Checkpoints, tmp_path: Path)
     assert healed.equal((stored.float() + added[name]).bfloat16()) and not healed.equal(stored)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
 def test_an_adapter_loads_with_peft_on_plain_transformers(
     checkpoint: Checkpoints, tmp_path: Path
 ) -> None:

@@ -127,7 +127,7 @@ class Heal:
         quiet()
         load_as = LoadOptions(self.dtype, self.device, self.trust_remote_code)
         place = Place(self.out or default_out(self.checkpoint), self.force)
-        with resumable(place.working), bar("healing") as report:
+        with resumable(place.working, "the last state is"), bar("healing") as report:
             options = Options(load_as, self.threads, not self.no_verify, report)
             healed = heal(self.checkpoint, self._asked(), place, options)
         if healed is not None:

@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from expertcut.cli.options import Format, TrustRemoteCode, option
 from expertcut.cli.output import print_tables, quiet
-from expertcut.cli.running import watched
+from expertcut.cli.running import bar, watched
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -75,14 +73,9 @@ class _Reader:
         """A line of progress on stderr."""
         return watched(run, what, total, where)
 
-    @contextmanager
-    def parts(self, what: str) -> Iterator[Callable[[int, int], None]]:
+    def parts(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """A bar on stderr."""
-        columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return bar(what)
 
     def plan(self, stage: "Stage", why: str, *, is_dry: bool) -> None:
         """One line per stage."""

@@ -59,13 +59,13 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def resumable(where: Path) -> Iterator[None]:
+def resumable(where: Path, what: str = "finished chunks are") -> Iterator[None]:
     """A stop says that what is done is kept."""
     try:
         yield
     except KeyboardInterrupt as error:
         status = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-        text = f"interrupted: finished chunks are kept in {where}: run the same command again"
+        text = f"interrupted: {what} kept in {where}: run the same command again"
         raise Stopped(f"{text} to go on", status) from None
 
 

@@ -21,7 +21,7 @@ from expertcut.healing.data.sources import Read, read_data
 from expertcut.healing.judging import BASE, BEFORE, HEALED, Verdict, answers, judge
 from expertcut.healing.lineage import first_base
 from expertcut.healing.planning import healed_plan, used_questions
-from expertcut.healing.training.adapters import adapted
+from expertcut.healing.training.adapters import adapted, put_on
 from expertcut.healing.training.cache import Whose, filled
 from expertcut.healing.training.fit import Curve, Report, fit
 from expertcut.healing.training.objectives import OBJECTIVES, Objective
@@ -195,10 +195,8 @@ def _reloaded(run: _Run, written: Path, folder: Path) -> MoeModel:
     """What was written, read as anyone will."""
     if not run.asked.is_adapter:
         return load(Source(str(folder), written), run.options.load_as)
-    from peft import PeftModel
-
     moe = load(run.moe.source, run.options.load_as)
-    PeftModel.from_pretrained(moe.model, written)
+    put_on(moe, written)
     return moe
 
 

@@ -3,7 +3,9 @@
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,10 +51,24 @@ def adapted(moe: MoeModel, lora: Lora) -> Any:
         target_parameters=parameters or None,
     )
     torch.manual_seed(lora.seed)
-    with warnings.catch_warnings():
-        # peft asks transformers for a name that it gave up.
-        warnings.simplefilter("ignore", FutureWarning)
+    with _unwarned():
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
+
+
+def put_on(moe: MoeModel, folder: Path) -> None:
+    """Puts adapters that were written on a model."""
+    from peft import PeftModel
+
+    with _unwarned():
+        PeftModel.from_pretrained(moe.model, folder)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Peft asks transformers for a name that it gave up."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def deltas(model: Any) -> Iterator[tuple[str, Any]]:
