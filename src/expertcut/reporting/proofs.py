@@ -45,7 +45,8 @@ def adapter_sentences(built: "Built") -> list[str]:
     plan = built.plan
     if plan.adapter is None:
         return []
-    is_fitted = plan.fold in ("answer", "all") or plan.removed == "mean" or bool(built.fits)
+    is_boosted = plan.layout == "stock" and any(edit.bias for edit in plan.blocks.values())
+    is_fitted = is_boosted or plan.fold in ("answer", "all") or plan.removed == "mean"
     fitted = ", what was fitted is fitted" if is_fitted else ""
     return [
         f"The adapter {plan.adapter.path} is cut to fit, in {built.folder / 'adapter'}; experts "
