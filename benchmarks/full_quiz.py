@@ -18,8 +18,9 @@ from benchmarks.limits import chunks
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.moe.packing import Encoded
 from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.sound import Stats
 from expertcut.profiling.statistics import as_json
-from expertcut.profiling.store import Stats, load_profile
+from expertcut.profiling.store import load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
 
 SMALL = {

@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import random_olmoe
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import Stats
+from expertcut.profiling.sound import Stats
 from expertcut.quiz import Quiz, Selection, load_quiz
 from expertcut.reporting.tables import Column, Table, as_markdown
 

@@ -8,16 +8,16 @@ import numpy as np
 
 from expertcut.interventions.reweighting.records import admission_gap
 from expertcut.profiling.chunks import Arrays, write_chunk
-from expertcut.profiling.store import (
+from expertcut.profiling.info import (
     CHUNK_QUESTIONS,
     BlockInfo,
     ModelInfo,
-    Profile,
     ProfileInfo,
     QuizInfo,
     Settings,
     SubjectInfo,
 )
+from expertcut.profiling.store import Profile
 
 SETTINGS = Settings(
     dtype="float32",

@@ -26,9 +26,10 @@ from expertcut.profiling.evidence.significance import (
     shuffles,
     significance,
 )
+from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.statistics import answers, as_json
-from expertcut.profiling.store import BlockInfo, Profile
+from expertcut.profiling.store import Profile
 from expertcut.reporting.findings import (
     experts_csv,
     margins_table,

@@ -21,7 +21,8 @@ from expertcut.interventions.plan import Plan, load_plan, plan_text, save_plan
 from expertcut.interventions.reweighting.targets import parse_target
 from expertcut.moe.loading.devices import _limits
 from expertcut.profiling.chunks import read_chunk, write_chunk
-from expertcut.profiling.store import Profile, ProfileInfo, load_profile
+from expertcut.profiling.info import ProfileInfo
+from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz.readers import read_csv, read_jsonl
 from expertcut.recipe.model import Recipe
 from expertcut.recipe.reading import read_recipe

@@ -23,16 +23,24 @@ from tests.conftest import Commands, make_checkpoint, make_tokenizer, open_model
 SIGN = "~"  # in one question of the test split, and nowhere else
 WHERE = "question 4 of old_clocks (counted from 0)"
 NAMED = rf"expertcut: {{stage}}\S+ answers {re.escape(WHERE)} by what is no finite number: "
-EMBEDDED = "model.embed_tokens is the first to give one, in float32: its weights are damaged"
+HERE = "layer 0 (model.layers.0.mlp.experts) is the first to give one, in float32: its weights"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It cannot read one sign."""
+    """Its weights are finite, and all its experts overflow at one sign.
+
+    That sign alone has a value in the first dimension, by which they multiply twice.
+    """
     folder = make_checkpoint(tmp_path_factory.mktemp("model") / "olmoe", "olmoe")
     (sign,) = make_tokenizer()(SIGN)["input_ids"]
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.embed_tokens.weight"][sign] = torch.nan
+    tensors["model.embed_tokens.weight"][:, 0] = 0
+    tensors["model.embed_tokens.weight"][sign, 0] = 100
+    tensors["model.layers.0.self_attn.o_proj.weight"][0] = 0
+    for expert in range(8):
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.0.mlp.experts.{expert}.{name}.weight"][:, 0] = 1e19
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -73,7 +81,7 @@ def test_every_command_that_asks_questions_names_the_one_without_an_answer(
     line: str, model: Path, quiz_folder: Path, profile: Path, tmp_path: Path, expertcut: Commands
 ) -> None:
     said = expertcut(line.format(model=model, quiz=quiz_folder, profile=profile), status=2)
-    assert re.match(NAMED.format(stage="") + re.escape(EMBEDDED), said), said
+    assert re.match(NAMED.format(stage="") + re.escape(HERE), said), said
     assert said.count("\n") == 1
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left <= {"profile.json", "sweep.json", *(f"{s}-0.safetensors" for s in FINISHED)}

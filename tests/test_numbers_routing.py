@@ -89,7 +89,7 @@ def test_a_router_that_overflows_stops_the_run_and_nothing_is_counted(
     with spoilt(measurement.moe, value, layer, token=0), pytest.raises(ModelError) as refused:
         list(measurement.run(tmp_path / "p"))
     # Of the last layer's first token no answer can tell: it is the routing that is refused.
-    assert ("model.layers.1.mlp gives values that are no numbers" in str(refused.value)) == layer
+    assert ("of layer 1 (model.layers.1.mlp)" in str(refused.value)) == layer
     assert "\n" not in str(refused.value)
     assert not list((tmp_path / "p").glob("chunks/*"))
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from expertcut.errors import OutputError, ProfileError
 from expertcut.profiling.chunks import Arrays, read_chunk, write_atomically, write_chunk
+from expertcut.profiling.info import ProfileInfo
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.statistics import (
     LayerStatistics,
@@ -23,7 +24,7 @@ from expertcut.profiling.statistics import (
     layer_statistics,
     near_ties,
 )
-from expertcut.profiling.store import Profile, ProfileInfo, load_profile, newest_profile
+from expertcut.profiling.store import Profile, load_profile, newest_profile
 from tests.conftest import open_model
 from tests.hand_made import (
     SUMS,

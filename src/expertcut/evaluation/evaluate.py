@@ -26,10 +26,11 @@ from expertcut.interventions.plan import PLAN_FILE, Plan, load_hashes, load_plan
 from expertcut.moe.loading import LoadOptions, Source, find_source
 from expertcut.moe.passes import OnPass, ignore
 from expertcut.profiling.chunks import write_atomically
+from expertcut.profiling.info import quiz_info
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
-from expertcut.profiling.store import load_profile, quiz_info
+from expertcut.profiling.store import load_profile
 from expertcut.quiz import Quiz
 
 Array = np.ndarray[Any, Any]

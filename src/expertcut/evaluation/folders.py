@@ -7,8 +7,8 @@ from typing import TypeVar
 from expertcut.documents.records import Record, load_record
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
+from expertcut.profiling.info import ProfileInfo
 from expertcut.profiling.sharing.claims import CLAIMS
-from expertcut.profiling.store import ProfileInfo
 
 Outcome = TypeVar("Outcome", bound=Record)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from expertcut.errors import PlanError
 from expertcut.interventions.plan import PLAN_FILE, Edit, Plan, load_hashes, load_plan
-from expertcut.profiling.store import BlockInfo, ModelInfo, Profile
+from expertcut.profiling.info import BlockInfo, ModelInfo
+from expertcut.profiling.store import Profile
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from expertcut.documents.reading import read_file
 from expertcut.documents.records import Format1, Identified, Record, load_record
 from expertcut.errors import PlanError
 from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.store import ModelInfo
+from expertcut.profiling.info import ModelInfo
 
 if TYPE_CHECKING:
     from expertcut.interventions.lineage import Numbers

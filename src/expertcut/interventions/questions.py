@@ -8,7 +8,8 @@ from typing import Literal
 from expertcut.errors import ProfileError, QuizError
 from expertcut.interventions.lineage import Numbers, inherited_hashes
 from expertcut.interventions.plan import ChosenOn, Draft, Plan, hashes_sha256, plan_model
-from expertcut.profiling.store import Profile, quiz_info
+from expertcut.profiling.info import quiz_info
+from expertcut.profiling.store import Profile
 from expertcut.quiz import Question, Quiz, Selection, load_quiz, round_robin, without
 from expertcut.quiz.questions import group_by_subject, replace_questions
 

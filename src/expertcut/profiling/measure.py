@@ -15,20 +15,13 @@ from expertcut.moe.loading.devices import is_on_several
 from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass, Watch, ignore
 from expertcut.profiling.chunks import Arrays
+from expertcut.profiling.info import BlockInfo, ModelInfo, ProfileInfo, Settings, quiz_info
 from expertcut.profiling.recording.finite import check_finite
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.sound import NO_CHOICE, Stats
-from expertcut.profiling.store import (
-    CUT,
-    BlockInfo,
-    ModelInfo,
-    ProfileInfo,
-    Settings,
-    load_profile,
-    quiz_info,
-)
+from expertcut.profiling.store import CUT, load_profile
 from expertcut.quiz import Question, Quiz, Truncate
 
 logger = logging.getLogger(__name__)
@@ -124,7 +117,7 @@ class Measurement:
             )
         recorded = recorder.arrays()
         check_finite(self.moe, work.subject, recorded)
-        arrays = {
+        return {
             **recorded,
             **({HALVED: np.array([n_halved], dtype=np.uint16)} if n_halved else {}),
             **({CUT: np.array(encoded.cut_N, dtype=np.int32)} if encoded.n_cut else {}),
@@ -132,8 +125,7 @@ class Measurement:
             "answer_N": np.array([q.answer for q in questions], dtype=np.uint8),
             "row_N": np.array([q.row for q in questions], dtype=np.int32),
             **_orders(questions),
-        }
-        return arrays, n_tokens
+        }, n_tokens
 
 
 def _orders(questions: Sequence[Question]) -> Arrays:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.profiling.store import BlockInfo, Profile
+from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.store import Profile
 from expertcut.profiling.sums import OverTokens, answer_weights, over_tokens
 
 Array = np.ndarray[Any, Any]

@@ -8,7 +8,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from expertcut.documents.records import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.interventions.plan import Layout, PlanModel, Positions
-from expertcut.profiling.store import Settings
+from expertcut.profiling.info import Settings
 from expertcut.quiz import Truncate
 
 AUDIT_FILE = "audit.json"

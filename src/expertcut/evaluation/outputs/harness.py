@@ -15,7 +15,7 @@ import transformers
 from expertcut import __version__
 from expertcut.evaluation.accuracy import pooled_stderr
 from expertcut.evaluation.results import ModelResult
-from expertcut.profiling.store import Settings
+from expertcut.profiling.info import Settings
 from expertcut.quiz import Quiz
 from expertcut.quiz.prompts import LETTERS, header
 from expertcut.quiz.sources import MMLU_HUB_ID

@@ -16,7 +16,8 @@ from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Procedure, Settled, Shift
 from expertcut.moe.loading import LoadOptions
 from expertcut.moe.tilting import ApplyAt
-from expertcut.profiling.store import BlockInfo, Profile
+from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.store import Profile
 from expertcut.quiz import Quiz
 
 

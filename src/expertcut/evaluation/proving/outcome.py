@@ -13,7 +13,7 @@ from expertcut.evaluation.proving.crossfit import Judged
 from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import PROOF_FILE
 from expertcut.interventions.reweighting.tuning import Shift
-from expertcut.profiling.store import BlockInfo
+from expertcut.profiling.info import BlockInfo
 
 SIGNIFICANT = 0.05
 _FEWEST = 20  # distinct draws, with which p can lie below 0.05

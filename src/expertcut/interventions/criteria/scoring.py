@@ -26,8 +26,9 @@ from expertcut.interventions.criteria.observed import (
 )
 from expertcut.interventions.criteria.reconstruction import reconstruction
 from expertcut.interventions.plan import Positions
+from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
-from expertcut.profiling.store import BlockInfo, Profile
+from expertcut.profiling.store import Profile
 
 if TYPE_CHECKING:
     from expertcut.moe.contract import MoeBlock

@@ -13,8 +13,9 @@ import numpy as np
 
 from expertcut.errors import ProfileError
 from expertcut.profiling.evidence.by_subject import SubjectCounts, count_by_subject
+from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, layers_of
-from expertcut.profiling.store import BlockInfo, Profile
+from expertcut.profiling.store import Profile
 from expertcut.quiz import Quiz
 
 Array = np.ndarray[Any, Any]

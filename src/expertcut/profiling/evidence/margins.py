@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.statistics import or_none
-from expertcut.profiling.store import BlockInfo, Profile
+from expertcut.profiling.store import Profile
 
 Array = np.ndarray[Any, Any]
 THRESHOLDS = (1e-4, 1e-3, 1e-2)  # of probability

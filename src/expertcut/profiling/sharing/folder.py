@@ -13,8 +13,9 @@ from pathlib import Path
 from expertcut import __version__
 from expertcut.errors import OutputError, ProfileError
 from expertcut.profiling.chunks import Arrays, fault, write_atomically, write_chunk
+from expertcut.profiling.info import ProfileInfo, Settings
 from expertcut.profiling.sharing.claims import CLAIMS, Claims, Timing
-from expertcut.profiling.store import Profile, ProfileInfo, Settings, load_profile
+from expertcut.profiling.store import Profile, load_profile
 
 logger = logging.getLogger(__name__)
 

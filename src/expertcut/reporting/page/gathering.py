@@ -14,7 +14,8 @@ from expertcut.evaluation.results import Results, load_results
 from expertcut.evaluation.sweeping.outcome import SWEEP_FILE, Sweep, load_sweep
 from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, Plan, load_plan
 from expertcut.profiling.evidence.findings import Findings, find
-from expertcut.profiling.store import ModelInfo, QuizInfo, load_profile
+from expertcut.profiling.info import ModelInfo, QuizInfo
+from expertcut.profiling.store import load_profile
 
 PROFILE_FILE = "profile.json"
 RUN_FILE = "run.json"
