@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -63,7 +64,11 @@ class Started:
         with self.log.open("w") as sys.stderr, Path(os.devnull).open("w") as sys.stdout:
             if self.before is not None:
                 self.before()
-            main()
+            try:
+                main()
+            except Exception:  # what escapes is a fault of ours: shown while the file is open
+                traceback.print_exc()
+                raise SystemExit(1) from None
 
 
 def start(argv: list[str], log: Path, before: Callable[[], None] | None = None) -> BaseProcess:

@@ -29,7 +29,7 @@ REFUSED = {  # what the second of two is told; the others share the work
     "run": "another run is at work there|was just changed by another run",
 }
 MIDDLE = {"hidden_size": 256, "intermediate_size": 1024, "num_experts_per_tok": 4}
-LIMITS_MB = (4, 16, 32, 48, 64, 96, 128, 192, 256, 384)
+LIMITS_MB = (4, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 
 
 def _place(bench: Bench) -> Path:
