@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
@@ -389,7 +390,9 @@ GROUPED = [block(0, 8, 4, groups=2, top_groups=1)]
 
 
 def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
-    return {f"model.layers.{i}.mlp": Edit(keep=keep, **more) for i, keep in enumerate(keeps)}
+    """Changes as commands make them, from edits that hold."""
+    made = {f"model.layers.{i}.mlp": Edit(keep=keep) for i, keep in enumerate(keeps)}
+    return {name: edit.model_copy(update=more) for name, edit in made.items()}
 
 
 @pytest.mark.parametrize(
@@ -398,9 +401,7 @@ def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
         (BLOCKS, edits((0, 1)), "names 1 blocks, the model has 2"),
         (BLOCKS, dict(reversed(edits((0, 1), (0, 1)).items())), "in order"),
         (BLOCKS, {"model.layers.0.mlp": Edit(keep=(0, 1)), "x": Edit(keep=(0, 1))}, "in order"),
-        (BLOCKS, edits((0, 1), (1, 1, 2)), "layers.1.mlp: keep must be sorted"),
         (BLOCKS, edits((0, 1), (0, 8)), "layers.1.mlp keeps expert 8 but has experts 0 to 7"),
-        (BLOCKS, edits((-1, 1), (0, 1)), "layers.0.mlp keeps expert -1 but has experts 0 to 7"),
         (BLOCKS, edits((0,), (0,)), "keeps 1 experts but routes each token to 2"),
         (BLOCKS, edits((), ()), "keeps 0 experts"),
         (BLOCKS, edits((0, 1), (0, 1, 2)), r"one count for all layers, found \[2, 3\]"),
@@ -415,6 +416,13 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
 ):
     with pytest.raises(PlanError, match=reason):
         check_edits(asked, blocks, "stock")
+
+
+@pytest.mark.parametrize("keep", [(1, 0), (1, 1, 2), (-1, 1)])
+def test_experts_to_keep_are_ascending_numbers(keep: tuple[int, ...]):
+    with pytest.raises(ValidationError):
+        Edit(keep=keep)
+    assert Edit(keep=(0, 1, 2)).keep == (0, 1, 2)
 
 
 def test_a_plan_that_fits_is_taken():
@@ -551,8 +559,6 @@ def test_the_list_of_questions_must_be_the_one_that_the_plan_names(tmp_path: Pat
         (("blocks", FIRST, "kept"), [0, 1]),
         (("blocks", FIRST, "bias"), {"x": 1.0}),
         (("blocks", FIRST, "bias"), {"1": "much"}),
-        (("blocks", FIRST, "bias"), {"1": math.nan}),
-        (("blocks", FIRST, "scale"), {"1": math.inf}),
     ],
 )
 def test_hand_edited_nonsense_is_refused_by_its_place(

@@ -67,6 +67,7 @@ class Place:
         self.folder = out or default_out(profile, slug, is_plan=is_plan)
         check_free(self.folder, is_forced=is_forced, inputs=inputs_of(profile))
         if not is_plan:  # what it is made from is looked at before anything is said of it
+            quiet()
             find_source(profile.info.model.id, profile.info.model.revision)
 
     def keep(self, options: "BuildOptions") -> None:
