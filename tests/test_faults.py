@@ -151,6 +151,7 @@ def test_who_lives_is_told_by_no_clock_that_can_be_set(
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("could not create a primitive"), True),  # oneDNN
         (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"), True),
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("shapes cannot be multiplied"), False),

@@ -6,8 +6,11 @@ from contextlib import suppress
 
 import torch
 
-# torch's allocator; what C++ throws; oneDNN, which does not say why.
-_WORDS = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
+# torch's allocator; what C++ throws; the system; oneDNN, which does not say why.
+_WORDS = (
+    *("DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory"),
+    "could not create a primitive",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -101,7 +101,7 @@ class Run:
     def _too_small(self, step: Pass) -> ModelError:
         return ModelError(
             f"{self.moe.source.id}: not enough memory for {step.n_tokens} tokens at once, which "
-            "cannot be cut smaller: try a smaller --batch-tokens from the start, or another device"
+            "cannot be cut smaller: free memory, or use another device"
         )
 
     def _too_large(self, step: Pass) -> ModelError:
