@@ -1,10 +1,12 @@
 """`python -m tests.hostile`: every case in a process of its own, and what it cost at most.
 
-Texts choose the cases whose names begin so; `--here` stays in this process, which is quicker and
-knows no memory; `--lines` prints each refusal; `--part 2/6` is the second sixth of them.
+Those processes are forks of one that has imported all, which makes them quick; `--how anew` starts
+each as a user does, `--how here` stays in one process and so knows no memory. Texts choose the
+cases whose names begin so; `--lines` prints each refusal; `--part 2/6` is the second sixth of them.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -14,11 +16,14 @@ from rich.progress import track
 
 from tests.hostile.case import check_refusal
 from tests.hostile.corpus import CASES
-from tests.hostile.running import Ended, run, run_alone
+from tests.hostile.running import Ended, run, run_alone, run_forked
 from tests.hostile.world import make_world
+
+HOW = {"forked": run_forked, "anew": run_alone, "here": run}
 
 
 def main() -> int:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else that library warns in every fork
     asked = _asked()
     part, n_parts = map(int, asked.part.split("/"))
     named = [name for name in CASES if name.startswith(tuple(asked.texts or [""]))]
@@ -30,7 +35,7 @@ def main() -> int:
         for number, name in enumerate(track(chosen, console=Console(stderr=True))):
             world = pristine.copy(Path(folder) / str(number))
             try:
-                ended[name] = check_refusal(CASES[name], world, run if asked.here else run_alone)
+                ended[name] = check_refusal(CASES[name], world, HOW[asked.how])
             except AssertionError as error:
                 failed[name] = str(error)
             if asked.lines and name in ended:
@@ -42,7 +47,7 @@ def main() -> int:
 def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("texts", nargs="*", help="only cases whose names begin so")
-    parser.add_argument("--here", action="store_true", help="all in this process")
+    parser.add_argument("--how", choices=HOW, default="forked")
     parser.add_argument("--part", default="1/1", help="K/N: every Nth case, from the Kth")
     parser.add_argument("--lines", action="store_true", help="print each refusal")
     return parser.parse_args()

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 from unittest.mock import patch
 
 import psutil
@@ -109,6 +110,47 @@ def _bounded() -> Iterator[None]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def run_forked(folder: Path, words: Sequence[str]) -> Ended:
+    """In a fork of this process, from `folder`: what has been imported is there already.
+
+    Its memory is its own peak with all that this process held when it was forked.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if (child := os.fork()) == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            _become(folder, words)
+        _, status, usage = os.wait4(child, 0)
+        seconds = time.monotonic() - start
+        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+    return Ended(os.waitstatus_to_exitcode(status), *texts, seconds, usage.ru_maxrss * 1024)
+
+
+def _become(folder: Path, words: Sequence[str]) -> NoReturn:
+    """The command line, as the end of this process; late, it is killed."""
+    status = 1
+    try:
+        os.chdir(folder)
+        limit = psutil.Process().memory_info().vms + MORE_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(TIMEOUT_S)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        logging.getLogger().handlers.clear()
+        sys.argv = ["expertcut", *words]
+        main()
+        status = 0
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    except BaseException:  # as Python itself ends
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def run_alone(folder: Path, words: Sequence[str]) -> Ended:
