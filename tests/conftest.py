@@ -3,7 +3,7 @@
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before any import of a Hugging Face library: these are read at import.
@@ -196,6 +196,18 @@ def write_quiz(folder: Path, counts: dict[str, int] = COUNTS, seed: int = 0) -> 
                     row = [f"{number}: {words}?", *choices, chance.choice("ABCD")]
                     writer.writerow(row)
     return folder
+
+
+@pytest.fixture(scope="module")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code out of checkpoints goes into a folder of the tests'."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+    for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
 """Layout `exact`: removed experts are constants, biases are biases, all else is the base's bits."""
 
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,7 @@ from tests.exact_models import (
 FIRST, SECOND = "model.layers.0.mlp", "model.layers.1.mlp"
 Bases = Callable[..., Path]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Code out of checkpoints goes into a folder of the tests'."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        patch.setattr(sys, "path", [*sys.path])
-        yield
-    for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("modules_cache")
 
 
 @pytest.fixture(scope="module")
