@@ -2,12 +2,9 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
 from expertcut.cli.options import Format, option
 from expertcut.cli.output import print_tables, quiet
-from expertcut.cli.running import is_first
+from expertcut.cli.running import bar
 
 if TYPE_CHECKING:
     from expertcut.evaluation.proving.decision import DecideOptions, Decision
@@ -52,17 +49,8 @@ def decided(profile: "Profile", procedure: "Procedure", options: "DecideOptions"
     from expertcut.reporting.proving import decision_sentences, decision_tables
 
     quiet()
-    columns = (TextColumn("proving"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    console = Console(stderr=True)
-    is_quiet = not (console.is_terminal and is_first() and options.is_proved)
-    with Progress(*columns, console=console, disable=is_quiet) as bar:
-        task = bar.add_task("", total=None)
-        found = decide(
-            profile,
-            procedure,
-            options,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with bar("proving", is_shown=options.is_proved) as report:
+        found = decide(profile, procedure, options, report)
     print_tables(decision_tables(found), Format.table)
     for sentence in decision_sentences(found):
         print(sentence)

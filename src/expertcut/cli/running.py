@@ -129,13 +129,12 @@ class Line:
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def bar(what: str, *, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Someone to tell how many parts of something are done, of how many: a bar on stderr."""
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    with Progress(
-        *columns, console=console, disable=not (console.is_terminal and is_first())
-    ) as shown:
+    is_quiet = not (is_shown and console.is_terminal and is_first())
+    with Progress(*columns, console=console, disable=is_quiet) as shown:
         task = shown.add_task("", total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
