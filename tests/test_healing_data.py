@@ -194,9 +194,11 @@ def test_texts_that_ask_what_is_scored_are_dropped(quiz_folder: Path, tmp_path: 
     ("line", "said"),
     [
         ('{"text": 3}', "must hold text, or messages"),
-        ("[1]", "it holds list"),
+        ("[1]", "a list, must be a JSON object"),
+        ('{"text": "\\ud800"}', "a lone surrogate"),
+        ('{"text": NaN}', "NaN is no number"),
         ('{"messages": [{"role": "user"}]}', "must hold text, or messages"),
-        ("{", "is no JSON"),
+        ("{", "not JSON"),
     ],
 )
 def test_a_line_that_holds_no_text_is_named(
@@ -204,7 +206,7 @@ def test_a_line_that_holds_no_text_is_named(
 ) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(QuizError, match=rf"line 2 .*{said}"):
+    with pytest.raises(QuizError, match=rf":2: .*{said}"):
         read(quiz_folder, texts=(Weighted(str(file)),))
 
 

@@ -49,7 +49,7 @@ def read_jsonl(path: Path, default_subject: str) -> list[Question]:
     """Questions of one JSON-lines file: `question`, `choices`, `answer`, optional `subject`."""
     rows: dict[str, int] = {}
     questions = []
-    for where, record in _json_lines(path):
+    for where, record in json_lines(path):
         subject = subject_of(record, default_subject, where)
         index = rows.get(subject, 0)
         questions.append(record_question(record, subject, index, where))
@@ -65,7 +65,12 @@ def subject_of(record: dict[str, Any], default_subject: str, where: str) -> str:
     return subject
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """File and line, and the JSON object there; empty lines are passed over.
+
+    Raises:
+        QuizError: the file cannot be read, or a line is no JSON object.
+    """
     try:
         with _opened(path) as file:
             for number, line in enumerate(file, start=1):

@@ -1,10 +1,13 @@
 """Plain texts and chats as JSON lines: `{"text": …}`, `{"messages": [{"role", "content"}, …]}`."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertcut.errors import QuizError
+from jinja2 import TemplateError
+
+from expertcut.errors import ModelError, QuizError
+from expertcut.quiz.readers import json_lines
 
 
 def read_texts(file: Path, tokenizer: Any) -> list[str]:
@@ -12,37 +15,37 @@ def read_texts(file: Path, tokenizer: Any) -> list[str]:
 
     Raises:
         QuizError: a file that cannot be read, a line that holds neither, a chat without template.
+        ModelError: a template that fails, or asks for what transformers' sandbox does not give.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise QuizError(f"{file} cannot be read: {error}") from None
-    texts = [
-        _text(line, f"{file} line {number}", tokenizer)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    texts = [_text(record, where, tokenizer) for where, record in json_lines(file)]
     if not texts:
         raise QuizError(f"{file} holds no text: one JSON object a line, with text or messages")
     return texts
 
 
-def _text(line: str, where: str, tokenizer: Any) -> str:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise QuizError(f"{where} is no JSON: {error}") from None
-    if isinstance(found, dict) and isinstance(found.get("text"), str) and found["text"]:
-        return str(found["text"])
-    messages = found.get("messages") if isinstance(found, dict) else None
+def _text(record: Mapping[str, Any], where: str, tokenizer: Any) -> str:
+    if (text := record.get("text")) and isinstance(text, str):
+        made = text
+    else:
+        made = _chat(record, where, tokenizer)
+    if any("\ud800" <= char <= "\udfff" for char in made):
+        raise QuizError(f"{where}: a lone surrogate, which is no character")
+    return made
+
+
+def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> str:
+    messages = record.get("messages")
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         raise QuizError(
-            f"{where} must hold text, or messages with role and content: it holds "
-            f"{', '.join(map(str, found)) if isinstance(found, dict) else type(found).__name__}"
+            f"{where}: must hold text, or messages with role and content: it holds "
+            f"{', '.join(record)[:200] or 'nothing'}"
         )
     if not getattr(tokenizer, "chat_template", None):
-        raise QuizError(f"{where} is a chat, but the tokenizer has no chat template: write text")
-    made: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        raise QuizError(f"{where}: a chat, but the tokenizer has no chat template: write text")
+    try:
+        made: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise ModelError(f"{where}: the tokenizer's chat template fails: {error}") from None
     return made
 
 
