@@ -1,13 +1,13 @@
 """Healing: what it wins back, that a stop changes nothing, and that caches and batches do not."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from expertcut.cli.healing import Objective
@@ -15,6 +15,7 @@ from expertcut.errors import OutputError, SettingsError
 from expertcut.healing.asking import Data, Training
 from expertcut.healing.heal import Healed
 from expertcut.healing.judging import BASE, BEFORE, HEALED
+from expertcut.healing.training.cache import Cached, Whose
 from expertcut.healing.training.objectives import OBJECTIVES
 from expertcut.healing.weighted import Weighted
 from expertcut.interventions.plan import load_hashes, load_plan
@@ -25,19 +26,9 @@ from tests.exact_models import as_transformers_runs_it, load_exact, logprobs
 from tests.healed_models import SHORT, asked_for, cut, healed
 
 Checkpoints = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("modules_cache")
+
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Code out of checkpoints goes into a folder of the tests'."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        patch.setattr(sys, "path", [*sys.path])
-        yield
-    for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +167,21 @@ def test_a_teacher_from_a_cache_teaches_as_a_live_one(
     assert live.curve.losses[0] > 0.01
     with pytest.raises(OutputError, match="another teacher, or others of them"):
         healed(stock, replace(cached, likeliest=7), tmp_path / "third")
+
+
+@pytest.mark.parametrize("metadata", [None, {"rows": "{"}, {"rows": '{"a": [0, 9]}'}])
+def test_a_damaged_cache_is_named(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    whose, file = Whose("f", "torch.float32", 2), tmp_path / "cache" / "a.safetensors"
+    Cached(file.parent, whose)
+    tensors = {"ids": torch.zeros(4, 2, dtype=torch.int32), "logprob": torch.zeros(4, 2)}
+    save_file(tensors, file, {"rows": '{"a": [0, 4]}'})
+    assert Cached(file.parent, whose).places["a"][1:] == (0, 4)
+    save_file(tensors, file, metadata)
+    with pytest.raises(OutputError, match=r"a\.safetensors is damaged"):
+        Cached(file.parent, whose)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(OutputError, match=r"a\.safetensors is damaged"):
+        Cached(file.parent, whose)
 
 
 def test_the_loss_is_that_of_the_whole_batch_however_it_is_cut(

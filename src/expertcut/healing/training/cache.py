@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from expertcut.profiling.chunks import write_atomically
 
 _WHOSE = "teacher.json"
 _KEY = "rows"
+_ROWS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,31 @@ class Cached:
         self.files = ExitStack()
         check_whose(folder, whose)
         for file in sorted(folder.glob("*.safetensors")):
+            opened, rows = self._opened(file, whose.likeliest)
+            self.places |= {digest: (opened, *place) for digest, place in rows.items()}
+
+    def _opened(self, file: Path, likeliest: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+        """A file, and where in it each row stands.
+
+        Raises:
+            OutputError: it is not one that was written here whole.
+        """
+        try:
             opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
-            for digest, (begin, length) in json.loads(opened.metadata()[_KEY]).items():
-                self.places[digest] = (opened, begin, length)
+            rows = _ROWS.validate_json((opened.metadata() or {}).get(_KEY, ""))
+            ids_MR, logprob_MR = (opened.get_slice(n).get_shape() for n in ("ids", "logprob"))
+        except (OSError, SafetensorError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise OutputError(
+                f"{file} is damaged ({reason}): remove it, and its rows are asked again"
+            ) from None
+        most = max((begin + length for begin, length in rows.values()), default=0)
+        if ids_MR != logprob_MR or ids_MR[:1] != [most] or not 1 <= ids_MR[-1] <= likeliest:
+            raise OutputError(
+                f"{file} is damaged (its rows are not where it says): remove it, and they are "
+                "asked again"
+            )
+        return opened, rows
 
     def has(self, row: Row) -> bool:
         """Whether a row's words are there."""
