@@ -25,8 +25,14 @@ from tests.conftest import open_model, write_quiz
 # so whoever needs something there says so here.
 PROCESSES = multiprocessing.get_context("forkserver")
 _EXPERTCUT = (
-    *("checkpoints.build", "evaluation.sweeping.sweep", "recipe.run", "recipe.acts.changing"),
-    *("recipe.acts.giving", "reporting.outcomes", "reporting.shown", "reporting.sweeps"),
+    *("checkpoints.build", "evaluation.sweeping.sweep", "healing.heal", "recipe.run"),
+    *(
+        "recipe.acts.changing",
+        "recipe.acts.giving",
+        "reporting.outcomes",
+        "reporting.shown",
+        "reporting.sweeps",
+    ),
 )
 PROCESSES.set_forkserver_preload(
     [

@@ -30,6 +30,7 @@ FAST = Timing(beat_s=0.02, dead_after_s=0.3)
 SHORT = (
     "profile: disk full at 80%",
     "prune: disk full at 80%",
+    "heal: disk full at 50%",
     "prune --sweep: disk full at 50%",
     "run: disk full at 50%",
     "prune: read-only folder",
@@ -54,7 +55,7 @@ def test_killed_at_random_moments_and_run_again_every_command_ends_with_the_same
     for number, command in enumerate(bench.commands.values()):
         (root := bench.root / f"kills-{number}").mkdir()
         tallies.append(kill(command, root, 1, seed=5))
-    assert [tally.losses for tally in tallies] == [[]] * 4
+    assert [tally.losses for tally in tallies] == [[]] * 5
     assert all(tally.landed for tally in tallies)
     assert sum(tally.landed_in_work for tally in tallies) > 0  # not all before the first byte
 

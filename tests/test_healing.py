@@ -135,6 +135,34 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert not (tmp_path / "parts.healing").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("optimizer.json", lambda content: b'{"groups": 1}'),
+        ("optimizer.safetensors", lambda content: content[:-9]),
+        ("adapter_model.safetensors", lambda content: b""),
+        ("random-0.safetensors", lambda content: content[:40]),
+        ("trainer_state.json", lambda content: b"[]"),
+    ],
+)
+def test_a_state_that_is_damaged_is_passed_over_for_the_one_before(
+    stock: Path,
+    quiz_folder: Path,
+    tmp_path: Path,
+    whole: Healed,
+    name: str,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    asked = asked_for(quiz_folder, training=SIX)
+    with pytest.raises(Stop):
+        healed(stock, asked, tmp_path / "out", report=stopped_after(5))
+    file = tmp_path / "out.healing" / "steps" / "checkpoint-4" / name
+    file.write_bytes(damage(file.read_bytes()))
+    seen: list[int] = []
+    found = healed(stock, asked, tmp_path / "out", report=lambda done, _: seen.append(done))
+    assert seen[0] == 3 and found.curve == whole.curve
+
+
 def test_another_run_does_not_go_on_with_what_one_left(
     stock: Path, quiz_folder: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +279,8 @@ def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: 
     [
         (("--targets", "attention,mlp"), "--targets mlp is unknown"),
         (("--batch", 6, "--micro-batch", 4), "--micro-batch 4 must divide --batch 6"),
+        (("--alpha", 0), "--rank and --alpha be above 0"),
+        (("--answer-weight", "nan"), "--answer-weight must be a number of at least 0"),
         (("--learning-rate", 3), "--learning-rate must lie between 0 and 1"),
         (("--text", "x.jsonl", "--objective", "answer"), "--text has no answers"),
         (("--split", "test"), "stand in split test, which is scored later"),

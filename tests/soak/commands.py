@@ -85,7 +85,7 @@ def run(argv: list[str], log: Path, before: Callable[[], None] | None = None) ->
 
 
 def commands(root: Path) -> list[Command]:
-    """The four, on a tiny model, a quiz of six chunks and a profile of it."""
+    """The five, on a tiny model, a quiz of six chunks, a profile of it and a cut."""
     model = make_checkpoint(root / "model", "olmoe")
     quiz = long_quiz(root / "quiz")
     for file in (quiz / "test").iterdir():  # val, for what must not be chosen and scored on
@@ -101,11 +101,16 @@ def commands(root: Path) -> list[Command]:
     status, said = run([*profile.argv(made), "--limit", "20"], root / "log")
     assert status == 0, said
     of = ("--profile", str(made))
+    prune = Command("prune", ("prune", "--keep", "5", *of))
+    status, said = run([*prune.argv(root / "cut"), "--no-verify"], root / "log")
+    assert status == 0, said
+    briefly = ("--steps", "4", "--check-every", "1", "--batch", "4", "--rank", "2")
     grid = ("--sweep", "0.75,0.5", "--by", "activations,random", "--split", "val")
     return [
         profile,
-        Command("prune", ("prune", "--keep", "5", *of)),
+        prune,
         Command("prune --sweep", ("prune", *grid, *of)),
+        Command("heal", ("heal", str(root / "cut"), *asked, *briefly, "--threads", "1")),
         Command("run", ("run", str(recipe))),
     ]
 

@@ -73,7 +73,7 @@ class Found:
 
 
 class Bench:
-    """The four commands, and what each leaves when nothing disturbs it."""
+    """The five commands, and what each leaves when nothing disturbs it."""
 
     def __init__(self, root: Path) -> None:
         root.chmod(0o755)  # so that nobody can read it

@@ -67,7 +67,7 @@ def kill(command: Command, root: Path, moments: int, seed: int) -> Tally:
     assert len(whole) > 3
     while tally.landed < moments:
         shutil.rmtree(out)
-        for left in root.glob(".whole.*"):
+        for left in (*root.glob(".whole.*"), *root.glob("whole.healing")):
             shutil.rmtree(left)
         for _ in range(chance.randint(1, MOST_IN_A_ROW)):
             _kill_once(command, out, log, chance.uniform(0, tally.undisturbed_s), tally, whole)
@@ -131,7 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moments", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one command: profile, prune, 'prune --sweep' or run")
+    parser.add_argument("--only", help="one command: profile, prune, 'prune --sweep', heal or run")
     asked = parser.parse_args()
     began_s = time.monotonic()
     tallies = list(soak(asked.moments, asked.seed, asked.only))

@@ -109,7 +109,7 @@ class Heal:
     shuffle: Annotated[
         bool, option("Ask each time with the choices in another order.", "--shuffle/--no-shuffle")
     ] = True
-    seed: Annotated[int, option("Of the rows' order and the adapters.", min=0)] = 0
+    seed: Annotated[int, option("Of the rows' order and the adapters.", min=0, max=2**32 - 1)] = 0
     dtype: Dtype = "auto"
     device: Device = "auto"
     threads: Threads = None
@@ -147,7 +147,8 @@ class Heal:
             *(self.eval_quiz, self.eval_split, self.max_tokens, self.shuffle),
         )
         targets = tuple(target.strip() for target in self.targets.split(","))
-        lora = Lora(self.rank, self.alpha or self.rank, targets, self.seed)
+        alpha = self.rank if self.alpha is None else self.alpha
+        lora = Lora(self.rank, alpha, targets, self.seed)
         return Healing(
             data,
             *(value(self.objective), self.teacher, self.likeliest, self.teacher_cache),

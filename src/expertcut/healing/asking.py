@@ -1,6 +1,7 @@
 """What was asked for: data, objective, adapters, and how long to train."""
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from expertcut.errors import SettingsError
@@ -71,8 +72,9 @@ class Training:
             )
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise SettingsError("--learning-rate must lie between 0 and 1")
-        if self.balance < 0 or (self.answer_weight or 0) < 0:
-            raise SettingsError("--balance and --answer-weight must not be below 0")
+        for name in ("balance", "answer_weight"):
+            if not 0 <= (getattr(self, name) or 0.0) < inf:  # which NaN is not
+                raise SettingsError(f"--{name.replace('_', '-')} must be a number of at least 0")
 
     def rate(self, width: int) -> float:
         """The learning rate for a model of so many hidden channels."""
@@ -121,7 +123,7 @@ class Healing:
             raise SettingsError(
                 f"--targets {unknown[0]} is unknown: it can be {', '.join(TARGETS)}"
             )
-        if not self.lora.targets or self.lora.rank < 1 or self.lora.alpha <= 0:
+        if not self.lora.targets or self.lora.rank < 1 or not 0 < self.lora.alpha < inf:
             raise SettingsError("--targets must name something, --rank and --alpha be above 0")
         if self.likeliest < 1 or self.data.max_tokens < 2:
             raise SettingsError("--likeliest must be at least 1, --max-tokens at least 2")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.export import companions
+from expertcut.checkpoints.files.folders import system_errors
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.files.streaming import write_checkpoint
 from expertcut.errors import ContractError
@@ -92,5 +93,6 @@ def _plus(name: str, parts: Callable[[], dict[str, Tensor]], before: Tensor) -> 
 def write_adapter(source: Source, model: Any, folder: Path) -> None:
     """The adapters of a peft model in peft's own form; they name the checkpoint as their base."""
     model.peft_config[ADAPTER].base_model_name_or_path = source.id
-    model.save_pretrained(folder, save_embedding_layers=False)
+    with system_errors(folder):
+        model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be filled in

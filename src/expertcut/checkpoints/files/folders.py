@@ -2,12 +2,15 @@
 
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from expertcut.documents.private import share
 from expertcut.errors import OutputError
@@ -87,6 +90,21 @@ def failed(error: OSError, folder: Path, *ours: Path) -> OutputError:
         f"{name} cannot be read: {reason}: {folder} was not written, run the same command again "
         "once the file is there"
     )
+
+
+@contextmanager
+def system_errors(folder: Path) -> Iterator[None]:
+    """What the system said to safetensors' writer is an OSError again, of the folder.
+
+    It comes as «I/O error: No space left on device (os error 28)» inside one of its own.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """One training run: set up, gone on with where it was stopped, its best adapters kept."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,15 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
+from expertcut.checkpoints.files.folders import system_errors
 from expertcut.errors import SettingsError
 from expertcut.healing.asking import Training
 from expertcut.healing.data.sources import Read
 from expertcut.healing.training.batches import Collator
 from expertcut.healing.training.objectives import Objective
+from expertcut.healing.training.saved import is_whole
 from expertcut.healing.training.teacher import Teacher
 from expertcut.healing.training.trainer import HealTrainer
 from expertcut.moe.loading import MoeModel
@@ -67,7 +69,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # it prints
     if how.balance:
         trainer.add_balance(how.balance)
-    trainer.train(resume_from_checkpoint=_last(folder))
+    with system_errors(folder):
+        trainer.train(resume_from_checkpoint=_last(folder))
     trainer.accelerator.wait_for_everyone()  # each has read the best adapters
     return _curve(trainer)
 
@@ -133,12 +136,12 @@ def _last(folder: Path) -> str | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Trainer writes its state last, and a kill may leave half of that."""
+    """Trainer writes its state last; a kill may leave half of that, a power cut half of all."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
-    except (OSError, ValueError):
+        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError):
         return False
-    return True
+    return is_whole(checkpoint)
 
 
 def _pad_id(moe: MoeModel) -> int:

@@ -5,10 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from expertcut.documents.records import Record, load_record
+from expertcut.errors import OutputError
+
 OPTIMIZER, STEPS, RANDOM = "optimizer.safetensors", "optimizer.json", "random-{rank}.safetensors"
+
+
+class _Numbers(Record):
+    """Of the optimizer and the schedule, what is no tensor; `numbers` by parameter and name."""
+
+    groups: tuple[dict[str, Any], ...]
+    numbers: dict[str, dict[str, float]]
+    schedule: dict[str, Any]
 
 
 def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
@@ -29,23 +41,35 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     (folder / STEPS).write_text(json.dumps(content, indent=1))
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether all that was saved, and the adapters beside it, can be read."""
+    try:
+        _numbers(folder)
+        files = [folder / OPTIMIZER, *folder.glob("*.safetensors")]
+        return all(load_file(file) for file in files)
+    except (OSError, OutputError, SafetensorError):
+        return False
+
+
+def _numbers(folder: Path) -> _Numbers:
+    return load_record(folder / STEPS, _Numbers, OutputError, "is no state of an optimizer")
+
+
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Puts both back to where they were."""
-    content = json.loads((folder / STEPS).read_text())
+    content = _numbers(folder)
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         parameter, name = key.split(".", 1)
         state.setdefault(int(parameter), {})[name] = tensor
-    for parameter, numbers in content["numbers"].items():
+    for parameter, numbers in content.numbers.items():
         state.setdefault(int(parameter), {}).update(numbers)
     groups = [
         {**now, **saved}
-        for now, saved in zip(
-            optimizer.state_dict()["param_groups"], content["groups"], strict=True
-        )
+        for now, saved in zip(optimizer.state_dict()["param_groups"], content.groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    scheduler.load_state_dict({**scheduler.state_dict(), **content["schedule"]})
+    scheduler.load_state_dict({**scheduler.state_dict(), **content.schedule})
 
 
 def save_random(folder: Path, rank: int) -> None:
