@@ -13,8 +13,6 @@ that lies above what the loaded model held before adapters came.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -26,13 +24,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from benchmarks.common import ENVIRONMENT, parser, random_olmoe, report
+from benchmarks.heal_worker import Asked
 from expertcut.reporting.tables import Cell
-
-if TYPE_CHECKING:
-    from expertcut.moe.loading import MoeModel
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
 FRACTIONS = (0.75, 0.5, 0.25)
@@ -52,25 +48,6 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is trained on, and how; `rounds` steps after `warm_up` ones that are not counted."""
-
-    quiz: str
-    shots: int
-    max_tokens: int
-    batch: int
-    rank: int
-    rounds: int
-    warm_up: int
-    threads: int
-
-    @property
-    def steps(self) -> int:
-        """All of them."""
-        return self.rounds + self.warm_up
-
-
-@dataclass(frozen=True)
 class Trained:
     """One model's run."""
 
@@ -82,10 +59,7 @@ class Trained:
 
 
 def main() -> None:
-    """Reads the command line; trains one model in turns if told to, else compares all."""
-    if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), Asked(**json.loads(sys.argv[3])))
-        return
+    """Reads the command line, trains all models in turns and prints the table."""
     options = parser(__doc__, "heal")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options.add_argument("--rounds", type=int, default=20)
@@ -185,7 +159,7 @@ class Run:
 @contextmanager
 def started(folder: Path, asked: Asked) -> Iterator[Run]:
     """A process that has loaded a model and waits."""
-    command = [sys.executable, "-m", "benchmarks.heal", "--worker", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.heal_worker", str(folder)]
     environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(asked.threads)}
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -202,71 +176,6 @@ def started(folder: Path, asked: Asked) -> Iterator[Run]:
             yield Run(process, log)
         finally:
             process.kill()
-
-
-def worker(folder: Path, asked: Asked) -> None:
-    """Trains as `heal` does, each step when a line comes in; says each by a line, and the last."""
-    from expertcut.healing.asking import Data, Healing, Training, Weighted
-    from expertcut.healing.data.sources import read_data
-    from expertcut.healing.training.adapters import Lora, adapted
-    from expertcut.healing.training.fit import fit
-    from expertcut.healing.training.objectives import OBJECTIVES
-
-    moe = loaded(folder)
-    data = Data((Weighted(asked.quiz),), shots=asked.shots, max_tokens=asked.max_tokens)
-    how = Training(asked.steps, batch=asked.batch, check_every=asked.steps)
-    read = read_data(Healing(data, training=how), moe.tokenizer, asked.max_tokens)
-    n_parameters = sum(parameter.numel() for parameter in moe.model.parameters())
-    loaded_mb = forgotten_peak_mb()
-    model = adapted(moe, Lora(asked.rank, asked.rank, ("attention", "experts")))
-    peak_mb: list[float] = []
-
-    def next_step(done: int, total: int) -> None:
-        peak_mb.append(memory_mb("VmHWM"))
-        tell_and_wait("done")
-
-    with tempfile.TemporaryDirectory() as place:
-        tell_and_wait("ready")
-        fit(moe, model, read, how, (OBJECTIVES["lm"], None), (Path(place), next_step))
-    print(
-        json.dumps(
-            {
-                "parameters": n_parameters,
-                "trained": model.get_nb_trainable_parameters()[0],
-                "peak_mb": peak_mb[-1],
-                "above_mb": peak_mb[-1] - loaded_mb,
-            }
-        ),
-        flush=True,
-    )
-
-
-def loaded(folder: Path) -> "MoeModel":
-    """As every stage loads it."""
-    from expertcut.moe.loading import LoadOptions, find_source, load
-
-    return load(find_source(str(folder)), LoadOptions())
-
-
-def tell_and_wait(word: str) -> None:
-    """Between steps: the others have their turn."""
-    print(word, flush=True)
-    if not sys.stdin.readline():
-        raise SystemExit("nobody is there to say go")
-
-
-def forgotten_peak_mb() -> float:
-    """What is resident now; from here on the peak is a new one. Linux only."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory_mb("VmRSS")
-
-
-def memory_mb(key: str) -> float:
-    """A line of this process's status."""
-    words = Path("/proc/self/status").read_text().split()
-    return int(words[words.index(f"{key}:") + 1]) / 1000
 
 
 def table(name: str, runs: Sequence[Trained]) -> list[list[Cell]]:
