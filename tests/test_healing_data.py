@@ -16,10 +16,12 @@ import torch.nn.functional as F
 
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
+from expertcut.healing.data.judges import CHOSE_CUT, CHOSE_STEP, UNUSED
 from expertcut.healing.data.leaks import texts_without_scored
 from expertcut.healing.data.mixing import Part, Rows
-from expertcut.healing.data.rows import Row, group_questions, question_row
+from expertcut.healing.data.rows import Row, group_questions, question_lengths, question_row
 from expertcut.healing.data.sources import Read, read_data
+from expertcut.healing.data.texts import Text
 from expertcut.healing.training.balance import Balance
 from expertcut.healing.training.batches import Collator
 from expertcut.healing.training.objectives import (
@@ -32,6 +34,7 @@ from expertcut.healing.training.objectives import (
 from expertcut.healing.weighted import Weighted
 from expertcut.moe.observers import Routing
 from expertcut.quiz import Selection, load_quiz, prompt
+from expertcut.reporting.healing import dropped_sentence
 from tests.conftest import make_tokenizer, open_model, write_quiz
 
 Checkpoints = Callable[..., Path]
@@ -39,7 +42,8 @@ Checkpoints = Callable[..., Path]
 
 def read(*quizzes: Path | str, **changes: object) -> Read:
     data = Data(tuple(Weighted.read(str(quiz)) for quiz in quizzes), shots=1)
-    return read_data(Healing(replace(data, **changes)), make_tokenizer(), 2048)
+    asked = Healing(replace(data, **changes))
+    return read_data(asked, make_tokenizer(), asked.data.max_tokens)
 
 
 def texts_of(found: Read, n_rows: int) -> list[str]:
@@ -61,7 +65,7 @@ def test_a_row_is_a_prompt_with_its_answer_and_the_places_before_letters(quiz_fo
 def test_groups_are_as_long_as_they_may_be() -> None:
     quiz = ["a", "b", "c", "d", "e"]
     groups = list(group_questions(quiz, [10, 10, 10, 99, 10], 2, 25))  # type: ignore[arg-type]
-    assert groups == [("a", "b"), ("c", "e")]
+    assert groups == [("a", "b"), ("c",), ("d",), ("e",)]
 
 
 def test_every_question_is_trained_on_but_those_held_out(quiz_folder: Path) -> None:
@@ -185,9 +189,82 @@ def test_texts_that_ask_what_is_scored_are_dropped(quiz_folder: Path, tmp_path: 
     found = read(quiz_folder, texts=(Weighted(str(file)),))
     assert [dropped.names for dropped in found.dropped] == [("line 1",)]
     with pytest.raises(QuizError, match="of 3 texts of notes stand in split test"):
-        texts_without_scored("notes", [prompt(scored), "b", "c"], [scored], "test")
+        texts_without_scored("notes", said(prompt(scored), "b", "c"), [scored], "test")
     half = prompt(scored).replace(scored.choices[3], "zebra")
-    assert texts_without_scored("notes", [half], [scored], "test") == ([0], None)
+    assert texts_without_scored("notes", said(half), [scored], "test") == ([0], None)
+
+
+def said(*texts: str) -> list[Text]:
+    return [Text(f"[INST] {text}", text) for text in texts]
+
+
+def test_every_source_is_held_against_all_that_is_scored(quiz_folder: Path, tmp_path: Path) -> None:
+    other = write_quiz(tmp_path / "other", {"dev": 2, "val": 50, "test": 3}, seed=7)
+    theirs = sorted((quiz_folder / "test").iterdir())[0].read_text().splitlines()
+    mine = sorted((other / "val").iterdir())[0]
+    mine.write_text("\n".join([*theirs[:3], *mine.read_text().splitlines()[3:]]) + "\n")
+    assert read(other).dropped == []
+    for found in (read(other, quiz_folder), read(other, eval_quiz=str(quiz_folder))):
+        (dropped,) = found.dropped
+        assert dropped.source == str(other) and len(dropped.names) == 3
+
+
+def test_what_is_scored_is_read_or_nothing_is_trained(quiz_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quiz_folder, tmp_path / "quiz"))
+    file = sorted((folder / "test").iterdir())[0]
+    file.write_text("only,two\n")
+    with pytest.raises(QuizError, match=file.name):
+        read(folder)
+    with pytest.raises(QuizError, match="no questions in split nowhere"):
+        read(quiz_folder, eval_quiz=str(quiz_folder), eval_split="nowhere")
+
+
+def test_where_nothing_is_kept_out_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = jsonl(tmp_path / "texts.jsonl", *({"text": f"note {i}"} for i in range(12)))
+    assert read(texts=(Weighted(str(file)),)).scored is None
+    assert "name what is scored by --eval-quiz" in caplog.text
+
+
+def test_a_scored_question_in_a_chat_is_found_whatever_the_template(
+    quiz_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    scored = next(iter(load_quiz(Selection(str(quiz_folder), "test", 0))))
+    content = "\n".join([scored.text, *scored.choices])
+    lines = [[{"role": "user", "content": said}] for said in (content, *map(str, range(39)))]
+    file = jsonl(tmp_path / "chats.jsonl", *({"messages": line} for line in lines))
+    data = Data((), texts=(Weighted(str(file)),), eval_quiz=str(quiz_folder))
+    found = read_data(Healing(data), tokenizer, 999)
+    assert [dropped.names for dropped in found.dropped] == [("line 1",)]
+
+
+def test_questions_that_are_too_long_are_counted_and_named(quiz_folder: Path) -> None:
+    everyone = list(load_quiz(Selection(str(quiz_folder), "val", 0)))
+    sizes = question_lengths(make_tokenizer(), everyone)
+    most = sorted(sizes)[len(sizes) // 2]
+    found = read(quiz_folder, max_tokens=most)
+    (dropped,) = found.dropped
+    assert dropped.longest == most and 0 < len(dropped.names) == sum(size > most for size in sizes)
+    assert found.held_out_quiz is not None
+    assert found.n_questions + len(found.held_out_quiz) + len(dropped.names) == len(everyone)
+    assert f"have more than {most} tokens and were left out" in dropped_sentence(dropped)
+    with pytest.raises(QuizError, match="raise --max-tokens"):
+        read(quiz_folder, max_tokens=3)
+
+
+def test_how_the_judges_were_used_is_said(quiz_folder: Path) -> None:
+    found = read(quiz_folder)
+    assert found.scored is not None
+    hashes = [question.content_hash for question in found.scored]
+    some, none = found.judges(frozenset(hashes[1:])), found.judges(frozenset(hashes))
+    assert some is not None and (len(some.quiz), some.used) == (1, UNUSED)
+    assert none is not None and (len(none.quiz), none.used) == (len(hashes), CHOSE_CUT)
+    alone = replace(found, scored=None).judges(frozenset())
+    assert alone is not None and alone.used == CHOSE_STEP
+    assert alone.quiz.split == "val"
 
 
 @pytest.mark.parametrize(

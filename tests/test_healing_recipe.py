@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.errors import RecipeError
+from expertcut.errors import QuizError, RecipeError
+from expertcut.recipe.acts.healing import _healing
 from expertcut.recipe.reading import read_recipe
 from expertcut.recipe.stages import stages_of
 from tests.conftest import make_checkpoint, write_quiz
@@ -88,6 +89,21 @@ def test_its_own_texts_are_inputs(place: Place) -> None:
     texts.write_text('{"text": "other words"}\n' * 12)
     assert place.run(is_dry=True).ran == ("healed",)
     assert f"{texts} changed" in place.why["healed"]
+
+
+def test_what_the_recipe_scores_is_kept_out(place: Place) -> None:
+    other = write_quiz(place.root / "other", {"dev": 1, "val": 20}, seed=3)
+    place.change("of: cut", f"of: cut, objective: lm, quiz: {other}")
+    place.file.write_text(place.file.read_text() + "eval: {split: val}\n")
+    recipe = read_recipe(place.file)
+    heal = next(v.heal for v in recipe.variants if v.heal)
+    data = _healing(recipe, heal).data
+    assert (data.eval_quiz, data.eval_split) == (str(place.quiz), "val")
+    stage = next(stage for stage in stages_of(recipe) if stage.kind == "heal")
+    assert [asking.split for asking in stage.asks] == ["val"] and stage.reads == (str(other),)
+    place.change(f", quiz: {other}", "")
+    with pytest.raises(QuizError, match="stand in split val, which is scored later"):
+        place.run()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
     ExpertcutError            exit status 2, one line: what, found, do
     ├── QuizError             questions that cannot be read or asked
+    │   └── SplitError        a split in which a quiz has none
     ├── ModelError            a folder or id that is not a loadable MoE checkpoint
     │   └── ContractError     a model whose experts cannot be told apart as this tool needs
     ├── ProfileError          a profile that is missing, unfinished, or of something else
@@ -21,6 +22,10 @@ class ExpertcutError(Exception):
 
 class QuizError(ExpertcutError):
     """A quiz, a split or a row of one cannot be used."""
+
+
+class SplitError(QuizError):
+    """A quiz has no questions in the split that is asked for."""
 
 
 class ModelError(ExpertcutError):

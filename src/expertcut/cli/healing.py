@@ -17,6 +17,7 @@ from expertcut.cli.options import (
     OutDir,
     Subjects,
     Threads,
+    TruncateOption,
     TrustRemoteCode,
     option,
     value,
@@ -63,6 +64,7 @@ class Heal:
         str | None, option("What is scored later, if another: kept out of the training.")
     ] = None
     eval_split: Annotated[str, option("Its split.")] = "test"
+    truncate: TruncateOption = None
     objective: Annotated[
         Objective | None,
         option(
@@ -145,6 +147,7 @@ class Heal:
             *(self.split, self.shots, subjects, self.limit),
             tuple(map(Weighted.read, self.text or [])),
             *(self.eval_quiz, self.eval_split, self.max_tokens, self.shuffle),
+            truncate=value(self.truncate),
         )
         targets = tuple(target.strip() for target in self.targets.split(","))
         alpha = self.rank if self.alpha is None else self.alpha

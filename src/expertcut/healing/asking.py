@@ -8,6 +8,7 @@ from expertcut.errors import SettingsError
 from expertcut.healing.training.adapters import TARGETS, Lora
 from expertcut.healing.training.objectives import OBJECTIVES
 from expertcut.healing.weighted import Weighted
+from expertcut.quiz import Truncate
 
 # Tried on the bundled model of width 128; Adam's best rates fall as width grows (arXiv:2203.03466).
 _RATE_TIMES_WIDTH = 0.64
@@ -17,9 +18,10 @@ _RATE_TIMES_WIDTH = 0.64
 class Data:
     """What is trained on: one split of quizzes, and texts.
 
-    Nothing that stands in split `eval_split` of `eval_quiz` (else of each quiz itself) is. `shots`
-    is how many solved questions stand before the last of a row, all of the same split. Whenever a
-    question comes, its choices stand in another order, if `is_shuffled`.
+    Nothing that stands in split `eval_split` of `eval_quiz` (else of any of the quizzes) is.
+    `shots` is how many solved questions stand before the last of a row, all of the same split.
+    Whenever a question comes, its choices stand in another order, if `is_shuffled`. `truncate` is
+    for the questions that judge the result, where their prompts are longer than the context.
     """
 
     quizzes: tuple[Weighted, ...]
@@ -32,6 +34,8 @@ class Data:
     eval_split: str = "test"
     max_tokens: int = 2048
     is_shuffled: bool = True
+    eval_revision: str | None = None
+    truncate: Truncate | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from expertcut.checkpoints.files.folders import check_free, new_folder
 from expertcut.errors import SettingsError
 from expertcut.healing.asking import Healing, Place
 from expertcut.healing.begun import Begun, go_on, plain
+from expertcut.healing.data.judges import Judges
 from expertcut.healing.data.sources import Read, read_data
 from expertcut.healing.judging import BASE, BEFORE, HEALED, Verdict, answers, judge
 from expertcut.healing.lineage import first_base
@@ -29,7 +30,6 @@ from expertcut.healing.training.teacher import Live, Teacher
 from expertcut.healing.written import write_adapter, write_merged
 from expertcut.interventions.plan import HEALING_FILE, Plan, save_plan
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
-from expertcut.quiz import Quiz
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Run:
     objective: Objective
     moe: MoeModel
     read: Read
-    judges: Quiz | None
+    judges: Judges | None
     options: Options
 
 
@@ -147,11 +147,11 @@ def _ask_others(run: _Run, base: Source | None) -> tuple[Teacher | None, dict[st
     if base is not None and (run.objective.needs_teacher or run.judges is not None):
         other = cache(partial(_load_other, run, base))
         if run.judges is not None:
-            before[BASE] = answers(other(), run.judges)
+            before[BASE] = answers(other(), run.judges.quiz)
         if run.objective.needs_teacher:
             teacher = _teacher(run, base, other)
     if run.judges is not None:
-        before[BEFORE] = answers(run.moe, run.judges)
+        before[BEFORE] = answers(run.moe, run.judges.quiz)
     return teacher, before
 
 
@@ -182,7 +182,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], place
         write(source, model, temporary)
         if run.judges is not None:
             written = _reloaded(run, temporary, place.folder)
-            verdict = judge(run.judges, {**before, HEALED: answers(written, run.judges)})
+            verdict = judge(run.judges, {**before, HEALED: answers(written, run.judges.quiz)})
             plan = plan.model_copy(update={"proof": verdict.figures()})
         save_plan(temporary, plan, used_questions(source, run.read))
         record = json.dumps(_record(run, curve), indent=1) + "\n"

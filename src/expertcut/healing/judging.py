@@ -1,4 +1,4 @@
-"""Whether a checkpoint came back: answers to questions that were not used, beside two others'."""
+"""Whether a checkpoint came back: its answers beside those of two others."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.answering import Answered
 from expertcut.checkpoints.proof import Difference, Outcome, difference, outcome
+from expertcut.healing.data.judges import Judges
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import MoeModel
 from expertcut.quiz import Quiz
@@ -18,9 +19,10 @@ HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far apart the forms are, and how well each answers."""
+    """How far apart the forms are, and how well each answers questions that were `used` so."""
 
     split: str
+    used: str
     differences: list[Difference]
     outcomes: list[Outcome]
 
@@ -28,6 +30,7 @@ class Verdict:
         """As they stand in plan.json, under the names that proofs of cuts have."""
         return {
             "held_out_split": self.split,
+            "held_out_used": self.used,
             "held_out": [asdict(row) for row in self.differences],
             "shares": [],
             "alone": None,
@@ -41,14 +44,15 @@ def answers(moe: MoeModel, quiz: Quiz) -> Tensor:
     return ask(Engine(moe, _BATCH_TOKENS), quiz)
 
 
-def judge(quiz: Quiz, by_form: dict[str, Tensor]) -> Verdict:
+def judge(judges: Judges, by_form: dict[str, Tensor]) -> Verdict:
     """`by_form` are log p of choices (N, C); the healed model is compared with the others."""
     healed_NC = by_form[HEALED]
+    quiz = judges.quiz
     others = [form for form in (BASE, BEFORE) if form in by_form]
     rows = [difference(form, healed_NC, by_form[form]) for form in others]
     said = {form: _answered(by_form[form]) for form in (*others, HEALED)}
     outcomes = [outcome(form, quiz, found, said[others[0]]) for form, found in said.items()]
-    return Verdict(quiz.split, rows, outcomes)
+    return Verdict(quiz.split, judges.used, rows, outcomes)
 
 
 def _answered(logprob_NC: Tensor) -> Answered:

@@ -7,10 +7,14 @@ from expertcut.errors import SettingsError
 
 @dataclass(frozen=True)
 class Weighted:
-    """A quiz or a text file, and how many rows of it are trained on compared with others."""
+    """A quiz or a text file, and how many rows of it are trained on compared with others.
+
+    `revision` is that of a quiz of the hub, as in `quiz.Selection`.
+    """
 
     name: str
     weight: float = 1.0
+    revision: str | None = None
 
     @classmethod
     def read(cls, text: str) -> "Weighted":

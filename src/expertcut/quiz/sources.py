@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.documents.reading import open_file
-from expertcut.errors import QuizError
+from expertcut.errors import QuizError, SplitError
 from expertcut.quiz.questions import Question, Quiz, Truncate, group_by_subject
 from expertcut.quiz.readers import read_csv, read_jsonl, record_question, subject_of
 
@@ -45,7 +45,8 @@ def load_quiz(selection: Selection) -> Quiz:
     """The questions a selection names.
 
     Raises:
-        QuizError: no such quiz, split or subject; too few shots; a row that cannot be asked.
+        QuizError: no such quiz or subject; too few shots; a row that cannot be asked.
+        SplitError: it has no questions in the split.
     """
     if selection.shots < 0 or (selection.limit is not None and selection.limit < 1):
         raise QuizError("--shots must be at least 0 and --limit at least 1")
@@ -65,7 +66,7 @@ def _select(
     questions: dict[str, tuple[Question, ...]], selection: Selection, split: str
 ) -> dict[str, tuple[Question, ...]]:
     if not questions:
-        raise QuizError(f"{selection.quiz} has no questions in split {split}")
+        raise SplitError(f"{selection.quiz} has no questions in split {split}")
     unknown = sorted(set(selection.subjects) - set(questions))
     if unknown:
         raise QuizError(

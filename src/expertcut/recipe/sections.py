@@ -131,7 +131,11 @@ class ProveSection(Section):
 
 
 class HealSection(Section):
-    """`expertcut heal` of the variant that `of` names; `quiz` without a name is the recipe's."""
+    """`expertcut heal` of the variant that `of` names.
+
+    `quiz` without a name is the recipe's. Nothing of what the recipe's `eval` scores is trained on,
+    unless `eval_quiz` and `eval_split` say otherwise.
+    """
 
     of: Name
     quiz: Texts = []
@@ -139,7 +143,7 @@ class HealSection(Section):
     limit: Count | None = None
     text: Texts = []
     eval_quiz: Source | None = None
-    eval_split: str = "test"
+    eval_split: str | None = None
     objective: Literal["distill", "answer", "lm"] | None = None
     teacher: Source | None = None
     teacher_cache: str | None = None
@@ -160,6 +164,13 @@ class HealSection(Section):
     shuffle: bool = True
     seed: Annotated[int, Field(ge=0)] = 0
     verify: bool = True
+
+    def scored(self, quiz: str, split: str | None) -> tuple[str | None, str]:
+        """The quiz and split that are kept out, where the recipe scores this quiz and split.
+
+        Without a quiz (the recipe scores none) they are kept out of what is trained on.
+        """
+        return self.eval_quiz or (quiz if split else None), self.eval_split or split or "test"
 
 
 class EvalSection(Section):

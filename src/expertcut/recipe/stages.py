@@ -130,15 +130,18 @@ def _heal_stage(recipe: Recipe, variant: Variant, asked: HealSection) -> Stage:
     folder = variant_folder(variant.name)
     is_own = not asked.quiz and not asked.text
     trained = [Asking(asked.split, asked.limit)] if is_own else []
+    _, split = asked.scored(recipe.quiz, recipe.eval.split if recipe.eval else None)
+    others = (asked.eval_quiz,) if asked.eval_quiz else ()
+    scored = [] if asked.eval_quiz else [Asking(split, None, is_needed=False)]
     return Stage(
         *(variant.name, "heal"),
-        settings=_taken(recipe, _LOADED, ("threads",)) | variant.model_dump(),
+        settings=_taken(recipe, _LOADED, ("threads",)) | variant.model_dump() | {"scored": split},
         makes=(folder,),
         after=("profile", asked.of),
-        asks=(*trained, Asking(asked.eval_split, None, is_needed=False)),
+        asks=(*trained, *scored),
         reads_model=True,
         keeps=(f"{folder}.healing",),
-        reads=tuple(Weighted.read(text).name for text in (*asked.quiz, *asked.text)),
+        reads=tuple(Weighted.read(text).name for text in (*asked.quiz, *asked.text)) + others,
     )
 
 

@@ -12,7 +12,7 @@ _NAMED = 10
 
 
 def healing_tables(healed: "Healed") -> list[Table]:
-    """Answers to questions that were not used, of the base, before and after."""
+    """Answers of the base, before and after, to questions of which is said how they were used."""
     verdict = healed.verdict
     if verdict is None:
         return []
@@ -32,7 +32,7 @@ def healing_tables(healed: "Healed") -> list[Table]:
         f"Healed against {found.against}: largest |Δ log p| {found.max_abs_logprob_diff:.4f}, "
         f"median {found.median_abs_logprob_diff:.4f}."
     )
-    return [Table(f"Questions that were not used ({verdict.split})", columns, rows, note)]
+    return [Table(f"Questions that {verdict.used} ({verdict.split})", columns, rows, note)]
 
 
 def healing_sentences(healed: "Healed") -> list[str]:
@@ -54,10 +54,13 @@ def healing_sentences(healed: "Healed") -> list[str]:
 
 
 def dropped_sentence(dropped: "Dropped") -> str:
-    """How many stand in what is scored later, and which."""
+    """How many stand in what is scored later, or are too long, and which."""
     named = ", ".join(dropped.names[:_NAMED])
     more = f" and {len(dropped.names) - _NAMED} more" if len(dropped.names) > _NAMED else ""
+    why = f"stand in split {dropped.split}"
+    if dropped.longest is not None:
+        why = f"have more than {dropped.longest:,} tokens"
     return printable(
-        f"{len(dropped.names)} of {dropped.total:,} of {dropped.source} stand in split "
-        f"{dropped.split} and were left out: {named}{more}."
+        f"{len(dropped.names)} of {dropped.total:,} of {dropped.source} {why} and were left out: "
+        f"{named}{more}."
     )

@@ -1,11 +1,13 @@
 """Nothing that is later scored is trained on."""
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expertcut.errors import QuizError
+from expertcut.errors import QuizError, SplitError
+from expertcut.healing.asking import Data
+from expertcut.healing.data.texts import Text
 from expertcut.quiz import Question, Quiz, Selection, load_quiz, without
 
 logger = logging.getLogger(__name__)
@@ -15,51 +17,68 @@ _MOST = 0.05
 
 @dataclass(frozen=True)
 class Dropped:
-    """What of a source stands in the evaluation split: how many of how many, and which."""
+    """What of a source was left out: how many of how many, and which.
+
+    It stands in the evaluation `split`, or has more tokens than `longest`.
+    """
 
     source: str
-    split: str
+    split: str | None
     total: int
     names: tuple[str, ...]
+    longest: int | None = None
 
 
-def evaluation_questions(
-    quiz: str, split: str, own: Selection | None = None, shots: int = 0
-) -> Quiz | None:
-    """What is later scored; None where a quiz has no such split, or is one file for all splits.
+def evaluation_quizzes(data: Data) -> list[Quiz]:
+    """What is later scored, as it is asked then: `eval_quiz`, else every quiz that is trained on.
 
-    Its prompts have `shots`, or none where the quiz has not so many.
+    Raises:
+        QuizError: one of them cannot be read, or `eval_quiz` has no such split.
     """
-    is_own_file = own is not None and own.quiz == quiz and Path(quiz).is_file()
-    if is_own_file:
-        logger.warning("%s is one file: give what is later scored by --eval-quiz", quiz)
+    if data.eval_quiz is not None:
+        return [_as_scored(data.eval_quiz, data, data.eval_revision)]
+    named = {quiz.name: quiz.revision for quiz in data.quizzes}
+    quizzes = [_own(name, data, revision) for name, revision in named.items()]
+    found = [quiz for quiz in quizzes if quiz is not None]
+    if not found:
+        logger.warning("nothing is kept out of the training: name what is scored by --eval-quiz")
+    return found
+
+
+def _own(name: str, data: Data, revision: str | None) -> Quiz | None:
+    """None where a quiz has no such split, or is one file for all splits."""
+    if Path(name).is_file():
+        logger.warning("%s is one file: give what is later scored by --eval-quiz", name)
         return None
-    revision = own.revision if own is not None and own.quiz == quiz else None
     try:
-        found = load_quiz(Selection(quiz, split, shots=0, revision=revision))
-    except QuizError as error:
-        if own is None or own.quiz != quiz:
-            raise
+        return _as_scored(name, data, revision)
+    except SplitError as error:
         logger.warning("no evaluation split to keep out: %s", error)
         return None
+
+
+def _as_scored(name: str, data: Data, revision: str | None) -> Quiz:
+    """Its prompts have shots, or none where the quiz has not so many."""
+    bare = Selection(name, data.eval_split, shots=0, revision=revision, truncate=data.truncate)
+    found = load_quiz(bare)
     try:
-        return load_quiz(Selection(quiz, split, shots, revision=revision)) if shots else found
+        return load_quiz(replace(bare, shots=data.shots))
     except QuizError as error:
-        logger.warning("%s is asked without shots: %s", quiz, error)
+        logger.warning("%s is asked without shots: %s", name, error)
         return found
 
 
-def without_scored(quiz: Quiz, scored: Quiz | None) -> tuple[Quiz, Dropped | None]:
+def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, Dropped | None]:
     """The quiz less the questions, by content, that stand in what is scored.
 
     Raises:
         QuizError: more than 5 % of them do.
     """
-    hashes = frozenset() if scored is None else frozenset(q.content_hash for q in scored)
+    hashes = {question.content_hash for other in scored for question in other}
     names = tuple(f"{q.subject}:{q.row}" for q in quiz if q.content_hash in hashes)
-    if scored is None or not names:
+    if not names:
         return quiz, None
-    dropped = Dropped(quiz.id, scored.split, len(quiz), names)
+    dropped = Dropped(quiz.id, scored[0].split, len(quiz), names)
     _refuse(dropped, "questions")
     return without(quiz, hashes), dropped
 
@@ -84,7 +103,7 @@ class Asked:
 
 
 def texts_without_scored(
-    name: str, texts: list[str], scored: Iterable[Question], split: str
+    name: str, texts: Sequence[Text], scored: Iterable[Question], split: str
 ) -> tuple[list[int], Dropped | None]:
     """The places of the texts that ask no question of what is scored.
 
@@ -94,7 +113,7 @@ def texts_without_scored(
     asked = Asked(scored)
     clean, found = list[int](), list[str]()
     for at, text in enumerate(texts):
-        if asked.stands_in(text):
+        if asked.stands_in(text.said):
             found.append(f"line {at + 1}")
         else:
             clean.append(at)

@@ -23,12 +23,10 @@ class Row:
 def group_questions(
     questions: Sequence[Question], lengths: Sequence[int], n_most: int, max_tokens: int
 ) -> Iterator[tuple[Question, ...]]:
-    """At most `n_most` neighbours and `max_tokens` tokens each; longer questions are left out."""
+    """At most `n_most` neighbours and, but for single questions, `max_tokens` tokens each."""
     group: list[Question] = []
     used = 0
     for question, length in zip(questions, lengths, strict=True):
-        if length > max_tokens:
-            continue
         if group and (len(group) == n_most or used + length > max_tokens):
             yield tuple(group)
             group, used = [], 0

@@ -9,9 +9,10 @@ from typing import Any
 
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
+from expertcut.healing.data.judges import Judges, find_judges
 from expertcut.healing.data.leaks import (
     Dropped,
-    evaluation_questions,
+    evaluation_quizzes,
     texts_without_scored,
     without_scored,
 )
@@ -53,16 +54,9 @@ class Read:
         """So many rows to be trained on."""
         return Rows(self.parts, n_rows)
 
-    def judges(self, used: frozenset[str]) -> Quiz | None:
-        """Questions that no step looked at: of what is scored later, else those held out.
-
-        None where there were only texts.
-        """
-        found = self.held_out_quiz if self.scored is None else self.scored
-        if found is None:
-            return None
-        unused = found if self.scored is None else without(found, used)
-        return round_robin(unused if len(unused) else found, _MOST_HELD_OUT)
+    def judges(self, used: frozenset[str]) -> Judges | None:
+        """Who judges the result, where `used` are hashes of all that was looked at."""
+        return find_judges(self.scored, self.held_out_quiz, used)
 
     def fixed(self, first: int) -> Fixed:
         """The held-out rows, numbered from `first`."""
@@ -74,7 +68,7 @@ def read_data(asked: Healing, tokenizer: Any, max_tokens: int) -> Read:
 
     Raises:
         QuizError: a source that cannot be read, that is too small, or of which more than 5 % stand
-            in the evaluation split.
+            in an evaluation split.
     """
     reader = _Reader(asked.data, tokenizer, max_tokens, asked.training.seed)
     for quiz in asked.data.quizzes:
@@ -90,22 +84,17 @@ class _Reader:
         self.parts: list[Part] = []
         self.held_out: list[Row] = []
         self.held_out_quiz: Quiz | None = None
-        self.scored: list[Quiz] = []
+        self.scored = evaluation_quizzes(data)
         self.dropped: list[Dropped | None] = []
         self.hashes: frozenset[str] = frozenset()
         self.n_questions = self.n_texts = 0
 
     def add_quiz(self, named: Weighted) -> None:
         data = self.data
-        selection = Selection(named.name, data.split, 0, data.subjects, data.limit)
-        quiz = load_quiz(selection)
-        scored = evaluation_questions(
-            data.eval_quiz or named.name, data.eval_split, selection, data.shots
-        )
-        if scored is not None and all(scored.id != known.id for known in self.scored):
-            self.scored.append(scored)
-        quiz, dropped = without_scored(quiz, scored)
-        self.dropped.append(dropped)
+        which = (named.name, data.split, 0, data.subjects, data.limit, named.revision)
+        quiz, scored = without_scored(load_quiz(Selection(*which, data.truncate)), self.scored)
+        quiz, too_long = self._without_long(quiz)
+        self.dropped += [scored, too_long]
         held_out = _held_out(quiz)
         kept = without(quiz, {q.content_hash for q in held_out})
         self.hashes |= {q.content_hash for q in quiz}
@@ -117,13 +106,10 @@ class _Reader:
 
     def add_texts(self, named: Weighted) -> None:
         texts = read_texts(Path(named.name), self.tokenizer)
-        if self.data.eval_quiz and not self.scored:
-            found = evaluation_questions(self.data.eval_quiz, self.data.eval_split)
-            self.scored += [found] if found is not None else []
         scored = [question for quiz in self.scored for question in quiz]
         clean, dropped = texts_without_scored(named.name, texts, scored, self.data.eval_split)
         self.dropped.append(dropped)
-        ids = self.tokenizer([texts[at] for at in clean])["input_ids"] if clean else []
+        ids = self.tokenizer([texts[at].read for at in clean])["input_ids"] if clean else []
         out = [at for at in range(len(ids)) if at % _ONE_IN == _ONE_IN - 1][:_MOST_HELD_OUT]
         self.held_out += text_rows([ids[at] for at in out], self.max_tokens)
         kept = [document for at, document in enumerate(ids) if at not in set(out)]
@@ -145,12 +131,22 @@ class _Reader:
             self.n_texts,
         )
 
+    def _without_long(self, quiz: Quiz) -> tuple[Quiz, Dropped | None]:
+        """The questions whose prompt without shots fits into a row."""
+        questions = list(quiz)
+        sizes = question_lengths(self.tokenizer, questions)
+        long = [q for q, size in zip(questions, sizes, strict=True) if size > self.max_tokens]
+        if not long:
+            return quiz, None
+        if len(long) == len(quiz):
+            raise _too_little(quiz.id, self.max_tokens)
+        names = tuple(f"{q.subject}:{q.row}" for q in long)
+        dropped = Dropped(quiz.id, None, len(quiz), names, longest=self.max_tokens)
+        return without(quiz, {q.content_hash for q in long}), dropped
+
     def _add(self, named: Weighted, shuffled: Callable[[random.Random], list[Row]]) -> None:
         if not shuffled(random.Random(self.seed)):
-            raise QuizError(
-                f"{named.name} leaves nothing to train on: it has too little, or only rows of "
-                f"more than {self.max_tokens} tokens: raise --max-tokens or name another"
-            )
+            raise _too_little(named.name, self.max_tokens)
         number = len(self.parts)
         self.parts.append(Part(f"{number}", named.weight, shuffled, self.seed))
 
@@ -181,6 +177,13 @@ class _Reader:
             return rows
 
         return shuffled
+
+
+def _too_little(name: str, max_tokens: int) -> QuizError:
+    return QuizError(
+        f"{name} leaves nothing to train on: it has too little, or only rows of more than "
+        f"{max_tokens} tokens: raise --max-tokens or name another"
+    )
 
 
 def _held_out(quiz: Quiz) -> Quiz:

@@ -1,6 +1,7 @@
 """Plain texts and chats as JSON lines: `{"text": …}`, `{"messages": [{"role", "content"}, …]}`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ from expertcut.errors import ModelError, QuizError
 from expertcut.quiz.readers import json_lines
 
 
-def read_texts(file: Path, tokenizer: Any) -> list[str]:
-    """Each line's text as the model reads it, chats in the tokenizer's template.
+@dataclass(frozen=True)
+class Text:
+    """What the model reads, and what is said there: of a chat the messages without the template."""
+
+    read: str
+    said: str
+
+
+def read_texts(file: Path, tokenizer: Any) -> list[Text]:
+    """Each line's text, chats in the tokenizer's template.
 
     Raises:
         QuizError: a file that cannot be read, a line that holds neither, a chat without template.
@@ -23,17 +32,17 @@ def read_texts(file: Path, tokenizer: Any) -> list[str]:
     return texts
 
 
-def _text(record: Mapping[str, Any], where: str, tokenizer: Any) -> str:
+def _text(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
     if (text := record.get("text")) and isinstance(text, str):
-        made = text
+        made = Text(text, text)
     else:
         made = _chat(record, where, tokenizer)
-    if any("\ud800" <= char <= "\udfff" for char in made):
+    if any("\ud800" <= char <= "\udfff" for char in made.read):
         raise QuizError(f"{where}: a lone surrogate, which is no character")
     return made
 
 
-def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> str:
+def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
     messages = record.get("messages")
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         raise QuizError(
@@ -46,7 +55,7 @@ def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> str:
         made: str = tokenizer.apply_chat_template(messages, tokenize=False)
     except TemplateError as error:
         raise ModelError(f"{where}: the tokenizer's chat template fails: {error}") from None
-    return made
+    return Text(made, "\n".join(message["content"] for message in messages))
 
 
 def _is_message(found: object) -> bool:

@@ -32,6 +32,7 @@ from expertcut.reporting.proving import proof_table
 from expertcut.reporting.tables import Cell, Column, Table
 
 _TEMPLATE = "card.md.jinja"
+_UNUSED = "were not used to choose or fit anything"  # held-out questions, where nothing is said
 _SEAL = re.compile(r"\n<!-- expertcut wrote this card: ([0-9a-f]{64}) -->\n")
 
 
@@ -116,6 +117,7 @@ def _facts(
         "plan_table": plan_table(plan),
         "held_out": held_out_table(plan),
         "held_out_split": str(plan.proof.get("held_out_split", "")),
+        "held_out_used": str(plan.proof.get("held_out_used", _UNUSED)),
         "proof": proof,
         "proof_table": proof_table(proof) if proof else None,
         "evaluated": [(one, _results_facts(one)) for one in evaluated],

@@ -31,13 +31,18 @@ def heal(job: Job) -> None:
 
 
 def _healing(recipe: Recipe, asked: HealSection) -> Healing:
-    quizzes = asked.quiz or ([] if asked.text else [recipe.quiz])
+    quizzes = tuple(map(Weighted.read, asked.quiz))
+    if not asked.quiz and not asked.text:
+        quizzes = (Weighted(recipe.quiz, revision=recipe.quiz_revision),)
+    scored = asked.scored(recipe.quiz, recipe.eval.split if recipe.eval else None)
     subjects = () if asked.quiz else tuple(recipe.subjects)
     data = Data(
-        tuple(map(Weighted.read, quizzes)),
+        quizzes,
         *(asked.split, recipe.shots, subjects, asked.limit),
         tuple(map(Weighted.read, asked.text)),
-        *(asked.eval_quiz, asked.eval_split, asked.max_tokens, asked.shuffle),
+        *(*scored, asked.max_tokens, asked.shuffle),
+        None if asked.eval_quiz else recipe.quiz_revision,
+        recipe.truncate,
     )
     training = Training(
         steps=asked.steps,

@@ -164,4 +164,5 @@ def _held_out(found: Found[Plan]) -> list[Part]:
         for r in rows
     ]
     split = f" ({proof['held_out_split']})" if "held_out_split" in proof else ""
-    return [Table(f"Held-out questions{split}", columns, cells)]
+    used = f" that {proof['held_out_used']}" if "held_out_used" in proof else ""
+    return [Table(f"Held-out questions{used}{split}", columns, cells)]

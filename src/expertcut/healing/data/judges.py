@@ -1,0 +1,34 @@
+"""The questions that judge a healed model, and what they were used for before."""
+
+from dataclasses import dataclass
+
+from expertcut.quiz import Quiz, round_robin, without
+
+_MOST = 256
+UNUSED = "were not used"
+CHOSE_CUT = "chose the cut but trained nothing"
+CHOSE_STEP = "chose the best step but trained nothing"
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Questions, and how they were `used`: one of the sentences above."""
+
+    quiz: Quiz
+    used: str
+
+
+def find_judges(scored: Quiz | None, held_out: Quiz | None, used: frozenset[str]) -> Judges | None:
+    """Of what is scored later, those that nothing was chosen on, else all; else those held out.
+
+    `used` are content hashes of what this run and the steps before it looked at. None where there
+    are only texts.
+    """
+    if scored is not None:
+        unused = without(scored, used)
+        found, how = (unused, UNUSED) if len(unused) else (scored, CHOSE_CUT)
+    elif held_out is not None:
+        found, how = held_out, CHOSE_STEP
+    else:
+        return None
+    return Judges(round_robin(found, _MOST), how)
