@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,10 @@ def adapter(made: Make, tmp_path: Path) -> Path:
         ("mlp.experts.gate_up_proj", (8, 32, 32), "neither lora_A nor lora_B"),
         ("mlp.gate.bias", (8,), "neither lora_A nor lora_B"),
         ("mlp.gate.weight", (9, 32), "is (9, 32), in the model (8, 32)"),
+        ("mlp.experts.lora_A.weight", (32, 16, 1), "what it adapts has 2 axes"),
+        ("mlp.experts.lora_B.weight", (32, 32, 1), "what it adapts has 2 axes"),
+        ("mlp.gate.lora_A.weight", (4, 32, 1), "what it adapts has 2 axes"),
+        ("mlp.gate.lora_B.weight", (8, 4, 1), "what it adapts has 2 axes"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -297,7 +302,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda a: (a / CONFIG).write_text("[]"), "must be a JSON object"),
     "another kind": (lambda a: set_config(a, peft_type="IA3"), "is a IA3 adapter: only LORA"),
     "no rank": (lambda a: set_config(a, r="4"), "r: "),
-    "no pattern": (lambda a: set_config(a, rank_pattern={"(": 4}), "is no pattern"),
+    "no pattern": (lambda a: set_config(a, rank_pattern={"[z-a]": 4}), "is no pattern"),
+    "a hard pattern": (lambda a: set_config(a, rank_pattern={"(.+)+!": 8}), "is no simple pattern"),
+    "many stars": (lambda a: set_config(a, rank_pattern={".*" * 9: 8}), "is no simple pattern"),
+    "a long pattern": (lambda a: set_config(a, rank_pattern={"q" * 301: 8}), "no simple pattern"),
     "moved weights": (lambda a: set_config(a, init_lora_weights="pissa_niter_4"), "began as pissa"),
     "kasa": (lambda a: set_config(a, kasa_config={"beta": 1}), "began as kasa"),
     "replicas": (lambda a: set_config(a, layer_replication=[[0, 2]]), "has layer_replication"),
@@ -320,6 +328,43 @@ def test_what_is_no_adapter_is_refused_in_one_line(adapter: Path, case: str) -> 
         read_adapter(adapter)
     assert words in str(refused.value) and str(adapter) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "is_its"),
+    [
+        ("experts.down_proj", True),
+        (r".*experts\.down_proj", True),
+        (r"^model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj$", True),
+        (r"layers.[0-9]+.mlp.experts.down_proj", True),
+        ("gate_up_proj", False),
+        ("down", False),
+    ],
+)
+def test_patterns_that_peft_users_write_are_matched_as_peft_does(
+    adapter: Path, key: str, is_its: bool
+) -> None:
+    set_config(adapter, rank_pattern={key: 2})
+    found = read_adapter(adapter).rank("model.layers.0.mlp.experts.down_proj")
+    assert found == (2 if is_its else RANK)
+
+
+@pytest.mark.parametrize(
+    ("key", "parameter"),
+    [(".*.*.*Z", "down_proj"), (r"[a-z]+.*[a-z]+Z", "a" * 100_000), ("(a|aa)(a|aa)(a|aa)", "a")],
+)
+def test_no_pattern_that_is_let_in_takes_long(
+    made: Make, adapter: Path, key: str, parameter: str
+) -> None:
+    base = made("olmoe") / "base"
+    parameters = [f"experts.{parameter}", "experts.gate_up_proj", "experts.down_proj"]
+    set_config(adapter, rank_pattern={key: 2}, target_parameters=parameters)
+    draft = Draft(
+        "cut", "a cut", "activations", "answer", edits_of(base, SAME), "stock", is_cut=True
+    )
+    began = time.process_time()
+    assert carried(adapter, find_source(str(base)), draft, adapter.parent / "out")
+    assert time.process_time() - began < 5
 
 
 @pytest.fixture

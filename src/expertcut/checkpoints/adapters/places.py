@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from expertcut.checkpoints.adapters.reading import PREFIX, Adapter
+from expertcut.checkpoints.adapters.reading import PARAMETER, PREFIX, Adapter
 from expertcut.checkpoints.layouts.names import DiskBlock, Headers
 
 Kind = Literal["all experts", "one expert", "router", "whole router", "elsewhere"]
@@ -78,7 +78,8 @@ def places(adapter: Adapter, base: Base) -> Iterator[Place]:
 
 def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]) -> Place:
     disk = base.blocks[block]
-    (rows, n_in), (n_out, _) = (adapter.shape(name)[:2] for name in pair)
+    _check_axes(adapter, pair, 2)
+    (rows, n_in), (n_out, _) = (adapter.shape(name) for name in pair)
     first, last = _widths(disk, base.headers)
     if first == last:
         raise adapter.refusal(f"the projections of {block} are all {first}: they look alike")
@@ -101,6 +102,7 @@ def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]
 def _ranks(adapter: Adapter, block: str, *, is_last: bool) -> set[int]:
     """The ranks of the targeted parameters of experts that are, or are not, the last projection."""
     named = {t.rpartition(".")[2] for t in adapter.settings.target_parameters or ()}
+    named = {name for name in named if PARAMETER.fullmatch(name)}
     own = {name for name in named if bool(_LAST.fullmatch(name)) == is_last}
     return {adapter.rank(f"{block}.experts.{name}") for name in own}
 
@@ -148,14 +150,22 @@ def _elsewhere(adapter: Adapter, base: Base, module: str, pair: tuple[str, str])
 def _check_linear(
     adapter: Adapter, headers: Headers, weight: str | None, pair: tuple[str, str]
 ) -> None:
-    """That a pair adapts a matrix that is there; what has more axes (convolutions) is not told."""
+    """That a pair adapts a weight that is there; the widths of a convolution are not told."""
     if weight is None:
         raise adapter.refusal(f"{pair[0]} adapts what the model does not have: {_ANOTHER}")
+    _check_axes(adapter, pair, len(headers[weight].shape))
     (_, n_in, *more), (n_out, *_) = (adapter.shape(name) for name in pair)
     if not more and headers[weight].shape != (n_out, n_in):
         raise adapter.refusal(
             f"{pair[0]} and its lora_B adapt {n_in} → {n_out}, but {weight} is "
             f"{headers[weight].shape}: {_ANOTHER}"
+        )
+
+
+def _check_axes(adapter: Adapter, pair: tuple[str, str], n_axes: int) -> None:
+    if wrong := next((name for name in pair if len(adapter.shape(name)) != n_axes), None):
+        raise adapter.refusal(
+            f"{wrong} is {adapter.shape(wrong)}, but what it adapts has {n_axes} axes: {_ANOTHER}"
         )
 
 

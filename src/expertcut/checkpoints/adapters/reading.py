@@ -20,9 +20,14 @@ from expertcut.moe.stored.objects import read_object
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of all names in the file
+PARAMETER = re.compile(r"\w{1,64}", re.A)  # what a parameter of experts can be called
 
 _PICKLED_FILE = "adapter_model.bin"
 _LORA = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# A stranger's regular expression can take for ever: names, `.*`, `\d+`, and choices as (q|k)_proj.
+_SIMPLE = re.compile(r"\^?([\w-]|\.\*?|\\\.|\\d\+?|\[(\w(-\w)?)+\]\+?|\([\w.|-]+\))+\$?", re.A)
+_MAX_WAYS = 3  # to match a part of a name in more than one way: each multiplies the time
+_MAX_PATTERN = 300
 # Ways to begin that move a part of the base's own weights into the adapter.
 _MOVING = re.compile(r"(pissa|olora|corda|loftq|lora_ga).*")
 
@@ -90,9 +95,12 @@ class Adapter:
 
     def rank(self, parameter: str) -> int:
         """The rank of a parameter by its name in the model, matched as peft matches."""
-        patterns = self.settings.rank_pattern or {}
-        own = (rank for key, rank in patterns.items() if _pattern(key).match(parameter))
+        own = (rank for pattern, rank in self._ranks if pattern.match(parameter))
         return next(own, self.settings.r)
+
+    @cached_property
+    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
+        return [(_pattern(key), rank) for key, rank in (self.settings.rank_pattern or {}).items()]
 
     def refusal(self, fault: str) -> ModelError:
         """An error about this adapter."""
@@ -158,12 +166,25 @@ def _check_settings(folder: Path, settings: _Settings) -> None:
         key = "layer_replication" if settings.layer_replication else "use_qalora"
         raise ModelError(f"{folder} has {key}, which cannot be sliced: train it without")
     for key in settings.rank_pattern or {}:
-        try:
-            _pattern(key)
-        except re.error as error:
-            raise ModelError(
-                f"{folder / CONFIG_FILE}: rank_pattern {key!a} is no pattern: {error}"
-            ) from None
+        _check_pattern(folder / CONFIG_FILE, key)
+
+
+def _check_pattern(file: Path, key: str) -> None:
+    """That a key of rank_pattern is a regular expression, and one that cannot take for ever.
+
+    Raises:
+        ModelError: it is not.
+    """
+    is_short = len(key) <= _MAX_PATTERN and sum(map(key.count, "*+(")) <= _MAX_WAYS
+    if not is_short or not _SIMPLE.fullmatch(key):
+        raise ModelError(
+            f"{file}: rank_pattern {key[:80]!a} is no simple pattern: write names, with at most "
+            rf"{_MAX_WAYS} of .*, \d+ and (a|b)"
+        )
+    try:
+        _pattern(key)
+    except re.error as error:
+        raise ModelError(f"{file}: rank_pattern {key[:80]!a} is no pattern: {error}") from None
 
 
 def _check_names(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
