@@ -15,6 +15,7 @@ from expertcut.recipe.values import (
     AdapterFolder,
     Criterion,
     Experts,
+    Folder,
     Repository,
     Source,
     Text,
@@ -146,7 +147,7 @@ class HealSection(Section):
     eval_split: str | None = None
     objective: Literal["distill", "answer", "lm"] | None = None
     teacher: Source | None = None
-    teacher_cache: str | None = None
+    teacher_cache: Folder | None = None
     likeliest: Count = 64
     answer_weight: float | None = None
     targets: list[Literal["attention", "experts", "gate"]] = ["attention", "experts"]

@@ -85,6 +85,13 @@ add("an output above", "out: ../elsewhere", "outside this folder")
 add("an output from the root", "out: /tmp/expertcut", "outside this folder")
 add("an output at home", "out: ~/.ssh", "outside this folder")
 add("an offload folder above", "device_map: auto\noffload: a/../../b", "outside this folder")
+for name in ("/tmp/cache", "../cache", "~/.cache"):
+    add(
+        f"a teacher's cache at {name}",
+        f"variants: [{{name: a, prune: {{keep: 4}}}}, "
+        f"{{name: b, heal: {{of: a, teacher_cache: {name}}}}}]",
+        "teacher_cache: .*outside this folder",
+    )
 add("a quiz that is gone", HEAD.replace("birds", "./no"), "'./no' is not there", is_whole=True)
 add("a repository above", "publish: [{variant: a, repo: ../name}]", "no repository")
 add("code that comes with a model", "trust_remote_code: true", "add --trust-remote-code")
