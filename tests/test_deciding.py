@@ -155,6 +155,7 @@ def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run:
         (("--boost-best", 1, "--min-appearances", 2), "must be a share from 0 to 1"),
         (("--boost-best", 1, "--layers", "0-x"), "is no layer: write them as 0,3,8-15"),
         (("--boost-best", 1, "--layers", "9"), "the model has MoE layers 0 to 1"),
+        (("--boost-best", 1, "--prove", "--seed", -1), "--seed"),
         (("--boost-best", 99), "99 experts are to be tilted, but only"),
         (("--boost-best", 1, "--tune", "--layout", "exact", "--apply-at", "answer"), "gate.bias"),
         (("--boost-best", 1, "--contrast", "x", "y"), "no profile in x"),

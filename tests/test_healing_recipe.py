@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.errors import QuizError, RecipeError
+from expertcut.errors import QuizError, RecipeError, SettingsError
+from expertcut.healing.asking import Training
 from expertcut.recipe.acts.healing import _healing
 from expertcut.recipe.reading import read_recipe
 from expertcut.recipe.stages import stages_of
@@ -106,6 +107,13 @@ def test_what_the_recipe_scores_is_kept_out(place: Place) -> None:
         place.run()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
+    Training(seed=2**32 - 1).check()
+    with pytest.raises(SettingsError, match=f"--seed {seed} must lie between 0 and 4294967295"):
+        Training(seed=seed).check()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -113,6 +121,10 @@ def test_what_the_recipe_scores_is_kept_out(place: Place) -> None:
         ("of: cut", "of: nobody", "which no variant before it is"),
         ("steps: 4", "stepps: 4", "did you mean steps?"),
         ("rank: 2", "targets: [experts, mlp]", "targets"),
+        ("rank: 2", "seed: -1", "seed: Input should be greater than or equal to 0"),
+        ("rank: 2", "seed: 4294967296", "seed: Input should be less than 4294967296"),
+        ("rank: 2", "teacher_cache: /tmp/cache", "lies outside this folder"),
+        ("rank: 2", "teacher_cache: a/../../cache", "lies outside this folder"),
     ],
 )
 def test_what_cannot_be_healed_is_refused_before_anything_runs(

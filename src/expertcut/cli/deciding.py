@@ -40,7 +40,7 @@ Prove = Annotated[
     bool, option("Cross-fit the whole procedure and hold it against random experts.", "--prove")
 ]
 Draws = Annotated[int, option("Random experts that --prove compares with.", "--draws", min=99)]
-Seed = Annotated[int, option("Seed of folds and draws.")]
+Seed = Annotated[int, option("Seed of folds and draws.", min=0)]
 
 
 def decided(profile: "Profile", procedure: "Procedure", options: "DecideOptions") -> "Decision":

@@ -74,6 +74,8 @@ class Training:
             raise SettingsError(
                 f"--micro-batch {self.micro_batch} must divide --batch {self.batch}"
             )
+        if not 0 <= self.seed < 2**32:
+            raise SettingsError(f"--seed {self.seed} must lie between 0 and {2**32 - 1}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise SettingsError("--learning-rate must lie between 0 and 1")
         for name in ("balance", "answer_weight"):

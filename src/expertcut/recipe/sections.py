@@ -128,7 +128,7 @@ class ProveSection(Section):
     """`reweight --prove`: the whole procedure cross-fitted and held against random experts."""
 
     draws: Annotated[int, Field(ge=99)] = 99
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class HealSection(Section):
@@ -163,7 +163,7 @@ class HealSection(Section):
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     save_memory: bool = False
     shuffle: bool = True
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     verify: bool = True
 
     def scored(self, quiz: str, split: str | None) -> tuple[str | None, str]:
