@@ -107,6 +107,29 @@ def test_what_the_recipe_scores_is_kept_out(place: Place) -> None:
         place.run()
 
 
+@pytest.mark.parametrize(
+    ("own", "shots", "subjects", "reads_all"),
+    [
+        ("rank: 2", 1, ("old_clocks",), False),
+        ("shots: 0", 0, ("old_clocks",), False),
+        ("subjects: [tide_pools]", 1, ("tide_pools",), True),
+        ("quiz: mmlu", 1, (), False),
+        ("quiz: mmlu, subjects: virology, shots: 3", 3, ("virology",), False),
+    ],
+)
+def test_shots_and_subjects_are_the_recipes_unless_it_has_its_own(
+    place: Place, own: str, shots: int, subjects: tuple[str, ...], *, reads_all: bool
+) -> None:
+    place.change("shots: 1", "shots: 1\nsubjects: [old_clocks]")
+    place.change("rank: 2", own)
+    recipe = read_recipe(place.file)
+    asked = recipe.variants[-1].heal
+    assert asked is not None
+    data = _healing(recipe, asked).data
+    assert (data.shots, data.subjects) == (shots, subjects)
+    assert (recipe.quiz in stages_of(recipe)[-1].reads) == reads_all
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
     Training(seed=2**32 - 1).check()
@@ -123,6 +146,7 @@ def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
         ("rank: 2", "targets: [experts, mlp]", "targets"),
         ("rank: 2", "seed: -1", "seed: Input should be greater than or equal to 0"),
         ("rank: 2", "seed: 4294967296", "seed: Input should be less than 4294967296"),
+        ("rank: 2", "shots: -1", "shots"),
         ("rank: 2", "teacher_cache: /tmp/cache", "lies outside this folder"),
         ("rank: 2", "teacher_cache: a/../../cache", "lies outside this folder"),
     ],

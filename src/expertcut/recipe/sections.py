@@ -134,13 +134,16 @@ class ProveSection(Section):
 class HealSection(Section):
     """`expertcut heal` of the variant that `of` names.
 
-    `quiz` without a name is the recipe's. Nothing of what the recipe's `eval` scores is trained on,
-    unless `eval_quiz` and `eval_split` say otherwise.
+    Without a `quiz` of its own it is the recipe's, and so are `shots`, and of that quiz `subjects`.
+    Nothing of what the recipe's `eval` scores is trained on, unless `eval_quiz` and `eval_split`
+    say otherwise.
     """
 
     of: Name
     quiz: Texts = []
     split: str = "val"
+    shots: Annotated[int, Field(ge=0)] | None = None
+    subjects: Texts = []
     limit: Count | None = None
     text: Texts = []
     eval_quiz: Source | None = None

@@ -126,9 +126,13 @@ def _publish_stages(recipe: Recipe) -> Iterator[Stage]:
 
 
 def _heal_stage(recipe: Recipe, variant: Variant, asked: HealSection) -> Stage:
-    """Without other quizzes it is trained on the recipe's; what it has done is gone on from."""
+    """Without other quizzes it is trained on the recipe's; what it has done is gone on from.
+
+    With subjects of its own it may read more of that quiz than the others do, so all of it counts.
+    """
     folder = variant_folder(variant.name)
     is_own = not asked.quiz and not asked.text
+    read = [*asked.quiz, *asked.text, *([recipe.quiz] if is_own and asked.subjects else [])]
     trained = [Asking(asked.split, asked.limit)] if is_own else []
     _, split = asked.scored(recipe.quiz, recipe.eval.split if recipe.eval else None)
     others = (asked.eval_quiz,) if asked.eval_quiz else ()
@@ -141,7 +145,7 @@ def _heal_stage(recipe: Recipe, variant: Variant, asked: HealSection) -> Stage:
         asks=(*trained, *scored),
         reads_model=True,
         keeps=(f"{folder}.healing",),
-        reads=tuple(Weighted.read(text).name for text in (*asked.quiz, *asked.text)) + others,
+        reads=tuple(Weighted.read(text).name for text in read) + others,
     )
 
 

@@ -35,10 +35,11 @@ def _healing(recipe: Recipe, asked: HealSection) -> Healing:
     if not asked.quiz and not asked.text:
         quizzes = (Weighted(recipe.quiz, revision=recipe.quiz_revision),)
     scored = asked.scored(recipe.quiz, recipe.eval.split if recipe.eval else None)
-    subjects = () if asked.quiz else tuple(recipe.subjects)
+    subjects = tuple(asked.subjects or ([] if asked.quiz else recipe.subjects))
+    shots = recipe.shots if asked.shots is None else asked.shots
     data = Data(
         quizzes,
-        *(asked.split, recipe.shots, subjects, asked.limit),
+        *(asked.split, shots, subjects, asked.limit),
         tuple(map(Weighted.read, asked.text)),
         *(*scored, asked.max_tokens, asked.shuffle),
         None if asked.eval_quiz else recipe.quiz_revision,
