@@ -294,6 +294,11 @@ def unpickled(adapter: Path) -> None:
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
 
 
+def retyped(adapter: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({name: t.to(dtype) for name, t in tensors.items()}, adapter / WEIGHTS)
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file": (lambda a: (shutil.rmtree(a), a.write_text("")), "is no folder"),
     "nothing": (shutil.rmtree, "no such adapter"),
@@ -316,6 +321,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda a: save_file({"a": torch.ones(1)}, a / WEIGHTS),
         "begin with base_model",
     ),
+    "float8": (lambda a: retyped(a, torch.float8_e4m3fn), "is F8_E4M3, must be one of F16, BF16"),
+    "whole numbers": (lambda a: retyped(a, torch.int8), "is I8, must be one of F16, BF16"),
     "no tensor": (lambda a: save_file({}, a / WEIGHTS), "holds no tensor"),
 }
 

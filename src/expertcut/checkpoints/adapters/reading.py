@@ -22,6 +22,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of all names in the file
 PARAMETER = re.compile(r"\w{1,64}", re.A)  # what a parameter of experts can be called
 
+_DTYPES = ("F16", "BF16", "F32", "F64")
 _PICKLED_FILE = "adapter_model.bin"
 _LORA = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # A stranger's regular expression can take for ever: names, `.*`, `\d+`, and choices as (q|k)_proj.
@@ -145,7 +146,7 @@ def read_adapter(folder: Path) -> Adapter:
             )
         raise ModelError(f"{folder} holds no {WEIGHTS_FILE}: save the adapter again")
     stored = read_file(folder / WEIGHTS_FILE)
-    _check_names(folder, stored.tensors)
+    _check_tensors(folder, stored.tensors)
     return Adapter(folder, config, settings, stored)
 
 
@@ -187,13 +188,19 @@ def _check_pattern(file: Path, key: str) -> None:
         raise ModelError(f"{file}: rank_pattern {key[:80]!a} is no pattern: {error}") from None
 
 
-def _check_names(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     wrong = next((name for name in tensors if not name.startswith(PREFIX)), None)
     if wrong or not tensors:
         raise ModelError(
             f"{folder / WEIGHTS_FILE} holds {wrong or 'no tensor'}, must hold names that begin "
             f"with {PREFIX}: save the adapter with peft's save_pretrained"
         )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(
+                f"{folder / WEIGHTS_FILE}: {name} is {tensor.dtype}, must be one of "
+                f"{', '.join(_DTYPES)}: save the adapter in one of these"
+            )
 
 
 def _pattern(key: str) -> re.Pattern[str]:
