@@ -412,6 +412,11 @@ def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refuse
         ("profile --stats some", "'some'"),
         ("profile --threads 0", "--threads"),
         ("profile --batch-tokens 0", "--batch-tokens"),
+        ("profile --threads 1000000000", "less than or equal to 4096"),  # torch ends the process
+        (f"profile --batch-tokens {10**30}", "less than or equal to 1073741824"),
+        (f"profile --out {'x' * 300}", "File name too long"),
+        (f"prune --keep 4 --profile {'x' * 300}", "File name too long"),
+        ("heal there --seed 4294967296", "less than or equal to 4294967295"),
     ],
 )
 def test_a_command_line_that_cannot_be_read_is_refused(

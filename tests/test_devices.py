@@ -9,7 +9,7 @@ import torch
 
 from expertcut.errors import ModelError, SettingsError
 from expertcut.moe.loading import LoadOptions, find_source, load
-from expertcut.moe.loading.devices import own_device, runs_on, spread
+from expertcut.moe.loading.devices import find_device, own_device, runs_on, spread
 from expertcut.moe.observers import observe_experts
 from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
@@ -71,6 +71,11 @@ def test_ways_to_spread_that_do_not_go_together_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=words):
         load(find_source(str(checkpoint("olmoe"))), LoadOptions(**options))
+
+
+def test_a_device_that_holds_nothing_is_refused() -> None:
+    with pytest.raises(SettingsError, match="--device meta holds no weights"):
+        find_device("meta")
 
 
 def test_limits_are_those_of_accelerate() -> None:

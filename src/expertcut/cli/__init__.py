@@ -36,6 +36,7 @@ INTERRUPTED = 130
 _MENDABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.EMFILE, errno.ENOMEM),
+    errno.ENAMETOOLONG,
 }
 _LONGEST = 1000  # characters of a line; a name in a file may have millions
 

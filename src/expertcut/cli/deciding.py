@@ -39,7 +39,9 @@ Tune = Annotated[bool, option("Search for the strength on the tuning questions."
 Prove = Annotated[
     bool, option("Cross-fit the whole procedure and hold it against random experts.", "--prove")
 ]
-Draws = Annotated[int, option("Random experts that --prove compares with.", "--draws", min=99)]
+Draws = Annotated[
+    int, option("Random experts that --prove compares with.", "--draws", min=99, max=10**6)
+]
 Seed = Annotated[int, option("Seed of folds and draws.", min=0)]
 
 

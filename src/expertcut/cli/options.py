@@ -150,8 +150,10 @@ MaxMemory = Annotated[
     str | None, option("How much to use of each, as 0=20GiB,cpu=60GiB.", "--max-memory")
 ]
 Offload = Annotated[Path | None, option("Folder for weights that fit in no memory.", "--offload")]
-Threads = Annotated[int | None, option("CPU threads; part of a profile's settings.", min=1)]
-BatchTokens = Annotated[int | None, option("Tokens of one forward pass.", min=1)]
+Threads = Annotated[
+    int | None, option("CPU threads; part of a profile's settings.", min=1, max=4096)
+]
+BatchTokens = Annotated[int | None, option("Tokens of one forward pass.", min=1, max=2**30)]
 TrustRemoteCode = Annotated[
     bool, option("Run code that comes with a checkpoint.", "--trust-remote-code")
 ]

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from expertcut.recipe.sections import (
-    Count,
     EvalSection,
     HealSection,
     MergeSection,
@@ -76,8 +75,8 @@ class Recipe(Section):
     device_map: Literal["auto"] | None = None
     max_memory: str | None = None
     offload: Folder | None = None
-    threads: Count | None = None
-    batch_tokens: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    batch_tokens: Annotated[int, Field(ge=1, le=2**30)] | None = None
     quiz: Source = "mmlu"
     quiz_revision: str | None = None
     shots: Annotated[int, Field(ge=0)] = 5

@@ -127,7 +127,7 @@ class ReweightSection(Section):
 class ProveSection(Section):
     """`reweight --prove`: the whole procedure cross-fitted and held against random experts."""
 
-    draws: Annotated[int, Field(ge=99)] = 99
+    draws: Annotated[int, Field(ge=99, le=10**6)] = 99
     seed: Annotated[int, Field(ge=0)] = 0
 
 

@@ -1,6 +1,7 @@
 """How to choose experts and strengths, in the words of options, and as the stages take it."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from expertcut.errors import SettingsError
@@ -19,6 +20,7 @@ from expertcut.interventions.reweighting.targets import named_picks
 from expertcut.interventions.reweighting.tuning import Procedure, Settled
 from expertcut.profiling.store import Profile
 
+_LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 Expressions = tuple[list[str] | None, list[str] | None, list[str] | None]
 """What --boost, --suppress and --scale name."""
 
@@ -163,9 +165,9 @@ def read_layers(text: str | None) -> tuple[int, ...]:
     """
     found: list[int] = []
     for part in (text or "").split(",") if text is not None else ():
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise SettingsError(f"--layers {text}: {part!r} is no layer: write them as 0,3,8-15")
+        first, _, last = part.strip().partition("-")
+        if not _LAYERS.fullmatch(part.strip()):
+            raise SettingsError(f"--layers: {part[:80]!r} is no layer: write them as 0,3,8-15")
         found += range(int(first), int(last or first) + 1)
     return tuple(dict.fromkeys(found))
 

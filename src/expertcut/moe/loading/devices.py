@@ -22,6 +22,8 @@ def find_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(own_device(name))
+        if device.type == "meta":
+            raise SettingsError(f"--device {name} holds no weights: take cpu or cuda")
         torch.empty(0, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
