@@ -391,6 +391,11 @@ def test_results_that_cannot_be_written_are_refused_before_a_model_runs(
     command = ("eval", model, "--quiz", quiz_folder, "--shots", "0", "--limit", "1", "--out")
     assert "is a directory" in refused(*command, "full")
     assert "cannot be written" in refused(*command, "a file/results.json")
+    shutil.copytree(model, tmp_path / "mine")
+    for name in ("model.safetensors", "config.json"):
+        assert "so it is spared" in refused(*command, f"mine/{name}")
+        assert "so it is spared" in refused(*command, "new.json", "--lm-eval-json", f"mine/{name}")
+    assert "name another" in refused(*command, "new.json", "--lm-eval-json", "./new.json")
 
 
 def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refused: Refused) -> None:

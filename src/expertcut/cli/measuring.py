@@ -35,8 +35,11 @@ from expertcut.cli.reading import read_quiz
 from expertcut.cli.running import is_first, watched
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from expertcut.evaluation.evaluate import Scored, Scoring
     from expertcut.evaluation.results import Results
-    from expertcut.moe.loading import LoadOptions
+    from expertcut.moe.loading import LoadOptions, Source
     from expertcut.profiling.evidence.perturbations import Kind
     from expertcut.profiling.measure import Measurement
 
@@ -147,23 +150,32 @@ def eval(
     lm_eval_json: LmEvalJson = None,
 ) -> None:
     """Compare checkpoints on the same questions."""
-    from expertcut.evaluation.evaluate import Scored, Scoring, find_models, save, score
+    from expertcut.evaluation.evaluate import Scoring, check_places, find_models, save
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
 
     quiet()
+    check_places(out, lm_eval_json)
     sources = find_models(models)
     questions = read_quiz(quiz, split, shots, subjects, limit, truncate)
     load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
     options = MeasureOptions("none", batch_tokens, threads, is_first())
     scoring, folder = Scoring(questions, limit, load_as, options), out.with_suffix(".chunks")
+    scored = _scored(scoring, sources, folder)
+    if is_first():
+        _say(save(scoring, scored, out, lm_eval_json), out)
+
+
+def _scored(scoring: "Scoring", sources: "Sequence[Source]", folder: Path) -> "list[Scored]":
+    """Every model in its turn."""
+    from expertcut.evaluation.evaluate import Scored, score
+
     scored: list[Scored] = []
     for source in sources:
         steps = partial(score, source, scoring, folder)
-        found = watched(steps, f"scoring {source.name}", len(questions), folder)
+        found = watched(steps, f"scoring {source.name}", len(scoring.quiz), folder)
         scored += [step for step in found if isinstance(step, Scored)]
-    if is_first():
-        _say(save(scoring, scored, out, lm_eval_json), out)
+    return scored
 
 
 def _say(found: "Results", out: Path) -> None:

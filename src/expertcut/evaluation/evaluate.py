@@ -9,9 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.errors import OutputError
 from expertcut.evaluation.accuracy import accuracy
 from expertcut.evaluation.comparison import compare
-from expertcut.evaluation.outputs.harness import Loaded, harness_bytes, harness_paths
+from expertcut.evaluation.outputs.harness import (
+    Loaded,
+    harness_bytes,
+    harness_paths,
+    is_harness_file,
+)
 from expertcut.evaluation.outputs.predictions import predictions_bytes, predictions_path
 from expertcut.evaluation.results import (
     ChosenOnResult,
@@ -19,6 +25,7 @@ from expertcut.evaluation.results import (
     ModelResult,
     Results,
     SubjectResult,
+    load_results,
     save_results,
 )
 from expertcut.evaluation.size import Size, size
@@ -107,6 +114,28 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
             for index, other in enumerate(scored[1:], start=1)
         ],
     )
+
+
+def check_places(out: Path, harness_file: Path | None) -> None:
+    """That nothing is replaced but what an earlier `eval` wrote there.
+
+    Raises:
+        OutputError: something else is there, a checkpoint's own file for one.
+    """
+    if out.exists():
+        try:
+            load_results(out)
+        except OutputError as error:
+            raise OutputError(f"{error}, so it is spared: name another --out") from None
+    if harness_file is None:
+        return
+    if harness_file.resolve() == out.resolve():
+        raise OutputError(f"--lm-eval-json {harness_file} is --out too: name another")
+    if harness_file.exists() and not is_harness_file(harness_file):
+        raise OutputError(
+            f"{harness_file} holds no results of a harness, so it is spared: name another "
+            "--lm-eval-json"
+        )
 
 
 def save(

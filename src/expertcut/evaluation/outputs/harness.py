@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from expertcut import __version__
+from expertcut.documents.reading import parse_json, read_file
 from expertcut.evaluation.accuracy import pooled_stderr
 from expertcut.evaluation.results import ModelResult
 from expertcut.profiling.info import Settings
@@ -61,6 +62,15 @@ def harness_paths(file: Path, scored: Sequence["Scored"]) -> list[Path]:
     return [
         file.with_name(f"{file.stem}-{i}-{one.source.name}{suffix}") for i, one in enumerate(scored)
     ]
+
+
+def is_harness_file(file: Path) -> bool:
+    """Whether a file is one of these, by its keys."""
+    try:
+        found = parse_json(read_file(file))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"results", "configs"} <= found.keys()
 
 
 def harness_bytes(scoring: "Scoring", scored: "Scored", result: ModelResult) -> bytes:
