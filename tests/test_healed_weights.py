@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,17 +83,52 @@ def test_adapters_change_nothing_before_they_are_trained(checkpoint: Checkpoints
     assert names and all("lora_" in name for name in names)
 
 
-def test_half_precision_is_rounded_once(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "half", "olmoe")
-    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
-    moe = open_model(path)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", None),
+        ("model.layers.1.mlp.gate.weight", None),
+        ("model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.1.mlp.experts.down_proj"),
+    ],
+)
+def test_half_precision_is_rounded_once(
+    half: Path, tmp_path: Path, name: str, place: str | None
+) -> None:
+    moe = open_model(half, dtype="bfloat16")
     model = trained(moe)
-    added = {name: delta() for name, delta in deltas(model)}
     write_merged(moe.source, model, tmp_path / "healed")
-    name = "model.layers.1.self_attn.q_proj.weight"
-    stored, healed = (load_file(p / "model.safetensors")[name] for p in (path, tmp_path / "healed"))
+    added = dict(deltas(model))[place or name]()
+    factors = lora_factors(model, place or name)
+    assert torch.allclose(added.double(), factors, rtol=1e-5, atol=1e-8)
+    assert factors.abs().max() > 0.01
+    stored, healed = (load_file(p / "model.safetensors")[name] for p in (half, tmp_path / "healed"))
     assert stored.dtype == healed.dtype == torch.bfloat16
-    assert healed.equal((stored.float() + added[name]).bfloat16()) and not healed.equal(stored)
+    own = added[3] if place else added
+    assert healed.equal((stored.float() + own).bfloat16()) and not healed.equal(stored)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_checkpoint(tmp_path_factory.mktemp("half") / "half", "olmoe")
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def lora_factors(model: Any, parameter: str) -> Tensor:
+    """B·A times the scale, in float64, of a linear layer or of each expert."""
+    layer, _, last = parameter.rpartition(".")
+    found = [m for n, m in model.named_modules() if is_adapter_of(n, m, layer, last)]
+    (module,) = found
+    a, b = (f["default"].weight.double() for f in (module.lora_A, module.lora_B))
+    n = getattr(module, "num_experts", 1)
+    of_each = torch.stack([b[:, i::n] @ a.view(n, -1, a.shape[1])[i] for i in range(n)])
+    return (of_each * module.scaling["default"]).squeeze(0)
+
+
+def is_adapter_of(name: str, module: nn.Module, layer: str, parameter: str) -> bool:
+    is_of_layer = name.removeprefix("base_model.model.").replace(".base_layer", "") == layer
+    own = getattr(module, "parameter_name", "weight")
+    return is_of_layer and hasattr(module, "lora_A") and own == parameter
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own

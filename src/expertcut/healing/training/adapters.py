@@ -95,9 +95,19 @@ class _Delta:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """In float32, of the parameter's shape."""
-        made: Tensor = self.module.get_delta_weight(ADAPTER)
-        return made.float().cpu().reshape(self.shape)
+        """In float32, of the parameter's shape; peft's own is rounded to the parameter's dtype."""
+        a_RI, b_OR = (
+            factors[ADAPTER].weight.float().cpu()
+            for factors in (self.module.lora_A, self.module.lora_B)
+        )
+        n_experts = getattr(self.module, "num_experts", 1)
+        a_ERI = a_RI.reshape(n_experts, -1, a_RI.shape[-1])
+        b_ORE = b_OR.reshape(b_OR.shape[0], -1, n_experts)
+        added_EOI = torch.einsum("o r e, e r i -> e o i", b_ORE, a_ERI)
+        if getattr(self.module.get_base_layer(), "is_transposed", False):  # as GPT-OSS has them
+            added_EOI = added_EOI.transpose(1, 2)
+        scaled: Tensor = added_EOI * self.module.scaling[ADAPTER]
+        return scaled.reshape(self.shape)
 
 
 def _targets(moe: MoeModel, asked: Sequence[str]) -> tuple[list[str], list[str]]:
