@@ -144,5 +144,6 @@ class Place:
 
     @property
     def working(self) -> Path:
-        """A sibling that goes when all is done."""
-        return self.folder.with_name(f"{self.folder.name}.healing")
+        """A sibling that goes when all is done; `.` and links have none of their own."""
+        place = self.folder.resolve()
+        return place.with_name(f"{place.name}.healing")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -88,31 +88,32 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
         SettingsError: options that cannot be used.
     """
     asked.check()
+    working = place.working  # by its whole path: the working directory may be what is replaced
     source = find_source(checkpoint)
-    named = (*asked.data.quizzes, *asked.data.texts)
-    inputs = (source.path, *(Path(data.name) for data in named if Path(data.name).exists()))
-    check_free(place.folder, is_forced=place.is_forced, inputs=inputs)
+    check_free(place.folder, is_forced=place.is_forced, inputs=(source.path, *_named(asked)))
     if options.threads:
         torch.set_num_threads(options.threads)
     objective, base = _objective(source, asked)
+    if base is not None:  # looked for later, because that reads every byte of it
+        check_free(place.folder, is_forced=place.is_forced, inputs=(base.path,))
     moe = load(source, options.load_as)
     PartialState(cpu=moe.device.type == "cpu")  # the processes of a launcher find each other
     read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
     judges = read.judges(used_questions(source, read)) if options.is_verified else None
     run = _Run(asked, objective, moe, read, judges, options)
-    go_on(place.working, Begun.of(source, base, objective.name, asked))
+    go_on(working, Begun.of(source, base, objective.name, asked))
     teacher, before = _ask_others(run, base)
     model = adapted(moe, replace(asked.lora, seed=asked.training.seed))
     curve = fit(
         moe, model, read, asked.training, (objective, teacher),
-        (place.working / "steps", options.report),
+        (working / "steps", options.report),
     )  # fmt: skip
     model.eval()
     del teacher
     if not _is_first():
         return None
     healed = _write(run, model, curve, before, place)
-    shutil.rmtree(place.working, ignore_errors=True)
+    shutil.rmtree(working, ignore_errors=True)
     return healed
 
 
@@ -120,6 +121,15 @@ def default_out(checkpoint: str) -> Path:
     """Beside other checkpoints, by its name."""
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
     return Path("checkpoints") / f"{name.split('/')[-1]}-healed"
+
+
+def _named(asked: Healing) -> Iterator[Path]:
+    """What lies here and is read, or filled, for one more run."""
+    data = asked.data
+    names = [*(source.name for source in (*data.quizzes, *data.texts)), data.eval_quiz]
+    yield from (Path(name) for name in names if name is not None and Path(name).exists())
+    if asked.cache is not None:
+        yield asked.cache
 
 
 def _objective(source: Source, asked: Healing) -> tuple[Objective, Source | None]:
