@@ -1,6 +1,7 @@
 """Small cut checkpoints to be healed, and short runs on them."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.merged_models import measured
 
 UNASKED = BuildOptions(LoadOptions(), is_verified=False)
 SHORT = Training(steps=4, batch=4, check_every=2, learning_rate=1e-2)
+SIX = dataclasses.replace(SHORT, steps=6, micro_batch=2)
 SMALL = Lora(2, 2, ("attention", "experts"))
 
 
@@ -38,3 +40,15 @@ def healed(checkpoint: Path, asked: Healing, folder: Path, **options: Any) -> He
     found = heal(str(checkpoint), asked, Place(folder), Options(**given))
     assert found is not None
     return found
+
+
+class Stop(Exception):
+    """In place of a power cut."""
+
+
+def stopped_after(n_steps: int) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        if done == n_steps:
+            raise Stop
+
+    return report

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from expertcut.cli.healing import Objective
 from expertcut.errors import OutputError, SettingsError
 from expertcut.healing.asking import Data, Training
-from expertcut.healing.heal import Healed
 from expertcut.healing.judging import BASE, BEFORE, HEALED
 from expertcut.healing.training.cache import Cached, Whose
 from expertcut.healing.training.objectives import OBJECTIVES
@@ -86,92 +85,6 @@ def test_a_healed_checkpoint_loads_as_it_was_written(
     if layout == "exact":
         constants = [name for name in first if name.endswith("approx_value")]
         assert constants and all(first[name].equal(before[name]) for name in constants)
-
-
-class Stop(Exception):
-    """In place of a power cut."""
-
-
-def stopped_after(n_steps: int) -> Callable[[int, int], None]:
-    def report(done: int, total: int) -> None:
-        if done == n_steps:
-            raise Stop
-
-    return report
-
-
-SIX = replace(SHORT, steps=6, micro_batch=2)
-
-
-@pytest.fixture(scope="module")
-def whole(stock: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Healed:
-    return healed(
-        stock, asked_for(quiz_folder, training=SIX), tmp_path_factory.mktemp("whole") / "out"
-    )
-
-
-@pytest.mark.parametrize("step", [1, 5])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-    stock: Path, quiz_folder: Path, tmp_path: Path, whole: Healed, step: int
-) -> None:
-    asked = asked_for(quiz_folder, training=SIX)
-    with pytest.raises(Stop):
-        healed(stock, asked, tmp_path / "parts", report=stopped_after(step))
-    assert not (tmp_path / "parts").exists()
-    left = list((tmp_path / "parts.healing").rglob("*"))
-    assert not [file for file in left if file.suffix in (".pt", ".pth", ".bin", ".pkl")]
-    assert step < 2 or any(file.name == "optimizer.safetensors" for file in left)
-    for name, half in (("checkpoint-8", None), ("checkpoint-9", '{"epoch":')):
-        folder = tmp_path / "parts.healing" / "steps" / name  # as a kill while it is written
-        folder.mkdir(parents=True)
-        if half:
-            (folder / "trainer_state.json").write_text(half)
-    seen: list[int] = []
-    found = healed(stock, asked, tmp_path / "parts", report=lambda done, _: seen.append(done))
-    assert seen[0] == step // 2 * 2 + 1
-    assert found.curve == whole.curve and len(set(whole.curve.losses)) == 6
-    first, second = (load_file(p / "model.safetensors") for p in (whole.folder, found.folder))
-    assert all(first[name].equal(second[name]) for name in first)
-    assert not (tmp_path / "parts.healing").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("optimizer.json", lambda content: b'{"groups": 1}'),
-        ("optimizer.safetensors", lambda content: content[:-9]),
-        ("adapter_model.safetensors", lambda content: b""),
-        ("random-0.safetensors", lambda content: content[:40]),
-        ("trainer_state.json", lambda content: b"[]"),
-    ],
-)
-def test_a_state_that_is_damaged_is_passed_over_for_the_one_before(
-    stock: Path,
-    quiz_folder: Path,
-    tmp_path: Path,
-    whole: Healed,
-    name: str,
-    damage: Callable[[bytes], bytes],
-) -> None:
-    asked = asked_for(quiz_folder, training=SIX)
-    with pytest.raises(Stop):
-        healed(stock, asked, tmp_path / "out", report=stopped_after(5))
-    file = tmp_path / "out.healing" / "steps" / "checkpoint-4" / name
-    file.write_bytes(damage(file.read_bytes()))
-    seen: list[int] = []
-    found = healed(stock, asked, tmp_path / "out", report=lambda done, _: seen.append(done))
-    assert seen[0] == 3 and found.curve == whole.curve
-
-
-def test_another_run_does_not_go_on_with_what_one_left(
-    stock: Path, quiz_folder: Path, tmp_path: Path
-) -> None:
-    asked = asked_for(quiz_folder)
-    with pytest.raises(Stop):
-        healed(stock, asked, tmp_path / "out", report=stopped_after(3))
-    other = replace(asked, training=replace(SHORT, seed=5))
-    with pytest.raises(OutputError, match="is another healing: its training"):
-        healed(stock, other, tmp_path / "out")
 
 
 def test_a_teacher_from_a_cache_teaches_as_a_live_one(

@@ -1,16 +1,19 @@
 """What a run of `heal` leaves behind, what it goes on from, and what it must never destroy."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from expertcut.errors import OutputError
-from expertcut.healing.asking import Place
-from expertcut.healing.heal import Options, heal
+from expertcut.healing.asking import Healing, Place
+from expertcut.healing.heal import Healed, Options, heal
 from expertcut.moe.loading import LoadOptions
-from tests.healed_models import SHORT, asked_for, cut, healed
+from tests.conftest import write_quiz
+from tests.healed_models import SHORT, SIX, Stop, asked_for, cut, healed, stopped_after
 
 Checkpoints = Callable[..., Path]
 
@@ -56,3 +59,106 @@ def test_an_empty_working_directory_can_be_what_is_written(
     assert (tmp_path / "here" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     monkeypatch.chdir(tmp_path)  # the one that was here is gone
+
+
+@pytest.fixture(scope="module")
+def whole(stock: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Healed:
+    return healed(
+        stock, asked_for(quiz_folder, training=SIX), tmp_path_factory.mktemp("whole") / "out"
+    )
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    stock: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Healing, Path]:
+    """What was asked for, and what lies beside the output after five of six steps."""
+    asked = asked_for(quiz_folder, training=SIX)
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.raises(Stop):
+        healed(stock, asked, out, report=stopped_after(5))
+    return asked, out.with_name("out.healing")
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    stock: Path, quiz_folder: Path, tmp_path: Path, whole: Healed, step: int
+) -> None:
+    asked = asked_for(quiz_folder, training=SIX)
+    with pytest.raises(Stop):
+        healed(stock, asked, tmp_path / "parts", report=stopped_after(step))
+    assert not (tmp_path / "parts").exists()
+    left = list((tmp_path / "parts.healing").rglob("*"))
+    assert not [file for file in left if file.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    assert step < 2 or any(file.name == "optimizer.safetensors" for file in left)
+    for name, half in (("checkpoint-8", None), ("checkpoint-9", '{"epoch":')):
+        folder = tmp_path / "parts.healing" / "steps" / name  # as a kill while it is written
+        folder.mkdir(parents=True)
+        if half:
+            (folder / "trainer_state.json").write_text(half)
+    seen: list[int] = []
+    found = healed(stock, asked, tmp_path / "parts", report=lambda done, _: seen.append(done))
+    assert seen[0] == step // 2 * 2 + 1
+    assert found.curve == whole.curve and len(set(whole.curve.losses)) == 6
+    first, second = (load_file(p / "model.safetensors") for p in (whole.folder, found.folder))
+    assert all(first[name].equal(second[name]) for name in first)
+    assert not (tmp_path / "parts.healing").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("optimizer.json", lambda content: b'{"groups": 1}'),
+        ("optimizer.safetensors", lambda content: content[:-9]),
+        ("adapter_model.safetensors", lambda content: b""),
+        ("random-0.safetensors", lambda content: content[:40]),
+        ("trainer_state.json", lambda content: b"[]"),
+    ],
+)
+def test_a_state_that_is_damaged_is_passed_over_for_the_one_before(
+    stock: Path,
+    tmp_path: Path,
+    whole: Healed,
+    stopped: tuple[Healing, Path],
+    name: str,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    asked, left = stopped
+    shutil.copytree(left, tmp_path / "out.healing")
+    file = tmp_path / "out.healing" / "steps" / "checkpoint-4" / name
+    file.write_bytes(damage(file.read_bytes()))
+    seen: list[int] = []
+    found = healed(stock, asked, tmp_path / "out", report=lambda done, _: seen.append(done))
+    assert seen[0] == 3 and found.curve == whole.curve
+
+
+def test_another_run_does_not_go_on_with_what_one_left(
+    stock: Path, quiz_folder: Path, tmp_path: Path
+) -> None:
+    asked = asked_for(quiz_folder)
+    with pytest.raises(Stop):
+        healed(stock, asked, tmp_path / "out", report=stopped_after(3))
+    other = replace(asked, training=replace(SHORT, seed=5))
+    with pytest.raises(OutputError, match="is another healing: its training"):
+        healed(stock, other, tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["val", "test", "dtype"])
+def test_a_run_does_not_go_on_with_other_questions_or_another_dtype(
+    stock: Path, tmp_path: Path, what: str
+) -> None:
+    quiz = write_quiz(tmp_path / "quiz")
+    asked = asked_for(quiz)
+    with pytest.raises(Stop):
+        healed(stock, asked, tmp_path / "out", report=stopped_after(3))
+    dtype = "auto"
+    if what == "dtype":
+        dtype, said = "bfloat16", r"its dtype was torch\.float32, now it is torch\.bfloat16"
+    else:
+        file = next((quiz / what).glob("*.csv"))
+        first, rest = file.read_text().split("\n", 1)
+        letter = {"A": "B"}.get(first[-1], "A")
+        file.write_text(f"{first[:-1]}{letter}\n{rest}")
+        said = "its rows_hash was" if what == "val" else "its scored_hash was"
+    with pytest.raises(OutputError, match=f"is another healing: {said}"):
+        healed(stock, asked, tmp_path / "out", load_as=LoadOptions(dtype=dtype))

@@ -1,6 +1,9 @@
 """What a run that was stopped was asked for, so that only the same goes on."""
 
+import hashlib
 import json
+import random
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -8,32 +11,68 @@ from typing import Any, Self
 from expertcut.documents.records import Record
 from expertcut.evaluation.folders import begun, check_same, save_outcome
 from expertcut.healing.asking import Healing
-from expertcut.moe.loading import Source
+from expertcut.healing.data.sources import Read
+from expertcut.moe.loading import MoeModel, Source
+from expertcut.quiz import Quiz
 
 _ASKED_FILE = "asked.json"
 
 
 class Begun(Record):
-    """All that the losses of a run depend on."""
+    """All that the losses of a run depend on, and what it is judged by."""
 
     checkpoint: str
+    dtype: str
     teacher: str | None
     objective: str
+    rows_hash: str
+    scored_hash: str
     likeliest: int
     data: dict[str, Any]
     lora: dict[str, Any]
     training: dict[str, Any]
 
     @classmethod
-    def of(cls, source: Source, base: Source | None, objective: str, asked: Healing) -> Self:
-        """Models by their bytes."""
+    def of(
+        cls, moe: MoeModel, base: Source | None, objective: str, asked: Healing, read: Read
+    ) -> Self:
+        """Models and questions by what they hold."""
         whole = plain(asked)
         return cls(
-            checkpoint=source.fingerprint,
+            checkpoint=moe.source.fingerprint,
+            dtype=str(moe.dtype),
             teacher=None if base is None else base.fingerprint,
             objective=objective,
+            rows_hash=_hash(_rows(read)),
+            scored_hash=_hash(_scored(read)),
             **{key: whole[key] for key in ("likeliest", "data", "lora", "training")},
         )
+
+
+def _rows(read: Read) -> Iterator[object]:
+    """Those held out, and those trained on once: how they go on follows from the seed."""
+    yield from read.held_out
+    for part in read.parts:
+        yield from part.shuffled(random.Random(0))
+
+
+def _scored(read: Read) -> Iterator[object]:
+    """What may judge the result, and what was kept out for that."""
+    for quiz in (read.scored, read.held_out_quiz):
+        yield None if quiz is None else _questions(quiz)
+    yield from (read.dropped, sorted(read.hashes))
+
+
+def _questions(quiz: Quiz) -> list[tuple[str, str]]:
+    return [(subject, quiz.content_hash(subject)) for subject in quiz.questions]
+
+
+def _hash(parts: Iterator[object]) -> str:
+    """Over how they are written out: all are dataclasses, words and numbers."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part!r}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def go_on(folder: Path, asked: Begun) -> None:

@@ -101,7 +101,7 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
     read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
     judges = read.judges(used_questions(source, read)) if options.is_verified else None
     run = _Run(asked, objective, moe, read, judges, options)
-    go_on(working, Begun.of(source, base, objective.name, asked))
+    go_on(working, Begun.of(moe, base, objective.name, asked, read))
     teacher, before = _ask_others(run, base)
     model = adapted(moe, replace(asked.lora, seed=asked.training.seed))
     curve = fit(
