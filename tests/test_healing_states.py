@@ -12,6 +12,7 @@ from expertcut.errors import OutputError
 from expertcut.healing.asking import Healing, Place
 from expertcut.healing.heal import Healed, Options, heal
 from expertcut.moe.loading import LoadOptions
+from expertcut.profiling.sharing.alone import alone
 from tests.conftest import write_quiz
 from tests.healed_models import SHORT, SIX, Stop, asked_for, cut, healed, stopped_after
 
@@ -162,3 +163,18 @@ def test_a_run_does_not_go_on_with_other_questions_or_another_dtype(
         said = "its rows_hash was" if what == "val" else "its scored_hash was"
     with pytest.raises(OutputError, match=f"is another healing: {said}"):
         healed(stock, asked, tmp_path / "out", load_as=LoadOptions(dtype=dtype))
+
+
+def test_two_runs_do_not_fill_one_folder(
+    stock: Path, stopped: tuple[Healing, Path], tmp_path: Path
+) -> None:
+    asked, left = stopped
+    shutil.copytree(left, tmp_path / "out.healing")
+    before = sorted((tmp_path / "out.healing").rglob("*"))
+    with (
+        alone(tmp_path / "out.healing", "healing"),
+        pytest.raises(OutputError, match=r"out\.healing: another run is at work there"),
+    ):
+        healed(stock, asked, tmp_path / "out")
+    assert sorted((tmp_path / "out.healing").rglob("*")) == before
+    assert healed(stock, asked, tmp_path / "out").curve.steps == 6

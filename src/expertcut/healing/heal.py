@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from expertcut.healing.training.teacher import Live, Teacher
 from expertcut.healing.written import write_adapter, write_merged
 from expertcut.interventions.plan import HEALING_FILE, Plan, save_plan
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
+from expertcut.profiling.sharing.alone import alone
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
     Raises:
         ContractError: a model whose experts cannot be told apart, or cannot be written back.
         ModelError: a checkpoint or teacher that cannot be loaded.
-        OutputError: a place that must not be written, or that holds another run.
+        OutputError: a place that must not be written, that holds another run, or where one is at
+            work.
         QuizError: data that cannot be read, or of which too much is scored later.
         SettingsError: options that cannot be used.
     """
@@ -97,20 +100,30 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
     if base is not None:  # looked for later, because that reads every byte of it
         check_free(place.folder, is_forced=place.is_forced, inputs=(base.path,))
     moe = load(source, options.load_as)
-    PartialState(cpu=moe.device.type == "cpu")  # the processes of a launcher find each other
+    processes = PartialState(cpu=moe.device.type == "cpu")  # those of a launcher find each other
     read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
     judges = read.judges(used_questions(source, read)) if options.is_verified else None
     run = _Run(asked, objective, moe, read, judges, options)
-    go_on(working, Begun.of(moe, base, objective.name, asked, read))
+    with ExitStack() as until_done:
+        if processes.is_main_process:
+            until_done.enter_context(alone(working, "healing"))
+            go_on(working, Begun.of(moe, base, objective.name, asked, read))
+        processes.wait_for_everyone()
+        return _trained(run, base, place, working)
+
+
+def _trained(run: _Run, base: Source | None, place: Place, working: Path) -> Healed | None:
+    """What becomes of a run, in the first process; its working folder goes when that is there."""
+    asked = run.asked
     teacher, before = _ask_others(run, base)
-    model = adapted(moe, replace(asked.lora, seed=asked.training.seed))
+    model = adapted(run.moe, replace(asked.lora, seed=asked.training.seed))
     curve = fit(
-        moe, model, read, asked.training, (objective, teacher),
-        (working / "steps", options.report),
+        run.moe, model, run.read, asked.training, (run.objective, teacher),
+        (working / "steps", run.options.report),
     )  # fmt: skip
     model.eval()
     del teacher
-    if not _is_first():
+    if not PartialState().is_main_process:
         return None
     healed = _write(run, model, curve, before, place)
     shutil.rmtree(working, ignore_errors=True)
@@ -223,9 +236,3 @@ def _record(run: _Run, curve: Curve) -> dict[str, Any]:
         "dropped": [asdict(dropped) for dropped in read.dropped],
         **asdict(curve),
     }
-
-
-def _is_first() -> bool:
-    import torch.distributed as processes
-
-    return not processes.is_initialized() or processes.get_rank() == 0
