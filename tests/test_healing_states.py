@@ -1,16 +1,22 @@
 """What a run of `heal` leaves behind, what it goes on from, and what it must never destroy."""
 
+import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_callback import TrainerState
 
 from expertcut.errors import OutputError
-from expertcut.healing.asking import Healing, Place
+from expertcut.healing.asking import Healing, Place, Training
 from expertcut.healing.heal import Healed, Options, heal
+from expertcut.healing.training.states import looks_since_best
 from expertcut.moe.loading import LoadOptions
 from expertcut.profiling.sharing.alone import alone
 from tests.conftest import write_quiz
@@ -178,3 +184,91 @@ def test_two_runs_do_not_fill_one_folder(
         healed(stock, asked, tmp_path / "out")
     assert sorted((tmp_path / "out.healing").rglob("*")) == before
     assert healed(stock, asked, tmp_path / "out").curve.steps == 6
+
+
+# Held-out rows gain until some step, and no more: it ends two looks later.
+WILD = Training(steps=12, batch=4, check_every=1, patience=2, learning_rate=5e-3, warmup=0)
+
+
+@pytest.fixture(scope="module")
+def wild(stock: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Healed:
+    out = tmp_path_factory.mktemp("wild") / "out"
+    found = healed(stock, asked_for(quiz_folder, training=WILD), out)
+    assert found.curve.best_step == found.curve.steps - 2 < 10
+    return found
+
+
+def steps_seen(stock: Path, asked: Healing, out: Path, as_in: Healed) -> list[int]:
+    """The steps that a run does anew, until it has what an undisturbed one has."""
+    seen: list[int] = []
+    found = healed(stock, asked, out, report=lambda done, _: seen.append(done))
+    assert found.curve == as_in.curve
+    ours, theirs = (load_file(p / "model.safetensors") for p in (out, as_in.folder))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    return seen
+
+
+def test_a_stop_takes_no_look_off_the_patience(
+    stock: Path, quiz_folder: Path, tmp_path: Path, wild: Healed
+) -> None:
+    asked, last = asked_for(quiz_folder, training=WILD), wild.curve.steps
+    with pytest.raises(Stop):
+        healed(stock, asked, tmp_path / "out", report=stopped_after(last))
+    assert steps_seen(stock, asked, tmp_path / "out", wild) == [last]
+
+
+@pytest.mark.parametrize("harm", ["none", "moved", "best"])
+def test_a_run_that_was_killed_while_it_wrote_is_written_as_it_was(
+    stock: Path,
+    quiz_folder: Path,
+    tmp_path: Path,
+    wild: Healed,
+    harm: str,
+) -> None:
+    asked, out = asked_for(quiz_folder, training=WILD), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("expertcut.healing.heal._write", stopped_after_all)
+        healed(stock, asked, out)
+    steps = tmp_path / "out.healing" / "steps"
+    best, last = wild.curve.best_step, wild.curve.steps
+    assert {path.name for path in steps.iterdir()} == {f"checkpoint-{n}" for n in (best, last)}
+    if harm == "moved":
+        out = tmp_path / "elsewhere" / "new"
+        out.parent.mkdir()
+        (tmp_path / "out.healing").rename(out.with_name("new.healing"))
+    elif harm == "best":
+        (steps / f"checkpoint-{best}" / "adapter_model.safetensors").unlink()
+    anew = list(range(1, last + 1)) if harm == "best" else []
+    assert steps_seen(stock, asked, out, wild) == anew
+
+
+def stopped_after_all(*_: object) -> None:
+    raise Stop
+
+
+def test_patience_counts_as_transformers_does() -> None:
+    for losses in product([1.0, 2.0, 3.0], repeat=5):
+        theirs, state = EarlyStoppingCallback(9), TrainerState()
+        for step, loss in enumerate(losses, 1):
+            state.log_history.append({"step": step, "eval_loss": loss})
+            theirs.check_metric_value(TrainingArguments(greater_is_better=False), state, None, loss)
+            state.best_metric = min(loss, *losses[: step - 1], loss)
+            assert looks_since_best(state) == theirs.early_stopping_patience_counter
+
+
+def test_states_are_told_by_their_steps_and_by_nothing_else(
+    stock: Path, stopped: tuple[Healing, Path], tmp_path: Path, whole: Healed
+) -> None:
+    asked, left = stopped
+    steps = shutil.copytree(left, tmp_path / "out.healing") / "steps"
+    shutil.copytree(steps / "checkpoint-4", steps / "checkpoint-4-backup")
+    later = time.time() + 1e6  # the clock is set back meanwhile
+    for path in steps.iterdir():
+        os.utime(path, (later, later))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("expertcut.healing.heal._write", stopped_after_all)
+        healed(stock, asked, tmp_path / "out")
+    assert whole.curve.best_step == 2
+    kept = {f"checkpoint-{n}" for n in (2, 6, "4-backup")}
+    assert {path.name for path in steps.iterdir()} == kept
+    assert steps_seen(stock, asked, tmp_path / "out", whole) == []

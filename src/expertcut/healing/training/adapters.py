@@ -63,6 +63,12 @@ def put_on(moe: MoeModel, folder: Path) -> None:
         PeftModel.from_pretrained(moe.model, folder)
 
 
+def load_weights(model: Any, folder: Path) -> None:
+    """Puts written weights in the adapters that a model has."""
+    with _unwarned():
+        model.load_adapter(str(folder), ADAPTER)
+
+
 @contextmanager
 def _unwarned() -> Iterator[None]:
     """Peft asks transformers for a name that it gave up."""

@@ -1,19 +1,13 @@
 """One training run: set up, gone on with where it was stopped, its best adapters kept."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer import TRAINER_STATE_NAME
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from expertcut.checkpoints.files.folders import system_errors
@@ -22,13 +16,21 @@ from expertcut.healing.asking import Training
 from expertcut.healing.data.sources import Read
 from expertcut.healing.training.batches import Collator
 from expertcut.healing.training.objectives import Objective
-from expertcut.healing.training.saved import is_whole
+from expertcut.healing.training.states import (
+    best_step,
+    held_out_losses,
+    is_over,
+    keep_best_and_last,
+    last_usable,
+    load_best,
+    state_folder,
+    train_losses,
+)
 from expertcut.healing.training.teacher import Teacher
 from expertcut.healing.training.trainer import HealTrainer
 from expertcut.moe.loading import MoeModel
 
 Report = Callable[[int, int], None]  # steps done, of how many
-_KEPT = 2  # checkpoints: the best and the last
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,11 @@ def fit(
 ) -> Curve:
     """Trains the adapters of a peft model and leaves the best in it, by held-out rows.
 
-    A run that was stopped goes on from its last checkpoint in the folder.
+    A run that was stopped goes on from its last state in the folder.
+
+    Raises:
+        OutputError: the best state was damaged meanwhile.
+        SettingsError: a batch that cannot be shared out.
     """
     objective, teacher = kind
     folder, report = place
@@ -64,15 +70,29 @@ def fit(
         data_collator=Collator(
             objective.where, _pad_id(moe), how.weight_of_answers(objective.name)
         ),
-        callbacks=[EarlyStoppingCallback(how.patience), _Progress(report)],
+        callbacks=[_Watch(how, folder), _Progress(report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
     if how.balance:
         trainer.add_balance(how.balance)
-    with system_errors(folder):
-        trainer.train(resume_from_checkpoint=_last(folder))
+    state = _trained(trainer, how, folder)
+    best = best_step(state)
+    trainer.accelerator.wait_for_everyone()  # the first has written the last state
+    load_best(model, folder, best)
     trainer.accelerator.wait_for_everyone()  # each has read the best adapters
-    return _curve(trainer)
+    return Curve(train_losses(state), held_out_losses(state), best, state.global_step)
+
+
+def _trained(trainer: HealTrainer, how: Training, folder: Path) -> TrainerState:
+    """Where the run ended, now or before: a stop may have come after its last step."""
+    with PartialState().main_process_first():  # it clears up what the others then do not find
+        last = last_usable(folder)
+    if last is not None and is_over(last, how):
+        return last
+    begin = None if last is None else str(state_folder(folder, last.global_step))
+    with system_errors(folder):
+        trainer.train(resume_from_checkpoint=begin)
+    return trainer.state
 
 
 def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
@@ -103,10 +123,6 @@ def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=_KEPT,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
         logging_steps=1,
         remove_unused_columns=False,
         dataloader_pin_memory=is_cuda,
@@ -125,36 +141,24 @@ def _memory(how: Training) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _last(folder: Path) -> str | None:
-    """The last checkpoint that was written whole; those that were not are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if _is_whole(path)]
-    for path in found:
-        if path not in whole:
-            shutil.rmtree(path)
-    return str(whole[-1]) if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Trainer writes its state last; a kill may leave half of that, a power cut half of all."""
-    try:
-        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    except (OSError, ValueError, TypeError):
-        return False
-    return is_whole(checkpoint)
-
-
 def _pad_id(moe: MoeModel) -> int:
     pad_id: int | None = moe.tokenizer.pad_token_id
     return 0 if pad_id is None else pad_id
 
 
-def _curve(trainer: HealTrainer) -> Curve:
-    history = trainer.state.log_history
-    held_out = tuple((int(e["step"]), float(e["eval_loss"])) for e in history if "eval_loss" in e)
-    best = min(held_out, key=lambda entry: entry[1])[0]
-    losses = tuple(float(entry["loss"]) for entry in history if "loss" in entry)
-    return Curve(losses, held_out, best, trainer.state.global_step)
+class _Watch(TrainerCallback):
+    """Ends a run that gains no more, and keeps two of its states."""
+
+    def __init__(self, how: Training, folder: Path) -> None:
+        self.how, self.folder = how, folder
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if is_over(state, self.how):
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.is_world_process_zero:
+            keep_best_and_last(self.folder, best_step(state))
 
 
 class _Progress(TrainerCallback):

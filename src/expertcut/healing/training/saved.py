@@ -13,6 +13,7 @@ from expertcut.documents.records import Record, load_record
 from expertcut.errors import OutputError
 
 OPTIMIZER, STEPS, RANDOM = "optimizer.safetensors", "optimizer.json", "random-{rank}.safetensors"
+ADAPTERS, ADAPTERS_ASKED = "adapter_model.safetensors", "adapter_config.json"  # as peft has them
 
 
 class _Numbers(Record):
@@ -45,9 +46,10 @@ def is_whole(folder: Path) -> bool:
     """Whether all that was saved, and the adapters beside it, can be read."""
     try:
         _numbers(folder)
-        files = [folder / OPTIMIZER, *folder.glob("*.safetensors")]
+        json.loads((folder / ADAPTERS_ASKED).read_bytes())
+        files = [folder / OPTIMIZER, folder / ADAPTERS, *folder.glob("*.safetensors")]
         return all(load_file(file) for file in files)
-    except (OSError, OutputError, SafetensorError):
+    except (OSError, OutputError, SafetensorError, ValueError):
         return False
 
 
