@@ -7,16 +7,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
-from expertcut.errors import OutputError
+from expertcut.errors import ModelError, OutputError
 from expertcut.healing.asking import Healing, Place, Training
 from expertcut.healing.heal import Healed, Options, heal
 from expertcut.healing.training.states import looks_since_best
+from expertcut.healing.training.trainer import HealTrainer
 from expertcut.moe.loading import LoadOptions
 from expertcut.profiling.sharing.alone import alone
 from tests.conftest import write_quiz
@@ -272,3 +276,50 @@ def test_states_are_told_by_their_steps_and_by_nothing_else(
     kept = {f"checkpoint-{n}" for n in (2, 6, "4-backup")}
     assert {path.name for path in steps.iterdir()} == kept
     assert steps_seen(stock, asked, tmp_path / "out", whole) == []
+
+
+@pytest.mark.parametrize(
+    "broken_at",
+    [
+        (True, torch.nan, r"step 5: its loss is nan"),
+        (True, torch.inf, r"step 5: its loss is inf"),
+        (False, torch.inf, r"step 6: the loss of held-out rows is inf"),
+    ],
+)
+def test_a_loss_that_is_no_number_ends_the_run_and_harms_no_state(
+    stock: Path,
+    stopped: tuple[Healing, Path],
+    tmp_path: Path,
+    whole: Healed,
+    broken_at: tuple[bool, float, str],
+) -> None:
+    asked, left = stopped
+    is_training, broken, said = broken_at
+    shutil.copytree(left, tmp_path / "out.healing")
+
+    def objective(self: HealTrainer, logits: Tensor, inputs: Any) -> Tensor:
+        found = sound(self, logits, inputs)
+        return found * broken if self.model.training is is_training else found
+
+    sound = HealTrainer._objective
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HealTrainer, "_objective", objective)
+        for _ in range(2):  # and it does so again, from the same state
+            with pytest.raises(ModelError, match=f"training broke at {said}: nothing is written"):
+                healed(stock, asked, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert steps_seen(stock, asked, tmp_path / "out", whole) == [5, 6]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(
+    stock: Path, quiz_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def objective(self: HealTrainer, logits: Tensor, inputs: Any) -> Tensor:
+        found = sound(self, logits, inputs)
+        found.register_hook(lambda gradient: gradient * torch.nan) if found.requires_grad else None
+        return found
+
+    sound = HealTrainer._objective
+    monkeypatch.setattr(HealTrainer, "_objective", objective)
+    with pytest.raises(ModelError, match="step 1: the norm of its gradient is nan"):
+        healed(stock, asked_for(quiz_folder), tmp_path / "out")

@@ -84,7 +84,7 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
 
     Raises:
         ContractError: a model whose experts cannot be told apart, or cannot be written back.
-        ModelError: a checkpoint or teacher that cannot be loaded.
+        ModelError: a checkpoint or teacher that cannot be loaded, or losses that are no numbers.
         OutputError: a place that must not be written, that holds another run, or where one is at
             work.
         QuizError: data that cannot be read, or of which too much is scored later.

@@ -1,7 +1,8 @@
 """One training run: set up, gone on with where it was stopped, its best adapters kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from expertcut.checkpoints.files.folders import system_errors
-from expertcut.errors import SettingsError
+from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.asking import Training
 from expertcut.healing.data.sources import Read
 from expertcut.healing.training.batches import Collator
@@ -31,6 +32,11 @@ from expertcut.healing.training.trainer import HealTrainer
 from expertcut.moe.loading import MoeModel
 
 Report = Callable[[int, int], None]  # steps done, of how many
+_FINITE = {
+    "loss": "its loss",
+    "grad_norm": "the norm of its gradient",
+    "eval_loss": "the loss of held-out rows",
+}  # as Trainer calls them
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ def fit(
     A run that was stopped goes on from its last state in the folder.
 
     Raises:
+        ModelError: a loss or gradient that is no finite number.
         OutputError: the best state was damaged meanwhile.
         SettingsError: a batch that cannot be shared out.
     """
@@ -124,6 +131,7 @@ def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
         save_strategy="steps",
         save_steps=every,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would tell 0 instead
         remove_unused_columns=False,
         dataloader_pin_memory=is_cuda,
         ddp_find_unused_parameters=True if n_processes > 1 else None,
@@ -146,11 +154,28 @@ def _pad_id(moe: MoeModel) -> int:
     return 0 if pad_id is None else pad_id
 
 
+def _check_finite(step: int, logs: Mapping[str, float]) -> None:
+    """Before a state is written: with a norm that is none, weights would be none after this step.
+
+    Raises:
+        ModelError: a number that is none.
+    """
+    for name, said in _FINITE.items():
+        if not isfinite(found := logs.get(name, 0.0)):
+            raise ModelError(
+                f"training broke at step {step}: {said} is {found}: nothing is written; name "
+                "another --out and a lower --learning-rate, or --dtype float32"
+            )
+
+
 class _Watch(TrainerCallback):
-    """Ends a run that gains no more, and keeps two of its states."""
+    """Ends a run that gains no more or breaks, and keeps two of its states."""
 
     def __init__(self, how: Training, folder: Path) -> None:
         self.how, self.folder = how, folder
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        _check_finite(state.global_step, more["logs"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if is_over(state, self.how):
