@@ -7,18 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, OlmoeConfig, TrainingArguments
 from transformers.trainer_callback import TrainerState
+from transformers.training_args import ParallelMode
 
-from expertcut.errors import ModelError, OutputError
+from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.healing.asking import Healing, Place, Training
 from expertcut.healing.heal import Healed, Options, heal
+from expertcut.healing.training.fit import _arguments
 from expertcut.healing.training.states import looks_since_best
 from expertcut.healing.training.trainer import HealTrainer
 from expertcut.moe.loading import LoadOptions
@@ -323,3 +326,23 @@ def test_a_gradient_that_is_no_number_ends_the_run(
     monkeypatch.setattr(HealTrainer, "_objective", objective)
     with pytest.raises(ModelError, match="step 1: the norm of its gradient is nan"):
         healed(stock, asked_for(quiz_folder), tmp_path / "out")
+
+
+def test_one_process_trains_on_the_device_of_its_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a host of four devices; here is none.
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
+    for name, value in (("set_device", None), ("device_count", 4), ("is_bf16_supported", False)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert TrainingArguments(str(tmp_path)).n_gpu == 4
+    config = OlmoeConfig(hidden_size=32)
+    on_0, on_1 = (
+        SimpleNamespace(device=torch.device(name), model=SimpleNamespace(config=config))
+        for name in ("cuda:0", "cuda:1")
+    )
+    arguments = _arguments(on_0, SHORT, tmp_path)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, SHORT.batch)
+    assert arguments.parallel_mode == ParallelMode.NOT_PARALLEL
+    with pytest.raises(SettingsError, match="--device cuda:1: training would run on cuda:0"):
+        _arguments(on_1, SHORT, tmp_path)

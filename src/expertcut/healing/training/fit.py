@@ -64,7 +64,7 @@ def fit(
     Raises:
         ModelError: a loss or gradient that is no finite number.
         OutputError: the best state was damaged meanwhile.
-        SettingsError: a batch that cannot be shared out.
+        SettingsError: a batch that cannot be shared out, or a device that Trainer does not take.
     """
     objective, teacher = kind
     folder, report = place
@@ -112,7 +112,7 @@ def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
         )
     is_cuda = moe.device.type == "cuda"
     every = min(how.check_every, how.steps)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         str(folder),
         max_steps=how.steps,
         per_device_train_batch_size=micro,
@@ -138,6 +138,24 @@ def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         report_to="none",
     )
+    return _on_one_device(arguments, moe.device)
+
+
+def _on_one_device(arguments: TrainingArguments, device: torch.device) -> TrainingArguments:
+    """Where the model is; of several that one process sees, Trainer would take the first, or all.
+
+    Raises:
+        SettingsError: it would run elsewhere.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel: other batches, other hooks
+    theirs = arguments.device
+    is_same = theirs.type == device.type and (theirs.type == "cpu" or theirs.index == device.index)
+    if not is_same:  # CPUs are numbered by process
+        raise SettingsError(
+            f"--device {device}: training would run on {theirs}: leave --device out, "
+            "and choose one of several by CUDA_VISIBLE_DEVICES"
+        )
+    return arguments
 
 
 def _memory(how: Training) -> dict[str, Any]:
