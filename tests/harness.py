@@ -30,6 +30,15 @@ _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# What `python -m lm_eval` does, for several command lines.
+_IN_TURN = """
+import json, os, sys
+from lm_eval.__main__ import cli_evaluate
+for folder, *arguments in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
+"""
 
 
 @dataclass(frozen=True)
@@ -83,25 +92,40 @@ def task_name(subject: str) -> str:
     return f"mmlu_{subject}" if _is_stock(subject) else f"quiz_{subject}"
 
 
-def harness(model: Path | None, asked: Asked, folder: Path) -> Harnessed:
-    """Runs lm_eval in a new folder, its output in `lm_eval.log` there; no model is a dummy's."""
-    write_data_set(asked, folder / _DATA_SET)
-    write_tasks(asked, folder / _DATA_SET, folder / "tasks")
-    arguments = f"pretrained={model.resolve()},dtype=float32" if model else ""
-    command = [
-        *(sys.executable, "-m", "lm_eval", "--tasks", GROUP, "--include_path", "tasks"),
-        *(("--model", "hf", "--model_args", arguments) if model else ("--model", "dummy")),
+def harness(runs: Sequence[tuple[Path | None, Asked, Path]]) -> list[Harnessed]:
+    """Runs lm_eval once for each model, in a new folder each; no model is a dummy's.
+
+    All in one process, one command line after another: to start it takes longer than to ask. What
+    it prints goes to `lm_eval.log` in the first folder.
+    """
+    lines = []
+    for model, asked, folder in runs:
+        write_data_set(asked, folder / _DATA_SET)
+        write_tasks(asked, folder / _DATA_SET, folder / "tasks")
+        lines.append([str(folder.resolve()), *_arguments(model, asked)])
+    first = runs[0][2]
+    environment = {**os.environ, **_ENVIRONMENT, "HF_HOME": str(first / "hf_home")}
+    with (first / "lm_eval.log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "-c", _IN_TURN, json.dumps(lines)],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            check=False,
+        )
+    if done.returncode:
+        raise AssertionError(f"lm_eval failed:\n{(first / 'lm_eval.log').read_text()[-4000:]}")
+    return [read_output(folder / "out", asked.subjects) for _, asked, folder in runs]
+
+
+def _arguments(model: Path | None, asked: Asked) -> list[str]:
+    of = f"pretrained={model.resolve()},dtype=float32" if model else ""
+    return [
+        *("--tasks", GROUP, "--include_path", "tasks"),
+        *(("--model", "hf", "--model_args", of) if model else ("--model", "dummy")),
         *("--num_fewshot", str(asked.shots), "--log_samples", "--output_path", "out"),
         *("--device", "cpu", *(("--limit", str(asked.limit)) if asked.limit else ())),
     ]
-    environment = {**os.environ, **_ENVIRONMENT, "HF_HOME": str(folder / "hf_home")}
-    with (folder / "lm_eval.log").open("w") as log:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, check=False
-        )
-    if done.returncode:
-        raise AssertionError(f"lm_eval failed:\n{(folder / 'lm_eval.log').read_text()[-4000:]}")
-    return read_output(folder / "out", asked.subjects)
 
 
 def write_data_set(asked: Asked, folder: Path) -> None:

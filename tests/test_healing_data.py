@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
 from expertcut.healing.data.judges import CHOSE_CUT, CHOSE_STEP, UNUSED
-from expertcut.healing.data.leaks import texts_without_scored
+from expertcut.healing.data.leaks import (
+    evaluation_quizzes,
+    texts_without_scored,
+    without_scored,
+)
 from expertcut.healing.data.mixing import Part, Rows
 from expertcut.healing.data.rows import Row, group_questions, question_lengths, question_row
 from expertcut.healing.data.sources import Read, read_data
@@ -140,6 +144,13 @@ def test_what_stands_in_the_evaluation_split_is_dropped_and_named(
     everything = "\n".join(texts_of(found, 200))
     assert not [q for q in scored if q.text in everything]
     assert read(quiz_folder).dropped == []
+
+
+def test_of_mmlu_27_questions_of_val_stand_in_test(real_mmlu: Path) -> None:
+    scored = evaluation_quizzes(Data((Weighted(str(real_mmlu)),)))
+    kept, dropped = without_scored(load_quiz(Selection(str(real_mmlu), "val", 0)), scored)
+    assert dropped is not None and (len(dropped.names), dropped.total) == (27, 1_531)
+    assert len(kept) == 1_504
 
 
 def test_more_than_a_twentieth_of_them_is_refused(quiz_folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,20 +62,20 @@ class Evaluated:
     logprobs: dict[str, Array]
 
 
-@pytest.mark.parametrize("shots", [0, 5])
 def test_prompts_and_scores_on_mmlu_are_those_of_lm_eval(
-    real_mmlu: Path, real_tokenizer: Path, tmp_path: Path, shots: int
+    real_mmlu: Path, real_tokenizer: Path, tmp_path: Path
 ) -> None:
     model = model_with_real_vocabulary(tmp_path / "olmoe", real_tokenizer)
-    asked = Asked(real_mmlu, AWKWARD_MMLU, shots, limit=20)
-    theirs = harness(model, asked, tmp_path / "lm_eval")
-    _, (ours,) = evaluate([model], asked, tmp_path / "results.json")
-    assert ours.result.questions == 60
-    assert_agreement(ours, theirs, asked)
-    text = theirs.samples["college_mathematics"][8].prompt
-    assert "II. P is diagonalizable.\nIII. " in text
-    assert "\nA. None\n" in text
-    assert ("\r\n" in text) == (shots == 5)
+    both = [Asked(real_mmlu, AWKWARD_MMLU, shots, limit=20) for shots in (0, 5)]
+    runs = harness([(model, asked, tmp_path / f"{asked.shots} shots") for asked in both])
+    for asked, theirs in zip(both, runs, strict=True):
+        _, (ours,) = evaluate([model], asked, tmp_path / f"results-{asked.shots}.json")
+        assert ours.result.questions == 60
+        assert_agreement(ours, theirs, asked)
+        text = theirs.samples["college_mathematics"][8].prompt
+        assert "II. P is diagonalizable.\nIII. " in text
+        assert "\nA. None\n" in text
+        assert ("\r\n" in text) == (asked.shots == 5)
 
 
 def test_pruned_healed_and_reweighted_models_are_stock_models_that_score_as_eval_says(
@@ -97,8 +96,7 @@ def test_pruned_healed_and_reweighted_models_are_stock_models_that_score_as_eval
     asked = smaller_quiz(tmp_path / "quiz")
     results, (base, *ours) = evaluate([QUICKSTART, *edited], asked, tmp_path / "results.json")
     assert base.result.questions == 80
-    with ThreadPoolExecutor() as pool:  # a process each: most of its time it starts up
-        theirs = list(pool.map(lambda m: harness(m, asked, m.with_suffix(".lm_eval")), edited))
+    theirs = harness([(model, asked, model.with_suffix(".lm_eval")) for model in edited])
     predicted = pandas.read_parquet(tmp_path / "predictions.parquet")
     files = sorted(tmp_path.glob("harness-*.json"))
     assert [f.name.split("-")[1] for f in files] == ["0", "1", "2", "3"]
@@ -118,7 +116,8 @@ def test_every_prompt_of_mmlu_is_that_of_lm_eval(
 ) -> None:
     quiz = load_quiz(Selection(str(real_mmlu), shots=shots))
     assert (len(quiz), len(quiz.questions)) == (14_042, 57)
-    theirs = harness(None, Asked(real_mmlu, tuple(quiz.questions), shots), tmp_path / "lm_eval")
+    every = Asked(real_mmlu, tuple(quiz.questions), shots)
+    (theirs,) = harness([(None, every, tmp_path / "lm_eval")])
     for subject in quiz.questions:
         assert [s.prompt for s in theirs.samples[subject]] == prompts(quiz, subject)
 
