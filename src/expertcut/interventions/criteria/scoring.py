@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.interventions.allowed import least_per_group
@@ -203,6 +202,8 @@ def _positions(by: str) -> tuple[Positions, ...]:
 
 def spearman(a_E: Array, b_E: Array) -> float:
     """Spearman's rank correlation, ties at their mean rank; NaN where either is constant."""
+    from scipy.stats import rankdata  # every prune would wait for it
+
     a_E, b_E = (rankdata(values_E) for values_E in (a_E, b_E))
     a_E, b_E = a_E - a_E.mean(), b_E - b_E.mean()
     length = float(np.sqrt((a_E @ a_E) * (b_E @ b_E)))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from expertcut.errors import ProfileError
 from expertcut.profiling.evidence.margins import Margin
@@ -100,4 +99,6 @@ def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
     """Spearman's rank correlation, None where either is the same for all questions."""
     if margin_N is None or len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
         return None
+    from scipy.stats import spearmanr  # every profile would wait for it
+
     return float(spearmanr(margin_N, moved_N).statistic)

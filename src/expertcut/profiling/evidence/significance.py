@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
-from scipy.stats import false_discovery_control
 
 from expertcut.profiling.evidence.by_subject import SubjectCounts
 from expertcut.profiling.statistics import share
@@ -70,6 +69,8 @@ def significance(
     p_X = 2 * ndtr(-np.abs(z_X))
     p_adjusted_X, p_family_X = np.full_like(z_X, np.nan), np.full_like(z_X, np.nan)
     if is_tested_X.any():
+        from scipy.stats import false_discovery_control  # every prune would wait for it
+
         shuffled_BN = shuffles(counts, is_correct_N, permutations, seed)
         tested = np.flatnonzero(is_tested_X)
         largest_B = np.zeros(permutations)
