@@ -29,7 +29,7 @@ quickstart: $(STAMP) ## the tour of the README, on the bundled model
 	PATH="$(CURDIR)/$(BIN):$$PATH" expertcut run recipes/quickstart.yaml
 
 test: $(STAMP) ## the tests, with branch coverage of at least 95 %
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov $(PYTEST_ARGS)
 
 soak: $(STAMP) ## breaks it on purpose for about a quarter of an hour, and prints the figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.kills --moments 100 --seed 0

@@ -108,6 +108,7 @@ def test_a_teacher_from_a_cache_teaches_as_a_live_one(
     assert live.curve.losses[0] > 0.01
     with pytest.raises(OutputError, match="another teacher, or others of them"):
         healed(stock, replace(cached, likeliest=7), tmp_path / "third")
+    assert not (tmp_path / "third.healing").exists()
 
 
 @pytest.mark.parametrize("metadata", [None, {"rows": "{"}, {"rows": '{"a": [0, 9]}'}])

@@ -24,7 +24,7 @@ from expertcut.healing.judging import BASE, BEFORE, HEALED, Verdict, answers, ju
 from expertcut.healing.lineage import first_base
 from expertcut.healing.planning import healed_plan, used_questions
 from expertcut.healing.training.adapters import adapted, put_on
-from expertcut.healing.training.cache import Whose, filled
+from expertcut.healing.training.cache import Whose, check_whose, filled
 from expertcut.healing.training.fit import Curve, Report, fit
 from expertcut.healing.training.objectives import OBJECTIVES, Objective
 from expertcut.healing.training.teacher import Live, Teacher
@@ -104,6 +104,8 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
     read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
     judges = read.judges(used_questions(source, read)) if options.is_verified else None
     run = _Run(asked, objective, moe, read, judges, options)
+    if asked.cache is not None and objective.needs_teacher and base is not None:
+        check_whose(asked.cache, _whose(run, base))
     with ExitStack() as until_done:
         if processes.is_main_process:
             until_done.enter_context(alone(working, "healing"))
@@ -182,11 +184,16 @@ def _teacher(run: _Run, base: Source, other: Callable[[], MoeModel]) -> Teacher:
     asked = run.asked
     if asked.cache is None:
         return Live(other(), asked.likeliest)
-    whose = Whose(base.fingerprint, str(run.moe.dtype), asked.likeliest)
     n_rows = asked.training.steps * asked.training.batch
     rows: Any = (run.read.rows(n_rows), run.read.fixed(n_rows))
     batch = asked.training.micro_batch or asked.training.batch
-    return filled(asked.cache, whose, rows, lambda: Live(other(), asked.likeliest), batch)
+    return filled(
+        asked.cache, _whose(run, base), rows, lambda: Live(other(), asked.likeliest), batch
+    )
+
+
+def _whose(run: _Run, base: Source) -> Whose:
+    return Whose(base.fingerprint, str(run.moe.dtype), run.asked.likeliest)
 
 
 def _load_other(run: _Run, base: Source) -> MoeModel:
