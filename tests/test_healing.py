@@ -185,7 +185,11 @@ def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: 
     adapter = ("--adapter", "--objective", "lm", "--out", "lora")
     printed = expertcut("heal", stock, "--quiz", quiz_folder, *short, *adapter)
     assert "by lm on " in printed and "the unedited base" in printed
-    assert Path("lora/adapter_model.safetensors").is_file() and Path("lora/plan.json").is_file()
+    modes = {
+        name: Path("lora", name).stat().st_mode
+        for name in ("adapter_model.safetensors", "plan.json")
+    }
+    assert len(set(modes.values())) == 1  # readable to whom the plan is
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from expertcut.checkpoints.export import companions
 from expertcut.checkpoints.files.folders import system_errors
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.files.streaming import write_checkpoint
+from expertcut.documents.private import share
 from expertcut.errors import ContractError
 from expertcut.healing.training.adapters import ADAPTER, deltas
 from expertcut.moe.loading import Source
@@ -96,3 +97,5 @@ def write_adapter(source: Source, model: Any, folder: Path) -> None:
     with system_errors(folder):
         model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be filled in
+    for file in folder.iterdir():
+        share(file)  # safetensors writes for the owner only
