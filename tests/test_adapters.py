@@ -412,6 +412,18 @@ def test_prune_writes_the_adapter_into_its_checkpoint(
     assert model.peft_config["default"].base_model_name_or_path == str(profiled / "cut")
 
 
+def test_an_adapter_with_a_value_that_is_no_number_is_refused(
+    profiled: Path, expertcut: Commands
+) -> None:
+    tensors = load_file(profiled / "lora" / WEIGHTS)
+    first = min(tensors)
+    tensors[first].view(-1)[0] = float("nan")
+    save_file(tensors, profiled / "lora" / WEIGHTS)
+    said = expertcut("prune --profile p --keep 5 --adapter lora --out cut", status=2)
+    assert f"lora/{WEIGHTS} holds NaN or infinity, 1 of the" in said and first in said
+    assert not (profiled / "cut").exists()
+
+
 def test_without_an_adapter_a_plan_has_no_word_of_it(profiled: Path, expertcut: Commands) -> None:
     printed = expertcut("prune --profile p --keep 5 --no-verify --out cut")
     assert "adapter that was cut along" not in page(expertcut, profiled / "cut")

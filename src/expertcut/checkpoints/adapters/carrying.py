@@ -20,6 +20,7 @@ from expertcut.checkpoints.layouts.names import blocks_of
 from expertcut.errors import ModelError, OutputError
 from expertcut.interventions.plan import Draft, Plan, PlanAdapter
 from expertcut.moe.loading import Source, read_config
+from expertcut.moe.loading.checks.weights import check_values
 from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.chunks import write_atomically
 
@@ -92,6 +93,7 @@ def carried(adapter: Path | None, source: Source, draft: Draft, folder: Path) ->
         return None
     found = Carried(read_adapter(adapter), source, draft, folder)
     check_space(folder, found.laid_out().size_bytes)
+    check_values(adapter / WEIGHTS_FILE)
     return found
 
 

@@ -78,18 +78,27 @@ def check_finite(folder: Path, model: Any, files: list[Path]) -> None:
     if bad is None and not is_elsewhere:
         return
     for file in files:
-        for name, tensor in _on_disk(file):
-            if not _is_finite(tensor):
-                n_bad = int((~tensor.isfinite()).sum())
-                raise ModelError(
-                    f"{file} holds NaN or infinity, {n_bad} of the {tensor.numel()} values of "
-                    f"{name}: download it again, or ask who made it"
-                )
+        check_values(file)
     if bad is not None:
         raise ModelError(
             f"{weights_file(folder)} holds values that do not fit in {model.dtype}, in {bad}: "
             "take another --dtype"
         )
+
+
+def check_values(file: Path) -> None:
+    """That no weight in a file is NaN or infinite.
+
+    Raises:
+        ModelError: one is.
+    """
+    for name, tensor in _on_disk(file):
+        if not _is_finite(tensor):
+            n_bad = int((~tensor.isfinite()).sum())
+            raise ModelError(
+                f"{file} holds NaN or infinity, {n_bad} of the {tensor.numel()} values of "
+                f"{name}: download it again, or ask who made it"
+            )
 
 
 def _on_disk(file: Path) -> Iterator[tuple[str, Tensor]]:
