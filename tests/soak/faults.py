@@ -110,7 +110,7 @@ class Bench:
             self._reading("prune", "weights removed", weights, removed_before_shards, GONE),
             self._reading("prune", "weights cut", weights, cut_before_shards, "became shorter"),
             self._reading("run", "weights removed", weights, removed_before_shards, GONE),
-            self._reading("profile", "weights removed", weights, removed_before_load, "be loaded"),
+            self._reading("profile", "weights removed", weights, removed_before_load, "neither"),
             self._reading("prune", "a chunk removed", chunk, removed_before_chunks, "is damaged"),
             self._opening("profile", "questions removed", question, "old_cups_test.csv", GONE),
             self._opening("run", "questions removed", question, "old_cups_test.csv", GONE),

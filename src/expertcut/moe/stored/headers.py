@@ -127,7 +127,10 @@ def read_index(folder: Path) -> dict[str, str]:
     has_single = (folder / SINGLE_FILE).exists()
     if not file.exists():
         if not has_single:
-            raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+            raise ModelError(
+                f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: download it again, or "
+                "save it as safetensors"
+            )
         return {}
     try:
         check_size(file, _MAX_INDEX_BYTES)
