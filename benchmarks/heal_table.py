@@ -97,7 +97,7 @@ def _cut(name: str) -> tuple[object, ...]:
 def table(cells: list[dict[str, Any]], minutes: float) -> Table:
     """A row per cell; intervals are of paired differences on the same questions."""
     columns = (
-        *(Column("cut"), Column("layout"), Column("base", ".2%"), Column("cut ", ".2%")),
+        *(Column("cut by"), Column("layout"), Column("base", ".2%"), Column("cut", ".2%")),
         *(Column("healed", ".2%"), Column("lost by the cut"), Column("healed − base")),
         *(Column("healed − cut"), Column("won back", ".0%"), Column("steps"), Column("minutes")),
     )
