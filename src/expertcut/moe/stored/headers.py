@@ -124,9 +124,8 @@ def read_index(folder: Path) -> dict[str, str]:
         ModelError: no weights, or an index that does not hold together.
     """
     file = folder / INDEX_FILE
-    has_single = (folder / SINGLE_FILE).exists()
     if not file.exists():
-        if not has_single:
+        if not (folder / SINGLE_FILE).exists():
             raise ModelError(
                 f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: download it again, or "
                 "save it as safetensors"
@@ -143,7 +142,7 @@ def read_index(folder: Path) -> dict[str, str]:
     for tensor, name in index.items():
         if not _is_file_name(name):
             raise _damaged(file, f"{tensor} lies in {name!r}, must be a .safetensors file here")
-    if has_single and set(index.values()) != {SINGLE_FILE}:
+    if (folder / SINGLE_FILE).exists() and set(index.values()) != {SINGLE_FILE}:
         raise ModelError(f"{folder} holds {SINGLE_FILE} and an index of other files: remove one")
     _refuse_forgotten_files(folder, set(index.values()))
     return index
