@@ -23,8 +23,8 @@ ORDER = (
     "cli",
 )
 ROOT_FILES = ("__init__", "__main__")
-MAX_FILE_LINES = 250
-MAX_FUNCTION_LINES = 40
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 60
 PRINTING_NAMES = {"print", "pprint", "echo", "secho"}  # builtin, rich, typer, click
 
 

@@ -59,11 +59,13 @@ def _own(name: str, data: Data, revision: str | None) -> Quiz | None:
 
 def _as_scored(name: str, data: Data, revision: str | None) -> Quiz:
     """Its prompts have shots, or none where the quiz has not so many."""
-    bare = Selection(name, data.eval_split, shots=0, revision=revision, truncate=data.truncate)
-    found = load_quiz(bare)
+    asked = Selection(name, data.eval_split, data.shots, revision=revision, truncate=data.truncate)
     try:
-        return load_quiz(replace(bare, shots=data.shots))
+        return load_quiz(asked)
+    except SplitError:
+        raise
     except QuizError as error:
+        found = load_quiz(replace(asked, shots=0))  # fails again, if it was not for the shots
         logger.warning("%s is asked without shots: %s", name, error)
         return found
 

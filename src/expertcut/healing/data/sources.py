@@ -31,6 +31,8 @@ from expertcut.quiz.questions import group_by_subject, replace_questions
 
 _ONE_IN = 10  # of the questions and texts are held out, by their content
 _MOST_HELD_OUT = 256
+Lengths = dict[tuple[str, int], int]
+"""Tokens of each question's prompt without shots, by subject and row."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,16 @@ class _Reader:
         data = self.data
         which = (named.name, data.split, 0, data.subjects, data.limit, named.revision)
         quiz, scored = without_scored(load_quiz(Selection(*which, data.truncate)), self.scored)
-        quiz, too_long = self._without_long(quiz)
+        lengths = self._lengths(quiz)
+        quiz, too_long = self._without_long(quiz, lengths)
         self.dropped += [scored, too_long]
         held_out = _held_out(quiz)
         kept = without(quiz, {q.content_hash for q in held_out})
         self.hashes |= {q.content_hash for q in quiz}
         self.n_questions += len(kept)
         self.held_out_quiz = self.held_out_quiz or held_out
-        shuffled = self._shuffled_quiz(kept, is_turned=self.data.is_shuffled)
-        self.held_out += self._shuffled_quiz(held_out)(random.Random(self.seed))
+        shuffled = self._shuffled_quiz(kept, lengths, is_turned=self.data.is_shuffled)
+        self.held_out += self._shuffled_quiz(held_out, lengths)(random.Random(self.seed))
         self._add(named, shuffled)
 
     def add_texts(self, named: Weighted) -> None:
@@ -131,11 +134,14 @@ class _Reader:
             self.n_texts,
         )
 
-    def _without_long(self, quiz: Quiz) -> tuple[Quiz, Dropped | None]:
-        """The questions whose prompt without shots fits into a row."""
+    def _lengths(self, quiz: Quiz) -> Lengths:
         questions = list(quiz)
-        sizes = question_lengths(self.tokenizer, questions)
-        long = [q for q, size in zip(questions, sizes, strict=True) if size > self.max_tokens]
+        found = zip(questions, question_lengths(self.tokenizer, questions), strict=True)
+        return {(question.subject, question.row): length for question, length in found}
+
+    def _without_long(self, quiz: Quiz, lengths: Lengths) -> tuple[Quiz, Dropped | None]:
+        """The questions whose prompt without shots fits into a row."""
+        long = [q for q in quiz if lengths[q.subject, q.row] > self.max_tokens]
         if not long:
             return quiz, None
         if len(long) == len(quiz):
@@ -151,24 +157,13 @@ class _Reader:
         self.parts.append(Part(f"{number}", named.weight, shuffled, self.seed))
 
     def _shuffled_quiz(
-        self, quiz: Quiz, *, is_turned: bool = False
+        self, quiz: Quiz, lengths: Lengths, *, is_turned: bool = False
     ) -> Callable[[random.Random], list[Row]]:
-        lengths = {
-            subject: dict(
-                zip(
-                    (q.row for q in questions),
-                    question_lengths(self.tokenizer, questions),
-                    strict=True,
-                )
-            )
-            for subject, questions in quiz.questions.items()
-        }
-
         def shuffled(order: random.Random) -> list[Row]:
             rows = []
-            for subject, questions in quiz.questions.items():
+            for questions in quiz.questions.values():
                 turned = order.sample(questions, len(questions))
-                sizes = [lengths[subject][q.row] for q in turned]
+                sizes = [lengths[q.subject, q.row] for q in turned]
                 if is_turned:
                     turned = [_turned(question, order) for question in turned]
                 groups = group_questions(turned, sizes, self.data.shots + 1, self.max_tokens)

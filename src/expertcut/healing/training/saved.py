@@ -47,7 +47,7 @@ def is_whole(folder: Path) -> bool:
     try:
         _numbers(folder)
         json.loads((folder / ADAPTERS_ASKED).read_bytes())
-        files = [folder / OPTIMIZER, folder / ADAPTERS, *folder.glob("*.safetensors")]
+        files = {folder / OPTIMIZER, folder / ADAPTERS, *folder.glob("*.safetensors")}
         return all(load_file(file) for file in files)
     except (OSError, OutputError, SafetensorError, ValueError):
         return False
