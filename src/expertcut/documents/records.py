@@ -19,7 +19,8 @@ from expertcut.errors import ExpertcutError
 
 Document = TypeVar("Document", bound=BaseModel)
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.A)
-_OF_CUTTING = {"truncate", "cut"}
+# Left out of JSON where nothing is said, so that hashes and bytes stay those of older records.
+_UNSAID = {"truncate", "cut", "selection"}
 REVISION = re.compile(r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}", re.A)
 
 
@@ -36,8 +37,7 @@ Format1 = Annotated[Literal[1], BeforeValidator(_no_truth)]
 class Record(BaseModel):
     """Base of what is written as JSON: unknown keys and NaN are errors, values never change.
 
-    What says how prompts are cut is left out where none may be, so that hashes and bytes are those
-    of records from before there was such a thing.
+    What older versions did not say is left out where it is None (`_UNSAID`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -45,7 +45,7 @@ class Record(BaseModel):
     @model_serializer(mode="wrap")
     def _unless_silent(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = values(self)
-        return {k: v for k, v in found.items() if v is not None or k not in _OF_CUTTING}
+        return {k: v for k, v in found.items() if v is not None or k not in _UNSAID}
 
 
 class Identified(Record):

@@ -22,6 +22,7 @@ def check_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: 
             f"list {blocks[0].name} … {blocks[-1].name} in order"
         )
     for block in blocks:
+        _check_hashed(block, edits[block.name])
         _check_block(block, edits[block.name], least_of(block, layout))
     if layout == "exact":
         return
@@ -32,6 +33,21 @@ def check_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: 
         raise PlanError(
             f"layout stock needs one count for all layers, found {sorted(counts)}: "
             "keep the same number in each, or take --layout exact"
+        )
+
+
+def _check_hashed(block: BlockInfo, edit: Edit) -> None:
+    if not block.is_hashed:
+        return
+    if len(edit.keep) < block.experts or edit.merged:
+        raise PlanError(
+            f"{block.name} chooses its experts by a table of token ids, so all {block.experts} "
+            "must stay, and one count holds for all layers of this family: it cannot be cut"
+        )
+    if edit.bias:
+        raise PlanError(
+            f"{block.name} chooses its experts by a table of token ids, so a bias changes no "
+            "choice there: take an expert of another layer, or --scale"
         )
 
 

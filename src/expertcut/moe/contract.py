@@ -1,17 +1,25 @@
 """The MoE contract: which modules of a model route, which are experts, and what the gate does."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from expertcut.errors import ContractError
-from expertcut.moe.observers import Routing, observe_routers
+from expertcut.moe.gate_laws import (
+    SCORES,
+    Scoring,
+    Selection,
+    WeightRule,
+    check_blocks,
+    explain_gate,
+    verifying,
+)
+from expertcut.moe.observers import Routing
 from expertcut.moe.residual import Residual, probing
-
-Scoring = Literal["softmax", "sigmoid"]
+from expertcut.moe.router_ops import LogitsOp, RouterCall
 
 # Families that look alike but break the contract, by config.model_type.
 REFUSED = {
@@ -26,10 +34,13 @@ _SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 class MoeBlock:
     """One MoE block of a loaded model; `layer` counts MoE blocks from 0.
 
-    `scoring` says what α is: the softmax over all E logits or the sigmoid of each.
-    `inflates` is true where the gate weight is a softmax over all E experts cut to K, so that
-    removing a router row makes every other weight larger (OLMoE, Qwen2-MoE, Jamba, ...).
-    `residual` says where the residual stream is read that the block's output is added to.
+    `scoring` says what α is: a function of the logits. `weights` says how gate weights come from
+    α, None where they do not. `inflates` is true where they are a softmax over all E experts cut
+    to K, so that removing a router row makes every other weight larger (OLMoE, Qwen2-MoE, ...).
+    `selection` says how experts are chosen: by α plus the selection bias, by the logits plus that
+    bias, or by a table of token ids (hash routing). `residual` says where the residual stream is
+    read that the block's output is added to. `call` is how the router was called on the probe,
+    `logits_op` where its logits can be changed, None where they cannot.
     """
 
     name: str
@@ -43,38 +54,65 @@ class MoeBlock:
     top_groups: int
     scoring: Scoring
     inflates: bool
+    weights: WeightRule | None = None
+    selection: Selection = "score"
     residual: Residual | None = None
+    call: RouterCall = field(default=RouterCall(()), compare=False, repr=False)
+    logits_op: LogitsOp | None = None
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether a table of token ids chooses the experts, so that none can be cut."""
+        return self.selection == "table"
 
     def alpha(self, logits_TE: Tensor) -> Tensor:
         """Router probability of every expert before top-k, (T, E) float32."""
-        logits_TE = logits_TE.float()
-        return logits_TE.sigmoid() if self.scoring == "sigmoid" else logits_TE.softmax(dim=-1)
+        return SCORES[self.scoring](logits_TE.float())
+
+    def selection_tensor(self) -> Tensor | None:
+        """The family's selection bias as it is now; on the meta device where it is offloaded."""
+        return next((t for _, n, t in _owned(self.module) if n in _SELECTION_BIAS), None)
 
     def selection_bias(self) -> Tensor | None:
-        """The bias (E,) added to α for choosing only, where the family has one."""
+        """The values (E,) of the selection bias, where the family has one: not to be changed."""
         for owner, name, tensor in _owned(self.module):
             if name in _SELECTION_BIAS:
                 return _at_hand(owner, name, tensor).reshape(-1)
         return None
 
-    def selection_gap(self, alpha_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def selection_scores(self, logits_TE: Tensor, alpha_TE: Tensor | None = None) -> Tensor:
+        """What experts are ranked by where they are chosen, (T, E) float32; α if it is known."""
+        if self.selection == "logits":
+            score_TE = logits_TE.float()
+        else:
+            score_TE = self.alpha(logits_TE) if alpha_TE is None else alpha_TE
+        bias_E = self.selection_bias()
+        return score_TE if bias_E is None else score_TE + bias_E.to(score_TE.device)
+
+    def group_scores(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (T, groups) of groups, in the two ways in which families rank them.
+
+        By their best expert, as DeepSeek-V2, and by the sum of their best two, as all others.
+        """
+        score_TGE = score_TE.unflatten(1, (self.n_groups, -1))
+        best = score_TGE.topk(min(2, score_TGE.shape[-1]), dim=-1).values
+        return best[..., 0], best.sum(dim=-1)
+
+    def selection_gap(self, score_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """How close each token came to another set of experts, (T,): a distance of scores.
 
         Where experts lie in groups, also the distance between the last group used and the next.
         """
-        bias_E = self.selection_bias()
-        score_TE = alpha_TE if bias_E is None else alpha_TE + bias_E.to(alpha_TE.device)
+        if self.is_hashed:
+            return score_TE.new_full((len(score_TE),), torch.inf)
         last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
         gap_TE = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf)
         gap_T = gap_TE.min(dim=-1).values
         if self.top_groups == self.n_groups:
             return gap_T
-        score_TGE = score_TE.unflatten(1, (self.n_groups, -1))
-        best = score_TGE.topk(min(2, score_TGE.shape[-1]), dim=-1).values
-        # DeepSeek-V2 ranks groups by their best expert, all others by the sum of their best two.
-        for group_score in (best[..., 0], best.sum(dim=-1)):
-            ranked = group_score.sort(dim=-1, descending=True).values
-            gap_T = gap_T.minimum(ranked[:, self.top_groups - 1] - ranked[:, self.top_groups])
+        for group_score_TG in self.group_scores(score_TE):
+            ranked_TG = group_score_TG.sort(dim=-1, descending=True).values
+            gap_T = gap_T.minimum(ranked_TG[:, self.top_groups - 1] - ranked_TG[:, self.top_groups])
         return gap_T
 
     def expert_weights(self) -> Iterator[Tensor]:
@@ -108,27 +146,48 @@ def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
     Raises:
         ContractError: no block, or one that breaks the contract.
     """
-    model_type = getattr(model.config, "model_type", "?")
+    model_type = _model_type(model)
     check_family(model_type)
-    candidates = [
+    unprobed = tuple(_block(name, module, i) for i, (name, module) in enumerate(_candidates(model)))
+    if not unprobed:
+        raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
+    check_blocks(unprobed)
+    seen: dict[int, tuple[RouterCall, Routing]] = {}
+    with (
+        torch.inference_mode(),
+        probing(model, unprobed) as probes,
+        verifying(unprobed, model_type, lambda b, *found: seen.update({b.layer: found})),
+    ):
+        model(input_ids=input_ids_1T, use_cache=False)
+    return tuple(
+        replace(
+            _probed(block, seen.get(block.layer), model_type),
+            residual=probes[block.layer].residual(),
+        )
+        for block in unprobed
+    )
+
+
+def routers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that route, of whatever blocks look like ones."""
+    for _, module in _candidates(model):
+        yield from _routers(module)
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "experts", None), nn.Module)
     ]
-    unprobed = tuple(_block(name, module, i) for i, (name, module) in enumerate(candidates))
-    if not unprobed:
-        raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
-    seen: dict[int, Routing] = {}
-    with (
-        torch.inference_mode(),
-        probing(model, unprobed) as probes,
-        observe_routers(unprobed, lambda r: seen.update({r.layer: r})),
-    ):
-        model(input_ids=input_ids_1T, use_cache=False)
-    return tuple(
-        replace(_probed(b, seen.get(b.layer)), residual=probes[b.layer].residual())
-        for b in unprobed
-    )
+
+
+def _routers(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.children() if m is not module.experts and hasattr(m, "top_k")]
+
+
+def _model_type(model: Any) -> str:
+    return str(getattr(model.config, "model_type", "?"))
 
 
 def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
@@ -138,69 +197,52 @@ def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
     lengths = (
         {len(places)} if places else {p.shape[0] if p.ndim else 0 for p in experts.parameters()}
     )
-    routers = [m for m in module.children() if m is not experts and hasattr(m, "top_k")]
-    if len(routers) != 1 or len(lengths) != 1:
+    found = _routers(module)
+    if len(found) != 1 or len(lengths) != 1:
         raise ContractError(
-            f"{name}: found {len(routers)} routers and expert tensors of lengths "
+            f"{name}: found {len(found)} routers and expert tensors of lengths "
             f"{sorted(lengths)}, must be one router and one length"
         )
-    n_experts, top_k = lengths.pop(), int(routers[0].top_k)  # type: ignore[arg-type]
+    n_experts, top_k = lengths.pop(), int(found[0].top_k)  # type: ignore[arg-type]
     if not 1 <= top_k <= n_experts:
         raise ContractError(f"{name} cannot route each token to {top_k} of {n_experts} experts")
-    groups = int(getattr(routers[0], "num_group", 1) or 1)
+    groups = int(getattr(found[0], "num_group", 1) or 1)
     return MoeBlock(
         name=name,
         layer=layer,
         module=module,
-        router=routers[0],
+        router=found[0],
         experts=experts,
         n_experts=n_experts,
         top_k=top_k,
         n_groups=groups,
-        top_groups=int(getattr(routers[0], "topk_group", 1) or 1) if groups > 1 else 1,
+        top_groups=int(getattr(found[0], "topk_group", 1) or 1) if groups > 1 else 1,
         scoring="softmax",
         inflates=False,
     )
 
 
-def _probed(block: MoeBlock, routing: Routing | None) -> MoeBlock:
+def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type: str) -> MoeBlock:
     """The block with its gate's kind read off what the gate did, whatever its class is called."""
-    if routing is None:
+    if seen is None:
         raise ContractError(f"{block.name}: its router did not run on a forward pass")
+    call, routing = seen
     shapes = (*routing.logits_TE.shape[1:], *routing.experts_TK.shape[1:])
     if shapes != (block.n_experts, block.top_k):
         raise ContractError(
             f"{block.name}: router gave logits and choices of widths {shapes}, "
             f"must be {(block.n_experts, block.top_k)}"
         )
-    scoring, inflates = _gate_kind(routing)
-    return replace(block, scoring=scoring, inflates=inflates)
-
-
-def _gate_kind(routing: Routing) -> tuple[Scoring, bool]:
-    """How weights come from logits, and whether they are left as they were before top-k.
-
-    Weights that are one constant times softmax (or sigmoid) for all tokens were not renormalised;
-    a factor that is constant within each token only says that they were. PhiMoE's sparse mixer
-    is neither, and counts as a renormalised softmax.
-    """
-    logits_TE, weights_TK = routing.logits_TE.float(), routing.weights_TK.float()
-    softmax_TK = weights_TK / logits_TE.softmax(dim=-1).gather(1, routing.experts_TK)
-    sigmoid_TK = weights_TK / logits_TE.sigmoid().gather(1, routing.experts_TK)
-    is_half = routing.weights_TK.dtype.itemsize < 4 or routing.logits_TE.dtype.itemsize < 4
-    tolerance = 2e-2 if is_half else 1e-4
-    for dim in (None, -1):
-        by_softmax, by_sigmoid = _spread(softmax_TK, dim), _spread(sigmoid_TK, dim)
-        if min(by_softmax, by_sigmoid) < tolerance:
-            is_sigmoid = by_sigmoid < by_softmax
-            return ("sigmoid" if is_sigmoid else "softmax"), dim is None and not is_sigmoid
-    return "softmax", False
-
-
-def _spread(ratio_TK: Tensor, dim: int | None) -> float:
-    """Largest relative distance from the mean, over the whole tensor or per token."""
-    mean = ratio_TK.mean() if dim is None else ratio_TK.mean(dim, keepdim=True)
-    return float(((ratio_TK - mean).abs() / mean.abs()).max())
+    block = replace(block, call=call)
+    gate = explain_gate(block, routing, model_type)
+    return replace(
+        block,
+        scoring=gate.scoring,
+        inflates=gate.inflates,
+        weights=gate.weights,
+        selection=gate.selection,
+        logits_op=gate.logits_op,
+    )
 
 
 def _at_hand(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:

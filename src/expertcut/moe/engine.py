@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.moe.context import Context
+from expertcut.moe.gate_laws import check_gate, verifying
 from expertcut.moe.kernels import attention
 from expertcut.moe.kernels.last_block import last_decoder_layer
 from expertcut.moe.loading import MoeModel
@@ -66,12 +67,21 @@ class Engine:
             )
 
     def check(self, encoded: Encoded) -> None:
-        """Scores four questions both ways; where they differ, all go one by one from now on."""
+        """Scores four questions both ways; where they differ, all go one by one from now on.
+
+        The first one's prompt is also what every block's gate is held against once more.
+
+        Raises:
+            ContractError: a block that breaks a law of `gate_laws` on it.
+        """
         few = encoded.part(slice(CHECKED_QUESTIONS))
         way = self.way(few)
+        model_type = str(self.moe.model.config.model_type)
+        with verifying(self.moe.blocks, model_type, check_gate):
+            alone = few.part(slice(1)) if way == "single" else few
+            one_by_one_NC = self._score(alone, self._how("single"), Watch())
         if way == "single":
             return
-        one_by_one_NC = self._score(few, self._how("single"), Watch())
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
             together_NC = self._score(few, self._how(way, trims=True), Watch())

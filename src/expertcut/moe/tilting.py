@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
+from expertcut.errors import ContractError
 from expertcut.moe.observers import own_forward, replaced_forward
+from expertcut.moe.router_ops import Routed, biased_forward, moved_by, route
 
 if TYPE_CHECKING:
     from expertcut.moe.contract import MoeBlock
@@ -38,23 +39,83 @@ class Tilts:
 def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass], None]]:
     """Tilts routers while the block runs, and gives what must be told of each pass before it.
 
-    It is an `OnPass` of the engine; with `apply_at` `all` it need not be told. Where a selection
-    bias exists, masking logits alone would still let masked experts be chosen, so −inf is set
-    there as well.
+    It is an `OnPass` of the engine; with `apply_at` `all` it need not be told. Every change is seen
+    to act on the probe's tokens before the block runs.
+
+    Raises:
+        ContractError: a change that does not act, or not by just so much.
     """
     answers = _Answers()
     with ExitStack() as stack:
         for block in blocks:
             bias_E = tilts.bias_by_layer.get(block.layer)
-            if bias_E is not None:
+            scale_E = tilts.scale_by_layer.get(block.layer)
+            if bias_E is not None or scale_E is not None:
                 is_at_answers = tilts.apply_at == "answer"
-                route = _biased(block, bias_E, answers if is_at_answers else None)
-                stack.enter_context(replaced_forward(block.router, route))
-                stack.enter_context(_forbidden(block.selection_bias(), bias_E))
-            if block.layer in tilts.scale_by_layer:
-                route = _scaled(block, tilts.scale_by_layer[block.layer])
-                stack.enter_context(replaced_forward(block.router, route))
+                _tilt(stack, block, (bias_E, scale_E), answers if is_at_answers else None)
         yield answers.begin
+
+
+def _tilt(
+    stack: ExitStack,
+    block: MoeBlock,
+    tilt: tuple[Tensor | None, Tensor | None],
+    answers: _Answers | None,
+) -> None:
+    """Puts a bias (E,) and then a factor (E,) into one router, and sees both act."""
+    bias_E, scale_E = tilt
+    seen = route(block.router, block.call)
+    if bias_E is not None:
+        if block.is_hashed:
+            raise ContractError(
+                f"{block.name} chooses its experts by a table of token ids: biases and masks on "
+                "its router change no choice, so none of its experts can be cut or boosted"
+            )
+        rows = answers.rows if answers else lambda: None
+        biased = biased_forward(block, bias_E, rows)
+        stack.enter_context(replaced_forward(block.router, biased))
+        seen = _see_bias(block, seen, bias_E, answers)
+    if scale_E is not None:
+        stack.enter_context(replaced_forward(block.router, _scaled(block, scale_E)))
+        _see_scale(block, seen, scale_E, answers)
+
+
+def _see_bias(block: MoeBlock, before: Routed, bias_E: Tensor, answers: _Answers | None) -> Routed:
+    """The routing of the probe with the bias, which must have moved the logits by just that."""
+    after = _probe(block, answers)
+    bias_TE = bias_E.expand(len(before[0]), -1)
+    if answers is not None:  # the probe's last token stands for the answer
+        is_there_T1 = torch.arange(len(bias_TE))[:, None] == len(bias_TE) - 1
+        bias_TE = bias_TE.where(is_there_T1 | bias_TE.isneginf(), 0.0)
+    if not moved_by(before[0], after[0], bias_TE):
+        raise ContractError(
+            f"{block.name}: a bias on its router does not move the logits by just that much, so no "
+            "result with it would be true"
+        )
+    return after
+
+
+def _see_scale(block: MoeBlock, before: Routed, scale_E: Tensor, answers: _Answers | None) -> None:
+    logits_TE, weights_TK, experts_TK = _probe(block, answers)
+    factors_TK = scale_E.to(experts_TK.device)[experts_TK].double()
+    wanted_TK = (before[1].double() * factors_TK).to(weights_TK.dtype)
+    is_same = torch.equal(experts_TK, before[2]) and torch.equal(logits_TE, before[0])
+    if not is_same or not torch.allclose(weights_TK, wanted_TK):
+        raise ContractError(
+            f"{block.name}: a factor on its gate weights does not act on them, so no result with "
+            "it would be true"
+        )
+
+
+def _probe(block: MoeBlock, answers: _Answers | None) -> Routed:
+    if answers is None:
+        return route(block.router, block.call)
+    x = next(a for a in (*block.call.args, *block.call.kwargs.values()) if isinstance(a, Tensor))
+    answers.positions_N = torch.tensor([x.numel() // x.shape[-1] - 1])
+    try:
+        return route(block.router, block.call)
+    finally:
+        answers.positions_N = None
 
 
 class _Answers:
@@ -66,49 +127,10 @@ class _Answers:
         """Before each forward pass."""
         self.positions_N = step.answers_N
 
-
-class _AddToLogits(TorchFunctionMode):
-    """Adds a bias to the one product inside a router's forward whose result has width E.
-
-    With `rows_N` the bias goes to these rows only, but for −inf, which goes everywhere.
-    """
-
-    def __init__(self, bias_E: Tensor, rows_N: Tensor | None) -> None:
-        super().__init__()
-        self.bias_E = bias_E
-        self.rows_N = rows_N
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and result.shape[-1] == len(self.bias_E):
-            return self._added(result)
-        return result
-
-    def _added(self, logits: Tensor) -> Tensor:
-        bias_E = self.bias_E.to(logits)
-        if self.rows_N is None:
-            return logits + bias_E
-        is_forbidden_E = bias_E.isneginf()
-        rows_N = self.rows_N.to(logits.device)
-        added_NE = bias_E.masked_fill(is_forbidden_E, 0).expand(len(rows_N), -1)
-        flat_TE = logits.reshape(-1, len(bias_E)).index_add(0, rows_N, added_NE)
-        return flat_TE.masked_fill(is_forbidden_E, -torch.inf).view_as(logits)
-
-
-def _biased(block: MoeBlock, bias_E: Tensor, answers: _Answers | None) -> Callable[..., Any]:
-    forward = own_forward(block.router)
-
-    def route(*args: Any, **kwargs: Any) -> Any:
-        rows_N = None
-        if answers is not None:
-            assert answers.positions_N is not None, "tell what `tilted` gives of each pass"
-            rows_N = answers.positions_N
-        with _AddToLogits(bias_E, rows_N):
-            return forward(*args, **kwargs)
-
-    return route
+    def rows(self) -> Tensor:
+        """Which tokens of the pass they are."""
+        assert self.positions_N is not None, "tell what `tilted` gives of each pass"
+        return self.positions_N
 
 
 def _scaled(block: MoeBlock, scale_E: Tensor) -> Callable[..., Any]:
@@ -120,16 +142,3 @@ def _scaled(block: MoeBlock, scale_E: Tensor) -> Callable[..., Any]:
         return logits_TE, (weights_TK * factors_TK).to(weights_TK.dtype), experts_TK
 
     return route
-
-
-@contextmanager
-def _forbidden(selection_E: Tensor | None, bias_E: Tensor) -> Iterator[None]:
-    if selection_E is None:
-        yield
-        return
-    before = selection_E.clone()
-    selection_E[bias_E.isneginf().to(selection_E.device)] = -torch.inf
-    try:
-        yield
-    finally:
-        selection_E.copy_(before)

@@ -20,17 +20,25 @@ MOST_QUESTIONS = 10_000_000  # of a subject
 class BlockInfo(Record):
     """A MoE block as the contract saw it; see `moe.contract.MoeBlock`.
 
-    `selection_bias` says whether one is added to α where experts are chosen; None is unknown.
+    `selection_bias` says whether one is added where experts are chosen; None is unknown.
+    `selection` says what ranks them where it is not α (plus that bias): the logits plus that bias,
+    or a table of token ids.
     """
 
     name: str
     experts: int = Field(ge=1, le=MOST_EXPERTS)
     top_k: int = Field(ge=1)
-    scoring: Literal["softmax", "sigmoid"]
+    scoring: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     inflates: bool
     groups: int = Field(ge=1)
     top_groups: int = Field(ge=1)
     selection_bias: bool | None = None
+    selection: Literal["logits", "table"] | None = None
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether a table of token ids chooses the experts, so that none of them can be removed."""
+        return self.selection == "table"
 
     @model_validator(mode="after")
     def _can_route(self) -> Self:

@@ -188,6 +188,7 @@ def model_info(moe: MoeModel) -> ModelInfo:
             groups=b.n_groups,
             top_groups=b.top_groups,
             selection_bias=b.selection_bias() is not None,
+            selection=None if b.selection == "score" else b.selection,
         )
         for b in moe.blocks
     )

@@ -39,7 +39,9 @@ def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tup
 def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[Sampled, ...]:
     """The same of a profiled model, with the numbers that its experts are called by."""
     blocks, numbers = profile.info.model.blocks, numbers_of(profile)
-    pairs = sample_experts([block.experts for block in blocks], sample, seed)
+    # Experts that a table chooses cannot be removed.
+    n_experts = [0 if block.is_hashed else block.experts for block in blocks]
+    pairs = sample_experts(n_experts, sample, seed)
     return tuple(
         Sampled(layer=layer, row=row, expert=numbers.number(blocks[layer].name, row))
         for layer, row in pairs

@@ -8,8 +8,7 @@ shares, plus what a ridge regression on router inputs finds of the difference.
     α of all experts  all: the softmax keeps its denominator
     renormalised      those that the token chose, for the others' mass was never used; where it
                       chose none, the largest
-    sigmoid           the one that would be chosen first: a score never exceeds 1, so there is no
-                      mass to add up
+    sigmoid, √softplus  the one that would be chosen first: there is no mass to add up
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from expertcut.interventions.calibration.listening import listen
 from expertcut.interventions.plan import Edit
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.engine import Engine
+from expertcut.moe.gate_laws import SCORES
 from expertcut.moe.observers import Routing
 from expertcut.quiz import Quiz, round_robin
 
@@ -104,7 +104,7 @@ def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Shares]) -> 
     """The logit (T, groups) float64 that keeps each group's mass."""
     logits_TE = routing.logits_TE.double()
     groups = [list(shares) for shares in merged.values()]
-    if block.scoring == "sigmoid":
+    if block.scoring != "softmax":
         return torch.stack([_first(block, logits_TE, ids) for ids in groups], dim=1)
     if block.inflates:
         return torch.stack([logits_TE[:, ids].logsumexp(dim=1) for ids in groups], dim=1)
@@ -120,7 +120,7 @@ def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Shares]) -> 
 def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
     """The logit (T,) of the member with the best score, its bias on choosing included."""
     own_TM, selection_E = logits_TE[:, experts], block.selection_bias()
-    score_TM = own_TM.sigmoid()
+    score_TM = own_TM if block.selection == "logits" else SCORES[block.scoring](own_TM)
     if selection_E is not None:
         score_TM = score_TM + selection_E.cpu()[experts]
     return own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0]
@@ -173,8 +173,10 @@ class _Sums:
     def _add_scores(self, routing: Routing, target_TG: Tensor) -> None:
         """By how much the best member's score exceeds the group's α, where a member was chosen."""
         alpha_TE = self.block.alpha(routing.logits_TE).double()
-        if self.block.scoring == "sigmoid":
-            mass_TG = target_TG.sigmoid()
+        if self.block.selection == "logits":
+            alpha_TE, mass_TG = routing.logits_TE.double(), target_TG
+        elif self.block.scoring != "softmax":
+            mass_TG = SCORES[self.block.scoring](target_TG)
         else:
             mass_TG = (target_TG - routing.logits_TE.double().logsumexp(dim=1, keepdim=True)).exp()
         score_TE = alpha_TE if self.selection_E is None else alpha_TE + self.selection_E

@@ -5,6 +5,7 @@ their vector units: oneDNN, which torch carries too, is more than twice as fast 
 (docs/benchmarks.md).
 """
 
+from collections.abc import Iterable
 from types import MethodType
 
 import torch
@@ -38,10 +39,14 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def use_faster_products(model: nn.Module) -> None:
-    """Changes the class of the model's linear layers, as torch's own parametrize does."""
+def use_faster_products(model: nn.Module, routers: Iterable[nn.Module]) -> None:
+    """Changes the class of the model's linear layers, as torch's own parametrize does.
+
+    Those inside routers stay: they are small, and watched operation by operation.
+    """
+    kept = {id(part) for router in routers for part in router.modules()}
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and id(module) not in kept:
             module.__class__ = Linear
             if INNER in vars(module):
                 setattr(module, INNER, MethodType(Linear.forward, module))

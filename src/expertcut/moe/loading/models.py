@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from expertcut.errors import ContractError, ModelError, SettingsError
-from expertcut.moe.contract import MoeBlock, find_blocks
+from expertcut.moe.contract import MoeBlock, find_blocks, routers
 from expertcut.moe.kernels.experts import BY_EXPERT
 from expertcut.moe.kernels.products import use_faster_products
 from expertcut.moe.loading.checks.refusals import BRINGS_CODE, check_quantization, refusals_of
@@ -100,7 +100,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     if runs_on(model.get_input_embeddings()).type == "cpu":
         # The loop that statistics watch too, so they change no bit.
         model.set_experts_implementation(BY_EXPERT)
-        use_faster_products(model)
+        use_faster_products(model, routers(model))
         _align(model)
     check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
     return MoeModel(source, model, tokenizer, _blocks(source, model))

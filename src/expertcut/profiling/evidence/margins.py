@@ -40,7 +40,8 @@ def margins(profile: Profile) -> list[Margin]:
 def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
     """α of the K-th expert minus α of the next, and the same of their logits.
 
-    The difference of logits is ln α − ln α' under a softmax, logit α − logit α' under a sigmoid.
+    The difference of logits is ln α − ln α' under a softmax, logit α − logit α' under a sigmoid,
+    and that of the inverse of √softplus where that is α.
     """
     reason = _rule(block)
     if not reason:
@@ -80,11 +81,13 @@ def margin_json(found: Margin) -> dict[str, Any]:
 
 def _rule(block: BlockInfo) -> str:
     """Why α alone does not say who is chosen; empty if it may."""
+    if block.is_hashed:
+        return "a table of token ids chooses the experts"
     if block.top_k == block.experts:
         return "every expert is always chosen"
     if block.selection_bias:
         return "a bias is added to α where experts are chosen"
-    if block.selection_bias is None and block.scoring == "sigmoid":
+    if block.selection_bias is None and block.scoring != "softmax":
         return "the profile does not say whether a bias is added to α where experts are chosen"
     if block.top_groups < block.groups:
         return "experts are chosen within the best groups"
@@ -93,6 +96,9 @@ def _rule(block: BlockInfo) -> str:
 
 def _logit(block: BlockInfo, alpha_N: Array) -> Array:
     """The logit, up to what all experts of a question share; infinite where α was rounded to 0."""
+    if block.scoring == "sqrtsoftplus":
+        inverse_N: Array = np.log(np.expm1(alpha_N**2))
+        return inverse_N
     log_N: Array = np.log(alpha_N)
     return log_N if block.scoring == "softmax" else log_N - np.log1p(-alpha_N)
 

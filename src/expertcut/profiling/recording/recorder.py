@@ -108,7 +108,8 @@ class Recorder:
         routing = _on(routing, self.alpha_NLE.device)
         block = self.blocks[routing.layer]
         alpha_TE = block.alpha(routing.logits_TE)
-        self._note_gaps(block, alpha_TE, routing.experts_TK)
+        score_TE = block.selection_scores(routing.logits_TE, alpha_TE)
+        self._note_gaps(block.selection_gap(score_TE, routing.experts_TK))
         if self.answers_N is not None:
             at = (self.questions_N, routing.layer)
             self.alpha_NLE[(*at, slice(block.n_experts))] = alpha_TE[self.answers_N]
@@ -120,9 +121,8 @@ class Recorder:
     def _expert(self, call: ExpertCall) -> None:
         self.tokens.expert(call, self.valid_T)
 
-    def _note_gaps(self, block: MoeBlock, alpha_TE: Tensor, experts_TK: Tensor) -> None:
+    def _note_gaps(self, gap_T: Tensor) -> None:
         """Keeps how close the prefix and each question came to another choice of experts."""
-        gap_T = block.selection_gap(alpha_TE, experts_TK)
         if self.valid_T is not None:
             gap_T = gap_T.where(self.valid_T, torch.inf)
         gap_N, prefix_gap = self.gaps

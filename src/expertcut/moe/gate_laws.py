@@ -1,0 +1,488 @@
+"""Laws that a MoE block must obey before any number about its experts is believed.
+
+With α the score of an expert (a function of the router's logits) and w its gate weight:
+
+    weights     w is c·α of the chosen experts, or c·α divided by its sum over them
+    choice      the chosen are the top-k of α + selection bias within the allowed groups
+    table       ... or those that a table gives for the token's id (hash-routed blocks)
+    repeatable  the same input is routed in the same way twice
+    once        router and experts run exactly once in a block's forward
+    sum         the block's output is affine in Σ w·f_e, the sum of its experts' own outputs
+    storage     no two blocks own the same expert weights
+    arrays      all blocks route each token to the same number of experts
+
+The first three are tried on the routing of real tokens and on synthetic logits that are put into
+the router: real ones are often so peaked that several rules give the same weights. A block that
+breaks a law is refused by its name and the law's. `EXCEPTIONS` lists the families that break one
+and are used nevertheless, with what is not claimed of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expertcut.errors import ContractError
+from expertcut.moe.kernels.experts import by_expert
+from expertcut.moe.observers import Routing, own_expert, own_forward, replaced_forward
+from expertcut.moe.router_ops import (
+    LogitsOp,
+    RouterCall,
+    biased_forward,
+    changed_logits,
+    logits_ops,
+    moved_by,
+    route,
+    tape_of,
+)
+
+if TYPE_CHECKING:
+    from expertcut.moe.contract import MoeBlock
+
+Law = Literal["weights", "choice", "repeatable", "once", "sum", "storage", "arrays"]
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+Selection = Literal["score", "logits", "table"]
+
+SCORES: dict[Scoring, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
+}
+
+# By config.model_type: the law that is not checked, and what therefore is not claimed.
+EXCEPTIONS: dict[str, tuple[Law, str]] = {
+    "phimoe": (
+        "weights",
+        "its sparse mixer takes each weight from a softmax over the experts that are near the best "
+        "one, so α (the softmax over all) is not proportional to the weights",
+    ),
+    "axk1": (
+        "sum",
+        "its block normalises the sum of experts and shared expert, so contributions are those "
+        "before that norm",
+    ),
+}
+_SCALES = (0.03, 0.3, 1.0, 3.0)  # of the synthetic logits: from nearly equal to peaked
+_CHECKED_ROWS = 16  # tokens whose experts are run one by one
+_FLOOR = 1e-3  # of a token's largest weight: what is smaller need only be as near as this
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """Gate weights are `factor`·α, or where they are renormalised that over the sum of the α."""
+
+    is_renormalised: bool
+    factor: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a router does; `weights` is None for a family that is excepted from their law.
+
+    `selection` says what a selection bias is added to where experts are chosen, or that a table of
+    token ids chooses them. `logits_op` is None where logits cannot be changed.
+    """
+
+    scoring: Scoring
+    weights: WeightRule | None
+    selection: Selection
+    logits_op: LogitsOp | None
+
+    @property
+    def inflates(self) -> bool:
+        """Whether removing an expert makes the other weights larger."""
+        is_cut_softmax = self.weights is not None and not self.weights.is_renormalised
+        return is_cut_softmax and self.scoring == "softmax"
+
+
+@torch.inference_mode()
+def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> Gate:
+    """What a block's router does, from its routing of the probe and of synthetic logits.
+
+    Raises:
+        ContractError: it obeys no rule that is known here.
+    """
+    is_table = _is_table(block, routing)
+    _check_repeatable(block, routing)
+    op = next(
+        (op for op in logits_ops(block.router, block.call) if _acts(block, op, is_table)), None
+    )
+    seen = [routing, *_routed_otherwise(block, op)]
+    scoring, weights = _explained_weights(block, seen, model_type)
+    selection: Selection = "table"
+    if not is_table:
+        selection = _explained_choice(replace(block, scoring=scoring), seen)
+    return Gate(scoring, weights, selection, op)
+
+
+def check_gate(block: MoeBlock, call: RouterCall, routing: Routing) -> None:
+    """That a routing of other tokens obeys what was found on the probe.
+
+    Raises:
+        ContractError: it does not.
+    """
+    if block.is_hashed != _is_table(replace(block, call=call), routing):
+        raise broken(block, "choice", "a table of token ids chooses its experts only sometimes")
+    if block.weights is not None:
+        off = _misfit(block.scoring, block.weights, routing)
+        if off > _tolerance(routing):
+            raise _broken_weights(block, block.scoring, off)
+    if not block.is_hashed and not _follows(block, routing, block.selection):
+        raise _broken_choice(block)
+
+
+def broken(block: MoeBlock, law: Law, fault: str) -> ContractError:
+    """The error for a block that breaks a law."""
+    return ContractError(f"{block.name} breaks the law of {law} (docs/families.md): {fault}")
+
+
+def _is_excepted(model_type: str, law: Law) -> bool:
+    return model_type in EXCEPTIONS and EXCEPTIONS[model_type][0] == law
+
+
+def _tolerance(*routings: Routing) -> float:
+    tensors = [t for r in routings for t in (r.logits_TE, r.weights_TK)]
+    return 3e-2 if any(t.dtype.itemsize < 4 for t in tensors) else 1e-4
+
+
+# --- What is tried on a router ------------------------------------------------------------------
+
+
+def _is_table(block: MoeBlock, routing: Routing) -> bool:
+    """Whether a table (ids, K) of the router gives the experts of every token by its id."""
+    ids_T = block.call.input_ids()
+    if ids_T is None or len(ids_T) != len(routing.experts_TK):
+        return False
+    for table in (*block.router.parameters(), *block.router.buffers()):
+        if table.is_floating_point() or table.ndim != 2 or table.shape[1] != block.top_k:
+            continue
+        if table.device.type != "meta" and torch.equal(table[ids_T].long(), routing.experts_TK):
+            return True
+    return False
+
+
+def _check_repeatable(block: MoeBlock, routing: Routing) -> None:
+    logits_TE, weights_TK, experts_TK = route(block.router, block.call)
+    is_same = torch.equal(experts_TK, routing.experts_TK) and torch.allclose(
+        weights_TK.float(), routing.weights_TK.float(), rtol=_tolerance(routing), atol=1e-6
+    )
+    if not is_same or not torch.equal(logits_TE, routing.logits_TE):
+        raise broken(block, "repeatable", "its router routes the same tokens in another way twice")
+
+
+def _acts(block: MoeBlock, op: LogitsOp, is_table: bool) -> bool:
+    """Whether a change of this operation's result is one of the logits that the router uses."""
+    before_TE, _, experts_TK = route(block.router, block.call)
+    expert = int(experts_TK.flatten().mode().values)
+    bias_E = torch.zeros(block.n_experts)
+    bias_E[(expert + 1) % block.n_experts] = 1.0
+    if block.top_k < block.n_experts and not is_table:
+        bias_E[expert] = -torch.inf
+    try:
+        with replaced_forward(block.router, biased_forward(replace(block, logits_op=op), bias_E)):
+            after_TE, _, _ = route(block.router, block.call)
+    except (ContractError, RuntimeError):
+        return False
+    return moved_by(before_TE, after_TE, bias_E)
+
+
+def _routed_otherwise(block: MoeBlock, op: LogitsOp | None) -> Iterator[Routing]:
+    """Routings of synthetic logits; where these cannot be put in, of smaller inputs."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in _SCALES:
+        call = block.call
+        with ExitStack() as stack:
+            if op is None:
+                x, *more = call.args
+                call = RouterCall((x * scale, *more), call.kwargs)
+            else:
+                put = _Put(scale, generator)
+                stack.enter_context(changed_logits(block.router, op, put))
+            routed = route(block.router, call)
+        yield Routing(block.layer, call.args[0], *routed)
+
+
+@dataclass(frozen=True)
+class _Put:
+    """Random logits in place of others."""
+
+    scale: float
+    generator: torch.Generator
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        noise = torch.randn(logits.shape, generator=self.generator) * self.scale
+        return noise.to(logits)
+
+
+# --- Weights ------------------------------------------------------------------------------------
+
+
+def _explained_weights(
+    block: MoeBlock, seen: Sequence[Routing], model_type: str
+) -> tuple[Scoring, WeightRule | None]:
+    if _is_excepted(model_type, "weights"):
+        return "softmax", None
+    fits = [
+        (max(_misfit(scoring, rule, routing) for routing in seen), scoring, rule)
+        for is_renormalised, scoring in product((False, True), SCORES)
+        for rule in [WeightRule(is_renormalised, _factor(scoring, is_renormalised, seen))]
+    ]
+    fitting = [fit for fit in fits if fit[0] <= _tolerance(*seen)]
+    if not fitting:
+        off, scoring, _ = min(fits, key=lambda fit: fit[0])
+        raise _broken_weights(block, scoring, off)
+    if block.top_k == 1 and fitting[0][2].is_renormalised:
+        # A weight that is divided by itself says nothing: the router's own operations do.
+        own = _scoring_on_tape(block)
+        fitting = [fit for fit in fitting if fit[1] == own] or fitting
+        return fitting[0][1], fitting[0][2]
+    _, scoring, rule = min(fitting, key=lambda fit: fit[0])
+    return scoring, rule
+
+
+def _shares(scoring: Scoring, is_renormalised: bool, routing: Routing) -> Tensor:
+    """What the weights (T, K) are proportional to, float64."""
+    alpha_TK = SCORES[scoring](routing.logits_TE.double()).gather(1, routing.experts_TK)
+    return alpha_TK / alpha_TK.sum(dim=-1, keepdim=True) if is_renormalised else alpha_TK
+
+
+def _factor(scoring: Scoring, is_renormalised: bool, seen: Sequence[Routing]) -> float:
+    shares = torch.cat([_shares(scoring, is_renormalised, r).flatten() for r in seen])
+    weights = torch.cat([r.weights_TK.double().flatten() for r in seen])
+    return float(weights @ shares / (shares @ shares))
+
+
+def _misfit(scoring: Scoring, rule: WeightRule, routing: Routing) -> float:
+    """Largest relative distance of a weight from the rule."""
+    wanted_TK = rule.factor * _shares(scoring, rule.is_renormalised, routing)
+    floor_T1 = _FLOOR * wanted_TK.amax(dim=-1, keepdim=True)
+    off_TK = (routing.weights_TK.double() - wanted_TK).abs() / (wanted_TK + floor_T1)
+    return float(off_TK.max()) if bool(off_TK.isfinite().all()) else float("inf")
+
+
+def _scoring_on_tape(block: MoeBlock) -> Scoring | None:
+    """The score that stands among the results of the router's own operations."""
+    results, (logits_TE, *_) = tape_of(block.router, block.call)
+    for scoring, score in SCORES.items():
+        wanted_TE = score(logits_TE.float())
+        for _, result in results:
+            is_like = isinstance(result, Tensor) and result.shape == wanted_TE.shape
+            if is_like and torch.allclose(result.float(), wanted_TE, rtol=1e-2, atol=1e-4):
+                return scoring
+    return None
+
+
+def _broken_weights(block: MoeBlock, scoring: Scoring, off: float) -> ContractError:
+    return broken(
+        block,
+        "weights",
+        f"its gate weights are neither {', '.join(SCORES)} of its router's logits nor one of them "
+        f"renormalised ({scoring} comes nearest, off by up to {off:.1%})",
+    )
+
+
+# --- Choice -------------------------------------------------------------------------------------
+
+
+def _explained_choice(block: MoeBlock, seen: Sequence[Routing]) -> Selection:
+    ways: tuple[Selection, ...] = ("score", "logits")
+    for selection in ways if block.selection_bias() is not None else ways[:1]:
+        if all(_follows(block, routing, selection) for routing in seen):
+            return selection
+    raise _broken_choice(block)
+
+
+def _follows(block: MoeBlock, routing: Routing, selection: Selection) -> bool:
+    """Whether the chosen experts are the best ones, but for near-ties."""
+    block = replace(block, selection=selection)
+    score_TE = block.selection_scores(routing.logits_TE)
+    near = (2e-6, 1e-2)[_tolerance(routing) > 1e-3] * max(1.0, float(score_TE.abs().max()))
+    chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, routing.experts_TK, True)
+    for allowed_TE in _allowed(block, score_TE):
+        for outside in (-torch.inf, 0.0):  # what the score of an expert in another group becomes
+            best_TK = score_TE.where(allowed_TE, outside).topk(block.top_k, dim=-1).indices
+            best_TE = torch.zeros_like(chosen_TE).scatter(1, best_TK, True)
+            is_other_T = (best_TE != chosen_TE).any(dim=1)
+            is_tie_T = block.selection_gap(score_TE, best_TK) <= near
+            if not bool((is_other_T & ~is_tie_T).any()):
+                return True
+    return False
+
+
+def _allowed(block: MoeBlock, score_TE: Tensor) -> Iterator[Tensor]:
+    """Experts (T, E) of the best groups, by each way in which groups are ranked."""
+    if block.top_groups == block.n_groups:
+        yield torch.ones_like(score_TE, dtype=torch.bool)
+        return
+    for group_score_TG in block.group_scores(score_TE):
+        best_T = group_score_TG.topk(block.top_groups, dim=-1).indices
+        is_best_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter(1, best_T, True)
+        yield is_best_TG.repeat_interleave(score_TE.shape[1] // block.n_groups, dim=1)
+
+
+def _broken_choice(block: MoeBlock) -> ContractError:
+    return broken(
+        block,
+        "choice",
+        f"its router does not choose the {block.top_k} experts with the largest {block.scoring} "
+        "of its logits (plus its selection bias, within the allowed groups)",
+    )
+
+
+# --- The block around router and experts ---------------------------------------------------------
+
+
+def check_blocks(blocks: Sequence[MoeBlock]) -> None:
+    """The laws of storage and arrays, which need no forward pass.
+
+    Raises:
+        ContractError: two blocks own the same weights, or route to different numbers of experts.
+    """
+    owner: dict[object, MoeBlock] = {}
+    for block in blocks:
+        keys: list[object] = [id(block.experts)]
+        for tensor in block.experts.parameters():
+            keys.append(id(tensor))
+            if tensor.device.type != "meta" and tensor.numel():
+                keys.append((tensor.device, tensor.data_ptr()))
+        for key in keys:
+            if (first := owner.setdefault(key, block)) is not block:
+                raise broken(block, "storage", f"it owns the same experts as {first.name}")
+    counts = Counter(block.top_k for block in blocks)
+    if len(counts) > 1:
+        usual = counts.most_common(1)[0][0]
+        other = next(block for block in blocks if block.top_k != usual)
+        fault = f"it routes each token to {other.top_k} experts, other blocks to {usual}"
+        raise broken(other, "arrays", fault)
+
+
+@contextmanager
+def verifying(
+    blocks: Sequence[MoeBlock],
+    model_type: str,
+    see: Callable[[MoeBlock, RouterCall, Routing], None],
+) -> Iterator[None]:
+    """Holds each block's first forward against the laws of once and sum, and tells its routing.
+
+    It costs the block's shared part twice more, and 16 tokens through its experts once more.
+
+    Raises:
+        ContractError: when a block runs that breaks one.
+    """
+    is_summed = not _is_excepted(model_type, "sum")
+    with ExitStack() as stack:
+        for block in blocks:
+            forward = _verified(block, is_summed, see)
+            stack.enter_context(replaced_forward(block.module, forward))
+        yield
+
+
+def _verified(
+    block: MoeBlock, is_summed: bool, see: Callable[[MoeBlock, RouterCall, Routing], None]
+) -> Callable[..., Any]:
+    forward = own_forward(block.module)
+    n_calls = 0
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > 1:
+            return forward(*args, **kwargs)
+        with _watching(block.router) as routed, _watching(block.experts) as summed:
+            output = forward(*args, **kwargs)
+        for part, calls in (("router", routed), ("experts", summed)):
+            if len(calls) != 1:
+                fault = f"its {part} ran {len(calls)} times in one forward pass, must be once"
+                raise broken(block, "once", fault)
+        call, routing = _routing(block, *routed[0])
+        _check_sum(block, summed[0], routing)
+        if is_summed:
+            _check_affine(
+                block, lambda: _first(forward(*args, **kwargs)), _first(output), summed[0]
+            )
+        see(block, call, routing)
+        return output
+
+    return run
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
+
+
+@contextmanager
+def _watching(module: nn.Module) -> Iterator[list[_Call]]:
+    calls: list[_Call] = []
+    handle = module.register_forward_hook(
+        lambda _module, args, kwargs, output: calls.append((args, kwargs, output)),
+        with_kwargs=True,
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _routing(
+    block: MoeBlock, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> tuple[RouterCall, Routing]:
+    if not isinstance(output, tuple) or len(output) != 3:
+        raise ContractError(f"{block.name}: its router must give logits, weights and experts")
+    call = RouterCall(
+        tuple(_kept(value) for value in args), {k: _kept(v) for k, v in kwargs.items()}
+    )
+    x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return call, Routing(block.layer, x.reshape(-1, x.shape[-1]), *output)
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _check_sum(block: MoeBlock, call: _Call, routing: Routing) -> None:
+    """That the experts ran as the router said, and that their sum is that of their own outputs."""
+    args, kwargs, output_TD = call
+    x_TD, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
+    x_TD = x_TD.reshape(-1, x_TD.shape[-1])
+    is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
+        weights_TK.float(), routing.weights_TK.float()
+    )
+    if not is_routed:
+        raise broken(block, "sum", "its experts get other choices or weights than its router gave")
+    rows = slice(_CHECKED_ROWS)
+    own_TD = by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own_expert(block))
+    output_TD = output_TD.reshape(-1, output_TD.shape[-1])[rows]
+    if not _is_near(own_TD, output_TD, output_TD):
+        raise broken(block, "sum", "its experts together give another sum than one by one")
+
+
+def _check_affine(block: MoeBlock, again: Callable[[], Tensor], whole: Tensor, call: _Call) -> None:
+    """That the output is that of half the experts' sum and of none, on one line."""
+    output_TD: Tensor = call[2]
+    with replaced_forward(block.experts, lambda *_, **__: torch.zeros_like(output_TD)):
+        without = again()
+    with replaced_forward(block.experts, lambda *_, **__: output_TD / 2):
+        half = again()
+    if not _is_near(half, (whole + without) / 2, whole):
+        raise broken(block, "sum", "its output is not the sum of its experts and a shared part")
+    share = (whole - without).abs().max()
+    if bool(output_TD.any()) and share == 0 and output_TD.abs().max() > 1e-2 * whole.abs().max():
+        raise broken(block, "sum", "its output does not depend on its experts")
+
+
+def _is_near(found: Tensor, wanted: Tensor, whole: Tensor) -> bool:
+    tolerance = 3e-2 if whole.dtype.itemsize < 4 else 1e-4
+    off = (found.float() - wanted.float()).abs().max()
+    return bool(off <= tolerance * whole.float().abs().max())

@@ -1,0 +1,242 @@
+"""A router's forward as a sequence of tensor operations, and its logits changed within it.
+
+Routers compute their logits in many ways (a bare parameter, an `nn.Linear` inside, a product and a
+cap). What they share is that one operation gives the very logits that they score and return. Its
+position in the sequence is found once, by trying, and a change of the logits is put in there: so
+it acts after any cap or multiplier, and `+b` moves a logit by b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from expertcut.errors import ContractError
+from expertcut.moe.observers import own_forward, replaced_forward
+
+if TYPE_CHECKING:
+    from expertcut.moe.contract import MoeBlock
+
+Change = Callable[[Tensor], Tensor]
+Routed = tuple[Tensor, Tensor, Tensor]  # logits_TE, weights_TK, experts_TK
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """How a block called its router on the probe's tokens, so that it can be called so again."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def input_ids(self) -> Tensor | None:
+        """The token ids (T,) among the arguments, where the router takes any."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                return value.reshape(-1)
+        return None
+
+
+@torch.inference_mode()
+def route(router: nn.Module, call: RouterCall) -> Routed:
+    """What the router gives when it is called so, past the hooks of those who watch it."""
+    logits_TE, weights_TK, experts_TK = router.forward(*call.args, **call.kwargs)
+    return logits_TE, weights_TK, experts_TK
+
+
+@dataclass(frozen=True)
+class LogitsOp:
+    """The operation of a router's forward that gives its logits: its position and its name."""
+
+    index: int
+    name: str
+
+
+class _Tape(TorchFunctionMode):
+    """Keeps the results of all operations, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[tuple[str, Any]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.results.append((_name(func), result))
+        return result
+
+
+class _Changing(TorchFunctionMode):
+    """Changes the result of one operation."""
+
+    def __init__(self, op: LogitsOp, change: Change) -> None:
+        super().__init__()
+        self.op, self.change, self.n_done = op, change, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        index, self.n_done = self.n_done, self.n_done + 1
+        if index != self.op.index:
+            return result
+        if _name(func) != self.op.name or not isinstance(result, Tensor):
+            raise ContractError(
+                f"a router computes its logits by {_name(func)} where it used {self.op.name} on "
+                "the probe: its logits cannot be changed"
+            )
+        return self.change(result)
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))
+
+
+def run_changed(
+    forward: Callable[..., Any], op: LogitsOp, change: Change, args: Any, kwargs: Any
+) -> Routed:
+    """A router's forward with its logits changed.
+
+    Raises:
+        ContractError: the operation did not run.
+    """
+    mode = _Changing(op, change)
+    with mode:
+        logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
+    if mode.n_done <= op.index:
+        raise ContractError("a router ran fewer operations than on the probe")
+    return logits_TE, weights_TK, experts_TK
+
+
+@contextmanager
+def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Iterator[None]:
+    """The router's logits are changed while the block runs."""
+    forward = own_forward(router)
+
+    def changed(*args: Any, **kwargs: Any) -> Routed:
+        return run_changed(forward, op, change, args, kwargs)
+
+    with replaced_forward(router, changed):
+        yield
+
+
+def tape_of(router: nn.Module, call: RouterCall) -> tuple[list[tuple[str, Any]], Routed]:
+    """All operations of one call with their results, and what the router gave."""
+    tape, forward = _Tape(), own_forward(router)
+
+    def taped(*args: Any, **kwargs: Any) -> Any:
+        with tape:
+            return forward(*args, **kwargs)
+
+    with replaced_forward(router, taped):
+        return tape.results, route(router, call)
+
+
+def logits_ops(router: nn.Module, call: RouterCall) -> Iterator[LogitsOp]:
+    """Operations that may be the one that gives the logits, the likeliest first.
+
+    Those whose result is the tensor that the router returns, the last of them first, then those
+    that give the same values.
+    """
+    results, (logits_TE, *_) = tape_of(router, call)
+    same = [i for i, (_, result) in enumerate(results) if result is logits_TE]
+    equal = [i for i, (_, result) in enumerate(results) if _equals(result, logits_TE)]
+    for index in dict.fromkeys((*reversed(same), *reversed(equal))):
+        yield LogitsOp(index, results[index][0])
+
+
+def _equals(result: object, logits_TE: Tensor) -> bool:
+    if not isinstance(result, Tensor) or result.numel() != logits_TE.numel():
+        return False
+    if result.shape[-1] != logits_TE.shape[-1] or not result.is_floating_point():
+        return False
+    return torch.equal(result.reshape(logits_TE.shape).to(logits_TE.dtype), logits_TE)
+
+
+# --- Biases -------------------------------------------------------------------------------------
+
+
+def biased_forward(
+    block: MoeBlock, bias_E: Tensor, rows: Callable[[], Tensor | None] = lambda: None
+) -> Callable[..., Routed]:
+    """A router's forward with `bias_E` (E,) added to its logits; −inf forbids an expert.
+
+    `rows` gives the tokens (N,) that finite biases are for, None for all; −inf is for all tokens.
+    Where a selection bias is added to scores, a masked logit alone would not keep an expert from
+    being chosen, so −inf is set there as well.
+
+    Raises:
+        ContractError: when called: the bias cannot be put in, or a forbidden expert is chosen.
+    """
+    forward, op = own_forward(block.router), block.logits_op
+    if op is None:
+        raise ContractError(
+            f"{block.name}: no operation of its router gives the logits that it chooses by, so "
+            "biases and masks cannot act there: this model can be profiled, and not changed"
+        )
+    is_forbidden_E = bias_E.isneginf()
+
+    def route(*args: Any, **kwargs: Any) -> Routed:
+        add = partial(_added, bias_E=bias_E, rows_N=rows())
+        with _forbidden_selection(block, is_forbidden_E):
+            routed = run_changed(forward, op, add, args, kwargs)
+        if bool(is_forbidden_E.to(routed[2].device)[routed[2]].any()):
+            raise ContractError(
+                f"{block.name}: its router chooses an expert that is masked: this cut cannot be "
+                "shown as a mask"
+            )
+        return routed
+
+    return route
+
+
+def _added(logits: Tensor, bias_E: Tensor, rows_N: Tensor | None) -> Tensor:
+    bias_E = bias_E.to(logits)
+    if rows_N is None:
+        return logits + bias_E
+    is_forbidden_E = bias_E.isneginf()
+    rows_N = rows_N.to(logits.device)
+    added_NE = bias_E.masked_fill(is_forbidden_E, 0).expand(len(rows_N), -1)
+    flat_TE = logits.reshape(-1, len(bias_E)).index_add(0, rows_N, added_NE)
+    return flat_TE.masked_fill(is_forbidden_E, -torch.inf).view_as(logits)
+
+
+@contextmanager
+def _forbidden_selection(block: MoeBlock, is_forbidden_E: Tensor) -> Iterator[None]:
+    """Where the family has a selection bias it is −inf for these experts while the block runs.
+
+    It is looked up now: where accelerate offloads it, it is there only during the router's forward.
+    """
+    selection = block.selection_tensor()
+    if selection is None or not bool(is_forbidden_E.any()):
+        yield
+        return
+    if selection.device.type == "meta":
+        raise ContractError(f"{block.name}: its selection bias is offloaded and cannot be masked")
+    before = selection.clone()
+    selection.view(-1)[is_forbidden_E.to(selection.device)] = -torch.inf
+    try:
+        yield
+    finally:
+        selection.copy_(before)
+
+
+def moved_by(before_TE: Tensor, after_TE: Tensor, bias: Tensor) -> bool:
+    """Whether logits differ by just the bias, (E,) or (T, E), up to rounding in their dtype."""
+    bias = bias.to(before_TE.device).double()
+    wanted_TE = before_TE.double() + bias
+    after_TE = after_TE.double()
+    if not torch.equal(wanted_TE.isneginf(), after_TE.isneginf()):
+        return False
+    is_finite_TE = wanted_TE.isfinite()
+    eps = torch.finfo(before_TE.dtype).eps
+    largest = max(1.0, float(before_TE.abs().nan_to_num(posinf=0, neginf=0).max()))
+    largest += float(bias.abs().nan_to_num(posinf=0, neginf=0).max())
+    return bool(((wanted_TE - after_TE)[is_finite_TE].abs() <= 4 * eps * largest).all())
