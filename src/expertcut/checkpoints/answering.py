@@ -7,12 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
 from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass, ignore
 from expertcut.quiz import Quiz
+
+NOT_REACHED = (
+    "{}: all answers equal those of the unedited model to the last digit, though these questions "
+    "chose experts that it removes: the change did not reach the model, so nothing is concluded"
+)
+_COUNTS = 0.01  # of a token's gate weight: what is less may be lost in rounding
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,15 @@ class Answered:
 
     `shares` gives per (layer, expert) watched the share of questions that it served;
     `is_untouched_N` tells the questions none of whose tokens chose an expert that the plan removes;
-    `chosen` is by layer with a bias what was chosen in each pass.
+    `is_felt` is true where an answer depends on a removed expert: one that was chosen with a weight
+    that counts, in the last block at an answer position. `chosen` is by layer with a bias what was
+    chosen in each pass.
     """
 
     logprob_NC: Tensor
     shares: dict[tuple[int, int], float]
     is_untouched_N: Tensor
+    is_felt: bool = False
     chosen: dict[int, list[Chosen]] = field(default_factory=dict)
 
 
@@ -58,7 +68,18 @@ def answer(
     most = max(score_NC.shape[1] for score_NC in scores)
     padded = [F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores]
     shares = {key: n / len(quiz) for key, n in watch.n_served.items()}
-    return Answered(torch.cat(padded), shares, torch.cat(untouched), watch.chosen)
+    is_felt = watch.is_felt
+    return Answered(torch.cat(padded), shares, torch.cat(untouched), is_felt, watch.chosen)
+
+
+def check_reached(what: str, base: Answered, changed: Answered) -> None:
+    """That a cut at run time changed an answer, where answers depend on what it removes.
+
+    Raises:
+        ContractError: not one differs in its last digit.
+    """
+    if base.is_felt and torch.equal(base.logprob_NC, changed.logprob_NC):
+        raise ContractError(NOT_REACHED.format(what))
 
 
 class _Watch:
@@ -70,6 +91,8 @@ class _Watch:
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
         self.chosen: dict[int, list[Chosen]] = {b.layer: [] for b in blocks if edits[b.name].bias}
         self.removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
+        self.last_layer = blocks[-1].layer
+        self.is_felt = False
         self.step: Pass
 
     def begin(self, step: Pass) -> None:
@@ -89,8 +112,21 @@ class _Watch:
             if layer == routing.layer:
                 self.n_served[layer, expert] += int((chosen_NK == expert).sum())
         self._mark(experts_TK, self.removed[routing.layer])
+        self.is_felt = self.is_felt or self._is_felt(routing)
         if routing.layer in self.chosen:
             self.chosen[routing.layer].append(self._chosen(experts_TK))
+
+    def _is_felt(self, routing: Routing) -> bool:
+        removed = self.removed[routing.layer]
+        if not removed:
+            return False
+        share_TK = routing.weights_TK.float().abs()
+        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
+        removed_E = torch.tensor(removed, device=routing.experts_TK.device)
+        is_hit_T = (torch.isin(routing.experts_TK, removed_E) & (share_TK > _COUNTS)).any(dim=1)
+        # Nothing comes after the last block but the answers themselves.
+        at = self.step.answers_N if routing.layer == self.last_layer else self.step.valid_T
+        return bool((is_hit_T if at is None else is_hit_T.cpu()[at]).any())
 
     def _chosen(self, experts_TK: Tensor) -> Chosen:
         is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)

@@ -32,6 +32,7 @@ from expertcut.moe.loading import (
 )
 from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.chunks import write_atomically
+from expertcut.profiling.measure import model_info
 from expertcut.profiling.store import Profile
 
 logger = logging.getLogger(__name__)
@@ -183,10 +184,28 @@ def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -
     if load_as.dtype == "auto":
         load_as = replace(load_as, dtype=settings.dtype)
     engine = Engine(load(source, load_as), settings.batch_tokens)
+    if source.fingerprint == profile.info.model.fingerprint:
+        _check_read_alike(profile, engine)
     engine.is_trusted = settings.way == "shared"
     if settings.attention != "split":
         engine.attention = "masked"
     return engine
+
+
+def _check_read_alike(profile: Profile, engine: Engine) -> None:
+    """That the profile saw the gates as they are read now; older versions misread some.
+
+    Raises:
+        ProfileError: it did not.
+    """
+    for was, now in zip(profile.info.model.blocks, model_info(engine.moe).blocks, strict=True):
+        for name in ("scoring", "inflates", "selection"):
+            before, after = getattr(was, name), getattr(now, name)
+            if before != after:
+                raise ProfileError(
+                    f"{profile.path} read the gate of {was.name} as {name} {before}, it is "
+                    f"{after}: an older version misread it, so profile it again"
+                )
 
 
 def _job(profile: Profile, draft: Draft, options: BuildOptions) -> _Job:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from expertcut.checkpoints.agreement import Agreement, agreements
-from expertcut.checkpoints.answering import Answered, answer, answer_alone
+from expertcut.checkpoints.answering import Answered, answer, answer_alone, check_reached
 from expertcut.checkpoints.unedited import at_run_time, renumbered
 from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.lineage import Numbers
@@ -126,6 +126,8 @@ def prove_before(engine: Engine, quiz: Quiz, draft: Draft, constants: Constants)
     """All that needs the unedited model, so that only one model is in memory at a time."""
     base = answer(engine, quiz, draft.edits)
     reference = _at_run_time(engine, quiz, draft, constants)
+    if draft.is_cut and draft.layout == "stock":
+        check_reached(_reference_name(draft), base, reference)
     placed = _placed(engine, quiz, draft, constants, reference) if draft.is_biased else {}
     if draft.layout == "stock" or draft.is_tilted or not constants:
         return Before(base, reference, False, placed)

@@ -244,6 +244,8 @@ def _explained_weights(
         own = _scoring_on_tape(block)
         fitting = [fit for fit in fitting if fit[1] == own] or fitting
         return fitting[0][1], fitting[0][2]
+    if block.top_k == block.n_experts:  # both rules say the same
+        fitting = [fit for fit in fitting if not fit[2].is_renormalised] or fitting
     _, scoring, rule = min(fitting, key=lambda fit: fit[0])
     return scoring, rule
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.checkpoints.answering import NOT_REACHED
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.checkpoints.unedited import at_run_time
-from expertcut.errors import PlanError, ProfileError
+from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.auditing.outcome import (
     AUDIT_FILE,
     Audit,
@@ -172,11 +173,23 @@ class Auditing:
         total = len(self.found.sampled)
         for done, expert in enumerate(self.found.sampled[n_before:], start=n_before + 1):
             change = _told(self._without(expert), on_pass)
-            harm = _harm(expert, rescorer.records, rescorer.changed(expert.layer, change))
+            found = rescorer.changed(expert.layer, change)
+            self._check_reached(expert, rescorer.records, found)
+            harm = _harm(expert, rescorer.records, found)
             self.found = self.found.model_copy(update={"harms": (*self.found.harms, harm)})
             save_audit(folder, self.found)
             left_s = (time.monotonic() - started) * (total - done) / (done - n_before)
             yield AuditProgress(done * n_each, total * n_each, 0, left_s)
+
+    def _check_reached(self, expert: Sampled, base: Records, logprob_NC: Array) -> None:
+        """That answers changed, where the expert had a share in one that counts."""
+        is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
+        is_masked = self.options.way.layout == "stock"
+        if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
+            alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
+            if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
+                name = f"without expert {expert.layer}:{expert.expert}"
+                raise ContractError(NOT_REACHED.format(name))
 
     def _without(self, expert: Sampled) -> AbstractContextManager[OnPass]:
         """The unedited model without one expert, as the layout means it."""

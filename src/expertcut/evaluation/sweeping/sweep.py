@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.checkpoints.answering import NOT_REACHED
 from expertcut.checkpoints.build import engine_as_profiled, gather, profiled_source
 from expertcut.checkpoints.unwritten.carried import as_written
 from expertcut.checkpoints.unwritten.sizing import size_of_cuts
+from expertcut.errors import ContractError
 from expertcut.evaluation.accuracy import accuracy
 from expertcut.evaluation.comparison import compare
 from expertcut.evaluation.folders import begun, check_same, profile_hash
@@ -182,6 +184,8 @@ class Sweeping:
         base, numbers = self.base, draft.numbers
         both_NC = np.isfinite(base.logprob_NC) & np.isfinite(found.logprob_NC)
         moved = np.abs(base.logprob_NC - found.logprob_NC)[both_NC]
+        if not moved.any() and self._is_felt(draft):
+            raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
         change = compare(base.is_correct_N, found.is_correct_N, self.subjects)
         assert numbers is not None
         return SweepCell(
@@ -193,6 +197,19 @@ class Sweeping:
             max_abs_logprob_diff=float(moved.max()),
             median_abs_logprob_diff=float(np.median(moved)),
         )
+
+    def _is_felt(self, draft: Draft) -> bool:
+        """Whether a stock cut removes experts that a twentieth of the profile's answers used."""
+        if draft.layout != "stock":
+            return False
+        chosen_NLK = self.profile.array("chosen_NLK")
+        share_NLK = np.abs(self.profile.array("weight_NLK"))
+        share_NLK = share_NLK / share_NLK.sum(axis=2, keepdims=True)
+        is_hit_N = np.zeros(len(chosen_NLK), dtype=bool)
+        for layer, block in enumerate(self.profile.info.model.blocks):
+            is_removed_NK = ~np.isin(chosen_NLK[:, layer], draft.edits[block.name].keep)
+            is_hit_N |= (is_removed_NK & (share_NLK[:, layer] > 0.01)).any(axis=1)
+        return bool(is_hit_N.mean() >= 0.05)
 
 
 def right_logprob(found: Answers) -> float:
