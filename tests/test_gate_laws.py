@@ -376,3 +376,8 @@ def test_exceptions_say_what_is_not_claimed(checkpoint: Checkpoints) -> None:
     moe.model.config.model_type = "another"
     with pytest.raises(ContractError, match="breaks the law of weights"):
         found(moe)
+
+
+def test_a_cap_and_a_factor_are_more_than_a_gate_matrix(checkpoint: Checkpoints) -> None:
+    for route, is_linear in ((capped, False), (cooled_before, False), (by_einsum, True)):
+        assert {b.is_linear for b in found(planted(checkpoint, route))} == {is_linear}

@@ -40,7 +40,8 @@ class MoeBlock:
     `selection` says how experts are chosen: by α plus the selection bias, by the logits plus that
     bias, or by a table of token ids (hash routing). `residual` says where the residual stream is
     read that the block's output is added to. `call` is how the router was called on the probe,
-    `logits_op` where its logits can be changed, None where they cannot.
+    `logits_op` where its logits can be changed, None where they cannot. `is_linear` is false where
+    logits are more than the gate matrix times the input, so that no row of it adds just a bias.
     """
 
     name: str
@@ -59,6 +60,7 @@ class MoeBlock:
     residual: Residual | None = None
     call: RouterCall = field(default=RouterCall(()), compare=False, repr=False)
     logits_op: LogitsOp | None = None
+    is_linear: bool = True
 
     @property
     def is_hashed(self) -> bool:
@@ -78,6 +80,13 @@ class MoeBlock:
         for owner, name, tensor in _owned(self.module):
             if name in _SELECTION_BIAS:
                 return _at_hand(owner, name, tensor).reshape(-1)
+        return None
+
+    def router_tensor(self, shape: tuple[int, ...], name: str | None = None) -> Tensor | None:
+        """The router's tensor of this shape, of this name if one is given; not to be changed."""
+        for owner, own_name, tensor in _owned(self.router):
+            if tensor.shape == shape and name in (None, own_name):
+                return _at_hand(owner, own_name, tensor)
         return None
 
     def selection_scores(self, logits_TE: Tensor, alpha_TE: Tensor | None = None) -> Tensor:
@@ -242,6 +251,7 @@ def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type
         weights=gate.weights,
         selection=gate.selection,
         logits_op=gate.logits_op,
+        is_linear=gate.is_linear,
     )
 
 

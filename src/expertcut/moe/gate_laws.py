@@ -88,13 +88,15 @@ class Gate:
     """What a router does; `weights` is None for a family that is excepted from their law.
 
     `selection` says what a selection bias is added to where experts are chosen, or that a table of
-    token ids chooses them. `logits_op` is None where logits cannot be changed.
+    token ids chooses them. `logits_op` is None where logits cannot be changed. `is_linear` is false
+    where more is done to the logits than the gate matrix and a bias: a cap, a factor, a norm.
     """
 
     scoring: Scoring
     weights: WeightRule | None
     selection: Selection
     logits_op: LogitsOp | None
+    is_linear: bool
 
     @property
     def inflates(self) -> bool:
@@ -120,7 +122,7 @@ def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> Gate:
     selection: Selection = "table"
     if not is_table:
         selection = _explained_choice(replace(block, scoring=scoring), seen)
-    return Gate(scoring, weights, selection, op)
+    return Gate(scoring, weights, selection, op, _is_linear(block, routing))
 
 
 def check_gate(block: MoeBlock, call: RouterCall, routing: Routing) -> None:
@@ -220,6 +222,20 @@ class _Put:
     def __call__(self, logits: Tensor) -> Tensor:
         noise = torch.randn(logits.shape, generator=self.generator) * self.scale
         return noise.to(logits)
+
+
+def _is_linear(block: MoeBlock, routing: Routing) -> bool:
+    """Whether logits are the router's input times its gate matrix, plus its bias if it has one."""
+    found = [block.router_tensor((block.n_experts, routing.input_TD.shape[1]))]
+    found.append(block.router_tensor((block.n_experts,), "bias"))
+    weight_ED, bias_E = (None if t is None else t.float() for t in found)
+    if weight_ED is None:
+        return False
+    product_TE = F.linear(routing.input_TD.float().to(weight_ED.device), weight_ED, bias_E)
+    logits_TE = routing.logits_TE.float().to(weight_ED.device)
+    off = (product_TE - logits_TE).abs().max()
+    tolerance = 3e-2 if routing.input_TD.dtype.itemsize < 4 else _tolerance(routing)
+    return bool(off <= tolerance * logits_TE.abs().max())
 
 
 # --- Weights ------------------------------------------------------------------------------------

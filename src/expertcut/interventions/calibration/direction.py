@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from expertcut.errors import ContractError
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.moe.engine import Engine
@@ -99,7 +100,18 @@ class _Products:
 def fit_directions(
     engine: Engine, tuning: Quiz, layers: Collection[int], apply_at: ApplyAt = "all"
 ) -> dict[int, Tensor]:
-    """V (D,) float64 per layer, fitted on every distinct token of at most 512 questions."""
+    """V (D,) float64 per layer, fitted on every distinct token of at most 512 questions.
+
+    Raises:
+        ContractError: a router whose logits are more than its gate matrix times its input.
+    """
+    for block in engine.moe.blocks:
+        if block.layer in layers and not block.is_linear:
+            raise ContractError(
+                f"{block.name}: its router caps or scales its logits, so nothing that is added to "
+                "its gate matrix moves a logit by just a bias: boost and suppress are not "
+                "supported here"
+            )
     moments = {layer: _Moments() for layer in layers}
     few = round_robin(tuning, CALIBRATION_QUESTIONS)
     listen(

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from expertcut.errors import ContractError
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.interventions.plan import Edit
@@ -73,8 +74,18 @@ class Quality:
 def merged_rows(
     engine: Engine, tuning: Quiz, edits: Mapping[str, Edit], kind: RouterRow
 ) -> dict[int, Rows]:
-    """The rows of each layer that has merged experts; at most 512 questions fit them."""
+    """The rows of each layer that has merged experts; at most 512 questions fit them.
+
+    Raises:
+        ContractError: rows other than the dominant member's, where logits are more than linear.
+    """
     blocks = [b for b in engine.moe.blocks if edits[b.name].merged]
+    bent = next((b for b in blocks if not b.is_linear), None)
+    if bent is not None and kind != "dominant":
+        raise ContractError(
+            f"{bent.name}: its router caps or scales its logits, so no mean or fitted row of its "
+            "gate matrix stands for several: take --router dominant"
+        )
     if kind != "fitted":
         return {b.layer: _unfitted(edits[b.name], kind) for b in blocks}
     sums = {b.layer: _Sums(b, edits[b.name].merged or {}) for b in blocks}
