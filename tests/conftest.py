@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from expertcut.cli import main
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
+from tests.families import COMMON, EIGHT, LATENT, MORE, SHARED_EXPERT, SMALL
 
 Commands = Callable[..., str]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -32,55 +33,23 @@ WORDS = [
     *("knoll", "lemon", "maple"),
 ]
 
-_COMMON = {
-    "vocab_size": 290,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    # With 0.02 experts do not matter, and every test would pass.
-    "initializer_range": 0.25,
-}
-_SMALL = {**_COMMON, "intermediate_size": 16, "num_experts_per_tok": 2}
-_EIGHT = {**_SMALL, "num_experts": 8}
-_SHARED = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
-_LATENT = {  # multi-head latent attention
-    **_SMALL,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 0,
-    "n_group": 2,
-    "topk_group": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 8,
-}
 # By config.model_type; all layers are MoE layers, what the families differ in is switched on.
 FAMILIES: dict[str, dict[str, object]] = {
-    "olmoe": _EIGHT,
-    "flex_olmo": _EIGHT,
-    "qwen2_moe": {**_EIGHT, **_SHARED},
-    "qwen3_moe": {**_EIGHT, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
-    "mixtral": {**_SMALL, "num_local_experts": 8},
-    "deepseek_v2": {**_LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
-    "deepseek_v3": _LATENT,
+    "olmoe": EIGHT,
+    "flex_olmo": EIGHT,
+    "qwen2_moe": {**EIGHT, **SHARED_EXPERT},
+    "qwen3_moe": {**EIGHT, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
+    "mixtral": {**SMALL, "num_local_experts": 8},
+    "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
+    "deepseek_v3": LATENT,
     "gpt_oss": {
-        **_SMALL,
+        **SMALL,
         "num_local_experts": 8,
         "head_dim": 8,
         "layer_types": ["full_attention", "full_attention"],
     },
     "glm4_moe": {
-        **_SMALL,
+        **SMALL,
         "head_dim": 8,
         "n_routed_experts": 8,
         "moe_intermediate_size": 16,
@@ -91,10 +60,10 @@ FAMILIES: dict[str, dict[str, object]] = {
         "routed_scaling_factor": 1.5,
         "use_qk_norm": True,
     },
-    "granitemoe": {**_SMALL, "num_local_experts": 8, "residual_multiplier": 0.5},
-    "phimoe": {**_SMALL, "num_local_experts": 8, "router_jitter_noise": 0.2},
+    "granitemoe": {**SMALL, "num_local_experts": 8, "residual_multiplier": 0.5},
+    "phimoe": {**SMALL, "num_local_experts": 8, "router_jitter_noise": 0.2},
     "ernie4_5_moe": {
-        **_COMMON,
+        **COMMON,
         "intermediate_size": 16,
         "moe_k": 2,
         "moe_num_experts": 8,
@@ -102,15 +71,15 @@ FAMILIES: dict[str, dict[str, object]] = {
         "moe_intermediate_size": 16,
         "moe_layer_start_index": 0,
     },
-    "minimax_m2": {**_SMALL, "num_local_experts": 8, "head_dim": 8},
+    "minimax_m2": {**SMALL, "num_local_experts": 8, "head_dim": 8},
     "lfm2_moe": {
-        **_EIGHT,
+        **EIGHT,
         "moe_intermediate_size": 16,
         "num_dense_layers": 0,
         "layer_types": ["conv", "full_attention"],
     },
     "jamba": {
-        **_EIGHT,
+        **EIGHT,
         "attn_layer_offset": 1,
         "attn_layer_period": 2,
         "expert_layer_offset": 0,
@@ -118,8 +87,8 @@ FAMILIES: dict[str, dict[str, object]] = {
         "use_mamba_kernels": False,
     },
     "qwen3_next": {
-        **_EIGHT,
-        **_SHARED,
+        **EIGHT,
+        **SHARED_EXPERT,
         "head_dim": 8,
         "layer_types": ["linear_attention", "full_attention"],
         "linear_key_head_dim": 8,
@@ -166,7 +135,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object) -> Path:
     """A random model of a family, saved as a stranger would find it."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**(FAMILIES | MORE)[family], **changes})
     model = AutoModelForCausalLM.from_config(config)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # A selection bias of zero would hide a path that forgets it.
@@ -175,6 +144,11 @@ def make_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object)
             name.endswith("gate.weight") and not tensor.any()
         ):
             tensor.data.normal_(0, 0.25)
+        elif name.endswith("tid2eid"):  # which experts a token id is sent to
+            order_VE = torch.rand(len(tensor), config.n_routed_experts).argsort(dim=-1)
+            tensor.data.copy_(order_VE[:, : tensor.shape[1]])
+        elif name.endswith("per_expert_scale"):
+            tensor.data.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
