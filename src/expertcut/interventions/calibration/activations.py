@@ -30,9 +30,9 @@ class Tried:
     def __init__(self, block: MoeBlock, x_TD: Tensor) -> None:
         self.block = block
         self.x_TD = x_TD.to(next(block.router.parameters()).device)
-        self.route = _own_router(block, self.x_TD)
-        n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * x_TD.shape[1] * 8))
-        self.gram_TEE = torch.cat([_gram(block, rows_RD) for rows_RD in x_TD.split(n_rows)])
+        self.route, own_TD = _own_calls(block, self.x_TD)
+        n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * own_TD.shape[1] * 8))
+        self.gram_TEE = torch.cat([_gram(block, rows_RD) for rows_RD in own_TD.split(n_rows)])
         self.gate_TE = self._gates(())
 
     @torch.inference_mode()
@@ -46,7 +46,7 @@ class Tried:
         bias_E = torch.zeros(self.block.n_experts)
         bias_E[list(removed)] = -torch.inf
         with tilted([self.block], Tilts({self.block.layer: bias_E} if removed else {})):
-            _, weights_TK, experts_TK = self.route(self.x_TD)
+            _, weights_TK, experts_TK = self.route()
         nothing_TE = torch.zeros(len(self.x_TD), len(bias_E), dtype=torch.float64)
         return nothing_TE.scatter(1, experts_TK.cpu(), weights_TK.double().cpu())
 
@@ -115,13 +115,23 @@ def _gram(block: MoeBlock, x_RD: Tensor) -> Tensor:
     return f_RED @ f_RED.transpose(1, 2)
 
 
-def _own_router(block: MoeBlock, x_TD: Tensor) -> Callable[[Tensor], Any]:
-    """The router as its block calls it; some give it more than the tokens."""
-    more: list[tuple[Any, ...]] = []
-    handle = block.router.register_forward_pre_hook(lambda _module, args: more.append(args[1:]))
+def _own_calls(block: MoeBlock, x_TD: Tensor) -> tuple[Callable[[], Any], Tensor]:
+    """The router on these tokens as its block calls it, and what the block gives its experts.
+
+    A router may want another rank than (T, D), and more than the tokens; experts may want what a
+    projection makes of them.
+    """
+    calls: list[tuple[Any, ...]] = []
+    given: list[Tensor] = []
+
+    def nothing(own_TD: Tensor, *_: Any) -> Tensor:
+        given.append(own_TD)
+        return torch.zeros_like(own_TD)
+
+    handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
     try:
-        with replaced_forward(block.experts, lambda x_TD, *_: torch.zeros_like(x_TD)):
-            block.module(x_TD[None, :1])
+        with replaced_forward(block.experts, nothing):
+            block.module(x_TD[None])
     finally:
         handle.remove()
-    return lambda x_TD: block.router(x_TD, *more[0])
+    return lambda: block.router(*calls[0]), given[0]
