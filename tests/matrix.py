@@ -7,7 +7,7 @@ families it prints their rows. tests/test_matrix.py holds each number to its lim
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertcut.checkpoints.build import engine_as_profiled
 from expertcut.cli import main
 from expertcut.evaluation.auditing.outcome import load_audit
 from expertcut.evaluation.sweeping.outcome import load_sweep
 from expertcut.interventions.plan import Plan, load_plan
 from expertcut.interventions.questions import questions_for
 from expertcut.moe.engine import ask
-from expertcut.moe.loading import LoadOptions
-from expertcut.checkpoints.build import engine_as_profiled
-from expertcut.moe.loading import find_source
+from expertcut.moe.loading import LoadOptions, find_source
 from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
@@ -152,13 +151,13 @@ def measure(root: Path, family: str, quiz: Path) -> Row:
 
 def _sweep(world: World) -> dict[str, float]:
     world.run(
-        *("prune", "--sweep", 0.75, "--by", "reap", "--fold", "off", "--limit", LIMIT),
+        *("prune", "--sweep", 0.5, "--by", "reap", "--fold", "off", "--limit", LIMIT),
         out="sweep",
     )
     (cell,) = load_sweep(world.root / "sweep").cells
     (place,) = (world.root / "sweep" / "cells").glob("keep-*")
     found = torch.from_numpy(answers(load_profile(place)).logprob_NC)
-    world.run("prune", "--keep-fraction", 0.75, "--by", "reap", "--fold", "off", out="cut")
+    world.run("prune", "--keep-fraction", 0.5, "--by", "reap", "--fold", "off", out="cut")
     written = world.written("cut").logprobs(world.asked)
     keep = {name: edit.keep for name, edit in world.plan("cut").blocks.items()}
     assert keep == cell.keep
@@ -244,7 +243,7 @@ def rows(names: list[str]) -> Iterator[tuple[str, Row | Exception]]:
         for family in names:
             try:
                 yield family, measure(Path(root) / family, family, quiz)
-            except Exception as error:  # noqa: BLE001 -- told in its row
+            except Exception as error:
                 yield family, error
 
 

@@ -107,9 +107,7 @@ class Plain:
             yield
 
 
-def _hook(
-    gate: Gate, block: nn.Module, router: Any, shift_E: Tensor | None
-) -> Callable[..., Any]:
+def _hook(gate: Gate, block: nn.Module, router: Any, shift_E: Tensor | None) -> Callable[..., Any]:
     selection_E = next(
         (
             tensor.reshape(-1)

@@ -37,13 +37,17 @@ from tests.test_profile import profiled
 Checkpoints = Callable[..., Path]
 Array = np.ndarray[Any, Any]
 SHOTS = 1
-# Packed, in rows with pads (a sliding window), routed in groups by sigmoids, half the output added.
+# Packed, in rows with pads (a sliding window), routed in groups by sigmoids, half the output added,
+# the experts' sum doubled inside the block.
 BRUTE: dict[str, dict[str, object]] = {
     "olmoe": {},
     "mixtral": {"sliding_window": 16},
     "deepseek_v3": {},
     "granitemoe": {},
+    "minimax_m3_vl_text": {},
 }
+# What the sum of experts counts times, beside the block's input and the residual stream.
+FACTORS = {"granitemoe": (1.0, 0.5), "minimax_m3_vl_text": (2.0, 2.0)}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +129,9 @@ def votes(values: list[float]) -> list[float]:
     return [1 + sum(other < value for other in values) for value in values]
 
 
-def expected(seen: Seen, n_experts: int, factor: float) -> dict[tuple[str, Positions], Array]:
+def expected(
+    seen: Seen, n_experts: int, factors: tuple[float, float]
+) -> dict[tuple[str, Positions], Array]:
     """All criteria by plain loops over tokens."""
     names = ("tokens", "weight", "norm", "weighted", "easy", "postnorm", "votes")
     total = {name: np.zeros(n_experts) for name in (*names, "asked", "mass", "alpha", "right")}
@@ -134,8 +140,9 @@ def expected(seen: Seen, n_experts: int, factor: float) -> dict[tuple[str, Posit
     ):
         y_D = sum(w * f_D for w, f_D in zip(weights, outputs, strict=True))
         assert isinstance(y_D, Tensor)
-        easy = cosine_shift(seen.residual[t], factor * y_D)
-        postnorm = cosine_shift(seen.input[t], y_D)
+        by_input, by_stream = factors
+        easy = cosine_shift(seen.residual[t], by_stream * y_D)
+        postnorm = cosine_shift(seen.input[t], by_input * y_D)
         parts = [w * float(f_D.norm()) for w, f_D in zip(weights, outputs, strict=True)]
         for e, w, f_D, part, vote in zip(
             experts, weights, outputs, parts, votes(parts), strict=True
@@ -180,9 +187,8 @@ def test_every_criterion_agrees_with_brute_force_one_token_at_a_time(
     profile = profiled(path, quiz, tmp_path / "p")
     moe = open_model(path)
     blocks = one_by_one(moe, quiz)
-    factor = 0.5 if family == "granitemoe" else 1.0
     for block, seen in zip(moe.blocks, blocks, strict=True):
-        wanted = expected(seen, block.n_experts, factor)
+        wanted = expected(seen, block.n_experts, FACTORS.get(family, (1.0, 1.0)))
         wanted["weighted_accuracy", "answer"] = weighted_accuracy(seen, block)
         assert {by for by, _ in wanted} == set(OBSERVED)
         for (by, positions), score_E in wanted.items():
@@ -294,6 +300,29 @@ def test_a_family_without_a_stream_has_no_easy_ep_and_says_so(
     assert all((s > 0).any() for s in scores(profile, "easy_ep_postnorm", "all"))
 
 
+def test_experts_of_another_width_have_no_easy_ep_and_the_other_criteria(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+):
+    profile = profiled(checkpoint("nemotron_h"), quiz, tmp_path / "p")
+    assert not any("shift" in name for name in profile.chunks[0])
+    for by in ("easy_ep", "easy_ep_postnorm"):
+        with pytest.raises(ProfileError, match="take another criterion"):
+            scores(profile, by, "all")
+    assert all((s > 0).any() for s in scores(profile, "ranked_choice", "all"))
+
+
+@pytest.mark.parametrize(
+    ("family", "factor"),
+    [("laguna", 1.5), ("beam", 1.5), ("cohere2_moe", 0.5), ("axk1", None), ("nemotron_h", None)],
+)
+def test_what_a_block_does_to_the_sum_of_its_experts_is_found(
+    checkpoint: Checkpoints, family: str, factor: float | None
+):
+    blocks = open_model(checkpoint(family)).blocks
+    assert [block.output_factor for block in blocks] == [factor] * len(blocks)
+    assert all(block.residual is None for block in blocks) == (family != "laguna")
+
+
 # Criteria that ask the model
 
 
@@ -358,6 +387,8 @@ def without(block: MoeBlock, expert: int) -> Any:
         ("qwen3_moe", {}),
         ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
         ("minimax_m2", {}),  # its router is given a bias besides
+        ("afmoe", {}),  # and takes no tokens without a batch
+        ("nemotron_h", {"n_group": 1, "topk_group": 1}),  # its experts work in another width
     ],
 )
 def test_the_first_step_of_reconstruction_is_exhaustive_leave_one_out_with_rerouting(

@@ -10,7 +10,7 @@ from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.plan import Draft, Edit
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import replaced_forward
+from expertcut.moe.observers import own_forward, replaced_forward
 from expertcut.moe.passes import OnPass
 from expertcut.moe.tilting import Tilts, tilted
 
@@ -78,7 +78,7 @@ def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterat
     with ExitStack() as stack:
         for block in blocks:
             if by_expert := constants.get(block.name):
-                forward = _with_constants(block.experts.forward, by_expert)
+                forward = _with_constants(own_forward(block.experts), by_expert)
                 stack.enter_context(replaced_forward(block.experts, forward))
         yield
 

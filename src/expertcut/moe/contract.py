@@ -18,7 +18,7 @@ from expertcut.moe.gate_laws import (
     verifying,
 )
 from expertcut.moe.observers import Routing
-from expertcut.moe.residual import Residual, probing
+from expertcut.moe.residual import Probe, Residual, probing
 from expertcut.moe.router_ops import LogitsOp, RouterCall
 
 # Families that look alike but break the contract, by config.model_type.
@@ -39,9 +39,11 @@ class MoeBlock:
     to K, so that removing a router row makes every other weight larger (OLMoE, Qwen2-MoE, ...).
     `selection` says how experts are chosen: by α plus the selection bias, by the logits plus that
     bias, or by a table of token ids (hash routing). `residual` says where the residual stream is
-    read that the block's output is added to. `call` is how the router was called on the probe,
-    `logits_op` where its logits can be changed, None where they cannot. `is_linear` is false where
-    logits are more than the gate matrix times the input, so that no row of it adds just a bias.
+    read that the block's output is added to. `output_factor` is what the block multiplies the sum
+    of its experts by, None where it does more to it (a projection, a norm). `call` is how the
+    router was called on the probe, `logits_op` where its logits can be changed, None where they
+    cannot. `is_linear` is false where logits are more than the gate matrix times the input, so
+    that no row of it adds just a bias.
     """
 
     name: str
@@ -58,6 +60,7 @@ class MoeBlock:
     weights: WeightRule | None = None
     selection: Selection = "score"
     residual: Residual | None = None
+    output_factor: float | None = 1.0
     call: RouterCall = field(default=RouterCall(()), compare=False, repr=False)
     logits_op: LogitsOp | None = None
     is_linear: bool = True
@@ -169,10 +172,7 @@ def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
     ):
         model(input_ids=input_ids_1T, use_cache=False)
     return tuple(
-        replace(
-            _probed(block, seen.get(block.layer), model_type),
-            residual=probes[block.layer].residual(),
-        )
+        _placed(_probed(block, seen.get(block.layer), model_type), probes[block.layer])
         for block in unprobed
     )
 
@@ -253,6 +253,13 @@ def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type
         logits_op=gate.logits_op,
         is_linear=gate.is_linear,
     )
+
+
+def _placed(block: MoeBlock, probe: Probe) -> MoeBlock:
+    """The block with what becomes of the sum of its experts."""
+    output_factor = probe.output_factor()
+    residual = probe.residual(output_factor)
+    return replace(block, output_factor=output_factor, residual=residual)
 
 
 def _at_hand(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:

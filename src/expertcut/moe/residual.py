@@ -1,4 +1,4 @@
-"""Where a MoE block stands in the residual stream: its decoder layer gives x + factor · block.
+"""What becomes of a MoE block's experts: block = shared + c · Σ w·f, decoder layer = x + d · block.
 
 Read off what the modules of the layer do in one forward pass, whatever they are called.
 """
@@ -10,7 +10,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from expertcut.moe.observers import replaced_forward
 
 if TYPE_CHECKING:
     from expertcut.moe.contract import MoeBlock
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Residual:
-    """`norm` reads the residual stream x and gives the block's input; `factor` is 1 in most."""
+    """`norm` reads the residual stream x and gives the block's input.
+
+    The sum of the block's experts is added to x times `factor`, which is 1 in most.
+    """
 
     norm: nn.Module
     factor: float
@@ -40,37 +46,54 @@ class Probe:
     def __init__(self, decoder: nn.Module, block: MoeBlock) -> None:
         self.decoder, self.block = decoder, block
         self.seen: list[tuple[nn.Module, Any, Any]] = []
-        self.read: Any = None
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+        self.summed: Any = None
         self.gave: Any = None
         self.result: Any = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks the layer's modules but for what is inside the block."""
-        inside = set(self.block.module.modules())
+        """Hooks the layer's modules but for what is inside the block, its experts excepted."""
+        inside = set(self.block.module.modules()) - {self.block.module, self.block.experts}
         with ExitStack() as stack:
             for module in self.decoder.modules():
-                if module not in inside or module is self.block.module:
-                    handle = module.register_forward_hook(self._see)
+                if module not in inside:
+                    handle = module.register_forward_hook(self._see, with_kwargs=True)
                     stack.callback(handle.remove)
             yield
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        read, gave = (args[0] if args else None), _first(output)
+    def _see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        gave = _first(output)
         if module is self.block.module:
-            self.read, self.gave = read, gave
+            self.call, self.gave = (args, kwargs), gave
+        elif module is self.block.experts:
+            self.summed = gave if self.summed is None else self.summed
         elif module is self.decoder:
             self.result = gave
         else:
-            self.seen.append((module, read, gave))
+            self.seen.append((module, args[0] if args else None, gave))
 
-    def residual(self) -> Residual | None:
+    @torch.inference_mode()
+    def output_factor(self) -> float | None:
+        """What the block multiplies the sum of its experts by; None where it does more to it."""
+        if not isinstance(self.summed, Tensor):
+            return None
+        args, kwargs = self.call
+        nothing = torch.zeros_like(self.summed)
+        with replaced_forward(self.block.experts, lambda *_, **__: nothing):
+            without = _first(self.block.module(*args, **kwargs))
+        return _factor(without, self.summed, self.gave)
+
+    def residual(self, output_factor: float | None) -> Residual | None:
         """None where the block's input is no module's output, or more is done to its own."""
+        read = self.call[0][0] if self.call[0] else None
         for module, x_BTD, given in self.seen:
-            if given is self.read and isinstance(x_BTD, Tensor):
+            if output_factor is not None and given is read and isinstance(x_BTD, Tensor):
                 factor = _factor(x_BTD, self.gave, self.result)
                 if factor is not None:
-                    return Residual(module, factor)
+                    return Residual(module, factor * output_factor)
         return None
 
 

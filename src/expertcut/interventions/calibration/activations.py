@@ -31,8 +31,9 @@ class Tried:
         self.block = block
         self.x_TD = x_TD.to(next(block.router.parameters()).device)
         self.route, own_TD = _own_calls(block, self.x_TD)
-        n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * own_TD.shape[1] * 8))
-        self.gram_TEE = torch.cat([_gram(block, rows_RD) for rows_RD in own_TD.split(n_rows)])
+        n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * x_TD.shape[1] * 8))
+        parts = zip(self.x_TD.split(n_rows), own_TD.split(n_rows), strict=True)
+        self.gram_TEE = torch.cat([_gram(block, *rows) for rows in parts])
         self.gate_TE = self._gates(())
 
     @torch.inference_mode()
@@ -101,18 +102,32 @@ class _Draw:
         self.keys = keys[self.stays]
 
 
-def _gram(block: MoeBlock, x_RD: Tensor) -> Tensor:
-    """Inner products (R, E, E) of all experts' own outputs, float64."""
+def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
+    """Inner products (R, E, E) of what all experts add to the block's output, float64."""
     n_rows, n_experts = len(x_RD), block.n_experts
     device = next(block.experts.parameters()).device
     forward = own_forward(block.experts)
-    rows = x_RD.to(device)
+    rows = own_RD.to(device)
+    # Experts that work in another width are followed by a projection.
+    is_projected = own_RD.shape[1] != x_RD.shape[1]
+    nothing_RD = _given(block, x_RD, torch.zeros_like(rows)) if is_projected else torch.zeros(())
     outputs = []
     for expert in range(n_experts):
         chosen_R1 = torch.full((n_rows, 1), expert, device=device)
-        outputs.append(forward(rows, chosen_R1, rows.new_ones(n_rows, 1)).double().cpu())
+        output_RD = forward(rows, chosen_R1, rows.new_ones(n_rows, 1))
+        if is_projected:
+            output_RD = _given(block, x_RD, output_RD)
+        outputs.append(output_RD.double().cpu() - nothing_RD)
     f_RED = torch.stack(outputs, dim=1)
     return f_RED @ f_RED.transpose(1, 2)
+
+
+def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
+    """What the block gives, (R, D) float64, where its experts give this."""
+    with replaced_forward(block.experts, lambda *_: output_RW):
+        found = block.module(x_RD[None])
+    y_RD: Tensor = (found[0] if isinstance(found, tuple) else found)[0]
+    return y_RD.double().cpu()
 
 
 def _own_calls(block: MoeBlock, x_TD: Tensor) -> tuple[Callable[[], Any], Tensor]:

@@ -58,10 +58,11 @@ def easy_ep(layer: LayerStatistics) -> Array:
         ProfileError: the profile does not hold it, or the family has no such stream.
     """
     sums = all_tokens(layer)
-    if sums.residual_shift_E is None and sums.input_shift_E is not None:
+    if sums.residual_shift_E is None and sums.votes_E is not None:
+        other = "another" if sums.input_shift_E is None else "easy_ep_postnorm or another"
         raise ProfileError(
             f"easy_ep: {layer.block} does not add its output to a residual stream that could be "
-            "found: take easy_ep_postnorm or another criterion"
+            f"found: take {other} criterion"
         )
     return _held(sums.residual_shift_E, "easy_ep")
 
@@ -72,7 +73,13 @@ def easy_ep_postnorm(layer: LayerStatistics) -> Array:
     Raises:
         ProfileError: the profile does not hold it.
     """
-    return _held(all_tokens(layer).input_shift_E, "easy_ep_postnorm")
+    sums = all_tokens(layer)
+    if sums.input_shift_E is None and sums.votes_E is not None:
+        raise ProfileError(
+            f"easy_ep_postnorm: the experts of {layer.block} work in another width than the block "
+            "reads, so what they add is not known: take another criterion"
+        )
+    return _held(sums.input_shift_E, "easy_ep_postnorm")
 
 
 def ranked_choice(layer: LayerStatistics) -> Array:

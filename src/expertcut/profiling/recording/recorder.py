@@ -19,7 +19,7 @@ from expertcut.moe.observers import (
 )
 from expertcut.moe.packing import Pass
 from expertcut.profiling.chunks import Arrays
-from expertcut.profiling.recording.token_sums import NAMES, PARTS, RESIDUAL, TokenSums
+from expertcut.profiling.recording.token_sums import INPUT, NAMES, PARTS, RESIDUAL, TokenSums
 from expertcut.profiling.sound import Stats
 
 
@@ -36,8 +36,7 @@ class Recorder:
         n_layers, top_k = len(blocks), blocks[0].top_k
         n_experts = max(block.n_experts for block in blocks)
         device = runs_on(blocks[0].router)
-        factors = {b.layer: b.residual.factor for b in blocks if b.residual is not None}
-        self.tokens = TokenSums(n_layers, n_experts, device, factors)
+        self.tokens = TokenSums(n_layers, n_experts, device, _factors(blocks))
         self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
         self.chosen_NLK = torch.zeros(
             n_questions, n_layers, top_k, dtype=torch.int16, device=device
@@ -155,14 +154,32 @@ class Recorder:
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
     def _token_sums(self) -> dict[str, Tensor]:
-        is_known = all(block.residual is not None for block in self.blocks)
+        left_out = set()
+        if any(block.residual is None for block in self.blocks):
+            left_out.add(RESIDUAL)
+        if not self.tokens.is_in_width:
+            left_out |= {INPUT, RESIDUAL}
         kept = {}
         for p, part in enumerate(PARTS):
             for s, name in enumerate(NAMES):
-                if name != RESIDUAL or is_known:
+                if name not in left_out:
                     kept[f"{part}_{name}_LE"] = self.tokens.sums[s, p]
             kept[f"{part}_largest_LE"] = self.tokens.largest[p]
         return kept
+
+
+def _factors(blocks: Sequence[MoeBlock]) -> dict[int, tuple[float, float]]:
+    """By layer what the sum of its experts counts times, beside the block's input and the stream.
+
+    Where a block norms that sum, what it gave before.
+    """
+    return {
+        b.layer: (
+            1.0 if b.output_factor is None else b.output_factor,
+            0.0 if b.residual is None else b.residual.factor,
+        )
+        for b in blocks
+    }
 
 
 def _on(routing: Routing, device: torch.device) -> Routing:

@@ -9,9 +9,10 @@ from expertcut.moe.observers import ExpertCall, Routing
 from expertcut.profiling.recording.contributions import borda_points, shift
 
 PARTS = ("prefix", "question")
-RESIDUAL = "residual_shift"  # only where a model's residual stream is known
+INPUT = "input_shift"  # only where experts give what is as wide as the block's input
+RESIDUAL = "residual_shift"  # and only where a model's residual stream is known
 # What each is, docs/formats.md says.
-NAMES = ("tokens", "weight", "norm", "weighted_norm", "votes", "input_shift", RESIDUAL)
+NAMES = ("tokens", "weight", "norm", "weighted_norm", "votes", INPUT, RESIDUAL)
 
 
 @dataclass
@@ -32,17 +33,23 @@ class _Layer:
 class TokenSums:
     """Kept apart for the shared prefix, which ran once for the whole chunk, and for the rest.
 
-    `factors` are what each block's output is multiplied with where it is added to the residual
-    stream, by layer; a sum that needs the stream stays 0 where it is not told of.
+    `factors` are what the sum of a block's experts is multiplied with where it is held against the
+    block's input, and where against the residual stream, by layer; a sum that needs the stream
+    stays 0 where it is not told of. `is_in_width` turns false where experts work in another width.
     """
 
     def __init__(
-        self, n_layers: int, n_experts: int, device: torch.device, factors: dict[int, float]
+        self,
+        n_layers: int,
+        n_experts: int,
+        device: torch.device,
+        factors: dict[int, tuple[float, float]],
     ) -> None:
         shape = (len(NAMES), len(PARTS), n_layers, n_experts)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
         self.factors = factors
+        self.is_in_width = True
 
     def begin(self, part: int) -> None:
         """Says whose tokens come, as a place in `PARTS`."""
@@ -113,12 +120,16 @@ class TokenSums:
         """
         assert routing is not None, "a block's router runs before its experts"
         self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
-        input_T = shift(routing.input_TD, output_TD)
-        self._add("input_shift", layer, weighted_TE * input_T.to(weighted_TE)[:, None])
+        if output_TD.shape != routing.input_TD.shape:
+            self.is_in_width = False
+            return
+        by_input, by_stream = self.factors[layer]
+        input_T = shift(routing.input_TD, output_TD, by_input)
+        self._add(INPUT, layer, weighted_TE * input_T.to(weighted_TE)[:, None])
         if self.stream is not None and self.stream[0] == layer:
             x_TD = self.stream[1]
             x_TD = x_TD if self.rows_M is None else x_TD[self.rows_M.to(x_TD.device)]
-            residual_T = shift(x_TD, output_TD, self.factors[layer])
+            residual_T = shift(x_TD, output_TD, by_stream)
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
     def _add(self, name: str, layer: int, amount_TE: Tensor) -> None:
