@@ -42,6 +42,9 @@ class MoeBlock:
     read that the block's output is added to. `output_factor` is what the block multiplies the sum
     of its experts by, None where it does more to it (a projection, a norm). `call` is how the
     router was called on the probe, `logits_op` where its logits can be changed, None where they
+    read that the block's output is added to. `output_factor` is what the block multiplies the sum
+    of its experts by, None where it does more to it (a projection, a norm). `call` is how the
+    router was called on the probe, `logits_op` where its logits can be changed, None where they
     cannot. `is_linear` is false where logits are more than the gate matrix times the input, so
     that no row of it adds just a bias.
     """
