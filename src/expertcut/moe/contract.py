@@ -42,9 +42,6 @@ class MoeBlock:
     read that the block's output is added to. `output_factor` is what the block multiplies the sum
     of its experts by, None where it does more to it (a projection, a norm). `call` is how the
     router was called on the probe, `logits_op` where its logits can be changed, None where they
-    read that the block's output is added to. `output_factor` is what the block multiplies the sum
-    of its experts by, None where it does more to it (a projection, a norm). `call` is how the
-    router was called on the probe, `logits_op` where its logits can be changed, None where they
     cannot. `is_linear` is false where logits are more than the gate matrix times the input, so
     that no row of it adds just a bias.
     """
@@ -78,8 +75,11 @@ class MoeBlock:
         return SCORES[self.scoring](logits_TE.float())
 
     def selection_tensor(self) -> Tensor | None:
-        """The family's selection bias as it is now; on the meta device where it is offloaded."""
-        return next((t for _, n, t in _owned(self.module) if n in _SELECTION_BIAS), None)
+        """The router's own selection bias as it is now, on the meta device where it is offloaded.
+
+        None where there is none, or the block hands it to the router with each call.
+        """
+        return next((t for _, n, t in _owned(self.router) if n in _SELECTION_BIAS), None)
 
     def selection_bias(self) -> Tensor | None:
         """The values (E,) of the selection bias, where the family has one: not to be changed."""

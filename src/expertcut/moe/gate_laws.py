@@ -20,7 +20,7 @@ and are used nevertheless, with what is not claimed of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -458,18 +458,15 @@ def _routing(
 ) -> tuple[RouterCall, Routing]:
     if not isinstance(output, tuple) or len(output) != 3:
         raise ContractError(f"{block.name}: its router must give logits, weights and experts")
-    # A selection bias that the block hands to its router stays the very tensor, for masks.
-    own = {id(tensor) for tensor in (*block.module.parameters(), *block.module.buffers())}
     call = RouterCall(
-        tuple(_kept(value, own) for value in args), {k: _kept(v, own) for k, v in kwargs.items()}
+        tuple(_kept(value) for value in args), {k: _kept(v) for k, v in kwargs.items()}
     )
     x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     return call, Routing(block.layer, x.reshape(-1, x.shape[-1]), *output)
 
 
-def _kept(value: Any, own: Container[int]) -> Any:
-    is_input = isinstance(value, Tensor) and id(value) not in own
-    return value.detach().clone() if is_input else value
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _check_sum(block: MoeBlock, call: _Call, routing: Routing) -> None:

@@ -185,6 +185,9 @@ def biased_forward(
 
     def route(*args: Any, **kwargs: Any) -> Routed:
         add = partial(_added, bias_E=bias_E, rows_N=rows())
+        # Some blocks hand their selection bias (E,) to the router with each call.
+        args = tuple(_forbidden(value, is_forbidden_E) for value in args)
+        kwargs = {name: _forbidden(value, is_forbidden_E) for name, value in kwargs.items()}
         with _forbidden_selection(block, is_forbidden_E):
             routed = run_changed(forward, op, add, args, kwargs)
         if bool(is_forbidden_E.to(routed[2].device)[routed[2]].any()):
@@ -208,9 +211,18 @@ def _added(logits: Tensor, bias_E: Tensor, rows_N: Tensor | None) -> Tensor:
     return flat_TE.masked_fill(is_forbidden_E, -torch.inf).view_as(logits)
 
 
+def _forbidden(value: Any, is_forbidden_E: Tensor) -> Any:
+    """An argument of a router, with −inf for these experts where it has one number for each."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    if value.numel() != len(is_forbidden_E) or value.shape[-1] != len(is_forbidden_E):
+        return value
+    return value.masked_fill(is_forbidden_E.to(value.device), -torch.inf)
+
+
 @contextmanager
 def _forbidden_selection(block: MoeBlock, is_forbidden_E: Tensor) -> Iterator[None]:
-    """Where the family has a selection bias it is −inf for these experts while the block runs.
+    """Where the router has a selection bias it is −inf for these experts while the block runs.
 
     It is looked up now: where accelerate offloads it, it is there only during the router's forward.
     """
