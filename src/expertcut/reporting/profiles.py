@@ -59,6 +59,7 @@ def _activated(profile: Profile, layers: list[LayerStatistics]) -> Table:
         f"{cut_text(profile.n_cut)}. {_COUNTED} "
         f"Near-ties: {own:,} questions have a token of their own whose choice of experts hangs "
         f"on a gap below 1e-5, {len(ties) - own:,} more have one in their shots."
+        f"{hash_text(profile)}"
     )
     rows = [
         [
@@ -81,6 +82,17 @@ def _activated(profile: Profile, layers: list[LayerStatistics]) -> Table:
     )
     top_k = layers[0].top_k
     return Table(f"Tables 1–2: activated experts, entropy of the top {top_k}", columns, rows, note)
+
+
+def hash_text(profile: Profile) -> str:
+    """Which layers choose experts by a table of token ids, as a sentence; nothing where none do."""
+    layers = [i for i, block in enumerate(profile.info.model.blocks) if block.is_hashed]
+    if not layers:
+        return ""
+    return (
+        f" Hash-routed: layers {', '.join(map(str, layers))} choose their experts by a table of "
+        "token ids; they are measured, and none of their experts can be removed or boosted."
+    )
 
 
 def _ranks(layer: LayerStatistics) -> Table:

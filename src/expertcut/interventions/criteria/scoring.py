@@ -96,7 +96,9 @@ def _asking_the_model(profile: Profile, by: str, engine: Engine | None) -> list[
         engine.moe.blocks, profile.info.model.blocks, layer_statistics(profile), strict=True
     )
     return [
-        reconstruction(Tried(own, kept[own.layer]).change, *_groups(block), _by_use(layer))
+        np.zeros(block.experts)  # a table chooses them: none can go
+        if block.is_hashed
+        else reconstruction(Tried(own, kept[own.layer]).change, *_groups(block), _by_use(layer))
         for own, block, layer in layers
     ]
 

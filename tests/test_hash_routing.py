@@ -1,0 +1,90 @@
+"""DeepSeek-V4: layers whose experts a table of token ids chooses are measured and never cut."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from expertcut.profiling.store import load_profile
+from tests.conftest import Commands, open_model
+
+Checkpoints = Callable[..., Path]
+HASHED = 0
+
+
+@pytest.fixture
+def profiled(expertcut: Commands, checkpoint: Checkpoints, quiz_folder: Path) -> str:
+    model = checkpoint("deepseek_v4")
+    expertcut(f"profile {model} --quiz {quiz_folder} --split val --shots 0 --out p")
+    return "p"
+
+
+def test_its_alpha_is_its_own_score_and_its_tables_layer_is_told(
+    expertcut: Commands, checkpoint: Checkpoints, profiled: str, tmp_path: Path
+) -> None:
+    profile = load_profile(tmp_path / profiled)
+    blocks = profile.info.model.blocks
+    assert [block.scoring for block in blocks] == ["sqrtsoftplus"] * 3
+    assert [block.is_hashed for block in blocks] == [True, False, False]
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint("deepseek_v4")).eval()
+    moe = open_model(checkpoint("deepseek_v4"))
+    seen = []
+    handles = [
+        plain.get_submodule(block.name).gate.register_forward_hook(
+            lambda _module, _args, output: seen.append([t[-1].numpy() for t in output])
+        )
+        for block in blocks
+    ]
+    from expertcut.quiz import Selection, load_quiz, prompt
+
+    quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=0))
+    question = next(iter(quiz))
+    ids = torch.tensor([moe.tokenizer(prompt(question, ()))["input_ids"]])
+    with torch.inference_mode():
+        plain(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    alpha_LE = profile.array("alpha_NLE")[0]
+    for layer, (logits_E, weights_K, experts_K) in enumerate(seen):
+        score_E = F.softplus(torch.tensor(logits_E)).sqrt().numpy()
+        np.testing.assert_allclose(alpha_LE[layer], score_E, atol=1e-4)
+        assert set(profile.array("chosen_NLK")[0, layer]) == set(experts_K)
+        np.testing.assert_allclose(
+            sorted(profile.array("weight_NLK")[0, layer]), sorted(weights_K), atol=1e-4
+        )
+    shown = " ".join(expertcut(f"show {profiled}").split())
+    assert "Hash-routed: layers 0 choose their experts by a table of token ids" in shown
+    assert '"selection":"table"' in (tmp_path / profiled / "profile.json").read_text().replace(
+        " ", ""
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prune --keep 6",
+        "prune --keep-active",
+        "prune --sweep 0.5 --by reap",
+        "merge --keep 6",
+        "reweight --boost 0:3=2",
+    ],
+)
+def test_what_would_cut_or_boost_there_is_refused_in_one_line(
+    expertcut: Commands, profiled: str, tmp_path: Path, command: str
+) -> None:
+    said = expertcut(f"{command} --profile {profiled}", status=2)
+    assert said.count("\n") == 1 and "layers.0" in said and "table of token ids" in said
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "sweeps").exists()
+
+
+def test_an_audit_removes_experts_of_the_other_layers_alone(
+    expertcut: Commands, profiled: str, tmp_path: Path
+) -> None:
+    said = expertcut(f"audit --profile {profiled} --sample 4 --questions 6 --by reap --out a")
+    assert said
+    text = (tmp_path / "a" / "audit.json").read_text()
+    assert '"layer":1' in text.replace(" ", "") and '"layer":0' not in text.replace(" ", "")
