@@ -254,4 +254,4 @@ if __name__ == "__main__":
             told = " ".join(f"{f.name}={getattr(row, f.name):.1e}" for f in fields(Row))
         else:
             told = f"{type(row).__name__}: {str(row)[-600:]}"
-        print(name, told, flush=True)
+        print(name, told, flush=True)  # noqa: T201

@@ -88,12 +88,10 @@ class MoeBlock:
                 return _at_hand(owner, name, tensor).reshape(-1)
         return None
 
-    def router_tensor(self, shape: tuple[int, ...], name: str | None = None) -> Tensor | None:
-        """The router's tensor of this shape, of this name if one is given; not to be changed."""
-        for owner, own_name, tensor in _owned(self.router):
-            if tensor.shape == shape and name in (None, own_name):
-                return _at_hand(owner, own_name, tensor)
-        return None
+    def router_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The router's tensors by their own names, not to be changed."""
+        for owner, name, tensor in _owned(self.router):
+            yield name, _at_hand(owner, name, tensor)
 
     def selection_scores(self, logits_TE: Tensor, alpha_TE: Tensor | None = None) -> Tensor:
         """What experts are ranked by where they are chosen, (T, E) float32; α if it is known."""

@@ -34,9 +34,9 @@ from expertcut.errors import ContractError
 from expertcut.moe.kernels.experts import by_expert
 from expertcut.moe.observers import Routing, own_expert, own_forward, replaced_forward
 from expertcut.moe.router_ops import (
+    BiasedForward,
     LogitsOp,
     RouterCall,
-    biased_forward,
     changed_logits,
     logits_ops,
     moved_by,
@@ -163,12 +163,11 @@ def _is_table(block: MoeBlock, routing: Routing) -> bool:
     ids_T = block.call.input_ids()
     if ids_T is None or len(ids_T) != len(routing.experts_TK):
         return False
-    for table in (*block.router.parameters(), *block.router.buffers()):
-        if table.is_floating_point() or table.ndim != 2 or table.shape[1] != block.top_k:
-            continue
-        if table.device.type != "meta" and torch.equal(table[ids_T].long(), routing.experts_TK):
-            return True
-    return False
+    tables = (t for _, t in block.router_tensors() if not t.is_floating_point() and t.ndim == 2)
+    return any(
+        table.shape[1] == block.top_k and torch.equal(table[ids_T].long(), routing.experts_TK)
+        for table in tables
+    )
 
 
 def _check_repeatable(block: MoeBlock, routing: Routing) -> None:
@@ -189,7 +188,7 @@ def _acts(block: MoeBlock, op: LogitsOp, is_table: bool) -> bool:
     if block.top_k < block.n_experts and not is_table:
         bias_E[expert] = -torch.inf
     try:
-        with replaced_forward(block.router, biased_forward(replace(block, logits_op=op), bias_E)):
+        with replaced_forward(block.router, BiasedForward(replace(block, logits_op=op), bias_E)):
             after_TE, _, _ = route(block.router, block.call)
     except (ContractError, RuntimeError):
         return False
@@ -226,11 +225,12 @@ class _Put:
 
 def _is_linear(block: MoeBlock, routing: Routing) -> bool:
     """Whether logits are the router's input times its gate matrix, plus its bias if it has one."""
-    found = [block.router_tensor((block.n_experts, routing.input_TD.shape[1]))]
-    found.append(block.router_tensor((block.n_experts,), "bias"))
-    weight_ED, bias_E = (None if t is None else t.float() for t in found)
+    tensors = [(name, t) for name, t in block.router_tensors() if t.is_floating_point()]
+    shape = (block.n_experts, routing.input_TD.shape[1])
+    weight_ED = next((t.float() for _, t in tensors if t.shape == shape), None)
     if weight_ED is None:
         return False
+    bias_E = next((t.float() for n, t in tensors if n == "bias" and t.shape == shape[:1]), None)
     product_TE = F.linear(routing.input_TD.float().to(weight_ED.device), weight_ED, bias_E)
     logits_TE = routing.logits_TE.float().to(weight_ED.device)
     off = (product_TE - logits_TE).abs().max()
@@ -414,14 +414,18 @@ def _verified(
         n_calls += 1
         if n_calls > 1:
             return forward(*args, **kwargs)
-        with _watching(block.router) as routed, _watching(block.experts) as summed:
+        with (
+            _watching(block.router) as routed,
+            _watching(block.experts) as summed,
+            _one_by_one(block) as own,
+        ):
             output = forward(*args, **kwargs)
         for part, calls in (("router", routed), ("experts", summed)):
             if len(calls) != 1:
                 fault = f"its {part} ran {len(calls)} times in one forward pass, must be once"
                 raise broken(block, "once", fault)
         call, routing = _routing(block, *routed[0])
-        _check_sum(block, summed[0], routing)
+        _check_sum(block, summed[0], own[0], routing)
         if is_summed:
             _check_affine(
                 block, lambda: _first(forward(*args, **kwargs)), _first(output), summed[0]
@@ -448,6 +452,26 @@ def _watching(module: nn.Module) -> Iterator[list[_Call]]:
         handle.remove()
 
 
+@contextmanager
+def _one_by_one(block: MoeBlock) -> Iterator[list[Tensor]]:
+    """The sum (rows, D) of the first tokens' experts, run one by one beside each call of theirs.
+
+    Where weights are offloaded they are there only during the experts' own forward.
+    """
+    forward, own = own_forward(block.experts), own_expert(block)
+    sums: list[Tensor] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        x, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
+        rows, x_TD = slice(_CHECKED_ROWS), x.reshape(-1, x.shape[-1])
+        sums.append(by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own))
+        return output
+
+    with replaced_forward(block.experts, run):
+        yield sums
+
+
 def _first(output: Any) -> Tensor:
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
@@ -469,19 +493,16 @@ def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _check_sum(block: MoeBlock, call: _Call, routing: Routing) -> None:
+def _check_sum(block: MoeBlock, call: _Call, own_TD: Tensor, routing: Routing) -> None:
     """That the experts ran as the router said, and that their sum is that of their own outputs."""
     args, kwargs, output_TD = call
-    x_TD, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
-    x_TD = x_TD.reshape(-1, x_TD.shape[-1])
+    _, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
     is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
         weights_TK.float(), routing.weights_TK.float()
     )
     if not is_routed:
         raise broken(block, "sum", "its experts get other choices or weights than its router gave")
-    rows = slice(_CHECKED_ROWS)
-    own_TD = by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own_expert(block))
-    output_TD = output_TD.reshape(-1, output_TD.shape[-1])[rows]
+    output_TD = output_TD.reshape(-1, output_TD.shape[-1])[: len(own_TD)]
     if not _is_near(own_TD, output_TD, output_TD):
         raise broken(block, "sum", "its experts together give another sum than one by one")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertcut.errors import ContractError
 from expertcut.moe.observers import own_forward, replaced_forward
-from expertcut.moe.router_ops import Routed, biased_forward, moved_by, route
+from expertcut.moe.router_ops import BiasedForward, Routed, moved_by, route
 
 if TYPE_CHECKING:
     from expertcut.moe.contract import MoeBlock
@@ -72,7 +72,7 @@ def _tilt(
                 "its router change no choice, so none of its experts can be cut or boosted"
             )
         rows = answers.rows if answers else lambda: None
-        biased = biased_forward(block, bias_E, rows)
+        biased = BiasedForward(block, bias_E, rows)
         stack.enter_context(replaced_forward(block.router, biased))
         seen = _see_bias(block, seen, bias_E, answers)
     if scale_E is not None:
