@@ -11,9 +11,18 @@ Way = Literal["packed", "padded", "single"]
 
 def suitable_way(config: Any, longest: int) -> Way:
     """How prompts of at most this length are scored: a function of them and the model alone."""
-    if _rope_depends_on_length(config, longest):
+    if _rope_depends_on_length(config, longest) or _attention_is_sparse(config, longest):
         return "single"
     return "packed" if _sees_everything(config, longest) else "padded"
+
+
+def _attention_is_sparse(config: Any, longest: int) -> bool:
+    """Whether an index picks the tokens that are attended to (DeepSeek-V3.2, GLM-5, ...).
+
+    Pads and neighbours would be among those that it picks from.
+    """
+    most = getattr(config.get_text_config(decoder=True), "index_topk", None)
+    return most is not None and longest > most
 
 
 def _sees_everything(config: Any, longest: int) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expertcut.moe.engine import Engine
+from expertcut.moe.engine import CHECKED_QUESTIONS, Engine
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
 from expertcut.moe.loading.devices import is_on_several
 from expertcut.moe.packing import Pass
@@ -22,7 +22,7 @@ from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.sound import NO_CHOICE, Stats
 from expertcut.profiling.store import CUT, load_profile
-from expertcut.quiz import Question, Quiz, Truncate
+from expertcut.quiz import Question, Quiz, Truncate, prompt
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class Measurement:
         self.quiz = quiz
         self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
         self.engine.context.check(quiz)
-        first = next(iter(quiz.questions))
-        self.engine.check(self.engine.encode(quiz, first, quiz.questions[first][:4]))
+        for subject, questions in _checked(quiz):
+            self.engine.check(self.engine.encode(quiz, subject, questions))
         self.waits = options.waits
         self.info = ProfileInfo(
             model=model_info(moe),
@@ -126,6 +126,27 @@ class Measurement:
             "row_N": np.array([q.row for q in questions], dtype=np.int32),
             **_orders(questions),
         }, n_tokens
+
+
+def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
+    """Questions that are asked in both ways first: four, and two of the longest prompts.
+
+    Some attention differs only behind prompts that are longer than those of the first subject.
+    """
+    first = next(iter(quiz.questions))
+    yield first, quiz.questions[first][:CHECKED_QUESTIONS]
+    sizes = {
+        subject: len(prompt(max(questions, key=_size), quiz.shots_by_subject[subject]))
+        for subject, questions in quiz.questions.items()
+    }
+    longest = max(sizes, key=lambda subject: sizes[subject])
+    if sizes[longest] > 2 * sizes[first]:
+        by_size = sorted(quiz.questions[longest], key=_size)
+        yield longest, [by_size[-1], *by_size[:-1][:1]]
+
+
+def _size(question: Question) -> int:
+    return len(question.text) + sum(map(len, question.choices))
 
 
 def _orders(questions: Sequence[Question]) -> Arrays:
