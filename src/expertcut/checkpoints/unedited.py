@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from expertcut.errors import ContractError
 from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.plan import Draft, Edit
 from expertcut.moe.contract import MoeBlock
@@ -73,14 +74,32 @@ def _scale_E(block: MoeBlock, edit: Edit) -> Tensor:
 def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterator[None]:
     """Makes experts of a loaded, unedited model constant: the reference for the layout.
 
-    Routing and gate weights after top-k stay; only the outputs are replaced.
+    Routing and gate weights after top-k stay; only the outputs are replaced. Each constant is seen
+    to be given before the block runs.
+
+    Raises:
+        ContractError: experts that give something else.
     """
     with ExitStack() as stack:
         for block in blocks:
             if by_expert := constants.get(block.name):
                 forward = _with_constants(own_forward(block.experts), by_expert)
                 stack.enter_context(replaced_forward(block.experts, forward))
+                _see_constants(block, by_expert)
         yield
+
+
+@torch.inference_mode()
+def _see_constants(block: MoeBlock, by_expert: Mapping[int, Tensor]) -> None:
+    given = next(value for value in block.call.args if isinstance(value, Tensor))
+    experts_M = torch.tensor([*by_expert], device=given.device)
+    x_MD = given.new_ones(len(experts_M), given.shape[-1])
+    found_MD = block.experts.forward(x_MD, experts_M[:, None], x_MD.new_ones(len(experts_M), 1))
+    wanted_MD = torch.stack([*by_expert.values()]).to(found_MD)
+    if not torch.allclose(found_MD, wanted_MD, atol=1e-6):
+        raise ContractError(
+            f"{block.name}: experts that are made constant give something else than their constants"
+        )
 
 
 def _with_constants(
