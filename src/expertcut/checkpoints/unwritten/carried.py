@@ -18,7 +18,6 @@ from expertcut.moe.passes import OnPass
 from expertcut.moe.stored.headers import DTYPES, read_headers
 from expertcut.moe.tilting import Tilts, tilted
 
-
 _ROUNDING = 2e-2  # of an output, where its last projection is rounded to half precision
 
 
