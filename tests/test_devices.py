@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from expertcut.checkpoints.unedited import constant_experts
 from expertcut.errors import ModelError, SettingsError
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.moe.loading.devices import find_device, own_device, runs_on, spread
@@ -158,3 +159,17 @@ def test_watching_and_tilting_fetch_weights_once_and_leave_no_trace(
     assert torch.equal(*logits)
     assert not torch.equal(logits[0], plain)
     assert torch.equal(moe.model(ids).logits, plain)
+
+
+def test_experts_made_constant_are_so_where_weights_wait_on_disk(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    path, ids = checkpoint("olmoe"), torch.arange(40)[None]
+    options = LoadOptions(device_map="auto", max_memory="cpu=1", offload=tmp_path / "offload")
+    logits = []
+    for moe in (load(find_source(str(path)), options), load(find_source(str(path)), LoadOptions())):
+        constants = {block.name: {0: torch.ones(32), 3: torch.zeros(32)} for block in moe.blocks}
+        with constant_experts(moe.blocks, constants):
+            logits.append(moe.model(ids).logits)
+    assert torch.equal(*logits)
+    assert not torch.allclose(logits[1], moe.model(ids).logits)

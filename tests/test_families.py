@@ -19,8 +19,9 @@ TOKENS = torch.arange(2, 200)[None]
 
 
 def table() -> dict[str, dict[str, str]]:
-    """The rows of the page's table by model_type."""
-    lines = [line for line in PAGE.splitlines() if line.startswith("|")]
+    """The rows of the page's first table by model_type."""
+    first = PAGE[PAGE.index("| family") :].partition("\n\n")[0]
+    lines = first.splitlines()
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     found = [dict(zip(head, row, strict=True)) for row in rows]
     return {row["`model_type`"].strip("`"): row for row in found}

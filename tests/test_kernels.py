@@ -3,19 +3,23 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from expertcut.errors import ModelError
 from expertcut.moe import passes
+from expertcut.moe.contract import MoeBlock
 from expertcut.moe.engine import Engine
 from expertcut.moe.kernels import attention
 from expertcut.moe.kernels.attention import Split, groups
 from expertcut.moe.kernels.experts import by_expert
+from expertcut.moe.kernels.last_block import reading_answers
 from expertcut.moe.kernels.products import Linear, linear
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.observers import observe_routers
@@ -184,6 +188,38 @@ def test_the_last_block_runs_for_answers_alone_and_the_rest_changes_no_bit(
     assert torch.equal(all_NC, answers_NC)
     assert (engine.score(chunk) - answers_NC).abs().max() < 1e-5
     assert torch.equal(engine.score(chunk, watch=Watch()), answers_NC)
+
+
+class ByToken(nn.Module):
+    """A block that takes tokens with or without a batch, and their ids as hash routers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks: set[int] = set()
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        assert ids is not None and ids.shape == x.shape[:-1]
+        self.ranks.add(x.ndim)
+        return x * ids[..., None] * scale
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (3, 4)])
+def test_the_last_block_is_called_in_the_rank_that_the_model_calls_it_in(
+    shape: tuple[int, ...],
+) -> None:
+    module, answers_N, seen = ByToken(), torch.tensor([3, 7, 11]), []
+    x, ids = torch.randn(*shape, 5), torch.arange(12).reshape(shape)
+    block = cast(MoeBlock, SimpleNamespace(module=module))
+
+    def told(rows_M: Tensor, is_read: bool) -> None:
+        seen.append((rows_M.tolist(), is_read))
+
+    with reading_answers(block, answers_N, 12, told, keeps_all=True):
+        y = module(x, ids=ids, scale=2.0)
+    is_answer = torch.isin(ids, answers_N)[..., None]
+    assert torch.equal(y, module(x, ids, 2.0) * is_answer) and y.any()
+    assert module.ranks == {x.ndim}
+    assert seen == [([3, 7, 11], True), ([0, 1, 2, 4, 5, 6, 8, 9, 10], False)]
 
 
 def test_a_model_whose_last_layer_is_dense_runs_whole(checkpoint: Checkpoints, quiz: Quiz) -> None:

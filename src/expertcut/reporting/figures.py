@@ -62,11 +62,11 @@ def curves(
 
 
 def _bars(axes: Any, points: Sequence[Point], shift: float, style: dict[str, Any]) -> None:
-    errors = [[p.y - p.low for p in points], [p.high - p.y for p in points]]
+    errors = [_bar(p.y, p) for p in points]
     axes.errorbar(
         [p.x + shift for p in points],
         [p.y for p in points],
-        yerr=errors,
+        yerr=list(zip(*errors, strict=True)),
         capsize=2.5,
         linewidth=1.2,
         elinewidth=0.9,
@@ -74,6 +74,11 @@ def _bars(axes: Any, points: Sequence[Point], shift: float, style: dict[str, Any
         zorder=3,
         **style,
     )
+
+
+def _bar(value: float, point: Point) -> tuple[float, float]:
+    """How far the interval reaches below and above; its end at 0 or 1 may be rounded past it."""
+    return max(value - point.low, 0.0), max(point.high - value, 0.0)
 
 
 def forests(
@@ -91,7 +96,7 @@ def forests(
     figure, (first, second) = _figure(9.0, 1.6 + 0.36 * len(names), 2)
     for row, series in enumerate(left[1]):
         for point in series.points:
-            bar = [[point.x - point.low], [point.high - point.x]]
+            bar = [[end] for end in _bar(point.x, point)]
             first.errorbar([point.x], [row], xerr=bar, fmt="o", color=_COLOURS[0], capsize=2.5)
     first.axvline(0, color="0.4", linewidth=1)
     first.set_xlim(-1.08, 1.08)

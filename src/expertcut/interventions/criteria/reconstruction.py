@@ -32,8 +32,14 @@ def reconstruction(
         score_E[goes] = len(removed)
         removed = (*removed, goes)
     left = [e for group in groups for e in group if e not in removed]
-    last = removed[:-1]
-    order = sorted(left, key=lambda e: (change((*last, e)), later[e])) if removed else left
+
+    def next_change(expert: int) -> float:
+        # In the place of the last one of its group: a group that lacks one more cannot be routed.
+        (own,) = (group for group in groups if expert in group)
+        last = next(e for e in reversed(removed) if e in own)
+        return change((*(e for e in removed if e != last), expert))
+
+    order = sorted(left, key=lambda e: (next_change(e), later[e])) if removed else left
     for rank, expert in enumerate(order):
         score_E[expert] = len(removed) + rank
     return score_E
