@@ -95,12 +95,11 @@ def judge(
         seen.add(tuple(sorted(others, key=lambda p: (p.layer, p.expert))))
         deltas.append(trial.random_delta(others, settled.shifts))
         yield Progress(3 + done, total)
-    subjects = records.subject_N.tolist()
     base_N = records.is_correct_N
     judged = Judged(
         records=records,
-        cross_fitted=compare(base_N, cross_N, subjects, seed),
-        same_questions=compare(base_N, same_N, subjects, seed),
+        cross_fitted=compare(base_N, cross_N),
+        same_questions=compare(base_N, same_N),
         control=Control(np.array(deltas), len(seen)),
         folds=folds,
         settled=settled,
