@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.interventions.reweighting.records import admission_gap
+from expertcut.interventions.reweighting.admission import admission_gap
 from expertcut.profiling.chunks import Arrays, write_chunk
 from expertcut.profiling.info import (
     CHUNK_QUESTIONS,
