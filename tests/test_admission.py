@@ -28,8 +28,10 @@ from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.store import load_profile
 from expertcut.quiz import Selection, load_quiz
 from tests.conftest import open_model
+from tests.hand_made import block
 
 Array = np.ndarray[Any, Any]
+SIGMOID = block(0, 8, 2, scoring="sigmoid")
 ALPHA: dict[str, Callable[[Array], Array]] = {
     "softmax": lambda logits: softmax(logits, axis=-1),
     "sigmoid": expit,
@@ -62,7 +64,7 @@ def searched(logits_NE: Array, scoring: str, expert: int, goal: float) -> float:
 def test_with_the_gap_on_its_logits_an_expert_scores_as_the_last_one_let_in(
     scoring: str, n_experts: int, top_k: int, spread: float, has_bias: bool
 ) -> None:
-    rng = np.random.default_rng(0)
+    rng, its = np.random.default_rng(0), block(0, n_experts, top_k, scoring=scoring)
     logits_NE = rng.normal(0, spread, (200, n_experts)) + rng.normal(0, 1, n_experts)
     selection_E = rng.normal(0, 0.05 if has_bias else 0.0, n_experts)
     alpha_NE = ALPHA[scoring](logits_NE)
@@ -71,9 +73,7 @@ def test_with_the_gap_on_its_logits_an_expert_scores_as_the_last_one_let_in(
     last = np.sort(score_NE, axis=1)[:, -top_k].mean()
     signs, n_closed = set(), 0
     for expert in range(min(n_experts, 6)):
-        found = admission_gap(
-            alpha_NE, chosen_NK, expert, scoring, selection_E if has_bias else None
-        )
+        found = admission_gap(its, alpha_NE, chosen_NK, expert, selection_E if has_bias else None)
         goal = last - selection_E[expert]
         if not math.isfinite(found):
             assert not 0 < goal < 1
@@ -87,11 +87,24 @@ def test_with_the_gap_on_its_logits_an_expert_scores_as_the_last_one_let_in(
     assert n_closed >= 3 and 1 in signs
 
 
+@pytest.mark.parametrize("scoring", ALPHA)
+def test_where_logits_choose_the_gap_is_a_mean_distance_of_logits(scoring: str) -> None:
+    rng, its = np.random.default_rng(0), block(0, 8, 2, scoring=scoring, selection="logits")
+    logits_NE, selection_E = rng.normal(0, 2, (100, 8)), rng.normal(0, 0.5, 8)
+    score_NE = logits_NE + selection_E
+    last_N = np.sort(score_NE, axis=1)[:, -2]
+    for expert in range(8):
+        found = admission_gap(
+            its, ALPHA[scoring](logits_NE), chosen(score_NE, 2), expert, selection_E
+        )
+        assert found == pytest.approx((last_N - score_NE[:, expert]).mean(), abs=1e-9)
+
+
 def test_a_logarithm_of_means_would_be_far_too_weak() -> None:
     rng = np.random.default_rng(3)
     logits_NE = rng.normal(0, 1.5, (500, 8)) + np.array([2, 1, 1, 0, 0, 0, 0, -1.5])
     alpha_NE = expit(logits_NE)
-    found = admission_gap(alpha_NE, chosen(alpha_NE, 2), 7, "sigmoid")
+    found = admission_gap(SIGMOID, alpha_NE, chosen(alpha_NE, 2), 7)
     last = np.sort(alpha_NE, axis=1)[:, -2].mean()
     weak = math.log(last / alpha_NE[:, 7].mean())
     assert last > 0.8 and found > 2.5 * weak
@@ -100,13 +113,15 @@ def test_a_logarithm_of_means_would_be_far_too_weak() -> None:
 
 
 def test_an_expert_that_no_bias_lifts_has_an_infinite_gap() -> None:
-    alpha_NE = np.array([[0.7, 0.3, 0.0], [0.6, 0.4, 0.0]])
-    assert admission_gap(alpha_NE, np.array([[0], [0]]), 2) == math.inf
-    assert admission_gap(alpha_NE, np.array([[0], [0]]), 0) == 0
-    low_E = np.array([0.0, 0.0, -2.0])
-    assert admission_gap(alpha_NE + 0.1, np.array([[0], [0]]), 2, "sigmoid", low_E) == math.inf
-    high_E = np.array([0.0, 0.0, 2.0])
-    assert admission_gap(alpha_NE + 0.1, np.array([[2], [0]]), 2, "sigmoid", high_E) == -math.inf
+    alpha_NE, first_NK = np.array([[0.7, 0.3, 0.0], [0.6, 0.4, 0.0]]), np.array([[0], [0]])
+    assert admission_gap(block(0, 3, 1), alpha_NE, first_NK, 2) == math.inf
+    assert admission_gap(block(0, 3, 1), alpha_NE, first_NK, 0) == 0
+    low_E, high_E = np.array([0.0, 0.0, -2.0]), np.array([0.0, 0.0, 2.0])
+    assert admission_gap(SIGMOID, alpha_NE + 0.1, first_NK, 2, low_E) == math.inf
+    assert admission_gap(SIGMOID, alpha_NE + 0.1, np.array([[2], [0]]), 2, high_E) == -math.inf
+    hashed = block(0, 3, 1, scoring="sqrtsoftplus", selection="table")
+    assert math.isnan(admission_gap(hashed, alpha_NE, first_NK, 0))
+    assert "a table of token ids chooses" in no_default_strength(1, 3, +1, math.nan)
     assert "no bias on its logit lifts expert 3 of layer 1" in no_default_strength(
         1, 3, +1, math.inf
     )
@@ -123,11 +138,11 @@ def test_a_running_model_with_the_gap_on_its_logits_scores_the_expert_so(
     list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "p"))
     profile = load_profile(tmp_path / "p")
     records = Records.of(profile, quiz)
-    block = moe.blocks[0]
-    selection_E = block.selection_bias()
+    gate = moe.blocks[0]
+    selection_E = gate.selection_bias()
     stored_E = records.selection_of(0)
     assert (stored_E is None) == (selection_E is None) == (family == "olmoe")
-    bias_E = np.zeros(block.n_experts) if selection_E is None else selection_E.double().numpy()
+    bias_E = np.zeros(gate.n_experts) if selection_E is None else selection_E.double().numpy()
     assert stored_E is None or np.array_equal(stored_E, bias_E)
     alpha_NE = records.alpha_NLE[:, 0].astype(float)
     score_NE = alpha_NE + bias_E
@@ -139,7 +154,7 @@ def test_a_running_model_with_the_gap_on_its_logits_scores_the_expert_so(
     assert tilt.bias == found
     rescorer = Rescorer(Engine(moe, 2048), quiz)
     assert gap(rescorer.records, Pick(0, expert, +1)) == pytest.approx(found, abs=1e-4)
-    shifted_E = torch.zeros(block.n_experts)
+    shifted_E = torch.zeros(gate.n_experts)
     shifted_E[expert] = found
     means = []
     with tilted(moe.blocks, Tilts({0: shifted_E})):

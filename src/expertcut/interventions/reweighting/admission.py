@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from expertcut.errors import PlanError
+from expertcut.profiling.evidence.margins import logits
 from expertcut.profiling.info import BlockInfo, ModelInfo
 
 Array = np.ndarray[Any, Any]
@@ -22,46 +23,51 @@ _EXACT = 1e-12  # logits
 
 
 def admission_gap(
+    block: BlockInfo,
     alpha_NE: Array,
     chosen_NK: Array,
     expert: int,
-    scoring: str = "softmax",
     selection_E: Array | None = None,
 ) -> float:
     """The bias on one expert's logits that makes its mean score that of the last one let in.
 
-    A score is what experts are chosen by: α, plus the selection bias where there is one. The mean
-    over all questions of the lowest chosen score is held against the mean of this expert's, both
-    as recorded; infinite where no bias closes the gap. In which groups experts are chosen is not
-    looked at.
+    A score is what experts are chosen by: α, or the logit in some families, plus the selection
+    bias where there is one. The mean over all questions of the lowest chosen score is held against
+    the mean of this expert's; infinite where no bias closes the gap, NaN where a table of token
+    ids chooses. In which groups experts are chosen is not looked at.
     """
+    if block.is_hashed:
+        return math.nan
+    alpha_NE, chosen_NK = alpha_NE.astype(np.float64), chosen_NK.astype(np.int64)
+    ranked_NE = alpha_NE
+    if block.selection == "logits":
+        with np.errstate(divide="ignore"):
+            ranked_NE = logits(block, alpha_NE)
     selection_E = np.zeros(alpha_NE.shape[1]) if selection_E is None else selection_E
-    alpha_NE = alpha_NE.astype(np.float64)
-    chosen_NK = chosen_NK.astype(np.int64)
-    score_NK = np.take_along_axis(alpha_NE, chosen_NK, axis=1) + selection_E[chosen_NK]
-    goal = float(score_NK.min(axis=1).mean() - selection_E[expert])
-    return _bias_to_mean(alpha_NE[:, expert], goal, scoring)
+    score_NK = np.take_along_axis(ranked_NE, chosen_NK, axis=1) + selection_E[chosen_NK]
+    last_N = score_NK.min(axis=1) - selection_E[expert]
+    if block.selection == "logits":
+        return float((last_N - ranked_NE[:, expert]).mean())
+    return _bias_to_mean(block, alpha_NE[:, expert], float(last_N.mean()))
 
 
-def biased_alpha(alpha_N: Array, bias: float, scoring: str) -> Array:
+def biased_alpha(block: BlockInfo, alpha_N: Array, bias: float) -> Array:
     """α of an expert once a bias is on its logits, those of the other experts being as before.
 
     Under a softmax the others' share of the sum stays, so α moves as under a sigmoid.
     """
-    if scoring == "sqrtsoftplus":
-        with np.errstate(divide="ignore"):  # α = 0 is a logit of −∞
-            softplus_N = alpha_N**2
-            logit_N = softplus_N + np.log(-np.expm1(-softplus_N))
-        moved_N: Array = np.sqrt(np.logaddexp(0, logit_N + bias))
+    if block.scoring == "sqrtsoftplus":
+        with np.errstate(divide="ignore"):
+            moved_N: Array = np.sqrt(np.logaddexp(0, logits(block, alpha_N) + bias))
         return moved_N
     return np.asarray(expit(logit(alpha_N) + bias))
 
 
-def _bias_to_mean(alpha_N: Array, goal: float, scoring: str) -> float:
+def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
     """The bias with which α is `goal` on average, by bisection; α never falls with it."""
 
     def distance(bias: float) -> float:
-        return float(biased_alpha(alpha_N, bias, scoring).mean()) - goal
+        return float(biased_alpha(block, alpha_N, bias).mean()) - goal
 
     here = float(alpha_N.mean()) - goal
     if here == 0:
@@ -135,6 +141,8 @@ def _read(file: Path, name: str) -> Array:
 def no_default_strength(layer: int, expert: int, sign: int, gap: float) -> str:
     """Why a gap is no strength to boost (`sign` +1) or to suppress (−1) an expert by."""
     its = f"expert {expert} of layer {layer}"
+    if math.isnan(gap):
+        return f"a table of token ids chooses the experts of layer {layer}, whatever their logits"
     if not math.isfinite(gap) and gap * sign > 0:
         way = "lifts" if sign > 0 else "lowers"
         return f"no bias on its logit {way} {its} to the last expert let in on average"

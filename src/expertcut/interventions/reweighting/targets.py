@@ -182,10 +182,10 @@ def _tilt(profile: Profile, layer: LayerStatistics, row: int, target: Target, si
     if strength is not None:
         return Tilt(index, layer.block, row, sign * strength, "given")
     bias = admission_gap(
+        profile.info.model.blocks[index],
         profile.array("alpha_NLE")[:, index, : layer.n_experts],
         profile.array("chosen_NLK")[:, index],
         row,
-        profile.info.model.blocks[index].scoring,
         stored_selection(profile.info.model, index),
     )
     if not math.isfinite(bias) or bias * sign <= 0:

@@ -108,10 +108,10 @@ def gap(records: Records, pick: Pick) -> float:
     """The admission gap of an expert."""
     layer, block = pick.layer, records.blocks[pick.layer]
     return admission_gap(
+        block,
         records.alpha_NLE[:, layer, : block.experts],
         records.chosen_NLK[:, layer],
         pick.expert,
-        block.scoring,
         records.selection_of(layer),
     )
 
