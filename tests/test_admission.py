@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit, softmax
+from scipy.special import expit, logit, softmax
 
-from expertcut.errors import PlanError
+from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.reweighting.admission import (
     admission_gap,
     no_default_strength,
@@ -20,14 +20,15 @@ from expertcut.interventions.reweighting.choosing import Pick
 from expertcut.interventions.reweighting.records import Records
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.targets import tilts
-from expertcut.interventions.reweighting.tuning import Shift, gap
+from expertcut.interventions.reweighting.tuning import gap
 from expertcut.moe.engine import Engine
 from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions, model_info
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.store import load_profile
 from expertcut.quiz import Selection, load_quiz
-from tests.conftest import open_model
+from tests.conftest import FAMILIES, open_model
+from tests.families import MORE
 from tests.hand_made import block
 
 Array = np.ndarray[Any, Any]
@@ -129,43 +130,65 @@ def test_an_expert_that_no_bias_lifts_has_an_infinite_gap() -> None:
     assert "no bias on its logit lowers expert 3" in no_default_strength(1, 3, -1, -math.inf)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "ernie4_5_moe", "lfm2_moe"])
-def test_a_running_model_with_the_gap_on_its_logits_scores_the_expert_so(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path, family: str
-) -> None:
-    moe = open_model(checkpoint(family))
+def check_in_the_running_model(path: Path, quiz_folder: Path, folder: Path) -> bool:
+    """Bias an expert of the last layer by its gap; whether the layer has a selection bias."""
+    moe = open_model(path)
     quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-    list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "p"))
-    profile = load_profile(tmp_path / "p")
-    records = Records.of(profile, quiz)
-    gate = moe.blocks[0]
-    selection_E = gate.selection_bias()
-    stored_E = records.selection_of(0)
-    assert (stored_E is None) == (selection_E is None) == (family == "olmoe")
+    list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(folder))
+    profile = load_profile(folder)
+    records, gate = Records.of(profile, quiz), moe.blocks[-1]
+    layer, selection_E, stored_E = (
+        gate.layer,
+        gate.selection_bias(),
+        records.selection_of(gate.layer),
+    )
+    assert (stored_E is None) == (selection_E is None)
     bias_E = np.zeros(gate.n_experts) if selection_E is None else selection_E.double().numpy()
-    assert stored_E is None or np.array_equal(stored_E, bias_E)
-    alpha_NE = records.alpha_NLE[:, 0].astype(float)
-    score_NE = alpha_NE + bias_E
-    last = np.take_along_axis(score_NE, records.chosen_NLK[:, 0].astype(int), axis=1).min(1).mean()
-    expert = int(np.argmin(np.where(bias_E - last + 0.95 > 0, score_NE.mean(axis=0), np.inf)))
-    found = gap(records, Pick(0, expert, +1))
-    assert found > 0
-    (tilt,) = tilts(profile, [f"0:{expert}"], [])
-    assert tilt.bias == found
+    assert stored_E is None or np.allclose(stored_E, bias_E)
+    ranked: Callable[[Array], Array] = logit if gate.selection == "logits" else np.asarray
+    score_NE = ranked(records.alpha_NLE[:, layer, : gate.n_experts].astype(float)) + bias_E
+    chosen_NK = records.chosen_NLK[:, layer].astype(int)
+    last = float(np.take_along_axis(score_NE, chosen_NK, axis=1).min(axis=1).mean())
+    gaps = [gap(records, Pick(layer, e, +1)) for e in range(gate.n_experts)]
+    expert = int(np.argmax([g if math.isfinite(g) else -math.inf for g in gaps]))
+    assert gaps[expert] > 0.1
+    (tilt,) = tilts(profile, [f"{layer}:{expert}"], [])
+    assert tilt.bias == gaps[expert]
     rescorer = Rescorer(Engine(moe, 2048), quiz)
-    assert gap(rescorer.records, Pick(0, expert, +1)) == pytest.approx(found, abs=1e-4)
+    assert gap(rescorer.records, Pick(layer, expert, +1)) == pytest.approx(gaps[expert], abs=1e-3)
     shifted_E = torch.zeros(gate.n_experts)
-    shifted_E[expert] = found
-    means = []
-    with tilted(moe.blocks, Tilts({0: shifted_E})):
+    shifted_E[expert] = gaps[expert]
+    alphas = []
+    with tilted(moe.blocks, Tilts({layer: shifted_E})):
         for chunk in rescorer.chunks:
             recorder = Recorder(moe.blocks, len(chunk), "answer")
             with recorder.listening():
                 rescorer.engine.score(chunk, recorder.begin)
-            means.append(recorder.arrays()["alpha_NLE"][:, 0, expert])
-    lifted = float(np.concatenate(means).astype(float).mean() + bias_E[expert])
-    assert lifted == pytest.approx(last, abs=1e-5)
-    assert rescorer.ask((Shift(0, expert, found),)).shape == records.logprob_NC.shape
+            alphas.append(recorder.arrays()["alpha_NLE"][:, layer, expert])
+    lifted = ranked(np.concatenate(alphas).astype(float)).mean() + bias_E[expert]
+    assert lifted == pytest.approx(last, abs=1e-4)
+    return selection_E is not None
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "ernie4_5_moe", "laguna"])
+def test_a_running_model_with_the_gap_on_its_logits_scores_the_expert_so(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path, family: str
+) -> None:
+    has_bias = check_in_the_running_model(checkpoint(family), quiz_folder, tmp_path / "p")
+    assert has_bias == (family != "olmoe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE}))
+def test_a_running_model_of_any_family_scores_the_expert_so(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path, family: str
+) -> None:
+    path = checkpoint(family)
+    try:
+        open_model(path)
+    except ContractError as error:
+        pytest.skip(str(error))
+    check_in_the_running_model(path, quiz_folder, tmp_path / "p")
 
 
 def test_a_checkpoint_that_lacks_the_bias_asks_for_a_strength(

@@ -574,8 +574,11 @@ def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
         "Expert 12 of layer 3 is suppressed by -0.5000 on its logit (given).",
     ]
     (sentence,) = tilt_sentences([boost], built())
+    assert (
+        "(its admission gap); the checkpoint's gate row moves it by +0.0839 ± 0.0003 at" in sentence
+    )
     assert sentence.endswith(
-        "; it serves 12.5% of held-out questions, before 0.0%, with the exact bias 25.0%."
+        " positions; it serves 12.5% of held-out questions, before 0.0%, with the exact bias 25.0%."
     )
 
 

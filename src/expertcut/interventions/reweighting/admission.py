@@ -105,13 +105,17 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
 
     source = find_source(model.id, model.revision)
     tensors = read_even_quantized(source.path).tensors
-    found = [
-        (tensors[name].file, name)
-        for name in tensors
-        if _is_of(name, block) and math.prod(tensors[name].shape) == block.experts
+    own = [
+        name
+        for name, tensor in tensors.items()
+        if _last_number(name) == _last_number(block.name)
+        and math.prod(tensor.shape) == block.experts
     ]
+    found = [name for name in own if _SELECTION_BIAS.fullmatch(name)]
+    # On disk some families call it by another name (DeepSeek-V4: ffn.gate.bias).
+    found = found or [name for name in own if name.endswith("bias") and not is_unknown]
     if len(found) == 1:
-        return _read(*found[0])
+        return _read(tensors[found[0]].file, found[0])
     if not found and is_unknown:
         return None
     raise PlanError(
@@ -120,12 +124,8 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
     )
 
 
-def _is_of(name: str, block: BlockInfo) -> bool:
-    """Whether a tensor is named as a selection bias of this block's decoder layer."""
-    return bool(_SELECTION_BIAS.fullmatch(name)) and _last_number(name) == _last_number(block.name)
-
-
 def _last_number(name: str) -> str | None:
+    """Of a tensor that is no single expert's: its decoder layer."""
     numbers: Iterator[str] = (part for part in reversed(name.split(".")) if part.isdecimal())
     return next(numbers, None)
 
