@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.interventions.reweighting.records import admission_gap
+from expertcut.interventions.reweighting.admission import admission_gap
 from expertcut.profiling.chunks import Arrays, write_chunk
 from expertcut.profiling.info import (
     CHUNK_QUESTIONS,
@@ -112,4 +112,5 @@ def random_profile(folder: Path, info: ProfileInfo, seed: int = 0, n_idle: int =
 def gap(profile: Profile, layer: int, expert: int) -> float:
     """The admission gap of an expert in a profile."""
     alpha_NLE, chosen_NLK = profile.array("alpha_NLE"), profile.array("chosen_NLK")
-    return admission_gap(alpha_NLE[:, layer], chosen_NLK[:, layer], expert)
+    its = profile.info.model.blocks[layer]
+    return admission_gap(its, alpha_NLE[:, layer, : its.experts], chosen_NLK[:, layer], expert)

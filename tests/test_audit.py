@@ -19,7 +19,13 @@ from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.auditing.audit import Auditing, AuditOptions
 from expertcut.evaluation.auditing.outcome import Audit, Harm, Standing, load_audit
 from expertcut.evaluation.auditing.sample import sample_experts
-from expertcut.evaluation.auditing.verdict import regret, verdict
+from expertcut.evaluation.auditing.verdict import (
+    interval,
+    ranks_overall,
+    ranks_within,
+    regret,
+    verdict,
+)
 from expertcut.interventions.criteria import CRITERIA
 from expertcut.interventions.plan import Edit
 from expertcut.interventions.prune import Way
@@ -226,11 +232,27 @@ def test_pairs_that_happen_to_agree_are_no_order_beyond_chance() -> None:
     score_X = harm_X.copy()
     score_X[:4] = 0.0  # tells two of four pairs apart, and both as they are
     few = verdict("x", standing(score_X, 2), harms, (0.5,), 0).within
-    assert few.ci95 is not None and few.ci95[0] > 0
+    assert few.ci95 is not None and few.ci95[0] < 0
     assert few.p == pytest.approx(0.25, abs=0.05) and not few.is_clear
     many, own_X = synthetic(3)
     assert verdict("x", standing(own_X), many, (0.5,), 0).within.is_clear
     assert not verdict("x", standing(-own_X), many, (0.5,), 0).within.is_clear
+
+
+@pytest.mark.parametrize(("n_layers", "each"), [(4, 2), (16, 2), (16, 4), (4, 16)])
+def test_the_interval_of_a_correlation_holds_no_correlation(n_layers: int, each: int) -> None:
+    rng, layer_X = np.random.default_rng(0), np.repeat(np.arange(n_layers), each)
+    pair_2BX = rng.normal(size=(2, 400, n_layers * each))
+    for ranks, freedom in (
+        (ranks_within, n_layers * (each - 1)),
+        (ranks_overall, n_layers * each - 1),
+    ):
+        score_BX, harm_BX = (ranks(values_BX, layer_X) for values_BX in pair_2BX)
+        norm_B = np.sqrt((score_BX**2).sum(axis=1) * (harm_BX**2).sum(axis=1))
+        rho_B = ((score_BX * harm_BX).sum(axis=1) / norm_B).tolist()
+        ends = [interval(rho, freedom) for rho in rho_B]
+        assert all(low <= rho <= high for rho, (low, high) in zip(rho_B, ends, strict=True))
+        assert sum(low <= 0 <= high for low, high in ends) >= 0.93 * 400
 
 
 def test_what_is_the_same_in_each_layer_says_nothing_within_them() -> None:

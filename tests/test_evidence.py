@@ -22,6 +22,7 @@ from expertcut.profiling.evidence.findings import Findings, find, findings_json
 from expertcut.profiling.evidence.margins import THRESHOLDS, margin, margin_json
 from expertcut.profiling.evidence.significance import (
     MIN_VARIANCE,
+    difference,
     null_moments,
     shuffles,
     significance,
@@ -72,15 +73,18 @@ class Case:
             self.strata.append((with_it, without))
 
     def difference(self) -> tuple[float | None, float | None]:
-        total = top = variance = 0.0
+        """Mantel and Haenszel's difference, and Sato's standard error of it."""
+        total = top = p = q = 0.0
         for with_it, without in self.strata:
-            n1, n0 = len(with_it), len(without)
-            if n1 and n0:
-                p1, p0, w = sum(with_it) / n1, sum(without) / n0, n1 * n0 / (n1 + n0)
-                total += w
-                top += w * (p1 - p0)
-                variance += w**2 * (p1 * (1 - p1) / n1 + p0 * (1 - p0) / n0)
-        return (top / total, math.sqrt(variance) / total) if total else (None, None)
+            n1, n0, y1, y0 = len(with_it), len(without), sum(with_it), sum(without)
+            n = n1 + n0
+            total += n1 * n0 / n
+            top += (y1 * n0 - y0 * n1) / n
+            p += (n1**2 * y0 - n0**2 * y1 + n1 * n0 * (n0 - n1) / 2) / n**2
+            q += (y1 * (n0 - y0) + y0 * (n1 - y1)) / (2 * n)
+        if not total:
+            return None, None
+        return top / total, math.sqrt(top / total * p + q) / total
 
     def z(self) -> float | None:
         """By scipy's hypergeometric distribution, stratum by stratum."""
@@ -187,6 +191,21 @@ def test_who_is_asked_hard_questions_is_no_suspect():
     assert found.difference_X[0] == close(0)
     assert found.z_X[0] == close(0)
     assert found.p_family_X[0] > 0.5
+
+
+@pytest.mark.parametrize("each", [2, 5, 60])
+def test_the_standard_error_holds_for_subjects_of_any_size(each: int):
+    rng, n_runs, n_subjects = np.random.default_rng(each), 150, 240 // each
+    names = np.repeat([f"subject {s}" for s in range(n_subjects)], each)
+    skill_N = np.repeat(rng.uniform(0.3, 0.9, n_subjects), each)
+    found = []
+    for _ in range(n_runs):
+        is_activated_NX = rng.random((len(names), 1)) < 0.4
+        counts = count_by_subject(names.tolist(), rng.random(len(names)) < skill_N, is_activated_NX)
+        found.append([float(value[0]) for value in difference(counts)])
+    difference_B, se_B = np.array(found).T
+    assert np.sqrt((se_B**2).mean()) == close(difference_B.std(), rel=0.2)
+    assert 0.91 <= (np.abs(difference_B) < 1.96 * se_B).mean() <= 0.99
 
 
 def test_suspects_are_ranked_by_z_not_by_difference():

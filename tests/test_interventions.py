@@ -109,33 +109,34 @@ def gate_profile(folder: Path) -> Profile:
 def test_the_admission_gap_lifts_an_expert_to_the_last_one_let_in(tmp_path: Path):
     profile = gate_profile(tmp_path / "p")
     # Mean α of the second chosen is 0.0317, that of expert 3 is 0.0291.
-    assert gap(profile, 1, 3) == close(math.log(0.0317 / 0.0291), rel=1e-5)
-    assert gap(profile, 1, 3) == close(0.0856, abs=5e-5)
-    assert 0.0291 * math.exp(gap(profile, 1, 3)) == close(0.0317, rel=1e-5)
-    assert gap(profile, 0, 3) == close(math.log(0.3 / 0.1), rel=1e-5)
+    assert gap(profile, 1, 3) == close(0.08826, abs=5e-5)
+    # Where α is the same for both questions: from odds of 1 : 9 to 3 : 7.
+    assert gap(profile, 0, 3) == close(math.log(3 / 7 * 9), rel=1e-5)
     assert gap(profile, 0, 1) == close(0, abs=1e-6)  # it is the last one let in
-    assert gap(profile, 0, 0) == close(math.log(0.3 / 0.45), rel=1e-5)
+    lifted = [1 / (1 + (1 / a - 1) * math.exp(-gap(profile, 0, 0))) for a in (0.4, 0.5)]
+    assert sum(lifted) / 2 == close(0.3, rel=1e-6)
 
 
-def test_the_gap_agrees_with_a_plain_loop(tmp_path: Path):
+def test_the_gap_closes_on_the_logits_that_were_recorded(tmp_path: Path):
     info = profile_info([block(0, 8, 3), block(1, 6, 3)], {"birds": 50})
     profile = random_profile(tmp_path / "p", info, n_idle=1)
     (chunk,) = profile.chunks
     for layer, n_experts in ((0, 8), (1, 6)):
-        last = own = 0.0
         for expert in range(n_experts - 1):
-            last = own = 0.0
+            last = lifted = 0.0
             for alpha, chosen in zip(chunk["alpha_NLE"], chunk["chosen_NLK"], strict=True):
                 last += min(float(alpha[layer, e]) for e in chosen[layer])
-                own += float(alpha[layer, expert])
-            assert gap(profile, layer, expert) == close(math.log(last / own))
+                weights = [float(a) for a in alpha[layer]]
+                weights[expert] *= math.exp(gap(profile, layer, expert))
+                lifted += weights[expert] / sum(weights)
+            assert lifted == close(last, rel=1e-5)
 
 
 def test_boost_and_suppress_are_mirrors(tmp_path: Path):
     profile = gate_profile(tmp_path / "p")
     boosted, left = tilts(profile, ["3", "0:2=0.5"], [])
     assert (boosted.layer, boosted.expert, boosted.origin) == (1, 3, "its admission gap")
-    assert boosted.bias == close(0.0856, abs=5e-5)
+    assert boosted.bias == close(0.08826, abs=5e-5)
     assert (left.layer, left.block, left.bias, left.origin) == (
         0,
         "model.layers.0.mlp",
@@ -143,7 +144,7 @@ def test_boost_and_suppress_are_mirrors(tmp_path: Path):
         "given",
     )
     down, given, signed = tilts(profile, [], ["0:0", "3=0.25", "1:0=-0.25"])
-    assert down.bias == close(math.log(0.3 / 0.45), rel=1e-5)  # negative: it was let in
+    assert down.bias == gap(profile, 0, 0) < 0  # it was let in
     assert (given.bias, given.layer) == (-0.25, 1)
     assert signed.bias == -0.25
     assert [t.verb for t in (boosted, left, down, given, signed)] == ["boost"] * 2 + [

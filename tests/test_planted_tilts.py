@@ -106,5 +106,6 @@ def test_shuffled_answers_of_a_healthy_model_are_no_evidence(healthy: Rescorer):
         *_, last = judge(records, procedure, healthy.ask, draws=1, seed=seed)
         assert last.judged is not None
         # One draw could never let it say "helps": as if no random expert ever did as well.
-        verdicts[verdict(last.judged.cross_fitted.ci95, p_random=0)] += 1
+        found = last.judged.cross_fitted
+        verdicts[verdict(found.ci95, found.mcnemar_p, p_random=0)] += 1
     assert verdicts["no evidence"] >= 90, verdicts

@@ -186,9 +186,32 @@ def test_random_experts_are_others_that_appear_as_often() -> None:
     rng = np.random.default_rng(0)
     for _ in range(30):
         drawn = draw(Chooser(), made.records, picks, rng)
-        assert [pick.sign for pick in drawn] == [1, -1]
-        taken = {(pick.layer, pick.expert) for pick in (*picks, *drawn)}
+        assert [(pick, other.sign) for pick, other in drawn.items()] == [
+            (picks[0], 1),
+            (picks[1], -1),
+        ]
+        taken = {(pick.layer, pick.expert) for pick in (*picks, *drawn.values())}
         assert len(taken) == 4
+
+
+def test_a_random_expert_gets_the_bias_of_the_one_whose_place_it_takes() -> None:
+    made = world(9, 400)
+    often = Chooser(boost_best=2, by="appearances").choose(made.records)
+    # The first is left out on average already, so it is not suppressed; the second is boosted.
+    picks = (replace(often[0], sign=-1), often[1])
+    procedure = Procedure(named=tuple((pick, None) for pick in picks))
+    asked: list[tuple[Shift, ...]] = []
+
+    def ask(shifts: tuple[Shift, ...]) -> np.ndarray:
+        asked.append(shifts)
+        return made.ask(shifts)
+
+    *_, last = judge(made.records, procedure, ask, draws=1, seed=0)
+    assert last.judged is not None
+    (own,) = last.judged.settled.shifts
+    assert (own.layer, own.expert) == (picks[1].layer, picks[1].expert) and own.bias > 0
+    other = draw(Chooser(), made.records, picks, np.random.default_rng(0))[picks[1]]
+    assert asked[-1] == (Shift(other.layer, other.expert, own.bias),)
 
 
 def test_few_distinct_draws_cannot_show_much() -> None:

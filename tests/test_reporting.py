@@ -349,6 +349,13 @@ def test_an_interval_that_holds_zero_is_no_evidence(ci95: tuple[float, float]):
     assert "gains" not in text and "loses" not in text
 
 
+def test_an_interval_alone_is_no_evidence():
+    # As an earlier version wrote it for two questions a subject.
+    text = verdict(delta=2 / 14, ci95=(0.01, 0.28), gained=3, lost=1, mcnemar_p=0.625)
+    assert "shows no evidence of a change in accuracy: +14.29 points (3 gained, 1 lost)" in text
+    assert "gains" not in text
+
+
 def test_equal_answers_are_called_equal():
     text = verdict(delta=0.0, ci95=(0.0, 0.0), gained=0, lost=0, mcnemar_p=1.0)
     assert text == "models/cut answers every question as the base does."
@@ -567,8 +574,11 @@ def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
         "Expert 12 of layer 3 is suppressed by -0.5000 on its logit (given).",
     ]
     (sentence,) = tilt_sentences([boost], built())
+    assert (
+        "(its admission gap); the checkpoint's gate row moves it by +0.0839 ± 0.0003 at" in sentence
+    )
     assert sentence.endswith(
-        "; it serves 12.5% of held-out questions, before 0.0%, with the exact bias 25.0%."
+        " positions; it serves 12.5% of held-out questions, before 0.0%, with the exact bias 25.0%."
     )
 
 

@@ -110,8 +110,7 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
         content_hashes={name: s.content_hash for name, s in info.subjects.items()},
         models=[_model_result(s, subjects) for s in scored],
         comparisons=[
-            _comparison(scored[0], other, index, subjects)
-            for index, other in enumerate(scored[1:], start=1)
+            _comparison(scored[0], other, index) for index, other in enumerate(scored[1:], start=1)
         ],
     )
 
@@ -196,10 +195,8 @@ def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
     )
 
 
-def _comparison(
-    base: Scored, other: Scored, index: int, subjects: Sequence[str]
-) -> ComparisonResult:
-    found = compare(base.answers.is_correct_N, other.answers.is_correct_N, subjects)
+def _comparison(base: Scored, other: Scored, index: int) -> ComparisonResult:
+    found = compare(base.answers.is_correct_N, other.answers.is_correct_N)
     both_NC = np.isfinite(base.answers.logprob_NC) & np.isfinite(other.answers.logprob_NC)
     moved = np.abs(base.answers.logprob_NC - other.answers.logprob_NC)[both_NC]
     return ComparisonResult(

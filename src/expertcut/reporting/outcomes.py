@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from expertcut.evaluation.comparison import shows_change
 from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
 from expertcut.interventions.lineage import ids_text
 from expertcut.interventions.plan import Plan
@@ -101,7 +102,7 @@ def _verdict(c: ComparisonResult) -> str:
     change = f"{c.delta * 100:+.2f} points ({c.gained} gained, {c.lost} lost)"
     if c.gained + c.lost == 0:
         text = "answers every question as the base does"
-    elif c.ci95[0] <= 0 <= c.ci95[1]:
+    elif not shows_change(c.ci95, c.mcnemar_p):
         text = (
             f"shows no evidence of a change in accuracy: {change}, McNemar p = {c.mcnemar_p:.2g}; "
             f"{c.smallest_effect * 100:.2f} points could have been shown"

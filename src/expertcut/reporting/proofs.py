@@ -122,6 +122,13 @@ def tilt_sentences(
         text = (
             f"{_expert(tilt, numbers)} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"
         )
+        fits = [] if built is None else built.fits
+        if fit := next((fit for fit in fits if fit.layer == tilt.layer), None):
+            mean, spread = tilt.bias * fit.mean_answer, abs(tilt.bias) * fit.std_answer
+            text += (
+                f"; the checkpoint's gate row moves it by {mean:+.4f} ± {spread:.4f} at answer "
+                "positions"
+            )
         if built is not None and built.proof is not None:
             base, exact, edited = built.proof.shares[tilt.layer, tilt.expert]
             text += (

@@ -1,5 +1,6 @@
 """Sweeps: accuracy against size, in tables, words and a figure."""
 
+from expertcut.evaluation.comparison import shows_change
 from expertcut.evaluation.sweeping.outcome import Sweep, SweepCell, SweptModel
 from expertcut.reporting.figures import Point, Series, curves
 from expertcut.reporting.tables import Cell, Column, Table
@@ -89,12 +90,12 @@ def _verdict(fraction: float, found: Sweep) -> str:
     if not cells:
         return f"At {fraction:g} no cell is finished."
     best = max(cells, key=lambda cell: cell.accuracy)
-    clear = [c.by for c in cells if c.change.ci95[0] > 0 or c.change.ci95[1] < 0]
+    clear = [c.by for c in cells if shows_change(c.change.ci95, c.change.mcnemar_p)]
     change = best.change
     text = (
         f"At {fraction:g} of the experts {best.by} keeps most: {best.accuracy:.2%}, "
         f"{change.delta * 100:+.2f} points (95 % interval {change.ci95[0] * 100:+.2f} to "
-        f"{change.ci95[1] * 100:+.2f})"
+        f"{change.ci95[1] * 100:+.2f}, McNemar p = {change.mcnemar_p:.2g})"
     )
     if clear:
         return f"{text}; accuracy changes beyond chance with {', '.join(clear)}."

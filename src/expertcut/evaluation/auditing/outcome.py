@@ -80,7 +80,7 @@ LEVEL = 0.05
 
 
 class Correlation(Record):
-    """Spearman's, and its 95 % interval over draws of experts; None where it is undefined.
+    """Spearman's, and its 95 % interval; None where it is undefined.
 
     `p` is the share of shuffled harms (within layers, or over all) that agree at least as well.
     """

@@ -1,5 +1,6 @@
 """Scores against harms: rank correlations, and what a criterion's choice costs."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from expertcut.evaluation.auditing.outcome import Correlation, Harm, Regret, Standing, Verdict
+from expertcut.profiling.evidence.significance import Z95
 
 Array = np.ndarray[Any, Any]
 DRAWS = 2_000
@@ -36,27 +38,35 @@ def verdict(
 def correlation(
     score_X: Array, harm_X: Array, layer_X: Array, ranks: Ranks, seed: int
 ) -> Correlation:
-    """Spearman's; the interval draws experts again, as many of each layer as were sampled.
-
-    With two of a layer no such draw can turn an order round, so p shuffles harms besides.
-    """
+    """Spearman's with its interval; p is by shuffling harms within layers, or over all."""
     if len(score_X) < _FEWEST:
         return Correlation(rho=None, ci95=None)
-    score_BX, ranked_BX = ranks(score_X[None], layer_X), ranks(harm_X[None], layer_X)
-    rho = _pearson(score_BX, ranked_BX)[0]
+    score_1X, harm_1X = ranks(score_X[None], layer_X), ranks(harm_X[None], layer_X)
+    rho = float(_pearson(score_1X, harm_1X)[0])
+    if not np.isfinite(rho):
+        return Correlation(rho=None, ci95=None)
     apart_X = layer_X if ranks is ranks_within else np.zeros_like(layer_X)
-    shuffled_B = _pearson(score_BX, ranked_BX[0, _draws(apart_X, seed, again=False)])
-    drawn_BX = _draws(layer_X, seed)
-    rho_B = _pearson(ranks(score_X[drawn_BX], layer_X), ranks(harm_X[drawn_BX], layer_X))
-    defined_B = rho_B[np.isfinite(rho_B)]
-    is_defined = bool(np.isfinite(rho))
-    low, high = np.percentile(defined_B, [2.5, 97.5]) if len(defined_B) else (np.nan, np.nan)
+    shuffled_B = _pearson(score_1X, harm_1X[0, _shuffles(apart_X, seed)])
     return Correlation(
-        rho=float(rho) if is_defined else None,
-        ci95=(float(low), float(high)) if is_defined and 2 * len(defined_B) > DRAWS else None,
+        rho=rho,
+        ci95=interval(rho, _degrees_of_freedom(score_1X[0], harm_1X[0], apart_X)),
         # Sums in another order differ in their last bits.
-        p=float((1 + (shuffled_B >= rho - 1e-9).sum()) / (1 + DRAWS)) if is_defined else None,
+        p=float((1 + (shuffled_B >= rho - 1e-9).sum()) / (1 + DRAWS)),
     )
+
+
+def interval(rho: float, freedom: int) -> tuple[float, float]:
+    """95 % interval of a rank correlation, by Fisher's z.
+
+    The variance (1 + ρ²/2)/(n − 3) is Bonett and Wright's (2000), Psychometrika 65:23. One mean of
+    ranks is taken off there, here one of each layer, so n − 1 becomes the degrees of freedom.
+    ρ = ±1 counts as 1 − 1/freedom, for a few pairs that all agree do not show a perfect order.
+    """
+    most = 1 - 1 / freedom
+    shrunk = min(max(rho, -most), most)
+    half = Z95 * math.sqrt((1 + shrunk**2 / 2) / max(freedom - 2, 1))
+    low, high = math.tanh(math.atanh(shrunk) - half), math.tanh(math.atanh(shrunk) + half)
+    return min(low, rho), max(high, rho)
 
 
 def ranks_overall(values_BX: Array, _layer_X: Array) -> Array:
@@ -97,14 +107,19 @@ def _pearson(a_BX: Array, b_BX: Array) -> Array:
     return rho_B
 
 
-def _draws(layer_X: Array, seed: int, *, again: bool = True) -> Array:
-    """Experts of the same layers, drawn with the same one `again`, or only in another order."""
+def _degrees_of_freedom(score_X: Array, harm_X: Array, apart_X: Array) -> int:
+    """Σ (experts − 1) over the groups in which ranks are taken and both of them vary."""
+    own = [apart_X == group for group in np.unique(apart_X)]
+    return sum(
+        int(is_own.sum()) - 1 for is_own in own if score_X[is_own].any() and harm_X[is_own].any()
+    )
+
+
+def _shuffles(layer_X: Array, seed: int) -> Array:
+    """Experts of each layer in random order, (B, X)."""
     rng = np.random.default_rng(seed)
     drawn_BX = np.empty((DRAWS, len(layer_X)), dtype=np.int64)
     for layer in np.unique(layer_X):
         own = np.flatnonzero(layer_X == layer)
-        if again:
-            drawn_BX[:, own] = rng.choice(own, (DRAWS, len(own)))
-        else:
-            drawn_BX[:, own] = rng.permuted(np.tile(own, (DRAWS, 1)), axis=1)
+        drawn_BX[:, own] = rng.permuted(np.tile(own, (DRAWS, 1)), axis=1)
     return drawn_BX

@@ -16,8 +16,8 @@ _FEWEST = 25  # nearest ones, where fewer match
 
 def draw(
     chooser: Chooser, records: Records, picks: Sequence[Pick], rng: np.random.Generator
-) -> tuple[Pick, ...]:
-    """As many other experts, tilted the same ways, each matched to one in appearances.
+) -> dict[Pick, Pick]:
+    """For each pick another expert, tilted the same way and matched to it in appearances.
 
     Fewer where the model has no more candidates. Layers are those that the choice was made from.
     """
@@ -25,14 +25,14 @@ def draw(
     appears_X = appearances(records)
     is_free_X = chooser.candidates(records)
     is_free_X[[by_id.index((pick.layer, pick.expert)) for pick in picks]] = False
-    drawn = []
+    drawn = {}
     for pick in picks:
         matched = matches(appears_X, is_free_X, by_id.index((pick.layer, pick.expert)))
         if len(matched):
             x = int(rng.choice(matched))
             is_free_X[x] = False
-            drawn.append(Pick(*by_id[x], pick.sign))
-    return tuple(drawn)
+            drawn[pick] = Pick(*by_id[x], pick.sign)
+    return drawn
 
 
 def matches(appears_X: Array, is_free_X: Array, x: int) -> Array:

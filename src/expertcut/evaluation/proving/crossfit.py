@@ -3,7 +3,7 @@
 It judges the procedure; the plan that ships is chosen on all tuning questions (design: §8).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,15 +92,14 @@ def judge(
     seen: set[tuple[Pick, ...]] = set()
     for done in range(draws):
         others = draw(procedure.chooser, records, picks, rng)
-        seen.add(tuple(sorted(others, key=lambda p: (p.layer, p.expert))))
+        seen.add(tuple(sorted(others.values(), key=lambda p: (p.layer, p.expert))))
         deltas.append(trial.random_delta(others, settled.shifts))
         yield Progress(3 + done, total)
-    subjects = records.subject_N.tolist()
     base_N = records.is_correct_N
     judged = Judged(
         records=records,
-        cross_fitted=compare(base_N, cross_N, subjects, seed),
-        same_questions=compare(base_N, same_N, subjects, seed),
+        cross_fitted=compare(base_N, cross_N),
+        same_questions=compare(base_N, same_N),
         control=Control(np.array(deltas), len(seen)),
         folds=folds,
         settled=settled,
@@ -136,13 +135,20 @@ class _Trial:
             found.append(Fold(int(is_own_N.sum()), shifts, float(change_n.mean())))
         return right_N, tuple(found)
 
-    def random_delta(self, picks: Sequence[Pick], like: Sequence[Shift]) -> float:
-        """The change in accuracy with other experts; without a search they get the same biases."""
+    def random_delta(self, others: Mapping[Pick, Pick], like: Sequence[Shift]) -> float:
+        """The change in accuracy with other experts in the place of those that were picked.
+
+        Without a search each gets the bias of the one whose place it takes.
+        """
         if self.procedure.is_tuned:
-            right_N, _ = self.cross_fitted(lambda _records, _left_out: tuple(picks))
+            right_N, _ = self.cross_fitted(lambda _records, _left_out: tuple(others.values()))
         else:
-            biases = [shift.bias for shift in like]
+            bias_of = {(shift.layer, shift.expert): shift.bias for shift in like}
             right_N = self.right(
-                tuple(Shift(p.layer, p.expert, b) for p, b in zip(picks, biases, strict=False))
+                tuple(
+                    Shift(other.layer, other.expert, bias_of[pick.layer, pick.expert])
+                    for pick, other in others.items()
+                    if (pick.layer, pick.expert) in bias_of
+                )
             )
         return float(right_N.mean() - self.records.is_correct_N.mean())

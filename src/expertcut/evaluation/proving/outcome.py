@@ -9,13 +9,13 @@ import numpy as np
 
 from expertcut.documents.records import Format1, Record, load_record
 from expertcut.errors import PlanError
+from expertcut.evaluation.comparison import LEVEL, shows_change
 from expertcut.evaluation.proving.crossfit import Judged
 from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import PROOF_FILE
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.profiling.info import BlockInfo
 
-SIGNIFICANT = 0.05
 _FEWEST = 20  # distinct draws, with which p can lie below 0.05
 NUMBERED_FROM_0 = Numbers()
 Verdict = Literal["helps", "hurts", "no evidence"]
@@ -79,7 +79,7 @@ def proof_result(
     cross, control = judged.cross_fitted, judged.control
     p_random = control.p(cross.delta)
     low, high = np.percentile(control.delta_B, [2.5, 97.5])
-    word = verdict(cross.ci95, p_random)
+    word = verdict(cross.ci95, cross.mcnemar_p, p_random)
     return ProofResult(
         procedure=procedure,
         quiz=quiz[0],
@@ -116,24 +116,27 @@ def called(
     return tuple((s.layer, numbers.number(blocks[s.layer].name, s.expert), s.bias) for s in shifts)
 
 
-def verdict(ci95: tuple[float, float], p_random: float) -> Verdict:
-    """Helps: the interval lies above 0 and random experts seldom do as well (design: §8)."""
-    if ci95[0] > 0 and p_random < SIGNIFICANT:
-        return "helps"
-    return "hurts" if ci95[1] < 0 else "no evidence"
+def verdict(ci95: tuple[float, float], mcnemar_p: float, p_random: float) -> Verdict:
+    """Helps: a significant gain that random experts seldom reach (design: §8)."""
+    if not shows_change(ci95, mcnemar_p):
+        return "no evidence"
+    if ci95[1] < 0:
+        return "hurts"
+    return "helps" if p_random < LEVEL else "no evidence"
 
 
 def _sentence(judged: Judged, word: Verdict, p_random: float) -> str:
     cross, n = judged.cross_fitted, len(judged.records)
     change = (
         f"{cross.delta * 100:+.2f} points (95 % interval {cross.ci95[0] * 100:+.2f} to "
-        f"{cross.ci95[1] * 100:+.2f}) on {n:,} questions that it was not chosen on"
+        f"{cross.ci95[1] * 100:+.2f}, McNemar p = {cross.mcnemar_p:.2g}) on {n:,} questions that "
+        "it was not chosen on"
     )
     if word == "helps":
         return f"This procedure helps: {change}; random experts do as well with p = {p_random:.2g}."
     if word == "hurts":
         return f"This procedure hurts: {change}."
-    if cross.ci95[0] > 0:
+    if shows_change(cross.ci95, cross.mcnemar_p):
         n_drawn = judged.control.distinct
         few = (
             f", and only {n_drawn} others were drawn, too few to show more"

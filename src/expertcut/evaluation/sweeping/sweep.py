@@ -186,7 +186,7 @@ class Sweeping:
         moved = np.abs(base.logprob_NC - found.logprob_NC)[both_NC]
         if not moved.any() and self._is_felt(draft):
             raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
-        change = compare(base.is_correct_N, found.is_correct_N, self.subjects)
+        change = compare(base.is_correct_N, found.is_correct_N)
         assert numbers is not None
         return SweepCell(
             **self._model(found, its).model_dump(),

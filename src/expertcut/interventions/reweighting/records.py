@@ -5,13 +5,18 @@ X counts the experts of all MoE blocks, in order.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, Self
 
 import numpy as np
 
 from expertcut.errors import ProfileError
+from expertcut.interventions.reweighting.admission import (
+    SelectionOf,
+    no_selection,
+    stored_selection,
+)
 from expertcut.profiling.evidence.by_subject import SubjectCounts, count_by_subject
 from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, layers_of
@@ -25,7 +30,8 @@ Array = np.ndarray[Any, Any]
 class Records:
     """N questions and what the unedited model did at their answer positions.
 
-    `hash_N` are content hashes, by which repeats are found.
+    `hash_N` are content hashes, by which repeats are found. `selection_of` a layer is the bias
+    that is added to α where experts are chosen.
     """
 
     blocks: tuple[BlockInfo, ...]
@@ -35,6 +41,7 @@ class Records:
     logprob_NC: Array
     alpha_NLE: Array
     chosen_NLK: Array
+    selection_of: SelectionOf = no_selection
 
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
@@ -57,6 +64,7 @@ class Records:
             logprob_NC=profile.array("choice_logprob_NC")[rows_N],
             alpha_NLE=profile.array("alpha_NLE")[rows_N],
             chosen_NLK=profile.array("chosen_NLK")[rows_N],
+            selection_of=partial(stored_selection, profile.info.model),
         )
 
     def __len__(self) -> int:
@@ -64,9 +72,8 @@ class Records:
 
     def part(self, which_N: Array) -> Self:
         """Some of the questions, by index or by truth."""
-        arrays = {
-            f.name: getattr(self, f.name)[which_N] for f in fields(self) if f.name != "blocks"
-        }
+        names = [f.name for f in fields(self) if f.name.endswith(("_N", "_NC", "_NLE", "_NLK"))]
+        arrays = {name: getattr(self, name)[which_N] for name in names}
         return replace(self, **arrays)
 
     def less(self, hashes: Collection[str]) -> Self:
@@ -110,14 +117,3 @@ def spans(blocks: Sequence[BlockInfo]) -> list[slice]:
     """Where each layer's experts stand in X."""
     ends = list(accumulate(block.experts for block in blocks))
     return [slice(end - block.experts, end) for end, block in zip(ends, blocks, strict=True)]
-
-
-def admission_gap(alpha_NE: Array, chosen_NK: Array, expert: int) -> float:
-    """ln(mean α of the K-th chosen expert) − ln(mean α of this one), over all questions, in logits.
-
-    The bias that lifts an expert's mean probability to that of the last one let in.
-    """
-    alpha_NE = alpha_NE.astype(np.float64)
-    last_N = np.take_along_axis(alpha_NE, chosen_NK.astype(np.int64), axis=1).min(axis=1)
-    with np.errstate(divide="ignore"):  # an expert of probability 0 is infinitely far away
-        return float(np.log(last_N.mean()) - np.log(alpha_NE[:, expert].mean()))

@@ -80,7 +80,12 @@ class Rescorer:
             logprob_NC=_stacked(scores),
             alpha_NLE=np.concatenate([arrays["alpha_NLE"] for arrays in recorders]),
             chosen_NLK=np.concatenate([arrays["chosen_NLK"] for arrays in recorders]),
+            selection_of=self._selection,
         )
+
+    def _selection(self, layer: int) -> Array | None:
+        bias_E = self.engine.moe.blocks[layer].selection_bias()
+        return None if bias_E is None else np.asarray(bias_E.detach().double().cpu())
 
     def _run(self, shifts: tuple[Shift, ...], apply_at: ApplyAt) -> Array:
         n_experts = {b.layer: b.n_experts for b in self.engine.moe.blocks}

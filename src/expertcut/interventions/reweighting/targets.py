@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 from expertcut.errors import PlanError, SettingsError
 from expertcut.interventions.lineage import Numbers, find_expert, numbers_of
+from expertcut.interventions.reweighting.admission import (
+    admission_gap,
+    no_default_strength,
+    stored_selection,
+)
 from expertcut.interventions.reweighting.choosing import Pick
-from expertcut.interventions.reweighting.records import admission_gap
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import Profile
@@ -177,12 +181,17 @@ def _tilt(profile: Profile, layer: LayerStatistics, row: int, target: Target, si
     strength = _strength(target, index, sign)
     if strength is not None:
         return Tilt(index, layer.block, row, sign * strength, "given")
-    alpha_NE = profile.array("alpha_NLE")[:, index, : layer.n_experts]
-    bias = admission_gap(alpha_NE, profile.array("chosen_NLK")[:, index], row)
+    bias = admission_gap(
+        profile.info.model.blocks[index],
+        profile.array("alpha_NLE")[:, index, : layer.n_experts],
+        profile.array("chosen_NLK")[:, index],
+        row,
+        stored_selection(profile.info.model, index),
+    )
     if not math.isfinite(bias) or bias * sign <= 0:
-        option, state = ("--boost", "admitted") if sign > 0 else ("--suppress", "left out")
+        option = "--boost" if sign > 0 else "--suppress"
         raise PlanError(
-            f"expert {expert} of layer {index} is {state} on average already (admission gap "
-            f"{bias:+.4f}): give the strength, as in {option} {index}:{expert}=0.5"
+            f"{no_default_strength(index, expert, sign, bias)}: give the strength, as in {option} "
+            f"{index}:{expert}=0.5"
         )
     return Tilt(index, layer.block, row, bias, "its admission gap")

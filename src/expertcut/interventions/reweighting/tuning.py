@@ -9,8 +9,9 @@ import numpy as np
 
 from expertcut.errors import PlanError
 from expertcut.interventions.plan import Point
+from expertcut.interventions.reweighting.admission import admission_gap, no_default_strength
 from expertcut.interventions.reweighting.choosing import Chooser, Pick
-from expertcut.interventions.reweighting.records import Records, admission_gap, right
+from expertcut.interventions.reweighting.records import Records, right
 from expertcut.profiling.evidence.significance import wilson
 
 Array = np.ndarray[Any, Any]
@@ -105,15 +106,21 @@ class Procedure:
 
 def gap(records: Records, pick: Pick) -> float:
     """The admission gap of an expert."""
-    alpha_NE = records.alpha_NLE[:, pick.layer, : records.blocks[pick.layer].experts]
-    return admission_gap(alpha_NE, records.chosen_NLK[:, pick.layer], pick.expert)
+    layer, block = pick.layer, records.blocks[pick.layer]
+    return admission_gap(
+        block,
+        records.alpha_NLE[:, layer, : block.experts],
+        records.chosen_NLK[:, layer],
+        pick.expert,
+        records.selection_of(layer),
+    )
 
 
 def _no_strength(pick: Pick, bias: float) -> str:
-    verb, state = ("boost", "admitted") if pick.sign > 0 else ("suppress", "left out")
+    verb = "boost" if pick.sign > 0 else "suppress"
     return (
-        f"expert {pick.expert} of layer {pick.layer} is {state} on average already (admission gap "
-        f"{bias:+.4f}), so there is no default strength to {verb} it by: give --strength or --tune"
+        f"{no_default_strength(pick.layer, pick.expert, pick.sign, bias)}, so there is no default "
+        f"strength to {verb} it by: give --strength or --tune"
     )
 
 

@@ -52,7 +52,7 @@ def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
         next_N = rest_NE.max(axis=1)
         if (next_N <= last_N * (1 + _ROUNDING)).all():
             with np.errstate(divide="ignore", invalid="ignore"):
-                logit_N = _logit(block, last_N) - _logit(block, next_N)
+                logit_N = logits(block, last_N) - logits(block, next_N)
             return Margin("", np.maximum(last_N - next_N, 0), np.maximum(logit_N, 0))
         reason = "experts were chosen that do not have the largest α"
     nothing = np.empty(0)
@@ -94,13 +94,16 @@ def _rule(block: BlockInfo) -> str:
     return ""
 
 
-def _logit(block: BlockInfo, alpha_N: Array) -> Array:
-    """The logit, up to what all experts of a question share; infinite where α was rounded to 0."""
+def logits(block: BlockInfo, alpha: Array) -> Array:
+    """Logits, up to what all experts of a question share; infinite where α was rounded to 0 or 1.
+
+    NumPy warns of the infinite ones.
+    """
     if block.scoring == "sqrtsoftplus":
-        inverse_N: Array = np.log(np.expm1(alpha_N**2))
-        return inverse_N
-    log_N: Array = np.log(alpha_N)
-    return log_N if block.scoring == "softmax" else log_N - np.log1p(-alpha_N)
+        softplus: Array = alpha**2
+        return softplus + np.log(-np.expm1(-softplus))
+    log: Array = np.log(alpha)
+    return log if block.scoring == "softmax" else log - np.log1p(-alpha)
 
 
 def _distribution(values_N: Array) -> dict[str, float | None]:

@@ -105,17 +105,20 @@ def wilson(share_E: Array, n_E: Array) -> tuple[Array, Array]:
 def difference(counts: SubjectCounts) -> tuple[Array, Array]:
     """Mantel–Haenszel difference in accuracy, with minus without, and its standard error.
 
-    Σ w (p1 − p0) / Σ w with w = n1 n0 / n; the variances of p1 and p0 are those of two binomials.
+    Σ w (p1 − p0) / Σ w with w = n1 n0 / n. Its variance is Sato's (1989), Biometrics 45:1323, which
+    holds for a few large subjects and for many small ones; that of two binomials in each subject
+    is 0 where the subjects have two questions.
     """
-    n1_SX, n_S1 = counts.activated_SX, counts.questions_S[:, None]
+    n1_SX, n_S1 = counts.activated_SX.astype(float), counts.questions_S[:, None]
     n0_SX = n_S1 - n1_SX
-    w_SX = n1_SX * n0_SX / n_S1
-    p1_SX = share(counts.activated_right_SX, n1_SX, 0.0)
-    p0_SX = share(counts.right_S[:, None] - counts.activated_right_SX, n0_SX, 0.0)
-    spread_SX = share(p1_SX * (1 - p1_SX), n1_SX, 0.0) + share(p0_SX * (1 - p0_SX), n0_SX, 0.0)
-    total_X = w_SX.sum(0)
-    difference_X = share((w_SX * (p1_SX - p0_SX)).sum(0), total_X)
-    return difference_X, share(np.sqrt((w_SX**2 * spread_SX).sum(0)), total_X)
+    y1_SX = counts.activated_right_SX
+    y0_SX = counts.right_S[:, None] - y1_SX
+    total_X = (n1_SX * n0_SX / n_S1).sum(0)
+    difference_X = share(((y1_SX * n0_SX - y0_SX * n1_SX) / n_S1).sum(0), total_X)
+    p_SX = n1_SX**2 * y0_SX - n0_SX**2 * y1_SX + n1_SX * n0_SX * (n0_SX - n1_SX) / 2
+    q_SX = (y1_SX * (n0_SX - y0_SX) + y0_SX * (n1_SX - y1_SX)) / 2
+    spread_X = difference_X * (p_SX / n_S1**2).sum(0) + (q_SX / n_S1).sum(0)
+    return difference_X, share(np.sqrt(np.maximum(spread_X, 0)), total_X)
 
 
 def null_moments(counts: SubjectCounts) -> tuple[Array, Array]:
