@@ -190,7 +190,7 @@ def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping
         if parts and _forms(parts, headers) != _forms(own[first], headers):
             raise ContractError(
                 f"{name}: the tensors of expert {expert} differ from those of expert {first} in "
-                "name, shape or dtype: download the checkpoint again"
+                "name, shape or dtype: experts that are not alike are not supported"
             )
     return own
 

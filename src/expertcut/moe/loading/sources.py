@@ -8,7 +8,17 @@ from pathlib import Path
 
 from expertcut.errors import ContractError, ModelError
 from expertcut.moe.contract import check_family
-from expertcut.moe.stored.counts import EXPERT_COUNT_FIELDS, check_counts, expert_count
+from expertcut.moe.loading.checks.supported import (
+    check_supported,
+    is_multimodal,
+    not_a_text_model,
+)
+from expertcut.moe.stored.counts import (
+    EXPERT_COUNT_FIELDS,
+    check_count_types,
+    check_counts,
+    expert_count,
+)
 from expertcut.moe.stored.folder import check_folder, refuse_pickles
 from expertcut.moe.stored.headers import read_even_quantized
 from expertcut.moe.stored.objects import read_config
@@ -73,6 +83,10 @@ def find_source(model: str, revision: str | None = None) -> Source:
         check_family(config.get("model_type"))
     except ContractError as error:
         raise ContractError(f"{source.path / 'config.json'}: {error}") from None
+    check_supported(source.path, config)
+    if expert_count(config) is None and is_multimodal(config):
+        raise not_a_text_model(source.path, config)
+    check_count_types(source.path, config)
     if expert_count(config) is None:
         family, fields = str(config.get("model_type"))[:50], ", ".join(EXPERT_COUNT_FIELDS)
         raise ModelError(
