@@ -140,8 +140,8 @@ def read_index(folder: Path) -> dict[str, str]:
     if not isinstance(metadata := content.get("metadata"), dict):
         # Nothing here reads it, but transformers fails without, and blames other files.
         raise ModelError(
-            f"{file}: its metadata is {json.dumps(metadata)[:50]}, must be an object, or transformers "
-            'cannot load the weights: write "metadata": {} there'
+            f"{file}: its metadata is {json.dumps(metadata)[:50]}, must be an object, or "
+            'transformers cannot load the weights: write "metadata": {} there'
             if "metadata" in content
             else f"{file} has no metadata, without which transformers cannot load the weights: "
             'write "metadata": {} beside its weight_map'
