@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,20 @@ class Source:
                 what = f"{file} cannot be read: {error.strerror}"
                 raise ModelError(f"{what}: mend that or download it again") from None
         return digest.hexdigest()
+
+    def expert_axes(self, names: Sequence[str]) -> Mapping[str, tuple[str, int]]:
+        """By name on disk, the parameter that a tensor becomes, and its axis of experts.
+
+        Those of `names` that have one and are not stacked with others while loading.
+        """
+        known: dict[tuple[str, ...], Mapping[str, tuple[str, int]]]
+        known = self.__dict__.setdefault("_expert_axes", {})
+        key = tuple(names)
+        if key not in known:
+            from expertcut.moe.loading.skeleton import expert_axes
+
+            known[key] = expert_axes(read_config(self.path), names)
+        return known[key]
 
 
 def find_source(model: str, revision: str | None = None) -> Source:

@@ -66,6 +66,17 @@ def check_count_types(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
+def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """The config with the expert count changed, under every name it goes by."""
+    edited: dict[str, Any] = {
+        key: with_expert_count(value, before, after)
+        if key == "text_config" and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
+    return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
+
+
 def expert_count(config: dict[str, Any]) -> int | None:
     """E as config.json states it, None for a model without experts."""
     text = config.get("text_config")
