@@ -247,6 +247,23 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert words in said and PREFIX.split(".")[2] in said
 
 
+def test_an_adapter_of_an_older_peft_is_not_called_one_of_another_model(
+    made: Make, adapter: Path
+) -> None:
+    """Its in and out of experts are exchanged, which peft 0.21 does not load either."""
+    base = made("olmoe") / "base"
+    (n_a, n_in), (n_out, n_b) = (
+        tuple(load_file(adapter / WEIGHTS)[f"{PREFIX}mlp.experts.{side}.weight"].shape)
+        for side in ("lora_A", "lora_B")
+    )
+    assert (n_in, n_out) == (16, 32)  # the down projection's
+    change(adapter, f"{PREFIX}mlp.experts.lora_A.weight", (n_a, n_out))
+    change(adapter, f"{PREFIX}mlp.experts.lora_B.weight", (n_in, n_b))
+    said = refusal(base, adapter, edits_of(base, SAME))
+    assert "an older peft saved it, with in and out of experts exchanged" in said
+    assert "another model" not in said
+
+
 def test_an_adapter_of_a_model_with_more_experts_or_layers_is_refused(
     made: Make, checkpoint: Make, tmp_path: Path
 ) -> None:

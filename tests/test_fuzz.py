@@ -1,5 +1,6 @@
 """Whatever stands in a file or an expression: it is read, or refused in words, and no third way."""
 
+import codecs
 import csv
 import io
 import json
@@ -93,7 +94,8 @@ def test_any_csv_is_questions_or_refused(tmp_path: Path, content: bytes) -> None
 def _csv(rows: list[list[str]]) -> bytes:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
-    return text.getvalue().encode("utf-8", "replace")
+    # With the mark: without it a first cell that begins with one would lose it.
+    return codecs.BOM_UTF8 + text.getvalue().encode("utf-8", "replace")
 
 
 @FEW

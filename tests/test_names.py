@@ -85,14 +85,43 @@ def test_blocks_match_by_name_then_by_layer_then_by_number() -> None:
     assert not unused
 
 
-def test_a_layer_that_the_model_did_not_load_is_left_out_whole(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_cut_leaves_out_whole_what_the_model_did_not_load() -> None:
+    """A new count of experts would make it unreadable; where nothing is cut it stays."""
     extra = {**block("model.layers.1.mlp"), "model.layers.1.enorm.weight": (6,)}
     shapes = {**block("model.layers.0.mlp"), **extra, "model.layers.10.x": (4,)}
+    edits = {"model.layers.0.mlp": Edit(keep=(0, 1, 3))}
+    removed = stock_rewrite(headers(shapes), edits, NOTHING).removed
+    assert {name for name in removed if not name.startswith("model.layers.0.")} == set(extra)
     edits = {"model.layers.0.mlp": Edit(keep=(0, 1, 2, 3))}
-    assert stock_rewrite(headers(shapes), edits, NOTHING).removed == set(extra)
-    assert "model.layers.1 is left out" in caplog.text
+    assert stock_rewrite(headers(shapes), edits, NOTHING).removed == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("root", "layer"),
+    [("mtp", "mtp.layers.0"), ("model.mtp", "model.mtp.layers.0"), ("model.mtp_layers", "")],
+)
+def test_a_module_that_predicts_further_tokens_is_left_out_whole(root: str, layer: str) -> None:
+    layer = layer or f"{root}.0"
+    extra = {**block(f"{layer}.mlp"), f"{root}.fc.weight": (6, 12), f"{root}.norm.weight": (6,)}
+    shapes = {**block("model.layers.0.mlp"), **block("model.layers.1.mlp"), **extra}
+    names = ["model.layers.0.mlp", "model.layers.1.mlp"]
+    matched, unused = match_blocks(headers({**shapes, "model.norm.weight": (6,)}), names)
+    assert [b.name for b in matched.values()] == names
+    assert unused == set(extra)
+    renamed = {n.replace("model.", "model.language_model.", 1): s for n, s in shapes.items()}
+    if layer.startswith("mtp"):  # as Qwen3.5 has it with its vision tower
+        vision = {"model.visual.blocks.0.mlp.weight": (6, 6)}
+        matched, unused = match_blocks(headers({**renamed, **vision}), names)
+        assert [b.name for b in matched.values()] == [
+            name.replace("model.", "model.language_model.") for name in names
+        ]
+        assert unused == set(extra)
+
+
+def test_experts_of_no_known_use_are_not_thrown_away() -> None:
+    shapes = {**block("model.layers.0.mlp"), **block("model.visual.blocks.0.mlp")}
+    with pytest.raises(ContractError, match=r"visual\.blocks\.0 holds experts that the loaded"):
+        match_blocks(headers(shapes), ["model.layers.0.mlp"])
 
 
 def without(shapes: Shapes, pattern: str) -> Shapes:

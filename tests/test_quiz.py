@@ -341,7 +341,7 @@ def test_a_faulty_json_row_names_its_file_and_line(tmp_path: Path, line: str):
 FAULTY_CSV = {
     b"Which?,a,b,c,d\n": (3, "5 fields"),
     b"Which?,a,b,c,d,A,B\n": (3, "7 fields"),
-    b"\n": (3, "0 fields"),
+    b"\n \r\n\nWhich?,a,b,c,d,E\n": (6, "answer 'E'"),  # blank lines are counted
     b"Which?,a,b,c,d,E\n": (3, "answer 'E' must be one of A-D"),
     b"Which?,a,b,c,d,\n": (3, "answer ''"),
     b"Which?,a,,c,d,A\n": (3, "choice B is missing"),

@@ -56,7 +56,7 @@ def test_mixed_line_ends_and_a_byte_order_mark_lose_no_question(tmp_path: Path) 
     ]
     file.write_bytes(b"\xef\xbb\xbf" + b"".join(rows))
     found = read_csv(file, "birds")
-    assert [q.text for q in found] == ["\ufeffOne?", "Two\r\nlines?", "Three?", "4?"]
+    assert [q.text for q in found] == ["One?", "Two\r\nlines?", "Three?", "4?"]
     assert [q.answer for q in found] == [0, 1, 2, 3]
 
 

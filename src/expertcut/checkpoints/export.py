@@ -1,20 +1,31 @@
 """A plan becomes a checkpoint folder, in the original names; no model is instantiated."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from expertcut.checkpoints.files.shards import Rewrite
-from expertcut.checkpoints.files.streaming import check_space, needed_bytes, write_checkpoint
+import torch
+
+from expertcut.checkpoints.files.shards import Rewrite, lay_out
+from expertcut.checkpoints.files.streaming import (
+    MAX_SHARD_BYTES,
+    check_space,
+    needed_bytes,
+    write_checkpoint,
+)
 from expertcut.checkpoints.layouts.exact import (
     check_exact,
     exact_config,
     exact_rewrite,
     is_exact,
 )
+from expertcut.checkpoints.layouts.further_tokens import without_further_tokens
 from expertcut.checkpoints.layouts.merged import Merging, merged_rewrite
-from expertcut.checkpoints.layouts.stock import Fitted, stock_config, stock_rewrite
+from expertcut.checkpoints.layouts.names import Headers, OutsideAxes, match_blocks
+from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
 from expertcut.interventions.plan import (
@@ -27,8 +38,12 @@ from expertcut.interventions.plan import (
     Layout,
 )
 from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
-from expertcut.moe.stored.headers import Stored, read_stored
+from expertcut.moe.loading.skeleton import check_loads
+from expertcut.moe.stored.counts import with_expert_count
+from expertcut.moe.stored.headers import DTYPES, Stored, read_stored
 from expertcut.profiling.chunks import write_atomically
+
+logger = logging.getLogger(__name__)
 
 _NOT_COPIED = {
     *("config.json", "README.md"),
@@ -60,7 +75,15 @@ def check_export(source: Source, draft: Draft, n_experts: int, folder: Path) -> 
     """
     check_layout(source, draft.layout, is_cutting=draft.is_cut)
     stored = read_stored(source.path)
-    check_space(folder, needed_bytes(stored, cut_rewrite(source, stored, draft, n_experts)))
+    rewrite = cut_rewrite(source, stored, draft, n_experts)
+    check_space(folder, needed_bytes(stored, rewrite))
+    if draft.layout == "stock" and _n_kept(draft) < n_experts:
+        config = _stock_config(source, stored, draft, n_experts)
+        pieces = [p for shard in lay_out(stored, rewrite, MAX_SHARD_BYTES) for p in shard.pieces]
+        tensors = {
+            p.name: torch.empty(p.shape, dtype=DTYPES[p.dtype], device="meta") for p in pieces
+        }
+        check_loads(config, tensors, f"{source.id} with {_n_kept(draft)} experts a layer")
 
 
 def cut_rewrite(source: Source, stored: Stored, draft: Draft, n_experts: int) -> Rewrite:
@@ -72,7 +95,7 @@ def cut_rewrite(source: Source, stored: Stored, draft: Draft, n_experts: int) ->
     width = int(read_config(source.path).get("hidden_size", 0))
     cut = {name: Edit(keep=edit.keep) for name, edit in draft.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), width)
-    return _rewrite(stored, replace(draft, edits=cut), Gathered(constants=constants))
+    return _rewrite(source, stored, replace(draft, edits=cut), Gathered(constants=constants))
 
 
 def check_layout(source: Source, layout: Layout, *, is_cutting: bool) -> None:
@@ -96,15 +119,14 @@ def export(source: Source, draft: Draft, n_experts: int, gathered: Gathered, fol
     `n_experts` is the unedited count. Tensors are copied from file to file; only those that the
     plan edits are read and changed.
     """
-    rewrite = _rewrite(read_stored(source.path), draft, gathered)
-    write_checkpoint(source.path, folder, rewrite)
+    stored = read_stored(source.path)
+    write_checkpoint(source.path, folder, _rewrite(source, stored, draft, gathered))
     config = read_config(source.path)
     if draft.layout == "exact":
         biased = [name for name, edit in draft.edits.items() if edit.bias]
         config = exact_config(config, removed_experts(draft.edits, n_experts), biased)
     else:
-        n_kept = len(next(iter(draft.edits.values())).keep)
-        config = stock_config(config, n_experts, n_kept)
+        config = _stock_config(source, stored, draft, n_experts, is_said=True)
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
     if draft.layout == "exact":
@@ -118,12 +140,64 @@ def removed_experts(edits: Mapping[str, Edit], n_experts: int) -> dict[str, tupl
     return {name: experts for name, experts in removed.items() if experts}
 
 
-def _rewrite(stored: Stored, draft: Draft, gathered: Gathered) -> Rewrite:
+def _rewrite(source: Source, stored: Stored, draft: Draft, gathered: Gathered) -> Rewrite:
     if draft.layout == "exact":
         return exact_rewrite(stored.tensors, gathered.constants, draft.edits)
+    outside = outside_axes(source, stored.tensors, draft)
     if draft.is_merging:
-        return merged_rewrite(stored.tensors, draft.edits, gathered.merging)
-    return stock_rewrite(stored.tensors, draft.edits, gathered.fitted, draft.apply_at)
+        return merged_rewrite(stored.tensors, draft.edits, gathered.merging, outside)
+    return stock_rewrite(stored.tensors, draft.edits, gathered.fitted, draft.apply_at, outside)
+
+
+def outside_axes(source: Source, headers: Headers, draft: Draft) -> OutsideAxes:
+    """Tensors with an axis of experts that lie on disk elsewhere than their block.
+
+    Which block they are of is what transformers makes of their names.
+
+    Raises:
+        ContractError: one belongs to no block.
+    """
+    matched, unused = match_blocks(headers, draft.edits)
+    n_experts = {block.n_experts for block in matched.values()}
+    inside = tuple(f"{block.name}." for block in matched.values())
+    suspects = [
+        name
+        for name, tensor in headers.items()
+        if n_experts & set(tensor.shape) and not name.startswith(inside) and name not in unused
+    ]
+    if not suspects:
+        return {}
+    found: dict[str, dict[str, int]] = {}
+    for name, (parameter, axis) in source.expert_axes(suspects).items():
+        block = next((b for b in matched if parameter.startswith(f"{b}.")), None)
+        if block is None:
+            raise ContractError(
+                f"{name} has an entry for each expert, but belongs to no MoE block of the model: "
+                "this form is not supported"
+            )
+        found.setdefault(block, {})[name] = axis
+    return found
+
+
+def _n_kept(draft: Draft) -> int:
+    return len(next(iter(draft.edits.values())).keep)
+
+
+def _stock_config(
+    source: Source, stored: Stored, draft: Draft, n_experts: int, *, is_said: bool = False
+) -> dict[str, Any]:
+    """The config of a checkpoint of layout stock; `is_said` warns of what it no longer counts."""
+    config, n_kept = read_config(source.path), _n_kept(draft)
+    _, unused = match_blocks(stored.tensors, draft.edits)
+    if n_kept == n_experts or not unused:
+        return with_expert_count(config, n_experts, n_kept)
+    if is_said:
+        logger.warning(
+            "%d tensors of layers that predict further tokens (MTP), first %s, are left out, and "
+            "config.json counts 0 of them: serve the checkpoint without MTP",
+            *(len(unused), min(unused)),
+        )
+    return without_further_tokens(with_expert_count(config, n_experts, n_kept))
 
 
 def companions(folder: Path) -> Iterator[Path]:

@@ -26,6 +26,7 @@ from expertcut.cli import (
     tilting,
 )
 from expertcut.cli.options import command, option
+from expertcut.cli.output import lasting_output
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
 from expertcut.documents.secrets import without_secrets
 from expertcut.errors import ExpertcutError
@@ -133,13 +134,15 @@ class HarmlessFormatter(logging.Formatter):
 
 def main() -> None:
     """The console script."""
-    # What the first of several processes warns of, the others would only repeat.
-    level = logging.WARNING if is_first() else logging.ERROR
-    handler = logging.StreamHandler()
-    handler.setFormatter(HarmlessFormatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
-    with _faults_in_one_line(), terminable():
-        status = app(standalone_mode=False)
-        if status == INTERRUPTED:  # typer has caught it
-            raise KeyboardInterrupt
+    with lasting_output() as out:
+        # What the first of several processes warns of, the others would only repeat.
+        level = logging.WARNING if is_first() else logging.ERROR
+        handler = logging.StreamHandler()
+        handler.setFormatter(HarmlessFormatter("%(levelname)s: %(message)s"))
+        logging.basicConfig(level=level, handlers=[handler])
+        with _faults_in_one_line(), terminable():
+            status = app(standalone_mode=False)
+            if status == INTERRUPTED:  # typer has caught it
+                raise KeyboardInterrupt
+            out.check()
     raise SystemExit(status or 0)

@@ -121,7 +121,7 @@ def command(options: type[Runs]) -> Callable[..., None]:
 
 
 QuizName = Annotated[
-    str, option("mmlu, a folder, a .jsonl file, or a data set of the hub.", "--quiz")
+    str, option("mmlu, a folder, a .csv or .jsonl file, or a data set of the hub.", "--quiz")
 ]
 Split = Annotated[str, option("Split of the quiz: test, val, ...")]
 Shots = Annotated[int, option("Solved questions of split dev before each question.")]

@@ -1,5 +1,6 @@
 """A file's bytes, bounded and never waited for, and JSON that means one thing."""
 
+import codecs
 import errno
 import json
 import os
@@ -14,6 +15,13 @@ MAX_DEPTH = 100
 # Only where the system has them.
 _UNWAITING, _AS_BYTES = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_BINARY", 0)
 _MOST_DIGITS = 19  # of 64 bits; beyond, sums and prints of it fail in ways of their own
+_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+MARK_BYTES = 4  # the longest of them
 
 
 def open_file(file: Path) -> BufferedReader:
@@ -47,6 +55,17 @@ def read_file(file: Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"More than {most_bytes >> 10} KiB", str(file))
     return content
+
+
+def wide_encoding(head: bytes) -> str | None:
+    """`UTF-16` or `UTF-32` where a file's first bytes are such text, else None.
+
+    Told by the byte order mark; without one, by ASCII whose every other byte is zero.
+    """
+    marked = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    zeros = [byte == 0 for byte in head[:MARK_BYTES]]
+    is_bare = zeros in ([False, True, False, True], [True, False, True, False])
+    return marked or ("UTF-16" if is_bare else None)
 
 
 def parse_json(content: bytes) -> Any:

@@ -192,7 +192,7 @@ def resumed(
 def default_folder(info: ProfileInfo, source: Source, root: Path = Path("profiles")) -> Path:
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
     quiz = info.quiz
-    quiz_name = Path(quiz.id).resolve().name.removesuffix(".jsonl")
+    quiz_name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
     name = f"{source.name}-{quiz_name}-{quiz.split}-{quiz.shots}shot-{info.short_hash}"
     return root / name
 

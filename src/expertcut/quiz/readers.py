@@ -1,59 +1,160 @@
 """Three ways to store questions, each read row by row; every fault names its file and line."""
 
+import codecs
 import csv
 import errno
 import io
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from expertcut.documents.reading import open_file, parse_json
+from expertcut.documents.reading import MARK_BYTES, open_file, parse_json, wide_encoding
 from expertcut.errors import QuizError
 from expertcut.quiz.prompts import LETTERS
 from expertcut.quiz.questions import Question
 
-_HENDRYCKS_COLUMNS = 6  # question, A, B, C, D, letter
 _MAX_BYTES = 512 << 20  # of one file: the largest of MMLU, which only trains, has a third
 _MAX_CHARACTERS = 1 << 20  # of a question or choice; csv itself takes an eighth of it
 _MAX_SUBJECT = 200  # of the 255 that a file system leaves to a chunk's name
+_MAX_KEYS = 12  # named of a row that lacks one
+_MARK = "\ufeff"  # byte order mark, as Excel and Notepad write it before UTF-8
+_CHOICE_COLUMN = re.compile(r"(?:(?:option|choice)[ _-])?([a-z])")
+_MUST = "must have question, A, B, … and answer"
+
+logger = logging.getLogger(__name__)
 
 
-def read_csv(path: Path, subject: str) -> list[Question]:
-    """Questions of one Hendrycks file: no header, the right letter in the last column."""
+@dataclass(frozen=True)
+class _Columns:
+    """Where a CSV file has what; `subject` is None where the file's name says it."""
+
+    n_columns: int
+    question: int
+    choices: tuple[int, ...]
+    answer: int
+    subject: int | None = None
+
+
+_HENDRYCKS = _Columns(6, 0, (1, 2, 3, 4), 5)
+
+
+def read_csv(path: Path, default_subject: str) -> list[Question]:
+    """Questions of one CSV file, with a header (`question`, `A`, `B`, …, `answer`) or without.
+
+    Without a header, the columns are those of Hendrycks: question, A, B, C, D, letter. A header
+    may have more columns; `subject`, where there is one, names each row's. Blank lines and a byte
+    order mark at the beginning are passed over, as pandas and datasets do.
+
+    Raises:
+        QuizError: the file cannot be read, or a row cannot be asked.
+    """
+    questions: list[Question] = []
+    rows: dict[str, int] = {}
+    columns, is_first = _HENDRYCKS, True
+    for where, cells in _csv_rows(path):
+        if is_first and _is_header(cells):
+            columns, is_first = _named_columns(cells, where), False
+            continue
+        subject = default_subject
+        if columns.subject is not None and columns.subject < len(cells):
+            subject = cells[columns.subject].strip() or default_subject
+        index = rows.get(subject, 0)
+        try:
+            questions.append(_csv_question(cells, columns, subject, index, where))
+        except QuizError as error:
+            if is_first and len(cells[-1].strip()) > 1:
+                raise QuizError(f"{error}; if this is a header, it {_MUST}") from None
+            raise
+        rows[subject], is_first = index + 1, False
+    return questions
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """File and line, and the cells there; lines of nothing but spaces are passed over."""
     # 1,285 rows of MMLU have newlines inside a cell and 4 have \r\n: newline="" keeps them.
-    # utf-8, not utf-8-sig: a byte order mark would be part of what every other tool asks.
     try:
-        with _opened(path) as binary, io.TextIOWrapper(binary, "utf-8", newline="") as file:
+        with _opened(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            return [
-                _csv_question(row, subject, index, f"{path}:{reader.line_num}")
-                for index, row in enumerate(reader)
-            ]
+            for cells in reader:
+                if cells and (len(cells) > 1 or cells[0].strip()):
+                    where = f"{path}:{reader.line_num}"
+                    if cells[0].startswith(_MARK):
+                        logger.warning("%s: a byte order mark inside the file is asked too", where)
+                    yield where, cells
     except UnicodeDecodeError:
-        raise QuizError(f"{path}:{_line_of(path)}: not UTF-8 text") from None
+        raise QuizError(f"{path}:{_line_of(path)}: not UTF-8 text: save it as UTF-8") from None
     except csv.Error as error:
         raise QuizError(f"{path}:{reader.line_num}: not a CSV row: {error}") from None
     except OSError as error:
         raise QuizError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _csv_question(row: list[str], subject: str, index: int, where: str) -> Question:
-    if len(row) != _HENDRYCKS_COLUMNS:
-        raise QuizError(f"{where}: {len(row)} fields where question, 4 choices and a letter make 6")
-    return make_question(subject, row[0], row[1:5], row[5], index, where)
+def _column_names(cells: list[str]) -> list[str]:
+    return [cell.strip().casefold() for cell in cells]
+
+
+def _is_header(cells: list[str]) -> bool:
+    """Whether the first row names columns: no question of four choices is worded like that."""
+    names = _column_names(cells)
+    return "question" in names and ("answer" in names or {"a", "b"} <= set(_choice_columns(names)))
+
+
+def _choice_columns(names: list[str]) -> list[str]:
+    """The letters of the columns that are choices: `A`, `option_a`, `Choice A`."""
+    return [found[1] for name in names if (found := _CHOICE_COLUMN.fullmatch(name))]
+
+
+def _named_columns(cells: list[str], where: str) -> _Columns:
+    names = _column_names(cells)
+    places = {name: [i for i, n in enumerate(names) if n == name] for name in set(names)}
+    for name in ("question", "answer", "subject"):
+        n_found = len(places.get(name, ()))
+        if n_found > 1 or (n_found == 0 and name != "subject"):
+            raise QuizError(f"{where}: a header with {n_found} columns {name}: it {_MUST}")
+    letters = _choice_columns(names)
+    wanted = list("abcdefghijklmnopqrstuvwxyz"[: len(letters)])
+    if sorted(letters) != wanted or len(letters) < 2:
+        found = ", ".join(letters).upper() or "none"
+        raise QuizError(f"{where}: a header whose choices are {found}: it {_MUST}")
+    by_letter = {f[1]: i for i, n in enumerate(names) if (f := _CHOICE_COLUMN.fullmatch(n))}
+    return _Columns(
+        n_columns=len(cells),
+        question=places["question"][0],
+        choices=tuple(by_letter[letter] for letter in wanted),
+        answer=places["answer"][0],
+        subject=places["subject"][0] if "subject" in places else None,
+    )
+
+
+def _csv_question(
+    cells: list[str], columns: _Columns, subject: str, index: int, where: str
+) -> Question:
+    if len(cells) != columns.n_columns:
+        wanted = f"the header has {columns.n_columns}"
+        if columns is _HENDRYCKS:
+            wanted = "question, 4 choices and a letter make 6"
+        raise QuizError(f"{where}: {len(cells)} fields where {wanted}")
+    choices = [cells[i] for i in columns.choices]
+    answer = cells[columns.answer]
+    return make_question(subject, cells[columns.question], choices, answer, index, where)
 
 
 def read_jsonl(path: Path, default_subject: str) -> list[Question]:
     """Questions of one JSON-lines file: `question`, `choices`, `answer`, optional `subject`."""
     rows: dict[str, int] = {}
-    questions = []
+    questions, answers = [], []
     for where, record in json_lines(path):
         subject = subject_of(record, default_subject, where)
         index = rows.get(subject, 0)
         questions.append(record_question(record, subject, index, where))
+        answers.append(record["answer"])
         rows[subject] = index + 1
+    warn_if_counted_from_one(str(path), answers)
     return questions
 
 
@@ -74,9 +175,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with _opened(path) as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text.strip():
                     where = f"{path}:{number}"
-                    yield where, _json_record(line, where)
+                    yield where, _json_record(text, where)
     except OSError as error:
         raise QuizError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -85,7 +187,7 @@ def _json_record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = parse_json(line)
     except UnicodeDecodeError:
-        raise QuizError(f"{where}: not UTF-8 text") from None
+        raise QuizError(f"{where}: not UTF-8 text: save it as UTF-8") from None
     except ValueError as error:
         raise QuizError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict):
@@ -98,10 +200,14 @@ def _opened(path: Path) -> BinaryIO:
 
     Raises:
         OSError: it cannot be read, or is larger than any.
+        QuizError: it is UTF-16 or UTF-32 text.
     """
     file = open_file(path)
-    if file.seek(0, io.SEEK_END) > _MAX_BYTES:
+    encoding = wide_encoding(file.read(MARK_BYTES))
+    if file.seek(0, io.SEEK_END) > _MAX_BYTES or encoding is not None:
         file.close()
+        if encoding is not None:
+            raise QuizError(f"{path}: {encoding} text, must be UTF-8: save it as UTF-8")
         raise OSError(errno.EFBIG, f"More than {_MAX_BYTES >> 20} MiB", str(path))
     file.seek(0)
     return file
@@ -111,7 +217,10 @@ def record_question(record: dict[str, Any], subject: str, index: int, where: str
     """A question from a mapping with `question`, `choices` and `answer` (index or letter)."""
     missing = [key for key in ("question", "choices", "answer") if record.get(key) is None]
     if missing:
-        raise QuizError(f"{where}: has no {' and no '.join(missing)}")
+        there = ", ".join(str(key)[:40] for key in list(record)[:_MAX_KEYS])
+        raise QuizError(
+            f"{where}: has no {' and no '.join(missing)}: it has {there or 'nothing at all'}"
+        )
     choices = record["choices"]
     if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
         raise QuizError(f"{where}: choices must be a list of texts")
@@ -156,10 +265,21 @@ def _answer_id(answer: object, choices: list[str], where: str) -> int:
         return letters.index(answer.strip())
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
+    numbers = "" if isinstance(answer, str) else f" or 0-{len(letters) - 1}"
     raise QuizError(
-        f"{where}: answer {_short(answer)} must be one of {letters[0]}-{letters[-1]} or "
-        f"0-{len(letters) - 1}"
+        f"{where}: answer {_short(answer)} must be one of {letters[0]}-{letters[-1]}{numbers}"
     )
+
+
+def warn_if_counted_from_one(where: str, answers: Iterable[object]) -> None:
+    """Warns of answers by number none of which is 0, the number of the first choice."""
+    numbers = [a for a in answers if isinstance(a, int)]
+    if len(numbers) > 1 and 0 not in numbers:
+        logger.warning(
+            "%s: none of its %d answers by number is 0, which is the first choice: if they count "
+            "from 1, every answer here is wrong",
+            *(where, len(numbers)),
+        )
 
 
 def _fault(text: str) -> str | None:

@@ -5,13 +5,20 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from expertcut.documents.reading import open_file
 from expertcut.errors import QuizError, SplitError
 from expertcut.quiz.questions import Question, Quiz, Truncate, group_by_subject
-from expertcut.quiz.readers import read_csv, read_jsonl, record_question, subject_of
+from expertcut.quiz.readers import (
+    read_csv,
+    read_jsonl,
+    record_question,
+    subject_of,
+    warn_if_counted_from_one,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +28,10 @@ MMLU_REVISION = "c30699e8356da336a370243923dbaf21066bb9fe"
 SHOTS_SPLIT = "dev"
 _SPLIT = re.compile(r"\w[\w.-]{0,99}")
 _NOT_SUBJECTS = {"all", "auxiliary_train"}  # configurations of cais/mmlu that are no subject
+_ALIASES = {"val": ("val", "validation")}  # of splits, in the names of folders and files
+_DATA_FOLDER = "data"  # where the files of a quiz may lie instead of in its own folder
+_MAX_LISTED = 6  # files named where a split is not found
+_MAX_LOOKED_AT = 1000  # of a folder's files
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,10 @@ def load_quiz(selection: Selection) -> Quiz:
         raise QuizError("--shots must be at least 0 and --limit at least 1")
     split = _canonical_split(selection.split)
     source = _find_source(selection.quiz, selection.revision)
-    questions = _select(group_by_subject(source.read(split)), selection, split)
+    found = group_by_subject(source.read(split))
+    if not found:
+        raise SplitError(source.missing(split))
+    questions = _select(found, selection, split)
     shots: dict[str, tuple[Question, ...]] = dict.fromkeys(questions, ())
     if selection.shots:
         dev = group_by_subject(source.read(SHOTS_SPLIT))
@@ -65,8 +79,6 @@ def load_quiz(selection: Selection) -> Quiz:
 def _select(
     questions: dict[str, tuple[Question, ...]], selection: Selection, split: str
 ) -> dict[str, tuple[Question, ...]]:
-    if not questions:
-        raise SplitError(f"{selection.quiz} has no questions in split {split}")
     unknown = sorted(set(selection.subjects) - set(questions))
     if unknown:
         raise QuizError(
@@ -93,7 +105,9 @@ def _canonical_split(split: str) -> str:
 
 
 @dataclass(frozen=True)
-class _CsvFolder:
+class _Files:
+    """Questions in files: a folder, or one file that is whichever split is asked for."""
+
     path: Path
     revision: str | None = None
 
@@ -101,28 +115,90 @@ class _CsvFolder:
     def id(self) -> str:
         return str(self.path)
 
-    def read(self, split: str) -> list[Question]:
-        ending = f"_{split}.csv"
-        files = sorted((self.path / split).glob(f"*{ending}"))
-        return [q for file in files for q in read_csv(file, file.name.removesuffix(ending))]
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where to look, the first that has the split being the right one."""
+        folder = self.path.parent if self.path.is_file() else self.path
+        return (folder, folder / _DATA_FOLDER)
+
+    @property
+    def subject(self) -> str:
+        """Of questions that name none, in a file that names none."""
+        return self.path.stem or self.path.resolve().stem
+
+    def files(self, split: str) -> list[tuple[Path, str]]:
+        """The files of a split, each with the subject that its name says."""
+        if self.path.is_file() and split != SHOTS_SPLIT:
+            return [(self.path, self.subject)]
+        found = (self.files_in(f, n) for f in self.folders for n in _ALIASES.get(split, (split,)))
+        return next(filter(None, found), [])
+
+    def files_in(self, folder: Path, split: str) -> list[tuple[Path, str]]:
+        raise NotImplementedError
+
+    def looked_for(self, split: str) -> str:
+        raise NotImplementedError
+
+    def missing(self, split: str) -> str:
+        """Why there are no questions in a split, and what is there instead."""
+        if files := self.files(split):
+            empty = ", ".join(str(file) for file, _ in files[:_MAX_LISTED])
+            return f"{self.id} has no questions in split {split}: no row in {empty}"
+        found = (f for depth in ("*", "*/*", "*/*/*") for f in self.path.glob(depth))
+        there = sorted(
+            str(file.relative_to(self.path))
+            for file in islice(found, _MAX_LOOKED_AT)
+            if file.suffix and not file.is_dir() and not file.name.startswith(".")
+        )
+        alike = [name for name in there if split.casefold() in name.casefold()]
+        listed = ", ".join((alike or there)[:_MAX_LISTED]) or "no file"
+        wanted = self.looked_for(split)
+        if alike:
+            return f"{self.id}: split {split} must lie in {wanted}: found {listed}"
+        return f"{self.id} has no questions in split {split}: no {wanted}, but {listed}"
 
 
 @dataclass(frozen=True)
-class _JsonLines:
-    """A folder of `<split>.jsonl`, or one file that is whichever split is asked for."""
-
-    path: Path
-    revision: str | None = None
-
-    @property
-    def id(self) -> str:
-        return str(self.path)
+class _CsvFiles(_Files):
+    """`<split>/<subject>_<split>.csv`, `<split>/<subject>.csv` or `<split>.csv`."""
 
     def read(self, split: str) -> list[Question]:
-        is_file = self.path.is_file()
-        folder = self.path.parent if is_file else self.path
-        file = self.path if is_file and split != SHOTS_SPLIT else folder / f"{split}.jsonl"
-        return read_jsonl(file, self.path.stem) if file.is_file() else []
+        return [q for file, subject in self.files(split) for q in read_csv(file, subject)]
+
+    def files_in(self, folder: Path, split: str) -> list[tuple[Path, str]]:
+        ending = f"_{split}.csv"
+        files = sorted(f for f in (folder / split).glob("*.csv") if not f.name.startswith("."))
+        named = [f for f in files if f.name.endswith(ending)]
+        if named and len(named) < len(files):
+            logger.warning(
+                "%s: %d files are not read, first %s: name them <subject>%s",
+                *(folder / split, len(files) - len(named)),
+                *(next(f.name for f in files if f not in named), ending),
+            )
+        if named:
+            return [(f, f.name.removesuffix(ending)) for f in named]
+        if files:
+            return [(f, f.stem) for f in files]
+        whole = folder / f"{split}.csv"
+        return [(whole, self.subject)] if whole.exists() else []
+
+    def looked_for(self, split: str) -> str:
+        return f"{split}/<subject>_{split}.csv, {split}/<subject>.csv or {split}.csv"
+
+
+@dataclass(frozen=True)
+class _JsonLines(_Files):
+    """A folder of `<split>.jsonl`, or one file that is whichever split is asked for."""
+
+    def read(self, split: str) -> list[Question]:
+        return [q for file, subject in self.files(split) for q in read_jsonl(file, subject)]
+
+    def files_in(self, folder: Path, split: str) -> list[tuple[Path, str]]:
+        file = folder / f"{split}.jsonl"
+        return [(file, self.subject)] if file.exists() else []
+
+    def looked_for(self, split: str) -> str:
+        return f"{split}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -150,35 +226,56 @@ class _DataSet:
                 return []
             rows: Any = load_dataset(self.id, config, split=name, revision=self.revision)
         counts: dict[str, int] = {}
-        questions = []
+        questions, answers = [], []
         for number, row in enumerate(rows):
             where = f"{self.id} {config}/{name} row {number}"
             its = subject or subject_of(row, self.id.rsplit("/", 1)[-1], where)
             questions.append(record_question(row, its, counts.setdefault(its, 0), where))
+            answers.append(row["answer"])
             counts[its] += 1
+        warn_if_counted_from_one(f"{self.id} {config}/{name}", answers)
         return questions
 
+    def missing(self, split: str) -> str:
+        """Why there are no questions in a split, and which splits there are."""
+        from datasets import get_dataset_split_names
 
-def _find_source(quiz: str, revision: str | None) -> _CsvFolder | _JsonLines | _DataSet:
+        with _one_line(self.id, self.revision):
+            names = _config_names(self.id, self.revision)
+            config = "all" if "all" in names else names[0]
+            splits = get_dataset_split_names(self.id, config, revision=self.revision)
+        return f"{self.id} has no questions in split {split}: it has {', '.join(splits)}"
+
+
+def _find_source(quiz: str, revision: str | None) -> _CsvFiles | _JsonLines | _DataSet:
     path = Path(quiz)
-    if path.is_file() and path.suffix == ".jsonl":
-        return _JsonLines(path)
+    if path.is_file() and path.suffix in (".csv", ".jsonl"):
+        return _CsvFiles(path) if path.suffix == ".csv" else _JsonLines(path)
     if path.is_dir():
-        if any(path.glob("*/*.csv")):
-            return _CsvFolder(path)
-        if any(path.glob("*.jsonl")):
-            return _JsonLines(path)
-        if not _parquet_files(path):
-            raise QuizError(
-                f"{quiz} holds no quiz: no <split>/<subject>_<split>.csv, no <split>.jsonl, "
-                "no parquet files"
-            )
-        return _open_data_set(str(path), None)
+        return _find_in(path)
     if quiz == DEFAULT_QUIZ:
         return _open_mmlu()
     if "/" not in quiz or quiz.startswith((".", "/")) or quiz.count("/") > 1:
-        raise QuizError(f"no such quiz: {quiz} is no folder, no .jsonl file and no hub id")
+        raise QuizError(f"no such quiz: {quiz} is no folder, no .csv or .jsonl file and no hub id")
     return _open_data_set(quiz, revision)
+
+
+def _find_in(folder: Path) -> _CsvFiles | _JsonLines | _DataSet:
+    """What a folder holds; where it could be several things, the first of these."""
+    if any(folder.glob("*/*.csv")):
+        return _CsvFiles(folder)
+    if any(folder.glob("*.jsonl")):
+        return _JsonLines(folder)
+    if _parquet_files(folder):
+        return _open_data_set(str(folder), None)
+    if any(folder.glob("*.csv")) or any(folder.glob(f"{_DATA_FOLDER}/*/*.csv")):
+        return _CsvFiles(folder)
+    if any(folder.glob(f"{_DATA_FOLDER}/*.jsonl")):
+        return _JsonLines(folder)
+    raise QuizError(
+        f"{folder} holds no quiz: no <split>/<subject>_<split>.csv, no <split>.csv, no "
+        "<split>.jsonl, no parquet files"
+    )
 
 
 def _parquet_files(folder: Path) -> list[Path]:

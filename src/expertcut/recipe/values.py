@@ -24,7 +24,7 @@ CRITERIA = (
     "reconstruction",
     "random",
 )
-_PATH = re.compile(r"[/~.].*|.*\.jsonl")
+_PATH = re.compile(r"[/~.].*|.*\.(jsonl|csv)")
 
 
 def _as_text(value: Any) -> Any:

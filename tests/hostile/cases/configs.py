@@ -128,7 +128,16 @@ COUNTS: dict[str, tuple[Change, str]] = {
     "top-k of -2": (config(num_experts_per_tok=-2), "num_experts_per_tok -2, must be"),
     "top-k of 2.5": (config(num_experts_per_tok=2.5), "num_experts_per_tok 2.5, must be"),
     "one expert": (config(num_experts=1), "not a MoE model"),
-    "a list of experts": (config(num_experts=[8, 8]), "not a MoE model"),
+    "a list of experts": (config(num_experts=[8, 8]), r"num_experts '\[8, 8\]', must be a whole"),
+    "experts in quotes": (config(num_experts="8"), "num_experts '8', must be a whole number"),
+    "experts in quotes in a text_config": (
+        lambda f: (without("num_experts")(f), config(text_config={"num_experts": "8"})(f)),
+        "num_experts '8', must be a whole number",
+    ),
+    "n_experts in quotes": (
+        lambda f: (without("num_experts")(f), config(n_experts="8")(f)),
+        "n_experts '8', must be a whole number",
+    ),
     "no experts": (without("num_experts"), "not a MoE model|says .* experts"),
 }
 for fault, (change, says) in COUNTS.items():
@@ -230,4 +239,42 @@ CASES.add(
     in_model(text_of(CONFIG, '{"model_type": "jetmoe", "num_local_experts": 8}'), profile),
     "jetmoe models are not supported",
     "attention is routed too",
+)
+CASES.add(
+    "a family whose zero-computation experts have no weights",
+    in_model(config(model_type="longcat_flash", zero_expert_num=4)),
+    r"olmoe/config\.json: longcat_flash is not supported",
+    "has experts without weights.*: zero_expert_num 4",
+)
+for family, says in (
+    ("longcat_flash", "has experts without weights"),
+    ("zaya", "has experts without weights.*skip all experts"),
+    ("doge", "its experts are rows of an embedding"),
+):
+    CASES.add(
+        f"{family} in whole files",
+        in_model(config(model_type=family), evaluate),
+        rf"olmoe/config\.json: {family} is not supported",
+        says,
+    )
+for family, kind in (("qwen3_vl_moe", "a vision-language model"), ("qwen3_vl_moe_text", "no text")):
+    CASES.add(
+        f"{family}, which is no text model",
+        in_model(config(model_type=family, text_config={"num_experts": 8}, vision_config={})),
+        rf"olmoe/config\.json: {family} is ",
+        kind if family == "qwen3_vl_moe" else "a vision-language model|no text model",
+    )
+CASES.add(
+    "a model of text, pictures and sound",
+    in_model(
+        lambda f: (
+            without("num_experts")(f),
+            config(
+                model_type="qwen3_omni_moe",
+                thinker_config={"vision_config": {}, "audio_config": {}},
+            )(f),
+        )
+    ),
+    r"olmoe/config\.json: qwen3_omni_moe is a multimodal model, not supported",
+    "take a text model",
 )

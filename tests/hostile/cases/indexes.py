@@ -53,6 +53,19 @@ INDEXES: dict[str, tuple[Change, str]] = {
     "null": (lies_in(None), "lies in None, must be"),
     "a name of 5,000 letters": (lies_in("a" * 5000 + ".safetensors"), "lies in .aaaa.*…"),
     "a file that is not there": (lies_in("gone.safetensors"), "gone.safetensors is missing"),
+    "metadata that is null": (
+        json_of(INDEX, lambda i: i.update(metadata=None)),
+        """its metadata is null, must be an object.*: write "metadata": {} there""",
+    ),
+    "metadata that is a list": (
+        json_of(INDEX, lambda i: i.update(metadata=["x"])),
+        "its metadata is .*, must be an object",
+    ),
+    "metadata that is text": (
+        json_of(INDEX, lambda i: i.update(metadata="pt")),
+        'its metadata is "pt", must be an object',
+    ),
+    "no metadata": (json_of(INDEX, lambda i: i.pop("metadata")), "has no metadata, without which"),
     "no weight_map": (json_of(INDEX, lambda i: i.pop("weight_map")), "has no weight_map"),
     "an empty weight_map": (weight_map(lambda found: found.clear()), "has no weight_map"),
     "a weight_map that is a list": (

@@ -72,6 +72,19 @@ def starting_with(token: int) -> Change:
     return main(lambda content: content.update(post_processor=template(special)))
 
 
+def ending_with_eos(content: dict[str, Any]) -> None:
+    """Every prompt ends with `<eos>`, as some tokenizers do for training."""
+    token = next(t["id"] for t in content["added_tokens"] if t["content"] == "<eos>")
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    end = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [text, end],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}, end],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [token], "tokens": ["<eos>"]}},
+    }
+
+
 def normalizer(**fields: object) -> Change:
     return main(lambda content: content.update(normalizer=fields))
 
@@ -158,6 +171,10 @@ MAINS: dict[str, tuple[Change, str]] = {
         "does not write ' A' after 'Answer:' as one token",
     ),
     "one word for all": (main(words_only), "does not write ' A'|' B' after 'Answer:'"),
+    "an end of text behind every text": (
+        main(ending_with_eos),
+        "appends <eos> to every text, so a prompt would end before its answer",
+    ),
     "no text at all": (main(nothing_left), "holds no tokenizer|cannot be loaded"),
     "ids beyond the embedding": (main(giant_ids), "embeddings for 290|cannot be loaded"),
     "a letter beyond the embedding": (

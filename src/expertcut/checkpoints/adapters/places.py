@@ -83,6 +83,12 @@ def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]
     first, last = _widths(disk, base.headers)
     if first == last:
         raise adapter.refusal(f"the projections of {block} are all {first}: they look alike")
+    if (n_out, n_in) in (first, last) and (n_in, n_out) not in (first, last):
+        raise adapter.refusal(
+            f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}: an "
+            "older peft saved it, with in and out of experts exchanged, and a peft of today cannot "
+            "load it: load it with that peft, merge it, and profile and prune the merged model"
+        )
     if (n_in, n_out) not in (first, last) or rows % disk.n_experts:
         raise adapter.refusal(
             f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}, but "

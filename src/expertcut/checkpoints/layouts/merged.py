@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.files.shards import Change, Rewrite
-from expertcut.checkpoints.layouts.names import DiskBlock, Headers, blocks_of
+from expertcut.checkpoints.layouts.names import DiskBlock, Headers, OutsideAxes, blocks_of
 from expertcut.checkpoints.layouts.neurons import Experts, ExpertTensor
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ContractError
@@ -37,15 +37,20 @@ class Merging:
     interleaved: frozenset[str] = frozenset()
 
 
-def merged_rewrite(headers: Headers, edits: Mapping[str, Edit], merging: Merging) -> Rewrite:
+def merged_rewrite(
+    headers: Headers,
+    edits: Mapping[str, Edit],
+    merging: Merging,
+    outside: OutsideAxes | None = None,
+) -> Rewrite:
     """What becomes of each tensor; layers in `merging` are MoE blocks, in the order of `edits`.
 
     Raises:
         ContractError: tensors on disk that cannot be told apart, or do not fit the edits.
     """
-    cut = stock_rewrite(headers, edits, Fitted())
+    cut = stock_rewrite(headers, edits, Fitted(), outside=outside)
     changed = dict(cut.changed)
-    for layer, (name, block) in enumerate(blocks_of(headers, edits).items()):
+    for layer, (name, block) in enumerate(blocks_of(headers, edits, outside).items()):
         edit = edits[name]
         if not edit.merged:
             continue

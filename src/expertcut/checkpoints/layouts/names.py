@@ -5,17 +5,15 @@ Three forms are known: a tensor per expert and projection (`…mlp.experts.3.dow
 and Granite's `…input_linear.weight` and `…output_linear.weight`.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertcut.errors import ContractError
 from expertcut.moe.stored.headers import StoredTensor
 
-logger = logging.getLogger(__name__)
-
 Headers = Mapping[str, StoredTensor]
+OutsideAxes = Mapping[str, Mapping[str, int]]  # by a block's loaded name: tensor on disk, its axis
 CONSTANT = "approx_value"  # what a removed expert of layout exact leaves behind
 
 _OF_ONE_EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<part>.+)")
@@ -24,6 +22,7 @@ _OF_ALL_EXPERTS = re.compile(
 )
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
 _ROUTER = re.compile(r"(router|gate|moe_statics)\..+")
+_FURTHER_TOKENS = re.compile(r"(^|[._])(mtp|nextn)")  # multi-token prediction
 _LAST = re.compile(r"(down_proj|w2|output_linear)([._](weight|bias))?")
 
 
@@ -71,49 +70,84 @@ def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:
 
 
 def match_blocks(
-    headers: Headers, names: Iterable[str]
+    headers: Headers, names: Iterable[str], outside: OutsideAxes | None = None
 ) -> tuple[dict[str, DiskBlock], frozenset[str]]:
     """The block on disk of each block of the loaded model, and the tensors that it has no use for.
 
     Blocks match by name, else by the name up to the layer's number, else by that number alone.
     Layers on disk whose experts the model did not load (those that predict further tokens) are
-    the tensors without use: a new expert count would make them unreadable.
+    the tensors without use: a new expert count would make them unreadable. `outside` are tensors
+    with an axis of experts that lie elsewhere on disk than their block, by the block's name.
 
     Raises:
         ContractError: a block that is not there or is there more than once.
     """
     blocks = find_disk_blocks(headers)
-    matched = blocks_of(headers, names)
-    unused = set(blocks) - {block.name for block in matched.values()}
+    matched = blocks_of(headers, names, outside)
+    used = {block.name for block in matched.values()}
+    unused = set(blocks) - used
     layers = {_layer(name)[0] for name in unused}
-    if len({block.name for block in matched.values()}) < len(matched) or layers & {
-        _layer(block.name)[0] for block in matched.values()
-    }:
+    if len(used) < len(matched) or layers & {_layer(name)[0] for name in used}:
         raise ContractError(
             f"the experts of {', '.join(sorted(blocks))} on disk do not match those of the model, "
             f"{', '.join(matched)}: this form is not supported"
         )
-    for layer in sorted(layers):
-        logger.warning("%s is left out: the model has no place for its experts", layer)
-    return matched, frozenset(name for layer in layers for name in _below(layer, headers))
+    places = tuple(f"{place}." for place in _without_use(layers, {_layer(n)[0] for n in used}))
+    return matched, frozenset(name for name in headers if name.startswith(places))
 
 
-def blocks_of(headers: Headers, names: Iterable[str]) -> dict[str, DiskBlock]:
+def _without_use(layers: set[str], used: set[str]) -> set[str]:
+    """The layers and modules that predict further tokens, experts of theirs being in `layers`.
+
+    In a list of layers that the model uses these are single layers; `mtp.layers.0` is a part of
+    `mtp`, which is of no use without it.
+
+    Raises:
+        ContractError: what they are for is not known.
+    """
+    used_lists = {_list_of(layer) for layer in used}
+    places = {layer for layer in layers if _list_of(layer) in used_lists}
+    for layer in sorted(layers - places):
+        parts = layer.split(".")
+        ways = (".".join(parts[:i]) for i in range(1, len(parts)))
+        root = next(way for way in ways if not any(f"{u}.".startswith(f"{way}.") for u in used))
+        if not _FURTHER_TOKENS.search(root):
+            raise ContractError(
+                f"{layer} holds experts that the loaded model has no place for, and does not say "
+                "that it predicts further tokens (mtp): this form is not supported"
+            )
+        places.add(root)
+    return places
+
+
+def _list_of(layer: str) -> str:
+    """`model.layers` of `model.layers.3`."""
+    return layer.rpartition(".")[0]
+
+
+def blocks_of(
+    headers: Headers, names: Iterable[str], outside: OutsideAxes | None = None
+) -> dict[str, DiskBlock]:
     """The block on disk of each block of the loaded model, as `match_blocks` finds them.
 
     Raises:
         ContractError: a block that is not there or is there more than once.
     """
+    names = list(names)
     blocks = find_disk_blocks(headers)
-    return {name: _match(name, blocks) for name in names}
+    numbers = {_layer(name)[1] for name in names}
+    found = {name: _match(name, blocks, numbers) for name in names}
+    if outside is None:
+        return found
+    return {n: replace(b, axes={**b.axes, **outside.get(n, {})}) for n, b in found.items()}
 
 
-def _match(name: str, blocks: Mapping[str, DiskBlock]) -> DiskBlock:
+def _match(name: str, blocks: Mapping[str, DiskBlock], numbers: set[int]) -> DiskBlock:
     prefix, number = _layer(name)
     ways = (
         [b for b in blocks.values() if b.name == name],
         [b for b in blocks.values() if _layer(b.name)[0] == prefix],
-        [b for b in blocks.values() if _layer(b.name)[1] == number],
+        _by_number(number, blocks, numbers),
     )
     found = next((way for way in ways if way), [])
     if len(found) != 1:
@@ -122,6 +156,21 @@ def _match(name: str, blocks: Mapping[str, DiskBlock]) -> DiskBlock:
             f"{', '.join(blocks) or 'no layer'}"
         )
     return found[0]
+
+
+def _by_number(number: int, blocks: Mapping[str, DiskBlock], numbers: set[int]) -> list[DiskBlock]:
+    """The blocks of a layer's number, those that predict further tokens if there are no others.
+
+    These lie in a list of their own, mostly with fewer layers than the model's.
+    """
+    found = [b for b in blocks.values() if _layer(b.name)[1] == number]
+    lists: dict[str, set[int]] = {}
+    for block in blocks.values():
+        layer, its_number = _layer(block.name)
+        lists.setdefault(_list_of(layer), set()).add(its_number)
+    whole = [b for b in found if numbers <= lists[_list_of(_layer(b.name)[0])]]
+    plain = [b for b in whole or found if not _FURTHER_TOKENS.search(b.name)]
+    return plain or whole or found
 
 
 def _layer(block: str) -> tuple[str, int]:
@@ -190,7 +239,7 @@ def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping
         if parts and _forms(parts, headers) != _forms(own[first], headers):
             raise ContractError(
                 f"{name}: the tensors of expert {expert} differ from those of expert {first} in "
-                "name, shape or dtype: download the checkpoint again"
+                "name, shape or dtype: experts that are not alike are not supported"
             )
     return own
 

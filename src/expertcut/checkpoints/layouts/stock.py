@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.files.shards import Change, Rewrite
-from expertcut.checkpoints.layouts.names import DiskBlock, Headers, match_blocks
+from expertcut.checkpoints.layouts.names import (
+    DiskBlock,
+    Headers,
+    OutsideAxes,
+    match_blocks,
+)
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit, Positions
-from expertcut.moe.loading import EXPERT_COUNT_FIELDS
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -41,16 +45,20 @@ def stock_rewrite(
     edits: Mapping[str, Edit],
     fitted: Fitted,
     apply_at: Positions = "all",
+    outside: OutsideAxes | None = None,
 ) -> Rewrite:
     """What becomes of each tensor; layers in `fitted` are MoE blocks, in the order of `edits`.
 
-    A router's own bias acts at every token, so with `apply_at` `answer` it is left alone.
+    A router's own bias acts at every token, so with `apply_at` `answer` it is left alone. Layers
+    that the model has no place for are removed by a cut: config.json states one count of experts
+    for all layers.
 
     Raises:
         ContractError: tensors on disk that cannot be told apart, or do not fit the edits.
     """
-    matched, unused = match_blocks(headers, edits)
-    removed: set[str] = set(unused)
+    matched, unused = match_blocks(headers, edits, outside)
+    is_cut = any(len(edits[name].keep) < block.n_experts for name, block in matched.items())
+    removed: set[str] = set(unused) if is_cut else set()
     renamed: dict[str, str] = {}
     changed: dict[str, Change] = {}
     for layer, (name, block) in enumerate(matched.items()):
@@ -66,15 +74,6 @@ def stock_rewrite(
         tilts = _tilts(block, edit, directions.get(layer))
         changed |= _shared_tensors(headers, block, edit, tilts, fitted.folds.get(layer))
     return Rewrite(frozenset(removed), renamed, changed)
-
-
-def stock_config(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
-    """The original config with the expert count changed, under every name it goes by."""
-    edited: dict[str, Any] = {
-        key: stock_config(value, before, after) if key == "text_config" else value
-        for key, value in config.items()
-    }
-    return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
 
 
 def _check(block: DiskBlock, edit: Edit) -> None:

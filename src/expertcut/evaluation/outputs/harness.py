@@ -82,7 +82,8 @@ def harness_bytes(scoring: "Scoring", scored: "Scored", result: ModelResult) -> 
 def harness_results(scoring: "Scoring", scored: "Scored", result: ModelResult) -> dict[str, Any]:
     """What the harness would write of one model, a task for each subject and a group of them."""
     quiz = scoring.quiz
-    group = "mmlu" if quiz.id == MMLU_HUB_ID else Path(quiz.id).name.removesuffix(".jsonl")
+    name = Path(quiz.id).name.removesuffix(".jsonl").removesuffix(".csv")
+    group = "mmlu" if quiz.id == MMLU_HUB_ID else name
     tasks = {f"{group}_{subject}": subject for subject in quiz.questions}
     of_group = _metrics(group, result.accuracy, result.stderr, result.questions)
     of_group["sample_count"] = {"acc,none": result.questions}

@@ -15,6 +15,7 @@ from expertcut.moe.contract import MoeBlock, find_blocks, routers
 from expertcut.moe.kernels.experts import BY_EXPERT
 from expertcut.moe.kernels.products import use_faster_products
 from expertcut.moe.loading.checks.refusals import BRINGS_CODE, check_quantization, refusals_of
+from expertcut.moe.loading.checks.supported import check_text_model
 from expertcut.moe.loading.checks.tokenizer import check_files, check_vocabulary
 from expertcut.moe.loading.checks.weights import check_complete, check_finite, check_total
 from expertcut.moe.loading.devices import find_device, runs_on, spread
@@ -79,7 +80,8 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, trusting = _checked_config(source, options)
     tokenizer = _tokenizer(source, options)
-    with refusals_of("AutoModelForCausalLM", source.path / "config.json"):
+    # The config has been tried without weights by now, so a fault here may be of any file.
+    with refusals_of("AutoModelForCausalLM", source.path):
         model, info = _MODELS.from_pretrained(
             source.path,
             config=config,
@@ -122,6 +124,8 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOpti
         check_counts(folder, raw, stored)
         check_quantization(folder, raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
+        if not may_run_code:
+            check_text_model(folder, config)
         with torch.device("meta"):  # tensors with shapes and no bytes
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code)
         check_total(folder, model, stored)

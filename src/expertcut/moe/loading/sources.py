@@ -2,13 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from expertcut.errors import ContractError, ModelError
 from expertcut.moe.contract import check_family
-from expertcut.moe.stored.counts import EXPERT_COUNT_FIELDS, check_counts, expert_count
+from expertcut.moe.loading.checks.supported import (
+    check_supported,
+    is_multimodal,
+    not_a_text_model,
+)
+from expertcut.moe.stored.counts import (
+    EXPERT_COUNT_FIELDS,
+    check_count_types,
+    check_counts,
+    expert_count,
+)
 from expertcut.moe.stored.folder import check_folder, refuse_pickles
 from expertcut.moe.stored.headers import read_even_quantized
 from expertcut.moe.stored.objects import read_config
@@ -51,6 +62,20 @@ class Source:
                 raise ModelError(f"{what}: mend that or download it again") from None
         return digest.hexdigest()
 
+    def expert_axes(self, names: Sequence[str]) -> Mapping[str, tuple[str, int]]:
+        """By name on disk, the parameter that a tensor becomes, and its axis of experts.
+
+        Those of `names` that have one and are not stacked with others while loading.
+        """
+        known: dict[tuple[str, ...], Mapping[str, tuple[str, int]]]
+        known = self.__dict__.setdefault("_expert_axes", {})
+        key = tuple(names)
+        if key not in known:
+            from expertcut.moe.loading.skeleton import expert_axes
+
+            known[key] = expert_axes(read_config(self.path), names)
+        return known[key]
+
 
 def find_source(model: str, revision: str | None = None) -> Source:
     """The checkpoint's folder; a hub id is downloaded, safetensors only, or read from the cache.
@@ -73,6 +98,10 @@ def find_source(model: str, revision: str | None = None) -> Source:
         check_family(config.get("model_type"))
     except ContractError as error:
         raise ContractError(f"{source.path / 'config.json'}: {error}") from None
+    check_supported(source.path, config)
+    if expert_count(config) is None and is_multimodal(config):
+        raise not_a_text_model(source.path, config)
+    check_count_types(source.path, config)
     if expert_count(config) is None:
         family, fields = str(config.get("model_type"))[:50], ", ".join(EXPERT_COUNT_FIELDS)
         raise ModelError(

@@ -14,6 +14,7 @@ _COUNT_FIELDS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"),
     *(*EXPERT_COUNT_FIELDS, *_TOP_K_FIELDS),
 )
+_EXPERT_COUNT = re.compile(r"(n|num)_(\w+_)?experts")
 _NUMBER = re.compile(r"\.(\d{1,9})\.")
 _OF_ONE_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d{1,9})\.(?P<part>.+)")
 _CONSTANT = {"approx_value"}  # all that is left of a removed expert of layout exact
@@ -48,6 +49,34 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
             raise ModelError(f"{file} says {n_experts} experts, {block} holds {n_found}")
 
 
+def check_count_types(folder: Path, config: Mapping[str, Any]) -> None:
+    """That numbers of experts are numbers: `"8"` would be read as no number of experts at all.
+
+    Raises:
+        ModelError: one is text, a list or a fraction.
+    """
+    text = config.get("text_config")
+    fields = {**(text if isinstance(text, dict) else {}), **config}
+    for name, value in fields.items():
+        is_count = name in EXPERT_COUNT_FIELDS or _EXPERT_COUNT.fullmatch(name)
+        if is_count and isinstance(value, str | float | list):
+            raise ModelError(
+                f"{folder / 'config.json'} says {name[:50]} {str(value)[:50]!r}, must be a whole "
+                "number above 0"
+            )
+
+
+def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """The config with the expert count changed, under every name it goes by."""
+    edited: dict[str, Any] = {
+        key: with_expert_count(value, before, after)
+        if key == "text_config" and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
+    return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
+
+
 def expert_count(config: dict[str, Any]) -> int | None:
     """E as config.json states it, None for a model without experts."""
     text = config.get("text_config")
@@ -80,7 +109,11 @@ def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTe
         for part in sorted(wanted):
             name = f"{block}.{expert}.{part}"
             if part not in parts:
-                raise ModelError(f"{weights_file(folder)} lacks {name}: download it again")
+                # The headers were found to be whole, so it is not the download that lacks it.
+                raise ModelError(
+                    f"{weights_file(folder)} lacks {name}, which other experts there have: experts "
+                    "that are not alike are not supported"
+                )
             if parts[part].shape != wanted[part].shape:
                 raise ModelError(
                     f"{parts[part].file} is damaged: {name} has shape "

@@ -1,5 +1,6 @@
 """What lies where in a checkpoint's safetensors files, read from their headers and nothing else."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -136,6 +137,15 @@ def read_index(folder: Path) -> dict[str, str]:
         content = parse(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(file, f"it is no JSON object ({error})") from None
+    if not isinstance(metadata := content.get("metadata"), dict):
+        # Nothing here reads it, but transformers fails without, and blames other files.
+        raise ModelError(
+            f"{file}: its metadata is {json.dumps(metadata)[:50]}, must be an object, or "
+            'transformers cannot load the weights: write "metadata": {} there'
+            if "metadata" in content
+            else f"{file} has no metadata, without which transformers cannot load the weights: "
+            'write "metadata": {} beside its weight_map'
+        )
     index = content.get("weight_map")
     if not isinstance(index, dict) or not index:
         raise _damaged(file, "it has no weight_map")

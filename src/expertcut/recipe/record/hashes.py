@@ -130,7 +130,7 @@ def quiz_files(quiz: str) -> list[Path] | None:
     """The files that a local quiz is read from, None for one of the hub."""
     path = Path(MMLU_HUB_ID if quiz == DEFAULT_QUIZ and not Path(quiz).exists() else quiz)
     if path.is_file():
-        return sorted({path, *path.parent.glob("dev.jsonl")})
+        return sorted({path, *path.parent.glob(f"dev{path.suffix}")})
     if path.is_dir():
         return sorted(file for pattern in _QUIZ_FILES for file in path.rglob(pattern))
     return None

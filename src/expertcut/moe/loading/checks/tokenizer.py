@@ -34,12 +34,27 @@ def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
     ids = token_ids(tokenizer, [_PROBE])[0]
     if not ids:
         raise ModelError(f"{folder} holds no tokenizer: add its tokenizer.json")
+    _check_end(folder, tokenizer, ids)
     if tokenizer.vocab_size > n_embeddings:
         raise ModelError(
             f"{folder / 'tokenizer.json'}: its tokenizer has {tokenizer.vocab_size} tokens but "
             f"the embedding of the weights {n_embeddings}: they belong to different models"
         )
     check_ids(folder, ids, n_embeddings)
+
+
+def _check_end(folder: Path, tokenizer: Any, ids: list[int]) -> None:
+    """That nothing is appended to a text: after an end of text no answer follows."""
+    with refusals_of("AutoTokenizer", folder / "tokenizer.json"):
+        plain: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    n_before = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), len(ids))
+    if appended := ids[n_before + len(plain) :]:
+        named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(appended)))
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} appends {named} to every text, so a prompt would end "
+            "before its answer: take that out of its post_processor, or say add_eos_token false "
+            "in tokenizer_config.json"
+        )
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
