@@ -54,12 +54,16 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """What was made: the plan, how well biases are carried, and the proof where one was asked."""
+    """What was made: the plan, how well biases are carried, and the proof where one was asked.
+
+    `why_unjudged` says why there is none where no question can judge.
+    """
 
     folder: Path
     plan: Plan
     fits: list[Fit]
     proof: Proof | None
+    why_unjudged: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
     check_export(job.source, draft, job.n_experts, folder)
     adapter = carried(options.adapter, job.source, draft, folder)
     plan = draft_plan(profile, draft, job.questions)
-    is_verified = options.is_verified and _has_room(job)
+    used = used_hashes(draft, job.questions)
+    is_verified = options.is_verified and bool(len(job.questions.held_out)) and _has_room(job)
     gathered, fits, before = _gather_and_ask(job, is_verified=is_verified)
     gc.collect()
     proof = None
@@ -118,11 +123,12 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
         if before is not None:
             engine = job.engine(Source(str(folder), temporary))
             proof = prove_after(engine, job.questions.held_out, draft, before)
+            proof = proof.judged_by(job.questions.held_out, used)
         figures = {"fits": [asdict(f) for f in fits], **(proof.figures(draft) if proof else {})}
         plan = plan.model_copy(update={"proof": figures})
-        save_plan(temporary, plan, used_hashes(draft, job.questions))
+        save_plan(temporary, plan, used)
         add_files(temporary, options.beside)
-    return Built(folder, plan, fits, proof)
+    return Built(folder, plan, fits, proof, job.questions.why_unjudged)
 
 
 def write_plan(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -> None:

@@ -17,7 +17,7 @@ from expertcut.moe.loading import MoeModel, Source, read_config
 
 
 def used_questions(source: Source, read: Read) -> frozenset[str]:
-    """Content hashes of all that this run, or a step before it, looked at."""
+    """Hash lines of all that this run, or a step before it, looked at."""
     plan = plan_of(source)
     return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
 

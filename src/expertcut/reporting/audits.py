@@ -88,12 +88,13 @@ def audit_csv(found: Audit) -> Table:
 
 
 def audit_sentences(found: Audit) -> list[str]:
-    """What the held-out questions are worth, and which criterion to trust."""
+    """What the questions are worth, and which criterion to trust."""
     asked = found.asked
     if found.overlap:
         leak = (
-            f"{found.overlap:,} of the {asked.questions:,} held-out questions were profiled too, "
-            "for no other split is there: criteria that look at them are flattered."
+            f"{found.overlap:,} of the {asked.questions:,} questions that were asked had been "
+            "profiled, calibrated or cut on, so they are not held out: criteria that look at them "
+            "are flattered."
         )
     else:
         leak = f"None of the {asked.questions:,} held-out questions ({asked.split}) was profiled."

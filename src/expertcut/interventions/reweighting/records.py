@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 class Records:
     """N questions and what the unedited model did at their answer positions.
 
-    `hash_N` are content hashes, by which repeats are found.
+    `hash_N` are overlap hashes, by which repeats are found, `line_N` both hashes of each.
     """
 
     blocks: tuple[BlockInfo, ...]
@@ -35,6 +35,7 @@ class Records:
     logprob_NC: Array
     alpha_NLE: Array
     chosen_NLK: Array
+    line_N: Array | None = None
 
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
@@ -52,11 +53,12 @@ class Records:
         return cls(
             blocks=profile.info.model.blocks,
             subject_N=np.array([q.subject for q in quiz]),
-            hash_N=np.array([q.content_hash for q in quiz]),
+            hash_N=np.array([q.overlap_hash for q in quiz]),
             answer_N=np.array([q.answer for q in quiz]),
             logprob_NC=profile.array("choice_logprob_NC")[rows_N],
             alpha_NLE=profile.array("alpha_NLE")[rows_N],
             chosen_NLK=profile.array("chosen_NLK")[rows_N],
+            line_N=np.array([q.hash_line for q in quiz]),
         )
 
     def __len__(self) -> int:
@@ -64,13 +66,11 @@ class Records:
 
     def part(self, which_N: Array) -> Self:
         """Some of the questions, by index or by truth."""
-        arrays = {
-            f.name: getattr(self, f.name)[which_N] for f in fields(self) if f.name != "blocks"
-        }
-        return replace(self, **arrays)
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
+        return replace(self, **{k: v[which_N] for k, v in arrays.items() if v is not None})
 
     def less(self, hashes: Collection[str]) -> Self:
-        """Without the questions of these content hashes."""
+        """Without the questions of these overlap hashes."""
         return self.part(~np.isin(self.hash_N, list(hashes))) if hashes else self
 
     @cached_property

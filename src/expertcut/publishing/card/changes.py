@@ -1,4 +1,4 @@
-"""What was removed or tilted, by which rule, and what held-out questions said."""
+"""What was removed or tilted, by which rule, and what the questions that judge it said."""
 
 from collections.abc import Iterator
 
@@ -86,7 +86,7 @@ def step_sentences(origin: Origin) -> Iterator[str]:
 
 
 def held_out_table(plan: Plan) -> Table:
-    """How far answers moved on questions that were not used; without rows where none was asked.
+    """How far answers moved on the questions that judge; without rows where none was asked.
 
     Raises:
         PlanError: what stands there is of another form.
@@ -106,4 +106,4 @@ def held_out_table(plan: Plan) -> Table:
         Column("flipped answers", ",d"),
         Column("questions", ",d"),
     )
-    return Table("Held-out questions", columns, rows)
+    return Table("How far answers moved", columns, rows)
