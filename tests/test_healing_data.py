@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
-from expertcut.healing.data.judges import CHOSE_CUT, CHOSE_STEP, UNUSED
+from expertcut.healing.data.judges import CHOSE_STEP, UNUSED, USED_BEFORE
 from expertcut.healing.data.leaks import (
     evaluation_quizzes,
     texts_without_scored,
@@ -272,7 +272,7 @@ def test_how_the_judges_were_used_is_said(quiz_folder: Path) -> None:
     hashes = [question.content_hash for question in found.scored]
     some, none = found.judges(frozenset(hashes[1:])), found.judges(frozenset(hashes))
     assert some is not None and (len(some.quiz), some.used) == (1, UNUSED)
-    assert none is not None and (len(none.quiz), none.used) == (len(hashes), CHOSE_CUT)
+    assert none is not None and (len(none.quiz), none.used) == (len(hashes), USED_BEFORE)
     alone = replace(found, scored=None).judges(frozenset())
     assert alone is not None and alone.used == CHOSE_STEP
     assert alone.quiz.split == "val"

@@ -54,6 +54,12 @@ class Identified(Record):
     id: str
     revision: str | None
 
+    @property
+    def label(self) -> str:
+        """Its id; of a folder that is recorded by its whole path the last part."""
+        is_whole = self.revision is None and Path(self.id).is_absolute()
+        return Path(self.id).name if is_whole else self.id
+
     @model_validator(mode="after")
     def _is_on_the_hub(self) -> Self:
         if self.revision is None:

@@ -82,7 +82,7 @@ def score(
     """
     options = replace(scoring.options, stats="none")
     measurement = measure(source, scoring.quiz, scoring.limit, scoring.load_as, options)
-    store = folder / f"{source.name}-{measurement.info.short_hash}"
+    store = folder / f"{source.name}-{measurement.info.called(source.id).short_hash}"
     yield from measurement.run(store, on_pass)
     if not scoring.options.waits:
         return

@@ -4,8 +4,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from expertcut.errors import ProfileError, QuizError, SettingsError
-from expertcut.interventions.lineage import Numbers, inherited_hashes
-from expertcut.interventions.plan import ChosenOn, Draft, Plan, hashes_sha256, plan_model
+from expertcut.interventions.lineage import Numbers, inherited_hashes, model_folder
+from expertcut.interventions.plan import (
+    ChosenOn,
+    Draft,
+    Plan,
+    PlanModel,
+    hashes_sha256,
+    plan_model,
+)
+from expertcut.moe.stored.fingerprints import absolute_id
 from expertcut.profiling.info import quiz_info
 from expertcut.profiling.part import ProfilePart, can_hold_out
 from expertcut.profiling.store import Profile
@@ -168,7 +176,7 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
     fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
     numbers = draft.numbers or Numbers()
     return Plan(
-        model=plan_model(profile.info.model),
+        model=_plan_model(profile),
         action=draft.action,
         criterion=draft.criterion,
         positions=draft.positions,
@@ -188,6 +196,14 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
         tuning=draft.tuning,
         blocks={name: numbers.named(name, edit) for name, edit in draft.edits.items()},
     )
+
+
+def _plan_model(profile: Profile) -> PlanModel:
+    """The profiled model, a folder by its whole path."""
+    named, folder = plan_model(profile.info.model), model_folder(profile)
+    if folder is None:
+        return named
+    return named.model_copy(update={"id": absolute_id(str(folder), None)})
 
 
 def _removal(draft: Draft) -> Literal["reroute", "constant", "merge"]:

@@ -15,6 +15,7 @@ from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
 from expertcut.moe.loading.devices import is_on_several
 from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass, Watch, ignore
+from expertcut.moe.stored.fingerprints import absolute_id
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.info import BlockInfo, ModelInfo, ProfileInfo, Settings, quiz_info
 from expertcut.profiling.part import in_calibration
@@ -207,7 +208,8 @@ def default_folder(info: ProfileInfo, source: Source, root: Path = Path("profile
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
     quiz = info.quiz
     quiz_name = Path(quiz.id).resolve().name.removesuffix(".jsonl")
-    name = f"{source.name}-{quiz_name}-{quiz.split}-{quiz.shots}shot-{info.short_hash}"
+    name = f"{source.name}-{quiz_name}-{quiz.split}-{quiz.shots}shot-"
+    name += info.called(source.id).short_hash  # as it was typed
     return root / name
 
 
@@ -229,7 +231,10 @@ def model_info(moe: MoeModel) -> ModelInfo:
     )
     source = moe.source
     return ModelInfo(
-        id=source.id, revision=source.revision, fingerprint=source.fingerprint, blocks=blocks
+        id=absolute_id(source.id, source.revision),
+        revision=source.revision,
+        fingerprint=source.fingerprint,
+        blocks=blocks,
     )
 
 

@@ -40,7 +40,7 @@ def verdict_table(found: Audit) -> Table:
         "experts first. Regret is in nats of mean log p, as a sum of single harms; removing at "
         f"random costs {expected} on average."
     )
-    return Table(f"Audit of {found.asked.model.id}: the criteria", columns, rows, note)
+    return Table(f"Audit of {found.asked.model.label}: the criteria", columns, rows, note)
 
 
 def harm_table(found: Audit, most: int = 10) -> Table:
@@ -68,7 +68,9 @@ def harm_table(found: Audit, most: int = 10) -> Table:
     )
     if not found.is_complete:
         note += " The same command does the rest."
-    return Table(f"Audit of {asked.model.id}: what removing one expert does", columns, rows, note)
+    return Table(
+        f"Audit of {asked.model.label}: what removing one expert does", columns, rows, note
+    )
 
 
 def audit_csv(found: Audit) -> Table:

@@ -91,7 +91,7 @@ class Sweeping:
     def _asked(self) -> SweepAsked:
         grid, way, is_part = self.grid, self.way, isinstance(self.profile, ProfilePart)
         return SweepAsked(
-            scored=self.measurement.info,
+            scored=self.measurement.info.called(self.profile.info.model.id),
             profile=profile_hash(self.profile.info),
             by=grid.by,
             fractions=grid.fractions,

@@ -27,8 +27,10 @@ class _HeldOut(BaseModel):
 
 
 def is_pruned(origin: Origin) -> bool:
-    """Whether experts were removed in any step."""
-    return any(step.action.startswith("prune") for step in origin.steps)
+    """Whether experts were removed in any step, one that is not there any more among them."""
+    edits = origin.steps[0].blocks.values() if not origin.is_here else ()
+    was_before = any(edit.keep[-1] >= len(edit.keep) for edit in edits if edit.keep)
+    return was_before or any(step.action.startswith("prune") for step in origin.steps)
 
 
 def is_tilted(origin: Origin) -> bool:
