@@ -99,7 +99,8 @@ def audit_sentences(found: Audit) -> list[str]:
             "are flattered."
         )
     else:
-        leak = f"None of the {asked.questions:,} held-out questions ({asked.split}) was profiled."
+        which = f"{asked.questions:,} held-out questions ({asked.split})"
+        leak = f"None of the {which} had a part in scoring the experts."
     first = ranked(found)[0]
     if first.within.rho is None:
         return [leak, "No rank correlation is defined: sample more experts."]
