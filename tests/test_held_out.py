@@ -124,7 +124,7 @@ def forms(draw: st.DrawFn) -> Form:
     splits = draw(st.sets(st.sampled_from(["val", "test", "dev", "train"]), min_size=1))
     number, rows = 0, dict[str, list[Row]]()
     for split in sorted(splits):
-        own = range(number, number := number + draw(st.integers(1, 40)))
+        own = range(number, number := number + draw(st.sampled_from([60, 40, 6, 1])))
         rows[split] = [row_of(i) for i in own]
     for _ in range(draw(st.integers(0, 4))):
         split = draw(st.sampled_from(sorted(splits)))
@@ -245,9 +245,7 @@ def test_heal_trains_on_nothing_that_it_calls_held_out_or_not_used(
         assert trained and not trained & held
         assert judges is None or not trained & numbers_in(judges.quiz)
         if judges is not None and judges.used == UNUSED:
-            assert not numbers_in(judges.quiz) & numbers_in(
-                load_quiz(Selection(str(quiz), split, 0))
-            )
+            assert not numbers_in(judges.quiz) & (trained | held)
 
 
 def _trained(tokenizer: object, rows: Sequence[object]) -> set[int]:
