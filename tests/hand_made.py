@@ -49,7 +49,9 @@ def profile_info(
         for name, n in subjects.items()
     }
     return ProfileInfo(
-        model=ModelInfo(id="tiny", revision=None, fingerprint="f" * 64, blocks=tuple(blocks)),
+        model=ModelInfo(
+            id="makers/tiny", revision="main", fingerprint="f" * 64, blocks=tuple(blocks)
+        ),
         quiz=QuizInfo(**{"subjects": counted, **fields}),
         settings=SETTINGS,
     )

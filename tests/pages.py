@@ -167,7 +167,9 @@ def make_hostile_run(folder: Path) -> Path:
     subjects = dict.fromkeys(HOSTILE, 20)
     blocks = [block(0), block(1).model_copy(update={"name": HOSTILE[1]})]
     info = profile_info(blocks, subjects, id=HOSTILE[0], split=HOSTILE[6])
-    info = info.model_copy(update={"model": info.model.model_copy(update={"id": HOSTILE[2]})})
+    info = info.model_copy(
+        update={"model": info.model.model_copy(update={"id": HOSTILE[2], "revision": None})}
+    )
     chunks = [random_chunk(i, 20, blocks) for i in range(len(subjects))]
     profile = write_profile(folder / "<b>profile", info, chunks)
     make_plan(folder / "cut $x$", profile, action=HOSTILE[1], criterion=HOSTILE[3], tuning=curve())

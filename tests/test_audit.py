@@ -38,6 +38,7 @@ from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
+from expertcut.reporting.audits import audit_sentences
 from tests.conftest import LETTERS, Commands, make_checkpoint, open_model, write_quiz
 
 BY = ("activations", "random")
@@ -379,7 +380,7 @@ def test_the_command_writes_tables_a_figure_and_what_show_reads(
     out = expertcut(*asked, "--questions", 9)
     folder = Path("audits") / profile.path.name
     assert f"written to {folder}" in out
-    assert "None of the 9 held-out questions (test) was profiled" in out
+    assert "None of the 9 held-out questions (test) had a part in scoring" in " ".join(out.split())
     assert (folder / "audit.png").read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in (folder / "audit.svg").read_bytes()
     lines = (folder / "audit.csv").read_text().splitlines()
@@ -392,7 +393,7 @@ def test_the_command_writes_tables_a_figure_and_what_show_reads(
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == files
 
 
-def test_questions_that_were_profiled_are_not_called_held_out_without_a_word(
+def test_of_a_quiz_of_one_set_a_fifth_is_audited_that_scored_nothing(
     checkpoint: Callable[..., Path], tmp_path: Path, expertcut: Commands
 ) -> None:
     asked = write_quiz(tmp_path / "one", {"dev": 2, "val": 30})
@@ -400,8 +401,11 @@ def test_questions_that_were_profiled_are_not_called_held_out_without_a_word(
     out = expertcut(
         "audit", "--profile", profile.path, "--sample", 3, "--by", "random", "--out", "o"
     )
-    n = load_audit(Path("o")).asked.questions
-    assert f"{n} of the {n} held-out questions were profiled too" in " ".join(out.split())
+    found = load_audit(Path("o"))
+    n = found.asked.questions
+    assert 0 < n < 40 and found.overlap == 0
+    assert f"None of the {n} held-out questions (val) had a part in" in " ".join(out.split())
+    assert "held-out" not in audit_sentences(found.model_copy(update={"overlap": n}))[0]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(profile: Profile
     assert "found by a search" in out and "at the answer position alone" in out
     assert plan.chosen_on.split == "val" and "held_out_split" in plan.proof
     quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=1))
-    assert load_hashes(Path("tuned"), plan) == {q.content_hash for q in quiz}
+    assert load_hashes(Path("tuned"), plan) == {q.hash_line for q in quiz}
     assert "Strength (logits) against accuracy" in run("show", "tuned")
     shown = json.loads(run("show", "tuned", "--format", "json"))
     assert len(shown["tuning"]) == len(plan.tuning)
@@ -204,9 +204,9 @@ def test_the_questions_of_a_contrast_count_as_used(
     asked = ("--contrast", "other@right", "other@wrong", "--boost-best", 1, "--strength", 1)
     run("reweight", "--profile", profile.path, *asked, "--plan-only", "--out", "plan")
     used = load_hashes(Path("plan"), load_plan(Path("plan")))
-    assert {q.content_hash for q in quiz} <= used
+    assert {q.hash_line for q in quiz} <= used
     val = load_quiz(Selection(profile.info.quiz.id, split="val", shots=1))
-    assert used == {q.content_hash for q in (*quiz, *val)}
+    assert used == {q.hash_line for q in (*quiz, *val)}
 
 
 @pytest.mark.parametrize("by", sorted(TOKEN_SCORES))

@@ -159,7 +159,7 @@ def test_the_plan_says_who_is_left_and_what_was_shown(
     }
     shown = load_hashes(tmp_path / "out", after)
     trained = load_quiz(Selection(str(quiz_folder), "val", 0))
-    assert {q.content_hash for q in trained} <= shown
+    assert {q.hash_line for q in trained} <= shown
     record = json.loads((tmp_path / "out" / "healing.json").read_text())
     assert len(record["losses"]) == 4 and record["questions"] + 2 <= len(trained)
     assert after.proof["held_out_split"] == "test" and len(after.proof["outcomes"]) == 3

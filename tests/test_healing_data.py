@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
-from expertcut.healing.data.judges import CHOSE_CUT, CHOSE_STEP, UNUSED
+from expertcut.healing.data.judges import CHOSE_STEP, UNUSED, USED_BEFORE
 from expertcut.healing.data.leaks import (
     evaluation_quizzes,
     texts_without_scored,
@@ -146,11 +146,11 @@ def test_what_stands_in_the_evaluation_split_is_dropped_and_named(
     assert read(quiz_folder).dropped == []
 
 
-def test_of_mmlu_27_questions_of_val_stand_in_test(real_mmlu: Path) -> None:
+def test_of_mmlu_28_questions_of_val_stand_in_test(real_mmlu: Path) -> None:
     scored = evaluation_quizzes(Data((Weighted(str(real_mmlu)),)))
     kept, dropped = without_scored(load_quiz(Selection(str(real_mmlu), "val", 0)), scored)
-    assert dropped is not None and (len(dropped.names), dropped.total) == (27, 1_531)
-    assert len(kept) == 1_504
+    assert dropped is not None and (len(dropped.names), dropped.total) == (28, 1_531)
+    assert len(kept) == 1_503
 
 
 def test_more_than_a_twentieth_of_them_is_refused(quiz_folder: Path, tmp_path: Path) -> None:
@@ -183,14 +183,14 @@ def test_texts_and_quizzes_are_mixed(quiz_folder: Path, tmp_path: Path) -> None:
 
 
 def test_chats_are_written_in_the_template(tmp_path: Path, quiz_folder: Path) -> None:
-    chat = {"messages": [{"role": "user", "content": "hello"}]}
-    file = jsonl(tmp_path / "chats.jsonl", *[chat] * 12)
+    chats = [{"messages": [{"role": "user", "content": f"hello {i}"}]} for i in range(12)]
+    file = jsonl(tmp_path / "chats.jsonl", *chats)
     with pytest.raises(QuizError, match="no chat template"):
         read(quiz_folder, texts=(Weighted(str(file)),))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     found = read_data(Healing(Data((), texts=(Weighted(str(file)),))), tokenizer, 99)
-    assert tokenizer.decode(found.rows(1)[0][1].ids) == "<user>hello"
+    assert tokenizer.decode(found.rows(1)[0][1].ids).startswith("<user>hello ")
 
 
 def test_texts_that_ask_what_is_scored_are_dropped(quiz_folder: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_how_the_judges_were_used_is_said(quiz_folder: Path) -> None:
     hashes = [question.content_hash for question in found.scored]
     some, none = found.judges(frozenset(hashes[1:])), found.judges(frozenset(hashes))
     assert some is not None and (len(some.quiz), some.used) == (1, UNUSED)
-    assert none is not None and (len(none.quiz), none.used) == (len(hashes), CHOSE_CUT)
+    assert none is not None and (len(none.quiz), none.used) == (len(hashes), USED_BEFORE)
     alone = replace(found, scored=None).judges(frozenset())
     assert alone is not None and alone.used == CHOSE_STEP
     assert alone.quiz.split == "val"

@@ -81,13 +81,13 @@ def test_other_settings_do_not_go_on_with_what_was_begun(
 
 def test_its_own_texts_are_inputs(place: Place) -> None:
     texts = place.root / "texts.jsonl"
-    texts.write_text('{"text": "some words"}\n' * 12)
+    texts.write_text("".join(f'{{"text": "some words {i}"}}\n' for i in range(12)))
     place.change("of: cut", f"of: cut, objective: lm, text: {texts}=2")
     stage = stages_of(read_recipe(place.file))[-1]
     assert stage.reads == (str(texts),) and stage.after == ("profile", "cut")
     place.run()
     assert place.run(is_dry=True).ran == ()
-    texts.write_text('{"text": "other words"}\n' * 12)
+    texts.write_text("".join(f'{{"text": "other words {i}"}}\n' for i in range(12)))
     assert place.run(is_dry=True).ran == ("healed",)
     assert f"{texts} changed" in place.why["healed"]
 

@@ -533,6 +533,7 @@ def built(alone: Alone | None = None) -> Built:
             differences=[Difference("the unedited base", 256, 1.23456, 0.012345, 7)],
             shares={(3, 12): (0.0, 0.25, 0.125)},
             alone=alone,
+            used=0,
         ),
     )
 

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 
 from expertcut.evaluation.results import load_results, save_results
-from expertcut.interventions.plan import load_plan
+from expertcut.interventions.plan import PlanModel, load_plan
+from expertcut.moe.loading import find_source
 from expertcut.publishing.card.evidence import evaluations
 from expertcut.publishing.card.markup import Markdown, escaped, printable
 from expertcut.publishing.card.origin import origin
@@ -177,7 +178,8 @@ def test_a_step_before_is_told(made: Path, tmp_path: Path) -> None:
     first = copied(made / "stock", tmp_path / "first")
     second = copied(made / "stock", tmp_path / "second")
     plan = load_plan(second)
-    model = plan.model.model_copy(update={"id": str(first), "revision": None})
+    fingerprint = find_source(str(first)).fingerprint
+    model = PlanModel(id=str(first), revision=None, fingerprint=fingerprint)
     edits = {n: e.model_copy(update={"bias": {e.keep[0]: 1.0}}) for n, e in plan.blocks.items()}
     changes = {"model": model, "action": "reweight --boost 0:1", "blocks": edits}
     (second / "plan.json").write_text(plan.model_copy(update=changes).model_dump_json())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from expertcut.interventions.plan import load_plan, plan_text
 from tests.hub import Fault, LocalHub
 from tests.publishing.made import REPO, Publish, copied, in_two_files, refused
 
@@ -42,7 +43,15 @@ def test_what_is_published_loads_back_by_its_id_without_expertcut(
         assert f"published to {hub.url}/birds/{name} (commit " in done.out
         held = hub.files(f"birds/{name}")
         for file in folder.iterdir():
-            assert held[file.name] == file.read_bytes()
+            if file.name != "plan.json":
+                assert held[file.name] == file.read_bytes()
+        plan = load_plan(folder)  # where the base lies here is not told
+        assert Path(plan.model.id).is_absolute() and plan.model.id.encode() not in b"".join(
+            held[file.name] for file in folder.iterdir() if file.suffix in (".json", ".md", ".txt")
+        )
+        named = plan.model.model_copy(update={"id": Path(plan.model.id).name})
+        sent = plan.model_copy(update={"model": named})
+        assert held["plan.json"] == plan_text(sent).encode()
         assert {"README.md", "plan.json", "chosen_on.txt", "results.json"} < set(held)
         pairs += [f"birds/{name}", str(folder)]
     assert hub.uploads.bytes_put > 10_000

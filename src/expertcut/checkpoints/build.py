@@ -19,6 +19,7 @@ from expertcut.errors import ProfileError
 from expertcut.interventions.calibration.direction import Fit, fit_directions, judge_directions
 from expertcut.interventions.calibration.fold import fold_at_answers, fold_over_tokens
 from expertcut.interventions.calibration.outputs import mean_outputs, zero_outputs
+from expertcut.interventions.lineage import model_folder
 from expertcut.interventions.plan import Draft, Plan, save_plan
 from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
 from expertcut.moe.engine import Engine
@@ -54,12 +55,16 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """What was made: the plan, how well biases are carried, and the proof where one was asked."""
+    """What was made: the plan, how well biases are carried, and the proof where one was asked.
+
+    `why_unjudged` says why there is none where no question can judge.
+    """
 
     folder: Path
     plan: Plan
     fits: list[Fit]
     proof: Proof | None
+    why_unjudged: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
     check_export(job.source, draft, job.n_experts, folder)
     adapter = carried(options.adapter, job.source, draft, folder)
     plan = draft_plan(profile, draft, job.questions)
-    is_verified = options.is_verified and _has_room(job)
+    used = used_hashes(draft, job.questions)
+    is_verified = options.is_verified and bool(len(job.questions.held_out)) and _has_room(job)
     gathered, fits, before = _gather_and_ask(job, is_verified=is_verified)
     gc.collect()
     proof = None
@@ -118,11 +124,12 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
         if before is not None:
             engine = job.engine(Source(str(folder), temporary))
             proof = prove_after(engine, job.questions.held_out, draft, before)
+            proof = proof.judged_by(job.questions.held_out, used)
         figures = {"fits": [asdict(f) for f in fits], **(proof.figures(draft) if proof else {})}
         plan = plan.model_copy(update={"proof": figures})
-        save_plan(temporary, plan, used_hashes(draft, job.questions))
+        save_plan(temporary, plan, used)
         add_files(temporary, options.beside)
-    return Built(folder, plan, fits, proof)
+    return Built(folder, plan, fits, proof, job.questions.why_unjudged)
 
 
 def write_plan(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -> None:
@@ -150,7 +157,8 @@ def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def inputs_of(profile: Profile) -> tuple[Path, ...]:
     """The profile, and what lies here of that which it was made from: never to be replaced."""
-    made_from = (Path(profile.info.model.id), Path(profile.info.quiz.id))
+    model = model_folder(profile) or Path(profile.info.model.id)
+    made_from = (model, Path(profile.info.quiz.id))
     return (profile.path, *(path for path in made_from if path.exists()))
 
 
@@ -161,14 +169,24 @@ def default_out(profile: Profile, slug: str, *, is_plan: bool) -> Path:
     return Path("plans" if is_plan else "checkpoints") / f"{name}-{slug}"
 
 
+def found_source(profile: Profile) -> Source:
+    """The checkpoint that was profiled, whatever it holds now.
+
+    Raises:
+        ModelError: no sound checkpoint.
+        ProfileError: it is not there.
+    """
+    recorded, folder = profile.info.model, model_folder(profile)
+    return find_source(recorded.id if folder is None else str(folder), recorded.revision)
+
+
 def profiled_source(profile: Profile) -> Source:
     """The checkpoint that was profiled.
 
     Raises:
         ProfileError: its config or weights changed since.
     """
-    recorded = profile.info.model
-    source = find_source(recorded.id, recorded.revision)
+    recorded, source = profile.info.model, found_source(profile)
     if source.fingerprint != recorded.fingerprint:
         raise ProfileError(
             f"{profile.path} is a profile of another model: it saw {recorded.id} as "

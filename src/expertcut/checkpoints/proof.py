@@ -1,7 +1,7 @@
 """What an edit did to held-out questions, scored in both models; the figures go into the plan."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -9,8 +9,10 @@ from expertcut.checkpoints.agreement import Agreement, agreements
 from expertcut.checkpoints.answering import Answered, answer, answer_alone, check_reached
 from expertcut.checkpoints.unedited import at_run_time, renumbered
 from expertcut.interventions.calibration.outputs import Constants
+from expertcut.interventions.judged import HASHES, Judged
 from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import Draft, Positions
+from expertcut.interventions.questions import n_used
 from expertcut.moe.engine import Engine
 from expertcut.quiz import Quiz
 from expertcut.quiz.questions import group_by_subject, replace_questions
@@ -73,8 +75,9 @@ class Before:
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the checkpoint is from the unedited model on held-out questions of a split.
+    """How far the checkpoint is from the unedited model on questions of a split.
 
+    `judges` are their hash lines, `used` of them had a part in the edit; None is not known.
     `shares` are by layer and row of the unedited router: before, with the plan at run time, and in
     the checkpoint. `agreement` is there where layout stock carries biases, `outcomes` where any
     layout does.
@@ -86,6 +89,18 @@ class Proof:
     alone: Alone | None
     agreement: list[Agreement] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    judges: tuple[str, ...] = ()
+    used: int | None = None
+
+    @property
+    def judged(self) -> Judged:
+        """What the questions may be called."""
+        return Judged(self.split, self.differences[0].questions, self.used)
+
+    def judged_by(self, quiz: Quiz, used: frozenset[str]) -> Self:
+        """The proof with its questions held against the hash lines of all that were used."""
+        lines = tuple(sorted(question.hash_line for question in quiz))
+        return replace(self, judges=lines, used=n_used(quiz, used))
 
     def figures(self, draft: Draft) -> dict[str, Any]:
         """As they stand in plan.json, with the numbers that experts are called by."""
@@ -94,6 +109,7 @@ class Proof:
         return {
             "held_out_split": self.split,
             "held_out": [asdict(row) for row in self.differences],
+            HASHES: list(self.judges),
             "shares": [
                 dict(zip(names, (layer, numbers.number(blocks[layer], row), *its), strict=True))
                 for (layer, row), its in self.shares.items()

@@ -18,7 +18,7 @@ from expertcut.cli.options import (
     value,
 )
 from expertcut.cli.output import print_tables, quiet
-from expertcut.cli.reading import read_profile
+from expertcut.cli.reading import read_choosing_profile
 from expertcut.cli.running import watched
 from expertcut.errors import SettingsError
 
@@ -55,7 +55,7 @@ def audit(
         raise SettingsError(f"--seed {seed} must be at least 0")
     names = read_criteria(by, CRITERIA)
     shares = read_fractions(fractions, "--fractions")
-    found = read_profile(profile, threads, truncate)
+    found = read_choosing_profile(profile, threads, truncate)
     way = Way(names[0], value(positions), layout.value, seed=seed)
     load_as = LoadOptions(dtype, device, trust_remote_code)
     quiet()

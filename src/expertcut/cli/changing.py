@@ -59,16 +59,15 @@ class Place:
     def __init__(
         self, profile: "Profile", slug: str, out: Path | None, is_plan: bool, is_forced: bool
     ) -> None:
-        from expertcut.checkpoints.build import default_out, inputs_of
+        from expertcut.checkpoints.build import default_out, found_source, inputs_of
         from expertcut.checkpoints.files.folders import check_free
-        from expertcut.moe.loading import find_source
 
         self.profile, self.is_plan, self.is_forced = profile, is_plan, is_forced
         self.folder = out or default_out(profile, slug, is_plan=is_plan)
         check_free(self.folder, is_forced=is_forced, inputs=inputs_of(profile))
         if not is_plan:  # what it is made from is looked at before anything is said of it
             quiet()
-            find_source(profile.info.model.id, profile.info.model.revision)
+            found_source(profile)
 
     def keep(self, options: "BuildOptions") -> None:
         """Only what would lie beside a plan, if there is anything."""

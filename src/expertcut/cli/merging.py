@@ -9,6 +9,7 @@ from expertcut.cli.options import (
     Dtype,
     Force,
     Format,
+    HeldOut,
     NoVerify,
     OutDir,
     PlanOnly,
@@ -19,7 +20,7 @@ from expertcut.cli.options import (
     option,
 )
 from expertcut.cli.output import print_tables, quiet
-from expertcut.cli.reading import read_profile
+from expertcut.cli.reading import read_choosing_profile
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def merge(
     threads: Threads = None,
     truncate: TruncateMore = None,
     trust_remote_code: TrustRemoteCode = False,
+    held_out: HeldOut = None,
     out: OutDir = None,
     force: Force = False,
     no_verify: NoVerify = False,
@@ -74,7 +76,7 @@ def merge(
 
     if keep is None:
         raise SettingsError("say how many experts each layer has afterwards: --keep N")
-    found = read_profile(profile, threads, truncate)
+    found = read_choosing_profile(profile, threads, truncate, held_out)
     asked = Merge(keep, by.value, router.value, align)
     folder = Place(found, asked.slug, out, plan_only, force).folder
     quiet()

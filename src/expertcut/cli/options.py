@@ -185,6 +185,14 @@ LmEvalJson = Annotated[
         dir_okay=False,
     ),
 ]
+HeldOut = Annotated[
+    float | None,
+    option(
+        "Share of the questions that judge and do not choose, where no other split can. 0: all of "
+        "them choose and none judges.  [default: 0.2]",
+        "--held-out",
+    ),
+]
 PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
 ProtectOption = Annotated[
     list[str] | None,

@@ -15,6 +15,7 @@ from expertcut.cli.options import (
     FoldOption,
     Force,
     Format,
+    HeldOut,
     Layout,
     LayoutOption,
     NoVerify,
@@ -33,7 +34,7 @@ from expertcut.cli.options import (
     value,
 )
 from expertcut.cli.output import print_tables, quiet
-from expertcut.cli.reading import read_profile
+from expertcut.cli.reading import read_choosing_profile
 from expertcut.cli.sweeping import (
     Scored,
     Start,
@@ -112,6 +113,7 @@ class Prune:
     threads: Threads = None
     truncate: TruncateMore = None
     trust_remote_code: TrustRemoteCode = False
+    held_out: HeldOut = None
     out: OutDir = None
     force: Force = False
     no_verify: NoVerify = False
@@ -179,7 +181,7 @@ class Prune:
 
         if self.sweep is None:
             check_criterion(self.by)
-        found = read_profile(self.profile, self.threads, self.truncate)
+        found = read_choosing_profile(self.profile, self.threads, self.truncate, self.held_out)
         kind = (value(self.positions), value(self.layout), value(self.removed), value(self.fold))
         protect = _protected(found, self.protect or [], self.keep_active)
         way = replace(Way.of(self.by, *kind), protect=protect, seed=self.seed)

@@ -26,6 +26,25 @@ def read_quiz(
     return load_quiz(Selection(quiz, split, shots, names, limit, truncate=value(truncate)))
 
 
+def read_choosing_profile(
+    path: Path | None,
+    threads: int | None,
+    truncate: Truncate | None = None,
+    held_out: float | None = None,
+) -> "Profile":
+    """The named profile, or the newest, without what is held out of it; says so.
+
+    Raises:
+        SettingsError: other threads than it was made with, or a share that cannot be held out.
+    """
+    from expertcut.interventions.questions import choosing_profile
+
+    found = choosing_profile(read_profile(path, threads, truncate), held_out)
+    for note in found.notes:
+        print(f"{note}.")
+    return found.profile
+
+
 def read_profile(
     path: Path | None, threads: int | None, truncate: Truncate | None = None
 ) -> "Profile":

@@ -50,9 +50,16 @@ class Scored:
     limit: int | None
 
     def read(self, profile: "Profile") -> "Quiz":
-        """The quiz: as profiled where nothing else is said, but its split test."""
+        """The quiz: as profiled where nothing else is said, but its split test.
+
+        Where a fifth of a quiz is held out and nothing else is asked for, it is that fifth.
+        """
+        from expertcut.interventions.questions import held_out_quiz
+        from expertcut.profiling.part import ProfilePart
         from expertcut.quiz import Selection, load_quiz
 
+        if isinstance(profile, ProfilePart) and all(v is None for v in vars(self).values()):
+            return held_out_quiz(profile)
         info = profile.info.quiz
         is_same = self.quiz in (None, info.id)
         subjects = tuple(info.subjects) if is_same else ()

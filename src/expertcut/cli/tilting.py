@@ -25,6 +25,7 @@ from expertcut.cli.options import (
     Device,
     Dtype,
     Force,
+    HeldOut,
     Layout,
     LayoutOption,
     NoVerify,
@@ -39,7 +40,7 @@ from expertcut.cli.options import (
     value,
 )
 from expertcut.cli.output import quiet
-from expertcut.cli.reading import read_profile
+from expertcut.cli.reading import read_choosing_profile
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions
@@ -73,6 +74,7 @@ def reweight(
     threads: Threads = None,
     truncate: TruncateMore = None,
     trust_remote_code: TrustRemoteCode = False,
+    held_out: HeldOut = None,
     out: OutDir = None,
     force: Force = False,
     no_verify: NoVerify = False,
@@ -88,7 +90,7 @@ def reweight(
     how, named = How(strength, tune, prove, draws, seed), (boost, suppress, scale)
     tilting = Tilting(asked, how, named, layout.value, value(apply_at))
     options = BuildOptions(LoadOptions(dtype, device, trust_remote_code), not no_verify, force)
-    found = read_profile(profile, threads, truncate)
+    found = read_choosing_profile(profile, threads, truncate, held_out)
     _Reweighting(found, tilting, options).make((out, plan_only, force))
 
 

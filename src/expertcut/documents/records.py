@@ -20,7 +20,7 @@ from expertcut.errors import ExpertcutError
 Document = TypeVar("Document", bound=BaseModel)
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.A)
 # Left out of JSON where nothing is said, so that hashes and bytes stay those of older records.
-_UNSAID = {"truncate", "cut", "selection"}
+_UNSAID = {"truncate", "cut", "selection", "chosen_by"}
 REVISION = re.compile(r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}", re.A)
 
 
@@ -53,6 +53,12 @@ class Identified(Record):
 
     id: str
     revision: str | None
+
+    @property
+    def label(self) -> str:
+        """Its id; of a folder that is recorded by its whole path the last part."""
+        is_whole = self.revision is None and Path(self.id).is_absolute()
+        return Path(self.id).name if is_whole else self.id
 
     @model_validator(mode="after")
     def _is_on_the_hub(self) -> Self:

@@ -30,6 +30,7 @@ from expertcut.evaluation.results import (
 )
 from expertcut.evaluation.size import Size, size
 from expertcut.interventions.plan import PLAN_FILE, Plan, load_hashes, load_plan
+from expertcut.interventions.questions import n_used
 from expertcut.moe.loading import LoadOptions, Source, find_source
 from expertcut.moe.passes import OnPass, ignore
 from expertcut.profiling.chunks import write_atomically
@@ -81,7 +82,7 @@ def score(
     """
     options = replace(scoring.options, stats="none")
     measurement = measure(source, scoring.quiz, scoring.limit, scoring.load_as, options)
-    store = folder / f"{source.name}-{measurement.info.short_hash}"
+    store = folder / f"{source.name}-{measurement.info.called(source.id).short_hash}"
     yield from measurement.run(store, on_pass)
     if not scoring.options.waits:
         return
@@ -169,8 +170,7 @@ def _chosen_on(source: Source, scoring: Scoring) -> ChosenOnResult | None:
         return None
     plan, seen = found
     splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
-    overlap = sum(q.content_hash in seen for q in scoring.quiz)
-    return ChosenOnResult(split="+".join(splits), overlap=overlap)
+    return ChosenOnResult(split="+".join(splits), overlap=n_used(scoring.quiz, seen))
 
 
 def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:

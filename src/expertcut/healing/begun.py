@@ -60,7 +60,7 @@ def _scored(read: Read) -> Iterator[object]:
     """What may judge the result, and what was kept out for that."""
     for quiz in (read.scored, read.held_out_quiz):
         yield None if quiz is None else _questions(quiz)
-    yield from (read.dropped, sorted(read.hashes))
+    yield from (read.dropped, sorted(line.split()[0] for line in read.hashes))
 
 
 def _questions(quiz: Quiz) -> list[tuple[str, str]]:

@@ -9,9 +9,11 @@ from torch import Tensor
 from expertcut.checkpoints.answering import Answered
 from expertcut.checkpoints.proof import Difference, Outcome, difference, outcome
 from expertcut.healing.data.judges import Judges
+from expertcut.interventions.judged import HASHES
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import MoeModel
 from expertcut.quiz import Quiz
+from expertcut.quiz.splits import hash_lines
 
 _BATCH_TOKENS = 4096
 HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
@@ -19,12 +21,16 @@ HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far apart the forms are, and how well each answers questions that were `used` so."""
+    """How far apart the forms are, and how well each answers questions that were `used` so.
+
+    `judges` are the hash lines of the questions.
+    """
 
     split: str
     used: str
     differences: list[Difference]
     outcomes: list[Outcome]
+    judges: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, Any]:
         """As they stand in plan.json, under the names that proofs of cuts have."""
@@ -32,6 +38,7 @@ class Verdict:
             "held_out_split": self.split,
             "held_out_used": self.used,
             "held_out": [asdict(row) for row in self.differences],
+            HASHES: list(self.judges),
             "shares": [],
             "alone": None,
             "agreement": [],
@@ -52,7 +59,8 @@ def judge(judges: Judges, by_form: dict[str, Tensor]) -> Verdict:
     rows = [difference(form, healed_NC, by_form[form]) for form in others]
     said = {form: _answered(by_form[form]) for form in (*others, HEALED)}
     outcomes = [outcome(form, quiz, found, said[others[0]]) for form, found in said.items()]
-    return Verdict(quiz.split, judges.used, rows, outcomes)
+    lines = tuple(sorted(hash_lines(quiz)))
+    return Verdict(quiz.split, judges.used, rows, outcomes, lines)
 
 
 def _answered(logprob_NC: Tensor) -> Answered:

@@ -6,6 +6,7 @@ from pathlib import Path
 from expertcut.errors import ModelError
 from expertcut.interventions.plan import PLAN_FILE, Plan, load_plan
 from expertcut.moe.loading import Source, find_source
+from expertcut.moe.stored.fingerprints import find_local
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def first_base(source: Source) -> Source | None:
         if plan is None:
             break
         try:
-            here = find_source(plan.model.id, plan.model.revision)
+            here = _source_of(plan, here.path)
         except ModelError as error:
             logger.warning("the base is not at hand: %s", error)
             return None
@@ -39,3 +40,18 @@ def first_base(source: Source) -> Source | None:
             return None
         base = here
     return base
+
+
+def _source_of(plan: Plan, near: Path) -> Source:
+    """The model that a plan is for; a folder where it is there with its weights.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    model = plan.model
+    if model.revision is not None:
+        return find_source(model.id, model.revision)
+    folder = find_local(model.id, model.fingerprint, near)
+    if folder is None:
+        raise ModelError(f"{model.id} is not there with its weights ({model.fingerprint[:8]})")
+    return find_source(str(folder))

@@ -14,10 +14,11 @@ from expertcut.interventions.plan import (
     load_hashes,
 )
 from expertcut.moe.loading import MoeModel, Source, read_config
+from expertcut.moe.stored.fingerprints import absolute_id
 
 
 def used_questions(source: Source, read: Read) -> frozenset[str]:
-    """Content hashes of all that this run, or a step before it, looked at."""
+    """Hash lines of all that this run, or a step before it, looked at."""
     plan = plan_of(source)
     return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
 
@@ -29,7 +30,11 @@ def healed_plan(moe: MoeModel, asked: Healing, objective: str, read: Read) -> Pl
     layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
     first = asked.data.quizzes[0].name if asked.data.quizzes else asked.data.texts[0].name
     return Plan(
-        model=PlanModel(id=source.id, revision=source.revision, fingerprint=source.fingerprint),
+        model=PlanModel(
+            id=absolute_id(source.id, source.revision),
+            revision=source.revision,
+            fingerprint=source.fingerprint,
+        ),
         action=f"heal --objective {objective}",
         criterion="by hand",
         positions="all",

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expertcut.errors import PlanError
+from expertcut.errors import PlanError, ProfileError
 from expertcut.interventions.plan import PLAN_FILE, Edit, Plan, load_hashes, load_plan
-from expertcut.profiling.info import BlockInfo, ModelInfo
+from expertcut.moe.stored.fingerprints import find_local
+from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.store import Profile
 
 
@@ -64,8 +65,9 @@ def numbers_of(profile: Profile) -> Numbers:
 
     Raises:
         PlanError: a plan that is not this checkpoint's.
+        ProfileError: the checkpoint is not there.
     """
-    found = _plan_of(profile.info.model)
+    found = _plan_of(profile)
     if found is None:
         return Numbers()
     folder, plan = found
@@ -115,8 +117,13 @@ def find_expert(
 
 
 def inherited_hashes(profile: Profile) -> frozenset[str]:
-    """The questions that the profiled checkpoint was itself chosen or fitted on."""
-    found = _plan_of(profile.info.model)
+    """Hash lines of what the profiled checkpoint was itself chosen or fitted on.
+
+    Raises:
+        PlanError: its list is missing or not its own.
+        ProfileError: the checkpoint is not there.
+    """
+    found = _plan_of(profile)
     return frozenset() if found is None else load_hashes(*found)
 
 
@@ -138,10 +145,35 @@ def _rows(plan: Plan, edit: Edit, block: BlockInfo) -> tuple[int, ...]:
     return edit.rows or tuple(range(block.experts))
 
 
-def _plan_of(model: ModelInfo) -> tuple[Path, Plan] | None:
-    """The plan in a checkpoint's folder, or among what was downloaded of it."""
-    folder = Path(model.id)
+def model_folder(profile: Profile) -> Path | None:
+    """Where the profiled model lies on this machine; None for one of the hub.
+
+    A folder that holds a plan, or that an older profile names by a relative path, must hold the
+    weights that were profiled; of others this is seen where they are read.
+
+    Raises:
+        ProfileError: it is not there.
+    """
+    model = profile.info.model
     if model.revision is not None:
+        return None
+    folder = Path(model.id)
+    if folder.is_absolute() and folder.is_dir() and not os.path.lexists(folder / PLAN_FILE):
+        return folder
+    found = find_local(model.id, model.fingerprint, profile.path)
+    if found is None:
+        raise ProfileError(
+            f"no such model: {profile.path} is a profile of {model.id}, which is not there with "
+            f"its weights ({model.fingerprint[:8]}), so what was done to it before is not known: "
+            "put it back, or profile again"
+        )
+    return found
+
+
+def _plan_of(profile: Profile) -> tuple[Path, Plan] | None:
+    """The plan in a checkpoint's folder, or among what was downloaded of it."""
+    folder, model = model_folder(profile), profile.info.model
+    if folder is None:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(model.id, PLAN_FILE, revision=model.revision)

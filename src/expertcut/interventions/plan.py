@@ -133,7 +133,7 @@ class Draft:
     exact, `fold` for layout stock; `apply_at` says at which tokens a bias acts. What was chosen on
     the tuning questions instead of the profile's is `is_tuned`, on both `is_calibrated`; `tuning`
     is the curve of a search;
-    `used` are content hashes of what else was looked at.
+    `used` are hash lines of what else was looked at.
     `edits` are of rows of the profiled routers, which `numbers` calls by what they were before
     earlier cuts.
     """
@@ -185,9 +185,9 @@ def plan_model(info: ModelInfo) -> PlanModel:
     return PlanModel(id=info.id, revision=info.revision, fingerprint=info.fingerprint)
 
 
-def save_plan(folder: Path, plan: Plan, hashes: Collection[str]) -> None:
-    """Writes `plan.json` and the hashes of the questions it was chosen on."""
-    write_atomically(folder / QUESTIONS_FILE, _hash_lines(hashes))
+def save_plan(folder: Path, plan: Plan, lines: Collection[str]) -> None:
+    """Writes `plan.json` and the hash lines of the questions it was chosen on."""
+    write_atomically(folder / QUESTIONS_FILE, _hash_lines(lines))
     write_atomically(folder / PLAN_FILE, plan_text(plan).encode())
 
 
@@ -214,7 +214,9 @@ def load_plan(path: Path) -> Plan:
 
 
 def load_hashes(folder: Path, plan: Plan) -> frozenset[str]:
-    """The hashes of the questions that a plan was chosen or fitted on.
+    """The questions that a plan was chosen or fitted on, as lines of one or two hashes.
+
+    The first is the content hash, the second, which older files lack, the overlap hash.
 
     Raises:
         PlanError: the list is missing or not the one that the plan was made with.
@@ -226,13 +228,16 @@ def load_hashes(folder: Path, plan: Plan) -> frozenset[str]:
         raise PlanError(f"{file} cannot be read: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != plan.chosen_on.sha256:
         raise PlanError(f"{file} is not the list that {PLAN_FILE} was made with")
-    return frozenset(content.decode("ascii").split())
+    return frozenset(filter(None, map(str.strip, content.decode("ascii").splitlines())))
 
 
-def hashes_sha256(hashes: Collection[str]) -> str:
+def hashes_sha256(lines: Collection[str]) -> str:
     """The checksum that `chosen_on` carries."""
-    return hashlib.sha256(_hash_lines(hashes)).hexdigest()
+    return hashlib.sha256(_hash_lines(lines)).hexdigest()
 
 
-def _hash_lines(hashes: Collection[str]) -> bytes:
-    return "".join(f"{h}\n" for h in sorted(set(hashes))).encode("ascii")
+def _hash_lines(lines: Collection[str]) -> bytes:
+    """Sorted, a line for each question, though an earlier list may know it by one hash alone."""
+    whole = {line.split()[0] for line in lines if " " in line}
+    left = {line for line in lines if " " in line or line not in whole}
+    return "".join(f"{line}\n" for line in sorted(left)).encode("ascii")

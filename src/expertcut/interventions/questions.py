@@ -1,37 +1,108 @@
 """Which questions a command may look at: those to choose and fit on, and those held out."""
 
-import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from expertcut.errors import ProfileError, QuizError
-from expertcut.interventions.lineage import Numbers, inherited_hashes
-from expertcut.interventions.plan import ChosenOn, Draft, Plan, hashes_sha256, plan_model
+from expertcut.errors import ProfileError, QuizError, SettingsError
+from expertcut.interventions.lineage import Numbers, inherited_hashes, model_folder
+from expertcut.interventions.plan import (
+    ChosenOn,
+    Draft,
+    Plan,
+    PlanModel,
+    hashes_sha256,
+    plan_model,
+)
+from expertcut.moe.stored.fingerprints import absolute_id
 from expertcut.profiling.info import quiz_info
+from expertcut.profiling.part import ProfilePart, can_hold_out
 from expertcut.profiling.store import Profile
-from expertcut.quiz import Question, Quiz, Selection, load_quiz, round_robin, without
-from expertcut.quiz.questions import group_by_subject, replace_questions
-
-logger = logging.getLogger(__name__)
+from expertcut.quiz import Quiz, Selection, load_quiz, round_robin, without
+from expertcut.quiz.questions import group_by_subject, hashes_in, replace_questions
+from expertcut.quiz.splits import (
+    HELD_OUT_SHARE,
+    JUDGING,
+    fifth_of,
+    hash_lines,
+    is_held_out,
+    is_one_set,
+    other_split,
+)
 
 HELD_OUT = 256
-_ONE_IN = 5  # of the tuning questions, where no unused split is left
-_MOST_OVERLAP = 0.05
+hashes = hash_lines
 
 
 @dataclass(frozen=True)
 class Questions:
     """`profiled` chose the experts, `tuning` fits what needs fitting, `held_out` judges.
 
-    `inherited` are content hashes of what the profiled checkpoint was itself chosen on, and of what
-    else was looked at.
+    `held_out` is empty where nothing can judge. `inherited` are hash lines of what the profiled
+    checkpoint was itself chosen on, and of what else was looked at.
     """
 
     profiled: Quiz
     tuning: Quiz
     held_out: Quiz
     inherited: frozenset[str] = frozenset()
+
+    @property
+    def why_unjudged(self) -> str:
+        """Why `held_out` is empty, in words; empty where it is not."""
+        if len(self.held_out):
+            return ""
+        quiz, n = self.tuning, len(self.tuning)
+        return f"nothing judges it: all {n:,} {quiz.split} questions of {quiz.id} had a part in it"
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """The profile that chooses: all of it, or the part that is not held out; and what to say."""
+
+    profile: Profile
+    notes: tuple[str, ...] = ()
+
+
+def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosing:
+    """What may choose: four fifths of a quiz that has one set of questions, else all.
+
+    The last fifth judges. With `held_out` 0 all choose, and what fits is not split either: then
+    only another split judges.
+
+    Raises:
+        ProfileError: the profile is unfinished or damaged, or the quiz changed since.
+        QuizError: too few questions to hold any out.
+        SettingsError: another share than 0 and a fifth.
+    """
+    if held_out not in (None, 0, HELD_OUT_SHARE):
+        raise SettingsError(
+            f"--held-out {held_out:g}: a profile keeps its sums apart for a fifth of the questions "
+            f"alone: give {HELD_OUT_SHARE:g}, which is the default, or 0 to choose on all of them"
+        )
+    if held_out == 0:
+        whole = Profile(profile.path, profile.info, profile.truncate)
+        whole.holds_out = False
+        return Choosing(whole)
+    quiz = profiled_quiz(profile)
+    if not is_one_set(quiz):
+        return Choosing(profile)
+    held = [question for question in quiz if is_held_out(question)]
+    if not 0 < len(held) < len(quiz):
+        raise QuizError(
+            f"{quiz.id} has too few questions to hold any out: it has {len(quiz)}: add some, or "
+            "choose on all of them with --held-out 0"
+        )
+    if not can_hold_out(profile, quiz):
+        note = (
+            f"{profile.path} does not keep the sums of a fifth of its questions apart, so all of "
+            "them choose and nothing judges: profile again to hold a fifth out"
+        )
+        return Choosing(profile, (note,))
+    note = (
+        f"{quiz.id} has one set of questions: {len(quiz) - len(held):,} of them choose, the other "
+        f"{len(held):,} are held out"
+    )
+    return Choosing(ProfilePart(profile, {(q.subject, q.row) for q in held}), (note,))
 
 
 def questions_for(
@@ -45,32 +116,58 @@ def questions_for(
 
     Tuning questions are the profile's, or `val` where the profile is of `test`; what repeats a
     question of the other set is dropped. Held-out questions are 256 (`n_held_out`), round-robin
-    over subjects, of a split that was not used, else a fifth of the tuning questions, which then
-    leave those.
-    `used` are content hashes of what was looked at besides.
+    over subjects: what a part of a profile leaves out, else of a split that was not used, else a
+    fifth of tuning questions of another split than the profile's, which then leave those. There
+    are none where a whole profile is of the only split. Where there is a choice, none of them had
+    a part in an earlier cut.
+    `used` are hash lines of what was looked at besides.
 
     Raises:
         ProfileError: the quiz is not the one that was profiled.
         QuizError: more than 5 % of the tuning questions stand in the profiled split.
     """
     profiled, inherited = profiled_quiz(profile), inherited_hashes(profile) | used
+    if isinstance(profile, ProfilePart):
+        judges = _unused(held_out_quiz(profile), inherited)
+        return Questions(profiled, profiled, round_robin(judges, n_held_out), inherited)
     tuning = profiled
     if is_fitting and profiled.split == "test":
-        tuning = _other_split(profiled, "val", profiled) or profiled
+        tuning = other_split(profiled, "val", profiled) or profiled
     asked = {profiled.split, tuning.split}
-    for split in (s for s in ("val", "test") if s not in asked):
-        other = _other_split(profiled, split, profiled, tuning)
+    for split in (s for s in JUDGING if s not in asked):
+        other = other_split(profiled, split, profiled, tuning)
         if other is not None:
-            other = without(other, inherited) if len(without(other, inherited)) else other
-            return Questions(profiled, tuning, round_robin(other, n_held_out), inherited)
-    fifth = [q for q in tuning if int(q.content_hash, 16) % _ONE_IN == 0]
-    held_out = round_robin(replace_questions(tuning, group_by_subject(fifth)), n_held_out)
+            judges = _unused(other, inherited)
+            return Questions(profiled, tuning, round_robin(judges, n_held_out), inherited)
+    if tuning is profiled or not profile.holds_out:
+        return Questions(profiled, tuning, replace_questions(profiled, {}), inherited)
+    held_out = round_robin(_unused(fifth_of(tuning), inherited), n_held_out)
     kept = without(tuning, hashes(held_out))
     if not len(held_out) or not len(kept):
         raise QuizError(
-            f"{profiled.id} has too few questions to hold any out: it has {len(tuning)}"
+            f"{profiled.id} has too few questions to hold any out: it has {len(tuning)} in split "
+            f"{tuning.split}: add some, or fit on all of them with --held-out 0"
         )
     return Questions(profiled, kept, held_out, inherited)
+
+
+def _unused(quiz: Quiz, used: frozenset[str]) -> Quiz:
+    """Its questions that are not among the used ones; all of them where each is."""
+    unused = without(quiz, used)
+    return unused if len(unused) else quiz
+
+
+def judges_or_fifth(questions: Questions, n: int) -> Quiz:
+    """The held-out questions, else a fifth of the tuning questions, to measure what they judge."""
+    if len(questions.held_out):
+        return questions.held_out
+    return round_robin(fifth_of(questions.tuning), n)
+
+
+def n_used(quiz: Quiz, lines: frozenset[str]) -> int:
+    """How many of its questions are among the used ones, by either hash."""
+    known = hashes_in(lines)
+    return sum(question.is_among(known) for question in quiz)
 
 
 def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
@@ -79,7 +176,7 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
     fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
     numbers = draft.numbers or Numbers()
     return Plan(
-        model=plan_model(profile.info.model),
+        model=_plan_model(profile),
         action=draft.action,
         criterion=draft.criterion,
         positions=draft.positions,
@@ -101,6 +198,14 @@ def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
     )
 
 
+def _plan_model(profile: Profile) -> PlanModel:
+    """The profiled model, a folder by its whole path."""
+    named, folder = plan_model(profile.info.model), model_folder(profile)
+    if folder is None:
+        return named
+    return named.model_copy(update={"id": absolute_id(str(folder), None)})
+
+
 def _removal(draft: Draft) -> Literal["reroute", "constant", "merge"]:
     if draft.is_merging:
         return "merge"
@@ -108,23 +213,33 @@ def _removal(draft: Draft) -> Literal["reroute", "constant", "merge"]:
 
 
 def used_hashes(draft: Draft, questions: Questions) -> frozenset[str]:
-    """Content hashes of every question that this choice, its fit or an earlier one looked at."""
+    """Hash lines of every question that this choice, its fit or an earlier one looked at."""
     tuning = hashes(questions.tuning) if draft.asks_tuning else frozenset()
     chosen = tuning if draft.is_tuned else hashes(questions.profiled) | tuning
     return chosen | questions.inherited
 
 
-def hashes(quiz: Quiz) -> frozenset[str]:
-    """Content hashes of all questions of a quiz."""
-    return frozenset(q.content_hash for q in quiz)
-
-
 def profiled_quiz(profile: Profile) -> Quiz:
-    """The quiz that a profile asked.
+    """The quiz that a profile asked, without what is held out of it.
 
     Raises:
         ProfileError: its questions changed since.
     """
+    quiz = _asked_quiz(profile)
+    if not isinstance(profile, ProfilePart):
+        return quiz
+    left = [q for q in quiz if (q.subject, q.row) not in profile.held_out]
+    return replace_questions(quiz, group_by_subject(left))
+
+
+def held_out_quiz(part: ProfilePart) -> Quiz:
+    """The questions that are held out of a profile."""
+    quiz = _asked_quiz(part)
+    held = [q for q in quiz if (q.subject, q.row) in part.held_out]
+    return replace_questions(quiz, group_by_subject(held))
+
+
+def _asked_quiz(profile: Profile) -> Quiz:
     info = profile.info.quiz
     which = (info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision)
     selection = Selection(*which, profile.truncate)
@@ -134,39 +249,3 @@ def profiled_quiz(profile: Profile) -> Quiz:
             f"{info.id} is no longer the quiz that {profile.path} asked: its questions changed"
         )
     return quiz
-
-
-def _other_split(profiled: Quiz, split: str, *used: Quiz) -> Quiz | None:
-    """The same subjects' questions of another split, less those that stand in a used one."""
-    if Path(profiled.id).is_file():
-        return None  # one file is whichever split is asked for
-    selection = Selection(
-        *(profiled.id, split, profiled.shots),
-        revision=profiled.revision,
-        truncate=profiled.truncate,
-    )
-    try:
-        other = load_quiz(selection)
-    except QuizError as error:
-        logger.warning("split %s is not used to judge: %s", split, error)
-        return None
-    same: dict[str, tuple[Question, ...]] = {
-        s: qs for s, qs in other.questions.items() if s in profiled.questions
-    }
-    other = replace_questions(other, same)
-    seen = frozenset[str]().union(*map(hashes, used))
-    repeated = [q for q in other if q.content_hash in seen]
-    if len(repeated) == len(other):
-        return None
-    if repeated:
-        logger.warning(
-            "%d of %d %s questions stand in %s too and are left out, first %s:%d",
-            *(len(repeated), len(other), split, " and ".join(sorted({q.split for q in used}))),
-            *(repeated[0].subject, repeated[0].row),
-        )
-    if len(repeated) > _MOST_OVERLAP * len(other):
-        raise QuizError(
-            f"{len(repeated)} of {len(other)} {split} questions of {other.id} stand in "
-            f"{used[0].split} too, at most 5 % may: they cannot judge anything"
-        )
-    return without(other, seen)

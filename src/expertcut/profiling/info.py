@@ -108,6 +108,10 @@ class ProfileInfo(Record):
         """8 hex digits over all of it, for naming the folder."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
 
+    def called(self, model: str) -> Self:
+        """The same with another id of its model."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"id": model})})
+
     def place(self, chunk: str, subject: str) -> str:
         """A hash that a chunk carries, of all that its bytes depend on and of its own name.
 

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from expertcut.errors import QuizError
 from expertcut.moe.engine import CHECKED_QUESTIONS, Engine
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
 from expertcut.moe.loading.devices import is_on_several
 from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass, Watch, ignore
+from expertcut.moe.stored.fingerprints import absolute_id
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.info import BlockInfo, ModelInfo, ProfileInfo, Settings, quiz_info
+from expertcut.profiling.part import in_calibration
 from expertcut.profiling.recording.finite import check_finite
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.sharing.folder import SharedFolder
@@ -23,6 +26,7 @@ from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_wo
 from expertcut.profiling.sound import NO_CHOICE, Stats
 from expertcut.profiling.store import CUT, load_profile
 from expertcut.quiz import Question, Quiz, Truncate, prompt
+from expertcut.quiz.splits import is_one_set
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class Measurement:
         for subject, questions in _checked(quiz):
             self.engine.check(self.engine.encode(quiz, subject, questions))
         self.waits = options.waits
+        self.is_one_set = options.stats in (None, "all") and _is_one_set(quiz)
         self.info = ProfileInfo(
             model=model_info(moe),
             quiz=quiz_info(quiz, limit),
@@ -90,7 +95,9 @@ class Measurement:
         """The chunk's arrays, and the tokens that were run for it."""
         questions = work.questions
         encoded = self.engine.encode(self.quiz, work.subject, questions)
-        recorder = Recorder(self.moe.blocks, len(questions), self.info.settings.stats)
+        of_calibration = in_calibration(questions) if self.is_one_set else None
+        stats = self.info.settings.stats
+        recorder = Recorder(self.moe.blocks, len(questions), stats, of_calibration)
         n_tokens = n_halved = 0
 
         def begin(step: Pass) -> None:
@@ -149,6 +156,14 @@ def _size(question: Question) -> int:
     return len(question.text) + sum(map(len, question.choices))
 
 
+def _is_one_set(quiz: Quiz) -> bool:
+    """Whether a fifth of the questions will be held out; its sums are then kept apart."""
+    try:
+        return is_one_set(quiz)
+    except QuizError:  # another split that cannot judge: `prune` refuses it
+        return False
+
+
 def _orders(questions: Sequence[Question]) -> Arrays:
     """Where choices were shuffled, the original number of each; 255 where there is none."""
     if not any(q.order for q in questions):
@@ -193,7 +208,8 @@ def default_folder(info: ProfileInfo, source: Source, root: Path = Path("profile
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
     quiz = info.quiz
     quiz_name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
-    name = f"{source.name}-{quiz_name}-{quiz.split}-{quiz.shots}shot-{info.short_hash}"
+    name = f"{source.name}-{quiz_name}-{quiz.split}-{quiz.shots}shot-"
+    name += info.called(source.id).short_hash  # as it was typed
     return root / name
 
 
@@ -215,7 +231,10 @@ def model_info(moe: MoeModel) -> ModelInfo:
     )
     source = moe.source
     return ModelInfo(
-        id=source.id, revision=source.revision, fingerprint=source.fingerprint, blocks=blocks
+        id=absolute_id(source.id, source.revision),
+        revision=source.revision,
+        fingerprint=source.fingerprint,
+        blocks=blocks,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 Stats = Literal["none", "answer", "all"]
 _PARTS, _SUMS = ("prefix", "question"), ("tokens", "weight", "norm", "weighted_norm")
+_MASK = "calibration_N"  # where sums over the questions that are not held out are kept too
 _MOST_CHOICES = 26
 NO_CHOICE = 255  # in order_NC, where a question has fewer choices
 
@@ -44,6 +45,10 @@ def _faults(arrays: Mapping[str, Array], expected: Expected) -> Iterator[str]:
         *(_SUMS if sums else ())
     }
     each = [f"{part}_{kind}_LE" for kind in sorted(kinds) for part in _PARTS]
+    if _MASK in arrays:
+        each += [f"calibration_{kind}_LE" for kind in sorted(kinds)]
+        if arrays[_MASK].shape != (expected.questions,):
+            yield f"{_MASK} has shape {list(arrays[_MASK].shape)}, not {[expected.questions]}"
     shape_LE = (len(expected.experts), max(expected.experts))
     for name, shape in {**expected.shapes, **dict.fromkeys(each, shape_LE)}.items():
         if name not in arrays:

@@ -21,8 +21,11 @@ _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
 class Profile:
     """A profile's folder; arrays are read when asked for, every chunk checked.
 
-    `truncate` is for prompts of what is asked from here on: as the profile's, unless given.
+    `truncate` is for prompts of what is asked from here on: as the profile's, unless given. With
+    `holds_out` a part of the questions that fit judges where no other split does.
     """
+
+    holds_out = True
 
     def __init__(self, path: Path, info: ProfileInfo, truncate: Truncate | None = None) -> None:
         self.path = path

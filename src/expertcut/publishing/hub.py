@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from expertcut.documents.secrets import without_secrets
 from expertcut.errors import HubError, SettingsError
 from expertcut.evaluation.results import results_bytes
+from expertcut.interventions.plan import PLAN_FILE, plan_text
 from expertcut.profiling.chunks import write_atomically
 from expertcut.publishing.card.evidence import Evaluated, evaluations
 from expertcut.publishing.card.markup import printable
@@ -119,6 +120,12 @@ def _files(
     found: Checkpoint, card: Path, evaluated: tuple[Evaluated, ...]
 ) -> Mapping[str, Content]:
     files: dict[str, Content] = {file.name: file for file in (card, *found.files)}
+    model = found.plan.model
+    if model.label != model.id:  # where the base lies here concerns nobody
+        named = found.plan.model_copy(
+            update={"model": model.model_copy(update={"id": model.label or "base"})}
+        )
+        files[PLAN_FILE] = plan_text(named).encode()
     return {**files, **{one.file: results_bytes(one.results) for one in evaluated}}
 
 

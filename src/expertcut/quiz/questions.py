@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Literal
 
@@ -28,6 +30,24 @@ class Question:
     def content_hash(self) -> str:
         """16 hex digits over text and choices, so a repeat is found in any subject or split."""
         return _sha256([self.text.strip(), *self.choices])[:16]
+
+    @cached_property
+    def overlap_hash(self) -> str:
+        """16 hex digits that trivial changes leave as they are, to tell whether sets overlap.
+
+        White space, invisible characters, the Unicode form and the order of choices do not count.
+        """
+        choices = sorted(map(normalised, self.choices))
+        return _sha256({"text": normalised(self.text), "choices": choices})[:16]
+
+    @property
+    def hash_line(self) -> str:
+        """Both hashes, as a line of `chosen_on.txt` has them."""
+        return f"{self.content_hash} {self.overlap_hash}"
+
+    def is_among(self, known: Collection[str]) -> bool:
+        """Whether either of its hashes is in a set that `hashes_in` gave."""
+        return self.content_hash in known or self.overlap_hash in known
 
 
 @dataclass(frozen=True)
@@ -58,10 +78,27 @@ class Quiz:
         return _sha256([[q.text, list(q.choices), q.answer] for q in asked])
 
 
-def without(quiz: Quiz, hashes: Collection[str]) -> Quiz:
-    """The quiz less the questions whose content hash is given; subjects left empty go too."""
+def normalised(text: str) -> str:
+    """The text in Unicode form NFC, without invisible characters, each run of white space a space.
+
+    Invisible are those of category Cf: byte order marks, soft hyphens, zero-width characters.
+    """
+    if not text.isascii():
+        text = "".join(char for char in text if unicodedata.category(char) != "Cf")
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
+
+
+def hashes_in(lines: Iterable[str]) -> frozenset[str]:
+    """All hashes of lines that hold one or two of them."""
+    return frozenset(chain.from_iterable(line.split() for line in lines))
+
+
+def without(quiz: Quiz, lines: Iterable[str]) -> Quiz:
+    """The quiz less the questions of which a hash is given; subjects left empty go too."""
+    known = hashes_in(lines)
     kept = {
-        subject: tuple(q for q in questions if q.content_hash not in hashes)
+        subject: tuple(q for q in questions if not q.is_among(known))
         for subject, questions in quiz.questions.items()
     }
     return replace_questions(quiz, {subject: qs for subject, qs in kept.items() if qs})

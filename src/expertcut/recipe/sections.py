@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from expertcut.quiz.splits import HELD_OUT_SHARE
 from expertcut.recipe.values import (
     AdapterFolder,
     Criterion,
@@ -56,6 +57,15 @@ Layout = Literal["stock", "exact"]
 Place = Literal["answer", "all"]
 
 
+def _share_held_out(value: float) -> float:
+    if value not in (0, HELD_OUT_SHARE):
+        raise PydanticCustomError("share", f"must be {HELD_OUT_SHARE:g} or 0")
+    return value
+
+
+HeldOut = Annotated[float, AfterValidator(_share_held_out)] | None
+
+
 class ProfileSection(Section):
     """`expertcut profile`."""
 
@@ -92,6 +102,7 @@ class PruneSection(Section):
     scale: Experts | None = None
     apply_at: Place | None = None
     adapter: AdapterFolder | None = None
+    held_out: HeldOut = None
     verify: bool = True
 
 
@@ -102,6 +113,7 @@ class MergeSection(Section):
     by: Literal["m_smoe", "hc_smoe"] = "m_smoe"
     router: Literal["fitted", "mean", "dominant"] = "fitted"
     align: bool | None = None
+    held_out: HeldOut = None
     verify: bool = True
 
 
@@ -121,6 +133,7 @@ class ReweightSection(Section):
     tune: bool = False
     apply_at: Place | None = None
     layout: Layout = "stock"
+    held_out: HeldOut = None
     verify: bool = True
 
 

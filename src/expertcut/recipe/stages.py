@@ -157,13 +157,22 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
     others = [Asking(split, None, is_needed=False) for split in _JUDGES if split != own]
     return Stage(
         *(variant.name, variant.kind),  # type: ignore[arg-type]
-        settings=_taken(recipe, _LOADED) | variant.model_dump(),
+        settings=_taken(recipe, _LOADED) | _settings(variant),
         makes=(variant_folder(variant.name),),
         after=("profile",),
         asks=(Asking(own, limit), *others),
         reads_model=True,
         adapter=variant.prune.adapter if variant.prune else None,
     )
+
+
+def _settings(variant: Variant) -> dict[str, Any]:
+    """Without what is held out where it is not said, as in runs from before it could be."""
+    found = variant.model_dump()
+    section = found[variant.kind]
+    if section.get("held_out", 0) is None:
+        del section["held_out"]
+    return found
 
 
 def _taken(recipe: Recipe, *keys: tuple[str, ...]) -> dict[str, Any]:

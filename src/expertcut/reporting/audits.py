@@ -40,7 +40,7 @@ def verdict_table(found: Audit) -> Table:
         "experts first. Regret is in nats of mean log p, as a sum of single harms; removing at "
         f"random costs {expected} on average."
     )
-    return Table(f"Audit of {found.asked.model.id}: the criteria", columns, rows, note)
+    return Table(f"Audit of {found.asked.model.label}: the criteria", columns, rows, note)
 
 
 def harm_table(found: Audit, most: int = 10) -> Table:
@@ -68,7 +68,9 @@ def harm_table(found: Audit, most: int = 10) -> Table:
     )
     if not found.is_complete:
         note += " The same command does the rest."
-    return Table(f"Audit of {asked.model.id}: what removing one expert does", columns, rows, note)
+    return Table(
+        f"Audit of {asked.model.label}: what removing one expert does", columns, rows, note
+    )
 
 
 def audit_csv(found: Audit) -> Table:
@@ -88,15 +90,17 @@ def audit_csv(found: Audit) -> Table:
 
 
 def audit_sentences(found: Audit) -> list[str]:
-    """What the held-out questions are worth, and which criterion to trust."""
+    """What the questions are worth, and which criterion to trust."""
     asked = found.asked
     if found.overlap:
         leak = (
-            f"{found.overlap:,} of the {asked.questions:,} held-out questions were profiled too, "
-            "for no other split is there: criteria that look at them are flattered."
+            f"{found.overlap:,} of the {asked.questions:,} questions that were asked had been "
+            "profiled, calibrated or cut on, so they are not held out: criteria that look at them "
+            "are flattered."
         )
     else:
-        leak = f"None of the {asked.questions:,} held-out questions ({asked.split}) was profiled."
+        which = f"{asked.questions:,} held-out questions ({asked.split})"
+        leak = f"None of the {which} had a part in scoring the experts."
     first = ranked(found)[0]
     if first.within.rho is None:
         return [leak, "No rank correlation is defined: sample more experts."]

@@ -1,12 +1,16 @@
 """What `prune` says before it writes: who stays, and what goes with those that do not."""
 
+import logging
 from collections.abc import Sequence
 
+from expertcut.errors import ProfileError
 from expertcut.interventions.lineage import Numbers, ids_text, numbers_of
 from expertcut.interventions.prune import Pruning
 from expertcut.interventions.touched import Touched
 from expertcut.profiling.store import Profile
 from expertcut.reporting.tables import Cell, Column, Table
+
+logger = logging.getLogger(__name__)
 
 _WHY = " to make one count for all layers"
 
@@ -27,8 +31,15 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
 
 
 def rows_tables(profile: Profile) -> list[Table]:
-    """What the experts of a model that was cut before were called, for its tables count rows."""
-    numbers = numbers_of(profile)
+    """What the experts of a model that was cut before were called, for its tables count rows.
+
+    Where the model is not there, that is logged.
+    """
+    try:
+        numbers = numbers_of(profile)
+    except ProfileError as error:
+        logger.warning("the tables call experts by rows of the routers: %s", error)
+        return []
     rows: list[list[Cell]] = [
         [layer, ids_text(numbers.rows[block.name])]
         for layer, block in enumerate(profile.info.model.blocks)

@@ -32,9 +32,11 @@ def groups_table(profile: Profile, merged: "Merged") -> Table:
         Column("choices of an expert that joined another", ".2%"),
         Column("router rows", ".4f"),
     )
+    proof = merged.built.proof
+    noun = "questions that judge" if proof is None else proof.judged.noun
     note = (
         "router rows: 1 − Σ error² / Σ spread² of merged experts' logits against the one that "
-        "keeps their members' mass, on held-out questions; 1 is exact."
+        f"keeps their members' mass, on {noun}; 1 is exact."
     )
     return Table(f"Groups ({merged.draft.criterion})", columns, rows, note)
 

@@ -29,7 +29,7 @@ def plan_table(plan: Plan) -> Table:
     fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     note = (
         f"Chosen on {chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
-        f"{fitted if chosen.fitted_split else ''}; model {plan.model.id}."
+        f"{fitted if chosen.fitted_split else ''}; model {plan.model.label}."
     )
     return Table(f"Plan: {plan.action} ({plan.layout})", columns, rows, note)
 

@@ -1,4 +1,4 @@
-"""Built checkpoints: how well a layout carries a plan, and what that did to held-out questions."""
+"""Built checkpoints: how well a layout carries a plan, and what that did to questions."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # with torch, which `show` does without
 
 
 def proof_tables(built: "Built") -> list[Table]:
-    """How well biases are carried, and what the edit did to questions that were not used."""
+    """How well biases are carried, and what the edit did to the questions that judge it."""
     tables = [_fit_table(built)] if built.fits else []
     if built.proof is None:
         return tables
@@ -24,7 +24,8 @@ def proof_tables(built: "Built") -> list[Table]:
 def proof_sentences(built: "Built") -> list[str]:
     """What layout exact promises, and whether it held; or that nothing was asked."""
     if built.proof is None:
-        return ["The new checkpoint was not asked any question."]
+        why = f": {built.why_unjudged}" if built.why_unjudged else ""
+        return [f"The new checkpoint was not asked any question{why}."]
     alone = built.proof.alone
     if alone is None:
         return []
@@ -47,11 +48,18 @@ def adapter_sentences(built: "Built") -> list[str]:
         return []
     is_boosted = plan.layout == "stock" and any(edit.bias for edit in plan.blocks.values())
     is_fitted = is_boosted or plan.fold in ("answer", "all") or plan.removed == "mean"
-    fitted = ", what was fitted is fitted" if is_fitted else ""
+    done = ["chosen", *(["what was fitted is fitted"] if is_fitted else [])]
+    if built.proof is not None:
+        done.append(f"{built.proof.judged.noun.removeprefix('the ')} asked")
     return [
         f"The adapter {plan.adapter.path} is cut to fit, in {built.folder / 'adapter'}; experts "
-        f"were chosen{fitted} and held-out questions asked without it."
+        f"were {_listed(done)} without it."
     ]
+
+
+def _listed(parts: Sequence[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _held_out_table(proof: "Proof") -> Table:
@@ -66,7 +74,7 @@ def _held_out_table(proof: "Proof") -> Table:
         Column("flipped answers"),
         Column("questions"),
     )
-    return Table(f"Held-out questions ({proof.split})", columns, rows)
+    return Table(proof.judged.title, columns, rows)
 
 
 def _outcome_table(proof: "Proof") -> Table:
@@ -105,8 +113,9 @@ def _fit_table(built: "Built") -> Table:
         Column("v·h, elsewhere"),
     )
     target = "1 at answer positions and 0 elsewhere, both weighing the same"
+    noun = "held-out questions" if built.proof is None else built.proof.judged.noun
     note = (
-        "fit = 1 − mean((t − v·h)²) on held-out questions, where t is "
+        f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
         f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
     )
     return Table("The bias as a gate row", columns, rows, note)
@@ -132,7 +141,7 @@ def tilt_sentences(
         if built is not None and built.proof is not None:
             base, exact, edited = built.proof.shares[tilt.layer, tilt.expert]
             text += (
-                f"; it serves {edited:.1%} of held-out questions, before {base:.1%}, "
+                f"; it serves {edited:.1%} of {built.proof.judged.noun}, before {base:.1%}, "
                 f"with the exact bias {exact:.1%}"
             )
         sentences.append(f"{text}.")
@@ -151,7 +160,7 @@ def scale_sentences(
         text += f"{scaling.factor:g}; in its own layer who is chosen stays"
         if built is not None and built.proof is not None:
             share = built.proof.shares[scaling.layer, scaling.expert][2]
-            text += f", and it serves {share:.1%} of held-out questions"
+            text += f", and it serves {share:.1%} of {built.proof.judged.noun}"
         sentences.append(f"{text}.")
     return sentences
 

@@ -39,7 +39,7 @@ def sweep_table(found: Sweep) -> Table:
         note += f" {found.base.cut:,} prompts are cut from the left to fit the context."
     if not found.is_complete:
         note += f" {len(found.cells)} of {n_cells} cells: the same command does the rest."
-    return Table(f"Sweep of {asked.scored.model.id}", columns, rows, note)
+    return Table(f"Sweep of {asked.scored.model.label}", columns, rows, note)
 
 
 def _row(cell: SweepCell) -> list[Cell]:

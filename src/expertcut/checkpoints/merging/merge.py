@@ -73,10 +73,11 @@ def merge(
     merging, before = Merging(), None
     if not is_plan:
         merging = _fitted(engine, questions, draft, asked)
-        before = _ask_before(engine, questions, draft, merging) if options.is_verified else None
+        if options.is_verified and len(questions.held_out):
+            before = _ask_before(engine, questions, draft, merging)
     del engine
     gc.collect()
-    plan, proof = draft_plan(profile, draft, questions), None
+    plan, proof, used = draft_plan(profile, draft, questions), None, used_hashes(draft, questions)
     with new_folder(folder, is_forced=options.is_forced) as temporary:
         if not is_plan:
             merging = _aligned(source, draft, merging, asked)
@@ -84,12 +85,13 @@ def merge(
         if before is not None:
             written = Source(str(folder), temporary)
             edited = engine_as_profiled(profile, written, options.load_as)
-            proof = _prove(edited, questions, before)
+            proof = _prove(edited, questions, before).judged_by(questions.held_out, used)
             plan = plan.model_copy(update={"proof": _figures(draft, proof, before)})
-        save_plan(temporary, plan, used_hashes(draft, questions))
+        save_plan(temporary, plan, used)
         add_files(temporary, options.beside)
     qualities = before.qualities if before else []
-    return Merged(Built(folder, plan, [], proof), draft, qualities)
+    built = Built(folder, plan, [], proof, questions.why_unjudged)
+    return Merged(built, draft, qualities)
 
 
 def _check(profile: Profile, asked: Merge, source: Source, folder: Path) -> int:

@@ -30,7 +30,13 @@ from expertcut.evaluation.folders import begun, check_same, profile_hash
 from expertcut.interventions.calibration.outputs import zero_outputs
 from expertcut.interventions.criteria.scoring import CALIBRATED
 from expertcut.interventions.plan import Edit, plan_model
-from expertcut.interventions.questions import HELD_OUT, hashes, questions_for
+from expertcut.interventions.questions import (
+    HELD_OUT,
+    hashes,
+    judges_or_fifth,
+    n_used,
+    questions_for,
+)
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.records import Records, right
 from expertcut.interventions.reweighting.rescoring import Rescorer
@@ -91,8 +97,9 @@ class Auditing:
         check_layout(source, layout, is_cutting=True)
         is_fitting = not CALIBRATED.isdisjoint(options.by)
         asked = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
-        self.quiz = asked.held_out
-        self.overlap = sum(q.content_hash in hashes(asked.profiled) for q in self.quiz)
+        self.quiz = judges_or_fifth(asked, options.questions)
+        looked_at = hashes(asked.profiled) | (hashes(asked.tuning) if is_fitting else frozenset())
+        self.overlap = n_used(self.quiz, looked_at | asked.inherited)
         self.engine = engine_as_profiled(profile, source, options.load_as)
 
     @property

@@ -34,6 +34,7 @@ class SweepAsked(Record):
     fold: Fold | None
     protect: tuple[str, ...]
     seed: int
+    chosen_by: int | None = None  # how many questions, where some of the profile's are held out
 
 
 class SweptModel(Record):

@@ -31,11 +31,12 @@ from expertcut.evaluation.sweeping.outcome import (
 from expertcut.interventions.criteria.scoring import NEEDS_MODEL
 from expertcut.interventions.plan import Draft
 from expertcut.interventions.prune import cut
-from expertcut.interventions.questions import Questions, questions_for, used_hashes
+from expertcut.interventions.questions import Questions, n_used, questions_for, used_hashes
 from expertcut.interventions.ranking import Way, rank
 from expertcut.moe.loading import LoadOptions
 from expertcut.moe.passes import OnPass
 from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.part import ProfilePart
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import Profile, load_profile
@@ -83,14 +84,14 @@ class Sweeping:
         options = MeasureOptions("none", settings.batch_tokens, settings.threads, asking.waits)
         self.measurement = Measurement(self.engine.moe, asking.quiz, asking.limit, options)
         self.subjects = [question.subject for question in asking.quiz]
-        overlap = sum(question.content_hash in used for question in asking.quiz)
+        overlap = n_used(asking.quiz, used)
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
         self.found = Sweep(asked=self._asked(), chosen_on=chosen_on)
 
     def _asked(self) -> SweepAsked:
-        grid, way = self.grid, self.way
+        grid, way, is_part = self.grid, self.way, isinstance(self.profile, ProfilePart)
         return SweepAsked(
-            scored=self.measurement.info,
+            scored=self.measurement.info.called(self.profile.info.model.id),
             profile=profile_hash(self.profile.info),
             by=grid.by,
             fractions=grid.fractions,
@@ -102,6 +103,7 @@ class Sweeping:
             fold=way.fold if way.layout == "stock" else None,
             protect=way.protect,
             seed=way.seed,
+            chosen_by=len(self.profile.subjects()) if is_part else None,
         )
 
     def steps(self, folder: Path) -> Iterator[Step]:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+from expertcut.interventions.judged import UNUSED
 from expertcut.quiz import Quiz, round_robin, without
 
 _MOST = 256
-UNUSED = "were not used"
-CHOSE_CUT = "chose the cut but trained nothing"
-CHOSE_STEP = "chose the best step but trained nothing"
+USED_BEFORE = "an earlier step used and this one did not train on"
+CHOSE_STEP = "chose the best step of this training but were not trained on"
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Judges:
 def find_judges(scored: Quiz | None, held_out: Quiz | None, used: frozenset[str]) -> Judges | None:
     """Of what is scored later, those that nothing was chosen on, else all; else those held out.
 
-    `used` are content hashes of what this run and the steps before it looked at. None where there
+    `used` are hash lines of what this run and the steps before it looked at. None where there
     are only texts.
     """
     if scored is not None:
         unused = without(scored, used)
-        found, how = (unused, UNUSED) if len(unused) else (scored, CHOSE_CUT)
+        found, how = (unused, UNUSED) if len(unused) else (scored, USED_BEFORE)
     elif held_out is not None:
         found, how = held_out, CHOSE_STEP
     else:

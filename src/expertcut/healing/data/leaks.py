@@ -1,7 +1,7 @@
 """Nothing that is later scored is trained on."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from expertcut.errors import QuizError, SplitError
 from expertcut.healing.asking import Data
 from expertcut.healing.data.texts import Text
 from expertcut.quiz import Question, Quiz, Selection, load_quiz, without
+from expertcut.quiz.questions import hashes_in, normalised
+from expertcut.quiz.splits import hash_lines
 
 logger = logging.getLogger(__name__)
 
@@ -76,32 +78,42 @@ def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, Dropped | 
     Raises:
         QuizError: more than 5 % of them do.
     """
-    hashes = {question.content_hash for other in scored for question in other}
-    names = tuple(f"{q.subject}:{q.row}" for q in quiz if q.content_hash in hashes)
+    lines = frozenset[str]().union(*map(hash_lines, scored))
+    known = hashes_in(lines)
+    names = tuple(f"{q.subject}:{q.row}" for q in quiz if q.is_among(known))
     if not names:
         return quiz, None
     dropped = Dropped(quiz.id, scored[0].split, len(quiz), names)
     _refuse(dropped, "questions")
-    return without(quiz, hashes), dropped
+    return without(quiz, lines), dropped
 
 
 class Asked:
-    """Finds questions in texts: one whose first line, text and choices all stand in it."""
+    """Finds questions in texts: one whose first line, text and choices all stand in it.
+
+    White space, invisible characters and the Unicode form do not count.
+    """
 
     def __init__(self, scored: Iterable[Question]) -> None:
         self.by_line: dict[str, list[Question]] = {}
         for question in scored:
-            line = question.text.strip().split("\n", 1)[0].strip()
-            if line:
+            if line := next(filter(None, map(normalised, question.text.splitlines())), ""):
                 self.by_line.setdefault(line, []).append(question)
+
+    def found_in(self, text: str) -> Iterator[Question]:
+        """Those of them that are asked in a text, on lines of their own."""
+        lines = [normalised(line) for line in text.splitlines()]
+        asked = [q for line in lines for q in self.by_line.get(line, ())]
+        if not asked:
+            return
+        whole = normalised(text)
+        for question in asked:
+            if all(normalised(part) in whole for part in (question.text, *question.choices)):
+                yield question
 
     def stands_in(self, text: str) -> bool:
         """Whether any of them is asked in a text, on lines of its own."""
-        return any(
-            question.text.strip() in text and all(choice in text for choice in question.choices)
-            for line in text.split("\n")
-            for question in self.by_line.get(line.strip(), ())
-        )
+        return any(self.found_in(text))
 
 
 def texts_without_scored(

@@ -1,6 +1,7 @@
 """From what was asked for to rows: those trained on, in order, and those held out."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
 from expertcut.healing.data.judges import Judges, find_judges
 from expertcut.healing.data.leaks import (
+    Asked,
     Dropped,
     evaluation_quizzes,
     texts_without_scored,
@@ -24,10 +26,11 @@ from expertcut.healing.data.rows import (
     question_row,
     text_rows,
 )
-from expertcut.healing.data.texts import read_texts
+from expertcut.healing.data.texts import Text, read_texts
 from expertcut.healing.weighted import Weighted
 from expertcut.quiz import Question, Quiz, Selection, load_quiz, reordered, round_robin, without
-from expertcut.quiz.questions import group_by_subject, replace_questions
+from expertcut.quiz.questions import group_by_subject, normalised, replace_questions
+from expertcut.quiz.splits import hash_lines
 
 _ONE_IN = 10  # of the questions and texts are held out, by their content
 _MOST_HELD_OUT = 256
@@ -39,8 +42,8 @@ Lengths = dict[tuple[str, int], int]
 class Read:
     """All questions and texts of a run, before they are cut into rows.
 
-    `scored` is what the healed model is judged by, never trained on. `hashes` are those of every
-    question that was looked at.
+    `scored` is what the healed model is judged by, never trained on. `hashes` are the hash lines of
+    every question that was looked at.
     """
 
     parts: list[Part]
@@ -73,10 +76,15 @@ def read_data(asked: Healing, tokenizer: Any, max_tokens: int) -> Read:
             in an evaluation split.
     """
     reader = _Reader(asked.data, tokenizer, max_tokens, asked.training.seed)
-    for quiz in asked.data.quizzes:
-        reader.add_quiz(quiz)
-    for text in asked.data.texts:
-        reader.add_texts(text)
+    quizzes = [reader.read_quiz(quiz) for quiz in asked.data.quizzes]
+    texts = [reader.read_texts(text) for text in asked.data.texts]
+    # What one source holds out, no other trains on.
+    held_out = [_held_out(quiz, reader.asked_in(texts)) for quiz, _ in quizzes]
+    lines = frozenset[str]().union(*map(hash_lines, held_out))
+    for named, (quiz, lengths), held in zip(asked.data.quizzes, quizzes, held_out, strict=True):
+        reader.add_quiz(named, without(quiz, lines), held, lengths)
+    for named, clean in zip(asked.data.texts, texts, strict=True):
+        reader.add_texts(named, clean)
     return reader.done()
 
 
@@ -90,30 +98,52 @@ class _Reader:
         self.dropped: list[Dropped | None] = []
         self.hashes: frozenset[str] = frozenset()
         self.n_questions = self.n_texts = 0
+        self.text_counts = Counter[str]()
 
-    def add_quiz(self, named: Weighted) -> None:
+    def read_quiz(self, named: Weighted) -> tuple[Quiz, Lengths]:
+        """A quiz without what is scored later or too long."""
         data = self.data
         which = (named.name, data.split, 0, data.subjects, data.limit, named.revision)
         quiz, scored = without_scored(load_quiz(Selection(*which, data.truncate)), self.scored)
         lengths = self._lengths(quiz)
         quiz, too_long = self._without_long(quiz, lengths)
         self.dropped += [scored, too_long]
-        held_out = _held_out(quiz)
-        kept = without(quiz, {q.content_hash for q in held_out})
-        self.hashes |= {q.content_hash for q in quiz}
+        self.hashes |= hash_lines(quiz)
+        return quiz, lengths
+
+    def add_quiz(self, named: Weighted, kept: Quiz, held_out: Quiz, lengths: Lengths) -> None:
+        """Questions to train on, and those that are held out."""
         self.n_questions += len(kept)
         self.held_out_quiz = self.held_out_quiz or held_out
         shuffled = self._shuffled_quiz(kept, lengths, is_turned=self.data.is_shuffled)
         self.held_out += self._shuffled_quiz(held_out, lengths)(random.Random(self.seed))
         self._add(named, shuffled)
 
-    def add_texts(self, named: Weighted) -> None:
+    def read_texts(self, named: Weighted) -> list[Text]:
+        """Texts without those that ask what is scored later."""
         texts = read_texts(Path(named.name), self.tokenizer)
         scored = [question for quiz in self.scored for question in quiz]
         clean, dropped = texts_without_scored(named.name, texts, scored, self.data.eval_split)
         self.dropped.append(dropped)
-        ids = self.tokenizer([texts[at].read for at in clean])["input_ids"] if clean else []
-        out = [at for at in range(len(ids)) if at % _ONE_IN == _ONE_IN - 1][:_MOST_HELD_OUT]
+        found = [texts[at] for at in clean]
+        self.text_counts.update(normalised(text.read) for text in found)
+        return found
+
+    def asked_in(self, texts: Sequence[Sequence[Text]]) -> Callable[[Quiz], Quiz]:
+        """Tells which questions of a quiz are asked in the texts that are trained on."""
+
+        def find(quiz: Quiz) -> Quiz:
+            asked = Asked(quiz)
+            found = [q for source in texts for text in source for q in asked.found_in(text.said)]
+            return replace_questions(quiz, group_by_subject(found))
+
+        return find
+
+    def add_texts(self, named: Weighted, clean: Sequence[Text]) -> None:
+        """Texts to train on, and those that are held out: none stands in both."""
+        ids = self.tokenizer([text.read for text in clean])["input_ids"] if clean else []
+        once = [self.text_counts[normalised(text.read)] == 1 for text in clean]
+        out = [at for at in range(_ONE_IN - 1, len(ids), _ONE_IN) if once[at]][:_MOST_HELD_OUT]
         self.held_out += text_rows([ids[at] for at in out], self.max_tokens)
         kept = [document for at, document in enumerate(ids) if at not in set(out)]
         self.n_texts += len(kept)
@@ -148,7 +178,9 @@ class _Reader:
             raise _too_little(quiz.id, self.max_tokens)
         names = tuple(f"{q.subject}:{q.row}" for q in long)
         dropped = Dropped(quiz.id, None, len(quiz), names, longest=self.max_tokens)
-        return without(quiz, {q.content_hash for q in long}), dropped
+        left = {(q.subject, q.row) for q in quiz} - {(q.subject, q.row) for q in long}
+        kept = [q for q in quiz if (q.subject, q.row) in left]
+        return replace_questions(quiz, group_by_subject(kept)), dropped
 
     def _add(self, named: Weighted, shuffled: Callable[[random.Random], list[Row]]) -> None:
         if not shuffled(random.Random(self.seed)):
@@ -181,13 +213,17 @@ def _too_little(name: str, max_tokens: int) -> QuizError:
     )
 
 
-def _held_out(quiz: Quiz) -> Quiz:
-    """A tenth, by content, so that another run or seed holds out the same; some in any case."""
-    tenth = [q for q in quiz if int(q.content_hash, 16) % _ONE_IN == 0]
+def _held_out(quiz: Quiz, asked_in_texts: Callable[[Quiz], Quiz]) -> Quiz:
+    """A tenth, by content, so that another run or seed holds out the same; some in any case.
+
+    None of it is asked in a text that is trained on.
+    """
+    free = without(quiz, hash_lines(asked_in_texts(quiz)))
+    tenth = [q for q in free if int(q.content_hash, 16) % _ONE_IN == 0]
     held_out = round_robin(
-        replace_questions(quiz, group_by_subject(tenth or list(quiz)[:1])), _MOST_HELD_OUT
+        replace_questions(quiz, group_by_subject(tenth or list(free)[:1])), _MOST_HELD_OUT
     )
-    if len(held_out) == len(quiz):
+    if len(without(quiz, hash_lines(held_out))) == 0 or not len(held_out):
         raise QuizError(f"{quiz.id} has too few questions to hold any out: it has {len(quiz)}")
     return held_out
 

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 from expertcut.errors import SettingsError
 from expertcut.interventions.lineage import numbers_of
-from expertcut.interventions.questions import profiled_quiz
+from expertcut.interventions.questions import held_out_quiz, profiled_quiz
 from expertcut.interventions.reweighting.choosing import (
     MIN_APPEARANCES,
     SCORES,
     TOKEN_SCORES,
     Chooser,
+    Contrast,
     read_contrast,
     token_scores,
 )
 from expertcut.interventions.reweighting.records import Records
 from expertcut.interventions.reweighting.targets import named_picks
 from expertcut.interventions.reweighting.tuning import Procedure, Settled
+from expertcut.profiling.part import ProfilePart
 from expertcut.profiling.store import Profile
 
 _LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
@@ -113,7 +115,7 @@ class Asked:
             by=by,
             min_appearances=MIN_APPEARANCES if least is None else least,
             layers=read_layers(self.layers),
-            contrast=read_contrast(self.contrast, model.fingerprint) if self.contrast else None,
+            contrast=self._contrast(profile),
             fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
             constant=tuple(
                 (layer, row)
@@ -121,6 +123,15 @@ class Asked:
                 for row in sorted(constant.get(block.name, ()))
             ),
         )
+
+    def _contrast(self, profile: Profile) -> Contrast | None:
+        """The two sides, without what is held out of the profile."""
+        if self.contrast is None:
+            return None
+        found = read_contrast(self.contrast, profile.info.model.fingerprint)
+        if not isinstance(profile, ProfilePart):
+            return found
+        return found.less({q.overlap_hash for q in held_out_quiz(profile)})
 
     def check(self) -> None:
         """That the options go together.

@@ -49,7 +49,7 @@ class Chooser:
     def scores(self, records: Records, left_out: Collection[str] = ()) -> Array:
         """Score (X,) of every expert, NaN where it is no candidate or has none.
 
-        Questions whose content hash is in `left_out` do not count.
+        Questions whose overlap hash is in `left_out` do not count.
         """
         records = records.less(left_out)
         if self.contrast is not None:
@@ -85,10 +85,11 @@ class Chooser:
         )
 
     def looked_at(self, profile: Profile) -> frozenset[str]:
-        """Content hashes of questions that rank experts besides those that are given."""
+        """Hash lines of questions that rank experts besides those that are given."""
         if self.contrast is not None:
             sides = (self.contrast.wanted, self.contrast.unwanted)
-            return frozenset(content for side in sides for content in side.hash_N.tolist())
+            lines = [side.hash_N if side.line_N is None else side.line_N for side in sides]
+            return frozenset(line for line_N in lines for line in line_N.tolist())
         return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
 
     def check(self, records: Records) -> None:
@@ -196,6 +197,20 @@ class Contrast:
         """Difference of activation rates (X,), NaN where a side has no question left."""
         rates = [appearances(side.less(left_out)) for side in (self.wanted, self.unwanted)]
         return np.asarray(rates[0] - rates[1])
+
+    def less(self, hashes: Collection[str]) -> "Contrast":
+        """Without the questions of these overlap hashes.
+
+        Raises:
+            SettingsError: no question is left of a side.
+        """
+        sides = (self.wanted.less(hashes), self.unwanted.less(hashes))
+        if not all(map(len, sides)):
+            raise SettingsError(
+                "--contrast: a side has only questions that are held out: name other parts, or "
+                "choose on all questions with --held-out 0"
+            )
+        return Contrast(*sides)
 
 
 def read_contrast(expressions: Sequence[str], fingerprint: str) -> Contrast:

@@ -30,8 +30,8 @@ Array = np.ndarray[Any, Any]
 class Records:
     """N questions and what the unedited model did at their answer positions.
 
-    `hash_N` are content hashes, by which repeats are found. `selection_of` a layer is the bias
-    that is added to α where experts are chosen.
+    `hash_N` are overlap hashes, by which repeats are found, `line_N` both hashes of each.
+    `selection_of` a layer is the bias that is added to α where experts are chosen.
     """
 
     blocks: tuple[BlockInfo, ...]
@@ -42,6 +42,7 @@ class Records:
     alpha_NLE: Array
     chosen_NLK: Array
     selection_of: SelectionOf = no_selection
+    line_N: Array | None = None
 
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
@@ -59,12 +60,13 @@ class Records:
         return cls(
             blocks=profile.info.model.blocks,
             subject_N=np.array([q.subject for q in quiz]),
-            hash_N=np.array([q.content_hash for q in quiz]),
+            hash_N=np.array([q.overlap_hash for q in quiz]),
             answer_N=np.array([q.answer for q in quiz]),
             logprob_NC=profile.array("choice_logprob_NC")[rows_N],
             alpha_NLE=profile.array("alpha_NLE")[rows_N],
             chosen_NLK=profile.array("chosen_NLK")[rows_N],
             selection_of=partial(stored_selection, profile.info.model),
+            line_N=np.array([q.hash_line for q in quiz]),
         )
 
     def __len__(self) -> int:
@@ -73,11 +75,11 @@ class Records:
     def part(self, which_N: Array) -> Self:
         """Some of the questions, by index or by truth."""
         names = [f.name for f in fields(self) if f.name.endswith(("_N", "_NC", "_NLE", "_NLK"))]
-        arrays = {name: getattr(self, name)[which_N] for name in names}
-        return replace(self, **arrays)
+        arrays = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: v[which_N] for k, v in arrays.items() if v is not None})
 
     def less(self, hashes: Collection[str]) -> Self:
-        """Without the questions of these content hashes."""
+        """Without the questions of these overlap hashes."""
         return self.part(~np.isin(self.hash_N, list(hashes))) if hashes else self
 
     @cached_property

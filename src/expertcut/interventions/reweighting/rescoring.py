@@ -75,12 +75,13 @@ class Rescorer:
         return Records(
             blocks=model_info(self.engine.moe).blocks,
             subject_N=np.array([q.subject for q in self.quiz]),
-            hash_N=np.array([q.content_hash for q in self.quiz]),
+            hash_N=np.array([q.overlap_hash for q in self.quiz]),
             answer_N=np.array([q.answer for q in self.quiz]),
             logprob_NC=_stacked(scores),
             alpha_NLE=np.concatenate([arrays["alpha_NLE"] for arrays in recorders]),
             chosen_NLK=np.concatenate([arrays["chosen_NLK"] for arrays in recorders]),
             selection_of=self._selection,
+            line_N=np.array([q.hash_line for q in self.quiz]),
         )
 
     def _selection(self, layer: int) -> Array | None:

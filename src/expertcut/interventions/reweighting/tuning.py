@@ -64,7 +64,7 @@ class Procedure:
     def settle(
         self, records: Records, picks: Sequence[Pick], ask: Ask, left_out: Collection[str] = ()
     ) -> Settled:
-        """The strengths; questions whose content hash is in `left_out` are not looked at."""
+        """The strengths; questions whose overlap hash is in `left_out` are not looked at."""
         is_used_N = ~np.isin(records.hash_N, list(left_out))
         if self.is_tuned:
             return _Search(records, is_used_N, ask).run(picks, len(self.named))

@@ -1,7 +1,5 @@
 """A checkpoint's folder: found here or on the hub, its config read, its bytes known."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +18,7 @@ from expertcut.moe.stored.counts import (
     check_counts,
     expert_count,
 )
+from expertcut.moe.stored.fingerprints import fingerprint_of
 from expertcut.moe.stored.folder import check_folder, refuse_pickles
 from expertcut.moe.stored.headers import read_even_quantized
 from expertcut.moe.stored.objects import read_config
@@ -52,15 +51,7 @@ class Source:
         Raises:
             ModelError: a file that cannot be read.
         """
-        digest = hashlib.sha256(json.dumps(read_config(self.path), sort_keys=True).encode())
-        for file in self.weight_files:
-            try:
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                what = f"{file} cannot be read: {error.strerror}"
-                raise ModelError(f"{what}: mend that or download it again") from None
-        return digest.hexdigest()
+        return fingerprint_of(self.path)
 
     def expert_axes(self, names: Sequence[str]) -> Mapping[str, tuple[str, int]]:
         """By name on disk, the parameter that a tensor becomes, and its axis of experts.

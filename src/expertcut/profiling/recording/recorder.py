@@ -27,16 +27,25 @@ class Recorder:
     """One chunk's records; `stats` `answer` leaves the all-token sums out, `none` everything.
 
     All-token sums are kept apart for the shared prefix, which ran once for the whole chunk, and
-    for the questions' own tokens.
+    for the questions' own tokens; of these once more for the questions that are `in_calibration`.
     """
 
-    def __init__(self, blocks: Sequence[MoeBlock], n_questions: int, stats: Stats) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[MoeBlock],
+        n_questions: int,
+        stats: Stats,
+        in_calibration: Sequence[bool] | None = None,
+    ) -> None:
         self.blocks = blocks
         self.stats = stats
         n_layers, top_k = len(blocks), blocks[0].top_k
         n_experts = max(block.n_experts for block in blocks)
         device = runs_on(blocks[0].router)
         self.tokens = TokenSums(n_layers, n_experts, device, _factors(blocks))
+        self.in_calibration_N: Tensor | None = None
+        if in_calibration is not None and stats == "all":
+            self.in_calibration_N = torch.tensor(in_calibration, device=device)
         self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
         self.chosen_NLK = torch.zeros(
             n_questions, n_layers, top_k, dtype=torch.int16, device=device
@@ -65,10 +74,12 @@ class Recorder:
     def begin(self, step: Pass) -> None:
         """Says whose tokens the coming forward pass holds."""
         device = self.alpha_NLE.device
-        self.tokens.begin(PARTS.index("prefix" if step.is_prefix else "question"))
         self.questions_N = torch.tensor(step.questions, dtype=torch.long, device=device)
         self.answers_N: Tensor | None = step.answers_N.to(device)
         self.question_T = step.question_T.to(device)
+        self.is_prefix = step.is_prefix
+        self.tokens.begin(PARTS.index("prefix" if step.is_prefix else "question"))
+        self._mark_calibration()
         self.valid_T = None if step.valid_T is None else step.valid_T.to(device)
         self.gaps = self.gap_N, self.prefix_gap
         self.before = [tensor.clone() for tensor in self._added()]
@@ -93,13 +104,21 @@ class Recorder:
         question_T, valid_T = self.all_T
         self.question_T = question_T[rows_M]
         self.valid_T = None if valid_T is None else valid_T[rows_M]
+        self._mark_calibration()
+
+    def _mark_calibration(self) -> None:
+        """Says which of the pass's tokens are of questions that are not held out."""
+        if self.in_calibration_N is not None and not self.is_prefix:
+            self.tokens.in_calibration_T = self.in_calibration_N[self.question_T]
 
     def _added(self) -> list[Tensor]:
         """What a pass adds to; the rest it writes."""
         if self.stats == "none":
             return []
         gaps = [self.gap_N, self.unread_gap_N]
-        return [self.tokens.sums, self.tokens.largest, *gaps] if self.stats == "all" else gaps
+        sums = self.tokens
+        added = [sums.sums, sums.largest, sums.calibration, sums.calibration_largest]
+        return [*added, *gaps] if self.stats == "all" else gaps
 
     def _route(self, routing: Routing) -> None:
         if not len(routing.logits_TE):
@@ -165,6 +184,11 @@ class Recorder:
                 if name not in left_out:
                     kept[f"{part}_{name}_LE"] = self.tokens.sums[s, p]
             kept[f"{part}_largest_LE"] = self.tokens.largest[p]
+        if self.in_calibration_N is not None:
+            names = [n for n in NAMES if n not in left_out]
+            kept |= {f"calibration_{n}_LE": self.tokens.calibration[NAMES.index(n)] for n in names}
+            kept["calibration_largest_LE"] = self.tokens.calibration_largest
+            kept["calibration_N"] = self.in_calibration_N.to(torch.uint8)
         return kept
 
 

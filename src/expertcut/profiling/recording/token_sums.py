@@ -48,12 +48,16 @@ class TokenSums:
         shape = (len(NAMES), len(PARTS), n_layers, n_experts)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
+        # Over the questions' own tokens, but for the questions that are held out.
+        self.calibration = torch.zeros_like(self.sums[:, 0])
+        self.calibration_largest = torch.zeros_like(self.largest[0])
         self.factors = factors
         self.is_in_width = True
 
     def begin(self, part: int) -> None:
         """Says whose tokens come, as a place in `PARTS`."""
         self.part = part
+        self.in_calibration_T: Tensor | None = None  # whose tokens count in both sums
         self.pending = _Layer()
         self.stream: tuple[int, Tensor] | None = None
         self.rows_M: Tensor | None = None
@@ -70,8 +74,8 @@ class TokenSums:
             experts_TK, weights_TK = experts_TK[valid_T], weights_TK[valid_T]
         # Scattered to (T, E) and summed: the same bits every time, also on CUDA.
         nothing_TE = weights_TK.new_zeros(len(experts_TK), self.sums.shape[-1])
-        self._add("weight", routing.layer, nothing_TE.scatter(1, experts_TK, weights_TK))
-        self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0))
+        self._add("weight", routing.layer, nothing_TE.scatter(1, experts_TK, weights_TK), valid_T)
+        self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0), valid_T)
 
     def expert(self, call: ExpertCall, valid_T: Tensor | None) -> None:
         """Keeps what is needed of one expert's outputs until `combined`."""
@@ -89,6 +93,12 @@ class TokenSums:
         # Neither makes a copy of M times D values, as .float() and .abs() would.
         seen.norms.append(torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32))
         seen.extremes.append(torch.stack(output_MD.aminmax()))
+        if self.in_calibration_T is not None:
+            output_MD = output_MD[self.in_calibration_T.to(tokens_M.device)[tokens_M]]
+            if len(output_MD):
+                largest_E = self.calibration_largest[call.layer]
+                largest = output_MD.abs().amax().to(largest_E)
+                largest_E[call.expert] = largest_E[call.expert].maximum(largest)
 
     def combined(self, layer: int, output_TD: Tensor) -> None:
         """Adds what the block's experts gave, all having run; their sum is the output."""
@@ -132,5 +142,10 @@ class TokenSums:
             residual_T = shift(x_TD, output_TD, by_stream)
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
-    def _add(self, name: str, layer: int, amount_TE: Tensor) -> None:
+    def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:
+        """Adds amounts of all tokens, or of those that are valid."""
         self.sums[NAMES.index(name), self.part, layer] += amount_TE.sum(dim=0)
+        if self.in_calibration_T is not None:
+            counts_T = self.in_calibration_T if valid_T is None else self.in_calibration_T[valid_T]
+            amount_E = amount_TE[counts_T.to(amount_TE.device)].sum(dim=0)
+            self.calibration[NAMES.index(name), layer] += amount_E

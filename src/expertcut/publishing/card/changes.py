@@ -1,4 +1,4 @@
-"""What was removed or tilted, by which rule, and what held-out questions said."""
+"""What was removed or tilted, by which rule, and what the questions that judge it said."""
 
 from collections.abc import Iterator
 
@@ -27,8 +27,10 @@ class _HeldOut(BaseModel):
 
 
 def is_pruned(origin: Origin) -> bool:
-    """Whether experts were removed in any step."""
-    return any(step.action.startswith("prune") for step in origin.steps)
+    """Whether experts were removed in any step, one that is not there any more among them."""
+    edits = origin.steps[0].blocks.values() if not origin.is_here else ()
+    was_before = any(edit.keep[-1] >= len(edit.keep) for edit in edits if edit.keep)
+    return was_before or any(step.action.startswith("prune") for step in origin.steps)
 
 
 def is_tilted(origin: Origin) -> bool:
@@ -86,7 +88,7 @@ def step_sentences(origin: Origin) -> Iterator[str]:
 
 
 def held_out_table(plan: Plan) -> Table:
-    """How far answers moved on questions that were not used; without rows where none was asked.
+    """How far answers moved on the questions that judge; without rows where none was asked.
 
     Raises:
         PlanError: what stands there is of another form.
@@ -106,4 +108,4 @@ def held_out_table(plan: Plan) -> Table:
         Column("flipped answers", ",d"),
         Column("questions", ",d"),
     )
-    return Table("Held-out questions", columns, rows)
+    return Table("How far answers moved", columns, rows)

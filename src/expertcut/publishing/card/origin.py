@@ -1,5 +1,6 @@
 """Where a checkpoint comes from: the steps that made it, the base under them, and its licence."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ import yaml
 from expertcut.errors import ModelError, PlanError
 from expertcut.interventions.plan import PLAN_FILE, Plan, load_plan
 from expertcut.moe.loading import expert_count, read_config
+from expertcut.moe.stored.fingerprints import find_local
 from expertcut.publishing.card.markup import printable
+
+logger = logging.getLogger(__name__)
 
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.S)
 _MOST_STEPS = 20
@@ -45,7 +49,9 @@ class Licence:
 class Origin:
     """The base as the first plan names it, and the plans from the first step to this checkpoint.
 
-    `n_experts` is the base's count, None where the base's config cannot be read.
+    `is_here` says whether a base that is a folder is there with its weights: only then it is known
+    that nothing was done to it before. `n_experts` is the base's count, None where the base's
+    config cannot be read.
     """
 
     id: str
@@ -53,6 +59,7 @@ class Origin:
     licence: Licence
     n_experts: int | None
     steps: tuple[Plan, ...]
+    is_here: bool = True
 
     @property
     def is_on_hub(self) -> bool:
@@ -71,27 +78,44 @@ def origin(plan: Plan, folder: Path) -> Origin:
     while len(steps) < _MOST_STEPS and (before := _made_from(steps[0], folder)) is not None:
         steps.insert(0, before)
     base = steps[0].model
-    files = _Files(base.id, base.revision, folder)
+    place = _folder_of(steps[0], folder)
+    files = _Files(base.id if place is None else str(place), base.revision, folder)
+    is_here = base.revision is not None or place is not None
+    if not is_here:
+        logger.warning(
+            "%s is not there with its weights (%s): the card cannot say what was done to it before",
+            *(printable(base.id), base.fingerprint[:8]),
+        )
     return Origin(
         id=base.id,
         revision=base.revision,
         licence=_licence(files),
         n_experts=expert_count(files.config()),
         steps=tuple(steps),
+        is_here=is_here,
     )
 
 
 def _made_from(plan: Plan, folder: Path) -> Plan | None:
     """The plan in the folder on this machine that a plan was for; a model of the Hub is a base."""
-    if plan.model.revision is not None:
+    place = _folder_of(plan, folder)
+    if place is None or place.resolve() == folder.resolve():
         return None
-    file = Path(plan.model.id) / PLAN_FILE
-    if not file.is_file() or file.parent.resolve() == folder.resolve():
+    file = place / PLAN_FILE
+    if not file.is_file():
         return None
     try:
         return load_plan(file)
     except PlanError:  # what lies there now is no checkpoint of ours
         return None
+
+
+def _folder_of(plan: Plan, near: Path) -> Path | None:
+    """The folder that a plan was for, if it is there with its weights; of the Hub there is none."""
+    model = plan.model
+    if model.revision is not None:
+        return None
+    return find_local(model.id, model.fingerprint, near)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
 from expertcut import __version__
+from expertcut.interventions.judged import read_judged
 from expertcut.publishing.card.changes import (
     change_sentences,
     held_out_table,
@@ -32,7 +33,6 @@ from expertcut.reporting.proving import proof_table
 from expertcut.reporting.tables import Cell, Column, Table
 
 _TEMPLATE = "card.md.jinja"
-_UNUSED = "were not used to choose or fit anything"  # held-out questions, where nothing is said
 _SEAL = re.compile(r"\n<!-- expertcut wrote this card: ([0-9a-f]{64}) -->\n")
 
 
@@ -116,8 +116,7 @@ def _facts(
         "steps": list(step_sentences(origin)),
         "plan_table": plan_table(plan),
         "held_out": held_out_table(plan),
-        "held_out_split": str(plan.proof.get("held_out_split", "")),
-        "held_out_used": str(plan.proof.get("held_out_used", _UNUSED)),
+        "judged": read_judged(plan, checkpoint.folder),
         "proof": proof,
         "proof_table": proof_table(proof) if proof else None,
         "evaluated": [(one, _results_facts(one)) for one in evaluated],

@@ -37,9 +37,10 @@ from expertcut.reporting.proving import decision_sentences, decision_tables
 
 def prune(job: Job) -> None:
     """Chooses who stays, says what goes, and makes the checkpoint."""
-    profile, asked = job.profile(), _variant(job).prune
+    asked = _variant(job).prune
     assert asked is not None
     check_criterion(asked.by)
+    profile = job.choosing(asked.held_out)
     found = tilts(profile, asked.boost or [], asked.suppress or [])
     scaled = scalings(profile, asked.scale or [])
     stays, notes = protected(profile, asked.protect, is_active=asked.keep_active)
@@ -61,8 +62,9 @@ def prune(job: Job) -> None:
 
 def merge(job: Job) -> None:
     """Makes one expert of several, and the checkpoint."""
-    profile, asked = job.profile(), _variant(job).merge
+    asked = _variant(job).merge
     assert asked is not None
+    profile = job.choosing(asked.held_out)
     folder = job.run / variant_folder(job.stage.name)
     options = _options(job, job.beside, is_verified=asked.verify)
     merged = merge_experts(
@@ -75,8 +77,9 @@ def merge(job: Job) -> None:
 
 def reweight(job: Job) -> None:
     """Chooses whom to tilt and how strongly, proves that if asked, and makes the checkpoint."""
-    profile, variant = job.profile(), _variant(job)
+    variant = _variant(job)
     assert variant.reweight is not None
+    profile = job.choosing(variant.reweight.held_out)
     tilting = _tilting(variant, variant.reweight)
     if tilting.is_by_hand:
         found = by_hand(profile, tilting)

@@ -112,6 +112,14 @@ class Job:
 
         return load_profile(self.profile_folder)
 
+    def choosing(self, held_out: float | None) -> "Profile":
+        """The profile without what is held out of it; says so."""
+        from expertcut.interventions.questions import choosing_profile
+
+        found = choosing_profile(self.profile(), held_out)
+        self.audience.say([], [f"{note}." for note in found.notes])
+        return found.profile
+
     def checkpoints(self) -> dict[str, Path]:
         """The variants that became a checkpoint, by name; a search may have found nothing."""
         folders = {v.name: self.run / variant_folder(v.name) for v in self.recipe.variants}

@@ -7,6 +7,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from expertcut.documents.records import first_fault
 from expertcut.errors import PlanError
+from expertcut.interventions.judged import read_judged
 from expertcut.interventions.plan import Edit, Plan, Point
 from expertcut.interventions.touched import Touched, touched
 from expertcut.profiling.evidence.findings import Findings
@@ -163,6 +164,4 @@ def _held_out(found: Found[Plan]) -> list[Part]:
         [r.against, r.max_abs_logprob_diff, r.median_abs_logprob_diff, r.flipped, r.questions]
         for r in rows
     ]
-    split = f" ({proof['held_out_split']})" if "held_out_split" in proof else ""
-    used = f" that {proof['held_out_used']}" if "held_out_used" in proof else ""
-    return [Table(f"Held-out questions{used}{split}", columns, cells)]
+    return [Table(read_judged(found.its, found.file.parent).title, columns, cells)]

@@ -44,7 +44,7 @@ def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
     model, quiz, settings = info.model, info.quiz, info.settings
     asked = {name: subject.content_hash for name, subject in quiz.subjects.items()}
     return [
-        *_some(("model", model.id), ("revision", model.revision)),
+        *_some(("model", model.label), ("revision", model.revision)),
         ("fingerprint of config and weights", model.fingerprint),
         *_quiz(quiz.id, quiz.revision, quiz.split, quiz.shots, quiz.limit),
         ("hash of the questions", _hash(asked)),
@@ -58,7 +58,7 @@ def _plan(plan: Plan) -> Rows:
     fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     return [
         ("made by", plan.action),
-        *_some(("model", plan.model.id), ("revision", plan.model.revision)),
+        *_some(("model", plan.model.label), ("revision", plan.model.revision)),
         ("fingerprint of config and weights", plan.model.fingerprint),
         ("chosen on", f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
                       f"{fitted if chosen.fitted_split else ''}"),
