@@ -844,7 +844,7 @@ class Synthetic:
         self.is_answer: list[bool] = []
         self.generator = torch.Generator().manual_seed(0)
         self.router = Router()
-        blocks = [SimpleNamespace(layer=3, router=self.router)]
+        blocks = [SimpleNamespace(layer=3, router=self.router, is_linear=True)]
         self.moe = SimpleNamespace(tokenizer=make_tokenizer(), blocks=blocks)
 
     def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
