@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,6 +52,31 @@ def make_exact(
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(base / name, folder / name)
     return folder
+
+
+def declared(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The removed experts that a config declares, by decoder layer."""
+    compression = config.get("compression_config", {"transform_config": {}})
+    found = compression["transform_config"].get("expert_substitution", {"targets": {}})["targets"]
+    return {p.split(".")[2]: list(map(int, t["replacements"])) for p, t in found.items()}
+
+
+def as_written_before(folder: Path, earlier: Path) -> Path:
+    """The same exact checkpoint as expertcut wrote it before its constants had names of their own.
+
+    The modelling file is the one that such checkpoints carry, to the byte.
+    """
+    shutil.copytree(folder, earlier)
+    config = json.loads((folder / "config.json").read_text())
+    config["approximate_experts"] = declared(config)
+    config.pop("compression_config", None)
+    (earlier / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {n.replace(".constant_experts.", ".experts."): t for n, t in tensors.items()}
+    save_file(renamed, earlier / "model.safetensors", metadata={"format": "pt"})
+    code = Path(__file__).with_name("earlier_form") / f"{MODELLING_FILE}.txt"
+    (earlier / MODELLING_FILE).write_bytes(code.read_bytes())
+    return earlier
 
 
 def constants_for(

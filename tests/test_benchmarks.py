@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import gpu_full_size
+import torch
+from benchmarks import against_vllm, gpu_full_size
 from benchmarks.common import timed
 from benchmarks.work import Shape, count
 
@@ -43,6 +44,27 @@ def test_a_process_is_timed_and_its_failure_told(tmp_path: Path) -> None:
     assert took.elapsed_s >= 0.4 and took.peak_mb > 50
     with pytest.raises(RuntimeError, match="went wrong"):
         timed([sys.executable, "-c", "raise ValueError('went wrong')"], 1, tmp_path / "log")
+
+
+def test_an_engine_that_answers_nan_or_loads_what_it_must_refuse_is_not_passed() -> None:
+    reference = {"tokens.0": torch.zeros(3), "last.0": torch.tensor([0.0, -1.0, -2.0])}
+    near = {name: tensor + 1e-6 for name, tensor in reference.items()}
+    wrong = {**reference, "last.0": torch.tensor([-1.0, 0.0, -2.0])}
+    silent = {**reference, "last.0": torch.full((3,), float("nan"))}
+    found = {
+        name: against_vllm.compared(answers, reference, [0, 1])
+        for name, answers in {"near": near, "wrong": wrong, "silent": silent}.items()
+    }
+    assert found["near"][1] == 0 and found["wrong"] == (1.0, 1)
+    judged = against_vllm.judged
+    for engine, cut in (("vllm33", "mean"), ("vllm32", "stock"), ("vllm33", "earlier")):
+        assert judged(engine, "olmoe", cut, None, found["near"][0]) is True
+        for name in ("wrong", "silent"):
+            assert judged(engine, "olmoe", cut, None, found[name][0]) is False
+        assert judged(engine, "olmoe", cut, "it does not load", None) is False
+    assert judged("vllm32", "olmoe", "mean", None, found["near"][0]) is False
+    assert judged("vllm32", "olmoe", "mean", "out of memory", None) is False
+    assert judged("vllm32", "olmoe", "mean", "no parameter 'mlp.constant_experts'", None) is True
 
 
 def test_the_script_for_a_gpu_runs_on_a_small_shape(

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from expertcut.moe.stored.headers import read_headers
 from tests.conftest import Commands, make_checkpoint, write_quiz
+from tests.exact_models import as_written_before, declared
 
 QUICKSTART = Path(__file__).parents[1] / "checkpoints" / "quickstart"
 
@@ -32,7 +34,7 @@ def test_keeping_what_fires_at_any_token_changes_no_bit_of_what_was_profiled(
     expertcut(f"profile {model} {asked} --out p")
     printed = expertcut("prune --profile p --keep-active --positions all --layout exact --out cut")
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
-    n_removed = sum(map(len, config["approximate_experts"].values()))
+    n_removed = sum(map(len, declared(config).values()))
     if not is_bundled:  # there every expert fires at some token
         assert n_removed > 0
         assert "all of them come out bit-equal" in printed
@@ -62,6 +64,25 @@ def test_code_of_our_own_runs_and_no_other(cut: Path, expertcut: Commands) -> No
     assert "brings code of its own: read that, then --trust-remote-code" in said
     said = expertcut(f"{line} --trust-remote-code", status=2)
     assert "the checkpoint ran its code" in said
+
+
+def test_a_checkpoint_as_written_before_goes_through_every_command(
+    cut: Path, expertcut: Commands
+) -> None:
+    as_written_before(cut, cut.parent / "old")
+    expertcut("eval cut old --quiz quiz --shots 1 --out results.json")
+    found = comparison(cut.parent)
+    assert (found["max_abs_logprob_diff"], found["parameters_delta"]) == (0.0, 0)
+    expertcut("publish old who/what --dry-run")
+    card = (cut.parent / "old" / "README.md").read_text()
+    assert "vLLM 0.32" in card and "wrong" in card
+    expertcut("profile old --quiz quiz --split val --shots 1 --threads 1 --out q")
+    keep = json.loads((cut / "plan.json").read_text())["blocks"]["model.layers.1.mlp"]["keep"]
+    expertcut(f"reweight --profile q --boost 1:{keep[0]}=1 --layout exact --out new")
+    names = set(read_headers(cut.parent / "new"))
+    assert names == {*read_headers(cut), "model.layers.1.mlp.gate.bias"}
+    said = expertcut("prune --profile q --keep 2 --layout exact --out again", status=2)
+    assert "has layout exact already" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("named", ["other--modeling_exact.A", "modelling.A", 3, "modeling_exact"])

@@ -21,7 +21,7 @@ from expertcut.interventions.plan import load_hashes, load_plan
 from expertcut.moe.engine import Engine, ask
 from expertcut.quiz import Selection, load_quiz
 from tests.conftest import Commands, open_model
-from tests.exact_models import as_transformers_runs_it, load_exact, logprobs
+from tests.exact_models import as_transformers_runs_it, as_written_before, load_exact, logprobs
 from tests.healed_models import SHORT, asked_for, cut, healed
 
 Checkpoints = Callable[..., Path]
@@ -85,6 +85,21 @@ def test_a_healed_checkpoint_loads_as_it_was_written(
     if layout == "exact":
         constants = [name for name in first if name.endswith("approx_value")]
         assert constants and all(first[name].equal(before[name]) for name in constants)
+
+
+def test_one_as_written_before_is_healed_to_todays_names(
+    exact: Path, quiz_folder: Path, tmp_path: Path
+) -> None:
+    old = as_written_before(exact, tmp_path / "old")
+    for source in (exact, old):
+        healed(source, asked_for(quiz_folder), tmp_path / f"of-{source.name}")
+    new, upgraded = tmp_path / f"of-{exact.name}", tmp_path / "of-old"
+    first, second = (load_file(p / "model.safetensors") for p in (new, upgraded))
+    assert first.keys() == second.keys() != load_file(old / "model.safetensors").keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    for name in ("config.json", "modeling_exact.py"):
+        assert (new / name).read_bytes() == (upgraded / name).read_bytes()
+    assert logprobs(load_exact(new)).equal(logprobs(load_exact(upgraded)))
 
 
 def test_a_teacher_from_a_cache_teaches_as_a_live_one(

@@ -27,7 +27,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import FAMILIES, open_model
-from tests.exact_models import make_base
+from tests.exact_models import declared, make_base
 
 Checkpoints = Callable[..., Path]
 Profiles = Callable[..., Profile]
@@ -153,7 +153,7 @@ def test_each_layer_keeps_its_own_number_and_quiet_questions_keep_every_bit(
     assert built.proof and built.proof.alone
     alone = built.proof.alone
     assert alone.questions == 33 and 0 < alone.untouched == alone.bit_equal
-    stated = json.loads((tmp_path / "out" / "config.json").read_text())["approximate_experts"]
+    stated = declared(json.loads((tmp_path / "out" / "config.json").read_text()))
     assert [48 - len(ids) for ids in stated.values()] == counts
 
 

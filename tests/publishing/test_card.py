@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from expertcut.evaluation.results import load_results, save_results
 from expertcut.interventions.plan import PlanModel, load_plan
 from expertcut.moe.loading import find_source
 from expertcut.publishing.card.evidence import evaluations
+from expertcut.publishing.card.loaders import loaders
 from expertcut.publishing.card.markup import Markdown, escaped, printable
 from expertcut.publishing.card.origin import origin
 from expertcut.publishing.card.text import Place, card_text, is_edited
 from expertcut.publishing.verify import verified
+from tests.exact_models import as_written_before
 from tests.hub import LocalHub
 from tests.hub.uploads import card_faults
 from tests.publishing.made import HOSTILE, REPO, Publish, copied, refused
@@ -91,6 +94,41 @@ def test_a_card_without_results_and_of_a_local_base_says_so(made: Path, tmp_path
     assert "Unknown: no licence is stated" in card
     assert "trust_remote_code=True" in card and "llama.cpp" not in card
     assert "its mean output" in card
+
+
+def test_a_card_says_which_engines_read_a_form_wrongly(made: Path, tmp_path: Path) -> None:
+    exact = copied(made / "exact", tmp_path / "exact")
+    card = card_of(exact).replace("\\", "")
+    assert "0.33 or later, in an environment of its own" in card
+    assert "not together with quantised experts, LoRA on experts, EPLB" in card
+    assert "transformers 4 loads it wrongly" in card
+    assert "vLLM 0.32 knows no constant experts and refuses it" in card
+    old = card_of(as_written_before(exact, tmp_path / "old")).replace("\\", "")
+    assert "vLLM 0.32 loads it wrongly: it answers NaN" in old
+    stock = card_of(copied(made / "stock", tmp_path / "stock"))
+    assert "wrongly" not in stock and "refuses" not in stock
+
+
+def test_layout_exact_without_constants_and_biases_is_its_familys_form(
+    made: Path, tmp_path: Path
+) -> None:
+    exact = verified(copied(made / "exact", tmp_path / "exact"))
+    scaled = {k: v for k, v in exact.config.items() if k != "compression_config"}
+    names = {
+        form: [loader.name for loader in loaders(replace(exact, config=config), REPO, None)]
+        for form, config in {
+            "cut": exact.config,
+            "scaled": scaled,
+            "biased": {**scaled, "biased_gates": [1], "model_type": "exact_olmoe"},
+        }.items()
+    }
+    assert names == {
+        "cut": ["transformers", "vLLM"],
+        "scaled": ["transformers", "vLLM", "llama.cpp"],
+        "biased": ["transformers"],
+    }
+    lines = loaders(replace(exact, config=scaled), REPO, None)[0].lines
+    assert "trust_remote_code" not in lines
 
 
 def test_results_of_other_weights_are_refused_and_what_goes_up_names_no_path(

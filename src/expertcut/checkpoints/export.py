@@ -18,6 +18,7 @@ from expertcut.checkpoints.files.streaming import (
 )
 from expertcut.checkpoints.layouts.exact import (
     check_exact,
+    constants_on_disk,
     exact_config,
     exact_rewrite,
     is_exact,
@@ -124,7 +125,9 @@ def export(source: Source, draft: Draft, n_experts: int, gathered: Gathered, fol
     config = read_config(source.path)
     if draft.layout == "exact":
         biased = [name for name, edit in draft.edits.items() if edit.bias]
-        config = exact_config(config, removed_experts(draft.edits, n_experts), biased)
+        removed = removed_experts(draft.edits, n_experts)
+        earlier = constants_on_disk(stored.tensors) if is_exact(config) else None
+        config = exact_config(config, removed, biased, earlier)
     else:
         config = _stock_config(source, stored, draft, n_experts, is_said=True)
     for file in companions(source.path):

@@ -1,5 +1,6 @@
 """Adapters become weights: of the same layout, in the same names, other tensors copied."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,10 +14,16 @@ from expertcut.checkpoints.export import companions
 from expertcut.checkpoints.files.folders import system_errors
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.files.streaming import write_checkpoint
+from expertcut.checkpoints.layouts.exact import (
+    constants_on_disk,
+    exact_config,
+    has_earlier_names,
+)
+from expertcut.checkpoints.layouts.names import earlier_constants
 from expertcut.documents.private import share
 from expertcut.errors import ContractError
 from expertcut.healing.training.adapters import ADAPTER, deltas
-from expertcut.moe.loading import Source
+from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
 from expertcut.moe.stored.headers import read_stored
 from expertcut.profiling.chunks import write_atomically
 
@@ -34,7 +41,8 @@ class _Place:
 def write_merged(source: Source, model: Any, folder: Path) -> None:
     """Adds what the adapters of a peft model add to the weights on disk, rounded once.
 
-    Tensors are added to one at a time, in float32.
+    Tensors are added to one at a time, in float32. Constants of layout exact that have names of
+    before are given those of today.
 
     Raises:
         ContractError: a family whose names on disk cannot be told from those of the model.
@@ -43,7 +51,13 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
     write_checkpoint(source.path, folder, merged_rewrite(source, model))
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
-    write_atomically(folder / "config.json", (source.path / "config.json").read_bytes())
+    content = (source.path / "config.json").read_bytes()
+    if has_earlier_names(config := read_config(source.path)):
+        constants = constants_on_disk(read_stored(source.path).tensors)
+        config = exact_config(config, {}, earlier=constants)
+        content = (json.dumps(config, indent=2) + "\n").encode()
+        write_atomically(folder / MODELLING_FILE, modelling_code())
+    write_atomically(folder / "config.json", content)
 
 
 def merged_rewrite(source: Source, model: Any) -> Rewrite:
@@ -66,7 +80,7 @@ def merged_rewrite(source: Source, model: Any) -> Rewrite:
         name: Change(place.shape, partial(_plus, name, partial(parts, place.parameter)))
         for name, place in places.items()
     }
-    return Rewrite(changed=changed)
+    return Rewrite(renamed=earlier_constants(stored), changed=changed)
 
 
 def _places(base: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, _Place]]:

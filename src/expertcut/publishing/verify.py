@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from expertcut.checkpoints.layouts.exact import is_exact
+from expertcut.checkpoints.layouts.exact import has_constants, is_exact
 from expertcut.checkpoints.layouts.names import DiskBlock, match_blocks
 from expertcut.errors import ModelError, PlanError
 from expertcut.evaluation.proving.outcome import ProofResult, load_proof
@@ -44,9 +44,9 @@ class Checkpoint:
         return self.source.path
 
     @property
-    def is_exact(self) -> bool:
-        """Whether it needs the modelling file beside it."""
-        return is_exact(self.config)
+    def has_family_form(self) -> bool:
+        """Whether it is in the form of its family, without constants and biased gates."""
+        return not has_constants(self.config) and not self.config.get("biased_gates")
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

@@ -1,8 +1,13 @@
 """Layout `exact`: removed experts become constants, a bias stays a bias, and nothing else changes.
 
 The files are those of vLLM's constant-expert substitution (0.33 and later): kept experts keep ids
-and names, a removed one leaves `<block>.experts.<id>.approx_value` (D,), `config.json` lists the
-removed ids by layer, and `modeling_exact.py` beside it runs them in transformers.
+and names, a removed one leaves `<block>.constant_experts.<id>.approx_value` (D,), `config.json`
+declares each under `compression_config.transform_config.expert_substitution`, and
+`modeling_exact.py` beside it runs them in transformers.
+
+Earlier checkpoints declare `approximate_experts` and call the constants
+`<block>.experts.<id>.approx_value`, a name that vLLM 0.32 skips: it loads them and answers NaN.
+They are read, and whatever is made of one has today's names.
 """
 
 import re
@@ -14,7 +19,12 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.files.shards import Change, Rewrite
-from expertcut.checkpoints.layouts.names import DiskBlock, find_disk_blocks
+from expertcut.checkpoints.layouts.names import (
+    DiskBlock,
+    constant_name,
+    earlier_constants,
+    find_disk_blocks,
+)
 from expertcut.checkpoints.layouts.stock import scaled_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.calibration.outputs import Constants, Removed
@@ -31,9 +41,33 @@ FAMILIES = {
 }
 
 
+_ROUTING = {
+    "preserve_logical_expert_ids": True,
+    "preserve_router_weights": True,
+    "renormalize_after_substitution": False,
+}
+
+
 def is_exact(config: Mapping[str, Any]) -> bool:
     """Whether a model has this layout already."""
-    return "approximate_experts" in config or "biased_gates" in config
+    classes = config.get("auto_map")
+    named = classes.get("AutoModelForCausalLM") if isinstance(classes, Mapping) else None
+    module = MODELLING_FILE.removesuffix(".py")
+    is_named = isinstance(named, str) and named.rpartition(".")[0] == module
+    return is_named or has_constants(config) or "biased_gates" in config
+
+
+def has_constants(config: Mapping[str, Any]) -> bool:
+    """Whether removed experts are declared, in either form."""
+    found: Any = config
+    for key in ("compression_config", "transform_config", "expert_substitution", "targets"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return bool(found) or has_earlier_names(config)
+
+
+def has_earlier_names(config: Mapping[str, Any]) -> bool:
+    """Whether its constants have the names that vLLM 0.32 skips."""
+    return bool(config.get("approximate_experts"))
 
 
 def check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
@@ -53,18 +87,27 @@ def check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
             f"layout exact does not support {model_type} models, only "
             f"{', '.join(sorted(FAMILIES))}: use --layout stock"
         )
+    if "compression_config" in config and not has_constants(config):
+        raise ContractError(
+            "config.json has a compression_config, where layout exact declares the removed "
+            "experts: use --layout stock"
+        )
 
 
 def exact_config(
-    config: Mapping[str, Any], removed: Removed, biased: Collection[str] = ()
+    config: Mapping[str, Any],
+    removed: Removed,
+    biased: Collection[str] = (),
+    earlier: Removed | None = None,
 ) -> dict[str, Any]:
     """The original config and what the modelling file must know; `biased` are block names.
+
+    `earlier` are the constants that a model of this layout has already (`constants_on_disk`): they
+    stay what they are, as its biased gates do, and more of these come.
 
     Where only experts are removed, `architectures` and `model_type` stay the family's, by which
     vLLM reads the checkpoint. It has no place for a gate's bias, and neither have the family's
     classes in transformers, so that with one both names change and both refuse it.
-
-    In a model of this layout constants and biased gates stay what they are, and more come.
 
     Raises:
         ContractError: as `check_exact`.
@@ -78,13 +121,12 @@ def exact_config(
     n_experts = expert_count(dict(config)) or 0
     for block, experts in removed.items():
         _check_removed(block, experts, n_experts)
-    by_layer = {layer_number(block): sorted(ids) for block, ids in removed.items() if ids}
-    constants = {str(layer): by_layer[layer] for layer in sorted(by_layer)}
-    edited = {
-        **config,
-        "auto_map": auto_map,
-        "approximate_experts": config.get("approximate_experts") or constants,
-    }
+    edited = {**config, "auto_map": auto_map}
+    edited.pop("approximate_experts", None)
+    constants = {block: ids for block, ids in (earlier or removed).items() if ids}
+    if constants:
+        declared = _substitution(constants, n_experts)
+        edited["compression_config"] = {"transform_config": {"expert_substitution": declared}}
     gates = {*config.get("biased_gates", ()), *map(layer_number, biased)}
     if gates:
         auto_map["AutoConfig"] = f"{module}.Exact{family}Config"
@@ -92,6 +134,32 @@ def exact_config(
         edited["model_type"] = f"exact_{model_type}"
         edited["biased_gates"] = sorted(gates)
     return edited
+
+
+def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
+    """As vLLM 0.33 reads it, in model_executor/layers/fused_moe/expert_substitution.py."""
+    targets = {
+        f"{block}.experts": {
+            "num_logical_experts": n_experts,
+            "weight_layout": "compact_retained_experts",
+            "replacements": {
+                str(expert): {
+                    "format": "constant-v1",
+                    "tensors": {"value": constant_name(block, expert)},
+                }
+                for expert in sorted(constants[block])
+            },
+        }
+        for block in sorted(constants, key=layer_number)
+    }
+    return {"version": 1, "router_semantics": _ROUTING, "targets": targets}
+
+
+def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    """The experts of each block that are constants already, by either name."""
+    blocks = find_disk_blocks(headers).values()
+    found = {b.name: tuple(e for e, own in enumerate(b.by_expert) if not own) for b in blocks}
+    return {name: experts for name, experts in found.items() if experts}
 
 
 def _family_type(config: Mapping[str, Any]) -> str:
@@ -130,6 +198,8 @@ def exact_rewrite(
 ) -> Rewrite:
     """Which tensors go and which come: constants in their experts' dtype, biases (E,) in float32.
 
+    Constants that have names of before are given those of today.
+
     Raises:
         ContractError: a block whose experts do not lie one by one on disk.
     """
@@ -139,7 +209,7 @@ def exact_rewrite(
     for name, by_expert in as_stored(headers, constants).items():
         for expert, value_D in sorted(by_expert.items()):
             removed.update(_own_tensors(blocks, name, expert))
-            added[f"{name}.experts.{expert}.approx_value"] = value_D
+            added[constant_name(name, expert)] = value_D
     for name, edit in (edits or {}).items():
         if edit.bias:
             gate, bias_E = f"{name}.gate.bias", _bias_E(edit, blocks[name].n_experts)
@@ -151,7 +221,8 @@ def exact_rewrite(
             for expert in edit.scale:
                 _own_tensors(blocks, name, expert)
             changed |= scaled_experts(headers, blocks[name], edit)
-    return Rewrite(removed=frozenset(removed), changed=changed, added=added)
+    renamed = earlier_constants(headers)
+    return Rewrite(removed=frozenset(removed), renamed=renamed, changed=changed, added=added)
 
 
 def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:

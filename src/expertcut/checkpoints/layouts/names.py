@@ -14,9 +14,11 @@ from expertcut.moe.stored.headers import StoredTensor
 
 Headers = Mapping[str, StoredTensor]
 OutsideAxes = Mapping[str, Mapping[str, int]]  # by a block's loaded name: tensor on disk, its axis
-CONSTANT = "approx_value"  # what a removed expert of layout exact leaves behind
+CONSTANT = "approx_value"  # the only tensor of a removed expert in layout exact
 
-_OF_ONE_EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<part>.+)")
+_EXPERT = r"(?P<expert>0|[1-9]\d*)"
+_OF_ONE_EXPERT = re.compile(rf"(?P<block>.+)\.experts\.{_EXPERT}\.(?P<part>.+)")
+_CONSTANT_EXPERT = re.compile(rf"(?P<block>.+)\.constant_experts\.{_EXPERT}\.(?P<part>{CONSTANT})")
 _OF_ALL_EXPERTS = re.compile(
     r"(?P<block>.+)\.(experts\.(?P<part>[^.\d].*)|(?P<granite>(input|output)_linear)\.weight)"
 )
@@ -182,11 +184,33 @@ def _layer(block: str) -> tuple[str, int]:
     raise ContractError(f"{block} holds experts but names no layer: this form is not supported")
 
 
+def constant_name(block: str, expert: int) -> str:
+    """What the constant of a removed expert is called.
+
+    No loader takes it for a tensor of an expert: the ones that do not know constant experts skip
+    unknown tensors of experts, but not this one.
+    """
+    return f"{block}.constant_experts.{expert}.{CONSTANT}"
+
+
+def earlier_constants(headers: Headers) -> dict[str, str]:
+    """Constants named as expertcut once named them (`experts.<id>.`), and their names now."""
+    return {
+        name: constant_name(found["block"], int(found["expert"]))
+        for name in headers
+        if (found := _OF_ONE_EXPERT.fullmatch(name)) and found["part"] == CONSTANT
+    }
+
+
+def _of_one_expert(name: str) -> re.Match[str] | None:
+    return _OF_ONE_EXPERT.fullmatch(name) or _CONSTANT_EXPERT.fullmatch(name)
+
+
 def _block_of(name: str, tensor: StoredTensor) -> str | None:
     """The block whose experts a tensor belongs to."""
     if _SELECTION_BIAS.fullmatch(name):
         return None
-    if found := _OF_ONE_EXPERT.fullmatch(name):
+    if found := _of_one_expert(name):
         return found["block"]
     found = _OF_ALL_EXPERTS.fullmatch(name)
     if found is None or (found["granite"] and len(tensor.shape) != 3):
@@ -196,7 +220,7 @@ def _block_of(name: str, tensor: StoredTensor) -> str | None:
 
 def _disk_block(name: str, members: list[str], headers: Headers) -> DiskBlock:
     by_expert = _by_expert(name, members, headers)
-    fused = [n for n in members if not _OF_ONE_EXPERT.fullmatch(n)]
+    fused = [n for n in members if not _of_one_expert(n)]
     lengths = {headers[n].shape[0] if headers[n].shape else 0 for n in fused}
     lengths |= {len(by_expert)} - {0}
     if len(lengths) != 1 or (fused and by_expert):
@@ -228,7 +252,7 @@ def _disk_block(name: str, members: list[str], headers: Headers) -> DiskBlock:
 def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping[str, str], ...]:
     found: dict[int, dict[str, str]] = {}
     for member in members:
-        if of_one := _OF_ONE_EXPERT.fullmatch(member):
+        if of_one := _of_one_expert(member):
             found.setdefault(int(of_one["expert"]), {})[of_one["part"]] = member
     if sorted(found) != list(range(len(found))):
         raise ContractError(f"{name} holds {len(found)} experts that are not numbered from 0")

@@ -5,8 +5,15 @@ removed expert adds its `approx_value` (zero, or its mean output) times its gate
 other weights left; every layer has its own number of them. A gate may have a bias, added to its
 logits before the softmax. `config.json` says where:
 
-    "approximate_experts": {"<layer>": [ids of removed experts]}    the key that vLLM reads too
+    "compression_config": {"transform_config": {"expert_substitution": {"targets": {
+        "model.layers.<layer>.mlp.experts": {"replacements": {"<id of a removed expert>": ...}}}}}}
     "biased_gates": [layers whose gate has a bias]
+
+The first is vLLM's declaration of constant experts, version 1. The weights hold the constants as
+`model.layers.<layer>.mlp.constant_experts.<id>.approx_value`. No loader takes that name for one of
+an expert: one that does not know constant experts stops there. Earlier checkpoints declare
+`"approximate_experts": {"<layer>": [ids]}` and name constants `...mlp.experts.<id>.approx_value`.
+They are loaded too, and saved again under the names that they had.
 
 Kept experts keep their ids and names in the files, and `save_pretrained` writes them so. Needs
 transformers 5.22 or later, and nothing of expertcut. Names of tensors end in their axes: T tokens,
@@ -34,11 +41,18 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
+# As the files have them; the second is the name in checkpoints with "approximate_experts".
+CONSTANT_NAMES = (".mlp.constant_experts.*.approx_value", ".mlp.experts.*.approx_value")
+
 
 def removed_experts(config: Any, layer: int) -> list[int]:
     """Sorted ids of a layer's constant experts."""
-    by_layer = getattr(config, "approximate_experts", None) or {}
-    return sorted(by_layer.get(str(layer), by_layer.get(layer, ())))
+    if by_layer := getattr(config, "approximate_experts", None):
+        return sorted(by_layer.get(str(layer), by_layer.get(layer, ())))
+    transforms = (getattr(config, "compression_config", None) or {}).get("transform_config") or {}
+    targets = (transforms.get("expert_substitution") or {}).get("targets") or {}
+    target = targets.get(f"model.layers.{layer}.mlp.experts") or {}
+    return sorted(map(int, target.get("replacements") or ()))
 
 
 def kept_experts(n_experts: int, removed: list[int]) -> list[int]:
@@ -149,14 +163,14 @@ class Unstack(ConversionOps):
         return Stack()
 
 
-def _conversions() -> list[Any]:
+def _conversions(constants: tuple[str, ...] = CONSTANT_NAMES) -> list[Any]:
     # The leading dot sets the patterns apart from the family's own, which come along unasked.
     experts = ".mlp.experts"
     gate_up = [f"{experts}.*.gate_proj.weight", f"{experts}.*.up_proj.weight"]
     return [
         WeightConverter(gate_up, f"{experts}.gate_up_proj", [Stack(), Concatenate(dim=1)]),
         WeightConverter(f"{experts}.*.down_proj.weight", f"{experts}.down_proj", [Stack()]),
-        WeightConverter(f"{experts}.*.approx_value", f"{experts}.approx_value", [Stack()]),
+        *(WeightConverter(name, f"{experts}.approx_value", [Stack()]) for name in constants),
     ]
 
 
@@ -168,7 +182,8 @@ class ExactModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self._weight_conversions = _conversions()
+        is_earlier = bool(getattr(config, "approximate_experts", None))
+        self._weight_conversions = _conversions((CONSTANT_NAMES[is_earlier],))
         for layer, block in enumerate(self.model.layers):
             if removed := removed_experts(config, layer):
                 _extend(block.mlp.experts, ConstantExperts)
@@ -192,6 +207,7 @@ class ExactModel:
         for option in ("tp_plan", "tp_size", "distributed_config"):
             if kwargs.get(option) is not None:
                 raise ValueError(f"{option} is not supported: every rank would add the constants")
+        _register(cls)  # the file of an earlier checkpoint may have registered since
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -215,7 +231,11 @@ def _define(family: Any) -> None:
     body = {"config_class": config, "__module__": __name__}
     model = type(f"Exact{family.__name__}", (ExactModel, family), body)
     globals().update({made.__name__: made for made in (config, model)})
-    # Custom code is given no conversions of its family; it gets its own by the class's name.
+    _register(model)
+
+
+def _register(model: Any) -> None:
+    """Custom code is given no conversions of its family; it gets its own by the class's name."""
     register_checkpoint_conversion_mapping(model.__name__, _conversions(), overwrite=True)
 
 

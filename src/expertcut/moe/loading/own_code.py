@@ -1,9 +1,10 @@
 """The one modelling file that checkpoints of layout `exact` carry, and how it is known again.
 
-What is byte for byte the file of this package is our own code and no stranger's, so it runs
-without `--trust-remote-code`.
+What is byte for byte the file of this package, or of an earlier version of it, is our own code and
+no stranger's, so it runs without `--trust-remote-code`.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from expertcut.errors import ModelError
 from expertcut.moe.stored.headers import INDEX_FILE, SINGLE_FILE
 
 MODELLING_FILE = "modeling_exact.py"
+# SHA-256 of the files in checkpoints whose constants are called `experts.<id>.approx_value`.
+_EARLIER_FILES = frozenset(
+    {
+        "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
+        "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
+    }
+)
 _WEIGHTS = "transformers_weights"  # names the file of the weights, in transformers 5
 _IMPLEMENTATIONS = (
     *("attn_implementation", "_attn_implementation"),
@@ -24,7 +32,7 @@ def modelling_code() -> bytes:
 
 
 def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether all code that config.json asks for is the modelling file of this package."""
+    """Whether all code that config.json asks for is a modelling file of this package."""
     named = config.get("auto_map")
     if not isinstance(named, dict) or not named:
         return False
@@ -33,7 +41,10 @@ def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
     if any(not isinstance(c, str) or c.rpartition(".")[0] != module for c in named.values()):
         return False
     file = folder / MODELLING_FILE
-    return file.is_file() and file.read_bytes() == modelling_code()
+    if not file.is_file():
+        return False
+    content = file.read_bytes()
+    return content == modelling_code() or hashlib.sha256(content).hexdigest() in _EARLIER_FILES
 
 
 def check_named(folder: Path, config: dict[str, Any]) -> None:

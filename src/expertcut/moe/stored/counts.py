@@ -16,7 +16,9 @@ _COUNT_FIELDS = (
 )
 _EXPERT_COUNT = re.compile(r"(n|num)_(\w+_)?experts")
 _NUMBER = re.compile(r"\.(\d{1,9})\.")
-_OF_ONE_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d{1,9})\.(?P<part>.+)")
+_OF_ONE_EXPERT = re.compile(
+    r"(?P<block>.+)\.(constant_)?experts\.(?P<expert>\d{1,9})\.(?P<part>.+)"
+)
 _CONSTANT = {"approx_value"}  # all that is left of a removed expert of layout exact
 
 
@@ -90,7 +92,7 @@ def _experts_one_by_one(folder: Path, stored: Stored) -> Iterator[tuple[str, int
     blocks: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for name, tensor in stored.tensors.items():
         if found := _OF_ONE_EXPERT.fullmatch(name):
-            experts = blocks.setdefault(found["block"], {})
+            experts = blocks.setdefault(f"{found['block']}.experts", {})
             experts.setdefault(int(found["expert"]), {})[found["part"]] = tensor
     for block, experts in blocks.items():
         _check_alike(folder, block, experts)

@@ -23,7 +23,7 @@ from expertcut.publishing.card.changes import (
     step_sentences,
 )
 from expertcut.publishing.card.evidence import Evaluated, eval_results
-from expertcut.publishing.card.loaders import loaders
+from expertcut.publishing.card.loaders import loaders, misreaders
 from expertcut.publishing.card.markup import Markdown, code, escaped, markdown_table, printable
 from expertcut.publishing.card.origin import Licence, Origin
 from expertcut.publishing.verify import REPORT_FILE, Checkpoint
@@ -122,6 +122,8 @@ def _facts(
         "evaluated": [(one, _results_facts(one)) for one in evaluated],
         "size": _size(checkpoint, evaluated),
         "loaders": loaders(checkpoint, place.repo, place.revision),
+        "misreaders": misreaders(checkpoint),
+        "has_family_form": checkpoint.has_family_form,
         "has_report": any(f.name == REPORT_FILE for f in checkpoint.files),
         "files": Markdown(place.files),
     }
