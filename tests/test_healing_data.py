@@ -341,13 +341,25 @@ def test_the_balance_is_counted_over_the_step_and_all_processes(checkpoint: Chec
 
     counts = [torch.bincount(r.experts_TK.flatten(), minlength=8).float() for r in passes]
     means = [r.logits_TE.softmax(dim=-1).mean(dim=0) for r in passes]
-    shared = Balance([block], lambda own_E: own_E + counts[1])
     together_E = (counts[0] + counts[1]) / (counts[0] + counts[1]).sum()
-    assert loss(shared, passes[0]) == pytest.approx(8 * float((together_E * means[0]).sum()))
+    whole = 8 * float((together_E * (means[0] + means[1]) / 2).sum())
+    # Two processes: each has its half of the step's loss.
+    halves = [
+        Balance([block], lambda own_E, other=other: own_E + counts[other]) for other in (1, 0)
+    ]
+    parts = [loss(half, routing) for half, routing in zip(halves, passes, strict=True)]
+    assert sum(parts) == pytest.approx(whole)
+    assert parts[0] == pytest.approx(8 * float((together_E * means[0]).sum()) / 2)
+    # Two micro-batches, counted before.
     alone = Balance([block], lambda own_E: own_E)
     first = loss(alone, passes[0])
     assert first == pytest.approx(8 * float((counts[0] / 24 * means[0]).sum()))
-    assert loss(alone, passes[1]) == pytest.approx(8 * float((together_E * means[1]).sum()))
+    alone.begin()
+    for routing in passes:
+        alone.seen = {block.layer: routing}
+        alone.count(mask_BS)
+    alone.share()
+    assert [loss(alone, routing) for routing in passes] == pytest.approx(parts)
     alone.begin()
     assert loss(alone, passes[0]) == pytest.approx(first)
     even = routing_of(block.layer, torch.zeros(12, 8))

@@ -238,7 +238,8 @@ def test_a_run_that_was_killed_while_it_wrote_is_written_as_it_was(
         healed(stock, asked, out)
     steps = tmp_path / "out.healing" / "steps"
     best, last = wild.curve.best_step, wild.curve.steps
-    assert {path.name for path in steps.iterdir()} == {f"checkpoint-{n}" for n in (best, last)}
+    kept = {path.name for path in steps.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{n}" for n in (best, last)}
     if harm == "moved":
         out = tmp_path / "elsewhere" / "new"
         out.parent.mkdir()
@@ -277,7 +278,7 @@ def test_states_are_told_by_their_steps_and_by_nothing_else(
         healed(stock, asked, tmp_path / "out")
     assert whole.curve.best_step == 2
     kept = {f"checkpoint-{n}" for n in (2, 6, "4-backup")}
-    assert {path.name for path in steps.iterdir()} == kept
+    assert {path.name for path in steps.glob("checkpoint-*")} == kept
     assert steps_seen(stock, asked, tmp_path / "out", whole) == []
 
 
@@ -300,8 +301,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_harms_no_state(
     is_training, broken, said = broken_at
     shutil.copytree(left, tmp_path / "out.healing")
 
-    def objective(self: HealTrainer, logits: Tensor, inputs: Any) -> Tensor:
-        found = sound(self, logits, inputs)
+    def objective(self: HealTrainer, *given: Any) -> Tensor:
+        found = sound(self, *given)
         return found * broken if self.model.training is is_training else found
 
     sound = HealTrainer._objective
@@ -317,8 +318,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_harms_no_state(
 def test_a_gradient_that_is_no_number_ends_the_run(
     stock: Path, quiz_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def objective(self: HealTrainer, logits: Tensor, inputs: Any) -> Tensor:
-        found = sound(self, logits, inputs)
+    def objective(self: HealTrainer, *given: Any) -> Tensor:
+        found = sound(self, *given)
         found.register_hook(lambda gradient: gradient * torch.nan) if found.requires_grad else None
         return found
 

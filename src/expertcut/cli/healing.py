@@ -23,7 +23,7 @@ from expertcut.cli.options import (
     value,
 )
 from expertcut.cli.output import print_tables, quiet
-from expertcut.cli.running import bar, resumable
+from expertcut.cli.running import bar, is_first, resumable
 
 if TYPE_CHECKING:
     from expertcut.healing.asking import Healing
@@ -96,7 +96,7 @@ class Heal:
     ] = None
     batch: Annotated[int, option("Rows of a step, over all processes.", min=1)] = 16
     micro_batch: Annotated[
-        int | None, option("Rows at once in a process.  [default: its share of --batch]", min=1)
+        int | None, option("Rows in memory at once.  [default: what fits into free memory]", min=1)
     ] = None
     balance: Annotated[float, option("Weight of the load-balancing loss.", min=0)] = 0.0
     check_every: Annotated[int, option("Steps between two looks at held-out rows.", min=1)] = 50
@@ -130,7 +130,7 @@ class Heal:
         load_as = LoadOptions(self.dtype, self.device, self.trust_remote_code)
         place = Place(self.out or default_out(self.checkpoint), self.force)
         with resumable(place.working, "the last state is"), bar("healing") as report:
-            options = Options(load_as, self.threads, not self.no_verify, report)
+            options = Options(load_as, self.threads, not self.no_verify, report, _tell)
             healed = heal(self.checkpoint, self._asked(), place, options)
         if healed is not None:
             _say(healed)
@@ -175,6 +175,11 @@ class Heal:
             seed=self.seed,
             saves_memory=self.save_memory,
         )
+
+
+def _tell(sentence: str) -> None:
+    if is_first():
+        print(sentence, flush=True)
 
 
 def _say(healed: Any) -> None:

@@ -16,6 +16,7 @@ from expertcut.moe.loading import MoeModel, Source
 from expertcut.quiz import Quiz
 
 _ASKED_FILE = "asked.json"
+_OF_MEMORY = ("micro_batch", "saves_memory")  # how a step is computed, not what it gives
 
 
 class Begun(Record):
@@ -38,6 +39,7 @@ class Begun(Record):
     ) -> Self:
         """Models and questions by what they hold."""
         whole = plain(asked)
+        whole["training"] = _without_memory(whole["training"])
         return cls(
             checkpoint=moe.source.fingerprint,
             dtype=str(moe.dtype),
@@ -78,6 +80,8 @@ def _hash(parts: Iterator[object]) -> str:
 def go_on(folder: Path, asked: Begun) -> None:
     """That what lies in a working folder was begun by the same run, or nothing does.
 
+    Another --micro-batch and --save-memory are the same run.
+
     Raises:
         OutputError: it is another's.
     """
@@ -86,7 +90,12 @@ def go_on(folder: Path, asked: Begun) -> None:
     if before is None:
         save_outcome(file, asked)
     else:
-        check_same(folder, before, asked, "healing")
+        training = _without_memory(before.training)  # older files have all of it
+        check_same(folder, before.model_copy(update={"training": training}), asked, "healing")
+
+
+def _without_memory(training: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in training.items() if key not in _OF_MEMORY}
 
 
 def plain(asked: Healing) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from expertcut.healing.lineage import first_base
 from expertcut.healing.planning import healed_plan, used_questions
 from expertcut.healing.training.adapters import adapted, put_on
 from expertcut.healing.training.cache import Whose, check_whose, filled
-from expertcut.healing.training.fit import Curve, Report, fit
+from expertcut.healing.training.fit import Curve, Report, Tell, fit
 from expertcut.healing.training.objectives import OBJECTIVES, Objective
 from expertcut.healing.training.teacher import Live, Teacher
 from expertcut.healing.written import write_adapter, write_merged
@@ -38,13 +38,14 @@ from expertcut.profiling.sharing.alone import alone
 class Options:
     """How to load and run; without `is_verified` no question is asked of the result.
 
-    `beside` are files, by name, to lie beside the plan.
+    `beside` are files, by name, to lie beside the plan. `tell` is told how steps will run.
     """
 
     load_as: LoadOptions
     threads: int | None = None
     is_verified: bool = True
     report: Report = lambda done, total: None
+    tell: Tell = lambda sentence: None
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -121,7 +122,7 @@ def _trained(run: _Run, base: Source | None, place: Place, working: Path) -> Hea
     model = adapted(run.moe, replace(asked.lora, seed=asked.training.seed))
     curve = fit(
         run.moe, model, run.read, asked.training, (run.objective, teacher),
-        (working / "steps", run.options.report),
+        (working / "steps", run.options.report), run.options.tell,
     )  # fmt: skip
     model.eval()
     del teacher
@@ -186,10 +187,8 @@ def _teacher(run: _Run, base: Source, other: Callable[[], MoeModel]) -> Teacher:
         return Live(other(), asked.likeliest)
     n_rows = asked.training.steps * asked.training.batch
     rows: Any = (run.read.rows(n_rows), run.read.fixed(n_rows))
-    batch = asked.training.micro_batch or asked.training.batch
-    return filled(
-        asked.cache, _whose(run, base), rows, lambda: Live(other(), asked.likeliest), batch
-    )
+    live = lambda: Live(other(), asked.likeliest)  # noqa: E731
+    return filled(asked.cache, _whose(run, base), rows, live, asked.training.batch)
 
 
 def _whose(run: _Run, base: Source) -> Whose:

@@ -1,6 +1,6 @@
 """Rows as the tensors of one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from expertcut.healing.data.rows import Row
 from expertcut.healing.training.objectives import IGNORED, Where
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,28 @@ class Collator:
             "weight_BS": weight_BS,
             "row_B": numbers_B,
         }
+
+
+def cut_rows(batch: Batch, n_rows: int) -> Iterator[Batch]:
+    """So many rows at a time, in their order, without the columns in which all of them are pads."""
+    for begin in range(0, len(batch["input_ids"]), n_rows):
+        yield _rows(batch, slice(begin, begin + n_rows))
+
+
+def halves(batch: Batch) -> Iterator[Batch]:
+    """The first and the second half of at least two rows."""
+    n_rows = len(batch["input_ids"])
+    yield _rows(batch, slice(0, n_rows // 2))
+    yield _rows(batch, slice(n_rows // 2, n_rows))
+
+
+def longest_first(batch: Batch) -> Batch:
+    """Rows by length, so that rows that are cut off together are alike long."""
+    order_B = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
+    return {name: tensor[order_B] for name, tensor in batch.items()}
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    taken = {name: tensor[rows] for name, tensor in batch.items()}
+    width = int(taken["attention_mask"].sum(dim=1).max())
+    return {name: t[:, :width] if t.ndim > 1 else t for name, t in taken.items()}

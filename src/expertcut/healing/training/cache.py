@@ -22,9 +22,9 @@ from torch import Tensor
 
 from expertcut.errors import OutputError
 from expertcut.healing.data.rows import Row
-from expertcut.healing.training.batches import Collator
+from expertcut.healing.training.batches import Batch, Collator
 from expertcut.healing.training.objectives import IGNORED, Likeliest, everywhere
-from expertcut.healing.training.teacher import Batch, Live
+from expertcut.healing.training.teacher import Live
 from expertcut.profiling.chunks import write_atomically
 
 _WHOSE = "teacher.json"

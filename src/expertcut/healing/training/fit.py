@@ -16,6 +16,7 @@ from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.asking import Training
 from expertcut.healing.data.sources import Read
 from expertcut.healing.training.batches import Collator
+from expertcut.healing.training.micro_batch import choose_micro_batch, share_of_process
 from expertcut.healing.training.objectives import Objective
 from expertcut.healing.training.states import (
     best_step,
@@ -32,6 +33,7 @@ from expertcut.healing.training.trainer import HealTrainer
 from expertcut.moe.loading import MoeModel
 
 Report = Callable[[int, int], None]  # steps done, of how many
+Tell = Callable[[str], None]  # a sentence about how it will run
 _FINITE = {
     "loss": "its loss",
     "grad_norm": "the norm of its gradient",
@@ -41,12 +43,16 @@ _FINITE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """What was seen: the loss of each step, and by step that of the held-out rows."""
+    """What was seen: the loss of each step, and by step that of the held-out rows.
+
+    `micro_batch` rows were in memory at once.
+    """
 
     losses: tuple[float, ...]
     held_out: tuple[tuple[int, float], ...]
     best_step: int
     steps: int
+    micro_batch: int
 
 
 def fit(
@@ -56,13 +62,14 @@ def fit(
     how: Training,
     kind: tuple[Objective, Teacher | None],
     place: tuple[Path, Report],
+    tell: Tell = lambda sentence: None,
 ) -> Curve:
     """Trains the adapters of a peft model and leaves the best in it, by held-out rows.
 
     A run that was stopped goes on from its last state in the folder.
 
     Raises:
-        ModelError: a loss or gradient that is no finite number.
+        ModelError: a loss or gradient that is no finite number, or too little memory for one row.
         OutputError: the best state was damaged meanwhile.
         SettingsError: a batch that cannot be shared out, or a device that Trainer does not take.
     """
@@ -80,6 +87,8 @@ def fit(
         callbacks=[_Watch(how, folder), _Progress(report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
+    trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, read, how, folder)
+    tell(trainer.micro_batch.sentence(how.batch))
     if how.balance:
         trainer.add_balance(how.balance)
     state = _trained(trainer, how, folder)
@@ -87,7 +96,8 @@ def fit(
     trainer.accelerator.wait_for_everyone()  # the first has written the last state
     load_best(model, folder, best)
     trainer.accelerator.wait_for_everyone()  # each has read the best adapters
-    return Curve(train_losses(state), held_out_losses(state), best, state.global_step)
+    losses = (train_losses(state), held_out_losses(state))
+    return Curve(*losses, best, state.global_step, trainer.micro_batch.rows)
 
 
 def _trained(trainer: HealTrainer, how: Training, folder: Path) -> TrainerState:
@@ -104,20 +114,15 @@ def _trained(trainer: HealTrainer, how: Training, folder: Path) -> TrainerState:
 
 def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
     n_processes = TrainingArguments(str(folder), use_cpu=moe.device.type == "cpu").world_size
-    micro = how.micro_batch or max(1, how.batch // n_processes)
-    if how.batch % (micro * n_processes):
-        raise SettingsError(
-            f"--batch {how.batch} must be a multiple of --micro-batch {micro} times the "
-            f"{n_processes} processes"
-        )
+    # Trainer's batches are whole steps: HealTrainer cuts them, so that no state depends on how.
+    share = share_of_process(how.batch, n_processes, how.micro_batch)
     is_cuda = moe.device.type == "cuda"
     every = min(how.check_every, how.steps)
     arguments = TrainingArguments(
         str(folder),
         max_steps=how.steps,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=how.batch // (micro * n_processes),
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=share,
         learning_rate=how.rate(moe.model.config.get_text_config().hidden_size),
         lr_scheduler_type="cosine",
         warmup_steps=how.warmup,
@@ -134,7 +139,6 @@ def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,  # it would tell 0 instead
         remove_unused_columns=False,
         dataloader_pin_memory=is_cuda,
-        ddp_find_unused_parameters=True if n_processes > 1 else None,
         disable_tqdm=True,
         report_to="none",
     )

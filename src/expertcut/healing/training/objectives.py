@@ -19,6 +19,10 @@ class Likeliest:
     ids_MR: Tensor
     logprob_MR: Tensor
 
+    def __getitem__(self, at: slice) -> "Likeliest":
+        """At some of the positions."""
+        return Likeliest(self.ids_MR[at], self.logprob_MR[at])
+
 
 def at_answers(row: Row) -> Sequence[int]:
     """The positions right before the letters of answers."""

@@ -74,23 +74,33 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     scheduler.load_state_dict({**scheduler.state_dict(), **content.schedule})
 
 
-def save_random(folder: Path, rank: int) -> None:
+def random_states() -> dict[str, Tensor]:
     """The generators that forward passes may use: torch's of the CPU and of CUDA devices."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    save_file(states, folder / RANDOM.format(rank=rank))
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Puts the generators back, those that are there."""
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, device)
+
+
+def save_random(folder: Path, rank: int) -> None:
+    """The generators of a process."""
+    save_file(random_states(), folder / RANDOM.format(rank=rank))
 
 
 def load_random(folder: Path, rank: int) -> None:
-    """Puts the generators back, those that are there."""
+    """Puts the generators back, if they were saved."""
     file = folder / RANDOM.format(rank=rank)
-    states = load_file(file) if file.is_file() else {}
-    if "cpu" in states:
-        torch.set_rng_state(states.pop("cpu"))
-    for device, state in states.items():
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(state, device)
+    if file.is_file():
+        set_random_states(load_file(file))
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

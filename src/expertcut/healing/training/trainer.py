@@ -1,24 +1,33 @@
 """transformers' Trainer, with losses of its own and a state that holds no pickle."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 from expertcut.errors import SettingsError
 from expertcut.healing.training.balance import Balance
-from expertcut.healing.training.objectives import IGNORED, Objective
+from expertcut.healing.training.batches import Batch, cut_rows, longest_first
+from expertcut.healing.training.micro_batch import MicroBatch
+from expertcut.healing.training.objectives import IGNORED, Likeliest, Objective
+from expertcut.healing.training.projection import Projection, chunked_loss
 from expertcut.healing.training.saved import (
     load_optimizer,
     load_random,
+    random_states,
     save_optimizer,
     save_random,
+    set_random_states,
 )
 from expertcut.healing.training.teacher import Teacher
 from expertcut.moe.loading import MoeModel
+from expertcut.moe.memory import give_back, is_out_of_memory
+
+T = TypeVar("T")
 
 
 class HealTrainer(Trainer):
@@ -26,6 +35,8 @@ class HealTrainer(Trainer):
 
     objective: Objective
     teacher: Teacher | None
+    micro_batch: MicroBatch
+    model: Any
 
     def __init__(
         self, moe: MoeModel, objective: Objective, teacher: Teacher | None, **more: Any
@@ -36,6 +47,7 @@ class HealTrainer(Trainer):
         self.balance: Balance | None = None
         self.balance_weight = 0.0
         self.moe = moe
+        self.projection = Projection(moe)
         # Labels are those of the next token already, and are counted over the global batch.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -51,6 +63,41 @@ class HealTrainer(Trainer):
         self.balance_weight = weight
         self.balance = Balance(self.moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
 
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A step's share of this process, cut into micro-batches; gradients are left in weights.
+
+        DistributedDataParallel is passed by: processes add their gradients up here, once all of
+        them have had memory enough.
+        """
+        self.model.train()
+        batch = longest_first(self._prepare_inputs(inputs))
+        n_items = self._n_items(batch, num_items_in_batch)
+        is_shared = self.accelerator.num_processes > 1
+
+        def of_step(n_rows: int) -> Tensor:
+            pieces = list(cut_rows(batch, n_rows))
+            if self.balance is not None and not is_shared:
+                self.balance.begin()  # one pass of all rows counts by itself
+                if len(pieces) > 1:
+                    self._count_loads(self.balance, pieces)
+                    self.balance.share()
+            total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+            for piece in pieces:
+                loss = self._loss(piece, n_items)
+                self.accelerator.backward(loss)
+                total += loss.detach()
+            return total.float()
+
+        if self.balance is not None and is_shared:
+            balance = self.balance
+            self._within_memory(lambda n: self._count_loads(balance, cut_rows(batch, n)), batch)
+            balance.share()
+        loss = self._within_memory(of_step, batch)
+        self._add_up_gradients()
+        return loss
+
     def compute_loss(
         self,
         model: Any,
@@ -58,33 +105,111 @@ class HealTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Per position that is trained on in the global batch."""
-        is_balanced = self.balance is not None and model.training
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        if self.balance is not None and is_balanced:
-            with self.balance.watching():
-                outputs = model(**given, use_cache=False)
-        else:
-            outputs = model(**given, use_cache=False)
-        labels_BS, n_items = inputs["labels"], num_items_in_batch
-        loss = self._objective(outputs.logits, inputs) / (
-            max(1, int((labels_BS != IGNORED).sum())) if n_items is None else n_items
-        )
-        if n_items is not None:  # the mean over processes is taken of what is a share of the sum
-            loss = loss * self.accelerator.num_processes
-        if self.balance is not None and is_balanced:
-            balance = self.balance.loss(inputs["attention_mask"])
-            loss = loss + self.balance_weight * balance / self.current_gradient_accumulation_steps
-            if self.accelerator.sync_gradients:
-                self.balance.begin()
+        """Per position that is trained on in the global batch; without gradients."""
+        batch = longest_first(inputs)
+        n_items = self._n_items(batch, num_items_in_batch)
+
+        def of_batch(n_rows: int) -> Tensor:
+            losses = [self._loss(piece, n_items).double() for piece in cut_rows(batch, n_rows)]
+            return torch.stack(losses).sum().float()
+
+        with torch.no_grad():
+            loss = self._within_memory(of_batch, batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _objective(self, logits_BSV: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        at_BS = inputs["labels"] != IGNORED
-        found = None if self.teacher is None else self.teacher(dict(inputs), at_BS)
-        loss_M = self.objective.loss(logits_BSV[at_BS], inputs["labels"][at_BS], found)
-        weighted_M: Tensor = loss_M * inputs["weight_BS"][at_BS]
-        return weighted_M.sum()
+    def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
+        """As Trainer's; held-out rows are of other lengths, for which memory is cleared before."""
+        give_back()
+        found: dict[str, float] = super().evaluate(*given, **named)
+        give_back()
+        return found
+
+    def _n_items(self, batch: Batch, n_items: Tensor | int | None) -> float:
+        """What a sum of losses is divided by.
+
+        Over processes the mean is taken, of what is a share of the sum.
+        """
+        if n_items is None:
+            return max(1, int((batch["labels"] != IGNORED).sum()))
+        n_processes: int = self.accelerator.num_processes
+        return float(n_items) / n_processes
+
+    def _loss(self, batch: Batch, n_items: float) -> Tensor:
+        """A micro-batch's part of the loss."""
+        at_BS = batch["labels"] != IGNORED
+        # Before the other model's pass, whose activations are kept until its gradients are there.
+        said = None if self.teacher is None else self.teacher(batch, at_BS)
+        if self.balance is None or not self.model.training:
+            return self._objective(self._hidden(batch), batch, said) / n_items
+        with self.balance.watching():
+            hidden_BSH = self._hidden(batch)
+        loss = self._objective(hidden_BSH, batch, said) / n_items
+        balance = self.balance.loss(batch["attention_mask"])
+        n_processes: int = self.accelerator.num_processes
+        return loss + self.balance_weight * balance * n_processes
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        return self.projection.hidden(self.model, batch["input_ids"], batch["attention_mask"])
+
+    def _objective(self, hidden_BSH: Tensor, batch: Batch, said: Likeliest | None) -> Tensor:
+        """The weighted sum over positions."""
+        at_BS = batch["labels"] != IGNORED
+        next_M, weight_M = batch["labels"][at_BS], batch["weight_BS"][at_BS]
+
+        def of_chunk(logits_NV: Tensor, at: slice) -> Tensor:
+            loss_N = self.objective.loss(logits_NV, next_M[at], said[at] if said else None)
+            return (loss_N * weight_M[at]).double().sum()
+
+        return chunked_loss(self.projection, self.model, hidden_BSH[at_BS], of_chunk)
+
+    @torch.no_grad()
+    def _count_loads(self, balance: Balance, pieces: Iterable[Batch]) -> bool:
+        """Passes that only count, and leave the random state as it was for those that learn."""
+        before = random_states()
+        balance.begin()
+        for piece in pieces:
+            with balance.watching():
+                self._hidden(piece)
+            balance.count(piece["attention_mask"])
+        set_random_states(before)
+        return True
+
+    def _within_memory(self, work: Callable[[int], T], batch: Batch) -> T:
+        """Work on so many rows at once; again with half of them, in all processes, if memory ends.
+
+        Raises:
+            ModelError: there is not enough for one row.
+        """
+        before = random_states()
+        while True:
+            found = None
+            try:
+                found = work(self.micro_batch.rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if self._have_all(found is not None) and found is not None:
+                return found
+            self.model.zero_grad(set_to_none=True)
+            self.micro_batch.halve(self.moe, batch["input_ids"].shape[1])
+            set_random_states(before)
+
+    def _have_all(self, is_done: bool) -> bool:
+        """Whether every process had memory enough."""
+        if self.accelerator.num_processes == 1:
+            return is_done
+        done = torch.tensor(float(is_done), device=self.args.device)
+        return bool(self.accelerator.reduce(done, "mean") == 1)
+
+    def _add_up_gradients(self) -> None:
+        """The mean over processes, as losses are multiplied by their number."""
+        if self.accelerator.num_processes == 1:
+            return
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        own = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in own]), "mean")
+        for weight, part in zip(trained, flat.split([w.numel() for w in trained]), strict=True):
+            weight.grad = part.view_as(weight).clone()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = train_dataset or self.train_dataset

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -21,6 +20,7 @@ from expertcut.moe.loading.checks.weights import check_complete, check_finite, c
 from expertcut.moe.loading.devices import find_device, runs_on, spread
 from expertcut.moe.loading.own_code import check_named, runs_our_code_only
 from expertcut.moe.loading.sources import Source
+from expertcut.moe.memory import free_bytes
 from expertcut.moe.stored.counts import check_counts
 from expertcut.moe.stored.headers import read_even_quantized
 from expertcut.moe.stored.objects import read_config
@@ -173,9 +173,7 @@ def fits_in_memory(source: Source, options: LoadOptions) -> bool:
             n_values += sum(map(math.prod, shapes))
     if isinstance(dtype, torch.dtype):
         n_bytes = n_values * dtype.itemsize
-    is_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
-    return n_bytes * _MEMORY_PER_WEIGHT_BYTE <= free
+    return n_bytes * _MEMORY_PER_WEIGHT_BYTE <= free_bytes(device)
 
 
 def _align(model: Any) -> None:

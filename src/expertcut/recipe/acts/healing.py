@@ -21,8 +21,9 @@ def heal(job: Job) -> None:
     place = Place(job.run / variant_folder(job.stage.name), is_forced=True)
     with job.audience.parts("healing") as report:
         options = Options(
-            job.load_as(), job.recipe.threads, asked.verify, report, beside=job.beside
-        )
+            job.load_as(), job.recipe.threads, asked.verify, report,
+            tell=lambda sentence: job.audience.say([], [sentence]), beside=job.beside,
+        )  # fmt: skip
         checkpoint = str(job.run / variant_folder(asked.of))
         healed = train(checkpoint, _healing(job.recipe, asked), place, options)
     assert healed is not None  # a recipe runs in one process

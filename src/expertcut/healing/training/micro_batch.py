@@ -1,0 +1,231 @@
+"""How many rows of a step are in memory at once: asked for, recorded, or chosen from free memory.
+
+A step's loss and gradient are those of the whole batch however it is cut, but for rounding. So that
+a run that was stopped goes on to the last bit, the number of rows is recorded beside its states and
+kept.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from expertcut.documents.records import Record, load_record
+from expertcut.errors import ModelError, OutputError, SettingsError
+from expertcut.healing.asking import Training
+from expertcut.healing.data.sources import Read
+from expertcut.healing.training.projection import Projection
+from expertcut.healing.training.saved import random_states, set_random_states
+from expertcut.moe.loading import MoeModel
+from expertcut.moe.memory import free_bytes, give_back, is_out_of_memory
+from expertcut.profiling.chunks import write_atomically
+
+logger = logging.getLogger(__name__)
+
+MICRO_BATCH_FILE = "micro_batch.json"
+# With more than so many tokens in a pass a step is hardly faster.
+_PASS_TOKENS = {"cpu": 4096}
+_PASS_TOKENS_ELSEWHERE = 16384
+_PASS_BYTES = {"cpu": 0.75e9}  # more than that for one row alone, on a CPU that others use too
+_FREE_SHARE = 0.5  # of the free memory, for a new run; what was recorded may take all of it
+_SLACK = 2.0  # what a pass takes for each byte that autograd keeps: gradients, copies, gaps
+_LOOKED_AT = 512  # rows of training that are searched for the longest
+_SHORT = 8  # tokens of the pass that tells what does not grow with tokens
+_ADAPTER_COPIES = 3  # their gradients, and Adam's two moments
+_CHUNK_COPIES = 6  # logits of a chunk of positions, their softmax, gradients
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory of a training pass: `fixed_bytes` whatever its rows, `row_bytes` for each of them.
+
+    `longest` are the tokens of a row.
+    """
+
+    fixed_bytes: int
+    row_bytes: int
+    longest: int
+
+    def rows_within(self, n_bytes: float) -> int:
+        """Rows that fit into so much memory."""
+        return int(max(0.0, n_bytes - self.fixed_bytes) // max(1, self.row_bytes))
+
+
+class _Recorded(Record):
+    rows: int
+
+
+@dataclass
+class MicroBatch:
+    """Rows of one process that are in memory at once, and why so many; kept in a file."""
+
+    rows: int
+    why: str
+    file: Path
+
+    def sentence(self, batch: int) -> str:
+        """How a step of so many rows will run."""
+        return f"{batch} rows a step, {self.rows} at once ({self.why})"
+
+    def save(self) -> None:
+        """For a run that goes on."""
+        if PartialState().is_main_process:
+            content = _Recorded(rows=self.rows).model_dump_json() + "\n"
+            write_atomically(self.file, content.encode())
+
+    def halve(self, moe: MoeModel, n_tokens: int) -> None:
+        """After memory ended.
+
+        Raises:
+            ModelError: it was one row already.
+        """
+        if self.rows == 1:
+            raise ModelError(
+                f"{moe.source.id}: not enough memory to train on one row of {n_tokens:,} tokens: "
+                "free memory, give --save-memory or a smaller --max-tokens; the same command then "
+                "goes on from the last state"
+            )
+        before, self.rows = self.rows, self.rows // 2
+        self.why = f"{before} were too many"
+        logger.warning(
+            "not enough memory for %d rows at once: the step is done again with %d", before,
+            self.rows,
+        )  # fmt: skip
+        give_back()
+        self.save()
+
+
+def share_of_process(batch: int, n_processes: int, micro_batch: int | None) -> int:
+    """Rows of a step in each process.
+
+    Raises:
+        SettingsError: a batch that cannot be shared out.
+    """
+    if batch % (n_processes * (micro_batch or 1)):
+        micro = f"--micro-batch {micro_batch} times " if micro_batch else ""
+        raise SettingsError(
+            f"--batch {batch} must be a multiple of {micro}the {n_processes} processes"
+        )
+    return batch // n_processes
+
+
+def choose_micro_batch(
+    moe: MoeModel, run: Any, projection: Projection, read: Read, how: Training, folder: Path
+) -> MicroBatch:
+    """The number of rows: as asked for, else as recorded in the folder, else as memory allows."""
+    file = folder / MICRO_BATCH_FILE
+    share = share_of_process(how.batch, PartialState().num_processes, how.micro_batch)
+    recorded = _recorded(file)
+    if how.micro_batch is not None:
+        chosen = MicroBatch(how.micro_batch, "--micro-batch", file)
+    else:
+        needs = training_needs(moe, run, projection, longest_row(read, how), how)
+        chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)
+        chosen.rows = min(gather_object([chosen.rows]))
+    if recorded not in (None, chosen.rows):
+        logger.warning(
+            "%d rows at once, before the stop it was %d: the last digits of losses may differ from "
+            "those of an undisturbed run", chosen.rows, recorded,
+        )  # fmt: skip
+    chosen.save()
+    return chosen
+
+
+def _chosen(
+    needs: Needs | None, share: int, device: torch.device, recorded: int | None
+) -> tuple[int, str]:
+    if needs is None:
+        return 1, "one row alone was too much for the memory that was free"
+    # Processes of one host share its memory; GPUs are each process's own.
+    n_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    free = free_bytes(device) / n_sharing
+    said = f"{free / 1e9:.1f} GB are free, a row of {needs.longest:,} tokens takes about "
+    said += f"{needs.row_bytes / 1e9:.2f} GB"
+    if recorded is not None and recorded <= min(share, max(1, needs.rows_within(free))):
+        return recorded, "as before the stop"
+    most_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
+    most_bytes = _PASS_BYTES.get(device.type, inf)
+    fitting = min(most_bytes // max(1, needs.row_bytes), needs.rows_within(free * _FREE_SHARE))
+    return _divisor(share, int(min(most_tokens // needs.longest, fitting))), said
+
+
+def _divisor(share: int, most: int) -> int:
+    """The largest that cuts a share into equal parts of at most so many rows, at least 1."""
+    return max(n for n in range(1, share + 1) if share % n == 0 and (n <= most or n == 1))
+
+
+def _recorded(file: Path) -> int | None:
+    """What an earlier start used; None where nothing is known."""
+    if not file.is_file():
+        return None
+    try:
+        found = load_record(file, _Recorded, OutputError, "names no micro-batch")
+    except OutputError as error:
+        logger.warning("%s: the micro-batch is chosen anew", error)
+        return None
+    return found.rows if found.rows > 0 else None
+
+
+def longest_row(read: Read, how: Training) -> int:
+    """Tokens of the longest row, held out or among the first that are trained on."""
+    rows = read.rows(min(how.steps * how.batch, _LOOKED_AT))
+    trained = (len(rows[at][1].ids) for at in range(len(rows)))
+    return max(*trained, *(len(row.ids) for row in read.held_out))
+
+
+def training_needs(
+    moe: MoeModel, run: Any, projection: Projection, longest: int, how: Training
+) -> Needs | None:
+    """What autograd keeps of passes over one short and one long row; None where memory ends.
+
+    With `--save-memory` it is one layer's part of that, and the input of every layer.
+    """
+    try:
+        kept = [_kept_bytes(moe, run, projection, n) for n in (_SHORT, longest)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        kept = []
+    give_back()  # outside of the handler, whose traceback holds the pass
+    if not kept:
+        return None
+    short, long = kept
+    row = max(0, long - short)
+    if how.saves_memory:
+        config = moe.model.config.get_text_config()
+        inputs = config.num_hidden_layers * longest * config.hidden_size * moe.dtype.itemsize
+        short, row = short // config.num_hidden_layers, row // config.num_hidden_layers + inputs
+    adapters = sum(p.numel() * p.element_size() for p in run.parameters() if p.requires_grad)
+    fixed = int(_SLACK * short) + _ADAPTER_COPIES * adapters
+    fixed += _CHUNK_COPIES * projection.chunk_bytes
+    return Needs(fixed, int(_SLACK * row), longest)
+
+
+def _kept_bytes(moe: MoeModel, run: Any, projection: Projection, n_tokens: int) -> int:
+    """Of one row of so many tokens, weights left out."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids_1S = torch.arange(n_tokens, device=moe.device)[None] % projection.n_logits
+    unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
+    run.train()
+    before = random_states()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        hidden_1SH = projection.hidden(run, ids_1S, torch.ones_like(ids_1S))
+    set_random_states(before)
+    for weight in run.parameters():
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    del hidden_1SH  # until now no address was given out twice
+    return sum(kept.values())
