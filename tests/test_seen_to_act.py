@@ -68,3 +68,18 @@ def test_an_expert_that_is_chosen_all_the_same_stops_the_run(
         tilted(moe.blocks, Tilts({0: bias_E})),
     ):
         pass
+
+
+def test_one_bias_inside_another_adds_up(checkpoint: Checkpoints) -> None:
+    moe = load(find_source(str(checkpoint("deepseek_v3"))), LoadOptions())
+    seen: list[Routing] = []
+    one_E, other_E = torch.zeros(8), torch.zeros(8)
+    one_E[1], other_E[1], other_E[5] = 0.5, 0.25, -torch.inf
+    block = moe.blocks[-1]
+    with torch.inference_mode(), observe_routers([block], seen.append):
+        moe.model(input_ids=TOKENS, use_cache=False)
+        one, other = (Tilts({block.layer: bias_E}) for bias_E in (one_E, other_E))
+        with tilted([block], one), tilted([block], other):
+            moe.model(input_ids=TOKENS, use_cache=False)
+    assert moved_by(seen[0].logits_TE, seen[1].logits_TE, one_E + other_E)
+    assert not (seen[1].experts_TK == 5).any()

@@ -87,7 +87,9 @@ class _Changing(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*map(self.reading, args), **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # one change inside another must not count these
+            args = tuple(map(self.reading, args))
+        result = func(*args, **(kwargs or {}))
         index, self.n_done = self.n_done, self.n_done + 1
         if index != self.op.index:
             return result
@@ -96,7 +98,8 @@ class _Changing(TorchFunctionMode):
                 f"a router computes its logits by {_name(func)} where it used {self.op.name} on "
                 "the probe: its logits cannot be changed"
             )
-        return self.change(result)
+        with torch._C.DisableTorchFunction():
+            return self.change(result)
 
 
 def _name(func: Any) -> str:
@@ -194,8 +197,9 @@ class BiasedForward:
         """As the router's own."""
         add = partial(_added, bias_E=self.bias_E, rows_N=self.rows())
         # Some blocks hand their selection bias (E,) to the router with each call.
-        given = tuple(map(self._masked, args))
-        named = {name: self._masked(value) for name, value in kwargs.items()}
+        with torch._C.DisableTorchFunction():  # as in `_Changing`
+            given = tuple(map(self._masked, args))
+            named = {name: self._masked(value) for name, value in kwargs.items()}
         routed = _run_changed(self.forward, self.op, add, given, named, self._read)
         if bool(self.is_forbidden_E.to(routed[2].device)[routed[2]].any()):
             raise ContractError(
