@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.errors import QuizError
+from expertcut.errors import ModelError, QuizError, RecipeError
 from expertcut.healing.data.texts import read_texts
+from expertcut.moe.stored.objects import read_config
 from expertcut.quiz import Quiz, Selection, load_quiz
 from expertcut.recipe.reading import read_recipe
 
@@ -83,6 +84,16 @@ def test_texts_and_recipes_may_begin_with_a_byte_order_mark(tmp_path: Path) -> N
     assert [text.read for text in found] == ["once"]
     recipe = read_recipe(put(tmp_path / "r.yaml", MARK + b"model: owner/name\nquiz: mmlu\n"))
     assert recipe.quiz == "mmlu"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_encodings_of_recipes_and_configs_are_named_too(tmp_path: Path, encoding: str) -> None:
+    said = f"{encoding.upper()} text, must be UTF-8: save it as UTF-8"
+    with pytest.raises(RecipeError, match=said):
+        read_recipe(put(tmp_path / "r.yaml", "model: x\n".encode(encoding)))
+    put(tmp_path / "config.json", "{}".encode(encoding))
+    with pytest.raises(ModelError, match=rf"config\.json cannot be read as JSON: {said}"):
+        read_config(tmp_path)
 
 
 # Blank lines

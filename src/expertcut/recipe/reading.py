@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from expertcut.documents.reading import read_file
+from expertcut.documents.reading import read_file, wide_encoding
 from expertcut.documents.secrets import line_with_secret
 from expertcut.errors import RecipeError
 from expertcut.recipe.model import Recipe
@@ -58,6 +58,8 @@ def read_bytes(file: Path) -> bytes:
 
 
 def _parsed(file: Path, content: bytes) -> Any:
+    if (encoding := wide_encoding(content)) is not None:
+        raise RecipeError(f"{file} is {encoding} text, must be UTF-8: save it as UTF-8")
     try:
         text = content.decode("utf-8")
         _refuse_secrets(file, text)

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from expertcut.documents.reading import wide_encoding
 from expertcut.errors import ModelError
 
 _MAX_CONFIG_BYTES = 10_000_000  # those of models are a thousandth of it
@@ -32,7 +33,10 @@ def read_object(file: Path, max_bytes: int = _MAX_CONFIG_BYTES) -> dict[str, Any
     """
     try:
         check_size(file, max_bytes)
-        config = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        if (encoding := wide_encoding(content)) is not None:
+            raise ValueError(f"{encoding} text, must be UTF-8: save it as UTF-8")
+        config = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {str(error)[:_MAX_LINE]}") from None
     if not isinstance(config, dict):
