@@ -118,7 +118,7 @@ def test_factors_in_layout_stock_are_those_at_run_time(
     built = build(profile, draft, tmp_path / "out", UNASKED)
     from_base, from_plan = carried(profile, built, held_out, draft)
     assert from_base > 1e-3
-    assert from_plan < 1e-6
+    assert from_plan < 4e-6  # two units in the last place of a log p, which is float32
 
 
 @pytest.mark.parametrize("family", EXACT_FAMILIES)
