@@ -33,7 +33,7 @@ from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import FAMILIES, make_checkpoint, open_model, write_quiz
 from tests.families import MORE
-from tests.plain import Plain
+from tests.plain import GATES, Plain
 
 COUNTS = {"dev": 1, "val": 4, "test": 4}
 LIMIT = 3  # questions of each subject that a sweep asks
@@ -103,7 +103,8 @@ class World:
         self.root, self.quiz = root, quiz
         self.family, changes = WORLDS[name]
         self.model = make_checkpoint(root / "model", self.family, **changes)
-        self.plain = Plain(self.model, self.family)
+        self.gate = name if name in GATES else self.family
+        self.plain = Plain(self.model, self.gate)
 
     def run(self, command: str, *words: object, out: str) -> None:
         """A command line in this process.
@@ -160,7 +161,7 @@ class World:
 
     def written(self, out: str) -> Plain:
         """A checkpoint that a command wrote, which must load without a complaint."""
-        plain = Plain(self.root / out, self.family)
+        plain = Plain(self.root / out, self.gate)
         assert not any(plain.info.values()), plain.info
         return plain
 

@@ -51,7 +51,7 @@ GATES = {
         (
             *("qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "ernie4_5_moe", "qwen3_next"),
             *("aria_text", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "mellum"),
-            *("hunyuan_v1_moe", "minimax", "qwen3_5_moe_text"),
+            *("hunyuan_v1_moe", "minimax", "qwen3_5_moe_text", "cohere2_moe, softmax"),
         ),
         _SOFTMAX,
     ),
