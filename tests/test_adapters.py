@@ -444,7 +444,8 @@ def test_an_adapter_with_a_value_that_is_no_number_is_refused(
 def test_without_an_adapter_a_plan_has_no_word_of_it(profiled: Path, expertcut: Commands) -> None:
     printed = expertcut("prune --profile p --keep 5 --no-verify --out cut")
     assert "adapter that was cut along" not in page(expertcut, profiled / "cut")
-    assert "adapter" not in printed + (profiled / "cut" / "plan.json").read_text()
+    written = (profiled / "cut" / "plan.json").read_text()
+    assert "adapter" not in printed + written.replace(str(profiled.resolve()), "")
     assert not (profiled / "cut" / "adapter").exists()
 
 
