@@ -38,6 +38,7 @@ from expertcut.interventions.plan import (
     Edit,
     Layout,
 )
+from expertcut.moe.contract import SELECTION_BIAS
 from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
 from expertcut.moe.loading.skeleton import check_loads
 from expertcut.moe.stored.counts import with_expert_count
@@ -155,7 +156,8 @@ def _rewrite(source: Source, stored: Stored, draft: Draft, gathered: Gathered) -
 def outside_axes(source: Source, headers: Headers, draft: Draft) -> OutsideAxes:
     """Tensors with an axis of experts that lie on disk elsewhere than their block.
 
-    Which block they are of is what transformers makes of their names.
+    Which block they are of is what transformers makes of their names; so is whether a bias whose
+    name does not tell is one on choosing, which is then among them.
 
     Raises:
         ContractError: one belongs to no block.
@@ -168,6 +170,8 @@ def outside_axes(source: Source, headers: Headers, draft: Draft) -> OutsideAxes:
         for name, tensor in headers.items()
         if n_experts & set(tensor.shape) and not name.startswith(inside) and name not in unused
     ]
+    unclear = {block.unclear_bias for block in matched.values() if block.unclear_bias}
+    suspects += sorted(unclear)
     if not suspects:
         return {}
     found: dict[str, dict[str, int]] = {}
@@ -178,7 +182,8 @@ def outside_axes(source: Source, headers: Headers, draft: Draft) -> OutsideAxes:
                 f"{name} has an entry for each expert, but belongs to no MoE block of the model: "
                 "this form is not supported"
             )
-        found.setdefault(block, {})[name] = axis
+        if name not in unclear or parameter.rpartition(".")[2] in SELECTION_BIAS:
+            found.setdefault(block, {})[name] = axis
     return found
 
 

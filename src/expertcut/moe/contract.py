@@ -27,7 +27,7 @@ REFUSED = {
     "llama4_text": "its router scales the expert's input, so an expert has no output of its own",
     "jetmoe": "its attention is routed too, so its experts are not all in MoE blocks",
 }
-_SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
+SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class MoeBlock:
 
         None where there is none, or the block hands it to the router with each call.
         """
-        return next((t for _, n, t in _owned(self.router) if n in _SELECTION_BIAS), None)
+        return next((t for _, n, t in _owned(self.router) if n in SELECTION_BIAS), None)
 
     def selection_bias(self) -> Tensor | None:
         """The values (E,) of the selection bias, where the family has one: not to be changed."""
         for owner, name, tensor in _owned(self.module):
-            if name in _SELECTION_BIAS:
+            if name in SELECTION_BIAS:
                 return _at_hand(owner, name, tensor).reshape(-1)
         return None
 

@@ -141,7 +141,12 @@ def blocks_of(
     found = {name: _match(name, blocks, numbers) for name in names}
     if outside is None:
         return found
-    return {n: replace(b, axes={**b.axes, **outside.get(n, {})}) for n, b in found.items()}
+    return {name: _with_outside(block, outside.get(name, {})) for name, block in found.items()}
+
+
+def _with_outside(block: DiskBlock, axes: Mapping[str, int]) -> DiskBlock:
+    unclear = None if block.unclear_bias in axes else block.unclear_bias
+    return replace(block, axes={**block.axes, **axes}, unclear_bias=unclear)
 
 
 def _match(name: str, blocks: Mapping[str, DiskBlock], numbers: set[int]) -> DiskBlock:
