@@ -31,6 +31,7 @@ from expertcut.healing.training.teacher import Live, Teacher
 from expertcut.healing.written import write_adapter, write_merged
 from expertcut.interventions.plan import HEALING_FILE, Plan, save_plan
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
+from expertcut.moe.memory import give_back
 from expertcut.profiling.sharing.alone import alone
 
 
@@ -126,6 +127,7 @@ def _trained(run: _Run, base: Source | None, place: Place, working: Path) -> Hea
     )  # fmt: skip
     model.eval()
     del teacher
+    give_back()
     if not PartialState().is_main_process:
         return None
     healed = _write(run, model, curve, before, place)
