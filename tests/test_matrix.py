@@ -14,16 +14,11 @@ MOVED = 1e-3  # at least, by an edit
 FEW = ("olmoe", "hunyuan_v1_moe", "minimax_m2", "deepseek_v3", "granitemoe")
 FEW_PARTS = ("cut", "ablation", "boost")
 _TABLE = "chooses its experts by a table of token ids"
-_UNCLEAR = "may act on gate logits or on choosing only"
 # What is refused, and by which words.
 REFUSED: dict[str, dict[str, str]] = {
     "gemma4_text": {"profile": "found 0 routers"},
     "laguna": {"boost": "caps or scales its logits"},
-    "deepseek_v4": {
-        **dict.fromkeys(("cut", "reconstruction", "merge"), _TABLE),
-        "boost": _UNCLEAR,
-    },
-    "deepseek_v4, no hash layer": {"boost": _UNCLEAR, "merge": _UNCLEAR},
+    "deepseek_v4": dict.fromkeys(("cut", "reconstruction", "merge"), _TABLE),
 }
 
 
