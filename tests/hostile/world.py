@@ -43,6 +43,12 @@ class World:
 
     def copy(self, root: Path) -> "World":
         shutil.copytree(self.root, root)
+        # Records hold the whole path of a model: those of the copy are of the copied model.
+        before, after = str(self.root).encode(), str(root).encode()
+        for file in root.rglob("*.json"):
+            content = file.read_bytes()
+            if before in content:
+                file.write_bytes(content.replace(before, after))
         return World(root)
 
 
