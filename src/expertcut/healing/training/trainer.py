@@ -25,7 +25,7 @@ from expertcut.healing.training.saved import (
 )
 from expertcut.healing.training.teacher import Teacher
 from expertcut.moe.loading import MoeModel
-from expertcut.moe.memory import give_back, is_out_of_memory, trim
+from expertcut.moe.memory import is_out_of_memory, trim
 
 T = TypeVar("T")
 
@@ -111,19 +111,15 @@ class HealTrainer(Trainer):
         n_items = self._n_items(batch, num_items_in_batch)
 
         def of_batch(n_rows: int) -> Tensor:
-            losses = [self._loss(piece, n_items).double() for piece in cut_rows(batch, n_rows)]
-            return torch.stack(losses).sum().float()
+            total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+            for piece in cut_rows(batch, n_rows):
+                total += self._loss(piece, n_items)
+                trim()
+            return total.float()
 
         with torch.no_grad():
             loss = self._within_memory(of_batch, batch)
         return (loss, {"loss": loss}) if return_outputs else loss
-
-    def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
-        """As Trainer's; held-out rows are of other lengths, for which memory is cleared before."""
-        give_back()
-        found: dict[str, float] = super().evaluate(*given, **named)
-        give_back()
-        return found
 
     def _n_items(self, batch: Batch, n_items: Tensor | int | None) -> float:
         """What a sum of losses is divided by.
