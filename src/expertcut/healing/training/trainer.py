@@ -88,7 +88,7 @@ class HealTrainer(Trainer):
                 loss = self._loss(piece, n_items)
                 self.accelerator.backward(loss)
                 total += loss.detach()
-                trim()  # rows of ever other lengths leave gaps that add up
+                trim()
             return total.float()
 
         if self.balance is not None and is_shared:
@@ -146,7 +146,11 @@ class HealTrainer(Trainer):
         return loss + self.balance_weight * balance * n_processes
 
     def _hidden(self, batch: Batch) -> Tensor:
-        return self.projection.hidden(self.model, batch["input_ids"], batch["attention_mask"])
+        trim()  # passes over rows of ever other lengths leave gaps that add up
+        ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"]
+        hidden_BSH = self.projection.hidden(self.model, ids_BS, mask_BS)
+        trim()
+        return hidden_BSH
 
     def _objective(self, hidden_BSH: Tensor, batch: Batch, said: Likeliest | None) -> Tensor:
         """The weighted sum over positions."""
