@@ -322,21 +322,19 @@ def results(other: ModelResult, *compared: ComparisonResult) -> Results:
 def verdict(chosen_on: ChosenOnResult | None = None, **changes: Any) -> str:
     found = results(model("models/cut", 55, chosen_on=chosen_on), comparison(**changes))
     base, sentence = result_sentences(found)
-    assert base == "models/base answers 50.00% right: the base of the comparisons."
-    assert sentence.startswith("models/cut ") and sentence.endswith(".")
+    assert base == "base answers 50.00% right: the base of the comparisons."
+    assert sentence.startswith("cut ") and sentence.endswith(".")
     return sentence
 
 
 def test_a_gain_is_called_a_gain():
-    assert verdict() == (
-        "models/cut gains accuracy: +5.00 points (7 gained, 2 lost), McNemar p = 0.012."
-    )
+    assert verdict() == ("cut gains accuracy: +5.00 points (7 gained, 2 lost), McNemar p = 0.012.")
 
 
 def test_a_loss_is_called_a_loss():
     text = verdict(delta=-0.05, ci95=(-0.09, -0.01), gained=2, lost=7, parameters_delta=-3_145_728)
     assert text == (
-        "models/cut loses accuracy: -5.00 points (2 gained, 7 lost), McNemar p = 0.012, "
+        "cut loses accuracy: -5.00 points (2 gained, 7 lost), McNemar p = 0.012, "
         "with -3,145,728 parameters."
     )
 
@@ -356,9 +354,29 @@ def test_an_interval_alone_is_no_evidence():
     assert "gains" not in text
 
 
+def test_models_of_one_name_are_told_apart_by_their_paths():
+    found = results(model("others/base"), comparison())
+    assert [text.split()[0] for text in result_sentences(found)] == ["models/base", "others/base"]
+
+
+def test_what_healing_won_back_is_said_where_the_cut_was_scored_too():
+    lost = comparison(delta=-0.2, ci95=(-0.3, -0.1), gained=2, lost=22, mcnemar_p=1e-4)
+    won = comparison(other=2, delta=-0.05, ci95=(-0.1, 0.01), gained=3, lost=8, mcnemar_p=0.2)
+    cut, healed = model("cut", 30, fingerprint="c"), model("healed", 45, healed_from="c")
+
+    def told(cut: ModelResult, lost: ComparisonResult) -> str:
+        found = results(cut, lost)
+        found = found.model_copy(update={"models": [*found.models, healed]})
+        return result_sentences(found.model_copy(update={"comparisons": [lost, won]}))[2]
+
+    assert "healing won back 15.00 of the 20.00 points that cut had lost" in told(cut, lost)
+    assert "won back" not in told(model("cut", 30, fingerprint="another"), lost)
+    assert "won back" not in told(cut, comparison(delta=-0.2, ci95=(-0.4, 0.1), mcnemar_p=0.3))
+
+
 def test_equal_answers_are_called_equal():
     text = verdict(delta=0.0, ci95=(0.0, 0.0), gained=0, lost=0, mcnemar_p=1.0)
-    assert text == "models/cut answers every question as the base does."
+    assert text == "cut answers every question as the base does."
     # As many gained as lost is something else.
     assert "no evidence" in verdict(delta=0.0, ci95=(-0.1, 0.1), gained=3, lost=3)
 
@@ -399,9 +417,7 @@ def test_every_comparison_stands_with_its_model():
     )
     deltas = {row[0]: row[3] for row in results_table(found).texts()}
     assert deltas == {"base": "–", "a": "+5.00%", "b": "-5.00%"}
-    assert [s.split()[0] for s in result_sentences(found)] == [
-        *("models/base", "models/b", "models/a")
-    ]
+    assert [text.split()[0] for text in result_sentences(found)] == ["base", "b", "a"]
 
 
 def test_the_csv_of_a_plan_has_every_expert_that_stays():

@@ -20,7 +20,7 @@ from expertcut.errors import ExpertcutError
 Document = TypeVar("Document", bound=BaseModel)
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.A)
 # Left out of JSON where nothing is said, so that hashes and bytes stay those of older records.
-_UNSAID = {"truncate", "cut", "selection", "chosen_by"}
+_UNSAID = {"truncate", "cut", "selection", "chosen_by", "healed_from"}
 REVISION = re.compile(r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}", re.A)
 
 

@@ -52,6 +52,7 @@ class Scored:
     answers: Answers
     size: Size
     chosen_on: ChosenOnResult | None
+    healed_from: str | None
     loaded: Loaded
 
 
@@ -91,6 +92,7 @@ def score(
         answers(load_profile(store)),
         size(measurement.moe),
         _chosen_on(source, scoring),
+        _healed_from(source),
         Loaded.of(measurement.moe, measurement.info.settings),
     )
     del measurement
@@ -173,6 +175,11 @@ def _chosen_on(source: Source, scoring: Scoring) -> ChosenOnResult | None:
     return ChosenOnResult(split="+".join(splits), overlap=n_used(scoring.quiz, seen))
 
 
+def _healed_from(source: Source) -> str | None:
+    found = _seen(source)
+    return found[0].model.fingerprint if found and found[0].action.startswith("heal ") else None
+
+
 def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
     found = accuracy(scored.answers.is_correct_N, subjects)
     return ModelResult(
@@ -192,6 +199,7 @@ def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
         active_parameters=scored.size.active_parameters,
         bytes=scored.size.size_bytes,
         chosen_on=scored.chosen_on,
+        healed_from=scored.healed_from,
     )
 
 

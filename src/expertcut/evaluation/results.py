@@ -32,7 +32,8 @@ class ModelResult(Record):
     """One model; `bytes` are those of its safetensors files.
 
     `fingerprint` is a hash over these and config.json. `cut` of its prompts were longer than its
-    context and lost tokens on their left; None where none may (`--truncate`).
+    context and lost tokens on their left; None where none may (`--truncate`). `healed_from` is the
+    fingerprint of the checkpoint that was healed, None where healing was not the last step.
     """
 
     path: str
@@ -48,6 +49,7 @@ class ModelResult(Record):
     active_parameters: Count
     bytes: Count
     chosen_on: ChosenOnResult | None
+    healed_from: str | None = None
 
     @model_validator(mode="after")
     def _is_the_sum_of_its_subjects(self) -> Self:

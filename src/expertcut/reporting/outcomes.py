@@ -80,12 +80,36 @@ def results_csv(found: Results) -> Table:
 
 def result_sentences(found: Results) -> list[str]:
     """A sentence per model: what happened, how sure it is, and what it was chosen on."""
-    base = found.models[0]
-    sentences = [f"{base.path} answers {base.accuracy:.2%} right: the base of the comparisons."]
+    base, names = found.models[0], _names(found)
+    sentences = [f"{names[0]} answers {base.accuracy:.2%} right: the base of the comparisons."]
     for comparison in found.comparisons:
         model = found.models[comparison.other]
-        sentences.append(f"{model.path} {_verdict(comparison)}{_leak(model, found.split)}.")
+        verdict = _verdict(comparison) + _won_back(found, names, comparison)
+        sentences.append(f"{names[comparison.other]} {verdict}{_leak(model, found.split)}.")
     return sentences
+
+
+def _names(found: Results) -> list[str]:
+    """The last part of each model's path, or the whole where that would name two."""
+    last = [Path(model.path).name for model in found.models]
+    return [
+        name if last.count(name) == 1 else model.path
+        for name, model in zip(last, found.models, strict=True)
+    ]
+
+
+def _won_back(found: Results, names: list[str], healed: ComparisonResult) -> str:
+    """How much of what a cut lost came back, where the cut was scored too."""
+    before = found.models[healed.other].healed_from
+    for cut in found.comparisons:
+        is_it = before is not None and found.models[cut.other].fingerprint == before
+        if is_it and shows_change(cut.ci95, cut.mcnemar_p) and cut.delta < 0:
+            won = healed.delta - cut.delta
+            return (
+                f"; healing won back {won * 100:.2f} of the {-cut.delta * 100:.2f} points that "
+                f"{names[cut.other]} had lost"
+            )
+    return ""
 
 
 def _result_row(model: ModelResult, comparison: ComparisonResult | None) -> list[Cell]:

@@ -14,7 +14,7 @@ from expertcut.profiling.store import load_profile
 from expertcut.quiz import load_quiz
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.stages import RESULTS
-from expertcut.reporting.outcomes import result_sentences, results_table
+from expertcut.reporting.outcomes import results_table
 from expertcut.reporting.profiles import answered_sentence
 from expertcut.reporting.shown import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown
@@ -68,7 +68,7 @@ def evaluate(job: Job) -> None:
         found = job.audience.watch(steps, f"scoring {source.name}", len(quiz), folder)
         scored += [step for step in found if isinstance(step, Scored)]
     outcome = save(scoring, scored, job.run / RESULTS)
-    job.audience.say([results_table(outcome)], result_sentences(outcome))
+    job.audience.say([results_table(outcome)], [])
 
 
 def _sources(job: Job) -> list[Source]:
