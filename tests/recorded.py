@@ -208,7 +208,7 @@ def write(
 ) -> RecordedSet:
     """Makes the inputs, runs the commands in `work`, and copies all of it to `folder`.
 
-    `only` chooses commands by what they write, as `qwen3_moe/profile/*`; what they read must be
+    `only` chooses commands by what they write, as `qwen3_moe/profile`; what they read must be
     among it, and the set is not whole.
 
     Raises:
@@ -238,7 +238,9 @@ def write(
 
 
 def _is_among(path: str, patterns: Sequence[str]) -> bool:
-    return not patterns or any(fnmatch(path, pattern) for pattern in patterns)
+    """Whether a path, or a folder above it, matches; without patterns all do."""
+    named = [*patterns, *(f"{pattern}/*" for pattern in patterns)]
+    return not named or any(fnmatch(path, pattern) for pattern in named)
 
 
 @contextmanager
@@ -388,7 +390,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="a part, by what is written, as 'qwen3_moe/profile/*'; may be repeated",
+        help="a part, by what is written, as qwen3_moe/profile; may be repeated",
     )
     recording.add_argument("--anew", action="store_true", help="no forks: ten times as slow")
     actions = parser.add_subparsers(dest="action", required=True)

@@ -65,9 +65,9 @@ RULES = (
     ),
     Rule(
         "manifest.json",
-        rb'("report": \{(?:(?!"output").)*"output": )"[0-9a-f]{64}"',
+        rb'("(?:report|publish [^"]+)": \{(?:(?!"output").)*"output": )"[0-9a-f]{64}"',
         rb'\1"<of a page with times>"',
-        "a hash over report.html, which says when stages ended; the page is compared itself",
+        "a hash over pages, which say when stages ended; each page is compared itself",
     ),
     Rule(
         "manifest.json",

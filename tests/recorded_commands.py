@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from tests.recorded_inputs import STOCK_ONLY, WORLDS
+from tests.recorded_inputs import BUNDLED, FAMILIES, STOCK_ONLY, WORLDS
 
 EXACT = tuple(world for world in WORLDS if world not in STOCK_ONLY)
 _ASK = "--quiz quiz --shots 1 --threads 1"
@@ -127,9 +127,12 @@ def _tilts() -> Iterator[Step]:
     out = "exact/boosted"
     exact = "--boost 1:2=0.5 --scale 0:1=1.25 --layout exact"
     yield Step(out, f"{reweight} {exact} --out {out}", EXACT)
-    prove = "--boost-best 1 --by weighted_accuracy --layers 1 --min-appearances 0.05 --prove"
-    yield Step("proof/tuned", f"{reweight} {prove} --tune --out proof/tuned")
-    yield Step("proof/fixed", f"{reweight} {prove} --strength 0.5 --out proof/fixed")
+    few = "--boost-best 1 --by weighted_accuracy --layers 1 --min-appearances 0.05 --prove"
+    yield Step("proof/fixed", f"{reweight} {few} --strength 0.5 --out proof/fixed")
+    yield Step("proof/tuned", f"{reweight} {few} --tune --out proof/tuned", (BUNDLED,))
+    # A search that finds something in each of the random models, so that a checkpoint is written.
+    found = "--boost-best 2 --by tokens --tune --prove"
+    yield Step("proof/tuned", f"{reweight} {found} --out proof/tuned", tuple(FAMILIES))
 
 
 def _healed() -> Iterator[Step]:
