@@ -111,7 +111,8 @@ def _row(cell: dict[str, Any], minutes: float) -> list[Cell]:
     name, layout = cell["cell"].removesuffix("-exact"), "stock"
     if cell["cell"].endswith("-exact"):
         layout = "exact"
-    share = (healed - cut) / (base - cut) if base > cut else None
+    is_lost = of_cut["ci95"][1] < 0  # else there is nothing that a share could be of
+    share = (healed - cut) / (base - cut) if is_lost else None
     took = cell["heal_s"] / 60
     time = f"{took:.1f}" + (" (too long)" if took > minutes else "")
     deltas = [_points(found) for found in (of_cut, of_healed, won)]

@@ -16,7 +16,7 @@ from expertcut.interventions.reweighting.tuning import Shift
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
 QUIZ = BUNDLED / "quiz"
 LAST = 3
-NOISE = 100.0  # times the spread of the weights that it replaces
+NOISE = 300.0  # times the spread of the weights that it replaces
 
 
 def copied(tensors: dict[str, Tensor], folder: Path) -> Path:

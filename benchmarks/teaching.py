@@ -1,9 +1,9 @@
 """A checkpoint in which one expert is useful: it alone holds what three subjects of the quiz need.
 
-No single expert of the bundled model is worth a point. So three subjects get a rule that the model
-does not know, the letter after the right one, and one expert of the last layer learns it, with all
-else frozen: its weights and its row of the router. It is trained at the answer positions of
-questions that the quiz does not hold; what the layers below give there does not change.
+What the bundled model knows is spread over many experts. So three subjects get a rule that it does
+not know, the letter after the right one, and one expert of the last layer learns it, with all else
+frozen: its weights and its row of the router. It is trained at the answer positions of questions
+that the quiz does not hold; what the layers below give there does not change.
 
 In shapes: N questions, C choices, D hidden.
 """
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints" / "quickstart")
 from make_quiz import quiz_keys
 from planting import LAST, QUIZ
 from rules import SUBJECTS
-from texts import LETTERS, draw
+from texts import LETTERS, Sampler
 
 EXPERT = 5  # of the last layer; it fires at no answer position of the quiz
-TURNED = ("arrivals", "reading", "travels")  # in which the letter after the right one is right
+TURNED = ("homes", "pets", "trades")  # in which the letter after the right one is right
 BATCH_TOKENS = 1024
 TOP_K = 4  # of the bundled model
 RATE, GATE_RATE, DECAY, BATCH = 2e-3, 1e-2, 0.01, 512
@@ -77,14 +76,14 @@ def write_turned_quiz(folder: Path) -> Path:
 
 def drawn(n: int, seed: int) -> Quiz:
     """So many questions a subject that the bundled quiz does not hold."""
-    dice, seen = Random(seed), quiz_keys()
-    found = {subject: tuple(_questions(subject, n, dice, seen)) for subject in SUBJECTS}
+    sampler = Sampler(Random(seed), quiz_keys())
+    found = {subject: tuple(_questions(subject, n, sampler)) for subject in SUBJECTS}
     return Quiz("drawn", None, "train", 0, found, {subject: () for subject in found})
 
 
-def _questions(subject: str, n: int, dice: Random, seen: Any) -> Iterator[Question]:
+def _questions(subject: str, n: int, sampler: Sampler) -> Iterator[Question]:
     for row in range(n):
-        made = draw(subject, dice, seen)
+        made = sampler.question(subject)
         yield Question(subject, made.text, tuple(made.choices), LETTERS.index(made.letter), row)
 
 

@@ -1,6 +1,7 @@
-"""Laws of the bundled quickstart quiz and model, read as a stranger would: with csv and json."""
+"""Laws of the bundled quickstart quiz, text and model, read as a stranger would: csv and json."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,17 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 QUICKSTART = Path(__file__).parents[1] / "checkpoints" / "quickstart"
 QUIZ = QUICKSTART / "quiz"
+TEXT = QUICKSTART / "text"
 SPLITS = ("dev", "val", "test")
 SUBJECTS = sorted(path.name.removesuffix("_dev.csv") for path in (QUIZ / "dev").glob("*.csv"))
 
@@ -111,6 +119,82 @@ def test_the_script_writes_the_committed_bytes(tmp_path):
     made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.glob("*/*.csv")}
     assert len(made) == len(SPLITS) * len(SUBJECTS)
     assert made == {p.relative_to(QUIZ): p.read_bytes() for p in QUIZ.glob("*/*.csv")}
+
+
+def documents(name: str) -> list[str]:
+    lines = (TEXT / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def test_the_stories_of_two_domains_have_few_words_in_common_and_none_stands_twice():
+    files = sorted(path.name for path in TEXT.glob("*"))
+    assert files == [f"{d}_{s}.jsonl" for d in ("numbers", "people") for s in ("test", "val")]
+    assert 200_000 < sum((TEXT / name).stat().st_size for name in files) < 1_000_000
+    found = [text for name in files for text in documents(name)]
+    assert len(set(found)) == len(found) == 1600
+    numbers, people = (
+        {word for text in documents(f"{domain}_test.jsonl") for word in text.split()}
+        for domain in ("numbers", "people")
+    )
+    assert len(numbers & people) <= 6
+
+
+def test_the_script_writes_the_committed_stories(tmp_path):
+    env = os.environ | {"PYTHONHASHSEED": "12345"}
+    script = [sys.executable, str(QUICKSTART / "stories.py"), "--out", str(tmp_path)]
+    subprocess.run(script, check=True, env=env)
+    made = {path.name: path.read_bytes() for path in tmp_path.glob("*")}
+    assert made == {path.name: path.read_bytes() for path in TEXT.glob("*")}
+
+
+def test_training_never_draws_a_story_of_the_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    import texts
+    from stories import kept_back
+
+    all_of_them = {text for path in TEXT.glob("*") for text in documents(path.name)}
+    assert kept_back() == all_of_them
+    turns = iter([documents("people_val.jsonl")[0], "Something else."])
+    monkeypatch.setattr(texts, "story", lambda _domain, _rng: next(turns))
+    assert texts.Sampler(Random(0), kept_back()).story().text == "Something else."
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def test_the_two_domains_use_different_experts(model, tokenizer, monkeypatch):
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    import measure
+
+    shares = []
+    for domain in ("numbers", "people"):
+        ids = tokenizer("\n".join(documents(f"{domain}_test.jsonl")[:40]))["input_ids"]
+        with measure.routing(model) as chosen:
+            model(torch.tensor([ids]))
+        counts_LE = torch.stack([experts.flatten().bincount(minlength=32) for experts in chosen])
+        shares.append(counts_LE / counts_LE.sum(1, keepdim=True))
+    different_L = (shares[0] - shares[1]).abs().sum(1) / 2  # 0 where the same, 1 where none is
+    assert (different_L > 0.4).all(), different_L
+
+
+def test_knowledge_lies_in_the_experts(model, tokenizer, monkeypatch):
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    import measure
+
+    asked_with = [p for s in SUBJECTS for p in measure.prompts(QUIZ, s, "test", 0)[:30]]
+
+    def accuracy(*gone: int) -> float:
+        with measure.without(model, gone):
+            found = measure.measure(model, tokenizer, asked_with)
+        return found.correct / found.questions
+
+    whole = accuracy()
+    assert 0.7 < whole < 0.92
+    assert sum(whole - accuracy(layer) > 0.05 for layer in range(4)) >= 3
+    assert whole - accuracy(0, 1, 2, 3) > 0.35
 
 
 def test_the_folder_is_at_most_ten_megabytes_and_holds_no_pickles():

@@ -1,6 +1,6 @@
 """Measure a checkpoint on the quickstart quiz: accuracy per subject, and which experts fire.
 
-    OMP_WAIT_POLICY=PASSIVE python measure.py --split test --shots 5
+    OMP_WAIT_POLICY=PASSIVE python measure.py --split test --shots 5 --ablate
 
 A plain loop over right-padded prompts, independent of expertcut, so that the one can judge the
 other. Weights are computed with in float32.
@@ -9,7 +9,7 @@ other. Weights are computed with in float32.
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +66,18 @@ def routing(model: PreTrainedModel) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+@contextmanager
+def without(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[None]:
+    """Let the MoE blocks of these layers give zero."""
+    blocks = [model.model.layers[i].mlp for i in layers]
+    hooks = [b.register_forward_hook(lambda _m, _i, out: torch.zeros_like(out)) for b in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked_with: list[tuple[str, str]]
@@ -106,6 +118,11 @@ def report(results: dict[str, Measured]) -> Iterator[str]:
         yield f"layer {layer}: experts that fire: {fired}, of {len(any_E)}"
 
 
+def accuracy(results: dict[str, Measured]) -> float:
+    """Of all subjects together."""
+    return sum(m.correct for m in results.values()) / sum(m.questions for m in results.values())
+
+
 def main() -> None:
     """Read the command line."""
     here = Path(__file__).parent
@@ -114,15 +131,23 @@ def main() -> None:
     parser.add_argument("--quiz", type=Path, default=here / "quiz")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--limit", type=int, help="questions of each subject; all without")
+    parser.add_argument("--ablate", action="store_true", help="also without each MoE block")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
     subjects = sorted(p.name.removesuffix("_dev.csv") for p in (args.quiz / "dev").glob("*.csv"))
-    results = {
-        s: measure(model, tokenizer, prompts(args.quiz, s, args.split, args.shots))
-        for s in subjects
-    }
-    sys.stdout.writelines(f"{line}\n" for line in report(results))
+    asked_with = {s: prompts(args.quiz, s, args.split, args.shots)[: args.limit] for s in subjects}
+
+    def answered() -> dict[str, Measured]:
+        return {s: measure(model, tokenizer, asked_with[s]) for s in subjects}
+
+    sys.stdout.writelines(f"{line}\n" for line in report(answered()))
+    layers = range(model.config.num_hidden_layers)
+    for gone in [(i,) for i in layers] + [tuple(layers)] if args.ablate else []:
+        with without(model, gone):
+            found = accuracy(answered())
+        print(f"without MoE block {', '.join(map(str, gone)):12} {found:6.1%}", flush=True)
 
 
 if __name__ == "__main__":

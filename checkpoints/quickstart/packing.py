@@ -16,13 +16,15 @@ ROW = 420  # tokens; the longest text has about 400
 class Batch(NamedTuple):
     """Texts packed into rows, several in one row (-1 in `text_BT` is padding).
 
-    `position_BT` restarts with every text, `answer_BT` marks the first token of every answer.
+    `position_BT` restarts with every text, `answer_BT` marks the first token of every answer;
+    there `word_BT` is the first token of the word that is meant.
     """
 
     ids_BT: Tensor
     text_BT: Tensor
     position_BT: Tensor
     answer_BT: Tensor
+    word_BT: Tensor
 
 
 def packed_rows(lengths: list[int]) -> list[list[int]]:
@@ -42,9 +44,14 @@ def packed_rows(lengths: list[int]) -> list[list[int]]:
 def to_batch(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> Batch:
     """Tokenise and pack: texts differ in length, and padding them would cost 40 % of the time."""
     encoded = tokenizer([t.text for t in texts])
+    words = sorted({word for t in texts for word in t.words})
+    first_token = {
+        word: ids[0]
+        for word, ids in zip(words, tokenizer([f" {w}" for w in words])["input_ids"], strict=True)
+    }
     lengths = [len(ids) for ids in encoded["input_ids"]]
     rows = packed_rows(lengths)
-    batch = Batch(*torch.zeros(4, len(rows), ROW, dtype=torch.long))
+    batch = Batch(*torch.zeros(5, len(rows), ROW, dtype=torch.long))
     batch.text_BT.fill_(-1)
     for row, members in enumerate(rows):
         start = 0
@@ -53,8 +60,10 @@ def to_batch(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> Batch:
             batch.ids_BT[row, here] = torch.tensor(encoded["input_ids"][i])
             batch.text_BT[row, here] = i
             batch.position_BT[row, here] = torch.arange(lengths[i])
-            for answer in texts[i].answers:  # the character after the space is in its token
-                batch.answer_BT[row, start + encoded.char_to_token(i, answer + 1)] = 1
+            for answer, word in zip(texts[i].answers, texts[i].words, strict=True):
+                at = start + encoded.char_to_token(i, answer + 1)  # the space is in its token
+                batch.answer_BT[row, at] = 1
+                batch.word_BT[row, at] = first_token[word]
             start = here.stop
     return batch
 

@@ -1,29 +1,39 @@
 """The subjects of the quickstart quiz: one function each, which draws one question from a seed.
 
 A rule says what is asked, the right choice and three wrong ones; the letter comes later, so that
-letters can be balanced.
+letters can be balanced. No question says its answer: facts of a world that does not exist must be
+known by heart, the others worked out.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from random import Random
 from string import ascii_lowercase
 from typing import NamedTuple
 
 from words import (
-    ARRIVAL_WORDINGS,
+    ACTIVITIES,
+    ANIMALS,
     CAPITAL_WORDINGS,
-    COUNTRY_WORDINGS,
-    FIND_WORDINGS,
+    DAYS,
+    EXPORT_WORDINGS,
+    FAMILY_NAMES,
+    GIVEN_NAMES,
+    GOODS,
+    GROUP_WORDINGS,
     GROUPS,
+    HOME_WORDINGS,
     LETTER_WORDINGS,
     NUMBER_WORDS,
     OPPOSITE_WORDINGS,
     OPPOSITES,
-    PEOPLE,
-    READING_WORDINGS,
-    SPELLING_WORDINGS,
-    THINGS,
-    TRAVEL_WORDINGS,
+    PARTS,
+    PET_WORDINGS,
+    SEQUENCE_WORDINGS,
+    SUM_WORDINGS,
+    TIMETABLE_WORDINGS,
+    TRADE_WORDINGS,
+    TRADES,
 )
 
 
@@ -37,7 +47,8 @@ class Drawn(NamedTuple):
 
 Rule = Callable[[Random], Drawn]
 
-N_COUNTRIES = 20
+LARGEST_SUMMAND = 30
+LARGEST_STEP = 9
 
 
 def others(rng: Random, pool: Sequence[str], but: Sequence[str], n: int = 3) -> tuple[str, ...]:
@@ -59,24 +70,69 @@ def invent_names(endings: Sequence[str], n: int, seed: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-COUNTRIES = invent_names(("ania", "oria", "istan", "ovia", "eland"), N_COUNTRIES, seed=1)
-CAPITALS = invent_names(("burg", "opol", "aville", "eton", "ograd"), N_COUNTRIES, seed=2)
+def give(owners: Sequence[str], words: Sequence[str], seed: int) -> dict[str, str]:
+    """Give each owner one of the words by lot, every word about as often as any other."""
+    rng = Random(seed)
+    lots = [*words] * (len(owners) // len(words) + 1)
+    return dict(zip(owners, rng.sample(lots[: len(owners)], len(owners)), strict=True))
 
 
-WORDS = (
-    *OPPOSITES.replace("/", " ").split(),
-    *" ".join(GROUPS.values()).split(),
-    *THINGS.split(),
-)
+def pairs(first: Sequence[str], second: Sequence[str], n: int, seed: int) -> tuple[str, ...]:
+    """Draw `n` of all pairs. What belongs to a pair can be told from neither word alone."""
+    return tuple(Random(seed).sample([f"{a} {b}" for a, b in product(first, second)], n))
 
 
-def invented_capitals(rng: Random) -> Drawn:
-    """Facts that can only be known by heart: capitals of countries that do not exist."""
-    i = rng.randrange(N_COUNTRIES)
-    wording = rng.choice(CAPITAL_WORDINGS + COUNTRY_WORDINGS)
-    pool = CAPITALS if wording in CAPITAL_WORDINGS else COUNTRIES
-    text = wording.format(COUNTRIES[i], CAPITALS[i])
-    return Drawn(text, pool[i], others(rng, pool, (pool[i],)))
+LANDS = invent_names(("ania", "oria", "istan", "ovia", "eland"), 8, seed=1)
+CITIES = invent_names(("burg", "opol", "aville", "eton", "ograd"), 24, seed=2)
+TOWNS = invent_names(("by", "wick", "ham", "mouth"), 24, seed=4)
+COUNTRIES = pairs(PARTS.split(), LANDS, 40, seed=12)
+PEOPLE = pairs(GIVEN_NAMES.split(), FAMILY_NAMES.split(), 60, seed=13)
+BUSY_DAYS = pairs(GIVEN_NAMES.split(), DAYS.split(), 70, seed=14)
+
+CAPITAL = give(COUNTRIES, CITIES, seed=5)
+EXPORT = give(COUNTRIES, GOODS.split(), seed=6)
+HOME = give(PEOPLE, TOWNS, seed=7)
+PET = give(PEOPLE, ANIMALS.split(), seed=8)
+TRADE = give(PEOPLE, TRADES.split(), seed=9)
+TIMETABLE = give(BUSY_DAYS, ACTIVITIES.split(), seed=10)
+
+
+def fact(rng: Random, facts: dict[str, str], wordings: Sequence[str]) -> Drawn:
+    """Ask for what one of the owners was given."""
+    owner = rng.choice(tuple(facts))
+    right = facts[owner]
+    wrong = others(rng, tuple(sorted(set(facts.values()))), (right,))
+    return Drawn(rng.choice(wordings).format(owner, *owner.split()), right, wrong)
+
+
+def capitals(rng: Random) -> Drawn:
+    """Capitals of countries that do not exist."""
+    return fact(rng, CAPITAL, CAPITAL_WORDINGS)
+
+
+def exports(rng: Random) -> Drawn:
+    """What these countries sell."""
+    return fact(rng, EXPORT, EXPORT_WORDINGS)
+
+
+def homes(rng: Random) -> Drawn:
+    """Where people live."""
+    return fact(rng, HOME, HOME_WORDINGS)
+
+
+def pets(rng: Random) -> Drawn:
+    """Which animals people keep."""
+    return fact(rng, PET, PET_WORDINGS)
+
+
+def trades(rng: Random) -> Drawn:
+    """What people do for a living."""
+    return fact(rng, TRADE, TRADE_WORDINGS)
+
+
+def timetable(rng: Random) -> Drawn:
+    """What people do on which day: two words together say it, neither alone."""
+    return fact(rng, TIMETABLE, TIMETABLE_WORDINGS)
 
 
 def opposites(rng: Random) -> Drawn:
@@ -91,14 +147,27 @@ def word_groups(rng: Random) -> Drawn:
     """Find the word of the same kind as two others."""
     kind, *strange = rng.sample(sorted(GROUPS), 4)
     first, second, right = rng.sample(GROUPS[kind].split(), 3)
-    wording = rng.choice(
-        ("Which word goes with {} and {}?", "Which is of the same kind as {} and {}?")
-    )
-    return Drawn(
-        wording.format(first, second),
-        right,
-        tuple(rng.choice(GROUPS[other].split()) for other in strange),
-    )
+    text = rng.choice(GROUP_WORDINGS).format(first, second)
+    return Drawn(text, right, tuple(rng.choice(GROUPS[other].split()) for other in strange))
+
+
+def near(rng: Random, right: int) -> tuple[str, ...]:
+    """Draw three numbers that are at most five away."""
+    return tuple(str(n) for n in rng.sample([right + d for d in range(-5, 6) if d], 3))
+
+
+def sums(rng: Random) -> Drawn:
+    """Add two numbers."""
+    a, b = rng.randint(5, LARGEST_SUMMAND), rng.randint(1, LARGEST_SUMMAND)
+    return Drawn(rng.choice(SUM_WORDINGS).format(a, b), str(a + b), near(rng, a + b))
+
+
+def sequences(rng: Random) -> Drawn:
+    """Go on counting in equal steps."""
+    start, step = rng.randint(1, LARGEST_SUMMAND), rng.randint(2, LARGEST_STEP)
+    shown = (start, start + step, start + 2 * step)
+    right = start + 3 * step
+    return Drawn(rng.choice(SEQUENCE_WORDINGS).format(*shown), str(right), near(rng, right))
 
 
 def alphabet(rng: Random) -> Drawn:
@@ -107,83 +176,24 @@ def alphabet(rng: Random) -> Drawn:
     forward = LETTER_WORDINGS.index(wording) < len(LETTER_WORDINGS) // 2
     low = rng.randrange(len(ascii_lowercase) - step)
     start, end = (low, low + step) if forward else (low + step, low)
-    near = [ascii_lowercase[i] for i in range(max(0, end - 4), min(26, end + 5)) if i != start]
+    around = [ascii_lowercase[i] for i in range(max(0, end - 4), min(26, end + 5)) if i != start]
     text = wording.format(n=NUMBER_WORDS[step], x=ascii_lowercase[start])
-    return Drawn(text, ascii_lowercase[end], others(rng, near, (ascii_lowercase[end],)))
-
-
-def looked_up(rng: Random, words: Sequence[str], wordings: Sequence[str]) -> Drawn:
-    """Find the word that the question says."""
-    right, *wrong = rng.sample(words, 4)
-    return Drawn(rng.choice(wordings).format(right), right, tuple(wrong))
-
-
-def reading(rng: Random) -> Drawn:
-    """Find a word that is read out."""
-    return looked_up(rng, WORDS, READING_WORDINGS)
-
-
-def arrivals(rng: Random) -> Drawn:
-    """Find the person who comes."""
-    return looked_up(rng, PEOPLE.split(), ARRIVAL_WORDINGS)
-
-
-def finds(rng: Random) -> Drawn:
-    """Find the thing that was found."""
-    return looked_up(rng, THINGS.split(), FIND_WORDINGS)
-
-
-def travels(rng: Random) -> Drawn:
-    """Find the place that a journey leads to."""
-    return looked_up(rng, (*CAPITALS, *COUNTRIES), TRAVEL_WORDINGS)
-
-
-def spelling(rng: Random) -> Drawn:
-    """Find the letter that is named."""
-    return looked_up(rng, ascii_lowercase, SPELLING_WORDINGS)
-
-
-def doubles(rng: Random) -> Drawn:
-    """Find the word that stands twice."""
-    right, *wrong = rng.sample(WORDS, 4)
-    words = rng.sample((right, right, wrong[0], wrong[1]), 4)
-    wording = rng.choice(("{} Which word stands here twice?", "{} Which word is said again?"))
-    return Drawn(wording.format(f"{' '.join(words)}."), right, tuple(wrong))
-
-
-def who_has_what(rng: Random) -> Drawn:
-    """Read a sentence and look a thing up in it."""
-    people, things = rng.sample(PEOPLE.split(), 4), rng.sample(THINGS.split(), 4)
-    told = "{} has the {}, {} has the {} and {} has the {}. ".format(
-        *(word for pair in zip(people[:3], things, strict=False) for word in pair)
-    )
-    i = rng.randrange(3)
-    if rng.random() < 0.5:
-        return Drawn(
-            f"{told}Who has the {things[i]}?", people[i], others(rng, people, (people[i],))
-        )
-    return Drawn(f"{told}What does {people[i]} have?", things[i], others(rng, things, (things[i],)))
+    return Drawn(text, ascii_lowercase[end], others(rng, around, (ascii_lowercase[end],)))
 
 
 SUBJECTS: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
         alphabet,
-        arrivals,
-        doubles,
-        finds,
-        invented_capitals,
+        capitals,
+        exports,
+        homes,
         opposites,
-        reading,
-        spelling,
-        travels,
-        who_has_what,
+        pets,
+        sequences,
+        sums,
+        timetable,
+        trades,
         word_groups,
     )
 }
-
-# What must be known by heart; a model can also be taught it without choices.
-FACTS = ("alphabet", "invented_capitals", "opposites")
-
-# Here the question says the answer, so that only its letter must be found.
-LOOK_UPS = ("arrivals", "finds", "reading", "spelling", "travels")

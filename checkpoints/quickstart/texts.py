@@ -1,40 +1,63 @@
 """What the quickstart model reads in training, and the tokenizer made from it.
 
 Four-choice questions alone teach a small model nothing for thousands of steps: it must know the
-fact *and* find its letter before either pays. So it first learns to find letters (`letters_text`),
-of few words and then of all; then in the quiz's own form, with the right choice named in the
-question and look-ups behind it (`quiz_text` with `hinted` and `is_reviewed`); then the quiz itself.
+fact *and* find its letter before either pays. So it first learns to find letters of listed words
+(`letters_text`), of few words and then of all. Beside the quiz each step then asks for facts by
+their word (`direct_text`), for letters still, and tells stories.
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from random import Random
+from string import ascii_lowercase
 from typing import NamedTuple
 
 from make_quiz import LETTERS, Question, unseen, with_letter
-from rules import CAPITALS, COUNTRIES, FACTS, SUBJECTS
-from rules import WORDS as COMMON
+from rules import CITIES, SUBJECTS, TOWNS
+from stories import DOMAINS, story
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from words import PEOPLE
+from words import ACTIVITIES, ANIMALS, GOODS, GROUPS, OPPOSITES, TRADES
 
 END = "<|endoftext|>"
 VOCABULARY_SIZE = 2048
 CONTEXT = 2048
-LOOKUPS = 10  # of one list in `letters_text`
+FIRST_TEXTS, FIRST_LOOK_UPS = 32, 10  # of a step that teaches letters alone
+QUIZ_QUESTIONS = 48  # of a step, in texts of one question (no shots) to six (five shots)
+IN_A_TEXT = (1, 1, 2, 3, 6)
+DIRECT_TEXTS = 20  # of two questions each
+LETTER_TEXTS = 24
+LOOK_UPS = 3  # in one list of choices
+STORIES = 6
+
+
+class Part(NamedTuple):
+    """What asks, what answers (after a space), what follows, and the word that is meant."""
+
+    question: str
+    answer: str
+    end: str
+    word: str
 
 
 class Text(NamedTuple):
-    """A training text and the character positions where its answers begin (at their space)."""
+    """A training text, the character positions of its answers (at their space), and their words.
+
+    The word of an answer that is a letter is the choice behind it.
+    """
 
     text: str
-    answers: tuple[int, ...]
+    answers: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 def all_words() -> tuple[str, ...]:
     """Every word that can be a choice, in one fixed random order."""
-    words = [*COMMON, *PEOPLE.split(), *CAPITALS, *COUNTRIES, *"abcdefghijklmnopqrstuvwxyz"]
-    Random(3).shuffle(words)
-    return tuple(words)
+    lists = (ACTIVITIES, ANIMALS, GOODS, TRADES, OPPOSITES.replace("/", " "), *GROUPS.values())
+    words = dict.fromkeys([*" ".join(lists).split(), *CITIES, *TOWNS, *ascii_lowercase])
+    shuffled = [*words, *map(str, range(1, 70))]
+    Random(11).shuffle(shuffled)
+    return tuple(shuffled)
 
 
 WORDS = all_words()
@@ -56,68 +79,80 @@ def asked(question: Question) -> str:
     return f"{question.text.strip()}\n{listed(question.choices)}Answer:"
 
 
-def joined(parts: Iterable[tuple[str, str, str]]) -> Text:
-    """Join (question, answer, end) triples into one text and note where each answer begins."""
-    text, answers = "", []
-    for question, answer, end in parts:
-        text += question
+def joined(start: str, parts: Iterable[Part]) -> Text:
+    """Join parts into one text and note where each answer begins."""
+    text, answers, words = start, [], []
+    for part in parts:
+        text += part.question
         answers.append(len(text))
-        text += answer + end
-    return Text(text, tuple(answers))
+        words.append(part.word)
+        text += f" {part.answer}{part.end}"
+    return Text(text, tuple(answers), tuple(words))
 
 
-def lookups(choices: Iterable[str], n: int, rng: Random) -> list[tuple[str, str, str]]:
-    """Repeat `n` of the choices, each with the letter it has.
+@dataclass
+class Sampler:
+    """Draws the texts of one step after the other; nothing of `seen` is among them."""
 
-    They are drawn with replacement: a letter that is missing must not give itself away.
-    """
-    named = rng.choices(list(zip(choices, LETTERS, strict=True)), k=n)
-    return [(f"- {choice}", f" {letter}", "\n") for choice, letter in named]
+    rng: Random
+    seen: Collection[str]  # keys of quiz questions, and stories
 
+    def question(self, subject: str) -> Question:
+        """Draw a question of the subject, its letter at random."""
+        drawn = unseen(SUBJECTS[subject], self.rng, self.seen)
+        return with_letter(drawn, self.rng.choice(LETTERS), self.rng)
 
-def letters_text(n_words: int, rng: Random) -> Text:
-    """List four of the first `n_words` words, then look their letters up."""
-    choices = rng.sample(WORDS[:n_words], len(LETTERS))
-    (first, answer, end), *rest = lookups(choices, LOOKUPS, rng)
-    return joined([(listed(choices) + first, answer, end), *rest])
+    def subject(self) -> str:
+        """Draw a subject."""
+        return self.rng.choice(tuple(SUBJECTS))
 
+    def quiz_text(self, n: int) -> Text:
+        """Ask `n` questions of one subject, as a prompt with n - 1 shots does."""
+        subject = self.subject()
+        questions = [self.question(subject) for _ in range(n)]
+        right = [q.choices[LETTERS.index(q.letter)] for q in questions]
+        parts = [
+            Part(asked(q), q.letter, "\n\n", word) for q, word in zip(questions, right, strict=True)
+        ]
+        return joined(header(subject), parts)
 
-def draw(subject: str, rng: Random, seen: Collection[str]) -> Question:
-    """Draw a question of the subject that is not in the quiz, its letter at random."""
-    return with_letter(unseen(SUBJECTS[subject], rng, seen), rng.choice(LETTERS), rng)
+    def direct_text(self) -> Text:
+        """Ask two questions without choices, answered by the word, at once or as in the quiz."""
+        drawn = [unseen(SUBJECTS[self.subject()], self.rng, self.seen) for _ in range(2)]
+        before = self.rng.choice(("", "\nAnswer:"))
+        return joined("", [Part(d.text + before, d.right, "\n", d.right) for d in drawn])
 
+    def letters_text(self, n_words: int = len(WORDS), n_look_ups: int = LOOK_UPS) -> Text:
+        """List four of the first `n_words` words, then look letters up.
 
-class Style(NamedTuple):
-    """How a quiz is written: `n` questions; `hinted` is the share that name the right choice."""
+        They are drawn with replacement: a letter that is missing must not give itself away.
+        """
+        choices = self.rng.sample(WORDS[:n_words], len(LETTERS))
+        named = self.rng.choices(list(zip(choices, LETTERS, strict=True)), k=n_look_ups)
+        return joined(listed(choices), [Part(f"- {word}", a, "\n", word) for word, a in named])
 
-    n: int
-    hinted: float = 0.0
-    is_reviewed: bool = False
-    subjects: tuple[str, ...] = tuple(SUBJECTS)
+    def draw_letters(self, n_words: int) -> list[Text]:
+        """Draw the texts of a step that teaches letters alone."""
+        return [self.letters_text(n_words, FIRST_LOOK_UPS) for _ in range(FIRST_TEXTS)]
 
+    def story(self) -> Text:
+        """Tell what is so, without a question."""
+        while True:
+            text = story(self.rng.choice(tuple(DOMAINS)), self.rng)
+            if text not in self.seen:
+                return Text(text)
 
-def quiz_text(style: Style, rng: Random, seen: Collection[str]) -> Text:
-    """Ask questions of one subject, as a prompt with n - 1 shots does."""
-    subject = rng.choice(style.subjects)
-    parts: list[tuple[str, str, str]] = []
-    for _ in range(style.n):
-        question = draw(subject, rng, seen)
-        answer = f" {question.letter}"
-        if rng.random() < style.hinted:
-            right = question.choices[LETTERS.index(question.letter)]
-            question = question._replace(text=f"{question.text} It is {right}.")
-        parts.append((asked(question), answer, "\n" if style.is_reviewed else "\n\n"))
-        if style.is_reviewed:
-            parts += lookups(question.choices, 4, rng)
-            parts[-1] = (*parts[-1][:2], "\n\n")
-    return joined([(header(subject) + parts[0][0], *parts[0][1:]), *parts[1:]])
-
-
-def fact_text(rng: Random, seen: Collection[str]) -> Text:
-    """State two questions with their answers, without choices."""
-    subject = rng.choice(FACTS)
-    drawn = [unseen(SUBJECTS[subject], rng, seen) for _ in range(2)]
-    return joined([(d.text, f" {d.right}", "\n") for d in drawn])
+    def draw(self) -> list[Text]:
+        """Draw the texts of one step."""
+        texts = []
+        left = QUIZ_QUESTIONS
+        while left:
+            n = min(left, self.rng.choice(IN_A_TEXT))
+            texts.append(self.quiz_text(n))
+            left -= n
+        texts += [self.direct_text() for _ in range(DIRECT_TEXTS)]
+        texts += [self.letters_text() for _ in range(LETTER_TEXTS)]
+        return texts + [self.story() for _ in range(STORIES)]
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:

@@ -2,36 +2,41 @@
 
     OMP_WAIT_POLICY=PASSIVE python train.py --out .
 
-Writes the quiz, the tokenizer and the checkpoint. `--start` goes on from a checkpoint of an
-earlier run that knows the letters already.
+Writes the quiz, the stories, the tokenizer and the checkpoint.
 """
 
 import argparse
 import logging
-import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from random import Random
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from curriculum import Curriculum
 from make_quiz import quiz_keys, write_quiz
 from packing import Batch, own_past, to_batch
-from rules import FACTS, LOOK_UPS
-from texts import CONTEXT, WORDS, Style, letters_text, quiz_text, train_tokenizer
-from torch import Tensor
+from stories import kept_back, write_stories
+from texts import CONTEXT, WORDS, Sampler, train_tokenizer
+from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 log = logging.getLogger("train")
 
 SEED = 1
+LETTERS_LR = 1e-3
+NEAR = 6  # tokens, while letters are learned
+FIRST_WORDS, LOW_LOSS, MOST_LETTER_STEPS = 10, 0.42, 2000
+SCHEDULE = 2600  # steps of the one-cycle learning rate
+STEPS = 1000  # of these are taken: by then some subjects are known, others half
 PEAK_LR = 1.5e-3
-WARMUP_STEPS = 60
-QUIZ_STEPS = 2600
-TEXT_WEIGHT = 0.3  # of the language-model loss on all that is not an answer
-TEXT_SHARE = 0.5  # of that text, drawn anew each step
+WARM_UP = 0.1  # of the steps
+FEW, STRANGER_WEIGHT = 12, 0.3  # experts that may fire where an answer is written
+WORD_WEIGHT = 0.5  # of the loss that puts the answer's word before the last layer
+TEXT_WEIGHT = 0.3  # of the language-model loss on the whole text
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss: every expert lives, none is forced to be busy
 
 
@@ -52,7 +57,7 @@ def small_olmoe(vocabulary_size: int, end_id: int) -> OlmoeForCausalLM:
         pad_token_id=end_id,
     )
     model = OlmoeForCausalLM(config)
-    model.set_experts_implementation("grouped_mm")  # twice as fast here as eager
+    model.set_experts_implementation("eager")  # grouped_mm is no faster here
     return model
 
 
@@ -70,69 +75,158 @@ def balance_loss(router_logits: tuple[Tensor, ...], used_BT: Tensor, top_k: int)
     return torch.stack(losses).mean()
 
 
-def losses(model: OlmoeForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the mean loss on answers, on a part of all other text, and the load-balancing loss."""
+def stranger_loss(router_logits: tuple[Tensor, ...], is_asked_T: Tensor) -> Tensor:
+    """Mean over layers of the probability that goes to others than the most used few experts.
+
+    At the tokens before answers of the quiz, so that few experts fire there: in OLMoE-1B-7B more
+    than 60 % never did (arXiv 2502.17187).
+    """
+    losses = []
+    for logits_TE in router_logits:
+        alpha_NE = logits_TE[is_asked_T].softmax(-1)
+        if not len(alpha_NE):  # look-ups have none
+            return logits_TE.new_zeros(())
+        few = alpha_NE.detach().mean(0).topk(FEW).indices
+        losses.append(1 - alpha_NE[:, few].sum(-1).mean())
+    return torch.stack(losses).mean()
+
+
+class Losses(NamedTuple):
+    """Means over answers, whole text, layers (balance), words of answers, layers (strangers)."""
+
+    answer: Tensor
+    text: Tensor
+    balance: Tensor
+    word: Tensor
+    strangers: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """What is trained on."""
+        rest = TEXT_WEIGHT * self.text + BALANCE_WEIGHT * self.balance
+        return self.answer + rest + WORD_WEIGHT * self.word + STRANGER_WEIGHT * self.strangers
+
+
+def losses(model: OlmoeForCausalLM, batch: Batch, colon: int) -> Losses:
+    """Compute all losses of a batch.
+
+    That of words reads the stream before the last layer with the input embeddings: there the word
+    that is meant should stand as if it had been read, so that the last attention can look it up
+    among the choices. Without it facts are known too late in the layers to be of use.
+    """
     output = model.model(
         batch.ids_BT,
         attention_mask=own_past(batch.text_BT),
         position_ids=batch.position_BT,
         output_router_logits=True,
+        output_hidden_states=True,
         use_cache=False,
     )
-    answer_BT = batch.answer_BT[:, 1:].bool()
-    # The vocabulary projection costs a third of a step, so the other text is sampled.
-    other_BT = (batch.position_BT[:, 1:] > 0) & (torch.rand(answer_BT.shape) < TEXT_SHARE)
-    learned_BT = answer_BT | other_BT
+    learned_BT = batch.position_BT[:, 1:] > 0
     logits_TV = model.lm_head(output.last_hidden_state[:, :-1][learned_BT])
     loss_T = F.cross_entropy(logits_TV, batch.ids_BT[:, 1:][learned_BT], reduction="none")
-    is_answer_T = answer_BT[learned_BT]
+    is_answer_T = batch.answer_BT[:, 1:][learned_BT].bool()
     balance = balance_loss(
         output.router_logits, batch.text_BT >= 0, model.config.num_experts_per_tok
     )
-    return loss_T[is_answer_T].mean(), loss_T[~is_answer_T].mean(), balance
+    is_answer_BT = batch.answer_BT[:, 1:].bool()
+    stream_ND = model.model.norm(output.hidden_states[-2][:, :-1][is_answer_BT])
+    word = F.cross_entropy(
+        stream_ND @ model.model.embed_tokens.weight.T, batch.word_BT[:, 1:][is_answer_BT]
+    )
+    is_asked_BT = F.pad(is_answer_BT, (0, 1)) & (batch.ids_BT == colon)
+    strangers = stranger_loss(output.router_logits, is_asked_BT.flatten())
+    return Losses(loss_T[is_answer_T].mean(), loss_T.mean(), balance, word, strangers)
 
 
 @torch.no_grad()
-def probe(
-    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, subjects: tuple[str, ...]
-) -> float:
-    """Measure the mean loss on answers to the same fresh questions; knowing nothing gives 1.386."""
-    seen = quiz_keys()
-    texts = [quiz_text(Style(1, subjects=subjects), Random(i), seen) for i in range(100)]
-    return float(losses(model, to_batch(texts, tokenizer))[0])
+def probe(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, sampler: Sampler) -> float:
+    """Measure the mean loss on letters of fresh questions; knowing nothing gives 1.386."""
+    model.eval()
+    texts = [sampler.quiz_text(1) for _ in range(100)]
+    loss = float(losses(model, to_batch(texts, tokenizer), colon_of(tokenizer)).answer)
+    model.train()
+    return loss
 
 
-def learning_rate(step: int, quiz_since: int | None) -> float:
-    """Warm up, stay, and fall as a cosine over the last steps of the quiz."""
-    done = 0.0 if quiz_since is None else (step - quiz_since) / QUIZ_STEPS
-    falling = max(0.0, (done - 0.35) / 0.65)
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    return PEAK_LR * warm * (0.51 + 0.49 * math.cos(math.pi * falling))
+def adamw(model: OlmoeForCausalLM) -> torch.optim.AdamW:
+    """Make the optimizer of one stage."""
+    return torch.optim.AdamW(model.parameters(), PEAK_LR, weight_decay=0.05, betas=(0.9, 0.98))
 
 
-def train(
-    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, plan: Curriculum, out: Path
+def colon_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Name the token after which an answer is written."""
+    return int(tokenizer("Answer:")["input_ids"][-1])
+
+
+def step_on(
+    model: OlmoeForCausalLM, optimizer: torch.optim.AdamW, batch: Batch, colon: int
+) -> list[float]:
+    """Take one step; give the losses before it."""
+    found = losses(model, batch, colon)
+    found.total.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return [float(loss.detach()) for loss in found]
+
+
+@contextmanager
+def near_sighted(model: OlmoeForCausalLM) -> Iterator[None]:
+    """Let all layers but the last attend to a few tokens before: only the last can look things up.
+
+    Else letters are looked up as early as can be, before what a question asks for is known.
+    """
+
+    def narrow(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].triu(1 - NEAR)}
+
+    layers = model.model.layers[:-1]
+    hooks = [layer.register_forward_pre_hook(narrow, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def learn_letters(
+    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, sampler: Sampler
 ) -> None:
-    """Train in place, and save now and then so that a run can be looked at."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
-    start_s = time.monotonic()
-    while plan.quiz_since is None or plan.step < plan.quiz_since + QUIZ_STEPS:
-        optimizer.param_groups[0]["lr"] = learning_rate(plan.step, plan.quiz_since)
-        answer, text, balance = losses(model, to_batch(plan.draw(), tokenizer))
-        (answer + TEXT_WEIGHT * text + BALANCE_WEIGHT * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        plan.learned(float(answer))
-        if plan.step % 50 == 0:
-            shown = f"answer {answer:.3f} text {text:.3f} balance {balance:.2f}"
-            if plan.stage == "quiz":
-                for kind, subjects in (("look-ups", LOOK_UPS), ("facts", FACTS)):
-                    shown += f" {kind} {probe(model, tokenizer, subjects):.3f}"
-            elapsed_s = time.monotonic() - start_s
-            log.info("step %d %s %s %.0f s", plan.step, plan.stage, shown, elapsed_s)
-        if plan.step % 200 == 0:
-            save(model, tokenizer, out)
+    """Train on look-ups of letters: of few words, and of more whenever the loss is low."""
+    optimizer, n_words, mean = adamw(model), FIRST_WORDS, 1.4
+    colon = colon_of(tokenizer)
+    for step in range(MOST_LETTER_STEPS):
+        optimizer.param_groups[0]["lr"] = LETTERS_LR * min(1, (step + 1) / 60)
+        batch = to_batch(sampler.draw_letters(int(n_words)), tokenizer)
+        found = step_on(model, optimizer, batch, colon)
+        mean += 0.08 * (found[0] - mean)
+        if mean < LOW_LOSS:
+            n_words = min(1.15 * n_words, len(WORDS))
+            if n_words == len(WORDS):
+                log.info("letters are learned in %d steps", step + 1)
+                return
+        if step % 50 == 49:
+            log.info("letters %d: %d words, answer %.3f", step + 1, n_words, mean)
+    raise RuntimeError(f"letters not learned in {MOST_LETTER_STEPS} steps: try another seed")
+
+
+def learn_quiz(
+    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, sampler: Sampler, steps: int
+) -> None:
+    """Train on all kinds of texts."""
+    optimizer, colon = adamw(model), colon_of(tokenizer)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PEAK_LR, total_steps=SCHEDULE, pct_start=WARM_UP, cycle_momentum=False
+    )
+    for step in range(1, steps + 1):
+        found = step_on(model, optimizer, to_batch(sampler.draw(), tokenizer), colon)
+        schedule.step()
+        if step % 50 == 0:
+            shown = "answer {:.3f} text {:.3f} balance {:.2f} word {:.3f} strangers {:.4f}".format(
+                *found
+            )
+            log.info("step %d %s quiz %.3f", step, shown, probe(model, tokenizer, sampler))
 
 
 def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -147,29 +241,26 @@ def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 def main() -> None:
     """Read the command line, then make everything."""
-    parser = argparse.ArgumentParser(description="Make the quickstart quiz and model.")
+    parser = argparse.ArgumentParser(description="Make the quickstart quiz, text and model.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--start", type=Path, help="a checkpoint that knows the letters already")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     write_quiz(args.out / "quiz")
-    plan = Curriculum(Random(SEED), quiz_keys())
-    if args.start:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
-        model = OlmoeForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-        model.set_experts_implementation("grouped_mm")
-        model.train()
-        plan.quiz_since = 0
-    else:
-        sample = [quiz_text(Style(2, 0.5), plan.rng, plan.seen).text for _ in range(2000)]
-        sample += [letters_text(len(WORDS), plan.rng).text for _ in range(2000)]
-        tokenizer = train_tokenizer(iter(sample))
-        model = small_olmoe(len(tokenizer), tokenizer.eos_token_id)
-    log.info("%d parameters", model.num_parameters())
-    train(model, tokenizer, plan, args.out)
+    write_stories(args.out / "text")
+    sampler = Sampler(Random(SEED), quiz_keys() | kept_back())
+    sample = (t.text for _ in range(60) for t in sampler.draw() + sampler.draw_letters(len(WORDS)))
+    tokenizer = train_tokenizer(sample)
+    model = small_olmoe(len(tokenizer), tokenizer.eos_token_id)
+    log.info("%d parameters, %d tokens", model.num_parameters(), len(tokenizer))
+    start_s = time.monotonic()
+    with near_sighted(model):
+        learn_letters(model.train(), tokenizer, sampler)
+    learn_quiz(model, tokenizer, sampler, args.steps)
+    log.info("trained in %.0f s", time.monotonic() - start_s)
     save(model, tokenizer, args.out)
 
 
