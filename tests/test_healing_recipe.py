@@ -1,10 +1,13 @@
 """A recipe that cuts and heals: in order, only what is due, and on from where it was stopped."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from expertcut.cli import main
 from expertcut.errors import QuizError, RecipeError, SettingsError
+from expertcut.evaluation.results import load_results
 from expertcut.healing.asking import Training
 from expertcut.recipe.acts.healing import _healing
 from expertcut.recipe.reading import read_recipe
@@ -64,6 +67,25 @@ def test_a_variant_is_healed_only_where_that_is_due(
     assert "steps is 2, was 4" in place.why["healed"]
     place.change("keep: 5", "keep: 6")
     assert place.run().ran == ("cut", "healed")
+
+
+def test_a_recipe_ends_with_a_sentence_for_each_model_and_knows_what_was_healed(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.write(TEXT + "eval: {{split: test, limit: 2}}\nreport:\n")
+    monkeypatch.setattr(sys, "argv", ["expertcut", "run", str(place.file), "--out", "run"])
+    for last in (["model answers", "cut ", "healed "], None):
+        with pytest.raises(SystemExit) as ending:
+            main()
+        assert ending.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        if last:
+            assert all(map(str.startswith, lines[-3:], last)), lines[-3:]
+        else:  # nothing ran, so nothing is told
+            assert "nothing to do" in lines[-1]
+    base, cut, healed = load_results(place.folder / "results.json").models
+    assert healed.healed_from == cut.fingerprint != base.fingerprint
+    assert (base.healed_from, cut.healed_from) == (None, None)
 
 
 def test_other_settings_do_not_go_on_with_what_was_begun(

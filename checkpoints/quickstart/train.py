@@ -28,14 +28,15 @@ log = logging.getLogger("train")
 
 SEED = 1
 LETTERS_LR = 1e-3
-NEAR = 6  # tokens, while letters are learned
+LOCAL_WINDOW = 6  # tokens that all layers but the last see while letters are learned
 FIRST_WORDS, LOW_LOSS, MOST_LETTER_STEPS = 10, 0.42, 2000
 SCHEDULE = 2600  # steps of the one-cycle learning rate
 STEPS = 1000  # of these are taken: by then some subjects are known, others half
 PEAK_LR = 1.5e-3
 WARM_UP = 0.1  # of the steps
-FEW, STRANGER_WEIGHT = 12, 0.3  # experts that may fire where an answer is written
-WORD_WEIGHT = 0.5  # of the loss that puts the answer's word before the last layer
+ANSWER_EXPERTS = 12  # of a layer, that share the routing where an answer is written
+CONCENTRATION_WEIGHT = 0.3  # of the probability that goes to the others there
+WORD_WEIGHT = 0.5  # of the deep supervision
 TEXT_WEIGHT = 0.3  # of the language-model loss on the whole text
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss: every expert lives, none is forced to be busy
 
@@ -75,44 +76,44 @@ def balance_loss(router_logits: tuple[Tensor, ...], used_BT: Tensor, top_k: int)
     return torch.stack(losses).mean()
 
 
-def stranger_loss(router_logits: tuple[Tensor, ...], is_asked_T: Tensor) -> Tensor:
-    """Mean over layers of the probability that goes to others than the most used few experts.
+def concentration_loss(router_logits: tuple[Tensor, ...], is_asked_T: Tensor) -> Tensor:
+    """Mean over layers of the probability outside the most used experts, where answers are written.
 
-    At the tokens before answers of the quiz, so that few experts fire there: in OLMoE-1B-7B more
-    than 60 % never did (arXiv 2502.17187).
+    It makes few experts fire there: in OLMoE-1B-7B more than 60 % never did (arXiv 2502.17187).
     """
     losses = []
     for logits_TE in router_logits:
         alpha_NE = logits_TE[is_asked_T].softmax(-1)
         if not len(alpha_NE):  # look-ups have none
             return logits_TE.new_zeros(())
-        few = alpha_NE.detach().mean(0).topk(FEW).indices
+        few = alpha_NE.detach().mean(0).topk(ANSWER_EXPERTS).indices
         losses.append(1 - alpha_NE[:, few].sum(-1).mean())
     return torch.stack(losses).mean()
 
 
 class Losses(NamedTuple):
-    """Means over answers, whole text, layers (balance), words of answers, layers (strangers)."""
+    """Mean cross-entropy of answers, text and answers' words; two routing losses (layer means)."""
 
     answer: Tensor
     text: Tensor
     balance: Tensor
     word: Tensor
-    strangers: Tensor
+    concentration: Tensor
 
     @property
     def total(self) -> Tensor:
         """What is trained on."""
         rest = TEXT_WEIGHT * self.text + BALANCE_WEIGHT * self.balance
-        return self.answer + rest + WORD_WEIGHT * self.word + STRANGER_WEIGHT * self.strangers
+        known = self.answer + rest + WORD_WEIGHT * self.word
+        return known + CONCENTRATION_WEIGHT * self.concentration
 
 
 def losses(model: OlmoeForCausalLM, batch: Batch, colon: int) -> Losses:
     """Compute all losses of a batch.
 
-    That of words reads the stream before the last layer with the input embeddings: there the word
-    that is meant should stand as if it had been read, so that the last attention can look it up
-    among the choices. Without it facts are known too late in the layers to be of use.
+    `word` is deep supervision: the residual stream before the last layer is classified with the
+    input embeddings, and the answer's word is right. Without it the model knows the answer only
+    behind the last attention, too late to look its letter up.
     """
     output = model.model(
         batch.ids_BT,
@@ -135,8 +136,8 @@ def losses(model: OlmoeForCausalLM, batch: Batch, colon: int) -> Losses:
         stream_ND @ model.model.embed_tokens.weight.T, batch.word_BT[:, 1:][is_answer_BT]
     )
     is_asked_BT = F.pad(is_answer_BT, (0, 1)) & (batch.ids_BT == colon)
-    strangers = stranger_loss(output.router_logits, is_asked_BT.flatten())
-    return Losses(loss_T[is_answer_T].mean(), loss_T.mean(), balance, word, strangers)
+    concentration = concentration_loss(output.router_logits, is_asked_BT.flatten())
+    return Losses(loss_T[is_answer_T].mean(), loss_T.mean(), balance, word, concentration)
 
 
 @torch.no_grad()
@@ -172,14 +173,15 @@ def step_on(
 
 
 @contextmanager
-def near_sighted(model: OlmoeForCausalLM) -> Iterator[None]:
-    """Let all layers but the last attend to a few tokens before: only the last can look things up.
+def local_attention(model: OlmoeForCausalLM) -> Iterator[None]:
+    """Restrict attention to a local window in all layers but the last.
 
-    Else letters are looked up as early as can be, before what a question asks for is known.
+    The last layer then learns to look letters up. An earlier one would do it before the answer is
+    known.
     """
 
     def narrow(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].triu(1 - NEAR)}
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].triu(1 - LOCAL_WINDOW)}
 
     layers = model.model.layers[:-1]
     hooks = [layer.register_forward_pre_hook(narrow, with_kwargs=True) for layer in layers]
@@ -223,9 +225,8 @@ def learn_quiz(
         found = step_on(model, optimizer, to_batch(sampler.draw(), tokenizer), colon)
         schedule.step()
         if step % 50 == 0:
-            shown = "answer {:.3f} text {:.3f} balance {:.2f} word {:.3f} strangers {:.4f}".format(
-                *found
-            )
+            named = zip(Losses._fields, found, strict=True)
+            shown = " ".join(f"{name} {loss:.4f}" for name, loss in named)
             log.info("step %d %s quiz %.3f", step, shown, probe(model, tokenizer, sampler))
 
 
@@ -257,7 +258,7 @@ def main() -> None:
     model = small_olmoe(len(tokenizer), tokenizer.eos_token_id)
     log.info("%d parameters, %d tokens", model.num_parameters(), len(tokenizer))
     start_s = time.monotonic()
-    with near_sighted(model):
+    with local_attention(model):
         learn_letters(model.train(), tokenizer, sampler)
     learn_quiz(model, tokenizer, sampler, args.steps)
     log.info("trained in %.0f s", time.monotonic() - start_s)

@@ -45,7 +45,7 @@ def run(
     outcome = run_recipe(recipe, RunOptions(out, start, dry_run, trust_remote_code), _Reader())
     print(_summary(outcome, is_dry=dry_run))
     if outcome.ran and not dry_run and "eval" in outcome.stages:
-        _tell(outcome.folder)
+        _print_results(outcome.folder)
     for name in outcome.left_over:
         print(f"{name} is no longer in the recipe; what it made stays")
 
@@ -59,8 +59,8 @@ def _summary(outcome: "Outcome", *, is_dry: bool) -> str:
     return f"{outcome.folder}: {n_ran} of {n_stages} stages {verb}"
 
 
-def _tell(folder: Path) -> None:
-    """What came of it, last of all: each model in a sentence."""
+def _print_results(folder: Path) -> None:
+    """Prints a sentence for each evaluated model."""
     from expertcut.evaluation.results import load_results
     from expertcut.recipe.stages import RESULTS
     from expertcut.reporting.outcomes import result_sentences

@@ -87,12 +87,13 @@ def score(
     yield from measurement.run(store, on_pass)
     if not scoring.options.waits:
         return
+    seen = _seen(source)
     found = Scored(
         source,
         answers(load_profile(store)),
         size(measurement.moe),
-        _chosen_on(source, scoring),
-        _healed_from(source),
+        _chosen_on(seen, scoring),
+        seen[0].healed_from if seen else None,
         Loaded.of(measurement.moe, measurement.info.settings),
     )
     del measurement
@@ -166,18 +167,12 @@ def _seen(source: Source) -> tuple[Plan, frozenset[str]] | None:
     return plan, load_hashes(source.path, plan)
 
 
-def _chosen_on(source: Source, scoring: Scoring) -> ChosenOnResult | None:
-    found = _seen(source)
-    if found is None:
+def _chosen_on(seen: tuple[Plan, frozenset[str]] | None, scoring: Scoring) -> ChosenOnResult | None:
+    if seen is None:
         return None
-    plan, seen = found
+    plan, hashes = seen
     splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
-    return ChosenOnResult(split="+".join(splits), overlap=n_used(scoring.quiz, seen))
-
-
-def _healed_from(source: Source) -> str | None:
-    found = _seen(source)
-    return found[0].model.fingerprint if found and found[0].action.startswith("heal ") else None
+    return ChosenOnResult(split="+".join(splits), overlap=n_used(scoring.quiz, hashes))
 
 
 def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:

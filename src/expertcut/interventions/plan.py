@@ -124,6 +124,11 @@ class Plan(Record):
     proof: dict[str, Any] = Field(default_factory=dict)
     blocks: dict[str, Edit] = Field(min_length=1)
 
+    @property
+    def healed_from(self) -> str | None:
+        """Fingerprint of the checkpoint that was healed; None where that was not the last step."""
+        return self.model.fingerprint if self.action.startswith("heal ") else None
+
 
 @dataclass(frozen=True)
 class Draft:

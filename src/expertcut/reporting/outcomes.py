@@ -99,14 +99,14 @@ def _names(found: Results) -> list[str]:
 
 
 def _won_back(found: Results, names: list[str], healed: ComparisonResult) -> str:
-    """How much of what a cut lost came back, where the cut was scored too."""
+    """How many of the points that a cut lost healing won back, if the cut was evaluated too."""
     before = found.models[healed.other].healed_from
-    for cut in found.comparisons:
-        is_it = before is not None and found.models[cut.other].fingerprint == before
-        if is_it and shows_change(cut.ci95, cut.mcnemar_p) and cut.delta < 0:
-            won = healed.delta - cut.delta
+    for cut in found.comparisons if before else []:
+        is_lost = shows_change(cut.ci95, cut.mcnemar_p) and cut.delta < 0
+        if is_lost and found.models[cut.other].fingerprint == before:
+            won, lost = healed.delta - cut.delta, -cut.delta
             return (
-                f"; healing won back {won * 100:.2f} of the {-cut.delta * 100:.2f} points that "
+                f"; healing won back {won * 100:.2f} of the {lost * 100:.2f} points that "
                 f"{names[cut.other]} had lost"
             )
     return ""
