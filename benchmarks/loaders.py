@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--build", action="store_true", help="build and run llama.cpp too")
     args = parser.parse_args()
     args.place = args.place.resolve()
+    args.place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.place) as folder:
         work = Path(folder)
         made = rows("quickstart", BUNDLED, work / "quickstart", args)
