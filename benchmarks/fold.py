@@ -16,8 +16,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.plan import Fold
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.prune import choose
+from expertcut.interventions.ranking import Way
 from expertcut.moe.loading import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile

@@ -95,7 +95,9 @@ MODELS = {"bundled": bundled, "random_260m": random_260m}
 def cuts(base: Path, asked: Asked, place: Path) -> Iterator[Path]:
     """What `prune` leaves of a model, one checkpoint for each fraction."""
     from expertcut.checkpoints.build import BuildOptions, build
-    from expertcut.interventions.prune import Keep, Way, choose
+    from expertcut.interventions.budgets import Keep
+    from expertcut.interventions.prune import choose
+    from expertcut.interventions.ranking import Way
     from expertcut.moe.loading import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, measure
     from expertcut.profiling.store import load_profile

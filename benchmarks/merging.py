@@ -17,10 +17,12 @@ from benchmarks.fold import BUNDLED, KINDS, random_model
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.merging.merge import merge
 from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.merging.asking import Merge
 from expertcut.interventions.merging.grouping import METHODS
 from expertcut.interventions.merging.routing import RouterRow
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.prune import choose
+from expertcut.interventions.ranking import Way
 from expertcut.moe.loading import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile

@@ -24,7 +24,9 @@ from benchmarks.common import RUNS, machine
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.evaluation.sweeping.grid import Grid
 from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.budgets import Keep
+from expertcut.interventions.prune import choose
+from expertcut.interventions.ranking import Way
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.moe.passes import ignore
 from expertcut.profiling.measure import Measurement, MeasureOptions

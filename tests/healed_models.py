@@ -10,7 +10,9 @@ from expertcut.healing.asking import Data, Healing, Place, Training
 from expertcut.healing.heal import Healed, Options, heal
 from expertcut.healing.training.adapters import Lora
 from expertcut.healing.weighted import Weighted
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.budgets import Keep
+from expertcut.interventions.prune import choose
+from expertcut.interventions.ranking import Way
 from expertcut.moe.loading import LoadOptions
 from tests.merged_models import measured
 

@@ -28,7 +28,7 @@ from expertcut.evaluation.auditing.verdict import (
 )
 from expertcut.interventions.criteria import CRITERIA
 from expertcut.interventions.plan import Edit
-from expertcut.interventions.prune import Way
+from expertcut.interventions.ranking import Way
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import LoadOptions
 from expertcut.moe.observers import Routing, observe_routers

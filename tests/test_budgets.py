@@ -24,7 +24,8 @@ from expertcut.interventions.budgets import (
 from expertcut.interventions.calibration.outputs import zero_outputs
 from expertcut.interventions.criteria import CRITERIA
 from expertcut.interventions.criteria.scoring import NEEDS_MODEL
-from expertcut.interventions.prune import Pruning, Ranking, Way, choose, cut, rank
+from expertcut.interventions.prune import Pruning, choose, cut
+from expertcut.interventions.ranking import Ranking, Way, rank
 from expertcut.moe.loading import find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile

@@ -17,12 +17,7 @@ from expertcut.interventions.calibration import activations as calibration
 from expertcut.interventions.calibration.activations import Tried, keep_inputs
 from expertcut.interventions.criteria import CRITERIA, ranked
 from expertcut.interventions.criteria.reconstruction import reconstruction
-from expertcut.interventions.criteria.scoring import (
-    NEEDS_MODEL,
-    OBSERVED,
-    positions_of,
-    scores,
-)
+from expertcut.interventions.criteria.scoring import NEEDS_MODEL, OBSERVED, positions_of, scores
 from expertcut.interventions.plan import Positions
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.engine import Engine

@@ -28,16 +28,10 @@ from expertcut.evaluation.comparison import (
 from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
 from expertcut.evaluation.results import Results, load_results, save_results
 from expertcut.evaluation.size import size
-from expertcut.interventions.plan import (
-    ChosenOn,
-    Edit,
-    Plan,
-    PlanModel,
-    hashes_sha256,
-    save_plan,
-)
+from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel, hashes_sha256, save_plan
 from expertcut.moe.loading import LoadOptions, find_source
-from expertcut.profiling.measure import MeasureOptions, Progress
+from expertcut.profiling.measure import MeasureOptions
+from expertcut.profiling.sharing.work import Progress
 from expertcut.quiz import Selection, load_quiz, prompt
 from tests.conftest import SUBJECTS, open_model
 

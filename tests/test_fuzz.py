@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertcut.documents.reading import parse_json
-from expertcut.documents.secrets import HIDDEN, without_secrets
 from expertcut.errors import ExpertcutError
 from expertcut.evaluation.sweeping.grid import read_fractions
+from expertcut.files import HIDDEN, parse_json, without_secrets
 from expertcut.interventions.budgets import read_size
 from expertcut.interventions.criteria.protection import protection
 from expertcut.interventions.plan import Plan, load_plan, plan_text, save_plan

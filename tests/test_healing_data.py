@@ -16,12 +16,8 @@ import torch.nn.functional as F
 
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
-from expertcut.healing.data.judges import CHOSE_STEP, UNUSED, USED_BEFORE
-from expertcut.healing.data.leaks import (
-    evaluation_quizzes,
-    texts_without_scored,
-    without_scored,
-)
+from expertcut.healing.data.judges import CHOSE_STEP, USED_BEFORE
+from expertcut.healing.data.leaks import evaluation_quizzes, texts_without_scored, without_scored
 from expertcut.healing.data.mixing import Part, Rows
 from expertcut.healing.data.rows import Row, group_questions, question_lengths, question_row
 from expertcut.healing.data.sources import Read, read_data
@@ -36,6 +32,7 @@ from expertcut.healing.training.objectives import (
     likeliest,
 )
 from expertcut.healing.weighted import Weighted
+from expertcut.interventions.judged import UNUSED
 from expertcut.moe.observers import Routing
 from expertcut.quiz import Selection, load_quiz, prompt
 from expertcut.reporting.healing import dropped_sentence

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from expertcut.checkpoints.proof import Difference, Proof
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
-from expertcut.healing.data.judges import UNUSED
 from expertcut.healing.data.sources import read_data
 from expertcut.healing.weighted import Weighted
-from expertcut.interventions.judged import read_judged
+from expertcut.interventions.judged import UNUSED, read_judged
 from expertcut.interventions.plan import Draft, Edit, load_hashes, load_plan, save_plan
 from expertcut.interventions.questions import (
     choosing_profile,

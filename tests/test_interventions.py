@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.interventions.allowed import check_edits
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.calibration.direction import fit_directions, judge_directions
 from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.criteria import ranked
@@ -32,7 +33,7 @@ from expertcut.interventions.plan import (
     plan_text,
     save_plan,
 )
-from expertcut.interventions.prune import Keep, Way, choose, keep_active, keep_n
+from expertcut.interventions.prune import choose, keep_active, keep_n
 from expertcut.interventions.questions import (
     choosing_profile,
     draft_plan,
@@ -40,12 +41,9 @@ from expertcut.interventions.questions import (
     questions_for,
     used_hashes,
 )
+from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft
-from expertcut.interventions.reweighting.targets import (
-    Target,
-    parse_target,
-    tilts,
-)
+from expertcut.interventions.reweighting.targets import Target, parse_target, tilts
 from expertcut.moe.engine import Engine
 from expertcut.moe.packing import Encoded, Pass, encode, packed_pass, prefix_pass
 from expertcut.profiling.info import BlockInfo, quiz_info

@@ -15,8 +15,10 @@ from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.proof import Alone
 from expertcut.errors import ContractError
 from expertcut.evaluation.size import size
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.plan import Edit, load_plan
-from expertcut.interventions.prune import Keep, Pruning, Way, choose
+from expertcut.interventions.prune import Pruning, choose
+from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft
 from expertcut.interventions.reweighting.targets import tilts
 from expertcut.moe.engine import Engine, ask

@@ -20,14 +20,16 @@ from expertcut.checkpoints.merging.merge import _is_interleaved
 from expertcut.checkpoints.merging.unedited_router import under, unedited_routers
 from expertcut.cli.merging import Method, RouterRow
 from expertcut.errors import PlanError
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.merging.alignment import Neurons, matching
 from expertcut.interventions.merging.asking import ALIGNED, Merge
 from expertcut.interventions.merging.gathering import gather
 from expertcut.interventions.merging.grouping import METHODS, merge_edits
 from expertcut.interventions.merging.routing import judge_rows, merged_rows
 from expertcut.interventions.plan import Edit, Plan, load_plan, plan_text
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.prune import choose
 from expertcut.interventions.questions import questions_for
+from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.targets import tilts
 from expertcut.moe.engine import Engine
 from expertcut.moe.stored.headers import read_headers

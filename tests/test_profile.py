@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source
-from expertcut.profiling.measure import Measurement, MeasureOptions, Progress, measure
+from expertcut.profiling.measure import Measurement, MeasureOptions, measure
+from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import as_json, near_ties
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.quiz import Quiz, Selection, load_quiz, prompt

@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 
 from expertcut.cli import main
 from expertcut.errors import PlanError, ProfileError, SettingsError
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.criteria import ranked
 from expertcut.interventions.criteria.protection import (
     expressions_of,
@@ -22,8 +23,9 @@ from expertcut.interventions.criteria.protection import (
 )
 from expertcut.interventions.criteria.scoring import OBSERVED, compare, scores, spearman
 from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.prune import choose
 from expertcut.interventions.questions import hashes, questions_for
+from expertcut.interventions.ranking import Way
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile
 from expertcut.quiz import Selection, load_quiz

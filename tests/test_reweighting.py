@@ -14,9 +14,11 @@ from torch import Tensor
 from expertcut.checkpoints.build import BuildOptions, Built, build
 from expertcut.checkpoints.unedited import at_run_time
 from expertcut.errors import ContractError, PlanError, SettingsError
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.lineage import ids_text
 from expertcut.interventions.plan import Draft, load_hashes, load_plan
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.prune import choose
+from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft, with_tilts
 from expertcut.interventions.reweighting.targets import scalings, tilts
 from expertcut.moe.engine import Engine, ask

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.files.folders import check_free, new_folder
 from expertcut.errors import OutputError, PlanError, ProfileError
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.calibration.fold import fold_at_answers
 from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.prune import choose
+from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft
 from expertcut.interventions.reweighting.targets import tilts
 from expertcut.moe.engine import Engine, ask

@@ -17,8 +17,10 @@ from expertcut.evaluation.evaluate import Scored, Scoring, results, score
 from expertcut.evaluation.sweeping.grid import Grid, read_criteria, read_fractions
 from expertcut.evaluation.sweeping.outcome import load_sweep
 from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
+from expertcut.interventions.budgets import Keep
 from expertcut.interventions.criteria import CRITERIA
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.prune import choose
+from expertcut.interventions.ranking import Way
 from expertcut.moe.engine import ask
 from expertcut.moe.loading import LoadOptions, find_source
 from expertcut.moe.packing import Pass

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertcut.interventions.prune import Keep, Way, choose
+from expertcut.interventions.budgets import Keep
+from expertcut.interventions.prune import choose
+from expertcut.interventions.ranking import Way
 from expertcut.interventions.touched import touched
 from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import encode

@@ -13,8 +13,7 @@ import pytest
 
 from expertcut.checkpoints.files.folders import new_folder
 from expertcut.cli import HarmlessFormatter
-from expertcut.documents.private import create_private
-from expertcut.documents.secrets import without_secrets
+from expertcut.files import create_private, without_secrets
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.store import load_profile
 from expertcut.quiz.readers import read_csv

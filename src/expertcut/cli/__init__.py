@@ -28,8 +28,8 @@ from expertcut.cli import (
 from expertcut.cli.options import command, option
 from expertcut.cli.output import lasting_output
 from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
-from expertcut.documents.secrets import without_secrets
 from expertcut.errors import ExpertcutError
+from expertcut.files import without_secrets
 from expertcut.reporting.tables import printable
 
 INTERRUPTED = 130

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import TypeVar
 
-from expertcut.documents.records import Record, load_record
+from expertcut.documents import Record, load_record
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.info import ProfileInfo

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from expertcut.documents.records import Format1, Record, load_record
+from expertcut.documents import Format1, Record, load_record
 from expertcut.errors import OutputError
 from expertcut.profiling.chunks import write_atomically
 

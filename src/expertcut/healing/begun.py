@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from expertcut.documents.records import Record
+from expertcut.documents import Record
 from expertcut.evaluation.folders import begun, check_same, save_outcome
 from expertcut.healing.asking import Healing
 from expertcut.healing.data.sources import Read

@@ -9,7 +9,7 @@ from expertcut.errors import SettingsError
 class Weighted:
     """A quiz or a text file, and how many rows of it are trained on compared with others.
 
-    `revision` is that of a quiz of the hub, as in `quiz.Selection`.
+    `revision` is that of a quiz of the hub, as in `quiz.sources.Selection`.
     """
 
     name: str

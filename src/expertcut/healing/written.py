@@ -14,14 +14,10 @@ from expertcut.checkpoints.export import companions
 from expertcut.checkpoints.files.folders import system_errors
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.files.streaming import write_checkpoint
-from expertcut.checkpoints.layouts.exact import (
-    constants_on_disk,
-    exact_config,
-    has_earlier_names,
-)
+from expertcut.checkpoints.layouts.exact import constants_on_disk, exact_config, has_earlier_names
 from expertcut.checkpoints.layouts.names import earlier_constants
-from expertcut.documents.private import share
 from expertcut.errors import ContractError
+from expertcut.files import share
 from expertcut.healing.training.adapters import ADAPTER, deltas
 from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
 from expertcut.moe.stored.headers import read_stored

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from expertcut.documents.reading import read_file
-from expertcut.documents.records import Format1, Identified, Record, load_record
+from expertcut.documents import Format1, Identified, Record, load_record
 from expertcut.errors import PlanError
+from expertcut.files import read_file
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.info import ModelInfo
 

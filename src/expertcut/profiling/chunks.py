@@ -12,9 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from expertcut.documents.private import create_private, share
-from expertcut.documents.reading import parse_json
 from expertcut.errors import OutputError, ProfileError
+from expertcut.files import create_private, parse_json, share
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

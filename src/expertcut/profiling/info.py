@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
-from expertcut.documents.records import Format1, Identified, Record
+from expertcut.documents import Format1, Identified, Record
 from expertcut.profiling.sound import Stats
 from expertcut.quiz import Quiz, Truncate
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.documents.reading import parse_json, read_file
-from expertcut.documents.records import load_record
+from expertcut.documents import load_record
 from expertcut.errors import ProfileError
+from expertcut.files import parse_json, read_file
 from expertcut.profiling.chunks import Arrays, read_chunk
 from expertcut.profiling.info import ProfileInfo
 from expertcut.profiling.sound import NO_CHOICE, Expected, arrays_fault

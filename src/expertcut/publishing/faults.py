@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from expertcut.documents.secrets import HIDDEN, without_secrets
 from expertcut.errors import HubError
+from expertcut.files import HIDDEN, without_secrets
 from expertcut.publishing.card.markup import printable
 
 # The base of all errors of the HTTP library below, which is another in other versions.

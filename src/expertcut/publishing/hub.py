@@ -10,9 +10,9 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from expertcut.documents.secrets import without_secrets
 from expertcut.errors import HubError, SettingsError
 from expertcut.evaluation.results import results_bytes
+from expertcut.files import without_secrets
 from expertcut.interventions.plan import PLAN_FILE, plan_text
 from expertcut.profiling.chunks import write_atomically
 from expertcut.publishing.card.evidence import Evaluated, evaluations

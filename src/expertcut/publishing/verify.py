@@ -10,14 +10,7 @@ from expertcut.checkpoints.layouts.exact import has_constants, is_exact
 from expertcut.checkpoints.layouts.names import DiskBlock, match_blocks
 from expertcut.errors import ModelError, PlanError
 from expertcut.evaluation.proving.outcome import ProofResult, load_proof
-from expertcut.interventions.plan import (
-    PLAN_FILE,
-    PROOF_FILE,
-    Edit,
-    Plan,
-    load_hashes,
-    load_plan,
-)
+from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, Edit, Plan, load_hashes, load_plan
 from expertcut.moe.loading import MODELLING_FILE, Source, expert_count, find_source, read_config
 from expertcut.moe.stored.headers import INDEX_FILE, StoredTensor, read_headers, read_index
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from expertcut.documents.reading import MARK_BYTES, open_file, parse_json, wide_encoding
 from expertcut.errors import QuizError
+from expertcut.files import MARK_BYTES, open_file, parse_json, wide_encoding
 from expertcut.quiz.prompts import LETTERS
 from expertcut.quiz.questions import Question
 

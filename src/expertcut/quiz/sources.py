@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from expertcut.documents.reading import open_file
 from expertcut.errors import QuizError, SplitError
+from expertcut.files import open_file
 from expertcut.quiz.questions import Question, Quiz, Truncate, group_by_subject
 from expertcut.quiz.readers import (
     read_csv,

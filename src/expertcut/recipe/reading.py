@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from expertcut.documents.reading import read_file, wide_encoding
-from expertcut.documents.secrets import line_with_secret
 from expertcut.errors import RecipeError
+from expertcut.files import line_with_secret, read_file, wide_encoding
 from expertcut.recipe.model import Recipe
 
 MAX_BYTES = 256 * 1024

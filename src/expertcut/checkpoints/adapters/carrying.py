@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.checkpoints.adapters.places import Base
-from expertcut.checkpoints.adapters.reading import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    read_adapter,
-)
+from expertcut.checkpoints.adapters.reading import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from expertcut.checkpoints.adapters.slicing import Folds, adapter_rewrite
 from expertcut.checkpoints.files.shards import Shard, lay_out
 from expertcut.checkpoints.files.streaming import check_space, check_written, write_shards

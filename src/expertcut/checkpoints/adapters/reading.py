@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from expertcut.documents.records import first_fault
+from expertcut.documents import first_fault
 from expertcut.errors import ModelError
 from expertcut.moe.stored.headers import Stored, StoredTensor, read_file
 from expertcut.moe.stored.objects import read_object

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from expertcut.documents.private import share
 from expertcut.errors import OutputError
+from expertcut.files import share
 
 logger = logging.getLogger(__name__)
 

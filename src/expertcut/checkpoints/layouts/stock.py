@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.files.shards import Change, Rewrite
-from expertcut.checkpoints.layouts.names import (
-    DiskBlock,
-    Headers,
-    OutsideAxes,
-    match_blocks,
-)
+from expertcut.checkpoints.layouts.names import DiskBlock, Headers, OutsideAxes, match_blocks
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit, Positions
 

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from expertcut.documents.records import Format1, Record
+from expertcut.documents import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.interventions.plan import Layout, PlanModel, Positions
 from expertcut.profiling.info import Settings

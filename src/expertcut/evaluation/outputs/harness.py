@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from expertcut import __version__
-from expertcut.documents.reading import parse_json, read_file
 from expertcut.evaluation.accuracy import pooled_stderr
 from expertcut.evaluation.results import ModelResult
+from expertcut.files import parse_json, read_file
 from expertcut.profiling.info import Settings
 from expertcut.quiz import Quiz
 from expertcut.quiz.prompts import LETTERS, header

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from expertcut.documents.records import Format1, Record, load_record
+from expertcut.documents import Format1, Record, load_record
 from expertcut.errors import PlanError
 from expertcut.evaluation.comparison import LEVEL, shows_change
 from expertcut.evaluation.proving.crossfit import Judged

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 
-from expertcut.documents.records import Format1, Record
+from expertcut.documents import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult

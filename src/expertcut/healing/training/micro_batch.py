@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from expertcut.documents.records import Record, load_record
+from expertcut.documents import Record, load_record
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.healing.asking import Training
 from expertcut.healing.data.sources import Read

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertcut.documents.records import Record, load_record
+from expertcut.documents import Record, load_record
 from expertcut.errors import OutputError
 
 OPTIMIZER, STEPS, RANDOM = "optimizer.safetensors", "optimizer.json", "random-{rank}.safetensors"

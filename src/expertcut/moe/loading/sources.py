@@ -7,11 +7,7 @@ from pathlib import Path
 
 from expertcut.errors import ContractError, ModelError
 from expertcut.moe.contract import check_family
-from expertcut.moe.loading.checks.supported import (
-    check_supported,
-    is_multimodal,
-    not_a_text_model,
-)
+from expertcut.moe.loading.checks.supported import check_supported, is_multimodal, not_a_text_model
 from expertcut.moe.stored.counts import (
     EXPERT_COUNT_FIELDS,
     check_count_types,

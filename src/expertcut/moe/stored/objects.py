@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from expertcut.documents.reading import wide_encoding
 from expertcut.errors import ModelError
+from expertcut.files import wide_encoding
 
 _MAX_CONFIG_BYTES = 10_000_000  # those of models are a thousandth of it
 _MIN_BRACKETS = 1000  # small files may be odd

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from expertcut.documents.records import first_fault
+from expertcut.documents import first_fault
 from expertcut.errors import PlanError
 from expertcut.interventions.plan import PLAN_FILE, Plan
 from expertcut.publishing.card.evidence import public_name

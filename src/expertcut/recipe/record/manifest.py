@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from expertcut.documents.records import Format1, load_record
+from expertcut.documents import Format1, load_record
 from expertcut.errors import OutputError
 from expertcut.recipe.record.hashes import Stamp, sha256_of, stamp
 

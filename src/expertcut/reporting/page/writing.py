@@ -13,8 +13,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from expertcut import __version__
-from expertcut.documents.secrets import without_secrets
 from expertcut.errors import OutputError
+from expertcut.files import without_secrets
 from expertcut.profiling.chunks import write_atomically
 from expertcut.reporting.page.drawing import colour_stops, draw
 from expertcut.reporting.page.gathering import Run, gather

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from expertcut.documents.records import first_fault
+from expertcut.documents import first_fault
 from expertcut.errors import PlanError
 from expertcut.interventions.judged import read_judged
 from expertcut.interventions.plan import Edit, Plan, Point

@@ -1,4 +1,4 @@
-"""Documents of this tool, held as pydantic models: read from their file, or refused."""
+"""JSON files of this tool, held as pydantic models: read and checked, or refused in one line."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from expertcut.documents.reading import parse_json, read_file
 from expertcut.errors import ExpertcutError
+from expertcut.files import parse_json, read_file
 
 Document = TypeVar("Document", bound=BaseModel)
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.A)

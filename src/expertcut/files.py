@@ -1,14 +1,15 @@
-"""A file's bytes, bounded and never waited for, and JSON that means one thing."""
+"""Files: bounded reads, strict JSON, private temporary files, atomic writes, no secrets."""
 
 import codecs
 import errno
 import json
 import os
+import re
 import stat
 from io import BufferedReader
 from math import isinf
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 MAX_DOCUMENT_BYTES = 32 << 20  # a profile, plan, proof or sweep of any size is far below
 MAX_DEPTH = 100
@@ -22,6 +23,14 @@ _MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 MARK_BYTES = 4  # the longest of them
+_UMASK = os.umask(0o077)  # it can only be read by setting it
+_SECRET = re.compile(
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"  # tokens of the Hub
+    r"|(?<=://)[^\s/@:\"'<>]*:[^\s/@\"'<>]+(?=@)"  # name and password in an address
+)
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SHORTEST = 8  # a value below would hide words
+HIDDEN = "***"
 
 
 def open_file(file: Path) -> BufferedReader:
@@ -132,3 +141,40 @@ def _inside(value: Any) -> list[Any]:
 
 def _too_deep() -> ValueError:
     return ValueError(f"more than {MAX_DEPTH} levels, one inside the other")
+
+
+os.umask(_UMASK)
+_FILE, _FOLDER = 0o666, 0o777
+
+
+def create_private(file: Path) -> BinaryIO:
+    """A new file of mode 0600, opened for writing.
+
+    Raises:
+        FileExistsError: something, were it a link, has that name.
+    """
+    as_bytes = getattr(os, "O_BINARY", 0)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | as_bytes, 0o600)
+    return os.fdopen(descriptor, "wb")
+
+
+def share(path: Path) -> None:
+    """Gives a file or folder the mode that it would have had without this."""
+    path.chmod((_FOLDER if path.is_dir() else _FILE) & ~_UMASK)
+
+
+def without_secrets(text: str) -> str:
+    """The text with `***` where a token or a password stands."""
+    for name in _VARIABLES:
+        value = os.environ.get(name, "")
+        if len(value) >= _SHORTEST:
+            text = text.replace(value, HIDDEN)
+    return _SECRET.sub(HIDDEN, text)
+
+
+def line_with_secret(text: str) -> int | None:
+    """The number of the first line that holds one, from 1; None where there is none."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if without_secrets(line) != line:
+            return number
+    return None
