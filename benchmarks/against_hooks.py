@@ -25,11 +25,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import SUBJECTS, parser, random_olmoe, report
+from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.sound import Stats
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz, prompt
 
 BATCH = 2
 

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.data import Selection, load_quiz
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.plan import Fold
 from expertcut.interventions.prune import choose
@@ -23,7 +24,6 @@ from expertcut.interventions.ranking import Way
 from expertcut.moe.loading import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Selection, load_quiz
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks.common import parser, random_olmoe, report
 from benchmarks.limits import chunks
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.moe.packing import Encoded
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.sound import Stats
 from expertcut.profiling.statistics import as_json
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 
 SMALL = {
     "hidden_size": 128,

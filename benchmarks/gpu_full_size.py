@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoTokenizer, OlmoeForCausalLM
 from benchmarks.common import parser, report
 from benchmarks.limits import chunks, shape_of
 from benchmarks.work import total
+from expertcut.data import Selection, load_quiz
 from expertcut.moe.contract import find_blocks
 from expertcut.moe.loading import MoeModel, Source
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.quiz import Selection, load_quiz
 
 
 class Made(Source):

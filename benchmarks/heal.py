@@ -95,13 +95,13 @@ MODELS = {"bundled": bundled, "random_260m": random_260m}
 def cuts(base: Path, asked: Asked, place: Path) -> Iterator[Path]:
     """What `prune` leaves of a model, one checkpoint for each fraction."""
     from expertcut.checkpoints.build import BuildOptions, build
+    from expertcut.data import Selection, load_quiz
     from expertcut.interventions.budgets import Keep
     from expertcut.interventions.prune import choose
     from expertcut.interventions.ranking import Way
     from expertcut.moe.loading import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, measure
     from expertcut.profiling.store import load_profile
-    from expertcut.quiz import Selection, load_quiz
 
     questions = load_quiz(Selection(asked.quiz, "val", 0, limit=PROFILED))
     source, options = find_source(str(base)), MeasureOptions(threads=asked.threads)

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 
 from benchmarks.common import SUBJECTS, parser, random_olmoe, report
 from benchmarks.work import Shape, total
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.moe.kernels import products
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 from expertcut.moe.packing import Encoded, encode
 from expertcut.profiling import measure
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS, Measurement, MeasureOptions
 from expertcut.profiling.recording.recorder import Recorder
-from expertcut.quiz import Quiz, Selection, load_quiz
 
 
 def shape_of(config: Any) -> Shape:

@@ -16,6 +16,7 @@ from typing import get_args
 from benchmarks.fold import BUNDLED, KINDS, random_model
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.merging.merge import merge
+from expertcut.data import Selection, load_quiz
 from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.merging.asking import Merge
@@ -26,7 +27,6 @@ from expertcut.interventions.ranking import Way
 from expertcut.moe.loading import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Selection, load_quiz
 from expertcut.reporting.outcomes import results_table
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 

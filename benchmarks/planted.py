@@ -23,6 +23,7 @@ import torch
 from planting import BUNDLED, LAST, QUIZ, bundled_weights, copied, cost, sabotaged, saboteur
 from teaching import EXPERT, drawn, learn, lesson, margin, taught, write_turned_quiz
 
+from expertcut.data import Selection, load_quiz
 from expertcut.evaluation.proving.crossfit import judge
 from expertcut.evaluation.proving.outcome import load_proof, proof_result
 from expertcut.evaluation.results import load_results
@@ -33,7 +34,6 @@ from expertcut.moe.engine import Engine
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Selection, load_quiz
 from expertcut.reporting.tables import Column, Table, as_markdown
 
 Found = dict[str, Any]

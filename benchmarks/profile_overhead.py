@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import random_olmoe
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.sound import Stats
-from expertcut.quiz import Quiz, Selection, load_quiz
 from expertcut.reporting.tables import Column, Table, as_markdown
 
 NAMES: dict[Stats, str] = {"none": "plain scoring", "answer": "answer only", "all": "all tokens"}

@@ -24,9 +24,9 @@ import torch
 from benchmarks.common import parser, random_olmoe, report, timed
 from benchmarks.limits import chunks, seconds, shape_of
 from benchmarks.work import Work, total
+from expertcut.data import Question, Quiz, Selection, load_quiz
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.quiz import Question, Quiz, Selection, load_quiz
 
 EXPERTS = (16, 64, 256)
 PREFIXES = (0, 500, 2500)

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.common import RUNS, machine
 from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.evaluation.sweeping.grid import Grid
 from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
 from expertcut.interventions.budgets import Keep
@@ -32,7 +33,6 @@ from expertcut.moe.passes import ignore
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expertcut.data import Question, Quiz
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.packing import Pass, encode
-from expertcut.quiz import Question, Quiz
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints" / "quickstart"))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.data.sources import Weighted
 from expertcut.healing.asking import Data, Healing, Place, Training
 from expertcut.healing.heal import Healed, Options, heal
 from expertcut.healing.training.adapters import Lora
-from expertcut.healing.weighted import Weighted
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.build import engine_as_profiled
 from expertcut.cli import main
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.evaluation.auditing.outcome import load_audit
 from expertcut.evaluation.sweeping.outcome import load_sweep
 from expertcut.interventions.plan import Plan, load_plan
@@ -30,7 +31,6 @@ from expertcut.moe.ways import suitable_way
 from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import FAMILIES, make_checkpoint, open_model, write_quiz
 from tests.families import MORE
 from tests.plain import GATES, Plain

@@ -14,6 +14,7 @@ from expertcut.checkpoints.build import BuildOptions
 from expertcut.checkpoints.layouts.names import find_disk_blocks
 from expertcut.checkpoints.layouts.neurons import Experts
 from expertcut.checkpoints.merging.merge import Merged, merge
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.interventions.merging.asking import Merge
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.loading import LoadOptions, MoeModel
@@ -22,7 +23,6 @@ from expertcut.moe.packing import encode
 from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import open_model
 
 AS_IS = BuildOptions(LoadOptions())

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expertcut.quiz import Quiz
-from expertcut.quiz.prompts import LETTERS, prompt
+from expertcut.data import Quiz
+from expertcut.data.questions import LETTERS, prompt
 
 Shifts = Mapping[str, Tensor]  # by block name what is added to logits (E,); −inf forbids
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import torch
 
+from expertcut.data import Selection, load_quiz
 from expertcut.profiling import chunks
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.sharing import folder as shared
 from expertcut.profiling.sharing.claims import Claims
 from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import open_model, write_quiz
 
 # A server that has imported all this forks each process, in milliseconds. It is one for all tests,

@@ -21,8 +21,8 @@ import pytest
 from safetensors.torch import load_file
 
 from expertcut.cli import main
+from expertcut.data import Selection, load_quiz
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import make_checkpoint, open_model
 from tests.processes import PROCESSES
 

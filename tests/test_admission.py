@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.special import expit, logit, softmax
 
+from expertcut.data import Selection, load_quiz
 from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.reweighting.admission import (
     admission_gap,
@@ -26,7 +27,6 @@ from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions, model_info
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import FAMILIES, open_model
 from tests.families import MORE
 from tests.hand_made import block

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.auditing.audit import Auditing, AuditOptions
 from expertcut.evaluation.auditing.outcome import Audit, Harm, Standing, load_audit
@@ -37,7 +38,6 @@ from expertcut.moe.passes import OnPass, ignore
 from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from expertcut.reporting.audits import audit_sentences
 from tests.conftest import LETTERS, Commands, make_checkpoint, open_model, write_quiz
 

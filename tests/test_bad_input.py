@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertcut.cli import main
+from expertcut.data import Selection, load_quiz
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import make_checkpoint, write_quiz
 from tests.hand_made import gap
 

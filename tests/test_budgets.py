@@ -10,6 +10,7 @@ import pytest
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.unwritten.sizing import largest, size_of_cuts
 from expertcut.cli import pruning
+from expertcut.data import Selection, load_quiz
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.size import size, size_of_cut
 from expertcut.interventions.budgets import (
@@ -29,7 +30,6 @@ from expertcut.interventions.ranking import Ranking, Way, rank
 from expertcut.moe.loading import find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import open_model
 from tests.hand_made import block, profile_info, random_profile
 

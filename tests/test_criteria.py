@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.interventions.calibration import activations as calibration
 from expertcut.interventions.calibration.activations import Tried, keep_inputs
@@ -25,7 +26,6 @@ from expertcut.moe.loading import MoeModel
 from expertcut.profiling.recording.contributions import borda_points, shift
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz, prompt
 from tests.conftest import FAMILIES, LETTERS, make_tokenizer, open_model, write_quiz
 from tests.test_profile import profiled
 

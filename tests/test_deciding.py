@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from expertcut.cli import main
+from expertcut.data import Selection, load_quiz
 from expertcut.errors import SettingsError
 from expertcut.evaluation.proving.outcome import load_proof
 from expertcut.interventions.plan import load_hashes, load_plan
@@ -17,7 +18,6 @@ from expertcut.interventions.reweighting.choosing import TOKEN_SCORES, read_cont
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import COUNTS, open_model, write_quiz
 
 Run = Callable[..., str]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from expertcut.checkpoints.unedited import constant_experts
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError, SettingsError
 from expertcut.moe.loading import LoadOptions, find_source, load
 from expertcut.moe.loading.devices import find_device, own_device, runs_on, spread
@@ -15,7 +16,6 @@ from expertcut.moe.observers import observe_experts
 from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.processes import chunk_bytes
 
 Checkpoints = Callable[..., Path]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertcut.data import Selection, load_quiz
 from expertcut.moe.engine import Engine
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.packing import Encoded, encode
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import PADDED_FAMILIES, SUBJECTS, open_model
 
 Checkpoints = Callable[..., Path]

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binom, binomtest
 
+from expertcut.data import Selection, load_quiz, prompt
 from expertcut.errors import ModelError, OutputError, PlanError
 from expertcut.evaluation.accuracy import accuracy, pooled_stderr, wilson
 from expertcut.evaluation.comparison import (
@@ -32,7 +33,6 @@ from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel, hashes
 from expertcut.moe.loading import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.sharing.work import Progress
-from expertcut.quiz import Selection, load_quiz, prompt
 from tests.conftest import SUBJECTS, open_model
 
 close = pytest.approx

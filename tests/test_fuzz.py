@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertcut.data.readers import read_csv, read_jsonl
 from expertcut.errors import ExpertcutError
 from expertcut.evaluation.sweeping.grid import read_fractions
 from expertcut.files import HIDDEN, parse_json, without_secrets
@@ -23,7 +24,6 @@ from expertcut.moe.loading.devices import _limits
 from expertcut.profiling.chunks import read_chunk, write_chunk
 from expertcut.profiling.info import ProfileInfo
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz.readers import read_csv, read_jsonl
 from expertcut.recipe.model import Recipe
 from expertcut.recipe.reading import read_recipe
 from tests.hand_made import block, profile_info, random_chunk, random_profile

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertcut.data import Selection, load_quiz
 from expertcut.errors import ContractError
 from expertcut.moe.contract import MoeBlock, find_blocks
 from expertcut.moe.engine import Engine
@@ -18,7 +19,6 @@ from expertcut.moe.loading import MoeModel
 from expertcut.moe.observers import observe_routers
 from expertcut.moe.packing import encode
 from expertcut.moe.tilting import Tilts, tilted
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import open_model
 
 Checkpoints = Callable[..., Path]

@@ -39,7 +39,7 @@ def test_its_alpha_is_its_own_score_and_its_tables_layer_is_told(
         )
         for block in blocks
     ]
-    from expertcut.quiz import Selection, load_quiz, prompt
+    from expertcut.data import Selection, load_quiz, prompt
 
     quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=0))
     question = next(iter(quiz))

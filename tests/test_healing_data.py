@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from expertcut.data import Selection, load_quiz, prompt
+from expertcut.data.sources import Weighted
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
 from expertcut.healing.data.judges import CHOSE_STEP, USED_BEFORE
@@ -31,10 +33,8 @@ from expertcut.healing.training.objectives import (
     distillation,
     likeliest,
 )
-from expertcut.healing.weighted import Weighted
 from expertcut.interventions.judged import UNUSED
 from expertcut.moe.observers import Routing
-from expertcut.quiz import Selection, load_quiz, prompt
 from expertcut.reporting.healing import dropped_sentence
 from tests.conftest import make_tokenizer, open_model, write_quiz
 

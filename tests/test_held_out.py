@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertcut.checkpoints.proof import Difference, Proof
+from expertcut.data import Question, Selection, load_quiz
+from expertcut.data.questions import Quiz
+from expertcut.data.sources import Weighted
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
 from expertcut.healing.data.sources import read_data
-from expertcut.healing.weighted import Weighted
 from expertcut.interventions.judged import UNUSED, read_judged
 from expertcut.interventions.plan import Draft, Edit, load_hashes, load_plan, save_plan
 from expertcut.interventions.questions import (
@@ -32,8 +34,6 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.part import ProfilePart
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.profiling.sums import largest_values
-from expertcut.quiz import Question, Selection, load_quiz
-from expertcut.quiz.questions import Quiz
 from expertcut.reporting.page.gathering import Found
 from expertcut.reporting.page.sections.changes import _held_out
 from tests.conftest import Commands, make_tokenizer, open_model

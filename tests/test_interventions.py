@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from expertcut.data import Question, Quiz, Selection, load_quiz, prompt
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.interventions.allowed import check_edits
 from expertcut.interventions.budgets import Keep
@@ -48,7 +49,6 @@ from expertcut.moe.engine import Engine
 from expertcut.moe.packing import Encoded, Pass, encode, packed_pass, prefix_pass
 from expertcut.profiling.info import BlockInfo, quiz_info
 from expertcut.profiling.store import Profile
-from expertcut.quiz import Question, Quiz, Selection, load_quiz, prompt
 from tests.conftest import SUBJECTS, make_tokenizer, open_model, write_quiz
 from tests.hand_made import block, gap, profile_info, random_chunk, random_profile, write_profile
 

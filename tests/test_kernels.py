@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError
 from expertcut.moe import passes
 from expertcut.moe.contract import MoeBlock
@@ -27,7 +28,6 @@ from expertcut.moe.packing import Encoded, encode
 from expertcut.moe.passes import Watch
 from expertcut.profiling.measure import HALVED, Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import PADDED_FAMILIES, SUBJECTS, open_model
 
 Checkpoints = Callable[..., Path]

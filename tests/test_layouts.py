@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.proof import Alone
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ContractError
 from expertcut.evaluation.size import size
 from expertcut.interventions.budgets import Keep
@@ -27,7 +28,6 @@ from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import encode
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import FAMILIES, open_model
 from tests.exact_models import declared, make_base
 

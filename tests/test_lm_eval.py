@@ -14,10 +14,10 @@ import pandas
 import pytest
 
 from expertcut.cli import app
+from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.evaluation.results import ModelResult, Results, load_results
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz, prompt
 from tests.conftest import make_checkpoint
 from tests.harness import GROUP, Asked, Harnessed, harness, task_name
 

@@ -19,6 +19,7 @@ from expertcut.checkpoints.layouts.neurons import Experts
 from expertcut.checkpoints.merging.merge import _is_interleaved
 from expertcut.checkpoints.merging.unedited_router import under, unedited_routers
 from expertcut.cli.merging import Method, RouterRow
+from expertcut.data import round_robin
 from expertcut.errors import PlanError
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.merging.alignment import Neurons, matching
@@ -34,7 +35,6 @@ from expertcut.interventions.reweighting.targets import tilts
 from expertcut.moe.engine import Engine
 from expertcut.moe.stored.headers import read_headers
 from expertcut.profiling.store import Profile
-from expertcut.quiz import round_robin
 from tests.conftest import FAMILIES, open_model
 from tests.merged_models import (
     AS_IS,

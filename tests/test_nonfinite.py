@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Shift
@@ -17,7 +18,6 @@ from expertcut.moe.packing import encode
 from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import Commands, make_checkpoint, make_tokenizer, open_model, write_quiz
 
 SIGN = "~"  # in one question of the test split, and nowhere else

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from expertcut.data import Selection, load_quiz
 from expertcut.evaluation.results import load_results
 from expertcut.moe.loading import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import Commands, make_checkpoint
 
 Checkpoints = Callable[..., Path]

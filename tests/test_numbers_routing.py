@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError
 from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing, observe_routers, own_forward, replaced_forward
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import Commands, make_checkpoint, open_model
 from tests.test_numbers import finite
 

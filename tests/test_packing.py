@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from expertcut.data import Question, Selection, load_quiz, prompt
 from expertcut.errors import ModelError
 from expertcut.moe.packing import (
     Encoded,
@@ -19,7 +20,6 @@ from expertcut.moe.packing import (
     padded_pass,
     prefix_pass,
 )
-from expertcut.quiz import Question, Selection, load_quiz, prompt
 from tests.conftest import LETTERS, SUBJECTS, make_tokenizer
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.cli import main
-from expertcut.quiz.sources import MMLU_REVISION
+from expertcut.data.sources import MMLU_REVISION
 from tests.conftest import WORDS, make_checkpoint
 from tests.hub import LocalHub
 

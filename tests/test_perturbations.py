@@ -12,6 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 from expertcut.cli import main
+from expertcut.data import Quiz, Selection, load_quiz, shuffle_choices
 from expertcut.errors import ProfileError
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import LoadOptions
@@ -21,7 +22,6 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.perturb import perturb
 from expertcut.profiling.statistics import answers
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz, shuffle_choices
 from tests.conftest import open_model
 
 Checkpoints = Callable[..., Path]

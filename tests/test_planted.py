@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.evaluation.comparison import mcnemar
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.observers import replaced_forward
@@ -17,7 +18,6 @@ from expertcut.profiling.evidence.findings import Findings, find
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import open_model
 
 QUICKSTART = Path(__file__).parents[1] / "checkpoints" / "quickstart"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from expertcut.data import Selection, load_quiz
 from expertcut.evaluation.proving.crossfit import Judged, judge
 from expertcut.evaluation.proving.outcome import verdict
 from expertcut.interventions.reweighting.choosing import Chooser, Pick
@@ -21,7 +22,6 @@ from expertcut.interventions.reweighting.tuning import Procedure, Shift
 from expertcut.moe.engine import Engine
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.tilting import Tilts, tilted
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import open_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

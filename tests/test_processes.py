@@ -16,10 +16,10 @@ from rich.console import Console
 
 from expertcut.cli import main
 from expertcut.cli.running import Line, is_first
+from expertcut.data import Selection, load_quiz
 from expertcut.profiling.sharing.claims import Claims
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.processes import (
     CHUNKS,
     LONG,

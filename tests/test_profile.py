@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.moe.loading import LoadOptions, MoeModel, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import as_json, near_ties
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz, prompt
 from tests.conftest import DENSE_FIRST, FAMILIES, LETTERS, SUBJECTS, open_model, write_quiz
 from tests.hand_made import SUMS
 

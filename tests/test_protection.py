@@ -12,6 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 from expertcut.cli import main
+from expertcut.data import Selection, load_quiz
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.criteria import ranked
@@ -28,7 +29,6 @@ from expertcut.interventions.questions import hashes, questions_for
 from expertcut.interventions.ranking import Way
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import make_checkpoint, make_tokenizer, open_model, write_quiz
 from tests.hand_made import block, profile_info, random_chunk, write_profile
 from tests.test_profile import profiled

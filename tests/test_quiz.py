@@ -17,8 +17,7 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
 from pyarrow import parquet
 
-from expertcut.errors import QuizError
-from expertcut.quiz import (
+from expertcut.data import (
     Question,
     Quiz,
     Selection,
@@ -28,6 +27,7 @@ from expertcut.quiz import (
     round_robin,
     without,
 )
+from expertcut.errors import QuizError
 from tests.conftest import COUNTS, SUBJECTS
 
 TEMPLATES = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"

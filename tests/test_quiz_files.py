@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError, QuizError, RecipeError
 from expertcut.healing.data.texts import read_texts
 from expertcut.moe.stored.objects import read_config
-from expertcut.quiz import Quiz, Selection, load_quiz
 from expertcut.recipe.reading import read_recipe
 
 MARK = b"\xef\xbb\xbf"

@@ -483,7 +483,7 @@ def test_the_shipped_recipes_are_these() -> None:
 
 
 def test_the_quiz_of_the_domain_recipe_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertcut.quiz import load_quiz
+    from expertcut.data import load_quiz
 
     monkeypatch.chdir(ROOT)
     recipe = read_recipe(ROOT / "recipes" / "domain-prune.yaml")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.interventions.reweighting.records import Records
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Shift
@@ -16,7 +17,6 @@ from expertcut.moe.loading import LoadOptions, MoeModel
 from expertcut.moe.tilting import ApplyAt, Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import open_model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, Built, build
 from expertcut.checkpoints.unedited import at_run_time
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ContractError, PlanError, SettingsError
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.lineage import ids_text
@@ -27,7 +28,6 @@ from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import Pass
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from expertcut.reporting.proofs import tilt_sentences
 from expertcut.reporting.shown import find_shown
 from tests.conftest import FAMILIES, open_model

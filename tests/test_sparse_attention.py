@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.moe import ways
 from expertcut.moe.engine import Engine
 from expertcut.moe.packing import encode
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import open_model
 
 Checkpoints = Callable[..., Path]

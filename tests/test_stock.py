@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.files.folders import check_free, new_folder
+from expertcut.data import Selection, load_quiz
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.calibration.fold import fold_at_answers
@@ -27,7 +28,6 @@ from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import DENSE_FIRST, FAMILIES, open_model
 
 Checkpoints = Callable[..., Path]

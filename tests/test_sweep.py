@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import Scored, Scoring, results, score
 from expertcut.evaluation.sweeping.grid import Grid, read_criteria, read_fractions
@@ -28,7 +29,6 @@ from expertcut.moe.passes import ignore
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz
 from tests.conftest import Commands, open_model
 
 GRID = Grid(("activations", "random"), (0.75, 0.5))

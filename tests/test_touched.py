@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertcut.data import Selection, load_quiz
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
@@ -14,7 +15,6 @@ from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import encode
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Selection, load_quiz
 from tests.conftest import open_model
 
 

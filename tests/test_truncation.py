@@ -14,13 +14,13 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig
 
+from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.evaluation.auditing.outcome import load_audit
 from expertcut.evaluation.results import load_results
 from expertcut.evaluation.sweeping.outcome import load_sweep
 from expertcut.moe.context import Context, context_length
 from expertcut.moe.engine import Engine
 from expertcut.profiling.store import CUT, load_profile
-from expertcut.quiz import Quiz, Selection, load_quiz, prompt
 from expertcut.recipe.reading import read_recipe
 from expertcut.recipe.stages import stages_of
 from tests.conftest import SUBJECTS, Commands, make_checkpoint, open_model

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertcut.data import Quiz
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
 from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import Pass
 from expertcut.moe.passes import OnPass, ignore
-from expertcut.quiz import Quiz
 
 NOT_REACHED = (
     "{}: all answers equal those of the unedited model to the last digit, though these questions "

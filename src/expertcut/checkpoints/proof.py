@@ -8,14 +8,14 @@ from torch import Tensor
 from expertcut.checkpoints.agreement import Agreement, agreements
 from expertcut.checkpoints.answering import Answered, answer, answer_alone, check_reached
 from expertcut.checkpoints.unedited import at_run_time, renumbered
+from expertcut.data import Quiz
+from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.judged import HASHES, Judged
 from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import Draft, Positions
 from expertcut.interventions.questions import n_used
 from expertcut.moe.engine import Engine
-from expertcut.quiz import Quiz
-from expertcut.quiz.questions import group_by_subject, replace_questions
 
 
 @dataclass(frozen=True)

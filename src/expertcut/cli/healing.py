@@ -136,9 +136,9 @@ class Heal:
             _say(healed)
 
     def _asked(self) -> "Healing":
+        from expertcut.data.sources import Weighted
         from expertcut.healing.asking import Data, Healing
         from expertcut.healing.training.adapters import Lora
-        from expertcut.healing.weighted import Weighted
 
         quizzes = self.quiz or ([] if self.text else ["mmlu"])
         subjects = tuple(s.strip() for s in self.subjects.split(",")) if self.subjects else ()

@@ -7,8 +7,8 @@ from expertcut.cli.options import Truncate, value
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
+    from expertcut.data import Quiz
     from expertcut.profiling.store import Profile
-    from expertcut.quiz import Quiz
 
 
 def read_quiz(
@@ -20,7 +20,7 @@ def read_quiz(
     truncate: Truncate | None,
 ) -> "Quiz":
     """The quiz that the shared options name."""
-    from expertcut.quiz import Selection, load_quiz
+    from expertcut.data import Selection, load_quiz
 
     names = tuple(name.strip() for name in subjects.split(",")) if subjects else ()
     return load_quiz(Selection(quiz, split, shots, names, limit, truncate=value(truncate)))

@@ -9,12 +9,12 @@ from expertcut.cli.output import print_tables, quiet
 from expertcut.cli.running import is_first, watched
 
 if TYPE_CHECKING:
+    from expertcut.data import Quiz
     from expertcut.evaluation.sweeping.grid import Grid
     from expertcut.evaluation.sweeping.outcome import Sweep
     from expertcut.interventions.ranking import Way
     from expertcut.moe.loading import LoadOptions
     from expertcut.profiling.store import Profile
-    from expertcut.quiz import Quiz
 
 SweepOption = Annotated[
     str | None,
@@ -54,9 +54,9 @@ class Scored:
 
         Where a fifth of a quiz is held out and nothing else is asked for, it is that fifth.
         """
+        from expertcut.data import Selection, load_quiz
         from expertcut.interventions.questions import held_out_quiz
         from expertcut.profiling.part import ProfilePart
-        from expertcut.quiz import Selection, load_quiz
 
         if isinstance(profile, ProfilePart) and all(v is None for v in vars(self).values()):
             return held_out_quiz(profile)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.data import Quiz
 from expertcut.errors import OutputError
 from expertcut.evaluation.accuracy import accuracy
 from expertcut.evaluation.comparison import compare
@@ -39,7 +40,6 @@ from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import load_profile
-from expertcut.quiz import Quiz
 
 Array = np.ndarray[Any, Any]
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from expertcut.checkpoints.answering import Answered
 from expertcut.checkpoints.proof import Difference, Outcome, difference, outcome
+from expertcut.data import Quiz
+from expertcut.data.held_out import hash_lines
 from expertcut.healing.data.judges import Judges
 from expertcut.interventions.judged import HASHES
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.loading import MoeModel
-from expertcut.quiz import Quiz
-from expertcut.quiz.splits import hash_lines
 
 _BATCH_TOKENS = 4096
 HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"

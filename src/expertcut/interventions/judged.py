@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertcut.data.questions import hashes_in
 from expertcut.errors import PlanError
 from expertcut.interventions.plan import PLAN_FILE, Plan, load_hashes
-from expertcut.quiz.questions import hashes_in
 
 HASHES, USED, SPLIT = "held_out_hashes", "held_out_used", "held_out_split"
 UNUSED = "were not used"

@@ -3,16 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from expertcut.errors import ProfileError, QuizError, SettingsError
-from expertcut.interventions.lineage import Numbers, inherited_hashes, model_folder
-from expertcut.interventions.plan import ChosenOn, Draft, Plan, PlanModel, hashes_sha256, plan_model
-from expertcut.moe.stored.fingerprints import absolute_id
-from expertcut.profiling.info import quiz_info
-from expertcut.profiling.part import ProfilePart, can_hold_out
-from expertcut.profiling.store import Profile
-from expertcut.quiz import Quiz, Selection, load_quiz, round_robin, without
-from expertcut.quiz.questions import group_by_subject, hashes_in, replace_questions
-from expertcut.quiz.splits import (
+from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
+from expertcut.data.held_out import (
     HELD_OUT_SHARE,
     JUDGING,
     fifth_of,
@@ -21,6 +13,14 @@ from expertcut.quiz.splits import (
     is_one_set,
     other_split,
 )
+from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
+from expertcut.errors import ProfileError, QuizError, SettingsError
+from expertcut.interventions.lineage import Numbers, inherited_hashes, model_folder
+from expertcut.interventions.plan import ChosenOn, Draft, Plan, PlanModel, hashes_sha256, plan_model
+from expertcut.moe.stored.fingerprints import absolute_id
+from expertcut.profiling.info import quiz_info
+from expertcut.profiling.part import ProfilePart, can_hold_out
+from expertcut.profiling.store import Profile
 
 HELD_OUT = 256
 hashes = hash_lines

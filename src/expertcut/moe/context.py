@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from os.path import commonprefix
 from typing import Any
 
+from expertcut.data import Quiz, prompt
 from expertcut.errors import ModelError
 from expertcut.moe.loading import MoeModel
 from expertcut.moe.packing import Encoded
 from expertcut.moe.ways import grows_with_prompt
-from expertcut.quiz import Quiz, prompt
 
 # In the order in which lm-evaluation-harness looks at them.
 _PLACES = ("n_positions", "max_position_embeddings", "n_ctx")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertcut.data import Question, Quiz
 from expertcut.moe.context import Context
 from expertcut.moe.gate_laws import check_gate, verifying
 from expertcut.moe.kernels import attention
@@ -24,7 +25,6 @@ from expertcut.moe.nonfinite import first_unanswered, not_finite
 from expertcut.moe.packing import Encoded, encode
 from expertcut.moe.passes import Attention, How, OnPass, Run, Watch, ignore
 from expertcut.moe.ways import Way, suitable_way
-from expertcut.quiz import Question, Quiz
 
 logger = logging.getLogger(__name__)
 

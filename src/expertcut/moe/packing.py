@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertcut.data import Question, prompt
+from expertcut.data.questions import LETTERS
 from expertcut.errors import ModelError
 from expertcut.moe.loading.checks.tokenizer import file_of, token_ids
-from expertcut.quiz import Question, prompt
-from expertcut.quiz.prompts import LETTERS
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
+from expertcut.data import Quiz, Truncate
 from expertcut.documents import Format1, Identified, Record
 from expertcut.profiling.sound import Stats
-from expertcut.quiz import Quiz, Truncate
 
 CHUNK_QUESTIONS = 256
 MOST_EXPERTS = 1 << 15  # they are kept as int16

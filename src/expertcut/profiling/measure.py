@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from expertcut.data import Question, Quiz, Truncate, prompt
+from expertcut.data.held_out import is_one_set
 from expertcut.errors import QuizError
 from expertcut.moe.engine import CHECKED_QUESTIONS, Engine
 from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
@@ -25,8 +27,6 @@ from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.sound import NO_CHOICE, Stats
 from expertcut.profiling.store import CUT, load_profile
-from expertcut.quiz import Question, Quiz, Truncate, prompt
-from expertcut.quiz.splits import is_one_set
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from functools import cached_property
 
 import numpy as np
 
+from expertcut.data import Question, Quiz
+from expertcut.data.held_out import is_held_out
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.store import Profile
-from expertcut.quiz import Question, Quiz
-from expertcut.quiz.splits import is_held_out
 
 CALIBRATION = "calibration"  # sums over the questions that are not held out
 IN_CALIBRATION = "calibration_N"

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from expertcut.data import shuffle_choices
 from expertcut.errors import SettingsError
 from expertcut.moe.loading import LoadOptions
 from expertcut.moe.passes import OnPass, ignore
 from expertcut.profiling.evidence.perturbations import KINDS, Kind, perturbed_folder
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
-from expertcut.quiz import shuffle_choices
 
 
 def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.data import Truncate
 from expertcut.documents import load_record
 from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.chunks import Arrays, read_chunk
 from expertcut.profiling.info import ProfileInfo
 from expertcut.profiling.sound import NO_CHOICE, Expected, arrays_fault
-from expertcut.quiz import Truncate
 
 CUT = "cut_N"  # tokens that prompts lost on their left, in a chunk where one did
 _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from expertcut.quiz.splits import HELD_OUT_SHARE
+from expertcut.data.held_out import HELD_OUT_SHARE
 from expertcut.recipe.values import (
     AdapterFolder,
     Criterion,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from expertcut.data import Selection
+from expertcut.data.sources import Weighted
 from expertcut.errors import RecipeError
-from expertcut.healing.weighted import Weighted
-from expertcut.quiz import Selection
 from expertcut.recipe.model import Recipe, Variant
 from expertcut.recipe.sections import HealSection
 

@@ -5,11 +5,11 @@ from typing import Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
+from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.interventions.plan import Layout, PlanModel, Positions
 from expertcut.profiling.info import Settings
-from expertcut.quiz import Truncate
 
 AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]

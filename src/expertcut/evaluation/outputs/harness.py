@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from expertcut import __version__
+from expertcut.data import Quiz
+from expertcut.data.questions import LETTERS, header
+from expertcut.data.sources import MMLU_HUB_ID
 from expertcut.evaluation.accuracy import pooled_stderr
 from expertcut.evaluation.results import ModelResult
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.info import Settings
-from expertcut.quiz import Quiz
-from expertcut.quiz.prompts import LETTERS, header
-from expertcut.quiz.sources import MMLU_HUB_ID
 
 if TYPE_CHECKING:
     from expertcut.evaluation.evaluate import Scored, Scoring

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertcut.quiz import Quiz
-from expertcut.quiz.prompts import LETTERS
+from expertcut.data import Quiz
+from expertcut.data.questions import LETTERS
 
 if TYPE_CHECKING:
     import pyarrow as pa

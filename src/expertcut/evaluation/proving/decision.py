@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.data import Quiz
 from expertcut.evaluation.proving.control import DRAWS
 from expertcut.evaluation.proving.crossfit import judge
 from expertcut.evaluation.proving.outcome import ProofResult, called, proof_result
@@ -18,7 +19,6 @@ from expertcut.moe.loading import LoadOptions
 from expertcut.moe.tilting import ApplyAt
 from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.store import Profile
-from expertcut.quiz import Quiz
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from expertcut.checkpoints.answering import NOT_REACHED
 from expertcut.checkpoints.build import engine_as_profiled, gather, profiled_source
 from expertcut.checkpoints.unwritten.carried import as_written
 from expertcut.checkpoints.unwritten.sizing import size_of_cuts
+from expertcut.data import Quiz
 from expertcut.errors import ContractError
 from expertcut.evaluation.accuracy import accuracy
 from expertcut.evaluation.comparison import compare
@@ -40,7 +41,6 @@ from expertcut.profiling.part import ProfilePart
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import Profile, load_profile
-from expertcut.quiz import Quiz
 
 Array = np.ndarray[Any, Any]
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from expertcut.data import Quiz, round_robin, without
 from expertcut.interventions.judged import UNUSED
-from expertcut.quiz import Quiz, round_robin, without
 
 _MOST = 256
 USED_BEFORE = "an earlier step used and this one did not train on"

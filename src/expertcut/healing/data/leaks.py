@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from expertcut.data import Question, Quiz, Selection, load_quiz, without
+from expertcut.data.held_out import hash_lines
+from expertcut.data.questions import hashes_in, normalised
 from expertcut.errors import QuizError, SplitError
 from expertcut.healing.asking import Data
 from expertcut.healing.data.texts import Text
-from expertcut.quiz import Question, Quiz, Selection, load_quiz, without
-from expertcut.quiz.questions import hashes_in, normalised
-from expertcut.quiz.splits import hash_lines
 
 logger = logging.getLogger(__name__)
 

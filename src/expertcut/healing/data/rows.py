@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from expertcut.data import Question, answer_letter, prompt
 from expertcut.errors import ModelError
-from expertcut.quiz import Question, answer_letter, prompt
 
 
 @dataclass(frozen=True)

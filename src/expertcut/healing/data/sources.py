@@ -8,6 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from expertcut.data import Question, Quiz, Selection, load_quiz, reordered, round_robin, without
+from expertcut.data.held_out import hash_lines
+from expertcut.data.questions import group_by_subject, normalised, replace_questions
+from expertcut.data.sources import Weighted
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
 from expertcut.healing.data.judges import Judges, find_judges
@@ -27,10 +31,6 @@ from expertcut.healing.data.rows import (
     text_rows,
 )
 from expertcut.healing.data.texts import Text, read_texts
-from expertcut.healing.weighted import Weighted
-from expertcut.quiz import Question, Quiz, Selection, load_quiz, reordered, round_robin, without
-from expertcut.quiz.questions import group_by_subject, normalised, replace_questions
-from expertcut.quiz.splits import hash_lines
 
 _ONE_IN = 10  # of the questions and texts are held out, by their content
 _MOST_HELD_OUT = 256

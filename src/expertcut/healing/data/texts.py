@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from expertcut.data.readers import json_lines
 from expertcut.errors import ModelError, QuizError
-from expertcut.quiz.readers import json_lines
 
 
 @dataclass(frozen=True)

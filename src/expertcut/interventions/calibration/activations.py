@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertcut.data import Quiz, round_robin
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.moe.contract import MoeBlock
 from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing, own_forward, replaced_forward
 from expertcut.moe.tilting import Tilts, tilted
-from expertcut.quiz import Quiz, round_robin
 
 MOST_TOKENS = 1024
 KEPT_BYTES = 256 << 20  # of all layers' inputs, and again of one layer's Gram matrices

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from expertcut.data import Quiz, round_robin
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing
 from expertcut.moe.tilting import ApplyAt
-from expertcut.quiz import Quiz, round_robin
 
 _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertcut.data import Quiz, round_robin
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.interventions.plan import Edit
@@ -20,7 +21,6 @@ from expertcut.moe.engine import Engine
 from expertcut.moe.observers import Routing
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile
-from expertcut.quiz import Quiz, round_robin
 
 Array = np.ndarray[Any, Any]
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from expertcut.data import Quiz
 from expertcut.moe.engine import Engine, ask
 from expertcut.moe.observers import Routing, observe_routers
 from expertcut.moe.packing import Pass
-from expertcut.quiz import Quiz
 
 Hear = Callable[[Routing, Tensor], None]
 

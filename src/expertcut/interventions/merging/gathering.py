@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertcut.data import Quiz, round_robin
 from expertcut.errors import ProfileError
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
@@ -16,7 +17,6 @@ from expertcut.moe.engine import Engine, ask
 from expertcut.moe.observers import Routing, own_expert, own_forward, replaced_forward
 from expertcut.moe.packing import Pass
 from expertcut.profiling.store import Profile
-from expertcut.quiz import Quiz, round_robin
 
 
 def gather(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:

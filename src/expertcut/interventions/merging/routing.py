@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from expertcut.data import Quiz, round_robin
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
@@ -26,7 +27,6 @@ from expertcut.moe.contract import MoeBlock
 from expertcut.moe.engine import Engine
 from expertcut.moe.gate_laws import SCORES
 from expertcut.moe.observers import Routing
-from expertcut.quiz import Quiz, round_robin
 
 RouterRow = Literal["fitted", "mean", "dominant"]
 Shares = Mapping[int, float]

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from expertcut.data import Quiz
 from expertcut.errors import ProfileError
 from expertcut.interventions.reweighting.admission import (
     SelectionOf,
@@ -21,7 +22,6 @@ from expertcut.profiling.evidence.by_subject import SubjectCounts, count_by_subj
 from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, layers_of
 from expertcut.profiling.store import Profile
-from expertcut.quiz import Quiz
 
 Array = np.ndarray[Any, Any]
 

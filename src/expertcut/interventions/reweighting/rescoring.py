@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertcut.data import Quiz
 from expertcut.interventions.reweighting.records import Array, Records
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.moe.engine import Engine
@@ -17,7 +18,6 @@ from expertcut.moe.replay import Replay
 from expertcut.moe.tilting import ApplyAt, Tilts, tilted
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.recording.recorder import Recorder
-from expertcut.quiz import Quiz
 
 logger = logging.getLogger(__name__)
 KEPT_BYTES = 2 << 30  # of what layers gave, so that runs can start at a later one

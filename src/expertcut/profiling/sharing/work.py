@@ -4,8 +4,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from expertcut.data import Question, Quiz
 from expertcut.profiling.info import CHUNK_QUESTIONS, ProfileInfo
-from expertcut.quiz import Question, Quiz
 
 _SCAFFOLD, _HEADER = 30, 85  # characters around a question and at the start of a prompt, about
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from expertcut.data import DEFAULT_QUIZ, Quiz, Selection, load_quiz
+from expertcut.data.sources import MMLU_HUB_ID, MMLU_REVISION
 from expertcut.errors import ModelError, QuizError, RecipeError
 from expertcut.moe.stored.folder import check_folder
-from expertcut.quiz import DEFAULT_QUIZ, Quiz, Selection, load_quiz
-from expertcut.quiz.sources import MMLU_HUB_ID, MMLU_REVISION
 
 _COMMIT_LENGTH = 40
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")

@@ -3,8 +3,7 @@
 import logging
 from pathlib import Path
 
-from expertcut.errors import QuizError
-from expertcut.quiz.questions import (
+from expertcut.data.questions import (
     Question,
     Quiz,
     group_by_subject,
@@ -12,7 +11,8 @@ from expertcut.quiz.questions import (
     replace_questions,
     without,
 )
-from expertcut.quiz.sources import Selection, load_quiz
+from expertcut.data.sources import Selection, load_quiz
+from expertcut.errors import QuizError
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Three ways to store questions, each read row by row; every fault names its file and line."""
+"""Readers of questions in three forms, row by row; every fault names its file and line."""
 
 import codecs
 import csv
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
+from expertcut.data.questions import LETTERS, Question
 from expertcut.errors import QuizError
 from expertcut.files import MARK_BYTES, open_file, parse_json, wide_encoding
-from expertcut.quiz.prompts import LETTERS
-from expertcut.quiz.questions import Question
 
 _MAX_BYTES = 512 << 20  # of one file: the largest of MMLU, which only trains, has a third
 _MAX_CHARACTERS = 1 << 20  # of a question or choice; csv itself takes an eighth of it

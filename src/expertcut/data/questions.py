@@ -1,4 +1,4 @@
-"""Questions and quizzes: what is asked, in which order, and how two of them are told apart."""
+"""Questions, quizzes and their prompts, and the same questions with shuffled choices."""
 
 import hashlib
 import json
@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, zip_longest
+from random import Random
 from typing import Literal
 
 Truncate = Literal["left"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,50 @@ def group_by_subject(questions: Sequence[Question]) -> dict[str, tuple[Question,
 def _sha256(content: object) -> str:
     text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def answer_letter(question: Question) -> str:
+    """`A` for the first choice, and so on."""
+    return LETTERS[question.answer]
+
+
+def prompt(question: Question, shots: Sequence[Question] = ()) -> str:
+    """Everything the model reads before it writes ` A`, ` B`, …; no trailing space."""
+    solved = (f"{_ask(shot)} {answer_letter(shot)}\n\n" for shot in shots)
+    return header(question.subject) + "".join(solved) + _ask(question)
+
+
+def header(subject: str) -> str:
+    """What stands before the first question."""
+    about = subject.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {about}.\n\n"
+
+
+def _ask(question: Question) -> str:
+    choices = "".join(f"{LETTERS[i]}. {text}\n" for i, text in enumerate(question.choices))
+    return f"{question.text.strip()}\n{choices}Answer:"
+
+
+def shuffle_choices(quiz: Quiz) -> Quiz:
+    """Every question with its choices in another order, the same each time; shots stay."""
+    shuffled = {s: tuple(map(_shuffle, questions)) for s, questions in quiz.questions.items()}
+    return replace_questions(quiz, shuffled)
+
+
+def _shuffle(question: Question) -> Question:
+    places = range(len(question.choices))
+    order = list(places)
+    chance = Random(int(question.content_hash, 16))
+    while order == list(places):
+        chance.shuffle(order)
+    return reordered(question, order)
+
+
+def reordered(question: Question, order: Sequence[int]) -> Question:
+    """Its choices as `order` says: which of the original stands at each place."""
+    return replace(
+        question,
+        choices=tuple(question.choices[i] for i in order),
+        answer=order.index(question.answer),
+        order=tuple(order),
+    )

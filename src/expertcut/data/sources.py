@@ -9,16 +9,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from expertcut.errors import QuizError, SplitError
-from expertcut.files import open_file
-from expertcut.quiz.questions import Question, Quiz, Truncate, group_by_subject
-from expertcut.quiz.readers import (
+from expertcut.data.questions import Question, Quiz, Truncate, group_by_subject
+from expertcut.data.readers import (
     read_csv,
     read_jsonl,
     record_question,
     subject_of,
     warn_if_counted_from_one,
 )
+from expertcut.errors import QuizError, SettingsError, SplitError
+from expertcut.files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -336,3 +336,37 @@ def _one_line(quiz: str, revision: str | None) -> Iterator[None]:
             cause = cause.__cause__  # an OSError names the place, others only wrap what happened
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise QuizError(f"no such quiz: {quiz}{pinned} cannot be read: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A quiz or a text file, and how many rows of it are trained on compared with others.
+
+    `revision` is that of a quiz of the hub, as in `data.sources.Selection`.
+    """
+
+    name: str
+    weight: float = 1.0
+    revision: str | None = None
+
+    @classmethod
+    def read(cls, text: str) -> "Weighted":
+        """From `name` or `name=0.7`.
+
+        Raises:
+            SettingsError: a weight that is not above 0.
+        """
+        name, equals, weight = text.rpartition("=")
+        if not equals or not _is_number(weight):  # a path may hold one of its own
+            return cls(text)
+        if not 0 < float(weight) < float("inf"):
+            raise SettingsError(f"{text}: a weight must be above 0")
+        return cls(name, float(weight))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
