@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import SUBJECTS, parser, random_olmoe, report
 from expertcut.data import Quiz, Selection, load_quiz, prompt
-from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
+from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.sound import Stats
 from expertcut.profiling.store import load_profile

@@ -36,7 +36,7 @@ from benchmarks.common import ENVIRONMENT, RUNS, SUBJECTS, TOKENIZER_FILES
 from benchmarks.common import report as print_report
 from expertcut.checkpoints.layouts.names import CONSTANT, earlier_constants
 from expertcut.data import Selection, load_quiz, prompt
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.safetensors_index import read_headers
 
 WORKER = Path(__file__).with_name("served.py")
 LETTERS = (" A", " B", " C", " D")

@@ -28,8 +28,8 @@ from expertcut.checkpoints.layouts.exact import exact_rewrite
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.interventions.calibration.outputs import zero_outputs
 from expertcut.interventions.plan import Edit
-from expertcut.moe.loading import Source
-from expertcut.moe.stored.headers import Stored, StoredTensor, read_headers
+from expertcut.models.load import Source
+from expertcut.models.safetensors_index import Stored, StoredTensor, read_headers
 from expertcut.reporting.tables import Column, Table, as_markdown
 
 Config = dict[str, int]

@@ -21,7 +21,7 @@ from expertcut.interventions.budgets import Keep
 from expertcut.interventions.plan import Fold
 from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
-from expertcut.moe.loading import LoadOptions, find_source
+from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown

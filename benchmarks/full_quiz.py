@@ -16,12 +16,12 @@ import torch
 from benchmarks.common import parser, random_olmoe, report
 from benchmarks.limits import chunks
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.moe.loading import LoadOptions, find_source, load
-from expertcut.moe.packing import Encoded
+from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.sound import Stats
 from expertcut.profiling.statistics import as_json
 from expertcut.profiling.store import load_profile
+from expertcut.scoring.packing import Encoded
 
 SMALL = {
     "hidden_size": 128,

@@ -22,8 +22,8 @@ from benchmarks.common import parser, report
 from benchmarks.limits import chunks, shape_of
 from benchmarks.work import total
 from expertcut.data import Selection, load_quiz
-from expertcut.moe.contract import find_blocks
-from expertcut.moe.loading import MoeModel, Source
+from expertcut.models.find_blocks import find_blocks
+from expertcut.models.load import MoeModel, Source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 
 

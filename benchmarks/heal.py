@@ -99,7 +99,7 @@ def cuts(base: Path, asked: Asked, place: Path) -> Iterator[Path]:
     from expertcut.interventions.budgets import Keep
     from expertcut.interventions.prune import choose
     from expertcut.interventions.ranking import Way
-    from expertcut.moe.loading import LoadOptions, find_source
+    from expertcut.models.load import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, measure
     from expertcut.profiling.store import load_profile
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from expertcut.moe.loading import MoeModel
+    from expertcut.models.load import MoeModel
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def worker(folder: Path, asked: Asked) -> None:
 
 def loaded(folder: Path) -> "MoeModel":
     """As every stage loads it."""
-    from expertcut.moe.loading import LoadOptions, find_source, load
+    from expertcut.models.load import LoadOptions, find_source, load
 
     return load(find_source(str(folder)), LoadOptions())
 

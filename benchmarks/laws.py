@@ -16,8 +16,8 @@ import torch
 from tests.conftest import FAMILIES, make_checkpoint
 
 from benchmarks.common import RUNS, random_olmoe, report
-from expertcut.moe.contract import find_blocks
-from expertcut.moe.loading import LoadOptions, find_source, load
+from expertcut.models.find_blocks import find_blocks
+from expertcut.models.load import LoadOptions, find_source, load
 
 COLUMNS = {
     "model": "",

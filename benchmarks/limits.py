@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from benchmarks.common import SUBJECTS, parser, random_olmoe, report
 from benchmarks.work import Shape, total
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.moe.kernels import products
-from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
-from expertcut.moe.packing import Encoded, encode
+from expertcut.models import kernels
+from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling import measure
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS, Measurement, MeasureOptions
 from expertcut.profiling.recording.recorder import Recorder
+from expertcut.scoring.packing import Encoded, encode
 
 
 def shape_of(config: Any) -> Shape:
@@ -50,7 +50,7 @@ def rate(n_rows: int, n_in: int, n_out: int) -> dict[str, float]:
     operations = 2 * n_rows * n_in * n_out
     repeats = max(8, int(5e9 / operations))
     found: dict[str, float] = {}
-    for name, multiply in {"MKL": F.linear, "oneDNN": products.linear}.items():
+    for name, multiply in {"MKL": F.linear, "oneDNN": kernels.linear}.items():
         goes = []
         for _ in range(5):
             started = time.perf_counter()

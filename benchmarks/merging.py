@@ -24,7 +24,7 @@ from expertcut.interventions.merging.grouping import METHODS
 from expertcut.interventions.merging.routing import RouterRow
 from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
-from expertcut.moe.loading import LoadOptions, find_source
+from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.reporting.outcomes import results_table

@@ -30,11 +30,11 @@ from expertcut.evaluation.results import load_results
 from expertcut.interventions.reweighting.choosing import Chooser
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Procedure
-from expertcut.moe.engine import Engine
-from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
+from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS
 from expertcut.profiling.store import load_profile
 from expertcut.reporting.tables import Column, Table, as_markdown
+from expertcut.scoring.engine import Engine
 
 Found = dict[str, Any]
 STARVED = 0.03  # of the questions still choose the expert

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import random_olmoe
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
+from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.sound import Stats
 from expertcut.reporting.tables import Column, Table, as_markdown

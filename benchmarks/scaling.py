@@ -25,7 +25,7 @@ from benchmarks.common import parser, random_olmoe, report, timed
 from benchmarks.limits import chunks, seconds, shape_of
 from benchmarks.work import Work, total
 from expertcut.data import Question, Quiz, Selection, load_quiz
-from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
+from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 
 EXPERTS = (16, 64, 256)

@@ -28,12 +28,12 @@ from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
-from expertcut.moe.loading import LoadOptions, find_source, load
-from expertcut.moe.passes import ignore
+from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
+from expertcut.scoring.passes import ignore
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
 FRACTIONS = (0.75, 0.5, 0.25)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.packing import Pass, encode
+from expertcut.models.load import MoeModel
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import Pass, encode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints" / "quickstart"))
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from expertcut.moe.packing import Encoded
+from expertcut.scoring.packing import Encoded
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.layouts.stock import Fitted
 from expertcut.interventions.calibration.outputs import zero_outputs
 from expertcut.interventions.plan import ChosenOn, Draft, Edit, Layout, Plan, PlanModel
-from expertcut.moe.loading import find_source
+from expertcut.models.load import find_source
 from tests.conftest import make_tokenizer
 
 TOKENS = torch.arange(2, 42)[None]

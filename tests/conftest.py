@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging as transformers_logging
 
 from expertcut.cli import main
-from expertcut.moe.loading import LoadOptions, MoeModel, find_source, load
+from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from tests.families import COMMON, EIGHT, LATENT, MORE, SHARED_EXPERT, SMALL
 
 Commands = Callable[..., str]

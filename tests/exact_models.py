@@ -15,9 +15,10 @@ from expertcut.checkpoints.files.streaming import write_checkpoint
 from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
 from expertcut.interventions.plan import Edit
-from expertcut.moe.kernels.products import Linear
-from expertcut.moe.loading import MODELLING_FILE, MoeModel, modelling_code, read_config
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.kernels import Linear
+from expertcut.models.load import MODELLING_FILE, MoeModel, modelling_code
+from expertcut.models.safetensors_index import read_headers
 from tests.conftest import FAMILIES, make_tokenizer
 
 SMALL = FAMILIES["olmoe"]

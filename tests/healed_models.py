@@ -13,7 +13,7 @@ from expertcut.healing.training.adapters import Lora
 from expertcut.interventions.budgets import Keep
 from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
-from expertcut.moe.loading import LoadOptions
+from expertcut.models.load import LoadOptions
 from tests.merged_models import measured
 
 UNASKED = BuildOptions(LoadOptions(), is_verified=False)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from expertcut.checkpoints.layouts.stock import Fitted
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.loading import EXPERT_COUNT_FIELDS, MoeModel
+from expertcut.models.load import MoeModel
+from expertcut.models.moe_block import MoeBlock
+from expertcut.models.validate import EXPERT_COUNT_FIELDS
 
 _COUNT_ATTRIBUTES = (*EXPERT_COUNT_FIELDS, "n_experts")
 

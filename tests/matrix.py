@@ -25,12 +25,12 @@ from expertcut.evaluation.auditing.outcome import load_audit
 from expertcut.evaluation.sweeping.outcome import load_sweep
 from expertcut.interventions.plan import Plan, load_plan
 from expertcut.interventions.questions import questions_for
-from expertcut.moe.engine import ask
-from expertcut.moe.loading import LoadOptions, MoeModel, find_source
-from expertcut.moe.ways import suitable_way
+from expertcut.models.load import LoadOptions, MoeModel, find_source
 from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.engine import ask
+from expertcut.scoring.passes import scoring_mode
 from tests.conftest import FAMILIES, make_checkpoint, open_model, write_quiz
 from tests.families import MORE
 from tests.plain import GATES, Plain
@@ -323,7 +323,7 @@ def _facts(moe: MoeModel) -> dict[str, str]:
         "weight": weight,
         "bias": "no" if block.selection_bias() is None else added,
         "groups": f"{block.top_groups} of {block.n_groups}" if is_split else "no",
-        "scored": suitable_way(moe.model.config, longest=500),
+        "scored": scoring_mode(moe.model.config, longest=500),
         "`easy_ep`": "yes" if all(b.residual for b in moe.blocks) else "no",
     }
 

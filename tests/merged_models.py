@@ -16,13 +16,13 @@ from expertcut.checkpoints.layouts.neurons import Experts
 from expertcut.checkpoints.merging.merge import Merged, merge
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.interventions.merging.asking import Merge
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.loading import LoadOptions, MoeModel
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import encode
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.load import LoadOptions, MoeModel
+from expertcut.models.moe_block import MoeBlock
+from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.packing import encode
 from tests.conftest import open_model
 
 AS_IS = BuildOptions(LoadOptions())

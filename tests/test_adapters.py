@@ -18,7 +18,7 @@ from expertcut.checkpoints.adapters.carrying import carried
 from expertcut.checkpoints.adapters.reading import read_adapter
 from expertcut.errors import ExpertcutError
 from expertcut.interventions.plan import Draft, Edit, Layout, load_plan
-from expertcut.moe.loading import find_source
+from expertcut.models.load import find_source
 from tests.adapters import (
     EXPERTS,
     N_EXPERTS,

@@ -22,11 +22,11 @@ from expertcut.interventions.reweighting.records import Records
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.targets import tilts
 from expertcut.interventions.reweighting.tuning import gap
-from expertcut.moe.engine import Engine
-from expertcut.moe.tilting import Tilts, tilted
 from expertcut.profiling.measure import Measurement, MeasureOptions, model_info
 from expertcut.profiling.recording.recorder import Recorder
 from expertcut.profiling.store import load_profile
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import FAMILIES, open_model
 from tests.families import MORE
 from tests.hand_made import block

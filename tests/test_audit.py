@@ -30,15 +30,15 @@ from expertcut.evaluation.auditing.verdict import (
 from expertcut.interventions.criteria import CRITERIA
 from expertcut.interventions.plan import Edit
 from expertcut.interventions.ranking import Way
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import LoadOptions
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import Pass
-from expertcut.moe.passes import OnPass, ignore
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.reporting.audits import audit_sentences
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import Pass
+from expertcut.scoring.passes import OnPass, ignore
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import LETTERS, Commands, make_checkpoint, open_model, write_quiz
 
 BY = ("activations", "random")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
-from expertcut.moe.loading import LoadOptions, find_source, load
+from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
 from tests.conftest import make_checkpoint, write_quiz

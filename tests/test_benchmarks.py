@@ -10,7 +10,7 @@ from benchmarks import against_vllm, gpu_full_size
 from benchmarks.common import timed
 from benchmarks.work import Shape, count
 
-from expertcut.moe.packing import Encoded
+from expertcut.scoring.packing import Encoded
 
 SHAPE = Shape(width=8, inner=4, layers=3, experts=6, top_k=2, words=50)
 PROMPTS = ((1, 2, 3, 4), (1, 2, 5), (1, 2, 3, 6, 7, 8))

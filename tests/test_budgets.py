@@ -27,7 +27,7 @@ from expertcut.interventions.criteria import CRITERIA
 from expertcut.interventions.criteria.scoring import NEEDS_MODEL
 from expertcut.interventions.prune import Pruning, choose, cut
 from expertcut.interventions.ranking import Ranking, Way, rank
-from expertcut.moe.loading import find_source
+from expertcut.models.load import find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
 from tests.conftest import open_model

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from expertcut.errors import ContractError
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import observe_experts, observe_routers
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import observe_experts, observe_routers
+from expertcut.models.load import MoeModel
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import FAMILIES, open_model
 from tests.loaded_stock import cut, scale_outputs
 
@@ -165,7 +165,7 @@ def test_what_breaks_the_contract_is_refused_by_name(
 ) -> None:
     moe = open_model(checkpoint("olmoe"))
     moe.model.config.model_type = model_type
-    from expertcut.moe.contract import find_blocks
+    from expertcut.models.find_blocks import find_blocks
 
     with pytest.raises(ContractError, match=model_type):
         find_blocks(moe.model, TOKENS)

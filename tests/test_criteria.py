@@ -20,12 +20,12 @@ from expertcut.interventions.criteria import CRITERIA, ranked
 from expertcut.interventions.criteria.reconstruction import reconstruction
 from expertcut.interventions.criteria.scoring import NEEDS_MODEL, OBSERVED, positions_of, scores
 from expertcut.interventions.plan import Positions
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.engine import Engine
-from expertcut.moe.loading import MoeModel
+from expertcut.models.load import MoeModel
+from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.recording.contributions import borda_points, shift
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.engine import Engine
 from tests.conftest import FAMILIES, LETTERS, make_tokenizer, open_model, write_quiz
 from tests.test_profile import profiled
 

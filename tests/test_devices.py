@@ -10,12 +10,19 @@ import torch
 from expertcut.checkpoints.unedited import constant_experts
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError, SettingsError
-from expertcut.moe.loading import LoadOptions, find_source, load
-from expertcut.moe.loading.devices import find_device, own_device, runs_on, spread
-from expertcut.moe.observers import observe_experts
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import observe_experts
+from expertcut.models.load import (
+    LoadOptions,
+    find_device,
+    find_source,
+    load,
+    own_device,
+    runs_on,
+    spread,
+)
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import load_profile
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.processes import chunk_bytes
 
 Checkpoints = Callable[..., Path]

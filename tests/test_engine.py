@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from expertcut.data import Selection, load_quiz
-from expertcut.moe.engine import Engine
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.packing import Encoded, encode
+from expertcut.models.load import MoeModel
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Encoded, encode
 from tests.conftest import PADDED_FAMILIES, SUBJECTS, open_model
 
 Checkpoints = Callable[..., Path]

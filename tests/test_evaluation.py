@@ -30,7 +30,7 @@ from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results,
 from expertcut.evaluation.results import Results, load_results, save_results
 from expertcut.evaluation.size import size
 from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel, hashes_sha256, save_plan
-from expertcut.moe.loading import LoadOptions, find_source
+from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.sharing.work import Progress
 from tests.conftest import SUBJECTS, open_model

@@ -17,17 +17,12 @@ from expertcut.checkpoints.unedited import constant_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.evaluation.size import size
 from expertcut.interventions.plan import Draft, Edit
-from expertcut.moe.loading import (
-    MODELLING_FILE,
-    MoeModel,
-    find_source,
-    modeling_exact,
-    modelling_code,
-    read_config,
-)
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.stored.headers import read_headers
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models import modeling_exact
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.load import MODELLING_FILE, MoeModel, find_source, modelling_code
+from expertcut.models.safetensors_index import read_headers
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import DENSE_FIRST, open_model
 from tests.exact_models import (
     EXACT_FAMILIES,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.safetensors_index import read_headers
 from tests.conftest import Commands, make_checkpoint, write_quiz
 from tests.exact_models import as_written_before, declared
 

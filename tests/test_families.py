@@ -8,9 +8,9 @@ import torch
 
 from expertcut.checkpoints.layouts.exact import FAMILIES as EXACT_FAMILIES
 from expertcut.checkpoints.layouts.names import match_blocks
-from expertcut.moe.contract import REFUSED
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.find_blocks import REFUSED
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.safetensors_index import read_headers
 from tests.conftest import FAMILIES, PADDED_FAMILIES, open_model
 
 Checkpoints = Callable[..., Path]

@@ -15,11 +15,11 @@ import torch
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
 from expertcut.errors import ModelError, OutputError
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.memory import give_back, is_out_of_memory
+from expertcut.models.memory import give_back, is_out_of_memory
 from expertcut.profiling.sharing import claims as claiming
 from expertcut.profiling.sharing.alone import alone
 from expertcut.profiling.sharing.claims import Claims, Timing
+from expertcut.scoring.engine import Engine, ask
 from tests.conftest import open_model
 from tests.processes import PROCESSES
 from tests.soak.faults import Bench, meet

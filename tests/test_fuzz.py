@@ -20,7 +20,7 @@ from expertcut.interventions.budgets import read_size
 from expertcut.interventions.criteria.protection import protection
 from expertcut.interventions.plan import Plan, load_plan, plan_text, save_plan
 from expertcut.interventions.reweighting.targets import parse_target
-from expertcut.moe.loading.devices import _limits
+from expertcut.models.load import _limits
 from expertcut.profiling.chunks import read_chunk, write_chunk
 from expertcut.profiling.info import ProfileInfo
 from expertcut.profiling.store import Profile, load_profile

@@ -21,8 +21,8 @@ from expertcut.interventions.plan import (
     load_plan,
     save_plan,
 )
-from expertcut.moe.loading import LoadOptions, Source, find_source, load
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.load import LoadOptions, Source, find_source, load
+from expertcut.models.safetensors_index import read_headers
 from tests.readable import FEW, edits
 
 N_EXPERTS, WIDTH = 8, 32

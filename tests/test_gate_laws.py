@@ -12,13 +12,14 @@ from torch import Tensor
 
 from expertcut.data import Selection, load_quiz
 from expertcut.errors import ContractError
-from expertcut.moe.contract import MoeBlock, find_blocks
-from expertcut.moe.engine import Engine
-from expertcut.moe.gate_laws import EXCEPTIONS
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import observe_routers
-from expertcut.moe.packing import encode
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.find_blocks import find_blocks
+from expertcut.models.gate_laws import EXCEPTIONS
+from expertcut.models.hooks import observe_routers
+from expertcut.models.load import MoeModel
+from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import encode
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
 
 Checkpoints = Callable[..., Path]

@@ -13,8 +13,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from expertcut.errors import ModelError
-from expertcut.moe.loading import find_source, read_config
-from expertcut.moe.stored.headers import read_even_quantized, read_headers
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import find_source
+from expertcut.models.safetensors_index import read_even_quantized, read_headers
 from tests.hostile.edits import header
 
 Checkpoints = Callable[..., Path]

@@ -14,8 +14,8 @@ from expertcut.checkpoints.files.streaming import read_tensor
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.training.adapters import TARGETS, Lora, adapted, deltas
 from expertcut.healing.written import write_adapter, write_merged
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.load import MoeModel
+from expertcut.models.safetensors_index import read_headers
 from tests.conftest import FAMILIES, make_checkpoint, open_model
 
 Checkpoints = Callable[..., Path]

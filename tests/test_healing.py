@@ -19,7 +19,7 @@ from expertcut.healing.judging import BASE, BEFORE, HEALED
 from expertcut.healing.training.cache import Cached, Whose
 from expertcut.healing.training.objectives import OBJECTIVES
 from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.moe.engine import Engine, ask
+from expertcut.scoring.engine import Engine, ask
 from tests.conftest import Commands, open_model
 from tests.exact_models import as_transformers_runs_it, as_written_before, load_exact, logprobs
 from tests.healed_models import SHORT, asked_for, cut, healed

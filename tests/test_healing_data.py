@@ -34,7 +34,7 @@ from expertcut.healing.training.objectives import (
     likeliest,
 )
 from expertcut.interventions.judged import UNUSED
-from expertcut.moe.observers import Routing
+from expertcut.models.hooks import Routing
 from expertcut.reporting.healing import dropped_sentence
 from tests.conftest import make_tokenizer, open_model, write_quiz
 

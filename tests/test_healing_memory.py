@@ -19,7 +19,7 @@ from expertcut.healing.training.micro_batch import MICRO_BATCH_FILE, Needs, _cho
 from expertcut.healing.training.objectives import Likeliest, distillation, likeliest
 from expertcut.healing.training.projection import Projection, chunked_loss
 from expertcut.healing.training.teacher import Live
-from expertcut.moe import memory
+from expertcut.models import memory
 from tests.conftest import FAMILIES, Commands, open_model
 from tests.healed_models import SHORT, SMALL, Stop, asked_for, cut, healed, stopped_after
 

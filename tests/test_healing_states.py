@@ -24,7 +24,7 @@ from expertcut.healing.heal import Healed, Options, heal
 from expertcut.healing.training.fit import _arguments
 from expertcut.healing.training.states import looks_since_best
 from expertcut.healing.training.trainer import HealTrainer
-from expertcut.moe.loading import LoadOptions
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.sharing.alone import alone
 from tests.conftest import write_quiz
 from tests.healed_models import SHORT, SIX, Stop, asked_for, cut, healed, stopped_after

@@ -45,10 +45,10 @@ from expertcut.interventions.questions import (
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft
 from expertcut.interventions.reweighting.targets import Target, parse_target, tilts
-from expertcut.moe.engine import Engine
-from expertcut.moe.packing import Encoded, Pass, encode, packed_pass, prefix_pass
 from expertcut.profiling.info import BlockInfo, quiz_info
 from expertcut.profiling.store import Profile
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Encoded, Pass, encode, packed_pass, prefix_pass
 from tests.conftest import SUBJECTS, make_tokenizer, open_model, write_quiz
 from tests.hand_made import block, gap, profile_info, random_chunk, random_profile, write_profile
 

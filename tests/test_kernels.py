@@ -14,20 +14,17 @@ from transformers.cache_utils import DynamicLayer
 
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError
-from expertcut.moe import passes
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.engine import Engine
-from expertcut.moe.kernels import attention
-from expertcut.moe.kernels.attention import Split, groups
-from expertcut.moe.kernels.experts import by_expert
-from expertcut.moe.kernels.last_block import reading_answers
-from expertcut.moe.kernels.products import Linear, linear
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import observe_routers
-from expertcut.moe.packing import Encoded, encode
-from expertcut.moe.passes import Watch
+from expertcut.models.hooks import observe_routers
+from expertcut.models.kernels import Linear, by_expert, linear
+from expertcut.models.load import MoeModel
+from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.measure import HALVED, Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring import attention, passes
+from expertcut.scoring.attention import Split, groups
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Encoded, encode
+from expertcut.scoring.passes import Watch, reading_answers
 from tests.conftest import PADDED_FAMILIES, SUBJECTS, open_model
 
 Checkpoints = Callable[..., Path]

@@ -22,12 +22,12 @@ from expertcut.interventions.prune import Pruning, choose
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft
 from expertcut.interventions.reweighting.targets import tilts
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import LoadOptions, MoeModel
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import encode
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import encode
 from tests.conftest import FAMILIES, open_model
 from tests.exact_models import declared, make_base
 

@@ -11,9 +11,9 @@ import pytest
 from expertcut.interventions.lineage import inherited_hashes, numbers_of
 from expertcut.interventions.plan import load_hashes, load_plan
 from expertcut.interventions.reweighting.targets import tilts
-from expertcut.moe.loading import find_source
-from expertcut.moe.stored import fingerprints
-from expertcut.moe.stored.fingerprints import fingerprint_of
+from expertcut.models import checkpoint_dir
+from expertcut.models.checkpoint_dir import fingerprint_of
+from expertcut.models.load import find_source
 from expertcut.profiling.measure import default_folder
 from expertcut.profiling.store import load_profile
 from expertcut.publishing.card.origin import origin
@@ -186,7 +186,7 @@ def test_a_fingerprint_is_read_once_while_nothing_changes(
 ) -> None:
     before = fingerprint_of(own / "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(fingerprints, "_hash", None)  # would fail
+        patch.setattr(checkpoint_dir, "_hash", None)  # would fail
         assert fingerprint_of(own / "cut") == before
     config = own / "cut" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()), indent=7))

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin
 from expertcut.interventions.calibration.outputs import mean_outputs
-from expertcut.moe.engine import Engine
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import ExpertCall, observe_experts
-from expertcut.moe.packing import encode
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import ExpertCall, observe_experts
+from expertcut.models.load import MoeModel
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import encode
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
 from tests.exact_models import logprobs
 

@@ -11,7 +11,7 @@ from expertcut.checkpoints.layouts.names import find_disk_blocks, match_blocks
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
-from expertcut.moe.stored.headers import StoredTensor
+from expertcut.models.safetensors_index import StoredTensor
 
 Shapes = dict[str, tuple[int, ...]]
 NOTHING = Fitted({}, {})

@@ -12,12 +12,12 @@ from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Shift
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.packing import encode
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.load import MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import load_profile
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import encode
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import Commands, make_checkpoint, make_tokenizer, open_model, write_quiz
 
 SIGN = "~"  # in one question of the test split, and nowhere else

@@ -14,7 +14,7 @@ import pytest
 
 from expertcut.data import Selection, load_quiz
 from expertcut.evaluation.results import load_results
-from expertcut.moe.loading import LoadOptions, find_source
+from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.store import Profile, load_profile
 from tests.conftest import Commands, make_checkpoint

@@ -15,8 +15,8 @@ from expertcut.checkpoints.export import Gathered, check_export, export, outside
 from expertcut.checkpoints.layouts.further_tokens import without_further_tokens
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Draft, Edit
-from expertcut.moe.loading import find_source
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.load import find_source
+from expertcut.models.safetensors_index import read_headers
 from tests.conftest import Commands
 
 WEIGHTS = "model.safetensors"

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from expertcut.data import Question, Selection, load_quiz, prompt
 from expertcut.errors import ModelError
-from expertcut.moe.packing import (
+from expertcut.scoring.packing import (
     Encoded,
     Pass,
     cut_packs,

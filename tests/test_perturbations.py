@@ -14,14 +14,14 @@ from scipy.stats import spearmanr
 from expertcut.cli import main
 from expertcut.data import Quiz, Selection, load_quiz, shuffle_choices
 from expertcut.errors import ProfileError
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import LoadOptions
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.evidence.findings import find, findings_json
 from expertcut.profiling.evidence.perturbations import correlation, perturbed_profiles, unshuffled
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.perturb import perturb
 from expertcut.profiling.statistics import answers
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.engine import Engine, ask
 from tests.conftest import open_model
 
 Checkpoints = Callable[..., Path]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.evaluation.comparison import mcnemar
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import replaced_forward
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import replaced_forward
+from expertcut.models.load import MoeModel
 from expertcut.profiling.evidence.findings import Findings, find
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers
 from expertcut.profiling.store import load_profile
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
 
 QUICKSTART = Path(__file__).parents[1] / "checkpoints" / "quickstart"

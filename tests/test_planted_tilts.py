@@ -19,9 +19,9 @@ from expertcut.interventions.reweighting.choosing import Chooser, Pick
 from expertcut.interventions.reweighting.records import right
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Procedure, Shift
-from expertcut.moe.engine import Engine
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.load import MoeModel
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

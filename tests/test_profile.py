@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expertcut.data import Quiz, Selection, load_quiz, prompt
-from expertcut.moe.loading import LoadOptions, MoeModel, find_source
+from expertcut.models.load import LoadOptions, MoeModel, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import as_json, near_ties

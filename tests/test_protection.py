@@ -204,7 +204,7 @@ def test_prune_refuses_what_makes_no_sense(
 def test_prune_by_a_criterion_keeps_its_best(
     planted: tuple[Profile, int], run: Run, tmp_path: Path, by: str
 ):
-    from expertcut.moe.engine import Engine
+    from expertcut.scoring.engine import Engine
 
     profile, _ = planted
     command = ("prune", "--profile", profile.path, "--plan-only", "--keep", N_KEEP)

@@ -12,11 +12,11 @@ from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.interventions.reweighting.records import Records
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Shift
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import LoadOptions, MoeModel
-from expertcut.moe.tilting import ApplyAt, Tilts, tilted
+from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 from tests.conftest import open_model
 
 

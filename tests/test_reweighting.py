@@ -22,14 +22,15 @@ from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft, with_tilts
 from expertcut.interventions.reweighting.targets import scalings, tilts
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import LoadOptions, MoeModel, read_config
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import Pass
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import Profile, load_profile
 from expertcut.reporting.proofs import tilt_sentences
 from expertcut.reporting.shown import find_shown
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import Pass
 from tests.conftest import FAMILIES, open_model
 from tests.exact_models import EXACT_FAMILIES
 from tests.test_tilting import by_hand

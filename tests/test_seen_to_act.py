@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from expertcut.errors import ContractError
-from expertcut.moe.loading import LoadOptions, find_source, load
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.router_ops import moved_by
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import Routing, moved_by, observe_routers
+from expertcut.models.load import LoadOptions, find_source, load
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import FAMILIES
 from tests.families import MORE
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.moe import ways
-from expertcut.moe.engine import Engine
-from expertcut.moe.packing import encode
 from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.scoring import passes
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import encode
 from tests.conftest import open_model
 
 Checkpoints = Callable[..., Path]
@@ -46,7 +46,7 @@ def test_prompts_beyond_the_index_are_asked_one_by_one(
 def test_what_only_long_prompts_show_is_found_before_the_first_chunk(
     checkpoint: Checkpoints, quiz_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ways, "_attention_is_sparse", lambda *_: False)  # as if nobody knew it
+    monkeypatch.setattr(passes, "_attention_is_sparse", lambda *_: False)  # as if nobody knew it
     moe, quiz = open_model(checkpoint("deepseek_v32", index_topk=200)), uneven(quiz_folder)
     first = next(iter(quiz.questions))
     short = replace(quiz, questions={first: quiz.questions[first]})

@@ -22,12 +22,12 @@ from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft
 from expertcut.interventions.reweighting.targets import tilts
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import LoadOptions
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import DENSE_FIRST, FAMILIES, open_model
 
 Checkpoints = Callable[..., Path]

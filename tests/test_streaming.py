@@ -23,8 +23,10 @@ from expertcut.checkpoints.layouts.names import match_blocks
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ModelError, OutputError
 from expertcut.interventions.plan import Edit
-from expertcut.moe.loading import EXPERT_COUNT_FIELDS, MoeModel, read_config
-from expertcut.moe.stored.headers import StoredTensor, read_headers, read_stored
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import MoeModel
+from expertcut.models.safetensors_index import StoredTensor, read_headers, read_stored
+from expertcut.models.validate import EXPERT_COUNT_FIELDS
 from tests.conftest import FAMILIES, open_model
 from tests.loaded_stock import apply_stock
 

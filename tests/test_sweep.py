@@ -22,13 +22,13 @@ from expertcut.interventions.budgets import Keep
 from expertcut.interventions.criteria import CRITERIA
 from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
-from expertcut.moe.engine import ask
-from expertcut.moe.loading import LoadOptions, find_source
-from expertcut.moe.packing import Pass
-from expertcut.moe.passes import ignore
+from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.engine import ask
+from expertcut.scoring.packing import Pass
+from expertcut.scoring.passes import ignore
 from tests.conftest import Commands, open_model
 
 GRID = Grid(("activations", "random"), (0.75, 0.5))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Selection, load_quiz
-from expertcut.moe.engine import Engine
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import encode
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.load import MoeModel
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import encode
+from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import FAMILIES, open_model
 from tests.exact_models import EXACT_FAMILIES
 from tests.loaded_stock import scale_outputs

@@ -11,10 +11,10 @@ from expertcut.interventions.budgets import Keep
 from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.touched import touched
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import encode
+from expertcut.models.hooks import Routing, observe_routers
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.store import load_profile
+from expertcut.scoring.packing import encode
 from tests.conftest import open_model
 
 

@@ -18,11 +18,10 @@ from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.evaluation.auditing.outcome import load_audit
 from expertcut.evaluation.results import load_results
 from expertcut.evaluation.sweeping.outcome import load_sweep
-from expertcut.moe.context import Context, context_length
-from expertcut.moe.engine import Engine
 from expertcut.profiling.store import CUT, load_profile
 from expertcut.recipe.reading import read_recipe
 from expertcut.recipe.stages import stages_of
+from expertcut.scoring.engine import Context, Engine, context_length
 from tests.conftest import SUBJECTS, Commands, make_checkpoint, open_model
 
 Checkpoints = Callable[..., Path]

@@ -33,7 +33,7 @@ class ModelError(ExpertcutError):
 
 
 class ContractError(ModelError):
-    """A model breaks the MoE contract of `expertcut.moe`."""
+    """A model breaks the MoE contract of `expertcut.models`."""
 
 
 class ProfileError(ExpertcutError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from expertcut.errors import ModelError
-from expertcut.moe.loading import LoadOptions, find_source, load
+from expertcut.models.load import LoadOptions, find_source, load
 from tests.exact_models import REMOVED, constants_for, make_exact
 from tests.hostile.edits import json_of, text_of
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from expertcut.cli import main
 from expertcut.interventions.plan import PlanModel, load_plan, plan_text
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.safetensors_index import read_headers
 from tests.hub import TOKEN, LocalHub
 
 REPO = "birds/cut"

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from expertcut.evaluation.results import load_results, save_results
 from expertcut.interventions.plan import PlanModel, load_plan
-from expertcut.moe.loading import find_source
+from expertcut.models.load import find_source
 from expertcut.publishing.card.evidence import evaluations
 from expertcut.publishing.card.loaders import loaders
 from expertcut.publishing.card.markup import Markdown, escaped, printable

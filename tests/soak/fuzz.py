@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from expertcut.interventions.plan import load_plan, plan_text
-from expertcut.moe.stored.headers import read_stored
+from expertcut.models.safetensors_index import read_stored
 from expertcut.profiling.chunks import read_chunk, write_chunk
 from expertcut.profiling.store import load_profile
 from tests.hand_made import block, profile_info, random_chunk

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.answering import Answered, Chosen
 from expertcut.interventions.plan import Draft
-from expertcut.moe.loading import MoeModel
+from expertcut.models.load import MoeModel
 
 
 @dataclass(frozen=True)

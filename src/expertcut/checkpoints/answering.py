@@ -10,10 +10,10 @@ from torch import Tensor
 from expertcut.data import Quiz
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Edit
-from expertcut.moe.engine import Engine
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import Pass
-from expertcut.moe.passes import OnPass, ignore
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Pass
+from expertcut.scoring.passes import OnPass, ignore
 
 NOT_REACHED = (
     "{}: all answers equal those of the unedited model to the last digit, though these questions "

@@ -22,19 +22,13 @@ from expertcut.interventions.calibration.outputs import mean_outputs, zero_outpu
 from expertcut.interventions.lineage import model_folder
 from expertcut.interventions.plan import Draft, Plan, save_plan
 from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
-from expertcut.moe.engine import Engine
-from expertcut.moe.loading import (
-    LoadOptions,
-    Source,
-    find_source,
-    fits_in_memory,
-    load,
-    read_config,
-)
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
+from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.store import Profile
+from expertcut.scoring.engine import Engine
 
 logger = logging.getLogger(__name__)
 

@@ -38,11 +38,12 @@ from expertcut.interventions.plan import (
     Edit,
     Layout,
 )
-from expertcut.moe.contract import SELECTION_BIAS
-from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
-from expertcut.moe.loading.skeleton import check_loads
-from expertcut.moe.stored.counts import with_expert_count
-from expertcut.moe.stored.headers import DTYPES, Stored, read_stored
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import MODELLING_FILE, Source, modelling_code
+from expertcut.models.meta_model import check_loads
+from expertcut.models.moe_block import SELECTION_BIAS
+from expertcut.models.safetensors_index import DTYPES, Stored, read_stored
+from expertcut.models.validate import with_expert_count
 from expertcut.profiling.chunks import write_atomically
 
 logger = logging.getLogger(__name__)

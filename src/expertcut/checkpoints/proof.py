@@ -15,7 +15,7 @@ from expertcut.interventions.judged import HASHES, Judged
 from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import Draft, Positions
 from expertcut.interventions.questions import n_used
-from expertcut.moe.engine import Engine
+from expertcut.scoring.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch import Tensor
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration.outputs import Constants
 from expertcut.interventions.plan import Draft, Edit
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import own_forward, replaced_forward
-from expertcut.moe.passes import OnPass
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import own_forward, replaced_forward
+from expertcut.models.load import MoeModel
+from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring.passes import OnPass
+from expertcut.scoring.router_bias import Tilts, tilted
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def _root(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    from expertcut.moe.memory import is_out_of_memory
+    from expertcut.models.memory import is_out_of_memory
 
     return is_out_of_memory(error)
 

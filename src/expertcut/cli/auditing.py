@@ -49,7 +49,7 @@ def audit(
     from expertcut.evaluation.sweeping.grid import ALL, read_criteria, read_fractions
     from expertcut.interventions.criteria import CRITERIA
     from expertcut.interventions.ranking import Way
-    from expertcut.moe.loading import LoadOptions
+    from expertcut.models.load import LoadOptions
 
     if seed < 0:
         raise SettingsError(f"--seed {seed} must be at least 0")

@@ -124,7 +124,7 @@ class Heal:
         """Trains, writes, prints what came of it."""
         from expertcut.healing.asking import Place
         from expertcut.healing.heal import Options, default_out, heal
-        from expertcut.moe.loading import LoadOptions
+        from expertcut.models.load import LoadOptions
 
         quiet()
         load_as = LoadOptions(self.dtype, self.device, self.trust_remote_code)

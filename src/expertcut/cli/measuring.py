@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from expertcut.evaluation.evaluate import Scored, Scoring
     from expertcut.evaluation.results import Results
-    from expertcut.moe.loading import LoadOptions, Source
+    from expertcut.models.load import LoadOptions, Source
     from expertcut.profiling.evidence.perturbations import Kind
     from expertcut.profiling.measure import Measurement
 
@@ -65,7 +65,7 @@ def profile(
     out: Annotated[Path | None, option("Folder; a run begun there is resumed.")] = None,
 ) -> None:
     """Measure what experts do in a quiz."""
-    from expertcut.moe.loading import LoadOptions, find_source
+    from expertcut.models.load import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, default_folder, measure, resumed
     from expertcut.profiling.perturb import check_kinds
 
@@ -151,7 +151,7 @@ def eval(
 ) -> None:
     """Compare checkpoints on the same questions."""
     from expertcut.evaluation.evaluate import Scoring, check_places, find_models, save
-    from expertcut.moe.loading import LoadOptions
+    from expertcut.models.load import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
 
     quiet()

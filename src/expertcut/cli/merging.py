@@ -72,7 +72,7 @@ def merge(
     from expertcut.checkpoints.build import BuildOptions
     from expertcut.checkpoints.merging.merge import merge as make
     from expertcut.interventions.merging.asking import Merge
-    from expertcut.moe.loading import LoadOptions
+    from expertcut.models.load import LoadOptions
 
     if keep is None:
         raise SettingsError("say how many experts each layer has afterwards: --keep N")

@@ -177,7 +177,7 @@ class Prune:
     def _start(self) -> Start:
         from expertcut.checkpoints.unwritten.choosing import check_criterion
         from expertcut.interventions.ranking import Way
-        from expertcut.moe.loading import LoadOptions
+        from expertcut.models.load import LoadOptions
 
         if self.sweep is None:
             check_criterion(self.by)

@@ -14,10 +14,10 @@ from expertcut.cli.running import bar, watched
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
-    from expertcut.moe.passes import OnPass
     from expertcut.recipe.run import Outcome
     from expertcut.recipe.stages import Stage
     from expertcut.reporting.tables import Table
+    from expertcut.scoring.passes import OnPass
 
 T = TypeVar("T")
 

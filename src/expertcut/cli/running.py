@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
-    from expertcut.moe.packing import Pass
-    from expertcut.moe.passes import OnPass
+    from expertcut.scoring.packing import Pass
+    from expertcut.scoring.passes import OnPass
 
 T = TypeVar("T")
 

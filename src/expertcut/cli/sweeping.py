@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.sweeping.grid import Grid
     from expertcut.evaluation.sweeping.outcome import Sweep
     from expertcut.interventions.ranking import Way
-    from expertcut.moe.loading import LoadOptions
+    from expertcut.models.load import LoadOptions
     from expertcut.profiling.store import Profile
 
 SweepOption = Annotated[

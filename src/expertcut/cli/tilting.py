@@ -84,7 +84,7 @@ def reweight(
     from expertcut.checkpoints.build import BuildOptions
     from expertcut.evaluation.proving.tilted import Tilting
     from expertcut.interventions.reweighting.asked import Asked, How
-    from expertcut.moe.loading import LoadOptions
+    from expertcut.models.load import LoadOptions
 
     asked = Asked(boost_best, suppress_worst, by, min_appearances, layers, contrast)
     how, named = How(strength, tune, prove, draws, seed), (boost, suppress, scale)

@@ -32,14 +32,14 @@ from expertcut.evaluation.results import (
 from expertcut.evaluation.size import Size, size
 from expertcut.interventions.plan import PLAN_FILE, Plan, load_hashes, load_plan
 from expertcut.interventions.questions import n_used
-from expertcut.moe.loading import LoadOptions, Source, find_source
-from expertcut.moe.passes import OnPass, ignore
+from expertcut.models.load import LoadOptions, Source, find_source
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.info import quiz_info
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import load_profile
+from expertcut.scoring.passes import OnPass, ignore
 
 Array = np.ndarray[Any, Any]
 

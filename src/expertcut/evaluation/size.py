@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from expertcut.interventions.plan import Draft
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.loading import MoeModel
+from expertcut.models.load import MoeModel
+from expertcut.models.moe_block import MoeBlock
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from expertcut.documents import Record
 from expertcut.evaluation.folders import begun, check_same, save_outcome
 from expertcut.healing.asking import Healing
 from expertcut.healing.data.sources import Read
-from expertcut.moe.loading import MoeModel, Source
+from expertcut.models.load import MoeModel, Source
 
 _ASKED_FILE = "asked.json"
 _OF_MEMORY = ("micro_batch", "saves_memory")  # how a step is computed, not what it gives

@@ -30,8 +30,8 @@ from expertcut.healing.training.objectives import OBJECTIVES, Objective
 from expertcut.healing.training.teacher import Live, Teacher
 from expertcut.healing.written import write_adapter, write_merged
 from expertcut.interventions.plan import HEALING_FILE, Plan, save_plan
-from expertcut.moe.loading import LoadOptions, MoeModel, Source, find_source, load
-from expertcut.moe.memory import give_back
+from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
+from expertcut.models.memory import give_back
 from expertcut.profiling.sharing.alone import alone
 
 

@@ -12,8 +12,8 @@ from expertcut.data import Quiz
 from expertcut.data.held_out import hash_lines
 from expertcut.healing.data.judges import Judges
 from expertcut.interventions.judged import HASHES
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import MoeModel
+from expertcut.models.load import MoeModel
+from expertcut.scoring.engine import Engine, ask
 
 _BATCH_TOKENS = 4096
 HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from expertcut.errors import ModelError
 from expertcut.interventions.plan import PLAN_FILE, Plan, load_plan
-from expertcut.moe.loading import Source, find_source
-from expertcut.moe.stored.fingerprints import find_local
+from expertcut.models.checkpoint_dir import find_local
+from expertcut.models.load import Source, find_source
 
 logger = logging.getLogger(__name__)
 

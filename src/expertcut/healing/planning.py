@@ -13,8 +13,8 @@ from expertcut.interventions.plan import (
     hashes_sha256,
     load_hashes,
 )
-from expertcut.moe.loading import MoeModel, Source, read_config
-from expertcut.moe.stored.fingerprints import absolute_id
+from expertcut.models.checkpoint_dir import absolute_id, read_config
+from expertcut.models.load import MoeModel, Source
 
 
 def used_questions(source: Source, read: Read) -> frozenset[str]:

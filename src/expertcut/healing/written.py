@@ -19,8 +19,9 @@ from expertcut.checkpoints.layouts.names import earlier_constants
 from expertcut.errors import ContractError
 from expertcut.files import share
 from expertcut.healing.training.adapters import ADAPTER, deltas
-from expertcut.moe.loading import MODELLING_FILE, Source, modelling_code, read_config
-from expertcut.moe.stored.headers import read_stored
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import MODELLING_FILE, Source, modelling_code
+from expertcut.models.safetensors_index import read_stored
 from expertcut.profiling.chunks import write_atomically
 
 _NEIGHBOURS = 4  # parameters whose tensors lie mixed with one another on disk

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from expertcut.errors import PlanError, ProfileError
 from expertcut.interventions.plan import PLAN_FILE, Edit, Plan, load_hashes, load_plan
-from expertcut.moe.stored.fingerprints import find_local
+from expertcut.models.checkpoint_dir import find_local
 from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.store import Profile
 

@@ -17,7 +17,7 @@ from expertcut.data.questions import group_by_subject, hashes_in, replace_questi
 from expertcut.errors import ProfileError, QuizError, SettingsError
 from expertcut.interventions.lineage import Numbers, inherited_hashes, model_folder
 from expertcut.interventions.plan import ChosenOn, Draft, Plan, PlanModel, hashes_sha256, plan_model
-from expertcut.moe.stored.fingerprints import absolute_id
+from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.profiling.info import quiz_info
 from expertcut.profiling.part import ProfilePart, can_hold_out
 from expertcut.profiling.store import Profile

@@ -16,7 +16,7 @@ from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile
 
 if TYPE_CHECKING:
-    from expertcut.moe.engine import Engine
+    from expertcut.scoring.engine import Engine
 
 Array = np.ndarray[Any, Any]
 

@@ -18,7 +18,7 @@ MOST_QUESTIONS = 10_000_000  # of a subject
 
 
 class BlockInfo(Record):
-    """A MoE block as the contract saw it; see `moe.contract.MoeBlock`.
+    """A MoE block as the contract saw it; see `models.moe_block.MoeBlock`.
 
     `selection_bias` says whether one is added where experts are chosen; None is unknown.
     `selection` says what ranks them where it is not α (plus that bias): the logits plus that bias,

@@ -12,12 +12,8 @@ import torch
 from expertcut.data import Question, Quiz, Truncate, prompt
 from expertcut.data.held_out import is_one_set
 from expertcut.errors import QuizError
-from expertcut.moe.engine import CHECKED_QUESTIONS, Engine
-from expertcut.moe.loading import LoadOptions, MoeModel, Source, load
-from expertcut.moe.loading.devices import is_on_several
-from expertcut.moe.packing import Pass
-from expertcut.moe.passes import OnPass, Watch, ignore
-from expertcut.moe.stored.fingerprints import absolute_id
+from expertcut.models.checkpoint_dir import absolute_id
+from expertcut.models.load import LoadOptions, MoeModel, Source, is_on_several, load
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.info import BlockInfo, ModelInfo, ProfileInfo, Settings, quiz_info
 from expertcut.profiling.part import in_calibration
@@ -27,6 +23,9 @@ from expertcut.profiling.sharing.folder import SharedFolder
 from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
 from expertcut.profiling.sound import NO_CHOICE, Stats
 from expertcut.profiling.store import CUT, load_profile
+from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
+from expertcut.scoring.packing import Pass
+from expertcut.scoring.passes import OnPass, Watch, ignore
 
 logger = logging.getLogger(__name__)
 

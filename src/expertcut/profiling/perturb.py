@@ -10,11 +10,11 @@ from pathlib import Path
 
 from expertcut.data import shuffle_choices
 from expertcut.errors import SettingsError
-from expertcut.moe.loading import LoadOptions
-from expertcut.moe.passes import OnPass, ignore
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.evidence.perturbations import KINDS, Kind, perturbed_folder
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
 from expertcut.profiling.sharing.work import Progress
+from expertcut.scoring.passes import OnPass, ignore
 
 
 def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:

@@ -11,8 +11,10 @@ from expertcut.checkpoints.layouts.names import DiskBlock, match_blocks
 from expertcut.errors import ModelError, PlanError
 from expertcut.evaluation.proving.outcome import ProofResult, load_proof
 from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, Edit, Plan, load_hashes, load_plan
-from expertcut.moe.loading import MODELLING_FILE, Source, expert_count, find_source, read_config
-from expertcut.moe.stored.headers import INDEX_FILE, StoredTensor, read_headers, read_index
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import MODELLING_FILE, Source, find_source
+from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
+from expertcut.models.validate import expert_count
 
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"

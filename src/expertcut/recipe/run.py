@@ -143,7 +143,7 @@ class _Running:
     def _find_commit(self) -> None:
         """What a branch of the hub means from now on, in this run folder."""
         if self.inputs.commit is None and not Path(self.recipe.model).is_dir():
-            from expertcut.moe.loading import find_source
+            from expertcut.models.load import find_source
 
             self.inputs.commit = find_source(self.recipe.model, self.recipe.revision).revision
 

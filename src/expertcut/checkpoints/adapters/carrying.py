@@ -14,9 +14,10 @@ from expertcut.checkpoints.files.streaming import check_space, check_written, wr
 from expertcut.checkpoints.layouts.names import blocks_of
 from expertcut.errors import ModelError, OutputError
 from expertcut.interventions.plan import Draft, Plan, PlanAdapter
-from expertcut.moe.loading import Source, read_config
-from expertcut.moe.loading.checks.weights import check_values
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import Source
+from expertcut.models.safetensors_index import read_headers
+from expertcut.models.validate import check_values
 from expertcut.profiling.chunks import write_atomically
 
 ADAPTER_FOLDER = "adapter"  # in the checkpoint's

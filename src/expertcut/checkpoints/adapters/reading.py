@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from expertcut.documents import first_fault
 from expertcut.errors import ModelError
-from expertcut.moe.stored.headers import Stored, StoredTensor, read_file
-from expertcut.moe.stored.objects import read_object
+from expertcut.models.checkpoint_dir import read_object
+from expertcut.models.safetensors_index import Stored, StoredTensor, read_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

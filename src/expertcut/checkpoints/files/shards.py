@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from expertcut.moe.stored.headers import DTYPES, SINGLE_FILE, Stored, StoredTensor
+from expertcut.models.safetensors_index import DTYPES, SINGLE_FILE, Stored, StoredTensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8  # before the header

@@ -25,7 +25,7 @@ from expertcut.checkpoints.files.copying import (
 from expertcut.checkpoints.files.folders import failed, sync_folder
 from expertcut.checkpoints.files.shards import Piece, Rewrite, Shard, index_bytes, lay_out
 from expertcut.errors import ModelError, OutputError
-from expertcut.moe.stored.headers import (
+from expertcut.models.safetensors_index import (
     DTYPES,
     INDEX_FILE,
     Stored,

@@ -29,8 +29,9 @@ from expertcut.checkpoints.layouts.stock import scaled_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.calibration.outputs import Constants, Removed
 from expertcut.interventions.plan import Edit
-from expertcut.moe.loading import MODELLING_FILE, expert_count
-from expertcut.moe.stored.headers import DTYPES, StoredTensor
+from expertcut.models.load import MODELLING_FILE
+from expertcut.models.safetensors_index import DTYPES, StoredTensor
+from expertcut.models.validate import expert_count
 
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
 FAMILIES = {

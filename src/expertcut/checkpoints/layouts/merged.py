@@ -19,7 +19,7 @@ from expertcut.errors import ContractError
 from expertcut.interventions.merging.grouping import members_of
 from expertcut.interventions.merging.routing import Rows
 from expertcut.interventions.plan import Edit
-from expertcut.moe.stored.headers import DTYPES
+from expertcut.models.safetensors_index import DTYPES
 
 Orders = Mapping[str, Mapping[int, Tensor]]  # by block name and member: its neurons in order (I,)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from expertcut.errors import ContractError
-from expertcut.moe.stored.headers import StoredTensor
+from expertcut.models.safetensors_index import StoredTensor
 
 Headers = Mapping[str, StoredTensor]
 OutsideAxes = Mapping[str, Mapping[str, int]]  # by a block's loaded name: tensor on disk, its axis

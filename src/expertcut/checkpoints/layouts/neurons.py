@@ -11,7 +11,7 @@ from expertcut.checkpoints.layouts.names import DiskBlock, Headers, blocks_of
 from expertcut.errors import ContractError
 from expertcut.interventions.merging.alignment import Neurons, matching
 from expertcut.interventions.plan import Edit
-from expertcut.moe.stored.headers import StoredTensor
+from expertcut.models.safetensors_index import StoredTensor
 
 _FIRST_KINDS = ("gate_proj", "up_proj", "w1", "w3")
 _LAST_KINDS = ("down_proj", "w2")

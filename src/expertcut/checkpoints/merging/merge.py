@@ -28,10 +28,10 @@ from expertcut.interventions.merging.grouping import check_count, merge_edits
 from expertcut.interventions.merging.routing import Quality, judge_rows, merged_rows
 from expertcut.interventions.plan import Draft, Edit, save_plan
 from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.loading import Source
-from expertcut.moe.stored.headers import read_headers
+from expertcut.models.load import Source
+from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.store import Profile
+from expertcut.scoring.engine import Engine, ask
 
 
 @dataclass(frozen=True)

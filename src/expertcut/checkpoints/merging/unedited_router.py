@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from expertcut.interventions.merging.grouping import members_of
 from expertcut.interventions.plan import Edit
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.observers import replaced_forward
+from expertcut.models.hooks import replaced_forward
+from expertcut.models.moe_block import MoeBlock
 
 
 @dataclass(frozen=True)

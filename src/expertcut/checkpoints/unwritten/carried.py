@@ -11,12 +11,12 @@ from expertcut.checkpoints.layouts.names import match_blocks
 from expertcut.checkpoints.unedited import at_run_time
 from expertcut.errors import ContractError
 from expertcut.interventions.plan import Draft
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.observers import own_expert
-from expertcut.moe.passes import OnPass
-from expertcut.moe.stored.headers import DTYPES, read_headers
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import own_expert
+from expertcut.models.load import MoeModel
+from expertcut.models.moe_block import MoeBlock
+from expertcut.models.safetensors_index import DTYPES, read_headers
+from expertcut.scoring.passes import OnPass
+from expertcut.scoring.router_bias import Tilts, tilted
 
 _ROUNDING = 2e-2  # of an output, where its last projection is rounded to half precision
 

@@ -12,7 +12,7 @@ from expertcut.interventions.criteria.protection import expressions_of
 from expertcut.interventions.criteria.scoring import NEEDS_MODEL
 from expertcut.interventions.prune import Pruning, choose
 from expertcut.interventions.ranking import Way, rank
-from expertcut.moe.loading import LoadOptions
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.store import Profile
 
 _UNKNOWN = "Super experts are not known without all-token statistics: none is protected."

@@ -10,8 +10,8 @@ from expertcut.interventions.budgets import Keep, counts
 from expertcut.interventions.plan import Draft, Layout
 from expertcut.interventions.prune import Pruning, cut
 from expertcut.interventions.ranking import Ranking
-from expertcut.moe.loading import Source
-from expertcut.moe.stored.headers import read_stored
+from expertcut.models.load import Source
+from expertcut.models.safetensors_index import read_stored
 
 SizeOf = Callable[[Draft], int]
 

@@ -40,11 +40,11 @@ from expertcut.interventions.questions import (
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.records import Records, right
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.moe.loading import LoadOptions
-from expertcut.moe.packing import Pass
-from expertcut.moe.passes import OnPass
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.sharing.alone import alone
 from expertcut.profiling.store import Profile
+from expertcut.scoring.packing import Pass
+from expertcut.scoring.passes import OnPass
 
 Array = np.ndarray[Any, Any]
 

@@ -23,7 +23,7 @@ from expertcut.profiling.info import Settings
 
 if TYPE_CHECKING:
     from expertcut.evaluation.evaluate import Scored, Scoring
-    from expertcut.moe.loading import MoeModel
+    from expertcut.models.load import MoeModel
 
 _TASK_VERSION = 1.0  # of the stock task whose prompts these are
 _SPLITS = {"val": "validation"}  # ours, and the data set's name

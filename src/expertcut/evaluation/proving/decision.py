@@ -15,10 +15,10 @@ from expertcut.interventions.questions import questions_for
 from expertcut.interventions.reweighting.records import Records, right
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Procedure, Settled, Shift
-from expertcut.moe.loading import LoadOptions
-from expertcut.moe.tilting import ApplyAt
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.info import BlockInfo
 from expertcut.profiling.store import Profile
+from expertcut.scoring.router_bias import ApplyAt
 
 
 @dataclass(frozen=True)

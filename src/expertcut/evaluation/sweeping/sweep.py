@@ -34,13 +34,13 @@ from expertcut.interventions.plan import Draft
 from expertcut.interventions.prune import cut
 from expertcut.interventions.questions import Questions, n_used, questions_for, used_hashes
 from expertcut.interventions.ranking import Way, rank
-from expertcut.moe.loading import LoadOptions
-from expertcut.moe.passes import OnPass
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.part import ProfilePart
 from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
 from expertcut.profiling.store import Profile, load_profile
+from expertcut.scoring.passes import OnPass
 
 Array = np.ndarray[Any, Any]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from expertcut.errors import ModelError, SettingsError
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.loading import MoeModel
+from expertcut.models.load import MoeModel
+from expertcut.models.moe_block import MoeBlock
 
 TARGETS = ("attention", "experts", "gate")
 ADAPTER = "default"

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.observers import Routing, observe_routers
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.moe_block import MoeBlock
 
 Reduce = Callable[[Tensor], Tensor]  # the sum over all processes
 

@@ -30,7 +30,7 @@ from expertcut.healing.training.states import (
 )
 from expertcut.healing.training.teacher import Teacher
 from expertcut.healing.training.trainer import HealTrainer
-from expertcut.moe.loading import MoeModel
+from expertcut.models.load import MoeModel
 
 Report = Callable[[int, int], None]  # steps done, of how many
 Tell = Callable[[str], None]  # a sentence about how it will run

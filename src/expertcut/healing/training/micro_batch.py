@@ -24,8 +24,8 @@ from expertcut.healing.asking import Training
 from expertcut.healing.data.sources import Read
 from expertcut.healing.training.projection import Projection
 from expertcut.healing.training.saved import random_states, set_random_states
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.memory import free_bytes, give_back, is_out_of_memory
+from expertcut.models.load import MoeModel
+from expertcut.models.memory import free_bytes, give_back, is_out_of_memory
 from expertcut.profiling.chunks import write_atomically
 
 logger = logging.getLogger(__name__)

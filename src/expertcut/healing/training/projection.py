@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.moe.loading import MoeModel
+from expertcut.models.load import MoeModel
 
 # Logits of one chunk in float32. On a CPU just below the 32 MiB up to which glibc gives the memory
 # of the last chunk to the next one; what is larger comes from the system anew, page by page.

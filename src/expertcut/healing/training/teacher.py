@@ -11,8 +11,8 @@ from expertcut.errors import ModelError
 from expertcut.healing.training.batches import Batch, cut_rows, halves
 from expertcut.healing.training.objectives import Likeliest, likeliest
 from expertcut.healing.training.projection import Projection
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.memory import give_back, is_out_of_memory
+from expertcut.models.load import MoeModel
+from expertcut.models.memory import give_back, is_out_of_memory
 
 _PASS_TOKENS = 4096  # of one forward pass: more are not faster
 

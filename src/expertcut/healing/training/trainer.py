@@ -24,8 +24,8 @@ from expertcut.healing.training.saved import (
     set_random_states,
 )
 from expertcut.healing.training.teacher import Teacher
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.memory import is_out_of_memory, trim
+from expertcut.models.load import MoeModel
+from expertcut.models.memory import is_out_of_memory, trim
 
 T = TypeVar("T")
 

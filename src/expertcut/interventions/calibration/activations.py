@@ -13,10 +13,10 @@ from torch import Tensor
 from expertcut.data import Quiz, round_robin
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.engine import Engine
-from expertcut.moe.observers import Routing, own_forward, replaced_forward
-from expertcut.moe.tilting import Tilts, tilted
+from expertcut.models.hooks import Routing, own_forward, replaced_forward
+from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.router_bias import Tilts, tilted
 
 MOST_TOKENS = 1024
 KEPT_BYTES = 256 << 20  # of all layers' inputs, and again of one layer's Gram matrices

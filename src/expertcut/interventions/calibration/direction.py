@@ -18,9 +18,9 @@ from expertcut.data import Quiz, round_robin
 from expertcut.errors import ContractError
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
-from expertcut.moe.engine import Engine
-from expertcut.moe.observers import Routing
-from expertcut.moe.tilting import ApplyAt
+from expertcut.models.hooks import Routing
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.router_bias import ApplyAt
 
 _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 

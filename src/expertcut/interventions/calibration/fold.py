@@ -16,11 +16,11 @@ from expertcut.data import Quiz, round_robin
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.interventions.plan import Edit
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.engine import Engine
-from expertcut.moe.observers import Routing
+from expertcut.models.hooks import Routing
+from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.store import Profile
+from expertcut.scoring.engine import Engine
 
 Array = np.ndarray[Any, Any]
 

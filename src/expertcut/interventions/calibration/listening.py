@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Quiz
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.observers import Routing, observe_routers
-from expertcut.moe.packing import Pass
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import Pass
 
 Hear = Callable[[Routing, Tensor], None]
 

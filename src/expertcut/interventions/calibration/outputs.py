@@ -7,9 +7,9 @@ from torch import Tensor
 
 from expertcut.data import Quiz, round_robin
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.observers import ExpertCall, observe_experts
-from expertcut.moe.packing import Pass
+from expertcut.models.hooks import ExpertCall, observe_experts
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import Pass
 
 # By block name and expert id: which experts, and what each gives (D,).
 Removed = Mapping[str, Collection[int]]

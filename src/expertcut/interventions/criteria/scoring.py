@@ -30,8 +30,8 @@ from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.store import Profile
 
 if TYPE_CHECKING:
-    from expertcut.moe.contract import MoeBlock
-    from expertcut.moe.engine import Engine
+    from expertcut.models.moe_block import MoeBlock
+    from expertcut.scoring.engine import Engine
 
 Array = np.ndarray[Any, Any]
 

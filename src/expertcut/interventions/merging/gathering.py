@@ -12,11 +12,11 @@ from expertcut.errors import ProfileError
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.interventions.merging.grouping import Evidence
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.engine import Engine, ask
-from expertcut.moe.observers import Routing, own_expert, own_forward, replaced_forward
-from expertcut.moe.packing import Pass
+from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
+from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.store import Profile
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import Pass
 
 
 def gather(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:

@@ -23,10 +23,9 @@ from expertcut.errors import ContractError
 from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
 from expertcut.interventions.calibration.listening import listen
 from expertcut.interventions.plan import Edit
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.engine import Engine
-from expertcut.moe.gate_laws import SCORES
-from expertcut.moe.observers import Routing
+from expertcut.models.hooks import Routing
+from expertcut.models.moe_block import SCORES, MoeBlock
+from expertcut.scoring.engine import Engine
 
 RouterRow = Literal["fitted", "mean", "dominant"]
 Shares = Mapping[int, float]

@@ -100,8 +100,8 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
     is_unknown = block.selection_bias is None and block.scoring != "softmax"
     if not block.selection_bias and not is_unknown:
         return None
-    from expertcut.moe.loading.sources import find_source  # with torch, which `show` does without
-    from expertcut.moe.stored.headers import read_even_quantized
+    from expertcut.models.load import find_source  # with torch, which `show` does without
+    from expertcut.models.safetensors_index import read_even_quantized
 
     source = find_source(model.id, model.revision)
     tensors = read_even_quantized(source.path).tensors

@@ -11,13 +11,13 @@ from torch import Tensor
 from expertcut.data import Quiz
 from expertcut.interventions.reweighting.records import Array, Records
 from expertcut.interventions.reweighting.tuning import Shift
-from expertcut.moe.engine import Engine
-from expertcut.moe.packing import Encoded
-from expertcut.moe.passes import OnPass
-from expertcut.moe.replay import Replay
-from expertcut.moe.tilting import ApplyAt, Tilts, tilted
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.recording.recorder import Recorder
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Encoded
+from expertcut.scoring.passes import OnPass
+from expertcut.scoring.replay import Replay
+from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 logger = logging.getLogger(__name__)
 KEPT_BYTES = 2 << 30  # of what layers gave, so that runs can start at a later one

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from expertcut.errors import ModelError
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.nonfinite import advice
+from expertcut.models.load import MoeModel
 from expertcut.profiling.chunks import Arrays
+from expertcut.scoring.engine import advice
 
 
 def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:

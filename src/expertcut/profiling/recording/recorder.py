@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.moe.contract import MoeBlock
-from expertcut.moe.loading.devices import runs_on
-from expertcut.moe.observers import (
+from expertcut.models.hooks import (
     ExpertCall,
     Routing,
     observe_experts,
     observe_residuals,
     observe_routers,
 )
-from expertcut.moe.packing import Pass
+from expertcut.models.load import runs_on
+from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.chunks import Arrays
 from expertcut.profiling.recording.token_sums import INPUT, NAMES, PARTS, RESIDUAL, TokenSums
 from expertcut.profiling.sound import Stats
+from expertcut.scoring.packing import Pass
 
 
 class Recorder:

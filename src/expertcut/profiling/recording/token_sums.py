@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from expertcut.moe.observers import ExpertCall, Routing
+from expertcut.models.hooks import ExpertCall, Routing
 from expertcut.profiling.recording.contributions import borda_points, shift
 
 PARTS = ("prefix", "question")

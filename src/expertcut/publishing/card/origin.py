@@ -11,8 +11,8 @@ import yaml
 
 from expertcut.errors import ModelError, PlanError
 from expertcut.interventions.plan import PLAN_FILE, Plan, load_plan
-from expertcut.moe.loading import expert_count, read_config
-from expertcut.moe.stored.fingerprints import find_local
+from expertcut.models.checkpoint_dir import find_local, read_config
+from expertcut.models.validate import expert_count
 from expertcut.publishing.card.markup import printable
 
 logger = logging.getLogger(__name__)

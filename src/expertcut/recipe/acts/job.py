@@ -11,10 +11,10 @@ from expertcut.recipe.record.manifest import RECIPE_FILE
 from expertcut.recipe.stages import PROFILE, Stage, variant_folder
 
 if TYPE_CHECKING:
-    from expertcut.moe.loading import LoadOptions, Source
-    from expertcut.moe.passes import OnPass
+    from expertcut.models.load import LoadOptions, Source
     from expertcut.profiling.store import Profile
     from expertcut.reporting.tables import Table
+    from expertcut.scoring.passes import OnPass
 
 T = TypeVar("T")
 Parts = Callable[[int, int], None]
@@ -88,7 +88,7 @@ class Job:
 
     def load_as(self) -> "LoadOptions":
         """How the recipe loads models."""
-        from expertcut.moe.loading import LoadOptions
+        from expertcut.models.load import LoadOptions
 
         recipe = self.recipe
         return LoadOptions(
@@ -102,7 +102,7 @@ class Job:
 
     def source(self) -> "Source":
         """The recipe's model."""
-        from expertcut.moe.loading import find_source
+        from expertcut.models.load import find_source
 
         return find_source(self.recipe.model, self.commit or self.recipe.revision)
 

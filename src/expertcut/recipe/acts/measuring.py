@@ -6,7 +6,7 @@ from functools import partial
 from expertcut.checkpoints.files.folders import new_folder
 from expertcut.data import load_quiz
 from expertcut.evaluation.evaluate import Scored, Scoring, save, score
-from expertcut.moe.loading import Source, find_source
+from expertcut.models.load import Source, find_source
 from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.measure import MeasureOptions, measure, resumed
 from expertcut.profiling.perturb import check_kinds, perturb

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from expertcut.data import DEFAULT_QUIZ, Quiz, Selection, load_quiz
 from expertcut.data.sources import MMLU_HUB_ID, MMLU_REVISION
 from expertcut.errors import ModelError, QuizError, RecipeError
-from expertcut.moe.stored.folder import check_folder
+from expertcut.models.checkpoint_dir import check_folder
 
 _COMMIT_LENGTH = 40
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")

@@ -1,4 +1,4 @@
-"""Tilting routers while a model runs: biases on logits, factors on gate weights."""
+"""Biases on router logits and factors on gate weights while a model runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from expertcut.errors import ContractError
-from expertcut.moe.observers import own_forward, replaced_forward
-from expertcut.moe.router_ops import BiasedForward, Routed, moved_by, route
+from expertcut.models.hooks import (
+    BiasedForward,
+    Routed,
+    moved_by,
+    own_forward,
+    replaced_forward,
+    route,
+)
+from expertcut.models.moe_block import MoeBlock
 
 if TYPE_CHECKING:
-    from expertcut.moe.contract import MoeBlock
-    from expertcut.moe.packing import Pass
+    from expertcut.scoring.packing import Pass
 
 ApplyAt = Literal["answer", "all"]  # at which tokens a bias acts
 

@@ -1,11 +1,17 @@
-"""Experts one after another, each on the tokens that chose it: what a CPU runs.
+"""Kernels of a forward pass on the CPU: matrix products, and experts one after another.
 
-Scoring and all-token statistics run the same loop, so that watching experts changes no bit. It is
-registered as an experts implementation of transformers. Their `eager` loop does the same in the
-same order, and looks through all assignments again for every expert.
+Matrix products by the faster of the libraries that torch's CPU build carries. torch multiplies
+float32 matrices on a CPU with MKL, which on AMD processors does not use all of their vector units:
+oneDNN, which torch carries too, is more than twice as fast there (docs/benchmarks.md).
+
+Experts one after another, each on the tokens that chose it: what a CPU runs. Scoring and all-token
+statistics run the same loop, so that watching experts changes no bit. It is registered as an
+experts implementation of transformers. Their `eager` loop does the same in the same order, and
+looks through all assignments again for every expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,13 +19,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
-from expertcut.moe.kernels.products import linear
-
+INNER = "_old_forward"  # where accelerate keeps the forward that its own goes around
+_IS_THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BY_EXPERT = "by_expert"
 # Each number of rows that oneDNN has not seen lately costs it a millisecond of preparation.
 _ROWS = 16
 Own = Callable[[int, Tensor], Tensor]  # expert, its tokens (M, D) → its outputs (M, D)
 See = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, tokens_M, weights_M, output_MD
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `F.linear`, without gradients where oneDNN computes it."""
+    if not _IS_THERE or not _suits(x, weight):
+        return F.linear(x, weight, bias)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    # In half precision F.linear takes oneDNN by itself.
+    is_float32_on_cpu = weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return is_float32_on_cpu and not needs_gradient and x.numel() > 0
+
+
+class Linear(nn.Linear):
+    """An `nn.Linear` by this module's `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As every `nn.Linear`."""
+        return linear(input, self.weight, self.bias)
+
+
+def use_faster_products(model: nn.Module, routers: Iterable[nn.Module]) -> None:
+    """Changes the class of the model's linear layers, as torch's own parametrize does.
+
+    Those inside routers stay: they are small, and watched operation by operation.
+    """
+    kept = {id(part) for router in routers for part in router.modules()}
+    for module in model.modules():
+        if type(module) is nn.Linear and id(module) not in kept:
+            module.__class__ = Linear
+            if INNER in vars(module):
+                setattr(module, INNER, MethodType(Linear.forward, module))
 
 
 def by_expert(

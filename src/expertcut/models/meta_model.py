@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expertcut.errors import ContractError
-from expertcut.moe.stored.counts import expert_count, with_expert_count
+from expertcut.models.validate import expert_count, with_expert_count
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MAX_REASON = 300

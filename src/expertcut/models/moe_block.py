@@ -1,33 +1,65 @@
-"""The MoE contract: which modules of a model route, which are experts, and what the gate does."""
+"""A MoE block as the contract sees it: its router, its experts, and what its gate does."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expertcut.errors import ContractError
-from expertcut.moe.gate_laws import (
-    SCORES,
-    Scoring,
-    Selection,
-    WeightRule,
-    check_blocks,
-    explain_gate,
-    verifying,
-)
-from expertcut.moe.observers import Routing
-from expertcut.moe.residual import Probe, Residual, probing
-from expertcut.moe.router_ops import LogitsOp, RouterCall
-
-# Families that look alike but break the contract, by config.model_type.
-REFUSED = {
-    "llama4": "its router scales the expert's input, so an expert has no output of its own",
-    "llama4_text": "its router scales the expert's input, so an expert has no output of its own",
-    "jetmoe": "its attention is routed too, so its experts are not all in MoE blocks",
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+Selection = Literal["score", "logits", "table"]
+SCORES: dict[Scoring, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
 }
 SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """Gate weights are `factor`·α, or where they are renormalised that over the sum of the α."""
+
+    is_renormalised: bool
+    factor: float
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """How a block called its router on the probe's tokens, so that it can be called so again."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def input_ids(self) -> Tensor | None:
+        """The token ids (T,) among the arguments, where the router takes any."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                return value.reshape(-1)
+        return None
+
+
+@dataclass(frozen=True)
+class LogitsOp:
+    """The operation of a router's forward that gives its logits: its position and its name."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Residual:
+    """`norm` reads the residual stream x and gives the block's input.
+
+    The sum of the block's experts is added to x times `factor`, which is 1 in most.
+    """
+
+    norm: nn.Module
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -141,126 +173,6 @@ class MoeBlock:
         for owner, name, tensor in (*_owned(self.router), *direct):
             if self.n_experts in tensor.shape:
                 yield owner, name, tensor, tensor.shape.index(self.n_experts)
-
-
-def check_family(model_type: object) -> None:
-    """That a family, by its config.model_type, is none that is known to break the contract.
-
-    Raises:
-        ContractError: it is one of `REFUSED`.
-    """
-    if isinstance(model_type, str) and model_type in REFUSED:
-        raise ContractError(f"{model_type} models are not supported: {REFUSED[model_type]}")
-
-
-def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
-    """The MoE blocks in layer order; the tokens are run once to see what the gates do.
-
-    Raises:
-        ContractError: no block, or one that breaks the contract.
-    """
-    model_type = _model_type(model)
-    check_family(model_type)
-    unprobed = tuple(_block(name, module, i) for i, (name, module) in enumerate(_candidates(model)))
-    if not unprobed:
-        raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
-    check_blocks(unprobed)
-    seen: dict[int, tuple[RouterCall, Routing]] = {}
-    with (
-        torch.inference_mode(),
-        probing(model, unprobed) as probes,
-        verifying(unprobed, model_type, lambda b, *found: seen.update({b.layer: found})),
-    ):
-        model(input_ids=input_ids_1T, use_cache=False)
-    return tuple(
-        _placed(_probed(block, seen.get(block.layer), model_type), probes[block.layer])
-        for block in unprobed
-    )
-
-
-def routers(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that route, of whatever blocks look like ones."""
-    for _, module in _candidates(model):
-        yield from _routers(module)
-
-
-def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "experts", None), nn.Module)
-    ]
-
-
-def _routers(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.children() if m is not module.experts and hasattr(m, "top_k")]
-
-
-def _model_type(model: Any) -> str:
-    return str(getattr(model.config, "model_type", "?"))
-
-
-def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
-    experts = module.experts
-    assert isinstance(experts, nn.Module)
-    places = getattr(experts, "places", None)  # layout exact: kept experts, then constants
-    lengths = (
-        {len(places)} if places else {p.shape[0] if p.ndim else 0 for p in experts.parameters()}
-    )
-    found = _routers(module)
-    if len(found) != 1 or len(lengths) != 1:
-        raise ContractError(
-            f"{name}: found {len(found)} routers and expert tensors of lengths "
-            f"{sorted(lengths)}, must be one router and one length"
-        )
-    n_experts, top_k = lengths.pop(), int(found[0].top_k)  # type: ignore[arg-type]
-    if not 1 <= top_k <= n_experts:
-        raise ContractError(f"{name} cannot route each token to {top_k} of {n_experts} experts")
-    groups = int(getattr(found[0], "num_group", 1) or 1)
-    return MoeBlock(
-        name=name,
-        layer=layer,
-        module=module,
-        router=found[0],
-        experts=experts,
-        n_experts=n_experts,
-        top_k=top_k,
-        n_groups=groups,
-        top_groups=int(getattr(found[0], "topk_group", 1) or 1) if groups > 1 else 1,
-        scoring="softmax",
-        inflates=False,
-    )
-
-
-def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type: str) -> MoeBlock:
-    """The block with its gate's kind read off what the gate did, whatever its class is called."""
-    if seen is None:
-        raise ContractError(f"{block.name}: its router did not run on a forward pass")
-    call, routing = seen
-    shapes = (*routing.logits_TE.shape[1:], *routing.experts_TK.shape[1:])
-    if shapes != (block.n_experts, block.top_k):
-        raise ContractError(
-            f"{block.name}: router gave logits and choices of widths {shapes}, "
-            f"must be {(block.n_experts, block.top_k)}"
-        )
-    block = replace(block, call=call)
-    gate = explain_gate(block, routing, model_type)
-    return replace(
-        block,
-        scoring=gate.scoring,
-        inflates=gate.inflates,
-        weights=gate.weights,
-        selection=gate.selection,
-        logits_op=gate.logits_op,
-        is_linear=gate.is_linear,
-    )
-
-
-def _placed(block: MoeBlock, probe: Probe) -> MoeBlock:
-    """The block with what becomes of the sum of its experts."""
-    output_factor = probe.output_factor()
-    residual = probe.residual(output_factor)
-    return replace(block, output_factor=output_factor, residual=residual)
 
 
 def _at_hand(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:

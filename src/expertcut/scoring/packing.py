@@ -13,7 +13,7 @@ from torch import Tensor
 from expertcut.data import Question, prompt
 from expertcut.data.questions import LETTERS
 from expertcut.errors import ModelError
-from expertcut.moe.loading.checks.tokenizer import file_of, token_ids
+from expertcut.models.validate import file_of, token_ids
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ second part is thrown away, and the prefix must be copied in front of every pack
 two parts are computed apart and joined by their log-sum-exps (FlashAttention-2, arXiv:2307.08691,
 and cascade inference), the prefix's keys where they lie. CPU only: it takes torch's CPU kernel.
 
-Beside the legend of `moe`: H heads, S places of the longest question of a group, d width of a head.
+With the legend of `models`: H heads, S places of the longest question of a group, d width of a
+head.
 """
 
 from collections.abc import Callable, Iterator

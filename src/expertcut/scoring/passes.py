@@ -1,20 +1,23 @@
-"""One chunk's forward passes, in turn."""
+"""One chunk's forward passes, in turn, and the way of scoring that suits a model."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expertcut.errors import ModelError
-from expertcut.moe.kernels.attention import Prefix, Split, attending
-from expertcut.moe.kernels.last_block import OnRows, reading_answers
-from expertcut.moe.loading import MoeModel
-from expertcut.moe.memory import give_back, is_out_of_memory
-from expertcut.moe.packing import (
+from expertcut.models.hooks import own_forward, replaced_forward
+from expertcut.models.load import MoeModel
+from expertcut.models.memory import give_back, is_out_of_memory
+from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring.attention import Prefix, Split, attending
+from expertcut.scoring.packing import (
     Encoded,
     Pass,
     cut_packs,
@@ -23,10 +26,141 @@ from expertcut.moe.packing import (
     padded_pass,
     prefix_pass,
 )
-from expertcut.moe.ways import Way, reset_rope
 
+ScoringMode = Literal["packed", "padded", "single"]
+OnRows = Callable[[Tensor, bool], None]
+_NUMBERED = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\.[^.]+")
 OnPass = Callable[[Pass], None]
 Attention = Literal["split", "masked"]
+
+
+def scoring_mode(config: Any, longest: int) -> ScoringMode:
+    """How prompts of at most this length are scored: a function of them and the model alone."""
+    if _rope_depends_on_length(config, longest) or _attention_is_sparse(config, longest):
+        return "single"
+    return "packed" if _sees_everything(config, longest) else "padded"
+
+
+def _attention_is_sparse(config: Any, longest: int) -> bool:
+    """Whether an index picks the tokens that are attended to (DeepSeek-V3.2, GLM-5, ...).
+
+    Pads and neighbours would be among those that it picks from.
+    """
+    most = getattr(config.get_text_config(decoder=True), "index_topk", None)
+    return most is not None and longest > most
+
+
+def _sees_everything(config: Any, longest: int) -> bool:
+    """True where every layer attends to all tokens before it, and positions can restart."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "alibi", False) or getattr(text, "attention_chunk_size", None):
+        return False
+    return all(
+        type(layer) is DynamicLayer
+        or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest)
+        for layer in DynamicCache(config=config).layers
+    )
+
+
+def _rope_depends_on_length(config: Any, longest: int) -> bool:
+    if grows_with_prompt(config):
+        return True
+    text = config.get_text_config(decoder=True)
+    long = [rope for rope in _ropes(text) if "longrope" in rope["rope_type"]]
+    limits = [
+        rope.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for rope in long
+    ]
+    return any(longest > limit for limit in limits)
+
+
+def grows_with_prompt(config: Any) -> bool:
+    """Whether positions are scaled to whatever length a prompt has: the context has no end."""
+    text = config.get_text_config(decoder=True)
+    return any("dynamic" in rope["rope_type"] for rope in _ropes(text))
+
+
+def _ropes(text: Any) -> list[dict[str, Any]]:
+    return list(_rope_settings(getattr(text, "rope_parameters", None) or {}))
+
+
+def _rope_settings(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One mapping per kind of layer where a model has several, else the one."""
+    if "rope_type" in parameters:
+        yield parameters
+    for value in parameters.values():
+        if isinstance(value, dict):
+            yield from _rope_settings(value)
+
+
+def reset_rope(model: Any) -> None:
+    """Back to the frequencies of a fresh model: a dynamic RoPE remembers the longest prompt."""
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
+            module.inv_freq = module.original_inv_freq
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
+def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
+    """The number of the last decoder layer, if its last part is the last MoE block."""
+    match = _NUMBERED.fullmatch(blocks[-1].name)
+    if match is None:
+        return None
+    number = int(match["number"])
+    return number if number == len(model.get_submodule(match["list"])) - 1 else None
+
+
+@contextmanager
+def reading_answers(
+    block: MoeBlock, answers_N: Tensor, n_tokens: int, on_rows: OnRows, *, keeps_all: bool
+) -> Iterator[None]:
+    """The block gets the answer positions only; what it gives elsewhere is zero.
+
+    Where it `keeps_all`, the other tokens run after them, for those who watch. `on_rows` is told
+    before each of the two which tokens they are, and whether their output is read.
+    """
+    forward = own_forward(block.module)
+
+    def call(rows_M: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block on these tokens, each argument of the rank that the model gives it."""
+        shape = x.shape[:-1]
+        picked = {name: _rows(value, shape, rows_M) for name, value in kwargs.items()}
+        return forward(*(_rows(value, shape, rows_M) for value in (x, *args)), **picked)
+
+    def run(x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        answers = answers_N.to(x_TD.device)
+        on_rows(answers, True)
+        found = call(answers, x_BTD, args, kwargs)
+        is_pair = isinstance(found, tuple)  # some give router scores beside
+        y_TD = torch.zeros_like(x_TD)
+        y_TD[answers] = (found[0] if is_pair else found).reshape(-1, x_TD.shape[-1])
+        if keeps_all:
+            others = others_M.to(x_TD.device)
+            on_rows(others, False)
+            call(others, x_BTD, args, kwargs)
+        y_BTD = y_TD.view_as(x_BTD)
+        return (y_BTD, *found[1:]) if is_pair else y_BTD
+
+    others_M = _others(answers_N, n_tokens) if keeps_all else answers_N
+    with replaced_forward(block.module, run):
+        yield
+
+
+def _rows(value: Any, shape: torch.Size, rows_M: Tensor) -> Any:
+    """The rows of an argument that has one entry for each token, else the argument."""
+    if not isinstance(value, Tensor) or value.shape[: len(shape)] != shape:
+        return value
+    own_M = value.reshape(shape.numel(), *value.shape[len(shape) :])[rows_M.to(value.device)]
+    return own_M.reshape(*[1] * (len(shape) - 1), *own_M.shape)
+
+
+def _others(answers_N: Tensor, n_tokens: int) -> Tensor:
+    is_other_T = torch.ones(n_tokens, dtype=torch.bool)
+    is_other_T[answers_N] = False
+    return is_other_T.nonzero()[:, 0]
 
 
 def ignore(*_: object) -> None:
@@ -53,7 +187,7 @@ class Watch:
 class How:
     """`last_layer` is the decoder layer in which only answers are read, None where all are."""
 
-    way: Way
+    way: ScoringMode
     batch_tokens: int
     attention: Attention
     last_layer: int | None

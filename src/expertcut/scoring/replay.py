@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from expertcut.moe.observers import replaced_forward
-
-if TYPE_CHECKING:
-    from expertcut.moe.contract import MoeBlock
+from expertcut.models.hooks import replaced_forward
+from expertcut.models.moe_block import MoeBlock
 
 _NUMBERED = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from expertcut.errors import ModelError
-from expertcut.moe.stored.objects import check_size, parse, read_config
+from expertcut.models.checkpoint_dir import check_size, parse, read_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

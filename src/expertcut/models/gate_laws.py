@@ -24,38 +24,37 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertcut.errors import ContractError
-from expertcut.moe.kernels.experts import by_expert
-from expertcut.moe.observers import Routing, own_expert, own_forward, replaced_forward
-from expertcut.moe.router_ops import (
+from expertcut.models.hooks import (
     BiasedForward,
-    LogitsOp,
-    RouterCall,
+    Routing,
     changed_logits,
     logits_ops,
     moved_by,
+    own_expert,
+    own_forward,
+    replaced_forward,
     route,
     tape_of,
 )
-
-if TYPE_CHECKING:
-    from expertcut.moe.contract import MoeBlock
+from expertcut.models.kernels import by_expert
+from expertcut.models.moe_block import (
+    SCORES,
+    LogitsOp,
+    MoeBlock,
+    RouterCall,
+    Scoring,
+    Selection,
+    WeightRule,
+)
 
 Law = Literal["weights", "choice", "repeatable", "once", "sum", "storage", "arrays"]
-Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
-Selection = Literal["score", "logits", "table"]
-
-SCORES: dict[Scoring, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
-}
 
 # By config.model_type: the law that is not checked, and what therefore is not claimed.
 EXCEPTIONS: dict[str, tuple[Law, str]] = {
@@ -73,14 +72,6 @@ EXCEPTIONS: dict[str, tuple[Law, str]] = {
 _SCALES = (0.03, 0.3, 1.0, 3.0)  # of the synthetic logits: from nearly equal to peaked
 _CHECKED_ROWS = 16  # tokens whose experts are run one by one
 _FLOOR = 1e-3  # of a token's largest weight: what is smaller need only be as near as this
-
-
-@dataclass(frozen=True)
-class WeightRule:
-    """Gate weights are `factor`·α, or where they are renormalised that over the sum of the α."""
-
-    is_renormalised: bool
-    factor: float
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What answers: a Mixture-of-Experts model, seen through one contract, and the engine that asks it.
+"""Mixture-of-Experts models, seen through one contract.
 
 Legend of the shape suffixes used everywhere (`weights_TK`, `alpha_NLE`):
 

@@ -1,0 +1,468 @@
+"""From a folder or a hub id to a model whose experts can be watched and whose bytes are known.
+
+The one modelling file that checkpoints of layout `exact` carry, and how it is known again. What is
+byte for byte the file of this package, or of an earlier version of it, is our own code and no
+stranger's, so it runs without `--trust-remote-code`.
+"""
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from expertcut.errors import ContractError, ModelError, SettingsError
+from expertcut.models.checkpoint_dir import (
+    check_folder,
+    fingerprint_of,
+    read_config,
+    refuse_pickles,
+)
+from expertcut.models.find_blocks import check_family, find_blocks, routers
+from expertcut.models.kernels import BY_EXPERT, use_faster_products
+from expertcut.models.memory import free_bytes
+from expertcut.models.moe_block import MoeBlock
+from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, read_even_quantized
+from expertcut.models.validate import (
+    BRINGS_CODE,
+    EXPERT_COUNT_FIELDS,
+    check_complete,
+    check_count_types,
+    check_counts,
+    check_files,
+    check_finite,
+    check_quantization,
+    check_supported,
+    check_text_model,
+    check_total,
+    check_vocabulary,
+    expert_count,
+    is_multimodal,
+    not_a_text_model,
+    translate_errors,
+)
+
+_DEVICE = re.compile(r"cpu|[0-9]{1,4}")
+_SIZE = re.compile(r"[0-9]{1,18}|[0-9]{1,9}([.][0-9]{1,9})? ?[KMGT]i?B", re.I)
+MODELLING_FILE = "modeling_exact.py"
+# SHA-256 of the files in checkpoints whose constants are called `experts.<id>.approx_value`.
+_EARLIER_FILES = frozenset(
+    {
+        "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
+        "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
+    }
+)
+_WEIGHTS = "transformers_weights"  # names the file of the weights, in transformers 5
+_IMPLEMENTATIONS = (
+    *("attn_implementation", "_attn_implementation"),
+    *("experts_implementation", "_experts_implementation"),
+)
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
+_MODELS: Any = AutoModelForCausalLM  # whose types know nothing of loading info
+_PROBE_TOKENS = 16
+_ALIGNMENT_BYTES = 64  # what torch gives to new tensors
+_MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
+
+
+def find_device(name: str) -> torch.device:
+    """The device of an option; of several CUDA devices each local process takes its own.
+
+    Raises:
+        SettingsError: it is not to be had.
+    """
+    try:
+        device = torch.device(own_device(name))
+        if device.type == "meta":
+            raise SettingsError(f"--device {name} holds no weights: take cpu or cuda")
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"--device {name} is not to be had: {error}") from None
+    return device
+
+
+def own_device(name: str) -> str:
+    """An option spelled out: `cuda` becomes the device of this process among those of its host."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    n_devices = torch.cuda.device_count() if kind == "cuda" else 0
+    # A launcher may show each process its own device only, which is then number 0.
+    return f"cuda:{_local_rank() % n_devices}" if n_devices else kind
+
+
+def _local_rank() -> int:
+    """Which of the processes on this host, as torchrun, accelerate or Slurm say it."""
+    found = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return int(next((rank for rank in found if rank), 0))
+
+
+def spread(
+    device: str, device_map: str | None, max_memory: str | None, offload: Path | None
+) -> Any:
+    """Arguments of `from_pretrained` that put a model on more than one device; none without a map.
+
+    Raises:
+        SettingsError: options that do not go together.
+    """
+    if device_map is None:
+        if max_memory or offload:
+            raise SettingsError("--max-memory and --offload say how to spread: add --device-map")
+        return {}
+    if device_map != "auto":
+        raise SettingsError(f"--device-map {device_map} is unknown: it can be auto")
+    if device != "auto":
+        raise SettingsError(f"--device-map auto chooses devices: leave out --device {device}")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise SettingsError(
+            "--device-map auto gives one process all devices of its host: start one process a host"
+        )
+    limits = {} if max_memory is None else {"max_memory": _limits(max_memory)}
+    folder = {} if offload is None else {"offload_folder": str(offload)}
+    return {"device_map": "auto", **limits, **folder}
+
+
+def _limits(text: str) -> dict[int | str, str | int]:
+    """From `0=20GiB,cpu=60GiB`; what is not named is not used."""
+    limits: dict[int | str, str | int] = {}
+    for part in text.split(","):
+        where, _, size = (piece.strip() for piece in part.partition("="))
+        if not _DEVICE.fullmatch(where) or not _SIZE.fullmatch(size):
+            raise SettingsError(f"--max-memory {text}: must be like 0=20GiB,cpu=60GiB")
+        limits[where if where == "cpu" else int(where)] = int(size) if size.isdigit() else size
+    return limits
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """Where a module computes, also if its weights come there only for that."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return torch.device(next(h.execution_device for h in hooks if hasattr(h, "execution_device")))
+
+
+def is_on_several(model: Any) -> bool:
+    """Whether it is spread over more than one place."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def modelling_code() -> bytes:
+    """The file that goes into the checkpoint."""
+    return Path(__file__).with_name(MODELLING_FILE).read_bytes()
+
+
+def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether all code that config.json asks for is a modelling file of this package."""
+    named = config.get("auto_map")
+    if not isinstance(named, dict) or not named:
+        return False
+    module = MODELLING_FILE.removesuffix(".py")
+    # A name with `--` before it is a class of another repository.
+    if any(not isinstance(c, str) or c.rpartition(".")[0] != module for c in named.values()):
+        return False
+    file = folder / MODELLING_FILE
+    if not file.is_file():
+        return False
+    content = file.read_bytes()
+    return content == modelling_code() or hashlib.sha256(content).hexdigest() in _EARLIER_FILES
+
+
+def check_named(folder: Path, config: dict[str, Any]) -> None:
+    """That config.json names no other weights than those that are checked, and no kernels.
+
+    Kernels are code that transformers would fetch from the Hub and run without being asked.
+
+    Raises:
+        ModelError: it does.
+    """
+    file, weights = folder / "config.json", config.get(_WEIGHTS)
+    if weights not in (None, SINGLE_FILE, INDEX_FILE):
+        raise ModelError(f"{file} says {_WEIGHTS} {str(weights)[:100]!r}: must be {SINGLE_FILE}")
+    for part in (config, config.get("text_config")):
+        for name in _IMPLEMENTATIONS:
+            named = part.get(name) if isinstance(part, dict) else None
+            for value in named.values() if isinstance(named, dict) else (named,):
+                if value is not None and not (isinstance(value, str) and value.isidentifier()):
+                    raise ModelError(
+                        f"{file} says {name} {str(value)[:100]!r}, which is code of others: "
+                        "take that line out"
+                    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on this machine: where it lies, what it was asked for as, and its revision."""
+
+    id: str
+    path: Path
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the id, for naming outputs."""
+        return Path(self.id).resolve().name if self.revision is None else self.id.split("/")[-1]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """All safetensors files, by name."""
+        return sorted(self.path.glob("*.safetensors"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights.
+
+        Raises:
+            ModelError: a file that cannot be read.
+        """
+        return fingerprint_of(self.path)
+
+    def expert_axes(self, names: Sequence[str]) -> Mapping[str, tuple[str, int]]:
+        """By name on disk, the parameter that a tensor becomes, and its axis of experts.
+
+        Those of `names` that have one and are not stacked with others while loading.
+        """
+        known: dict[tuple[str, ...], Mapping[str, tuple[str, int]]]
+        known = self.__dict__.setdefault("_expert_axes", {})
+        key = tuple(names)
+        if key not in known:
+            from expertcut.models.meta_model import expert_axes
+
+            known[key] = expert_axes(read_config(self.path), names)
+        return known[key]
+
+
+def find_source(model: str, revision: str | None = None) -> Source:
+    """The checkpoint's folder; a hub id is downloaded, safetensors only, or read from the cache.
+
+    Raises:
+        ModelError: no such folder or repository, no config, not a MoE model, no safetensors, or
+            files that do not hold together or lead elsewhere.
+    """
+    path = Path(model)
+    if path.is_dir():
+        source = Source(model, path)
+    elif path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
+        raise ModelError(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
+    else:
+        folder = _download(model, revision)
+        source = Source(model, folder, folder.name)
+    check_folder(source.path)
+    config = read_config(source.path)
+    try:
+        check_family(config.get("model_type"))
+    except ContractError as error:
+        raise ContractError(f"{source.path / 'config.json'}: {error}") from None
+    check_supported(source.path, config)
+    if expert_count(config) is None and is_multimodal(config):
+        raise not_a_text_model(source.path, config)
+    check_count_types(source.path, config)
+    if expert_count(config) is None:
+        family, fields = str(config.get("model_type"))[:50], ", ".join(EXPERT_COUNT_FIELDS)
+        raise ModelError(
+            f"{model} is not a MoE model: its config.json (model_type {family!r}) has no {fields} "
+            "above 1"
+        )
+    if not source.weight_files:
+        refuse_pickles(source.path)
+        raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
+    stored = read_even_quantized(source.path)
+    if "auto_map" not in config:  # else it depends on whether that code is run
+        check_counts(source.path, config, stored)
+    return source
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"no such model: {model} is no folder here and the hub says: {reason}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load: the options shared by every command that runs a model.
+
+    `dtype` `stored` is the checkpoint's own, `auto` is float32 on CPU and `stored` elsewhere;
+    `device` `auto` is CUDA where there is one. `device_map` `auto` spreads the model over all
+    devices and the CPU, within `max_memory` (`0=20GiB,cpu=60GiB`), and what fits in none is read
+    from the folder `offload`.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    device_map: str | None = None
+    max_memory: str | None = None
+    offload: Path | None = None
+
+
+@dataclass(frozen=True)
+class MoeModel:
+    """A loaded model, its tokenizer, its MoE blocks, and the checkpoint it came from."""
+
+    source: Source
+    model: Any
+    tokenizer: Any
+    blocks: tuple[MoeBlock, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go."""
+        return runs_on(self.model.get_input_embeddings())
+
+
+def load(source: Source, options: LoadOptions) -> MoeModel:
+    """The model in eval mode, without gradients, experts run in a reproducible way.
+
+    Raises:
+        ModelError: weights or tokenizer that do not fit config.json.
+    """
+    device = find_device(options.device)
+    spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
+    config, trusting = _checked_config(source, options)
+    tokenizer = _tokenizer(source, options)
+    # The config has been tried without weights by now, so a fault here may be of any file.
+    with translate_errors("AutoModelForCausalLM", source.path):
+        model, info = _MODELS.from_pretrained(
+            source.path,
+            config=config,
+            trust_remote_code=trusting.trust_remote_code,
+            local_files_only=True,
+            dtype=_dtype(options.dtype, device),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            # Nothing is generated here; without it, transformers runs custom_generate/generate.py.
+            generation_config=GenerationConfig(),
+            **spreading,
+        )
+    _check_complete(source, info, is_trusted=trusting.trust_remote_code)
+    check_finite(source.path, model, source.weight_files)
+    model = (model if spreading else model.to(device)).eval().requires_grad_(False)
+    set_attention(model)
+    if runs_on(model.get_input_embeddings()).type == "cpu":
+        # The loop that statistics watch too, so they change no bit.
+        model.set_experts_implementation(BY_EXPERT)
+        use_faster_products(model, routers(model))
+        _align(model)
+    check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
+    return MoeModel(source, model, tokenizer, _blocks(source, model))
+
+
+def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOptions]:
+    """The config, held against the weights, and the options to load the model with.
+
+    The modelling file of this package is trusted without being asked for. What other code that the
+    user trusts makes of the config is not checked.
+    """
+    folder, raw = source.path, read_config(source.path)
+    check_named(folder, raw)
+    may_run_code = options.trust_remote_code or runs_our_code_only(folder, raw)
+    with translate_errors("AutoConfig", folder / "config.json"):
+        if options.trust_remote_code and "auto_map" in raw:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True), options
+        stored = read_even_quantized(folder)
+        check_counts(folder, raw, stored)
+        check_quantization(folder, raw)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
+        if not may_run_code:
+            check_text_model(folder, config)
+        with torch.device("meta"):  # tensors with shapes and no bytes
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code)
+        check_total(folder, model, stored)
+    return config, replace(options, trust_remote_code=may_run_code)
+
+
+def _tokenizer(source: Source, options: LoadOptions) -> Any:
+    check_files(source.path)
+    with translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+
+
+def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
+    device = runs_on(model.get_input_embeddings())
+    probe_1T = torch.arange(_PROBE_TOKENS, device=device)[None] % model.config.vocab_size
+    try:
+        return find_blocks(model, probe_1T)
+    except ContractError as error:
+        raise ContractError(f"{source.path / 'config.json'}: {error}") from None
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{source.path / 'config.json'} describes a model that does not run: {reason}"
+        ) from error
+
+
+def _check_complete(source: Source, info: dict[str, Any], *, is_trusted: bool) -> None:
+    is_lacking = info["missing_keys"] or info["mismatched_keys"]
+    if is_lacking and not is_trusted and "auto_map" in read_config(source.path):
+        raise ModelError(f"{source.path / 'config.json'} {BRINGS_CODE}")
+    check_complete(source.path, info)
+
+
+def fits_in_memory(source: Source, options: LoadOptions) -> bool:
+    """Whether the weights, in the dtype that they will have, fit in what is free on the device."""
+    device = find_device(options.device)
+    dtype = _dtype(options.dtype, device)
+    n_values = n_bytes = 0
+    for file in source.weight_files:
+        n_bytes += file.stat().st_size
+        with safe_open(file, framework="pt") as weights:
+            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+            n_values += sum(map(math.prod, shapes))
+    if isinstance(dtype, torch.dtype):
+        n_bytes = n_values * dtype.itemsize
+    return n_bytes * _MEMORY_PER_WEIGHT_BYTE <= free_bytes(device)
+
+
+def _align(model: Any) -> None:
+    """Moves weights that lie in memory as they lie in a file, at whatever address.
+
+    Matrix products choose another order of summing for addresses that are not aligned, so the last
+    bits would depend on how the checkpoint's files are laid out.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT_BYTES:
+            tensor.data = tensor.data.clone()
+
+
+def set_attention(model: Any) -> None:
+    """Sdpa where the model has it, else eager: the two whose masks the engine knows."""
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:
+            model.set_attn_implementation("eager")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name in ("auto", "stored"):
+        return torch.float32 if name == "auto" and device.type == "cpu" else "auto"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingsError(f"--dtype {name} is no floating-point type of torch")
+    return dtype

@@ -1,0 +1,1 @@
+"""Tokens to log-probabilities: packed questions, one pass, each choice's log p."""
