@@ -28,8 +28,8 @@ from benchmarks.common import SUBJECTS, parser, random_olmoe, report
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.sound import Stats
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.schema import Stats
+from expertcut.profiling.storage import load_profile
 
 BATCH = 2
 

@@ -73,7 +73,7 @@ def lm_eval(model: Path, asked: Asked, folder: Path, batch_size: int, threads: i
 
 def expertcut(verb: str, model: Path, asked: Asked, folder: Path, threads: int) -> Run:
     """`expertcut eval`, or `expertcut profile` at the answer positions or at all tokens."""
-    from expertcut.profiling.store import load_profile
+    from expertcut.profiling.storage import load_profile
 
     folder.mkdir()
     name, _, stats = verb.partition(" ")

@@ -23,7 +23,7 @@ from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"

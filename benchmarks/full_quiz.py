@@ -18,9 +18,9 @@ from benchmarks.limits import chunks
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.sound import Stats
+from expertcut.profiling.schema import Stats
 from expertcut.profiling.statistics import as_json
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.scoring.packing import Encoded
 
 SMALL = {

@@ -101,7 +101,7 @@ def cuts(base: Path, asked: Asked, place: Path) -> Iterator[Path]:
     from expertcut.interventions.ranking import Way
     from expertcut.models.load import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, measure
-    from expertcut.profiling.store import load_profile
+    from expertcut.profiling.storage import load_profile
 
     questions = load_quiz(Selection(asked.quiz, "val", 0, limit=PROFILED))
     source, options = find_source(str(base)), MeasureOptions(threads=asked.threads)

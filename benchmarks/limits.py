@@ -28,7 +28,7 @@ from expertcut.models import kernels
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling import measure
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS, Measurement, MeasureOptions
-from expertcut.profiling.recording.recorder import Recorder
+from expertcut.profiling.recorder import Recorder
 from expertcut.scoring.packing import Encoded, encode
 
 

@@ -26,7 +26,7 @@ from expertcut.interventions.prune import choose
 from expertcut.interventions.ranking import Way
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.outcomes import results_table
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 

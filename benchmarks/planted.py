@@ -32,7 +32,7 @@ from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Procedure
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.reporting.tables import Column, Table, as_markdown
 from expertcut.scoring.engine import Engine
 

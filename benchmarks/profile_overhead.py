@@ -21,7 +21,7 @@ from benchmarks.common import random_olmoe
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.sound import Stats
+from expertcut.profiling.schema import Stats
 from expertcut.reporting.tables import Column, Table, as_markdown
 
 NAMES: dict[Stats, str] = {"none": "plain scoring", "answer": "answer only", "all": "all tokens"}

@@ -31,7 +31,7 @@ from expertcut.interventions.ranking import Way
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 from expertcut.scoring.passes import ignore
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from expertcut.interventions.reweighting.admission import admission_gap
-from expertcut.profiling.chunks import Arrays, write_chunk
-from expertcut.profiling.info import (
+from expertcut.profiling.schema import (
     CHUNK_QUESTIONS,
     BlockInfo,
     ModelInfo,
@@ -17,7 +16,7 @@ from expertcut.profiling.info import (
     Settings,
     SubjectInfo,
 )
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Arrays, Profile, write_chunk
 
 SETTINGS = Settings(
     dtype="float32",

@@ -26,9 +26,9 @@ from expertcut.evaluation.sweeping.outcome import load_sweep
 from expertcut.interventions.plan import Plan, load_plan
 from expertcut.interventions.questions import questions_for
 from expertcut.models.load import LoadOptions, MoeModel, find_source
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import answers, layer_statistics
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import ask
 from expertcut.scoring.passes import scoring_mode
 from tests.conftest import FAMILIES, make_checkpoint, open_model, write_quiz

@@ -21,7 +21,7 @@ from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.packing import encode
 from tests.conftest import open_model
 

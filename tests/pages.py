@@ -16,7 +16,7 @@ from expertcut.evaluation.results import (
     save_results,
 )
 from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel, Point, save_plan
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.reporting.page.gathering import gather
 from expertcut.reporting.page.sections import sections_of
 from expertcut.reporting.page.writing import PAGE, render

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import torch
 
+from expertcut import files
 from expertcut.data import Selection, load_quiz
-from expertcut.profiling import chunks
+from expertcut.profiling import workers as shared
+from expertcut.profiling.locks import Claims
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.sharing import folder as shared
-from expertcut.profiling.sharing.claims import Claims
-from expertcut.profiling.sharing.folder import SharedFolder
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
+from expertcut.profiling.workers import SharedFolder
 from tests.conftest import open_model, write_quiz
 
 # A server that has imported all this forks each process, in milliseconds. It is one for all tests,
@@ -140,7 +140,7 @@ def _die_writing(nth: int) -> Callable[[], None]:
 
     def patch() -> None:
         sync = kill_at(nth, os.fsync, is_after=False)
-        chunks.os = SimpleNamespace(fsync=sync)  # type: ignore[attr-defined]
+        files.os = SimpleNamespace(**{**vars(os), "fsync": sync})  # type: ignore[attr-defined]
 
     return patch
 

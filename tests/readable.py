@@ -12,7 +12,7 @@ from rich.console import Console
 
 from expertcut.errors import ExpertcutError
 from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel
-from expertcut.profiling.info import ProfileInfo, Settings, SubjectInfo
+from expertcut.profiling.schema import ProfileInfo, Settings, SubjectInfo
 from expertcut.reporting.shown import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown, as_rich
 from tests.hand_made import block, profile_info

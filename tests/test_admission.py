@@ -23,8 +23,8 @@ from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.targets import tilts
 from expertcut.interventions.reweighting.tuning import gap
 from expertcut.profiling.measure import Measurement, MeasureOptions, model_info
-from expertcut.profiling.recording.recorder import Recorder
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.storage import load_profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import FAMILIES, open_model

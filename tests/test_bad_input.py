@@ -20,7 +20,7 @@ from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import MeasureOptions, measure
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import make_checkpoint, write_quiz
 from tests.hand_made import gap
 

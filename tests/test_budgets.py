@@ -29,7 +29,7 @@ from expertcut.interventions.prune import Pruning, choose, cut
 from expertcut.interventions.ranking import Ranking, Way, rank
 from expertcut.models.load import find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import open_model
 from tests.hand_made import block, profile_info, random_profile
 

@@ -22,9 +22,9 @@ from expertcut.interventions.criteria.scoring import NEEDS_MODEL, OBSERVED, posi
 from expertcut.interventions.plan import Positions
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
-from expertcut.profiling.recording.contributions import borda_points, shift
 from expertcut.profiling.statistics import layer_statistics
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.token_sums import borda_points, shift
 from expertcut.scoring.engine import Engine
 from tests.conftest import FAMILIES, LETTERS, make_tokenizer, open_model, write_quiz
 from tests.test_profile import profiled

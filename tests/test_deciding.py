@@ -17,7 +17,7 @@ from expertcut.interventions.reweighting.asked import read_layers
 from expertcut.interventions.reweighting.choosing import TOKEN_SCORES, read_contrast
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers, layer_statistics
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import COUNTS, open_model, write_quiz
 
 Run = Callable[..., str]

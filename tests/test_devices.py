@@ -21,7 +21,7 @@ from expertcut.models.load import (
     spread,
 )
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.processes import chunk_bytes
 

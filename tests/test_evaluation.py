@@ -32,7 +32,7 @@ from expertcut.evaluation.size import size
 from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel, hashes_sha256, save_plan
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions
-from expertcut.profiling.sharing.work import Progress
+from expertcut.profiling.workers import Progress
 from tests.conftest import SUBJECTS, open_model
 
 close = pytest.approx

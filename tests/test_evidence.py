@@ -16,21 +16,28 @@ from scipy.stats import binomtest, chi2, hypergeom
 from expertcut.cli import main
 from expertcut.errors import SettingsError
 from expertcut.interventions.plan import PLAN_FILE
-from expertcut.profiling.evidence import significance as tests_module
-from expertcut.profiling.evidence.by_subject import SubjectCounts, count_by_subject
-from expertcut.profiling.evidence.findings import Findings, find, findings_json
-from expertcut.profiling.evidence.margins import THRESHOLDS, margin, margin_json
-from expertcut.profiling.evidence.significance import (
+from expertcut.profiling import significance as tests_module
+from expertcut.profiling.findings import (
+    THRESHOLDS,
+    Findings,
+    find,
+    findings_json,
+    margin,
+    margin_json,
+)
+from expertcut.profiling.measure import model_info
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.significance import (
     MIN_VARIANCE,
+    SubjectCounts,
+    count_by_subject,
     difference,
     null_moments,
     shuffles,
     significance,
 )
-from expertcut.profiling.info import BlockInfo
-from expertcut.profiling.measure import model_info
 from expertcut.profiling.statistics import answers, as_json
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.reporting.findings import (
     experts_csv,
     margins_table,

@@ -16,9 +16,8 @@ from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
 from expertcut.errors import ModelError, OutputError
 from expertcut.models.memory import give_back, is_out_of_memory
-from expertcut.profiling.sharing import claims as claiming
-from expertcut.profiling.sharing.alone import alone
-from expertcut.profiling.sharing.claims import Claims, Timing
+from expertcut.profiling import locks as claiming
+from expertcut.profiling.locks import Claims, Timing, alone
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import open_model
 from tests.processes import PROCESSES

@@ -21,9 +21,8 @@ from expertcut.interventions.criteria.protection import protection
 from expertcut.interventions.plan import Plan, load_plan, plan_text, save_plan
 from expertcut.interventions.reweighting.targets import parse_target
 from expertcut.models.load import _limits
-from expertcut.profiling.chunks import read_chunk, write_chunk
-from expertcut.profiling.info import ProfileInfo
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.schema import ProfileInfo
+from expertcut.profiling.storage import Profile, load_profile, read_chunk, write_chunk
 from expertcut.recipe.model import Recipe
 from expertcut.recipe.reading import read_recipe
 from tests.hand_made import block, profile_info, random_chunk, random_profile

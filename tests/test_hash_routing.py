@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands, open_model
 
 Checkpoints = Callable[..., Path]

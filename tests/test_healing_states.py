@@ -25,7 +25,7 @@ from expertcut.healing.training.fit import _arguments
 from expertcut.healing.training.states import looks_since_best
 from expertcut.healing.training.trainer import HealTrainer
 from expertcut.models.load import LoadOptions
-from expertcut.profiling.sharing.alone import alone
+from expertcut.profiling.locks import alone
 from tests.conftest import write_quiz
 from tests.healed_models import SHORT, SIX, Stop, asked_for, cut, healed, stopped_after
 

@@ -29,11 +29,9 @@ from expertcut.interventions.questions import (
     questions_for,
     used_hashes,
 )
-from expertcut.profiling.info import quiz_info
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.part import ProfilePart
-from expertcut.profiling.store import Profile, load_profile
-from expertcut.profiling.sums import largest_values
+from expertcut.profiling.schema import quiz_info
+from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile
 from expertcut.reporting.page.gathering import Found
 from expertcut.reporting.page.sections.changes import _held_out
 from tests.conftest import Commands, make_tokenizer, open_model

@@ -19,9 +19,9 @@ import pytest
 
 from expertcut.cli import main
 from expertcut.errors import ProfileError
-from expertcut.profiling.sharing import claims as claiming
-from expertcut.profiling.sharing.claims import Claims, Timing
-from expertcut.profiling.store import load_profile
+from expertcut.profiling import locks as claiming
+from expertcut.profiling.locks import Claims, Timing
+from expertcut.profiling.storage import load_profile
 from tests.processes import (
     CHUNKS,
     DEATHS,

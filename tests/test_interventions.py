@@ -45,8 +45,8 @@ from expertcut.interventions.questions import (
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.drafting import reweight_draft
 from expertcut.interventions.reweighting.targets import Target, parse_target, tilts
-from expertcut.profiling.info import BlockInfo, quiz_info
-from expertcut.profiling.store import Profile
+from expertcut.profiling.schema import BlockInfo, quiz_info
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Encoded, Pass, encode, packed_pass, prefix_pass
 from tests.conftest import SUBJECTS, make_tokenizer, open_model, write_quiz

@@ -19,7 +19,7 @@ from expertcut.models.kernels import Linear, by_expert, linear
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.measure import HALVED, Measurement, MeasureOptions
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring import attention, passes
 from expertcut.scoring.attention import Split, groups
 from expertcut.scoring.engine import Engine

@@ -25,7 +25,7 @@ from expertcut.interventions.reweighting.targets import tilts
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import encode
 from tests.conftest import FAMILIES, open_model

@@ -15,7 +15,7 @@ from expertcut.models import checkpoint_dir
 from expertcut.models.checkpoint_dir import fingerprint_of
 from expertcut.models.load import find_source
 from expertcut.profiling.measure import default_folder
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.publishing.card.origin import origin
 from tests.conftest import Commands, write_quiz
 

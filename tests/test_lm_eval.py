@@ -17,7 +17,7 @@ from expertcut.cli import app
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.evaluation.results import ModelResult, Results, load_results
 from expertcut.profiling.statistics import layer_statistics
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from tests.conftest import make_checkpoint
 from tests.harness import GROUP, Asked, Harnessed, harness, task_name
 

@@ -33,7 +33,7 @@ from expertcut.interventions.questions import questions_for
 from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.targets import tilts
 from expertcut.models.safetensors_index import read_headers
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from tests.conftest import FAMILIES, open_model
 from tests.merged_models import (

@@ -10,7 +10,7 @@ import pytest
 from expertcut.checkpoints.files import streaming
 from expertcut.interventions.plan import load_hashes, load_plan
 from expertcut.interventions.questions import hashes, questions_for
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands, make_checkpoint
 from tests.merged_models import measured
 

@@ -14,7 +14,7 @@ from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.models.load import MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import encode
 from expertcut.scoring.router_bias import Tilts, tilted

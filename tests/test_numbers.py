@@ -16,7 +16,7 @@ from expertcut.data import Selection, load_quiz
 from expertcut.evaluation.results import load_results
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import Commands, make_checkpoint
 
 Checkpoints = Callable[..., Path]

@@ -14,7 +14,7 @@ from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError
 from expertcut.models.hooks import Routing, observe_routers, own_forward, replaced_forward
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.scoring.engine import Engine
 from tests.conftest import Commands, make_checkpoint, open_model
 from tests.test_numbers import finite

@@ -39,8 +39,8 @@ from expertcut.evaluation.sweeping.outcome import (
 )
 from expertcut.interventions.plan import Edit, Plan, PlanModel, load_plan
 from expertcut.interventions.touched import touched
-from expertcut.profiling.evidence.findings import find, findings_json
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.findings import find, findings_json
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.audits import audit_sentences, audit_tables
 from expertcut.reporting.findings import experts_csv
 from expertcut.reporting.outcomes import result_sentences, results_table

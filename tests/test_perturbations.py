@@ -15,12 +15,16 @@ from expertcut.cli import main
 from expertcut.data import Quiz, Selection, load_quiz, shuffle_choices
 from expertcut.errors import ProfileError
 from expertcut.models.load import LoadOptions
-from expertcut.profiling.evidence.findings import find, findings_json
-from expertcut.profiling.evidence.perturbations import correlation, perturbed_profiles, unshuffled
-from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.perturb import perturb
+from expertcut.profiling.findings import (
+    correlation,
+    find,
+    findings_json,
+    perturbed_profiles,
+    unshuffled,
+)
+from expertcut.profiling.measure import Measurement, MeasureOptions, perturb
 from expertcut.profiling.statistics import answers
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import open_model
 

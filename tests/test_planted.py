@@ -13,10 +13,10 @@ from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.evaluation.comparison import mcnemar
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
-from expertcut.profiling.evidence.findings import Findings, find
+from expertcut.profiling.findings import Findings, find
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from expertcut.cli import main
 from expertcut.cli.running import Line, is_first
 from expertcut.data import Selection, load_quiz
-from expertcut.profiling.sharing.claims import Claims
-from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.locks import Claims
+from expertcut.profiling.storage import load_profile
+from expertcut.profiling.workers import Progress, Tally, Work, chunks_of_work
 from tests.processes import (
     CHUNKS,
     LONG,

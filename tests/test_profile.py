@@ -10,9 +10,9 @@ import torch
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.models.load import LoadOptions, MoeModel, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
-from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import as_json, near_ties
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.workers import Progress
 from tests.conftest import DENSE_FIRST, FAMILIES, LETTERS, SUBJECTS, open_model, write_quiz
 from tests.hand_made import SUMS
 

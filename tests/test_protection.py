@@ -28,7 +28,7 @@ from expertcut.interventions.prune import choose
 from expertcut.interventions.questions import hashes, questions_for
 from expertcut.interventions.ranking import Way
 from expertcut.profiling.statistics import layer_statistics
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from tests.conftest import make_checkpoint, make_tokenizer, open_model, write_quiz
 from tests.hand_made import block, profile_info, random_chunk, write_profile
 from tests.test_profile import profiled

@@ -34,10 +34,10 @@ from expertcut.interventions.plan import ChosenOn, Draft, Edit, Plan, PlanModel,
 from expertcut.interventions.prune import Pruning
 from expertcut.interventions.reweighting.targets import Scaling, Tilt
 from expertcut.interventions.touched import Touched
-from expertcut.profiling import sound
-from expertcut.profiling.evidence.findings import find
+from expertcut.profiling import schema
+from expertcut.profiling.findings import find
 from expertcut.profiling.statistics import as_json
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 from expertcut.reporting.findings import experts_csv
 from expertcut.reporting.outcomes import (
@@ -679,7 +679,7 @@ def test_choices_on_the_command_line_are_those_of_the_files():
     assert {choice.value for choice in Removed} == set(get_args(plans.Removed))
     assert {choice.value for choice in Fold} == set(get_args(plans.Fold))
     # `none` is what `eval` keeps.
-    assert {choice.value for choice in Stats} | {"none"} == set(get_args(sound.Stats))
+    assert {choice.value for choice in Stats} | {"none"} == set(get_args(schema.Stats))
     for choices in (Criterion, Positions, Layout, Removed, Fold, Stats, Format):
         assert all(choice.name == choice.value for choice in choices)
 

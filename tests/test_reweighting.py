@@ -26,7 +26,7 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.proofs import tilt_sentences
 from expertcut.reporting.shown import find_shown
 from expertcut.scoring.engine import Engine, ask

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from expertcut.errors import OutputError, ProfileError
-from expertcut.profiling.chunks import Arrays, read_chunk, write_atomically, write_chunk
-from expertcut.profiling.info import ProfileInfo
-from expertcut.profiling.recording.recorder import Recorder
+from expertcut.files import write_atomically
+from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.schema import ProfileInfo
 from expertcut.profiling.statistics import (
     LayerStatistics,
     answers,
@@ -24,7 +24,14 @@ from expertcut.profiling.statistics import (
     layer_statistics,
     near_ties,
 )
-from expertcut.profiling.store import Profile, load_profile, newest_profile
+from expertcut.profiling.storage import (
+    Arrays,
+    Profile,
+    load_profile,
+    newest_profile,
+    read_chunk,
+    write_chunk,
+)
 from tests.conftest import open_model
 from tests.hand_made import (
     SUMS,

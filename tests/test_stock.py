@@ -25,7 +25,7 @@ from expertcut.interventions.reweighting.targets import tilts
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import layer_statistics
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import DENSE_FIRST, FAMILIES, open_model

@@ -25,7 +25,7 @@ from expertcut.interventions.ranking import Way
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers, answers
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import ask
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import ignore

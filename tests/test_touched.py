@@ -13,7 +13,7 @@ from expertcut.interventions.ranking import Way
 from expertcut.interventions.touched import touched
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.scoring.packing import encode
 from tests.conftest import open_model
 

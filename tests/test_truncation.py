@@ -18,7 +18,7 @@ from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.evaluation.auditing.outcome import load_audit
 from expertcut.evaluation.results import load_results
 from expertcut.evaluation.sweeping.outcome import load_sweep
-from expertcut.profiling.store import CUT, load_profile
+from expertcut.profiling.storage import CUT, load_profile
 from expertcut.recipe.reading import read_recipe
 from expertcut.recipe.stages import stages_of
 from expertcut.scoring.engine import Context, Engine, context_length

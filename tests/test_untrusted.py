@@ -14,9 +14,8 @@ import pytest
 from expertcut.checkpoints.files.folders import new_folder
 from expertcut.cli import HarmlessFormatter
 from expertcut.data.readers import read_csv
-from expertcut.files import create_private, without_secrets
-from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.store import load_profile
+from expertcut.files import create_private, without_secrets, write_atomically
+from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands
 from tests.hub import TOKEN
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from expertcut.interventions.reweighting.records import Array, Records
 from expertcut.interventions.reweighting.tuning import Shift
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 
 LAYERS, EXPERTS, TOP_K, SUBJECTS = 2, 16, 4, 4
 

@@ -5,11 +5,15 @@ import errno
 import json
 import os
 import re
+import secrets
 import stat
+from contextlib import suppress
 from io import BufferedReader
 from math import isinf
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
+
+from expertcut.errors import OutputError
 
 MAX_DOCUMENT_BYTES = 32 << 20  # a profile, plan, proof or sweep of any size is far below
 MAX_DEPTH = 100
@@ -178,3 +182,29 @@ def line_with_secret(text: str) -> int | None:
         if without_secrets(line) != line:
             return number
     return None
+
+
+def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
+    """Under a temporary name, beside it or in `scratch`, synced, renamed.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    # Hosts that share a folder may share a pid, so that does not tell their files apart.
+    name = f".{path.name}.{secrets.token_hex(4)}.tmp"
+    temporary = (scratch or path.parent) / name
+    try:
+        for folder in (path.parent, temporary.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with create_private(temporary) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        share(temporary)
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):  # where a file stands in place of the folder, not even this
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+        raise

@@ -28,8 +28,7 @@ from safetensors.numpy import save
 
 from expertcut.interventions.plan import load_plan, plan_text
 from expertcut.models.safetensors_index import read_stored
-from expertcut.profiling.chunks import read_chunk, write_chunk
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile, read_chunk, write_chunk
 from tests.hand_made import block, profile_info, random_chunk
 from tests.hostile.test_shown import DOCUMENTS
 from tests.hostile.world import make_world

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from expertcut.checkpoints.files import streaming
-from expertcut.profiling import measure, store
+from expertcut.profiling import measure, storage
 
 NOBODY = 65534
 PAGE_BYTES = 4096
@@ -148,13 +148,13 @@ def removed_before_load(file: Path) -> None:
 
 def removed_before_chunks(file: Path) -> None:
     """Safetensors' own reader opens files where no audit hook sees it."""
-    read = store.read_chunk
+    read = storage.read_chunk
 
     def late(path: Path, of: str = "") -> object:
         file.unlink(missing_ok=True)
         return read(path, of)
 
-    store.read_chunk = late  # type: ignore[assignment]
+    storage.read_chunk = late  # type: ignore[assignment]
 
 
 def clock_set_back() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from tests.conftest import make_checkpoint
 from tests.soak.commands import Command, comparable, files, run, start
 from tests.soak.commands import partial as partial_files

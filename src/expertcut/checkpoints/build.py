@@ -16,6 +16,7 @@ from expertcut.checkpoints.layouts.exact import as_stored
 from expertcut.checkpoints.layouts.stock import Fitted
 from expertcut.checkpoints.proof import Before, Proof, prove_after, prove_before
 from expertcut.errors import ProfileError
+from expertcut.files import write_atomically
 from expertcut.interventions.calibration.direction import Fit, fit_directions, judge_directions
 from expertcut.interventions.calibration.fold import fold_at_answers, fold_over_tokens
 from expertcut.interventions.calibration.outputs import mean_outputs, zero_outputs
@@ -25,9 +26,8 @@ from expertcut.interventions.questions import Questions, draft_plan, questions_f
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
 from expertcut.models.safetensors_index import read_headers
-from expertcut.profiling.chunks import write_atomically
 from expertcut.profiling.measure import model_info
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 
 logger = logging.getLogger(__name__)

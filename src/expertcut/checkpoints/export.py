@@ -28,6 +28,7 @@ from expertcut.checkpoints.layouts.merged import Merging, merged_rewrite
 from expertcut.checkpoints.layouts.names import Headers, OutsideAxes, match_blocks
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
 from expertcut.errors import ContractError
+from expertcut.files import write_atomically
 from expertcut.interventions.calibration.outputs import Constants, zero_outputs
 from expertcut.interventions.plan import (
     HEALING_FILE,
@@ -44,7 +45,6 @@ from expertcut.models.meta_model import check_loads
 from expertcut.models.moe_block import SELECTION_BIAS
 from expertcut.models.safetensors_index import DTYPES, Stored, read_stored
 from expertcut.models.validate import with_expert_count
-from expertcut.profiling.chunks import write_atomically
 
 logger = logging.getLogger(__name__)
 

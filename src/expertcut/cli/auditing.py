@@ -67,7 +67,7 @@ def audit(
 
 
 def _save(found: "Audit", folder: Path) -> None:
-    from expertcut.profiling.chunks import write_atomically
+    from expertcut.files import write_atomically
     from expertcut.reporting.audits import audit_csv, audit_figure, audit_sentences, audit_tables
     from expertcut.reporting.tables import as_csv
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.interventions.plan import Draft
     from expertcut.interventions.reweighting.targets import Scaling, Tilt
-    from expertcut.profiling.store import Profile
+    from expertcut.profiling.storage import Profile
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from expertcut.cli.running import bar
 if TYPE_CHECKING:
     from expertcut.evaluation.proving.decision import DecideOptions, Decision
     from expertcut.interventions.reweighting.tuning import Procedure
-    from expertcut.profiling.store import Profile
+    from expertcut.profiling.storage import Profile
 
 BoostBest = Annotated[
     int, option("Boost so many of the experts with the best score.", "--boost-best", min=0)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.evaluate import Scored, Scoring
     from expertcut.evaluation.results import Results
     from expertcut.models.load import LoadOptions, Source
-    from expertcut.profiling.evidence.perturbations import Kind
+    from expertcut.profiling.findings import Kind
     from expertcut.profiling.measure import Measurement
 
 
@@ -66,8 +66,13 @@ def profile(
 ) -> None:
     """Measure what experts do in a quiz."""
     from expertcut.models.load import LoadOptions, find_source
-    from expertcut.profiling.measure import MeasureOptions, default_folder, measure, resumed
-    from expertcut.profiling.perturb import check_kinds
+    from expertcut.profiling.measure import (
+        MeasureOptions,
+        check_kinds,
+        default_folder,
+        measure,
+        resumed,
+    )
 
     load_as = LoadOptions(dtype, device, trust_remote_code, device_map, max_memory, offload)
     options = MeasureOptions(stats.value if stats else None, batch_tokens, threads, is_first())
@@ -85,9 +90,9 @@ def _run(
     measurement: "Measurement", folder: Path, kinds: "list[Kind]", load_as: "LoadOptions"
 ) -> None:
     """Measures, asks again as often as wanted, and says how the model did."""
-    from expertcut.profiling.perturb import perturb as again
+    from expertcut.profiling.measure import perturb as again
     from expertcut.profiling.statistics import answers
-    from expertcut.profiling.store import load_profile
+    from expertcut.profiling.storage import load_profile
     from expertcut.reporting.profiles import answered_sentence
 
     name, total = measurement.moe.source.name, len(measurement.quiz)

@@ -25,7 +25,7 @@ from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.merging.merge import Merged
-    from expertcut.profiling.store import Profile
+    from expertcut.profiling.storage import Profile
 
 
 class Method(StrEnum):

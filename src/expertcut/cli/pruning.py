@@ -51,7 +51,7 @@ from expertcut.errors import SettingsError
 if TYPE_CHECKING:
     from expertcut.evaluation.sweeping.grid import Grid
     from expertcut.interventions.prune import Pruning
-    from expertcut.profiling.store import Profile
+    from expertcut.profiling.storage import Profile
 
 
 class Budget(StrEnum):

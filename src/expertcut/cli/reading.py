@@ -8,7 +8,7 @@ from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
     from expertcut.data import Quiz
-    from expertcut.profiling.store import Profile
+    from expertcut.profiling.storage import Profile
 
 
 def read_quiz(
@@ -53,7 +53,7 @@ def read_profile(
     Raises:
         SettingsError: other threads than it was made with.
     """
-    from expertcut.profiling.store import load_profile, newest_profile
+    from expertcut.profiling.storage import load_profile, newest_profile
 
     cut = value(truncate)
     found = newest_profile(truncate=cut) if path is None else load_profile(path, cut)

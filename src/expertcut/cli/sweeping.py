@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.sweeping.outcome import Sweep
     from expertcut.interventions.ranking import Way
     from expertcut.models.load import LoadOptions
-    from expertcut.profiling.store import Profile
+    from expertcut.profiling.storage import Profile
 
 SweepOption = Annotated[
     str | None,
@@ -56,7 +56,7 @@ class Scored:
         """
         from expertcut.data import Selection, load_quiz
         from expertcut.interventions.questions import held_out_quiz
-        from expertcut.profiling.part import ProfilePart
+        from expertcut.profiling.storage import ProfilePart
 
         if isinstance(profile, ProfilePart) and all(v is None for v in vars(self).values()):
             return held_out_quiz(profile)
@@ -87,7 +87,7 @@ def run_sweep(grid: "Grid", scored: Scored, start: Start) -> None:
 
 
 def _save(found: "Sweep", folder: Path) -> None:
-    from expertcut.profiling.chunks import write_atomically
+    from expertcut.files import write_atomically
     from expertcut.reporting.sweeps import sweep_csv, sweep_figure, sweep_sentences, sweep_table
     from expertcut.reporting.tables import as_csv
 

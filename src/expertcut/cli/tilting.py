@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions
     from expertcut.evaluation.proving.decision import DecideOptions
     from expertcut.evaluation.proving.tilted import Tilted, Tilting
-    from expertcut.profiling.store import Profile
+    from expertcut.profiling.storage import Profile
 
 _Where = tuple[Path | None, bool, bool]
 

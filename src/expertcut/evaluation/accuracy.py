@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.profiling.evidence.significance import wilson as wilson_intervals
+from expertcut.profiling.significance import wilson as wilson_intervals
 
 Array = np.ndarray[Any, Any]
 

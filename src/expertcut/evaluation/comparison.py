@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtr
 
-from expertcut.profiling.evidence.significance import Z95
+from expertcut.profiling.significance import Z95
 
 Array = np.ndarray[Any, Any]
 LEVEL = 0.05

@@ -30,15 +30,15 @@ from expertcut.evaluation.results import (
     save_results,
 )
 from expertcut.evaluation.size import Size, size
+from expertcut.files import write_atomically
 from expertcut.interventions.plan import PLAN_FILE, Plan, load_hashes, load_plan
 from expertcut.interventions.questions import n_used
 from expertcut.models.load import LoadOptions, Source, find_source
-from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.info import quiz_info
 from expertcut.profiling.measure import MeasureOptions, measure
-from expertcut.profiling.sharing.work import Progress
+from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.statistics import Answers, answers
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
+from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass, ignore
 
 Array = np.ndarray[Any, Any]

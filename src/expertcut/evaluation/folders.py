@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from expertcut.documents import Record, load_record
 from expertcut.errors import OutputError
-from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.info import ProfileInfo
-from expertcut.profiling.sharing.claims import CLAIMS
+from expertcut.files import write_atomically
+from expertcut.profiling.locks import CLAIMS
+from expertcut.profiling.schema import ProfileInfo
 
 Outcome = TypeVar("Outcome", bound=Record)
 

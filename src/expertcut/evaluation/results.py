@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from expertcut.documents import Format1, Record, load_record
 from expertcut.errors import OutputError
-from expertcut.profiling.chunks import write_atomically
+from expertcut.files import write_atomically
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]

@@ -32,7 +32,7 @@ from expertcut.healing.written import write_adapter, write_merged
 from expertcut.interventions.plan import HEALING_FILE, Plan, save_plan
 from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
 from expertcut.models.memory import give_back
-from expertcut.profiling.sharing.alone import alone
+from expertcut.profiling.locks import alone
 
 
 @dataclass(frozen=True)

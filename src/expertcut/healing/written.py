@@ -17,12 +17,11 @@ from expertcut.checkpoints.files.streaming import write_checkpoint
 from expertcut.checkpoints.layouts.exact import constants_on_disk, exact_config, has_earlier_names
 from expertcut.checkpoints.layouts.names import earlier_constants
 from expertcut.errors import ContractError
-from expertcut.files import share
+from expertcut.files import share, write_atomically
 from expertcut.healing.training.adapters import ADAPTER, deltas
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
 from expertcut.models.safetensors_index import read_stored
-from expertcut.profiling.chunks import write_atomically
 
 _NEIGHBOURS = 4  # parameters whose tensors lie mixed with one another on disk
 

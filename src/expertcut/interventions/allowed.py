@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from expertcut.errors import PlanError
 from expertcut.interventions.plan import Edit, Layout
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 
 
 def check_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: Layout) -> None:

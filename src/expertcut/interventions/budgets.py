@@ -10,7 +10,7 @@ import numpy as np
 from expertcut.errors import PlanError, SettingsError
 from expertcut.interventions.allowed import least_of, least_per_group
 from expertcut.interventions.plan import Layout
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 
 Array = np.ndarray[Any, Any]
 Budget = Literal["layer", "global"]

@@ -12,8 +12,8 @@ from pathlib import Path
 from expertcut.errors import PlanError, ProfileError
 from expertcut.interventions.plan import PLAN_FILE, Edit, Plan, load_hashes, load_plan
 from expertcut.models.checkpoint_dir import find_local
-from expertcut.profiling.info import BlockInfo
-from expertcut.profiling.store import Profile
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.storage import Profile
 
 
 @dataclass(frozen=True)

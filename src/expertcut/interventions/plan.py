@@ -15,9 +15,8 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents import Format1, Identified, Record, load_record
 from expertcut.errors import PlanError
-from expertcut.files import read_file
-from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.info import ModelInfo
+from expertcut.files import read_file, write_atomically
+from expertcut.profiling.schema import ModelInfo
 
 if TYPE_CHECKING:
     from expertcut.interventions.lineage import Numbers

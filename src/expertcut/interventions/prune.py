@@ -15,9 +15,9 @@ from expertcut.interventions.criteria.scoring import ranked
 from expertcut.interventions.lineage import numbers_of
 from expertcut.interventions.plan import Draft, Edit, Layout
 from expertcut.interventions.ranking import Ranking, Way, rank
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine

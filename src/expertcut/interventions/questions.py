@@ -18,9 +18,8 @@ from expertcut.errors import ProfileError, QuizError, SettingsError
 from expertcut.interventions.lineage import Numbers, inherited_hashes, model_folder
 from expertcut.interventions.plan import ChosenOn, Draft, Plan, PlanModel, hashes_sha256, plan_model
 from expertcut.models.checkpoint_dir import absolute_id
-from expertcut.profiling.info import quiz_info
-from expertcut.profiling.part import ProfilePart, can_hold_out
-from expertcut.profiling.store import Profile
+from expertcut.profiling.schema import quiz_info
+from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out
 
 HELD_OUT = 256
 hashes = hash_lines

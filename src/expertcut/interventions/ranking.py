@@ -11,9 +11,9 @@ from expertcut.interventions.criteria.protection import Protection, protection
 from expertcut.interventions.criteria.scoring import CALIBRATED, positions_of, ranked, scores
 from expertcut.interventions.lineage import Numbers, numbers_of
 from expertcut.interventions.plan import Draft, Fold, Layout, Positions, Removed
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import layer_statistics
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine

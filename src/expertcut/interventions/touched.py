@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertcut.interventions.plan import Edit
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 
 @dataclass(frozen=True)

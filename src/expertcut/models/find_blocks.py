@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from expertcut.errors import ContractError
 from expertcut.models.gate_laws import check_blocks, explain_gate, verifying
 from expertcut.models.hooks import Routing, replaced_forward
-from expertcut.models.moe_block import (
-    MoeBlock,
-    Residual,
-    RouterCall,
-)
+from expertcut.models.moe_block import MoeBlock, Residual, RouterCall
 
 # Families that look alike but break the contract, by config.model_type.
 REFUSED = {

@@ -1,4 +1,9 @@
-"""Profiling itself: a quiz through a model, chunk by chunk, into a folder that can be resumed."""
+"""Profiling itself: a quiz through a model, chunk by chunk, into a folder that can be resumed.
+
+A profile's questions asked again, slightly otherwise: do choices and answers hold? Each
+perturbation is a profile of its own inside the first, `perturbed/<kind>/`, so it is resumed and
+checked as every profile.
+"""
 
 import logging
 import time
@@ -9,20 +14,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expertcut.data import Question, Quiz, Truncate, prompt
+from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
 from expertcut.data.held_out import is_one_set
-from expertcut.errors import QuizError
+from expertcut.errors import QuizError, SettingsError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.models.load import LoadOptions, MoeModel, Source, is_on_several, load
-from expertcut.profiling.chunks import Arrays
-from expertcut.profiling.info import BlockInfo, ModelInfo, ProfileInfo, Settings, quiz_info
-from expertcut.profiling.part import in_calibration
-from expertcut.profiling.recording.finite import check_finite
-from expertcut.profiling.recording.recorder import Recorder
-from expertcut.profiling.sharing.folder import SharedFolder
-from expertcut.profiling.sharing.work import Progress, Tally, Work, chunks_of_work
-from expertcut.profiling.sound import NO_CHOICE, Stats
-from expertcut.profiling.store import CUT, load_profile
+from expertcut.profiling.findings import KINDS, Kind, perturbed_folder
+from expertcut.profiling.recorder import Recorder, check_finite
+from expertcut.profiling.schema import (
+    NO_CHOICE,
+    BlockInfo,
+    ModelInfo,
+    ProfileInfo,
+    Settings,
+    Stats,
+    quiz_info,
+)
+from expertcut.profiling.storage import CUT, Arrays, in_calibration, load_profile
+from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, Watch, ignore
@@ -260,3 +269,44 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
         device_map="auto" if is_spread else None,
         truncate=truncate,
     )
+
+
+def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:
+    """The perturbations that are named, each of which must change something.
+
+    Raises:
+        SettingsError: bf16 of a model that runs in bfloat16.
+    """
+    if "bf16" in names and measurement.info.settings.dtype == "bfloat16":
+        raise SettingsError(
+            "--perturb bf16 changes nothing: the model runs in bfloat16: profile with "
+            "--dtype float32 or leave it out"
+        )
+    return [kind for kind in KINDS if kind in names]
+
+
+def perturb(
+    measurement: Measurement,
+    kind: Kind,
+    folder: Path,
+    load_as: LoadOptions,
+    on_pass: OnPass = ignore,
+) -> Iterator[Progress]:
+    """Measures what is missing of a perturbation of the profile in `folder`.
+
+    Raises:
+        ProfileError: an earlier perturbation there was made otherwise.
+    """
+    settings, limit = measurement.info.settings, measurement.info.quiz.limit
+    options = MeasureOptions(
+        "answer", settings.batch_tokens, settings.threads, waits=measurement.waits
+    )
+    if kind == "shuffle-choices":
+        quiz = shuffle_choices(measurement.quiz)
+        other = Measurement(measurement.moe, quiz, limit, options)
+    else:
+        source = measurement.moe.source
+        other = measure(
+            source, measurement.quiz, limit, replace(load_as, dtype="bfloat16"), options
+        )
+    yield from other.run(perturbed_folder(folder, kind), on_pass)

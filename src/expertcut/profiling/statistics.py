@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.profiling.info import BlockInfo
-from expertcut.profiling.store import Profile
-from expertcut.profiling.sums import OverTokens, answer_weights, over_tokens
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.storage import OverTokens, Profile, answer_weights, over_tokens
 
 Array = np.ndarray[Any, Any]
 NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding

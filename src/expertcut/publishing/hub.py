@@ -12,9 +12,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from expertcut.errors import HubError, SettingsError
 from expertcut.evaluation.results import results_bytes
-from expertcut.files import without_secrets
+from expertcut.files import without_secrets, write_atomically
 from expertcut.interventions.plan import PLAN_FILE, plan_text
-from expertcut.profiling.chunks import write_atomically
 from expertcut.publishing.card.evidence import Evaluated, evaluations
 from expertcut.publishing.card.markup import printable
 from expertcut.publishing.card.origin import origin

@@ -124,7 +124,7 @@ class _Running:
         """From now on until it is done this run alone changes the folder."""
         if self.is_held:
             return
-        from expertcut.profiling.sharing.alone import alone  # with numpy, else not needed
+        from expertcut.profiling.locks import alone  # with numpy, else not needed
 
         self.until_done.enter_context(alone(self.ledger.folder, "recipe"))
         self.is_held = True

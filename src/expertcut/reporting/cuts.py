@@ -7,7 +7,7 @@ from expertcut.errors import ProfileError
 from expertcut.interventions.lineage import Numbers, ids_text, numbers_of
 from expertcut.interventions.prune import Pruning
 from expertcut.interventions.touched import Touched
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table
 
 logger = logging.getLogger(__name__)

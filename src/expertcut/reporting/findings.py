@@ -2,9 +2,14 @@
 
 from typing import Any
 
-from expertcut.profiling.evidence.by_subject import subjects_json
-from expertcut.profiling.evidence.findings import Findings, layers_json, suspects_json
-from expertcut.profiling.evidence.margins import THRESHOLDS, margin_json
+from expertcut.profiling.findings import (
+    THRESHOLDS,
+    Findings,
+    layers_json,
+    margin_json,
+    suspects_json,
+)
+from expertcut.profiling.significance import subjects_json
 from expertcut.reporting.tables import Cell, Column, Table
 
 MIN_APPEARANCES = 0.01  # of a subject's questions, for the tables that people read

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from expertcut.interventions.plan import Edit
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table
 
 if TYPE_CHECKING:  # with torch, which `show` does without

@@ -10,7 +10,7 @@ from expertcut.profiling.statistics import (
     layer_statistics,
     near_ties,
 )
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Column, Table
 
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions

@@ -13,8 +13,8 @@ from expertcut.evaluation.sweeping.outcome import SWEEP_FILE, load_sweep
 from expertcut.files import parse_json, read_file
 from expertcut.interventions.criteria.scoring import compare
 from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, load_plan
-from expertcut.profiling.evidence.findings import find, findings_json
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.findings import find, findings_json
+from expertcut.profiling.storage import load_profile
 from expertcut.reporting.audits import audit_csv, audit_tables
 from expertcut.reporting.criteria import criteria_csv, criteria_json, criteria_tables
 from expertcut.reporting.cuts import rows_tables

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.profiling.chunks import Arrays, read_chunk, write_chunk
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import Arrays, load_profile, read_chunk, write_chunk
 from tests.hostile.case import Corpus, Spoil
 from tests.hostile.cases.documents import CUT_PROFILE, PROFILE_COMMANDS
 from tests.hostile.spoiling import (

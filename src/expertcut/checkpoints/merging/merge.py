@@ -30,7 +30,7 @@ from expertcut.interventions.plan import Draft, Edit, save_plan
 from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
 from expertcut.models.load import Source
 from expertcut.models.safetensors_index import read_headers
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask
 
 

@@ -13,7 +13,7 @@ from expertcut.interventions.criteria.scoring import NEEDS_MODEL
 from expertcut.interventions.prune import Pruning, choose
 from expertcut.interventions.ranking import Way, rank
 from expertcut.models.load import LoadOptions
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 _UNKNOWN = "Super experts are not known without all-token statistics: none is protected."
 

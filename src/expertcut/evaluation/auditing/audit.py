@@ -41,8 +41,8 @@ from expertcut.interventions.ranking import Way
 from expertcut.interventions.reweighting.records import Records, right
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.models.load import LoadOptions
-from expertcut.profiling.sharing.alone import alone
-from expertcut.profiling.store import Profile
+from expertcut.profiling.locks import alone
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
 

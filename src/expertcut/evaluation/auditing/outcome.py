@@ -9,7 +9,7 @@ from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.interventions.plan import Layout, PlanModel, Positions
-from expertcut.profiling.info import Settings
+from expertcut.profiling.schema import Settings
 
 AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]

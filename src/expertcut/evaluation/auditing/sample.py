@@ -11,7 +11,7 @@ from expertcut.interventions.budgets import as_numbers, normalised
 from expertcut.interventions.criteria.scoring import NEEDS_MODEL
 from expertcut.interventions.lineage import numbers_of
 from expertcut.interventions.ranking import Way, rank
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from expertcut.evaluation.auditing.outcome import Correlation, Harm, Regret, Standing, Verdict
-from expertcut.profiling.evidence.significance import Z95
+from expertcut.profiling.significance import Z95
 
 Array = np.ndarray[Any, Any]
 DRAWS = 2_000

@@ -19,7 +19,7 @@ from expertcut.data.sources import MMLU_HUB_ID
 from expertcut.evaluation.accuracy import pooled_stderr
 from expertcut.evaluation.results import ModelResult
 from expertcut.files import parse_json, read_file
-from expertcut.profiling.info import Settings
+from expertcut.profiling.schema import Settings
 
 if TYPE_CHECKING:
     from expertcut.evaluation.evaluate import Scored, Scoring

@@ -16,8 +16,8 @@ from expertcut.interventions.reweighting.records import Records, right
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.interventions.reweighting.tuning import Procedure, Settled, Shift
 from expertcut.models.load import LoadOptions
-from expertcut.profiling.info import BlockInfo
-from expertcut.profiling.store import Profile
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.router_bias import ApplyAt
 
 

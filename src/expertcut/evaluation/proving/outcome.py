@@ -14,7 +14,7 @@ from expertcut.evaluation.proving.crossfit import Judged
 from expertcut.interventions.lineage import Numbers
 from expertcut.interventions.plan import PROOF_FILE
 from expertcut.interventions.reweighting.tuning import Shift
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 
 _FEWEST = 20  # distinct draws, with which p can lie below 0.05
 NUMBERED_FROM_0 = Numbers()

@@ -12,7 +12,7 @@ from expertcut.interventions.reweighting.asked import Asked, Expressions, How, s
 from expertcut.interventions.reweighting.drafting import check_place, reweight_draft
 from expertcut.interventions.reweighting.targets import Scaling, Tilt, scalings, tilts, tilts_of
 from expertcut.interventions.reweighting.tuning import Procedure
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.sweeping.outcome import Sweep, SweepCell
 from expertcut.interventions.budgets import Budget, Keep, asked_count, check_budget, counts
 from expertcut.interventions.plan import Layout
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 
 ALL = "all"
 

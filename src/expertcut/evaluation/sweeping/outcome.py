@@ -11,7 +11,7 @@ from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult
 from expertcut.interventions.budgets import Budget
 from expertcut.interventions.plan import Expert, Fold, Layout, Positions, Removed
-from expertcut.profiling.info import ProfileInfo
+from expertcut.profiling.schema import ProfileInfo
 
 SWEEP_FILE = "sweep.json"
 

@@ -36,10 +36,9 @@ from expertcut.interventions.questions import Questions, n_used, questions_for, 
 from expertcut.interventions.ranking import Way, rank
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.part import ProfilePart
-from expertcut.profiling.sharing.work import Progress
 from expertcut.profiling.statistics import Answers, answers
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, ProfilePart, load_profile
+from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass
 
 Array = np.ndarray[Any, Any]

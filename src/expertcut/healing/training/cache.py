@@ -21,11 +21,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from expertcut.errors import OutputError
+from expertcut.files import write_atomically
 from expertcut.healing.data.rows import Row
 from expertcut.healing.training.batches import Batch, Collator
 from expertcut.healing.training.objectives import IGNORED, Likeliest, everywhere
 from expertcut.healing.training.teacher import Live
-from expertcut.profiling.chunks import write_atomically
 
 _WHOSE = "teacher.json"
 _KEY = "rows"

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from expertcut.documents import Record, load_record
 from expertcut.errors import ModelError, OutputError, SettingsError
+from expertcut.files import write_atomically
 from expertcut.healing.asking import Training
 from expertcut.healing.data.sources import Read
 from expertcut.healing.training.projection import Projection
 from expertcut.healing.training.saved import random_states, set_random_states
 from expertcut.models.load import MoeModel
 from expertcut.models.memory import free_bytes, give_back, is_out_of_memory
-from expertcut.profiling.chunks import write_atomically
 
 logger = logging.getLogger(__name__)
 

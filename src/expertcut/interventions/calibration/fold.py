@@ -19,7 +19,7 @@ from expertcut.interventions.plan import Edit
 from expertcut.models.hooks import Routing
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.statistics import layer_statistics
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 
 Array = np.ndarray[Any, Any]

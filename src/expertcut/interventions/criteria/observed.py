@@ -7,7 +7,7 @@ import numpy as np
 from expertcut.errors import ProfileError
 from expertcut.interventions.plan import Positions
 from expertcut.profiling.statistics import LayerStatistics, share
-from expertcut.profiling.sums import OverTokens
+from expertcut.profiling.storage import OverTokens
 
 Array = np.ndarray[Any, Any]
 

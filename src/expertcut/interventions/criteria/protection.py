@@ -9,8 +9,7 @@ import numpy as np
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.interventions.lineage import find_expert, numbers_of
 from expertcut.interventions.plan import Edit
-from expertcut.profiling.store import Profile
-from expertcut.profiling.sums import largest_values
+from expertcut.profiling.storage import Profile, largest_values
 
 PERCENTILE = 99.5
 SHARE_OF_LARGEST = 0.1

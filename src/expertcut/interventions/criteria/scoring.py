@@ -25,9 +25,9 @@ from expertcut.interventions.criteria.observed import (
 )
 from expertcut.interventions.criteria.reconstruction import reconstruction
 from expertcut.interventions.plan import Positions
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 if TYPE_CHECKING:
     from expertcut.models.moe_block import MoeBlock

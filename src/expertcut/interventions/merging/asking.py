@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from expertcut.interventions.lineage import numbers_of
 from expertcut.interventions.merging.routing import RouterRow
 from expertcut.interventions.plan import Draft, Edit
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 ALIGNED = {"m_smoe": True, "hc_smoe": False}  # as the papers have them
 

@@ -14,7 +14,7 @@ from expertcut.interventions.calibration.listening import listen
 from expertcut.interventions.merging.grouping import Evidence
 from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
 from expertcut.models.moe_block import MoeBlock
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 

@@ -13,7 +13,7 @@ from scipy.cluster.hierarchy import linkage
 from expertcut.errors import PlanError
 from expertcut.interventions.allowed import check_edits, least_of
 from expertcut.interventions.plan import Edit
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
 
 Array = np.ndarray[Any, Any]
 Groups = list[list[int]]

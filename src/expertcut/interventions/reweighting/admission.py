@@ -10,8 +10,8 @@ import numpy as np
 from scipy.special import expit, logit
 
 from expertcut.errors import PlanError
-from expertcut.profiling.evidence.margins import logits
-from expertcut.profiling.info import BlockInfo, ModelInfo
+from expertcut.profiling.findings import logits
+from expertcut.profiling.schema import BlockInfo, ModelInfo
 
 Array = np.ndarray[Any, Any]
 SelectionOf = Callable[[int], Array | None]

@@ -19,8 +19,7 @@ from expertcut.interventions.reweighting.choosing import (
 from expertcut.interventions.reweighting.records import Records
 from expertcut.interventions.reweighting.targets import named_picks
 from expertcut.interventions.reweighting.tuning import Procedure, Settled
-from expertcut.profiling.part import ProfilePart
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile, ProfilePart
 
 _LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 Expressions = tuple[list[str] | None, list[str] | None, list[str] | None]

@@ -10,9 +10,9 @@ import numpy as np
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.interventions.questions import hashes, profiled_quiz
 from expertcut.interventions.reweighting.records import Records, joined, places
-from expertcut.profiling.evidence.significance import z_scores
+from expertcut.profiling.significance import z_scores
 from expertcut.profiling.statistics import share
-from expertcut.profiling.store import Profile, load_profile
+from expertcut.profiling.storage import Profile, load_profile
 
 Array = np.ndarray[Any, Any]
 MIN_APPEARANCES = 0.01

@@ -7,7 +7,7 @@ from expertcut.errors import PlanError, SettingsError
 from expertcut.interventions.lineage import ids_text, numbers_of
 from expertcut.interventions.plan import Draft, Edit, Layout, Positions
 from expertcut.interventions.reweighting.targets import Scaling, Tilt
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 
 def reweight_draft(

@@ -18,10 +18,10 @@ from expertcut.interventions.reweighting.admission import (
     no_selection,
     stored_selection,
 )
-from expertcut.profiling.evidence.by_subject import SubjectCounts, count_by_subject
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.significance import SubjectCounts, count_by_subject
 from expertcut.profiling.statistics import LayerStatistics, layers_of
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 Array = np.ndarray[Any, Any]
 

@@ -12,7 +12,7 @@ from expertcut.data import Quiz
 from expertcut.interventions.reweighting.records import Array, Records
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.profiling.measure import model_info
-from expertcut.profiling.recording.recorder import Recorder
+from expertcut.profiling.recorder import Recorder
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Encoded
 from expertcut.scoring.passes import OnPass

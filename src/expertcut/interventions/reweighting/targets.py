@@ -15,7 +15,7 @@ from expertcut.interventions.reweighting.admission import (
 from expertcut.interventions.reweighting.choosing import Pick
 from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
 

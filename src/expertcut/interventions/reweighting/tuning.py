@@ -12,7 +12,7 @@ from expertcut.interventions.plan import Point
 from expertcut.interventions.reweighting.admission import admission_gap, no_default_strength
 from expertcut.interventions.reweighting.choosing import Chooser, Pick
 from expertcut.interventions.reweighting.records import Records, right
-from expertcut.profiling.evidence.significance import wilson
+from expertcut.profiling.significance import wilson
 
 Array = np.ndarray[Any, Any]
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits

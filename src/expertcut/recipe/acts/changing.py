@@ -18,7 +18,7 @@ from expertcut.interventions.reweighting.drafting import with_tilts
 from expertcut.interventions.reweighting.targets import scalings, tilts
 from expertcut.interventions.reweighting.tuning import Procedure
 from expertcut.interventions.touched import touched
-from expertcut.profiling.store import Profile
+from expertcut.profiling.storage import Profile
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.model import Variant
 from expertcut.recipe.sections import PruneSection, ReweightSection

@@ -2,7 +2,7 @@
 
 import json
 
-from expertcut.profiling.chunks import write_atomically
+from expertcut.files import write_atomically
 from expertcut.publishing.hub import Published, PublishOptions
 from expertcut.publishing.hub import publish as upload
 from expertcut.recipe.acts.job import Job

@@ -12,7 +12,7 @@ from expertcut.recipe.stages import PROFILE, Stage, variant_folder
 
 if TYPE_CHECKING:
     from expertcut.models.load import LoadOptions, Source
-    from expertcut.profiling.store import Profile
+    from expertcut.profiling.storage import Profile
     from expertcut.reporting.tables import Table
     from expertcut.scoring.passes import OnPass
 
@@ -108,7 +108,7 @@ class Job:
 
     def profile(self) -> "Profile":
         """The profile that the run made."""
-        from expertcut.profiling.store import load_profile
+        from expertcut.profiling.storage import load_profile
 
         return load_profile(self.profile_folder)
 

@@ -6,12 +6,11 @@ from functools import partial
 from expertcut.checkpoints.files.folders import new_folder
 from expertcut.data import load_quiz
 from expertcut.evaluation.evaluate import Scored, Scoring, save, score
+from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
-from expertcut.profiling.chunks import write_atomically
-from expertcut.profiling.measure import MeasureOptions, measure, resumed
-from expertcut.profiling.perturb import check_kinds, perturb
+from expertcut.profiling.measure import MeasureOptions, check_kinds, measure, perturb, resumed
 from expertcut.profiling.statistics import answers
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.storage import load_profile
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.stages import RESULTS
 from expertcut.reporting.outcomes import results_table

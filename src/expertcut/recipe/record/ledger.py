@@ -86,7 +86,7 @@ class Ledger:
         """
         if self.is_saved(inputs):
             return
-        from expertcut.profiling.chunks import write_atomically  # with numpy, else not needed
+        from expertcut.files import write_atomically  # with numpy, else not needed
 
         if not self._has_copy():
             write_atomically(self.folder / RECIPE_FILE, self.text)

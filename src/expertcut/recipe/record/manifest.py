@@ -80,7 +80,7 @@ def save_manifest(run: Path, manifest: Manifest) -> None:
     Raises:
         OutputError: the place cannot be written.
     """
-    from expertcut.profiling.chunks import write_atomically
+    from expertcut.files import write_atomically
 
     content = (manifest.model_dump_json(indent=1) + "\n").encode()
     write_atomically(run / MANIFEST_FILE, content)

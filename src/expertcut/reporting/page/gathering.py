@@ -13,9 +13,9 @@ from expertcut.evaluation.results import Results, load_results
 from expertcut.evaluation.sweeping.outcome import SWEEP_FILE, Sweep, load_sweep
 from expertcut.files import parse_json, read_file
 from expertcut.interventions.plan import PLAN_FILE, PROOF_FILE, Plan, load_plan
-from expertcut.profiling.evidence.findings import Findings, find
-from expertcut.profiling.info import ModelInfo, QuizInfo
-from expertcut.profiling.store import load_profile
+from expertcut.profiling.findings import Findings, find
+from expertcut.profiling.schema import ModelInfo, QuizInfo
+from expertcut.profiling.storage import load_profile
 
 PROFILE_FILE = "profile.json"
 RUN_FILE = "run.json"

@@ -14,8 +14,7 @@ from markupsafe import Markup
 
 from expertcut import __version__
 from expertcut.errors import OutputError
-from expertcut.files import without_secrets
-from expertcut.profiling.chunks import write_atomically
+from expertcut.files import without_secrets, write_atomically
 from expertcut.reporting.page.drawing import colour_stops, draw
 from expertcut.reporting.page.gathering import Run, gather
 from expertcut.reporting.page.parts import Explorer, Section, figures_of

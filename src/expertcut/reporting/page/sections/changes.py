@@ -10,8 +10,8 @@ from expertcut.errors import PlanError
 from expertcut.interventions.judged import read_judged
 from expertcut.interventions.plan import Edit, Plan, Point
 from expertcut.interventions.touched import Touched, touched
-from expertcut.profiling.evidence.findings import Findings
-from expertcut.profiling.info import BlockInfo
+from expertcut.profiling.findings import Findings
+from expertcut.profiling.schema import BlockInfo
 from expertcut.reporting.cuts import touched_table
 from expertcut.reporting.outcomes import plan_table
 from expertcut.reporting.page.figures import Curves, Series

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.profiling.evidence.findings import Findings, layers_json
+from expertcut.profiling.findings import Findings, layers_json
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.reporting.cuts import rows_tables
 from expertcut.reporting.findings import (

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from expertcut.evaluation.results import ModelResult, Results
-from expertcut.profiling.evidence.significance import wilson
+from expertcut.profiling.significance import wilson
 from expertcut.reporting.outcomes import result_sentences, results_table
 from expertcut.reporting.page.figures import Curves, Series
 from expertcut.reporting.page.gathering import Run

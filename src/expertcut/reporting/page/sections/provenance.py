@@ -7,7 +7,7 @@ from typing import Any
 
 from expertcut.evaluation.results import Results
 from expertcut.interventions.plan import Plan
-from expertcut.profiling.evidence.findings import Findings
+from expertcut.profiling.findings import Findings
 from expertcut.reporting.page.gathering import MANIFEST_FILE, RUN_FILE, Run, notes_in, recipe_in
 from expertcut.reporting.page.parts import Facts, Folded, Lines, Part, Section
 

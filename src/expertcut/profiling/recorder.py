@@ -1,13 +1,15 @@
-"""Listens to one chunk's forward passes and keeps what a profile stores of it."""
+"""Records what a profile stores of one chunk's forward passes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from expertcut.errors import ModelError
 from expertcut.models.hooks import (
     ExpertCall,
     Routing,
@@ -15,12 +17,40 @@ from expertcut.models.hooks import (
     observe_residuals,
     observe_routers,
 )
-from expertcut.models.load import runs_on
+from expertcut.models.load import MoeModel, runs_on
 from expertcut.models.moe_block import MoeBlock
-from expertcut.profiling.chunks import Arrays
-from expertcut.profiling.recording.token_sums import INPUT, NAMES, PARTS, RESIDUAL, TokenSums
-from expertcut.profiling.sound import Stats
+from expertcut.profiling.schema import Stats
+from expertcut.profiling.storage import Arrays
+from expertcut.profiling.token_sums import INPUT, NAMES, PARTS, RESIDUAL, TokenSums
+from expertcut.scoring.engine import advice
 from expertcut.scoring.packing import Pass
+
+
+def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
+    """That all that was recorded per layer is finite.
+
+    Of the last block's other tokens no answer tells.
+
+    Raises:
+        ModelError: naming the first layer where something is not.
+    """
+    bad = {name: found for name, array in arrays.items() if (found := _layers(name, array))}
+    if not bad:
+        return
+    name = min(bad, key=lambda name: min(bad[name]))
+    layer = min(bad[name])
+    raise ModelError(
+        f"{moe.source.id} computes what is no finite number for tokens of {subject}: {name} of "
+        f"layer {layer} ({moe.blocks[layer].name}): {advice(moe)}"
+    )
+
+
+def _layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
+    """The layers in which an array whose name ends in its axes holds NaN or infinity."""
+    axes = name.rpartition("_")[2]
+    if "L" not in axes or array.dtype.kind != "f" or np.isfinite(array).all():
+        return []
+    return [int(layer) for layer in np.argwhere(~np.isfinite(array))[:, axes.index("L")]]
 
 
 class Recorder:

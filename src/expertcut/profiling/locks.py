@@ -1,8 +1,9 @@
-"""Claims: which process works on what in a folder that several share, on one host or on many.
+"""Claims and run locks: which process works on what in a folder that several share.
 
-A claim is a file `<what>.<n>` that only one process can create. Its holder touches it every two
-seconds. Where the holder is gone, the next process creates `<what>.<n + 1>`, which again only one
-can do, so that nobody removes what another holds; the highest number counts.
+Claims: which process works on what in a folder that several share, on one host or on many. A claim
+is a file `<what>.<n>` that only one process can create. Its holder touches it every two seconds.
+Where the holder is gone, the next process creates `<what>.<n + 1>`, which again only one can do, so
+that nobody removes what another holds; the highest number counts.
 
 Claims save work and nothing else: two processes that did the same chunk would write equal bytes.
 """
@@ -13,7 +14,8 @@ import os
 import platform
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 CLAIMS = "claims"  # their folder's name
 _SAME_START_S = 5  # where only the time of day is known, which may be set a little
+_POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -218,3 +221,41 @@ def _is_gone(text: str) -> bool:
         return True
     except (ValueError, KeyError, TypeError, psutil.Error):
         return False  # still being written, or not to be seen: the heartbeat decides
+
+
+@contextmanager
+def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[None]:
+    """Keeps other runs out of a folder while the block lasts.
+
+    One that was killed is in nobody's way: here that is seen at once, on another machine when its
+    claim has not been touched for some seconds, which are waited for.
+
+    Folders that it had to make and that are empty at the end are gone again.
+
+    Raises:
+        OutputError: another run is at work there, or the place cannot be written.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        with _claimed(folder, what, timing):
+            yield
+    finally:
+        with suppress(OSError):  # the first that holds something, and so those above it
+            for place in made:
+                place.rmdir()
+
+
+@contextmanager
+def _claimed(folder: Path, what: str, timing: Timing | None) -> Iterator[None]:
+    with Claims(folder / CLAIMS, timing) as claims:
+        patience_s = claims.timing.dead_after_s + 2 * claims.timing.beat_s
+        end = time.monotonic() + patience_s
+        while not claims.take(what):
+            holder, is_here = claims.holder(what)
+            if is_here or time.monotonic() > end:
+                raise OutputError(
+                    f"{folder}: another run is at work there ({holder}): wait until it has ended, "
+                    "or name another --out"
+                )
+            time.sleep(_POLL_S)
+        yield

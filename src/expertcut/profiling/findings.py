@@ -1,0 +1,328 @@
+"""All that a profile says, and how sure one can be of it: margins, perturbations, suspects."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from expertcut.errors import ProfileError
+from expertcut.profiling.schema import NO_CHOICE, BlockInfo
+from expertcut.profiling.significance import (
+    PERMUTATIONS,
+    Significance,
+    SubjectCounts,
+    count_by_subject,
+    significance,
+    subjects_json,
+    wilson,
+)
+from expertcut.profiling.statistics import (
+    LayerStatistics,
+    answers,
+    as_json,
+    expert_json,
+    layer_json,
+    layer_statistics,
+    or_none,
+)
+from expertcut.profiling.storage import Profile, load_profile
+
+Array = np.ndarray[Any, Any]
+THRESHOLDS = (1e-4, 1e-3, 1e-2)  # of probability
+QUANTILES = (0.01, 0.05, 0.25, 0.75, 0.95, 0.99)
+_ROUNDING = 0.01  # relative; probabilities rounded to bfloat16 may be ordered otherwise within it
+Kind = Literal["shuffle-choices", "bf16"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_FOLDER = "perturbed"
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Rank K minus rank K+1 of one layer at the answer position, per question.
+
+    `undefined` says why there is none, and the arrays are empty: the profile holds α, so where
+    experts are chosen by something else the distance to another choice cannot be told from it.
+    """
+
+    undefined: str
+    probability_N: Array
+    logit_N: Array
+
+
+def margins(profile: Profile) -> list[Margin]:
+    """Every layer's margins."""
+    alpha_NLE, chosen_NLK = profile.array("alpha_NLE"), profile.array("chosen_NLK")
+    return [
+        margin(block, alpha_NLE[:, layer, : block.experts], chosen_NLK[:, layer].astype(np.int64))
+        for layer, block in enumerate(profile.info.model.blocks)
+    ]
+
+
+def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
+    """α of the K-th expert minus α of the next, and the same of their logits.
+
+    The difference of logits is ln α − ln α' under a softmax, logit α − logit α' under a sigmoid,
+    and that of the inverse of √softplus where that is α.
+    """
+    reason = _rule(block)
+    if not reason:
+        alpha_NE = alpha_NE.astype(np.float64)
+        last_N = np.take_along_axis(alpha_NE, chosen_NK, axis=1).min(axis=1)
+        rest_NE = alpha_NE.copy()
+        np.put_along_axis(rest_NE, chosen_NK, -np.inf, axis=1)
+        next_N = rest_NE.max(axis=1)
+        if (next_N <= last_N * (1 + _ROUNDING)).all():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                logit_N = logits(block, last_N) - logits(block, next_N)
+            return Margin("", np.maximum(last_N - next_N, 0), np.maximum(logit_N, 0))
+        reason = "experts were chosen that do not have the largest α"
+    nothing = np.empty(0)
+    return Margin(reason, nothing, nothing)
+
+
+def margin_json(found: Margin) -> dict[str, Any]:
+    """A layer's margins, all null with a reason where they are undefined."""
+    if found.undefined:
+        return {
+            "margin_undefined": found.undefined,
+            "margin_probability": None,
+            "margin_logit": None,
+            "margin_below": None,
+        }
+    return {
+        "margin_undefined": None,
+        "margin_probability": _distribution(found.probability_N),
+        "margin_logit": _distribution(found.logit_N),
+        "margin_below": [
+            {"probability": threshold, "share": float((found.probability_N < threshold).mean())}
+            for threshold in THRESHOLDS
+        ],
+    }
+
+
+def _rule(block: BlockInfo) -> str:
+    """Why α alone does not say who is chosen; empty if it may."""
+    if block.is_hashed:
+        return "a table of token ids chooses the experts"
+    if block.top_k == block.experts:
+        return "every expert is always chosen"
+    if block.selection_bias:
+        return "a bias is added to α where experts are chosen"
+    if block.selection_bias is None and block.scoring != "softmax":
+        return "the profile does not say whether a bias is added to α where experts are chosen"
+    if block.top_groups < block.groups:
+        return "experts are chosen within the best groups"
+    return ""
+
+
+def logits(block: BlockInfo, alpha: Array) -> Array:
+    """Logits, up to what all experts of a question share; infinite where α was rounded to 0 or 1.
+
+    NumPy warns of the infinite ones.
+    """
+    if block.scoring == "sqrtsoftplus":
+        softplus: Array = alpha**2
+        return softplus + np.log(-np.expm1(-softplus))
+    log: Array = np.log(alpha)
+    return log if block.scoring == "softmax" else log - np.log1p(-alpha)
+
+
+def _distribution(values_N: Array) -> dict[str, float | None]:
+    with np.errstate(invalid="ignore"):  # infinite where α was rounded to 0 or 1
+        found = {
+            "mean": values_N.mean(),
+            "std": values_N.std(),
+            "median": np.median(values_N),
+            **{f"q{100 * q:02.0f}": np.quantile(values_N, q) for q in QUANTILES},
+        }
+    return {name: or_none(float(value)) for name, value in found.items()}
+
+
+def perturbed_folder(folder: Path, kind: Kind) -> Path:
+    """Where a perturbation of a profile lies."""
+    return folder / _FOLDER / kind
+
+
+def perturbed_profiles(profile: Profile) -> dict[Kind, Profile]:
+    """The finished perturbations of a profile, by kind."""
+    folders = {kind: perturbed_folder(profile.path, kind) for kind in KINDS}
+    found = {k: load_profile(f) for k, f in folders.items() if (f / "profile.json").is_file()}
+    return {kind: other for kind, other in found.items() if other.finished_at is not None}
+
+
+def perturbations_json(profile: Profile, margins: list[Margin]) -> list[dict[str, Any]]:
+    """One entry per finished perturbation.
+
+    Raises:
+        ProfileError: one that asked other questions.
+    """
+    return [
+        {"kind": kind, **_compared(profile, other, margins)}
+        for kind, other in perturbed_profiles(profile).items()
+    ]
+
+
+def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[str, Any]:
+    if not np.array_equal(profile.array("row_N"), other.array("row_N")):
+        raise ProfileError(f"{other.path} asked other questions than {profile.path}: remove it")
+    before, after = answers(profile), answers(other)
+    moved_NC = np.abs(unshuffled(other) - before.logprob_NC)
+    is_there_NC = np.isfinite(moved_NC)
+    moved_N = np.where(is_there_NC, moved_NC, 0).max(axis=1)
+    choice_N = before.logprob_NC.argmax(axis=1)
+    flipped_N = unshuffled(other).argmax(axis=1) != choice_N
+    changed_NL = changed_sets(profile, other)
+    known = [m.probability_N for m in margins if not m.undefined]
+    least_N = np.min(known, axis=0) if known else None
+    return {
+        "questions": len(flipped_N),
+        "accuracy": after.accuracy,
+        "flipped": float(flipped_N.mean()),
+        "mean_abs_logprob_diff": float(moved_NC[is_there_NC].mean()),
+        "median_abs_logprob_diff": float(np.median(moved_NC[is_there_NC])),
+        "max_abs_logprob_diff": float(moved_NC[is_there_NC].max()),
+        "changed": float(changed_NL.any(axis=1).mean()),
+        "margin_flipped_correlation": correlation(least_N, flipped_N),
+        "margin_logprob_correlation": correlation(least_N, moved_N),
+        "layers": [
+            {
+                "layer": layer,
+                "changed": float(changed_NL[:, layer].mean()),
+                "margin_changed_correlation": correlation(
+                    None if margin.undefined else margin.probability_N, changed_NL[:, layer]
+                ),
+            }
+            for layer, margin in enumerate(margins)
+        ],
+    }
+
+
+def unshuffled(profile: Profile) -> Array:
+    """Log p of the choices (N, C) in their original order."""
+    logprob_NC: Array = profile.array("choice_logprob_NC")
+    if "order_NC" not in profile.chunks[0]:
+        return logprob_NC
+    order_NC = profile.array("order_NC")
+    found_NC = np.full_like(logprob_NC, -np.inf)
+    rows, places = np.nonzero(order_NC != NO_CHOICE)
+    found_NC[rows, order_NC[rows, places]] = logprob_NC[rows, places]
+    return found_NC
+
+
+def changed_sets(profile: Profile, other: Profile) -> Array:
+    """Whether another set of experts was chosen at the answer position, (N, L)."""
+    before, after = (np.sort(p.array("chosen_NLK"), axis=2) for p in (profile, other))
+    changed_NL: Array = (before != after).any(axis=2)
+    return changed_NL
+
+
+def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
+    """Spearman's rank correlation, None where either is the same for all questions."""
+    if margin_N is None or len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
+        return None
+    from scipy.stats import spearmanr  # every profile would wait for it
+
+    return float(spearmanr(margin_N, moved_N).statistic)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The paper's statistics with what tells them from chance; `places` is (layer, expert) of X."""
+
+    profile: Profile
+    layers: list[LayerStatistics]
+    margins: list[Margin]
+    counts: SubjectCounts
+    significance: Significance
+    places: list[tuple[int, int]]
+    perturbations: list[dict[str, Any]]
+
+
+def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> Findings:
+    """Everything, computed once.
+
+    Raises:
+        ProfileError: the profile is unfinished, damaged, or holds answers alone.
+    """
+    layers = layer_statistics(profile)
+    is_correct_N = answers(profile).is_correct_N
+    is_activated_NX = np.concatenate([layer.is_activated_NE for layer in layers], axis=1)
+    found = margins(profile)
+    counts = count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
+    return Findings(
+        profile=profile,
+        layers=layers,
+        margins=found,
+        counts=counts,
+        significance=significance(counts, is_correct_N, is_activated_NX, permutations, seed),
+        places=[(layer.layer, e) for layer in layers for e in range(layer.n_experts)],
+        perturbations=perturbations_json(profile, found),
+    )
+
+
+def findings_json(found: Findings) -> dict[str, Any]:
+    """`show PROFILE --format json`."""
+    tested = found.significance
+    return as_json(found.profile, found.layers) | {
+        "layers": layers_json(found),
+        "tests": tested.n_tests,
+        "permutations": tested.permutations,
+        "seed": tested.seed,
+        "p_family": tested.p_family,
+        "suspects": suspects_json(found),
+        "perturbations": found.perturbations,
+        "subjects": subjects_json(found.counts, found.layers),
+    }
+
+
+def layers_json(found: Findings) -> list[dict[str, Any]]:
+    """The paper's numbers of every layer with their margins, and of every expert with its tests."""
+    rows = evidence_rows(found)
+    return [
+        layer_json(layer)
+        | margin_json(margin)
+        | {"expert": [expert_json(layer, e) | next(rows) for e in range(layer.n_experts)]}
+        for layer, margin in zip(found.layers, found.margins, strict=True)
+    ]
+
+
+def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
+    """Each expert's intervals and tests, experts of all layers in order, undefined ones None."""
+    tested = found.significance
+    x = 0
+    for layer in found.layers:
+        activated_E = layer.is_activated_NE.sum(axis=0)
+        plain = wilson(layer.accuracy_E, activated_E)
+        weighted = wilson(layer.weighted_accuracy_E, layer.n_effective_E)
+        for e in range(layer.n_experts):
+            yield {
+                "accuracy_ci95": _interval(plain, e),
+                "weighted_accuracy_ci95": _interval(weighted, e),
+                "difference": or_none(tested.difference_X[x]),
+                "difference_se": or_none(tested.se_X[x]),
+                "z": or_none(tested.z_X[x]),
+                "p": or_none(tested.p_X[x]),
+                "p_adjusted": or_none(tested.p_adjusted_X[x]),
+                "p_family": or_none(tested.p_family_X[x]),
+            }
+            x += 1
+
+
+def suspects_json(found: Findings) -> list[dict[str, Any]]:
+    """Every tested expert with a negative z, the most harmful first."""
+    rows = list(evidence_rows(found))
+    return [
+        {
+            "layer": found.places[x][0],
+            **expert_json(found.layers[found.places[x][0]], found.places[x][1]),
+            **rows[x],
+        }
+        for x in found.significance.suspects
+    ]
+
+
+def _interval(ends: tuple[Array, Array], expert: int) -> list[float] | None:
+    low, high = (float(end_E[expert]) for end_E in ends)
+    return None if np.isnan(low) else [low, high]

@@ -1,1 +1,0 @@
-"""What one chunk's forward passes show, as they run."""

@@ -1,0 +1,321 @@
+"""A profile on disk: `profile.json`, one safetensors file per chunk, and `run.json`."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from expertcut.data import Question, Quiz, Truncate
+from expertcut.data.held_out import is_held_out
+from expertcut.documents import load_record
+from expertcut.errors import ProfileError
+from expertcut.files import parse_json, read_file, write_atomically
+from expertcut.profiling.schema import NO_CHOICE, Expected, ProfileInfo, arrays_fault
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+_METADATA_KEY = "expertcut"  # one key only: several would be written in random order
+_MAX_BYTES = 1 << 30  # 256 questions of 1,024 experts in 200 layers are a fifth of it
+_DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+CUT = "cut_N"  # tokens that prompts lost on their left, in a chunk where one did
+_PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
+Array = np.ndarray[Any, Any]
+CALIBRATION = "calibration"  # sums over the questions that are not held out
+IN_CALIBRATION = "calibration_N"
+
+
+def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None = None) -> None:
+    """Writes a chunk so that it is there whole or not at all; equal arguments give equal bytes.
+
+    `of` says what the chunk belongs to, `scratch` is where it is written before it is renamed.
+    """
+    described = json.dumps(_description(arrays, of), sort_keys=True, separators=(",", ":"))
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomically(path, save(contiguous, metadata={_METADATA_KEY: described}), scratch)
+
+
+def read_chunk(path: Path, of: str = "") -> Arrays:
+    """A chunk's arrays.
+
+    Raises:
+        ProfileError: truncated, altered, not a chunk, or one that belongs to something else.
+    """
+    found = _read(path, of)
+    if isinstance(found, str):
+        raise ProfileError(f"{path} is damaged ({found}): profile again to redo it")
+    return found
+
+
+def fault(path: Path, of: str) -> str | None:
+    """Why a chunk cannot be used, None if it can."""
+    found = _read(path, of)
+    return found if isinstance(found, str) else None
+
+
+def _read(path: Path, of: str) -> Arrays | str:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            return f"it has more than {_MAX_BYTES >> 20} MiB"
+        with safe_open(path, framework="numpy") as file:
+            described = parse_json((file.metadata() or {})[_METADATA_KEY].encode())
+            names = list(file.keys())
+            if not {file.get_slice(name).get_dtype() for name in names} <= _DTYPES:
+                return "it holds numbers of a type that numpy lacks"
+            arrays = {name: file.get_tensor(name) for name in names}
+        expected = _description(arrays, of)
+        if described == expected:
+            return arrays
+        if {**described, "of": of} == expected:
+            return "it belongs to another profile, subject or place"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return "its checksum does not hold"
+
+
+def _description(arrays: Arrays, of: str) -> dict[str, object]:
+    return {"format": 1, "of": of, "sha256": _checksum(arrays)}
+
+
+def _checksum(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+class Profile:
+    """A profile's folder; arrays are read when asked for, every chunk checked.
+
+    `truncate` is for prompts of what is asked from here on: as the profile's, unless given. With
+    `holds_out` a part of the questions that fit judges where no other split does.
+    """
+
+    holds_out = True
+
+    def __init__(self, path: Path, info: ProfileInfo, truncate: Truncate | None = None) -> None:
+        self.path = path
+        self.info = info
+        self.truncate = truncate or info.settings.truncate
+
+    @property
+    def missing(self) -> list[str]:
+        """Chunks that are still to be measured."""
+        return [name for name, _, _ in self.info.chunks() if not self.chunk_path(name).is_file()]
+
+    @property
+    def finished_at(self) -> float | None:
+        """Seconds since the epoch, None while chunks are missing."""
+        try:
+            run = parse_json(read_file(self.path / "run.json"))
+            return None if self.missing else float(run["finished"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def chunk_path(self, name: str) -> Path:
+        """Where a chunk lies."""
+        return self.path / "chunks" / name
+
+    @cached_property
+    def chunks(self) -> list[Arrays]:
+        """All chunks in order.
+
+        Raises:
+            ProfileError: one is missing or damaged.
+        """
+        if self.missing:
+            total = sum(1 for _ in self.info.chunks())
+            raise ProfileError(
+                f"{self.path} is not finished: {len(self.missing)} of {total} chunks are missing: "
+                "run the same `expertcut profile` again to finish it"
+            )
+        return [self._chunk(*chunk) for chunk in self.info.chunks()]
+
+    def _chunk(self, name: str, subject: str, n_questions: int) -> Arrays:
+        path, blocks = self.chunk_path(name), self.info.model.blocks
+        arrays = read_chunk(path, self.info.place(name, subject))
+        experts = tuple(block.experts for block in blocks)
+        expected = Expected(n_questions, experts, blocks[0].top_k, self.info.settings.stats)
+        if (found := arrays_fault(arrays, expected)) is not None:
+            raise ProfileError(f"{path} is damaged ({found}): profile again to redo it")
+        return arrays
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """A per-question array (first axis N) over all chunks.
+
+        Raises:
+            ProfileError: only answers were kept.
+        """
+        chunks = [chunk[name] for chunk in self.chunks if name in chunk]
+        if len(chunks) < len(self.chunks):
+            raise ProfileError(
+                f"{self.path} holds no {name}, it keeps answers alone as `expertcut eval` writes "
+                "them: use a folder that `expertcut profile` made"
+            )
+        if name in _PADDING:  # questions may differ in their number of choices
+            most = max(chunk.shape[1] for chunk in chunks)
+            widths = [((0, 0), (0, most - chunk.shape[1])) for chunk in chunks]
+            pairs = zip(chunks, widths, strict=True)
+            chunks = [np.pad(c, w, constant_values=_PADDING[name]) for c, w in pairs]
+        return np.concatenate(chunks)
+
+    @property
+    def n_cut(self) -> int | None:
+        """Questions whose prompts lost tokens on their left; None where none may."""
+        found = sum(int((chunk[CUT] > 0).sum()) for chunk in self.chunks if CUT in chunk)
+        return found if self.info.settings.truncate else None
+
+    def subjects(self) -> list[str]:
+        """The subject of each question."""
+        return [s for _, subject, n in self.info.chunks() for s in [subject] * n]
+
+    def token_sum(self, name: str) -> np.ndarray[Any, Any] | None:
+        """An all-token sum (L, E) as if every prompt had run alone; None where a chunk lacks it."""
+        if not all(f"question_{name}_LE" in chunk for chunk in self.chunks):
+            return None
+        sums = [
+            len(c["row_N"]) * c[f"prefix_{name}_LE"] + c[f"question_{name}_LE"] for c in self.chunks
+        ]
+        return np.asarray(np.sum(sums, axis=0))
+
+
+def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
+    """A profile's description.
+
+    Raises:
+        ProfileError: no profile there, or its description does not hold.
+    """
+    file = path / "profile.json"
+    if not file.exists():
+        raise ProfileError(f"no profile in {path}: it has no profile.json")
+    info = load_record(file, ProfileInfo, ProfileError, "is no profile")
+    return Profile(path, info, truncate)
+
+
+def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = None) -> Profile:
+    """The profile in `root` that was finished last.
+
+    Raises:
+        ProfileError: none is finished.
+    """
+    found = [load_profile(file.parent, truncate) for file in root.glob("*/profile.json")]
+    finished = [(at, p) for p in found if (at := p.finished_at) is not None]
+    if not finished:
+        state = f"holds {len(found)} unfinished" if found else "holds no"
+        raise ProfileError(f"{root}/ {state} profile: run `expertcut profile` or name --profile")
+    return max(finished, key=lambda pair: pair[0])[1]
+
+
+@dataclass(frozen=True)
+class OverTokens:
+    """One MoE block's sums over every token, shots included, as if each prompt had run alone.
+
+    None is what the profile does not hold: it was made before the sum was there or, with
+    `residual_shift_E`, by a model whose residual stream is not known.
+    """
+
+    tokens_E: Array
+    weight_E: Array
+    norm_E: Array
+    weighted_norm_E: Array
+    votes_E: Array | None = None
+    input_shift_E: Array | None = None
+    residual_shift_E: Array | None = None
+
+
+def over_tokens(profile: Profile) -> list[OverTokens | None]:
+    """Every MoE block's, in layer order; None where only the answer position was kept."""
+    blocks = profile.info.model.blocks
+    sums = {f.name: profile.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
+    if sums["tokens_E"] is None:
+        return [None] * len(blocks)
+    return [
+        OverTokens(**{k: None if v is None else v[layer, : b.experts] for k, v in sums.items()})  # type: ignore[arg-type]
+        for layer, b in enumerate(blocks)
+    ]
+
+
+def answer_weights(profile: Profile) -> list[Array]:
+    """Σ gate weight (E,) over the questions that chose each expert, per MoE block."""
+    weight_NLK = profile.array("weight_NLK").astype(np.float64)
+    chosen_NLK = profile.array("chosen_NLK").astype(np.int64)
+    return [
+        np.bincount(
+            chosen_NLK[:, layer].ravel(), weight_NLK[:, layer].ravel(), minlength=block.experts
+        )
+        for layer, block in enumerate(profile.info.model.blocks)
+    ]
+
+
+def largest_values(profile: Profile) -> list[Array] | None:
+    """The largest absolute value (E,) that each expert gave at any token, per MoE block."""
+    if "question_largest_LE" not in profile.chunks[0]:
+        return None
+    parts = [c[f"{part}_largest_LE"] for c in profile.chunks for part in ("prefix", "question")]
+    largest_LE = np.max(parts, axis=0)
+    blocks = profile.info.model.blocks
+    return [largest_LE[layer, : block.experts] for layer, block in enumerate(blocks)]
+
+
+class ProfilePart(Profile):
+    """What a profile says of its other questions; `held_out` are subjects and rows."""
+
+    def __init__(self, whole: Profile, held_out: Collection[tuple[str, int]]) -> None:
+        super().__init__(whole.path, whole.info, whole.truncate)
+        self.whole = whole
+        self.held_out = frozenset(held_out)
+
+    @cached_property
+    def chunks(self) -> list[Arrays]:
+        """All chunks in order, each with the questions that are left; without any it is no chunk.
+
+        Raises:
+            ProfileError: one is missing or damaged.
+        """
+        named = zip(self.info.chunks(), self.whole.chunks, strict=True)
+        parts = (self._part(chunk, subject) for (_, subject, _), chunk in named)
+        return [part for part in parts if len(part["row_N"])]
+
+    def subjects(self) -> list[str]:
+        """The subject of each question that is left."""
+        names = zip(self.whole.subjects(), self.whole.array("row_N").tolist(), strict=True)
+        return [subject for subject, row in names if (subject, row) not in self.held_out]
+
+    def _part(self, chunk: Arrays, subject: str) -> Arrays:
+        rows = chunk["row_N"].tolist()
+        is_left_N = np.array([(subject, row) not in self.held_out for row in rows])
+        part = {}
+        for name, array in chunk.items():
+            kind, _, rest = name.partition("_")
+            if kind == "question" and name.endswith("_LE"):
+                part[name] = chunk[f"{CALIBRATION}_{rest}"]
+            elif kind != CALIBRATION:
+                is_by_question = name.rpartition("_")[2].startswith("N")
+                part[name] = array[is_left_N] if is_by_question else array
+        return part
+
+
+def can_hold_out(profile: Profile, quiz: Quiz) -> bool:
+    """Whether a profile tells the fifth that is held out from the rest, sums over tokens too."""
+    if profile.info.settings.stats == "answer":
+        return True
+    of_subject = zip(profile.info.chunks(), profile.chunks, strict=True)
+    asked = {(q.subject, q.row): q for q in quiz}
+    return all(
+        IN_CALIBRATION in chunk
+        and chunk[IN_CALIBRATION].astype(bool).tolist()
+        == in_calibration([asked[subject, row] for row in chunk["row_N"].tolist()])
+        for (_, subject, _), chunk in of_subject
+    )
+
+
+def in_calibration(questions: Collection[Question]) -> list[bool]:
+    """Which of them choose where a fifth is held out."""
+    return [not is_held_out(question) for question in questions]
