@@ -26,8 +26,8 @@ from expertcut.checkpoints.files.shards import Rewrite, lay_out
 from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES, write_checkpoint, write_shards
 from expertcut.checkpoints.layouts.exact import exact_rewrite
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
-from expertcut.interventions.calibration.outputs import zero_outputs
-from expertcut.interventions.plan import Edit
+from expertcut.edits.calibrate import zero_outputs
+from expertcut.edits.plan import Edit
 from expertcut.models.load import Source
 from expertcut.models.safetensors_index import Stored, StoredTensor, read_headers
 from expertcut.reporting.tables import Column, Table, as_markdown

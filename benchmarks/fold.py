@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Selection, load_quiz
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.plan import Fold
-from expertcut.interventions.prune import choose
-from expertcut.interventions.ranking import Way
+from expertcut.edits.budget import Keep
+from expertcut.edits.plan import Fold
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.storage import Profile, load_profile

@@ -96,9 +96,9 @@ def cuts(base: Path, asked: Asked, place: Path) -> Iterator[Path]:
     """What `prune` leaves of a model, one checkpoint for each fraction."""
     from expertcut.checkpoints.build import BuildOptions, build
     from expertcut.data import Selection, load_quiz
-    from expertcut.interventions.budgets import Keep
-    from expertcut.interventions.prune import choose
-    from expertcut.interventions.ranking import Way
+    from expertcut.edits.budget import Keep
+    from expertcut.edits.prune import choose
+    from expertcut.edits.ranking import Way
     from expertcut.models.load import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, measure
     from expertcut.profiling.storage import load_profile

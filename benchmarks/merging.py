@@ -17,13 +17,12 @@ from benchmarks.fold import BUNDLED, KINDS, random_model
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.merging.merge import merge
 from expertcut.data import Selection, load_quiz
+from expertcut.edits.budget import Keep
+from expertcut.edits.merge_groups import METHODS, Merge
+from expertcut.edits.merge_router import RouterRow
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
 from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.merging.asking import Merge
-from expertcut.interventions.merging.grouping import METHODS
-from expertcut.interventions.merging.routing import RouterRow
-from expertcut.interventions.prune import choose
-from expertcut.interventions.ranking import Way
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.storage import Profile, load_profile

@@ -24,12 +24,12 @@ from planting import BUNDLED, LAST, QUIZ, bundled_weights, copied, cost, sabotag
 from teaching import EXPERT, drawn, learn, lesson, margin, taught, write_turned_quiz
 
 from expertcut.data import Selection, load_quiz
+from expertcut.edits.reweight_select import Chooser
+from expertcut.edits.reweight_tune import Procedure
 from expertcut.evaluation.proving.crossfit import judge
 from expertcut.evaluation.proving.outcome import load_proof, proof_result
 from expertcut.evaluation.results import load_results
-from expertcut.interventions.reweighting.choosing import Chooser
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.interventions.reweighting.tuning import Procedure
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS
 from expertcut.profiling.storage import load_profile

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertcut.interventions.reweighting.choosing import SCORES
-from expertcut.interventions.reweighting.records import Records, right
+from expertcut.edits.reweight_select import SCORES, QuestionOutcomes, right
+from expertcut.edits.reweight_tune import Shift
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.interventions.reweighting.tuning import Shift
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
 QUIZ = BUNDLED / "quiz"
@@ -53,7 +52,7 @@ def saboteur(rescorer: Rescorer) -> int:
     raise LookupError("no expert of the last layer is in 20–80 % of questions and harmless to mask")
 
 
-def often(records: Records) -> list[int]:
+def often(records: QuestionOutcomes) -> list[int]:
     """Experts of the last layer in 20–80 % of questions, the most gate weight first."""
     n_experts = records.blocks[LAST].experts
     share_E, mass_E = (

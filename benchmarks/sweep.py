@@ -23,11 +23,11 @@ import torch
 from benchmarks.common import RUNS, machine
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.budget import Keep
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
 from expertcut.evaluation.sweeping.grid import Grid
 from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.prune import choose
-from expertcut.interventions.ranking import Way
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from expertcut.checkpoints.adapters.carrying import carried
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.layouts.stock import Fitted
-from expertcut.interventions.calibration.outputs import zero_outputs
-from expertcut.interventions.plan import ChosenOn, Draft, Edit, Layout, Plan, PlanModel
+from expertcut.edits.calibrate import zero_outputs
+from expertcut.edits.plan import ChosenOn, Draft, Edit, Layout, Plan, PlanModel
 from expertcut.models.load import find_source
 from tests.conftest import make_tokenizer
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertcut.checkpoints.files.streaming import write_checkpoint
 from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
-from expertcut.interventions.calibration.outputs import Constants, zero_outputs
-from expertcut.interventions.plan import Edit
+from expertcut.edits.calibrate import Constants, zero_outputs
+from expertcut.edits.plan import Edit
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.kernels import Linear
 from expertcut.models.load import MODELLING_FILE, MoeModel, modelling_code

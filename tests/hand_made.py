@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.interventions.reweighting.admission import admission_gap
+from expertcut.edits.reweight_select import admission_gap
 from expertcut.profiling.schema import (
     CHUNK_QUESTIONS,
     BlockInfo,

@@ -7,12 +7,12 @@ from typing import Any
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data.sources import Weighted
+from expertcut.edits.budget import Keep
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
 from expertcut.healing.asking import Data, Healing, Place, Training
 from expertcut.healing.heal import Healed, Options, heal
 from expertcut.healing.training.adapters import Lora
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.prune import choose
-from expertcut.interventions.ranking import Way
 from expertcut.models.load import LoadOptions
 from tests.merged_models import measured
 

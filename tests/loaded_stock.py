@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from expertcut.checkpoints.layouts.stock import Fitted
+from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError
-from expertcut.interventions.plan import Edit
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.validate import EXPERT_COUNT_FIELDS

@@ -15,7 +15,7 @@ from expertcut.checkpoints.layouts.names import find_disk_blocks
 from expertcut.checkpoints.layouts.neurons import Experts
 from expertcut.checkpoints.merging.merge import Merged, merge
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.interventions.merging.asking import Merge
+from expertcut.edits.merge_groups import Merge
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.models.moe_block import MoeBlock

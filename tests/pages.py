@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel, Point, save_plan
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
@@ -15,7 +16,6 @@ from expertcut.evaluation.results import (
     SubjectResult,
     save_results,
 )
-from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel, Point, save_plan
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.page.gathering import gather
 from expertcut.reporting.page.sections import sections_of

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel
 from expertcut.errors import ExpertcutError
-from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel
 from expertcut.profiling.schema import ProfileInfo, Settings, SubjectInfo
 from expertcut.reporting.shown import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown, as_rich

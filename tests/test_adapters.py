@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from expertcut.checkpoints.adapters.carrying import carried
 from expertcut.checkpoints.adapters.reading import read_adapter
+from expertcut.edits.plan import Draft, Edit, Layout, load_plan
 from expertcut.errors import ExpertcutError
-from expertcut.interventions.plan import Draft, Edit, Layout, load_plan
 from expertcut.models.load import find_source
 from tests.adapters import (
     EXPERTS,

@@ -11,17 +11,17 @@ import torch
 from scipy.special import expit, logit, softmax
 
 from expertcut.data import Selection, load_quiz
-from expertcut.errors import ContractError, PlanError
-from expertcut.interventions.reweighting.admission import (
+from expertcut.edits.reweight import tilts
+from expertcut.edits.reweight_select import (
+    QuestionOutcomes,
+    SelectedExpert,
     admission_gap,
     no_default_strength,
     stored_selection,
 )
-from expertcut.interventions.reweighting.choosing import Pick
-from expertcut.interventions.reweighting.records import Records
+from expertcut.edits.reweight_tune import gap
+from expertcut.errors import ContractError, PlanError
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.interventions.reweighting.targets import tilts
-from expertcut.interventions.reweighting.tuning import gap
 from expertcut.profiling.measure import Measurement, MeasureOptions, model_info
 from expertcut.profiling.recorder import Recorder
 from expertcut.profiling.storage import load_profile
@@ -136,7 +136,7 @@ def check_in_the_running_model(path: Path, quiz_folder: Path, folder: Path) -> b
     quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
     list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(folder))
     profile = load_profile(folder)
-    records, gate = Records.of(profile, quiz), moe.blocks[-1]
+    records, gate = QuestionOutcomes.of(profile, quiz), moe.blocks[-1]
     layer, selection_E, stored_E = (
         gate.layer,
         gate.selection_bias(),
@@ -149,13 +149,15 @@ def check_in_the_running_model(path: Path, quiz_folder: Path, folder: Path) -> b
     score_NE = ranked(records.alpha_NLE[:, layer, : gate.n_experts].astype(float)) + bias_E
     chosen_NK = records.chosen_NLK[:, layer].astype(int)
     last = float(np.take_along_axis(score_NE, chosen_NK, axis=1).min(axis=1).mean())
-    gaps = [gap(records, Pick(layer, e, +1)) for e in range(gate.n_experts)]
+    gaps = [gap(records, SelectedExpert(layer, e, +1)) for e in range(gate.n_experts)]
     expert = int(np.argmax([g if math.isfinite(g) else -math.inf for g in gaps]))
     assert gaps[expert] > 0.1
     (tilt,) = tilts(profile, [f"{layer}:{expert}"], [])
     assert tilt.bias == gaps[expert]
     rescorer = Rescorer(Engine(moe, 2048), quiz)
-    assert gap(rescorer.records, Pick(layer, expert, +1)) == pytest.approx(gaps[expert], abs=1e-3)
+    assert gap(rescorer.records, SelectedExpert(layer, expert, +1)) == pytest.approx(
+        gaps[expert], abs=1e-3
+    )
     shifted_E = torch.zeros(gate.n_experts)
     shifted_E[expert] = gaps[expert]
     alphas = []

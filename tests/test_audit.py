@@ -16,6 +16,9 @@ from scipy.stats import spearmanr
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.plan import Edit
+from expertcut.edits.ranking import Way
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.auditing.audit import Auditing, AuditOptions
 from expertcut.evaluation.auditing.outcome import Audit, Harm, Standing, load_audit
@@ -27,9 +30,6 @@ from expertcut.evaluation.auditing.verdict import (
     regret,
     verdict,
 )
-from expertcut.interventions.criteria import CRITERIA
-from expertcut.interventions.plan import Edit
-from expertcut.interventions.ranking import Way
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions

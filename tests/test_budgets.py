@@ -11,9 +11,7 @@ from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.unwritten.sizing import largest, size_of_cuts
 from expertcut.cli import pruning
 from expertcut.data import Selection, load_quiz
-from expertcut.errors import PlanError, SettingsError
-from expertcut.evaluation.size import size, size_of_cut
-from expertcut.interventions.budgets import (
+from expertcut.edits.budget import (
     Budget,
     Keep,
     asked_count,
@@ -22,11 +20,12 @@ from expertcut.interventions.budgets import (
     read_size,
     share_out,
 )
-from expertcut.interventions.calibration.outputs import zero_outputs
-from expertcut.interventions.criteria import CRITERIA
-from expertcut.interventions.criteria.scoring import NEEDS_MODEL
-from expertcut.interventions.prune import Pruning, choose, cut
-from expertcut.interventions.ranking import Ranking, Way, rank
+from expertcut.edits.calibrate import zero_outputs
+from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
+from expertcut.edits.prune import Pruning, choose, cut
+from expertcut.edits.ranking import Ranking, Way, rank
+from expertcut.errors import PlanError, SettingsError
+from expertcut.evaluation.size import size, size_of_cut
 from expertcut.models.load import find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile

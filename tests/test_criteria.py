@@ -13,13 +13,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from expertcut.data import Quiz, Selection, load_quiz, prompt
+from expertcut.edits import calibrate as calibration
+from expertcut.edits.calibrate import Tried, keep_inputs
+from expertcut.edits.criteria import (
+    CRITERIA,
+    NEEDS_MODEL,
+    OBSERVED,
+    positions_of,
+    ranked,
+    reconstruction,
+    scores,
+)
+from expertcut.edits.plan import Positions
 from expertcut.errors import ProfileError, SettingsError
-from expertcut.interventions.calibration import activations as calibration
-from expertcut.interventions.calibration.activations import Tried, keep_inputs
-from expertcut.interventions.criteria import CRITERIA, ranked
-from expertcut.interventions.criteria.reconstruction import reconstruction
-from expertcut.interventions.criteria.scoring import NEEDS_MODEL, OBSERVED, positions_of, scores
-from expertcut.interventions.plan import Positions
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.statistics import layer_statistics

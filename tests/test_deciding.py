@@ -10,11 +10,11 @@ import pytest
 
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
+from expertcut.edits.plan import load_hashes, load_plan
+from expertcut.edits.reweight import read_layers
+from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast
 from expertcut.errors import SettingsError
 from expertcut.evaluation.proving.outcome import load_proof
-from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.reweighting.asked import read_layers
-from expertcut.interventions.reweighting.choosing import TOKEN_SCORES, read_contrast
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.storage import Profile, load_profile
@@ -106,7 +106,7 @@ def test_a_proof_is_printed_written_and_shown(profile: Profile, run: Run) -> Non
 def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(
     profile: Profile, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertcut.interventions.reweighting.tuning.STRENGTHS", (1e-9,))
+    monkeypatch.setattr("expertcut.edits.reweight_tune.STRENGTHS", (1e-9,))
     asked = ("reweight", "--profile", profile.path, "--boost", "1:1", "--tune")
     assert "nothing is written" in run(*asked, "--out", "none")
     assert not Path("none").exists()

@@ -17,6 +17,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binom, binomtest
 
 from expertcut.data import Selection, load_quiz, prompt
+from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel, hashes_sha256, save_plan
 from expertcut.errors import ModelError, OutputError, PlanError
 from expertcut.evaluation.accuracy import accuracy, pooled_stderr, wilson
 from expertcut.evaluation.comparison import (
@@ -29,7 +30,6 @@ from expertcut.evaluation.comparison import (
 from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
 from expertcut.evaluation.results import Results, load_results, save_results
 from expertcut.evaluation.size import size
-from expertcut.interventions.plan import ChosenOn, Edit, Plan, PlanModel, hashes_sha256, save_plan
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.workers import Progress

@@ -14,8 +14,8 @@ import pytest
 from scipy.stats import binomtest, chi2, hypergeom
 
 from expertcut.cli import main
+from expertcut.edits.plan import PLAN_FILE
 from expertcut.errors import SettingsError
-from expertcut.interventions.plan import PLAN_FILE
 from expertcut.profiling import significance as tests_module
 from expertcut.profiling.findings import (
     THRESHOLDS,

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
 from expertcut.checkpoints.unedited import constant_experts
+from expertcut.edits.plan import Draft, Edit
 from expertcut.errors import ContractError, PlanError
 from expertcut.evaluation.size import size
-from expertcut.interventions.plan import Draft, Edit
 from expertcut.models import modeling_exact
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers

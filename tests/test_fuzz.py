@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertcut.data.readers import read_csv, read_jsonl
+from expertcut.edits.budget import read_size
+from expertcut.edits.plan import Plan, load_plan, plan_text, save_plan
+from expertcut.edits.ranking import protection
+from expertcut.edits.reweight import parse_target
 from expertcut.errors import ExpertcutError
 from expertcut.evaluation.sweeping.grid import read_fractions
 from expertcut.files import HIDDEN, parse_json, without_secrets
-from expertcut.interventions.budgets import read_size
-from expertcut.interventions.criteria.protection import protection
-from expertcut.interventions.plan import Plan, load_plan, plan_text, save_plan
-from expertcut.interventions.reweighting.targets import parse_target
 from expertcut.models.load import _limits
 from expertcut.profiling.schema import ProfileInfo
 from expertcut.profiling.storage import Profile, load_profile, read_chunk, write_chunk

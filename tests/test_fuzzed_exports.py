@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.layouts.names import find_disk_blocks
-from expertcut.interventions.calibration.outputs import zero_outputs
-from expertcut.interventions.plan import (
-    ChosenOn,
-    Draft,
-    Edit,
-    Plan,
-    PlanModel,
-    load_plan,
-    save_plan,
-)
+from expertcut.edits.calibrate import zero_outputs
+from expertcut.edits.plan import ChosenOn, Draft, Edit, Plan, PlanModel, load_plan, save_plan
 from expertcut.models.load import LoadOptions, Source, find_source, load
 from expertcut.models.safetensors_index import read_headers
 from tests.readable import FEW, edits

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from expertcut.cli.healing import Objective
 from expertcut.data import Selection, load_quiz
 from expertcut.data.sources import Weighted
+from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.errors import OutputError, SettingsError
 from expertcut.healing.asking import Data, Training
 from expertcut.healing.judging import BASE, BEFORE, HEALED
 from expertcut.healing.training.cache import Cached, Whose
 from expertcut.healing.training.objectives import OBJECTIVES
-from expertcut.interventions.plan import load_hashes, load_plan
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import Commands, open_model
 from tests.exact_models import as_transformers_runs_it, as_written_before, load_exact, logprobs

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from expertcut.data import Selection, load_quiz, prompt
 from expertcut.data.sources import Weighted
+from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError
 from expertcut.healing.asking import Data, Healing
 from expertcut.healing.data.judges import CHOSE_STEP, USED_BEFORE
@@ -33,7 +34,6 @@ from expertcut.healing.training.objectives import (
     distillation,
     likeliest,
 )
-from expertcut.interventions.judged import UNUSED
 from expertcut.models.hooks import Routing
 from expertcut.reporting.healing import dropped_sentence
 from tests.conftest import make_tokenizer, open_model, write_quiz

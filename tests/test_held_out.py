@@ -18,17 +18,18 @@ from expertcut.checkpoints.proof import Difference, Proof
 from expertcut.data import Question, Selection, load_quiz
 from expertcut.data.questions import Quiz
 from expertcut.data.sources import Weighted
-from expertcut.errors import QuizError
-from expertcut.healing.asking import Data, Healing
-from expertcut.healing.data.sources import read_data
-from expertcut.interventions.judged import UNUSED, read_judged
-from expertcut.interventions.plan import Draft, Edit, load_hashes, load_plan, save_plan
-from expertcut.interventions.questions import (
+from expertcut.edits.plan import Draft, Edit, load_hashes, load_plan, save_plan
+from expertcut.edits.splits import (
+    UNUSED,
     choosing_profile,
     draft_plan,
     questions_for,
+    read_judged,
     used_hashes,
 )
+from expertcut.errors import QuizError
+from expertcut.healing.asking import Data, Healing
+from expertcut.healing.data.sources import read_data
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile

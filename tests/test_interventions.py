@@ -16,13 +16,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, prompt
-from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
-from expertcut.interventions.allowed import check_edits
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.calibration.direction import fit_directions, judge_directions
-from expertcut.interventions.calibration.fold import fold_at_answers
-from expertcut.interventions.criteria import ranked
-from expertcut.interventions.plan import (
+from expertcut.edits.budget import Keep
+from expertcut.edits.calibrate import fit_directions, fold_at_answers, judge_directions
+from expertcut.edits.criteria import ranked
+from expertcut.edits.plan import (
     ChosenOn,
     Draft,
     Edit,
@@ -33,18 +30,13 @@ from expertcut.interventions.plan import (
     load_plan,
     plan_text,
     save_plan,
+    validate_edits,
 )
-from expertcut.interventions.prune import choose, keep_active, keep_n
-from expertcut.interventions.questions import (
-    choosing_profile,
-    draft_plan,
-    hashes,
-    questions_for,
-    used_hashes,
-)
-from expertcut.interventions.ranking import Way
-from expertcut.interventions.reweighting.drafting import reweight_draft
-from expertcut.interventions.reweighting.targets import Target, parse_target, tilts
+from expertcut.edits.prune import choose, keep_active, keep_n
+from expertcut.edits.ranking import Way
+from expertcut.edits.reweight import Target, parse_target, reweight_draft, tilts
+from expertcut.edits.splits import choosing_profile, draft_plan, hashes, questions_for, used_hashes
+from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.profiling.schema import BlockInfo, quiz_info
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
@@ -420,7 +412,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
     blocks: list[BlockInfo], asked: dict[str, Edit], reason: str
 ):
     with pytest.raises(PlanError, match=reason):
-        check_edits(asked, blocks, "stock")
+        validate_edits(asked, blocks, "stock")
 
 
 @pytest.mark.parametrize("keep", [(1, 0), (1, 1, 2), (-1, 1)])
@@ -431,11 +423,11 @@ def test_experts_to_keep_are_ascending_numbers(keep: tuple[int, ...]):
 
 
 def test_a_plan_that_fits_is_taken():
-    check_edits(edits((0, 1), (3, 7)), BLOCKS, "stock")
-    check_edits(
+    validate_edits(edits((0, 1), (3, 7)), BLOCKS, "stock")
+    validate_edits(
         edits(tuple(range(8)), tuple(range(8)), bias={7: -1.0}, scale={0: 0.5}), BLOCKS, "stock"
     )
-    check_edits(edits(tuple(range(8))), GROUPED, "stock")
+    validate_edits(edits(tuple(range(8))), GROUPED, "stock")
 
 
 # Folding the inflation back

@@ -14,14 +14,13 @@ from torch import Tensor
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.proof import Alone
 from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.budget import Keep
+from expertcut.edits.plan import Edit, load_plan
+from expertcut.edits.prune import Pruning, choose
+from expertcut.edits.ranking import Way
+from expertcut.edits.reweight import reweight_draft, tilts
 from expertcut.errors import ContractError
 from expertcut.evaluation.size import size
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.plan import Edit, load_plan
-from expertcut.interventions.prune import Pruning, choose
-from expertcut.interventions.ranking import Way
-from expertcut.interventions.reweighting.drafting import reweight_draft
-from expertcut.interventions.reweighting.targets import tilts
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.interventions.lineage import inherited_hashes, numbers_of
-from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.reweighting.targets import tilts
+from expertcut.edits.plan import expert_ids, inherited_hashes, load_hashes, load_plan
+from expertcut.edits.reweight import tilts
 from expertcut.models import checkpoint_dir
 from expertcut.models.checkpoint_dir import fingerprint_of
 from expertcut.models.load import find_source
@@ -133,7 +132,7 @@ def test_a_folder_of_the_same_name_is_not_taken_for_the_model(
     shutil.copytree(checkpoint("olmoe"), tmp_path / "cut")
     monkeypatch.chdir(tmp_path)
     profile = load_profile(own / "profiles" / "p")
-    assert numbers_of(profile).rows[FIRST] == load_plan(own / "cut").blocks[FIRST].keep
+    assert expert_ids(profile).rows[FIRST] == load_plan(own / "cut").blocks[FIRST].keep
     assert inherited_hashes(profile)
     assert tilts(profile, [f"0:{_last_kept(own)}=1"], [])[0].expert == 5
 

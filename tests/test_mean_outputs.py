@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin
-from expertcut.interventions.calibration.outputs import mean_outputs
+from expertcut.edits.calibrate import mean_outputs
 from expertcut.models.hooks import ExpertCall, observe_experts
 from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine
@@ -85,7 +85,7 @@ def test_a_few_questions_of_every_subject_are_enough(
     removed = {"model.layers.0.mlp": range(8)}
     of_few = mean_outputs(engine, round_robin(quiz, 4), removed)
     of_all = mean_outputs(engine, quiz, removed)
-    monkeypatch.setattr("expertcut.interventions.calibration.outputs.CALIBRATION_QUESTIONS", 4)
+    monkeypatch.setattr("expertcut.edits.calibrate.CALIBRATION_QUESTIONS", 4)
     for expert, mean_D in mean_outputs(engine, quiz, removed)["model.layers.0.mlp"].items():
         assert torch.equal(mean_D, of_few["model.layers.0.mlp"][expert])
         assert not torch.equal(mean_D, of_all["model.layers.0.mlp"][expert])

@@ -20,18 +20,23 @@ from expertcut.checkpoints.merging.merge import _is_interleaved
 from expertcut.checkpoints.merging.unedited_router import under, unedited_routers
 from expertcut.cli.merging import Method, RouterRow
 from expertcut.data import round_robin
+from expertcut.edits.budget import Keep
+from expertcut.edits.merge_groups import (
+    ALIGNED,
+    METHODS,
+    Merge,
+    Neurons,
+    gather_evidence,
+    matching,
+    merge_edits,
+)
+from expertcut.edits.merge_router import judge_rows, merged_rows
+from expertcut.edits.plan import Edit, Plan, load_plan, plan_text
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
+from expertcut.edits.reweight import tilts
+from expertcut.edits.splits import questions_for
 from expertcut.errors import PlanError
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.merging.alignment import Neurons, matching
-from expertcut.interventions.merging.asking import ALIGNED, Merge
-from expertcut.interventions.merging.gathering import gather
-from expertcut.interventions.merging.grouping import METHODS, merge_edits
-from expertcut.interventions.merging.routing import judge_rows, merged_rows
-from expertcut.interventions.plan import Edit, Plan, load_plan, plan_text
-from expertcut.interventions.prune import choose
-from expertcut.interventions.questions import questions_for
-from expertcut.interventions.ranking import Way
-from expertcut.interventions.reweighting.targets import tilts
 from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
@@ -81,7 +86,7 @@ def test_m_smoe_groups_are_those_of_logits_one_token_at_a_time(
 ) -> None:
     profile = profile_of(checkpoint(family))
     moe, tuning = open_model(checkpoint(family)), questions_for(profile, is_fitting=True).tuning
-    evidence = gather(profile, Engine(moe, 400), tuning, "m_smoe")
+    evidence = gather_evidence(profile, Engine(moe, 400), tuning, "m_smoe")
     edits = merge_edits(profile.info.model.blocks, evidence, 4, "m_smoe")
     logits: dict[int, list[Tensor]] = {0: [], 1: []}
     counts = np.zeros((2, 8))
@@ -112,7 +117,7 @@ def test_hc_smoe_groups_are_those_of_outputs_one_token_at_a_time(
     profile = profile_of(checkpoint(family))
     moe, questions = open_model(checkpoint(family)), questions_for(profile, is_fitting=True)
     tuning = round_robin(questions.tuning, 1)
-    evidence = gather(profile, Engine(moe, 400), tuning, "hc_smoe")
+    evidence = gather_evidence(profile, Engine(moe, 400), tuning, "hc_smoe")
     edits = merge_edits(profile.info.model.blocks, evidence, 4, "hc_smoe")
     sums, n_tokens = np.zeros((2, 8, 32)), [0, 0]
     with torch.inference_mode():
@@ -136,7 +141,7 @@ def test_hc_smoe_groups_are_those_of_outputs_one_token_at_a_time(
 def test_pads_are_no_tokens(checkpoint: Checkpoints, profile_of: Profiles) -> None:
     profile = profile_of(checkpoint("jamba"))
     moe, tuning = open_model(checkpoint("jamba")), questions_for(profile, is_fitting=True).tuning
-    evidence = gather(profile, Engine(moe, 2048), tuning, "hc_smoe")
+    evidence = gather_evidence(profile, Engine(moe, 2048), tuning, "hc_smoe")
     outputs = []
     with torch.inference_mode():
         for routing in routings(moe, tuning, is_repeating=True):
@@ -348,7 +353,7 @@ def test_a_fitted_row_keeps_more_of_the_mass_than_a_mean_or_a_members_own(
     profile = profile_of(checkpoint("olmoe", num_experts=16))
     questions = questions_for(profile, is_fitting=True)
     engine = Engine(open_model(checkpoint("olmoe", num_experts=16)), 2048)
-    evidence = gather(profile, engine, questions.tuning, "m_smoe")
+    evidence = gather_evidence(profile, engine, questions.tuning, "m_smoe")
     edits = merge_edits(profile.info.model.blocks, evidence, 8, "m_smoe")
     quality = {
         kind: judge_rows(

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from expertcut.checkpoints.files import streaming
-from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.questions import hashes, questions_for
+from expertcut.edits.plan import load_hashes, load_plan
+from expertcut.edits.splits import hashes, questions_for
 from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands, make_checkpoint
 from tests.merged_models import measured

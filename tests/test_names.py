@@ -9,8 +9,8 @@ import torch
 
 from expertcut.checkpoints.layouts.names import find_disk_blocks, match_blocks
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
+from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError
-from expertcut.interventions.plan import Edit
 from expertcut.models.safetensors_index import StoredTensor
 
 Shapes = dict[str, tuple[int, ...]]

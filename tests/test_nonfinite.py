@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.reweight_tune import Shift
 from expertcut.errors import ModelError
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.models.load import MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile

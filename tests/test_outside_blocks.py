@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.export import Gathered, check_export, export, outside_axes
 from expertcut.checkpoints.layouts.further_tokens import without_further_tokens
+from expertcut.edits.plan import Draft, Edit
 from expertcut.errors import ContractError
-from expertcut.interventions.plan import Draft, Edit
 from expertcut.models.load import find_source
 from expertcut.models.safetensors_index import read_headers
 from tests.conftest import Commands

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from expertcut.cli import HarmlessFormatter, main
+from expertcut.edits.plan import Edit, Plan, PlanModel, load_plan
+from expertcut.edits.prune import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.evaluation.auditing.outcome import (
     Audit,
@@ -37,8 +39,6 @@ from expertcut.evaluation.sweeping.outcome import (
     SweptModel,
     save_sweep,
 )
-from expertcut.interventions.plan import Edit, Plan, PlanModel, load_plan
-from expertcut.interventions.touched import touched
 from expertcut.profiling.findings import find, findings_json
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.audits import audit_sentences, audit_tables
@@ -163,7 +163,7 @@ def test_results_stand_there_as_eval_printed_them(run: Path, page: Path):
 
 def test_what_a_cut_touches_and_marks_is_what_prune_said(run: Path, page: Path):
     profile, plan = load_profile(run / "profile"), load_plan(run / "cut")
-    gone = touched(profile, plan.blocks)
+    gone = removed_traffic(profile, plan.blocks)
     (mark,) = data_of(page)["explorers"]["profile"]["marks"]
     assert (mark["removed"], mark["tilted"]) == ([1, 9, 17], [0, 8, 16])
     traffic = csv_of(run / "report" / "plan-cut-traffic.csv")

@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from expertcut.data import Selection, load_quiz
+from expertcut.edits.reweight_select import Chooser, SelectedExpert, right
+from expertcut.edits.reweight_tune import Procedure, Shift
 from expertcut.evaluation.proving.crossfit import Judged, judge
 from expertcut.evaluation.proving.outcome import verdict
-from expertcut.interventions.reweighting.choosing import Chooser, Pick
-from expertcut.interventions.reweighting.records import right
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.interventions.reweighting.tuning import Procedure, Shift
 from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import Tilts, tilted
@@ -87,7 +86,7 @@ def test_a_starved_expert_is_fed(tmp_path: Path):
     with tilted(moe.blocks, Tilts({LAST: down_E})):
         starved = asked(moe, quiz)
         appears = (starved.records.chosen_NLK[:, LAST] == EXPERT).any(axis=1).mean()
-        procedure = Procedure(named=((Pick(LAST, EXPERT, +1), None),), is_tuned=True)
+        procedure = Procedure(named=((SelectedExpert(LAST, EXPERT, +1), None),), is_tuned=True)
         found = judged(starved, procedure, draws=1)
         test = asked(moe, quiz, "test", N_TEST)
         harmed, fed = accuracy(test), accuracy(test, found.settled.shifts)

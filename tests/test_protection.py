@@ -13,20 +13,13 @@ from scipy.stats import spearmanr
 
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
+from expertcut.edits.budget import Keep
+from expertcut.edits.criteria import OBSERVED, compare, ranked, scores, spearman
+from expertcut.edits.plan import load_hashes, load_plan
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way, expressions_of, protected, protection, super_experts
+from expertcut.edits.splits import hashes, questions_for
 from expertcut.errors import PlanError, ProfileError, SettingsError
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.criteria import ranked
-from expertcut.interventions.criteria.protection import (
-    expressions_of,
-    protected,
-    protection,
-    super_experts,
-)
-from expertcut.interventions.criteria.scoring import OBSERVED, compare, scores, spearman
-from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.prune import choose
-from expertcut.interventions.questions import hashes, questions_for
-from expertcut.interventions.ranking import Way
 from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.storage import Profile
 from tests.conftest import make_checkpoint, make_tokenizer, open_model, write_quiz

@@ -6,14 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from expertcut.edits.reweight_select import SCORES, Chooser, Contrast, SelectedExpert, places
+from expertcut.edits.reweight_tune import STRENGTHS, Procedure, Shift, firsts
 from expertcut.errors import PlanError, QuizError
 from expertcut.evaluation.proving.control import draw
 from expertcut.evaluation.proving.crossfit import Control, Judged, judge
 from expertcut.evaluation.proving.folds import FOLDS, deal
 from expertcut.evaluation.proving.outcome import load_proof, proof_file, proof_result
-from expertcut.interventions.reweighting.choosing import SCORES, Chooser, Contrast, Pick
-from expertcut.interventions.reweighting.records import places
-from expertcut.interventions.reweighting.tuning import STRENGTHS, Procedure, Shift, firsts
 from tests.worlds import EXPERTS, LAYERS, TOP_K, World, softmax, world
 
 HARM = {(1, 3): -12.0}
@@ -41,7 +40,7 @@ def test_folds_keep_repeats_together_and_spread_every_subject() -> None:
 
 def test_a_harmful_expert_is_the_worst_by_difference() -> None:
     made = world(0, 1500, HARM)
-    assert Chooser(suppress_worst=1).choose(made.records) == (Pick(1, 3, -1),)
+    assert Chooser(suppress_worst=1).choose(made.records) == (SelectedExpert(1, 3, -1),)
     both = Chooser(boost_best=2, suppress_worst=2).choose(made.records)
     assert [pick.sign for pick in both] == [1, 1, -1, -1]
     assert len({(pick.layer, pick.expert) for pick in both}) == 4
@@ -77,9 +76,9 @@ def test_a_contrast_finds_the_expert_that_one_side_uses() -> None:
     sides = [made.records.part(np.flatnonzero(which)[::2]) for which in (chosen_N, ~chosen_N)]
     contrast = Contrast(*sides)
     chooser = Chooser(boost_best=1, contrast=contrast)
-    assert chooser.choose(made.records) == (Pick(0, 5, 1),)
+    assert chooser.choose(made.records) == (SelectedExpert(0, 5, 1),)
     against = Chooser(suppress_worst=1, contrast=Contrast(*reversed(sides)))
-    assert against.choose(made.records) == (Pick(0, 5, -1),)
+    assert against.choose(made.records) == (SelectedExpert(0, 5, -1),)
     left_out = frozenset(sides[0].hash_N.tolist()[:-1])
     assert not np.array_equal(contrast.scores(), contrast.scores(left_out))
 
@@ -98,7 +97,7 @@ def test_a_search_finds_the_strength_and_keeps_its_curve() -> None:
 
 def test_a_search_stops_where_it_hurts_and_keeps_nothing_that_does_not_gain() -> None:
     made = world(5, 1500, {(0, 2): 12.0})
-    procedure = Procedure(named=((Pick(0, 2, -1), None),), is_tuned=True)
+    procedure = Procedure(named=((SelectedExpert(0, 2, -1), None),), is_tuned=True)
     settled = procedure.settle(made.records, procedure.pick(made.records), made.ask)
     assert settled.shifts == ()
     assert len(settled.curve) < 1 + len(STRENGTHS)
@@ -106,7 +105,7 @@ def test_a_search_stops_where_it_hurts_and_keeps_nothing_that_does_not_gain() ->
 
 def test_a_search_brings_an_expert_back_that_only_a_strong_tilt_admits() -> None:
     made = starved_by(15.0)
-    procedure = Procedure(named=((Pick(0, 2, 1), None),), is_tuned=True)
+    procedure = Procedure(named=((SelectedExpert(0, 2, 1), None),), is_tuned=True)
     settled = procedure.settle(made.records, procedure.pick(made.records), made.ask)
     assert settled.shifts[0].bias > STRENGTHS[-1] * 2**0.5
     weak = next(point for point in settled.curve if point.strength == STRENGTHS[0])
@@ -116,7 +115,7 @@ def test_a_search_brings_an_expert_back_that_only_a_strong_tilt_admits() -> None
 def test_a_search_that_gains_nothing_does_not_go_beyond_eight() -> None:
     made = world(13, 600)
     for sign in (+1, -1):
-        procedure = Procedure(named=((Pick(0, 3, sign), None),), is_tuned=True)
+        procedure = Procedure(named=((SelectedExpert(0, 3, sign), None),), is_tuned=True)
         settled = procedure.settle(made.records, procedure.pick(made.records), made.ask)
         assert max(point.strength for point in settled.curve) <= STRENGTHS[-1] * 2**0.5
 
@@ -133,7 +132,7 @@ def starved_by(shift: float) -> World:
 
 
 def test_counts_double_up_to_all_experts() -> None:
-    picks = [Pick(0, e, +1) for e in range(5)] + [Pick(1, 0, -1)]
+    picks = [SelectedExpert(0, e, +1) for e in range(5)] + [SelectedExpert(1, 0, -1)]
     counts = [len(few) for few in firsts(picks, n_named=0)]
     assert counts == [2, 3, 5, 6]
 

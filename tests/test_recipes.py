@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from expertcut.edits.criteria import CRITERIA
 from expertcut.errors import OutputError, PlanError, RecipeError
-from expertcut.interventions.criteria import CRITERIA
 from expertcut.recipe import values
 from expertcut.recipe.acts import changing, measuring
 from expertcut.recipe.acts.job import Nobody
@@ -316,8 +316,8 @@ def test_variants_that_leave_the_recipe_are_named_and_stay(done: Place) -> None:
 def test_a_search_that_finds_nothing_makes_no_checkpoint_and_the_run_goes_on(
     done: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from expertcut.edits.reweight_tune import Settled
     from expertcut.evaluation.proving.decision import Decision
-    from expertcut.interventions.reweighting.tuning import Settled
 
     def nothing(*_: object) -> Decision:
         return Decision((), Settled(()), (), (), 0.5, {}, None, 0)  # type: ignore[arg-type]

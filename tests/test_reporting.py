@@ -16,6 +16,12 @@ from expertcut.checkpoints.agreement import Agreement
 from expertcut.checkpoints.build import Built
 from expertcut.checkpoints.proof import Alone, Difference, Outcome, Proof
 from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Removed, Stats
+from expertcut.edits import plan as plans
+from expertcut.edits.calibrate import Fit
+from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.plan import ChosenOn, Draft, Edit, ExpertIds, Plan, PlanModel, save_plan
+from expertcut.edits.prune import Pruning, RemovedTraffic
+from expertcut.edits.reweight import Scaling, Tilt
 from expertcut.errors import OutputError
 from expertcut.evaluation.proving.outcome import Change, ProofResult, RandomControl
 from expertcut.evaluation.results import (
@@ -26,14 +32,6 @@ from expertcut.evaluation.results import (
     SubjectResult,
     save_results,
 )
-from expertcut.interventions import plan as plans
-from expertcut.interventions.calibration.direction import Fit
-from expertcut.interventions.criteria import CRITERIA
-from expertcut.interventions.lineage import Numbers
-from expertcut.interventions.plan import ChosenOn, Draft, Edit, Plan, PlanModel, save_plan
-from expertcut.interventions.prune import Pruning
-from expertcut.interventions.reweighting.targets import Scaling, Tilt
-from expertcut.interventions.touched import Touched
 from expertcut.profiling import schema
 from expertcut.profiling.findings import find
 from expertcut.profiling.statistics import as_json
@@ -532,7 +530,7 @@ def test_idle_experts_that_stay_are_listed():
 def test_a_cut_says_what_it_touches(positions: Any, n_used: int | None, said: str | None):
     edits = {"a": Edit(keep=(0, 1, 2))}
     pruning = Pruning(Draft("s", "prune", "activations", positions, edits), {"a": 3}, {"a": ()})
-    goes = [Touched("a", 5, 1234, n_used, None if n_used is None else 0.12345)]
+    goes = [RemovedTraffic("a", 5, 1234, n_used, None if n_used is None else 0.12345)]
     assert touched_sentences(pruning, goes) == ([said] if said else [])
     share = "–" if n_used is None else "12.35%"
     shown = "–" if n_used is None else str(n_used)
@@ -600,7 +598,7 @@ def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
 
 
 def test_experts_of_a_cut_model_are_called_by_their_first_numbers():
-    numbers = Numbers({"model.layers.3.mlp": (*range(12), 40)})
+    numbers = ExpertIds({"model.layers.3.mlp": (*range(12), 40)})
     boost = Tilt(3, "model.layers.3.mlp", 12, 0.0856, False)
     assert tilt_sentences([boost], None, numbers)[0].startswith("Expert 40 of layer 3 is boosted")
     scaling = Scaling(3, "model.layers.3.mlp", 12, 1.5)

@@ -9,9 +9,9 @@ import torch
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.interventions.reweighting.records import Records
+from expertcut.edits.reweight_select import QuestionOutcomes
+from expertcut.edits.reweight_tune import Shift
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
@@ -86,7 +86,7 @@ def test_records_are_those_of_a_profile(
 ) -> None:
     moe = open_model(checkpoint("olmoe"))
     list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "p"))
-    of_profile = Records.of(load_profile(tmp_path / "p"), quiz)
+    of_profile = QuestionOutcomes.of(load_profile(tmp_path / "p"), quiz)
     of_run = Rescorer(Engine(moe, 2048), quiz).records
     for name in ("subject_N", "hash_N", "answer_N", "chosen_NLK"):
         assert np.array_equal(getattr(of_profile, name), getattr(of_run, name)), name

@@ -14,14 +14,12 @@ from torch import Tensor
 from expertcut.checkpoints.build import BuildOptions, Built, build
 from expertcut.checkpoints.unedited import at_run_time
 from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.budget import Keep
+from expertcut.edits.plan import Draft, ids_text, load_hashes, load_plan
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
+from expertcut.edits.reweight import reweight_draft, scalings, tilts, with_tilts
 from expertcut.errors import ContractError, PlanError, SettingsError
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.lineage import ids_text
-from expertcut.interventions.plan import Draft, load_hashes, load_plan
-from expertcut.interventions.prune import choose
-from expertcut.interventions.ranking import Way
-from expertcut.interventions.reweighting.drafting import reweight_draft, with_tilts
-from expertcut.interventions.reweighting.targets import scalings, tilts
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel

@@ -14,14 +14,13 @@ from transformers import AutoModelForCausalLM
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.files.folders import check_free, new_folder
 from expertcut.data import Selection, load_quiz
+from expertcut.edits.budget import Keep
+from expertcut.edits.calibrate import fold_at_answers
+from expertcut.edits.plan import load_hashes, load_plan
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
+from expertcut.edits.reweight import reweight_draft, tilts
 from expertcut.errors import OutputError, PlanError, ProfileError
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.calibration.fold import fold_at_answers
-from expertcut.interventions.plan import load_hashes, load_plan
-from expertcut.interventions.prune import choose
-from expertcut.interventions.ranking import Way
-from expertcut.interventions.reweighting.drafting import reweight_draft
-from expertcut.interventions.reweighting.targets import tilts
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import layer_statistics

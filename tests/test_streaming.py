@@ -21,8 +21,8 @@ from expertcut.checkpoints.files.shards import Rewrite
 from expertcut.checkpoints.files.streaming import needed_bytes, write_checkpoint
 from expertcut.checkpoints.layouts.names import match_blocks
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
+from expertcut.edits.plan import Edit
 from expertcut.errors import ModelError, OutputError
-from expertcut.interventions.plan import Edit
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MoeModel
 from expertcut.models.safetensors_index import StoredTensor, read_headers, read_stored

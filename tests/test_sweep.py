@@ -13,15 +13,15 @@ import pytest
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.budget import Keep
+from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
 from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import Scored, Scoring, results, score
 from expertcut.evaluation.sweeping.grid import Grid, read_criteria, read_fractions
 from expertcut.evaluation.sweeping.outcome import load_sweep
 from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.criteria import CRITERIA
-from expertcut.interventions.prune import choose
-from expertcut.interventions.ranking import Way
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers, answers

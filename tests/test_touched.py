@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from expertcut.data import Selection, load_quiz
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.prune import choose
-from expertcut.interventions.ranking import Way
-from expertcut.interventions.touched import touched
+from expertcut.edits.budget import Keep
+from expertcut.edits.prune import choose, removed_traffic
+from expertcut.edits.ranking import Way
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile
@@ -43,7 +42,7 @@ def test_mass_and_questions_are_those_of_the_prompts_run_alone(
             for question in questions:
                 ids = encode(moe.tokenizer, [question], quiz.shots_by_subject[subject]).prompts[0]
                 moe.model(input_ids=torch.tensor([ids]), use_cache=False)
-    found = touched(profile, edits)
+    found = removed_traffic(profile, edits)
     assert [t.n_removed for t in found] == [len(ids) for ids in gone.values()]
     assert [t.n_questions for t in found] == n_questions.tolist() == [0, 0]
     if stats == "answer":
@@ -62,7 +61,7 @@ def test_a_cut_that_the_answers_use_counts_their_questions(
     list(Measurement(moe, quiz, None, MeasureOptions()).run(tmp_path / "p"))
     profile = load_profile(tmp_path / "p")
     edits = choose(profile, Keep(count=2), Way()).draft.edits
-    for layer, found in enumerate(touched(profile, edits)):
+    for layer, found in enumerate(removed_traffic(profile, edits)):
         keep = set(edits[found.block].keep)
         rows = profile.array("chosen_NLK")[:, layer].tolist()
         assert found.n_questions == sum(not keep.issuperset(row) for row in rows) > 0

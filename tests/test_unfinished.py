@@ -20,8 +20,8 @@ from expertcut.checkpoints import build
 from expertcut.checkpoints.files import streaming
 from expertcut.checkpoints.files.shards import Rewrite, Shard, lay_out
 from expertcut.checkpoints.files.streaming import check_written, write_shards
+from expertcut.edits.plan import load_plan
 from expertcut.errors import OutputError, PlanError
-from expertcut.interventions.plan import load_plan
 from expertcut.models.safetensors_index import INDEX_FILE, read_stored
 from tests.prune_runs import PAGE_BYTES, Runs, contents, make_runs, small_disk
 

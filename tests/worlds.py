@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertcut.interventions.reweighting.records import Array, Records
-from expertcut.interventions.reweighting.tuning import Shift
+from expertcut.edits.reweight_select import Array, QuestionOutcomes
+from expertcut.edits.reweight_tune import Shift
 from expertcut.profiling.schema import BlockInfo
 
 LAYERS, EXPERTS, TOP_K, SUBJECTS = 2, 16, 4, 4
@@ -15,7 +15,7 @@ LAYERS, EXPERTS, TOP_K, SUBJECTS = 2, 16, 4, 4
 class World:
     """Records of N questions; `effect_LE` times gate weight is added to the right choice."""
 
-    records: Records
+    records: QuestionOutcomes
     logits_NLE: Array
     noise_NC: Array
     effect_LE: Array
@@ -40,7 +40,7 @@ def world(seed: int, n: int = 400, effects: dict[tuple[int, int], float] | None 
     alpha_NLE = softmax(logits_NLE)
     chosen_NLK = np.argsort(-logits_NLE, axis=2, kind="stable")[:, :, :TOP_K]
     block = {"scoring": "softmax", "inflates": True, "groups": 1, "top_groups": 1}
-    records = Records(
+    records = QuestionOutcomes(
         blocks=tuple(
             BlockInfo(name=f"model.layers.{layer}.mlp", experts=EXPERTS, top_k=TOP_K, **block)
             for layer in range(LAYERS)

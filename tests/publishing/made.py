@@ -15,7 +15,7 @@ from huggingface_hub.utils import close_session
 from safetensors.torch import load_file, save_file
 
 from expertcut.cli import main
-from expertcut.interventions.plan import PlanModel, load_plan, plan_text
+from expertcut.edits.plan import PlanModel, load_plan, plan_text
 from expertcut.models.safetensors_index import read_headers
 from tests.hub import TOKEN, LocalHub
 

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 
+from expertcut.edits.plan import PlanModel, load_plan
 from expertcut.evaluation.results import load_results, save_results
-from expertcut.interventions.plan import PlanModel, load_plan
 from expertcut.models.load import find_source
 from expertcut.publishing.card.evidence import evaluations
 from expertcut.publishing.card.loaders import loaders

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.interventions.plan import load_plan, plan_text
+from expertcut.edits.plan import load_plan, plan_text
 from tests.hub import Fault, LocalHub
 from tests.publishing.made import REPO, Publish, copied, in_two_files, refused
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from expertcut.interventions.plan import load_plan, plan_text
+from expertcut.edits.plan import load_plan, plan_text
 from expertcut.models.safetensors_index import read_stored
 from expertcut.profiling.storage import load_profile, read_chunk, write_chunk
 from tests.hand_made import block, profile_info, random_chunk

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.answering import Answered, Chosen
-from expertcut.interventions.plan import Draft
+from expertcut.edits.plan import Draft
 from expertcut.models.load import MoeModel
 
 

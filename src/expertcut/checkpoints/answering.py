@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.data import Quiz
+from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError
-from expertcut.interventions.plan import Edit
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass

@@ -15,14 +15,19 @@ from expertcut.checkpoints.files.folders import check_free, new_folder
 from expertcut.checkpoints.layouts.exact import as_stored
 from expertcut.checkpoints.layouts.stock import Fitted
 from expertcut.checkpoints.proof import Before, Proof, prove_after, prove_before
+from expertcut.edits.calibrate import (
+    Fit,
+    fit_directions,
+    fold_at_answers,
+    fold_over_tokens,
+    judge_directions,
+    mean_outputs,
+    zero_outputs,
+)
+from expertcut.edits.plan import Draft, Plan, model_folder, save_plan
+from expertcut.edits.splits import Questions, draft_plan, questions_for, used_hashes
 from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
-from expertcut.interventions.calibration.direction import Fit, fit_directions, judge_directions
-from expertcut.interventions.calibration.fold import fold_at_answers, fold_over_tokens
-from expertcut.interventions.calibration.outputs import mean_outputs, zero_outputs
-from expertcut.interventions.lineage import model_folder
-from expertcut.interventions.plan import Draft, Plan, save_plan
-from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
 from expertcut.models.safetensors_index import read_headers

@@ -27,10 +27,8 @@ from expertcut.checkpoints.layouts.further_tokens import without_further_tokens
 from expertcut.checkpoints.layouts.merged import Merging, merged_rewrite
 from expertcut.checkpoints.layouts.names import Headers, OutsideAxes, match_blocks
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
-from expertcut.errors import ContractError
-from expertcut.files import write_atomically
-from expertcut.interventions.calibration.outputs import Constants, zero_outputs
-from expertcut.interventions.plan import (
+from expertcut.edits.calibrate import Constants, zero_outputs
+from expertcut.edits.plan import (
     HEALING_FILE,
     PLAN_FILE,
     PROOF_FILE,
@@ -39,6 +37,8 @@ from expertcut.interventions.plan import (
     Edit,
     Layout,
 )
+from expertcut.errors import ContractError
+from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
 from expertcut.models.meta_model import check_loads

@@ -10,11 +10,9 @@ from expertcut.checkpoints.answering import Answered, answer, answer_alone, chec
 from expertcut.checkpoints.unedited import at_run_time, renumbered
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
-from expertcut.interventions.calibration.outputs import Constants
-from expertcut.interventions.judged import HASHES, Judged
-from expertcut.interventions.lineage import Numbers
-from expertcut.interventions.plan import Draft, Positions
-from expertcut.interventions.questions import n_used
+from expertcut.edits.calibrate import Constants
+from expertcut.edits.plan import Draft, ExpertIds, Positions
+from expertcut.edits.splits import HASHES, Judged, n_used
 from expertcut.scoring.engine import Engine
 
 
@@ -105,7 +103,7 @@ class Proof:
     def figures(self, draft: Draft) -> dict[str, Any]:
         """As they stand in plan.json, with the numbers that experts are called by."""
         names, blocks = ("layer", "expert", "base", "exact", "edited"), list(draft.edits)
-        numbers = draft.numbers or Numbers()
+        numbers = draft.numbers or ExpertIds()
         return {
             "held_out_split": self.split,
             "held_out": [asdict(row) for row in self.differences],

@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from expertcut.edits.calibrate import Constants
+from expertcut.edits.plan import Draft, Edit
 from expertcut.errors import ContractError
-from expertcut.interventions.calibration.outputs import Constants
-from expertcut.interventions.plan import Draft, Edit
 from expertcut.models.hooks import own_forward, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock

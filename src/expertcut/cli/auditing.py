@@ -45,10 +45,10 @@ def audit(
     out: Annotated[Path | None, option("Folder; an audit begun there is resumed.")] = None,
 ) -> None:
     """Remove experts one by one, and say who foretold what that does."""
+    from expertcut.edits.criteria import CRITERIA
+    from expertcut.edits.ranking import Way
     from expertcut.evaluation.auditing.audit import Auditing, AuditOptions
     from expertcut.evaluation.sweeping.grid import ALL, read_criteria, read_fractions
-    from expertcut.interventions.criteria import CRITERIA
-    from expertcut.interventions.ranking import Way
     from expertcut.models.load import LoadOptions
 
     if seed < 0:

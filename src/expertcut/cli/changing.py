@@ -9,8 +9,8 @@ from expertcut.cli.output import print_tables, quiet
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
-    from expertcut.interventions.plan import Draft
-    from expertcut.interventions.reweighting.targets import Scaling, Tilt
+    from expertcut.edits.plan import Draft
+    from expertcut.edits.reweight import Scaling, Tilt
     from expertcut.profiling.storage import Profile
 
 
@@ -30,13 +30,13 @@ class Named:
         scale: list[str] | None,
     ) -> Self:
         """As they stand on the command line."""
-        from expertcut.interventions.reweighting.targets import scalings, tilts
+        from expertcut.edits.reweight import scalings, tilts
 
         return cls(tilts(profile, boost or [], suppress or []), scalings(profile, scale or []))
 
     def on(self, draft: "Draft", apply_at: Any) -> "Draft":
         """A draft that tilts them too; the same one where none is named."""
-        from expertcut.interventions.reweighting.drafting import with_tilts
+        from expertcut.edits.reweight import with_tilts
 
         if not (self.tilts or self.scalings or apply_at):
             return draft

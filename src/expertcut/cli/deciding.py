@@ -7,8 +7,8 @@ from expertcut.cli.output import print_tables, quiet
 from expertcut.cli.running import bar
 
 if TYPE_CHECKING:
+    from expertcut.edits.reweight_tune import Procedure
     from expertcut.evaluation.proving.decision import DecideOptions, Decision
-    from expertcut.interventions.reweighting.tuning import Procedure
     from expertcut.profiling.storage import Profile
 
 BoostBest = Annotated[

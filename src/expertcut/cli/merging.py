@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Method(StrEnum):
-    """The names in `interventions.merging.grouping.METHODS`; a test holds them together."""
+    """The names in `edits.merge_groups.METHODS`; a test holds them together."""
 
     m_smoe = "m_smoe"
     hc_smoe = "hc_smoe"
@@ -71,7 +71,7 @@ def merge(
     """Make one expert of several, and say what that did."""
     from expertcut.checkpoints.build import BuildOptions
     from expertcut.checkpoints.merging.merge import merge as make
-    from expertcut.interventions.merging.asking import Merge
+    from expertcut.edits.merge_groups import Merge
     from expertcut.models.load import LoadOptions
 
     if keep is None:

@@ -42,7 +42,7 @@ class Positions(StrEnum):
 
 
 class Criterion(StrEnum):
-    """The names in `interventions.criteria.scoring.CRITERIA`; a test holds them together."""
+    """The names in `edits.criteria.CRITERIA`; a test holds them together."""
 
     activations = "activations"
     gate_mass = "gate_mass"

@@ -49,8 +49,8 @@ from expertcut.cli.sweeping import (
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
+    from expertcut.edits.prune import Pruning
     from expertcut.evaluation.sweeping.grid import Grid
-    from expertcut.interventions.prune import Pruning
     from expertcut.profiling.storage import Profile
 
 
@@ -162,7 +162,7 @@ class Prune:
 
     def _choose(self, start: Start) -> "Pruning":
         from expertcut.checkpoints.unwritten.choosing import choose_cut
-        from expertcut.interventions.budgets import Keep, read_size
+        from expertcut.edits.budget import Keep, read_size
 
         most = None if self.max_bytes is None else read_size(self.max_bytes)
         numbers = (self.keep_active, self.keep, self.keep_fraction, most)
@@ -176,7 +176,7 @@ class Prune:
 
     def _start(self) -> Start:
         from expertcut.checkpoints.unwritten.choosing import check_criterion
-        from expertcut.interventions.ranking import Way
+        from expertcut.edits.ranking import Way
         from expertcut.models.load import LoadOptions
 
         if self.sweep is None:
@@ -189,8 +189,8 @@ class Prune:
         return Start(found, way, load_as, self.out)
 
     def _grid(self, fractions: str) -> "Grid":
+        from expertcut.edits.criteria import CRITERIA
         from expertcut.evaluation.sweeping.grid import Grid
-        from expertcut.interventions.criteria import CRITERIA
 
         return Grid.of(self.by, fractions, CRITERIA, value(self.budget), self.min_keep)
 
@@ -225,10 +225,10 @@ def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[s
 
 
 def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
-    from expertcut.interventions.touched import touched
+    from expertcut.edits.prune import removed_traffic
     from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
 
-    goes = touched(profile, chosen.draft.edits)
+    goes = removed_traffic(profile, chosen.draft.edits)
     for sentence in pruning_sentences(chosen):
         print(sentence)
     print_tables([touched_table(goes)], Format.table)

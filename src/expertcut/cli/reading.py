@@ -37,7 +37,7 @@ def read_choosing_profile(
     Raises:
         SettingsError: other threads than it was made with, or a share that cannot be held out.
     """
-    from expertcut.interventions.questions import choosing_profile
+    from expertcut.edits.splits import choosing_profile
 
     found = choosing_profile(read_profile(path, threads, truncate), held_out)
     for note in found.notes:

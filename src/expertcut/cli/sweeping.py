@@ -10,9 +10,9 @@ from expertcut.cli.running import is_first, watched
 
 if TYPE_CHECKING:
     from expertcut.data import Quiz
+    from expertcut.edits.ranking import Way
     from expertcut.evaluation.sweeping.grid import Grid
     from expertcut.evaluation.sweeping.outcome import Sweep
-    from expertcut.interventions.ranking import Way
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
 
@@ -55,7 +55,7 @@ class Scored:
         Where a fifth of a quiz is held out and nothing else is asked for, it is that fifth.
         """
         from expertcut.data import Selection, load_quiz
-        from expertcut.interventions.questions import held_out_quiz
+        from expertcut.edits.splits import held_out_quiz
         from expertcut.profiling.storage import ProfilePart
 
         if isinstance(profile, ProfilePart) and all(v is None for v in vars(self).values()):

@@ -82,11 +82,11 @@ def reweight(
 ) -> None:
     """Tilt the gate toward or away from experts."""
     from expertcut.checkpoints.build import BuildOptions
+    from expertcut.edits.reweight import How, ReweightSettings
     from expertcut.evaluation.proving.tilted import Tilting
-    from expertcut.interventions.reweighting.asked import Asked, How
     from expertcut.models.load import LoadOptions
 
-    asked = Asked(boost_best, suppress_worst, by, min_appearances, layers, contrast)
+    asked = ReweightSettings(boost_best, suppress_worst, by, min_appearances, layers, contrast)
     how, named = How(strength, tune, prove, draws, seed), (boost, suppress, scale)
     tilting = Tilting(asked, how, named, layout.value, value(apply_at))
     options = BuildOptions(LoadOptions(dtype, device, trust_remote_code), not no_verify, force)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from expertcut.data import Quiz
+from expertcut.edits.plan import PLAN_FILE, Plan, load_hashes, load_plan
+from expertcut.edits.splits import n_used
 from expertcut.errors import OutputError
 from expertcut.evaluation.accuracy import accuracy
 from expertcut.evaluation.comparison import compare
@@ -31,8 +33,6 @@ from expertcut.evaluation.results import (
 )
 from expertcut.evaluation.size import Size, size
 from expertcut.files import write_atomically
-from expertcut.interventions.plan import PLAN_FILE, Plan, load_hashes, load_plan
-from expertcut.interventions.questions import n_used
 from expertcut.models.load import LoadOptions, Source, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.schema import quiz_info

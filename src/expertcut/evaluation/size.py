@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from expertcut.interventions.plan import Draft
+from expertcut.edits.plan import Draft
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 

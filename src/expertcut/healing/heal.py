@@ -15,6 +15,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.build import add_files
 from expertcut.checkpoints.files.folders import check_free, new_folder
+from expertcut.edits.plan import HEALING_FILE, Plan, save_plan
 from expertcut.errors import SettingsError
 from expertcut.healing.asking import Healing, Place
 from expertcut.healing.begun import Begun, go_on, plain
@@ -29,7 +30,6 @@ from expertcut.healing.training.fit import Curve, Report, Tell, fit
 from expertcut.healing.training.objectives import OBJECTIVES, Objective
 from expertcut.healing.training.teacher import Live, Teacher
 from expertcut.healing.written import write_adapter, write_merged
-from expertcut.interventions.plan import HEALING_FILE, Plan, save_plan
 from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
 from expertcut.models.memory import give_back
 from expertcut.profiling.locks import alone

@@ -10,8 +10,8 @@ from expertcut.checkpoints.answering import Answered
 from expertcut.checkpoints.proof import Difference, Outcome, difference, outcome
 from expertcut.data import Quiz
 from expertcut.data.held_out import hash_lines
+from expertcut.edits.splits import HASHES
 from expertcut.healing.data.judges import Judges
-from expertcut.interventions.judged import HASHES
 from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine, ask
 

@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
+from expertcut.edits.plan import PLAN_FILE, Plan, load_plan
 from expertcut.errors import ModelError
-from expertcut.interventions.plan import PLAN_FILE, Plan, load_plan
 from expertcut.models.checkpoint_dir import find_local
 from expertcut.models.load import Source, find_source
 

@@ -1,18 +1,10 @@
 """The plan of a healed checkpoint: the experts it has, by their numbers, and what it was shown."""
 
 from expertcut.checkpoints.layouts.exact import is_exact
+from expertcut.edits.plan import ChosenOn, Edit, Layout, Plan, PlanModel, hashes_sha256, load_hashes
 from expertcut.healing.asking import Healing
 from expertcut.healing.data.sources import Read
 from expertcut.healing.lineage import plan_of
-from expertcut.interventions.plan import (
-    ChosenOn,
-    Edit,
-    Layout,
-    Plan,
-    PlanModel,
-    hashes_sha256,
-    load_hashes,
-)
 from expertcut.models.checkpoint_dir import absolute_id, read_config
 from expertcut.models.load import MoeModel, Source
 

@@ -10,10 +10,10 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from expertcut.edits.plan import PLAN_FILE, plan_text
 from expertcut.errors import HubError, SettingsError
 from expertcut.evaluation.results import results_bytes
 from expertcut.files import without_secrets, write_atomically
-from expertcut.interventions.plan import PLAN_FILE, plan_text
 from expertcut.publishing.card.evidence import Evaluated, evaluations
 from expertcut.publishing.card.markup import printable
 from expertcut.publishing.card.origin import origin

@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from expertcut.edits.plan import PLAN_FILE, Plan, load_plan
 from expertcut.errors import HubError, PlanError
-from expertcut.interventions.plan import PLAN_FILE, Plan, load_plan
 from expertcut.publishing.faults import in_words
 
 _MAIN = "main"

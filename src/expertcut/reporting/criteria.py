@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.interventions.criteria.protection import super_experts
-from expertcut.interventions.criteria.scoring import Compared
+from expertcut.edits.criteria import Compared
+from expertcut.edits.ranking import super_experts
 from expertcut.profiling.statistics import or_none
 from expertcut.reporting.cuts import rows_tables
 from expertcut.reporting.tables import Cell, Column, Table

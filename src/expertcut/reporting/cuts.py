@@ -3,10 +3,9 @@
 import logging
 from collections.abc import Sequence
 
+from expertcut.edits.plan import ExpertIds, expert_ids, ids_text
+from expertcut.edits.prune import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
-from expertcut.interventions.lineage import Numbers, ids_text, numbers_of
-from expertcut.interventions.prune import Pruning
-from expertcut.interventions.touched import Touched
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table
 
@@ -17,7 +16,7 @@ _WHY = " to make one count for all layers"
 
 def pruning_sentences(pruning: Pruning) -> list[str]:
     """What stays and what goes, per block, and the idle experts that stay."""
-    sentences, numbers = [], pruning.draft.numbers or Numbers()
+    sentences, numbers = [], pruning.draft.numbers or ExpertIds()
     for name, edit in pruning.draft.edits.items():
         fillers = ids_text(numbers.kept(name, pruning.fillers[name]))
         text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
@@ -36,7 +35,7 @@ def rows_tables(profile: Profile) -> list[Table]:
     Where the model is not there, that is logged.
     """
     try:
-        numbers = numbers_of(profile)
+        numbers = expert_ids(profile)
     except ProfileError as error:
         logger.warning("the tables call experts by rows of the routers: %s", error)
         return []
@@ -51,7 +50,7 @@ def rows_tables(profile: Profile) -> list[Table]:
     return [Table(title, columns, rows, note)] if rows else []
 
 
-def touched_table(found: Sequence[Touched]) -> Table:
+def touched_table(found: Sequence[RemovedTraffic]) -> Table:
     """How much of what was profiled went through the experts that go."""
     rows: list[list[Cell]] = [
         [t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in found
@@ -66,7 +65,7 @@ def touched_table(found: Sequence[Touched]) -> Table:
     return Table("What the cut touches, in the profile", columns, rows)
 
 
-def touched_sentences(pruning: Pruning, found: Sequence[Touched]) -> list[str]:
+def touched_sentences(pruning: Pruning, found: Sequence[RemovedTraffic]) -> list[str]:
     """Whether other tokens use what goes: the paper's rule looks at the answer position alone."""
     n_used = [t.n_used for t in found if t.n_used is not None]
     if not n_used:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from expertcut.interventions.plan import Edit
+from expertcut.edits.plan import Edit
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table
 

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+from expertcut.edits.plan import Plan, ids_text
 from expertcut.evaluation.comparison import shows_change
 from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
-from expertcut.interventions.lineage import ids_text
-from expertcut.interventions.plan import Plan
 from expertcut.reporting.merging import merged_text
 from expertcut.reporting.tables import Cell, Column, Table
 

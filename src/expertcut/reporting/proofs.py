@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expertcut.interventions.lineage import Numbers
-from expertcut.interventions.reweighting.targets import Scaling, Tilt
+from expertcut.edits.plan import ExpertIds
+from expertcut.edits.reweight import Scaling, Tilt
 from expertcut.reporting.tables import Cell, Column, Table
 
 if TYPE_CHECKING:  # with torch, which `show` does without
@@ -122,7 +122,7 @@ def _fit_table(built: "Built") -> Table:
 
 
 def tilt_sentences(
-    found: Sequence[Tilt], built: "Built | None", numbers: Numbers | None = None
+    found: Sequence[Tilt], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
     """What each bias did, in words, and whether the experts are then those of the exact bias."""
     sentences = []
@@ -150,7 +150,7 @@ def tilt_sentences(
 
 
 def scale_sentences(
-    scaled: Sequence[Scaling], built: "Built | None", numbers: Numbers | None = None
+    scaled: Sequence[Scaling], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
     """What each factor did, in words."""
     sentences = []
@@ -174,6 +174,6 @@ def _agreement_sentences(proof: "Proof") -> list[str]:
     ]
 
 
-def _expert(tilt: Tilt | Scaling, numbers: Numbers | None) -> str:
+def _expert(tilt: Tilt | Scaling, numbers: ExpertIds | None) -> str:
     number = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
     return f"Expert {number} of layer {tilt.layer}"

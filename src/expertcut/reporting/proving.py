@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expertcut.interventions.plan import Point
+from expertcut.edits.plan import Point
 from expertcut.reporting.tables import Cell, Column, Table
 
 if TYPE_CHECKING:  # with torch, which `show` does without

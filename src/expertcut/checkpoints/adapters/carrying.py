@@ -12,9 +12,9 @@ from expertcut.checkpoints.adapters.slicing import Folds, adapter_rewrite
 from expertcut.checkpoints.files.shards import Shard, lay_out
 from expertcut.checkpoints.files.streaming import check_space, check_written, write_shards
 from expertcut.checkpoints.layouts.names import blocks_of
+from expertcut.edits.plan import Draft, Plan, PlanAdapter
 from expertcut.errors import ModelError, OutputError
 from expertcut.files import write_atomically
-from expertcut.interventions.plan import Draft, Plan, PlanAdapter
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
 from expertcut.models.safetensors_index import read_headers

@@ -18,8 +18,8 @@ from expertcut.checkpoints.adapters.places import Base, Place, places
 from expertcut.checkpoints.adapters.reading import CONFIG_FILE, Adapter
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.layouts.stock import output_factors
+from expertcut.edits.plan import Draft, Edit
 from expertcut.errors import ModelError
-from expertcut.interventions.plan import Draft, Edit
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,9 +26,9 @@ from expertcut.checkpoints.layouts.names import (
     find_disk_blocks,
 )
 from expertcut.checkpoints.layouts.stock import scaled_experts
+from expertcut.edits.calibrate import Constants, Removed
+from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError, PlanError
-from expertcut.interventions.calibration.outputs import Constants, Removed
-from expertcut.interventions.plan import Edit
 from expertcut.models.load import MODELLING_FILE
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.models.validate import expert_count

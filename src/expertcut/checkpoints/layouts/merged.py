@@ -15,10 +15,10 @@ from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.layouts.names import DiskBlock, Headers, OutsideAxes, blocks_of
 from expertcut.checkpoints.layouts.neurons import Experts, ExpertTensor
 from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
+from expertcut.edits.merge_groups import members_of
+from expertcut.edits.merge_router import Rows
+from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError
-from expertcut.interventions.merging.grouping import members_of
-from expertcut.interventions.merging.routing import Rows
-from expertcut.interventions.plan import Edit
 from expertcut.models.safetensors_index import DTYPES
 
 Orders = Mapping[str, Mapping[int, Tensor]]  # by block name and member: its neurons in order (I,)

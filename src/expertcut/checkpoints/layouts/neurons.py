@@ -8,9 +8,9 @@ from torch import Tensor
 
 from expertcut.checkpoints.files.streaming import read_tensor
 from expertcut.checkpoints.layouts.names import DiskBlock, Headers, blocks_of
+from expertcut.edits.merge_groups import Neurons, matching
+from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError
-from expertcut.interventions.merging.alignment import Neurons, matching
-from expertcut.interventions.plan import Edit
 from expertcut.models.safetensors_index import StoredTensor
 
 _FIRST_KINDS = ("gate_proj", "up_proj", "w1", "w3")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from expertcut.checkpoints.files.shards import Change, Rewrite
 from expertcut.checkpoints.layouts.names import DiskBlock, Headers, OutsideAxes, match_blocks
+from expertcut.edits.plan import Edit, Positions
 from expertcut.errors import ContractError
-from expertcut.interventions.plan import Edit, Positions
 
 Apply = Callable[[Tensor], Tensor]
 

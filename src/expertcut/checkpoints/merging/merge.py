@@ -22,12 +22,16 @@ from expertcut.checkpoints.layouts.merged import Merging
 from expertcut.checkpoints.layouts.neurons import aligned_neurons
 from expertcut.checkpoints.merging.unedited_router import Router, under, unedited_routers
 from expertcut.checkpoints.proof import Proof, difference
-from expertcut.interventions.merging.asking import Merge
-from expertcut.interventions.merging.gathering import gather, token_counts
-from expertcut.interventions.merging.grouping import check_count, merge_edits
-from expertcut.interventions.merging.routing import Quality, judge_rows, merged_rows
-from expertcut.interventions.plan import Draft, Edit, save_plan
-from expertcut.interventions.questions import Questions, draft_plan, questions_for, used_hashes
+from expertcut.edits.merge_groups import (
+    Merge,
+    check_count,
+    gather_evidence,
+    merge_edits,
+    token_counts,
+)
+from expertcut.edits.merge_router import Quality, judge_rows, merged_rows
+from expertcut.edits.plan import Draft, Edit, save_plan
+from expertcut.edits.splits import Questions, draft_plan, questions_for, used_hashes
 from expertcut.models.load import Source
 from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.storage import Profile
@@ -106,7 +110,7 @@ def _check(profile: Profile, asked: Merge, source: Source, folder: Path) -> int:
 
 
 def _grouped(profile: Profile, engine: Engine, questions: Questions, asked: Merge) -> Draft:
-    evidence = gather(profile, engine, questions.tuning, asked.by)
+    evidence = gather_evidence(profile, engine, questions.tuning, asked.by)
     edits = merge_edits(profile.info.model.blocks, evidence, asked.n_keep, asked.by)
     return asked.draft(profile, edits)
 

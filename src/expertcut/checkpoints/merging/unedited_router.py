@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertcut.interventions.merging.grouping import members_of
-from expertcut.interventions.plan import Edit
+from expertcut.edits.merge_groups import members_of
+from expertcut.edits.plan import Edit
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.moe_block import MoeBlock
 

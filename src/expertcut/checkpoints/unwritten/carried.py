@@ -9,8 +9,8 @@ from torch import Tensor
 from expertcut.checkpoints.export import Gathered
 from expertcut.checkpoints.layouts.names import match_blocks
 from expertcut.checkpoints.unedited import at_run_time
+from expertcut.edits.plan import Draft
 from expertcut.errors import ContractError
-from expertcut.interventions.plan import Draft
 from expertcut.models.hooks import own_expert
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock

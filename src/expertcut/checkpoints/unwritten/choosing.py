@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.unwritten.sizing import largest, size_of_cuts
+from expertcut.edits.budget import Keep
+from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
+from expertcut.edits.prune import Pruning, choose
+from expertcut.edits.ranking import Way, expressions_of, rank
 from expertcut.errors import SettingsError
-from expertcut.interventions.budgets import Keep
-from expertcut.interventions.criteria import CRITERIA
-from expertcut.interventions.criteria.protection import expressions_of
-from expertcut.interventions.criteria.scoring import NEEDS_MODEL
-from expertcut.interventions.prune import Pruning, choose
-from expertcut.interventions.ranking import Way, rank
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.storage import Profile
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.files.shards import lay_out
 from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES
+from expertcut.edits.budget import Keep, counts
+from expertcut.edits.plan import Draft, Layout
+from expertcut.edits.prune import Pruning, cut
+from expertcut.edits.ranking import Ranking
 from expertcut.errors import PlanError
-from expertcut.interventions.budgets import Keep, counts
-from expertcut.interventions.plan import Draft, Layout
-from expertcut.interventions.prune import Pruning, cut
-from expertcut.interventions.ranking import Ranking
 from expertcut.models.load import Source
 from expertcut.models.safetensors_index import read_stored
 

@@ -14,6 +14,12 @@ from expertcut.checkpoints.answering import NOT_REACHED
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.checkpoints.unedited import at_run_time
+from expertcut.edits.calibrate import zero_outputs
+from expertcut.edits.criteria import CALIBRATED
+from expertcut.edits.plan import Edit, plan_model
+from expertcut.edits.ranking import Way
+from expertcut.edits.reweight_select import QuestionOutcomes, right
+from expertcut.edits.splits import HELD_OUT, hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.auditing.outcome import (
     AUDIT_FILE,
@@ -27,18 +33,6 @@ from expertcut.evaluation.auditing.sample import sampled_experts, standings
 from expertcut.evaluation.auditing.verdict import verdict
 from expertcut.evaluation.comparison import mcnemar
 from expertcut.evaluation.folders import begun, check_same, profile_hash
-from expertcut.interventions.calibration.outputs import zero_outputs
-from expertcut.interventions.criteria.scoring import CALIBRATED
-from expertcut.interventions.plan import Edit, plan_model
-from expertcut.interventions.questions import (
-    HELD_OUT,
-    hashes,
-    judges_or_fifth,
-    n_used,
-    questions_for,
-)
-from expertcut.interventions.ranking import Way
-from expertcut.interventions.reweighting.records import Records, right
 from expertcut.interventions.reweighting.rescoring import Rescorer
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
@@ -188,7 +182,7 @@ class Auditing:
             left_s = (time.monotonic() - started) * (total - done) / (done - n_before)
             yield AuditProgress(done * n_each, total * n_each, 0, left_s)
 
-    def _check_reached(self, expert: Sampled, base: Records, logprob_NC: Array) -> None:
+    def _check_reached(self, expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> None:
         """That answers changed, where the expert had a share in one that counts."""
         is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
         is_masked = self.options.way.layout == "stock"
@@ -231,7 +225,7 @@ def _told(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterator[O
         yield both
 
 
-def _harm(expert: Sampled, base: Records, logprob_NC: Array) -> Harm:
+def _harm(expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> Harm:
     lost_N = _right(base.logprob_NC, base.answer_N) - _right(logprob_NC, base.answer_N)
     was_N, is_N = base.is_correct_N, right(logprob_NC, base.answer_N)
     gained, lost = int((~was_N & is_N).sum()), int((was_N & ~is_N).sum())

@@ -7,8 +7,8 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
+from expertcut.edits.plan import Layout, PlanModel, Positions
 from expertcut.evaluation.folders import load_outcome, save_outcome
-from expertcut.interventions.plan import Layout, PlanModel, Positions
 from expertcut.profiling.schema import Settings
 
 AUDIT_FILE = "audit.json"

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from expertcut.edits.budget import as_numbers, normalised
+from expertcut.edits.criteria import NEEDS_MODEL
+from expertcut.edits.plan import expert_ids
+from expertcut.edits.ranking import Way, rank
 from expertcut.errors import ProfileError
 from expertcut.evaluation.auditing.outcome import Sampled, Standing
-from expertcut.interventions.budgets import as_numbers, normalised
-from expertcut.interventions.criteria.scoring import NEEDS_MODEL
-from expertcut.interventions.lineage import numbers_of
-from expertcut.interventions.ranking import Way, rank
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 
@@ -38,7 +38,7 @@ def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tup
 
 def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[Sampled, ...]:
     """The same of a profiled model, with the numbers that its experts are called by."""
-    blocks, numbers = profile.info.model.blocks, numbers_of(profile)
+    blocks, numbers = profile.info.model.blocks, expert_ids(profile)
     # Experts that a table chooses cannot be removed.
     n_experts = [0 if block.is_hashed else block.experts for block in blocks]
     pairs = sample_experts(n_experts, sample, seed)

@@ -5,8 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.interventions.reweighting.choosing import Chooser, Pick, appearances
-from expertcut.interventions.reweighting.records import Records, places
+from expertcut.edits.reweight_select import (
+    Chooser,
+    QuestionOutcomes,
+    SelectedExpert,
+    appearances,
+    places,
+)
 
 Array = np.ndarray[Any, Any]
 DRAWS = 99
@@ -15,8 +20,11 @@ _FEWEST = 25  # nearest ones, where fewer match
 
 
 def draw(
-    chooser: Chooser, records: Records, picks: Sequence[Pick], rng: np.random.Generator
-) -> dict[Pick, Pick]:
+    chooser: Chooser,
+    records: QuestionOutcomes,
+    picks: Sequence[SelectedExpert],
+    rng: np.random.Generator,
+) -> dict[SelectedExpert, SelectedExpert]:
     """For each pick another expert, tilted the same way and matched to it in appearances.
 
     Fewer where the model has no more candidates. Layers are those that the choice was made from.
@@ -31,7 +39,7 @@ def draw(
         if len(matched):
             x = int(rng.choice(matched))
             is_free_X[x] = False
-            drawn[pick] = Pick(*by_id[x], pick.sign)
+            drawn[pick] = SelectedExpert(*by_id[x], pick.sign)
     return drawn
 
 

@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.edits.reweight_select import QuestionOutcomes, SelectedExpert, right
+from expertcut.edits.reweight_tune import Ask, Procedure, Settled, Shift
 from expertcut.errors import QuizError
 from expertcut.evaluation.comparison import Comparison, compare
 from expertcut.evaluation.proving.control import DRAWS, draw
 from expertcut.evaluation.proving.folds import FOLDS, deal
-from expertcut.interventions.reweighting.choosing import Pick
-from expertcut.interventions.reweighting.records import Records, right
-from expertcut.interventions.reweighting.tuning import Ask, Procedure, Settled, Shift
 
 Array = np.ndarray[Any, Any]
-Choose = Callable[[Records, frozenset[str]], tuple[Pick, ...]]
+Choose = Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Control:
 class Judged:
     """A procedure's outcome: judged fairly, judged on its own questions, and by chance."""
 
-    records: Records
+    records: QuestionOutcomes
     cross_fitted: Comparison
     same_questions: Comparison
     control: Control
@@ -68,7 +67,7 @@ class Progress:
 
 
 def judge(
-    records: Records, procedure: Procedure, ask: Ask, draws: int = DRAWS, seed: int = 0
+    records: QuestionOutcomes, procedure: Procedure, ask: Ask, draws: int = DRAWS, seed: int = 0
 ) -> Iterator[Progress]:
     """Five folds, all questions at once, then the random draws.
 
@@ -89,7 +88,7 @@ def judge(
     yield Progress(2, total)
     rng = np.random.default_rng(seed)
     deltas: list[float] = []
-    seen: set[tuple[Pick, ...]] = set()
+    seen: set[tuple[SelectedExpert, ...]] = set()
     for done in range(draws):
         others = draw(procedure.chooser, records, picks, rng)
         seen.add(tuple(sorted(others.values(), key=lambda p: (p.layer, p.expert))))
@@ -110,7 +109,9 @@ def judge(
 class _Trial:
     """One set of folds, and what any choice does on them."""
 
-    def __init__(self, records: Records, procedure: Procedure, ask: Ask, seed: int) -> None:
+    def __init__(
+        self, records: QuestionOutcomes, procedure: Procedure, ask: Ask, seed: int
+    ) -> None:
         self.records = records
         self.procedure = procedure
         self.ask = ask
@@ -135,7 +136,9 @@ class _Trial:
             found.append(Fold(int(is_own_N.sum()), shifts, float(change_n.mean())))
         return right_N, tuple(found)
 
-    def random_delta(self, others: Mapping[Pick, Pick], like: Sequence[Shift]) -> float:
+    def random_delta(
+        self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[Shift]
+    ) -> float:
         """The change in accuracy with other experts in the place of those that were picked.
 
         Without a search each gets the bias of the one whose place it takes.

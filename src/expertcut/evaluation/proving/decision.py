@@ -6,15 +6,14 @@ from functools import partial
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.data import Quiz
+from expertcut.edits.plan import ExpertIds, Point, expert_ids
+from expertcut.edits.reweight_select import QuestionOutcomes, right
+from expertcut.edits.reweight_tune import Procedure, Settled, Shift
+from expertcut.edits.splits import questions_for
 from expertcut.evaluation.proving.control import DRAWS
 from expertcut.evaluation.proving.crossfit import judge
 from expertcut.evaluation.proving.outcome import ProofResult, called, proof_result
-from expertcut.interventions.lineage import Numbers, numbers_of
-from expertcut.interventions.plan import Point
-from expertcut.interventions.questions import questions_for
-from expertcut.interventions.reweighting.records import Records, right
 from expertcut.interventions.reweighting.rescoring import Rescorer
-from expertcut.interventions.reweighting.tuning import Procedure, Settled, Shift
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
@@ -69,7 +68,7 @@ def decide(
     rescorer = Rescorer(engine, tuning)
     records, ask = rescorer.records, partial(rescorer.ask, apply_at=options.apply_at)
     procedure.check(records)
-    numbers = numbers_of(profile)
+    numbers = expert_ids(profile)
     proof = None
     if options.is_proved:
         for step in judge(records, procedure, ask, options.draws, options.seed):
@@ -92,13 +91,13 @@ def decide(
     )
 
 
-def _renumbered(point: Point, blocks: Sequence[BlockInfo], numbers: Numbers) -> Point:
+def _renumbered(point: Point, blocks: Sequence[BlockInfo], numbers: ExpertIds) -> Point:
     shifts = tuple(Shift(*bias) for bias in point.biases)
     return point.model_copy(update={"biases": called(shifts, blocks, numbers)})
 
 
 def _accuracy_at(
-    rescorer: Rescorer, records: Records, settled: Settled
+    rescorer: Rescorer, records: QuestionOutcomes, settled: Settled
 ) -> Iterator[tuple[ApplyAt, float]]:
     """What the tilt does where the answer is written alone, and everywhere."""
     places: tuple[ApplyAt, ...] = ("answer", "all")

@@ -8,16 +8,15 @@ from typing import Literal
 import numpy as np
 
 from expertcut.documents import Format1, Record, load_record
+from expertcut.edits.plan import PROOF_FILE, ExpertIds
+from expertcut.edits.reweight_tune import Shift
 from expertcut.errors import PlanError
 from expertcut.evaluation.comparison import LEVEL, shows_change
 from expertcut.evaluation.proving.crossfit import Judged
-from expertcut.interventions.lineage import Numbers
-from expertcut.interventions.plan import PROOF_FILE
-from expertcut.interventions.reweighting.tuning import Shift
 from expertcut.profiling.schema import BlockInfo
 
 _FEWEST = 20  # distinct draws, with which p can lie below 0.05
-NUMBERED_FROM_0 = Numbers()
+NUMBERED_FROM_0 = ExpertIds()
 Verdict = Literal["helps", "hurts", "no evidence"]
 
 
@@ -73,7 +72,7 @@ def proof_result(
     procedure: str,
     quiz: tuple[str, str],
     seed: int,
-    numbers: Numbers = NUMBERED_FROM_0,
+    numbers: ExpertIds = NUMBERED_FROM_0,
 ) -> ProofResult:
     """The figures of a finished proof; `quiz` is its id and split, `numbers` call its experts."""
     cross, control = judged.cross_fitted, judged.control
@@ -110,7 +109,7 @@ def proof_result(
 
 
 def called(
-    shifts: Sequence[Shift], blocks: Sequence[BlockInfo], numbers: Numbers
+    shifts: Sequence[Shift], blocks: Sequence[BlockInfo], numbers: ExpertIds
 ) -> tuple[tuple[int, int, float], ...]:
     """(layer, expert, bias) of each, experts by what they were before earlier cuts."""
     return tuple((s.layer, numbers.number(blocks[s.layer].name, s.expert), s.bias) for s in shifts)

@@ -5,13 +5,23 @@ from dataclasses import dataclass, field, replace
 
 from expertcut.checkpoints.build import profiled_source
 from expertcut.checkpoints.export import check_layout
+from expertcut.edits.plan import Draft, Layout, Positions
+from expertcut.edits.reweight import (
+    Expressions,
+    How,
+    ReweightSettings,
+    Scaling,
+    Tilt,
+    check_place,
+    reweight_draft,
+    scalings,
+    settled_on_profile,
+    tilts,
+    tilts_of,
+)
+from expertcut.edits.reweight_tune import Procedure
 from expertcut.evaluation.proving.decision import Decision
 from expertcut.evaluation.proving.outcome import proof_file
-from expertcut.interventions.plan import Draft, Layout, Positions
-from expertcut.interventions.reweighting.asked import Asked, Expressions, How, settled_on_profile
-from expertcut.interventions.reweighting.drafting import check_place, reweight_draft
-from expertcut.interventions.reweighting.targets import Scaling, Tilt, scalings, tilts, tilts_of
-from expertcut.interventions.reweighting.tuning import Procedure
 from expertcut.profiling.storage import Profile
 
 
@@ -19,7 +29,7 @@ from expertcut.profiling.storage import Profile
 class Tilting:
     """What is asked: who is tilted, how strongly and how it is judged, and in which form."""
 
-    asked: Asked
+    asked: ReweightSettings
     how: How
     named: Expressions
     layout: Layout = "stock"

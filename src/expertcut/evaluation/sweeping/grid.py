@@ -4,10 +4,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from expertcut.edits.budget import Budget, Keep, asked_count, check_budget, counts
+from expertcut.edits.plan import Layout
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.sweeping.outcome import Sweep, SweepCell
-from expertcut.interventions.budgets import Budget, Keep, asked_count, check_budget, counts
-from expertcut.interventions.plan import Layout
 from expertcut.profiling.schema import BlockInfo
 
 ALL = "all"

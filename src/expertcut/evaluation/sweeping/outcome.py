@@ -6,11 +6,11 @@ from typing import Annotated
 from pydantic import Field, FiniteFloat
 
 from expertcut.documents import Format1, Record
+from expertcut.edits.budget import Budget
+from expertcut.edits.plan import Expert, Fold, Layout, Positions, Removed
 from expertcut.evaluation.folders import load_outcome, save_outcome
 from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult
-from expertcut.interventions.budgets import Budget
-from expertcut.interventions.plan import Expert, Fold, Layout, Positions, Removed
 from expertcut.profiling.schema import ProfileInfo
 
 SWEEP_FILE = "sweep.json"

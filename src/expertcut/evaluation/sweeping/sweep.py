@@ -13,6 +13,11 @@ from expertcut.checkpoints.build import engine_as_profiled, gather, profiled_sou
 from expertcut.checkpoints.unwritten.carried import as_written
 from expertcut.checkpoints.unwritten.sizing import size_of_cuts
 from expertcut.data import Quiz
+from expertcut.edits.criteria import NEEDS_MODEL
+from expertcut.edits.plan import Draft
+from expertcut.edits.prune import cut
+from expertcut.edits.ranking import Way, rank
+from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError
 from expertcut.evaluation.accuracy import accuracy
 from expertcut.evaluation.comparison import compare
@@ -29,11 +34,6 @@ from expertcut.evaluation.sweeping.outcome import (
     SweptModel,
     save_sweep,
 )
-from expertcut.interventions.criteria.scoring import NEEDS_MODEL
-from expertcut.interventions.plan import Draft
-from expertcut.interventions.prune import cut
-from expertcut.interventions.questions import Questions, n_used, questions_for, used_hashes
-from expertcut.interventions.ranking import Way, rank
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers, answers

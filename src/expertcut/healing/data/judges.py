@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from expertcut.data import Quiz, round_robin, without
-from expertcut.interventions.judged import UNUSED
+from expertcut.edits.splits import UNUSED
 
 _MOST = 256
 USED_BEFORE = "an earlier step used and this one did not train on"

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.data import Quiz
-from expertcut.interventions.reweighting.records import Array, Records
-from expertcut.interventions.reweighting.tuning import Shift
+from expertcut.edits.reweight_select import Array, QuestionOutcomes
+from expertcut.edits.reweight_tune import Shift
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.recorder import Recorder
 from expertcut.scoring.engine import Engine
@@ -63,7 +63,7 @@ class Rescorer:
         is_shared = self.engine.way(chunk) == "packed"
         return n_all - (len(chunk) - 1) * chunk.shared_prefix() if is_shared else n_all
 
-    def _first_run(self) -> Records:
+    def _first_run(self) -> QuestionOutcomes:
         blocks = self.engine.moe.blocks
         scores, recorders = [], []
         with self.replay.recording():
@@ -72,7 +72,7 @@ class Rescorer:
                 with recorder.listening():
                     scores.append(self.engine.score(chunk, recorder.begin))
                 recorders.append(recorder.arrays())
-        return Records(
+        return QuestionOutcomes(
             blocks=model_info(self.engine.moe).blocks,
             subject_N=np.array([q.subject for q in self.quiz]),
             hash_N=np.array([q.overlap_hash for q in self.quiz]),

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from expertcut.documents import first_fault
+from expertcut.edits.plan import PLAN_FILE, Plan
 from expertcut.errors import PlanError
-from expertcut.interventions.plan import PLAN_FILE, Plan
 from expertcut.publishing.card.evidence import public_name
 from expertcut.publishing.card.origin import Origin
 from expertcut.reporting.tables import Cell, Column, Table

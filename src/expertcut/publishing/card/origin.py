@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from expertcut.edits.plan import PLAN_FILE, Plan, load_plan
 from expertcut.errors import ModelError, PlanError
-from expertcut.interventions.plan import PLAN_FILE, Plan, load_plan
 from expertcut.models.checkpoint_dir import find_local, read_config
 from expertcut.models.validate import expert_count
 from expertcut.publishing.card.markup import printable

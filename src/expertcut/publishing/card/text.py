@@ -14,7 +14,7 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
 from expertcut import __version__
-from expertcut.interventions.judged import read_judged
+from expertcut.edits.splits import read_judged
 from expertcut.publishing.card.changes import (
     change_sentences,
     held_out_table,

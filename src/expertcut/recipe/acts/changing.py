@@ -7,17 +7,15 @@ from pathlib import Path
 from expertcut.checkpoints.build import BuildOptions, Built, build, write_beside
 from expertcut.checkpoints.merging.merge import merge as merge_experts
 from expertcut.checkpoints.unwritten.choosing import check_criterion, choose_cut, protected
+from expertcut.edits.budget import Keep, read_size
+from expertcut.edits.merge_groups import Merge
+from expertcut.edits.plan import Draft
+from expertcut.edits.prune import removed_traffic
+from expertcut.edits.ranking import Way
+from expertcut.edits.reweight import How, ReweightSettings, scalings, tilts, with_tilts
+from expertcut.edits.reweight_tune import Procedure
 from expertcut.evaluation.proving.decision import DecideOptions, Decision, decide
 from expertcut.evaluation.proving.tilted import Tilted, Tilting, by_hand, chosen, prepared
-from expertcut.interventions.budgets import Keep, read_size
-from expertcut.interventions.merging.asking import Merge
-from expertcut.interventions.plan import Draft
-from expertcut.interventions.ranking import Way
-from expertcut.interventions.reweighting.asked import Asked, How
-from expertcut.interventions.reweighting.drafting import with_tilts
-from expertcut.interventions.reweighting.targets import scalings, tilts
-from expertcut.interventions.reweighting.tuning import Procedure
-from expertcut.interventions.touched import touched
 from expertcut.profiling.storage import Profile
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.model import Variant
@@ -52,7 +50,7 @@ def prune(job: Job) -> None:
     draft = pruning.draft
     if found or scaled or asked.apply_at:
         draft = with_tilts(draft, found, scaled, asked.apply_at)
-    goes = touched(profile, draft.edits)
+    goes = removed_traffic(profile, draft.edits)
     job.audience.say([], pruning_sentences(pruning))
     job.audience.say([touched_table(goes)], touched_sentences(pruning, goes))
     adapter = None if asked.adapter is None else Path(asked.adapter)
@@ -108,7 +106,7 @@ def _tilting(variant: Variant, asked: ReweightSection) -> Tilting:
     by = (asked.by, asked.min_appearances, asked.layers, contrast)
     judged = (proof is not None, proof.draws if proof else 0, proof.seed if proof else 0)
     return Tilting(
-        Asked(asked.boost_best, asked.suppress_worst, *by),
+        ReweightSettings(asked.boost_best, asked.suppress_worst, *by),
         How(asked.strength, asked.tune, *judged),
         (asked.boost, asked.suppress, asked.scale),
         asked.layout,

@@ -114,7 +114,7 @@ class Job:
 
     def choosing(self, held_out: float | None) -> "Profile":
         """The profile without what is held out of it; says so."""
-        from expertcut.interventions.questions import choosing_profile
+        from expertcut.edits.splits import choosing_profile
 
         found = choosing_profile(self.profile(), held_out)
         self.audience.say([], [f"{note}." for note in found.notes])

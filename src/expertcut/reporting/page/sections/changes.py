@@ -6,10 +6,10 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from expertcut.documents import first_fault
+from expertcut.edits.plan import Edit, Plan, Point
+from expertcut.edits.prune import RemovedTraffic, removed_traffic
+from expertcut.edits.splits import read_judged
 from expertcut.errors import PlanError
-from expertcut.interventions.judged import read_judged
-from expertcut.interventions.plan import Edit, Plan, Point
-from expertcut.interventions.touched import Touched, touched
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo
 from expertcut.reporting.cuts import touched_table
@@ -74,7 +74,7 @@ def _plan_parts(run: Run, found: Found[Plan], key: str) -> list[Part]:
     parts: list[Part] = [Text(_in_words(plan))]
     edits = None if profile is None else edits_of(plan, profile.its)
     if profile is not None and edits is not None:
-        gone = touched(profile.its.profile, edits)
+        gone = removed_traffic(profile.its.profile, edits)
         if any(block.n_removed for block in gone):
             parts += [touched_table(gone), *_traffic(gone, key)]
     if plan.tuning:
@@ -102,7 +102,7 @@ def _in_words(plan: Plan) -> str:
     return f"{'; '.join(parts)}. {on}"
 
 
-def _traffic(gone: Sequence[Touched], key: str) -> list[Part]:
+def _traffic(gone: Sequence[RemovedTraffic], key: str) -> list[Part]:
     if any(block.mass is None for block in gone):
         return []
     figure = Curves(

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from expertcut.edits.plan import Plan
 from expertcut.evaluation.results import Results
-from expertcut.interventions.plan import Plan
 from expertcut.profiling.findings import Findings
 from expertcut.reporting.page.gathering import MANIFEST_FILE, RUN_FILE, Run, notes_in, recipe_in
 from expertcut.reporting.page.parts import Facts, Folded, Lines, Part, Section

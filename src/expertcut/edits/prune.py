@@ -1,20 +1,24 @@
-"""Which experts stay, and by how much the gate weights of those that stay would grow."""
+"""Which experts stay, and how much of the traffic the removed ones carried."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from expertcut.edits.budget import Keep, asked_count, floors, share_out
+from expertcut.edits.criteria import activations, ranked
+from expertcut.edits.plan import (
+    Draft,
+    Edit,
+    Layout,
+    expert_ids,
+    least_of,
+    least_per_group,
+    validate_edits,
+)
+from expertcut.edits.ranking import Ranking, Way, protected, protection, rank
 from expertcut.errors import PlanError, SettingsError
-from expertcut.interventions.allowed import check_edits, least_of, least_per_group
-from expertcut.interventions.budgets import Keep, asked_count, floors, share_out
-from expertcut.interventions.criteria.observed import activations
-from expertcut.interventions.criteria.protection import protected, protection
-from expertcut.interventions.criteria.scoring import ranked
-from expertcut.interventions.lineage import numbers_of
-from expertcut.interventions.plan import Draft, Edit, Layout
-from expertcut.interventions.ranking import Ranking, Way, rank
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
 from expertcut.profiling.storage import Profile
@@ -138,7 +142,7 @@ def keep_active(profile: Profile, way: Way) -> Pruning:
         n_keeps = [max(map(_least_keep, is_active, blocks))] * len(blocks)
     orders = [ranked_active(*each) for each in zip(layers, is_active, strict=True)]
     named = way.draft("keep-active", "prune --keep-active", "activations")
-    named = replace(named, numbers=numbers_of(profile))
+    named = replace(named, numbers=expert_ids(profile))
     pruning = _prune(n_keeps, orders, counts, blocks, named)
     if not way.protect:
         return pruning
@@ -170,7 +174,7 @@ def _prune(
 ) -> Pruning:
     keeps = [_first(*each, named.layout) for each in zip(orders, n_keeps, blocks, strict=True)]
     edits = {b.name: Edit(keep=keep) for b, keep in zip(blocks, keeps, strict=True)}
-    check_edits(edits, blocks, named.layout)
+    validate_edits(edits, blocks, named.layout)
     fillers = {
         b.name: tuple(e for e in keep if count_E[e] == 0)
         for b, keep, count_E in zip(blocks, keeps, counts, strict=True)
@@ -189,3 +193,34 @@ def _first(order: list[int], n_keep: int, block: BlockInfo, layout: Layout) -> t
             f"{block.name} routes in {n_groups} groups: keep a multiple of {n_groups}, not {n_keep}"
         )
     return tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))
+
+
+@dataclass(frozen=True)
+class RemovedTraffic:
+    """One block: `n_questions` chose a removed expert at the answer position.
+
+    Over every token, shots included: `n_used` of the removed experts were chosen somewhere, and
+    `mass` is their share of all gate weight. Both are None in a profile without all-token sums.
+    """
+
+    block: str
+    n_removed: int
+    n_questions: int
+    n_used: int | None
+    mass: float | None
+
+
+def removed_traffic(profile: Profile, edits: Mapping[str, Edit]) -> list[RemovedTraffic]:
+    """What the removal of experts would touch, block by block."""
+    chosen_NLK = profile.array("chosen_NLK")
+    tokens_LE, weight_LE = profile.token_sum("tokens"), profile.token_sum("weight")
+    found = []
+    for layer, block in enumerate(profile.info.model.blocks):
+        removed = list(edits[block.name].removed(block.experts))
+        hit_N = np.isin(chosen_NLK[:, layer], removed).any(axis=1)
+        n_used, mass = None, None
+        if tokens_LE is not None and weight_LE is not None:
+            n_used = int((tokens_LE[layer, removed] > 0).sum())
+            mass = float(weight_LE[layer, removed].sum() / weight_LE[layer].sum())
+        found.append(RemovedTraffic(block.name, len(removed), int(hit_N.sum()), n_used, mass))
+    return found

@@ -1,21 +1,38 @@
-"""Experts that stay whatever a criterion says of them: super experts, and those named by hand."""
+"""The order in which experts are kept, and those that are protected whatever their score."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from expertcut.edits.criteria import CALIBRATED, activations, positions_of, ranked, scores
+from expertcut.edits.plan import (
+    Draft,
+    Edit,
+    ExpertIds,
+    Fold,
+    Layout,
+    Positions,
+    Removed,
+    expert_ids,
+    find_expert,
+)
 from expertcut.errors import PlanError, ProfileError, SettingsError
-from expertcut.interventions.lineage import find_expert, numbers_of
-from expertcut.interventions.plan import Edit
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.storage import Profile, largest_values
+
+if TYPE_CHECKING:
+    from expertcut.scoring.engine import Engine
 
 PERCENTILE = 99.5
 SHARE_OF_LARGEST = 0.1
 SHARE_OF_LAYERS = 0.75
 SUPER = "super"
 _EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ def protection(profile: Profile, expressions: Sequence[str]) -> Protection:
     for text in expressions:
         match = _EXPERT.fullmatch(text.strip())
         if match is not None:
-            layer, row = find_expert(blocks, int(match[1]), int(match[2]), numbers_of(profile))
+            layer, row = find_expert(blocks, int(match[1]), int(match[2]), expert_ids(profile))
             named[layer].append(row)
         elif text != SUPER:
             raise SettingsError(
@@ -122,3 +139,101 @@ def super_experts(profile: Profile) -> list[tuple[int, ...]]:
 def protected(order: Sequence[int], ids: Collection[int]) -> list[int]:
     """An order of experts with the protected ones first; else it stays as it is."""
     return [*(e for e in order if e in ids), *(e for e in order if e not in ids)]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to rank and what removing means, as on the command line.
+
+    `protect` are expressions of `protection`, `seed` is for the criterion `random`.
+    """
+
+    by: str = "activations"
+    positions: Positions | None = None
+    layout: Layout = "stock"
+    removed: Removed = "zero"
+    fold: Fold = "answer"
+    protect: tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def at(self) -> Positions:
+        """The positions that count: the criterion's own where none were asked for."""
+        return positions_of(self.by, self.positions)
+
+    @classmethod
+    def of(
+        cls,
+        by: str,
+        positions: Positions | None,
+        layout: Layout,
+        removed: Removed | None,
+        fold: Fold | None,
+    ) -> Self:
+        """As given, and what each layout does where nothing is.
+
+        Raises:
+            SettingsError: an option of the other layout.
+        """
+        if removed is not None and layout != "exact":
+            raise SettingsError(
+                f"--removed {removed} is of layout exact: add --layout exact or leave it out"
+            )
+        if fold is not None and layout != "stock":
+            raise SettingsError(
+                f"--fold {fold} is of layout stock: {layout} scales nothing, leave it out"
+            )
+        return cls(by, positions, layout, removed or "zero", fold or "answer")
+
+    def draft(self, slug: str, action: str, criterion: str) -> Draft:
+        """A draft without edits, named after what makes it differ from the usual."""
+        unusual = {"all": self.at, "exact": self.layout, "mean": self.removed}
+        usual = {positions_of(self.by, None)}
+        marks = "".join(f"-{m}" for m, value in unusual.items() if value == m and m not in usual)
+        if self.layout == "stock" and self.fold != "answer":
+            marks += f"-fold-{self.fold}"
+        return Draft(
+            f"{slug}{marks}",
+            action,
+            criterion,
+            self.at,
+            edits={},
+            layout=self.layout,
+            removed=self.removed,
+            fold=self.fold,
+            is_cut=True,
+            is_calibrated=self.by in CALIBRATED,
+        )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Every expert of a profile by a criterion: scores (E,) and ids, best first, by layer.
+
+    `orders` are the criterion's alone; `counts` say how often each expert was active.
+    """
+
+    blocks: tuple[BlockInfo, ...]
+    way: Way
+    scores: tuple[Array, ...]
+    orders: tuple[list[int], ...]
+    stay: Protection
+    counts: tuple[Array, ...]
+    numbers: ExpertIds
+
+
+def rank(profile: Profile, way: Way, engine: "Engine | None" = None) -> Ranking:
+    """Scores by the criterion, the order that follows, and who stays whatever it says."""
+    layers = layer_statistics(profile)
+    at = way.at if way.by == "activations" else "answer"
+    found = scores(profile, way.by, way.at, engine, way.seed)
+    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]
+    return Ranking(
+        blocks=profile.info.model.blocks,
+        way=way,
+        scores=tuple(found),
+        orders=tuple(orders),
+        stay=protection(profile, way.protect),
+        counts=tuple(activations(layer, at) for layer in layers),
+        numbers=expert_ids(profile),
+    )

@@ -7,11 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from expertcut.edits.plan import Point
+from expertcut.edits.reweight_select import (
+    Chooser,
+    QuestionOutcomes,
+    SelectedExpert,
+    admission_gap,
+    no_default_strength,
+    right,
+)
 from expertcut.errors import PlanError
-from expertcut.interventions.plan import Point
-from expertcut.interventions.reweighting.admission import admission_gap, no_default_strength
-from expertcut.interventions.reweighting.choosing import Chooser, Pick
-from expertcut.interventions.reweighting.records import Records, right
 from expertcut.profiling.significance import wilson
 
 Array = np.ndarray[Any, Any]
@@ -49,12 +54,14 @@ class Procedure:
     is for experts without one of their own, None the admission gap.
     """
 
-    named: tuple[tuple[Pick, float | None], ...] = ()
+    named: tuple[tuple[SelectedExpert, float | None], ...] = ()
     chooser: Chooser = field(default_factory=Chooser)
     strength: float | None = None
     is_tuned: bool = False
 
-    def pick(self, records: Records, left_out: Collection[str] = ()) -> tuple[Pick, ...]:
+    def pick(
+        self, records: QuestionOutcomes, left_out: Collection[str] = ()
+    ) -> tuple[SelectedExpert, ...]:
         """The experts, those named by hand first."""
         named = tuple(pick for pick, _ in self.named)
         places = {(pick.layer, pick.expert) for pick in named}
@@ -62,7 +69,11 @@ class Procedure:
         return (*named, *(p for p in chosen if (p.layer, p.expert) not in places))
 
     def settle(
-        self, records: Records, picks: Sequence[Pick], ask: Ask, left_out: Collection[str] = ()
+        self,
+        records: QuestionOutcomes,
+        picks: Sequence[SelectedExpert],
+        ask: Ask,
+        left_out: Collection[str] = (),
     ) -> Settled:
         """The strengths; questions whose overlap hash is in `left_out` are not looked at."""
         is_used_N = ~np.isin(records.hash_N, list(left_out))
@@ -70,7 +81,9 @@ class Procedure:
             return _Search(records, is_used_N, ask).run(picks, len(self.named))
         return Settled(self.untuned(records.part(is_used_N), picks))
 
-    def untuned(self, records: Records, picks: Sequence[Pick]) -> tuple[Shift, ...]:
+    def untuned(
+        self, records: QuestionOutcomes, picks: Sequence[SelectedExpert]
+    ) -> tuple[Shift, ...]:
         """Given strengths, or gaps; none for an expert whose gap would tilt it the other way."""
         given = dict(self.named)
         shifts = []
@@ -89,7 +102,7 @@ class Procedure:
         is_given = self.strength is not None or (shift.layer, shift.expert) in given
         return "given" if is_given else "its admission gap"
 
-    def check(self, records: Records) -> None:
+    def check(self, records: QuestionOutcomes) -> None:
         """That enough experts can be chosen and that each has a strength.
 
         Raises:
@@ -104,7 +117,7 @@ class Procedure:
                 raise PlanError(_no_strength(pick, gap(records, pick)))
 
 
-def gap(records: Records, pick: Pick) -> float:
+def gap(records: QuestionOutcomes, pick: SelectedExpert) -> float:
     """The admission gap of an expert."""
     layer, block = pick.layer, records.blocks[pick.layer]
     return admission_gap(
@@ -116,7 +129,7 @@ def gap(records: Records, pick: Pick) -> float:
     )
 
 
-def _no_strength(pick: Pick, bias: float) -> str:
+def _no_strength(pick: SelectedExpert, bias: float) -> str:
     verb = "boost" if pick.sign > 0 else "suppress"
     return (
         f"{no_default_strength(pick.layer, pick.expert, pick.sign, bias)}, so there is no default "
@@ -134,7 +147,7 @@ class _Search:
     no tilt at all if none gains.
     """
 
-    def __init__(self, records: Records, is_used_N: Array, ask: Ask) -> None:
+    def __init__(self, records: QuestionOutcomes, is_used_N: Array, ask: Ask) -> None:
         self.ask = ask
         self.used = records.part(is_used_N)
         self.is_used_N = is_used_N
@@ -144,7 +157,7 @@ class _Search:
         self.most_right = int(self.base_N.sum())
         self.curve = [self._point((), 0.0, self.base_N)]
 
-    def run(self, picks: Sequence[Pick], n_named: int) -> Settled:
+    def run(self, picks: Sequence[SelectedExpert], n_named: int) -> Settled:
         for few in firsts(picks, n_named):
             self._climb(few)
         if self.best.shifts:
@@ -154,7 +167,7 @@ class _Search:
                 self._try(shifts, point.strength * factor)
         return replace(self.best, curve=tuple(self.curve))
 
-    def _climb(self, picks: Sequence[Pick]) -> None:
+    def _climb(self, picks: Sequence[SelectedExpert]) -> None:
         before_NC = self.base_logprob_NC
         gaps = [gap(self.used, pick) for pick in picks if pick.sign > 0]
         enough = max(STRENGTHS[-1], *gaps, 0)
@@ -192,7 +205,7 @@ class _Search:
         )
 
 
-def firsts(picks: Sequence[Pick], n_named: int) -> Iterator[tuple[Pick, ...]]:
+def firsts(picks: Sequence[SelectedExpert], n_named: int) -> Iterator[tuple[SelectedExpert, ...]]:
     """Those named by hand with the first 1, 2, 4, … and at last all others of each sign."""
     named, others = tuple(picks[:n_named]), picks[n_named:]
     by_sign = [[p for p in others if p.sign == sign] for sign in (+1, -1)]

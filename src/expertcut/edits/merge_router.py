@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Quiz, round_robin
+from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
+from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError
-from expertcut.interventions.calibration import CALIBRATION_QUESTIONS
-from expertcut.interventions.calibration.listening import listen
-from expertcut.interventions.plan import Edit
 from expertcut.models.hooks import Routing
 from expertcut.models.moe_block import SCORES, MoeBlock
 from expertcut.scoring.engine import Engine
@@ -89,7 +88,7 @@ def merged_rows(
         return {b.layer: _unfitted(edits[b.name], kind) for b in blocks}
     sums = {b.layer: _Sums(b, edits[b.name].merged or {}) for b in blocks}
     few = round_robin(tuning, CALIBRATION_QUESTIONS)
-    listen(engine, few, sums, lambda routing, _: sums[routing.layer].add(routing))
+    collect_routing(engine, few, sums, lambda routing, _: sums[routing.layer].add(routing))
     return {layer: its.rows() for layer, its in sums.items()}
 
 
@@ -106,7 +105,7 @@ def judge_rows(
         found[routing.layer].append((target_TG, rows[routing.layer].logits(routing)))
 
     if rows:
-        listen(engine, held_out, rows, hear)
+        collect_routing(engine, held_out, rows, hear)
     return [_quality(layer, pairs) for layer, pairs in found.items()]
 
 

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from expertcut.edits.plan import Layout, least_of, least_per_group
 from expertcut.errors import PlanError, SettingsError
-from expertcut.interventions.allowed import least_of, least_per_group
-from expertcut.interventions.plan import Layout
 from expertcut.profiling.schema import BlockInfo
 
 Array = np.ndarray[Any, Any]

@@ -1,0 +1,506 @@
+"""The plan: which experts stay, which get a bias or a scale; their ids, and what is valid.
+
+The plan: per block which experts stay, which get a logit bias, which a gate-weight scale.
+`plan.json` holds one line per block, so that it can be read, edited by hand and diffed.
+
+What the profiled model was made from: numbers that its experts had before, questions used then.
+Layout stock cuts rows out of routers, so what was expert 12 may lie in row 9. The plan that such a
+checkpoint holds tells, and experts are called by what they were in the model that was first.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from expertcut.documents import Format1, Identified, Record, load_record
+from expertcut.errors import PlanError, ProfileError
+from expertcut.files import read_file, write_atomically
+from expertcut.models.checkpoint_dir import find_local
+from expertcut.profiling.schema import BlockInfo, ModelInfo
+from expertcut.profiling.storage import Profile
+
+PLAN_FILE = "plan.json"
+PROOF_FILE = "proof.json"
+QUESTIONS_FILE = "chosen_on.txt"
+HEALING_FILE = "healing.json"
+Positions = Literal["answer", "all"]
+Layout = Literal["stock", "exact"]
+Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
+Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measures the inflation
+
+
+Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
+
+
+class Edit(Record):
+    """One block's change; ids are the unedited model's.
+
+    `bias` is added to router logits, `scale` multiplies gate weights. `merged` says what an expert
+    that stays is made of, where that is several: their shares by id, its own among them. In
+    plan.json the ids are those of the model before any cut, and `rows` gives those of the router's
+    rows where earlier cuts made them differ.
+    """
+
+    keep: tuple[Expert, ...]
+    bias: dict[Expert, FiniteFloat] = Field(default_factory=dict)
+    scale: dict[Expert, FiniteFloat] = Field(default_factory=dict)
+    rows: tuple[Expert, ...] | None = None
+    merged: dict[Expert, dict[Expert, FiniteFloat]] | None = None
+
+    @model_validator(mode="after")
+    def _names_experts_that_stay(self) -> Self:
+        if any(a >= b for a, b in pairwise(self.keep)):
+            raise ValueError("keep must be ascending numbers, none of them twice")
+        others = {*self.tilted, *(self.merged or {})} - set(self.keep)
+        if others:
+            raise ValueError(f"expert {min(others)} does not stay, but is changed")
+        return self
+
+    @property
+    def tilted(self) -> tuple[int, ...]:
+        """The experts with a bias or a factor, each once."""
+        return tuple(dict.fromkeys((*self.bias, *self.scale)))
+
+    def removed(self, n_experts: int) -> tuple[int, ...]:
+        """Sorted ids of the experts that do not stay."""
+        return tuple(expert for expert in range(n_experts) if expert not in self.keep)
+
+
+class PlanModel(Identified):
+    """For which model."""
+
+    fingerprint: str
+
+
+class ChosenOn(Record):
+    """The questions that a plan was chosen or fitted on; their hashes lie in `chosen_on.txt`."""
+
+    quiz: str
+    split: str
+    questions: int
+    fitted_split: str | None = None
+    fitted_questions: int = 0
+    sha256: str
+
+
+class PlanAdapter(Record):
+    """The LoRA adapter that was cut along: where it lay, and the SHA-256 of its files."""
+
+    path: str
+    config_sha256: str
+    weights_sha256: str
+
+
+class Point(Record):
+    """One try of a search for the strength; `biases` are (layer, expert, bias in logits)."""
+
+    experts: int
+    strength: FiniteFloat
+    biases: tuple[tuple[int, int, FiniteFloat], ...]
+    questions: int
+    accuracy: FiniteFloat
+    ci95: tuple[FiniteFloat, FiniteFloat]
+
+
+class Plan(Record):
+    """`plan.json`."""
+
+    format: Format1 = 1
+    model: PlanModel
+    action: str
+    criterion: str
+    positions: Positions
+    removal: Literal["reroute", "constant", "merge"]
+    layout: Layout
+    removed: Removed | None = None
+    fold: Fold | None = None
+    apply_at: Positions | None = None
+    chosen_on: ChosenOn
+    adapter: PlanAdapter | None = None
+    tuning: tuple[Point, ...] = ()
+    proof: dict[str, Any] = Field(default_factory=dict)
+    blocks: dict[str, Edit] = Field(min_length=1)
+
+    @property
+    def healed_from(self) -> str | None:
+        """Fingerprint of the checkpoint that was healed; None where that was not the last step."""
+        return self.model.fingerprint if self.action.startswith("heal ") else None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A choice made from a profile, before anything is fitted or written.
+
+    `slug` names the outputs, `action` says in words what was asked for. `removed` is for layout
+    exact, `fold` for layout stock; `apply_at` says at which tokens a bias acts. What was chosen on
+    the tuning questions instead of the profile's is `is_tuned`, on both `is_calibrated`; `tuning`
+    is the curve of a search;
+    `used` are hash lines of what else was looked at.
+    `edits` are of rows of the profiled routers, which `numbers` calls by what they were before
+    earlier cuts.
+    """
+
+    slug: str
+    action: str
+    criterion: str
+    positions: Positions
+    edits: Mapping[str, Edit]
+    layout: Layout = "stock"
+    removed: Removed = "zero"
+    fold: Fold = "answer"
+    apply_at: Positions = "all"
+    is_cut: bool = False
+    numbers: "ExpertIds | None" = None
+    is_tuned: bool = False
+    is_calibrated: bool = False
+    tuning: tuple[Point, ...] = ()
+    used: frozenset[str] = frozenset()
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether any expert gets a logit bias."""
+        return any(edit.bias for edit in self.edits.values())
+
+    @property
+    def is_tilted(self) -> bool:
+        """Whether any expert gets a bias or a factor."""
+        return any(edit.tilted for edit in self.edits.values())
+
+    @property
+    def is_merging(self) -> bool:
+        """Whether experts that go live on in others."""
+        return any(edit.merged for edit in self.edits.values())
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether directions must be fitted: only a bias in layout stock needs them."""
+        return self.layout == "stock" and self.is_biased
+
+    @property
+    def asks_tuning(self) -> bool:
+        """Whether tuning questions were or will be looked at."""
+        return self.is_tuned or self.is_calibrated or self.is_fitting
+
+
+def plan_model(info: ModelInfo) -> PlanModel:
+    """How a plan names the model of a profile."""
+    return PlanModel(id=info.id, revision=info.revision, fingerprint=info.fingerprint)
+
+
+def save_plan(folder: Path, plan: Plan, lines: Collection[str]) -> None:
+    """Writes `plan.json` and the hash lines of the questions it was chosen on."""
+    write_atomically(folder / QUESTIONS_FILE, _hash_lines(lines))
+    write_atomically(folder / PLAN_FILE, plan_text(plan).encode())
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as JSON with one line per block."""
+    without = {"blocks"} if plan.adapter else {"blocks", "adapter"}
+    head = plan.model_dump(mode="json", exclude=without)
+    lines = [f' "{key}": {json.dumps(value)},' for key, value in head.items()]
+    edits = [
+        f"  {json.dumps(name)}: {json.dumps(edit.model_dump(mode='json', exclude_none=True))}"
+        for name, edit in plan.blocks.items()
+    ]
+    return "\n".join(["{", *lines, ' "blocks": {', ",\n".join(edits), " }", "}"]) + "\n"
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan from its file or the folder that holds it.
+
+    Raises:
+        PlanError: no plan there, or one that does not hold together.
+    """
+    file = path / PLAN_FILE if path.is_dir() else path
+    return load_record(file, Plan, PlanError, "is no plan")
+
+
+def load_hashes(folder: Path, plan: Plan) -> frozenset[str]:
+    """The questions that a plan was chosen or fitted on, as lines of one or two hashes.
+
+    The first is the content hash, the second, which older files lack, the overlap hash.
+
+    Raises:
+        PlanError: the list is missing or not the one that the plan was made with.
+    """
+    file = folder / QUESTIONS_FILE
+    try:
+        content = read_file(file)
+    except OSError as error:
+        raise PlanError(f"{file} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != plan.chosen_on.sha256:
+        raise PlanError(f"{file} is not the list that {PLAN_FILE} was made with")
+    return frozenset(filter(None, map(str.strip, content.decode("ascii").splitlines())))
+
+
+def hashes_sha256(lines: Collection[str]) -> str:
+    """The checksum that `chosen_on` carries."""
+    return hashlib.sha256(_hash_lines(lines)).hexdigest()
+
+
+def _hash_lines(lines: Collection[str]) -> bytes:
+    """Sorted, a line for each question, though an earlier list may know it by one hash alone."""
+    whole = {line.split()[0] for line in lines if " " in line}
+    left = {line for line in lines if " " in line or line not in whole}
+    return "".join(f"{line}\n" for line in sorted(left)).encode("ascii")
+
+
+@dataclass(frozen=True)
+class ExpertIds:
+    """By block name: the number of each router row, and rows whose experts are constants already.
+
+    In blocks that are not named, rows are numbered from 0 and all experts are there.
+    """
+
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    constant: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+    def number(self, block: str, row: int) -> int:
+        """What the expert of a row is called."""
+        return self.rows[block][row] if block in self.rows else row
+
+    def row(self, block: str, number: int) -> int | None:
+        """Where an expert lies; None where it is none of those that were kept."""
+        rows = self.rows.get(block)
+        row = number if rows is None else rows.index(number) if number in rows else None
+        return None if row in self.constant.get(block, ()) else row
+
+    def kept(self, block: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """The numbers of those of some rows that hold an expert."""
+        gone = self.constant.get(block, frozenset())
+        return tuple(self.number(block, row) for row in rows if row not in gone)
+
+    def named(self, block: str, edit: Edit) -> Edit:
+        """An edit of rows, in the words of plan.json."""
+        return Edit(
+            keep=self.kept(block, edit.keep),
+            bias={self.number(block, e): bias for e, bias in edit.bias.items()},
+            scale={self.number(block, e): factor for e, factor in edit.scale.items()},
+            rows=self.rows.get(block),
+            merged=None if edit.merged is None else self._merged(block, edit.merged),
+        )
+
+    def _merged(
+        self, block: str, merged: Mapping[int, Mapping[int, float]]
+    ) -> dict[int, dict[int, float]]:
+        return {
+            self.number(block, e): {self.number(block, m): share for m, share in members.items()}
+            for e, members in merged.items()
+        }
+
+
+def expert_ids(profile: Profile) -> ExpertIds:
+    """As the plan in the profiled checkpoint has them; a model without one was never cut.
+
+    Raises:
+        PlanError: a plan that is not this checkpoint's.
+        ProfileError: the checkpoint is not there.
+    """
+    found = _plan_of(profile)
+    if found is None:
+        return ExpertIds()
+    folder, plan = found
+    rows: dict[str, tuple[int, ...]] = {}
+    constant: dict[str, frozenset[int]] = {}
+    for block in profile.info.model.blocks:
+        edit = plan.blocks.get(block.name)
+        own = () if edit is None else _rows(plan, edit, block)
+        if edit is None or len(own) != block.experts:
+            raise PlanError(
+                f"{folder / PLAN_FILE} is not of this checkpoint, whose {block.name} has "
+                f"{block.experts} experts: put the plan back that made it, or take this one away"
+            )
+        if own != tuple(range(block.experts)):
+            rows[block.name] = own
+        if gone := frozenset(row for row, number in enumerate(own) if number not in edit.keep):
+            constant[block.name] = gone
+    return ExpertIds(rows, constant)
+
+
+def find_expert(
+    blocks: Sequence[tuple[str, int]], layer: int, expert: int, numbers: ExpertIds
+) -> tuple[int, int]:
+    """The layer and the row of its router that an expert has; blocks are names and counts.
+
+    Raises:
+        PlanError: no such layer or expert.
+    """
+    if layer >= len(blocks):
+        raise PlanError(
+            f"no layer {layer}: the model has MoE layers 0 to {len(blocks) - 1} "
+            "(layers are counted from 0)"
+        )
+    name, n_experts = blocks[layer]
+    kept = numbers.kept(name, tuple(range(n_experts)))
+    row = numbers.row(name, expert)
+    if expert not in kept or row is None:
+        if kept == tuple(range(n_experts)):
+            raise PlanError(
+                f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}"
+            )
+        raise PlanError(
+            f"expert {expert} of layer {layer} is not in this pruned model: "
+            f"there it keeps {ids_text(kept)}, name one of these"
+        )
+    return layer, row
+
+
+def inherited_hashes(profile: Profile) -> frozenset[str]:
+    """Hash lines of what the profiled checkpoint was itself chosen or fitted on.
+
+    Raises:
+        PlanError: its list is missing or not its own.
+        ProfileError: the checkpoint is not there.
+    """
+    found = _plan_of(profile)
+    return frozenset() if found is None else load_hashes(*found)
+
+
+def ids_text(ids: tuple[int, ...]) -> str:
+    """Ids as `0–3, 7, 9–12`."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
+
+
+def _rows(plan: Plan, edit: Edit, block: BlockInfo) -> tuple[int, ...]:
+    """The numbers of the rows that a plan left."""
+    if plan.layout == "stock":
+        return edit.keep
+    return edit.rows or tuple(range(block.experts))
+
+
+def model_folder(profile: Profile) -> Path | None:
+    """Where the profiled model lies on this machine; None for one of the hub.
+
+    A folder that holds a plan, or that an older profile names by a relative path, must hold the
+    weights that were profiled; of others this is seen where they are read.
+
+    Raises:
+        ProfileError: it is not there.
+    """
+    model = profile.info.model
+    if model.revision is not None:
+        return None
+    folder = Path(model.id)
+    if folder.is_absolute() and folder.is_dir() and not os.path.lexists(folder / PLAN_FILE):
+        return folder
+    found = find_local(model.id, model.fingerprint, profile.path)
+    if found is None:
+        raise ProfileError(
+            f"no such model: {profile.path} is a profile of {model.id}, which is not there with "
+            f"its weights ({model.fingerprint[:8]}), so what was done to it before is not known: "
+            "put it back, or profile again"
+        )
+    return found
+
+
+def _plan_of(profile: Profile) -> tuple[Path, Plan] | None:
+    """The plan in a checkpoint's folder, or among what was downloaded of it."""
+    folder, model = model_folder(profile), profile.info.model
+    if folder is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model.id, PLAN_FILE, revision=model.revision)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    return (folder, load_plan(folder)) if os.path.lexists(folder / PLAN_FILE) else None
+
+
+def validate_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: Layout) -> None:
+    """That the edits fit the blocks and that the layout can carry them.
+
+    Stock has one count for all layers, and the router must find K experts among those that stay;
+    exact only needs one that stays.
+
+    Raises:
+        PlanError: naming the block and what it must be.
+    """
+    if list(edits) != [block.name for block in blocks]:
+        raise PlanError(
+            f"the plan names {len(edits)} blocks, the model has {len(blocks)}: "
+            f"list {blocks[0].name} … {blocks[-1].name} in order"
+        )
+    for block in blocks:
+        _check_hashed(block, edits[block.name])
+        _check_block(block, edits[block.name], least_of(block, layout))
+    if layout == "exact":
+        return
+    for block in blocks:
+        _check_groups(block, edits[block.name])
+    counts = {len(edit.keep) for edit in edits.values()}
+    if len(counts) > 1 or len({block.experts for block in blocks}) > 1:
+        raise PlanError(
+            f"layout stock needs one count for all layers, found {sorted(counts)}: "
+            "keep the same number in each, or take --layout exact"
+        )
+
+
+def _check_hashed(block: BlockInfo, edit: Edit) -> None:
+    if not block.is_hashed:
+        return
+    if len(edit.keep) < block.experts or edit.merged:
+        raise PlanError(
+            f"{block.name} chooses its experts by a table of token ids, so all {block.experts} "
+            "must stay, and one count holds for all layers of this family: it cannot be cut"
+        )
+    if edit.bias:
+        raise PlanError(
+            f"{block.name} chooses its experts by a table of token ids, so a bias changes no "
+            "choice there: take an expert of another layer, or --scale"
+        )
+
+
+def _check_block(block: BlockInfo, edit: Edit, least: int) -> None:
+    name, n_kept = block.name, len(edit.keep)
+    outside = [e for e in edit.keep if not 0 <= e < block.experts]
+    if outside:
+        raise PlanError(
+            f"{name} keeps expert {outside[0]} but has experts 0 to {block.experts - 1}"
+        )
+    if n_kept < least:
+        raise PlanError(
+            f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
+            f"keep at least {least}"
+        )
+    unknown = sorted({*edit.bias, *edit.scale} - set(edit.keep))
+    if unknown:
+        raise PlanError(f"{name}: expert {unknown[0]} has a bias or scale but is not kept")
+
+
+def _check_groups(block: BlockInfo, edit: Edit) -> None:
+    if block.groups == 1 or len(edit.keep) == block.experts:
+        return
+    size = block.experts // block.groups
+    per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
+    least = least_per_group(block)
+    if len(set(per_group)) > 1 or per_group[0] < least:
+        raise PlanError(
+            f"{block.name} routes in {block.groups} groups and keeps {per_group} of them: "
+            f"keep equally many in each, at least {least}"
+        )
+
+
+def least_of(block: BlockInfo, layout: Layout) -> int:
+    """The fewest that may stay: in layout stock the router needs K, and one expert is no mixture.
+
+    A model of one expert would be refused wherever it is read again.
+    """
+    return max(2, block.top_k) if layout == "stock" else 1
+
+
+def least_per_group(block: BlockInfo) -> int:
+    """Experts that each group must keep: 2 rank a group, and those used must hold the top k."""
+    return max(2, -(-block.top_k // block.top_groups))

@@ -1,0 +1,479 @@
+"""Reweighting: expert expressions such as `3:12=0.25`, settings, and the draft they make."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from expertcut.edits.plan import (
+    Draft,
+    Edit,
+    ExpertIds,
+    Layout,
+    Positions,
+    expert_ids,
+    find_expert,
+    ids_text,
+)
+from expertcut.edits.reweight_select import (
+    MIN_APPEARANCES,
+    SCORES,
+    TOKEN_SCORES,
+    Chooser,
+    Contrast,
+    QuestionOutcomes,
+    SelectedExpert,
+    admission_gap,
+    no_default_strength,
+    read_contrast,
+    stored_selection,
+    token_scores,
+)
+from expertcut.edits.reweight_tune import Procedure, Settled, Shift
+from expertcut.edits.splits import held_out_quiz, profiled_quiz
+from expertcut.errors import PlanError, SettingsError
+from expertcut.profiling.statistics import LayerStatistics, layer_statistics
+from expertcut.profiling.storage import Profile, ProfilePart
+
+_EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
+_LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
+Expressions = tuple[list[str] | None, list[str] | None, list[str] | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """An expert to tilt; `layer` None is the last MoE block, `strength` None the default."""
+
+    layer: int | None
+    expert: int
+    strength: float | None
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """A logit bias for the expert in a row of a router, and in words where it came from."""
+
+    layer: int
+    block: str
+    expert: int
+    bias: float
+    origin: str
+
+    @property
+    def verb(self) -> str:
+        """`boost` or `suppress`."""
+        return "boost" if self.bias > 0 else "suppress"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A factor on the gate weight of the expert in a row of a router."""
+
+    layer: int
+    block: str
+    expert: int
+    factor: float
+
+
+def parse_target(expression: str) -> Target:
+    """`12` (last layer), `3:12` (layer 3), either with `=0.25` (strength in logits).
+
+    Raises:
+        SettingsError: not of that form, or a strength that is no number.
+    """
+    layer, expert, value = _parsed(expression, "bias")
+    if value == 0:
+        raise SettingsError(f"{expression!r}: a bias of 0 cannot tilt anything")
+    return Target(layer, expert, value)
+
+
+def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
+    """Layer, expert and the finite number after `=`."""
+    match = _EXPRESSION.fullmatch(expression.strip())
+    if match is None:
+        raise SettingsError(
+            f"{expression!r} names no expert: write E, L:E, E={what} or L:E={what}, as in 3:12=0.25"
+        )
+    layer, expert, number = match.groups()
+    try:
+        value = None if number is None else float(number)
+    except ValueError:
+        raise SettingsError(f"{expression!r}: {number!r} is no number") from None
+    if value is not None and not math.isfinite(value):
+        raise SettingsError(f"{expression!r}: a {what} of {number} cannot tilt anything")
+    return None if layer is None else int(layer), int(expert), value
+
+
+def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[Tilt]:
+    """Biases for all targets; a strength without a number is the admission gap.
+
+    Raises:
+        SettingsError: one that cannot be read.
+        PlanError: no such layer or expert, one named twice, or no gap to close.
+    """
+    numbers, layers = expert_ids(profile), layer_statistics(profile)
+    found: list[Tilt] = []
+    for sign, expressions in ((+1, boost), (-1, suppress)):
+        for text in expressions:
+            target = parse_target(text)
+            layer, row = _find(layers, target.layer, target.expert, numbers)
+            found.append(_tilt(profile, layer, row, target, sign))
+    _check_once([(t.layer, t.expert) for t in found], [*boost, *suppress])
+    return found
+
+
+def named_picks(
+    profile: Profile, boost: Sequence[str], suppress: Sequence[str]
+) -> tuple[tuple[SelectedExpert, float | None], ...]:
+    """The experts named by hand, each with the strength that was given.
+
+    Raises:
+        SettingsError: one that cannot be read.
+        PlanError: no such layer or expert, or one named twice.
+    """
+    numbers, layers = expert_ids(profile), layer_statistics(profile)
+    found: list[tuple[SelectedExpert, float | None]] = []
+    for sign, expressions in ((+1, boost), (-1, suppress)):
+        for text in expressions:
+            target = parse_target(text)
+            layer, row = _find(layers, target.layer, target.expert, numbers)
+            strength = _strength(target, layer.layer, sign)
+            found.append((SelectedExpert(layer.layer, row, sign), strength))
+    _check_once([(p.layer, p.expert) for p, _ in found], [*boost, *suppress])
+    return tuple(found)
+
+
+def tilts_of(profile: Profile, shifts: Sequence[Shift], origins: Sequence[str]) -> list[Tilt]:
+    """Shifts with their blocks' names, and where they came from."""
+    blocks = profile.info.model.blocks
+    return [
+        Tilt(s.layer, blocks[s.layer].name, s.expert, s.bias, origin)
+        for s, origin in zip(shifts, origins, strict=True)
+    ]
+
+
+def scalings(profile: Profile, expressions: Sequence[str]) -> list[Scaling]:
+    """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 leaves an expert nothing to say.
+
+    Raises:
+        SettingsError: one that cannot be read, has no factor, or one that is negative or 1.
+        PlanError: no such layer or expert, or one named twice.
+    """
+    numbers, layers = expert_ids(profile), layer_statistics(profile)
+    found: list[Scaling] = []
+    for text in expressions:
+        index, expert, factor = _parsed(text, "factor")
+        if factor is None or factor < 0 or factor == 1:
+            raise SettingsError(
+                f"--scale {text} must give a factor, 0 or above and not 1: as in 3:12=1.5"
+            )
+        layer, row = _find(layers, index, expert, numbers)
+        found.append(Scaling(layer.layer, layer.block, row, factor))
+    _check_once([(s.layer, s.expert) for s in found], expressions)
+    return found
+
+
+def _find(
+    layers: list[LayerStatistics], index: int | None, expert: int, numbers: ExpertIds
+) -> tuple[LayerStatistics, int]:
+    """The layer, the last one without an index, and the row of its router that an expert has."""
+    blocks = [(layer.block, layer.n_experts) for layer in layers]
+    found, row = find_expert(blocks, len(layers) - 1 if index is None else index, expert, numbers)
+    return layers[found], row
+
+
+def _check_once(found: Sequence[tuple[int, int]], expressions: Sequence[str]) -> None:
+    for place, text in zip(found, expressions, strict=True):
+        if found.count(place) > 1:
+            expert = _parsed(text, "number")[1]
+            raise PlanError(f"expert {place[0]}:{expert} is named twice: name it once")
+
+
+def _strength(target: Target, layer: int, sign: int) -> float | None:
+    strength = target.strength
+    if strength is not None and sign > 0 and strength < 0:
+        raise PlanError(f"--boost {layer}:{target.expert}={strength:g}: use --suppress")
+    return None if strength is None else abs(strength)
+
+
+def _tilt(profile: Profile, layer: LayerStatistics, row: int, target: Target, sign: int) -> Tilt:
+    index, expert = layer.layer, target.expert
+    strength = _strength(target, index, sign)
+    if strength is not None:
+        return Tilt(index, layer.block, row, sign * strength, "given")
+    bias = admission_gap(
+        profile.info.model.blocks[index],
+        profile.array("alpha_NLE")[:, index, : layer.n_experts],
+        profile.array("chosen_NLK")[:, index],
+        row,
+        stored_selection(profile.info.model, index),
+    )
+    if not math.isfinite(bias) or bias * sign <= 0:
+        option = "--boost" if sign > 0 else "--suppress"
+        raise PlanError(
+            f"{no_default_strength(index, expert, sign, bias)}: give the strength, as in {option} "
+            f"{index}:{expert}=0.5"
+        )
+    return Tilt(index, layer.block, row, bias, "its admission gap")
+
+
+def reweight_draft(
+    profile: Profile,
+    found: Sequence[Tilt],
+    layout: Layout = "stock",
+    scaled: Sequence[Scaling] = (),
+    apply_at: Positions | None = None,
+) -> Draft:
+    """Edits that keep every expert and carry the biases and factors.
+
+    Raises:
+        SettingsError: nothing to tilt, or `apply_at` where it cannot be carried.
+    """
+    if not found and not scaled:
+        raise SettingsError(
+            "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
+        )
+    blocks = profile.info.model.blocks
+    edits = {block.name: Edit(keep=tuple(range(block.experts))) for block in blocks}
+    draft = Draft("", "reweight", "by hand", "answer", edits, layout, numbers=expert_ids(profile))
+    return with_tilts(draft, found, scaled, apply_at)
+
+
+def with_tilts(
+    draft: Draft,
+    found: Sequence[Tilt],
+    scaled: Sequence[Scaling] = (),
+    apply_at: Positions | None = None,
+) -> Draft:
+    """A draft that also carries biases and factors, on experts that it keeps.
+
+    Raises:
+        PlanError: an expert that the draft removes.
+        SettingsError: `apply_at` where it cannot be carried.
+    """
+    check_place(draft.layout, apply_at, is_biased=bool(found))
+    _check_kept(draft, [*found, *scaled])
+    edits = {
+        name: edit.model_copy(
+            update={
+                "bias": {t.expert: t.bias for t in found if t.block == name},
+                "scale": {s.expert: s.factor for s in scaled if s.block == name},
+            }
+        )
+        for name, edit in draft.edits.items()
+    }
+    words = [f"--{t.verb} {_name(draft, t)}={abs(t.bias):.6g}" for t in found]
+    words += [f"--scale {_name(draft, s)}={s.factor:.6g}" for s in scaled]
+    named = [f"{t.verb}-{_name(draft, t, '.')}" for t in found]
+    named += [f"scale-{_name(draft, s, '.')}" for s in scaled]
+    slug = "-".join([*([draft.slug] if draft.slug else []), *named])[:100]
+    if apply_at == "answer":
+        words, slug = [*words, "--apply-at answer"], f"{slug}-answer"
+    slug += f"-{draft.layout}" if draft.layout != "stock" and not draft.is_cut else ""
+    action = " ".join([draft.action, *words])
+    return replace(draft, slug=slug, action=action, edits=edits, apply_at=apply_at or "all")
+
+
+def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
+    """That a bias can act where it is asked to.
+
+    Raises:
+        SettingsError: there is none, or the layout carries it everywhere.
+    """
+    if apply_at is not None and not is_biased:
+        raise SettingsError(
+            f"--apply-at {apply_at} says where a bias acts, and there is none: a factor acts at "
+            "every token, leave it out"
+        )
+    if apply_at == "answer" and layout == "exact":
+        raise SettingsError(
+            "--apply-at answer is of layout stock: gate.bias of layout exact acts at every token, "
+            "so take --layout stock or leave it out"
+        )
+
+
+def _check_kept(draft: Draft, named: Sequence[Tilt | Scaling]) -> None:
+    for tilt in named:
+        keep = draft.edits[tilt.block].keep
+        if tilt.expert not in keep:
+            kept = keep if draft.numbers is None else draft.numbers.kept(tilt.block, keep)
+            raise PlanError(
+                f"expert {_name(draft, tilt)} is removed by this cut, which keeps "
+                f"{ids_text(kept)} there: tilt one that stays"
+            )
+
+
+def _name(draft: Draft, tilt: Tilt | Scaling, between: str = ":") -> str:
+    numbers = draft.numbers
+    expert = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
+    return f"{tilt.layer}{between}{expert}"
+
+
+"""What --boost, --suppress and --scale name."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How strongly, and how it is judged, as given."""
+
+    strength: float | None
+    is_tuned: bool
+    is_proved: bool
+    draws: int
+    seed: int
+
+    @property
+    def is_deciding(self) -> bool:
+        """Whether the model is asked before anything is built."""
+        return self.is_tuned or self.is_proved
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether there is more to settle than experts and strengths given by hand."""
+        return self.is_deciding or self.strength is not None
+
+    def check(self, *, is_given: bool) -> None:
+        """That the strength is one, and given once.
+
+        Raises:
+            SettingsError: it is not.
+        """
+        if self.strength is not None and not (math.isfinite(self.strength) and self.strength > 0):
+            raise SettingsError(f"--strength {self.strength:g} must be a number of logits above 0")
+        if self.is_tuned and (self.strength is not None or is_given):
+            raise SettingsError("--tune searches for the strength: leave the number out")
+
+
+@dataclass(frozen=True)
+class ReweightSettings:
+    """The options that say how to choose, as given."""
+
+    boost_best: int
+    suppress_worst: int
+    by: str | None
+    min_appearances: float | None
+    layers: str | None
+    contrast: tuple[str, str] | None
+
+    @property
+    def is_choosing(self) -> bool:
+        """Whether experts are chosen by a score."""
+        return bool(self.boost_best or self.suppress_worst)
+
+    @property
+    def criterion(self) -> str:
+        """What a plan says that experts were chosen by."""
+        if not self.is_choosing:
+            return "by hand"
+        return "contrast" if self.contrast else self.by or "difference"
+
+    def procedure(self, profile: Profile, how: How, named: Expressions) -> Procedure:
+        """As the stages take it.
+
+        Raises:
+            PlanError: no such layer or expert, or one named twice.
+            SettingsError: nothing to tilt, or an option that does not go with the others.
+        """
+        boost, suppress, scale = named
+        self.check()
+        if scale:
+            raise SettingsError(
+                "--scale takes its factor by hand: give it in a command of its own, without "
+                "--boost-best, --suppress-worst, --strength, --tune and --prove"
+            )
+        if not (boost or suppress or self.is_choosing):
+            raise SettingsError(
+                "say which experts to tilt: --boost E or --suppress E, E as in 3:12, "
+                "--boost-best N or --suppress-worst N"
+            )
+        picks = named_picks(profile, boost or [], suppress or [])
+        how.check(is_given=any(strength for _, strength in picks))
+        return Procedure(picks, self._chooser(profile), how.strength, how.is_tuned)
+
+    def _chooser(self, profile: Profile) -> Chooser:
+        model, least = profile.info.model, self.min_appearances
+        constant = expert_ids(profile).constant
+        by = self.by or "difference"
+        return Chooser(
+            boost_best=self.boost_best,
+            suppress_worst=self.suppress_worst,
+            by=by,
+            min_appearances=MIN_APPEARANCES if least is None else least,
+            layers=read_layers(self.layers),
+            contrast=self._contrast(profile),
+            fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
+            constant=tuple(
+                (layer, row)
+                for layer, block in enumerate(model.blocks)
+                for row in sorted(constant.get(block.name, ()))
+            ),
+        )
+
+    def _contrast(self, profile: Profile) -> Contrast | None:
+        """The two sides, without what is held out of the profile."""
+        if self.contrast is None:
+            return None
+        found = read_contrast(self.contrast, profile.info.model.fingerprint)
+        if not isinstance(profile, ProfilePart):
+            return found
+        return found.less({q.overlap_hash for q in held_out_quiz(profile)})
+
+    def check(self) -> None:
+        """That the options go together.
+
+        Raises:
+            SettingsError: which does not.
+        """
+        names = (*SCORES, *TOKEN_SCORES)
+        if self.by is not None and self.by not in names:
+            raise SettingsError(f"--by {self.by} is no score: take one of {', '.join(names)}")
+        if self.by is not None and self.contrast:
+            raise SettingsError("--by and --contrast both score experts: give one of them")
+        if self.min_appearances is not None and not 0 <= self.min_appearances <= 1:
+            raise SettingsError(
+                f"--min-appearances {self.min_appearances:g} must be a share from 0 to 1"
+            )
+        if (self.by or self.contrast) and not self.is_choosing:
+            raise SettingsError(
+                "--by and --contrast rank experts for --boost-best N and --suppress-worst N: "
+                "give one of these"
+            )
+
+    def name(self, profile: Profile, procedure: Procedure) -> str:
+        """The procedure in words, which also name the outputs."""
+        numbers, blocks = expert_ids(profile), profile.info.model.blocks
+        words = {+1: "boost", -1: "suppress"}
+        named = [
+            f"{words[p.sign]} {p.layer}:{numbers.number(blocks[p.layer].name, p.expert)}"
+            for p, _ in procedure.named
+        ]
+        chosen = (("boost-best", self.boost_best), ("suppress-worst", self.suppress_worst))
+        named += [f"{name} {n}" for name, n in chosen if n]
+        by = () if self.criterion in ("by hand", "difference") else (f"by {self.criterion}",)
+        return " ".join((*named, *by, *(("tuned",) if procedure.is_tuned else ())))
+
+
+def read_layers(text: str | None) -> tuple[int, ...]:
+    """`0,3,8-15` as numbers.
+
+    Raises:
+        SettingsError: not of that form.
+    """
+    found: list[int] = []
+    for part in (text or "").split(",") if text is not None else ():
+        first, _, last = part.strip().partition("-")
+        if not _LAYERS.fullmatch(part.strip()):
+            raise SettingsError(f"--layers: {part[:80]!r} is no layer: write them as 0,3,8-15")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(found))
+
+
+def settled_on_profile(profile: Profile, procedure: Procedure) -> Settled:
+    """Chosen on the profile's own questions, with no run of the model.
+
+    Raises:
+        PlanError: fewer candidates than are to be tilted, or one without a strength.
+    """
+    records = QuestionOutcomes.of(profile, profiled_quiz(profile))
+    procedure.check(records)
+    return Settled(procedure.untuned(records, procedure.pick(records)))

@@ -1,0 +1,498 @@
+"""Which experts to reweight: outcomes of questions, scores and contrasts, the admission gap.
+
+What a model did on some questions, of which any part can be looked at by itself. X counts the
+experts of all MoE blocks, in order.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from scipy.special import expit, logit
+
+from expertcut.data import Quiz
+from expertcut.edits.splits import hashes, profiled_quiz
+from expertcut.errors import PlanError, ProfileError, SettingsError
+from expertcut.profiling.findings import logits
+from expertcut.profiling.schema import BlockInfo, ModelInfo
+from expertcut.profiling.significance import SubjectCounts, count_by_subject, z_scores
+from expertcut.profiling.statistics import LayerStatistics, layers_of, share
+from expertcut.profiling.storage import Profile, load_profile
+
+Array = np.ndarray[Any, Any]
+SelectionOf = Callable[[int], Array | None]
+MIN_APPEARANCES = 0.01
+
+
+"""By layer: the bias (E,) that is added to α where experts are chosen, or None."""
+
+_SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
+_FARTHEST = 1e6  # logits; a bias beyond it reaches nothing that a smaller one does not
+_EXACT = 1e-12  # logits
+
+
+def admission_gap(
+    block: BlockInfo,
+    alpha_NE: Array,
+    chosen_NK: Array,
+    expert: int,
+    selection_E: Array | None = None,
+) -> float:
+    """The bias on one expert's logits that makes its mean score that of the last one let in.
+
+    A score is what experts are chosen by: α, or the logit in some families, plus the selection
+    bias where there is one. The mean over all questions of the lowest chosen score is held against
+    the mean of this expert's; infinite where no bias closes the gap, NaN where a table of token
+    ids chooses. In which groups experts are chosen is not looked at.
+    """
+    if block.is_hashed:
+        return math.nan
+    alpha_NE, chosen_NK = alpha_NE.astype(np.float64), chosen_NK.astype(np.int64)
+    ranked_NE = alpha_NE
+    if block.selection == "logits":
+        with np.errstate(divide="ignore"):
+            ranked_NE = logits(block, alpha_NE)
+    selection_E = np.zeros(alpha_NE.shape[1]) if selection_E is None else selection_E
+    score_NK = np.take_along_axis(ranked_NE, chosen_NK, axis=1) + selection_E[chosen_NK]
+    last_N = score_NK.min(axis=1) - selection_E[expert]
+    if block.selection == "logits":
+        return float((last_N - ranked_NE[:, expert]).mean())
+    return _bias_to_mean(block, alpha_NE[:, expert], float(last_N.mean()))
+
+
+def biased_alpha(block: BlockInfo, alpha_N: Array, bias: float) -> Array:
+    """α of an expert once a bias is on its logits, those of the other experts being as before.
+
+    Under a softmax the others' share of the sum stays, so α moves as under a sigmoid.
+    """
+    if block.scoring == "sqrtsoftplus":
+        with np.errstate(divide="ignore"):
+            moved_N: Array = np.sqrt(np.logaddexp(0, logits(block, alpha_N) + bias))
+        return moved_N
+    return np.asarray(expit(logit(alpha_N) + bias))
+
+
+def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
+    """The bias with which α is `goal` on average, by bisection; α never falls with it."""
+
+    def distance(bias: float) -> float:
+        return float(biased_alpha(block, alpha_N, bias).mean()) - goal
+
+    here = float(alpha_N.mean()) - goal
+    if here == 0:
+        return 0.0
+    sign = 1.0 if here < 0 else -1.0
+    if distance(sign * _FARTHEST) * sign <= 0:
+        return sign * math.inf
+    low, high = 0.0, 1.0
+    while distance(sign * high) * sign < 0:
+        low, high = high, 2 * high
+    while high - low > _EXACT * max(1.0, high):
+        middle = (low + high) / 2
+        low, high = (middle, high) if distance(sign * middle) * sign < 0 else (low, middle)
+    return sign * high
+
+
+def no_selection(layer: int) -> Array | None:
+    """Of a model in which α alone decides."""
+    return None
+
+
+def stored_selection(model: ModelInfo, layer: int) -> Array | None:
+    """The selection bias (E,) of a profiled model's layer, read from its checkpoint.
+
+    Raises:
+        PlanError: the profile says that there is one, and no single tensor holds it.
+        ModelError: the checkpoint cannot be read.
+    """
+    block = model.blocks[layer]
+    is_unknown = block.selection_bias is None and block.scoring != "softmax"
+    if not block.selection_bias and not is_unknown:
+        return None
+    from expertcut.models.load import find_source  # with torch, which `show` does without
+    from expertcut.models.safetensors_index import read_even_quantized
+
+    source = find_source(model.id, model.revision)
+    tensors = read_even_quantized(source.path).tensors
+    own = [
+        name
+        for name, tensor in tensors.items()
+        if _last_number(name) == _last_number(block.name)
+        and math.prod(tensor.shape) == block.experts
+    ]
+    found = [name for name in own if _SELECTION_BIAS.fullmatch(name)]
+    # On disk some families call it by another name (DeepSeek-V4: ffn.gate.bias).
+    found = found or [name for name in own if name.endswith("bias") and not is_unknown]
+    if len(found) == 1:
+        return _read(tensors[found[0]].file, found[0])
+    if not found and is_unknown:
+        return None
+    raise PlanError(
+        f"{source.path} holds {len(found)} tensors that may be the bias which {block.name} adds "
+        f"where experts are chosen, so there is no default strength: give one, as in {layer}:0=0.5"
+    )
+
+
+def _last_number(name: str) -> str | None:
+    """Of a tensor that is no single expert's: its decoder layer."""
+    numbers: Iterator[str] = (part for part in reversed(name.split(".")) if part.isdecimal())
+    return next(numbers, None)
+
+
+def _read(file: Path, name: str) -> Array:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as weights:
+        values: Array = weights.get_tensor(name).double().reshape(-1).numpy()
+    return values
+
+
+def no_default_strength(layer: int, expert: int, sign: int, gap: float) -> str:
+    """Why a gap is no strength to boost (`sign` +1) or to suppress (−1) an expert by."""
+    its = f"expert {expert} of layer {layer}"
+    if math.isnan(gap):
+        return f"a table of token ids chooses the experts of layer {layer}, whatever their logits"
+    if not math.isfinite(gap) and gap * sign > 0:
+        way = "lifts" if sign > 0 else "lowers"
+        return f"no bias on its logit {way} {its} to the last expert let in on average"
+    state = "admitted" if sign > 0 else "left out"
+    return f"{its} is {state} on average already (admission gap {gap:+.4f})"
+
+
+@dataclass(frozen=True)
+class QuestionOutcomes:
+    """N questions and what the unedited model did at their answer positions.
+
+    `hash_N` are overlap hashes, by which repeats are found, `line_N` both hashes of each.
+    `selection_of` a layer is the bias that is added to α where experts are chosen.
+    """
+
+    blocks: tuple[BlockInfo, ...]
+    subject_N: Array
+    hash_N: Array
+    answer_N: Array
+    logprob_NC: Array
+    alpha_NLE: Array
+    chosen_NLK: Array
+    selection_of: SelectionOf = no_selection
+    line_N: Array | None = None
+
+    @classmethod
+    def of(cls, profile: Profile, quiz: Quiz) -> Self:
+        """A profile's records of those of its questions that a quiz holds.
+
+        Raises:
+            ProfileError: the profile did not ask one of them.
+        """
+        asked = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
+        place = {name: n for n, name in enumerate(asked)}
+        try:
+            rows_N = np.array([place[q.subject, q.row] for q in quiz])
+        except KeyError as error:
+            raise ProfileError(f"{profile.path} did not ask question {error}") from None
+        return cls(
+            blocks=profile.info.model.blocks,
+            subject_N=np.array([q.subject for q in quiz]),
+            hash_N=np.array([q.overlap_hash for q in quiz]),
+            answer_N=np.array([q.answer for q in quiz]),
+            logprob_NC=profile.array("choice_logprob_NC")[rows_N],
+            alpha_NLE=profile.array("alpha_NLE")[rows_N],
+            chosen_NLK=profile.array("chosen_NLK")[rows_N],
+            selection_of=partial(stored_selection, profile.info.model),
+            line_N=np.array([q.hash_line for q in quiz]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.answer_N)
+
+    def part(self, which_N: Array) -> Self:
+        """Some of the questions, by index or by truth."""
+        names = [f.name for f in fields(self) if f.name.endswith(("_N", "_NC", "_NLE", "_NLK"))]
+        arrays = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: v[which_N] for k, v in arrays.items() if v is not None})
+
+    def less(self, hashes: Collection[str]) -> Self:
+        """Without the questions of these overlap hashes."""
+        return self.part(~np.isin(self.hash_N, list(hashes))) if hashes else self
+
+    @cached_property
+    def is_correct_N(self) -> Array:
+        """Whether the best choice is the right one; ties go to the first."""
+        return right(self.logprob_NC, self.answer_N)
+
+    @cached_property
+    def layers(self) -> list[LayerStatistics]:
+        """The paper's statistics over these questions."""
+        return layers_of(self.blocks, self.alpha_NLE, self.chosen_NLK, self.is_correct_N)
+
+    @cached_property
+    def counts(self) -> SubjectCounts:
+        """By subject and expert."""
+        is_activated_NX = np.concatenate([x.is_activated_NE for x in self.layers], axis=1)
+        return count_by_subject(self.subject_N.tolist(), self.is_correct_N, is_activated_NX)
+
+
+def right(logprob_NC: Array, answer_N: Array) -> Array:
+    """Right answers (N,) bool; ties go to the first choice."""
+    is_right_N: Array = logprob_NC.argmax(axis=1) == answer_N
+    return is_right_N
+
+
+def places(blocks: Sequence[BlockInfo]) -> list[tuple[int, int]]:
+    """(layer, expert) of each of X."""
+    return [(layer, e) for layer, block in enumerate(blocks) for e in range(block.experts)]
+
+
+def joined(per_layer: Sequence[Array]) -> Array:
+    """One value per expert of X, of one array (E,) per layer."""
+    return np.concatenate([values_E.astype(np.float64) for values_E in per_layer])
+
+
+def spans(blocks: Sequence[BlockInfo]) -> list[slice]:
+    """Where each layer's experts stand in X."""
+    ends = list(accumulate(block.experts for block in blocks))
+    return [slice(end - block.experts, end) for end, block in zip(ends, blocks, strict=True)]
+
+
+@dataclass(frozen=True)
+class SelectedExpert:
+    """An expert to boost (`sign` +1) or to suppress (−1)."""
+
+    layer: int
+    expert: int
+    sign: int
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """How many of the best to boost and of the worst to suppress, and what ranks them.
+
+    Candidates appear in at least a share `min_appearances` of the questions and lie in one of
+    `layers`, where any are given. With a contrast, it ranks them, and `by` does not. Experts that
+    are `constant` already, by (layer, expert), are none. `fixed` scores (X,) are the same for any
+    questions; they go before `by`.
+    """
+
+    boost_best: int = 0
+    suppress_worst: int = 0
+    by: str = "difference"
+    min_appearances: float = MIN_APPEARANCES
+    layers: tuple[int, ...] = ()
+    contrast: "Contrast | None" = None
+    constant: tuple[tuple[int, int], ...] = ()
+    fixed: tuple[float, ...] | None = None
+
+    def scores(self, records: QuestionOutcomes, left_out: Collection[str] = ()) -> Array:
+        """Score (X,) of every expert, NaN where it is no candidate or has none.
+
+        Questions whose overlap hash is in `left_out` do not count.
+        """
+        records = records.less(left_out)
+        if self.contrast is not None:
+            score_X = self.contrast.scores(left_out)
+        elif self.fixed is not None:
+            score_X = np.array(self.fixed)
+        else:
+            score_X = SCORES[self.by](records)
+        return np.where(self.candidates(records), score_X, np.nan)
+
+    def candidates(self, records: QuestionOutcomes) -> Array:
+        """Which experts (X,) may be tilted at all."""
+        layer_X = np.array([layer for layer, _ in places(records.blocks)])
+        is_within_X = np.isin(layer_X, self.layers) if self.layers else np.full(len(layer_X), True)
+        is_common_X = appearances(records) >= self.min_appearances
+        is_own_X = np.array([place not in self.constant for place in places(records.blocks)])
+        return np.asarray(is_within_X & is_common_X & is_own_X)
+
+    def choose(
+        self, records: QuestionOutcomes, left_out: Collection[str] = ()
+    ) -> tuple[SelectedExpert, ...]:
+        """The best, best first, then the worst, worst first; ties go to the lower id.
+
+        Fewer where there are not so many candidates, and none is both.
+        """
+        score_X = self.scores(records, left_out)
+        by_id = places(records.blocks)
+        best_first = [int(x) for x in np.argsort(-score_X, kind="stable")]
+        ranked = [x for x in best_first if not np.isnan(score_X[x])]
+        best = ranked[: self.boost_best]
+        worst = [int(x) for x in np.argsort(score_X, kind="stable") if x in ranked]
+        worst = [x for x in worst if x not in best][: self.suppress_worst]
+        return tuple(
+            SelectedExpert(*by_id[x], sign)
+            for sign, found in ((+1, best), (-1, worst))
+            for x in found
+        )
+
+    def looked_at(self, profile: Profile) -> frozenset[str]:
+        """Hash lines of questions that rank experts besides those that are given."""
+        if self.contrast is not None:
+            sides = (self.contrast.wanted, self.contrast.unwanted)
+            lines = [side.hash_N if side.line_N is None else side.line_N for side in sides]
+            return frozenset(line for line_N in lines for line in line_N.tolist())
+        return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
+
+    def check(self, records: QuestionOutcomes) -> None:
+        """That there are as many candidates as are asked for.
+
+        Raises:
+            PlanError: there are not, or a layer does not exist.
+        """
+        n_layers = len(records.blocks)
+        if outside := [layer for layer in self.layers if not 0 <= layer < n_layers]:
+            raise PlanError(
+                f"--layers {outside[0]}: the model has MoE layers 0 to {n_layers - 1} "
+                "(layers are counted from 0)"
+            )
+        n_ranked = int((~np.isnan(self.scores(records))).sum())
+        n_asked = self.boost_best + self.suppress_worst
+        if n_ranked < n_asked:
+            raise PlanError(
+                f"{n_asked} experts are to be tilted, but only {n_ranked} appear in at least "
+                f"{self.min_appearances:.1%} of {len(records):,} questions and have a score: ask "
+                "for fewer, lower --min-appearances, or profile more questions"
+            )
+
+
+def difference(records: QuestionOutcomes) -> Array:
+    """How much better its questions go than others of their subjects.
+
+    The z of Cochran, Mantel and Haenszel, not the raw difference, which is largest where there
+    are few questions (design: §8).
+    """
+    return z_scores(records.counts)
+
+
+def accuracy(records: QuestionOutcomes) -> Array:
+    """Share of right answers among the questions that activated each expert."""
+    return joined([layer.accuracy_E for layer in records.layers])
+
+
+def weighted_accuracy(records: QuestionOutcomes) -> Array:
+    """The same, each question weighted with the expert's α. arXiv:2502.17187."""
+    return joined([layer.weighted_accuracy_E for layer in records.layers])
+
+
+def contribution(records: QuestionOutcomes) -> Array:
+    """Mean share of the chosen experts' α, in percent, where chosen. arXiv:2502.17187."""
+    return joined([layer.contribution_pct_E for layer in records.layers])
+
+
+def appearances(records: QuestionOutcomes) -> Array:
+    """Share of questions that activated each expert."""
+    return joined([layer.appearances_E for layer in records.layers])
+
+
+def gate_mass(records: QuestionOutcomes) -> Array:
+    """Mean α over all questions."""
+    return joined([layer.alpha_mean_E for layer in records.layers])
+
+
+SCORES = {
+    f.__name__: f
+    for f in (difference, accuracy, weighted_accuracy, contribution, appearances, gate_mass)
+}
+
+
+# Over every token, shots included: sums of a whole profile, which know nothing of right and wrong,
+# so that a fold may be chosen by them.
+TOKEN_SCORES = {
+    "tokens": ("tokens", None),  # that chose each expert
+    "token_weight": ("weight", None),  # Σ gate weight
+    "output_norm": ("norm", "tokens"),  # mean ‖f‖ where chosen
+    "weighted_output_norm": ("weighted_norm", "tokens"),  # mean weight·‖f‖ where chosen
+}
+
+
+def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
+    """A score of `TOKEN_SCORES` (X,), NaN where no token chose the expert.
+
+    Raises:
+        ProfileError: the profile was made with --stats answer.
+    """
+    total_LE, per_LE = (profile.token_sum(name) if name else None for name in TOKEN_SCORES[by])
+    if total_LE is None:
+        raise ProfileError(
+            f"--by {by}: {profile.path} holds no all-token statistics (--stats answer): profile "
+            "with --stats all"
+        )
+    score_LE = total_LE if per_LE is None else share(total_LE, per_LE)
+    blocks = profile.info.model.blocks
+    rows = [score_LE[layer, : block.experts] for layer, block in enumerate(blocks)]
+    return tuple(float(value) for value in np.concatenate(rows))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two sets of questions; an expert's score is how much more often the first activates it.
+
+    The detection of SteerMoE (arXiv:2509.09660) and of Mixture of Tunable Experts
+    (arXiv:2502.11096), at the answer position.
+    """
+
+    wanted: QuestionOutcomes
+    unwanted: QuestionOutcomes
+
+    def scores(self, left_out: Collection[str] = ()) -> Array:
+        """Difference of activation rates (X,), NaN where a side has no question left."""
+        rates = [appearances(side.less(left_out)) for side in (self.wanted, self.unwanted)]
+        return np.asarray(rates[0] - rates[1])
+
+    def less(self, hashes: Collection[str]) -> "Contrast":
+        """Without the questions of these overlap hashes.
+
+        Raises:
+            SettingsError: no question is left of a side.
+        """
+        sides = (self.wanted.less(hashes), self.unwanted.less(hashes))
+        if not all(map(len, sides)):
+            raise SettingsError(
+                "--contrast: a side has only questions that are held out: name other parts, or "
+                "choose on all questions with --held-out 0"
+            )
+        return Contrast(*sides)
+
+
+def read_contrast(expressions: Sequence[str], fingerprint: str) -> Contrast:
+    """Two expressions `PROFILE`, `PROFILE@right`, `PROFILE@wrong` or `PROFILE@subject,subject`.
+
+    Raises:
+        ProfileError: no such profile, or an unfinished one.
+        SettingsError: no question is left of one, or it is of another model.
+    """
+    return Contrast(*(_side(expression, fingerprint) for expression in expressions))
+
+
+def _side(expression: str, fingerprint: str) -> QuestionOutcomes:
+    path, _, which = expression.partition("@")
+    profile = load_profile(Path(path))
+    if profile.info.model.fingerprint != fingerprint:
+        raise SettingsError(
+            f"--contrast {path} is a profile of another model, {profile.info.model.id}: "
+            "take profiles of the model that is to be changed"
+        )
+    records = _part(profile, which, expression)
+    if not len(records):
+        raise SettingsError(f"--contrast {expression} leaves no question: name another part")
+    return records
+
+
+def _part(profile: Profile, which: str, expression: str) -> QuestionOutcomes:
+    records = QuestionOutcomes.of(profile, profiled_quiz(profile))
+    if not which:
+        return records
+    if which in ("right", "wrong"):
+        return records.part(records.is_correct_N == (which == "right"))
+    subjects = [name.strip() for name in which.split(",")]
+    if unknown := [name for name in subjects if name not in profile.info.quiz.subjects]:
+        raise SettingsError(
+            f"--contrast {expression}: {unknown[0]!r} is no subject of that profile: write right, "
+            f"wrong or some of {', '.join(list(profile.info.quiz.subjects)[:3])}, …"
+        )
+    return records.part(np.isin(records.subject_N, subjects))
