@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import ENVIRONMENT, RUNS, SUBJECTS, TOKENIZER_FILES
 from benchmarks.common import report as print_report
-from expertcut.checkpoints.layouts.names import CONSTANT, earlier_constants
+from expertcut.checkpoints.tensor_names import CONSTANT, earlier_constants
 from expertcut.data import Selection, load_quiz, prompt
 from expertcut.models.safetensors_index import read_headers
 

@@ -22,10 +22,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from expertcut.checkpoints.files.shards import Rewrite, lay_out
-from expertcut.checkpoints.files.streaming import MAX_SHARD_BYTES, write_checkpoint, write_shards
-from expertcut.checkpoints.layouts.exact import exact_rewrite
-from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
+from expertcut.checkpoints.exact import exact_rewrite
+from expertcut.checkpoints.shards import (
+    MAX_SHARD_BYTES,
+    Rewrite,
+    lay_out,
+    write_checkpoint,
+    write_shards,
+)
+from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.plan import Edit
 from expertcut.models.load import Source

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from benchmarks.fold import BUNDLED, KINDS, random_model
-from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.checkpoints.merging.merge import merge
+from expertcut.checkpoints.build import BuildOptions, build, merge
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.merge_groups import METHODS, Merge

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.adapters.carrying import carried
 from expertcut.checkpoints.export import Gathered, export, removed_experts
-from expertcut.checkpoints.layouts.stock import Fitted
+from expertcut.checkpoints.lora_slice import carried
+from expertcut.checkpoints.stock import Fitted
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.plan import ChosenOn, Draft, Edit, Layout, Plan, PlanModel
 from expertcut.models.load import find_source

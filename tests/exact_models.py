@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.files.streaming import write_checkpoint
-from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
+from expertcut.checkpoints.exact import exact_config, exact_rewrite
+from expertcut.checkpoints.shards import write_checkpoint
 from expertcut.edits.calibrate import Constants, zero_outputs
 from expertcut.edits.plan import Edit
 from expertcut.models.checkpoint_dir import read_config

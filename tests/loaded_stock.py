@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertcut.checkpoints.layouts.stock import Fitted
+from expertcut.checkpoints.stock import Fitted
 from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError
 from expertcut.models.load import MoeModel

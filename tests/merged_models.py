@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertcut.checkpoints.build import BuildOptions
-from expertcut.checkpoints.layouts.names import find_disk_blocks
-from expertcut.checkpoints.layouts.neurons import Experts
-from expertcut.checkpoints.merging.merge import Merged, merge
+from expertcut.checkpoints.build import BuildOptions, Merged, merge
+from expertcut.checkpoints.merged import Experts
+from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.merge_groups import Merge
 from expertcut.models.hooks import Routing, observe_routers

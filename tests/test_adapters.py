@@ -14,8 +14,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from expertcut.checkpoints.adapters.carrying import carried
-from expertcut.checkpoints.adapters.reading import read_adapter
+from expertcut.checkpoints.lora import read_adapter
+from expertcut.checkpoints.lora_slice import carried
 from expertcut.edits.plan import Draft, Edit, Layout, load_plan
 from expertcut.errors import ExpertcutError
 from expertcut.models.load import find_source
@@ -471,7 +471,7 @@ def test_a_checkpoint_is_there_with_its_adapter_or_not_at_all(
 
     before = sorted(profiled.iterdir())
     line = "prune --profile p --keep 5 --no-verify --adapter lora --out cut"
-    monkeypatch.setattr("expertcut.checkpoints.adapters.carrying.write_shards", full)
+    monkeypatch.setattr("expertcut.checkpoints.lora_slice.write_shards", full)
     said = expertcut(line, status=2)
     assert said.strip().endswith("cut/adapter cannot be written: No space left on device")
     assert sorted(profiled.iterdir()) == before

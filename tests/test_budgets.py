@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from expertcut.checkpoints.export import Gathered, export, removed_experts
-from expertcut.checkpoints.unwritten.sizing import largest, size_of_cuts
+from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
 from expertcut.cli import pruning
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import (
@@ -25,7 +25,6 @@ from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
 from expertcut.edits.prune import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, rank
 from expertcut.errors import PlanError, SettingsError
-from expertcut.evaluation.size import size, size_of_cut
 from expertcut.models.load import find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile

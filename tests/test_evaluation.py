@@ -16,6 +16,7 @@ from safetensors import safe_open
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binom, binomtest
 
+from expertcut.checkpoints.size import size
 from expertcut.data import Selection, load_quiz, prompt
 from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel, hashes_sha256, save_plan
 from expertcut.errors import ModelError, OutputError, PlanError
@@ -29,7 +30,6 @@ from expertcut.evaluation.comparison import (
 )
 from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
 from expertcut.evaluation.results import Results, load_results, save_results
-from expertcut.evaluation.size import size
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.workers import Progress

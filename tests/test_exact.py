@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from expertcut.checkpoints.exact import exact_config, exact_rewrite
 from expertcut.checkpoints.export import Gathered, export, removed_experts
-from expertcut.checkpoints.layouts.exact import exact_config, exact_rewrite
-from expertcut.checkpoints.unedited import constant_experts
+from expertcut.checkpoints.simulate import constant_experts
+from expertcut.checkpoints.size import size
 from expertcut.edits.plan import Draft, Edit
 from expertcut.errors import ContractError, PlanError
-from expertcut.evaluation.size import size
 from expertcut.models import modeling_exact
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertcut.checkpoints.layouts.exact import FAMILIES as EXACT_FAMILIES
-from expertcut.checkpoints.layouts.names import match_blocks
+from expertcut.checkpoints.exact import FAMILIES as EXACT_FAMILIES
+from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.models.find_blocks import REFUSED
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.safetensors_index import read_headers

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertcut.checkpoints.export import Gathered, export, removed_experts
-from expertcut.checkpoints.layouts.names import find_disk_blocks
+from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.plan import ChosenOn, Draft, Edit, Plan, PlanModel, load_plan, save_plan
 from expertcut.models.load import LoadOptions, Source, find_source, load

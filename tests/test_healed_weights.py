@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.files.streaming import read_tensor
+from expertcut.checkpoints.shards import read_tensor
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.training.adapters import TARGETS, Lora, adapted, deltas
 from expertcut.healing.written import write_adapter, write_merged

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertcut.checkpoints.proof import Difference, Proof
+from expertcut.checkpoints.held_out_check import Difference, Proof
 from expertcut.data import Question, Selection, load_quiz
 from expertcut.data.questions import Quiz
 from expertcut.data.sources import Weighted

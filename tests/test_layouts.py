@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.checkpoints.proof import Alone
+from expertcut.checkpoints.held_out_check import Alone
+from expertcut.checkpoints.size import size
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.plan import Edit, load_plan
@@ -20,7 +21,6 @@ from expertcut.edits.prune import Pruning, choose
 from expertcut.edits.ranking import Way
 from expertcut.edits.reweight import reweight_draft, tilts
 from expertcut.errors import ContractError
-from expertcut.evaluation.size import size
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions

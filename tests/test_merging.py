@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.files import streaming
-from expertcut.checkpoints.layouts.names import find_disk_blocks
-from expertcut.checkpoints.layouts.neurons import Experts
-from expertcut.checkpoints.merging.merge import _is_interleaved
-from expertcut.checkpoints.merging.unedited_router import under, unedited_routers
+from expertcut.checkpoints import shards
+from expertcut.checkpoints.build import _is_interleaved
+from expertcut.checkpoints.merged import Experts
+from expertcut.checkpoints.simulate import under, unedited_routers
+from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.cli.merging import Method, RouterRow
 from expertcut.data import round_robin
 from expertcut.edits.budget import Keep
@@ -494,14 +494,14 @@ def test_no_more_than_one_projection_of_one_expert_is_read_at_a_time(
     base = checkpoint("granitemoe")
     profile = profile_of(base)
     sizes: list[int] = []
-    usual = streaming.read_ranges
+    usual = shards.read_ranges
 
     def watched(source: Any, ranges: Any) -> bytearray:
         content = usual(source, ranges)
         sizes.append(len(content))
         return content
 
-    monkeypatch.setattr(streaming, "read_ranges", watched)
+    monkeypatch.setattr(shards, "read_ranges", watched)
     merged(profile, tmp_path / "out", Merge(4, "m_smoe"), UNASKED)
     one = max(
         tensor.read().nbytes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from expertcut.checkpoints.files import streaming
+from expertcut.checkpoints import shards
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.splits import hashes, questions_for
 from expertcut.profiling.storage import load_profile
@@ -100,7 +100,7 @@ def test_what_cannot_be_merged_is_refused_before_a_model_is_loaded(
     def load(*_: object) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("expertcut.checkpoints.merging.merge.engine_as_profiled", load)
+    monkeypatch.setattr("expertcut.checkpoints.build.engine_as_profiled", load)
     refusal = expertcut(f"merge --profile {profiled} {options} --out cut", status=2)
     assert words in refusal and refusal.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -126,7 +126,7 @@ def test_counts_and_room_and_all_token_statistics_are_needed(
     refusal = expertcut(f"merge --profile {grouped.path} --keep 5 --out cut", status=2)
     assert "multiple of 2" in refusal
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage)
     refusal = expertcut(f"merge --profile {profiled} --keep 4 --out cut", status=2)
     assert "1,000 are free" in refusal
     assert not (tmp_path / "cut").exists()

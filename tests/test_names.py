@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertcut.checkpoints.layouts.names import find_disk_blocks, match_blocks
-from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
+from expertcut.checkpoints.stock import Fitted, stock_rewrite
+from expertcut.checkpoints.tensor_names import find_disk_blocks, match_blocks
 from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError
 from expertcut.models.safetensors_index import StoredTensor

@@ -11,8 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.export import Gathered, check_export, export, outside_axes
-from expertcut.checkpoints.layouts.further_tokens import without_further_tokens
+from expertcut.checkpoints.export import (
+    Gathered,
+    check_export,
+    export,
+    outside_axes,
+    without_further_tokens,
+)
 from expertcut.edits.plan import Draft, Edit
 from expertcut.errors import ContractError
 from expertcut.models.load import find_source

@@ -12,9 +12,8 @@ from typing import Any, get_args
 import pytest
 from rich.console import Console
 
-from expertcut.checkpoints.agreement import Agreement
 from expertcut.checkpoints.build import Built
-from expertcut.checkpoints.proof import Alone, Difference, Outcome, Proof
+from expertcut.checkpoints.held_out_check import Agreement, Alone, Difference, Outcome, Proof
 from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Removed, Stats
 from expertcut.edits import plan as plans
 from expertcut.edits.calibrate import Fit

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, Built, build
-from expertcut.checkpoints.unedited import at_run_time
+from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.plan import Draft, ids_text, load_hashes, load_plan
@@ -71,7 +71,7 @@ def scored(moe: MoeModel, quiz: Quiz) -> Tensor:
 
 
 def scored_at_run_time(moe: MoeModel, quiz: Quiz, draft: Draft) -> Tensor:
-    with at_run_time(moe, draft, {}) as begin:
+    with apply_at_runtime(moe, draft, {}) as begin:
         return ask(Engine(moe, 2048), quiz, begin)
 
 
@@ -204,7 +204,7 @@ def choices(moe: MoeModel, quiz: Quiz, draft: Draft | None) -> tuple[list[set[in
         if draft is None:
             ask(Engine(moe, 4096), quiz, steps.append)
         else:
-            with at_run_time(moe, draft, {}) as begin:
+            with apply_at_runtime(moe, draft, {}) as begin:
                 ask(Engine(moe, 4096), quiz, lambda step: (steps.append(step), begin(step)))  # type: ignore[func-returns-value]
     return chosen, is_answer
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.checkpoints.files.folders import check_free, new_folder
+from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.calibrate import fold_at_answers
@@ -207,7 +207,7 @@ def test_nothing_appears_when_the_build_fails(
     def breaks(*_: object) -> None:
         raise PlanError("no")
 
-    monkeypatch.setattr("expertcut.checkpoints.build.prove_after", breaks)
+    monkeypatch.setattr("expertcut.checkpoints.build.score_edited", breaks)
     with pytest.raises(PlanError):
         build(profile, pruning.draft, tmp_path / "outs" / "out", AS_IS)
     assert not list((tmp_path / "outs").iterdir())
@@ -216,7 +216,7 @@ def test_nothing_appears_when_the_build_fails(
 def test_an_output_folder_in_use_is_refused_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
-    with pytest.raises(OutputError, match="not empty"), new_folder(tmp_path / "taken"):
+    with pytest.raises(OutputError, match="not empty"), atomic_dir(tmp_path / "taken"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
@@ -225,12 +225,12 @@ def test_an_empty_working_directory_is_free_and_a_full_one_is_spared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    check_free(Path())
+    check_writable(Path())
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="is not empty"):
-        check_free(Path())
+        check_writable(Path())
     with pytest.raises(OutputError, match="so --force spares it"):
-        check_free(Path(), is_forced=True)
+        check_writable(Path(), is_forced=True)
 
 
 def test_a_model_that_changed_since_it_was_profiled_is_refused(

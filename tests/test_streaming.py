@@ -16,11 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.files import copying, streaming
-from expertcut.checkpoints.files.shards import Rewrite
-from expertcut.checkpoints.files.streaming import needed_bytes, write_checkpoint
-from expertcut.checkpoints.layouts.names import match_blocks
-from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
+from expertcut.checkpoints import shards
+from expertcut.checkpoints.shards import Rewrite, needed_bytes, write_checkpoint
+from expertcut.checkpoints.stock import Fitted, stock_rewrite
+from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.plan import Edit
 from expertcut.errors import ModelError, OutputError
 from expertcut.models.checkpoint_dir import read_config
@@ -194,13 +193,14 @@ def test_a_header_is_laid_out_as_safetensors_itself_lays_it_out(
 def test_removed_experts_are_never_read(
     olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoints
 ) -> None:
+    moves = {name: getattr(shards, name) for name in ("copy_ranges", "read_ranges")}
     for source in (olmoe, checkpoint("gpt_oss")):
         headers = read_headers(source)
         edits, fitted = edits_of(open_model(checkpoint(read_config(source)["model_type"])), "cut")
         rewrite = stock_rewrite(headers, edits, fitted)
         read: dict[str, set[int]] = {tensor.file.name: set() for tensor in headers.values()}
-        for name in ("copy_ranges", "read_ranges"):
-            monkeypatch.setattr(streaming, name, recorded(getattr(copying, name), read))
+        for name, move in moves.items():
+            monkeypatch.setattr(shards, name, recorded(move, read))
         write_checkpoint(source, tmp_path / source.name, rewrite)
         blocks, _ = match_blocks(headers, edits)
         unread = 0
@@ -261,7 +261,7 @@ def test_bytes_arrive_whichever_way_the_system_can_copy(
         monkeypatch.setattr(os, "copy_file_range", fails_with(errno.EXDEV, after))
     if not has_sendfile:
         monkeypatch.delattr(os, "sendfile")
-    monkeypatch.setattr(copying, "_BUFFER_BYTES", 1000)
+    monkeypatch.setattr(shards, "_BUFFER_BYTES", 1000)
     write_checkpoint(olmoe, tmp_path / "out", Rewrite())
     assert_same(weights(tmp_path / "out"), weights(olmoe))
 
@@ -297,6 +297,6 @@ def test_a_source_that_shrinks_while_it_is_read_is_told(
     stored = read_stored(olmoe)
     last = max(olmoe.glob("*.safetensors"))
     os.truncate(last, last.stat().st_size - 1)
-    monkeypatch.setattr(streaming, "read_stored", lambda _: stored)
+    monkeypatch.setattr(shards, "read_stored", lambda _: stored)
     with pytest.raises(ModelError, match="became shorter"):
         write_checkpoint(olmoe, tmp_path / "out", Rewrite())

@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertcut.checkpoints import build
-from expertcut.checkpoints.files import streaming
-from expertcut.checkpoints.files.shards import Rewrite, Shard, lay_out
-from expertcut.checkpoints.files.streaming import check_written, write_shards
+from expertcut.checkpoints import shards as shards_module
+from expertcut.checkpoints.shards import Rewrite, Shard, check_written, lay_out, write_shards
 from expertcut.edits.plan import load_plan
 from expertcut.errors import OutputError, PlanError
 from expertcut.models.safetensors_index import INDEX_FILE, read_stored
@@ -128,7 +127,7 @@ def test_a_full_disk_is_said_in_one_line_and_nothing_changes(
         (runs.out.parent / "ballast").write_bytes(bytes(ballast * PAGE_BYTES))
         write_shards(folder, shards)
 
-    monkeypatch.setattr(streaming, "write_shards", write)
+    monkeypatch.setattr(shards_module, "write_shards", write)
     with small_disk(runs.out.parent, pages):
         runs.out.mkdir()
         (runs.out / "mine").touch()
@@ -144,7 +143,7 @@ def test_what_the_disk_lost_is_found_in_time(runs: Runs, monkeypatch: Patch) -> 
         write_shards(folder, shards)
         os.truncate(folder / shards[0].name, shards[0].size_bytes - 1)
 
-    monkeypatch.setattr(streaming, "write_shards", write)
+    monkeypatch.setattr(shards_module, "write_shards", write)
     status, _, stderr = runs.prune("--no-verify")
     assert status == 2
     assert stderr.startswith(f"expertcut: {runs.out}/model.safetensors was not written whole")

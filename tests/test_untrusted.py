@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from expertcut.checkpoints.files.folders import new_folder
+from expertcut.checkpoints.output_dir import atomic_dir
 from expertcut.cli import HarmlessFormatter
 from expertcut.data.readers import read_csv
 from expertcut.files import create_private, without_secrets, write_atomically
@@ -71,7 +71,7 @@ def test_what_is_half_written_is_nobody_elses_to_read(
     monkeypatch.setattr(os, "fsync", look)
     write_atomically(tmp_path / "plan.json", b"{}")
     assert seen == [0o600]
-    with new_folder(tmp_path / "checkpoint") as temporary:
+    with atomic_dir(tmp_path / "checkpoint") as temporary:
         assert temporary.parent == tmp_path and temporary.name.startswith(".checkpoint.")
         assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
     plain = tmp_path / "plain"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from expertcut.checkpoints.files import streaming
+from expertcut.checkpoints import shards
 from expertcut.profiling import measure, storage
 
 NOBODY = 65534
@@ -119,13 +119,13 @@ def removed_on_open(seen: str, file: Path) -> None:
 
 def before_shards(act: Callable[[], object]) -> None:
     """Acts after a checkpoint was laid out and before any of it is copied."""
-    check = streaming.check_space
+    check = shards.check_space
 
     def checked(folder: Path, size_bytes: int) -> None:
         check(folder, size_bytes)
         act()
 
-    streaming.check_space = checked
+    shards.check_space = checked
 
 
 def removed_before_shards(file: Path) -> None:

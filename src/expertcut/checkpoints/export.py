@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,24 +10,24 @@ from typing import Any
 
 import torch
 
-from expertcut.checkpoints.files.shards import Rewrite, lay_out
-from expertcut.checkpoints.files.streaming import (
-    MAX_SHARD_BYTES,
-    check_space,
-    needed_bytes,
-    write_checkpoint,
-)
-from expertcut.checkpoints.layouts.exact import (
+from expertcut.checkpoints.exact import (
     check_exact,
     constants_on_disk,
     exact_config,
     exact_rewrite,
     is_exact,
 )
-from expertcut.checkpoints.layouts.further_tokens import without_further_tokens
-from expertcut.checkpoints.layouts.merged import Merging, merged_rewrite
-from expertcut.checkpoints.layouts.names import Headers, OutsideAxes, match_blocks
-from expertcut.checkpoints.layouts.stock import Fitted, stock_rewrite
+from expertcut.checkpoints.merged import Merging, merged_rewrite
+from expertcut.checkpoints.shards import (
+    MAX_SHARD_BYTES,
+    Rewrite,
+    check_space,
+    lay_out,
+    needed_bytes,
+    write_checkpoint,
+)
+from expertcut.checkpoints.stock import Fitted, stock_rewrite
+from expertcut.checkpoints.tensor_names import Headers, OutsideAxes, match_blocks
 from expertcut.edits.calibrate import Constants, zero_outputs
 from expertcut.edits.plan import (
     HEALING_FILE,
@@ -46,6 +47,12 @@ from expertcut.models.moe_block import SELECTION_BIAS
 from expertcut.models.safetensors_index import DTYPES, Stored, read_stored
 from expertcut.models.validate import with_expert_count
 
+# num_nextn_predict_layers, num_mtp_layers, mtp_num_hidden_layers, num_mtp_modules, mtp_num_layers
+_COUNT = re.compile(r"(num_|n_)(\w+_)?(mtp|nextn)(_\w+)?|(mtp|nextn)_num_\w+")
+_SWITCHES = {"use_mtp"}
+_PARTS = ("text_config", "mtp_config")
+_DEFAULT = "num_nextn_predict_layers"  # 1 in several families whose config.json does not say
+_NOT_BY_LAYER = re.compile(r".*(token_id|token_ids|architectures)")
 logger = logging.getLogger(__name__)
 
 _NOT_COPIED = {
@@ -54,6 +61,48 @@ _NOT_COPIED = {
 }
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+
+
+def without_further_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose layers that predict further tokens are gone.
+
+    Their count becomes 0 under every name it goes by, and lists with an entry for every layer lose
+    those of theirs.
+    """
+    text = config.get("text_config")
+    fields = {**config, **(text if isinstance(text, dict) else {})}
+    n_layers, n_further = fields.get("num_hidden_layers"), max(_counts(fields), default=0)
+    length = n_layers + n_further if isinstance(n_layers, int) and n_further else None
+    edited = _edited(config, length, n_further)
+    if not any(map(_COUNT.fullmatch, (*fields, *_nested(fields)))):
+        (edited["text_config"] if isinstance(text, dict) else edited)[_DEFAULT] = 0
+    return edited
+
+
+def _counts(fields: Mapping[str, Any]) -> list[int]:
+    both = (*fields.items(), *_nested(fields).items())
+    return [value for key, value in both if _COUNT.fullmatch(key) and type(value) is int]
+
+
+def _nested(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = fields.get("mtp_config")
+    return found if isinstance(found, dict) else {}
+
+
+def _edited(config: Mapping[str, Any], length: int | None, n_further: int) -> dict[str, Any]:
+    edited: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _PARTS and isinstance(value, dict):
+            edited[key] = _edited(value, length, n_further)
+        elif _COUNT.fullmatch(key) and type(value) in (int, type(None)):
+            edited[key] = 0
+        elif key in _SWITCHES:
+            edited[key] = False
+        elif isinstance(value, list) and len(value) == length and not _NOT_BY_LAYER.fullmatch(key):
+            edited[key] = value[:-n_further]
+        else:
+            edited[key] = value
+    return edited
 
 
 @dataclass(frozen=True)

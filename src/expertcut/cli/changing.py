@@ -60,11 +60,11 @@ class Place:
         self, profile: "Profile", slug: str, out: Path | None, is_plan: bool, is_forced: bool
     ) -> None:
         from expertcut.checkpoints.build import default_out, found_source, inputs_of
-        from expertcut.checkpoints.files.folders import check_free
+        from expertcut.checkpoints.output_dir import check_writable
 
         self.profile, self.is_plan, self.is_forced = profile, is_plan, is_forced
         self.folder = out or default_out(profile, slug, is_plan=is_plan)
-        check_free(self.folder, is_forced=is_forced, inputs=inputs_of(profile))
+        check_writable(self.folder, is_forced=is_forced, inputs=inputs_of(profile))
         if not is_plan:  # what it is made from is looked at before anything is said of it
             quiet()
             found_source(profile)

@@ -24,7 +24,7 @@ from expertcut.cli.reading import read_choosing_profile
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
-    from expertcut.checkpoints.merging.merge import Merged
+    from expertcut.checkpoints.build import Merged
     from expertcut.profiling.storage import Profile
 
 
@@ -70,7 +70,7 @@ def merge(
 ) -> None:
     """Make one expert of several, and say what that did."""
     from expertcut.checkpoints.build import BuildOptions
-    from expertcut.checkpoints.merging.merge import merge as make
+    from expertcut.checkpoints.build import merge as make
     from expertcut.edits.merge_groups import Merge
     from expertcut.models.load import LoadOptions
 

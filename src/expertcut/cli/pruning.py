@@ -156,12 +156,12 @@ class Prune:
             raise SettingsError(
                 "--adapter goes into a checkpoint, which --plan-only does not write: leave one out"
             )
-        from expertcut.checkpoints.adapters.reading import read_adapter
+        from expertcut.checkpoints.lora import read_adapter
 
         read_adapter(self.adapter)
 
     def _choose(self, start: Start) -> "Pruning":
-        from expertcut.checkpoints.unwritten.choosing import choose_cut
+        from expertcut.checkpoints.size import choose_cut
         from expertcut.edits.budget import Keep, read_size
 
         most = None if self.max_bytes is None else read_size(self.max_bytes)
@@ -175,7 +175,7 @@ class Prune:
         return chosen.pruning
 
     def _start(self) -> Start:
-        from expertcut.checkpoints.unwritten.choosing import check_criterion
+        from expertcut.checkpoints.size import check_criterion
         from expertcut.edits.ranking import Way
         from expertcut.models.load import LoadOptions
 
@@ -216,7 +216,7 @@ class Prune:
 
 def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[str, ...]:
     """What stays whatever its score; super experts unasked, where they are known."""
-    from expertcut.checkpoints.unwritten.choosing import protected
+    from expertcut.checkpoints.size import protected
 
     found, notes = protected(profile, asked, is_active=is_active)
     for note in notes:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.checkpoints.size import Size, size
 from expertcut.data import Quiz
 from expertcut.edits.plan import PLAN_FILE, Plan, load_hashes, load_plan
 from expertcut.edits.splits import n_used
@@ -31,7 +32,6 @@ from expertcut.evaluation.results import (
     load_results,
     save_results,
 )
-from expertcut.evaluation.size import Size, size
 from expertcut.files import write_atomically
 from expertcut.models.load import LoadOptions, Source, find_source
 from expertcut.profiling.measure import MeasureOptions, measure

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from expertcut.checkpoints.build import add_files
-from expertcut.checkpoints.files.folders import check_free, new_folder
+from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.edits.plan import HEALING_FILE, Plan, save_plan
 from expertcut.errors import SettingsError
 from expertcut.healing.asking import Healing, Place
@@ -95,12 +95,12 @@ def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Hea
     asked.check()
     working = place.working  # by its whole path: the working directory may be what is replaced
     source = find_source(checkpoint)
-    check_free(place.folder, is_forced=place.is_forced, inputs=(source.path, *_named(asked)))
+    check_writable(place.folder, is_forced=place.is_forced, inputs=(source.path, *_named(asked)))
     if options.threads:
         torch.set_num_threads(options.threads)
     objective, base = _objective(source, asked)
     if base is not None:  # looked for later, because that reads every byte of it
-        check_free(place.folder, is_forced=place.is_forced, inputs=(base.path,))
+        check_writable(place.folder, is_forced=place.is_forced, inputs=(base.path,))
     moe = load(source, options.load_as)
     processes = PartialState(cpu=moe.device.type == "cpu")  # those of a launcher find each other
     read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
@@ -209,7 +209,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], place
     plan, verdict = healed_plan(run.moe, run.asked, run.objective.name, run.read), None
     source, write = run.moe.source, write_adapter if run.asked.is_adapter else write_merged
     trained, parameters = model.get_nb_trainable_parameters()
-    with new_folder(place.folder, is_forced=place.is_forced) as temporary:
+    with atomic_dir(place.folder, is_forced=place.is_forced) as temporary:
         write(source, model, temporary)
         if run.judges is not None:
             written = _reloaded(run, temporary, place.folder)

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.answering import Answered
-from expertcut.checkpoints.proof import Difference, Outcome, difference, outcome
+from expertcut.checkpoints.held_out_check import Answered, Difference, Outcome, difference, outcome
 from expertcut.data import Quiz
 from expertcut.data.held_out import hash_lines
 from expertcut.edits.splits import HASHES

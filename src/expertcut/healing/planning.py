@@ -1,6 +1,6 @@
 """The plan of a healed checkpoint: the experts it has, by their numbers, and what it was shown."""
 
-from expertcut.checkpoints.layouts.exact import is_exact
+from expertcut.checkpoints.exact import is_exact
 from expertcut.edits.plan import ChosenOn, Edit, Layout, Plan, PlanModel, hashes_sha256, load_hashes
 from expertcut.healing.asking import Healing
 from expertcut.healing.data.sources import Read

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertcut.checkpoints.exact import constants_on_disk, exact_config, has_earlier_names
 from expertcut.checkpoints.export import companions
-from expertcut.checkpoints.files.folders import system_errors
-from expertcut.checkpoints.files.shards import Change, Rewrite
-from expertcut.checkpoints.files.streaming import write_checkpoint
-from expertcut.checkpoints.layouts.exact import constants_on_disk, exact_config, has_earlier_names
-from expertcut.checkpoints.layouts.names import earlier_constants
+from expertcut.checkpoints.output_dir import system_errors
+from expertcut.checkpoints.shards import Change, Rewrite, write_checkpoint
+from expertcut.checkpoints.tensor_names import earlier_constants
 from expertcut.errors import ContractError
 from expertcut.files import share, write_atomically
 from expertcut.healing.training.adapters import ADAPTER, deltas

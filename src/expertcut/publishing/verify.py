@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from expertcut.checkpoints.layouts.exact import has_constants, is_exact
-from expertcut.checkpoints.layouts.names import DiskBlock, match_blocks
+from expertcut.checkpoints.exact import has_constants, is_exact
+from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Edit, Plan, load_hashes, load_plan
 from expertcut.errors import ModelError, PlanError
 from expertcut.evaluation.proving.outcome import ProofResult, load_proof

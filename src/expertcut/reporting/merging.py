@@ -7,7 +7,7 @@ from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table
 
 if TYPE_CHECKING:  # with torch, which `show` does without
-    from expertcut.checkpoints.merging.merge import Merged
+    from expertcut.checkpoints.build import Merged
 
 
 def groups_table(profile: Profile, merged: "Merged") -> Table:

@@ -9,7 +9,7 @@ from expertcut.reporting.tables import Cell, Column, Table
 
 if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built
-    from expertcut.checkpoints.proof import Proof
+    from expertcut.checkpoints.held_out_check import Proof
 
 
 def proof_tables(built: "Built") -> list[Table]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.checkpoints.answering import NOT_REACHED
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
-from expertcut.checkpoints.unedited import at_run_time
+from expertcut.checkpoints.held_out_check import NOT_REACHED
+from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CALIBRATED
 from expertcut.edits.plan import Edit, plan_model
@@ -203,7 +203,7 @@ class Auditing:
         width = int(model.config.get_text_config().hidden_size)
         is_exact = way.layout == "exact"
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
-        return at_run_time(self.engine.moe, draft, constants)
+        return apply_at_runtime(self.engine.moe, draft, constants)
 
 
 def _earlier(folder: Path, asked: AuditAsked) -> Audit | None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.checkpoints.answering import NOT_REACHED
 from expertcut.checkpoints.build import engine_as_profiled, gather, profiled_source
-from expertcut.checkpoints.unwritten.carried import as_written
-from expertcut.checkpoints.unwritten.sizing import size_of_cuts
+from expertcut.checkpoints.held_out_check import NOT_REACHED
+from expertcut.checkpoints.simulate import as_written
+from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import NEEDS_MODEL
 from expertcut.edits.plan import Draft
@@ -24,7 +24,6 @@ from expertcut.evaluation.comparison import compare
 from expertcut.evaluation.folders import begun, check_same, profile_hash
 from expertcut.evaluation.proving.outcome import Change
 from expertcut.evaluation.results import ChosenOnResult
-from expertcut.evaluation.size import Size, size, size_of_cut
 from expertcut.evaluation.sweeping.grid import Grid
 from expertcut.evaluation.sweeping.outcome import (
     SWEEP_FILE,

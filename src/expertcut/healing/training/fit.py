@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
-from expertcut.checkpoints.files.folders import system_errors
+from expertcut.checkpoints.output_dir import system_errors
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.asking import Training
 from expertcut.healing.data.sources import Read

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from expertcut.checkpoints.layouts.exact import has_constants, has_earlier_names
+from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.publishing.card.markup import Markdown
 from expertcut.publishing.verify import Checkpoint
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from expertcut.checkpoints.build import BuildOptions, Built, build, write_beside
-from expertcut.checkpoints.merging.merge import merge as merge_experts
-from expertcut.checkpoints.unwritten.choosing import check_criterion, choose_cut, protected
+from expertcut.checkpoints.build import merge as merge_experts
+from expertcut.checkpoints.size import check_criterion, choose_cut, protected
 from expertcut.edits.budget import Keep, read_size
 from expertcut.edits.merge_groups import Merge
 from expertcut.edits.plan import Draft

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 
-from expertcut.checkpoints.files.folders import new_folder
+from expertcut.checkpoints.output_dir import atomic_dir
 from expertcut.data import load_quiz
 from expertcut.evaluation.evaluate import Scored, Scoring, save, score
 from expertcut.files import write_atomically
@@ -47,7 +47,7 @@ def show(job: Job) -> None:
         "findings.json": json.dumps(found.json(), indent=1, allow_nan=False) + "\n",
         "experts.csv": as_csv(found.flat()),
     }
-    with new_folder(job.run / "show", is_forced=True) as folder:
+    with atomic_dir(job.run / "show", is_forced=True) as folder:
         for name, text in written.items():
             write_atomically(folder / name, text.encode())
     job.audience.say(tables, [])

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.files.shards import Change, Rewrite
-from expertcut.checkpoints.layouts.names import (
+from expertcut.checkpoints.shards import Change, Rewrite
+from expertcut.checkpoints.stock import scaled_experts
+from expertcut.checkpoints.tensor_names import (
     DiskBlock,
     constant_name,
     earlier_constants,
     find_disk_blocks,
 )
-from expertcut.checkpoints.layouts.stock import scaled_experts
 from expertcut.edits.calibrate import Constants, Removed
 from expertcut.edits.plan import Edit
 from expertcut.errors import ContractError, PlanError

@@ -21,7 +21,7 @@ _NEW, _OLD = ".tmp", ".old"  # endings of the two siblings
 _TOKEN_BYTES = 4
 
 
-def check_free(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...] = ()) -> None:
+def check_writable(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...] = ()) -> None:
     """That a folder may be written: absent, empty, or to be replaced.
 
     What is read meanwhile (`inputs`), and the working directory, is never replaced.
@@ -45,7 +45,7 @@ def check_free(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...
 
 
 @contextmanager
-def new_folder(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
+def atomic_dir(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
     """A hidden sibling that takes the folder's name when the block ends well, else is removed.
 
     The old folder goes only then. What is written must be synced; the name is, here.
@@ -63,7 +63,7 @@ def new_folder(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(mode=0o700)
         yield temporary
-        check_free(folder, is_forced=is_forced)
+        check_writable(folder, is_forced=is_forced)
         share(temporary)
         if place.exists() and not is_forced:
             place.rmdir()  # fails where another run has taken the name since it was looked at

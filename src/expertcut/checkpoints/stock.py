@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.files.shards import Change, Rewrite
-from expertcut.checkpoints.layouts.names import DiskBlock, Headers, OutsideAxes, match_blocks
+from expertcut.checkpoints.shards import Change, Rewrite
+from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, match_blocks
 from expertcut.edits.plan import Edit, Positions
 from expertcut.errors import ContractError
 

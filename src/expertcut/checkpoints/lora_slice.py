@@ -1,31 +1,59 @@
-"""What a plan makes of each tensor of an adapter.
+"""A LoRA adapter of the unpruned model cut along, and written with the checkpoint.
 
-With delta_e = B_e·A_e for each expert, the rows and columns of the experts that stay are taken in
-the order of the plan, so that base and adapter, cut together, are the cut base with this adapter.
-Where the plan or a fold scales an expert's output, the delta of its last projection is scaled too.
+What a plan makes of each tensor of an adapter. With delta_e = B_e·A_e for each expert, the rows and
+columns of the experts that stay are taken in the order of the plan, so that base and adapter, cut
+together, are the cut base with this adapter. Where the plan or a fold scales an expert's output,
+the delta of its last projection is scaled too.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.adapters.places import Base, Place, places
-from expertcut.checkpoints.adapters.reading import CONFIG_FILE, Adapter
-from expertcut.checkpoints.files.shards import Change, Rewrite
-from expertcut.checkpoints.layouts.stock import output_factors
-from expertcut.edits.plan import Draft, Edit
-from expertcut.errors import ModelError
+from expertcut.checkpoints.lora import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    Base,
+    Place,
+    places,
+    read_adapter,
+)
+from expertcut.checkpoints.shards import (
+    Change,
+    Rewrite,
+    Shard,
+    check_space,
+    check_written,
+    lay_out,
+    write_shards,
+)
+from expertcut.checkpoints.stock import output_factors
+from expertcut.checkpoints.tensor_names import blocks_of
+from expertcut.edits.plan import Draft, Edit, Plan, PlanAdapter
+from expertcut.errors import ModelError, OutputError
+from expertcut.files import write_atomically
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import Source
+from expertcut.models.safetensors_index import read_headers
+from expertcut.models.validate import check_values
 
 if TYPE_CHECKING:
     import numpy as np
 
 _NUMBERED = re.compile(r"experts\W+\d")  # an expert's number in a pattern of the config
 Folds = Mapping[int, "np.ndarray[Any, Any]"]
+ADAPTER_FOLDER = "adapter"  # in the checkpoint's
+
+_NO_LIMIT = 1 << 62
 
 
 @dataclass
@@ -169,3 +197,79 @@ def _refuse_numbers(adapter: Adapter) -> None:
                 f"{adapter.folder / CONFIG_FILE}: {key} names an expert by its number ({wrong}), "
                 "and numbers change in layout stock: take --layout exact"
             )
+
+
+@dataclass(frozen=True)
+class Carried:
+    """An adapter of a model, and the plan that cuts both; `folder` is the checkpoint to be."""
+
+    adapter: Adapter
+    source: Source
+    draft: Draft
+    folder: Path
+
+    def write(self, temporary: Path, plan: Plan, folds: Folds) -> Plan:
+        """Writes it sliced, as peft lays it out, into what will be `folder`; the plan names it.
+
+        `folds` are those of layout stock, by layer.
+
+        Raises:
+            ModelError: the adapter became shorter while it was read.
+            OutputError: the place cannot be written.
+        """
+        shard, place = self.laid_out(folds), temporary / ADAPTER_FOLDER
+        try:
+            write_shards(place, [shard])
+        except EOFError:
+            raise ModelError(f"{self.adapter.folder} became shorter while it was read") from None
+        except OSError as error:
+            raise OutputError(f"{place} cannot be written: {error.strerror}") from None
+        check_written(place, [shard])
+        write_atomically(
+            place / CONFIG_FILE, (json.dumps(self._config(), indent=2) + "\n").encode()
+        )
+        return plan.model_copy(update={"adapter": _record(self.adapter)})
+
+    def laid_out(self, folds: Folds | None = None) -> Shard:
+        """The file of its weights; without the folds its values are wrong, not its size.
+
+        Raises:
+            ModelError: it is of another model, or adapts what cannot be sliced.
+        """
+        headers = read_headers(self.source.path)
+        is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
+        base = Base(headers, blocks_of(headers, self.draft.edits), is_tied)
+        rewrite = adapter_rewrite(self.adapter, base, self.draft, folds)
+        (shard,) = lay_out(self.adapter.stored, rewrite, _NO_LIMIT)
+        return replace(shard, name=WEIGHTS_FILE)
+
+    def _config(self) -> dict[str, Any]:
+        """As it was, with its new base, whose own config names the class of layout exact."""
+        config = {**self.adapter.config, "revision": None}
+        config["base_model_name_or_path"] = str(self.folder.resolve())
+        if self.draft.layout == "exact":
+            config |= {"auto_mapping": None, "task_type": config.get("task_type") or "CAUSAL_LM"}
+        return config
+
+
+def carried(adapter: Path | None, source: Source, draft: Draft, folder: Path) -> Carried | None:
+    """An adapter that fits the model and the plan, and has room; None where there is none.
+
+    Raises:
+        ModelError: no LoRA adapter, one of another model, or one that cannot be sliced.
+        OutputError: too little space.
+    """
+    if adapter is None:
+        return None
+    found = Carried(read_adapter(adapter), source, draft, folder)
+    check_space(folder, found.laid_out().size_bytes)
+    check_values(adapter / WEIGHTS_FILE)
+    return found
+
+
+def _record(adapter: Adapter) -> PlanAdapter:
+    sums = {}
+    for key, name in (("config", CONFIG_FILE), ("weights", WEIGHTS_FILE)):
+        with (adapter.folder / name).open("rb") as stream:
+            sums[f"{key}_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return PlanAdapter(path=str(adapter.folder), **sums)

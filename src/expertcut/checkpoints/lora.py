@@ -1,0 +1,404 @@
+"""A LoRA adapter in peft's folder: what it adapts, and where its tensors belong in the model.
+
+Needs neither peft nor a model: names, shapes and ranks say all. The form is that of peft 0.21.
+
+Where each tensor of an adapter belongs in the model, told by names and shapes on disk. What adapts
+all experts of a block at once lies, for E experts and rank r, as lora_A (r·E, in), row e·r + j for
+expert e, and as lora_B (out, r·E), column j·E + e. A second parameter of the same module wraps the
+first, which then goes by `….base_layer`; which is which is told by their shapes.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from expertcut.checkpoints.tensor_names import DiskBlock, Headers
+from expertcut.documents import first_fault
+from expertcut.errors import ModelError
+from expertcut.models.checkpoint_dir import read_object
+from expertcut.models.safetensors_index import Stored, StoredTensor, read_file
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of all names in the file
+PARAMETER = re.compile(r"\w{1,64}", re.A)  # what a parameter of experts can be called
+
+_DTYPES = ("F16", "BF16", "F32", "F64")
+_PICKLED_FILE = "adapter_model.bin"
+_LORA = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# A stranger's regular expression can take for ever: names, `.*`, `\d+`, and choices as (q|k)_proj.
+_SIMPLE = re.compile(r"\^?([\w-]|\.\*?|\\\.|\\d\+?|\[(\w(-\w)?)+\]\+?|\([\w.|-]+\))+\$?", re.A)
+_MAX_WAYS = 3  # to match a part of a name in more than one way: each multiplies the time
+_MAX_PATTERN = 300
+# Ways to begin that move a part of the base's own weights into the adapter.
+_MOVING = re.compile(r"(pissa|olora|corda|loftq|lora_ga).*")
+Kind = Literal["all experts", "one expert", "router", "whole router", "elsewhere"]
+
+_WRAPPED = r"(\.base_layer)*"
+_ALL_EXPERTS = re.compile(rf"experts{_WRAPPED}")
+_ONE_EXPERT = re.compile(r"experts\.(?P<expert>0|[1-9]\d*)\.(?P<part>[^.]+)")
+_ROUTER = re.compile(rf"(gate|router){_WRAPPED}")
+_OF_BLOCK = re.compile(r"(experts|gate|router)(\..*)?")
+_LAST = re.compile(r"(.*\.)?(down_proj|w2|output_linear)")
+
+
+class _Settings(BaseModel):
+    """What of `adapter_config.json` must be known; the rest is handed on as it stands."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    peft_type: str
+    r: PositiveInt = 8
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    init_lora_weights: bool | str | None = None
+    kasa_config: dict[str, Any] | None = None
+    layer_replication: list[Any] | None = None
+    use_qalora: bool | None = None
+
+    @property
+    def patterns(self) -> dict[str, Iterable[str]]:
+        """All texts that name modules, by their key."""
+        several = (self.rank_pattern, self.alpha_pattern, self.target_parameters)
+        keys = ("rank_pattern", "alpha_pattern", "target_parameters")
+        found: dict[str, Iterable[str]] = {k: v or () for k, v in zip(keys, several, strict=True)}
+        for key in ("target_modules", "exclude_modules"):
+            value = getattr(self, key) or ()
+            found[key] = [value] if isinstance(value, str) else value
+        return found
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter: its config as it stands, what that says, and where its tensors lie."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    settings: _Settings
+    stored: Stored
+
+    @cached_property
+    def pairs(self) -> Mapping[str, tuple[str, str]]:
+        """The names of lora_A and lora_B by module.
+
+        Raises:
+            ModelError: one is there without the other, or their ranks differ.
+        """
+        found: dict[str, dict[str, str]] = {}
+        for name in self.stored.tensors:
+            if lora := _LORA.fullmatch(name):
+                found.setdefault(lora["module"], {})[lora["side"]] = name
+        return {module: self._pair(module, sides) for module, sides in found.items()}
+
+    @property
+    def others(self) -> list[str]:
+        """The names of tensors that are no such pair, in order."""
+        paired = {name for pair in self.pairs.values() for name in pair}
+        return [name for name in self.stored.tensors if name not in paired]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor by its name."""
+        return self.stored.tensors[name].shape
+
+    def rank(self, parameter: str) -> int:
+        """The rank of a parameter by its name in the model, matched as peft matches."""
+        own = (rank for pattern, rank in self._ranks if pattern.match(parameter))
+        return next(own, self.settings.r)
+
+    @cached_property
+    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
+        return [(_pattern(key), rank) for key, rank in (self.settings.rank_pattern or {}).items()]
+
+    def refusal(self, fault: str) -> ModelError:
+        """An error about this adapter."""
+        return ModelError(f"{self.folder / WEIGHTS_FILE}: {fault}")
+
+    def _pair(self, module: str, sides: Mapping[str, str]) -> tuple[str, str]:
+        if len(sides) < 2:
+            missing = "B" if "A" in sides else "A"
+            raise self.refusal(f"{module} has no lora_{missing}.weight: save the adapter again")
+        a, b = sides["A"], sides["B"]
+        is_pair = len(self.shape(a)) > 1 < len(self.shape(b)) and all(self.shape(a) + self.shape(b))
+        if not is_pair or self.shape(a)[0] != self.shape(b)[1]:
+            raise self.refusal(
+                f"{module} has lora_A {self.shape(a)} and lora_B {self.shape(b)}, which must meet "
+                "in one rank: save the adapter again"
+            )
+        return a, b
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """An adapter's folder, nothing of its values.
+
+    Raises:
+        ModelError: no such folder, no LoRA adapter, or one of a kind that cannot be sliced.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"no such adapter: {folder} is no folder, give one with {CONFIG_FILE}")
+    config = _read_config(folder / CONFIG_FILE)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{folder} is a {kind} adapter: only LORA can be sliced, train one")
+    try:
+        settings = _Settings.model_validate(config)
+    except ValidationError as error:
+        raise ModelError(f"{folder / CONFIG_FILE}: {first_fault(error)}") from None
+    _check_settings(folder, settings)
+    if not (folder / WEIGHTS_FILE).is_file():
+        if (folder / _PICKLED_FILE).exists():
+            raise ModelError(
+                f"{folder} holds {_PICKLED_FILE}, a pickle, which could run code: load it with "
+                f"peft where you trust it and save it as {WEIGHTS_FILE}"
+            )
+        raise ModelError(f"{folder} holds no {WEIGHTS_FILE}: save the adapter again")
+    stored = read_file(folder / WEIGHTS_FILE)
+    _check_tensors(folder, stored.tensors)
+    return Adapter(folder, config, settings, stored)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise ModelError(f"{file.parent} holds no adapter: it has no {CONFIG_FILE}")
+    return read_object(file)
+
+
+def _check_settings(folder: Path, settings: _Settings) -> None:
+    init = str(settings.init_lora_weights)
+    if _MOVING.fullmatch(init) or settings.kasa_config:
+        raise ModelError(
+            f"{folder} began as {'kasa' if settings.kasa_config else init}, which changes the "
+            "base's own weights: convert it to a plain LoRA adapter with peft first"
+        )
+    if settings.layer_replication or settings.use_qalora:
+        key = "layer_replication" if settings.layer_replication else "use_qalora"
+        raise ModelError(f"{folder} has {key}, which cannot be sliced: train it without")
+    for key in settings.rank_pattern or {}:
+        _check_pattern(folder / CONFIG_FILE, key)
+
+
+def _check_pattern(file: Path, key: str) -> None:
+    """That a key of rank_pattern is a regular expression, and one that cannot take for ever.
+
+    Raises:
+        ModelError: it is not.
+    """
+    is_short = len(key) <= _MAX_PATTERN and sum(map(key.count, "*+(")) <= _MAX_WAYS
+    if not is_short or not _SIMPLE.fullmatch(key):
+        raise ModelError(
+            f"{file}: rank_pattern {key[:80]!a} is no simple pattern: write names, with at most "
+            rf"{_MAX_WAYS} of .*, \d+ and (a|b)"
+        )
+    try:
+        _pattern(key)
+    except re.error as error:
+        raise ModelError(f"{file}: rank_pattern {key[:80]!a} is no pattern: {error}") from None
+
+
+def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    wrong = next((name for name in tensors if not name.startswith(PREFIX)), None)
+    if wrong or not tensors:
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} holds {wrong or 'no tensor'}, must hold names that begin "
+            f"with {PREFIX}: save the adapter with peft's save_pretrained"
+        )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(
+                f"{folder / WEIGHTS_FILE}: {name} is {tensor.dtype}, must be one of "
+                f"{', '.join(_DTYPES)}: save the adapter in one of these"
+            )
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    """As peft matches a key of rank_pattern with a parameter's name."""
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a tensor, or a pair of lora_A and lora_B, adapts.
+
+    `block` is the loaded model's name, None elsewhere; `is_last` says that it adapts the last
+    projection of experts.
+    """
+
+    kind: Kind
+    names: tuple[str, ...]
+    block: str | None = None
+    expert: int | None = None
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that the adapter must be of: its tensors, its blocks by their loaded names."""
+
+    headers: Headers
+    blocks: Mapping[str, DiskBlock]
+    is_tied: bool
+
+    def block_of(self, module: str) -> tuple[str, str]:
+        """The block that a module of it is in, by its loaded name, and its name in there."""
+        for name, disk in self.blocks.items():
+            for prefix in (name, disk.name):
+                if module.startswith(f"{prefix}."):
+                    return name, module.removeprefix(f"{prefix}.")
+        return "", module
+
+
+def places(adapter: Adapter, base: Base) -> Iterator[Place]:
+    """Every tensor of an adapter once, in no order.
+
+    Raises:
+        ModelError: something that the model does not have or that cannot be sliced.
+    """
+    for module, pair in adapter.pairs.items():
+        block, part = base.block_of(module)
+        if block and _ALL_EXPERTS.fullmatch(part):
+            yield _all_experts(adapter, base, block, pair)
+        elif block and (one := _ONE_EXPERT.fullmatch(part)):
+            yield _one_expert(adapter, base, block, (int(one["expert"]), one["part"]), pair)
+        elif block and _ROUTER.fullmatch(part):
+            yield _router(adapter, base, block, pair)
+        else:
+            yield _elsewhere(adapter, base, module, pair)
+    for name in adapter.others:
+        yield _other(adapter, base, name)
+
+
+def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]) -> Place:
+    disk = base.blocks[block]
+    _check_axes(adapter, pair, 2)
+    (rows, n_in), (n_out, _) = (adapter.shape(name) for name in pair)
+    first, last = _widths(disk, base.headers)
+    if first == last:
+        raise adapter.refusal(f"the projections of {block} are all {first}: they look alike")
+    if (n_out, n_in) in (first, last) and (n_in, n_out) not in (first, last):
+        raise adapter.refusal(
+            f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}: an "
+            "older peft saved it, with in and out of experts exchanged, and a peft of today cannot "
+            "load it: load it with that peft, merge it, and profile and prune the merged model"
+        )
+    if (n_in, n_out) not in (first, last) or rows % disk.n_experts:
+        raise adapter.refusal(
+            f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}, but "
+            f"{block} has {disk.n_experts} experts of {first[0]} → {first[1]} and "
+            f"{last[0]} → {last[1]}: {_ANOTHER}"
+        )
+    is_last = (n_in, n_out) == last
+    rank, ranks = rows // disk.n_experts, _ranks(adapter, block, is_last=is_last)
+    if rank not in ranks:
+        raise adapter.refusal(
+            f"{pair[0]} has rank {rank} for each of {disk.n_experts} experts, its config says "
+            f"{' or '.join(map(str, sorted(ranks))) or 'nothing'}: {_ANOTHER}"
+        )
+    return Place("all experts", pair, block, is_last=is_last)
+
+
+def _ranks(adapter: Adapter, block: str, *, is_last: bool) -> set[int]:
+    """The ranks of the targeted parameters of experts that are, or are not, the last projection."""
+    named = {t.rpartition(".")[2] for t in adapter.settings.target_parameters or ()}
+    named = {name for name in named if PARAMETER.fullmatch(name)}
+    own = {name for name in named if bool(_LAST.fullmatch(name)) == is_last}
+    return {adapter.rank(f"{block}.experts.{name}") for name in own}
+
+
+def _widths(disk: DiskBlock, headers: Headers) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of an expert's first projections, which the loaded model has as one, and of its last.
+
+    Each as in and out; biases are no matrices and do not count.
+    """
+    width = headers[disk.router_weight].shape[1]
+    own = disk.by_expert[0].values() if disk.by_expert else disk.fused
+    sizes: dict[bool, int] = {True: 0, False: 0}
+    for name in own:
+        shape = headers[name].shape[0 if disk.by_expert else 1 :]
+        if len(shape) == 2:
+            sizes[name in disk.last] += math.prod(shape)
+    return (width, sizes[False] // width), (sizes[True] // width, width)
+
+
+def _one_expert(
+    adapter: Adapter, base: Base, block: str, which: tuple[int, str], pair: tuple[str, str]
+) -> Place:
+    (expert, part), disk = which, base.blocks[block]
+    if not disk.by_expert:
+        raise adapter.refusal(
+            f"{pair[0]} is of one expert, but the experts of {block} lie in one tensor: {_ANOTHER}"
+        )
+    own = disk.by_expert[expert] if expert < disk.n_experts else {}
+    _check_linear(adapter, base.headers, own.get(f"{part}.weight"), pair)
+    return Place("one expert", pair, block, expert, is_last=bool(_LAST.fullmatch(part)))
+
+
+def _router(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]) -> Place:
+    _check_linear(adapter, base.headers, base.blocks[block].router_weight, pair)
+    return Place("router", pair, block)
+
+
+def _elsewhere(adapter: Adapter, base: Base, module: str, pair: tuple[str, str]) -> Place:
+    weight = f"{module}.weight" if f"{module}.weight" in base.headers else None
+    if weight is not None or not (base.is_tied and module == "lm_head"):
+        _check_linear(adapter, base.headers, weight, pair)
+    return Place("elsewhere", pair)
+
+
+def _check_linear(
+    adapter: Adapter, headers: Headers, weight: str | None, pair: tuple[str, str]
+) -> None:
+    """That a pair adapts a weight that is there; the widths of a convolution are not told."""
+    if weight is None:
+        raise adapter.refusal(f"{pair[0]} adapts what the model does not have: {_ANOTHER}")
+    _check_axes(adapter, pair, len(headers[weight].shape))
+    (_, n_in, *more), (n_out, *_) = (adapter.shape(name) for name in pair)
+    if not more and headers[weight].shape != (n_out, n_in):
+        raise adapter.refusal(
+            f"{pair[0]} and its lora_B adapt {n_in} → {n_out}, but {weight} is "
+            f"{headers[weight].shape}: {_ANOTHER}"
+        )
+
+
+def _check_axes(adapter: Adapter, pair: tuple[str, str], n_axes: int) -> None:
+    if wrong := next((name for name in pair if len(adapter.shape(name)) != n_axes), None):
+        raise adapter.refusal(
+            f"{wrong} is {adapter.shape(wrong)}, but what it adapts has {n_axes} axes: {_ANOTHER}"
+        )
+
+
+def _other(adapter: Adapter, base: Base, name: str) -> Place:
+    """Modules that were trained whole, biases, embeddings, magnitudes of DoRA."""
+    own = name.removeprefix(PREFIX)
+    block, part = base.block_of(own)
+    if block and _OF_BLOCK.fullmatch(part):
+        disk = base.blocks[block]
+        is_weight = re.fullmatch(r"(gate|router)\.weight", part) is not None
+        stored = disk.router_weight if is_weight else f"{disk.name}.{part}"
+        if stored not in disk.axes or stored in disk.fused:
+            raise adapter.refusal(
+                f"{name} is neither lora_A nor lora_B: of experts and routers only these, and "
+                "routers trained whole, can be sliced (no DoRA, no bias, no modules_to_save)"
+            )
+        _check_same(adapter, base.headers, stored, name)
+        return Place("whole router", (name,), block)
+    if own in base.headers:
+        _check_same(adapter, base.headers, own, name)
+    return Place("elsewhere", (name,))
+
+
+def _check_same(adapter: Adapter, headers: Headers, stored: str, name: str) -> None:
+    if adapter.shape(name) != headers[stored].shape:
+        raise adapter.refusal(
+            f"{name} is {adapter.shape(name)}, in the model {headers[stored].shape}: {_ANOTHER}"
+        )
+
+
+_ANOTHER = "the adapter was trained on another model, give the one of this"

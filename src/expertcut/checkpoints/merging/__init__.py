@@ -1,1 +1,0 @@
-"""The stage behind `merge`, and what is held against the checkpoint that it writes."""

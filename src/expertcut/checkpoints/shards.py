@@ -1,0 +1,459 @@
+"""Safetensors shards laid out and written without a model: kept tensors go over as bytes.
+
+A changed checkpoint written without its model: kept tensors go over as bytes, file to file. No more
+of the weights is in memory than the one tensor that is being changed.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from io import FileIO
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from expertcut.checkpoints.output_dir import failed, sync_folder
+from expertcut.errors import ModelError, OutputError
+from expertcut.models.safetensors_index import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Stored,
+    StoredTensor,
+    read_index,
+    read_stored,
+)
+
+Range = tuple[int, int]  # first byte, number of bytes
+
+_STEP_BYTES = 64 << 20  # so that Ctrl-C is answered
+_BUFFER_BYTES = 4 << 20
+_ANNOUNCED_BYTES = 16 << 20  # of one range
+_CANNOT = {
+    *(errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EBADF),
+    *(errno.EPERM, errno.ETXTBSY, errno.ENOTSOCK),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LENGTH_BYTES = 8  # before the header
+_ALIGNMENT_BYTES = 64  # the format asks for 8; at 64, weights that are mapped compute as copies do
+_PADDING_BYTES = 128  # length field, braces, alignment
+MAX_SHARD_BYTES = 5_000_000_000
+_AHEAD = 8  # tensors that the disk fetches while others are written
+
+
+def copy_ranges(source: FileIO, target: FileIO, ranges: Iterable[Range]) -> None:
+    """Appends byte ranges of `source` to `target`.
+
+    Raises:
+        EOFError: the source ends before a range does.
+        OSError: as reading and writing raise it.
+    """
+    for begin, size_bytes in ranges:
+        done = 0
+        for move in (_copy_file_range, _sendfile):
+            done += _as_far_as_it_goes(move, source, target, (begin + done, size_bytes - done))
+        _copy_by_buffer(source, target, (begin + done, size_bytes - done))
+
+
+def announce_ranges(source: FileIO, ranges: Iterable[Range]) -> None:
+    """Lets the system fetch what will be read soon, as far as it wants to; returns at once."""
+    if hasattr(os, "posix_fadvise"):
+        for begin, size_bytes in ranges:
+            size_bytes = min(size_bytes, _ANNOUNCED_BYTES)
+            os.posix_fadvise(source.fileno(), begin, size_bytes, os.POSIX_FADV_WILLNEED)
+
+
+def read_ranges(source: FileIO, ranges: Iterable[Range]) -> bytearray:
+    """The bytes of the ranges, one after another.
+
+    Raises:
+        EOFError: the source ends before a range does.
+        OSError: as reading raises it.
+    """
+    ranges = list(ranges)
+    content = bytearray(sum(size_bytes for _, size_bytes in ranges))
+    rest = memoryview(content)
+    for begin, size_bytes in ranges:
+        source.seek(begin)
+        _read_into(source, rest[:size_bytes])
+        rest = rest[size_bytes:]
+    return content
+
+
+def write_all(target: FileIO, content: memoryview) -> None:
+    """Writes every byte: one call of the system moves 2 GB at most."""
+    while content:
+        content = content[target.write(content) :]
+
+
+def _as_far_as_it_goes(
+    move: Callable[[int, int, int, int], int], source: FileIO, target: FileIO, wanted: Range
+) -> int:
+    """How many bytes came over before this way of copying gave up."""
+    (begin, size_bytes), done = wanted, 0
+    try:
+        while done < size_bytes:
+            step = min(_STEP_BYTES, size_bytes - done)
+            moved = move(source.fileno(), target.fileno(), begin + done, step)
+            if moved == 0:
+                break
+            done += moved
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+    return done
+
+
+def _copy_file_range(source: int, target: int, begin: int, size_bytes: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    return os.copy_file_range(source, target, size_bytes, offset_src=begin)
+
+
+def _sendfile(source: int, target: int, begin: int, size_bytes: int) -> int:
+    if not hasattr(os, "sendfile"):
+        return 0
+    return os.sendfile(target, source, begin, size_bytes)
+
+
+def _copy_by_buffer(source: FileIO, target: FileIO, wanted: Range) -> None:
+    begin, size_bytes = wanted
+    source.seek(begin)
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, size_bytes)))
+    while size_bytes:
+        part = buffer[:size_bytes]
+        _read_into(source, part)
+        write_all(target, part)
+        size_bytes -= len(part)
+
+
+def _read_into(source: FileIO, content: memoryview) -> None:
+    while content:
+        n = source.readinto(content)
+        if not n:
+            raise EOFError
+        content = content[n:]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one tensor; its dtype stays.
+
+    Of axis 0 only `rows` are read, and in this order (None: all of it). `apply` makes the new
+    values, of the given shape, from what was read; it owns its argument and depends on nothing
+    else. `make` reads what it needs itself and gives the new values part by part, the rows of axis
+    0 in order, so that no more than a part is in memory. Without either the bytes are copied.
+    """
+
+    shape: tuple[int, ...]
+    apply: Callable[[Tensor], Tensor] | None = None
+    rows: tuple[int, ...] | None = None
+    make: Callable[[], Iterator[Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What becomes of each tensor of a checkpoint, by its name there.
+
+    What is in none of them is copied. `renamed` maps old names to new ones, also of changed
+    tensors; `added` stands under its final names, after all others.
+    """
+
+    removed: frozenset[str] = frozenset()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    changed: Mapping[str, Change] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the new checkpoint, and where its values come from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    origin: Tensor | StoredTensor
+    change: Change | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Without its entry in the header."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def entry(self, begin: int) -> dict[str, object]:
+        """As it stands in the header of a file."""
+        offsets = [begin, begin + self.size_bytes]
+        return {"dtype": self.dtype, "shape": list(self.shape), "data_offsets": offsets}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the new checkpoint: its header, with the length before it, and its tensors."""
+
+    name: str
+    header: bytes
+    pieces: Sequence[Piece]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole file."""
+        return len(self.header) + sum(piece.size_bytes for piece in self.pieces)
+
+
+def lay_out(stored: Stored, rewrite: Rewrite, max_shard_bytes: int) -> list[Shard]:
+    """The new files; none is larger than the limit unless one tensor alone is."""
+    pieces = list(_pieces(stored, rewrite))
+    names = {piece.name for piece in pieces}
+    assert len(names) == len(pieces), "two tensors of the new checkpoint have the same name"
+    metadata = {"format": "pt", **stored.metadata}
+    parts = list(_split(pieces, max_shard_bytes - _PADDING_BYTES - len(_json(metadata))))
+    shards = []
+    for i, part in enumerate(parts, start=1):
+        # As in safetensors' own writer: wide types first, so that each value is aligned.
+        ordered = sorted(part, key=lambda piece: -DTYPES[piece.dtype].itemsize)
+        name = f"model-{i:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else SINGLE_FILE
+        shards.append(Shard(name, _header(ordered, metadata), ordered))
+    return shards
+
+
+def index_bytes(shards: Sequence[Shard]) -> bytes:
+    """`model.safetensors.index.json` as transformers writes it, empty for a single file."""
+    if len(shards) == 1:
+        return b""
+    pieces = [piece for shard in shards for piece in shard.pieces]
+    metadata = {
+        "total_parameters": sum(math.prod(piece.shape) for piece in pieces),
+        "total_size": sum(piece.size_bytes for piece in pieces),
+    }
+    weight_map = {piece.name: shard.name for shard in shards for piece in shard.pieces}
+    content = {"metadata": metadata, "weight_map": weight_map}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _pieces(stored: Stored, rewrite: Rewrite) -> Iterator[Piece]:
+    kept = set(stored.tensors) - rewrite.removed
+    assert rewrite.removed <= set(stored.tensors), "what is removed must be there"
+    assert {*rewrite.renamed, *rewrite.changed} <= kept, "what is renamed or changed must stay"
+    for name, tensor in stored.tensors.items():
+        if name not in rewrite.removed:
+            change = rewrite.changed.get(name)
+            shape = change.shape if change else tensor.shape
+            new_name = rewrite.renamed.get(name, name)
+            yield Piece(new_name, tensor.dtype, shape, tensor, change)
+    for name, added in rewrite.added.items():
+        yield Piece(name, _DTYPE_NAMES[added.dtype], tuple(added.shape), added)
+
+
+def _split(pieces: Iterable[Piece], max_bytes: int) -> Iterator[list[Piece]]:
+    """Runs of pieces whose bytes, with their entries in the header, stay within the limit."""
+    part: list[Piece] = []
+    part_bytes = 0
+    for piece in pieces:
+        size_bytes = piece.size_bytes + len(_json({piece.name: piece.entry(10**15)}))
+        if part and part_bytes + size_bytes > max_bytes:
+            yield part
+            part, part_bytes = [], 0
+        part.append(piece)
+        part_bytes += size_bytes
+    yield part
+
+
+def _header(pieces: Sequence[Piece], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": metadata}
+    begin = 0
+    for piece in pieces:
+        header[piece.name] = piece.entry(begin)
+        begin += piece.size_bytes
+    content = _json(header)
+    content += b" " * (-(_LENGTH_BYTES + len(content)) % _ALIGNMENT_BYTES)
+    return len(content).to_bytes(_LENGTH_BYTES, "little") + content
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def write_checkpoint(
+    source: Path, folder: Path, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the safetensors files, and their index if they are several, into a folder; synced.
+
+    Then opens them as any reader does and looks whether each tensor is there as it must be.
+    No file is larger than `max_shard_bytes`, unless one tensor alone is. Bytes of removed tensors
+    and rows are never read.
+
+    Raises:
+        ModelError: the source is damaged or quantized.
+        OutputError: too little space, found before the first byte, or a place that cannot be
+            written.
+    """
+    shards = lay_out(read_stored(source), rewrite, max_shard_bytes)
+    check_space(folder, _total_bytes(shards))
+    try:
+        write_shards(folder, shards)
+    except EOFError:
+        raise ModelError(f"{source} became shorter while it was read: export it again") from None
+    except OSError as error:
+        raise failed(error, folder) from None
+    check_written(folder, shards)
+
+
+def check_written(folder: Path, shards: Sequence[Shard]) -> None:
+    """That safetensors' own reader finds every tensor, with its shape and dtype, and no other.
+
+    Raises:
+        OutputError: naming the first that it does not.
+    """
+    for shard in shards:
+        wanted = {piece.name: (piece.shape, piece.dtype) for piece in shard.pieces}
+        try:
+            with safe_open(folder / shard.name, framework="pt") as written:
+                slices = {name: written.get_slice(name) for name in written.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{folder / shard.name} was not written whole: {error}") from None
+        found = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise OutputError(
+                    f"{folder / shard.name}: {name} is {found.get(name, 'not there')}, must be "
+                    f"{wanted.get(name, 'absent')}: the disk did not keep what was written"
+                )
+    if len(shards) > 1:
+        _check_index(folder, {p.name: s.name for s in shards for p in s.pieces})
+
+
+def _check_index(folder: Path, wanted: Mapping[str, str]) -> None:
+    try:
+        is_right = read_index(folder) == wanted
+    except ModelError as error:
+        raise OutputError(f"{folder / INDEX_FILE} was not written whole: {error}") from None
+    if not is_right:
+        raise OutputError(f"{folder / INDEX_FILE} does not name the tensors that were written")
+
+
+def needed_bytes(stored: Stored, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """How many bytes `write_checkpoint` will write."""
+    return _total_bytes(lay_out(stored, rewrite, max_shard_bytes))
+
+
+def check_space(folder: Path, size_bytes: int) -> None:
+    """That so many bytes fit where a folder is or will be.
+
+    Raises:
+        OutputError: they do not.
+    """
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < size_bytes:
+        raise OutputError(
+            f"{folder} needs {size_bytes:,} bytes but {free_bytes:,} are free there: "
+            "make room or name another --out"
+        )
+
+
+def _total_bytes(shards: Sequence[Shard]) -> int:
+    return sum(shard.size_bytes for shard in shards) + len(index_bytes(shards))
+
+
+def write_shards(folder: Path, shards: Sequence[Shard]) -> None:
+    """Writes files as they are laid out, and their index; synced, whole or with an error.
+
+    Raises:
+        EOFError: a file that tensors come from ends too early.
+        OSError: as reading and writing raise it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as closing:
+        origins = {piece.origin for shard in shards for piece in shard.pieces}
+        files = {origin.file for origin in origins if isinstance(origin, StoredTensor)}
+        sources = {file: closing.enter_context(FileIO(file)) for file in files}
+        targets = [closing.enter_context(FileIO(folder / shard.name, "w")) for shard in shards]
+        soon = chain((p for shard in shards for p in shard.pieces), [None] * _AHEAD)
+        for piece in islice(soon, _AHEAD):
+            _announce(piece, sources)
+        for shard, target in zip(shards, targets, strict=True):
+            write_all(target, memoryview(shard.header))
+            for piece, later in zip(shard.pieces, soon, strict=False):
+                _announce(later, sources)
+                _write_piece(piece, sources, target)
+        if index := index_bytes(shards):
+            targets.append(closing.enter_context(FileIO(folder / INDEX_FILE, "w")))
+            write_all(targets[-1], memoryview(index))
+        for target in targets:
+            os.fsync(target.fileno())
+    sync_folder(folder)
+
+
+def _announce(piece: Piece | None, sources: dict[Path, FileIO]) -> None:
+    if piece is not None and isinstance(piece.origin, StoredTensor):
+        ranges = _ranges(piece.origin, piece.change.rows if piece.change else None)
+        announce_ranges(sources[piece.origin.file], ranges)
+
+
+def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> None:
+    if isinstance(piece.origin, Tensor):
+        write_all(target, _bytes(piece.origin))
+        return
+    if piece.change is not None and piece.change.make is not None:
+        _write_parts(piece, piece.change.make(), target)
+        return
+    source = sources[piece.origin.file]
+    ranges = _ranges(piece.origin, piece.change.rows if piece.change else None)
+    if piece.change is None or piece.change.apply is None:
+        copy_ranges(source, target, ranges)
+        return
+    read = torch.frombuffer(read_ranges(source, ranges), dtype=DTYPES[piece.dtype])
+    rows, shape = piece.change.rows, piece.origin.shape
+    made = piece.change.apply(read.view(shape if rows is None else (len(rows), *shape[1:])))
+    assert (made.dtype, made.shape) == (read.dtype, piece.shape), f"{piece.name} came out wrong"
+    write_all(target, _bytes(made))
+
+
+def _write_parts(piece: Piece, parts: Iterator[Tensor], target: FileIO) -> None:
+    size_bytes = 0
+    for part in parts:
+        assert part.dtype == DTYPES[piece.dtype], f"{piece.name} came out wrong"
+        content = _bytes(part)
+        write_all(target, content)
+        size_bytes += len(content)
+    assert size_bytes == piece.size_bytes, f"{piece.name} came out wrong"
+
+
+def read_tensor(tensor: StoredTensor, row: int | None = None) -> Tensor:
+    """A tensor from its file, or one row of its axis 0.
+
+    Raises:
+        EOFError: the file ends too early.
+        OSError: as reading raises it.
+    """
+    with FileIO(tensor.file) as source:
+        content = read_ranges(source, _ranges(tensor, None if row is None else (row,)))
+    shape = tensor.shape if row is None else tensor.shape[1:]
+    return torch.frombuffer(content, dtype=DTYPES[tensor.dtype]).view(shape)
+
+
+def _ranges(tensor: StoredTensor, rows: tuple[int, ...] | None) -> list[Range]:
+    """The bytes of some rows, neighbours in one range."""
+    if rows is None:
+        return [(tensor.begin, tensor.end - tensor.begin)]
+    row_bytes = (tensor.end - tensor.begin) // tensor.shape[0]
+    ranges: list[Range] = []
+    for begin in (tensor.begin + row * row_bytes for row in rows):
+        if ranges and sum(ranges[-1]) == begin:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + row_bytes)
+        else:
+            ranges.append((begin, row_bytes))
+    return ranges
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,169 @@
+"""How large a model or a cut is, and the largest cut that fits in a size."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.checkpoints.export import check_layout, cut_rewrite
+from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
+from expertcut.edits.budget import Keep, counts
+from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
+from expertcut.edits.plan import Draft, Layout
+from expertcut.edits.prune import Pruning, choose, cut
+from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
+from expertcut.errors import PlanError, SettingsError
+from expertcut.models.load import LoadOptions, MoeModel, Source
+from expertcut.models.moe_block import MoeBlock
+from expertcut.models.safetensors_index import read_stored
+from expertcut.profiling.storage import Profile
+
+SizeOf = Callable[[Draft], int]
+_UNKNOWN = "Super experts are not known without all-token statistics: none is protected."
+
+
+@dataclass(frozen=True)
+class Size:
+    """`active_parameters` are all but those of the experts that a token does not choose.
+
+    Where removed experts are constants, these are not active: the token that uses most is meant.
+    """
+
+    parameters: int
+    active_parameters: int
+    size_bytes: int
+
+
+def size(moe: MoeModel) -> Size:
+    """Counts what is loaded, tied weights once; bytes are those of the safetensors files."""
+    total = sum(p.numel() for p in moe.model.parameters())
+    idle = sum(map(_idle_parameters, moe.blocks))
+    size_bytes = sum(file.stat().st_size for file in moe.source.weight_files)
+    return Size(total, total - idle, size_bytes)
+
+
+def size_of_cut(moe: MoeModel, draft: Draft, size_bytes: int) -> Size:
+    """What `size` will say of the checkpoint that a cut of this unedited model makes."""
+    total = sum(p.numel() for p in moe.model.parameters())
+    idle = 0
+    for block in moe.blocks:
+        n_kept = len(draft.edits[block.name].keep)
+        n_removed = block.n_experts - n_kept
+        own = sum(p.numel() for p in block.experts.parameters()) // block.n_experts
+        n_constants = 0
+        if draft.layout == "exact":
+            width = int(moe.model.config.get_text_config().hidden_size)
+            n_constants = n_removed * width
+            total += n_constants - n_removed * own
+        else:
+            rows = (t for _, _, t, _ in block.expert_tensors() if isinstance(t, nn.Parameter))
+            total -= n_removed * sum(t.numel() // block.n_experts for t in rows)
+        idle += own * max(0, n_kept - block.top_k) + n_constants
+    return Size(total, total - idle, size_bytes)
+
+
+def _idle_parameters(block: MoeBlock) -> int:
+    experts = dict(block.experts.named_parameters())
+    constants = experts.pop("approx_value", None)
+    n_kept = len(next(iter(experts.values())))
+    per_expert = sum(p.numel() for p in experts.values()) // n_kept
+    n_constants = 0 if constants is None else constants.numel()
+    return per_expert * max(0, n_kept - block.top_k) + n_constants
+
+
+def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
+    """Bytes of the safetensors files that a cut of this checkpoint will have, headers and all.
+
+    Raises:
+        ContractError: the layout does not know the model's family.
+    """
+    check_layout(source, layout, is_cutting=True)
+    stored = read_stored(source.path)
+
+    def size_of(draft: Draft) -> int:
+        rewrite = cut_rewrite(source, stored, draft, n_experts)
+        return sum(shard.size_bytes for shard in lay_out(stored, rewrite, MAX_SHARD_BYTES))
+
+    return size_of
+
+
+def largest(ranking: Ranking, keep: Keep, size_of: SizeOf) -> Pruning:
+    """The cut that keeps most, with weights of at most `keep.max_bytes`.
+
+    Raises:
+        PlanError: not even the smallest is so small.
+    """
+    assert keep.max_bytes is not None
+    keep.check(ranking.way.layout)
+    choices = counts(keep, ranking.blocks, ranking.way.layout)
+    best, fitting, too_large = cut(ranking, keep, choices[0]), 0, len(choices)
+    if (smallest := size_of(best.draft)) > keep.max_bytes:
+        raise PlanError(
+            f"--max-bytes {keep.max_bytes:,} is too small: the smallest cut, "
+            f"{best.draft.action.removeprefix('prune ')}, has {smallest:,} bytes"
+        )
+    while too_large - fitting > 1:
+        middle = (fitting + too_large) // 2
+        tried = cut(ranking, keep, choices[middle])
+        if size_of(tried.draft) <= keep.max_bytes:
+            best, fitting = tried, middle
+        else:
+            too_large = middle
+    return best
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Who stays; `notes` say what else there is to know of the choice."""
+
+    pruning: Pruning
+    notes: tuple[str, ...] = ()
+
+
+def choose_cut(profile: Profile, keep: Keep, way: Way, load_as: LoadOptions) -> Chosen:
+    """The experts that stay.
+
+    Raises:
+        ContractError: the layout does not know the model's family.
+        PlanError: a number that does not fit the model, or a size that no cut has.
+        ProfileError: the model changed, or the profile does not hold what the criterion needs.
+        SettingsError: an option that does not go with the others.
+    """
+    keep.check(way.layout)
+    needs_model = way.by in NEEDS_MODEL
+    source = profiled_source(profile) if keep.max_bytes or needs_model else None
+    engine = None
+    if source is not None and needs_model:
+        engine = engine_as_profiled(profile, source, load_as)
+    if source is None or keep.max_bytes is None:
+        return Chosen(choose(profile, keep, way, engine))
+    size_of = size_of_cuts(source, way.layout, profile.info.model.blocks[0].experts)
+    found = largest(rank(profile, way, engine), keep, size_of)
+    size_bytes = size_of(found.draft)
+    note = f"the weights will have {size_bytes:,} bytes, of at most {keep.max_bytes:,}"
+    return Chosen(found, (note,))
+
+
+def protected(
+    profile: Profile, asked: Sequence[str], *, is_active: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What stays whatever its score, super experts unasked where they are known; and notes.
+
+    Raises:
+        SettingsError: what is asked contradicts itself.
+    """
+    is_known = profile.info.settings.stats == "all"
+    notes = () if is_known or is_active or asked else (_UNKNOWN,)
+    return expressions_of(asked, is_super=is_known and not is_active), notes
+
+
+def check_criterion(by: str) -> None:
+    """That there is one of that name.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if by not in CRITERIA:
+        known = ", ".join(CRITERIA)
+        raise SettingsError(f"--by {by} is no criterion: take one of {known}")

@@ -1,1 +1,0 @@
-"""What the checkpoint of a cut would be, without writing it."""
