@@ -21,7 +21,8 @@ from expertcut.edits.merge_groups import METHODS, Merge
 from expertcut.edits.merge_router import RouterRow
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
-from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
+from expertcut.evaluation.evaluate import find_models, results, score
+from expertcut.evaluation.results import Scored, Scoring
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.storage import Profile, load_profile

@@ -26,10 +26,9 @@ from teaching import EXPERT, drawn, learn, lesson, margin, taught, write_turned_
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.reweight_select import Chooser
 from expertcut.edits.reweight_tune import Procedure
-from expertcut.evaluation.proving.crossfit import judge
-from expertcut.evaluation.proving.outcome import load_proof, proof_result
+from expertcut.evaluation.cross_fit import judge, load_proof, proof_result
 from expertcut.evaluation.results import load_results
-from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.profiling.measure import DEFAULT_BATCH_TOKENS
 from expertcut.profiling.storage import load_profile
@@ -90,10 +89,10 @@ def opened(model: Path) -> MoeModel:
     return load(find_source(str(model)), LoadOptions())
 
 
-def asked(moe: MoeModel, quiz: Path, shots: int, limit: int | None = None) -> Rescorer:
+def asked(moe: MoeModel, quiz: Path, shots: int, limit: int | None = None) -> CachedScorer:
     """The questions of val."""
     selection = Selection(str(quiz), "val", shots, limit=limit)
-    return Rescorer(Engine(moe, DEFAULT_BATCH_TOKENS), load_quiz(selection))
+    return CachedScorer(Engine(moe, DEFAULT_BATCH_TOKENS), load_quiz(selection))
 
 
 def appears(profile: Path, expert: int) -> float:

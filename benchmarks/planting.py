@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertcut.edits.reweight_select import SCORES, QuestionOutcomes, right
 from expertcut.edits.reweight_tune import Shift
-from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.evaluation.reweight_search import CachedScorer
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
 QUIZ = BUNDLED / "quiz"
@@ -33,13 +33,13 @@ def bundled_weights() -> dict[str, Tensor]:
     return load_file(BUNDLED / "model.safetensors")
 
 
-def cost(rescorer: Rescorer, expert: int) -> float:
+def cost(rescorer: CachedScorer, expert: int) -> float:
     """The accuracy that masking an expert of the last layer takes."""
     masked_N = right(rescorer.ask((Shift(LAST, expert, -torch.inf),)), rescorer.records.answer_N)
     return float(rescorer.records.is_correct_N.mean() - masked_N.mean())
 
 
-def saboteur(rescorer: Rescorer) -> int:
+def saboteur(rescorer: CachedScorer) -> int:
     """An expert of the last layer in 20–80 % of questions that costs less than a point to mask.
 
     In the last layer noise reaches the answers of the questions that chose the expert, and no

@@ -26,8 +26,8 @@ from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
-from expertcut.evaluation.sweeping.grid import Grid
-from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
+from expertcut.evaluation.search_results import Grid
+from expertcut.evaluation.sweep import Asking, Sweeping
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers

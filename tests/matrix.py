@@ -23,8 +23,7 @@ from expertcut.cli import main
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.plan import Plan, load_plan
 from expertcut.edits.splits import questions_for
-from expertcut.evaluation.auditing.outcome import load_audit
-from expertcut.evaluation.sweeping.outcome import load_sweep
+from expertcut.evaluation.search_results import load_audit, load_sweep
 from expertcut.models.load import LoadOptions, MoeModel, find_source
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import answers, layer_statistics

@@ -25,7 +25,7 @@ from tests.conftest import open_model, write_quiz
 # so whoever needs something there says so here.
 PROCESSES = multiprocessing.get_context("forkserver")
 _EXPERTCUT = (
-    *("checkpoints.build", "evaluation.sweeping.sweep", "healing.heal", "recipe.run"),
+    *("checkpoints.build", "evaluation.sweep", "healing.heal", "recipe.run"),
     *(
         "recipe.acts.changing",
         "recipe.acts.giving",

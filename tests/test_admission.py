@@ -21,7 +21,7 @@ from expertcut.edits.reweight_select import (
 )
 from expertcut.edits.reweight_tune import gap
 from expertcut.errors import ContractError, PlanError
-from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.profiling.measure import Measurement, MeasureOptions, model_info
 from expertcut.profiling.recorder import Recorder
 from expertcut.profiling.storage import load_profile
@@ -154,7 +154,7 @@ def check_in_the_running_model(path: Path, quiz_folder: Path, folder: Path) -> b
     assert gaps[expert] > 0.1
     (tilt,) = tilts(profile, [f"{layer}:{expert}"], [])
     assert tilt.bias == gaps[expert]
-    rescorer = Rescorer(Engine(moe, 2048), quiz)
+    rescorer = CachedScorer(Engine(moe, 2048), quiz)
     assert gap(rescorer.records, SelectedExpert(layer, expert, +1)) == pytest.approx(
         gaps[expert], abs=1e-3
     )

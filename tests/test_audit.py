@@ -20,16 +20,17 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import Edit
 from expertcut.edits.ranking import Way
 from expertcut.errors import OutputError, PlanError
-from expertcut.evaluation.auditing.audit import Auditing, AuditOptions
-from expertcut.evaluation.auditing.outcome import Audit, Harm, Standing, load_audit
-from expertcut.evaluation.auditing.sample import sample_experts
-from expertcut.evaluation.auditing.verdict import (
+from expertcut.evaluation.ablation import (
+    Auditing,
+    AuditOptions,
     interval,
     ranks_overall,
     ranks_within,
     regret,
+    sample_experts,
     verdict,
 )
+from expertcut.evaluation.search_results import AblationEffect, Audit, CriterionRank, load_audit
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
@@ -196,21 +197,23 @@ def test_a_planted_vital_expert_comes_first_and_a_dead_one_is_harmless(
 # Verdicts
 
 
-def synthetic(seed: int, n_layers: int = 3, each: int = 6) -> tuple[list[Harm], np.ndarray]:
+def synthetic(
+    seed: int, n_layers: int = 3, each: int = 6
+) -> tuple[list[AblationEffect], np.ndarray]:
     rng = np.random.default_rng(seed)
     harm_X = rng.normal(size=n_layers * each)
     common = {"stderr": 0.1, "accuracy": 0.0, "gained": 0, "lost": 0, "mcnemar_p": 1.0}
     harms = [
-        Harm(layer=x // each, expert=x % each, logprob=float(h), largest=1.0, **common)
+        AblationEffect(layer=x // each, expert=x % each, logprob=float(h), largest=1.0, **common)
         for x, h in enumerate(harm_X)
     ]
     return harms, harm_X
 
 
-def standing(score_X: np.ndarray, each: int = 6) -> Standing:
+def standing(score_X: np.ndarray, each: int = 6) -> CriterionRank:
     rows = score_X.reshape(-1, each)
     place = np.argsort(np.argsort(-rows, axis=1, kind="stable"), axis=1).ravel()
-    return Standing(
+    return CriterionRank(
         score=tuple(score_X.tolist()), share=tuple(score_X.tolist()), place=tuple(place.tolist())
     )
 

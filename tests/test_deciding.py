@@ -14,7 +14,7 @@ from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.reweight import read_layers
 from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast
 from expertcut.errors import SettingsError
-from expertcut.evaluation.proving.outcome import load_proof
+from expertcut.evaluation.cross_fit import load_proof
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.storage import Profile, load_profile

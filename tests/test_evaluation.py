@@ -20,16 +20,18 @@ from expertcut.checkpoints.size import size
 from expertcut.data import Selection, load_quiz, prompt
 from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel, hashes_sha256, save_plan
 from expertcut.errors import ModelError, OutputError, PlanError
-from expertcut.evaluation.accuracy import accuracy, pooled_stderr, wilson
-from expertcut.evaluation.comparison import (
+from expertcut.evaluation.evaluate import find_models, results, score
+from expertcut.evaluation.results import Results, Scored, Scoring, load_results, save_results
+from expertcut.evaluation.stats import (
+    accuracy,
     compare,
     mcnemar,
     paired_interval,
+    pooled_stderr,
     shows_change,
     smallest_effect,
+    wilson,
 )
-from expertcut.evaluation.evaluate import Scored, Scoring, find_models, results, score
-from expertcut.evaluation.results import Results, load_results, save_results
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.workers import Progress

@@ -18,7 +18,7 @@ from expertcut.edits.plan import Plan, load_plan, plan_text, save_plan
 from expertcut.edits.ranking import protection
 from expertcut.edits.reweight import parse_target
 from expertcut.errors import ExpertcutError
-from expertcut.evaluation.sweeping.grid import read_fractions
+from expertcut.evaluation.search_results import read_fractions
 from expertcut.files import HIDDEN, parse_json, without_secrets
 from expertcut.models.load import _limits
 from expertcut.profiling.schema import ProfileInfo

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.reweight_tune import Shift
 from expertcut.errors import ModelError
-from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile
@@ -167,7 +167,7 @@ def test_a_later_run_that_starts_where_something_changes_says_where_too(
 ) -> None:
     """As in an audit and a proof: layers before the change are not run, but what they gave is."""
     moe = open_model(checkpoint("olmoe"))
-    rescorer = Rescorer(Engine(moe, 500), quiz)
+    rescorer = CachedScorer(Engine(moe, 500), quiz)
     assert rescorer.replay.starts == (1,)
     overflowing(moe, "model.layers.1.mlp.experts.down_proj")
     with pytest.raises(ModelError, match=r"layer 1 \(model\.layers\.1\.mlp\.experts\)"):

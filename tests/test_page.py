@@ -19,24 +19,22 @@ from expertcut.cli import HarmlessFormatter, main
 from expertcut.edits.plan import Edit, Plan, PlanModel, load_plan
 from expertcut.edits.prune import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
-from expertcut.evaluation.auditing.outcome import (
+from expertcut.evaluation.cross_fit import Change, ProofResult, RandomControl
+from expertcut.evaluation.results import ChosenOnResult
+from expertcut.evaluation.search_results import (
+    AblationEffect,
     Audit,
     AuditAsked,
     Correlation,
-    Harm,
+    CriterionRank,
     Regret,
     Sampled,
-    Standing,
-    Verdict,
-    save_audit,
-)
-from expertcut.evaluation.proving.outcome import Change, ProofResult, RandomControl
-from expertcut.evaluation.results import ChosenOnResult
-from expertcut.evaluation.sweeping.outcome import (
     Sweep,
     SweepAsked,
     SweepCell,
     SweptModel,
+    Verdict,
+    save_audit,
     save_sweep,
 )
 from expertcut.profiling.findings import find, findings_json
@@ -330,8 +328,12 @@ def make_audit(folder: Path, profile: Profile) -> Audit:
         accuracy=0.75,
         right_logprob=-0.5,
         sampled=tuple(Sampled(layer=0, row=e, expert=e) for e in (0, 1)),
-        standings={by: Standing(score=(1, 2), share=(0.3, 0.7), place=(1, 0)) for by in asked.by},
-        harms=tuple(Harm(layer=0, expert=e, logprob=0.1 + e / 10, **harm) for e in (0, 1)),
+        standings={
+            by: CriterionRank(score=(1, 2), share=(0.3, 0.7), place=(1, 0)) for by in asked.by
+        },
+        harms=tuple(
+            AblationEffect(layer=0, expert=e, logprob=0.1 + e / 10, **harm) for e in (0, 1)
+        ),
         verdicts=tuple(
             Verdict(by=by, within=its, overall=its, within_accuracy=its, regrets=regret)
             for by, its in zip(asked.by, (known, unknown), strict=True)

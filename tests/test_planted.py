@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.evaluation.comparison import mcnemar
+from expertcut.evaluation.stats import mcnemar
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.profiling.findings import Findings, find

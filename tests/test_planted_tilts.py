@@ -15,9 +15,8 @@ import torch
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.reweight_select import Chooser, SelectedExpert, right
 from expertcut.edits.reweight_tune import Procedure, Shift
-from expertcut.evaluation.proving.crossfit import Judged, judge
-from expertcut.evaluation.proving.outcome import verdict
-from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.evaluation.cross_fit import Judged, judge, verdict
+from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import Tilts, tilted
@@ -31,15 +30,15 @@ from teaching import EXPERT, drawn, home, learn, lesson, margin, write_turned_qu
 N_VAL, N_TEST = 20, 25  # questions of each of 11 subjects, without shots
 
 
-def asked(moe: MoeModel, quiz: Path, split: str = "val", limit: int = N_VAL) -> Rescorer:
-    return Rescorer(Engine(moe, 1024), load_quiz(Selection(str(quiz), split, 0, limit=limit)))
+def asked(moe: MoeModel, quiz: Path, split: str = "val", limit: int = N_VAL) -> CachedScorer:
+    return CachedScorer(Engine(moe, 1024), load_quiz(Selection(str(quiz), split, 0, limit=limit)))
 
 
-def accuracy(rescorer: Rescorer, shifts: tuple[Shift, ...] = ()) -> float:
+def accuracy(rescorer: CachedScorer, shifts: tuple[Shift, ...] = ()) -> float:
     return float(right(rescorer.ask(shifts), rescorer.records.answer_N).mean())
 
 
-def judged(rescorer: Rescorer, procedure: Procedure, draws: int) -> Judged:
+def judged(rescorer: CachedScorer, procedure: Procedure, draws: int) -> Judged:
     *_, last = judge(rescorer.records, procedure, rescorer.ask, draws)
     assert last.judged is not None
     return last.judged
@@ -51,11 +50,11 @@ def bundled() -> MoeModel:
 
 
 @pytest.fixture(scope="module")
-def healthy(bundled: MoeModel) -> Rescorer:
+def healthy(bundled: MoeModel) -> CachedScorer:
     return asked(bundled, QUIZ)
 
 
-def test_a_saboteur_is_found_and_suppressed(healthy: Rescorer):
+def test_a_saboteur_is_found_and_suppressed(healthy: CachedScorer):
     expert = saboteur(healthy)
     whole = accuracy(asked(healthy.engine.moe, QUIZ, "test", N_TEST))
     moe = open_model(BUNDLED)
@@ -96,7 +95,7 @@ def test_a_starved_expert_is_fed(tmp_path: Path):
     assert fed - harmed > 0.8 * (whole - harmed)
 
 
-def test_shuffled_answers_of_a_healthy_model_are_no_evidence(healthy: Rescorer):
+def test_shuffled_answers_of_a_healthy_model_are_no_evidence(healthy: CachedScorer):
     chooser = Chooser(suppress_worst=1, layers=(LAST,))
     procedure, verdicts = Procedure(chooser=chooser, is_tuned=True), Counter[str]()
     for seed in range(100):

@@ -9,10 +9,17 @@ import pytest
 from expertcut.edits.reweight_select import SCORES, Chooser, Contrast, SelectedExpert, places
 from expertcut.edits.reweight_tune import STRENGTHS, Procedure, Shift, firsts
 from expertcut.errors import PlanError, QuizError
-from expertcut.evaluation.proving.control import draw
-from expertcut.evaluation.proving.crossfit import Control, Judged, judge
-from expertcut.evaluation.proving.folds import FOLDS, deal
-from expertcut.evaluation.proving.outcome import load_proof, proof_file, proof_result
+from expertcut.evaluation.cross_fit import (
+    FOLDS,
+    Control,
+    Judged,
+    deal,
+    draw,
+    judge,
+    load_proof,
+    proof_file,
+    proof_result,
+)
 from tests.worlds import EXPERTS, LAYERS, TOP_K, World, softmax, world
 
 HARM = {(1, 3): -12.0}

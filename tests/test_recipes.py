@@ -317,7 +317,7 @@ def test_a_search_that_finds_nothing_makes_no_checkpoint_and_the_run_goes_on(
     done: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from expertcut.edits.reweight_tune import Settled
-    from expertcut.evaluation.proving.decision import Decision
+    from expertcut.evaluation.reweight_search import Decision
 
     def nothing(*_: object) -> Decision:
         return Decision((), Settled(()), (), (), 0.5, {}, None, 0)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from expertcut.edits.plan import ChosenOn, Draft, Edit, ExpertIds, Plan, PlanMod
 from expertcut.edits.prune import Pruning, RemovedTraffic
 from expertcut.edits.reweight import Scaling, Tilt
 from expertcut.errors import OutputError
-from expertcut.evaluation.proving.outcome import Change, ProofResult, RandomControl
+from expertcut.evaluation.cross_fit import Change, ProofResult, RandomControl
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,

@@ -11,7 +11,7 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.reweight_select import QuestionOutcomes
 from expertcut.edits.reweight_tune import Shift
-from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
@@ -36,7 +36,7 @@ def whole_run(moe: MoeModel, quiz: Quiz, shifts: tuple[Shift, ...], at: ApplyAt)
 def test_a_run_that_starts_at_the_first_tilt_has_the_bits_of_a_whole_one(
     tiny_moe: MoeModel, quiz: Quiz
 ) -> None:
-    rescorer = Rescorer(Engine(tiny_moe, 2048), quiz)
+    rescorer = CachedScorer(Engine(tiny_moe, 2048), quiz)
     assert rescorer.replay.starts, "nothing would be tested"
     assert np.array_equal(rescorer.records.logprob_NC, ask(Engine(tiny_moe, 2048), quiz).numpy())
     layers = rescorer.records.layers
@@ -51,14 +51,14 @@ def test_a_run_that_starts_at_the_first_tilt_has_the_bits_of_a_whole_one(
 
 
 def test_without_room_every_layer_runs(tiny_moe: MoeModel, quiz: Quiz) -> None:
-    rescorer = Rescorer(Engine(tiny_moe, 2048), quiz, kept_bytes=0)
+    rescorer = CachedScorer(Engine(tiny_moe, 2048), quiz, kept_bytes=0)
     assert rescorer.replay.starts == ()
     shifts = (Shift(len(tiny_moe.blocks) - 1, 1, 3.0),)
     assert np.array_equal(rescorer.ask(shifts), whole_run(tiny_moe, quiz, shifts, "all"))
 
 
 def test_what_was_asked_once_is_remembered(checkpoint: Callable[..., Path], quiz: Quiz) -> None:
-    rescorer = Rescorer(Engine(open_model(checkpoint("olmoe")), 2048), quiz)
+    rescorer = CachedScorer(Engine(open_model(checkpoint("olmoe")), 2048), quiz)
     first = rescorer.ask((Shift(0, 1, 1.0), Shift(1, 2, -1.0)))
     assert rescorer.ask((Shift(1, 2, -1.0), Shift(0, 1, 1.0))) is first
     assert rescorer.n_runs == 1
@@ -73,9 +73,9 @@ def test_outputs_that_do_not_repeat_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(Rescorer, "_replays_exactly", lambda self: False)
+    monkeypatch.setattr(CachedScorer, "_replays_exactly", lambda self: False)
     moe = open_model(checkpoint("olmoe"))
-    rescorer = Rescorer(Engine(moe, 2048), quiz)
+    rescorer = CachedScorer(Engine(moe, 2048), quiz)
     assert "all of them run" in caplog.text
     shifts = (Shift(1, 1, 3.0),)
     assert np.array_equal(rescorer.ask(shifts), whole_run(moe, quiz, shifts, "all"))
@@ -87,7 +87,7 @@ def test_records_are_those_of_a_profile(
     moe = open_model(checkpoint("olmoe"))
     list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "p"))
     of_profile = QuestionOutcomes.of(load_profile(tmp_path / "p"), quiz)
-    of_run = Rescorer(Engine(moe, 2048), quiz).records
+    of_run = CachedScorer(Engine(moe, 2048), quiz).records
     for name in ("subject_N", "hash_N", "answer_N", "chosen_NLK"):
         assert np.array_equal(getattr(of_profile, name), getattr(of_run, name)), name
     # A profile computes the last block's answers apart, which is another product.

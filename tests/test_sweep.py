@@ -18,10 +18,10 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
 from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
-from expertcut.evaluation.evaluate import Scored, Scoring, results, score
-from expertcut.evaluation.sweeping.grid import Grid, read_criteria, read_fractions
-from expertcut.evaluation.sweeping.outcome import load_sweep
-from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
+from expertcut.evaluation.evaluate import results, score
+from expertcut.evaluation.results import Scored, Scoring
+from expertcut.evaluation.search_results import Grid, load_sweep, read_criteria, read_fractions
+from expertcut.evaluation.sweep import Asking, Sweeping
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers, answers

@@ -15,9 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig
 
 from expertcut.data import Quiz, Selection, load_quiz, prompt
-from expertcut.evaluation.auditing.outcome import load_audit
 from expertcut.evaluation.results import load_results
-from expertcut.evaluation.sweeping.outcome import load_sweep
+from expertcut.evaluation.search_results import load_audit, load_sweep
 from expertcut.profiling.storage import CUT, load_profile
 from expertcut.recipe.reading import read_recipe
 from expertcut.recipe.stages import stages_of

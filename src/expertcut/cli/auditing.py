@@ -23,7 +23,7 @@ from expertcut.cli.running import watched
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
-    from expertcut.evaluation.auditing.outcome import Audit
+    from expertcut.evaluation.search_results import Audit
 
 
 def audit(
@@ -47,8 +47,8 @@ def audit(
     """Remove experts one by one, and say who foretold what that does."""
     from expertcut.edits.criteria import CRITERIA
     from expertcut.edits.ranking import Way
-    from expertcut.evaluation.auditing.audit import Auditing, AuditOptions
-    from expertcut.evaluation.sweeping.grid import ALL, read_criteria, read_fractions
+    from expertcut.evaluation.ablation import Auditing, AuditOptions
+    from expertcut.evaluation.search_results import ALL, read_criteria, read_fractions
     from expertcut.models.load import LoadOptions
 
     if seed < 0:

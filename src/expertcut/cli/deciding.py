@@ -8,7 +8,7 @@ from expertcut.cli.running import bar
 
 if TYPE_CHECKING:
     from expertcut.edits.reweight_tune import Procedure
-    from expertcut.evaluation.proving.decision import DecideOptions, Decision
+    from expertcut.evaluation.reweight_search import DecideOptions, Decision
     from expertcut.profiling.storage import Profile
 
 BoostBest = Annotated[
@@ -47,7 +47,7 @@ Seed = Annotated[int, option("Seed of folds and draws.", min=0)]
 
 def decided(profile: "Profile", procedure: "Procedure", options: "DecideOptions") -> "Decision":
     """Chosen and proved on the tuning questions; prints what was found."""
-    from expertcut.evaluation.proving.decision import decide
+    from expertcut.evaluation.reweight_search import decide
     from expertcut.reporting.proving import decision_sentences, decision_tables
 
     quiet()

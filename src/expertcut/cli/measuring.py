@@ -37,8 +37,7 @@ from expertcut.cli.running import is_first, watched
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from expertcut.evaluation.evaluate import Scored, Scoring
-    from expertcut.evaluation.results import Results
+    from expertcut.evaluation.results import Results, Scored, Scoring
     from expertcut.models.load import LoadOptions, Source
     from expertcut.profiling.findings import Kind
     from expertcut.profiling.measure import Measurement
@@ -155,7 +154,8 @@ def eval(
     lm_eval_json: LmEvalJson = None,
 ) -> None:
     """Compare checkpoints on the same questions."""
-    from expertcut.evaluation.evaluate import Scoring, check_places, find_models, save
+    from expertcut.evaluation.evaluate import check_places, find_models, save
+    from expertcut.evaluation.results import Scoring
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
 
@@ -173,7 +173,8 @@ def eval(
 
 def _scored(scoring: "Scoring", sources: "Sequence[Source]", folder: Path) -> "list[Scored]":
     """Every model in its turn."""
-    from expertcut.evaluation.evaluate import Scored, score
+    from expertcut.evaluation.evaluate import score
+    from expertcut.evaluation.results import Scored
 
     scored: list[Scored] = []
     for source in sources:

@@ -50,7 +50,7 @@ from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
     from expertcut.edits.prune import Pruning
-    from expertcut.evaluation.sweeping.grid import Grid
+    from expertcut.evaluation.search_results import Grid
     from expertcut.profiling.storage import Profile
 
 
@@ -190,7 +190,7 @@ class Prune:
 
     def _grid(self, fractions: str) -> "Grid":
         from expertcut.edits.criteria import CRITERIA
-        from expertcut.evaluation.sweeping.grid import Grid
+        from expertcut.evaluation.search_results import Grid
 
         return Grid.of(self.by, fractions, CRITERIA, value(self.budget), self.min_keep)
 

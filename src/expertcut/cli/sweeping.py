@@ -11,8 +11,7 @@ from expertcut.cli.running import is_first, watched
 if TYPE_CHECKING:
     from expertcut.data import Quiz
     from expertcut.edits.ranking import Way
-    from expertcut.evaluation.sweeping.grid import Grid
-    from expertcut.evaluation.sweeping.outcome import Sweep
+    from expertcut.evaluation.search_results import Grid, Sweep
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
 
@@ -73,7 +72,7 @@ class Scored:
 
 def run_sweep(grid: "Grid", scored: Scored, start: Start) -> None:
     """Every cell that is missing, then the table and the figure."""
-    from expertcut.evaluation.sweeping.sweep import Asking, Sweeping
+    from expertcut.evaluation.sweep import Asking, Sweeping
 
     quiet()
     quiz = scored.read(start.profile)

@@ -44,8 +44,7 @@ from expertcut.cli.reading import read_choosing_profile
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions
-    from expertcut.evaluation.proving.decision import DecideOptions
-    from expertcut.evaluation.proving.tilted import Tilted, Tilting
+    from expertcut.evaluation.reweight_search import DecideOptions, Tilted, Tilting
     from expertcut.profiling.storage import Profile
 
 _Where = tuple[Path | None, bool, bool]
@@ -83,7 +82,7 @@ def reweight(
     """Tilt the gate toward or away from experts."""
     from expertcut.checkpoints.build import BuildOptions
     from expertcut.edits.reweight import How, ReweightSettings
-    from expertcut.evaluation.proving.tilted import Tilting
+    from expertcut.evaluation.reweight_search import Tilting
     from expertcut.models.load import LoadOptions
 
     asked = ReweightSettings(boost_best, suppress_worst, by, min_appearances, layers, contrast)
@@ -112,7 +111,7 @@ class _Reweighting:
 
     def by_hand(self, where: _Where) -> None:
         """Experts and strengths that need no question to be asked."""
-        from expertcut.evaluation.proving.tilted import by_hand
+        from expertcut.evaluation.reweight_search import by_hand
 
         found = by_hand(self.profile, self.tilting)
         assert found.draft is not None
@@ -120,7 +119,7 @@ class _Reweighting:
 
     def choose(self, where: _Where) -> None:
         """Experts by a score, strengths by a search, the proof; then the checkpoint."""
-        from expertcut.evaluation.proving.tilted import chosen, prepared
+        from expertcut.evaluation.reweight_search import chosen, prepared
 
         procedure, name = prepared(self.profile, self.tilting)
         mark = "" if self.tilting.layout == "stock" else f"-{self.tilting.layout}"
@@ -141,7 +140,7 @@ class _Reweighting:
         Named(found.tilts, found.scalings).say(found.draft, built)
 
     def _decide_options(self, name: str) -> "DecideOptions":
-        from expertcut.evaluation.proving.decision import DecideOptions
+        from expertcut.evaluation.reweight_search import DecideOptions
 
         how, apply_at = self.tilting.how, self.tilting.apply_at or "all"
         return DecideOptions(

@@ -3,67 +3,46 @@
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from expertcut.checkpoints.size import Size, size
-from expertcut.data import Quiz
+from expertcut.checkpoints.size import size
 from expertcut.edits.plan import PLAN_FILE, Plan, load_hashes, load_plan
 from expertcut.edits.splits import n_used
 from expertcut.errors import OutputError
-from expertcut.evaluation.accuracy import accuracy
-from expertcut.evaluation.comparison import compare
-from expertcut.evaluation.outputs.harness import (
-    Loaded,
+from expertcut.evaluation.lm_eval_export import (
     harness_bytes,
     harness_paths,
     is_harness_file,
+    predictions_bytes,
+    predictions_path,
 )
-from expertcut.evaluation.outputs.predictions import predictions_bytes, predictions_path
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
+    Loaded,
     ModelResult,
     Results,
+    Scored,
+    Scoring,
     SubjectResult,
     load_results,
     save_results,
 )
+from expertcut.evaluation.stats import accuracy, compare
 from expertcut.files import write_atomically
-from expertcut.models.load import LoadOptions, Source, find_source
-from expertcut.profiling.measure import MeasureOptions, measure
+from expertcut.models.load import Source, find_source
+from expertcut.profiling.measure import measure
 from expertcut.profiling.schema import quiz_info
-from expertcut.profiling.statistics import Answers, answers
+from expertcut.profiling.statistics import answers
 from expertcut.profiling.storage import load_profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass, ignore
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One model's answers, and what else a result says of it."""
-
-    source: Source
-    answers: Answers
-    size: Size
-    chosen_on: ChosenOnResult | None
-    healed_from: str | None
-    loaded: Loaded
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What is asked, and how, of every model alike."""
-
-    quiz: Quiz
-    limit: int | None
-    load_as: LoadOptions
-    options: MeasureOptions
 
 
 def find_models(paths: Sequence[str]) -> list[Source]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from expertcut.data import Quiz
 from expertcut.documents import Record
-from expertcut.evaluation.folders import begun, check_same, save_outcome
+from expertcut.evaluation.results import begun, check_same, save_outcome
 from expertcut.healing.asking import Healing
 from expertcut.healing.data.sources import Read
 from expertcut.models.load import MoeModel, Source

@@ -10,7 +10,7 @@ from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Edit, Plan, load_hashes, load_plan
 from expertcut.errors import ModelError, PlanError
-from expertcut.evaluation.proving.outcome import ProofResult, load_proof
+from expertcut.evaluation.cross_fit import ProofResult, load_proof
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, find_source
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index

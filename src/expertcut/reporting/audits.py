@@ -1,6 +1,6 @@
 """Audits: which criterion foretold the harm of removing an expert, in tables, words, a figure."""
 
-from expertcut.evaluation.auditing.outcome import Audit, Correlation, Verdict
+from expertcut.evaluation.search_results import Audit, Correlation, Verdict
 from expertcut.reporting.figures import Point, Series, forests
 from expertcut.reporting.profiles import cut_text
 from expertcut.reporting.tables import Cell, Column, Table

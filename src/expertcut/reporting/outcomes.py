@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from expertcut.edits.plan import Plan, ids_text
-from expertcut.evaluation.comparison import shows_change
 from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
+from expertcut.evaluation.stats import shows_change
 from expertcut.reporting.merging import merged_text
 from expertcut.reporting.tables import Cell, Column, Table
 

@@ -7,8 +7,8 @@ from expertcut.edits.plan import Point
 from expertcut.reporting.tables import Cell, Column, Table
 
 if TYPE_CHECKING:  # with torch, which `show` does without
-    from expertcut.evaluation.proving.decision import Decision
-    from expertcut.evaluation.proving.outcome import Change, ProofResult
+    from expertcut.evaluation.cross_fit import Change, ProofResult
+    from expertcut.evaluation.reweight_search import Decision
 
 
 def curve_table(curve: Sequence[Point]) -> Table:

@@ -8,10 +8,9 @@ from typing import Any
 from expertcut.edits.criteria import compare
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, load_plan
 from expertcut.errors import OutputError, SettingsError
-from expertcut.evaluation.auditing.outcome import AUDIT_FILE, load_audit
-from expertcut.evaluation.proving.outcome import load_proof
+from expertcut.evaluation.cross_fit import load_proof
 from expertcut.evaluation.results import load_results
-from expertcut.evaluation.sweeping.outcome import SWEEP_FILE, load_sweep
+from expertcut.evaluation.search_results import AUDIT_FILE, SWEEP_FILE, load_audit, load_sweep
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import find, findings_json
 from expertcut.profiling.storage import load_profile

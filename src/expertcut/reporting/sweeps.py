@@ -1,7 +1,7 @@
 """Sweeps: accuracy against size, in tables, words and a figure."""
 
-from expertcut.evaluation.comparison import shows_change
-from expertcut.evaluation.sweeping.outcome import Sweep, SweepCell, SweptModel
+from expertcut.evaluation.search_results import Sweep, SweepCell, SweptModel
+from expertcut.evaluation.stats import shows_change
 from expertcut.reporting.figures import Point, Series, curves
 from expertcut.reporting.tables import Cell, Column, Table
 

@@ -14,8 +14,16 @@ from expertcut.edits.prune import removed_traffic
 from expertcut.edits.ranking import Way
 from expertcut.edits.reweight import How, ReweightSettings, scalings, tilts, with_tilts
 from expertcut.edits.reweight_tune import Procedure
-from expertcut.evaluation.proving.decision import DecideOptions, Decision, decide
-from expertcut.evaluation.proving.tilted import Tilted, Tilting, by_hand, chosen, prepared
+from expertcut.evaluation.reweight_search import (
+    DecideOptions,
+    Decision,
+    Tilted,
+    Tilting,
+    by_hand,
+    chosen,
+    decide,
+    prepared,
+)
 from expertcut.profiling.storage import Profile
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.model import Variant

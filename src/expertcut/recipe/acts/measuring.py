@@ -5,7 +5,8 @@ from functools import partial
 
 from expertcut.checkpoints.output_dir import atomic_dir
 from expertcut.data import load_quiz
-from expertcut.evaluation.evaluate import Scored, Scoring, save, score
+from expertcut.evaluation.evaluate import save, score
+from expertcut.evaluation.results import Scored, Scoring
 from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
 from expertcut.profiling.measure import MeasureOptions, check_kinds, measure, perturb, resumed

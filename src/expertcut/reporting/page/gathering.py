@@ -8,10 +8,16 @@ from typing import Any, Generic, TypeVar
 
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Plan, load_plan
 from expertcut.errors import OutputError
-from expertcut.evaluation.auditing.outcome import AUDIT_FILE, Audit, load_audit
-from expertcut.evaluation.proving.outcome import ProofResult, load_proof
+from expertcut.evaluation.cross_fit import ProofResult, load_proof
 from expertcut.evaluation.results import Results, load_results
-from expertcut.evaluation.sweeping.outcome import SWEEP_FILE, Sweep, load_sweep
+from expertcut.evaluation.search_results import (
+    AUDIT_FILE,
+    SWEEP_FILE,
+    Audit,
+    Sweep,
+    load_audit,
+    load_sweep,
+)
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find
 from expertcut.profiling.schema import ModelInfo, QuizInfo

@@ -1,7 +1,6 @@
 """What was tried without writing it: sweeps of cuts, audits of single experts."""
 
-from expertcut.evaluation.auditing.outcome import Audit
-from expertcut.evaluation.sweeping.outcome import Sweep
+from expertcut.evaluation.search_results import Audit, Sweep
 from expertcut.reporting.audits import audit_sentences, audit_tables, ranked
 from expertcut.reporting.page.figures import Curves, Series
 from expertcut.reporting.page.gathering import Run

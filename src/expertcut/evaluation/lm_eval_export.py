@@ -1,57 +1,37 @@
-"""A results file as lm-evaluation-harness 0.4.13 writes it (`--output_path`), one for each model.
+"""Results for other programs: lm-evaluation-harness's file, and `predictions.parquet`.
 
-Keys whose values that tool alone could know are null: its version, its hashes of prompts.
+A results file as lm-evaluation-harness 0.4.13 writes it (`--output_path`), one for each model. Keys
+whose values that tool alone could know are null: its version, its hashes of prompts.
 """
 
+import io
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import transformers
 
 from expertcut import __version__
 from expertcut.data import Quiz
 from expertcut.data.questions import LETTERS, header
 from expertcut.data.sources import MMLU_HUB_ID
-from expertcut.evaluation.accuracy import pooled_stderr
 from expertcut.evaluation.results import ModelResult
+from expertcut.evaluation.stats import pooled_stderr
 from expertcut.files import parse_json, read_file
-from expertcut.profiling.schema import Settings
 
 if TYPE_CHECKING:
-    from expertcut.evaluation.evaluate import Scored, Scoring
-    from expertcut.models.load import MoeModel
+    import pyarrow as pa
+
+    from expertcut.evaluation.results import Scored, Scoring
 
 _TASK_VERSION = 1.0  # of the stock task whose prompts these are
 _SPLITS = {"val": "validation"}  # ours, and the data set's name
 _METRIC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 _UNKNOWN = "N/A"  # the harness's word where there is no standard error
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a results file says of a model while it was loaded."""
-
-    settings: Settings
-    special_tokens: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, moe: "MoeModel", settings: Settings) -> "Loaded":
-        """Of a model in memory."""
-        tokenizer, config = moe.tokenizer, moe.model.config
-        tokens: dict[str, Any] = {
-            f"tokenizer_{name}_token": [
-                getattr(tokenizer, f"{name}_token"),
-                str(getattr(tokenizer, f"{name}_token_id")),
-            ]
-            for name in ("pad", "eos", "bos")
-        }
-        tokens["eot_token_id"] = tokenizer.eos_token_id
-        tokens["max_length"] = getattr(config, "max_position_embeddings", None)
-        return cls(settings, tokens)
+Array = np.ndarray[Any, Any]
 
 
 def harness_paths(file: Path, scored: Sequence["Scored"]) -> list[Path]:
@@ -204,3 +184,38 @@ def _identity(scored: "Scored") -> dict[str, Any]:
         **dict.fromkeys((*silent, "chat_template", "chat_template_sha")),
         "total_evaluation_time_seconds": None,
     }
+
+
+def predictions_path(results: Path) -> Path:
+    """Beside the results: `predictions.parquet`, or `x.predictions.parquet` where these are `x`."""
+    if results.stem == "results":
+        return results.with_name("predictions.parquet")
+    return results.with_name(f"{results.stem}.predictions.parquet")
+
+
+def predictions_bytes(quiz: Quiz, scored: Sequence["Scored"]) -> bytes:
+    """The file's bytes; its columns are those of docs/formats.md."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    stream = io.BytesIO()
+    parquet.write_table(pa.concat_tables([_table(quiz, one) for one in scored]), stream)
+    return stream.getvalue()
+
+
+def _table(quiz: Quiz, scored: "Scored") -> "pa.Table":
+    import pyarrow as pa
+
+    found, letters = scored.answers, np.array(list(LETTERS))
+    columns: dict[str, Any] = {
+        "model": pa.array([scored.source.id] * len(quiz)).dictionary_encode(),
+        "subject": pa.array([q.subject for q in quiz]).dictionary_encode(),
+        "row": pa.array([q.row for q in quiz], pa.int32()),
+        "answer": letters[found.answer_N],
+        "prediction": letters[found.logprob_NC.argmax(axis=1)],
+        "is_correct": found.is_correct_N,
+    }
+    for choice, logprob_N in enumerate(found.logprob_NC.T):
+        # A question with fewer choices has −∞ there, which is no log-probability.
+        columns[f"logprob_{LETTERS[choice]}"] = pa.array(logprob_N, mask=~np.isfinite(logprob_N))
+    return pa.table(columns)

@@ -19,20 +19,18 @@ from expertcut.edits.prune import cut
 from expertcut.edits.ranking import Way, rank
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError
-from expertcut.evaluation.accuracy import accuracy
-from expertcut.evaluation.comparison import compare
-from expertcut.evaluation.folders import begun, check_same, profile_hash
-from expertcut.evaluation.proving.outcome import Change
-from expertcut.evaluation.results import ChosenOnResult
-from expertcut.evaluation.sweeping.grid import Grid
-from expertcut.evaluation.sweeping.outcome import (
+from expertcut.evaluation.cross_fit import Change
+from expertcut.evaluation.results import ChosenOnResult, begun, check_same, profile_hash
+from expertcut.evaluation.search_results import (
     SWEEP_FILE,
+    Grid,
     Sweep,
     SweepAsked,
     SweepCell,
     SweptModel,
     save_sweep,
 )
+from expertcut.evaluation.stats import accuracy, compare
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers, answers

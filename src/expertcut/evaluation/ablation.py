@@ -1,46 +1,243 @@
-"""The stage behind `audit`: experts are removed one at a time from one loaded model."""
+"""The stage behind `audit`: experts are ablated one at a time, and criteria scored against it."""
 
 import hashlib
+import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import apply_at_runtime
+from expertcut.edits.budget import as_numbers, normalised
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.criteria import CALIBRATED
-from expertcut.edits.plan import Edit, plan_model
-from expertcut.edits.ranking import Way
+from expertcut.edits.criteria import CALIBRATED, NEEDS_MODEL
+from expertcut.edits.plan import Edit, expert_ids, plan_model
+from expertcut.edits.ranking import Way, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
 from expertcut.edits.splits import HELD_OUT, hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
-from expertcut.evaluation.auditing.outcome import (
+from expertcut.evaluation.results import begun, check_same, profile_hash
+from expertcut.evaluation.reweight_search import CachedScorer
+from expertcut.evaluation.search_results import (
     AUDIT_FILE,
+    AblationEffect,
     Audit,
     AuditAsked,
-    Harm,
+    Correlation,
+    CriterionRank,
+    Regret,
     Sampled,
+    Verdict,
     save_audit,
 )
-from expertcut.evaluation.auditing.sample import sampled_experts, standings
-from expertcut.evaluation.auditing.verdict import verdict
-from expertcut.evaluation.comparison import mcnemar
-from expertcut.evaluation.folders import begun, check_same, profile_hash
-from expertcut.interventions.reweighting.rescoring import Rescorer
+from expertcut.evaluation.stats import mcnemar
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
+from expertcut.profiling.significance import Z95
 from expertcut.profiling.storage import Profile
+from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
 
+logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
+DRAWS = 2_000
+_FEWEST = 3  # experts, of which a rank correlation says anything
+Ranks = Callable[[Array, Array], Array]  # values (B, X) and layers (X,) → ranks (B, X)
+
+
+def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tuple[int, int]]:
+    """`sample` (layer, expert) pairs, at most all there are, sorted.
+
+    Equally many of each layer, what is left over of layers drawn at random, and in each drawn at
+    random among all of its experts, used or not: nothing is kept away.
+    """
+    rng = np.random.default_rng(seed)
+    quota = [0] * len(n_experts)
+    left = min(sample, sum(n_experts))
+    while left:
+        open_layers = [layer for layer, n in enumerate(n_experts) if quota[layer] < n]
+        turn = rng.permutation(open_layers)[:left]
+        for layer in turn.tolist():
+            quota[layer] += 1
+        left -= len(turn)
+    drawn = [rng.choice(n, k, replace=False) for n, k in zip(n_experts, quota, strict=True)]
+    return [(layer, int(e)) for layer, own in enumerate(drawn) for e in sorted(own.tolist())]
+
+
+def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[Sampled, ...]:
+    """The same of a profiled model, with the numbers that its experts are called by."""
+    blocks, numbers = profile.info.model.blocks, expert_ids(profile)
+    # Experts that a table chooses cannot be removed.
+    n_experts = [0 if block.is_hashed else block.experts for block in blocks]
+    pairs = sample_experts(n_experts, sample, seed)
+    return tuple(
+        Sampled(layer=layer, row=row, expert=numbers.number(blocks[layer].name, row))
+        for layer, row in pairs
+    )
+
+
+def standings(
+    profile: Profile,
+    by: Sequence[str],
+    way: Way,
+    engine: Engine,
+    sampled: Sequence[Sampled],
+    *,
+    is_all: bool,
+) -> dict[str, CriterionRank]:
+    """What each criterion says of the sampled experts.
+
+    Where all criteria are asked for, one that the profile is too small for is left out, and said.
+
+    Raises:
+        ProfileError: the profile is too small for a criterion that was named.
+    """
+    found = {}
+    for name in by:
+        try:
+            found[name] = _standing(profile, name, way, engine, sampled)
+        except ProfileError as error:
+            if not is_all:
+                raise
+            logger.warning("%s is left out: %s", name, error)
+    return found
+
+
+def _standing(
+    profile: Profile, by: str, way: Way, engine: Engine, sampled: Sequence[Sampled]
+) -> CriterionRank:
+    its = Way(by, way.positions, way.layout, seed=way.seed)
+    ranking = rank(profile, its, engine if by in NEEDS_MODEL else None)
+    numbers = [as_numbers(score_E) for score_E in ranking.scores]
+    shares = [normalised(score_E) for score_E in ranking.scores]
+    return CriterionRank(
+        score=tuple(float(numbers[s.layer][s.row]) for s in sampled),
+        share=tuple(float(shares[s.layer][s.row]) for s in sampled),
+        place=tuple(ranking.orders[s.layer].index(s.row) for s in sampled),
+    )
+
+
+def verdict(
+    by: str,
+    standing: CriterionRank,
+    harms: Sequence[AblationEffect],
+    fractions: Sequence[float],
+    seed: int,
+) -> Verdict:
+    """How well one criterion foretold the harms; X are the sampled experts."""
+    layer_X = np.array([harm.layer for harm in harms])
+    logprob_X = np.array([harm.logprob for harm in harms])
+    accuracy_X = np.array([harm.accuracy for harm in harms])
+    score_X, share_X = np.array(standing.score), np.array(standing.share)
+    return Verdict(
+        by=by,
+        within=correlation(score_X, logprob_X, layer_X, ranks_within, seed),
+        overall=correlation(share_X, logprob_X, layer_X, ranks_overall, seed),
+        within_accuracy=correlation(score_X, accuracy_X, layer_X, ranks_within, seed),
+        regrets=tuple(
+            regret(np.array(standing.place), logprob_X, layer_X, fraction) for fraction in fractions
+        ),
+    )
+
+
+def correlation(
+    score_X: Array, harm_X: Array, layer_X: Array, ranks: Ranks, seed: int
+) -> Correlation:
+    """Spearman's with its interval; p is by shuffling harms within layers, or over all."""
+    if len(score_X) < _FEWEST:
+        return Correlation(rho=None, ci95=None)
+    score_1X, harm_1X = ranks(score_X[None], layer_X), ranks(harm_X[None], layer_X)
+    rho = float(_pearson(score_1X, harm_1X)[0])
+    if not np.isfinite(rho):
+        return Correlation(rho=None, ci95=None)
+    apart_X = layer_X if ranks is ranks_within else np.zeros_like(layer_X)
+    shuffled_B = _pearson(score_1X, harm_1X[0, _shuffles(apart_X, seed)])
+    return Correlation(
+        rho=rho,
+        ci95=interval(rho, _degrees_of_freedom(score_1X[0], harm_1X[0], apart_X)),
+        # Sums in another order differ in their last bits.
+        p=float((1 + (shuffled_B >= rho - 1e-9).sum()) / (1 + DRAWS)),
+    )
+
+
+def interval(rho: float, freedom: int) -> tuple[float, float]:
+    """95 % interval of a rank correlation, by Fisher's z.
+
+    The variance (1 + ρ²/2)/(n − 3) is Bonett and Wright's (2000), Psychometrika 65:23. One mean of
+    ranks is taken off there, here one of each layer, so n − 1 becomes the degrees of freedom.
+    ρ = ±1 counts as 1 − 1/freedom, for a few pairs that all agree do not show a perfect order.
+    """
+    most = 1 - 1 / freedom
+    shrunk = min(max(rho, -most), most)
+    half = Z95 * math.sqrt((1 + shrunk**2 / 2) / max(freedom - 2, 1))
+    low, high = math.tanh(math.atanh(shrunk) - half), math.tanh(math.atanh(shrunk) + half)
+    return min(low, rho), max(high, rho)
+
+
+def ranks_overall(values_BX: Array, _layer_X: Array) -> Array:
+    """Ranks among all, ties shared."""
+    ranks_BX = rankdata(values_BX, axis=1)
+    distances_BX: Array = ranks_BX - ranks_BX.mean(axis=1, keepdims=True)
+    return distances_BX
+
+
+def ranks_within(values_BX: Array, layer_X: Array) -> Array:
+    """Ranks among those of the same layer, ties shared, as distances from the layer's mean."""
+    ranks_BX = np.empty(values_BX.shape)
+    for layer in np.unique(layer_X):
+        is_own_X = layer_X == layer
+        ranks_BX[:, is_own_X] = ranks_overall(values_BX[:, is_own_X], layer_X)
+    return ranks_BX
+
+
+def regret(place_X: Array, harm_X: Array, layer_X: Array, fraction: float) -> Regret:
+    """Of each layer's sampled experts so large a share stays, as with --keep-fraction."""
+    removed, chosen, least, random = 0, 0.0, 0.0, 0.0
+    for layer in np.unique(layer_X):
+        of_layer = np.flatnonzero(layer_X == layer)
+        n_removed = len(of_layer) - round(fraction * len(of_layer))
+        by_place = harm_X[of_layer][np.argsort(-place_X[of_layer], kind="stable")]
+        removed += n_removed
+        chosen += float(by_place[:n_removed].sum())
+        least += float(np.sort(by_place)[:n_removed].sum())
+        random += n_removed * float(by_place.mean())
+    return Regret(fraction=fraction, removed=removed, chosen=chosen, least=least, random=random)
+
+
+def _pearson(a_BX: Array, b_BX: Array) -> Array:
+    """Of values that are distances from their means; NaN where one does not vary."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        both_B = (a_BX * b_BX).sum(axis=1)
+        rho_B: Array = both_B / np.sqrt((a_BX**2).sum(axis=1) * (b_BX**2).sum(axis=1))
+    return rho_B
+
+
+def _degrees_of_freedom(score_X: Array, harm_X: Array, apart_X: Array) -> int:
+    """Σ (experts − 1) over the groups in which ranks are taken and both of them vary."""
+    own = [apart_X == group for group in np.unique(apart_X)]
+    return sum(
+        int(is_own.sum()) - 1 for is_own in own if score_X[is_own].any() and harm_X[is_own].any()
+    )
+
+
+def _shuffles(layer_X: Array, seed: int) -> Array:
+    """Experts of each layer in random order, (B, X)."""
+    rng = np.random.default_rng(seed)
+    drawn_BX = np.empty((DRAWS, len(layer_X)), dtype=np.int64)
+    for layer in np.unique(layer_X):
+        own = np.flatnonzero(layer_X == layer)
+        drawn_BX[:, own] = rng.permuted(np.tile(own, (DRAWS, 1)), axis=1)
+    return drawn_BX
 
 
 @dataclass(frozen=True)
@@ -119,7 +316,7 @@ class Auditing:
 
     def _run(self, folder: Path, asked: AuditAsked, on_pass: OnPass) -> Iterator[AuditProgress]:
         earlier = _earlier(folder, asked)  # another run may have ended since
-        rescorer = Rescorer(self.engine, self.quiz)
+        rescorer = CachedScorer(self.engine, self.quiz)
         self.found = earlier or self._begin(asked, rescorer)
         save_audit(folder, self.found)
         yield from self._remove(rescorer, folder, on_pass)
@@ -152,7 +349,7 @@ class Auditing:
             truncate=self.quiz.truncate,
         )
 
-    def _begin(self, asked: AuditAsked, rescorer: Rescorer) -> Audit:
+    def _begin(self, asked: AuditAsked, rescorer: CachedScorer) -> Audit:
         options, records = self.options, rescorer.records
         sampled = sampled_experts(self.profile, options.sample, options.way.seed)
         common = (self.profile, options.by, options.way, self.engine, sampled)
@@ -169,7 +366,9 @@ class Auditing:
             standings=found,
         )
 
-    def _remove(self, rescorer: Rescorer, folder: Path, on_pass: OnPass) -> Iterator[AuditProgress]:
+    def _remove(
+        self, rescorer: CachedScorer, folder: Path, on_pass: OnPass
+    ) -> Iterator[AuditProgress]:
         n_each, n_before, started = len(self.quiz), len(self.found.harms), time.monotonic()
         total = len(self.found.sampled)
         for done, expert in enumerate(self.found.sampled[n_before:], start=n_before + 1):
@@ -225,13 +424,13 @@ def _told(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterator[O
         yield both
 
 
-def _harm(expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> Harm:
+def _harm(expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> AblationEffect:
     lost_N = _right(base.logprob_NC, base.answer_N) - _right(logprob_NC, base.answer_N)
     was_N, is_N = base.is_correct_N, right(logprob_NC, base.answer_N)
     gained, lost = int((~was_N & is_N).sum()), int((was_N & ~is_N).sum())
     both_NC = np.isfinite(base.logprob_NC)
     n = len(lost_N)
-    return Harm(
+    return AblationEffect(
         layer=expert.layer,
         expert=expert.expert,
         logprob=float(lost_N.mean()),

@@ -1,1 +1,0 @@
-"""Which criterion foretells what removing an expert does: told by removing some, one by one."""

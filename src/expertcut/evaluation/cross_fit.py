@@ -1,0 +1,367 @@
+"""Cross-fitting: chosen on four folds, scored on the fifth; random controls; `proof.json`.
+
+Cross-fitting: a procedure chooses on four folds and is scored on the fifth, for each of five. It
+judges the procedure; the plan that ships is chosen on all tuning questions (design: §8).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from expertcut.documents import Format1, Record, load_record
+from expertcut.edits.plan import PROOF_FILE, ExpertIds
+from expertcut.edits.reweight_select import (
+    Chooser,
+    QuestionOutcomes,
+    SelectedExpert,
+    appearances,
+    places,
+    right,
+)
+from expertcut.edits.reweight_tune import Ask, Procedure, Settled, Shift
+from expertcut.errors import PlanError, QuizError
+from expertcut.evaluation.stats import LEVEL, Comparison, compare, shows_change
+from expertcut.profiling.schema import BlockInfo
+
+Array = np.ndarray[Any, Any]
+FOLDS = 5
+DRAWS = 99
+_FACTOR = 2.0  # a match appears at most so many times as often, or as seldom
+_FEWEST_MATCHES = 25  # nearest ones, where fewer match
+Choose = Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
+_FEWEST_DRAWS = 20  # distinct draws, with which p can lie below 0.05
+NUMBERED_FROM_0 = ExpertIds()
+Verdict = Literal["helps", "hurts", "no evidence"]
+
+
+def deal(subjects: Sequence[str], hashes: Sequence[str], seed: int, folds: int = FOLDS) -> Array:
+    """The fold (N,) of each question: subject by subject, repeats together, in random order.
+
+    A question that stands in several subjects is dealt with the first of them.
+    """
+    first: dict[str, str] = {}
+    for name, content in zip(subjects, hashes, strict=True):
+        first.setdefault(content, name)
+    by_subject: dict[str, list[str]] = {}
+    for content, name in first.items():
+        by_subject.setdefault(name, []).append(content)
+    rng = np.random.default_rng(seed)
+    # One after another over all subjects, so that small ones do not all fill the first folds.
+    order = [content for own in by_subject.values() for content in rng.permutation(own).tolist()]
+    fold = {content: i % folds for i, content in enumerate(order)}
+    return np.array([fold[content] for content in hashes])
+
+
+def draw(
+    chooser: Chooser,
+    records: QuestionOutcomes,
+    picks: Sequence[SelectedExpert],
+    rng: np.random.Generator,
+) -> dict[SelectedExpert, SelectedExpert]:
+    """For each pick another expert, tilted the same way and matched to it in appearances.
+
+    Fewer where the model has no more candidates. Layers are those that the choice was made from.
+    """
+    by_id = places(records.blocks)
+    appears_X = appearances(records)
+    is_free_X = chooser.candidates(records)
+    is_free_X[[by_id.index((pick.layer, pick.expert)) for pick in picks]] = False
+    drawn = {}
+    for pick in picks:
+        matched = matches(appears_X, is_free_X, by_id.index((pick.layer, pick.expert)))
+        if len(matched):
+            x = int(rng.choice(matched))
+            is_free_X[x] = False
+            drawn[pick] = SelectedExpert(*by_id[x], pick.sign)
+    return drawn
+
+
+def matches(appears_X: Array, is_free_X: Array, x: int) -> Array:
+    """Indices of the free experts that appear about as often, at least the 25 nearest."""
+    free = np.flatnonzero(is_free_X & (appears_X > 0))
+    distance = np.abs(np.log(appears_X[free] / max(appears_X[x], appears_X[free].min(initial=1))))
+    nearest = np.argsort(distance, kind="stable")
+    n_within = int((distance <= np.log(_FACTOR)).sum())
+    return free[nearest[: max(n_within, _FEWEST_MATCHES)]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What was chosen without one fold, and what that did to it."""
+
+    questions: int
+    shifts: tuple[Shift, ...]
+    delta: float
+
+
+@dataclass(frozen=True)
+class Control:
+    """The same procedure on random experts: the change in accuracy of each draw.
+
+    `distinct` draws had other experts than all before.
+    """
+
+    delta_B: Array
+    distinct: int
+
+    def p(self, delta: float) -> float:
+        """(1 + draws at least as good) / (1 + draws), but no less than 1 / (1 + distinct ones)."""
+        reached = (1 + int((self.delta_B >= delta - 1e-12).sum())) / (1 + len(self.delta_B))
+        return max(reached, 1 / (1 + self.distinct))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A procedure's outcome: judged fairly, judged on its own questions, and by chance."""
+
+    records: QuestionOutcomes
+    cross_fitted: Comparison
+    same_questions: Comparison
+    control: Control
+    folds: tuple[Fold, ...]
+    settled: Settled
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a proof is; the last carries the outcome."""
+
+    done: int
+    total: int
+    judged: Judged | None = None
+
+
+def judge(
+    records: QuestionOutcomes, procedure: Procedure, ask: Ask, draws: int = DRAWS, seed: int = 0
+) -> Iterator[Progress]:
+    """Five folds, all questions at once, then the random draws.
+
+    Raises:
+        QuizError: fewer different questions than folds.
+    """
+    if len(set(records.hash_N.tolist())) < FOLDS:
+        raise QuizError(
+            f"{len(records)} tuning questions cannot be split into {FOLDS} folds: profile more"
+        )
+    trial = _Trial(records, procedure, ask, seed)
+    total = 2 + draws
+    cross_N, folds = trial.cross_fitted(procedure.pick)
+    yield Progress(1, total)
+    picks = procedure.pick(records)
+    settled = procedure.settle(records, picks, ask)
+    same_N = trial.right(settled.shifts)
+    yield Progress(2, total)
+    rng = np.random.default_rng(seed)
+    deltas: list[float] = []
+    seen: set[tuple[SelectedExpert, ...]] = set()
+    for done in range(draws):
+        others = draw(procedure.chooser, records, picks, rng)
+        seen.add(tuple(sorted(others.values(), key=lambda p: (p.layer, p.expert))))
+        deltas.append(trial.random_delta(others, settled.shifts))
+        yield Progress(3 + done, total)
+    base_N = records.is_correct_N
+    judged = Judged(
+        records=records,
+        cross_fitted=compare(base_N, cross_N),
+        same_questions=compare(base_N, same_N),
+        control=Control(np.array(deltas), len(seen)),
+        folds=folds,
+        settled=settled,
+    )
+    yield Progress(total, total, judged)
+
+
+class _Trial:
+    """One set of folds, and what any choice does on them."""
+
+    def __init__(
+        self, records: QuestionOutcomes, procedure: Procedure, ask: Ask, seed: int
+    ) -> None:
+        self.records = records
+        self.procedure = procedure
+        self.ask = ask
+        self.fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
+
+    def right(self, shifts: tuple[Shift, ...]) -> Array:
+        """Right answers (N,) with these shifts."""
+        if not shifts:
+            return self.records.is_correct_N
+        return right(self.ask(shifts), self.records.answer_N)
+
+    def cross_fitted(self, choose: Choose) -> tuple[Array, tuple[Fold, ...]]:
+        """Right answers (N,), each question's with what was chosen without its fold."""
+        right_N, found = self.records.is_correct_N.copy(), []
+        for fold in range(FOLDS):
+            is_own_N = self.fold_N == fold
+            left_out = frozenset(self.records.hash_N[is_own_N].tolist())
+            picks = choose(self.records, left_out)
+            shifts = self.procedure.settle(self.records, picks, self.ask, left_out).shifts
+            right_N[is_own_N] = self.right(shifts)[is_own_N]
+            change_n = right_N[is_own_N].astype(int) - self.records.is_correct_N[is_own_N]
+            found.append(Fold(int(is_own_N.sum()), shifts, float(change_n.mean())))
+        return right_N, tuple(found)
+
+    def random_delta(
+        self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[Shift]
+    ) -> float:
+        """The change in accuracy with other experts in the place of those that were picked.
+
+        Without a search each gets the bias of the one whose place it takes.
+        """
+        if self.procedure.is_tuned:
+            right_N, _ = self.cross_fitted(lambda _records, _left_out: tuple(others.values()))
+        else:
+            bias_of = {(shift.layer, shift.expert): shift.bias for shift in like}
+            right_N = self.right(
+                tuple(
+                    Shift(other.layer, other.expert, bias_of[pick.layer, pick.expert])
+                    for pick, other in others.items()
+                    if (pick.layer, pick.expert) in bias_of
+                )
+            )
+        return float(right_N.mean() - self.records.is_correct_N.mean())
+
+
+class Change(Record):
+    """A change in accuracy on the same questions; see `evaluation.stats.Comparison`."""
+
+    delta: float
+    ci95: tuple[float, float]
+    gained: int
+    lost: int
+    mcnemar_p: float
+    smallest_effect: float
+
+
+class FoldResult(Record):
+    """One fold: what was chosen without it (layer, expert, bias), and what that did to it."""
+
+    questions: int
+    biases: tuple[tuple[int, int, float], ...]
+    delta: float
+
+
+class RandomControl(Record):
+    """The same procedure on random experts; `range95` holds 95 % of the draws."""
+
+    draws: int
+    distinct: int
+    delta_mean: float
+    range95: tuple[float, float]
+    p: float
+
+
+class ProofResult(Record):
+    """`proof.json`. `same_questions` chose and scored on the same questions, so it flatters."""
+
+    format: Format1 = 1
+    procedure: str
+    quiz: str
+    split: str
+    questions: int
+    seed: int
+    base_accuracy: float
+    cross_fitted: Change
+    same_questions: Change
+    random: RandomControl
+    folds: tuple[FoldResult, ...]
+    verdict: Verdict
+    sentence: str
+
+
+def proof_result(
+    judged: Judged,
+    procedure: str,
+    quiz: tuple[str, str],
+    seed: int,
+    numbers: ExpertIds = NUMBERED_FROM_0,
+) -> ProofResult:
+    """The figures of a finished proof; `quiz` is its id and split, `numbers` call its experts."""
+    cross, control = judged.cross_fitted, judged.control
+    p_random = control.p(cross.delta)
+    low, high = np.percentile(control.delta_B, [2.5, 97.5])
+    word = verdict(cross.ci95, cross.mcnemar_p, p_random)
+    return ProofResult(
+        procedure=procedure,
+        quiz=quiz[0],
+        split=quiz[1],
+        questions=len(judged.records),
+        seed=seed,
+        base_accuracy=float(judged.records.is_correct_N.mean()),
+        cross_fitted=Change(**asdict(cross)),
+        same_questions=Change(**asdict(judged.same_questions)),
+        random=RandomControl(
+            draws=len(control.delta_B),
+            distinct=control.distinct,
+            delta_mean=float(control.delta_B.mean()),
+            range95=(float(low), float(high)),
+            p=p_random,
+        ),
+        folds=tuple(
+            FoldResult(
+                questions=fold.questions,
+                biases=called(fold.shifts, judged.records.blocks, numbers),
+                delta=fold.delta,
+            )
+            for fold in judged.folds
+        ),
+        verdict=word,
+        sentence=_sentence(judged, word, p_random),
+    )
+
+
+def called(
+    shifts: Sequence[Shift], blocks: Sequence[BlockInfo], numbers: ExpertIds
+) -> tuple[tuple[int, int, float], ...]:
+    """(layer, expert, bias) of each, experts by what they were before earlier cuts."""
+    return tuple((s.layer, numbers.number(blocks[s.layer].name, s.expert), s.bias) for s in shifts)
+
+
+def verdict(ci95: tuple[float, float], mcnemar_p: float, p_random: float) -> Verdict:
+    """Helps: a significant gain that random experts seldom reach (design: §8)."""
+    if not shows_change(ci95, mcnemar_p):
+        return "no evidence"
+    if ci95[1] < 0:
+        return "hurts"
+    return "helps" if p_random < LEVEL else "no evidence"
+
+
+def _sentence(judged: Judged, word: Verdict, p_random: float) -> str:
+    cross, n = judged.cross_fitted, len(judged.records)
+    change = (
+        f"{cross.delta * 100:+.2f} points (95 % interval {cross.ci95[0] * 100:+.2f} to "
+        f"{cross.ci95[1] * 100:+.2f}, McNemar p = {cross.mcnemar_p:.2g}) on {n:,} questions that "
+        "it was not chosen on"
+    )
+    if word == "helps":
+        return f"This procedure helps: {change}; random experts do as well with p = {p_random:.2g}."
+    if word == "hurts":
+        return f"This procedure hurts: {change}."
+    if shows_change(cross.ci95, cross.mcnemar_p):
+        n_drawn = judged.control.distinct
+        few = (
+            f", and only {n_drawn} others were drawn, too few to show more"
+            if n_drawn < _FEWEST_DRAWS
+            else ""
+        )
+        reason = f"random experts do as well with p = {p_random:.2g}{few}"
+    else:
+        reason = f"{cross.smallest_effect * 100:.2f} points is the smallest effect they could show"
+    return f"No evidence that this procedure helps: {change}; {reason}."
+
+
+def proof_file(result: ProofResult) -> dict[str, bytes]:
+    """`proof.json` by its name, for writing beside a plan."""
+    return {PROOF_FILE: (result.model_dump_json(indent=1) + "\n").encode()}
+
+
+def load_proof(folder: Path) -> ProofResult:
+    """A proof from its folder.
+
+    Raises:
+        PlanError: none there, or one that does not hold together.
+    """
+    return load_record(folder / PROOF_FILE, ProofResult, PlanError, "is no proof")

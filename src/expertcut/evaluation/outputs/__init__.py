@@ -1,1 +1,0 @@
-"""Evaluations for other programs: data frames, and readers of lm-evaluation-harness."""

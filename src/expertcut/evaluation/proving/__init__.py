@@ -1,1 +1,0 @@
-"""Does a way of reweighting help on questions that it was not chosen on?"""

@@ -1,0 +1,310 @@
+"""The stages behind `reweight`, `--tune` and `--prove`: one loaded model, scored repeatedly."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.checkpoints.export import check_layout
+from expertcut.data import Quiz
+from expertcut.edits.plan import Draft, ExpertIds, Layout, Point, Positions, expert_ids
+from expertcut.edits.reweight import (
+    Expressions,
+    How,
+    ReweightSettings,
+    Scaling,
+    Tilt,
+    check_place,
+    reweight_draft,
+    scalings,
+    settled_on_profile,
+    tilts,
+    tilts_of,
+)
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
+from expertcut.edits.reweight_tune import Procedure, Settled, Shift
+from expertcut.edits.splits import questions_for
+from expertcut.evaluation.cross_fit import (
+    DRAWS,
+    ProofResult,
+    called,
+    judge,
+    proof_file,
+    proof_result,
+)
+from expertcut.models.load import LoadOptions
+from expertcut.profiling.measure import model_info
+from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.storage import Profile
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Encoded
+from expertcut.scoring.passes import OnPass
+from expertcut.scoring.replay import Replay
+from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
+
+logger = logging.getLogger(__name__)
+KEPT_BYTES = 2 << 30  # of what layers gave, so that runs can start at a later one
+
+
+class CachedScorer:
+    """Log p of a quiz's choices under any shifts; what was asked once is remembered.
+
+    The first run records what the unedited model does; later ones start at the first block that
+    is tilted, with the same bits as a whole run.
+    """
+
+    def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = KEPT_BYTES) -> None:
+        self.engine = engine
+        self.quiz = quiz
+        self.chunks = list(engine.encode_all(quiz))
+        blocks, model = engine.moe.blocks, engine.moe.model
+        self.replay = Replay(model, blocks, sum(map(self._n_tokens, self.chunks)), kept_bytes)
+        self.known: dict[tuple[tuple[Shift, ...], ApplyAt], Array] = {}
+        self.n_runs = 0
+        self.records = self._first_run()
+        if not self._replays_exactly():
+            logger.warning("what layers gave does not give the same bits again: all of them run")
+            self.replay.forget()
+
+    def ask(self, shifts: tuple[Shift, ...], apply_at: ApplyAt = "all") -> Array:
+        """Log p (N, C) of the quiz's questions, −inf where one has fewer choices."""
+        if not shifts:
+            return self.records.logprob_NC
+        key = (tuple(sorted(shifts)), apply_at)
+        if key not in self.known:
+            self.known[key] = self._run(shifts, apply_at)
+            self.n_runs += 1
+        return self.known[key]
+
+    @property
+    def n_cut(self) -> int | None:
+        """Prompts that lost tokens on their left; None where none may."""
+        return sum(c.n_cut for c in self.chunks) if self.quiz.truncate else None
+
+    def _n_tokens(self, chunk: Encoded) -> int:
+        n_all = sum(map(len, chunk.prompts))
+        is_shared = self.engine.way(chunk) == "packed"
+        return n_all - (len(chunk) - 1) * chunk.shared_prefix() if is_shared else n_all
+
+    def _first_run(self) -> QuestionOutcomes:
+        blocks = self.engine.moe.blocks
+        scores, recorders = [], []
+        with self.replay.recording():
+            for chunk in self.chunks:
+                recorder = Recorder(blocks, len(chunk), "answer")
+                with recorder.listening():
+                    scores.append(self.engine.score(chunk, recorder.begin))
+                recorders.append(recorder.arrays())
+        return QuestionOutcomes(
+            blocks=model_info(self.engine.moe).blocks,
+            subject_N=np.array([q.subject for q in self.quiz]),
+            hash_N=np.array([q.overlap_hash for q in self.quiz]),
+            answer_N=np.array([q.answer for q in self.quiz]),
+            logprob_NC=_stacked(scores),
+            alpha_NLE=np.concatenate([arrays["alpha_NLE"] for arrays in recorders]),
+            chosen_NLK=np.concatenate([arrays["chosen_NLK"] for arrays in recorders]),
+            selection_of=self._selection,
+            line_N=np.array([q.hash_line for q in self.quiz]),
+        )
+
+    def _selection(self, layer: int) -> Array | None:
+        bias_E = self.engine.moe.blocks[layer].selection_bias()
+        return None if bias_E is None else np.asarray(bias_E.detach().double().cpu())
+
+    def _run(self, shifts: tuple[Shift, ...], apply_at: ApplyAt) -> Array:
+        n_experts = {b.layer: b.n_experts for b in self.engine.moe.blocks}
+        biases = {s.layer: torch.zeros(n_experts[s.layer]) for s in shifts}
+        for shift in shifts:
+            biases[shift.layer][shift.expert] += shift.bias
+        tilts = Tilts(biases, apply_at=apply_at)
+        return self.changed(min(biases), tilted(self.engine.moe.blocks, tilts))
+
+    def changed(self, layer: int, change: AbstractContextManager[OnPass]) -> Array:
+        """Log p (N, C) with a change of this MoE block, and of later ones, in place."""
+        with self.replay.starting_at(layer), change as begin:
+            return _stacked([self.engine.score(chunk, begin) for chunk in self.chunks])
+
+    def _replays_exactly(self) -> bool:
+        """Whether the first subject comes out with the same bits from every layer that was kept."""
+        first = self.records.logprob_NC[: len(self.chunks[0])]
+        for layer, number in self.replay.decoder_of.items():
+            if number in self.replay.starts:
+                with self.replay.starting_at(layer):
+                    again = _stacked([self.engine.score(self.chunks[0])])
+                if not np.array_equal(again, first[:, : again.shape[1]]):
+                    return False
+        return True
+
+
+def _stacked(scores: list[Tensor]) -> Array:
+    most = max(score_NC.shape[1] for score_NC in scores)
+    padded = [F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores]
+    stacked: Array = torch.cat(padded).numpy()
+    return stacked
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen on the tuning questions, and the proof where one was asked for.
+
+    `settled` has router rows, `curve` and `chosen` call experts as before earlier cuts.
+    `base_accuracy` and `accuracy_at` are over the tuning questions, so the latter flatter.
+    """
+
+    tuning: Quiz
+    settled: Settled
+    curve: tuple[Point, ...]
+    chosen: tuple[tuple[int, int, float], ...]
+    base_accuracy: float
+    accuracy_at: dict[ApplyAt, float]
+    proof: ProofResult | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class DecideOptions:
+    """How to decide; `name` is that of the procedure, `draws` are the random control's."""
+
+    load_as: LoadOptions
+    name: str
+    apply_at: ApplyAt = "all"
+    is_proved: bool = False
+    draws: int = DRAWS
+    seed: int = 0
+
+
+Report = Callable[[int, int], None]
+"""Told how many parts are done, of how many."""
+
+
+def decide(
+    profile: Profile, procedure: Procedure, options: DecideOptions, report: Report
+) -> Decision:
+    """Chooses experts and strengths on the tuning questions of a profile.
+
+    Raises:
+        PlanError: fewer candidates than are to be tilted, or one without a strength.
+        QuizError: too few questions for a proof.
+    """
+    tuning = questions_for(profile, is_fitting=True).tuning
+    engine = engine_as_profiled(profile, profiled_source(profile), options.load_as)
+    rescorer = CachedScorer(engine, tuning)
+    records, ask = rescorer.records, partial(rescorer.ask, apply_at=options.apply_at)
+    procedure.check(records)
+    numbers = expert_ids(profile)
+    proof = None
+    if options.is_proved:
+        for step in judge(records, procedure, ask, options.draws, options.seed):
+            report(step.done, step.total)
+        assert step.judged is not None
+        settled = step.judged.settled
+        quiz = (tuning.id, tuning.split)
+        proof = proof_result(step.judged, options.name, quiz, options.seed, numbers)
+    else:
+        settled = procedure.settle(records, procedure.pick(records), ask)
+    return Decision(
+        tuning=tuning,
+        settled=settled,
+        curve=tuple(_renumbered(point, records.blocks, numbers) for point in settled.curve),
+        chosen=called(settled.shifts, records.blocks, numbers),
+        base_accuracy=float(records.is_correct_N.mean()),
+        accuracy_at=dict(_accuracy_at(rescorer, records, settled)),
+        proof=proof,
+        runs=rescorer.n_runs,
+    )
+
+
+def _renumbered(point: Point, blocks: Sequence[BlockInfo], numbers: ExpertIds) -> Point:
+    shifts = tuple(Shift(*bias) for bias in point.biases)
+    return point.model_copy(update={"biases": called(shifts, blocks, numbers)})
+
+
+def _accuracy_at(
+    rescorer: CachedScorer, records: QuestionOutcomes, settled: Settled
+) -> Iterator[tuple[ApplyAt, float]]:
+    """What the tilt does where the answer is written alone, and everywhere."""
+    places: tuple[ApplyAt, ...] = ("answer", "all")
+    for place in places:
+        logprob_NC = rescorer.ask(settled.shifts, place)
+        yield place, float(right(logprob_NC, records.answer_N).mean())
+
+
+@dataclass(frozen=True)
+class Tilting:
+    """What is asked: who is tilted, how strongly and how it is judged, and in which form."""
+
+    asked: ReweightSettings
+    how: How
+    named: Expressions
+    layout: Layout = "stock"
+    apply_at: Positions | None = None
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether experts and strengths need no question to be asked."""
+        return not (self.asked.is_choosing or self.how.is_asking)
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """What came of it; no draft where nothing is to be tilted. `beside` is the proof, if any."""
+
+    draft: Draft | None
+    tilts: list[Tilt] = field(default_factory=list)
+    scalings: list[Scaling] = field(default_factory=list)
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def by_hand(profile: Profile, tilting: Tilting) -> Tilted:
+    """Experts and strengths as they were named.
+
+    Raises:
+        PlanError: no such expert, or one that has no default strength.
+        SettingsError: nothing to tilt, or an option that does not go with the others.
+    """
+    tilting.asked.check()
+    boost, suppress, scale = tilting.named
+    found, scaled = tilts(profile, boost or [], suppress or []), scalings(profile, scale or [])
+    draft = reweight_draft(profile, found, tilting.layout, scaled, tilting.apply_at)
+    return Tilted(draft, found, scaled)
+
+
+def prepared(profile: Profile, tilting: Tilting) -> tuple[Procedure, str]:
+    """The procedure and its name, all that can be refused before anything runs refused.
+
+    Raises:
+        ContractError: a model that the layout cannot carry biases for.
+        PlanError: no such expert.
+        SettingsError: nothing to tilt, or an option that does not go with the others.
+    """
+    check_place(tilting.layout, tilting.apply_at, is_biased=True)
+    check_layout(profiled_source(profile), tilting.layout, is_cutting=False)
+    procedure = tilting.asked.procedure(profile, tilting.how, tilting.named)
+    return procedure, tilting.asked.name(profile, procedure)
+
+
+def chosen(
+    profile: Profile, tilting: Tilting, procedure: Procedure, decision: Decision | None
+) -> Tilted:
+    """What a decision settled, or without one what the profile's own questions say."""
+    settled = decision.settled if decision else settled_on_profile(profile, procedure)
+    beside = proof_file(decision.proof) if decision and decision.proof else {}
+    if not settled.shifts:
+        return Tilted(None, beside=beside)
+    found = tilts_of(profile, settled.shifts, [procedure.origin(s) for s in settled.shifts])
+    draft = replace(
+        reweight_draft(profile, found, tilting.layout, (), tilting.apply_at),
+        criterion=tilting.asked.criterion,
+        is_tuned=decision is not None,
+        tuning=decision.curve if decision else (),
+        used=procedure.chooser.looked_at(profile),
+    )
+    return Tilted(draft, found, beside=beside)

@@ -1,1 +1,0 @@
-"""What every cut of a grid would answer, without writing one."""

@@ -1,1 +1,0 @@
-"""Tilting the gate: which experts, how strongly, and what that does to answers."""
