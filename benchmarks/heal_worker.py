@@ -35,11 +35,11 @@ class Asked:
 def worker(folder: Path, asked: Asked) -> None:
     """Trains as `heal` does, each step when a line comes in; says each by a line, and the last."""
     from expertcut.data.sources import Weighted
-    from expertcut.healing.asking import Data, Healing, Training
-    from expertcut.healing.data.sources import read_data
-    from expertcut.healing.training.adapters import Lora, adapted
-    from expertcut.healing.training.fit import fit
-    from expertcut.healing.training.objectives import OBJECTIVES
+    from expertcut.healing.adapters import Lora, adapted
+    from expertcut.healing.data import read_data
+    from expertcut.healing.objectives import OBJECTIVES
+    from expertcut.healing.settings import Data, Healing, Training
+    from expertcut.healing.trainer import fit
 
     moe = loaded(folder)
     data = Data((Weighted(asked.quiz),), shots=asked.shots, max_tokens=asked.max_tokens)

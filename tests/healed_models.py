@@ -10,9 +10,9 @@ from expertcut.data.sources import Weighted
 from expertcut.edits.budget import Keep
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
-from expertcut.healing.asking import Data, Healing, Place, Training
+from expertcut.healing.adapters import Lora
 from expertcut.healing.heal import Healed, Options, heal
-from expertcut.healing.training.adapters import Lora
+from expertcut.healing.settings import Data, Healing, Place, Training
 from expertcut.models.load import LoadOptions
 from tests.merged_models import measured
 

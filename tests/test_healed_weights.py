@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.shards import read_tensor
 from expertcut.errors import ModelError, SettingsError
-from expertcut.healing.training.adapters import TARGETS, Lora, adapted, deltas
-from expertcut.healing.written import write_adapter, write_merged
+from expertcut.healing.adapters import TARGETS, Lora, adapted, deltas, write_adapter, write_merged
 from expertcut.models.load import MoeModel
 from expertcut.models.safetensors_index import read_headers
 from tests.conftest import FAMILIES, make_checkpoint, open_model

@@ -15,10 +15,10 @@ from expertcut.data import Selection, load_quiz
 from expertcut.data.sources import Weighted
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.errors import OutputError, SettingsError
-from expertcut.healing.asking import Data, Training
-from expertcut.healing.judging import BASE, BEFORE, HEALED
-from expertcut.healing.training.cache import Cached, Whose
-from expertcut.healing.training.objectives import OBJECTIVES
+from expertcut.healing.heal import BASE, BEFORE, HEALED
+from expertcut.healing.objectives import OBJECTIVES
+from expertcut.healing.settings import Data, Training
+from expertcut.healing.teacher_cache import Cached, Whose
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import Commands, open_model
 from tests.exact_models import as_transformers_runs_it, as_written_before, load_exact, logprobs

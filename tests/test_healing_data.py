@@ -18,22 +18,33 @@ from expertcut.data import Selection, load_quiz, prompt
 from expertcut.data.sources import Weighted
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError
-from expertcut.healing.asking import Data, Healing
-from expertcut.healing.data.judges import CHOSE_STEP, USED_BEFORE
-from expertcut.healing.data.leaks import evaluation_quizzes, texts_without_scored, without_scored
-from expertcut.healing.data.mixing import Part, Rows
-from expertcut.healing.data.rows import Row, group_questions, question_lengths, question_row
-from expertcut.healing.data.sources import Read, read_data
-from expertcut.healing.data.texts import Text
-from expertcut.healing.training.balance import Balance
-from expertcut.healing.training.batches import Collator
-from expertcut.healing.training.objectives import (
+from expertcut.healing.data import Read, read_data
+from expertcut.healing.leakage import (
+    CHOSE_STEP,
+    USED_BEFORE,
+    evaluation_quizzes,
+    texts_without_scored,
+    without_scored,
+)
+from expertcut.healing.objectives import (
     IGNORED,
     OBJECTIVES,
+    Collator,
     Likeliest,
     distillation,
     likeliest,
 )
+from expertcut.healing.rows import (
+    Part,
+    Row,
+    Rows,
+    Text,
+    group_questions,
+    question_lengths,
+    question_row,
+)
+from expertcut.healing.settings import Data, Healing
+from expertcut.healing.trainer import Balance
 from expertcut.models.hooks import Routing
 from expertcut.reporting.healing import dropped_sentence
 from tests.conftest import make_tokenizer, open_model, write_quiz

@@ -12,13 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from expertcut.healing import micro_batch, objectives
+from expertcut.healing.adapters import adapted
 from expertcut.healing.heal import Healed
-from expertcut.healing.training import micro_batch, projection
-from expertcut.healing.training.adapters import adapted
-from expertcut.healing.training.micro_batch import MICRO_BATCH_FILE, Needs, _chosen
-from expertcut.healing.training.objectives import Likeliest, distillation, likeliest
-from expertcut.healing.training.projection import Projection, chunked_loss
-from expertcut.healing.training.teacher import Live
+from expertcut.healing.micro_batch import MICRO_BATCH_FILE, Needs, _chosen
+from expertcut.healing.objectives import (
+    Likeliest,
+    Live,
+    Projection,
+    chunked_loss,
+    distillation,
+    likeliest,
+)
 from expertcut.models import memory
 from tests.conftest import FAMILIES, Commands, open_model
 from tests.healed_models import SHORT, SMALL, Stop, asked_for, cut, healed, stopped_after
@@ -40,7 +45,7 @@ def stock(
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(projection._CHUNK_BYTES, "cpu", 4 * 290 * CHUNK)
+    monkeypatch.setitem(objectives._CHUNK_BYTES, "cpu", 4 * 290 * CHUNK)
 
 
 class Largest(TorchDispatchMode):
@@ -183,7 +188,7 @@ class full_memory_above:
 
         def hidden(halves: Projection, run: Any, input_ids: Tensor, *more: Any) -> Tensor:
             self.asked.append(len(input_ids))
-            is_probe = input_ids.shape == projection._PROBE
+            is_probe = input_ids.shape == objectives._PROBE
             if len(input_ids) > self.n_rows and not is_probe:
                 raise FULL_MEMORY
             return sound(halves, run, input_ids, *more)

@@ -8,7 +8,7 @@ import pytest
 from expertcut.cli import main
 from expertcut.errors import QuizError, RecipeError, SettingsError
 from expertcut.evaluation.results import load_results
-from expertcut.healing.asking import Training
+from expertcut.healing.settings import Training
 from expertcut.recipe.acts.healing import _healing
 from expertcut.recipe.reading import read_recipe
 from expertcut.recipe.stages import stages_of
@@ -42,7 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 def test_a_variant_is_healed_only_where_that_is_due(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expertcut.healing.training.fit import _Progress
+    from expertcut.healing.trainer import _Progress
 
     done: list[int] = []
 

@@ -19,11 +19,10 @@ from transformers.trainer_callback import TrainerState
 from transformers.training_args import ParallelMode
 
 from expertcut.errors import ModelError, OutputError, SettingsError
-from expertcut.healing.asking import Healing, Place, Training
 from expertcut.healing.heal import Healed, Options, heal
-from expertcut.healing.training.fit import _arguments
-from expertcut.healing.training.states import looks_since_best
-from expertcut.healing.training.trainer import HealTrainer
+from expertcut.healing.settings import Healing, Place, Training
+from expertcut.healing.state import looks_since_best
+from expertcut.healing.trainer import HealTrainer, _arguments
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
 from tests.conftest import write_quiz

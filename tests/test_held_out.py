@@ -28,8 +28,8 @@ from expertcut.edits.splits import (
     used_hashes,
 )
 from expertcut.errors import QuizError
-from expertcut.healing.asking import Data, Healing
-from expertcut.healing.data.sources import read_data
+from expertcut.healing.data import read_data
+from expertcut.healing.settings import Data, Healing
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile

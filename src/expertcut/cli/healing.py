@@ -26,11 +26,11 @@ from expertcut.cli.output import print_tables, quiet
 from expertcut.cli.running import bar, is_first, resumable
 
 if TYPE_CHECKING:
-    from expertcut.healing.asking import Healing
+    from expertcut.healing.settings import Healing
 
 
 class Objective(StrEnum):
-    """The names in `healing.training.objectives.OBJECTIVES`; a test holds them together."""
+    """The names in `healing.objectives.OBJECTIVES`; a test holds them together."""
 
     distill = "distill"
     answer = "answer"
@@ -122,8 +122,8 @@ class Heal:
 
     def run(self) -> None:
         """Trains, writes, prints what came of it."""
-        from expertcut.healing.asking import Place
         from expertcut.healing.heal import Options, default_out, heal
+        from expertcut.healing.settings import Place
         from expertcut.models.load import LoadOptions
 
         quiet()
@@ -137,8 +137,8 @@ class Heal:
 
     def _asked(self) -> "Healing":
         from expertcut.data.sources import Weighted
-        from expertcut.healing.asking import Data, Healing
-        from expertcut.healing.training.adapters import Lora
+        from expertcut.healing.adapters import Lora
+        from expertcut.healing.settings import Data, Healing
 
         quizzes = self.quiz or ([] if self.text else ["mmlu"])
         subjects = tuple(s.strip() for s in self.subjects.split(",")) if self.subjects else ()
@@ -161,7 +161,7 @@ class Heal:
         )
 
     def _training(self) -> Any:
-        from expertcut.healing.asking import Training
+        from expertcut.healing.settings import Training
 
         return Training(
             steps=self.steps,

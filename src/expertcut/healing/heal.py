@@ -1,6 +1,7 @@
-"""The stage behind `heal`: read, train, write, prove on questions that were not used."""
+"""The stage behind `heal`: read, train, write, check on questions that were not used."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -14,25 +15,182 @@ from accelerate import PartialState
 from torch import Tensor
 
 from expertcut.checkpoints.build import add_files
+from expertcut.checkpoints.exact import is_exact
+from expertcut.checkpoints.held_out_check import Answered, Difference, Outcome, difference, outcome
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
-from expertcut.edits.plan import HEALING_FILE, Plan, save_plan
-from expertcut.errors import SettingsError
-from expertcut.healing.asking import Healing, Place
-from expertcut.healing.begun import Begun, go_on, plain
-from expertcut.healing.data.judges import Judges
-from expertcut.healing.data.sources import Read, read_data
-from expertcut.healing.judging import BASE, BEFORE, HEALED, Verdict, answers, judge
-from expertcut.healing.lineage import first_base
-from expertcut.healing.planning import healed_plan, used_questions
-from expertcut.healing.training.adapters import adapted, put_on
-from expertcut.healing.training.cache import Whose, check_whose, filled
-from expertcut.healing.training.fit import Curve, Report, Tell, fit
-from expertcut.healing.training.objectives import OBJECTIVES, Objective
-from expertcut.healing.training.teacher import Live, Teacher
-from expertcut.healing.written import write_adapter, write_merged
+from expertcut.data import Quiz
+from expertcut.data.held_out import hash_lines
+from expertcut.edits.plan import (
+    HEALING_FILE,
+    PLAN_FILE,
+    ChosenOn,
+    Edit,
+    Layout,
+    Plan,
+    PlanModel,
+    hashes_sha256,
+    load_hashes,
+    load_plan,
+    save_plan,
+)
+from expertcut.edits.splits import HASHES
+from expertcut.errors import ModelError, SettingsError
+from expertcut.healing.adapters import adapted, put_on, write_adapter, write_merged
+from expertcut.healing.data import Read, read_data
+from expertcut.healing.leakage import Judges
+from expertcut.healing.objectives import OBJECTIVES, Live, Objective, Teacher
+from expertcut.healing.settings import Healing, Place
+from expertcut.healing.state import Begun, go_on, plain
+from expertcut.healing.teacher_cache import Whose, check_whose, filled
+from expertcut.healing.trainer import Curve, Report, Tell, fit
+from expertcut.models.checkpoint_dir import absolute_id, find_local, read_config
 from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
 from expertcut.models.memory import give_back
 from expertcut.profiling.locks import alone
+from expertcut.scoring.engine import Engine, ask
+
+logger = logging.getLogger(__name__)
+
+_MOST_STEPS = 20
+_BATCH_TOKENS = 4096
+HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
+
+
+def plan_of(source: Source) -> Plan | None:
+    """The plan in a checkpoint's folder.
+
+    Raises:
+        PlanError: one that does not hold together.
+    """
+    return load_plan(source.path) if (source.path / PLAN_FILE).is_file() else None
+
+
+def first_base(source: Source) -> Source | None:
+    """The model under all steps, if each of them is there unchanged; None for a model without."""
+    base: Source | None = None
+    here = source
+    for _ in range(_MOST_STEPS):
+        plan = plan_of(here)
+        if plan is None:
+            break
+        try:
+            here = _source_of(plan, here.path)
+        except ModelError as error:
+            logger.warning("the base is not at hand: %s", error)
+            return None
+        if here.fingerprint != plan.model.fingerprint:
+            logger.warning("%s is not at hand as it was: it changed since", Path(here.id))
+            return None
+        base = here
+    return base
+
+
+def _source_of(plan: Plan, near: Path) -> Source:
+    """The model that a plan is for; a folder where it is there with its weights.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    model = plan.model
+    if model.revision is not None:
+        return find_source(model.id, model.revision)
+    folder = find_local(model.id, model.fingerprint, near)
+    if folder is None:
+        raise ModelError(f"{model.id} is not there with its weights ({model.fingerprint[:8]})")
+    return find_source(str(folder))
+
+
+def used_questions(source: Source, read: Read) -> frozenset[str]:
+    """Hash lines of all that this run, or a step before it, looked at."""
+    plan = plan_of(source)
+    return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
+
+
+def healed_plan(moe: MoeModel, asked: Healing, objective: str, read: Read) -> Plan:
+    """Without its proof. Experts stay who they are, so blocks are those of the plan before."""
+    source = moe.source
+    before = plan_of(source)
+    layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
+    first = asked.data.quizzes[0].name if asked.data.quizzes else asked.data.texts[0].name
+    return Plan(
+        model=PlanModel(
+            id=absolute_id(source.id, source.revision),
+            revision=source.revision,
+            fingerprint=source.fingerprint,
+        ),
+        action=f"heal --objective {objective}",
+        criterion="by hand",
+        positions="all",
+        removal="constant" if layout == "exact" else "reroute",
+        layout=layout,
+        removed=before.removed if before else None,
+        chosen_on=ChosenOn(
+            quiz=first,
+            split=asked.data.split,
+            questions=read.n_questions,
+            sha256=hashes_sha256(used_questions(source, read)),
+        ),
+        blocks=_blocks(moe, before),
+    )
+
+
+def _blocks(moe: MoeModel, before: Plan | None) -> dict[str, Edit]:
+    found: dict[str, Edit] = {}
+    for block in moe.blocks:
+        edit = before.blocks.get(block.name) if before else None
+        if edit is None:
+            found[block.name] = Edit(keep=tuple(range(block.n_experts)))
+        else:
+            found[block.name] = Edit(keep=edit.keep, rows=edit.rows)
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far apart the forms are, and how well each answers questions that were `used` so.
+
+    `judges` are the hash lines of the questions.
+    """
+
+    split: str
+    used: str
+    differences: list[Difference]
+    outcomes: list[Outcome]
+    judges: tuple[str, ...] = ()
+
+    def figures(self) -> dict[str, Any]:
+        """As they stand in plan.json, under the names that proofs of cuts have."""
+        return {
+            "held_out_split": self.split,
+            "held_out_used": self.used,
+            "held_out": [asdict(row) for row in self.differences],
+            HASHES: list(self.judges),
+            "shares": [],
+            "alone": None,
+            "agreement": [],
+            "outcomes": [asdict(row) for row in self.outcomes],
+        }
+
+
+def answers(moe: MoeModel, quiz: Quiz) -> Tensor:
+    """Log p of the choices (N, C)."""
+    return ask(Engine(moe, _BATCH_TOKENS), quiz)
+
+
+def judge(judges: Judges, by_form: dict[str, Tensor]) -> Verdict:
+    """`by_form` are log p of choices (N, C); the healed model is compared with the others."""
+    healed_NC = by_form[HEALED]
+    quiz = judges.quiz
+    others = [form for form in (BASE, BEFORE) if form in by_form]
+    rows = [difference(form, healed_NC, by_form[form]) for form in others]
+    said = {form: _answered(by_form[form]) for form in (*others, HEALED)}
+    outcomes = [outcome(form, quiz, found, said[others[0]]) for form, found in said.items()]
+    lines = tuple(sorted(hash_lines(quiz)))
+    return Verdict(quiz.split, judges.used, rows, outcomes, lines)
+
+
+def _answered(logprob_NC: Tensor) -> Answered:
+    return Answered(logprob_NC, {}, torch.empty(0, dtype=torch.bool))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from expertcut.reporting.tables import Cell, Column, Table, printable
 
 if TYPE_CHECKING:
-    from expertcut.healing.data.leaks import Dropped
     from expertcut.healing.heal import Healed
+    from expertcut.healing.leakage import Dropped
 
 _NAMED = 10
 

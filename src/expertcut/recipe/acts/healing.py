@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from expertcut.data.sources import Weighted
-from expertcut.healing.asking import Data, Healing, Place, Training
+from expertcut.healing.adapters import Lora
 from expertcut.healing.heal import Options
 from expertcut.healing.heal import heal as train
-from expertcut.healing.training.adapters import Lora
+from expertcut.healing.settings import Data, Healing, Place, Training
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.model import Recipe
 from expertcut.recipe.sections import HealSection

@@ -7,8 +7,8 @@ from pathlib import Path
 from expertcut.data import Truncate
 from expertcut.data.sources import Weighted
 from expertcut.errors import SettingsError
-from expertcut.healing.training.adapters import TARGETS, Lora
-from expertcut.healing.training.objectives import OBJECTIVES
+from expertcut.healing.adapters import TARGETS, Lora
+from expertcut.healing.objectives import OBJECTIVES
 
 # Tried on the bundled model of width 128; Adam's best rates fall as width grows (arXiv:2203.03466).
 _RATE_TIMES_WIDTH = 0.64

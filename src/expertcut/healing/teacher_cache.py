@@ -22,10 +22,8 @@ from torch import Tensor
 
 from expertcut.errors import OutputError
 from expertcut.files import write_atomically
-from expertcut.healing.data.rows import Row
-from expertcut.healing.training.batches import Batch, Collator
-from expertcut.healing.training.objectives import IGNORED, Likeliest, everywhere
-from expertcut.healing.training.teacher import Live
+from expertcut.healing.objectives import IGNORED, Batch, Collator, Likeliest, Live, everywhere
+from expertcut.healing.rows import Row
 
 _WHOSE = "teacher.json"
 _KEY = "rows"

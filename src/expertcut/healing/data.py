@@ -13,24 +13,28 @@ from expertcut.data.held_out import hash_lines
 from expertcut.data.questions import group_by_subject, normalised, replace_questions
 from expertcut.data.sources import Weighted
 from expertcut.errors import QuizError
-from expertcut.healing.asking import Data, Healing
-from expertcut.healing.data.judges import Judges, find_judges
-from expertcut.healing.data.leaks import (
+from expertcut.healing.leakage import (
     Asked,
     Dropped,
+    Judges,
     evaluation_quizzes,
+    find_judges,
     texts_without_scored,
     without_scored,
 )
-from expertcut.healing.data.mixing import Fixed, Part, Rows
-from expertcut.healing.data.rows import (
+from expertcut.healing.rows import (
+    Fixed,
+    Part,
     Row,
+    Rows,
+    Text,
     group_questions,
     question_lengths,
     question_row,
+    read_texts,
     text_rows,
 )
-from expertcut.healing.data.texts import Text, read_texts
+from expertcut.healing.settings import Data, Healing
 
 _ONE_IN = 10  # of the questions and texts are held out, by their content
 _MOST_HELD_OUT = 256

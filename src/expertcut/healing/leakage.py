@@ -1,20 +1,48 @@
-"""Nothing that is later scored is trained on."""
+"""Nothing that is later scored is trained on; and the questions that judge a healed model."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expertcut.data import Question, Quiz, Selection, load_quiz, without
+from expertcut.data import Question, Quiz, Selection, load_quiz, round_robin, without
 from expertcut.data.held_out import hash_lines
 from expertcut.data.questions import hashes_in, normalised
+from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError, SplitError
-from expertcut.healing.asking import Data
-from expertcut.healing.data.texts import Text
+from expertcut.healing.rows import Text
+from expertcut.healing.settings import Data
 
+_MOST_JUDGES = 256
+USED_BEFORE = "an earlier step used and this one did not train on"
+CHOSE_STEP = "chose the best step of this training but were not trained on"
 logger = logging.getLogger(__name__)
 
-_MOST = 0.05
+_MOST_DROPPED_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Questions, and how they were `used`: one of the sentences above."""
+
+    quiz: Quiz
+    used: str
+
+
+def find_judges(scored: Quiz | None, held_out: Quiz | None, used: frozenset[str]) -> Judges | None:
+    """Of what is scored later, those that nothing was chosen on, else all; else those held out.
+
+    `used` are hash lines of what this run and the steps before it looked at. None where there
+    are only texts.
+    """
+    if scored is not None:
+        unused = without(scored, used)
+        found, how = (unused, UNUSED) if len(unused) else (scored, USED_BEFORE)
+    elif held_out is not None:
+        found, how = held_out, CHOSE_STEP
+    else:
+        return None
+    return Judges(round_robin(found, _MOST_JUDGES), how)
 
 
 @dataclass(frozen=True)
@@ -139,7 +167,7 @@ def texts_without_scored(
 
 
 def _refuse(dropped: Dropped, what: str) -> None:
-    if len(dropped.names) > _MOST * dropped.total:
+    if len(dropped.names) > _MOST_DROPPED_SHARE * dropped.total:
         raise QuizError(
             f"{len(dropped.names)} of {dropped.total} {what} of {dropped.source} stand in split "
             f"{dropped.split}, which is scored later, first {dropped.names[0]}; at most 5 % may: "

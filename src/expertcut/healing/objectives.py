@@ -1,0 +1,379 @@
+"""Training objectives: batches, the teacher's words, and one loss per trained position.
+
+A causal model's pass in two halves: hidden states of all tokens, logits of some at a time. Logits
+of a whole batch are by far the largest tensors of training where the vocabulary is large. So the
+loss is taken over chunks of positions: each chunk is projected, its loss and the gradient for its
+hidden states are computed, and its logits are gone before the next one comes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertcut.errors import ModelError
+from expertcut.healing.rows import Row
+from expertcut.models.load import MoeModel
+from expertcut.models.memory import give_back, is_out_of_memory
+
+IGNORED = -100  # the label of positions that are not trained on: transformers' own number
+# Logits of one chunk in float32. On a CPU just below the 32 MiB up to which glibc gives the memory
+# of the last chunk to the next one; what is larger comes from the system anew, page by page.
+_CHUNK_BYTES = {"cpu": 30 * 2**20}
+_CHUNK_BYTES_ELSEWHERE = 256 * 2**20
+_PROBE = (2, 3)  # rows and tokens
+
+Run = Callable[..., Any]
+Batch = dict[str, Tensor]
+_PASS_TOKENS = 4096  # of one forward pass: more are not faster
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """A teacher's likeliest tokens at M positions: ids (M, R) and log p (M, R)."""
+
+    ids_MR: Tensor
+    logprob_MR: Tensor
+
+    def __getitem__(self, at: slice) -> "Likeliest":
+        """At some of the positions."""
+        return Likeliest(self.ids_MR[at], self.logprob_MR[at])
+
+
+def at_answers(row: Row) -> Sequence[int]:
+    """The positions right before the letters of answers."""
+    return row.answers
+
+
+def everywhere(row: Row) -> Sequence[int]:
+    """All positions but the last, which nothing follows."""
+    return range(len(row.ids) - 1)
+
+
+def cross_entropy(logits_MV: Tensor, next_M: Tensor, teacher: Likeliest | None = None) -> Tensor:
+    """−log p of the token that follows, per position (M)."""
+    return F.cross_entropy(logits_MV.float(), next_M, reduction="none")
+
+
+def distillation(logits_MV: Tensor, next_M: Tensor, teacher: Likeliest | None = None) -> Tensor:
+    """KL(teacher ‖ student) per position (M): how far the one is from what the other would say.
+
+    All tokens beyond the teacher's R likeliest count as one, so that this is the whole divergence
+    where R is V and else a lower bound of it. Hinton, Vinyals and Dean, arXiv:1503.02531, at
+    temperature 1.
+    """
+    assert teacher is not None, "a teacher must be at hand"
+    logprob_MV = logits_MV.float().log_softmax(dim=-1)
+    own_MR, their_MR = logprob_MV.gather(1, teacher.ids_MR), teacher.logprob_MR.float()
+    loss_M = (their_MR.exp() * (their_MR - own_MR)).sum(dim=-1)
+    if teacher.ids_MR.shape[1] < logits_MV.shape[1]:
+        their_M, rest_M = _log_rest(their_MR), _log_rest(own_MR)
+        loss_M = loss_M + their_M.exp() * (their_M - rest_M)
+    return loss_M
+
+
+def likeliest(logits_MV: Tensor, n: int) -> Likeliest:
+    """The R = min(n, V) likeliest tokens and their log p."""
+    logprob_MV = logits_MV.float().log_softmax(dim=-1)
+    found = logprob_MV.topk(min(n, logits_MV.shape[1]), dim=-1)
+    return Likeliest(found.indices, found.values)
+
+
+def _log_rest(logprob_MR: Tensor) -> Tensor:
+    """Log of the probability of all others (M); what rounding leaves of a whole is kept above 0."""
+    rest_M = -torch.expm1(logprob_MR.logsumexp(dim=-1).clamp(max=-1e-7))
+    return rest_M.log()
+
+
+Loss = Callable[[Tensor, Tensor, Likeliest | None], Tensor]
+Where = Callable[[Row], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, the positions that it is taken at, and whether it needs a teacher."""
+
+    name: str
+    loss: Loss
+    where: Where
+    needs_teacher: bool = False
+
+
+OBJECTIVES = {
+    found.name: found
+    for found in (
+        Objective("distill", distillation, everywhere, needs_teacher=True),
+        Objective("answer", cross_entropy, at_answers),
+        Objective("lm", cross_entropy, everywhere),
+    )
+}
+
+
+"""The model as it is called: bare, or wrapped by peft and accelerate."""
+LossOf = Callable[[Tensor, slice], Tensor]
+"""From logits (N, V) and the positions that they stand at to a loss, summed."""
+
+
+class Projection:
+    """The two halves, by the model's own forward: nothing here knows a family.
+
+    Scaled and capped logits are what the model makes of them: its forward is called with a decoder
+    that gives the hidden states asked for. A model that cannot be cut so gives logits of all tokens
+    in place of hidden states, as a probe on a few tokens finds out.
+    """
+
+    def __init__(self, moe: MoeModel) -> None:
+        self.causal, self.device = moe.model, moe.device
+        self.decoder: Any = getattr(self.causal, "base_model", self.causal)
+        config = self.causal.config.get_text_config()
+        self.n_logits: int = config.vocab_size
+        self.is_split = self.decoder is not self.causal and self._is_exact()
+
+    def hidden(self, run: Run, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, S, H) that the vocabulary is projected from."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if not self.is_split:
+            logits_BSV: Tensor = run(**given).logits
+            return logits_BSV
+        kept: list[Any] = []
+
+        def keep(_module: Any, _given: Any, output: Any) -> Any:
+            kept.append(output)
+            return type(output)(last_hidden_state=output.last_hidden_state[:, :1])
+
+        handle = self.decoder.register_forward_hook(keep)
+        try:
+            run(**given)
+        finally:
+            handle.remove()
+        (output,) = kept
+        self.output = type(output)
+        hidden_BSH: Tensor = output.last_hidden_state
+        return hidden_BSH
+
+    def logits(self, run: Run, hidden_NH: Tensor) -> Tensor:
+        """Logits (N, V) of such hidden states."""
+        if not self.is_split:
+            return hidden_NH
+        ids_1N = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
+        with self._giving(hidden_NH[None]):
+            logits_1NV: Tensor = run(input_ids=ids_1N, use_cache=False).logits
+        return logits_1NV[0]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Logits of one chunk in float32."""
+        return _CHUNK_BYTES.get(self.device.type, _CHUNK_BYTES_ELSEWHERE)
+
+    def chunks(self, n_positions: int) -> Iterator[slice]:
+        """Positions that are projected at once."""
+        size = max(1, self.chunk_bytes // (4 * self.n_logits))
+        for begin in range(0, n_positions, size):
+            yield slice(begin, min(begin + size, n_positions))
+
+    @contextmanager
+    def _giving(self, hidden_1NH: Tensor) -> Iterator[None]:
+        """The decoder gives these hidden states, whatever it is given."""
+        own = vars(self.decoder).get("forward")
+        self.decoder.forward = lambda *_, **__: self.output(last_hidden_state=hidden_1NH)
+        try:
+            yield
+        finally:
+            if own is None:
+                del self.decoder.forward
+            else:
+                self.decoder.forward = own
+
+    @torch.no_grad()
+    def _is_exact(self) -> bool:
+        """Whether both halves together give the logits of the whole."""
+        ids_BS = torch.arange(_PROBE[0] * _PROBE[1], device=self.device).reshape(_PROBE)
+        ids_BS = ids_BS % self.n_logits
+        was_training = self.causal.training
+        self.causal.eval()  # without noise and dropout
+        self.is_split = True
+        try:
+            whole_BSV = self.causal(input_ids=ids_BS, use_cache=False).logits
+            halves_NV = self.logits(self.causal, self.hidden(self.causal, ids_BS).flatten(0, 1))
+        except (AttributeError, TypeError, ValueError, IndexError):
+            return False
+        finally:
+            self.causal.train(was_training)
+        whole_NV = whole_BSV.flatten(0, 1)
+        if whole_NV.shape != halves_NV.shape:
+            return False
+        tolerance = 16 * torch.finfo(whole_NV.dtype).eps
+        return bool(torch.allclose(halves_NV, whole_NV, rtol=tolerance, atol=tolerance))
+
+
+def chunked_loss(projection: Projection, run: Run, hidden_MH: Tensor, loss_of: LossOf) -> Tensor:
+    """The sum of `loss_of` over chunks of positions, in float64.
+
+    The gradient reaches the hidden states, and through them what is trained; the vocabulary
+    projection itself is not trained.
+    """
+
+    def of_chunk(hidden_NH: Tensor, at: slice) -> Tensor:
+        return loss_of(projection.logits(run, hidden_NH), at)
+
+    apply: Any = _ChunkedSum.apply
+    found: Tensor = apply(hidden_MH, of_chunk, list(projection.chunks(len(hidden_MH))))
+    return found
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """A sum whose gradient is computed chunk by chunk along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_MH: Tensor, of_chunk: Any, chunks: list[slice]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=hidden_MH.device)
+        if not ctx.needs_input_grad[0]:
+            for at in chunks:
+                total += of_chunk(hidden_MH[at], at)
+            return total
+        gradient_MH = torch.zeros_like(hidden_MH)
+        for at in chunks:
+            with torch.enable_grad():
+                hidden_NH = hidden_MH[at].detach().requires_grad_()
+                loss = of_chunk(hidden_NH, at)
+            (gradient_MH[at],) = torch.autograd.grad(loss, hidden_NH)
+            total += loss.detach()
+        ctx.save_for_backward(gradient_MH)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_MH,) = ctx.saved_tensors
+        return gradient_MH * gradients[0].to(gradient_MH.dtype), None, None
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows on the right.
+
+    `labels` (B, S) are the tokens that follow, `IGNORED` where nothing is trained on; `weight_BS`
+    is 1 at these positions, and more before the letters of answers: all of a row's together weigh
+    `answer_weight` times as much again as all its positions. `row_B` are the numbers of the rows.
+    """
+
+    where: Where
+    pad_id: int
+    answer_weight: float = 0.0
+
+    def __call__(self, items: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
+        """One batch."""
+        width = max(len(row.ids) for _, row in items)
+        ids_BS = torch.full((len(items), width), self.pad_id)
+        mask_BS = torch.zeros(len(items), width, dtype=torch.long)
+        labels_BS = torch.full((len(items), width), IGNORED)
+        weight_BS = torch.zeros(len(items), width)
+        for at, (_, row) in enumerate(items):
+            ids_BS[at, : len(row.ids)] = torch.tensor(row.ids)
+            mask_BS[at, : len(row.ids)] = 1
+            trained = torch.tensor(self.where(row), dtype=torch.long)
+            labels_BS[at, trained] = ids_BS[at, trained + 1]
+            weight_BS[at, trained] = 1
+            if row.answers:
+                weight_BS[at, torch.tensor(row.answers)] += (
+                    self.answer_weight * len(trained) / len(row.answers)
+                )
+        numbers_B = torch.tensor([number for number, _ in items])
+        return {
+            "input_ids": ids_BS,
+            "attention_mask": mask_BS,
+            "labels": labels_BS,
+            "weight_BS": weight_BS,
+            "row_B": numbers_B,
+        }
+
+
+def cut_rows(batch: Batch, n_rows: int) -> Iterator[Batch]:
+    """So many rows at a time, in their order, without the columns in which all of them are pads."""
+    for begin in range(0, len(batch["input_ids"]), n_rows):
+        yield _rows(batch, slice(begin, begin + n_rows))
+
+
+def halves(batch: Batch) -> Iterator[Batch]:
+    """The first and the second half of at least two rows."""
+    n_rows = len(batch["input_ids"])
+    yield _rows(batch, slice(0, n_rows // 2))
+    yield _rows(batch, slice(n_rows // 2, n_rows))
+
+
+def longest_first(batch: Batch) -> Batch:
+    """Rows by length, so that rows that are cut off together are alike long."""
+    order_B = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
+    return {name: tensor[order_B] for name, tensor in batch.items()}
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    taken = {name: tensor[rows] for name, tensor in batch.items()}
+    width = int(taken["attention_mask"].sum(dim=1).max())
+    return {name: t[:, :width] if t.ndim > 1 else t for name, t in taken.items()}
+
+
+class Teacher(Protocol):
+    """Gives its likeliest tokens at the positions of a batch that are trained on."""
+
+    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
+        """`at_BS` says where, row by row."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """A model beside the one that is trained."""
+
+    moe: MoeModel
+    n_likeliest: int
+
+    @cached_property
+    def projection(self) -> Projection:
+        """Its hidden states, and logits of some of them."""
+        return Projection(self.moe)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
+        """Forward passes of some rows each.
+
+        Raises:
+            ModelError: there is not enough memory for one row.
+        """
+        whole = {**batch, "at_BS": at_BS}
+        n_rows = max(1, _PASS_TOKENS // at_BS.shape[1])
+        return _joined([self._of(piece) for piece in cut_rows(whole, n_rows)])
+
+    def _of(self, batch: Batch) -> Likeliest:
+        """One pass, or several where memory ends."""
+        try:
+            return self._pass(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(batch["at_BS"]) == 1:
+            raise ModelError(
+                f"{self.moe.source.id}: not enough memory for the teacher's pass over one row of "
+                f"{batch['at_BS'].shape[1]} tokens: free memory, or give a smaller --max-tokens"
+            )
+        give_back()
+        return _joined([self._of(half) for half in halves(batch)])
+
+    def _pass(self, batch: Batch) -> Likeliest:
+        model, projection = self.moe.model, self.projection
+        hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
+        hidden_MH = hidden_BSH[batch["at_BS"]]
+        return _joined(
+            [
+                likeliest(projection.logits(model, hidden_MH[at]), self.n_likeliest)
+                for at in projection.chunks(len(hidden_MH))
+            ]
+        )
+
+
+def _joined(parts: list[Likeliest]) -> Likeliest:
+    ids, logprobs = zip(*((part.ids_MR, part.logprob_MR) for part in parts), strict=True)
+    return Likeliest(torch.cat(ids), torch.cat(logprobs))

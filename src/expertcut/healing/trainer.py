@@ -1,0 +1,520 @@
+"""transformers' Trainer with losses of its own and no pickle, and one training run with it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerState
+
+from expertcut.checkpoints.output_dir import system_errors
+from expertcut.errors import ModelError, SettingsError
+from expertcut.healing.data import Read
+from expertcut.healing.micro_batch import MicroBatch, choose_micro_batch, share_of_process
+from expertcut.healing.objectives import (
+    IGNORED,
+    Batch,
+    Collator,
+    Likeliest,
+    Objective,
+    Projection,
+    Teacher,
+    chunked_loss,
+    cut_rows,
+    longest_first,
+)
+from expertcut.healing.settings import Training
+from expertcut.healing.state import (
+    best_step,
+    held_out_losses,
+    is_over,
+    keep_best_and_last,
+    last_usable,
+    load_best,
+    load_optimizer,
+    load_random,
+    random_states,
+    save_optimizer,
+    save_random,
+    set_random_states,
+    state_folder,
+    train_losses,
+)
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.models.load import MoeModel
+from expertcut.models.memory import is_out_of_memory, trim
+from expertcut.models.moe_block import MoeBlock
+
+Reduce = Callable[[Tensor], Tensor]  # the sum over all processes
+T = TypeVar("T")
+Report = Callable[[int, int], None]  # steps done, of how many
+Tell = Callable[[str], None]  # a sentence about how it will run
+_FINITE = {
+    "loss": "its loss",
+    "grad_norm": "the norm of its gradient",
+    "eval_loss": "the loss of held-out rows",
+}  # as Trainer calls them
+
+
+class Balance:
+    """Σ_e f_e · P_e · E, the mean over blocks: 1 where all experts serve equally often.
+
+    f_e is the share of choices that expert e was, P_e its mean probability (Switch Transformer,
+    arXiv:2101.03961, equations 4 to 6), both over all tokens of a step: of a micro-batch of one
+    subject nobody wants a balance (arXiv:2501.11873). So f is counted before, in passes of their
+    own where a step has several, and a micro-batch's loss is its tokens' share of the whole.
+    """
+
+    def __init__(self, blocks: Sequence[MoeBlock], reduce: Reduce) -> None:
+        self.blocks = blocks
+        self.reduce = reduce
+        self.seen: dict[int, Routing] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A new optimizer step."""
+        self.own: dict[int, Tensor] = {}
+        self.counts: dict[int, Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keeps what routers decide in a forward pass."""
+        self.seen = {}
+        # Nothing is computed in the hook: under gradient checkpointing it would be part of what is
+        # computed again.
+        with observe_routers(self.blocks, lambda r: self.seen.update({r.layer: r})):
+            yield
+
+    def count(self, mask_BS: Tensor) -> None:
+        """Adds the choices of the pass that was watched, pads left out."""
+        real_T = mask_BS.reshape(-1).bool()
+        for block in self.blocks:
+            chosen = self.seen[block.layer].experts_TK[real_T].flatten()
+            own_E = torch.bincount(chosen, minlength=block.n_experts).float()
+            self.own[block.layer] = self.own.get(block.layer, 0) + own_E
+
+    def share(self) -> None:
+        """Adds up what all processes counted."""
+        self.counts = {layer: self.reduce(own_E) for layer, own_E in self.own.items()}
+
+    def loss(self, mask_BS: Tensor) -> Tensor:
+        """Of the pass that was watched: its part of the step's loss.
+
+        Where nothing was counted before, the pass is the whole step.
+        """
+        if not self.counts:
+            self.count(mask_BS)
+            self.share()
+        real_T = mask_BS.reshape(-1).bool()
+        losses = [self._of(block, self.seen[block.layer], real_T) for block in self.blocks]
+        self.seen = {}
+        return torch.stack(losses).mean()
+
+    def _of(self, block: MoeBlock, routing: Routing, real_T: Tensor) -> Tensor:
+        alpha_TE = block.alpha(routing.logits_TE[real_T])
+        sum_E = (alpha_TE / alpha_TE.sum(dim=-1, keepdim=True)).sum(dim=0)
+        total_E = self.counts[block.layer]
+        n_choices = total_E.sum()
+        mean_E = sum_E * routing.experts_TK.shape[1] / n_choices
+        return block.n_experts * (total_E / n_choices * mean_E).sum()
+
+
+class HealTrainer(Trainer):
+    """Trains adapters on rows in the order given, as `Rows` has them."""
+
+    objective: Objective
+    teacher: Teacher | None
+    micro_batch: MicroBatch
+    model: Any
+
+    def __init__(
+        self, moe: MoeModel, objective: Objective, teacher: Teacher | None, **more: Any
+    ) -> None:
+        super().__init__(**more)
+        self.objective = objective
+        self.teacher = teacher
+        self.balance: Balance | None = None
+        self.balance_weight = 0.0
+        self.moe = moe
+        self.projection = Projection(moe)
+        # Labels are those of the next token already, and are counted over the global batch.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False
+        self.can_return_loss = True
+        self.label_names = ["labels"]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise SettingsError(
+                "heal runs on one device or data-parallel: start it without FSDP and DeepSpeed"
+            )
+
+    def add_balance(self, weight: float) -> None:
+        """The load-balancing loss beside the objective."""
+        self.balance_weight = weight
+        self.balance = Balance(self.moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A step's share of this process, cut into micro-batches; gradients are left in weights.
+
+        DistributedDataParallel is passed by: processes add their gradients up here, once all of
+        them have had memory enough.
+        """
+        self.model.train()
+        batch = longest_first(self._prepare_inputs(inputs))
+        n_items = self._n_items(batch, num_items_in_batch)
+        is_shared = self.accelerator.num_processes > 1
+
+        def of_step(n_rows: int) -> Tensor:
+            pieces = list(cut_rows(batch, n_rows))
+            if self.balance is not None and not is_shared:
+                self.balance.begin()  # one pass of all rows counts by itself
+                if len(pieces) > 1:
+                    self._count_loads(self.balance, pieces)
+                    self.balance.share()
+            total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+            for piece in pieces:
+                loss = self._loss(piece, n_items)
+                self.accelerator.backward(loss)
+                total += loss.detach()
+                trim()
+            return total.float()
+
+        if self.balance is not None and is_shared:
+            balance = self.balance
+            self._within_memory(lambda n: self._count_loads(balance, cut_rows(batch, n)), batch)
+            balance.share()
+        loss = self._within_memory(of_step, batch)
+        self._add_up_gradients()
+        return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Per position that is trained on in the global batch; without gradients."""
+        batch = longest_first(inputs)
+        n_items = self._n_items(batch, num_items_in_batch)
+
+        def of_batch(n_rows: int) -> Tensor:
+            total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+            for piece in cut_rows(batch, n_rows):
+                total += self._loss(piece, n_items)
+                trim()
+            return total.float()
+
+        with torch.no_grad():
+            loss = self._within_memory(of_batch, batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _n_items(self, batch: Batch, n_items: Tensor | int | None) -> float:
+        """What a sum of losses is divided by.
+
+        Over processes the mean is taken, of what is a share of the sum.
+        """
+        if n_items is None:
+            return max(1, int((batch["labels"] != IGNORED).sum()))
+        n_processes: int = self.accelerator.num_processes
+        return float(n_items) / n_processes
+
+    def _loss(self, batch: Batch, n_items: float) -> Tensor:
+        """A micro-batch's part of the loss."""
+        at_BS = batch["labels"] != IGNORED
+        # Before the other model's pass, whose activations are kept until its gradients are there.
+        said = None if self.teacher is None else self.teacher(batch, at_BS)
+        if self.balance is None or not self.model.training:
+            return self._objective(self._hidden(batch), batch, said) / n_items
+        with self.balance.watching():
+            hidden_BSH = self._hidden(batch)
+        loss = self._objective(hidden_BSH, batch, said) / n_items
+        balance = self.balance.loss(batch["attention_mask"])
+        n_processes: int = self.accelerator.num_processes
+        return loss + self.balance_weight * balance * n_processes
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        trim()  # passes over rows of ever other lengths leave gaps that add up
+        ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"]
+        hidden_BSH = self.projection.hidden(self.model, ids_BS, mask_BS)
+        trim()
+        return hidden_BSH
+
+    def _objective(self, hidden_BSH: Tensor, batch: Batch, said: Likeliest | None) -> Tensor:
+        """The weighted sum over positions."""
+        at_BS = batch["labels"] != IGNORED
+        next_M, weight_M = batch["labels"][at_BS], batch["weight_BS"][at_BS]
+
+        def of_chunk(logits_NV: Tensor, at: slice) -> Tensor:
+            loss_N = self.objective.loss(logits_NV, next_M[at], said[at] if said else None)
+            return (loss_N * weight_M[at]).double().sum()
+
+        return chunked_loss(self.projection, self.model, hidden_BSH[at_BS], of_chunk)
+
+    @torch.no_grad()
+    def _count_loads(self, balance: Balance, pieces: Iterable[Batch]) -> bool:
+        """Passes that only count, and leave the random state as it was for those that learn."""
+        before = random_states()
+        balance.begin()
+        for piece in pieces:
+            with balance.watching():
+                self._hidden(piece)
+            balance.count(piece["attention_mask"])
+        set_random_states(before)
+        return True
+
+    def _within_memory(self, work: Callable[[int], T], batch: Batch) -> T:
+        """Work on so many rows at once; again with half of them, in all processes, if memory ends.
+
+        Raises:
+            ModelError: there is not enough for one row.
+        """
+        before = random_states()
+        while True:
+            found = None
+            try:
+                found = work(self.micro_batch.rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if self._have_all(found is not None) and found is not None:
+                return found
+            self.model.zero_grad(set_to_none=True)
+            self.micro_batch.halve(self.moe, batch["input_ids"].shape[1])
+            set_random_states(before)
+
+    def _have_all(self, is_done: bool) -> bool:
+        """Whether every process had memory enough."""
+        if self.accelerator.num_processes == 1:
+            return is_done
+        done = torch.tensor(float(is_done), device=self.args.device)
+        return bool(self.accelerator.reduce(done, "mean") == 1)
+
+    def _add_up_gradients(self) -> None:
+        """The mean over processes, as losses are multiplied by their number."""
+        if self.accelerator.num_processes == 1:
+            return
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        own = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in own]), "mean")
+        for weight, part in zip(trained, flat.split([w.numel() for w in trained]), strict=True):
+            weight.grad = part.view_as(weight).clone()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset: Any = train_dataset or self.train_dataset
+        return SequentialSampler(dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter alone; Trainer's own would pickle its arguments beside it."""
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            model: Any = self.model
+            assert folder is not None
+            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_random(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random(Path(checkpoint), self.args.process_index)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Nothing: bfloat16 needs no scaler, and float16 is not offered."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing, as above."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was seen: the loss of each step, and by step that of the held-out rows.
+
+    `micro_batch` rows were in memory at once.
+    """
+
+    losses: tuple[float, ...]
+    held_out: tuple[tuple[int, float], ...]
+    best_step: int
+    steps: int
+    micro_batch: int
+
+
+def fit(
+    moe: MoeModel,
+    model: Any,
+    read: Read,
+    how: Training,
+    kind: tuple[Objective, Teacher | None],
+    place: tuple[Path, Report],
+    tell: Tell = lambda sentence: None,
+) -> Curve:
+    """Trains the adapters of a peft model and leaves the best in it, by held-out rows.
+
+    A run that was stopped goes on from its last state in the folder.
+
+    Raises:
+        ModelError: a loss or gradient that is no finite number, or too little memory for one row.
+        OutputError: the best state was damaged meanwhile.
+        SettingsError: a batch that cannot be shared out, or a device that Trainer does not take.
+    """
+    objective, teacher = kind
+    folder, report = place
+    trainer = HealTrainer(
+        moe, objective, teacher,
+        model=model,
+        args=_arguments(moe, how, folder),
+        train_dataset=read.rows(how.steps * how.batch),
+        eval_dataset=read.fixed(how.steps * how.batch),
+        data_collator=Collator(
+            objective.where, _pad_id(moe), how.weight_of_answers(objective.name)
+        ),
+        callbacks=[_Watch(how, folder), _Progress(report)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # it prints
+    trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, read, how, folder)
+    tell(trainer.micro_batch.sentence(how.batch))
+    if how.balance:
+        trainer.add_balance(how.balance)
+    state = _trained(trainer, how, folder)
+    best = best_step(state)
+    trainer.accelerator.wait_for_everyone()  # the first has written the last state
+    load_best(model, folder, best)
+    trainer.accelerator.wait_for_everyone()  # each has read the best adapters
+    losses = (train_losses(state), held_out_losses(state))
+    return Curve(*losses, best, state.global_step, trainer.micro_batch.rows)
+
+
+def _trained(trainer: HealTrainer, how: Training, folder: Path) -> TrainerState:
+    """Where the run ended, now or before: a stop may have come after its last step."""
+    with PartialState().main_process_first():  # it clears up what the others then do not find
+        last = last_usable(folder)
+    if last is not None and is_over(last, how):
+        return last
+    begin = None if last is None else str(state_folder(folder, last.global_step))
+    with system_errors(folder):
+        trainer.train(resume_from_checkpoint=begin)
+    return trainer.state
+
+
+def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
+    n_processes = TrainingArguments(str(folder), use_cpu=moe.device.type == "cpu").world_size
+    # Trainer's batches are whole steps: HealTrainer cuts them, so that no state depends on how.
+    share = share_of_process(how.batch, n_processes, how.micro_batch)
+    is_cuda = moe.device.type == "cuda"
+    every = min(how.check_every, how.steps)
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=how.steps,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=share,
+        learning_rate=how.rate(moe.model.config.get_text_config().hidden_size),
+        lr_scheduler_type="cosine",
+        warmup_steps=how.warmup,
+        weight_decay=0.0,
+        seed=how.seed,
+        bf16=is_cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=not is_cuda,
+        **_memory(how),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would tell 0 instead
+        remove_unused_columns=False,
+        dataloader_pin_memory=is_cuda,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    return _on_one_device(arguments, moe.device)
+
+
+def _on_one_device(arguments: TrainingArguments, device: torch.device) -> TrainingArguments:
+    """Where the model is; of several that one process sees, Trainer would take the first, or all.
+
+    Raises:
+        SettingsError: it would run elsewhere.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel: other batches, other hooks
+    theirs = arguments.device
+    is_same = theirs.type == device.type and (theirs.type == "cpu" or theirs.index == device.index)
+    if not is_same:  # CPUs are numbered by process
+        raise SettingsError(
+            f"--device {device}: training would run on {theirs}: leave --device out, "
+            "and choose one of several by CUDA_VISIBLE_DEVICES"
+        )
+    return arguments
+
+
+def _memory(how: Training) -> dict[str, Any]:
+    """Activations computed again instead of kept; transformers renamed the option."""
+    if not how.saves_memory:
+        return {}
+    known = TrainingArguments.__dataclass_fields__
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _pad_id(moe: MoeModel) -> int:
+    pad_id: int | None = moe.tokenizer.pad_token_id
+    return 0 if pad_id is None else pad_id
+
+
+def _check_finite(step: int, logs: Mapping[str, float]) -> None:
+    """Before a state is written: with a norm that is none, weights would be none after this step.
+
+    Raises:
+        ModelError: a number that is none.
+    """
+    for name, said in _FINITE.items():
+        if not isfinite(found := logs.get(name, 0.0)):
+            raise ModelError(
+                f"training broke at step {step}: {said} is {found}: nothing is written; name "
+                "another --out and a lower --learning-rate, or --dtype float32"
+            )
+
+
+class _Watch(TrainerCallback):
+    """Ends a run that gains no more or breaks, and keeps two of its states."""
+
+    def __init__(self, how: Training, folder: Path) -> None:
+        self.how, self.folder = how, folder
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        _check_finite(state.global_step, more["logs"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if is_over(state, self.how):
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.is_world_process_zero:
+            keep_best_and_last(self.folder, best_step(state))
+
+
+class _Progress(TrainerCallback):
+    """Tells how many steps are done."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.report(state.global_step, state.max_steps)

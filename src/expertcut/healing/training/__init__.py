@@ -1,1 +1,0 @@
-"""How it is trained: adapters, losses, and what transformers' Trainer must do otherwise."""
