@@ -26,7 +26,7 @@ from expertcut.evaluation.results import Scored, Scoring
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.storage import Profile, load_profile
-from expertcut.reporting.outcomes import results_table
+from expertcut.reporting.eval_tables import results_table
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 
 AS_IS, UNASKED = BuildOptions(LoadOptions()), BuildOptions(LoadOptions(), is_verified=False)

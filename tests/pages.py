@@ -17,9 +17,8 @@ from expertcut.evaluation.results import (
     save_results,
 )
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.page.gathering import gather
-from expertcut.reporting.page.sections import sections_of
-from expertcut.reporting.page.writing import PAGE, render
+from expertcut.reporting.page import PAGE, render, sections_of
+from expertcut.reporting.show import gather
 from tests.hand_made import block, profile_info, random_chunk, random_profile, write_profile
 
 SUBJECTS = {"birds": 40, "clocks": 60}

@@ -29,9 +29,9 @@ _EXPERTCUT = (
     *(
         "recipe.acts.changing",
         "recipe.acts.giving",
-        "reporting.outcomes",
-        "reporting.shown",
-        "reporting.sweeps",
+        "reporting.eval_tables",
+        "reporting.show",
+        "reporting.eval_tables",
     ),
 )
 PROCESSES.set_forkserver_preload(

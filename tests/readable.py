@@ -13,7 +13,7 @@ from rich.console import Console
 from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel
 from expertcut.errors import ExpertcutError
 from expertcut.profiling.schema import ProfileInfo, Settings, SubjectInfo
-from expertcut.reporting.shown import find_shown
+from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown, as_rich
 from tests.hand_made import block, profile_info
 

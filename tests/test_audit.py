@@ -35,7 +35,7 @@ from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
-from expertcut.reporting.audits import audit_sentences
+from expertcut.reporting.eval_tables import audit_sentences
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, ignore

@@ -38,14 +38,14 @@ from expertcut.profiling.significance import (
 )
 from expertcut.profiling.statistics import answers, as_json
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.findings import (
+from expertcut.reporting.profile_tables import (
     experts_csv,
     margins_table,
     subject_tables,
     subjects_csv,
     suspects_table,
 )
-from expertcut.reporting.shown import find_shown
+from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import as_csv
 from tests.conftest import open_model
 from tests.hand_made import block, profile_info, random_profile, write_profile

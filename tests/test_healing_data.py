@@ -46,7 +46,7 @@ from expertcut.healing.rows import (
 from expertcut.healing.settings import Data, Healing
 from expertcut.healing.trainer import Balance
 from expertcut.models.hooks import Routing
-from expertcut.reporting.healing import dropped_sentence
+from expertcut.reporting.edit_tables import dropped_sentence
 from tests.conftest import make_tokenizer, open_model, write_quiz
 
 Checkpoints = Callable[..., Path]

@@ -33,8 +33,8 @@ from expertcut.healing.settings import Data, Healing
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile
-from expertcut.reporting.page.gathering import Found
-from expertcut.reporting.page.sections.changes import _held_out
+from expertcut.reporting.page_sections import _held_out
+from expertcut.reporting.show import Found
 from tests.conftest import Commands, make_tokenizer, open_model
 from tests.hand_made import block, profile_info
 

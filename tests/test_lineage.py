@@ -10,12 +10,12 @@ import pytest
 
 from expertcut.edits.plan import expert_ids, inherited_hashes, load_hashes, load_plan
 from expertcut.edits.reweight import tilts
+from expertcut.hub.provenance import origin
 from expertcut.models import checkpoint_dir
 from expertcut.models.checkpoint_dir import fingerprint_of
 from expertcut.models.load import find_source
 from expertcut.profiling.measure import default_folder
 from expertcut.profiling.storage import load_profile
-from expertcut.publishing.card.origin import origin
 from tests.conftest import Commands, write_quiz
 
 FIRST, LAST = "model.layers.0.mlp", "model.layers.1.mlp"

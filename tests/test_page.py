@@ -39,16 +39,19 @@ from expertcut.evaluation.search_results import (
 )
 from expertcut.profiling.findings import find, findings_json
 from expertcut.profiling.storage import Profile, load_profile
-from expertcut.reporting.audits import audit_sentences, audit_tables
-from expertcut.reporting.findings import experts_csv
-from expertcut.reporting.outcomes import result_sentences, results_table
-from expertcut.reporting.page import write
-from expertcut.reporting.page.drawing import draw
-from expertcut.reporting.page.figures import Curves, Heat, Series, span
-from expertcut.reporting.page.parts import key_of
-from expertcut.reporting.page.sections.changes import edits_of, rows_of
-from expertcut.reporting.page.writing import PAGE
-from expertcut.reporting.sweeps import sweep_sentences, sweep_table
+from expertcut.reporting.eval_tables import (
+    audit_sentences,
+    audit_tables,
+    result_sentences,
+    results_table,
+    sweep_sentences,
+    sweep_table,
+)
+from expertcut.reporting.page import PAGE, write
+from expertcut.reporting.page_parts import key_of
+from expertcut.reporting.page_sections import edits_of, rows_of
+from expertcut.reporting.plots import Curves, Heat, Series, draw, span
+from expertcut.reporting.profile_tables import experts_csv
 from expertcut.reporting.tables import Column, as_csv
 from tests.hand_made import block, profile_info, random_chunk, write_profile
 from tests.pages import (

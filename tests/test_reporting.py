@@ -35,24 +35,25 @@ from expertcut.profiling import schema
 from expertcut.profiling.findings import find
 from expertcut.profiling.statistics import as_json
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
-from expertcut.reporting.findings import experts_csv
-from expertcut.reporting.outcomes import (
+from expertcut.reporting.edit_tables import (
+    proof_csv,
+    proof_sentences,
+    proof_tables,
+    pruning_sentences,
+    scale_sentences,
+    tilt_sentences,
+    touched_sentences,
+    touched_table,
+)
+from expertcut.reporting.eval_tables import (
     plan_csv,
     plan_table,
     result_sentences,
     results_csv,
     results_table,
 )
-from expertcut.reporting.profiles import profile_tables
-from expertcut.reporting.proofs import (
-    proof_sentences,
-    proof_tables,
-    scale_sentences,
-    tilt_sentences,
-)
-from expertcut.reporting.proving import proof_csv
-from expertcut.reporting.shown import find_shown
+from expertcut.reporting.profile_tables import experts_csv, profile_tables
+from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import Column, Table, as_csv, as_markdown, as_rich
 from tests.hand_made import block, profile_info, random_chunk, random_profile, write_profile
 
@@ -685,9 +686,7 @@ def test_showing_a_profile_or_results_needs_no_torch(tmp_path: Path):
     """Importing it takes seconds in which a person waits for a table."""
     profile = random_profile(tmp_path / "p", profile_info([block(0)], {"birds": 30}))
     save_results(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
-    code = (
-        "import sys; from expertcut.reporting.shown import find_shown; from pathlib import Path; "
-    )
+    code = "import sys; from expertcut.reporting.show import find_shown; from pathlib import Path; "
     code += "[find_shown(Path(p)).tables() for p in sys.argv[1:]]; print('torch' in sys.modules)"
     paths = map(str, (profile.path, tmp_path / "results.json"))
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)

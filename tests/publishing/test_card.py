@@ -13,13 +13,10 @@ from markdown_it import MarkdownIt
 
 from expertcut.edits.plan import PlanModel, load_plan
 from expertcut.evaluation.results import load_results, save_results
+from expertcut.hub.card import Place, card_text, is_edited, loaders
+from expertcut.hub.provenance import evaluations, origin, verified
 from expertcut.models.load import find_source
-from expertcut.publishing.card.evidence import evaluations
-from expertcut.publishing.card.loaders import loaders
-from expertcut.publishing.card.markup import Markdown, escaped, printable
-from expertcut.publishing.card.origin import origin
-from expertcut.publishing.card.text import Place, card_text, is_edited
-from expertcut.publishing.verify import verified
+from expertcut.reporting.tables import Markdown, escaped, one_line
 from tests.exact_models import as_written_before
 from tests.hub import LocalHub
 from tests.hub.uploads import card_faults
@@ -281,7 +278,7 @@ def test_escaped_text_reads_as_it_is_and_is_escaped_once(text: str) -> None:
     assert "<" not in inside and shown.startswith("<p>x ")
     for entity, char in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
         inside = inside.replace(entity, char)
-    assert inside == printable(text)
+    assert inside == one_line(text)
 
 
 def test_a_card_says_how_many_prompts_were_cut(made: Path, hub: LocalHub, tmp_path: Path) -> None:

@@ -68,7 +68,12 @@ def audit(
 
 def _save(found: "Audit", folder: Path) -> None:
     from expertcut.files import write_atomically
-    from expertcut.reporting.audits import audit_csv, audit_figure, audit_sentences, audit_tables
+    from expertcut.reporting.eval_tables import (
+        audit_csv,
+        audit_figure,
+        audit_sentences,
+        audit_tables,
+    )
     from expertcut.reporting.tables import as_csv
 
     files = {"audit.csv": as_csv(audit_csv(found)).encode(), **audit_figure(found)}

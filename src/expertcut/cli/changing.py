@@ -44,7 +44,7 @@ class Named:
 
     def say(self, draft: "Draft", built: "Built | None") -> None:
         """What was done to each, in words."""
-        from expertcut.reporting.proofs import scale_sentences, tilt_sentences
+        from expertcut.reporting.edit_tables import scale_sentences, tilt_sentences
 
         for sentence in (
             *tilt_sentences(self.tilts, built, draft.numbers),
@@ -82,7 +82,7 @@ class Place:
     def make(self, draft: "Draft", options: "BuildOptions") -> "Built | None":
         """Builds and says what came of it; of a plan alone there is nothing to say."""
         from expertcut.checkpoints.build import build, write_plan
-        from expertcut.reporting.proofs import adapter_sentences, proof_sentences, proof_tables
+        from expertcut.reporting.edit_tables import adapter_sentences, proof_sentences, proof_tables
 
         if self.is_plan:
             write_plan(self.profile, draft, self.folder, options)

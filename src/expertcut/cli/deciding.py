@@ -48,7 +48,7 @@ Seed = Annotated[int, option("Seed of folds and draws.", min=0)]
 def decided(profile: "Profile", procedure: "Procedure", options: "DecideOptions") -> "Decision":
     """Chosen and proved on the tuning questions; prints what was found."""
     from expertcut.evaluation.reweight_search import decide
-    from expertcut.reporting.proving import decision_sentences, decision_tables
+    from expertcut.reporting.edit_tables import decision_sentences, decision_tables
 
     quiet()
     with bar("proving", is_shown=options.is_proved) as report:

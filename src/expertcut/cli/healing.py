@@ -183,7 +183,7 @@ def _tell(sentence: str) -> None:
 
 
 def _say(healed: Any) -> None:
-    from expertcut.reporting.healing import healing_sentences, healing_tables
+    from expertcut.reporting.edit_tables import healing_sentences, healing_tables
 
     print_tables(healing_tables(healed), Format.table)
     for sentence in healing_sentences(healed):

@@ -92,7 +92,7 @@ def _run(
     from expertcut.profiling.measure import perturb as again
     from expertcut.profiling.statistics import answers
     from expertcut.profiling.storage import load_profile
-    from expertcut.reporting.profiles import answered_sentence
+    from expertcut.reporting.profile_tables import answered_sentence
 
     name, total = measurement.moe.source.name, len(measurement.quiz)
     watched(partial(measurement.run, folder), f"profiling {name}", total, folder)
@@ -118,7 +118,7 @@ def show(
     ] = False,
 ) -> None:
     """Print what the other commands wrote."""
-    from expertcut.reporting.shown import find_shown
+    from expertcut.reporting.show import find_shown
 
     found = find_shown(path, subjects, criteria)
     if format is Format.json:
@@ -185,7 +185,7 @@ def _scored(scoring: "Scoring", sources: "Sequence[Source]", folder: Path) -> "l
 
 
 def _say(found: "Results", out: Path) -> None:
-    from expertcut.reporting.outcomes import result_sentences, results_table
+    from expertcut.reporting.eval_tables import result_sentences, results_table
 
     print_tables([results_table(found)], Format.table)
     for sentence in result_sentences(found):

@@ -86,8 +86,12 @@ def merge(
 
 
 def _say(profile: "Profile", merged: "Merged", *, is_plan: bool) -> None:
-    from expertcut.reporting.merging import groups_table, merging_sentences
-    from expertcut.reporting.proofs import proof_sentences, proof_tables
+    from expertcut.reporting.edit_tables import (
+        groups_table,
+        merging_sentences,
+        proof_sentences,
+        proof_tables,
+    )
 
     print_tables([groups_table(profile, merged)], Format.table)
     if is_plan:

@@ -226,7 +226,7 @@ def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[s
 
 def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
     from expertcut.edits.prune import removed_traffic
-    from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
+    from expertcut.reporting.edit_tables import pruning_sentences, touched_sentences, touched_table
 
     goes = removed_traffic(profile, chosen.draft.edits)
     for sentence in pruning_sentences(chosen):

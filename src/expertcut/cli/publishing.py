@@ -9,7 +9,7 @@ from expertcut.cli.options import Format, option
 from expertcut.cli.output import print_tables, quiet
 
 if TYPE_CHECKING:
-    from expertcut.publishing.hub import Published
+    from expertcut.hub.upload import Published
 
 
 def publish(
@@ -31,7 +31,7 @@ def publish(
     """Write a checkpoint's model card and upload both to the Hub."""
     from huggingface_hub.utils import logging as hub_logging
 
-    from expertcut.publishing.hub import PublishOptions, publish
+    from expertcut.hub.upload import PublishOptions, publish
 
     quiet()
     hub_logging.set_verbosity_error()
@@ -41,7 +41,7 @@ def publish(
 
 def _say(done: "Published") -> None:
     """What was done, or would be, in words."""
-    from expertcut.publishing.card.markup import printable
+    from expertcut.reporting.tables import one_line
 
     if done.commit is None:
         _print_files(done)
@@ -52,9 +52,9 @@ def _say(done: "Published") -> None:
         what = counts.get(done.n_results, f"with {done.n_results} evaluations")
         print(f"the card is written to {done.card}, {what}")
     if done.left_out:
-        print(f"left out: {printable(', '.join(done.left_out))}")
+        print(f"left out: {one_line(', '.join(done.left_out))}")
     if done.gone:
-        print(f"removed there: {printable(', '.join(done.gone))}")
+        print(f"removed there: {one_line(', '.join(done.gone))}")
     if done.commit is None:
         print(f"nothing is uploaded; without --dry-run it would go to {done.url}")
     elif done.is_changed:

@@ -63,7 +63,7 @@ def _print_results(folder: Path) -> None:
     """Prints a sentence for each evaluated model."""
     from expertcut.evaluation.results import load_results
     from expertcut.recipe.stages import RESULTS
-    from expertcut.reporting.outcomes import result_sentences
+    from expertcut.reporting.eval_tables import result_sentences
 
     print()
     for sentence in result_sentences(load_results(folder / RESULTS)):

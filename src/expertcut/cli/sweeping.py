@@ -87,7 +87,12 @@ def run_sweep(grid: "Grid", scored: Scored, start: Start) -> None:
 
 def _save(found: "Sweep", folder: Path) -> None:
     from expertcut.files import write_atomically
-    from expertcut.reporting.sweeps import sweep_csv, sweep_figure, sweep_sentences, sweep_table
+    from expertcut.reporting.eval_tables import (
+        sweep_csv,
+        sweep_figure,
+        sweep_sentences,
+        sweep_table,
+    )
     from expertcut.reporting.tables import as_csv
 
     files = {"sweep.csv": as_csv(sweep_csv(found)).encode(), **sweep_figure(found)}

@@ -29,16 +29,20 @@ from expertcut.recipe.acts.job import Job
 from expertcut.recipe.model import Variant
 from expertcut.recipe.sections import PruneSection, ReweightSection
 from expertcut.recipe.stages import variant_folder
-from expertcut.reporting.cuts import pruning_sentences, touched_sentences, touched_table
-from expertcut.reporting.merging import groups_table, merging_sentences
-from expertcut.reporting.proofs import (
+from expertcut.reporting.edit_tables import (
     adapter_sentences,
+    decision_sentences,
+    decision_tables,
+    groups_table,
+    merging_sentences,
     proof_sentences,
     proof_tables,
+    pruning_sentences,
     scale_sentences,
     tilt_sentences,
+    touched_sentences,
+    touched_table,
 )
-from expertcut.reporting.proving import decision_sentences, decision_tables
 
 
 def prune(job: Job) -> None:

@@ -3,8 +3,8 @@
 import json
 
 from expertcut.files import write_atomically
-from expertcut.publishing.hub import Published, PublishOptions
-from expertcut.publishing.hub import publish as upload
+from expertcut.hub.upload import Published, PublishOptions
+from expertcut.hub.upload import publish as upload
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.sections import PublishSection
 from expertcut.recipe.stages import REPORT, RESULTS

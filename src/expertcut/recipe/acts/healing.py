@@ -11,7 +11,7 @@ from expertcut.recipe.acts.job import Job
 from expertcut.recipe.model import Recipe
 from expertcut.recipe.sections import HealSection
 from expertcut.recipe.stages import variant_folder
-from expertcut.reporting.healing import healing_sentences, healing_tables
+from expertcut.reporting.edit_tables import healing_sentences, healing_tables
 
 
 def heal(job: Job) -> None:

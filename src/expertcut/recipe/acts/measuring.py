@@ -14,9 +14,9 @@ from expertcut.profiling.statistics import answers
 from expertcut.profiling.storage import load_profile
 from expertcut.recipe.acts.job import Job
 from expertcut.recipe.stages import RESULTS
-from expertcut.reporting.outcomes import results_table
-from expertcut.reporting.profiles import answered_sentence
-from expertcut.reporting.shown import find_shown
+from expertcut.reporting.eval_tables import results_table
+from expertcut.reporting.profile_tables import answered_sentence
+from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown
 
 

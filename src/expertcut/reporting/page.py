@@ -1,9 +1,9 @@
-"""The page on disk: one file that needs nothing else, and its figures in a folder beside it."""
+"""`report.html`: the page on disk, one file that needs nothing else, its figures beside it."""
 
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,32 @@ from markupsafe import Markup
 from expertcut import __version__
 from expertcut.errors import OutputError
 from expertcut.files import without_secrets, write_atomically
-from expertcut.reporting.page.drawing import colour_stops, draw
-from expertcut.reporting.page.gathering import Run, gather
-from expertcut.reporting.page.parts import Explorer, Section, figures_of
-from expertcut.reporting.page.sections import sections_of
+from expertcut.reporting.expert_maps import expert_sections
+from expertcut.reporting.page_parts import Explorer, Section, figures_of
+from expertcut.reporting.page_sections import (
+    change_sections,
+    outcome_sections,
+    provenance_sections,
+    search_sections,
+)
+from expertcut.reporting.plots import colour_stops, draw
+from expertcut.reporting.show import Run, gather
 from expertcut.reporting.tables import Table, as_csv, printable
 
+SECTIONS: tuple[Callable[[Run], list[Section]], ...] = (
+    outcome_sections,
+    change_sections,
+    search_sections,
+    expert_sections,
+    provenance_sections,
+)
 PAGE = "report.html"
 SCRIPTS = ("core", "tables", "heat", "curves", "explorer")  # each uses those before it
+
+
+def sections_of(run: Run) -> list[Section]:
+    """All of them, in the order of the page."""
+    return [section for make in SECTIONS for section in make(run)]
 
 
 def write(run: Path, out: Path | None = None) -> Path:
@@ -63,7 +81,7 @@ def figure_files(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
 def render(run: Run, sections: Sequence[Section], folder: str) -> str:
     """The page; `folder` is what its links to figures begin with."""
     environment = Environment(
-        loader=PackageLoader("expertcut.reporting.page", "template"),
+        loader=PackageLoader("expertcut.reporting", "template"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_plain,
@@ -125,7 +143,7 @@ def _plain(value: object) -> object:
 
 
 def _resource(name: str) -> str:
-    folder = files("expertcut.reporting.page") / "template"
+    folder = files("expertcut.reporting") / "template"
     return (folder / name).read_text(encoding="utf-8")
 
 

@@ -8,18 +8,19 @@ import numpy as np
 
 from expertcut.profiling.findings import Findings, layers_json
 from expertcut.profiling.statistics import LayerStatistics
-from expertcut.reporting.cuts import rows_tables
-from expertcut.reporting.findings import (
+from expertcut.reporting.edit_tables import rows_tables
+from expertcut.reporting.page_parts import Explorer, Folded, Part, Section, Text, key_of
+from expertcut.reporting.page_sections import edits_of
+from expertcut.reporting.plots import Curves, Heat, Series, rounded, span, spread
+from expertcut.reporting.profile_tables import (
+    MIN_APPEARANCES,
     experts_csv,
     margins_table,
     perturbation_tables,
+    profile_tables,
     suspects_table,
 )
-from expertcut.reporting.page.figures import Curves, Heat, Series, rounded, span, spread
-from expertcut.reporting.page.gathering import Found, Run, quiz_of
-from expertcut.reporting.page.parts import Explorer, Folded, Part, Section, Text, key_of
-from expertcut.reporting.page.sections.changes import edits_of
-from expertcut.reporting.profiles import MIN_APPEARANCES, profile_tables
+from expertcut.reporting.show import Found, Run, quiz_of
 from expertcut.reporting.tables import Column, printable
 
 _MAPS = (

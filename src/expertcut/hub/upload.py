@@ -14,13 +14,10 @@ from expertcut.edits.plan import PLAN_FILE, plan_text
 from expertcut.errors import HubError, SettingsError
 from expertcut.evaluation.results import results_bytes
 from expertcut.files import without_secrets, write_atomically
-from expertcut.publishing.card.evidence import Evaluated, evaluations
-from expertcut.publishing.card.markup import printable
-from expertcut.publishing.card.origin import origin
-from expertcut.publishing.card.text import Place, card_text, is_edited
-from expertcut.publishing.faults import warnings_kept
-from expertcut.publishing.repository import Content, Repository, check_ours, stale
-from expertcut.publishing.verify import CARD_FILE, Checkpoint, verified
+from expertcut.hub.card import Place, card_text, is_edited
+from expertcut.hub.provenance import CARD_FILE, Checkpoint, Evaluated, evaluations, origin, verified
+from expertcut.hub.repository import Content, Repository, check_ours, stale, warnings_kept
+from expertcut.reporting.tables import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +90,13 @@ def _check_names(repo: str, revision: str | None) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        what = printable(f"{repo!a} is no name that the Hub takes: {error}")
+        what = one_line(f"{repo!a} is no name that the Hub takes: {error}")
         raise SettingsError(what) from None
     if repo.count("/") != 1:
         raise SettingsError(f"{repo} must name owner and repository: OWNER/NAME")
     if revision is not None and not _REVISION.fullmatch(revision):
         raise SettingsError(
-            f"--revision {printable(revision)} must be the name of a branch, like v2 or keep-32"
+            f"--revision {one_line(revision)} must be the name of a branch, like v2 or keep-32"
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertcut.reporting.page.figures import Curves, Heat
+from expertcut.reporting.plots import Curves, Heat
 from expertcut.reporting.tables import Table
 
 

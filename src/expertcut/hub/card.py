@@ -1,0 +1,381 @@
+"""The model card: everything that is known of a checkpoint, put into the template and checked."""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import ModelCard, ModelCardData
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from expertcut import __version__
+from expertcut.checkpoints.exact import has_constants, has_earlier_names
+from expertcut.documents import first_fault
+from expertcut.edits.plan import PLAN_FILE, Plan
+from expertcut.edits.splits import read_judged
+from expertcut.errors import PlanError
+from expertcut.hub.provenance import (
+    REPORT_FILE,
+    Checkpoint,
+    Evaluated,
+    Licence,
+    Origin,
+    eval_results,
+    public_name,
+)
+from expertcut.reporting.edit_tables import proof_table
+from expertcut.reporting.eval_tables import plan_table, result_sentences, results_table
+from expertcut.reporting.profile_tables import cut_text
+from expertcut.reporting.tables import (
+    Cell,
+    Column,
+    Markdown,
+    Table,
+    code,
+    escaped,
+    markdown_table,
+    one_line,
+)
+
+_WHERE = {"answer": "at the answer position", "all": "over all tokens"}
+# By config.model_type. vLLM has a class of its own for these; see docs/publishing.md.
+_VLLM_STOCK = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+_VLLM_CONSTANTS = ("olmoe", "qwen2_moe", "qwen3_moe")
+_LLAMA_CPP = ("olmoe",)  # converted and run (docs/benchmarks.md)
+_ENVIRONMENT = "in an environment of its own (0.33 needs transformers below 5.21)"
+# As vLLM 0.33.0 checks it, in SubstitutedRoutedExperts.
+_EXCLUDED = (
+    "not together with quantised experts, LoRA on experts, EPLB, or expert, data or sequence "
+    "parallelism"
+)
+_TEMPLATE = "card.md.jinja"
+_SEAL = re.compile(r"\n<!-- expertcut wrote this card: ([0-9a-f]{64}) -->\n")
+
+
+class _HeldOut(BaseModel):
+    """A line of `proof.held_out` in plan.json."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    against: str
+    questions: int
+    max_abs_logprob_diff: float
+    median_abs_logprob_diff: float
+    flipped: int
+
+
+def is_pruned(origin: Origin) -> bool:
+    """Whether experts were removed in any step, one that is not there any more among them."""
+    edits = origin.steps[0].blocks.values() if not origin.is_here else ()
+    was_before = any(edit.keep[-1] >= len(edit.keep) for edit in edits if edit.keep)
+    return was_before or any(step.action.startswith("prune") for step in origin.steps)
+
+
+def is_tilted(origin: Origin) -> bool:
+    """Whether any step gave an expert a bias or a factor."""
+    return any(edit.tilted for step in origin.steps for edit in step.blocks.values())
+
+
+def change_sentences(plan: Plan, origin: Origin) -> Iterator[str]:
+    """What this checkpoint is, against its base."""
+    if is_pruned(origin):
+        yield _kept(plan, origin)
+    n_biased = sum(len(edit.bias) for edit in plan.blocks.values())
+    n_scaled = sum(len(edit.scale) for edit in plan.blocks.values())
+    if n_biased:
+        where = "at every token" if plan.apply_at != "answer" else "where an answer is written"
+        form = (
+            "carried by a direction in the gate's row, which comes close to the bias itself"
+            if plan.layout == "stock"
+            else "a bias of the gate itself"
+        )
+        yield f"{_experts(n_biased)} a bias on the gate's logit, to act {where}: {form}."
+    if n_scaled:
+        yield f"{_experts(n_scaled)} a factor on the gate weight; who is chosen stays."
+
+
+def _experts(n: int) -> str:
+    return "1 expert gets" if n == 1 else f"{n} experts get"
+
+
+def _kept(plan: Plan, origin: Origin) -> str:
+    counts = [len(edit.keep) for edit in plan.blocks.values()]
+    kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    of = "" if origin.n_experts is None else f" of {origin.n_experts}"
+    if plan.removal == "constant":
+        gives = "its mean output" if plan.removed == "mean" else "nothing"
+        then = f"the router may still choose a removed expert, which then gives {gives}"
+    else:
+        then = "the others are cut out, and the router takes the next best"
+    return f"Each of {len(counts)} MoE layers keeps {kept}{of} experts; {then}."
+
+
+def step_sentences(origin: Origin) -> Iterator[str]:
+    """The rule of every step, and the questions it was chosen on, first to last."""
+    for step in origin.steps:
+        chosen = step.chosen_on
+        # Whether a quiz is on the Hub the plan does not say: a path is not to be published.
+        quiz = chosen.quiz if chosen.quiz.count("/") == 1 else public_name(chosen.quiz, None)
+        text = f"{step.action} (layout {step.layout})"
+        if step.criterion != "by hand":
+            text += f", by {step.criterion}, counted {_WHERE[step.positions]}"
+        text += f", on {chosen.questions:,} {chosen.split} questions of {quiz}"
+        if chosen.fitted_split:
+            text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
+        yield f"{text}."
+
+
+def held_out_table(plan: Plan) -> Table:
+    """How far answers moved on the questions that judge; without rows where none was asked.
+
+    Raises:
+        PlanError: what stands there is of another form.
+    """
+    try:
+        found = TypeAdapter(list[_HeldOut]).validate_python(plan.proof.get("held_out", []))
+    except ValidationError as error:
+        raise PlanError(f"{PLAN_FILE}: proof.held_out.{first_fault(error)}") from None
+    rows: list[list[Cell]] = [
+        [f.against, f.max_abs_logprob_diff, f.median_abs_logprob_diff, f.flipped, f.questions]
+        for f in found
+    ]
+    columns = (
+        Column("against"),
+        Column("largest |Δ log p|", ".4f"),
+        Column("median |Δ log p|", ".4f"),
+        Column("flipped answers", ",d"),
+        Column("questions", ",d"),
+    )
+    return Table("How far answers moved", columns, rows)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A program, what it must be, and the lines that load the checkpoint there."""
+
+    name: str
+    needs: str
+    language: str
+    lines: Markdown
+
+
+def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Loader, ...]:
+    """The loaders whose form on disk this is, transformers first."""
+    found = [_transformers(checkpoint, repo, revision)]
+    family = str(checkpoint.config.get("model_type"))
+    branch = f" --revision {revision}" if revision else ""
+    is_stock = checkpoint.has_family_form
+    serve = Markdown(f"vllm serve {repo}{branch}")
+    if is_stock and family in _VLLM_STOCK:
+        needs = f"any version that loads the base model, {_ENVIRONMENT}"
+        found.append(Loader("vLLM", needs, "sh", serve))
+    if not is_stock and family in _VLLM_CONSTANTS:
+        found.append(Loader("vLLM", f"0.33 or later, {_ENVIRONMENT}; {_EXCLUDED}", "sh", serve))
+    if is_stock and family in _LLAMA_CPP:
+        lines = (
+            f"hf download {repo}{branch} --local-dir model",
+            "python convert_hf_to_gguf.py model --outfile model.gguf",
+            "llama-cli -m model.gguf",
+        )
+        needs = "its own converter, which must know the tokenizer as it knows the base model's"
+        found.append(Loader("llama.cpp", needs, "sh", Markdown("\n".join(lines))))
+    return tuple(found)
+
+
+def misreaders(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Sentences on programs that load the checkpoint and answer wrongly, or refuse it."""
+    config = checkpoint.config
+    if not has_constants(config) or "biased_gates" in config:
+        return ()
+    found = [
+        "transformers 4 loads it wrongly: 4.57.6 warns that weights are newly initialized, and "
+        "removed experts answer at random. Use 5.22 or later, as above."
+    ]
+    if has_earlier_names(config):
+        found.append(
+            "vLLM 0.32 loads it wrongly: it answers NaN, without a warning. `expertcut reweight` "
+            "and `expertcut heal` write what they make of it in a form that 0.32 refuses."
+        )
+    else:
+        found.append("vLLM 0.32 knows no constant experts and refuses it.")
+    return tuple(found)
+
+
+def _transformers(checkpoint: Checkpoint, repo: str, revision: str | None) -> Loader:
+    options = ['dtype="auto"']
+    if revision:
+        options.append(f"revision={json.dumps(revision)}")
+    own = [] if checkpoint.has_family_form else ["trust_remote_code=True"]
+    tokenizer = ", ".join(["name", *options[1:]])
+    lines = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"name = {json.dumps(repo)}",
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
+        f"model = AutoModelForCausalLM.from_pretrained({', '.join(['name', *options, *own])})",
+    )
+    if checkpoint.has_family_form:
+        needs = "any version that loads the base model (4.56 or later for dtype as written here)"
+    else:
+        needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
+    return Loader("transformers", needs, "python", Markdown("\n".join(lines)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint goes: a repository, a revision of it, and the Hub's address."""
+
+    repo: str
+    revision: str | None
+    endpoint: str
+
+    @property
+    def files(self) -> str:
+        """The address under which its files are shown."""
+        return f"{self.endpoint}/{self.repo}/blob/{self.revision or 'main'}"
+
+
+def card_text(
+    checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
+) -> str:
+    """README.md: metadata, text, and a seal by which a later run knows that nobody edited it."""
+    metadata = card_metadata(origin, evaluated, place)
+    environment = jinja2.Environment(
+        finalize=escaped,  # whatever is put in is text, unless it was made as Markdown here
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.globals.update(code=code, table=markdown_table)
+    template = environment.from_string(
+        files("expertcut.hub").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    )
+    body = template.render(_facts(checkpoint, origin, evaluated, place))
+    text = re.sub(r"\n{3,}", "\n\n", f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
+    ModelCard(text)  # raises where the Hub could not read the metadata
+    return f"{text}\n<!-- expertcut wrote this card: {_digest(text)} -->\n"
+
+
+def is_edited(content: str) -> bool:
+    """Whether a card is not as it was written here."""
+    seal = _SEAL.search(content)
+    return (
+        seal is None or bool(content[seal.end() :]) or _digest(content[: seal.start()]) != seal[1]
+    )
+
+
+def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) -> ModelCardData:
+    """What the Hub reads of a card."""
+    tags = {"moe": True, "pruning": is_pruned(origin), "expert-reweighting": is_tilted(origin)}
+    results = eval_results(evaluated, place.files)
+    return ModelCardData(
+        base_model=origin.id if origin.is_on_hub else None,
+        base_model_relation="finetune" if origin.is_on_hub else None,
+        license=origin.licence.id,
+        license_name=origin.licence.name,
+        license_link=origin.licence.link,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*(tag for tag, is_it in tags.items() if is_it), "expertcut"],
+        metrics=["accuracy"] if results else None,
+        model_name=place.repo.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _facts(
+    checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
+) -> dict[str, Any]:
+    plan, proof = checkpoint.plan, checkpoint.proof
+    return {
+        "name": place.repo.split("/")[-1],
+        "version": __version__,
+        "origin": origin,
+        "base": _base_link(origin, place.endpoint),
+        "licence": _licence_text(origin.licence),
+        "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
+        "plan": plan,
+        "changes": list(change_sentences(plan, origin)),
+        "steps": list(step_sentences(origin)),
+        "plan_table": plan_table(plan),
+        "held_out": held_out_table(plan),
+        "judged": read_judged(plan, checkpoint.folder),
+        "proof": proof,
+        "proof_table": proof_table(proof) if proof else None,
+        "evaluated": [(one, _results_facts(one)) for one in evaluated],
+        "size": _size(checkpoint, evaluated),
+        "loaders": loaders(checkpoint, place.repo, place.revision),
+        "misreaders": misreaders(checkpoint),
+        "has_family_form": checkpoint.has_family_form,
+        "has_report": any(f.name == REPORT_FILE for f in checkpoint.files),
+        "files": Markdown(place.files),
+    }
+
+
+def _base_link(origin: Origin, endpoint: str) -> Markdown:
+    if not origin.is_on_hub:
+        return escaped(origin.name)
+    at = f"{endpoint}/{origin.id}/tree/{origin.revision}"
+    return Markdown(f"[{escaped(origin.id)}](<{one_line(at).replace('>', '').replace('<', '')}>)")
+
+
+def _licence_text(licence: Licence) -> str:
+    if licence.id != "other":
+        return licence.id
+    link = f" ({licence.link})" if licence.link else ""
+    return f"{licence.name or 'a licence of its own'}{link}"
+
+
+def _results_facts(one: Evaluated) -> dict[str, Any]:
+    models = one.results.models
+    rows: list[list[Cell]] = [
+        [
+            name,
+            *(m.subjects[name].accuracy if name in m.subjects else None for m in models),
+            r.questions,
+        ]
+        for name, r in one.model.subjects.items()
+    ]
+    columns = (
+        Column("subject"),
+        *(Column(Path(m.path).name, ".2%") for m in models),
+        Column("questions", ",d"),
+    )
+    return {
+        "file": Markdown(one.file),
+        "cut": cut_text(one.model.cut),
+        "table": results_table(one.results),
+        "sentences": result_sentences(one.results) if one.results.comparisons else [],
+        "subjects": Table("Subjects", columns, rows),
+    }
+
+
+def _size(checkpoint: Checkpoint, evaluated: Sequence[Evaluated]) -> Table:
+    tensors = checkpoint.tensors.values()
+    dtypes = Counter[str]()
+    for tensor in tensors:
+        dtypes[tensor.dtype] += math.prod(tensor.shape)
+    parameters = evaluated[0].model.parameters if evaluated else sum(dtypes.values())
+    active = evaluated[0].model.active_parameters if evaluated else None
+    size_mb = sum(f.stat().st_size for f in {tensor.file for tensor in tensors}) / 1e6
+    columns = (
+        Column("parameters", ",d"),
+        Column("used per token", ",d"),
+        Column("MB", ",.1f"),
+        Column("stored as"),
+    )
+    stored = ", ".join(name for name, _ in dtypes.most_common())
+    return Table("Size", columns, [[parameters, active, size_mb, stored]])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()

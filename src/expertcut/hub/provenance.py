@@ -1,0 +1,401 @@
+"""A checkpoint's parts held together, the base under it, its licence and its evaluations."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+
+from expertcut.checkpoints.exact import has_constants, is_exact
+from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
+from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Edit, Plan, load_hashes, load_plan
+from expertcut.errors import ModelError, PlanError, SettingsError
+from expertcut.evaluation.cross_fit import ProofResult, load_proof
+from expertcut.evaluation.results import ModelResult, Results, load_results
+from expertcut.models.checkpoint_dir import find_local, read_config
+from expertcut.models.load import MODELLING_FILE, Source, find_source
+from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
+from expertcut.models.validate import expert_count
+from expertcut.reporting.tables import one_line
+
+CARD_FILE = "README.md"
+REPORT_FILE = "report.html"
+_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".yaml")
+_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+_RESULTS = "results"  # they go up as the card found them, not as they lie here
+RESULTS_FILE = "results.json"
+_SOURCE_NAME = "expertcut eval"
+logger = logging.getLogger(__name__)
+
+_FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.S)
+_MOST_STEPS = 20
+UNKNOWN = "unknown"  # the Hub's own word
+# What the Hub takes as `license` (huggingface.co/docs/hub/repositories-licenses).
+LICENCES = frozenset(
+    """
+    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc
+    cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0
+    cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+    creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 gemma
+    gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
+    llama3.3 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 pddl
+    postgresql unlicense wtfpl zlib
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose parts fit together; `tensors` are those of its headers, by name."""
+
+    source: Source
+    config: Mapping[str, Any]
+    plan: Plan
+    proof: ProofResult | None
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.source.path
+
+    @property
+    def has_family_form(self) -> bool:
+        """Whether it is in the form of its family, without constants and biased gates."""
+        return not has_constants(self.config) and not self.config.get("biased_gates")
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """What is uploaded: weights, and what names or describes them; no card and no results."""
+        weights = {tensor.file for tensor in self.tensors.values()}
+        return tuple(sorted(weights | {f for f in self._here if self._belongs(f)}))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What else lies there, folders with a slash."""
+        known = {*self.files, self.folder / CARD_FILE}
+        others = [f for f in self._here if f not in known and not f.name.startswith(_RESULTS)]
+        folders = [f for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
+        return tuple(sorted([*(f.name for f in others), *(f"{f.name}/" for f in folders)]))
+
+    @property
+    def _here(self) -> list[Path]:
+        return [f for f in self.folder.iterdir() if f.is_file() and not f.name.startswith(".")]
+
+    def _belongs(self, file: Path) -> bool:
+        if file.name.startswith(_RESULTS):
+            return False
+        is_index = file.name.endswith(".index.json")
+        if is_index:
+            return file.name == INDEX_FILE and bool(read_index(self.folder))
+        return file.suffix in _ENDINGS or file.name.startswith(_NAMES) or file.name == REPORT_FILE
+
+
+def verified(folder: Path) -> Checkpoint:
+    """A checkpoint that `prune` or `reweight` made, every part of it checked against the others.
+
+    Raises:
+        ModelError: no checkpoint, or damaged files.
+        PlanError: no plan, or one of something else.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"no such checkpoint: {folder} is no folder")
+    config = read_config(folder)
+    if not (folder / PLAN_FILE).is_file():
+        raise PlanError(
+            f"{folder} has no {PLAN_FILE}: publish takes what `prune`, `merge`, `reweight` and "
+            "`heal` made"
+        )
+    source, tensors, plan = find_source(str(folder)), read_headers(folder), load_plan(folder)
+    load_hashes(folder, plan)
+    blocks, _ = match_blocks(tensors, plan.blocks)
+    for name, edit in plan.blocks.items():
+        _check_block(blocks[name], edit, plan, config)
+    if is_exact(config) and not (folder / MODELLING_FILE).is_file():
+        raise ModelError(f"{folder} lacks {MODELLING_FILE}, which layout exact needs: make it anew")
+    proof = load_proof(folder) if (folder / PROOF_FILE).is_file() else None
+    return Checkpoint(source, config, plan, proof, tensors)
+
+
+def _check_block(block: DiskBlock, edit: Edit, plan: Plan, config: Mapping[str, Any]) -> None:
+    """That the weights hold the experts that the plan keeps.
+
+    Raises:
+        PlanError: they do not.
+    """
+    if plan.layout == "stock":
+        is_right = block.n_experts == len(edit.keep) == expert_count(dict(config))
+    else:
+        is_right = set(_own_experts(block, edit)) == set(edit.keep)
+    if not is_right:
+        n_own = len(list(_own_experts(block, edit)))
+        raise PlanError(
+            f"{PLAN_FILE} is not of these weights: it keeps {len(edit.keep)} experts of "
+            f"{block.name}, on disk are {n_own} and config.json says "
+            f"{expert_count(dict(config))}: put the plan back that made them"
+        )
+
+
+def _own_experts(block: DiskBlock, edit: Edit) -> Iterator[int]:
+    """What the experts that are no constants are called."""
+    numbers = edit.rows or range(block.n_experts)
+    for row, number in zip(range(block.n_experts), numbers, strict=False):
+        if not block.by_expert or block.by_expert[row]:
+            yield number
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation, of its base and of the checkpoint alone; `file` is its name on the Hub.
+
+    What was a path on this machine is only a name in it.
+    """
+
+    file: str
+    results: Results
+
+    @property
+    def model(self) -> ModelResult:
+        """The checkpoint's own result."""
+        return self.results.models[-1]
+
+
+def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluated, ...]:
+    """From the files that were named, else from `results.json` in the folder or beside it.
+
+    Raises:
+        OutputError: no results in a named file.
+        SettingsError: a named file holds no results of these weights.
+    """
+    folder = checkpoint.folder
+    beside = [f for f in (folder / RESULTS_FILE, folder.resolve().parent / RESULTS_FILE)]
+    found: list[Results] = []
+    for file in named or [file for file in beside if file.is_file()]:
+        results = load_results(file)
+        own = of_model(results, checkpoint.source.fingerprint)
+        if own is not None and own not in found:
+            found.append(own)
+        elif own is None and named:
+            raise SettingsError(
+                f"{file} holds no results of {folder}, whose weights it tells by their hash: "
+                "evaluate it again with `expertcut eval`"
+            )
+    return tuple(
+        Evaluated(RESULTS_FILE if i == 1 else f"results-{i}.json", results)
+        for i, results in enumerate(found, start=1)
+    )
+
+
+def of_model(results: Results, fingerprint: str) -> Results | None:
+    """The base and the model with these weights, and their comparison; None without that model."""
+    places = [i for i, m in enumerate(results.models) if m.fingerprint == fingerprint]
+    if not places:
+        return None
+    place = places[-1]
+    compared = [c for c in results.comparisons if c.other == place]
+    kept = [compared[0].base, place] if compared else [place]
+    return results.model_copy(
+        update={
+            "quiz": public_name(results.quiz, results.revision),
+            "models": [_public(results.models[i]) for i in kept],
+            "comparisons": [c.model_copy(update={"base": 0, "other": 1}) for c in compared[:1]],
+        }
+    )
+
+
+def public_name(id: str, revision: str | None) -> str:
+    """An id of the Hub, or the last part of a path: where it lies here concerns nobody."""
+    name = id if revision is not None else Path(id).resolve().name
+    return one_line(name) or "unnamed"
+
+
+def _public(model: ModelResult) -> ModelResult:
+    return model.model_copy(update={"path": public_name(model.path, model.revision)})
+
+
+def eval_results(evaluated: Sequence[Evaluated], place: str) -> list[EvalResult]:
+    """For the card's `model-index`; `place` is the address under which files are shown."""
+    return [
+        EvalResult(
+            task_type="multiple-choice",
+            task_name="Multiple choice",
+            dataset_type=one.results.quiz,
+            dataset_name=one.results.quiz,
+            dataset_split=one_line(one.results.split),
+            dataset_revision=one.results.revision,
+            dataset_args={"num_few_shot": one.results.shots},
+            metric_type="accuracy",
+            metric_name=f"accuracy ({one.results.shots} shots, {one.model.questions} questions)",
+            metric_value=round(one.model.accuracy, 6),
+            source_name=_SOURCE_NAME,
+            source_url=f"{place}/{one.file}",
+        )
+        for one in evaluated
+    ]
+
+
+@dataclass(frozen=True)
+class Licence:
+    """As a card's metadata has it; `name` and `link` only where `id` is `other`."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base as the first plan names it, and the plans from the first step to this checkpoint.
+
+    `is_here` says whether a base that is a folder is there with its weights: only then it is known
+    that nothing was done to it before. `n_experts` is the base's count, None where the base's
+    config cannot be read.
+    """
+
+    id: str
+    revision: str | None
+    licence: Licence
+    n_experts: int | None
+    steps: tuple[Plan, ...]
+    is_here: bool = True
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether others can find it by its id."""
+        return self.revision is not None
+
+    @property
+    def name(self) -> str:
+        """Its id, or of a folder on this machine the last part."""
+        return self.id if self.is_on_hub else Path(self.id).name or "a local folder"
+
+
+def origin(plan: Plan, folder: Path) -> Origin:
+    """What a checkpoint was made from, as far as it can be found here or in the cache."""
+    steps = [plan]
+    while len(steps) < _MOST_STEPS and (before := _made_from(steps[0], folder)) is not None:
+        steps.insert(0, before)
+    base = steps[0].model
+    place = _folder_of(steps[0], folder)
+    files = _Files(base.id if place is None else str(place), base.revision, folder)
+    is_here = base.revision is not None or place is not None
+    if not is_here:
+        logger.warning(
+            "%s is not there with its weights (%s): the card cannot say what was done to it before",
+            *(one_line(base.id), base.fingerprint[:8]),
+        )
+    return Origin(
+        id=base.id,
+        revision=base.revision,
+        licence=_licence(files),
+        n_experts=expert_count(files.config()),
+        steps=tuple(steps),
+        is_here=is_here,
+    )
+
+
+def _made_from(plan: Plan, folder: Path) -> Plan | None:
+    """The plan in the folder on this machine that a plan was for; a model of the Hub is a base."""
+    place = _folder_of(plan, folder)
+    if place is None or place.resolve() == folder.resolve():
+        return None
+    file = place / PLAN_FILE
+    if not file.is_file():
+        return None
+    try:
+        return load_plan(file)
+    except PlanError:  # what lies there now is no checkpoint of ours
+        return None
+
+
+def _folder_of(plan: Plan, near: Path) -> Path | None:
+    """The folder that a plan was for, if it is there with its weights; of the Hub there is none."""
+    model = plan.model
+    if model.revision is not None:
+        return None
+    return find_local(model.id, model.fingerprint, near)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The small files of the base, from its folder, the cache or the Hub."""
+
+    id: str
+    revision: str | None
+    folder: Path
+
+    def text(self, name: str) -> str | None:
+        path = self._path(name)
+        try:
+            return None if path is None else path.read_text(encoding="utf-8-sig")
+        except (OSError, ValueError):
+            return None
+
+    def config(self) -> dict[str, Any]:
+        path = self._path("config.json")
+        try:
+            return {} if path is None else read_config(path.parent)
+        except ModelError:
+            return {}
+
+    def _path(self, name: str) -> Path | None:
+        if self.revision is None:
+            file = Path(self.id) / name
+            return file if file.is_file() else None
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(self.id, name, revision=self.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        try:
+            return Path(hf_hub_download(self.id, name, revision=self.revision))
+        except (OSError, ValueError):  # every error of the Hub is an OSError, of a name the other
+            return None
+
+
+def _licence(files: _Files) -> Licence:
+    """What the base's card says, else its config; never a guess."""
+    metadata = front_matter(files.text("README.md") or "")
+    stated = metadata.get("license") or files.config().get("license")
+    if isinstance(stated, list) and len(stated) == 1:
+        (stated,) = stated
+    if not isinstance(stated, str) or not one_line(stated):
+        return Licence(UNKNOWN)
+    stated = one_line(stated)
+    if stated.lower() in LICENCES or stated.lower() == UNKNOWN:
+        return Licence(stated.lower())
+    name = metadata.get("license_name") if stated.lower() == "other" else stated
+    return Licence("other", _text(name), _link(files, metadata.get("license_link")))
+
+
+def front_matter(content: str) -> Mapping[str, Any]:
+    """The metadata at the head of a card; empty where there is none that can be read."""
+    found = _FRONT_MATTER.match(content)
+    try:
+        metadata = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return one_line(value)[:100] or None if isinstance(value, str) else None
+
+
+def _link(files: _Files, value: object) -> str | None:
+    """A licence's link; one that is relative leads to the base, if it is on the Hub."""
+    link = _text(value)
+    if link is None or link.startswith(("https://", "http://")):
+        return link
+    if files.revision is None:
+        return link if (files.folder / link).is_file() else None
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(files.id, link, revision=files.revision).replace("/resolve/", "/blob/", 1)

@@ -1,0 +1,465 @@
+"""Cuts, merges, reweightings and healing in tables and words."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from expertcut.edits.plan import Edit, ExpertIds, Point, expert_ids, ids_text
+from expertcut.edits.prune import Pruning, RemovedTraffic
+from expertcut.edits.reweight import Scaling, Tilt
+from expertcut.errors import ProfileError
+from expertcut.profiling.storage import Profile
+from expertcut.reporting.tables import Cell, Column, Table, printable
+
+if TYPE_CHECKING:  # with torch, which `show` does without
+    from expertcut.checkpoints.build import Built, Merged
+    from expertcut.checkpoints.held_out_check import Proof
+    from expertcut.evaluation.cross_fit import Change, ProofResult
+    from expertcut.evaluation.reweight_search import Decision
+    from expertcut.healing.heal import Healed
+    from expertcut.healing.leakage import Dropped
+
+logger = logging.getLogger(__name__)
+
+_WHY = " to make one count for all layers"
+_NAMED = 10
+
+
+def pruning_sentences(pruning: Pruning) -> list[str]:
+    """What stays and what goes, per block, and the idle experts that stay."""
+    sentences, numbers = [], pruning.draft.numbers or ExpertIds()
+    for name, edit in pruning.draft.edits.items():
+        fillers = ids_text(numbers.kept(name, pruning.fillers[name]))
+        text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
+        if fillers:
+            why = "" if pruning.draft.criterion != "activations" else _WHY
+            text += f"; never activated but kept{why}: {fillers}"
+        if spared := ids_text(numbers.kept(name, pruning.spared.get(name, ()))):
+            text += f"; stay only because they are protected: {spared}"
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def rows_tables(profile: Profile) -> list[Table]:
+    """What the experts of a model that was cut before were called, for its tables count rows.
+
+    Where the model is not there, that is logged.
+    """
+    try:
+        numbers = expert_ids(profile)
+    except ProfileError as error:
+        logger.warning("the tables call experts by rows of the routers: %s", error)
+        return []
+    rows: list[list[Cell]] = [
+        [layer, ids_text(numbers.rows[block.name])]
+        for layer, block in enumerate(profile.info.model.blocks)
+        if block.name in numbers.rows
+    ]
+    note = "The tables above count rows from 0; --boost, --suppress and --scale take the numbers."
+    columns = (Column("layer"), Column("numbers of its rows, in order"))
+    title = "This model was cut before: its experts' numbers"
+    return [Table(title, columns, rows, note)] if rows else []
+
+
+def touched_table(found: Sequence[RemovedTraffic]) -> Table:
+    """How much of what was profiled went through the experts that go."""
+    rows: list[list[Cell]] = [
+        [t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in found
+    ]
+    columns = (
+        Column("block"),
+        Column("removed"),
+        Column("chosen by some token"),
+        Column("share of all gate weight", ".2%"),
+        Column("questions that chose one to answer", ",d"),
+    )
+    return Table("What the cut touches, in the profile", columns, rows)
+
+
+def touched_sentences(pruning: Pruning, found: Sequence[RemovedTraffic]) -> list[str]:
+    """Whether other tokens use what goes: the paper's rule looks at the answer position alone."""
+    n_used = [t.n_used for t in found if t.n_used is not None]
+    if not n_used:
+        return ["The profile holds no all-token statistics: whether other tokens use what goes is "
+                "not known."]  # fmt: skip
+    if pruning.draft.positions == "all" or not sum(n_used):
+        return []
+    return [
+        f"{sum(n_used)} of the {sum(t.n_removed for t in found)} removed experts are used by other "
+        "tokens of the prompts; --keep-active --positions all would keep them."
+    ]
+
+
+def groups_table(profile: Profile, merged: "Merged") -> Table:
+    """One row per block: how many groups of several, the largest, and what went through them."""
+    tokens_LE = profile.token_sum("tokens")
+    quality = {q.layer: q.quality for q in merged.qualities}
+    rows: list[list[Cell]] = []
+    for layer, block in enumerate(profile.info.model.blocks):
+        edit = merged.draft.edits[block.name]
+        groups = list((edit.merged or {}).values())
+        joined = [e for members in groups for e in members if e not in edit.keep]
+        share = None
+        if tokens_LE is not None:
+            share = float(tokens_LE[layer, joined].sum() / tokens_LE[layer].sum())
+        sizes = [len(edit.keep), len(groups), max(map(len, groups), default=1)]
+        rows.append([block.name, *sizes, share, quality.get(layer)])
+    columns = (
+        Column("block"),
+        Column("experts"),
+        Column("made of several"),
+        Column("of how many at most"),
+        Column("choices of an expert that joined another", ".2%"),
+        Column("router rows", ".4f"),
+    )
+    proof = merged.built.proof
+    noun = "questions that judge" if proof is None else proof.judged.noun
+    note = (
+        "router rows: 1 − Σ error² / Σ spread² of merged experts' logits against the one that "
+        f"keeps their members' mass, on {noun}; 1 is exact."
+    )
+    return Table(f"Groups ({merged.draft.criterion})", columns, rows, note)
+
+
+def merging_sentences(profile: Profile, merged: "Merged") -> list[str]:
+    """What no checkpoint of this form can keep."""
+    blocks = profile.info.model.blocks
+    n_joined = sum(b.experts - len(merged.draft.edits[b.name].keep) for b in blocks)
+    if not n_joined:
+        return ["No expert joined another: the checkpoint is the base model again."]
+    return [
+        f"{n_joined} of {sum(b.experts for b in blocks)} experts joined another. Tokens that chose "
+        f"two of one group now choose it once, and one expert more to make {blocks[0].top_k}."
+    ]
+
+
+def merged_text(edit: Edit) -> str | None:
+    """Who joined whom: `3 ← 5, 9`."""
+    groups = [
+        f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
+        for expert, members in (edit.merged or {}).items()
+    ]
+    return "; ".join(groups) or None
+
+
+def healing_tables(healed: "Healed") -> list[Table]:
+    """Answers of the base, before and after, to questions of which is said how they were used."""
+    verdict = healed.verdict
+    if verdict is None:
+        return []
+    to_base = {row.against: row for row in verdict.differences}
+    rows: list[list[Cell]] = [
+        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in verdict.outcomes
+    ]
+    columns = (
+        Column("form"),
+        Column("accuracy", ".2%"),
+        Column("mean log p of the right choice", ".4f"),
+        Column(f"answers unlike {verdict.outcomes[0].form}"),
+        Column("questions"),
+    )
+    found = next(iter(to_base.values()))
+    note = (
+        f"Healed against {found.against}: largest |Δ log p| {found.max_abs_logprob_diff:.4f}, "
+        f"median {found.median_abs_logprob_diff:.4f}."
+    )
+    return [Table(f"Questions that {verdict.used} ({verdict.split})", columns, rows, note)]
+
+
+def healing_sentences(healed: "Healed") -> list[str]:
+    """What was trained, on what, how the loss fell, and what was left out."""
+    read, curve = healed.read, healed.curve
+    texts = f" and {read.n_texts:,} texts" if read.n_texts else ""
+    by_step = dict(curve.held_out)
+    first = f"{curve.losses[0]:.4f}" if curve.losses else "?"
+    sentences = [
+        f"Trained {healed.trained:,} weights of adapters beside {healed.parameters:,} by "
+        f"{healed.objective} on {read.n_questions:,} questions{texts}: {curve.steps} steps, the "
+        f"loss from {first} to {curve.losses[-1]:.4f}; kept is step {curve.best_step}, where it "
+        f"was {by_step[curve.best_step]:.4f} on {len(read.held_out)} rows that were held out.",
+        *map(dropped_sentence, read.dropped),
+    ]
+    if healed.verdict is None:
+        sentences.append("The new checkpoint was not asked any question.")
+    return sentences
+
+
+def dropped_sentence(dropped: "Dropped") -> str:
+    """How many stand in what is scored later, or are too long, and which."""
+    named = ", ".join(dropped.names[:_NAMED])
+    more = f" and {len(dropped.names) - _NAMED} more" if len(dropped.names) > _NAMED else ""
+    why = f"stand in split {dropped.split}"
+    if dropped.longest is not None:
+        why = f"have more than {dropped.longest:,} tokens"
+    return printable(
+        f"{len(dropped.names)} of {dropped.total:,} of {dropped.source} {why} and were left out: "
+        f"{named}{more}."
+    )
+
+
+def curve_table(curve: Sequence[Point]) -> Table:
+    """Strength against accuracy, as the search went."""
+    rows: list[list[Cell]] = [
+        [
+            point.strength,
+            ", ".join(f"{layer}:{e}" for layer, e, _ in point.biases) or None,
+            point.accuracy,
+            f"{point.ci95[0]:.2%} … {point.ci95[1]:.2%}",
+            point.questions,
+        ]
+        for point in curve
+    ]
+    columns = (
+        Column("strength", ".4g"),
+        Column("experts"),
+        Column("accuracy", ".2%"),
+        Column("95 % interval"),
+        Column("questions", ",d"),
+    )
+    note = "Accuracy on the questions that the strength was chosen on, so the best of it flatters."
+    return Table("Strength (logits) against accuracy", columns, rows, note)
+
+
+def proof_table(proof: "ProofResult") -> Table:
+    """The fair number, the flattering one and chance, side by side."""
+    control = proof.random
+    rows = [
+        ["cross-fitted", *_change_cells(proof.cross_fitted)],
+        ["chosen and scored on the same questions", *_change_cells(proof.same_questions)],
+        [
+            f"random experts ({control.draws} draws, {control.distinct} distinct)",
+            control.delta_mean,
+            _points(control.range95),
+            *[None] * 3,
+        ],
+    ]
+    columns = (
+        Column(f"{proof.questions:,} questions of {proof.split}"),
+        Column("Δ accuracy", "+.2%"),
+        Column("95 % interval"),
+        Column("gained"),
+        Column("lost"),
+        Column("McNemar p", ".3g"),
+    )
+    note = f"Unedited accuracy {proof.base_accuracy:.2%}; p against random experts {control.p:.3g}."
+    return Table(f"Proof: {proof.procedure}", columns, rows, note)
+
+
+def proof_csv(proof: "ProofResult") -> Table:
+    """One row per estimate, shares and not percentages; of random experts the range of draws."""
+    control = proof.random
+    rows: list[list[Cell]] = [
+        [name, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p, c.smallest_effect, None, None]
+        for name, c in (
+            ("cross_fitted", proof.cross_fitted),
+            ("same_questions", proof.same_questions),
+        )
+    ]
+    drawn: list[Cell] = [control.delta_mean, *control.range95, *[None] * 4, control.draws]
+    rows.append(["random", *drawn, control.p])
+    names = (
+        *("estimate", "delta", "low", "high", "gained", "lost", "mcnemar_p", "smallest_effect"),
+        *("draws", "p_random"),
+    )
+    return Table("proof", tuple(map(Column, names)), rows)
+
+
+def _change_cells(change: "Change") -> list[Cell]:
+    interval = _points(change.ci95)
+    return [change.delta, interval, change.gained, change.lost, change.mcnemar_p]
+
+
+def _points(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:+.2%} … {ends[1]:+.2%}"
+
+
+def decision_tables(found: "Decision") -> list[Table]:
+    """The curve of the search, and the proof."""
+    tables = [curve_table(found.curve)] if found.curve else []
+    return [*tables, proof_table(found.proof)] if found.proof else tables
+
+
+def decision_sentences(found: "Decision") -> list[str]:
+    """What was chosen, where its effect comes from, and the verdict."""
+    sentences = []
+    if found.chosen:
+        chosen = ", ".join(f"{layer}:{e} by {bias:+.4g}" for layer, e, bias in found.chosen)
+        answer, everywhere = found.accuracy_at["answer"], found.accuracy_at["all"]
+        sentences.append(
+            f"Chosen on {len(found.tuning):,} {found.tuning.split} questions: {chosen} (logits). "
+            f"There accuracy goes from {found.base_accuracy:.2%} to {everywhere:.2%} with the bias "
+            f"at every token, and to {answer:.2%} with it at the answer position alone."
+        )
+    else:
+        sentences.append(
+            f"No tilt that was tried beats the unedited model on {len(found.tuning):,} "
+            f"{found.tuning.split} questions."
+        )
+    return [*sentences, found.proof.sentence] if found.proof else sentences
+
+
+def proof_tables(built: "Built") -> list[Table]:
+    """How well biases are carried, and what the edit did to the questions that judge it."""
+    tables = [_fit_table(built)] if built.fits else []
+    if built.proof is None:
+        return tables
+    tables.append(_held_out_table(built.proof))
+    return [*tables, _outcome_table(built.proof)] if built.proof.outcomes else tables
+
+
+def proof_sentences(built: "Built") -> list[str]:
+    """What layout exact promises, and whether it held; or that nothing was asked."""
+    if built.proof is None:
+        why = f": {built.why_unjudged}" if built.why_unjudged else ""
+        return [f"The new checkpoint was not asked any question{why}."]
+    alone = built.proof.alone
+    if alone is None:
+        return []
+    if alone.untouched == 0:
+        return [
+            f"Each of the {alone.questions} questions has tokens that chose a removed expert, so "
+            "none must stay as it was."
+        ]
+    kept = "all of them" if alone.bit_equal == alone.untouched else f"{alone.bit_equal} of them"
+    return [
+        f"{alone.untouched} of the {alone.questions} questions have no token that chose a removed "
+        f"expert; scored alone, {kept} come out bit-equal."
+    ]
+
+
+def adapter_sentences(built: "Built") -> list[str]:
+    """That an adapter was cut along, and what was done without it."""
+    plan = built.plan
+    if plan.adapter is None:
+        return []
+    is_boosted = plan.layout == "stock" and any(edit.bias for edit in plan.blocks.values())
+    is_fitted = is_boosted or plan.fold in ("answer", "all") or plan.removed == "mean"
+    done = ["chosen", *(["what was fitted is fitted"] if is_fitted else [])]
+    if built.proof is not None:
+        done.append(f"{built.proof.judged.noun.removeprefix('the ')} asked")
+    return [
+        f"The adapter {plan.adapter.path} is cut to fit, in {built.folder / 'adapter'}; experts "
+        f"were {_listed(done)} without it."
+    ]
+
+
+def _listed(parts: Sequence[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _held_out_table(proof: "Proof") -> Table:
+    rows: list[list[Cell]] = [
+        [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
+        for d in proof.differences
+    ]
+    columns = (
+        Column("against"),
+        Column("largest |Δ log p|", ".4f"),
+        Column("median |Δ log p|", ".4f"),
+        Column("flipped answers"),
+        Column("questions"),
+    )
+    return Table(proof.judged.title, columns, rows)
+
+
+def _outcome_table(proof: "Proof") -> Table:
+    """How much of a bias's effect comes from where the answer is written."""
+    rows: list[list[Cell]] = [
+        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in proof.outcomes
+    ]
+    columns = (
+        Column("form"),
+        Column("accuracy", ".2%"),
+        Column("mean log p of the right choice", ".4f"),
+        Column("flipped answers"),
+        Column("questions"),
+    )
+    note = "Carried out at run time, in the unedited model, but for the last row."
+    return Table(f"Where the bias acts ({proof.split})", columns, rows, note)
+
+
+def _fit_table(built: "Built") -> Table:
+    """How well the gate row carries the bias (design: layout stock)."""
+    rows: list[list[Cell]] = [
+        [
+            f.layer,
+            f.quality,
+            f.quality_answer,
+            f"{f.mean_answer:.3f} ± {f.std_answer:.3f}",
+            f"{f.mean_elsewhere:.3f} ± {f.std_elsewhere:.3f}",
+        ]
+        for f in built.fits
+    ]
+    columns = (
+        Column("layer"),
+        Column("fit", ".4f"),
+        Column("fit, answer positions", ".4f"),
+        Column("v·h, answer positions"),
+        Column("v·h, elsewhere"),
+    )
+    target = "1 at answer positions and 0 elsewhere, both weighing the same"
+    noun = "held-out questions" if built.proof is None else built.proof.judged.noun
+    note = (
+        f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
+        f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
+    )
+    return Table("The bias as a gate row", columns, rows, note)
+
+
+def tilt_sentences(
+    found: Sequence[Tilt], built: "Built | None", numbers: ExpertIds | None = None
+) -> list[str]:
+    """What each bias did, in words, and whether the experts are then those of the exact bias."""
+    sentences = []
+    for tilt in found:
+        verb = "boosted" if tilt.bias > 0 else "suppressed"
+        text = (
+            f"{_expert(tilt, numbers)} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"
+        )
+        fits = [] if built is None else built.fits
+        if fit := next((fit for fit in fits if fit.layer == tilt.layer), None):
+            mean, spread = tilt.bias * fit.mean_answer, abs(tilt.bias) * fit.std_answer
+            text += (
+                f"; the checkpoint's gate row moves it by {mean:+.4f} ± {spread:.4f} at answer "
+                "positions"
+            )
+        if built is not None and built.proof is not None:
+            base, exact, edited = built.proof.shares[tilt.layer, tilt.expert]
+            text += (
+                f"; it serves {edited:.1%} of {built.proof.judged.noun}, before {base:.1%}, "
+                f"with the exact bias {exact:.1%}"
+            )
+        sentences.append(f"{text}.")
+    proof = None if built is None else built.proof
+    return [*sentences, *(_agreement_sentences(proof) if proof else [])]
+
+
+def scale_sentences(
+    scaled: Sequence[Scaling], built: "Built | None", numbers: ExpertIds | None = None
+) -> list[str]:
+    """What each factor did, in words."""
+    sentences = []
+    for scaling in scaled:
+        expert = _expert(scaling, numbers)
+        text = f"The gate weight of {expert[0].lower()}{expert[1:]} is multiplied by "
+        text += f"{scaling.factor:g}; in its own layer who is chosen stays"
+        if built is not None and built.proof is not None:
+            share = built.proof.shares[scaling.layer, scaling.expert][2]
+            text += f", and it serves {share:.1%} of {built.proof.judged.noun}"
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def _agreement_sentences(proof: "Proof") -> list[str]:
+    return [
+        f"In layer {a.layer} the checkpoint chooses the very experts of the exact bias at "
+        f"{a.same_answer:.1%} of answer positions ({a.overlap_answer:.1%} of the experts) and at "
+        f"{a.same_all:.1%} of all tokens ({a.overlap_all:.1%})."
+        for a in proof.agreement
+    ]
+
+
+def _expert(tilt: Tilt | Scaling, numbers: ExpertIds | None) -> str:
+    number = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
+    return f"Expert {number} of layer {tilt.layer}"

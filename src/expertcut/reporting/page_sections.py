@@ -1,0 +1,479 @@
+"""What the page says of edits, evaluations, searches and provenance."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from expertcut.documents import first_fault
+from expertcut.edits.plan import Edit, Plan, Point
+from expertcut.edits.prune import RemovedTraffic, removed_traffic
+from expertcut.edits.splits import read_judged
+from expertcut.errors import PlanError
+from expertcut.evaluation.results import ModelResult, Results
+from expertcut.evaluation.search_results import Audit, Sweep
+from expertcut.profiling.findings import Findings
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.significance import wilson
+from expertcut.reporting.edit_tables import curve_table, proof_table, touched_table
+from expertcut.reporting.eval_tables import (
+    audit_sentences,
+    audit_tables,
+    plan_table,
+    ranked,
+    result_sentences,
+    results_table,
+    sweep_sentences,
+    sweep_table,
+)
+from expertcut.reporting.page_parts import Facts, Folded, Lines, Part, Section, Text, key_of
+from expertcut.reporting.plots import Curves, Series
+from expertcut.reporting.show import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
+from expertcut.reporting.tables import Cell, Column, Table
+
+Rows = list[tuple[str, str]]
+
+
+class HeldOut(BaseModel):
+    """A row of `held_out` in a plan's proof: the checkpoint against another form of the model."""
+
+    against: str
+    questions: int
+    max_abs_logprob_diff: float
+    median_abs_logprob_diff: float
+    flipped: int
+
+
+def change_sections(run: Run) -> list[Section]:
+    """One for each plan, and for each proof without one; first of all what went with cuts."""
+    sections: list[Section] = []
+    for plan in run.plans:
+        key = key_of(f"plan-{plan.name}", [section.key for section in sections])
+        sections.append(Section(key, f"What was changed: {plan.name}", _plan_parts(run, plan, key)))
+    alone = [p for p in run.proofs if p.file.parent not in {plan.file.parent for plan in run.plans}]
+    for proof in alone:
+        key = key_of(f"proof-{proof.name}", [section.key for section in sections])
+        parts: list[Part] = [Text(proof.its.sentence), proof_table(proof.its)]
+        sections.append(Section(key, f"Proof: {proof.name}", parts))
+    return sections
+
+
+def rows_of(edit: Edit, block: BlockInfo) -> Edit | None:
+    """The edit by rows of a profiled router, None where these are not the ones that it is for."""
+    rows = edit.rows or tuple(range(block.experts))
+    named = {*edit.keep, *edit.tilted}
+    if len(rows) != block.experts or not named <= set(rows):
+        return None
+    at = {number: row for row, number in enumerate(rows)}
+    return Edit(
+        keep=tuple(at[number] for number in edit.keep),
+        bias={at[number]: value for number, value in edit.bias.items()},
+        scale={at[number]: value for number, value in edit.scale.items()},
+    )
+
+
+def edits_of(plan: Plan, found: Findings) -> dict[str, Edit] | None:
+    """A plan by rows of a profile; None where the profile is of another cut of the model."""
+    edits = {}
+    for block in found.profile.info.model.blocks:
+        edit = plan.blocks.get(block.name)
+        edits[block.name] = None if edit is None else rows_of(edit, block)
+    complete = {name: edit for name, edit in edits.items() if edit is not None}
+    return complete if len(complete) == len(edits) else None
+
+
+def _plan_parts(run: Run, found: Found[Plan], key: str) -> list[Part]:
+    plan, profile = found.its, run.profile_of(found.its)
+    parts: list[Part] = [Text(_in_words(plan))]
+    edits = None if profile is None else edits_of(plan, profile.its)
+    if profile is not None and edits is not None:
+        gone = removed_traffic(profile.its.profile, edits)
+        if any(block.n_removed for block in gone):
+            parts += [touched_table(gone), *_traffic(gone, key)]
+    if plan.tuning:
+        parts += [_curve(plan.tuning, key), Folded("Every try", [curve_table(plan.tuning)])]
+    parts += _held_out(found)
+    for proof in run.proofs:
+        if proof.file.parent == found.file.parent:
+            parts += [Text(proof.its.sentence), proof_table(proof.its)]
+    return [*parts, Folded("Every block of the plan", [plan_table(plan)])]
+
+
+def _in_words(plan: Plan) -> str:
+    removal = {
+        "reroute": "the router takes the next best expert instead of a removed one",
+        "constant": f"a removed expert may be chosen and gives a constant ({plan.removed})",
+        "merge": "a removed expert lives on in one that stays, which it has joined",
+    }
+    parts = [f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}"]
+    if not any(edit.tilted for edit in plan.blocks.values()):
+        parts.append(removal[plan.removal])
+    elif plan.apply_at:
+        parts.append(f"biases act at {plan.apply_at} positions")
+    chosen = plan.chosen_on
+    on = f"Chosen on {chosen.questions:,} {chosen.split} questions of {chosen.quiz}."
+    return f"{'; '.join(parts)}. {on}"
+
+
+def _traffic(gone: Sequence[RemovedTraffic], key: str) -> list[Part]:
+    if any(block.mass is None for block in gone):
+        return []
+    figure = Curves(
+        key=f"{key}-traffic",
+        title="Gate weight that went through the removed experts",
+        note="Share of all gate weight of the profiled prompts, every token counted.",
+        across="layer",
+        categories=tuple(map(str, range(len(gone)))),
+        series=(Series("share", tuple(block.mass for block in gone)),),
+        column=Column("share of gate weight", ".1%"),
+        zero=0.0,
+    )
+    return [figure]
+
+
+def _curve(tuning: Sequence[Point], key: str) -> Curves:
+    """Strength against accuracy, a series for each number of experts."""
+    base, tried = tuning[0], tuning[1:]
+    strengths = sorted({point.strength for point in tried})
+    series = []
+    for n_experts in sorted({point.experts for point in tried}):
+        at = {point.strength: point for point in tried if point.experts == n_experts}
+        points = [at.get(strength) for strength in strengths]
+        name = f"{n_experts} expert{'s' if n_experts > 1 else ''}"
+        series.append(
+            Series(
+                name,
+                tuple(None if p is None else p.accuracy for p in points),
+                tuple(None if p is None else p.ci95[0] for p in points),
+                tuple(None if p is None else p.ci95[1] for p in points),
+            )
+        )
+    level = Series("unedited", (base.accuracy,) * len(strengths), is_reference=True)
+    return Curves(
+        key=f"{key}-tuning",
+        title="The search for a strength",
+        note=curve_table(tuning).note,
+        across="strength (logits)",
+        categories=tuple(f"{strength:.4g}" for strength in strengths),
+        series=(*series, level),
+        column=Column("accuracy", ".1%"),
+    )
+
+
+def _held_out(found: Found[Plan]) -> list[Part]:
+    proof: dict[str, Any] = found.its.proof
+    try:
+        rows = TypeAdapter(list[HeldOut]).validate_python(proof.get("held_out", []))
+    except ValidationError as error:
+        fault = first_fault(error)
+        raise PlanError(f"{found.file} is no plan: proof.held_out.{fault}") from None
+    if not rows:
+        return []
+    columns = (
+        *(Column("against"), Column("largest |Δ log p|", ".4f"), Column("median", ".4f")),
+        *(Column("flipped answers", ",d"), Column("questions", ",d")),
+    )
+    cells: list[list[Cell]] = [
+        [r.against, r.max_abs_logprob_diff, r.median_abs_logprob_diff, r.flipped, r.questions]
+        for r in rows
+    ]
+    return [Table(read_judged(found.its, found.file.parent).title, columns, cells)]
+
+
+def outcome_sections(run: Run) -> list[Section]:
+    """One for each evaluation."""
+    sections: list[Section] = []
+    for found in run.results:
+        key = key_of(f"{found.name}", [section.key for section in sections])
+        title = "Results" if len(run.results) == 1 else f"Results: {found.name}"
+        sections.append(Section(key, title, _parts(found.its, key)))
+    return sections
+
+
+def names_of(results: Results) -> list[str]:
+    """The last part of each model's path, or all of it where two would be called the same."""
+    short = [Path(model.path).name for model in results.models]
+    pairs = zip(short, results.models, strict=True)
+    return [name if short.count(name) == 1 else model.path for name, model in pairs]
+
+
+def change(base: ModelResult, model: ModelResult, subject: str) -> float | None:
+    """What a model's accuracy in a subject is above the base's; None where it was not asked."""
+    its = model.subjects.get(subject)
+    return None if its is None else its.accuracy - base.subjects[subject].accuracy
+
+
+def _parts(results: Results, key: str) -> list[Part]:
+    parts: list[Part] = [results_table(results), *map(Text, result_sentences(results))]
+    parts.append(_accuracies(results, key))
+    if len(results.models) > 1:
+        parts.append(_differences(results, key))
+    return [*parts, Folded("Accuracy of every subject", [_subjects(results)])]
+
+
+def _accuracies(results: Results, key: str) -> Curves:
+    models = results.models
+    its = Series(
+        "accuracy",
+        tuple(model.accuracy for model in models),
+        tuple(model.ci95[0] for model in models),
+        tuple(model.ci95[1] for model in models),
+    )
+    return Curves(
+        key=f"{key}-accuracy",
+        title="Accuracy of every variant",
+        note="Bars are 95 % intervals (Wilson), the line is the base. The interval of a "
+        "difference, in the table, is narrower: the questions are the same.",
+        across="model",
+        categories=tuple(names_of(results)),
+        series=(its,),
+        column=Column("accuracy", ".1%"),
+        is_flat=True,
+        zero=models[0].accuracy,
+    )
+
+
+def _differences(results: Results, key: str) -> Curves:
+    base, subjects = results.models[0], tuple(results.models[0].subjects)
+    others = list(zip(names_of(results), results.models, strict=True))[1:]
+    return Curves(
+        key=f"{key}-subjects",
+        title="Difference to the base, subject by subject",
+        note="On the same questions. Single subjects are not tested: with so few questions each, "
+        "chance alone moves them.",
+        across="subject",
+        categories=subjects,
+        series=tuple(
+            Series(name, tuple(change(base, model, subject) for subject in subjects))
+            for name, model in others
+        ),
+        column=Column("Δ accuracy", "+.1%"),
+        is_flat=True,
+        zero=0.0,
+    )
+
+
+def _subjects(results: Results) -> Table:
+    base, names = results.models[0], names_of(results)
+    rows: list[list[Cell]] = []
+    for subject, asked in base.subjects.items():
+        row: list[Cell] = [subject, asked.questions]
+        for model in results.models:
+            its = model.subjects.get(subject)
+            row += [its.accuracy, _interval(its.accuracy, its.questions)] if its else [None, None]
+        rows.append([*row, *(change(base, model, subject) for model in results.models[1:])])
+    columns = [Column("subject"), Column("questions", ",d")]
+    for name in names:
+        columns += [Column(name, ".1%"), Column("95 % interval")]
+    columns += [Column(f"Δ {name}", "+.1%") for name in names[1:]]
+    return Table("Subjects", tuple(columns), rows, "Intervals are Wilson's, of each model alone.")
+
+
+def _interval(share: float, n: int) -> str:
+    low, high = wilson(np.array(share), np.array(n))
+    return f"{float(low):.1%} … {float(high):.1%}"
+
+
+def search_sections(run: Run) -> list[Section]:
+    """One for each sweep and each audit."""
+    sections: list[Section] = []
+    for sweep in run.sweeps:
+        key = key_of(f"sweep-{sweep.name}", [section.key for section in sections])
+        sections.append(Section(key, f"Sweep: {sweep.name}", _sweep_parts(sweep.its, key)))
+    for audit in run.audits:
+        key = key_of(f"audit-{audit.name}", [section.key for section in sections])
+        sections.append(Section(key, f"Audit: {audit.name}", _audit_parts(audit.its, key)))
+    return sections
+
+
+def _sweep_parts(found: Sweep, key: str) -> list[Part]:
+    parts: list[Part] = [*map(Text, sweep_sentences(found)), sweep_table(found)]
+    return [*parts, _cuts(found, key)] if found.cells else parts
+
+
+def _cuts(found: Sweep, key: str) -> Curves:
+    """Accuracy against the share of experts that stays, a series for each criterion."""
+    fractions = sorted(found.asked.fractions, reverse=True)
+    series = []
+    for by in found.asked.by:
+        cells = [found.cell(by, fraction) for fraction in fractions]
+        series.append(
+            Series(
+                by,
+                tuple(None if cell is None else cell.accuracy for cell in cells),
+                tuple(None if cell is None else cell.ci95[0] for cell in cells),
+                tuple(None if cell is None else cell.ci95[1] for cell in cells),
+            )
+        )
+    if found.base is not None:
+        level = (found.base.accuracy,) * len(fractions)
+        series.append(Series("unedited", level, is_reference=True))
+    return Curves(
+        key=f"{key}-accuracy",
+        title="Accuracy against the share of experts that stays",
+        note="Bars are 95 % intervals (Wilson); the questions are the same for every cut.",
+        across="share that stays",
+        categories=tuple(f"{fraction:g}" for fraction in fractions),
+        series=tuple(series),
+        column=Column("accuracy", ".1%"),
+    )
+
+
+def _audit_parts(found: Audit, key: str) -> list[Part]:
+    tables: list[Part] = list(audit_tables(found))
+    if not found.verdicts:
+        return tables
+    return [*map(Text, audit_sentences(found)), *tables, _correlations(found, key),
+            _regrets(found, key)]  # fmt: skip
+
+
+def _correlations(found: Audit, key: str) -> Curves:
+    order = ranked(found)
+    ends = [verdict.within.ci95 or (None, None) for verdict in order]
+    its = Series(
+        "ρ within layers",
+        tuple(verdict.within.rho for verdict in order),
+        tuple(low for low, _ in ends),
+        tuple(high for _, high in ends),
+    )
+    return Curves(
+        key=f"{key}-correlations",
+        title="How well each criterion foretold the harm",
+        note="Spearman's ρ of score and harm within layers, with 95 % intervals.",
+        across="criterion",
+        categories=tuple(verdict.by for verdict in order),
+        series=(its,),
+        column=Column("ρ", "+.2f"),
+        is_flat=True,
+        zero=0.0,
+    )
+
+
+def _regrets(found: Audit, key: str) -> Curves:
+    order = ranked(found)
+    return Curves(
+        key=f"{key}-regrets",
+        title="Regret of each criterion",
+        note="How much more mean log p its removals cost, one by one, than the least harmful.",
+        across="criterion",
+        categories=tuple(verdict.by for verdict in order),
+        series=tuple(
+            Series(f"{fraction:g} kept", tuple(verdict.regrets[i].regret for verdict in order))
+            for i, fraction in enumerate(found.asked.fractions)
+        ),
+        column=Column("regret, nats", ".3f"),
+        is_flat=True,
+        zero=0.0,
+    )
+
+
+def provenance_sections(run: Run) -> list[Section]:
+    """One, with facts on everything that was found."""
+    parts: list[Part] = []
+    if stages := _stages(notes_in(run.path / MANIFEST_FILE)):
+        parts.append(_folded("Stages of the run", stages))
+    if recipe := recipe_in(run.path):
+        parts.append(Folded("Recipe", [Lines(recipe)]))
+    for profile in run.profiles:
+        notes = notes_in(profile.file.parent / RUN_FILE)
+        parts.append(_folded(f"Profile {profile.name}", _profile(profile.its, notes)))
+    parts += [_folded(f"Plan {plan.name}", _plan(plan.its)) for plan in run.plans]
+    parts += [_folded(f"Results {found.name}", _results(found.its)) for found in run.results]
+    return [Section("provenance", "Where the numbers come from", parts)]
+
+
+def _folded(title: str, rows: Rows) -> Folded:
+    return Folded(title, [Facts(rows)])
+
+
+def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
+    info = found.profile.info
+    model, quiz, settings = info.model, info.quiz, info.settings
+    asked = {name: subject.content_hash for name, subject in quiz.subjects.items()}
+    return [
+        *_some(("model", model.label), ("revision", model.revision)),
+        ("fingerprint of config and weights", model.fingerprint),
+        *_quiz(quiz.id, quiz.revision, quiz.split, quiz.shots, quiz.limit),
+        ("hash of the questions", _hash(asked)),
+        ("settings", ", ".join(f"{k} {v}" for k, v in settings.model_dump().items() if v)),
+        *_times(notes),
+    ]
+
+
+def _plan(plan: Plan) -> Rows:
+    chosen, adapter = plan.chosen_on, plan.adapter
+    fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
+    return [
+        ("made by", plan.action),
+        *_some(("model", plan.model.label), ("revision", plan.model.revision)),
+        ("fingerprint of config and weights", plan.model.fingerprint),
+        ("chosen on", f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
+                      f"{fitted if chosen.fitted_split else ''}"),
+        ("hash of their list", chosen.sha256),
+        *_some(("adapter that was cut along",
+                f"{adapter.path}, {adapter.weights_sha256}" if adapter else None)),
+    ]  # fmt: skip
+
+
+def _results(found: Results) -> Rows:
+    return [
+        *_quiz(found.quiz, found.revision, found.split, found.shots, found.limit),
+        ("hash of the questions", _hash(found.content_hashes)),
+        *((f"model {i}", model.path) for i, model in enumerate(found.models)),
+    ]
+
+
+def _quiz(name: str, revision: str | None, split: str, shots: int, limit: int | None) -> Rows:
+    first = f", the first {limit} of each subject" if limit else ""
+    asked = f"{name}, split {split}, {shots} shots{first}"
+    return [("questions", asked), *_some(("revision of the questions", revision))]
+
+
+def _some(*rows: tuple[str, str | None]) -> Rows:
+    return [(name, text) for name, text in rows if text]
+
+
+def _stages(manifest: Mapping[str, Any]) -> Rows:
+    """When each stage of a recipe was finished, by what, and how long it took."""
+    stages = manifest.get("stages")
+    rows: Rows = []
+    for name, record in stages.items() if isinstance(stages, dict) else ():
+        if not isinstance(record, dict) or not isinstance(record.get("finished"), str):
+            continue
+        texts = [record["finished"]]
+        if isinstance(elapsed_s := record.get("elapsed_s"), int | float):
+            texts.append(f"{elapsed_s:,.1f} s")
+        if isinstance(versions := record.get("versions"), dict):
+            texts += [f"{package} {version}" for package, version in versions.items()]
+        rows.append((name, ", ".join(texts)))
+    return rows
+
+
+def _times(notes: Mapping[str, Any]) -> Rows:
+    """Whatever of it is there: `run.json` promises nothing."""
+    rows: Rows = []
+    if isinstance(finished := notes.get("finished"), int | float):
+        rows += [("finished", text) for text in (_moment(finished),) if text]
+    if isinstance(elapsed_s := notes.get("elapsed_s"), int | float):
+        rows.append(("took", f"{elapsed_s:,.1f} s"))
+    for name in ("expertcut", "python"):
+        rows += [
+            (f"version of {name}", text) for text in (notes.get(name),) if isinstance(text, str)
+        ]
+    return rows
+
+
+def _moment(seconds: float) -> str | None:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):  # no year that a calendar has
+        return None
+
+
+def _hash(hashes: Mapping[str, str]) -> str:
+    """One for all subjects."""
+    return hashlib.sha256("\n".join(f"{k} {v}" for k, v in hashes.items()).encode()).hexdigest()

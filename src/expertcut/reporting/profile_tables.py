@@ -1,0 +1,428 @@
+"""A profile as tables: the paper's Tables 1 to 7 (arXiv 2502.17187), its evidence, criteria."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expertcut.edits.criteria import Compared
+from expertcut.edits.ranking import super_experts
+from expertcut.profiling.findings import (
+    THRESHOLDS,
+    Findings,
+    layers_json,
+    margin_json,
+    suspects_json,
+)
+from expertcut.profiling.significance import subjects_json
+from expertcut.profiling.statistics import (
+    Answers,
+    LayerStatistics,
+    expert_json,
+    layer_statistics,
+    near_ties,
+    or_none,
+)
+from expertcut.profiling.storage import Profile
+from expertcut.reporting.edit_tables import rows_tables
+from expertcut.reporting.tables import Cell, Column, Table
+
+MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
+_COUNTED = "Layers are MoE layers, counted from 0."
+
+_LAYER = Column("layer")
+_EXPERT_COLUMNS = (
+    Column("expert"),
+    Column("appearances", ".1%"),
+    Column("accuracy", ".1%"),
+    Column("weighted accuracy", ".1%"),
+    Column("contribution, %", ".2f"),
+    Column("tokens", ",d"),
+)
+N_SUSPECTS = 10
+_P = ".2g"
+_MOMENTS = ("mean", "std")
+_FROM_0 = "Layers are MoE layers, counted from 0."
+
+
+def answered_sentence(folder: Path, found: Answers) -> str:
+    """What a profile was made of, and how the model did."""
+    asked = f"{len(found.answer_N):,} questions, accuracy {found.accuracy:.2%}"
+    return f"{folder}: {asked}{cut_text(found.n_cut)}"
+
+
+def cut_text(n_cut: int | None) -> str:
+    """How many prompts were cut, as the end of a sentence; nothing where none may be."""
+    return "" if n_cut is None else f", {n_cut:,} prompts cut from the left to fit the context"
+
+
+def profile_tables(profile: Profile, layers: list[LayerStatistics] | None = None) -> list[Table]:
+    """Tables 1–2, 3, 4, 5 and 6–7, in the paper's order, of `layers` where they are known."""
+    layers = layers or layer_statistics(profile)
+    return [
+        _activated(profile, layers),
+        _rank_table(layers[-1]),
+        *[_expert_table(layers[i]) for i in dict.fromkeys((0, len(layers) - 1))],
+        _entropy_all(layers),
+    ]
+
+
+def _activated(profile: Profile, layers: list[LayerStatistics]) -> Table:
+    quiz = profile.info.quiz
+    ties = near_ties(profile, profile.subjects())
+    own = sum(not tie["in_shots"] for tie in ties)
+    n_questions = len(profile.array("answer_N"))
+    note = (
+        f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
+        f"{cut_text(profile.n_cut)}. {_COUNTED} "
+        f"Near-ties: {own:,} questions have a token of their own whose choice of experts hangs "
+        f"on a gap below 1e-5, {len(ties) - own:,} more have one in their shots."
+        f"{hash_text(profile)}"
+    )
+    rows = [
+        [
+            layer.layer,
+            layer.n_activated,
+            layer.n_experts,
+            float(layer.entropy_top_N.mean()),
+            float(layer.entropy_top_N.std()),
+            math.log(layer.top_k),
+        ]
+        for layer in layers
+    ]
+    columns = (
+        _LAYER,
+        Column("activated experts"),
+        Column("of"),
+        Column("entropy, mean", ".4f"),
+        Column("entropy, std", ".4f"),
+        Column("at most", ".4f"),
+    )
+    top_k = layers[0].top_k
+    return Table(f"Tables 1–2: activated experts, entropy of the top {top_k}", columns, rows, note)
+
+
+def hash_text(profile: Profile) -> str:
+    """Which layers choose experts by a table of token ids, as a sentence; nothing where none do."""
+    layers = [i for i, block in enumerate(profile.info.model.blocks) if block.is_hashed]
+    if not layers:
+        return ""
+    return (
+        f" Hash-routed: layers {', '.join(map(str, layers))} choose their experts by a table of "
+        "token ids; they are measured, and none of their experts can be removed or boosted."
+    )
+
+
+def _rank_table(layer: LayerStatistics) -> Table:
+    mean_K, std_K = layer.rank_probability_NK.mean(axis=0), layer.rank_probability_NK.std(axis=0)
+    rows = [[k + 1, float(mean_K[k]), float(std_K[k])] for k in range(layer.top_k)]
+    columns = (Column("rank"), Column("mean", ".4f"), Column("std", ".4f"))
+    title = f"Table 3: normalised probability of each rank in the last layer ({layer.layer})"
+    return Table(title, columns, rows)
+
+
+def _expert_table(layer: LayerStatistics) -> Table:
+    rows = [
+        list(expert_json(layer, expert).values())
+        for expert in range(layer.n_experts)
+        if layer.appearances_E[expert] >= MIN_APPEARANCES
+    ]
+    number, which = ("4", "first") if layer.layer == 0 else ("5", "last")
+    title = (
+        f"Table {number}: experts of the {which} layer ({layer.layer}) in at least 1 % of questions"
+    )
+    return Table(title, _EXPERT_COLUMNS, rows, "Tokens count every prompt token, shots included.")
+
+
+def _entropy_all(layers: list[LayerStatistics]) -> Table:
+    rows = [
+        [
+            layer.layer,
+            float(layer.entropy_all_N.mean()),
+            float(layer.entropy_all_N.std()),
+            math.log(layer.n_experts),
+        ]
+        for layer in layers
+    ]
+    columns = (
+        _LAYER,
+        Column("entropy, mean", ".4f"),
+        Column("entropy, std", ".4f"),
+        Column("at most", ".4f"),
+    )
+    return Table("Tables 6–7: entropy over all experts", columns, rows, _COUNTED)
+
+
+def suspects_table(found: Findings) -> Table:
+    """The experts whose questions went worst against others of their subjects."""
+    tested = found.significance
+    rows = [
+        [
+            row["layer"],
+            row["expert"],
+            row["appearances"],
+            row["accuracy"],
+            _percent_range(row["accuracy_ci95"]),
+            100 * row["difference"],
+            100 * row["difference_se"],
+            *[row[name] for name in ("z", "p", "p_adjusted", "p_family")],
+        ]
+        for row in suspects_json(found)[:N_SUSPECTS]
+    ]
+    columns = (
+        *(_LAYER, Column("expert"), Column("appearances", ".1%"), Column("accuracy", ".1%")),
+        *(Column("95 % interval"), Column("difference, points", "+.1f"), Column("± SE", ".1f")),
+        *(Column("z", "+.2f"), Column("p", _P), Column("p, adjusted", _P)),
+        Column("p, family-wise", _P),
+    )
+    note = (
+        f"By z, the most harmful first; {tested.n_tests:,} of {len(found.places):,} experts could "
+        "be tested. The difference is to questions of the same subjects that did not activate the "
+        "expert. Adjusted: Benjamini–Hochberg. Family-wise: the largest |z| of "
+        f"{tested.permutations:,} permutations of correctness within subjects. {_FROM_0}"
+    )
+    return Table("Suspects: experts whose questions are answered worse", columns, rows, note)
+
+
+def margins_table(found: Findings) -> Table:
+    """How far the last chosen expert is ahead of the next, layer by layer."""
+    rows: list[list[Cell]] = []
+    reasons: dict[str, list[int]] = {}
+    for layer, margin in enumerate(found.margins):
+        shown = margin_json(margin)
+        p, logit = shown["margin_probability"] or {}, shown["margin_logit"] or {}
+        below = [item["share"] for item in shown["margin_below"] or []]
+        rows.append(
+            [
+                layer,
+                *[p.get(name) for name in ("mean", "q05", "median", "q95")],
+                *[logit.get(name) for name in ("mean", "q05", "median", "q95")],
+                *(below or [None] * len(THRESHOLDS)),
+            ]
+        )
+        if margin.undefined:
+            reasons.setdefault(margin.undefined, []).append(layer)
+    parts = ("mean", "5 %", "median", "95 %")
+    columns = (
+        _LAYER,
+        *[Column(f"p: {part}", ".2e") for part in parts],
+        *[Column(f"logit: {part}", ".3f") for part in parts],
+        *[Column(f"p < {threshold:g}", ".1%") for threshold in THRESHOLDS],
+    )
+    notes = [f"Rank K minus rank K+1, in probability and in logit. {_FROM_0}"]
+    notes += [f"None in layers {', '.join(map(str, at))}: {why}." for why, at in reasons.items()]
+    title = "Gate margins at the answer position"
+    return Table(title, columns, rows, " ".join(notes))
+
+
+def perturbation_tables(found: Findings) -> list[Table]:
+    """What moved when the questions were asked otherwise; nothing where they were not."""
+    if not found.perturbations:
+        return []
+    keys = ("accuracy", "flipped", "mean_abs_logprob_diff", "max_abs_logprob_diff", "changed")
+    foretold = ("margin_flipped_correlation", "margin_logprob_correlation")
+    rows = [[p["kind"], *[p[key] for key in (*keys, *foretold)]] for p in found.perturbations]
+    columns = (
+        *(Column("asked again with"), Column("accuracy", ".2%"), Column("flipped answers", ".2%")),
+        *(Column("mean |Δ log p|", ".4f"), Column("largest", ".4f")),
+        *(Column("another set chosen", ".2%"), Column("margin and flips", "+.2f")),
+        Column("margin and |Δ log p|", "+.2f"),
+    )
+    note = "Correlations are Spearman's, with the smallest margin of any layer."
+    by_layer = [
+        [p["kind"], layer["layer"], layer["changed"], layer["margin_changed_correlation"]]
+        for p in found.perturbations
+        for layer in p["layers"]
+    ]
+    layer_columns = (
+        *(Column("asked again with"), _LAYER, Column("another set chosen", ".2%")),
+        Column("margin and change", "+.2f"),
+    )
+    return [
+        Table("Perturbations", columns, rows, note),
+        Table("Perturbations, layer by layer", layer_columns, by_layer, _FROM_0),
+    ]
+
+
+def subject_tables(found: Findings) -> list[Table]:
+    """Every subject's accuracy and gate, and the experts in at least 1 % of its questions."""
+    subjects = subjects_json(found.counts, found.layers)
+    return [_routing(subjects), _subject_experts_table(subjects)]
+
+
+def experts_csv(found: Findings) -> Table:
+    """Every expert of every layer, one row each, for a data frame; intervals as two columns."""
+    flat = [
+        {"layer": layer["layer"], "block": layer["block"], **_flat(expert)}
+        for layer in layers_json(found)
+        for expert in layer["expert"]
+    ]
+    return Table("experts", tuple(map(Column, flat[0])), [list(row.values()) for row in flat])
+
+
+def subjects_csv(found: Findings) -> Table:
+    """Every expert of every layer for every subject, one row each."""
+    names = ("subject", "questions", "layer", "expert", "appearances", "accuracy")
+    rows = [
+        [subject["subject"], subject["questions"], layer["layer"], expert, *pair]
+        for subject in subjects_json(found.counts, found.layers)
+        for layer in subject["layers"]
+        for expert, pair in enumerate(_pairs(layer))
+    ]
+    return Table("subjects", tuple(map(Column, names)), rows)
+
+
+def _routing(subjects: list[dict[str, Any]]) -> Table:
+    rows = [
+        [
+            subject["subject"],
+            subject["questions"],
+            subject["accuracy"],
+            layer["layer"],
+            *[
+                layer[f"entropy_{which}"]
+                for which in ("top_mean", "top_std", "all_mean", "all_std")
+            ],
+            " ".join(f"{p:.3f}" for p in layer["rank_probability_mean"]),
+        ]
+        for subject in subjects
+        for layer in subject["layers"]
+    ]
+    columns = (
+        *(Column("subject"), Column("questions", ",d"), Column("accuracy", ".1%"), _LAYER),
+        *(Column("entropy, top K", ".4f"), Column("std", ".4f")),
+        *(Column("entropy, all", ".4f"), Column("std", ".4f")),
+        Column("mean probability of each rank"),
+    )
+    return Table("Subjects: entropy and rank probabilities", columns, rows, _FROM_0)
+
+
+def _subject_experts_table(subjects: list[dict[str, Any]]) -> Table:
+    rows = [
+        [subject["subject"], layer["layer"], expert, *pair]
+        for subject in subjects
+        for layer in subject["layers"]
+        for expert, pair in enumerate(_pairs(layer))
+        if pair[0] >= MIN_APPEARANCES
+    ]
+    columns = (
+        *(Column("subject"), _LAYER, Column("expert")),
+        *(Column("appearances", ".1%"), Column("accuracy", ".1%")),
+    )
+    title = "Subjects: experts in at least 1 % of a subject's questions"
+    return Table(title, columns, rows, _FROM_0)
+
+
+def _pairs(layer: dict[str, Any]) -> list[tuple[float, float | None]]:
+    return list(zip(layer["appearances"], layer["expert_accuracy"], strict=True))
+
+
+def _flat(expert: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in expert.items():
+        if name.endswith("_ci95"):
+            flat[f"{name}_low"], flat[f"{name}_high"] = value or (None, None)
+        else:
+            flat[name] = value
+    return flat
+
+
+def _percent_range(ends: list[float]) -> str:
+    low, high = ends
+    return f"{low:.1%} … {high:.1%}"
+
+
+def criteria_tables(found: Compared) -> list[Table]:
+    """How far criteria agree, and the ranks that they give in the first and the last layer."""
+    last = len(found.layers) - 1
+    return [
+        _agreement(found),
+        *[_criteria_ranks(found, layer) for layer in dict.fromkeys((0, last))],
+        *rows_tables(found.profile),
+    ]
+
+
+def criteria_csv(found: Compared) -> Table:
+    """One row for each expert of each layer: score and rank by each criterion."""
+    heads = [Column(f"{name}_{what}") for name in found.names for what in ("score", "rank")]
+    rows: list[list[Cell]] = []
+    for layer, expert, scores, ranks in _expert_scores(found):
+        cells = [cell for name in found.names for cell in (scores[name], ranks[name])]
+        rows.append([layer, expert, *cells])
+    return Table("Criteria", (Column("layer"), Column("expert"), *heads), rows)
+
+
+def criteria_json(found: Compared) -> dict[str, Any]:
+    """Scores, ranks and rank correlations of all layers, and what could not be answered."""
+    layers: list[dict[str, Any]] = [
+        {"layer": x.layer, "block": x.block, "super_experts": list(own), "expert": []}
+        for x, own in zip(found.layers, _supers(found), strict=True)
+    ]
+    for layer, expert, scores, ranks in _expert_scores(found):
+        row = {"expert": expert, "scores": scores, "ranks": ranks}
+        layers[layer]["expert"].append(row)
+    pairs = [(a, b) for i, a in enumerate(found.names) for b in found.names[i + 1 :]]
+    return {
+        "criteria": list(found.names),
+        "left_out": dict(found.left_out),
+        "spearman": [
+            {
+                "criteria": [a, b],
+                "mean": or_none(found.agreement(a, b)),
+                "layers": [or_none(value) for value in found.correlations(a, b)],
+            }
+            for a, b in pairs
+        ],
+        "layers": layers,
+    }
+
+
+def _expert_scores(
+    found: Compared,
+) -> list[tuple[int, int, dict[str, float | None], dict[str, int]]]:
+    """Layer, expert, scores and ranks by criterion; a score that is undefined is None."""
+    return [
+        (
+            layer.layer,
+            expert,
+            {name: or_none(found.scores[name][layer.layer][expert]) for name in found.names},
+            {name: int(found.ranks[name][layer.layer][expert]) for name in found.names},
+        )
+        for layer in found.layers
+        for expert in range(layer.n_experts)
+    ]
+
+
+def _agreement(found: Compared) -> Table:
+    rows: list[list[Cell]] = [
+        [name, *[or_none(found.agreement(name, other)) for other in found.names]]
+        for name in found.names
+    ]
+    left_out = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
+    n_layers = len(found.layers)
+    note = f"Spearman's correlation of scores within a layer, its mean over {n_layers} layers."
+    note += f" Left out: {left_out}." if left_out else ""
+    columns = (Column("criterion"), *[Column(name, ".2f") for name in found.names])
+    return Table("How far criteria agree", columns, rows, note)
+
+
+def _criteria_ranks(found: Compared, index: int) -> Table:
+    layer, supers = found.layers[index], _supers(found)[index]
+    best_first = np.argsort(found.ranks[found.names[0]][index])
+    rows: list[list[Cell]] = [
+        [
+            int(expert),
+            *[int(found.ranks[name][index][expert]) for name in found.names],
+            "super" if expert in supers else "",
+        ]
+        for expert in best_first
+    ]
+    columns = (Column("expert"), *[Column(name) for name in found.names], Column("protected"))
+    title = f"Ranks of the experts of layer {layer.layer} by each criterion, 1 is kept longest"
+    return Table(title, columns, rows, _COUNTED)
+
+
+def _supers(found: Compared) -> list[tuple[int, ...]]:
+    is_known = found.layers[0].over_tokens is not None
+    return super_experts(found.profile) if is_known else [()] * len(found.layers)
