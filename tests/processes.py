@@ -25,13 +25,12 @@ from tests.conftest import open_model, write_quiz
 # so whoever needs something there says so here.
 PROCESSES = multiprocessing.get_context("forkserver")
 _EXPERTCUT = (
-    *("checkpoints.build", "evaluation.sweep", "healing.heal", "recipe.run"),
+    *("checkpoints.build", "evaluation.sweep", "healing.heal", "commands.run_recipe"),
     *(
-        "recipe.acts.changing",
-        "recipe.acts.giving",
+        "commands.edit_stages",
+        "commands.measure_stages",
         "reporting.eval_tables",
         "reporting.show",
-        "reporting.eval_tables",
     ),
 )
 PROCESSES.set_forkserver_preload(

@@ -23,8 +23,8 @@ from expertcut.files import HIDDEN, parse_json, without_secrets
 from expertcut.models.load import _limits
 from expertcut.profiling.schema import ProfileInfo
 from expertcut.profiling.storage import Profile, load_profile, read_chunk, write_chunk
-from expertcut.recipe.model import Recipe
-from expertcut.recipe.reading import read_recipe
+from expertcut.recipes.loader import read_recipe
+from expertcut.recipes.recipe_schema import Recipe
 from tests.hand_made import block, profile_info, random_chunk, random_profile
 from tests.readable import (
     FEW,

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from expertcut.cli import main
+from expertcut.commands.heal_stages import _healing
 from expertcut.errors import QuizError, RecipeError, SettingsError
 from expertcut.evaluation.results import load_results
 from expertcut.healing.settings import Training
-from expertcut.recipe.acts.healing import _healing
-from expertcut.recipe.reading import read_recipe
-from expertcut.recipe.stages import stages_of
+from expertcut.recipes.loader import read_recipe
+from expertcut.recipes.stages import stages_of
 from tests.conftest import make_checkpoint, write_quiz
 from tests.test_recipes import Place
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from expertcut.cli import main
-from expertcut.recipe.model import Recipe
-from expertcut.recipe.sections import (
+from expertcut.recipes.recipe_schema import (
     HealSection,
     MergeSection,
     ProfileSection,
     ProveSection,
     PruneSection,
     PublishSection,
+    Recipe,
     ReweightSection,
 )
 

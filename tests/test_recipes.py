@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from expertcut.commands import edit_stages, measure_stages
+from expertcut.commands.run_recipe import Outcome, RunOptions, run
+from expertcut.commands.ui import SilentUI
 from expertcut.edits.criteria import CRITERIA
 from expertcut.errors import OutputError, PlanError, RecipeError
-from expertcut.recipe import values
-from expertcut.recipe.acts import changing, measuring
-from expertcut.recipe.acts.job import Nobody
-from expertcut.recipe.reading import MAX_BYTES, MAX_DEPTH, read_recipe
-from expertcut.recipe.run import Outcome, RunOptions, run
-from expertcut.recipe.stages import Stage, stages_of
+from expertcut.recipes import recipe_schema
+from expertcut.recipes.loader import MAX_BYTES, MAX_DEPTH, read_recipe
+from expertcut.recipes.stages import Stage, stages_of
 from tests.conftest import make_checkpoint, write_quiz
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ eval: {{split: test, limit: 4}}
 ALL = ("profile", "show", "cut", "tilted", "eval")
 
 
-class Listener(Nobody):
+class Listener(SilentUI):
     """Remembers why each stage ran."""
 
     def __init__(self) -> None:
@@ -279,7 +279,7 @@ def test_a_killed_run_goes_on_where_it_was(done: Place, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(measuring, "save", killed)
+        patch.setattr(measure_stages, "save", killed)
         done.run()
     assert done.run().ran == ("eval",)
     assert done.why["eval"] == "it was begun and not finished"
@@ -322,8 +322,8 @@ def test_a_search_that_finds_nothing_makes_no_checkpoint_and_the_run_goes_on(
     def nothing(*_: object) -> Decision:
         return Decision((), Settled(()), (), (), 0.5, {}, None, 0)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(changing, "decide", nothing)
-    monkeypatch.setattr(changing, "decision_sentences", lambda _: [])
+    monkeypatch.setattr(edit_stages, "decide", nothing)
+    monkeypatch.setattr(edit_stages, "decision_sentences", lambda _: [])
     done.change("strength: 0.5", "tune: true")
     assert done.run().ran == ("tilted", "eval")
     assert "tilted made no checkpoint, so none is asked" in done.said
@@ -361,9 +361,8 @@ def test_a_merge_is_a_variant_too(done: Place) -> None:
 
 
 def test_a_branch_of_the_hub_means_in_a_run_what_it_meant_first(tmp_path: Path) -> None:
-    from expertcut.recipe.model import Recipe
-    from expertcut.recipe.record.inputs import Inputs
-    from expertcut.recipe.record.manifest import Manifest
+    from expertcut.recipes.manifest import Inputs, Manifest
+    from expertcut.recipes.recipe_schema import Recipe
 
     recipe, commit = Recipe(model="owner/name"), "a" * 40
     assert Inputs(recipe, None, is_anew=False).model() is None
@@ -422,7 +421,7 @@ def test_one_value_may_stand_where_several_may(tmp_path: Path) -> None:
 
 
 def test_the_criteria_of_recipes_are_those_of_prune() -> None:
-    assert tuple(CRITERIA) == values.CRITERIA
+    assert tuple(CRITERIA) == recipe_schema.CRITERIA
 
 
 @pytest.mark.parametrize("text", HOSTILE)

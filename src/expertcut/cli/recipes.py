@@ -14,8 +14,8 @@ from expertcut.cli.running import bar, watched
 from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
-    from expertcut.recipe.run import Outcome
-    from expertcut.recipe.stages import Stage
+    from expertcut.commands.run_recipe import Outcome
+    from expertcut.recipes.stages import Stage
     from expertcut.reporting.tables import Table
     from expertcut.scoring.passes import OnPass
 
@@ -34,8 +34,8 @@ def run(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a recipe: all stages, each only where it is due."""
-    from expertcut.recipe.run import RunOptions
-    from expertcut.recipe.run import run as run_recipe
+    from expertcut.commands.run_recipe import RunOptions
+    from expertcut.commands.run_recipe import run as run_recipe
 
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise SettingsError(
@@ -62,7 +62,7 @@ def _summary(outcome: "Outcome", *, is_dry: bool) -> str:
 def _print_results(folder: Path) -> None:
     """Prints a sentence for each evaluated model."""
     from expertcut.evaluation.results import load_results
-    from expertcut.recipe.stages import RESULTS
+    from expertcut.recipes.stages import RESULTS
     from expertcut.reporting.eval_tables import result_sentences
 
     print()

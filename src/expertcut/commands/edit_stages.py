@@ -7,6 +7,7 @@ from pathlib import Path
 from expertcut.checkpoints.build import BuildOptions, Built, build, write_beside
 from expertcut.checkpoints.build import merge as merge_experts
 from expertcut.checkpoints.size import check_criterion, choose_cut, protected
+from expertcut.commands.ui import Job
 from expertcut.edits.budget import Keep, read_size
 from expertcut.edits.merge_groups import Merge
 from expertcut.edits.plan import Draft
@@ -25,10 +26,8 @@ from expertcut.evaluation.reweight_search import (
     prepared,
 )
 from expertcut.profiling.storage import Profile
-from expertcut.recipe.acts.job import Job
-from expertcut.recipe.model import Variant
-from expertcut.recipe.sections import PruneSection, ReweightSection
-from expertcut.recipe.stages import variant_folder
+from expertcut.recipes.recipe_schema import PruneSection, ReweightSection, Variant
+from expertcut.recipes.stages import variant_folder
 from expertcut.reporting.edit_tables import (
     adapter_sentences,
     decision_sentences,

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from expertcut.data import Selection
 from expertcut.data.sources import Weighted
 from expertcut.errors import RecipeError
-from expertcut.recipe.model import Recipe, Variant
-from expertcut.recipe.sections import HealSection
+from expertcut.recipes.recipe_schema import HealSection, Recipe, Variant
 
 Kind = Literal["profile", "show", "prune", "merge", "reweight", "heal", "eval", "report", "publish"]
 PROFILE, VARIANTS = "profile", "variants"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from expertcut.recipe.model import Recipe
-from expertcut.recipe.record.manifest import RECIPE_FILE
-from expertcut.recipe.stages import PROFILE, Stage, variant_folder
+from expertcut.recipes.manifest import RECIPE_FILE
+from expertcut.recipes.recipe_schema import Recipe
+from expertcut.recipes.stages import PROFILE, Stage, variant_folder
 
 if TYPE_CHECKING:
     from expertcut.models.load import LoadOptions, Source
@@ -21,7 +21,7 @@ Parts = Callable[[int, int], None]
 """Told how many parts are done, of how many."""
 
 
-class Audience(Protocol):
+class UI(Protocol):
     """Who is told what happens, and where long runs show how far they are."""
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ class Audience(Protocol):
         """A stage has run."""
 
 
-class Nobody:
+class SilentUI:
     """An audience that is not there."""
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ class Job:
     stage: Stage
     run: Path
     commit: str | None
-    audience: Audience
+    audience: UI
 
     @property
     def profile_folder(self) -> Path:

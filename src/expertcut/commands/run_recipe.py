@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertcut.commands.ui import UI, Job, SilentUI
 from expertcut.errors import ExpertcutError, OutputError, RecipeError
-from expertcut.recipe.acts.job import Audience, Job, Nobody
-from expertcut.recipe.model import Recipe
-from expertcut.recipe.reading import read_bytes, read_recipe
-from expertcut.recipe.record.inputs import Inputs, reason
-from expertcut.recipe.record.ledger import Ledger
-from expertcut.recipe.record.manifest import StageRecord
-from expertcut.recipe.stages import Stage, find_stage, stages_of
+from expertcut.recipes.loader import read_bytes, read_recipe
+from expertcut.recipes.manifest import Inputs, Ledger, StageRecord, reason
+from expertcut.recipes.recipe_schema import Recipe
+from expertcut.recipes.stages import Stage, find_stage, stages_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Outcome:
     left_over: tuple[str, ...]
 
 
-def run(file: Path, options: RunOptions, audience: Audience | None = None) -> Outcome:
+def run(file: Path, options: RunOptions, audience: UI | None = None) -> Outcome:
     """Runs what is to be run.
 
     Raises:
@@ -54,15 +52,13 @@ def run(file: Path, options: RunOptions, audience: Audience | None = None) -> Ou
             "add --trust-remote-code"
         )
     folder = options.out or Path(recipe.out or Path("results") / file.stem)
-    return _Running(recipe, Ledger(folder, read_bytes(file)), options, audience or Nobody()).all()
+    return _Running(recipe, Ledger(folder, read_bytes(file)), options, audience or SilentUI()).all()
 
 
 class _Running:
     """One run of a recipe."""
 
-    def __init__(
-        self, recipe: Recipe, ledger: Ledger, options: RunOptions, audience: Audience
-    ) -> None:
+    def __init__(self, recipe: Recipe, ledger: Ledger, options: RunOptions, audience: UI) -> None:
         self.recipe, self.ledger, self.audience = recipe, ledger, audience
         self.is_dry = options.is_dry
         self.stages = stages_of(recipe)
@@ -170,17 +166,17 @@ def _named(stage: Stage) -> Iterator[None]:
 
 
 def _act_of(stage: Stage) -> Callable[[Job], None]:
-    from expertcut.recipe.acts import changing, giving, healing, measuring
+    from expertcut.commands import edit_stages, heal_stages, measure_stages
 
     acts: dict[str, Callable[[Job], None]] = {
-        "profile": measuring.profile,
-        "show": measuring.show,
-        "prune": changing.prune,
-        "merge": changing.merge,
-        "reweight": changing.reweight,
-        "heal": healing.heal,
-        "eval": measuring.evaluate,
-        "report": giving.report,
-        "publish": giving.publish,
+        "profile": measure_stages.profile,
+        "show": measure_stages.show,
+        "prune": edit_stages.prune,
+        "merge": edit_stages.merge,
+        "reweight": edit_stages.reweight,
+        "heal": heal_stages.heal,
+        "eval": measure_stages.evaluate,
+        "report": measure_stages.report,
+        "publish": measure_stages.publish,
     }
     return acts[stage.kind]

@@ -1,20 +1,24 @@
-"""Stages that ask a model questions or show what that gave: profile, show, eval."""
+"""Stages that measure, show and publish: profile, show, eval, report, publish."""
 
 import json
 from functools import partial
 
 from expertcut.checkpoints.output_dir import atomic_dir
+from expertcut.commands.ui import Job
 from expertcut.data import load_quiz
 from expertcut.evaluation.evaluate import save, score
 from expertcut.evaluation.results import Scored, Scoring
 from expertcut.files import write_atomically
+from expertcut.hub.upload import Published, PublishOptions
+from expertcut.hub.upload import publish as upload
 from expertcut.models.load import Source, find_source
 from expertcut.profiling.measure import MeasureOptions, check_kinds, measure, perturb, resumed
 from expertcut.profiling.statistics import answers
 from expertcut.profiling.storage import load_profile
-from expertcut.recipe.acts.job import Job
-from expertcut.recipe.stages import RESULTS
+from expertcut.recipes.recipe_schema import PublishSection
+from expertcut.recipes.stages import REPORT, RESULTS
 from expertcut.reporting.eval_tables import results_table
+from expertcut.reporting.page import write
 from expertcut.reporting.profile_tables import answered_sentence
 from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown
@@ -77,3 +81,41 @@ def _sources(job: Job) -> list[Source]:
     if missing:
         job.audience.say([], [f"{name} made no checkpoint, so none is asked" for name in missing])
     return [job.source(), *(find_source(str(path)) for path in made.values())]
+
+
+def report(job: Job) -> None:
+    """The page of the run folder."""
+    job.audience.say([], [f"written to {write(job.run)}"])
+
+
+def publish(job: Job) -> None:
+    """A variant's checkpoint, card and page to the hub; of a variant without one, nothing."""
+    asked = next(p for p in job.recipe.publish if p.variant == job.stage.settings["variant"])
+    checkpoint = job.checkpoints().get(asked.variant)
+    outcome: dict[str, object] = {"repo": asked.repo, "url": None, "commit": None}
+    if checkpoint is None:
+        job.audience.say([], [f"{asked.variant} made no checkpoint, so there is none to publish"])
+    else:
+        if job.recipe.report:
+            write_atomically(checkpoint / REPORT, (job.run / REPORT).read_bytes())
+        done = upload(checkpoint, asked.repo, _options(job, asked))
+        outcome |= {"url": done.url, "commit": done.commit}
+        job.audience.say([], [_sentence(done)])
+    (place,) = job.stage.makes
+    write_atomically(job.run / place, (json.dumps(outcome, indent=1) + "\n").encode())
+
+
+def _options(job: Job, asked: PublishSection) -> PublishOptions:
+    return PublishOptions(
+        is_private=asked.private,
+        is_dry=asked.dry_run,
+        is_forced=asked.force,
+        revision=asked.revision,
+        results=(job.run / RESULTS,) if job.recipe.eval else (),
+    )
+
+
+def _sentence(done: Published) -> str:
+    if done.commit is None:
+        return f"the card is written to {done.card}; nothing is uploaded, it would go to {done.url}"
+    return f"published to {done.url} (commit {done.commit[:8]})"

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from expertcut.errors import RecipeError
 from expertcut.files import line_with_secret, read_file, wide_encoding
-from expertcut.recipe.model import Recipe
+from expertcut.recipes.recipe_schema import Recipe
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
+from expertcut.commands.ui import Job
 from expertcut.data.sources import Weighted
 from expertcut.healing.adapters import Lora
 from expertcut.healing.heal import Options
 from expertcut.healing.heal import heal as train
 from expertcut.healing.settings import Data, Healing, Place, Training
-from expertcut.recipe.acts.job import Job
-from expertcut.recipe.model import Recipe
-from expertcut.recipe.sections import HealSection
-from expertcut.recipe.stages import variant_folder
+from expertcut.recipes.recipe_schema import HealSection, Recipe
+from expertcut.recipes.stages import variant_folder
 from expertcut.reporting.edit_tables import healing_sentences, healing_tables
 
 
