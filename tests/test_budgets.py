@@ -9,7 +9,7 @@ import pytest
 
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
-from expertcut.cli import pruning
+from expertcut.cli import prune_command
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import (
     Budget,
@@ -187,7 +187,7 @@ def test_totals_that_do_not_fit_are_refused(tmp_path: Path, keep: Keep, told: st
 
 
 def test_budgets_on_the_command_line_are_those_of_the_stages() -> None:
-    assert {choice.value for choice in pruning.Budget} == set(get_args(Budget))
+    assert {choice.value for choice in prune_command.Budget} == set(get_args(Budget))
 
 
 # Groups

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from expertcut.cli.healing import Objective
+from expertcut.cli.other_commands import Objective
 from expertcut.data import Selection, load_quiz
 from expertcut.data.sources import Weighted
 from expertcut.edits.plan import load_hashes, load_plan

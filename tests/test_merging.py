@@ -18,7 +18,7 @@ from expertcut.checkpoints.build import _is_interleaved
 from expertcut.checkpoints.merged import Experts
 from expertcut.checkpoints.simulate import under, unedited_routers
 from expertcut.checkpoints.tensor_names import find_disk_blocks
-from expertcut.cli.merging import Method, RouterRow
+from expertcut.cli.edit_commands import Method, RouterRow
 from expertcut.data import round_robin
 from expertcut.edits.budget import Keep
 from expertcut.edits.merge_groups import (

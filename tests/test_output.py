@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from expertcut.cli import main
-from expertcut.cli.output import LastingStream
+from expertcut.cli.progress import LastingStream
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -149,7 +149,7 @@ def test_a_process_ends_well_whatever_its_streams_are(
 
 def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     code = (
-        "from expertcut.cli.output import lasting_output\n"
+        "from expertcut.cli.progress import lasting_output\n"
         "with lasting_output(), open('weights', 'wb') as file:\n"
         "    assert file.fileno() > 2\n"
         "    print('words')\n"

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from expertcut.cli import main
-from expertcut.cli.running import Line, is_first
+from expertcut.cli.progress import Line, is_first
 from expertcut.data import Selection, load_quiz
 from expertcut.profiling.locks import Claims
 from expertcut.profiling.storage import load_profile

@@ -14,20 +14,9 @@ import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__
-from expertcut.cli import (
-    auditing,
-    healing,
-    measuring,
-    merging,
-    pruning,
-    publishing,
-    recipes,
-    reporting,
-    tilting,
-)
+from expertcut.cli import edit_commands, measure_commands, other_commands, prune_command
 from expertcut.cli.options import command, option
-from expertcut.cli.output import lasting_output
-from expertcut.cli.running import GO_ON, Stopped, is_first, terminable
+from expertcut.cli.progress import GO_ON, Stopped, is_first, lasting_output, terminable
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
 from expertcut.reporting.tables import printable
@@ -48,17 +37,17 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for run in (
-    measuring.profile,
-    measuring.show,
-    command(pruning.Prune),
-    merging.merge,
-    tilting.reweight,
-    command(healing.Heal),
-    auditing.audit,
-    measuring.eval,
-    reporting.report,
-    publishing.publish,
-    recipes.run,
+    measure_commands.profile,
+    measure_commands.show,
+    command(prune_command.Prune),
+    edit_commands.merge,
+    edit_commands.reweight,
+    command(other_commands.Heal),
+    measure_commands.audit,
+    measure_commands.eval,
+    other_commands.report,
+    other_commands.publish,
+    other_commands.run,
 ):
     app.command()(run)
 
