@@ -1,6 +1,7 @@
 """The shape of the code: which part may import which, how long things are, who prints."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,17 +10,20 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "expertcut"
 ORDER = (
     "errors",
+    "files",
     "documents",
-    "quiz",
-    "moe",
+    "data",
+    "models",
+    "scoring",
     "profiling",
-    "interventions",
+    "edits",
     "checkpoints",
     "evaluation",
     "healing",
     "reporting",
-    "publishing",
-    "recipe",
+    "hub",
+    "recipes",
+    "commands",
     "cli",
 )
 ROOT_FILES = ("__init__", "__main__")
@@ -109,10 +113,20 @@ def printing_files(root: Path) -> list[str]:
     ]
 
 
-def torch_in_quiz(root: Path) -> list[str]:
+def double_names(root: Path) -> list[str]:
+    names = Counter(path.name for path in sources(root) if path.name != "__init__.py")
+    return [f"{name} stands {n} times" for name, n in sorted(names.items()) if n > 1]
+
+
+def deep_packages(root: Path) -> list[str]:
+    depth = {path.parent.relative_to(root) for path in sources(root)}
+    return [f"{folder} lies in a package" for folder in sorted(depth) if len(folder.parts) > 1]
+
+
+def torch_in_data(root: Path) -> list[str]:
     return [
         f"{path.relative_to(root)} imports {name}"
-        for path in sources(root / "quiz")
+        for path in sources(root / "data")
         for name in imported_names(root, path)
         if name.partition(".")[0] == "torch"
     ]
@@ -120,7 +134,7 @@ def torch_in_quiz(root: Path) -> list[str]:
 
 def test_there_is_something_to_check():
     assert len(sources(SRC)) > 3
-    assert len(sources(SRC / "quiz")) > 1
+    assert len(sources(SRC / "data")) > 1
     assert any(part != target and part in ORDER for _, part, target in edges(SRC))
 
 
@@ -140,8 +154,16 @@ def test_only_the_cli_prints():
     assert printing_files(SRC) == []
 
 
-def test_the_quiz_needs_no_torch():
-    assert torch_in_quiz(SRC) == []
+def test_no_file_name_stands_twice():
+    assert double_names(SRC) == []
+
+
+def test_no_package_lies_in_a_package():
+    assert deep_packages(SRC) == []
+
+
+def test_data_needs_no_torch():
+    assert torch_in_data(SRC) == []
 
 
 def plant(tmp_path: Path, file: str, text: str) -> Path:
@@ -154,20 +176,20 @@ def plant(tmp_path: Path, file: str, text: str) -> Path:
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("quiz/a.py", "from expertcut.moe import load\n"),
-        ("quiz/a.py", "from expertcut.moe.load import load\n"),
-        ("quiz/a.py", "import expertcut.moe.load\n"),
-        ("quiz/a.py", "from expertcut import moe\n"),
-        ("quiz/a.py", "from .. import moe\n"),
-        ("quiz/a.py", "from ..moe import load\n"),
-        ("quiz/deep/a.py", "from ...moe import load\n"),
-        ("quiz/__init__.py", "from ..moe import load\n"),
-        ("quiz/a.py", "def late():\n    from expertcut.moe import load\n"),
-        ("errors.py", "from . import quiz\n"),
-        ("recipe.py", "import os, expertcut.cli\n"),
-        ("quiz/a.py", "from expertcut import Plan\n"),
-        ("quiz/a.py", "import expertcut\n"),
-        ("quiz/a.py", "from expertcut.helpers import help_me\n"),
+        ("data/a.py", "from expertcut.models import load\n"),
+        ("data/a.py", "from expertcut.models.load import load\n"),
+        ("data/a.py", "import expertcut.models.load\n"),
+        ("data/a.py", "from expertcut import models\n"),
+        ("data/a.py", "from .. import models\n"),
+        ("data/a.py", "from ..models import load\n"),
+        ("data/deep/a.py", "from ...models import load\n"),
+        ("data/__init__.py", "from ..models import load\n"),
+        ("data/a.py", "def late():\n    from expertcut.models import load\n"),
+        ("errors.py", "from . import data\n"),
+        ("recipes.py", "import os, expertcut.cli\n"),
+        ("data/a.py", "from expertcut import Plan\n"),
+        ("data/a.py", "import expertcut\n"),
+        ("data/a.py", "from expertcut.helpers import help_me\n"),
     ],
 )
 def test_an_import_down_the_list_is_found(tmp_path, file, text):
@@ -177,11 +199,11 @@ def test_an_import_down_the_list_is_found(tmp_path, file, text):
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("moe/a.py", "from expertcut.quiz import read\n"),
-        ("moe/a.py", "from . import b\nfrom .b import c\n"),
-        ("moe/a.py", "from expertcut import __version__, errors\n"),
-        ("moe/a.py", "import expertcutter\nfrom transformers import cli\n"),
-        ("cli.py", "from . import recipe\n"),
+        ("models/a.py", "from expertcut.data import read\n"),
+        ("models/a.py", "from . import b\nfrom .b import c\n"),
+        ("models/a.py", "from expertcut import __version__, errors\n"),
+        ("models/a.py", "import expertcutter\nfrom transformers import cli\n"),
+        ("cli.py", "from . import recipes\n"),
         ("__main__.py", "from expertcut.cli import main\n"),
     ],
 )
@@ -212,10 +234,18 @@ def test_what_is_too_long_is_found(tmp_path):
 def test_printing_outside_the_cli_is_found(tmp_path, call):
     text = f"def show():\n    {call}\n"
     assert printing_files(plant(tmp_path, "cli.py", text)) == []
-    assert len(printing_files(plant(tmp_path, "moe/a.py", text))) == 1
+    assert len(printing_files(plant(tmp_path, "models/a.py", text))) == 1
+
+
+def test_a_name_that_stands_twice_and_a_deep_package_are_found(tmp_path):
+    for file in ("models/a.py", "models/__init__.py", "data/__init__.py", "data/b.py"):
+        plant(tmp_path, file, "")
+    assert double_names(tmp_path / "expertcut") == deep_packages(tmp_path / "expertcut") == []
+    root = plant(tmp_path, "data/deep/a.py", "")
+    assert len(double_names(root)) == len(deep_packages(root)) == 1
 
 
 @pytest.mark.parametrize("line", ["import torch", "from torch import nn", "import torch.nn as nn"])
-def test_torch_in_the_quiz_is_found(tmp_path, line):
-    plant(tmp_path, "moe/a.py", f"{line}\n")
-    assert len(torch_in_quiz(plant(tmp_path, "quiz/a.py", f"def f():\n    {line}\n"))) == 1
+def test_torch_in_data_is_found(tmp_path, line):
+    plant(tmp_path, "models/a.py", f"{line}\n")
+    assert len(torch_in_data(plant(tmp_path, "data/a.py", f"def f():\n    {line}\n"))) == 1
