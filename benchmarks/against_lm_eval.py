@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tests.harness import GROUP, Asked, read_output, write_data_set, write_tasks
+from tests.support.harness import GROUP, Asked, read_output, write_data_set, write_tasks
 
 from benchmarks.common import SUBJECTS, Took, parser, random_olmoe, report, timed
 

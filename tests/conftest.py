@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from expertcut.cli import main
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
-from tests.families import COMMON, EIGHT, LATENT, MORE, SHARED_EXPERT, SMALL
+from tests.support.families import COMMON, EIGHT, LATENT, MORE, SHARED_EXPERT, SMALL
 
 Commands = Callable[..., str]
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -9,8 +9,8 @@ import pytest
 
 from expertcut.errors import ModelError
 from expertcut.models.load import LoadOptions, find_source, load
-from tests.exact_models import REMOVED, constants_for, make_exact
 from tests.hostile.edits import json_of, text_of
+from tests.support.exact_models import REMOVED, constants_for, make_exact
 
 Checkpoints = Callable[..., Path]
 ATTACK = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for i in range(10**12) %}x{% endfor %}"

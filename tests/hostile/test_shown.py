@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hostile.world import World
-from tests.readable import FEW, changed, shown_or_refused, written
+from tests.support.readable import FEW, changed, shown_or_refused, written
 
 DOCUMENTS = ("results.json", "sweep/sweep.json", "audit/audit.json", "checkpoints/cut/plan.json")
 

@@ -18,7 +18,7 @@ import torch
 
 from expertcut.cli import main
 from tests.conftest import make_checkpoint
-from tests.processes import PROCESSES, long_quiz
+from tests.support.processes import PROCESSES, long_quiz
 
 RECIPE = """
 model: {model}

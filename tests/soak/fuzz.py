@@ -29,10 +29,10 @@ from safetensors.numpy import save
 from expertcut.edits.plan import load_plan, plan_text
 from expertcut.models.safetensors_index import read_stored
 from expertcut.profiling.storage import load_profile, read_chunk, write_chunk
-from tests.hand_made import block, profile_info, random_chunk
 from tests.hostile.test_shown import DOCUMENTS
 from tests.hostile.world import make_world
-from tests.readable import (
+from tests.support.hand_made import block, profile_info, random_chunk
+from tests.support.readable import (
     changed,
     damaged,
     plans,

@@ -1,0 +1,109 @@
+"""Issue 5, check 2: a planted saboteur is suppressed, a starved expert fed, and noise is no news.
+
+The whole runs, through the commands, are those of benchmarks/planted.py.
+"""
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expertcut.data import Selection, load_quiz
+from expertcut.edits.reweight_select import Chooser, SelectedExpert, right
+from expertcut.edits.reweight_tune import Procedure, Shift
+from expertcut.evaluation.cross_fit import Judged, judge, verdict
+from expertcut.evaluation.reweight_search import CachedScorer
+from expertcut.models.load import MoeModel
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.router_bias import Tilts, tilted
+from tests.conftest import open_model
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from planting import BUNDLED, LAST, QUIZ, cost, saboteur, strong_noise
+from teaching import EXPERT, drawn, home, learn, lesson, margin, write_turned_quiz
+
+N_VAL, N_TEST = 20, 25  # questions of each of 11 subjects, without shots
+
+
+def asked(moe: MoeModel, quiz: Path, split: str = "val", limit: int = N_VAL) -> CachedScorer:
+    return CachedScorer(Engine(moe, 1024), load_quiz(Selection(str(quiz), split, 0, limit=limit)))
+
+
+def accuracy(rescorer: CachedScorer, shifts: tuple[Shift, ...] = ()) -> float:
+    return float(right(rescorer.ask(shifts), rescorer.records.answer_N).mean())
+
+
+def judged(rescorer: CachedScorer, procedure: Procedure, draws: int) -> Judged:
+    *_, last = judge(rescorer.records, procedure, rescorer.ask, draws)
+    assert last.judged is not None
+    return last.judged
+
+
+@pytest.fixture(scope="module")
+def bundled() -> MoeModel:
+    return open_model(BUNDLED)
+
+
+@pytest.fixture(scope="module")
+def healthy(bundled: MoeModel) -> CachedScorer:
+    return asked(bundled, QUIZ)
+
+
+def test_a_saboteur_is_found_and_suppressed(healthy: CachedScorer):
+    expert = saboteur(healthy)
+    whole = accuracy(asked(healthy.engine.moe, QUIZ, "test", N_TEST))
+    moe = open_model(BUNDLED)
+    experts = moe.blocks[-1].experts
+    for weights in (experts.gate_up_proj.data, experts.down_proj.data):
+        weights[expert] = strong_noise(weights[expert], torch.Generator().manual_seed(0))
+    procedure = Procedure(chooser=Chooser(suppress_worst=1), is_tuned=True)
+    found = judged(asked(moe, QUIZ), procedure, draws=3)
+    assert found.settled.shifts[0][:2] == (LAST, expert)
+    assert found.cross_fitted.ci95[0] > 0
+    assert found.control.delta_B.max() < found.cross_fitted.delta / 2
+    test = asked(moe, QUIZ, "test", N_TEST)
+    harmed, repaired = accuracy(test), accuracy(test, found.settled.shifts)
+    assert harmed < whole - 0.1
+    assert repaired - harmed > 0.8 * (whole - harmed)
+
+
+def test_a_starved_expert_is_fed(tmp_path: Path):
+    quiz, moe = write_turned_quiz(tmp_path), open_model(BUNDLED)
+    pupil = learn(moe, lesson(moe, drawn(120, seed=0)), epochs=100, seed=0)
+    for place, weights in zip(home(moe).parts, pupil.parts, strict=True):
+        place.copy_(weights)
+    taught = asked(moe, quiz)
+    assert cost(taught, EXPERT) > 0.1
+    whole = accuracy(asked(moe, quiz, "test", N_TEST))
+    down_E = torch.zeros(moe.blocks[-1].n_experts)
+    down_E[EXPERT] = -margin(taught.records.alpha_NLE[:, LAST], share=0.03)
+    with tilted(moe.blocks, Tilts({LAST: down_E})):
+        starved = asked(moe, quiz)
+        appears = (starved.records.chosen_NLK[:, LAST] == EXPERT).any(axis=1).mean()
+        procedure = Procedure(named=((SelectedExpert(LAST, EXPERT, +1), None),), is_tuned=True)
+        found = judged(starved, procedure, draws=1)
+        test = asked(moe, quiz, "test", N_TEST)
+        harmed, fed = accuracy(test), accuracy(test, found.settled.shifts)
+    assert 0.01 <= appears <= 0.05
+    assert found.cross_fitted.ci95[0] > 0
+    assert harmed < whole - 0.1
+    assert fed - harmed > 0.8 * (whole - harmed)
+
+
+def test_shuffled_answers_of_a_healthy_model_are_no_evidence(healthy: CachedScorer):
+    chooser = Chooser(suppress_worst=1, layers=(LAST,))
+    procedure, verdicts = Procedure(chooser=chooser, is_tuned=True), Counter[str]()
+    for seed in range(100):
+        answer_N = np.random.default_rng(seed).permutation(healthy.records.answer_N)
+        records = replace(healthy.records, answer_N=answer_N)
+        *_, last = judge(records, procedure, healthy.ask, draws=1, seed=seed)
+        assert last.judged is not None
+        # One draw could never let it say "helps": as if no random expert ever did as well.
+        found = last.judged.cross_fitted
+        verdicts[verdict(found.ci95, found.mcnemar_p, p_random=0)] += 1
+    assert verdicts["no evidence"] >= 90, verdicts

@@ -1,0 +1,291 @@
+"""The card: what it says of a checkpoint, and that nobody's text becomes markup in it."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, constants
+from markdown_it import MarkdownIt
+
+from expertcut.edits.plan import PlanModel, load_plan
+from expertcut.evaluation.results import load_results, save_results
+from expertcut.hub.card import Place, card_text, is_edited, loaders
+from expertcut.hub.provenance import evaluations, origin, verified
+from expertcut.models.load import find_source
+from expertcut.reporting.tables import Markdown, escaped, one_line
+from tests.support.exact_models import as_written_before
+from tests.support.fake_hub import LocalHub
+from tests.support.fake_hub.uploads import card_faults
+from tests.support.published import HOSTILE, REPO, Publish, copied, refused
+
+PLACE = Place(REPO, None, "https://huggingface.co")
+BASE = "clocks/base"
+
+
+def card_of(folder: Path, *results: Path) -> str:
+    found = verified(folder)
+    evaluated = evaluations(found, results)
+    return card_text(found, origin(found.plan, found.folder), evaluated, PLACE)
+
+
+def metadata_of(card: str) -> dict[str, Any]:
+    assert card_faults(card) == []
+    data: dict[str, Any] = ModelCard(card).data.to_dict()
+    return data
+
+
+def based_on_the_hub(made: Path, hub: LocalHub, place: Path, head: str) -> Path:
+    """A checkpoint whose base is on the Hub, with a card of its own."""
+    base = place.with_name(f"{place.name}-base")
+    base.mkdir()
+    (base / "README.md").write_text(head)
+    (base / "config.json").write_text(json.dumps({"num_experts": 8}))
+    commit = hub.add("models", BASE, base).at("main").commit
+    return copied(made / "stock", place, (BASE, commit))
+
+
+def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
+    made: Path, hub: LocalHub, tmp_path: Path
+) -> None:
+    folder = based_on_the_hub(made, hub, tmp_path / "cut", "---\nlicense: Apache-2.0\n---\n# B\n")
+    card = card_of(folder, made / "results.json")
+    data = metadata_of(card)
+    assert data["base_model"] == BASE and data["base_model_relation"] == "finetune"
+    assert data["license"] == "apache-2.0"
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert {"moe", "pruning"} <= set(data["tags"]) and "expert-reweighting" not in data["tags"]
+    (index,) = data["model-index"]
+    own = load_results(made / "results.json").models[1]
+    assert index["name"] == "cut"
+    (result,) = index["results"]
+    assert result["metrics"][0]["value"] == pytest.approx(own.accuracy, abs=1e-6)
+    assert result["dataset"]["args"] == {"num_few_shot": 1}
+    assert result["source"]["url"] == f"https://huggingface.co/{REPO}/blob/main/results.json"
+    plain = card.replace("\\", "")
+    for said in (
+        "Each of 2 MoE layers keeps 5 of 8 experts; the others are cut out",
+        "with expertcut: `prune --keep 5`.",
+        "prune --keep 5 (layout stock), by activations, counted at the answer position",
+        f"[{BASE}](<https://huggingface.co/{BASE}/tree/{hub.commit(BASE)}>)",
+        "the same removal as a mask",
+        f"{own.subjects['green_birds'].accuracy:.2%} | {own.subjects['green_birds'].questions} |",
+        'AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
+        f"vllm serve {REPO}",
+        "convert_hf_to_gguf.py",
+        "2502.17187",
+    ):
+        assert said in plain or said in card, said
+    assert str(tmp_path) not in card and str(made) not in card
+
+
+def test_a_card_without_results_and_of_a_local_base_says_so(made: Path, tmp_path: Path) -> None:
+    card = card_of(copied(made / "exact", tmp_path / "exact"))
+    data = metadata_of(card)
+    assert data["license"] == "unknown"
+    assert not {"base_model", "base_model_relation", "model-index", "metrics"} & set(data)
+    assert "None: no evaluation of these weights was at hand" in card
+    assert "Unknown: no licence is stated" in card
+    assert "trust_remote_code=True" in card and "llama.cpp" not in card
+    assert "its mean output" in card
+
+
+def test_a_card_says_which_engines_read_a_form_wrongly(made: Path, tmp_path: Path) -> None:
+    exact = copied(made / "exact", tmp_path / "exact")
+    card = card_of(exact).replace("\\", "")
+    assert "0.33 or later, in an environment of its own" in card
+    assert "not together with quantised experts, LoRA on experts, EPLB" in card
+    assert "transformers 4 loads it wrongly" in card
+    assert "vLLM 0.32 knows no constant experts and refuses it" in card
+    old = card_of(as_written_before(exact, tmp_path / "old")).replace("\\", "")
+    assert "vLLM 0.32 loads it wrongly: it answers NaN" in old
+    stock = card_of(copied(made / "stock", tmp_path / "stock"))
+    assert "wrongly" not in stock and "refuses" not in stock
+
+
+def test_layout_exact_without_constants_and_biases_is_its_familys_form(
+    made: Path, tmp_path: Path
+) -> None:
+    exact = verified(copied(made / "exact", tmp_path / "exact"))
+    scaled = {k: v for k, v in exact.config.items() if k != "compression_config"}
+    names = {
+        form: [loader.name for loader in loaders(replace(exact, config=config), REPO, None)]
+        for form, config in {
+            "cut": exact.config,
+            "scaled": scaled,
+            "biased": {**scaled, "biased_gates": [1], "model_type": "exact_olmoe"},
+        }.items()
+    }
+    assert names == {
+        "cut": ["transformers", "vLLM"],
+        "scaled": ["transformers", "vLLM", "llama.cpp"],
+        "biased": ["transformers"],
+    }
+    lines = loaders(replace(exact, config=scaled), REPO, None)[0].lines
+    assert "trust_remote_code" not in lines
+
+
+def test_results_of_other_weights_are_refused_and_what_goes_up_names_no_path(
+    made: Path, publish: Publish, hub: LocalHub, tmp_path: Path
+) -> None:
+    tilted = copied(made / "tilted", tmp_path / "tilted")
+    line = refused(publish(tilted, REPO, "--results", made / "results.json"))
+    assert "holds no results of" in line
+    stock = copied(made / "stock", tmp_path / "stock")
+    (tmp_path / "results.json").write_bytes((made / "results.json").read_bytes())
+    assert publish(stock, REPO).status == 0  # found beside it
+    base = Path(load_results(made / "results.json").models[0].path).name
+    sent = json.loads(hub.files(REPO)["results.json"])
+    assert [model["path"] for model in sent["models"]] == [base, "stock"]
+    assert (sent["comparisons"][0]["base"], sent["comparisons"][0]["other"]) == (0, 1)
+    assert "/" not in sent["quiz"]
+    assert load_results(tmp_path / "results.json").models[1].fingerprint is not None
+
+
+def test_a_card_that_was_edited_stays_and_goes_up_as_it_is(
+    made: Path, publish: Publish, hub: LocalHub, tmp_path: Path
+) -> None:
+    folder = copied(made / "stock", tmp_path / "stock")
+    card = folder / "README.md"
+    assert publish(folder, REPO, "--dry-run").status == 0
+    written = card.read_text()
+    assert not is_edited(written)
+    for edited in (written.replace("# cut", "# My cut"), written + "More.\n", "# Mine\n"):
+        assert is_edited(edited)
+        card.write_text(edited)
+        done = publish(folder, REPO)
+        assert done.status == 0 and "was edited by hand and stays" in done.out
+        assert hub.files(REPO)["README.md"].decode() == edited == card.read_text()
+    card.write_text("---\nlicense: [a]\n---\n")
+    refused(publish(folder, REPO), "Invalid metadata in README.md", '"license" must be a string')
+    card.unlink()
+    assert publish(folder, REPO).status == 0
+    assert card.read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("license: mit", {"license": "mit"}),
+        ("license: [mit]", {"license": "mit"}),
+        ("license: my-own", {"license": "other", "license_name": "my-own"}),
+        (
+            "license: other\nlicense_name: theirs\nlicense_link: https://x.example/L",
+            {
+                "license": "other",
+                "license_name": "theirs",
+                "license_link": "https://x.example/L",
+            },
+        ),
+        (
+            "license: other\nlicense_name: theirs\nlicense_link: LICENSE.md",
+            {"license": "other", "license_name": "theirs", "license_link": "…/blob/…/LICENSE.md"},
+        ),
+        ("license: 7", {"license": "unknown"}),
+        ("license: [a, b]", {"license": "unknown"}),
+        ("license: !!python/object/apply:os.system ['true']", {"license": "unknown"}),
+        ("- no mapping", {"license": "unknown"}),
+        ("tags: [x]", {"license": "unknown"}),
+    ],
+)
+def test_the_licence_is_that_of_the_base_and_never_a_guess(
+    made: Path, hub: LocalHub, tmp_path: Path, head: str, expected: Mapping[str, str]
+) -> None:
+    folder = based_on_the_hub(made, hub, tmp_path / "cut", f"---\n{head}\n---\n")
+    data = metadata_of(card_of(folder))
+    found = {key: value for key, value in data.items() if key.startswith("license")}
+    link = f"{hub.url}/{BASE}/blob/{hub.commit(BASE)}/"
+    assert found == {k: v.replace("…/blob/…/", link) for k, v in expected.items()}
+
+
+def test_without_the_hub_the_licence_is_unknown(
+    made: Path, hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = based_on_the_hub(made, hub, tmp_path / "cut", "---\nlicense: mit\n---\n")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert metadata_of(card_of(folder))["license"] == "unknown"
+
+
+def test_a_step_before_is_told(made: Path, tmp_path: Path) -> None:
+    first = copied(made / "stock", tmp_path / "first")
+    second = copied(made / "stock", tmp_path / "second")
+    plan = load_plan(second)
+    fingerprint = find_source(str(first)).fingerprint
+    model = PlanModel(id=str(first), revision=None, fingerprint=fingerprint)
+    edits = {n: e.model_copy(update={"bias": {e.keep[0]: 1.0}}) for n, e in plan.blocks.items()}
+    changes = {"model": model, "action": "reweight --boost 0:1", "blocks": edits}
+    (second / "plan.json").write_text(plan.model_copy(update=changes).model_dump_json())
+    steps = origin(load_plan(second), second).steps
+    assert [step.action for step in steps] == ["prune --keep 5", "reweight --boost 0:1"]
+    card = card_of(second)
+    assert {"pruning", "expert-reweighting"} <= set(metadata_of(card)["tags"])
+    assert "2 experts get a bias on the gate's logit" in card
+
+
+def html(card: str) -> str:
+    body = card.split("\n---\n", 1)[1]
+    rendered: str = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    return rendered
+
+
+def test_hostile_text_changes_neither_card_nor_terminal(
+    made: Path, publish: Publish, hub: LocalHub, tmp_path: Path
+) -> None:
+    plain = copied(made / "stock", tmp_path / "plain")
+    harmless = card_of(plain, made / "results.json")
+    folder = copied(made / "stock", tmp_path / "hostile")
+    results = json.loads((made / "results.json").read_text())
+    for model in results["models"]:
+        model["path"] = HOSTILE[0] if model is results["models"][0] else model["path"]
+        subject = next(iter(model["subjects"].values()))
+        model["subjects"] = dict.fromkeys(HOSTILE, subject)
+        model["questions"] = subject["questions"] * len(HOSTILE)
+        model["accuracy"] = subject["accuracy"]
+    results |= {"quiz": HOSTILE[3], "split": HOSTILE[5]}
+    (file := tmp_path / "x.json").write_text(json.dumps(results))
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["action"], plan["criterion"] = f"prune {HOSTILE[5]}", HOSTILE[4]
+    plan["model"]["id"] = f"/x/{HOSTILE[0]}"
+    plan["chosen_on"] |= {"quiz": HOSTILE[2], "split": HOSTILE[6]}
+    plan["proof"]["held_out"][0]["against"] = HOSTILE[1]
+    plan["proof"]["held_out_split"] = HOSTILE[3]
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+    done = publish(folder, REPO, "--results", file)
+    assert done.status == 0, done.err
+    assert all(char.isprintable() or char == "\n" for char in done.out + done.err)
+    card = hub.files(REPO)["README.md"].decode()
+    assert all(char.isprintable() or char == "\n" for char in card)
+    assert set(metadata_of(card)) == set(metadata_of(harmless))
+    assert metadata_of(card)["license"] == "unknown"
+    seen, expected = html(card), html(harmless)
+    for tag in ("script", "img", "strong", "h1", "h2", "h3", "a href", "details", "pre", "table"):
+        assert seen.count(f"<{tag}") == expected.count(f"<{tag}"), tag
+    rows = [row for row in seen.split("<tr>") if "alert(1)" in row and "<td" in row]
+    assert rows and len({row.count("<td") for row in rows}) <= 2
+    assert "javascript:" not in "".join(re.findall(r"<a [^>]*>", seen))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_escaped_text_reads_as_it_is_and_is_escaped_once(text: str) -> None:
+    once = escaped(text)
+    assert escaped(once) is once and isinstance(once, Markdown)
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(f"x {once}")
+    inside = shown.removeprefix("<p>x ").removesuffix("</p>\n")
+    assert "<" not in inside and shown.startswith("<p>x ")
+    for entity, char in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
+        inside = inside.replace(entity, char)
+    assert inside == one_line(text)
+
+
+def test_a_card_says_how_many_prompts_were_cut(made: Path, hub: LocalHub, tmp_path: Path) -> None:
+    folder = based_on_the_hub(made, hub, tmp_path / "cut", "")
+    found = load_results(made / "results.json")
+    assert "cut from the left" not in card_of(folder, made / "results.json")
+    models = [model.model_copy(update={"cut": 17}) for model in found.models]
+    save_results(tmp_path / "r.json", found.model_copy(update={"models": models}))
+    heading = "test, 1 shots, 17 prompts cut from the left to fit the context\n"
+    assert heading in card_of(folder, tmp_path / "r.json").replace("\\", "")

@@ -1,0 +1,71 @@
+"""Commands against plain transformers, family by family: a few here, all of them with -m slow."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_quiz
+from tests.support.matrix import AGREE, BEGIN, END, PAGE, PARTS, WORLDS, World, facts_line, measure
+
+WITHIN = 1e-4  # of log p, in float32
+MOVED = 1e-3  # at least, by an edit
+# A bare parameter, a Linear inside, a selection bias that the block hands over, groups, all
+# experts in one tensor on disk.
+FEW = ("olmoe", "hunyuan_v1_moe", "minimax_m2", "deepseek_v3", "granitemoe")
+FEW_PARTS = ("cut", "ablation", "boost")
+_TABLE = "chooses its experts by a table of token ids"
+# What is refused, and by which words.
+REFUSED: dict[str, dict[str, str]] = {
+    "gemma4_text": {"profile": "found 0 routers"},
+    "laguna": {"boost": "caps or scales its logits"},
+    "deepseek_v4": dict.fromkeys(("cut", "reconstruction", "merge"), _TABLE),
+}
+
+
+def check(world: World, parts: tuple[str, ...], refused: dict[str, str]) -> dict[str, str]:
+    """Measures, holds the numbers to their limits, and gives what the contract found."""
+    row = measure(world, parts)
+    assert set(row.refused) == set(refused), row.refused
+    assert all(words in row.refused[part] for part, words in refused.items())
+    asked = [PARTS[part] for part in parts if part not in refused and row.facts]
+    for agree, moved in asked:
+        assert {name: row.found[name] for name in agree if not row.found[name] <= WITHIN} == {}
+        assert {name: row.found[name] for name in moved if not row.found[name] >= MOVED} == {}
+    assert set(row.found) == {name for agree, moved in asked for name in (*agree, *moved)}
+    return dict(row.facts)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_a_cut_a_removed_expert_and_a_boost_are_what_transformers_does_with_its_router_changed(
+    family: str, tmp_path: Path
+) -> None:
+    quiz = write_quiz(tmp_path / "quiz", {"dev": 1, "val": 1, "test": 1})
+    assert check(World(tmp_path, family, quiz), FEW_PARTS, {})
+
+
+def page() -> list[str]:
+    """The lines of the page's table."""
+    table = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    return table.strip().splitlines()[2:]
+
+
+def test_the_page_lists_what_the_matrix_runs_and_no_other() -> None:
+    run = [name for name in WORLDS if "profile" not in REFUSED.get(name, {})]
+    assert [line.split("|")[1].strip().replace("`", "") for line in page()] == run
+    for name, line in zip(run, page(), strict=True):
+        cells = line.strip("|").split("|")[-len(AGREE) :]
+        is_refused = {
+            key: cell.strip() == "refused" for key, cell in zip(AGREE, cells, strict=True)
+        }
+        parts = {part for part, (agree, _) in PARTS.items() if is_refused[agree[0]]}
+        assert parts == set(REFUSED.get(name, {})), name
+    assert len(run) > 40 and len(AGREE) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_command_agrees_with_transformers_in_every_family(name: str, tmp_path: Path) -> None:
+    quiz = write_quiz(tmp_path / "quiz", {"dev": 1, "val": 4, "test": 4})
+    facts = check(World(tmp_path, name, quiz), tuple(PARTS), REFUSED.get(name, {}))
+    if facts:
+        assert any(line.startswith(facts_line(name, facts)) for line in page())

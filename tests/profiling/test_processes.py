@@ -1,0 +1,304 @@
+"""Any number of processes fill one profile: the same bytes, nothing done twice, one voice."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from expertcut.cli import main
+from expertcut.cli.progress import Line, is_first
+from expertcut.data import Selection, load_quiz
+from expertcut.profiling.locks import Claims
+from expertcut.profiling.storage import load_profile
+from expertcut.profiling.workers import Progress, Tally, Work, chunks_of_work
+from tests.support.processes import (
+    CHUNKS,
+    LONG,
+    N_QUESTIONS,
+    PROCESSES,
+    Task,
+    chunk_bytes,
+    ended,
+    is_whole,
+    logged,
+    long_quiz,
+    measurement,
+    start,
+)
+
+Checkpoints = Callable[..., Path]
+LONGEST = f"{LONG}-0.safetensors"
+
+
+@pytest.fixture(scope="module")
+def quiz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return long_quiz(tmp_path_factory.mktemp("quiz") / "birds")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoints) -> Path:
+    return checkpoint("olmoe")
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, quiz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes."""
+    out = tmp_path_factory.mktemp("alone") / "p"
+    assert ended(start(Task(model, quiz, out))) == 0
+    assert is_whole(out) and list(chunk_bytes(out)) == CHUNKS
+    return out
+
+
+# Together
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_that_begin_at_once_share_the_chunks_and_write_the_same_bytes(
+    n: int, model: Path, quiz: Path, alone: Path, tmp_path: Path
+) -> None:
+    out, barrier = tmp_path / "p", PROCESSES.Barrier(n)
+    joined = [start(Task(model, quiz, out, barrier=barrier)) for _ in range(n)]
+    assert [ended(process) for process in joined] == [0] * n
+    assert logged(out, "chunks") == CHUNKS  # none twice
+    assert len(list(tmp_path.glob("p.*.chunks"))) > 1  # more than one had some
+    assert chunk_bytes(out) == chunk_bytes(alone)
+    assert (out / "profile.json").read_bytes() == (alone / "profile.json").read_bytes()
+    assert is_whole(out)
+    assert logged(out, "runs") == ["_run"]  # one of them
+    run = json.loads((out / "run.json").read_text())
+    assert run["questions_measured"] + run["questions_by_others"] == N_QUESTIONS
+
+
+def test_of_two_that_begin_at_once_with_different_settings_one_is_refused(
+    model: Path, quiz: Path, tmp_path: Path
+) -> None:
+    out, barrier = tmp_path / "p", PROCESSES.Barrier(2)
+    joined = [start(Task(model, quiz, out, batch_tokens=n, barrier=barrier)) for n in (500, 600)]
+    codes = [ended(process) for process in joined]
+    assert sorted(code or 0 for code in codes) == [0, 1]
+    settings = load_profile(out).info.settings
+    assert settings.batch_tokens == (500, 600)[codes.index(0)]
+    assert is_whole(out)
+
+
+def test_a_process_that_dies_takes_down_nothing_but_its_own_chunk(
+    model: Path, quiz: Path, alone: Path, tmp_path: Path
+) -> None:
+    out, barrier = tmp_path / "p", PROCESSES.Barrier(2)
+    dies = start(Task(model, quiz, out, die="in the first chunk", barrier=barrier))
+    lives = start(Task(model, quiz, out, barrier=barrier))
+    assert (ended(dies), ended(lives)) == (-signal.SIGKILL, 0)
+    assert logged(out, "chunks") == CHUNKS
+    assert chunk_bytes(out) == chunk_bytes(alone)
+    assert is_whole(out)
+
+
+def test_who_waits_ends_when_all_is_there_and_who_does_not_when_nothing_is_left_to_do(
+    model: Path, quiz: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "p"
+    (out / "claims").mkdir(parents=True)
+    with Claims(out / "claims") as ours:
+        assert ours.take(LONGEST)
+        assert ended(start(Task(model, quiz, out, waits=False))) == 0
+        assert load_profile(out).missing == [LONGEST]
+        assert not (out / "run.json").exists()
+        waits = start(Task(model, quiz, out))
+        waits.join(2)
+        assert waits.is_alive()
+        assert load_profile(out).missing == [LONGEST]
+        ours.release(LONGEST)
+        assert ended(waits) == 0
+    assert logged(out, "chunks") == CHUNKS
+    assert is_whole(out)
+    assert chunk_bytes(out) == chunk_bytes(alone)
+
+
+# As launchers start them
+
+
+def test_torchrun_gives_one_profile_of_the_same_bytes_and_one_line(
+    model: Path, quiz: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "p"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    ask = ["expertcut", "profile", model, "--quiz", quiz, "--shots", "1", "--out", out]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*command, *map(str, ask)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        rf"{re.escape(str(out))}: {N_QUESTIONS} questions, accuracy \d+\.\d\d%\n", done.stdout
+    )
+    assert "profiling" not in done.stderr
+    assert load_profile(out).info.settings.threads == 1  # torchrun's choice, recorded
+    assert chunk_bytes(out) == chunk_bytes(alone)
+    assert is_whole(out)
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "SLURM_PROCID": "3"}, True),  # torchrun under srun
+        ({"RANK": "2"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "1"}, False),
+    ],
+)
+def test_the_first_of_several_processes_is_known_by_what_its_launcher_says(
+    environment: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first() is first
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_process_prints_and_writes_results(
+    rank: str,
+    model: Path,
+    quiz: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    where = ["--quiz", str(quiz), "--shots", "1", "--subjects", "old_cups"]
+    out = tmp_path / "results.json"
+    for command in (
+        ["profile", str(model), "--out", str(tmp_path / "p")],
+        ["eval", str(model), str(model), "--out", str(out)],
+    ):
+        monkeypatch.setattr(sys, "argv", ["expertcut", *command, *where])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert ("5 questions, accuracy" in said.out) == (rank == "0")
+    assert (said.out == "") == (rank == "1")
+    assert out.exists() == (rank == "0")
+    scored = next((tmp_path / "results.chunks").iterdir())
+    for folder in (tmp_path / "p", scored):
+        assert is_whole(folder)  # it did its part of the work
+
+
+# Cost and progress
+
+
+def test_the_cost_of_chunks_is_close_to_their_tokens(model: Path, quiz: Path) -> None:
+    measure = measurement(model, quiz)
+    work = chunks_of_work(measure.info, measure.quiz)
+    asked = {name: [(q.subject, q.row) for q in its.questions] for name, its in work.items()}
+    assert sorted(q for its in asked.values() for q in its) == sorted(
+        (q.subject, q.row) for q in load_quiz(Selection(str(quiz), shots=1))
+    )
+    tokens = {name: measure._measure(its, lambda _: None)[1] for name, its in work.items()}
+    by_cost = sorted(work, key=lambda name: work[name].cost)
+    assert by_cost[-1] == max(tokens, key=lambda name: tokens[name]) == LONGEST
+    for name in work:  # one token a byte
+        assert work[name].cost == pytest.approx(tokens[name], rel=0.2)
+    single = measure.info.model_copy(
+        update={"settings": measure.info.settings.model_copy(update={"way": "single"})}
+    )
+    alone = chunks_of_work(single, measure.quiz)
+    for name in work:  # the shots again for every question
+        assert alone[name].cost > work[name].cost
+
+
+def tally(monkeypatch: pytest.MonkeyPatch) -> tuple[Tally, list[float]]:
+    """Four chunks of one question each that cost 1, 2, 3 and 4, and a clock."""
+    quiz = tuple(object() for _ in range(1))
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return Tally({str(n): Work("birds", quiz, n) for n in (1, 2, 3, 4)}), now  # type: ignore[arg-type]
+
+
+def test_time_left_and_tokens_come_from_what_was_done_since_the_run_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts, now = tally(monkeypatch)
+    there = counts.note_done("1", was_there=True)
+    assert there == Progress(done=1, total=4, measured=0)
+    assert (there.left_s, there.tokens) == (None, 0)
+    now[0] += 6
+    counts.note_mine("2", 500)
+    mine = counts.note_done("2", was_there=False)
+    assert mine == Progress(done=2, total=4, measured=1)
+    assert (mine.left_s, mine.tokens) == (6 * 7 / 2, 500)
+    others = counts.note_done("4", was_there=False)
+    assert others == Progress(done=3, total=4, measured=1)
+    assert (others.left_s, others.tokens) == (6 * 3 / 6, 1500)
+    assert not counts.is_complete
+    counts.note_done("3", was_there=False)
+    assert counts.is_complete
+    assert (counts.mine, counts.others) == (1, 2)
+
+
+def watched(model: Path, quiz: Path, out: Path, console: Console) -> Line:
+    with Line("profiling tiny", N_QUESTIONS, console) as line:
+        measure = measurement(model, quiz)
+        for _ in line.follow(measure.run(out, line.see)):
+            pass
+    return line
+
+
+def test_a_person_at_a_terminal_sees_questions_tokens_and_time(
+    model: Path, quiz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    watched(model, quiz, tmp_path / "p", console)
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", screen.getvalue()).strip().split("\r")[-1]
+    assert "profiling tiny" in last
+    assert f"{N_QUESTIONS}/{N_QUESTIONS} questions" in last
+    pace = re.search(r"([\d,]+) tokens/s, (\d+:\d\d:\d\d) left", last)
+    assert pace
+    assert pace[2] == "0:00:00"
+    assert int(pace[1].replace(",", "")) > 100
+
+
+def test_the_line_moves_within_a_chunk(model: Path, quiz: Path, tmp_path: Path) -> None:
+    line = Line("profiling tiny", N_QUESTIONS, Console(file=io.StringIO(), force_terminal=True))
+    seen = []
+
+    def see(step: object) -> None:
+        line.see(step)  # type: ignore[arg-type]
+        seen.append(line.bar.tasks[0].completed)
+
+    list(line.follow(measurement(model, quiz).run(tmp_path / "p", see)))
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2 * len(CHUNKS)
+    assert line.bar.tasks[0].completed == N_QUESTIONS
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_nothing_is_drawn_where_nobody_watches_or_another_process_draws(
+    rank: str, model: Path, quiz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what build servers set
+    screen = io.StringIO()
+    if rank == "1":
+        console = Console(file=screen, force_terminal=True)
+    else:
+        monkeypatch.setattr(sys, "stderr", screen)
+        console = None
+    with Line("profiling tiny", N_QUESTIONS, console) as line:
+        assert len(list(line.follow(iter([Progress(1, 2, 1)])))) == 1
+    assert screen.getvalue() == ""

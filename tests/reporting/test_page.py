@@ -1,0 +1,568 @@
+"""The page as a file: it says what `show` says, needs nothing else, and takes text for text."""
+
+import csv
+import io
+import json
+import logging
+import math
+import re
+import xml.etree.ElementTree as ET
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from expertcut.cli import HarmlessFormatter, main
+from expertcut.edits.plan import Edit, Plan, PlanModel, load_plan
+from expertcut.edits.prune import removed_traffic
+from expertcut.errors import OutputError, PlanError, ProfileError
+from expertcut.evaluation.cross_fit import Change, ProofResult, RandomControl
+from expertcut.evaluation.results import ChosenOnResult
+from expertcut.evaluation.search_results import (
+    AblationEffect,
+    Audit,
+    AuditAsked,
+    Correlation,
+    CriterionRank,
+    Regret,
+    Sampled,
+    Sweep,
+    SweepAsked,
+    SweepCell,
+    SweptModel,
+    Verdict,
+    save_audit,
+    save_sweep,
+)
+from expertcut.profiling.findings import find, findings_json
+from expertcut.profiling.storage import Profile, load_profile
+from expertcut.reporting.eval_tables import (
+    audit_sentences,
+    audit_tables,
+    result_sentences,
+    results_table,
+    sweep_sentences,
+    sweep_table,
+)
+from expertcut.reporting.page import PAGE, write
+from expertcut.reporting.page_parts import key_of
+from expertcut.reporting.page_sections import edits_of, rows_of
+from expertcut.reporting.plots import Curves, Heat, Series, draw, span
+from expertcut.reporting.profile_tables import experts_csv
+from expertcut.reporting.tables import Column, as_csv
+from tests.support.hand_made import block, profile_info, random_chunk, write_profile
+from tests.support.pages import (
+    HOSTILE,
+    is_png,
+    make_hostile_run,
+    make_plan,
+    make_profile,
+    make_results,
+    make_run,
+    text_of,
+)
+
+VOID = {"meta", "link", "br", "input", "img"}
+
+
+class Outline(HTMLParser):
+    """Elements, their attributes, and the text of each table cell."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "td":
+            self.cells[-1] += data
+
+
+def data_of(page: Path | str) -> dict[str, Any]:
+    """What the page's script reads."""
+    text = page if isinstance(page, str) else page.read_text(encoding="utf-8")
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    return dict(json.loads(found))
+
+
+def titles(text: str) -> list[str]:
+    return re.findall(r"<h2[^>]*>(.*?)</h2>", text)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("runs") / "a run")
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Path:
+    return run / "report.html"
+
+
+# What it says
+
+
+def test_the_experts_of_the_page_have_the_numbers_of_show(run: Path, page: Path):
+    shown = findings_json(find(load_profile(run / "profile")))
+    data = data_of(page)["explorers"]["profile"]
+    rows = [expert for layer in shown["layers"] for expert in layer["expert"]]
+    assert len(rows) == 24
+    for name, values in data["figures"].items():
+        for value, row in zip(values, rows, strict=True):
+            if name.endswith(("_low", "_high")):
+                pair = row[name.rsplit("_", 1)[0]]
+                expected = None if pair is None else pair[name.endswith("_high")]
+            else:
+                expected = row[name]
+            assert value == (None if expected is None else pytest.approx(expected, rel=1e-5))
+    assert None in data["figures"]["accuracy"] and {0.0} < set(data["figures"]["appearances"])
+
+
+def test_the_subjects_of_an_expert_are_those_of_show(run: Path, page: Path):
+    shown = findings_json(find(load_profile(run / "profile")))["subjects"]
+    data = data_of(page)["explorers"]["profile"]["subjects"]
+    assert data["names"] == [subject["subject"] for subject in shown]
+    for s, subject in enumerate(shown):
+        appearances = [a for layer in subject["layers"] for a in layer["appearances"]]
+        accuracies = [a for layer in subject["layers"] for a in layer["expert_accuracy"]]
+        n, right = data["questions"][s], data["right"][s]
+        assert (n, right / n) == (subject["questions"], subject["accuracy"])
+        assert [a / n for a in data["activated"][s]] == appearances
+        pairs = zip(data["activated_right"][s], data["activated"][s], strict=True)
+        assert [y / a if a else None for y, a in pairs] == accuracies
+        assert any(0 < a < 1 for a in appearances)
+
+
+def test_results_stand_there_as_eval_printed_them(run: Path, page: Path):
+    results = make_results(run / "results.json")
+    cells = Outline(page.read_text(encoding="utf-8")).cells
+    expected = [cell for row in results_table(results).texts() for cell in row]
+    start = cells.index(expected[0])
+    assert cells[start : start + len(expected)] == expected
+    for sentence in result_sentences(results):
+        assert sentence in unescape(page.read_text(encoding="utf-8"))
+
+
+def test_what_a_cut_touches_and_marks_is_what_prune_said(run: Path, page: Path):
+    profile, plan = load_profile(run / "profile"), load_plan(run / "cut")
+    gone = removed_traffic(profile, plan.blocks)
+    (mark,) = data_of(page)["explorers"]["profile"]["marks"]
+    assert (mark["removed"], mark["tilted"]) == ([1, 9, 17], [0, 8, 16])
+    traffic = csv_of(run / "report" / "plan-cut-traffic.csv")
+    assert [float(row["share of gate weight"]) for row in traffic] == [b.mass for b in gone]
+    assert all(0.05 < (b.mass or 0) < 0.3 for b in gone)
+
+
+def test_a_search_is_a_curve_for_each_number_of_experts(run: Path):
+    rows = csv_of(run / "report" / "plan-cut-tuning.csv")
+    found = {(r["series"], r["strength (logits)"]): r["accuracy"] for r in rows}
+    assert found["1 expert", "0.5"] == "0.52" and found["1 expert", "2"] == "0.4"
+    assert found["2 experts", "1"] == "0.55" and found["2 experts", "2"] == ""
+    assert {found["unedited", x] for x in ("0.5", "1", "2")} == {"0.5"}
+
+
+def test_every_figure_is_there_as_png_svg_and_csv(run: Path, page: Path):
+    keys = set(data_of(page)["figures"])
+    files = {file.name for file in (run / "report").iterdir()}
+    assert len(keys) == 12
+    endings = ("png", "svg", "csv")
+    assert files == {f"{key}.{e}" for key in keys for e in endings} | {"profile-experts.csv"}
+    for key in keys:
+        assert is_png((run / "report" / f"{key}.png").read_bytes())
+        ET.parse(run / "report" / f"{key}.svg")
+    hrefs = {v for t, n, v in Outline(page.read_text()).attributes if (t, n) == ("a", "href")}
+    assert {f"report/{file}" for file in files} <= hrefs
+
+
+def test_the_csv_of_a_map_has_every_cell_in_full(run: Path):
+    shown = findings_json(find(load_profile(run / "profile")))
+    rows = csv_of(run / "report" / "profile-weighted-accuracy.csv")
+    experts = [(layer, e) for layer in shown["layers"] for e in layer["expert"]]
+    assert len(rows) == len(experts)
+    for row, (layer, expert) in zip(rows, experts, strict=True):
+        value = expert["weighted_accuracy"]
+        assert (row["layer"], row["expert"]) == (str(layer["layer"]), str(expert["expert"]))
+        assert row["weighted accuracy"] == ("" if value is None else str(value))
+    its = find(load_profile(run / "profile"))
+    assert (run / "report" / "profile-experts.csv").read_text() == as_csv(experts_csv(its))
+
+
+def csv_of(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
+
+
+# What is missing is left out
+
+
+def test_a_part_that_is_missing_is_left_out(tmp_path: Path):
+    profile = make_profile(tmp_path / "p")
+    assert [t.split()[0] for t in titles(text_of(profile.path))] == [
+        *("Experts", "Suspects", "Routing", "Where")
+    ]
+    make_results(tmp_path / "results-2.json")
+    page = write(tmp_path / "results-2.json", tmp_path / "r.html")
+    assert titles(page.read_text()) == ["Results", "Where the numbers come from"]
+    assert (tmp_path / "r").is_dir() and not (tmp_path / "report").exists()
+    make_plan(tmp_path / "cut", profile)
+    text = text_of(tmp_path / "cut")
+    assert titles(text) == ["What was changed: cut", "Where the numbers come from"]
+    assert "What the cut touches" not in text  # without the profile nobody knows
+
+
+def test_several_of_a_kind_are_told_apart(tmp_path: Path):
+    for name in ("one", "two"):
+        make_profile(tmp_path / name, 1)
+        make_results(tmp_path / name / f"results-{name}.json")
+    found = titles(text_of(tmp_path))
+    assert "Experts: one" in found and "Experts: two" in found
+    assert "Results: one/results-one" in found
+
+
+def test_what_eval_and_perturb_scored_is_no_profile_of_the_run(tmp_path: Path):
+    make_profile(tmp_path / "p", 1)
+    make_profile(tmp_path / "p" / "perturbed" / "bf16", 1)
+    make_profile(tmp_path / "results.chunks" / "base", 1)
+    make_profile(tmp_path / ".hidden", 1)
+    assert list(data_of(text_of(tmp_path))["explorers"]) == ["p"]
+
+
+def test_a_recipe_and_its_stages_stand_where_the_numbers_come_from(tmp_path: Path):
+    make_results(tmp_path / "results.json")
+    stage = {"inputs": {}, "finished": "2026-11-22T17:00:00Z", "elapsed_s": 5.57,
+             "versions": {"expertcut": "0.1.0", "torch": "2.13.0"}}  # fmt: skip
+    begun = {"inputs": {}, "finished": None}
+    manifest = {"format": 1, "stages": {"eval <b>": stage, "report": begun}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "recipe.yaml").write_text("model: <i>tiny\n  a: 1\n")
+    text = text_of(tmp_path)
+    said = "2026-11-22T17:00:00Z, 5.6 s, expertcut 0.1.0, torch 2.13.0"
+    assert f"<dt>eval &lt;b&gt;</dt><dd>{said}</dd>" in text and "<dt>report</dt>" not in text
+    assert "model: &lt;i&gt;tiny\n  a: 1\n" in text
+    for broken in ("{", "[]", '{"stages": [1]}', '{"stages": {"eval": {"finished": 3}}}'):
+        (tmp_path / "manifest.json").write_text(broken)
+        assert "Stages of the run" not in text_of(tmp_path)
+
+
+def make_sweep(folder: Path, profile: Profile) -> Sweep:
+    """Two criteria at two shares; the last cell is not finished."""
+    sizes = {"parameters": 4_000, "active_parameters": 1_000, "bytes": 16_000}
+    base = {"accuracy": 0.75, "ci95": (0.7, 0.8), "questions": 100, "right_logprob": -0.5, **sizes}
+    change = Change(
+        delta=-0.05, ci95=(-0.1, 0.0), gained=1, lost=6, mcnemar_p=0.1, smallest_effect=0.07
+    )
+    moved = {"max_abs_logprob_diff": 1.0, "median_abs_logprob_diff": 0.1, "change": change}
+    keep = {block.name: (0, 1) for block in profile.info.model.blocks}
+    cells = [
+        SweepCell(**{**base, "accuracy": share}, **moved, by=by, fraction=fraction, keep=keep)
+        for by, fraction, share in (("reap", 0.5, 0.7), ("reap", 0.25, 0.5), ("random", 0.5, 0.6))
+    ]
+    asked = SweepAsked(
+        scored=profile.info,
+        profile="0" * 64,
+        by=("reap", "random"),
+        fractions=(0.5, 0.25),
+        budget="layer",
+        min_keep=None,
+        positions="answer",
+        layout="stock",
+        removed=None,
+        fold="answer",
+        protect=(),
+        seed=0,
+    )
+    chosen_on = ChosenOnResult(split="val", overlap=0)
+    found = Sweep(asked=asked, chosen_on=chosen_on, base=SweptModel(**base), cells=tuple(cells))
+    folder.mkdir()
+    save_sweep(folder, found)
+    return found
+
+
+def make_audit(folder: Path, profile: Profile) -> Audit:
+    """Two experts removed, two criteria judged, one of them without a correlation."""
+    model, info = profile.info.model, profile.info
+    asked = AuditAsked(
+        model=PlanModel(id=model.id, revision=None, fingerprint=model.fingerprint),
+        settings=info.settings,
+        profile="0" * 64,
+        quiz=info.quiz.id,
+        split="val",
+        shots=5,
+        questions=100,
+        asked="0" * 64,
+        by=("reap", "random"),
+        positions="answer",
+        layout="stock",
+        fractions=(0.5,),
+        sample=2,
+        seed=0,
+    )
+    harm = {
+        "stderr": 0.01,
+        "accuracy": 0.02,
+        "gained": 1,
+        "lost": 3,
+        "mcnemar_p": 0.6,
+        "largest": 1,
+    }
+    regret = (Regret(fraction=0.5, removed=1, chosen=0.3, least=0.125, random=0.2),)
+    known, unknown = Correlation(rho=0.5, ci95=(0.25, 0.75)), Correlation(rho=None, ci95=None)
+    found = Audit(
+        asked=asked,
+        overlap=0,
+        accuracy=0.75,
+        right_logprob=-0.5,
+        sampled=tuple(Sampled(layer=0, row=e, expert=e) for e in (0, 1)),
+        standings={
+            by: CriterionRank(score=(1, 2), share=(0.3, 0.7), place=(1, 0)) for by in asked.by
+        },
+        harms=tuple(
+            AblationEffect(layer=0, expert=e, logprob=0.1 + e / 10, **harm) for e in (0, 1)
+        ),
+        verdicts=tuple(
+            Verdict(by=by, within=its, overall=its, within_accuracy=its, regrets=regret)
+            for by, its in zip(asked.by, (known, unknown), strict=True)
+        ),
+    )
+    folder.mkdir()
+    save_audit(folder, found)
+    return found
+
+
+def test_sweeps_and_audits_stand_there_as_show_prints_them(tmp_path: Path):
+    profile = make_profile(tmp_path / "p", 1)
+    sweep, audit = make_sweep(tmp_path / "s", profile), make_audit(tmp_path / "a", profile)
+    make_profile(tmp_path / "s" / "cells" / "base", 1)
+    text = text_of(tmp_path)
+    assert {"Sweep: s", "Audit: a"} < set(titles(text)) and list(data_of(text)["explorers"]) == [
+        "p"
+    ]
+    cells = Outline(text).cells
+    for table in (sweep_table(sweep), *audit_tables(audit)):
+        expected = [cell for row in table.texts() for cell in row]
+        start = next(i for i in range(len(cells)) if cells[i : i + len(expected)] == expected)
+        assert start >= 0
+    for sentence in (*sweep_sentences(sweep), *audit_sentences(audit)):
+        assert sentence in unescape(text)
+    figures = data_of(text)["figures"]
+    found = {its["name"]: its["values"] for its in figures["sweep-s-accuracy"]["series"]}
+    assert found == {"reap": [0.7, 0.5], "random": [0.6, None], "unedited": [0.75, 0.75]}
+    assert figures["audit-a-correlations"]["series"][0]["values"] == [0.5, None]
+    assert figures["audit-a-regrets"]["series"][0]["values"] == [0.175, 0.175]
+
+
+def test_a_proof_stands_with_its_plan_or_alone(tmp_path: Path):
+    change = Change(
+        delta=0.02, ci95=(0.01, 0.03), gained=4, lost=2, mcnemar_p=0.04, smallest_effect=0.01
+    )
+    proof = ProofResult(
+        procedure="reweight --tune <b>",
+        quiz="birds",
+        split="val",
+        questions=100,
+        seed=0,
+        base_accuracy=0.5,
+        cross_fitted=change,
+        same_questions=change,
+        random=RandomControl(draws=99, distinct=90, delta_mean=0.0, range95=(-0.01, 0.01), p=0.01),
+        folds=(),
+        verdict="helps",
+        sentence="This procedure helps & is <sound>.",
+    )
+    profile = make_profile(tmp_path / "p", 1)
+    make_plan(tmp_path / "cut", profile)
+    (tmp_path / "alone").mkdir()
+    for folder in ("cut", "alone"):
+        (tmp_path / folder / "proof.json").write_text(proof.model_dump_json())
+    text = text_of(tmp_path)
+    assert "Proof: alone" in titles(text) and "Proof: cut" not in titles(text)
+    assert text.count("This procedure helps &amp; is &lt;sound&gt;.") == 2
+    assert Outline(text).cells.count("random experts (99 draws, 90 distinct)") == 2
+
+
+def test_without_all_token_sums_there_is_no_map_of_them(tmp_path: Path):
+    chunk = random_chunk(0, 30, [block(0)])
+    kept = {name: values for name, values in chunk.items() if not name.endswith("_LE")}
+    profile = write_profile(tmp_path / "p", profile_info([block(0)], {"birds": 30}), [kept])
+    make_plan(tmp_path / "cut", profile)
+    figures = data_of(text_of(tmp_path))["figures"]
+    assert "p-tokens" not in figures and "plan-cut-traffic" not in figures
+    assert "p-appearances" in figures and "p-rank-map" not in figures
+
+
+def test_a_plan_of_a_cut_model_is_read_by_the_rows_of_its_profile():
+    its = block(0, 3)
+    edit = Edit(keep=(4, 9), bias={9: 1.0}, rows=(4, 7, 9))
+    assert rows_of(edit, its) == Edit(keep=(0, 2), bias={2: 1.0})
+    assert rows_of(Edit(keep=(0, 2)), its) == Edit(keep=(0, 2))
+    assert rows_of(Edit(keep=(0, 5)), its) is None  # another cut's profile
+    assert rows_of(Edit(keep=(4, 9), rows=(4, 7, 9, 11)), its) is None
+
+
+@pytest.mark.parametrize("removal", get_args(Plan.model_fields["removal"].annotation))
+def test_every_kind_of_removal_is_said_in_words(tmp_path: Path, removal: str):
+    profile = make_profile(tmp_path / "p", 1)
+    make_plan(tmp_path / "cut", profile, removal=removal, blocks={
+        "model.layers.0.mlp": Edit(keep=(0, 2, 3, 4, 5, 6, 7)),
+    })  # fmt: skip
+    text = text_of(tmp_path)
+    assert "a removed" in text
+    (mark,) = data_of(text)["explorers"]["p"]["marks"]
+    assert (mark["removed"], mark["verb"] == "merged") == ([1], removal == "merge")
+
+
+def test_a_plan_of_another_model_says_nothing_of_a_profile(tmp_path: Path):
+    profile = make_profile(tmp_path / "p")
+    plan = make_plan(tmp_path / "cut", profile)
+    other = plan.model.model_copy(update={"fingerprint": "0" * 64})
+    make_plan(tmp_path / "cut", profile, model=other)
+    assert data_of(text_of(tmp_path))["explorers"]["p"]["marks"] == []
+    assert (
+        edits_of(plan.model_copy(update={"blocks": {"x": Edit(keep=(0,))}}), find(profile)) is None
+    )
+
+
+# Safe, whole, the same
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing_else(page: Path):
+    text = page.read_text(encoding="utf-8")
+    its = Outline(text)
+    assert its.open == [] and its.tags.count("script") == 2
+    sources = [v for _, name, v in its.attributes if name in ("src", "srcset", "action", "style")]
+    assert sources == []
+    assert {v for t, n, v in its.attributes if (t, n) == ("link", "href")} == {"data:,"}
+    assert not [name for _, name, _ in its.attributes if name.startswith("on")]
+    hrefs = [v or "" for t, n, v in its.attributes if (t, n) == ("a", "href")]
+    assert hrefs and all(h.startswith(("#", "report/")) for h in hrefs)
+    (policy,) = re.findall(r'Policy" content="([^"]*)"', text)
+    assert unescape(policy).startswith("default-src 'none';") and "unsafe" not in policy
+    assert "@import" not in text and "url(" not in text
+
+
+def test_text_of_quizzes_and_models_stays_text(tmp_path: Path, run: Path):
+    calm = Outline((run / "report.html").read_text(encoding="utf-8"))
+    page = write(make_hostile_run(tmp_path / "<i>run"))
+    text = page.read_text(encoding="utf-8")
+    its = Outline(text)
+    assert its.open == [] and set(its.tags) <= {*calm.tags, "dt"}
+    assert its.tags.count("script") == 2 and "img" not in its.tags
+    assert {name for _, name, _ in its.attributes} <= {name for _, name, _ in calm.attributes}
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert "49" not in its.cells  # no template was run
+    for words in (HOSTILE[0], HOSTILE[1], HOSTILE[4], HOSTILE[8], HOSTILE[9]):
+        assert (
+            words in its.cells
+            or words in data_of(page)["explorers"]["b-profile"]["subjects"]["names"]
+        )
+    files = [file.name for file in (page.parent / "report").iterdir()]
+    assert files and all(re.fullmatch(r"[a-z0-9-]+\.(png|svg|csv)", name) for name in files)
+    assert {p.name for p in tmp_path.iterdir()} == {"<i>run"}  # nothing went elsewhere
+    for file in (page.parent / "report").glob("*.svg"):
+        tags = {node.tag.rpartition("}")[2] for node in ET.parse(file).iter()}
+        assert not tags & {"script", "foreignObject", "a"}
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path, run: Path):
+    again = make_run(tmp_path / "a run")
+    write(again)
+    first, second = (
+        [(f.name, f.read_bytes()) for f in (folder / PAGE, *sorted((folder / "report").iterdir()))]
+        for folder in (run, again)
+    )
+    assert first == second and len(first) > 30
+
+
+@pytest.mark.parametrize("missing", ["nothing", "empty"])
+def test_where_there_is_nothing_that_is_said(tmp_path: Path, missing: str):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OutputError, match=missing) as refused:
+        write(tmp_path / missing)
+    assert "name" in str(refused.value) and not list((tmp_path / "empty").iterdir())
+
+
+def test_what_is_damaged_or_unfinished_is_refused_and_nothing_written(tmp_path: Path):
+    profile = make_profile(tmp_path / "p")
+    make_plan(tmp_path / "cut", profile, proof={"held_out": [{"against": 1}]})
+    with pytest.raises(PlanError, match="held_out"):
+        write(tmp_path)
+    make_plan(tmp_path / "cut", profile)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"results\.json"):
+        write(tmp_path)
+    (tmp_path / "results.json").unlink()
+    next((profile.path / "chunks").iterdir()).unlink()
+    with pytest.raises(ProfileError, match="not finished"):
+        write(tmp_path)
+    (tmp_path / "note.json").write_text("{}")
+    for path, out in ((tmp_path / "note.json", None), (tmp_path / "cut", tmp_path / "page.pdf")):
+        with pytest.raises(OutputError):
+            write(path, out)
+    assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("*.png"))
+
+
+def test_the_command_says_where_the_page_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    make_results(tmp_path / "results.json")
+    page = tmp_path / "out" / "page.html"
+    words = ["expertcut", "report", str(tmp_path), "--out", str(page)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code and page.is_file() and (tmp_path / "out" / "page").is_dir()
+    assert capsys.readouterr().out == f"written to {page}, its figures to {tmp_path}/out/page/\n"
+
+
+def test_an_error_or_warning_cannot_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["expertcut", "report", str(tmp_path / HOSTILE[6])])
+    with pytest.raises(SystemExit) as done:
+        main()
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and "31mred" in said and "�" in said
+    assert all(char.isprintable() for char in said.rstrip("\n"))
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "%s\nthen", (HOSTILE[6],), None)
+    text = HarmlessFormatter().format(record)
+    assert text.splitlines()[1] == "then" and text.splitlines()[0].isprintable()
+
+
+# Figures
+
+
+def test_a_figure_that_holds_nothing_is_drawn_all_the_same():
+    nothing = Heat("k", "t", "n", (np.full(3, np.nan), np.full(2, np.nan)), Column("x", ".1%"))
+    empty = Curves("k", "t", "n", "x", ("a",), (Series("s", (None,)),), Column("y", ".1f"))
+    for figure in (nothing, empty):
+        drawn = draw(figure)
+        assert is_png(drawn["png"]) and drawn["svg"].startswith(b"<?xml")
+        assert "NaN" not in json.dumps(figure.as_json())
+    assert span([np.full(3, np.nan)]) == (0.0, 1.0)
+    low, high = span([np.array([2.0, math.nan])])
+    assert low == 2.0 < high
+
+
+def test_keys_are_plain_and_differ():
+    used: list[str] = []
+    for name in ("A run", "a-run", "a/run", "…", "…", "x" * 99):
+        used.append(key_of(name, used))
+    assert used[:5] == ["a-run", "a-run-2", "a-run-3", "run", "run-2"] and len(used[5]) == 40

@@ -1,0 +1,275 @@
+"""Tiny random configurations of families: what they differ in is switched on.
+
+`COMMON` and its extensions are shared with tests/conftest.py; `MORE` are the families that only
+the matrix runs (tests/support/matrix.py).
+"""
+
+COMMON: dict[str, object] = {
+    "vocab_size": 290,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    # With 0.02 experts do not matter, and every test would pass.
+    "initializer_range": 0.25,
+}
+SMALL = {**COMMON, "intermediate_size": 16, "num_experts_per_tok": 2}
+EIGHT = {**SMALL, "num_experts": 8}
+SHARED_EXPERT = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+LATENT = {  # multi-head latent attention
+    **SMALL,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 0,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+_HEADS = {"head_dim": 8}
+_SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
+_DENSE_FIRST = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+_FULL = {"layer_types": ["full_attention", "full_attention"]}
+# Attention reads the likeliest tokens of an index; all of them while a prompt is short.
+_INDEX = {"index_topk": 4096, "index_head_dim": 16, "index_n_heads": 2}
+# Linear attention in the first layer.
+_LINEAR_FIRST = {"layer_types": ["linear_attention", "full_attention"]}
+_GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}
+_GRANITE = {
+    **SMALL,
+    "num_local_experts": 8,
+    "shared_intermediate_size": 24,
+    "residual_multiplier": 0.5,
+}
+
+# By config.model_type.
+MORE: dict[str, dict[str, object]] = {
+    "afmoe": {
+        **EIGHT,
+        **_HEADS,
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "route_scale": 1.5,
+        "mup_enabled": True,
+        "layer_types": ["full_attention"] * 3,
+    },
+    "aria_text": {
+        **COMMON,
+        "intermediate_size": 16,
+        "moe_num_experts": 8,
+        "moe_topk": 2,
+        "moe_num_shared_experts": 1,
+    },
+    "axk1": {**LATENT, **_SPARSE},
+    "axk2": {**LATENT, **_SPARSE, **_INDEX, "n_group": None, "topk_group": None},
+    "bailing_hybrid": {
+        **{k: v for k, v in LATENT.items() if k != "n_routed_experts"},
+        **_SPARSE,
+        **_LINEAR_FIRST,
+        "num_local_experts": 8,
+        "num_mtp_layers": 0,
+    },
+    "beam": {
+        **EIGHT,
+        **_HEADS,
+        **_SPARSE,
+        **_FULL,
+        **_GROUPS,
+        "moe_intermediate_size": 16,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "cohere2_moe": {
+        **EIGHT,
+        **_HEADS,
+        **_DENSE_FIRST,
+        "layer_types": ["full_attention"] * 3,
+        "num_shared_experts": 1,
+        "expert_selection_fn": "sigmoid",
+        "logit_scale": 1.0,
+        "prefix_dense_intermediate_size": 16,
+    },
+    "deepseek_v32": {**LATENT, **_INDEX},
+    "deepseek_v4": {
+        **COMMON,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "partial_rotary_factor": 0.5,
+        "hc_mult": 2,
+        "hc_sinkhorn_iters": 3,
+        **_INDEX,
+        "sliding_window": 4096,
+        "num_nextn_predict_layers": 0,
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "layer_types": [
+            "heavily_compressed_attention",
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+        ],
+    },
+    "dots1": {
+        **SMALL,
+        **_HEADS,
+        **_GROUPS,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+    },
+    "exaone_moe": {
+        **EIGHT,
+        **_HEADS,
+        **_SPARSE,
+        **_FULL,
+        **_GROUPS,
+        "moe_intermediate_size": 16,
+        "num_shared_experts": 1,
+    },
+    "gemma4_text": {
+        **COMMON,
+        **_HEADS,
+        **_FULL,
+        "global_head_dim": 8,
+        "intermediate_size": 16,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+        "vocab_size_per_layer_input": 290,
+        "hidden_size_per_layer_input": 0,
+    },
+    "glm4_moe_lite": {
+        **LATENT,
+        **_SPARSE,
+        "routed_scaling_factor": 1.8,
+    },
+    "glm_moe_dsa": {**LATENT, **_INDEX, "indexer_types": ["full", "shared"]},
+    "granitemoe_swa": {**_GRANITE, **_FULL},
+    "granitemoehybrid": {
+        **_GRANITE,
+        **_LINEAR_FIRST,
+        "mamba_n_heads": 4,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
+    "granitemoeshared": _GRANITE,
+    "hunyuan_v1_moe": {
+        **COMMON,
+        **_HEADS,
+        "intermediate_size": 16,
+        "num_experts": 8,
+        "moe_topk": 2,
+    },
+    "hy_v3": {
+        **EIGHT,
+        **_HEADS,
+        **_DENSE_FIRST,
+        "moe_intermediate_size": 16,
+        "router_scaling_factor": 1.5,
+    },
+    "hy_v4": {
+        **LATENT,
+        **_INDEX,
+        **_SPARSE,
+        "num_key_value_heads": 4,
+        "hc_mult": 2,
+        "indexer_types": ["full", "shared"],
+    },
+    "kimi_linear": {
+        **{k: v for k, v in LATENT.items() if k not in ("n_routed_experts", "head_dim")},
+        **_SPARSE,
+        **_LINEAR_FIRST,
+        "q_lora_rank": None,
+        "num_local_experts": 8,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
+    "kolibri1": {**EIGHT, **_HEADS, **_FULL, **SHARED_EXPERT},
+    "laguna": {
+        **EIGHT,
+        **_HEADS,
+        **_DENSE_FIRST,
+        **SHARED_EXPERT,
+        "moe_routed_scaling_factor": 1.5,
+        "moe_router_logit_softcapping": 2.0,
+    },
+    "mellum": {**EIGHT, **_HEADS, "moe_intermediate_size": 16},
+    "mimo_v2_flash": {
+        **SMALL,
+        **_HEADS,
+        **_SPARSE,
+        **_FULL,
+        **_GROUPS,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 16,
+        "v_head_dim": 8,
+    },
+    "minimax": {**SMALL, **_HEADS, **_LINEAR_FIRST, "num_local_experts": 8, "mlp_beta_factor": 0.5},
+    "minimax_m3_vl_text": {
+        **SMALL,
+        **_HEADS,
+        **_SPARSE,
+        **_FULL,
+        "num_local_experts": 8,
+        "dense_intermediate_size": 16,
+        "shared_intermediate_size": 24,
+        "rotary_dim": 4,
+    },
+    "nemotron_h": {
+        **SMALL,
+        **_HEADS,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "use_mamba_kernels": False,
+        "ssm_state_size": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_latent_size": 24,
+        "routed_scaling_factor": 1.5,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "qwen3_5_moe_text": {
+        **EIGHT,
+        **SHARED_EXPERT,
+        **_LINEAR_FIRST,
+        "head_dim": 16,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+    "solar_open": {
+        **SMALL,
+        **_HEADS,
+        **_GROUPS,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 16,
+    },
+}
