@@ -37,8 +37,8 @@ def worker(folder: Path, asked: Asked) -> None:
     from expertcut.data.sources import Weighted
     from expertcut.healing.adapters import Lora, adapted
     from expertcut.healing.data import read_data
+    from expertcut.healing.heal_settings import Data, Healing, Training
     from expertcut.healing.objectives import OBJECTIVES
-    from expertcut.healing.settings import Data, Healing, Training
     from expertcut.healing.trainer import fit
 
     moe = loaded(folder)

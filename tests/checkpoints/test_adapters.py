@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from expertcut.checkpoints.lora import read_adapter
 from expertcut.checkpoints.lora_slice import carried
-from expertcut.edits.plan import Draft, Edit, Layout, load_plan
+from expertcut.edits.plan import Edit, EditPlan, Layout, load_plan
 from expertcut.errors import ExpertcutError
 from expertcut.models.load import find_source
 from tests.conftest import FAMILIES, Commands, open_model
@@ -207,7 +207,7 @@ def change(adapter: Path, name: str, shape: tuple[int, ...] | None) -> None:
 
 
 def refusal(base: Path, adapter: Path, edits: dict[str, Edit], layout: Layout = "stock") -> str:
-    draft = Draft("cut", "a cut", "activations", "answer", edits, layout, is_cut=True)
+    draft = EditPlan("cut", "a cut", "activations", "answer", edits, layout, is_cut=True)
     with pytest.raises(ExpertcutError) as refused:
         carried(adapter, find_source(str(base)), draft, adapter.parent / "out")
     assert "\n" not in str(refused.value)
@@ -298,7 +298,7 @@ def test_an_expert_that_the_config_names_by_its_number_is_refused_where_numbers_
     set_config(found, target_modules=[r".*experts\.3\.down_proj"])
     edits = edits_of(folder / "base", SAME)
     assert "names an expert by its number" in refusal(folder / "base", found, edits)
-    draft = Draft("cut", "a cut", "activations", "answer", edits, "exact", is_cut=True)
+    draft = EditPlan("cut", "a cut", "activations", "answer", edits, "exact", is_cut=True)
     assert carried(found, find_source(str(folder / "base")), draft, tmp_path / "out")
 
 
@@ -383,7 +383,7 @@ def test_no_pattern_that_is_let_in_takes_long(
     base = made("olmoe") / "base"
     parameters = [f"experts.{parameter}", "experts.gate_up_proj", "experts.down_proj"]
     set_config(adapter, rank_pattern={key: 2}, target_parameters=parameters)
-    draft = Draft(
+    draft = EditPlan(
         "cut", "a cut", "activations", "answer", edits_of(base, SAME), "stock", is_cut=True
     )
     began = time.process_time()

@@ -15,7 +15,7 @@ from expertcut.checkpoints.exact import exact_config, exact_rewrite
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.simulate import constant_experts
 from expertcut.checkpoints.size import size
-from expertcut.edits.plan import Draft, Edit
+from expertcut.edits.plan import Edit, EditPlan
 from expertcut.errors import ContractError, PlanError
 from expertcut.models import modeling_exact
 from expertcut.models.checkpoint_dir import read_config
@@ -458,7 +458,7 @@ def test_whatever_is_made_of_one_as_written_before_has_todays_names(
     old = as_written_before(new, tmp_path / "old")
     tilt = Edit(keep=tuple(range(8)), bias=dict(enumerate(biases()[SECOND].tolist())))
     edits = {FIRST: Edit(keep=tuple(range(8)), scale={1: 0.5}), SECOND: tilt}
-    draft = Draft("a", "by hand", "activations", "answer", edits, layout="exact")
+    draft = EditPlan("a", "by hand", "activations", "answer", edits, layout="exact")
     made = {}
     for source in (old, new):
         made[source] = tmp_path / f"of-{source.name}"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.plan import ChosenOn, Draft, Edit, Plan, PlanModel, load_plan, save_plan
+from expertcut.edits.plan import ChosenOn, Edit, EditPlan, PlanFile, PlanModel, load_plan, save_plan
 from expertcut.models.load import LoadOptions, Source, find_source, load
 from expertcut.models.safetensors_index import read_headers
 from tests.support.readable import FEW, edits
@@ -36,11 +36,11 @@ def cuts(draw: st.DrawFn, *, is_even: bool) -> Edits:
     return {name: Edit(keep=e.keep) for name, e in zip(NAMES, drawn, strict=True)}
 
 
-def exported(source: Source, draft: Draft, gathered: Gathered, folder: Path) -> Plan:
+def exported(source: Source, draft: EditPlan, gathered: Gathered, folder: Path) -> PlanFile:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     export(source, draft, N_EXPERTS, gathered, folder)
-    plan = Plan(
+    plan = PlanFile(
         model=PlanModel(id=source.id, revision=None, fingerprint=source.fingerprint),
         action=draft.action,
         criterion=draft.criterion,
@@ -54,9 +54,9 @@ def exported(source: Source, draft: Draft, gathered: Gathered, folder: Path) -> 
     return plan
 
 
-def draft_of(edits: Edits, layout: str) -> Draft:
+def draft_of(edits: Edits, layout: str) -> EditPlan:
     about = ("cut", "fuzzed", "by hand", "answer")
-    return Draft(*about, edits=edits, layout=layout, is_cut=True)  # type: ignore[arg-type]
+    return EditPlan(*about, edits=edits, layout=layout, is_cut=True)  # type: ignore[arg-type]
 
 
 @settings(FEW, max_examples=12)

@@ -31,7 +31,7 @@ from expertcut.edits.merge_groups import (
     merge_edits,
 )
 from expertcut.edits.merge_router import judge_rows, merged_rows
-from expertcut.edits.plan import Edit, Plan, load_plan, plan_text
+from expertcut.edits.plan import Edit, PlanFile, load_plan, plan_text
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
 from expertcut.edits.reweight import tilts
@@ -454,7 +454,7 @@ def test_a_plan_says_who_joined_whom_and_older_ones_still_read(
         members = [e for group in groups_of(edit) for e in group]
         assert sorted(members) == list(IDS) and len(edit.keep) == 4
         assert all(sum(s.values()) == pytest.approx(1) for s in (edit.merged or {}).values())
-    assert Plan.model_validate_json(plan_text(plan)) == plan
+    assert PlanFile.model_validate_json(plan_text(plan)) == plan
     line = next(ln for ln in plan_text(plan).splitlines() if FIRST in ln)
     assert '"merged": {"' in line  # one line per block
     (pruned,) = [e.model_dump(mode="json", exclude_none=True) for e in [Edit(keep=(0, 1))]]

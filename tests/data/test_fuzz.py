@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from expertcut.data.readers import read_csv, read_jsonl
 from expertcut.edits.budget import read_size
-from expertcut.edits.plan import Plan, load_plan, plan_text, save_plan
+from expertcut.edits.plan import PlanFile, load_plan, plan_text, save_plan
 from expertcut.edits.ranking import protection
 from expertcut.edits.reweight import parse_target
 from expertcut.errors import ExpertcutError
@@ -127,7 +127,7 @@ def _jsonl(records: list[Any]) -> bytes:
 
 @FEW
 @given(plans())
-def test_a_plan_comes_back_as_it_went(tmp_path: Path, plan: Plan) -> None:
+def test_a_plan_comes_back_as_it_went(tmp_path: Path, plan: PlanFile) -> None:
     save_plan(tmp_path, plan, ())
     assert load_plan(tmp_path) == plan
     assert plan_text(load_plan(tmp_path)) == plan_text(plan)

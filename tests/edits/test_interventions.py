@@ -21,9 +21,9 @@ from expertcut.edits.calibrate import fit_directions, fold_at_answers, judge_dir
 from expertcut.edits.criteria import ranked
 from expertcut.edits.plan import (
     ChosenOn,
-    Draft,
     Edit,
-    Plan,
+    EditPlan,
+    PlanFile,
     PlanModel,
     hashes_sha256,
     load_hashes,
@@ -491,7 +491,7 @@ def test_the_fold_undoes_the_inflation_where_it_is_always_the_same(tmp_path: Pat
 # plan.json
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes: Any) -> PlanFile:
     fields: dict[str, Any] = {
         "model": PlanModel(id="tiny \u2028 model", revision=None, fingerprint="f" * 64),
         "action": "prune --keep 2\nof 8",
@@ -503,7 +503,7 @@ def plan(**changes: Any) -> Plan:
         "proof": {"held_out": [{"against": "base", "flipped": 1}], "fits": []},
         "blocks": edits((0, 1), (2, 7), bias={7: 0.1 + 0.2}) | edits((0, 3), scale={3: 1 / 3}),
     }
-    return Plan(**{**fields, **changes})
+    return PlanFile(**{**fields, **changes})
 
 
 def test_a_plan_is_json_with_one_line_per_block():
@@ -803,7 +803,9 @@ def test_a_quiz_that_changed_since_it_was_profiled_is_refused(tmp_path: Path):
 def test_a_plan_lists_every_question_that_was_looked_at(tmp_path: Path, is_fitting: bool):
     profile = profile_of(folder_of(tmp_path, val=30, test=40))
     bias = {1: 0.5} if is_fitting else {}
-    draft = Draft("slug", "action", "activations", "answer", {FIRST: Edit(keep=(0, 1), bias=bias)})
+    draft = EditPlan(
+        "slug", "action", "activations", "answer", {FIRST: Edit(keep=(0, 1), bias=bias)}
+    )
     questions = questions_for(profile, is_fitting=is_fitting)
     made = draft_plan(profile, draft, questions)
     used = used_hashes(draft, questions)

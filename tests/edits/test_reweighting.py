@@ -15,7 +15,7 @@ from expertcut.checkpoints.build import BuildOptions, Built, build
 from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
-from expertcut.edits.plan import Draft, ids_text, load_hashes, load_plan
+from expertcut.edits.plan import EditPlan, ids_text, load_hashes, load_plan
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
 from expertcut.edits.reweight import reweight_draft, scalings, tilts, with_tilts
@@ -70,7 +70,7 @@ def scored(moe: MoeModel, quiz: Quiz) -> Tensor:
     return ask(Engine(moe, 2048), quiz)
 
 
-def scored_at_run_time(moe: MoeModel, quiz: Quiz, draft: Draft) -> Tensor:
+def scored_at_run_time(moe: MoeModel, quiz: Quiz, draft: EditPlan) -> Tensor:
     with apply_at_runtime(moe, draft, {}) as begin:
         return ask(Engine(moe, 2048), quiz, begin)
 
@@ -100,7 +100,7 @@ def test_a_bias_at_run_time_in_the_gate_and_by_hand_are_the_same(
     assert apart(at_run, exported) < 1e-6
 
 
-def carried(profile: Profile, built: Built, held_out: Quiz, draft: Draft) -> tuple[float, float]:
+def carried(profile: Profile, built: Built, held_out: Quiz, draft: EditPlan) -> tuple[float, float]:
     """How far a checkpoint is from the unedited model, and from the plan in it at run time."""
     moe = model_of(profile)
     base, wanted = scored(moe, held_out), scored_at_run_time(moe, held_out, draft)
@@ -189,7 +189,7 @@ def test_the_outcomes_are_those_of_scoring_each_form_alone(
     )
 
 
-def choices(moe: MoeModel, quiz: Quiz, draft: Draft | None) -> tuple[list[set[int]], list[bool]]:
+def choices(moe: MoeModel, quiz: Quiz, draft: EditPlan | None) -> tuple[list[set[int]], list[bool]]:
     """What every token of the last layer chose, and whether it is an answer position."""
     chosen: list[set[int]] = []
     is_answer: list[bool] = []

@@ -18,7 +18,7 @@ from scipy.stats import binom, binomtest
 
 from expertcut.checkpoints.size import size
 from expertcut.data import Selection, load_quiz, prompt
-from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel, hashes_sha256, save_plan
+from expertcut.edits.plan import ChosenOn, Edit, PlanFile, PlanModel, hashes_sha256, save_plan
 from expertcut.errors import ModelError, OutputError, PlanError
 from expertcut.evaluation.evaluate import find_models, results, score
 from expertcut.evaluation.results import Results, Scored, Scoring, load_results, save_results
@@ -440,7 +440,7 @@ def planned(path: Path, folder: Path, used: set[str], fitted_split: str | None) 
         fitted_split=fitted_split,
         sha256=hashes_sha256(used),
     )
-    plan = Plan(
+    plan = PlanFile(
         model=PlanModel(id="tiny", revision=None, fingerprint="f"),
         action="prune --keep 8",
         criterion="activations",

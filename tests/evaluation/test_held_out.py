@@ -18,7 +18,7 @@ from expertcut.checkpoints.held_out_check import Difference, Proof
 from expertcut.data import Question, Selection, load_quiz
 from expertcut.data.questions import Quiz
 from expertcut.data.sources import Weighted
-from expertcut.edits.plan import Draft, Edit, load_hashes, load_plan, save_plan
+from expertcut.edits.plan import Edit, EditPlan, load_hashes, load_plan, save_plan
 from expertcut.edits.splits import (
     UNUSED,
     choosing_profile,
@@ -29,7 +29,7 @@ from expertcut.edits.splits import (
 )
 from expertcut.errors import QuizError
 from expertcut.healing.data import read_data
-from expertcut.healing.settings import Data, Healing
+from expertcut.healing.heal_settings import Data, Healing
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile
@@ -140,7 +140,7 @@ def profile_of(quiz: Path, split: str) -> Profile:
     return Profile(Path("p"), info.model_copy(update={"quiz": asked, "settings": settings}))
 
 
-def drafts(way: str, used: frozenset[str]) -> Draft:
+def drafts(way: str, used: frozenset[str]) -> EditPlan:
     """What `prune`, `prune` with a calibration, `merge`, `reweight` and its search draft."""
     kinds: dict[str, dict[str, object]] = {
         "prune": {},
@@ -150,7 +150,7 @@ def drafts(way: str, used: frozenset[str]) -> Draft:
     }
     bias = {0: 0.5} if way in ("boost", "tune") else {}
     edits = {block(0).name: Edit(keep=(0, 1), bias=bias)}
-    return Draft("s", "prune", "activations", "answer", edits, used=used, **kinds[way])  # type: ignore[arg-type]
+    return EditPlan("s", "prune", "activations", "answer", edits, used=used, **kinds[way])  # type: ignore[arg-type]
 
 
 @given(

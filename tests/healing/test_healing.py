@@ -16,8 +16,8 @@ from expertcut.data.sources import Weighted
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.errors import OutputError, SettingsError
 from expertcut.healing.heal import BASE, BEFORE, HEALED
+from expertcut.healing.heal_settings import Data, Training
 from expertcut.healing.objectives import OBJECTIVES
-from expertcut.healing.settings import Data, Training
 from expertcut.healing.teacher_cache import Cached, Whose
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import Commands, open_model

@@ -19,6 +19,7 @@ from expertcut.data.sources import Weighted
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError
 from expertcut.healing.data import Read, read_data
+from expertcut.healing.heal_settings import Data, Healing
 from expertcut.healing.leakage import (
     CHOSE_STEP,
     USED_BEFORE,
@@ -43,7 +44,6 @@ from expertcut.healing.rows import (
     question_lengths,
     question_row,
 )
-from expertcut.healing.settings import Data, Healing
 from expertcut.healing.trainer import Balance
 from expertcut.models.hooks import Routing
 from expertcut.reporting.edit_tables import dropped_sentence

@@ -20,7 +20,7 @@ from transformers.training_args import ParallelMode
 
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.healing.heal import Healed, Options, heal
-from expertcut.healing.settings import Healing, Place, Training
+from expertcut.healing.heal_settings import Healing, Place, Training
 from expertcut.healing.state import looks_since_best
 from expertcut.healing.trainer import HealTrainer, _arguments
 from expertcut.models.load import LoadOptions

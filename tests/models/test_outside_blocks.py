@@ -18,7 +18,7 @@ from expertcut.checkpoints.export import (
     outside_axes,
     without_further_tokens,
 )
-from expertcut.edits.plan import Draft, Edit
+from expertcut.edits.plan import Edit, EditPlan
 from expertcut.errors import ContractError
 from expertcut.models.load import find_source
 from expertcut.models.safetensors_index import read_headers
@@ -29,9 +29,9 @@ BIAS = "model.layers.{}.moe.router.expert_bias"
 Checkpoints = Callable[..., Path]
 
 
-def draft(keep: tuple[int, ...], n_layers: int = 2, block: str = "mlp") -> Draft:
+def draft(keep: tuple[int, ...], n_layers: int = 2, block: str = "mlp") -> EditPlan:
     edits = {f"model.layers.{i}.{block}": Edit(keep=keep) for i in range(n_layers)}
-    return Draft("cut", "a cut", "activations", "answer", edits, "stock", is_cut=True)
+    return EditPlan("cut", "a cut", "activations", "answer", edits, "stock", is_cut=True)
 
 
 def changed(

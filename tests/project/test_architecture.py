@@ -12,6 +12,7 @@ ORDER = (
     "errors",
     "files",
     "documents",
+    "settings",
     "data",
     "models",
     "scoring",

@@ -9,7 +9,7 @@ from expertcut.cli import main
 from expertcut.commands.heal_stages import _healing
 from expertcut.errors import QuizError, RecipeError, SettingsError
 from expertcut.evaluation.results import load_results
-from expertcut.healing.settings import Training
+from expertcut.healing.heal_settings import Training
 from expertcut.recipes.loader import read_recipe
 from expertcut.recipes.stages import stages_of
 from tests.conftest import make_checkpoint, write_quiz

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from expertcut.cli import HarmlessFormatter, main
-from expertcut.edits.plan import Edit, Plan, PlanModel, load_plan
+from expertcut.edits.plan import Edit, PlanFile, PlanModel, load_plan
 from expertcut.edits.prune import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.evaluation.cross_fit import Change, ProofResult, RandomControl
@@ -417,7 +417,7 @@ def test_a_plan_of_a_cut_model_is_read_by_the_rows_of_its_profile():
     assert rows_of(Edit(keep=(4, 9), rows=(4, 7, 9, 11)), its) is None
 
 
-@pytest.mark.parametrize("removal", get_args(Plan.model_fields["removal"].annotation))
+@pytest.mark.parametrize("removal", get_args(PlanFile.model_fields["removal"].annotation))
 def test_every_kind_of_removal_is_said_in_words(tmp_path: Path, removal: str):
     profile = make_profile(tmp_path / "p", 1)
     make_plan(tmp_path / "cut", profile, removal=removal, blocks={

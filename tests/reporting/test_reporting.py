@@ -18,7 +18,7 @@ from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Re
 from expertcut.edits import plan as plans
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.plan import ChosenOn, Draft, Edit, ExpertIds, Plan, PlanModel, save_plan
+from expertcut.edits.plan import ChosenOn, Edit, EditPlan, ExpertIds, PlanFile, PlanModel, save_plan
 from expertcut.edits.prune import Pruning, RemovedTraffic
 from expertcut.edits.reweight import Scaling, Tilt
 from expertcut.errors import OutputError
@@ -469,7 +469,7 @@ def test_the_results_csv_has_every_subject_and_all_of_them():
 # Plans and what came of them
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes: Any) -> PlanFile:
     fields: dict[str, Any] = {
         "model": PlanModel(id="tiny", revision=None, fingerprint="f"),
         "action": "prune --keep 7",
@@ -483,7 +483,7 @@ def plan(**changes: Any) -> Plan:
             "model.layers.1.mlp": Edit(keep=(5,), bias={5: -0.25}, scale={5: 1.5}),
         },
     }
-    return Plan(**{**fields, **changes})
+    return PlanFile(**{**fields, **changes})
 
 
 def test_a_plan_is_shown_block_by_block():
@@ -507,7 +507,7 @@ def test_a_plan_is_shown_block_by_block():
 
 def test_idle_experts_that_stay_are_listed():
     blocks = {"a": Edit(keep=(0, 2, 3, 4)), "b": Edit(keep=(0, 1, 2, 3))}
-    draft = Draft("slug", "action", "activations", "answer", blocks)
+    draft = EditPlan("slug", "action", "activations", "answer", blocks)
     pruning = Pruning(draft, {"a": 1, "b": 4}, {"a": (2, 3, 4), "b": ()})
     assert pruning_sentences(pruning) == [
         "a: keeps 4 experts, 1 were active; never activated but kept to make one count for all "
@@ -529,7 +529,7 @@ def test_idle_experts_that_stay_are_listed():
 )  # fmt: skip
 def test_a_cut_says_what_it_touches(positions: Any, n_used: int | None, said: str | None):
     edits = {"a": Edit(keep=(0, 1, 2))}
-    pruning = Pruning(Draft("s", "prune", "activations", positions, edits), {"a": 3}, {"a": ()})
+    pruning = Pruning(EditPlan("s", "prune", "activations", positions, edits), {"a": 3}, {"a": ()})
     goes = [RemovedTraffic("a", 5, 1234, n_used, None if n_used is None else 0.12345)]
     assert touched_sentences(pruning, goes) == ([said] if said else [])
     share = "–" if n_used is None else "12.35%"

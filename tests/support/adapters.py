@@ -16,7 +16,7 @@ from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.lora_slice import carried
 from expertcut.checkpoints.stock import Fitted
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.plan import ChosenOn, Draft, Edit, Layout, Plan, PlanModel
+from expertcut.edits.plan import ChosenOn, Edit, EditPlan, Layout, PlanFile, PlanModel
 from expertcut.models.load import find_source
 from tests.conftest import make_tokenizer
 
@@ -26,7 +26,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 ROUTERS = ["mlp.gate.weight", "router.weight"]
 # Attention of all families, and what recurrent layers and shared experts have.
 LINEAR = ["q_proj", "o_proj", "kv_b_proj", "in_proj", "out_proj", "shared_expert_gate"]
-_PLAN = Plan(
+_PLAN = PlanFile(
     model=PlanModel(id="model", revision=None, fingerprint=""),
     action="a cut",
     criterion="activations",
@@ -126,7 +126,7 @@ def cut(
 ) -> Path:
     """What `prune` writes of a plan, the adapter with it."""
     source = find_source(str(base))
-    draft = Draft("cut", "a cut", "activations", "answer", edits, layout, is_cut=True)
+    draft = EditPlan("cut", "a cut", "activations", "answer", edits, layout, is_cut=True)
     carries = carried(adapter, source, draft, folder)
     constants = zero_outputs(removed_experts(edits, N_EXPERTS), WIDTH)
     folder.mkdir()

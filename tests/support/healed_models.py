@@ -12,7 +12,7 @@ from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
 from expertcut.healing.adapters import Lora
 from expertcut.healing.heal import Healed, Options, heal
-from expertcut.healing.settings import Data, Healing, Place, Training
+from expertcut.healing.heal_settings import Data, Healing, Place, Training
 from expertcut.models.load import LoadOptions
 from tests.support.merged_models import measured
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from expertcut.checkpoints.build import engine_as_profiled
 from expertcut.cli import main
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.plan import Plan, load_plan
+from expertcut.edits.plan import PlanFile, load_plan
 from expertcut.edits.splits import questions_for
 from expertcut.evaluation.search_results import load_audit, load_sweep
 from expertcut.models.load import LoadOptions, MoeModel, find_source
@@ -165,7 +165,7 @@ class World:
         assert not any(plain.info.values()), plain.info
         return plain
 
-    def plan(self, out: str) -> Plan:
+    def plan(self, out: str) -> PlanFile:
         return load_plan(self.root / out)
 
     def masks(self, keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

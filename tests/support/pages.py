@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel, Point, save_plan
+from expertcut.edits.plan import ChosenOn, Edit, PlanFile, PlanModel, Point, save_plan
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
@@ -57,7 +57,7 @@ def make_profile(
     return random_profile(folder, profile_info(blocks, subjects, **quiz))
 
 
-def make_plan(folder: Path, profile: Profile, **changes: Any) -> Plan:
+def make_plan(folder: Path, profile: Profile, **changes: Any) -> PlanFile:
     """Cuts expert 1 of every block of a profile's model, tilts expert 0; saved in the folder."""
     model = profile.info.model
     blocks = {
@@ -78,7 +78,7 @@ def make_plan(folder: Path, profile: Profile, **changes: Any) -> Plan:
         ),
         "blocks": blocks,
     }
-    plan = Plan(**{**fields, **changes})
+    plan = PlanFile(**{**fields, **changes})
     folder.mkdir(parents=True, exist_ok=True)
     save_plan(folder, plan, [])
     return plan

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from expertcut.edits.plan import ChosenOn, Edit, Plan, PlanModel
+from expertcut.edits.plan import ChosenOn, Edit, PlanFile, PlanModel
 from expertcut.errors import ExpertcutError
 from expertcut.profiling.schema import ProfileInfo, Settings, SubjectInfo
 from expertcut.reporting.show import find_shown
@@ -72,11 +72,11 @@ def edits(draw: st.DrawFn, n_experts: int = 8, n_kept: int | None = None) -> Edi
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> PlanFile:
     """Any plan that holds together."""
     blocks = draw(st.dictionaries(FILLED, edits(), min_size=1, max_size=4))
     layout = draw(st.sampled_from(["stock", "exact"]))
-    return Plan(
+    return PlanFile(
         model=PlanModel(id=draw(WORDS), revision=None, fingerprint=draw(WORDS)),
         action=draw(WORDS),
         criterion=draw(WORDS),

@@ -36,7 +36,7 @@ from expertcut.edits.merge_groups import (
     token_counts,
 )
 from expertcut.edits.merge_router import Quality, judge_rows, merged_rows
-from expertcut.edits.plan import Draft, Edit, Plan, model_folder, save_plan
+from expertcut.edits.plan import Edit, EditPlan, PlanFile, model_folder, save_plan
 from expertcut.edits.splits import Questions, draft_plan, questions_for, used_hashes
 from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
@@ -72,7 +72,7 @@ class Built:
     """
 
     folder: Path
-    plan: Plan
+    plan: PlanFile
     fits: list[Fit]
     proof: Proof | None
     why_unjudged: str = ""
@@ -83,7 +83,7 @@ class _Job:
     """What a build works from."""
 
     profile: Profile
-    draft: Draft
+    draft: EditPlan
     questions: Questions
     source: Source
     load_as: LoadOptions
@@ -108,7 +108,7 @@ class _Job:
         return engine_as_profiled(self.profile, source, self.load_as)
 
 
-def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -> Built:
+def build(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> Built:
     """Makes the checkpoint; the folder appears when all is written and proved, or not at all.
 
     Raises:
@@ -143,7 +143,7 @@ def build(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -
     return Built(folder, plan, fits, proof, job.questions.why_unjudged)
 
 
-def write_plan(profile: Profile, draft: Draft, folder: Path, options: BuildOptions) -> None:
+def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> None:
     """Only `plan.json` and the list of questions it was chosen on, without running the model."""
     check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
     questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
@@ -237,7 +237,7 @@ def _check_read_alike(profile: Profile, engine: Engine) -> None:
                 )
 
 
-def _job(profile: Profile, draft: Draft, options: BuildOptions) -> _Job:
+def _job(profile: Profile, draft: EditPlan, options: BuildOptions) -> _Job:
     source = profiled_source(profile)
     questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
     load_as = options.load_as
@@ -268,7 +268,7 @@ def _gather_and_ask(job: _Job, *, is_verified: bool) -> tuple[Gathered, list[Fit
     return gathered, fits, score_base(engine, held_out, job.draft, gathered.constants)
 
 
-def gather(profile: Profile, draft: Draft, questions: Questions, engine: Engine) -> Gathered:
+def gather(profile: Profile, draft: EditPlan, questions: Questions, engine: Engine) -> Gathered:
     """What the layout needs beside the plan, from a model that is loaded already."""
     return _gather(_Job(profile, draft, questions, engine.moe.source, LoadOptions()), engine)
 
@@ -299,7 +299,7 @@ class Merged:
     """What was made, the groups, and how well router rows keep their members' mass."""
 
     built: Built
-    draft: Draft
+    draft: EditPlan
     qualities: list[Quality]
 
 
@@ -365,20 +365,20 @@ def _check(profile: Profile, asked: Merge, source: Source, folder: Path) -> int:
     return blocks[0].experts
 
 
-def _grouped(profile: Profile, engine: Engine, questions: Questions, asked: Merge) -> Draft:
+def _grouped(profile: Profile, engine: Engine, questions: Questions, asked: Merge) -> EditPlan:
     evidence = gather_evidence(profile, engine, questions.tuning, asked.by)
     edits = merge_edits(profile.info.model.blocks, evidence, asked.n_keep, asked.by)
     return asked.draft(profile, edits)
 
 
-def _aligned(source: Source, draft: Draft, merging: Merging, asked: Merge) -> Merging:
+def _aligned(source: Source, draft: EditPlan, merging: Merging, asked: Merge) -> Merging:
     if not asked.is_aligned:
         return merging
     headers = read_headers(source.path)
     return replace(merging, orders=aligned_neurons(headers, draft.edits, merging.interleaved))
 
 
-def _fitted(engine: Engine, questions: Questions, draft: Draft, asked: Merge) -> Merging:
+def _fitted(engine: Engine, questions: Questions, draft: EditPlan, asked: Merge) -> Merging:
     rows = merged_rows(engine, questions.tuning, draft.edits, asked.router)
     blocks = engine.moe.blocks
     return Merging(rows, {}, frozenset(b.name for b in blocks if _is_interleaved(b.experts)))
@@ -397,7 +397,7 @@ def _is_interleaved(experts: Any) -> bool:
     return bool(difference_I[0] != 0)
 
 
-def _ask_before(engine: Engine, questions: Questions, draft: Draft, merging: Merging) -> _Before:
+def _ask_before(engine: Engine, questions: Questions, draft: EditPlan, merging: Merging) -> _Before:
     held_out = questions.held_out
     qualities = judge_rows(engine, held_out, draft.edits, merging.rows)
     routers = unedited_routers(engine.moe.blocks, draft.edits)
@@ -417,5 +417,5 @@ def _prove(engine: Engine, questions: Questions, before: _Before) -> Proof:
     return Proof(held_out.split, rows, {}, None)
 
 
-def _figures(draft: Draft, proof: Proof, before: _Before) -> dict[str, Any]:
+def _figures(draft: EditPlan, proof: Proof, before: _Before) -> dict[str, Any]:
     return {**proof.figures(draft), "rows": [asdict(quality) for quality in before.qualities]}

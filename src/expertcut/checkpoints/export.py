@@ -34,8 +34,8 @@ from expertcut.edits.plan import (
     PLAN_FILE,
     PROOF_FILE,
     QUESTIONS_FILE,
-    Draft,
     Edit,
+    EditPlan,
     Layout,
 )
 from expertcut.errors import ContractError
@@ -117,7 +117,7 @@ class Gathered:
     merging: Merging = field(default_factory=Merging)
 
 
-def check_export(source: Source, draft: Draft, n_experts: int, folder: Path) -> None:
+def check_export(source: Source, draft: EditPlan, n_experts: int, folder: Path) -> None:
     """That the layout can carry the plan for this model, and that there is room for the result.
 
     Raises:
@@ -138,7 +138,7 @@ def check_export(source: Source, draft: Draft, n_experts: int, folder: Path) -> 
         check_loads(config, tensors, f"{source.id} with {_n_kept(draft)} experts a layer")
 
 
-def cut_rewrite(source: Source, stored: Stored, draft: Draft, n_experts: int) -> Rewrite:
+def cut_rewrite(source: Source, stored: Stored, draft: EditPlan, n_experts: int) -> Rewrite:
     """What a plan's cut does to each tensor, tilts left out; its sizes are right, not its values.
 
     Raises:
@@ -165,7 +165,9 @@ def check_layout(source: Source, layout: Layout, *, is_cutting: bool) -> None:
         )
 
 
-def export(source: Source, draft: Draft, n_experts: int, gathered: Gathered, folder: Path) -> None:
+def export(
+    source: Source, draft: EditPlan, n_experts: int, gathered: Gathered, folder: Path
+) -> None:
     """Writes the checkpoint that a plan describes into an empty folder, without the plan.
 
     `n_experts` is the unedited count. Tensors are copied from file to file; only those that the
@@ -194,7 +196,7 @@ def removed_experts(edits: Mapping[str, Edit], n_experts: int) -> dict[str, tupl
     return {name: experts for name, experts in removed.items() if experts}
 
 
-def _rewrite(source: Source, stored: Stored, draft: Draft, gathered: Gathered) -> Rewrite:
+def _rewrite(source: Source, stored: Stored, draft: EditPlan, gathered: Gathered) -> Rewrite:
     if draft.layout == "exact":
         return exact_rewrite(stored.tensors, gathered.constants, draft.edits)
     outside = outside_axes(source, stored.tensors, draft)
@@ -203,7 +205,7 @@ def _rewrite(source: Source, stored: Stored, draft: Draft, gathered: Gathered) -
     return stock_rewrite(stored.tensors, draft.edits, gathered.fitted, draft.apply_at, outside)
 
 
-def outside_axes(source: Source, headers: Headers, draft: Draft) -> OutsideAxes:
+def outside_axes(source: Source, headers: Headers, draft: EditPlan) -> OutsideAxes:
     """Tensors with an axis of experts that lie on disk elsewhere than their block.
 
     Which block they are of is what transformers makes of their names; so is whether a bias whose
@@ -237,12 +239,12 @@ def outside_axes(source: Source, headers: Headers, draft: Draft) -> OutsideAxes:
     return found
 
 
-def _n_kept(draft: Draft) -> int:
+def _n_kept(draft: EditPlan) -> int:
     return len(next(iter(draft.edits.values())).keep)
 
 
 def _stock_config(
-    source: Source, stored: Stored, draft: Draft, n_experts: int, *, is_said: bool = False
+    source: Source, stored: Stored, draft: EditPlan, n_experts: int, *, is_said: bool = False
 ) -> dict[str, Any]:
     """The config of a checkpoint of layout stock; `is_said` warns of what it no longer counts."""
     config, n_kept = read_config(source.path), _n_kept(draft)

@@ -12,7 +12,7 @@ from expertcut.checkpoints.simulate import apply_at_runtime, renumbered
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.calibrate import Constants
-from expertcut.edits.plan import Draft, Edit, ExpertIds, Positions
+from expertcut.edits.plan import Edit, EditPlan, ExpertIds, Positions
 from expertcut.edits.splits import HASHES, Judged, n_used
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
@@ -172,7 +172,7 @@ class Agreement:
 
 
 def agreements(
-    reference: Answered, edited: Answered, draft: Draft, moe: MoeModel
+    reference: Answered, edited: Answered, draft: EditPlan, moe: MoeModel
 ) -> list[Agreement]:
     """Per layer with a bias, the checkpoint against the plan in the unedited model at run time.
 
@@ -291,7 +291,7 @@ class Proof:
         lines = tuple(sorted(question.hash_line for question in quiz))
         return replace(self, judges=lines, used=n_used(quiz, used))
 
-    def figures(self, draft: Draft) -> dict[str, Any]:
+    def figures(self, draft: EditPlan) -> dict[str, Any]:
         """As they stand in plan.json, with the numbers that experts are called by."""
         names, blocks = ("layer", "expert", "base", "exact", "edited"), list(draft.edits)
         numbers = draft.numbers or ExpertIds()
@@ -327,7 +327,7 @@ def outcome(form: str, quiz: Quiz, found: Answered, base: Answered) -> Outcome:
     return Outcome(form, len(answers), n_right / len(answers), float(right), flipped)
 
 
-def score_base(engine: Engine, quiz: Quiz, draft: Draft, constants: Constants) -> Before:
+def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> Before:
     """All that needs the unedited model, so that only one model is in memory at a time."""
     base = answer(engine, quiz, draft.edits)
     reference = _at_run_time(engine, quiz, draft, constants)
@@ -342,13 +342,13 @@ def score_base(engine: Engine, quiz: Quiz, draft: Draft, constants: Constants) -
     return Before(base, reference, True, placed, quiet, alone)
 
 
-def _at_run_time(engine: Engine, quiz: Quiz, draft: Draft, constants: Constants) -> Answered:
+def _at_run_time(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> Answered:
     with apply_at_runtime(engine.moe, draft, constants) as begin:
         return answer(engine, quiz, draft.edits, begin)
 
 
 def _placed(
-    engine: Engine, quiz: Quiz, draft: Draft, constants: Constants, reference: Answered
+    engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants, reference: Answered
 ) -> dict[str, Answered]:
     """The plan at run time without its biases, with them at answer positions, and everywhere."""
     places: dict[Positions, str] = {
@@ -368,7 +368,7 @@ def _placed(
     return found
 
 
-def score_edited(engine: Engine, quiz: Quiz, draft: Draft, before: Before) -> Proof:
+def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: Before) -> Proof:
     """The edited model against both."""
     edited = answer(engine, quiz, renumbered(draft))
     rows = [
@@ -393,7 +393,7 @@ def _outcomes(quiz: Quiz, before: Before, edited: Answered) -> list[Outcome]:
     return [outcome(form, quiz, found, before.base) for form, found in forms.items()]
 
 
-def _alone(engine: Engine, quiz: Quiz, draft: Draft, before: Before) -> Alone:
+def _alone(engine: Engine, quiz: Quiz, draft: EditPlan, before: Before) -> Alone:
     """How many of the quiet questions the edited model answers with the same bits."""
     if before.quiet is None or before.alone is None:
         return Alone(len(quiz), 0, 0)
@@ -403,7 +403,7 @@ def _alone(engine: Engine, quiz: Quiz, draft: Draft, before: Before) -> Alone:
     return Alone(len(quiz), int(untouched_N.sum()), int((same_N & untouched_N).sum()))
 
 
-def _reference_name(draft: Draft) -> str:
+def _reference_name(draft: EditPlan) -> str:
     if draft.is_tilted and draft.is_cut:
         return "the same plan at run time"
     if draft.is_tilted:

@@ -38,7 +38,7 @@ from expertcut.checkpoints.shards import (
 )
 from expertcut.checkpoints.stock import output_factors
 from expertcut.checkpoints.tensor_names import blocks_of
-from expertcut.edits.plan import Draft, Edit, Plan, PlanAdapter
+from expertcut.edits.plan import Edit, EditPlan, PlanAdapter, PlanFile
 from expertcut.errors import ModelError, OutputError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
@@ -66,7 +66,7 @@ class _Slices:
 
 
 def adapter_rewrite(
-    adapter: Adapter, base: Base, draft: Draft, folds: Folds | None = None
+    adapter: Adapter, base: Base, draft: EditPlan, folds: Folds | None = None
 ) -> Rewrite:
     """What becomes of each of the adapter's tensors; `folds` are those of layout stock, by layer.
 
@@ -205,10 +205,10 @@ class Carried:
 
     adapter: Adapter
     source: Source
-    draft: Draft
+    draft: EditPlan
     folder: Path
 
-    def write(self, temporary: Path, plan: Plan, folds: Folds) -> Plan:
+    def write(self, temporary: Path, plan: PlanFile, folds: Folds) -> PlanFile:
         """Writes it sliced, as peft lays it out, into what will be `folder`; the plan names it.
 
         `folds` are those of layout stock, by layer.
@@ -252,7 +252,7 @@ class Carried:
         return config
 
 
-def carried(adapter: Path | None, source: Source, draft: Draft, folder: Path) -> Carried | None:
+def carried(adapter: Path | None, source: Source, draft: EditPlan, folder: Path) -> Carried | None:
     """An adapter that fits the model and the plan, and has room; None where there is none.
 
     Raises:

@@ -18,7 +18,7 @@ from expertcut.checkpoints.export import Gathered
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.merge_groups import members_of
-from expertcut.edits.plan import Draft, Edit
+from expertcut.edits.plan import Edit, EditPlan
 from expertcut.errors import ContractError
 from expertcut.models.hooks import own_expert, own_forward, replaced_forward
 from expertcut.models.load import MoeModel
@@ -31,7 +31,7 @@ _ROUNDING = 2e-2  # of an output, where its last projection is rounded to half p
 
 
 @contextmanager
-def apply_at_runtime(moe: MoeModel, draft: Draft, constants: Constants) -> Iterator[OnPass]:
+def apply_at_runtime(moe: MoeModel, draft: EditPlan, constants: Constants) -> Iterator[OnPass]:
     """The plan to the letter: biases, factors, and what removing means in its layout.
 
     Stock: removed experts cannot be chosen. Exact: they may be, and then give their constants.
@@ -42,7 +42,7 @@ def apply_at_runtime(moe: MoeModel, draft: Draft, constants: Constants) -> Itera
         yield begin
 
 
-def renumbered(draft: Draft) -> dict[str, Edit]:
+def renumbered(draft: EditPlan) -> dict[str, Edit]:
     """The edits by the numbers that the experts have in the checkpoint that the plan makes."""
     if draft.layout == "exact":
         return dict(draft.edits)
@@ -56,7 +56,7 @@ def renumbered(draft: Draft) -> dict[str, Edit]:
     }
 
 
-def tilts_of(blocks: Sequence[MoeBlock], draft: Draft) -> Tilts:
+def tilts_of(blocks: Sequence[MoeBlock], draft: EditPlan) -> Tilts:
     """What a plan does to the routers of the unedited model."""
     edits = draft.edits
     biases = {b.layer: _logit_bias_E(b, edits[b.name], draft.layout) for b in blocks}
@@ -132,7 +132,7 @@ def _with_constants(
 
 
 @contextmanager
-def as_written(moe: MoeModel, draft: Draft, gathered: Gathered) -> Iterator[OnPass]:
+def as_written(moe: MoeModel, draft: EditPlan, gathered: Gathered) -> Iterator[OnPass]:
     """The model answers as the checkpoint of a cut would, while the block runs.
 
     Layout exact: constants in place of outputs. Stock: a mask on the router, and the last
@@ -160,7 +160,7 @@ def as_written(moe: MoeModel, draft: Draft, gathered: Gathered) -> Iterator[OnPa
         yield stack.enter_context(apply_at_runtime(moe, draft, gathered.constants))
 
 
-def _stored_dtypes(moe: MoeModel, draft: Draft) -> dict[str, torch.dtype]:
+def _stored_dtypes(moe: MoeModel, draft: EditPlan) -> dict[str, torch.dtype]:
     """The dtype that the last projections of each block have on disk."""
     headers = read_headers(moe.source.path)
     matched, _ = match_blocks(headers, draft.edits)

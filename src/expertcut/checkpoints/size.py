@@ -10,7 +10,7 @@ from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.budget import Keep, counts
 from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
-from expertcut.edits.plan import Draft, Layout
+from expertcut.edits.plan import EditPlan, Layout
 from expertcut.edits.prune import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
 from expertcut.errors import PlanError, SettingsError
@@ -19,7 +19,7 @@ from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import read_stored
 from expertcut.profiling.storage import Profile
 
-SizeOf = Callable[[Draft], int]
+SizeOf = Callable[[EditPlan], int]
 _UNKNOWN = "Super experts are not known without all-token statistics: none is protected."
 
 
@@ -43,7 +43,7 @@ def size(moe: MoeModel) -> Size:
     return Size(total, total - idle, size_bytes)
 
 
-def size_of_cut(moe: MoeModel, draft: Draft, size_bytes: int) -> Size:
+def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
     """What `size` will say of the checkpoint that a cut of this unedited model makes."""
     total = sum(p.numel() for p in moe.model.parameters())
     idle = 0
@@ -81,7 +81,7 @@ def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
     check_layout(source, layout, is_cutting=True)
     stored = read_stored(source.path)
 
-    def size_of(draft: Draft) -> int:
+    def size_of(draft: EditPlan) -> int:
         rewrite = cut_rewrite(source, stored, draft, n_experts)
         return sum(shard.size_bytes for shard in lay_out(stored, rewrite, MAX_SHARD_BYTES))
 

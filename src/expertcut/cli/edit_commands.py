@@ -33,7 +33,7 @@ from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built, Merged
-    from expertcut.edits.plan import Draft
+    from expertcut.edits.plan import EditPlan
     from expertcut.edits.reweight import Scaling, Tilt
     from expertcut.edits.reweight_tune import Procedure
     from expertcut.evaluation.reweight_search import DecideOptions, Decision, Tilted, Tilting
@@ -94,7 +94,7 @@ class Named:
 
         return cls(tilts(profile, boost or [], suppress or []), scalings(profile, scale or []))
 
-    def on(self, draft: "Draft", apply_at: Any) -> "Draft":
+    def on(self, draft: "EditPlan", apply_at: Any) -> "EditPlan":
         """A draft that tilts them too; the same one where none is named."""
         from expertcut.edits.reweight import with_tilts
 
@@ -102,7 +102,7 @@ class Named:
             return draft
         return with_tilts(draft, self.tilts, self.scalings, apply_at)
 
-    def say(self, draft: "Draft", built: "Built | None") -> None:
+    def say(self, draft: "EditPlan", built: "Built | None") -> None:
         """What was done to each, in words."""
         from expertcut.reporting.edit_tables import scale_sentences, tilt_sentences
 
@@ -139,7 +139,7 @@ class Place:
         else:
             print("nothing is written")
 
-    def make(self, draft: "Draft", options: "BuildOptions") -> "Built | None":
+    def make(self, draft: "EditPlan", options: "BuildOptions") -> "Built | None":
         """Builds and says what came of it; of a plan alone there is nothing to say."""
         from expertcut.checkpoints.build import build, write_plan
         from expertcut.reporting.edit_tables import adapter_sentences, proof_sentences, proof_tables

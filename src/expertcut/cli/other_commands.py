@@ -30,7 +30,7 @@ from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
     from expertcut.commands.run_recipe import Outcome
-    from expertcut.healing.settings import Healing
+    from expertcut.healing.heal_settings import Healing
     from expertcut.hub.upload import Published
     from expertcut.recipes.stages import Stage
     from expertcut.reporting.tables import Table
@@ -133,7 +133,7 @@ class Heal:
     def run(self) -> None:
         """Trains, writes, prints what came of it."""
         from expertcut.healing.heal import Options, default_out, heal
-        from expertcut.healing.settings import Place
+        from expertcut.healing.heal_settings import Place
         from expertcut.models.load import LoadOptions
 
         quiet()
@@ -148,7 +148,7 @@ class Heal:
     def _asked(self) -> "Healing":
         from expertcut.data.sources import Weighted
         from expertcut.healing.adapters import Lora
-        from expertcut.healing.settings import Data, Healing
+        from expertcut.healing.heal_settings import Data, Healing
 
         quizzes = self.quiz or ([] if self.text else ["mmlu"])
         subjects = tuple(s.strip() for s in self.subjects.split(",")) if self.subjects else ()
@@ -171,7 +171,7 @@ class Heal:
         )
 
     def _training(self) -> Any:
-        from expertcut.healing.settings import Training
+        from expertcut.healing.heal_settings import Training
 
         return Training(
             steps=self.steps,

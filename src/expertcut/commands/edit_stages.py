@@ -10,7 +10,7 @@ from expertcut.checkpoints.size import check_criterion, choose_cut, protected
 from expertcut.commands.ui import Job
 from expertcut.edits.budget import Keep, read_size
 from expertcut.edits.merge_groups import Merge
-from expertcut.edits.plan import Draft
+from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import removed_traffic
 from expertcut.edits.ranking import Way
 from expertcut.edits.reweight import How, ReweightSettings, scalings, tilts, with_tilts
@@ -157,7 +157,7 @@ def _options(job: Job, beside: Mapping[str, bytes], *, is_verified: bool) -> Bui
     return BuildOptions(job.load_as(), is_verified, is_forced=True, beside=beside)
 
 
-def _sentences(found: Tilted, draft: Draft, built: Built) -> list[str]:
+def _sentences(found: Tilted, draft: EditPlan, built: Built) -> list[str]:
     return [
         *tilt_sentences(found.tilts, built, draft.numbers),
         *scale_sentences(found.scalings, built, draft.numbers),

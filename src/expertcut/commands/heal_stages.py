@@ -7,7 +7,7 @@ from expertcut.data.sources import Weighted
 from expertcut.healing.adapters import Lora
 from expertcut.healing.heal import Options
 from expertcut.healing.heal import heal as train
-from expertcut.healing.settings import Data, Healing, Place, Training
+from expertcut.healing.heal_settings import Data, Healing, Place, Training
 from expertcut.recipes.recipe_schema import HealSection, Recipe
 from expertcut.recipes.stages import variant_folder
 from expertcut.reporting.edit_tables import healing_sentences, healing_tables

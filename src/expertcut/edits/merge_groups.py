@@ -22,7 +22,7 @@ from torch import Tensor
 from expertcut.data import Quiz, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
 from expertcut.edits.merge_router import RouterRow
-from expertcut.edits.plan import Draft, Edit, expert_ids, least_of, validate_edits
+from expertcut.edits.plan import Edit, EditPlan, expert_ids, least_of, validate_edits
 from expertcut.errors import PlanError, ProfileError
 from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
 from expertcut.models.moe_block import MoeBlock
@@ -340,9 +340,9 @@ class Merge:
             text += " --align" if self.aligns else " --no-align"
         return text
 
-    def draft(self, profile: Profile, edits: Mapping[str, Edit]) -> Draft:
+    def draft(self, profile: Profile, edits: Mapping[str, Edit]) -> EditPlan:
         """The groups as a draft of layout stock, frequencies being over all tokens."""
-        return Draft(
+        return EditPlan(
             slug=self.slug,
             action=self.action,
             criterion=self.by,

@@ -109,7 +109,7 @@ class Point(Record):
     ci95: tuple[FiniteFloat, FiniteFloat]
 
 
-class Plan(Record):
+class PlanFile(Record):
     """`plan.json`."""
 
     format: Format1 = 1
@@ -135,7 +135,7 @@ class Plan(Record):
 
 
 @dataclass(frozen=True)
-class Draft:
+class EditPlan:
     """A choice made from a profile, before anything is fitted or written.
 
     `slug` names the outputs, `action` says in words what was asked for. `removed` is for layout
@@ -194,13 +194,13 @@ def plan_model(info: ModelInfo) -> PlanModel:
     return PlanModel(id=info.id, revision=info.revision, fingerprint=info.fingerprint)
 
 
-def save_plan(folder: Path, plan: Plan, lines: Collection[str]) -> None:
+def save_plan(folder: Path, plan: PlanFile, lines: Collection[str]) -> None:
     """Writes `plan.json` and the hash lines of the questions it was chosen on."""
     write_atomically(folder / QUESTIONS_FILE, _hash_lines(lines))
     write_atomically(folder / PLAN_FILE, plan_text(plan).encode())
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: PlanFile) -> str:
     """The plan as JSON with one line per block."""
     without = {"blocks"} if plan.adapter else {"blocks", "adapter"}
     head = plan.model_dump(mode="json", exclude=without)
@@ -212,17 +212,17 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(["{", *lines, ' "blocks": {', ",\n".join(edits), " }", "}"]) + "\n"
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> PlanFile:
     """A plan from its file or the folder that holds it.
 
     Raises:
         PlanError: no plan there, or one that does not hold together.
     """
     file = path / PLAN_FILE if path.is_dir() else path
-    return load_record(file, Plan, PlanError, "is no plan")
+    return load_record(file, PlanFile, PlanError, "is no plan")
 
 
-def load_hashes(folder: Path, plan: Plan) -> frozenset[str]:
+def load_hashes(folder: Path, plan: PlanFile) -> frozenset[str]:
     """The questions that a plan was chosen or fitted on, as lines of one or two hashes.
 
     The first is the content hash, the second, which older files lack, the overlap hash.
@@ -374,7 +374,7 @@ def ids_text(ids: tuple[int, ...]) -> str:
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
 
 
-def _rows(plan: Plan, edit: Edit, block: BlockInfo) -> tuple[int, ...]:
+def _rows(plan: PlanFile, edit: Edit, block: BlockInfo) -> tuple[int, ...]:
     """The numbers of the rows that a plan left."""
     if plan.layout == "stock":
         return edit.keep
@@ -406,7 +406,7 @@ def model_folder(profile: Profile) -> Path | None:
     return found
 
 
-def _plan_of(profile: Profile) -> tuple[Path, Plan] | None:
+def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
     """The plan in a checkpoint's folder, or among what was downloaded of it."""
     folder, model = model_folder(profile), profile.info.model
     if folder is None:

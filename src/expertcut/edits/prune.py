@@ -9,8 +9,8 @@ import numpy as np
 from expertcut.edits.budget import Keep, asked_count, floors, share_out
 from expertcut.edits.criteria import activations, ranked
 from expertcut.edits.plan import (
-    Draft,
     Edit,
+    EditPlan,
     Layout,
     expert_ids,
     least_of,
@@ -36,7 +36,7 @@ class Pruning:
     `spared` would have gone but for their protection.
     """
 
-    draft: Draft
+    draft: EditPlan
     n_active: dict[str, int]
     fillers: dict[str, tuple[int, ...]]
     spared: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -170,7 +170,7 @@ def _prune(
     orders: Sequence[list[int]],
     counts: Sequence[Array],
     blocks: Sequence[BlockInfo],
-    named: Draft,
+    named: EditPlan,
 ) -> Pruning:
     keeps = [_first(*each, named.layout) for each in zip(orders, n_keeps, blocks, strict=True)]
     edits = {b.name: Edit(keep=keep) for b, keep in zip(blocks, keeps, strict=True)}

@@ -9,8 +9,8 @@ import numpy as np
 
 from expertcut.edits.criteria import CALIBRATED, activations, positions_of, ranked, scores
 from expertcut.edits.plan import (
-    Draft,
     Edit,
+    EditPlan,
     ExpertIds,
     Fold,
     Layout,
@@ -185,14 +185,14 @@ class Way:
             )
         return cls(by, positions, layout, removed or "zero", fold or "answer")
 
-    def draft(self, slug: str, action: str, criterion: str) -> Draft:
+    def draft(self, slug: str, action: str, criterion: str) -> EditPlan:
         """A draft without edits, named after what makes it differ from the usual."""
         unusual = {"all": self.at, "exact": self.layout, "mean": self.removed}
         usual = {positions_of(self.by, None)}
         marks = "".join(f"-{m}" for m, value in unusual.items() if value == m and m not in usual)
         if self.layout == "stock" and self.fold != "answer":
             marks += f"-fold-{self.fold}"
-        return Draft(
+        return EditPlan(
             f"{slug}{marks}",
             action,
             criterion,

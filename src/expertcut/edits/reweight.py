@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from expertcut.edits.plan import (
-    Draft,
     Edit,
+    EditPlan,
     ExpertIds,
     Layout,
     Positions,
@@ -223,7 +223,7 @@ def reweight_draft(
     layout: Layout = "stock",
     scaled: Sequence[Scaling] = (),
     apply_at: Positions | None = None,
-) -> Draft:
+) -> EditPlan:
     """Edits that keep every expert and carry the biases and factors.
 
     Raises:
@@ -235,16 +235,18 @@ def reweight_draft(
         )
     blocks = profile.info.model.blocks
     edits = {block.name: Edit(keep=tuple(range(block.experts))) for block in blocks}
-    draft = Draft("", "reweight", "by hand", "answer", edits, layout, numbers=expert_ids(profile))
+    draft = EditPlan(
+        "", "reweight", "by hand", "answer", edits, layout, numbers=expert_ids(profile)
+    )
     return with_tilts(draft, found, scaled, apply_at)
 
 
 def with_tilts(
-    draft: Draft,
+    draft: EditPlan,
     found: Sequence[Tilt],
     scaled: Sequence[Scaling] = (),
     apply_at: Positions | None = None,
-) -> Draft:
+) -> EditPlan:
     """A draft that also carries biases and factors, on experts that it keeps.
 
     Raises:
@@ -292,7 +294,7 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
         )
 
 
-def _check_kept(draft: Draft, named: Sequence[Tilt | Scaling]) -> None:
+def _check_kept(draft: EditPlan, named: Sequence[Tilt | Scaling]) -> None:
     for tilt in named:
         keep = draft.edits[tilt.block].keep
         if tilt.expert not in keep:
@@ -303,7 +305,7 @@ def _check_kept(draft: Draft, named: Sequence[Tilt | Scaling]) -> None:
             )
 
 
-def _name(draft: Draft, tilt: Tilt | Scaling, between: str = ":") -> str:
+def _name(draft: EditPlan, tilt: Tilt | Scaling, between: str = ":") -> str:
     numbers = draft.numbers
     expert = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
     return f"{tilt.layer}{between}{expert}"

@@ -19,9 +19,9 @@ from expertcut.data.questions import group_by_subject, hashes_in, replace_questi
 from expertcut.edits.plan import (
     PLAN_FILE,
     ChosenOn,
-    Draft,
+    EditPlan,
     ExpertIds,
-    Plan,
+    PlanFile,
     PlanModel,
     hashes_sha256,
     inherited_hashes,
@@ -90,7 +90,7 @@ def judged_by(lines: Iterable[str], used: Iterable[str], split: str, how: str = 
     return Judged(split, len(judges), n_used, how)
 
 
-def read_judged(plan: Plan, folder: Path) -> Judged:
+def read_judged(plan: PlanFile, folder: Path) -> Judged:
     """What a plan says of the questions that judged it, held against its list of used questions.
 
     Nothing is known of plans from before the hashes were recorded, or without their list.
@@ -250,12 +250,12 @@ def n_used(quiz: Quiz, lines: frozenset[str]) -> int:
     return sum(question.is_among(known) for question in quiz)
 
 
-def draft_plan(profile: Profile, draft: Draft, questions: Questions) -> Plan:
+def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanFile:
     """The plan with its provenance, still without proof."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
     fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
     numbers = draft.numbers or ExpertIds()
-    return Plan(
+    return PlanFile(
         model=_plan_model(profile),
         action=draft.action,
         criterion=draft.criterion,
@@ -286,13 +286,13 @@ def _plan_model(profile: Profile) -> PlanModel:
     return named.model_copy(update={"id": absolute_id(str(folder), None)})
 
 
-def _removal(draft: Draft) -> Literal["reroute", "constant", "merge"]:
+def _removal(draft: EditPlan) -> Literal["reroute", "constant", "merge"]:
     if draft.is_merging:
         return "merge"
     return "reroute" if draft.layout == "stock" else "constant"
 
 
-def used_hashes(draft: Draft, questions: Questions) -> frozenset[str]:
+def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     """Hash lines of every question that this choice, its fit or an earlier one looked at."""
     tuning = hashes(questions.tuning) if draft.asks_tuning else frozenset()
     chosen = tuning if draft.is_tuned else hashes(questions.profiled) | tuning

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from expertcut.checkpoints.size import size
-from expertcut.edits.plan import PLAN_FILE, Plan, load_hashes, load_plan
+from expertcut.edits.plan import PLAN_FILE, PlanFile, load_hashes, load_plan
 from expertcut.edits.splits import n_used
 from expertcut.errors import OutputError
 from expertcut.evaluation.lm_eval_export import (
@@ -138,7 +138,7 @@ def save(
     return found
 
 
-def _seen(source: Source) -> tuple[Plan, frozenset[str]] | None:
+def _seen(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
     """The plan that made a checkpoint, and the questions that were looked at; None for others."""
     if not os.path.lexists(source.path / PLAN_FILE):
         return None
@@ -146,7 +146,9 @@ def _seen(source: Source) -> tuple[Plan, frozenset[str]] | None:
     return plan, load_hashes(source.path, plan)
 
 
-def _chosen_on(seen: tuple[Plan, frozenset[str]] | None, scoring: Scoring) -> ChosenOnResult | None:
+def _chosen_on(
+    seen: tuple[PlanFile, frozenset[str]] | None, scoring: Scoring
+) -> ChosenOnResult | None:
     if seen is None:
         return None
     plan, hashes = seen

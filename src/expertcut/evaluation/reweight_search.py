@@ -14,7 +14,7 @@ from torch import Tensor
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.data import Quiz
-from expertcut.edits.plan import Draft, ExpertIds, Layout, Point, Positions, expert_ids
+from expertcut.edits.plan import EditPlan, ExpertIds, Layout, Point, Positions, expert_ids
 from expertcut.edits.reweight import (
     Expressions,
     How,
@@ -257,7 +257,7 @@ class Tilting:
 class Tilted:
     """What came of it; no draft where nothing is to be tilted. `beside` is the proof, if any."""
 
-    draft: Draft | None
+    draft: EditPlan | None
     tilts: list[Tilt] = field(default_factory=list)
     scalings: list[Scaling] = field(default_factory=list)
     beside: Mapping[str, bytes] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from expertcut.checkpoints.simulate import as_written
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import NEEDS_MODEL
-from expertcut.edits.plan import Draft
+from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import cut
 from expertcut.edits.ranking import Way, rank
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
@@ -130,7 +130,7 @@ class Sweeping:
             for fraction, draft in cuts.items():
                 yield from self._step(by, fraction, draft, folder)
 
-    def _cuts(self, by: str) -> dict[float, Draft]:
+    def _cuts(self, by: str) -> dict[float, EditPlan]:
         """The cuts of a criterion that the folder lacks."""
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
@@ -140,7 +140,7 @@ class Sweeping:
         kept = {f: self.grid.keep(f, ranking.blocks, way.layout) for f in missing}
         return {f: cut(ranking, *how_many).draft for f, how_many in kept.items()}
 
-    def _step(self, by: str, fraction: float, draft: Draft, folder: Path) -> Iterator[Step]:
+    def _step(self, by: str, fraction: float, draft: EditPlan, folder: Path) -> Iterator[Step]:
         place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
         yield Step(f"{fraction:g} by {by}", self._run(draft, place))
         if self.asking.waits:
@@ -148,7 +148,7 @@ class Sweeping:
             self.found = self.grid.with_cell(self.found, cell)
             self._save(folder)
 
-    def _run(self, draft: Draft, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
+    def _run(self, draft: EditPlan, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
         def run(on_pass: OnPass) -> Iterator[Progress]:
             gathered = gather(self.profile, draft, self._questions(draft), self.engine)
             with as_written(self.engine.moe, draft, gathered):
@@ -156,7 +156,7 @@ class Sweeping:
 
         return run
 
-    def _questions(self, draft: Draft) -> Questions:
+    def _questions(self, draft: EditPlan) -> Questions:
         """As `prune` would choose, fit and judge."""
         return questions_for(self.profile, is_fitting=draft.asks_tuning, used=draft.used)
 
@@ -177,7 +177,7 @@ class Sweeping:
             bytes=its.size_bytes,
         )
 
-    def _cell(self, by: str, fraction: float, draft: Draft, found: Answers) -> SweepCell:
+    def _cell(self, by: str, fraction: float, draft: EditPlan, found: Answers) -> SweepCell:
         its = size_of_cut(self.engine.moe, draft, self.size_of(draft))
         base, numbers = self.base, draft.numbers
         both_NC = np.isfinite(base.logprob_NC) & np.isfinite(found.logprob_NC)
@@ -196,7 +196,7 @@ class Sweeping:
             median_abs_logprob_diff=float(np.median(moved)),
         )
 
-    def _is_felt(self, draft: Draft) -> bool:
+    def _is_felt(self, draft: EditPlan) -> bool:
         """Whether a stock cut removes experts that a twentieth of the profile's answers used."""
         if draft.layout != "stock":
             return False
@@ -215,7 +215,7 @@ def right_logprob(found: Answers) -> float:
     return float(found.logprob_NC[np.arange(len(found.answer_N)), found.answer_N].mean())
 
 
-def _keep_hash(draft: Draft) -> str:
+def _keep_hash(draft: EditPlan) -> str:
     """8 hex digits over who stays and what removing means, so that no cell reads another's."""
     kept = {name: edit.keep for name, edit in draft.edits.items()}
     text = repr((kept, draft.layout, draft.removed, draft.fold))

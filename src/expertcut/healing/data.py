@@ -13,6 +13,7 @@ from expertcut.data.held_out import hash_lines
 from expertcut.data.questions import group_by_subject, normalised, replace_questions
 from expertcut.data.sources import Weighted
 from expertcut.errors import QuizError
+from expertcut.healing.heal_settings import Data, Healing
 from expertcut.healing.leakage import (
     Asked,
     Dropped,
@@ -34,7 +35,6 @@ from expertcut.healing.rows import (
     read_texts,
     text_rows,
 )
-from expertcut.healing.settings import Data, Healing
 
 _ONE_IN = 10  # of the questions and texts are held out, by their content
 _MOST_HELD_OUT = 256

@@ -26,7 +26,7 @@ from expertcut.edits.plan import (
     ChosenOn,
     Edit,
     Layout,
-    Plan,
+    PlanFile,
     PlanModel,
     hashes_sha256,
     load_hashes,
@@ -37,9 +37,9 @@ from expertcut.edits.splits import HASHES
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.adapters import adapted, put_on, write_adapter, write_merged
 from expertcut.healing.data import Read, read_data
+from expertcut.healing.heal_settings import Healing, Place
 from expertcut.healing.leakage import Judges
 from expertcut.healing.objectives import OBJECTIVES, Live, Objective, Teacher
-from expertcut.healing.settings import Healing, Place
 from expertcut.healing.state import Begun, go_on, plain
 from expertcut.healing.teacher_cache import Whose, check_whose, filled
 from expertcut.healing.trainer import Curve, Report, Tell, fit
@@ -56,7 +56,7 @@ _BATCH_TOKENS = 4096
 HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
 
 
-def plan_of(source: Source) -> Plan | None:
+def plan_of(source: Source) -> PlanFile | None:
     """The plan in a checkpoint's folder.
 
     Raises:
@@ -85,7 +85,7 @@ def first_base(source: Source) -> Source | None:
     return base
 
 
-def _source_of(plan: Plan, near: Path) -> Source:
+def _source_of(plan: PlanFile, near: Path) -> Source:
     """The model that a plan is for; a folder where it is there with its weights.
 
     Raises:
@@ -106,13 +106,13 @@ def used_questions(source: Source, read: Read) -> frozenset[str]:
     return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
 
 
-def healed_plan(moe: MoeModel, asked: Healing, objective: str, read: Read) -> Plan:
+def healed_plan(moe: MoeModel, asked: Healing, objective: str, read: Read) -> PlanFile:
     """Without its proof. Experts stay who they are, so blocks are those of the plan before."""
     source = moe.source
     before = plan_of(source)
     layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
     first = asked.data.quizzes[0].name if asked.data.quizzes else asked.data.texts[0].name
-    return Plan(
+    return PlanFile(
         model=PlanModel(
             id=absolute_id(source.id, source.revision),
             revision=source.revision,
@@ -134,7 +134,7 @@ def healed_plan(moe: MoeModel, asked: Healing, objective: str, read: Read) -> Pl
     )
 
 
-def _blocks(moe: MoeModel, before: Plan | None) -> dict[str, Edit]:
+def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, Edit]:
     found: dict[str, Edit] = {}
     for block in moe.blocks:
         edit = before.blocks.get(block.name) if before else None
@@ -216,7 +216,7 @@ class Healed:
     """
 
     folder: Path
-    plan: Plan
+    plan: PlanFile
     objective: str
     read: Read
     curve: Curve

@@ -10,8 +10,8 @@ from expertcut.data.held_out import hash_lines
 from expertcut.data.questions import hashes_in, normalised
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError, SplitError
+from expertcut.healing.heal_settings import Data
 from expertcut.healing.rows import Text
-from expertcut.healing.settings import Data
 
 _MOST_JUDGES = 256
 USED_BEFORE = "an earlier step used and this one did not train on"

@@ -22,8 +22,8 @@ from expertcut.documents import Record, load_record
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.files import write_atomically
 from expertcut.healing.data import Read
+from expertcut.healing.heal_settings import Training
 from expertcut.healing.objectives import Projection
-from expertcut.healing.settings import Training
 from expertcut.healing.state import random_states, set_random_states
 from expertcut.models.load import MoeModel
 from expertcut.models.memory import free_bytes, give_back, is_out_of_memory

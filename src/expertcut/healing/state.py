@@ -30,7 +30,7 @@ from expertcut.errors import OutputError
 from expertcut.evaluation.results import begun, check_same, save_outcome
 from expertcut.healing.adapters import load_weights
 from expertcut.healing.data import Read
-from expertcut.healing.settings import Healing, Training
+from expertcut.healing.heal_settings import Healing, Training
 from expertcut.models.load import MoeModel, Source
 
 OPTIMIZER, STEPS, RANDOM = "optimizer.safetensors", "optimizer.json", "random-{rank}.safetensors"

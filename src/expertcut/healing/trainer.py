@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerState
 from expertcut.checkpoints.output_dir import system_errors
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.data import Read
+from expertcut.healing.heal_settings import Training
 from expertcut.healing.micro_batch import MicroBatch, choose_micro_batch, share_of_process
 from expertcut.healing.objectives import (
     IGNORED,
@@ -30,7 +31,6 @@ from expertcut.healing.objectives import (
     cut_rows,
     longest_first,
 )
-from expertcut.healing.settings import Training
 from expertcut.healing.state import (
     best_step,
     held_out_losses,

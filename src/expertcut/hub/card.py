@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.documents import first_fault
-from expertcut.edits.plan import PLAN_FILE, Plan
+from expertcut.edits.plan import PLAN_FILE, PlanFile
 from expertcut.edits.splits import read_judged
 from expertcut.errors import PlanError
 from expertcut.hub.provenance import (
@@ -83,7 +83,7 @@ def is_tilted(origin: Origin) -> bool:
     return any(edit.tilted for step in origin.steps for edit in step.blocks.values())
 
 
-def change_sentences(plan: Plan, origin: Origin) -> Iterator[str]:
+def change_sentences(plan: PlanFile, origin: Origin) -> Iterator[str]:
     """What this checkpoint is, against its base."""
     if is_pruned(origin):
         yield _kept(plan, origin)
@@ -105,7 +105,7 @@ def _experts(n: int) -> str:
     return "1 expert gets" if n == 1 else f"{n} experts get"
 
 
-def _kept(plan: Plan, origin: Origin) -> str:
+def _kept(plan: PlanFile, origin: Origin) -> str:
     counts = [len(edit.keep) for edit in plan.blocks.values()]
     kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     of = "" if origin.n_experts is None else f" of {origin.n_experts}"
@@ -132,7 +132,7 @@ def step_sentences(origin: Origin) -> Iterator[str]:
         yield f"{text}."
 
 
-def held_out_table(plan: Plan) -> Table:
+def held_out_table(plan: PlanFile) -> Table:
     """How far answers moved on the questions that judge; without rows where none was asked.
 
     Raises:

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult
 
 from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
-from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Edit, Plan, load_hashes, load_plan
+from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Edit, PlanFile, load_hashes, load_plan
 from expertcut.errors import ModelError, PlanError, SettingsError
 from expertcut.evaluation.cross_fit import ProofResult, load_proof
 from expertcut.evaluation.results import ModelResult, Results, load_results
@@ -57,7 +57,7 @@ class Checkpoint:
 
     source: Source
     config: Mapping[str, Any]
-    plan: Plan
+    plan: PlanFile
     proof: ProofResult | None
     tensors: Mapping[str, StoredTensor]
 
@@ -124,7 +124,7 @@ def verified(folder: Path) -> Checkpoint:
     return Checkpoint(source, config, plan, proof, tensors)
 
 
-def _check_block(block: DiskBlock, edit: Edit, plan: Plan, config: Mapping[str, Any]) -> None:
+def _check_block(block: DiskBlock, edit: Edit, plan: PlanFile, config: Mapping[str, Any]) -> None:
     """That the weights hold the experts that the plan keeps.
 
     Raises:
@@ -263,7 +263,7 @@ class Origin:
     revision: str | None
     licence: Licence
     n_experts: int | None
-    steps: tuple[Plan, ...]
+    steps: tuple[PlanFile, ...]
     is_here: bool = True
 
     @property
@@ -277,7 +277,7 @@ class Origin:
         return self.id if self.is_on_hub else Path(self.id).name or "a local folder"
 
 
-def origin(plan: Plan, folder: Path) -> Origin:
+def origin(plan: PlanFile, folder: Path) -> Origin:
     """What a checkpoint was made from, as far as it can be found here or in the cache."""
     steps = [plan]
     while len(steps) < _MOST_STEPS and (before := _made_from(steps[0], folder)) is not None:
@@ -301,7 +301,7 @@ def origin(plan: Plan, folder: Path) -> Origin:
     )
 
 
-def _made_from(plan: Plan, folder: Path) -> Plan | None:
+def _made_from(plan: PlanFile, folder: Path) -> PlanFile | None:
     """The plan in the folder on this machine that a plan was for; a model of the Hub is a base."""
     place = _folder_of(plan, folder)
     if place is None or place.resolve() == folder.resolve():
@@ -315,7 +315,7 @@ def _made_from(plan: Plan, folder: Path) -> Plan | None:
         return None
 
 
-def _folder_of(plan: Plan, near: Path) -> Path | None:
+def _folder_of(plan: PlanFile, near: Path) -> Path | None:
     """The folder that a plan was for, if it is there with its weights; of the Hub there is none."""
     model = plan.model
     if model.revision is not None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from expertcut.edits.plan import PLAN_FILE, Plan, load_plan
+from expertcut.edits.plan import PLAN_FILE, PlanFile, load_plan
 from expertcut.errors import HubError, PlanError
 from expertcut.files import HIDDEN, without_secrets
 from expertcut.reporting.tables import one_line
@@ -126,7 +126,7 @@ class Remote:
     commit: str
     files: frozenset[str]
     is_private: bool
-    plan: Plan | None
+    plan: PlanFile | None
 
     @property
     def is_fresh(self) -> bool:
@@ -162,7 +162,7 @@ class Repository:
             plan = self._plan(str(info.sha)) if PLAN_FILE in files else None
         return Remote(str(info.sha), files, bool(info.private), plan)
 
-    def _plan(self, commit: str) -> Plan | None:
+    def _plan(self, commit: str) -> PlanFile | None:
         with tempfile.TemporaryDirectory() as folder:
             path = self.api.hf_hub_download(self.id, PLAN_FILE, revision=commit, local_dir=folder)
             try:
@@ -227,7 +227,7 @@ class Repository:
             )
 
 
-def check_ours(remote: Remote, plan: Plan, repo: str, *, is_new_branch: bool = False) -> None:
+def check_ours(remote: Remote, plan: PlanFile, repo: str, *, is_new_branch: bool = False) -> None:
     """That a repository may take this checkpoint.
 
     Raises:
@@ -256,7 +256,7 @@ def stale(remote: Remote, kept: Mapping[str, Content], *, is_replacing: bool) ->
     return tuple(f for f in others if is_replacing or f.endswith(_DECIDING))
 
 
-def _is_same(there: Plan, here: Plan) -> bool:
+def _is_same(there: PlanFile, here: PlanFile) -> bool:
     """Whether two plans make the same checkpoint, whatever was measured of it."""
     return (there.layout, there.removed, there.fold, there.apply_at, there.blocks) == (
         *(here.layout, here.removed, here.fold, here.apply_at, here.blocks),

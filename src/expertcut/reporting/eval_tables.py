@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from expertcut.edits.plan import Plan, ids_text
+from expertcut.edits.plan import PlanFile, ids_text
 from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
 from expertcut.evaluation.search_results import (
     Audit,
@@ -19,7 +19,7 @@ from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: PlanFile) -> Table:
     """One row per block: what stays, what is tilted, and what joined what."""
     rows: list[list[Cell]] = [
         [
@@ -43,7 +43,7 @@ def plan_table(plan: Plan) -> Table:
     return Table(f"Plan: {plan.action} ({plan.layout})", columns, rows, note)
 
 
-def plan_csv(plan: Plan) -> Table:
+def plan_csv(plan: PlanFile) -> Table:
     """One row per expert that stays, with its bias and its factor, empty where it has none."""
     rows: list[list[Cell]] = [
         [name, expert, edit.bias.get(expert), edit.scale.get(expert)]

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from expertcut.documents import first_fault
-from expertcut.edits.plan import Edit, Plan, Point
+from expertcut.edits.plan import Edit, PlanFile, Point
 from expertcut.edits.prune import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_judged
 from expertcut.errors import PlanError
@@ -76,7 +76,7 @@ def rows_of(edit: Edit, block: BlockInfo) -> Edit | None:
     )
 
 
-def edits_of(plan: Plan, found: Findings) -> dict[str, Edit] | None:
+def edits_of(plan: PlanFile, found: Findings) -> dict[str, Edit] | None:
     """A plan by rows of a profile; None where the profile is of another cut of the model."""
     edits = {}
     for block in found.profile.info.model.blocks:
@@ -86,7 +86,7 @@ def edits_of(plan: Plan, found: Findings) -> dict[str, Edit] | None:
     return complete if len(complete) == len(edits) else None
 
 
-def _plan_parts(run: Run, found: Found[Plan], key: str) -> list[Part]:
+def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
     plan, profile = found.its, run.profile_of(found.its)
     parts: list[Part] = [Text(_in_words(plan))]
     edits = None if profile is None else edits_of(plan, profile.its)
@@ -103,7 +103,7 @@ def _plan_parts(run: Run, found: Found[Plan], key: str) -> list[Part]:
     return [*parts, Folded("Every block of the plan", [plan_table(plan)])]
 
 
-def _in_words(plan: Plan) -> str:
+def _in_words(plan: PlanFile) -> str:
     removal = {
         "reroute": "the router takes the next best expert instead of a removed one",
         "constant": f"a removed expert may be chosen and gives a constant ({plan.removed})",
@@ -164,7 +164,7 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
     )
 
 
-def _held_out(found: Found[Plan]) -> list[Part]:
+def _held_out(found: Found[PlanFile]) -> list[Part]:
     proof: dict[str, Any] = found.its.proof
     try:
         rows = TypeAdapter(list[HeldOut]).validate_python(proof.get("held_out", []))
@@ -404,7 +404,7 @@ def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
     ]
 
 
-def _plan(plan: Plan) -> Rows:
+def _plan(plan: PlanFile) -> Rows:
     chosen, adapter = plan.chosen_on, plan.adapter
     fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from expertcut.edits.criteria import compare
-from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Plan, load_plan
+from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, PlanFile, load_plan
 from expertcut.errors import OutputError, SettingsError
 from expertcut.evaluation.cross_fit import ProofResult, load_proof
 from expertcut.evaluation.results import Results, load_results
@@ -72,13 +72,13 @@ class Run:
 
     path: Path
     profiles: list[Found[Findings]]
-    plans: list[Found[Plan]]
+    plans: list[Found[PlanFile]]
     proofs: list[Found[ProofResult]]
     results: list[Found[Results]]
     sweeps: list[Found[Sweep]]
     audits: list[Found[Audit]]
 
-    def profile_of(self, plan: Plan) -> Found[Findings] | None:
+    def profile_of(self, plan: PlanFile) -> Found[Findings] | None:
         """The profile that a plan was chosen on, or another of its model."""
         same = [p for p in self.profiles if model_of(p.its).fingerprint == plan.model.fingerprint]
         chosen = (plan.chosen_on.quiz, plan.chosen_on.split)
