@@ -1,4 +1,4 @@
-"""README and --help say the same, and both are true."""
+"""README, docs and --help say the same, and are true."""
 
 import re
 import shlex
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import expertcut
 from expertcut.cli import main
+from expertcut.edits.criteria import CRITERIA
 from expertcut.recipes.recipe_schema import (
     HealSection,
     MergeSection,
@@ -19,6 +21,7 @@ from expertcut.recipes.recipe_schema import (
     Recipe,
     ReweightSection,
 )
+from tests.project.test_architecture import ORDER
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +40,14 @@ COMMANDS = (
 )
 PAPER = {"profile", "prune --keep-active", "reweight --boost 12"}  # run by test_paper_commands.py
 NUMBER = re.compile(r"[-+−]?\d[\d.,]*(?:e[-+]?\d+)?")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINKING = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "checkpoints/quickstart")),
+    *PAGES,
+)
+MAX_README_LINES = 130
+MAX_PAGES = 14  # beside log.md
 
 
 def blocks(text: str) -> list[list[str]]:
@@ -84,11 +95,27 @@ def help_texts() -> dict[str, str]:
     return {command: run(command, "--help") for command in COMMANDS}
 
 
+def section(text: str, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return re.split(r"^## ", text.split(f"\n## {heading}\n")[1], flags=re.M)[0]
+
+
 def test_help_lists_exactly_the_commands_that_the_readme_describes() -> None:
     listed = re.findall(r"^  ([a-z]+) {2,}\S", run("--help").split("Commands:")[1], re.M)
     assert tuple(listed) == COMMANDS
-    described = re.findall(r"^\| `([a-z]+)", README, re.M)
-    assert tuple(dict.fromkeys(described)) == COMMANDS
+    described = re.findall(r"^\| `([a-z]+)`", section(README, "Commands"), re.M)
+    assert tuple(described) == COMMANDS
+
+
+def test_the_readme_lists_every_criterion() -> None:
+    named = set(re.findall(r"`([a-z_]+)`", section(README, "Criteria")))
+    assert len(CRITERIA) > 10
+    assert [by for by in CRITERIA if by not in named] == []
+
+
+def test_the_readme_and_the_docs_stay_short() -> None:
+    assert len(README.splitlines()) <= MAX_README_LINES
+    assert len([page for page in PAGES if page.name != "log.md"]) <= MAX_PAGES
 
 
 def test_every_option_in_the_readme_is_one_of_its_command(help_texts: dict[str, str]) -> None:
@@ -104,9 +131,9 @@ def test_every_option_in_the_readme_is_one_of_its_command(help_texts: dict[str, 
 
 def test_every_option_of_profile_in_the_docs_on_scaling_is_one(help_texts: dict[str, str]) -> None:
     found = 0
-    for line in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines():
-        asked = re.search(r"expertcut profile([^#]*)", line)
-        for option in re.findall(r"--[a-z-]+", asked[1] if asked else ""):
+    for line in (line for block in blocks(read("docs/benchmarks.md")) for line in block):
+        words = re.search(r"expertcut profile([^#]*)", line)
+        for option in re.findall(r"--[a-z-]+", words[1] if words else ""):
             assert option in help_texts["profile"], line
             found += 1
     assert found > 4
@@ -119,24 +146,61 @@ def test_every_option_says_what_it_does(help_texts: dict[str, str]) -> None:
         assert all(explained for _, explained in options)
 
 
-def test_what_the_readme_runs_and_links_to_is_there() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make ([a-z]+)", README, re.M):
+def test_the_make_targets_of_the_readme_are_there() -> None:
+    makefile = read("Makefile")
+    targets = re.findall(r"^make ([a-z]+)", README, re.M)
+    assert targets
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M)
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert len(links) >= 3
-    assert all((ROOT / link).exists() for link in links)
 
 
-def test_every_source_file_stands_in_the_tree_of_the_readme() -> None:
-    tree = README.split("## Where things are")[1].split("```")[1]
-    for file in (ROOT / "src" / "expertcut").rglob("*.py"):
-        name = file.parent.name if file.name == "__init__.py" else file.name
-        if name not in ("expertcut", "__main__.py") and file.parent.name not in (
-            "cli",
-            "reporting",
-        ):
-            assert name in tree, file
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    heads = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links of a page whose file or heading is not there."""
+    text = page.read_text(encoding="utf-8")
+    broken = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text("utf-8"))):
+            broken.append(f"{page.relative_to(ROOT)}: {link}")
+    return broken
+
+
+def test_every_relative_link_and_anchor_exists(tmp_path: Path) -> None:
+    assert [link for page in LINKING for link in broken_links(page)] == []
+    assert sum(len(re.findall(r"\]\(", page.read_text("utf-8"))) for page in LINKING) > 60
+
+
+def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("# A, b\n[1](#a-b) [2](#c) [3](no.md) [4](page.md#a-b) [5](https://x.y/z)\n")
+    assert broken_links(page) == ["page.md: #c", "page.md: no.md"]
+
+
+def test_sources_and_recipes_name_pages_that_are_there() -> None:
+    folders = ("src", "tests", "recipes", "benchmarks", "docs")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file()]
+    text_files = [f for f in files if f.suffix in (".py", ".md", ".yaml", ".sh", ".jinja")]
+    named = {
+        page
+        for file in [*text_files, ROOT / "Makefile", ROOT / "CHANGELOG.md"]
+        for page in re.findall(r"docs/[a-z_]+\.md", file.read_text("utf-8"))
+    }
+    assert len(named) > 5
+    assert sorted(page for page in named if not (ROOT / page).is_file()) == []
+
+
+def test_the_page_on_architecture_names_every_package() -> None:
+    packages = section(read("docs/architecture.md"), "Packages")
+    rows = re.findall(r"^\| `([a-z_]+)", packages, re.M)
+    assert sorted(rows) == sorted(ORDER)
 
 
 def test_every_command_in_the_readme_is_run_by_a_test() -> None:
@@ -167,7 +231,21 @@ def test_the_tour_of_the_readme_prints_what_stands_there(
         for line in expected:
             assert line == "…" or shape(line) in printed, command
             n_lines += line != "…"
-    assert n_lines > 12
+    assert n_lines > 5
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_python_of_the_readme_and_its_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(expertcut, "profile"):
+        pytest.skip("the Python API is not there yet")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "quickstart").symlink_to(ROOT / "checkpoints" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"^```python\n(.*?)^```", read(page), re.M | re.S)
+    assert code
+    exec(compile("\n".join(code), page, "exec"), {})
 
 
 def test_recipes_in_the_readme_and_the_docs_do_what_they_say(
