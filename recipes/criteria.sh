@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# All criteria at 75, 50 and 25 % of the bundled model's experts on test, and the audit's verdict.
-# The figures that docs/criteria.md shows are copied to docs/figures.
+# A sweep of all criteria at 75, 50 and 25 % of the experts of the bundled model, and an audit.
+# Copies the figures of docs/criteria.md to docs/figures.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 model=checkpoints/quickstart
-out=results/criteria # of an earlier run: what is finished there is not done again
+out=results/criteria # resumes an earlier run
 
 step() {
     printf '\n$ %s\n' "$*"
     "$@"
 }
 
-# One thread: for so small a model more of them bring little.
+# More threads do not help for so small a model.
 step expertcut profile "$model" --quiz "$model/quiz" --split val --threads 1 --out "$out/profile"
 step expertcut prune --profile "$out/profile" --sweep 0.75,0.5,0.25 --by all --out "$out/sweep"
 step expertcut audit --profile "$out/profile" --sample 64 --out "$out/audit"

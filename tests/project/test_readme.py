@@ -197,6 +197,30 @@ def test_sources_and_recipes_name_pages_that_are_there() -> None:
     assert sorted(page for page in named if not (ROOT / page).is_file()) == []
 
 
+def test_files_that_the_docs_name_are_there() -> None:
+    named = {
+        (page.name, path)
+        for page in LINKING
+        if page.name not in ("log.md", "CHANGELOG.md")
+        for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml|sh|jinja))`", page.read_text("utf-8"))
+    }
+    assert len(named) > 20
+    roots = (ROOT, ROOT / "src" / "expertcut", ROOT / "checkpoints" / "quickstart")
+    gone = [(page, path) for page, path in named if not any((r / path).exists() for r in roots)]
+    assert sorted(gone) == []
+
+
+def test_the_page_on_architecture_finds_what_it_names() -> None:
+    rows = re.findall(r"^\| [^|]*\? \| (.*) \|$", read("docs/architecture.md"), re.M)
+    assert len(rows) >= 6
+    for row in rows:
+        words = re.findall(r"`([^`]+)`", row)
+        files = [word for word in words if word.endswith(".py")]
+        text = "".join(read(f"src/expertcut/{file}") for file in files)
+        for name in (n for word in words if word not in files for n in word.split(".")):
+            assert re.search(rf"(?:def|class) {name}\b", text), row
+
+
 def test_the_page_on_architecture_names_every_package() -> None:
     packages = section(read("docs/architecture.md"), "Packages")
     rows = re.findall(r"^\| `([a-z_]+)", packages, re.M)
