@@ -191,7 +191,7 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
-def test_every_relative_link_and_anchor_exists(tmp_path: Path) -> None:
+def test_every_relative_link_and_anchor_exists() -> None:
     assert [link for page in LINKING for link in broken_links(page)] == []
     assert sum(len(re.findall(r"\]\(", page.read_text("utf-8"))) for page in LINKING) > 60
 
