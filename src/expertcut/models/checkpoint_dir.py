@@ -176,7 +176,7 @@ def fingerprint_of(folder: Path) -> str:
     """
     files = sorted(folder.glob("*.safetensors"))
     try:
-        key = tuple(_stamp(file) for file in (folder / "config.json", *files))
+        key = tuple(stamp(file) for file in (folder / "config.json", *files))
     except OSError:
         return _hash(folder, files)  # which says what is wrong
     if key not in _known:
@@ -184,7 +184,8 @@ def fingerprint_of(folder: Path) -> str:
     return _known[key]
 
 
-def _stamp(file: Path) -> tuple[object, ...]:
+def stamp(file: Path) -> tuple[object, ...]:
+    """What changes when a file is written: its name, inode, size and times."""
     stat = file.stat()
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
     return (file.name, stat.st_dev, stat.st_ino, stat.st_size, *times)

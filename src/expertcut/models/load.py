@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,20 @@ from expertcut.models.checkpoint_dir import (
     fingerprint_of,
     read_config,
     refuse_pickles,
+    stamp,
 )
 from expertcut.models.find_blocks import check_family, find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
 from expertcut.models.memory import free_bytes
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, read_even_quantized
+from expertcut.models.safetensors_index import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Stored,
+    StoredTensor,
+    read_even_quantized,
+    refuse_quantized,
+)
 from expertcut.models.validate import (
     BRINGS_CODE,
     EXPERT_COUNT_FIELDS,
@@ -217,9 +224,44 @@ class Source:
         """All safetensors files, by name."""
         return sorted(self.path.glob("*.safetensors"))
 
-    @cached_property
+    @property
+    def even_quantized(self) -> Stored:
+        """What lies in the weight files, parsed again only after a file changed.
+
+        Raises:
+            ModelError: a header or index that does not hold together.
+        """
+        try:
+            stamps = [stamp(file) for file in (*self.weight_files, *self.path.glob(INDEX_FILE))]
+        except OSError:
+            return read_even_quantized(self.path)  # which says what is wrong
+        known: tuple[list[tuple[object, ...]], Stored] | None = self.__dict__.get("_stored")
+        if known is None or known[0] != stamps:
+            known = stamps, read_even_quantized(self.path)
+            self.__dict__["_stored"] = known
+        return known[1]
+
+    @property
+    def stored(self) -> Stored:
+        """The same of weights that are not quantized.
+
+        Raises:
+            ModelError: quantized weights, or as `even_quantized`.
+        """
+        stored = self.even_quantized
+        refuse_quantized(self.path, stored)
+        return stored
+
+    @property
+    def headers(self) -> Mapping[str, StoredTensor]:
+        """The tensors of `stored` by name, in the order in which they lie on disk."""
+        return self.stored.tensors
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights.
+
+        Files that did not change are hashed once in a process.
 
         Raises:
             ModelError: a file that cannot be read.
@@ -275,7 +317,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
     if not source.weight_files:
         refuse_pickles(source.path)
         raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
-    stored = read_even_quantized(source.path)
+    stored = source.even_quantized
     if "auto_map" not in config:  # else it depends on whether that code is run
         check_counts(source.path, config, stored)
     return source
@@ -383,7 +425,7 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOpti
     with translate_errors("AutoConfig", folder / "config.json"):
         if options.trust_remote_code and "auto_map" in raw:
             return AutoConfig.from_pretrained(folder, trust_remote_code=True), options
-        stored = read_even_quantized(folder)
+        stored = source.even_quantized
         check_counts(folder, raw, stored)
         check_quantization(folder, raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)

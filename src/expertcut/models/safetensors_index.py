@@ -76,15 +76,31 @@ def read_stored(folder: Path) -> Stored:
     Raises:
         ModelError: a header or index that does not hold together, or quantized weights.
     """
-    _refuse_quantized_config(folder)
     stored = read_even_quantized(folder)
+    refuse_quantized(folder, stored)
+    return stored
+
+
+def refuse_quantized(folder: Path, stored: Stored) -> None:
+    """Refuses a checkpoint whose config.json or tensors are quantized.
+
+    Raises:
+        ModelError: it is quantized.
+    """
+    config = read_config(folder) if (folder / "config.json").exists() else {}
+    for part in (config, config.get("text_config")):
+        quantized = part.get("quantization_config") if isinstance(part, dict) else None
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise ModelError(
+                f"{folder} is quantized ({method}): take the bf16, f16 or f32 weights instead"
+            )
     for name, tensor in stored.tensors.items():
         if tensor.dtype in _QUANTIZED_BITS or name.endswith(_QUANTIZED_NAMES):
             raise ModelError(
                 f"{tensor.file} is quantized ({name} is {tensor.dtype}): "
                 "take the bf16, f16 or f32 weights instead"
             )
-    return stored
 
 
 def read_even_quantized(folder: Path) -> Stored:
@@ -105,17 +121,6 @@ def read_even_quantized(folder: Path) -> Stored:
     if not tensors:
         raise ModelError(f"{folder} holds no tensors: download it again")
     return Stored(tensors, metadata)
-
-
-def _refuse_quantized_config(folder: Path) -> None:
-    config = read_config(folder) if (folder / "config.json").exists() else {}
-    for part in (config, config.get("text_config")):
-        quantized = part.get("quantization_config") if isinstance(part, dict) else None
-        if quantized:
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            raise ModelError(
-                f"{folder} is quantized ({method}): take the bf16, f16 or f32 weights instead"
-            )
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -20,11 +20,8 @@ from expertcut.profiling.significance import (
 )
 from expertcut.profiling.statistics import (
     LayerStatistics,
-    answers,
-    as_json,
     expert_json,
     layer_json,
-    layer_statistics,
     or_none,
 )
 from expertcut.profiling.storage import Profile, load_profile
@@ -167,7 +164,7 @@ def perturbations_json(profile: Profile, margins: list[Margin]) -> list[dict[str
 def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[str, Any]:
     if not np.array_equal(profile.array("row_N"), other.array("row_N")):
         raise ProfileError(f"{other.path} asked other questions than {profile.path}: remove it")
-    before, after = answers(profile), answers(other)
+    before, after = profile.answers, other.answers
     moved_NC = np.abs(unshuffled(other) - before.logprob_NC)
     is_there_NC = np.isfinite(moved_NC)
     moved_N = np.where(is_there_NC, moved_NC, 0).max(axis=1)
@@ -246,8 +243,7 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
     Raises:
         ProfileError: the profile is unfinished, damaged, or holds answers alone.
     """
-    layers = layer_statistics(profile)
-    is_correct_N = answers(profile).is_correct_N
+    layers, is_correct_N = profile.layers, profile.answers.is_correct_N
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in layers], axis=1)
     found = margins(profile)
     counts = count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
@@ -262,10 +258,22 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
     )
 
 
+def profile_json(profile: Profile) -> dict[str, Any]:
+    """The paper's numbers alone."""
+    ties, found = profile.near_ties(), profile.answers
+    return {
+        "questions": len(found.answer_N),
+        "accuracy": found.accuracy,
+        **({} if found.n_cut is None else {"cut_prompts": found.n_cut}),
+        "near_ties": {"questions": len(ties), "listed": ties},
+        "layers": [layer_json(layer) for layer in profile.layers],
+    }
+
+
 def findings_json(found: Findings) -> dict[str, Any]:
     """`show PROFILE --format json`."""
     tested = found.significance
-    return as_json(found.profile, found.layers) | {
+    return profile_json(found.profile) | {
         "layers": layers_json(found),
         "tests": tested.n_tests,
         "permutations": tested.permutations,

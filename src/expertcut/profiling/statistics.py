@@ -5,17 +5,32 @@ activated) is NaN here and null in JSON.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.storage import OverTokens, Profile, answer_weights, over_tokens
 
 Array = np.ndarray[Any, Any]
-NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
+
+
+@dataclass(frozen=True)
+class OverTokens:
+    """One MoE block's sums over every token, shots included, as if each prompt had run alone.
+
+    None is what the profile does not hold: it was made before the sum was there or, with
+    `residual_shift_E`, by a model whose residual stream is not known.
+    """
+
+    tokens_E: Array
+    weight_E: Array
+    norm_E: Array
+    weighted_norm_E: Array
+    votes_E: Array | None = None
+    input_shift_E: Array | None = None
+    residual_shift_E: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -77,27 +92,6 @@ class LayerStatistics:
         return int(self.is_activated_NE.any(axis=0).sum())
 
 
-def answers(profile: Profile) -> Answers:
-    """The model's answers; ties go to the first choice."""
-    logprob_NC, answer_N = profile.array("choice_logprob_NC"), profile.array("answer_N")
-    is_correct_N = logprob_NC.argmax(axis=1) == answer_N
-    return Answers(logprob_NC, answer_N, is_correct_N, profile.n_cut)
-
-
-def layer_statistics(profile: Profile) -> list[LayerStatistics]:
-    """Every MoE block's statistics, in layer order."""
-    layers = layers_of(
-        profile.info.model.blocks,
-        profile.array("alpha_NLE"),
-        profile.array("chosen_NLK"),
-        answers(profile).is_correct_N,
-    )
-    sums = zip(layers, answer_weights(profile), over_tokens(profile), strict=True)
-    return [
-        replace(layer, weight_E=weight_E, over_tokens=tokens) for layer, weight_E, tokens in sums
-    ]
-
-
 def layers_of(
     blocks: Sequence[BlockInfo],
     alpha_NLE: Array,
@@ -153,30 +147,6 @@ def entropy(p_NE: Array) -> Array:
     logs = np.log(p_NE, where=p_NE > 0, out=np.zeros_like(p_NE))
     result: Array = -(p_NE * logs).sum(axis=1)
     return result
-
-
-def near_ties(profile: Profile, subjects: Sequence[str]) -> list[dict[str, Any]]:
-    """Questions with a token, shots included, whose chosen set hangs on less than 1e-5."""
-    owns, rows = profile.array("gap_N"), profile.array("row_N")
-    names = ("gap_N", "prefix_gap", "unread_gap_N", "unread_prefix_gap")
-    gaps = [reduce(np.minimum, [c[name] for name in names if name in c]) for c in profile.chunks]
-    return [
-        {"subject": subjects[i], "row": int(rows[i]), "in_shots": bool(owns[i] >= NEAR_TIE)}
-        for i in np.flatnonzero(np.concatenate(gaps) < NEAR_TIE).tolist()
-    ]
-
-
-def as_json(profile: Profile, layers: list[LayerStatistics] | None = None) -> dict[str, Any]:
-    """The paper's numbers, of `layers` where they were computed before."""
-    ties = near_ties(profile, profile.subjects())
-    found = answers(profile)
-    return {
-        "questions": len(found.answer_N),
-        "accuracy": found.accuracy,
-        **({} if found.n_cut is None else {"cut_prompts": found.n_cut}),
-        "near_ties": {"questions": len(ties), "listed": ties},
-        "layers": [layer_json(layer) for layer in layers or layer_statistics(profile)],
-    }
 
 
 def layer_json(layer: LayerStatistics) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Collection
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import fields, replace
+from functools import cached_property, reduce, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from expertcut.documents import load_record
 from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file, write_atomically
 from expertcut.profiling.schema import NO_CHOICE, Expected, ProfileInfo, arrays_fault
+from expertcut.profiling.statistics import Answers, LayerStatistics, OverTokens, layers_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -29,6 +30,9 @@ _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
 Array = np.ndarray[Any, Any]
 CALIBRATION = "calibration"  # sums over the questions that are not held out
 IN_CALIBRATION = "calibration_N"
+NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
+Options = ParamSpec("Options")
+Derived = TypeVar("Derived")
 
 
 def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None = None) -> None:
@@ -104,6 +108,7 @@ class Profile:
         self.path = path
         self.info = info
         self.truncate = truncate or info.settings.truncate
+        self.derived: dict[Hashable, Any] = {}  # results of `once_per_profile`
 
     @property
     def missing(self) -> list[str]:
@@ -166,6 +171,61 @@ class Profile:
             chunks = [np.pad(c, w, constant_values=_PADDING[name]) for c, w in pairs]
         return np.concatenate(chunks)
 
+    @cached_property
+    def answers(self) -> Answers:
+        """The model's answers; ties go to the first choice."""
+        logprob_NC, answer_N = self.array("choice_logprob_NC"), self.array("answer_N")
+        is_correct_N = logprob_NC.argmax(axis=1) == answer_N
+        return Answers(logprob_NC, answer_N, is_correct_N, self.n_cut)
+
+    @cached_property
+    def layers(self) -> list[LayerStatistics]:
+        """Every MoE block's statistics, in layer order.
+
+        Raises:
+            ProfileError: unfinished, damaged, or only answers were kept.
+        """
+        blocks, is_correct_N = self.info.model.blocks, self.answers.is_correct_N
+        alpha_NLE, chosen_NLK = self.array("alpha_NLE"), self.array("chosen_NLK")
+        weight_NLK = self.array("weight_NLK").astype(np.float64)
+        return [
+            replace(
+                layer,
+                weight_E=np.bincount(
+                    chosen_NLK[:, layer.layer].ravel(),
+                    weight_NLK[:, layer.layer].ravel(),
+                    minlength=layer.n_experts,
+                ),
+                over_tokens=over_tokens,
+            )
+            for layer, over_tokens in zip(
+                layers_of(blocks, alpha_NLE, chosen_NLK, is_correct_N),
+                self._over_tokens(),
+                strict=True,
+            )
+        ]
+
+    def _over_tokens(self) -> list[OverTokens | None]:
+        """Every MoE block's sums; None where only the answer position was kept."""
+        blocks = self.info.model.blocks
+        sums = {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
+        if sums["tokens_E"] is None:
+            return [None] * len(blocks)
+        return [
+            OverTokens(**{k: None if v is None else v[layer, : b.experts] for k, v in sums.items()})  # type: ignore[arg-type]
+            for layer, b in enumerate(blocks)
+        ]
+
+    def near_ties(self) -> list[dict[str, Any]]:
+        """Questions with a token, shots included, whose chosen set hangs on less than 1e-5."""
+        owns, rows, subjects = self.array("gap_N"), self.array("row_N"), self.subjects()
+        names = ("gap_N", "prefix_gap", "unread_gap_N", "unread_prefix_gap")
+        gaps = [reduce(np.minimum, [c[name] for name in names if name in c]) for c in self.chunks]
+        return [
+            {"subject": subjects[i], "row": int(rows[i]), "in_shots": bool(owns[i] >= NEAR_TIE)}
+            for i in np.flatnonzero(np.concatenate(gaps) < NEAR_TIE).tolist()
+        ]
+
     @property
     def n_cut(self) -> int | None:
         """Questions whose prompts lost tokens on their left; None where none may."""
@@ -184,6 +244,22 @@ class Profile:
             len(c["row_N"]) * c[f"prefix_{name}_LE"] + c[f"question_{name}_LE"] for c in self.chunks
         ]
         return np.asarray(np.sum(sums, axis=0))
+
+
+def once_per_profile(
+    derive: Callable[Concatenate[Profile, Options], Derived], /
+) -> Callable[Concatenate[Profile, Options], Derived]:
+    """A function of a profile, computed once per profile object and other arguments."""
+
+    @wraps(derive)
+    def cached(profile: Profile, /, *args: Options.args, **kwargs: Options.kwargs) -> Derived:
+        key = (derive, args, *sorted(kwargs.items()))
+        if key not in profile.derived:
+            profile.derived[key] = derive(profile, *args, **kwargs)
+        result: Derived = profile.derived[key]
+        return result
+
+    return cached
 
 
 def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
@@ -211,47 +287,6 @@ def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = No
         state = f"holds {len(found)} unfinished" if found else "holds no"
         raise ProfileError(f"{root}/ {state} profile: run `expertcut profile` or name --profile")
     return max(finished, key=lambda pair: pair[0])[1]
-
-
-@dataclass(frozen=True)
-class OverTokens:
-    """One MoE block's sums over every token, shots included, as if each prompt had run alone.
-
-    None is what the profile does not hold: it was made before the sum was there or, with
-    `residual_shift_E`, by a model whose residual stream is not known.
-    """
-
-    tokens_E: Array
-    weight_E: Array
-    norm_E: Array
-    weighted_norm_E: Array
-    votes_E: Array | None = None
-    input_shift_E: Array | None = None
-    residual_shift_E: Array | None = None
-
-
-def over_tokens(profile: Profile) -> list[OverTokens | None]:
-    """Every MoE block's, in layer order; None where only the answer position was kept."""
-    blocks = profile.info.model.blocks
-    sums = {f.name: profile.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
-    if sums["tokens_E"] is None:
-        return [None] * len(blocks)
-    return [
-        OverTokens(**{k: None if v is None else v[layer, : b.experts] for k, v in sums.items()})  # type: ignore[arg-type]
-        for layer, b in enumerate(blocks)
-    ]
-
-
-def answer_weights(profile: Profile) -> list[Array]:
-    """Σ gate weight (E,) over the questions that chose each expert, per MoE block."""
-    weight_NLK = profile.array("weight_NLK").astype(np.float64)
-    chosen_NLK = profile.array("chosen_NLK").astype(np.int64)
-    return [
-        np.bincount(
-            chosen_NLK[:, layer].ravel(), weight_NLK[:, layer].ravel(), minlength=block.experts
-        )
-        for layer, block in enumerate(profile.info.model.blocks)
-    ]
 
 
 def largest_values(profile: Profile) -> list[Array] | None:
