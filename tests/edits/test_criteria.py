@@ -28,8 +28,8 @@ from expertcut.edits.plan import Positions
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
+from expertcut.profiling.recorder import borda_points, shift
 from expertcut.profiling.storage import Profile, load_profile
-from expertcut.profiling.token_sums import borda_points, shift
 from expertcut.scoring.engine import Engine
 from tests.conftest import FAMILIES, LETTERS, make_tokenizer, open_model, write_quiz
 from tests.profiling.test_profile import profiled

@@ -303,7 +303,7 @@ def test_permutations_move_answers_within_their_subjects_alone(found: Findings):
 
 
 def test_chance_raises_an_alarm_no_more_often_than_it_says(found: Findings):
-    # Issue 4, check 4: at 5 % at most 18 of 200, which a true 5 % stays below in 99 % of runs.
+    # At 5 % at most 18 of 200, which a true 5 % stays below in 99 % of runs.
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in found.layers], axis=1)
     is_correct_N = found.profile.answers.is_correct_N
     p_family, n_unadjusted = [], 0

@@ -1,4 +1,4 @@
-"""Issue 4, check 4: an expert that was broken on purpose is the first suspect."""
+"""An expert that was broken on purpose is the first suspect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

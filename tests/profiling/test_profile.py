@@ -33,7 +33,7 @@ def profiled(path: Path, quiz: Quiz, folder: Path, **options: object) -> Profile
 
 
 class BruteForce:
-    """Everything of design §5, by full forward passes and hooks written here alone."""
+    """Every statistic of a profile, by full forward passes and hooks of this file alone."""
 
     def __init__(self, moe: MoeModel, quiz: Quiz, scoring: str) -> None:
         self.moe, self.scoring = moe, scoring

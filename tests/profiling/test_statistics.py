@@ -81,7 +81,7 @@ def test_the_sizes_in_the_docs_are_those_of_chunks(
 
 
 class Naive:
-    """Design §5 read aloud, for one layer: a loop over questions, plain floats."""
+    """The statistics of one layer: a loop over questions, plain floats."""
 
     def __init__(self, chunks: list[Arrays], layer: int, n_experts: int) -> None:
         self.n_experts = n_experts

@@ -363,7 +363,7 @@ def difference(records: QuestionOutcomes) -> Array:
     """How much better its questions go than others of their subjects.
 
     The z of Cochran, Mantel and Haenszel, not the raw difference, which is largest where there
-    are few questions (design: §8).
+    are few questions.
     """
     return z_scores(records.counts)
 

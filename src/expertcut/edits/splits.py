@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
-from expertcut.data.held_out import (
+from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
+from expertcut.data.sources import (
     HELD_OUT_SHARE,
     JUDGING,
     fifth_of,
@@ -15,7 +16,6 @@ from expertcut.data.held_out import (
     is_one_set,
     other_split,
 )
-from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
 from expertcut.edits.plan import (
     PLAN_FILE,
     ChosenOn,

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from expertcut.errors import ModelError
-from expertcut.files import wide_encoding
+from expertcut.files import parse_json, wide_encoding
 
 _MAX_CONFIG_BYTES = 10_000_000  # those of models are a thousandth of it
 _MIN_BRACKETS = 1000  # small files may be odd
@@ -73,24 +72,15 @@ def parse(content: bytes) -> dict[str, Any]:
     """A JSON object of a header or an index.
 
     Raises:
-        RecursionError: it is nested too deeply.
-        ValueError: anything else, or a name that stands in it twice.
+        ValueError: anything else, as `parse_json`.
     """
     # Each empty list of two bytes takes 64 of memory; tensors have 17 and more bytes a bracket.
     if content.count(b"[") + content.count(b"{") > _MIN_BRACKETS + len(content) // 8:
         raise ValueError("more lists and objects than there can be tensors")
-    value = json.loads(content.decode("utf-8"), object_pairs_hook=_distinct)
+    value = parse_json(content)
     if not isinstance(value, dict):
         raise ValueError(f"found a {type(value).__name__}")
     return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name[:_MAX_LINE]} stands in it twice")
-    return found
 
 
 def check_folder(folder: Path) -> None:

@@ -7,8 +7,6 @@ stranger's, so it runs without `--trust-remote-code`.
 
 import hashlib
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from expertcut.errors import ContractError, ModelError, SettingsError
@@ -27,9 +24,9 @@ from expertcut.models.checkpoint_dir import (
     refuse_pickles,
     stamp,
 )
+from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.find_blocks import check_family, find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
-from expertcut.models.memory import free_bytes
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import (
     INDEX_FILE,
@@ -58,8 +55,6 @@ from expertcut.models.validate import (
     translate_errors,
 )
 
-_DEVICE = re.compile(r"cpu|[0-9]{1,4}")
-_SIZE = re.compile(r"[0-9]{1,18}|[0-9]{1,9}([.][0-9]{1,9})? ?[KMGT]i?B", re.I)
 MODELLING_FILE = "modeling_exact.py"
 # SHA-256 of the files in checkpoints whose constants are called `experts.<id>.approx_value`.
 _EARLIER_FILES = frozenset(
@@ -78,89 +73,6 @@ _MODELS: Any = AutoModelForCausalLM  # whose types know nothing of loading info
 _PROBE_TOKENS = 16
 _ALIGNMENT_BYTES = 64  # what torch gives to new tensors
 _MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
-
-
-def find_device(name: str) -> torch.device:
-    """The device of an option; of several CUDA devices each local process takes its own.
-
-    Raises:
-        SettingsError: it is not to be had.
-    """
-    try:
-        device = torch.device(own_device(name))
-        if device.type == "meta":
-            raise SettingsError(f"--device {name} holds no weights: take cpu or cuda")
-        torch.empty(0, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"--device {name} is not to be had: {error}") from None
-    return device
-
-
-def own_device(name: str) -> str:
-    """An option spelled out: `cuda` becomes the device of this process among those of its host."""
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    n_devices = torch.cuda.device_count() if kind == "cuda" else 0
-    # A launcher may show each process its own device only, which is then number 0.
-    return f"cuda:{_local_rank() % n_devices}" if n_devices else kind
-
-
-def _local_rank() -> int:
-    """Which of the processes on this host, as torchrun, accelerate or Slurm say it."""
-    found = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
-    return int(next((rank for rank in found if rank), 0))
-
-
-def spread(
-    device: str, device_map: str | None, max_memory: str | None, offload: Path | None
-) -> Any:
-    """Arguments of `from_pretrained` that put a model on more than one device; none without a map.
-
-    Raises:
-        SettingsError: options that do not go together.
-    """
-    if device_map is None:
-        if max_memory or offload:
-            raise SettingsError("--max-memory and --offload say how to spread: add --device-map")
-        return {}
-    if device_map != "auto":
-        raise SettingsError(f"--device-map {device_map} is unknown: it can be auto")
-    if device != "auto":
-        raise SettingsError(f"--device-map auto chooses devices: leave out --device {device}")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise SettingsError(
-            "--device-map auto gives one process all devices of its host: start one process a host"
-        )
-    limits = {} if max_memory is None else {"max_memory": _limits(max_memory)}
-    folder = {} if offload is None else {"offload_folder": str(offload)}
-    return {"device_map": "auto", **limits, **folder}
-
-
-def _limits(text: str) -> dict[int | str, str | int]:
-    """From `0=20GiB,cpu=60GiB`; what is not named is not used."""
-    limits: dict[int | str, str | int] = {}
-    for part in text.split(","):
-        where, _, size = (piece.strip() for piece in part.partition("="))
-        if not _DEVICE.fullmatch(where) or not _SIZE.fullmatch(size):
-            raise SettingsError(f"--max-memory {text}: must be like 0=20GiB,cpu=60GiB")
-        limits[where if where == "cpu" else int(where)] = int(size) if size.isdigit() else size
-    return limits
-
-
-def runs_on(module: nn.Module) -> torch.device:
-    """Where a module computes, also if its weights come there only for that."""
-    device = next(module.parameters()).device
-    if device.type != "meta":
-        return device
-    hook: Any = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    return torch.device(next(h.execution_device for h in hooks if hasattr(h, "execution_device")))
-
-
-def is_on_several(model: Any) -> bool:
-    """Whether it is spread over more than one place."""
-    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 def modelling_code() -> bytes:

@@ -140,7 +140,7 @@ def read_index(folder: Path) -> dict[str, str]:
     try:
         check_size(file, _MAX_INDEX_BYTES)
         content = parse(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(file, f"it is no JSON object ({error})") from None
     if not isinstance(metadata := content.get("metadata"), dict):
         # Nothing here reads it, but transformers fails without, and blames other files.
@@ -205,7 +205,7 @@ def read_file(file: Path) -> Stored:
         raise ModelError(f"{file} is missing, but the index names it: download it again") from None
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(file, f"its header is no JSON object ({error})") from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

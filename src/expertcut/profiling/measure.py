@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
-from expertcut.data.held_out import is_one_set
+from expertcut.data.sources import is_one_set
 from expertcut.errors import QuizError, SettingsError
 from expertcut.models.checkpoint_dir import absolute_id
-from expertcut.models.load import LoadOptions, MoeModel, Source, is_on_several, load
+from expertcut.models.devices import is_on_several
+from expertcut.models.load import LoadOptions, MoeModel, Source, load
 from expertcut.profiling.findings import KINDS, Kind, perturbed_folder
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.schema import (

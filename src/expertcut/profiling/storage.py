@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from expertcut.data import Question, Quiz, Truncate
-from expertcut.data.held_out import is_held_out
+from expertcut.data.sources import is_held_out
 from expertcut.documents import load_record
 from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file, write_atomically

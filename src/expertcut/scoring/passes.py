@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expertcut.errors import ModelError
+from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.models.hooks import own_forward, replaced_forward
 from expertcut.models.load import MoeModel
-from expertcut.models.memory import give_back, is_out_of_memory
 from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring.attention import Prefix, Split, attending
 from expertcut.scoring.packing import (
@@ -30,6 +30,7 @@ from expertcut.scoring.packing import (
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
 _NUMBERED = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\.[^.]+")
+_IN_LIST = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
 OnPass = Callable[[Pass], None]
 Attention = Literal["split", "masked"]
 
@@ -310,3 +311,83 @@ class Run:
             return mask
         lowest = torch.finfo(self.moe.dtype).min
         return torch.zeros_like(mask, dtype=self.moe.dtype).masked_fill_(~mask, lowest)
+
+
+class Replay:
+    """Keeps what decoder layers gave in a first run, and starts later runs from there.
+
+    Runs must consist of the same passes in the same order. As many layers are kept as fit in
+    `budget_bytes`, the deepest first; where none is, `starting_at` runs everything.
+    """
+
+    def __init__(
+        self, model: Any, blocks: Sequence[MoeBlock], n_tokens: int, budget_bytes: int
+    ) -> None:
+        self.decoder_of = _decoder_layers(blocks)
+        self.decoders = _decoders(model, blocks) if self.decoder_of else []
+        self.outputs: dict[int, list[Any]] = {}
+        numbers = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
+        weight = model.get_input_embeddings().weight
+        n_kept = budget_bytes // (n_tokens * weight.shape[1] * weight.element_size())
+        self.starts = tuple(numbers[:n_kept])
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keeps what comes into the layers that later runs may start at."""
+        with ExitStack() as stack:
+            for number in self.starts:
+                self.outputs[number] = []
+                handle = self.decoders[number - 1].register_forward_hook(
+                    lambda _module, _args, output, kept=self.outputs[number]: kept.append(output)
+                )
+                stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def starting_at(self, layer: int) -> Iterator[None]:
+        """Runs from this MoE block's decoder layer on, or from an earlier one that was kept."""
+        number = max((n for n in self.starts if n <= self.decoder_of[layer]), default=0)
+        kept = _Kept(self.outputs.get(number, []))
+        with ExitStack() as stack:
+            for module in self.decoders[:number]:
+                is_last = module is self.decoders[number - 1]
+                forward = kept.next if is_last else kept.peek
+                stack.enter_context(replaced_forward(module, forward))
+            yield
+
+    def forget(self) -> None:
+        """Later runs run everything."""
+        self.starts, self.outputs = (), {}
+
+
+class _Kept:
+    """One layer's outputs, pass by pass, in place of a forward."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self.outputs = outputs
+        self.position = 0
+
+    def peek(self, *_args: Any, **_kwargs: Any) -> Any:
+        """The current pass's; what is not the last layer's is read by nobody."""
+        return self.outputs[self.position]
+
+    def next(self, *_args: Any, **_kwargs: Any) -> Any:
+        """The current pass's, which ends it."""
+        self.position += 1
+        return self.outputs[self.position - 1]
+
+
+def _decoder_layers(blocks: Sequence[MoeBlock]) -> dict[int, int]:
+    """The decoder layer of each MoE block; nothing where names do not tell."""
+    matches = [_IN_LIST.fullmatch(block.name) for block in blocks]
+    lists = {match["list"] for match in matches if match}
+    if None in matches or len(lists) != 1:
+        return {}
+    return {b.layer: int(m["number"]) for b, m in zip(blocks, matches, strict=True) if m}
+
+
+def _decoders(model: nn.Module, blocks: Sequence[MoeBlock]) -> list[nn.Module]:
+    match = _IN_LIST.fullmatch(blocks[0].name)
+    assert match is not None
+    layers = model.get_submodule(match["list"])
+    return [layer for _, layer in sorted(layers.named_children(), key=lambda item: int(item[0]))]

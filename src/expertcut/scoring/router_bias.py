@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from expertcut.models.hooks import (
     route,
 )
 from expertcut.models.moe_block import MoeBlock
-
-if TYPE_CHECKING:
-    from expertcut.scoring.packing import Pass
+from expertcut.scoring.packing import Pass
 
 ApplyAt = Literal["answer", "all"]  # at which tokens a bias acts
 
