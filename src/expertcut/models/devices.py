@@ -16,8 +16,8 @@ from torch import nn
 
 from expertcut.errors import SettingsError
 
-# torch's allocator; what C++ throws; the system; oneDNN, which does not say why; cuBLAS.
-_WORDS = (
+# torch's allocator, C++, the system, oneDNN (which gives no reason), cuBLAS.
+_OUT_OF_MEMORY = (
     *("DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory"),
     *("could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
@@ -28,10 +28,10 @@ _SIZE = re.compile(r"[0-9]{1,18}|[0-9]{1,9}([.][0-9]{1,9})? ?[KMGT]i?B", re.I)
 
 
 def find_device(name: str) -> torch.device:
-    """The device of an option; of several CUDA devices each local process takes its own.
+    """The device of `--device`; each local process takes its own CUDA device.
 
     Raises:
-        SettingsError: it is not to be had.
+        SettingsError: not available.
     """
     try:
         device = torch.device(own_device(name))
@@ -46,26 +46,26 @@ def find_device(name: str) -> torch.device:
 
 
 def own_device(name: str) -> str:
-    """An option spelled out: `cuda` becomes the device of this process among those of its host."""
+    """The full name of a device: `cuda` becomes that of this process on its host."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     n_devices = torch.cuda.device_count() if kind == "cuda" else 0
-    # A launcher may show each process its own device only, which is then number 0.
+    # A launcher may show each process only its own device, number 0.
     return f"cuda:{_local_rank() % n_devices}" if n_devices else kind
 
 
 def _local_rank() -> int:
-    """Which of the processes on this host, as torchrun, accelerate or Slurm say it."""
-    found = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
-    return int(next((rank for rank in found if rank), 0))
+    """The rank among the processes of this host, from torchrun, accelerate or Slurm."""
+    ranks = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return int(next(filter(None, ranks), 0))
 
 
 def spread(
     device: str, device_map: str | None, max_memory: str | None, offload: Path | None
 ) -> Any:
-    """Arguments of `from_pretrained` that put a model on more than one device; none without a map.
+    """Arguments of `from_pretrained` that spread a model over devices; none without a map.
 
     Raises:
-        SettingsError: options that do not go together.
+        SettingsError: invalid or conflicting options.
     """
     if device_map is None:
         if max_memory or offload:
@@ -85,7 +85,7 @@ def spread(
 
 
 def _limits(text: str) -> dict[int | str, str | int]:
-    """From `0=20GiB,cpu=60GiB`; what is not named is not used."""
+    """Parses `0=20GiB,cpu=60GiB`; other devices are not used."""
     limits: dict[int | str, str | int] = {}
     for part in text.split(","):
         where, _, size = (piece.strip() for piece in part.partition("="))
@@ -96,7 +96,7 @@ def _limits(text: str) -> dict[int | str, str | int]:
 
 
 def runs_on(module: nn.Module) -> torch.device:
-    """Where a module computes, also if its weights come there only for that."""
+    """The device that a module runs on, also if its weights are offloaded."""
     device = next(module.parameters()).device
     if device.type != "meta":
         return device
@@ -106,12 +106,12 @@ def runs_on(module: nn.Module) -> torch.device:
 
 
 def is_on_several(model: Any) -> bool:
-    """Whether it is spread over more than one place."""
+    """Whether the model is spread over several devices."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on a device; on a CPU also within cgroup limits and `ulimit -v`."""
+    """Free memory of a device; on a CPU within cgroup limits and `ulimit -v`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = (psutil.virtual_memory().available, *_within_cgroups(), *_within_address_space())
@@ -129,7 +129,7 @@ def _within_address_space() -> Iterator[int]:
 
 
 def _within_cgroups() -> Iterator[int]:
-    """For each group that holds this process and has a limit: what is left, file cache included."""
+    """What is left in each limited cgroup of this process, file cache included."""
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
@@ -147,24 +147,23 @@ def _within_cgroups() -> Iterator[int]:
         for group in (folder, *folder.parents):
             if not group.is_relative_to(root):
                 break
-            with suppress(OSError, ValueError):  # not there, not readable, or "max"
+            with suppress(OSError, ValueError):  # missing, unreadable, or "max"
                 left = int((group / limit).read_text()) - int((group / usage).read_text())
                 stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
                 yield left + int(stat.get(cache, 0))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says so, in one of their ways."""
+    """Whether an error means out of memory, in torch, C++, oneDNN or CUDA."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def give_back() -> None:
-    """Lets go of a failed pass, and gives the system what the C library keeps of it for later.
+    """Frees the memory of a failed pass, also what the C library keeps for later.
 
-    Addresses stay taken: where these are what ended, oneDNN, which asks the system itself, may find
-    nothing for the smallest pass.
+    The address space stays allocated: under `ulimit -v`, oneDNN may fail on the smallest pass.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -173,6 +172,6 @@ def give_back() -> None:
 
 
 def trim() -> None:
-    """Gives the system what the C library keeps of freed memory for later."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library, or another system
+    """Returns freed memory that the C library keeps to the system."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library or system
         ctypes.CDLL(None).malloc_trim(0)
