@@ -115,7 +115,7 @@ def test_where_the_kernel_reads_beyond_shared_keys_each_head_gets_its_own(
         n_heads.append((query.shape[1], key.shape[1]))
         return flash(query, key, *rest, **more)
 
-    monkeypatch.setattr(attention, "_TAKES_SHARED_KEYS", False)
+    monkeypatch.setattr(attention, "_SUPPORTS_GROUPED_QUERIES", False)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", watched)
     own_NC = engine.score(chunk)
     assert set(n_heads) == {(4, 4)}

@@ -1,8 +1,7 @@
-"""From a folder or a hub id to a model whose experts can be watched and whose bytes are known.
+"""Loads models: from a folder or hub id to a checked source and a model with its MoE blocks.
 
-The one modelling file that checkpoints of layout `exact` carry, and how it is known again. What is
-byte for byte the file of this package, or of an earlier version of it, is our own code and no
-stranger's, so it runs without `--trust-remote-code`.
+The modelling file in checkpoints of layout `exact` runs without `--trust-remote-code` if it equals,
+byte for byte, that of this package or of an earlier version.
 """
 
 import hashlib
@@ -56,32 +55,32 @@ from expertcut.models.validate import (
 )
 
 MODELLING_FILE = "modeling_exact.py"
-# SHA-256 of the files in checkpoints whose constants are called `experts.<id>.approx_value`.
+# SHA-256 of earlier files, whose constants are called `experts.<id>.approx_value`.
 _EARLIER_FILES = frozenset(
     {
         "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
         "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
     }
 )
-_WEIGHTS = "transformers_weights"  # names the file of the weights, in transformers 5
+_WEIGHTS = "transformers_weights"  # names the weights file, in transformers 5
 _IMPLEMENTATIONS = (
     *("attn_implementation", "_attn_implementation"),
     *("experts_implementation", "_experts_implementation"),
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
-_MODELS: Any = AutoModelForCausalLM  # whose types know nothing of loading info
+_MODELS: Any = AutoModelForCausalLM  # its types lack output_loading_info
 _PROBE_TOKENS = 16
-_ALIGNMENT_BYTES = 64  # what torch gives to new tensors
-_MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
+_ALIGNMENT_BYTES = 64  # of new tensors of torch
+_MEMORY_PER_WEIGHT_BYTE = 1.25  # with overhead of loading and running
 
 
 def modelling_code() -> bytes:
-    """The file that goes into the checkpoint."""
+    """The content of the modelling file."""
     return Path(__file__).with_name(MODELLING_FILE).read_bytes()
 
 
 def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether all code that config.json asks for is a modelling file of this package."""
+    """Whether all code that config.json names is the modelling file of this package."""
     named = config.get("auto_map")
     if not isinstance(named, dict) or not named:
         return False
@@ -97,12 +96,12 @@ def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def check_named(folder: Path, config: dict[str, Any]) -> None:
-    """That config.json names no other weights than those that are checked, and no kernels.
+    """Refuses other weights files and kernels in config.json.
 
-    Kernels are code that transformers would fetch from the Hub and run without being asked.
+    transformers would download kernels from the Hub and run them without asking.
 
     Raises:
-        ModelError: it does.
+        ModelError: it names some.
     """
     file, weights = folder / "config.json", config.get(_WEIGHTS)
     if weights not in (None, SINGLE_FILE, INDEX_FILE):
@@ -120,7 +119,7 @@ def check_named(folder: Path, config: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on this machine: where it lies, what it was asked for as, and its revision."""
+    """A checkpoint on this machine: the id or path given, its folder and its revision."""
 
     id: str
     path: Path
@@ -128,7 +127,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The last part of the id, for naming outputs."""
+        """The last part of the id, for names of outputs."""
         return Path(self.id).resolve().name if self.revision is None else self.id.split("/")[-1]
 
     @property
@@ -138,15 +137,15 @@ class Source:
 
     @property
     def even_quantized(self) -> Stored:
-        """What lies in the weight files, parsed again only after a file changed.
+        """The headers, quantized weights included; parsed again only after a file changed.
 
         Raises:
-            ModelError: a header or index that does not hold together.
+            ModelError: an invalid header or index.
         """
         try:
             stamps = [stamp(file) for file in (*self.weight_files, *self.path.glob(INDEX_FILE))]
         except OSError:
-            return read_even_quantized(self.path)  # which says what is wrong
+            return read_even_quantized(self.path)  # raises the error
         known: tuple[list[tuple[object, ...]], Stored] | None = self.__dict__.get("_stored")
         if known is None or known[0] != stamps:
             known = stamps, read_even_quantized(self.path)
@@ -155,10 +154,10 @@ class Source:
 
     @property
     def stored(self) -> Stored:
-        """The same of weights that are not quantized.
+        """The headers of unquantized weights.
 
         Raises:
-            ModelError: quantized weights, or as `even_quantized`.
+            ModelError: quantized weights, or an invalid header or index.
         """
         stored = self.even_quantized
         refuse_quantized(self.path, stored)
@@ -166,24 +165,22 @@ class Source:
 
     @property
     def headers(self) -> Mapping[str, StoredTensor]:
-        """The tensors of `stored` by name, in the order in which they lie on disk."""
+        """The tensors of `stored` by name, in file order."""
         return self.stored.tensors
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights.
-
-        Files that did not change are hashed once in a process.
+        """SHA-256 over config.json (as parsed JSON) and every byte of the weights.
 
         Raises:
-            ModelError: a file that cannot be read.
+            ModelError: a file cannot be read.
         """
         return fingerprint_of(self.path)
 
     def expert_axes(self, names: Sequence[str]) -> Mapping[str, tuple[str, int]]:
-        """By name on disk, the parameter that a tensor becomes, and its axis of experts.
+        """By name on disk: the parameter that a tensor becomes, and its axis of experts.
 
-        Those of `names` that have one and are not stacked with others while loading.
+        Tensors without such an axis, or stacked with others in loading, are left out.
         """
         known: dict[tuple[str, ...], Mapping[str, tuple[str, int]]]
         known = self.__dict__.setdefault("_expert_axes", {})
@@ -196,11 +193,11 @@ class Source:
 
 
 def find_source(model: str, revision: str | None = None) -> Source:
-    """The checkpoint's folder; a hub id is downloaded, safetensors only, or read from the cache.
+    """Finds and checks a checkpoint; a hub id is downloaded or read from the cache.
 
     Raises:
         ModelError: no such folder or repository, no config, not a MoE model, no safetensors, or
-            files that do not hold together or lead elsewhere.
+            damaged files or links to other places.
     """
     path = Path(model)
     if path.is_dir():
@@ -250,12 +247,11 @@ def _download(model: str, revision: str | None) -> Path:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load: the options shared by every command that runs a model.
+    """The options of every command that loads a model.
 
-    `dtype` `stored` is the checkpoint's own, `auto` is float32 on CPU and `stored` elsewhere;
-    `device` `auto` is CUDA where there is one. `device_map` `auto` spreads the model over all
-    devices and the CPU, within `max_memory` (`0=20GiB,cpu=60GiB`), and what fits in none is read
-    from the folder `offload`.
+    `dtype` `stored` is that of the checkpoint, `auto` is float32 on a CPU and `stored` elsewhere.
+    `device` `auto` is CUDA if available. `device_map` `auto` spreads the model over all devices and
+    the CPU within `max_memory` (`0=20GiB,cpu=60GiB`); the rest goes to the folder `offload`.
     """
 
     dtype: str = "auto"
@@ -268,7 +264,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class MoeModel:
-    """A loaded model, its tokenizer, its MoE blocks, and the checkpoint it came from."""
+    """A loaded model with its tokenizer, MoE blocks and source."""
 
     source: Source
     model: Any
@@ -277,27 +273,27 @@ class MoeModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype that it computes in."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs go."""
+        """The device of its inputs."""
         return runs_on(self.model.get_input_embeddings())
 
 
 def load(source: Source, options: LoadOptions) -> MoeModel:
-    """The model in eval mode, without gradients, experts run in a reproducible way.
+    """Loads a model in eval mode, without gradients, with reproducible kernels.
 
     Raises:
-        ModelError: weights or tokenizer that do not fit config.json.
+        ModelError: weights or tokenizer do not fit config.json.
     """
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, trusting = _checked_config(source, options)
     tokenizer = _tokenizer(source, options)
-    # The config has been tried without weights by now, so a fault here may be of any file.
+    # The config was tested without weights before, so an error here may be in any file.
     with translate_errors("AutoModelForCausalLM", source.path):
         model, info = _MODELS.from_pretrained(
             source.path,
@@ -308,7 +304,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
-            # Nothing is generated here; without it, transformers runs custom_generate/generate.py.
+            # Without it, transformers would run custom_generate/generate.py.
             generation_config=GenerationConfig(),
             **spreading,
         )
@@ -317,7 +313,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     model = (model if spreading else model.to(device)).eval().requires_grad_(False)
     set_attention(model)
     if runs_on(model.get_input_embeddings()).type == "cpu":
-        # The loop that statistics watch too, so they change no bit.
+        # The loop that statistics observe too, so they change no bit.
         model.set_experts_implementation(BY_EXPERT)
         use_faster_products(model, routers(model))
         _align(model)
@@ -326,10 +322,9 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
 
 
 def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOptions]:
-    """The config, held against the weights, and the options to load the model with.
+    """The config, checked against the weights, and the load options.
 
-    The modelling file of this package is trusted without being asked for. What other code that the
-    user trusts makes of the config is not checked.
+    The modelling file of this package is trusted. A config of other trusted code is not checked.
     """
     folder, raw = source.path, read_config(source.path)
     check_named(folder, raw)
@@ -379,7 +374,7 @@ def _check_complete(source: Source, info: dict[str, Any], *, is_trusted: bool) -
 
 
 def fits_in_memory(source: Source, options: LoadOptions) -> bool:
-    """Whether the weights, in the dtype that they will have, fit in what is free on the device."""
+    """Whether the weights, in their dtype after loading, fit in the free memory of the device."""
     device = find_device(options.device)
     dtype = _dtype(options.dtype, device)
     n_values = n_bytes = 0
@@ -394,10 +389,10 @@ def fits_in_memory(source: Source, options: LoadOptions) -> bool:
 
 
 def _align(model: Any) -> None:
-    """Moves weights that lie in memory as they lie in a file, at whatever address.
+    """Copies weights at unaligned addresses of a mapped file.
 
-    Matrix products choose another order of summing for addresses that are not aligned, so the last
-    bits would depend on how the checkpoint's files are laid out.
+    Matrix products sum in another order at unaligned addresses, so the last bits would depend on
+    the layout of the files.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() % _ALIGNMENT_BYTES:
@@ -405,7 +400,7 @@ def _align(model: Any) -> None:
 
 
 def set_attention(model: Any) -> None:
-    """Sdpa where the model has it, else eager: the two whose masks the engine knows."""
+    """Selects sdpa, or else eager: the engine knows the masks of these two."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
         try:
             model.set_attn_implementation("sdpa")
