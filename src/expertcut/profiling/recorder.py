@@ -1,4 +1,4 @@
-"""Records what a profile stores of one chunk's forward passes."""
+"""Records what a profile stores of a chunk: routing at answers, and sums over all tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,21 +26,19 @@ from expertcut.scoring.engine import advice
 from expertcut.scoring.packing import Pass
 
 PARTS = ("prefix", "question")
-INPUT = "input_shift"  # only where experts give what is as wide as the block's input
-RESIDUAL = "residual_shift"  # and only where a model's residual stream is known
-# What each is, docs/formats.md says.
+INPUT = "input_shift"  # only if experts have the width of the block's input
+RESIDUAL = "residual_shift"  # only if the residual stream is known
+# Defined in docs/formats.md.
 NAMES = ("tokens", "weight", "norm", "weighted_norm", "votes", INPUT, RESIDUAL)
 
 
 def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
-    """That all that was recorded per layer is finite.
-
-    Of the last block's other tokens no answer tells.
+    """Checks that all per-layer records are finite; answers do not depend on all of them.
 
     Raises:
-        ModelError: naming the first layer where something is not.
+        ModelError: naming the first layer with a non-finite value.
     """
-    bad = {name: found for name, array in arrays.items() if (found := _layers(name, array))}
+    bad = {name: layers for name, array in arrays.items() if (layers := _bad_layers(name, array))}
     if not bad:
         return
     name = min(bad, key=lambda name: min(bad[name]))
@@ -51,8 +49,8 @@ def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
     )
 
 
-def _layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
-    """The layers in which an array whose name ends in its axes holds NaN or infinity."""
+def _bad_layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
+    """The layers of an array that hold NaN or infinity; its name ends in its axes."""
     axes = name.rpartition("_")[2]
     if "L" not in axes or array.dtype.kind != "f" or np.isfinite(array).all():
         return []
@@ -60,10 +58,10 @@ def _layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
 
 
 class Recorder:
-    """One chunk's records; `stats` `answer` leaves the all-token sums out, `none` everything.
+    """The records of one chunk; `stats` `answer` is without all-token sums, `none` is empty.
 
-    All-token sums are kept apart for the shared prefix, which ran once for the whole chunk, and
-    for the questions' own tokens; of these once more for the questions that are `in_calibration`.
+    All-token sums are separate for the shared prefix, which runs once per chunk, and the tokens of
+    the questions; of the latter also over the questions `in_calibration`.
     """
 
     def __init__(
@@ -89,14 +87,14 @@ class Recorder:
         self.weight_NLK = torch.zeros(n_questions, n_layers, top_k, device=device)
         self.gap_N = torch.full((n_questions,), torch.inf, device=device)
         self.prefix_gap = torch.full((1,), torch.inf, device=device)
-        # The last block's other tokens, which no answer depends on, are kept apart.
+        # Separate for the last block's other tokens, which no answer depends on.
         self.unread_gap_N = self.gap_N.clone()
         self.unread_prefix_gap = self.prefix_gap.clone()
         self.before: list[Tensor] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hooks the model's routers, and its experts where all tokens are wanted."""
+        """Hooks the routers, and for all-token sums the experts."""
         with ExitStack() as stack:
             if self.stats != "none":
                 stack.enter_context(observe_routers(self.blocks, self._route))
@@ -108,7 +106,7 @@ class Recorder:
             yield
 
     def begin(self, step: Pass) -> None:
-        """Says whose tokens the coming forward pass holds."""
+        """Called before each forward pass."""
         device = self.alpha_NLE.device
         self.questions_N = torch.tensor(step.questions, dtype=torch.long, device=device)
         self.answers_N: Tensor | None = step.answers_N.to(device)
@@ -121,16 +119,16 @@ class Recorder:
         self.before = [tensor.clone() for tensor in self._added()]
 
     def undo(self, _step: Pass) -> None:
-        """Forgets what was seen since the pass began."""
+        """Reverts the sums of the current pass."""
         for tensor, before in zip(self._added(), self.before, strict=True):
             tensor.copy_(before)
 
     def on_rows(self, rows_M: Tensor, is_read: bool) -> None:
-        """Says that the pass goes on with these of its tokens only."""
+        """Continues the pass with these of its tokens only."""
         if self.stats == "none":
             return
         rows_M = rows_M.to(self.alpha_NLE.device)
-        if is_read:  # then they are the answers; the others come after them
+        if is_read:  # the answers; the others follow
             self.all_T = self.question_T, self.valid_T
             self.answers_N = torch.arange(len(rows_M), device=rows_M.device)
         else:
@@ -143,12 +141,12 @@ class Recorder:
         self._mark_calibration()
 
     def _mark_calibration(self) -> None:
-        """Says which of the pass's tokens are of questions that are not held out."""
+        """Marks the tokens of questions that are not held out."""
         if self.in_calibration_N is not None and not self.is_prefix:
             self.tokens.in_calibration_T = self.in_calibration_N[self.question_T]
 
     def _added(self) -> list[Tensor]:
-        """What a pass adds to; the rest it writes."""
+        """The tensors that a pass adds to."""
         if self.stats == "none":
             return []
         gaps = [self.gap_N, self.unread_gap_N]
@@ -176,7 +174,7 @@ class Recorder:
         self.tokens.expert(call, self.valid_T)
 
     def _note_gaps(self, gap_T: Tensor) -> None:
-        """Keeps how close the prefix and each question came to another choice of experts."""
+        """Keeps the smallest distance to another choice of experts, of prefix and questions."""
         if self.valid_T is not None:
             gap_T = gap_T.where(self.valid_T, torch.inf)
         gap_N, prefix_gap = self.gaps
@@ -186,11 +184,7 @@ class Recorder:
             gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
 
     def arrays(self) -> Arrays:
-        """The chunk's tensors by their names on disk.
-
-        Raises:
-            ModelError: a router or an expert gave what is no number.
-        """
+        """The arrays of the chunk by their names on disk."""
         if self.stats == "none":
             return {}
         kept = {
@@ -229,9 +223,9 @@ class Recorder:
 
 
 def _factors(blocks: Sequence[MoeBlock]) -> dict[int, tuple[float, float]]:
-    """By layer what the sum of its experts counts times, beside the block's input and the stream.
+    """The factors of the experts' sum by layer, relative to the block's input and the stream.
 
-    Where a block norms that sum, what it gave before.
+    A block that norms the sum has factor 1: the sum before the norm counts.
     """
     return {
         b.layer: (
@@ -243,7 +237,7 @@ def _factors(blocks: Sequence[MoeBlock]) -> dict[int, tuple[float, float]]:
 
 
 def _on(routing: Routing, device: torch.device) -> Routing:
-    """The same on the recorder's device, for blocks may run on several."""
+    """The routing on the recorder's device."""
     moved: dict[str, Any] = {
         k: v.to(device) for k, v in vars(routing).items() if isinstance(v, torch.Tensor)
     }
@@ -251,9 +245,9 @@ def _on(routing: Routing, device: torch.device) -> Routing:
 
 
 def borda_points(weighted_TE: Tensor, experts_TK: Tensor) -> Tensor:
-    """Points (T, E) of each token's vote on its K experts by weight · ‖f‖, Borda's.
+    """Borda points (T, E) of each token's K experts by weight · ‖f‖.
 
-    K for the largest, 1 for the smallest, equal ones share theirs; 0 for what contributed nothing.
+    K for the largest, 1 for the smallest, shared by equal ones; 0 for no contribution.
     """
     value_KT = weighted_TE.gather(1, experts_TK).T.contiguous()
     ahead_KT = (value_KT[:, None] - value_KT).sign().sum(dim=1)  # those below, less those above
@@ -262,10 +256,9 @@ def borda_points(weighted_TE: Tensor, experts_TK: Tensor) -> Tensor:
 
 
 def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
-    """How far the output turns each token: max(1 − cos(x, x + factor · output), 0), (T,) float64.
+    """The angular shift of each token: max(1 − cos(x, x + factor · output), 0), (T,) float64.
 
-    From three inner products; 1 − cos = sin² / (1 + cos), so that little of a small angle is lost.
-    0 where x or the sum is 0.
+    Computed as sin² / (1 + cos), which is accurate for small angles; 0 where x or the sum is 0.
     """
     output_TD = output_TD.to(x_TD.device)
     xx_T, yy_T = _squared(x_TD), _squared(output_TD) * factor**2
@@ -286,13 +279,13 @@ def _squared(x_TD: Tensor) -> Tensor:
 
 
 def _inner(x_TD: Tensor, y_TD: Tensor) -> Tensor:
-    # A product and a sum are twice as fast as vecdot on a CPU.
+    # On a CPU twice as fast as vecdot.
     return (x_TD.float() * y_TD.float()).sum(dim=-1).double()
 
 
 @dataclass
 class _Layer:
-    """One block's pass, as small as it can be kept until all its experts have run.
+    """What is needed of one block's pass until all its experts have run.
 
     `extremes` are each call's least and greatest output value.
     """
@@ -306,11 +299,11 @@ class _Layer:
 
 
 class TokenSums:
-    """Kept apart for the shared prefix, which ran once for the whole chunk, and for the rest.
+    """Sums over tokens and the largest value of each expert, separate for shared prefix and rest.
 
-    `factors` are what the sum of a block's experts is multiplied with where it is held against the
-    block's input, and where against the residual stream, by layer; a sum that needs the stream
-    stays 0 where it is not told of. `is_in_width` turns false where experts work in another width.
+    `factors`, by layer: of the experts' sum relative to the block's input and to the residual
+    stream. Sums without a known stream stay 0. `is_in_width` becomes false if experts have another
+    width than the block's input.
     """
 
     def __init__(
@@ -330,19 +323,19 @@ class TokenSums:
         self.is_in_width = True
 
     def begin(self, part: int) -> None:
-        """Says whose tokens come, as a place in `PARTS`."""
+        """Starts a pass of a part, an index of `PARTS`."""
         self.part = part
-        self.in_calibration_T: Tensor | None = None  # whose tokens count in both sums
+        self.in_calibration_T: Tensor | None = None  # tokens that count in both sums
         self.pending = _Layer()
         self.stream: tuple[int, Tensor] | None = None
         self.rows_M: Tensor | None = None
 
     def read(self, layer: int, x_TD: Tensor) -> None:
-        """Keeps the residual stream before a block until the next block's comes."""
+        """Keeps the residual stream before a block until the next block."""
         self.stream = layer, x_TD
 
     def route(self, routing: Routing, valid_T: Tensor | None) -> None:
-        """Adds one router's choices."""
+        """Adds the routing of one block."""
         self.pending.routing = routing
         experts_TK, weights_TK = routing.experts_TK, routing.weights_TK.double()
         if valid_T is not None:
@@ -353,7 +346,7 @@ class TokenSums:
         self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0), valid_T)
 
     def expert(self, call: ExpertCall, valid_T: Tensor | None) -> None:
-        """Keeps what is needed of one expert's outputs until `combined`."""
+        """Keeps what `combined` needs of one expert's outputs."""
         tokens_M, weights_M, output_MD = call.tokens_M, call.weights_M, call.output_MD
         if valid_T is not None:
             is_valid_M = valid_T.to(tokens_M.device)[tokens_M]
@@ -365,7 +358,7 @@ class TokenSums:
         seen.experts.append(call.expert)
         seen.tokens.append(tokens_M)
         seen.weights.append(weights_M)
-        # Neither makes a copy of M times D values, as .float() and .abs() would.
+        # Without copies of M times D values, as .float() and .abs() make.
         seen.norms.append(torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32))
         seen.extremes.append(torch.stack(output_MD.aminmax()))
         if self.in_calibration_T is not None:
@@ -376,7 +369,7 @@ class TokenSums:
                 largest_E[call.expert] = largest_E[call.expert].maximum(largest)
 
     def combined(self, layer: int, output_TD: Tensor) -> None:
-        """Adds what the block's experts gave, all having run; their sum is the output."""
+        """Adds the outputs of a block's experts, after all have run."""
         seen, self.pending = self.pending, _Layer()
         if not seen.experts:
             return
@@ -399,10 +392,7 @@ class TokenSums:
     def _contributions(
         self, layer: int, weighted_TE: Tensor, output_TD: Tensor, routing: Routing | None
     ) -> None:
-        """Adds what weighs a token's experts against each other, or tokens by how far they move.
-
-        Pads weigh 0, whatever they are.
-        """
+        """Adds Borda votes and shifts; pads have weight 0."""
         assert routing is not None, "a block's router runs before its experts"
         self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
         if output_TD.shape != routing.input_TD.shape:
@@ -418,7 +408,7 @@ class TokenSums:
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
     def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:
-        """Adds amounts of all tokens, or of those that are valid."""
+        """Adds amounts of all or of valid tokens."""
         self.sums[NAMES.index(name), self.part, layer] += amount_TE.sum(dim=0)
         if self.in_calibration_T is not None:
             counts_T = self.in_calibration_T if valid_T is None else self.in_calibration_T[valid_T]

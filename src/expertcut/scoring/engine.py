@@ -36,11 +36,11 @@ from expertcut.scoring import attention
 from expertcut.scoring.packing import Encoded, encode
 from expertcut.scoring.passes import (
     Attention,
-    How,
     OnPass,
+    PassObserver,
+    PassOptions,
     Run,
     ScoringMode,
-    Watch,
     grows_with_prompt,
     ignore,
     last_decoder_layer,
@@ -245,12 +245,12 @@ class Engine:
         model_type = str(self.moe.model.config.model_type)
         with verifying(self.moe.blocks, model_type, check_gate):
             alone = few.part(slice(1)) if way == "single" else few
-            one_by_one_NC = self._score(alone, self._how("single"), Watch())
+            one_by_one_NC = self._score(alone, self._how("single"), PassObserver())
         if way == "single":
             return
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
-            together_NC = self._score(few, self._how(way, trims=True), Watch())
+            together_NC = self._score(few, self._how(way, trims=True), PassObserver())
             difference = (together_NC - one_by_one_NC).nan_to_num(0).abs().max()
             if difference <= tolerance:
                 return
@@ -277,7 +277,7 @@ class Engine:
         return scoring_mode(self.moe.model.config, encoded.longest)
 
     def score(
-        self, encoded: Encoded, on_pass: OnPass = ignore, watch: Watch | None = None
+        self, encoded: Encoded, on_pass: OnPass = ignore, watch: PassObserver | None = None
     ) -> Tensor:
         """Log p of each choice (N, C) float32; −inf behind the last choice of a question.
 
@@ -287,14 +287,14 @@ class Engine:
             ModelError: a non-finite answer, or out of memory.
         """
         how = self._how(self.way(encoded), trims=watch is not None)
-        return self._score(encoded, how, watch or Watch(begin=on_pass))
+        return self._score(encoded, how, watch or PassObserver(begin=on_pass))
 
-    def _how(self, way: ScoringMode, *, trims: bool = False) -> How:
+    def _how(self, way: ScoringMode, *, trims: bool = False) -> PassOptions:
         last_layer = self.last_layer if trims and way != "single" else None
-        return How(way, self.batch_tokens, self.attention, last_layer)
+        return PassOptions(way, self.batch_tokens, self.attention, last_layer)
 
     @torch.inference_mode()
-    def _score(self, encoded: Encoded, how: How, watch: Watch) -> Tensor:
+    def _score(self, encoded: Encoded, how: PassOptions, watch: PassObserver) -> Tensor:
         n_embeddings = len(self.moe.model.get_input_embeddings().weight)
         for ids in (*encoded.prompts, *encoded.choice_ids):
             check_ids(self.moe.source.path, ids, n_embeddings)
@@ -311,7 +311,7 @@ class Engine:
         logprob_NC = logprob_NC.cpu()
         if (bad := first_unanswered(logprob_NC, encoded)) is not None:
             alone = encoded.part(slice(bad, bad + 1))
-            single = Run(self.moe, alone, self._how("single"), Watch(begin=watch.begin))
+            single = Run(self.moe, alone, self._how("single"), PassObserver(begin=watch.begin))
             raise not_finite(self.moe, encoded.name(bad), lambda: list(single.passes()))
         return logprob_NC
 
