@@ -1,4 +1,4 @@
-"""JSON files of this tool, held as pydantic models: read and checked, or refused in one line."""
+"""The pydantic base of every JSON file: loaded and validated, or refused in one line."""
 
 import re
 from pathlib import Path
@@ -19,44 +19,41 @@ from expertcut.files import parse_json, read_file
 
 Document = TypeVar("Document", bound=BaseModel)
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.A)
-# Left out of JSON where nothing is said, so that hashes and bytes stay those of older records.
-_UNSAID = {"truncate", "cut", "selection", "chosen_by", "healed_from"}
+# Left out of JSON if None: hashes and bytes stay those of older versions.
+_OMITTED = {"truncate", "cut", "selection", "chosen_by", "healed_from"}
 REVISION = re.compile(r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}", re.A)
 
 
-def _no_truth(value: object) -> object:
-    """True equals 1, and is no version."""
+def _no_bool(value: object) -> object:
+    """Refuses True, which equals 1."""
     if isinstance(value, bool):
         raise ValueError("must be a number")
     return value
 
 
-Format1 = Annotated[Literal[1], BeforeValidator(_no_truth)]
+Format1 = Annotated[Literal[1], BeforeValidator(_no_bool)]
 
 
 class Record(BaseModel):
-    """Base of what is written as JSON: unknown keys and NaN are errors, values never change.
-
-    What older versions did not say is left out where it is None (`_UNSAID`).
-    """
+    """Base of JSON documents: frozen, without unknown keys and NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_serializer(mode="wrap")
-    def _unless_silent(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = values(self)
-        return {k: v for k, v in found.items() if v is not None or k not in _UNSAID}
+    def _without_omitted(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = values(self)
+        return {k: v for k, v in fields.items() if v is not None or k not in _OMITTED}
 
 
 class Identified(Record):
-    """A folder here, or with a revision what the Hub calls so, and nothing that leads elsewhere."""
+    """A local folder, or with a revision a repository of the Hub."""
 
     id: str
     revision: str | None
 
     @property
     def label(self) -> str:
-        """Its id; of a folder that is recorded by its whole path the last part."""
+        """The id; of an absolute path its last part."""
         is_whole = self.revision is None and Path(self.id).is_absolute()
         return Path(self.id).name if is_whole else self.id
 
@@ -74,12 +71,10 @@ class Identified(Record):
 def load_record(
     file: Path, kind: type[Document], refusal: type[ExpertcutError], is_not: str
 ) -> Document:
-    """What a file of JSON holds; `is_not` says in words what a wrong one is not.
-
-    Types are strict: a number in quotes is text, and `true` no number.
+    """Loads a JSON file with strict types; `is_not` names the kind in errors.
 
     Raises:
-        ExpertcutError: of the kind `refusal`: it cannot be read, or does not hold together.
+        ExpertcutError: of the class `refusal`, if the file cannot be read or is invalid.
     """
     try:
         content = read_file(file)
@@ -94,7 +89,7 @@ def load_record(
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that a validation found, in one line."""
+    """The first error of a validation, in one line."""
     fault = error.errors(include_url=False)[0]
     place = ".".join(str(part)[:80] for part in fault["loc"]) or "the file"
     return f"{place}: {fault['msg'][:300]}"

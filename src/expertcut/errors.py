@@ -1,31 +1,31 @@
-"""Every error that a user can meet, and can mend.
+"""Errors that a user can cause and can fix.
 
-    ExpertcutError            exit status 2, one line: what, found, do
-    ├── QuizError             questions that cannot be read or asked
-    │   └── SplitError        a split in which a quiz has none
+    ExpertcutError            exit status 2, one line: what was found, why it is wrong, what to do
+    ├── QuizError             questions that cannot be read or used
+    │   └── SplitError        a split without questions
     ├── ModelError            a folder or id that is not a loadable MoE checkpoint
-    │   └── ContractError     a model whose experts cannot be told apart as this tool needs
-    ├── ProfileError          a profile that is missing, unfinished, or of something else
-    ├── PlanError             an edit that cannot be made
+    │   └── ContractError     a model that breaks the MoE contract
+    ├── ProfileError          a profile that is missing, unfinished or of another model or quiz
+    ├── PlanError             an edit that the model or its layout cannot take
     ├── SettingsError         an option with an unusable value
-    ├── OutputError           a place that must not be written to
-    ├── HubError              the Hugging Face Hub, or the way to it, refused
-    └── RecipeError           a recipe that cannot be read or does not hang together
+    ├── OutputError           a folder or file that cannot be written
+    ├── HubError              the Hugging Face Hub refused or could not be reached
+    └── RecipeError           an invalid recipe
 
-Anything else that escapes is a fault of ours: exit status 1, with a traceback.
+Any other exception is a bug: exit status 1, with a traceback.
 """
 
 
 class ExpertcutError(Exception):
-    """Base of all errors below; its text is one line that says what, found and do."""
+    """Base of all errors below; its message is one line."""
 
 
 class QuizError(ExpertcutError):
-    """A quiz, a split or a row of one cannot be used."""
+    """A quiz, a split or a row cannot be used."""
 
 
 class SplitError(QuizError):
-    """A quiz has no questions in the split that is asked for."""
+    """A quiz has no questions in the requested split."""
 
 
 class ModelError(ExpertcutError):
@@ -41,15 +41,15 @@ class ProfileError(ExpertcutError):
 
 
 class PlanError(ExpertcutError):
-    """A plan asks for what the model or its layout cannot do."""
+    """A plan does not fit the model or its layout."""
 
 
 class SettingsError(ExpertcutError):
-    """An option or argument has a value that cannot be used."""
+    """An option or argument has an invalid value."""
 
 
 class OutputError(ExpertcutError):
-    """An output folder or file is in the way."""
+    """An output folder or file exists already or cannot be written."""
 
 
 class HubError(ExpertcutError):
@@ -57,4 +57,4 @@ class HubError(ExpertcutError):
 
 
 class RecipeError(ExpertcutError):
-    """A recipe cannot be read, or says what no stage can do."""
+    """A recipe is invalid."""

@@ -17,35 +17,37 @@ from expertcut.errors import OutputError
 
 MAX_DOCUMENT_BYTES = 32 << 20  # a profile, plan, proof or sweep of any size is far below
 MAX_DEPTH = 100
-# Only where the system has them.
-_UNWAITING, _AS_BYTES = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_BINARY", 0)
-_MOST_DIGITS = 19  # of 64 bits; beyond, sums and prints of it fail in ways of their own
-_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
+# Flags of POSIX and of Windows.
+_NONBLOCK, _BINARY = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_BINARY", 0)
+_MAX_DIGITS = 19  # of 64 bits; larger numbers overflow in numpy and torch
+_BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-MARK_BYTES = 4  # the longest of them
-_UMASK = os.umask(0o077)  # it can only be read by setting it
+MARK_BYTES = 4  # of the longest byte order mark
+_UMASK = os.umask(0o077)  # the umask can be read only by setting it
+os.umask(_UMASK)
+_FILE_MODE, _FOLDER_MODE = 0o666, 0o777
 _SECRET = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"  # tokens of the Hub
     r"|(?<=://)[^\s/@:\"'<>]*:[^\s/@\"'<>]+(?=@)"  # name and password in an address
 )
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_SHORTEST = 8  # a value below would hide words
+_MIN_SECRET_LENGTH = 8  # shorter values would hide ordinary words
 HIDDEN = "***"
 
 
 def open_file(file: Path) -> BufferedReader:
-    """An ordinary file, or what a link to one leads to, opened for reading.
+    """Opens a regular file, or a link to one, for reading.
 
     Raises:
-        OSError: not there, not to be read, or a folder, a pipe or a device, which might never end.
+        OSError: missing, unreadable, or a folder, pipe or device, which might never end.
     """
     try:
-        # Opening a pipe for reading waits for a writer, unless it is asked not to.
-        descriptor = os.open(file, os.O_RDONLY | _UNWAITING | _AS_BYTES)
+        # Without the flag, opening a pipe waits for a writer.
+        descriptor = os.open(file, os.O_RDONLY | _NONBLOCK | _BINARY)
     except ValueError:  # a NUL in its name
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(file)) from None
     mode = os.fstat(descriptor).st_mode
@@ -58,10 +60,10 @@ def open_file(file: Path) -> BufferedReader:
 
 
 def read_file(file: Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
-    """All of an ordinary file.
+    """The content of a regular file.
 
     Raises:
-        OSError: as `open_file`, or it is larger than `most_bytes`.
+        OSError: as `open_file`, or larger than `most_bytes`.
     """
     with open_file(file) as stream:
         content = stream.read(most_bytes + 1)
@@ -71,21 +73,22 @@ def read_file(file: Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
 
 
 def wide_encoding(head: bytes) -> str | None:
-    """`UTF-16` or `UTF-32` where a file's first bytes are such text, else None.
+    """`UTF-16` or `UTF-32` if the first bytes of a file are such text, else None.
 
-    Told by the byte order mark; without one, by ASCII whose every other byte is zero.
+    Detected by the byte order mark, or by ASCII characters between zero bytes.
     """
-    marked = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    marked = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
     zeros = [byte == 0 for byte in head[:MARK_BYTES]]
     is_bare = zeros in ([False, True, False, True], [True, False, True, False])
     return marked or ("UTF-16" if is_bare else None)
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON as RFC 8259 has it, in which no name stands twice in an object.
+    """Strict JSON (RFC 8259).
 
     Raises:
-        ValueError: anything else; NaN, Infinity, numbers beyond 64 bits, more than 100 levels.
+        ValueError: invalid JSON, a duplicate name in an object, NaN, Infinity, a number beyond 64
+            bits, or more than 100 levels.
     """
     text = content.decode("utf-8")
     try:
@@ -103,12 +106,12 @@ def parse_json(content: bytes) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:60]!a} stands twice in one object")
-    return found
+        duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{duplicate[:60]!a} stands twice in one object")
+    return unique
 
 
 def _no_number(text: str) -> NoReturn:
@@ -116,7 +119,7 @@ def _no_number(text: str) -> NoReturn:
 
 
 def _integer(text: str) -> int:
-    if len(text) > _MOST_DIGITS + 1 or not -(1 << 63) <= int(text) < 1 << 64:
+    if len(text) > _MAX_DIGITS + 1 or not -(1 << 63) <= int(text) < 1 << 64:
         raise ValueError(f"{text[:20]}… has more than 64 bits")
     return int(text)
 
@@ -129,55 +132,46 @@ def _float(text: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    """Level by level, because recursion is what a deep value breaks."""
-    level = [value]
+    """Checks level by level: recursion would fail on a deep value."""
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for outer in level for inner in _inside(outer)]
+        values = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for inner in values for v in inner if isinstance(v, dict | list)]
         if not level:
             return
     raise _too_deep()
-
-
-def _inside(value: Any) -> list[Any]:
-    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [inner for inner in held if isinstance(inner, dict | list)]
 
 
 def _too_deep() -> ValueError:
     return ValueError(f"more than {MAX_DEPTH} levels, one inside the other")
 
 
-os.umask(_UMASK)
-_FILE, _FOLDER = 0o666, 0o777
-
-
 def create_private(file: Path) -> BinaryIO:
-    """A new file of mode 0600, opened for writing.
+    """Creates a file of mode 0600, opened for writing.
 
     Raises:
-        FileExistsError: something, were it a link, has that name.
+        FileExistsError: a file or link has that name.
     """
-    as_bytes = getattr(os, "O_BINARY", 0)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | as_bytes, 0o600)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o600)
     return os.fdopen(descriptor, "wb")
 
 
 def share(path: Path) -> None:
-    """Gives a file or folder the mode that it would have had without this."""
-    path.chmod((_FOLDER if path.is_dir() else _FILE) & ~_UMASK)
+    """Gives a private file or folder the default mode of the process."""
+    path.chmod((_FOLDER_MODE if path.is_dir() else _FILE_MODE) & ~_UMASK)
 
 
 def without_secrets(text: str) -> str:
-    """The text with `***` where a token or a password stands."""
+    """The text with `***` in place of tokens and passwords."""
     for name in _VARIABLES:
         value = os.environ.get(name, "")
-        if len(value) >= _SHORTEST:
+        if len(value) >= _MIN_SECRET_LENGTH:
             text = text.replace(value, HIDDEN)
     return _SECRET.sub(HIDDEN, text)
 
 
 def line_with_secret(text: str) -> int | None:
-    """The number of the first line that holds one, from 1; None where there is none."""
+    """The number of the first line with a secret, from 1; None if there is none."""
     for number, line in enumerate(text.splitlines(), start=1):
         if without_secrets(line) != line:
             return number
@@ -185,12 +179,12 @@ def line_with_secret(text: str) -> int | None:
 
 
 def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
-    """Under a temporary name, beside it or in `scratch`, synced, renamed.
+    """Writes under a temporary name, beside the file or in `scratch`, syncs and renames.
 
     Raises:
         OutputError: the place cannot be written.
     """
-    # Hosts that share a folder may share a pid, so that does not tell their files apart.
+    # Not the pid: hosts that share the folder may have the same.
     name = f".{path.name}.{secrets.token_hex(4)}.tmp"
     temporary = (scratch or path.parent) / name
     try:
@@ -203,7 +197,7 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
         share(temporary)
         temporary.replace(path)
     except BaseException as error:
-        with suppress(OSError):  # where a file stands in place of the folder, not even this
+        with suppress(OSError):  # fails too if the folder is a file
             temporary.unlink()
         if isinstance(error, OSError):
             raise OutputError(f"{path} cannot be written: {error.strerror}") from None

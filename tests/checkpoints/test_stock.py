@@ -23,7 +23,6 @@ from expertcut.edits.reweight import reweight_draft, tilts
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.router_bias import Tilts, tilted
@@ -154,7 +153,7 @@ def test_a_boost_in_the_gate_row_comes_close_to_the_exact_bias(
     profile_of: Callable[..., Profile], tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe", hidden_size=64, num_experts=16)
-    appearances_E = layer_statistics(profile)[0].appearances_E
+    appearances_E = profile.layers[0].appearances_E
     often = int(np.argmin(np.abs(appearances_E - 0.5)))
     found = tilts(profile, ["3=2.0"], [f"0:{often}=1.0"])
     built = build(profile, reweight_draft(profile, found), tmp_path / "out", AS_IS)

@@ -20,7 +20,7 @@ from expertcut.edits.reweight import parse_target
 from expertcut.errors import ExpertcutError
 from expertcut.evaluation.search_results import read_fractions
 from expertcut.files import HIDDEN, parse_json, without_secrets
-from expertcut.models.load import _limits
+from expertcut.models.devices import _limits
 from expertcut.profiling.schema import ProfileInfo
 from expertcut.profiling.storage import Profile, load_profile, read_chunk, write_chunk
 from expertcut.recipes.loader import read_recipe

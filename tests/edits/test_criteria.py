@@ -28,9 +28,8 @@ from expertcut.edits.plan import Positions
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
-from expertcut.profiling.statistics import layer_statistics
+from expertcut.profiling.recorder import borda_points, shift
 from expertcut.profiling.storage import Profile, load_profile
-from expertcut.profiling.token_sums import borda_points, shift
 from expertcut.scoring.engine import Engine
 from tests.conftest import FAMILIES, LETTERS, make_tokenizer, open_model, write_quiz
 from tests.profiling.test_profile import profiled
@@ -477,7 +476,7 @@ def test_dead_experts_rank_last_by_every_criterion_that_looks_at_data(
     path = plant_dead(checkpoint(family), tmp_path / "model", dead)
     profile = profiled(path, quiz, tmp_path / "p")
     engine = Engine(open_model(path), 200)
-    layers = layer_statistics(profile)
+    layers = profile.layers
     blind = {"aimer", "random"}
     for by in set(CRITERIA) - blind:
         own = positions_of(by, None)

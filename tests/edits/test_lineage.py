@@ -147,7 +147,7 @@ def test_a_folder_of_a_profile_is_called_as_before(own: Path) -> None:
     named = default_folder(new, type(source)("cut", source.path)).name
     assert named.endswith(old.short_hash) and not named.endswith(new.short_hash)
     name, subject, _ = next(new.chunks())
-    assert new.place(name, subject) == old.place(name, subject)
+    assert new.chunk_hash(name, subject) == old.chunk_hash(name, subject)
 
 
 @pytest.mark.parametrize("is_old", [False, True])

@@ -20,7 +20,6 @@ from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way, expressions_of, protected, protection, super_experts
 from expertcut.edits.splits import hashes, questions_for
 from expertcut.errors import PlanError, ProfileError, SettingsError
-from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.storage import Profile
 from tests.conftest import make_checkpoint, make_tokenizer, open_model, write_quiz
 from tests.profiling.test_profile import profiled
@@ -41,7 +40,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory, quiz_path: Path) -> tuple[
     root = tmp_path_factory.mktemp("planted")
     quiz = load_quiz(Selection(str(quiz_path), shots=1))
     plain = make_checkpoint(root / "plain", "olmoe")
-    layer = layer_statistics(profiled(plain, quiz, root / "before"))[0]
+    layer = profiled(plain, quiz, root / "before").layers[0]
     tokens_E = layer.tokens_E
     assert tokens_E is not None
     order = ranked(layer.is_activated_NE.sum(axis=0), layer.alpha_mean_E)
@@ -206,9 +205,7 @@ def test_prune_by_a_criterion_keeps_its_best(
     assert plan.criterion == ("random-3" if by == "random" else by)
     engine = Engine(open_model(Path(profile.info.model.id)), 200)
     found = scores(profile, by, "all", engine, seed=3)
-    for layer, score_E, edit in zip(
-        layer_statistics(profile), found, plan.blocks.values(), strict=True
-    ):
+    for layer, score_E, edit in zip(profile.layers, found, plan.blocks.values(), strict=True):
         assert edit.keep == tuple(sorted(ranked(score_E, layer.alpha_mean_E)[:N_KEEP]))
     torch.set_num_threads(1)
 
@@ -252,7 +249,7 @@ def test_show_criteria_ranks_experts_and_says_how_far_criteria_agree(
     assert set(shown["criteria"]) == names
     assert shown["left_out"] == {"aimer": "asks the model", "reconstruction": "asks the model"}
     assert [layer["super_experts"] for layer in shown["layers"]] == [[expert], []]
-    for layer, statistics in zip(shown["layers"], layer_statistics(profile), strict=True):
+    for layer, statistics in zip(shown["layers"], profile.layers, strict=True):
         for name in names:
             score_E = _scores(layer, name)
             by, positions = (name.removesuffix("_all"), "all" if "_all" in name else "answer")

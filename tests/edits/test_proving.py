@@ -247,7 +247,7 @@ def test_a_proof_is_read_as_it_was_written(tmp_path) -> None:
 
 
 def test_shuffled_labels_give_no_evidence() -> None:
-    """Issue 5, check 2c: nothing was chosen that helps, whatever the search found."""
+    """Nothing was chosen that helps, whatever the search found."""
     made = world(12, 300)
     procedure = Procedure(chooser=Chooser(boost_best=1, suppress_worst=1), is_tuned=True)
     known: dict[tuple[Shift, ...], np.ndarray] = {}

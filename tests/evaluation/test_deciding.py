@@ -16,7 +16,6 @@ from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast
 from expertcut.errors import SettingsError
 from expertcut.evaluation.cross_fit import load_proof
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import COUNTS, open_model, write_quiz
 
@@ -61,7 +60,7 @@ def test_the_best_by_a_score_is_boosted_by_its_strength(profile: Profile, run: R
     assert list(biases.values()) == [0.5]
     assert plan.criterion == "accuracy" and plan.tuning == ()
     ((block, expert),) = biases
-    layers = layer_statistics(profile)
+    layers = profile.layers
     common = [x.accuracy_E[x.appearances_E >= 0.1].max() for x in layers]
     assert next(x for x in layers if x.block == block).accuracy_E[expert] == max(common)
     assert "is boosted by +0.5000 on its logit (given)" in out
@@ -121,10 +120,10 @@ def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(
 def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run: Run) -> None:
     fingerprint = profile.info.model.fingerprint
     right = read_contrast((f"{profile.path}@right", f"{profile.path}@wrong"), fingerprint)
-    n_right = int(answers(profile).is_correct_N.sum())
+    n_right = int(profile.answers.is_correct_N.sum())
     assert (len(right.wanted), len(right.unwanted)) == (
         n_right,
-        len(answers(profile).answer_N) - n_right,
+        len(profile.answers.answer_N) - n_right,
     )
     first, *_ = profile.info.quiz.subjects
     one = read_contrast((f"{profile.path}@{first}", str(profile.path)), fingerprint)
@@ -137,8 +136,8 @@ def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run:
     plan = load_plan(Path("plan"))
     assert plan.criterion == "contrast"
     ((name, expert),) = [(n, e) for n, edit in plan.blocks.items() for e in edit.bias]
-    layer = next(x for x in layer_statistics(profile) if x.block == name)
-    is_right_N = answers(profile).is_correct_N
+    layer = next(x for x in profile.layers if x.block == name)
+    is_right_N = profile.answers.is_correct_N
     rate = layer.is_activated_NE[is_right_N].mean(0) - layer.is_activated_NE[~is_right_N].mean(0)
     assert rate[expert] == min(rate) < 0
 

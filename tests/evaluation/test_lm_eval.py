@@ -16,7 +16,6 @@ import pytest
 from expertcut.cli import app
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.evaluation.results import ModelResult, Results, load_results
-from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.storage import load_profile
 from tests.conftest import make_checkpoint
 from tests.support.harness import GROUP, Asked, Harnessed, harness, task_name
@@ -84,7 +83,7 @@ def test_pruned_healed_and_reweighted_models_are_stock_models_that_score_as_eval
     monkeypatch.chdir(tmp_path)
     part = ("--quiz", QUICKSTART / "quiz", "--split=val", "--limit=5")
     run("profile", QUICKSTART, *part, "--out=p")
-    favourite = layer_statistics(load_profile(Path("p")))[1].appearances_E.argmax()
+    favourite = load_profile(Path("p")).layers[1].appearances_E.argmax()
     run("prune", "--profile=p", "--keep-active", "--out=pruned")
     run("reweight", "--profile=p", "--boost", f"1:{favourite}=0.5", "--out=reweighted")
     few = ("--steps=4", "--batch=4", "--shots=1", "--no-verify", "--out=healed")

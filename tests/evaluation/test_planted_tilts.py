@@ -1,4 +1,4 @@
-"""Issue 5, check 2: a planted saboteur is suppressed, a starved expert fed, and noise is no news.
+"""A planted saboteur is suppressed, a starved expert fed, and noise is no news.
 
 The whole runs, through the commands, are those of benchmarks/planted.py.
 """

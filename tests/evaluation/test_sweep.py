@@ -24,7 +24,7 @@ from expertcut.evaluation.search_results import Grid, load_sweep, read_criteria,
 from expertcut.evaluation.sweep import Asking, Sweeping
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.statistics import Answers, answers
+from expertcut.profiling.statistics import Answers
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import ask
 from expertcut.scoring.packing import Pass
@@ -86,7 +86,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def cell_answers(folder: Path, slug: str) -> Answers:
     (found,) = (folder / "cells").glob(f"{slug}-????????")
-    return answers(load_profile(found))
+    return load_profile(found).answers
 
 
 # The law

@@ -24,7 +24,7 @@ from expertcut.healing.objectives import (
     distillation,
     likeliest,
 )
-from expertcut.models import memory
+from expertcut.models import devices
 from tests.conftest import FAMILIES, Commands, open_model
 from tests.support.healed_models import SHORT, SMALL, Stop, asked_for, cut, healed, stopped_after
 
@@ -336,13 +336,13 @@ def test_free_memory_ends_at_the_limit_of_a_control_group(
         names, lines = ("memory.max", "memory.current", "inactive_file"), "0::/jobs/one\n"
     inner.mkdir(parents=True)
     (tmp_path / "own").write_text(lines)
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "nothing")
-    most = memory.free_bytes(CPU)
-    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
-    assert memory.free_bytes(CPU) > 100_000
+    monkeypatch.setattr(devices, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "_OWN_CGROUPS", tmp_path / "nothing")
+    most = devices.free_bytes(CPU)
+    monkeypatch.setattr(devices, "_OWN_CGROUPS", tmp_path / "own")
+    assert devices.free_bytes(CPU) > 100_000
     for group, limit in ((inner, "max"), (outer, "5000")):
         for name, value in ((names[0], limit), (names[1], "3000")):
             (group / name).write_text(value + "\n")
         (group / "memory.stat").write_text(f"{names[2]} 500\nother 7\n")
-    assert memory.free_bytes(CPU) == 5000 - 3000 + 500 < most
+    assert devices.free_bytes(CPU) == 5000 - 3000 + 500 < most

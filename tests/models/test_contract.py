@@ -1,4 +1,4 @@
-"""The laws of the MoE contract (design §3), on every family of the tests."""
+"""The laws of the MoE contract, on every family of the tests."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -10,16 +10,9 @@ import torch
 from expertcut.checkpoints.simulate import constant_experts
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError, SettingsError
+from expertcut.models.devices import find_device, own_device, runs_on, spread
 from expertcut.models.hooks import observe_experts
-from expertcut.models.load import (
-    LoadOptions,
-    find_device,
-    find_source,
-    load,
-    own_device,
-    runs_on,
-    spread,
-)
+from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile
 from expertcut.scoring.router_bias import Tilts, tilted

@@ -24,6 +24,7 @@ from expertcut.profiling.findings import (
     findings_json,
     margin,
     margin_json,
+    profile_json,
 )
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.schema import BlockInfo
@@ -36,7 +37,6 @@ from expertcut.profiling.significance import (
     shuffles,
     significance,
 )
-from expertcut.profiling.statistics import answers, as_json
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.profile_tables import (
     experts_csv,
@@ -66,7 +66,7 @@ class Case:
     """One expert of a profile: its questions, subject by subject, in plain lists."""
 
     def __init__(self, profile: Profile, layer: int, expert: int) -> None:
-        is_correct = answers(profile).is_correct_N.tolist()
+        is_correct = profile.answers.is_correct_N.tolist()
         chosen = profile.array("chosen_NLK")[:, layer].tolist()
         alpha = profile.array("alpha_NLE")[:, layer, expert].tolist()
         self.alpha = [a for a, its in zip(alpha, chosen, strict=True) if expert in its]
@@ -136,7 +136,7 @@ def test_every_number_of_every_expert_agrees_with_a_plain_loop(found: Findings):
 
 
 def test_the_json_keeps_every_number_of_the_paper(found: Findings):
-    paper = as_json(found.profile)
+    paper = profile_json(found.profile)
     shown = json.loads(json.dumps(findings_json(found), allow_nan=False))
     for key in ("questions", "accuracy", "near_ties"):
         assert shown[key] == paper[key]
@@ -264,7 +264,7 @@ def test_the_family_wise_p_counts_permutations_whose_largest_z_is_as_large(
     found: Findings, monkeypatch: pytest.MonkeyPatch
 ):
     profile, draws = found.profile, 60
-    is_correct_N = answers(profile).is_correct_N
+    is_correct_N = profile.answers.is_correct_N
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in found.layers], axis=1)
     counts = found.counts
     tested = significance(counts, is_correct_N, is_activated_NX, draws, seed=7)
@@ -292,7 +292,7 @@ def test_the_family_wise_p_counts_permutations_whose_largest_z_is_as_large(
 
 
 def test_permutations_move_answers_within_their_subjects_alone(found: Findings):
-    is_correct_N = answers(found.profile).is_correct_N
+    is_correct_N = found.profile.answers.is_correct_N
     shuffled_BN = shuffles(found.counts, is_correct_N, 30, seed=0)
     assert len({row.tobytes() for row in shuffled_BN}) == 30
     for row in found.counts.rows:
@@ -303,9 +303,9 @@ def test_permutations_move_answers_within_their_subjects_alone(found: Findings):
 
 
 def test_chance_raises_an_alarm_no_more_often_than_it_says(found: Findings):
-    # Issue 4, check 4: at 5 % at most 18 of 200, which a true 5 % stays below in 99 % of runs.
+    # At 5 % at most 18 of 200, which a true 5 % stays below in 99 % of runs.
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in found.layers], axis=1)
-    is_correct_N = answers(found.profile).is_correct_N
+    is_correct_N = found.profile.answers.is_correct_N
     p_family, n_unadjusted = [], 0
     for row_N in shuffles(found.counts, is_correct_N, 200, seed=123) > 0:
         counts = count_by_subject(found.profile.subjects(), row_N, is_activated_NX)
@@ -332,7 +332,7 @@ def test_every_number_of_every_subject_agrees_with_a_profile_of_that_subject_alo
         name = subject["subject"]
         info = profile_info(BLOCKS, {name: SIZES[name]})
         its = [chunks[file] for file, _, _ in info.chunks()]
-        alone = as_json(write_profile(tmp_path / name, info, its))
+        alone = profile_json(write_profile(tmp_path / name, info, its))
         assert subject["questions"] == alone["questions"] == SIZES[name]
         assert subject["accuracy"] == close(alone["accuracy"])
         for layer, expected in zip(subject["layers"], alone["layers"], strict=True):

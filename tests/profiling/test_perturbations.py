@@ -23,7 +23,6 @@ from expertcut.profiling.findings import (
     unshuffled,
 )
 from expertcut.profiling.measure import Measurement, MeasureOptions, perturb
-from expertcut.profiling.statistics import answers
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import open_model
@@ -76,7 +75,7 @@ def test_show_says_what_moved(perturbed: Profile, kind: str) -> None:
     found = findings_json(find(perturbed, permutations=10))
     (said,) = [p for p in found["perturbations"] if p["kind"] == kind]
     other = perturbed_profiles(perturbed)[kind]  # type: ignore[index]
-    before_NC, after_NC = answers(perturbed).logprob_NC.tolist(), unshuffled(other).tolist()
+    before_NC, after_NC = perturbed.answers.logprob_NC.tolist(), unshuffled(other).tolist()
     flips = [int(np.argmax(a) != np.argmax(b)) for a, b in zip(before_NC, after_NC, strict=True)]
     moved = [
         [abs(a - b) for a, b in zip(*pair, strict=True)]
@@ -86,7 +85,7 @@ def test_show_says_what_moved(perturbed: Profile, kind: str) -> None:
     assert said["flipped"] == pytest.approx(sum(flips) / 33)
     assert said["max_abs_logprob_diff"] == pytest.approx(max(map(max, moved)))
     assert said["mean_abs_logprob_diff"] == pytest.approx(np.mean(moved), rel=1e-5)
-    assert said["accuracy"] == pytest.approx(float(answers(other).is_correct_N.mean()))
+    assert said["accuracy"] == pytest.approx(float(other.answers.is_correct_N.mean()))
     assert said["max_abs_logprob_diff"] > 0
     chosen, again = perturbed.array("chosen_NLK").tolist(), other.array("chosen_NLK").tolist()
     for layer, row in enumerate(said["layers"]):

@@ -1,4 +1,4 @@
-"""Issue 4, check 4: an expert that was broken on purpose is the first suspect."""
+"""An expert that was broken on purpose is the first suspect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.profiling.findings import Findings, find
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.statistics import answers
 from expertcut.profiling.storage import load_profile
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
@@ -39,7 +38,7 @@ def asked(moe: MoeModel, quiz: Quiz, folder: Path) -> Findings:
 
 
 def right(found: Findings) -> np.ndarray:
-    return answers(found.profile).is_correct_N
+    return found.profile.answers.is_correct_N
 
 
 def is_harmless(healthy: Findings, masked: Findings) -> bool:

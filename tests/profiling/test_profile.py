@@ -9,8 +9,8 @@ import torch
 
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.models.load import LoadOptions, MoeModel, find_source
+from expertcut.profiling.findings import profile_json
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
-from expertcut.profiling.statistics import as_json, near_ties
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.profiling.workers import Progress
 from tests.conftest import DENSE_FIRST, FAMILIES, LETTERS, SUBJECTS, open_model, write_quiz
@@ -33,7 +33,7 @@ def profiled(path: Path, quiz: Quiz, folder: Path, **options: object) -> Profile
 
 
 class BruteForce:
-    """Everything of design §5, by full forward passes and hooks written here alone."""
+    """Every statistic of a profile, by full forward passes and hooks of this file alone."""
 
     def __init__(self, moe: MoeModel, quiz: Quiz, scoring: str) -> None:
         self.moe, self.scoring = moe, scoring
@@ -139,7 +139,7 @@ def test_the_json_of_show_agrees_with_plain_arithmetic(
     checkpoint: Checkpoints, small_quiz: Quiz, tmp_path: Path
 ) -> None:
     path = checkpoint("olmoe")
-    shown = as_json(profiled(path, small_quiz, tmp_path / "p"))
+    shown = profile_json(profiled(path, small_quiz, tmp_path / "p"))
     brute = BruteForce(open_model(path), small_quiz, "softmax")
     is_correct = [
         int(np.argmax(row)) == q.answer for row, q in zip(brute.logprob_NC, small_quiz, strict=True)
@@ -211,7 +211,7 @@ def test_other_settings_change_no_count_but_listed_near_ties(
     one, other = profiles
     assert one.info.settings != other.info.settings
     moved = np.abs(one.array("choice_logprob_NC") - other.array("choice_logprob_NC"))
-    listed = {(tie["subject"], tie["row"]) for tie in near_ties(one, one.subjects())}
+    listed = {(tie["subject"], tie["row"]) for tie in one.near_ties()}
     names = list(zip(one.subjects(), one.array("row_N").tolist(), strict=True))
     is_listed_N = np.array([name in listed for name in names])
     assert not is_listed_N.all()

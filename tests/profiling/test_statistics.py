@@ -14,15 +14,12 @@ from safetensors.numpy import save_file
 
 from expertcut.errors import OutputError, ProfileError
 from expertcut.files import write_atomically
+from expertcut.profiling.findings import profile_json
 from expertcut.profiling.recorder import Recorder
 from expertcut.profiling.schema import ProfileInfo
 from expertcut.profiling.statistics import (
     LayerStatistics,
-    answers,
-    as_json,
     entropy,
-    layer_statistics,
-    near_ties,
 )
 from expertcut.profiling.storage import (
     Arrays,
@@ -84,7 +81,7 @@ def test_the_sizes_in_the_docs_are_those_of_chunks(
 
 
 class Naive:
-    """Design §5 read aloud, for one layer: a loop over questions, plain floats."""
+    """The statistics of one layer: a loop over questions, plain floats."""
 
     def __init__(self, chunks: list[Arrays], layer: int, n_experts: int) -> None:
         self.n_experts = n_experts
@@ -168,7 +165,7 @@ def profile(request: pytest.FixtureRequest, tmp_path: Path) -> Profile:
 
 
 def test_every_quantity_agrees_with_a_plain_loop(profile: Profile):
-    layers = layer_statistics(profile)
+    layers = profile.layers
     assert len(layers) == len(profile.info.model.blocks)
     for layer, (found, its) in enumerate(zip(layers, profile.info.model.blocks, strict=True)):
         naive = Naive(profile.chunks, layer, its.experts)
@@ -194,7 +191,7 @@ def test_every_quantity_agrees_with_a_plain_loop(profile: Profile):
 
 
 def test_the_json_says_the_same_in_the_documented_words(profile: Profile):
-    shown = as_json(profile)
+    shown = profile_json(profile)
     text = json.dumps(shown, allow_nan=False)  # null, never NaN, which is no JSON
     shown = json.loads(text)
     assert set(shown) == {"questions", "accuracy", "near_ties", "layers"}
@@ -234,7 +231,7 @@ def one_block(profile_folder: Path, **arrays: Any) -> Profile:
 
 
 def layer_of(profile: Profile) -> LayerStatistics:
-    (layer,) = layer_statistics(profile)
+    (layer,) = profile.layers
     return layer
 
 
@@ -263,7 +260,7 @@ def test_a_worked_example(tmp_path: Path):
         choice_logprob_NC=logprob_NC,
         answer_N=np.array([0, 1, 1], dtype=np.uint8),
     )
-    rows = as_json(profile)["layers"][0]["expert"]
+    rows = profile_json(profile)["layers"][0]["expert"]
     assert [row["appearances"] for row in rows] == close([2 / 3, 1 / 3, 2 / 3, 1 / 3])
     assert [row["accuracy"] for row in rows] == close([1 / 2, 1, 1, 0])
     assert [row["weighted_accuracy"] for row in rows] == close([0.4 / 1.0, 1, 1, 0])
@@ -280,7 +277,7 @@ def test_ties_go_to_the_first_choice(tmp_path: Path):
             choice_logprob_NC=logprob_NC,
             answer_N=np.full(3, answer, dtype=np.uint8),
         )
-        assert answers(profile).is_correct_N.tolist() == expected
+        assert profile.answers.is_correct_N.tolist() == expected
 
 
 def test_questions_with_fewer_choices_are_never_answered_by_one_they_lack(tmp_path: Path):
@@ -289,7 +286,7 @@ def test_questions_with_fewer_choices_are_never_answered_by_one_they_lack(tmp_pa
     few["choice_logprob_NC"] = few["choice_logprob_NC"][:, :2] - 20
     few["answer_N"] = np.array([0, 1, 1], dtype=np.uint8)
     info = profile_info(blocks, {"birds": 3, "clocks": 2})
-    found = answers(write_profile(tmp_path / "p", info, [few, many]))
+    found = write_profile(tmp_path / "p", info, [few, many]).answers
     assert found.logprob_NC.shape == (5, 4)
     assert np.isneginf(found.logprob_NC[:3, 2:]).all()
     assert found.logprob_NC[:, :2].tolist() == [
@@ -318,7 +315,7 @@ def test_without_all_token_sums_tokens_are_unknown_not_zero(tmp_path: Path):
     profile = write_profile(tmp_path / "p", info, [kept])
     assert profile.token_sum("tokens") is None
     assert layer_of(profile).tokens_E is None
-    assert {row["tokens"] for row in as_json(profile)["layers"][0]["expert"]} == {None}
+    assert {row["tokens"] for row in profile_json(profile)["layers"][0]["expert"]} == {None}
 
 
 def test_a_near_tie_is_listed_and_said_to_be_its_own_or_in_its_shots(tmp_path: Path):
@@ -335,8 +332,8 @@ def test_a_near_tie_is_listed_and_said_to_be_its_own_or_in_its_shots(tmp_path: P
         {"subject": "clocks", "row": 4, "in_shots": False},
         {"subject": "clocks", "row": 7, "in_shots": True},
     ]
-    assert near_ties(profile, profile.subjects()) == expected
-    assert as_json(profile)["near_ties"] == {"questions": 3, "listed": expected}
+    assert profile.near_ties() == expected
+    assert profile_json(profile)["near_ties"] == {"questions": 3, "listed": expected}
 
 
 def test_a_profile_that_kept_answers_alone_says_so(tmp_path: Path):
@@ -345,8 +342,8 @@ def test_a_profile_that_kept_answers_alone_says_so(tmp_path: Path):
     info = profile_info([block(0)], {"birds": 4})
     info = info.model_copy(update={"settings": info.settings.model_copy(update={"stats": "none"})})
     profile = write_profile(tmp_path / "p", info, [kept])
-    assert len(answers(profile).is_correct_N) == 4
-    for ask in (as_json, layer_statistics):
+    assert len(profile.answers.is_correct_N) == 4
+    for ask in (profile_json, lambda profile: profile.layers):
         with pytest.raises(ProfileError, match="answers alone"):
             ask(profile)
 
@@ -485,7 +482,7 @@ def test_an_unfinished_profile_cannot_be_read(tmp_path: Path):
     again = load_profile(profile.path)
     assert again.missing == ["birds-1.safetensors"]
     with pytest.raises(ProfileError, match=r"1 of 3 chunks are missing.*run the same"):
-        layer_statistics(again)
+        _ = again.layers
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
 from expertcut.errors import ModelError, OutputError
-from expertcut.models.memory import give_back, is_out_of_memory
+from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.profiling import locks as claiming
 from expertcut.profiling.locks import Claims, Timing, alone
 from expertcut.scoring.engine import Engine, ask

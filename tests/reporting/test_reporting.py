@@ -32,8 +32,7 @@ from expertcut.evaluation.results import (
     save_results,
 )
 from expertcut.profiling import schema
-from expertcut.profiling.findings import find
-from expertcut.profiling.statistics import as_json
+from expertcut.profiling.findings import find, profile_json
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.edit_tables import (
     proof_csv,
@@ -193,7 +192,7 @@ def test_the_tables_are_those_of_the_paper(profile: Profile):
 
 
 def test_the_tables_hold_the_numbers(profile: Profile):
-    shown = as_json(profile)
+    shown = profile_json(profile)
     activated, ranks, first, last, entropy_all = profile_tables(profile)
     assert activated.texts() == [
         [
@@ -257,7 +256,7 @@ def test_without_all_token_sums_the_tables_leave_tokens_out(tmp_path: Path):
 
 def test_the_csv_has_every_expert_of_every_layer(profile: Profile):
     rows = list(csv.DictReader(io.StringIO(as_csv(experts_csv(find(profile))))))
-    shown = as_json(profile)
+    shown = profile_json(profile)
     assert len(rows) == 24
     experts = [(layer, e) for layer in shown["layers"] for e in layer["expert"]]
     for row, (layer, expert) in zip(rows, experts, strict=True):

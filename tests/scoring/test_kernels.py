@@ -24,7 +24,7 @@ from expertcut.scoring import attention, passes
 from expertcut.scoring.attention import Split, groups
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Encoded, encode
-from expertcut.scoring.passes import Watch, reading_answers
+from expertcut.scoring.passes import PassObserver, reading_answers
 from tests.conftest import PADDED_FAMILIES, SUBJECTS, open_model
 
 Checkpoints = Callable[..., Path]
@@ -115,7 +115,7 @@ def test_where_the_kernel_reads_beyond_shared_keys_each_head_gets_its_own(
         n_heads.append((query.shape[1], key.shape[1]))
         return flash(query, key, *rest, **more)
 
-    monkeypatch.setattr(attention, "_TAKES_SHARED_KEYS", False)
+    monkeypatch.setattr(attention, "_SUPPORTS_GROUPED_QUERIES", False)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", watched)
     own_NC = engine.score(chunk)
     assert set(n_heads) == {(4, 4)}
@@ -175,16 +175,16 @@ def test_the_last_block_runs_for_answers_alone_and_the_rest_changes_no_bit(
     with observe_routers(
         tiny_moe.blocks, lambda seen: rows.append((seen.layer, len(seen.logits_TE)))
     ):
-        answers_NC = engine.score(chunk, watch=Watch())
+        answers_NC = engine.score(chunk, watch=PassObserver())
         of_answers = [n for layer, n in rows if layer == len(tiny_moe.blocks) - 1]
         rows.clear()
-        all_NC = engine.score(chunk, watch=Watch(keeps_all=True))
+        all_NC = engine.score(chunk, watch=PassObserver(keeps_all=True))
     assert sum(of_answers) == len(chunk)
     by_layer = [sum(n for at, n in rows if at == layer) for layer in (0, len(tiny_moe.blocks) - 1)]
     assert by_layer[0] == by_layer[1] > 2 * len(chunk)
     assert torch.equal(all_NC, answers_NC)
     assert (engine.score(chunk) - answers_NC).abs().max() < 1e-5
-    assert torch.equal(engine.score(chunk, watch=Watch()), answers_NC)
+    assert torch.equal(engine.score(chunk, watch=PassObserver()), answers_NC)
 
 
 class ByToken(nn.Module):
@@ -288,6 +288,6 @@ def test_one_prompt_that_does_not_fit_is_said_so_and_other_errors_stay(
         chunk = encoded(moe, quiz)
         engine = Engine(moe, batch_tokens=200)
         Small(moe, 20, error)
-        watch = Watch(undo=lambda _: None)
+        watch = PassObserver(undo=lambda _: None)
         with pytest.raises(expected, match=r"memory|another"):
             engine.score(Encoded(chunk.prompts, chunk.choice_ids), watch=watch)

@@ -109,7 +109,9 @@ def chunk(folder: Path, data: st.DataObject) -> bool:
     """A chunk whose header, length or bytes are others."""
     info = profile_info([block(0)], {"birds": 4})
     name, subject, n = next(info.chunks())
-    write_chunk(folder / "chunks" / name, random_chunk(0, n, [block(0)]), info.place(name, subject))
+    write_chunk(
+        folder / "chunks" / name, random_chunk(0, n, [block(0)]), info.chunk_hash(name, subject)
+    )
     (folder / "profile.json").write_text(info.model_dump_json())
     file = folder / "chunks" / name
     file.write_bytes(data.draw(_weights(file.read_bytes())))

@@ -94,7 +94,7 @@ def write_profile(folder: Path, info: ProfileInfo, chunks: Sequence[Arrays]) -> 
     folder.mkdir(parents=True)
     (folder / "profile.json").write_text(info.model_dump_json())
     for (name, subject, _), arrays in zip(info.chunks(), chunks, strict=True):
-        write_chunk(folder / "chunks" / name, arrays, info.place(name, subject))
+        write_chunk(folder / "chunks" / name, arrays, info.chunk_hash(name, subject))
     return Profile(folder, info)
 
 

@@ -27,7 +27,6 @@ from expertcut.edits.splits import questions_for
 from expertcut.evaluation.search_results import load_audit, load_sweep
 from expertcut.models.load import LoadOptions, MoeModel, find_source
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.statistics import answers, layer_statistics
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import ask
 from expertcut.scoring.passes import scoring_mode
@@ -194,7 +193,7 @@ def measure(world: World, parts: tuple[str, ...] = tuple(PARTS)) -> Row:
 
 
 def _profile(world: World) -> Found:
-    found = torch.from_numpy(answers(world.profile).logprob_NC)
+    found = torch.from_numpy(world.profile.answers.logprob_NC)
     return {"profile": _largest(found, world.plain.logprobs(world.split("val")))}
 
 
@@ -204,7 +203,7 @@ def _cut(world: World) -> Found:
     )
     (cell,) = load_sweep(world.root / "sweep").cells
     (place,) = (world.root / "sweep" / "cells").glob("keep-*")
-    found = torch.from_numpy(answers(load_profile(place)).logprob_NC)
+    found = torch.from_numpy(load_profile(place).answers.logprob_NC)
     # Its own questions are asked of the cut by reconstruction.
     world.run(
         *("prune", "--keep-fraction", 0.5, "--by", "reap", "--fold", "off", "--no-verify"),
@@ -255,7 +254,7 @@ def _made(world: World) -> set[str]:
 def _boost(world: World) -> Found:
     layer = len(world.blocks) - 1
     # Behind the last layer only answers are read.
-    expert = int(layer_statistics(world.profile)[layer].appearances_E.argmax())
+    expert = int(world.profile.layers[layer].appearances_E.argmax())
     world.run("reweight", "--boost", f"{layer}:{expert}={BIAS}", out="boosted")
     proof = world.plan("boosted").proof
     shift_E = torch.zeros(world.blocks[layer].experts)

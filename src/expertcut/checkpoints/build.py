@@ -42,9 +42,8 @@ from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
-from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.measure import model_info
-from expertcut.profiling.storage import Profile
+from expertcut.profiling.storage import Profile, once_per_profile
 from expertcut.scoring.engine import Engine, ask
 
 logger = logging.getLogger(__name__)
@@ -180,6 +179,7 @@ def default_out(profile: Profile, slug: str, *, is_plan: bool) -> Path:
     return Path("plans" if is_plan else "checkpoints") / f"{name}-{slug}"
 
 
+@once_per_profile
 def found_source(profile: Profile) -> Source:
     """The checkpoint that was profiled, whatever it holds now.
 
@@ -278,7 +278,7 @@ def _gather(job: _Job, engine: Engine | None) -> Gathered:
     if draft.layout == "exact":
         if draft.removed == "mean" and engine is not None:
             means = mean_outputs(engine, tuning, job.removed)
-            return Gathered(constants=as_stored(read_headers(job.source.path), means))
+            return Gathered(constants=as_stored(job.source.headers, means))
         width = int(read_config(job.source.path)["hidden_size"])
         return Gathered(constants=zero_outputs(job.removed, width))
     directions = {}
@@ -374,7 +374,7 @@ def _grouped(profile: Profile, engine: Engine, questions: Questions, asked: Merg
 def _aligned(source: Source, draft: EditPlan, merging: Merging, asked: Merge) -> Merging:
     if not asked.is_aligned:
         return merging
-    headers = read_headers(source.path)
+    headers = source.headers
     return replace(merging, orders=aligned_neurons(headers, draft.edits, merging.interleaved))
 
 

@@ -44,7 +44,7 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
 from expertcut.models.meta_model import check_loads
 from expertcut.models.moe_block import SELECTION_BIAS
-from expertcut.models.safetensors_index import DTYPES, Stored, read_stored
+from expertcut.models.safetensors_index import DTYPES, Stored
 from expertcut.models.validate import with_expert_count
 
 # num_nextn_predict_layers, num_mtp_layers, mtp_num_hidden_layers, num_mtp_modules, mtp_num_layers
@@ -126,7 +126,7 @@ def check_export(source: Source, draft: EditPlan, n_experts: int, folder: Path) 
         OutputError: too little space.
     """
     check_layout(source, draft.layout, is_cutting=draft.is_cut)
-    stored = read_stored(source.path)
+    stored = source.stored
     rewrite = cut_rewrite(source, stored, draft, n_experts)
     check_space(folder, needed_bytes(stored, rewrite))
     if draft.layout == "stock" and _n_kept(draft) < n_experts:
@@ -173,8 +173,9 @@ def export(
     `n_experts` is the unedited count. Tensors are copied from file to file; only those that the
     plan edits are read and changed.
     """
-    stored = read_stored(source.path)
-    write_checkpoint(source.path, folder, _rewrite(source, stored, draft, gathered))
+    stored = source.stored
+    rewrite = _rewrite(source, stored, draft, gathered)
+    write_checkpoint(source.path, folder, rewrite, stored=stored)
     config = read_config(source.path)
     if draft.layout == "exact":
         biased = [name for name, edit in draft.edits.items() if edit.bias]

@@ -43,7 +43,6 @@ from expertcut.errors import ModelError, OutputError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
-from expertcut.models.safetensors_index import read_headers
 from expertcut.models.validate import check_values
 
 if TYPE_CHECKING:
@@ -236,7 +235,7 @@ class Carried:
         Raises:
             ModelError: it is of another model, or adapts what cannot be sliced.
         """
-        headers = read_headers(self.source.path)
+        headers = self.source.headers
         is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
         base = Base(headers, blocks_of(headers, self.draft.edits), is_tied)
         rewrite = adapter_rewrite(self.adapter, base, self.draft, folds)

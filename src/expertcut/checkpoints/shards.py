@@ -282,20 +282,24 @@ def _json(value: object) -> bytes:
 
 
 def write_checkpoint(
-    source: Path, folder: Path, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Path,
+    folder: Path,
+    rewrite: Rewrite,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    stored: Stored | None = None,
 ) -> None:
     """Writes the safetensors files, and their index if they are several, into a folder; synced.
 
     Then opens them as any reader does and looks whether each tensor is there as it must be.
     No file is larger than `max_shard_bytes`, unless one tensor alone is. Bytes of removed tensors
-    and rows are never read.
+    and rows are never read. `stored` is what lies in the source, read from there if it is None.
 
     Raises:
         ModelError: the source is damaged or quantized.
         OutputError: too little space, found before the first byte, or a place that cannot be
             written.
     """
-    shards = lay_out(read_stored(source), rewrite, max_shard_bytes)
+    shards = lay_out(stored or read_stored(source), rewrite, max_shard_bytes)
     check_space(folder, _total_bytes(shards))
     try:
         write_shards(folder, shards)

@@ -23,7 +23,7 @@ from expertcut.errors import ContractError
 from expertcut.models.hooks import own_expert, own_forward, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import DTYPES, read_headers
+from expertcut.models.safetensors_index import DTYPES
 from expertcut.scoring.passes import OnPass
 from expertcut.scoring.router_bias import Tilts, tilted
 
@@ -162,7 +162,7 @@ def as_written(moe: MoeModel, draft: EditPlan, gathered: Gathered) -> Iterator[O
 
 def _stored_dtypes(moe: MoeModel, draft: EditPlan) -> dict[str, torch.dtype]:
     """The dtype that the last projections of each block have on disk."""
-    headers = read_headers(moe.source.path)
+    headers = moe.source.headers
     matched, _ = match_blocks(headers, draft.edits)
     return {
         name: next((DTYPES[headers[last].dtype] for last in sorted(block.last)), torch.float32)

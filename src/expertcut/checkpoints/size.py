@@ -16,7 +16,6 @@ from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
 from expertcut.errors import PlanError, SettingsError
 from expertcut.models.load import LoadOptions, MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import read_stored
 from expertcut.profiling.storage import Profile
 
 SizeOf = Callable[[EditPlan], int]
@@ -79,7 +78,7 @@ def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
         ContractError: the layout does not know the model's family.
     """
     check_layout(source, layout, is_cutting=True)
-    stored = read_stored(source.path)
+    stored = source.stored
 
     def size_of(draft: EditPlan) -> int:
         rewrite = cut_rewrite(source, stored, draft, n_experts)

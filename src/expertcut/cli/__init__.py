@@ -64,7 +64,7 @@ def _root(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    from expertcut.models.memory import is_out_of_memory
+    from expertcut.models.devices import is_out_of_memory
 
     return is_out_of_memory(error)
 

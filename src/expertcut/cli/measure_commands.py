@@ -98,7 +98,6 @@ def _run(
 ) -> None:
     """Measures, asks again as often as wanted, and says how the model did."""
     from expertcut.profiling.measure import perturb as again
-    from expertcut.profiling.statistics import answers
     from expertcut.profiling.storage import load_profile
     from expertcut.reporting.profile_tables import answered_sentence
 
@@ -108,7 +107,7 @@ def _run(
         steps = partial(again, measurement, kind, folder, load_as)
         watched(steps, f"again with {kind}", total, folder)
     if is_first():
-        found = answers(load_profile(folder))
+        found = load_profile(folder).answers
         print(answered_sentence(folder, found))
 
 

@@ -13,7 +13,6 @@ from expertcut.hub.upload import Published, PublishOptions
 from expertcut.hub.upload import publish as upload
 from expertcut.models.load import Source, find_source
 from expertcut.profiling.measure import MeasureOptions, check_kinds, measure, perturb, resumed
-from expertcut.profiling.statistics import answers
 from expertcut.profiling.storage import load_profile
 from expertcut.recipes.recipe_schema import PublishSection
 from expertcut.recipes.stages import REPORT, RESULTS
@@ -38,7 +37,7 @@ def profile(job: Job) -> None:
     for kind in kinds:
         steps = partial(perturb, measurement, kind, folder, load_as)
         job.audience.watch(steps, f"again with {kind}", total, folder)
-    found = answers(load_profile(folder))
+    found = load_profile(folder).answers
     job.audience.say([], [answered_sentence(folder, found)])
 
 

@@ -1,4 +1,4 @@
-"""What is asked: questions, their splits, and the prompts that lm-evaluation-harness would send."""
+"""Quizzes: questions, splits, and prompts as lm-evaluation-harness builds them."""
 
 from expertcut.data.questions import (
     Question,

@@ -16,9 +16,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question; `row` counts the questions of its subject's split from 0.
+    """One multiple-choice question; `row` counts within its subject and split, from 0.
 
-    Where the choices were shuffled, `order` tells which one of the original stands at each place.
+    `order` maps the places of shuffled choices to the original ones.
     """
 
     subject: str
@@ -30,34 +30,34 @@ class Question:
 
     @property
     def content_hash(self) -> str:
-        """16 hex digits over text and choices, so a repeat is found in any subject or split."""
+        """16 hex digits over text and choices, to find repeats in any subject or split."""
         return _sha256([self.text.strip(), *self.choices])[:16]
 
     @cached_property
     def overlap_hash(self) -> str:
-        """16 hex digits that trivial changes leave as they are, to tell whether sets overlap.
+        """16 hex digits that ignore trivial changes, to find overlaps of question sets.
 
-        White space, invisible characters, the Unicode form and the order of choices do not count.
+        White space, invisible characters, the Unicode form and the order of choices are ignored.
         """
         choices = sorted(map(normalised, self.choices))
         return _sha256({"text": normalised(self.text), "choices": choices})[:16]
 
     @property
     def hash_line(self) -> str:
-        """Both hashes, as a line of `chosen_on.txt` has them."""
+        """Both hashes, as a line of `chosen_on.txt`."""
         return f"{self.content_hash} {self.overlap_hash}"
 
     def is_among(self, known: Collection[str]) -> bool:
-        """Whether either of its hashes is in a set that `hashes_in` gave."""
+        """Whether either hash is in a set from `hashes_in`."""
         return self.content_hash in known or self.overlap_hash in known
 
 
 @dataclass(frozen=True)
 class Quiz:
-    """The questions of one split with the shots that stand before them, subjects in name order.
+    """The questions of one split, subjects in name order, with their few-shot examples.
 
-    `shots_by_subject` holds as many dev questions as `shots`, per subject. `truncate` says where a
-    prompt that is longer than the model's context loses tokens; None refuses it.
+    `shots_by_subject` holds `shots` dev questions per subject. `truncate` says on which side a
+    prompt beyond the model's context loses tokens; None refuses it.
     """
 
     id: str
@@ -75,15 +75,15 @@ class Quiz:
         return chain.from_iterable(self.questions.values())
 
     def content_hash(self, subject: str) -> str:
-        """SHA-256 over everything asked in a subject: questions, answers and shots."""
+        """SHA-256 over questions, answers and shots of a subject."""
         asked = (*self.shots_by_subject[subject], *self.questions[subject])
         return _sha256([[q.text, list(q.choices), q.answer] for q in asked])
 
 
 def normalised(text: str) -> str:
-    """The text in Unicode form NFC, without invisible characters, each run of white space a space.
+    """The text in Unicode form NFC, runs of white space as one space, invisible characters removed.
 
-    Invisible are those of category Cf: byte order marks, soft hyphens, zero-width characters.
+    These are of category Cf: byte order marks, soft hyphens, zero-width characters.
     """
     if not text.isascii():
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
@@ -92,12 +92,12 @@ def normalised(text: str) -> str:
 
 
 def hashes_in(lines: Iterable[str]) -> frozenset[str]:
-    """All hashes of lines that hold one or two of them."""
+    """All hashes of lines with one or two each."""
     return frozenset(chain.from_iterable(line.split() for line in lines))
 
 
 def without(quiz: Quiz, lines: Iterable[str]) -> Quiz:
-    """The quiz less the questions of which a hash is given; subjects left empty go too."""
+    """The quiz without questions whose hash is given, and without subjects left empty."""
     known = hashes_in(lines)
     kept = {
         subject: tuple(q for q in questions if not q.is_among(known))
@@ -107,20 +107,20 @@ def without(quiz: Quiz, lines: Iterable[str]) -> Quiz:
 
 
 def round_robin(quiz: Quiz, n: int) -> Quiz:
-    """At most `n` questions, the first of every subject, then the second, and so on."""
+    """The first question of every subject, then the second, and so on, up to `n`."""
     turns = zip_longest(*quiz.questions.values())
     taken = [q for turn in turns for q in turn if q is not None][:n]
     return replace_questions(quiz, group_by_subject(taken))
 
 
 def replace_questions(quiz: Quiz, questions: Mapping[str, tuple[Question, ...]]) -> Quiz:
-    """The same quiz, shots and all, asking other questions."""
+    """The same quiz and shots with other questions."""
     shots = {subject: quiz.shots_by_subject[subject] for subject in questions}
     return replace(quiz, questions=questions, shots_by_subject=shots)
 
 
 def group_by_subject(questions: Sequence[Question]) -> dict[str, tuple[Question, ...]]:
-    """Questions per subject, subjects in name order, questions in the order given."""
+    """Questions by subject, subjects in name order."""
     subjects = sorted({q.subject for q in questions})
     return {s: tuple(q for q in questions if q.subject == s) for s in subjects}
 
@@ -136,24 +136,24 @@ def answer_letter(question: Question) -> str:
 
 
 def prompt(question: Question, shots: Sequence[Question] = ()) -> str:
-    """Everything the model reads before it writes ` A`, ` B`, …; no trailing space."""
-    solved = (f"{_ask(shot)} {answer_letter(shot)}\n\n" for shot in shots)
-    return header(question.subject) + "".join(solved) + _ask(question)
+    """The prompt before the answer ` A`, ` B`, …; without trailing space."""
+    solved = (f"{_format(shot)} {answer_letter(shot)}\n\n" for shot in shots)
+    return header(question.subject) + "".join(solved) + _format(question)
 
 
 def header(subject: str) -> str:
-    """What stands before the first question."""
+    """The line before the first question."""
     about = subject.replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {about}.\n\n"
 
 
-def _ask(question: Question) -> str:
+def _format(question: Question) -> str:
     choices = "".join(f"{LETTERS[i]}. {text}\n" for i, text in enumerate(question.choices))
     return f"{question.text.strip()}\n{choices}Answer:"
 
 
 def shuffle_choices(quiz: Quiz) -> Quiz:
-    """Every question with its choices in another order, the same each time; shots stay."""
+    """Shuffles the choices of every question, with a seed from its content; shots are unchanged."""
     shuffled = {s: tuple(map(_shuffle, questions)) for s, questions in quiz.questions.items()}
     return replace_questions(quiz, shuffled)
 
@@ -168,7 +168,7 @@ def _shuffle(question: Question) -> Question:
 
 
 def reordered(question: Question, order: Sequence[int]) -> Question:
-    """Its choices as `order` says: which of the original stands at each place."""
+    """The question with its choices in another order."""
     return replace(
         question,
         choices=tuple(question.choices[i] for i in order),

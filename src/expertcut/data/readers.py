@@ -1,4 +1,4 @@
-"""Readers of questions in three forms, row by row; every fault names its file and line."""
+"""Readers of questions from CSV, JSON lines and data set rows; errors name file and line."""
 
 import codecs
 import csv
@@ -17,11 +17,11 @@ from expertcut.data.questions import LETTERS, Question
 from expertcut.errors import QuizError
 from expertcut.files import MARK_BYTES, open_file, parse_json, wide_encoding
 
-_MAX_BYTES = 512 << 20  # of one file: the largest of MMLU, which only trains, has a third
-_MAX_CHARACTERS = 1 << 20  # of a question or choice; csv itself takes an eighth of it
-_MAX_SUBJECT = 200  # of the 255 that a file system leaves to a chunk's name
-_MAX_KEYS = 12  # named of a row that lacks one
-_MARK = "\ufeff"  # byte order mark, as Excel and Notepad write it before UTF-8
+_MAX_BYTES = 512 << 20  # of one file; the largest of MMLU has a third
+_MAX_CHARACTERS = 1 << 20  # of a question or choice
+_MAX_SUBJECT = 200  # of the 255 in a file name
+_MAX_KEYS = 12  # listed in an error
+_BOM = "\ufeff"  # as Excel and Notepad write it
 _CHOICE_COLUMN = re.compile(r"(?:(?:option|choice)[ _-])?([a-z])")
 _MUST = "must have question, A, B, … and answer"
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where a CSV file has what; `subject` is None where the file's name says it."""
+    """The columns of a CSV file; `subject` is None if the file name is the subject."""
 
     n_columns: int
     question: int
@@ -43,14 +43,13 @@ _HENDRYCKS = _Columns(6, 0, (1, 2, 3, 4), 5)
 
 
 def read_csv(path: Path, default_subject: str) -> list[Question]:
-    """Questions of one CSV file, with a header (`question`, `A`, `B`, …, `answer`) or without.
+    """Questions of a CSV file, with a header (`question`, `A`, `B`, …, `answer`) or without.
 
-    Without a header, the columns are those of Hendrycks: question, A, B, C, D, letter. A header
-    may have more columns; `subject`, where there is one, names each row's. Blank lines and a byte
-    order mark at the beginning are passed over, as pandas and datasets do.
+    Without a header, the columns are those of Hendrycks: question, A, B, C, D, letter. Further
+    columns are ignored, except `subject`. Blank lines and a leading byte order mark are skipped.
 
     Raises:
-        QuizError: the file cannot be read, or a row cannot be asked.
+        QuizError: the file cannot be read, or a row is invalid.
     """
     questions: list[Question] = []
     rows: dict[str, int] = {}
@@ -74,15 +73,15 @@ def read_csv(path: Path, default_subject: str) -> list[Question]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """File and line, and the cells there; lines of nothing but spaces are passed over."""
+    """Position (file:line) and cells of each row that is not blank."""
     # 1,285 rows of MMLU have newlines inside a cell and 4 have \r\n: newline="" keeps them.
     try:
-        with _opened(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
+        with _open(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             for cells in reader:
                 if cells and (len(cells) > 1 or cells[0].strip()):
                     where = f"{path}:{reader.line_num}"
-                    if cells[0].startswith(_MARK):
+                    if cells[0].startswith(_BOM):
                         logger.warning("%s: a byte order mark inside the file is asked too", where)
                     yield where, cells
     except UnicodeDecodeError:
@@ -98,13 +97,13 @@ def _column_names(cells: list[str]) -> list[str]:
 
 
 def _is_header(cells: list[str]) -> bool:
-    """Whether the first row names columns: no question of four choices is worded like that."""
+    """Whether the first row holds the column names."""
     names = _column_names(cells)
     return "question" in names and ("answer" in names or {"a", "b"} <= set(_choice_columns(names)))
 
 
 def _choice_columns(names: list[str]) -> list[str]:
-    """The letters of the columns that are choices: `A`, `option_a`, `Choice A`."""
+    """The letters of the choice columns: `A`, `option_a`, `Choice A`."""
     return [found[1] for name in names if (found := _CHOICE_COLUMN.fullmatch(name))]
 
 
@@ -144,7 +143,7 @@ def _csv_question(
 
 
 def read_jsonl(path: Path, default_subject: str) -> list[Question]:
-    """Questions of one JSON-lines file: `question`, `choices`, `answer`, optional `subject`."""
+    """Questions of a JSON-lines file: `question`, `choices`, `answer`, optional `subject`."""
     rows: dict[str, int] = {}
     questions, answers = [], []
     for where, record in json_lines(path):
@@ -158,7 +157,7 @@ def read_jsonl(path: Path, default_subject: str) -> list[Question]:
 
 
 def subject_of(record: dict[str, Any], default_subject: str, where: str) -> str:
-    """The row's own subject, where it names one."""
+    """The subject of a row, or the default."""
     subject = record.get("subject") or default_subject
     if not isinstance(subject, str):
         raise QuizError(f"{where}: subject is {_short(subject)}, must be text")
@@ -166,13 +165,13 @@ def subject_of(record: dict[str, Any], default_subject: str, where: str) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line, and the JSON object there; empty lines are passed over.
+    """Position (file:line) and JSON object of each line that is not blank.
 
     Raises:
-        QuizError: the file cannot be read, or a line is no JSON object.
+        QuizError: the file cannot be read, or a line is not a JSON object.
     """
     try:
-        with _opened(path) as file:
+        with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if text.strip():
@@ -194,12 +193,12 @@ def _json_record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _opened(path: Path) -> BinaryIO:
-    """A file of questions.
+def _open(path: Path) -> BinaryIO:
+    """Opens a file of questions.
 
     Raises:
-        OSError: it cannot be read, or is larger than any.
-        QuizError: it is UTF-16 or UTF-32 text.
+        OSError: unreadable or too large.
+        QuizError: UTF-16 or UTF-32 text.
     """
     file = open_file(path)
     encoding = wide_encoding(file.read(MARK_BYTES))
@@ -231,10 +230,10 @@ def record_question(record: dict[str, Any], subject: str, index: int, where: str
 def make_question(
     subject: str, text: str, choices: list[str], answer: object, index: int, where: str
 ) -> Question:
-    """A checked question.
+    """A validated question.
 
     Raises:
-        QuizError: what is wrong with the row, after `where`.
+        QuizError: an invalid row; the message begins with `where`.
     """
     if not text.strip():
         raise QuizError(f"{where}: the question is empty")
@@ -271,7 +270,7 @@ def _answer_id(answer: object, choices: list[str], where: str) -> int:
 
 
 def warn_if_counted_from_one(where: str, answers: Iterable[object]) -> None:
-    """Warns of answers by number none of which is 0, the number of the first choice."""
+    """Warns if answers are numbers and none of them is 0, the first choice."""
     numbers = [a for a in answers if isinstance(a, int)]
     if len(numbers) > 1 and 0 not in numbers:
         logger.warning(
@@ -282,7 +281,7 @@ def warn_if_counted_from_one(where: str, answers: Iterable[object]) -> None:
 
 
 def _fault(text: str) -> str | None:
-    """Why no model can be asked this."""
+    """Why a text cannot be part of a prompt; None if it can."""
     if "\0" in text:
         return "a NUL byte, which is no text"
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
@@ -298,8 +297,8 @@ def _is_long(subject: str) -> bool:
 
 
 def _line_of(path: Path) -> int:
-    # The decoder counts from the start of its own buffer, so the first bad byte is sought anew.
-    with _opened(path) as file:
+    # The decoder counts from the start of its buffer, so its position is not that in the file.
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")

@@ -1,4 +1,4 @@
-"""Where quizzes come from: a Hendrycks CSV folder, JSON lines, or a data set of the hub."""
+"""Sources of quizzes (CSV folder, JSON lines, data set), selection and held-out questions."""
 
 import logging
 import re
@@ -9,7 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from expertcut.data.questions import Question, Quiz, Truncate, group_by_subject
+from expertcut.data.questions import (
+    Question,
+    Quiz,
+    Truncate,
+    group_by_subject,
+    hashes_in,
+    replace_questions,
+    without,
+)
 from expertcut.data.readers import (
     read_csv,
     read_jsonl,
@@ -27,20 +35,23 @@ MMLU_HUB_ID = "cais/mmlu"
 MMLU_REVISION = "c30699e8356da336a370243923dbaf21066bb9fe"
 SHOTS_SPLIT = "dev"
 _SPLIT = re.compile(r"\w[\w.-]{0,99}")
-_NOT_SUBJECTS = {"all", "auxiliary_train"}  # configurations of cais/mmlu that are no subject
-_ALIASES = {"val": ("val", "validation")}  # of splits, in the names of folders and files
-_DATA_FOLDER = "data"  # where the files of a quiz may lie instead of in its own folder
-_MAX_LISTED = 6  # files named where a split is not found
-_MAX_LOOKED_AT = 1000  # of a folder's files
+_NOT_SUBJECTS = {"all", "auxiliary_train"}  # configurations of cais/mmlu that are not subjects
+_ALIASES = {"val": ("val", "validation")}  # of splits in folder and file names
+_DATA_FOLDER = "data"  # alternative place of a quiz's files
+_MAX_LISTED = 6  # files in an error
+_MAX_LOOKED_AT = 1000  # files of a folder
+JUDGING = ("val", "test")  # splits for held-out questions
+HELD_OUT_SHARE = 0.2
+_ONE_IN = 5
+_MOST_OVERLAP = 0.05
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which questions to ask: the options shared by every command that takes a quiz.
+    """Which questions to use: the options of every command that takes a quiz.
 
-    `subjects` empty means all; `limit` keeps the first so many questions of each subject;
-    `revision` is of a hub data set, None for its main one (for `mmlu`, the pinned one). `truncate`
-    says what becomes of prompts that are longer than the context of whoever is asked.
+    Empty `subjects` mean all; `limit` is per subject; `revision` is of a hub data set, None for its
+    main one (for `mmlu`, the pinned one). `truncate` is for prompts beyond the model's context.
     """
 
     quiz: str = DEFAULT_QUIZ
@@ -53,27 +64,34 @@ class Selection:
 
 
 def load_quiz(selection: Selection) -> Quiz:
-    """The questions a selection names.
+    """Loads the selected questions.
 
     Raises:
-        QuizError: no such quiz or subject; too few shots; a row that cannot be asked.
-        SplitError: it has no questions in the split.
+        QuizError: no such quiz or subject, too few shots, or an invalid row.
+        SplitError: no questions in the split.
     """
     if selection.shots < 0 or (selection.limit is not None and selection.limit < 1):
         raise QuizError("--shots must be at least 0 and --limit at least 1")
     split = _canonical_split(selection.split)
     source = _find_source(selection.quiz, selection.revision)
-    found = group_by_subject(source.read(split))
-    if not found:
+    of_split = group_by_subject(source.read(split))
+    if not of_split:
         raise SplitError(source.missing(split))
-    questions = _select(found, selection, split)
+    questions = _select(of_split, selection, split)
     shots: dict[str, tuple[Question, ...]] = dict.fromkeys(questions, ())
     if selection.shots:
         dev = group_by_subject(source.read(SHOTS_SPLIT))
         shots = {s: dev.get(s, ())[: selection.shots] for s in questions}
         _refuse_too_few_shots(shots, selection)
-    kind = (source.id, source.revision, split, selection.shots)
-    return Quiz(*kind, questions, shots, selection.truncate)
+    return Quiz(
+        id=source.id,
+        revision=source.revision,
+        split=split,
+        shots=selection.shots,
+        questions=questions,
+        shots_by_subject=shots,
+        truncate=selection.truncate,
+    )
 
 
 def _select(
@@ -106,7 +124,7 @@ def _canonical_split(split: str) -> str:
 
 @dataclass(frozen=True)
 class _Files:
-    """Questions in files: a folder, or one file that is whichever split is asked for."""
+    """Questions in files: a folder, or one file that stands for every split."""
 
     path: Path
     revision: str | None = None
@@ -117,17 +135,17 @@ class _Files:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where to look, the first that has the split being the right one."""
+        """Where to look for a split; the first match counts."""
         folder = self.path.parent if self.path.is_file() else self.path
         return (folder, folder / _DATA_FOLDER)
 
     @property
     def subject(self) -> str:
-        """Of questions that name none, in a file that names none."""
+        """The default subject: the file name."""
         return self.path.stem or self.path.resolve().stem
 
     def files(self, split: str) -> list[tuple[Path, str]]:
-        """The files of a split, each with the subject that its name says."""
+        """The files of a split, each with its default subject."""
         if self.path.is_file() and split != SHOTS_SPLIT:
             return [(self.path, self.subject)]
         found = (self.files_in(f, n) for f in self.folders for n in _ALIASES.get(split, (split,)))
@@ -140,7 +158,7 @@ class _Files:
         raise NotImplementedError
 
     def missing(self, split: str) -> str:
-        """Why there are no questions in a split, and what is there instead."""
+        """The error for an empty split, with the files that exist."""
         if files := self.files(split):
             empty = ", ".join(str(file) for file, _ in files[:_MAX_LISTED])
             return f"{self.id} has no questions in split {split}: no row in {empty}"
@@ -188,7 +206,7 @@ class _CsvFiles(_Files):
 
 @dataclass(frozen=True)
 class _JsonLines(_Files):
-    """A folder of `<split>.jsonl`, or one file that is whichever split is asked for."""
+    """A folder of `<split>.jsonl`, or one file."""
 
     def read(self, split: str) -> list[Question]:
         return [q for file, subject in self.files(split) for q in read_jsonl(file, subject)]
@@ -203,7 +221,7 @@ class _JsonLines(_Files):
 
 @dataclass(frozen=True)
 class _DataSet:
-    """A data set of the hub, or a local folder in its form, read through `datasets`."""
+    """A data set of the hub or of a local folder, read through `datasets`."""
 
     id: str
     revision: str | None
@@ -212,7 +230,7 @@ class _DataSet:
         with _one_line(self.id, self.revision):
             names = _config_names(self.id, self.revision)
         subjects = [name for name in names if name not in _NOT_SUBJECTS]
-        if "all" in names or subjects in ([], ["default"]):  # the rows say what they are about
+        if "all" in names or subjects in ([], ["default"]):  # each row names its subject
             return self._read_config("all" if "all" in names else names[0], split, None)
         return [q for name in subjects for q in self._read_config(name, split, name)]
 
@@ -229,15 +247,15 @@ class _DataSet:
         questions, answers = [], []
         for number, row in enumerate(rows):
             where = f"{self.id} {config}/{name} row {number}"
-            its = subject or subject_of(row, self.id.rsplit("/", 1)[-1], where)
-            questions.append(record_question(row, its, counts.setdefault(its, 0), where))
+            of = subject or subject_of(row, self.id.rsplit("/", 1)[-1], where)
+            questions.append(record_question(row, of, counts.setdefault(of, 0), where))
             answers.append(row["answer"])
-            counts[its] += 1
+            counts[of] += 1
         warn_if_counted_from_one(f"{self.id} {config}/{name}", answers)
         return questions
 
     def missing(self, split: str) -> str:
-        """Why there are no questions in a split, and which splits there are."""
+        """The error for an empty split, with the splits that exist."""
         from datasets import get_dataset_split_names
 
         with _one_line(self.id, self.revision):
@@ -261,7 +279,7 @@ def _find_source(quiz: str, revision: str | None) -> _CsvFiles | _JsonLines | _D
 
 
 def _find_in(folder: Path) -> _CsvFiles | _JsonLines | _DataSet:
-    """What a folder holds; where it could be several things, the first of these."""
+    """The kind of a folder; the first match counts."""
     if any(folder.glob("*/*.csv")):
         return _CsvFiles(folder)
     if any(folder.glob("*.jsonl")):
@@ -279,10 +297,10 @@ def _find_in(folder: Path) -> _CsvFiles | _JsonLines | _DataSet:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """Those of a data set; `datasets` itself would wait for a pipe.
+    """The parquet files of a data set.
 
     Raises:
-        QuizError: one that is no ordinary file.
+        QuizError: one is not a regular file; `datasets` would wait for a pipe.
     """
     files = sorted(folder.rglob("*.parquet"))
     for file in files:
@@ -299,7 +317,7 @@ def _open_mmlu() -> _DataSet:
     try:
         return _open_data_set(MMLU_HUB_ID, MMLU_REVISION)
     except QuizError as error:
-        # A mirror or a cache may hold another revision only; the profile records what was read.
+        # A mirror or cache may hold only another revision; the profile records which.
         source = _open_data_set(MMLU_HUB_ID, None)
         logger.warning("%s; using its main revision instead", error)
         return source
@@ -316,7 +334,7 @@ def _config_names(quiz: str, revision: str | None) -> list[str]:
     from huggingface_hub import DatasetCard, hf_hub_download
 
     if config.HF_HUB_OFFLINE and not Path(quiz).is_dir():
-        # Offline, datasets reads its cache but has no names for it: the cached card has.
+        # Offline, `datasets` has no configuration names; the cached card has.
         card = hf_hub_download(quiz, "README.md", repo_type="dataset", revision=revision)
         configs = DatasetCard.load(card).data.get("configs") or []
         if configs:
@@ -326,24 +344,21 @@ def _config_names(quiz: str, revision: str | None) -> list[str]:
 
 @contextmanager
 def _one_line(quiz: str, revision: str | None) -> Iterator[None]:
-    """Any fault of `datasets`, and of the YAML, Parquet and HTTP below it, as a QuizError."""
+    """Turns any error of `datasets` and the libraries below it into a QuizError."""
     try:
         yield
     except Exception as error:
         pinned = f" at revision {revision[:8]}" if revision else ""
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__  # an OSError names the place, others only wrap what happened
+            cause = cause.__cause__  # an OSError names the file, others only wrap it
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise QuizError(f"no such quiz: {quiz}{pinned} cannot be read: {reason}") from error
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """A quiz or a text file, and how many rows of it are trained on compared with others.
-
-    `revision` is that of a quiz of the hub, as in `data.sources.Selection`.
-    """
+    """A quiz or text file with its weight in the training mix; `revision` is of a hub data set."""
 
     name: str
     weight: float = 1.0
@@ -370,3 +385,73 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def hash_lines(quiz: Quiz) -> frozenset[str]:
+    """Both hashes of every question, as lines of `chosen_on.txt`."""
+    return frozenset(question.hash_line for question in quiz)
+
+
+def is_one_set(quiz: Quiz) -> bool:
+    """Whether no other split has questions to evaluate on; logs nothing.
+
+    Raises:
+        QuizError: more than 5 % of another split stand in this one.
+    """
+    others = (s for s in JUDGING if s != quiz.split)
+    return all(other_split(quiz, split, quiz, is_quiet=True) is None for split in others)
+
+
+def is_held_out(question: Question) -> bool:
+    """Whether a question is in the held-out fifth of a quiz without another split.
+
+    Trivial changes of a question do not matter. Profiles keep separate sums by it.
+    """
+    return int(question.overlap_hash, 16) % _ONE_IN == 0
+
+
+def fifth_of(quiz: Quiz) -> Quiz:
+    """A fifth by content hash; of trivially different questions the least hash counts for all."""
+    least: dict[str, str] = {}
+    for q in quiz:
+        least[q.overlap_hash] = min(least.get(q.overlap_hash, q.content_hash), q.content_hash)
+    fifth = [q for q in quiz if int(least[q.overlap_hash], 16) % _ONE_IN == 0]
+    return replace_questions(quiz, group_by_subject(fifth))
+
+
+def other_split(quiz: Quiz, split: str, *used: Quiz, is_quiet: bool = False) -> Quiz | None:
+    """The same subjects' questions of another split without those in `used`; None if none is left.
+
+    Raises:
+        QuizError: more than 5 % of them stand in a used one.
+    """
+    if Path(quiz.id).is_file():
+        return None  # one file stands for every split
+    selection = Selection(
+        *(quiz.id, split, quiz.shots), revision=quiz.revision, truncate=quiz.truncate
+    )
+    try:
+        other = load_quiz(selection)
+    except QuizError as error:
+        if not is_quiet:
+            logger.warning("split %s is not used to judge: %s", split, error)
+        return None
+    same = {s: qs for s, qs in other.questions.items() if s in quiz.questions}
+    other = replace_questions(other, same)
+    lines = frozenset[str]().union(*map(hash_lines, used))
+    known = hashes_in(lines)
+    repeated = [q for q in other if q.is_among(known)]
+    if len(repeated) == len(other):
+        return None
+    if repeated and not is_quiet:
+        logger.warning(
+            "%d of %d %s questions stand in %s too and are left out, first %s:%d",
+            *(len(repeated), len(other), split, " and ".join(sorted({q.split for q in used}))),
+            *(repeated[0].subject, repeated[0].row),
+        )
+    if len(repeated) > _MOST_OVERLAP * len(other):
+        raise QuizError(
+            f"{len(repeated)} of {len(other)} {split} questions of {other.id} stand in "
+            f"{used[0].split} too, at most 5 % may: they cannot judge anything"
+        )
+    return without(other, lines)

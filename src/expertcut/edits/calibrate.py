@@ -38,7 +38,6 @@ from expertcut.models.hooks import (
     replaced_forward,
 )
 from expertcut.models.moe_block import MoeBlock
-from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
@@ -223,7 +222,7 @@ def fold_at_answers(
     is_used_N = np.array([name not in left_out for name in names])
     alpha_NLE = profile.array("alpha_NLE")[is_used_N]
     folds = {}
-    for layer in layer_statistics(profile):
+    for layer in profile.layers:
         block = profile.info.model.blocks[layer.layer]
         keep = list(edits[block.name].keep)
         if not block.inflates or len(keep) == block.experts:

@@ -19,8 +19,8 @@ import numpy as np
 from expertcut.edits.plan import Positions, least_per_group
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.statistics import LayerStatistics, layer_statistics, share
-from expertcut.profiling.storage import OverTokens, Profile
+from expertcut.profiling.statistics import LayerStatistics, OverTokens, share
+from expertcut.profiling.storage import Profile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def gate_mass(layer: LayerStatistics, positions: Positions) -> Array:
     """Σ gate weight over the questions or tokens that chose it: a soft count. arXiv:2404.05089."""
     if positions == "all":
         return all_tokens(layer).weight_E
-    assert layer.weight_E is not None, "layer_statistics gives it"
+    assert layer.weight_E is not None, "the layers of a profile have it"
     return layer.weight_E
 
 
@@ -236,7 +236,7 @@ def scores(
         return [random(block.experts, layer, seed) for layer, block in enumerate(blocks)]
     if by in NEEDS_MODEL:
         return _asking_the_model(profile, by, engine)
-    return _observed(layer_statistics(profile), by, positions)
+    return _observed(profile.layers, by, positions)
 
 
 def _observed(layers: Sequence[LayerStatistics], by: str, positions: Positions) -> list[Array]:
@@ -255,9 +255,7 @@ def _asking_the_model(profile: Profile, by: str, engine: Engine | None) -> list[
     from expertcut.edits.splits import questions_for
 
     kept = keep_inputs(engine, questions_for(profile, is_fitting=True).tuning)
-    layers = zip(
-        engine.moe.blocks, profile.info.model.blocks, layer_statistics(profile), strict=True
-    )
+    layers = zip(engine.moe.blocks, profile.info.model.blocks, profile.layers, strict=True)
     return [
         np.zeros(block.experts)  # a table chooses them: none can go
         if block.is_hashed
@@ -347,7 +345,7 @@ class Compared:
 
 def compare(profile: Profile) -> Compared:
     """Every criterion by every kind of positions that it takes, from a profile alone."""
-    layers = layer_statistics(profile)
+    layers = profile.layers
     found: dict[str, list[Array]] = {}
     left_out = {name: "asks the model" for name in sorted(NEEDS_MODEL)}
     for by in OBSERVED:

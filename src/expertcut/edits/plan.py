@@ -24,7 +24,7 @@ from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
 from expertcut.profiling.schema import BlockInfo, ModelInfo
-from expertcut.profiling.storage import Profile
+from expertcut.profiling.storage import Profile, once_per_profile
 
 PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
@@ -296,6 +296,7 @@ class ExpertIds:
         }
 
 
+@once_per_profile
 def expert_ids(profile: Profile) -> ExpertIds:
     """As the plan in the profiled checkpoint has them; a model without one was never cut.
 
@@ -406,6 +407,7 @@ def model_folder(profile: Profile) -> Path | None:
     return found
 
 
+@once_per_profile
 def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
     """The plan in a checkpoint's folder, or among what was downloaded of it."""
     folder, model = model_folder(profile), profile.info.model

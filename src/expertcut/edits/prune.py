@@ -20,7 +20,7 @@ from expertcut.edits.plan import (
 from expertcut.edits.ranking import Ranking, Way, protected, protection, rank
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.statistics import LayerStatistics, layer_statistics
+from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def keep_active(profile: Profile, way: Way) -> Pruning:
     """
     if way.by != "activations":
         raise SettingsError(f"--by {way.by} ranks what --keep N keeps: leave it out")
-    layers, blocks = layer_statistics(profile), profile.info.model.blocks
+    layers, blocks = profile.layers, profile.info.model.blocks
     counts = [activations(layer, way.at) for layer in layers]
     stay = protection(profile, way.protect)
     is_active = [

@@ -21,7 +21,6 @@ from expertcut.edits.plan import (
 )
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.statistics import layer_statistics
 from expertcut.profiling.storage import Profile, largest_values
 
 if TYPE_CHECKING:
@@ -224,7 +223,7 @@ class Ranking:
 
 def rank(profile: Profile, way: Way, engine: "Engine | None" = None) -> Ranking:
     """Scores by the criterion, the order that follows, and who stays whatever it says."""
-    layers = layer_statistics(profile)
+    layers = profile.layers
     at = way.at if way.by == "activations" else "answer"
     found = scores(profile, way.by, way.at, engine, way.seed)
     orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]

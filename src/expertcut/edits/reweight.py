@@ -32,7 +32,7 @@ from expertcut.edits.reweight_select import (
 from expertcut.edits.reweight_tune import Procedure, Settled, Shift
 from expertcut.edits.splits import held_out_quiz, profiled_quiz
 from expertcut.errors import PlanError, SettingsError
-from expertcut.profiling.statistics import LayerStatistics, layer_statistics
+from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile, ProfilePart
 
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
@@ -111,7 +111,7 @@ def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> li
         SettingsError: one that cannot be read.
         PlanError: no such layer or expert, one named twice, or no gap to close.
     """
-    numbers, layers = expert_ids(profile), layer_statistics(profile)
+    numbers, layers = expert_ids(profile), profile.layers
     found: list[Tilt] = []
     for sign, expressions in ((+1, boost), (-1, suppress)):
         for text in expressions:
@@ -131,7 +131,7 @@ def named_picks(
         SettingsError: one that cannot be read.
         PlanError: no such layer or expert, or one named twice.
     """
-    numbers, layers = expert_ids(profile), layer_statistics(profile)
+    numbers, layers = expert_ids(profile), profile.layers
     found: list[tuple[SelectedExpert, float | None]] = []
     for sign, expressions in ((+1, boost), (-1, suppress)):
         for text in expressions:
@@ -159,7 +159,7 @@ def scalings(profile: Profile, expressions: Sequence[str]) -> list[Scaling]:
         SettingsError: one that cannot be read, has no factor, or one that is negative or 1.
         PlanError: no such layer or expert, or one named twice.
     """
-    numbers, layers = expert_ids(profile), layer_statistics(profile)
+    numbers, layers = expert_ids(profile), profile.layers
     found: list[Scaling] = []
     for text in expressions:
         index, expert, factor = _parsed(text, "factor")

@@ -116,10 +116,9 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
     if not block.selection_bias and not is_unknown:
         return None
     from expertcut.models.load import find_source  # with torch, which `show` does without
-    from expertcut.models.safetensors_index import read_even_quantized
 
     source = find_source(model.id, model.revision)
-    tensors = read_even_quantized(source.path).tensors
+    tensors = source.even_quantized.tensors
     own = [
         name
         for name, tensor in tensors.items()
@@ -364,7 +363,7 @@ def difference(records: QuestionOutcomes) -> Array:
     """How much better its questions go than others of their subjects.
 
     The z of Cochran, Mantel and Haenszel, not the raw difference, which is largest where there
-    are few questions (design: §8).
+    are few questions.
     """
     return z_scores(records.counts)
 

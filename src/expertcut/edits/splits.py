@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
-from expertcut.data.held_out import (
+from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
+from expertcut.data.sources import (
     HELD_OUT_SHARE,
     JUDGING,
     fifth_of,
@@ -15,7 +16,6 @@ from expertcut.data.held_out import (
     is_one_set,
     other_split,
 )
-from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
 from expertcut.edits.plan import (
     PLAN_FILE,
     ChosenOn,
@@ -32,7 +32,7 @@ from expertcut.edits.plan import (
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.profiling.schema import quiz_info
-from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out
+from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
 
 HASHES, USED, SPLIT = "held_out_hashes", "held_out_used", "held_out_split"
 UNUSED = "were not used"
@@ -185,6 +185,7 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosin
     return Choosing(ProfilePart(profile, {(q.subject, q.row) for q in held}), (note,))
 
 
+@once_per_profile
 def questions_for(
     profile: Profile,
     *,
@@ -305,20 +306,21 @@ def profiled_quiz(profile: Profile) -> Quiz:
     Raises:
         ProfileError: its questions changed since.
     """
-    quiz = _asked_quiz(profile)
     if not isinstance(profile, ProfilePart):
-        return quiz
+        return _asked_quiz(profile)
+    quiz = _asked_quiz(profile.whole)
     left = [q for q in quiz if (q.subject, q.row) not in profile.held_out]
     return replace_questions(quiz, group_by_subject(left))
 
 
 def held_out_quiz(part: ProfilePart) -> Quiz:
     """The questions that are held out of a profile."""
-    quiz = _asked_quiz(part)
+    quiz = _asked_quiz(part.whole)
     held = [q for q in quiz if (q.subject, q.row) in part.held_out]
     return replace_questions(quiz, group_by_subject(held))
 
 
+@once_per_profile
 def _asked_quiz(profile: Profile) -> Quiz:
     info = profile.info.quiz
     which = (info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision)

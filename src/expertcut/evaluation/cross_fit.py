@@ -1,7 +1,7 @@
 """Cross-fitting: chosen on four folds, scored on the fifth; random controls; `proof.json`.
 
 Cross-fitting: a procedure chooses on four folds and is scored on the fifth, for each of five. It
-judges the procedure; the plan that ships is chosen on all tuning questions (design: §8).
+judges the procedure; the plan that ships is chosen on all tuning questions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -321,7 +321,7 @@ def called(
 
 
 def verdict(ci95: tuple[float, float], mcnemar_p: float, p_random: float) -> Verdict:
-    """Helps: a significant gain that random experts seldom reach (design: §8)."""
+    """Helps: a significant gain that random experts seldom reach."""
     if not shows_change(ci95, mcnemar_p):
         return "no evidence"
     if ci95[1] < 0:

@@ -37,7 +37,6 @@ from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
 from expertcut.profiling.measure import measure
 from expertcut.profiling.schema import quiz_info
-from expertcut.profiling.statistics import answers
 from expertcut.profiling.storage import load_profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass, ignore
@@ -69,7 +68,7 @@ def score(
     seen = _seen(source)
     found = Scored(
         source,
-        answers(load_profile(store)),
+        load_profile(store).answers,
         size(measurement.moe),
         _chosen_on(seen, scoring),
         seen[0].healed_from if seen else None,

@@ -46,8 +46,7 @@ from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Encoded
-from expertcut.scoring.passes import OnPass
-from expertcut.scoring.replay import Replay
+from expertcut.scoring.passes import OnPass, Replay
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 logger = logging.getLogger(__name__)

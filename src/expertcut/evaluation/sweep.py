@@ -33,7 +33,7 @@ from expertcut.evaluation.search_results import (
 from expertcut.evaluation.stats import accuracy, compare
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.statistics import Answers, answers
+from expertcut.profiling.statistics import Answers
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass
@@ -121,7 +121,7 @@ class Sweeping:
         place = folder / "cells" / "base"
         yield Step("the unedited model", lambda on_pass: self.measurement.run(place, on_pass))
         if self.asking.waits:
-            self.base = answers(load_profile(place))
+            self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
             self.found = self.found.model_copy(update={"base": model})
             self._save(folder)
@@ -144,7 +144,7 @@ class Sweeping:
         place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
         yield Step(f"{fraction:g} by {by}", self._run(draft, place))
         if self.asking.waits:
-            cell = self._cell(by, fraction, draft, answers(load_profile(place)))
+            cell = self._cell(by, fraction, draft, load_profile(place).answers)
             self.found = self.grid.with_cell(self.found, cell)
             self._save(folder)
 

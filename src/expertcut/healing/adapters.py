@@ -23,7 +23,6 @@ from expertcut.files import share, write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, MoeModel, Source, modelling_code
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import read_stored
 
 TARGETS = ("attention", "experts", "gate")
 ADAPTER = "default"
@@ -193,12 +192,12 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
         ContractError: a family whose names on disk cannot be told from those of the model.
         OutputError: too little space.
     """
-    write_checkpoint(source.path, folder, merged_rewrite(source, model))
+    write_checkpoint(source.path, folder, merged_rewrite(source, model), stored=source.stored)
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
     content = (source.path / "config.json").read_bytes()
     if has_earlier_names(config := read_config(source.path)):
-        constants = constants_on_disk(read_stored(source.path).tensors)
+        constants = constants_on_disk(source.headers)
         config = exact_config(config, {}, earlier=constants)
         content = (json.dumps(config, indent=2) + "\n").encode()
         write_atomically(folder / MODELLING_FILE, modelling_code())
@@ -208,7 +207,7 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
 def merged_rewrite(source: Source, model: Any) -> Rewrite:
     """What becomes of each tensor on disk."""
     base, added = model.get_base_model(), dict(deltas(model))
-    stored = read_stored(source.path).tensors
+    stored = source.headers
     places = dict(_places(base, {name: delta.shape for name, delta in added.items()}))
     for name, place in places.items():
         if name not in stored or stored[name].shape != place.shape:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, reordered, round_robin, without
-from expertcut.data.held_out import hash_lines
 from expertcut.data.questions import group_by_subject, normalised, replace_questions
-from expertcut.data.sources import Weighted
+from expertcut.data.sources import Weighted, hash_lines
 from expertcut.errors import QuizError
 from expertcut.healing.heal_settings import Data, Healing
 from expertcut.healing.leakage import (

@@ -19,7 +19,7 @@ from expertcut.checkpoints.exact import is_exact
 from expertcut.checkpoints.held_out_check import Answered, Difference, Outcome, difference, outcome
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.data import Quiz
-from expertcut.data.held_out import hash_lines
+from expertcut.data.sources import hash_lines
 from expertcut.edits.plan import (
     HEALING_FILE,
     PLAN_FILE,
@@ -44,8 +44,8 @@ from expertcut.healing.state import Begun, go_on, plain
 from expertcut.healing.teacher_cache import Whose, check_whose, filled
 from expertcut.healing.trainer import Curve, Report, Tell, fit
 from expertcut.models.checkpoint_dir import absolute_id, find_local, read_config
+from expertcut.models.devices import give_back
 from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
-from expertcut.models.memory import give_back
 from expertcut.profiling.locks import alone
 from expertcut.scoring.engine import Engine, ask
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, round_robin, without
-from expertcut.data.held_out import hash_lines
 from expertcut.data.questions import hashes_in, normalised
+from expertcut.data.sources import hash_lines
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError, SplitError
 from expertcut.healing.heal_settings import Data

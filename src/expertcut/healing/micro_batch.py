@@ -25,8 +25,8 @@ from expertcut.healing.data import Read
 from expertcut.healing.heal_settings import Training
 from expertcut.healing.objectives import Projection
 from expertcut.healing.state import random_states, set_random_states
+from expertcut.models.devices import free_bytes, give_back, is_out_of_memory
 from expertcut.models.load import MoeModel
-from expertcut.models.memory import free_bytes, give_back, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from expertcut.errors import ModelError
 from expertcut.healing.rows import Row
+from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.models.load import MoeModel
-from expertcut.models.memory import give_back, is_out_of_memory
 
 IGNORED = -100  # the label of positions that are not trained on: transformers' own number
 # Logits of one chunk in float32. On a CPU just below the 32 MiB up to which glibc gives the memory

@@ -47,9 +47,9 @@ from expertcut.healing.state import (
     state_folder,
     train_losses,
 )
+from expertcut.models.devices import is_out_of_memory, trim
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
-from expertcut.models.memory import is_out_of_memory, trim
 from expertcut.models.moe_block import MoeBlock
 
 Reduce = Callable[[Tensor], Tensor]  # the sum over all processes

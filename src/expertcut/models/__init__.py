@@ -1,4 +1,4 @@
-"""Mixture-of-Experts models, seen through one contract.
+"""Mixture-of-Experts models under one contract.
 
 Legend of the shape suffixes used everywhere (`weights_TK`, `alpha_NLE`):
 

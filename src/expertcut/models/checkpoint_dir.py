@@ -1,28 +1,27 @@
-"""A checkpoint's folder: which files are read, its JSON, and one hash of its contents."""
+"""A checkpoint folder: safe files, config.json, and the fingerprint of the weights."""
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from expertcut.errors import ModelError
-from expertcut.files import wide_encoding
+from expertcut.files import parse_json, wide_encoding
 
-_MAX_CONFIG_BYTES = 10_000_000  # those of models are a thousandth of it
-_MIN_BRACKETS = 1000  # small files may be odd
-_MAX_LINE = 200  # what a parser says may quote the file
+_MAX_CONFIG_BYTES = 10_000_000  # a thousand times those of models
+_MIN_BRACKETS = 1000  # allowed in small files
+_MAX_LINE = 200  # a parser's message may quote the file
 _READ_ENDINGS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _READ_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README.md")
-_TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers look into
-_CODE_OF_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_TEMPLATES = "additional_chat_templates"  # the only subfolder that tokenizers read
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _ADAPTER = "adapter_config.json"
-_known: dict[tuple[object, ...], str] = {}  # by the names, sizes and times of the files
+_fingerprints: dict[tuple[object, ...], str] = {}  # by the stamps of the files
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json as it stands.
+    """The content of config.json.
 
     Raises:
         ModelError: missing, or not a JSON object.
@@ -34,10 +33,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_object(file: Path, max_bytes: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """A file's JSON object.
+    """The JSON object in a file.
 
     Raises:
-        ModelError: it cannot be read, is too large, or holds anything else.
+        ModelError: unreadable, too large, or not a JSON object.
     """
     try:
         check_size(file, max_bytes)
@@ -53,13 +52,13 @@ def read_object(file: Path, max_bytes: int = _MAX_CONFIG_BYTES) -> dict[str, Any
 
 
 def check_size(file: Path, max_bytes: int) -> None:
-    """That a file is one, and no larger than what it holds can be.
+    """Checks that a regular file has a plausible size.
 
     Raises:
-        ModelError: it is not.
-        OSError: it is not there.
+        ModelError: it does not.
+        OSError: missing.
     """
-    if not file.is_file():  # else opening a FIFO waits for ever, and a device never ends
+    if not file.is_file():  # opening a FIFO would wait forever; a device never ends
         file.stat()
         raise ModelError(f"{file} cannot be read: it is no regular file")
     if (size_bytes := file.stat().st_size) > max_bytes:
@@ -70,68 +69,58 @@ def check_size(file: Path, max_bytes: int) -> None:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """A JSON object of a header or an index.
+    """The JSON object of a header or index.
 
     Raises:
-        RecursionError: it is nested too deeply.
-        ValueError: anything else, or a name that stands in it twice.
+        ValueError: as `parse_json`, or not an object of plausible size.
     """
-    # Each empty list of two bytes takes 64 of memory; tensors have 17 and more bytes a bracket.
+    # An empty list of two bytes takes 64 bytes of memory; a tensor has 17 or more bytes a bracket.
     if content.count(b"[") + content.count(b"{") > _MIN_BRACKETS + len(content) // 8:
         raise ValueError("more lists and objects than there can be tensors")
-    value = json.loads(content.decode("utf-8"), object_pairs_hook=_distinct)
+    value = parse_json(content)
     if not isinstance(value, dict):
         raise ValueError(f"found a {type(value).__name__}")
     return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name[:_MAX_LINE]} stands in it twice")
-    return found
-
-
 def check_folder(folder: Path) -> None:
-    """That what is read from here lies here: no links to other places, devices or pipes.
+    """Checks that the files of a checkpoint are regular files in its folder.
 
-    A link may lead to another file of the folder, or to the `blobs` of the hub's cache, where the
-    files of a snapshot lie. Everything else could carry a file of the user into a checkpoint that
-    is published, or hold up whoever opens it.
+    A link may lead to another file of the folder, or to the `blobs` of the hub's cache. Any other
+    link could bring a private file into a published checkpoint; a device or pipe could block.
 
     Raises:
-        ModelError: a file that leads elsewhere or is none, or an adapter, which names its own base.
+        ModelError: a link to another place, no regular file, or an adapter.
     """
     if (folder / _ADAPTER).exists():
         raise ModelError(
             f"{folder / _ADAPTER} makes this an adapter: merge it into its base and save that"
         )
-    homes = None
+    targets = None
     for file in _files(folder):
         if file.is_symlink():
-            homes = homes or _homes(folder)
-            _check_link(file, homes)
+            targets = targets or _link_targets(folder)
+            _check_link(file, targets)
         if not file.is_file():
             raise ModelError(f"{file} is no regular file: put the file itself there")
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Says which files without safetensors beside them are never read, and why.
+    """Refuses pickled weights.
 
     Raises:
         ModelError: there are some.
     """
-    found = sorted(f.name for f in folder.iterdir() if f.suffix in _CODE_OF_PICKLES)
-    if found:
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
+    if pickles:
         raise ModelError(
-            f"{folder / found[0]} is a pickle, which can run code, so it is never read: "
+            f"{folder / pickles[0]} is a pickle, which can run code, so it is never read: "
             "take the weights as safetensors"
         )
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What this tool or transformers reads, copies or uploads."""
+    """The files that expertcut or transformers reads, copies or uploads."""
     for file in sorted(folder.iterdir()):
         if file.suffix in _READ_ENDINGS or file.name.startswith(_READ_NAMES):
             yield file
@@ -142,49 +131,50 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from sorted(templates.iterdir())
 
 
-def _homes(folder: Path) -> list[Path]:
-    """Where a link of this folder may lead, spelled out."""
+def _link_targets(folder: Path) -> list[Path]:
+    """The folders that a link may lead to."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place = folder.resolve()
-    homes = [place]
-    if place.parent.name == "snapshots":
-        homes.append(place.parent.parent / "blobs")
-    # An older hub library put links to its cache into folders that were asked for by name.
+    folder = folder.resolve()
+    targets = [folder]
+    if folder.parent.name == "snapshots":
+        targets.append(folder.parent.parent / "blobs")
+    # Older hub libraries put links to their cache into `local_dir` folders.
     cache = Path(HF_HUB_CACHE).resolve()
-    return [*homes, *(repository / "blobs" for repository in cache.glob("models--*"))]
+    return [*targets, *(repository / "blobs" for repository in cache.glob("models--*"))]
 
 
-def _check_link(file: Path, homes: list[Path]) -> None:
+def _check_link(file: Path, targets: list[Path]) -> None:
     try:
         target = file.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: links that lead in a circle
+    except (OSError, RuntimeError):  # RuntimeError: a circle of links
         raise ModelError(f"{file} is a link to nothing: download it again") from None
-    if not any(target.is_relative_to(home) for home in homes):
+    if not any(target.is_relative_to(folder) for folder in targets):
         raise ModelError(
             f"{file} is a link that leads outside the checkpoint: put the file itself there"
         )
 
 
 def fingerprint_of(folder: Path) -> str:
-    """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights.
+    """SHA-256 over config.json (as parsed JSON) and every byte of the weights.
 
-    Files that look untouched are read once in a process.
+    Unchanged files are read once in a process.
 
     Raises:
-        ModelError: a file that cannot be read.
+        ModelError: a file cannot be read.
     """
     files = sorted(folder.glob("*.safetensors"))
     try:
-        key = tuple(_stamp(file) for file in (folder / "config.json", *files))
+        key = tuple(stamp(file) for file in (folder / "config.json", *files))
     except OSError:
-        return _hash(folder, files)  # which says what is wrong
-    if key not in _known:
-        _known[key] = _hash(folder, files)
-    return _known[key]
+        return _hash(folder, files)  # raises the error
+    if key not in _fingerprints:
+        _fingerprints[key] = _hash(folder, files)
+    return _fingerprints[key]
 
 
-def _stamp(file: Path) -> tuple[object, ...]:
+def stamp(file: Path) -> tuple[object, ...]:
+    """Name, inode, size and times of a file, to detect changes."""
     stat = file.stat()
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
     return (file.name, stat.st_dev, stat.st_ino, stat.st_size, *times)
@@ -203,15 +193,15 @@ def _hash(folder: Path, files: list[Path]) -> str:
 
 
 def absolute_id(model: str, revision: str | None) -> str:
-    """How a model is recorded: a folder by its whole path, what is on the hub by its id."""
+    """The id in records: the absolute path of a folder, the id of a hub model."""
     return model if revision is not None else str(Path(model).resolve())
 
 
 def find_local(model: str, fingerprint: str, near: Path) -> Path | None:
-    """The folder of a model that was recorded by a path, if it is there with its weights.
+    """The folder of a model recorded by path, if it still holds its weights.
 
-    Paths of older records are relative: they are tried from the working directory, then from the
-    folders above `near`, where the record lies.
+    Older records have relative paths: tried from the working directory and from the folders above
+    `near`, the place of the record.
     """
     return next((f for f in _candidates(model, near) if _holds(f, fingerprint)), None)
 

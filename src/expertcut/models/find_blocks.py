@@ -1,7 +1,7 @@
-"""The MoE contract: which modules of a model route, which are experts, what the gate does.
+"""Finds the MoE blocks of a model: routers, experts, gates and residual connections.
 
-What becomes of a MoE block's experts: block = shared + c · Σ w·f, decoder layer = x + d · block.
-Read off what the modules of the layer do in one forward pass, whatever they are called.
+Block = shared + c · Σ w·f, decoder layer = x + d · block: both factors are measured in one forward
+pass, independent of module names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from expertcut.models.gate_laws import check_blocks, explain_gate, verifying
 from expertcut.models.hooks import Routing, replaced_forward
 from expertcut.models.moe_block import MoeBlock, Residual, RouterCall
 
-# Families that look alike but break the contract, by config.model_type.
+# Families that break the contract, by config.model_type.
 REFUSED = {
     "llama4": "its router scales the expert's input, so an expert has no output of its own",
     "llama4_text": "its router scales the expert's input, so an expert has no output of its own",
@@ -29,7 +29,7 @@ REFUSED = {
 
 @contextmanager
 def probing(model: nn.Module, blocks: Sequence[MoeBlock]) -> Iterator[Mapping[int, Probe]]:
-    """A probe for each block, by layer, that watches what runs meanwhile."""
+    """A probe for each block, by layer, that records the forward passes in the context."""
     probes = {b.layer: Probe(model.get_submodule(b.name.rpartition(".")[0]), b) for b in blocks}
     with ExitStack() as stack:
         for probe in probes.values():
@@ -38,57 +38,57 @@ def probing(model: nn.Module, blocks: Sequence[MoeBlock]) -> Iterator[Mapping[in
 
 
 class Probe:
-    """One decoder layer in one forward pass; only a few tokens should be run."""
+    """Records one decoder layer in one forward pass of a few tokens."""
 
     def __init__(self, decoder: nn.Module, block: MoeBlock) -> None:
         self.decoder, self.block = decoder, block
-        self.seen: list[tuple[nn.Module, Any, Any]] = []
+        self.calls: list[tuple[nn.Module, Any, Any]] = []
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
-        self.summed: Any = None
-        self.gave: Any = None
-        self.result: Any = None
+        self.expert_sum: Any = None
+        self.block_output: Any = None
+        self.layer_output: Any = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks the layer's modules but for what is inside the block, its experts excepted."""
+        """Hooks the modules of the layer, and of the block only itself and its experts."""
         inside = set(self.block.module.modules()) - {self.block.module, self.block.experts}
         with ExitStack() as stack:
             for module in self.decoder.modules():
                 if module not in inside:
-                    handle = module.register_forward_hook(self._see, with_kwargs=True)
+                    handle = module.register_forward_hook(self._record, with_kwargs=True)
                     stack.callback(handle.remove)
             yield
 
-    def _see(
+    def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        gave = _first(output)
+        output = _first(output)
         if module is self.block.module:
-            self.call, self.gave = (args, kwargs), gave
+            self.call, self.block_output = (args, kwargs), output
         elif module is self.block.experts:
-            self.summed = gave if self.summed is None else self.summed
+            self.expert_sum = output if self.expert_sum is None else self.expert_sum
         elif module is self.decoder:
-            self.result = gave
+            self.layer_output = output
         else:
-            self.seen.append((module, args[0] if args else None, gave))
+            self.calls.append((module, args[0] if args else None, output))
 
     @torch.inference_mode()
     def output_factor(self) -> float | None:
-        """What the block multiplies the sum of its experts by; None where it does more to it."""
-        if not isinstance(self.summed, Tensor):
+        """The factor of the experts' sum in the block; None if the block does more to it."""
+        if not isinstance(self.expert_sum, Tensor):
             return None
         args, kwargs = self.call
-        nothing = torch.zeros_like(self.summed)
-        with replaced_forward(self.block.experts, lambda *_, **__: nothing):
+        zeros = torch.zeros_like(self.expert_sum)
+        with replaced_forward(self.block.experts, lambda *_, **__: zeros):
             without = _first(self.block.module(*args, **kwargs))
-        return _factor(without, self.summed, self.gave)
+        return _factor(without, self.expert_sum, self.block_output)
 
     def residual(self, output_factor: float | None) -> Residual | None:
-        """None where the block's input is no module's output, or more is done to its own."""
-        read = self.call[0][0] if self.call[0] else None
-        for module, x_BTD, given in self.seen:
-            if output_factor is not None and given is read and isinstance(x_BTD, Tensor):
-                factor = _factor(x_BTD, self.gave, self.result)
+        """The residual connection around the block; None if it is not a plain sum."""
+        block_input = self.call[0][0] if self.call[0] else None
+        for module, x_BTD, output in self.calls:
+            if output_factor is not None and output is block_input and isinstance(x_BTD, Tensor):
+                factor = _factor(x_BTD, self.block_output, self.layer_output)
                 if factor is not None:
                     return Residual(module, factor * output_factor)
         return None
@@ -99,7 +99,7 @@ def _first(output: Any) -> Any:
 
 
 def _factor(x: Tensor, own: Any, result: Any) -> float | None:
-    """The number c with result = x + c · own, if there is one."""
+    """The number c with result = x + c · own, or None."""
     if not isinstance(own, Tensor) or not isinstance(result, Tensor) or x.shape != result.shape:
         return None
     is_half = result.dtype.itemsize < 4
@@ -115,17 +115,17 @@ def _factor(x: Tensor, own: Any, result: Any) -> float | None:
 
 
 def check_family(model_type: object) -> None:
-    """That a family, by its config.model_type, is none that is known to break the contract.
+    """Refuses families that break the contract.
 
     Raises:
-        ContractError: it is one of `REFUSED`.
+        ContractError: a family in `REFUSED`.
     """
     if isinstance(model_type, str) and model_type in REFUSED:
         raise ContractError(f"{model_type} models are not supported: {REFUSED[model_type]}")
 
 
 def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
-    """The MoE blocks in layer order; the tokens are run once to see what the gates do.
+    """The MoE blocks in layer order, their gates identified on one forward pass of the tokens.
 
     Raises:
         ContractError: no block, or one that breaks the contract.
@@ -150,7 +150,7 @@ def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
 
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that route, of whatever blocks look like ones."""
+    """The routers of all candidate blocks."""
     for _, module in _candidates(model):
         yield from _routers(module)
 
@@ -204,7 +204,7 @@ def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
 
 
 def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type: str) -> MoeBlock:
-    """The block with its gate's kind read off what the gate did, whatever its class is called."""
+    """The block with its gate identified from the probe."""
     if seen is None:
         raise ContractError(f"{block.name}: its router did not run on a forward pass")
     call, routing = seen
@@ -228,7 +228,7 @@ def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type
 
 
 def _placed(block: MoeBlock, probe: Probe) -> MoeBlock:
-    """The block with what becomes of the sum of its experts."""
+    """The block with its output factor and residual connection."""
     output_factor = probe.output_factor()
     residual = probe.residual(output_factor)
     return replace(block, output_factor=output_factor, residual=residual)

@@ -1,20 +1,19 @@
-"""Laws that a MoE block must obey before any number about its experts is believed.
+"""Laws of a MoE block that every statistic about its experts relies on.
 
 With α the score of an expert (a function of the router's logits) and w its gate weight:
 
     weights     w is c·α of the chosen experts, or c·α divided by its sum over them
     choice      the chosen are the top-k of α + selection bias within the allowed groups
-    table       ... or those that a table gives for the token's id (hash-routed blocks)
+    table       ... or those of a table of token ids (hash-routed blocks)
     repeatable  the same input is routed in the same way twice
     once        router and experts run exactly once in a block's forward
     sum         the block's output is affine in Σ w·f_e, the sum of its experts' own outputs
     storage     no two blocks own the same expert weights
     arrays      all blocks route each token to the same number of experts
 
-The first three are tried on the routing of real tokens and on synthetic logits that are put into
-the router: real ones are often so peaked that several rules give the same weights. A block that
-breaks a law is refused by its name and the law's. `EXCEPTIONS` lists the families that break one
-and are used nevertheless, with what is not claimed of them.
+The first three are tested on real tokens and on synthetic logits put into the router: real logits
+are often so peaked that several rules give the same weights. A block that breaks a law is refused.
+`EXCEPTIONS` lists families that break one and are supported, with what is not claimed of them.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ from expertcut.models.moe_block import (
 
 Law = Literal["weights", "choice", "repeatable", "once", "sum", "storage", "arrays"]
 
-# By config.model_type: the law that is not checked, and what therefore is not claimed.
+# By config.model_type: the law that is not checked, and its consequence.
 EXCEPTIONS: dict[str, tuple[Law, str]] = {
     "phimoe": (
         "weights",
@@ -69,18 +69,17 @@ EXCEPTIONS: dict[str, tuple[Law, str]] = {
         "before that norm",
     ),
 }
-_SCALES = (0.03, 0.3, 1.0, 3.0)  # of the synthetic logits: from nearly equal to peaked
+_SCALES = (0.03, 0.3, 1.0, 3.0)  # of synthetic logits, from nearly equal to peaked
 _CHECKED_ROWS = 16  # tokens whose experts are run one by one
-_FLOOR = 1e-3  # of a token's largest weight: what is smaller need only be as near as this
+_FLOOR = 1e-3  # of a token's largest weight: absolute tolerance of smaller ones
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a router does; `weights` is None for a family that is excepted from their law.
+    """The identified gate of a block; `weights` is None for families excepted from that law.
 
-    `selection` says what a selection bias is added to where experts are chosen, or that a table of
-    token ids chooses them. `logits_op` is None where logits cannot be changed. `is_linear` is false
-    where more is done to the logits than the gate matrix and a bias: a cap, a factor, a norm.
+    `logits_op` is None if the logits cannot be changed; `is_linear` is false if they are more than
+    gate matrix times input plus bias (a cap, a factor, a norm).
     """
 
     scoring: Scoring
@@ -98,29 +97,29 @@ class Gate:
 
 @torch.inference_mode()
 def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> Gate:
-    """What a block's router does, from its routing of the probe and of synthetic logits.
+    """Identifies the gate of a block from its routing of the probe and of synthetic logits.
 
     Raises:
-        ContractError: it obeys no rule that is known here.
+        ContractError: no known rule fits.
     """
     is_table = _is_table(block, routing)
     _check_repeatable(block, routing)
     op = next(
         (op for op in logits_ops(block.router, block.call) if _acts(block, op, is_table)), None
     )
-    seen = [routing, *_routed_otherwise(block, op)]
-    scoring, weights = _explained_weights(block, seen, model_type)
+    routings = [routing, *_synthetic_routings(block, op)]
+    scoring, weights = _explained_weights(block, routings, model_type)
     selection: Selection = "table"
     if not is_table:
-        selection = _explained_choice(replace(block, scoring=scoring), seen)
+        selection = _explained_choice(replace(block, scoring=scoring), routings)
     return Gate(scoring, weights, selection, op, _is_linear(block, routing))
 
 
 def check_gate(block: MoeBlock, call: RouterCall, routing: Routing) -> None:
-    """That a routing of other tokens obeys what was found on the probe.
+    """Checks the identified gate on the routing of other tokens.
 
     Raises:
-        ContractError: it does not.
+        ContractError: it does not fit.
     """
     if block.is_hashed != _is_table(replace(block, call=call), routing):
         raise broken(block, "choice", "a table of token ids chooses its experts only sometimes")
@@ -146,11 +145,11 @@ def _tolerance(*routings: Routing) -> float:
     return 3e-2 if any(t.dtype.itemsize < 4 for t in tensors) else 1e-4
 
 
-# --- What is tried on a router ------------------------------------------------------------------
+# --- Experiments on a router --------------------------------------------------------------------
 
 
 def _is_table(block: MoeBlock, routing: Routing) -> bool:
-    """Whether a table (ids, K) of the router gives the experts of every token by its id."""
+    """Whether a table (ids, K) of the router chooses the experts by token id."""
     ids_T = block.call.input_ids()
     if ids_T is None or len(ids_T) != len(routing.experts_TK):
         return False
@@ -171,7 +170,7 @@ def _check_repeatable(block: MoeBlock, routing: Routing) -> None:
 
 
 def _acts(block: MoeBlock, op: LogitsOp, is_table: bool) -> bool:
-    """Whether a change of this operation's result is one of the logits that the router uses."""
+    """Whether changing the result of this operation changes the logits that the router uses."""
     before_TE, _, experts_TK = route(block.router, block.call)
     expert = int(experts_TK.flatten().mode().values)
     bias_E = torch.zeros(block.n_experts)
@@ -186,8 +185,8 @@ def _acts(block: MoeBlock, op: LogitsOp, is_table: bool) -> bool:
     return moved_by(before_TE, after_TE, bias_E)
 
 
-def _routed_otherwise(block: MoeBlock, op: LogitsOp | None) -> Iterator[Routing]:
-    """Routings of synthetic logits; where these cannot be put in, of smaller inputs."""
+def _synthetic_routings(block: MoeBlock, op: LogitsOp | None) -> Iterator[Routing]:
+    """Routings of synthetic logits, or of scaled inputs if logits cannot be changed."""
     generator = torch.Generator().manual_seed(0)
     for scale in _SCALES:
         call = block.call
@@ -196,26 +195,18 @@ def _routed_otherwise(block: MoeBlock, op: LogitsOp | None) -> Iterator[Routing]
                 x, *more = call.args
                 call = RouterCall((x * scale, *more), call.kwargs)
             else:
-                put = _Put(scale, generator)
+                put = partial(_random_logits, scale=scale, generator=generator)
                 stack.enter_context(changed_logits(block.router, op, put))
             routed = route(block.router, call)
         yield Routing(block.layer, call.args[0], *routed)
 
 
-@dataclass(frozen=True)
-class _Put:
-    """Random logits in place of others."""
-
-    scale: float
-    generator: torch.Generator
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        noise = torch.randn(logits.shape, generator=self.generator) * self.scale
-        return noise.to(logits)
+def _random_logits(logits: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    return (torch.randn(logits.shape, generator=generator) * scale).to(logits)
 
 
 def _is_linear(block: MoeBlock, routing: Routing) -> bool:
-    """Whether logits are the router's input times its gate matrix, plus its bias if it has one."""
+    """Whether logits are the gate matrix times the input, plus an optional bias."""
     tensors = [(name, t) for name, t in block.router_tensors() if t.is_floating_point()]
     shape = (block.n_experts, routing.input_TD.shape[1])
     weight_ED = next((t.float() for _, t in tensors if t.shape == shape), None)
@@ -247,18 +238,18 @@ def _explained_weights(
         off, scoring, _ = min(fits, key=lambda fit: fit[0])
         raise _broken_weights(block, scoring, off)
     if block.top_k == 1 and fitting[0][2].is_renormalised:
-        # A weight that is divided by itself says nothing: the router's own operations do.
+        # A weight divided by itself tells nothing: look at the operations of the router.
         own = _scoring_on_tape(block)
         fitting = [fit for fit in fitting if fit[1] == own] or fitting
         return fitting[0][1], fitting[0][2]
-    if block.top_k == block.n_experts:  # both rules say the same
+    if block.top_k == block.n_experts:  # both rules are equal
         fitting = [fit for fit in fitting if not fit[2].is_renormalised] or fitting
     _, scoring, rule = min(fitting, key=lambda fit: fit[0])
     return scoring, rule
 
 
 def _shares(scoring: Scoring, is_renormalised: bool, routing: Routing) -> Tensor:
-    """What the weights (T, K) are proportional to, float64."""
+    """The weights (T, K) up to a factor, float64."""
     alpha_TK = SCORES[scoring](routing.logits_TE.double()).gather(1, routing.experts_TK)
     return alpha_TK / alpha_TK.sum(dim=-1, keepdim=True) if is_renormalised else alpha_TK
 
@@ -270,7 +261,7 @@ def _factor(scoring: Scoring, is_renormalised: bool, seen: Sequence[Routing]) ->
 
 
 def _misfit(scoring: Scoring, rule: WeightRule, routing: Routing) -> float:
-    """Largest relative distance of a weight from the rule."""
+    """Largest relative error of the rule."""
     wanted_TK = rule.factor * _shares(scoring, rule.is_renormalised, routing)
     floor_T1 = _FLOOR * wanted_TK.amax(dim=-1, keepdim=True)
     off_TK = (routing.weights_TK.double() - wanted_TK).abs() / (wanted_TK + floor_T1)
@@ -278,7 +269,7 @@ def _misfit(scoring: Scoring, rule: WeightRule, routing: Routing) -> float:
 
 
 def _scoring_on_tape(block: MoeBlock) -> Scoring | None:
-    """The score that stands among the results of the router's own operations."""
+    """The score among the results of the router's operations."""
     results, (logits_TE, *_) = tape_of(block.router, block.call)
     for scoring, score in SCORES.items():
         wanted_TE = score(logits_TE.float())
@@ -310,13 +301,13 @@ def _explained_choice(block: MoeBlock, seen: Sequence[Routing]) -> Selection:
 
 
 def _follows(block: MoeBlock, routing: Routing, selection: Selection) -> bool:
-    """Whether the chosen experts are the best ones, but for near-ties."""
+    """Whether the chosen experts are the best, except for near-ties."""
     block = replace(block, selection=selection)
     score_TE = block.selection_scores(routing.logits_TE)
     near = (2e-6, 1e-2)[_tolerance(routing) > 1e-3] * max(1.0, float(score_TE.abs().max()))
     chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, routing.experts_TK, True)
     for allowed_TE in _allowed(block, score_TE):
-        for outside in (-torch.inf, 0.0):  # what the score of an expert in another group becomes
+        for outside in (-torch.inf, 0.0):  # the score of experts in other groups
             best_TK = score_TE.where(allowed_TE, outside).topk(block.top_k, dim=-1).indices
             best_TE = torch.zeros_like(chosen_TE).scatter(1, best_TK, True)
             is_other_T = (best_TE != chosen_TE).any(dim=1)
@@ -327,7 +318,7 @@ def _follows(block: MoeBlock, routing: Routing, selection: Selection) -> bool:
 
 
 def _allowed(block: MoeBlock, score_TE: Tensor) -> Iterator[Tensor]:
-    """Experts (T, E) of the best groups, by each way in which groups are ranked."""
+    """Masks (T, E) of the best groups, for each ranking of groups."""
     if block.top_groups == block.n_groups:
         yield torch.ones_like(score_TE, dtype=torch.bool)
         return
@@ -350,7 +341,7 @@ def _broken_choice(block: MoeBlock) -> ContractError:
 
 
 def check_blocks(blocks: Sequence[MoeBlock]) -> None:
-    """The laws of storage and arrays, which need no forward pass.
+    """Checks the laws of storage and arrays, which need no forward pass.
 
     Raises:
         ContractError: two blocks own the same weights, or route to different numbers of experts.
@@ -379,12 +370,12 @@ def verifying(
     model_type: str,
     see: Callable[[MoeBlock, RouterCall, Routing], None],
 ) -> Iterator[None]:
-    """Holds each block's first forward against the laws of once and sum, and tells its routing.
+    """Checks the laws of once and sum in each block's first forward, and passes its routing on.
 
-    It costs the block's shared part twice more, and 16 tokens through its experts once more.
+    Costs two more runs of the block's shared part and one of 16 tokens through its experts.
 
     Raises:
-        ContractError: when a block runs that breaks one.
+        ContractError: a block breaks a law, raised when it runs.
     """
     is_summed = not _is_excepted(model_type, "sum")
     with ExitStack() as stack:
@@ -445,9 +436,9 @@ def _watching(module: nn.Module) -> Iterator[list[_Call]]:
 
 @contextmanager
 def _one_by_one(block: MoeBlock) -> Iterator[list[Tensor]]:
-    """The sum (rows, D) of the first tokens' experts, run one by one beside each call of theirs.
+    """The sum (rows, D) of the first tokens' experts, run one by one during the experts' forward.
 
-    Where weights are offloaded they are there only during the experts' own forward.
+    Offloaded weights are present only then.
     """
     forward, own = own_forward(block.experts), own_expert(block)
     sums: list[Tensor] = []
@@ -485,7 +476,7 @@ def _kept(value: Any) -> Any:
 
 
 def _check_sum(block: MoeBlock, call: _Call, own_TD: Tensor, routing: Routing) -> None:
-    """That the experts ran as the router said, and that their sum is that of their own outputs."""
+    """Checks that the experts ran as routed and give the sum of their own outputs."""
     args, kwargs, output_TD = call
     _, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
     is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
@@ -499,7 +490,7 @@ def _check_sum(block: MoeBlock, call: _Call, own_TD: Tensor, routing: Routing) -
 
 
 def _check_affine(block: MoeBlock, again: Callable[[], Tensor], whole: Tensor, call: _Call) -> None:
-    """That the output is that of half the experts' sum and of none, on one line."""
+    """Checks the output with the whole, half and none of the experts' sum: it must be affine."""
     output_TD: Tensor = call[2]
     with replaced_forward(block.experts, lambda *_, **__: torch.zeros_like(output_TD)):
         without = again()

@@ -1,10 +1,9 @@
-"""Watching routers and experts, and changing a router's logits, without leaving a trace.
+"""Hooks: observe routers and experts, replace forwards, and change router logits for a while.
 
-A router's forward as a sequence of tensor operations, and its logits changed within it. Routers
-compute their logits in many ways (a bare parameter, an `nn.Linear` inside, a product and a cap).
-What they share is that one operation gives the very logits that they score and return. Its position
-in the sequence is found once, by trying, and a change of the logits is put in there: so it acts
-after any cap or multiplier, and `+b` moves a logit by b.
+Routers compute their logits in many ways (a bare parameter, an inner `nn.Linear`, a product and a
+cap), but one tensor operation of their forward gives the logits that they score and return. Its
+position is found once, by trial, and changes act on its result: after any cap or multiplier, so
+`+b` moves a logit by b.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Routed = tuple[Tensor, Tensor, Tensor]  # logits_TE, weights_TK, experts_TK
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router read and decided in one forward pass."""
+    """Input and output of a router in one forward pass."""
 
     layer: int
     input_TD: Tensor
@@ -41,10 +40,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class ExpertCall:
-    """One expert's own output, before the gate weight, on the tokens it was chosen for.
-
-    `tokens_M` indexes T; M tokens chose the expert.
-    """
+    """Output of one expert, before the gate weight, on its M tokens; `tokens_M` indexes T."""
 
     layer: int
     expert: int
@@ -76,9 +72,9 @@ def _relay(layer: int, see: Callable[[Routing], None]) -> Callable[..., None]:
 def observe_residuals(
     blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """Calls `see` with the layer and the residual stream (T, D) that its output is added to.
+    """Calls `see` with the layer and residual stream (T, D) before a block's router runs.
 
-    It is told before the block's router runs, of blocks whose stream is known.
+    Only for blocks whose residual stream is known.
     """
     with ExitStack() as stack:
         for block in blocks:
@@ -102,12 +98,11 @@ def observe_experts(
     see: Callable[[ExpertCall], None],
     combined: Combined | None = None,
 ) -> Iterator[None]:
-    """Runs experts one by one, in id order, and calls `see` with each one's own output.
+    """Runs experts one by one, in id order, and calls `see` with each output.
 
-    After a block's last expert, `combined` gets the layer and the weighted sum (T, D).
-
-    One expert's output is `experts(x, e, 1)`: the model's own code, so no family needs code here.
-    The sum over experts is bit-equal to what the model runs unwatched on a CPU.
+    After a block's last expert, `combined` gets the layer and the weighted sum (T, D), on a CPU
+    bit-equal to that of the unobserved model. One expert's output is `experts(x, e, 1)`: the code
+    of the model, so no family needs code here.
     """
     with ExitStack() as stack:
         for block in blocks:
@@ -133,7 +128,7 @@ def _watched(
 
 
 def own_expert(block: MoeBlock) -> Own:
-    """One expert of a block by itself: its tokens (M, D) → its outputs before any weight."""
+    """A function of one expert: its tokens (M, D) → its outputs before the gate weight."""
     config = getattr(block.experts, "config", None)
     is_constant_too = hasattr(block.experts, "places")  # layout exact
     if getattr(config, "_experts_implementation", None) == BY_EXPERT and not is_constant_too:
@@ -149,14 +144,14 @@ def own_expert(block: MoeBlock) -> Own:
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """What a module does, without what brings its weights where it is spread over devices."""
+    """The forward of a module, inside accelerate's wrapper if it has one."""
     forward: Callable[..., Any] = module.__dict__.get(INNER, module.forward)
     return forward
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for one module while the block runs; its weights come once for all of it."""
+    """Replaces the forward of a module in the context, inside accelerate's wrapper."""
     name = INNER if INNER in module.__dict__ else "forward"
     before = module.__dict__.get(name)
     setattr(module, name, forward)
@@ -171,13 +166,13 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @torch.inference_mode()
 def route(router: nn.Module, call: RouterCall) -> Routed:
-    """What the router gives when it is called so, past the hooks of those who watch it."""
+    """Runs a router without its hooks."""
     logits_TE, weights_TK, experts_TK = router.forward(*call.args, **call.kwargs)
     return logits_TE, weights_TK, experts_TK
 
 
 class _Tape(TorchFunctionMode):
-    """Keeps the results of all operations, in order."""
+    """Records the results of all operations, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,12 +186,12 @@ class _Tape(TorchFunctionMode):
         return result
 
 
-def _as_it_is(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
 class _Changing(TorchFunctionMode):
-    """Changes the result of one operation, and what any operation reads."""
+    """Changes the result of one operation, and the arguments of all."""
 
     def __init__(self, op: LogitsOp, change: Change, reading: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -205,7 +200,7 @@ class _Changing(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunction():  # one change inside another must not count these
+        with torch._C.DisableTorchFunction():  # nested changes must not count these
             args = tuple(map(self.reading, args))
         result = func(*args, **(kwargs or {}))
         index, self.n_done = self.n_done, self.n_done + 1
@@ -230,7 +225,7 @@ def _run_changed(
     change: Change,
     args: Any,
     kwargs: Any,
-    reading: Callable[[Any], Any] = _as_it_is,
+    reading: Callable[[Any], Any] = _unchanged,
 ) -> Routed:
     mode = _Changing(op, change, reading)
     with mode:
@@ -242,7 +237,7 @@ def _run_changed(
 
 @contextmanager
 def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Iterator[None]:
-    """The router's logits are changed while the block runs."""
+    """Changes the logits of a router in the context."""
     forward = own_forward(router)
 
     def changed(*args: Any, **kwargs: Any) -> Routed:
@@ -253,7 +248,7 @@ def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Iterator[
 
 
 def tape_of(router: nn.Module, call: RouterCall) -> tuple[list[tuple[str, Any]], Routed]:
-    """All operations of one call with their results, and what the router gave."""
+    """All operations of one call with their results, and the output of the router."""
     tape, forward = _Tape(), own_forward(router)
 
     def taped(*args: Any, **kwargs: Any) -> Any:
@@ -265,10 +260,9 @@ def tape_of(router: nn.Module, call: RouterCall) -> tuple[list[tuple[str, Any]],
 
 
 def logits_ops(router: nn.Module, call: RouterCall) -> Iterator[LogitsOp]:
-    """Operations that may be the one that gives the logits, the likeliest first.
+    """Candidates for the operation that gives the logits, the likeliest first.
 
-    Those whose result is the tensor that the router returns, the last of them first, then those
-    that give the same values.
+    First those whose result is the returned tensor itself, then those with equal values.
     """
     results, (logits_TE, *_) = tape_of(router, call)
     same = [i for i, (_, result) in enumerate(results) if result is logits_TE]
@@ -291,12 +285,11 @@ def _equals(result: object, logits_TE: Tensor) -> bool:
 class BiasedForward:
     """A router's forward with `bias_E` (E,) added to its logits; −inf forbids an expert.
 
-    `rows` gives the tokens (N,) that finite biases are for, None for all; −inf is for all tokens.
-    Where a selection bias is added to scores, a masked logit alone would not keep an expert from
-    being chosen, so −inf is read there as well.
+    `rows` gives the tokens (N,) for finite biases, None for all. A selection bias is masked by −inf
+    as well: a masked logit alone would not keep an expert from being chosen.
 
     Raises:
-        ContractError: the bias cannot be put in; when called, a forbidden expert is chosen.
+        ContractError: the logits cannot be changed; when called, a forbidden expert is chosen.
     """
 
     def __init__(
@@ -312,9 +305,9 @@ class BiasedForward:
         self.is_forbidden_E = bias_E.isneginf()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Routed:
-        """As the router's own."""
+        """Runs the router with the bias."""
         add = partial(_added, bias_E=self.bias_E, rows_N=self.rows())
-        # Some blocks hand their selection bias (E,) to the router with each call.
+        # Some blocks pass their selection bias (E,) to the router in each call.
         with torch._C.DisableTorchFunction():  # as in `_Changing`
             given = tuple(map(self._masked, args))
             named = {name: self._masked(value) for name, value in kwargs.items()}
@@ -327,15 +320,15 @@ class BiasedForward:
         return routed
 
     def _read(self, value: Any) -> Any:
-        """What an operation reads: masked where it is the router's own selection bias.
+        """An argument of an operation, masked if it is the selection bias of the router.
 
-        That is looked up with each operation: where accelerate offloads it, it is there only then.
+        Looked up in each operation: an offloaded bias is present only during the forward.
         """
         is_own = self._is_one_each(value) and value is self.block.selection_tensor()
         return self._masked(value) if is_own else value
 
     def _masked(self, value: Any) -> Any:
-        """−inf for the forbidden, in a tensor that holds one number for each expert."""
+        """−inf for forbidden experts, in a tensor with one number per expert."""
         if not self._is_one_each(value):
             return value
         return value.masked_fill(self.is_forbidden_E.to(value.device), -torch.inf)
@@ -358,13 +351,13 @@ def _added(logits: Tensor, bias_E: Tensor, rows_N: Tensor | None) -> Tensor:
 
 
 def moved_by(before_TE: Tensor, after_TE: Tensor, bias: Tensor) -> bool:
-    """Whether logits differ by just the bias, (E,) or (T, E), up to rounding in their dtype."""
+    """Whether logits differ by the bias, (E,) or (T, E), up to rounding in their dtype."""
     bias = bias.to(before_TE.device).double()
     wanted_TE = before_TE.double() + bias
     after_TE = after_TE.double()
     if not torch.equal(wanted_TE.isneginf(), after_TE.isneginf()):
         return False
-    # The sum is rounded once; on some devices the product before it is not repeatable to the bit.
+    # The sum is rounded once; on some devices the product is not repeatable to the bit.
     eps = torch.finfo(before_TE.dtype).eps
     size_TE = before_TE.double().abs() + bias.abs() + 1
     is_off_TE = (wanted_TE - after_TE).abs() > eps * size_TE

@@ -1,13 +1,11 @@
-"""Kernels of a forward pass on the CPU: matrix products, and experts one after another.
+"""CPU kernels: matrix products by oneDNN, and a loop over experts.
 
-Matrix products by the faster of the libraries that torch's CPU build carries. torch multiplies
-float32 matrices on a CPU with MKL, which on AMD processors does not use all of their vector units:
-oneDNN, which torch carries too, is more than twice as fast there (docs/benchmarks.md).
+torch multiplies float32 matrices with MKL, which does not use all vector units of AMD processors:
+oneDNN, which torch includes, is more than twice as fast there (docs/benchmarks.md).
 
-Experts one after another, each on the tokens that chose it: what a CPU runs. Scoring and all-token
-statistics run the same loop, so that watching experts changes no bit. It is registered as an
-experts implementation of transformers. Their `eager` loop does the same in the same order, and
-looks through all assignments again for every expert.
+The loop over experts is registered as an experts implementation of transformers. Scoring and
+all-token statistics share it, so observing experts changes no bit. The `eager` loop of transformers
+has the same order, but searches all assignments again for every expert.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,43 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
-INNER = "_old_forward"  # where accelerate keeps the forward that its own goes around
-_IS_THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+INNER = "_old_forward"  # where accelerate keeps the wrapped forward
+_HAS_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BY_EXPERT = "by_expert"
-# Each number of rows that oneDNN has not seen lately costs it a millisecond of preparation.
+# oneDNN prepares each new number of rows for a millisecond.
 _ROWS = 16
 Own = Callable[[int, Tensor], Tensor]  # expert, its tokens (M, D) → its outputs (M, D)
 See = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, tokens_M, weights_M, output_MD
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `F.linear`, without gradients where oneDNN computes it."""
-    if not _IS_THERE or not _suits(x, weight):
+    """`F.linear`, by oneDNN for float32 on a CPU without gradients."""
+    if not _HAS_DNN or not _suits(x, weight):
         return F.linear(x, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    # In half precision F.linear takes oneDNN by itself.
+    # In half precision F.linear uses oneDNN itself.
     is_float32_on_cpu = weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return is_float32_on_cpu and not needs_gradient and x.numel() > 0
 
 
 class Linear(nn.Linear):
-    """An `nn.Linear` by this module's `linear`."""
+    """An `nn.Linear` that uses `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As every `nn.Linear`."""
+        """As `nn.Linear`."""
         return linear(input, self.weight, self.bias)
 
 
 def use_faster_products(model: nn.Module, routers: Iterable[nn.Module]) -> None:
-    """Changes the class of the model's linear layers, as torch's own parametrize does.
-
-    Those inside routers stay: they are small, and watched operation by operation.
-    """
+    """Changes the class of linear layers in place, as torch's parametrize does; not in routers."""
     kept = {id(part) for router in routers for part in router.modules()}
     for module in model.modules():
         if type(module) is nn.Linear and id(module) not in kept:
@@ -67,7 +62,7 @@ def use_faster_products(model: nn.Module, routers: Iterable[nn.Module]) -> None:
 def by_expert(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, own: Own, see: See | None = None
 ) -> Tensor:
-    """Σ weight · own output, in the order of ids; `see` is told of each expert's own outputs."""
+    """Σ weight · output in the order of expert ids; `see` gets the outputs of each expert."""
     y_TD = torch.zeros_like(x_TD)
     # A: all T * K assignments, sorted once; a stable sort keeps each expert's tokens in order.
     expert_A, order_A = experts_TK.T.flatten().sort(stable=True)
@@ -85,7 +80,7 @@ def by_expert(
 
 
 def own_output(experts: Any, expert: int, x_MD: Tensor) -> Tensor:
-    """One expert's outputs, by what transformers says of every family's experts."""
+    """Outputs of one expert, from the attributes that transformers gives every family."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     hidden_MI = _project(experts, up, expert, x_MD)
     hidden_MI = experts._apply_gate(hidden_MI) if experts.has_gate else experts.act_fn(hidden_MI)
@@ -107,7 +102,7 @@ def _forward(
     n_rows = len(experts.down_proj)  # type: ignore[arg-type]
 
     def own(expert: int, x_MD: Tensor) -> Tensor:
-        # As in eager, an index behind the last row is nobody.
+        # As in eager, an index behind the last row gives zeros.
         return own_output(experts, expert, x_MD) if expert < n_rows else torch.zeros_like(x_MD)
 
     return by_expert(x_TD, experts_TK, weights_TK, own)

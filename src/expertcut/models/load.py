@@ -1,23 +1,18 @@
-"""From a folder or a hub id to a model whose experts can be watched and whose bytes are known.
+"""Loads models: from a folder or hub id to a checked source and a model with its MoE blocks.
 
-The one modelling file that checkpoints of layout `exact` carry, and how it is known again. What is
-byte for byte the file of this package, or of an earlier version of it, is our own code and no
-stranger's, so it runs without `--trust-remote-code`.
+The modelling file in checkpoints of layout `exact` runs without `--trust-remote-code` if it equals,
+byte for byte, that of this package or of an earlier version.
 """
 
 import hashlib
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from expertcut.errors import ContractError, ModelError, SettingsError
@@ -26,12 +21,20 @@ from expertcut.models.checkpoint_dir import (
     fingerprint_of,
     read_config,
     refuse_pickles,
+    stamp,
 )
+from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.find_blocks import check_family, find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
-from expertcut.models.memory import free_bytes
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, read_even_quantized
+from expertcut.models.safetensors_index import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Stored,
+    StoredTensor,
+    read_even_quantized,
+    refuse_quantized,
+)
 from expertcut.models.validate import (
     BRINGS_CODE,
     EXPERT_COUNT_FIELDS,
@@ -51,118 +54,33 @@ from expertcut.models.validate import (
     translate_errors,
 )
 
-_DEVICE = re.compile(r"cpu|[0-9]{1,4}")
-_SIZE = re.compile(r"[0-9]{1,18}|[0-9]{1,9}([.][0-9]{1,9})? ?[KMGT]i?B", re.I)
 MODELLING_FILE = "modeling_exact.py"
-# SHA-256 of the files in checkpoints whose constants are called `experts.<id>.approx_value`.
+# SHA-256 of earlier files, whose constants are called `experts.<id>.approx_value`.
 _EARLIER_FILES = frozenset(
     {
         "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
         "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
     }
 )
-_WEIGHTS = "transformers_weights"  # names the file of the weights, in transformers 5
+_WEIGHTS = "transformers_weights"  # names the weights file, in transformers 5
 _IMPLEMENTATIONS = (
     *("attn_implementation", "_attn_implementation"),
     *("experts_implementation", "_experts_implementation"),
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
-_MODELS: Any = AutoModelForCausalLM  # whose types know nothing of loading info
+_MODELS: Any = AutoModelForCausalLM  # its types lack output_loading_info
 _PROBE_TOKENS = 16
-_ALIGNMENT_BYTES = 64  # what torch gives to new tensors
-_MEMORY_PER_WEIGHT_BYTE = 1.25  # with what loading and running it need beside
-
-
-def find_device(name: str) -> torch.device:
-    """The device of an option; of several CUDA devices each local process takes its own.
-
-    Raises:
-        SettingsError: it is not to be had.
-    """
-    try:
-        device = torch.device(own_device(name))
-        if device.type == "meta":
-            raise SettingsError(f"--device {name} holds no weights: take cpu or cuda")
-        torch.empty(0, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"--device {name} is not to be had: {error}") from None
-    return device
-
-
-def own_device(name: str) -> str:
-    """An option spelled out: `cuda` becomes the device of this process among those of its host."""
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    n_devices = torch.cuda.device_count() if kind == "cuda" else 0
-    # A launcher may show each process its own device only, which is then number 0.
-    return f"cuda:{_local_rank() % n_devices}" if n_devices else kind
-
-
-def _local_rank() -> int:
-    """Which of the processes on this host, as torchrun, accelerate or Slurm say it."""
-    found = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
-    return int(next((rank for rank in found if rank), 0))
-
-
-def spread(
-    device: str, device_map: str | None, max_memory: str | None, offload: Path | None
-) -> Any:
-    """Arguments of `from_pretrained` that put a model on more than one device; none without a map.
-
-    Raises:
-        SettingsError: options that do not go together.
-    """
-    if device_map is None:
-        if max_memory or offload:
-            raise SettingsError("--max-memory and --offload say how to spread: add --device-map")
-        return {}
-    if device_map != "auto":
-        raise SettingsError(f"--device-map {device_map} is unknown: it can be auto")
-    if device != "auto":
-        raise SettingsError(f"--device-map auto chooses devices: leave out --device {device}")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise SettingsError(
-            "--device-map auto gives one process all devices of its host: start one process a host"
-        )
-    limits = {} if max_memory is None else {"max_memory": _limits(max_memory)}
-    folder = {} if offload is None else {"offload_folder": str(offload)}
-    return {"device_map": "auto", **limits, **folder}
-
-
-def _limits(text: str) -> dict[int | str, str | int]:
-    """From `0=20GiB,cpu=60GiB`; what is not named is not used."""
-    limits: dict[int | str, str | int] = {}
-    for part in text.split(","):
-        where, _, size = (piece.strip() for piece in part.partition("="))
-        if not _DEVICE.fullmatch(where) or not _SIZE.fullmatch(size):
-            raise SettingsError(f"--max-memory {text}: must be like 0=20GiB,cpu=60GiB")
-        limits[where if where == "cpu" else int(where)] = int(size) if size.isdigit() else size
-    return limits
-
-
-def runs_on(module: nn.Module) -> torch.device:
-    """Where a module computes, also if its weights come there only for that."""
-    device = next(module.parameters()).device
-    if device.type != "meta":
-        return device
-    hook: Any = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    return torch.device(next(h.execution_device for h in hooks if hasattr(h, "execution_device")))
-
-
-def is_on_several(model: Any) -> bool:
-    """Whether it is spread over more than one place."""
-    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+_ALIGNMENT_BYTES = 64  # of new tensors of torch
+_MEMORY_PER_WEIGHT_BYTE = 1.25  # with overhead of loading and running
 
 
 def modelling_code() -> bytes:
-    """The file that goes into the checkpoint."""
+    """The content of the modelling file."""
     return Path(__file__).with_name(MODELLING_FILE).read_bytes()
 
 
 def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether all code that config.json asks for is a modelling file of this package."""
+    """Whether all code that config.json names is the modelling file of this package."""
     named = config.get("auto_map")
     if not isinstance(named, dict) or not named:
         return False
@@ -178,12 +96,12 @@ def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def check_named(folder: Path, config: dict[str, Any]) -> None:
-    """That config.json names no other weights than those that are checked, and no kernels.
+    """Refuses other weights files and kernels in config.json.
 
-    Kernels are code that transformers would fetch from the Hub and run without being asked.
+    transformers would download kernels from the Hub and run them without asking.
 
     Raises:
-        ModelError: it does.
+        ModelError: it names some.
     """
     file, weights = folder / "config.json", config.get(_WEIGHTS)
     if weights not in (None, SINGLE_FILE, INDEX_FILE):
@@ -201,7 +119,7 @@ def check_named(folder: Path, config: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on this machine: where it lies, what it was asked for as, and its revision."""
+    """A checkpoint on this machine: the id or path given, its folder and its revision."""
 
     id: str
     path: Path
@@ -209,7 +127,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The last part of the id, for naming outputs."""
+        """The last part of the id, for names of outputs."""
         return Path(self.id).resolve().name if self.revision is None else self.id.split("/")[-1]
 
     @property
@@ -217,19 +135,52 @@ class Source:
         """All safetensors files, by name."""
         return sorted(self.path.glob("*.safetensors"))
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over config.json (as JSON, not its spelling) and every byte of the weights.
+    @property
+    def even_quantized(self) -> Stored:
+        """The headers, quantized weights included; parsed again only after a file changed.
 
         Raises:
-            ModelError: a file that cannot be read.
+            ModelError: an invalid header or index.
+        """
+        try:
+            stamps = [stamp(file) for file in (*self.weight_files, *self.path.glob(INDEX_FILE))]
+        except OSError:
+            return read_even_quantized(self.path)  # raises the error
+        known: tuple[list[tuple[object, ...]], Stored] | None = self.__dict__.get("_stored")
+        if known is None or known[0] != stamps:
+            known = stamps, read_even_quantized(self.path)
+            self.__dict__["_stored"] = known
+        return known[1]
+
+    @property
+    def stored(self) -> Stored:
+        """The headers of unquantized weights.
+
+        Raises:
+            ModelError: quantized weights, or an invalid header or index.
+        """
+        stored = self.even_quantized
+        refuse_quantized(self.path, stored)
+        return stored
+
+    @property
+    def headers(self) -> Mapping[str, StoredTensor]:
+        """The tensors of `stored` by name, in file order."""
+        return self.stored.tensors
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json (as parsed JSON) and every byte of the weights.
+
+        Raises:
+            ModelError: a file cannot be read.
         """
         return fingerprint_of(self.path)
 
     def expert_axes(self, names: Sequence[str]) -> Mapping[str, tuple[str, int]]:
-        """By name on disk, the parameter that a tensor becomes, and its axis of experts.
+        """By name on disk: the parameter that a tensor becomes, and its axis of experts.
 
-        Those of `names` that have one and are not stacked with others while loading.
+        Tensors without such an axis, or stacked with others in loading, are left out.
         """
         known: dict[tuple[str, ...], Mapping[str, tuple[str, int]]]
         known = self.__dict__.setdefault("_expert_axes", {})
@@ -242,11 +193,11 @@ class Source:
 
 
 def find_source(model: str, revision: str | None = None) -> Source:
-    """The checkpoint's folder; a hub id is downloaded, safetensors only, or read from the cache.
+    """Finds and checks a checkpoint; a hub id is downloaded or read from the cache.
 
     Raises:
         ModelError: no such folder or repository, no config, not a MoE model, no safetensors, or
-            files that do not hold together or lead elsewhere.
+            damaged files or links to other places.
     """
     path = Path(model)
     if path.is_dir():
@@ -275,7 +226,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
     if not source.weight_files:
         refuse_pickles(source.path)
         raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
-    stored = read_even_quantized(source.path)
+    stored = source.even_quantized
     if "auto_map" not in config:  # else it depends on whether that code is run
         check_counts(source.path, config, stored)
     return source
@@ -296,12 +247,11 @@ def _download(model: str, revision: str | None) -> Path:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load: the options shared by every command that runs a model.
+    """The options of every command that loads a model.
 
-    `dtype` `stored` is the checkpoint's own, `auto` is float32 on CPU and `stored` elsewhere;
-    `device` `auto` is CUDA where there is one. `device_map` `auto` spreads the model over all
-    devices and the CPU, within `max_memory` (`0=20GiB,cpu=60GiB`), and what fits in none is read
-    from the folder `offload`.
+    `dtype` `stored` is that of the checkpoint, `auto` is float32 on a CPU and `stored` elsewhere.
+    `device` `auto` is CUDA if available. `device_map` `auto` spreads the model over all devices and
+    the CPU within `max_memory` (`0=20GiB,cpu=60GiB`); the rest goes to the folder `offload`.
     """
 
     dtype: str = "auto"
@@ -314,7 +264,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class MoeModel:
-    """A loaded model, its tokenizer, its MoE blocks, and the checkpoint it came from."""
+    """A loaded model with its tokenizer, MoE blocks and source."""
 
     source: Source
     model: Any
@@ -323,27 +273,27 @@ class MoeModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype that it computes in."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs go."""
+        """The device of its inputs."""
         return runs_on(self.model.get_input_embeddings())
 
 
 def load(source: Source, options: LoadOptions) -> MoeModel:
-    """The model in eval mode, without gradients, experts run in a reproducible way.
+    """Loads a model in eval mode, without gradients, with reproducible kernels.
 
     Raises:
-        ModelError: weights or tokenizer that do not fit config.json.
+        ModelError: weights or tokenizer do not fit config.json.
     """
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, trusting = _checked_config(source, options)
     tokenizer = _tokenizer(source, options)
-    # The config has been tried without weights by now, so a fault here may be of any file.
+    # The config was tested without weights before, so an error here may be in any file.
     with translate_errors("AutoModelForCausalLM", source.path):
         model, info = _MODELS.from_pretrained(
             source.path,
@@ -354,7 +304,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
-            # Nothing is generated here; without it, transformers runs custom_generate/generate.py.
+            # Without it, transformers would run custom_generate/generate.py.
             generation_config=GenerationConfig(),
             **spreading,
         )
@@ -363,7 +313,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     model = (model if spreading else model.to(device)).eval().requires_grad_(False)
     set_attention(model)
     if runs_on(model.get_input_embeddings()).type == "cpu":
-        # The loop that statistics watch too, so they change no bit.
+        # The loop that statistics observe too, so they change no bit.
         model.set_experts_implementation(BY_EXPERT)
         use_faster_products(model, routers(model))
         _align(model)
@@ -372,10 +322,9 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
 
 
 def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOptions]:
-    """The config, held against the weights, and the options to load the model with.
+    """The config, checked against the weights, and the load options.
 
-    The modelling file of this package is trusted without being asked for. What other code that the
-    user trusts makes of the config is not checked.
+    The modelling file of this package is trusted. A config of other trusted code is not checked.
     """
     folder, raw = source.path, read_config(source.path)
     check_named(folder, raw)
@@ -383,7 +332,7 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOpti
     with translate_errors("AutoConfig", folder / "config.json"):
         if options.trust_remote_code and "auto_map" in raw:
             return AutoConfig.from_pretrained(folder, trust_remote_code=True), options
-        stored = read_even_quantized(folder)
+        stored = source.even_quantized
         check_counts(folder, raw, stored)
         check_quantization(folder, raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
@@ -425,7 +374,7 @@ def _check_complete(source: Source, info: dict[str, Any], *, is_trusted: bool) -
 
 
 def fits_in_memory(source: Source, options: LoadOptions) -> bool:
-    """Whether the weights, in the dtype that they will have, fit in what is free on the device."""
+    """Whether the weights, in their dtype after loading, fit in the free memory of the device."""
     device = find_device(options.device)
     dtype = _dtype(options.dtype, device)
     n_values = n_bytes = 0
@@ -440,10 +389,10 @@ def fits_in_memory(source: Source, options: LoadOptions) -> bool:
 
 
 def _align(model: Any) -> None:
-    """Moves weights that lie in memory as they lie in a file, at whatever address.
+    """Copies weights at unaligned addresses of a mapped file.
 
-    Matrix products choose another order of summing for addresses that are not aligned, so the last
-    bits would depend on how the checkpoint's files are laid out.
+    Matrix products sum in another order at unaligned addresses, so the last bits would depend on
+    the layout of the files.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() % _ALIGNMENT_BYTES:
@@ -451,7 +400,7 @@ def _align(model: Any) -> None:
 
 
 def set_attention(model: Any) -> None:
-    """Sdpa where the model has it, else eager: the two whose masks the engine knows."""
+    """Selects sdpa, or else eager: the engine knows the masks of these two."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
         try:
             model.set_attn_implementation("sdpa")

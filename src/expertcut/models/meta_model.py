@@ -1,7 +1,7 @@
-"""A model without weights, made from config.json: what each tensor on disk becomes in it.
+"""A model without weights, from config.json: which parameter each tensor on disk becomes.
 
-transformers renames and stacks the tensors of a checkpoint while it loads them. Here it does the
-same with names and shapes alone, so that a checkpoint can be tried before it is written.
+transformers renames and stacks tensors in loading. On the meta device it does so with names and
+shapes alone, so a checkpoint can be tested before it is written.
 """
 
 import json
@@ -19,16 +19,15 @@ from expertcut.models.validate import expert_count, with_expert_count
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MAX_REASON = 300
-# What transformers raises where a config or tensors do not fit.
+# Raised by transformers if a config or tensors do not fit.
 _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 
 def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """The parameters with an axis of experts, by the name on disk of each, with that axis.
+    """The parameters with an axis of experts, and that axis, by name on disk.
 
-    It is the axis that grows with the number of experts in config.json. Tensors that are stacked
-    with others while loading are left out, as are all where transformers has no code for the model
-    or makes none with twice the experts.
+    It is the axis that grows with the number of experts in config.json. Tensors stacked with others
+    in loading are left out; without code in transformers for the model, all are.
     """
     n_experts = expert_count(dict(config)) or 0
     try:
@@ -50,12 +49,12 @@ def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
 
 
 def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
-    """That a checkpoint of these tensors, on the meta device, would be loaded whole.
+    """Checks that a checkpoint of these tensors, on the meta device, would load completely.
 
-    Nothing is checked where transformers has no code for the model. `what` names the checkpoint.
+    Only if transformers has code for the model. `what` names the checkpoint in errors.
 
     Raises:
-        ContractError: a parameter of the model would be missing, or have another shape.
+        ContractError: a parameter would be missing or have another shape.
     """
     try:
         with _quietly(), _meta_model(config) as model:
@@ -88,7 +87,7 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without progress bars and reports of transformers."""
+    """Silences progress bars and reports of transformers."""
     from transformers.utils import logging
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -104,7 +103,7 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
-    """The model, None where that would need code of others or transformers knows no such one."""
+    """The model on the meta device; None if transformers has no code for it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +128,7 @@ def _shapes(model: Any) -> Shapes:
 
 
 def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """By its name on disk, the parameter that a tensor becomes by itself."""
+    """The parameter of each tensor that is not stacked with others, by name on disk."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -1,4 +1,4 @@
-"""A MoE block as the contract sees it: its router, its experts, and what its gate does."""
+"""A MoE block under the contract: its router, its experts and its gate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 
 @dataclass(frozen=True)
 class WeightRule:
-    """Gate weights are `factor`·α, or where they are renormalised that over the sum of the α."""
+    """Gate weights are `factor`·α, divided by the sum of the chosen α if renormalised."""
 
     is_renormalised: bool
     factor: float
@@ -30,13 +30,13 @@ class WeightRule:
 
 @dataclass(frozen=True)
 class RouterCall:
-    """How a block called its router on the probe's tokens, so that it can be called so again."""
+    """The arguments of a router on the probe tokens, to call it again."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def input_ids(self) -> Tensor | None:
-        """The token ids (T,) among the arguments, where the router takes any."""
+        """The token ids (T,) among the arguments; None without any."""
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, Tensor) and not value.is_floating_point():
                 return value.reshape(-1)
@@ -45,7 +45,7 @@ class RouterCall:
 
 @dataclass(frozen=True)
 class LogitsOp:
-    """The operation of a router's forward that gives its logits: its position and its name."""
+    """The operation in a router's forward that gives its logits: position and name."""
 
     index: int
     name: str
@@ -53,10 +53,7 @@ class LogitsOp:
 
 @dataclass(frozen=True)
 class Residual:
-    """`norm` reads the residual stream x and gives the block's input.
-
-    The sum of the block's experts is added to x times `factor`, which is 1 in most.
-    """
+    """The residual connection: `norm` reads x, to which `factor` · Σ experts is added."""
 
     norm: nn.Module
     factor: float
@@ -66,16 +63,12 @@ class Residual:
 class MoeBlock:
     """One MoE block of a loaded model; `layer` counts MoE blocks from 0.
 
-    `scoring` says what α is: a function of the logits. `weights` says how gate weights come from
-    α, None where they do not. `inflates` is true where they are a softmax over all E experts cut
-    to K, so that removing a router row makes every other weight larger (OLMoE, Qwen2-MoE, ...).
-    `selection` says how experts are chosen: by α plus the selection bias, by the logits plus that
-    bias, or by a table of token ids (hash routing). `residual` says where the residual stream is
-    read that the block's output is added to. `output_factor` is what the block multiplies the sum
-    of its experts by, None where it does more to it (a projection, a norm). `call` is how the
-    router was called on the probe, `logits_op` where its logits can be changed, None where they
-    cannot. `is_linear` is false where logits are more than the gate matrix times the input, so
-    that no row of it adds just a bias.
+    `scoring` gives α from the logits, `weights` the gate weights from α (None: another rule).
+    `inflates`: weights are a softmax over all E experts cut to K, so removing a router row makes
+    the others larger (OLMoE, Qwen2-MoE, ...). `selection`: by α plus selection bias, by logits plus
+    that bias, or by a table of token ids. `output_factor` multiplies the experts' sum (None: a
+    projection or norm). `call` is the router's call on the probe, `logits_op` where its logits can
+    be changed (None: nowhere). `is_linear`: logits are gate matrix times input plus bias.
     """
 
     name: str
@@ -99,34 +92,34 @@ class MoeBlock:
 
     @property
     def is_hashed(self) -> bool:
-        """Whether a table of token ids chooses the experts, so that none can be cut."""
+        """Whether a table of token ids chooses the experts, so none can be removed."""
         return self.selection == "table"
 
     def alpha(self, logits_TE: Tensor) -> Tensor:
-        """Router probability of every expert before top-k, (T, E) float32."""
+        """Router score of every expert before top-k, (T, E) float32."""
         return SCORES[self.scoring](logits_TE.float())
 
     def selection_tensor(self) -> Tensor | None:
-        """The router's own selection bias as it is now, on the meta device where it is offloaded.
+        """The selection bias of the router, on the meta device if offloaded.
 
-        None where there is none, or the block hands it to the router with each call.
+        None if there is none, or the block passes it to the router in each call.
         """
         return next((t for _, n, t in _owned(self.router) if n in SELECTION_BIAS), None)
 
     def selection_bias(self) -> Tensor | None:
-        """The values (E,) of the selection bias, where the family has one: not to be changed."""
+        """The values (E,) of the selection bias, read-only; None without one."""
         for owner, name, tensor in _owned(self.module):
             if name in SELECTION_BIAS:
-                return _at_hand(owner, name, tensor).reshape(-1)
+                return _loaded(owner, name, tensor).reshape(-1)
         return None
 
     def router_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The router's tensors by their own names, not to be changed."""
+        """The tensors of the router by name, read-only."""
         for owner, name, tensor in _owned(self.router):
-            yield name, _at_hand(owner, name, tensor)
+            yield name, _loaded(owner, name, tensor)
 
     def selection_scores(self, logits_TE: Tensor, alpha_TE: Tensor | None = None) -> Tensor:
-        """What experts are ranked by where they are chosen, (T, E) float32; α if it is known."""
+        """The scores (T, E) float32 that experts are chosen by; `alpha_TE` is α if known."""
         if self.selection == "logits":
             score_TE = logits_TE.float()
         else:
@@ -135,19 +128,13 @@ class MoeBlock:
         return score_TE if bias_E is None else score_TE + bias_E.to(score_TE.device)
 
     def group_scores(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (T, groups) of groups, in the two ways in which families rank them.
-
-        By their best expert, as DeepSeek-V2, and by the sum of their best two, as all others.
-        """
+        """Scores (T, groups): by the best expert (DeepSeek-V2) and by the best two (others)."""
         score_TGE = score_TE.unflatten(1, (self.n_groups, -1))
         best = score_TGE.topk(min(2, score_TGE.shape[-1]), dim=-1).values
         return best[..., 0], best.sum(dim=-1)
 
     def selection_gap(self, score_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """How close each token came to another set of experts, (T,): a distance of scores.
-
-        Where experts lie in groups, also the distance between the last group used and the next.
-        """
+        """Each token's distance of scores (T,) to another set of experts or groups."""
         if self.is_hashed:
             return score_TE.new_full((len(score_TE),), torch.inf)
         last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
@@ -161,10 +148,10 @@ class MoeBlock:
         return gap_T
 
     def expert_weights(self) -> Iterator[Tensor]:
-        """The matrices (E, ·, ·) of the experts, biases left out."""
+        """The matrices (E, ·, ·) of the experts, without biases."""
         for owner, name, tensor in _owned(self.experts):
             if tensor.ndim == 3 and len(tensor) == self.n_experts:
-                yield _at_hand(owner, name, tensor)
+                yield _loaded(owner, name, tensor)
 
     def expert_tensors(self) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
         """Every (owner, name, tensor, axis) of the block with an axis of length E."""
@@ -175,8 +162,8 @@ class MoeBlock:
                 yield owner, name, tensor, tensor.shape.index(self.n_experts)
 
 
-def _at_hand(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where accelerate keeps it in another place until it is used."""
+def _loaded(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if accelerate offloads it."""
     if tensor.device.type != "meta":
         return tensor
     hook: Any = owner._hf_hook

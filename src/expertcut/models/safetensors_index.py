@@ -1,4 +1,4 @@
-"""What lies where in a checkpoint's safetensors files, read from their headers and nothing else."""
+"""The tensors of a checkpoint, from the headers of its safetensors files and their index."""
 
 import json
 import math
@@ -27,18 +27,18 @@ _QUANTIZED_BITS = {
 }
 _QUANTIZED_NAMES = ("_blocks", "_scales", ".weight_scale_inv")  # MXFP4; block-wise fp8
 _SERIES = re.compile(r"-of-\d+\.safetensors$")
-# The format allows 100 MB, but what that unfolds to fills a machine; 200,000 tensors need less.
+# The format allows 100 MB, which would fill the memory; 200,000 tensors need less.
 _MAX_HEADER_BYTES = 25_000_000
 _MAX_INDEX_BYTES = 50_000_000
 _MAX_AXES = 16
 _MAX_LENGTH = 2**63 - 1  # of an axis
 _MAX_NAME = 255  # of a file, on every system
-_MAX_LINE = 300  # a name may be as long as the header
+_MAX_LINE = 300  # names can be as long as the header
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk: bytes `begin` to `end` of `file`; `dtype` in safetensors' words."""
+    """A tensor on disk: bytes `begin` to `end` of `file`; `dtype` as in safetensors."""
 
     file: Path
     dtype: str
@@ -49,65 +49,40 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Stored:
-    """All tensors of a checkpoint in the order in which they lie on disk, and `__metadata__`."""
+    """All tensors of a checkpoint in file order, and `__metadata__`."""
 
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
 
 
 def weights_file(folder: Path) -> Path:
-    """The file that says what weights there are."""
+    """The index, or the single weights file."""
     index = folder / INDEX_FILE
     return index if index.exists() else folder / SINGLE_FILE
 
 
 def read_headers(folder: Path) -> Mapping[str, StoredTensor]:
-    """The tensors of a checkpoint folder by name, in the order in which they lie on disk.
-
-    Raises:
-        ModelError: a header or index that does not hold together, or quantized weights.
-    """
+    """The tensors of a checkpoint folder by name, in file order; errors as `read_stored`."""
     return read_stored(folder).tensors
 
 
 def read_stored(folder: Path) -> Stored:
-    """What `read_headers` gives, and the metadata of the files, the first file's word winning.
+    """The tensors and metadata of a checkpoint folder; the first file's metadata take precedence.
 
     Raises:
-        ModelError: a header or index that does not hold together, or quantized weights.
+        ModelError: an invalid header or index, or quantized weights.
     """
-    _refuse_quantized_config(folder)
     stored = read_even_quantized(folder)
-    for name, tensor in stored.tensors.items():
-        if tensor.dtype in _QUANTIZED_BITS or name.endswith(_QUANTIZED_NAMES):
-            raise ModelError(
-                f"{tensor.file} is quantized ({name} is {tensor.dtype}): "
-                "take the bf16, f16 or f32 weights instead"
-            )
+    refuse_quantized(folder, stored)
     return stored
 
 
-def read_even_quantized(folder: Path) -> Stored:
-    """What `read_stored` gives, quantized weights included: those that only run may be.
+def refuse_quantized(folder: Path, stored: Stored) -> None:
+    """Refuses a checkpoint whose config.json or tensors are quantized.
 
     Raises:
-        ModelError: a header or index that does not hold together.
+        ModelError: it is quantized.
     """
-    index = read_index(folder)
-    tensors: dict[str, StoredTensor] = {}
-    metadata: dict[str, str] = {}
-    for name in sorted(set(index.values())) or [SINGLE_FILE]:
-        found = read_file(folder / name)
-        if index:
-            _check_against_index(folder / name, set(found.tensors), index)
-        tensors |= found.tensors
-        metadata = {**found.metadata, **metadata}
-    if not tensors:
-        raise ModelError(f"{folder} holds no tensors: download it again")
-    return Stored(tensors, metadata)
-
-
-def _refuse_quantized_config(folder: Path) -> None:
     config = read_config(folder) if (folder / "config.json").exists() else {}
     for part in (config, config.get("text_config")):
         quantized = part.get("quantization_config") if isinstance(part, dict) else None
@@ -116,13 +91,39 @@ def _refuse_quantized_config(folder: Path) -> None:
             raise ModelError(
                 f"{folder} is quantized ({method}): take the bf16, f16 or f32 weights instead"
             )
+    for name, tensor in stored.tensors.items():
+        if tensor.dtype in _QUANTIZED_BITS or name.endswith(_QUANTIZED_NAMES):
+            raise ModelError(
+                f"{tensor.file} is quantized ({name} is {tensor.dtype}): "
+                "take the bf16, f16 or f32 weights instead"
+            )
+
+
+def read_even_quantized(folder: Path) -> Stored:
+    """As `read_stored`, quantized weights included: they can be run, not edited.
+
+    Raises:
+        ModelError: an invalid header or index.
+    """
+    index = read_index(folder)
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    for name in sorted(set(index.values())) or [SINGLE_FILE]:
+        stored = read_file(folder / name)
+        if index:
+            _check_against_index(folder / name, set(stored.tensors), index)
+        tensors |= stored.tensors
+        metadata = {**stored.metadata, **metadata}
+    if not tensors:
+        raise ModelError(f"{folder} holds no tensors: download it again")
+    return Stored(tensors, metadata)
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor to file name, empty where one file holds everything.
+    """File names by tensor; empty for a single file.
 
     Raises:
-        ModelError: no weights, or an index that does not hold together.
+        ModelError: no weights, or an invalid index.
     """
     file = folder / INDEX_FILE
     if not file.exists():
@@ -135,10 +136,10 @@ def read_index(folder: Path) -> dict[str, str]:
     try:
         check_size(file, _MAX_INDEX_BYTES)
         content = parse(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(file, f"it is no JSON object ({error})") from None
     if not isinstance(metadata := content.get("metadata"), dict):
-        # Nothing here reads it, but transformers fails without, and blames other files.
+        # transformers fails without it, and blames other files.
         raise ModelError(
             f"{file}: its metadata is {json.dumps(metadata)[:50]}, must be an object, or "
             'transformers cannot load the weights: write "metadata": {} there'
@@ -159,7 +160,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def _refuse_forgotten_files(folder: Path, indexed: set[str]) -> None:
-    """Other weights may lie there (`consolidated.safetensors`), but none of the same series."""
+    """Refuses files of the same series that the index lacks; `consolidated.safetensors` is fine."""
     for ending in {found[0] for name in indexed if (found := _SERIES.search(name))}:
         for file in sorted(folder.glob(f"*{ending}")):
             if file.name not in indexed:
@@ -167,7 +168,7 @@ def _refuse_forgotten_files(folder: Path, indexed: set[str]) -> None:
 
 
 def _is_file_name(name: object) -> bool:
-    """Whether it names a file in the same folder, on every system."""
+    """Whether it is a plain file name on every system."""
     is_text = isinstance(name, str) and name.endswith(".safetensors")
     return is_text and len(str(name)) <= _MAX_NAME and not set("/\\:\0") & set(str(name))
 
@@ -181,10 +182,10 @@ def _check_against_index(file: Path, found: set[str], index: Mapping[str, str]) 
 
 
 def read_file(file: Path) -> Stored:
-    """What lies in one safetensors file.
+    """The tensors and metadata of one safetensors file.
 
     Raises:
-        ModelError: a header that does not hold together, or quantized weights.
+        ModelError: an invalid header.
     """
     try:
         with file.open("rb") as stream:
@@ -200,7 +201,7 @@ def read_file(file: Path) -> Stored:
         raise ModelError(f"{file} is missing, but the index names it: download it again") from None
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(file, f"its header is no JSON object ({error})") from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -245,7 +246,7 @@ def _counts(values: list[Any]) -> Iterator[int]:
 
 
 def _check_places(file: Path, placed: Mapping[str, StoredTensor], begin: int, end: int) -> None:
-    """That the tensors fill the file after its header without a gap and without sharing bytes."""
+    """Checks that the tensors fill the file after its header without gap or overlap."""
     for name, tensor in placed.items():
         if tensor.begin != begin:
             fault = "overlaps the tensor before it" if tensor.begin < begin else "follows a gap"

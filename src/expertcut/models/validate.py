@@ -1,4 +1,4 @@
-"""Checks before and after loading: config.json, weights, tokenizer, supported kinds."""
+"""Validates a checkpoint before and after loading: config.json, weights, tokenizer."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ _UNSUPPORTED = {
     "zaya": f"{_NO_WEIGHTS}: its router can skip all experts",
     "doge": "not supported: its experts are rows of an embedding, not modules",
 }
-_OTHER_SENSES = ("vision_config", "audio_config")
+_OTHER_MODALITIES = ("vision_config", "audio_config")
 _THINKER = "thinker_config"  # of the Omni models
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
@@ -41,8 +41,8 @@ _NUMBER = re.compile(r"\.(\d{1,9})\.")
 _OF_ONE_EXPERT = re.compile(
     r"(?P<block>.+)\.(constant_)?experts\.(?P<expert>\d{1,9})\.(?P<part>.+)"
 )
-_CONSTANT = {"approx_value"}  # all that is left of a removed expert of layout exact
-_MAX_BYTES = 500_000_000  # the largest known, with a quarter of a million tokens, has 33 MB
+_CONSTANT = {"approx_value"}  # the tensors of a removed expert of layout exact
+_MAX_BYTES = 500_000_000  # the largest known has 33 MB
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PROBE = "Answer: A"
 _CHECKED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -53,12 +53,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def translate_errors(name: str, file: Path) -> Iterator[None]:
-    """Whatever a class of transformers raises on a stranger's files is the fault of the files.
+    """Turns any exception of transformers into a ModelError about the file.
 
-    It raises nearly every class of error there is, so that no list would be whole.
-
-    Raises:
-        ModelError: it was raised.
+    On invalid files transformers raises nearly every class of exception.
     """
     try:
         with _panics_as_errors():
@@ -76,38 +73,38 @@ def translate_errors(name: str, file: Path) -> Iterator[None]:
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """A panic in Rust, which is no Exception, becomes a ValueError, without its lines on stderr.
+    """Turns a panic in Rust, which is not an Exception, into a ValueError and hides its output.
 
-    Whatever else is written there comes when the block ends.
+    Other output on stderr appears when the context ends.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as captured:
         own = os.dup(2)
-        os.dup2(said.fileno(), 2)
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # pyo3 has no name to import it by
+            if type(error).__name__ != "PanicException":  # pyo3 exports no class for it
                 raise
-            said.truncate(0)
+            captured.truncate(0)
             raise ValueError(str(error)) from None
         finally:
             os.dup2(own, 2)
             os.close(own)
-            said.seek(0)
-            with suppress(OSError):  # what cannot be said stops nothing
-                os.write(2, said.read())
+            captured.seek(0)
+            with suppress(OSError):  # stderr may be closed
+                os.write(2, captured.read())
 
 
 def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
-    """That transformers knows how the weights are quantized; else it takes them as they are.
+    """Refuses unknown quantization methods, which transformers ignores.
 
     Raises:
-        ModelError: it does not.
+        ModelError: an unknown method.
     """
     quantized = config.get("quantization_config")
     if quantized is None:
         return
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # takes a while
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # slow
 
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -118,10 +115,10 @@ def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_supported(folder: Path, config: Mapping[str, Any]) -> None:
-    """That config.json is not of a model whose experts are of an unsupported kind.
+    """Refuses models with unsupported kinds of experts.
 
     Raises:
-        ContractError: it is.
+        ContractError: not supported.
     """
     file, family = folder / "config.json", str(config.get("model_type"))[:50]
     text = config.get("text_config")
@@ -134,7 +131,7 @@ def check_supported(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_text_model(folder: Path, config: Any) -> None:
-    """That transformers has a text model for this config, as it reads it.
+    """Checks that transformers has a text model for this config.
 
     Raises:
         ModelError: it has none, as of most vision-language models.
@@ -146,10 +143,10 @@ def check_text_model(folder: Path, config: Any) -> None:
 
 
 def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
-    """Says of what kind a model is that cannot be loaded as a text model."""
-    family, senses = str(config.get("model_type"))[:50], set(_senses(config))
-    kind = "a vision-language model" if senses == {"vision_config"} else "a multimodal model"
-    what = kind if senses else "no text model that transformers can load (AutoModelForCausalLM)"
+    """The error for a model that is not a text model."""
+    family, modalities = str(config.get("model_type"))[:50], set(_modalities(config))
+    kind = "a vision-language model" if modalities == {"vision_config"} else "a multimodal model"
+    what = kind if modalities else "no text model that transformers can load (AutoModelForCausalLM)"
     return ModelError(
         f"{folder / 'config.json'}: {family} is {what}, not supported: take a text model"
     )
@@ -157,29 +154,30 @@ def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes more than text."""
-    return any(True for _ in _senses(config))
+    return any(_modalities(config))
 
 
-def _senses(config: Mapping[str, Any]) -> Iterator[str]:
+def _modalities(config: Mapping[str, Any]) -> Iterator[str]:
     thinker = config.get(_THINKER)
     for part in (config, thinker if isinstance(thinker, dict) else {}):
-        yield from (name for name in _OTHER_SENSES if isinstance(part.get(name), dict))
+        yield from (name for name in _OTHER_MODALITIES if isinstance(part.get(name), dict))
 
 
 def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> None:
-    """That config.json states counts, and no more layers and experts than the weights hold.
+    """Checks the counts of config.json against the weights.
 
     Raises:
-        ModelError: it does not, or a layer lacks experts that another has.
+        ModelError: an invalid count, more layers or experts than the weights hold, or missing
+            experts.
     """
     file = folder / "config.json"
-    text = config.get("text_config")
-    fields = {**(text if isinstance(text, dict) else {}), **config}
+    fields = _all_fields(config)
     for name in _COUNT_FIELDS:
         value = fields.get(name)
         if value is not None and (type(value) is not int or value < 1):
-            said = str(value)[:50]
-            raise ModelError(f"{file} says {name} {said}, must be a whole number above 0")
+            raise ModelError(
+                f"{file} says {name} {str(value)[:50]}, must be a whole number above 0"
+            )
     n_experts = expert_count(dict(config)) or 0
     for name in _TOP_K_FIELDS:
         if (fields.get(name) or 0) > n_experts:
@@ -196,13 +194,12 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
 
 
 def check_count_types(folder: Path, config: Mapping[str, Any]) -> None:
-    """That numbers of experts are numbers: `"8"` would be read as no number of experts at all.
+    """Checks the type of expert counts: `"8"` would be read as a model without experts.
 
     Raises:
-        ModelError: one is text, a list or a fraction.
+        ModelError: a text, list or fraction.
     """
-    text = config.get("text_config")
-    fields = {**(text if isinstance(text, dict) else {}), **config}
+    fields = _all_fields(config)
     for name, value in fields.items():
         is_count = name in EXPERT_COUNT_FIELDS or _EXPERT_COUNT.fullmatch(name)
         if is_count and isinstance(value, str | float | list):
@@ -213,7 +210,7 @@ def check_count_types(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
-    """The config with the expert count changed, under every name it goes by."""
+    """The config with the expert count changed in all of its fields."""
     edited: dict[str, Any] = {
         key: with_expert_count(value, before, after)
         if key == "text_config" and isinstance(value, dict)
@@ -224,15 +221,20 @@ def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dic
 
 
 def expert_count(config: dict[str, Any]) -> int | None:
-    """E as config.json states it, None for a model without experts."""
-    text = config.get("text_config")
-    fields = {**(text if isinstance(text, dict) else {}), **config}
+    """The number of experts in config.json; None for a dense model."""
+    fields = _all_fields(config)
     counts = [fields.get(field) for field in EXPERT_COUNT_FIELDS]
     return next((n for n in counts if isinstance(n, int) and n > 1), None)
 
 
+def _all_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json and of its text_config."""
+    text = config.get("text_config")
+    return {**(text if isinstance(text, dict) else {}), **config}
+
+
 def _experts_one_by_one(folder: Path, stored: Stored) -> Iterator[tuple[str, int]]:
-    """Blocks whose experts have tensors of their own, and how many experts each has."""
+    """Blocks with separate tensors per expert, and their numbers of experts."""
     blocks: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for name, tensor in stored.tensors.items():
         if found := _OF_ONE_EXPERT.fullmatch(name):
@@ -244,7 +246,7 @@ def _experts_one_by_one(folder: Path, stored: Stored) -> Iterator[tuple[str, int
 
 
 def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTensor]]) -> None:
-    """That experts are numbered from 0 and have the same tensors, but for those made constants."""
+    """Checks that experts are numbered from 0 and have equal tensors, except constant ones."""
     own = {e: parts for e, parts in experts.items() if set(parts) != _CONSTANT}
     first, wanted = min(own.items(), default=(0, {}))
     wanted = {part: t for parts in own.values() for part, t in parts.items()} | wanted
@@ -255,7 +257,7 @@ def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTe
         for part in sorted(wanted):
             name = f"{block}.{expert}.{part}"
             if part not in parts:
-                # The headers were found to be whole, so it is not the download that lacks it.
+                # The headers are complete, so the download is not the cause.
                 raise ModelError(
                     f"{weights_file(folder)} lacks {name}, which other experts there have: experts "
                     "that are not alike are not supported"
@@ -268,10 +270,10 @@ def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTe
 
 
 def check_files(folder: Path) -> None:
-    """That the files which transformers reads hold JSON objects.
+    """Checks that the tokenizer files are JSON objects.
 
     Raises:
-        ModelError: one does not.
+        ModelError: one is not.
     """
     for name in _FILES:
         if (folder / name).exists():
@@ -279,12 +281,12 @@ def check_files(folder: Path) -> None:
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
-    """That it turns text into ids that the model has an embedding for.
+    """Checks that the tokenizer gives ids that the model has embeddings for.
 
     Raises:
         ModelError: it does not.
     """
-    # Without tokenizer files AutoTokenizer makes one that turns every text into nothing.
+    # Without tokenizer files, AutoTokenizer makes one that gives no ids.
     ids = token_ids(tokenizer, [_PROBE])[0]
     if not ids:
         raise ModelError(f"{folder} holds no tokenizer: add its tokenizer.json")
@@ -298,7 +300,7 @@ def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
 
 
 def _check_end(folder: Path, tokenizer: Any, ids: list[int]) -> None:
-    """That nothing is appended to a text: after an end of text no answer follows."""
+    """Refuses tokenizers that append tokens: after an end of text no answer follows."""
     with translate_errors("AutoTokenizer", folder / "tokenizer.json"):
         plain: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     n_before = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), len(ids))
@@ -312,10 +314,10 @@ def _check_end(folder: Path, tokenizer: Any, ids: list[int]) -> None:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, as the tokenizer gives them.
+    """The token ids of each text.
 
     Raises:
-        ModelError: it fails at one.
+        ModelError: the tokenizer fails.
     """
     with translate_errors("AutoTokenizer", file_of(tokenizer)):
         ids: list[list[int]] = tokenizer(list(texts))["input_ids"]
@@ -323,12 +325,12 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def file_of(tokenizer: Any) -> Path:
-    """Its main file, for naming it."""
+    """The main file of a tokenizer, for errors."""
     return Path(str(getattr(tokenizer, "name_or_path", ""))) / "tokenizer.json"
 
 
 def check_ids(folder: Path, ids: Any, n_embeddings: int) -> None:
-    """That each token of a prompt has an embedding.
+    """Checks that each token of a prompt has an embedding.
 
     Raises:
         ModelError: one has none.
@@ -341,12 +343,12 @@ def check_ids(folder: Path, ids: Any, n_embeddings: int) -> None:
 
 
 def check_total(folder: Path, model: Any, stored: Stored) -> None:
-    """That the weights hold about as many values as a model, which was made on the meta device.
+    """Checks that the weights hold at least half of the values of a model on the meta device.
 
-    What is lacking is allocated while loading, to be refused by name after that: so not too much.
+    Loading allocates missing weights before they are refused by name, so their size is limited.
 
     Raises:
-        ModelError: they hold less than half of them.
+        ModelError: they hold less.
     """
     needed = sum(parameter.numel() for parameter in model.parameters())
     held = sum(map(_most_values, stored.tensors.values()))
@@ -358,19 +360,17 @@ def check_total(folder: Path, model: Any, stored: Stored) -> None:
 
 
 def _most_values(tensor: StoredTensor) -> int:
-    """Quantized ones, and the integers that others are packed in, hold several in a byte."""
+    """The most values that a tensor can hold: packed ones hold several per byte."""
     if tensor.dtype in ("F64", "F32", "F16", "BF16"):
         return math.prod(tensor.shape)
     return (tensor.end - tensor.begin) * _VALUES_PER_QUANTIZED_BYTE
 
 
 def check_complete(folder: Path, info: dict[str, Any]) -> None:
-    """That every weight of the model was in the files, in its shape.
-
-    What the model has no place for is warned of.
+    """Checks that the files held every weight in its shape; warns of surplus tensors.
 
     Raises:
-        ModelError: one was not.
+        ModelError: a weight is missing.
     """
     lost = sorted(info["missing_keys"])
     lost += sorted(
@@ -387,13 +387,13 @@ def check_complete(folder: Path, info: dict[str, Any]) -> None:
 
 
 def check_finite(folder: Path, model: Any, files: list[Path]) -> None:
-    """That no weight is NaN or infinite: one pass over each, the file is sought only where one is.
+    """Checks that no weight is NaN or infinite, as stored or in the loaded dtype.
 
     Raises:
-        ModelError: one is, as stored or in the dtype that it was loaded in.
+        ModelError: one is.
     """
     tensors = model.state_dict()
-    # What accelerate brings in when it is used is on the meta device until then.
+    # Offloaded weights are on the meta device.
     is_elsewhere = any(tensor.device.type == "meta" for tensor in tensors.values())
     bad = next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
     if bad is None and not is_elsewhere:
@@ -408,7 +408,7 @@ def check_finite(folder: Path, model: Any, files: list[Path]) -> None:
 
 
 def check_values(file: Path) -> None:
-    """That no weight in a file is NaN or infinite.
+    """Checks that no weight in a file is NaN or infinite.
 
     Raises:
         ModelError: one is.
@@ -429,7 +429,7 @@ def _on_disk(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are; NaN goes through minimum and maximum, which read at full speed."""
+    """Whether all values are finite; minimum and maximum propagate NaN and are fast."""
     if tensor.dtype not in _CHECKED or tensor.device.type == "meta" or not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)

@@ -1,4 +1,4 @@
-"""All that a profile says, and how sure one can be of it: margins, perturbations, suspects."""
+"""The findings of a profile: statistics, margins, perturbations and tests of experts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +20,8 @@ from expertcut.profiling.significance import (
 )
 from expertcut.profiling.statistics import (
     LayerStatistics,
-    answers,
-    as_json,
     expert_json,
     layer_json,
-    layer_statistics,
     or_none,
 )
 from expertcut.profiling.storage import Profile, load_profile
@@ -32,7 +29,7 @@ from expertcut.profiling.storage import Profile, load_profile
 Array = np.ndarray[Any, Any]
 THRESHOLDS = (1e-4, 1e-3, 1e-2)  # of probability
 QUANTILES = (0.01, 0.05, 0.25, 0.75, 0.95, 0.99)
-_ROUNDING = 0.01  # relative; probabilities rounded to bfloat16 may be ordered otherwise within it
+_ROUNDING = 0.01  # relative; rounding to bfloat16 may change the order within it
 Kind = Literal["shuffle-choices", "bf16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _FOLDER = "perturbed"
@@ -42,8 +39,8 @@ _FOLDER = "perturbed"
 class Margin:
     """Rank K minus rank K+1 of one layer at the answer position, per question.
 
-    `undefined` says why there is none, and the arrays are empty: the profile holds α, so where
-    experts are chosen by something else the distance to another choice cannot be told from it.
+    `undefined` says why the arrays are empty: the profile holds α, so it has no margin if experts
+    are chosen by something else.
     """
 
     undefined: str
@@ -52,7 +49,7 @@ class Margin:
 
 
 def margins(profile: Profile) -> list[Margin]:
-    """Every layer's margins."""
+    """The margins of every layer."""
     alpha_NLE, chosen_NLK = profile.array("alpha_NLE"), profile.array("chosen_NLK")
     return [
         margin(block, alpha_NLE[:, layer, : block.experts], chosen_NLK[:, layer].astype(np.int64))
@@ -61,10 +58,9 @@ def margins(profile: Profile) -> list[Margin]:
 
 
 def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
-    """α of the K-th expert minus α of the next, and the same of their logits.
+    """α of the K-th expert minus α of the next, and the difference of their logits.
 
-    The difference of logits is ln α − ln α' under a softmax, logit α − logit α' under a sigmoid,
-    and that of the inverse of √softplus where that is α.
+    Logits are ln α for a softmax, logit α for a sigmoid, or the inverse of √softplus.
     """
     reason = _rule(block)
     if not reason:
@@ -83,7 +79,7 @@ def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
 
 
 def margin_json(found: Margin) -> dict[str, Any]:
-    """A layer's margins, all null with a reason where they are undefined."""
+    """The margins of a layer, null with a reason if undefined."""
     if found.undefined:
         return {
             "margin_undefined": found.undefined,
@@ -103,7 +99,7 @@ def margin_json(found: Margin) -> dict[str, Any]:
 
 
 def _rule(block: BlockInfo) -> str:
-    """Why α alone does not say who is chosen; empty if it may."""
+    """Why α alone does not determine the chosen experts; empty if it may."""
     if block.is_hashed:
         return "a table of token ids chooses the experts"
     if block.top_k == block.experts:
@@ -118,10 +114,7 @@ def _rule(block: BlockInfo) -> str:
 
 
 def logits(block: BlockInfo, alpha: Array) -> Array:
-    """Logits, up to what all experts of a question share; infinite where α was rounded to 0 or 1.
-
-    NumPy warns of the infinite ones.
-    """
+    """Logits up to a constant per question; infinite, with a warning, for α rounded to 0 or 1."""
     if block.scoring == "sqrtsoftplus":
         softplus: Array = alpha**2
         return softplus + np.log(-np.expm1(-softplus))
@@ -130,7 +123,7 @@ def logits(block: BlockInfo, alpha: Array) -> Array:
 
 
 def _distribution(values_N: Array) -> dict[str, float | None]:
-    with np.errstate(invalid="ignore"):  # infinite where α was rounded to 0 or 1
+    with np.errstate(invalid="ignore"):  # for α rounded to 0 or 1
         found = {
             "mean": values_N.mean(),
             "std": values_N.std(),
@@ -141,7 +134,7 @@ def _distribution(values_N: Array) -> dict[str, float | None]:
 
 
 def perturbed_folder(folder: Path, kind: Kind) -> Path:
-    """Where a perturbation of a profile lies."""
+    """The folder of a perturbation."""
     return folder / _FOLDER / kind
 
 
@@ -156,7 +149,7 @@ def perturbations_json(profile: Profile, margins: list[Margin]) -> list[dict[str
     """One entry per finished perturbation.
 
     Raises:
-        ProfileError: one that asked other questions.
+        ProfileError: one has other questions.
     """
     return [
         {"kind": kind, **_compared(profile, other, margins)}
@@ -167,7 +160,7 @@ def perturbations_json(profile: Profile, margins: list[Margin]) -> list[dict[str
 def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[str, Any]:
     if not np.array_equal(profile.array("row_N"), other.array("row_N")):
         raise ProfileError(f"{other.path} asked other questions than {profile.path}: remove it")
-    before, after = answers(profile), answers(other)
+    before, after = profile.answers, other.answers
     moved_NC = np.abs(unshuffled(other) - before.logprob_NC)
     is_there_NC = np.isfinite(moved_NC)
     moved_N = np.where(is_there_NC, moved_NC, 0).max(axis=1)
@@ -200,7 +193,7 @@ def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[s
 
 
 def unshuffled(profile: Profile) -> Array:
-    """Log p of the choices (N, C) in their original order."""
+    """Log p of the choices (N, C) in original order."""
     logprob_NC: Array = profile.array("choice_logprob_NC")
     if "order_NC" not in profile.chunks[0]:
         return logprob_NC
@@ -212,14 +205,14 @@ def unshuffled(profile: Profile) -> Array:
 
 
 def changed_sets(profile: Profile, other: Profile) -> Array:
-    """Whether another set of experts was chosen at the answer position, (N, L)."""
+    """Whether the chosen experts at the answer position differ, (N, L)."""
     before, after = (np.sort(p.array("chosen_NLK"), axis=2) for p in (profile, other))
     changed_NL: Array = (before != after).any(axis=2)
     return changed_NL
 
 
 def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
-    """Spearman's rank correlation, None where either is the same for all questions."""
+    """Spearman's rank correlation; None if either is constant."""
     if margin_N is None or len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
         return None
     from scipy.stats import spearmanr  # every profile would wait for it
@@ -229,7 +222,7 @@ def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
 
 @dataclass(frozen=True)
 class Findings:
-    """The paper's statistics with what tells them from chance; `places` is (layer, expert) of X."""
+    """Statistics with margins, tests and perturbations; `places` are (layer, expert) of X."""
 
     profile: Profile
     layers: list[LayerStatistics]
@@ -241,13 +234,12 @@ class Findings:
 
 
 def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> Findings:
-    """Everything, computed once.
+    """Computes all findings.
 
     Raises:
-        ProfileError: the profile is unfinished, damaged, or holds answers alone.
+        ProfileError: unfinished, damaged, or with answers alone.
     """
-    layers = layer_statistics(profile)
-    is_correct_N = answers(profile).is_correct_N
+    layers, is_correct_N = profile.layers, profile.answers.is_correct_N
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in layers], axis=1)
     found = margins(profile)
     counts = count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
@@ -262,10 +254,22 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
     )
 
 
+def profile_json(profile: Profile) -> dict[str, Any]:
+    """The numbers of the paper."""
+    ties, found = profile.near_ties(), profile.answers
+    return {
+        "questions": len(found.answer_N),
+        "accuracy": found.accuracy,
+        **({} if found.n_cut is None else {"cut_prompts": found.n_cut}),
+        "near_ties": {"questions": len(ties), "listed": ties},
+        "layers": [layer_json(layer) for layer in profile.layers],
+    }
+
+
 def findings_json(found: Findings) -> dict[str, Any]:
     """`show PROFILE --format json`."""
     tested = found.significance
-    return as_json(found.profile, found.layers) | {
+    return profile_json(found.profile) | {
         "layers": layers_json(found),
         "tests": tested.n_tests,
         "permutations": tested.permutations,
@@ -278,7 +282,7 @@ def findings_json(found: Findings) -> dict[str, Any]:
 
 
 def layers_json(found: Findings) -> list[dict[str, Any]]:
-    """The paper's numbers of every layer with their margins, and of every expert with its tests."""
+    """The numbers of every layer with its margins, and of every expert with its tests."""
     rows = evidence_rows(found)
     return [
         layer_json(layer)
@@ -289,7 +293,7 @@ def layers_json(found: Findings) -> list[dict[str, Any]]:
 
 
 def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
-    """Each expert's intervals and tests, experts of all layers in order, undefined ones None."""
+    """Intervals and tests of each expert of all layers in order, None if undefined."""
     tested = found.significance
     x = 0
     for layer in found.layers:
@@ -311,7 +315,7 @@ def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
 
 
 def suspects_json(found: Findings) -> list[dict[str, Any]]:
-    """Every tested expert with a negative z, the most harmful first."""
+    """Every tested expert with z < 0, the lowest first."""
     rows = list(evidence_rows(found))
     return [
         {

@@ -1,11 +1,10 @@
-"""Claims and run locks: which process works on what in a folder that several share.
+"""Claims and run locks of processes that share a folder, on one host or several.
 
-Claims: which process works on what in a folder that several share, on one host or on many. A claim
-is a file `<what>.<n>` that only one process can create. Its holder touches it every two seconds.
-Where the holder is gone, the next process creates `<what>.<n + 1>`, which again only one can do, so
-that nobody removes what another holds; the highest number counts.
+A claim is a file `<name>.<n>` that only one process can create; its holder touches it every two
+seconds. If the holder is dead, the next process creates `<name>.<n + 1>`, so nobody removes a live
+claim; the highest number counts.
 
-Claims save work and nothing else: two processes that did the same chunk would write equal bytes.
+Claims only save work: two processes that measure the same chunk would write equal bytes.
 """
 
 import json
@@ -27,21 +26,21 @@ from expertcut.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
-CLAIMS = "claims"  # their folder's name
-_SAME_START_S = 5  # where only the time of day is known, which may be set a little
+CLAIMS = "claims"  # name of the folder
+_SAME_START_S = 5  # tolerance where only the time of day is known
 _POLL_S = 0.25
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How often a holder says that it is alive, and how long without makes it dead."""
+    """Interval of heartbeats, and the silence after which a holder counts as dead."""
 
     beat_s: float = 2
     dead_after_s: float = 20
 
 
 class Claims:
-    """This process's claims in one folder, kept alive by a thread while the `with` lasts."""
+    """The claims of this process in one folder, kept alive by a thread in the context."""
 
     def __init__(self, folder: Path, timing: Timing | None = None) -> None:
         self.folder = folder
@@ -65,24 +64,24 @@ class Claims:
             self.release(name)
         self._is_over.set()
         self._heart.join()
-        with suppress(OSError):  # not there, or others have claims
+        with suppress(OSError):  # missing, or with claims of others
             self.folder.rmdir()
 
     def take(self, name: str) -> bool:
-        """Claims it; False where another process has it.
+        """Takes a claim; False if another process has it.
 
         Raises:
-            OutputError: the place cannot be written.
+            OutputError: the folder cannot be written.
         """
         claims = self._claims(name)
         if claims and self._is_alive(claims[-1]):
             return False
         path = self.folder / f"{name}.{_number(claims[-1]) + 1 if claims else 0}"
-        self._held[name] = path  # before it is there, so that a stop at any point gives it back
+        self._held[name] = path  # first, so an interruption at any point releases it
         if not self._create(path):
             del self._held[name]
             return False
-        if self._claims(name)[-1:] != [path]:  # this number came free while a higher one is held
+        if self._claims(name)[-1:] != [path]:  # a higher number is held
             self.release(name)
             return False
         if claims:
@@ -90,7 +89,7 @@ class Claims:
         return True
 
     def _create(self, path: Path) -> bool:
-        # Made before the file is there: of one whose holder died over it, only the heartbeat tells.
+        # Before the file is created: an empty claim could only expire by its heartbeat.
         text = json.dumps(_here())
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,39 +99,39 @@ class Claims:
             if not self.folder.is_dir():
                 raise OutputError(f"{self.folder} is in the way: name another --out") from None
             return False
-        except FileNotFoundError:  # the last to leave removed the folder in between
+        except FileNotFoundError:  # another process removed the folder in between
             return False
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}") from None
         return True
 
     def holder(self, name: str) -> tuple[str, bool]:
-        """Who has it, in words, and whether that is a process which is seen to live here."""
+        """The holder as text, and whether it is a live process of this host."""
         claims = self._claims(name)
         try:
             held = json.loads(claims[-1].read_text())
             words = f"process {held['pid']} on {held['host']}"
             return words, _is_here(held) and psutil.pid_exists(held["pid"])
         except (IndexError, OSError, ValueError, KeyError, TypeError):
-            return "another process", False  # given back, or still being written
+            return "another process", False  # released, or being written
 
     def release(self, name: str) -> None:
-        """Gives it back, and removes the dead claims that it replaced."""
+        """Releases a claim and removes the dead ones that it replaced."""
         mine = self._held.pop(name)
         for path in self._claims(name):
             if _number(path) <= _number(mine):
-                with suppress(OSError):  # gone, or in a place that cannot be written
+                with suppress(OSError):  # gone, or not writable
                     path.unlink()
 
     def clear(self) -> None:
-        """Removes all claims and half-written files, for everything is done."""
+        """Removes all claims and temporary files, when everything is done."""
         with suppress(FileNotFoundError):
             for path in self.folder.iterdir():
                 if path.suffix == ".tmp" or path.suffix[1:].isdigit():
                     path.unlink(missing_ok=True)
 
     def _claims(self, name: str) -> list[Path]:
-        """Claims of one name, the one that counts last."""
+        """The claims of one name in order; the last one counts."""
         try:
             found = [path for path in self.folder.iterdir() if path.stem == name]
         except (FileNotFoundError, NotADirectoryError):
@@ -140,28 +139,27 @@ class Claims:
         return sorted((path for path in found if path.suffix[1:].isdigit()), key=_number)
 
     def _is_alive(self, claim: Path) -> bool:
-        """Whether its holder is at work, as far as this process can know by now.
+        """Whether the holder is alive, as far as this process knows.
 
-        Time is this process's own: clocks of hosts differ, so the heartbeat is only compared with
-        what it was when this process looked before.
+        Clocks of hosts differ, so a heartbeat is only compared with that of the last look.
         """
         try:
-            with claim.open() as file:  # opened, because a network file system then asks its server
-                touched_ns, text = os.fstat(file.fileno()).st_mtime_ns, file.read()
+            with claim.open() as file:  # opening makes a network file system ask its server
+                heartbeat_ns, text = os.fstat(file.fileno()).st_mtime_ns, file.read()
         except OSError:
-            return True  # given back this moment: the next look will tell
+            return True  # released just now: the next look will tell
         if _is_gone(text):
             return False
         before_ns, since = self._seen.get(claim, (None, 0.0))
-        if before_ns != touched_ns:
-            self._seen[claim] = (touched_ns, time.monotonic())
+        if before_ns != heartbeat_ns:
+            self._seen[claim] = (heartbeat_ns, time.monotonic())
             return True
         return time.monotonic() - since < self.timing.dead_after_s
 
     def _beat(self) -> None:
         while not self._is_over.wait(self.timing.beat_s):
             for path in list(self._held.values()):
-                with suppress(OSError):  # at worst another process does the same work
+                with suppress(OSError):  # at worst another process repeats the work
                     os.utime(path)
 
 
@@ -170,7 +168,7 @@ def _number(claim: Path) -> int:
 
 
 def _here() -> dict[str, Any]:
-    """This process, told apart from those of other hosts and containers, and from later ones."""
+    """An identity of this process across hosts, containers and reused pids."""
     return {
         "host": platform.node(),
         "kernel": _kernel(),
@@ -180,12 +178,10 @@ def _here() -> dict[str, Any]:
 
 
 def _started(pid: int) -> float:
-    """When a process began, by a clock that nobody can set, where there is one.
-
-    On Linux seconds since boot: times of day are reckoned from that and move when the clock is set.
+    """The start time of a process; on Linux in seconds since boot, which no clock change moves.
 
     Raises:
-        psutil.NoSuchProcess: there is none.
+        psutil.NoSuchProcess: no such process.
     """
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -195,7 +191,7 @@ def _started(pid: int) -> float:
 
 
 def _kernel() -> str:
-    """Where pids mean what they mean here: one boot, one pid namespace."""
+    """The scope of pids: one boot and one pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -204,12 +200,12 @@ def _kernel() -> str:
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether its pid means here what it meant to the holder."""
+    """Whether the pid of a holder is valid here."""
     return (holder["host"], holder["kernel"]) == (platform.node(), _kernel())
 
 
 def _is_gone(text: str) -> bool:
-    """True where the holder ran here and is no more; False also means unknown."""
+    """Whether the holder ran here and has ended; False also if unknown."""
     try:
         holder = json.loads(text)
         if not _is_here(holder):
@@ -220,27 +216,25 @@ def _is_gone(text: str) -> bool:
     except psutil.NoSuchProcess:
         return True
     except (ValueError, KeyError, TypeError, psutil.Error):
-        return False  # still being written, or not to be seen: the heartbeat decides
+        return False  # being written, or not visible: the heartbeat decides
 
 
 @contextmanager
 def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[None]:
-    """Keeps other runs out of a folder while the block lasts.
+    """Locks a folder against other runs in the context.
 
-    One that was killed is in nobody's way: here that is seen at once, on another machine when its
-    claim has not been touched for some seconds, which are waited for.
-
-    Folders that it had to make and that are empty at the end are gone again.
+    The lock of a killed run does not block: at once on the same host, after some seconds on
+    another. Folders that were created and stay empty are removed.
 
     Raises:
-        OutputError: another run is at work there, or the place cannot be written.
+        OutputError: another run holds the lock, or the folder cannot be written.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         with _claimed(folder, what, timing):
             yield
     finally:
-        with suppress(OSError):  # the first that holds something, and so those above it
+        with suppress(OSError):  # not empty
             for place in made:
                 place.rmdir()
 

@@ -1,8 +1,6 @@
-"""Profiling itself: a quiz through a model, chunk by chunk, into a folder that can be resumed.
+"""Profiling: runs a quiz through a model, chunk by chunk, into a resumable folder.
 
-A profile's questions asked again, slightly otherwise: do choices and answers hold? Each
-perturbation is a profile of its own inside the first, `perturbed/<kind>/`, so it is resumed and
-checked as every profile.
+A perturbation (shuffled choices, bfloat16) is a profile in the subfolder `perturbed/<kind>/`.
 """
 
 import logging
@@ -15,10 +13,11 @@ import numpy as np
 import torch
 
 from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
-from expertcut.data.held_out import is_one_set
+from expertcut.data.sources import is_one_set
 from expertcut.errors import QuizError, SettingsError
 from expertcut.models.checkpoint_dir import absolute_id
-from expertcut.models.load import LoadOptions, MoeModel, Source, is_on_several, load
+from expertcut.models.devices import is_on_several
+from expertcut.models.load import LoadOptions, MoeModel, Source, load
 from expertcut.profiling.findings import KINDS, Kind, perturbed_folder
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.schema import (
@@ -34,20 +33,19 @@ from expertcut.profiling.storage import CUT, Arrays, in_calibration, load_profil
 from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
-from expertcut.scoring.passes import OnPass, Watch, ignore
+from expertcut.scoring.passes import OnPass, PassObserver, ignore
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = 2048
-HALVED = "halved_passes"  # in a chunk whose passes had to be cut smaller than its settings say
+HALVED = "halved_passes"  # in a chunk whose passes were split for lack of memory
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How to measure; None means as recorded where a run is resumed, else the default.
+    """How to measure; None means the recorded value of a resumed run, else the default.
 
-    A process that `waits` ends when every chunk is there, another one when there is nothing left
-    for it to do.
+    A process that `waits` ends when all chunks exist, else when none is left for it.
     """
 
     stats: Stats | None = None
@@ -57,7 +55,7 @@ class MeasureOptions:
 
 
 class Measurement:
-    """One quiz asked of one model: settled settings, and `run`, which does what is missing."""
+    """One quiz and one model with fixed settings; `run` measures the missing chunks."""
 
     def __init__(self, moe: MoeModel, quiz: Quiz, limit: int | None, options: MeasureOptions):
         self.moe = moe
@@ -75,10 +73,9 @@ class Measurement:
         )
 
     def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
-        """Measures the chunks that the folder lacks, writing each as soon as it is done.
+        """Measures the missing chunks of a folder, which other processes may share.
 
-        Other processes may do the same in the same folder. Yields whenever a chunk is there;
-        `on_pass` is told of each forward pass before it starts.
+        Yields after each chunk; `on_pass` is called before each forward pass.
 
         Raises:
             ProfileError: the folder holds a profile of another model, quiz or setting.
@@ -100,7 +97,7 @@ class Measurement:
                 shared.finish(time.monotonic() - started, tally.mine, tally.others)
 
     def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
-        """The chunk's arrays, and the tokens that were run for it."""
+        """The arrays of a chunk, and the number of tokens run."""
         questions = work.questions
         encoded = self.engine.encode(self.quiz, work.subject, questions)
         of_calibration = in_calibration(questions) if self.is_one_set else None
@@ -128,7 +125,7 @@ class Measurement:
         keeps_all = self.info.settings.stats == "all"
         with recorder.listening():
             logprob_NC = self.engine.score(
-                encoded, watch=Watch(begin, undo, recorder.on_rows, keeps_all)
+                encoded, watch=PassObserver(begin, undo, recorder.on_rows, keeps_all)
             )
         recorded = recorder.arrays()
         check_finite(self.moe, work.subject, recorded)
@@ -144,9 +141,9 @@ class Measurement:
 
 
 def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
-    """Questions that are asked in both ways first: four, and two of the longest prompts.
+    """Questions to compare scoring modes on: four, and two of the longest prompts.
 
-    Some attention differs only behind prompts that are longer than those of the first subject.
+    Some attention differs only for prompts longer than those of the first subject.
     """
     first = next(iter(quiz.questions))
     yield first, quiz.questions[first][:CHECKED_QUESTIONS]
@@ -165,15 +162,15 @@ def _size(question: Question) -> int:
 
 
 def _is_one_set(quiz: Quiz) -> bool:
-    """Whether a fifth of the questions will be held out; its sums are then kept apart."""
+    """Whether a fifth of the questions will be held out; its sums are then separate."""
     try:
         return is_one_set(quiz)
-    except QuizError:  # another split that cannot judge: `prune` refuses it
+    except QuizError:  # `prune` refuses such a split
         return False
 
 
 def _orders(questions: Sequence[Question]) -> Arrays:
-    """Where choices were shuffled, the original number of each; 255 where there is none."""
+    """The original numbers of shuffled choices, padded with 255; empty if not shuffled."""
     if not any(q.order for q in questions):
         return {}
     most = max(len(q.choices) for q in questions)
@@ -184,7 +181,7 @@ def _orders(questions: Sequence[Question]) -> Arrays:
 def measure(
     source: Source, quiz: Quiz, limit: int | None, load_as: LoadOptions, options: MeasureOptions
 ) -> Measurement:
-    """Loads the model and settles the settings."""
+    """Loads the model and fixes the settings."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return Measurement(load(source, load_as), quiz, limit, options)
@@ -193,7 +190,7 @@ def measure(
 def resumed(
     folder: Path, load_as: LoadOptions, options: MeasureOptions
 ) -> tuple[LoadOptions, MeasureOptions]:
-    """The options with what an earlier run in the folder recorded in place of what is not given."""
+    """The options, with recorded values of an earlier run in the folder for those not given."""
     if not (folder / "profile.json").is_file():
         return load_as, options
     recorded = load_profile(folder).info.settings
@@ -217,12 +214,12 @@ def default_folder(info: ProfileInfo, source: Source, root: Path = Path("profile
     quiz = info.quiz
     quiz_name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
     name = f"{source.name}-{quiz_name}-{quiz.split}-{quiz.shots}shot-"
-    name += info.called(source.id).short_hash  # as it was typed
+    name += info.called(source.id).short_hash  # with the id as typed
     return root / name
 
 
 def model_info(moe: MoeModel) -> ModelInfo:
-    """What a profile says of the model that it watched."""
+    """The model's entry in a profile."""
     blocks = tuple(
         BlockInfo(
             name=b.name,
@@ -253,7 +250,7 @@ def _attention(engine: Engine) -> str:
 
 def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settings:
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
-    # Weights that wait in memory or on disk for one CPU give the bytes that they always give.
+    # Offloading to memory or disk changes no bytes on one CPU.
     is_spread = is_on_several(moe.model) and not on_cpu
     return Settings(
         dtype=str(moe.dtype).removeprefix("torch."),
@@ -272,10 +269,10 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
 
 
 def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:
-    """The perturbations that are named, each of which must change something.
+    """Validates the names of perturbations.
 
     Raises:
-        SettingsError: bf16 of a model that runs in bfloat16.
+        SettingsError: bf16 for a model that runs in bfloat16.
     """
     if "bf16" in names and measurement.info.settings.dtype == "bfloat16":
         raise SettingsError(
@@ -292,10 +289,10 @@ def perturb(
     load_as: LoadOptions,
     on_pass: OnPass = ignore,
 ) -> Iterator[Progress]:
-    """Measures what is missing of a perturbation of the profile in `folder`.
+    """Measures the missing chunks of a perturbation of the profile in `folder`.
 
     Raises:
-        ProfileError: an earlier perturbation there was made otherwise.
+        ProfileError: an earlier perturbation there has other settings.
     """
     settings, limit = measurement.info.settings, measurement.info.quiz.limit
     options = MeasureOptions(

@@ -1,8 +1,8 @@
-"""Records what a profile stores of one chunk's forward passes."""
+"""Records what a profile stores of a chunk: routing at answers, and sums over all tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertcut.errors import ModelError
+from expertcut.models.devices import runs_on
 from expertcut.models.hooks import (
     ExpertCall,
     Routing,
@@ -17,24 +18,27 @@ from expertcut.models.hooks import (
     observe_residuals,
     observe_routers,
 )
-from expertcut.models.load import MoeModel, runs_on
+from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.schema import Stats
 from expertcut.profiling.storage import Arrays
-from expertcut.profiling.token_sums import INPUT, NAMES, PARTS, RESIDUAL, TokenSums
 from expertcut.scoring.engine import advice
 from expertcut.scoring.packing import Pass
 
+PARTS = ("prefix", "question")
+INPUT = "input_shift"  # only if experts have the width of the block's input
+RESIDUAL = "residual_shift"  # only if the residual stream is known
+# Defined in docs/formats.md.
+NAMES = ("tokens", "weight", "norm", "weighted_norm", "votes", INPUT, RESIDUAL)
+
 
 def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
-    """That all that was recorded per layer is finite.
-
-    Of the last block's other tokens no answer tells.
+    """Checks that all per-layer records are finite; answers do not depend on all of them.
 
     Raises:
-        ModelError: naming the first layer where something is not.
+        ModelError: naming the first layer with a non-finite value.
     """
-    bad = {name: found for name, array in arrays.items() if (found := _layers(name, array))}
+    bad = {name: layers for name, array in arrays.items() if (layers := _bad_layers(name, array))}
     if not bad:
         return
     name = min(bad, key=lambda name: min(bad[name]))
@@ -45,8 +49,8 @@ def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
     )
 
 
-def _layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
-    """The layers in which an array whose name ends in its axes holds NaN or infinity."""
+def _bad_layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
+    """The layers of an array that hold NaN or infinity; its name ends in its axes."""
     axes = name.rpartition("_")[2]
     if "L" not in axes or array.dtype.kind != "f" or np.isfinite(array).all():
         return []
@@ -54,10 +58,10 @@ def _layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
 
 
 class Recorder:
-    """One chunk's records; `stats` `answer` leaves the all-token sums out, `none` everything.
+    """The records of one chunk; `stats` `answer` is without all-token sums, `none` is empty.
 
-    All-token sums are kept apart for the shared prefix, which ran once for the whole chunk, and
-    for the questions' own tokens; of these once more for the questions that are `in_calibration`.
+    All-token sums are separate for the shared prefix, which runs once per chunk, and the tokens of
+    the questions; of the latter also over the questions `in_calibration`.
     """
 
     def __init__(
@@ -83,14 +87,14 @@ class Recorder:
         self.weight_NLK = torch.zeros(n_questions, n_layers, top_k, device=device)
         self.gap_N = torch.full((n_questions,), torch.inf, device=device)
         self.prefix_gap = torch.full((1,), torch.inf, device=device)
-        # The last block's other tokens, which no answer depends on, are kept apart.
+        # Separate for the last block's other tokens, which no answer depends on.
         self.unread_gap_N = self.gap_N.clone()
         self.unread_prefix_gap = self.prefix_gap.clone()
         self.before: list[Tensor] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hooks the model's routers, and its experts where all tokens are wanted."""
+        """Hooks the routers, and for all-token sums the experts."""
         with ExitStack() as stack:
             if self.stats != "none":
                 stack.enter_context(observe_routers(self.blocks, self._route))
@@ -102,7 +106,7 @@ class Recorder:
             yield
 
     def begin(self, step: Pass) -> None:
-        """Says whose tokens the coming forward pass holds."""
+        """Called before each forward pass."""
         device = self.alpha_NLE.device
         self.questions_N = torch.tensor(step.questions, dtype=torch.long, device=device)
         self.answers_N: Tensor | None = step.answers_N.to(device)
@@ -115,16 +119,16 @@ class Recorder:
         self.before = [tensor.clone() for tensor in self._added()]
 
     def undo(self, _step: Pass) -> None:
-        """Forgets what was seen since the pass began."""
+        """Reverts the sums of the current pass."""
         for tensor, before in zip(self._added(), self.before, strict=True):
             tensor.copy_(before)
 
     def on_rows(self, rows_M: Tensor, is_read: bool) -> None:
-        """Says that the pass goes on with these of its tokens only."""
+        """Continues the pass with these of its tokens only."""
         if self.stats == "none":
             return
         rows_M = rows_M.to(self.alpha_NLE.device)
-        if is_read:  # then they are the answers; the others come after them
+        if is_read:  # the answers; the others follow
             self.all_T = self.question_T, self.valid_T
             self.answers_N = torch.arange(len(rows_M), device=rows_M.device)
         else:
@@ -137,12 +141,12 @@ class Recorder:
         self._mark_calibration()
 
     def _mark_calibration(self) -> None:
-        """Says which of the pass's tokens are of questions that are not held out."""
+        """Marks the tokens of questions that are not held out."""
         if self.in_calibration_N is not None and not self.is_prefix:
             self.tokens.in_calibration_T = self.in_calibration_N[self.question_T]
 
     def _added(self) -> list[Tensor]:
-        """What a pass adds to; the rest it writes."""
+        """The tensors that a pass adds to."""
         if self.stats == "none":
             return []
         gaps = [self.gap_N, self.unread_gap_N]
@@ -170,7 +174,7 @@ class Recorder:
         self.tokens.expert(call, self.valid_T)
 
     def _note_gaps(self, gap_T: Tensor) -> None:
-        """Keeps how close the prefix and each question came to another choice of experts."""
+        """Keeps the smallest distance to another choice of experts, of prefix and questions."""
         if self.valid_T is not None:
             gap_T = gap_T.where(self.valid_T, torch.inf)
         gap_N, prefix_gap = self.gaps
@@ -180,11 +184,7 @@ class Recorder:
             gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
 
     def arrays(self) -> Arrays:
-        """The chunk's tensors by their names on disk (design: §5).
-
-        Raises:
-            ModelError: a router or an expert gave what is no number.
-        """
+        """The arrays of the chunk by their names on disk."""
         if self.stats == "none":
             return {}
         kept = {
@@ -223,9 +223,9 @@ class Recorder:
 
 
 def _factors(blocks: Sequence[MoeBlock]) -> dict[int, tuple[float, float]]:
-    """By layer what the sum of its experts counts times, beside the block's input and the stream.
+    """The factors of the experts' sum by layer, relative to the block's input and the stream.
 
-    Where a block norms that sum, what it gave before.
+    A block that norms the sum has factor 1: the sum before the norm counts.
     """
     return {
         b.layer: (
@@ -237,8 +237,180 @@ def _factors(blocks: Sequence[MoeBlock]) -> dict[int, tuple[float, float]]:
 
 
 def _on(routing: Routing, device: torch.device) -> Routing:
-    """The same on the recorder's device, for blocks may run on several."""
+    """The routing on the recorder's device."""
     moved: dict[str, Any] = {
         k: v.to(device) for k, v in vars(routing).items() if isinstance(v, torch.Tensor)
     }
     return replace(routing, **moved)
+
+
+def borda_points(weighted_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    """Borda points (T, E) of each token's K experts by weight · ‖f‖.
+
+    K for the largest, 1 for the smallest, shared by equal ones; 0 for no contribution.
+    """
+    value_KT = weighted_TE.gather(1, experts_TK).T.contiguous()
+    ahead_KT = (value_KT[:, None] - value_KT).sign().sum(dim=1)  # those below, less those above
+    points_KT = (len(value_KT) + 1 + ahead_KT) / 2 * (value_KT > 0)
+    return torch.zeros_like(weighted_TE).scatter(1, experts_TK, points_KT.T)
+
+
+def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
+    """The angular shift of each token: max(1 − cos(x, x + factor · output), 0), (T,) float64.
+
+    Computed as sin² / (1 + cos), which is accurate for small angles; 0 where x or the sum is 0.
+    """
+    output_TD = output_TD.to(x_TD.device)
+    xx_T, yy_T = _squared(x_TD), _squared(output_TD) * factor**2
+    xy_T = _inner(x_TD, output_TD) * factor
+    zz_T = (xx_T + 2 * xy_T + yy_T).clamp(min=0)
+    lengths_T = xx_T * zz_T
+    is_defined_T = lengths_T > 0
+    lengths_T = lengths_T.where(is_defined_T, 1.0)
+    cos_T = ((xx_T + xy_T) / lengths_T.sqrt()).clamp(-1, 1)
+    sin2_T = (xx_T * yy_T - xy_T**2).clamp(min=0) / lengths_T
+    shift_T = torch.where(cos_T > 0, sin2_T / (1 + cos_T.abs()), 1 - cos_T)
+    return shift_T * is_defined_T
+
+
+def _squared(x_TD: Tensor) -> Tensor:
+    norm_T: Tensor = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32)
+    return norm_T.double() ** 2
+
+
+def _inner(x_TD: Tensor, y_TD: Tensor) -> Tensor:
+    # On a CPU twice as fast as vecdot.
+    return (x_TD.float() * y_TD.float()).sum(dim=-1).double()
+
+
+@dataclass
+class _Layer:
+    """What is needed of one block's pass until all its experts have run.
+
+    `extremes` are each call's least and greatest output value.
+    """
+
+    experts: list[int] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    extremes: list[Tensor] = field(default_factory=list)
+    routing: Routing | None = None
+
+
+class TokenSums:
+    """Sums over tokens and the largest value of each expert, separate for shared prefix and rest.
+
+    `factors`, by layer: of the experts' sum relative to the block's input and to the residual
+    stream. Sums without a known stream stay 0. `is_in_width` becomes false if experts have another
+    width than the block's input.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_experts: int,
+        device: torch.device,
+        factors: dict[int, tuple[float, float]],
+    ) -> None:
+        shape = (len(NAMES), len(PARTS), n_layers, n_experts)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.largest = torch.zeros(shape[1:], device=device)
+        # Over the questions' own tokens, but for the questions that are held out.
+        self.calibration = torch.zeros_like(self.sums[:, 0])
+        self.calibration_largest = torch.zeros_like(self.largest[0])
+        self.factors = factors
+        self.is_in_width = True
+
+    def begin(self, part: int) -> None:
+        """Starts a pass of a part, an index of `PARTS`."""
+        self.part = part
+        self.in_calibration_T: Tensor | None = None  # tokens that count in both sums
+        self.pending = _Layer()
+        self.stream: tuple[int, Tensor] | None = None
+        self.rows_M: Tensor | None = None
+
+    def read(self, layer: int, x_TD: Tensor) -> None:
+        """Keeps the residual stream before a block until the next block."""
+        self.stream = layer, x_TD
+
+    def route(self, routing: Routing, valid_T: Tensor | None) -> None:
+        """Adds the routing of one block."""
+        self.pending.routing = routing
+        experts_TK, weights_TK = routing.experts_TK, routing.weights_TK.double()
+        if valid_T is not None:
+            experts_TK, weights_TK = experts_TK[valid_T], weights_TK[valid_T]
+        # Scattered to (T, E) and summed: the same bits every time, also on CUDA.
+        nothing_TE = weights_TK.new_zeros(len(experts_TK), self.sums.shape[-1])
+        self._add("weight", routing.layer, nothing_TE.scatter(1, experts_TK, weights_TK), valid_T)
+        self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0), valid_T)
+
+    def expert(self, call: ExpertCall, valid_T: Tensor | None) -> None:
+        """Keeps what `combined` needs of one expert's outputs."""
+        tokens_M, weights_M, output_MD = call.tokens_M, call.weights_M, call.output_MD
+        if valid_T is not None:
+            is_valid_M = valid_T.to(tokens_M.device)[tokens_M]
+            tokens_M, weights_M = tokens_M[is_valid_M], weights_M[is_valid_M]
+            output_MD = output_MD[is_valid_M]
+        if not len(tokens_M):
+            return
+        seen = self.pending
+        seen.experts.append(call.expert)
+        seen.tokens.append(tokens_M)
+        seen.weights.append(weights_M)
+        # Without copies of M times D values, as .float() and .abs() make.
+        seen.norms.append(torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32))
+        seen.extremes.append(torch.stack(output_MD.aminmax()))
+        if self.in_calibration_T is not None:
+            output_MD = output_MD[self.in_calibration_T.to(tokens_M.device)[tokens_M]]
+            if len(output_MD):
+                largest_E = self.calibration_largest[call.layer]
+                largest = output_MD.abs().amax().to(largest_E)
+                largest_E[call.expert] = largest_E[call.expert].maximum(largest)
+
+    def combined(self, layer: int, output_TD: Tensor) -> None:
+        """Adds the outputs of a block's experts, after all have run."""
+        seen, self.pending = self.pending, _Layer()
+        if not seen.experts:
+            return
+        device = self.sums.device
+        expert_H = torch.tensor(seen.experts, device=device)
+        counts_H = torch.tensor([len(tokens_M) for tokens_M in seen.tokens], device=device)
+        at_A = (torch.cat(seen.tokens).to(device), expert_H.repeat_interleave(counts_H))
+        norm_TE = self.sums.new_zeros(len(output_TD), self.sums.shape[-1])
+        norm_TE[at_A] = torch.cat(seen.norms).to(norm_TE)
+        weight_TE = torch.zeros_like(norm_TE)
+        weight_TE[at_A] = torch.cat(seen.weights).to(weight_TE)
+        weighted_TE = norm_TE * weight_TE
+        self._add("norm", layer, norm_TE)
+        self._add("weighted_norm", layer, weighted_TE)
+        self._contributions(layer, weighted_TE, output_TD, seen.routing)
+        largest_E = self.largest[self.part, layer]
+        largest_H = torch.stack(seen.extremes).abs().amax(dim=1).to(largest_E)
+        largest_E[expert_H] = largest_E[expert_H].maximum(largest_H)
+
+    def _contributions(
+        self, layer: int, weighted_TE: Tensor, output_TD: Tensor, routing: Routing | None
+    ) -> None:
+        """Adds Borda votes and shifts; pads have weight 0."""
+        assert routing is not None, "a block's router runs before its experts"
+        self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
+        if output_TD.shape != routing.input_TD.shape:
+            self.is_in_width = False
+            return
+        by_input, by_stream = self.factors[layer]
+        input_T = shift(routing.input_TD, output_TD, by_input)
+        self._add(INPUT, layer, weighted_TE * input_T.to(weighted_TE)[:, None])
+        if self.stream is not None and self.stream[0] == layer:
+            x_TD = self.stream[1]
+            x_TD = x_TD if self.rows_M is None else x_TD[self.rows_M.to(x_TD.device)]
+            residual_T = shift(x_TD, output_TD, by_stream)
+            self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
+
+    def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:
+        """Adds amounts of all or of valid tokens."""
+        self.sums[NAMES.index(name), self.part, layer] += amount_TE.sum(dim=0)
+        if self.in_calibration_T is not None:
+            counts_T = self.in_calibration_T if valid_T is None else self.in_calibration_T[valid_T]
+            amount_E = amount_TE[counts_T.to(amount_TE.device)].sum(dim=0)
+            self.calibration[NAMES.index(name), layer] += amount_E

@@ -1,4 +1,4 @@
-"""The schema of a profile: `profile.json`, and what the arrays of a chunk must be."""
+"""The schema of a profile: `profile.json`, and the arrays of a chunk."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -16,17 +16,17 @@ from expertcut.documents import Format1, Identified, Record
 Array = np.ndarray[Any, Any]
 Stats = Literal["none", "answer", "all"]
 _PARTS, _SUMS = ("prefix", "question"), ("tokens", "weight", "norm", "weighted_norm")
-_MASK = "calibration_N"  # where sums over the questions that are not held out are kept too
+_MASK = "calibration_N"  # present with sums over the questions that are not held out
 _MOST_CHOICES = 26
-NO_CHOICE = 255  # in order_NC, where a question has fewer choices
+NO_CHOICE = 255  # padding of order_NC
 CHUNK_QUESTIONS = 256
-MOST_EXPERTS = 1 << 15  # they are kept as int16
+MOST_EXPERTS = 1 << 15  # ids are int16
 MOST_QUESTIONS = 10_000_000  # of a subject
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A chunk's questions, its model's experts by layer and per token, and what was kept."""
+    """What a chunk must hold: questions, experts by layer, experts per token, statistics."""
 
     questions: int
     experts: tuple[int, ...]
@@ -35,7 +35,7 @@ class Expected:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the arrays that must be there; those with choices come beside."""
+        """The shapes of required arrays, without those of choices."""
         n, n_layers, most = self.questions, len(self.experts), max(self.experts)
         shapes: dict[str, tuple[int, ...]] = {"answer_N": (n,), "row_N": (n,)}
         if self.stats != "none":
@@ -45,7 +45,7 @@ class Expected:
 
 
 def arrays_fault(arrays: Mapping[str, Array], expected: Expected) -> str | None:
-    """What is wrong with them, None if nothing is."""
+    """The first error in the arrays; None if they are valid."""
     return next(_faults(arrays, expected), None)
 
 
@@ -103,11 +103,10 @@ def _wrong_experts(arrays: Mapping[str, Array], experts: tuple[int, ...]) -> Ite
 
 
 class BlockInfo(Record):
-    """A MoE block as the contract saw it; see `models.moe_block.MoeBlock`.
+    """A MoE block; see `models.moe_block.MoeBlock`.
 
-    `selection_bias` says whether one is added where experts are chosen; None is unknown.
-    `selection` says what ranks them where it is not α (plus that bias): the logits plus that bias,
-    or a table of token ids.
+    `selection_bias`: whether one is added to choose experts; None is unknown. `selection`: None for
+    α (plus that bias), the logits (plus that bias), or a table of token ids.
     """
 
     name: str
@@ -122,7 +121,7 @@ class BlockInfo(Record):
 
     @property
     def is_hashed(self) -> bool:
-        """Whether a table of token ids chooses the experts, so that none of them can be removed."""
+        """Whether a table of token ids chooses the experts, so none can be removed."""
         return self.selection == "table"
 
     @model_validator(mode="after")
@@ -135,7 +134,7 @@ class BlockInfo(Record):
 
 
 class ModelInfo(Identified):
-    """Which model, to the last bit of its weights."""
+    """The profiled model, identified by its fingerprint."""
 
     fingerprint: str
     blocks: tuple[BlockInfo, ...] = Field(min_length=1)
@@ -148,14 +147,14 @@ class ModelInfo(Identified):
 
 
 class SubjectInfo(Record):
-    """One subject's questions; the hash covers its shots too."""
+    """The questions of a subject; the hash includes the shots."""
 
     questions: int = Field(ge=1, le=MOST_QUESTIONS)
     content_hash: str
 
 
 class QuizInfo(Identified):
-    """Which questions."""
+    """The questions of a profile."""
 
     split: str
     shots: int = Field(ge=0)
@@ -164,7 +163,7 @@ class QuizInfo(Identified):
 
 
 class Settings(Record):
-    """Everything but chunk and model that the bytes of a chunk depend on."""
+    """Everything else that the bytes of a chunk depend on."""
 
     dtype: str
     device_type: str
@@ -176,7 +175,7 @@ class Settings(Record):
     attention: str
     torch: str
     cpu_capability: str | None
-    device_map: Literal["auto"] | None = None  # set where the model runs on several devices
+    device_map: Literal["auto"] | None = None  # only on several devices
     truncate: Truncate | None = None
 
 
@@ -190,17 +189,17 @@ class ProfileInfo(Record):
 
     @property
     def short_hash(self) -> str:
-        """8 hex digits over all of it, for naming the folder."""
+        """8 hex digits over all of it, for the folder name."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
 
     def called(self, model: str) -> Self:
-        """The same with another id of its model."""
+        """The info with another model id."""
         return self.model_copy(update={"model": self.model.model_copy(update={"id": model})})
 
-    def place(self, chunk: str, subject: str) -> str:
-        """A hash that a chunk carries, of all that its bytes depend on and of its own name.
+    def chunk_hash(self, chunk: str, subject: str) -> str:
+        """The hash in a chunk, over its name and everything that its bytes depend on.
 
-        Other subjects of the quiz are no part of it, nor is where the model lies.
+        Without other subjects of the quiz and the path of the model.
         """
         asked = self.quiz.subjects[subject].content_hash
         settings = self.settings.model_dump_json()
@@ -208,16 +207,16 @@ class ProfileInfo(Record):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def chunks(self) -> Iterator[tuple[str, str, int]]:
-        """(file name, subject, questions) of every chunk, in the quiz's order."""
+        """(file name, subject, number of questions) of every chunk, in quiz order."""
         for subject, info in self.quiz.subjects.items():
             starts = [*range(0, info.questions, CHUNK_QUESTIONS), info.questions]
             for k, (start, end) in enumerate(pairwise(starts)):
-                # Quoted, so that no subject's name can lead out of the folder.
+                # Quoted: a subject must not lead out of the folder.
                 yield f"{quote(subject, safe=' ')}-{k}.safetensors", subject, end - start
 
 
 def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
-    """What a profile says of the quiz that it asked."""
+    """The quiz's entry in a profile."""
     subjects = {
         name: SubjectInfo(questions=len(questions), content_hash=quiz.content_hash(name))
         for name, questions in quiz.questions.items()

@@ -1,7 +1,7 @@
-"""Is an expert's record chance? Each expert against the questions of its subjects without it.
+"""Significance: compares questions that activated an expert with the others of their subjects.
 
-A subject is a stratum. In it n1 questions activated the expert and n0 did not, y1 and y0 of them
-were answered right, and n = n1 + n0, Y = y1 + y0.
+A subject is a stratum: n1 questions activated the expert and n0 did not, y1 and y0 of them were
+answered right, n = n1 + n0, Y = y1 + y0.
 
 Shape suffixes beyond those of `models`: X experts of all blocks together, in order; S subjects;
 B permutations.
@@ -19,16 +19,16 @@ from expertcut.profiling.statistics import LayerStatistics, or_none, routing_jso
 
 Array = np.ndarray[Any, Any]
 Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
-MIN_VARIANCE = 2.5  # below, the sum of the strata is too far from normal to be tested
+MIN_VARIANCE = 2.5  # below, the sum of the strata is too far from normal to test
 PERMUTATIONS = 2_000
-_WIDTH = 1024  # experts of one matrix product, which bounds its memory
+_WIDTH = 1024  # experts per matrix product, to bound memory
 
 
 @dataclass(frozen=True)
 class SubjectCounts:
-    """Questions and right answers of each subject: all, and of those that activated each expert.
+    """Questions and right answers by subject: of all, and of those that activated each expert.
 
-    `rows` are each subject's questions, as indices into N.
+    `rows` are the questions of each subject, as indices into N.
     """
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class SubjectCounts:
 def count_by_subject(
     subjects: Sequence[str], is_correct_N: Array, is_activated_NX: Array
 ) -> SubjectCounts:
-    """The counts; subjects in the order of their first questions."""
+    """Counts by subject, in the order of first questions."""
     names = tuple(dict.fromkeys(subjects))
     name_N = np.asarray(subjects)
     rows = tuple(np.flatnonzero(name_N == name) for name in names)
@@ -91,10 +91,10 @@ def _experts_json(counts: SubjectCounts, s: int, span: slice) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Significance:
-    """Per expert (X,), NaN where undefined: a z below 0 means that its questions went worse.
+    """Tests per expert (X,), NaN where undefined; z < 0 means lower accuracy with the expert.
 
-    `p_adjusted_X` is Benjamini and Hochberg's over the defined tests; `p_family_X` the chance,
-    by permutation, that any of them reaches so large a |z|.
+    `p_adjusted_X` is by Benjamini and Hochberg over the defined tests; `p_family_X` is the
+    probability, by permutation, that any test reaches this |z|.
     """
 
     difference_X: Array
@@ -108,17 +108,17 @@ class Significance:
 
     @property
     def n_tests(self) -> int:
-        """Experts that could be tested."""
+        """Number of tested experts."""
         return int((~np.isnan(self.z_X)).sum())
 
     @property
     def p_family(self) -> float | None:
-        """Of the largest |z|; None where nothing could be tested."""
+        """That of the largest |z|; None without tests."""
         return float(np.nanmin(self.p_family_X)) if self.n_tests else None
 
     @property
     def suspects(self) -> list[int]:
-        """Tested experts whose questions went worse, the most harmful (lowest z) first."""
+        """Tested experts with z < 0, the lowest first."""
         order = np.argsort(self.z_X, kind="stable")  # NaN last
         return [int(x) for x in order if self.z_X[x] < 0]
 
@@ -130,7 +130,7 @@ def significance(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> Significance:
-    """All of it, for every expert."""
+    """Differences, tests and permutation tests of every expert."""
     difference_X, se_X = difference(counts)
     z_X = z_scores(counts)
     is_tested_X = ~np.isnan(z_X)
@@ -138,7 +138,7 @@ def significance(
     p_X = 2 * ndtr(-np.abs(z_X))
     p_adjusted_X, p_family_X = np.full_like(z_X, np.nan), np.full_like(z_X, np.nan)
     if is_tested_X.any():
-        from scipy.stats import false_discovery_control  # every prune would wait for it
+        from scipy.stats import false_discovery_control  # slow import
 
         shuffled_BN = shuffles(counts, is_correct_N, permutations, seed)
         tested = np.flatnonzero(is_tested_X)
@@ -154,7 +154,7 @@ def significance(
 
 
 def z_scores(counts: SubjectCounts) -> Array:
-    """Cochran–Mantel–Haenszel z (X,), without continuity correction; NaN where it is not tested."""
+    """Cochran–Mantel–Haenszel z (X,), without continuity correction; NaN where not tested."""
     expected_X, variance_X = null_moments(counts)
     is_tested_X = variance_X >= MIN_VARIANCE
     excess_X = counts.activated_right_SX.sum(0) - expected_X
@@ -162,7 +162,7 @@ def z_scores(counts: SubjectCounts) -> Array:
 
 
 def wilson(share_E: Array, n_E: Array) -> tuple[Array, Array]:
-    """Wilson's 95 % interval of shares; n may be an effective, fractional number, NaN where 0."""
+    """Wilson's 95 % interval of shares; n may be fractional (effective), NaN where n is 0."""
     n_E = np.where(n_E > 0, n_E, np.nan)
     z2 = Z95**2
     center_E = (share_E + z2 / (2 * n_E)) / (1 + z2 / n_E)
@@ -174,9 +174,8 @@ def wilson(share_E: Array, n_E: Array) -> tuple[Array, Array]:
 def difference(counts: SubjectCounts) -> tuple[Array, Array]:
     """Mantel–Haenszel difference in accuracy, with minus without, and its standard error.
 
-    Σ w (p1 − p0) / Σ w with w = n1 n0 / n. Its variance is Sato's (1989), Biometrics 45:1323, which
-    holds for a few large subjects and for many small ones; that of two binomials in each subject
-    is 0 where the subjects have two questions.
+    Σ w (p1 − p0) / Σ w with w = n1 n0 / n. The variance is Sato's (1989), Biometrics 45:1323, valid
+    for few large and many small subjects; that of two binomials would be 0 for n = 2.
     """
     n1_SX, n_S1 = counts.activated_SX.astype(float), counts.questions_S[:, None]
     n0_SX = n_S1 - n1_SX
@@ -191,9 +190,9 @@ def difference(counts: SubjectCounts) -> tuple[Array, Array]:
 
 
 def null_moments(counts: SubjectCounts) -> tuple[Array, Array]:
-    """Mean and variance of Σ y1 if correctness were dealt out at random within subjects.
+    """Mean and variance of Σ y1 under the null hypothesis of Cochran–Mantel–Haenszel.
 
-    The Cochran–Mantel–Haenszel test's: Σ n1 Y / n and Σ n1 n0 Y (n − Y) / (n² (n − 1)).
+    Σ n1 Y / n and Σ n1 n0 Y (n − Y) / (n² (n − 1)).
     """
     n1_SX, n_S1 = counts.activated_SX, counts.questions_S[:, None]
     right_S1 = counts.right_S[:, None]
@@ -203,20 +202,20 @@ def null_moments(counts: SubjectCounts) -> tuple[Array, Array]:
 
 
 def shuffles(counts: SubjectCounts, is_correct_N: Array, draws: int, seed: int) -> Array:
-    """Correctness permuted within subjects (B, N), as float32 for a fast product.
+    """Correctness permuted within subjects (B, N), float32 for fast matrix products.
 
-    Products of it with 0 and 1 are whole numbers far below 2²⁴, so they are exact.
+    Its products with 0 and 1 are integers far below 2²⁴, so they are exact.
     """
     rng = np.random.default_rng(seed)
     shuffled_BN = np.empty((draws, len(is_correct_N)), dtype=np.float32)
     for row in counts.rows:
-        dealt_BN = np.tile(is_correct_N[row].astype(np.float32), (draws, 1))
-        shuffled_BN[:, row] = rng.permuted(dealt_BN, axis=1)
+        tiled_BN = np.tile(is_correct_N[row].astype(np.float32), (draws, 1))
+        shuffled_BN[:, row] = rng.permuted(tiled_BN, axis=1)
     return shuffled_BN
 
 
 def exceedance(value_X: Array, drawn_B: Array) -> Array:
-    """(1 + draws that are at least the value) / (1 + draws)."""
+    """(1 + number of draws ≥ value) / (1 + number of draws)."""
     below_X = np.searchsorted(np.sort(drawn_B), value_X, side="left")
     result: Array = (1 + len(drawn_B) - below_X) / (1 + len(drawn_B))
     return result

@@ -1,28 +1,43 @@
-"""What a profile says: the paper's tables, per layer and per expert (arXiv 2502.17187, §3).
+"""Statistics per layer and expert: the tables of arXiv 2502.17187, §3.
 
-Standard deviations are population ones. A share that is undefined (an expert that no question
-activated) is NaN here and null in JSON.
+Standard deviations are population ones. Undefined shares (of an expert that no question activated)
+are NaN here and null in JSON.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.storage import OverTokens, Profile, answer_weights, over_tokens
 
 Array = np.ndarray[Any, Any]
-NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
+
+
+@dataclass(frozen=True)
+class OverTokens:
+    """Sums of one MoE block over every token, shots included, as if each prompt had run alone.
+
+    A sum is None if the profile lacks it: it is older or, for `residual_shift_E`, its model has no
+    known residual stream.
+    """
+
+    tokens_E: Array
+    weight_E: Array
+    norm_E: Array
+    weighted_norm_E: Array
+    votes_E: Array | None = None
+    input_shift_E: Array | None = None
+    residual_shift_E: Array | None = None
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered: log p of the choices, the right ones, and whether the best was right.
+    """Answers: log p of the choices, the right choices, and whether the best was right.
 
-    `n_cut` prompts lost tokens on their left; None where none may.
+    `n_cut` prompts were truncated; None if none may be.
     """
 
     logprob_NC: Array
@@ -40,7 +55,7 @@ class Answers:
 class LayerStatistics:
     """One MoE block over the N questions of a profile.
 
-    `n_effective_E` is (Σα)²/Σα², how many equally weighted questions a weighted accuracy is worth;
+    `n_effective_E` is (Σα)²/Σα², the effective number of questions of a weighted accuracy;
     `weight_E` is Σ gate weight over the questions that chose an expert.
     """
 
@@ -62,7 +77,7 @@ class LayerStatistics:
 
     @property
     def tokens_E(self) -> Array | None:
-        """Tokens that chose each expert; None where only the answer position was kept."""
+        """Tokens that chose each expert; None without all-token sums."""
         return None if self.over_tokens is None else self.over_tokens.tokens_E
 
     @cached_property
@@ -73,29 +88,8 @@ class LayerStatistics:
 
     @property
     def n_activated(self) -> int:
-        """Experts that at least one question activated."""
+        """Number of experts that at least one question activated."""
         return int(self.is_activated_NE.any(axis=0).sum())
-
-
-def answers(profile: Profile) -> Answers:
-    """The model's answers; ties go to the first choice."""
-    logprob_NC, answer_N = profile.array("choice_logprob_NC"), profile.array("answer_N")
-    is_correct_N = logprob_NC.argmax(axis=1) == answer_N
-    return Answers(logprob_NC, answer_N, is_correct_N, profile.n_cut)
-
-
-def layer_statistics(profile: Profile) -> list[LayerStatistics]:
-    """Every MoE block's statistics, in layer order."""
-    layers = layers_of(
-        profile.info.model.blocks,
-        profile.array("alpha_NLE"),
-        profile.array("chosen_NLK"),
-        answers(profile).is_correct_N,
-    )
-    sums = zip(layers, answer_weights(profile), over_tokens(profile), strict=True)
-    return [
-        replace(layer, weight_E=weight_E, over_tokens=tokens) for layer, weight_E, tokens in sums
-    ]
 
 
 def layers_of(
@@ -104,23 +98,21 @@ def layers_of(
     chosen_NLK: Array,
     is_correct_N: Array,
 ) -> list[LayerStatistics]:
-    """The same from what a profile holds of any questions, but for sums over gate weights."""
+    """The statistics of any questions, without sums over gate weights and tokens."""
     return [
         _layer(
-            (layer, block.name),
+            layer,
+            block.name,
             alpha_NLE[:, layer, : block.experts].astype(np.float64),
             chosen_NLK[:, layer].astype(np.int64),
-            is_correct_N,
+            is_correct_N=is_correct_N,
         )
         for layer, block in enumerate(blocks)
     ]
 
 
 def _layer(
-    place: tuple[int, str],
-    alpha_NE: Array,
-    chosen_NK: Array,
-    is_correct_N: Array,
+    layer: int, block: str, alpha_NE: Array, chosen_NK: Array, *, is_correct_N: Array
 ) -> LayerStatistics:
     is_activated_NE = np.zeros(alpha_NE.shape, dtype=bool)
     np.put_along_axis(is_activated_NE, chosen_NK, True, axis=1)
@@ -130,8 +122,8 @@ def _layer(
     np.put_along_axis(p_NE, chosen_NK, p_NK, axis=1)
     activated_alpha_NE = alpha_NE * is_activated_NE
     return LayerStatistics(
-        layer=place[0],
-        block=place[1],
+        layer=layer,
+        block=block,
         n_experts=alpha_NE.shape[1],
         top_k=chosen_NK.shape[1],
         entropy_top_N=entropy(p_NK),
@@ -155,32 +147,8 @@ def entropy(p_NE: Array) -> Array:
     return result
 
 
-def near_ties(profile: Profile, subjects: Sequence[str]) -> list[dict[str, Any]]:
-    """Questions with a token, shots included, whose chosen set hangs on less than 1e-5."""
-    owns, rows = profile.array("gap_N"), profile.array("row_N")
-    names = ("gap_N", "prefix_gap", "unread_gap_N", "unread_prefix_gap")
-    gaps = [reduce(np.minimum, [c[name] for name in names if name in c]) for c in profile.chunks]
-    return [
-        {"subject": subjects[i], "row": int(rows[i]), "in_shots": bool(owns[i] >= NEAR_TIE)}
-        for i in np.flatnonzero(np.concatenate(gaps) < NEAR_TIE).tolist()
-    ]
-
-
-def as_json(profile: Profile, layers: list[LayerStatistics] | None = None) -> dict[str, Any]:
-    """The paper's numbers, of `layers` where they were computed before."""
-    ties = near_ties(profile, profile.subjects())
-    found = answers(profile)
-    return {
-        "questions": len(found.answer_N),
-        "accuracy": found.accuracy,
-        **({} if found.n_cut is None else {"cut_prompts": found.n_cut}),
-        "near_ties": {"questions": len(ties), "listed": ties},
-        "layers": [layer_json(layer) for layer in layers or layer_statistics(profile)],
-    }
-
-
 def layer_json(layer: LayerStatistics) -> dict[str, Any]:
-    """One layer's numbers and its experts'."""
+    """The numbers of a layer and its experts."""
     return {
         "layer": layer.layer,
         "block": layer.block,
@@ -207,7 +175,7 @@ def routing_json(layer: LayerStatistics, which: Array | slice) -> dict[str, Any]
 
 
 def expert_json(layer: LayerStatistics, expert: int) -> dict[str, Any]:
-    """One expert's row, undefined shares as None."""
+    """The numbers of an expert, undefined shares as None."""
     return {
         "expert": expert,
         "appearances": float(layer.appearances_E[expert]),
@@ -219,12 +187,12 @@ def expert_json(layer: LayerStatistics, expert: int) -> dict[str, Any]:
 
 
 def share(part: Array, whole: Array, undefined: float = np.nan) -> Array:
-    """Part / whole, element by element, and `undefined` where the whole is 0."""
+    """Part / whole, `undefined` where the whole is 0."""
     shape = np.broadcast_shapes(np.shape(part), np.shape(whole))
     result: Array = np.divide(part, whole, out=np.full(shape, undefined), where=whole > 0)
     return result
 
 
 def or_none(value: float) -> float | None:
-    """The number, or None where it is none that JSON can hold."""
+    """The number, or None if not finite."""
     return float(value) if np.isfinite(value) else None

@@ -2,39 +2,43 @@
 
 import hashlib
 import json
-from collections.abc import Collection
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import fields, replace
+from functools import cached_property, reduce, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from expertcut.data import Question, Quiz, Truncate
-from expertcut.data.held_out import is_held_out
+from expertcut.data.sources import is_held_out
 from expertcut.documents import load_record
 from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file, write_atomically
 from expertcut.profiling.schema import NO_CHOICE, Expected, ProfileInfo, arrays_fault
+from expertcut.profiling.statistics import Answers, LayerStatistics, OverTokens, layers_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-_METADATA_KEY = "expertcut"  # one key only: several would be written in random order
-_MAX_BYTES = 1 << 30  # 256 questions of 1,024 experts in 200 layers are a fifth of it
+_METADATA_KEY = "expertcut"  # a single key: several would be written in random order
+_MAX_BYTES = 1 << 30  # five times 256 questions, 1,024 experts and 200 layers
 _DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-CUT = "cut_N"  # tokens that prompts lost on their left, in a chunk where one did
+CUT = "cut_N"  # tokens that each prompt lost on the left; only if one did
 _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
 Array = np.ndarray[Any, Any]
-CALIBRATION = "calibration"  # sums over the questions that are not held out
+CALIBRATION = "calibration"  # prefix of sums over the questions that are not held out
 IN_CALIBRATION = "calibration_N"
+NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
+Options = ParamSpec("Options")
+Derived = TypeVar("Derived")
 
 
 def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None = None) -> None:
-    """Writes a chunk so that it is there whole or not at all; equal arguments give equal bytes.
+    """Writes a chunk atomically; equal arguments give equal bytes.
 
-    `of` says what the chunk belongs to, `scratch` is where it is written before it is renamed.
+    `of` is the hash of what it belongs to, `scratch` the folder of the temporary file.
     """
     described = json.dumps(_description(arrays, of), sort_keys=True, separators=(",", ":"))
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -42,21 +46,21 @@ def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None =
 
 
 def read_chunk(path: Path, of: str = "") -> Arrays:
-    """A chunk's arrays.
+    """The arrays of a chunk.
 
     Raises:
-        ProfileError: truncated, altered, not a chunk, or one that belongs to something else.
+        ProfileError: truncated, altered, not a chunk, or of another profile.
     """
-    found = _read(path, of)
-    if isinstance(found, str):
-        raise ProfileError(f"{path} is damaged ({found}): profile again to redo it")
-    return found
+    arrays = _read(path, of)
+    if isinstance(arrays, str):
+        raise ProfileError(f"{path} is damaged ({arrays}): profile again to redo it")
+    return arrays
 
 
 def fault(path: Path, of: str) -> str | None:
-    """Why a chunk cannot be used, None if it can."""
-    found = _read(path, of)
-    return found if isinstance(found, str) else None
+    """Why a chunk is invalid; None if it is valid."""
+    arrays = _read(path, of)
+    return arrays if isinstance(arrays, str) else None
 
 
 def _read(path: Path, of: str) -> Arrays | str:
@@ -92,10 +96,10 @@ def _checksum(arrays: Arrays) -> str:
 
 
 class Profile:
-    """A profile's folder; arrays are read when asked for, every chunk checked.
+    """A profile folder; chunks are read and validated on first use.
 
-    `truncate` is for prompts of what is asked from here on: as the profile's, unless given. With
-    `holds_out` a part of the questions that fit judges where no other split does.
+    `truncate` is for further prompts, by default that of the profile. With `holds_out`, some of the
+    tuning questions are held out if no other split can be.
     """
 
     holds_out = True
@@ -104,15 +108,16 @@ class Profile:
         self.path = path
         self.info = info
         self.truncate = truncate or info.settings.truncate
+        self.derived: dict[Hashable, Any] = {}  # results of `once_per_profile`
 
     @property
     def missing(self) -> list[str]:
-        """Chunks that are still to be measured."""
+        """Chunks that are not measured yet."""
         return [name for name, _, _ in self.info.chunks() if not self.chunk_path(name).is_file()]
 
     @property
     def finished_at(self) -> float | None:
-        """Seconds since the epoch, None while chunks are missing."""
+        """Seconds since the epoch; None while chunks are missing."""
         try:
             run = parse_json(read_file(self.path / "run.json"))
             return None if self.missing else float(run["finished"])
@@ -120,7 +125,7 @@ class Profile:
             return None
 
     def chunk_path(self, name: str) -> Path:
-        """Where a chunk lies."""
+        """The path of a chunk."""
         return self.path / "chunks" / name
 
     @cached_property
@@ -140,7 +145,7 @@ class Profile:
 
     def _chunk(self, name: str, subject: str, n_questions: int) -> Arrays:
         path, blocks = self.chunk_path(name), self.info.model.blocks
-        arrays = read_chunk(path, self.info.place(name, subject))
+        arrays = read_chunk(path, self.info.chunk_hash(name, subject))
         experts = tuple(block.experts for block in blocks)
         expected = Expected(n_questions, experts, blocks[0].top_k, self.info.settings.stats)
         if (found := arrays_fault(arrays, expected)) is not None:
@@ -159,25 +164,81 @@ class Profile:
                 f"{self.path} holds no {name}, it keeps answers alone as `expertcut eval` writes "
                 "them: use a folder that `expertcut profile` made"
             )
-        if name in _PADDING:  # questions may differ in their number of choices
+        if name in _PADDING:  # questions differ in their number of choices
             most = max(chunk.shape[1] for chunk in chunks)
             widths = [((0, 0), (0, most - chunk.shape[1])) for chunk in chunks]
             pairs = zip(chunks, widths, strict=True)
             chunks = [np.pad(c, w, constant_values=_PADDING[name]) for c, w in pairs]
         return np.concatenate(chunks)
 
+    @cached_property
+    def answers(self) -> Answers:
+        """The model's answers; ties go to the first choice."""
+        logprob_NC, answer_N = self.array("choice_logprob_NC"), self.array("answer_N")
+        is_correct_N = logprob_NC.argmax(axis=1) == answer_N
+        return Answers(logprob_NC, answer_N, is_correct_N, self.n_cut)
+
+    @cached_property
+    def layers(self) -> list[LayerStatistics]:
+        """Every MoE block's statistics, in layer order.
+
+        Raises:
+            ProfileError: unfinished, damaged, or only answers were kept.
+        """
+        blocks, is_correct_N = self.info.model.blocks, self.answers.is_correct_N
+        alpha_NLE, chosen_NLK = self.array("alpha_NLE"), self.array("chosen_NLK")
+        weight_NLK = self.array("weight_NLK").astype(np.float64)
+        return [
+            replace(
+                layer,
+                weight_E=np.bincount(
+                    chosen_NLK[:, layer.layer].ravel(),
+                    weight_NLK[:, layer.layer].ravel(),
+                    minlength=layer.n_experts,
+                ),
+                over_tokens=over_tokens,
+            )
+            for layer, over_tokens in zip(
+                layers_of(blocks, alpha_NLE, chosen_NLK, is_correct_N),
+                self._over_tokens(),
+                strict=True,
+            )
+        ]
+
+    def _over_tokens(self) -> list[OverTokens | None]:
+        """All-token sums of every MoE block; None without them."""
+        blocks = self.info.model.blocks
+        sums = {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
+        if sums["tokens_E"] is None:
+            return [None] * len(blocks)
+        return [
+            OverTokens(**{k: None if v is None else v[layer, : b.experts] for k, v in sums.items()})  # type: ignore[arg-type]
+            for layer, b in enumerate(blocks)
+        ]
+
+    def near_ties(self) -> list[dict[str, Any]]:
+        """Questions with a token, shots included, whose routing depends on a gap below 1e-5."""
+        owns, rows, subjects = self.array("gap_N"), self.array("row_N"), self.subjects()
+        names = ("gap_N", "prefix_gap", "unread_gap_N", "unread_prefix_gap")
+        gaps = [reduce(np.minimum, [c[name] for name in names if name in c]) for c in self.chunks]
+        return [
+            {"subject": subjects[i], "row": int(rows[i]), "in_shots": bool(owns[i] >= NEAR_TIE)}
+            for i in np.flatnonzero(np.concatenate(gaps) < NEAR_TIE).tolist()
+        ]
+
     @property
     def n_cut(self) -> int | None:
-        """Questions whose prompts lost tokens on their left; None where none may."""
-        found = sum(int((chunk[CUT] > 0).sum()) for chunk in self.chunks if CUT in chunk)
-        return found if self.info.settings.truncate else None
+        """Number of truncated prompts; None if none may be."""
+        if not self.info.settings.truncate:
+            return None
+        return sum(int((chunk[CUT] > 0).sum()) for chunk in self.chunks if CUT in chunk)
 
     def subjects(self) -> list[str]:
         """The subject of each question."""
         return [s for _, subject, n in self.info.chunks() for s in [subject] * n]
 
     def token_sum(self, name: str) -> np.ndarray[Any, Any] | None:
-        """An all-token sum (L, E) as if every prompt had run alone; None where a chunk lacks it."""
+        """An all-token sum (L, E) as if every prompt had run alone; None if a chunk lacks it."""
         if not all(f"question_{name}_LE" in chunk for chunk in self.chunks):
             return None
         sums = [
@@ -186,11 +247,27 @@ class Profile:
         return np.asarray(np.sum(sums, axis=0))
 
 
+def once_per_profile(
+    derive: Callable[Concatenate[Profile, Options], Derived], /
+) -> Callable[Concatenate[Profile, Options], Derived]:
+    """A function of a profile, computed once per profile object and other arguments."""
+
+    @wraps(derive)
+    def cached(profile: Profile, /, *args: Options.args, **kwargs: Options.kwargs) -> Derived:
+        key = (derive, args, *sorted(kwargs.items()))
+        if key not in profile.derived:
+            profile.derived[key] = derive(profile, *args, **kwargs)
+        result: Derived = profile.derived[key]
+        return result
+
+    return cached
+
+
 def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
-    """A profile's description.
+    """Loads a profile; chunks are read later.
 
     Raises:
-        ProfileError: no profile there, or its description does not hold.
+        ProfileError: no profile there, or an invalid profile.json.
     """
     file = path / "profile.json"
     if not file.exists():
@@ -205,57 +282,16 @@ def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = No
     Raises:
         ProfileError: none is finished.
     """
-    found = [load_profile(file.parent, truncate) for file in root.glob("*/profile.json")]
-    finished = [(at, p) for p in found if (at := p.finished_at) is not None]
+    profiles = [load_profile(file.parent, truncate) for file in root.glob("*/profile.json")]
+    finished = [(at, p) for p in profiles if (at := p.finished_at) is not None]
     if not finished:
-        state = f"holds {len(found)} unfinished" if found else "holds no"
+        state = f"holds {len(profiles)} unfinished" if profiles else "holds no"
         raise ProfileError(f"{root}/ {state} profile: run `expertcut profile` or name --profile")
     return max(finished, key=lambda pair: pair[0])[1]
 
 
-@dataclass(frozen=True)
-class OverTokens:
-    """One MoE block's sums over every token, shots included, as if each prompt had run alone.
-
-    None is what the profile does not hold: it was made before the sum was there or, with
-    `residual_shift_E`, by a model whose residual stream is not known.
-    """
-
-    tokens_E: Array
-    weight_E: Array
-    norm_E: Array
-    weighted_norm_E: Array
-    votes_E: Array | None = None
-    input_shift_E: Array | None = None
-    residual_shift_E: Array | None = None
-
-
-def over_tokens(profile: Profile) -> list[OverTokens | None]:
-    """Every MoE block's, in layer order; None where only the answer position was kept."""
-    blocks = profile.info.model.blocks
-    sums = {f.name: profile.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
-    if sums["tokens_E"] is None:
-        return [None] * len(blocks)
-    return [
-        OverTokens(**{k: None if v is None else v[layer, : b.experts] for k, v in sums.items()})  # type: ignore[arg-type]
-        for layer, b in enumerate(blocks)
-    ]
-
-
-def answer_weights(profile: Profile) -> list[Array]:
-    """Σ gate weight (E,) over the questions that chose each expert, per MoE block."""
-    weight_NLK = profile.array("weight_NLK").astype(np.float64)
-    chosen_NLK = profile.array("chosen_NLK").astype(np.int64)
-    return [
-        np.bincount(
-            chosen_NLK[:, layer].ravel(), weight_NLK[:, layer].ravel(), minlength=block.experts
-        )
-        for layer, block in enumerate(profile.info.model.blocks)
-    ]
-
-
 def largest_values(profile: Profile) -> list[Array] | None:
-    """The largest absolute value (E,) that each expert gave at any token, per MoE block."""
+    """The largest absolute output (E,) of each expert at any token, per MoE block."""
     if "question_largest_LE" not in profile.chunks[0]:
         return None
     parts = [c[f"{part}_largest_LE"] for c in profile.chunks for part in ("prefix", "question")]
@@ -265,7 +301,7 @@ def largest_values(profile: Profile) -> list[Array] | None:
 
 
 class ProfilePart(Profile):
-    """What a profile says of its other questions; `held_out` are subjects and rows."""
+    """A profile without some questions; `held_out` are subjects and rows."""
 
     def __init__(self, whole: Profile, held_out: Collection[tuple[str, int]]) -> None:
         super().__init__(whole.path, whole.info, whole.truncate)
@@ -274,7 +310,7 @@ class ProfilePart(Profile):
 
     @cached_property
     def chunks(self) -> list[Arrays]:
-        """All chunks in order, each with the questions that are left; without any it is no chunk.
+        """All chunks in order with the remaining questions; empty ones are left out.
 
         Raises:
             ProfileError: one is missing or damaged.
@@ -284,7 +320,7 @@ class ProfilePart(Profile):
         return [part for part in parts if len(part["row_N"])]
 
     def subjects(self) -> list[str]:
-        """The subject of each question that is left."""
+        """The subject of each remaining question."""
         names = zip(self.whole.subjects(), self.whole.array("row_N").tolist(), strict=True)
         return [subject for subject, row in names if (subject, row) not in self.held_out]
 
@@ -303,7 +339,7 @@ class ProfilePart(Profile):
 
 
 def can_hold_out(profile: Profile, quiz: Quiz) -> bool:
-    """Whether a profile tells the fifth that is held out from the rest, sums over tokens too."""
+    """Whether a profile has separate records of the held-out fifth, also in all-token sums."""
     if profile.info.settings.stats == "answer":
         return True
     of_subject = zip(profile.info.chunks(), profile.chunks, strict=True)
@@ -317,5 +353,5 @@ def can_hold_out(profile: Profile, quiz: Quiz) -> bool:
 
 
 def in_calibration(questions: Collection[Question]) -> list[bool]:
-    """Which of them choose where a fifth is held out."""
+    """Which questions are not in the held-out fifth."""
     return [not is_held_out(question) for question in questions]

@@ -1,4 +1,4 @@
-"""One profile folder, any number of processes: opened or refused, dealt out, finished."""
+"""A profile folder shared by processes: opening, distribution of chunks, progress, completion."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from expertcut.profiling.locks import CLAIMS, Claims, Timing
 from expertcut.profiling.schema import CHUNK_QUESTIONS, ProfileInfo, Settings
 from expertcut.profiling.storage import Arrays, Profile, fault, load_profile, write_chunk
 
-_SCAFFOLD, _HEADER = 30, 85  # characters around a question and at the start of a prompt, about
+_SCAFFOLD, _HEADER = 30, 85  # characters around a question and of the header, approximately
 logger = logging.getLogger(__name__)
 
 PROFILE_FILE, RUN_FILE = "profile.json", "run.json"
@@ -27,7 +27,7 @@ POLL_S = 0.25
 
 @dataclass(frozen=True)
 class Work:
-    """One chunk to be measured; `cost` is in characters of prompt, each run once."""
+    """One chunk to measure; `cost` is in characters of prompts."""
 
     subject: str
     questions: tuple[Question, ...]
@@ -36,10 +36,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, in questions; `measured` counts those that this process ran this time.
+    """Progress in questions; `measured` counts those of this process in this run.
 
-    `tokens` were run by all processes since this run began, where its own chunks tell how many a
-    chunk has; `left_s` is the time that is left, None while that is unknown.
+    `tokens` estimates those of all processes in this run; `left_s` is None while unknown.
     """
 
     done: int
@@ -51,16 +50,16 @@ class Progress:
 
 
 def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
-    """Chunks by file name: a subject's questions in file order, at most 256 each."""
+    """Chunks by file name: at most 256 questions of a subject each, in file order."""
     is_shared = info.settings.way == "shared"
-    found = {}
+    work = {}
     for name, subject, n in info.chunks():
         k = int(name.removesuffix(".safetensors").rsplit("-", 1)[1])
         questions = quiz.questions[subject][k * CHUNK_QUESTIONS : k * CHUNK_QUESTIONS + n]
         shared = _HEADER + _characters(quiz.shots_by_subject[subject])
         cost = shared * (1 if is_shared else n) + _characters(questions)
-        found[name] = Work(subject, questions, cost)
-    return found
+        work[name] = Work(subject, questions, cost)
+    return work
 
 
 def _characters(questions: tuple[Question, ...]) -> int:
@@ -68,7 +67,7 @@ def _characters(questions: tuple[Question, ...]) -> int:
 
 
 class Tally:
-    """Counts chunks as they are done, by this process and by others."""
+    """Counts finished chunks of this process and of others."""
 
     def __init__(self, work: Mapping[str, Work]) -> None:
         self.work = work
@@ -78,11 +77,11 @@ class Tally:
         self.was_there: set[str] = set()
 
     def note_mine(self, chunk: str, n_tokens: int) -> None:
-        """This process has measured a chunk."""
+        """Counts a chunk measured by this process."""
         self.tokens_by_mine[chunk] = n_tokens
 
     def note_done(self, chunk: str, *, was_there: bool) -> Progress:
-        """A chunk is there, whoever measured it, or was there when the run began."""
+        """Counts a finished chunk; `was_there` if finished before this run."""
         self.done.add(chunk)
         if was_there:
             self.was_there.add(chunk)
@@ -97,17 +96,17 @@ class Tally:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every chunk is there."""
+        """Whether all chunks are finished."""
         return len(self.done) == len(self.work)
 
     @property
     def mine(self) -> int:
-        """Questions that this process measured."""
+        """Questions measured by this process."""
         return self._questions(set(self.tokens_by_mine))
 
     @property
     def others(self) -> int:
-        """Questions that other processes measured since this run began."""
+        """Questions measured by other processes in this run."""
         return self._questions(self.done - self.was_there - set(self.tokens_by_mine))
 
     def _cost(self, chunks: set[str]) -> int:
@@ -119,7 +118,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Turn:
-    """A chunk that is there, or one that this process is to measure before it asks for more."""
+    """A finished chunk, or one that this process must measure next."""
 
     chunk: str
     is_mine: bool
@@ -127,7 +126,7 @@ class Turn:
 
 
 class SharedFolder:
-    """A profile's folder that this process and any number of others fill, each with a `with`.
+    """A profile folder that this and other processes fill, each in its context.
 
     Raises:
         ProfileError: the folder holds a profile of another model, quiz or setting.
@@ -138,8 +137,8 @@ class SharedFolder:
         self.path = path
         self.info = info
         self.claims = Claims(path / CLAIMS, timing)
-        self.places = {name: info.place(name, subject) for name, subject, _ in info.chunks()}
-        self._looked: dict[str, tuple[int, ...]] = {}  # at which files, by their stat
+        self.hashes = {name: info.chunk_hash(name, subject) for name, subject, _ in info.chunks()}
+        self._stats: dict[str, tuple[int, ...]] = {}  # of the files that were checked
         self._done: set[str] = set()
 
     def __enter__(self) -> "SharedFolder":
@@ -155,9 +154,9 @@ class SharedFolder:
         self.claims.__exit__(None, None, None)
 
     def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[Turn]:
-        """Every chunk once as there, in any order, and before that those that fall to this process.
+        """Every chunk once as finished; before that, those that this process must measure.
 
-        It ends when all are there; unless it is waiting, also when others do all that is left.
+        Ends when all are finished; unless `is_waiting`, also if others measure all the rest.
         """
         left = list(chunks)
         is_first_look = True
@@ -176,35 +175,35 @@ class SharedFolder:
 
     def _mine(self, name: str) -> Iterator[Turn]:
         try:
-            if not self.is_done(name):  # another may have finished it before the claim
+            if not self.is_done(name):  # finished by another before the claim
                 (self.path / RUN_FILE).unlink(missing_ok=True)
                 yield Turn(name, is_mine=True)
         finally:
             self.claims.release(name)
 
     def write(self, name: str, arrays: Arrays) -> None:
-        """A chunk that was this process's turn, read back."""
+        """Writes a chunk of this process and reads it back."""
         path = self.path / "chunks" / name
         try:
-            write_chunk(path, arrays, self.places[name], self.claims.folder)
+            write_chunk(path, arrays, self.hashes[name], self.claims.folder)
         except OutputError:
-            if not self.is_done(name):  # else another process took over and cleared up
+            if not self.is_done(name):  # else another process took over
                 raise
         if not self.is_done(name):
             raise OutputError(f"{path} reads back damaged: is the disk sound and not full?")
 
     def is_done(self, name: str) -> bool:
-        """Whether a chunk is there and whole; said once if it is there and not."""
+        """Whether a chunk exists and is valid; warns once if it is damaged."""
         path = self.path / "chunks" / name
         try:
             stat = path.stat()
         except OSError:
             return False
-        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._looked.get(name) != seen:
-            self._looked[name] = seen
+        checked = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._stats.get(name) != checked:
+            self._stats[name] = checked
             self._done.discard(name)
-            reason = fault(path, self.places[name])
+            reason = fault(path, self.hashes[name])
             if reason is None:
                 self._done.add(name)
             else:
@@ -212,7 +211,7 @@ class SharedFolder:
         return name in self._done
 
     def finish(self, elapsed_s: float, measured: int, others: int) -> None:
-        """Writes `run.json` where all chunks are there and no other process has.
+        """Writes `run.json` once, when all chunks are finished.
 
         `measured` questions were run by this process in that time, `others` by others.
         """
@@ -231,7 +230,7 @@ class SharedFolder:
                 self.claims.release(RUN_FILE)
 
     def _open(self) -> None:
-        """Writes `profile.json`, or finds that what is there asks for the same."""
+        """Writes `profile.json`, or checks that the existing one is equal."""
         file = self.path / PROFILE_FILE
         while not file.is_file():
             self._refuse_something_else()
@@ -250,7 +249,7 @@ class SharedFolder:
         if not self.path.exists():
             return
         names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"."}
-        # Looked at last: another process may have begun the profile in between.
+        # Last, because another process may have created the profile in between.
         if names - {CLAIMS} and not (self.path / PROFILE_FILE).is_file():
             raise OutputError(f"{self.path} is not empty and holds no profile: name another --out")
 
@@ -286,7 +285,7 @@ def _describe(info: ProfileInfo) -> str:
 
 
 def _run(elapsed_s: float, measured: int, others: int) -> bytes:
-    """By a clock that only goes on: the time of day may have been set since the run began."""
+    """The content of `run.json`; durations are by a monotonic clock."""
     finished = time.time()
     run = {
         "started": finished - elapsed_s,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from expertcut.data.held_out import HELD_OUT_SHARE
+from expertcut.data.sources import HELD_OUT_SHARE
 
 # Those of edits.criteria, which would bring scipy along; a test holds them together.
 CRITERIA = (

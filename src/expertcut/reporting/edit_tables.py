@@ -380,7 +380,7 @@ def _outcome_table(proof: "Proof") -> Table:
 
 
 def _fit_table(built: "Built") -> Table:
-    """How well the gate row carries the bias (design: layout stock)."""
+    """How well the gate row carries the bias."""
     rows: list[list[Cell]] = [
         [
             f.layer,

@@ -20,8 +20,6 @@ from expertcut.profiling.statistics import (
     Answers,
     LayerStatistics,
     expert_json,
-    layer_statistics,
-    near_ties,
     or_none,
 )
 from expertcut.profiling.storage import Profile
@@ -59,7 +57,7 @@ def cut_text(n_cut: int | None) -> str:
 
 def profile_tables(profile: Profile, layers: list[LayerStatistics] | None = None) -> list[Table]:
     """Tables 1–2, 3, 4, 5 and 6–7, in the paper's order, of `layers` where they are known."""
-    layers = layers or layer_statistics(profile)
+    layers = layers or profile.layers
     return [
         _activated(profile, layers),
         _rank_table(layers[-1]),
@@ -70,7 +68,7 @@ def profile_tables(profile: Profile, layers: list[LayerStatistics] | None = None
 
 def _activated(profile: Profile, layers: list[LayerStatistics]) -> Table:
     quiz = profile.info.quiz
-    ties = near_ties(profile, profile.subjects())
+    ties = profile.near_ties()
     own = sum(not tie["in_shots"] for tie in ties)
     n_questions = len(profile.array("answer_N"))
     note = (

@@ -1,9 +1,8 @@
-"""Attention of packed questions without a mask: to the shared prefix, and each to itself.
+"""Attention of packed questions without a mask: to the shared prefix and to themselves.
 
-A mask over a pack of T tokens behind a prefix of P has T * (P + T) entries, nearly all work of the
-second part is thrown away, and the prefix must be copied in front of every pack's keys. Here the
-two parts are computed apart and joined by their log-sum-exps (FlashAttention-2, arXiv:2307.08691,
-and cascade inference), the prefix's keys where they lie. CPU only: it takes torch's CPU kernel.
+A mask over T tokens behind a prefix of P has T * (P + T) entries, most of them wasted, and every
+pack needs a copy of the prefix's keys. Here the two parts are computed separately and joined by
+their log-sum-exps (FlashAttention-2, arXiv:2307.08691; cascade inference). CPU only.
 
 With the legend of `models`: H heads, S places of the longest question of a group, d width of a
 head.
@@ -23,14 +22,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SPLIT = "split"
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
-# Before, the kernel read beyond keys and values that several heads of queries share.
-_TAKES_SHARED_KEYS = TorchVersion(torch.__version__) >= "2.9"
+# Earlier kernels read out of bounds with grouped-query attention.
+_SUPPORTS_GROUPED_QUERIES = TorchVersion(torch.__version__) >= "2.9"
 Attend = Callable[..., tuple[Tensor, None]]
-Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer, as attended to
+Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer
 
 
-def is_there(model: Any, device: torch.device) -> bool:
-    """Whether the model, which begins on this device, can attend so: on a CPU alone, by `sdpa`."""
+def is_available(model: Any, device: torch.device) -> bool:
+    """Whether the model can use split attention: on a CPU alone, with `sdpa`."""
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     is_on_cpu = device.type == "cpu" and places <= {"cpu", "disk"}
     takes_sdpa = model.config._attn_implementation == "sdpa"
@@ -39,7 +38,7 @@ def is_there(model: Any, device: torch.device) -> bool:
 
 @contextmanager
 def attending(model: Any, attend: Attend) -> Iterator[None]:
-    """Another attention function for all layers while the block runs."""
+    """Replaces the attention function of all layers in the context."""
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[SPLIT] = attend
@@ -55,7 +54,7 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
 class Group:
     """Questions of a pack whose lengths differ by less than a factor of two.
 
-    `places_NS` are their tokens among the pack's T, `is_own_NS` which of them are no filling.
+    `places_NS` are their tokens among the T of the pack; `is_own_NS` is false for padding.
     """
 
     places_NS: Tensor
@@ -63,7 +62,7 @@ class Group:
 
 
 def groups(lengths_N: Tensor) -> list[Group]:
-    """The questions of a pack, one behind another in it, by length."""
+    """Groups the consecutive questions of a pack by length."""
     starts_N = lengths_N.cumsum(0) - lengths_N
     found = []
     for size in (lengths_N.log2().long()).unique().tolist():
@@ -76,11 +75,10 @@ def groups(lengths_N: Tensor) -> list[Group]:
 
 
 class Split:
-    """The attention function of one pass: the shared prefix, which it keeps, or a pack behind it.
+    """The attention function of one pass: of the shared prefix, which it keeps, or of a pack.
 
-    In the layer `last` only `answers_N` are looked at by anybody, unless the pass `keeps_all`;
-    what stands elsewhere is zero then. Answers are computed apart in any case, so that keeping the
-    rest changes none of their bits.
+    In the layer `last` only `answers_N` are needed, and the rest is zero unless `keeps_all`.
+    Answers are computed separately in both cases, so the rest changes none of their bits.
     """
 
     def __init__(
@@ -117,7 +115,7 @@ class Split:
 
 
 class _Parts:
-    """One layer's queries, keys and values in one pass."""
+    """Queries, keys and values of one layer in one pass."""
 
     def __init__(
         self, split: Split, module: Any, states: tuple[Tensor, ...], scale: float | None
@@ -127,7 +125,7 @@ class _Parts:
         self.before = split.prefix.get(module.layer_idx) if split.groups else None
 
     def at(self, rows_N: Tensor | None) -> Tensor:
-        """Outputs (1, T, H, d), of these rows only or of all."""
+        """Outputs (1, T, H, d) of some rows or all."""
         if not self.split.groups:
             return self._flash(self.query, self.key, self.value, is_causal=True)[0]
         own, own_weight = self._own
@@ -137,13 +135,13 @@ class _Parts:
         if self.before is None:
             return own
         shared, shared_weight = self._flash(query, *self.before)
-        # The weights are logarithms of sums of exponentials.
+        # The weights are log-sum-exps.
         share = (own_weight - shared_weight).sigmoid().to(own.dtype)
         return torch.lerp(shared, own, share[..., None])
 
     @cached_property
     def _own(self) -> tuple[Tensor, Tensor]:
-        # Tokens first, so that a token's heads are one run of memory.
+        # Tokens first: the heads of a token are contiguous.
         states = [s.transpose(1, 2)[0] for s in (self.query, self.key, self.value)]
         n_tokens, n_heads = states[0].shape[:2]
         out = self.query.new_empty(1, n_tokens, n_heads, states[2].shape[-1])
@@ -161,9 +159,9 @@ class _Parts:
     ) -> tuple[Tensor, Tensor]:
         """Outputs (N, T, H, d) and their log-sum-exps (N, T, H)."""
         width = value.shape[-1]
-        widest = max(width, query.shape[-1])  # in latent attention values are narrower
+        widest = max(width, query.shape[-1])  # latent attention has narrower values
         query, key, value = (_widened(s, widest) for s in (query, key, value))
-        if not _TAKES_SHARED_KEYS:
+        if not _SUPPORTS_GROUPED_QUERIES:
             n_sharing = query.shape[1] // key.shape[1]
             key, value = (s.repeat_interleave(n_sharing, dim=1) for s in (key, value))
         scale = self.scale or self.query.shape[-1] ** -0.5

@@ -1,19 +1,17 @@
-"""The scoring engine: log-probabilities of a chunk's choices, no token run twice, none a pad.
+"""The scoring engine: log-probabilities of the choices of a chunk of questions.
 
-Prompts and the model's context: those that do not fit are refused, or lose tokens on the left. What
-is cut is what lm-evaluation-harness 0.4.13 cuts (`HFLM._loglikelihood_tokens`): the last tokens of
-prompt and choice stay, as many as the context has places and one more, which is the choice and is
-not run. So a prompt keeps as many tokens as there are places, loses its first ones, a BOS among
-them, and its positions start at 0.
-
-Where a model's numbers stop being finite: looked for once an answer is no number, never before. An
-answer that is no number would be counted as a wrong one, so it stops the run.
-
-Three ways, one result (within 1e-4 in float32):
+Three modes with one result (within 1e-4 in float32):
 
     packed  the shared prefix once, its KV cache read by all questions, packed in rows
     padded  right-padded rows without sharing: sliding windows, recurrent layers
-    single  one prompt at a time: a RoPE that depends on the prompt's length, or a failed check
+    single  one prompt at a time: RoPE that depends on the prompt's length, or a failed check
+
+Prompts beyond the context are refused, or truncated on the left as lm-evaluation-harness 0.4.13
+does (`HFLM._loglikelihood_tokens`): a prompt keeps its last tokens, as many as the context has
+places, loses a BOS, and its positions start at 0.
+
+A non-finite log-probability stops the run, because it would count as a wrong answer. Then the
+prompt runs again to find the first module with a non-finite output.
 """
 
 import logging
@@ -38,21 +36,21 @@ from expertcut.scoring import attention
 from expertcut.scoring.packing import Encoded, encode
 from expertcut.scoring.passes import (
     Attention,
-    How,
     OnPass,
+    PassObserver,
+    PassOptions,
     Run,
     ScoringMode,
-    Watch,
     grows_with_prompt,
     ignore,
     last_decoder_layer,
     scoring_mode,
 )
 
-# In the order in which lm-evaluation-harness looks at them.
+# In the order of lm-evaluation-harness.
 _PLACES = ("n_positions", "max_position_embeddings", "n_ctx")
-_UNSET = 10**12  # tokenizers that know no length say 1e30
-_SEAM = 16  # tokens that a text may have more when it is cut in two
+_UNSET = 10**12  # tokenizers without a length say 1e30
+_SEAM = 16  # additional tokens of a text cut in two
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ CHECKED_QUESTIONS = 4
 
 
 def context_length(config: Any, tokenizer: Any) -> int | None:
-    """How many tokens a model takes, as lm-evaluation-harness reads it; None where nothing says."""
+    """The context length as lm-evaluation-harness reads it; None if unknown."""
     text = config.get_text_config(decoder=True)
     found = next((n for n in (getattr(text, name, None) for name in _PLACES) if n), None)
     length = found or getattr(tokenizer, "model_max_length", None)
@@ -68,7 +66,7 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
 
 
 class Context:
-    """One model's context: its `length`, None where nothing says, and whether it `takes_more`."""
+    """The context of a model: `length`, None if unknown; `takes_more` for dynamic RoPE."""
 
     def __init__(self, moe: MoeModel) -> None:
         self.moe = moe
@@ -76,10 +74,10 @@ class Context:
         self.takes_more = grows_with_prompt(moe.model.config)
 
     def fit(self, encoded: Encoded, quiz: Quiz) -> Encoded:
-        """A chunk of the quiz with its prompts cut where the quiz says so.
+        """Truncates the prompts of a chunk if the quiz says so.
 
         Raises:
-            ModelError: the quiz says nothing, and a prompt is longer than the context.
+            ModelError: a prompt is longer than the context, and the quiz does not truncate.
         """
         if self.length is None or encoded.longest <= self.length:
             return encoded
@@ -91,12 +89,10 @@ class Context:
         raise self._too_long(n_long, len(encoded), encoded.longest)
 
     def check(self, quiz: Quiz) -> None:
-        """Refuses a quiz with a prompt that is too long, unless it says how such are cut.
-
-        Only prompts that might be are made into tokens.
+        """Refuses a quiz with prompts beyond the context, unless it truncates.
 
         Raises:
-            ModelError: with how many there are, and how long the longest is.
+            ModelError: with the number of long prompts and the longest.
         """
         if self.length is None or quiz.truncate or self.takes_more:
             return
@@ -105,16 +101,15 @@ class Context:
             raise self._too_long(len(lengths), len(quiz), max(lengths))
 
     def possible(self, quiz: Quiz, limit: int) -> Iterator[int]:
-        """Tokens of each prompt that may have more than the limit.
+        """The lengths of the prompts that may exceed the limit; others are not tokenized.
 
-        A text has at most as many tokens as bytes, and what stands before a subject's questions is
-        the same for all of them.
+        A text has at most as many tokens as bytes, and the prompts of a subject share a prefix.
         """
         tokenizer = self.moe.tokenizer
         for subject, questions in quiz.questions.items():
             shots = quiz.shots_by_subject[subject]
             texts = [prompt(question, shots) for question in questions]
-            before = commonprefix(texts)  # noqa: RUF071 - of texts, as it is meant here
+            before = commonprefix(texts)  # noqa: RUF071 - of texts, not paths
             n_before = len(tokenizer(before)["input_ids"])
             for text in texts:
                 if n_before + len(text[len(before) :].encode()) + _SEAM > limit:
@@ -129,15 +124,15 @@ class Context:
 
 
 def first_unanswered(logprob_NC: Tensor, encoded: Encoded) -> int | None:
-    """The first question with a choice whose log p is not finite, None where all are."""
+    """The first question with a non-finite log p; None if all are finite."""
     n_choices_N = torch.tensor([len(ids) for ids in encoded.choice_ids])
-    is_asked_NC = torch.arange(logprob_NC.shape[1]) < n_choices_N[:, None]
-    is_bad_N = (is_asked_NC & ~logprob_NC.isfinite()).any(dim=1)
+    is_choice_NC = torch.arange(logprob_NC.shape[1]) < n_choices_N[:, None]
+    is_bad_N = (is_choice_NC & ~logprob_NC.isfinite()).any(dim=1)
     return int(is_bad_N.int().argmax()) if bool(is_bad_N.any()) else None
 
 
 def not_finite(moe: MoeModel, question: str, ask_alone: Callable[[], object]) -> ModelError:
-    """The error for a question without an answer; its prompt runs once more, watched."""
+    """The error for a non-finite answer; its prompt runs again to find the cause."""
     with _watching(moe) as seen:
         ask_alone()
     if not seen:
@@ -152,7 +147,7 @@ def not_finite(moe: MoeModel, question: str, ask_alone: Callable[[], object]) ->
 
 
 def advice(moe: MoeModel) -> str:
-    """What to do where numbers are not finite."""
+    """What to do about non-finite numbers."""
     if moe.dtype == torch.float16:
         return "float16 ends at 65,504, so try --dtype bfloat16 or float32"
     return "its weights are damaged or do not belong together, so download it again"
@@ -169,7 +164,7 @@ def _place(module: str) -> str:
 
 @contextmanager
 def _watching(moe: MoeModel) -> Iterator[list[str]]:
-    """Collects names of modules whose output is not finite, in the order in which they end."""
+    """Collects the names of modules with non-finite output, in the order they end."""
     seen: list[str] = []
     routers = {id(part) for block in moe.blocks for part in block.router.modules()}
     with ExitStack() as stack:
@@ -182,7 +177,7 @@ def _watching(moe: MoeModel) -> Iterator[list[str]]:
 
 
 def _run_whole(stack: ExitStack, layers: nn.ModuleList) -> None:
-    """Layers run themselves, also where a replay gives what they gave to other tokens."""
+    """Restores the forward of layers that a replay replaces."""
     for layer in layers:
         stack.enter_context(replaced_forward(layer, MethodType(type(layer).forward, layer)))
 
@@ -197,34 +192,34 @@ def _hook(name: str, seen: list[str], *, is_router: bool) -> Callable[..., None]
 
 
 def _is_bad(tensor: Tensor, is_router: bool) -> bool:
-    # Where experts are masked, their logits are −inf, as they should be.
+    # Logits of masked experts are −inf.
     bad = tensor.isnan() | tensor.isposinf() if is_router else ~tensor.isfinite()
     return bool(bad.any())
 
 
 class Engine:
-    """Scores chunks of one model; `is_trusted` and `attention` are found by `check`."""
+    """Scores chunks with one model; `check` sets `is_trusted` and `attention`."""
 
     def __init__(self, moe: MoeModel, batch_tokens: int) -> None:
         self.moe = moe
         self.batch_tokens = batch_tokens
         self.context = Context(moe)
         self.is_trusted = True
-        is_split = attention.is_there(moe.model, moe.device)
+        is_split = attention.is_available(moe.model, moe.device)
         self.attention: Attention = "split" if is_split else "masked"
         self.last_layer = last_decoder_layer(moe.model, moe.blocks)
 
     def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
-        """Questions of one subject as this model takes them.
+        """Tokenizes questions of one subject.
 
         Raises:
-            ModelError: a prompt is longer than the context, and the quiz does not have it cut.
+            ModelError: a prompt is longer than the context, and the quiz does not truncate.
         """
         shots = quiz.shots_by_subject[subject]
         return self.context.fit(encode(self.moe.tokenizer, questions, shots), quiz)
 
     def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
-        """A whole quiz, subject by subject, where no prompt is too long; says how many were cut."""
+        """Tokenizes a quiz, subject by subject; warns of truncated prompts."""
         self.context.check(quiz)
         n_cut = 0
         for subject, questions in quiz.questions.items():
@@ -238,31 +233,31 @@ class Engine:
             )
 
     def check(self, encoded: Encoded) -> None:
-        """Scores four questions both ways; where they differ, all go one by one from now on.
+        """Scores four questions together and one by one; if they differ, mode single is used.
 
-        The first one's prompt is also what every block's gate is held against once more.
+        Also checks every block's gate on the first prompt.
 
         Raises:
-            ContractError: a block that breaks a law of `gate_laws` on it.
+            ContractError: a block breaks a law of `gate_laws`.
         """
         few = encoded.part(slice(CHECKED_QUESTIONS))
         way = self.way(few)
         model_type = str(self.moe.model.config.model_type)
         with verifying(self.moe.blocks, model_type, check_gate):
             alone = few.part(slice(1)) if way == "single" else few
-            one_by_one_NC = self._score(alone, self._how("single"), Watch())
+            one_by_one_NC = self._score(alone, self._how("single"), PassObserver())
         if way == "single":
             return
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
-            together_NC = self._score(few, self._how(way, trims=True), Watch())
+            together_NC = self._score(few, self._how(way, trims=True), PassObserver())
             difference = (together_NC - one_by_one_NC).nan_to_num(0).abs().max()
             if difference <= tolerance:
                 return
             if self.attention == "masked" or way != "packed":
                 break
             self.attention = "masked"
-            # Only slower, so no warning: rounding in half precision can bring it about.
+            # Only slower, so no warning: rounding in half precision can cause it.
             logger.info(
                 "attention in two parts is off by %.2g on %d questions (at most %g allowed): "
                 "using a mask instead, which is slower",
@@ -276,31 +271,30 @@ class Engine:
         )
 
     def way(self, encoded: Encoded) -> ScoringMode:
-        """How a chunk is scored: a function of the chunk and the model alone."""
+        """The mode of a chunk: a function of chunk and model alone."""
         if not self.is_trusted:
             return "single"
         return scoring_mode(self.moe.model.config, encoded.longest)
 
     def score(
-        self, encoded: Encoded, on_pass: OnPass = ignore, watch: Watch | None = None
+        self, encoded: Encoded, on_pass: OnPass = ignore, watch: PassObserver | None = None
     ) -> Tensor:
-        """Log p of each choice (N, C) float32; −inf where a question has fewer choices.
+        """Log p of each choice (N, C) float32; −inf behind the last choice of a question.
 
-        `on_pass` is told of each forward pass before it starts, and all of it runs; a `watch`
-        listens more closely.
+        `on_pass` is called before each forward pass; a `watch` sees more of it.
 
         Raises:
-            ModelError: an answer that is no finite number, or too little memory.
+            ModelError: a non-finite answer, or out of memory.
         """
         how = self._how(self.way(encoded), trims=watch is not None)
-        return self._score(encoded, how, watch or Watch(begin=on_pass))
+        return self._score(encoded, how, watch or PassObserver(begin=on_pass))
 
-    def _how(self, way: ScoringMode, *, trims: bool = False) -> How:
+    def _how(self, way: ScoringMode, *, trims: bool = False) -> PassOptions:
         last_layer = self.last_layer if trims and way != "single" else None
-        return How(way, self.batch_tokens, self.attention, last_layer)
+        return PassOptions(way, self.batch_tokens, self.attention, last_layer)
 
     @torch.inference_mode()
-    def _score(self, encoded: Encoded, how: How, watch: Watch) -> Tensor:
+    def _score(self, encoded: Encoded, how: PassOptions, watch: PassObserver) -> Tensor:
         n_embeddings = len(self.moe.model.get_input_embeddings().weight)
         for ids in (*encoded.prompts, *encoded.choice_ids):
             check_ids(self.moe.source.path, ids, n_embeddings)
@@ -317,13 +311,13 @@ class Engine:
         logprob_NC = logprob_NC.cpu()
         if (bad := first_unanswered(logprob_NC, encoded)) is not None:
             alone = encoded.part(slice(bad, bad + 1))
-            single = Run(self.moe, alone, self._how("single"), Watch(begin=watch.begin))
+            single = Run(self.moe, alone, self._how("single"), PassObserver(begin=watch.begin))
             raise not_finite(self.moe, encoded.name(bad), lambda: list(single.passes()))
         return logprob_NC
 
 
 def ask(engine: Engine, quiz: Quiz, on_pass: OnPass = ignore) -> Tensor:
-    """Log p of each choice (N, C) for a whole quiz, subject by subject."""
+    """Log p of each choice (N, C) of a quiz, subject by subject."""
     scores = [engine.score(encoded, on_pass) for encoded in engine.encode_all(quiz)]
     most = max(score_NC.shape[1] for score_NC in scores)
     return torch.cat([F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores])

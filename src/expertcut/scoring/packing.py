@@ -1,7 +1,4 @@
-"""From a chunk of questions to forward passes: token ids, the shared prefix, and packs.
-
-Pure: no model is run here.
-"""
+"""Turns a chunk of questions into forward passes: token ids, shared prefix and packs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +15,10 @@ from expertcut.models.validate import file_of, token_ids
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk as token ids: each question's prompt and its choices' answer tokens.
+    """A chunk as token ids: each question's prompt and the answer tokens of its choices.
 
-    `names` say which questions they are, to those who read errors; `cut_N` how many tokens each
-    prompt lost on its left: it is empty where none did.
+    `names` are for errors; `cut_N` counts the tokens that each prompt lost on the left, empty if
+    none did.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -34,21 +31,21 @@ class Encoded:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Length of the longest prompt."""
         return max(map(len, self.prompts))
 
     @property
     def n_cut(self) -> int:
-        """How many prompts lost tokens."""
+        """Number of truncated prompts."""
         return sum(n > 0 for n in self.cut_N)
 
     def cut_left(self, most: int) -> "Encoded":
-        """The same with the last so many tokens of each prompt."""
+        """The chunk with the last `most` tokens of each prompt."""
         cut_N = tuple(max(len(ids) - most, 0) for ids in self.prompts)
         return replace(self, prompts=tuple(ids[-most:] for ids in self.prompts), cut_N=cut_N)
 
     def name(self, question: int) -> str:
-        """Which question it is."""
+        """The name of a question, for errors."""
         return self.names[question] if self.names else f"question {question} of a chunk"
 
     def part(self, questions: slice) -> "Encoded":
@@ -70,12 +67,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: which of its T tokens count, for whom, and where answers are written.
+    """One forward pass of T tokens, pads included: one packed row, or right-padded rows.
 
-    `rows` are runs of token ids: one packed row, or right-padded rows. `questions` are positions
-    in the chunk, `answers_N` the flat index of each one's answer position among the T tokens
-    (pads included). `valid_T` is None where every token counts. The shared prefix is a pass
-    without questions.
+    `questions` are positions in the chunk, `answers_N` the flat indices of their answer positions.
+    `valid_T` is None without pads. The shared prefix is a pass without questions.
     """
 
     input_ids: Tensor
@@ -93,15 +88,15 @@ class Pass:
 
     @property
     def n_tokens(self) -> int:
-        """How many of the T tokens count."""
+        """Number of tokens without pads."""
         return len(self.question_T) if self.valid_T is None else int(self.valid_T.sum())
 
 
 def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Question]) -> Encoded:
-    """Token ids of the joint prompts: shots and question are never tokenised apart.
+    """Token ids of the prompts; shots and question are tokenized together.
 
     Raises:
-        ModelError: the tokenizer does not write a choice as one token after the prompt.
+        ModelError: a choice is not one token after the prompt.
     """
     texts = [prompt(question, shots) for question in questions]
     prompts = [tuple(ids) for ids in token_ids(tokenizer, texts)]
@@ -116,7 +111,7 @@ def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int)
     answered = token_ids(tokenizer, [f"{text} {letter}" for letter in LETTERS[:n_choices]])
     letter_ids: list[int] = []
     for letter, (*before, last) in zip(LETTERS, answered, strict=False):
-        if tuple(before) != ids or last in letter_ids:  # the same one twice is <unk>
+        if tuple(before) != ids or last in letter_ids:  # a repeated one is <unk>
             raise ModelError(
                 f"{file_of(tokenizer)} does not write ' {letter}' after 'Answer:' as one token of "
                 "its own: this model cannot be scored by choice letters"
@@ -126,7 +121,7 @@ def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int)
 
 
 def cut_packs(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Consecutive items, as many as fit in `batch_tokens`, at least one."""
+    """Consecutive items that fit in `batch_tokens`, at least one."""
     pack: list[int] = []
     used = 0
     for item, length in enumerate(lengths):
@@ -140,7 +135,7 @@ def cut_packs(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, 
 
 
 def cut_rows(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Consecutive items whose padded rectangle fits in `batch_tokens`, at least one."""
+    """Consecutive items whose padded rows fit in `batch_tokens`, at least one."""
     rows: list[int] = []
     widest = 0
     for item, length in enumerate(lengths):
@@ -154,7 +149,7 @@ def cut_rows(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, .
 
 
 def prefix_pass(ids: Sequence[int]) -> Pass:
-    """The tokens that all prompts of the chunk begin with."""
+    """The pass of the shared prefix."""
     nothing = torch.empty(0, dtype=torch.long)
     owner_T = torch.full((len(ids),), -1)
     return Pass(torch.tensor([ids]), None, None, (), nothing, owner_T)
@@ -163,9 +158,9 @@ def prefix_pass(ids: Sequence[int]) -> Pass:
 def packed_pass(
     encoded: Encoded, questions: Sequence[int], n_prefix: int, *, is_masked: bool = True
 ) -> Pass:
-    """Questions one after another in one row; each sees the prefix and itself only.
+    """Questions in one row; each attends only to the prefix and itself.
 
-    `mask` is boolean (1, 1, T, P + T), true where a token may look; None if not `is_masked`.
+    `mask` is boolean (1, 1, T, P + T), true where attention is allowed; None unless `is_masked`.
     """
     tails = [encoded.prompts[q][n_prefix:] for q in questions]
     lengths_N = torch.tensor([len(tail) for tail in tails])
@@ -190,7 +185,7 @@ def _packed_mask(owner_T: Tensor, n_prefix: int) -> Tensor:
 
 
 def padded_pass(encoded: Encoded, questions: Sequence[int], pad_id: int) -> Pass:
-    """One question a row, padded on the right; `mask` is (N, S), as every model takes it."""
+    """One question per row, padded on the right; `mask` is (N, S)."""
     prompts = [encoded.prompts[q] for q in questions]
     width = max(map(len, prompts))
     rows = [[*ids, *[pad_id] * (width - len(ids))] for ids in prompts]

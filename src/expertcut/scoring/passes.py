@@ -1,4 +1,7 @@
-"""One chunk's forward passes, in turn, and the way of scoring that suits a model."""
+"""Runs the forward passes of a chunk: scoring mode, memory, last-block trick and replay.
+
+Replay: passes run again from a later layer on, because nothing before a changed router changes.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -7,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expertcut.errors import ModelError
+from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.models.hooks import own_forward, replaced_forward
 from expertcut.models.load import MoeModel
-from expertcut.models.memory import give_back, is_out_of_memory
 from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring.attention import Prefix, Split, attending
 from expertcut.scoring.packing import (
@@ -30,28 +33,29 @@ from expertcut.scoring.packing import (
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
 _NUMBERED = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\.[^.]+")
+_IN_LIST = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
 OnPass = Callable[[Pass], None]
 Attention = Literal["split", "masked"]
 
 
 def scoring_mode(config: Any, longest: int) -> ScoringMode:
-    """How prompts of at most this length are scored: a function of them and the model alone."""
+    """The mode for prompts of at most this length: a function of length and model alone."""
     if _rope_depends_on_length(config, longest) or _attention_is_sparse(config, longest):
         return "single"
     return "packed" if _sees_everything(config, longest) else "padded"
 
 
 def _attention_is_sparse(config: Any, longest: int) -> bool:
-    """Whether an index picks the tokens that are attended to (DeepSeek-V3.2, GLM-5, ...).
+    """Whether an index selects the tokens to attend to (DeepSeek-V3.2, GLM-5, ...).
 
-    Pads and neighbours would be among those that it picks from.
+    It would also select pads and other questions.
     """
     most = getattr(config.get_text_config(decoder=True), "index_topk", None)
     return most is not None and longest > most
 
 
 def _sees_everything(config: Any, longest: int) -> bool:
-    """True where every layer attends to all tokens before it, and positions can restart."""
+    """Whether every layer attends to all earlier tokens, and positions can restart."""
     text = config.get_text_config(decoder=True)
     if getattr(text, "alibi", False) or getattr(text, "attention_chunk_size", None):
         return False
@@ -77,7 +81,7 @@ def _rope_depends_on_length(config: Any, longest: int) -> bool:
 
 
 def grows_with_prompt(config: Any) -> bool:
-    """Whether positions are scaled to whatever length a prompt has: the context has no end."""
+    """Whether RoPE scales with the prompt length, so the context has no limit."""
     text = config.get_text_config(decoder=True)
     return any("dynamic" in rope["rope_type"] for rope in _ropes(text))
 
@@ -87,7 +91,7 @@ def _ropes(text: Any) -> list[dict[str, Any]]:
 
 
 def _rope_settings(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One mapping per kind of layer where a model has several, else the one."""
+    """One mapping per kind of layer, or the only one."""
     if "rope_type" in parameters:
         yield parameters
     for value in parameters.values():
@@ -96,7 +100,7 @@ def _rope_settings(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def reset_rope(model: Any) -> None:
-    """Back to the frequencies of a fresh model: a dynamic RoPE remembers the longest prompt."""
+    """Resets a dynamic RoPE, which remembers the longest prompt."""
     for module in model.modules():
         if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
             module.inv_freq = module.original_inv_freq
@@ -104,7 +108,7 @@ def reset_rope(model: Any) -> None:
 
 
 def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
-    """The number of the last decoder layer, if its last part is the last MoE block."""
+    """The number of the last decoder layer, if it ends in the last MoE block."""
     match = _NUMBERED.fullmatch(blocks[-1].name)
     if match is None:
         return None
@@ -116,15 +120,15 @@ def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
 def reading_answers(
     block: MoeBlock, answers_N: Tensor, n_tokens: int, on_rows: OnRows, *, keeps_all: bool
 ) -> Iterator[None]:
-    """The block gets the answer positions only; what it gives elsewhere is zero.
+    """Runs a block on the answer positions only; its output elsewhere is zero.
 
-    Where it `keeps_all`, the other tokens run after them, for those who watch. `on_rows` is told
-    before each of the two which tokens they are, and whether their output is read.
+    With `keeps_all` the other tokens run afterwards, for observers. `on_rows` is called before each
+    of the two runs with its tokens and whether their output is used.
     """
     forward = own_forward(block.module)
 
     def call(rows_M: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block on these tokens, each argument of the rank that the model gives it."""
+        """The block on these tokens; arguments keep their rank."""
         shape = x.shape[:-1]
         picked = {name: _rows(value, shape, rows_M) for name, value in kwargs.items()}
         return forward(*(_rows(value, shape, rows_M) for value in (x, *args)), **picked)
@@ -134,7 +138,7 @@ def reading_answers(
         answers = answers_N.to(x_TD.device)
         on_rows(answers, True)
         found = call(answers, x_BTD, args, kwargs)
-        is_pair = isinstance(found, tuple)  # some give router scores beside
+        is_pair = isinstance(found, tuple)  # some also return router scores
         y_TD = torch.zeros_like(x_TD)
         y_TD[answers] = (found[0] if is_pair else found).reshape(-1, x_TD.shape[-1])
         if keeps_all:
@@ -150,7 +154,7 @@ def reading_answers(
 
 
 def _rows(value: Any, shape: torch.Size, rows_M: Tensor) -> Any:
-    """The rows of an argument that has one entry for each token, else the argument."""
+    """The rows of an argument with one entry per token, or the argument itself."""
     if not isinstance(value, Tensor) or value.shape[: len(shape)] != shape:
         return value
     own_M = value.reshape(shape.numel(), *value.shape[len(shape) :])[rows_M.to(value.device)]
@@ -164,17 +168,16 @@ def _others(answers_N: Tensor, n_tokens: int) -> Tensor:
 
 
 def ignore(*_: object) -> None:
-    """A listener that wants to know nothing."""
+    """An observer that does nothing."""
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Who listens to passes one by one, so that work may be left out and passes may fail.
+class PassObserver:
+    """Observes single passes; allows the last-block trick and splitting of passes.
 
-    With it nothing but answers is read of the last MoE block, whose other tokens run only where
-    this `keeps_all`; `on_rows` is told which tokens each of the block's calls gets, and whether
-    what it gives is read. A pass that runs out of memory comes again in halves: `undo` then
-    forgets what was seen of it.
+    The last MoE block then runs on answer positions only, and with `keeps_all` separately on the
+    others; `on_rows` gets the tokens of each of these runs and whether its output is used. A pass
+    that runs out of memory is split in halves, after `undo`.
     """
 
     begin: OnPass = ignore
@@ -184,8 +187,8 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class How:
-    """`last_layer` is the decoder layer in which only answers are read, None where all are."""
+class PassOptions:
+    """How passes run; `last_layer` is the decoder layer that runs on answers only, or None."""
 
     way: ScoringMode
     batch_tokens: int
@@ -196,7 +199,9 @@ class How:
 class Run:
     """The passes of one chunk."""
 
-    def __init__(self, moe: MoeModel, encoded: Encoded, how: How, watch: Watch) -> None:
+    def __init__(
+        self, moe: MoeModel, encoded: Encoded, how: PassOptions, watch: PassObserver
+    ) -> None:
         self.moe, self.encoded, self.how, self.watch = moe, encoded, how, watch
         is_shared = how.way == "packed"
         self.n_prefix = encoded.shared_prefix() if is_shared else 0
@@ -205,11 +210,10 @@ class Run:
         self.cache = DynamicCache() if self.n_prefix and not self.splits else None
 
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
-        """Each pass that answers questions, with its logits (N, V).
+        """Each pass with questions and its logits (N, V).
 
         Raises:
-            ModelError: there is not enough memory for one question, or for a pass that must not
-                come in halves.
+            ModelError: out of memory for one question, or for a pass that must not be split.
         """
         if self.n_prefix:
             step = prefix_pass(self.encoded.prompts[0][: self.n_prefix])
@@ -219,7 +223,7 @@ class Run:
         todo = self._cut()
         while todo:
             questions = todo.pop(0)
-            step = self._step(questions)
+            step = self._pass(questions)
             self.watch.begin(step)
             logits_NV = self._attempt(step)
             if logits_NV is not None:
@@ -250,7 +254,7 @@ class Run:
             return list(cut_packs(lengths, self.how.batch_tokens))
         return list(cut_rows(lengths, self.how.batch_tokens if self.how.way == "padded" else 0))
 
-    def _step(self, questions: Sequence[int]) -> Pass:
+    def _pass(self, questions: Sequence[int]) -> Pass:
         if self.how.way == "packed":
             return packed_pass(self.encoded, questions, self.n_prefix, is_masked=not self.splits)
         if self.how.way == "single":
@@ -259,7 +263,7 @@ class Run:
         return padded_pass(self.encoded, questions, pad_id)
 
     def _attempt(self, step: Pass) -> Tensor | None:
-        """The pass's logits; None where it ran out of memory and can be tried in halves."""
+        """The logits of a pass; None if it ran out of memory and can be split in halves."""
         try:
             return self._forward(step)
         except (RuntimeError, MemoryError) as error:
@@ -275,7 +279,7 @@ class Run:
                     layer.crop(-n_more)
 
     def _forward(self, step: Pass) -> Tensor:
-        """Logits (N, V) at the answer positions; the vocabulary is projected nowhere else."""
+        """Logits (N, V) at the answer positions; only there is the vocabulary projected."""
         device = self.moe.device
         width = step.input_ids.shape[1]
         columns, column_N = (step.answers_N % width).unique(return_inverse=True)
@@ -293,7 +297,7 @@ class Run:
         return result
 
     def _enter(self, stack: ExitStack, step: Pass) -> None:
-        """What is put in place for one pass."""
+        """Enters the contexts of one pass."""
         last, keeps_all = self.how.last_layer, self.watch.keeps_all
         if self.splits:
             lengths_N = step.answers_N.diff(prepend=torch.tensor([-1]))
@@ -305,8 +309,88 @@ class Run:
             stack.enter_context(reading_answers(block, *parts, keeps_all=keeps_all))
 
     def _mask(self, mask: Tensor) -> Tensor:
-        # eager adds its mask: a boolean one gives answers that are nats off, silently.
+        # eager adds its mask: a boolean one would give wrong answers silently.
         if mask.ndim == 2 or self.moe.model.config._attn_implementation != "eager":
             return mask
         lowest = torch.finfo(self.moe.dtype).min
         return torch.zeros_like(mask, dtype=self.moe.dtype).masked_fill_(~mask, lowest)
+
+
+class Replay:
+    """Stores the outputs of decoder layers in a first run; later runs start from them.
+
+    Runs must consist of the same passes in the same order. The deepest layers that fit in
+    `budget_bytes` are stored; without any, `starting_at` runs the whole model.
+    """
+
+    def __init__(
+        self, model: Any, blocks: Sequence[MoeBlock], n_tokens: int, budget_bytes: int
+    ) -> None:
+        self.decoder_of = _decoder_layers(blocks)
+        self.decoders = _decoders(model, blocks) if self.decoder_of else []
+        self.outputs: dict[int, list[Any]] = {}
+        numbers = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
+        weight = model.get_input_embeddings().weight
+        n_kept = budget_bytes // (n_tokens * weight.shape[1] * weight.element_size())
+        self.starts = tuple(numbers[:n_kept])
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Stores the inputs of the layers that later runs may start at."""
+        with ExitStack() as stack:
+            for number in self.starts:
+                self.outputs[number] = []
+                handle = self.decoders[number - 1].register_forward_hook(
+                    lambda _module, _args, output, kept=self.outputs[number]: kept.append(output)
+                )
+                stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def starting_at(self, layer: int) -> Iterator[None]:
+        """Runs from the decoder layer of this MoE block on, or from an earlier stored one."""
+        number = max((n for n in self.starts if n <= self.decoder_of[layer]), default=0)
+        kept = _StoredOutputs(self.outputs.get(number, []))
+        with ExitStack() as stack:
+            for module in self.decoders[:number]:
+                is_last = module is self.decoders[number - 1]
+                forward = kept.next if is_last else kept.peek
+                stack.enter_context(replaced_forward(module, forward))
+            yield
+
+    def forget(self) -> None:
+        """Frees the outputs; later runs run the whole model."""
+        self.starts, self.outputs = (), {}
+
+
+class _StoredOutputs:
+    """The outputs of one layer, pass by pass, in place of its forward."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self.outputs = outputs
+        self.position = 0
+
+    def peek(self, *_args: Any, **_kwargs: Any) -> Any:
+        """That of the current pass; only the last replaced layer's is used."""
+        return self.outputs[self.position]
+
+    def next(self, *_args: Any, **_kwargs: Any) -> Any:
+        """That of the current pass, and advances to the next."""
+        self.position += 1
+        return self.outputs[self.position - 1]
+
+
+def _decoder_layers(blocks: Sequence[MoeBlock]) -> dict[int, int]:
+    """The decoder layer of each MoE block; empty if the names do not tell."""
+    matches = [_IN_LIST.fullmatch(block.name) for block in blocks]
+    lists = {match["list"] for match in matches if match}
+    if None in matches or len(lists) != 1:
+        return {}
+    return {b.layer: int(m["number"]) for b, m in zip(blocks, matches, strict=True) if m}
+
+
+def _decoders(model: nn.Module, blocks: Sequence[MoeBlock]) -> list[nn.Module]:
+    match = _IN_LIST.fullmatch(blocks[0].name)
+    assert match is not None
+    layers = model.get_submodule(match["list"])
+    return [layer for _, layer in sorted(layers.named_children(), key=lambda item: int(item[0]))]

@@ -1,11 +1,11 @@
-"""Biases on router logits and factors on gate weights while a model runs."""
+"""Biases on router logits and factors on gate weights of a running model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,20 +20,18 @@ from expertcut.models.hooks import (
     route,
 )
 from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring.packing import Pass
 
-if TYPE_CHECKING:
-    from expertcut.scoring.packing import Pass
-
-ApplyAt = Literal["answer", "all"]  # at which tokens a bias acts
+ApplyAt = Literal["answer", "all"]  # the tokens that a bias acts on
 
 
 @dataclass(frozen=True)
 class Tilts:
-    """What is done to routers, by layer; layers that are not named stay as they are.
+    """Changes of routers, by layer.
 
-    `bias_by_layer` (E,) is added to logits, −inf forbids an expert altogether. `scale_by_layer`
-    (E,) multiplies gate weights after top-k and any renormalisation: who is chosen stays. With
-    `apply_at` `answer` a finite bias acts at answer positions only; all else acts everywhere.
+    `bias_by_layer` (E,) is added to logits; −inf forbids an expert. `scale_by_layer` (E,)
+    multiplies gate weights after top-k and renormalisation: routing is unchanged. With `apply_at`
+    `answer` a finite bias acts only at answer positions.
     """
 
     bias_by_layer: Mapping[int, Tensor] = field(default_factory=dict)
@@ -43,13 +41,12 @@ class Tilts:
 
 @contextmanager
 def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass], None]]:
-    """Tilts routers while the block runs, and gives what must be told of each pass before it.
+    """Changes routers in the context; yields the `OnPass` of the engine, needed for `answer` only.
 
-    It is an `OnPass` of the engine; with `apply_at` `all` it need not be told. Every change is seen
-    to act on the probe's tokens before the block runs.
+    Every change is verified on the probe tokens first.
 
     Raises:
-        ContractError: a change that does not act, or not by just so much.
+        ContractError: a change does not act exactly.
     """
     answers = _Answers()
     with ExitStack() as stack:
@@ -57,19 +54,20 @@ def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass]
             bias_E = tilts.bias_by_layer.get(block.layer)
             scale_E = tilts.scale_by_layer.get(block.layer)
             if bias_E is not None or scale_E is not None:
-                is_at_answers = tilts.apply_at == "answer"
-                _tilt(stack, block, (bias_E, scale_E), answers if is_at_answers else None)
+                at = answers if tilts.apply_at == "answer" else None
+                _tilt(stack, block, bias_E=bias_E, scale_E=scale_E, answers=at)
         yield answers.begin
 
 
 def _tilt(
     stack: ExitStack,
     block: MoeBlock,
-    tilt: tuple[Tensor | None, Tensor | None],
+    *,
+    bias_E: Tensor | None,
+    scale_E: Tensor | None,
     answers: _Answers | None,
 ) -> None:
-    """Puts a bias (E,) and then a factor (E,) into one router, and sees both act."""
-    bias_E, scale_E = tilt
+    """Adds a bias (E,) and then a factor (E,) to one router, and verifies both."""
     seen = route(block.router, block.call)
     if bias_E is not None:
         if block.is_hashed:
@@ -80,17 +78,19 @@ def _tilt(
         rows = answers.rows if answers else lambda: None
         biased = BiasedForward(block, bias_E, rows)
         stack.enter_context(replaced_forward(block.router, biased))
-        seen = _see_bias(block, seen, bias_E, answers)
+        seen = _check_bias(block, seen, bias_E, answers)
     if scale_E is not None:
         stack.enter_context(replaced_forward(block.router, _scaled(block, scale_E)))
-        _see_scale(block, seen, scale_E, answers)
+        _check_scale(block, seen, scale_E, answers)
 
 
-def _see_bias(block: MoeBlock, before: Routed, bias_E: Tensor, answers: _Answers | None) -> Routed:
-    """The routing of the probe with the bias, which must have moved the logits by just that."""
+def _check_bias(
+    block: MoeBlock, before: Routed, bias_E: Tensor, answers: _Answers | None
+) -> Routed:
+    """The routing of the probe with the bias, which must move the logits by the bias."""
     after = _probe(block, answers)
     bias_TE = bias_E.expand(len(before[0]), -1)
-    if answers is not None:  # the probe's last token stands for the answer
+    if answers is not None:  # the last token of the probe stands for the answer
         is_there_T1 = torch.arange(len(bias_TE))[:, None] == len(bias_TE) - 1
         bias_TE = bias_TE.where(is_there_T1 | bias_TE.isneginf(), 0.0)
     if not moved_by(before[0], after[0], bias_TE):
@@ -101,7 +101,9 @@ def _see_bias(block: MoeBlock, before: Routed, bias_E: Tensor, answers: _Answers
     return after
 
 
-def _see_scale(block: MoeBlock, before: Routed, scale_E: Tensor, answers: _Answers | None) -> None:
+def _check_scale(
+    block: MoeBlock, before: Routed, scale_E: Tensor, answers: _Answers | None
+) -> None:
     logits_TE, weights_TK, experts_TK = _probe(block, answers)
     factors_TK = scale_E.to(experts_TK.device)[experts_TK].double()
     wanted_TK = (before[1].double() * factors_TK).to(weights_TK.dtype)
@@ -125,16 +127,16 @@ def _probe(block: MoeBlock, answers: _Answers | None) -> Routed:
 
 
 class _Answers:
-    """The answer positions of the current pass."""
+    """Holds the answer positions of the current pass."""
 
     positions_N: Tensor | None = None
 
     def begin(self, step: Pass) -> None:
-        """Before each forward pass."""
+        """Called before each forward pass."""
         self.positions_N = step.answers_N
 
     def rows(self) -> Tensor:
-        """Which tokens of the pass they are."""
+        """The flat indices of the answer positions."""
         assert self.positions_N is not None, "tell what `tilted` gives of each pass"
         return self.positions_N
 

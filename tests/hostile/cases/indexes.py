@@ -79,7 +79,7 @@ INDEXES: dict[str, tuple[Change, str]] = {
     "10,000 levels": (text_of(INDEX, '{"weight_map":' + "[" * 10_000), "no JSON object"),
     "a tensor named twice": (
         text_of(INDEX, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'),
-        "a stands in it twice",
+        "'a' stands twice",
     ),
 }
 for fault, (change, says) in INDEXES.items():

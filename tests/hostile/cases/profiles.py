@@ -39,7 +39,7 @@ def forged(change: Callable[[Arrays], object]) -> Callable[[Path], None]:
     def spoil(file: Path) -> None:
         profile = load_profile(file.parents[1])
         subject = file.name.removesuffix("-0.safetensors")
-        of = profile.info.place(file.name, subject)
+        of = profile.info.chunk_hash(file.name, subject)
         arrays = {name: array.copy() for name, array in read_chunk(file, of).items()}
         change(arrays)
         write_chunk(file, arrays, of)
