@@ -19,8 +19,8 @@ from expertcut.data import Quiz
 from expertcut.data.questions import LETTERS, header
 from expertcut.data.sources import MMLU_HUB_ID
 from expertcut.evaluation.results import ModelResult
-from expertcut.evaluation.stats import pooled_stderr
 from expertcut.files import parse_json, read_file
+from expertcut.stats import pooled_stderr
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,14 +13,11 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
-from expertcut.documents import first_fault
-from expertcut.edits.plan import PLAN_FILE, PlanFile
+from expertcut.edits.plan import PlanFile
 from expertcut.edits.splits import read_judged
-from expertcut.errors import PlanError
 from expertcut.hub.provenance import (
     REPORT_FILE,
     Checkpoint,
@@ -30,7 +27,7 @@ from expertcut.hub.provenance import (
     eval_results,
     public_name,
 )
-from expertcut.reporting.edit_tables import proof_table
+from expertcut.reporting.edit_tables import proof_table, shift_rows
 from expertcut.reporting.eval_tables import plan_table, result_sentences, results_table
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import (
@@ -57,18 +54,6 @@ _EXCLUDED = (
 )
 _TEMPLATE = "card.md.jinja"
 _SEAL = re.compile(r"\n<!-- expertcut wrote this card: ([0-9a-f]{64}) -->\n")
-
-
-class _HeldOut(BaseModel):
-    """A line of `proof.held_out` in plan.json."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    against: str
-    questions: int
-    max_abs_logprob_diff: float
-    median_abs_logprob_diff: float
-    flipped: int
 
 
 def is_pruned(origin: Origin) -> bool:
@@ -133,19 +118,7 @@ def step_sentences(origin: Origin) -> Iterator[str]:
 
 
 def held_out_table(plan: PlanFile) -> Table:
-    """How far answers moved on the questions that judge; without rows where none was asked.
-
-    Raises:
-        PlanError: what stands there is of another form.
-    """
-    try:
-        found = TypeAdapter(list[_HeldOut]).validate_python(plan.proof.get("held_out", []))
-    except ValidationError as error:
-        raise PlanError(f"{PLAN_FILE}: proof.held_out.{first_fault(error)}") from None
-    rows: list[list[Cell]] = [
-        [f.against, f.max_abs_logprob_diff, f.median_abs_logprob_diff, f.flipped, f.questions]
-        for f in found
-    ]
+    """How far answers to held-out questions moved; without rows where the check was not run."""
     columns = (
         Column("against"),
         Column("largest |Δ log p|", ".4f"),
@@ -153,7 +126,7 @@ def held_out_table(plan: PlanFile) -> Table:
         Column("flipped answers", ",d"),
         Column("questions", ",d"),
     )
-    return Table("How far answers moved", columns, rows)
+    return Table("How far answers moved", columns, shift_rows(plan.proof.held_out))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,19 @@ from huggingface_hub import EvalResult
 
 from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
-from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Edit, PlanFile, load_hashes, load_plan
+from expertcut.edits.plan import (
+    PLAN_FILE,
+    PROOF_FILE,
+    Edit,
+    PlanFile,
+    lineage,
+    load_hashes,
+    load_plan,
+)
 from expertcut.errors import ModelError, PlanError, SettingsError
-from expertcut.evaluation.cross_fit import ProofResult, load_proof
+from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import ModelResult, Results, load_results
-from expertcut.models.checkpoint_dir import find_local, read_config
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, find_source
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
 from expertcut.models.validate import expert_count
@@ -33,7 +42,6 @@ _SOURCE_NAME = "expertcut eval"
 logger = logging.getLogger(__name__)
 
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.S)
-_MOST_STEPS = 20
 UNKNOWN = "unknown"  # the Hub's own word
 # What the Hub takes as `license` (huggingface.co/docs/hub/repositories-licenses).
 LICENCES = frozenset(
@@ -58,7 +66,7 @@ class Checkpoint:
     source: Source
     config: Mapping[str, Any]
     plan: PlanFile
-    proof: ProofResult | None
+    proof: CrossFitResult | None
     tensors: Mapping[str, StoredTensor]
 
     @property
@@ -120,7 +128,7 @@ def verified(folder: Path) -> Checkpoint:
         _check_block(blocks[name], edit, plan, config)
     if is_exact(config) and not (folder / MODELLING_FILE).is_file():
         raise ModelError(f"{folder} lacks {MODELLING_FILE}, which layout exact needs: make it anew")
-    proof = load_proof(folder) if (folder / PROOF_FILE).is_file() else None
+    proof = load_cross_fit(folder) if (folder / PROOF_FILE).is_file() else None
     return Checkpoint(source, config, plan, proof, tensors)
 
 
@@ -277,13 +285,15 @@ class Origin:
         return self.id if self.is_on_hub else Path(self.id).name or "a local folder"
 
 
-def origin(plan: PlanFile, folder: Path) -> Origin:
+def origin(folder: Path) -> Origin:
     """What a checkpoint was made from, as far as it can be found here or in the cache."""
-    steps = [plan]
-    while len(steps) < _MOST_STEPS and (before := _made_from(steps[0], folder)) is not None:
-        steps.insert(0, before)
+    steps: list[PlanFile] = []
+    place: Path | None = None
+    with suppress(PlanError):  # the base's folder now holds something else
+        for step, before in lineage(folder):
+            steps.insert(0, step)
+            place = before
     base = steps[0].model
-    place = _folder_of(steps[0], folder)
     files = _Files(base.id if place is None else str(place), base.revision, folder)
     is_here = base.revision is not None or place is not None
     if not is_here:
@@ -299,28 +309,6 @@ def origin(plan: PlanFile, folder: Path) -> Origin:
         steps=tuple(steps),
         is_here=is_here,
     )
-
-
-def _made_from(plan: PlanFile, folder: Path) -> PlanFile | None:
-    """The plan in the folder on this machine that a plan was for; a model of the Hub is a base."""
-    place = _folder_of(plan, folder)
-    if place is None or place.resolve() == folder.resolve():
-        return None
-    file = place / PLAN_FILE
-    if not file.is_file():
-        return None
-    try:
-        return load_plan(file)
-    except PlanError:  # what lies there now is no checkpoint of ours
-        return None
-
-
-def _folder_of(plan: PlanFile, near: Path) -> Path | None:
-    """The folder that a plan was for, if it is there with its weights; of the Hub there is none."""
-    model = plan.model
-    if model.revision is not None:
-        return None
-    return find_local(model.id, model.fingerprint, near)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from expertcut.edits.plan import PLAN_FILE, plan_text
 from expertcut.errors import HubError, SettingsError
-from expertcut.evaluation.results import results_bytes
+from expertcut.evaluation.results import record_bytes
 from expertcut.files import without_secrets, write_atomically
 from expertcut.hub.card import Place, card_text, is_edited
 from expertcut.hub.provenance import CARD_FILE, Checkpoint, Evaluated, evaluations, origin, verified
@@ -107,7 +107,7 @@ def _write_card(
     file = found.folder / CARD_FILE
     if file.is_file() and is_edited(file.read_text(encoding="utf-8", errors="replace")):
         return file, True
-    text = without_secrets(card_text(found, origin(found.plan, found.folder), evaluated, place))
+    text = without_secrets(card_text(found, origin(found.folder), evaluated, place))
     write_atomically(file, text.encode())
     return file, False
 
@@ -122,7 +122,7 @@ def _files(
             update={"model": model.model_copy(update={"id": model.label or "base"})}
         )
         files[PLAN_FILE] = plan_text(named).encode()
-    return {**files, **{one.file: results_bytes(one.results) for one in evaluated}}
+    return {**files, **{one.file: record_bytes(one.results) for one in evaluated}}
 
 
 def _size(content: Content) -> int:

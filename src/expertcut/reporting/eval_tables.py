@@ -7,12 +7,11 @@ from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
 from expertcut.evaluation.search_results import (
     Audit,
     Correlation,
+    CriterionEvaluation,
     Sweep,
     SweepCell,
     SweptModel,
-    Verdict,
 )
-from expertcut.evaluation.stats import shows_change
 from expertcut.reporting.edit_tables import merged_text
 from expertcut.reporting.plots import Point, PointSeries, curves, forests
 from expertcut.reporting.profile_tables import cut_text
@@ -111,7 +110,7 @@ def _won_back(found: Results, names: list[str], healed: ComparisonResult) -> str
     """How many of the points that a cut lost healing won back, if the cut was evaluated too."""
     before = found.models[healed.other].healed_from
     for cut in found.comparisons if before else []:
-        is_lost = shows_change(cut.ci95, cut.mcnemar_p) and cut.delta < 0
+        is_lost = cut.is_significant and cut.delta < 0
         if is_lost and found.models[cut.other].fingerprint == before:
             won, lost = healed.delta - cut.delta, -cut.delta
             return (
@@ -135,7 +134,7 @@ def _comparison_verdict(c: ComparisonResult) -> str:
     change = f"{c.delta * 100:+.2f} points ({c.gained} gained, {c.lost} lost)"
     if c.gained + c.lost == 0:
         text = "answers every question as the base does"
-    elif not shows_change(c.ci95, c.mcnemar_p):
+    elif not c.is_significant:
         text = (
             f"shows no evidence of a change in accuracy: {change}, McNemar p = {c.mcnemar_p:.2g}; "
             f"{c.smallest_effect * 100:.2f} points could have been shown"
@@ -254,7 +253,7 @@ def _sweep_verdict(fraction: float, found: Sweep) -> str:
     if not cells:
         return f"At {fraction:g} no cell is finished."
     best = max(cells, key=lambda cell: cell.accuracy)
-    clear = [c.by for c in cells if shows_change(c.change.ci95, c.change.mcnemar_p)]
+    clear = [c.by for c in cells if c.change.is_significant]
     change = best.change
     text = (
         f"At {fraction:g} of the experts {best.by} keeps most: {best.accuracy:.2%}, "
@@ -428,7 +427,7 @@ def audit_figure(found: Audit) -> dict[str, bytes]:
     return forests("audit", (left, rhos), (right, regrets), marks)
 
 
-def ranked(found: Audit) -> list[Verdict]:
+def ranked(found: Audit) -> list[CriterionEvaluation]:
     """The best correlation within layers first, undefined ones last."""
     rho = {v.by: -2.0 if v.within.rho is None else v.within.rho for v in found.verdicts}
     return sorted(found.verdicts, key=lambda v: -rho[v.by])
