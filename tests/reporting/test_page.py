@@ -501,7 +501,10 @@ def test_where_there_is_nothing_that_is_said(tmp_path: Path, missing: str):
 
 def test_what_is_damaged_or_unfinished_is_refused_and_nothing_written(tmp_path: Path):
     profile = make_profile(tmp_path / "p")
-    make_plan(tmp_path / "cut", profile, proof={"held_out": [{"against": 1}]})
+    make_plan(tmp_path / "cut", profile)
+    file = tmp_path / "cut" / "plan.json"
+    damaged = file.read_text().replace('"proof": {}', '"proof": {"held_out": [{"against": 1}]}')
+    file.write_text(damaged)
     with pytest.raises(PlanError, match="held_out"):
         write(tmp_path)
     make_plan(tmp_path / "cut", profile)
