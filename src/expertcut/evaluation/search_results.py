@@ -91,6 +91,11 @@ class Sweep(Record):
         """Whether every cell is finished."""
         return len(self.cells) == len(self.asked.by) * len(self.asked.fractions)
 
+    @property
+    def n_questions(self) -> int:
+        """Questions that every cell scores."""
+        return sum(subject.questions for subject in self.asked.scored.quiz.subjects.values())
+
     def cell(self, by: str, fraction: float) -> SweepCell | None:
         """The cell, None if it is not finished."""
         return next((c for c in self.cells if (c.by, c.fraction) == (by, fraction)), None)

@@ -194,7 +194,7 @@ def curve_table(curve: Sequence[Point]) -> Table:
             point.strength,
             ", ".join(f"{layer}:{e}" for layer, e, _ in point.biases) or None,
             point.accuracy,
-            f"{point.ci95[0]:.2%} … {point.ci95[1]:.2%}",
+            interval_text(point.ci95),
             point.questions,
         ]
         for point in curve
@@ -214,12 +214,12 @@ def proof_table(proof: "CrossFitResult") -> Table:
     """Cross-fitted, same questions and random experts side by side."""
     random = proof.random
     rows = [
-        ["cross-fitted", *_change_cells(proof.cross_fitted)],
-        ["chosen and scored on the same questions", *_change_cells(proof.same_questions)],
+        ["cross-fitted", *change_cells(proof.cross_fitted)],
+        ["chosen and scored on the same questions", *change_cells(proof.same_questions)],
         [
             f"random experts ({random.draws} draws, {random.distinct} distinct)",
             random.delta_mean,
-            _points(random.range95),
+            interval_text(random.range95, "+"),
             *[None] * 3,
         ],
     ]
@@ -254,13 +254,17 @@ def proof_csv(proof: "CrossFitResult") -> Table:
     return Table("proof", tuple(map(Column, names)), rows)
 
 
-def _change_cells(change: Comparison) -> list[Cell]:
-    interval = _points(change.ci95)
+def change_cells(change: Comparison | None) -> list[Cell]:
+    """Δ accuracy, its interval, gained, lost and McNemar's p; empty for the base."""
+    if change is None:
+        return [None] * 5
+    interval = interval_text(change.ci95, "+")
     return [change.delta, interval, change.gained, change.lost, change.mcnemar_p]
 
 
-def _points(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:+.2%} … {ends[1]:+.2%}"
+def interval_text(ends: tuple[float, float], sign: str = "") -> str:
+    """An interval in per cent; `sign` "+" for changes."""
+    return f"{ends[0]:{sign}.2%} … {ends[1]:{sign}.2%}"
 
 
 def decision_tables(found: "Decision") -> list[Table]:

@@ -1,4 +1,4 @@
-"""Plans, results, sweeps and audits in tables, words and figures."""
+"""Tables, sentences and figures of plans, results, sweeps and audits."""
 
 from pathlib import Path
 
@@ -9,17 +9,27 @@ from expertcut.evaluation.search_results import (
     Correlation,
     CriterionEvaluation,
     Sweep,
-    SweepCell,
     SweptModel,
 )
-from expertcut.reporting.edit_tables import merged_text
+from expertcut.reporting.edit_tables import change_cells, interval_text, merged_text
 from expertcut.reporting.plots import Point, PointSeries, curves, forests
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.stats import Comparison
+
+_SCORED = (
+    Column("accuracy", ".2%"),
+    Column("95 % interval"),
+    Column("Δ", "+.2%"),
+    Column("95 % interval of Δ"),
+    Column("gained"),
+    Column("lost"),
+    Column("McNemar p", ".3g"),
+)
 
 
 def plan_table(plan: PlanFile) -> Table:
-    """One row per block: what stays, what is tilted, and what joined what."""
+    """One row per block: kept, biased, scaled and merged experts."""
     rows: list[list[Cell]] = [
         [
             name,
@@ -43,7 +53,7 @@ def plan_table(plan: PlanFile) -> Table:
 
 
 def plan_csv(plan: PlanFile) -> Table:
-    """One row per expert that stays, with its bias and its factor, empty where it has none."""
+    """One row per kept expert, with its bias and its factor."""
     rows: list[list[Cell]] = [
         [name, expert, edit.bias.get(expert), edit.scale.get(expert)]
         for name, edit in plan.blocks.items()
@@ -58,13 +68,7 @@ def results_table(found: Results) -> Table:
     rows = [_result_row(m, compared.get(i)) for i, m in enumerate(found.models)]
     columns = (
         Column("model"),
-        Column("accuracy", ".2%"),
-        Column("95 % interval"),
-        Column("Δ", "+.2%"),
-        Column("95 % interval of Δ"),
-        Column("gained"),
-        Column("lost"),
-        Column("McNemar p", ".3g"),
+        *_SCORED,
         Column("parameters", ",d"),
         Column("active", ",d"),
         Column("MB", ".1f"),
@@ -78,7 +82,7 @@ def results_table(found: Results) -> Table:
 
 
 def results_csv(found: Results) -> Table:
-    """One row per model and subject, and one for all (subject empty)."""
+    """One row per model and subject, and one for all subjects (empty)."""
     rows: list[list[Cell]] = []
     for model in found.models:
         rows.append([model.path, None, model.accuracy, model.questions])
@@ -87,7 +91,7 @@ def results_csv(found: Results) -> Table:
 
 
 def result_sentences(found: Results) -> list[str]:
-    """A sentence per model: what happened, how sure it is, and what it was chosen on."""
+    """A sentence per model: the change, its significance, and leakage."""
     base, names = found.models[0], _names(found)
     sentences = [f"{names[0]} answers {base.accuracy:.2%} right: the base of the comparisons."]
     for comparison in found.comparisons:
@@ -98,7 +102,7 @@ def result_sentences(found: Results) -> list[str]:
 
 
 def _names(found: Results) -> list[str]:
-    """The last part of each model's path, or the whole where that would name two."""
+    """The last part of each model's path, or the whole path where that is ambiguous."""
     last = [Path(model.path).name for model in found.models]
     return [
         name if last.count(name) == 1 else model.path
@@ -107,7 +111,7 @@ def _names(found: Results) -> list[str]:
 
 
 def _won_back(found: Results, names: list[str], healed: ComparisonResult) -> str:
-    """How many of the points that a cut lost healing won back, if the cut was evaluated too."""
+    """The points that healing regained, if the cut was evaluated too and lost accuracy."""
     before = found.models[healed.other].healed_from
     for cut in found.comparisons if before else []:
         is_lost = cut.is_significant and cut.delta < 0
@@ -121,13 +125,12 @@ def _won_back(found: Results, names: list[str], healed: ComparisonResult) -> str
 
 
 def _result_row(model: ModelResult, comparison: ComparisonResult | None) -> list[Cell]:
-    row: list[Cell] = [Path(model.path).name, model.accuracy, _points_interval(model.ci95, "")]
-    if comparison is None:
-        row += [None] * 5
-    else:
-        c = comparison
-        row += [c.delta, _points_interval(c.ci95, "+"), c.gained, c.lost, c.mcnemar_p]
-    return [*row, model.parameters, model.active_parameters, model.bytes / 1e6]
+    size: list[Cell] = [model.parameters, model.active_parameters, model.bytes / 1e6]
+    return [Path(model.path).name, *_scored(model, comparison), *size]
+
+
+def _scored(model: ModelResult | SweptModel, change: Comparison | None) -> list[Cell]:
+    return [model.accuracy, interval_text(model.ci95), *change_cells(change)]
 
 
 def _comparison_verdict(c: ComparisonResult) -> str:
@@ -159,43 +162,25 @@ def _leak(model: ModelResult, split: str) -> str:
     )
 
 
-def _points_interval(ci95: tuple[float, float], sign: str) -> str:
-    return f"{ci95[0]:{sign}.2%} … {ci95[1]:{sign}.2%}"
-
-
 def sweep_table(found: Sweep) -> Table:
-    """The unedited model and every cell that is finished."""
-    rows: list[list[Cell]] = []
-    if found.base is not None:
-        b = found.base
-        its: list[Cell] = [
-            b.accuracy,
-            _sweep_interval(b.ci95),
-            *[None] * 5,
-            b.parameters,
-            b.bytes / 1e6,
-        ]
-        rows.append(["unedited", None, None, *its])
-    rows += [_row(cell) for cell in found.cells]
+    """The unedited model and every finished cell."""
+    base = [] if found.base is None else [["unedited", None, None, *_swept(found.base, None)]]
+    rows: list[list[Cell]] = [
+        *base,
+        *([c.by, c.fraction, c.kept, *_swept(c, c.change)] for c in found.cells),
+    ]
     columns = (
         Column("by"),
         Column("share", "g"),
         Column("kept a layer"),
-        Column("accuracy", ".2%"),
-        Column("95 % interval"),
-        Column("Δ", "+.2%"),
-        Column("95 % interval of Δ"),
-        Column("gained"),
-        Column("lost"),
-        Column("McNemar p", ".3g"),
+        *_SCORED,
         Column("parameters", ",d"),
         Column("MB", ".2f"),
     )
     asked, quiz = found.asked, found.asked.scored.quiz
-    n_questions = sum(subject.questions for subject in quiz.subjects.values())
     n_cells = len(asked.by) * len(asked.fractions)
     note = (
-        f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, layout "
+        f"{found.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, layout "
         f"{asked.layout}. MB are those of the weights that a checkpoint would have."
     )
     if found.base is not None and found.base.cut is not None:
@@ -205,11 +190,8 @@ def sweep_table(found: Sweep) -> Table:
     return Table(f"Sweep of {asked.scored.model.label}", columns, rows, note)
 
 
-def _row(cell: SweepCell) -> list[Cell]:
-    c = cell.change
-    change: list[Cell] = [c.delta, _sweep_interval(c.ci95, "+"), c.gained, c.lost, c.mcnemar_p]
-    scored: list[Cell] = [cell.accuracy, _sweep_interval(cell.ci95), *change]
-    return [cell.by, cell.fraction, cell.kept, *scored, cell.parameters, cell.bytes / 1e6]
+def _swept(model: SweptModel, change: Comparison | None) -> list[Cell]:
+    return [*_scored(model, change), model.parameters, model.bytes / 1e6]
 
 
 def sweep_csv(found: Sweep) -> Table:
@@ -223,27 +205,25 @@ def sweep_csv(found: Sweep) -> Table:
     rows: list[list[Cell]] = []
     if found.base is not None:
         b = found.base
-        its: list[Cell] = [b.questions, b.accuracy, *b.ci95, b.right_logprob, *[None] * 9]
-        rows.append([None, None, None, *its, b.parameters, b.active_parameters, b.bytes])
+        scored: list[Cell] = [b.questions, b.accuracy, *b.ci95, b.right_logprob, *[None] * 9]
+        rows.append([None, None, None, *scored, b.parameters, b.active_parameters, b.bytes])
     for cell in found.cells:
         c = cell.change
-        its = [cell.questions, cell.accuracy, *cell.ci95, cell.right_logprob, c.delta, *c.ci95]
-        its += [c.gained, c.lost, c.mcnemar_p, c.smallest_effect]
-        its += [cell.max_abs_logprob_diff, cell.median_abs_logprob_diff]
-        its += [cell.parameters, cell.active_parameters, cell.bytes]
-        rows.append([cell.by, cell.fraction, cell.kept, *its])
+        row: list[Cell] = [cell.by, cell.fraction, cell.kept, cell.questions, cell.accuracy]
+        row += [*cell.ci95, cell.right_logprob, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p]
+        row += [c.smallest_effect, cell.max_abs_logprob_diff, cell.median_abs_logprob_diff]
+        rows.append([*row, cell.parameters, cell.active_parameters, cell.bytes])
     return Table("sweep", tuple(map(Column, names)), rows)
 
 
 def sweep_sentences(found: Sweep) -> list[str]:
-    """What the grid was chosen on, and which cells show a loss or a gain."""
+    """Leakage, and which cells change accuracy significantly."""
     quiz, chosen = found.asked.scored.quiz, found.chosen_on
-    n_questions = sum(subject.questions for subject in quiz.subjects.values())
     leak = (
         f"The experts were chosen on {chosen.split}, none of the questions scored here."
         if chosen.overlap == 0
-        else f"{chosen.overlap:,} of the {n_questions:,} {quiz.split} questions scored here were "
-        "used to choose the experts, so this flatters the cuts."
+        else f"{chosen.overlap:,} of the {found.n_questions:,} {quiz.split} questions scored here "
+        "were used to choose the experts, so this flatters the cuts."
     )
     return [leak, *(_sweep_verdict(fraction, found) for fraction in found.asked.fractions)]
 
@@ -282,29 +262,17 @@ def _sweep_point(size_bytes: int, its: SweptModel) -> Point:
     return Point(size_bytes / 1e6, 100 * its.accuracy, 100 * low, 100 * high)
 
 
-def _sweep_interval(ci95: tuple[float, float], sign: str = "") -> str:
-    return f"{ci95[0]:{sign}.2%} … {ci95[1]:{sign}.2%}"
-
-
 def audit_tables(found: Audit) -> list[Table]:
-    """The criteria, and the experts whose removal did most."""
+    """The criteria, and the experts with the largest effects."""
     return [*([verdict_table(found)] if found.verdicts else []), harm_table(found)]
 
 
 def verdict_table(found: Audit) -> Table:
     """One row per criterion, the best correlation first."""
     rows: list[list[Cell]] = []
-    for its in ranked(found):
-        regrets: list[Cell] = [r.regret for r in its.regrets]
-        rows.append(
-            [
-                its.by,
-                *_correlation(its.within),
-                *_correlation(its.overall),
-                *_correlation(its.within_accuracy),
-                *regrets,
-            ]
-        )
+    for v in ranked(found):
+        rhos = [*_correlation(v.within), *_correlation(v.overall), *_correlation(v.within_accuracy)]
+        rows.append([v.by, *rhos, *(r.regret for r in v.regrets)])
     columns = (
         Column("criterion"),
         *(Column("ρ within layers", "+.2f"), Column("95 % interval")),
@@ -324,7 +292,7 @@ def verdict_table(found: Audit) -> Table:
 
 
 def harm_table(found: Audit, most: int = 10) -> Table:
-    """The experts whose removal did most."""
+    """The experts whose ablation has the largest effects."""
     harms = sorted(found.harms, key=lambda harm: -harm.logprob)[:most]
     rows: list[list[Cell]] = [
         [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost, h.mcnemar_p]
@@ -354,7 +322,7 @@ def harm_table(found: Audit, most: int = 10) -> Table:
 
 
 def audit_csv(found: Audit) -> Table:
-    """One row per removed expert, with what every criterion said of it."""
+    """One row per ablated expert, with its score by every criterion."""
     names = [
         *("layer", "expert", "loss_logprob", "stderr", "loss_accuracy", "gained", "lost"),
         *("mcnemar_p", "largest_abs_logprob_diff", *found.standings),
@@ -370,7 +338,7 @@ def audit_csv(found: Audit) -> Table:
 
 
 def audit_sentences(found: Audit) -> list[str]:
-    """What the questions are worth, and which criterion to trust."""
+    """Leakage, and which criterion predicts the effects."""
     asked = found.asked
     if found.overlap:
         leak = (
@@ -393,7 +361,7 @@ def audit_sentences(found: Audit) -> list[str]:
 
 
 def _least_regrets(found: Audit) -> str:
-    """At each budget the criterion whose removals do least harm, and what chance would do."""
+    """At each budget the criterion with the least regret, and that of random removal."""
     parts, n_sampled = [], len(found.harms)
     for i, fraction in enumerate(found.asked.fractions):
         least = min(v.regrets[i].regret for v in found.verdicts)
@@ -428,7 +396,7 @@ def audit_figure(found: Audit) -> dict[str, bytes]:
 
 
 def ranked(found: Audit) -> list[CriterionEvaluation]:
-    """The best correlation within layers first, undefined ones last."""
+    """By correlation within layers, best first, undefined last."""
     rho = {v.by: -2.0 if v.within.rho is None else v.within.rho for v in found.verdicts}
     return sorted(found.verdicts, key=lambda v: -rho[v.by])
 
