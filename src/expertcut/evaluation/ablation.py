@@ -106,15 +106,15 @@ def criterion_ranks(
     Raises:
         ProfileError: the profile cannot serve a named criterion.
     """
-    found = {}
+    ranks = {}
     for name in by:
         try:
-            found[name] = criterion_rank(profile, name, way, engine, sampled)
+            ranks[name] = criterion_rank(profile, name, way, engine, sampled)
         except ProfileError as error:
             if not is_all:
                 raise
             logger.warning("%s is left out: %s", name, error)
-    return found
+    return ranks
 
 
 def criterion_rank(
@@ -284,10 +284,12 @@ class Auditing:
         source = profiled_source(profile)
         check_layout(source, layout, is_cutting=True)
         is_fitting = not CALIBRATED.isdisjoint(options.by)
-        asked = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
-        self.quiz = judges_or_fifth(asked, options.questions)
-        looked_at = hashes(asked.profiled) | (hashes(asked.tuning) if is_fitting else frozenset())
-        self.overlap = n_used(self.quiz, looked_at | asked.inherited)
+        questions = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
+        self.quiz = judges_or_fifth(questions, options.questions)
+        used = hashes(questions.profiled) | questions.inherited
+        if is_fitting:
+            used |= hashes(questions.tuning)
+        self.overlap = n_used(self.quiz, used)
         self.engine = engine_as_profiled(profile, source, options.load_as)
 
     @property
@@ -302,18 +304,18 @@ class Auditing:
         Raises:
             OutputError: the folder holds something else or another audit, or another run uses it.
         """
-        asked = self._request()
-        earlier = _earlier(folder, asked)
+        request = self._request()
+        earlier = _earlier(folder, request)
         if earlier is not None and earlier.verdicts:
             self.found = earlier
             return
         with alone(folder, "audit"):
-            yield from self._run(folder, asked, on_pass)
+            yield from self._run(folder, request, on_pass)
 
-    def _run(self, folder: Path, asked: AuditRequest, on_pass: OnPass) -> Iterator[AuditProgress]:
-        earlier = _earlier(folder, asked)  # another run may have ended since
+    def _run(self, folder: Path, request: AuditRequest, on_pass: OnPass) -> Iterator[AuditProgress]:
+        earlier = _earlier(folder, request)  # another run may have ended since
         rescorer = CachedScorer(self.engine, self.quiz)
-        self.found = earlier or self._begin(asked, rescorer)
+        self.found = earlier or self._begin(request, rescorer)
         self._save(folder)
         yield from self._remove(rescorer, folder, on_pass)
         options, found = self.options, self.found
@@ -348,7 +350,7 @@ class Auditing:
             truncate=self.quiz.truncate,
         )
 
-    def _begin(self, asked: AuditRequest, rescorer: CachedScorer) -> Audit:
+    def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
         options, records = self.options, rescorer.records
         sampled = sampled_experts(self.profile, options.sample, options.way.seed)
         ranks = criterion_ranks(
@@ -357,7 +359,7 @@ class Auditing:
         if not ranks:
             raise ProfileError(f"{self.profile.path} can serve none of {', '.join(options.by)}")
         return Audit(
-            asked=asked,
+            asked=request,
             overlap=self.overlap,
             cut=rescorer.n_cut,
             accuracy=float(records.is_correct_N.mean()),
@@ -411,10 +413,10 @@ class Auditing:
         return apply_at_runtime(self.engine.moe, draft, constants)
 
 
-def _earlier(folder: Path, asked: AuditRequest) -> Audit | None:
+def _earlier(folder: Path, request: AuditRequest) -> Audit | None:
     earlier = load_unfinished(folder / AUDIT_FILE, Audit)
     if earlier is not None:
-        check_same(folder, earlier.asked, asked, "audit")
+        check_same(folder, earlier.asked, request, "audit")
     return earlier
 
 
@@ -452,5 +454,5 @@ def ablation_effect(
 
 
 def _right_float64(logprob_NC: Array, answer_N: Array) -> Array:
-    found_N: Array = right_logprobs(logprob_NC, answer_N).astype(np.float64)
-    return found_N
+    logprob_N: Array = right_logprobs(logprob_NC, answer_N).astype(np.float64)
+    return logprob_N

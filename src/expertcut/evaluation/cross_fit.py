@@ -187,7 +187,7 @@ class _Trial:
 
     def cross_fitted(self, choose: Choose) -> tuple[Array, tuple[Fold, ...]]:
         """Correct answers (N,), each with what was chosen without the question's fold."""
-        right_N, found = self.records.is_correct_N.copy(), []
+        right_N, folds = self.records.is_correct_N.copy(), []
         for fold in range(FOLDS):
             is_own_N = self.fold_N == fold
             left_out = frozenset(self.records.hash_N[is_own_N].tolist())
@@ -195,8 +195,8 @@ class _Trial:
             shifts = self.procedure.settle(self.records, picks, self.ask, left_out).shifts
             right_N[is_own_N] = self.right(shifts)[is_own_N]
             change_n = right_N[is_own_N].astype(int) - self.records.is_correct_N[is_own_N]
-            found.append(Fold(int(is_own_N.sum()), shifts, float(change_n.mean())))
-        return right_N, tuple(found)
+            folds.append(Fold(int(is_own_N.sum()), shifts, float(change_n.mean())))
+        return right_N, tuple(folds)
 
     def random_delta(
         self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[Shift]
@@ -253,7 +253,7 @@ class CrossFitResult(Record):
 
 
 def cross_fit_result(
-    found: CrossFit,
+    outcome: CrossFit,
     procedure: str,
     *,
     quiz: str,
@@ -262,7 +262,7 @@ def cross_fit_result(
     numbers: ExpertIds = NUMBERED_FROM_0,
 ) -> CrossFitResult:
     """The record of a finished run; `numbers` are those of its experts before earlier cuts."""
-    cross, random = found.cross_fitted, found.random
+    cross, random = outcome.cross_fitted, outcome.random
     p_random = random.p(cross.delta)
     low, high = np.percentile(random.delta_B, [2.5, 97.5])
     word = verdict(cross, p_random)
@@ -270,11 +270,11 @@ def cross_fit_result(
         procedure=procedure,
         quiz=quiz,
         split=split,
-        questions=len(found.records),
+        questions=len(outcome.records),
         seed=seed,
-        base_accuracy=float(found.records.is_correct_N.mean()),
+        base_accuracy=float(outcome.records.is_correct_N.mean()),
         cross_fitted=cross,
-        same_questions=found.same_questions,
+        same_questions=outcome.same_questions,
         random=RandomResult(
             draws=len(random.delta_B),
             distinct=random.distinct,
@@ -285,13 +285,13 @@ def cross_fit_result(
         folds=tuple(
             FoldResult(
                 questions=fold.questions,
-                biases=numbered(fold.shifts, found.records.blocks, numbers),
+                biases=numbered(fold.shifts, outcome.records.blocks, numbers),
                 delta=fold.delta,
             )
-            for fold in found.folds
+            for fold in outcome.folds
         ),
         verdict=word,
-        sentence=_sentence(found, word, p_random),
+        sentence=_sentence(outcome, word, p_random),
     )
 
 
@@ -311,8 +311,8 @@ def verdict(cross: Comparison, p_random: float) -> Verdict:
     return "helps" if p_random < LEVEL else "no evidence"
 
 
-def _sentence(found: CrossFit, word: Verdict, p_random: float) -> str:
-    cross, n = found.cross_fitted, len(found.records)
+def _sentence(outcome: CrossFit, word: Verdict, p_random: float) -> str:
+    cross, n = outcome.cross_fitted, len(outcome.records)
     change = (
         f"{cross.delta * 100:+.2f} points (95 % interval {cross.ci95[0] * 100:+.2f} to "
         f"{cross.ci95[1] * 100:+.2f}, McNemar p = {cross.mcnemar_p:.2g}) on {n:,} questions that "
@@ -323,7 +323,7 @@ def _sentence(found: CrossFit, word: Verdict, p_random: float) -> str:
     if word == "hurts":
         return f"This procedure hurts: {change}."
     if cross.is_significant:
-        n_drawn = found.random.distinct
+        n_drawn = outcome.random.distinct
         few = (
             f", and only {n_drawn} others were drawn, too few to show more"
             if n_drawn < _MIN_DISTINCT

@@ -61,7 +61,7 @@ def score(
     if not scoring.options.waits:
         return
     edited = _plan_and_hashes(source)
-    found = Scored(
+    scored = Scored(
         source,
         answers(load_profile(store)),
         size(measurement.moe),
@@ -71,7 +71,7 @@ def score(
     )
     del measurement
     gc.collect()
-    yield found
+    yield scored
 
 
 def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
@@ -122,14 +122,14 @@ def save(
     Raises:
         OutputError: a file cannot be written.
     """
-    found = results(scoring, scored)
+    record = results(scoring, scored)
     write_atomically(predictions_path(out), predictions_bytes(scoring.quiz, scored))
     if harness_file is not None:
         places = harness_paths(harness_file, scored)
-        for place, one, result in zip(places, scored, found.models, strict=True):
+        for place, one, result in zip(places, scored, record.models, strict=True):
             write_atomically(place, harness_bytes(scoring, one, result))
-    save_outcome(out, found)
-    return found
+    save_outcome(out, record)
+    return record
 
 
 def _plan_and_hashes(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
@@ -149,19 +149,19 @@ def _chosen_on(
 
 
 def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
-    found = accuracy(scored.answers.is_correct_N, subjects)
+    measured = accuracy(scored.answers.is_correct_N, subjects)
     return ModelResult(
         path=scored.source.id,
         revision=scored.source.revision,
         fingerprint=scored.source.fingerprint,
-        accuracy=found.accuracy,
-        stderr=found.stderr,
-        ci95=found.ci95,
-        questions=found.n_questions,
+        accuracy=measured.accuracy,
+        stderr=measured.stderr,
+        ci95=measured.ci95,
+        questions=measured.n_questions,
         cut=scored.answers.n_cut,
         subjects={
             name: SubjectResult(accuracy=share, questions=n)
-            for name, (share, n) in found.by_subject.items()
+            for name, (share, n) in measured.by_subject.items()
         },
         parameters=scored.size.parameters,
         active_parameters=scored.size.active_parameters,

@@ -107,9 +107,9 @@ class Results(Record):
         return self
 
 
-def record_bytes(found: Record) -> bytes:
+def record_bytes(record: Record) -> bytes:
     """A record as JSON."""
-    return (found.model_dump_json(indent=1) + "\n").encode()
+    return (record.model_dump_json(indent=1) + "\n").encode()
 
 
 def load_results(path: Path) -> Results:
@@ -121,9 +121,9 @@ def load_results(path: Path) -> Results:
     return load_record(path, Results, OutputError, "holds no results")
 
 
-def save_outcome(file: Path, found: Record) -> None:
+def save_outcome(file: Path, record: Record) -> None:
     """Writes a record as JSON, atomically."""
-    write_atomically(file, record_bytes(found))
+    write_atomically(file, record_bytes(record))
 
 
 def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:

@@ -156,13 +156,13 @@ class Grid:
         keep = Keep(fraction=fraction, budget=self.budget, min_keep=self.min_keep)
         return keep, asked_count(keep, blocks, layout)
 
-    def with_cell(self, found: Sweep, cell: SweepCell) -> Sweep:
+    def with_cell(self, sweep: Sweep, cell: SweepCell) -> Sweep:
         """The sweep with one more cell, in the grid's order."""
         cells = sorted(
-            (*found.cells, cell),
+            (*sweep.cells, cell),
             key=lambda c: (self.by.index(c.by), self.fractions.index(c.fraction)),
         )
-        return found.model_copy(update={"cells": tuple(cells)})
+        return sweep.model_copy(update={"cells": tuple(cells)})
 
 
 def read_criteria(text: str, known: Collection[str]) -> tuple[str, ...]:

@@ -167,32 +167,32 @@ class Sweeping:
     def _write(self, folder: Path) -> None:
         save_outcome(folder / SWEEP_FILE, self.found)
 
-    def _model(self, found: Answers, of: Size) -> SweptModel:
-        scored = accuracy(found.is_correct_N, self.subjects)
+    def _model(self, answered: Answers, of: Size) -> SweptModel:
+        scored = accuracy(answered.is_correct_N, self.subjects)
         return SweptModel(
             accuracy=scored.accuracy,
             ci95=scored.ci95,
             questions=scored.n_questions,
-            cut=found.n_cut,
-            right_logprob=float(right_logprobs(found.logprob_NC, found.answer_N).mean()),
+            cut=answered.n_cut,
+            right_logprob=float(right_logprobs(answered.logprob_NC, answered.answer_N).mean()),
             parameters=of.parameters,
             active_parameters=of.active_parameters,
             bytes=of.size_bytes,
         )
 
-    def _cell(self, by: str, fraction: float, draft: EditPlan, found: Answers) -> SweepCell:
+    def _cell(self, by: str, fraction: float, draft: EditPlan, answered: Answers) -> SweepCell:
         base, numbers = self.base, draft.numbers
-        largest, median = logprob_shift(base.logprob_NC, found.logprob_NC)
+        largest, median = logprob_shift(base.logprob_NC, answered.logprob_NC)
         if not largest and self._is_used(draft):
             raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
         cut_size = size_of_cut(self.engine.moe, draft, self.size_of(draft))
         assert numbers is not None
         return SweepCell(
-            **self._model(found, cut_size).model_dump(),
+            **self._model(answered, cut_size).model_dump(),
             by=by,
             fraction=fraction,
             keep={name: numbers.kept(name, edit.keep) for name, edit in draft.edits.items()},
-            change=compare(base.is_correct_N, found.is_correct_N),
+            change=compare(base.is_correct_N, answered.is_correct_N),
             max_abs_logprob_diff=largest,
             median_abs_logprob_diff=median,
         )

@@ -61,10 +61,10 @@ def rows_tables(profile: Profile) -> list[Table]:
     return [Table(title, columns, rows, note)] if rows else []
 
 
-def touched_table(found: Sequence[RemovedTraffic]) -> Table:
+def touched_table(traffic: Sequence[RemovedTraffic]) -> Table:
     """Traffic of the removed experts in the profile."""
     rows: list[list[Cell]] = [
-        [t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in found
+        [t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in traffic
     ]
     columns = (
         Column("block"),
@@ -76,16 +76,17 @@ def touched_table(found: Sequence[RemovedTraffic]) -> Table:
     return Table("What the cut touches, in the profile", columns, rows)
 
 
-def touched_sentences(pruning: Pruning, found: Sequence[RemovedTraffic]) -> list[str]:
+def touched_sentences(pruning: Pruning, traffic: Sequence[RemovedTraffic]) -> list[str]:
     """Whether other tokens use removed experts: the paper's rule looks at answer positions only."""
-    n_used = [t.n_used for t in found if t.n_used is not None]
+    n_used = [t.n_used for t in traffic if t.n_used is not None]
     if not n_used:
         return ["The profile holds no all-token statistics: whether other tokens use what goes is "
                 "not known."]  # fmt: skip
     if pruning.draft.positions == "all" or not sum(n_used):
         return []
+    n_removed = sum(t.n_removed for t in traffic)
     return [
-        f"{sum(n_used)} of the {sum(t.n_removed for t in found)} removed experts are used by other "
+        f"{sum(n_used)} of the {n_removed} removed experts are used by other "
         "tokens of the prompts; --keep-active --positions all would keep them."
     ]
 
@@ -267,29 +268,27 @@ def interval_text(ends: tuple[float, float], sign: str = "") -> str:
     return f"{ends[0]:{sign}.2%} … {ends[1]:{sign}.2%}"
 
 
-def decision_tables(found: "Decision") -> list[Table]:
+def decision_tables(decision: "Decision") -> list[Table]:
     """The curve of the search, and the cross-fit."""
-    tables = [curve_table(found.curve)] if found.curve else []
-    return [*tables, proof_table(found.proof)] if found.proof else tables
+    tables = [curve_table(decision.curve)] if decision.curve else []
+    return [*tables, proof_table(decision.proof)] if decision.proof else tables
 
 
-def decision_sentences(found: "Decision") -> list[str]:
+def decision_sentences(decision: "Decision") -> list[str]:
     """The choice, where its effect comes from, and the verdict."""
     sentences = []
-    if found.chosen:
-        chosen = ", ".join(f"{layer}:{e} by {bias:+.4g}" for layer, e, bias in found.chosen)
-        answer, everywhere = found.accuracy_at["answer"], found.accuracy_at["all"]
+    questions = f"{len(decision.tuning):,} {decision.tuning.split} questions"
+    if decision.chosen:
+        chosen = ", ".join(f"{layer}:{e} by {bias:+.4g}" for layer, e, bias in decision.chosen)
+        answer, everywhere = decision.accuracy_at["answer"], decision.accuracy_at["all"]
         sentences.append(
-            f"Chosen on {len(found.tuning):,} {found.tuning.split} questions: {chosen} (logits). "
-            f"There accuracy goes from {found.base_accuracy:.2%} to {everywhere:.2%} with the bias "
-            f"at every token, and to {answer:.2%} with it at the answer position alone."
+            f"Chosen on {questions}: {chosen} (logits). There accuracy goes from "
+            f"{decision.base_accuracy:.2%} to {everywhere:.2%} with the bias at every token, and to "
+            f"{answer:.2%} with it at the answer position alone."
         )
     else:
-        sentences.append(
-            f"No tilt that was tried beats the unedited model on {len(found.tuning):,} "
-            f"{found.tuning.split} questions."
-        )
-    return [*sentences, found.proof.sentence] if found.proof else sentences
+        sentences.append(f"No tilt that was tried beats the unedited model on {questions}.")
+    return [*sentences, decision.proof.sentence] if decision.proof else sentences
 
 
 def proof_tables(built: "Built") -> list[Table]:
@@ -312,18 +311,18 @@ def proof_tables(built: "Built") -> list[Table]:
     return tables
 
 
-def shift_rows(found: Sequence[LogprobShift]) -> list[list[Cell]]:
+def shift_rows(shifts: Sequence[LogprobShift]) -> list[list[Cell]]:
     """One row per comparison: against, max and median |Δ log p|, flipped answers, questions."""
     return [
         [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
-        for d in found
+        for d in shifts
     ]
 
 
-def _forms_table(title: str, found: HeldOutResult, flipped: str, note: str) -> Table:
+def _forms_table(title: str, result: HeldOutResult, flipped: str, note: str) -> Table:
     """Answers of each form of the model."""
     rows: list[list[Cell]] = [
-        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in found.outcomes
+        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in result.outcomes
     ]
     columns = (
         Column("form"),
@@ -405,11 +404,11 @@ def _fit_table(built: "Built") -> Table:
 
 
 def tilt_sentences(
-    found: Sequence[Tilt], built: "Built | None", numbers: ExpertIds | None = None
+    tilts: Sequence[Tilt], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
     """The effect of each bias, and how far routing agrees with the exact bias."""
     sentences, proof = [], None if built is None else built.proof
-    for tilt in found:
+    for tilt in tilts:
         verb = "boosted" if tilt.bias > 0 else "suppressed"
         text = (
             f"{_expert(tilt, numbers)} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"

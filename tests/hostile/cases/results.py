@@ -102,7 +102,7 @@ for command, fault, change, says in (
     ("show", "a harm in words", put("harms", value=["bad"]), "harms.0: "),
     ("show", "a harm without its expert", taken("harms", 0, "expert"), "harms.0.expert: Field"),
     ("show", "an expert of 1.5", put("harms", 0, "expert", value=1.5), "expert: .*integer"),
-    ("show", "a regret too few", taken("verdicts", 0, "regrets", 0), "other shares than were"),
+    ("show", "a regret too few", taken("verdicts", 0, "regrets", 0), "regrets of other fractions"),
     ("show", "a rank too few", taken("standings", "activations", "place", 0), "does not rank"),
     ("audit", "an expert too few", taken("sampled", 0), "2 effects of 1 sampled"),
     ("audit", "standings in a list", put("standings", value=[]), "standings: "),
