@@ -283,8 +283,8 @@ def decision_sentences(decision: "Decision") -> list[str]:
         answer, everywhere = decision.accuracy_at["answer"], decision.accuracy_at["all"]
         sentences.append(
             f"Chosen on {questions}: {chosen} (logits). There accuracy goes from "
-            f"{decision.base_accuracy:.2%} to {everywhere:.2%} with the bias at every token, and to "
-            f"{answer:.2%} with it at the answer position alone."
+            f"{decision.base_accuracy:.2%} to {everywhere:.2%} with the bias at every token, and "
+            f"to {answer:.2%} with it at the answer position alone."
         )
     else:
         sentences.append(f"No tilt that was tried beats the unedited model on {questions}.")
