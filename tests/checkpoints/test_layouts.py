@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.checkpoints.held_out_check import Alone
 from expertcut.checkpoints.size import size
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
@@ -27,6 +26,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import encode
+from expertcut.stats import BitExactCheck
 from tests.conftest import FAMILIES, open_model
 from tests.support.exact_models import declared, make_base
 
@@ -121,7 +121,7 @@ def test_stock_without_a_fold_equals_logits_that_are_masked_before_top_k(
     wanted = scored(masked_before_top_k(reference, pruning), held_out)
     assert (wanted - scored(base, held_out)).abs().max() > 0.1
     assert (wanted - scored(found, held_out)).abs().max() <= 1e-6
-    assert built.proof and built.proof.differences[1].max_abs_logprob_diff <= 2e-6
+    assert built.proof and built.proof.held_out[1].max_abs_logprob_diff <= 2e-6
     assert load_plan(tmp_path / "out").fold == "off"
 
 
@@ -185,10 +185,10 @@ def test_quiet_questions_are_those_that_chose_no_removed_expert(
     pruning = choose(profile, Keep(count=28), Way(positions="all", layout="exact"))
     built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
     n_quiet = quiet_by_hand(profile, held_out, pruning)
-    assert built.proof and built.proof.alone == Alone(len(held_out), n_quiet, n_quiet)
     assert 0 < n_quiet < len(held_out)
-    figures = load_plan(tmp_path / "out").proof
-    assert figures["alone"] == {"questions": 33, "untouched": n_quiet, "bit_equal": n_quiet}
+    alone = {"questions": 33, "untouched": n_quiet, "bit_equal": n_quiet}
+    assert built.proof and built.proof.alone == BitExactCheck(**alone)
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["proof"]["alone"] == alone
 
 
 def test_a_checkpoint_that_changes_quiet_questions_is_found_out(
@@ -218,7 +218,7 @@ def test_removed_experts_can_give_their_mean_output(profile_of: Profiles, tmp_pa
         pruning = choose(profile, Keep(count=5), Way(layout="exact", removed=removed))
         built = build(profile, pruning.draft, tmp_path / removed, AS_IS)
         assert built.proof
-        against_base, against_reference = built.proof.differences
+        against_base, against_reference = built.proof.held_out
         assert against_reference.max_abs_logprob_diff < 1e-5
         moved[removed] = against_base.max_abs_logprob_diff
         assert load_plan(tmp_path / removed).removed == removed
@@ -235,7 +235,7 @@ def test_an_exact_boost_is_the_bias_itself(profile_of: Profiles, tmp_path: Path)
     built = build(profile, reweight_draft(profile, found, "exact"), tmp_path / "out", AS_IS)
     assert built.fits == []
     assert built.proof and built.proof.alone is None
-    against_base, against_exact = built.proof.differences
+    against_base, against_exact = built.proof.held_out
     assert against_base.max_abs_logprob_diff > 0.01
     assert against_exact.max_abs_logprob_diff == 0.0
     plan = load_plan(tmp_path / "out")

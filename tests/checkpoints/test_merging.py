@@ -250,7 +250,7 @@ def test_clones_merge_without_a_trace_under_the_unedited_router(
         assert {group for group in groups_of(edit) if len(group) > 1} == wanted
     if is_asked:
         assert done.built.proof is not None
-        assert done.built.proof.differences[2].max_abs_logprob_diff < 1e-4
+        assert done.built.proof.held_out[2].max_abs_logprob_diff < 1e-4
     moe, new = open_model(base), open_model(tmp_path / "out")
     inputs = router_inputs(moe, questions_for(profile, is_fitting=True).tuning)
     routers = unedited_routers(moe.blocks, done.draft.edits)
@@ -306,7 +306,7 @@ def test_a_clone_that_is_never_chosen_merges_without_a_trace_in_a_checkpoint(
         assert y_TD.abs().max() > 0.1
     if is_asked:
         assert done.built.proof is not None
-        assert done.built.proof.differences[0].max_abs_logprob_diff <= 1e-4
+        assert done.built.proof.held_out[0].max_abs_logprob_diff <= 1e-4
 
 
 def test_clones_with_one_row_act_as_one_expert_of_their_mass(
@@ -459,8 +459,8 @@ def test_a_plan_says_who_joined_whom_and_older_ones_still_read(
     assert '"merged": {"' in line  # one line per block
     (pruned,) = [e.model_dump(mode="json", exclude_none=True) for e in [Edit(keep=(0, 1))]]
     assert pruned == {"keep": [0, 1], "bias": {}, "scale": {}}
-    assert {row["layer"] for row in plan.proof["rows"]} == {0, 1}
-    assert plan.proof["held_out"][0]["against"] == "the unedited base"
+    assert {row["layer"] for row in plan.proof.rows} == {0, 1}
+    assert plan.proof.held_out[0].against == "the unedited base"
 
 
 def test_a_merged_checkpoint_is_profiled_pruned_and_merged_by_the_first_numbers(

@@ -57,7 +57,7 @@ def assert_cut_equals_mask(profile: Profile, folder: Path, within: float = 1e-5)
     pruning = choose(profile, Keep(count=6), Way(fold="off"))
     built = build(profile, pruning.draft, folder, AS_IS)
     assert built.proof is not None
-    against_base, against_mask = built.proof.differences
+    against_base, against_mask = built.proof.held_out
     assert against_base.max_abs_logprob_diff > 0.01
     assert against_mask.max_abs_logprob_diff < within
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -116,7 +116,7 @@ def test_the_checkpoint_says_what_it_is_and_loads_anywhere(
     assert config == {**original, "num_experts": 5}
     plan = load_plan(tmp_path / "out")
     assert len(load_hashes(tmp_path / "out", plan)) == plan.chosen_on.questions == 21
-    assert plan.proof["held_out"][0]["questions"] == 33
+    assert plan.proof.held_out[0].questions == 33
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 5
@@ -158,13 +158,12 @@ def test_a_boost_in_the_gate_row_comes_close_to_the_exact_bias(
     found = tilts(profile, ["3=2.0"], [f"0:{often}=1.0"])
     built = build(profile, reweight_draft(profile, found), tmp_path / "out", AS_IS)
     assert [fit.layer for fit in built.fits] == [0, 1]
-    against_base, against_exact = built.proof.differences
+    against_base, against_exact = built.proof.held_out
     assert against_exact.median_abs_logprob_diff < against_base.median_abs_logprob_diff / 2
-    base, exact, edited = built.proof.shares[1, 3]
-    assert base < edited
-    assert base < exact
-    base, exact, edited = built.proof.shares[0, often]
-    assert edited < base
+    boosted, suppressed = built.proof.share(1, 3), built.proof.share(0, often)
+    assert boosted.base < boosted.edited
+    assert boosted.base < boosted.exact
+    assert suppressed.edited < suppressed.base
     gates = [
         b.router.get_parameter("weight")
         for path in (Path(profile.info.model.id), tmp_path / "out")
@@ -183,7 +182,7 @@ def test_a_router_with_a_bias_of_its_own_carries_a_boost_exactly(
     profile = profile_of("gpt_oss")
     found = tilts(profile, ["3=1.0"], [])
     built = build(profile, reweight_draft(profile, found), tmp_path / "out", AS_IS)
-    against_base, against_exact = built.proof.differences
+    against_base, against_exact = built.proof.held_out
     assert against_base.max_abs_logprob_diff > 0.01
     assert against_exact.max_abs_logprob_diff < 1e-5
 
@@ -194,7 +193,7 @@ def test_a_plan_that_moves_nothing_writes_the_same_model(
     profile = profile_of("olmoe")
     pruning = choose(profile, Keep(count=8), Way())
     built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
-    assert [d.max_abs_logprob_diff for d in built.proof.differences] == [0.0, 0.0]
+    assert [d.max_abs_logprob_diff for d in built.proof.held_out] == [0.0, 0.0]
 
 
 def test_nothing_appears_when_the_build_fails(
@@ -265,4 +264,4 @@ def test_half_precision_weights_stay_as_they_are_stored(
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert stored.dtype == torch.bfloat16
-    assert np.isfinite(load_plan(tmp_path / "out").proof["held_out"][0]["max_abs_logprob_diff"])
+    assert np.isfinite(load_plan(tmp_path / "out").proof.held_out[0].max_abs_logprob_diff)

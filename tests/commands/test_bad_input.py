@@ -393,8 +393,10 @@ def test_results_that_cannot_be_written_are_refused_before_a_model_runs(
     assert "cannot be written" in refused(*command, "a file/results.json")
     shutil.copytree(model, tmp_path / "mine")
     for name in ("model.safetensors", "config.json"):
-        assert "so it is spared" in refused(*command, f"mine/{name}")
-        assert "so it is spared" in refused(*command, "new.json", "--lm-eval-json", f"mine/{name}")
+        assert "so it is not overwritten" in refused(*command, f"mine/{name}")
+        assert "so it is not overwritten" in refused(
+            *command, "new.json", "--lm-eval-json", f"mine/{name}"
+        )
     assert "name another" in refused(*command, "new.json", "--lm-eval-json", "./new.json")
 
 

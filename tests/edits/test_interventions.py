@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from expertcut.profiling.schema import BlockInfo, quiz_info
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Encoded, Pass, encode, packed_pass, prefix_pass
+from expertcut.stats import HeldOutResult
 from tests.conftest import SUBJECTS, make_tokenizer, open_model, write_quiz
 from tests.support.hand_made import (
     block,
@@ -500,7 +502,7 @@ def plan(**changes: Any) -> PlanFile:
         "removal": "reroute",
         "layout": "stock",
         "chosen_on": ChosenOn(quiz="birds", split="val", questions=3, sha256="0" * 64),
-        "proof": {"held_out": [{"against": "base", "flipped": 1}], "fits": []},
+        "proof": {"held_out_hashes": ["a" * 16], "fits": [{"layer": 0, "fit": 0.0}], "later": 1},
         "blocks": edits((0, 1), (2, 7), bias={7: 0.1 + 0.2}) | edits((0, 3), scale={3: 1 / 3}),
     }
     return PlanFile(**{**fields, **changes})
@@ -526,6 +528,51 @@ def test_a_plan_survives_the_trip_to_disk(tmp_path: Path):
     assert load_hashes(tmp_path / "p", written) == questions
     assert (tmp_path / "p" / "chosen_on.txt").read_text() == "a" * 16 + "\n" + "b" * 16 + "\n"
     assert plan_text(load_plan(tmp_path / "p")) == plan_text(written)
+
+
+SHIFT = (
+    '{"against": "base", "questions": 3, "max_abs_logprob_diff": 0.30000000000000004, '
+    '"median_abs_logprob_diff": 1e-07, "flipped": 1}'
+)
+
+
+@pytest.mark.parametrize(
+    "proof",
+    [
+        "{}",
+        '{"fits": []}',
+        f'{{"held_out": [{SHIFT}], "shares": [{{"layer": 1, "expert": 2, "base": 0.0, '
+        '"exact": 0.5, "edited": 0.25}]}',  # of the first version
+        f'{{"held_out_split": "val", "held_out_used": "were not used", "held_out": [{SHIFT}], '
+        '"held_out_hashes": ["ab cd"], "shares": [], "alone": null, "agreement": [], '
+        '"outcomes": [{"form": "healed", "questions": 3, "accuracy": 1.0, '
+        '"right_logprob": -0.25, "flipped": 0}]}',
+        '{"fits": [{"layer": 1, "quality": 0.75}], "rows": [{"layer": 0, "groups": 2}], '
+        '"of a later version": {"x": [1, 2.0, null]}}',
+    ],
+)
+def test_the_proof_of_any_version_is_written_as_it_was_read(tmp_path: Path, proof: str):
+    text = plan_text(plan(proof=HeldOutResult()))
+    assert ' "proof": {},\n' in text
+    text = text.replace(' "proof": {},\n', f' "proof": {proof},\n')
+    (tmp_path / "plan.json").write_text(text)
+    assert plan_text(load_plan(tmp_path)) == text
+
+
+@pytest.mark.parametrize(
+    ("proof", "place"),
+    [
+        ({"held_out": "good"}, "proof.held_out"),
+        ({"held_out": [{"against": "x"}]}, "proof.held_out.0.questions"),
+        ({"held_out_hashes": [1]}, "proof.held_out_hashes.0"),
+        ({"held_out_used": 1}, "proof.held_out_used"),
+    ],
+)
+def test_a_proof_of_another_form_is_refused(tmp_path: Path, proof: dict[str, Any], place: str):
+    content = json.loads(plan_text(plan()))
+    (tmp_path / "plan.json").write_text(json.dumps({**content, "proof": proof}))
+    with pytest.raises(PlanError, match=re.escape(f"{place}: ")):
+        load_plan(tmp_path)
 
 
 def test_the_list_of_questions_must_be_the_one_that_the_plan_names(tmp_path: Path):

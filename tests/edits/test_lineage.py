@@ -167,11 +167,11 @@ def test_a_card_tells_all_steps_from_any_directory_or_says_that_it_cannot(
         file = own / "tilted" / "plan.json"
         file.write_text(file.read_text().replace(f'"{own / "cut"}"', '"cut"'))
     monkeypatch.chdir(tmp_path)
-    found = origin(load_plan(own / "tilted"), own / "tilted")
+    found = origin(own / "tilted")
     assert [step.action.split()[0] for step in found.steps] == ["prune", "reweight"]
     assert found.is_here
     (own / "cut" / "model.safetensors").write_bytes(b"another")
-    found = origin(load_plan(own / "tilted"), own / "tilted")
+    found = origin(own / "tilted")
     assert [step.action.split()[0] for step in found.steps] == ["reweight"]
     assert not found.is_here and "cannot say what was done to it before" in caplog.text
     expertcut("publish", own / "tilted", "birds/tilted", "--dry-run")

@@ -11,14 +11,14 @@ from expertcut.edits.reweight_tune import STRENGTHS, Procedure, Shift, firsts
 from expertcut.errors import PlanError, QuizError
 from expertcut.evaluation.cross_fit import (
     FOLDS,
-    Control,
-    Judged,
+    CrossFit,
+    RandomBaseline,
+    cross_fit,
+    cross_fit_result,
     deal,
     draw,
-    judge,
-    load_proof,
+    load_cross_fit,
     proof_file,
-    proof_result,
 )
 from tests.support.worlds import EXPERTS, LAYERS, TOP_K, World, softmax, world
 
@@ -26,10 +26,10 @@ HARM = {(1, 3): -12.0}
 SUPPRESS = Procedure(chooser=Chooser(suppress_worst=1), is_tuned=True)
 
 
-def judged(made: World, procedure: Procedure, draws: int = 99) -> Judged:
-    *_, last = judge(made.records, procedure, made.ask, draws)
-    assert last.judged is not None
-    return last.judged
+def judged(made: World, procedure: Procedure, draws: int = 99) -> CrossFit:
+    *_, last = cross_fit(made.records, procedure, made.ask, draws)
+    assert last.result is not None
+    return last.result
 
 
 def test_folds_keep_repeats_together_and_spread_every_subject() -> None:
@@ -159,7 +159,7 @@ def test_without_a_search_strengths_are_given_or_gaps() -> None:
 
 def test_a_harmful_expert_is_found_suppressed_and_proved() -> None:
     found = judged(world(7, 1500, HARM), SUPPRESS)
-    result = proof_result(found, "suppress-worst 1", ("made up", "val"), seed=0)
+    result = cross_fit_result(found, "suppress-worst 1", quiz="made up", split="val", seed=0)
     assert result.verdict == "helps"
     assert result.cross_fitted.ci95[0] > 0
     assert all(fold.biases[0][:2] == (1, 3) for fold in result.folds)
@@ -212,18 +212,18 @@ def test_a_random_expert_gets_the_bias_of_the_one_whose_place_it_takes() -> None
         asked.append(shifts)
         return made.ask(shifts)
 
-    *_, last = judge(made.records, procedure, ask, draws=1, seed=0)
-    assert last.judged is not None
-    (own,) = last.judged.settled.shifts
+    *_, last = cross_fit(made.records, procedure, ask, draws=1, seed=0)
+    assert last.result is not None
+    (own,) = last.result.settled.shifts
     assert (own.layer, own.expert) == (picks[1].layer, picks[1].expert) and own.bias > 0
     other = draw(Chooser(), made.records, picks, np.random.default_rng(0))[picks[1]]
     assert asked[-1] == (Shift(other.layer, other.expert, own.bias),)
 
 
 def test_few_distinct_draws_cannot_show_much() -> None:
-    many, few = Control(np.zeros(99), distinct=60), Control(np.zeros(99), distinct=7)
+    many, few = RandomBaseline(np.zeros(99), distinct=60), RandomBaseline(np.zeros(99), distinct=7)
     assert many.p(0.5) == pytest.approx(1 / 61) and few.p(0.5) == pytest.approx(1 / 8)
-    assert Control(np.zeros(99), distinct=99).p(0.5) == pytest.approx(0.01)
+    assert RandomBaseline(np.zeros(99), distinct=99).p(0.5) == pytest.approx(0.01)
     assert many.p(-0.1) == 1
 
 
@@ -235,15 +235,15 @@ def test_fewer_questions_than_folds_are_refused() -> None:
 
 def test_a_proof_is_read_as_it_was_written(tmp_path) -> None:
     found = judged(world(11, 100), SUPPRESS, draws=9)
-    result = proof_result(found, "suppress-worst 1", ("made up", "val"), seed=0)
+    result = cross_fit_result(found, "suppress-worst 1", quiz="made up", split="val", seed=0)
     [(name, content)] = proof_file(result).items()
     (tmp_path / name).write_bytes(content)
-    assert load_proof(tmp_path) == result
+    assert load_cross_fit(tmp_path) == result
     (tmp_path / "proof.json").write_text('{"format": 2}')
     with pytest.raises(PlanError, match="is no proof"):
-        load_proof(tmp_path)
+        load_cross_fit(tmp_path)
     with pytest.raises(PlanError, match="cannot be read"):
-        load_proof(tmp_path / "nowhere")
+        load_cross_fit(tmp_path / "nowhere")
 
 
 def test_shuffled_labels_give_no_evidence() -> None:
@@ -262,7 +262,8 @@ def test_shuffled_labels_give_no_evidence() -> None:
     for seed in range(100):
         answer_N = rng.permutation(made.records.answer_N)
         shuffled = replace(made.records, answer_N=answer_N)
-        *_, last = judge(shuffled, procedure, ask, draws=24, seed=seed)
-        assert last.judged is not None
-        verdicts[proof_result(last.judged, "-", ("made up", "val"), seed).verdict] += 1
+        *_, last = cross_fit(shuffled, procedure, ask, draws=24, seed=seed)
+        assert last.result is not None
+        result = cross_fit_result(last.result, "-", quiz="made up", split="val", seed=seed)
+        verdicts[result.verdict] += 1
     assert verdicts["no evidence"] >= 90, verdicts

@@ -184,9 +184,7 @@ def test_the_outcomes_are_those_of_scoring_each_form_alone(
         assert outcome.right_logprob == pytest.approx(float(right), abs=1e-5)
         assert outcome.flipped == int((said_N != forms[0].argmax(dim=1)).sum())
     assert len({o.right_logprob for o in built.proof.outcomes}) >= 3
-    assert (
-        load_plan(built.folder).proof["outcomes"][2]["flipped"] == built.proof.outcomes[2].flipped
-    )
+    assert load_plan(built.folder).proof.outcomes[2].flipped == built.proof.outcomes[2].flipped
 
 
 def choices(moe: MoeModel, quiz: Quiz, draft: EditPlan | None) -> tuple[list[set[int]], list[bool]]:
@@ -271,14 +269,14 @@ def test_a_cut_can_tilt_what_it_keeps(
     assert draft.slug.startswith(cut.slug) and f"boost-1.{last}-scale-1.{first}" in draft.slug
     built = build(profile, draft, tmp_path / "out", AS_IS)
     assert built.proof and built.proof.alone is None
-    against_base, against_plan = built.proof.differences
+    against_base, against_plan = built.proof.held_out
     assert against_plan.against == "the same plan at run time"
     assert against_base.max_abs_logprob_diff > 0.1
     is_close = layout == "exact" or family == "gpt_oss"  # b·v is none
     assert not is_close or against_plan.max_abs_logprob_diff < 1e-5
     assert against_plan.median_abs_logprob_diff < against_base.median_abs_logprob_diff / 2
-    base, exact, edited = built.proof.shares[1, last]
-    assert base < edited and (not is_close or exact == edited)
+    share = built.proof.share(1, last)
+    assert share.base < share.edited and (not is_close or share.exact == share.edited)
     assert [o.form for o in built.proof.outcomes][1] == "the plan without biases"
     edit = load_plan(built.folder).blocks[LAST]
     assert (edit.bias, edit.scale, len(edit.keep)) == ({last: 1.5}, {first: 0.3}, 6)
@@ -339,7 +337,7 @@ def test_a_cut_model_calls_its_experts_by_their_first_numbers(
         plan = load_plan(built.folder)
         edit = plan.blocks[LAST]
         assert (edit.keep, edit.bias, edit.scale) == (keep, {keep[-1]: 1.5}, {keep[0]: 0.5})
-        assert [s["expert"] for s in plan.proof["shares"]] == [keep[-1], keep[0]]
+        assert [s.expert for s in plan.proof.shares] == [keep[-1], keep[0]]
         assert f"Expert {keep[-1]} of layer 1" in tilt_sentences(found, built, draft.numbers)[0]
         assert load_hashes(built.folder, plan) >= load_hashes(
             Path(profile.info.model.id), load_plan(Path(profile.info.model.id))

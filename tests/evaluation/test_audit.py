@@ -23,12 +23,12 @@ from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.ablation import (
     Auditing,
     AuditOptions,
+    evaluate_criterion,
     interval,
     ranks_overall,
     ranks_within,
     regret,
     sample_experts,
-    verdict,
 )
 from expertcut.evaluation.search_results import AblationEffect, Audit, CriterionRank, load_audit
 from expertcut.models.hooks import Routing, observe_routers
@@ -210,7 +210,7 @@ def synthetic(
     return harms, harm_X
 
 
-def standing(score_X: np.ndarray, each: int = 6) -> CriterionRank:
+def ranks_of(score_X: np.ndarray, each: int = 6) -> CriterionRank:
     rows = score_X.reshape(-1, each)
     place = np.argsort(np.argsort(-rows, axis=1, kind="stable"), axis=1).ravel()
     return CriterionRank(
@@ -222,12 +222,12 @@ def test_rank_correlations_are_those_of_scipy() -> None:
     for seed in range(5):
         harms, harm_X = synthetic(seed)
         score_X = np.round(harm_X + np.random.default_rng(seed + 9).normal(size=18), 0)  # ties
-        found = verdict("x", standing(score_X), harms, (0.5,), 0)
+        found = evaluate_criterion("x", ranks_of(score_X), harms, (0.5,), 0)
         assert found.overall.rho == pytest.approx(spearmanr(score_X, harm_X).statistic)
         assert found.overall.ci95 is not None
         assert -1 <= found.overall.ci95[0] < found.overall.rho < found.overall.ci95[1] <= 1
         alone, own = synthetic(seed, n_layers=1, each=9)
-        within = verdict("x", standing(own**2, 9), alone, (0.5,), 0).within
+        within = evaluate_criterion("x", ranks_of(own**2, 9), alone, (0.5,), 0).within
         assert within.rho == pytest.approx(spearmanr(own**2, own).statistic)
 
 
@@ -235,12 +235,12 @@ def test_pairs_that_happen_to_agree_are_no_order_beyond_chance() -> None:
     harms, harm_X = synthetic(3, n_layers=4, each=2)
     score_X = harm_X.copy()
     score_X[:4] = 0.0  # tells two of four pairs apart, and both as they are
-    few = verdict("x", standing(score_X, 2), harms, (0.5,), 0).within
+    few = evaluate_criterion("x", ranks_of(score_X, 2), harms, (0.5,), 0).within
     assert few.ci95 is not None and few.ci95[0] < 0
     assert few.p == pytest.approx(0.25, abs=0.05) and not few.is_clear
     many, own_X = synthetic(3)
-    assert verdict("x", standing(own_X), many, (0.5,), 0).within.is_clear
-    assert not verdict("x", standing(-own_X), many, (0.5,), 0).within.is_clear
+    assert evaluate_criterion("x", ranks_of(own_X), many, (0.5,), 0).within.is_clear
+    assert not evaluate_criterion("x", ranks_of(-own_X), many, (0.5,), 0).within.is_clear
 
 
 @pytest.mark.parametrize(("n_layers", "each"), [(4, 2), (16, 2), (16, 4), (4, 16)])
@@ -262,15 +262,15 @@ def test_the_interval_of_a_correlation_holds_no_correlation(n_layers: int, each:
 def test_what_is_the_same_in_each_layer_says_nothing_within_them() -> None:
     harms, _ = synthetic(0)
     by_layer_X = np.repeat([1.0, 2.0, 3.0], 6)
-    found = verdict("x", standing(by_layer_X), harms, (0.5,), 0)
+    found = evaluate_criterion("x", ranks_of(by_layer_X), harms, (0.5,), 0)
     assert found.within.rho is None and found.within.ci95 is None
     assert found.overall.rho is not None
 
 
 def test_the_truth_as_a_score_has_no_regret_and_its_opposite_the_most() -> None:
     harms, harm_X = synthetic(1)
-    best = verdict("x", standing(harm_X), harms, (0.75, 0.5, 0.25), 0)
-    worst = verdict("x", standing(-harm_X), harms, (0.75, 0.5, 0.25), 0)
+    best = evaluate_criterion("x", ranks_of(harm_X), harms, (0.75, 0.5, 0.25), 0)
+    worst = evaluate_criterion("x", ranks_of(-harm_X), harms, (0.75, 0.5, 0.25), 0)
     assert best.within.rho == pytest.approx(1) and worst.within.rho == pytest.approx(-1)
     for good, bad in zip(best.regrets, worst.regrets, strict=True):
         assert good.regret == pytest.approx(0, abs=1e-12) and bad.regret > good.random - good.least
@@ -414,7 +414,7 @@ def test_of_a_quiz_of_one_set_a_fifth_is_audited_that_scored_nothing(
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (("--by", "fame"), "--by fame is no criterion"),
+        (("--by", "fame"), "--by fame is not a criterion"),
         (("--by", "random,random"), "names random twice"),
         (("--fractions", "0"), "--fractions 0"),
         (("--seed", "-1"), "--seed -1"),

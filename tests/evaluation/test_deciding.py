@@ -14,7 +14,7 @@ from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.reweight import read_layers
 from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast
 from expertcut.errors import SettingsError
-from expertcut.evaluation.cross_fit import load_proof
+from expertcut.evaluation.cross_fit import load_cross_fit
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import COUNTS, open_model, write_quiz
@@ -79,7 +79,7 @@ def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(profile: Profile
     }
     assert kept == pytest.approx(named)
     assert "found by a search" in out and "at the answer position alone" in out
-    assert plan.chosen_on.split == "val" and "held_out_split" in plan.proof
+    assert plan.chosen_on.split == "val" and plan.proof.held_out_split
     quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=1))
     assert load_hashes(Path("tuned"), plan) == {q.hash_line for q in quiz}
     assert "Strength (logits) against accuracy" in run("show", "tuned")
@@ -90,7 +90,7 @@ def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(profile: Profile
 def test_a_proof_is_printed_written_and_shown(profile: Profile, run: Run) -> None:
     asked = ("--boost-best", 1, "--strength", 2, "--prove", "--plan-only", "--seed", 3)
     out = run("reweight", "--profile", profile.path, *asked, "--out", "proof-1")
-    proof = load_proof(Path("proof-1"))
+    proof = load_cross_fit(Path("proof-1"))
     assert proof.random.draws == 99 and proof.seed == 3 and len(proof.folds) == 5
     assert sum(fold.questions for fold in proof.folds) == proof.questions
     assert proof.sentence in out.replace("\n", " ")
@@ -112,7 +112,7 @@ def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(
     out = run(*asked, "--prove", "--out", "proof")
     assert "No tilt that was tried beats the unedited model" in out
     assert [f.name for f in Path("proof").iterdir()] == ["proof.json"]
-    assert load_proof(Path("proof")).verdict == "no evidence"
+    assert load_cross_fit(Path("proof")).verdict == "no evidence"
     assert "cross-fitted" in run("show", "proof")
     assert "cross-fitted" in run("show", "proof/proof.json")
 

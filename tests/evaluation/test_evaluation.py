@@ -21,20 +21,20 @@ from expertcut.data import Selection, load_quiz, prompt
 from expertcut.edits.plan import ChosenOn, Edit, PlanFile, PlanModel, hashes_sha256, save_plan
 from expertcut.errors import ModelError, OutputError, PlanError
 from expertcut.evaluation.evaluate import find_models, results, score
-from expertcut.evaluation.results import Results, Scored, Scoring, load_results, save_results
-from expertcut.evaluation.stats import (
+from expertcut.evaluation.results import Results, Scored, Scoring, load_results, save_outcome
+from expertcut.models.load import LoadOptions, find_source
+from expertcut.profiling.measure import MeasureOptions
+from expertcut.profiling.workers import Progress
+from expertcut.stats import (
+    Comparison,
     accuracy,
     compare,
     mcnemar,
     paired_interval,
     pooled_stderr,
-    shows_change,
     smallest_effect,
-    wilson,
+    wilson_interval,
 )
-from expertcut.models.load import LoadOptions, find_source
-from expertcut.profiling.measure import MeasureOptions
-from expertcut.profiling.workers import Progress
 from tests.conftest import SUBJECTS, open_model
 
 close = pytest.approx
@@ -48,8 +48,8 @@ Checkpoints = Callable[..., Path]
 def test_the_interval_is_wilsons(n: int):
     for n_correct in {0, 1, n // 3, n - 1, n}:
         expected = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
-        assert wilson(n_correct, n) == close((expected.low, expected.high), abs=1e-12)
-        low, high = wilson(n_correct, n)
+        assert wilson_interval(n_correct / n, n) == close((expected.low, expected.high), abs=1e-12)
+        low, high = wilson_interval(n_correct / n, n)
         assert 0 <= low < high <= 1
         assert low - 1e-12 <= n_correct / n <= high + 1e-12
 
@@ -57,7 +57,7 @@ def test_the_interval_is_wilsons(n: int):
 def test_wilsons_interval_takes_a_fractional_number():
     # Its ends are the p whose distance from the share is 1.96 of their own standard error.
     share, n = 0.3, 12.7
-    for p in wilson(share * n, n):
+    for p in wilson_interval(share, n):
         assert abs(share - p) == close(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-6)
 
 
@@ -158,11 +158,16 @@ def test_what_the_exact_test_rejects_lies_outside_the_interval():
     ]
     for gained, lost, n in counts:
         ci95, p = paired_interval(gained, lost, n), mcnemar(gained, lost)
-        assert shows_change(ci95, p) == (p < 0.05)
+        assert comparison(ci95, p).is_significant == (p < 0.05)
         n_significant += p < 0.05
         n_open += p >= 0.05 and not ci95[0] <= 0 <= ci95[1]
     assert n_significant > 100 and n_open > 10
-    assert not shows_change((0.01, 0.28), 0.62)  # as an earlier version wrote for 14 questions
+    # An interval of an earlier version, of 14 questions.
+    assert not comparison((0.01, 0.28), 0.62).is_significant
+
+
+def comparison(ci95: tuple[float, float], p: float) -> Comparison:
+    return Comparison(delta=0, ci95=ci95, gained=0, lost=0, mcnemar_p=p, smallest_effect=0)
 
 
 SIZES = {
@@ -382,7 +387,7 @@ def test_results_have_the_documented_keys(
     pair: tuple[list[Path], Scoring, Results], tmp_path: Path
 ):
     _, how, found = pair
-    save_results(tmp_path / "results.json", found)
+    save_outcome(tmp_path / "results.json", found)
     text = (tmp_path / "results.json").read_text()
 
     def never(constant: str) -> None:
@@ -516,7 +521,7 @@ def test_results_that_make_no_sense_are_refused(
     pair: tuple[list[Path], Scoring, Results], tmp_path: Path, path: tuple[Any, ...], value: object
 ):
     file = tmp_path / "results.json"
-    save_results(file, pair[2])
+    save_outcome(file, pair[2])
     fields = json.loads(file.read_text())
     *parents, last = path
     inner = fields

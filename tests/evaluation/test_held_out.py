@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertcut.checkpoints.held_out_check import Difference, Proof
+from expertcut.checkpoints.held_out_check import sorted_hashes
 from expertcut.data import Question, Selection, load_quiz
 from expertcut.data.questions import Quiz
 from expertcut.data.sources import Weighted
@@ -23,6 +23,7 @@ from expertcut.edits.splits import (
     UNUSED,
     choosing_profile,
     draft_plan,
+    judged_by,
     questions_for,
     read_judged,
     used_hashes,
@@ -35,6 +36,7 @@ from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile
 from expertcut.reporting.page_sections import _held_out
 from expertcut.reporting.show import Found
+from expertcut.stats import HeldOutResult, LogprobShift
 from tests.conftest import Commands, make_tokenizer, open_model
 from tests.support.hand_made import block, profile_info
 
@@ -188,15 +190,26 @@ def test_no_question_that_was_used_is_called_held_out(
         if not len(questions.held_out):
             assert questions.why_unjudged
             return
-        asked = Difference("the base", len(questions.held_out), 1.0, 0.5, 0)
-        proof = Proof(questions.held_out.split, [asked], {}, None)
-        proof = proof.judged_by(questions.held_out, used)
-        plan = plan.model_copy(update={"proof": proof.figures(draft)})
+        held_out = questions.held_out
+        shift = LogprobShift(
+            against="the base",
+            questions=len(held_out),
+            max_abs_logprob_diff=1.0,
+            median_abs_logprob_diff=0.5,
+            flipped=0,
+        )
+        proof = HeldOutResult(
+            held_out_split=held_out.split,
+            held_out=(shift,),
+            held_out_hashes=sorted_hashes(held_out),
+        )
+        judged = judged_by(proof.held_out_hashes, used, held_out.split)
+        plan = plan.model_copy(update={"proof": proof})
         save_plan(folder / "cut", plan, used)
         read = load_plan(folder / "cut")
         titles = [
-            proof.judged.title,
-            proof.judged.noun,
+            judged.title,
+            judged.noun,
             read_judged(read, folder / "cut").title,
             read_judged(read, folder / "cut").clause,
             *(part.title for part in _held_out(Found(folder / "cut" / "plan.json", "cut", read))),  # type: ignore[union-attr]
@@ -336,10 +349,11 @@ def test_a_quiz_of_one_set_is_chosen_on_four_fifths_and_judged_on_the_last(
         assert plan.chosen_on.questions == 41 - n_held
         assert "Held-out questions (val)" in out and read_judged(plan, Path(name)).used == 0
         assert len(load_hashes(Path(name), plan)) == 41 - n_held
-        assert len(plan.proof["held_out_hashes"]) == n_held
+        assert len(plan.proof.held_out_hashes) == n_held
         # A plan that was edited to name others is found out.
         lines = (Path(name) / "chosen_on.txt").read_text().splitlines()
-        claims = plan.model_copy(update={"proof": {**plan.proof, "held_out_hashes": lines[:2]}})
+        proof = plan.proof.model_copy(update={"held_out_hashes": tuple(lines[:2])})
+        claims = plan.model_copy(update={"proof": proof})
         assert read_judged(claims, Path(name)).used == 2
     out = expertcut("prune", *asked, "--keep", 5, "--held-out", 0, "--out", "all")
     assert "eld-out" not in out and "held out" not in out

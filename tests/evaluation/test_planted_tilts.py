@@ -15,7 +15,7 @@ import torch
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.reweight_select import Chooser, SelectedExpert, right
 from expertcut.edits.reweight_tune import Procedure, Shift
-from expertcut.evaluation.cross_fit import Judged, judge, verdict
+from expertcut.evaluation.cross_fit import CrossFit, cross_fit, verdict
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine
@@ -38,10 +38,10 @@ def accuracy(rescorer: CachedScorer, shifts: tuple[Shift, ...] = ()) -> float:
     return float(right(rescorer.ask(shifts), rescorer.records.answer_N).mean())
 
 
-def judged(rescorer: CachedScorer, procedure: Procedure, draws: int) -> Judged:
-    *_, last = judge(rescorer.records, procedure, rescorer.ask, draws)
-    assert last.judged is not None
-    return last.judged
+def judged(rescorer: CachedScorer, procedure: Procedure, draws: int) -> CrossFit:
+    *_, last = cross_fit(rescorer.records, procedure, rescorer.ask, draws)
+    assert last.result is not None
+    return last.result
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_saboteur_is_found_and_suppressed(healthy: CachedScorer):
     found = judged(asked(moe, QUIZ), procedure, draws=3)
     assert found.settled.shifts[0][:2] == (LAST, expert)
     assert found.cross_fitted.ci95[0] > 0
-    assert found.control.delta_B.max() < found.cross_fitted.delta / 2
+    assert found.random.delta_B.max() < found.cross_fitted.delta / 2
     test = asked(moe, QUIZ, "test", N_TEST)
     harmed, repaired = accuracy(test), accuracy(test, found.settled.shifts)
     assert harmed < whole - 0.1
@@ -101,9 +101,9 @@ def test_shuffled_answers_of_a_healthy_model_are_no_evidence(healthy: CachedScor
     for seed in range(100):
         answer_N = np.random.default_rng(seed).permutation(healthy.records.answer_N)
         records = replace(healthy.records, answer_N=answer_N)
-        *_, last = judge(records, procedure, healthy.ask, draws=1, seed=seed)
-        assert last.judged is not None
+        *_, last = cross_fit(records, procedure, healthy.ask, draws=1, seed=seed)
+        assert last.result is not None
         # One draw could never let it say "helps": as if no random expert ever did as well.
-        found = last.judged.cross_fitted
-        verdicts[verdict(found.ci95, found.mcnemar_p, p_random=0)] += 1
+        found = last.result.cross_fitted
+        verdicts[verdict(found, p_random=0)] += 1
     assert verdicts["no evidence"] >= 90, verdicts

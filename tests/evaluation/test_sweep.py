@@ -352,7 +352,7 @@ def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
         (("--sweep", "0.5,0.5"), "has 0.5 twice"),
         (("--sweep", ""), "must be a share"),
         (("--sweep", "0.1"), "keep 2 to 8"),
-        (("--sweep", "0.5", "--by", "fame"), "--by fame is no criterion"),
+        (("--sweep", "0.5", "--by", "fame"), "--by fame is not a criterion"),
         (("--sweep", "0.5", "--by", "random,random"), "names random twice"),
         (("--sweep", "0.5", "--keep", "4"), "--keep does not go with --sweep"),
         (("--sweep", "0.5", "--plan-only"), "--plan-only does not go with --sweep"),

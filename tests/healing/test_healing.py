@@ -183,12 +183,12 @@ def test_the_plan_says_who_is_left_and_what_was_shown(
     assert {q.hash_line for q in trained} <= shown
     record = json.loads((tmp_path / "out" / "healing.json").read_text())
     assert len(record["losses"]) == 4 and record["questions"] + 2 <= len(trained)
-    assert after.proof["held_out_split"] == "test" and len(after.proof["outcomes"]) == 3
+    assert after.proof.held_out_split == "test" and len(after.proof.outcomes) == 3
     # What is told is what anyone measures.
     quiz = load_quiz(Selection(str(quiz_folder), "test", 1))
     logprob_NC = ask(Engine(open_model(tmp_path / "out"), 512), quiz)
     right = sum(int(row.argmax()) == q.answer for row, q in zip(logprob_NC, quiz, strict=True))
-    assert after.proof["outcomes"][-1]["accuracy"] == pytest.approx(right / len(quiz))
+    assert after.proof.outcomes[-1].accuracy == pytest.approx(right / len(quiz))
 
 
 def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: Commands) -> None:

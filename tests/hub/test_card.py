@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 
 from expertcut.edits.plan import PlanModel, load_plan
-from expertcut.evaluation.results import load_results, save_results
+from expertcut.evaluation.results import load_results, save_outcome
 from expertcut.hub.card import Place, card_text, is_edited, loaders
 from expertcut.hub.provenance import evaluations, origin, verified
 from expertcut.models.load import find_source
@@ -29,7 +29,7 @@ BASE = "clocks/base"
 def card_of(folder: Path, *results: Path) -> str:
     found = verified(folder)
     evaluated = evaluations(found, results)
-    return card_text(found, origin(found.plan, found.folder), evaluated, PLACE)
+    return card_text(found, origin(found.folder), evaluated, PLACE)
 
 
 def metadata_of(card: str) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def test_a_step_before_is_told(made: Path, tmp_path: Path) -> None:
     edits = {n: e.model_copy(update={"bias": {e.keep[0]: 1.0}}) for n, e in plan.blocks.items()}
     changes = {"model": model, "action": "reweight --boost 0:1", "blocks": edits}
     (second / "plan.json").write_text(plan.model_copy(update=changes).model_dump_json())
-    steps = origin(load_plan(second), second).steps
+    steps = origin(second).steps
     assert [step.action for step in steps] == ["prune --keep 5", "reweight --boost 0:1"]
     card = card_of(second)
     assert {"pruning", "expert-reweighting"} <= set(metadata_of(card)["tags"])
@@ -286,6 +286,6 @@ def test_a_card_says_how_many_prompts_were_cut(made: Path, hub: LocalHub, tmp_pa
     found = load_results(made / "results.json")
     assert "cut from the left" not in card_of(folder, made / "results.json")
     models = [model.model_copy(update={"cut": 17}) for model in found.models]
-    save_results(tmp_path / "r.json", found.model_copy(update={"models": models}))
+    save_outcome(tmp_path / "r.json", found.model_copy(update={"models": models}))
     heading = "test, 1 shots, 17 prompts cut from the left to fit the context\n"
     assert heading in card_of(folder, tmp_path / "r.json").replace("\\", "")

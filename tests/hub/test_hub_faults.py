@@ -42,7 +42,7 @@ def test_a_hub_that_is_at_fault_twice_is_asked_until_it_answers(
     done = publish(folder, REPO)
     for _ in range(2):  # some steps huggingface_hub asks again by itself
         if done.status:
-            refused(done, "500: the Hub has a fault of its own: run the same command again")
+            refused(done, "500: the Hub has an internal error: run the same command again")
             done = publish(folder, REPO)
     assert done.status == 0, done.err
     assert fault.times == 0

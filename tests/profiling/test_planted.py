@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.evaluation.stats import mcnemar
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.profiling.findings import Findings, find
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile
 from expertcut.scoring.router_bias import Tilts, tilted
+from expertcut.stats import mcnemar
 from tests.conftest import open_model
 
 QUICKSTART = Path(__file__).parents[2] / "checkpoints" / "quickstart"

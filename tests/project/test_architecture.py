@@ -13,6 +13,7 @@ ORDER = (
     "files",
     "documents",
     "settings",
+    "stats",
     "data",
     "models",
     "scoring",

@@ -19,23 +19,23 @@ from expertcut.cli import HarmlessFormatter, main
 from expertcut.edits.plan import Edit, PlanFile, PlanModel, load_plan
 from expertcut.edits.prune import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
-from expertcut.evaluation.cross_fit import Change, ProofResult, RandomControl
-from expertcut.evaluation.results import ChosenOnResult
+from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
+from expertcut.evaluation.results import ChosenOnResult, save_outcome
 from expertcut.evaluation.search_results import (
+    AUDIT_FILE,
+    SWEEP_FILE,
     AblationEffect,
     Audit,
-    AuditAsked,
+    AuditRequest,
+    BudgetRegret,
     Correlation,
+    CriterionEvaluation,
     CriterionRank,
-    Regret,
-    Sampled,
+    SampledExpert,
     Sweep,
-    SweepAsked,
     SweepCell,
+    SweepRequest,
     SweptModel,
-    Verdict,
-    save_audit,
-    save_sweep,
 )
 from expertcut.profiling.findings import find, findings_json
 from expertcut.profiling.storage import Profile, load_profile
@@ -266,7 +266,7 @@ def make_sweep(folder: Path, profile: Profile) -> Sweep:
     """Two criteria at two shares; the last cell is not finished."""
     sizes = {"parameters": 4_000, "active_parameters": 1_000, "bytes": 16_000}
     base = {"accuracy": 0.75, "ci95": (0.7, 0.8), "questions": 100, "right_logprob": -0.5, **sizes}
-    change = Change(
+    change = Comparison(
         delta=-0.05, ci95=(-0.1, 0.0), gained=1, lost=6, mcnemar_p=0.1, smallest_effect=0.07
     )
     moved = {"max_abs_logprob_diff": 1.0, "median_abs_logprob_diff": 0.1, "change": change}
@@ -275,7 +275,7 @@ def make_sweep(folder: Path, profile: Profile) -> Sweep:
         SweepCell(**{**base, "accuracy": share}, **moved, by=by, fraction=fraction, keep=keep)
         for by, fraction, share in (("reap", 0.5, 0.7), ("reap", 0.25, 0.5), ("random", 0.5, 0.6))
     ]
-    asked = SweepAsked(
+    asked = SweepRequest(
         scored=profile.info,
         profile="0" * 64,
         by=("reap", "random"),
@@ -292,14 +292,14 @@ def make_sweep(folder: Path, profile: Profile) -> Sweep:
     chosen_on = ChosenOnResult(split="val", overlap=0)
     found = Sweep(asked=asked, chosen_on=chosen_on, base=SweptModel(**base), cells=tuple(cells))
     folder.mkdir()
-    save_sweep(folder, found)
+    save_outcome(folder / SWEEP_FILE, found)
     return found
 
 
 def make_audit(folder: Path, profile: Profile) -> Audit:
     """Two experts removed, two criteria judged, one of them without a correlation."""
     model, info = profile.info.model, profile.info
-    asked = AuditAsked(
+    asked = AuditRequest(
         model=PlanModel(id=model.id, revision=None, fingerprint=model.fingerprint),
         settings=info.settings,
         profile="0" * 64,
@@ -323,14 +323,14 @@ def make_audit(folder: Path, profile: Profile) -> Audit:
         "mcnemar_p": 0.6,
         "largest": 1,
     }
-    regret = (Regret(fraction=0.5, removed=1, chosen=0.3, least=0.125, random=0.2),)
+    regret = (BudgetRegret(fraction=0.5, removed=1, chosen=0.3, least=0.125, random=0.2),)
     known, unknown = Correlation(rho=0.5, ci95=(0.25, 0.75)), Correlation(rho=None, ci95=None)
     found = Audit(
         asked=asked,
         overlap=0,
         accuracy=0.75,
         right_logprob=-0.5,
-        sampled=tuple(Sampled(layer=0, row=e, expert=e) for e in (0, 1)),
+        sampled=tuple(SampledExpert(layer=0, row=e, expert=e) for e in (0, 1)),
         standings={
             by: CriterionRank(score=(1, 2), share=(0.3, 0.7), place=(1, 0)) for by in asked.by
         },
@@ -338,12 +338,12 @@ def make_audit(folder: Path, profile: Profile) -> Audit:
             AblationEffect(layer=0, expert=e, logprob=0.1 + e / 10, **harm) for e in (0, 1)
         ),
         verdicts=tuple(
-            Verdict(by=by, within=its, overall=its, within_accuracy=its, regrets=regret)
+            CriterionEvaluation(by=by, within=its, overall=its, within_accuracy=its, regrets=regret)
             for by, its in zip(asked.by, (known, unknown), strict=True)
         ),
     )
     folder.mkdir()
-    save_audit(folder, found)
+    save_outcome(folder / AUDIT_FILE, found)
     return found
 
 
@@ -370,10 +370,10 @@ def test_sweeps_and_audits_stand_there_as_show_prints_them(tmp_path: Path):
 
 
 def test_a_proof_stands_with_its_plan_or_alone(tmp_path: Path):
-    change = Change(
+    change = Comparison(
         delta=0.02, ci95=(0.01, 0.03), gained=4, lost=2, mcnemar_p=0.04, smallest_effect=0.01
     )
-    proof = ProofResult(
+    proof = CrossFitResult(
         procedure="reweight --tune <b>",
         quiz="birds",
         split="val",
@@ -382,7 +382,7 @@ def test_a_proof_stands_with_its_plan_or_alone(tmp_path: Path):
         base_accuracy=0.5,
         cross_fitted=change,
         same_questions=change,
-        random=RandomControl(draws=99, distinct=90, delta_mean=0.0, range95=(-0.01, 0.01), p=0.01),
+        random=RandomResult(draws=99, distinct=90, delta_mean=0.0, range95=(-0.01, 0.01), p=0.01),
         folds=(),
         verdict="helps",
         sentence="This procedure helps & is <sound>.",
@@ -501,7 +501,10 @@ def test_where_there_is_nothing_that_is_said(tmp_path: Path, missing: str):
 
 def test_what_is_damaged_or_unfinished_is_refused_and_nothing_written(tmp_path: Path):
     profile = make_profile(tmp_path / "p")
-    make_plan(tmp_path / "cut", profile, proof={"held_out": [{"against": 1}]})
+    make_plan(tmp_path / "cut", profile)
+    file = tmp_path / "cut" / "plan.json"
+    damaged = file.read_text().replace('"proof": {}', '"proof": {"held_out": [{"against": 1}]}')
+    file.write_text(damaged)
     with pytest.raises(PlanError, match="held_out"):
         write(tmp_path)
     make_plan(tmp_path / "cut", profile)

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from expertcut.checkpoints.build import Built
-from expertcut.checkpoints.held_out_check import Agreement, Alone, Difference, Outcome, Proof
 from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Removed, Stats
 from expertcut.edits import plan as plans
 from expertcut.edits.calibrate import Fit
@@ -21,15 +20,16 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import ChosenOn, Edit, EditPlan, ExpertIds, PlanFile, PlanModel, save_plan
 from expertcut.edits.prune import Pruning, RemovedTraffic
 from expertcut.edits.reweight import Scaling, Tilt
+from expertcut.edits.splits import Judged
 from expertcut.errors import OutputError
-from expertcut.evaluation.cross_fit import Change, ProofResult, RandomControl
+from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
     ModelResult,
     Results,
     SubjectResult,
-    save_results,
+    save_outcome,
 )
 from expertcut.profiling import schema
 from expertcut.profiling.findings import find, profile_json
@@ -54,6 +54,14 @@ from expertcut.reporting.eval_tables import (
 from expertcut.reporting.profile_tables import experts_csv, profile_tables
 from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import Column, Table, as_csv, as_markdown, as_rich
+from expertcut.stats import (
+    BitExactCheck,
+    ExpertShares,
+    FormResult,
+    HeldOutResult,
+    LogprobShift,
+    RoutingAgreement,
+)
 from tests.support.hand_made import block, profile_info, random_chunk, random_profile, write_profile
 
 TABLE = Table(
@@ -430,11 +438,11 @@ def test_the_csv_of_a_plan_has_every_expert_that_stays():
 
 
 def test_the_csv_of_a_proof_has_every_estimate():
-    change = Change(
+    change = Comparison(
         delta=1 / 3, ci95=(0.1, 0.5), gained=5, lost=2, mcnemar_p=0.25, smallest_effect=0.3
     )
-    control = RandomControl(draws=99, distinct=20, delta_mean=0.0, range95=(-0.1, 0.1), p=0.01)
-    proof = ProofResult(
+    control = RandomResult(draws=99, distinct=20, delta_mean=0.0, range95=(-0.1, 0.1), p=0.01)
+    proof = CrossFitResult(
         procedure="boost",
         quiz="birds",
         split="val",
@@ -536,18 +544,36 @@ def test_a_cut_says_what_it_touches(positions: Any, n_used: int | None, said: st
     assert touched_table(goes).texts() == [["a", "5", shown, share, "1,234"]]
 
 
-def built(alone: Alone | None = None) -> Built:
+def bit_exact(untouched: int, bit_equal: int) -> BitExactCheck:
+    return BitExactCheck(questions=256, untouched=untouched, bit_equal=bit_equal)
+
+
+def form(name: str, accuracy: float, right_logprob: float, flipped: int) -> FormResult:
+    return FormResult(
+        form=name, questions=256, accuracy=accuracy, right_logprob=right_logprob, flipped=flipped
+    )
+
+
+def built(alone: BitExactCheck | None = None) -> Built:
+    shift = LogprobShift(
+        against="the unedited base",
+        questions=256,
+        max_abs_logprob_diff=1.23456,
+        median_abs_logprob_diff=0.012345,
+        flipped=7,
+    )
+    shares = {"layer": 3, "base": 0.0, "exact": 0.25, "edited": 0.125}
     return Built(
         folder=Path("out"),
         plan=plan(),
         fits=[Fit(3, 0.95, 0.99, 0.98, 0.004, 1.0, 0.2)],
-        proof=Proof(
-            split="val",
-            differences=[Difference("the unedited base", 256, 1.23456, 0.012345, 7)],
-            shares={(3, 12): (0.0, 0.25, 0.125)},
+        proof=HeldOutResult(
+            held_out_split="val",
+            held_out=(shift,),
+            shares=tuple(ExpertShares(expert=expert, **shares) for expert in (12, 40)),
             alone=alone,
-            used=0,
         ),
+        judged=Judged("val", 256, 0),
     )
 
 
@@ -562,20 +588,20 @@ def test_what_an_edit_did_to_held_out_questions_is_a_table():
     ("alone", "said"),
     [
         (None, []),
-        (Alone(256, 0, 0), ["Each of the 256 questions has tokens that chose a removed expert, so "
+        (bit_exact(0, 0), ["Each of the 256 questions has tokens that chose a removed expert, so "
                             "none must stay as it was."]),
-        (Alone(256, 9, 9), ["9 of the 256 questions have no token that chose a removed expert; "
+        (bit_exact(9, 9), ["9 of the 256 questions have no token that chose a removed expert; "
                             "scored alone, all of them come out bit-equal."]),
-        (Alone(256, 9, 7), ["9 of the 256 questions have no token that chose a removed expert; "
+        (bit_exact(9, 7), ["9 of the 256 questions have no token that chose a removed expert; "
                             "scored alone, 7 of them come out bit-equal."]),
     ],
 )  # fmt: skip
-def test_layout_exact_says_whether_its_promise_held(alone: Alone | None, said: list[str]):
+def test_layout_exact_says_whether_its_promise_held(alone: BitExactCheck | None, said: list[str]):
     assert proof_sentences(built(alone)) == said
 
 
 def test_a_checkpoint_that_was_not_asked_says_so():
-    unasked = replace(built(), proof=None, fits=[])
+    unasked = replace(built(), proof=None, judged=None, fits=[])
     assert proof_tables(unasked) == []
     assert proof_sentences(unasked) == ["The new checkpoint was not asked any question."]
 
@@ -611,11 +637,11 @@ def test_experts_of_a_cut_model_are_called_by_their_first_numbers():
 def test_a_bias_says_whether_the_same_experts_are_chosen_and_where_it_acts():
     made = built()
     assert made.proof
-    proof = replace(
-        made.proof,
-        agreement=[Agreement(3, 0.75, 0.9, 0.5, 0.8125)],
-        outcomes=[Outcome("unedited", 256, 0.5, -1.25, 0), Outcome("x", 256, 0.625, -1.0, 32)],
+    agreement = RoutingAgreement(
+        layer=3, same_answer=0.75, overlap_answer=0.9, same_all=0.5, overlap_all=0.8125
     )
+    outcomes = (form("unedited", 0.5, -1.25, 0), form("x", 0.625, -1.0, 32))
+    proof = made.proof.model_copy(update={"agreement": (agreement,), "outcomes": outcomes})
     made = replace(made, proof=proof, plan=made.plan.model_copy(update={"apply_at": "answer"}))
     assert tilt_sentences([], made) == [
         "In layer 3 the checkpoint chooses the very experts of the exact bias at 75.0% of answer "
@@ -634,7 +660,7 @@ def test_a_bias_says_whether_the_same_experts_are_chosen_and_where_it_acts():
 
 def test_what_is_shown_is_what_lies_there(profile: Profile, tmp_path: Path):
     save_plan(tmp_path / "made", plan(), [])
-    save_results(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
+    save_outcome(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
     found = {
         tmp_path / "profile": ("Tables 1–2", "layers"),
         tmp_path / "profile" / "profile.json": ("Tables 1–2", "layers"),
@@ -684,7 +710,7 @@ def test_choices_on_the_command_line_are_those_of_the_files():
 def test_showing_a_profile_or_results_needs_no_torch(tmp_path: Path):
     """Importing it takes seconds in which a person waits for a table."""
     profile = random_profile(tmp_path / "p", profile_info([block(0)], {"birds": 30}))
-    save_results(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
+    save_outcome(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
     code = "import sys; from expertcut.reporting.show import find_shown; from pathlib import Path; "
     code += "[find_shown(Path(p)).tables() for p in sys.argv[1:]]; print('torch' in sys.modules)"
     paths = map(str, (profile.path, tmp_path / "results.json"))

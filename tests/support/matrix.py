@@ -261,8 +261,8 @@ def _boost(world: World) -> Found:
     shift_E[expert] = BIAS
     by_hand = world.plain.logprobs(world.held_out, {world.blocks[layer].name: shift_E})
     written = world.written("boosted").logprobs(world.held_out)
-    said = {row["form"]: row["right_logprob"] for row in proof["outcomes"]}
-    against = {row["against"]: row["max_abs_logprob_diff"] for row in proof["held_out"]}
+    said = {row.form: row.right_logprob for row in proof.outcomes}
+    against = {row.against: row.max_abs_logprob_diff for row in proof.held_out}
     right = {"bias everywhere": by_hand, "this checkpoint": written, "unedited": world.base}
     far = {
         form: abs(said[form] - float(_right(logprob_NC, world.held_out).mean()))

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from expertcut.checkpoints.exact import as_stored
 from expertcut.checkpoints.export import Gathered, check_export, export, removed_experts
-from expertcut.checkpoints.held_out_check import Before, Proof, difference, score_base, score_edited
+from expertcut.checkpoints.held_out_check import (
+    BaseScores,
+    compare_logprobs,
+    score_base,
+    score_edited,
+    sorted_hashes,
+)
 from expertcut.checkpoints.lora_slice import carried
 from expertcut.checkpoints.merged import Merging, aligned_neurons
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
@@ -37,7 +43,14 @@ from expertcut.edits.merge_groups import (
 )
 from expertcut.edits.merge_router import Quality, judge_rows, merged_rows
 from expertcut.edits.plan import Edit, EditPlan, PlanFile, model_folder, save_plan
-from expertcut.edits.splits import Questions, draft_plan, questions_for, used_hashes
+from expertcut.edits.splits import (
+    Judged,
+    Questions,
+    draft_plan,
+    judged_by,
+    questions_for,
+    used_hashes,
+)
 from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
@@ -45,6 +58,7 @@ from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memo
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.storage import Profile, once_per_profile
 from expertcut.scoring.engine import Engine, ask
+from expertcut.stats import HeldOutResult
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +79,17 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """What was made: the plan, how well biases are carried, and the proof where one was asked.
+    """The plan, how well biases are carried, and the held-out check if it was run.
 
-    `why_unjudged` says why there is none where no question can judge.
+    `judged` says what its questions may be called, `why_unjudged` why no question can judge.
     """
 
     folder: Path
     plan: PlanFile
     fits: list[Fit]
-    proof: Proof | None
+    proof: HeldOutResult | None
     why_unjudged: str = ""
+    judged: Judged | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,7 @@ def build(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions
     is_verified = options.is_verified and bool(len(job.questions.held_out)) and _has_room(job)
     gathered, fits, before = _gather_and_ask(job, is_verified=is_verified)
     gc.collect()
-    proof = None
+    proof, figures = None, HeldOutResult(fits=tuple(asdict(fit) for fit in fits))
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         export(job.source, draft, job.n_experts, gathered, temporary)
         if adapter is not None:
@@ -134,12 +149,15 @@ def build(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions
         if before is not None:
             engine = job.engine(Source(str(folder), temporary))
             proof = score_edited(engine, job.questions.held_out, draft, before)
-            proof = proof.judged_by(job.questions.held_out, used)
-        figures = {"fits": [asdict(f) for f in fits], **(proof.figures(draft) if proof else {})}
+            figures = proof = proof.model_copy(update={"fits": figures.fits})
         plan = plan.model_copy(update={"proof": figures})
         save_plan(temporary, plan, used)
         add_files(temporary, options.beside)
-    return Built(folder, plan, fits, proof, job.questions.why_unjudged)
+    return Built(folder, plan, fits, proof, job.questions.why_unjudged, _judged(proof, used))
+
+
+def _judged(proof: HeldOutResult | None, used: frozenset[str]) -> Judged | None:
+    return judged_by(proof.held_out_hashes, used, proof.held_out_split) if proof else None
 
 
 def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> None:
@@ -256,7 +274,9 @@ def _has_room(job: _Job) -> bool:
     return False
 
 
-def _gather_and_ask(job: _Job, *, is_verified: bool) -> tuple[Gathered, list[Fit], Before | None]:
+def _gather_and_ask(
+    job: _Job, *, is_verified: bool
+) -> tuple[Gathered, list[Fit], BaseScores | None]:
     """All that needs the unedited model, so that only one model is in memory at a time."""
     engine = job.engine(job.source) if is_verified or job.needs_model else None
     gathered = _gather(job, engine)
@@ -345,12 +365,12 @@ def merge(
         if before is not None:
             written = Source(str(folder), temporary)
             edited = engine_as_profiled(profile, written, options.load_as)
-            proof = _prove(edited, questions, before).judged_by(questions.held_out, used)
-            plan = plan.model_copy(update={"proof": _figures(draft, proof, before)})
+            proof = _prove(edited, questions, before)
+            plan = plan.model_copy(update={"proof": proof})
         save_plan(temporary, plan, used)
         add_files(temporary, options.beside)
     qualities = before.qualities if before else []
-    built = Built(folder, plan, [], proof, questions.why_unjudged)
+    built = Built(folder, plan, [], proof, questions.why_unjudged, _judged(proof, used))
     return Merged(built, draft, qualities)
 
 
@@ -404,18 +424,22 @@ def _ask_before(engine: Engine, questions: Questions, draft: EditPlan, merging: 
     return _Before(ask(engine, held_out), routers, qualities)
 
 
-def _prove(engine: Engine, questions: Questions, before: _Before) -> Proof:
+def _prove(engine: Engine, questions: Questions, before: _Before) -> HeldOutResult:
     held_out = questions.held_out
     edited_NC = ask(engine, held_out)
     with under(before.routers, engine.moe.blocks):
         reference_NC = ask(engine, held_out)
-    rows = [
-        difference("the unedited base", edited_NC, before.logprob_NC),
-        difference("the same experts under the unedited router", edited_NC, reference_NC),
-        difference("these against the unedited base", reference_NC, before.logprob_NC),
-    ]
-    return Proof(held_out.split, rows, {}, None)
-
-
-def _figures(draft: EditPlan, proof: Proof, before: _Before) -> dict[str, Any]:
-    return {**proof.figures(draft), "rows": [asdict(quality) for quality in before.qualities]}
+    return HeldOutResult(
+        held_out_split=held_out.split,
+        held_out=(
+            compare_logprobs("the unedited base", edited_NC, before.logprob_NC),
+            compare_logprobs("the same experts under the unedited router", edited_NC, reference_NC),
+            compare_logprobs("these against the unedited base", reference_NC, before.logprob_NC),
+        ),
+        held_out_hashes=sorted_hashes(held_out),
+        shares=(),
+        alone=None,
+        agreement=(),
+        outcomes=(),
+        rows=tuple(asdict(quality) for quality in before.qualities),
+    )

@@ -1,11 +1,10 @@
-"""What an edit did to held-out questions, scored in both models; the figures go into the plan."""
+"""What an edit does to held-out questions, scored in both models; the result goes into the plan."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.checkpoints.simulate import apply_at_runtime, renumbered
@@ -13,24 +12,36 @@ from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.plan import Edit, EditPlan, ExpertIds, Positions
-from expertcut.edits.splits import HASHES, Judged, n_used
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
-from expertcut.scoring.engine import Engine
+from expertcut.scoring.engine import Engine, stack_scores
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, ignore
+from expertcut.stats import (
+    BitExactCheck,
+    ExpertShares,
+    FormResult,
+    HeldOutResult,
+    LogprobShift,
+    RoutingAgreement,
+    logprob_shift,
+)
 
 NOT_REACHED = (
     "{}: all answers equal those of the unedited model to the last digit, though these questions "
-    "chose experts that it removes: the change did not reach the model, so nothing is concluded"
+    "are routed to removed experts: the edit did not reach the model, so no result is given"
 )
-_COUNTS = 0.01  # of a token's gate weight: what is less may be lost in rounding
+_MIN_GATE_SHARE = 0.01  # of a token's gate weight; less may be lost in rounding
+_RUNTIME_FORMS: dict[Positions, str] = {
+    "answer": "bias at answer positions only",
+    "all": "bias everywhere",
+}
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The experts that each token of a pass chose, pads left out, and which are answer positions.
+class RoutedPass:
+    """Experts of each token of a pass, pads left out, and which tokens are answer positions.
 
     Ids are int16: they are kept for every token of every question.
     """
@@ -40,65 +51,65 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """log p of choices (N, C), and what the routers did meanwhile.
+class HeldOutScores:
+    """Log p of choices (N, C), and what the routers did meanwhile.
 
-    `shares` gives per (layer, expert) watched the share of questions that it served;
-    `is_untouched_N` tells the questions none of whose tokens chose an expert that the plan removes;
-    `is_felt` is true where an answer depends on a removed expert: one that was chosen with a weight
-    that counts, in the last block at an answer position. `chosen` is by layer with a bias what was
-    chosen in each pass.
+    `shares` is the share of questions that each biased or scaled (layer, expert) serves.
+    `is_untouched_N` marks questions without a token that is routed to a removed expert.
+    `depends_on_removed`: a removed expert has a gate weight that counts, in the last block at an
+    answer position. `routed` is by layer with a bias.
     """
 
     logprob_NC: Tensor
     shares: dict[tuple[int, int], float]
     is_untouched_N: Tensor
-    is_felt: bool = False
-    chosen: dict[int, list[Chosen]] = field(default_factory=dict)
+    depends_on_removed: bool = False
+    routed: dict[int, list[RoutedPass]] = field(default_factory=dict)
 
 
-def answer(
+def score_watched(
     engine: Engine, quiz: Quiz, edits: Mapping[str, Edit], on_pass: OnPass = ignore
-) -> Answered:
-    """Scores a quiz, watching the experts that the plan removes or tilts.
+) -> HeldOutScores:
+    """Scores a quiz and watches the experts that are removed, biased or scaled.
 
-    Once experts are renumbered, `is_untouched_N` says nothing.
+    `is_untouched_N` is meaningless once experts are renumbered.
     """
-    watch = _Watch(engine, edits, on_pass)
+    watch = _RoutingWatch(engine, edits, on_pass)
     scores, untouched = [], []
     with observe_routers(engine.moe.blocks, watch.see):
         for encoded in engine.encode_all(quiz):
             watch.open(len(encoded))
             scores.append(engine.score(encoded, watch.begin))
             untouched.append(watch.is_untouched_N)
-    most = max(score_NC.shape[1] for score_NC in scores)
-    padded = [F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores]
-    shares = {key: n / len(quiz) for key, n in watch.n_served.items()}
-    is_felt = watch.is_felt
-    return Answered(torch.cat(padded), shares, torch.cat(untouched), is_felt, watch.chosen)
+    return HeldOutScores(
+        logprob_NC=stack_scores(scores),
+        shares={key: n / len(quiz) for key, n in watch.n_served.items()},
+        is_untouched_N=torch.cat(untouched),
+        depends_on_removed=watch.depends_on_removed,
+        routed=watch.routed,
+    )
 
 
-def check_reached(what: str, base: Answered, changed: Answered) -> None:
-    """That a cut at run time changed an answer, where answers depend on what it removes.
-
-    Raises:
-        ContractError: not one differs in its last digit.
-    """
-    if base.is_felt and torch.equal(base.logprob_NC, changed.logprob_NC):
-        raise ContractError(NOT_REACHED.format(what))
+def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> HeldOutScores:
+    """One prompt at a time, so that no question's bits depend on its neighbours."""
+    single = Engine(engine.moe, engine.batch_tokens)
+    single.is_trusted = False
+    return score_watched(single, quiz, edits)
 
 
-class _Watch:
-    """Counts how many questions each tilted expert serves, and marks those that change."""
+class _RoutingWatch:
+    """Counts the questions of each biased or scaled expert; marks those that use removed ones."""
 
     def __init__(self, engine: Engine, edits: Mapping[str, Edit], on_pass: OnPass) -> None:
         self.on_pass = on_pass
         blocks = engine.moe.blocks
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
-        self.chosen: dict[int, list[Chosen]] = {b.layer: [] for b in blocks if edits[b.name].bias}
+        self.routed: dict[int, list[RoutedPass]] = {
+            b.layer: [] for b in blocks if edits[b.name].bias
+        }
         self.removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
         self.last_layer = blocks[-1].layer
-        self.is_felt = False
+        self.depends_on_removed = False
         self.step: Pass
 
     def begin(self, step: Pass) -> None:
@@ -118,27 +129,28 @@ class _Watch:
             if layer == routing.layer:
                 self.n_served[layer, expert] += int((chosen_NK == expert).sum())
         self._mark(experts_TK, self.removed[routing.layer])
-        self.is_felt = self.is_felt or self._is_felt(routing)
-        if routing.layer in self.chosen:
-            self.chosen[routing.layer].append(self._chosen(experts_TK))
+        self.depends_on_removed = self.depends_on_removed or self._depends(routing)
+        if routing.layer in self.routed:
+            self.routed[routing.layer].append(self._routed(experts_TK))
 
-    def _is_felt(self, routing: Routing) -> bool:
+    def _depends(self, routing: Routing) -> bool:
         removed = self.removed[routing.layer]
         if not removed:
             return False
         share_TK = routing.weights_TK.float().abs()
         share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
         removed_E = torch.tensor(removed, device=routing.experts_TK.device)
-        is_hit_T = (torch.isin(routing.experts_TK, removed_E) & (share_TK > _COUNTS)).any(dim=1)
-        # Nothing comes after the last block but the answers themselves.
+        is_removed_TK = torch.isin(routing.experts_TK, removed_E)
+        is_hit_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE)).any(dim=1)
+        # Only the answers come after the last block.
         at = self.step.answers_N if routing.layer == self.last_layer else self.step.valid_T
         return bool((is_hit_T if at is None else is_hit_T.cpu()[at]).any())
 
-    def _chosen(self, experts_TK: Tensor) -> Chosen:
+    def _routed(self, experts_TK: Tensor) -> RoutedPass:
         is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
         is_answer_T[self.step.answers_N] = True
         valid_T = slice(None) if self.step.valid_T is None else self.step.valid_T
-        return Chosen(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
+        return RoutedPass(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
 
     def _mark(self, experts_TK: Tensor, removed: Collection[int]) -> None:
         hit_T = torch.isin(experts_TK, torch.tensor(removed, dtype=experts_TK.dtype)).any(dim=1)
@@ -150,49 +162,179 @@ class _Watch:
             self.is_untouched_N[self.step.question_T[hit_T]] = False
 
 
-def answer_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> Answered:
-    """As `answer`, one prompt at a time, so that no question's bits depend on its neighbours."""
-    single = Engine(engine.moe, engine.batch_tokens)
-    single.is_trusted = False
-    return answer(single, quiz, edits)
+def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> LogprobShift:
+    """Compares the choices that both have."""
+    largest, median = logprob_shift(a_NC.numpy(), b_NC.numpy(), np.float64)
+    return LogprobShift(
+        against=against,
+        questions=len(a_NC),
+        max_abs_logprob_diff=largest,
+        median_abs_logprob_diff=median,
+        flipped=int((a_NC.argmax(dim=1) != b_NC.argmax(dim=1)).sum()),
+    )
+
+
+def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> FormResult:
+    """Accuracy of one form of the model, compared with the unedited one."""
+    answers = [question.answer for question in quiz]
+    best_N = logprob_NC.argmax(dim=1)
+    n_right = sum(a == b for a, b in zip(best_N.tolist(), answers, strict=True))
+    return FormResult(
+        form=form,
+        questions=len(answers),
+        accuracy=n_right / len(answers),
+        right_logprob=float(logprob_NC.double()[range(len(answers)), answers].mean()),
+        flipped=int((best_N != base_NC.argmax(dim=1)).sum()),
+    )
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """One layer: the share of positions that chose the very same experts, and of experts in common.
+class BaseScores:
+    """All that the unedited model answers.
 
-    Over answer positions, and over every distinct token.
+    `reference` has the plan applied at run time; `forms` too, by name: without biases where the
+    plan has more, with them at answer positions, and everywhere. Where layout exact only removes
+    experts, `quiet` are the questions without a token that chose a removed expert, `alone` their
+    answers.
     """
 
-    layer: int
-    same_answer: float
-    overlap_answer: float
-    same_all: float
-    overlap_all: float
+    base: HeldOutScores
+    reference: HeldOutScores
+    is_cut_exactly: bool
+    forms: dict[str, HeldOutScores] = field(default_factory=dict)
+    quiet: Quiz | None = None
+    alone: HeldOutScores | None = None
 
 
-def agreements(
-    reference: Answered, edited: Answered, draft: EditPlan, moe: MoeModel
-) -> list[Agreement]:
-    """Per layer with a bias, the checkpoint against the plan in the unedited model at run time.
+def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> BaseScores:
+    """Everything that needs the unedited model, so that one model is in memory at a time.
 
-    Both were asked the same questions in the same passes.
+    Raises:
+        ContractError: a cut at run time changes no answer though answers depend on it.
     """
+    base = score_watched(engine, quiz, draft.edits)
+    reference = _score_at_runtime(engine, quiz, draft, constants)
+    must_change = draft.is_cut and draft.layout == "stock" and base.depends_on_removed
+    if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
+        raise ContractError(NOT_REACHED.format(_reference_name(draft)))
+    forms = _runtime_forms(engine, quiz, draft, constants, reference) if draft.is_biased else {}
+    if draft.layout == "stock" or draft.is_tilted or not constants:
+        return BaseScores(base, reference, False, forms)
+    found = [q for q, is_quiet in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_quiet]
+    quiet = replace_questions(quiz, group_by_subject(found)) if found else None
+    alone = _score_alone(engine, quiet, draft.edits) if quiet else None
+    return BaseScores(base, reference, True, forms, quiet, alone)
+
+
+def _score_at_runtime(
+    engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants
+) -> HeldOutScores:
+    with apply_at_runtime(engine.moe, draft, constants) as begin:
+        return score_watched(engine, quiz, draft.edits, begin)
+
+
+def _runtime_forms(
+    engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants, reference: HeldOutScores
+) -> dict[str, HeldOutScores]:
+    unbiased = {n: edit.model_copy(update={"bias": {}}) for n, edit in draft.edits.items()}
+    rest, forms = replace(draft, edits=unbiased), {}
+    if draft.is_cut or rest.is_tilted:
+        forms["the plan without biases"] = _score_at_runtime(engine, quiz, rest, constants)
+    for place, name in _RUNTIME_FORMS.items():
+        form = replace(draft, apply_at=place)
+        is_known = place == draft.apply_at
+        forms[name] = reference if is_known else _score_at_runtime(engine, quiz, form, constants)
+    return forms
+
+
+def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores) -> HeldOutResult:
+    """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
+    edited = score_watched(engine, quiz, renumbered(draft))
+    logprob_NC, base, reference = edited.logprob_NC, before.base, before.reference
+    forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
+    return HeldOutResult(
+        held_out_split=quiz.split,
+        held_out=(
+            compare_logprobs("the unedited base", logprob_NC, base.logprob_NC),
+            compare_logprobs(_reference_name(draft), logprob_NC, reference.logprob_NC),
+        ),
+        held_out_hashes=sorted_hashes(quiz),
+        shares=_expert_shares(draft, before, edited),
+        alone=_bit_exact_check(engine, quiz, draft, before) if before.is_cut_exactly else None,
+        agreement=_agreements(reference, edited, draft, engine.moe),
+        outcomes=tuple(
+            form_result(form, quiz, scores.logprob_NC, base.logprob_NC)
+            for form, scores in forms.items()
+        ),
+    )
+
+
+def sorted_hashes(quiz: Quiz) -> tuple[str, ...]:
+    """The hash line of every question."""
+    return tuple(sorted(question.hash_line for question in quiz))
+
+
+def _expert_shares(
+    draft: EditPlan, before: BaseScores, edited: HeldOutScores
+) -> tuple[ExpertShares, ...]:
+    """By the numbers of plan.json; `edited` has the same experts in the same order."""
+    numbers, blocks = draft.numbers or ExpertIds(), list(draft.edits)
+    return tuple(
+        ExpertShares(
+            layer=layer,
+            expert=numbers.number(blocks[layer], row),
+            base=share,
+            exact=before.reference.shares[layer, row],
+            edited=after,
+        )
+        for ((layer, row), share), after in zip(
+            before.base.shares.items(), edited.shares.values(), strict=True
+        )
+    )
+
+
+def _bit_exact_check(
+    engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores
+) -> BitExactCheck:
+    """How many quiet questions the checkpoint answers with the same bits."""
+    if before.quiet is None or before.alone is None:
+        return BitExactCheck(questions=len(quiz), untouched=0, bit_equal=0)
+    untouched_N = before.alone.is_untouched_N
+    edited = _score_alone(engine, before.quiet, draft.edits)
+    same_N = (before.alone.logprob_NC == edited.logprob_NC).all(dim=1)
+    return BitExactCheck(
+        questions=len(quiz),
+        untouched=int(untouched_N.sum()),
+        bit_equal=int((same_N & untouched_N).sum()),
+    )
+
+
+def _agreements(
+    reference: HeldOutScores, edited: HeldOutScores, draft: EditPlan, moe: MoeModel
+) -> tuple[RoutingAgreement, ...]:
+    """Layout stock, per layer with a bias: the checkpoint against the plan at run time.
+
+    Both answered the same questions in the same passes.
+    """
+    if draft.layout != "stock":
+        return ()
     keeps = {b.layer: torch.tensor(draft.edits[b.name].keep) for b in moe.blocks}
-    return [
-        _agreement(layer, passes, edited.chosen[layer], keeps[layer])
-        for layer, passes in reference.chosen.items()
-    ]
+    return tuple(
+        _agreement(layer, passes, edited.routed[layer], keeps[layer])
+        for layer, passes in reference.routed.items()
+    )
 
 
-def _agreement(layer: int, a: list[Chosen], b: list[Chosen], keep: Tensor) -> Agreement:
-    """`keep` gives the number in the unedited model of each row of the edited one."""
-    is_answer_T = torch.cat([chosen.is_answer_T for chosen in a])
+def _agreement(
+    layer: int, a: list[RoutedPass], b: list[RoutedPass], keep: Tensor
+) -> RoutingAgreement:
+    """`keep` is the expert in the unedited model of each row of the edited one."""
+    is_answer_T = torch.cat([routed.is_answer_T for routed in a])
     overlap_T = torch.cat(
         [_overlap(x.experts_TK, keep[y.experts_TK.long()]) for x, y in zip(a, b, strict=True)]
     )
     answer_N = overlap_T[is_answer_T]
-    return Agreement(
+    return RoutingAgreement(
         layer=layer,
         same_answer=float((answer_N == 1).double().mean()),
         overlap_answer=float(answer_N.mean()),
@@ -202,205 +344,9 @@ def _agreement(layer: int, a: list[Chosen], b: list[Chosen], keep: Tensor) -> Ag
 
 
 def _overlap(a_TK: Tensor, b_TK: Tensor) -> Tensor:
-    """The share of a token's experts that are chosen in both, (T,) float64."""
+    """Share of a token's experts that are chosen in both, (T,) float64."""
     is_in_both_TK = (a_TK[:, :, None] == b_TK[:, None, :]).any(dim=2)
     return is_in_both_TK.double().mean(dim=1)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Two models' log p of the same choices: |Δ log p| over all of them, and flipped answers."""
-
-    against: str
-    questions: int
-    max_abs_logprob_diff: float
-    median_abs_logprob_diff: float
-    flipped: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How well a form of the model answers; `flipped` counts answers that the unedited one has not.
-
-    `right_logprob` is the mean log p of the right choice.
-    """
-
-    form: str
-    questions: int
-    accuracy: float
-    right_logprob: float
-    flipped: int
-
-
-@dataclass(frozen=True)
-class Alone:
-    """Questions scored alone: those without a token that chose a removed expert must not change.
-
-    `untouched` of the `questions` have none, shots included; `bit_equal` of these came out equal.
-    """
-
-    questions: int
-    untouched: int
-    bit_equal: int
-
-
-@dataclass(frozen=True)
-class Before:
-    """What the unedited model says: as it is, with the plan at run time, and questions alone.
-
-    `placed` is with the plan's biases nowhere (if there is more in the plan), at answer positions
-    alone and everywhere, by name. Where
-    layout exact removes experts and tilts none, `quiet` are the questions none of whose tokens
-    chose a removed one, and `alone` the answers to them.
-    """
-
-    base: Answered
-    reference: Answered
-    is_cut_exactly: bool
-    placed: dict[str, Answered] = field(default_factory=dict)
-    quiet: Quiz | None = None
-    alone: Answered | None = None
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How far the checkpoint is from the unedited model on questions of a split.
-
-    `judges` are their hash lines, `used` of them had a part in the edit; None is not known.
-    `shares` are by layer and row of the unedited router: before, with the plan at run time, and in
-    the checkpoint. `agreement` is there where layout stock carries biases, `outcomes` where any
-    layout does.
-    """
-
-    split: str
-    differences: list[Difference]
-    shares: dict[tuple[int, int], tuple[float, float, float]]
-    alone: Alone | None
-    agreement: list[Agreement] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    judges: tuple[str, ...] = ()
-    used: int | None = None
-
-    @property
-    def judged(self) -> Judged:
-        """What the questions may be called."""
-        return Judged(self.split, self.differences[0].questions, self.used)
-
-    def judged_by(self, quiz: Quiz, used: frozenset[str]) -> Self:
-        """The proof with its questions held against the hash lines of all that were used."""
-        lines = tuple(sorted(question.hash_line for question in quiz))
-        return replace(self, judges=lines, used=n_used(quiz, used))
-
-    def figures(self, draft: EditPlan) -> dict[str, Any]:
-        """As they stand in plan.json, with the numbers that experts are called by."""
-        names, blocks = ("layer", "expert", "base", "exact", "edited"), list(draft.edits)
-        numbers = draft.numbers or ExpertIds()
-        return {
-            "held_out_split": self.split,
-            "held_out": [asdict(row) for row in self.differences],
-            HASHES: list(self.judges),
-            "shares": [
-                dict(zip(names, (layer, numbers.number(blocks[layer], row), *its), strict=True))
-                for (layer, row), its in self.shares.items()
-            ],
-            "alone": None if self.alone is None else asdict(self.alone),
-            "agreement": [asdict(row) for row in self.agreement],
-            "outcomes": [asdict(row) for row in self.outcomes],
-        }
-
-
-def difference(against: str, a_NC: Tensor, b_NC: Tensor) -> Difference:
-    """Compares the choices that both have."""
-    both_NC = a_NC.isfinite() & b_NC.isfinite()
-    gap = (a_NC - b_NC)[both_NC].abs().double()
-    flipped = int((a_NC.argmax(dim=1) != b_NC.argmax(dim=1)).sum())
-    return Difference(against, len(a_NC), float(gap.max()), float(gap.quantile(0.5)), flipped)
-
-
-def outcome(form: str, quiz: Quiz, found: Answered, base: Answered) -> Outcome:
-    """How well the questions are answered in one form of the model."""
-    logprob_NC, said_N = found.logprob_NC.double(), found.logprob_NC.argmax(dim=1).tolist()
-    answers = [question.answer for question in quiz]
-    n_right = sum(said == right for said, right in zip(said_N, answers, strict=True))
-    right = logprob_NC[range(len(answers)), answers].mean()
-    flipped = int((found.logprob_NC.argmax(dim=1) != base.logprob_NC.argmax(dim=1)).sum())
-    return Outcome(form, len(answers), n_right / len(answers), float(right), flipped)
-
-
-def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> Before:
-    """All that needs the unedited model, so that only one model is in memory at a time."""
-    base = answer(engine, quiz, draft.edits)
-    reference = _at_run_time(engine, quiz, draft, constants)
-    if draft.is_cut and draft.layout == "stock":
-        check_reached(_reference_name(draft), base, reference)
-    placed = _placed(engine, quiz, draft, constants, reference) if draft.is_biased else {}
-    if draft.layout == "stock" or draft.is_tilted or not constants:
-        return Before(base, reference, False, placed)
-    found = [q for q, is_it in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_it]
-    quiet = replace_questions(quiz, group_by_subject(found)) if found else None
-    alone = answer_alone(engine, quiet, draft.edits) if quiet else None
-    return Before(base, reference, True, placed, quiet, alone)
-
-
-def _at_run_time(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> Answered:
-    with apply_at_runtime(engine.moe, draft, constants) as begin:
-        return answer(engine, quiz, draft.edits, begin)
-
-
-def _placed(
-    engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants, reference: Answered
-) -> dict[str, Answered]:
-    """The plan at run time without its biases, with them at answer positions, and everywhere."""
-    places: dict[Positions, str] = {
-        "answer": "bias at answer positions only",
-        "all": "bias everywhere",
-    }
-    rest = replace(
-        draft, edits={n: e.model_copy(update={"bias": {}}) for n, e in draft.edits.items()}
-    )
-    found = {}
-    if draft.is_cut or rest.is_tilted:
-        found["the plan without biases"] = _at_run_time(engine, quiz, rest, constants)
-    for place, name in places.items():
-        its = replace(draft, apply_at=place)
-        is_known = place == draft.apply_at
-        found[name] = reference if is_known else _at_run_time(engine, quiz, its, constants)
-    return found
-
-
-def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: Before) -> Proof:
-    """The edited model against both."""
-    edited = answer(engine, quiz, renumbered(draft))
-    rows = [
-        difference("the unedited base", edited.logprob_NC, before.base.logprob_NC),
-        difference(_reference_name(draft), edited.logprob_NC, before.reference.logprob_NC),
-    ]
-    of_edited = edited.shares.values()  # in the same order, under the new numbers
-    shares = {
-        key: (share, before.reference.shares[key], its)
-        for (key, share), its in zip(before.base.shares.items(), of_edited, strict=True)
-    }
-    alone = _alone(engine, quiz, draft, before) if before.is_cut_exactly else None
-    is_stock = draft.layout == "stock"
-    agreement = agreements(before.reference, edited, draft, engine.moe) if is_stock else []
-    return Proof(quiz.split, rows, shares, alone, agreement, _outcomes(quiz, before, edited))
-
-
-def _outcomes(quiz: Quiz, before: Before, edited: Answered) -> list[Outcome]:
-    if not before.placed:
-        return []
-    forms = {"unedited": before.base, **before.placed, "this checkpoint": edited}
-    return [outcome(form, quiz, found, before.base) for form, found in forms.items()]
-
-
-def _alone(engine: Engine, quiz: Quiz, draft: EditPlan, before: Before) -> Alone:
-    """How many of the quiet questions the edited model answers with the same bits."""
-    if before.quiet is None or before.alone is None:
-        return Alone(len(quiz), 0, 0)
-    untouched_N = before.alone.is_untouched_N
-    edited = answer_alone(engine, before.quiet, draft.edits)
-    same_N = (before.alone.logprob_NC == edited.logprob_NC).all(dim=1)
-    return Alone(len(quiz), int(untouched_N.sum()), int((same_N & untouched_N).sum()))
 
 
 def _reference_name(draft: EditPlan) -> str:
@@ -408,5 +354,4 @@ def _reference_name(draft: EditPlan) -> str:
         return "the same plan at run time"
     if draft.is_tilted:
         return "the exact bias" if draft.is_biased else "the same factors at run time"
-    same = "as a mask" if draft.layout == "stock" else "after top-k"
-    return f"the same removal {same}"
+    return f"the same removal {'as a mask' if draft.layout == 'stock' else 'after top-k'}"

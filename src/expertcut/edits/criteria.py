@@ -21,6 +21,7 @@ from expertcut.errors import ProfileError, SettingsError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, OverTokens, share
 from expertcut.profiling.storage import Profile
+from expertcut.stats import spearman
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -361,16 +362,6 @@ def compare(profile: Profile) -> Compared:
 
 def _positions(by: str) -> tuple[Positions, ...]:
     return ("answer", "all") if by in _AT_POSITIONS else (positions_of(by, None),)
-
-
-def spearman(a_E: Array, b_E: Array) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN where either is constant."""
-    from scipy.stats import rankdata  # every prune would wait for it
-
-    a_E, b_E = (rankdata(values_E) for values_E in (a_E, b_E))
-    a_E, b_E = a_E - a_E.mean(), b_E - b_E.mean()
-    length = float(np.sqrt((a_E @ a_E) * (b_E @ b_E)))
-    return float(a_E @ b_E) / length if length else float("nan")
 
 
 def ranked(score_E: Array, alpha_mean_E: Array) -> list[int]:

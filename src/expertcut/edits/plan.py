@@ -11,11 +11,11 @@ checkpoint holds tells, and experts are called by what they were in the model th
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -25,11 +25,13 @@ from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
 from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.storage import Profile, once_per_profile
+from expertcut.stats import HeldOutResult
 
 PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
+_MAX_STEPS = 20
 Positions = Literal["answer", "all"]
 Layout = Literal["stock", "exact"]
 Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
@@ -125,7 +127,7 @@ class PlanFile(Record):
     chosen_on: ChosenOn
     adapter: PlanAdapter | None = None
     tuning: tuple[Point, ...] = ()
-    proof: dict[str, Any] = Field(default_factory=dict)
+    proof: HeldOutResult = HeldOutResult()
     blocks: dict[str, Edit] = Field(min_length=1)
 
     @property
@@ -220,6 +222,43 @@ def load_plan(path: Path) -> PlanFile:
     """
     file = path / PLAN_FILE if path.is_dir() else path
     return load_record(file, PlanFile, PlanError, "is no plan")
+
+
+def plan_in(folder: Path) -> PlanFile | None:
+    """The plan in a checkpoint's folder; None for a model that was not edited.
+
+    Raises:
+        PlanError: one that does not hold together.
+    """
+    return load_plan(folder) if os.path.lexists(folder / PLAN_FILE) else None
+
+
+def base_folder(model: PlanModel, near: Path) -> Path | None:
+    """The local folder of a plan's model, if it holds the same weights; None for one of the Hub."""
+    if model.revision is not None:
+        return None
+    return find_local(model.id, model.fingerprint, near)
+
+
+def lineage(
+    folder: Path, find_base: Callable[[PlanModel, Path], Path | None] = base_folder
+) -> Iterator[tuple[PlanFile, Path | None]]:
+    """From a checkpoint to its base: each plan with the folder of the model that it was made for.
+
+    `find_base` locates that folder; where it gives None the walk ends.
+
+    Raises:
+        PlanError: a plan that does not hold together.
+    """
+    for _ in range(_MAX_STEPS):
+        plan = plan_in(folder)
+        if plan is None:
+            return
+        base = find_base(plan.model, folder)
+        yield plan, base
+        if base is None or base.resolve() == folder.resolve():
+            return
+        folder = base
 
 
 def load_hashes(folder: Path, plan: PlanFile) -> frozenset[str]:
@@ -418,7 +457,8 @@ def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
-    return (folder, load_plan(folder)) if os.path.lexists(folder / PLAN_FILE) else None
+    plan = plan_in(folder)
+    return None if plan is None else (folder, plan)
 
 
 def validate_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: Layout) -> None:

@@ -17,7 +17,7 @@ from expertcut.edits.reweight_select import (
     right,
 )
 from expertcut.errors import PlanError
-from expertcut.profiling.significance import wilson
+from expertcut.stats import gained_lost, wilson_interval
 
 Array = np.ndarray[Any, Any]
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
@@ -175,8 +175,7 @@ class _Search:
             shifts = tuple(Shift(p.layer, p.expert, p.sign * strength) for p in picks)
             logprob_NC = self._try(shifts, strength)
             right_N = right(logprob_NC, self.answer_N)
-            gained = int((right_N & ~self.base_N).sum())
-            lost = int((~right_N & self.base_N).sum())
+            gained, lost = gained_lost(self.base_N, right_N)
             is_same = not gaps and np.allclose(logprob_NC, before_NC, rtol=0, atol=_SAME)
             is_hurting = lost - gained > 2 * math.sqrt(lost + gained)
             is_far = strength >= enough and self.best.shifts != shifts
@@ -193,15 +192,14 @@ class _Search:
         return logprob_NC
 
     def _point(self, shifts: tuple[Shift, ...], strength: float, right_N: Array) -> Point:
-        share = right_N.mean()
-        low, high = wilson(share, np.array(len(right_N)))
+        share = float(right_N.mean())
         return Point(
             experts=len(shifts),
             strength=strength,
             biases=tuple((s.layer, s.expert, s.bias) for s in shifts),
             questions=len(right_N),
-            accuracy=float(share),
-            ci95=(float(low), float(high)),
+            accuracy=share,
+            ci95=wilson_interval(share, len(right_N)),
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
 from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
@@ -17,7 +17,6 @@ from expertcut.data.sources import (
     other_split,
 )
 from expertcut.edits.plan import (
-    PLAN_FILE,
     ChosenOn,
     EditPlan,
     ExpertIds,
@@ -34,7 +33,6 @@ from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
 
-HASHES, USED, SPLIT = "held_out_hashes", "held_out_used", "held_out_split"
 UNUSED = "were not used"
 HELD_OUT = 256
 hashes = hash_lines
@@ -91,18 +89,12 @@ def judged_by(lines: Iterable[str], used: Iterable[str], split: str, how: str = 
 
 
 def read_judged(plan: PlanFile, folder: Path) -> Judged:
-    """What a plan says of the questions that judged it, held against its list of used questions.
+    """The held-out questions of a plan, compared with its list of used questions.
 
-    Nothing is known of plans from before the hashes were recorded, or without their list.
-
-    Raises:
-        PlanError: what is recorded is of another form.
+    Unknown (`used` None) without that list, or where the plan is older than recorded hashes.
     """
-    proof: dict[str, Any] = plan.proof
-    lines, how, split = proof.get(HASHES), proof.get(USED, ""), str(proof.get(SPLIT, ""))
-    is_of_hashes = isinstance(lines, list) and all(isinstance(line, str) for line in lines)
-    if not isinstance(how, str) or not (lines is None or is_of_hashes):
-        raise PlanError(f"{PLAN_FILE}: proof.{HASHES} must be a list of hashes, {USED} a text")
+    proof = plan.proof
+    lines, split, how = proof.held_out_hashes, proof.held_out_split, proof.held_out_used
     how = "" if how == UNUSED else how
     if not lines:
         return Judged(split, 0, None, how)

@@ -1,4 +1,4 @@
-"""The stage behind `audit`: experts are ablated one at a time, and criteria scored against it."""
+"""The stage behind `audit`: ablates experts one at a time and scores how criteria predict it."""
 
 import hashlib
 import logging
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
@@ -25,41 +24,46 @@ from expertcut.edits.ranking import Way, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
 from expertcut.edits.splits import HELD_OUT, hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
-from expertcut.evaluation.results import begun, check_same, profile_hash
+from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.evaluation.search_results import (
     AUDIT_FILE,
     AblationEffect,
     Audit,
-    AuditAsked,
+    AuditRequest,
+    BudgetRegret,
     Correlation,
+    CriterionEvaluation,
     CriterionRank,
-    Regret,
-    Sampled,
-    Verdict,
-    save_audit,
+    SampledExpert,
 )
-from expertcut.evaluation.stats import mcnemar
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
-from expertcut.profiling.significance import Z95
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
+from expertcut.stats import (
+    Z95,
+    centred_ranks,
+    gained_lost,
+    logprob_shift,
+    mcnemar,
+    pearson,
+    right_logprobs,
+)
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 DRAWS = 2_000
-_FEWEST = 3  # experts, of which a rank correlation says anything
+_MIN_EXPERTS = 3  # that a rank correlation needs
 Ranks = Callable[[Array, Array], Array]  # values (B, X) and layers (X,) → ranks (B, X)
 
 
 def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tuple[int, int]]:
-    """`sample` (layer, expert) pairs, at most all there are, sorted.
+    """`sample` random (layer, expert) pairs or all there are, sorted, equally many in each layer.
 
-    Equally many of each layer, what is left over of layers drawn at random, and in each drawn at
-    random among all of its experts, used or not: nothing is kept away.
+    The remainder goes to random layers. Experts that are never used can be drawn too.
     """
     rng = np.random.default_rng(seed)
     quota = [0] * len(n_experts)
@@ -74,50 +78,51 @@ def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tup
     return [(layer, int(e)) for layer, own in enumerate(drawn) for e in sorted(own.tolist())]
 
 
-def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[Sampled, ...]:
-    """The same of a profiled model, with the numbers that its experts are called by."""
+def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[SampledExpert, ...]:
+    """Random experts of a profiled model, with their numbers before earlier cuts."""
     blocks, numbers = profile.info.model.blocks, expert_ids(profile)
-    # Experts that a table chooses cannot be removed.
+    # A table of token ids chooses the experts of hashed blocks: they cannot be removed.
     n_experts = [0 if block.is_hashed else block.experts for block in blocks]
     pairs = sample_experts(n_experts, sample, seed)
     return tuple(
-        Sampled(layer=layer, row=row, expert=numbers.number(blocks[layer].name, row))
+        SampledExpert(layer=layer, row=row, expert=numbers.number(blocks[layer].name, row))
         for layer, row in pairs
     )
 
 
-def standings(
+def criterion_ranks(
     profile: Profile,
     by: Sequence[str],
     way: Way,
     engine: Engine,
-    sampled: Sequence[Sampled],
+    sampled: Sequence[SampledExpert],
     *,
     is_all: bool,
 ) -> dict[str, CriterionRank]:
-    """What each criterion says of the sampled experts.
+    """Scores of each criterion for the sampled experts.
 
-    Where all criteria are asked for, one that the profile is too small for is left out, and said.
+    With `is_all` a criterion that the profile cannot serve is left out and logged.
 
     Raises:
-        ProfileError: the profile is too small for a criterion that was named.
+        ProfileError: the profile cannot serve a named criterion.
     """
-    found = {}
+    ranks = {}
     for name in by:
         try:
-            found[name] = _standing(profile, name, way, engine, sampled)
+            ranks[name] = criterion_rank(profile, name, way, engine, sampled)
         except ProfileError as error:
             if not is_all:
                 raise
             logger.warning("%s is left out: %s", name, error)
-    return found
+    return ranks
 
 
-def _standing(
-    profile: Profile, by: str, way: Way, engine: Engine, sampled: Sequence[Sampled]
+def criterion_rank(
+    profile: Profile, by: str, way: Way, engine: Engine, sampled: Sequence[SampledExpert]
 ) -> CriterionRank:
-    its = Way(by, way.positions, way.layout, seed=way.seed)
-    ranking = rank(profile, its, engine if by in NEEDS_MODEL else None)
+    """Scores of one criterion for the sampled experts."""
+    own = Way(by, way.positions, way.layout, seed=way.seed)
+    ranking = rank(profile, own, engine if by in NEEDS_MODEL else None)
     numbers = [as_numbers(score_E) for score_E in ranking.scores]
     shares = [normalised(score_E) for score_E in ranking.scores]
     return CriterionRank(
@@ -127,44 +132,44 @@ def _standing(
     )
 
 
-def verdict(
+def evaluate_criterion(
     by: str,
-    standing: CriterionRank,
-    harms: Sequence[AblationEffect],
+    ranks: CriterionRank,
+    effects: Sequence[AblationEffect],
     fractions: Sequence[float],
     seed: int,
-) -> Verdict:
-    """How well one criterion foretold the harms; X are the sampled experts."""
-    layer_X = np.array([harm.layer for harm in harms])
-    logprob_X = np.array([harm.logprob for harm in harms])
-    accuracy_X = np.array([harm.accuracy for harm in harms])
-    score_X, share_X = np.array(standing.score), np.array(standing.share)
-    return Verdict(
+) -> CriterionEvaluation:
+    """How well one criterion predicts the effects of X ablated experts."""
+    layer_X = np.array([effect.layer for effect in effects])
+    logprob_X = np.array([effect.logprob for effect in effects])
+    accuracy_X = np.array([effect.accuracy for effect in effects])
+    score_X, share_X = np.array(ranks.score), np.array(ranks.share)
+    return CriterionEvaluation(
         by=by,
         within=correlation(score_X, logprob_X, layer_X, ranks_within, seed),
         overall=correlation(share_X, logprob_X, layer_X, ranks_overall, seed),
         within_accuracy=correlation(score_X, accuracy_X, layer_X, ranks_within, seed),
         regrets=tuple(
-            regret(np.array(standing.place), logprob_X, layer_X, fraction) for fraction in fractions
+            regret(np.array(ranks.place), logprob_X, layer_X, fraction) for fraction in fractions
         ),
     )
 
 
 def correlation(
-    score_X: Array, harm_X: Array, layer_X: Array, ranks: Ranks, seed: int
+    score_X: Array, effect_X: Array, layer_X: Array, ranks: Ranks, seed: int
 ) -> Correlation:
-    """Spearman's with its interval; p is by shuffling harms within layers, or over all."""
-    if len(score_X) < _FEWEST:
+    """Spearman's ρ with its interval; p is by shuffling effects within layers, or over all."""
+    if len(score_X) < _MIN_EXPERTS:
         return Correlation(rho=None, ci95=None)
-    score_1X, harm_1X = ranks(score_X[None], layer_X), ranks(harm_X[None], layer_X)
-    rho = float(_pearson(score_1X, harm_1X)[0])
+    score_1X, effect_1X = ranks(score_X[None], layer_X), ranks(effect_X[None], layer_X)
+    rho = float(pearson(score_1X, effect_1X)[0])
     if not np.isfinite(rho):
         return Correlation(rho=None, ci95=None)
-    apart_X = layer_X if ranks is ranks_within else np.zeros_like(layer_X)
-    shuffled_B = _pearson(score_1X, harm_1X[0, _shuffles(apart_X, seed)])
+    group_X = layer_X if ranks is ranks_within else np.zeros_like(layer_X)
+    shuffled_B = pearson(score_1X, effect_1X[0, _shuffles(group_X, seed)])
     return Correlation(
         rho=rho,
-        ci95=interval(rho, _degrees_of_freedom(score_1X[0], harm_1X[0], apart_X)),
+        ci95=interval(rho, _degrees_of_freedom(score_1X[0], effect_1X[0], group_X)),
         # Sums in another order differ in their last bits.
         p=float((1 + (shuffled_B >= rho - 1e-9).sum()) / (1 + DRAWS)),
     )
@@ -173,9 +178,9 @@ def correlation(
 def interval(rho: float, freedom: int) -> tuple[float, float]:
     """95 % interval of a rank correlation, by Fisher's z.
 
-    The variance (1 + ρ²/2)/(n − 3) is Bonett and Wright's (2000), Psychometrika 65:23. One mean of
-    ranks is taken off there, here one of each layer, so n − 1 becomes the degrees of freedom.
-    ρ = ±1 counts as 1 − 1/freedom, for a few pairs that all agree do not show a perfect order.
+    The variance (1 + ρ²/2)/(n − 3) is Bonett and Wright's (2000), Psychometrika 65:23. They
+    subtract one mean of ranks, here one per layer, so n − 1 becomes the degrees of freedom. ρ = ±1
+    counts as 1 − 1/freedom, because a few pairs in the same order show no perfect correlation.
     """
     most = 1 - 1 / freedom
     shrunk = min(max(rho, -most), most)
@@ -185,53 +190,45 @@ def interval(rho: float, freedom: int) -> tuple[float, float]:
 
 
 def ranks_overall(values_BX: Array, _layer_X: Array) -> Array:
-    """Ranks among all, ties shared."""
-    ranks_BX = rankdata(values_BX, axis=1)
-    distances_BX: Array = ranks_BX - ranks_BX.mean(axis=1, keepdims=True)
-    return distances_BX
+    """Centred ranks among all experts."""
+    return centred_ranks(values_BX)
 
 
 def ranks_within(values_BX: Array, layer_X: Array) -> Array:
-    """Ranks among those of the same layer, ties shared, as distances from the layer's mean."""
+    """Centred ranks among the experts of the same layer."""
     ranks_BX = np.empty(values_BX.shape)
     for layer in np.unique(layer_X):
         is_own_X = layer_X == layer
-        ranks_BX[:, is_own_X] = ranks_overall(values_BX[:, is_own_X], layer_X)
+        ranks_BX[:, is_own_X] = centred_ranks(values_BX[:, is_own_X])
     return ranks_BX
 
 
-def regret(place_X: Array, harm_X: Array, layer_X: Array, fraction: float) -> Regret:
-    """Of each layer's sampled experts so large a share stays, as with --keep-fraction."""
+def regret(place_X: Array, effect_X: Array, layer_X: Array, fraction: float) -> BudgetRegret:
+    """Regret where this fraction of each layer's sampled experts stays."""
     removed, chosen, least, random = 0, 0.0, 0.0, 0.0
     for layer in np.unique(layer_X):
         of_layer = np.flatnonzero(layer_X == layer)
         n_removed = len(of_layer) - round(fraction * len(of_layer))
-        by_place = harm_X[of_layer][np.argsort(-place_X[of_layer], kind="stable")]
+        by_place = effect_X[of_layer][np.argsort(-place_X[of_layer], kind="stable")]
         removed += n_removed
         chosen += float(by_place[:n_removed].sum())
         least += float(np.sort(by_place)[:n_removed].sum())
         random += n_removed * float(by_place.mean())
-    return Regret(fraction=fraction, removed=removed, chosen=chosen, least=least, random=random)
+    return BudgetRegret(
+        fraction=fraction, removed=removed, chosen=chosen, least=least, random=random
+    )
 
 
-def _pearson(a_BX: Array, b_BX: Array) -> Array:
-    """Of values that are distances from their means; NaN where one does not vary."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        both_B = (a_BX * b_BX).sum(axis=1)
-        rho_B: Array = both_B / np.sqrt((a_BX**2).sum(axis=1) * (b_BX**2).sum(axis=1))
-    return rho_B
-
-
-def _degrees_of_freedom(score_X: Array, harm_X: Array, apart_X: Array) -> int:
-    """Σ (experts − 1) over the groups in which ranks are taken and both of them vary."""
-    own = [apart_X == group for group in np.unique(apart_X)]
+def _degrees_of_freedom(score_X: Array, effect_X: Array, group_X: Array) -> int:
+    """Σ (experts − 1) over the groups in which both ranks vary."""
+    own = [group_X == group for group in np.unique(group_X)]
     return sum(
-        int(is_own.sum()) - 1 for is_own in own if score_X[is_own].any() and harm_X[is_own].any()
+        int(is_own.sum()) - 1 for is_own in own if score_X[is_own].any() and effect_X[is_own].any()
     )
 
 
 def _shuffles(layer_X: Array, seed: int) -> Array:
-    """Experts of each layer in random order, (B, X)."""
+    """Indices (B, X) with the experts of each layer in random order."""
     rng = np.random.default_rng(seed)
     drawn_BX = np.empty((DRAWS, len(layer_X)), dtype=np.int64)
     for layer in np.unique(layer_X):
@@ -258,7 +255,7 @@ class AuditOptions:
 
 @dataclass(frozen=True)
 class AuditProgress:
-    """How far an audit is, in questions asked; `left_s` is None while that is unknown."""
+    """Questions scored so far; `left_s` is None while unknown."""
 
     done: int
     total: int
@@ -267,11 +264,11 @@ class AuditProgress:
 
 
 class Auditing:
-    """One loaded model and its sampled experts; `found` is what is known so far.
+    """An audit of one loaded model; `found` holds the results so far.
 
     Raises:
-        ContractError: the layout does not know the model's family.
-        PlanError: no expert can go without leaving fewer than top-k.
+        ContractError: the layout does not support the model's family.
+        PlanError: no expert can be removed without leaving fewer than top-k.
         ProfileError: the model or the quiz is not the one that was profiled.
     """
 
@@ -287,51 +284,55 @@ class Auditing:
         source = profiled_source(profile)
         check_layout(source, layout, is_cutting=True)
         is_fitting = not CALIBRATED.isdisjoint(options.by)
-        asked = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
-        self.quiz = judges_or_fifth(asked, options.questions)
-        looked_at = hashes(asked.profiled) | (hashes(asked.tuning) if is_fitting else frozenset())
-        self.overlap = n_used(self.quiz, looked_at | asked.inherited)
+        questions = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
+        self.quiz = judges_or_fifth(questions, options.questions)
+        used = hashes(questions.profiled) | questions.inherited
+        if is_fitting:
+            used |= hashes(questions.tuning)
+        self.overlap = n_used(self.quiz, used)
         self.engine = engine_as_profiled(profile, source, options.load_as)
 
     @property
     def n_questions(self) -> int:
-        """That will be asked in all, but for those of the first run."""
+        """Questions to score, without those of the unedited model."""
         n_experts = sum(block.experts for block in self.blocks)
         return len(self.quiz) * min(self.options.sample, n_experts)
 
     def run(self, folder: Path, on_pass: OnPass) -> Iterator[AuditProgress]:
-        """Removes every expert that the folder lacks; each is kept when it is done.
+        """Ablates every sampled expert that the folder lacks, and saves each result.
 
         Raises:
-            OutputError: the folder holds something else, or another audit, or another run is at
-                work there.
+            OutputError: the folder holds something else or another audit, or another run uses it.
         """
-        asked = self._asked()
-        earlier = _earlier(folder, asked)
+        request = self._request()
+        earlier = _earlier(folder, request)
         if earlier is not None and earlier.verdicts:
             self.found = earlier
             return
         with alone(folder, "audit"):
-            yield from self._run(folder, asked, on_pass)
+            yield from self._run(folder, request, on_pass)
 
-    def _run(self, folder: Path, asked: AuditAsked, on_pass: OnPass) -> Iterator[AuditProgress]:
-        earlier = _earlier(folder, asked)  # another run may have ended since
+    def _run(self, folder: Path, request: AuditRequest, on_pass: OnPass) -> Iterator[AuditProgress]:
+        earlier = _earlier(folder, request)  # another run may have ended since
         rescorer = CachedScorer(self.engine, self.quiz)
-        self.found = earlier or self._begin(asked, rescorer)
-        save_audit(folder, self.found)
+        self.found = earlier or self._begin(request, rescorer)
+        self._save(folder)
         yield from self._remove(rescorer, folder, on_pass)
         options, found = self.options, self.found
-        verdicts = (
-            verdict(by, standing, found.harms, options.fractions, options.way.seed)
-            for by, standing in found.standings.items()
+        verdicts = tuple(
+            evaluate_criterion(by, ranks, found.harms, options.fractions, options.way.seed)
+            for by, ranks in found.standings.items()
         )
-        self.found = found.model_copy(update={"verdicts": tuple(verdicts)})
-        save_audit(folder, self.found)
+        self.found = found.model_copy(update={"verdicts": verdicts})
+        self._save(folder)
 
-    def _asked(self) -> AuditAsked:
+    def _save(self, folder: Path) -> None:
+        save_outcome(folder / AUDIT_FILE, self.found)
+
+    def _request(self) -> AuditRequest:
         options, info = self.options, self.profile.info
         content = "\n".join(f"{q.content_hash} {q.answer}" for q in self.quiz)
-        return AuditAsked(
+        return AuditRequest(
             model=plan_model(info.model),
             settings=info.settings,
             profile=profile_hash(info),
@@ -349,21 +350,22 @@ class Auditing:
             truncate=self.quiz.truncate,
         )
 
-    def _begin(self, asked: AuditAsked, rescorer: CachedScorer) -> Audit:
+    def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
         options, records = self.options, rescorer.records
         sampled = sampled_experts(self.profile, options.sample, options.way.seed)
-        common = (self.profile, options.by, options.way, self.engine, sampled)
-        found = standings(*common, is_all=options.is_all)
-        if not found:
+        ranks = criterion_ranks(
+            self.profile, options.by, options.way, self.engine, sampled, is_all=options.is_all
+        )
+        if not ranks:
             raise ProfileError(f"{self.profile.path} can serve none of {', '.join(options.by)}")
         return Audit(
-            asked=asked,
+            asked=request,
             overlap=self.overlap,
             cut=rescorer.n_cut,
             accuracy=float(records.is_correct_N.mean()),
-            right_logprob=float(_right(records.logprob_NC, records.answer_N).mean()),
+            right_logprob=float(_right_float64(records.logprob_NC, records.answer_N).mean()),
             sampled=sampled,
-            standings=found,
+            standings=ranks,
         )
 
     def _remove(
@@ -372,17 +374,23 @@ class Auditing:
         n_each, n_before, started = len(self.quiz), len(self.found.harms), time.monotonic()
         total = len(self.found.sampled)
         for done, expert in enumerate(self.found.sampled[n_before:], start=n_before + 1):
-            change = _told(self._without(expert), on_pass)
-            found = rescorer.changed(expert.layer, change)
-            self._check_reached(expert, rescorer.records, found)
-            harm = _harm(expert, rescorer.records, found)
-            self.found = self.found.model_copy(update={"harms": (*self.found.harms, harm)})
-            save_audit(folder, self.found)
+            change = _with_callback(self._without(expert), on_pass)
+            logprob_NC = rescorer.changed(expert.layer, change)
+            self._check_reached(expert, rescorer.records, logprob_NC)
+            effect = ablation_effect(expert, rescorer.records, logprob_NC)
+            self.found = self.found.model_copy(update={"harms": (*self.found.harms, effect)})
+            self._save(folder)
             left_s = (time.monotonic() - started) * (total - done) / (done - n_before)
             yield AuditProgress(done * n_each, total * n_each, 0, left_s)
 
-    def _check_reached(self, expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> None:
-        """That answers changed, where the expert had a share in one that counts."""
+    def _check_reached(
+        self, expert: SampledExpert, base: QuestionOutcomes, logprob_NC: Array
+    ) -> None:
+        """Checks that answers change where the expert has a gate weight that counts.
+
+        Raises:
+            ContractError: not one does.
+        """
         is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
         is_masked = self.options.way.layout == "stock"
         if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
@@ -391,8 +399,8 @@ class Auditing:
                 name = f"without expert {expert.layer}:{expert.expert}"
                 raise ContractError(NOT_REACHED.format(name))
 
-    def _without(self, expert: Sampled) -> AbstractContextManager[OnPass]:
-        """The unedited model without one expert, as the layout means it."""
+    def _without(self, expert: SampledExpert) -> AbstractContextManager[OnPass]:
+        """The unedited model without one expert, as the layout removes it."""
         way, model = self.options.way, self.engine.moe.model
         ids = {block.name: tuple(range(block.experts)) for block in self.blocks}
         name = self.blocks[expert.layer].name
@@ -405,16 +413,16 @@ class Auditing:
         return apply_at_runtime(self.engine.moe, draft, constants)
 
 
-def _earlier(folder: Path, asked: AuditAsked) -> Audit | None:
-    earlier = begun(folder / AUDIT_FILE, Audit)
+def _earlier(folder: Path, request: AuditRequest) -> Audit | None:
+    earlier = load_unfinished(folder / AUDIT_FILE, Audit)
     if earlier is not None:
-        check_same(folder, earlier.asked, asked, "audit")
+        check_same(folder, earlier.asked, request, "audit")
     return earlier
 
 
 @contextmanager
-def _told(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterator[OnPass]:
-    """The change, and another that is told of each pass."""
+def _with_callback(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterator[OnPass]:
+    """The change, which also reports each pass."""
     with change as begin:
 
         def both(step: Pass) -> None:
@@ -424,11 +432,13 @@ def _told(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterator[O
         yield both
 
 
-def _harm(expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> AblationEffect:
-    lost_N = _right(base.logprob_NC, base.answer_N) - _right(logprob_NC, base.answer_N)
-    was_N, is_N = base.is_correct_N, right(logprob_NC, base.answer_N)
-    gained, lost = int((~was_N & is_N).sum()), int((was_N & ~is_N).sum())
-    both_NC = np.isfinite(base.logprob_NC)
+def ablation_effect(
+    expert: SampledExpert, base: QuestionOutcomes, logprob_NC: Array
+) -> AblationEffect:
+    """Log p (N, C) without one expert, compared with the unedited model."""
+    lost_N = _right_float64(base.logprob_NC, base.answer_N)
+    lost_N = lost_N - _right_float64(logprob_NC, base.answer_N)
+    gained, lost = gained_lost(base.is_correct_N, right(logprob_NC, base.answer_N))
     n = len(lost_N)
     return AblationEffect(
         layer=expert.layer,
@@ -439,11 +449,10 @@ def _harm(expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> Ablatio
         gained=gained,
         lost=lost,
         mcnemar_p=mcnemar(gained, lost),
-        largest=float(np.abs(base.logprob_NC - logprob_NC)[both_NC].max()),
+        largest=logprob_shift(base.logprob_NC, logprob_NC)[0],
     )
 
 
-def _right(logprob_NC: Array, answer_N: Array) -> Array:
-    """Log p of the right answers (N,)."""
-    found_N: Array = logprob_NC[np.arange(len(answer_N)), answer_N].astype(np.float64)
-    return found_N
+def _right_float64(logprob_NC: Array, answer_N: Array) -> Array:
+    logprob_N: Array = right_logprobs(logprob_NC, answer_N).astype(np.float64)
+    return logprob_N

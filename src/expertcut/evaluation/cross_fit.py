@@ -1,11 +1,11 @@
-"""Cross-fitting: chosen on four folds, scored on the fifth; random controls; `proof.json`.
+"""Cross-fitting: a procedure chooses on four folds and is scored on the fifth, for each of five.
 
-Cross-fitting: a procedure chooses on four folds and is scored on the fifth, for each of five. It
-judges the procedure; the plan that ships is chosen on all tuning questions.
+It judges the procedure; the plan that ships is chosen on all tuning questions. Random experts in
+place of the chosen ones are the baseline. `proof.json` holds the result.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,25 +23,22 @@ from expertcut.edits.reweight_select import (
 )
 from expertcut.edits.reweight_tune import Ask, Procedure, Settled, Shift
 from expertcut.errors import PlanError, QuizError
-from expertcut.evaluation.stats import LEVEL, Comparison, compare, shows_change
 from expertcut.profiling.schema import BlockInfo
+from expertcut.stats import LEVEL, Comparison, compare
 
 Array = np.ndarray[Any, Any]
 FOLDS = 5
 DRAWS = 99
 _FACTOR = 2.0  # a match appears at most so many times as often, or as seldom
-_FEWEST_MATCHES = 25  # nearest ones, where fewer match
-Choose = Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
-_FEWEST_DRAWS = 20  # distinct draws, with which p can lie below 0.05
+_MIN_MATCHES = 25  # nearest ones, where fewer match
+_MIN_DISTINCT = 20  # distinct draws with which p can lie below 0.05
 NUMBERED_FROM_0 = ExpertIds()
+Choose = Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
 Verdict = Literal["helps", "hurts", "no evidence"]
 
 
 def deal(subjects: Sequence[str], hashes: Sequence[str], seed: int, folds: int = FOLDS) -> Array:
-    """The fold (N,) of each question: subject by subject, repeats together, in random order.
-
-    A question that stands in several subjects is dealt with the first of them.
-    """
+    """The fold (N,) of each question, random within its first subject; repeats share one."""
     first: dict[str, str] = {}
     for name, content in zip(subjects, hashes, strict=True):
         first.setdefault(content, name)
@@ -49,7 +46,7 @@ def deal(subjects: Sequence[str], hashes: Sequence[str], seed: int, folds: int =
     for content, name in first.items():
         by_subject.setdefault(name, []).append(content)
     rng = np.random.default_rng(seed)
-    # One after another over all subjects, so that small ones do not all fill the first folds.
+    # Dealt across subjects, so that small ones do not all fill the first folds.
     order = [content for own in by_subject.values() for content in rng.permutation(own).tolist()]
     fold = {content: i % folds for i, content in enumerate(order)}
     return np.array([fold[content] for content in hashes])
@@ -61,9 +58,9 @@ def draw(
     picks: Sequence[SelectedExpert],
     rng: np.random.Generator,
 ) -> dict[SelectedExpert, SelectedExpert]:
-    """For each pick another expert, tilted the same way and matched to it in appearances.
+    """For each pick another expert of the same sign, matched in appearances, while there are any.
 
-    Fewer where the model has no more candidates. Layers are those that the choice was made from.
+    Layers are those that the choice was made from.
     """
     by_id = places(records.blocks)
     appears_X = appearances(records)
@@ -85,12 +82,12 @@ def matches(appears_X: Array, is_free_X: Array, x: int) -> Array:
     distance = np.abs(np.log(appears_X[free] / max(appears_X[x], appears_X[free].min(initial=1))))
     nearest = np.argsort(distance, kind="stable")
     n_within = int((distance <= np.log(_FACTOR)).sum())
-    return free[nearest[: max(n_within, _FEWEST_MATCHES)]]
+    return free[nearest[: max(n_within, _MIN_MATCHES)]]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What was chosen without one fold, and what that did to it."""
+    """What was chosen without one fold, and the change in accuracy on that fold."""
 
     questions: int
     shifts: tuple[Shift, ...]
@@ -98,11 +95,8 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Control:
-    """The same procedure on random experts: the change in accuracy of each draw.
-
-    `distinct` draws had other experts than all before.
-    """
+class RandomBaseline:
+    """Change in accuracy with random experts, per draw; `distinct` counts different draws."""
 
     delta_B: Array
     distinct: int
@@ -114,27 +108,27 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A procedure's outcome: judged fairly, judged on its own questions, and by chance."""
+class CrossFit:
+    """A procedure scored by cross-fitting, on its own questions, and against random experts."""
 
     records: QuestionOutcomes
     cross_fitted: Comparison
     same_questions: Comparison
-    control: Control
+    random: RandomBaseline
     folds: tuple[Fold, ...]
     settled: Settled
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a proof is; the last carries the outcome."""
+    """Steps done; the last carries the result."""
 
     done: int
     total: int
-    judged: Judged | None = None
+    result: CrossFit | None = None
 
 
-def judge(
+def cross_fit(
     records: QuestionOutcomes, procedure: Procedure, ask: Ask, draws: int = DRAWS, seed: int = 0
 ) -> Iterator[Progress]:
     """Five folds, all questions at once, then the random draws.
@@ -163,19 +157,19 @@ def judge(
         deltas.append(trial.random_delta(others, settled.shifts))
         yield Progress(3 + done, total)
     base_N = records.is_correct_N
-    judged = Judged(
+    result = CrossFit(
         records=records,
         cross_fitted=compare(base_N, cross_N),
         same_questions=compare(base_N, same_N),
-        control=Control(np.array(deltas), len(seen)),
+        random=RandomBaseline(np.array(deltas), len(seen)),
         folds=folds,
         settled=settled,
     )
-    yield Progress(total, total, judged)
+    yield Progress(total, total, result)
 
 
 class _Trial:
-    """One set of folds, and what any choice does on them."""
+    """One deal of the folds, on which any choice is scored."""
 
     def __init__(
         self, records: QuestionOutcomes, procedure: Procedure, ask: Ask, seed: int
@@ -186,14 +180,14 @@ class _Trial:
         self.fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
 
     def right(self, shifts: tuple[Shift, ...]) -> Array:
-        """Right answers (N,) with these shifts."""
+        """Correct answers (N,) with these shifts."""
         if not shifts:
             return self.records.is_correct_N
         return right(self.ask(shifts), self.records.answer_N)
 
     def cross_fitted(self, choose: Choose) -> tuple[Array, tuple[Fold, ...]]:
-        """Right answers (N,), each question's with what was chosen without its fold."""
-        right_N, found = self.records.is_correct_N.copy(), []
+        """Correct answers (N,), each with what was chosen without the question's fold."""
+        right_N, folds = self.records.is_correct_N.copy(), []
         for fold in range(FOLDS):
             is_own_N = self.fold_N == fold
             left_out = frozenset(self.records.hash_N[is_own_N].tolist())
@@ -201,16 +195,13 @@ class _Trial:
             shifts = self.procedure.settle(self.records, picks, self.ask, left_out).shifts
             right_N[is_own_N] = self.right(shifts)[is_own_N]
             change_n = right_N[is_own_N].astype(int) - self.records.is_correct_N[is_own_N]
-            found.append(Fold(int(is_own_N.sum()), shifts, float(change_n.mean())))
-        return right_N, tuple(found)
+            folds.append(Fold(int(is_own_N.sum()), shifts, float(change_n.mean())))
+        return right_N, tuple(folds)
 
     def random_delta(
         self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[Shift]
     ) -> float:
-        """The change in accuracy with other experts in the place of those that were picked.
-
-        Without a search each gets the bias of the one whose place it takes.
-        """
+        """Change in accuracy with other experts, which without a search take the picks' biases."""
         if self.procedure.is_tuned:
             right_N, _ = self.cross_fitted(lambda _records, _left_out: tuple(others.values()))
         else:
@@ -225,27 +216,16 @@ class _Trial:
         return float(right_N.mean() - self.records.is_correct_N.mean())
 
 
-class Change(Record):
-    """A change in accuracy on the same questions; see `evaluation.stats.Comparison`."""
-
-    delta: float
-    ci95: tuple[float, float]
-    gained: int
-    lost: int
-    mcnemar_p: float
-    smallest_effect: float
-
-
 class FoldResult(Record):
-    """One fold: what was chosen without it (layer, expert, bias), and what that did to it."""
+    """One fold: (layer, expert, bias) chosen without it, and the change in accuracy on it."""
 
     questions: int
     biases: tuple[tuple[int, int, float], ...]
     delta: float
 
 
-class RandomControl(Record):
-    """The same procedure on random experts; `range95` holds 95 % of the draws."""
+class RandomResult(Record):
+    """Random experts; `range95` holds 95 % of the draws."""
 
     draws: int
     distinct: int
@@ -254,8 +234,8 @@ class RandomControl(Record):
     p: float
 
 
-class ProofResult(Record):
-    """`proof.json`. `same_questions` chose and scored on the same questions, so it flatters."""
+class CrossFitResult(Record):
+    """`proof.json`; `same_questions` is optimistic: chosen and scored on the same questions."""
 
     format: Format1 = 1
     procedure: str
@@ -264,73 +244,75 @@ class ProofResult(Record):
     questions: int
     seed: int
     base_accuracy: float
-    cross_fitted: Change
-    same_questions: Change
-    random: RandomControl
+    cross_fitted: Comparison
+    same_questions: Comparison
+    random: RandomResult
     folds: tuple[FoldResult, ...]
     verdict: Verdict
     sentence: str
 
 
-def proof_result(
-    judged: Judged,
+def cross_fit_result(
+    outcome: CrossFit,
     procedure: str,
-    quiz: tuple[str, str],
+    *,
+    quiz: str,
+    split: str,
     seed: int,
     numbers: ExpertIds = NUMBERED_FROM_0,
-) -> ProofResult:
-    """The figures of a finished proof; `quiz` is its id and split, `numbers` call its experts."""
-    cross, control = judged.cross_fitted, judged.control
-    p_random = control.p(cross.delta)
-    low, high = np.percentile(control.delta_B, [2.5, 97.5])
-    word = verdict(cross.ci95, cross.mcnemar_p, p_random)
-    return ProofResult(
+) -> CrossFitResult:
+    """The record of a finished run; `numbers` are those of its experts before earlier cuts."""
+    cross, random = outcome.cross_fitted, outcome.random
+    p_random = random.p(cross.delta)
+    low, high = np.percentile(random.delta_B, [2.5, 97.5])
+    word = verdict(cross, p_random)
+    return CrossFitResult(
         procedure=procedure,
-        quiz=quiz[0],
-        split=quiz[1],
-        questions=len(judged.records),
+        quiz=quiz,
+        split=split,
+        questions=len(outcome.records),
         seed=seed,
-        base_accuracy=float(judged.records.is_correct_N.mean()),
-        cross_fitted=Change(**asdict(cross)),
-        same_questions=Change(**asdict(judged.same_questions)),
-        random=RandomControl(
-            draws=len(control.delta_B),
-            distinct=control.distinct,
-            delta_mean=float(control.delta_B.mean()),
+        base_accuracy=float(outcome.records.is_correct_N.mean()),
+        cross_fitted=cross,
+        same_questions=outcome.same_questions,
+        random=RandomResult(
+            draws=len(random.delta_B),
+            distinct=random.distinct,
+            delta_mean=float(random.delta_B.mean()),
             range95=(float(low), float(high)),
             p=p_random,
         ),
         folds=tuple(
             FoldResult(
                 questions=fold.questions,
-                biases=called(fold.shifts, judged.records.blocks, numbers),
+                biases=numbered(fold.shifts, outcome.records.blocks, numbers),
                 delta=fold.delta,
             )
-            for fold in judged.folds
+            for fold in outcome.folds
         ),
         verdict=word,
-        sentence=_sentence(judged, word, p_random),
+        sentence=_sentence(outcome, word, p_random),
     )
 
 
-def called(
+def numbered(
     shifts: Sequence[Shift], blocks: Sequence[BlockInfo], numbers: ExpertIds
 ) -> tuple[tuple[int, int, float], ...]:
-    """(layer, expert, bias) of each, experts by what they were before earlier cuts."""
+    """(layer, expert, bias) of each, by the experts' numbers before earlier cuts."""
     return tuple((s.layer, numbers.number(blocks[s.layer].name, s.expert), s.bias) for s in shifts)
 
 
-def verdict(ci95: tuple[float, float], mcnemar_p: float, p_random: float) -> Verdict:
+def verdict(cross: Comparison, p_random: float) -> Verdict:
     """Helps: a significant gain that random experts seldom reach."""
-    if not shows_change(ci95, mcnemar_p):
+    if not cross.is_significant:
         return "no evidence"
-    if ci95[1] < 0:
+    if cross.ci95[1] < 0:
         return "hurts"
     return "helps" if p_random < LEVEL else "no evidence"
 
 
-def _sentence(judged: Judged, word: Verdict, p_random: float) -> str:
-    cross, n = judged.cross_fitted, len(judged.records)
+def _sentence(outcome: CrossFit, word: Verdict, p_random: float) -> str:
+    cross, n = outcome.cross_fitted, len(outcome.records)
     change = (
         f"{cross.delta * 100:+.2f} points (95 % interval {cross.ci95[0] * 100:+.2f} to "
         f"{cross.ci95[1] * 100:+.2f}, McNemar p = {cross.mcnemar_p:.2g}) on {n:,} questions that "
@@ -340,11 +322,11 @@ def _sentence(judged: Judged, word: Verdict, p_random: float) -> str:
         return f"This procedure helps: {change}; random experts do as well with p = {p_random:.2g}."
     if word == "hurts":
         return f"This procedure hurts: {change}."
-    if shows_change(cross.ci95, cross.mcnemar_p):
-        n_drawn = judged.control.distinct
+    if cross.is_significant:
+        n_drawn = outcome.random.distinct
         few = (
             f", and only {n_drawn} others were drawn, too few to show more"
-            if n_drawn < _FEWEST_DRAWS
+            if n_drawn < _MIN_DISTINCT
             else ""
         )
         reason = f"random experts do as well with p = {p_random:.2g}{few}"
@@ -353,15 +335,15 @@ def _sentence(judged: Judged, word: Verdict, p_random: float) -> str:
     return f"No evidence that this procedure helps: {change}; {reason}."
 
 
-def proof_file(result: ProofResult) -> dict[str, bytes]:
-    """`proof.json` by its name, for writing beside a plan."""
+def proof_file(result: CrossFitResult) -> dict[str, bytes]:
+    """Name and content of `proof.json`, for writing beside a plan."""
     return {PROOF_FILE: (result.model_dump_json(indent=1) + "\n").encode()}
 
 
-def load_proof(folder: Path) -> ProofResult:
-    """A proof from its folder.
+def load_cross_fit(folder: Path) -> CrossFitResult:
+    """`proof.json` of a folder.
 
     Raises:
-        PlanError: none there, or one that does not hold together.
+        PlanError: it is missing or not valid.
     """
-    return load_record(folder / PROOF_FILE, ProofResult, PlanError, "is no proof")
+    return load_record(folder / PROOF_FILE, CrossFitResult, PlanError, "is no proof")

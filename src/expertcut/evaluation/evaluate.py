@@ -1,16 +1,12 @@
-"""The stage behind `eval`: every model answers the same quiz; `results.json` says how it went."""
+"""The stage behind `eval`: scores several models on one quiz and writes `results.json`."""
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from expertcut.checkpoints.size import size
-from expertcut.edits.plan import PLAN_FILE, PlanFile, load_hashes, load_plan
+from expertcut.edits.plan import PlanFile, load_hashes, plan_in
 from expertcut.edits.splits import n_used
 from expertcut.errors import OutputError
 from expertcut.evaluation.lm_eval_export import (
@@ -30,9 +26,8 @@ from expertcut.evaluation.results import (
     Scoring,
     SubjectResult,
     load_results,
-    save_results,
+    save_outcome,
 )
-from expertcut.evaluation.stats import accuracy, compare
 from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
 from expertcut.profiling.measure import measure
@@ -40,24 +35,23 @@ from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import load_profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass, ignore
-
-Array = np.ndarray[Any, Any]
+from expertcut.stats import accuracy, compare, logprob_shift
 
 
 def find_models(paths: Sequence[str]) -> list[Source]:
-    """All models' checkpoints, so that a wrong name or plan is found before anything runs."""
+    """All models' checkpoints; a wrong name or plan is refused before anything runs."""
     sources = [find_source(path) for path in paths]
     for source in sources:
-        _seen(source)
+        _plan_and_hashes(source)
     return sources
 
 
 def score(
     source: Source, scoring: Scoring, folder: Path, on_pass: OnPass = ignore
 ) -> Iterator[Progress | Scored]:
-    """Progress while chunks are scored into the folder, at last the scored model.
+    """Progress while chunks are scored into the folder, then the scored model.
 
-    Where this process does not wait for others, it may end without.
+    A process that does not wait for others may end without it.
     """
     options = replace(scoring.options, stats="none")
     measurement = measure(source, scoring.quiz, scoring.limit, scoring.load_as, options)
@@ -65,22 +59,22 @@ def score(
     yield from measurement.run(store, on_pass)
     if not scoring.options.waits:
         return
-    seen = _seen(source)
-    found = Scored(
+    edited = _plan_and_hashes(source)
+    scored = Scored(
         source,
         load_profile(store).answers,
         size(measurement.moe),
-        _chosen_on(seen, scoring),
-        seen[0].healed_from if seen else None,
+        _chosen_on(edited, scoring),
+        edited[0].healed_from if edited else None,
         Loaded.of(measurement.moe, measurement.info.settings),
     )
     del measurement
     gc.collect()
-    yield found
+    yield scored
 
 
 def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
-    """Accuracies, sizes, and every model compared with the first."""
+    """The record of all models, each compared with the first."""
     subjects = [q.subject for q in scoring.quiz]
     info = quiz_info(scoring.quiz, scoring.limit)
     return Results(
@@ -98,77 +92,75 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
 
 
 def check_places(out: Path, harness_file: Path | None) -> None:
-    """That nothing is replaced but what an earlier `eval` wrote there.
+    """Checks that only files of an earlier `eval` would be replaced.
 
     Raises:
-        OutputError: something else is there, a checkpoint's own file for one.
+        OutputError: something else is there.
     """
     if out.exists():
         try:
             load_results(out)
         except OutputError as error:
-            raise OutputError(f"{error}, so it is spared: name another --out") from None
+            raise OutputError(f"{error}, so it is not overwritten: name another --out") from None
     if harness_file is None:
         return
     if harness_file.resolve() == out.resolve():
         raise OutputError(f"--lm-eval-json {harness_file} is --out too: name another")
     if harness_file.exists() and not is_harness_file(harness_file):
         raise OutputError(
-            f"{harness_file} holds no results of a harness, so it is spared: name another "
-            "--lm-eval-json"
+            f"{harness_file} holds no results of a harness, so it is not overwritten: name "
+            "another --lm-eval-json"
         )
 
 
 def save(
     scoring: Scoring, scored: Sequence[Scored], out: Path, harness_file: Path | None = None
 ) -> Results:
-    """Writes predictions, the harness's form where it is wanted, and at last the results.
+    """Writes predictions, the harness's files if requested, and the results last.
 
     Raises:
-        OutputError: a place cannot be written.
+        OutputError: a file cannot be written.
     """
-    found = results(scoring, scored)
+    record = results(scoring, scored)
     write_atomically(predictions_path(out), predictions_bytes(scoring.quiz, scored))
     if harness_file is not None:
         places = harness_paths(harness_file, scored)
-        for place, one, result in zip(places, scored, found.models, strict=True):
+        for place, one, result in zip(places, scored, record.models, strict=True):
             write_atomically(place, harness_bytes(scoring, one, result))
-    save_results(out, found)
-    return found
+    save_outcome(out, record)
+    return record
 
 
-def _seen(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
-    """The plan that made a checkpoint, and the questions that were looked at; None for others."""
-    if not os.path.lexists(source.path / PLAN_FILE):
-        return None
-    plan = load_plan(source.path)
-    return plan, load_hashes(source.path, plan)
+def _plan_and_hashes(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
+    """The plan of a checkpoint and the questions that it used; None for an unedited model."""
+    plan = plan_in(source.path)
+    return None if plan is None else (plan, load_hashes(source.path, plan))
 
 
 def _chosen_on(
-    seen: tuple[PlanFile, frozenset[str]] | None, scoring: Scoring
+    edited: tuple[PlanFile, frozenset[str]] | None, scoring: Scoring
 ) -> ChosenOnResult | None:
-    if seen is None:
+    if edited is None:
         return None
-    plan, hashes = seen
+    plan, hashes = edited
     splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
     return ChosenOnResult(split="+".join(splits), overlap=n_used(scoring.quiz, hashes))
 
 
 def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
-    found = accuracy(scored.answers.is_correct_N, subjects)
+    measured = accuracy(scored.answers.is_correct_N, subjects)
     return ModelResult(
         path=scored.source.id,
         revision=scored.source.revision,
         fingerprint=scored.source.fingerprint,
-        accuracy=found.accuracy,
-        stderr=found.stderr,
-        ci95=found.ci95,
-        questions=found.n_questions,
+        accuracy=measured.accuracy,
+        stderr=measured.stderr,
+        ci95=measured.ci95,
+        questions=measured.n_questions,
         cut=scored.answers.n_cut,
         subjects={
             name: SubjectResult(accuracy=share, questions=n)
-            for name, (share, n) in found.by_subject.items()
+            for name, (share, n) in measured.by_subject.items()
         },
         parameters=scored.size.parameters,
         active_parameters=scored.size.active_parameters,
@@ -179,20 +171,13 @@ def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
 
 
 def _comparison(base: Scored, other: Scored, index: int) -> ComparisonResult:
-    found = compare(base.answers.is_correct_N, other.answers.is_correct_N)
-    both_NC = np.isfinite(base.answers.logprob_NC) & np.isfinite(other.answers.logprob_NC)
-    moved = np.abs(base.answers.logprob_NC - other.answers.logprob_NC)[both_NC]
+    largest, median = logprob_shift(base.answers.logprob_NC, other.answers.logprob_NC)
     return ComparisonResult(
         base=0,
         other=index,
-        delta=found.delta,
-        ci95=found.ci95,
-        gained=found.gained,
-        lost=found.lost,
-        mcnemar_p=found.mcnemar_p,
-        smallest_effect=found.smallest_effect,
-        max_abs_logprob_diff=float(moved.max()),
-        median_abs_logprob_diff=float(np.median(moved)),
+        **compare(base.answers.is_correct_N, other.answers.is_correct_N).model_dump(),
+        max_abs_logprob_diff=largest,
+        median_abs_logprob_diff=median,
         parameters_delta=other.size.parameters - base.size.parameters,
         bytes_delta=other.size.size_bytes - base.size.size_bytes,
     )

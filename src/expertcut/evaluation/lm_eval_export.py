@@ -19,8 +19,8 @@ from expertcut.data import Quiz
 from expertcut.data.questions import LETTERS, header
 from expertcut.data.sources import MMLU_HUB_ID
 from expertcut.evaluation.results import ModelResult
-from expertcut.evaluation.stats import pooled_stderr
 from expertcut.files import parse_json, read_file
+from expertcut.stats import pooled_stderr
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,16 +47,16 @@ def harness_paths(file: Path, scored: Sequence["Scored"]) -> list[Path]:
 def is_harness_file(file: Path) -> bool:
     """Whether a file is one of these, by its keys."""
     try:
-        found = parse_json(read_file(file))
+        content = parse_json(read_file(file))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and {"results", "configs"} <= found.keys()
+    return isinstance(content, dict) and {"results", "configs"} <= content.keys()
 
 
 def harness_bytes(scoring: "Scoring", scored: "Scored", result: ModelResult) -> bytes:
     """The file's bytes."""
-    found = harness_results(scoring, scored, result)
-    return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode()
+    results = harness_results(scoring, scored, result)
+    return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
 
 def harness_results(scoring: "Scoring", scored: "Scored", result: ModelResult) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _config(task: str, subject: str, quiz: Quiz, scored: "Scored") -> dict[str, 
     n_choices = max(len(q.choices) for q in quiz.questions[subject])
     letters = list(LETTERS[:n_choices])
     lines = [f"{letter}. {{{{choices[{i}]}}}}\n" for i, letter in enumerate(letters)]
-    asked = {
+    prompt = {
         "doc_to_text": f"{{{{question.strip()}}}}\n{''.join(lines)}Answer:",
         "doc_to_choice": letters,
         "doc_to_target": "answer",
@@ -122,7 +122,7 @@ def _config(task: str, subject: str, quiz: Quiz, scored: "Scored") -> dict[str, 
         "fewshot_split": "dev",
         "unsafe_code": False,
         "description": header(subject),
-        **asked,
+        **prompt,
         "fewshot_config": {
             "sampler": "first_n",
             "split": "dev",
@@ -130,7 +130,7 @@ def _config(task: str, subject: str, quiz: Quiz, scored: "Scored") -> dict[str, 
             "fewshot_indices": None,
             "samples": None,
             "gen_prefix": None,
-            **asked,
+            **prompt,
         },
         "num_fewshot": quiz.shots,
         "metric_list": [_METRIC],
@@ -206,16 +206,16 @@ def predictions_bytes(quiz: Quiz, scored: Sequence["Scored"]) -> bytes:
 def _table(quiz: Quiz, scored: "Scored") -> "pa.Table":
     import pyarrow as pa
 
-    found, letters = scored.answers, np.array(list(LETTERS))
+    answers, letters = scored.answers, np.array(list(LETTERS))
     columns: dict[str, Any] = {
         "model": pa.array([scored.source.id] * len(quiz)).dictionary_encode(),
         "subject": pa.array([q.subject for q in quiz]).dictionary_encode(),
         "row": pa.array([q.row for q in quiz], pa.int32()),
-        "answer": letters[found.answer_N],
-        "prediction": letters[found.logprob_NC.argmax(axis=1)],
-        "is_correct": found.is_correct_N,
+        "answer": letters[answers.answer_N],
+        "prediction": letters[answers.logprob_NC.argmax(axis=1)],
+        "is_correct": answers.is_correct_N,
     }
-    for choice, logprob_N in enumerate(found.logprob_NC.T):
+    for choice, logprob_N in enumerate(answers.logprob_NC.T):
         # A question with fewer choices has −∞ there, which is no log-probability.
         columns[f"logprob_{LETTERS[choice]}"] = pa.array(logprob_N, mask=~np.isfinite(logprob_N))
     return pa.table(columns)

@@ -1,10 +1,10 @@
-"""`results.json`, and the folder that a long run fills. No torch here."""
+"""`results.json`, and records in the folder of a long run. Does not import torch."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from expertcut.errors import OutputError
 from expertcut.files import write_atomically
 from expertcut.profiling.locks import CLAIMS
 from expertcut.profiling.schema import ProfileInfo, Settings
+from expertcut.stats import Comparison, Count, Share
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.size import Size
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.statistics import Answers
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
 _ROUNDING = 1e-6
 Outcome = TypeVar("Outcome", bound=Record)
 
@@ -35,17 +34,16 @@ class SubjectResult(Record):
 
 
 class ChosenOnResult(Record):
-    """Which split a checkpoint's plan was made on, and how many scored questions were among it."""
+    """The split that a checkpoint's plan was made on, and how many scored questions it used."""
 
     split: str
     overlap: Count
 
 
 class ModelResult(Record):
-    """One model; `bytes` are those of its safetensors files.
+    """One model; `bytes` and `fingerprint` are those of its weights and config.json.
 
-    `fingerprint` is a hash over these and config.json. `cut` of its prompts were longer than its
-    context and lost tokens on their left; None where none may (`--truncate`). `healed_from` is the
+    `cut` prompts were truncated on the left, None without `--truncate`. `healed_from` is the
     fingerprint of the checkpoint that was healed, None where healing was not the last step.
     """
 
@@ -68,24 +66,21 @@ class ModelResult(Record):
     def _is_the_sum_of_its_subjects(self) -> Self:
         subjects = self.subjects.values()
         if sum(subject.questions for subject in subjects) != self.questions:
-            raise ValueError("its subjects have another number of questions")
+            raise ValueError("the questions of its subjects do not add up")
         n_right = sum(subject.accuracy * subject.questions for subject in subjects)
         if abs(n_right - self.accuracy * self.questions) > _ROUNDING * max(self.questions, 1):
-            raise ValueError("its accuracy is not that of its subjects")
+            raise ValueError("the accuracy is not that of its subjects")
         return self
 
 
-class ComparisonResult(Record):
-    """A model (`other`, an index) against the first; deltas are other minus base."""
-
+class _ModelPair(Record):
     base: int
     other: int
-    delta: float
-    ci95: tuple[float, float]
-    gained: Count
-    lost: Count
-    mcnemar_p: Share
-    smallest_effect: float
+
+
+class ComparisonResult(Comparison, _ModelPair):  # in JSON the indices come first
+    """Two models, by index; deltas are other minus base."""
+
     max_abs_logprob_diff: float
     median_abs_logprob_diff: float
     parameters_delta: int
@@ -108,45 +103,40 @@ class Results(Record):
     @model_validator(mode="after")
     def _comparisons_name_models(self) -> Self:
         if any(not 0 <= i < len(self.models) for c in self.comparisons for i in (c.base, c.other)):
-            raise ValueError("a comparison names a model that is not there")
+            raise ValueError("a comparison names a model that is missing")
         return self
 
 
-def save_results(path: Path, found: Results) -> None:
-    """Writes `results.json`, whole or not at all."""
-    write_atomically(path, results_bytes(found))
-
-
-def results_bytes(found: Results) -> bytes:
-    """`results.json` as it is written."""
-    return (found.model_dump_json(indent=1) + "\n").encode()
+def record_bytes(record: Record) -> bytes:
+    """A record as JSON."""
+    return (record.model_dump_json(indent=1) + "\n").encode()
 
 
 def load_results(path: Path) -> Results:
     """Results from their file.
 
     Raises:
-        OutputError: no results there.
+        OutputError: missing or not valid.
     """
     return load_record(path, Results, OutputError, "holds no results")
 
 
-def save_outcome(file: Path, found: Record) -> None:
-    """Writes it as JSON, whole or not at all."""
-    write_atomically(file, (found.model_dump_json(indent=1) + "\n").encode())
+def save_outcome(file: Path, record: Record) -> None:
+    """Writes a record as JSON, atomically."""
+    write_atomically(file, record_bytes(record))
 
 
 def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:
-    """What was saved.
+    """A saved record.
 
     Raises:
-        OutputError: none there, or one that does not hold together.
+        OutputError: missing or not valid.
     """
     return load_record(file, kind, OutputError, f"is no {kind.__name__.lower()}")
 
 
-def begun(file: Path, kind: type[Outcome]) -> Outcome | None:
-    """What an earlier run left in the file's folder; None where there is nothing.
+def load_unfinished(file: Path, kind: type[Outcome]) -> Outcome | None:
+    """The record of an earlier run in the file's folder; None in a new or empty folder.
 
     Raises:
         OutputError: the folder holds something else.
@@ -156,7 +146,7 @@ def begun(file: Path, kind: type[Outcome]) -> Outcome | None:
     folder = file.parent
     if folder.is_file():
         raise OutputError(f"{folder} is a file: remove it or name another --out")
-    # Names with a dot are files that another process is just writing, or was when it was killed.
+    # Names with a dot are temporary files of a process that is running or was killed.
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     if any(not name.startswith(".") and name != CLAIMS for name in names):
         raise OutputError(
@@ -166,34 +156,34 @@ def begun(file: Path, kind: type[Outcome]) -> Outcome | None:
 
 
 def check_same(folder: Path, theirs: Record, ours: Record, kind: str) -> None:
-    """That what was asked in a folder is what is asked now.
+    """Checks that a folder's run has the same settings.
 
     Raises:
-        OutputError: naming the first thing that differs.
+        OutputError: naming the first setting that differs.
     """
     for key in type(ours).model_fields:
         was, now = getattr(theirs, key), getattr(ours, key)
         if was != now:
             is_long = len(f"{was}{now}") > 160
-            how = "differs from what is asked now" if is_long else f"was {was}, now it is {now}"
+            how = "differs from now" if is_long else f"was {was}, now it is {now}"
             raise OutputError(f"{folder} is another {kind}: its {key} {how}: name another --out")
 
 
 def profile_hash(info: ProfileInfo) -> str:
-    """SHA-256 of all that a profile's bytes depend on."""
+    """SHA-256 of everything that a profile's bytes depend on."""
     return hashlib.sha256(info.model_dump_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a results file says of a model while it was loaded."""
+    """Facts of a results file that need the model in memory."""
 
     settings: Settings
     special_tokens: Mapping[str, Any]
 
     @classmethod
     def of(cls, moe: "MoeModel", settings: Settings) -> "Loaded":
-        """Of a model in memory."""
+        """From a model in memory."""
         tokenizer, config = moe.tokenizer, moe.model.config
         tokens: dict[str, Any] = {
             f"tokenizer_{name}_token": [
@@ -209,7 +199,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Scored:
-    """One model's answers, and what else a result says of it."""
+    """One model's answers, size and provenance."""
 
     source: "Source"
     answers: "Answers"
@@ -221,7 +211,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is asked, and how, of every model alike."""
+    """The quiz and how every model is scored on it."""
 
     quiz: "Quiz"
     limit: int | None

@@ -8,8 +8,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
@@ -33,31 +31,31 @@ from expertcut.edits.reweight_tune import Procedure, Settled, Shift
 from expertcut.edits.splits import questions_for
 from expertcut.evaluation.cross_fit import (
     DRAWS,
-    ProofResult,
-    called,
-    judge,
+    CrossFitResult,
+    cross_fit,
+    cross_fit_result,
+    numbered,
     proof_file,
-    proof_result,
 )
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.recorder import Recorder
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
-from expertcut.scoring.engine import Engine
+from expertcut.scoring.engine import Engine, stack_scores
 from expertcut.scoring.packing import Encoded
 from expertcut.scoring.passes import OnPass, Replay
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 logger = logging.getLogger(__name__)
-KEPT_BYTES = 2 << 30  # of what layers gave, so that runs can start at a later one
+KEPT_BYTES = 2 << 30  # of layer outputs, so that runs can start at a later layer
 
 
 class CachedScorer:
-    """Log p of a quiz's choices under any shifts; what was asked once is remembered.
+    """Log p of a quiz's choices under any biases; each result is cached.
 
-    The first run records what the unedited model does; later ones start at the first block that
-    is tilted, with the same bits as a whole run.
+    The first run records the unedited model; later ones start at the first biased block, with the
+    same bits as a whole run.
     """
 
     def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = KEPT_BYTES) -> None:
@@ -70,11 +68,11 @@ class CachedScorer:
         self.n_runs = 0
         self.records = self._first_run()
         if not self._replays_exactly():
-            logger.warning("what layers gave does not give the same bits again: all of them run")
+            logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
             self.replay.forget()
 
     def ask(self, shifts: tuple[Shift, ...], apply_at: ApplyAt = "all") -> Array:
-        """Log p (N, C) of the quiz's questions, −inf where one has fewer choices."""
+        """Log p (N, C), −∞ where a question has fewer choices."""
         if not shifts:
             return self.records.logprob_NC
         key = (tuple(sorted(shifts)), apply_at)
@@ -85,7 +83,7 @@ class CachedScorer:
 
     @property
     def n_cut(self) -> int | None:
-        """Prompts that lost tokens on their left; None where none may."""
+        """Prompts truncated on the left; None without `--truncate`."""
         return sum(c.n_cut for c in self.chunks) if self.quiz.truncate else None
 
     def _n_tokens(self, chunk: Encoded) -> int:
@@ -107,7 +105,7 @@ class CachedScorer:
             subject_N=np.array([q.subject for q in self.quiz]),
             hash_N=np.array([q.overlap_hash for q in self.quiz]),
             answer_N=np.array([q.answer for q in self.quiz]),
-            logprob_NC=_stacked(scores),
+            logprob_NC=stack_scores(scores).numpy(),
             alpha_NLE=np.concatenate([arrays["alpha_NLE"] for arrays in recorders]),
             chosen_NLK=np.concatenate([arrays["chosen_NLK"] for arrays in recorders]),
             selection_of=self._selection,
@@ -127,35 +125,30 @@ class CachedScorer:
         return self.changed(min(biases), tilted(self.engine.moe.blocks, tilts))
 
     def changed(self, layer: int, change: AbstractContextManager[OnPass]) -> Array:
-        """Log p (N, C) with a change of this MoE block, and of later ones, in place."""
+        """Log p (N, C) with a change of this MoE block, and of later ones."""
         with self.replay.starting_at(layer), change as begin:
-            return _stacked([self.engine.score(chunk, begin) for chunk in self.chunks])
+            scores = [self.engine.score(chunk, begin) for chunk in self.chunks]
+        logprob_NC: Array = stack_scores(scores).numpy()
+        return logprob_NC
 
     def _replays_exactly(self) -> bool:
-        """Whether the first subject comes out with the same bits from every layer that was kept."""
+        """Whether the first subject has the same bits from every kept layer."""
         first = self.records.logprob_NC[: len(self.chunks[0])]
         for layer, number in self.replay.decoder_of.items():
             if number in self.replay.starts:
                 with self.replay.starting_at(layer):
-                    again = _stacked([self.engine.score(self.chunks[0])])
+                    again = self.engine.score(self.chunks[0]).numpy()
                 if not np.array_equal(again, first[:, : again.shape[1]]):
                     return False
         return True
 
 
-def _stacked(scores: list[Tensor]) -> Array:
-    most = max(score_NC.shape[1] for score_NC in scores)
-    padded = [F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores]
-    stacked: Array = torch.cat(padded).numpy()
-    return stacked
-
-
 @dataclass(frozen=True)
 class Decision:
-    """What was chosen on the tuning questions, and the proof where one was asked for.
+    """The choice on the tuning questions, and its cross-fit if requested.
 
-    `settled` has router rows, `curve` and `chosen` call experts as before earlier cuts.
-    `base_accuracy` and `accuracy_at` are over the tuning questions, so the latter flatter.
+    `settled` has router rows, `curve` and `chosen` the experts' numbers before earlier cuts.
+    `base_accuracy` and `accuracy_at` are over the tuning questions, so the latter is optimistic.
     """
 
     tuning: Quiz
@@ -164,13 +157,13 @@ class Decision:
     chosen: tuple[tuple[int, int, float], ...]
     base_accuracy: float
     accuracy_at: dict[ApplyAt, float]
-    proof: ProofResult | None
+    proof: CrossFitResult | None
     runs: int
 
 
 @dataclass(frozen=True)
 class DecideOptions:
-    """How to decide; `name` is that of the procedure, `draws` are the random control's."""
+    """How to decide; `name` is the procedure's, `draws` are those of random experts."""
 
     load_as: LoadOptions
     name: str
@@ -181,7 +174,7 @@ class DecideOptions:
 
 
 Report = Callable[[int, int], None]
-"""Told how many parts are done, of how many."""
+"""Receives steps done and their total."""
 
 
 def decide(
@@ -190,8 +183,8 @@ def decide(
     """Chooses experts and strengths on the tuning questions of a profile.
 
     Raises:
-        PlanError: fewer candidates than are to be tilted, or one without a strength.
-        QuizError: too few questions for a proof.
+        PlanError: too few candidates, or one without a strength.
+        QuizError: too few questions to cross-fit.
     """
     tuning = questions_for(profile, is_fitting=True).tuning
     engine = engine_as_profiled(profile, profiled_source(profile), options.load_as)
@@ -201,19 +194,25 @@ def decide(
     numbers = expert_ids(profile)
     proof = None
     if options.is_proved:
-        for step in judge(records, procedure, ask, options.draws, options.seed):
+        for step in cross_fit(records, procedure, ask, options.draws, options.seed):
             report(step.done, step.total)
-        assert step.judged is not None
-        settled = step.judged.settled
-        quiz = (tuning.id, tuning.split)
-        proof = proof_result(step.judged, options.name, quiz, options.seed, numbers)
+        assert step.result is not None
+        settled = step.result.settled
+        proof = cross_fit_result(
+            step.result,
+            options.name,
+            quiz=tuning.id,
+            split=tuning.split,
+            seed=options.seed,
+            numbers=numbers,
+        )
     else:
         settled = procedure.settle(records, procedure.pick(records), ask)
     return Decision(
         tuning=tuning,
         settled=settled,
         curve=tuple(_renumbered(point, records.blocks, numbers) for point in settled.curve),
-        chosen=called(settled.shifts, records.blocks, numbers),
+        chosen=numbered(settled.shifts, records.blocks, numbers),
         base_accuracy=float(records.is_correct_N.mean()),
         accuracy_at=dict(_accuracy_at(rescorer, records, settled)),
         proof=proof,
@@ -223,13 +222,13 @@ def decide(
 
 def _renumbered(point: Point, blocks: Sequence[BlockInfo], numbers: ExpertIds) -> Point:
     shifts = tuple(Shift(*bias) for bias in point.biases)
-    return point.model_copy(update={"biases": called(shifts, blocks, numbers)})
+    return point.model_copy(update={"biases": numbered(shifts, blocks, numbers)})
 
 
 def _accuracy_at(
     rescorer: CachedScorer, records: QuestionOutcomes, settled: Settled
 ) -> Iterator[tuple[ApplyAt, float]]:
-    """What the tilt does where the answer is written alone, and everywhere."""
+    """Accuracy with the biases at answer positions only, and everywhere."""
     places: tuple[ApplyAt, ...] = ("answer", "all")
     for place in places:
         logprob_NC = rescorer.ask(settled.shifts, place)
@@ -263,11 +262,11 @@ class Tilted:
 
 
 def by_hand(profile: Profile, tilting: Tilting) -> Tilted:
-    """Experts and strengths as they were named.
+    """Experts and strengths as named.
 
     Raises:
-        PlanError: no such expert, or one that has no default strength.
-        SettingsError: nothing to tilt, or an option that does not go with the others.
+        PlanError: no such expert, or one without a default strength.
+        SettingsError: nothing to change, or options that exclude each other.
     """
     tilting.asked.check()
     boost, suppress, scale = tilting.named
@@ -277,12 +276,12 @@ def by_hand(profile: Profile, tilting: Tilting) -> Tilted:
 
 
 def prepared(profile: Profile, tilting: Tilting) -> tuple[Procedure, str]:
-    """The procedure and its name, all that can be refused before anything runs refused.
+    """The procedure and its name; invalid settings are refused before anything runs.
 
     Raises:
-        ContractError: a model that the layout cannot carry biases for.
+        ContractError: the layout does not support biases of this model.
         PlanError: no such expert.
-        SettingsError: nothing to tilt, or an option that does not go with the others.
+        SettingsError: nothing to change, or options that exclude each other.
     """
     check_place(tilting.layout, tilting.apply_at, is_biased=True)
     check_layout(profiled_source(profile), tilting.layout, is_cutting=False)
@@ -293,7 +292,7 @@ def prepared(profile: Profile, tilting: Tilting) -> tuple[Procedure, str]:
 def chosen(
     profile: Profile, tilting: Tilting, procedure: Procedure, decision: Decision | None
 ) -> Tilted:
-    """What a decision settled, or without one what the profile's own questions say."""
+    """The edit of a decision, or without one the choice on the profile's own questions."""
     settled = decision.settled if decision else settled_on_profile(profile, procedure)
     beside = proof_file(decision.proof) if decision and decision.proof else {}
     if not settled.shifts:

@@ -1,9 +1,9 @@
-"""`sweep.json` and `audit.json`: cuts and single ablations that were tried. No torch here."""
+"""`sweep.json` and `audit.json`: results of cuts and of single ablations. Does not import torch."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -12,9 +12,9 @@ from expertcut.documents import Format1, Record
 from expertcut.edits.budget import Budget, Keep, asked_count, check_budget, counts
 from expertcut.edits.plan import Expert, Fold, Layout, PlanModel, Positions, Removed
 from expertcut.errors import PlanError, SettingsError
-from expertcut.evaluation.cross_fit import Change
-from expertcut.evaluation.results import ChosenOnResult, load_outcome, save_outcome
+from expertcut.evaluation.results import ChosenOnResult, load_outcome
 from expertcut.profiling.schema import BlockInfo, ProfileInfo, Settings
+from expertcut.stats import LEVEL, Comparison, Count
 
 SWEEP_FILE = "sweep.json"
 ALL = "all"
@@ -22,10 +22,11 @@ AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]
 
 
-class SweepAsked(Record):
-    """All that a sweep depends on: another one is never mixed in.
+class SweepRequest(Record):
+    """Everything that a sweep depends on, so that two are never mixed.
 
-    `scored` says of which questions and how; `profile` is the hash of what chose the experts.
+    `scored` names the questions and the scoring settings; `profile` is the hash of the profile that
+    chooses the experts, `chosen_by` its number of questions where some are held out.
     """
 
     scored: ProfileInfo
@@ -40,19 +41,19 @@ class SweepAsked(Record):
     fold: Fold | None
     protect: tuple[str, ...]
     seed: int
-    chosen_by: int | None = None  # how many questions, where some of the profile's are held out
+    chosen_by: int | None = None
 
 
 class SweptModel(Record):
-    """The unedited model; a cut is described by the same, `bytes` as its weights would be.
+    """The unedited model or a cut; `bytes` are those of its weights, once written.
 
-    `cut` of the prompts lost tokens on their left; None where none may (`--truncate`).
+    `cut` prompts were truncated on the left, None without `--truncate`.
     """
 
     accuracy: FiniteFloat
-    ci95: tuple[FiniteFloat, FiniteFloat]
-    questions: Annotated[int, Field(ge=0)]
-    cut: Annotated[int, Field(ge=0)] | None = None
+    ci95: Interval
+    questions: Count
+    cut: Count | None = None
     right_logprob: FiniteFloat
     parameters: int
     active_parameters: int
@@ -60,61 +61,58 @@ class SweptModel(Record):
 
 
 class SweepCell(SweptModel):
-    """One cut: who ranked, which share stays, and what that does against the unedited model.
-
-    `keep` names experts by block, as a plan does.
-    """
+    """One cut compared with the unedited model; `keep` are the experts by block, as in a plan."""
 
     by: str
     fraction: FiniteFloat
     keep: dict[str, tuple[Expert, ...]] = Field(min_length=1)
-    change: Change
+    change: Comparison
     max_abs_logprob_diff: FiniteFloat
     median_abs_logprob_diff: FiniteFloat
 
     @property
     def kept(self) -> str:
-        """How many experts stay: in each layer, or from the fewest to the most."""
+        """Experts kept in each layer, as one number or a range."""
         counts = sorted({len(experts) for experts in self.keep.values()})
         return str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
 
 
 class Sweep(Record):
-    """`sweep.json`; `cells` are those that are finished, in the order of the grid."""
+    """`sweep.json`; `cells` are the finished ones, in the order of the grid."""
 
     format: Format1 = 1
-    asked: SweepAsked
+    asked: SweepRequest
     chosen_on: ChosenOnResult
     base: SweptModel | None = None
     cells: tuple[SweepCell, ...] = ()
 
     @property
     def is_complete(self) -> bool:
-        """Whether every cell is there."""
+        """Whether every cell is finished."""
         return len(self.cells) == len(self.asked.by) * len(self.asked.fractions)
 
+    @property
+    def n_questions(self) -> int:
+        """Questions that every cell scores."""
+        return sum(subject.questions for subject in self.asked.scored.quiz.subjects.values())
+
     def cell(self, by: str, fraction: float) -> SweepCell | None:
-        """The cell, if it is finished."""
+        """The cell, None if it is not finished."""
         return next((c for c in self.cells if (c.by, c.fraction) == (by, fraction)), None)
-
-
-def save_sweep(folder: Path, found: Sweep) -> None:
-    """Writes `sweep.json`, whole or not at all."""
-    save_outcome(folder / SWEEP_FILE, found)
 
 
 def load_sweep(path: Path) -> Sweep:
     """A sweep from its folder or file.
 
     Raises:
-        OutputError: none there, or one that does not hold together.
+        OutputError: missing or not valid.
     """
     return load_outcome(path / SWEEP_FILE if path.is_dir() else path, Sweep)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every criterion with every fraction, and how a fraction becomes numbers of experts."""
+    """Every criterion with every fraction, and how a fraction becomes a number of experts."""
 
     by: tuple[str, ...]
     fractions: tuple[float, ...]
@@ -125,20 +123,20 @@ class Grid:
     def of(
         cls, by: str, fractions: str, known: Collection[str], budget: Budget, min_keep: int | None
     ) -> Self:
-        """As on the command line.
+        """From the command line.
 
         Raises:
-            SettingsError: a criterion that is none, a share that is none, or one of them twice.
+            SettingsError: an unknown criterion, an invalid share, or a repeated one.
         """
         shares = read_fractions(fractions, "--sweep")
         return cls(read_criteria(by, known), shares, budget, min_keep)
 
     def check(self, blocks: Sequence[BlockInfo], layout: Layout) -> None:
-        """That the model and the layout allow every cell.
+        """Checks that the model and the layout allow every cell.
 
         Raises:
-            PlanError: one that keeps too few.
-            SettingsError: a budget that the layout cannot carry.
+            PlanError: a cell keeps too few experts.
+            SettingsError: the layout does not support the budget.
         """
         check_budget(self.budget, self.min_keep, layout)
         for fraction in self.fractions:
@@ -154,31 +152,31 @@ class Grid:
     def keep(
         self, fraction: float, blocks: Sequence[BlockInfo], layout: Layout
     ) -> tuple[Keep, int]:
-        """What is kept at a fraction, and how many that are."""
+        """What a fraction keeps, and how many experts that is."""
         keep = Keep(fraction=fraction, budget=self.budget, min_keep=self.min_keep)
         return keep, asked_count(keep, blocks, layout)
 
-    def with_cell(self, found: Sweep, cell: SweepCell) -> Sweep:
-        """The sweep with a cell more, in the grid's order."""
+    def with_cell(self, sweep: Sweep, cell: SweepCell) -> Sweep:
+        """The sweep with one more cell, in the grid's order."""
         cells = sorted(
-            (*found.cells, cell),
+            (*sweep.cells, cell),
             key=lambda c: (self.by.index(c.by), self.fractions.index(c.fraction)),
         )
-        return found.model_copy(update={"cells": tuple(cells)})
+        return sweep.model_copy(update={"cells": tuple(cells)})
 
 
 def read_criteria(text: str, known: Collection[str]) -> tuple[str, ...]:
-    """`reap,activations`, or `all` of them.
+    """Criteria from `reap,activations` or `all`.
 
     Raises:
-        SettingsError: one that is no criterion, or twice there.
+        SettingsError: an unknown or repeated criterion.
     """
     if text == ALL:
         return tuple(known)
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in known:
-            raise SettingsError(f"--by {name} is no criterion: take one of {', '.join(known)}")
+            raise SettingsError(f"--by {name} is not a criterion: use one of {', '.join(known)}")
         if names.count(name) > 1:
             raise SettingsError(f"--by names {name} twice")
     return names
@@ -188,7 +186,7 @@ def read_fractions(text: str, option: str) -> tuple[float, ...]:
     """`0.75,0.5,0.25` as numbers.
 
     Raises:
-        SettingsError: one that is no share above 0 and at most 1, or twice there.
+        SettingsError: a number outside (0, 1], or a repeated one.
     """
     shares = []
     for part in text.split(","):
@@ -206,10 +204,10 @@ def read_fractions(text: str, option: str) -> tuple[float, ...]:
     return tuple(shares)
 
 
-class AuditAsked(Record):
-    """All that an audit depends on: another one is never mixed in.
+class AuditRequest(Record):
+    """Everything that an audit depends on, so that two are never mixed.
 
-    `profile` is the hash of what scored the experts, `asked` that of the held-out questions.
+    `profile` is the hash of the profile that scores the experts, `asked` of the held-out questions.
     """
 
     model: PlanModel
@@ -230,10 +228,9 @@ class AuditAsked(Record):
 
 
 class CriterionRank(Record):
-    """What a criterion says of the sampled experts, in their order.
+    """Scores of one criterion for the sampled experts, in their order.
 
-    `share` is the score over its layer's sum, `place` the number of experts of its layer that the
-    criterion would keep before it.
+    `share` is the score over its layer's sum, `place` the rank in its layer, 0 for the best.
     """
 
     score: tuple[FiniteFloat, ...]
@@ -241,8 +238,8 @@ class CriterionRank(Record):
     place: tuple[int, ...]
 
 
-class Sampled(Record):
-    """An expert to be removed: its router's row in the profiled model, and what it is called."""
+class SampledExpert(Record):
+    """An expert to ablate: its router row, and its number before earlier cuts."""
 
     layer: int
     row: int
@@ -250,10 +247,10 @@ class Sampled(Record):
 
 
 class AblationEffect(Record):
-    """What removing one expert did to the held-out questions, paired with the unedited model.
+    """Held-out questions without one expert, paired with the unedited model.
 
-    `logprob` is the mean loss of log p of the right answer, `stderr` that of this mean, `accuracy`
-    the share of answers lost less those gained; `largest` is the largest |Δ log p| of any choice.
+    `logprob` is the mean loss of log p of the right answer, `accuracy` the loss of accuracy,
+    `largest` the largest |Δ log p| of any choice.
     """
 
     layer: int
@@ -267,13 +264,10 @@ class AblationEffect(Record):
     largest: FiniteFloat
 
 
-LEVEL = 0.05
-
-
 class Correlation(Record):
-    """Spearman's, and its 95 % interval; None where it is undefined.
+    """Spearman's ρ and its 95 % interval; None where undefined.
 
-    `p` is the share of shuffled harms (within layers, or over all) that agree at least as well.
+    `p` is the share of shuffled effects (within layers, or over all) that correlate as well.
     """
 
     rho: FiniteFloat | None
@@ -282,15 +276,15 @@ class Correlation(Record):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the order is one beyond chance; an interval of few pairs alone does not say."""
+        """Whether ρ is above chance; the interval of few pairs alone does not show that."""
         return bool(self.ci95 and self.ci95[0] > 0 and self.p is not None and self.p < LEVEL)
 
 
-class Regret(Record):
-    """At one budget: how much more harm the criterion's removals do, one by one, than the least.
+class BudgetRegret(Record):
+    """At one budget: the loss of log p of the criterion's removals against the least possible.
 
-    `removed` of the sampled experts go; `chosen`, `least` and `random` are sums of their harms to
-    log p as the criterion chooses, at least, and on average over all choices.
+    `removed` sampled experts go; `chosen`, `least` and `random` are sums of their single effects:
+    by the criterion, at best, and on average over all choices.
     """
 
     fraction: FiniteFloat
@@ -301,65 +295,60 @@ class Regret(Record):
 
     @property
     def regret(self) -> float:
-        """Never below 0, and 0 where the criterion removes the least harmful ones."""
+        """Never negative; 0 where the criterion removes the least harmful experts."""
         return self.chosen - self.least
 
 
-class Verdict(Record):
-    """How well a criterion foretold the harms; `within` compares experts of a layer only."""
+class CriterionEvaluation(Record):
+    """How well a criterion predicts the effects; `within` compares experts of the same layer."""
 
     by: str
     within: Correlation
     overall: Correlation
     within_accuracy: Correlation
-    regrets: tuple[Regret, ...]
+    regrets: tuple[BudgetRegret, ...]
 
 
 class Audit(Record):
-    """`audit.json`; `verdicts` are there when all `sampled` experts have been removed once.
+    """`audit.json`; `verdicts` are set once all `sampled` experts have been ablated.
 
-    `cut` of the prompts lost tokens on their left; None where none may (`--truncate`).
+    `cut` prompts were truncated on the left, None without `--truncate`.
     """
 
     format: Format1 = 1
-    asked: AuditAsked
+    asked: AuditRequest
     overlap: int
     cut: int | None = None
     accuracy: FiniteFloat
     right_logprob: FiniteFloat
-    sampled: tuple[Sampled, ...]
+    sampled: tuple[SampledExpert, ...]
     standings: dict[str, CriterionRank]
     harms: tuple[AblationEffect, ...] = ()
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: tuple[CriterionEvaluation, ...] = ()
 
     @model_validator(mode="after")
     def _is_of_one_sample(self) -> Self:
         n_sampled, fractions = len(self.sampled), self.asked.fractions
         if len(self.harms) > n_sampled:
-            raise ValueError(f"{len(self.harms)} harms of {n_sampled} sampled experts")
-        for by, its in self.standings.items():
-            if {len(its.score), len(its.share), len(its.place)} != {n_sampled}:
+            raise ValueError(f"{len(self.harms)} effects of {n_sampled} sampled experts")
+        for by, rank in self.standings.items():
+            if {len(rank.score), len(rank.share), len(rank.place)} != {n_sampled}:
                 raise ValueError(f"{by[:60]!a} does not rank the {n_sampled} sampled experts")
         for verdict in self.verdicts:
             if tuple(regret.fraction for regret in verdict.regrets) != fractions:
-                raise ValueError(f"{verdict.by[:60]!a} has regrets of other shares than were asked")
+                raise ValueError(f"{verdict.by[:60]!a} has regrets of other fractions")
         return self
 
     @property
     def is_complete(self) -> bool:
-        """Whether every sampled expert has been removed."""
+        """Whether every sampled expert has been ablated."""
         return len(self.harms) == len(self.sampled)
-
-
-def save_audit(folder: Path, found: Audit) -> None:
-    """Writes `audit.json`, whole or not at all."""
-    save_outcome(folder / AUDIT_FILE, found)
 
 
 def load_audit(path: Path) -> Audit:
     """An audit from its folder or file.
 
     Raises:
-        OutputError: none there, or one that does not hold together.
+        OutputError: missing or not valid.
     """
     return load_outcome(path / AUDIT_FILE if path.is_dir() else path, Audit)

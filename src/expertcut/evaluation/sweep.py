@@ -1,8 +1,8 @@
-"""The stage behind `prune --sweep`: one loaded model carries out every cut of a grid in turn."""
+"""The stage behind `prune --sweep`: scores every cut of a grid in one loaded model."""
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,35 @@ from expertcut.edits.prune import cut
 from expertcut.edits.ranking import Way, rank
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError
-from expertcut.evaluation.cross_fit import Change
-from expertcut.evaluation.results import ChosenOnResult, begun, check_same, profile_hash
+from expertcut.evaluation.results import (
+    ChosenOnResult,
+    check_same,
+    load_unfinished,
+    profile_hash,
+    save_outcome,
+)
 from expertcut.evaluation.search_results import (
     SWEEP_FILE,
     Grid,
     Sweep,
-    SweepAsked,
     SweepCell,
+    SweepRequest,
     SweptModel,
-    save_sweep,
 )
-from expertcut.evaluation.stats import accuracy, compare
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass
+from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One form of the model to be asked: its name, and the run that asks what is missing."""
+    """One form of the model: its name, and the run that scores the missing questions."""
 
     name: str
     run: Callable[[OnPass], Iterator[Progress]]
@@ -60,11 +64,11 @@ class Asking:
 
 
 class Sweeping:
-    """A grid of cuts of one profiled model; `found` is what is finished.
+    """A sweep of one profiled model; `found` holds the finished cells.
 
     Raises:
-        ContractError: the layout does not know the model's family.
-        PlanError: a cell that keeps too few experts.
+        ContractError: the layout does not support the model's family.
+        PlanError: a cell keeps too few experts.
         ProfileError: the model or the quiz is not the one that was profiled.
     """
 
@@ -82,11 +86,11 @@ class Sweeping:
         self.subjects = [question.subject for question in asking.quiz]
         overlap = n_used(asking.quiz, used)
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
-        self.found = Sweep(asked=self._asked(), chosen_on=chosen_on)
+        self.found = Sweep(asked=self._request(), chosen_on=chosen_on)
 
-    def _asked(self) -> SweepAsked:
+    def _request(self) -> SweepRequest:
         grid, way, is_part = self.grid, self.way, isinstance(self.profile, ProfilePart)
-        return SweepAsked(
+        return SweepRequest(
             scored=self.measurement.info.called(self.profile.info.model.id),
             profile=profile_hash(self.profile.info),
             by=grid.by,
@@ -103,35 +107,35 @@ class Sweeping:
         )
 
     def steps(self, folder: Path) -> Iterator[Step]:
-        """The unedited model, then every cell that the folder lacks; each is kept when it is done.
+        """The unedited model, then every cell that the folder lacks; each is saved when done.
 
         Raises:
             OutputError: the folder holds something else, or another sweep.
-            PlanError: a cut that leaves no room for what is protected by hand.
-            ProfileError: the profile does not hold what a criterion needs.
+            PlanError: a cut leaves no room for protected experts.
+            ProfileError: the profile lacks what a criterion needs.
         """
-        earlier = begun(folder / SWEEP_FILE, Sweep)
+        earlier = load_unfinished(folder / SWEEP_FILE, Sweep)
         if earlier is not None:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
             self.found = earlier
-        # What these criteria or counts cannot do is said before anything runs or is written.
+        # Criteria that need no model are ranked first: they fail before anything runs.
         at_once = {by: self._cuts(by) for by in self.grid.by if by not in NEEDS_MODEL}
         if earlier is None:
-            save_sweep(folder, self.found)  # by every process: it says whose folder this is
+            self._write(folder)  # by every process: it claims the folder
         place = folder / "cells" / "base"
         yield Step("the unedited model", lambda on_pass: self.measurement.run(place, on_pass))
         if self.asking.waits:
             self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
             self.found = self.found.model_copy(update={"base": model})
-            self._save(folder)
+            self._write(folder)
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
                 yield from self._step(by, fraction, draft, folder)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
-        """The cuts of a criterion that the folder lacks."""
+        """The missing cuts of a criterion."""
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
             return {}
@@ -146,7 +150,7 @@ class Sweeping:
         if self.asking.waits:
             cell = self._cell(by, fraction, draft, load_profile(place).answers)
             self.found = self.grid.with_cell(self.found, cell)
-            self._save(folder)
+            self._write(folder)
 
     def _run(self, draft: EditPlan, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
         def run(on_pass: OnPass) -> Iterator[Progress]:
@@ -157,47 +161,44 @@ class Sweeping:
         return run
 
     def _questions(self, draft: EditPlan) -> Questions:
-        """As `prune` would choose, fit and judge."""
+        """The same questions as `prune` uses."""
         return questions_for(self.profile, is_fitting=draft.asks_tuning, used=draft.used)
 
-    def _save(self, folder: Path) -> None:
-        if self.asking.waits:
-            save_sweep(folder, self.found)
+    def _write(self, folder: Path) -> None:
+        save_outcome(folder / SWEEP_FILE, self.found)
 
-    def _model(self, found: Answers, its: Size) -> SweptModel:
-        scored = accuracy(found.is_correct_N, self.subjects)
+    def _model(self, answered: Answers, of: Size) -> SweptModel:
+        scored = accuracy(answered.is_correct_N, self.subjects)
         return SweptModel(
             accuracy=scored.accuracy,
             ci95=scored.ci95,
             questions=scored.n_questions,
-            cut=found.n_cut,
-            right_logprob=right_logprob(found),
-            parameters=its.parameters,
-            active_parameters=its.active_parameters,
-            bytes=its.size_bytes,
+            cut=answered.n_cut,
+            right_logprob=float(right_logprobs(answered.logprob_NC, answered.answer_N).mean()),
+            parameters=of.parameters,
+            active_parameters=of.active_parameters,
+            bytes=of.size_bytes,
         )
 
-    def _cell(self, by: str, fraction: float, draft: EditPlan, found: Answers) -> SweepCell:
-        its = size_of_cut(self.engine.moe, draft, self.size_of(draft))
+    def _cell(self, by: str, fraction: float, draft: EditPlan, answered: Answers) -> SweepCell:
         base, numbers = self.base, draft.numbers
-        both_NC = np.isfinite(base.logprob_NC) & np.isfinite(found.logprob_NC)
-        moved = np.abs(base.logprob_NC - found.logprob_NC)[both_NC]
-        if not moved.any() and self._is_felt(draft):
+        largest, median = logprob_shift(base.logprob_NC, answered.logprob_NC)
+        if not largest and self._is_used(draft):
             raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
-        change = compare(base.is_correct_N, found.is_correct_N)
+        cut_size = size_of_cut(self.engine.moe, draft, self.size_of(draft))
         assert numbers is not None
         return SweepCell(
-            **self._model(found, its).model_dump(),
+            **self._model(answered, cut_size).model_dump(),
             by=by,
             fraction=fraction,
             keep={name: numbers.kept(name, edit.keep) for name, edit in draft.edits.items()},
-            change=Change(**asdict(change)),
-            max_abs_logprob_diff=float(moved.max()),
-            median_abs_logprob_diff=float(np.median(moved)),
+            change=compare(base.is_correct_N, answered.is_correct_N),
+            max_abs_logprob_diff=largest,
+            median_abs_logprob_diff=median,
         )
 
-    def _is_felt(self, draft: EditPlan) -> bool:
-        """Whether a stock cut removes experts that a twentieth of the profile's answers used."""
+    def _is_used(self, draft: EditPlan) -> bool:
+        """Whether a stock cut removes experts that 5 % of the profile's answers used."""
         if draft.layout != "stock":
             return False
         chosen_NLK = self.profile.array("chosen_NLK")
@@ -210,13 +211,8 @@ class Sweeping:
         return bool(is_hit_N.mean() >= 0.05)
 
 
-def right_logprob(found: Answers) -> float:
-    """Mean log p of the right choice."""
-    return float(found.logprob_NC[np.arange(len(found.answer_N)), found.answer_N].mean())
-
-
 def _keep_hash(draft: EditPlan) -> str:
-    """8 hex digits over who stays and what removing means, so that no cell reads another's."""
+    """8 hex digits over the kept experts and the kind of removal, so that cells never mix."""
     kept = {name: edit.keep for name, edit in draft.edits.items()}
     text = repr((kept, draft.layout, draft.removed, draft.fold))
     return hashlib.sha256(text.encode()).hexdigest()[:8]

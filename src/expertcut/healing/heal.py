@@ -16,24 +16,24 @@ from torch import Tensor
 
 from expertcut.checkpoints.build import add_files
 from expertcut.checkpoints.exact import is_exact
-from expertcut.checkpoints.held_out_check import Answered, Difference, Outcome, difference, outcome
+from expertcut.checkpoints.held_out_check import compare_logprobs, form_result
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.data import Quiz
 from expertcut.data.sources import hash_lines
 from expertcut.edits.plan import (
     HEALING_FILE,
-    PLAN_FILE,
     ChosenOn,
     Edit,
     Layout,
     PlanFile,
     PlanModel,
+    base_folder,
     hashes_sha256,
+    lineage,
     load_hashes,
-    load_plan,
+    plan_in,
     save_plan,
 )
-from expertcut.edits.splits import HASHES
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.adapters import adapted, put_on, write_adapter, write_merged
 from expertcut.healing.data import Read, read_data
@@ -43,73 +43,59 @@ from expertcut.healing.objectives import OBJECTIVES, Live, Objective, Teacher
 from expertcut.healing.state import Begun, go_on, plain
 from expertcut.healing.teacher_cache import Whose, check_whose, filled
 from expertcut.healing.trainer import Curve, Report, Tell, fit
-from expertcut.models.checkpoint_dir import absolute_id, find_local, read_config
+from expertcut.models.checkpoint_dir import absolute_id, read_config
 from expertcut.models.devices import give_back
 from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
 from expertcut.profiling.locks import alone
 from expertcut.scoring.engine import Engine, ask
+from expertcut.stats import HeldOutResult
 
 logger = logging.getLogger(__name__)
 
-_MOST_STEPS = 20
 _BATCH_TOKENS = 4096
 HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
 
 
-def plan_of(source: Source) -> PlanFile | None:
-    """The plan in a checkpoint's folder.
-
-    Raises:
-        PlanError: one that does not hold together.
-    """
-    return load_plan(source.path) if (source.path / PLAN_FILE).is_file() else None
-
-
 def first_base(source: Source) -> Source | None:
-    """The model under all steps, if each of them is there unchanged; None for a model without."""
-    base: Source | None = None
-    here = source
-    for _ in range(_MOST_STEPS):
-        plan = plan_of(here)
-        if plan is None:
-            break
-        try:
-            here = _source_of(plan, here.path)
-        except ModelError as error:
-            logger.warning("the base is not at hand: %s", error)
-            return None
-        if here.fingerprint != plan.model.fingerprint:
-            logger.warning("%s is not at hand as it was: it changed since", Path(here.id))
-            return None
-        base = here
+    """The model under all steps, if each of them is available unchanged; None without a plan."""
+    found: list[Source | None] = [None]
+
+    def find_base(model: PlanModel, near: Path) -> Path | None:
+        found.append(_unchanged(model, near))
+        return None if found[-1] is None else found[-1].path
+
+    for _ in lineage(source.path, find_base):
+        pass
+    return found[-1]
+
+
+def _unchanged(model: PlanModel, near: Path) -> Source | None:
+    """The model that a plan was made for, from its folder or the Hub; None is logged."""
+    folder = base_folder(model, near)
+    try:
+        if folder is None and model.revision is None:
+            short = model.fingerprint[:8]
+            raise ModelError(f"{model.id} is not there with its weights ({short})")
+        base = find_source(str(folder)) if folder else find_source(model.id, model.revision)
+    except ModelError as error:
+        logger.warning("the base is not available: %s", error)
+        return None
+    if base.fingerprint != model.fingerprint:
+        logger.warning("%s changed since the checkpoint was made from it", Path(base.id))
+        return None
     return base
-
-
-def _source_of(plan: PlanFile, near: Path) -> Source:
-    """The model that a plan is for; a folder where it is there with its weights.
-
-    Raises:
-        ModelError: it is not there.
-    """
-    model = plan.model
-    if model.revision is not None:
-        return find_source(model.id, model.revision)
-    folder = find_local(model.id, model.fingerprint, near)
-    if folder is None:
-        raise ModelError(f"{model.id} is not there with its weights ({model.fingerprint[:8]})")
-    return find_source(str(folder))
 
 
 def used_questions(source: Source, read: Read) -> frozenset[str]:
     """Hash lines of all that this run, or a step before it, looked at."""
-    plan = plan_of(source)
+    plan = plan_in(source.path)
     return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
 
 
 def healed_plan(moe: MoeModel, asked: Healing, objective: str, read: Read) -> PlanFile:
     """Without its proof. Experts stay who they are, so blocks are those of the plan before."""
     source = moe.source
-    before = plan_of(source)
+    before = plan_in(source.path)
     layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
     first = asked.data.quizzes[0].name if asked.data.quizzes else asked.data.texts[0].name
     return PlanFile(
@@ -145,52 +131,28 @@ def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, Edit]:
     return found
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How far apart the forms are, and how well each answers questions that were `used` so.
-
-    `judges` are the hash lines of the questions.
-    """
-
-    split: str
-    used: str
-    differences: list[Difference]
-    outcomes: list[Outcome]
-    judges: tuple[str, ...] = ()
-
-    def figures(self) -> dict[str, Any]:
-        """As they stand in plan.json, under the names that proofs of cuts have."""
-        return {
-            "held_out_split": self.split,
-            "held_out_used": self.used,
-            "held_out": [asdict(row) for row in self.differences],
-            HASHES: list(self.judges),
-            "shares": [],
-            "alone": None,
-            "agreement": [],
-            "outcomes": [asdict(row) for row in self.outcomes],
-        }
-
-
 def answers(moe: MoeModel, quiz: Quiz) -> Tensor:
     """Log p of the choices (N, C)."""
     return ask(Engine(moe, _BATCH_TOKENS), quiz)
 
 
-def judge(judges: Judges, by_form: dict[str, Tensor]) -> Verdict:
+def judge(judges: Judges, by_form: dict[str, Tensor]) -> HeldOutResult:
     """`by_form` are log p of choices (N, C); the healed model is compared with the others."""
-    healed_NC = by_form[HEALED]
-    quiz = judges.quiz
+    healed_NC, quiz = by_form[HEALED], judges.quiz
     others = [form for form in (BASE, BEFORE) if form in by_form]
-    rows = [difference(form, healed_NC, by_form[form]) for form in others]
-    said = {form: _answered(by_form[form]) for form in (*others, HEALED)}
-    outcomes = [outcome(form, quiz, found, said[others[0]]) for form, found in said.items()]
-    lines = tuple(sorted(hash_lines(quiz)))
-    return Verdict(quiz.split, judges.used, rows, outcomes, lines)
-
-
-def _answered(logprob_NC: Tensor) -> Answered:
-    return Answered(logprob_NC, {}, torch.empty(0, dtype=torch.bool))
+    first_NC = by_form[others[0]]
+    return HeldOutResult(
+        held_out_split=quiz.split,
+        held_out_used=judges.used,
+        held_out=tuple(compare_logprobs(form, healed_NC, by_form[form]) for form in others),
+        held_out_hashes=tuple(sorted(hash_lines(quiz))),
+        shares=(),
+        alone=None,
+        agreement=(),
+        outcomes=tuple(
+            form_result(form, quiz, by_form[form], first_NC) for form in (*others, HEALED)
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -222,7 +184,7 @@ class Healed:
     curve: Curve
     trained: int
     parameters: int
-    verdict: Verdict | None
+    verdict: HeldOutResult | None
 
 
 @dataclass(frozen=True)
@@ -372,7 +334,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], place
         if run.judges is not None:
             written = _reloaded(run, temporary, place.folder)
             verdict = judge(run.judges, {**before, HEALED: answers(written, run.judges.quiz)})
-            plan = plan.model_copy(update={"proof": verdict.figures()})
+            plan = plan.model_copy(update={"proof": verdict})
         save_plan(temporary, plan, used_questions(source, run.read))
         record = json.dumps(_record(run, curve), indent=1) + "\n"
         add_files(temporary, {HEALING_FILE: record.encode(), **run.options.beside})

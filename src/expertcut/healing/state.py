@@ -27,7 +27,7 @@ from transformers.trainer_callback import TrainerState
 from expertcut.data import Quiz
 from expertcut.documents import Record, load_record
 from expertcut.errors import OutputError
-from expertcut.evaluation.results import begun, check_same, save_outcome
+from expertcut.evaluation.results import check_same, load_unfinished, save_outcome
 from expertcut.healing.adapters import load_weights
 from expertcut.healing.data import Read
 from expertcut.healing.heal_settings import Healing, Training
@@ -293,7 +293,7 @@ def go_on(folder: Path, asked: Begun) -> None:
         OutputError: it is another's.
     """
     file = folder / _ASKED_FILE
-    before = begun(file, Begun)
+    before = load_unfinished(file, Begun)
     if before is None:
         save_outcome(file, asked)
     else:

@@ -1,1 +1,1 @@
-"""Give it away: the model card, and the Hugging Face Hub."""
+"""Publishing: the model card and the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""The model card: everything that is known of a checkpoint, put into the template and checked."""
+"""The model card: facts about a checkpoint, rendered into the template and checked."""
 
 import hashlib
 import json
@@ -13,14 +13,11 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
-from expertcut.documents import first_fault
-from expertcut.edits.plan import PLAN_FILE, PlanFile
+from expertcut.edits.plan import PlanFile
 from expertcut.edits.splits import read_judged
-from expertcut.errors import PlanError
 from expertcut.hub.provenance import (
     REPORT_FILE,
     Checkpoint,
@@ -30,7 +27,7 @@ from expertcut.hub.provenance import (
     eval_results,
     public_name,
 )
-from expertcut.reporting.edit_tables import proof_table
+from expertcut.reporting.edit_tables import proof_table, shift_rows
 from expertcut.reporting.eval_tables import plan_table, result_sentences, results_table
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import (
@@ -59,32 +56,20 @@ _TEMPLATE = "card.md.jinja"
 _SEAL = re.compile(r"\n<!-- expertcut wrote this card: ([0-9a-f]{64}) -->\n")
 
 
-class _HeldOut(BaseModel):
-    """A line of `proof.held_out` in plan.json."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    against: str
-    questions: int
-    max_abs_logprob_diff: float
-    median_abs_logprob_diff: float
-    flipped: int
-
-
 def is_pruned(origin: Origin) -> bool:
-    """Whether experts were removed in any step, one that is not there any more among them."""
+    """Whether any step removed experts, a step before a missing base included."""
     edits = origin.steps[0].blocks.values() if not origin.is_here else ()
     was_before = any(edit.keep[-1] >= len(edit.keep) for edit in edits if edit.keep)
     return was_before or any(step.action.startswith("prune") for step in origin.steps)
 
 
 def is_tilted(origin: Origin) -> bool:
-    """Whether any step gave an expert a bias or a factor."""
+    """Whether any step biased or scaled an expert."""
     return any(edit.tilted for step in origin.steps for edit in step.blocks.values())
 
 
 def change_sentences(plan: PlanFile, origin: Origin) -> Iterator[str]:
-    """What this checkpoint is, against its base."""
+    """How this checkpoint differs from its base."""
     if is_pruned(origin):
         yield _kept(plan, origin)
     n_biased = sum(len(edit.bias) for edit in plan.blocks.values())
@@ -118,10 +103,10 @@ def _kept(plan: PlanFile, origin: Origin) -> str:
 
 
 def step_sentences(origin: Origin) -> Iterator[str]:
-    """The rule of every step, and the questions it was chosen on, first to last."""
+    """Every step, first to last: its rule and the questions it was chosen on."""
     for step in origin.steps:
         chosen = step.chosen_on
-        # Whether a quiz is on the Hub the plan does not say: a path is not to be published.
+        # A plan does not say whether a quiz is on the Hub, and a path must not be published.
         quiz = chosen.quiz if chosen.quiz.count("/") == 1 else public_name(chosen.quiz, None)
         text = f"{step.action} (layout {step.layout})"
         if step.criterion != "by hand":
@@ -133,19 +118,7 @@ def step_sentences(origin: Origin) -> Iterator[str]:
 
 
 def held_out_table(plan: PlanFile) -> Table:
-    """How far answers moved on the questions that judge; without rows where none was asked.
-
-    Raises:
-        PlanError: what stands there is of another form.
-    """
-    try:
-        found = TypeAdapter(list[_HeldOut]).validate_python(plan.proof.get("held_out", []))
-    except ValidationError as error:
-        raise PlanError(f"{PLAN_FILE}: proof.held_out.{first_fault(error)}") from None
-    rows: list[list[Cell]] = [
-        [f.against, f.max_abs_logprob_diff, f.median_abs_logprob_diff, f.flipped, f.questions]
-        for f in found
-    ]
+    """How far answers to held-out questions moved; without rows where the check was not run."""
     columns = (
         Column("against"),
         Column("largest |Δ log p|", ".4f"),
@@ -153,12 +126,12 @@ def held_out_table(plan: PlanFile) -> Table:
         Column("flipped answers", ",d"),
         Column("questions", ",d"),
     )
-    return Table("How far answers moved", columns, rows)
+    return Table("How far answers moved", columns, shift_rows(plan.proof.held_out))
 
 
 @dataclass(frozen=True)
 class Loader:
-    """A program, what it must be, and the lines that load the checkpoint there."""
+    """A program, the version it needs, and the lines that load the checkpoint."""
 
     name: str
     needs: str
@@ -167,7 +140,7 @@ class Loader:
 
 
 def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Loader, ...]:
-    """The loaders whose form on disk this is, transformers first."""
+    """Programs that read this form on disk, transformers first."""
     found = [_transformers(checkpoint, repo, revision)]
     family = str(checkpoint.config.get("model_type"))
     branch = f" --revision {revision}" if revision else ""
@@ -190,7 +163,7 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
 
 
 def misreaders(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Sentences on programs that load the checkpoint and answer wrongly, or refuse it."""
+    """Sentences on programs that load the checkpoint wrongly or refuse it."""
     config = checkpoint.config
     if not has_constants(config) or "biased_gates" in config:
         return ()
@@ -230,7 +203,7 @@ def _transformers(checkpoint: Checkpoint, repo: str, revision: str | None) -> Lo
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint goes: a repository, a revision of it, and the Hub's address."""
+    """The repository and revision to publish to, and the address of the Hub."""
 
     repo: str
     revision: str | None
@@ -238,17 +211,17 @@ class Place:
 
     @property
     def files(self) -> str:
-        """The address under which its files are shown."""
+        """The address of its files."""
         return f"{self.endpoint}/{self.repo}/blob/{self.revision or 'main'}"
 
 
 def card_text(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> str:
-    """README.md: metadata, text, and a seal by which a later run knows that nobody edited it."""
+    """README.md: metadata, text, and a seal that shows later whether it was edited by hand."""
     metadata = card_metadata(origin, evaluated, place)
     environment = jinja2.Environment(
-        finalize=escaped,  # whatever is put in is text, unless it was made as Markdown here
+        finalize=escaped,  # values are text unless they are Markdown of our own
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -261,12 +234,12 @@ def card_text(
     )
     body = template.render(_facts(checkpoint, origin, evaluated, place))
     text = re.sub(r"\n{3,}", "\n\n", f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
-    ModelCard(text)  # raises where the Hub could not read the metadata
+    ModelCard(text)  # raises if the Hub cannot read the metadata
     return f"{text}\n<!-- expertcut wrote this card: {_digest(text)} -->\n"
 
 
 def is_edited(content: str) -> bool:
-    """Whether a card is not as it was written here."""
+    """Whether a card was edited after it was written."""
     seal = _SEAL.search(content)
     return (
         seal is None or bool(content[seal.end() :]) or _digest(content[: seal.start()]) != seal[1]
@@ -274,7 +247,7 @@ def is_edited(content: str) -> bool:
 
 
 def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) -> ModelCardData:
-    """What the Hub reads of a card."""
+    """Metadata for the Hub."""
     tags = {"moe": True, "pruning": is_pruned(origin), "expert-reweighting": is_tilted(origin)}
     results = eval_results(evaluated, place.files)
     return ModelCardData(

@@ -1,8 +1,9 @@
-"""A checkpoint's parts held together, the base under it, its licence and its evaluations."""
+"""A checkpoint checked for consistency, its base, licence and evaluations."""
 
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,19 @@ from huggingface_hub import EvalResult
 
 from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
-from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Edit, PlanFile, load_hashes, load_plan
+from expertcut.edits.plan import (
+    PLAN_FILE,
+    PROOF_FILE,
+    Edit,
+    PlanFile,
+    lineage,
+    load_hashes,
+    load_plan,
+)
 from expertcut.errors import ModelError, PlanError, SettingsError
-from expertcut.evaluation.cross_fit import ProofResult, load_proof
+from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import ModelResult, Results, load_results
-from expertcut.models.checkpoint_dir import find_local, read_config
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, find_source
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
 from expertcut.models.validate import expert_count
@@ -27,13 +36,12 @@ CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
 _ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".yaml")
 _NAMES = ("LICENSE", "LICENCE", "NOTICE")
-_RESULTS = "results"  # they go up as the card found them, not as they lie here
+_RESULTS = "results"  # uploaded as read for the card, not from the folder
 RESULTS_FILE = "results.json"
 _SOURCE_NAME = "expertcut eval"
 logger = logging.getLogger(__name__)
 
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.S)
-_MOST_STEPS = 20
 UNKNOWN = "unknown"  # the Hub's own word
 # What the Hub takes as `license` (huggingface.co/docs/hub/repositories-licenses).
 LICENCES = frozenset(
@@ -53,33 +61,33 @@ LICENCES = frozenset(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose parts fit together; `tensors` are those of its headers, by name."""
+    """A consistent checkpoint; `tensors` are read from its headers, by name."""
 
     source: Source
     config: Mapping[str, Any]
     plan: PlanFile
-    proof: ProofResult | None
+    proof: CrossFitResult | None
     tensors: Mapping[str, StoredTensor]
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The checkpoint's folder."""
         return self.source.path
 
     @property
     def has_family_form(self) -> bool:
-        """Whether it is in the form of its family, without constants and biased gates."""
+        """Whether it has the form of its family, without constants and biased gates."""
         return not has_constants(self.config) and not self.config.get("biased_gates")
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """What is uploaded: weights, and what names or describes them; no card and no results."""
+        """Files to upload besides the card and results."""
         weights = {tensor.file for tensor in self.tensors.values()}
         return tuple(sorted(weights | {f for f in self._here if self._belongs(f)}))
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What else lies there, folders with a slash."""
+        """Other files of the folder, subfolders with a slash."""
         known = {*self.files, self.folder / CARD_FILE}
         others = [f for f in self._here if f not in known and not f.name.startswith(_RESULTS)]
         folders = [f for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
@@ -99,19 +107,19 @@ class Checkpoint:
 
 
 def verified(folder: Path) -> Checkpoint:
-    """A checkpoint that `prune` or `reweight` made, every part of it checked against the others.
+    """A checkpoint of this tool, with weights, config, plan and hashes checked for consistency.
 
     Raises:
         ModelError: no checkpoint, or damaged files.
-        PlanError: no plan, or one of something else.
+        PlanError: no plan, or one of another checkpoint.
     """
     if not folder.is_dir():
-        raise ModelError(f"no such checkpoint: {folder} is no folder")
+        raise ModelError(f"no such checkpoint: {folder} is not a folder")
     config = read_config(folder)
     if not (folder / PLAN_FILE).is_file():
         raise PlanError(
-            f"{folder} has no {PLAN_FILE}: publish takes what `prune`, `merge`, `reweight` and "
-            "`heal` made"
+            f"{folder} has no {PLAN_FILE}: publish a checkpoint of `prune`, `merge`, `reweight` or "
+            "`heal`"
         )
     source, tensors, plan = find_source(str(folder)), read_headers(folder), load_plan(folder)
     load_hashes(folder, plan)
@@ -119,13 +127,15 @@ def verified(folder: Path) -> Checkpoint:
     for name, edit in plan.blocks.items():
         _check_block(blocks[name], edit, plan, config)
     if is_exact(config) and not (folder / MODELLING_FILE).is_file():
-        raise ModelError(f"{folder} lacks {MODELLING_FILE}, which layout exact needs: make it anew")
-    proof = load_proof(folder) if (folder / PROOF_FILE).is_file() else None
+        raise ModelError(
+            f"{folder} lacks {MODELLING_FILE}, which layout exact needs: export it again"
+        )
+    proof = load_cross_fit(folder) if (folder / PROOF_FILE).is_file() else None
     return Checkpoint(source, config, plan, proof, tensors)
 
 
 def _check_block(block: DiskBlock, edit: Edit, plan: PlanFile, config: Mapping[str, Any]) -> None:
-    """That the weights hold the experts that the plan keeps.
+    """Checks that the weights hold the experts of the plan.
 
     Raises:
         PlanError: they do not.
@@ -144,7 +154,7 @@ def _check_block(block: DiskBlock, edit: Edit, plan: PlanFile, config: Mapping[s
 
 
 def _own_experts(block: DiskBlock, edit: Edit) -> Iterator[int]:
-    """What the experts that are no constants are called."""
+    """Numbers of the experts that are not constants."""
     numbers = edit.rows or range(block.n_experts)
     for row, number in zip(range(block.n_experts), numbers, strict=False):
         if not block.by_expert or block.by_expert[row]:
@@ -153,9 +163,9 @@ def _own_experts(block: DiskBlock, edit: Edit) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation, of its base and of the checkpoint alone; `file` is its name on the Hub.
+    """One evaluation, of the checkpoint and its base only; `file` is its name on the Hub.
 
-    What was a path on this machine is only a name in it.
+    Local paths are reduced to names.
     """
 
     file: str
@@ -168,14 +178,14 @@ class Evaluated:
 
 
 def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluated, ...]:
-    """From the files that were named, else from `results.json` in the folder or beside it.
+    """Evaluations in the named files, else in `results.json` in the folder or beside it.
 
     Raises:
-        OutputError: no results in a named file.
+        OutputError: a named file holds no results.
         SettingsError: a named file holds no results of these weights.
     """
     folder = checkpoint.folder
-    beside = [f for f in (folder / RESULTS_FILE, folder.resolve().parent / RESULTS_FILE)]
+    beside = (folder / RESULTS_FILE, folder.resolve().parent / RESULTS_FILE)
     found: list[Results] = []
     for file in named or [file for file in beside if file.is_file()]:
         results = load_results(file)
@@ -184,8 +194,8 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
             found.append(own)
         elif own is None and named:
             raise SettingsError(
-                f"{file} holds no results of {folder}, whose weights it tells by their hash: "
-                "evaluate it again with `expertcut eval`"
+                f"{file} holds no results of {folder}, known by the hash of its weights: evaluate "
+                "it again with `expertcut eval`"
             )
     return tuple(
         Evaluated(RESULTS_FILE if i == 1 else f"results-{i}.json", results)
@@ -194,7 +204,7 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
 
 
 def of_model(results: Results, fingerprint: str) -> Results | None:
-    """The base and the model with these weights, and their comparison; None without that model."""
+    """Results of the base and of the model with these weights; None without that model."""
     places = [i for i, m in enumerate(results.models) if m.fingerprint == fingerprint]
     if not places:
         return None
@@ -211,7 +221,7 @@ def of_model(results: Results, fingerprint: str) -> Results | None:
 
 
 def public_name(id: str, revision: str | None) -> str:
-    """An id of the Hub, or the last part of a path: where it lies here concerns nobody."""
+    """An id of the Hub, or the last part of a path, which must not be published whole."""
     name = id if revision is not None else Path(id).resolve().name
     return one_line(name) or "unnamed"
 
@@ -221,7 +231,7 @@ def _public(model: ModelResult) -> ModelResult:
 
 
 def eval_results(evaluated: Sequence[Evaluated], place: str) -> list[EvalResult]:
-    """For the card's `model-index`; `place` is the address under which files are shown."""
+    """For the card's `model-index`; `place` is the address of the files."""
     return [
         EvalResult(
             task_type="multiple-choice",
@@ -243,7 +253,7 @@ def eval_results(evaluated: Sequence[Evaluated], place: str) -> list[EvalResult]
 
 @dataclass(frozen=True)
 class Licence:
-    """As a card's metadata has it; `name` and `link` only where `id` is `other`."""
+    """Licence fields of a card's metadata; `name` and `link` only where `id` is `other`."""
 
     id: str
     name: str | None = None
@@ -252,11 +262,10 @@ class Licence:
 
 @dataclass(frozen=True)
 class Origin:
-    """The base as the first plan names it, and the plans from the first step to this checkpoint.
+    """The base that the first plan names, and the plans of all steps, first to last.
 
-    `is_here` says whether a base that is a folder is there with its weights: only then it is known
-    that nothing was done to it before. `n_experts` is the base's count, None where the base's
-    config cannot be read.
+    `is_here` is false for a local base that is missing or changed: earlier steps are then unknown.
+    `n_experts` is the base's count, None if its config cannot be read.
     """
 
     id: str
@@ -268,22 +277,24 @@ class Origin:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether others can find it by its id."""
+        """Whether the base is on the Hub."""
         return self.revision is not None
 
     @property
     def name(self) -> str:
-        """Its id, or of a folder on this machine the last part."""
+        """Its id, or the last part of a local path."""
         return self.id if self.is_on_hub else Path(self.id).name or "a local folder"
 
 
-def origin(plan: PlanFile, folder: Path) -> Origin:
-    """What a checkpoint was made from, as far as it can be found here or in the cache."""
-    steps = [plan]
-    while len(steps) < _MOST_STEPS and (before := _made_from(steps[0], folder)) is not None:
-        steps.insert(0, before)
+def origin(folder: Path) -> Origin:
+    """The base and steps of a checkpoint, as far as they are available here or in the cache."""
+    steps: list[PlanFile] = []
+    place: Path | None = None
+    with suppress(PlanError):  # the base's folder now holds something else
+        for step, before in lineage(folder):
+            steps.insert(0, step)
+            place = before
     base = steps[0].model
-    place = _folder_of(steps[0], folder)
     files = _Files(base.id if place is None else str(place), base.revision, folder)
     is_here = base.revision is not None or place is not None
     if not is_here:
@@ -301,31 +312,9 @@ def origin(plan: PlanFile, folder: Path) -> Origin:
     )
 
 
-def _made_from(plan: PlanFile, folder: Path) -> PlanFile | None:
-    """The plan in the folder on this machine that a plan was for; a model of the Hub is a base."""
-    place = _folder_of(plan, folder)
-    if place is None or place.resolve() == folder.resolve():
-        return None
-    file = place / PLAN_FILE
-    if not file.is_file():
-        return None
-    try:
-        return load_plan(file)
-    except PlanError:  # what lies there now is no checkpoint of ours
-        return None
-
-
-def _folder_of(plan: PlanFile, near: Path) -> Path | None:
-    """The folder that a plan was for, if it is there with its weights; of the Hub there is none."""
-    model = plan.model
-    if model.revision is not None:
-        return None
-    return find_local(model.id, model.fingerprint, near)
-
-
 @dataclass(frozen=True)
 class _Files:
-    """The small files of the base, from its folder, the cache or the Hub."""
+    """Small files of the base, from its folder, the cache or the Hub."""
 
     id: str
     revision: str | None
@@ -356,12 +345,12 @@ class _Files:
             return Path(cached)
         try:
             return Path(hf_hub_download(self.id, name, revision=self.revision))
-        except (OSError, ValueError):  # every error of the Hub is an OSError, of a name the other
+        except (OSError, ValueError):  # errors of the Hub are OSErrors, of a name ValueErrors
             return None
 
 
 def _licence(files: _Files) -> Licence:
-    """What the base's card says, else its config; never a guess."""
+    """The licence that the base's card states, else its config; never guessed."""
     metadata = front_matter(files.text("README.md") or "")
     stated = metadata.get("license") or files.config().get("license")
     if isinstance(stated, list) and len(stated) == 1:
@@ -376,7 +365,7 @@ def _licence(files: _Files) -> Licence:
 
 
 def front_matter(content: str) -> Mapping[str, Any]:
-    """The metadata at the head of a card; empty where there is none that can be read."""
+    """The metadata at the head of a card; empty if missing or invalid."""
     found = _FRONT_MATTER.match(content)
     try:
         metadata = yaml.safe_load(found[1]) if found else None
@@ -390,7 +379,7 @@ def _text(value: object) -> str | None:
 
 
 def _link(files: _Files, value: object) -> str | None:
-    """A licence's link; one that is relative leads to the base, if it is on the Hub."""
+    """A licence's link; a relative one is resolved in the base's repository or folder."""
     link = _text(value)
     if link is None or link.startswith(("https://", "http://")):
         return link

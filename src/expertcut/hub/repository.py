@@ -1,4 +1,4 @@
-"""The repository on the Hub: whose it is, the one commit that changes it, its refusals."""
+"""A repository on the Hub: what it holds, the commit that changes it, and errors in words."""
 
 import json
 import re
@@ -24,13 +24,13 @@ from expertcut.errors import HubError, PlanError
 from expertcut.files import HIDDEN, without_secrets
 from expertcut.reporting.tables import one_line
 
-# The base of all errors of the HTTP library below, which is another in other versions.
+# The base error of the HTTP library, which differs between versions of huggingface_hub.
 TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 AGAIN = "run the same command again: what is uploaded already stays"
 _BEARER = re.compile(r"(?i:bearer)\s+\S+")
 _MOST_CHARACTERS = 200
-# By HTTP status; what is not here is said with its number alone.
+# By HTTP status.
 _MEANINGS = {
     401: "the Hub does not know the token: log in with `hf auth login`, or set HF_TOKEN",
     402: "the Hub wants to be paid for this: see the storage and plan of {owner}",
@@ -43,19 +43,19 @@ _MEANINGS = {
 }
 _MAIN = "main"
 _OF_THE_HUB = frozenset({".gitattributes"})
-# What a repository may hold that was made by hand on the Hub, before anything was uploaded.
+# Files of a repository that was created by hand on the Hub.
 _OF_A_NEW_ONE = frozenset({"README.md", "LICENSE", ".gitignore"}) | _OF_THE_HUB
-# What decides which weights are loaded, and how; left behind it would speak for the new ones.
+# Files that decide which weights are loaded; old ones must not stay beside new weights.
 _DECIDING = (".safetensors", ".bin", ".index.json", ".py", ".pt", ".pth")
 Content = Path | bytes
 
 
 @contextmanager
 def in_words(step: str, repo: str, token: str | None = None) -> Iterator[None]:
-    """Errors of the Hub become one line that begins with the step.
+    """Turns errors of the Hub into one line that begins with the step.
 
     Raises:
-        HubError: the Hub, or the way to it, refused.
+        HubError: the Hub refused, or the connection failed.
     """
     try:
         yield
@@ -74,11 +74,11 @@ def _said(error: BaseException, repo: str) -> str:
     if isinstance(error, HfHubHTTPError):
         return _of_status(error, repo)
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it"
+        return "HF_HUB_OFFLINE is set: unset it to reach the Hub"
     if isinstance(error, HFValidationError):
-        return f"{repo} is no name that the Hub takes: {_short(str(error))}"
+        return f"{repo} is not a valid name on the Hub: {_short(str(error))}"
     if isinstance(error, json.JSONDecodeError):
-        return f"the Hub answered something that is no JSON: {AGAIN}"
+        return f"the Hub's answer is not valid JSON: {AGAIN}"
     if isinstance(error, ValueError):
         return f"the Hub refused it: {_short(str(error))}"
     if isinstance(error, OSError) and error.filename is not None:
@@ -88,12 +88,12 @@ def _said(error: BaseException, repo: str) -> str:
 
 def _of_status(error: HfHubHTTPError, repo: str) -> str:
     status = error.response.status_code
-    # 401 is also the answer for what does not exist, or is private and of others.
+    # 401 also means that it does not exist, or is private and belongs to others.
     is_credential = error.response.headers.get("X-Error-Message", "").startswith("Invalid cred")
     if isinstance(error, RepositoryNotFoundError) and status == 401 and not is_credential:
         meaning = _MEANINGS[404] + "; if it exists, the token is wrong: `hf auth login`"
     elif status >= 500:
-        meaning = f"the Hub has a fault of its own: {AGAIN}"
+        meaning = f"the Hub has an internal error: {AGAIN}"
     else:
         meaning = _MEANINGS.get(status, f"the Hub refuses it: {AGAIN}")
     said = _short(error.server_message or "")
@@ -102,7 +102,7 @@ def _of_status(error: HfHubHTTPError, repo: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A server's words in one printable line."""
+    """A server's message in one printable line."""
     line = one_line(text)
     return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}…"
 
@@ -113,7 +113,7 @@ def _without_token(text: str, token: str | None) -> str:
 
 @contextmanager
 def warnings_kept() -> Iterator[list[Any]]:
-    """What `huggingface_hub` warns of while the block runs, for saying it afterwards."""
+    """Collects warnings of `huggingface_hub` while the block runs."""
     with warnings.catch_warnings(record=True) as kept:
         warnings.simplefilter("always")
         yield kept
@@ -121,7 +121,7 @@ def warnings_kept() -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Remote:
-    """A repository as it is: the commit, its files, and the plan in it if there is a sound one."""
+    """State of a repository: commit, files, and its plan if valid."""
 
     commit: str
     files: frozenset[str]
@@ -130,13 +130,13 @@ class Remote:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it holds nothing but what a new one holds."""
+        """Whether it holds only files of a new repository."""
         return self.files <= _OF_A_NEW_ONE
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A place on the Hub, and the account that speaks to it."""
+    """A repository and revision on the Hub, and the account that writes to it."""
 
     api: HfApi
     id: str
@@ -144,10 +144,10 @@ class Repository:
     token: str | None
 
     def look(self, revision: str | None = None) -> Remote | None:
-        """What is there, None where there is no such repository or revision.
+        """Its state, None if the repository or revision does not exist.
 
         Raises:
-            HubError: it cannot be seen.
+            HubError: it cannot be read.
         """
         with in_words(f"looking at {self.id}", self.id, self.token):
             try:
@@ -171,19 +171,19 @@ class Repository:
                 return None
 
     def create(self, *, is_private: bool) -> None:
-        """Makes the repository.
+        """Creates the repository.
 
         Raises:
-            HubError: it may not be made, or was meanwhile.
+            HubError: not allowed, or created meanwhile.
         """
         with in_words(f"creating {self.id}", self.id, self.token):
             self.api.create_repo(self.id, private=is_private or None)
 
     def branch(self) -> None:
-        """Makes the revision, from the main one.
+        """Creates the revision from the main one.
 
         Raises:
-            HubError: it may not be made, or was meanwhile.
+            HubError: not allowed, or created meanwhile.
         """
         with in_words(f"creating revision {self.revision} of {self.id}", self.id, self.token):
             self.api.create_branch(self.id, branch=str(self.revision))
@@ -191,12 +191,12 @@ class Repository:
     def commit(
         self, files: Mapping[str, Content], gone: Sequence[str], parent: str, message: str
     ) -> str:
-        """Uploads what is not there yet and changes the repository in one commit; its id.
+        """Uploads missing files and changes the repository in one commit; returns its id.
 
-        Where nothing changed, that is the id of the commit before.
+        Without changes that is the id of the previous commit.
 
         Raises:
-            HubError: nothing changed in the repository; what was uploaded stays for the next try.
+            HubError: the repository is unchanged; uploaded files stay for the next attempt.
         """
         with in_words(f"uploading to {self.id}", self.id, self.token):
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -213,7 +213,7 @@ class Repository:
         return str(done.oid)
 
     def check_there(self, commit: str, files: Mapping[str, Content]) -> None:
-        """That a commit holds the files: the Hub leaves out what a `.gitignore` there names.
+        """Checks that a commit holds the files: the Hub drops those in its `.gitignore`.
 
         Raises:
             HubError: one is missing.
@@ -222,13 +222,13 @@ class Repository:
         missing = sorted(set(files) - (frozenset() if remote is None else remote.files))
         if missing:
             raise HubError(
-                f"{self.id} does not hold {', '.join(missing[:3])} after the upload: take what "
-                "names it out of the repository's .gitignore, then run the same command again"
+                f"{self.id} does not hold {', '.join(missing[:3])} after the upload: remove it "
+                "from the repository's .gitignore, then run the same command again"
             )
 
 
 def check_ours(remote: Remote, plan: PlanFile, repo: str, *, is_new_branch: bool = False) -> None:
-    """That a repository may take this checkpoint.
+    """Checks that a repository may receive this checkpoint.
 
     Raises:
         HubError: it holds another model.
@@ -251,13 +251,13 @@ def check_ours(remote: Remote, plan: PlanFile, repo: str, *, is_new_branch: bool
 
 
 def stale(remote: Remote, kept: Mapping[str, Content], *, is_replacing: bool) -> tuple[str, ...]:
-    """Files that go: all others where it is replaced, else those that decide what is loaded."""
+    """Files to delete: all others if replacing, else those that decide what is loaded."""
     others = sorted(remote.files - set(kept) - _OF_THE_HUB)
     return tuple(f for f in others if is_replacing or f.endswith(_DECIDING))
 
 
 def _is_same(there: PlanFile, here: PlanFile) -> bool:
-    """Whether two plans make the same checkpoint, whatever was measured of it."""
+    """Whether two plans make the same checkpoint."""
     return (there.layout, there.removed, there.fold, there.apply_at, there.blocks) == (
         *(here.layout, here.removed, here.fold, here.apply_at, here.blocks),
     )

@@ -1,4 +1,4 @@
-"""The stage behind `publish`: verify, write the card, upload."""
+"""The stage behind `publish`: check, write the card, upload."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from expertcut.edits.plan import PLAN_FILE, plan_text
 from expertcut.errors import HubError, SettingsError
-from expertcut.evaluation.results import results_bytes
+from expertcut.evaluation.results import record_bytes
 from expertcut.files import without_secrets, write_atomically
 from expertcut.hub.card import Place, card_text, is_edited
 from expertcut.hub.provenance import CARD_FILE, Checkpoint, Evaluated, evaluations, origin, verified
@@ -26,7 +26,7 @@ _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """How to publish; `results` are files of `eval`, `is_dry` writes the card and no more."""
+    """How to publish; `results` are files of `eval`, `is_dry` writes only the card."""
 
     is_private: bool = False
     is_dry: bool = False
@@ -37,10 +37,10 @@ class PublishOptions:
 
 @dataclass(frozen=True)
 class Published:
-    """What was done, or would be; `files` by name with their bytes, `commit` None in a dry run.
+    """The result; `files` by name with their sizes in bytes, `commit` None in a dry run.
 
-    `is_card_kept` says that the card had been edited by hand and stayed, `gone` what was removed
-    from the repository, `left_out` what lies in the folder and does not belong to the checkpoint.
+    `is_card_kept`: the card was edited by hand and stays. `gone` are files deleted from the
+    repository, `left_out` files of the folder that do not belong to the checkpoint.
     """
 
     repo: str
@@ -56,14 +56,14 @@ class Published:
 
 
 def publish(checkpoint: Path, repo: str, options: PublishOptions) -> Published:
-    """Writes the card into the checkpoint's folder and uploads both; a second call goes on.
+    """Writes the card into the checkpoint's folder and uploads both; a second call resumes.
 
     Raises:
-        HubError: the Hub, or the way to it, refused; or the repository holds another model.
+        HubError: the Hub refused, the connection failed, or the repository holds another model.
         ModelError: no checkpoint, or damaged files.
-        OutputError: no results in a named file, or the card cannot be written.
-        PlanError: no plan, or one of something else.
-        SettingsError: a name that the Hub does not take, results of other weights, no token.
+        OutputError: a named file holds no results, or the card cannot be written.
+        PlanError: no plan, or one of another checkpoint.
+        SettingsError: an invalid name, results of other weights, or no token.
     """
     _check_names(repo, options.revision)
     api = HfApi()
@@ -90,7 +90,7 @@ def _check_names(repo: str, revision: str | None) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        what = one_line(f"{repo!a} is no name that the Hub takes: {error}")
+        what = one_line(f"{repo!a} is not a valid name on the Hub: {error}")
         raise SettingsError(what) from None
     if repo.count("/") != 1:
         raise SettingsError(f"{repo} must name owner and repository: OWNER/NAME")
@@ -103,11 +103,11 @@ def _check_names(repo: str, revision: str | None) -> None:
 def _write_card(
     found: Checkpoint, evaluated: tuple[Evaluated, ...], place: Place
 ) -> tuple[Path, bool]:
-    """The card's file, and whether it is one that was edited by hand."""
+    """The card's file, and whether it was edited by hand."""
     file = found.folder / CARD_FILE
     if file.is_file() and is_edited(file.read_text(encoding="utf-8", errors="replace")):
         return file, True
-    text = without_secrets(card_text(found, origin(found.plan, found.folder), evaluated, place))
+    text = without_secrets(card_text(found, origin(found.folder), evaluated, place))
     write_atomically(file, text.encode())
     return file, False
 
@@ -117,12 +117,12 @@ def _files(
 ) -> Mapping[str, Content]:
     files: dict[str, Content] = {file.name: file for file in (card, *found.files)}
     model = found.plan.model
-    if model.label != model.id:  # where the base lies here concerns nobody
+    if model.label != model.id:  # local paths are not published
         named = found.plan.model_copy(
             update={"model": model.model_copy(update={"id": model.label or "base"})}
         )
         files[PLAN_FILE] = plan_text(named).encode()
-    return {**files, **{one.file: results_bytes(one.results) for one in evaluated}}
+    return {**files, **{one.file: record_bytes(one.results) for one in evaluated}}
 
 
 def _size(content: Content) -> int:
@@ -155,7 +155,7 @@ def _prepare(
     files: Mapping[str, Content],
     options: PublishOptions,
 ) -> tuple[str, tuple[str, ...]]:
-    """Repository and revision made where they are not there; the commit to build on, what goes."""
+    """Creates missing repository and revision; returns the parent commit and files to delete."""
     remote, there, is_new = repository.look(), None, False
     if remote is None:
         repository.create(is_private=options.is_private)
@@ -167,7 +167,7 @@ def _prepare(
         )
     if remote is not None and options.revision is not None:
         there = repository.look(options.revision)
-        # A branch that an interrupted run made still is what the main one is.
+        # A branch that an interrupted run created still equals the main one.
         is_new = there is None or there.commit == remote.commit
         remote = there or remote
     if remote is None:

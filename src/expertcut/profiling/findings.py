@@ -16,7 +16,6 @@ from expertcut.profiling.significance import (
     count_by_subject,
     significance,
     subjects_json,
-    wilson,
 )
 from expertcut.profiling.statistics import (
     LayerStatistics,
@@ -25,6 +24,7 @@ from expertcut.profiling.statistics import (
     or_none,
 )
 from expertcut.profiling.storage import Profile, load_profile
+from expertcut.stats import logprob_shift, wilson
 
 Array = np.ndarray[Any, Any]
 THRESHOLDS = (1e-4, 1e-3, 1e-2)  # of probability
@@ -161,11 +161,13 @@ def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[s
     if not np.array_equal(profile.array("row_N"), other.array("row_N")):
         raise ProfileError(f"{other.path} asked other questions than {profile.path}: remove it")
     before, after = profile.answers, other.answers
-    moved_NC = np.abs(unshuffled(other) - before.logprob_NC)
+    after_NC = unshuffled(other)
+    largest, median = logprob_shift(after_NC, before.logprob_NC)
+    moved_NC = np.abs(after_NC - before.logprob_NC)
     is_there_NC = np.isfinite(moved_NC)
     moved_N = np.where(is_there_NC, moved_NC, 0).max(axis=1)
     choice_N = before.logprob_NC.argmax(axis=1)
-    flipped_N = unshuffled(other).argmax(axis=1) != choice_N
+    flipped_N = after_NC.argmax(axis=1) != choice_N
     changed_NL = changed_sets(profile, other)
     known = [m.probability_N for m in margins if not m.undefined]
     least_N = np.min(known, axis=0) if known else None
@@ -174,8 +176,8 @@ def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[s
         "accuracy": after.accuracy,
         "flipped": float(flipped_N.mean()),
         "mean_abs_logprob_diff": float(moved_NC[is_there_NC].mean()),
-        "median_abs_logprob_diff": float(np.median(moved_NC[is_there_NC])),
-        "max_abs_logprob_diff": float(moved_NC[is_there_NC].max()),
+        "median_abs_logprob_diff": median,
+        "max_abs_logprob_diff": largest,
         "changed": float(changed_NL.any(axis=1).mean()),
         "margin_flipped_correlation": correlation(least_N, flipped_N),
         "margin_logprob_correlation": correlation(least_N, moved_N),
@@ -212,7 +214,10 @@ def changed_sets(profile: Profile, other: Profile) -> Array:
 
 
 def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
-    """Spearman's rank correlation; None if either is constant."""
+    """Spearman's rank correlation, None where either is constant.
+
+    SciPy's, which differs from `stats.spearman` in the last bits that earlier profiles recorded.
+    """
     if margin_N is None or len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
         return None
     from scipy.stats import spearmanr  # every profile would wait for it

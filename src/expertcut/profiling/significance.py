@@ -18,7 +18,6 @@ from scipy.special import ndtr
 from expertcut.profiling.statistics import LayerStatistics, or_none, routing_json, share
 
 Array = np.ndarray[Any, Any]
-Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 MIN_VARIANCE = 2.5  # below, the sum of the strata is too far from normal to test
 PERMUTATIONS = 2_000
 _WIDTH = 1024  # experts per matrix product, to bound memory
@@ -159,16 +158,6 @@ def z_scores(counts: SubjectCounts) -> Array:
     is_tested_X = variance_X >= MIN_VARIANCE
     excess_X = counts.activated_right_SX.sum(0) - expected_X
     return share(excess_X, np.sqrt(np.where(is_tested_X, variance_X, 0)))
-
-
-def wilson(share_E: Array, n_E: Array) -> tuple[Array, Array]:
-    """Wilson's 95 % interval of shares; n may be fractional (effective), NaN where n is 0."""
-    n_E = np.where(n_E > 0, n_E, np.nan)
-    z2 = Z95**2
-    center_E = (share_E + z2 / (2 * n_E)) / (1 + z2 / n_E)
-    variance_E = np.maximum(share_E * (1 - share_E), 0) / n_E + z2 / (4 * n_E * n_E)
-    half_E = Z95 * np.sqrt(variance_E) / (1 + z2 / n_E)
-    return np.maximum(0.0, center_E - half_E), np.minimum(1.0, center_E + half_E)
 
 
 def difference(counts: SubjectCounts) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Cuts, merges, reweightings and healing in tables and words."""
+"""Tables and sentences on cuts, merges, reweighting and healing."""
 
 import logging
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from expertcut.edits.reweight import Scaling, Tilt
 from expertcut.errors import ProfileError
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, printable
+from expertcut.stats import Comparison, ExpertShares, HeldOutResult, LogprobShift
 
 if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built, Merged
-    from expertcut.checkpoints.held_out_check import Proof
-    from expertcut.evaluation.cross_fit import Change, ProofResult
+    from expertcut.evaluation.cross_fit import CrossFitResult
     from expertcut.evaluation.reweight_search import Decision
     from expertcut.healing.heal import Healed
     from expertcut.healing.leakage import Dropped
@@ -26,7 +26,7 @@ _NAMED = 10
 
 
 def pruning_sentences(pruning: Pruning) -> list[str]:
-    """What stays and what goes, per block, and the idle experts that stay."""
+    """Per block: kept experts, and idle or protected ones among them."""
     sentences, numbers = [], pruning.draft.numbers or ExpertIds()
     for name, edit in pruning.draft.edits.items():
         fillers = ids_text(numbers.kept(name, pruning.fillers[name]))
@@ -41,9 +41,9 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
 
 
 def rows_tables(profile: Profile) -> list[Table]:
-    """What the experts of a model that was cut before were called, for its tables count rows.
+    """Expert numbers of a model that was cut before, whose tables count router rows.
 
-    Where the model is not there, that is logged.
+    A missing model is logged.
     """
     try:
         numbers = expert_ids(profile)
@@ -61,10 +61,10 @@ def rows_tables(profile: Profile) -> list[Table]:
     return [Table(title, columns, rows, note)] if rows else []
 
 
-def touched_table(found: Sequence[RemovedTraffic]) -> Table:
-    """How much of what was profiled went through the experts that go."""
+def touched_table(traffic: Sequence[RemovedTraffic]) -> Table:
+    """Traffic of the removed experts in the profile."""
     rows: list[list[Cell]] = [
-        [t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in found
+        [t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in traffic
     ]
     columns = (
         Column("block"),
@@ -76,22 +76,23 @@ def touched_table(found: Sequence[RemovedTraffic]) -> Table:
     return Table("What the cut touches, in the profile", columns, rows)
 
 
-def touched_sentences(pruning: Pruning, found: Sequence[RemovedTraffic]) -> list[str]:
-    """Whether other tokens use what goes: the paper's rule looks at the answer position alone."""
-    n_used = [t.n_used for t in found if t.n_used is not None]
+def touched_sentences(pruning: Pruning, traffic: Sequence[RemovedTraffic]) -> list[str]:
+    """Whether other tokens use removed experts: the paper's rule looks at answer positions only."""
+    n_used = [t.n_used for t in traffic if t.n_used is not None]
     if not n_used:
         return ["The profile holds no all-token statistics: whether other tokens use what goes is "
                 "not known."]  # fmt: skip
     if pruning.draft.positions == "all" or not sum(n_used):
         return []
+    n_removed = sum(t.n_removed for t in traffic)
     return [
-        f"{sum(n_used)} of the {sum(t.n_removed for t in found)} removed experts are used by other "
+        f"{sum(n_used)} of the {n_removed} removed experts are used by other "
         "tokens of the prompts; --keep-active --positions all would keep them."
     ]
 
 
 def groups_table(profile: Profile, merged: "Merged") -> Table:
-    """One row per block: how many groups of several, the largest, and what went through them."""
+    """One row per block: groups of several experts, the largest, and their traffic."""
     tokens_LE = profile.token_sum("tokens")
     quality = {q.layer: q.quality for q in merged.qualities}
     rows: list[list[Cell]] = []
@@ -112,8 +113,8 @@ def groups_table(profile: Profile, merged: "Merged") -> Table:
         Column("choices of an expert that joined another", ".2%"),
         Column("router rows", ".4f"),
     )
-    proof = merged.built.proof
-    noun = "questions that judge" if proof is None else proof.judged.noun
+    judged = merged.built.judged
+    noun = "questions that judge" if judged is None else judged.noun
     note = (
         "router rows: 1 − Σ error² / Σ spread² of merged experts' logits against the one that "
         f"keeps their members' mass, on {noun}; 1 is exact."
@@ -122,7 +123,7 @@ def groups_table(profile: Profile, merged: "Merged") -> Table:
 
 
 def merging_sentences(profile: Profile, merged: "Merged") -> list[str]:
-    """What no checkpoint of this form can keep."""
+    """What a merged checkpoint cannot reproduce."""
     blocks = profile.info.model.blocks
     n_joined = sum(b.experts - len(merged.draft.edits[b.name].keep) for b in blocks)
     if not n_joined:
@@ -134,7 +135,7 @@ def merging_sentences(profile: Profile, merged: "Merged") -> list[str]:
 
 
 def merged_text(edit: Edit) -> str | None:
-    """Who joined whom: `3 ← 5, 9`."""
+    """Merged groups as `3 ← 5, 9`."""
     groups = [
         f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
         for expert, members in (edit.merged or {}).items()
@@ -143,31 +144,21 @@ def merged_text(edit: Edit) -> str | None:
 
 
 def healing_tables(healed: "Healed") -> list[Table]:
-    """Answers of the base, before and after, to questions of which is said how they were used."""
+    """Answers of the base, before and after healing, and how the questions were used."""
     verdict = healed.verdict
     if verdict is None:
         return []
-    to_base = {row.against: row for row in verdict.differences}
-    rows: list[list[Cell]] = [
-        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in verdict.outcomes
-    ]
-    columns = (
-        Column("form"),
-        Column("accuracy", ".2%"),
-        Column("mean log p of the right choice", ".4f"),
-        Column(f"answers unlike {verdict.outcomes[0].form}"),
-        Column("questions"),
-    )
-    found = next(iter(to_base.values()))
+    first = verdict.held_out[0]
+    title = f"Questions that {verdict.held_out_used} ({verdict.held_out_split})"
     note = (
-        f"Healed against {found.against}: largest |Δ log p| {found.max_abs_logprob_diff:.4f}, "
-        f"median {found.median_abs_logprob_diff:.4f}."
+        f"Healed against {first.against}: largest |Δ log p| {first.max_abs_logprob_diff:.4f}, "
+        f"median {first.median_abs_logprob_diff:.4f}."
     )
-    return [Table(f"Questions that {verdict.used} ({verdict.split})", columns, rows, note)]
+    return [_forms_table(title, verdict, f"answers unlike {verdict.outcomes[0].form}", note)]
 
 
 def healing_sentences(healed: "Healed") -> list[str]:
-    """What was trained, on what, how the loss fell, and what was left out."""
+    """Trained weights, training data, loss, and dropped data."""
     read, curve = healed.read, healed.curve
     texts = f" and {read.n_texts:,} texts" if read.n_texts else ""
     by_step = dict(curve.held_out)
@@ -185,7 +176,7 @@ def healing_sentences(healed: "Healed") -> list[str]:
 
 
 def dropped_sentence(dropped: "Dropped") -> str:
-    """How many stand in what is scored later, or are too long, and which."""
+    """How many questions or texts were dropped, which, and why."""
     named = ", ".join(dropped.names[:_NAMED])
     more = f" and {len(dropped.names) - _NAMED} more" if len(dropped.names) > _NAMED else ""
     why = f"stand in split {dropped.split}"
@@ -198,13 +189,13 @@ def dropped_sentence(dropped: "Dropped") -> str:
 
 
 def curve_table(curve: Sequence[Point]) -> Table:
-    """Strength against accuracy, as the search went."""
+    """Strength against accuracy, in the order of the search."""
     rows: list[list[Cell]] = [
         [
             point.strength,
             ", ".join(f"{layer}:{e}" for layer, e, _ in point.biases) or None,
             point.accuracy,
-            f"{point.ci95[0]:.2%} … {point.ci95[1]:.2%}",
+            interval_text(point.ci95),
             point.questions,
         ]
         for point in curve
@@ -220,16 +211,16 @@ def curve_table(curve: Sequence[Point]) -> Table:
     return Table("Strength (logits) against accuracy", columns, rows, note)
 
 
-def proof_table(proof: "ProofResult") -> Table:
-    """The fair number, the flattering one and chance, side by side."""
-    control = proof.random
+def proof_table(proof: "CrossFitResult") -> Table:
+    """Cross-fitted, same questions and random experts side by side."""
+    random = proof.random
     rows = [
-        ["cross-fitted", *_change_cells(proof.cross_fitted)],
-        ["chosen and scored on the same questions", *_change_cells(proof.same_questions)],
+        ["cross-fitted", *change_cells(proof.cross_fitted)],
+        ["chosen and scored on the same questions", *change_cells(proof.same_questions)],
         [
-            f"random experts ({control.draws} draws, {control.distinct} distinct)",
-            control.delta_mean,
-            _points(control.range95),
+            f"random experts ({random.draws} draws, {random.distinct} distinct)",
+            random.delta_mean,
+            interval_text(random.range95, "+"),
             *[None] * 3,
         ],
     ]
@@ -241,13 +232,13 @@ def proof_table(proof: "ProofResult") -> Table:
         Column("lost"),
         Column("McNemar p", ".3g"),
     )
-    note = f"Unedited accuracy {proof.base_accuracy:.2%}; p against random experts {control.p:.3g}."
+    note = f"Unedited accuracy {proof.base_accuracy:.2%}; p against random experts {random.p:.3g}."
     return Table(f"Proof: {proof.procedure}", columns, rows, note)
 
 
-def proof_csv(proof: "ProofResult") -> Table:
-    """One row per estimate, shares and not percentages; of random experts the range of draws."""
-    control = proof.random
+def proof_csv(proof: "CrossFitResult") -> Table:
+    """One row per estimate, as shares; of random experts the range of draws."""
+    random = proof.random
     rows: list[list[Cell]] = [
         [name, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p, c.smallest_effect, None, None]
         for name, c in (
@@ -255,8 +246,8 @@ def proof_csv(proof: "ProofResult") -> Table:
             ("same_questions", proof.same_questions),
         )
     ]
-    drawn: list[Cell] = [control.delta_mean, *control.range95, *[None] * 4, control.draws]
-    rows.append(["random", *drawn, control.p])
+    drawn: list[Cell] = [random.delta_mean, *random.range95, *[None] * 4, random.draws]
+    rows.append(["random", *drawn, random.p])
     names = (
         *("estimate", "delta", "low", "high", "gained", "lost", "mcnemar_p", "smallest_effect"),
         *("draws", "p_random"),
@@ -264,51 +255,87 @@ def proof_csv(proof: "ProofResult") -> Table:
     return Table("proof", tuple(map(Column, names)), rows)
 
 
-def _change_cells(change: "Change") -> list[Cell]:
-    interval = _points(change.ci95)
+def change_cells(change: Comparison | None) -> list[Cell]:
+    """Δ accuracy, its interval, gained, lost and McNemar's p; empty for the base."""
+    if change is None:
+        return [None] * 5
+    interval = interval_text(change.ci95, "+")
     return [change.delta, interval, change.gained, change.lost, change.mcnemar_p]
 
 
-def _points(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:+.2%} … {ends[1]:+.2%}"
+def interval_text(ends: tuple[float, float], sign: str = "") -> str:
+    """An interval in per cent; `sign` "+" for changes."""
+    return f"{ends[0]:{sign}.2%} … {ends[1]:{sign}.2%}"
 
 
-def decision_tables(found: "Decision") -> list[Table]:
-    """The curve of the search, and the proof."""
-    tables = [curve_table(found.curve)] if found.curve else []
-    return [*tables, proof_table(found.proof)] if found.proof else tables
+def decision_tables(decision: "Decision") -> list[Table]:
+    """The curve of the search, and the cross-fit."""
+    tables = [curve_table(decision.curve)] if decision.curve else []
+    return [*tables, proof_table(decision.proof)] if decision.proof else tables
 
 
-def decision_sentences(found: "Decision") -> list[str]:
-    """What was chosen, where its effect comes from, and the verdict."""
+def decision_sentences(decision: "Decision") -> list[str]:
+    """The choice, where its effect comes from, and the verdict."""
     sentences = []
-    if found.chosen:
-        chosen = ", ".join(f"{layer}:{e} by {bias:+.4g}" for layer, e, bias in found.chosen)
-        answer, everywhere = found.accuracy_at["answer"], found.accuracy_at["all"]
+    questions = f"{len(decision.tuning):,} {decision.tuning.split} questions"
+    if decision.chosen:
+        chosen = ", ".join(f"{layer}:{e} by {bias:+.4g}" for layer, e, bias in decision.chosen)
+        answer, everywhere = decision.accuracy_at["answer"], decision.accuracy_at["all"]
         sentences.append(
-            f"Chosen on {len(found.tuning):,} {found.tuning.split} questions: {chosen} (logits). "
-            f"There accuracy goes from {found.base_accuracy:.2%} to {everywhere:.2%} with the bias "
-            f"at every token, and to {answer:.2%} with it at the answer position alone."
+            f"Chosen on {questions}: {chosen} (logits). There accuracy goes from "
+            f"{decision.base_accuracy:.2%} to {everywhere:.2%} with the bias at every token, and "
+            f"to {answer:.2%} with it at the answer position alone."
         )
     else:
-        sentences.append(
-            f"No tilt that was tried beats the unedited model on {len(found.tuning):,} "
-            f"{found.tuning.split} questions."
-        )
-    return [*sentences, found.proof.sentence] if found.proof else sentences
+        sentences.append(f"No tilt that was tried beats the unedited model on {questions}.")
+    return [*sentences, decision.proof.sentence] if decision.proof else sentences
 
 
 def proof_tables(built: "Built") -> list[Table]:
-    """How well biases are carried, and what the edit did to the questions that judge it."""
+    """How well biases are carried, and the held-out check."""
     tables = [_fit_table(built)] if built.fits else []
-    if built.proof is None:
+    if built.proof is None or built.judged is None:
         return tables
-    tables.append(_held_out_table(built.proof))
-    return [*tables, _outcome_table(built.proof)] if built.proof.outcomes else tables
+    columns = (
+        Column("against"),
+        Column("largest |Δ log p|", ".4f"),
+        Column("median |Δ log p|", ".4f"),
+        Column("flipped answers"),
+        Column("questions"),
+    )
+    tables.append(Table(built.judged.title, columns, shift_rows(built.proof.held_out)))
+    if built.proof.outcomes:
+        title = f"Where the bias acts ({built.proof.held_out_split})"
+        note = "Carried out at run time, in the unedited model, but for the last row."
+        tables.append(_forms_table(title, built.proof, "flipped answers", note))
+    return tables
+
+
+def shift_rows(shifts: Sequence[LogprobShift]) -> list[list[Cell]]:
+    """One row per comparison: against, max and median |Δ log p|, flipped answers, questions."""
+    return [
+        [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
+        for d in shifts
+    ]
+
+
+def _forms_table(title: str, result: HeldOutResult, flipped: str, note: str) -> Table:
+    """Answers of each form of the model."""
+    rows: list[list[Cell]] = [
+        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in result.outcomes
+    ]
+    columns = (
+        Column("form"),
+        Column("accuracy", ".2%"),
+        Column("mean log p of the right choice", ".4f"),
+        Column(flipped),
+        Column("questions"),
+    )
+    return Table(title, columns, rows, note)
 
 
 def proof_sentences(built: "Built") -> list[str]:
-    """What layout exact promises, and whether it held; or that nothing was asked."""
+    """Whether layout exact keeps untouched questions bit-equal, or why nothing was checked."""
     if built.proof is None:
         why = f": {built.why_unjudged}" if built.why_unjudged else ""
         return [f"The new checkpoint was not asked any question{why}."]
@@ -328,15 +355,15 @@ def proof_sentences(built: "Built") -> list[str]:
 
 
 def adapter_sentences(built: "Built") -> list[str]:
-    """That an adapter was cut along, and what was done without it."""
+    """That an adapter was cut too, and what was done without it."""
     plan = built.plan
     if plan.adapter is None:
         return []
     is_boosted = plan.layout == "stock" and any(edit.bias for edit in plan.blocks.values())
     is_fitted = is_boosted or plan.fold in ("answer", "all") or plan.removed == "mean"
     done = ["chosen", *(["what was fitted is fitted"] if is_fitted else [])]
-    if built.proof is not None:
-        done.append(f"{built.proof.judged.noun.removeprefix('the ')} asked")
+    if built.judged is not None:
+        done.append(f"{built.judged.noun.removeprefix('the ')} asked")
     return [
         f"The adapter {plan.adapter.path} is cut to fit, in {built.folder / 'adapter'}; experts "
         f"were {_listed(done)} without it."
@@ -348,39 +375,8 @@ def _listed(parts: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _held_out_table(proof: "Proof") -> Table:
-    rows: list[list[Cell]] = [
-        [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
-        for d in proof.differences
-    ]
-    columns = (
-        Column("against"),
-        Column("largest |Δ log p|", ".4f"),
-        Column("median |Δ log p|", ".4f"),
-        Column("flipped answers"),
-        Column("questions"),
-    )
-    return Table(proof.judged.title, columns, rows)
-
-
-def _outcome_table(proof: "Proof") -> Table:
-    """How much of a bias's effect comes from where the answer is written."""
-    rows: list[list[Cell]] = [
-        [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in proof.outcomes
-    ]
-    columns = (
-        Column("form"),
-        Column("accuracy", ".2%"),
-        Column("mean log p of the right choice", ".4f"),
-        Column("flipped answers"),
-        Column("questions"),
-    )
-    note = "Carried out at run time, in the unedited model, but for the last row."
-    return Table(f"Where the bias acts ({proof.split})", columns, rows, note)
-
-
 def _fit_table(built: "Built") -> Table:
-    """How well the gate row carries the bias."""
+    """How well the gate row carries the bias in layout stock."""
     rows: list[list[Cell]] = [
         [
             f.layer,
@@ -399,7 +395,7 @@ def _fit_table(built: "Built") -> Table:
         Column("v·h, elsewhere"),
     )
     target = "1 at answer positions and 0 elsewhere, both weighing the same"
-    noun = "held-out questions" if built.proof is None else built.proof.judged.noun
+    noun = "held-out questions" if built.judged is None else built.judged.noun
     note = (
         f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
         f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
@@ -408,11 +404,11 @@ def _fit_table(built: "Built") -> Table:
 
 
 def tilt_sentences(
-    found: Sequence[Tilt], built: "Built | None", numbers: ExpertIds | None = None
+    tilts: Sequence[Tilt], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
-    """What each bias did, in words, and whether the experts are then those of the exact bias."""
-    sentences = []
-    for tilt in found:
+    """The effect of each bias, and how far routing agrees with the exact bias."""
+    sentences, proof = [], None if built is None else built.proof
+    for tilt in tilts:
         verb = "boosted" if tilt.bias > 0 else "suppressed"
         text = (
             f"{_expert(tilt, numbers)} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"
@@ -424,34 +420,33 @@ def tilt_sentences(
                 f"; the checkpoint's gate row moves it by {mean:+.4f} ± {spread:.4f} at answer "
                 "positions"
             )
-        if built is not None and built.proof is not None:
-            base, exact, edited = built.proof.shares[tilt.layer, tilt.expert]
+        if shares := _shares(tilt, built, numbers):
+            noun, share = shares
             text += (
-                f"; it serves {edited:.1%} of {built.proof.judged.noun}, before {base:.1%}, "
-                f"with the exact bias {exact:.1%}"
+                f"; it serves {share.edited:.1%} of {noun}, before {share.base:.1%}, "
+                f"with the exact bias {share.exact:.1%}"
             )
         sentences.append(f"{text}.")
-    proof = None if built is None else built.proof
     return [*sentences, *(_agreement_sentences(proof) if proof else [])]
 
 
 def scale_sentences(
     scaled: Sequence[Scaling], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
-    """What each factor did, in words."""
+    """The effect of each gate-weight factor."""
     sentences = []
     for scaling in scaled:
         expert = _expert(scaling, numbers)
         text = f"The gate weight of {expert[0].lower()}{expert[1:]} is multiplied by "
         text += f"{scaling.factor:g}; in its own layer who is chosen stays"
-        if built is not None and built.proof is not None:
-            share = built.proof.shares[scaling.layer, scaling.expert][2]
-            text += f", and it serves {share:.1%} of {built.proof.judged.noun}"
+        if shares := _shares(scaling, built, numbers):
+            noun, share = shares
+            text += f", and it serves {share.edited:.1%} of {noun}"
         sentences.append(f"{text}.")
     return sentences
 
 
-def _agreement_sentences(proof: "Proof") -> list[str]:
+def _agreement_sentences(proof: HeldOutResult) -> list[str]:
     return [
         f"In layer {a.layer} the checkpoint chooses the very experts of the exact bias at "
         f"{a.same_answer:.1%} of answer positions ({a.overlap_answer:.1%} of the experts) and at "
@@ -460,6 +455,18 @@ def _agreement_sentences(proof: "Proof") -> list[str]:
     ]
 
 
+def _shares(
+    tilt: Tilt | Scaling, built: "Built | None", numbers: ExpertIds | None
+) -> tuple[str, ExpertShares] | None:
+    """What the questions may be called, and the share of them that an expert serves."""
+    if built is None or built.proof is None or built.judged is None:
+        return None
+    return built.judged.noun, built.proof.share(tilt.layer, _number(tilt, numbers))
+
+
+def _number(tilt: Tilt | Scaling, numbers: ExpertIds | None) -> int:
+    return (numbers or ExpertIds()).number(tilt.block, tilt.expert)
+
+
 def _expert(tilt: Tilt | Scaling, numbers: ExpertIds | None) -> str:
-    number = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
-    return f"Expert {number} of layer {tilt.layer}"
+    return f"Expert {_number(tilt, numbers)} of layer {tilt.layer}"

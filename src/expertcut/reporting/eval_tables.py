@@ -1,4 +1,4 @@
-"""Plans, results, sweeps and audits in tables, words and figures."""
+"""Tables, sentences and figures of plans, results, sweeps and audits."""
 
 from pathlib import Path
 
@@ -7,20 +7,29 @@ from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
 from expertcut.evaluation.search_results import (
     Audit,
     Correlation,
+    CriterionEvaluation,
     Sweep,
-    SweepCell,
     SweptModel,
-    Verdict,
 )
-from expertcut.evaluation.stats import shows_change
-from expertcut.reporting.edit_tables import merged_text
+from expertcut.reporting.edit_tables import change_cells, interval_text, merged_text
 from expertcut.reporting.plots import Point, PointSeries, curves, forests
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.stats import Comparison
+
+_SCORED = (
+    Column("accuracy", ".2%"),
+    Column("95 % interval"),
+    Column("Δ", "+.2%"),
+    Column("95 % interval of Δ"),
+    Column("gained"),
+    Column("lost"),
+    Column("McNemar p", ".3g"),
+)
 
 
 def plan_table(plan: PlanFile) -> Table:
-    """One row per block: what stays, what is tilted, and what joined what."""
+    """One row per block: kept, biased, scaled and merged experts."""
     rows: list[list[Cell]] = [
         [
             name,
@@ -44,7 +53,7 @@ def plan_table(plan: PlanFile) -> Table:
 
 
 def plan_csv(plan: PlanFile) -> Table:
-    """One row per expert that stays, with its bias and its factor, empty where it has none."""
+    """One row per kept expert, with its bias and its factor."""
     rows: list[list[Cell]] = [
         [name, expert, edit.bias.get(expert), edit.scale.get(expert)]
         for name, edit in plan.blocks.items()
@@ -53,66 +62,60 @@ def plan_csv(plan: PlanFile) -> Table:
     return Table("plan", tuple(map(Column, ("block", "expert", "bias", "scale"))), rows)
 
 
-def results_table(found: Results) -> Table:
+def results_table(results: Results) -> Table:
     """One row per model, compared with the first."""
-    compared = {c.other: c for c in found.comparisons}
-    rows = [_result_row(m, compared.get(i)) for i, m in enumerate(found.models)]
+    compared = {c.other: c for c in results.comparisons}
+    rows = [_result_row(m, compared.get(i)) for i, m in enumerate(results.models)]
     columns = (
         Column("model"),
-        Column("accuracy", ".2%"),
-        Column("95 % interval"),
-        Column("Δ", "+.2%"),
-        Column("95 % interval of Δ"),
-        Column("gained"),
-        Column("lost"),
-        Column("McNemar p", ".3g"),
+        *_SCORED,
         Column("parameters", ",d"),
         Column("active", ",d"),
         Column("MB", ".1f"),
     )
-    n_questions = found.models[0].questions
-    note = f"{n_questions:,} {found.split} questions of {found.quiz} at {found.shots} shots"
-    if cuts := {model.cut for model in found.models if model.cut is not None}:
+    n_questions = results.models[0].questions
+    note = f"{n_questions:,} {results.split} questions of {results.quiz} at {results.shots} shots"
+    if cuts := {model.cut for model in results.models if model.cut is not None}:
         n_cut = " or ".join(f"{n:,}" for n in sorted(cuts))  # tokenizers and contexts may differ
         note += f", {n_cut} prompts cut from the left to fit the context"
     return Table("Evaluation", columns, rows, note)
 
 
-def results_csv(found: Results) -> Table:
-    """One row per model and subject, and one for all (subject empty)."""
+def results_csv(results: Results) -> Table:
+    """One row per model and subject, and one for all subjects (empty)."""
     rows: list[list[Cell]] = []
-    for model in found.models:
+    for model in results.models:
         rows.append([model.path, None, model.accuracy, model.questions])
         rows += [[model.path, s, r.accuracy, r.questions] for s, r in model.subjects.items()]
     return Table("results", tuple(map(Column, ("path", "subject", "accuracy", "questions"))), rows)
 
 
-def result_sentences(found: Results) -> list[str]:
-    """A sentence per model: what happened, how sure it is, and what it was chosen on."""
-    base, names = found.models[0], _names(found)
+def result_sentences(results: Results) -> list[str]:
+    """A sentence per model: the change, its significance, and leakage."""
+    base, names = results.models[0], _names(results)
     sentences = [f"{names[0]} answers {base.accuracy:.2%} right: the base of the comparisons."]
-    for comparison in found.comparisons:
-        model = found.models[comparison.other]
-        verdict = _comparison_verdict(comparison) + _won_back(found, names, comparison)
-        sentences.append(f"{names[comparison.other]} {verdict}{_leak(model, found.split)}.")
+    for comparison in results.comparisons:
+        model = results.models[comparison.other]
+        verdict = _comparison_verdict(comparison) + _won_back(results, names, comparison)
+        sentences.append(f"{names[comparison.other]} {verdict}{_leak(model, results.split)}.")
     return sentences
 
 
-def _names(found: Results) -> list[str]:
-    """The last part of each model's path, or the whole where that would name two."""
-    last = [Path(model.path).name for model in found.models]
+def _names(results: Results) -> list[str]:
+    """The last part of each model's path, or the whole path where that is ambiguous."""
+    last = [Path(model.path).name for model in results.models]
     return [
         name if last.count(name) == 1 else model.path
-        for name, model in zip(last, found.models, strict=True)
+        for name, model in zip(last, results.models, strict=True)
     ]
 
 
-def _won_back(found: Results, names: list[str], healed: ComparisonResult) -> str:
-    """How many of the points that a cut lost healing won back, if the cut was evaluated too."""
-    before = found.models[healed.other].healed_from
-    for cut in found.comparisons if before else []:
-        is_lost = shows_change(cut.ci95, cut.mcnemar_p) and cut.delta < 0
-        if is_lost and found.models[cut.other].fingerprint == before:
+def _won_back(results: Results, names: list[str], healed: ComparisonResult) -> str:
+    """The points that healing regained, if the cut was evaluated too and lost accuracy."""
+    before = results.models[healed.other].healed_from
+    for cut in results.comparisons if before else []:
+        is_lost = cut.is_significant and cut.delta < 0
+        if is_lost and results.models[cut.other].fingerprint == before:
             won, lost = healed.delta - cut.delta, -cut.delta
             return (
                 f"; healing won back {won * 100:.2f} of the {lost * 100:.2f} points that "
@@ -122,20 +125,19 @@ def _won_back(found: Results, names: list[str], healed: ComparisonResult) -> str
 
 
 def _result_row(model: ModelResult, comparison: ComparisonResult | None) -> list[Cell]:
-    row: list[Cell] = [Path(model.path).name, model.accuracy, _points_interval(model.ci95, "")]
-    if comparison is None:
-        row += [None] * 5
-    else:
-        c = comparison
-        row += [c.delta, _points_interval(c.ci95, "+"), c.gained, c.lost, c.mcnemar_p]
-    return [*row, model.parameters, model.active_parameters, model.bytes / 1e6]
+    size: list[Cell] = [model.parameters, model.active_parameters, model.bytes / 1e6]
+    return [Path(model.path).name, *_scored(model, comparison), *size]
+
+
+def _scored(model: ModelResult | SweptModel, change: Comparison | None) -> list[Cell]:
+    return [model.accuracy, interval_text(model.ci95), *change_cells(change)]
 
 
 def _comparison_verdict(c: ComparisonResult) -> str:
     change = f"{c.delta * 100:+.2f} points ({c.gained} gained, {c.lost} lost)"
     if c.gained + c.lost == 0:
         text = "answers every question as the base does"
-    elif not shows_change(c.ci95, c.mcnemar_p):
+    elif not c.is_significant:
         text = (
             f"shows no evidence of a change in accuracy: {change}, McNemar p = {c.mcnemar_p:.2g}; "
             f"{c.smallest_effect * 100:.2f} points could have been shown"
@@ -160,60 +162,39 @@ def _leak(model: ModelResult, split: str) -> str:
     )
 
 
-def _points_interval(ci95: tuple[float, float], sign: str) -> str:
-    return f"{ci95[0]:{sign}.2%} … {ci95[1]:{sign}.2%}"
-
-
-def sweep_table(found: Sweep) -> Table:
-    """The unedited model and every cell that is finished."""
-    rows: list[list[Cell]] = []
-    if found.base is not None:
-        b = found.base
-        its: list[Cell] = [
-            b.accuracy,
-            _sweep_interval(b.ci95),
-            *[None] * 5,
-            b.parameters,
-            b.bytes / 1e6,
-        ]
-        rows.append(["unedited", None, None, *its])
-    rows += [_row(cell) for cell in found.cells]
+def sweep_table(sweep: Sweep) -> Table:
+    """The unedited model and every finished cell."""
+    base = [] if sweep.base is None else [["unedited", None, None, *_swept(sweep.base, None)]]
+    rows: list[list[Cell]] = [
+        *base,
+        *([c.by, c.fraction, c.kept, *_swept(c, c.change)] for c in sweep.cells),
+    ]
     columns = (
         Column("by"),
         Column("share", "g"),
         Column("kept a layer"),
-        Column("accuracy", ".2%"),
-        Column("95 % interval"),
-        Column("Δ", "+.2%"),
-        Column("95 % interval of Δ"),
-        Column("gained"),
-        Column("lost"),
-        Column("McNemar p", ".3g"),
+        *_SCORED,
         Column("parameters", ",d"),
         Column("MB", ".2f"),
     )
-    asked, quiz = found.asked, found.asked.scored.quiz
-    n_questions = sum(subject.questions for subject in quiz.subjects.values())
-    n_cells = len(asked.by) * len(asked.fractions)
+    request, quiz = sweep.asked, sweep.asked.scored.quiz
+    n_cells = len(request.by) * len(request.fractions)
     note = (
-        f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, layout "
-        f"{asked.layout}. MB are those of the weights that a checkpoint would have."
+        f"{sweep.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, layout "
+        f"{request.layout}. MB are those of the weights that a checkpoint would have."
     )
-    if found.base is not None and found.base.cut is not None:
-        note += f" {found.base.cut:,} prompts are cut from the left to fit the context."
-    if not found.is_complete:
-        note += f" {len(found.cells)} of {n_cells} cells: the same command does the rest."
-    return Table(f"Sweep of {asked.scored.model.label}", columns, rows, note)
+    if sweep.base is not None and sweep.base.cut is not None:
+        note += f" {sweep.base.cut:,} prompts are cut from the left to fit the context."
+    if not sweep.is_complete:
+        note += f" {len(sweep.cells)} of {n_cells} cells: the same command does the rest."
+    return Table(f"Sweep of {request.scored.model.label}", columns, rows, note)
 
 
-def _row(cell: SweepCell) -> list[Cell]:
-    c = cell.change
-    change: list[Cell] = [c.delta, _sweep_interval(c.ci95, "+"), c.gained, c.lost, c.mcnemar_p]
-    scored: list[Cell] = [cell.accuracy, _sweep_interval(cell.ci95), *change]
-    return [cell.by, cell.fraction, cell.kept, *scored, cell.parameters, cell.bytes / 1e6]
+def _swept(model: SweptModel, change: Comparison | None) -> list[Cell]:
+    return [*_scored(model, change), model.parameters, model.bytes / 1e6]
 
 
-def sweep_csv(found: Sweep) -> Table:
+def sweep_csv(sweep: Sweep) -> Table:
     """One row per form of the model, in full precision; the unedited one has no criterion."""
     names = (
         *("by", "fraction", "kept", "questions", "accuracy", "ci95_low", "ci95_high"),
@@ -222,39 +203,37 @@ def sweep_csv(found: Sweep) -> Table:
         *("parameters", "active_parameters", "bytes"),
     )
     rows: list[list[Cell]] = []
-    if found.base is not None:
-        b = found.base
-        its: list[Cell] = [b.questions, b.accuracy, *b.ci95, b.right_logprob, *[None] * 9]
-        rows.append([None, None, None, *its, b.parameters, b.active_parameters, b.bytes])
-    for cell in found.cells:
+    if sweep.base is not None:
+        b = sweep.base
+        scored: list[Cell] = [b.questions, b.accuracy, *b.ci95, b.right_logprob, *[None] * 9]
+        rows.append([None, None, None, *scored, b.parameters, b.active_parameters, b.bytes])
+    for cell in sweep.cells:
         c = cell.change
-        its = [cell.questions, cell.accuracy, *cell.ci95, cell.right_logprob, c.delta, *c.ci95]
-        its += [c.gained, c.lost, c.mcnemar_p, c.smallest_effect]
-        its += [cell.max_abs_logprob_diff, cell.median_abs_logprob_diff]
-        its += [cell.parameters, cell.active_parameters, cell.bytes]
-        rows.append([cell.by, cell.fraction, cell.kept, *its])
+        row: list[Cell] = [cell.by, cell.fraction, cell.kept, cell.questions, cell.accuracy]
+        row += [*cell.ci95, cell.right_logprob, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p]
+        row += [c.smallest_effect, cell.max_abs_logprob_diff, cell.median_abs_logprob_diff]
+        rows.append([*row, cell.parameters, cell.active_parameters, cell.bytes])
     return Table("sweep", tuple(map(Column, names)), rows)
 
 
-def sweep_sentences(found: Sweep) -> list[str]:
-    """What the grid was chosen on, and which cells show a loss or a gain."""
-    quiz, chosen = found.asked.scored.quiz, found.chosen_on
-    n_questions = sum(subject.questions for subject in quiz.subjects.values())
+def sweep_sentences(sweep: Sweep) -> list[str]:
+    """Leakage, and which cells change accuracy significantly."""
+    quiz, chosen = sweep.asked.scored.quiz, sweep.chosen_on
     leak = (
         f"The experts were chosen on {chosen.split}, none of the questions scored here."
         if chosen.overlap == 0
-        else f"{chosen.overlap:,} of the {n_questions:,} {quiz.split} questions scored here were "
-        "used to choose the experts, so this flatters the cuts."
+        else f"{chosen.overlap:,} of the {sweep.n_questions:,} {quiz.split} questions scored here "
+        "were used to choose the experts, so this flatters the cuts."
     )
-    return [leak, *(_sweep_verdict(fraction, found) for fraction in found.asked.fractions)]
+    return [leak, *(_sweep_verdict(fraction, sweep) for fraction in sweep.asked.fractions)]
 
 
-def _sweep_verdict(fraction: float, found: Sweep) -> str:
-    cells = [cell for cell in found.cells if cell.fraction == fraction]
+def _sweep_verdict(fraction: float, sweep: Sweep) -> str:
+    cells = [cell for cell in sweep.cells if cell.fraction == fraction]
     if not cells:
         return f"At {fraction:g} no cell is finished."
     best = max(cells, key=lambda cell: cell.accuracy)
-    clear = [c.by for c in cells if shows_change(c.change.ci95, c.change.mcnemar_p)]
+    clear = [c.by for c in cells if c.change.is_significant]
     change = best.change
     text = (
         f"At {fraction:g} of the experts {best.by} keeps most: {best.accuracy:.2%}, "
@@ -266,67 +245,55 @@ def _sweep_verdict(fraction: float, found: Sweep) -> str:
     return f"{text}; no evidence of a change with any criterion."
 
 
-def sweep_figure(found: Sweep) -> dict[str, bytes]:
+def sweep_figure(sweep: Sweep) -> dict[str, bytes]:
     """`sweep.png` and `sweep.svg`: accuracy against the size of the weights, with intervals."""
     series = []
-    for by in found.asked.by:
-        cells = sorted((c for c in found.cells if c.by == by), key=lambda c: c.bytes)
+    for by in sweep.asked.by:
+        cells = sorted((c for c in sweep.cells if c.by == by), key=lambda c: c.bytes)
         series.append(PointSeries(by, [_sweep_point(cell.bytes, cell) for cell in cells]))
-    base = None if found.base is None else _sweep_point(found.base.bytes, found.base)
-    quiz = found.asked.scored.quiz
+    base = None if sweep.base is None else _sweep_point(sweep.base.bytes, sweep.base)
+    quiz = sweep.asked.scored.quiz
     labels = ("size of the weights (MB)", f"accuracy on {quiz.split} (%)")
     return curves("sweep", series, base, labels)
 
 
-def _sweep_point(size_bytes: int, its: SweptModel) -> Point:
-    low, high = its.ci95
-    return Point(size_bytes / 1e6, 100 * its.accuracy, 100 * low, 100 * high)
+def _sweep_point(size_bytes: int, model: SweptModel) -> Point:
+    low, high = model.ci95
+    return Point(size_bytes / 1e6, 100 * model.accuracy, 100 * low, 100 * high)
 
 
-def _sweep_interval(ci95: tuple[float, float], sign: str = "") -> str:
-    return f"{ci95[0]:{sign}.2%} … {ci95[1]:{sign}.2%}"
+def audit_tables(audit: Audit) -> list[Table]:
+    """The criteria, and the experts with the largest effects."""
+    return [*([verdict_table(audit)] if audit.verdicts else []), harm_table(audit)]
 
 
-def audit_tables(found: Audit) -> list[Table]:
-    """The criteria, and the experts whose removal did most."""
-    return [*([verdict_table(found)] if found.verdicts else []), harm_table(found)]
-
-
-def verdict_table(found: Audit) -> Table:
+def verdict_table(audit: Audit) -> Table:
     """One row per criterion, the best correlation first."""
     rows: list[list[Cell]] = []
-    for its in ranked(found):
-        regrets: list[Cell] = [r.regret for r in its.regrets]
-        rows.append(
-            [
-                its.by,
-                *_correlation(its.within),
-                *_correlation(its.overall),
-                *_correlation(its.within_accuracy),
-                *regrets,
-            ]
-        )
+    for v in ranked(audit):
+        rhos = [*_correlation(v.within), *_correlation(v.overall), *_correlation(v.within_accuracy)]
+        rows.append([v.by, *rhos, *(r.regret for r in v.regrets)])
     columns = (
         Column("criterion"),
         *(Column("ρ within layers", "+.2f"), Column("95 % interval")),
         *(Column("ρ over all", "+.2f"), Column("95 % interval")),
         *(Column("ρ with accuracy", "+.2f"), Column("95 % interval")),
-        *(Column(f"regret at {f:g}", ".4f") for f in found.asked.fractions),
+        *(Column(f"regret at {f:g}", ".4f") for f in audit.asked.fractions),
     )
     expected = ", ".join(
-        f"{r.random - r.least:.4f} at {r.fraction:g}" for r in found.verdicts[0].regrets
+        f"{r.random - r.least:.4f} at {r.fraction:g}" for r in audit.verdicts[0].regrets
     )
     note = (
         "ρ is Spearman's between score and harm: +1 where the criterion removes the least harmful "
         "experts first. Regret is in nats of mean log p, as a sum of single harms; removing at "
         f"random costs {expected} on average."
     )
-    return Table(f"Audit of {found.asked.model.label}: the criteria", columns, rows, note)
+    return Table(f"Audit of {audit.asked.model.label}: the criteria", columns, rows, note)
 
 
-def harm_table(found: Audit, most: int = 10) -> Table:
-    """The experts whose removal did most."""
-    harms = sorted(found.harms, key=lambda harm: -harm.logprob)[:most]
+def harm_table(audit: Audit, most: int = 10) -> Table:
+    """The experts whose ablation has the largest effects."""
+    harms = sorted(audit.harms, key=lambda harm: -harm.logprob)[:most]
     rows: list[list[Cell]] = [
         [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost, h.mcnemar_p]
         for h in harms
@@ -341,105 +308,105 @@ def harm_table(found: Audit, most: int = 10) -> Table:
         Column("lost"),
         Column("McNemar p", ".3g"),
     )
-    asked = found.asked
+    request = audit.asked
     note = (
-        f"{len(found.harms)} of {len(found.sampled)} sampled experts removed one at a time (layout "
-        f"{asked.layout}); {asked.questions:,} {asked.split} questions of {asked.quiz} at "
-        f"{asked.shots} shots{cut_text(found.cut)}, unedited accuracy {found.accuracy:.2%}."
+        f"{len(audit.harms)} of {len(audit.sampled)} sampled experts removed one at a time (layout "
+        f"{request.layout}); {request.questions:,} {request.split} questions of {request.quiz} at "
+        f"{request.shots} shots{cut_text(audit.cut)}, unedited accuracy {audit.accuracy:.2%}."
     )
-    if not found.is_complete:
+    if not audit.is_complete:
         note += " The same command does the rest."
     return Table(
-        f"Audit of {asked.model.label}: what removing one expert does", columns, rows, note
+        f"Audit of {request.model.label}: what removing one expert does", columns, rows, note
     )
 
 
-def audit_csv(found: Audit) -> Table:
-    """One row per removed expert, with what every criterion said of it."""
+def audit_csv(audit: Audit) -> Table:
+    """One row per ablated expert, with its score by every criterion."""
     names = [
         *("layer", "expert", "loss_logprob", "stderr", "loss_accuracy", "gained", "lost"),
-        *("mcnemar_p", "largest_abs_logprob_diff", *found.standings),
+        *("mcnemar_p", "largest_abs_logprob_diff", *audit.standings),
     ]
     rows: list[list[Cell]] = [
         [
             *(h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost),
-            *(h.mcnemar_p, h.largest, *(its.score[i] for its in found.standings.values())),
+            *(h.mcnemar_p, h.largest, *(ranks.score[i] for ranks in audit.standings.values())),
         ]
-        for i, h in enumerate(found.harms)
+        for i, h in enumerate(audit.harms)
     ]
     return Table("audit", tuple(map(Column, names)), rows)
 
 
-def audit_sentences(found: Audit) -> list[str]:
-    """What the questions are worth, and which criterion to trust."""
-    asked = found.asked
-    if found.overlap:
+def audit_sentences(audit: Audit) -> list[str]:
+    """Leakage, and which criterion predicts the effects."""
+    request = audit.asked
+    if audit.overlap:
         leak = (
-            f"{found.overlap:,} of the {asked.questions:,} questions that were asked had been "
+            f"{audit.overlap:,} of the {request.questions:,} questions that were asked had been "
             "profiled, calibrated or cut on, so they are not held out: criteria that look at them "
             "are flattered."
         )
     else:
-        which = f"{asked.questions:,} held-out questions ({asked.split})"
+        which = f"{request.questions:,} held-out questions ({request.split})"
         leak = f"None of the {which} had a part in scoring the experts."
-    first = ranked(found)[0]
+    first = ranked(audit)[0]
     if first.within.rho is None:
         return [leak, "No rank correlation is defined: sample more experts."]
-    clear = [v.by for v in ranked(found) if v.within.is_clear]
+    clear = [v.by for v in ranked(audit) if v.within.is_clear]
     best = f"the best is {first.by} (ρ = {first.within.rho:+.2f} within layers)"
-    told = "No criterion clearly orders these experts by their harm"
+    summary = "No criterion clearly orders these experts by their harm"
     if clear:
-        told = f"These order experts by their harm beyond chance: {', '.join(clear)}"
-    return [leak, f"{told}; {best}.", f"Least regret: {_least_regrets(found)}."]
+        summary = f"These order experts by their harm beyond chance: {', '.join(clear)}"
+    return [leak, f"{summary}; {best}.", f"Least regret: {_least_regrets(audit)}."]
 
 
-def _least_regrets(found: Audit) -> str:
-    """At each budget the criterion whose removals do least harm, and what chance would do."""
-    parts, n_sampled = [], len(found.harms)
-    for i, fraction in enumerate(found.asked.fractions):
-        least = min(v.regrets[i].regret for v in found.verdicts)
-        best = [v.by for v in found.verdicts if v.regrets[i].regret <= least + 1e-12]
-        its = found.verdicts[0].regrets[i]
-        if its.removed in (0, n_sampled):
-            parts.append(f"at {fraction:g} {'all' if its.removed else 'none'} of the sample go")
+def _least_regrets(audit: Audit) -> str:
+    """At each budget the criterion with the least regret, and that of random removal."""
+    parts, n_sampled = [], len(audit.harms)
+    for i, fraction in enumerate(audit.asked.fractions):
+        least = min(v.regrets[i].regret for v in audit.verdicts)
+        best = [v.by for v in audit.verdicts if v.regrets[i].regret <= least + 1e-12]
+        regret = audit.verdicts[0].regrets[i]
+        if regret.removed in (0, n_sampled):
+            parts.append(f"at {fraction:g} {'all' if regret.removed else 'none'} of the sample go")
             continue
-        names = "all alike" if len(best) == len(found.verdicts) > 1 else " and ".join(best)
+        names = "all alike" if len(best) == len(audit.verdicts) > 1 else " and ".join(best)
         parts.append(
-            f"at {fraction:g} {names} ({least:.4f}, at random {its.random - its.least:.4f})"
+            f"at {fraction:g} {names} ({least:.4f}, at random {regret.random - regret.least:.4f})"
         )
     return ", ".join(parts)
 
 
-def audit_figure(found: Audit) -> dict[str, bytes]:
+def audit_figure(audit: Audit) -> dict[str, bytes]:
     """`audit.png` and `audit.svg`: correlations with their intervals, and regrets."""
-    order = ranked(found)
+    order = ranked(audit)
     rhos = [
         PointSeries(v.by, [_correlation_point(v.within)] if v.within.rho is not None else [])
         for v in order
     ]
     regrets, marks = [], []
-    for i, fraction in enumerate(found.asked.fractions):
-        its = [v.regrets[i] for v in order]
-        values = [Point(r.regret, 0, r.regret, r.regret) for r in its]
+    for i, fraction in enumerate(audit.asked.fractions):
+        regrets_at = [v.regrets[i] for v in order]
+        values = [Point(r.regret, 0, r.regret, r.regret) for r in regrets_at]
         regrets.append(PointSeries(f"{fraction:g} kept", values))
-        marks.append(its[0].random - its[0].least)
+        marks.append(regrets_at[0].random - regrets_at[0].least)
     left = "Spearman's ρ of score and harm, within layers"
     right = "regret (nats); dotted: at random"
     return forests("audit", (left, rhos), (right, regrets), marks)
 
 
-def ranked(found: Audit) -> list[Verdict]:
-    """The best correlation within layers first, undefined ones last."""
-    rho = {v.by: -2.0 if v.within.rho is None else v.within.rho for v in found.verdicts}
-    return sorted(found.verdicts, key=lambda v: -rho[v.by])
+def ranked(audit: Audit) -> list[CriterionEvaluation]:
+    """By correlation within layers, best first, undefined last."""
+    rho = {v.by: -2.0 if v.within.rho is None else v.within.rho for v in audit.verdicts}
+    return sorted(audit.verdicts, key=lambda v: -rho[v.by])
 
 
-def _correlation_point(found: Correlation) -> Point:
-    assert found.rho is not None
-    low, high = found.ci95 or (found.rho, found.rho)
-    return Point(found.rho, 0, min(low, found.rho), max(high, found.rho))
+def _correlation_point(rank: Correlation) -> Point:
+    assert rank.rho is not None
+    low, high = rank.ci95 or (rank.rho, rank.rho)
+    return Point(rank.rho, 0, min(low, rank.rho), max(high, rank.rho))
 
 
-def _correlation(found: Correlation) -> list[Cell]:
-    interval = None if found.ci95 is None else f"{found.ci95[0]:+.2f} … {found.ci95[1]:+.2f}"
-    return [found.rho, interval]
+def _correlation(rank: Correlation) -> list[Cell]:
+    interval = None if rank.ci95 is None else f"{rank.ci95[0]:+.2f} … {rank.ci95[1]:+.2f}"
+    return [rank.rho, interval]

@@ -6,20 +6,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, TypeAdapter, ValidationError
-
-from expertcut.documents import first_fault
 from expertcut.edits.plan import Edit, PlanFile, Point
 from expertcut.edits.prune import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_judged
-from expertcut.errors import PlanError
 from expertcut.evaluation.results import ModelResult, Results
 from expertcut.evaluation.search_results import Audit, Sweep
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.significance import wilson
-from expertcut.reporting.edit_tables import curve_table, proof_table, touched_table
+from expertcut.reporting.edit_tables import curve_table, proof_table, shift_rows, touched_table
 from expertcut.reporting.eval_tables import (
     audit_sentences,
     audit_tables,
@@ -34,18 +28,9 @@ from expertcut.reporting.page_parts import Facts, Folded, Lines, Part, Section, 
 from expertcut.reporting.plots import Curves, Series
 from expertcut.reporting.show import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.stats import wilson_interval
 
 Rows = list[tuple[str, str]]
-
-
-class HeldOut(BaseModel):
-    """A row of `held_out` in a plan's proof: the checkpoint against another form of the model."""
-
-    against: str
-    questions: int
-    max_abs_logprob_diff: float
-    median_abs_logprob_diff: float
-    flipped: int
 
 
 def change_sections(run: Run) -> list[Section]:
@@ -165,23 +150,15 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
 
 
 def _held_out(found: Found[PlanFile]) -> list[Part]:
-    proof: dict[str, Any] = found.its.proof
-    try:
-        rows = TypeAdapter(list[HeldOut]).validate_python(proof.get("held_out", []))
-    except ValidationError as error:
-        fault = first_fault(error)
-        raise PlanError(f"{found.file} is no plan: proof.held_out.{fault}") from None
+    rows = found.its.proof.held_out
     if not rows:
         return []
     columns = (
         *(Column("against"), Column("largest |Δ log p|", ".4f"), Column("median", ".4f")),
         *(Column("flipped answers", ",d"), Column("questions", ",d")),
     )
-    cells: list[list[Cell]] = [
-        [r.against, r.max_abs_logprob_diff, r.median_abs_logprob_diff, r.flipped, r.questions]
-        for r in rows
-    ]
-    return [Table(read_judged(found.its, found.file.parent).title, columns, cells)]
+    title = read_judged(found.its, found.file.parent).title
+    return [Table(title, columns, shift_rows(rows))]
 
 
 def outcome_sections(run: Run) -> list[Section]:
@@ -274,8 +251,8 @@ def _subjects(results: Results) -> Table:
 
 
 def _interval(share: float, n: int) -> str:
-    low, high = wilson(np.array(share), np.array(n))
-    return f"{float(low):.1%} … {float(high):.1%}"
+    low, high = wilson_interval(share, n)
+    return f"{low:.1%} … {high:.1%}"
 
 
 def search_sections(run: Run) -> list[Section]:

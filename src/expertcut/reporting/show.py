@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from expertcut.edits.criteria import compare
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, PlanFile, load_plan
 from expertcut.errors import OutputError, SettingsError
-from expertcut.evaluation.cross_fit import ProofResult, load_proof
+from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import Results, load_results
 from expertcut.evaluation.search_results import (
     AUDIT_FILE,
@@ -73,7 +73,7 @@ class Run:
     path: Path
     profiles: list[Found[Findings]]
     plans: list[Found[PlanFile]]
-    proofs: list[Found[ProofResult]]
+    proofs: list[Found[CrossFitResult]]
     results: list[Found[Results]]
     sweeps: list[Found[Sweep]]
     audits: list[Found[Audit]]
@@ -109,7 +109,7 @@ def gather(path: Path) -> Run:
         path=path,
         profiles=read(PROFILE_FILE, lambda file: find(load_profile(file.parent))),
         plans=read(PLAN_FILE, load_plan),
-        proofs=read(PROOF_FILE, lambda file: load_proof(file.parent)),
+        proofs=read(PROOF_FILE, lambda file: load_cross_fit(file.parent)),
         results=read(RESULTS, load_results),
         sweeps=read(SWEEP_FILE, load_sweep),
         audits=read(AUDIT_FILE, load_audit),
@@ -253,12 +253,12 @@ def _plan(path: Path) -> Shown:
     plan = load_plan(path)
     tables = [plan_table(plan), *([curve_table(plan.tuning)] if plan.tuning else [])]
     if (path / PROOF_FILE).is_file():
-        tables.append(proof_table(load_proof(path)))
+        tables.append(proof_table(load_cross_fit(path)))
     return Shown(lambda: tables, lambda: plan_csv(plan), lambda: plan.model_dump(mode="json"))
 
 
 def _proof(path: Path) -> Shown:
-    proof = load_proof(path)
+    proof = load_cross_fit(path)
     table = proof_table(proof)
     return Shown(lambda: [table], lambda: proof_csv(proof), lambda: proof.model_dump(mode="json"))
 

@@ -317,7 +317,11 @@ class Engine:
 
 
 def ask(engine: Engine, quiz: Quiz, on_pass: OnPass = ignore) -> Tensor:
-    """Log p of each choice (N, C) of a quiz, subject by subject."""
-    scores = [engine.score(encoded, on_pass) for encoded in engine.encode_all(quiz)]
+    """Log p of each choice (N, C) for a whole quiz, subject by subject."""
+    return stack_scores([engine.score(encoded, on_pass) for encoded in engine.encode_all(quiz)])
+
+
+def stack_scores(scores: Sequence[Tensor]) -> Tensor:
+    """Log p (N, C) of several chunks, −∞ where a question has fewer choices."""
     most = max(score_NC.shape[1] for score_NC in scores)
     return torch.cat([F.pad(s, (0, most - s.shape[1]), value=-torch.inf) for s in scores])

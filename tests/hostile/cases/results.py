@@ -36,7 +36,7 @@ wrong(
     World.results,
     "more questions than its subjects",
     put(*FIRST, "questions", value=10),
-    "another number of questions",
+    "the questions of its subjects do not add up",
 )
 wrong(World.results, "-9 questions", put(*FIRST, "questions", value=-9), "questions: .*greater")
 wrong(World.results, "half a question", put(*FIRST, "questions", value=0.5), "questions: ")
@@ -49,14 +49,14 @@ wrong(
     World.results,
     "a comparison with a model that is not there",
     put("comparisons", 0, "other", value=2),
-    "a comparison names a model that is not there",
+    "a comparison names a model that is missing",
     "report",
 )
 wrong(
     World.results,
     "a comparison with model -1",
     put("comparisons", 0, "base", value=-1),
-    "a comparison names a model that is not there",
+    "a comparison names a model that is missing",
 )
 wrong(
     World.results,
@@ -102,9 +102,9 @@ for command, fault, change, says in (
     ("show", "a harm in words", put("harms", value=["bad"]), "harms.0: "),
     ("show", "a harm without its expert", taken("harms", 0, "expert"), "harms.0.expert: Field"),
     ("show", "an expert of 1.5", put("harms", 0, "expert", value=1.5), "expert: .*integer"),
-    ("show", "a regret too few", taken("verdicts", 0, "regrets", 0), "other shares than were"),
+    ("show", "a regret too few", taken("verdicts", 0, "regrets", 0), "regrets of other fractions"),
     ("show", "a rank too few", taken("standings", "activations", "place", 0), "does not rank"),
-    ("audit", "an expert too few", taken("sampled", 0), "2 harms of 1 sampled"),
+    ("audit", "an expert too few", taken("sampled", 0), "2 effects of 1 sampled"),
     ("audit", "standings in a list", put("standings", value=[]), "standings: "),
 ):
     CASES.add(

@@ -1,0 +1,302 @@
+"""Statistics of answers: intervals, comparison of two models, rank correlation.
+
+N are questions, C choices, E experts, B rows that are ranked independently, X ranked values.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from expertcut.documents import Record
+
+Array = np.ndarray[Any, Any]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
+LEVEL = 0.05
+_HALVINGS = 60  # of an interval no wider than 2, so that an end is exact to a float's last bits
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Micro accuracy over questions; `stderr` is None where every subject has one question."""
+
+    accuracy: float
+    stderr: float | None
+    ci95: tuple[float, float]
+    n_questions: int
+    by_subject: dict[str, tuple[float, int]]
+
+
+def accuracy(is_correct_N: Array, subjects: Sequence[str]) -> Accuracy:
+    """Accuracy over all questions and per subject, with Wilson's interval."""
+    names = np.asarray(subjects)
+    by_subject = {
+        str(name): (float(is_correct_N[names == name].mean()), int((names == name).sum()))
+        for name in dict.fromkeys(subjects)
+    }
+    n_questions = len(is_correct_N)
+    return Accuracy(
+        accuracy=float(is_correct_N.mean()),
+        stderr=pooled_stderr(list(by_subject.values())),
+        ci95=wilson_interval(float(is_correct_N.sum()) / n_questions, n_questions),
+        n_questions=n_questions,
+        by_subject=by_subject,
+    )
+
+
+def pooled_stderr(subjects: Sequence[tuple[float, int]]) -> float | None:
+    """√(Σ n p (1 − p) / ((N − S) N)) over (p, n) per subject, as lm-evaluation-harness pools."""
+    total = sum(n for _, n in subjects)
+    if total == len(subjects):
+        return None
+    within = sum(n * p * (1 - p) for p, n in subjects)
+    return float(np.sqrt(within / ((total - len(subjects)) * total)))
+
+
+def wilson(share_E: Array, n_E: Array) -> tuple[Array, Array]:
+    """Wilson's 95 % interval of shares; n may be an effective, fractional number, NaN where 0."""
+    n_E = np.where(n_E > 0, n_E, np.nan)
+    z2 = Z95**2
+    center_E = (share_E + z2 / (2 * n_E)) / (1 + z2 / n_E)
+    variance_E = np.maximum(share_E * (1 - share_E), 0) / n_E + z2 / (4 * n_E * n_E)
+    half_E = Z95 * np.sqrt(variance_E) / (1 + z2 / n_E)
+    return np.maximum(0.0, center_E - half_E), np.minimum(1.0, center_E + half_E)
+
+
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of one share."""
+    low, high = wilson(np.array(share), np.array(n))
+    return float(low), float(high)
+
+
+class Comparison(Record):
+    """Paired comparison of two models on the same questions.
+
+    `delta` is other minus base accuracy; `gained` questions only the other answers correctly,
+    `lost` only the base. `smallest_effect` is the smallest change that this many questions detect.
+    """
+
+    delta: float
+    ci95: tuple[float, float]
+    gained: Count
+    lost: Count
+    mcnemar_p: Share
+    smallest_effect: float
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether accuracy changes: by the exact test, never by an interval alone.
+
+        `paired_interval` leaves out 0 wherever the exact test rejects. Results of earlier versions
+        may hold an interval that is too narrow.
+        """
+        return self.mcnemar_p < LEVEL and not self.ci95[0] <= 0 <= self.ci95[1]
+
+
+def compare(base_N: Array, other_N: Array) -> Comparison:
+    """Paired comparison of two models' correct answers (N,) bool."""
+    n, (gained, lost) = len(base_N), gained_lost(base_N, other_N)
+    return Comparison(
+        delta=(gained - lost) / n,
+        ci95=paired_interval(gained, lost, n),
+        gained=gained,
+        lost=lost,
+        mcnemar_p=mcnemar(gained, lost),
+        smallest_effect=smallest_effect(gained, lost, n),
+    )
+
+
+def gained_lost(base_N: Array, other_N: Array) -> tuple[int, int]:
+    """Questions that only the other model answers correctly, and those that only the base does."""
+    return int((~base_N & other_N).sum()), int((base_N & ~other_N).sum())
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar test, 1 where nothing changed."""
+    from scipy.special import bdtr  # not needed to start
+
+    if gained + lost == 0:
+        return 1.0
+    return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
+
+
+def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+    """95 % score interval of the change in accuracy (gained − lost) / n.
+
+    Tango (1998), Statistics in Medicine 17:891. The questions are one sample: subjects play no
+    part, so the interval is as wide for one question a subject as for a thousand.
+    """
+    return -_upper_end(lost, gained, n), _upper_end(gained, lost, n)
+
+
+def _upper_end(gained: int, lost: int, n: int) -> float:
+    """The largest change that the score test does not reject, by bisection."""
+    inside, outside = (gained - lost) / n, 1.0
+    if _score_accepts(outside, gained, lost, n):
+        return outside
+    for _ in range(_HALVINGS):
+        middle = (inside + outside) / 2
+        if _score_accepts(middle, gained, lost, n):
+            inside = middle
+        else:
+            outside = middle
+    return inside
+
+
+def _score_accepts(change: float, gained: int, lost: int, n: int) -> bool:
+    """|gained − lost − n·change| within 1.96 standard deviations, were `change` the true one.
+
+    The rate of lost answers is its maximum-likelihood estimate under that change.
+    """
+    b = (2 * n - gained + lost) * change - gained - lost
+    c = lost * change * (1 - change)
+    lost_rate = (math.sqrt(max(0.0, b * b + 8 * n * c)) - b) / (4 * n)
+    variance = 2 * lost_rate + change * (1 - change)  # of one question
+    return (gained - lost - n * change) ** 2 <= Z95**2 * n * variance
+
+
+def smallest_effect(gained: int, lost: int, n: int) -> float:
+    """2.8 standard errors of the paired difference (80 % power at 5 %), and no less than 3/N.
+
+    3/N is the rule of three: what no change at all in N questions still leaves possible.
+    """
+    delta = (gained - lost) / n
+    return max(3 / n, 2.8 * math.sqrt(max(0.0, (gained + lost) / n**2 - delta**2 / n)))
+
+
+def logprob_shift(a_NC: Array, b_NC: Array, dtype: Any = None) -> tuple[float, float]:
+    """Max and median |Δ log p| over the choices (N, C) that both have; the others are −∞.
+
+    An even number of choices has the mean of two as its median, rounded to `dtype` or the arrays'.
+    """
+    is_choice_NC = np.isfinite(a_NC) & np.isfinite(b_NC)
+    shift_X = np.abs(a_NC[is_choice_NC] - b_NC[is_choice_NC])
+    return float(shift_X.max()), float(np.median(shift_X.astype(dtype or shift_X.dtype)))
+
+
+def right_logprobs(logprob_NC: Array, answer_N: Array) -> Array:
+    """Log p (N,) of the right choices."""
+    found_N: Array = logprob_NC[np.arange(len(answer_N)), answer_N]
+    return found_N
+
+
+class _Measured(Record):
+    """Part of `proof` in plan.json: keys of other versions stay, and absent ones stay absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_serializer(mode="wrap")
+    def _unless_silent(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in values(self).items() if k in self.model_fields_set}
+
+
+class LogprobShift(_Measured):
+    """|Δ log p| between two models over all choices, and answers that differ (`flipped`)."""
+
+    against: str
+    questions: int
+    max_abs_logprob_diff: float
+    median_abs_logprob_diff: float
+    flipped: int
+
+
+class ExpertShares(_Measured):
+    """Share of questions that an expert serves: unedited, plan at run time, checkpoint."""
+
+    layer: int
+    expert: int
+    base: float
+    exact: float
+    edited: float
+
+
+class BitExactCheck(_Measured):
+    """Questions scored one at a time: without a token that chose a removed expert, no bit changes.
+
+    `untouched` of the `questions` have no such token, shots included; `bit_equal` of these came
+    out equal.
+    """
+
+    questions: int
+    untouched: int
+    bit_equal: int
+
+
+class RoutingAgreement(_Measured):
+    """One layer: share of positions that choose the same experts, and of experts in common.
+
+    Over answer positions, and over every distinct token.
+    """
+
+    layer: int
+    same_answer: float
+    overlap_answer: float
+    same_all: float
+    overlap_all: float
+
+
+class FormResult(_Measured):
+    """Answers of one form of the model; `flipped` ones differ from the first form's.
+
+    `right_logprob` is the mean log p of the right choice.
+    """
+
+    form: str
+    questions: int
+    accuracy: float
+    right_logprob: float
+    flipped: int
+
+
+class HeldOutResult(_Measured):
+    """`proof` in plan.json: the checkpoint against the unedited model on questions of a split.
+
+    `fits` and `rows` are figures of fitted directions and router rows, by name. `held_out_hashes`
+    are the hash lines of the questions; `held_out_used` says how healing used them. `alone` is set
+    where layout exact only removes experts, `agreement` where layout stock carries biases,
+    `outcomes` where any layout does.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    fits: tuple[dict[str, int | float], ...] = ()
+    held_out_split: str = ""
+    held_out_used: str = ""
+    held_out: tuple[LogprobShift, ...] = ()
+    held_out_hashes: tuple[str, ...] = ()
+    shares: tuple[ExpertShares, ...] = ()
+    alone: BitExactCheck | None = None
+    agreement: tuple[RoutingAgreement, ...] = ()
+    outcomes: tuple[FormResult, ...] = ()
+    rows: tuple[dict[str, int | float], ...] = ()
+
+    def share(self, layer: int, expert: int) -> ExpertShares:
+        """The shares of one expert, by its number before earlier cuts."""
+        return next(s for s in self.shares if (s.layer, s.expert) == (layer, expert))
+
+
+def centred_ranks(values_BX: Array) -> Array:
+    """Ranks in each row, ties at their mean rank, as distances from the row's mean."""
+    from scipy.stats import rankdata  # not needed to start
+
+    ranks_BX = rankdata(values_BX, axis=1)
+    centred_BX: Array = ranks_BX - ranks_BX.mean(axis=1, keepdims=True)
+    return centred_BX
+
+
+def pearson(a_BX: Array, b_BX: Array) -> Array:
+    """Correlation (B,) of centred values; NaN where one does not vary."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        both_B = (a_BX * b_BX).sum(axis=1)
+        rho_B: Array = both_B / np.sqrt((a_BX**2).sum(axis=1) * (b_BX**2).sum(axis=1))
+    return rho_B
+
+
+def spearman(a_E: Array, b_E: Array) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN where either is constant."""
+    return float(pearson(centred_ranks(a_E[None]), centred_ranks(b_E[None]))[0])
