@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tests.support.rewrites import Fitted, exact_rewrite, stock_rewrite
 
-from expertcut.checkpoints.exact import exact_rewrite
 from expertcut.checkpoints.shards import (
     MAX_SHARD_BYTES,
     Rewrite,
@@ -30,7 +30,6 @@ from expertcut.checkpoints.shards import (
     write_checkpoint,
     write_shards,
 )
-from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.plan import BlockEdit
 from expertcut.models.load import Source

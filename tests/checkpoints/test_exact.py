@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.exact import exact_config, exact_rewrite
-from expertcut.checkpoints.export import Gathered, export, removed_experts
-from expertcut.checkpoints.simulate import constant_experts
+from expertcut.checkpoints.exact import exact_config
+from expertcut.checkpoints.prune_edit import constant_experts, removed_experts
 from expertcut.checkpoints.size import size
 from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError, PlanError
@@ -37,6 +36,7 @@ from tests.support.exact_models import (
     make_base,
     make_exact,
 )
+from tests.support.rewrites import Fitted, exact_rewrite, export
 
 FIRST, SECOND = "model.layers.0.mlp", "model.layers.1.mlp"
 Bases = Callable[..., Path]
@@ -463,7 +463,7 @@ def test_whatever_is_made_of_one_as_written_before_has_todays_names(
     for source in (old, new):
         made[source] = tmp_path / f"of-{source.name}"
         made[source].mkdir()
-        export(find_source(str(source)), draft, 8, Gathered(), made[source])
+        export(find_source(str(source)), draft, 8, Fitted(), made[source])
     first, second = (load_file(made[source] / "model.safetensors") for source in (old, new))
     assert set(first) == set(second) == {*read_headers(new), f"{SECOND}.gate.bias"}
     assert all(torch.equal(first[name], second[name]) for name in first)

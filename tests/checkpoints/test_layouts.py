@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.held_out_check import Alone
+from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.size import size
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
@@ -202,8 +202,9 @@ def test_a_checkpoint_that_changes_quiet_questions_is_found_out(
     honest = "expertcut.checkpoints.build.export"
     export = __import__("expertcut.checkpoints.export", fromlist=["export"]).export
 
-    def spoil(source: Any, draft: Any, *rest: Any) -> None:
-        export(source, replace(draft, edits={**draft.edits, **worse}), *rest)
+    def spoil(source: Any, draft: Any, n_experts: int, edits: Any, folder: Path) -> None:
+        spoilt = ScaleEdit({**draft.edits, **worse})
+        export(source, draft, n_experts, [spoilt, *edits], folder)
 
     monkeypatch.setattr(honest, spoil)
     built = build(profile, pruning.draft, tmp_path / "out", AS_IS)

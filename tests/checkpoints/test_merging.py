@@ -14,9 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints import shards
-from expertcut.checkpoints.build import _is_interleaved
-from expertcut.checkpoints.merged import Experts
-from expertcut.checkpoints.simulate import under, unedited_routers
+from expertcut.checkpoints.merge_edit import Experts, is_interleaved, under, unedited_routers
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.cli.edit_commands import Method, RouterRow
 from expertcut.data import round_robin
@@ -516,4 +514,4 @@ def test_gate_and_up_in_turn_are_told_by_what_they_do(
     checkpoint: Checkpoints, family: str, expected: bool
 ) -> None:
     blocks = open_model(checkpoint(family)).blocks
-    assert [_is_interleaved(block.experts) for block in blocks] == [expected] * 2
+    assert [is_interleaved(block.experts) for block in blocks] == [expected] * 2

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertcut.checkpoints import shards
 from expertcut.checkpoints.shards import Rewrite, needed_bytes, write_checkpoint
-from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ModelError, OutputError
@@ -28,6 +27,7 @@ from expertcut.models.safetensors_index import StoredTensor, read_headers, read_
 from expertcut.models.validate import EXPERT_COUNT_FIELDS
 from tests.conftest import FAMILIES, open_model
 from tests.support.loaded_stock import apply_stock
+from tests.support.rewrites import Fitted, stock_rewrite
 
 KEEP = (0, 1, 3, 4, 5, 7)  # three of each of DeepSeek's two groups
 ALL = tuple(range(8))

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from expertcut.checkpoints.export import Gathered, export, removed_experts
+from expertcut.checkpoints.prune_edit import removed_experts
 from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
 from expertcut.cli import prune_command
 from expertcut.data import Selection, load_quiz
@@ -30,6 +30,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import open_model
 from tests.support.hand_made import block, profile_info, random_profile
+from tests.support.rewrites import Fitted, export
 
 Profiles = Callable[[str], Profile]
 # One tensor an expert, a selection bias, biases of all experts in one tensor, Granite's names.
@@ -222,7 +223,7 @@ def written(profile: Profile, pruning: Pruning, folder: Path) -> Path:
     n_experts = profile.info.model.blocks[0].experts
     removed = removed_experts(pruning.draft.edits, n_experts)
     is_exact = pruning.draft.layout == "exact"
-    gathered = Gathered(constants=zero_outputs(removed, 32) if is_exact else {})
+    gathered = Fitted(constants=zero_outputs(removed, 32) if is_exact else {})
     folder.mkdir()
     export(source, pruning.draft, n_experts, gathered, folder)
     return folder

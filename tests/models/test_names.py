@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.checkpoints.tensor_names import find_disk_blocks, match_blocks
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.safetensors_index import StoredTensor
+from tests.support.rewrites import Fitted, stock_rewrite
 
 Shapes = dict[str, tuple[int, ...]]
 NOTHING = Fitted({}, {})

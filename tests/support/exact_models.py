@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.exact import exact_config, exact_rewrite
+from expertcut.checkpoints.exact import exact_config
 from expertcut.checkpoints.shards import write_checkpoint
 from expertcut.edits.calibrate import Constants, zero_outputs
 from expertcut.edits.plan import BlockEdit
@@ -20,6 +20,7 @@ from expertcut.models.kernels import Linear
 from expertcut.models.load import MODELLING_FILE, MoeModel, modelling_code
 from expertcut.models.safetensors_index import read_headers
 from tests.conftest import FAMILIES, make_tokenizer
+from tests.support.rewrites import exact_rewrite
 
 SMALL = FAMILIES["olmoe"]
 EXACT_FAMILIES = {name: FAMILIES[name] for name in ("olmoe", "qwen3_moe", "qwen2_moe", "flex_olmo")}

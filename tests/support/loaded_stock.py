@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertcut.checkpoints.stock import Fitted
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.validate import EXPERT_COUNT_FIELDS
+from tests.support.rewrites import Fitted
 
 _COUNT_ATTRIBUTES = (*EXPERT_COUNT_FIELDS, "n_experts")
 

@@ -12,6 +12,7 @@ from expertcut.checkpoints.simulate import apply_at_runtime, renumbered
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.calibrate import Constants
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Positions
 from expertcut.edits.splits import HASHES, Judged, n_used
 from expertcut.errors import ContractError
@@ -331,10 +332,10 @@ def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants
     """All that needs the unedited model, so that only one model is in memory at a time."""
     base = answer(engine, quiz, draft.edits)
     reference = _at_run_time(engine, quiz, draft, constants)
-    if draft.is_cut and draft.layout == "stock":
+    if draft.is_cut and not LAYOUTS[draft.layout].keeps_rows:
         check_reached(_reference_name(draft), base, reference)
     placed = _placed(engine, quiz, draft, constants, reference) if draft.is_biased else {}
-    if draft.layout == "stock" or draft.is_tilted or not constants:
+    if draft.is_tilted or not constants:
         return Before(base, reference, False, placed)
     found = [q for q, is_it in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_it]
     quiet = replace_questions(quiz, group_by_subject(found)) if found else None
@@ -381,8 +382,8 @@ def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: Before) ->
         for (key, share), its in zip(before.base.shares.items(), of_edited, strict=True)
     }
     alone = _alone(engine, quiz, draft, before) if before.is_cut_exactly else None
-    is_stock = draft.layout == "stock"
-    agreement = agreements(before.reference, edited, draft, engine.moe) if is_stock else []
+    is_fitted = LAYOUTS[draft.layout].fits_biases
+    agreement = agreements(before.reference, edited, draft, engine.moe) if is_fitted else []
     return Proof(quiz.split, rows, shares, alone, agreement, _outcomes(quiz, before, edited))
 
 
@@ -408,5 +409,5 @@ def _reference_name(draft: EditPlan) -> str:
         return "the same plan at run time"
     if draft.is_tilted:
         return "the exact bias" if draft.is_biased else "the same factors at run time"
-    same = "as a mask" if draft.layout == "stock" else "after top-k"
+    same = "after top-k" if LAYOUTS[draft.layout].keeps_rows else "as a mask"
     return f"the same removal {same}"

@@ -10,7 +10,7 @@ from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.budget import Keep, counts
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.layouts import Layout
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
@@ -53,7 +53,7 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
         n_removed = block.n_experts - n_kept
         own = sum(p.numel() for p in block.experts.parameters()) // block.n_experts
         n_constants = 0
-        if draft.layout == "exact":
+        if LAYOUTS[draft.layout].keeps_rows:
             width = int(moe.model.config.get_text_config().hidden_size)
             n_constants = n_removed * width
             total += n_constants - n_removed * own

@@ -164,6 +164,11 @@ class EditPlan:
     used: frozenset[str] = frozenset()
 
     @property
+    def blocks(self) -> Mapping[str, BlockEdit]:
+        """The edits by block, under the name that they have in plan.json."""
+        return self.edits
+
+    @property
     def is_biased(self) -> bool:
         """Whether any expert gets a logit bias."""
         return any(edit.bias for edit in self.edits.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.checkpoints.build import engine_as_profiled, gather, profiled_source
+from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_source
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import as_written
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
@@ -151,8 +151,8 @@ class Sweeping:
 
     def _run(self, draft: EditPlan, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
         def run(on_pass: OnPass) -> Iterator[Progress]:
-            gathered = gather(self.profile, draft, self._questions(draft), self.engine)
-            with as_written(self.engine.moe, draft, gathered):
+            edits = fit_edits(self.profile, draft, self._questions(draft), self.engine)
+            with as_written(self.engine.moe, draft, edits):
                 yield from self.measurement.run(place, on_pass)
 
         return run
