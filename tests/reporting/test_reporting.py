@@ -28,7 +28,7 @@ from expertcut.edits.plan import (
     save_plan,
 )
 from expertcut.edits.prune import Pruning, RemovedTraffic
-from expertcut.edits.router_edits import Scaling, Tilt
+from expertcut.edits.reweight_tune import RouterEdit
 from expertcut.errors import OutputError
 from expertcut.evaluation.cross_fit import Change, ProofResult, RandomControl
 from expertcut.evaluation.results import (
@@ -590,8 +590,8 @@ def test_a_checkpoint_that_was_not_asked_says_so():
 
 
 def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
-    boost = Tilt(3, "model.layers.3.mlp", 12, 0.0856, "its admission gap")
-    down = Tilt(3, "model.layers.3.mlp", 12, -0.5, "given")
+    boost = RouterEdit(3, 12, 0.0856, block="model.layers.3.mlp", origin="its admission gap")
+    down = RouterEdit(3, 12, -0.5, block="model.layers.3.mlp", origin="given")
     assert tilt_sentences([boost, down], None) == [
         "Expert 12 of layer 3 is boosted by +0.0856 on its logit (its admission gap).",
         "Expert 12 of layer 3 is suppressed by -0.5000 on its logit (given).",
@@ -607,9 +607,9 @@ def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
 
 def test_experts_of_a_cut_model_are_called_by_their_first_numbers():
     numbers = ExpertIds({"model.layers.3.mlp": (*range(12), 40)})
-    boost = Tilt(3, "model.layers.3.mlp", 12, 0.0856, False)
+    boost = RouterEdit(3, 12, 0.0856, block="model.layers.3.mlp", origin="given")
     assert tilt_sentences([boost], None, numbers)[0].startswith("Expert 40 of layer 3 is boosted")
-    scaling = Scaling(3, "model.layers.3.mlp", 12, 1.5)
+    scaling = RouterEdit(3, 12, scale=1.5, block="model.layers.3.mlp")
     start = "The gate weight of expert 40 of layer 3 is multiplied by 1.5; in its own layer who is"
     assert scale_sentences([scaling], None, numbers) == [f"{start} chosen stays."]
     assert scale_sentences([scaling], built(), numbers) == [

@@ -34,8 +34,7 @@ from expertcut.errors import SettingsError
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built, Merged
     from expertcut.edits.plan import EditPlan
-    from expertcut.edits.reweight_tune import Procedure
-    from expertcut.edits.router_edits import Scaling, Tilt
+    from expertcut.edits.reweight_tune import Procedure, RouterEdit
     from expertcut.evaluation.reweight_search import DecideOptions, Decision, Tilted, Tilting
     from expertcut.profiling.storage import Profile
 
@@ -78,8 +77,8 @@ _Where = tuple[Path | None, bool, bool]
 class Named:
     """The experts that --boost, --suppress and --scale name."""
 
-    tilts: "list[Tilt]"
-    scalings: "list[Scaling]"
+    tilts: "list[RouterEdit]"
+    scalings: "list[RouterEdit]"
 
     @classmethod
     def of(

@@ -26,15 +26,26 @@ _SAME = 1e-5
 _FINER = (2**-0.5, 2**0.5)  # around the best of them
 
 
-class Shift(NamedTuple):
-    """A bias on one expert's logit."""
+class RouterEdit(NamedTuple):
+    """A bias on the logit, or a factor on the gate weight, of the expert in a row of a router.
+
+    `block` is its block's name, `origin` says in words where the bias came from.
+    """
 
     layer: int
     expert: int
-    bias: float
+    bias: float = 0.0
+    scale: float = 1.0
+    block: str = ""
+    origin: str = ""
+
+    @property
+    def verb(self) -> str:
+        """`boost` or `suppress`."""
+        return "boost" if self.bias > 0 else "suppress"
 
 
-Ask = Callable[[tuple[Shift, ...]], Array]
+Ask = Callable[[tuple[RouterEdit, ...]], Array]
 """Log p (N, C) of all questions with these shifts on the gates."""
 
 
@@ -42,7 +53,7 @@ Ask = Callable[[tuple[Shift, ...]], Array]
 class Settled:
     """Which shifts were chosen, and the curve of a search: how each strength tried fared."""
 
-    shifts: tuple[Shift, ...]
+    shifts: tuple[RouterEdit, ...]
     curve: tuple[Point, ...] = ()
 
 
@@ -83,7 +94,7 @@ class Procedure:
 
     def untuned(
         self, records: QuestionOutcomes, picks: Sequence[SelectedExpert]
-    ) -> tuple[Shift, ...]:
+    ) -> tuple[RouterEdit, ...]:
         """Given strengths, or gaps; none for an expert whose gap would tilt it the other way."""
         given = dict(self.named)
         shifts = []
@@ -91,10 +102,10 @@ class Procedure:
             strength = given.get(pick) or self.strength
             bias = gap(records, pick) if strength is None else pick.sign * strength
             if math.isfinite(bias) and bias * pick.sign > 0:
-                shifts.append(Shift(pick.layer, pick.expert, bias))
+                shifts.append(RouterEdit(pick.layer, pick.expert, bias))
         return tuple(shifts)
 
-    def origin(self, shift: Shift) -> str:
+    def origin(self, shift: RouterEdit) -> str:
         """Where its strength came from, in words."""
         if self.is_tuned:
             return "found by a search"
@@ -172,7 +183,7 @@ class _Search:
         gaps = [gap(self.used, pick) for pick in picks if pick.sign > 0]
         enough = max(STRENGTHS[-1], *gaps, 0)
         for strength in (*STRENGTHS, *STRONGER):
-            shifts = tuple(Shift(p.layer, p.expert, p.sign * strength) for p in picks)
+            shifts = tuple(RouterEdit(p.layer, p.expert, p.sign * strength) for p in picks)
             logprob_NC = self._try(shifts, strength)
             right_N = right(logprob_NC, self.answer_N)
             gained = int((right_N & ~self.base_N).sum())
@@ -184,7 +195,7 @@ class _Search:
                 return
             before_NC = logprob_NC
 
-    def _try(self, shifts: tuple[Shift, ...], strength: float) -> Array:
+    def _try(self, shifts: tuple[RouterEdit, ...], strength: float) -> Array:
         logprob_NC: Array = self.ask(shifts)[self.is_used_N]
         right_N = right(logprob_NC, self.answer_N)
         self.curve.append(self._point(shifts, strength, right_N))
@@ -192,7 +203,7 @@ class _Search:
             self.most_right, self.best = int(right_N.sum()), Settled(shifts)
         return logprob_NC
 
-    def _point(self, shifts: tuple[Shift, ...], strength: float, right_N: Array) -> Point:
+    def _point(self, shifts: tuple[RouterEdit, ...], strength: float, right_N: Array) -> Point:
         share = right_N.mean()
         low, high = wilson(share, np.array(len(right_N)))
         return Point(

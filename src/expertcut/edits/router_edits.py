@@ -29,7 +29,7 @@ from expertcut.edits.reweight_select import (
     stored_selection,
     token_scores,
 )
-from expertcut.edits.reweight_tune import Procedure, Settled, Shift
+from expertcut.edits.reweight_tune import Procedure, RouterEdit, Settled
 from expertcut.edits.splits import held_out_quiz, profiled_quiz
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics, layer_statistics
@@ -47,32 +47,6 @@ class Target:
     layer: int | None
     expert: int
     strength: float | None
-
-
-@dataclass(frozen=True)
-class Tilt:
-    """A logit bias for the expert in a row of a router, and in words where it came from."""
-
-    layer: int
-    block: str
-    expert: int
-    bias: float
-    origin: str
-
-    @property
-    def verb(self) -> str:
-        """`boost` or `suppress`."""
-        return "boost" if self.bias > 0 else "suppress"
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """A factor on the gate weight of the expert in a row of a router."""
-
-    layer: int
-    block: str
-    expert: int
-    factor: float
 
 
 def parse_target(expression: str) -> Target:
@@ -104,7 +78,7 @@ def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
     return None if layer is None else int(layer), int(expert), value
 
 
-def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[Tilt]:
+def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[RouterEdit]:
     """Biases for all targets; a strength without a number is the admission gap.
 
     Raises:
@@ -112,7 +86,7 @@ def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> li
         PlanError: no such layer or expert, one named twice, or no gap to close.
     """
     numbers, layers = expert_ids(profile), layer_statistics(profile)
-    found: list[Tilt] = []
+    found: list[RouterEdit] = []
     for sign, expressions in ((+1, boost), (-1, suppress)):
         for text in expressions:
             target = parse_target(text)
@@ -143,16 +117,18 @@ def named_picks(
     return tuple(found)
 
 
-def tilts_of(profile: Profile, shifts: Sequence[Shift], origins: Sequence[str]) -> list[Tilt]:
+def tilts_of(
+    profile: Profile, shifts: Sequence[RouterEdit], origins: Sequence[str]
+) -> list[RouterEdit]:
     """Shifts with their blocks' names, and where they came from."""
     blocks = profile.info.model.blocks
     return [
-        Tilt(s.layer, blocks[s.layer].name, s.expert, s.bias, origin)
+        s._replace(block=blocks[s.layer].name, origin=origin)
         for s, origin in zip(shifts, origins, strict=True)
     ]
 
 
-def scalings(profile: Profile, expressions: Sequence[str]) -> list[Scaling]:
+def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
     """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 leaves an expert nothing to say.
 
     Raises:
@@ -160,7 +136,7 @@ def scalings(profile: Profile, expressions: Sequence[str]) -> list[Scaling]:
         PlanError: no such layer or expert, or one named twice.
     """
     numbers, layers = expert_ids(profile), layer_statistics(profile)
-    found: list[Scaling] = []
+    found: list[RouterEdit] = []
     for text in expressions:
         index, expert, factor = _parsed(text, "factor")
         if factor is None or factor < 0 or factor == 1:
@@ -168,7 +144,7 @@ def scalings(profile: Profile, expressions: Sequence[str]) -> list[Scaling]:
                 f"--scale {text} must give a factor, 0 or above and not 1: as in 3:12=1.5"
             )
         layer, row = _find(layers, index, expert, numbers)
-        found.append(Scaling(layer.layer, layer.block, row, factor))
+        found.append(RouterEdit(layer.layer, row, scale=factor, block=layer.block))
     _check_once([(s.layer, s.expert) for s in found], expressions)
     return found
 
@@ -196,11 +172,13 @@ def _strength(target: Target, layer: int, sign: int) -> float | None:
     return None if strength is None else abs(strength)
 
 
-def _tilt(profile: Profile, layer: LayerStatistics, row: int, target: Target, sign: int) -> Tilt:
+def _tilt(
+    profile: Profile, layer: LayerStatistics, row: int, target: Target, sign: int
+) -> RouterEdit:
     index, expert = layer.layer, target.expert
     strength = _strength(target, index, sign)
     if strength is not None:
-        return Tilt(index, layer.block, row, sign * strength, "given")
+        return RouterEdit(index, row, sign * strength, block=layer.block, origin="given")
     bias = admission_gap(
         profile.info.model.blocks[index],
         profile.array("alpha_NLE")[:, index, : layer.n_experts],
@@ -214,14 +192,14 @@ def _tilt(profile: Profile, layer: LayerStatistics, row: int, target: Target, si
             f"{no_default_strength(index, expert, sign, bias)}: give the strength, as in {option} "
             f"{index}:{expert}=0.5"
         )
-    return Tilt(index, layer.block, row, bias, "its admission gap")
+    return RouterEdit(index, row, bias, block=layer.block, origin="its admission gap")
 
 
 def reweight_draft(
     profile: Profile,
-    found: Sequence[Tilt],
+    found: Sequence[RouterEdit],
     layout: Layout = "stock",
-    scaled: Sequence[Scaling] = (),
+    scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
     """Edits that keep every expert and carry the biases and factors.
@@ -243,8 +221,8 @@ def reweight_draft(
 
 def with_tilts(
     draft: EditPlan,
-    found: Sequence[Tilt],
-    scaled: Sequence[Scaling] = (),
+    found: Sequence[RouterEdit],
+    scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
     """A draft that also carries biases and factors, on experts that it keeps.
@@ -259,13 +237,13 @@ def with_tilts(
         name: edit.model_copy(
             update={
                 "bias": {t.expert: t.bias for t in found if t.block == name},
-                "scale": {s.expert: s.factor for s in scaled if s.block == name},
+                "scale": {s.expert: s.scale for s in scaled if s.block == name},
             }
         )
         for name, edit in draft.edits.items()
     }
     words = [f"--{t.verb} {_name(draft, t)}={abs(t.bias):.6g}" for t in found]
-    words += [f"--scale {_name(draft, s)}={s.factor:.6g}" for s in scaled]
+    words += [f"--scale {_name(draft, s)}={s.scale:.6g}" for s in scaled]
     named = [f"{t.verb}-{_name(draft, t, '.')}" for t in found]
     named += [f"scale-{_name(draft, s, '.')}" for s in scaled]
     slug = "-".join([*([draft.slug] if draft.slug else []), *named])[:100]
@@ -295,7 +273,7 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
         )
 
 
-def _check_kept(draft: EditPlan, named: Sequence[Tilt | Scaling]) -> None:
+def _check_kept(draft: EditPlan, named: Sequence[RouterEdit]) -> None:
     for tilt in named:
         keep = draft.edits[tilt.block].keep
         if tilt.expert not in keep:
@@ -306,7 +284,7 @@ def _check_kept(draft: EditPlan, named: Sequence[Tilt | Scaling]) -> None:
             )
 
 
-def _name(draft: EditPlan, tilt: Tilt | Scaling, between: str = ":") -> str:
+def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
     numbers = draft.numbers
     expert = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
     return f"{tilt.layer}{between}{expert}"

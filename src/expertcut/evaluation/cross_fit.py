@@ -21,7 +21,7 @@ from expertcut.edits.reweight_select import (
     places,
     right,
 )
-from expertcut.edits.reweight_tune import Ask, Procedure, Settled, Shift
+from expertcut.edits.reweight_tune import Ask, Procedure, RouterEdit, Settled
 from expertcut.errors import PlanError, QuizError
 from expertcut.evaluation.stats import LEVEL, Comparison, compare, shows_change
 from expertcut.profiling.schema import BlockInfo
@@ -93,7 +93,7 @@ class Fold:
     """What was chosen without one fold, and what that did to it."""
 
     questions: int
-    shifts: tuple[Shift, ...]
+    shifts: tuple[RouterEdit, ...]
     delta: float
 
 
@@ -185,7 +185,7 @@ class _Trial:
         self.ask = ask
         self.fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
 
-    def right(self, shifts: tuple[Shift, ...]) -> Array:
+    def right(self, shifts: tuple[RouterEdit, ...]) -> Array:
         """Right answers (N,) with these shifts."""
         if not shifts:
             return self.records.is_correct_N
@@ -205,7 +205,7 @@ class _Trial:
         return right_N, tuple(found)
 
     def random_delta(
-        self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[Shift]
+        self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[RouterEdit]
     ) -> float:
         """The change in accuracy with other experts in the place of those that were picked.
 
@@ -217,7 +217,7 @@ class _Trial:
             bias_of = {(shift.layer, shift.expert): shift.bias for shift in like}
             right_N = self.right(
                 tuple(
-                    Shift(other.layer, other.expert, bias_of[pick.layer, pick.expert])
+                    RouterEdit(other.layer, other.expert, bias_of[pick.layer, pick.expert])
                     for pick, other in others.items()
                     if (pick.layer, pick.expert) in bias_of
                 )
@@ -314,7 +314,7 @@ def proof_result(
 
 
 def called(
-    shifts: Sequence[Shift], blocks: Sequence[BlockInfo], numbers: ExpertIds
+    shifts: Sequence[RouterEdit], blocks: Sequence[BlockInfo], numbers: ExpertIds
 ) -> tuple[tuple[int, int, float], ...]:
     """(layer, expert, bias) of each, experts by what they were before earlier cuts."""
     return tuple((s.layer, numbers.number(blocks[s.layer].name, s.expert), s.bias) for s in shifts)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, ExpertIds, Point, expert_ids, ids_text
 from expertcut.edits.prune import Pruning, RemovedTraffic
-from expertcut.edits.router_edits import Scaling, Tilt
+from expertcut.edits.reweight_tune import RouterEdit
 from expertcut.errors import ProfileError
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, printable
@@ -413,7 +413,7 @@ def _fit_table(built: "Built") -> Table:
 
 
 def tilt_sentences(
-    found: Sequence[Tilt], built: "Built | None", numbers: ExpertIds | None = None
+    found: Sequence[RouterEdit], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
     """What each bias did, in words, and whether the experts are then those of the exact bias."""
     sentences = []
@@ -441,14 +441,14 @@ def tilt_sentences(
 
 
 def scale_sentences(
-    scaled: Sequence[Scaling], built: "Built | None", numbers: ExpertIds | None = None
+    scaled: Sequence[RouterEdit], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
     """What each factor did, in words."""
     sentences = []
     for scaling in scaled:
         expert = _expert(scaling, numbers)
         text = f"The gate weight of {expert[0].lower()}{expert[1:]} is multiplied by "
-        text += f"{scaling.factor:g}; in its own layer who is chosen stays"
+        text += f"{scaling.scale:g}; in its own layer who is chosen stays"
         if built is not None and built.proof is not None:
             share = built.proof.shares[scaling.layer, scaling.expert][2]
             text += f", and it serves {share:.1%} of {built.proof.judged.noun}"
@@ -465,6 +465,6 @@ def _agreement_sentences(proof: "Proof") -> list[str]:
     ]
 
 
-def _expert(tilt: Tilt | Scaling, numbers: ExpertIds | None) -> str:
+def _expert(tilt: RouterEdit, numbers: ExpertIds | None) -> str:
     number = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
     return f"Expert {number} of layer {tilt.layer}"
