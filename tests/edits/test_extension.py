@@ -1,19 +1,35 @@
-"""One decorated function is a criterion everywhere: in options, recipes, tables and sweeps."""
+"""One function is a criterion everywhere; one class is an edit from its plan to the card."""
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from expertcut.checkpoints import export as exporting
+from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.checkpoints.edit import Edit, LayoutWriter, Simulation, TensorChanges
+from expertcut.data import Selection, load_quiz
 from expertcut.edits import criteria
+from expertcut.edits.budget import Keep
 from expertcut.edits.criteria import CRITERIA, criterion, criterion_name
-from expertcut.edits.plan import load_plan
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import EditPlan, PlanFile, load_plan
+from expertcut.edits.prune import choose
+from expertcut.edits.ranking import Way
 from expertcut.errors import SettingsError
 from expertcut.evaluation.search_results import load_sweep
+from expertcut.hub.card import change_sentences
+from expertcut.hub.provenance import origin
+from expertcut.models.load import LoadOptions
 from expertcut.profiling.statistics import LayerStatistics
 from tests.conftest import Commands
+from tests.profiling.test_profile import profiled
 
 
 @pytest.fixture
@@ -101,3 +117,56 @@ def test_importing_the_criteria_loads_no_heavy_library():
     ).stdout.split()
     assert int(names[0]) >= 12
     assert {"torch", "scipy", "transformers"}.isdisjoint(names)
+
+
+# An edit
+
+
+@dataclass(frozen=True)
+class MarkEdit(Edit):
+    """Changes no answer and leaves a tensor behind."""
+
+    @classmethod
+    def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        return cls() if plan.action.endswith("--mark") else None
+
+    def simulate(self, simulation: Simulation) -> None:
+        RUNS.append(simulation.moe.source.id)
+
+    def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
+        tensors.added["marker"] = torch.arange(3.0)
+
+    def describe(self) -> list[str]:
+        return ["The checkpoint carries a marker."]
+
+
+RUNS: list[str] = []
+
+
+@pytest.mark.parametrize("layout", ["stock", "exact"])
+def test_an_edit_of_one_class_is_built_checked_and_reported(
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Callable[..., Path],
+    quiz_folder: Path,
+    tmp_path: Path,
+    layout: Layout,
+):
+    monkeypatch.setattr(exporting, "EDITS", [*exporting.EDITS, MarkEdit])
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    profile = profiled(checkpoint("olmoe"), quiz, tmp_path / "p")
+    cut = choose(profile, Keep(count=5), Way(layout=layout)).draft
+    RUNS.clear()
+    for plan, is_marked in ((replace(cut, action=f"{cut.action} --mark"), True), (cut, False)):
+        folder = tmp_path / str(is_marked)
+        built = build(profile, plan, folder, BuildOptions(LoadOptions()))
+        assert built.proof is not None and built.proof.differences[0].max_abs_logprob_diff > 0
+        tensors = load_file(folder / "model.safetensors")
+        assert ("marker" in tensors) == is_marked
+        sentences = list(change_sentences(load_plan(folder), origin(load_plan(folder), folder)))
+        assert ("The checkpoint carries a marker." in sentences) == is_marked
+        assert len(RUNS) == 1  # the marked plan alone was simulated with it
+        if is_marked:
+            assert tensors.pop("marker").tolist() == [0, 1, 2]
+            marked = tensors
+    assert marked.keys() == tensors.keys()
+    assert all(torch.equal(marked[name], tensor) for name, tensor in tensors.items())
