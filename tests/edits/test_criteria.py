@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.edits import calibrate as calibration
-from expertcut.edits.calibrate import Tried, keep_inputs
+from expertcut.edits.calibrate import RemovalTrial, sample_inputs
 from expertcut.edits.criteria import (
     CRITERIA,
     positions_of,
@@ -399,11 +399,11 @@ def test_the_first_step_of_reconstruction_is_exhaustive_leave_one_out_with_rerou
     profile = profiled(path, quiz, tmp_path / "p")
     moe = open_model(path)
     engine = Engine(moe, 200)
-    kept = keep_inputs(engine, quiz)
+    kept = sample_inputs(engine, quiz)
     found = scores(profile, "reconstruction", "all", engine)
     for block in moe.blocks:
         x_BTD = kept[block.layer][None]
-        tried = Tried(block, kept[block.layer])
+        tried = RemovalTrial(block, kept[block.layer])
         losses = []
         with torch.inference_mode():
             whole = block.module(x_BTD)
@@ -440,16 +440,16 @@ def test_what_is_kept_of_a_calibration_pass_is_bounded(
     checkpoint: Checkpoints, quiz: Quiz, monkeypatch: pytest.MonkeyPatch
 ):
     engine = Engine(open_model(checkpoint("olmoe")), 200)
-    every = keep_inputs(engine, quiz)[0]
+    every = sample_inputs(engine, quiz)[0]
     assert 50 < len(every) <= calibration.MOST_TOKENS
     monkeypatch.setattr(calibration, "MOST_TOKENS", 20)
-    some = keep_inputs(engine, quiz)
+    some = sample_inputs(engine, quiz)
     assert {layer: len(x_TD) for layer, x_TD in some.items()} == {0: 20, 1: 20}
     # The same tokens in every block: the second reads what follows from what the first read.
     for x_D in some[0]:
         assert (every == x_D).all(dim=1).any()
     monkeypatch.setattr(calibration, "KEPT_BYTES", 8 * 8 * 8 * 3)
-    assert len(keep_inputs(engine, quiz)[1]) == 3
+    assert len(sample_inputs(engine, quiz)[1]) == 3
 
 
 # Planted: experts that are never chosen

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, prompt
 from expertcut.edits.budget import Keep
-from expertcut.edits.calibrate import fit_directions, fold_at_answers, judge_directions
+from expertcut.edits.calibrate import direction_quality, fit_directions, rescaling_at_answers
 from expertcut.edits.criteria import ranked
 from expertcut.edits.plan import (
     BlockEdit,
@@ -453,13 +453,13 @@ def test_the_fold_is_the_mean_of_what_remains_where_an_expert_was_chosen(
     keep = (0, 2, 3, 5, 7)  # 6 and 7 are idle
     left_out = {("trees", row) for row in range(10)} | {("birds", 3)} if is_leaving_out else set()
     asked = edits(keep, keep, tuple(range(8)), keep)
-    factors = fold_at_answers(profile, asked, left_out)
+    factors = rescaling_at_answers(profile, asked, left_out)
     assert set(factors) == {0, 3}  # not where weights are renormalised, nor where nothing goes
     for layer, factor in factors.items():
         assert factor.tolist() == close(naive_fold(profile, layer, keep, left_out), rel=1e-6)
         assert factor.min() < 0.9 and factor.max() < 1
     if is_leaving_out:
-        assert not np.allclose(factors[0], fold_at_answers(profile, asked)[0])
+        assert not np.allclose(factors[0], rescaling_at_answers(profile, asked)[0])
 
 
 def naive_fold(
@@ -488,7 +488,7 @@ def test_the_fold_undoes_the_inflation_where_it_is_always_the_same(tmp_path: Pat
     chunk = random_chunk(0, 3, blocks) | {"alpha_NLE": alpha_NLE, "chosen_NLK": chosen_NLK}
     profile = write_profile(tmp_path / "p", profile_info(blocks, {"birds": 3}), [chunk])
     sliced = torch.tensor([0.45, 0.3]).log().softmax(-1)
-    factor = fold_at_answers(profile, edits((0, 1)))[0]
+    factor = rescaling_at_answers(profile, edits((0, 1)))[0]
     assert (sliced * torch.tensor(factor)).tolist() == close([0.45, 0.3])
 
 
@@ -908,14 +908,14 @@ def test_a_strong_common_component_is_found():
     assert v_D.numpy() == close(np.full(16, 1 / 64), rel=0.2)
     fresh: Any = Synthetic(common=4.0)
     fresh.generator.manual_seed(1)
-    (fit,) = judge_directions(fresh, small_quiz(20), {3: v_D})
+    (fit,) = direction_quality(fresh, small_quiz(20), {3: v_D})
     assert fit.mean_elsewhere == close(1, abs=0.01) and fit.quality > 0.99
 
 
 def test_without_a_common_component_the_fit_says_so():
     engine: Any = Synthetic(common=0.0)
     v_D = fit_directions(engine, small_quiz(20), [3])[3]
-    (fit,) = judge_directions(engine, small_quiz(20), {3: v_D})
+    (fit,) = direction_quality(engine, small_quiz(20), {3: v_D})
     assert fit.quality < 0.5
 
 
@@ -923,7 +923,7 @@ def test_without_a_common_component_the_fit_says_so():
 def test_a_fit_is_judged_by_the_target_that_it_was_fitted_for(apply_at: Any):
     engine: Any = Synthetic(common=1.0)
     v_D = torch.linspace(0, 0.1, 16, dtype=torch.float64)
-    (fit,) = judge_directions(engine, small_quiz(7), {3: v_D}, apply_at)
+    (fit,) = direction_quality(engine, small_quiz(7), {3: v_D}, apply_at)
     product_T = np.array(engine.seen) @ v_D.numpy()
     is_answer_T = np.array(engine.is_answer)
     assert is_answer_T.sum() == 21

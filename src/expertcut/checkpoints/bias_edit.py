@@ -8,7 +8,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
 from expertcut.data import Quiz
-from expertcut.edits.calibrate import Fit, fit_directions, judge_directions
+from expertcut.edits.calibrate import Fit, direction_quality, fit_directions
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, Positions
 from expertcut.scoring.engine import Engine
@@ -42,7 +42,7 @@ class BiasEdit(Edit):
     def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Fit]:
         if not self.directions:
             return ()
-        return judge_directions(engine, held_out, dict(self.directions), self.apply_at)
+        return direction_quality(engine, held_out, dict(self.directions), self.apply_at)
 
     def simulate(self, simulation: Simulation) -> None:
         for block in simulation.moe.blocks:

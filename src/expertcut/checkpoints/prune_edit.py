@@ -14,9 +14,9 @@ from expertcut.checkpoints.exact import as_stored
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.calibrate import (
     Constants,
-    fold_at_answers,
-    fold_over_tokens,
     mean_outputs,
+    rescaling_at_answers,
+    rescaling_over_tokens,
     zero_outputs,
 )
 from expertcut.edits.layouts import LAYOUTS, Layout
@@ -69,10 +69,10 @@ class PruneEdit(Edit):
             return self
         questions, profile = calibration.questions, calibration.profile
         if self.fold == "all" and engine is not None:
-            return replace(self, folds=fold_over_tokens(engine, questions.tuning, self.blocks))
+            return replace(self, folds=rescaling_over_tokens(engine, questions.tuning, self.blocks))
         is_same_split = questions.held_out.split == profile.info.quiz.split
         held_out = {(q.subject, q.row) for q in questions.held_out} if is_same_split else set()
-        return replace(self, folds=fold_at_answers(profile, self.blocks, held_out))
+        return replace(self, folds=rescaling_at_answers(profile, self.blocks, held_out))
 
     def _constants(self, engine: Engine | None, calibration: Calibration) -> Constants:
         removed, folder = removed_experts(self.blocks, calibration.n_experts), calibration.source

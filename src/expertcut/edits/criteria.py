@@ -338,17 +338,19 @@ def _weights(by: str, block: MoeBlock) -> list[Tensor]:
 
 
 def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> list[Array]:
-    from expertcut.edits.calibrate import Tried, keep_inputs
+    from expertcut.edits.calibrate import RemovalTrial, sample_inputs
     from expertcut.edits.splits import questions_for
 
-    kept = keep_inputs(engine, questions_for(profile, is_fitting=True).tuning)
+    kept = sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
     layers = zip(
         engine.moe.blocks, profile.info.model.blocks, layer_statistics(profile), strict=True
     )
     return [
         np.zeros(block.experts)  # a hash table routes here: no expert can go
         if block.is_hashed
-        else chosen.function(Tried(own, kept[own.layer]).change, *_groups(block), _by_use(layer))
+        else chosen.function(
+            RemovalTrial(own, kept[own.layer]).change, *_groups(block), _by_use(layer)
+        )
         for own, block, layer in layers
     ]
 

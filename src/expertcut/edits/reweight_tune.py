@@ -1,4 +1,4 @@
-"""How strongly to tilt: a given number, the admission gap, or a search on the tuning questions."""
+"""The strength of a bias: given, the admission gap, or searched on the tuning questions."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -46,12 +46,12 @@ class RouterEdit(NamedTuple):
 
 
 Ask = Callable[[tuple[RouterEdit, ...]], Array]
-"""Log p (N, C) of all questions with these shifts on the gates."""
+"""Log p (N, C) of all questions with these biases on the gates."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Which shifts were chosen, and the curve of a search: how each strength tried fared."""
+    """The chosen biases, and the curve of a search: the result of each strength."""
 
     shifts: tuple[RouterEdit, ...]
     curve: tuple[Point, ...] = ()
@@ -59,10 +59,10 @@ class Settled:
 
 @dataclass(frozen=True)
 class Procedure:
-    """A way to choose experts and strengths, which can be judged by repeating it.
+    """A procedure that chooses experts and strengths, and can be repeated for cross-fitting.
 
     `named` are chosen by hand, each with its strength or None; `chooser` adds to them. `strength`
-    is for experts without one of their own, None the admission gap.
+    is for experts without a strength of their own; None is the admission gap.
     """
 
     named: tuple[tuple[SelectedExpert, float | None], ...] = ()
@@ -73,7 +73,7 @@ class Procedure:
     def pick(
         self, records: QuestionOutcomes, left_out: Collection[str] = ()
     ) -> tuple[SelectedExpert, ...]:
-        """The experts, those named by hand first."""
+        """The experts, the ones named by hand first."""
         named = tuple(pick for pick, _ in self.named)
         places = {(pick.layer, pick.expert) for pick in named}
         chosen = self.chooser.choose(records, left_out)
@@ -86,7 +86,7 @@ class Procedure:
         ask: Ask,
         left_out: Collection[str] = (),
     ) -> Settled:
-        """The strengths; questions whose overlap hash is in `left_out` are not looked at."""
+        """The strengths, without questions whose overlap hash is in `left_out`."""
         is_used_N = ~np.isin(records.hash_N, list(left_out))
         if self.is_tuned:
             return _Search(records, is_used_N, ask).run(picks, len(self.named))
@@ -95,7 +95,7 @@ class Procedure:
     def untuned(
         self, records: QuestionOutcomes, picks: Sequence[SelectedExpert]
     ) -> tuple[RouterEdit, ...]:
-        """Given strengths, or gaps; none for an expert whose gap would tilt it the other way."""
+        """Given strengths, or gaps; none for an expert whose gap has the other sign."""
         given = dict(self.named)
         shifts = []
         for pick in picks:
@@ -106,7 +106,7 @@ class Procedure:
         return tuple(shifts)
 
     def origin(self, shift: RouterEdit) -> str:
-        """Where its strength came from, in words."""
+        """The origin of a strength, in words."""
         if self.is_tuned:
             return "found by a search"
         given = {(pick.layer, pick.expert) for pick, strength in self.named if strength}
@@ -114,10 +114,10 @@ class Procedure:
         return "given" if is_given else "its admission gap"
 
     def check(self, records: QuestionOutcomes) -> None:
-        """That enough experts can be chosen and that each has a strength.
+        """Checks that enough experts can be chosen and that each has a strength.
 
         Raises:
-            PlanError: which has none, or how many there are.
+            PlanError: an expert without a strength, or too few candidates.
         """
         self.chooser.check(records)
         picks = self.pick(records)
@@ -129,7 +129,7 @@ class Procedure:
 
 
 def gap(records: QuestionOutcomes, pick: SelectedExpert) -> float:
-    """The admission gap of an expert."""
+    """The admission gap of a selected expert."""
     layer, block = pick.layer, records.blocks[pick.layer]
     return admission_gap(
         block,
@@ -151,11 +151,10 @@ def _no_strength(pick: SelectedExpert, bias: float) -> str:
 class _Search:
     """Strengths in doubling steps for the first 1, 2, 4, … experts, then finer around the best.
 
-    A run of strengths ends where it clearly hurts (by two standard errors), and where stronger
-    suppression moves no log-probability any more (a boost may, once it admits its expert). It goes
-    beyond 8 logits while the strongest is the best or below the admission gap of a boosted expert.
-    Only a gain moves the best, so of equals the fewest experts and the weakest tilt are kept, and
-    no tilt at all if none gains.
+    Strengths stop at a clear loss (two standard errors), and once stronger suppression changes no
+    log-probability (a stronger boost may still admit its expert). They go beyond 8 logits while the
+    strongest is the best or below the admission gap of a boosted expert. Only a gain replaces the
+    best, so of equals the fewest experts and the weakest bias stay, or no bias at all.
     """
 
     def __init__(self, records: QuestionOutcomes, is_used_N: Array, ask: Ask) -> None:
@@ -217,7 +216,7 @@ class _Search:
 
 
 def firsts(picks: Sequence[SelectedExpert], n_named: int) -> Iterator[tuple[SelectedExpert, ...]]:
-    """Those named by hand with the first 1, 2, 4, … and at last all others of each sign."""
+    """The named experts with the first 1, 2, 4, … and finally all others of each sign."""
     named, others = tuple(picks[:n_named]), picks[n_named:]
     by_sign = [[p for p in others if p.sign == sign] for sign in (+1, -1)]
     most, count = max(map(len, by_sign)), 1

@@ -1,4 +1,4 @@
-"""Reweighting: expert expressions such as `3:12=0.25`, settings, and the draft they make."""
+"""Reweighting: expert expressions such as `3:12=0.25`, settings, and their plan."""
 
 import math
 import re
@@ -42,7 +42,7 @@ Expressions = tuple[list[str] | None, list[str] | None, list[str] | None]
 
 @dataclass(frozen=True)
 class Target:
-    """An expert to tilt; `layer` None is the last MoE block, `strength` None the default."""
+    """An expert to reweight; `layer` None is the last MoE block, `strength` None the default."""
 
     layer: int | None
     expert: int
@@ -53,7 +53,7 @@ def parse_target(expression: str) -> Target:
     """`12` (last layer), `3:12` (layer 3), either with `=0.25` (strength in logits).
 
     Raises:
-        SettingsError: not of that form, or a strength that is no number.
+        SettingsError: another form, or a strength that is not a number.
     """
     layer, expert, value = _parsed(expression, "bias")
     if value == 0:
@@ -79,10 +79,10 @@ def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
 
 
 def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[RouterEdit]:
-    """Biases for all targets; a strength without a number is the admission gap.
+    """Biases for all targets; the default strength is the admission gap.
 
     Raises:
-        SettingsError: one that cannot be read.
+        SettingsError: an invalid expression.
         PlanError: no such layer or expert, one named twice, or no gap to close.
     """
     numbers, layers = expert_ids(profile), layer_statistics(profile)
@@ -99,10 +99,10 @@ def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> li
 def named_picks(
     profile: Profile, boost: Sequence[str], suppress: Sequence[str]
 ) -> tuple[tuple[SelectedExpert, float | None], ...]:
-    """The experts named by hand, each with the strength that was given.
+    """The experts named by hand, each with its given strength.
 
     Raises:
-        SettingsError: one that cannot be read.
+        SettingsError: an invalid expression.
         PlanError: no such layer or expert, or one named twice.
     """
     numbers, layers = expert_ids(profile), layer_statistics(profile)
@@ -120,7 +120,7 @@ def named_picks(
 def tilts_of(
     profile: Profile, shifts: Sequence[RouterEdit], origins: Sequence[str]
 ) -> list[RouterEdit]:
-    """Shifts with their blocks' names, and where they came from."""
+    """Biases with the names of their blocks, and their origins."""
     blocks = profile.info.model.blocks
     return [
         s._replace(block=blocks[s.layer].name, origin=origin)
@@ -129,10 +129,10 @@ def tilts_of(
 
 
 def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
-    """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 leaves an expert nothing to say.
+    """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 silences an expert.
 
     Raises:
-        SettingsError: one that cannot be read, has no factor, or one that is negative or 1.
+        SettingsError: an invalid expression, or a factor that is missing, negative or 1.
         PlanError: no such layer or expert, or one named twice.
     """
     numbers, layers = expert_ids(profile), layer_statistics(profile)
@@ -152,7 +152,7 @@ def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
 def _find(
     layers: list[LayerStatistics], index: int | None, expert: int, numbers: ExpertIds
 ) -> tuple[LayerStatistics, int]:
-    """The layer, the last one without an index, and the row of its router that an expert has."""
+    """The layer (default: the last) and the router row of an expert."""
     blocks = [(layer.block, layer.n_experts) for layer in layers]
     found, row = find_expert(blocks, len(layers) - 1 if index is None else index, expert, numbers)
     return layers[found], row
@@ -202,10 +202,10 @@ def reweight_draft(
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """Edits that keep every expert and carry the biases and factors.
+    """A plan that keeps every expert, with biases and factors.
 
     Raises:
-        SettingsError: nothing to tilt, or `apply_at` where it cannot be carried.
+        SettingsError: no expert is named, or the layout cannot hold `apply_at`.
     """
     if not found and not scaled:
         raise SettingsError(
@@ -225,11 +225,11 @@ def with_tilts(
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """A draft that also carries biases and factors, on experts that it keeps.
+    """A plan with biases and factors on experts that it keeps.
 
     Raises:
-        PlanError: an expert that the draft removes.
-        SettingsError: `apply_at` where it cannot be carried.
+        PlanError: an expert that the plan removes.
+        SettingsError: the layout cannot hold `apply_at`.
     """
     check_place(draft.layout, apply_at, is_biased=bool(found))
     _check_kept(draft, [*found, *scaled])
@@ -256,10 +256,10 @@ def with_tilts(
 
 
 def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
-    """That a bias can act where it is asked to.
+    """Checks that a bias can act at these positions.
 
     Raises:
-        SettingsError: there is none, or the layout carries it everywhere.
+        SettingsError: no bias, or a layout whose biases act everywhere.
     """
     if apply_at is not None and not is_biased:
         raise SettingsError(
@@ -290,12 +290,9 @@ def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
     return f"{tilt.layer}{between}{expert}"
 
 
-"""What --boost, --suppress and --scale name."""
-
-
 @dataclass(frozen=True)
 class How:
-    """How strongly, and how it is judged, as given."""
+    """The options for strength, search and cross-fitting."""
 
     strength: float | None
     is_tuned: bool
@@ -305,16 +302,16 @@ class How:
 
     @property
     def is_deciding(self) -> bool:
-        """Whether the model is asked before anything is built."""
+        """Whether the model runs before the checkpoint is built."""
         return self.is_tuned or self.is_proved
 
     @property
     def is_asking(self) -> bool:
-        """Whether there is more to settle than experts and strengths given by hand."""
+        """Whether more is to be decided than experts and strengths given by hand."""
         return self.is_deciding or self.strength is not None
 
     def check(self, *, is_given: bool) -> None:
-        """That the strength is one, and given once.
+        """Checks that the strength is a positive number, given once.
 
         Raises:
             SettingsError: it is not.
@@ -327,7 +324,7 @@ class How:
 
 @dataclass(frozen=True)
 class ReweightSettings:
-    """The options that say how to choose, as given."""
+    """The options that choose experts."""
 
     boost_best: int
     suppress_worst: int
@@ -343,17 +340,17 @@ class ReweightSettings:
 
     @property
     def criterion(self) -> str:
-        """What a plan says that experts were chosen by."""
+        """The criterion as the plan states it."""
         if not self.is_choosing:
             return "by hand"
         return "contrast" if self.contrast else self.by or "difference"
 
     def procedure(self, profile: Profile, how: How, named: Expressions) -> Procedure:
-        """As the stages take it.
+        """The procedure of these options.
 
         Raises:
             PlanError: no such layer or expert, or one named twice.
-            SettingsError: nothing to tilt, or an option that does not go with the others.
+            SettingsError: no expert is named, or options exclude each other.
         """
         boost, suppress, scale = named
         self.check()
@@ -391,7 +388,7 @@ class ReweightSettings:
         )
 
     def _contrast(self, profile: Profile) -> Contrast | None:
-        """The two sides, without what is held out of the profile."""
+        """The two sides, without held-out questions."""
         if self.contrast is None:
             return None
         found = read_contrast(self.contrast, profile.info.model.fingerprint)
@@ -400,10 +397,10 @@ class ReweightSettings:
         return found.less({q.overlap_hash for q in held_out_quiz(profile)})
 
     def check(self) -> None:
-        """That the options go together.
+        """Checks the options against each other.
 
         Raises:
-            SettingsError: which does not.
+            SettingsError: names the option.
         """
         names = (*SCORES, *TOKEN_SCORES)
         if self.by is not None and self.by not in names:
@@ -421,7 +418,7 @@ class ReweightSettings:
             )
 
     def name(self, profile: Profile, procedure: Procedure) -> str:
-        """The procedure in words, which also name the outputs."""
+        """The procedure in words, also for names of outputs."""
         numbers, blocks = expert_ids(profile), profile.info.model.blocks
         words = {+1: "boost", -1: "suppress"}
         named = [
@@ -438,7 +435,7 @@ def read_layers(text: str | None) -> tuple[int, ...]:
     """`0,3,8-15` as numbers.
 
     Raises:
-        SettingsError: not of that form.
+        SettingsError: another form.
     """
     found: list[int] = []
     for part in (text or "").split(",") if text is not None else ():
@@ -450,10 +447,10 @@ def read_layers(text: str | None) -> tuple[int, ...]:
 
 
 def settled_on_profile(profile: Profile, procedure: Procedure) -> Settled:
-    """Chosen on the profile's own questions, with no run of the model.
+    """Experts and strengths from the profile alone.
 
     Raises:
-        PlanError: fewer candidates than are to be tilted, or one without a strength.
+        PlanError: too few candidates, or one without a strength.
     """
     records = QuestionOutcomes.of(profile, profiled_quiz(profile))
     procedure.check(records)
