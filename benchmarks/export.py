@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tests.support.rewrites import Fitted, exact_rewrite, stock_rewrite
 
-from expertcut.checkpoints.exact import exact_rewrite
 from expertcut.checkpoints.shards import (
     MAX_SHARD_BYTES,
     Rewrite,
@@ -30,9 +30,8 @@ from expertcut.checkpoints.shards import (
     write_checkpoint,
     write_shards,
 )
-from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.models.load import Source
 from expertcut.models.safetensors_index import Stored, StoredTensor, read_headers
 from expertcut.reporting.tables import Column, Table, as_markdown
@@ -57,7 +56,7 @@ class Step:
 def stock(headers: Mapping[str, StoredTensor], config: Config, keep: tuple[int, ...]) -> Rewrite:
     """Every second expert is removed and the others' outputs are folded, in every layer."""
     layers = range(config["num_hidden_layers"])
-    edits = {f"model.layers.{layer}.mlp": Edit(keep=keep) for layer in layers}
+    edits = {f"model.layers.{layer}.mlp": BlockEdit(keep=keep) for layer in layers}
     folds = {layer: np.linspace(0.9, 0.99, len(keep)) for layer in layers}
     return stock_rewrite(headers, edits, Fitted(folds, {}))
 

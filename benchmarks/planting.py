@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expertcut.edits.reweight_select import SCORES, QuestionOutcomes, right
-from expertcut.edits.reweight_tune import Shift
+from expertcut.edits.reweight_tune import RouterEdit
 from expertcut.evaluation.reweight_search import CachedScorer
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"
@@ -35,7 +35,9 @@ def bundled_weights() -> dict[str, Tensor]:
 
 def cost(rescorer: CachedScorer, expert: int) -> float:
     """The accuracy that masking an expert of the last layer takes."""
-    masked_N = right(rescorer.ask((Shift(LAST, expert, -torch.inf),)), rescorer.records.answer_N)
+    masked_N = right(
+        rescorer.ask((RouterEdit(LAST, expert, -torch.inf),)), rescorer.records.answer_N
+    )
     return float(rescorer.records.is_correct_N.mean() - masked_N.mean())
 
 

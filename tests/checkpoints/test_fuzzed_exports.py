@@ -9,17 +9,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertcut.checkpoints.export import Gathered, export, removed_experts
+from expertcut.checkpoints.prune_edit import removed_experts
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.plan import ChosenOn, Edit, EditPlan, PlanFile, PlanModel, load_plan, save_plan
+from expertcut.edits.plan import (
+    BlockEdit,
+    ChosenOn,
+    EditPlan,
+    PlanFile,
+    PlanModel,
+    load_plan,
+    save_plan,
+)
 from expertcut.models.load import LoadOptions, Source, find_source, load
 from expertcut.models.safetensors_index import read_headers
 from tests.support.readable import FEW, edits
+from tests.support.rewrites import Fitted, export
 
 N_EXPERTS, WIDTH = 8, 32
 NAMES = ("model.layers.0.mlp", "model.layers.1.mlp")
-Edits = dict[str, Edit]
+Edits = dict[str, BlockEdit]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +42,10 @@ def cuts(draw: st.DrawFn, *, is_even: bool) -> Edits:
     n_kept = draw(st.integers(2, N_EXPERTS))
     counts = [n_kept, n_kept if is_even else draw(st.integers(2, N_EXPERTS))]
     drawn = [draw(edits(N_EXPERTS, n)) for n in counts]
-    return {name: Edit(keep=e.keep) for name, e in zip(NAMES, drawn, strict=True)}
+    return {name: BlockEdit(keep=e.keep) for name, e in zip(NAMES, drawn, strict=True)}
 
 
-def exported(source: Source, draft: EditPlan, gathered: Gathered, folder: Path) -> PlanFile:
+def exported(source: Source, draft: EditPlan, gathered: Fitted, folder: Path) -> PlanFile:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     export(source, draft, N_EXPERTS, gathered, folder)
@@ -65,7 +74,7 @@ def test_any_plan_of_layout_stock_is_what_is_exported(
     source: Source, tmp_path: Path, edits: Edits
 ) -> None:
     folder = tmp_path / "out"
-    plan = exported(source, draft_of(edits, "stock"), Gathered(), folder)
+    plan = exported(source, draft_of(edits, "stock"), Fitted(), folder)
     assert load_plan(folder) == plan
     before, after = load(source, LoadOptions()), load(find_source(str(folder)), LoadOptions())
     for old, new, edit in zip(before.blocks, after.blocks, edits.values(), strict=True):
@@ -83,7 +92,7 @@ def test_any_plan_of_layout_exact_is_what_is_exported(
 ) -> None:
     folder = tmp_path / "out"
     constants = zero_outputs(removed_experts(edits, N_EXPERTS), WIDTH)
-    plan = exported(source, draft_of(edits, "exact"), Gathered(constants=constants), folder)
+    plan = exported(source, draft_of(edits, "exact"), Fitted(constants=constants), folder)
     assert load_plan(folder) == plan
     on_disk = find_disk_blocks(read_headers(folder))
     for name, edit in edits.items():

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.size import size
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
-from expertcut.edits.plan import Edit, load_plan
+from expertcut.edits.plan import BlockEdit, load_plan
 from expertcut.edits.prune import Pruning, choose
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import reweight_draft, tilts
+from expertcut.edits.router_edits import reweight_draft, tilts
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
@@ -197,13 +197,14 @@ def test_a_checkpoint_that_changes_quiet_questions_is_found_out(
     profile = profile_of("olmoe", num_experts=48)
     pruning = choose(profile, Keep(active=True), Way(positions="all", layout="exact"))
     first = pruning.draft.edits["model.layers.0.mlp"].keep[0]
-    worse = {"model.layers.0.mlp": Edit(keep=pruning.draft.edits["model.layers.0.mlp"].keep,
+    worse = {"model.layers.0.mlp": BlockEdit(keep=pruning.draft.edits["model.layers.0.mlp"].keep,
                                         scale={first: 1.01})}  # fmt: skip
     honest = "expertcut.checkpoints.build.export"
     export = __import__("expertcut.checkpoints.export", fromlist=["export"]).export
 
-    def spoil(source: Any, draft: Any, *rest: Any) -> None:
-        export(source, replace(draft, edits={**draft.edits, **worse}), *rest)
+    def spoil(source: Any, draft: Any, n_experts: int, edits: Any, folder: Path) -> None:
+        spoilt = ScaleEdit({**draft.edits, **worse})
+        export(source, draft, n_experts, [spoilt, *edits], folder)
 
     monkeypatch.setattr(honest, spoil)
     built = build(profile, pruning.draft, tmp_path / "out", AS_IS)

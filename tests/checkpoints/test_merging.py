@@ -14,9 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints import shards
-from expertcut.checkpoints.build import _is_interleaved
-from expertcut.checkpoints.merged import Experts
-from expertcut.checkpoints.simulate import under, unedited_routers
+from expertcut.checkpoints.merge_edit import Experts, is_interleaved, under, unedited_routers
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.cli.edit_commands import Method, RouterRow
 from expertcut.data import round_robin
@@ -31,10 +29,10 @@ from expertcut.edits.merge_groups import (
     merge_edits,
 )
 from expertcut.edits.merge_router import judge_rows, merged_rows
-from expertcut.edits.plan import Edit, PlanFile, load_plan, plan_text
+from expertcut.edits.plan import BlockEdit, PlanFile, load_plan, plan_text
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import tilts
+from expertcut.edits.router_edits import tilts
 from expertcut.edits.splits import questions_for
 from expertcut.errors import PlanError
 from expertcut.models.safetensors_index import read_headers
@@ -372,7 +370,7 @@ def test_a_fitted_row_is_the_ridge_solution(
     profile, moe = profile_of(checkpoint(family)), open_model(checkpoint(family))
     tuning = questions_for(profile, is_fitting=True).tuning
     edits = {
-        block.name: Edit(
+        block.name: BlockEdit(
             keep=(0, 1, 2, 3, 4), merged={1: {1: 0.5, 5: 0.3, 6: 0.2}, 4: {4: 1, 7: 0}}
         )
         for block in moe.blocks
@@ -422,7 +420,7 @@ def test_a_selection_bias_lifts_a_group_as_its_best_member_was_lifted(
 ) -> None:
     profile, moe = profile_of(checkpoint("deepseek_v3")), open_model(checkpoint("deepseek_v3"))
     tuning = questions_for(profile, is_fitting=True).tuning
-    edit = Edit(
+    edit = BlockEdit(
         keep=(0, 1, 4, 5), merged={1: {1: 0.5, 2: 0.3, 3: 0.2}, 5: {5: 0.6, 6: 0.2, 7: 0.2}}
     )
     rows = merged_rows(Engine(moe, 2048), tuning, {b.name: edit for b in moe.blocks}, "fitted")
@@ -457,7 +455,7 @@ def test_a_plan_says_who_joined_whom_and_older_ones_still_read(
     assert PlanFile.model_validate_json(plan_text(plan)) == plan
     line = next(ln for ln in plan_text(plan).splitlines() if FIRST in ln)
     assert '"merged": {"' in line  # one line per block
-    (pruned,) = [e.model_dump(mode="json", exclude_none=True) for e in [Edit(keep=(0, 1))]]
+    (pruned,) = [e.model_dump(mode="json", exclude_none=True) for e in [BlockEdit(keep=(0, 1))]]
     assert pruned == {"keep": [0, 1], "bias": {}, "scale": {}}
     assert {row["layer"] for row in plan.proof.rows} == {0, 1}
     assert plan.proof.held_out[0].against == "the unedited base"
@@ -516,4 +514,4 @@ def test_gate_and_up_in_turn_are_told_by_what_they_do(
     checkpoint: Checkpoints, family: str, expected: bool
 ) -> None:
     blocks = open_model(checkpoint(family)).blocks
-    assert [_is_interleaved(block.experts) for block in blocks] == [expected] * 2
+    assert [is_interleaved(block.experts) for block in blocks] == [expected] * 2

@@ -15,11 +15,11 @@ from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import Keep
-from expertcut.edits.calibrate import fold_at_answers
+from expertcut.edits.calibrate import rescaling_at_answers
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import reweight_draft, tilts
+from expertcut.edits.router_edits import reweight_draft, tilts
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
@@ -63,7 +63,7 @@ def assert_cut_equals_mask(profile: Profile, folder: Path, within: float = 1e-5)
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     is_folding = any(block.inflates for block in profile.info.model.blocks)
-    assert bool(fold_at_answers(profile, pruning.draft.edits)) == is_folding
+    assert bool(rescaling_at_answers(profile, pruning.draft.edits)) == is_folding
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,7 +134,7 @@ def test_kept_experts_keep_their_weights_to_the_last_bit_but_for_the_fold(
     pruning = choose(profile, Keep(count=5), Way())
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     base = open_model(Path(profile.info.model.id)).blocks
-    folds = fold_at_answers(profile, pruning.draft.edits)
+    folds = rescaling_at_answers(profile, pruning.draft.edits)
     for block, edited in zip(base, open_model(tmp_path / "out").blocks, strict=True):
         keep = list(pruning.draft.edits[block.name].keep)
         old, new = block.experts, edited.experts

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from expertcut.checkpoints.export import Gathered, export, removed_experts
+from expertcut.checkpoints.prune_edit import removed_experts
 from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
 from expertcut.cli import prune_command
 from expertcut.data import Selection, load_quiz
@@ -21,7 +21,7 @@ from expertcut.edits.budget import (
     share_out,
 )
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.prune import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, rank
 from expertcut.errors import PlanError, SettingsError
@@ -30,6 +30,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import open_model
 from tests.support.hand_made import block, profile_info, random_profile
+from tests.support.rewrites import Fitted, export
 
 Profiles = Callable[[str], Profile]
 # One tensor an expert, a selection bias, biases of all experts in one tensor, Granite's names.
@@ -131,7 +132,7 @@ def test_protected_experts_stay_whatever_they_score() -> None:
     assert share_out(5, scores, [[3, 2, 0, 1], orders[1]], [(3, 2), ()], [0, 0])[0] >= 2
 
 
-@pytest.mark.parametrize("by", [name for name in CRITERIA if name not in NEEDS_MODEL])
+@pytest.mark.parametrize("by", [name for name, own in CRITERIA.items() if not own.needs_model])
 def test_budgets_honour_total_and_floors(profile_of: Profiles, by: str) -> None:
     ranking = rank(profile_of("olmoe"), Way(by, layout="exact"))
     for min_keep in (None, 1, 4):
@@ -222,7 +223,7 @@ def written(profile: Profile, pruning: Pruning, folder: Path) -> Path:
     n_experts = profile.info.model.blocks[0].experts
     removed = removed_experts(pruning.draft.edits, n_experts)
     is_exact = pruning.draft.layout == "exact"
-    gathered = Gathered(constants=zero_outputs(removed, 32) if is_exact else {})
+    gathered = Fitted(constants=zero_outputs(removed, 32) if is_exact else {})
     folder.mkdir()
     export(source, pruning.draft, n_experts, gathered, folder)
     return folder

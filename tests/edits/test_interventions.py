@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, prompt
 from expertcut.edits.budget import Keep
-from expertcut.edits.calibrate import fit_directions, fold_at_answers, judge_directions
+from expertcut.edits.calibrate import direction_quality, fit_directions, rescaling_at_answers
 from expertcut.edits.criteria import ranked
 from expertcut.edits.plan import (
+    BlockEdit,
     ChosenOn,
-    Edit,
     EditPlan,
     PlanFile,
     PlanModel,
@@ -35,7 +35,7 @@ from expertcut.edits.plan import (
 )
 from expertcut.edits.prune import choose, keep_active, keep_n
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import Target, parse_target, reweight_draft, tilts
+from expertcut.edits.router_edits import Target, parse_target, reweight_draft, tilts
 from expertcut.edits.splits import choosing_profile, draft_plan, hashes, questions_for, used_hashes
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.profiling.schema import BlockInfo, quiz_info
@@ -194,7 +194,7 @@ def test_a_tilt_keeps_every_expert_and_says_what_it_does(tmp_path: Path):
     assert [edit.bias for edit in draft.edits.values()] == [{}, {3: 0.25, 0: -2.0}]
     assert draft.action == "reweight --boost 1:3=0.25 --suppress 1:0=2"
     assert draft.is_fitting
-    assert not replace(draft, edits={"x": Edit(keep=(0, 1))}).is_fitting
+    assert not replace(draft, edits={"x": BlockEdit(keep=(0, 1))}).is_fitting
 
 
 # Which experts stay
@@ -395,9 +395,9 @@ BLOCKS = [block(0, 8), block(1, 8)]
 GROUPED = [block(0, 8, 4, groups=2, top_groups=1)]
 
 
-def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
+def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, BlockEdit]:
     """Changes as commands make them, from edits that hold."""
-    made = {f"model.layers.{i}.mlp": Edit(keep=keep) for i, keep in enumerate(keeps)}
+    made = {f"model.layers.{i}.mlp": BlockEdit(keep=keep) for i, keep in enumerate(keeps)}
     return {name: edit.model_copy(update=more) for name, edit in made.items()}
 
 
@@ -406,7 +406,11 @@ def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
     [
         (BLOCKS, edits((0, 1)), "names 1 blocks, the model has 2"),
         (BLOCKS, dict(reversed(edits((0, 1), (0, 1)).items())), "in order"),
-        (BLOCKS, {"model.layers.0.mlp": Edit(keep=(0, 1)), "x": Edit(keep=(0, 1))}, "in order"),
+        (
+            BLOCKS,
+            {"model.layers.0.mlp": BlockEdit(keep=(0, 1)), "x": BlockEdit(keep=(0, 1))},
+            "in order",
+        ),
         (BLOCKS, edits((0, 1), (0, 8)), "layers.1.mlp keeps expert 8 but has experts 0 to 7"),
         (BLOCKS, edits((0,), (0,)), "keeps 1 experts but routes each token to 2"),
         (BLOCKS, edits((), ()), "keeps 0 experts"),
@@ -418,7 +422,7 @@ def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused(
-    blocks: list[BlockInfo], asked: dict[str, Edit], reason: str
+    blocks: list[BlockInfo], asked: dict[str, BlockEdit], reason: str
 ):
     with pytest.raises(PlanError, match=reason):
         validate_edits(asked, blocks, "stock")
@@ -427,8 +431,8 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
 @pytest.mark.parametrize("keep", [(1, 0), (1, 1, 2), (-1, 1)])
 def test_experts_to_keep_are_ascending_numbers(keep: tuple[int, ...]):
     with pytest.raises(ValidationError):
-        Edit(keep=keep)
-    assert Edit(keep=(0, 1, 2)).keep == (0, 1, 2)
+        BlockEdit(keep=keep)
+    assert BlockEdit(keep=(0, 1, 2)).keep == (0, 1, 2)
 
 
 def test_a_plan_that_fits_is_taken():
@@ -451,13 +455,13 @@ def test_the_fold_is_the_mean_of_what_remains_where_an_expert_was_chosen(
     keep = (0, 2, 3, 5, 7)  # 6 and 7 are idle
     left_out = {("trees", row) for row in range(10)} | {("birds", 3)} if is_leaving_out else set()
     asked = edits(keep, keep, tuple(range(8)), keep)
-    factors = fold_at_answers(profile, asked, left_out)
+    factors = rescaling_at_answers(profile, asked, left_out)
     assert set(factors) == {0, 3}  # not where weights are renormalised, nor where nothing goes
     for layer, factor in factors.items():
         assert factor.tolist() == close(naive_fold(profile, layer, keep, left_out), rel=1e-6)
         assert factor.min() < 0.9 and factor.max() < 1
     if is_leaving_out:
-        assert not np.allclose(factors[0], fold_at_answers(profile, asked)[0])
+        assert not np.allclose(factors[0], rescaling_at_answers(profile, asked)[0])
 
 
 def naive_fold(
@@ -486,7 +490,7 @@ def test_the_fold_undoes_the_inflation_where_it_is_always_the_same(tmp_path: Pat
     chunk = random_chunk(0, 3, blocks) | {"alpha_NLE": alpha_NLE, "chosen_NLK": chosen_NLK}
     profile = write_profile(tmp_path / "p", profile_info(blocks, {"birds": 3}), [chunk])
     sliced = torch.tensor([0.45, 0.3]).log().softmax(-1)
-    factor = fold_at_answers(profile, edits((0, 1)))[0]
+    factor = rescaling_at_answers(profile, edits((0, 1)))[0]
     assert (sliced * torch.tensor(factor)).tolist() == close([0.45, 0.3])
 
 
@@ -851,7 +855,7 @@ def test_a_plan_lists_every_question_that_was_looked_at(tmp_path: Path, is_fitti
     profile = profile_of(folder_of(tmp_path, val=30, test=40))
     bias = {1: 0.5} if is_fitting else {}
     draft = EditPlan(
-        "slug", "action", "activations", "answer", {FIRST: Edit(keep=(0, 1), bias=bias)}
+        "slug", "action", "activations", "answer", {FIRST: BlockEdit(keep=(0, 1), bias=bias)}
     )
     questions = questions_for(profile, is_fitting=is_fitting)
     made = draft_plan(profile, draft, questions)
@@ -951,14 +955,14 @@ def test_a_strong_common_component_is_found():
     assert v_D.numpy() == close(np.full(16, 1 / 64), rel=0.2)
     fresh: Any = Synthetic(common=4.0)
     fresh.generator.manual_seed(1)
-    (fit,) = judge_directions(fresh, small_quiz(20), {3: v_D})
+    (fit,) = direction_quality(fresh, small_quiz(20), {3: v_D})
     assert fit.mean_elsewhere == close(1, abs=0.01) and fit.quality > 0.99
 
 
 def test_without_a_common_component_the_fit_says_so():
     engine: Any = Synthetic(common=0.0)
     v_D = fit_directions(engine, small_quiz(20), [3])[3]
-    (fit,) = judge_directions(engine, small_quiz(20), {3: v_D})
+    (fit,) = direction_quality(engine, small_quiz(20), {3: v_D})
     assert fit.quality < 0.5
 
 
@@ -966,7 +970,7 @@ def test_without_a_common_component_the_fit_says_so():
 def test_a_fit_is_judged_by_the_target_that_it_was_fitted_for(apply_at: Any):
     engine: Any = Synthetic(common=1.0)
     v_D = torch.linspace(0, 0.1, 16, dtype=torch.float64)
-    (fit,) = judge_directions(engine, small_quiz(7), {3: v_D}, apply_at)
+    (fit,) = direction_quality(engine, small_quiz(7), {3: v_D}, apply_at)
     product_T = np.array(engine.seen) @ v_D.numpy()
     is_answer_T = np.array(engine.is_answer)
     assert is_answer_T.sum() == 21

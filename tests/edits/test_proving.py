@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from expertcut.edits.reweight_select import SCORES, Chooser, Contrast, SelectedExpert, places
-from expertcut.edits.reweight_tune import STRENGTHS, Procedure, Shift, firsts
+from expertcut.edits.reweight_tune import STRENGTHS, Procedure, RouterEdit, firsts
 from expertcut.errors import PlanError, QuizError
 from expertcut.evaluation.cross_fit import (
     FOLDS,
@@ -98,7 +98,7 @@ def test_a_search_finds_the_strength_and_keeps_its_curve() -> None:
     base, best = settled.curve[0], max(settled.curve, key=lambda point: point.accuracy)
     assert base.strength == 0 and base.biases == ()
     assert best.accuracy > base.accuracy + 0.02
-    assert best.biases == (tuple(settled.shifts[0]),)
+    assert best.biases == (settled.shifts[0][:3],)
     assert best.ci95[0] < best.accuracy < best.ci95[1]
 
 
@@ -151,7 +151,7 @@ def test_without_a_search_strengths_are_given_or_gaps() -> None:
     boost = replace(seldom, sign=1)
     named = Procedure(named=((boost, None), (replace(often, sign=-1), 0.5)))
     gap, given = named.untuned(made.records, named.pick(made.records))
-    assert gap.bias > 0 and given == Shift(often.layer, often.expert, -0.5)
+    assert gap.bias > 0 and given == RouterEdit(often.layer, often.expert, -0.5)
     named.check(made.records)
     with pytest.raises(PlanError, match="left out on average already"):
         Procedure(named=((replace(seldom, sign=-1), None),)).check(made.records)
@@ -206,9 +206,9 @@ def test_a_random_expert_gets_the_bias_of_the_one_whose_place_it_takes() -> None
     # The first is left out on average already, so it is not suppressed; the second is boosted.
     picks = (replace(often[0], sign=-1), often[1])
     procedure = Procedure(named=tuple((pick, None) for pick in picks))
-    asked: list[tuple[Shift, ...]] = []
+    asked: list[tuple[RouterEdit, ...]] = []
 
-    def ask(shifts: tuple[Shift, ...]) -> np.ndarray:
+    def ask(shifts: tuple[RouterEdit, ...]) -> np.ndarray:
         asked.append(shifts)
         return made.ask(shifts)
 
@@ -217,7 +217,7 @@ def test_a_random_expert_gets_the_bias_of_the_one_whose_place_it_takes() -> None
     (own,) = last.result.settled.shifts
     assert (own.layer, own.expert) == (picks[1].layer, picks[1].expert) and own.bias > 0
     other = draw(Chooser(), made.records, picks, np.random.default_rng(0))[picks[1]]
-    assert asked[-1] == (Shift(other.layer, other.expert, own.bias),)
+    assert asked[-1] == (RouterEdit(other.layer, other.expert, own.bias),)
 
 
 def test_few_distinct_draws_cannot_show_much() -> None:
@@ -250,9 +250,9 @@ def test_shuffled_labels_give_no_evidence() -> None:
     """Nothing was chosen that helps, whatever the search found."""
     made = world(12, 300)
     procedure = Procedure(chooser=Chooser(boost_best=1, suppress_worst=1), is_tuned=True)
-    known: dict[tuple[Shift, ...], np.ndarray] = {}
+    known: dict[tuple[RouterEdit, ...], np.ndarray] = {}
 
-    def ask(shifts: tuple[Shift, ...]) -> np.ndarray:
+    def ask(shifts: tuple[RouterEdit, ...]) -> np.ndarray:
         if shifts not in known:
             known[shifts] = made.ask(shifts)
         return known[shifts]

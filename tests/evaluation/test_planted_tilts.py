@@ -14,7 +14,7 @@ import torch
 
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.reweight_select import Chooser, SelectedExpert, right
-from expertcut.edits.reweight_tune import Procedure, Shift
+from expertcut.edits.reweight_tune import Procedure, RouterEdit
 from expertcut.evaluation.cross_fit import CrossFit, cross_fit, verdict
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import MoeModel
@@ -34,7 +34,7 @@ def asked(moe: MoeModel, quiz: Path, split: str = "val", limit: int = N_VAL) -> 
     return CachedScorer(Engine(moe, 1024), load_quiz(Selection(str(quiz), split, 0, limit=limit)))
 
 
-def accuracy(rescorer: CachedScorer, shifts: tuple[Shift, ...] = ()) -> float:
+def accuracy(rescorer: CachedScorer, shifts: tuple[RouterEdit, ...] = ()) -> float:
     return float(right(rescorer.ask(shifts), rescorer.records.answer_N).mean())
 
 

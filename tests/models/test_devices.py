@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from expertcut.checkpoints.simulate import constant_experts
+from expertcut.checkpoints.prune_edit import constant_experts
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError, SettingsError
 from expertcut.models.devices import find_device, own_device, runs_on, spread

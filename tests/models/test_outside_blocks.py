@@ -11,18 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.export import (
-    Gathered,
-    check_export,
-    export,
-    outside_axes,
-    without_further_tokens,
-)
-from expertcut.edits.plan import Edit, EditPlan
+from expertcut.checkpoints.export import check_export
+from expertcut.checkpoints.stock import outside_axes, without_further_tokens
+from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError
 from expertcut.models.load import find_source
 from expertcut.models.safetensors_index import read_headers
 from tests.conftest import Commands
+from tests.support.rewrites import Fitted, export
 
 WEIGHTS = "model.safetensors"
 BIAS = "model.layers.{}.moe.router.expert_bias"
@@ -30,7 +26,7 @@ Checkpoints = Callable[..., Path]
 
 
 def draft(keep: tuple[int, ...], n_layers: int = 2, block: str = "mlp") -> EditPlan:
-    edits = {f"model.layers.{i}.{block}": Edit(keep=keep) for i in range(n_layers)}
+    edits = {f"model.layers.{i}.{block}": BlockEdit(keep=keep) for i in range(n_layers)}
     return EditPlan("cut", "a cut", "activations", "answer", edits, "stock", is_cut=True)
 
 
@@ -82,7 +78,7 @@ def test_an_axis_that_only_happens_to_be_as_long_is_left_alone(checkpoint: Check
     source = find_source(str(checkpoint("qwen3_moe")))
     headers = read_headers(source.path)
     assert headers["model.layers.0.self_attn.q_norm.weight"].shape == (8,)
-    assert outside_axes(source, headers, draft((0, 1, 2))) == {}
+    assert outside_axes(source, headers, draft((0, 1, 2)).edits) == {}
 
 
 def test_a_cut_that_could_not_be_loaded_is_refused_before_it_is_written(
@@ -90,7 +86,7 @@ def test_a_cut_that_could_not_be_loaded_is_refused_before_it_is_written(
 ) -> None:
     """Even where an axis of experts is overlooked."""
     source = find_source(str(checkpoint("kolibri1")))
-    monkeypatch.setattr("expertcut.checkpoints.export.outside_axes", lambda *_: {})
+    monkeypatch.setattr("expertcut.checkpoints.stock.outside_axes", lambda *_: {})
     with pytest.raises(ContractError, match=r"would lack 2 .*e_score_correction_bias of shape \[5"):
         check_export(source, draft((0, 1, 2, 3, 4)), 8, tmp_path / "out")
     check_export(source, draft(tuple(range(8))), 8, tmp_path / "out")  # nothing is cut
@@ -188,7 +184,7 @@ def test_a_module_for_further_tokens_goes_whole(
     source, out = find_source(str(base)), tmp_path / "out"
     out.mkdir()
     check_export(source, draft((0, 1, 2, 3)), 8, out)
-    export(source, draft((0, 1, 2, 3)), 8, Gathered(), out)
+    export(source, draft((0, 1, 2, 3)), 8, Fitted(), out)
     assert not any(name.startswith("mtp.") for name in load_file(out / WEIGHTS))
     assert config_of(out)["mtp_num_hidden_layers"] == 0
     assert "serve the checkpoint without MTP" in caplog.text

@@ -17,9 +17,17 @@ from expertcut.cli.options import Criterion, Fold, Format, Layout, Positions, Re
 from expertcut.edits import plan as plans
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.plan import ChosenOn, Edit, EditPlan, ExpertIds, PlanFile, PlanModel, save_plan
+from expertcut.edits.plan import (
+    BlockEdit,
+    ChosenOn,
+    EditPlan,
+    ExpertIds,
+    PlanFile,
+    PlanModel,
+    save_plan,
+)
 from expertcut.edits.prune import Pruning, RemovedTraffic
-from expertcut.edits.reweight import Scaling, Tilt
+from expertcut.edits.reweight_tune import RouterEdit
 from expertcut.edits.splits import Judged
 from expertcut.errors import OutputError
 from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
@@ -486,8 +494,8 @@ def plan(**changes: Any) -> PlanFile:
         "layout": "stock",
         "chosen_on": ChosenOn(quiz="birds", split="test", questions=14_042, sha256="0"),
         "blocks": {
-            "model.layers.0.mlp": Edit(keep=(0, 1, 2, 3, 7, 9, 10)),
-            "model.layers.1.mlp": Edit(keep=(5,), bias={5: -0.25}, scale={5: 1.5}),
+            "model.layers.0.mlp": BlockEdit(keep=(0, 1, 2, 3, 7, 9, 10)),
+            "model.layers.1.mlp": BlockEdit(keep=(5,), bias={5: -0.25}, scale={5: 1.5}),
         },
     }
     return PlanFile(**{**fields, **changes})
@@ -513,7 +521,7 @@ def test_a_plan_is_shown_block_by_block():
 
 
 def test_idle_experts_that_stay_are_listed():
-    blocks = {"a": Edit(keep=(0, 2, 3, 4)), "b": Edit(keep=(0, 1, 2, 3))}
+    blocks = {"a": BlockEdit(keep=(0, 2, 3, 4)), "b": BlockEdit(keep=(0, 1, 2, 3))}
     draft = EditPlan("slug", "action", "activations", "answer", blocks)
     pruning = Pruning(draft, {"a": 1, "b": 4}, {"a": (2, 3, 4), "b": ()})
     assert pruning_sentences(pruning) == [
@@ -535,7 +543,7 @@ def test_idle_experts_that_stay_are_listed():
     ],
 )  # fmt: skip
 def test_a_cut_says_what_it_touches(positions: Any, n_used: int | None, said: str | None):
-    edits = {"a": Edit(keep=(0, 1, 2))}
+    edits = {"a": BlockEdit(keep=(0, 1, 2))}
     pruning = Pruning(EditPlan("s", "prune", "activations", positions, edits), {"a": 3}, {"a": ()})
     goes = [RemovedTraffic("a", 5, 1234, n_used, None if n_used is None else 0.12345)]
     assert touched_sentences(pruning, goes) == ([said] if said else [])
@@ -607,8 +615,8 @@ def test_a_checkpoint_that_was_not_asked_says_so():
 
 
 def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
-    boost = Tilt(3, "model.layers.3.mlp", 12, 0.0856, "its admission gap")
-    down = Tilt(3, "model.layers.3.mlp", 12, -0.5, "given")
+    boost = RouterEdit(3, 12, 0.0856, block="model.layers.3.mlp", origin="its admission gap")
+    down = RouterEdit(3, 12, -0.5, block="model.layers.3.mlp", origin="given")
     assert tilt_sentences([boost, down], None) == [
         "Expert 12 of layer 3 is boosted by +0.0856 on its logit (its admission gap).",
         "Expert 12 of layer 3 is suppressed by -0.5000 on its logit (given).",
@@ -624,9 +632,9 @@ def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
 
 def test_experts_of_a_cut_model_are_called_by_their_first_numbers():
     numbers = ExpertIds({"model.layers.3.mlp": (*range(12), 40)})
-    boost = Tilt(3, "model.layers.3.mlp", 12, 0.0856, False)
+    boost = RouterEdit(3, 12, 0.0856, block="model.layers.3.mlp", origin="given")
     assert tilt_sentences([boost], None, numbers)[0].startswith("Expert 40 of layer 3 is boosted")
-    scaling = Scaling(3, "model.layers.3.mlp", 12, 1.5)
+    scaling = RouterEdit(3, 12, scale=1.5, block="model.layers.3.mlp")
     start = "The gate weight of expert 40 of layer 3 is multiplied by 1.5; in its own layer who is"
     assert scale_sentences([scaling], None, numbers) == [f"{start} chosen stays."]
     assert scale_sentences([scaling], built(), numbers) == [
@@ -692,8 +700,6 @@ def test_where_there_is_nothing_to_show_that_is_said(tmp_path: Path, content: st
 
 def test_every_criterion_is_a_choice_on_the_command_line():
     assert {choice.value for choice in Criterion} == set(CRITERIA)
-    assert all(name == function.__name__ for name, function in CRITERIA.items())
-    assert all(function.__doc__ for function in CRITERIA.values())
 
 
 def test_choices_on_the_command_line_are_those_of_the_files():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.reweight_tune import Shift
+from expertcut.edits.reweight_tune import RouterEdit
 from expertcut.errors import ModelError
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import MoeModel
@@ -171,7 +171,7 @@ def test_a_later_run_that_starts_where_something_changes_says_where_too(
     assert rescorer.replay.starts == (1,)
     overflowing(moe, "model.layers.1.mlp.experts.down_proj")
     with pytest.raises(ModelError, match=r"layer 1 \(model\.layers\.1\.mlp\.experts\)"):
-        rescorer.ask((Shift(1, 3, 0.5),))
+        rescorer.ask((RouterEdit(1, 3, 0.5),))
     assert not any("forward" in vars(module) for module in moe.model.modules())
 
 

@@ -10,7 +10,7 @@ import torch
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.reweight_select import QuestionOutcomes
-from expertcut.edits.reweight_tune import Shift
+from expertcut.edits.reweight_tune import RouterEdit
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
@@ -25,7 +25,7 @@ def quiz(quiz_folder: Path) -> Quiz:
     return load_quiz(Selection(str(quiz_folder), split="val", shots=1))
 
 
-def whole_run(moe: MoeModel, quiz: Quiz, shifts: tuple[Shift, ...], at: ApplyAt) -> np.ndarray:
+def whole_run(moe: MoeModel, quiz: Quiz, shifts: tuple[RouterEdit, ...], at: ApplyAt) -> np.ndarray:
     biases = {s.layer: torch.zeros(moe.blocks[s.layer].n_experts) for s in shifts}
     for shift in shifts:
         biases[shift.layer][shift.expert] = shift.bias
@@ -41,8 +41,8 @@ def test_a_run_that_starts_at_the_first_tilt_has_the_bits_of_a_whole_one(
     assert np.array_equal(rescorer.records.logprob_NC, ask(Engine(tiny_moe, 2048), quiz).numpy())
     layers = rescorer.records.layers
     used = [int(layer.appearances_E.argmax()) for layer in layers]
-    last = Shift(len(layers) - 1, used[-1], -8.0)
-    for shifts in ((last,), (Shift(0, used[0], -8.0), last)):
+    last = RouterEdit(len(layers) - 1, used[-1], -8.0)
+    for shifts in ((last,), (RouterEdit(0, used[0], -8.0), last)):
         for at in ("all", "answer"):
             found_NC = rescorer.ask(shifts, at)
             assert np.array_equal(found_NC, whole_run(tiny_moe, quiz, shifts, at))
@@ -53,17 +53,17 @@ def test_a_run_that_starts_at_the_first_tilt_has_the_bits_of_a_whole_one(
 def test_without_room_every_layer_runs(tiny_moe: MoeModel, quiz: Quiz) -> None:
     rescorer = CachedScorer(Engine(tiny_moe, 2048), quiz, kept_bytes=0)
     assert rescorer.replay.starts == ()
-    shifts = (Shift(len(tiny_moe.blocks) - 1, 1, 3.0),)
+    shifts = (RouterEdit(len(tiny_moe.blocks) - 1, 1, 3.0),)
     assert np.array_equal(rescorer.ask(shifts), whole_run(tiny_moe, quiz, shifts, "all"))
 
 
 def test_what_was_asked_once_is_remembered(checkpoint: Callable[..., Path], quiz: Quiz) -> None:
     rescorer = CachedScorer(Engine(open_model(checkpoint("olmoe")), 2048), quiz)
-    first = rescorer.ask((Shift(0, 1, 1.0), Shift(1, 2, -1.0)))
-    assert rescorer.ask((Shift(1, 2, -1.0), Shift(0, 1, 1.0))) is first
+    first = rescorer.ask((RouterEdit(0, 1, 1.0), RouterEdit(1, 2, -1.0)))
+    assert rescorer.ask((RouterEdit(1, 2, -1.0), RouterEdit(0, 1, 1.0))) is first
     assert rescorer.n_runs == 1
     assert rescorer.ask(()) is rescorer.records.logprob_NC
-    rescorer.ask((Shift(0, 1, 1.0),))
+    rescorer.ask((RouterEdit(0, 1, 1.0),))
     assert rescorer.n_runs == 2
 
 
@@ -77,7 +77,7 @@ def test_outputs_that_do_not_repeat_are_not_used(
     moe = open_model(checkpoint("olmoe"))
     rescorer = CachedScorer(Engine(moe, 2048), quiz)
     assert "all of them run" in caplog.text
-    shifts = (Shift(1, 1, 3.0),)
+    shifts = (RouterEdit(1, 1, 3.0),)
     assert np.array_equal(rescorer.ask(shifts), whole_run(moe, quiz, shifts, "all"))
 
 

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.lora_slice import carried
-from expertcut.checkpoints.stock import Fitted
+from expertcut.checkpoints.prune_edit import removed_experts
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.plan import ChosenOn, Edit, EditPlan, Layout, PlanFile, PlanModel
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import BlockEdit, ChosenOn, EditPlan, PlanFile, PlanModel
 from expertcut.models.load import find_source
 from tests.conftest import make_tokenizer
+from tests.support.rewrites import Fitted, export
 
 TOKENS = torch.arange(2, 42)[None]
 N_EXPERTS, WIDTH, RANK = 8, 32, 4
@@ -34,7 +35,7 @@ _PLAN = PlanFile(
     removal="reroute",
     layout="stock",
     chosen_on=ChosenOn(quiz="quiz", split="val", questions=1, sha256=""),
-    blocks={"model.layers.0.mlp": Edit(keep=(0,))},
+    blocks={"model.layers.0.mlp": BlockEdit(keep=(0,))},
 )
 
 
@@ -117,7 +118,7 @@ def with_adapter(base: Path, adapter: Path) -> Any:
 
 def cut(
     base: Path,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, BlockEdit],
     folder: Path,
     layout: Layout = "stock",
     *,
@@ -130,7 +131,7 @@ def cut(
     carries = carried(adapter, source, draft, folder)
     constants = zero_outputs(removed_experts(edits, N_EXPERTS), WIDTH)
     folder.mkdir()
-    gathered = Gathered(Fitted(folds or {}), constants if layout == "exact" else {})
+    gathered = Fitted(folds or {}, {}, constants if layout == "exact" else {})
     export(source, draft, N_EXPERTS, gathered, folder)
     if carries is not None:
         carries.write(folder, _PLAN, folds or {})

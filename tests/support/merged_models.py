@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, Merged, merge
-from expertcut.checkpoints.merged import Experts
+from expertcut.checkpoints.merge_edit import Experts
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.merge_groups import Merge

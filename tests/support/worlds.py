@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertcut.edits.reweight_select import Array, QuestionOutcomes
-from expertcut.edits.reweight_tune import Shift
+from expertcut.edits.reweight_tune import RouterEdit
 from expertcut.profiling.schema import BlockInfo
 
 LAYERS, EXPERTS, TOP_K, SUBJECTS = 2, 16, 4, 4
@@ -20,7 +20,7 @@ class World:
     noise_NC: Array
     effect_LE: Array
 
-    def ask(self, shifts: tuple[Shift, ...]) -> Array:
+    def ask(self, shifts: tuple[RouterEdit, ...]) -> Array:
         """Log p (N, 4) with shifted gates."""
         logits_NLE = self.logits_NLE.copy()
         for shift in shifts:

@@ -2,17 +2,15 @@
 
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.exact import as_stored
-from expertcut.checkpoints.export import Gathered, check_export, export, removed_experts
+from expertcut.checkpoints.edit import Calibration, Edit
+from expertcut.checkpoints.export import check_export, edits_of, export
 from expertcut.checkpoints.held_out_check import (
     BaseScores,
     compare_logprobs,
@@ -21,19 +19,11 @@ from expertcut.checkpoints.held_out_check import (
     sorted_hashes,
 )
 from expertcut.checkpoints.lora_slice import carried
-from expertcut.checkpoints.merged import Merging, aligned_neurons
+from expertcut.checkpoints.merge_edit import MergeEdit, Router, under, unedited_routers
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
-from expertcut.checkpoints.simulate import Router, under, unedited_routers
-from expertcut.checkpoints.stock import Fitted
-from expertcut.edits.calibrate import (
-    Fit,
-    fit_directions,
-    fold_at_answers,
-    fold_over_tokens,
-    judge_directions,
-    mean_outputs,
-    zero_outputs,
-)
+from expertcut.checkpoints.prune_edit import PruneEdit
+from expertcut.data import Quiz
+from expertcut.edits.calibrate import Fit
 from expertcut.edits.merge_groups import (
     Merge,
     check_count,
@@ -41,8 +31,8 @@ from expertcut.edits.merge_groups import (
     merge_edits,
     token_counts,
 )
-from expertcut.edits.merge_router import Quality, judge_rows, merged_rows
-from expertcut.edits.plan import Edit, EditPlan, PlanFile, model_folder, save_plan
+from expertcut.edits.merge_router import Quality
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, model_folder, save_plan
 from expertcut.edits.splits import (
     Judged,
     Questions,
@@ -53,7 +43,6 @@ from expertcut.edits.splits import (
 )
 from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
-from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.storage import Profile, once_per_profile
@@ -92,68 +81,43 @@ class Built:
     judged: Judged | None = None
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What a build works from."""
-
-    profile: Profile
-    draft: EditPlan
-    questions: Questions
-    source: Source
-    load_as: LoadOptions
-
-    @property
-    def n_experts(self) -> int:
-        return self.profile.info.model.blocks[0].experts
-
-    @cached_property
-    def removed(self) -> dict[str, tuple[int, ...]]:
-        return removed_experts(self.draft.edits, self.n_experts)
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether something must be gathered that the profile does not hold."""
-        draft = self.draft
-        is_exact = draft.layout == "exact"
-        is_gathering = draft.removed == "mean" if is_exact else draft.fold == "all"
-        return draft.is_fitting or (is_gathering and bool(self.removed))
-
-    def engine(self, source: Source) -> Engine:
-        return engine_as_profiled(self.profile, source, self.load_as)
-
-
-def build(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> Built:
-    """Makes the checkpoint; the folder appears when all is written and proved, or not at all.
+def build(profile: Profile, plan: EditPlan, folder: Path, options: BuildOptions) -> Built:
+    """Makes the checkpoint; the folder appears when all is written and checked, or not at all.
 
     Raises:
-        ContractError: a model that the layout cannot carry the plan for.
+        ContractError: the layout cannot hold the plan for this model.
         ModelError: an adapter that is not of this model, or cannot be sliced.
         OutputError: the folder is not empty, cannot be written or has no room.
         ProfileError: the model or the quiz is not the one that was profiled.
     """
-    job = _job(profile, draft, options)
-    inputs = (job.source.path, *inputs_of(profile), *filter(None, [options.adapter]))
+    source = profiled_source(profile)
+    questions = questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
+    calibration = Calibration(profile, questions, source)
+    inputs = (source.path, *inputs_of(profile), *filter(None, [options.adapter]))
     check_writable(folder, is_forced=options.is_forced, inputs=inputs)
-    check_export(job.source, draft, job.n_experts, folder)
-    adapter = carried(options.adapter, job.source, draft, folder)
-    plan = draft_plan(profile, draft, job.questions)
-    used = used_hashes(draft, job.questions)
-    is_verified = options.is_verified and bool(len(job.questions.held_out)) and _has_room(job)
-    gathered, fits, before = _gather_and_ask(job, is_verified=is_verified)
+    check_export(source, plan, calibration.n_experts, folder)
+    adapter = carried(options.adapter, source, plan, folder)
+    file, used = draft_plan(profile, plan, questions), used_hashes(plan, questions)
+    load_as = options.load_as
+    if load_as.dtype == "auto":
+        load_as = replace(load_as, dtype=profile.info.settings.dtype)
+    is_verified = options.is_verified and bool(len(questions.held_out))
+    is_verified = is_verified and _has_room(source, load_as)
+    edits, fits, before = _fit_and_score(plan, calibration, load_as, is_verified=is_verified)
     gc.collect()
     proof, figures = None, HeldOutResult(fits=tuple(asdict(fit) for fit in fits))
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
-        export(job.source, draft, job.n_experts, gathered, temporary)
+        export(source, plan, calibration.n_experts, edits, temporary)
         if adapter is not None:
-            plan = adapter.write(temporary, plan, gathered.fitted.folds)
+            file = adapter.write(temporary, file, prune_of(edits).folds)
         if before is not None:
-            engine = job.engine(Source(str(folder), temporary))
-            proof = score_edited(engine, job.questions.held_out, draft, before)
+            engine = engine_as_profiled(profile, Source(str(folder), temporary), load_as)
+            proof = score_edited(engine, questions.held_out, plan, before)
             figures = proof = proof.model_copy(update={"fits": figures.fits})
-        plan = plan.model_copy(update={"proof": figures})
-        save_plan(temporary, plan, used)
+        file = file.model_copy(update={"proof": figures})
+        save_plan(temporary, file, used)
         add_files(temporary, options.beside)
-    return Built(folder, plan, fits, proof, job.questions.why_unjudged, _judged(proof, used))
+    return Built(folder, file, fits, proof, questions.why_unjudged, _judged(proof, used))
 
 
 def _judged(proof: HeldOutResult | None, used: frozenset[str]) -> Judged | None:
@@ -255,63 +219,41 @@ def _check_read_alike(profile: Profile, engine: Engine) -> None:
                 )
 
 
-def _job(profile: Profile, draft: EditPlan, options: BuildOptions) -> _Job:
-    source = profiled_source(profile)
-    questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
-    load_as = options.load_as
-    if load_as.dtype == "auto":
-        load_as = replace(load_as, dtype=profile.info.settings.dtype)
-    return _Job(profile, draft, questions, source, load_as)
-
-
-def _has_room(job: _Job) -> bool:
-    if fits_in_memory(job.source, job.load_as):
+def _has_room(source: Source, load_as: LoadOptions) -> bool:
+    if fits_in_memory(source, load_as):
         return True
     logger.warning(
         "%s does not fit in the free memory as %s: the checkpoint is not asked any question",
-        *(job.source.id, job.load_as.dtype),
+        *(source.id, load_as.dtype),
     )
     return False
 
 
-def _gather_and_ask(
-    job: _Job, *, is_verified: bool
-) -> tuple[Gathered, list[Fit], BaseScores | None]:
+def _fit_and_score(
+    plan: EditPlan, calibration: Calibration, load_as: LoadOptions, *, is_verified: bool
+) -> tuple[list[Edit], list[Fit], BaseScores | None]:
     """All that needs the unedited model, so that only one model is in memory at a time."""
-    engine = job.engine(job.source) if is_verified or job.needs_model else None
-    gathered = _gather(job, engine)
+    engine, edits = None, edits_of(plan)
+    if is_verified or any(edit.needs_engine(calibration) for edit in edits):
+        engine = engine_as_profiled(calibration.profile, calibration.source, load_as)
+    edits = [edit.fit(engine, calibration) for edit in edits]
     if engine is None or not is_verified:
-        return gathered, [], None
-    held_out, directions = job.questions.held_out, dict(gathered.fitted.directions)
-    apply_at = job.draft.apply_at
-    fits = judge_directions(engine, held_out, directions, apply_at) if directions else []
-    return gathered, fits, score_base(engine, held_out, job.draft, gathered.constants)
+        return edits, [], None
+    held_out = calibration.questions.held_out
+    judged = [fit for edit in edits for fit in edit.judge(engine, held_out)]
+    fits = [fit for fit in judged if isinstance(fit, Fit)]
+    return edits, fits, score_base(engine, held_out, plan, prune_of(edits).constants)
 
 
-def gather(profile: Profile, draft: EditPlan, questions: Questions, engine: Engine) -> Gathered:
-    """What the layout needs beside the plan, from a model that is loaded already."""
-    return _gather(_Job(profile, draft, questions, engine.moe.source, LoadOptions()), engine)
+def prune_of(edits: Sequence[Edit]) -> PruneEdit:
+    """The one that every plan has."""
+    return next(edit for edit in edits if isinstance(edit, PruneEdit))
 
 
-def _gather(job: _Job, engine: Engine | None) -> Gathered:
-    draft, tuning = job.draft, job.questions.tuning
-    if draft.layout == "exact":
-        if draft.removed == "mean" and engine is not None:
-            means = mean_outputs(engine, tuning, job.removed)
-            return Gathered(constants=as_stored(job.source.headers, means))
-        width = int(read_config(job.source.path)["hidden_size"])
-        return Gathered(constants=zero_outputs(job.removed, width))
-    directions = {}
-    if draft.is_fitting and engine is not None:
-        layers = [b.layer for b in engine.moe.blocks if draft.edits[b.name].bias]
-        directions = fit_directions(engine, tuning, layers, draft.apply_at)
-    if draft.fold == "off":
-        return Gathered(Fitted(directions=directions))
-    if draft.fold == "all" and engine is not None:
-        return Gathered(Fitted(fold_over_tokens(engine, tuning, draft.edits), directions))
-    is_same_split = job.questions.held_out.split == job.profile.info.quiz.split
-    judges = {(q.subject, q.row) for q in job.questions.held_out} if is_same_split else set()
-    return Gathered(Fitted(fold_at_answers(job.profile, draft.edits, judges), directions))
+def fit_edits(profile: Profile, plan: EditPlan, questions: Questions, engine: Engine) -> list[Edit]:
+    """The edits of a plan, fitted with a model that is loaded already."""
+    calibration = Calibration(profile, questions, engine.moe.source)
+    return [edit.fit(engine, calibration) for edit in edits_of(plan)]
 
 
 @dataclass(frozen=True)
@@ -320,15 +262,6 @@ class Merged:
 
     built: Built
     draft: EditPlan
-    qualities: list[Quality]
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What the unedited model gives: `logprob_NC` of held-out questions and its routers."""
-
-    logprob_NC: Tensor
-    routers: dict[str, Router]
     qualities: list[Quality]
 
 
@@ -346,86 +279,64 @@ def merge(
     source = profiled_source(profile)
     inputs = (source.path, *inputs_of(profile))
     check_writable(folder, is_forced=options.is_forced, inputs=inputs)
-    n_experts = _check(profile, asked, source, folder)
+    _check_merge(profile, asked, source, folder)
     questions = questions_for(profile, is_fitting=True)
+    calibration = Calibration(profile, questions, source)
     engine = engine_as_profiled(profile, source, options.load_as)
-    draft = _grouped(profile, engine, questions, asked)
-    merging, before = Merging(), None
+    evidence = gather_evidence(profile, engine, questions.tuning, asked.by)
+    blocks = merge_edits(profile.info.model.blocks, evidence, asked.n_keep, asked.by)
+    plan = asked.draft(profile, blocks)
+    merging, before = MergeEdit(blocks, asked.router), None
     if not is_plan:
-        merging = _fitted(engine, questions, draft, asked)
+        merging = merging.fit(engine, calibration)
         if options.is_verified and len(questions.held_out):
-            before = _ask_before(engine, questions, draft, merging)
+            before = _score_unmerged(engine, questions.held_out, merging)
     del engine
     gc.collect()
-    plan, proof, used = draft_plan(profile, draft, questions), None, used_hashes(draft, questions)
+    file, proof, used = draft_plan(profile, plan, questions), None, used_hashes(plan, questions)
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         if not is_plan:
-            merging = _aligned(source, draft, merging, asked)
-            export(source, draft, n_experts, Gathered(merging=merging), temporary)
+            merging = merging.aligned(source) if asked.is_aligned else merging
+            edits = [PruneEdit(blocks, plan.layout), merging]
+            export(source, plan, calibration.n_experts, edits, temporary)
         if before is not None:
             written = Source(str(folder), temporary)
             edited = engine_as_profiled(profile, written, options.load_as)
-            proof = _prove(edited, questions, before)
-            plan = plan.model_copy(update={"proof": proof})
-        save_plan(temporary, plan, used)
+            proof = _score_merged(edited, questions.held_out, before)
+            file = file.model_copy(update={"proof": proof})
+        save_plan(temporary, file, used)
         add_files(temporary, options.beside)
     qualities = before.qualities if before else []
-    built = Built(folder, plan, [], proof, questions.why_unjudged, _judged(proof, used))
-    return Merged(built, draft, qualities)
+    built = Built(folder, file, [], proof, questions.why_unjudged, _judged(proof, used))
+    return Merged(built, plan, qualities)
 
 
-def _check(profile: Profile, asked: Merge, source: Source, folder: Path) -> int:
-    """All that can be refused before a model is loaded; gives the unedited count of experts."""
+def _check_merge(profile: Profile, asked: Merge, source: Source, folder: Path) -> None:
+    """All that can be refused before a model is loaded."""
     blocks = profile.info.model.blocks
     token_counts(profile)
     check_count(blocks, asked.n_keep)
     # Of the same size as any groups would be.
-    first = {b.name: Edit(keep=tuple(range(asked.n_keep))) for b in blocks}
+    first = {b.name: BlockEdit(keep=tuple(range(asked.n_keep))) for b in blocks}
     check_export(source, asked.draft(profile, first), blocks[0].experts, folder)
-    return blocks[0].experts
 
 
-def _grouped(profile: Profile, engine: Engine, questions: Questions, asked: Merge) -> EditPlan:
-    evidence = gather_evidence(profile, engine, questions.tuning, asked.by)
-    edits = merge_edits(profile.info.model.blocks, evidence, asked.n_keep, asked.by)
-    return asked.draft(profile, edits)
+@dataclass(frozen=True)
+class _Unmerged:
+    """The unedited model: `logprob_NC` of held-out questions, its routers, the rows' quality."""
+
+    logprob_NC: Tensor
+    routers: dict[str, Router]
+    qualities: list[Quality]
 
 
-def _aligned(source: Source, draft: EditPlan, merging: Merging, asked: Merge) -> Merging:
-    if not asked.is_aligned:
-        return merging
-    headers = source.headers
-    return replace(merging, orders=aligned_neurons(headers, draft.edits, merging.interleaved))
+def _score_unmerged(engine: Engine, held_out: Quiz, merging: MergeEdit) -> _Unmerged:
+    qualities = list(merging.judge(engine, held_out))
+    routers = unedited_routers(engine.moe.blocks, merging.blocks)
+    return _Unmerged(ask(engine, held_out), routers, qualities)
 
 
-def _fitted(engine: Engine, questions: Questions, draft: EditPlan, asked: Merge) -> Merging:
-    rows = merged_rows(engine, questions.tuning, draft.edits, asked.router)
-    blocks = engine.moe.blocks
-    return Merging(rows, {}, frozenset(b.name for b in blocks if _is_interleaved(b.experts)))
-
-
-@torch.inference_mode()
-def _is_interleaved(experts: Any) -> bool:
-    """Whether gate and up lie in turn: read off which output the second column moves."""
-    if not (hasattr(experts, "_apply_gate") and getattr(experts, "has_gate", False)):
-        return False
-    width = experts.gate_up_proj.shape[1 if not experts.is_transposed else 2]
-    ones_1I = torch.ones(1, width, device=experts.gate_up_proj.device)
-    moved_1I = ones_1I.clone()
-    moved_1I[0, 1] += 1
-    difference_I = (experts._apply_gate(moved_1I) - experts._apply_gate(ones_1I))[0]
-    return bool(difference_I[0] != 0)
-
-
-def _ask_before(engine: Engine, questions: Questions, draft: EditPlan, merging: Merging) -> _Before:
-    held_out = questions.held_out
-    qualities = judge_rows(engine, held_out, draft.edits, merging.rows)
-    routers = unedited_routers(engine.moe.blocks, draft.edits)
-    return _Before(ask(engine, held_out), routers, qualities)
-
-
-def _prove(engine: Engine, questions: Questions, before: _Before) -> HeldOutResult:
-    held_out = questions.held_out
+def _score_merged(engine: Engine, held_out: Quiz, before: _Unmerged) -> HeldOutResult:
     edited_NC = ask(engine, held_out)
     with under(before.routers, engine.moe.blocks):
         reference_NC = ask(engine, held_out)

@@ -18,19 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.shards import Change, Rewrite
-from expertcut.checkpoints.stock import scaled_experts
+from expertcut.checkpoints.edit import TensorChanges
 from expertcut.checkpoints.tensor_names import (
     DiskBlock,
+    Headers,
     constant_name,
     earlier_constants,
     find_disk_blocks,
 )
 from expertcut.edits.calibrate import Constants, Removed
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit, Positions
 from expertcut.errors import ContractError, PlanError
-from expertcut.models.load import MODELLING_FILE
-from expertcut.models.safetensors_index import DTYPES, StoredTensor
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import MODELLING_FILE, Source, modelling_code
+from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor
 from expertcut.models.validate import expert_count
 
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
@@ -47,6 +48,70 @@ _ROUTING = {
     "preserve_router_weights": True,
     "renormalize_after_substitution": False,
 }
+
+
+class ExactWriter:
+    """Removed experts become constants; a bias stays a bias, and nothing else changes."""
+
+    def check(self, source: Source, *, is_cutting: bool) -> None:
+        """As `check_exact`."""
+        check_exact(read_config(source.path), is_cutting=is_cutting)
+
+    def changes(
+        self,
+        headers: Headers,
+        edits: Mapping[str, BlockEdit],
+        source: Source | None = None,
+    ) -> TensorChanges:
+        """Constants with names of before get those of today."""
+        tensors = TensorChanges(headers, edits, find_disk_blocks(headers))
+        tensors.renamed |= earlier_constants(headers)
+        return tensors
+
+    def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
+        """Puts constants, in the dtype of their experts, in the place of experts."""
+        for name, by_expert in as_stored(tensors.headers, constants).items():
+            for expert, value_D in sorted(by_expert.items()):
+                tensors.removed.update(_own_tensors(tensors.blocks, name, expert))
+                tensors.added[constant_name(name, expert)] = value_D
+
+    def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
+        """That it is no constant and lies in tensors of its own."""
+        _own_tensors(tensors.blocks, block, expert)
+
+    def add_biases(
+        self,
+        tensors: TensorChanges,
+        directions: Mapping[int, Tensor],
+        apply_at: Positions,
+    ) -> None:
+        """As a tensor of the gate (E,), added to one of an earlier reweighting."""
+        for name, edit in tensors.edits.items():
+            if not edit.bias:
+                continue
+            gate, bias_E = f"{name}.gate.bias", _bias_E(edit, tensors.blocks[name].n_experts)
+            if gate in tensors.headers:
+                tensors.apply(gate, partial(_plus, bias_E=bias_E))
+            else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
+                tensors.added[gate] = bias_E
+
+    def config(
+        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
+    ) -> dict[str, Any]:
+        """As `exact_config`."""
+        config = read_config(source.path)
+        removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
+        earlier = constants_on_disk(stored.tensors) if is_exact(config) else None
+        return exact_config(
+            config,
+            {name: experts for name, experts in removed.items() if experts},
+            [name for name, edit in edits.items() if edit.bias],
+            earlier,
+        )
+
+    def files(self) -> Mapping[str, bytes]:
+        """The code that runs constants and biased gates."""
+        return {MODELLING_FILE: modelling_code()}
 
 
 def is_exact(config: Mapping[str, Any]) -> bool:
@@ -192,40 +257,6 @@ def layer_number(block: str) -> int:
     return numbers[0]
 
 
-def exact_rewrite(
-    headers: Mapping[str, StoredTensor],
-    constants: Constants,
-    edits: Mapping[str, Edit] | None = None,
-) -> Rewrite:
-    """Which tensors go and which come: constants in their experts' dtype, biases (E,) in float32.
-
-    Constants that have names of before are given those of today.
-
-    Raises:
-        ContractError: a block whose experts do not lie one by one on disk.
-    """
-    blocks = find_disk_blocks(headers)
-    removed, added = set[str](), dict[str, Tensor]()
-    changed: dict[str, Change] = {}
-    for name, by_expert in as_stored(headers, constants).items():
-        for expert, value_D in sorted(by_expert.items()):
-            removed.update(_own_tensors(blocks, name, expert))
-            added[constant_name(name, expert)] = value_D
-    for name, edit in (edits or {}).items():
-        if edit.bias:
-            gate, bias_E = f"{name}.gate.bias", _bias_E(edit, blocks[name].n_experts)
-            if gate in headers:  # of an earlier reweighting
-                changed[gate] = Change(headers[gate].shape, partial(_plus, bias_E=bias_E))
-            else:  # in bfloat16 a bias of 12.3 would be 12.3125
-                added[gate] = bias_E
-        if edit.scale:
-            for expert in edit.scale:
-                _own_tensors(blocks, name, expert)
-            changed |= scaled_experts(headers, blocks[name], edit)
-    renamed = earlier_constants(headers)
-    return Rewrite(removed=frozenset(removed), renamed=renamed, changed=changed, added=added)
-
-
 def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
     """The constants rounded to the dtype that their experts' weights have on disk.
 
@@ -244,7 +275,7 @@ def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:
     return (before_E.float() + bias_E).to(before_E.dtype)
 
 
-def _bias_E(edit: Edit, n_experts: int) -> Tensor:
+def _bias_E(edit: BlockEdit, n_experts: int) -> Tensor:
     bias_E = torch.zeros(n_experts)
     for expert, bias in edit.bias.items():
         bias_E[expert] = bias

@@ -11,7 +11,8 @@ from expertcut.checkpoints.simulate import apply_at_runtime, renumbered
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.calibrate import Constants
-from expertcut.edits.plan import Edit, EditPlan, ExpertIds, Positions
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Positions
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
@@ -68,7 +69,7 @@ class HeldOutScores:
 
 
 def score_watched(
-    engine: Engine, quiz: Quiz, edits: Mapping[str, Edit], on_pass: OnPass = ignore
+    engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit], on_pass: OnPass = ignore
 ) -> HeldOutScores:
     """Scores a quiz and watches the experts that are removed, biased or scaled.
 
@@ -90,7 +91,7 @@ def score_watched(
     )
 
 
-def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> HeldOutScores:
+def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
     """One prompt at a time, so that no question's bits depend on its neighbours."""
     single = Engine(engine.moe, engine.batch_tokens)
     single.is_trusted = False
@@ -100,7 +101,7 @@ def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> HeldO
 class _RoutingWatch:
     """Counts the questions of each biased or scaled expert; marks those that use removed ones."""
 
-    def __init__(self, engine: Engine, edits: Mapping[str, Edit], on_pass: OnPass) -> None:
+    def __init__(self, engine: Engine, edits: Mapping[str, BlockEdit], on_pass: OnPass) -> None:
         self.on_pass = on_pass
         blocks = engine.moe.blocks
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
@@ -212,13 +213,13 @@ def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants
     Raises:
         ContractError: a cut at run time changes no answer though answers depend on it.
     """
-    base = score_watched(engine, quiz, draft.edits)
+    base, layout = score_watched(engine, quiz, draft.edits), LAYOUTS[draft.layout]
     reference = _score_at_runtime(engine, quiz, draft, constants)
-    must_change = draft.is_cut and draft.layout == "stock" and base.depends_on_removed
+    must_change = draft.is_cut and not layout.keeps_rows and base.depends_on_removed
     if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
         raise ContractError(NOT_REACHED.format(_reference_name(draft)))
     forms = _runtime_forms(engine, quiz, draft, constants, reference) if draft.is_biased else {}
-    if draft.layout == "stock" or draft.is_tilted or not constants:
+    if draft.is_tilted or not constants:
         return BaseScores(base, reference, False, forms)
     found = [q for q, is_quiet in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_quiet]
     quiet = replace_questions(quiz, group_by_subject(found)) if found else None
@@ -316,7 +317,7 @@ def _agreements(
 
     Both answered the same questions in the same passes.
     """
-    if draft.layout != "stock":
+    if not LAYOUTS[draft.layout].fits_biases:
         return ()
     keeps = {b.layer: torch.tensor(draft.edits[b.name].keep) for b in moe.blocks}
     return tuple(
@@ -354,4 +355,5 @@ def _reference_name(draft: EditPlan) -> str:
         return "the same plan at run time"
     if draft.is_tilted:
         return "the exact bias" if draft.is_biased else "the same factors at run time"
-    return f"the same removal {'as a mask' if draft.layout == 'stock' else 'after top-k'}"
+    same = "after top-k" if LAYOUTS[draft.layout].keeps_rows else "as a mask"
+    return f"the same removal {same}"

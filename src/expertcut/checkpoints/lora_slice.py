@@ -36,9 +36,9 @@ from expertcut.checkpoints.shards import (
     lay_out,
     write_shards,
 )
-from expertcut.checkpoints.stock import output_factors
 from expertcut.checkpoints.tensor_names import blocks_of
-from expertcut.edits.plan import Edit, EditPlan, PlanAdapter, PlanFile
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanAdapter, PlanFile
 from expertcut.errors import ModelError, OutputError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
@@ -72,15 +72,16 @@ def adapter_rewrite(
     Raises:
         ModelError: the adapter is of another model, or adapts what cannot be sliced.
     """
-    slices, is_stock = _Slices(), draft.layout == "stock"
+    slices, rules = _Slices(), LAYOUTS[draft.layout]
+    is_stock = not rules.keeps_rows
     factors = {
-        name: output_factors(edit, (folds or {}).get(layer))
+        name: _output_factors(edit, (folds or {}).get(layer))
         for layer, (name, edit) in enumerate(draft.edits.items())
     }
     for place in places(adapter, base):
         if place.block is None:
             continue
-        if draft.layout == "exact" and draft.is_biased and _is_of_old(adapter, place):
+        if rules.keeps_rows and draft.is_biased and _is_of_old(adapter, place):
             raise adapter.refusal(
                 f"{place.names[0]} is as transformers 4 has experts and routers, which peft cannot "
                 "bring to gates with biases: leave out --boost and --suppress, or --layout exact"
@@ -140,7 +141,7 @@ def _slice_one(
 def _slice_router(
     adapter: Adapter,
     place: Place,
-    edited: tuple[Edit, int],
+    edited: tuple[BlockEdit, int],
     slices: _Slices,
     *,
     is_stock: bool,
@@ -198,6 +199,19 @@ def _refuse_numbers(adapter: Adapter) -> None:
             )
 
 
+def _output_factors(
+    edit: BlockEdit, folds: "np.ndarray[Any, Any] | None" = None
+) -> dict[int, tuple[float, ...]]:
+    """What each kept expert's output is multiplied by, one after another, by its new number."""
+    folds_E = [1.0] * len(edit.keep) if folds is None else folds
+    factors = {
+        position: (edit.scale.get(expert, 1.0), float(fold))
+        for position, (expert, fold) in enumerate(zip(edit.keep, folds_E, strict=True))
+    }
+    own = {i: tuple(f for f in both if f != 1.0) for i, both in factors.items()}
+    return {i: several for i, several in own.items() if several}
+
+
 @dataclass(frozen=True)
 class Carried:
     """An adapter of a model, and the plan that cuts both; `folder` is the checkpoint to be."""
@@ -246,7 +260,7 @@ class Carried:
         """As it was, with its new base, whose own config names the class of layout exact."""
         config = {**self.adapter.config, "revision": None}
         config["base_model_name_or_path"] = str(self.folder.resolve())
-        if self.draft.layout == "exact":
+        if LAYOUTS[self.draft.layout].keeps_rows:
             config |= {"auto_mapping": None, "task_type": config.get("task_type") or "CAUSAL_LM"}
         return config
 

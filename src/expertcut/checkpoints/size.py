@@ -9,11 +9,12 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.budget import Keep, counts
-from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
-from expertcut.edits.plan import EditPlan, Layout
+from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
-from expertcut.errors import PlanError, SettingsError
+from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.storage import Profile
@@ -51,7 +52,7 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
         n_removed = block.n_experts - n_kept
         own = sum(p.numel() for p in block.experts.parameters()) // block.n_experts
         n_constants = 0
-        if draft.layout == "exact":
+        if LAYOUTS[draft.layout].keeps_rows:
             width = int(moe.model.config.get_text_config().hidden_size)
             n_constants = n_removed * width
             total += n_constants - n_removed * own
@@ -130,7 +131,7 @@ def choose_cut(profile: Profile, keep: Keep, way: Way, load_as: LoadOptions) -> 
         SettingsError: an option that does not go with the others.
     """
     keep.check(way.layout)
-    needs_model = way.by in NEEDS_MODEL
+    needs_model = CRITERIA[way.by].needs_model
     source = profiled_source(profile) if keep.max_bytes or needs_model else None
     engine = None
     if source is not None and needs_model:
@@ -155,14 +156,3 @@ def protected(
     is_known = profile.info.settings.stats == "all"
     notes = () if is_known or is_active or asked else (_UNKNOWN,)
     return expressions_of(asked, is_super=is_known and not is_active), notes
-
-
-def check_criterion(by: str) -> None:
-    """That there is one of that name.
-
-    Raises:
-        SettingsError: there is none.
-    """
-    if by not in CRITERIA:
-        known = ", ".join(CRITERIA)
-        raise SettingsError(f"--by {by} is no criterion: take one of {known}")

@@ -1,146 +1,127 @@
-"""Layout `stock`: a plan as a rewrite of the tensors on disk, in tensors that every loader knows.
+"""Layout `stock`: tensors that every loader knows, with fewer rows.
 
-Pruning slices the expert axis everywhere; where that inflates gate weights, the mean inflation is
-folded back into `down_proj`. A bias goes into the router's own bias where it has one, else b·v is
-added to the expert's gate row.
+Pruning slices the expert axis everywhere. A bias goes into the router's own bias where it has one,
+else b·v is added to the expert's gate row.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import logging
+import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from expertcut.checkpoints.shards import Change, Rewrite
+from expertcut.checkpoints.edit import TensorChanges
+from expertcut.checkpoints.exact import is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, match_blocks
-from expertcut.edits.plan import Edit, Positions
+from expertcut.edits.calibrate import Constants
+from expertcut.edits.plan import BlockEdit, Positions
 from expertcut.errors import ContractError
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import Source
+from expertcut.models.moe_block import SELECTION_BIAS
+from expertcut.models.safetensors_index import Stored
+from expertcut.models.validate import with_expert_count
 
-Apply = Callable[[Tensor], Tensor]
-
-_PART = 1 << 15  # values that are scaled at a time: their float64 copies stay in the CPU's cache
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What the layout needs beside the plan, by layer.
-
-    `folds` scales the kept experts' outputs (kept,), `directions` are v (D,).
-    """
-
-    folds: Mapping[int, "np.ndarray[Any, Any]"] = field(default_factory=dict)
-    directions: Mapping[int, Tensor] = field(default_factory=dict)
+# num_nextn_predict_layers, num_mtp_layers, mtp_num_hidden_layers, num_mtp_modules, mtp_num_layers
+_COUNT = re.compile(r"(num_|n_)(\w+_)?(mtp|nextn)(_\w+)?|(mtp|nextn)_num_\w+")
+_SWITCHES = {"use_mtp"}
+_PARTS = ("text_config", "mtp_config")
+_DEFAULT = "num_nextn_predict_layers"  # 1 in several families whose config.json does not say
+_NOT_BY_LAYER = re.compile(r".*(token_id|token_ids|architectures)")
+logger = logging.getLogger(__name__)
 
 
-def stock_rewrite(
-    headers: Headers,
-    edits: Mapping[str, Edit],
-    fitted: Fitted,
-    apply_at: Positions = "all",
-    outside: OutsideAxes | None = None,
-) -> Rewrite:
-    """What becomes of each tensor; layers in `fitted` are MoE blocks, in the order of `edits`.
+class StockWriter:
+    """Removed experts leave no row in any tensor, and no token is routed to them."""
 
-    A router's own bias acts at every token, so with `apply_at` `answer` it is left alone. Layers
-    that the model has no place for are removed by a cut: config.json states one count of experts
-    for all layers.
+    def check(self, source: Source, *, is_cutting: bool) -> None:
+        """That the model has no layout that this one cannot hold."""
+        if is_exact(read_config(source.path)):
+            raise ContractError(
+                f"{source.id} has layout exact, which layout stock cannot carry on: take --layout "
+                "exact"
+            )
 
-    Raises:
-        ContractError: tensors on disk that cannot be told apart, or do not fit the edits.
-    """
-    matched, unused = match_blocks(headers, edits, outside)
-    is_cut = any(len(edits[name].keep) < block.n_experts for name, block in matched.items())
-    removed: set[str] = set(unused) if is_cut else set()
-    renamed: dict[str, str] = {}
-    changed: dict[str, Change] = {}
-    for layer, (name, block) in enumerate(matched.items()):
-        edit = edits[name]
-        _check(block, edit)
-        for position, expert in enumerate(edit.keep):
-            own = block.by_expert[expert].values() if block.by_expert else ()
-            renamed |= {n: block.renamed(n, position) for n in own if position != expert}
-        for expert in set(range(len(block.by_expert))) - set(edit.keep):
-            removed |= set(block.by_expert[expert].values())
-        changed |= scaled_experts(headers, block, edit, fitted.folds.get(layer))
-        directions = {} if block.logit_bias and apply_at == "all" else fitted.directions
-        tilts = _tilts(block, edit, directions.get(layer))
-        changed |= _shared_tensors(headers, block, edit, tilts, fitted.folds.get(layer))
-    return Rewrite(frozenset(removed), renamed, changed)
+    def changes(
+        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
+    ) -> TensorChanges:
+        """Matches blocks by name, then by layer; MTP layers match none."""
+        outside = None if source is None else outside_axes(source, headers, edits)
+        matched, unused = match_blocks(headers, edits, outside)
+        for name, block in matched.items():
+            if edits[name].keep[-1] >= block.n_experts:
+                raise ContractError(
+                    f"{block.name} has {block.n_experts} experts on disk, the plan keeps "
+                    f"{edits[name].keep[-1]}: it is of another model"
+                )
+        return TensorChanges(headers, edits, matched, unused)
 
+    def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
+        """Cuts rows, renumbers the kept experts, and drops MTP layers.
 
-def _check(block: DiskBlock, edit: Edit) -> None:
-    if edit.keep[-1] >= block.n_experts:
-        raise ContractError(
-            f"{block.name} has {block.n_experts} experts on disk, the plan keeps {edit.keep[-1]}: "
-            "it is of another model"
-        )
+        config.json states one count of experts for all layers, so layers that the loaded model has
+        no place for cannot stay.
+        """
+        for name, block in tensors.blocks.items():
+            keep = tensors.edits[name].keep
+            if len(keep) == block.n_experts:
+                continue
+            for position, expert in enumerate(keep):
+                own = block.by_expert[expert].values() if block.by_expert else ()
+                renamed = {n: block.renamed(n, position) for n in own if position != expert}
+                tensors.renamed |= renamed
+            for expert in set(range(len(block.by_expert))) - set(keep):
+                tensors.removed |= set(block.by_expert[expert].values())
+            for tensor, axis in block.axes.items():
+                tensors.keep_rows(tensor, axis, keep)
+            tensors.removed |= tensors.unused
 
+    def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
+        """Every expert has weights of its own."""
 
-def scaled_experts(
-    headers: Headers, block: DiskBlock, edit: Edit, folds: "np.ndarray[Any, Any] | None" = None
-) -> dict[str, Change]:
-    """The last projections of experts that lie one by one, scaled where the plan or a fold asks."""
-    factors = output_factors(edit, folds)
-    if factors and not block.last:
-        raise ContractError(
-            f"{block.name}: which projection of its experts is the last is not known, so their "
-            "outputs cannot be scaled"
-        )
-    return {
-        name: Change(headers[name].shape, partial(_scaled, factors=factors[position]))
-        for position, expert in enumerate(edit.keep)
-        if block.by_expert and position in factors
-        for name in block.by_expert[expert].values()
-        if name in block.last
-    }
+    def add_biases(
+        self, tensors: TensorChanges, directions: Mapping[int, Tensor], apply_at: Positions
+    ) -> None:
+        """As b·v in the gate's row, or into the router's own bias.
 
+        That bias acts at every token, so with `apply_at` `answer` it is left alone.
+        """
+        for layer, (name, block) in enumerate(tensors.blocks.items()):
+            if edit := tensors.edits[name] if tensors.edits[name].bias else None:
+                has_place = block.logit_bias and apply_at == "all"
+                _add_bias(tensors, block, edit, None if has_place else directions.get(layer))
 
-def output_factors(
-    edit: Edit, folds: "np.ndarray[Any, Any] | None" = None
-) -> dict[int, tuple[float, ...]]:
-    """What each kept expert's output is multiplied by, one after another, by its new number."""
-    folds_E = [1.0] * len(edit.keep) if folds is None else folds
-    factors = {
-        position: (edit.scale.get(expert, 1.0), float(fold))
-        for position, (expert, fold) in enumerate(zip(edit.keep, folds_E, strict=True))
-    }
-    return {
-        i: tuple(f for f in both if f != 1.0) for i, both in factors.items() if set(both) != {1}
-    }
+    def config(
+        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
+    ) -> dict[str, Any]:
+        """The original config with another count of experts, and without MTP layers."""
+        config, n_kept = read_config(source.path), len(next(iter(edits.values())).keep)
+        counted = with_expert_count(config, n_experts, n_kept)
+        if n_kept == n_experts or not match_blocks(stored.tensors, edits)[1]:
+            return counted
+        return without_further_tokens(counted)
 
-
-def _shared_tensors(
-    headers: Headers,
-    block: DiskBlock,
-    edit: Edit,
-    tilts: Mapping[str, Apply],
-    folds: "np.ndarray[Any, Any] | None",
-) -> dict[str, Change]:
-    """The tensors with an axis of length E: their kept rows, scaled or tilted where asked for."""
-    is_cut = len(edit.keep) < block.n_experts
-    applies = dict(tilts)
-    if factors := output_factors(edit, folds):
-        applies |= {n: partial(_scaled_rows, factors=factors) for n in block.last & set(block.axes)}
-    changed: dict[str, Change] = {}
-    for name, axis in block.axes.items():
-        shape = list(headers[name].shape)
-        shape[axis] = len(edit.keep)
-        if is_cut and axis != 0:
-            select = partial(torch.index_select, dim=axis, index=torch.tensor(edit.keep))
-            changed[name] = Change(tuple(shape), select)
-        elif is_cut or name in applies:
-            rows = edit.keep if is_cut else None
-            changed[name] = Change(tuple(shape), applies.get(name), rows)
-    return changed
-
-
-def _tilts(block: DiskBlock, edit: Edit, v_D: Tensor | None) -> dict[str, Apply]:
-    """How the biases go into the router: as b·v, or into its own bias without a direction."""
-    if not edit.bias:
+    def files(self) -> Mapping[str, bytes]:
+        """None."""
         return {}
+
+
+def warn_of_further_tokens(headers: Headers, edits: Mapping[str, BlockEdit]) -> None:
+    """Says that a cut leaves out layers for multi-token prediction, if there are any."""
+    matched, unused = match_blocks(headers, edits)
+    if unused and any(len(edits[name].keep) < b.n_experts for name, b in matched.items()):
+        logger.warning(
+            "%d tensors of layers that predict further tokens (MTP), first %s, are left out, and "
+            "config.json counts 0 of them: serve the checkpoint without MTP",
+            *(len(unused), min(unused)),
+        )
+
+
+def _add_bias(
+    tensors: TensorChanges, block: DiskBlock, edit: BlockEdit, v_D: Tensor | None
+) -> None:
     if block.unclear_bias:
         raise ContractError(
             f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
@@ -152,24 +133,86 @@ def _tilts(block: DiskBlock, edit: Edit, v_D: Tensor | None) -> dict[str, Apply]
     }
     name = block.logit_bias if v_D is None else block.router_weight
     assert name is not None
-    return {name: partial(_added, added=added)}
-
-
-def _scaled(tensor: Tensor, factors: tuple[float, ...]) -> Tensor:
-    """Multiplied in float64 and rounded after each factor, as the loaded model would be."""
-    for part in tensor.view(-1).split(_PART):
-        for factor in factors:
-            part.copy_(part.double().mul_(factor))
-    return tensor
-
-
-def _scaled_rows(tensor: Tensor, factors: Mapping[int, tuple[float, ...]]) -> Tensor:
-    for row, several in factors.items():
-        _scaled(tensor[row], several)
-    return tensor
+    tensors.apply(name, partial(_added, added=added))
 
 
 def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:
     for row, addend in added.items():
         tensor[row] += addend.cpu().to(tensor.dtype) if isinstance(addend, Tensor) else addend
     return tensor
+
+
+def outside_axes(source: Source, headers: Headers, edits: Mapping[str, BlockEdit]) -> OutsideAxes:
+    """Tensors with an axis of experts that lie on disk elsewhere than their block.
+
+    Which block they are of is what transformers makes of their names; so is whether a bias whose
+    name does not tell is one on choosing, which is then among them.
+
+    Raises:
+        ContractError: one belongs to no block.
+    """
+    matched, unused = match_blocks(headers, edits)
+    n_experts = {block.n_experts for block in matched.values()}
+    inside = tuple(f"{block.name}." for block in matched.values())
+    suspects = [
+        name
+        for name, tensor in headers.items()
+        if n_experts & set(tensor.shape) and not name.startswith(inside) and name not in unused
+    ]
+    unclear = {block.unclear_bias for block in matched.values() if block.unclear_bias}
+    suspects += sorted(unclear)
+    if not suspects:
+        return {}
+    found: dict[str, dict[str, int]] = {}
+    for name, (parameter, axis) in source.expert_axes(suspects).items():
+        block = next((b for b in matched if parameter.startswith(f"{b}.")), None)
+        if block is None:
+            raise ContractError(
+                f"{name} has an entry for each expert, but belongs to no MoE block of the model: "
+                "this form is not supported"
+            )
+        if name not in unclear or parameter.rpartition(".")[2] in SELECTION_BIAS:
+            found.setdefault(block, {})[name] = axis
+    return found
+
+
+def without_further_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose layers that predict further tokens are gone.
+
+    Their count becomes 0 under every name it goes by, and lists with an entry for every layer lose
+    those of theirs.
+    """
+    text = config.get("text_config")
+    fields = {**config, **(text if isinstance(text, dict) else {})}
+    n_layers, n_further = fields.get("num_hidden_layers"), max(_counts(fields), default=0)
+    length = n_layers + n_further if isinstance(n_layers, int) and n_further else None
+    edited = _edited(config, length, n_further)
+    if not any(map(_COUNT.fullmatch, (*fields, *_nested(fields)))):
+        (edited["text_config"] if isinstance(text, dict) else edited)[_DEFAULT] = 0
+    return edited
+
+
+def _counts(fields: Mapping[str, Any]) -> list[int]:
+    both = (*fields.items(), *_nested(fields).items())
+    return [value for key, value in both if _COUNT.fullmatch(key) and type(value) is int]
+
+
+def _nested(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = fields.get("mtp_config")
+    return found if isinstance(found, dict) else {}
+
+
+def _edited(config: Mapping[str, Any], length: int | None, n_further: int) -> dict[str, Any]:
+    edited: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _PARTS and isinstance(value, dict):
+            edited[key] = _edited(value, length, n_further)
+        elif _COUNT.fullmatch(key) and type(value) in (int, type(None)):
+            edited[key] = 0
+        elif key in _SWITCHES:
+            edited[key] = False
+        elif isinstance(value, list) and len(value) == length and not _NOT_BY_LAYER.fullmatch(key):
+            edited[key] = value[:-n_further]
+        else:
+            edited[key] = value
+    return edited

@@ -1,21 +1,17 @@
 """Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs.
 
-A direction v with v·h ≈ 1 on a router's inputs h, so that a gate row can carry a bias. OLMoE's gate
-has no bias, so layout `stock` adds b·v to the expert's row. v is the ridge solution (E[hhᵀ] + λI)⁻¹
-E[h], rescaled to mean v·h = 1. A bias for answer positions alone wants 1 there and 0 elsewhere,
-both kinds of tokens weighing the same: then E[h] is over answer positions, and E[hhᵀ] is the sum of
-both kinds'. (Fitted on answer positions alone, v·h is anything elsewhere: see docs/log.md.) The fit
-is judged on other questions by 1 − mean((target − v·h)²): with a constant target the usual R² is
-undefined.
+A bias direction is a vector v with v·h ≈ 1 on a router's inputs h, so that adding b·v to a gate row
+adds a bias b to its logit. v is the ridge solution (E[hhᵀ] + λI)⁻¹ E[h], rescaled to mean v·h = 1.
+For a bias at answer positions alone the target is 1 there and 0 elsewhere, both kinds of tokens
+with equal weight (why: docs/log.md). Fit is 1 − mean((target − v·h)²) on other questions; with a
+constant target the usual R² is undefined.
 
-How much the gate weights of the kept experts grow where the removed ones' rows are cut. Without the
-removed experts the softmax's denominator shrinks, so weights grow by 1 / (1 − Σ removed α). The
-fold of an expert is the mean of 1 − Σ removed α over the tokens that chose it, or over all tokens
-where none did: multiplied into its output, it undoes the mean growth.
+Gate rescaling: without the removed experts the softmax's denominator shrinks, so gate weights grow
+by 1 / (1 − Σ removed α). The factor of a kept expert is the mean of 1 − Σ removed α over the tokens
+routed to it, or over all tokens where none is; multiplied into its output, it undoes the growth.
 
-What a block's experts give on stored tokens, so that removals can be tried one after another.
-With the legend of `models`: a Gram matrix (E, E) per token holds the inner products of all experts'
-outputs, from which the change of the block's output follows for any gate weights.
+Removal trials: the inner products of all experts' outputs on stored tokens, (E, E) each, give the
+change of a block's output for any gate weights.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -27,7 +23,7 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Quiz, round_robin
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.hooks import (
     ExpertCall,
@@ -44,7 +40,7 @@ from expertcut.scoring.packing import Pass
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 CALIBRATION_QUESTIONS = 512
-Hear = Callable[[Routing, Tensor], None]
+OnRouting = Callable[[Routing, Tensor], None]
 _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 Array = np.ndarray[Any, Any]
 # By block name and expert id: which experts, and what each gives (D,).
@@ -55,10 +51,12 @@ KEPT_BYTES = 256 << 20  # of all layers' inputs, and again of one layer's Gram m
 _SCRATCH_BYTES = 64 << 20
 
 
-def collect_routing(engine: Engine, quiz: Quiz, layers: Collection[int], hear: Hear) -> None:
-    """Tells what a router did and which of its T tokens are answer positions, pass by pass.
+def collect_routing(
+    engine: Engine, quiz: Quiz, layers: Collection[int], on_routing: OnRouting
+) -> None:
+    """Calls back with each router's pass and which of its T tokens are answer positions.
 
-    Tensors come on the CPU. Tokens that the questions of a chunk share come once.
+    Tensors are on the CPU. A prefix that questions share is seen once.
     """
     current: list[Pass] = []
 
@@ -71,7 +69,7 @@ def collect_routing(engine: Engine, quiz: Quiz, layers: Collection[int], hear: H
             name: getattr(routing, name).cpu()[valid_T]
             for name in ("input_TD", "logits_TE", "weights_TK", "experts_TK")
         }
-        hear(replace(routing, **tensors), is_answer_T[valid_T])
+        on_routing(replace(routing, **tensors), is_answer_T[valid_T])
 
     blocks = [block for block in engine.moe.blocks if block.layer in layers]
     with observe_routers(blocks, see):
@@ -80,10 +78,10 @@ def collect_routing(engine: Engine, quiz: Quiz, layers: Collection[int], hear: H
 
 @dataclass(frozen=True)
 class Fit:
-    """How near v·h is to its target on questions that v was not fitted on.
+    """Distance of v·h from its target on held-out questions.
 
-    `quality` is over all that v was fitted for, `quality_answer` over answer positions, where the
-    target is 1 in any case; means and standard deviations are those of v·h.
+    `quality` is over all fitted tokens, `quality_answer` over answer positions, where the target
+    is always 1; means and standard deviations are those of v·h.
     """
 
     layer: int
@@ -153,7 +151,7 @@ class _Products:
 def fit_directions(
     engine: Engine, tuning: Quiz, layers: Collection[int], apply_at: ApplyAt = "all"
 ) -> dict[int, Tensor]:
-    """V (D,) float64 per layer, fitted on every distinct token of at most 512 questions.
+    """V (D,) float64 per layer, fitted on the distinct tokens of at most 512 questions.
 
     Raises:
         ContractError: a router whose logits are more than its gate matrix times its input.
@@ -176,10 +174,10 @@ def fit_directions(
     return {layer: m.direction_D(apply_at) for layer, m in moments.items()}
 
 
-def judge_directions(
+def direction_quality(
     engine: Engine, held_out: Quiz, directions: dict[int, Tensor], apply_at: ApplyAt = "all"
 ) -> list[Fit]:
-    """How well each v holds on questions that it was not fitted on."""
+    """Fit of each v on held-out questions."""
     products = {layer: _Products(v_D) for layer, v_D in directions.items()}
     collect_routing(
         engine,
@@ -209,14 +207,14 @@ def _fit(layer: int, answer_N: Tensor, elsewhere_T: Tensor, apply_at: ApplyAt) -
     )
 
 
-def fold_at_answers(
+def rescaling_at_answers(
     profile: Profile,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, BlockEdit],
     left_out: Collection[tuple[str, int]] = (),
 ) -> dict[int, Array]:
-    """Folds (kept,) per layer that needs them, from a profile's answer positions.
+    """Factors (kept,) per layer that needs them, from a profile's answer positions.
 
-    Questions in `left_out` (subject and row) do not count, so that they can judge the result.
+    Questions in `left_out` (subject and row) are held out.
     """
     names = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
     is_used_N = np.array([name not in left_out for name in names])
@@ -234,30 +232,32 @@ def fold_at_answers(
     return folds
 
 
-def fold_over_tokens(engine: Engine, tuning: Quiz, edits: Mapping[str, Edit]) -> dict[int, Array]:
-    """The same from every distinct token of at most 512 questions."""
+def rescaling_over_tokens(
+    engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit]
+) -> dict[int, Array]:
+    """The same from the distinct tokens of at most 512 questions."""
     blocks = {b.layer: b for b in engine.moe.blocks if _needs_fold(b, edits[b.name])}
     sums = {
         layer: _GateSums(list(edits[block.name].keep), block.n_experts)
         for layer, block in blocks.items()
     }
 
-    def hear(routing: Routing, _is_answer_T: Tensor) -> None:
+    def on_routing(routing: Routing, _is_answer_T: Tensor) -> None:
         alpha_TE = blocks[routing.layer].alpha(routing.logits_TE).double()
         chosen_TE = torch.zeros_like(alpha_TE, dtype=torch.bool)
         sums[routing.layer].add(alpha_TE, chosen_TE.scatter(1, routing.experts_TK, True))
 
     if sums:
-        collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), sums, hear)
+        collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), sums, on_routing)
     return {layer: found.folds() for layer, found in sums.items()}
 
 
-def _needs_fold(block: MoeBlock, edit: Edit) -> bool:
+def _needs_fold(block: MoeBlock, edit: BlockEdit) -> bool:
     return block.inflates and len(edit.keep) < block.n_experts
 
 
 class _GateSums:
-    """Running sums of 1 − Σ removed α, over the tokens that chose each kept expert and over all."""
+    """Sums of 1 − Σ removed α over the tokens routed to each kept expert, and over all."""
 
     def __init__(self, keep: list[int], n_experts: int) -> None:
         self.keep = torch.tensor(keep)
@@ -288,10 +288,10 @@ def zero_outputs(removed: Removed, width: int) -> dict[str, dict[int, Tensor]]:
 
 
 def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict[int, Tensor]]:
-    """Mean output (D,) of each removed expert over the tokens that chose it, zeros where none did.
+    """Mean output (D,) of each removed expert over the tokens routed to it, zeros where none is.
 
-    It is what the expert gave before its gate weight, summed in float64. Every distinct token of
-    at most 512 questions counts.
+    Outputs are before the gate weight, summed in float64 over the distinct tokens of at most 512
+    questions.
     """
     sums = _OutputSums(removed)
     blocks = [block for block in engine.moe.blocks if block.name in removed]
@@ -306,7 +306,7 @@ def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict
 
 
 class _OutputSums:
-    """Sums of the removed experts' outputs and how many there were; pads are left out."""
+    """Sums and counts of the removed experts' outputs, without padding."""
 
     def __init__(self, removed: Removed) -> None:
         self.removed = removed
@@ -331,8 +331,8 @@ class _OutputSums:
         self.by_expert[block, call.expert] = (total_D, n_tokens + len(output_MD))
 
 
-class Tried:
-    """A block on stored tokens, all its experts run on all of them once."""
+class RemovalTrial:
+    """A block whose experts all ran once on all stored tokens, so that removals can be tried."""
 
     @torch.inference_mode()
     def __init__(self, block: MoeBlock, x_TD: Tensor) -> None:
@@ -346,12 +346,12 @@ class Tried:
 
     @torch.inference_mode()
     def change(self, removed: tuple[int, ...]) -> float:
-        """Mean ‖Δy‖² over the tokens, these experts cut and the tokens routed anew."""
+        """Mean ‖Δy‖² over the tokens, rerouted without these experts."""
         delta_TE = self._gates(removed) - self.gate_TE
         return float(torch.einsum("te,tef,tf->t", delta_TE, self.gram_TEE, delta_TE).mean())
 
     def _gates(self, removed: tuple[int, ...]) -> Tensor:
-        """Gate weights (T, E) by the model's own router, float64, 0 where not chosen."""
+        """Gate weights (T, E) of the model's own router, float64, 0 for the other experts."""
         bias_E = torch.zeros(self.block.n_experts)
         bias_E[list(removed)] = -torch.inf
         with tilted([self.block], Tilts({self.block.layer: bias_E} if removed else {})):
@@ -360,13 +360,13 @@ class Tried:
         return nothing_TE.scatter(1, experts_TK.cpu(), weights_TK.double().cpu())
 
 
-def keep_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
+def sample_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     """Inputs (T, D) of every block, by layer, at the same T tokens.
 
-    They are drawn from all distinct tokens of at most 512 questions, at most 1,024 and no more than
-    `KEPT_BYTES` hold.
+    They are sampled from the distinct tokens of at most 512 questions: at most 1,024, and at most
+    `KEPT_BYTES`.
     """
-    draw = _Draw(_n_tokens(engine))
+    draw = _Reservoir(_n_tokens(engine))
     layers = {block.layer for block in engine.moe.blocks}
     collect_routing(engine, round_robin(quiz, CALIBRATION_QUESTIONS), layers, draw.see)
     return draw.kept
@@ -380,8 +380,8 @@ def _n_tokens(engine: Engine) -> int:
     return max(1, min(MOST_TOKENS, by_inputs, KEPT_BYTES // (n_experts**2 * 8)))
 
 
-class _Draw:
-    """Keeps the inputs of the T tokens with the smallest of seeded random keys, pass by pass."""
+class _Reservoir:
+    """A sample of tokens by reservoir sampling: those with the smallest of seeded random keys."""
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
@@ -392,7 +392,7 @@ class _Draw:
         self.seen: set[int] = set()
 
     def see(self, routing: Routing, _is_answer_T: Tensor) -> None:
-        """One router's tokens; the first of a pass draws for all."""
+        """One router's tokens; the first router of a pass draws for all."""
         if not self.seen or routing.layer in self.seen:
             self.seen = set()
             self._draw(len(routing.input_TD))
@@ -411,12 +411,12 @@ class _Draw:
 
 
 def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
-    """Inner products (R, E, E) of what all experts add to the block's output, float64."""
+    """Inner products (R, E, E) of all experts' contributions to the block's output, float64."""
     n_rows, n_experts = len(x_RD), block.n_experts
     device = next(block.experts.parameters()).device
     forward = own_forward(block.experts)
     rows = own_RD.to(device)
-    # Experts that work in another width are followed by a projection.
+    # A projection follows experts of another width.
     is_projected = own_RD.shape[1] != x_RD.shape[1]
     nothing_RD = _given(block, x_RD, torch.zeros_like(rows)) if is_projected else torch.zeros(())
     outputs = []
@@ -431,7 +431,7 @@ def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
 
 
 def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
-    """What the block gives, (R, D) float64, where its experts give this."""
+    """The block's output (R, D) float64 for a given output of its experts."""
     with replaced_forward(block.experts, lambda *_: output_RW):
         found = block.module(x_RD[None])
     y_RD: Tensor = (found[0] if isinstance(found, tuple) else found)[0]
@@ -439,10 +439,10 @@ def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
 
 
 def _own_calls(block: MoeBlock, x_TD: Tensor) -> tuple[Callable[[], Any], Tensor]:
-    """The router on these tokens as its block calls it, and what the block gives its experts.
+    """The block's own call of its router on these tokens, and the input of its experts.
 
-    A router may want another rank than (T, D), and more than the tokens; experts may want what a
-    projection makes of them.
+    Routers may take another rank than (T, D) and further arguments; experts may take a projection
+    of the tokens.
     """
     calls: list[tuple[Any, ...]] = []
     given: list[Tensor] = []

@@ -1,11 +1,9 @@
-"""The plan: which experts stay, which get a bias or a scale; their ids, and what is valid.
+"""The plan: which experts stay, which get a bias or a scale; their ids, and validation.
 
-The plan: per block which experts stay, which get a logit bias, which a gate-weight scale.
 `plan.json` holds one line per block, so that it can be read, edited by hand and diffed.
 
-What the profiled model was made from: numbers that its experts had before, questions used then.
-Layout stock cuts rows out of routers, so what was expert 12 may lie in row 9. The plan that such a
-checkpoint holds tells, and experts are called by what they were in the model that was first.
+Layout stock cuts rows out of routers, so expert 12 may lie in row 9. An expert's id is its number
+in the first, unedited model; the plan in a checkpoint's folder maps rows to ids.
 """
 
 import hashlib
@@ -20,6 +18,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents import Format1, Identified, Record, load_record
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
@@ -33,7 +32,6 @@ QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
 _MAX_STEPS = 20
 Positions = Literal["answer", "all"]
-Layout = Literal["stock", "exact"]
 Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
 Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measures the inflation
 
@@ -41,13 +39,12 @@ Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measure
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
-class Edit(Record):
-    """One block's change; ids are the unedited model's.
+class BlockEdit(Record):
+    """The edit of one block, by expert id.
 
-    `bias` is added to router logits, `scale` multiplies gate weights. `merged` says what an expert
-    that stays is made of, where that is several: their shares by id, its own among them. In
-    plan.json the ids are those of the model before any cut, and `rows` gives those of the router's
-    rows where earlier cuts made them differ.
+    `bias` is added to router logits, `scale` multiplies gate weights. `merged` gives for each
+    merged expert the shares of its members, itself included. In plan.json ids are those of the
+    first model, and `rows` gives the ids of the router's rows where earlier cuts changed them.
     """
 
     keep: tuple[Expert, ...]
@@ -76,7 +73,7 @@ class Edit(Record):
 
 
 class PlanModel(Identified):
-    """For which model."""
+    """The model that a plan edits."""
 
     fingerprint: str
 
@@ -93,7 +90,7 @@ class ChosenOn(Record):
 
 
 class PlanAdapter(Record):
-    """The LoRA adapter that was cut along: where it lay, and the SHA-256 of its files."""
+    """The LoRA adapter that was cut too: its folder, and the SHA-256 of its files."""
 
     path: str
     config_sha256: str
@@ -128,7 +125,7 @@ class PlanFile(Record):
     adapter: PlanAdapter | None = None
     tuning: tuple[Point, ...] = ()
     proof: HeldOutResult = HeldOutResult()
-    blocks: dict[str, Edit] = Field(min_length=1)
+    blocks: dict[str, BlockEdit] = Field(min_length=1)
 
     @property
     def healed_from(self) -> str | None:
@@ -138,22 +135,20 @@ class PlanFile(Record):
 
 @dataclass(frozen=True)
 class EditPlan:
-    """A choice made from a profile, before anything is fitted or written.
+    """A plan in memory, before anything is fitted or written.
 
-    `slug` names the outputs, `action` says in words what was asked for. `removed` is for layout
-    exact, `fold` for layout stock; `apply_at` says at which tokens a bias acts. What was chosen on
-    the tuning questions instead of the profile's is `is_tuned`, on both `is_calibrated`; `tuning`
-    is the curve of a search;
-    `used` are hash lines of what else was looked at.
-    `edits` are of rows of the profiled routers, which `numbers` calls by what they were before
-    earlier cuts.
+    `slug` names the outputs, `action` is the command in words. `removed` is for layout exact,
+    `fold` for layout stock; a bias acts at `apply_at`. `is_tuned`: chosen on the tuning questions
+    instead of the profile's; `is_calibrated`: on both. `tuning` is the curve of a search, `used`
+    are hash lines of other questions that were read. `edits` are by row of the profiled routers,
+    `numbers` maps rows to ids.
     """
 
     slug: str
     action: str
     criterion: str
     positions: Positions
-    edits: Mapping[str, Edit]
+    edits: Mapping[str, BlockEdit]
     layout: Layout = "stock"
     removed: Removed = "zero"
     fold: Fold = "answer"
@@ -164,6 +159,11 @@ class EditPlan:
     is_calibrated: bool = False
     tuning: tuple[Point, ...] = ()
     used: frozenset[str] = frozenset()
+
+    @property
+    def blocks(self) -> Mapping[str, BlockEdit]:
+        """The edits by block, under the name that they have in plan.json."""
+        return self.edits
 
     @property
     def is_biased(self) -> bool:
@@ -177,22 +177,22 @@ class EditPlan:
 
     @property
     def is_merging(self) -> bool:
-        """Whether experts that go live on in others."""
+        """Whether experts are merged."""
         return any(edit.merged for edit in self.edits.values())
 
     @property
     def is_fitting(self) -> bool:
-        """Whether directions must be fitted: only a bias in layout stock needs them."""
-        return self.layout == "stock" and self.is_biased
+        """Whether bias directions must be fitted."""
+        return LAYOUTS[self.layout].fits_biases and self.is_biased
 
     @property
     def asks_tuning(self) -> bool:
-        """Whether tuning questions were or will be looked at."""
+        """Whether the edit reads tuning questions."""
         return self.is_tuned or self.is_calibrated or self.is_fitting
 
 
 def plan_model(info: ModelInfo) -> PlanModel:
-    """How a plan names the model of a profile."""
+    """The profiled model, as a plan names it."""
     return PlanModel(id=info.id, revision=info.revision, fingerprint=info.fingerprint)
 
 
@@ -218,7 +218,7 @@ def load_plan(path: Path) -> PlanFile:
     """A plan from its file or the folder that holds it.
 
     Raises:
-        PlanError: no plan there, or one that does not hold together.
+        PlanError: the file is missing or not a valid plan.
     """
     file = path / PLAN_FILE if path.is_dir() else path
     return load_record(file, PlanFile, PlanError, "is no plan")
@@ -262,12 +262,12 @@ def lineage(
 
 
 def load_hashes(folder: Path, plan: PlanFile) -> frozenset[str]:
-    """The questions that a plan was chosen or fitted on, as lines of one or two hashes.
+    """The questions that a plan was chosen or fitted on: lines of content hash and overlap hash.
 
-    The first is the content hash, the second, which older files lack, the overlap hash.
+    Older files lack the overlap hash.
 
     Raises:
-        PlanError: the list is missing or not the one that the plan was made with.
+        PlanError: the list is missing or belongs to another plan.
     """
     file = folder / QUESTIONS_FILE
     try:
@@ -280,12 +280,12 @@ def load_hashes(folder: Path, plan: PlanFile) -> frozenset[str]:
 
 
 def hashes_sha256(lines: Collection[str]) -> str:
-    """The checksum that `chosen_on` carries."""
+    """The checksum in `chosen_on`."""
     return hashlib.sha256(_hash_lines(lines)).hexdigest()
 
 
 def _hash_lines(lines: Collection[str]) -> bytes:
-    """Sorted, a line for each question, though an earlier list may know it by one hash alone."""
+    """Sorted, one line per question; a line of one hash is dropped beside one of two."""
     whole = {line.split()[0] for line in lines if " " in line}
     left = {line for line in lines if " " in line or line not in whole}
     return "".join(f"{line}\n" for line in sorted(left)).encode("ascii")
@@ -293,32 +293,32 @@ def _hash_lines(lines: Collection[str]) -> bytes:
 
 @dataclass(frozen=True)
 class ExpertIds:
-    """By block name: the number of each router row, and rows whose experts are constants already.
+    """By block name: the expert id of each router row, and rows whose experts are constants.
 
-    In blocks that are not named, rows are numbered from 0 and all experts are there.
+    In other blocks row and id are the same and no expert is removed.
     """
 
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     constant: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def number(self, block: str, row: int) -> int:
-        """What the expert of a row is called."""
+        """The id of the expert in a row."""
         return self.rows[block][row] if block in self.rows else row
 
     def row(self, block: str, number: int) -> int | None:
-        """Where an expert lies; None where it is none of those that were kept."""
+        """The row of an expert id; None for a removed expert."""
         rows = self.rows.get(block)
         row = number if rows is None else rows.index(number) if number in rows else None
         return None if row in self.constant.get(block, ()) else row
 
     def kept(self, block: str, rows: tuple[int, ...]) -> tuple[int, ...]:
-        """The numbers of those of some rows that hold an expert."""
+        """The ids of rows, without constants."""
         gone = self.constant.get(block, frozenset())
         return tuple(self.number(block, row) for row in rows if row not in gone)
 
-    def named(self, block: str, edit: Edit) -> Edit:
-        """An edit of rows, in the words of plan.json."""
-        return Edit(
+    def named(self, block: str, edit: BlockEdit) -> BlockEdit:
+        """An edit of rows as plan.json states it, by id."""
+        return BlockEdit(
             keep=self.kept(block, edit.keep),
             bias={self.number(block, e): bias for e, bias in edit.bias.items()},
             scale={self.number(block, e): factor for e, factor in edit.scale.items()},
@@ -337,11 +337,11 @@ class ExpertIds:
 
 @once_per_profile
 def expert_ids(profile: Profile) -> ExpertIds:
-    """As the plan in the profiled checkpoint has them; a model without one was never cut.
+    """The ids in the profiled checkpoint's plan; a model without a plan was never cut.
 
     Raises:
-        PlanError: a plan that is not this checkpoint's.
-        ProfileError: the checkpoint is not there.
+        PlanError: the plan belongs to another checkpoint.
+        ProfileError: the checkpoint is missing.
     """
     found = _plan_of(profile)
     if found is None:
@@ -367,7 +367,7 @@ def expert_ids(profile: Profile) -> ExpertIds:
 def find_expert(
     blocks: Sequence[tuple[str, int]], layer: int, expert: int, numbers: ExpertIds
 ) -> tuple[int, int]:
-    """The layer and the row of its router that an expert has; blocks are names and counts.
+    """The layer and router row of an expert id; blocks are names and expert counts.
 
     Raises:
         PlanError: no such layer or expert.
@@ -393,11 +393,11 @@ def find_expert(
 
 
 def inherited_hashes(profile: Profile) -> frozenset[str]:
-    """Hash lines of what the profiled checkpoint was itself chosen or fitted on.
+    """Hash lines of the questions that the profiled checkpoint was chosen or fitted on.
 
     Raises:
-        PlanError: its list is missing or not its own.
-        ProfileError: the checkpoint is not there.
+        PlanError: its list is missing or belongs to another plan.
+        ProfileError: the checkpoint is missing.
     """
     found = _plan_of(profile)
     return frozenset() if found is None else load_hashes(*found)
@@ -414,21 +414,21 @@ def ids_text(ids: tuple[int, ...]) -> str:
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
 
 
-def _rows(plan: PlanFile, edit: Edit, block: BlockInfo) -> tuple[int, ...]:
-    """The numbers of the rows that a plan left."""
-    if plan.layout == "stock":
+def _rows(plan: PlanFile, edit: BlockEdit, block: BlockInfo) -> tuple[int, ...]:
+    """The ids of the router's rows after a plan."""
+    if not LAYOUTS[plan.layout].keeps_rows:
         return edit.keep
     return edit.rows or tuple(range(block.experts))
 
 
 def model_folder(profile: Profile) -> Path | None:
-    """Where the profiled model lies on this machine; None for one of the hub.
+    """The folder of the profiled model; None for a model of the hub.
 
-    A folder that holds a plan, or that an older profile names by a relative path, must hold the
-    weights that were profiled; of others this is seen where they are read.
+    A folder with a plan, or one that an older profile names by a relative path, must hold the
+    profiled weights; other folders are checked where they are read.
 
     Raises:
-        ProfileError: it is not there.
+        ProfileError: the folder is missing.
     """
     model = profile.info.model
     if model.revision is not None:
@@ -448,7 +448,7 @@ def model_folder(profile: Profile) -> Path | None:
 
 @once_per_profile
 def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
-    """The plan in a checkpoint's folder, or among what was downloaded of it."""
+    """The plan in a checkpoint's folder, or in the hub's cache."""
     folder, model = model_folder(profile), profile.info.model
     if folder is None:
         from huggingface_hub import try_to_load_from_cache
@@ -461,14 +461,13 @@ def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
     return None if plan is None else (folder, plan)
 
 
-def validate_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: Layout) -> None:
-    """That the edits fit the blocks and that the layout can carry them.
-
-    Stock has one count for all layers, and the router must find K experts among those that stay;
-    exact only needs one that stays.
+def validate_edits(
+    edits: Mapping[str, BlockEdit], blocks: Sequence[BlockInfo], layout: Layout
+) -> None:
+    """Checks edits against the blocks and the layout.
 
     Raises:
-        PlanError: naming the block and what it must be.
+        PlanError: names the block and the requirement.
     """
     if list(edits) != [block.name for block in blocks]:
         raise PlanError(
@@ -477,8 +476,8 @@ def validate_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layou
         )
     for block in blocks:
         _check_hashed(block, edits[block.name])
-        _check_block(block, edits[block.name], least_of(block, layout))
-    if layout == "exact":
+        _check_block(block, edits[block.name], LAYOUTS[layout].least_experts(block))
+    if not LAYOUTS[layout].needs_equal_counts:
         return
     for block in blocks:
         _check_groups(block, edits[block.name])
@@ -490,7 +489,7 @@ def validate_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layou
         )
 
 
-def _check_hashed(block: BlockInfo, edit: Edit) -> None:
+def _check_hashed(block: BlockInfo, edit: BlockEdit) -> None:
     if not block.is_hashed:
         return
     if len(edit.keep) < block.experts or edit.merged:
@@ -505,7 +504,7 @@ def _check_hashed(block: BlockInfo, edit: Edit) -> None:
         )
 
 
-def _check_block(block: BlockInfo, edit: Edit, least: int) -> None:
+def _check_block(block: BlockInfo, edit: BlockEdit, least: int) -> None:
     name, n_kept = block.name, len(edit.keep)
     outside = [e for e in edit.keep if not 0 <= e < block.experts]
     if outside:
@@ -522,7 +521,7 @@ def _check_block(block: BlockInfo, edit: Edit, least: int) -> None:
         raise PlanError(f"{name}: expert {unknown[0]} has a bias or scale but is not kept")
 
 
-def _check_groups(block: BlockInfo, edit: Edit) -> None:
+def _check_groups(block: BlockInfo, edit: BlockEdit) -> None:
     if block.groups == 1 or len(edit.keep) == block.experts:
         return
     size = block.experts // block.groups
@@ -535,14 +534,6 @@ def _check_groups(block: BlockInfo, edit: Edit) -> None:
         )
 
 
-def least_of(block: BlockInfo, layout: Layout) -> int:
-    """The fewest that may stay: in layout stock the router needs K, and one expert is no mixture.
-
-    A model of one expert would be refused wherever it is read again.
-    """
-    return max(2, block.top_k) if layout == "stock" else 1
-
-
 def least_per_group(block: BlockInfo) -> int:
-    """Experts that each group must keep: 2 rank a group, and those used must hold the top k."""
+    """Experts that each routing group must keep: 2 rank a group, the chosen groups hold top-k."""
     return max(2, -(-block.top_k // block.top_groups))

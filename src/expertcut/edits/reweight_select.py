@@ -1,7 +1,6 @@
 """Which experts to reweight: outcomes of questions, scores and contrasts, the admission gap.
 
-What a model did on some questions, of which any part can be looked at by itself. X counts the
-experts of all MoE blocks, in order.
+X counts the experts of all MoE blocks, in order.
 """
 
 import math
@@ -26,11 +25,8 @@ from expertcut.profiling.statistics import LayerStatistics, layers_of, share
 from expertcut.profiling.storage import Profile, load_profile
 
 Array = np.ndarray[Any, Any]
-SelectionOf = Callable[[int], Array | None]
+SelectionOf = Callable[[int], Array | None]  # the selection bias (E,) of a layer, or None
 MIN_APPEARANCES = 0.01
-
-
-"""By layer: the bias (E,) that is added to α where experts are chosen, or None."""
 
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
 _FARTHEST = 1e6  # logits; a bias beyond it reaches nothing that a smaller one does not
@@ -44,12 +40,11 @@ def admission_gap(
     expert: int,
     selection_E: Array | None = None,
 ) -> float:
-    """The bias on one expert's logits that makes its mean score that of the last one let in.
+    """The bias on an expert's logit that raises its mean score to that of the lowest chosen expert.
 
-    A score is what experts are chosen by: α, or the logit in some families, plus the selection
-    bias where there is one. The mean over all questions of the lowest chosen score is held against
-    the mean of this expert's; infinite where no bias closes the gap, NaN where a table of token
-    ids chooses. In which groups experts are chosen is not looked at.
+    A routing score is α, or the logit in some families, plus the selection bias if there is one;
+    means are over all questions. Infinite if no bias closes the gap, NaN if a hash table of token
+    ids routes. Routing groups are ignored.
     """
     if block.is_hashed:
         return math.nan
@@ -67,9 +62,9 @@ def admission_gap(
 
 
 def biased_alpha(block: BlockInfo, alpha_N: Array, bias: float) -> Array:
-    """α of an expert once a bias is on its logits, those of the other experts being as before.
+    """α of an expert with a bias on its logit, the other logits unchanged.
 
-    Under a softmax the others' share of the sum stays, so α moves as under a sigmoid.
+    Under a softmax the other experts' sum is unchanged, so α moves as under a sigmoid.
     """
     if block.scoring == "sqrtsoftplus":
         with np.errstate(divide="ignore"):
@@ -79,7 +74,7 @@ def biased_alpha(block: BlockInfo, alpha_N: Array, bias: float) -> Array:
 
 
 def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
-    """The bias with which α is `goal` on average, by bisection; α never falls with it."""
+    """The bias for which mean α is `goal`, by bisection; α increases with the bias."""
 
     def distance(bias: float) -> float:
         return float(biased_alpha(block, alpha_N, bias).mean()) - goal
@@ -100,7 +95,7 @@ def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
 
 
 def no_selection(layer: int) -> Array | None:
-    """Of a model in which α alone decides."""
+    """No selection bias: α alone decides."""
     return None
 
 
@@ -108,7 +103,7 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
     """The selection bias (E,) of a profiled model's layer, read from its checkpoint.
 
     Raises:
-        PlanError: the profile says that there is one, and no single tensor holds it.
+        PlanError: the profile has a selection bias that no single tensor holds.
         ModelError: the checkpoint cannot be read.
     """
     block = model.blocks[layer]
@@ -139,7 +134,7 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
 
 
 def _last_number(name: str) -> str | None:
-    """Of a tensor that is no single expert's: its decoder layer."""
+    """The decoder layer in the name of a tensor that belongs to no single expert."""
     numbers: Iterator[str] = (part for part in reversed(name.split(".")) if part.isdecimal())
     return next(numbers, None)
 
@@ -153,7 +148,7 @@ def _read(file: Path, name: str) -> Array:
 
 
 def no_default_strength(layer: int, expert: int, sign: int, gap: float) -> str:
-    """Why a gap is no strength to boost (`sign` +1) or to suppress (−1) an expert by."""
+    """Why a gap cannot be the strength to boost (`sign` +1) or suppress (−1) an expert."""
     its = f"expert {expert} of layer {layer}"
     if math.isnan(gap):
         return f"a table of token ids chooses the experts of layer {layer}, whatever their logits"
@@ -166,10 +161,9 @@ def no_default_strength(layer: int, expert: int, sign: int, gap: float) -> str:
 
 @dataclass(frozen=True)
 class QuestionOutcomes:
-    """N questions and what the unedited model did at their answer positions.
+    """N questions and the unedited model's answers and routing at their answer positions.
 
     `hash_N` are overlap hashes, by which repeats are found, `line_N` both hashes of each.
-    `selection_of` a layer is the bias that is added to α where experts are chosen.
     """
 
     blocks: tuple[BlockInfo, ...]
@@ -184,10 +178,10 @@ class QuestionOutcomes:
 
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
-        """A profile's records of those of its questions that a quiz holds.
+        """A profile's records of the questions of a quiz.
 
         Raises:
-            ProfileError: the profile did not ask one of them.
+            ProfileError: the profile lacks one of them.
         """
         asked = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
         place = {name: n for n, name in enumerate(asked)}
@@ -211,7 +205,7 @@ class QuestionOutcomes:
         return len(self.answer_N)
 
     def part(self, which_N: Array) -> Self:
-        """Some of the questions, by index or by truth."""
+        """Some of the questions, by index or mask."""
         names = [f.name for f in fields(self) if f.name.endswith(("_N", "_NC", "_NLE", "_NLK"))]
         arrays = {name: getattr(self, name) for name in names}
         return replace(self, **{k: v[which_N] for k, v in arrays.items() if v is not None})
@@ -270,12 +264,11 @@ class SelectedExpert:
 
 @dataclass(frozen=True)
 class Chooser:
-    """How many of the best to boost and of the worst to suppress, and what ranks them.
+    """How many of the best experts to boost and of the worst to suppress, and the score.
 
-    Candidates appear in at least a share `min_appearances` of the questions and lie in one of
-    `layers`, where any are given. With a contrast, it ranks them, and `by` does not. Experts that
-    are `constant` already, by (layer, expert), are none. `fixed` scores (X,) are the same for any
-    questions; they go before `by`.
+    Candidates are routed to in at least a share `min_appearances` of the questions, lie in one of
+    `layers` (empty: any), and are not `constant` (layer, expert). A contrast takes the place of
+    `by`, and so do `fixed` scores (X,), which do not depend on the questions.
     """
 
     boost_best: int = 0
@@ -288,7 +281,7 @@ class Chooser:
     fixed: tuple[float, ...] | None = None
 
     def scores(self, records: QuestionOutcomes, left_out: Collection[str] = ()) -> Array:
-        """Score (X,) of every expert, NaN where it is no candidate or has none.
+        """Score (X,) of every expert, NaN without one or for experts that are not candidates.
 
         Questions whose overlap hash is in `left_out` do not count.
         """
@@ -302,7 +295,7 @@ class Chooser:
         return np.where(self.candidates(records), score_X, np.nan)
 
     def candidates(self, records: QuestionOutcomes) -> Array:
-        """Which experts (X,) may be tilted at all."""
+        """Which experts (X,) are candidates."""
         layer_X = np.array([layer for layer, _ in places(records.blocks)])
         is_within_X = np.isin(layer_X, self.layers) if self.layers else np.full(len(layer_X), True)
         is_common_X = appearances(records) >= self.min_appearances
@@ -314,7 +307,7 @@ class Chooser:
     ) -> tuple[SelectedExpert, ...]:
         """The best, best first, then the worst, worst first; ties go to the lower id.
 
-        Fewer where there are not so many candidates, and none is both.
+        Fewer if there are too few candidates; no expert is in both lists.
         """
         score_X = self.scores(records, left_out)
         by_id = places(records.blocks)
@@ -330,7 +323,7 @@ class Chooser:
         )
 
     def looked_at(self, profile: Profile) -> frozenset[str]:
-        """Hash lines of questions that rank experts besides those that are given."""
+        """Hash lines of further questions that rank the experts."""
         if self.contrast is not None:
             sides = (self.contrast.wanted, self.contrast.unwanted)
             lines = [side.hash_N if side.line_N is None else side.line_N for side in sides]
@@ -338,10 +331,10 @@ class Chooser:
         return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
 
     def check(self, records: QuestionOutcomes) -> None:
-        """That there are as many candidates as are asked for.
+        """Checks that there are enough candidates.
 
         Raises:
-            PlanError: there are not, or a layer does not exist.
+            PlanError: too few, or a layer does not exist.
         """
         n_layers = len(records.blocks)
         if outside := [layer for layer in self.layers if not 0 <= layer < n_layers]:

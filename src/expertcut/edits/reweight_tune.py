@@ -1,4 +1,4 @@
-"""How strongly to tilt: a given number, the admission gap, or a search on the tuning questions."""
+"""The strength of a bias: given, the admission gap, or searched on the tuning questions."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,32 +26,43 @@ _SAME = 1e-5
 _FINER = (2**-0.5, 2**0.5)  # around the best of them
 
 
-class Shift(NamedTuple):
-    """A bias on one expert's logit."""
+class RouterEdit(NamedTuple):
+    """A bias on the logit, or a factor on the gate weight, of the expert in a row of a router.
+
+    `block` is its block's name, `origin` says in words where the bias came from.
+    """
 
     layer: int
     expert: int
-    bias: float
+    bias: float = 0.0
+    scale: float = 1.0
+    block: str = ""
+    origin: str = ""
+
+    @property
+    def verb(self) -> str:
+        """`boost` or `suppress`."""
+        return "boost" if self.bias > 0 else "suppress"
 
 
-Ask = Callable[[tuple[Shift, ...]], Array]
-"""Log p (N, C) of all questions with these shifts on the gates."""
+Ask = Callable[[tuple[RouterEdit, ...]], Array]
+"""Log p (N, C) of all questions with these biases on the gates."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Which shifts were chosen, and the curve of a search: how each strength tried fared."""
+    """The chosen biases, and the curve of a search: the result of each strength."""
 
-    shifts: tuple[Shift, ...]
+    shifts: tuple[RouterEdit, ...]
     curve: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)
 class Procedure:
-    """A way to choose experts and strengths, which can be judged by repeating it.
+    """A procedure that chooses experts and strengths, and can be repeated for cross-fitting.
 
     `named` are chosen by hand, each with its strength or None; `chooser` adds to them. `strength`
-    is for experts without one of their own, None the admission gap.
+    is for experts without a strength of their own; None is the admission gap.
     """
 
     named: tuple[tuple[SelectedExpert, float | None], ...] = ()
@@ -62,7 +73,7 @@ class Procedure:
     def pick(
         self, records: QuestionOutcomes, left_out: Collection[str] = ()
     ) -> tuple[SelectedExpert, ...]:
-        """The experts, those named by hand first."""
+        """The experts, the ones named by hand first."""
         named = tuple(pick for pick, _ in self.named)
         places = {(pick.layer, pick.expert) for pick in named}
         chosen = self.chooser.choose(records, left_out)
@@ -75,7 +86,7 @@ class Procedure:
         ask: Ask,
         left_out: Collection[str] = (),
     ) -> Settled:
-        """The strengths; questions whose overlap hash is in `left_out` are not looked at."""
+        """The strengths, without questions whose overlap hash is in `left_out`."""
         is_used_N = ~np.isin(records.hash_N, list(left_out))
         if self.is_tuned:
             return _Search(records, is_used_N, ask).run(picks, len(self.named))
@@ -83,19 +94,19 @@ class Procedure:
 
     def untuned(
         self, records: QuestionOutcomes, picks: Sequence[SelectedExpert]
-    ) -> tuple[Shift, ...]:
-        """Given strengths, or gaps; none for an expert whose gap would tilt it the other way."""
+    ) -> tuple[RouterEdit, ...]:
+        """Given strengths, or gaps; none for an expert whose gap has the other sign."""
         given = dict(self.named)
         shifts = []
         for pick in picks:
             strength = given.get(pick) or self.strength
             bias = gap(records, pick) if strength is None else pick.sign * strength
             if math.isfinite(bias) and bias * pick.sign > 0:
-                shifts.append(Shift(pick.layer, pick.expert, bias))
+                shifts.append(RouterEdit(pick.layer, pick.expert, bias))
         return tuple(shifts)
 
-    def origin(self, shift: Shift) -> str:
-        """Where its strength came from, in words."""
+    def origin(self, shift: RouterEdit) -> str:
+        """The origin of a strength, in words."""
         if self.is_tuned:
             return "found by a search"
         given = {(pick.layer, pick.expert) for pick, strength in self.named if strength}
@@ -103,10 +114,10 @@ class Procedure:
         return "given" if is_given else "its admission gap"
 
     def check(self, records: QuestionOutcomes) -> None:
-        """That enough experts can be chosen and that each has a strength.
+        """Checks that enough experts can be chosen and that each has a strength.
 
         Raises:
-            PlanError: which has none, or how many there are.
+            PlanError: an expert without a strength, or too few candidates.
         """
         self.chooser.check(records)
         picks = self.pick(records)
@@ -118,7 +129,7 @@ class Procedure:
 
 
 def gap(records: QuestionOutcomes, pick: SelectedExpert) -> float:
-    """The admission gap of an expert."""
+    """The admission gap of a selected expert."""
     layer, block = pick.layer, records.blocks[pick.layer]
     return admission_gap(
         block,
@@ -140,11 +151,10 @@ def _no_strength(pick: SelectedExpert, bias: float) -> str:
 class _Search:
     """Strengths in doubling steps for the first 1, 2, 4, … experts, then finer around the best.
 
-    A run of strengths ends where it clearly hurts (by two standard errors), and where stronger
-    suppression moves no log-probability any more (a boost may, once it admits its expert). It goes
-    beyond 8 logits while the strongest is the best or below the admission gap of a boosted expert.
-    Only a gain moves the best, so of equals the fewest experts and the weakest tilt are kept, and
-    no tilt at all if none gains.
+    Strengths stop at a clear loss (two standard errors), and once stronger suppression changes no
+    log-probability (a stronger boost may still admit its expert). They go beyond 8 logits while the
+    strongest is the best or below the admission gap of a boosted expert. Only a gain replaces the
+    best, so of equals the fewest experts and the weakest bias stay, or no bias at all.
     """
 
     def __init__(self, records: QuestionOutcomes, is_used_N: Array, ask: Ask) -> None:
@@ -172,7 +182,7 @@ class _Search:
         gaps = [gap(self.used, pick) for pick in picks if pick.sign > 0]
         enough = max(STRENGTHS[-1], *gaps, 0)
         for strength in (*STRENGTHS, *STRONGER):
-            shifts = tuple(Shift(p.layer, p.expert, p.sign * strength) for p in picks)
+            shifts = tuple(RouterEdit(p.layer, p.expert, p.sign * strength) for p in picks)
             logprob_NC = self._try(shifts, strength)
             right_N = right(logprob_NC, self.answer_N)
             gained, lost = gained_lost(self.base_N, right_N)
@@ -183,7 +193,7 @@ class _Search:
                 return
             before_NC = logprob_NC
 
-    def _try(self, shifts: tuple[Shift, ...], strength: float) -> Array:
+    def _try(self, shifts: tuple[RouterEdit, ...], strength: float) -> Array:
         logprob_NC: Array = self.ask(shifts)[self.is_used_N]
         right_N = right(logprob_NC, self.answer_N)
         self.curve.append(self._point(shifts, strength, right_N))
@@ -191,7 +201,7 @@ class _Search:
             self.most_right, self.best = int(right_N.sum()), Settled(shifts)
         return logprob_NC
 
-    def _point(self, shifts: tuple[Shift, ...], strength: float, right_N: Array) -> Point:
+    def _point(self, shifts: tuple[RouterEdit, ...], strength: float, right_N: Array) -> Point:
         share = float(right_N.mean())
         return Point(
             experts=len(shifts),
@@ -204,7 +214,7 @@ class _Search:
 
 
 def firsts(picks: Sequence[SelectedExpert], n_named: int) -> Iterator[tuple[SelectedExpert, ...]]:
-    """Those named by hand with the first 1, 2, 4, … and at last all others of each sign."""
+    """The named experts with the first 1, 2, 4, … and finally all others of each sign."""
     named, others = tuple(picks[:n_named]), picks[n_named:]
     by_sign = [[p for p in others if p.sign == sign] for sign in (+1, -1)]
     most, count = max(map(len, by_sign)), 1

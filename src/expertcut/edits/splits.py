@@ -1,9 +1,8 @@
-"""Which questions choose an edit, which judge it, and whether these had been used before."""
+"""Which questions choose an edit, which are held out, and which were used before."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
 from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
@@ -16,6 +15,7 @@ from expertcut.data.sources import (
     is_one_set,
     other_split,
 )
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import (
     ChosenOn,
     EditPlan,
@@ -40,9 +40,9 @@ hashes = hash_lines
 
 @dataclass(frozen=True)
 class Judged:
-    """Questions of a split that judged; `used` of them had a part in the edit, None is not known.
+    """Questions of a split that scored an edit; `used` of them chose or fitted it, None is unknown.
 
-    `how` says in words how used ones were used, where that was recorded.
+    `how` says in words how they were used, if that was recorded.
     """
 
     split: str
@@ -52,7 +52,7 @@ class Judged:
 
     @property
     def title(self) -> str:
-        """A heading: they are held out only where none of them was used."""
+        """A heading; questions are held out only if none of them was used."""
         if self.used == 0:
             return f"Held-out questions ({self.split})"
         if self.how:
@@ -65,12 +65,12 @@ class Judged:
 
     @property
     def noun(self) -> str:
-        """The questions within a sentence."""
+        """A name for the questions within a sentence."""
         return "held-out questions" if self.used == 0 else "the questions that were asked"
 
     @property
     def clause(self) -> str:
-        """The questions, and how they were used."""
+        """A clause with the use of the questions."""
         if self.used == 0:
             return f"{self.split} questions that were not used to choose or fit anything"
         if self.how:
@@ -82,7 +82,7 @@ class Judged:
 
 
 def judged_by(lines: Iterable[str], used: Iterable[str], split: str, how: str = "") -> Judged:
-    """Of hash lines of questions that judge, those that are among the used ones."""
+    """Counts the used ones among hash lines of questions."""
     judges, known = tuple(lines), hashes_in(used)
     n_used = sum(not known.isdisjoint(line.split()) for line in judges)
     return Judged(split, len(judges), n_used, how)
@@ -107,10 +107,10 @@ def read_judged(plan: PlanFile, folder: Path) -> Judged:
 
 @dataclass(frozen=True)
 class Questions:
-    """`profiled` chose the experts, `tuning` fits what needs fitting, `held_out` judges.
+    """`profiled` chose the experts, `tuning` fits, `held_out` scores, and may be empty.
 
-    `held_out` is empty where nothing can judge. `inherited` are hash lines of what the profiled
-    checkpoint was itself chosen on, and of what else was looked at.
+    `inherited` are hash lines of the questions that the profiled checkpoint was chosen on, and of
+    other questions that were read.
     """
 
     profiled: Quiz
@@ -120,7 +120,7 @@ class Questions:
 
     @property
     def why_unjudged(self) -> str:
-        """Why `held_out` is empty, in words; empty where it is not."""
+        """Why `held_out` is empty, in words; else empty."""
         if len(self.held_out):
             return ""
         quiz, n = self.tuning, len(self.tuning)
@@ -129,17 +129,17 @@ class Questions:
 
 @dataclass(frozen=True)
 class Choosing:
-    """The profile that chooses: all of it, or the part that is not held out; and what to say."""
+    """The profile that chooses, whole or without a held-out part; and messages."""
 
     profile: Profile
     notes: tuple[str, ...] = ()
 
 
 def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosing:
-    """What may choose: four fifths of a quiz that has one set of questions, else all.
+    """Four fifths of a quiz with one set of questions, else the whole profile.
 
-    The last fifth judges. With `held_out` 0 all choose, and what fits is not split either: then
-    only another split judges.
+    The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
+    split can be held out.
 
     Raises:
         ProfileError: the profile is unfinished or damaged, or the quiz changed since.
@@ -187,13 +187,12 @@ def questions_for(
 ) -> Questions:
     """The questions of a command that works from a profile.
 
-    Tuning questions are the profile's, or `val` where the profile is of `test`; what repeats a
-    question of the other set is dropped. Held-out questions are 256 (`n_held_out`), round-robin
-    over subjects: what a part of a profile leaves out, else of a split that was not used, else a
-    fifth of tuning questions of another split than the profile's, which then leave those. There
-    are none where a whole profile is of the only split. Where there is a choice, none of them had
-    a part in an earlier cut.
-    `used` are hash lines of what was looked at besides.
+    Tuning questions are the profile's, or `val` for a profile of `test`, without repeats of its
+    questions. Held-out questions are 256 (`n_held_out`), round-robin over subjects: the held-out
+    part of the profile, else an unused split, else a fifth of the tuning questions if these are of
+    another split than the profile. None is left for a whole profile of the only split. Questions
+    of earlier cuts are avoided if possible. `used` are hash lines of other questions that were
+    read.
 
     Raises:
         ProfileError: the quiz is not the one that was profiled.
@@ -225,38 +224,38 @@ def questions_for(
 
 
 def _unused(quiz: Quiz, used: frozenset[str]) -> Quiz:
-    """Its questions that are not among the used ones; all of them where each is."""
+    """The questions that are not used; all of them if each is used."""
     unused = without(quiz, used)
     return unused if len(unused) else quiz
 
 
 def judges_or_fifth(questions: Questions, n: int) -> Quiz:
-    """The held-out questions, else a fifth of the tuning questions, to measure what they judge."""
+    """The held-out questions, else a fifth of the tuning questions."""
     if len(questions.held_out):
         return questions.held_out
     return round_robin(fifth_of(questions.tuning), n)
 
 
 def n_used(quiz: Quiz, lines: frozenset[str]) -> int:
-    """How many of its questions are among the used ones, by either hash."""
+    """Number of its questions among the used ones, by either hash."""
     known = hashes_in(lines)
     return sum(question.is_among(known) for question in quiz)
 
 
 def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanFile:
-    """The plan with its provenance, still without proof."""
+    """The plan with its provenance, without held-out results."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
     fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
-    numbers = draft.numbers or ExpertIds()
+    numbers, rules = draft.numbers or ExpertIds(), LAYOUTS[draft.layout]
     return PlanFile(
         model=_plan_model(profile),
         action=draft.action,
         criterion=draft.criterion,
         positions=draft.positions,
-        removal=_removal(draft),
+        removal="merge" if draft.is_merging else rules.removal,
         layout=draft.layout,
-        removed=draft.removed if draft.layout == "exact" else None,
-        fold=draft.fold if draft.layout == "stock" and not draft.is_merging else None,
+        removed=draft.removed if "removed" in rules.options else None,
+        fold=draft.fold if "fold" in rules.options and not draft.is_merging else None,
         apply_at=draft.apply_at if draft.is_biased else None,
         chosen_on=ChosenOn(
             quiz=chosen.id,
@@ -272,28 +271,22 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
 
 
 def _plan_model(profile: Profile) -> PlanModel:
-    """The profiled model, a folder by its whole path."""
+    """The profiled model; a folder by its absolute path."""
     named, folder = plan_model(profile.info.model), model_folder(profile)
     if folder is None:
         return named
     return named.model_copy(update={"id": absolute_id(str(folder), None)})
 
 
-def _removal(draft: EditPlan) -> Literal["reroute", "constant", "merge"]:
-    if draft.is_merging:
-        return "merge"
-    return "reroute" if draft.layout == "stock" else "constant"
-
-
 def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
-    """Hash lines of every question that this choice, its fit or an earlier one looked at."""
+    """Hash lines of every question that this choice, its fit or an earlier edit read."""
     tuning = hashes(questions.tuning) if draft.asks_tuning else frozenset()
     chosen = tuning if draft.is_tuned else hashes(questions.profiled) | tuning
     return chosen | questions.inherited
 
 
 def profiled_quiz(profile: Profile) -> Quiz:
-    """The quiz that a profile asked, without what is held out of it.
+    """The quiz of a profile, without its held-out questions.
 
     Raises:
         ProfileError: its questions changed since.
@@ -306,7 +299,7 @@ def profiled_quiz(profile: Profile) -> Quiz:
 
 
 def held_out_quiz(part: ProfilePart) -> Quiz:
-    """The questions that are held out of a profile."""
+    """The held-out questions of a profile."""
     quiz = _asked_quiz(part.whole)
     held = [q for q in quiz if (q.subject, q.row) in part.held_out]
     return replace_questions(quiz, group_by_subject(held))

@@ -18,8 +18,9 @@ from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.edits.budget import as_numbers, normalised
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.criteria import CALIBRATED, NEEDS_MODEL
-from expertcut.edits.plan import Edit, expert_ids, plan_model
+from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.ranking import Way, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
 from expertcut.edits.splits import HELD_OUT, hashes, judges_or_fifth, n_used, questions_for
@@ -122,7 +123,7 @@ def criterion_rank(
 ) -> CriterionRank:
     """Scores of one criterion for the sampled experts."""
     own = Way(by, way.positions, way.layout, seed=way.seed)
-    ranking = rank(profile, own, engine if by in NEEDS_MODEL else None)
+    ranking = rank(profile, own, engine if CRITERIA[by].needs_model else None)
     numbers = [as_numbers(score_E) for score_E in ranking.scores]
     shares = [normalised(score_E) for score_E in ranking.scores]
     return CriterionRank(
@@ -276,14 +277,14 @@ class Auditing:
         self.profile, self.options = profile, options
         self.blocks, layout = profile.info.model.blocks, options.way.layout
         for block in self.blocks:
-            if block.experts <= block.top_k and layout == "stock":
+            if block.experts <= block.top_k and not LAYOUTS[layout].keeps_rows:
                 raise PlanError(
                     f"{block.name} routes each token to all of its {block.experts} experts: "
                     "none can be removed"
                 )
         source = profiled_source(profile)
         check_layout(source, layout, is_cutting=True)
-        is_fitting = not CALIBRATED.isdisjoint(options.by)
+        is_fitting = any(CRITERIA[by].is_calibrated for by in options.by)
         questions = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
         self.quiz = judges_or_fifth(questions, options.questions)
         used = hashes(questions.profiled) | questions.inherited
@@ -392,7 +393,7 @@ class Auditing:
             ContractError: not one does.
         """
         is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
-        is_masked = self.options.way.layout == "stock"
+        is_masked = not LAYOUTS[self.options.way.layout].keeps_rows
         if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
             alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
             if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
@@ -405,10 +406,10 @@ class Auditing:
         ids = {block.name: tuple(range(block.experts)) for block in self.blocks}
         name = self.blocks[expert.layer].name
         ids[name] = tuple(row for row in ids[name] if row != expert.row)
-        edits = {block: Edit(keep=keep) for block, keep in ids.items()}
+        edits = {block: BlockEdit(keep=keep) for block, keep in ids.items()}
         draft = replace(way.draft("", "", ""), edits=edits)
         width = int(model.config.get_text_config().hidden_size)
-        is_exact = way.layout == "exact"
+        is_exact = LAYOUTS[way.layout].keeps_rows
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
         return apply_at_runtime(self.engine.moe, draft, constants)
 

@@ -21,7 +21,7 @@ from expertcut.edits.reweight_select import (
     places,
     right,
 )
-from expertcut.edits.reweight_tune import Ask, Procedure, Settled, Shift
+from expertcut.edits.reweight_tune import Ask, Procedure, RouterEdit, Settled
 from expertcut.errors import PlanError, QuizError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.stats import LEVEL, Comparison, compare
@@ -90,7 +90,7 @@ class Fold:
     """What was chosen without one fold, and the change in accuracy on that fold."""
 
     questions: int
-    shifts: tuple[Shift, ...]
+    shifts: tuple[RouterEdit, ...]
     delta: float
 
 
@@ -179,7 +179,7 @@ class _Trial:
         self.ask = ask
         self.fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
 
-    def right(self, shifts: tuple[Shift, ...]) -> Array:
+    def right(self, shifts: tuple[RouterEdit, ...]) -> Array:
         """Correct answers (N,) with these shifts."""
         if not shifts:
             return self.records.is_correct_N
@@ -199,7 +199,7 @@ class _Trial:
         return right_N, tuple(folds)
 
     def random_delta(
-        self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[Shift]
+        self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[RouterEdit]
     ) -> float:
         """Change in accuracy with other experts, which without a search take the picks' biases."""
         if self.procedure.is_tuned:
@@ -208,7 +208,7 @@ class _Trial:
             bias_of = {(shift.layer, shift.expert): shift.bias for shift in like}
             right_N = self.right(
                 tuple(
-                    Shift(other.layer, other.expert, bias_of[pick.layer, pick.expert])
+                    RouterEdit(other.layer, other.expert, bias_of[pick.layer, pick.expert])
                     for pick, other in others.items()
                     if (pick.layer, pick.expert) in bias_of
                 )
@@ -296,7 +296,7 @@ def cross_fit_result(
 
 
 def numbered(
-    shifts: Sequence[Shift], blocks: Sequence[BlockInfo], numbers: ExpertIds
+    shifts: Sequence[RouterEdit], blocks: Sequence[BlockInfo], numbers: ExpertIds
 ) -> tuple[tuple[int, int, float], ...]:
     """(layer, expert, bias) of each, by the experts' numbers before earlier cuts."""
     return tuple((s.layer, numbers.number(blocks[s.layer].name, s.expert), s.bias) for s in shifts)

@@ -12,13 +12,14 @@ import torch
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.data import Quiz
-from expertcut.edits.plan import EditPlan, ExpertIds, Layout, Point, Positions, expert_ids
-from expertcut.edits.reweight import (
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import EditPlan, ExpertIds, Point, Positions, expert_ids
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
+from expertcut.edits.reweight_tune import Procedure, RouterEdit, Settled
+from expertcut.edits.router_edits import (
     Expressions,
     How,
     ReweightSettings,
-    Scaling,
-    Tilt,
     check_place,
     reweight_draft,
     scalings,
@@ -26,8 +27,6 @@ from expertcut.edits.reweight import (
     tilts,
     tilts_of,
 )
-from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
-from expertcut.edits.reweight_tune import Procedure, Settled, Shift
 from expertcut.edits.splits import questions_for
 from expertcut.evaluation.cross_fit import (
     DRAWS,
@@ -64,14 +63,14 @@ class CachedScorer:
         self.chunks = list(engine.encode_all(quiz))
         blocks, model = engine.moe.blocks, engine.moe.model
         self.replay = Replay(model, blocks, sum(map(self._n_tokens, self.chunks)), kept_bytes)
-        self.known: dict[tuple[tuple[Shift, ...], ApplyAt], Array] = {}
+        self.known: dict[tuple[tuple[RouterEdit, ...], ApplyAt], Array] = {}
         self.n_runs = 0
         self.records = self._first_run()
         if not self._replays_exactly():
             logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
             self.replay.forget()
 
-    def ask(self, shifts: tuple[Shift, ...], apply_at: ApplyAt = "all") -> Array:
+    def ask(self, shifts: tuple[RouterEdit, ...], apply_at: ApplyAt = "all") -> Array:
         """Log p (N, C), −∞ where a question has fewer choices."""
         if not shifts:
             return self.records.logprob_NC
@@ -116,7 +115,7 @@ class CachedScorer:
         bias_E = self.engine.moe.blocks[layer].selection_bias()
         return None if bias_E is None else np.asarray(bias_E.detach().double().cpu())
 
-    def _run(self, shifts: tuple[Shift, ...], apply_at: ApplyAt) -> Array:
+    def _run(self, shifts: tuple[RouterEdit, ...], apply_at: ApplyAt) -> Array:
         n_experts = {b.layer: b.n_experts for b in self.engine.moe.blocks}
         biases = {s.layer: torch.zeros(n_experts[s.layer]) for s in shifts}
         for shift in shifts:
@@ -221,7 +220,7 @@ def decide(
 
 
 def _renumbered(point: Point, blocks: Sequence[BlockInfo], numbers: ExpertIds) -> Point:
-    shifts = tuple(Shift(*bias) for bias in point.biases)
+    shifts = tuple(RouterEdit(*bias) for bias in point.biases)
     return point.model_copy(update={"biases": numbered(shifts, blocks, numbers)})
 
 
@@ -256,8 +255,8 @@ class Tilted:
     """What came of it; no draft where nothing is to be tilted. `beside` is the proof, if any."""
 
     draft: EditPlan | None
-    tilts: list[Tilt] = field(default_factory=list)
-    scalings: list[Scaling] = field(default_factory=list)
+    tilts: list[RouterEdit] = field(default_factory=list)
+    scalings: list[RouterEdit] = field(default_factory=list)
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 

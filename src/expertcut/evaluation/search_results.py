@@ -10,7 +10,9 @@ from pydantic import Field, FiniteFloat, model_validator
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
 from expertcut.edits.budget import Budget, Keep, asked_count, check_budget, counts
-from expertcut.edits.plan import Expert, Fold, Layout, PlanModel, Positions, Removed
+from expertcut.edits.criteria import criterion_name
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import Expert, Fold, PlanModel, Positions, Removed
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.results import ChosenOnResult, load_outcome
 from expertcut.profiling.schema import BlockInfo, ProfileInfo, Settings
@@ -173,10 +175,8 @@ def read_criteria(text: str, known: Collection[str]) -> tuple[str, ...]:
     """
     if text == ALL:
         return tuple(known)
-    names = tuple(name.strip() for name in text.split(","))
+    names = tuple(criterion_name(name.strip()) for name in text.split(","))
     for name in names:
-        if name not in known:
-            raise SettingsError(f"--by {name} is not a criterion: use one of {', '.join(known)}")
         if names.count(name) > 1:
             raise SettingsError(f"--by names {name} twice")
     return names

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.checkpoints.build import engine_as_profiled, gather, profiled_source
+from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_source
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import as_written
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
-from expertcut.edits.criteria import NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import cut
 from expertcut.edits.ranking import Way, rank
@@ -99,8 +100,8 @@ class Sweeping:
             min_keep=grid.min_keep,
             positions=way.positions,
             layout=way.layout,
-            removed=way.removed if way.layout == "exact" else None,
-            fold=way.fold if way.layout == "stock" else None,
+            removed=way.removed if "removed" in LAYOUTS[way.layout].options else None,
+            fold=way.fold if "fold" in LAYOUTS[way.layout].options else None,
             protect=way.protect,
             seed=way.seed,
             chosen_by=len(self.profile.subjects()) if is_part else None,
@@ -119,7 +120,7 @@ class Sweeping:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
             self.found = earlier
         # Criteria that need no model are ranked first: they fail before anything runs.
-        at_once = {by: self._cuts(by) for by in self.grid.by if by not in NEEDS_MODEL}
+        at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
             self._write(folder)  # by every process: it claims the folder
         place = folder / "cells" / "base"
@@ -139,7 +140,7 @@ class Sweeping:
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
             return {}
-        way, engine = replace(self.way, by=by), self.engine if by in NEEDS_MODEL else None
+        way, engine = replace(self.way, by=by), self.engine if CRITERIA[by].needs_model else None
         ranking = rank(self.profile, way, engine)
         kept = {f: self.grid.keep(f, ranking.blocks, way.layout) for f in missing}
         return {f: cut(ranking, *how_many).draft for f, how_many in kept.items()}
@@ -154,8 +155,8 @@ class Sweeping:
 
     def _run(self, draft: EditPlan, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
         def run(on_pass: OnPass) -> Iterator[Progress]:
-            gathered = gather(self.profile, draft, self._questions(draft), self.engine)
-            with as_written(self.engine.moe, draft, gathered):
+            edits = fit_edits(self.profile, draft, self._questions(draft), self.engine)
+            with as_written(self.engine.moe, draft, edits):
                 yield from self.measurement.run(place, on_pass)
 
         return run
@@ -199,7 +200,7 @@ class Sweeping:
 
     def _is_used(self, draft: EditPlan) -> bool:
         """Whether a stock cut removes experts that 5 % of the profile's answers used."""
-        if draft.layout != "stock":
+        if LAYOUTS[draft.layout].keeps_rows:
             return False
         chosen_NLK = self.profile.array("chosen_NLK")
         share_NLK = np.abs(self.profile.array("weight_NLK"))

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
+from expertcut.checkpoints.export import edits_of
 from expertcut.edits.plan import PlanFile
 from expertcut.edits.splits import read_judged
 from expertcut.hub.provenance import (
@@ -72,22 +73,8 @@ def change_sentences(plan: PlanFile, origin: Origin) -> Iterator[str]:
     """How this checkpoint differs from its base."""
     if is_pruned(origin):
         yield _kept(plan, origin)
-    n_biased = sum(len(edit.bias) for edit in plan.blocks.values())
-    n_scaled = sum(len(edit.scale) for edit in plan.blocks.values())
-    if n_biased:
-        where = "at every token" if plan.apply_at != "answer" else "where an answer is written"
-        form = (
-            "carried by a direction in the gate's row, which comes close to the bias itself"
-            if plan.layout == "stock"
-            else "a bias of the gate itself"
-        )
-        yield f"{_experts(n_biased)} a bias on the gate's logit, to act {where}: {form}."
-    if n_scaled:
-        yield f"{_experts(n_scaled)} a factor on the gate weight; who is chosen stays."
-
-
-def _experts(n: int) -> str:
-    return "1 expert gets" if n == 1 else f"{n} experts get"
+    for edit in edits_of(plan):
+        yield from edit.describe()
 
 
 def _kept(plan: PlanFile, origin: Origin) -> str:

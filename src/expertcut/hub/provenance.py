@@ -14,10 +14,11 @@ from huggingface_hub import EvalResult
 
 from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import (
     PLAN_FILE,
     PROOF_FILE,
-    Edit,
+    BlockEdit,
     PlanFile,
     lineage,
     load_hashes,
@@ -134,13 +135,15 @@ def verified(folder: Path) -> Checkpoint:
     return Checkpoint(source, config, plan, proof, tensors)
 
 
-def _check_block(block: DiskBlock, edit: Edit, plan: PlanFile, config: Mapping[str, Any]) -> None:
+def _check_block(
+    block: DiskBlock, edit: BlockEdit, plan: PlanFile, config: Mapping[str, Any]
+) -> None:
     """Checks that the weights hold the experts of the plan.
 
     Raises:
         PlanError: they do not.
     """
-    if plan.layout == "stock":
+    if not LAYOUTS[plan.layout].keeps_rows:
         is_right = block.n_experts == len(edit.keep) == expert_count(dict(config))
     else:
         is_right = set(_own_experts(block, edit)) == set(edit.keep)
@@ -153,7 +156,7 @@ def _check_block(block: DiskBlock, edit: Edit, plan: PlanFile, config: Mapping[s
         )
 
 
-def _own_experts(block: DiskBlock, edit: Edit) -> Iterator[int]:
+def _own_experts(block: DiskBlock, edit: BlockEdit) -> Iterator[int]:
     """Numbers of the experts that are not constants."""
     numbers = edit.rows or range(block.n_experts)
     for row, number in zip(range(block.n_experts), numbers, strict=False):

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expertcut.edits.plan import Edit, ExpertIds, Point, expert_ids, ids_text
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, ExpertIds, Point, expert_ids, ids_text
 from expertcut.edits.prune import Pruning, RemovedTraffic
-from expertcut.edits.reweight import Scaling, Tilt
+from expertcut.edits.reweight_tune import RouterEdit
 from expertcut.errors import ProfileError
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, printable
@@ -134,7 +135,7 @@ def merging_sentences(profile: Profile, merged: "Merged") -> list[str]:
     ]
 
 
-def merged_text(edit: Edit) -> str | None:
+def merged_text(edit: BlockEdit) -> str | None:
     """Merged groups as `3 ← 5, 9`."""
     groups = [
         f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
@@ -359,8 +360,12 @@ def adapter_sentences(built: "Built") -> list[str]:
     plan = built.plan
     if plan.adapter is None:
         return []
-    is_boosted = plan.layout == "stock" and any(edit.bias for edit in plan.blocks.values())
-    is_fitted = is_boosted or plan.fold in ("answer", "all") or plan.removed == "mean"
+    is_biased = any(edit.bias for edit in plan.blocks.values())
+    is_fitted = (
+        (is_biased and LAYOUTS[plan.layout].fits_biases)
+        or plan.fold in ("answer", "all")
+        or plan.removed == "mean"
+    )
     done = ["chosen", *(["what was fitted is fitted"] if is_fitted else [])]
     if built.judged is not None:
         done.append(f"{built.judged.noun.removeprefix('the ')} asked")
@@ -404,7 +409,7 @@ def _fit_table(built: "Built") -> Table:
 
 
 def tilt_sentences(
-    tilts: Sequence[Tilt], built: "Built | None", numbers: ExpertIds | None = None
+    tilts: Sequence[RouterEdit], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
     """The effect of each bias, and how far routing agrees with the exact bias."""
     sentences, proof = [], None if built is None else built.proof
@@ -431,14 +436,14 @@ def tilt_sentences(
 
 
 def scale_sentences(
-    scaled: Sequence[Scaling], built: "Built | None", numbers: ExpertIds | None = None
+    scaled: Sequence[RouterEdit], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
     """The effect of each gate-weight factor."""
     sentences = []
     for scaling in scaled:
         expert = _expert(scaling, numbers)
         text = f"The gate weight of {expert[0].lower()}{expert[1:]} is multiplied by "
-        text += f"{scaling.factor:g}; in its own layer who is chosen stays"
+        text += f"{scaling.scale:g}; in its own layer who is chosen stays"
         if shares := _shares(scaling, built, numbers):
             noun, share = shares
             text += f", and it serves {share.edited:.1%} of {noun}"
@@ -456,7 +461,7 @@ def _agreement_sentences(proof: HeldOutResult) -> list[str]:
 
 
 def _shares(
-    tilt: Tilt | Scaling, built: "Built | None", numbers: ExpertIds | None
+    tilt: RouterEdit, built: "Built | None", numbers: ExpertIds | None
 ) -> tuple[str, ExpertShares] | None:
     """What the questions may be called, and the share of them that an expert serves."""
     if built is None or built.proof is None or built.judged is None:
@@ -464,9 +469,9 @@ def _shares(
     return built.judged.noun, built.proof.share(tilt.layer, _number(tilt, numbers))
 
 
-def _number(tilt: Tilt | Scaling, numbers: ExpertIds | None) -> int:
+def _number(tilt: RouterEdit, numbers: ExpertIds | None) -> int:
     return (numbers or ExpertIds()).number(tilt.block, tilt.expert)
 
 
-def _expert(tilt: Tilt | Scaling, numbers: ExpertIds | None) -> str:
+def _expert(tilt: RouterEdit, numbers: ExpertIds | None) -> str:
     return f"Expert {_number(tilt, numbers)} of layer {tilt.layer}"

@@ -1,15 +1,15 @@
-"""Reweighting: expert expressions such as `3:12=0.25`, settings, and the draft they make."""
+"""Reweighting: expert expressions such as `3:12=0.25`, settings, and their plan."""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
-    Edit,
+    BlockEdit,
     EditPlan,
     ExpertIds,
-    Layout,
     Positions,
     expert_ids,
     find_expert,
@@ -29,7 +29,7 @@ from expertcut.edits.reweight_select import (
     stored_selection,
     token_scores,
 )
-from expertcut.edits.reweight_tune import Procedure, Settled, Shift
+from expertcut.edits.reweight_tune import Procedure, RouterEdit, Settled
 from expertcut.edits.splits import held_out_quiz, profiled_quiz
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics
@@ -42,44 +42,18 @@ Expressions = tuple[list[str] | None, list[str] | None, list[str] | None]
 
 @dataclass(frozen=True)
 class Target:
-    """An expert to tilt; `layer` None is the last MoE block, `strength` None the default."""
+    """An expert to reweight; `layer` None is the last MoE block, `strength` None the default."""
 
     layer: int | None
     expert: int
     strength: float | None
 
 
-@dataclass(frozen=True)
-class Tilt:
-    """A logit bias for the expert in a row of a router, and in words where it came from."""
-
-    layer: int
-    block: str
-    expert: int
-    bias: float
-    origin: str
-
-    @property
-    def verb(self) -> str:
-        """`boost` or `suppress`."""
-        return "boost" if self.bias > 0 else "suppress"
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """A factor on the gate weight of the expert in a row of a router."""
-
-    layer: int
-    block: str
-    expert: int
-    factor: float
-
-
 def parse_target(expression: str) -> Target:
     """`12` (last layer), `3:12` (layer 3), either with `=0.25` (strength in logits).
 
     Raises:
-        SettingsError: not of that form, or a strength that is no number.
+        SettingsError: another form, or a strength that is not a number.
     """
     layer, expert, value = _parsed(expression, "bias")
     if value == 0:
@@ -104,15 +78,15 @@ def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
     return None if layer is None else int(layer), int(expert), value
 
 
-def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[Tilt]:
-    """Biases for all targets; a strength without a number is the admission gap.
+def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[RouterEdit]:
+    """Biases for all targets; the default strength is the admission gap.
 
     Raises:
-        SettingsError: one that cannot be read.
+        SettingsError: an invalid expression.
         PlanError: no such layer or expert, one named twice, or no gap to close.
     """
     numbers, layers = expert_ids(profile), profile.layers
-    found: list[Tilt] = []
+    found: list[RouterEdit] = []
     for sign, expressions in ((+1, boost), (-1, suppress)):
         for text in expressions:
             target = parse_target(text)
@@ -125,10 +99,10 @@ def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> li
 def named_picks(
     profile: Profile, boost: Sequence[str], suppress: Sequence[str]
 ) -> tuple[tuple[SelectedExpert, float | None], ...]:
-    """The experts named by hand, each with the strength that was given.
+    """The experts named by hand, each with its given strength.
 
     Raises:
-        SettingsError: one that cannot be read.
+        SettingsError: an invalid expression.
         PlanError: no such layer or expert, or one named twice.
     """
     numbers, layers = expert_ids(profile), profile.layers
@@ -143,24 +117,26 @@ def named_picks(
     return tuple(found)
 
 
-def tilts_of(profile: Profile, shifts: Sequence[Shift], origins: Sequence[str]) -> list[Tilt]:
-    """Shifts with their blocks' names, and where they came from."""
+def tilts_of(
+    profile: Profile, shifts: Sequence[RouterEdit], origins: Sequence[str]
+) -> list[RouterEdit]:
+    """Biases with the names of their blocks, and their origins."""
     blocks = profile.info.model.blocks
     return [
-        Tilt(s.layer, blocks[s.layer].name, s.expert, s.bias, origin)
+        s._replace(block=blocks[s.layer].name, origin=origin)
         for s, origin in zip(shifts, origins, strict=True)
     ]
 
 
-def scalings(profile: Profile, expressions: Sequence[str]) -> list[Scaling]:
-    """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 leaves an expert nothing to say.
+def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
+    """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 silences an expert.
 
     Raises:
-        SettingsError: one that cannot be read, has no factor, or one that is negative or 1.
+        SettingsError: an invalid expression, or a factor that is missing, negative or 1.
         PlanError: no such layer or expert, or one named twice.
     """
     numbers, layers = expert_ids(profile), profile.layers
-    found: list[Scaling] = []
+    found: list[RouterEdit] = []
     for text in expressions:
         index, expert, factor = _parsed(text, "factor")
         if factor is None or factor < 0 or factor == 1:
@@ -168,7 +144,7 @@ def scalings(profile: Profile, expressions: Sequence[str]) -> list[Scaling]:
                 f"--scale {text} must give a factor, 0 or above and not 1: as in 3:12=1.5"
             )
         layer, row = _find(layers, index, expert, numbers)
-        found.append(Scaling(layer.layer, layer.block, row, factor))
+        found.append(RouterEdit(layer.layer, row, scale=factor, block=layer.block))
     _check_once([(s.layer, s.expert) for s in found], expressions)
     return found
 
@@ -176,7 +152,7 @@ def scalings(profile: Profile, expressions: Sequence[str]) -> list[Scaling]:
 def _find(
     layers: list[LayerStatistics], index: int | None, expert: int, numbers: ExpertIds
 ) -> tuple[LayerStatistics, int]:
-    """The layer, the last one without an index, and the row of its router that an expert has."""
+    """The layer (default: the last) and the router row of an expert."""
     blocks = [(layer.block, layer.n_experts) for layer in layers]
     found, row = find_expert(blocks, len(layers) - 1 if index is None else index, expert, numbers)
     return layers[found], row
@@ -196,11 +172,13 @@ def _strength(target: Target, layer: int, sign: int) -> float | None:
     return None if strength is None else abs(strength)
 
 
-def _tilt(profile: Profile, layer: LayerStatistics, row: int, target: Target, sign: int) -> Tilt:
+def _tilt(
+    profile: Profile, layer: LayerStatistics, row: int, target: Target, sign: int
+) -> RouterEdit:
     index, expert = layer.layer, target.expert
     strength = _strength(target, index, sign)
     if strength is not None:
-        return Tilt(index, layer.block, row, sign * strength, "given")
+        return RouterEdit(index, row, sign * strength, block=layer.block, origin="given")
     bias = admission_gap(
         profile.info.model.blocks[index],
         profile.array("alpha_NLE")[:, index, : layer.n_experts],
@@ -214,27 +192,27 @@ def _tilt(profile: Profile, layer: LayerStatistics, row: int, target: Target, si
             f"{no_default_strength(index, expert, sign, bias)}: give the strength, as in {option} "
             f"{index}:{expert}=0.5"
         )
-    return Tilt(index, layer.block, row, bias, "its admission gap")
+    return RouterEdit(index, row, bias, block=layer.block, origin="its admission gap")
 
 
 def reweight_draft(
     profile: Profile,
-    found: Sequence[Tilt],
+    found: Sequence[RouterEdit],
     layout: Layout = "stock",
-    scaled: Sequence[Scaling] = (),
+    scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """Edits that keep every expert and carry the biases and factors.
+    """A plan that keeps every expert, with biases and factors.
 
     Raises:
-        SettingsError: nothing to tilt, or `apply_at` where it cannot be carried.
+        SettingsError: no expert is named, or the layout cannot hold `apply_at`.
     """
     if not found and not scaled:
         raise SettingsError(
             "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
         )
     blocks = profile.info.model.blocks
-    edits = {block.name: Edit(keep=tuple(range(block.experts))) for block in blocks}
+    edits = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in blocks}
     draft = EditPlan(
         "", "reweight", "by hand", "answer", edits, layout, numbers=expert_ids(profile)
     )
@@ -243,15 +221,15 @@ def reweight_draft(
 
 def with_tilts(
     draft: EditPlan,
-    found: Sequence[Tilt],
-    scaled: Sequence[Scaling] = (),
+    found: Sequence[RouterEdit],
+    scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """A draft that also carries biases and factors, on experts that it keeps.
+    """A plan with biases and factors on experts that it keeps.
 
     Raises:
-        PlanError: an expert that the draft removes.
-        SettingsError: `apply_at` where it cannot be carried.
+        PlanError: an expert that the plan removes.
+        SettingsError: the layout cannot hold `apply_at`.
     """
     check_place(draft.layout, apply_at, is_biased=bool(found))
     _check_kept(draft, [*found, *scaled])
@@ -259,42 +237,43 @@ def with_tilts(
         name: edit.model_copy(
             update={
                 "bias": {t.expert: t.bias for t in found if t.block == name},
-                "scale": {s.expert: s.factor for s in scaled if s.block == name},
+                "scale": {s.expert: s.scale for s in scaled if s.block == name},
             }
         )
         for name, edit in draft.edits.items()
     }
     words = [f"--{t.verb} {_name(draft, t)}={abs(t.bias):.6g}" for t in found]
-    words += [f"--scale {_name(draft, s)}={s.factor:.6g}" for s in scaled]
+    words += [f"--scale {_name(draft, s)}={s.scale:.6g}" for s in scaled]
     named = [f"{t.verb}-{_name(draft, t, '.')}" for t in found]
     named += [f"scale-{_name(draft, s, '.')}" for s in scaled]
     slug = "-".join([*([draft.slug] if draft.slug else []), *named])[:100]
     if apply_at == "answer":
         words, slug = [*words, "--apply-at answer"], f"{slug}-answer"
-    slug += f"-{draft.layout}" if draft.layout != "stock" and not draft.is_cut else ""
+    mark = LAYOUTS[draft.layout].mark
+    slug += f"-{mark}" if mark and not draft.is_cut else ""
     action = " ".join([draft.action, *words])
     return replace(draft, slug=slug, action=action, edits=edits, apply_at=apply_at or "all")
 
 
 def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
-    """That a bias can act where it is asked to.
+    """Checks that a bias can act at these positions.
 
     Raises:
-        SettingsError: there is none, or the layout carries it everywhere.
+        SettingsError: no bias, or a layout whose biases act everywhere.
     """
     if apply_at is not None and not is_biased:
         raise SettingsError(
             f"--apply-at {apply_at} says where a bias acts, and there is none: a factor acts at "
             "every token, leave it out"
         )
-    if apply_at == "answer" and layout == "exact":
+    if apply_at == "answer" and not LAYOUTS[layout].fits_biases:
         raise SettingsError(
             "--apply-at answer is of layout stock: gate.bias of layout exact acts at every token, "
             "so take --layout stock or leave it out"
         )
 
 
-def _check_kept(draft: EditPlan, named: Sequence[Tilt | Scaling]) -> None:
+def _check_kept(draft: EditPlan, named: Sequence[RouterEdit]) -> None:
     for tilt in named:
         keep = draft.edits[tilt.block].keep
         if tilt.expert not in keep:
@@ -305,18 +284,15 @@ def _check_kept(draft: EditPlan, named: Sequence[Tilt | Scaling]) -> None:
             )
 
 
-def _name(draft: EditPlan, tilt: Tilt | Scaling, between: str = ":") -> str:
+def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
     numbers = draft.numbers
     expert = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
     return f"{tilt.layer}{between}{expert}"
 
 
-"""What --boost, --suppress and --scale name."""
-
-
 @dataclass(frozen=True)
 class How:
-    """How strongly, and how it is judged, as given."""
+    """The options for strength, search and cross-fitting."""
 
     strength: float | None
     is_tuned: bool
@@ -326,16 +302,16 @@ class How:
 
     @property
     def is_deciding(self) -> bool:
-        """Whether the model is asked before anything is built."""
+        """Whether the model runs before the checkpoint is built."""
         return self.is_tuned or self.is_proved
 
     @property
     def is_asking(self) -> bool:
-        """Whether there is more to settle than experts and strengths given by hand."""
+        """Whether more is to be decided than experts and strengths given by hand."""
         return self.is_deciding or self.strength is not None
 
     def check(self, *, is_given: bool) -> None:
-        """That the strength is one, and given once.
+        """Checks that the strength is a positive number, given once.
 
         Raises:
             SettingsError: it is not.
@@ -348,7 +324,7 @@ class How:
 
 @dataclass(frozen=True)
 class ReweightSettings:
-    """The options that say how to choose, as given."""
+    """The options that choose experts."""
 
     boost_best: int
     suppress_worst: int
@@ -364,17 +340,17 @@ class ReweightSettings:
 
     @property
     def criterion(self) -> str:
-        """What a plan says that experts were chosen by."""
+        """The criterion as the plan states it."""
         if not self.is_choosing:
             return "by hand"
         return "contrast" if self.contrast else self.by or "difference"
 
     def procedure(self, profile: Profile, how: How, named: Expressions) -> Procedure:
-        """As the stages take it.
+        """The procedure of these options.
 
         Raises:
             PlanError: no such layer or expert, or one named twice.
-            SettingsError: nothing to tilt, or an option that does not go with the others.
+            SettingsError: no expert is named, or options exclude each other.
         """
         boost, suppress, scale = named
         self.check()
@@ -412,7 +388,7 @@ class ReweightSettings:
         )
 
     def _contrast(self, profile: Profile) -> Contrast | None:
-        """The two sides, without what is held out of the profile."""
+        """The two sides, without held-out questions."""
         if self.contrast is None:
             return None
         found = read_contrast(self.contrast, profile.info.model.fingerprint)
@@ -421,10 +397,10 @@ class ReweightSettings:
         return found.less({q.overlap_hash for q in held_out_quiz(profile)})
 
     def check(self) -> None:
-        """That the options go together.
+        """Checks the options against each other.
 
         Raises:
-            SettingsError: which does not.
+            SettingsError: names the option.
         """
         names = (*SCORES, *TOKEN_SCORES)
         if self.by is not None and self.by not in names:
@@ -442,7 +418,7 @@ class ReweightSettings:
             )
 
     def name(self, profile: Profile, procedure: Procedure) -> str:
-        """The procedure in words, which also name the outputs."""
+        """The procedure in words, also for names of outputs."""
         numbers, blocks = expert_ids(profile), profile.info.model.blocks
         words = {+1: "boost", -1: "suppress"}
         named = [
@@ -459,7 +435,7 @@ def read_layers(text: str | None) -> tuple[int, ...]:
     """`0,3,8-15` as numbers.
 
     Raises:
-        SettingsError: not of that form.
+        SettingsError: another form.
     """
     found: list[int] = []
     for part in (text or "").split(",") if text is not None else ():
@@ -471,10 +447,10 @@ def read_layers(text: str | None) -> tuple[int, ...]:
 
 
 def settled_on_profile(profile: Profile, procedure: Procedure) -> Settled:
-    """Chosen on the profile's own questions, with no run of the model.
+    """Experts and strengths from the profile alone.
 
     Raises:
-        PlanError: fewer candidates than are to be tilted, or one without a strength.
+        PlanError: too few candidates, or one without a strength.
     """
     records = QuestionOutcomes.of(profile, profiled_quiz(profile))
     procedure.check(records)

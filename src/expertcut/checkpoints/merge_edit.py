@@ -1,25 +1,35 @@
-"""Merged experts as a rewrite of the tensors on disk: averages over aligned neurons.
+"""The edit `merge`: groups of experts become averages over aligned neurons.
 
-The form is that of layout `stock`. Nothing is computed before its bytes are written, and then one
-projection of one expert at a time is read.
+Nothing is computed before its bytes are written, and then one projection of one expert at a time is
+read. The reference is the merged experts under the unedited router, as both papers' own code runs
+them: it chooses among all E experts, each of which is its group's, and two of one group may be
+chosen together. No checkpoint of layout stock can say so.
 """
 
+import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from expertcut.checkpoints.shards import Change, Rewrite, read_tensor
-from expertcut.checkpoints.stock import Fitted, stock_rewrite
-from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, blocks_of
+from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, TensorChanges
+from expertcut.checkpoints.shards import Change, read_tensor
+from expertcut.checkpoints.tensor_names import DiskBlock, Headers, blocks_of
+from expertcut.data import Quiz
 from expertcut.edits.merge_groups import Neurons, matching, members_of
-from expertcut.edits.merge_router import Rows
-from expertcut.edits.plan import Edit
+from expertcut.edits.merge_router import Quality, RouterRow, Rows, judge_rows, merged_rows
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
+from expertcut.models.hooks import replaced_forward
+from expertcut.models.load import Source
+from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
+from expertcut.scoring.engine import Engine
 
 _FIRST_KINDS = ("gate_proj", "up_proj", "w1", "w3")
 _LAST_KINDS = ("down_proj", "w2")
@@ -44,7 +54,7 @@ class ExpertTensor:
 
 
 def aligned_neurons(
-    headers: Headers, edits: Mapping[str, Edit], interleaved: frozenset[str]
+    headers: Headers, edits: Mapping[str, BlockEdit], interleaved: frozenset[str]
 ) -> dict[str, dict[int, Tensor]]:
     """The order of each member's neurons that is most like its dominant expert's.
 
@@ -141,44 +151,69 @@ def _own_neurons(kind: str) -> Neurons:
 
 
 @dataclass(frozen=True)
-class Merging:
-    """What merging needs beside the plan: rows by layer, and the neurons of members by block.
+class MergeEdit(Edit):
+    """Groups of experts become one expert each, in the form of layout `stock`.
 
-    Without an order a member's neurons stay as they are. `interleaved` are the blocks whose gate
-    and up lie in one tensor in turn.
+    Fitted are `rows` by layer and `orders` of neurons by block; without an order a member's neurons
+    stay as they are. `interleaved` are the blocks whose gate and up lie in one tensor in turn.
     """
 
+    blocks: Mapping[str, BlockEdit]
+    router: RouterRow = "fitted"
     rows: Mapping[int, Rows] = field(default_factory=dict)
     orders: Orders = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
 
+    @classmethod
+    def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        return cls(plan.blocks) if any(edit.merged for edit in plan.blocks.values()) else None
 
-def merged_rewrite(
-    headers: Headers,
-    edits: Mapping[str, Edit],
-    merging: Merging,
-    outside: OutsideAxes | None = None,
-) -> Rewrite:
-    """What becomes of each tensor; layers in `merging` are MoE blocks, in the order of `edits`.
+    def needs_engine(self, _calibration: Calibration) -> bool:
+        return True
 
-    Raises:
-        ContractError: tensors on disk that cannot be told apart, or do not fit the edits.
-    """
-    cut = stock_rewrite(headers, edits, Fitted(), outside=outside)
-    changed = dict(cut.changed)
-    for layer, (name, block) in enumerate(blocks_of(headers, edits, outside).items()):
-        edit = edits[name]
-        if not edit.merged:
-            continue
-        experts = Experts(headers, block, is_interleaved=name in merging.interleaved)
-        changed |= _expert_changes(experts, edit, merging.orders.get(name, {}))
-        if layer in merging.rows:
-            changed |= _router_changes(headers, block, edit, merging.rows[layer])
-    return replace(cut, changed=changed)
+    def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
+        assert engine is not None, "merging runs the model"
+        rows = merged_rows(engine, calibration.questions.tuning, self.blocks, self.router)
+        blocks = engine.moe.blocks
+        interleaved = frozenset(b.name for b in blocks if is_interleaved(b.experts))
+        return replace(self, rows=rows, interleaved=interleaved)
+
+    def aligned(self, source: Source) -> Self:
+        """With the members' neurons in order; no model need be in memory."""
+        headers = source.headers
+        return replace(self, orders=aligned_neurons(headers, self.blocks, self.interleaved))
+
+    def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Quality]:
+        return judge_rows(engine, held_out, self.blocks, self.rows)
+
+    def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
+        """Layers in `rows` are MoE blocks, in the order of the plan."""
+        for layer, (name, block) in enumerate(tensors.blocks.items()):
+            edit, is_in_turn = self.blocks[name], name in self.interleaved
+            if not edit.merged:
+                continue
+            experts = Experts(tensors.headers, block, is_interleaved=is_in_turn)
+            tensors.changed |= _expert_changes(experts, edit, self.orders.get(name, {}))
+            if layer in self.rows:
+                changed = _router_changes(tensors.headers, block, edit, self.rows[layer])
+                tensors.changed |= changed
+
+
+@torch.inference_mode()
+def is_interleaved(experts: Any) -> bool:
+    """Whether gate and up lie in turn: read off which output the second column moves."""
+    if not (hasattr(experts, "_apply_gate") and getattr(experts, "has_gate", False)):
+        return False
+    width = experts.gate_up_proj.shape[1 if not experts.is_transposed else 2]
+    ones_1I = torch.ones(1, width, device=experts.gate_up_proj.device)
+    moved_1I = ones_1I.clone()
+    moved_1I[0, 1] += 1
+    difference_I = (experts._apply_gate(moved_1I) - experts._apply_gate(ones_1I))[0]
+    return bool(difference_I[0] != 0)
 
 
 def _expert_changes(
-    experts: Experts, edit: Edit, orders: Mapping[int, Tensor]
+    experts: Experts, edit: BlockEdit, orders: Mapping[int, Tensor]
 ) -> dict[str, Change]:
     """The averages, under the old names of what they take the place of."""
     headers, block, members = experts.headers, experts.block, members_of(edit)
@@ -210,7 +245,7 @@ def _averages(groups: list[list[ExpertTensor]]) -> Iterator[Tensor]:
 
 
 def _router_changes(
-    headers: Headers, block: DiskBlock, edit: Edit, rows: Rows
+    headers: Headers, block: DiskBlock, edit: BlockEdit, rows: Rows
 ) -> dict[str, Change]:
     """The router's rows, its own bias, and biases on choosing."""
     if block.unclear_bias:
@@ -236,7 +271,7 @@ def _router_changes(
 
 def _rows(
     tensor: Tensor,
-    edit: Edit,
+    edit: BlockEdit,
     shares: Mapping[int, Mapping[int, float]],
     added: Mapping[int, Tensor],
 ) -> Tensor:
@@ -251,9 +286,53 @@ def _rows(
     return kept
 
 
-def _selection(tensor: Tensor, edit: Edit, rows: Rows, axis: int) -> Tensor:
+def _selection(tensor: Tensor, edit: BlockEdit, rows: Rows, axis: int) -> Tensor:
     """Biases on choosing: as fitted, else the sum that the row is."""
     moved = _rows(tensor.movedim(axis, 0), edit, rows.shares, {})
     for expert, bias in rows.selection.items():
         moved[edit.keep.index(expert)] = bias
     return moved.movedim(0, axis)
+
+
+@dataclass(frozen=True)
+class Router:
+    """A router and its bias on choosing, and at `place_E` which merged expert each expert is in."""
+
+    module: nn.Module
+    selection_E: Tensor | None
+    place_E: Tensor
+
+
+def unedited_routers(
+    blocks: Sequence[MoeBlock], edits: Mapping[str, BlockEdit]
+) -> dict[str, Router]:
+    """Copies of the routers of a loaded, unedited model, by block name."""
+    found = {}
+    for block in blocks:
+        place_E = torch.zeros(block.n_experts, dtype=torch.long)
+        for place, members in enumerate(members_of(edits[block.name]).values()):
+            place_E[list(members)] = place
+        selection_E = block.selection_bias()
+        kept = None if selection_E is None else selection_E.clone()
+        found[block.name] = Router(copy.deepcopy(block.router), kept, place_E)
+    return found
+
+
+@contextmanager
+def under(routers: Mapping[str, Router], blocks: Sequence[MoeBlock]) -> Iterator[None]:
+    """The merged model runs with the unedited routers while the block runs."""
+    with ExitStack() as stack:
+        for block in blocks:
+            forward = _routed(routers[block.name])
+            stack.enter_context(replaced_forward(block.router, forward))
+        yield
+
+
+def _routed(router: Router) -> Callable[..., Any]:
+    def route(x: Tensor, *biases: Tensor | None) -> Any:
+        # Some families hand their router its bias on choosing with each call.
+        own = [None if bias is None else router.selection_E for bias in biases]
+        logits_TE, weights_TK, experts_TK = router.module(x, *own)
+        return logits_TE, weights_TK, router.place_E.to(experts_TK.device)[experts_TK]
+
+    return route

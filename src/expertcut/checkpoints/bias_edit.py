@@ -1,0 +1,64 @@
+"""The edit `bias`: a bias on the router logits of single experts (`boost`, `suppress`)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from torch import Tensor
+
+from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
+from expertcut.data import Quiz
+from expertcut.edits.calibrate import Fit, direction_quality, fit_directions
+from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, Positions
+from expertcut.scoring.engine import Engine
+
+
+@dataclass(frozen=True)
+class BiasEdit(Edit):
+    """Where the layout has no place for a bias, `directions` v (D,) of a layer stand for it."""
+
+    blocks: Mapping[str, BlockEdit]
+    layout: Layout
+    apply_at: Positions
+    directions: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        if not any(edit.bias for edit in plan.blocks.values()):
+            return None
+        return cls(plan.blocks, plan.layout, plan.apply_at or "all")
+
+    def needs_engine(self, _calibration: Calibration) -> bool:
+        return LAYOUTS[self.layout].fits_biases
+
+    def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
+        if engine is None or not LAYOUTS[self.layout].fits_biases:
+            return self
+        layers = [b.layer for b in engine.moe.blocks if self.blocks[b.name].bias]
+        tuning = calibration.questions.tuning
+        return replace(self, directions=fit_directions(engine, tuning, layers, self.apply_at))
+
+    def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Fit]:
+        if not self.directions:
+            return ()
+        return direction_quality(engine, held_out, dict(self.directions), self.apply_at)
+
+    def simulate(self, simulation: Simulation) -> None:
+        for block in simulation.moe.blocks:
+            for expert, bias in self.blocks[block.name].bias.items():
+                simulation.bias_E(block)[expert] = bias
+
+    def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
+        layout.add_biases(tensors, self.directions, self.apply_at)
+
+    def describe(self) -> Iterable[str]:
+        n_biased = sum(len(edit.bias) for edit in self.blocks.values())
+        experts = "1 expert gets" if n_biased == 1 else f"{n_biased} experts get"
+        where = "at every token" if self.apply_at != "answer" else "where an answer is written"
+        form = (
+            "carried by a direction in the gate's row, which comes close to the bias itself"
+            if LAYOUTS[self.layout].fits_biases
+            else "a bias of the gate itself"
+        )
+        yield f"{experts} a bias on the gate's logit, to act {where}: {form}."

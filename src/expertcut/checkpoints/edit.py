@@ -1,0 +1,237 @@
+"""An edit of a model as an object: what it fits, what it does at run time and on disk.
+
+To add an edit, write a class of `Edit` and append it to `EDITS` (checkpoints/export.py). Building,
+sweeps, simulation, the held-out check and the model card loop over the edits of a plan.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from expertcut.checkpoints.shards import Change, Rewrite
+from expertcut.checkpoints.tensor_names import DiskBlock, Headers
+from expertcut.data import Quiz
+from expertcut.edits.calibrate import Constants, Fit
+from expertcut.edits.merge_router import Quality
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, Positions
+from expertcut.edits.splits import Questions
+from expertcut.errors import ContractError
+from expertcut.models.load import MoeModel, Source
+from expertcut.models.moe_block import MoeBlock
+from expertcut.models.safetensors_index import Stored
+from expertcut.profiling.storage import Profile
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.passes import OnPass
+from expertcut.scoring.router_bias import Tilts, tilted
+
+Apply = Callable[[Tensor], Tensor]
+_PART = 1 << 15  # values that are scaled at a time: their float64 copies stay in the CPU's cache
+
+
+class TensorChanges:
+    """A `Rewrite` in the making; `blocks` are the blocks on disk by the names of the plan.
+
+    `unused` are tensors that the loaded model has no place for.
+    """
+
+    def __init__(
+        self,
+        headers: Headers,
+        edits: Mapping[str, BlockEdit],
+        blocks: Mapping[str, DiskBlock],
+        unused: frozenset[str] = frozenset(),
+    ) -> None:
+        self.headers, self.edits, self.blocks, self.unused = headers, edits, blocks, unused
+        self.removed: set[str] = set()
+        self.renamed: dict[str, str] = {}
+        self.changed: dict[str, Change] = {}
+        self.added: dict[str, Tensor] = {}
+
+    def rewrite(self) -> Rewrite:
+        """All of it, for the writer."""
+        return Rewrite(frozenset(self.removed), self.renamed, self.changed, self.added)
+
+    def change(self, name: str) -> Change:
+        """What becomes of a tensor so far."""
+        return self.changed.get(name) or Change(self.headers[name].shape)
+
+    def apply(self, name: str, function: Apply) -> None:
+        """Makes new values from those that the changes before gave."""
+        change = self.change(name)
+        first = change.apply
+        both = function if first is None else partial(_in_turn, first=first, second=function)
+        self.changed[name] = replace(change, apply=both)
+
+    def keep_rows(self, name: str, axis: int, keep: tuple[int, ...]) -> None:
+        """Takes some entries of an axis."""
+        change, shape = self.change(name), list(self.headers[name].shape)
+        shape[axis] = len(keep)
+        if axis == 0:
+            self.changed[name] = replace(change, shape=tuple(shape), rows=keep)
+        else:
+            select = partial(torch.index_select, dim=axis, index=torch.tensor(keep))
+            self.changed[name] = Change(tuple(shape), select)
+
+    def scale_outputs(self, name: str, factors: Mapping[int, float]) -> None:
+        """Scales the last projections of a block's experts, by their positions among the kept.
+
+        Raises:
+            ContractError: which projection is the last is not known.
+        """
+        block, keep = self.blocks[name], self.edits[name].keep
+        factors = {position: factor for position, factor in factors.items() if factor != 1}
+        if factors and not block.last:
+            raise ContractError(
+                f"{block.name}: which projection of its experts is the last is not known, so their "
+                "outputs cannot be scaled"
+            )
+        for position, factor in factors.items() if block.by_expert else ():
+            for own in block.by_expert[keep[position]].values():
+                if own in block.last:
+                    self.apply(own, partial(_scaled, factor=factor))
+        for fused in (block.last & set(block.axes)) if factors else ():
+            self.apply(fused, partial(_scaled_rows, factors=factors))
+
+
+def _in_turn(tensor: Tensor, first: Apply, second: Apply) -> Tensor:
+    return second(first(tensor))
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    """Multiplied in float64 and rounded, as the loaded model would be."""
+    for part in tensor.view(-1).split(_PART):
+        part.copy_(part.double().mul_(factor))
+    return tensor
+
+
+def _scaled_rows(tensor: Tensor, factors: Mapping[int, float]) -> Tensor:
+    for row, factor in factors.items():
+        _scaled(tensor[row], factor)
+    return tensor
+
+
+@dataclass
+class Simulation:
+    """What edits do to an unedited model while it runs.
+
+    With `is_as_written` kept experts are scaled as in the checkpoint, else the plan acts to the
+    letter. A finite bias acts at `apply_at`.
+    """
+
+    moe: MoeModel
+    apply_at: Positions = "all"
+    is_as_written: bool = False
+    contexts: list[AbstractContextManager[None]] = field(default_factory=list)
+    _biases: dict[int, Tensor] = field(default_factory=dict)
+    _scales: dict[int, Tensor] = field(default_factory=dict)
+
+    def bias_E(self, block: MoeBlock) -> Tensor:
+        """The bias on a router's logits, to be changed in place; −inf forbids an expert."""
+        return self._biases.setdefault(block.layer, torch.zeros(block.n_experts))
+
+    def scale_E(self, block: MoeBlock) -> Tensor:
+        """The factors on gate weights, to be changed in place."""
+        ones_E = torch.ones(block.n_experts, dtype=torch.float64)
+        return self._scales.setdefault(block.layer, ones_E)
+
+    @contextmanager
+    def running(self) -> Iterator[OnPass]:
+        """The model is changed while the block runs; each forward pass must be announced."""
+        biases = {layer: bias_E for layer, bias_E in self._biases.items() if bias_E.any()}
+        scales = {layer: s_E for layer, s_E in self._scales.items() if (s_E != 1).any()}
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context)
+            tilts = Tilts(biases, scales, self.apply_at)
+            yield stack.enter_context(tilted(self.moe.blocks, tilts))
+
+
+class LayoutWriter(Protocol):
+    """How one layout stores a plan."""
+
+    def check(self, source: Source, *, is_cutting: bool) -> None:
+        """That the layout knows the model's family, and can hold further edits of it.
+
+        Raises:
+            ContractError: it does not, or cannot.
+        """
+
+    def changes(
+        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
+    ) -> TensorChanges:
+        """Tensors as they are; with `source` also those that lie outside their blocks.
+
+        Raises:
+            ContractError: tensors that cannot be told apart, or do not fit the edits.
+        """
+
+    def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
+        """Takes the experts away that the plan does not keep."""
+
+    def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
+        """That an expert has weights that can be changed."""
+
+    def add_biases(
+        self, tensors: TensorChanges, directions: Mapping[int, Tensor], apply_at: Positions
+    ) -> None:
+        """Puts the plan's biases into the routers; `directions` v (D,) are by layer."""
+
+    def config(
+        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
+    ) -> dict[str, Any]:
+        """`config.json` of the new checkpoint."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """Further files, by name."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What edits are fitted on: a profile, its questions, and the unedited checkpoint."""
+
+    profile: Profile
+    questions: Questions
+    source: Source
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of each block before the edit."""
+        return self.profile.info.model.blocks[0].experts
+
+
+class Edit(Protocol):
+    """One way to change a model; the methods that a class leaves out do nothing."""
+
+    @classmethod
+    def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        """What a plan has of this kind of edit, not fitted yet; None where it has nothing."""
+        ...
+
+    def needs_engine(self, _calibration: Calibration) -> bool:
+        """Whether `fit` must run the model."""
+        return False
+
+    def fit(self, _engine: Engine | None, _calibration: Calibration) -> Self:
+        """The edit with all that `rewrite` needs beside the plan."""
+        return self
+
+    def judge(self, _engine: Engine, _held_out: Quiz) -> Sequence[Fit | Quality]:
+        """How well the fit holds on questions that it has not seen, by layer."""
+        return ()
+
+    def simulate(self, _simulation: Simulation) -> None:
+        """Acts on the unedited model while it runs."""
+        return
+
+    def rewrite(self, _layout: LayoutWriter, _tensors: TensorChanges) -> None:
+        """Acts on the tensors on disk."""
+        return
+
+    def describe(self) -> Iterable[str]:
+        """Sentences for the model card."""
+        return ()

@@ -1,0 +1,209 @@
+"""The edit `prune`: which experts stay, and what takes the place of the others."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
+from expertcut.checkpoints.exact import as_stored
+from expertcut.checkpoints.tensor_names import match_blocks
+from expertcut.edits.calibrate import (
+    Constants,
+    mean_outputs,
+    rescaling_at_answers,
+    rescaling_over_tokens,
+    zero_outputs,
+)
+from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.plan import BlockEdit, EditPlan, Fold, PlanFile, Removed
+from expertcut.errors import ContractError
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.hooks import own_expert, own_forward, replaced_forward
+from expertcut.models.moe_block import MoeBlock
+from expertcut.models.safetensors_index import DTYPES
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.router_bias import Tilts, tilted
+
+_ROUNDING = 2e-2  # of an output, where its last projection is rounded to half precision
+
+
+def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
+    """The experts that each block's edit does not keep; blocks that keep all are left out."""
+    removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
+    return {name: experts for name, experts in removed.items() if experts}
+
+
+@dataclass(frozen=True)
+class PruneEdit(Edit):
+    """A plan that keeps every expert has one too, which then changes nothing.
+
+    `folds` (kept,) by layer scale the outputs of kept experts where routers lose rows, `constants`
+    stand for the removed experts where they keep them.
+    """
+
+    blocks: Mapping[str, BlockEdit]
+    layout: Layout
+    removed: Removed | None = None
+    fold: Fold | None = None
+    folds: Mapping[int, "np.ndarray[Any, Any]"] = field(default_factory=dict)
+    constants: Constants = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        return cls(plan.blocks, plan.layout, plan.removed, plan.fold)
+
+    def needs_engine(self, calibration: Calibration) -> bool:
+        keeps_rows = LAYOUTS[self.layout].keeps_rows
+        is_gathering = self.removed == "mean" if keeps_rows else self.fold == "all"
+        return is_gathering and bool(removed_experts(self.blocks, calibration.n_experts))
+
+    def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
+        if LAYOUTS[self.layout].keeps_rows:
+            return replace(self, constants=self._constants(engine, calibration))
+        if self.fold == "off":
+            return self
+        questions, profile = calibration.questions, calibration.profile
+        if self.fold == "all" and engine is not None:
+            return replace(self, folds=rescaling_over_tokens(engine, questions.tuning, self.blocks))
+        is_same_split = questions.held_out.split == profile.info.quiz.split
+        held_out = {(q.subject, q.row) for q in questions.held_out} if is_same_split else set()
+        return replace(self, folds=rescaling_at_answers(profile, self.blocks, held_out))
+
+    def _constants(self, engine: Engine | None, calibration: Calibration) -> Constants:
+        removed, folder = removed_experts(self.blocks, calibration.n_experts), calibration.source
+        if self.removed == "mean" and engine is not None:
+            means = mean_outputs(engine, calibration.questions.tuning, removed)
+            return as_stored(folder.headers, means)
+        return zero_outputs(removed, int(read_config(folder.path)["hidden_size"]))
+
+    def simulate(self, simulation: Simulation) -> None:
+        """No token is routed to a removed expert, or it gives its constant."""
+        blocks = simulation.moe.blocks
+        if LAYOUTS[self.layout].keeps_rows:
+            simulation.contexts.append(constant_experts(blocks, self.constants))
+        else:
+            for block in blocks:
+                if removed := self.blocks[block.name].removed(block.n_experts):
+                    simulation.bias_E(block)[list(removed)] = -torch.inf
+        if simulation.is_as_written and self.folds:
+            simulation.contexts.append(self._rescaled(simulation))
+
+    @contextmanager
+    def _rescaled(self, simulation: Simulation) -> Iterator[None]:
+        """Last projections of kept experts are scaled, rounded as on disk; a second copy in memory.
+
+        Where experts are offloaded their gate weights are scaled instead, without that rounding.
+        """
+        moe = simulation.moe
+        headers = moe.source.headers
+        matched, _ = match_blocks(headers, self.blocks)
+        with ExitStack() as stack:
+            for block in moe.blocks:
+                if block.layer not in self.folds:
+                    continue
+                kept = zip(self.blocks[block.name].keep, self.folds[block.layer], strict=True)
+                factors = {expert: float(factor) for expert, factor in kept}
+                if any(p.device.type == "meta" for p in block.experts.parameters()):
+                    scale_E = torch.ones(block.n_experts, dtype=torch.float64)
+                    scale_E[list(factors)] = torch.tensor([*factors.values()]).double()
+                    tilts = Tilts(scale_by_layer={block.layer: scale_E})
+                    stack.enter_context(tilted([block], tilts))
+                    continue
+                last = sorted(matched[block.name].last)
+                dtype = DTYPES[headers[last[0]].dtype] if last else torch.float32
+                stack.enter_context(_scaled_experts(block, factors, dtype))
+            yield
+
+    def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
+        layout.remove_experts(tensors, self.constants)
+        for layer, name in enumerate(self.blocks):
+            if layer in self.folds:
+                factors = enumerate(map(float, self.folds[layer]))
+                tensors.scale_outputs(name, dict(factors))
+
+
+@contextmanager
+def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterator[None]:
+    """Makes experts of a loaded, unedited model constant: the reference for the layout.
+
+    Routing and gate weights after top-k stay; only the outputs are replaced. The constants are
+    checked before the block runs.
+
+    Raises:
+        ContractError: an expert gives something else.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            if by_expert := constants.get(block.name):
+                forward = _with_constants(own_forward(block.experts), by_expert)
+                stack.enter_context(replaced_forward(block.experts, forward))
+                _check_constants(block, by_expert)
+        yield
+
+
+@torch.inference_mode()
+def _check_constants(block: MoeBlock, by_expert: Mapping[int, Tensor]) -> None:
+    given = next(value for value in block.call.args if isinstance(value, Tensor))
+    experts_M = torch.tensor([*by_expert], device=given.device)
+    x_MD = given.new_ones(len(experts_M), given.shape[-1])
+    found_MD = block.experts.forward(x_MD, experts_M[:, None], x_MD.new_ones(len(experts_M), 1))
+    wanted_MD = torch.stack([*by_expert.values()]).to(found_MD)
+    if not torch.allclose(found_MD, wanted_MD, atol=1e-6):
+        raise ContractError(
+            f"{block.name}: experts that are made constant give something else than their constants"
+        )
+
+
+def _with_constants(
+    forward: Callable[..., Tensor], by_expert: Mapping[int, Tensor]
+) -> Callable[..., Tensor]:
+    def run(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        is_removed_TK = torch.isin(experts_TK, torch.tensor([*by_expert]).to(experts_TK))
+        y_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_removed_TK, 0))
+        for expert, value_D in by_expert.items():
+            tokens_M, slots_M = (experts_TK == expert).nonzero(as_tuple=True)
+            weights_M1 = weights_TK[tokens_M, slots_M, None]
+            y_TD = y_TD.index_add(0, tokens_M, (weights_M1 * value_D.to(x_TD)).to(y_TD))
+        return y_TD
+
+    return run
+
+
+@contextmanager
+def _scaled_experts(
+    block: MoeBlock, factors: Mapping[int, float], stored: torch.dtype
+) -> Iterator[None]:
+    last = [p for n, p in block.experts.named_parameters() if n.startswith("down_proj")]
+    if not last:
+        raise ContractError(f"{block.name}: its experts have no down_proj to scale")
+    before = [parameter.data for parameter in last]
+    expert = max(factors, key=lambda expert: abs(factors[expert] - 1))
+    plain_MD = _output_of(block, expert)
+    try:
+        for parameter in last:
+            scaled = parameter.data.clone()
+            for e, factor in factors.items():
+                scaled[e] = (parameter.data[e].double() * factor).to(stored).to(scaled.dtype)
+            parameter.data = scaled
+        wanted_MD = (plain_MD * factors[expert]).float()
+        off_MD = _output_of(block, expert).float() - wanted_MD
+        if off_MD.norm() > _ROUNDING * wanted_MD.norm():
+            raise ContractError(f"{block.name}: scaling its down_proj does not scale its outputs")
+        yield
+    finally:
+        for parameter, data in zip(last, before, strict=True):
+            parameter.data = data
+
+
+@torch.inference_mode()
+def _output_of(block: MoeBlock, expert: int) -> Tensor:
+    down = next(p for name, p in block.experts.named_parameters() if name.startswith("down_proj"))
+    generator = torch.Generator().manual_seed(0)
+    width = next(v.shape[-1] for v in block.call.args if isinstance(v, Tensor))
+    x_MD = torch.randn(4, width, generator=generator).to(down)
+    return own_expert(block)(expert, x_MD)
