@@ -97,7 +97,7 @@ def cuts(base: Path, asked: Asked, place: Path) -> Iterator[Path]:
     from expertcut.checkpoints.build import BuildOptions, build
     from expertcut.data import Selection, load_quiz
     from expertcut.edits.budget import Keep
-    from expertcut.edits.prune import choose
+    from expertcut.edits.selection import choose
     from expertcut.edits.ranking import Way
     from expertcut.models.load import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, measure

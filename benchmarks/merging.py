@@ -19,7 +19,7 @@ from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.merge_groups import METHODS, Merge
 from expertcut.edits.merge_router import RouterRow
-from expertcut.edits.prune import choose
+from expertcut.edits.selection import choose
 from expertcut.edits.ranking import Way
 from expertcut.evaluation.evaluate import find_models, results, score
 from expertcut.evaluation.results import Scored, Scoring

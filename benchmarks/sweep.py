@@ -24,7 +24,7 @@ from benchmarks.common import RUNS, machine
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
-from expertcut.edits.prune import choose
+from expertcut.edits.selection import choose
 from expertcut.edits.ranking import Way
 from expertcut.evaluation.search_results import Grid
 from expertcut.evaluation.sweep import Asking, Sweeping

@@ -17,9 +17,9 @@ from expertcut.checkpoints.size import size
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.plan import Edit, load_plan
-from expertcut.edits.prune import Pruning, choose
+from expertcut.edits.selection import Pruning, choose
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import reweight_draft, tilts
+from expertcut.edits.router_edits import reweight_draft, tilts
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel

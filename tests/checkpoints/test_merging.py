@@ -32,9 +32,9 @@ from expertcut.edits.merge_groups import (
 )
 from expertcut.edits.merge_router import judge_rows, merged_rows
 from expertcut.edits.plan import Edit, PlanFile, load_plan, plan_text
-from expertcut.edits.prune import choose
+from expertcut.edits.selection import choose
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import tilts
+from expertcut.edits.router_edits import tilts
 from expertcut.edits.splits import questions_for
 from expertcut.errors import PlanError
 from expertcut.models.safetensors_index import read_headers

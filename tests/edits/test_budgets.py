@@ -22,7 +22,7 @@ from expertcut.edits.budget import (
 )
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
-from expertcut.edits.prune import Pruning, choose, cut
+from expertcut.edits.selection import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, rank
 from expertcut.errors import PlanError, SettingsError
 from expertcut.models.load import find_source

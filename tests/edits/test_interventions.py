@@ -32,9 +32,9 @@ from expertcut.edits.plan import (
     save_plan,
     validate_edits,
 )
-from expertcut.edits.prune import choose, keep_active, keep_n
+from expertcut.edits.selection import choose, keep_active, keep_n
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import Target, parse_target, reweight_draft, tilts
+from expertcut.edits.router_edits import Target, parse_target, reweight_draft, tilts
 from expertcut.edits.splits import choosing_profile, draft_plan, hashes, questions_for, used_hashes
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.profiling.schema import BlockInfo, quiz_info

@@ -16,7 +16,7 @@ from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.criteria import OBSERVED, compare, ranked, scores, spearman
 from expertcut.edits.plan import load_hashes, load_plan
-from expertcut.edits.prune import choose
+from expertcut.edits.selection import choose
 from expertcut.edits.ranking import Way, expressions_of, protected, protection, super_experts
 from expertcut.edits.splits import hashes, questions_for
 from expertcut.errors import PlanError, ProfileError, SettingsError

@@ -16,9 +16,9 @@ from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.plan import EditPlan, ids_text, load_hashes, load_plan
-from expertcut.edits.prune import choose
+from expertcut.edits.selection import choose
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import reweight_draft, scalings, tilts, with_tilts
+from expertcut.edits.router_edits import reweight_draft, scalings, tilts, with_tilts
 from expertcut.errors import ContractError, PlanError, SettingsError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers
@@ -26,7 +26,7 @@ from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.edit_tables import tilt_sentences
-from expertcut.reporting.show import find_shown
+from expertcut.reporting.views import find_shown
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 from tests.conftest import FAMILIES, open_model

@@ -8,7 +8,7 @@ import torch
 
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import Keep
-from expertcut.edits.prune import choose, removed_traffic
+from expertcut.edits.selection import choose, removed_traffic
 from expertcut.edits.ranking import Way
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.profiling.measure import Measurement, MeasureOptions

@@ -34,7 +34,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile
 from expertcut.reporting.page_sections import _held_out
-from expertcut.reporting.show import Found
+from expertcut.reporting.views import Found
 from tests.conftest import Commands, make_tokenizer, open_model
 from tests.support.hand_made import block, profile_info
 

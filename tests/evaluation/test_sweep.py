@@ -15,7 +15,7 @@ from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.budget import Keep
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.prune import choose
+from expertcut.edits.selection import choose
 from expertcut.edits.ranking import Way
 from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import results, score
@@ -335,7 +335,7 @@ def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
 ) -> None:
     sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, Asking(asked, None, LoadOptions()))
     next(sweeping.steps(tmp_path / "half"))
-    code = "import sys; from pathlib import Path; from expertcut.reporting.show import find_shown; "
+    code = "import sys; from pathlib import Path; from expertcut.reporting.views import find_shown; "
     code += (
         "find_shown(Path(sys.argv[1])).tables(); print({'torch', 'matplotlib'} & {*sys.modules})"
     )

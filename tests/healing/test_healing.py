@@ -15,7 +15,7 @@ from expertcut.data import Selection, load_quiz
 from expertcut.data.sources import Weighted
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.errors import OutputError, SettingsError
-from expertcut.healing.heal import BASE, BEFORE, HEALED
+from expertcut.healing.recovery import BASE, BEFORE, HEALED
 from expertcut.healing.heal_settings import Data, Training
 from expertcut.healing.objectives import OBJECTIVES
 from expertcut.healing.teacher_cache import Cached, Whose
@@ -121,7 +121,7 @@ def test_a_teacher_from_a_cache_teaches_as_a_live_one(
     def never(*_: object) -> None:
         raise AssertionError("the teacher is asked again")
 
-    monkeypatch.setattr("expertcut.healing.heal._load_other", never)
+    monkeypatch.setattr("expertcut.healing.recovery._load_other", never)
     second = healed(stock, cached, tmp_path / "second")
     assert first.curve == second.curve
     assert live.curve.losses == pytest.approx(first.curve.losses, abs=1e-5)

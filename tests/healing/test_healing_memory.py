@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertcut.healing import micro_batch, objectives
 from expertcut.healing.adapters import adapted
-from expertcut.healing.heal import Healed
+from expertcut.healing.recovery import Healed
 from expertcut.healing.micro_batch import MICRO_BATCH_FILE, Needs, _chosen
 from expertcut.healing.objectives import (
     Likeliest,

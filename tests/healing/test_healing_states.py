@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.training_args import ParallelMode
 
 from expertcut.errors import ModelError, OutputError, SettingsError
-from expertcut.healing.heal import Healed, Options, heal
+from expertcut.healing.recovery import Healed, Options, heal
 from expertcut.healing.heal_settings import Healing, Place, Training
 from expertcut.healing.state import looks_since_best
 from expertcut.healing.trainer import HealTrainer, _arguments
@@ -233,7 +233,7 @@ def test_a_run_that_was_killed_while_it_wrote_is_written_as_it_was(
 ) -> None:
     asked, out = asked_for(quiz_folder, training=WILD), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("expertcut.healing.heal._write", stopped_after_all)
+        patch.setattr("expertcut.healing.recovery._write", stopped_after_all)
         healed(stock, asked, out)
     steps = tmp_path / "out.healing" / "steps"
     best, last = wild.curve.best_step, wild.curve.steps
@@ -273,7 +273,7 @@ def test_states_are_told_by_their_steps_and_by_nothing_else(
     for path in steps.iterdir():
         os.utime(path, (later, later))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("expertcut.healing.heal._write", stopped_after_all)
+        patch.setattr("expertcut.healing.recovery._write", stopped_after_all)
         healed(stock, asked, tmp_path / "out")
     assert whole.curve.best_step == 2
     kept = {f"checkpoint-{n}" for n in (2, 6, "4-backup")}

@@ -11,7 +11,7 @@ import torch
 from scipy.special import expit, logit, softmax
 
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.reweight import tilts
+from expertcut.edits.router_edits import tilts
 from expertcut.edits.reweight_select import (
     QuestionOutcomes,
     SelectedExpert,

@@ -8,10 +8,10 @@ from typing import Any
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data.sources import Weighted
 from expertcut.edits.budget import Keep
-from expertcut.edits.prune import choose
+from expertcut.edits.selection import choose
 from expertcut.edits.ranking import Way
 from expertcut.healing.adapters import Lora
-from expertcut.healing.heal import Healed, Options, heal
+from expertcut.healing.recovery import Healed, Options, heal
 from expertcut.healing.heal_settings import Data, Healing, Place, Training
 from expertcut.models.load import LoadOptions
 from tests.support.merged_models import measured

@@ -11,7 +11,7 @@ from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.budget import Keep, counts
 from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
 from expertcut.edits.plan import EditPlan, Layout
-from expertcut.edits.prune import Pruning, choose, cut
+from expertcut.edits.selection import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
 from expertcut.errors import PlanError, SettingsError
 from expertcut.models.load import LoadOptions, MoeModel, Source

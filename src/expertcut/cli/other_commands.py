@@ -132,7 +132,7 @@ class Heal:
 
     def run(self) -> None:
         """Trains, writes, prints what came of it."""
-        from expertcut.healing.heal import Options, default_out, heal
+        from expertcut.healing.recovery import Options, default_out, heal
         from expertcut.healing.heal_settings import Place
         from expertcut.models.load import LoadOptions
 

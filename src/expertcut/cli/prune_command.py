@@ -39,7 +39,7 @@ from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
     from expertcut.data import Quiz
-    from expertcut.edits.prune import Pruning
+    from expertcut.edits.selection import Pruning
     from expertcut.edits.ranking import Way
     from expertcut.evaluation.search_results import Grid, Sweep
     from expertcut.models.load import LoadOptions
@@ -305,7 +305,7 @@ def _protected(profile: "Profile", asked: list[str], is_active: bool) -> tuple[s
 
 
 def _say_what_goes(profile: "Profile", chosen: "Pruning") -> None:
-    from expertcut.edits.prune import removed_traffic
+    from expertcut.edits.selection import removed_traffic
     from expertcut.reporting.edit_tables import pruning_sentences, touched_sentences, touched_table
 
     goes = removed_traffic(profile, chosen.draft.edits)

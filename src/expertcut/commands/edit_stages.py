@@ -11,9 +11,9 @@ from expertcut.commands.ui import Job
 from expertcut.edits.budget import Keep, read_size
 from expertcut.edits.merge_groups import Merge
 from expertcut.edits.plan import EditPlan
-from expertcut.edits.prune import removed_traffic
+from expertcut.edits.selection import removed_traffic
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import How, ReweightSettings, scalings, tilts, with_tilts
+from expertcut.edits.router_edits import How, ReweightSettings, scalings, tilts, with_tilts
 from expertcut.edits.reweight_tune import Procedure
 from expertcut.evaluation.reweight_search import (
     DecideOptions,

@@ -5,8 +5,8 @@ from pathlib import Path
 from expertcut.commands.ui import Job
 from expertcut.data.sources import Weighted
 from expertcut.healing.adapters import Lora
-from expertcut.healing.heal import Options
-from expertcut.healing.heal import heal as train
+from expertcut.healing.recovery import Options
+from expertcut.healing.recovery import heal as train
 from expertcut.healing.heal_settings import Data, Healing, Place, Training
 from expertcut.recipes.recipe_schema import HealSection, Recipe
 from expertcut.recipes.stages import variant_folder

@@ -15,7 +15,7 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.data import Quiz
 from expertcut.edits.plan import EditPlan, ExpertIds, Layout, Point, Positions, expert_ids
-from expertcut.edits.reweight import (
+from expertcut.edits.router_edits import (
     Expressions,
     How,
     ReweightSettings,

@@ -15,7 +15,7 @@ from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import NEEDS_MODEL
 from expertcut.edits.plan import EditPlan
-from expertcut.edits.prune import cut
+from expertcut.edits.selection import cut
 from expertcut.edits.ranking import Way, rank
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError

@@ -20,7 +20,7 @@ from expertcut.reporting.profile_tables import (
     profile_tables,
     suspects_table,
 )
-from expertcut.reporting.show import Found, Run, quiz_of
+from expertcut.reporting.views import Found, Run, quiz_of
 from expertcut.reporting.tables import Column, printable
 
 _MAPS = (

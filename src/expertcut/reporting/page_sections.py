@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from expertcut.documents import first_fault
 from expertcut.edits.plan import Edit, PlanFile, Point
-from expertcut.edits.prune import RemovedTraffic, removed_traffic
+from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_judged
 from expertcut.errors import PlanError
 from expertcut.evaluation.results import ModelResult, Results
@@ -32,7 +32,7 @@ from expertcut.reporting.eval_tables import (
 )
 from expertcut.reporting.page_parts import Facts, Folded, Lines, Part, Section, Text, key_of
 from expertcut.reporting.plots import Curves, Series
-from expertcut.reporting.show import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
+from expertcut.reporting.views import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 from expertcut.reporting.tables import Cell, Column, Table
 
 Rows = list[tuple[str, str]]
