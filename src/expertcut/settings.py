@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, NoReturn, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,6 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from expertcut.errors import SettingsError
 
+_PATH = re.compile(r"[/~.].*|.*\.(jsonl|csv)")
 IN_RECIPE = "recipe"
 """The validation context in which only fields with `in_recipe` are keys."""
 
@@ -36,7 +38,7 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     """One value where several may stand."""
     if isinstance(value, tuple):
         return list(value)
@@ -58,11 +60,36 @@ def like(pattern: str, should: str) -> Callable[[str], str]:
     return check
 
 
+def in_recipe_only(check: Callable[[str], None]) -> Callable[[Any, ValidationInfo], Any]:
+    """A check that a recipe's value must pass, and nobody else's."""
+
+    def checked(value: Any, info: ValidationInfo) -> Any:
+        if info.context == IN_RECIPE:
+            check(str(value))
+        return value
+
+    return checked
+
+
+def _there(text: str) -> None:
+    """A path is there; anything else may be an id of the Hub."""
+    if _PATH.fullmatch(text) and not Path(text).expanduser().exists():
+        refuse(f"{text[:200]!a} is not there: give an existing path, or an id of the Hub")
+
+
+def below_here(text: str) -> None:
+    """A folder that an untrusted recipe may write to."""
+    path = Path(text)
+    if path.is_absolute() or ".." in path.parts or "\0" in text or text.startswith("~"):
+        refuse(f"{text[:200]!a} lies outside this folder: a recipe writes below where you stand")
+
+
 Text = Annotated[str, BeforeValidator(_as_text)]
-Texts = Annotated[list[Text], BeforeValidator(_as_list)]
+Texts = Annotated[list[Text], BeforeValidator(as_list)]
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Count = Annotated[int, Field(ge=1)]
-Truncate = Literal["left"]
+Source = Annotated[str, AfterValidator(in_recipe_only(_there))]
+Folder = Annotated[str, AfterValidator(in_recipe_only(below_here))]
 
 
 class Settings(BaseModel):
@@ -190,5 +217,3 @@ def flag_of(settings: type[Settings], name: str) -> str:
         return name.upper()
     flags = [flag.partition("/")[0] for flag in extra["flags"]]
     return flags[0] if flags else f"--{name.replace('_', '-')}"
-
-

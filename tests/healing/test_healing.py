@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from expertcut.cli.other_commands import Objective
 from expertcut.data import Selection, load_quiz
 from expertcut.data.sources import Weighted
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.errors import OutputError, SettingsError
-from expertcut.healing.recovery import BASE, BEFORE, HEALED
 from expertcut.healing.heal_settings import Data, Training
 from expertcut.healing.objectives import OBJECTIVES
+from expertcut.healing.recovery import BASE, BEFORE, HEALED
 from expertcut.healing.teacher_cache import Cached, Whose
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import Commands, open_model
@@ -247,8 +246,8 @@ def test_without_a_base_the_letters_are_trained_on(
     assert healed(checkpoint("olmoe"), taught, tmp_path / "taught").curve.losses[0] > 0.1
 
 
-def test_the_command_line_names_all_objectives() -> None:
-    assert {objective.value for objective in Objective} == set(OBJECTIVES)
+def test_the_settings_name_all_objectives() -> None:
+    assert set(OBJECTIVE_NAMES) == set(OBJECTIVES)
 
 
 def test_options_of_memory_change_no_loss(stock: Path, quiz_folder: Path, tmp_path: Path) -> None:

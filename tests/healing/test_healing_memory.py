@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertcut.healing import micro_batch, objectives
 from expertcut.healing.adapters import adapted
-from expertcut.healing.recovery import Healed
 from expertcut.healing.micro_batch import MICRO_BATCH_FILE, Needs, _chosen
 from expertcut.healing.objectives import (
     Likeliest,
@@ -24,6 +23,7 @@ from expertcut.healing.objectives import (
     distillation,
     likeliest,
 )
+from expertcut.healing.recovery import Healed
 from expertcut.models import memory
 from tests.conftest import FAMILIES, Commands, open_model
 from tests.support.healed_models import SHORT, SMALL, Stop, asked_for, cut, healed, stopped_after

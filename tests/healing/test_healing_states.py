@@ -19,8 +19,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.training_args import ParallelMode
 
 from expertcut.errors import ModelError, OutputError, SettingsError
-from expertcut.healing.recovery import Healed, Options, heal
 from expertcut.healing.heal_settings import Healing, Place, Training
+from expertcut.healing.recovery import Healed, Options, heal
 from expertcut.healing.state import looks_since_best
 from expertcut.healing.trainer import HealTrainer, _arguments
 from expertcut.models.load import LoadOptions

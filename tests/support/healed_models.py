@@ -7,12 +7,11 @@ from typing import Any
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data.sources import Weighted
-from expertcut.edits.budget import Keep
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.selection import choose
-from expertcut.edits.ranking import Way
 from expertcut.healing.adapters import Lora
-from expertcut.healing.recovery import Healed, Options, heal
 from expertcut.healing.heal_settings import Data, Healing, Place, Training
+from expertcut.healing.recovery import Healed, Options, heal
 from expertcut.models.load import LoadOptions
 from tests.support.merged_models import measured
 
@@ -25,7 +24,7 @@ SMALL = Lora(2, 2, ("attention", "experts"))
 def cut(model: Path, quiz_folder: Path, folder: Path, layout: Any = "stock") -> Path:
     """The model with five of its eight experts."""
     profile = measured(model, quiz_folder, folder / "profile")
-    pruning = choose(profile, Keep(count=5), Way(layout=layout))
+    pruning = choose(profile, CutSettings(keep=5, layout=layout))
     build(profile, pruning.draft, folder / "cut", UNASKED)
     return folder / "cut"
 

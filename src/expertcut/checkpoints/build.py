@@ -28,10 +28,11 @@ from expertcut.edits.calibrate import (
     mean_outputs,
     zero_outputs,
 )
+from expertcut.edits.edit_settings import MergeSettings
 from expertcut.edits.merge_groups import (
-    Merge,
     check_count,
     gather_evidence,
+    merge_draft,
     merge_edits,
     token_counts,
 )
@@ -313,7 +314,12 @@ class _Before:
 
 
 def merge(
-    profile: Profile, asked: Merge, folder: Path, options: BuildOptions, *, is_plan: bool = False
+    profile: Profile,
+    settings: MergeSettings,
+    folder: Path,
+    options: BuildOptions,
+    *,
+    is_plan: bool = False,
 ) -> Merged:
     """Makes the checkpoint, or with `is_plan` the plan alone, for which the model runs too.
 
@@ -326,13 +332,13 @@ def merge(
     source = profiled_source(profile)
     inputs = (source.path, *inputs_of(profile))
     check_writable(folder, is_forced=options.is_forced, inputs=inputs)
-    n_experts = _check(profile, asked, source, folder)
+    n_experts = _check(profile, settings, source, folder)
     questions = questions_for(profile, is_fitting=True)
     engine = engine_as_profiled(profile, source, options.load_as)
-    draft = _grouped(profile, engine, questions, asked)
+    draft = _grouped(profile, engine, questions, settings)
     merging, before = Merging(), None
     if not is_plan:
-        merging = _fitted(engine, questions, draft, asked)
+        merging = _fitted(engine, questions, draft, settings)
         if options.is_verified and len(questions.held_out):
             before = _ask_before(engine, questions, draft, merging)
     del engine
@@ -340,7 +346,7 @@ def merge(
     plan, proof, used = draft_plan(profile, draft, questions), None, used_hashes(draft, questions)
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         if not is_plan:
-            merging = _aligned(source, draft, merging, asked)
+            merging = _aligned(source, draft, merging, settings)
             export(source, draft, n_experts, Gathered(merging=merging), temporary)
         if before is not None:
             written = Source(str(folder), temporary)
@@ -354,32 +360,36 @@ def merge(
     return Merged(built, draft, qualities)
 
 
-def _check(profile: Profile, asked: Merge, source: Source, folder: Path) -> int:
+def _check(profile: Profile, settings: MergeSettings, source: Source, folder: Path) -> int:
     """All that can be refused before a model is loaded; gives the unedited count of experts."""
     blocks = profile.info.model.blocks
     token_counts(profile)
-    check_count(blocks, asked.n_keep)
+    check_count(blocks, settings.keep)
     # Of the same size as any groups would be.
-    first = {b.name: Edit(keep=tuple(range(asked.n_keep))) for b in blocks}
-    check_export(source, asked.draft(profile, first), blocks[0].experts, folder)
+    first = {b.name: Edit(keep=tuple(range(settings.keep))) for b in blocks}
+    check_export(source, merge_draft(settings, profile, first), blocks[0].experts, folder)
     return blocks[0].experts
 
 
-def _grouped(profile: Profile, engine: Engine, questions: Questions, asked: Merge) -> EditPlan:
-    evidence = gather_evidence(profile, engine, questions.tuning, asked.by)
-    edits = merge_edits(profile.info.model.blocks, evidence, asked.n_keep, asked.by)
-    return asked.draft(profile, edits)
+def _grouped(
+    profile: Profile, engine: Engine, questions: Questions, settings: MergeSettings
+) -> EditPlan:
+    evidence = gather_evidence(profile, engine, questions.tuning, settings.by)
+    edits = merge_edits(profile.info.model.blocks, evidence, settings.keep, settings.by)
+    return merge_draft(settings, profile, edits)
 
 
-def _aligned(source: Source, draft: EditPlan, merging: Merging, asked: Merge) -> Merging:
-    if not asked.is_aligned:
+def _aligned(source: Source, draft: EditPlan, merging: Merging, settings: MergeSettings) -> Merging:
+    if not settings.is_aligned:
         return merging
     headers = read_headers(source.path)
     return replace(merging, orders=aligned_neurons(headers, draft.edits, merging.interleaved))
 
 
-def _fitted(engine: Engine, questions: Questions, draft: EditPlan, asked: Merge) -> Merging:
-    rows = merged_rows(engine, questions.tuning, draft.edits, asked.router)
+def _fitted(
+    engine: Engine, questions: Questions, draft: EditPlan, settings: MergeSettings
+) -> Merging:
+    rows = merged_rows(engine, questions.tuning, draft.edits, settings.router)
     blocks = engine.moe.blocks
     return Merging(rows, {}, frozenset(b.name for b in blocks if _is_interleaved(b.experts)))
 

@@ -20,6 +20,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents import Format1, Identified, Record, load_record
+from expertcut.edits.edit_settings import Fold as Fold
+from expertcut.edits.edit_settings import Layout as Layout
+from expertcut.edits.edit_settings import Positions as Positions
+from expertcut.edits.edit_settings import Removed as Removed
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
@@ -30,10 +34,6 @@ PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
-Positions = Literal["answer", "all"]
-Layout = Literal["stock", "exact"]
-Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
-Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measures the inflation
 
 
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]

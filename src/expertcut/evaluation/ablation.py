@@ -20,14 +20,16 @@ from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.edits.budget import as_numbers, normalised
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CALIBRATED, NEEDS_MODEL
+from expertcut.edits.edit_settings import AuditSettings, CutSettings
 from expertcut.edits.plan import Edit, expert_ids, plan_model
-from expertcut.edits.ranking import Way, rank
+from expertcut.edits.ranking import empty_draft, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
-from expertcut.edits.splits import HELD_OUT, hashes, judges_or_fifth, n_used, questions_for
+from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import begun, check_same, profile_hash
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.evaluation.search_results import (
+    ALL,
     AUDIT_FILE,
     AblationEffect,
     Audit,
@@ -37,6 +39,8 @@ from expertcut.evaluation.search_results import (
     Regret,
     Sampled,
     Verdict,
+    read_criteria,
+    read_fractions,
     save_audit,
 )
 from expertcut.evaluation.stats import mcnemar
@@ -89,7 +93,7 @@ def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[Sampled, 
 def standings(
     profile: Profile,
     by: Sequence[str],
-    way: Way,
+    settings: AuditSettings,
     engine: Engine,
     sampled: Sequence[Sampled],
     *,
@@ -105,7 +109,7 @@ def standings(
     found = {}
     for name in by:
         try:
-            found[name] = _standing(profile, name, way, engine, sampled)
+            found[name] = _standing(profile, settings.cut_by(name), engine, sampled)
         except ProfileError as error:
             if not is_all:
                 raise
@@ -114,10 +118,9 @@ def standings(
 
 
 def _standing(
-    profile: Profile, by: str, way: Way, engine: Engine, sampled: Sequence[Sampled]
+    profile: Profile, cut: CutSettings, engine: Engine, sampled: Sequence[Sampled]
 ) -> CriterionRank:
-    its = Way(by, way.positions, way.layout, seed=way.seed)
-    ranking = rank(profile, its, engine if by in NEEDS_MODEL else None)
+    ranking = rank(profile, cut, engine if cut.by in NEEDS_MODEL else None)
     numbers = [as_numbers(score_E) for score_E in ranking.scores]
     shares = [normalised(score_E) for score_E in ranking.scores]
     return CriterionRank(
@@ -241,22 +244,6 @@ def _shuffles(layer_X: Array, seed: int) -> Array:
 
 
 @dataclass(frozen=True)
-class AuditOptions:
-    """What to remove, what to score it by, and on how many held-out questions.
-
-    With `is_all` the criteria are all that there are, of which the profile need not serve each.
-    """
-
-    by: tuple[str, ...]
-    fractions: tuple[float, ...]
-    way: Way
-    load_as: LoadOptions
-    sample: int = 64
-    questions: int = HELD_OUT
-    is_all: bool = False
-
-
-@dataclass(frozen=True)
 class AuditProgress:
     """How far an audit is, in questions asked; `left_s` is None while that is unknown."""
 
@@ -275,9 +262,11 @@ class Auditing:
         ProfileError: the model or the quiz is not the one that was profiled.
     """
 
-    def __init__(self, profile: Profile, options: AuditOptions) -> None:
-        self.profile, self.options = profile, options
-        self.blocks, layout = profile.info.model.blocks, options.way.layout
+    def __init__(self, profile: Profile, settings: AuditSettings, load_as: LoadOptions) -> None:
+        self.profile, self.settings = profile, settings
+        self.by = read_criteria(settings.by)
+        self.fractions = read_fractions(settings.fractions, "--fractions")
+        self.blocks, layout = profile.info.model.blocks, settings.layout
         for block in self.blocks:
             if block.experts <= block.top_k and layout == "stock":
                 raise PlanError(
@@ -286,18 +275,18 @@ class Auditing:
                 )
         source = profiled_source(profile)
         check_layout(source, layout, is_cutting=True)
-        is_fitting = not CALIBRATED.isdisjoint(options.by)
-        asked = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
-        self.quiz = judges_or_fifth(asked, options.questions)
+        is_fitting = not CALIBRATED.isdisjoint(self.by)
+        asked = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
+        self.quiz = judges_or_fifth(asked, settings.questions)
         looked_at = hashes(asked.profiled) | (hashes(asked.tuning) if is_fitting else frozenset())
         self.overlap = n_used(self.quiz, looked_at | asked.inherited)
-        self.engine = engine_as_profiled(profile, source, options.load_as)
+        self.engine = engine_as_profiled(profile, source, load_as)
 
     @property
     def n_questions(self) -> int:
         """That will be asked in all, but for those of the first run."""
         n_experts = sum(block.experts for block in self.blocks)
-        return len(self.quiz) * min(self.options.sample, n_experts)
+        return len(self.quiz) * min(self.settings.sample, n_experts)
 
     def run(self, folder: Path, on_pass: OnPass) -> Iterator[AuditProgress]:
         """Removes every expert that the folder lacks; each is kept when it is done.
@@ -320,16 +309,16 @@ class Auditing:
         self.found = earlier or self._begin(asked, rescorer)
         save_audit(folder, self.found)
         yield from self._remove(rescorer, folder, on_pass)
-        options, found = self.options, self.found
+        found = self.found
         verdicts = (
-            verdict(by, standing, found.harms, options.fractions, options.way.seed)
+            verdict(by, standing, found.harms, self.fractions, self.settings.seed)
             for by, standing in found.standings.items()
         )
         self.found = found.model_copy(update={"verdicts": tuple(verdicts)})
         save_audit(folder, self.found)
 
     def _asked(self) -> AuditAsked:
-        options, info = self.options, self.profile.info
+        settings, info = self.settings, self.profile.info
         content = "\n".join(f"{q.content_hash} {q.answer}" for q in self.quiz)
         return AuditAsked(
             model=plan_model(info.model),
@@ -340,22 +329,22 @@ class Auditing:
             shots=self.quiz.shots,
             questions=len(self.quiz),
             asked=hashlib.sha256(content.encode()).hexdigest(),
-            by=options.by,
-            positions=options.way.positions,
-            layout=options.way.layout,
-            fractions=options.fractions,
-            sample=options.sample,
-            seed=options.way.seed,
+            by=self.by,
+            positions=settings.positions,
+            layout=settings.layout,
+            fractions=self.fractions,
+            sample=settings.sample,
+            seed=settings.seed,
             truncate=self.quiz.truncate,
         )
 
     def _begin(self, asked: AuditAsked, rescorer: CachedScorer) -> Audit:
-        options, records = self.options, rescorer.records
-        sampled = sampled_experts(self.profile, options.sample, options.way.seed)
-        common = (self.profile, options.by, options.way, self.engine, sampled)
-        found = standings(*common, is_all=options.is_all)
+        settings, records = self.settings, rescorer.records
+        sampled = sampled_experts(self.profile, settings.sample, settings.seed)
+        common = (self.profile, self.by, settings, self.engine, sampled)
+        found = standings(*common, is_all=settings.by == ALL)
         if not found:
-            raise ProfileError(f"{self.profile.path} can serve none of {', '.join(options.by)}")
+            raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")
         return Audit(
             asked=asked,
             overlap=self.overlap,
@@ -384,7 +373,7 @@ class Auditing:
     def _check_reached(self, expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> None:
         """That answers changed, where the expert had a share in one that counts."""
         is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
-        is_masked = self.options.way.layout == "stock"
+        is_masked = self.settings.layout == "stock"
         if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
             alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
             if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
@@ -393,14 +382,14 @@ class Auditing:
 
     def _without(self, expert: Sampled) -> AbstractContextManager[OnPass]:
         """The unedited model without one expert, as the layout means it."""
-        way, model = self.options.way, self.engine.moe.model
+        settings, model = self.settings, self.engine.moe.model
         ids = {block.name: tuple(range(block.experts)) for block in self.blocks}
         name = self.blocks[expert.layer].name
         ids[name] = tuple(row for row in ids[name] if row != expert.row)
         edits = {block: Edit(keep=keep) for block, keep in ids.items()}
-        draft = replace(way.draft("", "", ""), edits=edits)
+        draft = replace(empty_draft(settings.cut_by(self.by[0]), "", "", ""), edits=edits)
         width = int(model.config.get_text_config().hidden_size)
-        is_exact = way.layout == "exact"
+        is_exact = settings.layout == "exact"
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
         return apply_at_runtime(self.engine.moe, draft, constants)
 

@@ -45,9 +45,9 @@ from expertcut.scoring.passes import OnPass, ignore
 Array = np.ndarray[Any, Any]
 
 
-def find_models(paths: Sequence[str]) -> list[Source]:
-    """All models' checkpoints, so that a wrong name or plan is found before anything runs."""
-    sources = [find_source(path) for path in paths]
+def find_models(paths: Sequence[str], revision: str | None = None) -> list[Source]:
+    """All models' checkpoints, the first of a revision; a wrong name or plan is found at once."""
+    sources = [find_source(path, None if i else revision) for i, path in enumerate(paths)]
     for source in sources:
         _seen(source)
     return sources

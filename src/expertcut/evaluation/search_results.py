@@ -1,6 +1,6 @@
 """`sweep.json` and `audit.json`: cuts and single ablations that were tried. No torch here."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -9,7 +9,9 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
-from expertcut.edits.budget import Budget, Keep, asked_count, check_budget, counts
+from expertcut.edits.budget import counts, wanted_count
+from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.edit_settings import Budget, CutSettings
 from expertcut.edits.plan import Expert, Fold, Layout, PlanModel, Positions, Removed
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.cross_fit import Change
@@ -118,45 +120,37 @@ class Grid:
 
     by: tuple[str, ...]
     fractions: tuple[float, ...]
-    budget: Budget = "layer"
-    min_keep: int | None = None
 
     @classmethod
-    def of(
-        cls, by: str, fractions: str, known: Collection[str], budget: Budget, min_keep: int | None
-    ) -> Self:
+    def of(cls, by: str, fractions: str) -> Self:
         """As on the command line.
 
         Raises:
             SettingsError: a criterion that is none, a share that is none, or one of them twice.
         """
-        shares = read_fractions(fractions, "--sweep")
-        return cls(read_criteria(by, known), shares, budget, min_keep)
+        return cls(read_criteria(by), read_fractions(fractions, "--sweep"))
 
-    def check(self, blocks: Sequence[BlockInfo], layout: Layout) -> None:
+    def check(self, blocks: Sequence[BlockInfo], settings: CutSettings) -> None:
         """That the model and the layout allow every cell.
 
         Raises:
             PlanError: one that keeps too few.
             SettingsError: a budget that the layout cannot carry.
         """
-        check_budget(self.budget, self.min_keep, layout)
+        settings.check_layout()
+        allowed = counts(settings, blocks)
         for fraction in self.fractions:
-            keep, n_keep = self.keep(fraction, blocks, layout)
-            allowed = counts(keep, blocks, layout)
+            n_keep = self.n_keep(fraction, blocks, settings)
             if n_keep not in allowed:
-                place = "in all" if self.budget == "global" else "a layer"
+                place = "in all" if settings.budget == "global" else "a layer"
                 raise PlanError(
                     f"{fraction:g} of the experts are {n_keep} {place}: keep {allowed[0]} to "
                     f"{allowed[-1]}"
                 )
 
-    def keep(
-        self, fraction: float, blocks: Sequence[BlockInfo], layout: Layout
-    ) -> tuple[Keep, int]:
-        """What is kept at a fraction, and how many that are."""
-        keep = Keep(fraction=fraction, budget=self.budget, min_keep=self.min_keep)
-        return keep, asked_count(keep, blocks, layout)
+    def n_keep(self, fraction: float, blocks: Sequence[BlockInfo], settings: CutSettings) -> int:
+        """How many experts a fraction keeps."""
+        return wanted_count(settings.completed(keep_fraction=fraction, sparsity=None), blocks)
 
     def with_cell(self, found: Sweep, cell: SweepCell) -> Sweep:
         """The sweep with a cell more, in the grid's order."""
@@ -167,18 +161,18 @@ class Grid:
         return found.model_copy(update={"cells": tuple(cells)})
 
 
-def read_criteria(text: str, known: Collection[str]) -> tuple[str, ...]:
+def read_criteria(text: str) -> tuple[str, ...]:
     """`reap,activations`, or `all` of them.
 
     Raises:
         SettingsError: one that is no criterion, or twice there.
     """
     if text == ALL:
-        return tuple(known)
+        return tuple(CRITERIA)
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
-        if name not in known:
-            raise SettingsError(f"--by {name} is no criterion: take one of {', '.join(known)}")
+        if name not in CRITERIA:
+            raise SettingsError(f"--by {name} is no criterion: take one of {', '.join(CRITERIA)}")
         if names.count(name) > 1:
             raise SettingsError(f"--by names {name} twice")
     return names

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from expertcut.checkpoints.simulate import as_written
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import NEEDS_MODEL
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import EditPlan
+from expertcut.edits.ranking import empty_draft, rank
 from expertcut.edits.selection import cut
-from expertcut.edits.ranking import Way, rank
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError
 from expertcut.evaluation.cross_fit import Change
@@ -68,16 +69,17 @@ class Sweeping:
         ProfileError: the model or the quiz is not the one that was profiled.
     """
 
-    def __init__(self, profile: Profile, grid: Grid, way: Way, asking: Asking) -> None:
-        blocks, settings = profile.info.model.blocks, profile.info.settings
-        grid.check(blocks, way.layout)
-        self.profile, self.grid, self.way, self.asking = profile, grid, way, asking
+    def __init__(self, profile: Profile, grid: Grid, settings: CutSettings, asking: Asking) -> None:
+        blocks, measured = profile.info.model.blocks, profile.info.settings
+        grid.check(blocks, settings)
+        self.profile, self.grid, self.asking = profile, grid, asking
+        self.settings = settings
         source = profiled_source(profile)
-        self.size_of = size_of_cuts(source, way.layout, blocks[0].experts)
-        drafts = [replace(way, by=by).draft("", "", by) for by in grid.by]
+        self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
+        drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
         used = frozenset().union(*(used_hashes(d, self._questions(d)) for d in drafts))
         self.engine = engine_as_profiled(profile, source, asking.load_as)
-        options = MeasureOptions("none", settings.batch_tokens, settings.threads, asking.waits)
+        options = MeasureOptions("none", measured.batch_tokens, measured.threads, asking.waits)
         self.measurement = Measurement(self.engine.moe, asking.quiz, asking.limit, options)
         self.subjects = [question.subject for question in asking.quiz]
         overlap = n_used(asking.quiz, used)
@@ -85,20 +87,21 @@ class Sweeping:
         self.found = Sweep(asked=self._asked(), chosen_on=chosen_on)
 
     def _asked(self) -> SweepAsked:
-        grid, way, is_part = self.grid, self.way, isinstance(self.profile, ProfilePart)
+        grid, settings = self.grid, self.settings
+        is_part = isinstance(self.profile, ProfilePart)
         return SweepAsked(
             scored=self.measurement.info.called(self.profile.info.model.id),
             profile=profile_hash(self.profile.info),
             by=grid.by,
             fractions=grid.fractions,
-            budget=grid.budget,
-            min_keep=grid.min_keep,
-            positions=way.positions,
-            layout=way.layout,
-            removed=way.removed if way.layout == "exact" else None,
-            fold=way.fold if way.layout == "stock" else None,
-            protect=way.protect,
-            seed=way.seed,
+            budget=settings.budget,
+            min_keep=settings.min_keep,
+            positions=settings.positions,
+            layout=settings.layout,
+            removed=settings.fill if settings.layout == "exact" else None,
+            fold=settings.rescale if settings.layout == "stock" else None,
+            protect=tuple(settings.protect),
+            seed=settings.seed,
             chosen_by=len(self.profile.subjects()) if is_part else None,
         )
 
@@ -135,10 +138,13 @@ class Sweeping:
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
             return {}
-        way, engine = replace(self.way, by=by), self.engine if by in NEEDS_MODEL else None
-        ranking = rank(self.profile, way, engine)
-        kept = {f: self.grid.keep(f, ranking.blocks, way.layout) for f in missing}
-        return {f: cut(ranking, *how_many).draft for f, how_many in kept.items()}
+        settings, engine = (
+            self.settings.completed(by=by),
+            self.engine if by in NEEDS_MODEL else None,
+        )
+        ranking = rank(self.profile, settings, engine)
+        kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
+        return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}
 
     def _step(self, by: str, fraction: float, draft: EditPlan, folder: Path) -> Iterator[Step]:
         place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"

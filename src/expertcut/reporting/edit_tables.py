@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from expertcut.edits.plan import Edit, ExpertIds, Point, expert_ids, ids_text
-from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.edits.router_edits import Scaling, Tilt
+from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, printable
@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.held_out_check import Proof
     from expertcut.evaluation.cross_fit import Change, ProofResult
     from expertcut.evaluation.reweight_search import Decision
-    from expertcut.healing.recovery import Healed
     from expertcut.healing.leakage import Dropped
+    from expertcut.healing.recovery import Healed
 
 logger = logging.getLogger(__name__)
 

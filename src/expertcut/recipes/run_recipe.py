@@ -1,32 +1,43 @@
 """A recipe's stages in order: each skipped where what it made is there and current, else run."""
 
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from expertcut.commands.ui import UI, Job, SilentUI
-from expertcut.errors import ExpertcutError, OutputError, RecipeError
+from expertcut.commands.common import UI, SilentUI
+from expertcut.errors import ExpertcutError, OutputError, RecipeError, SettingsError
 from expertcut.recipes.loader import read_bytes, read_recipe
 from expertcut.recipes.manifest import Inputs, Ledger, StageRecord, reason
 from expertcut.recipes.recipe_schema import Recipe
-from expertcut.recipes.stages import Stage, find_stage, stages_of
+from expertcut.recipes.stage_runs import Job, run_stage
+from expertcut.recipes.stages import RESULTS, Stage, find_stage, stages_of
+from expertcut.settings import FilePath, Settings, option
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Where to, from which stage on whatever is there, and whether only to say what would run.
+class RunSettings(Settings):
+    """Run a recipe: all stages, each only where it is due."""
 
-    `trusts_code` is the user's own word for code that comes with a checkpoint.
-    """
+    examples: ClassVar = (
+        "expertcut run recipes/quickstart.yaml",
+        "expertcut run recipes/quickstart.yaml --dry-run",
+        "expertcut run recipes/quickstart.yaml --from eval",
+    )
 
-    out: Path | None = None
-    start: str | None = None
-    is_dry: bool = False
-    trusts_code: bool = False
+    recipe: FilePath = option(..., "YAML file, as in recipes/.", is_argument=True)
+    out: FilePath | None = option(
+        None, "Folder of the run.  [default: as the recipe says, else results/NAME]"
+    )
+    dry_run: bool = option(False, "Print what would run, and why.")
+    start: str | None = option(
+        None, "Run this stage and all after it, current or not.",
+        flags=("--from",), metavar="STAGE",
+    )  # fmt: skip
+    trust_remote_code: bool = option(False, "Run code that comes with a checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -39,32 +50,61 @@ class Outcome:
     left_over: tuple[str, ...]
 
 
-def run(file: Path, options: RunOptions, audience: UI | None = None) -> Outcome:
+def run(settings: RunSettings, ui: UI | None = None) -> Outcome:
     """Runs what is to be run.
 
     Raises:
         ExpertcutError: the recipe, or what a stage met, with the stage's name before it.
     """
+    ui, file = ui or SilentUI(), settings.recipe
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise SettingsError(
+            "a recipe runs in one process: let several fill its profile with `expertcut profile "
+            "--out RUN/profile` first, then run the recipe, which goes on from there"
+        )
     recipe = read_recipe(file)
-    if recipe.trust_remote_code and not options.trusts_code:
+    if recipe.trust_remote_code and not settings.trust_remote_code:
         raise RecipeError(
             f"{file} asks to run code that comes with {recipe.model}: read it, and if you trust it "
             "add --trust-remote-code"
         )
-    folder = options.out or Path(recipe.out or Path("results") / file.stem)
-    return _Running(recipe, Ledger(folder, read_bytes(file)), options, audience or SilentUI()).all()
+    folder = settings.out or Path(recipe.out or Path("results") / file.stem)
+    outcome = _Running(recipe, Ledger(folder, read_bytes(file)), settings, ui).all()
+    _say(outcome, ui, is_dry=settings.dry_run)
+    return outcome
+
+
+def _say(outcome: Outcome, ui: UI, *, is_dry: bool) -> None:
+    """What ran, and how well each evaluated model did."""
+    n_ran, n_stages = len(outcome.ran), len(outcome.stages)
+    if n_ran:
+        verb = "would run" if is_dry else "ran"
+        ui.say([], [f"{outcome.folder}: {n_ran} of {n_stages} stages {verb}"])
+    else:
+        again = f"--from {outcome.stages[0]} runs them again"
+        current = f"nothing to do, all {n_stages} stages are current ({again})"
+        ui.say([], [f"{outcome.folder}: {current}"])
+    if n_ran and not is_dry and "eval" in outcome.stages:
+        from expertcut.evaluation.results import load_results
+        from expertcut.reporting.eval_tables import result_sentences
+
+        ui.say([], ["", *result_sentences(load_results(outcome.folder / RESULTS))])
+    left_over = [
+        f"{name} is no longer in the recipe; what it made stays" for name in outcome.left_over
+    ]
+    ui.say([], left_over)
 
 
 class _Running:
     """One run of a recipe."""
 
-    def __init__(self, recipe: Recipe, ledger: Ledger, options: RunOptions, audience: UI) -> None:
-        self.recipe, self.ledger, self.audience = recipe, ledger, audience
-        self.is_dry = options.is_dry
+    def __init__(self, recipe: Recipe, ledger: Ledger, settings: RunSettings, ui: UI) -> None:
+        self.recipe, self.ledger, self.ui = recipe, ledger, ui
+        self.is_dry = settings.dry_run
         self.stages = stages_of(recipe)
         self.first = len(self.stages)  # of those that are run whatever is there
-        if options.start is not None:
-            self.first = find_stage(options.start, self.stages)
+        if settings.start is not None:
+            self.first = find_stage(settings.start, self.stages)
         self.inputs = Inputs(recipe, ledger.before, is_anew=self.first == 0)
         self.outputs: dict[str, str | None] = {}
         self.ran: list[str] = []
@@ -88,7 +128,7 @@ class _Running:
         inputs = self.inputs.of(stage, self.outputs)
         why = reason(self.ledger.folder, stage, record, inputs)
         why = "--from asks for it" if is_asked else why
-        self.audience.plan(stage, why, is_dry=self.is_dry)
+        self.ui.stage(stage.name, why, is_dry=self.is_dry)
         if not why and record is not None:
             self.outputs[stage.name] = record.output
             self.ledger.keep(stage)
@@ -110,11 +150,11 @@ class _Running:
         self.ledger.save(self.inputs)
         about = (self.recipe, self.ledger.text, stage, self.ledger.folder, self.inputs.commit)
         started = time.monotonic()
-        _act_of(stage)(Job(*about, self.audience))
+        run_stage(Job(*about, self.ui))
         elapsed_s = time.monotonic() - started
         self.outputs[stage.name] = self.ledger.finish(stage, elapsed_s)
         self.ledger.save(self.inputs)
-        self.audience.done(stage, elapsed_s)
+        self.ui.stage_done(stage.name, elapsed_s)
 
     def _hold(self) -> None:
         """From now on until it is done this run alone changes the folder."""
@@ -163,20 +203,3 @@ def _named(stage: Stage) -> Iterator[None]:
         yield
     except ExpertcutError as error:
         raise type(error)(f"{stage.name}: {error}") from error
-
-
-def _act_of(stage: Stage) -> Callable[[Job], None]:
-    from expertcut.commands import edit_stages, heal_stages, measure_stages
-
-    acts: dict[str, Callable[[Job], None]] = {
-        "profile": measure_stages.profile,
-        "show": measure_stages.show,
-        "prune": edit_stages.prune,
-        "merge": edit_stages.merge,
-        "reweight": edit_stages.reweight,
-        "heal": heal_stages.heal,
-        "eval": measure_stages.evaluate,
-        "report": measure_stages.report,
-        "publish": measure_stages.publish,
-    }
-    return acts[stage.kind]
