@@ -26,7 +26,7 @@ from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.edit_tables import tilt_sentences
-from expertcut.reporting.show import find_shown
+from expertcut.reporting.views import find_shown
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 from tests.conftest import FAMILIES, open_model

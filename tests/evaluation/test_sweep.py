@@ -335,7 +335,9 @@ def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
 ) -> None:
     sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, Asking(asked, None, LoadOptions()))
     next(sweeping.steps(tmp_path / "half"))
-    code = "import sys; from pathlib import Path; from expertcut.reporting.show import find_shown; "
+    code = (
+        "import sys; from pathlib import Path; from expertcut.reporting.views import find_shown; "
+    )
     code += (
         "find_shown(Path(sys.argv[1])).tables(); print({'torch', 'matplotlib'} & {*sys.modules})"
     )

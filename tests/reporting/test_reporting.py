@@ -53,8 +53,8 @@ from expertcut.reporting.eval_tables import (
     results_table,
 )
 from expertcut.reporting.profile_tables import experts_csv, profile_tables
-from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import Column, Table, as_csv, as_markdown, as_rich
+from expertcut.reporting.views import find_shown
 from tests.support.hand_made import block, profile_info, random_chunk, random_profile, write_profile
 
 TABLE = Table(
@@ -686,7 +686,9 @@ def test_showing_a_profile_or_results_needs_no_torch(tmp_path: Path):
     """Importing it takes seconds in which a person waits for a table."""
     profile = random_profile(tmp_path / "p", profile_info([block(0)], {"birds": 30}))
     save_results(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
-    code = "import sys; from expertcut.reporting.show import find_shown; from pathlib import Path; "
+    code = (
+        "import sys; from expertcut.reporting.views import find_shown; from pathlib import Path; "
+    )
     code += "[find_shown(Path(p)).tables() for p in sys.argv[1:]]; print('torch' in sys.modules)"
     paths = map(str, (profile.path, tmp_path / "results.json"))
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)

@@ -126,7 +126,7 @@ def show(
     ] = False,
 ) -> None:
     """Print what the other commands wrote."""
-    from expertcut.reporting.show import find_shown
+    from expertcut.reporting.views import find_shown
 
     found = find_shown(path, subjects, criteria)
     if format is Format.json:

@@ -30,7 +30,7 @@ from expertcut.errors import SettingsError
 
 if TYPE_CHECKING:
     from expertcut.commands.run_recipe import Outcome
-    from expertcut.healing.heal_settings import Healing
+    from expertcut.healing.heal_settings import HealSettings
     from expertcut.hub.upload import Published
     from expertcut.recipes.stages import Stage
     from expertcut.reporting.tables import Table
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Objective(StrEnum):
-    """The names in `healing.objectives.OBJECTIVES`; a test holds them together."""
+    """The names in `healing.heal_settings.ObjectiveName`; a test holds them together."""
 
     distill = "distill"
     answer = "answer"
@@ -61,7 +61,9 @@ class Heal:
         ),
     ] = None
     split: Annotated[str, option("Split of it that is trained on.")] = "val"
-    shots: Annotated[int, option("Questions of that split before the last of a row.", min=0)] = 5
+    shots: Annotated[
+        int | None, option("Questions of that split before the last of a row.  [default: 5]", min=0)
+    ] = None
     subjects: Subjects = None
     limit: Limit = None
     text: Annotated[
@@ -73,7 +75,7 @@ class Heal:
     eval_quiz: Annotated[
         str | None, option("What is scored later, if another: kept out of the training.")
     ] = None
-    eval_split: Annotated[str, option("Its split.")] = "test"
+    eval_split: Annotated[str | None, option("Its split.  [default: test]")] = None
     truncate: TruncateOption = None
     objective: Annotated[
         Objective | None,
@@ -85,7 +87,12 @@ class Heal:
     teacher: Annotated[
         str | None, option("The model of distill.  [default: what the checkpoint was made from]")
     ] = None
-    likeliest: Annotated[int, option("Of the teacher's tokens that count one by one.", min=1)] = 64
+    likeliest: Annotated[
+        int,
+        option(
+            "Of the teacher's tokens that count one by one.", "--top-k-logits", "--likeliest", min=1
+        ),
+    ] = 64
     teacher_cache: Annotated[
         Path | None, option("Folder for what it says, asked for only once, for any number of runs.")
     ] = None
@@ -104,19 +111,35 @@ class Heal:
     learning_rate: Annotated[
         float | None, option("The highest.  [default: 0.64 / width of the model]")
     ] = None
-    batch: Annotated[int, option("Rows of a step, over all processes.", min=1)] = 16
+    batch: Annotated[
+        int, option("Rows of a step, over all processes.", "--batch-size", "--batch", min=1)
+    ] = 16
     micro_batch: Annotated[
-        int | None, option("Rows in memory at once.  [default: what fits into free memory]", min=1)
+        int | None,
+        option(
+            "Rows in memory at once.  [default: what fits into free memory]",
+            "--micro-batch-size",
+            "--micro-batch",
+            min=1,
+        ),
     ] = None
     balance: Annotated[float, option("Weight of the load-balancing loss.", min=0)] = 0.0
-    check_every: Annotated[int, option("Steps between two looks at held-out rows.", min=1)] = 50
+    check_every: Annotated[
+        int,
+        option("Steps between two looks at held-out rows.", "--eval-every", "--check-every", min=1),
+    ] = 50
     patience: Annotated[int, option("Looks without a better loss that end it.", min=1)] = 3
     max_tokens: Annotated[int, option("Of a row.", min=2)] = 2048
     adapter: Annotated[
         bool, option("Write the adapter alone, not a whole checkpoint.", "--adapter")
     ] = False
     save_memory: Annotated[
-        bool, option("Compute activations again instead of keeping them.", "--save-memory")
+        bool,
+        option(
+            "Compute activations again instead of keeping them.",
+            "--gradient-checkpointing",
+            "--save-memory",
+        ),
     ] = False
     shuffle: Annotated[
         bool, option("Ask each time with the choices in another order.", "--shuffle/--no-shuffle")
@@ -132,59 +155,45 @@ class Heal:
 
     def run(self) -> None:
         """Trains, writes, prints what came of it."""
-        from expertcut.healing.heal import Options, default_out, heal
-        from expertcut.healing.heal_settings import Place
+        from expertcut.healing.recovery import Options, default_out, heal, working_folder
         from expertcut.models.load import LoadOptions
 
         quiet()
+        settings = self._settings()
         load_as = LoadOptions(self.dtype, self.device, self.trust_remote_code)
-        place = Place(self.out or default_out(self.checkpoint), self.force)
-        with resumable(place.working, "the last state is"), bar("healing") as report:
-            options = Options(load_as, self.threads, not self.no_verify, report, _print_progress)
-            healed = heal(self.checkpoint, self._asked(), place, options)
+        out = self.out or default_out(self.checkpoint)
+        with resumable(working_folder(out), "the last state is"), bar("healing") as report:
+            options = Options(load_as, self.threads, self.force, report, _print_progress)
+            healed = heal(self.checkpoint, settings, out, options)
         if healed is not None:
             _print_healed(healed)
 
-    def _asked(self) -> "Healing":
-        from expertcut.data.sources import Weighted
-        from expertcut.healing.adapters import Lora
-        from expertcut.healing.heal_settings import Data, Healing
+    def _settings(self) -> "HealSettings":
+        from pydantic import ValidationError
 
-        quizzes = self.quiz or ([] if self.text else ["mmlu"])
-        subjects = tuple(s.strip() for s in self.subjects.split(",")) if self.subjects else ()
-        data = Data(
-            tuple(map(Weighted.read, quizzes)),
-            *(self.split, self.shots, subjects, self.limit),
-            tuple(map(Weighted.read, self.text or [])),
-            *(self.eval_quiz, self.eval_split, self.max_tokens, self.shuffle),
-            truncate=value(self.truncate),
-        )
-        targets = tuple(target.strip() for target in self.targets.split(","))
-        alpha = self.rank if self.alpha is None else self.alpha
-        lora = Lora(self.rank, alpha, targets, self.seed)
-        return Healing(
-            data,
-            *(value(self.objective), self.teacher, self.likeliest, self.teacher_cache),
-            lora=lora,
-            training=self._training(),
-            is_adapter=self.adapter,
-        )
+        from expertcut.healing.heal_settings import HealSettings
 
-    def _training(self) -> Any:
-        from expertcut.healing.heal_settings import Training
+        names = HealSettings.model_fields
+        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        given |= {
+            "quiz": tuple(self.quiz or ()),
+            "text": tuple(self.text or ()),
+            "subjects": _split(self.subjects),
+            "targets": _split(self.targets),
+            "truncate": value(self.truncate),
+            "objective": value(self.objective),
+            "verify": not self.no_verify,
+        }
+        try:
+            return HealSettings(**given)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            flag = f"--{fault['loc'][0]}: ".replace("_", "-") if fault["loc"] else ""
+            raise SettingsError(f"{flag}{fault['msg']}") from None
 
-        return Training(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            answer_weight=self.answer_weight,
-            batch=self.batch,
-            micro_batch=self.micro_batch,
-            balance=self.balance,
-            check_every=self.check_every,
-            patience=self.patience,
-            seed=self.seed,
-            saves_memory=self.save_memory,
-        )
+
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",")) if text else ()
 
 
 def _print_progress(sentence: str) -> None:

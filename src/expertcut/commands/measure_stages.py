@@ -20,8 +20,8 @@ from expertcut.recipes.stages import REPORT, RESULTS
 from expertcut.reporting.eval_tables import results_table
 from expertcut.reporting.page import write
 from expertcut.reporting.profile_tables import answered_sentence
-from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown
+from expertcut.reporting.views import find_shown
 
 
 def profile(job: Job) -> None:

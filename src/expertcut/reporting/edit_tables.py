@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.held_out_check import Proof
     from expertcut.evaluation.cross_fit import Change, ProofResult
     from expertcut.evaluation.reweight_search import Decision
-    from expertcut.healing.heal import Healed
     from expertcut.healing.leakage import Dropped
+    from expertcut.healing.recovery import Healed
 
 logger = logging.getLogger(__name__)
 

@@ -32,8 +32,8 @@ from expertcut.reporting.eval_tables import (
 )
 from expertcut.reporting.page_parts import Facts, Folded, Lines, Part, Section, Text, key_of
 from expertcut.reporting.plots import Curves, Series
-from expertcut.reporting.show import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.reporting.views import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 
 Rows = list[tuple[str, str]]
 
