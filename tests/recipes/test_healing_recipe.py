@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from expertcut.cli import main
-from expertcut.errors import QuizError, RecipeError, SettingsError
+from expertcut.errors import QuizError, RecipeError
 from expertcut.evaluation.results import load_results
-from expertcut.healing.heal_settings import Training
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.recipes.loader import read_recipe
 from expertcut.recipes.stage_runs import heal_settings
 from expertcut.recipes.stages import stages_of
@@ -91,10 +92,10 @@ def test_a_recipe_ends_with_a_sentence_for_each_model_and_knows_what_was_healed(
 def test_other_settings_do_not_go_on_with_what_was_begun(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expertcut.healing import heal
+    from expertcut.healing import recovery
 
     with monkeypatch.context() as patch:
-        patch.setattr(heal, "_write", None)  # a fault after training
+        patch.setattr(recovery, "_write", None)  # a fault after training
         with pytest.raises(TypeError):
             place.run()
     place.change("rank: 2", "rank: 1")
@@ -154,9 +155,9 @@ def test_shots_and_subjects_are_the_recipes_unless_it_has_its_own(
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
-    Training(seed=2**32 - 1).check()
-    with pytest.raises(SettingsError, match=f"--seed {seed} must lie between 0 and 4294967295"):
-        Training(seed=seed).check()
+    HealSettings(seed=2**32 - 1)
+    with pytest.raises(ValidationError, match="than or equal to"):
+        HealSettings(seed=seed)
 
 
 @pytest.mark.parametrize(

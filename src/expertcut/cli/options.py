@@ -115,7 +115,7 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
 
 def _parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
     is_required = default is inspect.Parameter.empty
-    annotation: Any = Annotated[kind if is_required else kind | None, info]  # type: ignore[valid-type]
+    annotation: Any = Annotated[kind if is_required else kind | None, info]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )

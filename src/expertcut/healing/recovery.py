@@ -1,11 +1,11 @@
-"""The stage behind `heal`: read, train, write, check on questions that were not used."""
+"""Recovery training of an edited checkpoint: read, train, write, score held-out questions."""
 
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ from expertcut.edits.splits import HASHES
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.adapters import adapted, put_on, write_adapter, write_merged
 from expertcut.healing.data import Read, read_data
-from expertcut.healing.heal_settings import Healing, Place
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.leakage import Judges
 from expertcut.healing.objectives import OBJECTIVES, Live, Objective, Teacher
-from expertcut.healing.state import Begun, go_on, plain
+from expertcut.healing.state import Begun, go_on
 from expertcut.healing.teacher_cache import Whose, check_whose, filled
 from expertcut.healing.trainer import Curve, Report, Tell, fit
 from expertcut.models.checkpoint_dir import absolute_id, find_local, read_config
@@ -51,120 +51,47 @@ from expertcut.scoring.engine import Engine, ask
 
 logger = logging.getLogger(__name__)
 
-_MOST_STEPS = 20
+_MAX_LINEAGE = 20
 _BATCH_TOKENS = 4096
 HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
 
 
-def plan_of(source: Source) -> PlanFile | None:
-    """The plan in a checkpoint's folder.
+@dataclass(frozen=True)
+class Options:
+    """How to load, run and write.
 
-    Raises:
-        PlanError: one that does not hold together.
+    `report` gets steps done and their number, `tell` sentences. `beside` are files, by name, that
+    are written beside the plan.
     """
-    return load_plan(source.path) if (source.path / PLAN_FILE).is_file() else None
 
-
-def first_base(source: Source) -> Source | None:
-    """The model under all steps, if each of them is there unchanged; None for a model without."""
-    base: Source | None = None
-    here = source
-    for _ in range(_MOST_STEPS):
-        plan = plan_of(here)
-        if plan is None:
-            break
-        try:
-            here = _source_of(plan, here.path)
-        except ModelError as error:
-            logger.warning("the base is not at hand: %s", error)
-            return None
-        if here.fingerprint != plan.model.fingerprint:
-            logger.warning("%s is not at hand as it was: it changed since", Path(here.id))
-            return None
-        base = here
-    return base
-
-
-def _source_of(plan: PlanFile, near: Path) -> Source:
-    """The model that a plan is for; a folder where it is there with its weights.
-
-    Raises:
-        ModelError: it is not there.
-    """
-    model = plan.model
-    if model.revision is not None:
-        return find_source(model.id, model.revision)
-    folder = find_local(model.id, model.fingerprint, near)
-    if folder is None:
-        raise ModelError(f"{model.id} is not there with its weights ({model.fingerprint[:8]})")
-    return find_source(str(folder))
-
-
-def used_questions(source: Source, read: Read) -> frozenset[str]:
-    """Hash lines of all that this run, or a step before it, looked at."""
-    plan = plan_of(source)
-    return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
-
-
-def healed_plan(moe: MoeModel, asked: Healing, objective: str, read: Read) -> PlanFile:
-    """Without its proof. Experts stay who they are, so blocks are those of the plan before."""
-    source = moe.source
-    before = plan_of(source)
-    layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
-    first = asked.data.quizzes[0].name if asked.data.quizzes else asked.data.texts[0].name
-    return PlanFile(
-        model=PlanModel(
-            id=absolute_id(source.id, source.revision),
-            revision=source.revision,
-            fingerprint=source.fingerprint,
-        ),
-        action=f"heal --objective {objective}",
-        criterion="by hand",
-        positions="all",
-        removal="constant" if layout == "exact" else "reroute",
-        layout=layout,
-        removed=before.removed if before else None,
-        chosen_on=ChosenOn(
-            quiz=first,
-            split=asked.data.split,
-            questions=read.n_questions,
-            sha256=hashes_sha256(used_questions(source, read)),
-        ),
-        blocks=_blocks(moe, before),
-    )
-
-
-def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, Edit]:
-    found: dict[str, Edit] = {}
-    for block in moe.blocks:
-        edit = before.blocks.get(block.name) if before else None
-        if edit is None:
-            found[block.name] = Edit(keep=tuple(range(block.n_experts)))
-        else:
-            found[block.name] = Edit(keep=edit.keep, rows=edit.rows)
-    return found
+    load_as: LoadOptions
+    threads: int | None = None
+    is_forced: bool = False
+    report: Report = lambda done, total: None
+    tell: Tell = lambda sentence: None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far apart the forms are, and how well each answers questions that were `used` so.
+    """The healed model against others on held-out questions.
 
-    `judges` are the hash lines of the questions.
+    `used` says how the questions were used before, `hash_lines` names them.
     """
 
     split: str
     used: str
     differences: list[Difference]
     outcomes: list[Outcome]
-    judges: tuple[str, ...] = ()
+    hash_lines: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, Any]:
-        """As they stand in plan.json, under the names that proofs of cuts have."""
+        """The `proof` of plan.json, with the keys of pruned checkpoints."""
         return {
             "held_out_split": self.split,
             "held_out_used": self.used,
             "held_out": [asdict(row) for row in self.differences],
-            HASHES: list(self.judges),
+            HASHES: list(self.hash_lines),
             "shares": [],
             "alone": None,
             "agreement": [],
@@ -172,45 +99,9 @@ class Verdict:
         }
 
 
-def answers(moe: MoeModel, quiz: Quiz) -> Tensor:
-    """Log p of the choices (N, C)."""
-    return ask(Engine(moe, _BATCH_TOKENS), quiz)
-
-
-def judge(judges: Judges, by_form: dict[str, Tensor]) -> Verdict:
-    """`by_form` are log p of choices (N, C); the healed model is compared with the others."""
-    healed_NC = by_form[HEALED]
-    quiz = judges.quiz
-    others = [form for form in (BASE, BEFORE) if form in by_form]
-    rows = [difference(form, healed_NC, by_form[form]) for form in others]
-    said = {form: _answered(by_form[form]) for form in (*others, HEALED)}
-    outcomes = [outcome(form, quiz, found, said[others[0]]) for form, found in said.items()]
-    lines = tuple(sorted(hash_lines(quiz)))
-    return Verdict(quiz.split, judges.used, rows, outcomes, lines)
-
-
-def _answered(logprob_NC: Tensor) -> Answered:
-    return Answered(logprob_NC, {}, torch.empty(0, dtype=torch.bool))
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to load and run; without `is_verified` no question is asked of the result.
-
-    `beside` are files, by name, to lie beside the plan. `tell` is told how steps will run.
-    """
-
-    load_as: LoadOptions
-    threads: int | None = None
-    is_verified: bool = True
-    report: Report = lambda done, total: None
-    tell: Tell = lambda sentence: None
-    beside: Mapping[str, bytes] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Healed:
-    """What was made, what it was trained on, and how the loss fell.
+    """A healed checkpoint, its training data and its losses.
 
     `trained` counts the weights of the adapters, `parameters` those of the checkpoint.
     """
@@ -225,134 +116,257 @@ class Healed:
     verdict: Verdict | None
 
 
+def default_out(checkpoint: str) -> Path:
+    """`checkpoints/<name>-healed`."""
+    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+    return Path("checkpoints") / f"{name.split('/')[-1]}-healed"
+
+
+def working_folder(out: Path) -> Path:
+    """Sibling of the output that holds the states of an unfinished run.
+
+    From the absolute path: the working directory itself may be replaced.
+    """
+    place = out.resolve()
+    return place.with_name(f"{place.name}.healing")
+
+
+def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -> Healed | None:
+    """Trains a checkpoint and writes the healed one; the folder appears when all is complete.
+
+    With several processes, the first one writes and returns the result.
+
+    Raises:
+        ContractError: a model whose experts cannot be identified, or cannot be written back.
+        ModelError: a checkpoint or teacher that cannot be loaded, or a non-finite loss.
+        OutputError: an output folder that must not be written, belongs to another run, or is
+            locked by a running one.
+        QuizError: data that cannot be read, or of which too much is scored later.
+        SettingsError: settings that do not fit the checkpoint or the processes.
+    """
+    working = working_folder(out)
+    source = find_source(checkpoint)
+    check_writable(out, is_forced=options.is_forced, inputs=(source.path, *_inputs(settings)))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    objective, base = _objective(source, settings)
+    if base is not None:  # apart, because finding the base reads all its bytes
+        check_writable(out, is_forced=options.is_forced, inputs=(base.path,))
+    moe = load(source, options.load_as)
+    processes = PartialState(cpu=moe.device.type == "cpu")  # joins the processes of a launcher
+    read = read_data(settings, moe.tokenizer, _max_tokens(moe, settings))
+    judges = read.judges(used_questions(source, read)) if settings.verify else None
+    run = _Run(settings, objective, base, moe, read, judges, options)
+    if run.uses_cache:
+        check_whose(run.cache, run.whose)
+    with ExitStack() as until_done:
+        if processes.is_main_process:
+            until_done.enter_context(alone(working, "healing"))
+            go_on(working, Begun.of(moe, base, objective.name, settings, read))
+        processes.wait_for_everyone()
+        return run.train(out, working)
+
+
+def _inputs(settings: HealSettings) -> Iterator[Path]:
+    """Local files and folders that the run reads or fills."""
+    names = [source.name for source in (*settings.quizzes, *settings.texts)]
+    names += [settings.eval_quiz] if settings.eval_quiz is not None else []
+    yield from (Path(name) for name in names if Path(name).exists())
+    if settings.teacher_cache is not None:
+        yield settings.teacher_cache
+
+
+def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Source | None]:
+    """The objective, and the teacher or base model, if one is available."""
+    base = find_source(settings.teacher) if settings.teacher else first_base(source)
+    name = settings.objective or ("answer" if base is None else "distill")
+    objective = OBJECTIVES[name]
+    if objective.needs_teacher and base is None:
+        raise SettingsError(
+            f"--objective {name}: the base model of {source.id} is not available: name it with "
+            "--teacher, or take --objective answer or lm"
+        )
+    return objective, base
+
+
+def _max_tokens(moe: MoeModel, settings: HealSettings) -> int:
+    config = moe.model.config.get_text_config()
+    return min(settings.max_tokens, getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+def first_base(source: Source) -> Source | None:
+    """The unedited model below all edits; None if one of the steps is missing or has changed."""
+    base: Source | None = None
+    here = source
+    for _ in range(_MAX_LINEAGE):
+        plan = plan_of(here)
+        if plan is None:
+            break
+        try:
+            here = _source_of(plan, here.path)
+        except ModelError as error:
+            logger.warning("the base model is not available: %s", error)
+            return None
+        if here.fingerprint != plan.model.fingerprint:
+            logger.warning("%s is not the base model any more: it has changed", Path(here.id))
+            return None
+        base = here
+    return base
+
+
+def plan_of(source: Source) -> PlanFile | None:
+    """The plan in a checkpoint's folder.
+
+    Raises:
+        PlanError: an invalid plan.
+    """
+    return load_plan(source.path) if (source.path / PLAN_FILE).is_file() else None
+
+
+def _source_of(plan: PlanFile, near: Path) -> Source:
+    """The model that a plan edits.
+
+    Raises:
+        ModelError: it is missing.
+    """
+    model = plan.model
+    if model.revision is not None:
+        return find_source(model.id, model.revision)
+    folder = find_local(model.id, model.fingerprint, near)
+    if folder is None:
+        raise ModelError(f"{model.id} is not there with its weights ({model.fingerprint[:8]})")
+    return find_source(str(folder))
+
+
+def used_questions(source: Source, read: Read) -> frozenset[str]:
+    """Hash lines of the questions that this run or an earlier step of the checkpoint used."""
+    plan = plan_of(source)
+    return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
+
+
+def healed_plan(moe: MoeModel, settings: HealSettings, objective: str, read: Read) -> PlanFile:
+    """The plan of the healed checkpoint, without its proof; experts keep their identity."""
+    source = moe.source
+    before = plan_of(source)
+    layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
+    return PlanFile(
+        model=PlanModel(
+            id=absolute_id(source.id, source.revision),
+            revision=source.revision,
+            fingerprint=source.fingerprint,
+        ),
+        action=f"heal --objective {objective}",
+        criterion="by hand",
+        positions="all",
+        removal="constant" if layout == "exact" else "reroute",
+        layout=layout,
+        removed=before.removed if before else None,
+        chosen_on=ChosenOn(
+            quiz=(*settings.quizzes, *settings.texts)[0].name,
+            split=settings.split,
+            questions=read.n_questions,
+            sha256=hashes_sha256(used_questions(source, read)),
+        ),
+        blocks=_blocks(moe, before),
+    )
+
+
+def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, Edit]:
+    blocks: dict[str, Edit] = {}
+    for block in moe.blocks:
+        edit = before.blocks.get(block.name) if before else None
+        if edit is None:
+            blocks[block.name] = Edit(keep=tuple(range(block.n_experts)))
+        else:
+            blocks[block.name] = Edit(keep=edit.keep, rows=edit.rows)
+    return blocks
+
+
+def _choice_logprobs(moe: MoeModel, quiz: Quiz) -> Tensor:
+    """Log p of the choices (N, C)."""
+    return ask(Engine(moe, _BATCH_TOKENS), quiz)
+
+
+def judge(judges: Judges, by_form: dict[str, Tensor]) -> Verdict:
+    """Compares the healed model with the others, by their log p of the choices."""
+    quiz = judges.quiz
+    others = [form for form in (BASE, BEFORE) if form in by_form]
+    rows = [difference(form, by_form[HEALED], by_form[form]) for form in others]
+    no_routing = torch.empty(0, dtype=torch.bool)
+    said = {form: Answered(by_form[form], {}, no_routing) for form in (*others, HEALED)}
+    outcomes = [outcome(form, quiz, answered, said[others[0]]) for form, answered in said.items()]
+    return Verdict(quiz.split, judges.used, rows, outcomes, tuple(sorted(hash_lines(quiz))))
+
+
 @dataclass(frozen=True)
 class _Run:
-    """What a run works from: the checkpoint that is trained and the questions that judge it."""
+    """A run: its checkpoint, its data, and the questions that score the result."""
 
-    asked: Healing
+    settings: HealSettings
     objective: Objective
+    base: Source | None
     moe: MoeModel
     read: Read
     judges: Judges | None
     options: Options
 
+    @property
+    def uses_cache(self) -> bool:
+        """Whether the teacher's outputs are kept on disk."""
+        is_taught = self.objective.needs_teacher and self.base is not None
+        return is_taught and self.settings.teacher_cache is not None
 
-def heal(checkpoint: str, asked: Healing, place: Place, options: Options) -> Healed | None:
-    """Trains a checkpoint and writes the healed one; the folder appears when all is done.
+    @property
+    def cache(self) -> Path:
+        """Folder of the teacher's outputs."""
+        assert self.settings.teacher_cache is not None
+        return self.settings.teacher_cache
 
-    Of several processes the first writes and has a result.
+    @property
+    def whose(self) -> Whose:
+        """What the teacher's outputs depend on."""
+        assert self.base is not None
+        return Whose(self.base.fingerprint, str(self.moe.dtype), self.settings.likeliest)
 
-    Raises:
-        ContractError: a model whose experts cannot be told apart, or cannot be written back.
-        ModelError: a checkpoint or teacher that cannot be loaded, or losses that are no numbers.
-        OutputError: a place that must not be written, that holds another run, or where one is at
-            work.
-        QuizError: data that cannot be read, or of which too much is scored later.
-        SettingsError: options that cannot be used.
-    """
-    asked.check()
-    working = place.working  # by its whole path: the working directory may be what is replaced
-    source = find_source(checkpoint)
-    check_writable(place.folder, is_forced=place.is_forced, inputs=(source.path, *_named(asked)))
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    objective, base = _objective(source, asked)
-    if base is not None:  # looked for later, because that reads every byte of it
-        check_writable(place.folder, is_forced=place.is_forced, inputs=(base.path,))
-    moe = load(source, options.load_as)
-    processes = PartialState(cpu=moe.device.type == "cpu")  # those of a launcher find each other
-    read = read_data(asked, moe.tokenizer, _max_tokens(moe, asked))
-    judges = read.judges(used_questions(source, read)) if options.is_verified else None
-    run = _Run(asked, objective, moe, read, judges, options)
-    if asked.cache is not None and objective.needs_teacher and base is not None:
-        check_whose(asked.cache, _whose(run, base))
-    with ExitStack() as until_done:
-        if processes.is_main_process:
-            until_done.enter_context(alone(working, "healing"))
-            go_on(working, Begun.of(moe, base, objective.name, asked, read))
-        processes.wait_for_everyone()
-        return _trained(run, base, place, working)
+    def train(self, out: Path, working: Path) -> Healed | None:
+        """Trains and, in the first process, writes; then removes the working folder."""
+        teacher, before = self._ask_others()
+        model = adapted(self.moe, self.settings)
+        curve = fit(
+            self.moe, model, self.read, self.settings, self.objective, teacher,
+            folder=working / "steps", report=self.options.report, tell=self.options.tell,
+        )  # fmt: skip
+        model.eval()
+        del teacher
+        give_back()
+        if not PartialState().is_main_process:
+            return None
+        healed = _write(self, model, curve, before, out)
+        shutil.rmtree(working, ignore_errors=True)
+        return healed
 
+    def _ask_others(self) -> tuple[Teacher | None, dict[str, Tensor]]:
+        """The teacher, if needed; and log p of the base model and the checkpoint before."""
+        before: dict[str, Tensor] = {}
+        teacher: Teacher | None = None
+        if self.base is not None and (self.objective.needs_teacher or self.judges is not None):
+            other = cache(partial(_load_other, self, self.base))
+            if self.judges is not None:
+                before[BASE] = _choice_logprobs(other(), self.judges.quiz)
+            if self.objective.needs_teacher:
+                teacher = self._teacher(other)
+        if self.judges is not None:
+            before[BEFORE] = _choice_logprobs(self.moe, self.judges.quiz)
+        return teacher, before
 
-def _trained(run: _Run, base: Source | None, place: Place, working: Path) -> Healed | None:
-    """What becomes of a run, in the first process; its working folder goes when that is there."""
-    asked = run.asked
-    teacher, before = _ask_others(run, base)
-    model = adapted(run.moe, replace(asked.lora, seed=asked.training.seed))
-    curve = fit(
-        run.moe, model, run.read, asked.training, (run.objective, teacher),
-        (working / "steps", run.options.report), run.options.tell,
-    )  # fmt: skip
-    model.eval()
-    del teacher
-    give_back()
-    if not PartialState().is_main_process:
-        return None
-    healed = _write(run, model, curve, before, place)
-    shutil.rmtree(working, ignore_errors=True)
-    return healed
-
-
-def default_out(checkpoint: str) -> Path:
-    """Beside other checkpoints, by its name."""
-    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
-    return Path("checkpoints") / f"{name.split('/')[-1]}-healed"
-
-
-def _named(asked: Healing) -> Iterator[Path]:
-    """What lies here and is read, or filled, for one more run."""
-    data = asked.data
-    names = [*(source.name for source in (*data.quizzes, *data.texts)), data.eval_quiz]
-    yield from (Path(name) for name in names if name is not None and Path(name).exists())
-    if asked.cache is not None:
-        yield asked.cache
-
-
-def _objective(source: Source, asked: Healing) -> tuple[Objective, Source | None]:
-    """What is asked for, or what suits; and the model to come close to, where one is at hand."""
-    base = find_source(asked.teacher) if asked.teacher else first_base(source)
-    name = asked.objective or ("answer" if base is None else "distill")
-    objective = OBJECTIVES[name]
-    if objective.needs_teacher and base is None:
-        raise SettingsError(
-            f"--objective {name}: the model that {source.id} was made from is not at hand: name it "
-            "with --teacher, or take --objective answer or lm"
-        )
-    return objective, base
-
-
-def _max_tokens(moe: MoeModel, asked: Healing) -> int:
-    config = moe.model.config.get_text_config()
-    return min(asked.data.max_tokens, getattr(config, "max_position_embeddings", None) or 10**9)
-
-
-def _ask_others(run: _Run, base: Source | None) -> tuple[Teacher | None, dict[str, Tensor]]:
-    """The teacher, where one is needed; and what the base and the checkpoint say now."""
-    before: dict[str, Tensor] = {}
-    teacher: Teacher | None = None
-    if base is not None and (run.objective.needs_teacher or run.judges is not None):
-        other = cache(partial(_load_other, run, base))
-        if run.judges is not None:
-            before[BASE] = answers(other(), run.judges.quiz)
-        if run.objective.needs_teacher:
-            teacher = _teacher(run, base, other)
-    if run.judges is not None:
-        before[BEFORE] = answers(run.moe, run.judges.quiz)
-    return teacher, before
-
-
-def _teacher(run: _Run, base: Source, other: Callable[[], MoeModel]) -> Teacher:
-    asked = run.asked
-    if asked.cache is None:
-        return Live(other(), asked.likeliest)
-    n_rows = asked.training.steps * asked.training.batch
-    rows: Any = (run.read.rows(n_rows), run.read.fixed(n_rows))
-    live = lambda: Live(other(), asked.likeliest)  # noqa: E731
-    return filled(asked.cache, _whose(run, base), rows, live, asked.training.batch)
-
-
-def _whose(run: _Run, base: Source) -> Whose:
-    return Whose(base.fingerprint, str(run.moe.dtype), run.asked.likeliest)
+    def _teacher(self, other: Callable[[], MoeModel]) -> Teacher:
+        settings = self.settings
+        if not self.uses_cache:
+            return Live(other(), settings.likeliest)
+        n_rows = settings.steps * settings.batch
+        rows: Any = (self.read.rows(n_rows), self.read.fixed(n_rows))
+        live = lambda: Live(other(), settings.likeliest)  # noqa: E731
+        return filled(self.cache, self.whose, rows, live, settings.batch)
 
 
 def _load_other(run: _Run, base: Source) -> MoeModel:
@@ -363,39 +377,40 @@ def _load_other(run: _Run, base: Source) -> MoeModel:
     return other
 
 
-def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], place: Place) -> Healed:
-    plan, verdict = healed_plan(run.moe, run.asked, run.objective.name, run.read), None
-    source, write = run.moe.source, write_adapter if run.asked.is_adapter else write_merged
+def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: Path) -> Healed:
+    plan, verdict = healed_plan(run.moe, run.settings, run.objective.name, run.read), None
+    source, write = run.moe.source, write_adapter if run.settings.adapter else write_merged
     trained, parameters = model.get_nb_trainable_parameters()
-    with atomic_dir(place.folder, is_forced=place.is_forced) as temporary:
+    with atomic_dir(out, is_forced=run.options.is_forced) as temporary:
         write(source, model, temporary)
         if run.judges is not None:
-            written = _reloaded(run, temporary, place.folder)
-            verdict = judge(run.judges, {**before, HEALED: answers(written, run.judges.quiz)})
+            written = _reloaded(run, temporary, out)
+            after = _choice_logprobs(written, run.judges.quiz)
+            verdict = judge(run.judges, {**before, HEALED: after})
             plan = plan.model_copy(update={"proof": verdict.figures()})
         save_plan(temporary, plan, used_questions(source, run.read))
         record = json.dumps(_record(run, curve), indent=1) + "\n"
         add_files(temporary, {HEALING_FILE: record.encode(), **run.options.beside})
     sizes = (trained, parameters - trained)
-    return Healed(place.folder, plan, run.objective.name, run.read, curve, *sizes, verdict)
+    return Healed(out, plan, run.objective.name, run.read, curve, *sizes, verdict)
 
 
-def _reloaded(run: _Run, written: Path, folder: Path) -> MoeModel:
-    """What was written, read as anyone will."""
-    if not run.asked.is_adapter:
-        return load(Source(str(folder), written), run.options.load_as)
+def _reloaded(run: _Run, written: Path, out: Path) -> MoeModel:
+    """The written checkpoint as a user loads it."""
+    if not run.settings.adapter:
+        return load(Source(str(out), written), run.options.load_as)
     moe = load(run.moe.source, run.options.load_as)
     put_on(moe, written)
     return moe
 
 
 def _record(run: _Run, curve: Curve) -> dict[str, Any]:
-    """`healing.json`: what was asked, what was trained on, and every loss."""
-    read, asked = run.read, run.asked
+    """`healing.json`: settings, data and losses."""
+    read, settings = run.read, run.settings
     return {
         "objective": run.objective.name,
-        "asked": plain(asked),
-        "rate": asked.training.rate(run.moe.model.config.get_text_config().hidden_size),
+        "asked": settings.recorded(),
+        "rate": settings.rate(run.moe.model.config.get_text_config().hidden_size),
         "questions": read.n_questions,
         "texts": read.n_texts,
         "held_out_rows": len(read.held_out),
