@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,7 +133,8 @@ def test_protected_experts_stay_whatever_they_score() -> None:
 def test_budgets_honour_total_and_floors(profile_of: Profiles, by: str) -> None:
     ranking = rank(profile_of("olmoe"), CutSettings(by=by, layout="exact"))
     for min_keep in (None, 1, 4):
-        keep = CutSettings(keep_fraction=0.6, budget="global", min_keep=min_keep)
+        more: dict[str, Any] = {"budget": "global", "min_keep": min_keep, "layout": "exact"}
+        keep = CutSettings(keep_fraction=0.6, **more)
         n_keep = wanted_count(keep, ranking.blocks)
         assert n_keep == 2 * round(0.6 * 8)
         found = n_kept(cut(replace(ranking, settings=keep), n_keep))
@@ -179,7 +181,7 @@ def test_budgets_that_do_not_go_together_are_refused(
 )
 def test_totals_that_do_not_fit_are_refused(tmp_path: Path, keep: CutSettings, told: str) -> None:
     with pytest.raises(PlanError, match=told):
-        choose(hand_made(tmp_path / "p"), keep, GLOBAL)
+        choose(hand_made(tmp_path / "p"), keep.completed(layout="exact"))
 
 
 # Groups

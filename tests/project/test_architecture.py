@@ -23,8 +23,8 @@ ORDER = (
     "healing",
     "reporting",
     "hub",
-    "recipes",
     "commands",
+    "recipes",
     "cli",
 )
 ROOT_FILES = ("__init__", "__main__")

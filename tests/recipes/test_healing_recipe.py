@@ -168,7 +168,7 @@ def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
         ("steps: 4", "stepps: 4", "did you mean steps?"),
         ("rank: 2", "targets: [experts, mlp]", "targets"),
         ("rank: 2", "seed: -1", "seed: must be greater than or equal to 0"),
-        ("rank: 2", "seed: 4294967296", "seed: must be less than 4294967296"),
+        ("rank: 2", "seed: 4294967296", "seed: must be less than or equal to 4294967295"),
         ("rank: 2", "shots: -1", "shots"),
         ("rank: 2", "teacher_cache: /tmp/cache", "lies outside this folder"),
         ("rank: 2", "teacher_cache: a/../../cache", "lies outside this folder"),

@@ -261,8 +261,8 @@ def test_a_dry_run_writes_nothing_and_says_why(done: Place) -> None:
 
 
 def test_from_a_stage_on_all_is_redone(done: Place) -> None:
-    assert done.run(is_dry=True, start="tilted").ran == ("tilted", "eval")
-    assert done.run(is_dry=True, start="prune").ran == ("cut", "tilted", "eval")
+    assert done.run(dry_run=True, start="tilted").ran == ("tilted", "eval")
+    assert done.run(dry_run=True, start="prune").ran == ("cut", "tilted", "eval")
     assert done.run(start="eval").ran == ("eval",)
     assert done.why["eval"] == "--from asks for it"
     with pytest.raises(RecipeError, match="did you mean profile"):
