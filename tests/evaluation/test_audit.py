@@ -24,7 +24,6 @@ from expertcut.edits.ranking import empty_draft
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.ablation import (
     Auditing,
-    AuditOptions,
     interval,
     ranks_overall,
     ranks_within,
@@ -359,7 +358,7 @@ def test_an_audit_that_was_killed_comes_to_the_same_bytes(profile: Profile, tmp_
     ],
 )
 def test_a_folder_of_another_audit_is_refused(
-    profile: Profile, begun: Path, tmp_path: Path, other: AuditOptions, told: str
+    profile: Profile, begun: Path, tmp_path: Path, other: AuditSettings, told: str
 ) -> None:
     folder = Path(shutil.copytree(begun, tmp_path / "audit"))
     before = (folder / "audit.json").read_bytes()
