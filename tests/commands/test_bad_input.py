@@ -260,7 +260,7 @@ def test_a_strength_must_be_given_where_the_gap_is_closed_already(
         (["--keep-fraction", "0.1"], "keep 2 to 8"),
         (["--keep-fraction", "1.5"], "must be above 0, at most 1"),
         (["--keep-fraction", "nan"], "must be above 0, at most 1"),
-        (["--keep", "4", "--by", "weather"], "--by weather is no criterion"),
+        (["--keep", "4", "--by", "weather"], "'weather' is not a criterion"),
         (["--keep", "4", "--positions", "some"], "'some'"),
         (["--keep", "4", "--layout", "sideways"], "'sideways'"),
         (["--keep", "4", "--threads", "3"], "the profile was made with 1"),

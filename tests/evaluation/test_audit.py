@@ -414,7 +414,7 @@ def test_of_a_quiz_of_one_set_a_fifth_is_audited_that_scored_nothing(
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (("--by", "fame"), "--by fame is no criterion"),
+        (("--by", "fame"), "'fame' is not a criterion"),
         (("--by", "random,random"), "names random twice"),
         (("--fractions", "0"), "--fractions 0"),
         (("--seed", "-1"), "--seed -1"),

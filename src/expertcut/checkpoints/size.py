@@ -9,11 +9,11 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.budget import Keep, counts
-from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import EditPlan, Layout
 from expertcut.edits.prune import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
-from expertcut.errors import PlanError, SettingsError
+from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import read_stored
@@ -131,7 +131,7 @@ def choose_cut(profile: Profile, keep: Keep, way: Way, load_as: LoadOptions) -> 
         SettingsError: an option that does not go with the others.
     """
     keep.check(way.layout)
-    needs_model = way.by in NEEDS_MODEL
+    needs_model = CRITERIA[way.by].needs_model
     source = profiled_source(profile) if keep.max_bytes or needs_model else None
     engine = None
     if source is not None and needs_model:
@@ -156,14 +156,3 @@ def protected(
     is_known = profile.info.settings.stats == "all"
     notes = () if is_known or is_active or asked else (_UNKNOWN,)
     return expressions_of(asked, is_super=is_known and not is_active), notes
-
-
-def check_criterion(by: str) -> None:
-    """That there is one of that name.
-
-    Raises:
-        SettingsError: there is none.
-    """
-    if by not in CRITERIA:
-        known = ", ".join(CRITERIA)
-        raise SettingsError(f"--by {by} is no criterion: take one of {known}")

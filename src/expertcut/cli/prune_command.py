@@ -255,16 +255,15 @@ class Prune:
         return chosen.pruning
 
     def _start(self) -> Start:
-        from expertcut.checkpoints.size import check_criterion
+        from expertcut.edits.criteria import criterion_name
         from expertcut.edits.ranking import Way
         from expertcut.models.load import LoadOptions
 
-        if self.sweep is None:
-            check_criterion(self.by)
+        by = self.by if self.sweep is not None else criterion_name(self.by)
         found = read_choosing_profile(self.profile, self.threads, self.truncate, self.held_out)
         kind = (value(self.positions), value(self.layout), value(self.removed), value(self.fold))
         protect = _protected(found, self.protect or [], self.keep_active)
-        way = replace(Way.of(self.by, *kind), protect=protect, seed=self.seed)
+        way = replace(Way.of(by, *kind), protect=protect, seed=self.seed)
         load_as = LoadOptions(self.dtype, self.device, self.trust_remote_code)
         return Start(found, way, load_as, self.out)
 

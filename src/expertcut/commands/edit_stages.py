@@ -6,9 +6,10 @@ from pathlib import Path
 
 from expertcut.checkpoints.build import BuildOptions, Built, build, write_beside
 from expertcut.checkpoints.build import merge as merge_experts
-from expertcut.checkpoints.size import check_criterion, choose_cut, protected
+from expertcut.checkpoints.size import choose_cut, protected
 from expertcut.commands.ui import Job
 from expertcut.edits.budget import Keep, read_size
+from expertcut.edits.criteria import criterion_name
 from expertcut.edits.merge_groups import Merge
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import removed_traffic
@@ -48,12 +49,11 @@ def prune(job: Job) -> None:
     """Chooses who stays, says what goes, and makes the checkpoint."""
     asked = _variant(job).prune
     assert asked is not None
-    check_criterion(asked.by)
     profile = job.choosing(asked.held_out)
     found = tilts(profile, asked.boost or [], asked.suppress or [])
     scaled = scalings(profile, asked.scale or [])
     stays, notes = protected(profile, asked.protect, is_active=asked.keep_active)
-    way = Way.of(asked.by, asked.positions, asked.layout, asked.removed, asked.fold)
+    way = Way.of(criterion_name(asked.by), asked.positions, asked.layout, asked.removed, asked.fold)
     way = replace(way, protect=stays, seed=asked.seed)
     chosen_cut = choose_cut(profile, _keep(asked), way, job.load_as())
     job.audience.say([], [*notes, *chosen_cut.notes])

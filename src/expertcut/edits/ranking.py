@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from expertcut.edits.criteria import CALIBRATED, activations, positions_of, ranked, scores
+from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
 from expertcut.edits.plan import (
     Edit,
     EditPlan,
@@ -202,7 +202,7 @@ class Way:
             removed=self.removed,
             fold=self.fold,
             is_cut=True,
-            is_calibrated=self.by in CALIBRATED,
+            is_calibrated=CRITERIA[self.by].is_calibrated,
         )
 
 

@@ -19,7 +19,7 @@ from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.edits.budget import as_numbers, normalised
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.criteria import CALIBRATED, NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import Edit, expert_ids, plan_model
 from expertcut.edits.ranking import Way, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
@@ -117,7 +117,7 @@ def _standing(
     profile: Profile, by: str, way: Way, engine: Engine, sampled: Sequence[Sampled]
 ) -> CriterionRank:
     its = Way(by, way.positions, way.layout, seed=way.seed)
-    ranking = rank(profile, its, engine if by in NEEDS_MODEL else None)
+    ranking = rank(profile, its, engine if CRITERIA[by].needs_model else None)
     numbers = [as_numbers(score_E) for score_E in ranking.scores]
     shares = [normalised(score_E) for score_E in ranking.scores]
     return CriterionRank(
@@ -286,7 +286,7 @@ class Auditing:
                 )
         source = profiled_source(profile)
         check_layout(source, layout, is_cutting=True)
-        is_fitting = not CALIBRATED.isdisjoint(options.by)
+        is_fitting = any(CRITERIA[by].is_calibrated for by in options.by)
         asked = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
         self.quiz = judges_or_fifth(asked, options.questions)
         looked_at = hashes(asked.profiled) | (hashes(asked.tuning) if is_fitting else frozenset())

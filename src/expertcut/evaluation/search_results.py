@@ -10,6 +10,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
 from expertcut.edits.budget import Budget, Keep, asked_count, check_budget, counts
+from expertcut.edits.criteria import criterion_name
 from expertcut.edits.plan import Expert, Fold, Layout, PlanModel, Positions, Removed
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.cross_fit import Change
@@ -171,14 +172,12 @@ def read_criteria(text: str, known: Collection[str]) -> tuple[str, ...]:
     """`reap,activations`, or `all` of them.
 
     Raises:
-        SettingsError: one that is no criterion, or twice there.
+        SettingsError: one that is not a criterion, or is named twice.
     """
     if text == ALL:
         return tuple(known)
-    names = tuple(name.strip() for name in text.split(","))
+    names = tuple(criterion_name(name.strip()) for name in text.split(","))
     for name in names:
-        if name not in known:
-            raise SettingsError(f"--by {name} is no criterion: take one of {', '.join(known)}")
         if names.count(name) > 1:
             raise SettingsError(f"--by names {name} twice")
     return names

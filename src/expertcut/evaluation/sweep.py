@@ -13,7 +13,7 @@ from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import as_written
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
-from expertcut.edits.criteria import NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import cut
 from expertcut.edits.ranking import Way, rank
@@ -115,7 +115,7 @@ class Sweeping:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
             self.found = earlier
         # What these criteria or counts cannot do is said before anything runs or is written.
-        at_once = {by: self._cuts(by) for by in self.grid.by if by not in NEEDS_MODEL}
+        at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
             save_sweep(folder, self.found)  # by every process: it says whose folder this is
         place = folder / "cells" / "base"
@@ -135,7 +135,7 @@ class Sweeping:
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
             return {}
-        way, engine = replace(self.way, by=by), self.engine if by in NEEDS_MODEL else None
+        way, engine = replace(self.way, by=by), self.engine if CRITERIA[by].needs_model else None
         ranking = rank(self.profile, way, engine)
         kept = {f: self.grid.keep(f, ranking.blocks, way.layout) for f in missing}
         return {f: cut(ranking, *how_many).draft for f, how_many in kept.items()}
