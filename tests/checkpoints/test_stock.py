@@ -19,7 +19,7 @@ from expertcut.edits.calibrate import fold_at_answers
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import reweight_draft, tilts
+from expertcut.edits.router_edits import reweight_draft, tilts
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions

@@ -20,8 +20,8 @@ from expertcut.edits.budget import Keep
 from expertcut.edits.calibrate import fit_directions, fold_at_answers, judge_directions
 from expertcut.edits.criteria import ranked
 from expertcut.edits.plan import (
+    BlockEdit,
     ChosenOn,
-    Edit,
     EditPlan,
     PlanFile,
     PlanModel,
@@ -34,7 +34,7 @@ from expertcut.edits.plan import (
 )
 from expertcut.edits.prune import choose, keep_active, keep_n
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import Target, parse_target, reweight_draft, tilts
+from expertcut.edits.router_edits import Target, parse_target, reweight_draft, tilts
 from expertcut.edits.splits import choosing_profile, draft_plan, hashes, questions_for, used_hashes
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.profiling.schema import BlockInfo, quiz_info
@@ -192,7 +192,7 @@ def test_a_tilt_keeps_every_expert_and_says_what_it_does(tmp_path: Path):
     assert [edit.bias for edit in draft.edits.values()] == [{}, {3: 0.25, 0: -2.0}]
     assert draft.action == "reweight --boost 1:3=0.25 --suppress 1:0=2"
     assert draft.is_fitting
-    assert not replace(draft, edits={"x": Edit(keep=(0, 1))}).is_fitting
+    assert not replace(draft, edits={"x": BlockEdit(keep=(0, 1))}).is_fitting
 
 
 # Which experts stay
@@ -393,9 +393,9 @@ BLOCKS = [block(0, 8), block(1, 8)]
 GROUPED = [block(0, 8, 4, groups=2, top_groups=1)]
 
 
-def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
+def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, BlockEdit]:
     """Changes as commands make them, from edits that hold."""
-    made = {f"model.layers.{i}.mlp": Edit(keep=keep) for i, keep in enumerate(keeps)}
+    made = {f"model.layers.{i}.mlp": BlockEdit(keep=keep) for i, keep in enumerate(keeps)}
     return {name: edit.model_copy(update=more) for name, edit in made.items()}
 
 
@@ -404,7 +404,11 @@ def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
     [
         (BLOCKS, edits((0, 1)), "names 1 blocks, the model has 2"),
         (BLOCKS, dict(reversed(edits((0, 1), (0, 1)).items())), "in order"),
-        (BLOCKS, {"model.layers.0.mlp": Edit(keep=(0, 1)), "x": Edit(keep=(0, 1))}, "in order"),
+        (
+            BLOCKS,
+            {"model.layers.0.mlp": BlockEdit(keep=(0, 1)), "x": BlockEdit(keep=(0, 1))},
+            "in order",
+        ),
         (BLOCKS, edits((0, 1), (0, 8)), "layers.1.mlp keeps expert 8 but has experts 0 to 7"),
         (BLOCKS, edits((0,), (0,)), "keeps 1 experts but routes each token to 2"),
         (BLOCKS, edits((), ()), "keeps 0 experts"),
@@ -416,7 +420,7 @@ def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused(
-    blocks: list[BlockInfo], asked: dict[str, Edit], reason: str
+    blocks: list[BlockInfo], asked: dict[str, BlockEdit], reason: str
 ):
     with pytest.raises(PlanError, match=reason):
         validate_edits(asked, blocks, "stock")
@@ -425,8 +429,8 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
 @pytest.mark.parametrize("keep", [(1, 0), (1, 1, 2), (-1, 1)])
 def test_experts_to_keep_are_ascending_numbers(keep: tuple[int, ...]):
     with pytest.raises(ValidationError):
-        Edit(keep=keep)
-    assert Edit(keep=(0, 1, 2)).keep == (0, 1, 2)
+        BlockEdit(keep=keep)
+    assert BlockEdit(keep=(0, 1, 2)).keep == (0, 1, 2)
 
 
 def test_a_plan_that_fits_is_taken():
@@ -804,7 +808,7 @@ def test_a_plan_lists_every_question_that_was_looked_at(tmp_path: Path, is_fitti
     profile = profile_of(folder_of(tmp_path, val=30, test=40))
     bias = {1: 0.5} if is_fitting else {}
     draft = EditPlan(
-        "slug", "action", "activations", "answer", {FIRST: Edit(keep=(0, 1), bias=bias)}
+        "slug", "action", "activations", "answer", {FIRST: BlockEdit(keep=(0, 1), bias=bias)}
     )
     questions = questions_for(profile, is_fitting=is_fitting)
     made = draft_plan(profile, draft, questions)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from expertcut.edits.plan import expert_ids, inherited_hashes, load_hashes, load_plan
-from expertcut.edits.reweight import tilts
+from expertcut.edits.router_edits import tilts
 from expertcut.hub.provenance import origin
 from expertcut.models import checkpoint_dir
 from expertcut.models.checkpoint_dir import fingerprint_of

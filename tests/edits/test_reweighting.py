@@ -18,7 +18,7 @@ from expertcut.edits.budget import Keep
 from expertcut.edits.plan import EditPlan, ids_text, load_hashes, load_plan
 from expertcut.edits.prune import choose
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import reweight_draft, scalings, tilts, with_tilts
+from expertcut.edits.router_edits import reweight_draft, scalings, tilts, with_tilts
 from expertcut.errors import ContractError, PlanError, SettingsError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers

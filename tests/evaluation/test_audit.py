@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.edits.ranking import Way
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.ablation import (
@@ -105,8 +105,8 @@ def test_the_harm_is_that_of_a_written_checkpoint(profile: Profile, tmp_path: Pa
     base = ask(Engine(open_model(Path(profile.info.model.id)), 2048), quiz)
     for harm in found.harms:
         name = profile.info.model.blocks[harm.layer].name
-        edits = {b.name: Edit(keep=tuple(range(8))) for b in profile.info.model.blocks}
-        edits[name] = Edit(keep=tuple(e for e in range(8) if e != harm.expert))
+        edits = {b.name: BlockEdit(keep=tuple(range(8))) for b in profile.info.model.blocks}
+        edits[name] = BlockEdit(keep=tuple(e for e in range(8) if e != harm.expert))
         draft = replace(EXACT.draft("one", "", ""), edits=edits)
         out = tmp_path / f"{harm.layer}-{harm.expert}"
         build(profile, draft, out, BuildOptions(LoadOptions(), is_verified=False))

@@ -11,7 +11,6 @@ import torch
 from scipy.special import expit, logit, softmax
 
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.reweight import tilts
 from expertcut.edits.reweight_select import (
     QuestionOutcomes,
     SelectedExpert,
@@ -20,6 +19,7 @@ from expertcut.edits.reweight_select import (
     stored_selection,
 )
 from expertcut.edits.reweight_tune import gap
+from expertcut.edits.router_edits import tilts
 from expertcut.errors import ContractError, PlanError
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.profiling.measure import Measurement, MeasureOptions, model_info

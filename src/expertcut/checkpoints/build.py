@@ -36,7 +36,7 @@ from expertcut.edits.merge_groups import (
     token_counts,
 )
 from expertcut.edits.merge_router import Quality, judge_rows, merged_rows
-from expertcut.edits.plan import Edit, EditPlan, PlanFile, model_folder, save_plan
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, model_folder, save_plan
 from expertcut.edits.splits import Questions, draft_plan, questions_for, used_hashes
 from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
@@ -360,7 +360,7 @@ def _check(profile: Profile, asked: Merge, source: Source, folder: Path) -> int:
     token_counts(profile)
     check_count(blocks, asked.n_keep)
     # Of the same size as any groups would be.
-    first = {b.name: Edit(keep=tuple(range(asked.n_keep))) for b in blocks}
+    first = {b.name: BlockEdit(keep=tuple(range(asked.n_keep))) for b in blocks}
     check_export(source, asked.draft(profile, first), blocks[0].experts, folder)
     return blocks[0].experts
 

@@ -10,7 +10,8 @@ from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.budget import Keep, counts
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.plan import EditPlan, Layout
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import Pruning, choose, cut
 from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
 from expertcut.errors import PlanError

@@ -34,8 +34,8 @@ from expertcut.errors import SettingsError
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built, Merged
     from expertcut.edits.plan import EditPlan
-    from expertcut.edits.reweight import Scaling, Tilt
     from expertcut.edits.reweight_tune import Procedure
+    from expertcut.edits.router_edits import Scaling, Tilt
     from expertcut.evaluation.reweight_search import DecideOptions, Decision, Tilted, Tilting
     from expertcut.profiling.storage import Profile
 
@@ -90,13 +90,13 @@ class Named:
         scale: list[str] | None,
     ) -> Self:
         """As they stand on the command line."""
-        from expertcut.edits.reweight import scalings, tilts
+        from expertcut.edits.router_edits import scalings, tilts
 
         return cls(tilts(profile, boost or [], suppress or []), scalings(profile, scale or []))
 
     def on(self, draft: "EditPlan", apply_at: Any) -> "EditPlan":
         """A draft that tilts them too; the same one where none is named."""
-        from expertcut.edits.reweight import with_tilts
+        from expertcut.edits.router_edits import with_tilts
 
         if not (self.tilts or self.scalings or apply_at):
             return draft
@@ -202,7 +202,7 @@ def reweight(
 ) -> None:
     """Tilt the gate toward or away from experts."""
     from expertcut.checkpoints.build import BuildOptions
-    from expertcut.edits.reweight import How, ReweightSettings
+    from expertcut.edits.router_edits import How, ReweightSettings
     from expertcut.evaluation.reweight_search import Tilting
     from expertcut.models.load import LoadOptions
 
@@ -240,10 +240,12 @@ class _Reweighting:
 
     def choose(self, where: _Where) -> None:
         """Experts by a score, strengths by a search, the proof; then the checkpoint."""
+        from expertcut.edits.layouts import LAYOUTS
         from expertcut.evaluation.reweight_search import chosen, prepared
 
         procedure, name = prepared(self.profile, self.tilting)
-        mark = "" if self.tilting.layout == "stock" else f"-{self.tilting.layout}"
+        rules = LAYOUTS[self.tilting.layout]
+        mark = f"-{rules.mark}" if rules.mark else ""
         mark += "-answer" if self.tilting.apply_at == "answer" else ""
         place = Place(self.profile, name.replace(":", ".").replace(" ", "-") + mark, *where)
         quiet()

@@ -14,8 +14,8 @@ from expertcut.edits.merge_groups import Merge
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import removed_traffic
 from expertcut.edits.ranking import Way
-from expertcut.edits.reweight import How, ReweightSettings, scalings, tilts, with_tilts
 from expertcut.edits.reweight_tune import Procedure
+from expertcut.edits.router_edits import How, ReweightSettings, scalings, tilts, with_tilts
 from expertcut.evaluation.reweight_search import (
     DecideOptions,
     Decision,

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from expertcut.edits.plan import Layout, least_of, least_per_group
+from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.plan import least_per_group
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.schema import BlockInfo
 
@@ -60,7 +61,7 @@ def check_budget(budget: Budget, min_keep: int | None, layout: Layout) -> None:
     Raises:
         SettingsError: it cannot, or --min-keep goes with another.
     """
-    if budget == "global" and layout == "stock":
+    if budget == "global" and LAYOUTS[layout].needs_equal_counts:
         raise SettingsError(
             "--budget global keeps another number in each layer, which layout stock cannot: "
             "add --layout exact"
@@ -79,7 +80,7 @@ def counts(keep: Keep, blocks: Sequence[BlockInfo], layout: Layout) -> range:
         least = floors(blocks, keep.min_keep)
         return range(sum(least), sum(block.experts for block in blocks) + 1)
     most = min(block.experts for block in blocks)
-    if layout == "exact":
+    if not LAYOUTS[layout].needs_equal_counts:
         return range(1, most + 1)
     step = blocks[0].groups
     return range(max(_least_of_stock(block) for block in blocks), most + 1, step)
@@ -87,7 +88,7 @@ def counts(keep: Keep, blocks: Sequence[BlockInfo], layout: Layout) -> range:
 
 def _least_of_stock(block: BlockInfo) -> int:
     if block.groups == 1:
-        return least_of(block, "stock")
+        return LAYOUTS["stock"].least_experts(block)
     return max(-(-block.top_k // block.groups), least_per_group(block)) * block.groups
 
 
@@ -103,7 +104,7 @@ def asked_count(keep: Keep, blocks: Sequence[BlockInfo], layout: Layout) -> int:
     if keep.fraction is None:
         assert keep.count is not None
         return keep.count
-    step = blocks[0].groups if layout == "stock" else 1
+    step = blocks[0].groups if LAYOUTS[layout].needs_equal_counts else 1
     return round(keep.fraction * blocks[0].experts / step) * step
 
 

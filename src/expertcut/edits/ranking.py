@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
-    Edit,
+    BlockEdit,
     EditPlan,
     ExpertIds,
     Fold,
-    Layout,
     Positions,
     Removed,
     expert_ids,
@@ -53,7 +53,7 @@ class Protection:
         return [protected(protected(order, own), named) for order, own, named in layers]
 
     def spared(
-        self, edits: Mapping[str, Edit], plain: Mapping[str, Edit]
+        self, edits: Mapping[str, BlockEdit], plain: Mapping[str, BlockEdit]
     ) -> dict[str, tuple[int, ...]]:
         """By block, what stays and without protection would not."""
         blocks = zip(edits.items(), self.ids, strict=True)
@@ -62,7 +62,7 @@ class Protection:
             for (block, edit), ids in blocks
         }
 
-    def check(self, edits: Mapping[str, Edit]) -> None:
+    def check(self, edits: Mapping[str, BlockEdit]) -> None:
         """That all that were named stay.
 
         Raises:
@@ -175,11 +175,11 @@ class Way:
         Raises:
             SettingsError: an option of the other layout.
         """
-        if removed is not None and layout != "exact":
+        if removed is not None and "removed" not in LAYOUTS[layout].options:
             raise SettingsError(
                 f"--removed {removed} is of layout exact: add --layout exact or leave it out"
             )
-        if fold is not None and layout != "stock":
+        if fold is not None and "fold" not in LAYOUTS[layout].options:
             raise SettingsError(
                 f"--fold {fold} is of layout stock: {layout} scales nothing, leave it out"
             )
@@ -190,7 +190,7 @@ class Way:
         unusual = {"all": self.at, "exact": self.layout, "mean": self.removed}
         usual = {positions_of(self.by, None)}
         marks = "".join(f"-{m}" for m, value in unusual.items() if value == m and m not in usual)
-        if self.layout == "stock" and self.fold != "answer":
+        if "fold" in LAYOUTS[self.layout].options and self.fold != "answer":
             marks += f"-fold-{self.fold}"
         return EditPlan(
             f"{slug}{marks}",

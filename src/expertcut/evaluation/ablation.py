@@ -20,7 +20,8 @@ from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.edits.budget import as_numbers, normalised
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.plan import Edit, expert_ids, plan_model
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.ranking import Way, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
 from expertcut.edits.splits import HELD_OUT, hashes, judges_or_fifth, n_used, questions_for
@@ -279,7 +280,7 @@ class Auditing:
         self.profile, self.options = profile, options
         self.blocks, layout = profile.info.model.blocks, options.way.layout
         for block in self.blocks:
-            if block.experts <= block.top_k and layout == "stock":
+            if block.experts <= block.top_k and not LAYOUTS[layout].keeps_rows:
                 raise PlanError(
                     f"{block.name} routes each token to all of its {block.experts} experts: "
                     "none can be removed"
@@ -384,7 +385,7 @@ class Auditing:
     def _check_reached(self, expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> None:
         """That answers changed, where the expert had a share in one that counts."""
         is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
-        is_masked = self.options.way.layout == "stock"
+        is_masked = not LAYOUTS[self.options.way.layout].keeps_rows
         if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
             alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
             if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
@@ -397,10 +398,10 @@ class Auditing:
         ids = {block.name: tuple(range(block.experts)) for block in self.blocks}
         name = self.blocks[expert.layer].name
         ids[name] = tuple(row for row in ids[name] if row != expert.row)
-        edits = {block: Edit(keep=keep) for block, keep in ids.items()}
+        edits = {block: BlockEdit(keep=keep) for block, keep in ids.items()}
         draft = replace(way.draft("", "", ""), edits=edits)
         width = int(model.config.get_text_config().hidden_size)
-        is_exact = way.layout == "exact"
+        is_exact = LAYOUTS[way.layout].keeps_rows
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
         return apply_at_runtime(self.engine.moe, draft, constants)
 

@@ -14,8 +14,11 @@ from torch import Tensor
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.data import Quiz
-from expertcut.edits.plan import EditPlan, ExpertIds, Layout, Point, Positions, expert_ids
-from expertcut.edits.reweight import (
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import EditPlan, ExpertIds, Point, Positions, expert_ids
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
+from expertcut.edits.reweight_tune import Procedure, Settled, Shift
+from expertcut.edits.router_edits import (
     Expressions,
     How,
     ReweightSettings,
@@ -28,8 +31,6 @@ from expertcut.edits.reweight import (
     tilts,
     tilts_of,
 )
-from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
-from expertcut.edits.reweight_tune import Procedure, Settled, Shift
 from expertcut.edits.splits import questions_for
 from expertcut.evaluation.cross_fit import (
     DRAWS,

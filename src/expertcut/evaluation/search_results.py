@@ -11,7 +11,8 @@ from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
 from expertcut.edits.budget import Budget, Keep, asked_count, check_budget, counts
 from expertcut.edits.criteria import criterion_name
-from expertcut.edits.plan import Expert, Fold, Layout, PlanModel, Positions, Removed
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import Expert, Fold, PlanModel, Positions, Removed
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.cross_fit import Change
 from expertcut.evaluation.results import ChosenOnResult, load_outcome, save_outcome

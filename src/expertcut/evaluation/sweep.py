@@ -14,6 +14,7 @@ from expertcut.checkpoints.simulate import as_written
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.prune import cut
 from expertcut.edits.ranking import Way, rank
@@ -95,8 +96,8 @@ class Sweeping:
             min_keep=grid.min_keep,
             positions=way.positions,
             layout=way.layout,
-            removed=way.removed if way.layout == "exact" else None,
-            fold=way.fold if way.layout == "stock" else None,
+            removed=way.removed if "removed" in LAYOUTS[way.layout].options else None,
+            fold=way.fold if "fold" in LAYOUTS[way.layout].options else None,
             protect=way.protect,
             seed=way.seed,
             chosen_by=len(self.profile.subjects()) if is_part else None,
@@ -198,7 +199,7 @@ class Sweeping:
 
     def _is_felt(self, draft: EditPlan) -> bool:
         """Whether a stock cut removes experts that a twentieth of the profile's answers used."""
-        if draft.layout != "stock":
+        if LAYOUTS[draft.layout].keeps_rows:
             return False
         chosen_NLK = self.profile.array("chosen_NLK")
         share_NLK = np.abs(self.profile.array("weight_NLK"))
