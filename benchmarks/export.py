@@ -32,7 +32,7 @@ from expertcut.checkpoints.shards import (
 )
 from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.models.load import Source
 from expertcut.models.safetensors_index import Stored, StoredTensor, read_headers
 from expertcut.reporting.tables import Column, Table, as_markdown
@@ -57,7 +57,7 @@ class Step:
 def stock(headers: Mapping[str, StoredTensor], config: Config, keep: tuple[int, ...]) -> Rewrite:
     """Every second expert is removed and the others' outputs are folded, in every layer."""
     layers = range(config["num_hidden_layers"])
-    edits = {f"model.layers.{layer}.mlp": Edit(keep=keep) for layer in layers}
+    edits = {f"model.layers.{layer}.mlp": BlockEdit(keep=keep) for layer in layers}
     folds = {layer: np.linspace(0.9, 0.99, len(keep)) for layer in layers}
     return stock_rewrite(headers, edits, Fitted(folds, {}))
 

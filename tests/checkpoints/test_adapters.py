@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from expertcut.checkpoints.lora import read_adapter
 from expertcut.checkpoints.lora_slice import carried
-from expertcut.edits.plan import Edit, EditPlan, Layout, load_plan
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import BlockEdit, EditPlan, load_plan
 from expertcut.errors import ExpertcutError
 from expertcut.models.load import find_source
 from tests.conftest import FAMILIES, Commands, open_model
@@ -59,12 +60,12 @@ def made(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     return find
 
 
-def edits_of(base: Path, kept: tuple[tuple[int, ...], ...], **more: Any) -> dict[str, Edit]:
+def edits_of(base: Path, kept: tuple[tuple[int, ...], ...], **more: Any) -> dict[str, BlockEdit]:
     blocks = open_model(base).blocks
-    return {b.name: Edit(keep=keep, **more) for b, keep in zip(blocks, kept, strict=True)}
+    return {b.name: BlockEdit(keep=keep, **more) for b, keep in zip(blocks, kept, strict=True)}
 
 
-def check_the_law(folder: Path, out: Path, edits: dict[str, Edit], layout: Layout) -> None:
+def check_the_law(folder: Path, out: Path, edits: dict[str, BlockEdit], layout: Layout) -> None:
     """With factors of all outputs, which the adapter's last projections must follow."""
     folds = None
     if layout == "stock":
@@ -206,7 +207,9 @@ def change(adapter: Path, name: str, shape: tuple[int, ...] | None) -> None:
     save_file(tensors, adapter / WEIGHTS)
 
 
-def refusal(base: Path, adapter: Path, edits: dict[str, Edit], layout: Layout = "stock") -> str:
+def refusal(
+    base: Path, adapter: Path, edits: dict[str, BlockEdit], layout: Layout = "stock"
+) -> str:
     draft = EditPlan("cut", "a cut", "activations", "answer", edits, layout, is_cut=True)
     with pytest.raises(ExpertcutError) as refused:
         carried(adapter, find_source(str(base)), draft, adapter.parent / "out")

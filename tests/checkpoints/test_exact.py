@@ -15,7 +15,7 @@ from expertcut.checkpoints.exact import exact_config, exact_rewrite
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.simulate import constant_experts
 from expertcut.checkpoints.size import size
-from expertcut.edits.plan import Edit, EditPlan
+from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError, PlanError
 from expertcut.models import modeling_exact
 from expertcut.models.checkpoint_dir import read_config
@@ -456,8 +456,8 @@ def test_whatever_is_made_of_one_as_written_before_has_todays_names(
     constants = constants_for(REMOVED, is_zero=False)
     new = make_exact(base(family), tmp_path / "new", constants)
     old = as_written_before(new, tmp_path / "old")
-    tilt = Edit(keep=tuple(range(8)), bias=dict(enumerate(biases()[SECOND].tolist())))
-    edits = {FIRST: Edit(keep=tuple(range(8)), scale={1: 0.5}), SECOND: tilt}
+    tilt = BlockEdit(keep=tuple(range(8)), bias=dict(enumerate(biases()[SECOND].tolist())))
+    edits = {FIRST: BlockEdit(keep=tuple(range(8)), scale={1: 0.5}), SECOND: tilt}
     draft = EditPlan("a", "by hand", "activations", "answer", edits, layout="exact")
     made = {}
     for source in (old, new):
@@ -475,7 +475,7 @@ def test_whatever_is_made_of_one_as_written_before_has_todays_names(
 
 
 def test_a_plans_edits_say_what_is_removed() -> None:
-    edits = {"a.0": Edit(keep=(0, 2)), "a.1": Edit(keep=(0, 1, 2))}
+    edits = {"a.0": BlockEdit(keep=(0, 2)), "a.1": BlockEdit(keep=(0, 1, 2))}
     assert removed_experts(edits, 3) == {"a.0": (1,)}
 
 

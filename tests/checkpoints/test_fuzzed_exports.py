@@ -12,14 +12,22 @@ from hypothesis import strategies as st
 from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.plan import ChosenOn, Edit, EditPlan, PlanFile, PlanModel, load_plan, save_plan
+from expertcut.edits.plan import (
+    BlockEdit,
+    ChosenOn,
+    EditPlan,
+    PlanFile,
+    PlanModel,
+    load_plan,
+    save_plan,
+)
 from expertcut.models.load import LoadOptions, Source, find_source, load
 from expertcut.models.safetensors_index import read_headers
 from tests.support.readable import FEW, edits
 
 N_EXPERTS, WIDTH = 8, 32
 NAMES = ("model.layers.0.mlp", "model.layers.1.mlp")
-Edits = dict[str, Edit]
+Edits = dict[str, BlockEdit]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,7 @@ def cuts(draw: st.DrawFn, *, is_even: bool) -> Edits:
     n_kept = draw(st.integers(2, N_EXPERTS))
     counts = [n_kept, n_kept if is_even else draw(st.integers(2, N_EXPERTS))]
     drawn = [draw(edits(N_EXPERTS, n)) for n in counts]
-    return {name: Edit(keep=e.keep) for name, e in zip(NAMES, drawn, strict=True)}
+    return {name: BlockEdit(keep=e.keep) for name, e in zip(NAMES, drawn, strict=True)}
 
 
 def exported(source: Source, draft: EditPlan, gathered: Gathered, folder: Path) -> PlanFile:

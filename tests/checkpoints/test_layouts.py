@@ -16,7 +16,7 @@ from expertcut.checkpoints.held_out_check import Alone
 from expertcut.checkpoints.size import size
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import CutSettings
-from expertcut.edits.plan import Edit, load_plan
+from expertcut.edits.plan import BlockEdit, load_plan
 from expertcut.edits.router_edits import reweight_draft, tilts
 from expertcut.edits.selection import Pruning, choose
 from expertcut.errors import ContractError
@@ -196,7 +196,7 @@ def test_a_checkpoint_that_changes_quiet_questions_is_found_out(
     profile = profile_of("olmoe", num_experts=48)
     pruning = choose(profile, CutSettings(keep_active=True, positions="all", layout="exact"))
     first = pruning.draft.edits["model.layers.0.mlp"].keep[0]
-    worse = {"model.layers.0.mlp": Edit(keep=pruning.draft.edits["model.layers.0.mlp"].keep,
+    worse = {"model.layers.0.mlp": BlockEdit(keep=pruning.draft.edits["model.layers.0.mlp"].keep,
                                         scale={first: 1.01})}  # fmt: skip
     honest = "expertcut.checkpoints.build.export"
     export = __import__("expertcut.checkpoints.export", fromlist=["export"]).export

@@ -28,7 +28,7 @@ from expertcut.edits.merge_groups import (
     merge_edits,
 )
 from expertcut.edits.merge_router import judge_rows, merged_rows
-from expertcut.edits.plan import Edit, PlanFile, load_plan, plan_text
+from expertcut.edits.plan import BlockEdit, PlanFile, load_plan, plan_text
 from expertcut.edits.router_edits import tilts
 from expertcut.edits.selection import choose
 from expertcut.edits.splits import questions_for
@@ -367,7 +367,7 @@ def test_a_fitted_row_is_the_ridge_solution(
     profile, moe = profile_of(checkpoint(family)), open_model(checkpoint(family))
     tuning = questions_for(profile, is_fitting=True).tuning
     edits = {
-        block.name: Edit(
+        block.name: BlockEdit(
             keep=(0, 1, 2, 3, 4), merged={1: {1: 0.5, 5: 0.3, 6: 0.2}, 4: {4: 1, 7: 0}}
         )
         for block in moe.blocks
@@ -417,7 +417,7 @@ def test_a_selection_bias_lifts_a_group_as_its_best_member_was_lifted(
 ) -> None:
     profile, moe = profile_of(checkpoint("deepseek_v3")), open_model(checkpoint("deepseek_v3"))
     tuning = questions_for(profile, is_fitting=True).tuning
-    edit = Edit(
+    edit = BlockEdit(
         keep=(0, 1, 4, 5), merged={1: {1: 0.5, 2: 0.3, 3: 0.2}, 5: {5: 0.6, 6: 0.2, 7: 0.2}}
     )
     rows = merged_rows(Engine(moe, 2048), tuning, {b.name: edit for b in moe.blocks}, "fitted")
@@ -452,7 +452,7 @@ def test_a_plan_says_who_joined_whom_and_older_ones_still_read(
     assert PlanFile.model_validate_json(plan_text(plan)) == plan
     line = next(ln for ln in plan_text(plan).splitlines() if FIRST in ln)
     assert '"merged": {"' in line  # one line per block
-    (pruned,) = [e.model_dump(mode="json", exclude_none=True) for e in [Edit(keep=(0, 1))]]
+    (pruned,) = [e.model_dump(mode="json", exclude_none=True) for e in [BlockEdit(keep=(0, 1))]]
     assert pruned == {"keep": [0, 1], "bias": {}, "scale": {}}
     assert {row["layer"] for row in plan.proof["rows"]} == {0, 1}
     assert plan.proof["held_out"][0]["against"] == "the unedited base"

@@ -20,7 +20,7 @@ from expertcut.checkpoints import shards
 from expertcut.checkpoints.shards import Rewrite, needed_bytes, write_checkpoint
 from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.checkpoints.tensor_names import match_blocks
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ModelError, OutputError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MoeModel
@@ -32,13 +32,13 @@ from tests.support.loaded_stock import apply_stock
 KEEP = (0, 1, 3, 4, 5, 7)  # three of each of DeepSeek's two groups
 ALL = tuple(range(8))
 EDITS = {
-    "cut": (Edit(keep=KEEP), Edit(keep=(0, 2, 3, 5, 6, 7))),
+    "cut": (BlockEdit(keep=KEEP), BlockEdit(keep=(0, 2, 3, 5, 6, 7))),
     "cut, scaled and tilted": (
-        Edit(keep=KEEP, scale={3: 0.7, 7: 1.9}, bias={7: 0.6, 0: -1.3}),
-        Edit(keep=(0, 2, 3, 5, 6, 7), bias={2: 2.5}),
+        BlockEdit(keep=KEEP, scale={3: 0.7, 7: 1.9}, bias={7: 0.6, 0: -1.3}),
+        BlockEdit(keep=(0, 2, 3, 5, 6, 7), bias={2: 2.5}),
     ),
-    "tilted": (Edit(keep=ALL, bias={5: 1.25, 2: -0.4}), Edit(keep=ALL)),
-    "scaled": (Edit(keep=ALL), Edit(keep=ALL, scale={6: 0.3})),
+    "tilted": (BlockEdit(keep=ALL, bias={5: 1.25, 2: -0.4}), BlockEdit(keep=ALL)),
+    "scaled": (BlockEdit(keep=ALL), BlockEdit(keep=ALL, scale={6: 0.3})),
 }
 Checkpoints = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -78,7 +78,7 @@ def weights(folder: Path) -> Tensors:
     return found
 
 
-def edits_of(moe: MoeModel, kind: str) -> tuple[dict[str, Edit], Fitted]:
+def edits_of(moe: MoeModel, kind: str) -> tuple[dict[str, BlockEdit], Fitted]:
     generator = np.random.default_rng(0)
     names = [block.name for block in moe.blocks]
     edits = dict(zip(names, EDITS[kind], strict=True))
@@ -222,7 +222,7 @@ def recorded(move: Callable[..., Any], read: dict[str, set[int]]) -> Callable[..
     return wrapper
 
 
-def gone(block: Any, headers: Any, edit: Edit) -> Iterator[StoredTensor]:
+def gone(block: Any, headers: Any, edit: BlockEdit) -> Iterator[StoredTensor]:
     """Where the tensors and rows of removed experts lie."""
     removed = sorted(set(ALL) - set(edit.keep))
     for expert in removed if block.by_expert else []:

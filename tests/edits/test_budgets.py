@@ -18,7 +18,7 @@ from expertcut.edits.budget import (
     wanted_count,
 )
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.criteria import CRITERIA, NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings, read_size
 from expertcut.edits.ranking import Ranking, rank
 from expertcut.edits.selection import Pruning, choose, cut
@@ -129,7 +129,7 @@ def test_protected_experts_stay_whatever_they_score() -> None:
     assert share_out(5, scores, [[3, 2, 0, 1], orders[1]], [(3, 2), ()], [0, 0])[0] >= 2
 
 
-@pytest.mark.parametrize("by", [name for name in CRITERIA if name not in NEEDS_MODEL])
+@pytest.mark.parametrize("by", [name for name, own in CRITERIA.items() if not own.needs_model])
 def test_budgets_honour_total_and_floors(profile_of: Profiles, by: str) -> None:
     ranking = rank(profile_of("olmoe"), CutSettings(by=by, layout="exact"))
     for min_keep in (None, 1, 4):

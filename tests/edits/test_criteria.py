@@ -17,8 +17,6 @@ from expertcut.edits import calibrate as calibration
 from expertcut.edits.calibrate import Tried, keep_inputs
 from expertcut.edits.criteria import (
     CRITERIA,
-    NEEDS_MODEL,
-    OBSERVED,
     positions_of,
     ranked,
     reconstruction,
@@ -191,7 +189,9 @@ def test_every_criterion_agrees_with_brute_force_one_token_at_a_time(
     for block, seen in zip(moe.blocks, blocks, strict=True):
         wanted = expected(seen, block.n_experts, FACTORS.get(family, (1.0, 1.0)))
         wanted["weighted_accuracy", "answer"] = weighted_accuracy(seen, block)
-        assert {by for by, _ in wanted} == set(OBSERVED)
+        assert {by for by, _ in wanted} == {
+            c.name for c in CRITERIA.values() if c.needs == "profile"
+        }
         for (by, positions), score_E in wanted.items():
             found_E = scores(profile, by, positions)[block.layer]
             np.testing.assert_allclose(found_E, score_E, rtol=2e-5, atol=1e-6, err_msg=by)
@@ -348,7 +348,7 @@ def test_aimer_is_computed_from_the_weights_on_disk(
 def test_an_expert_of_zeros_is_the_least_by_its_weights():
     weights = torch.randn(3, 4, 5)
     weights[1] = 0
-    score_E = CRITERIA["aimer"]([weights, weights.transpose(1, 2)])
+    score_E = CRITERIA["aimer"].function([weights, weights.transpose(1, 2)])
     assert score_E.argmin() == 1 and score_E.max() < -0.5
 
 
@@ -481,8 +481,8 @@ def test_dead_experts_rank_last_by_every_criterion_that_looks_at_data(
     blind = {"aimer", "random"}
     for by in set(CRITERIA) - blind:
         own = positions_of(by, None)
-        for positions in {own, "all"} if by in ("activations", "gate_mass") else {own}:
-            found = scores(profile, by, positions, engine)  # type: ignore[arg-type]
+        for positions in CRITERIA[by].positions:
+            found = scores(profile, by, positions, engine)
             for layer, score_E in zip(layers, found, strict=True):
                 order = ranked(score_E, layer.alpha_mean_E)
                 if own == "answer" and positions == "answer":  # others may be idle there too
@@ -525,7 +525,7 @@ def test_what_a_profile_lacks_is_said_in_one_line(
     for by in ("easy_ep", "easy_ep_postnorm", "ranked_choice"):
         with pytest.raises(ProfileError, match=f"{by}: the profile was made before.*profile again"):
             scores(old, by, "all")
-    for by in NEEDS_MODEL:
+    for by in (c.name for c in CRITERIA.values() if c.needs_model):
         with pytest.raises(SettingsError, match=f"{by} needs the model itself"):
             scores(old, by, "all")
 
@@ -547,7 +547,11 @@ def test_the_page_has_a_section_and_a_row_for_every_criterion():
     assert [row[1].strip(" `") for row in rows] == list(CRITERIA)
     for by, row in zip(CRITERIA, rows, strict=True):
         assert any(by in head.split() for head in heads), by
-        assert (row[5].strip() == "no") == (by not in NEEDS_MODEL)
-        takes = row[3].strip()
-        own = "none" if by in ("aimer", "random") else positions_of(by, None)
-        assert takes == ("answer (default) or all" if by in ("activations", "gate_mass") else own)
+        own = CRITERIA[by]
+        assert (row[5].strip() == "no") == (not own.needs_model)
+        takes = {("answer", "all"): "answer (default) or all", (): "none"}
+        assert row[3].strip() == takes.get(own.positions, own.default_positions)
+        section = next(s for s in page.split("\n## ") if by in s.partition("\n")[0].split())
+        for word in (*own.aliases, *([own.paper] if own.paper else [])):
+            assert word in section, (by, word)
+        assert own.formula.endswith("."), by

@@ -20,8 +20,8 @@ from expertcut.edits.calibrate import fit_directions, fold_at_answers, judge_dir
 from expertcut.edits.criteria import ranked
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import (
+    BlockEdit,
     ChosenOn,
-    Edit,
     EditPlan,
     PlanFile,
     PlanModel,
@@ -191,7 +191,7 @@ def test_a_tilt_keeps_every_expert_and_says_what_it_does(tmp_path: Path):
     assert [edit.bias for edit in draft.edits.values()] == [{}, {3: 0.25, 0: -2.0}]
     assert draft.action == "reweight --boost 1:3=0.25 --suppress 1:0=2"
     assert draft.is_fitting
-    assert not replace(draft, edits={"x": Edit(keep=(0, 1))}).is_fitting
+    assert not replace(draft, edits={"x": BlockEdit(keep=(0, 1))}).is_fitting
 
 
 # Which experts stay
@@ -409,9 +409,9 @@ BLOCKS = [block(0, 8), block(1, 8)]
 GROUPED = [block(0, 8, 4, groups=2, top_groups=1)]
 
 
-def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
+def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, BlockEdit]:
     """Changes as commands make them, from edits that hold."""
-    made = {f"model.layers.{i}.mlp": Edit(keep=keep) for i, keep in enumerate(keeps)}
+    made = {f"model.layers.{i}.mlp": BlockEdit(keep=keep) for i, keep in enumerate(keeps)}
     return {name: edit.model_copy(update=more) for name, edit in made.items()}
 
 
@@ -420,7 +420,11 @@ def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
     [
         (BLOCKS, edits((0, 1)), "names 1 blocks, the model has 2"),
         (BLOCKS, dict(reversed(edits((0, 1), (0, 1)).items())), "in order"),
-        (BLOCKS, {"model.layers.0.mlp": Edit(keep=(0, 1)), "x": Edit(keep=(0, 1))}, "in order"),
+        (
+            BLOCKS,
+            {"model.layers.0.mlp": BlockEdit(keep=(0, 1)), "x": BlockEdit(keep=(0, 1))},
+            "in order",
+        ),
         (BLOCKS, edits((0, 1), (0, 8)), "layers.1.mlp keeps expert 8 but has experts 0 to 7"),
         (BLOCKS, edits((0,), (0,)), "keeps 1 experts but routes each token to 2"),
         (BLOCKS, edits((), ()), "keeps 0 experts"),
@@ -432,7 +436,7 @@ def edits(*keeps: tuple[int, ...], **more: Any) -> dict[str, Edit]:
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused(
-    blocks: list[BlockInfo], asked: dict[str, Edit], reason: str
+    blocks: list[BlockInfo], asked: dict[str, BlockEdit], reason: str
 ):
     with pytest.raises(PlanError, match=reason):
         validate_edits(asked, blocks, "stock")
@@ -441,8 +445,8 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
 @pytest.mark.parametrize("keep", [(1, 0), (1, 1, 2), (-1, 1)])
 def test_experts_to_keep_are_ascending_numbers(keep: tuple[int, ...]):
     with pytest.raises(ValidationError):
-        Edit(keep=keep)
-    assert Edit(keep=(0, 1, 2)).keep == (0, 1, 2)
+        BlockEdit(keep=keep)
+    assert BlockEdit(keep=(0, 1, 2)).keep == (0, 1, 2)
 
 
 def test_a_plan_that_fits_is_taken():
@@ -820,7 +824,7 @@ def test_a_plan_lists_every_question_that_was_looked_at(tmp_path: Path, is_fitti
     profile = profile_of(folder_of(tmp_path, val=30, test=40))
     bias = {1: 0.5} if is_fitting else {}
     draft = EditPlan(
-        "slug", "action", "activations", "answer", {FIRST: Edit(keep=(0, 1), bias=bias)}
+        "slug", "action", "activations", "answer", {FIRST: BlockEdit(keep=(0, 1), bias=bias)}
     )
     questions = questions_for(profile, is_fitting=is_fitting)
     made = draft_plan(profile, draft, questions)

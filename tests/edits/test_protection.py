@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.criteria import OBSERVED, compare, ranked, scores, spearman
+from expertcut.edits.criteria import CRITERIA, compare, ranked, scores, spearman
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.ranking import expressions_of, protected, protection, super_experts
@@ -248,7 +248,11 @@ def test_show_criteria_ranks_experts_and_says_how_far_criteria_agree(
 ):
     profile, expert = planted
     shown = json.loads(run("show", profile.path, "--criteria", "--format", "json"))
-    names = {*OBSERVED, "activations_all", "gate_mass_all"}
+    names = {
+        *(by for by, own in CRITERIA.items() if own.needs == "profile"),
+        "activations_all",
+        "gate_mass_all",
+    }
     assert set(shown["criteria"]) == names
     assert shown["left_out"] == {"aimer": "asks the model", "reconstruction": "asks the model"}
     assert [layer["super_experts"] for layer in shown["layers"]] == [[expert], []]

@@ -19,7 +19,7 @@ from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings, CutSettings
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.edits.ranking import empty_draft
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.ablation import (
@@ -107,8 +107,8 @@ def test_the_harm_is_that_of_a_written_checkpoint(profile: Profile, tmp_path: Pa
     base = ask(Engine(open_model(Path(profile.info.model.id)), 2048), quiz)
     for harm in found.harms:
         name = profile.info.model.blocks[harm.layer].name
-        edits = {b.name: Edit(keep=tuple(range(8))) for b in profile.info.model.blocks}
-        edits[name] = Edit(keep=tuple(e for e in range(8) if e != harm.expert))
+        edits = {b.name: BlockEdit(keep=tuple(range(8))) for b in profile.info.model.blocks}
+        edits[name] = BlockEdit(keep=tuple(e for e in range(8) if e != harm.expert))
         draft = replace(empty_draft(CutSettings(**EXACT), "one", "", ""), edits=edits)
         out = tmp_path / f"{harm.layer}-{harm.expert}"
         build(profile, draft, out, BuildOptions(LoadOptions(), is_verified=False))
@@ -415,7 +415,7 @@ def test_of_a_quiz_of_one_set_a_fifth_is_audited_that_scored_nothing(
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (("--by", "fame"), "--by fame is no criterion"),
+        (("--by", "fame"), "'fame' is not a criterion"),
         (("--by", "random,random"), "names random twice"),
         (("--fractions", "0"), "--fractions 0"),
         (("--seed", "-1"), "--seed -1"),

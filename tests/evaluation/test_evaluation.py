@@ -18,7 +18,7 @@ from scipy.stats import binom, binomtest
 
 from expertcut.checkpoints.size import size
 from expertcut.data import Selection, load_quiz, prompt
-from expertcut.edits.plan import ChosenOn, Edit, PlanFile, PlanModel, hashes_sha256, save_plan
+from expertcut.edits.plan import BlockEdit, ChosenOn, PlanFile, PlanModel, hashes_sha256, save_plan
 from expertcut.errors import ModelError, OutputError, PlanError
 from expertcut.evaluation.evaluate import find_models, results, score
 from expertcut.evaluation.results import Results, Scored, Scoring, load_results, save_results
@@ -448,7 +448,7 @@ def planned(path: Path, folder: Path, used: set[str], fitted_split: str | None) 
         removal="reroute",
         layout="stock",
         chosen_on=chosen,
-        blocks={"model.layers.0.mlp": Edit(keep=(0, 1))},
+        blocks={"model.layers.0.mlp": BlockEdit(keep=(0, 1))},
     )
     save_plan(folder, plan, used)
     return folder

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from expertcut.checkpoints.held_out_check import Difference, Proof
 from expertcut.data import Question, Selection, load_quiz
 from expertcut.data.questions import Quiz
-from expertcut.edits.plan import Edit, EditPlan, load_hashes, load_plan, save_plan
+from expertcut.edits.plan import BlockEdit, EditPlan, load_hashes, load_plan, save_plan
 from expertcut.edits.splits import (
     UNUSED,
     choosing_profile,
@@ -148,7 +148,7 @@ def drafts(way: str, used: frozenset[str]) -> EditPlan:
         "tune": {"is_tuned": True},
     }
     bias = {0: 0.5} if way in ("boost", "tune") else {}
-    edits = {block(0).name: Edit(keep=(0, 1), bias=bias)}
+    edits = {block(0).name: BlockEdit(keep=(0, 1), bias=bias)}
     return EditPlan("s", "prune", "activations", "answer", edits, used=used, **kinds[way])  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.checkpoints.tensor_names import find_disk_blocks, match_blocks
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.safetensors_index import StoredTensor
 
@@ -89,10 +89,10 @@ def test_a_cut_leaves_out_whole_what_the_model_did_not_load() -> None:
     """A new count of experts would make it unreadable; where nothing is cut it stays."""
     extra = {**block("model.layers.1.mlp"), "model.layers.1.enorm.weight": (6,)}
     shapes = {**block("model.layers.0.mlp"), **extra, "model.layers.10.x": (4,)}
-    edits = {"model.layers.0.mlp": Edit(keep=(0, 1, 3))}
+    edits = {"model.layers.0.mlp": BlockEdit(keep=(0, 1, 3))}
     removed = stock_rewrite(headers(shapes), edits, NOTHING).removed
     assert {name for name in removed if not name.startswith("model.layers.0.")} == set(extra)
-    edits = {"model.layers.0.mlp": Edit(keep=(0, 1, 2, 3))}
+    edits = {"model.layers.0.mlp": BlockEdit(keep=(0, 1, 2, 3))}
     assert stock_rewrite(headers(shapes), edits, NOTHING).removed == frozenset()
 
 
@@ -163,19 +163,22 @@ def test_what_does_not_fit_is_refused_by_its_name(fault: str) -> None:
 
 
 def test_edits_that_do_not_fit_what_is_on_disk_are_refused() -> None:
-    def edited(shapes: Shapes, edit: Edit, fitted: Fitted = NOTHING) -> Callable[[], object]:
+    def edited(shapes: Shapes, edit: BlockEdit, fitted: Fitted = NOTHING) -> Callable[[], object]:
         return lambda: stock_rewrite(headers(shapes), {A: edit}, fitted)
 
     unclear = {**block(A), f"{A}.gate.bias": (4,)}
     unknown = block(A, last="fc")
     keep = (0, 1, 2, 3)
     directions = Fitted({}, {0: torch.ones(6)})
-    edited(unclear, Edit(keep=(0, 1)))()
-    edited(unknown, Edit(keep=(0, 1)))()
+    edited(unclear, BlockEdit(keep=(0, 1)))()
+    edited(unknown, BlockEdit(keep=(0, 1)))()
     for call, message in (
-        (edited(block(A), Edit(keep=(0, 4))), "has 4 experts on disk, the plan keeps 4"),
-        (edited(unclear, Edit(keep=keep, bias={1: 1.0}), directions), "boost and suppress are not"),
-        (edited(unknown, Edit(keep=keep, scale={1: 0.5})), "cannot be scaled"),
+        (edited(block(A), BlockEdit(keep=(0, 4))), "has 4 experts on disk, the plan keeps 4"),
+        (
+            edited(unclear, BlockEdit(keep=keep, bias={1: 1.0}), directions),
+            "boost and suppress are not",
+        ),
+        (edited(unknown, BlockEdit(keep=keep, scale={1: 0.5})), "cannot be scaled"),
     ):
         with pytest.raises(ContractError, match=message):
             call()
@@ -184,7 +187,7 @@ def test_edits_that_do_not_fit_what_is_on_disk_are_refused() -> None:
 def test_a_bias_whose_experts_lie_on_another_axis_is_cut_there() -> None:
     name = f"{A}.moe_statics.e_score_correction_bias"
     shapes = {**block(A), name: (1, 4)}
-    change = stock_rewrite(headers(shapes), {A: Edit(keep=(1, 3))}, NOTHING).changed[name]
+    change = stock_rewrite(headers(shapes), {A: BlockEdit(keep=(1, 3))}, NOTHING).changed[name]
     assert change.apply is not None
     assert torch.equal(change.apply(torch.arange(4.0)[None]), torch.tensor([[1.0, 3.0]]))
     assert change.shape == (1, 2)

@@ -18,7 +18,7 @@ from expertcut.checkpoints.export import (
     outside_axes,
     without_further_tokens,
 )
-from expertcut.edits.plan import Edit, EditPlan
+from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError
 from expertcut.models.load import find_source
 from expertcut.models.safetensors_index import read_headers
@@ -30,7 +30,7 @@ Checkpoints = Callable[..., Path]
 
 
 def draft(keep: tuple[int, ...], n_layers: int = 2, block: str = "mlp") -> EditPlan:
-    edits = {f"model.layers.{i}.{block}": Edit(keep=keep) for i in range(n_layers)}
+    edits = {f"model.layers.{i}.{block}": BlockEdit(keep=keep) for i in range(n_layers)}
     return EditPlan("cut", "a cut", "activations", "answer", edits, "stock", is_cut=True)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from expertcut.cli import HarmlessFormatter, main
-from expertcut.edits.plan import Edit, PlanFile, PlanModel, load_plan
+from expertcut.edits.plan import BlockEdit, PlanFile, PlanModel, load_plan
 from expertcut.edits.selection import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.evaluation.cross_fit import Change, ProofResult, RandomControl
@@ -410,18 +410,18 @@ def test_without_all_token_sums_there_is_no_map_of_them(tmp_path: Path):
 
 def test_a_plan_of_a_cut_model_is_read_by_the_rows_of_its_profile():
     its = block(0, 3)
-    edit = Edit(keep=(4, 9), bias={9: 1.0}, rows=(4, 7, 9))
-    assert rows_of(edit, its) == Edit(keep=(0, 2), bias={2: 1.0})
-    assert rows_of(Edit(keep=(0, 2)), its) == Edit(keep=(0, 2))
-    assert rows_of(Edit(keep=(0, 5)), its) is None  # another cut's profile
-    assert rows_of(Edit(keep=(4, 9), rows=(4, 7, 9, 11)), its) is None
+    edit = BlockEdit(keep=(4, 9), bias={9: 1.0}, rows=(4, 7, 9))
+    assert rows_of(edit, its) == BlockEdit(keep=(0, 2), bias={2: 1.0})
+    assert rows_of(BlockEdit(keep=(0, 2)), its) == BlockEdit(keep=(0, 2))
+    assert rows_of(BlockEdit(keep=(0, 5)), its) is None  # another cut's profile
+    assert rows_of(BlockEdit(keep=(4, 9), rows=(4, 7, 9, 11)), its) is None
 
 
 @pytest.mark.parametrize("removal", get_args(PlanFile.model_fields["removal"].annotation))
 def test_every_kind_of_removal_is_said_in_words(tmp_path: Path, removal: str):
     profile = make_profile(tmp_path / "p", 1)
     make_plan(tmp_path / "cut", profile, removal=removal, blocks={
-        "model.layers.0.mlp": Edit(keep=(0, 2, 3, 4, 5, 6, 7)),
+        "model.layers.0.mlp": BlockEdit(keep=(0, 2, 3, 4, 5, 6, 7)),
     })  # fmt: skip
     text = text_of(tmp_path)
     assert "a removed" in text
@@ -436,7 +436,8 @@ def test_a_plan_of_another_model_says_nothing_of_a_profile(tmp_path: Path):
     make_plan(tmp_path / "cut", profile, model=other)
     assert data_of(text_of(tmp_path))["explorers"]["p"]["marks"] == []
     assert (
-        edits_of(plan.model_copy(update={"blocks": {"x": Edit(keep=(0,))}}), find(profile)) is None
+        edits_of(plan.model_copy(update={"blocks": {"x": BlockEdit(keep=(0,))}}), find(profile))
+        is None
     )
 
 

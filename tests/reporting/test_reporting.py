@@ -18,7 +18,15 @@ from expertcut.commands.profile import ProfileSettings
 from expertcut.edits import plan as plans
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.plan import ChosenOn, Edit, EditPlan, ExpertIds, PlanFile, PlanModel, save_plan
+from expertcut.edits.plan import (
+    BlockEdit,
+    ChosenOn,
+    EditPlan,
+    ExpertIds,
+    PlanFile,
+    PlanModel,
+    save_plan,
+)
 from expertcut.edits.router_edits import Scaling, Tilt
 from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import OutputError
@@ -479,8 +487,8 @@ def plan(**changes: Any) -> PlanFile:
         "layout": "stock",
         "chosen_on": ChosenOn(quiz="birds", split="test", questions=14_042, sha256="0"),
         "blocks": {
-            "model.layers.0.mlp": Edit(keep=(0, 1, 2, 3, 7, 9, 10)),
-            "model.layers.1.mlp": Edit(keep=(5,), bias={5: -0.25}, scale={5: 1.5}),
+            "model.layers.0.mlp": BlockEdit(keep=(0, 1, 2, 3, 7, 9, 10)),
+            "model.layers.1.mlp": BlockEdit(keep=(5,), bias={5: -0.25}, scale={5: 1.5}),
         },
     }
     return PlanFile(**{**fields, **changes})
@@ -506,7 +514,7 @@ def test_a_plan_is_shown_block_by_block():
 
 
 def test_idle_experts_that_stay_are_listed():
-    blocks = {"a": Edit(keep=(0, 2, 3, 4)), "b": Edit(keep=(0, 1, 2, 3))}
+    blocks = {"a": BlockEdit(keep=(0, 2, 3, 4)), "b": BlockEdit(keep=(0, 1, 2, 3))}
     draft = EditPlan("slug", "action", "activations", "answer", blocks)
     pruning = Pruning(draft, {"a": 1, "b": 4}, {"a": (2, 3, 4), "b": ()})
     assert pruning_sentences(pruning) == [
@@ -528,7 +536,7 @@ def test_idle_experts_that_stay_are_listed():
     ],
 )  # fmt: skip
 def test_a_cut_says_what_it_touches(positions: Any, n_used: int | None, said: str | None):
-    edits = {"a": Edit(keep=(0, 1, 2))}
+    edits = {"a": BlockEdit(keep=(0, 1, 2))}
     pruning = Pruning(EditPlan("s", "prune", "activations", positions, edits), {"a": 3}, {"a": ()})
     goes = [RemovedTraffic("a", 5, 1234, n_used, None if n_used is None else 0.12345)]
     assert touched_sentences(pruning, goes) == ([said] if said else [])

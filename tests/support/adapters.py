@@ -16,7 +16,8 @@ from expertcut.checkpoints.export import Gathered, export, removed_experts
 from expertcut.checkpoints.lora_slice import carried
 from expertcut.checkpoints.stock import Fitted
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.plan import ChosenOn, Edit, EditPlan, Layout, PlanFile, PlanModel
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import BlockEdit, ChosenOn, EditPlan, PlanFile, PlanModel
 from expertcut.models.load import find_source
 from tests.conftest import make_tokenizer
 
@@ -34,7 +35,7 @@ _PLAN = PlanFile(
     removal="reroute",
     layout="stock",
     chosen_on=ChosenOn(quiz="quiz", split="val", questions=1, sha256=""),
-    blocks={"model.layers.0.mlp": Edit(keep=(0,))},
+    blocks={"model.layers.0.mlp": BlockEdit(keep=(0,))},
 )
 
 
@@ -117,7 +118,7 @@ def with_adapter(base: Path, adapter: Path) -> Any:
 
 def cut(
     base: Path,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, BlockEdit],
     folder: Path,
     layout: Layout = "stock",
     *,

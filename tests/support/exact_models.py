@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expertcut.checkpoints.exact import exact_config, exact_rewrite
 from expertcut.checkpoints.shards import write_checkpoint
 from expertcut.edits.calibrate import Constants, zero_outputs
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.kernels import Linear
 from expertcut.models.load import MODELLING_FILE, MoeModel, modelling_code
@@ -43,7 +43,7 @@ def make_exact(
 ) -> Path:
     """The exact checkpoint of a base, written as export writes it."""
     edits = {
-        name: Edit(keep=tuple(range(len(bias_E))), bias=dict(enumerate(bias_E.tolist())))
+        name: BlockEdit(keep=tuple(range(len(bias_E))), bias=dict(enumerate(bias_E.tolist())))
         for name, bias_E in (biases or {}).items()
     }
     write_checkpoint(base, folder, exact_rewrite(read_headers(base), constants, edits))

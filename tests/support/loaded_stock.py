@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from expertcut.checkpoints.stock import Fitted
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
@@ -16,7 +16,7 @@ from expertcut.models.validate import EXPERT_COUNT_FIELDS
 _COUNT_ATTRIBUTES = (*EXPERT_COUNT_FIELDS, "n_experts")
 
 
-def apply_stock(moe: MoeModel, edits: Mapping[str, Edit], fitted: Fitted) -> None:
+def apply_stock(moe: MoeModel, edits: Mapping[str, BlockEdit], fitted: Fitted) -> None:
     """Carries out the edits in the loaded model."""
     for block in moe.blocks:
         edit = edits[block.name]
@@ -66,7 +66,7 @@ def _add_bias(block: MoeBlock, expert: int, bias: float, directions: Mapping[int
     row_D += (bias * directions[block.layer].to(row_D.device)).to(row_D.dtype)
 
 
-def _set_counts(config: Any, block: MoeBlock, edits: Mapping[str, Edit]) -> None:
+def _set_counts(config: Any, block: MoeBlock, edits: Mapping[str, BlockEdit]) -> None:
     count = len(edits[block.name].keep)
     for field in EXPERT_COUNT_FIELDS:
         if getattr(config, field, None) == block.n_experts:

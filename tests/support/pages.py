@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.edits.plan import ChosenOn, Edit, PlanFile, PlanModel, Point, save_plan
+from expertcut.edits.plan import BlockEdit, ChosenOn, PlanFile, PlanModel, Point, save_plan
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
@@ -61,7 +61,7 @@ def make_plan(folder: Path, profile: Profile, **changes: Any) -> PlanFile:
     """Cuts expert 1 of every block of a profile's model, tilts expert 0; saved in the folder."""
     model = profile.info.model
     blocks = {
-        b.name: Edit(keep=tuple(e for e in range(b.experts) if e != 1), bias={0: 0.5})
+        b.name: BlockEdit(keep=tuple(e for e in range(b.experts) if e != 1), bias={0: 0.5})
         for b in model.blocks
     }
     quiz = profile.info.quiz

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from expertcut.edits.plan import ChosenOn, Edit, PlanFile, PlanModel
+from expertcut.edits.plan import BlockEdit, ChosenOn, PlanFile, PlanModel
 from expertcut.errors import ExpertcutError
 from expertcut.profiling.schema import ProfileInfo, Settings, SubjectInfo
 from expertcut.reporting.tables import as_csv, as_markdown, as_rich
@@ -62,13 +62,13 @@ def shown_or_refused(file: Path) -> bool:
 
 
 @st.composite
-def edits(draw: st.DrawFn, n_experts: int = 8, n_kept: int | None = None) -> Edit:
+def edits(draw: st.DrawFn, n_experts: int = 8, n_kept: int | None = None) -> BlockEdit:
     """Any cut of a block, tilts of those that stay."""
     least, most = (1, n_experts) if n_kept is None else (n_kept, n_kept)
     experts = st.sets(st.integers(0, n_experts - 1), min_size=least, max_size=most)
     keep = tuple(sorted(draw(experts)))
     of_kept = st.dictionaries(st.sampled_from(keep), FINITE, max_size=3)
-    return Edit(keep=keep, bias=draw(of_kept), scale=draw(of_kept))
+    return BlockEdit(keep=keep, bias=draw(of_kept), scale=draw(of_kept))
 
 
 @st.composite

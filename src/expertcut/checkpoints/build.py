@@ -37,7 +37,7 @@ from expertcut.edits.merge_groups import (
     token_counts,
 )
 from expertcut.edits.merge_router import Quality, judge_rows, merged_rows
-from expertcut.edits.plan import Edit, EditPlan, PlanFile, model_folder, save_plan
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, model_folder, save_plan
 from expertcut.edits.splits import Questions, draft_plan, questions_for, used_hashes
 from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
@@ -366,7 +366,7 @@ def _check(profile: Profile, settings: MergeSettings, source: Source, folder: Pa
     token_counts(profile)
     check_count(blocks, settings.keep)
     # Of the same size as any groups would be.
-    first = {b.name: Edit(keep=tuple(range(settings.keep))) for b in blocks}
+    first = {b.name: BlockEdit(keep=tuple(range(settings.keep))) for b in blocks}
     check_export(source, merge_draft(settings, profile, first), blocks[0].experts, folder)
     return blocks[0].experts
 

@@ -27,7 +27,7 @@ from expertcut.checkpoints.tensor_names import (
     find_disk_blocks,
 )
 from expertcut.edits.calibrate import Constants, Removed
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError, PlanError
 from expertcut.models.load import MODELLING_FILE
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
@@ -195,7 +195,7 @@ def layer_number(block: str) -> int:
 def exact_rewrite(
     headers: Mapping[str, StoredTensor],
     constants: Constants,
-    edits: Mapping[str, Edit] | None = None,
+    edits: Mapping[str, BlockEdit] | None = None,
 ) -> Rewrite:
     """Which tensors go and which come: constants in their experts' dtype, biases (E,) in float32.
 
@@ -244,7 +244,7 @@ def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:
     return (before_E.float() + bias_E).to(before_E.dtype)
 
 
-def _bias_E(edit: Edit, n_experts: int) -> Tensor:
+def _bias_E(edit: BlockEdit, n_experts: int) -> Tensor:
     bias_E = torch.zeros(n_experts)
     for expert, bias in edit.bias.items():
         bias_E[expert] = bias

@@ -29,14 +29,14 @@ from expertcut.checkpoints.shards import (
 from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.checkpoints.tensor_names import Headers, OutsideAxes, match_blocks
 from expertcut.edits.calibrate import Constants, zero_outputs
+from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import (
     HEALING_FILE,
     PLAN_FILE,
     PROOF_FILE,
     QUESTIONS_FILE,
-    Edit,
+    BlockEdit,
     EditPlan,
-    Layout,
 )
 from expertcut.errors import ContractError
 from expertcut.files import write_atomically
@@ -145,7 +145,7 @@ def cut_rewrite(source: Source, stored: Stored, draft: EditPlan, n_experts: int)
         ContractError: a form on disk that the layout does not support.
     """
     width = int(read_config(source.path).get("hidden_size", 0))
-    cut = {name: Edit(keep=edit.keep) for name, edit in draft.edits.items()}
+    cut = {name: BlockEdit(keep=edit.keep) for name, edit in draft.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), width)
     return _rewrite(source, stored, replace(draft, edits=cut), Gathered(constants=constants))
 
@@ -190,7 +190,7 @@ def export(
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def removed_experts(edits: Mapping[str, Edit], n_experts: int) -> dict[str, tuple[int, ...]]:
+def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
     """The experts that each block's edit does not keep; blocks that keep all are left out."""
     removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
     return {name: experts for name, experts in removed.items() if experts}

@@ -12,7 +12,7 @@ from expertcut.checkpoints.simulate import apply_at_runtime, renumbered
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.calibrate import Constants
-from expertcut.edits.plan import Edit, EditPlan, ExpertIds, Positions
+from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Positions
 from expertcut.edits.splits import HASHES, Judged, n_used
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
@@ -58,7 +58,7 @@ class Answered:
 
 
 def answer(
-    engine: Engine, quiz: Quiz, edits: Mapping[str, Edit], on_pass: OnPass = ignore
+    engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit], on_pass: OnPass = ignore
 ) -> Answered:
     """Scores a quiz, watching the experts that the plan removes or tilts.
 
@@ -91,7 +91,7 @@ def check_reached(what: str, base: Answered, changed: Answered) -> None:
 class _Watch:
     """Counts how many questions each tilted expert serves, and marks those that change."""
 
-    def __init__(self, engine: Engine, edits: Mapping[str, Edit], on_pass: OnPass) -> None:
+    def __init__(self, engine: Engine, edits: Mapping[str, BlockEdit], on_pass: OnPass) -> None:
         self.on_pass = on_pass
         blocks = engine.moe.blocks
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
@@ -150,7 +150,7 @@ class _Watch:
             self.is_untouched_N[self.step.question_T[hit_T]] = False
 
 
-def answer_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, Edit]) -> Answered:
+def answer_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> Answered:
     """As `answer`, one prompt at a time, so that no question's bits depend on its neighbours."""
     single = Engine(engine.moe, engine.batch_tokens)
     single.is_trusted = False

@@ -38,7 +38,7 @@ from expertcut.checkpoints.shards import (
 )
 from expertcut.checkpoints.stock import output_factors
 from expertcut.checkpoints.tensor_names import blocks_of
-from expertcut.edits.plan import Edit, EditPlan, PlanAdapter, PlanFile
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanAdapter, PlanFile
 from expertcut.errors import ModelError, OutputError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
@@ -141,7 +141,7 @@ def _slice_one(
 def _slice_router(
     adapter: Adapter,
     place: Place,
-    edited: tuple[Edit, int],
+    edited: tuple[BlockEdit, int],
     slices: _Slices,
     *,
     is_stock: bool,

@@ -17,7 +17,7 @@ from expertcut.checkpoints.stock import Fitted, stock_rewrite
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, blocks_of
 from expertcut.edits.merge_groups import Neurons, matching, members_of
 from expertcut.edits.merge_router import Rows
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
 
@@ -44,7 +44,7 @@ class ExpertTensor:
 
 
 def aligned_neurons(
-    headers: Headers, edits: Mapping[str, Edit], interleaved: frozenset[str]
+    headers: Headers, edits: Mapping[str, BlockEdit], interleaved: frozenset[str]
 ) -> dict[str, dict[int, Tensor]]:
     """The order of each member's neurons that is most like its dominant expert's.
 
@@ -155,7 +155,7 @@ class Merging:
 
 def merged_rewrite(
     headers: Headers,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, BlockEdit],
     merging: Merging,
     outside: OutsideAxes | None = None,
 ) -> Rewrite:
@@ -178,7 +178,7 @@ def merged_rewrite(
 
 
 def _expert_changes(
-    experts: Experts, edit: Edit, orders: Mapping[int, Tensor]
+    experts: Experts, edit: BlockEdit, orders: Mapping[int, Tensor]
 ) -> dict[str, Change]:
     """The averages, under the old names of what they take the place of."""
     headers, block, members = experts.headers, experts.block, members_of(edit)
@@ -210,7 +210,7 @@ def _averages(groups: list[list[ExpertTensor]]) -> Iterator[Tensor]:
 
 
 def _router_changes(
-    headers: Headers, block: DiskBlock, edit: Edit, rows: Rows
+    headers: Headers, block: DiskBlock, edit: BlockEdit, rows: Rows
 ) -> dict[str, Change]:
     """The router's rows, its own bias, and biases on choosing."""
     if block.unclear_bias:
@@ -236,7 +236,7 @@ def _router_changes(
 
 def _rows(
     tensor: Tensor,
-    edit: Edit,
+    edit: BlockEdit,
     shares: Mapping[int, Mapping[int, float]],
     added: Mapping[int, Tensor],
 ) -> Tensor:
@@ -251,7 +251,7 @@ def _rows(
     return kept
 
 
-def _selection(tensor: Tensor, edit: Edit, rows: Rows, axis: int) -> Tensor:
+def _selection(tensor: Tensor, edit: BlockEdit, rows: Rows, axis: int) -> Tensor:
     """Biases on choosing: as fitted, else the sum that the row is."""
     moved = _rows(tensor.movedim(axis, 0), edit, rows.shares, {})
     for expert, bias in rows.selection.items():

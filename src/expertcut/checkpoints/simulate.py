@@ -18,7 +18,7 @@ from expertcut.checkpoints.export import Gathered
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.merge_groups import members_of
-from expertcut.edits.plan import Edit, EditPlan
+from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError
 from expertcut.models.hooks import own_expert, own_forward, replaced_forward
 from expertcut.models.load import MoeModel
@@ -42,12 +42,12 @@ def apply_at_runtime(moe: MoeModel, draft: EditPlan, constants: Constants) -> It
         yield begin
 
 
-def renumbered(draft: EditPlan) -> dict[str, Edit]:
+def renumbered(draft: EditPlan) -> dict[str, BlockEdit]:
     """The edits by the numbers that the experts have in the checkpoint that the plan makes."""
     if draft.layout == "exact":
         return dict(draft.edits)
     return {
-        name: Edit(
+        name: BlockEdit(
             keep=tuple(range(len(edit.keep))),
             bias={edit.keep.index(e): bias for e, bias in edit.bias.items()},
             scale={edit.keep.index(e): factor for e, factor in edit.scale.items()},
@@ -68,7 +68,7 @@ def tilts_of(blocks: Sequence[MoeBlock], draft: EditPlan) -> Tilts:
     )
 
 
-def _logit_bias_E(block: MoeBlock, edit: Edit, layout: str) -> Tensor:
+def _logit_bias_E(block: MoeBlock, edit: BlockEdit, layout: str) -> Tensor:
     bias_E = torch.zeros(block.n_experts)
     if layout == "stock":
         bias_E[list(edit.removed(block.n_experts))] = -torch.inf
@@ -77,7 +77,7 @@ def _logit_bias_E(block: MoeBlock, edit: Edit, layout: str) -> Tensor:
     return bias_E
 
 
-def _scale_E(block: MoeBlock, edit: Edit) -> Tensor:
+def _scale_E(block: MoeBlock, edit: BlockEdit) -> Tensor:
     scale_E = torch.ones(block.n_experts, dtype=torch.float64)
     for expert, factor in edit.scale.items():
         scale_E[expert] = factor
@@ -216,7 +216,9 @@ class Router:
     place_E: Tensor
 
 
-def unedited_routers(blocks: Sequence[MoeBlock], edits: Mapping[str, Edit]) -> dict[str, Router]:
+def unedited_routers(
+    blocks: Sequence[MoeBlock], edits: Mapping[str, BlockEdit]
+) -> dict[str, Router]:
     """Copies of the routers of a loaded, unedited model, by block name."""
     found = {}
     for block in blocks:

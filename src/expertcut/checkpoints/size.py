@@ -10,9 +10,10 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.budget import counts
-from expertcut.edits.criteria import NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
-from expertcut.edits.plan import EditPlan, Layout
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import EditPlan
 from expertcut.edits.ranking import Ranking, expressions_of, rank
 from expertcut.edits.selection import Pruning, choose, cut
 from expertcut.errors import PlanError
@@ -136,7 +137,7 @@ def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) ->
         SettingsError: an option that does not go with the others.
     """
     settings.check()
-    needs_model = settings.by in NEEDS_MODEL
+    needs_model = CRITERIA[settings.by].needs_model
     most = settings.size_bytes
     source = profiled_source(profile) if most or needs_model else None
     engine = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.shards import Change, Rewrite
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, match_blocks
-from expertcut.edits.plan import Edit, Positions
+from expertcut.edits.plan import BlockEdit, Positions
 from expertcut.errors import ContractError
 
 Apply = Callable[[Tensor], Tensor]
@@ -37,7 +37,7 @@ class Fitted:
 
 def stock_rewrite(
     headers: Headers,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, BlockEdit],
     fitted: Fitted,
     apply_at: Positions = "all",
     outside: OutsideAxes | None = None,
@@ -71,7 +71,7 @@ def stock_rewrite(
     return Rewrite(frozenset(removed), renamed, changed)
 
 
-def _check(block: DiskBlock, edit: Edit) -> None:
+def _check(block: DiskBlock, edit: BlockEdit) -> None:
     if edit.keep[-1] >= block.n_experts:
         raise ContractError(
             f"{block.name} has {block.n_experts} experts on disk, the plan keeps {edit.keep[-1]}: "
@@ -80,7 +80,7 @@ def _check(block: DiskBlock, edit: Edit) -> None:
 
 
 def scaled_experts(
-    headers: Headers, block: DiskBlock, edit: Edit, folds: "np.ndarray[Any, Any] | None" = None
+    headers: Headers, block: DiskBlock, edit: BlockEdit, folds: "np.ndarray[Any, Any] | None" = None
 ) -> dict[str, Change]:
     """The last projections of experts that lie one by one, scaled where the plan or a fold asks."""
     factors = output_factors(edit, folds)
@@ -99,7 +99,7 @@ def scaled_experts(
 
 
 def output_factors(
-    edit: Edit, folds: "np.ndarray[Any, Any] | None" = None
+    edit: BlockEdit, folds: "np.ndarray[Any, Any] | None" = None
 ) -> dict[int, tuple[float, ...]]:
     """What each kept expert's output is multiplied by, one after another, by its new number."""
     folds_E = [1.0] * len(edit.keep) if folds is None else folds
@@ -115,7 +115,7 @@ def output_factors(
 def _shared_tensors(
     headers: Headers,
     block: DiskBlock,
-    edit: Edit,
+    edit: BlockEdit,
     tilts: Mapping[str, Apply],
     folds: "np.ndarray[Any, Any] | None",
 ) -> dict[str, Change]:
@@ -137,7 +137,7 @@ def _shared_tensors(
     return changed
 
 
-def _tilts(block: DiskBlock, edit: Edit, v_D: Tensor | None) -> dict[str, Apply]:
+def _tilts(block: DiskBlock, edit: BlockEdit, v_D: Tensor | None) -> dict[str, Apply]:
     """How the biases go into the router: as b·v, or into its own bias without a direction."""
     if not edit.bias:
         return {}

@@ -14,6 +14,7 @@ from expertcut.commands.common import (
     write_edit,
 )
 from expertcut.edits import edit_settings
+from expertcut.edits.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
@@ -50,7 +51,8 @@ def run(
     else:
         procedure = prepared(profile, settings)
         name = procedure_name(profile, settings, procedure).replace(":", ".").replace(" ", "-")
-        mark = "" if settings.layout == "stock" else f"-{settings.layout}"
+        rules = LAYOUTS[settings.layout]
+        mark = f"-{rules.mark}" if rules.mark else ""
         mark += "-answer" if settings.apply_at == "answer" else ""
         folder = output_folder(profile, name + mark, settings, ui)
         ui.quiet()

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from expertcut.edits.edit_settings import CutSettings
-from expertcut.edits.plan import least_of, least_per_group
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import least_per_group
 from expertcut.errors import PlanError
 from expertcut.profiling.schema import BlockInfo
 
@@ -23,7 +24,7 @@ def counts(settings: CutSettings, blocks: Sequence[BlockInfo]) -> range:
         least = floors(blocks, settings.min_keep)
         return range(sum(least), sum(block.experts for block in blocks) + 1)
     most = min(block.experts for block in blocks)
-    if settings.layout == "exact":
+    if not LAYOUTS[settings.layout].needs_equal_counts:
         return range(1, most + 1)
     step = blocks[0].groups
     return range(max(_least_of_stock(block) for block in blocks), most + 1, step)
@@ -31,7 +32,7 @@ def counts(settings: CutSettings, blocks: Sequence[BlockInfo]) -> range:
 
 def _least_of_stock(block: BlockInfo) -> int:
     if block.groups == 1:
-        return least_of(block, "stock")
+        return LAYOUTS["stock"].least_experts(block)
     return max(-(-block.top_k // block.groups), least_per_group(block)) * block.groups
 
 
@@ -47,7 +48,7 @@ def wanted_count(settings: CutSettings, blocks: Sequence[BlockInfo]) -> int:
     if settings.fraction is None:
         assert settings.keep is not None
         return settings.keep
-    step = blocks[0].groups if settings.layout == "stock" else 1
+    step = blocks[0].groups if LAYOUTS[settings.layout].needs_equal_counts else 1
     return round(settings.fraction * blocks[0].experts / step) * step
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Quiz, round_robin
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.hooks import (
     ExpertCall,
@@ -212,7 +212,7 @@ def _fit(layer: int, answer_N: Tensor, elsewhere_T: Tensor, apply_at: ApplyAt) -
 
 def fold_at_answers(
     profile: Profile,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, BlockEdit],
     left_out: Collection[tuple[str, int]] = (),
 ) -> dict[int, Array]:
     """Folds (kept,) per layer that needs them, from a profile's answer positions.
@@ -235,7 +235,9 @@ def fold_at_answers(
     return folds
 
 
-def fold_over_tokens(engine: Engine, tuning: Quiz, edits: Mapping[str, Edit]) -> dict[int, Array]:
+def fold_over_tokens(
+    engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit]
+) -> dict[int, Array]:
     """The same from every distinct token of at most 512 questions."""
     blocks = {b.layer: b for b in engine.moe.blocks if _needs_fold(b, edits[b.name])}
     sums = {
@@ -253,7 +255,7 @@ def fold_over_tokens(engine: Engine, tuning: Quiz, edits: Mapping[str, Edit]) ->
     return {layer: found.folds() for layer, found in sums.items()}
 
 
-def _needs_fold(block: MoeBlock, edit: Edit) -> bool:
+def _needs_fold(block: MoeBlock, edit: BlockEdit) -> bool:
     return block.inflates and len(edit.keep) < block.n_experts
 
 

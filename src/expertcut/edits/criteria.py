@@ -1,18 +1,18 @@
-"""Criteria that rank experts: one small pure function each, and all of them by name.
+"""Criteria that rank experts: one pure function each, in a registry of all of them by name.
 
-The criterion that tries: which expert's going changes its block's output least, again and again.
-"Not All Experts Are Equal" (arXiv:2402.14800) tries every set of experts to keep, which 8 experts
-allow and 64 do not; greedy backward elimination is the tractable form.
-
-Higher is kept. Ties are broken by mean α, then by the lower id, in `ranked`.
+To add one, decorate a function with `@criterion`: options, recipes, `show --criteria`, sweeps and
+ablations read the registry. Higher scores are kept; `ranked` breaks ties by mean α, then by the
+lower id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,15 +29,196 @@ if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine
 
 Array = np.ndarray[Any, Any]
-_NO_WEIGHTS = -1.0  # least of all, for mean |w| is never above the root mean square
-Change = Callable[[tuple[int, ...]], float]  # of the block's output, these experts removed
+Needs = Literal["profile", "weights", "calibration", "nothing"]
+OutputChange = Callable[[tuple[int, ...]], float]  # of a block's output, these experts removed
+_NO_WEIGHTS = -1.0  # below every other score: mean |w| is at most the root mean square
 
 
+@dataclass(frozen=True)
+class Criterion:
+    """A function that scores the E experts of one block, and what it looks at.
+
+    `needs` decides the function's arguments: "profile" a block's `LayerStatistics` (and the
+    positions, where it has a choice), "weights" a block's expert matrices, "calibration" the
+    arguments of `reconstruction`, "nothing" the number of experts, the layer and the seed.
+    """
+
+    name: str
+    function: Callable[..., Array]
+    needs: Needs
+    positions: tuple[Positions, ...]
+    paper: str | None
+    aliases: tuple[str, ...]
+
+    @property
+    def formula(self) -> str:
+        """The first line of the function's docstring."""
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def default_positions(self) -> Positions:
+        """The first of its positions; "all" where it looks at none."""
+        return self.positions[0] if self.positions else "all"
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a profile alone cannot give the scores."""
+        return self.needs in ("weights", "calibration")
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the scores come from a pass over the tuning questions."""
+        return self.needs == "calibration"
+
+    def of_layer(self, layer: LayerStatistics, positions: Positions) -> Array:
+        """Scores (E,) from a profile's statistics of one block."""
+        choice = (positions,) if len(self.positions) > 1 else ()
+        return self.function(layer, *choice).astype(np.float64)
+
+
+_REGISTRY: dict[str, Criterion] = {}
+CRITERIA: Mapping[str, Criterion] = MappingProxyType(_REGISTRY)
+
+
+def criterion(
+    *,
+    needs: Needs,
+    positions: tuple[Positions, ...] = (),
+    paper: str | None = None,
+    aliases: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Registers a function under its own name; `paper` is an arXiv id.
+
+    Raises:
+        ValueError: the name or an alias belongs to another criterion.
+    """
+
+    def register(function: Callable[..., Array]) -> Callable[..., Array]:
+        name = function.__name__
+        if taken := {name, *aliases} & {*CRITERIA, *_aliases()}:
+            raise ValueError(f"two criteria are called {min(taken)}")
+        _REGISTRY[name] = Criterion(name, function, needs, positions, paper, aliases)
+        return function
+
+    return register
+
+
+def _aliases() -> dict[str, str]:
+    return {alias: name for name, own in CRITERIA.items() for alias in own.aliases}
+
+
+def criterion_name(text: str) -> str:
+    """The registered name for a name or an alias.
+
+    Raises:
+        SettingsError: there is no such criterion.
+    """
+    aliases = _aliases()
+    if text in CRITERIA:
+        return text
+    if text in aliases:
+        return aliases[text]
+    near = get_close_matches(text, (*CRITERIA, *aliases), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(CRITERIA)}"
+    raise SettingsError(f"{text[:60]!a} is not a criterion: {hint}")
+
+
+@criterion(needs="profile", positions=("answer", "all"), paper="2502.17187", aliases=("frequency",))
+def activations(layer: LayerStatistics, positions: Positions) -> Array:
+    """Number of questions (answer positions) or tokens (all) routed to the expert."""
+    if positions == "answer":
+        return np.asarray(layer.is_activated_NE.sum(axis=0))
+    return all_tokens(layer).tokens_E
+
+
+@criterion(needs="profile", positions=("answer", "all"), paper="2404.05089")
+def gate_mass(layer: LayerStatistics, positions: Positions) -> Array:
+    """Σ gate weight over the questions or tokens routed to the expert: a soft count."""
+    if positions == "all":
+        return all_tokens(layer).weight_E
+    assert layer.weight_E is not None, "layer_statistics gives it"
+    return layer.weight_E
+
+
+@criterion(needs="profile", positions=("answer",), paper="2502.17187")
+def weighted_accuracy(layer: LayerStatistics) -> Array:
+    """Σ α·1(correct) / Σ α over the questions routed to the expert, −∞ where none is."""
+    return np.where(np.isnan(layer.weighted_accuracy_E), -np.inf, layer.weighted_accuracy_E)
+
+
+@criterion(needs="profile", positions=("all",), paper="2510.13999", aliases=("ean_sum",))
+def output_norm(layer: LayerStatistics) -> Array:
+    """Σ ‖f(x)‖₂ over the tokens routed to the expert: the expert activation norm."""
+    return all_tokens(layer).norm_E
+
+
+@criterion(needs="profile", positions=("all",), paper="2510.13999", aliases=("ean_mean",))
+def output_norm_mean(layer: LayerStatistics) -> Array:
+    """Mean ‖f(x)‖₂ over the tokens routed to the expert, 0 where none is."""
+    sums = all_tokens(layer)
+    return share(sums.norm_E, sums.tokens_E, 0.0)
+
+
+@criterion(needs="profile", positions=("all",), paper="2510.13999")
+def reap(layer: LayerStatistics) -> Array:
+    """Mean gate weight·‖f(x)‖₂ over the tokens routed to the expert, 0 where none is."""
+    sums = all_tokens(layer)
+    return share(sums.weighted_norm_E, sums.tokens_E, 0.0)
+
+
+@criterion(needs="profile", positions=("all",), paper="2504.06792")
+def easy_ep(layer: LayerStatistics) -> Array:
+    """Σ gate weight·‖f(x)‖₂·max(1 − cos(x, x + y), 0) over the tokens routed to the expert.
+
+    x is the residual stream, y the sum of all routed experts.
+
+    Raises:
+        ProfileError: the profile lacks this sum, or the family has no such residual stream.
+    """
+    sums = all_tokens(layer)
+    if sums.residual_shift_E is None and sums.votes_E is not None:
+        other = "another" if sums.input_shift_E is None else "easy_ep_postnorm or another"
+        raise ProfileError(
+            f"easy_ep: {layer.block} does not add its output to a residual stream that could be "
+            f"found: take {other} criterion"
+        )
+    return _held(sums.residual_shift_E, "easy_ep")
+
+
+@criterion(needs="profile", positions=("all",))
+def easy_ep_postnorm(layer: LayerStatistics) -> Array:
+    """`easy_ep` with the block's input, after the norm, as x.
+
+    Raises:
+        ProfileError: the profile lacks this sum.
+    """
+    sums = all_tokens(layer)
+    if sums.input_shift_E is None and sums.votes_E is not None:
+        raise ProfileError(
+            f"easy_ep_postnorm: the experts of {layer.block} work in another width than the block "
+            "reads, so what they add is not known: take another criterion"
+        )
+    return _held(sums.input_shift_E, "easy_ep_postnorm")
+
+
+@criterion(needs="profile", positions=("all",))
+def ranked_choice(layer: LayerStatistics) -> Array:
+    """Σ points over the tokens routed to the expert: K for a token's largest contribution, to 1.
+
+    A contribution is gate weight·‖f(x)‖₂, the sum Borda's count (our definition, docs/criteria.md).
+
+    Raises:
+        ProfileError: the profile lacks this sum.
+    """
+    return _held(all_tokens(layer).votes_E, "ranked_choice")
+
+
+@criterion(needs="weights", paper="2603.18492")
 def aimer(weights: Iterable[Tensor]) -> Array:
-    """−(mean |w| / root mean square of w) over all of an expert's matrices (E, ·, ·), biases apart.
+    """−(mean |w| / root mean square of w) over the expert's matrices, biases excluded.
 
-    Weights that are few large ones among many small ones score high; an expert without any weight
-    but 0 scores least. arXiv:2603.18492, whose score is without the sign: it prunes the highest.
+    Matrices are (E, ·, ·). A few large weights among many small ones score high, an expert without
+    any weight but 0 scores lowest. The paper's score has no sign and prunes the highest.
     """
     matrices = list(weights)
     return np.array([_aimer([m[e] for m in matrices]) for e in range(len(matrices[0]))])
@@ -52,122 +233,17 @@ def _aimer(matrices: list[Tensor]) -> float:
     return -(absolute / n_weights) / float(np.sqrt(squared / n_weights))
 
 
-def random(n_experts: int, layer: int, seed: int) -> Array:
-    """A permutation of 0 to E − 1, drawn for each layer and seed: what a criterion must beat."""
-    return np.random.default_rng((seed, layer)).permutation(n_experts).astype(np.float64)
-
-
-def activations(layer: LayerStatistics, positions: Positions) -> Array:
-    """How many questions (answer positions) or tokens (all) chose each expert. arXiv:2502.17187."""
-    if positions == "answer":
-        return np.asarray(layer.is_activated_NE.sum(axis=0))
-    return all_tokens(layer).tokens_E
-
-
-def gate_mass(layer: LayerStatistics, positions: Positions) -> Array:
-    """Σ gate weight over the questions or tokens that chose it: a soft count. arXiv:2404.05089."""
-    if positions == "all":
-        return all_tokens(layer).weight_E
-    assert layer.weight_E is not None, "layer_statistics gives it"
-    return layer.weight_E
-
-
-def weighted_accuracy(layer: LayerStatistics) -> Array:
-    """Σ α·1(correct) / Σ α over the questions that chose it, −∞ where none. arXiv:2502.17187."""
-    return np.where(np.isnan(layer.weighted_accuracy_E), -np.inf, layer.weighted_accuracy_E)
-
-
-def output_norm(layer: LayerStatistics) -> Array:
-    """Σ ‖f(x)‖₂ over the tokens that chose it: the expert activation norm. arXiv:2510.13999."""
-    return all_tokens(layer).norm_E
-
-
-def output_norm_mean(layer: LayerStatistics) -> Array:
-    """Mean ‖f(x)‖₂ over the tokens that chose it, 0 where none did. arXiv:2510.13999."""
-    sums = all_tokens(layer)
-    return share(sums.norm_E, sums.tokens_E, 0.0)
-
-
-def reap(layer: LayerStatistics) -> Array:
-    """Mean gate weight·‖f(x)‖₂ over the tokens that chose it, 0 where none. arXiv:2510.13999."""
-    sums = all_tokens(layer)
-    return share(sums.weighted_norm_E, sums.tokens_E, 0.0)
-
-
-def easy_ep(layer: LayerStatistics) -> Array:
-    """Σ gate weight·‖f(x)‖₂·max(1 − cos(x, x + y), 0) over the tokens that chose it.
-
-    x is the residual stream and y what all routed experts add to it. arXiv:2504.06792.
-
-    Raises:
-        ProfileError: the profile does not hold it, or the family has no such stream.
-    """
-    sums = all_tokens(layer)
-    if sums.residual_shift_E is None and sums.votes_E is not None:
-        other = "another" if sums.input_shift_E is None else "easy_ep_postnorm or another"
-        raise ProfileError(
-            f"easy_ep: {layer.block} does not add its output to a residual stream that could be "
-            f"found: take {other} criterion"
-        )
-    return _held(sums.residual_shift_E, "easy_ep")
-
-
-def easy_ep_postnorm(layer: LayerStatistics) -> Array:
-    """The same with x the block's input, behind the norm that reads the residual stream.
-
-    Raises:
-        ProfileError: the profile does not hold it.
-    """
-    sums = all_tokens(layer)
-    if sums.input_shift_E is None and sums.votes_E is not None:
-        raise ProfileError(
-            f"easy_ep_postnorm: the experts of {layer.block} work in another width than the block "
-            "reads, so what they add is not known: take another criterion"
-        )
-    return _held(sums.input_shift_E, "easy_ep_postnorm")
-
-
-def ranked_choice(layer: LayerStatistics) -> Array:
-    """Σ points over the tokens that chose it: K for a token's largest gate weight·‖f(x)‖₂, to 1.
-
-    Borda's count of the tokens' votes; the definition is ours (docs/criteria.md).
-
-    Raises:
-        ProfileError: the profile does not hold it.
-    """
-    return _held(all_tokens(layer).votes_E, "ranked_choice")
-
-
-def all_tokens(layer: LayerStatistics) -> OverTokens:
-    """The sums over every token, shots included.
-
-    Raises:
-        ProfileError: the profile was made with --stats answer.
-    """
-    if layer.over_tokens is None:
-        raise ProfileError(
-            "the profile holds no all-token statistics (--stats answer): profile with --stats all"
-        )
-    return layer.over_tokens
-
-
-def _held(sum_E: Array | None, criterion: str) -> Array:
-    if sum_E is None:
-        raise ProfileError(
-            f"{criterion}: the profile was made before what it needs was kept: profile again, "
-            "into another folder, with --stats all"
-        )
-    return sum_E
-
-
+@criterion(needs="calibration", positions=("all",), paper="2402.14800")
 def reconstruction(
-    change: Change, groups: Sequence[range], least: int, before: Sequence[int]
+    change: OutputChange, groups: Sequence[range], least: int, before: Sequence[int]
 ) -> Array:
-    """The order in which experts go, 0 first, each the one whose going then changes least.
+    """Step at which the expert goes, where each step removes the one that changes the output least.
 
-    Ends where every group of experts has `least` left, which the router needs. Those that are left
-    rank above all others, by the change that their going would make next. Of equal changes, as of
-    experts that no stored token chose, the later one in the order `before` goes first.
+    The paper tries every set of experts to keep, which 8 experts allow and 64 do not; greedy
+    backward elimination is the tractable form. It ends where every group of experts has `least`
+    left, which the router needs. Those experts rank above all others, by the change that their
+    removal would make next. Of equal changes (experts that no stored token is routed to), the later
+    one in the order `before` goes first.
     """
     later = {expert: -rank for rank, expert in enumerate(before)}
     score_E = np.full(sum(map(len, groups)), np.nan)
@@ -181,7 +257,7 @@ def reconstruction(
     left = [e for group in groups for e in group if e not in removed]
 
     def next_change(expert: int) -> float:
-        # In the place of the last one of its group: a group that lacks one more cannot be routed.
+        # Replaces the last removal of its group: a group with one expert fewer cannot be routed.
         (own,) = (group for group in groups if expert in group)
         last = next(e for e in reversed(removed) if e in own)
         return change((*(e for e in removed if e != last), expert))
@@ -198,21 +274,32 @@ def _candidates(groups: Sequence[range], removed: tuple[int, ...], least: int) -
     return [e for group in left if len(group) > least for e in group]
 
 
-_AT_POSITIONS = {f.__name__: f for f in (activations, gate_mass)}
-_AT_ANSWERS = {f.__name__: f for f in (weighted_accuracy,)}
-_OVER_TOKENS = {
-    f.__name__: f
-    for f in (output_norm, output_norm_mean, reap, easy_ep, easy_ep_postnorm, ranked_choice)
-}
-CRITERIA: Mapping[str, Callable[..., Array]] = {
-    **_AT_POSITIONS,
-    **_AT_ANSWERS,
-    **_OVER_TOKENS,
-    **{f.__name__: f for f in (aimer, reconstruction, random)},
-}
-NEEDS_MODEL = frozenset({aimer.__name__, reconstruction.__name__})
-CALIBRATED = frozenset({reconstruction.__name__})  # by a pass over the tuning questions
-OBSERVED = (*_AT_POSITIONS, *_AT_ANSWERS, *_OVER_TOKENS)  # that a profile alone can answer
+@criterion(needs="nothing")
+def random(n_experts: int, layer: int, seed: int) -> Array:
+    """A permutation of 0 to E − 1 for each layer and seed: the baseline of every criterion."""
+    return np.random.default_rng((seed, layer)).permutation(n_experts).astype(np.float64)
+
+
+def all_tokens(layer: LayerStatistics) -> OverTokens:
+    """The sums over every token, shots included.
+
+    Raises:
+        ProfileError: the profile was made with --stats answer.
+    """
+    if layer.over_tokens is None:
+        raise ProfileError(
+            "the profile holds no all-token statistics (--stats answer): profile with --stats all"
+        )
+    return layer.over_tokens
+
+
+def _held(sum_E: Array | None, name: str) -> Array:
+    if sum_E is None:
+        raise ProfileError(
+            f"{name}: the profile was made before what it needs was kept: profile again, "
+            "into another folder, with --stats all"
+        )
+    return sum_E
 
 
 def scores(
@@ -224,33 +311,33 @@ def scores(
 ) -> list[Array]:
     """One score (E,) per MoE block in layer order, higher is kept.
 
-    `positions` matter to `activations` and `gate_mass`, `seed` to `random`. `reconstruction` runs
-    the tuning questions through the engine's model.
-
     Raises:
         ProfileError: the profile does not hold what the criterion needs.
-        SettingsError: a criterion that needs a model, and none is given.
+        SettingsError: the criterion needs the model, and no engine is given.
     """
-    blocks = profile.info.model.blocks
-    if by == random.__name__:
-        return [random(block.experts, layer, seed) for layer, block in enumerate(blocks)]
-    if by in NEEDS_MODEL:
-        return _asking_the_model(profile, by, engine)
-    return _observed(layer_statistics(profile), by, positions)
-
-
-def _observed(layers: Sequence[LayerStatistics], by: str, positions: Positions) -> list[Array]:
-    if by in _AT_POSITIONS:
-        return [_AT_POSITIONS[by](layer, positions).astype(np.float64) for layer in layers]
-    criterion = {**_AT_ANSWERS, **_OVER_TOKENS}[by]
-    return [criterion(layer) for layer in layers]
-
-
-def _asking_the_model(profile: Profile, by: str, engine: Engine | None) -> list[Array]:
+    chosen, blocks = CRITERIA[by], profile.info.model.blocks
+    if chosen.needs == "nothing":
+        return [chosen.function(block.experts, layer, seed) for layer, block in enumerate(blocks)]
+    if chosen.needs == "profile":
+        return [chosen.of_layer(layer, positions) for layer in layer_statistics(profile)]
     if engine is None:
         raise SettingsError(f"{by} needs the model itself: load it, or take another criterion")
-    if by == aimer.__name__:
-        return [_by_weights(block) for block in engine.moe.blocks]
+    if chosen.needs == "weights":
+        return [chosen.function(_weights(by, block)) for block in engine.moe.blocks]
+    return _after_calibration(profile, chosen, engine)
+
+
+def _weights(by: str, block: MoeBlock) -> list[Tensor]:
+    weights = list(block.expert_weights())
+    if not weights:
+        raise SettingsError(
+            f"{by}: {block.name} has experts without weights of their own, which a cut in layout "
+            "exact leaves: take another criterion"
+        )
+    return weights
+
+
+def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> list[Array]:
     from expertcut.edits.calibrate import Tried, keep_inputs
     from expertcut.edits.splits import questions_for
 
@@ -259,21 +346,11 @@ def _asking_the_model(profile: Profile, by: str, engine: Engine | None) -> list[
         engine.moe.blocks, profile.info.model.blocks, layer_statistics(profile), strict=True
     )
     return [
-        np.zeros(block.experts)  # a table chooses them: none can go
+        np.zeros(block.experts)  # a hash table routes here: no expert can go
         if block.is_hashed
-        else reconstruction(Tried(own, kept[own.layer]).change, *_groups(block), _by_use(layer))
+        else chosen.function(Tried(own, kept[own.layer]).change, *_groups(block), _by_use(layer))
         for own, block, layer in layers
     ]
-
-
-def _by_weights(block: MoeBlock) -> Array:
-    weights = list(block.expert_weights())
-    if not weights:
-        raise SettingsError(
-            f"aimer: {block.name} has experts without weights of their own, which a cut in layout "
-            "exact leaves: take another criterion"
-        )
-    return aimer(weights)
 
 
 def _by_use(layer: LayerStatistics) -> list[int]:
@@ -288,26 +365,27 @@ def _groups(block: BlockInfo) -> tuple[list[range], int]:
     return groups, block.top_k if block.groups == 1 else least_per_group(block)
 
 
-def positions_of(by: str, asked: Positions | None) -> Positions:
-    """The positions that a criterion looks at: its own, or as asked where it has a choice.
+def positions_of(by: str, wanted: Positions | None) -> Positions:
+    """The positions that a criterion looks at: `wanted`, or its default.
 
     Raises:
-        SettingsError: asked for others than it is defined on.
+        SettingsError: `wanted` contradicts the criterion's definition.
     """
-    own: Positions = "answer" if by in (*_AT_POSITIONS, *_AT_ANSWERS) else "all"
-    if asked is None or asked == own or by in _AT_POSITIONS:
-        return asked or own
-    where = "answer positions" if own == "answer" else "all tokens"
-    if by not in OBSERVED:
+    chosen = CRITERIA[by]
+    default = chosen.default_positions
+    if wanted is None or wanted == default or wanted in chosen.positions:
+        return wanted or default
+    where = {"answer": "answer positions", "all": "all tokens"}[default]
+    if not chosen.positions:
         where = "no positions"
-    raise SettingsError(f"--positions {asked}: {by} looks at {where} alone: leave --positions out")
+    raise SettingsError(f"--positions {wanted}: {by} looks at {where} alone: leave --positions out")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """The criteria that a profile can answer: scores and ranks (E,) per layer, 1 is kept longest.
+    """The criteria that a profile alone can compute: scores and ranks (E,) per layer.
 
-    `left_out` says of the others why.
+    Rank 1 is kept longest. `left_out` gives the reason for each of the other criteria.
     """
 
     profile: Profile
@@ -317,7 +395,7 @@ class Compared:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Criteria, those over all tokens that have a choice marked so."""
+        """Criteria; "_all" marks the second positions of those that have a choice."""
         return tuple(self.scores)
 
     @cached_property
@@ -326,9 +404,9 @@ class Compared:
         return {
             name: [
                 np.argsort(ranked(score_E, layer.alpha_mean_E)) + 1
-                for score_E, layer in zip(found, self.layers, strict=True)
+                for score_E, layer in zip(by_layer, self.layers, strict=True)
             ]
-            for name, found in self.scores.items()
+            for name, by_layer in self.scores.items()
         }
 
     def correlations(self, a: str, b: str) -> list[float]:
@@ -346,28 +424,25 @@ class Compared:
 
 
 def compare(profile: Profile) -> Compared:
-    """Every criterion by every kind of positions that it takes, from a profile alone."""
+    """Every criterion that a profile alone can compute, at each of its positions."""
     layers = layer_statistics(profile)
     found: dict[str, list[Array]] = {}
-    left_out = {name: "asks the model" for name in sorted(NEEDS_MODEL)}
-    for by in OBSERVED:
-        for positions in _positions(by):
-            is_second = positions == "all" and by in _AT_POSITIONS
-            name = f"{by}_all" if is_second else by
+    left_out = {by: "asks the model" for by in sorted(CRITERIA) if CRITERIA[by].needs_model}
+    for by, chosen in CRITERIA.items():
+        if chosen.needs != "profile":
+            continue
+        for positions in chosen.positions:
+            name = by if positions == chosen.default_positions else f"{by}_{positions}"
             try:
-                found[name] = _observed(layers, by, positions)
+                found[name] = [chosen.of_layer(layer, positions) for layer in layers]
             except ProfileError as error:
                 left_out[name] = str(error).removeprefix(f"{by}: ")
     return Compared(profile, layers, found, left_out)
 
 
-def _positions(by: str) -> tuple[Positions, ...]:
-    return ("answer", "all") if by in _AT_POSITIONS else (positions_of(by, None),)
-
-
 def spearman(a_E: Array, b_E: Array) -> float:
     """Spearman's rank correlation, ties at their mean rank; NaN where either is constant."""
-    from scipy.stats import rankdata  # every prune would wait for it
+    from scipy.stats import rankdata  # slow to import, and `prune` does not need it
 
     a_E, b_E = (rankdata(values_E) for values_E in (a_E, b_E))
     a_E, b_E = a_E - a_E.mean(), b_E - b_E.mean()

@@ -2,16 +2,15 @@
 
 import math
 import re
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, Settings, Text, Texts, as_list, like, option, refuse
 
 Positions = Literal["answer", "all"]
-Layout = Literal["stock", "exact"]
 Removed = Literal["zero", "mean"]  # the output of a removed expert in layout exact
 Fold = Literal["answer", "all", "off"]  # tokens over which layout stock measures the inflation
 Budget = Literal["layer", "global"]
@@ -31,13 +30,12 @@ _TOO_MANY = 1 << 62  # bytes
 
 def criterion(text: str) -> str:
     """The criterion of that name or alias."""
-    from expertcut.edits.criteria import CRITERIA
+    from expertcut.edits.criteria import criterion_name
 
-    if text not in CRITERIA:
-        near = get_close_matches(text, CRITERIA, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(CRITERIA)}"
-        refuse(f"{text[:60]!a} is no criterion: {hint}")
-    return text
+    try:
+        return criterion_name(text)
+    except SettingsError as error:
+        refuse(str(error))
 
 
 def criteria(text: str) -> str:
@@ -191,12 +189,12 @@ class CutSettings(Settings):
         Raises:
             SettingsError: it cannot, or --min-keep is given without --budget global.
         """
-        if self.removed is not None and self.layout != "exact":
+        if self.removed is not None and "removed" not in LAYOUTS[self.layout].options:
             raise SettingsError(
                 f"--replace-with {self.removed} is of layout exact: add --layout exact or leave it "
                 "out"
             )
-        if self.fold is not None and self.layout != "stock":
+        if self.fold is not None and "fold" not in LAYOUTS[self.layout].options:
             raise SettingsError(
                 f"--rescale-gates {self.fold} is of layout stock: {self.layout} scales nothing, "
                 "leave it out"
@@ -210,7 +208,7 @@ def check_budget(budget: Budget, min_keep: int | None, layout: Layout) -> None:
     Raises:
         SettingsError: it cannot, or --min-keep is given without --budget global.
     """
-    if budget == "global" and layout == "stock":
+    if budget == "global" and LAYOUTS[layout].needs_equal_counts:
         raise SettingsError(
             "--budget global keeps another number in each layer, which layout stock cannot: "
             "add --layout exact"

@@ -22,7 +22,8 @@ from torch import Tensor
 from expertcut.data import Quiz, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
 from expertcut.edits.edit_settings import MergeSettings
-from expertcut.edits.plan import Edit, EditPlan, expert_ids, least_of, validate_edits
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, validate_edits
 from expertcut.errors import PlanError, ProfileError
 from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
 from expertcut.models.moe_block import MoeBlock
@@ -144,7 +145,7 @@ METHODS: dict[str, Callable[[Evidence, int], Groups]] = {f.__name__: f for f in 
 
 def merge_edits(
     blocks: Sequence[BlockInfo], evidence: Sequence[Evidence], n_keep: int, method: str
-) -> dict[str, Edit]:
+) -> dict[str, BlockEdit]:
     """The groups of every block: an expert that stays has the id of its dominant member.
 
     Experts that route in groups merge within them only, to equally many in each.
@@ -172,7 +173,7 @@ def check_count(blocks: Sequence[BlockInfo], n_keep: int) -> None:
         PlanError: fewer than top-k, more than there are, or not equally many per routing group.
     """
     for block in blocks:
-        least = least_of(block, "stock")
+        least = LAYOUTS["stock"].least_experts(block)
         if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
@@ -185,9 +186,9 @@ def check_count(blocks: Sequence[BlockInfo], n_keep: int) -> None:
             )
 
 
-def _edit(groups: Groups, tokens_E: Array) -> Edit:
+def _edit(groups: Groups, tokens_E: Array) -> BlockEdit:
     several = sorted(group for group in groups if len(group) > 1)
-    return Edit(
+    return BlockEdit(
         keep=tuple(sorted(group[0] for group in groups)),
         merged={group[0]: _shares(group, tokens_E) for group in several} or None,
     )
@@ -214,7 +215,7 @@ def _cosine(products_EE: Array) -> Array:
     return cosine
 
 
-def members_of(edit: Edit) -> Mapping[int, Mapping[int, float]]:
+def members_of(edit: BlockEdit) -> Mapping[int, Mapping[int, float]]:
     """The shares of every expert that stays, also of those that stay as they are."""
     merged = edit.merged or {}
     return {expert: merged.get(expert, {expert: 1.0}) for expert in edit.keep}
@@ -307,7 +308,9 @@ class _OutputSums:
         return run
 
 
-def merge_draft(settings: MergeSettings, profile: Profile, edits: Mapping[str, Edit]) -> EditPlan:
+def merge_draft(
+    settings: MergeSettings, profile: Profile, edits: Mapping[str, BlockEdit]
+) -> EditPlan:
     """The groups as a draft of layout stock, frequencies being over all tokens."""
     return EditPlan(
         slug=settings.slug,

@@ -20,7 +20,7 @@ from torch import Tensor
 from expertcut.data import Quiz, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
 from expertcut.edits.edit_settings import RouterRow
-from expertcut.edits.plan import Edit
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing
 from expertcut.models.moe_block import SCORES, MoeBlock
@@ -69,7 +69,7 @@ class Quality:
 
 
 def merged_rows(
-    engine: Engine, tuning: Quiz, edits: Mapping[str, Edit], kind: RouterRow
+    engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit], kind: RouterRow
 ) -> dict[int, Rows]:
     """The rows of each layer that has merged experts; at most 512 questions fit them.
 
@@ -92,7 +92,7 @@ def merged_rows(
 
 
 def judge_rows(
-    engine: Engine, held_out: Quiz, edits: Mapping[str, Edit], rows: Mapping[int, Rows]
+    engine: Engine, held_out: Quiz, edits: Mapping[str, BlockEdit], rows: Mapping[int, Rows]
 ) -> list[Quality]:
     """How well the rows hold on questions that they were not fitted on."""
     blocks = {b.layer: b for b in engine.moe.blocks if b.layer in rows}
@@ -134,7 +134,7 @@ def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
     return own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0]
 
 
-def _unfitted(edit: Edit, kind: RouterRow) -> Rows:
+def _unfitted(edit: BlockEdit, kind: RouterRow) -> Rows:
     merged = edit.merged or {}
     if kind == "dominant":
         return Rows({expert: {expert: 1.0} for expert in merged})

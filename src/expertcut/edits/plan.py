@@ -21,9 +21,9 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents import Format1, Identified, Record, load_record
 from expertcut.edits.edit_settings import Fold as Fold
-from expertcut.edits.edit_settings import Layout as Layout
 from expertcut.edits.edit_settings import Positions as Positions
 from expertcut.edits.edit_settings import Removed as Removed
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
@@ -39,7 +39,7 @@ HEALING_FILE = "healing.json"
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
-class Edit(Record):
+class BlockEdit(Record):
     """One block's change; ids are the unedited model's.
 
     `bias` is added to router logits, `scale` multiplies gate weights. `merged` says what an expert
@@ -126,7 +126,7 @@ class PlanFile(Record):
     adapter: PlanAdapter | None = None
     tuning: tuple[Point, ...] = ()
     proof: dict[str, Any] = Field(default_factory=dict)
-    blocks: dict[str, Edit] = Field(min_length=1)
+    blocks: dict[str, BlockEdit] = Field(min_length=1)
 
     @property
     def healed_from(self) -> str | None:
@@ -151,7 +151,7 @@ class EditPlan:
     action: str
     criterion: str
     positions: Positions
-    edits: Mapping[str, Edit]
+    edits: Mapping[str, BlockEdit]
     layout: Layout = "stock"
     removed: Removed = "zero"
     fold: Fold = "answer"
@@ -181,7 +181,7 @@ class EditPlan:
     @property
     def is_fitting(self) -> bool:
         """Whether directions must be fitted: only a bias in layout stock needs them."""
-        return self.layout == "stock" and self.is_biased
+        return LAYOUTS[self.layout].fits_biases and self.is_biased
 
     @property
     def asks_tuning(self) -> bool:
@@ -277,9 +277,9 @@ class ExpertIds:
         gone = self.constant.get(block, frozenset())
         return tuple(self.number(block, row) for row in rows if row not in gone)
 
-    def named(self, block: str, edit: Edit) -> Edit:
+    def named(self, block: str, edit: BlockEdit) -> BlockEdit:
         """An edit of rows, in the words of plan.json."""
-        return Edit(
+        return BlockEdit(
             keep=self.kept(block, edit.keep),
             bias={self.number(block, e): bias for e, bias in edit.bias.items()},
             scale={self.number(block, e): factor for e, factor in edit.scale.items()},
@@ -374,9 +374,9 @@ def ids_text(ids: tuple[int, ...]) -> str:
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
 
 
-def _rows(plan: PlanFile, edit: Edit, block: BlockInfo) -> tuple[int, ...]:
+def _rows(plan: PlanFile, edit: BlockEdit, block: BlockInfo) -> tuple[int, ...]:
     """The numbers of the rows that a plan left."""
-    if plan.layout == "stock":
+    if not LAYOUTS[plan.layout].keeps_rows:
         return edit.keep
     return edit.rows or tuple(range(block.experts))
 
@@ -419,7 +419,9 @@ def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
     return (folder, load_plan(folder)) if os.path.lexists(folder / PLAN_FILE) else None
 
 
-def validate_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layout: Layout) -> None:
+def validate_edits(
+    edits: Mapping[str, BlockEdit], blocks: Sequence[BlockInfo], layout: Layout
+) -> None:
     """That the edits fit the blocks and that the layout can carry them.
 
     Stock has one count for all layers, and the router must find K experts among those that stay;
@@ -435,8 +437,8 @@ def validate_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layou
         )
     for block in blocks:
         _check_hashed(block, edits[block.name])
-        _check_block(block, edits[block.name], least_of(block, layout))
-    if layout == "exact":
+        _check_block(block, edits[block.name], LAYOUTS[layout].least_experts(block))
+    if not LAYOUTS[layout].needs_equal_counts:
         return
     for block in blocks:
         _check_groups(block, edits[block.name])
@@ -448,7 +450,7 @@ def validate_edits(edits: Mapping[str, Edit], blocks: Sequence[BlockInfo], layou
         )
 
 
-def _check_hashed(block: BlockInfo, edit: Edit) -> None:
+def _check_hashed(block: BlockInfo, edit: BlockEdit) -> None:
     if not block.is_hashed:
         return
     if len(edit.keep) < block.experts or edit.merged:
@@ -463,7 +465,7 @@ def _check_hashed(block: BlockInfo, edit: Edit) -> None:
         )
 
 
-def _check_block(block: BlockInfo, edit: Edit, least: int) -> None:
+def _check_block(block: BlockInfo, edit: BlockEdit, least: int) -> None:
     name, n_kept = block.name, len(edit.keep)
     outside = [e for e in edit.keep if not 0 <= e < block.experts]
     if outside:
@@ -480,7 +482,7 @@ def _check_block(block: BlockInfo, edit: Edit, least: int) -> None:
         raise PlanError(f"{name}: expert {unknown[0]} has a bias or scale but is not kept")
 
 
-def _check_groups(block: BlockInfo, edit: Edit) -> None:
+def _check_groups(block: BlockInfo, edit: BlockEdit) -> None:
     if block.groups == 1 or len(edit.keep) == block.experts:
         return
     size = block.experts // block.groups
@@ -491,14 +493,6 @@ def _check_groups(block: BlockInfo, edit: Edit) -> None:
             f"{block.name} routes in {block.groups} groups and keeps {per_group} of them: "
             f"keep equally many in each, at least {least}"
         )
-
-
-def least_of(block: BlockInfo, layout: Layout) -> int:
-    """The fewest that may stay: in layout stock the router needs K, and one expert is no mixture.
-
-    A model of one expert would be refused wherever it is read again.
-    """
-    return max(2, block.top_k) if layout == "stock" else 1
 
 
 def least_per_group(block: BlockInfo) -> int:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertcut.edits.criteria import CALIBRATED, activations, positions_of, ranked, scores
+from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
 from expertcut.edits.edit_settings import CutSettings
-from expertcut.edits.plan import Edit, EditPlan, ExpertIds, expert_ids, find_expert
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, expert_ids, find_expert
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import layer_statistics
@@ -44,7 +45,7 @@ class Protection:
         return [protected(protected(order, own), named) for order, own, named in layers]
 
     def spared(
-        self, edits: Mapping[str, Edit], plain: Mapping[str, Edit]
+        self, edits: Mapping[str, BlockEdit], plain: Mapping[str, BlockEdit]
     ) -> dict[str, tuple[int, ...]]:
         """By block, what stays and without protection would not."""
         blocks = zip(edits.items(), self.ids, strict=True)
@@ -53,7 +54,7 @@ class Protection:
             for (block, edit), ids in blocks
         }
 
-    def check(self, edits: Mapping[str, Edit]) -> None:
+    def check(self, edits: Mapping[str, BlockEdit]) -> None:
         """That all that were named stay.
 
         Raises:
@@ -138,7 +139,7 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
     unusual = {"all": at, "exact": settings.layout, "mean": settings.fill}
     usual = {positions_of(settings.by, None)}
     marks = "".join(f"-{m}" for m, value in unusual.items() if value == m and m not in usual)
-    if settings.layout == "stock" and fold != "answer":
+    if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
         marks += f"-fold-{fold}"
     return EditPlan(
         f"{slug}{marks}",
@@ -150,7 +151,7 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
         removed=settings.fill,
         fold=fold,
         is_cut=True,
-        is_calibrated=settings.by in CALIBRATED,
+        is_calibrated=CRITERIA[settings.by].is_calibrated,
     )
 
 

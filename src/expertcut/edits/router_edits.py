@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from expertcut.edits.edit_settings import ReweightSettings
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
-    Edit,
+    BlockEdit,
     EditPlan,
     ExpertIds,
-    Layout,
     Positions,
     expert_ids,
     find_expert,
@@ -234,7 +234,7 @@ def reweight_draft(
             "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
         )
     blocks = profile.info.model.blocks
-    edits = {block.name: Edit(keep=tuple(range(block.experts))) for block in blocks}
+    edits = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in blocks}
     draft = EditPlan(
         "", "reweight", "by hand", "answer", edits, layout, numbers=expert_ids(profile)
     )
@@ -271,7 +271,8 @@ def with_tilts(
     slug = "-".join([*([draft.slug] if draft.slug else []), *named])[:100]
     if apply_at == "answer":
         words, slug = [*words, "--apply-at answer"], f"{slug}-answer"
-    slug += f"-{draft.layout}" if draft.layout != "stock" and not draft.is_cut else ""
+    mark = LAYOUTS[draft.layout].mark
+    slug += f"-{mark}" if mark and not draft.is_cut else ""
     action = " ".join([draft.action, *words])
     return replace(draft, slug=slug, action=action, edits=edits, apply_at=apply_at or "all")
 
@@ -287,7 +288,7 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
             f"--apply-at {apply_at} says where a bias acts, and there is none: a factor acts at "
             "every token, leave it out"
         )
-    if apply_at == "answer" and layout == "exact":
+    if apply_at == "answer" and not LAYOUTS[layout].fits_biases:
         raise SettingsError(
             "--apply-at answer is of layout stock: gate.bias of layout exact acts at every token, "
             "so take --layout stock or leave it out"

@@ -9,12 +9,11 @@ import numpy as np
 from expertcut.edits.budget import floors, share_out, wanted_count
 from expertcut.edits.criteria import activations, ranked
 from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
-    Edit,
+    BlockEdit,
     EditPlan,
-    Layout,
     expert_ids,
-    least_of,
     least_per_group,
     validate_edits,
 )
@@ -97,7 +96,7 @@ def _n_keeps(ranking: Ranking, n_keep: int, first: Sequence[Sequence[int]]) -> l
 
 def _check_count(n_keep: int, blocks: Sequence[BlockInfo], layout: Layout) -> None:
     for block in blocks:
-        least = least_of(block, layout)
+        least = LAYOUTS[layout].least_experts(block)
         if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
@@ -124,7 +123,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
         for count_E, ids in zip(counts, stay.ids, strict=True)
     ]
     n_keeps = [int(is_active_E.sum()) for is_active_E in is_active]
-    if settings.layout == "stock":
+    if LAYOUTS[settings.layout].needs_equal_counts:
         n_keeps = [max(map(_least_keep, is_active, blocks))] * len(blocks)
     orders = [ranked_active(*each) for each in zip(layers, is_active, strict=True)]
     named = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
@@ -147,7 +146,7 @@ def _least_keep(is_active_E: Array, block: BlockInfo) -> int:
     """The smallest allowed count that keeps every active expert."""
     per_group = is_active_E.reshape(block.groups, -1).sum(axis=1)
     if block.groups == 1:
-        return max(int(per_group[0]), least_of(block, "stock"))
+        return max(int(per_group[0]), LAYOUTS["stock"].least_experts(block))
     return max(int(per_group.max()), least_per_group(block)) * block.groups
 
 
@@ -159,7 +158,7 @@ def _prune(
     named: EditPlan,
 ) -> Pruning:
     keeps = [_first(*each, named.layout) for each in zip(orders, n_keeps, blocks, strict=True)]
-    edits = {b.name: Edit(keep=keep) for b, keep in zip(blocks, keeps, strict=True)}
+    edits = {b.name: BlockEdit(keep=keep) for b, keep in zip(blocks, keeps, strict=True)}
     validate_edits(edits, blocks, named.layout)
     fillers = {
         b.name: tuple(e for e in keep if count_E[e] == 0)
@@ -171,7 +170,7 @@ def _prune(
 
 def _first(order: list[int], n_keep: int, block: BlockInfo, layout: Layout) -> tuple[int, ...]:
     """The first of the order, in layout stock equally many of each routing group, sorted by id."""
-    n_groups = block.groups if layout == "stock" else 1
+    n_groups = block.groups if LAYOUTS[layout].needs_equal_counts else 1
     size = block.experts // n_groups
     groups = [[e for e in order if e // size == g] for g in range(n_groups)]
     if n_keep % n_groups:
@@ -196,7 +195,7 @@ class RemovedTraffic:
     mass: float | None
 
 
-def removed_traffic(profile: Profile, edits: Mapping[str, Edit]) -> list[RemovedTraffic]:
+def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[RemovedTraffic]:
     """What the removal of experts would touch, block by block."""
     chosen_NLK = profile.array("chosen_NLK")
     tokens_LE, weight_LE = profile.token_sum("tokens"), profile.token_sum("weight")

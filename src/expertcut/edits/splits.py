@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
 from expertcut.data.held_out import (
@@ -16,6 +16,7 @@ from expertcut.data.held_out import (
     other_split,
 )
 from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import (
     PLAN_FILE,
     ChosenOn,
@@ -254,16 +255,16 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
     """The plan with its provenance, still without proof."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
     fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
-    numbers = draft.numbers or ExpertIds()
+    numbers, rules = draft.numbers or ExpertIds(), LAYOUTS[draft.layout]
     return PlanFile(
         model=_plan_model(profile),
         action=draft.action,
         criterion=draft.criterion,
         positions=draft.positions,
-        removal=_removal(draft),
+        removal="merge" if draft.is_merging else rules.removal,
         layout=draft.layout,
-        removed=draft.removed if draft.layout == "exact" else None,
-        fold=draft.fold if draft.layout == "stock" and not draft.is_merging else None,
+        removed=draft.removed if "removed" in rules.options else None,
+        fold=draft.fold if "fold" in rules.options and not draft.is_merging else None,
         apply_at=draft.apply_at if draft.is_biased else None,
         chosen_on=ChosenOn(
             quiz=chosen.id,
@@ -284,12 +285,6 @@ def _plan_model(profile: Profile) -> PlanModel:
     if folder is None:
         return named
     return named.model_copy(update={"id": absolute_id(str(folder), None)})
-
-
-def _removal(draft: EditPlan) -> Literal["reroute", "constant", "merge"]:
-    if draft.is_merging:
-        return "merge"
-    return "reroute" if draft.layout == "stock" else "constant"
 
 
 def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:

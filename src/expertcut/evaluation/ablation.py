@@ -19,9 +19,10 @@ from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.edits.budget import as_numbers, normalised
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.criteria import CALIBRATED, NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings, CutSettings
-from expertcut.edits.plan import Edit, expert_ids, plan_model
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.ranking import empty_draft, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
 from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
@@ -120,7 +121,7 @@ def standings(
 def _standing(
     profile: Profile, cut: CutSettings, engine: Engine, sampled: Sequence[Sampled]
 ) -> CriterionRank:
-    ranking = rank(profile, cut, engine if cut.by in NEEDS_MODEL else None)
+    ranking = rank(profile, cut, engine if CRITERIA[cut.by].needs_model else None)
     numbers = [as_numbers(score_E) for score_E in ranking.scores]
     shares = [normalised(score_E) for score_E in ranking.scores]
     return CriterionRank(
@@ -268,14 +269,14 @@ class Auditing:
         self.fractions = read_fractions(settings.fractions, "--fractions")
         self.blocks, layout = profile.info.model.blocks, settings.layout
         for block in self.blocks:
-            if block.experts <= block.top_k and layout == "stock":
+            if block.experts <= block.top_k and not LAYOUTS[layout].keeps_rows:
                 raise PlanError(
                     f"{block.name} routes each token to all of its {block.experts} experts: "
                     "none can be removed"
                 )
         source = profiled_source(profile)
         check_layout(source, layout, is_cutting=True)
-        is_fitting = not CALIBRATED.isdisjoint(self.by)
+        is_fitting = any(CRITERIA[by].is_calibrated for by in self.by)
         asked = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
         self.quiz = judges_or_fifth(asked, settings.questions)
         looked_at = hashes(asked.profiled) | (hashes(asked.tuning) if is_fitting else frozenset())
@@ -373,7 +374,7 @@ class Auditing:
     def _check_reached(self, expert: Sampled, base: QuestionOutcomes, logprob_NC: Array) -> None:
         """That answers changed, where the expert had a share in one that counts."""
         is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
-        is_masked = self.settings.layout == "stock"
+        is_masked = not LAYOUTS[self.settings.layout].keeps_rows
         if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
             alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
             if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
@@ -386,10 +387,10 @@ class Auditing:
         ids = {block.name: tuple(range(block.experts)) for block in self.blocks}
         name = self.blocks[expert.layer].name
         ids[name] = tuple(row for row in ids[name] if row != expert.row)
-        edits = {block: Edit(keep=keep) for block, keep in ids.items()}
+        edits = {block: BlockEdit(keep=keep) for block, keep in ids.items()}
         draft = replace(empty_draft(settings.cut_by(self.by[0]), "", "", ""), edits=edits)
         width = int(model.config.get_text_config().hidden_size)
-        is_exact = settings.layout == "exact"
+        is_exact = LAYOUTS[settings.layout].keeps_rows
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
         return apply_at_runtime(self.engine.moe, draft, constants)
 

@@ -10,9 +10,10 @@ from pydantic import Field, FiniteFloat, model_validator
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
 from expertcut.edits.budget import counts, wanted_count
-from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.criteria import CRITERIA, criterion_name
 from expertcut.edits.edit_settings import Budget, CutSettings
-from expertcut.edits.plan import Expert, Fold, Layout, PlanModel, Positions, Removed
+from expertcut.edits.layouts import Layout
+from expertcut.edits.plan import Expert, Fold, PlanModel, Positions, Removed
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.cross_fit import Change
 from expertcut.evaluation.results import ChosenOnResult, load_outcome, save_outcome
@@ -165,14 +166,12 @@ def read_criteria(text: str) -> tuple[str, ...]:
     """`reap,activations`, or `all` of them.
 
     Raises:
-        SettingsError: one that is no criterion, or twice there.
+        SettingsError: one that is not a criterion, or is named twice.
     """
     if text == ALL:
         return tuple(CRITERIA)
-    names = tuple(name.strip() for name in text.split(","))
+    names = tuple(criterion_name(name.strip()) for name in text.split(","))
     for name in names:
-        if name not in CRITERIA:
-            raise SettingsError(f"--by {name} is no criterion: take one of {', '.join(CRITERIA)}")
         if names.count(name) > 1:
             raise SettingsError(f"--by names {name} twice")
     return names

@@ -13,8 +13,9 @@ from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import as_written
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
-from expertcut.edits.criteria import NEEDS_MODEL
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.ranking import empty_draft, rank
 from expertcut.edits.selection import cut
@@ -88,7 +89,7 @@ class Sweeping:
 
     def _asked(self) -> SweepAsked:
         grid, settings = self.grid, self.settings
-        is_part = isinstance(self.profile, ProfilePart)
+        is_part, options = isinstance(self.profile, ProfilePart), LAYOUTS[settings.layout].options
         return SweepAsked(
             scored=self.measurement.info.called(self.profile.info.model.id),
             profile=profile_hash(self.profile.info),
@@ -98,8 +99,8 @@ class Sweeping:
             min_keep=settings.min_keep,
             positions=settings.positions,
             layout=settings.layout,
-            removed=settings.fill if settings.layout == "exact" else None,
-            fold=settings.rescale if settings.layout == "stock" else None,
+            removed=settings.fill if "removed" in options else None,
+            fold=settings.rescale if "fold" in options else None,
             protect=tuple(settings.protect),
             seed=settings.seed,
             chosen_by=len(self.profile.subjects()) if is_part else None,
@@ -118,7 +119,7 @@ class Sweeping:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
             self.found = earlier
         # What these criteria or counts cannot do is said before anything runs or is written.
-        at_once = {by: self._cuts(by) for by in self.grid.by if by not in NEEDS_MODEL}
+        at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
             save_sweep(folder, self.found)  # by every process: it says whose folder this is
         place = folder / "cells" / "base"
@@ -138,11 +139,8 @@ class Sweeping:
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
             return {}
-        settings, engine = (
-            self.settings.completed(by=by),
-            self.engine if by in NEEDS_MODEL else None,
-        )
-        ranking = rank(self.profile, settings, engine)
+        settings = self.settings.completed(by=by)
+        ranking = rank(self.profile, settings, self.engine if CRITERIA[by].needs_model else None)
         kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
         return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}
 
@@ -204,7 +202,7 @@ class Sweeping:
 
     def _is_felt(self, draft: EditPlan) -> bool:
         """Whether a stock cut removes experts that a twentieth of the profile's answers used."""
-        if draft.layout != "stock":
+        if LAYOUTS[draft.layout].keeps_rows:
             return False
         chosen_NLK = self.profile.array("chosen_NLK")
         share_NLK = np.abs(self.profile.array("weight_NLK"))

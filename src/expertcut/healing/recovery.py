@@ -20,12 +20,12 @@ from expertcut.checkpoints.held_out_check import Answered, Difference, Outcome, 
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.data import Quiz
 from expertcut.data.held_out import hash_lines
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
     HEALING_FILE,
     PLAN_FILE,
+    BlockEdit,
     ChosenOn,
-    Edit,
-    Layout,
     PlanFile,
     PlanModel,
     hashes_sha256,
@@ -258,7 +258,7 @@ def healed_plan(moe: MoeModel, settings: HealSettings, objective: str, read: Rea
         action=f"heal --objective {objective}",
         criterion="by hand",
         positions="all",
-        removal="constant" if layout == "exact" else "reroute",
+        removal=LAYOUTS[layout].removal,
         layout=layout,
         removed=before.removed if before else None,
         chosen_on=ChosenOn(
@@ -271,14 +271,14 @@ def healed_plan(moe: MoeModel, settings: HealSettings, objective: str, read: Rea
     )
 
 
-def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, Edit]:
-    blocks: dict[str, Edit] = {}
+def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, BlockEdit]:
+    blocks: dict[str, BlockEdit] = {}
     for block in moe.blocks:
         edit = before.blocks.get(block.name) if before else None
         if edit is None:
-            blocks[block.name] = Edit(keep=tuple(range(block.n_experts)))
+            blocks[block.name] = BlockEdit(keep=tuple(range(block.n_experts)))
         else:
-            blocks[block.name] = Edit(keep=edit.keep, rows=edit.rows)
+            blocks[block.name] = BlockEdit(keep=edit.keep, rows=edit.rows)
     return blocks
 
 

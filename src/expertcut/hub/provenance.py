@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult
 
 from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
-from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, Edit, PlanFile, load_hashes, load_plan
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, BlockEdit, PlanFile, load_hashes, load_plan
 from expertcut.errors import ModelError, PlanError, SettingsError
 from expertcut.evaluation.cross_fit import ProofResult, load_proof
 from expertcut.evaluation.results import ModelResult, Results, load_results
@@ -124,13 +125,15 @@ def verified(folder: Path) -> Checkpoint:
     return Checkpoint(source, config, plan, proof, tensors)
 
 
-def _check_block(block: DiskBlock, edit: Edit, plan: PlanFile, config: Mapping[str, Any]) -> None:
+def _check_block(
+    block: DiskBlock, edit: BlockEdit, plan: PlanFile, config: Mapping[str, Any]
+) -> None:
     """That the weights hold the experts that the plan keeps.
 
     Raises:
         PlanError: they do not.
     """
-    if plan.layout == "stock":
+    if not LAYOUTS[plan.layout].keeps_rows:
         is_right = block.n_experts == len(edit.keep) == expert_count(dict(config))
     else:
         is_right = set(_own_experts(block, edit)) == set(edit.keep)
@@ -143,7 +146,7 @@ def _check_block(block: DiskBlock, edit: Edit, plan: PlanFile, config: Mapping[s
         )
 
 
-def _own_experts(block: DiskBlock, edit: Edit) -> Iterator[int]:
+def _own_experts(block: DiskBlock, edit: BlockEdit) -> Iterator[int]:
     """What the experts that are no constants are called."""
     numbers = edit.rows or range(block.n_experts)
     for row, number in zip(range(block.n_experts), numbers, strict=False):

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expertcut.edits.plan import Edit, ExpertIds, Point, expert_ids, ids_text
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, ExpertIds, Point, expert_ids, ids_text
 from expertcut.edits.router_edits import Scaling, Tilt
 from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
@@ -133,7 +134,7 @@ def merging_sentences(profile: Profile, merged: "Merged") -> list[str]:
     ]
 
 
-def merged_text(edit: Edit) -> str | None:
+def merged_text(edit: BlockEdit) -> str | None:
     """Who joined whom: `3 ← 5, 9`."""
     groups = [
         f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
@@ -332,8 +333,12 @@ def adapter_sentences(built: "Built") -> list[str]:
     plan = built.plan
     if plan.adapter is None:
         return []
-    is_boosted = plan.layout == "stock" and any(edit.bias for edit in plan.blocks.values())
-    is_fitted = is_boosted or plan.fold in ("answer", "all") or plan.removed == "mean"
+    is_biased = any(edit.bias for edit in plan.blocks.values())
+    is_fitted = (
+        (is_biased and LAYOUTS[plan.layout].fits_biases)
+        or plan.fold in ("answer", "all")
+        or plan.removed == "mean"
+    )
     done = ["chosen", *(["what was fitted is fitted"] if is_fitted else [])]
     if built.proof is not None:
         done.append(f"{built.proof.judged.noun.removeprefix('the ')} asked")

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from expertcut.documents import first_fault
-from expertcut.edits.plan import Edit, PlanFile, Point
+from expertcut.edits.plan import BlockEdit, PlanFile, Point
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_judged
 from expertcut.errors import PlanError
@@ -62,21 +62,21 @@ def change_sections(run: Run) -> list[Section]:
     return sections
 
 
-def rows_of(edit: Edit, block: BlockInfo) -> Edit | None:
+def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
     """The edit by rows of a profiled router, None where these are not the ones that it is for."""
     rows = edit.rows or tuple(range(block.experts))
     named = {*edit.keep, *edit.tilted}
     if len(rows) != block.experts or not named <= set(rows):
         return None
     at = {number: row for row, number in enumerate(rows)}
-    return Edit(
+    return BlockEdit(
         keep=tuple(at[number] for number in edit.keep),
         bias={at[number]: value for number, value in edit.bias.items()},
         scale={at[number]: value for number, value in edit.scale.items()},
     )
 
 
-def edits_of(plan: PlanFile, found: Findings) -> dict[str, Edit] | None:
+def edits_of(plan: PlanFile, found: Findings) -> dict[str, BlockEdit] | None:
     """A plan by rows of a profile; None where the profile is of another cut of the model."""
     edits = {}
     for block in found.profile.info.model.blocks:
