@@ -50,7 +50,6 @@ def test_a_criterion_of_ten_lines_works_in_prune_sweep_and_show(
     assert cells[steadiest] == {(0, 1, 2, 3)} and set(cells) == {steadiest, "random"}
 
 
-@pytest.mark.xfail(reason="until the recipe's schema asks the registry", raises=AssertionError)
 def test_a_recipe_knows_the_same_criterion(
     steadiest: str, expertcut: Commands, checkpoint: Callable[..., Path], quiz_folder: Path
 ):

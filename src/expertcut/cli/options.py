@@ -3,17 +3,20 @@
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from expertcut.commands.common import JUDGING, MODEL, OUTPUT
 from expertcut.edits.edit_settings import CRITERIA_HERE
 from expertcut.settings import Settings, flag_of, shown
 
 HIDDEN = "__also_"  # between a field and the number of its hidden spelling
-_METAVARS = {bool: None, int: "N", float: "F"}
+_METAVARS = {bool: None, int: "N", float: "F", Path: "PATH"}
+_LAST = (JUDGING, MODEL, OUTPUT, "Options")  # panels, behind those of the command itself
 
 
 class PanelCommand(TyperCommand):
@@ -21,18 +24,23 @@ class PanelCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, then each panel's options, in the order of the fields."""
-        panels: dict[str, list[tuple[str, str]]] = {}
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
                 panel = getattr(param, "rich_help_panel", None) or "Options"
-                name = "Arguments" if param.param_type_name == "argument" else panel
-                panels.setdefault(name, []).append(_with_criteria(record))
-        if "Options" in panels:  # that of --help comes last
-            panels["Options"] = panels.pop("Options")
-        for name, records in panels.items():
-            with formatter.section(name):
-                formatter.write_dl(records)
+                if param.param_type_name == "argument":
+                    panel, record = "Arguments", (record[0].partition(" <")[0], record[1])
+                panels.setdefault(panel, []).append(_with_criteria(record))
+        for name in (*(n for n in panels if n not in _LAST), *(n for n in _LAST if n in panels)):
+            if panels[name]:
+                with formatter.section(name):
+                    formatter.write_dl(panels[name])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Names of arguments as they are, optional ones in brackets."""
+        pieces = super().collect_usage_pieces(ctx)
+        return [piece.replace("{", "").replace("}...", "").replace("}", "") for piece in pieces]
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Examples, a line each."""
@@ -103,6 +111,7 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         metavar = extra["metavar"] or "|".join(choices) or _METAVARS.get(kind, "TEXT")
         about: dict[str, Any] = {"help": _help(field), "metavar": metavar, "show_default": False}
         if extra["is_argument"]:
+            about["metavar"] = extra["metavar"] or name.upper()
             yield _parameter(name, kind, default, typer.Argument(**about))
             continue
         flags = extra["flags"] or (flag_of(settings, name),)
@@ -140,7 +149,7 @@ def _kind(field: FieldInfo) -> tuple[Any, tuple[str, ...]]:
         item = _plain(get_args(plain)[0])
         choices = tuple(map(str, get_args(item))) if get_origin(item) is Literal else ()
         return list[str], choices
-    return (plain if plain in (bool, int, float) else str), ()
+    return (plain if plain in _METAVARS else str), ()
 
 
 def _limits(field: FieldInfo) -> list[Any]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from expertcut.commands.common import UI
 from expertcut.errors import OutputError
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-class TerminalUI:
+class TerminalUI(UI):
     """A person at a terminal, or a file that the output goes to."""
 
     def __init__(self) -> None:

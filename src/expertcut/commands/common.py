@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator
 
@@ -38,10 +38,10 @@ QUIZ, MODEL, JUDGING, OUTPUT = "Quiz", "Model and device", "Judging", "Output"
 _DTYPE = like(r"auto|stored|b?float\d+\w*", "is no dtype: take auto, stored, float32 or bfloat16")
 
 
-class UI(Protocol):
-    """Who is told what happens, and where long runs show how far they are."""
+class UI:
+    """Who is told what happens, and where long runs show how far they are. This one is silent."""
 
-    is_first: bool
+    is_first = True
     """Whether this is the only process, or the first of several that share the work."""
 
     def quiet(self) -> None:
@@ -57,9 +57,11 @@ class UI(Protocol):
         self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
     ) -> list[T]:
         """All that a long run of questions yields; what it has done lies in `where`."""
+        return list(run(lambda step: None))
 
     def parts(self, what: str, kept_in: Path | None = None) -> AbstractContextManager[Parts]:
         """A bar for parts of a run, whose last state is kept in a folder."""
+        return nullcontext(lambda done, total: None)
 
     def stage(self, name: str, why: str, *, is_dry: bool) -> None:
         """A stage of a recipe is current (`why` is empty), or runs, or would."""
@@ -68,35 +70,7 @@ class UI(Protocol):
         """A stage of a recipe has run."""
 
 
-class SilentUI:
-    """Shows nothing."""
-
-    is_first = True
-
-    def quiet(self) -> None:
-        """Nothing."""
-
-    def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
-        """Nothing."""
-
-    def text(self, text: str) -> None:
-        """Nothing."""
-
-    def watch(
-        self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
-    ) -> list[T]:
-        """All that the run yields."""
-        return list(run(lambda step: None))
-
-    def parts(self, what: str, kept_in: Path | None = None) -> AbstractContextManager[Parts]:
-        """Nobody to tell."""
-        return nullcontext(lambda done, total: None)
-
-    def stage(self, name: str, why: str, *, is_dry: bool) -> None:
-        """Nothing."""
-
-    def stage_done(self, name: str, elapsed_s: float) -> None:
-        """Nothing."""
+SilentUI = UI
 
 
 def _share_held_out(value: float) -> float:

@@ -17,7 +17,7 @@ class ProfileSettings(BatchSettings, SplitSettings):
     """Measure what experts do in a quiz."""
 
     examples: ClassVar = (
-        "expertcut profile checkpoints/quickstart/model --quiz checkpoints/quickstart/quiz",
+        "expertcut profile MODEL --quiz my.jsonl --shots 0",
         "expertcut profile allenai/OLMoE-1B-7B-0125-Instruct --split val --device cuda",
         "expertcut profile MODEL --perturb shuffle-choices --out profiles/mine",
     )
