@@ -95,7 +95,9 @@ Folder = Annotated[str, AfterValidator(in_recipe_only(below_here))]
 class Settings(BaseModel):
     """Base of all settings: values have their own type, an unknown key names the nearest one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -351,7 +351,7 @@ def test_an_audit_that_was_killed_comes_to_the_same_bytes(profile: Profile, tmp_
     ("other", "told"),
     [
         (options(sample=4), "its sample was 2, now it is 4"),
-        (options(EXACT, sample=2), "its layout was stock"),
+        (options(sample=2, **EXACT), "its layout was stock"),
         (options(sample=2, seed=1), "its seed was 0"),
         (options(sample=2, by=("random",)), "its by was"),
         (replace(options(sample=2), questions=6), "its questions was 12, now it is 6"),

@@ -14,7 +14,8 @@ import pytest
 from expertcut.commands.common import SilentUI
 from expertcut.errors import OutputError, PlanError, RecipeError
 from expertcut.recipes.loader import MAX_BYTES, MAX_DEPTH, read_recipe
-from expertcut.recipes.run_recipe import Outcome, RunSettings, run
+from expertcut.recipes.run_recipe import RunSettings, run
+from expertcut.recipes.stage_runs import Outcome
 from expertcut.recipes.stages import stages_of
 from tests.conftest import make_checkpoint, write_quiz
 

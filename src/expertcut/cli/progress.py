@@ -20,13 +20,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
 from expertcut.commands.common import UI
 from expertcut.errors import OutputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from expertcut.reporting.tables import Table
     from expertcut.scoring.packing import Pass
     from expertcut.scoring.passes import OnPass
@@ -126,6 +125,8 @@ def _open_missing() -> None:
 
 def print_tables(tables: Iterable["Table"]) -> None:
     """Prints to stdout as rich tables."""
+    from rich.console import Console
+
     from expertcut.reporting.tables import as_rich
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
@@ -192,7 +193,10 @@ def resumable(where: Path, what: str = "finished chunks are") -> Iterator[None]:
 class Line:
     """One line on stderr while a person is watching: questions, tokens a second, time left."""
 
-    def __init__(self, what: str, total: int, console: Console | None = None) -> None:
+    def __init__(self, what: str, total: int, console: "Console | None" = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
         # Said outright: FORCE_COLOR, as build servers set it, would make a terminal of any file.
         self.console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
         columns = (
@@ -251,6 +255,9 @@ class Line:
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Someone to tell how many parts of something are done, of how many: a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())
     is_quiet = not (console.is_terminal and is_first())
