@@ -17,10 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.budget import Keep
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import Fold
-from expertcut.edits.prune import choose
-from expertcut.edits.ranking import Way
+from expertcut.edits.selection import choose
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions, measure
 from expertcut.profiling.storage import Profile, load_profile
@@ -94,8 +93,8 @@ def rows(kind: str, model: Path, place: Path, options: argparse.Namespace) -> li
         row: list[Cell] = [kind, None]
         for fold in ("off", "answer", "all"):
             assert fold in get_args(Fold)
-            way = Way(positions="all", fold=fold)
-            pruning = choose(profile, Keep(fraction=fraction), way)
+            way = CutSettings(positions="all", fold=fold)
+            pruning = choose(profile, way.completed(keep_fraction=fraction))
             row[1] = len(next(iter(pruning.draft.edits.values())).keep)
             built = build(profile, pruning.draft, place / "cut", BuildOptions(LoadOptions()))
             assert built.proof is not None

@@ -96,9 +96,8 @@ def cuts(base: Path, asked: Asked, place: Path) -> Iterator[Path]:
     """What `prune` leaves of a model, one checkpoint for each fraction."""
     from expertcut.checkpoints.build import BuildOptions, build
     from expertcut.data import Selection, load_quiz
-    from expertcut.edits.budget import Keep
-    from expertcut.edits.prune import choose
-    from expertcut.edits.ranking import Way
+    from expertcut.edits.edit_settings import CutSettings
+    from expertcut.edits.selection import choose
     from expertcut.models.load import LoadOptions, find_source
     from expertcut.profiling.measure import MeasureOptions, measure
     from expertcut.profiling.storage import load_profile
@@ -109,7 +108,7 @@ def cuts(base: Path, asked: Asked, place: Path) -> Iterator[Path]:
         pass
     profile = load_profile(place / "profile")
     for fraction in FRACTIONS:
-        chosen = choose(profile, Keep(fraction=fraction), Way())
+        chosen = choose(profile, CutSettings(keep_fraction=fraction))
         folder = place / f"{fraction:.0%}"
         build(profile, chosen.draft, folder, BuildOptions(LoadOptions(), is_verified=False))
         yield folder

@@ -34,20 +34,26 @@ class Asked:
 
 def worker(folder: Path, asked: Asked) -> None:
     """Trains as `heal` does, each step when a line comes in; says each by a line, and the last."""
-    from expertcut.data.sources import Weighted
-    from expertcut.healing.adapters import Lora, adapted
+    from expertcut.healing.adapters import adapted
     from expertcut.healing.data import read_data
-    from expertcut.healing.heal_settings import Data, Healing, Training
+    from expertcut.healing.heal_settings import HealSettings
     from expertcut.healing.objectives import OBJECTIVES
     from expertcut.healing.trainer import fit
 
     moe = loaded(folder)
-    data = Data((Weighted(asked.quiz),), shots=asked.shots, max_tokens=asked.max_tokens)
-    how = Training(asked.steps, batch=asked.batch, check_every=asked.steps)
-    read = read_data(Healing(data, training=how), moe.tokenizer, asked.max_tokens)
+    settings = HealSettings(
+        quiz=asked.quiz,
+        shots=asked.shots,
+        max_tokens=asked.max_tokens,
+        rank=asked.rank,
+        steps=asked.steps,
+        batch=asked.batch,
+        check_every=asked.steps,
+    )
+    read = read_data(settings, moe.tokenizer, asked.max_tokens)
     n_parameters = sum(parameter.numel() for parameter in moe.model.parameters())
     loaded_mb = forgotten_peak_mb()
-    model = adapted(moe, Lora(asked.rank, asked.rank, ("attention", "experts")))
+    model = adapted(moe, settings)
     peak_mb: list[float] = []
 
     def next_step(done: int, total: int) -> None:
@@ -56,7 +62,10 @@ def worker(folder: Path, asked: Asked) -> None:
 
     with tempfile.TemporaryDirectory() as place:
         tell_and_wait("ready")
-        fit(moe, model, read, how, (OBJECTIVES["lm"], None), (Path(place), next_step))
+        fit(
+            moe, model, read, settings, OBJECTIVES["lm"], None,
+            folder=Path(place), report=next_step,
+        )  # fmt: skip
     print(
         json.dumps(
             {

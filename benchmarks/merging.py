@@ -16,11 +16,10 @@ from typing import get_args
 from benchmarks.fold import BUNDLED, KINDS, random_model
 from expertcut.checkpoints.build import BuildOptions, build, merge
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.budget import Keep
-from expertcut.edits.merge_groups import METHODS, Merge
+from expertcut.edits.edit_settings import CutSettings, MergeSettings
+from expertcut.edits.merge_groups import METHODS
 from expertcut.edits.merge_router import RouterRow
-from expertcut.edits.prune import choose
-from expertcut.edits.ranking import Way
+from expertcut.edits.selection import choose
 from expertcut.evaluation.evaluate import find_models, results, score
 from expertcut.evaluation.results import Scored, Scoring
 from expertcut.models.load import LoadOptions, find_source
@@ -62,7 +61,9 @@ def row_table(place: Path, gates: list[str], limit: int | None) -> Table:
 
 def _rows(profile: Profile, n_keep: int, by: str, place: Path) -> Iterator[list[Cell]]:
     for router in get_args(RouterRow):
-        done = merge(profile, Merge(n_keep, by, router), place / "cut", AS_IS)
+        done = merge(
+            profile, MergeSettings(keep=n_keep, by=by, router=router), place / "cut", AS_IS
+        )
         shutil.rmtree(place / "cut")
         assert done.built.proof is not None
         base, reference, _ = done.built.proof.differences
@@ -78,13 +79,18 @@ def accuracy_table(place: Path) -> Table:
     paths = [str(BUNDLED)]
     for n_keep in COUNTS:
         for positions in ("answer", "all"):
-            pruning = choose(profile, Keep(count=n_keep), Way(positions=positions))
+            pruning = choose(profile, CutSettings(keep=n_keep, positions=positions))
             paths.append(str(place / f"prune-{n_keep}-{positions}"))
             build(profile, pruning.draft, Path(paths[-1]), UNASKED)
         for by in METHODS:
             for aligns in (True, False):
                 paths.append(str(place / f"{by}-{n_keep}-{'aligned' if aligns else 'as-is'}"))
-                merge(profile, Merge(n_keep, by, aligns=aligns), Path(paths[-1]), UNASKED)
+                merge(
+                    profile,
+                    MergeSettings(keep=n_keep, by=by, align=aligns),
+                    Path(paths[-1]),
+                    UNASKED,
+                )
     quiz = load_quiz(Selection(str(BUNDLED / "quiz"), "test", 5))
     scoring = Scoring(quiz, None, LoadOptions(), MeasureOptions(threads=1))
     steps = [list(score(source, scoring, place / "scores")) for source in find_models(paths)]

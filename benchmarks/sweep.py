@@ -23,9 +23,8 @@ import torch
 from benchmarks.common import RUNS, machine
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.budget import Keep
-from expertcut.edits.prune import choose
-from expertcut.edits.ranking import Way
+from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.selection import choose
 from expertcut.evaluation.search_results import Grid
 from expertcut.evaluation.sweep import Asking, Sweeping
 from expertcut.models.load import LoadOptions, find_source, load
@@ -67,7 +66,7 @@ class Bench:
 
     def cells(self, layout: str) -> list[Took]:
         """Every cell of a layout, one way and then the other."""
-        way, folder = Way(layout=layout), self.place / "sweep"  # type: ignore[arg-type]
+        way, folder = CutSettings(layout=layout), self.place / "sweep"  # type: ignore[arg-type]
         shutil.rmtree(folder, ignore_errors=True)
         grid = Grid(("activations",), FRACTIONS)
         sweeping = Sweeping(self.profile, grid, way, Asking(self.quiz, None, LoadOptions()))
@@ -82,8 +81,9 @@ class Bench:
             started = time.perf_counter()
         return found
 
-    def _cell(self, way: Way, fraction: float, swept_s: float) -> Took:
-        chosen, out = choose(self.profile, Keep(fraction=fraction), way), self.place / "cut"
+    def _cell(self, way: CutSettings, fraction: float, swept_s: float) -> Took:
+        chosen = choose(self.profile, way.completed(keep_fraction=fraction))
+        out = self.place / "cut"
         shutil.rmtree(self.place / "scored", ignore_errors=True)
         times = [time.perf_counter()]
         options = BuildOptions(LoadOptions(), is_verified=False, is_forced=True)

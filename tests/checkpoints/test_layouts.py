@@ -14,11 +14,10 @@ from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.size import size
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.budget import Keep
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import BlockEdit, load_plan
-from expertcut.edits.prune import Pruning, choose
-from expertcut.edits.ranking import Way
 from expertcut.edits.router_edits import reweight_draft, tilts
+from expertcut.edits.selection import Pruning, choose
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
@@ -32,7 +31,7 @@ from tests.support.exact_models import declared, make_base
 
 Checkpoints = Callable[..., Path]
 Profiles = Callable[..., Profile]
-EXACT = Way(layout="exact")
+EXACT = CutSettings(layout="exact")
 AS_IS = BuildOptions(LoadOptions())
 
 
@@ -100,7 +99,7 @@ def test_exact_equals_weights_that_are_zeroed_after_top_k(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path, n_keep: int
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=n_keep), EXACT)
+    pruning = choose(profile, EXACT.completed(keep=n_keep))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     base = scored(base_of(profile), held_out)
     wanted = scored(zeroed_after_top_k(base_of(profile), pruning), held_out)
@@ -113,7 +112,7 @@ def test_stock_without_a_fold_equals_logits_that_are_masked_before_top_k(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=5), Way(fold="off"))
+    pruning = choose(profile, CutSettings(keep=5, fold="off"))
     built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
     # In float32 the last bit of log p is worth as much here.
     paths = (Path(profile.info.model.id), tmp_path / "out")
@@ -133,7 +132,7 @@ def test_each_fold_brings_a_stock_cut_closer_to_the_unedited_model(
     base = scored(base_of(profile), held_out)
     medians = []
     for used in (fold, "off"):
-        pruning = choose(profile, Keep(count=15), Way(positions="all", fold=used))
+        pruning = choose(profile, CutSettings(keep=15, positions="all", fold=used))
         build(profile, pruning.draft, tmp_path / used, AS_IS)
         moved = (scored(open_model(tmp_path / used), held_out) - base).abs()
         medians.append(float(moved.median()))
@@ -145,7 +144,7 @@ def test_each_layer_keeps_its_own_number_and_quiet_questions_keep_every_bit(
     profile_of: Profiles, tmp_path: Path, family: str
 ) -> None:
     profile = profile_of(family, num_experts=48)
-    pruning = choose(profile, Keep(active=True), Way(positions="all", layout="exact"))
+    pruning = choose(profile, CutSettings(keep_active=True, positions="all", layout="exact"))
     built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
     tokens_LE = profile.token_sum("tokens")
     assert tokens_LE is not None
@@ -182,7 +181,7 @@ def test_quiet_questions_are_those_that_chose_no_removed_expert(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe", num_experts=48)
-    pruning = choose(profile, Keep(count=28), Way(positions="all", layout="exact"))
+    pruning = choose(profile, CutSettings(keep=28, positions="all", layout="exact"))
     built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
     n_quiet = quiet_by_hand(profile, held_out, pruning)
     assert 0 < n_quiet < len(held_out)
@@ -195,7 +194,7 @@ def test_a_checkpoint_that_changes_quiet_questions_is_found_out(
     profile_of: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = profile_of("olmoe", num_experts=48)
-    pruning = choose(profile, Keep(active=True), Way(positions="all", layout="exact"))
+    pruning = choose(profile, CutSettings(keep_active=True, positions="all", layout="exact"))
     first = pruning.draft.edits["model.layers.0.mlp"].keep[0]
     worse = {"model.layers.0.mlp": BlockEdit(keep=pruning.draft.edits["model.layers.0.mlp"].keep,
                                         scale={first: 1.01})}  # fmt: skip
@@ -216,7 +215,7 @@ def test_removed_experts_can_give_their_mean_output(profile_of: Profiles, tmp_pa
     profile = profile_of("olmoe")
     moved = {}
     for removed in ("zero", "mean"):
-        pruning = choose(profile, Keep(count=5), Way(layout="exact", removed=removed))
+        pruning = choose(profile, CutSettings(keep=5, layout="exact", removed=removed))
         built = build(profile, pruning.draft, tmp_path / removed, AS_IS)
         assert built.proof
         against_base, against_reference = built.proof.held_out
@@ -248,7 +247,7 @@ def test_what_layout_exact_cannot_carry_is_refused_by_name_before_weights_load(
     profile_of: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     profile = profile_of(family)
-    pruning = choose(profile, Keep(count=5), EXACT)
+    pruning = choose(profile, EXACT.completed(keep=5))
     monkeypatch.delattr("expertcut.checkpoints.build.load")
     with pytest.raises(ContractError, match=f"{family} models.*flex_olmo, olmoe, qwen2_moe"):
         build(profile, pruning.draft, tmp_path / "out", AS_IS)
@@ -259,7 +258,7 @@ def test_an_exact_checkpoint_can_be_profiled_and_not_be_cut_again(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=5), EXACT)
+    pruning = choose(profile, EXACT.completed(keep=5))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     moe = open_model(tmp_path / "out")
     list(Measurement(moe, held_out, None, MeasureOptions()).run(tmp_path / "again"))
@@ -270,7 +269,7 @@ def test_an_exact_checkpoint_can_be_profiled_and_not_be_cut_again(
     removed = list(pruning.draft.edits["model.layers.0.mlp"].removed(8))
     assert tokens_LE[0, removed].sum() > 0  # they are chosen still, and give a constant
     with pytest.raises(ContractError, match="layout exact already"):
-        build(again, choose(again, Keep(count=5), EXACT).draft, tmp_path / "new", AS_IS)
+        build(again, choose(again, EXACT.completed(keep=5)).draft, tmp_path / "new", AS_IS)
 
 
 def test_the_size_of_an_exact_checkpoint_is_what_it_holds(
@@ -279,7 +278,7 @@ def test_the_size_of_an_exact_checkpoint_is_what_it_holds(
     profile = profile_of("olmoe")
     base = size(base_of(profile))
     for n_keep in (5, 1):
-        pruning = choose(profile, Keep(count=n_keep), EXACT)
+        pruning = choose(profile, EXACT.completed(keep=n_keep))
         build(profile, pruning.draft, tmp_path / str(n_keep), AS_IS)
         found = size(open_model(tmp_path / str(n_keep)))
         per_expert, n_gone = 3 * 32 * 16, 2 * (8 - n_keep)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,13 +16,10 @@ from transformers import AutoModelForCausalLM
 from expertcut.checkpoints import shards
 from expertcut.checkpoints.merge_edit import Experts, is_interleaved, under, unedited_routers
 from expertcut.checkpoints.tensor_names import find_disk_blocks
-from expertcut.cli.edit_commands import Method, RouterRow
 from expertcut.data import round_robin
-from expertcut.edits.budget import Keep
+from expertcut.edits.edit_settings import CutSettings, MergeMethod, MergeSettings
 from expertcut.edits.merge_groups import (
-    ALIGNED,
     METHODS,
-    Merge,
     Neurons,
     gather_evidence,
     matching,
@@ -30,9 +27,8 @@ from expertcut.edits.merge_groups import (
 )
 from expertcut.edits.merge_router import judge_rows, merged_rows
 from expertcut.edits.plan import BlockEdit, PlanFile, load_plan, plan_text
-from expertcut.edits.prune import choose
-from expertcut.edits.ranking import Way
 from expertcut.edits.router_edits import tilts
+from expertcut.edits.selection import choose
 from expertcut.edits.splits import questions_for
 from expertcut.errors import PlanError
 from expertcut.models.safetensors_index import read_headers
@@ -151,9 +147,8 @@ def test_pads_are_no_tokens(checkpoint: Checkpoints, profile_of: Profiles) -> No
     np.testing.assert_allclose(evidence[0].outputs_ED[3], mean_D, atol=1e-5)  # type: ignore[index]
 
 
-def test_the_command_line_and_the_papers_ways_know_the_same_methods() -> None:
-    assert {m.value for m in Method} == set(METHODS) == set(ALIGNED)
-    assert {r.value for r in RouterRow} == {"fitted", "mean", "dominant"}
+def test_the_settings_and_the_papers_know_the_same_methods() -> None:
+    assert set(get_args(MergeMethod)) == set(METHODS)
 
 
 # What they become
@@ -205,7 +200,7 @@ def test_the_weights_on_disk_are_the_averages_by_frequency(
         (base / file.name).write_bytes(file.read_bytes())
     rewritten(base, lambda w: w.update({n: t.to(dtype) for n, t in w.items()}))
     profile = measured(base, quiz_folder, tmp_path / "p")
-    merged(profile, tmp_path / "out", Merge(5, by, aligns=False), UNASKED)
+    merged(profile, tmp_path / "out", MergeSettings(keep=5, by=by, align=False), UNASKED)
     before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
     plan = load_plan(tmp_path / "out")
     found = find_disk_blocks(read_headers(tmp_path / "out"))
@@ -242,7 +237,7 @@ def test_clones_merge_without_a_trace_under_the_unedited_router(
     profile = profile_of(base)
     is_asked = family in THREE
     how = AS_IS if is_asked else UNASKED
-    done = merged(profile, tmp_path / "out", Merge(6, "hc_smoe", aligns=True), how)
+    done = merged(profile, tmp_path / "out", MergeSettings(keep=6, by="hc_smoe", align=True), how)
     wanted = {frozenset(pair) for pair in pairs}
     for edit in done.draft.edits.values():
         assert {group for group in groups_of(edit) if len(group) > 1} == wanted
@@ -294,7 +289,7 @@ def test_a_clone_that_is_never_chosen_merges_without_a_trace_in_a_checkpoint(
     profile = profile_of(base)
     is_asked = family == "mixtral"
     how = AS_IS if is_asked else UNASKED
-    done = merged(profile, tmp_path / "out", Merge(6, "hc_smoe"), how)
+    done = merged(profile, tmp_path / "out", MergeSettings(keep=6, by="hc_smoe"), how)
     moe, new = open_model(base), open_model(tmp_path / "out")
     inputs = router_inputs(moe, questions_for(profile, is_fitting=True).tuning)
     for before, after in zip(moe.blocks, new.blocks, strict=True):
@@ -322,7 +317,7 @@ def test_clones_with_one_row_act_as_one_expert_of_their_mass(
 
     base = with_clones(checkpoint("gpt_oss"), tmp_path / "base", [(1, 3)], is_shuffled=True)
     profile = profile_of(rewritten(base, twin))
-    merged(profile, tmp_path / "out", Merge(7, "hc_smoe", aligns=True), UNASKED)
+    merged(profile, tmp_path / "out", MergeSettings(keep=7, by="hc_smoe", align=True), UNASKED)
     moe, new = open_model(base), open_model(tmp_path / "out")
     inputs = router_inputs(moe, questions_for(profile, is_fitting=True).tuning)
     n_one_more, n_same = 0, 0
@@ -445,7 +440,7 @@ def test_a_plan_says_who_joined_whom_and_older_ones_still_read(
     checkpoint: Checkpoints, profile_of: Profiles, tmp_path: Path
 ) -> None:
     profile = profile_of(checkpoint("olmoe"))
-    merged(profile, tmp_path / "out", Merge(4, "m_smoe"))
+    merged(profile, tmp_path / "out", MergeSettings(keep=4, by="m_smoe"))
     plan = load_plan(tmp_path / "out")
     assert (plan.removal, plan.layout, plan.fold) == ("merge", "stock", None)
     for edit in plan.blocks.values():
@@ -465,10 +460,10 @@ def test_a_merged_checkpoint_is_profiled_pruned_and_merged_by_the_first_numbers(
     checkpoint: Checkpoints, profile_of: Profiles, quiz_folder: Path, tmp_path: Path
 ) -> None:
     profile = profile_of(checkpoint("olmoe"))
-    merged(profile, tmp_path / "m6", Merge(6, "hc_smoe"), UNASKED)
+    merged(profile, tmp_path / "m6", MergeSettings(keep=6, by="hc_smoe"), UNASKED)
     first = load_plan(tmp_path / "m6").blocks[FIRST]
     again = measured(tmp_path / "m6", quiz_folder, tmp_path / "p6")
-    pruning = choose(again, Keep(count=4), Way(positions="all"))
+    pruning = choose(again, CutSettings(keep=4, positions="all"))
     assert pruning.draft.numbers is not None
     kept = pruning.draft.numbers.kept(FIRST, pruning.draft.edits[FIRST].keep)
     assert set(kept) < set(first.keep)
@@ -476,7 +471,7 @@ def test_a_merged_checkpoint_is_profiled_pruned_and_merged_by_the_first_numbers(
     assert tilt.expert == 5
     with pytest.raises(PlanError, match="there it keeps"):
         tilts(again, [f"0:{min(set(IDS) - set(first.keep))}=0.5"], [])
-    merged(again, tmp_path / "m4", Merge(4, "hc_smoe"), UNASKED)
+    merged(again, tmp_path / "m4", MergeSettings(keep=4, by="hc_smoe"), UNASKED)
     second = load_plan(tmp_path / "m4").blocks[FIRST]
     assert second.rows == first.keep
     assert {e for group in groups_of(second) for e in group} == set(first.keep)
@@ -500,7 +495,7 @@ def test_no_more_than_one_projection_of_one_expert_is_read_at_a_time(
         return content
 
     monkeypatch.setattr(shards, "read_ranges", watched)
-    merged(profile, tmp_path / "out", Merge(4, "m_smoe"), UNASKED)
+    merged(profile, tmp_path / "out", MergeSettings(keep=4, by="m_smoe"), UNASKED)
     one = max(
         tensor.read().nbytes
         for name, block in find_disk_blocks(read_headers(base)).items()

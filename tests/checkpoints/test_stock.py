@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.budget import Keep
 from expertcut.edits.calibrate import rescaling_at_answers
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import load_hashes, load_plan
-from expertcut.edits.prune import choose
-from expertcut.edits.ranking import Way
 from expertcut.edits.router_edits import reweight_draft, tilts
+from expertcut.edits.selection import choose
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
@@ -54,7 +53,7 @@ def logprobs(path: Path, quiz_folder: Path, bias: dict[int, torch.Tensor]) -> to
 
 def assert_cut_equals_mask(profile: Profile, folder: Path, within: float = 1e-5) -> None:
     """Profiled, pruned, written and loaded again: as if the router could not choose the removed."""
-    pruning = choose(profile, Keep(count=6), Way(fold="off"))
+    pruning = choose(profile, CutSettings(keep=6, fold="off"))
     built = build(profile, pruning.draft, folder, AS_IS)
     assert built.proof is not None
     against_base, against_mask = built.proof.held_out
@@ -93,7 +92,7 @@ def test_folding_brings_a_cut_olmoe_closer_to_the_unedited_model(
     profile_of: Callable[..., Profile], quiz_folder: Path, tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe", num_experts=16)
-    pruning = choose(profile, Keep(count=15), Way(positions="all"))
+    pruning = choose(profile, CutSettings(keep=15, positions="all"))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     base = logprobs(Path(profile.info.model.id), quiz_folder, {})
     folded = logprobs(tmp_path / "out", quiz_folder, {})
@@ -109,7 +108,7 @@ def test_the_checkpoint_says_what_it_is_and_loads_anywhere(
     profile_of: Callable[..., Profile], tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=5), Way())
+    pruning = choose(profile, CutSettings(keep=5))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     original = json.loads((Path(profile.info.model.id) / "config.json").read_text())
@@ -131,7 +130,7 @@ def test_kept_experts_keep_their_weights_to_the_last_bit_but_for_the_fold(
     profile_of: Callable[..., Profile], checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=5), Way())
+    pruning = choose(profile, CutSettings(keep=5))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     base = open_model(Path(profile.info.model.id)).blocks
     folds = rescaling_at_answers(profile, pruning.draft.edits)
@@ -191,7 +190,7 @@ def test_a_plan_that_moves_nothing_writes_the_same_model(
     profile_of: Callable[..., Profile], tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=8), Way())
+    pruning = choose(profile, CutSettings(keep=8))
     built = build(profile, pruning.draft, tmp_path / "out", AS_IS)
     assert [d.max_abs_logprob_diff for d in built.proof.held_out] == [0.0, 0.0]
 
@@ -200,7 +199,7 @@ def test_nothing_appears_when_the_build_fails(
     profile_of: Callable[..., Profile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, Keep(count=5), Way())
+    pruning = choose(profile, CutSettings(keep=5))
 
     def breaks(*_: object) -> None:
         raise PlanError("no")
@@ -242,7 +241,7 @@ def test_a_model_that_changed_since_it_was_profiled_is_refused(
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     profile = load_profile(tmp_path / "p")
-    pruning = choose(profile, Keep(count=5), Way())
+    pruning = choose(profile, CutSettings(keep=5))
     with pytest.raises(ProfileError, match="another model"):
         build(profile, pruning.draft, tmp_path / "out", AS_IS)
     assert not (tmp_path / "out").exists()
@@ -260,7 +259,7 @@ def test_half_precision_weights_stay_as_they_are_stored(
     list(Measurement(open_model(folder), quiz, None, MeasureOptions()).run(tmp_path / "p"))
     profile = load_profile(tmp_path / "p")
     assert profile.info.settings.dtype == "float32"
-    pruning = choose(profile, Keep(count=5), Way())
+    pruning = choose(profile, CutSettings(keep=5))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert stored.dtype == torch.bfloat16

@@ -154,8 +154,8 @@ def test_a_quiz_that_is_not_there_is_refused(
         (["--subjects", "red_birds"], "no subject red_birds in split test: it has green_birds"),
         (["--split", "trian"], "no questions in split trian"),
         (["--shots", "6"], "6 shots asked but split dev of green_birds has 5"),
-        (["--shots", "-1"], "--shots must be at least 0"),
-        (["--limit", "0"], "--limit at least 1"),
+        (["--shots", "-1"], "--shots: must be greater than or equal to 0, not -1"),
+        (["--limit", "0"], "--limit: must be greater than or equal to 1, not 0"),
     ],
 )
 def test_questions_that_the_quiz_does_not_have_are_refused(
@@ -206,14 +206,14 @@ def test_a_data_set_that_cannot_be_read_is_refused(
         ("8", "no expert 8 in layer 1: it has experts 0 to 7"),
         ("0:8", "no expert 8 in layer 0"),
         ("2:1", "no layer 2: the model has MoE layers 0 to 1"),
-        ("x", "'x' names no expert"),
-        ("", "'' names no expert"),
-        ("-1", "'-1' names no expert"),
-        ("1:", "'1:' names no expert"),
-        ("1:2:3", "'1:2:3' names no expert"),
-        ("1=", "'1=' names no expert"),
-        ("1=much", "'1=much' names no expert"),
-        ("1=nan", "'1=nan' names no expert"),
+        ("x", "'x' is no expert: write 12, 3:12 or 3:12=0.25"),
+        ("", "'' is no expert: write 12, 3:12 or 3:12=0.25"),
+        ("-1", "'-1' is no expert: write 12, 3:12 or 3:12=0.25"),
+        ("1:", "'1:' is no expert: write 12, 3:12 or 3:12=0.25"),
+        ("1:2:3", "'1:2:3' is no expert: write 12, 3:12 or 3:12=0.25"),
+        ("1=", "'1=' is no expert: write 12, 3:12 or 3:12=0.25"),
+        ("1=much", "'1=much' is no expert: write 12, 3:12 or 3:12=0.25"),
+        ("1=nan", "'1=nan' is no expert: write 12, 3:12 or 3:12=0.25"),
         ("1=.", "'.' is no number"),
         ("1=0", "a bias of 0 cannot tilt anything"),
         ("1=1e999", "a bias of 1e999 cannot tilt anything"),
@@ -255,16 +255,16 @@ def test_a_strength_must_be_given_where_the_gap_is_closed_already(
         (["--keep", "4", "--keep-fraction", "0.5"], "only one of them"),
         (["--keep", "1"], "routes each token to 2 of 8 experts: keep 2 to 8"),
         (["--keep", "9"], "--keep 9 does not fit"),
-        (["--keep", "-4"], "--keep -4 does not fit"),
+        (["--keep", "-4"], "--keep: must be greater than or equal to 1, not -4"),
         (["--keep", "few"], "--keep"),
         (["--keep-fraction", "0.1"], "keep 2 to 8"),
         (["--keep-fraction", "1.5"], "must be above 0, at most 1"),
-        (["--keep-fraction", "nan"], "must be above 0, at most 1"),
-        (["--keep", "4", "--by", "weather"], "'weather' is not a criterion"),
+        (["--keep-fraction", "nan"], "--keep-fraction: must be a finite number"),
+        (["--keep", "4", "--by", "weather"], "--by: 'weather' is no"),
         (["--keep", "4", "--positions", "some"], "'some'"),
         (["--keep", "4", "--layout", "sideways"], "'sideways'"),
         (["--keep", "4", "--threads", "3"], "the profile was made with 1"),
-        (["--keep", "4", "--dtype", "int8"], "--dtype int8 is no floating-point type"),
+        (["--keep", "4", "--dtype", "int8"], "--dtype: 'int8' is no dtype: take auto"),
         (["--keep", "4", "--device", "moon"], "--device moon is not to be had"),
     ],
 )
@@ -389,7 +389,7 @@ def test_results_that_cannot_be_written_are_refused_before_a_model_runs(
     (tmp_path / "full").mkdir()
     (tmp_path / "a file").write_text("mine")
     command = ("eval", model, "--quiz", quiz_folder, "--shots", "0", "--limit", "1", "--out")
-    assert "is a directory" in refused(*command, "full")
+    assert "Is a directory" in refused(*command, "full")
     assert "cannot be written" in refused(*command, "a file/results.json")
     shutil.copytree(model, tmp_path / "mine")
     for name in ("model.safetensors", "config.json"):

@@ -96,17 +96,17 @@ def test_only_the_one_file_counts_as_ours(cut: Path, expertcut: Commands, named:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--keep 3 --removed mean", "--removed mean is of layout exact: add --layout exact"),
-        ("--keep 3 --removed zero", "--removed zero is of layout exact"),
-        ("--keep 3 --layout exact --fold all", "--fold all is of layout stock"),
-        ("--keep 0 --layout exact", "keep 1 to 8"),
+        ("--keep 3 --removed mean", "--replace-with mean is of layout exact: add --layout exact"),
+        ("--keep 3 --removed zero", "--replace-with zero is of layout exact"),
+        ("--keep 3 --layout exact --fold all", "--rescale-gates all is of layout stock"),
+        ("--keep 0 --layout exact", "--keep: must be greater than or equal to 1"),
         ("--keep 9 --layout exact", "keep 1 to 8"),
         ("--keep 1", "keep 2 to 8"),
         ("--keep 3 --boost 1:99", "no expert 99 in layer 1: it has experts 0 to 7"),
         ("--keep 8 --boost 1:3=1 --layout exact --apply-at answer", "--apply-at answer is of"),
         ("--keep 3 --layout exact --apply-at all", "says where a bias acts, and there is none"),
         ("--keep 3 --scale 1:3", "must give a factor"),
-        ("--keep 3 --layout other", "'other' is not one of 'stock', 'exact'"),
+        ("--keep 3 --layout other", "must be 'stock' or 'exact', not 'other'"),
     ],
 )
 def test_options_that_do_not_fit_the_layout_are_refused(

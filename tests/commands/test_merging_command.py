@@ -87,7 +87,7 @@ def test_keeping_every_expert_gives_the_base_model_again(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("", "--keep N"),
+        ("", "Missing option '--keep'"),
         ("--keep 1", "routes each token to 2 of 8 experts: keep 2 to 8"),
         ("--keep 9", "keep 2 to 8"),
         ("--keep 4 --by magic", "magic"),

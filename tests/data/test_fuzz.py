@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertcut.data.readers import read_csv, read_jsonl
-from expertcut.edits.budget import read_size
+from expertcut.edits.edit_settings import read_size
 from expertcut.edits.plan import PlanFile, load_plan, plan_text, save_plan
 from expertcut.edits.ranking import protection
 from expertcut.edits.router_edits import parse_target

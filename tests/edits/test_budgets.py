@@ -1,29 +1,27 @@
 """How many experts stay: over all layers together, in groups, or as many as fit in a size."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import pytest
 
 from expertcut.checkpoints.prune_edit import removed_experts
 from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
-from expertcut.cli import prune_command
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.budget import (
-    Budget,
-    Keep,
-    asked_count,
     counts,
     normalised,
-    read_size,
     share_out,
+    wanted_count,
 )
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.prune import Pruning, choose, cut
-from expertcut.edits.ranking import Ranking, Way, rank
+from expertcut.edits.edit_settings import CutSettings, read_size
+from expertcut.edits.ranking import Ranking, rank
+from expertcut.edits.selection import Pruning, choose, cut
 from expertcut.errors import PlanError, SettingsError
 from expertcut.models.load import find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
@@ -36,7 +34,7 @@ Profiles = Callable[[str], Profile]
 # One tensor an expert, a selection bias, biases of all experts in one tensor, Granite's names.
 STOCK_FAMILIES = ("olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen2_moe")
 EXACT_FAMILIES = ("olmoe", "qwen3_moe")
-GLOBAL = Way(layout="exact")
+GLOBAL = CutSettings(layout="exact")
 
 
 @pytest.fixture(scope="module")
@@ -134,19 +132,20 @@ def test_protected_experts_stay_whatever_they_score() -> None:
 
 @pytest.mark.parametrize("by", [name for name, own in CRITERIA.items() if not own.needs_model])
 def test_budgets_honour_total_and_floors(profile_of: Profiles, by: str) -> None:
-    ranking = rank(profile_of("olmoe"), Way(by, layout="exact"))
+    ranking = rank(profile_of("olmoe"), CutSettings(by=by, layout="exact"))
     for min_keep in (None, 1, 4):
-        keep = Keep(fraction=0.6, budget="global", min_keep=min_keep)
-        n_keep = asked_count(keep, ranking.blocks, "exact")
+        more: dict[str, Any] = {"budget": "global", "min_keep": min_keep, "layout": "exact"}
+        keep = CutSettings(keep_fraction=0.6, **more)
+        n_keep = wanted_count(keep, ranking.blocks)
         assert n_keep == 2 * round(0.6 * 8)
-        found = n_kept(cut(ranking, keep, n_keep))
+        found = n_kept(cut(replace(ranking, settings=keep), n_keep))
         assert sum(found) == n_keep
         assert min(found) >= max(min_keep or 0, 2)
 
 
 def test_a_global_budget_gives_layers_what_they_need(tmp_path: Path) -> None:
     profile = hand_made(tmp_path / "p")
-    pruning = choose(profile, Keep(count=4, budget="global"), GLOBAL)
+    pruning = choose(profile, GLOBAL.completed(keep=4, budget="global"))
     assert sum(n_kept(pruning)) == 12 and len(set(n_kept(pruning))) > 1
     for name, edit in pruning.draft.edits.items():
         layer = int(name.split(".")[2])
@@ -157,38 +156,33 @@ def test_a_global_budget_gives_layers_what_they_need(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keep", "layout", "told"),
     [
-        (Keep(count=4, budget="global"), "stock", "layout stock cannot"),
-        (Keep(active=True, budget="global"), "exact", "without --keep-active"),
-        (Keep(count=4, min_keep=2), "exact", "go with --budget global"),
-        (Keep(count=4, budget="global", min_keep=0), "exact", "above 0"),
-        (Keep(count=4, fraction=0.5), "exact", "only one of them"),
-        (Keep(), "stock", "--max-bytes SIZE"),
-        (Keep(fraction=1.5), "stock", "at most 1"),
+        (CutSettings(keep=4, budget="global"), "stock", "layout stock cannot"),
+        (CutSettings(keep_active=True, budget="global"), "exact", "without --keep-active"),
+        (CutSettings(keep=4, min_keep=2), "exact", "needs --budget global"),
+        (CutSettings(keep=4, keep_fraction=0.5), "exact", "only one of them"),
+        (CutSettings(), "stock", "--max-bytes SIZE"),
+        (CutSettings(keep_fraction=1.5), "stock", "at most 1"),
     ],
 )
 def test_budgets_that_do_not_go_together_are_refused(
-    tmp_path: Path, keep: Keep, layout: str, told: str
+    tmp_path: Path, keep: CutSettings, layout: str, told: str
 ) -> None:
     with pytest.raises(SettingsError, match=told):
-        choose(hand_made(tmp_path / "p"), keep, Way(layout=layout))  # type: ignore[arg-type]
+        choose(hand_made(tmp_path / "p"), keep.completed(layout=layout))
 
 
 @pytest.mark.parametrize(
     ("keep", "told"),
     [
-        (Keep(count=1, budget="global"), "keep 6 "),
-        (Keep(count=9, budget="global"), "to 24"),
-        (Keep(count=4, budget="global", min_keep=9), "more than the 8 experts"),
-        (Keep(count=4, budget="global", min_keep=5), "keep 15 "),
+        (CutSettings(keep=1, budget="global"), "keep 6 "),
+        (CutSettings(keep=9, budget="global"), "to 24"),
+        (CutSettings(keep=4, budget="global", min_keep=9), "more than the 8 experts"),
+        (CutSettings(keep=4, budget="global", min_keep=5), "keep 15 "),
     ],
 )
-def test_totals_that_do_not_fit_are_refused(tmp_path: Path, keep: Keep, told: str) -> None:
+def test_totals_that_do_not_fit_are_refused(tmp_path: Path, keep: CutSettings, told: str) -> None:
     with pytest.raises(PlanError, match=told):
-        choose(hand_made(tmp_path / "p"), keep, GLOBAL)
-
-
-def test_budgets_on_the_command_line_are_those_of_the_stages() -> None:
-    assert {choice.value for choice in prune_command.Budget} == set(get_args(Budget))
+        choose(hand_made(tmp_path / "p"), keep.completed(layout="exact"))
 
 
 # Groups
@@ -199,7 +193,7 @@ def test_groups_keep_equally_many(profile_of: Profiles, fraction: float) -> None
     profile = profile_of("deepseek_v3")
     its = profile.info.model.blocks[0]
     assert its.groups == 2
-    pruning = choose(profile, Keep(fraction=fraction), Way())
+    pruning = choose(profile, CutSettings(keep_fraction=fraction))
     for edit in pruning.draft.edits.values():
         per_group = [sum(e // 4 == g for e in edit.keep) for g in range(2)]
         assert per_group[0] == per_group[1] == round(fraction * 4)
@@ -207,11 +201,13 @@ def test_groups_keep_equally_many(profile_of: Profiles, fraction: float) -> None
 
 def test_what_a_search_may_keep_is_what_may_be_asked_for(tmp_path: Path) -> None:
     grouped = hand_made(tmp_path / "g", groups=2)
-    assert list(counts(Keep(max_bytes=1), grouped.info.model.blocks, "stock")) == [4, 6, 8]
+    some = CutSettings(max_bytes="1")
+    exact = some.completed(layout="exact")
+    assert list(counts(some, grouped.info.model.blocks)) == [4, 6, 8]
     plain = hand_made(tmp_path / "p", top_k=3).info.model.blocks
-    assert list(counts(Keep(max_bytes=1), plain, "stock")) == [3, 4, 5, 6, 7, 8]
-    assert list(counts(Keep(max_bytes=1), plain, "exact")) == list(range(1, 9))
-    assert list(counts(Keep(max_bytes=1, budget="global"), plain, "exact")) == list(range(9, 25))
+    assert list(counts(some, plain)) == [3, 4, 5, 6, 7, 8]
+    assert list(counts(exact, plain)) == list(range(1, 9))
+    assert list(counts(exact.completed(budget="global"), plain)) == list(range(9, 25))
 
 
 # Bytes
@@ -237,8 +233,8 @@ def test_the_size_of_a_cut_is_known_before_it_is_written(
     profile_of: Profiles, tmp_path: Path, family: str, layout: str
 ) -> None:
     profile = profile_of(family)
-    way = Way("random", layout=layout)  # type: ignore[arg-type]
-    pruning = choose(profile, Keep(count=6), way)
+    way = CutSettings(by="random", layout=layout)  # type: ignore[arg-type]
+    pruning = choose(profile, way.completed(keep=6))
     size_of = size_of_cuts(find_source(profile.info.model.id), way.layout, 8)
     folder = written(profile, pruning, tmp_path / "cut")
     assert size_of(pruning.draft) == (folder / "model.safetensors").stat().st_size
@@ -260,16 +256,17 @@ def test_the_cut_that_fits_is_the_largest_that_does(
     profile_of: Profiles, family: str, layout: str, budget: str
 ) -> None:
     profile = profile_of(family)
-    ranking: Ranking = rank(profile, Way(layout=layout))  # type: ignore[arg-type]
-    size_of = size_of_cuts(find_source(profile.info.model.id), ranking.way.layout, 8)
-    any_keep = Keep(max_bytes=1, budget=budget)  # type: ignore[arg-type]
-    allowed = counts(any_keep, ranking.blocks, ranking.way.layout)
-    sizes = [size_of(cut(ranking, any_keep, n).draft) for n in allowed]
+    settings = CutSettings(max_bytes="1", layout=layout, budget=budget)  # type: ignore[arg-type]
+    ranking: Ranking = rank(profile, settings)
+    size_of = size_of_cuts(find_source(profile.info.model.id), settings.layout, 8)
+    allowed = counts(settings, ranking.blocks)
+    sizes = [size_of(cut(ranking, n).draft) for n in allowed]
     assert len(sizes) > 2 and sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
     for limit in (*sizes, *(s - 1 for s in sizes[1:]), sizes[-1] + 10**9):
-        keep = Keep(max_bytes=limit, budget=budget)  # type: ignore[arg-type]
+        within = replace(ranking, settings=settings.completed(max_bytes=str(limit)))
         fitting = [n for n, s in zip(allowed, sizes, strict=True) if s <= limit]
-        found = largest(ranking, keep, size_of)
-        assert found.draft.edits == cut(ranking, keep, fitting[-1]).draft.edits
+        found = largest(within, size_of)
+        assert found.draft.edits == cut(ranking, fitting[-1]).draft.edits
     with pytest.raises(PlanError, match=f"{sizes[0]:,} bytes"):
-        largest(ranking, Keep(max_bytes=sizes[0] - 1, budget=budget), size_of)  # type: ignore[arg-type]
+        small = settings.completed(max_bytes=str(sizes[0] - 1))
+        largest(replace(ranking, settings=small), size_of)

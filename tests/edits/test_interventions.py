@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, prompt
-from expertcut.edits.budget import Keep
 from expertcut.edits.calibrate import direction_quality, fit_directions, rescaling_at_answers
 from expertcut.edits.criteria import ranked
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import (
     BlockEdit,
     ChosenOn,
@@ -33,9 +33,8 @@ from expertcut.edits.plan import (
     save_plan,
     validate_edits,
 )
-from expertcut.edits.prune import choose, keep_active, keep_n
-from expertcut.edits.ranking import Way
 from expertcut.edits.router_edits import Target, parse_target, reweight_draft, tilts
+from expertcut.edits.selection import choose, keep_active
 from expertcut.edits.splits import choosing_profile, draft_plan, hashes, questions_for, used_hashes
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.profiling.schema import BlockInfo, quiz_info
@@ -260,7 +259,7 @@ def test_keep_active_fills_up_to_one_count_by_tokens_else_by_alpha(
     layers = counted(profile)
     if not has_tokens:
         profile = uneven_profile(tmp_path / "answer", seed, has_tokens=False)
-    pruning = keep_active(profile, Way())
+    pruning = keep_active(profile, CutSettings())
     assert [len(layer.active) for layer in layers] == [3, 6, 4]
     for its, layer in zip(profile.info.model.blocks, layers, strict=True):
         idle = [e for e in range(10) if e not in layer.active]
@@ -275,14 +274,16 @@ def test_keep_active_fills_up_to_one_count_by_tokens_else_by_alpha(
 def test_keep_active_over_all_tokens_counts_every_token(tmp_path: Path):
     profile = uneven_profile(tmp_path / "p")
     layers = counted(profile)
-    pruning = keep_active(profile, Way(positions="all"))
+    pruning = keep_active(profile, CutSettings(positions="all"))
     active = [[e for e in range(10) if layer.tokens[e]] for layer in layers]
     most = max(map(len, active))
     assert {len(a) for a in active} != {most} and most < 10
     for edit, its in zip(pruning.draft.edits.values(), active, strict=True):
         assert len(edit.keep) == most and set(its) <= set(edit.keep)
     with pytest.raises(ProfileError, match="--stats all"):
-        keep_active(uneven_profile(tmp_path / "answer", has_tokens=False), Way(positions="all"))
+        keep_active(
+            uneven_profile(tmp_path / "answer", has_tokens=False), CutSettings(positions="all")
+        )
 
 
 @pytest.mark.parametrize("positions", ["answer", "all"])
@@ -291,7 +292,7 @@ def test_keep_n_takes_the_best_ties_by_alpha_then_by_the_lower_id(
     tmp_path: Path, n_keep: int, positions: Any
 ):
     profile = uneven_profile(tmp_path / "p", seed=n_keep)
-    pruning = keep_n(profile, n_keep, Way(positions=positions))
+    pruning = choose(profile, CutSettings(keep=n_keep, positions=positions))
     for layer, edit in zip(counted(profile), pruning.draft.edits.values(), strict=True):
         score = layer.tokens if positions == "all" else [float(n) for n in layer.count]
         assert len(set(score)) < 10  # some are equal
@@ -313,38 +314,36 @@ def test_ranking_is_by_score_then_alpha_then_the_lower_id():
 @pytest.mark.parametrize(
     ("keep", "expected"),
     [
-        (Keep(active=True), 6),
-        (Keep(count=5), 5),
-        (Keep(fraction=0.5), 5),
-        (Keep(fraction=1.0), 10),
-        (Keep(fraction=0.24), 2),
+        (CutSettings(keep_active=True), 6),
+        (CutSettings(keep=5), 5),
+        (CutSettings(keep_fraction=0.5), 5),
+        (CutSettings(keep_fraction=1.0), 10),
+        (CutSettings(keep_fraction=0.24), 2),
     ],
 )
-def test_how_many_is_said_in_one_of_three_ways(tmp_path: Path, keep: Keep, expected: int):
-    pruning = choose(uneven_profile(tmp_path / "p"), keep, Way())
+def test_how_many_is_said_in_one_of_three_ways(tmp_path: Path, keep: CutSettings, expected: int):
+    pruning = choose(uneven_profile(tmp_path / "p"), keep, CutSettings())
     assert {len(edit.keep) for edit in pruning.draft.edits.values()} == {expected}
 
 
 @pytest.mark.parametrize(
     ("keep", "error", "reason"),
     [
-        (Keep(), SettingsError, "only one of them"),
-        (Keep(active=True, count=4), SettingsError, "only one of them"),
-        (Keep(count=4, fraction=0.5), SettingsError, "only one of them"),
-        (Keep(fraction=0.0), SettingsError, "--keep-fraction 0 must be above 0"),
-        (Keep(fraction=1.01), SettingsError, "at most 1"),
-        (Keep(fraction=math.nan), SettingsError, "must be above 0"),
-        (Keep(count=1), PlanError, "routes each token to 2 of 10 experts: keep 2 to 10"),
-        (Keep(count=11), PlanError, "keep 2 to 10"),
-        (Keep(count=-3), PlanError, "keep 2 to 10"),
-        (Keep(fraction=0.1), PlanError, "--keep 1 does not fit model.layers.0.mlp"),
+        (CutSettings(), SettingsError, "only one of them"),
+        (CutSettings(keep_active=True, keep=4), SettingsError, "only one of them"),
+        (CutSettings(keep=4, keep_fraction=0.5), SettingsError, "only one of them"),
+        (CutSettings(keep_fraction=0.0), SettingsError, "--keep-fraction 0 must be above 0"),
+        (CutSettings(keep_fraction=1.01), SettingsError, "at most 1"),
+        (CutSettings(keep=1), PlanError, "routes each token to 2 of 10 experts: keep 2 to 10"),
+        (CutSettings(keep=11), PlanError, "keep 2 to 10"),
+        (CutSettings(keep_fraction=0.1), PlanError, "--keep 1 does not fit model.layers.0.mlp"),
     ],
 )
 def test_how_many_is_refused_where_it_makes_no_sense(
-    tmp_path: Path, keep: Keep, error: type[Exception], reason: str
+    tmp_path: Path, keep: CutSettings, error: type[Exception], reason: str
 ):
     with pytest.raises(error, match=reason):
-        choose(uneven_profile(tmp_path / "p"), keep, Way())
+        choose(uneven_profile(tmp_path / "p"), keep, CutSettings())
 
 
 def grouped_profile(folder: Path, chosen: list[list[int]], **more: int) -> Profile:
@@ -373,7 +372,7 @@ def test_where_routing_is_in_groups_each_keeps_equally_many(
     tmp_path: Path, chosen: list[list[int]], top_groups: int, count: int
 ):
     profile = grouped_profile(tmp_path / "p", chosen, top_groups=top_groups)
-    pruning = keep_active(profile, Way())
+    pruning = keep_active(profile, CutSettings())
     active = {e for row in chosen for e in row}
     for edit in pruning.draft.edits.values():
         assert per_group(edit.keep) == [count] * 4
@@ -382,13 +381,28 @@ def test_where_routing_is_in_groups_each_keeps_equally_many(
 
 def test_keep_n_in_groups_is_a_multiple_of_them(tmp_path: Path):
     profile = grouped_profile(tmp_path / "p", [[0, 4], [1, 5], [2, 4], [8, 12]])
-    for edit in keep_n(profile, 12, Way()).draft.edits.values():
+    for edit in choose(
+        profile,
+        CutSettings(
+            keep=12,
+        ),
+    ).draft.edits.values():
         assert per_group(edit.keep) == [3, 3, 3, 3]
         assert {0, 1, 2, 4, 5, 8, 12} <= set(edit.keep)
     with pytest.raises(PlanError, match="keep a multiple of 4, not 10"):
-        keep_n(profile, 10, Way())
+        choose(
+            profile,
+            CutSettings(
+                keep=10,
+            ),
+        )
     with pytest.raises(PlanError, match="keep equally many in each, at least 2"):
-        keep_n(profile, 4, Way())
+        choose(
+            profile,
+            CutSettings(
+                keep=4,
+            ),
+        )
 
 
 BLOCKS = [block(0, 8), block(1, 8)]

@@ -13,11 +13,11 @@ from scipy.stats import spearmanr
 
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.budget import Keep
 from expertcut.edits.criteria import CRITERIA, compare, ranked, scores, spearman
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import load_hashes, load_plan
-from expertcut.edits.prune import choose
-from expertcut.edits.ranking import Way, expressions_of, protected, protection, super_experts
+from expertcut.edits.ranking import expressions_of, protected, protection, super_experts
+from expertcut.edits.selection import choose
 from expertcut.edits.splits import hashes, questions_for
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.storage import Profile
@@ -70,8 +70,8 @@ def test_a_planted_super_expert_is_found_and_protected(planted: tuple[Profile, i
     profile, expert = planted
     assert super_experts(profile) == [(expert,), ()]
     first = profile.info.model.blocks[0].name
-    plain = choose(profile, Keep(count=N_KEEP), Way())
-    kept = choose(profile, Keep(count=N_KEEP), Way(protect=("super",)))
+    plain = choose(profile, CutSettings(keep=N_KEEP))
+    kept = choose(profile, CutSettings(keep=N_KEEP, protect=["super"]))
     assert expert not in plain.draft.edits[first].keep
     assert expert in kept.draft.edits[first].keep
     assert kept.spared == {first: (expert,), profile.info.model.blocks[1].name: ()}
@@ -136,9 +136,9 @@ def test_what_is_asked_adds_to_super_unless_none_is_asked():
 def test_keep_active_keeps_what_is_protected_besides(planted: tuple[Profile, int]):
     profile, expert = planted
     first, second = (b.name for b in profile.info.model.blocks)
-    plain = choose(profile, Keep(active=True), Way(layout="exact"))
+    plain = choose(profile, CutSettings(keep_active=True, layout="exact"))
     assert expert not in plain.draft.edits[first].keep  # no answer position chose it
-    kept = choose(profile, Keep(active=True), Way(layout="exact", protect=("super",)))
+    kept = choose(profile, CutSettings(keep_active=True, layout="exact", protect=["super"]))
     assert set(kept.draft.edits[first].keep) == {*plain.draft.edits[first].keep, expert}
     assert kept.draft.edits[second] == plain.draft.edits[second]
     assert kept.spared == {first: (expert,), second: ()}
@@ -156,12 +156,12 @@ def test_what_cannot_be_protected_is_refused(planted: tuple[Profile, int], tmp_p
             protection(profile, [text])
     three = ("0:1", "0:2", "0:3")
     with pytest.raises(PlanError, match="keeps 2 experts, too few for the 3 that --protect names"):
-        choose(profile, Keep(count=2), Way(protect=three))
-    first = next(iter(choose(profile, Keep(count=3), Way(protect=three)).draft.edits.values()))
+        choose(profile, CutSettings(keep=2, protect=three))
+    first = next(iter(choose(profile, CutSettings(keep=3, protect=three)).draft.edits.values()))
     assert first.keep == (1, 2, 3)
     # Named ones go before super experts.
-    way = Way(protect=("super", *three))
-    first = next(iter(choose(profile, Keep(count=3), way).draft.edits.values()))
+    way = CutSettings(protect=["super", *three])
+    first = next(iter(choose(profile, way.completed(keep=3)).draft.edits.values()))
     assert first.keep == (1, 2, 3)
     bare = random_chunk(0, 3, [block(0)])
     bare = {name: array for name, array in bare.items() if not name.endswith("_LE")}

@@ -14,11 +14,10 @@ from torch import Tensor
 from expertcut.checkpoints.build import BuildOptions, Built, build
 from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.budget import Keep
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import EditPlan, ids_text, load_hashes, load_plan
-from expertcut.edits.prune import choose
-from expertcut.edits.ranking import Way
 from expertcut.edits.router_edits import reweight_draft, scalings, tilts, with_tilts
+from expertcut.edits.selection import choose
 from expertcut.errors import ContractError, PlanError, SettingsError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers
@@ -26,7 +25,7 @@ from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.edit_tables import tilt_sentences
-from expertcut.reporting.show import find_shown
+from expertcut.reporting.views import find_shown
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 from tests.conftest import FAMILIES, open_model
@@ -212,7 +211,7 @@ def test_agreement_is_how_often_the_very_experts_of_the_exact_bias_are_chosen(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path, n_keep: int
 ) -> None:
     profile = profile_of("olmoe")
-    cut = choose(profile, Keep(count=n_keep), Way(fold="off")).draft
+    cut = choose(profile, CutSettings(keep=n_keep, fold="off")).draft
     expert = cut.edits[LAST].keep[-1]
     draft = with_tilts(cut, tilts(profile, [f"{expert}=1.5"], []))
     built = build(profile, draft, tmp_path / "out", AS_IS)
@@ -261,7 +260,7 @@ def test_a_cut_can_tilt_what_it_keeps(
 ) -> None:
     profile = profile_of(family)
     fold: Any = "off" if layout == "stock" else "answer"
-    cut = choose(profile, Keep(count=6), Way(layout=layout, fold=fold)).draft
+    cut = choose(profile, CutSettings(keep=6, layout=layout, fold=fold)).draft
     first, last = cut.edits[LAST].keep[0], cut.edits[LAST].keep[-1]
     found, factors = tilts(profile, [f"{last}=1.5"], []), scalings(profile, [f"1:{first}=0.3"])
     draft = with_tilts(cut, found, factors)
@@ -285,7 +284,7 @@ def test_a_cut_can_tilt_what_it_keeps(
 @pytest.mark.parametrize("layout", ["stock", "exact"])
 def test_a_cut_does_not_tilt_what_it_removes(profile_of: Profiles, layout: Any) -> None:
     profile = profile_of("olmoe")
-    cut = choose(profile, Keep(count=5), Way(layout=layout)).draft
+    cut = choose(profile, CutSettings(keep=5, layout=layout)).draft
     gone = cut.edits[LAST].removed(8)[0]
     for found, factors in (
         (tilts(profile, [f"{gone}=1"], []), []),
@@ -306,7 +305,7 @@ def cut_profile(
 
     def make(layout: Any) -> tuple[Profile, tuple[int, ...]]:
         profile = profile_of("olmoe")
-        draft = choose(profile, Keep(count=5), Way(layout=layout)).draft
+        draft = choose(profile, CutSettings(keep=5, layout=layout)).draft
         build(profile, draft, tmp_path / f"cut-{layout}", UNASKED)
         return measure(tmp_path / f"cut-{layout}"), draft.edits[LAST].keep
 
@@ -374,7 +373,7 @@ def test_layout_stock_does_not_carry_an_exact_model_on(cut_profile: Any, tmp_pat
     profile, keep = cut_profile("exact")
     for draft in (
         reweight_draft(profile, tilts(profile, [f"{keep[0]}=1"], [])),
-        choose(profile, Keep(count=4), Way()).draft,
+        choose(profile, CutSettings(keep=4)).draft,
     ):
         with pytest.raises(ContractError, match="layout exact, which layout stock cannot carry on"):
             build(profile, draft, tmp_path / "out", UNASKED)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.budget import Keep
-from expertcut.edits.prune import choose, removed_traffic
-from expertcut.edits.ranking import Way
+from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.selection import choose, removed_traffic
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile
@@ -25,7 +24,7 @@ def test_mass_and_questions_are_those_of_the_prompts_run_alone(
     quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
     list(Measurement(moe, quiz, None, MeasureOptions(stats=stats)).run(tmp_path / "p"))  # type: ignore[arg-type]
     profile = load_profile(tmp_path / "p")
-    edits = choose(profile, Keep(active=True), Way(layout="exact")).draft.edits
+    edits = choose(profile, CutSettings(keep_active=True, layout="exact")).draft.edits
     gone = {b.layer: torch.tensor(edits[b.name].removed(48)) for b in moe.blocks}
     mass, total = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     n_questions, used = torch.zeros(2), [set[int](), set[int]()]
@@ -60,7 +59,7 @@ def test_a_cut_that_the_answers_use_counts_their_questions(
     quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
     list(Measurement(moe, quiz, None, MeasureOptions()).run(tmp_path / "p"))
     profile = load_profile(tmp_path / "p")
-    edits = choose(profile, Keep(count=2), Way()).draft.edits
+    edits = choose(profile, CutSettings(keep=2)).draft.edits
     for layer, found in enumerate(removed_traffic(profile, edits)):
         keep = set(edits[found.block].keep)
         rows = profile.array("chosen_NLK")[:, layer].tolist()

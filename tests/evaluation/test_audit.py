@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,12 @@ from scipy.stats import spearmanr
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.edit_settings import AuditSettings, CutSettings
 from expertcut.edits.plan import BlockEdit
-from expertcut.edits.ranking import Way
+from expertcut.edits.ranking import empty_draft
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.ablation import (
     Auditing,
-    AuditOptions,
     evaluate_criterion,
     interval,
     ranks_overall,
@@ -43,7 +44,7 @@ from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import LETTERS, Commands, make_checkpoint, open_model, write_quiz
 
 BY = ("activations", "random")
-EXACT = Way(layout="exact")
+EXACT: dict[str, Any] = {"layout": "exact"}
 
 
 def profiled(model: Path, quiz_folder: Path, folder: Path) -> Profile:
@@ -59,14 +60,15 @@ def profile(
     return profiled(checkpoint("olmoe"), quiz_folder, tmp_path_factory.mktemp("audit") / "olmoe")
 
 
-def options(way: Way = Way(), sample: int = 16, by: tuple[str, ...] = BY) -> AuditOptions:  # noqa: B008
-    return AuditOptions(by, (0.75, 0.5), way, LoadOptions(), sample, questions=12)
+def options(sample: int = 16, by: tuple[str, ...] = BY, **more: Any) -> AuditSettings:
+    names = ",".join(by)
+    return AuditSettings(by=names, fractions="0.75,0.5", sample=sample, questions=12, **more)
 
 
 def audited(
-    profile: Profile, folder: Path, asked: AuditOptions, on_pass: OnPass = ignore
+    profile: Profile, folder: Path, asked: AuditSettings, on_pass: OnPass = ignore
 ) -> tuple[Auditing, Audit]:
-    auditing = Auditing(profile, asked)
+    auditing = Auditing(profile, asked, LoadOptions())
     list(auditing.run(folder, on_pass))
     return auditing, load_audit(folder)
 
@@ -100,14 +102,14 @@ def test_the_harm_is_that_of_a_mask_on_the_router(profile: Profile, tmp_path: Pa
 
 
 def test_the_harm_is_that_of_a_written_checkpoint(profile: Profile, tmp_path: Path) -> None:
-    auditing, found = audited(profile, tmp_path / "audit", options(EXACT, sample=3))
+    auditing, found = audited(profile, tmp_path / "audit", options(sample=3, **EXACT))
     quiz = auditing.quiz
     base = ask(Engine(open_model(Path(profile.info.model.id)), 2048), quiz)
     for harm in found.harms:
         name = profile.info.model.blocks[harm.layer].name
         edits = {b.name: BlockEdit(keep=tuple(range(8))) for b in profile.info.model.blocks}
         edits[name] = BlockEdit(keep=tuple(e for e in range(8) if e != harm.expert))
-        draft = replace(EXACT.draft("one", "", ""), edits=edits)
+        draft = replace(empty_draft(CutSettings(**EXACT), "one", "", ""), edits=edits)
         out = tmp_path / f"{harm.layer}-{harm.expert}"
         build(profile, draft, out, BuildOptions(LoadOptions(), is_verified=False))
         written = ask(Engine(open_model(out), 2048), quiz)
@@ -126,8 +128,7 @@ def test_an_expert_that_no_token_chose_is_harmless_to_the_last_bit(
     # Where the gate renormalises, an expert that is not chosen takes no part in anything.
     family = "olmoe" if layout == "exact" else "qwen3_moe"
     profile = profiled(checkpoint(family, num_experts=48), quiz_folder, tmp_path / "p")
-    way = Way(layout=layout)  # type: ignore[arg-type]
-    auditing, found = audited(profile, tmp_path / "audit", options(way, sample=24))
+    auditing, found = audited(profile, tmp_path / "audit", options(sample=24, layout=layout))
     used: set[tuple[int, int]] = set()
 
     def see(routing: Routing) -> None:
@@ -350,14 +351,14 @@ def test_an_audit_that_was_killed_comes_to_the_same_bytes(profile: Profile, tmp_
     ("other", "told"),
     [
         (options(sample=4), "its sample was 2, now it is 4"),
-        (options(EXACT, sample=2), "its layout was stock"),
-        (options(Way(seed=1), sample=2), "its seed was 0"),
+        (options(sample=2, **EXACT), "its layout was stock"),
+        (options(sample=2, seed=1), "its seed was 0"),
         (options(sample=2, by=("random",)), "its by was"),
         (replace(options(sample=2), questions=6), "its questions was 12, now it is 6"),
     ],
 )
 def test_a_folder_of_another_audit_is_refused(
-    profile: Profile, begun: Path, tmp_path: Path, other: AuditOptions, told: str
+    profile: Profile, begun: Path, tmp_path: Path, other: AuditSettings, told: str
 ) -> None:
     folder = Path(shutil.copytree(begun, tmp_path / "audit"))
     before = (folder / "audit.json").read_bytes()

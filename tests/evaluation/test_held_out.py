@@ -4,7 +4,7 @@ import csv
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from expertcut.checkpoints.held_out_check import sorted_hashes
 from expertcut.data import Question, Selection, load_quiz
 from expertcut.data.questions import Quiz
-from expertcut.data.sources import Weighted
 from expertcut.edits.plan import BlockEdit, EditPlan, load_hashes, load_plan, save_plan
 from expertcut.edits.splits import (
     UNUSED,
@@ -30,12 +29,12 @@ from expertcut.edits.splits import (
 )
 from expertcut.errors import QuizError
 from expertcut.healing.data import read_data
-from expertcut.healing.heal_settings import Data, Healing
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile
 from expertcut.reporting.page_sections import _held_out
-from expertcut.reporting.show import Found
+from expertcut.reporting.views import Found
 from expertcut.stats import HeldOutResult, LogprobShift
 from tests.conftest import Commands, make_tokenizer, open_model
 from tests.support.hand_made import block, profile_info
@@ -243,10 +242,10 @@ def test_heal_trains_on_nothing_that_it_calls_held_out_or_not_used(
         said += [f"line {i}" for i in range(30)]
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in said))
         split = "val" if form.kind == "file" else sorted(form.rows)[0]
-        data = Data((Weighted(str(quiz)), Weighted(str(quiz))), split, 0)
-        data = replace(data, texts=(Weighted(str(file)),), is_shuffled=False)
+        settings = HealSettings(quiz=(str(quiz), str(quiz)), split=split, shots=0)
+        settings = settings.model_copy(update={"text": (str(file),), "shuffle": False})
         try:
-            found = read_data(Healing(data), make_tokenizer(), 4096)
+            found = read_data(settings, make_tokenizer(), 4096)
         except QuizError:
             return
         tokenizer = make_tokenizer()

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,9 @@ import pytest
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.budget import Keep
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.prune import choose
-from expertcut.edits.ranking import Way
+from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.selection import choose
 from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import results, score
 from expertcut.evaluation.results import Scored, Scoring
@@ -32,13 +30,13 @@ from expertcut.scoring.passes import ignore
 from tests.conftest import Commands, open_model
 
 GRID = Grid(("activations", "random"), (0.75, 0.5))
-STOCK = Way()
+STOCK = CutSettings()
 AS_IS = LoadOptions()
 FORMS = [
     ("olmoe", STOCK),
-    ("olmoe", Way(fold="off")),
-    ("olmoe", Way(layout="exact")),
-    ("olmoe", Way(layout="exact", removed="mean")),
+    ("olmoe", CutSettings(fold="off")),
+    ("olmoe", CutSettings(layout="exact")),
+    ("olmoe", CutSettings(layout="exact", removed="mean")),
     ("deepseek_v3", STOCK),
 ]
 
@@ -69,7 +67,9 @@ def asked(quiz_folder: Path) -> Quiz:
     return load_quiz(Selection(str(quiz_folder), shots=1, limit=3))
 
 
-def swept(profile: Profile, quiz: Quiz, folder: Path, way: Way = STOCK, grid: Grid = GRID) -> int:
+def swept(
+    profile: Profile, quiz: Quiz, folder: Path, way: CutSettings = STOCK, grid: Grid = GRID
+) -> int:
     """Runs what is missing; how many forward passes that took."""
     passes: list[Pass] = []
     sweeping = Sweeping(profile, grid, way, Asking(quiz, None, LoadOptions()))
@@ -98,13 +98,13 @@ def test_a_cell_equals_eval_of_the_written_checkpoint(
     asked: Quiz,
     tmp_path: Path,
     family: str,
-    way: Way,
+    way: CutSettings,
 ) -> None:
     profile = profile_of(family)
     grid = Grid(("activations",), (0.5,))
     swept(profile, asked, tmp_path / "sweep", way, grid)
     (cell,) = load_sweep(tmp_path / "sweep").cells
-    chosen = choose(profile, Keep(fraction=0.5), way)
+    chosen = choose(profile, way.completed(keep_fraction=0.5))
     out, as_loaded = tmp_path / "cut", BuildOptions(LoadOptions(), is_verified=False)
     build(profile, chosen.draft, out, as_loaded)
     scoring = Scoring(asked, None, LoadOptions(), MeasureOptions("none"))
@@ -142,8 +142,9 @@ def test_a_sweep_leaves_the_model_as_it_was(
 def test_a_global_budget_is_swept_too(
     profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
 ) -> None:
-    grid = Grid(("activations",), (0.5,), "global", 3)
-    swept(profile_of("olmoe"), asked, tmp_path / "sweep", Way(layout="exact"), grid)
+    grid = Grid(("activations",), (0.5,))
+    settings = CutSettings(layout="exact", budget="global", min_keep=3)
+    swept(profile_of("olmoe"), asked, tmp_path / "sweep", settings, grid)
     (cell,) = load_sweep(tmp_path / "sweep").cells
     kept = [len(experts) for experts in cell.keep.values()]
     assert sum(kept) == 8 and min(kept) >= 3
@@ -222,8 +223,8 @@ def test_a_cell_that_is_gone_is_asked_again_and_others_are_not(
     [
         ((Grid(("activations",), (0.75, 0.5)), STOCK, 1), "its by was"),
         ((Grid(GRID.by, (0.75,)), STOCK, 1), "its fractions was"),
-        ((GRID, Way(layout="exact"), 1), "its layout was stock, now it is exact"),
-        ((GRID, Way(seed=1), 1), "its seed was 0, now it is 1"),
+        ((GRID, CutSettings(layout="exact"), 1), "its layout was stock, now it is exact"),
+        ((GRID, CutSettings(seed=1), 1), "its seed was 0, now it is 1"),
         ((GRID, STOCK, 0), "its scored differs"),
     ],
 )
@@ -231,7 +232,7 @@ def test_a_folder_of_another_sweep_is_refused(
     profile_of: Callable[[str], Profile],
     quiz_folder: Path,
     tmp_path: Path,
-    other: tuple[Grid, Way, int],
+    other: tuple[Grid, CutSettings, int],
     told: str,
 ) -> None:
     profile = profile_of("olmoe")
@@ -266,9 +267,9 @@ def test_what_a_profile_is_too_small_for_is_said_before_anything_is_written(
 ) -> None:
     moe = open_model(Path(profile_of("olmoe").info.model.id))
     list(Measurement(moe, asked, 3, MeasureOptions(stats="answer")).run(tmp_path / "small"))
-    small, way = load_profile(tmp_path / "small"), Way(positions="all")
+    small, way = load_profile(tmp_path / "small"), CutSettings(positions="all")
     grid = Grid(("random", "activations"), (0.5,))
-    sweeping = Sweeping(small, grid, replace(way, positions=None), Asking(asked, None, AS_IS))
+    sweeping = Sweeping(small, grid, way.completed(positions=None), Asking(asked, None, AS_IS))
     assert next(sweeping.steps(tmp_path / "can"))
     sweeping = Sweeping(small, Grid(("activations",), (0.5,)), way, Asking(asked, None, AS_IS))
     with pytest.raises(ProfileError, match="--stats all"):
@@ -335,7 +336,8 @@ def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
 ) -> None:
     sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, Asking(asked, None, LoadOptions()))
     next(sweeping.steps(tmp_path / "half"))
-    code = "import sys; from pathlib import Path; from expertcut.reporting.show import find_shown; "
+    code = "import sys; from pathlib import Path\n"
+    code += "from expertcut.reporting.views import find_shown\n"
     code += (
         "find_shown(Path(sys.argv[1])).tables(); print({'torch', 'matplotlib'} & {*sys.modules})"
     )
@@ -395,8 +397,8 @@ def test_max_bytes_keeps_what_fits(
 
 def test_grids_are_read_as_they_are_written() -> None:
     assert read_fractions("0.75, .5,1", "--sweep") == (0.75, 0.5, 1.0)
-    assert read_criteria("all", CRITERIA) == tuple(CRITERIA)
-    assert read_criteria("random, activations", CRITERIA) == ("random", "activations")
+    assert read_criteria("all") == tuple(CRITERIA)
+    assert read_criteria("random, activations") == ("random", "activations")
     for wrong in ("", ",", "0", "-1", "nan", "inf", "1.01"):
         with pytest.raises(SettingsError):
             read_fractions(wrong, "--sweep")
@@ -406,6 +408,6 @@ def test_a_grid_that_keeps_too_few_is_refused_before_anything_is_loaded(
     profile_of: Callable[[str], Profile],
 ) -> None:
     blocks = profile_of("deepseek_v3").info.model.blocks
-    Grid(("random",), (0.5,)).check(blocks, "stock")
+    Grid(("random",), (0.5,)).check(blocks, STOCK)
     with pytest.raises(PlanError, match="keep 4 to 8"):
-        Grid(("random",), (0.5, 0.25)).check(blocks, "stock")
+        Grid(("random",), (0.5, 0.25)).check(blocks, STOCK)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.shards import read_tensor
-from expertcut.errors import ModelError, SettingsError
-from expertcut.healing.adapters import TARGETS, Lora, adapted, deltas, write_adapter, write_merged
+from expertcut.errors import ModelError
+from expertcut.healing.adapters import adapted, deltas, write_adapter, write_merged
+from expertcut.healing.heal_settings import TARGETS, HealSettings, Target
 from expertcut.models.load import MoeModel
 from expertcut.models.safetensors_index import read_headers
 from tests.conftest import FAMILIES, make_checkpoint, open_model
@@ -21,9 +22,9 @@ Checkpoints = Callable[..., Path]
 TOKENS = torch.arange(2, 42)[None]
 
 
-def trained(moe: MoeModel, targets: tuple[str, ...] = TARGETS) -> object:
+def trained(moe: MoeModel, targets: tuple[Target, ...] = TARGETS) -> object:
     """Adapters that change something, as after some steps."""
-    model = adapted(moe, Lora(2, 4, targets))
+    model = adapted(moe, HealSettings(rank=2, alpha=4, targets=targets))
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -62,7 +63,7 @@ def test_the_written_checkpoint_is_the_model_with_its_adapters(
 
 @pytest.mark.parametrize("targets", [("attention",), ("experts",), ("gate",)])
 def test_only_what_is_named_changes(
-    checkpoint: Checkpoints, tmp_path: Path, targets: tuple[str, ...]
+    checkpoint: Checkpoints, tmp_path: Path, targets: tuple[Target, ...]
 ) -> None:
     path = checkpoint("olmoe")
     moe = open_model(path)
@@ -76,7 +77,7 @@ def test_only_what_is_named_changes(
 def test_adapters_change_nothing_before_they_are_trained(checkpoint: Checkpoints) -> None:
     moe = open_model(checkpoint("olmoe"))
     before = logits(moe.model)
-    model = adapted(moe, Lora(2, 4, TARGETS))
+    model = adapted(moe, HealSettings(rank=2, alpha=4, targets=TARGETS))
     assert (logits(moe.model) - before).abs().max() < 1e-6
     names = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert names and all("lora_" in name for name in names)
@@ -148,9 +149,7 @@ def test_an_adapter_loads_with_peft_on_plain_transformers(
 
 def test_what_cannot_be_adapted_is_refused(checkpoint: Checkpoints) -> None:
     moe = open_model(checkpoint("olmoe"))
-    with pytest.raises(SettingsError, match="--targets shared is unknown"):
-        adapted(moe, Lora(2, 4, ("shared",)))
     for layer in moe.model.model.layers:
         del layer.self_attn
     with pytest.raises(ModelError, match="no linear layers in its attention"):
-        adapted(moe, Lora(2, 4, ("attention",)))
+        adapted(moe, HealSettings(targets=("attention",)))

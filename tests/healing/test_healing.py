@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from expertcut.cli.other_commands import Objective
 from expertcut.data import Selection, load_quiz
-from expertcut.data.sources import Weighted
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.errors import OutputError, SettingsError
-from expertcut.healing.heal import BASE, BEFORE, HEALED
-from expertcut.healing.heal_settings import Data, Training
+from expertcut.healing.heal_settings import OBJECTIVE_NAMES
 from expertcut.healing.objectives import OBJECTIVES
+from expertcut.healing.recovery import BASE, BEFORE, HEALED
 from expertcut.healing.teacher_cache import Cached, Whose
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import Commands, open_model
@@ -27,7 +24,7 @@ from tests.support.exact_models import (
     load_exact,
     logprobs,
 )
-from tests.support.healed_models import SHORT, asked_for, cut, healed
+from tests.support.healed_models import Sudden, changed, cut, healed, settings_for
 
 Checkpoints = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -52,11 +49,8 @@ def exact(
 def test_a_cut_model_comes_back_toward_its_base(tmp_path: Path) -> None:
     quiz = BUNDLED / "quiz"
     folder = cut(BUNDLED, quiz, tmp_path)
-    data = Data((Weighted(str(quiz)),), shots=0, limit=8)
-    training = Training(steps=10, batch=12, check_every=5, learning_rate=1e-2)
-    found = healed(
-        folder, asked_for(quiz, data=data, training=training), tmp_path / "out", is_verified=True
-    )
+    settings = settings_for(quiz, shots=0, limit=8, steps=10, batch=12, check_every=5, verify=True)
+    found = healed(folder, settings, tmp_path / "out")
     assert found.objective == "distill" and found.verdict is not None
     by_step = dict(found.curve.held_out)
     assert by_step[found.curve.best_step] < 0.6 * found.curve.losses[0]
@@ -72,7 +66,7 @@ def test_a_healed_checkpoint_loads_as_it_was_written(
     stock: Path, exact: Path, quiz_folder: Path, tmp_path: Path, layout: str
 ) -> None:
     folder = stock if layout == "stock" else exact
-    healed(folder, asked_for(quiz_folder), tmp_path / "out")
+    healed(folder, settings_for(quiz_folder), tmp_path / "out")
     ours = logprobs(as_transformers_runs_it(open_model(tmp_path / "out")).model)
     if layout == "exact":
         theirs = load_exact(tmp_path / "out")
@@ -97,7 +91,7 @@ def test_one_as_written_before_is_healed_to_todays_names(
 ) -> None:
     old = as_written_before(exact, tmp_path / "old")
     for source in (exact, old):
-        healed(source, asked_for(quiz_folder), tmp_path / f"of-{source.name}")
+        healed(source, settings_for(quiz_folder), tmp_path / f"of-{source.name}")
     new, upgraded = tmp_path / f"of-{exact.name}", tmp_path / "of-old"
     first, second = (load_file(p / "model.safetensors") for p in (new, upgraded))
     assert first.keys() == second.keys() != load_file(old / "model.safetensors").keys()
@@ -110,9 +104,9 @@ def test_one_as_written_before_is_healed_to_todays_names(
 def test_a_teacher_from_a_cache_teaches_as_a_live_one(
     stock: Path, quiz_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = asked_for(quiz_folder, likeliest=20)
+    asked = settings_for(quiz_folder, likeliest=20)
     live = healed(stock, asked, tmp_path / "live")
-    cached = replace(asked, cache=tmp_path / "cache")
+    cached = changed(asked, teacher_cache=tmp_path / "cache")
     first = healed(stock, cached, tmp_path / "first")
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) > 4 and {f.suffix for f in files} == {".json", ".safetensors"}
@@ -121,13 +115,13 @@ def test_a_teacher_from_a_cache_teaches_as_a_live_one(
     def never(*_: object) -> None:
         raise AssertionError("the teacher is asked again")
 
-    monkeypatch.setattr("expertcut.healing.heal._load_other", never)
+    monkeypatch.setattr("expertcut.healing.recovery._load_other", never)
     second = healed(stock, cached, tmp_path / "second")
     assert first.curve == second.curve
     assert live.curve.losses == pytest.approx(first.curve.losses, abs=1e-5)
     assert live.curve.losses[0] > 0.01
     with pytest.raises(OutputError, match="another teacher, or others of them"):
-        healed(stock, replace(cached, likeliest=7), tmp_path / "third")
+        healed(stock, changed(cached, likeliest=7), tmp_path / "third")
     assert not (tmp_path / "third.healing").exists()
 
 
@@ -152,8 +146,8 @@ def test_the_loss_is_that_of_the_whole_batch_however_it_is_cut(
     for objective in ("distill", "answer"):
         curves = []
         for micro in (4, 1):
-            training = replace(SHORT, steps=2, micro_batch=micro, answer_weight=0.5, balance=0.1)
-            asked = asked_for(quiz_folder, objective=objective, training=training)
+            spent = {"micro_batch": micro, "answer_weight": 0.5, "balance": 0.1}
+            asked = settings_for(quiz_folder, objective=objective, steps=2, **spent)
             curves.append(healed(stock, asked, tmp_path / f"{objective}-{micro}").curve)
         assert curves[1].losses == pytest.approx(curves[0].losses, rel=1e-6)
         assert curves[1].held_out[0][1] == pytest.approx(curves[0].held_out[0][1], rel=1e-6)
@@ -162,8 +156,8 @@ def test_the_loss_is_that_of_the_whole_batch_however_it_is_cut(
 def test_training_stops_where_held_out_rows_no_longer_gain_and_keeps_the_best(
     stock: Path, quiz_folder: Path, tmp_path: Path
 ) -> None:
-    wild = Training(steps=40, batch=4, check_every=1, patience=2, learning_rate=0.9, warmup=0)
-    curve = healed(stock, asked_for(quiz_folder, training=wild), tmp_path / "out").curve
+    wild = {"steps": 40, "check_every": 1, "patience": 2, "learning_rate": 0.9}
+    curve = healed(stock, settings_for(quiz_folder, Sudden, **wild), tmp_path / "out").curve
     assert curve.steps < 40 and curve.best_step == curve.steps - 2
     losses = dict(curve.held_out)
     assert losses[curve.best_step] == min(losses.values()) < losses[curve.steps]
@@ -172,7 +166,7 @@ def test_training_stops_where_held_out_rows_no_longer_gain_and_keeps_the_best(
 def test_the_plan_says_who_is_left_and_what_was_shown(
     stock: Path, checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
 ) -> None:
-    found = healed(stock, asked_for(quiz_folder), tmp_path / "out", is_verified=True)
+    found = healed(stock, settings_for(quiz_folder, verify=True), tmp_path / "out")
     before, after = load_plan(stock), load_plan(tmp_path / "out")
     assert after == found.plan and after.action == "heal --objective distill"
     assert {n: e.keep for n, e in after.blocks.items()} == {
@@ -216,11 +210,14 @@ def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--targets", "attention,mlp"), "--targets mlp is unknown"),
-        (("--batch", 6, "--micro-batch", 4), "--micro-batch 4 must divide --batch 6"),
-        (("--alpha", 0), "--rank and --alpha be above 0"),
-        (("--answer-weight", "nan"), "--answer-weight must be a number of at least 0"),
-        (("--learning-rate", 3), "--learning-rate must lie between 0 and 1"),
+        (
+            ("--targets", "attention,mlp"),
+            "--targets: Input should be 'attention', 'experts' or 'gate'",
+        ),
+        (("--batch", 6, "--micro-batch", 4), "--micro-batch-size 4 must divide --batch-size 6"),
+        (("--alpha", 0), "--alpha: Input should be greater than or equal to 1"),
+        (("--answer-weight", "nan"), "--answer-weight: Input should be a finite number"),
+        (("--learning-rate", 3), "--learning-rate: Input should be less than 1"),
         (("--text", "x.jsonl", "--objective", "answer"), "--text has no answers"),
         (("--split", "test"), "stand in split test, which is scored later"),
         (("--split", "nothing"), "has no questions in split nothing"),
@@ -238,25 +235,23 @@ def test_what_cannot_be_done_is_refused_in_a_line(
 def test_without_a_base_the_letters_are_trained_on(
     checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
 ) -> None:
-    asked = asked_for(quiz_folder, training=replace(SHORT, steps=1))
+    asked = settings_for(quiz_folder, steps=1)
     assert healed(checkpoint("olmoe"), asked, tmp_path / "out").objective == "answer"
     with pytest.raises(SettingsError, match="name it with --teacher"):
-        healed(checkpoint("olmoe"), replace(asked, objective="distill"), tmp_path / "none")
+        healed(checkpoint("olmoe"), changed(asked, objective="distill"), tmp_path / "none")
     other = checkpoint("olmoe", vocab_size=290, seed=3)
-    taught = replace(asked, objective="distill", teacher=str(other))
+    taught = changed(asked, objective="distill", teacher=str(other))
     assert healed(checkpoint("olmoe"), taught, tmp_path / "taught").curve.losses[0] > 0.1
 
 
-def test_the_command_line_names_all_objectives() -> None:
-    assert {objective.value for objective in Objective} == set(OBJECTIVES)
+def test_the_settings_name_all_objectives() -> None:
+    assert set(OBJECTIVE_NAMES) == set(OBJECTIVES)
 
 
 def test_options_of_memory_change_no_loss(stock: Path, quiz_folder: Path, tmp_path: Path) -> None:
-    training = replace(SHORT, steps=2, balance=0.1)
-    plain = healed(stock, asked_for(quiz_folder, training=training), tmp_path / "plain")
-    spared = replace(training, saves_memory=True)
-    found = healed(stock, asked_for(quiz_folder, training=spared), tmp_path / "spared")
+    balanced = settings_for(quiz_folder, steps=2, balance=0.1)
+    plain = healed(stock, balanced, tmp_path / "plain")
+    found = healed(stock, changed(balanced, save_memory=True), tmp_path / "spared")
     assert found.curve.losses == pytest.approx(plain.curve.losses, rel=1e-4)
-    without = replace(training, balance=0.0)
-    other = healed(stock, asked_for(quiz_folder, training=without), tmp_path / "without")
+    other = healed(stock, changed(balanced, balance=0.0), tmp_path / "without")
     assert plain.curve.losses[0] > other.curve.losses[0] + 0.09  # at least 1, times its weight

@@ -19,7 +19,7 @@ from expertcut.data.sources import Weighted
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError
 from expertcut.healing.data import Read, read_data
-from expertcut.healing.heal_settings import Data, Healing
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.leakage import (
     CHOSE_STEP,
     USED_BEFORE,
@@ -53,9 +53,8 @@ Checkpoints = Callable[..., Path]
 
 
 def read(*quizzes: Path | str, **changes: object) -> Read:
-    data = Data(tuple(Weighted.read(str(quiz)) for quiz in quizzes), shots=1)
-    asked = Healing(replace(data, **changes))
-    return read_data(asked, make_tokenizer(), asked.data.max_tokens)
+    settings = HealSettings(quiz=tuple(map(str, quizzes)), **{"shots": 1, **changes})
+    return read_data(settings, make_tokenizer(), settings.max_tokens)
 
 
 def texts_of(found: Read, n_rows: int) -> list[str]:
@@ -81,7 +80,7 @@ def test_groups_are_as_long_as_they_may_be() -> None:
 
 
 def test_every_question_is_trained_on_but_those_held_out(quiz_folder: Path) -> None:
-    found = read(quiz_folder, is_shuffled=False)
+    found = read(quiz_folder, shuffle=False)
     quiz = load_quiz(Selection(str(quiz_folder), "val", 0))
     n_held_out = len(quiz) - found.n_questions
     assert found.held_out_quiz is not None and 0 < n_held_out == len(found.held_out_quiz)
@@ -155,7 +154,7 @@ def test_what_stands_in_the_evaluation_split_is_dropped_and_named(
 
 
 def test_of_mmlu_28_questions_of_val_stand_in_test(real_mmlu: Path) -> None:
-    scored = evaluation_quizzes(Data((Weighted(str(real_mmlu)),)))
+    scored = evaluation_quizzes(HealSettings(quiz=str(real_mmlu)))
     kept, dropped = without_scored(load_quiz(Selection(str(real_mmlu), "val", 0)), scored)
     assert dropped is not None and (len(dropped.names), dropped.total) == (28, 1_531)
     assert len(kept) == 1_503
@@ -182,11 +181,11 @@ def jsonl(file: Path, *lines: object) -> Path:
 
 def test_texts_and_quizzes_are_mixed(quiz_folder: Path, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "texts.jsonl", *({"text": f"note {i} on larks"} for i in range(30)))
-    found = read(quiz_folder, texts=(Weighted(str(file), 3.0),))
+    found = read(quiz_folder, text=f"{file}=3")
     assert found.n_texts == 27
     texts = texts_of(found, 80)
     assert sum("on larks" in text for text in texts) == 60
-    alone = read(texts=(Weighted(str(file)),))
+    alone = read(text=str(file))
     assert alone.held_out_quiz is None and len(alone.held_out) == 3
 
 
@@ -194,10 +193,10 @@ def test_chats_are_written_in_the_template(tmp_path: Path, quiz_folder: Path) ->
     chats = [{"messages": [{"role": "user", "content": f"hello {i}"}]} for i in range(12)]
     file = jsonl(tmp_path / "chats.jsonl", *chats)
     with pytest.raises(QuizError, match="no chat template"):
-        read(quiz_folder, texts=(Weighted(str(file)),))
+        read(quiz_folder, text=str(file))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    found = read_data(Healing(Data((), texts=(Weighted(str(file)),))), tokenizer, 99)
+    found = read_data(HealSettings(text=str(file)), tokenizer, 99)
     assert tokenizer.decode(found.rows(1)[0][1].ids).startswith("<user>hello ")
 
 
@@ -205,7 +204,7 @@ def test_texts_that_ask_what_is_scored_are_dropped(quiz_folder: Path, tmp_path: 
     scored = next(iter(load_quiz(Selection(str(quiz_folder), "test", 0))))
     lines = [{"text": f"note {i}"} for i in range(39)]
     file = jsonl(tmp_path / "texts.jsonl", {"text": f"Q:\n{prompt(scored)} A"}, *lines)
-    found = read(quiz_folder, texts=(Weighted(str(file)),))
+    found = read(quiz_folder, text=str(file))
     assert [dropped.names for dropped in found.dropped] == [("line 1",)]
     with pytest.raises(QuizError, match="of 3 texts of notes stand in split test"):
         texts_without_scored("notes", said(prompt(scored), "b", "c"), [scored], "test")
@@ -242,7 +241,7 @@ def test_where_nothing_is_kept_out_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = jsonl(tmp_path / "texts.jsonl", *({"text": f"note {i}"} for i in range(12)))
-    assert read(texts=(Weighted(str(file)),)).scored is None
+    assert read(text=str(file)).scored is None
     assert "name what is scored by --eval-quiz" in caplog.text
 
 
@@ -255,8 +254,8 @@ def test_a_scored_question_in_a_chat_is_found_whatever_the_template(
     content = "\n".join([scored.text, *scored.choices])
     lines = [[{"role": "user", "content": said}] for said in (content, *map(str, range(39)))]
     file = jsonl(tmp_path / "chats.jsonl", *({"messages": line} for line in lines))
-    data = Data((), texts=(Weighted(str(file)),), eval_quiz=str(quiz_folder))
-    found = read_data(Healing(data), tokenizer, 999)
+    settings = HealSettings(text=str(file), eval_quiz=str(quiz_folder))
+    found = read_data(settings, tokenizer, 999)
     assert [dropped.names for dropped in found.dropped] == [("line 1",)]
 
 
@@ -303,7 +302,7 @@ def test_a_line_that_holds_no_text_is_named(
     file = tmp_path / "texts.jsonl"
     file.write_text(f'{{"text": "fine"}}\n{line}\n')
     with pytest.raises(QuizError, match=rf":2: .*{said}"):
-        read(quiz_folder, texts=(Weighted(str(file)),))
+        read(quiz_folder, text=str(file))
 
 
 def test_a_batch_trains_where_the_objective_says() -> None:

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertcut.healing import micro_batch, objectives
 from expertcut.healing.adapters import adapted
-from expertcut.healing.heal import Healed
 from expertcut.healing.micro_batch import MICRO_BATCH_FILE, Needs, _chosen
 from expertcut.healing.objectives import (
     Likeliest,
@@ -24,9 +23,19 @@ from expertcut.healing.objectives import (
     distillation,
     likeliest,
 )
+from expertcut.healing.recovery import Healed
 from expertcut.models import devices
 from tests.conftest import FAMILIES, Commands, open_model
-from tests.support.healed_models import SHORT, SMALL, Stop, asked_for, cut, healed, stopped_after
+from tests.support.healed_models import (
+    SHORT,
+    SMALL,
+    Stop,
+    changed,
+    cut,
+    healed,
+    settings_for,
+    stopped_after,
+)
 
 Checkpoints = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -211,7 +220,7 @@ def same_bytes(first: Path, second: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def by_rows(stock: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Healed:
-    asked = asked_for(quiz_folder, training=replace(SHORT, micro_batch=1))
+    asked = settings_for(quiz_folder, micro_batch=1)
     return healed(stock, asked, tmp_path_factory.mktemp("by_rows") / "out")
 
 
@@ -223,7 +232,7 @@ def test_a_step_without_memory_is_done_again_with_half_the_rows(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked = asked_for(quiz_folder, training=replace(SHORT, micro_batch=4))
+    asked = settings_for(quiz_folder, micro_batch=4)
     with full_memory_above(1, monkeypatch), caplog.at_level(logging.WARNING):
         found = healed(stock, asked, tmp_path / "out").curve
     assert found == by_rows.curve and found.micro_batch == 1
@@ -243,7 +252,7 @@ def test_without_memory_for_one_row_it_ends_in_a_line_and_goes_on_later(
     assert not (tmp_path / "out").exists()
     # What only says how memory is spent is another way to the same result.
     printed = expertcut(*words, "--save-memory", "--micro-batch", 2)
-    assert "2 rows a step, 2 at once (--micro-batch)" in printed
+    assert "2 rows a step, 2 at once (--micro-batch-size)" in printed
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -262,7 +271,7 @@ def test_a_run_that_goes_on_keeps_the_rows_that_it_began_with(
     by_rows: Healed,
     free_memory: Callable[[float], None],
 ) -> None:
-    asked = asked_for(quiz_folder)
+    asked = settings_for(quiz_folder)
     free_memory(0)
     with pytest.raises(Stop):
         healed(stock, asked, tmp_path / "out", report=stopped_after(3))
@@ -281,13 +290,13 @@ def test_a_run_goes_on_with_other_rows_if_it_must_or_is_told_to_and_says_so(
     free_memory: Callable[[float], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked = asked_for(quiz_folder)
+    asked = settings_for(quiz_folder)
     free_memory(1e12)
     with pytest.raises(Stop):
         healed(stock, asked, tmp_path / "out", report=stopped_after(3))
     record = tmp_path / "out.healing" / "steps" / MICRO_BATCH_FILE
     assert record.read_text() == '{"rows":4}\n'
-    two = replace(asked, training=replace(SHORT, micro_batch=2))
+    two = changed(asked, micro_batch=2)
     with pytest.raises(Stop):
         healed(stock, two, tmp_path / "out", report=stopped_after(3))
     assert "2 rows at once, before the stop it was 4" in caplog.text
@@ -295,7 +304,7 @@ def test_a_run_goes_on_with_other_rows_if_it_must_or_is_told_to_and_says_so(
     found = healed(stock, asked, tmp_path / "out").curve
     assert "1 rows at once, before the stop it was 2" in caplog.text
     assert found.losses == pytest.approx(by_rows.curve.losses, rel=1e-4)
-    assert len(set(found.losses)) == SHORT.steps
+    assert len(set(found.losses)) == SHORT["steps"]
 
 
 def test_as_many_rows_are_taken_as_fit_into_half_of_the_free_memory(

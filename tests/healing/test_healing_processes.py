@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.healed_models import SHORT, Stop, asked_for, cut, healed, stopped_after
+from tests.support.healed_models import Stop, cut, healed, settings_for, stopped_after
 
 
 def test_torchrun_trains_one_model_with_the_losses_of_one_process(
     checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path
 ) -> None:
     folder = cut(checkpoint("olmoe"), quiz_folder, tmp_path)
-    alone = healed(folder, asked_for(quiz_folder, training=SHORT), tmp_path / "alone")
-    asked = asked_for(quiz_folder, training=SHORT, cache=tmp_path / "cache")
+    alone = healed(folder, settings_for(quiz_folder), tmp_path / "alone")
+    asked = settings_for(quiz_folder, teacher_cache=tmp_path / "cache")
     with pytest.raises(Stop):  # both then clear up what is damaged
         healed(folder, asked, tmp_path / "out", report=stopped_after(1))
     for step in range(8, 80):

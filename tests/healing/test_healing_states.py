@@ -4,7 +4,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +18,24 @@ from transformers.trainer_callback import TrainerState
 from transformers.training_args import ParallelMode
 
 from expertcut.errors import ModelError, OutputError, SettingsError
-from expertcut.healing.heal import Healed, Options, heal
-from expertcut.healing.heal_settings import Healing, Place, Training
+from expertcut.healing.heal_settings import HealSettings
+from expertcut.healing.recovery import Healed, Options, heal
 from expertcut.healing.state import looks_since_best
 from expertcut.healing.trainer import HealTrainer, _arguments
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
 from tests.conftest import write_quiz
-from tests.support.healed_models import SHORT, SIX, Stop, asked_for, cut, healed, stopped_after
+from tests.support.healed_models import (
+    SHORT,
+    SIX,
+    Stop,
+    Sudden,
+    changed,
+    cut,
+    healed,
+    settings_for,
+    stopped_after,
+)
 
 Checkpoints = Callable[..., Path]
 
@@ -42,23 +51,23 @@ def stock(
 def test_what_is_read_is_never_replaced(
     stock: Path, checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path, of: str
 ) -> None:
-    asked, out = asked_for(quiz_folder), tmp_path / "out"
+    asked, out = settings_for(quiz_folder), tmp_path / "out"
     (out / "inside").mkdir(parents=True)
     (out / "inside" / "precious").touch()
     if of == "base":
         out = checkpoint("olmoe")
     elif of == "teacher":
         other = checkpoint("olmoe", seed=3)
-        asked, out = replace(asked, teacher=str(other)), other
+        asked, out = changed(asked, teacher=str(other)), other
     elif of == "cache":
-        asked = replace(asked, cache=out / "inside")
+        asked = changed(asked, teacher_cache=out / "inside")
     elif of == "quiz":
-        asked = asked_for(out / "inside")
+        asked = settings_for(out / "inside")
     else:
-        asked = replace(asked, data=replace(asked.data, eval_quiz=str(out / "inside")))
+        asked = changed(asked, eval_quiz=str(out / "inside"))
     before = sorted(out.rglob("*"))
     with pytest.raises(OutputError, match="so --force spares it"):
-        heal(str(stock), asked, Place(out, is_forced=True), Options(LoadOptions()))
+        heal(str(stock), asked, out, Options(LoadOptions(), is_forced=True))
     assert sorted(out.rglob("*")) == before != []
 
 
@@ -67,7 +76,7 @@ def test_an_empty_working_directory_can_be_what_is_written(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    asked = asked_for(quiz_folder, training=replace(SHORT, steps=1))
+    asked = settings_for(quiz_folder, steps=1)
     healed(stock, asked, Path())
     assert (tmp_path / "here" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
@@ -76,17 +85,15 @@ def test_an_empty_working_directory_can_be_what_is_written(
 
 @pytest.fixture(scope="module")
 def whole(stock: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Healed:
-    return healed(
-        stock, asked_for(quiz_folder, training=SIX), tmp_path_factory.mktemp("whole") / "out"
-    )
+    return healed(stock, settings_for(quiz_folder, **SIX), tmp_path_factory.mktemp("whole") / "out")
 
 
 @pytest.fixture(scope="module")
 def stopped(
     stock: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Healing, Path]:
+) -> tuple[HealSettings, Path]:
     """What was asked for, and what lies beside the output after five of six steps."""
-    asked = asked_for(quiz_folder, training=SIX)
+    asked = settings_for(quiz_folder, **SIX)
     out = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.raises(Stop):
         healed(stock, asked, out, report=stopped_after(5))
@@ -97,7 +104,7 @@ def stopped(
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     stock: Path, quiz_folder: Path, tmp_path: Path, whole: Healed, step: int
 ) -> None:
-    asked = asked_for(quiz_folder, training=SIX)
+    asked = settings_for(quiz_folder, **SIX)
     with pytest.raises(Stop):
         healed(stock, asked, tmp_path / "parts", report=stopped_after(step))
     assert not (tmp_path / "parts").exists()
@@ -132,7 +139,7 @@ def test_a_state_that_is_damaged_is_passed_over_for_the_one_before(
     stock: Path,
     tmp_path: Path,
     whole: Healed,
-    stopped: tuple[Healing, Path],
+    stopped: tuple[HealSettings, Path],
     name: str,
     damage: Callable[[bytes], bytes],
 ) -> None:
@@ -148,10 +155,10 @@ def test_a_state_that_is_damaged_is_passed_over_for_the_one_before(
 def test_another_run_does_not_go_on_with_what_one_left(
     stock: Path, quiz_folder: Path, tmp_path: Path
 ) -> None:
-    asked = asked_for(quiz_folder)
+    asked = settings_for(quiz_folder)
     with pytest.raises(Stop):
         healed(stock, asked, tmp_path / "out", report=stopped_after(3))
-    other = replace(asked, training=replace(SHORT, seed=5))
+    other = changed(asked, learning_rate=2e-2)
     with pytest.raises(OutputError, match="is another healing: its training"):
         healed(stock, other, tmp_path / "out")
 
@@ -161,7 +168,7 @@ def test_a_run_does_not_go_on_with_other_questions_or_another_dtype(
     stock: Path, tmp_path: Path, what: str
 ) -> None:
     quiz = write_quiz(tmp_path / "quiz")
-    asked = asked_for(quiz)
+    asked = settings_for(quiz)
     with pytest.raises(Stop):
         healed(stock, asked, tmp_path / "out", report=stopped_after(3))
     dtype = "auto"
@@ -178,7 +185,7 @@ def test_a_run_does_not_go_on_with_other_questions_or_another_dtype(
 
 
 def test_two_runs_do_not_fill_one_folder(
-    stock: Path, stopped: tuple[Healing, Path], tmp_path: Path
+    stock: Path, stopped: tuple[HealSettings, Path], tmp_path: Path
 ) -> None:
     asked, left = stopped
     shutil.copytree(left, tmp_path / "out.healing")
@@ -193,18 +200,18 @@ def test_two_runs_do_not_fill_one_folder(
 
 
 # Held-out rows gain until some step, and no more: it ends two looks later.
-WILD = Training(steps=12, batch=4, check_every=1, patience=2, learning_rate=5e-3, warmup=0)
+WILD = {"steps": 12, "check_every": 1, "patience": 2, "learning_rate": 5e-3}
 
 
 @pytest.fixture(scope="module")
 def wild(stock: Path, quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Healed:
     out = tmp_path_factory.mktemp("wild") / "out"
-    found = healed(stock, asked_for(quiz_folder, training=WILD), out)
+    found = healed(stock, settings_for(quiz_folder, Sudden, **WILD), out)
     assert found.curve.best_step == found.curve.steps - 2 < 10
     return found
 
 
-def steps_seen(stock: Path, asked: Healing, out: Path, as_in: Healed) -> list[int]:
+def steps_seen(stock: Path, asked: HealSettings, out: Path, as_in: Healed) -> list[int]:
     """The steps that a run does anew, until it has what an undisturbed one has."""
     seen: list[int] = []
     found = healed(stock, asked, out, report=lambda done, _: seen.append(done))
@@ -217,7 +224,7 @@ def steps_seen(stock: Path, asked: Healing, out: Path, as_in: Healed) -> list[in
 def test_a_stop_takes_no_look_off_the_patience(
     stock: Path, quiz_folder: Path, tmp_path: Path, wild: Healed
 ) -> None:
-    asked, last = asked_for(quiz_folder, training=WILD), wild.curve.steps
+    asked, last = settings_for(quiz_folder, Sudden, **WILD), wild.curve.steps
     with pytest.raises(Stop):
         healed(stock, asked, tmp_path / "out", report=stopped_after(last))
     assert steps_seen(stock, asked, tmp_path / "out", wild) == [last]
@@ -231,9 +238,9 @@ def test_a_run_that_was_killed_while_it_wrote_is_written_as_it_was(
     wild: Healed,
     harm: str,
 ) -> None:
-    asked, out = asked_for(quiz_folder, training=WILD), tmp_path / "out"
+    asked, out = settings_for(quiz_folder, Sudden, **WILD), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("expertcut.healing.heal._write", stopped_after_all)
+        patch.setattr("expertcut.healing.recovery._write", stopped_after_all)
         healed(stock, asked, out)
     steps = tmp_path / "out.healing" / "steps"
     best, last = wild.curve.best_step, wild.curve.steps
@@ -264,7 +271,7 @@ def test_patience_counts_as_transformers_does() -> None:
 
 
 def test_states_are_told_by_their_steps_and_by_nothing_else(
-    stock: Path, stopped: tuple[Healing, Path], tmp_path: Path, whole: Healed
+    stock: Path, stopped: tuple[HealSettings, Path], tmp_path: Path, whole: Healed
 ) -> None:
     asked, left = stopped
     steps = shutil.copytree(left, tmp_path / "out.healing") / "steps"
@@ -273,7 +280,7 @@ def test_states_are_told_by_their_steps_and_by_nothing_else(
     for path in steps.iterdir():
         os.utime(path, (later, later))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("expertcut.healing.heal._write", stopped_after_all)
+        patch.setattr("expertcut.healing.recovery._write", stopped_after_all)
         healed(stock, asked, tmp_path / "out")
     assert whole.curve.best_step == 2
     kept = {f"checkpoint-{n}" for n in (2, 6, "4-backup")}
@@ -291,7 +298,7 @@ def test_states_are_told_by_their_steps_and_by_nothing_else(
 )
 def test_a_loss_that_is_no_number_ends_the_run_and_harms_no_state(
     stock: Path,
-    stopped: tuple[Healing, Path],
+    stopped: tuple[HealSettings, Path],
     tmp_path: Path,
     whole: Healed,
     broken_at: tuple[bool, float, str],
@@ -325,7 +332,7 @@ def test_a_gradient_that_is_no_number_ends_the_run(
     sound = HealTrainer._objective
     monkeypatch.setattr(HealTrainer, "_objective", objective)
     with pytest.raises(ModelError, match="step 1: the norm of its gradient is nan"):
-        healed(stock, asked_for(quiz_folder), tmp_path / "out")
+        healed(stock, settings_for(quiz_folder), tmp_path / "out")
 
 
 def test_one_process_trains_on_the_device_of_its_model_alone(
@@ -341,8 +348,9 @@ def test_one_process_trains_on_the_device_of_its_model_alone(
         SimpleNamespace(device=torch.device(name), model=SimpleNamespace(config=config))
         for name in ("cuda:0", "cuda:1")
     )
-    arguments = _arguments(on_0, SHORT, tmp_path)
-    assert (arguments.n_gpu, arguments.train_batch_size) == (1, SHORT.batch)
+    settings = settings_for(tmp_path)
+    arguments = _arguments(on_0, settings, tmp_path)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, SHORT["batch"])
     assert arguments.parallel_mode == ParallelMode.NOT_PARALLEL
     with pytest.raises(SettingsError, match="--device cuda:1: training would run on cuda:0"):
-        _arguments(on_1, SHORT, tmp_path)
+        _arguments(on_1, settings, tmp_path)

@@ -45,8 +45,8 @@ from expertcut.reporting.profile_tables import (
     subjects_csv,
     suspects_table,
 )
-from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import as_csv
+from expertcut.reporting.views import find_shown
 from tests.conftest import open_model
 from tests.support.hand_made import block, profile_info, random_profile, write_profile
 

@@ -24,8 +24,8 @@ ORDER = (
     "healing",
     "reporting",
     "hub",
-    "recipes",
     "commands",
+    "recipes",
     "cli",
 )
 ROOT_FILES = ("__init__", "__main__")

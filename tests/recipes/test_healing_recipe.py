@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from expertcut.cli import main
-from expertcut.commands.heal_stages import _healing
-from expertcut.errors import QuizError, RecipeError, SettingsError
+from expertcut.errors import QuizError, RecipeError
 from expertcut.evaluation.results import load_results
-from expertcut.healing.heal_settings import Training
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.recipes.loader import read_recipe
+from expertcut.recipes.stage_runs import heal_settings
 from expertcut.recipes.stages import stages_of
 from tests.conftest import make_checkpoint, write_quiz
 from tests.recipes.test_recipes import Place
@@ -91,10 +92,10 @@ def test_a_recipe_ends_with_a_sentence_for_each_model_and_knows_what_was_healed(
 def test_other_settings_do_not_go_on_with_what_was_begun(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expertcut.healing import heal
+    from expertcut.healing import recovery
 
     with monkeypatch.context() as patch:
-        patch.setattr(heal, "_write", None)  # a fault after training
+        patch.setattr(recovery, "_write", None)  # a fault after training
         with pytest.raises(TypeError):
             place.run()
     place.change("rank: 2", "rank: 1")
@@ -108,9 +109,9 @@ def test_its_own_texts_are_inputs(place: Place) -> None:
     stage = stages_of(read_recipe(place.file))[-1]
     assert stage.reads == (str(texts),) and stage.after == ("profile", "cut")
     place.run()
-    assert place.run(is_dry=True).ran == ()
+    assert place.run(dry_run=True).ran == ()
     texts.write_text("".join(f'{{"text": "other words {i}"}}\n' for i in range(12)))
-    assert place.run(is_dry=True).ran == ("healed",)
+    assert place.run(dry_run=True).ran == ("healed",)
     assert f"{texts} changed" in place.why["healed"]
 
 
@@ -120,8 +121,8 @@ def test_what_the_recipe_scores_is_kept_out(place: Place) -> None:
     place.file.write_text(place.file.read_text() + "eval: {split: val}\n")
     recipe = read_recipe(place.file)
     heal = next(v.heal for v in recipe.variants if v.heal)
-    data = _healing(recipe, heal).data
-    assert (data.eval_quiz, data.eval_split) == (str(place.quiz), "val")
+    settings = heal_settings(recipe, heal)
+    assert (settings.eval_quiz, settings.eval_split) == (str(place.quiz), "val")
     stage = next(stage for stage in stages_of(recipe) if stage.kind == "heal")
     assert [asking.split for asking in stage.asks] == ["val"] and stage.reads == (str(other),)
     place.change(f", quiz: {other}", "")
@@ -147,16 +148,16 @@ def test_shots_and_subjects_are_the_recipes_unless_it_has_its_own(
     recipe = read_recipe(place.file)
     asked = recipe.variants[-1].heal
     assert asked is not None
-    data = _healing(recipe, asked).data
-    assert (data.shots, data.subjects) == (shots, subjects)
+    settings = heal_settings(recipe, asked)
+    assert (settings.shots, settings.subjects) == (shots, subjects)
     assert (recipe.quiz in stages_of(recipe)[-1].reads) == reads_all
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
-    Training(seed=2**32 - 1).check()
-    with pytest.raises(SettingsError, match=f"--seed {seed} must lie between 0 and 4294967295"):
-        Training(seed=seed).check()
+    HealSettings(seed=2**32 - 1)
+    with pytest.raises(ValidationError, match="than or equal to"):
+        HealSettings(seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
         ("of: cut", "of: nobody", "which no variant before it is"),
         ("steps: 4", "stepps: 4", "did you mean steps?"),
         ("rank: 2", "targets: [experts, mlp]", "targets"),
-        ("rank: 2", "seed: -1", "seed: Input should be greater than or equal to 0"),
-        ("rank: 2", "seed: 4294967296", "seed: Input should be less than 4294967296"),
+        ("rank: 2", "seed: -1", "seed: must be greater than or equal to 0"),
+        ("rank: 2", "seed: 4294967296", "seed: must be less than or equal to 4294967295"),
         ("rank: 2", "shots: -1", "shots"),
         ("rank: 2", "teacher_cache: /tmp/cache", "lies outside this folder"),
         ("rank: 2", "teacher_cache: a/../../cache", "lies outside this folder"),

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.commands import edit_stages, measure_stages
-from expertcut.commands.run_recipe import Outcome, RunOptions, run
-from expertcut.commands.ui import SilentUI
-from expertcut.edits.criteria import CRITERIA
+from expertcut.commands.common import SilentUI
 from expertcut.errors import OutputError, PlanError, RecipeError
-from expertcut.recipes import recipe_schema
 from expertcut.recipes.loader import MAX_BYTES, MAX_DEPTH, read_recipe
-from expertcut.recipes.stages import Stage, stages_of
+from expertcut.recipes.run_recipe import RunSettings, run
+from expertcut.recipes.stage_runs import Outcome
+from expertcut.recipes.stages import stages_of
 from tests.conftest import make_checkpoint, write_quiz
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +54,8 @@ class Listener(SilentUI):
         self.why: dict[str, str] = {}
         self.said: list[str] = []
 
-    def plan(self, stage: Stage, why: str, *, is_dry: bool) -> None:
-        self.why[stage.name] = why
+    def stage(self, name: str, why: str, *, is_dry: bool) -> None:
+        self.why[name] = why
 
     def say(self, tables: object, sentences: object) -> None:
         self.said += sentences  # type: ignore[operator]
@@ -83,7 +81,7 @@ class Place:
     def run(self, **options: object) -> Outcome:
         listener = Listener()
         try:
-            return run(self.file, RunOptions(self.folder, **options), listener)  # type: ignore[arg-type]
+            return run(RunSettings(recipe=self.file, out=self.folder, **options), listener)  # type: ignore[arg-type]
         finally:
             self.why, self.said = listener.why, listener.said
 
@@ -235,7 +233,7 @@ def test_touching_one_input_redoes_just_what_depends_on_it(done: Place, what: st
     touch, expected, why = TOUCHED[what]
     before = done.contents()
     touch(done)
-    dry = done.run(is_dry=True).ran
+    dry = done.run(dry_run=True).ran
     assert set(expected) <= set(dry) and bool(expected) == bool(dry)
     assert done.run().ran == expected
     if expected:
@@ -247,7 +245,7 @@ def test_touching_one_input_redoes_just_what_depends_on_it(done: Place, what: st
 
 def test_a_question_beyond_a_limit_does_not_concern_what_has_it(done: Place) -> None:
     change_late_test_question(done)
-    assert done.run(is_dry=True).ran == ("cut", "tilted", "eval")
+    assert done.run(dry_run=True).ran == ("cut", "tilted", "eval")
     assert done.why["eval"] == "cut runs before it"
     assert done.why["cut"] == "split test of the quiz changed"
 
@@ -255,17 +253,17 @@ def test_a_question_beyond_a_limit_does_not_concern_what_has_it(done: Place) -> 
 def test_a_dry_run_writes_nothing_and_says_why(done: Place) -> None:
     done.change("limit: 4", "limit: 3")
     before = done.contents()
-    assert done.run(is_dry=True).ran == ("eval",)
+    assert done.run(dry_run=True).ran == ("eval",)
     assert done.contents() == before
     shutil.rmtree(done.folder)
-    assert done.run(is_dry=True).ran == ALL
+    assert done.run(dry_run=True).ran == ALL
     assert set(done.why.values()) == {"it never ran"}
     assert not done.folder.exists()
 
 
 def test_from_a_stage_on_all_is_redone(done: Place) -> None:
-    assert done.run(is_dry=True, start="tilted").ran == ("tilted", "eval")
-    assert done.run(is_dry=True, start="prune").ran == ("cut", "tilted", "eval")
+    assert done.run(dry_run=True, start="tilted").ran == ("tilted", "eval")
+    assert done.run(dry_run=True, start="prune").ran == ("cut", "tilted", "eval")
     assert done.run(start="eval").ran == ("eval",)
     assert done.why["eval"] == "--from asks for it"
     with pytest.raises(RecipeError, match="did you mean profile"):
@@ -279,7 +277,7 @@ def test_a_killed_run_goes_on_where_it_was(done: Place, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(measure_stages, "save", killed)
+        patch.setattr("expertcut.evaluation.evaluate.save", killed)
         done.run()
     assert done.run().ran == ("eval",)
     assert done.why["eval"] == "it was begun and not finished"
@@ -322,8 +320,10 @@ def test_a_search_that_finds_nothing_makes_no_checkpoint_and_the_run_goes_on(
     def nothing(*_: object) -> Decision:
         return Decision((), Settled(()), (), (), 0.5, {}, None, 0)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(edit_stages, "decide", nothing)
-    monkeypatch.setattr(edit_stages, "decision_sentences", lambda _: [])
+    monkeypatch.setattr("expertcut.evaluation.reweight_search.decide", nothing)
+    for name in ("sentences", "tables"):
+        patched = f"expertcut.reporting.edit_tables.decision_{name}"
+        monkeypatch.setattr(patched, lambda _: [])
     done.change("strength: 0.5", "tune: true")
     assert done.run().ran == ("tilted", "eval")
     assert "tilted made no checkpoint, so none is asked" in done.said
@@ -389,9 +389,9 @@ HOSTILE = {
     '"\\e[31m": 1': r"unknown key '\x1b[31m'",
     "": "holds nothing",
     "- a": "holds a list",
-    "model: 3": "at model: Input should be a valid string, not 3",
-    "model: x\nshots: true": "at shots: Input should be a valid integer, not True",
-    "model: x\nthreads: 0": "at threads: Input should be greater than or equal to 1",
+    "model: 3": "at model: must be a valid string, not 3",
+    "model: x\nshots: true": "at shots: must be a valid integer, not True",
+    "model: x\nthreads: 0": "at threads: must be greater than or equal to 1",
     "model: x\nvariants: [{name: a, prune: {keep_fraction: .inf}}]": "keep_fraction",
     "modle: x": "unknown key 'modle': did you mean model?",
     "model: x\nvariants: [{name: a, prune: {keep-active: true}}]": "did you mean keep_active?",
@@ -418,10 +418,6 @@ def test_one_value_may_stand_where_several_may(tmp_path: Path) -> None:
     assert recipe.subjects == ["law"]
     assert recipe.variants[0].reweight is not None
     assert recipe.variants[0].reweight.boost == ["3:12"]
-
-
-def test_the_criteria_of_recipes_are_those_of_prune() -> None:
-    assert tuple(CRITERIA) == recipe_schema.CRITERIA
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -470,7 +466,7 @@ def test_shipped_recipes_say_what_they_would_do_without_a_model(
     monkeypatch.chdir(ROOT)
     recipe = read_recipe(file)
     assert Path(recipe.model).is_dir() or len(recipe.revision or "") == 40
-    outcome = run(file, RunOptions(tmp_path / "run", is_dry=True))
+    outcome = run(RunSettings(recipe=file, out=tmp_path / "run", dry_run=True))
     assert outcome.ran == tuple(stage.name for stage in stages_of(recipe))
     assert {"profile", "eval"} < set(outcome.ran)
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ import pytest
 
 from expertcut.cli import HarmlessFormatter, main
 from expertcut.edits.plan import BlockEdit, PlanFile, PlanModel, load_plan
-from expertcut.edits.prune import removed_traffic
+from expertcut.edits.selection import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
 from expertcut.evaluation.results import ChosenOnResult, save_outcome

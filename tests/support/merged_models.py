@@ -14,7 +14,7 @@ from expertcut.checkpoints.build import BuildOptions, Merged, merge
 from expertcut.checkpoints.merge_edit import Experts
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.merge_groups import Merge
+from expertcut.edits.edit_settings import MergeSettings
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.models.moe_block import MoeBlock
@@ -37,7 +37,9 @@ def measured(model: Path, quiz_folder: Path, folder: Path, **options: Any) -> Pr
     return load_profile(folder)
 
 
-def merged(profile: Profile, folder: Path, asked: Merge, options: BuildOptions = AS_IS) -> Merged:
+def merged(
+    profile: Profile, folder: Path, asked: MergeSettings, options: BuildOptions = AS_IS
+) -> Merged:
     return merge(profile, asked, folder, options)
 
 

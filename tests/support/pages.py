@@ -18,7 +18,7 @@ from expertcut.evaluation.results import (
 )
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.page import PAGE, render, sections_of
-from expertcut.reporting.show import gather
+from expertcut.reporting.views import gather
 from tests.support.hand_made import block, profile_info, random_chunk, random_profile, write_profile
 
 SUBJECTS = {"birds": 40, "clocks": 60}

@@ -25,12 +25,12 @@ from tests.conftest import open_model, write_quiz
 # so whoever needs something there says so here.
 PROCESSES = multiprocessing.get_context("forkserver")
 _EXPERTCUT = (
-    *("checkpoints.build", "evaluation.sweep", "healing.heal", "commands.run_recipe"),
+    *("checkpoints.build", "evaluation.sweep", "healing.recovery", "commands.run_recipe"),
     *(
         "commands.edit_stages",
         "commands.measure_stages",
         "reporting.eval_tables",
-        "reporting.show",
+        "reporting.views",
     ),
 )
 PROCESSES.set_forkserver_preload(

@@ -13,8 +13,8 @@ from rich.console import Console
 from expertcut.edits.plan import BlockEdit, ChosenOn, PlanFile, PlanModel
 from expertcut.errors import ExpertcutError
 from expertcut.profiling.schema import ProfileInfo, Settings, SubjectInfo
-from expertcut.reporting.show import find_shown
 from expertcut.reporting.tables import as_csv, as_markdown, as_rich
+from expertcut.reporting.views import find_shown
 from tests.support.hand_made import block, profile_info
 
 T = TypeVar("T")

@@ -24,10 +24,11 @@ from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
 from expertcut.edits.calibrate import Fit
+from expertcut.edits.edit_settings import MergeSettings
 from expertcut.edits.merge_groups import (
-    Merge,
     check_count,
     gather_evidence,
+    merge_draft,
     merge_edits,
     token_counts,
 )
@@ -266,7 +267,12 @@ class Merged:
 
 
 def merge(
-    profile: Profile, asked: Merge, folder: Path, options: BuildOptions, *, is_plan: bool = False
+    profile: Profile,
+    settings: MergeSettings,
+    folder: Path,
+    options: BuildOptions,
+    *,
+    is_plan: bool = False,
 ) -> Merged:
     """Makes the checkpoint, or with `is_plan` the plan alone, for which the model runs too.
 
@@ -279,14 +285,14 @@ def merge(
     source = profiled_source(profile)
     inputs = (source.path, *inputs_of(profile))
     check_writable(folder, is_forced=options.is_forced, inputs=inputs)
-    _check_merge(profile, asked, source, folder)
+    _check_merge(profile, settings, source, folder)
     questions = questions_for(profile, is_fitting=True)
     calibration = Calibration(profile, questions, source)
     engine = engine_as_profiled(profile, source, options.load_as)
-    evidence = gather_evidence(profile, engine, questions.tuning, asked.by)
-    blocks = merge_edits(profile.info.model.blocks, evidence, asked.n_keep, asked.by)
-    plan = asked.draft(profile, blocks)
-    merging, before = MergeEdit(blocks, asked.router), None
+    evidence = gather_evidence(profile, engine, questions.tuning, settings.by)
+    blocks = merge_edits(profile.info.model.blocks, evidence, settings.keep, settings.by)
+    plan = merge_draft(settings, profile, blocks)
+    merging, before = MergeEdit(blocks, settings.router), None
     if not is_plan:
         merging = merging.fit(engine, calibration)
         if options.is_verified and len(questions.held_out):
@@ -296,7 +302,7 @@ def merge(
     file, proof, used = draft_plan(profile, plan, questions), None, used_hashes(plan, questions)
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         if not is_plan:
-            merging = merging.aligned(source) if asked.is_aligned else merging
+            merging = merging.aligned(source) if settings.is_aligned else merging
             edits = [PruneEdit(blocks, plan.layout), merging]
             export(source, plan, calibration.n_experts, edits, temporary)
         if before is not None:
@@ -311,14 +317,14 @@ def merge(
     return Merged(built, plan, qualities)
 
 
-def _check_merge(profile: Profile, asked: Merge, source: Source, folder: Path) -> None:
+def _check_merge(profile: Profile, settings: MergeSettings, source: Source, folder: Path) -> None:
     """All that can be refused before a model is loaded."""
     blocks = profile.info.model.blocks
     token_counts(profile)
-    check_count(blocks, asked.n_keep)
+    check_count(blocks, settings.keep)
     # Of the same size as any groups would be.
-    first = {b.name: BlockEdit(keep=tuple(range(asked.n_keep))) for b in blocks}
-    check_export(source, asked.draft(profile, first), blocks[0].experts, folder)
+    first = {b.name: BlockEdit(keep=tuple(range(settings.keep))) for b in blocks}
+    check_export(source, merge_draft(settings, profile, first), blocks[0].experts, folder)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,27 @@
 """How large a model or a cut is, and the largest cut that fits in a size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
-from expertcut.edits.budget import Keep, counts
+from expertcut.edits.budget import counts
 from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import EditPlan
-from expertcut.edits.prune import Pruning, choose, cut
-from expertcut.edits.ranking import Ranking, Way, expressions_of, rank
+from expertcut.edits.ranking import Ranking, expressions_of, rank
+from expertcut.edits.selection import Pruning, choose, cut
 from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.storage import Profile
 
+Cut = TypeVar("Cut", bound=CutSettings)
 SizeOf = Callable[[EditPlan], int]
 _UNKNOWN = "Super experts are not known without all-token statistics: none is protected."
 
@@ -88,25 +91,27 @@ def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
     return size_of
 
 
-def largest(ranking: Ranking, keep: Keep, size_of: SizeOf) -> Pruning:
-    """The cut that keeps most, with weights of at most `keep.max_bytes`.
+def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
+    """The cut that keeps most, with weights of at most `max_bytes` of its settings.
 
     Raises:
         PlanError: not even the smallest is so small.
     """
-    assert keep.max_bytes is not None
-    keep.check(ranking.way.layout)
-    choices = counts(keep, ranking.blocks, ranking.way.layout)
-    best, fitting, too_large = cut(ranking, keep, choices[0]), 0, len(choices)
-    if (smallest := size_of(best.draft)) > keep.max_bytes:
+    settings = ranking.settings
+    most = settings.size_bytes
+    assert most is not None
+    settings.check()
+    choices = counts(settings, ranking.blocks)
+    best, fitting, too_large = cut(ranking, choices[0]), 0, len(choices)
+    if (smallest := size_of(best.draft)) > most:
         raise PlanError(
-            f"--max-bytes {keep.max_bytes:,} is too small: the smallest cut, "
+            f"--max-bytes {most:,} is too small: the smallest cut, "
             f"{best.draft.action.removeprefix('prune ')}, has {smallest:,} bytes"
         )
     while too_large - fitting > 1:
         middle = (fitting + too_large) // 2
-        tried = cut(ranking, keep, choices[middle])
-        if size_of(tried.draft) <= keep.max_bytes:
+        tried = cut(ranking, choices[middle])
+        if size_of(tried.draft) <= most:
             best, fitting = tried, middle
         else:
             too_large = middle
@@ -121,7 +126,7 @@ class Chosen:
     notes: tuple[str, ...] = ()
 
 
-def choose_cut(profile: Profile, keep: Keep, way: Way, load_as: LoadOptions) -> Chosen:
+def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) -> Chosen:
     """The experts that stay.
 
     Raises:
@@ -130,29 +135,29 @@ def choose_cut(profile: Profile, keep: Keep, way: Way, load_as: LoadOptions) -> 
         ProfileError: the model changed, or the profile does not hold what the criterion needs.
         SettingsError: an option that does not go with the others.
     """
-    keep.check(way.layout)
-    needs_model = CRITERIA[way.by].needs_model
-    source = profiled_source(profile) if keep.max_bytes or needs_model else None
+    settings.check()
+    needs_model = CRITERIA[settings.by].needs_model
+    most = settings.size_bytes
+    source = profiled_source(profile) if most or needs_model else None
     engine = None
     if source is not None and needs_model:
         engine = engine_as_profiled(profile, source, load_as)
-    if source is None or keep.max_bytes is None:
-        return Chosen(choose(profile, keep, way, engine))
-    size_of = size_of_cuts(source, way.layout, profile.info.model.blocks[0].experts)
-    found = largest(rank(profile, way, engine), keep, size_of)
+    if source is None or most is None:
+        return Chosen(choose(profile, settings, engine))
+    size_of = size_of_cuts(source, settings.layout, profile.info.model.blocks[0].experts)
+    found = largest(rank(profile, settings, engine), size_of)
     size_bytes = size_of(found.draft)
-    note = f"the weights will have {size_bytes:,} bytes, of at most {keep.max_bytes:,}"
+    note = f"the weights will have {size_bytes:,} bytes, of at most {most:,}"
     return Chosen(found, (note,))
 
 
-def protected(
-    profile: Profile, asked: Sequence[str], *, is_active: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What stays whatever its score, super experts unasked where they are known; and notes.
+def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ...]]:
+    """Settings that protect super experts unasked, where they are known; and notes.
 
     Raises:
-        SettingsError: what is asked contradicts itself.
+        SettingsError: none and super are both named.
     """
-    is_known = profile.info.settings.stats == "all"
-    notes = () if is_known or is_active or asked else (_UNKNOWN,)
-    return expressions_of(asked, is_super=is_known and not is_active), notes
+    is_known, is_active = profile.info.settings.stats == "all", settings.keep_active
+    notes = () if is_known or is_active or settings.protect else (_UNKNOWN,)
+    stays = expressions_of(settings.protect, is_super=is_known and not is_active)
+    return settings.completed(protect=list(stays)), notes

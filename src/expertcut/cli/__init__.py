@@ -1,12 +1,12 @@
 """argv in, text out: the one place that parses, prints and sets up logging.
 
-Stages are imported where they are used, so that `--help` and wrong arguments answer at once.
+A command imports what is heavy when it runs, so that `--help` and wrong arguments answer at once.
 """
 
 import errno
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -14,12 +14,32 @@ import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__
-from expertcut.cli import edit_commands, measure_commands, other_commands, prune_command
-from expertcut.cli.options import command, option
-from expertcut.cli.progress import GO_ON, Stopped, is_first, lasting_output, terminable
+from expertcut.cli.options import add_command
+from expertcut.cli.progress import (
+    GO_ON,
+    Stopped,
+    TerminalUI,
+    is_first,
+    lasting_output,
+    terminable,
+)
+from expertcut.commands import (
+    audit,
+    eval,
+    heal,
+    merge,
+    profile,
+    prune,
+    publish,
+    report,
+    reweight,
+    show,
+)
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
+from expertcut.recipes import run_recipe
 from expertcut.reporting.tables import printable
+from expertcut.settings import Settings
 
 INTERRUPTED = 130
 # What a disk, its file system or its owner can do to any command at any time.
@@ -31,31 +51,39 @@ _MENDABLE = {
 _LONGEST = 1000  # characters of a line; a name in a file may have millions
 
 app = typer.Typer(
-    help="Which experts of a MoE language model matter for a quiz; cut or tilt them, and measure.",
+    help="Find the experts of a MoE language model that matter for a quiz; edit them, and measure.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for run in (
-    measure_commands.profile,
-    measure_commands.show,
-    command(prune_command.Prune),
-    edit_commands.merge,
-    edit_commands.reweight,
-    command(other_commands.Heal),
-    measure_commands.audit,
-    measure_commands.eval,
-    other_commands.report,
-    other_commands.publish,
-    other_commands.run,
-):
-    app.command()(run)
+COMMANDS: tuple[tuple[str, type[Settings], Callable[..., object]], ...] = (
+    ("profile", profile.ProfileSettings, profile.run),
+    ("show", show.ShowSettings, show.run),
+    ("prune", prune.PruneSettings, prune.run),
+    ("merge", merge.MergeSettings, merge.run),
+    ("reweight", reweight.ReweightSettings, reweight.run),
+    ("heal", heal.HealSettings, heal.run),
+    ("audit", audit.AuditSettings, audit.run),
+    ("eval", eval.EvalSettings, eval.run),
+    ("report", report.ReportSettings, report.run),
+    ("publish", publish.PublishSettings, publish.run),
+    ("run", run_recipe.RunSettings, run_recipe.run),
+)
+
+
+def _with_terminal(run: Callable[..., object]) -> Callable[[Settings], object]:
+    return lambda settings: run(settings, TerminalUI())
+
+
+for _name, _settings, _run in COMMANDS:
+    add_command(app, _name, _settings, _with_terminal(_run))
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, option("Print the version.", "--version")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         print(__version__)

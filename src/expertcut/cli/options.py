@@ -1,302 +1,171 @@
-"""Options that several commands share, each defined once, and what they name."""
+"""A command of the command line, made from the fields of its settings."""
 
 import inspect
-from collections.abc import Callable
-from enum import StrEnum
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
-from expertcut.errors import SettingsError
+from expertcut.commands.common import JUDGING, MODEL, OUTPUT
+from expertcut.edits.edit_settings import CRITERIA_HERE
+from expertcut.settings import Settings, flag_of, shown
 
-if TYPE_CHECKING:
-    from expertcut.data import Quiz
-    from expertcut.profiling.storage import Profile
-
-DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0125-Instruct"
-
-
-class Format(StrEnum):
-    """How `show` prints."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-    md = "md"
+HIDDEN = "__also_"  # between a field and the number of its hidden spelling
+_METAVARS = {bool: None, int: "N", float: "F", Path: "PATH"}
+_LAST = (JUDGING, MODEL, OUTPUT, "Options")  # panels, behind those of the command itself
 
 
-class Stats(StrEnum):
-    """What `profile` keeps."""
+class PanelCommand(TyperCommand):
+    """A command whose help groups its options in panels, and ends with examples."""
 
-    answer = "answer"
-    all = "all"
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then each panel's options, in the order of the fields."""
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                panel = getattr(param, "rich_help_panel", None) or "Options"
+                if param.param_type_name == "argument":
+                    panel, record = "Arguments", (record[0].partition(" <")[0], record[1])
+                panels.setdefault(panel, []).append(_with_criteria(record))
+        for name in (*(n for n in panels if n not in _LAST), *(n for n in _LAST if n in panels)):
+            if panels[name]:
+                with formatter.section(name):
+                    formatter.write_dl(panels[name])
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Names of arguments as they are, optional ones in brackets."""
+        pieces = super().collect_usage_pieces(ctx)
+        return [piece.replace("{", "").replace("}...", "").replace("}", "") for piece in pieces]
 
-class Perturbation(StrEnum):
-    """How `profile` asks again."""
-
-    shuffle_choices = "shuffle-choices"
-    bf16 = "bf16"
-
-
-class Positions(StrEnum):
-    """Which tokens count."""
-
-    answer = "answer"
-    all = "all"
-
-
-class Criterion(StrEnum):
-    """The names in `edits.criteria.CRITERIA`; a test holds them together."""
-
-    activations = "activations"
-    gate_mass = "gate_mass"
-    weighted_accuracy = "weighted_accuracy"
-    output_norm = "output_norm"
-    output_norm_mean = "output_norm_mean"
-    reap = "reap"
-    easy_ep = "easy_ep"
-    easy_ep_postnorm = "easy_ep_postnorm"
-    ranked_choice = "ranked_choice"
-    aimer = "aimer"
-    reconstruction = "reconstruction"
-    random = "random"
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples, a line each."""
+        if self.epilog:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {line}\n" for line in self.epilog.splitlines()))
 
 
-class Truncate(StrEnum):
-    """Where prompts that are too long lose tokens."""
+def _with_criteria(record: tuple[str, str]) -> tuple[str, str]:
+    """A line of help with the names of the criteria, which are loaded only where it is shown."""
+    if CRITERIA_HERE not in record[1]:
+        return record
+    from expertcut.edits.criteria import CRITERIA
 
-    left = "left"
-
-
-class Layout(StrEnum):
-    """Forms of a checkpoint."""
-
-    stock = "stock"
-    exact = "exact"
+    return record[0], record[1].replace(CRITERIA_HERE, ", ".join(CRITERIA))
 
 
-class Removed(StrEnum):
-    """What a removed expert of layout exact gives."""
+def add_command(
+    app: typer.Typer, name: str, settings: type[Settings], run: Callable[[Any], object]
+) -> None:
+    """Adds a command that reads its settings and runs."""
 
-    zero = "zero"
-    mean = "mean"
+    def call(**given: Any) -> None:
+        run(settings.read(**values_of(settings, given)))
 
-
-class ApplyAt(StrEnum):
-    """At which tokens a bias acts."""
-
-    answer = "answer"
-    all = "all"
-
-
-class Fold(StrEnum):
-    """Over which tokens layout stock measures how much gate weights grow."""
-
-    answer = "answer"
-    all = "all"
-    off = "off"
+    parameters = list(_parameters(settings))
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    examples = "\n".join(getattr(settings, "examples", ()))
+    help_text = (settings.__doc__ or "").partition("\n\n")[0]
+    names = {"help_option_names": ["-h", "--help"]}
+    app.command(name, cls=PanelCommand, help=help_text, epilog=examples, context_settings=names)(
+        call
+    )
 
 
-def option(text: str, *names: str, **more: Any) -> Any:
-    """An option with its help first."""
-    return typer.Option(*names, help=text, **more)
+def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
+    """Values of fields, from those of parameters that were given."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None or value == []:
+            continue
+        field = name.partition(HIDDEN)[0]
+        if (separator := shown(settings, field)["separator"]) is not None:
+            value = [part.strip() for part in value.split(separator)]
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif value is True and _is_off(settings, field):
+            value = False
+        if field in values and isinstance(value, list):
+            value = [*values[field], *value]
+        values[field] = value
+    return values
 
 
-class Runs(Protocol):
-    """A command whose fields are its options."""
-
-    def run(self) -> None:
-        """Does what was asked."""
-
-
-def command(options: type[Runs]) -> Callable[..., None]:
-    """A command of the class's name whose options are the fields of that frozen dataclass.
-
-    For commands with so many options that a function's signature would be a page long.
-    """
-
-    def run(**given: Any) -> None:
-        options(**given).run()
-
-    run.__name__, run.__doc__ = options.__name__.lower(), options.__doc__
-    run.__annotations__ = get_type_hints(options, include_extras=True)
-    run.__signature__ = inspect.signature(options, eval_str=True)  # type: ignore[attr-defined]
-    return run
+def _is_off(settings: type[Settings], name: str) -> bool:
+    """Whether the flag turns the field off, as --no-verify."""
+    flags = shown(settings, name)["flags"]
+    return bool(flags) and flags[0].startswith("--no-")
 
 
-QuizName = Annotated[
-    str, option("mmlu, a folder, a .csv or .jsonl file, or a data set of the hub.", "--quiz")
-]
-Split = Annotated[str, option("Split of the quiz: test, val, ...")]
-Shots = Annotated[int, option("Solved questions of split dev before each question.")]
-Subjects = Annotated[str | None, option("Only these, separated by commas.")]
-Limit = Annotated[int | None, option("Only the first so many questions of each subject.")]
-TruncateOption = Annotated[
-    Truncate | None,
-    option(
-        "left: prompts longer than the context lose their first tokens, as in "
-        "lm-evaluation-harness; without they are refused.",
-        "--truncate",
-    ),
-]
-TruncateMore = Annotated[
-    Truncate | None,
-    option("left: as in `profile`; as the profile was made without.", "--truncate"),
-]
-Dtype = Annotated[
-    str, option("auto (float32 on CPU, as stored elsewhere), stored, float32, bfloat16, ...")
-]
-Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...")]
-DeviceMap = Annotated[
-    str | None, option("auto: spread over all devices and the CPU.", "--device-map")
-]
-MaxMemory = Annotated[
-    str | None, option("How much to use of each, as 0=20GiB,cpu=60GiB.", "--max-memory")
-]
-Offload = Annotated[Path | None, option("Folder for weights that fit in no memory.", "--offload")]
-Threads = Annotated[
-    int | None, option("CPU threads; part of a profile's settings.", min=1, max=4096)
-]
-BatchTokens = Annotated[int | None, option("Tokens of one forward pass.", min=1, max=2**30)]
-TrustRemoteCode = Annotated[
-    bool, option("Run code that comes with a checkpoint.", "--trust-remote-code")
-]
-StatsOption = Annotated[
-    Stats | None, option("answer leaves the all-token statistics out.  [default: all]", "--stats")
-]
-Perturb = Annotated[
-    list[Perturbation] | None,
-    option("Then ask again, choices shuffled or in bfloat16; may be repeated.", "--perturb"),
-]
-ProfileDir = Annotated[
-    Path | None, option("The profile to work from; the newest in profiles/ without.", "--profile")
-]
-OutDir = Annotated[Path | None, option("Where to write; absent or empty without --force.")]
-Force = Annotated[
-    bool, option("Replace what is at --out, once the new one is complete.", "--force")
-]
-NoVerify = Annotated[
-    bool, option("Do not ask held-out questions of the new checkpoint.", "--no-verify")
-]
-ResultsFile = Annotated[
-    Path, option("Where to; its chunks beside it are resumed.", "--out", dir_okay=False)
-]
-LmEvalJson = Annotated[
-    Path | None,
-    option(
-        "Also a results file in the form of lm-evaluation-harness; of several models one each.",
-        "--lm-eval-json",
-        dir_okay=False,
-    ),
-]
-HeldOut = Annotated[
-    float | None,
-    option(
-        "Share of the questions that judge and do not choose, where no other split can. 0: all of "
-        "them choose and none judges.  [default: 0.2]",
-        "--held-out",
-    ),
-]
-PlanOnly = Annotated[bool, option("Write only the plan.", "--plan-only")]
-ProtectOption = Annotated[
-    list[str] | None,
-    option(
-        "super (super experts), none, or L:E: what stays whatever its score; may be repeated.  "
-        "[default: super, with --keep and --keep-fraction]",
-        "--protect",
-    ),
-]
-PositionsOption = Annotated[
-    Positions | None,
-    option("Count at the answer position or at all tokens; the criterion's own without."),
-]
-RemovedOption = Annotated[
-    Removed | None, option("What removed experts give in layout exact; zero without.", "--removed")
-]
-FoldOption = Annotated[
-    Fold | None,
-    option("Which tokens say how much layout stock must scale experts; answer without.", "--fold"),
-]
-Boost = Annotated[
-    list[str] | None, option("E, L:E, E=bias or L:E=bias; may be repeated.", "--boost")
-]
-Suppress = Annotated[list[str] | None, option("As --boost, the other way.", "--suppress")]
-Scale = Annotated[
-    list[str] | None,
-    option("E=factor or L:E=factor on its gate weight: who is chosen stays.", "--scale"),
-]
-ApplyAtOption = Annotated[
-    ApplyAt | None,
-    option(
-        "Let biases act at the answer position only (layout stock).  [default: all]", "--apply-at"
-    ),
-]
-LayoutOption = Annotated[
-    Layout,
-    option(
-        "stock: loads wherever the base model does. exact: changes nothing else, loads in "
-        "transformers with --trust-remote-code.",
-        "--layout",
-    ),
-]
+def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
+    for name, field in settings.model_fields.items():
+        extra, kind, choices = shown(settings, name), *_kind(field)
+        if extra["separator"] is not None:
+            kind = str
+        default: Any = inspect.Parameter.empty if field.is_required() else None
+        metavar = extra["metavar"] or "|".join(choices) or _METAVARS.get(kind, "TEXT")
+        about: dict[str, Any] = {"help": _help(field), "metavar": metavar, "show_default": False}
+        if extra["is_argument"]:
+            about["metavar"] = extra["metavar"] or name.upper()
+            yield _parameter(name, kind, default, typer.Argument(**about))
+            continue
+        flags = extra["flags"] or (flag_of(settings, name),)
+        option = typer.Option(*flags, **about, rich_help_panel=extra["panel"])
+        yield _parameter(name, kind, default, option)
+        for number, flag in enumerate(extra["aliases"]):
+            option = typer.Option(flag, hidden=True)
+            yield _parameter(f"{name}{HIDDEN}{number}", kind, None, option)
 
 
-def value(choice: Any) -> Any:
-    """A choice in the words of the stages."""
-    return None if choice is None else choice.value
+def _parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
+    is_required = default is inspect.Parameter.empty
+    annotation: Any = Annotated[kind if is_required else kind | None, info]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
-def read_quiz(
-    quiz: str,
-    split: str,
-    shots: int,
-    subjects: str | None,
-    limit: int | None,
-    truncate: Truncate | None,
-) -> "Quiz":
-    """The quiz that the shared options name."""
-    from expertcut.data import Selection, load_quiz
-
-    names = tuple(name.strip() for name in subjects.split(",")) if subjects else ()
-    return load_quiz(Selection(quiz, split, shots, names, limit, truncate=value(truncate)))
+def _help(field: FieldInfo) -> str:
+    """The description, and the default where it does not say it itself."""
+    text, default = field.description or "", field.get_default()
+    if "[default" in text or field.is_required() or isinstance(default, bool | None | list | tuple):
+        return text
+    return f"{text}  [default: {default}]"
 
 
-def read_choosing_profile(
-    path: Path | None,
-    threads: int | None,
-    truncate: Truncate | None = None,
-    held_out: float | None = None,
-) -> "Profile":
-    """The named profile, or the newest, without what is held out of it; says so.
-
-    Raises:
-        SettingsError: other threads than it was made with, or a share that cannot be held out.
-    """
-    from expertcut.edits.splits import choosing_profile
-
-    found = choosing_profile(read_profile(path, threads, truncate), held_out)
-    for note in found.notes:
-        print(f"{note}.")
-    return found.profile
+def _kind(field: FieldInfo) -> tuple[Any, tuple[str, ...]]:
+    """The type of a parameter, and the allowed values where they are few."""
+    plain = _plain(field.annotation)
+    if get_origin(plain) is Literal:
+        return str, tuple(map(str, get_args(plain)))
+    if get_origin(plain) in (list, tuple):
+        if any(getattr(m, "max_length", None) == 2 for m in _limits(field)):
+            return tuple[str, str], ()
+        item = _plain(get_args(plain)[0])
+        choices = tuple(map(str, get_args(item))) if get_origin(item) is Literal else ()
+        return list[str], choices
+    return (plain if plain in _METAVARS else str), ()
 
 
-def read_profile(
-    path: Path | None, threads: int | None, truncate: Truncate | None = None
-) -> "Profile":
-    """The named profile, or the newest; `truncate` is for what else is asked.
-
-    Raises:
-        SettingsError: other threads than it was made with.
-    """
-    from expertcut.profiling.storage import load_profile, newest_profile
-
-    cut = value(truncate)
-    found = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
-    if threads not in (None, found.info.settings.threads):
-        raise SettingsError(
-            f"--threads {threads}: the profile was made with {found.info.settings.threads}, "
-            "and what is compared with it must be too"
-        )
+def _limits(field: FieldInfo) -> list[Any]:
+    """Limits of the field, those of its type among them."""
+    found = list(field.metadata)
+    for part in (field.annotation, *get_args(field.annotation)):
+        if get_origin(part) is Annotated:
+            found += get_args(part)[1:]
+            found += [m for f in get_args(part)[1:] for m in getattr(f, "metadata", ())]
     return found
+
+
+def _plain(annotation: Any) -> Any:
+    """A type without None and what is annotated to it."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _plain(next(part for part in get_args(annotation) if part is not type(None)))
+    return annotation

@@ -14,19 +14,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
-from expertcut.cli.options import Format
+from expertcut.commands.common import UI
 from expertcut.errors import OutputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from expertcut.reporting.tables import Table
     from expertcut.scoring.packing import Pass
     from expertcut.scoring.passes import OnPass
@@ -124,13 +123,12 @@ def _open_missing() -> None:
             setattr(sys, name, nothing)
 
 
-def print_tables(tables: Iterable["Table"], format: Format) -> None:
-    """Prints to stdout, as rich tables or as Markdown."""
-    from expertcut.reporting.tables import as_markdown, as_rich
+def print_tables(tables: Iterable["Table"]) -> None:
+    """Prints to stdout as rich tables."""
+    from rich.console import Console
 
-    if format is Format.md:
-        print("\n".join(map(as_markdown, tables)), end="")
-        return
+    from expertcut.reporting.tables import as_rich
+
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for table in tables:
         console.print(as_rich(table))
@@ -142,7 +140,9 @@ def quiet() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
     import transformers
+    from huggingface_hub.utils import logging as hub_logging
 
+    hub_logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
@@ -193,7 +193,10 @@ def resumable(where: Path, what: str = "finished chunks are") -> Iterator[None]:
 class Line:
     """One line on stderr while a person is watching: questions, tokens a second, time left."""
 
-    def __init__(self, what: str, total: int, console: Console | None = None) -> None:
+    def __init__(self, what: str, total: int, console: "Console | None" = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
         # Said outright: FORCE_COLOR, as build servers set it, would make a terminal of any file.
         self.console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
         columns = (
@@ -250,11 +253,14 @@ class Line:
 
 
 @contextmanager
-def bar(what: str, *, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Someone to tell how many parts of something are done, of how many: a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    is_quiet = not (is_shown and console.is_terminal and is_first())
+    is_quiet = not (console.is_terminal and is_first())
     with Progress(*columns, console=console, disable=is_quiet) as shown:
         task = shown.add_task("", total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
@@ -266,7 +272,50 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def watched(run: Callable[["OnPass"], Iterator[T]], what: str, total: int, where: Path) -> list[T]:
-    """All that a long run yields, its progress on stderr, and what to do after a stop."""
-    with resumable(where), Line(what, total) as line:
-        return list(line.follow(run(line.see)))
+class TerminalUI(UI):
+    """A person at a terminal, or a file that the output goes to."""
+
+    def __init__(self) -> None:
+        self.is_first = is_first()
+
+    def quiet(self) -> None:
+        """Other libraries print nothing between our lines."""
+        quiet()
+
+    def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
+        """Tables, then sentences."""
+        if tables:
+            print_tables(tables)
+        for sentence in sentences:
+            print(sentence, flush=True)
+
+    def text(self, text: str) -> None:
+        """The text alone."""
+        print(text, end="")
+
+    def watch(
+        self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
+    ) -> list[T]:
+        """A line of progress on stderr; a stop says what is kept."""
+        with resumable(where), Line(what, total) as line:
+            return list(line.follow(run(line.see)))
+
+    @contextmanager
+    def parts(self, what: str, kept_in: Path | None = None) -> Iterator[Callable[[int, int], None]]:
+        """A bar on stderr; a stop says what is kept."""
+        kept = nullcontext() if kept_in is None else resumable(kept_in, "the last state is")
+        with kept, bar(what) as report:
+            yield report
+
+    def stage(self, name: str, why: str, *, is_dry: bool) -> None:
+        """One line per stage."""
+        if not why:
+            print(f"[{name}] is current", flush=True)
+        elif is_dry:
+            print(f"[{name}] would run: {why}", flush=True)
+        else:
+            print(f"\n[{name}] runs: {why}", flush=True)
+
+    def stage_done(self, name: str, elapsed_s: float) -> None:
+        """How long it took."""
+        print(f"[{name}] took {elapsed_s:,.1f} s", flush=True)

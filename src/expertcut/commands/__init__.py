@@ -1,1 +1,1 @@
-"""What each kind of stage does, through the same stage functions as the commands."""
+"""One file per command: its settings and its run, for the command line, recipes and Python."""

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from expertcut.profiling.schema import BlockInfo
+if TYPE_CHECKING:
+    from expertcut.profiling.schema import BlockInfo
 
 Layout = Literal["stock", "exact"]
 
@@ -25,7 +26,7 @@ class LayoutRules:
     options: frozenset[str]
     mark: str = ""
 
-    def least_experts(self, block: BlockInfo) -> int:
+    def least_experts(self, block: "BlockInfo") -> int:
         """The fewest that may stay.
 
         A router without the removed rows needs K, and a model of one expert cannot be loaded again.

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from expertcut.data import Quiz, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
+from expertcut.edits.edit_settings import MergeSettings
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.merge_router import RouterRow
 from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, validate_edits
 from expertcut.errors import PlanError, ProfileError
 from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
@@ -34,7 +34,6 @@ from expertcut.scoring.packing import Pass
 
 Array = np.ndarray[Any, Any]
 Groups = list[list[int]]
-ALIGNED = {"m_smoe": True, "hc_smoe": False}  # as the papers have them
 
 
 @dataclass(frozen=True)
@@ -309,47 +308,17 @@ class _OutputSums:
         return run
 
 
-@dataclass(frozen=True)
-class Merge:
-    """How many experts stay in each layer, what groups them, and how a group becomes one."""
-
-    n_keep: int
-    by: str
-    router: RouterRow = "fitted"
-    aligns: bool | None = None
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether neurons are aligned: as asked, else as the method's paper has it."""
-        return ALIGNED[self.by] if self.aligns is None else self.aligns
-
-    @property
-    def slug(self) -> str:
-        """Names the outputs, with what makes them differ from the usual."""
-        mark = "" if self.router == "fitted" else f"-{self.router}"
-        if self.is_aligned != ALIGNED[self.by]:
-            mark += "-aligned" if self.is_aligned else "-unaligned"
-        return f"merge-{self.n_keep}-{self.by}{mark}"
-
-    @property
-    def action(self) -> str:
-        """As it stands in the plan."""
-        text = f"merge --keep {self.n_keep} --by {self.by}"
-        if self.router != "fitted":
-            text += f" --router {self.router}"
-        if self.aligns is not None:
-            text += " --align" if self.aligns else " --no-align"
-        return text
-
-    def draft(self, profile: Profile, edits: Mapping[str, BlockEdit]) -> EditPlan:
-        """The groups as a draft of layout stock, frequencies being over all tokens."""
-        return EditPlan(
-            slug=self.slug,
-            action=self.action,
-            criterion=self.by,
-            positions="all",
-            edits=edits,
-            is_cut=True,
-            is_calibrated=True,
-            numbers=expert_ids(profile),
-        )
+def merge_draft(
+    settings: MergeSettings, profile: Profile, edits: Mapping[str, BlockEdit]
+) -> EditPlan:
+    """The groups as a draft of layout stock, frequencies being over all tokens."""
+    return EditPlan(
+        slug=settings.slug,
+        action=settings.action,
+        criterion=settings.by,
+        positions="all",
+        edits=edits,
+        is_cut=True,
+        is_calibrated=True,
+        numbers=expert_ids(profile),
+    )

@@ -13,20 +13,19 @@ shares, plus what a ridge regression on router inputs finds of the difference.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from expertcut.data import Quiz, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
+from expertcut.edits.edit_settings import RouterRow
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing
 from expertcut.models.moe_block import SCORES, MoeBlock
 from expertcut.scoring.engine import Engine
 
-RouterRow = Literal["fitted", "mean", "dominant"]
 Shares = Mapping[int, float]
 _RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]; more lost what lies in small ones (docs/log.md)
 _TIE = 1e-5  # logits that are this close are equal but for rounding

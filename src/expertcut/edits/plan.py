@@ -18,6 +18,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents import Format1, Identified, Record, load_record
+from expertcut.edits.edit_settings import Fold as Fold
+from expertcut.edits.edit_settings import Positions as Positions
+from expertcut.edits.edit_settings import Removed as Removed
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
@@ -31,9 +34,6 @@ PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
 _MAX_STEPS = 20
-Positions = Literal["answer", "all"]
-Removed = Literal["zero", "mean"]  # what a removed expert of layout exact gives
-Fold = Literal["answer", "all", "off"]  # over which tokens layout stock measures the inflation
 
 
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]

@@ -3,22 +3,14 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
-from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import (
-    BlockEdit,
-    EditPlan,
-    ExpertIds,
-    Fold,
-    Positions,
-    Removed,
-    expert_ids,
-    find_expert,
-)
+from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, expert_ids, find_expert
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile, largest_values
@@ -140,69 +132,26 @@ def protected(order: Sequence[int], ids: Collection[int]) -> list[int]:
     return [*(e for e in order if e in ids), *(e for e in order if e not in ids)]
 
 
-@dataclass(frozen=True)
-class Way:
-    """How to rank and what removing means, as on the command line.
-
-    `protect` are expressions of `protection`, `seed` is for the criterion `random`.
-    """
-
-    by: str = "activations"
-    positions: Positions | None = None
-    layout: Layout = "stock"
-    removed: Removed = "zero"
-    fold: Fold = "answer"
-    protect: tuple[str, ...] = ()
-    seed: int = 0
-
-    @property
-    def at(self) -> Positions:
-        """The positions that count: the criterion's own where none were asked for."""
-        return positions_of(self.by, self.positions)
-
-    @classmethod
-    def of(
-        cls,
-        by: str,
-        positions: Positions | None,
-        layout: Layout,
-        removed: Removed | None,
-        fold: Fold | None,
-    ) -> Self:
-        """As given, and what each layout does where nothing is.
-
-        Raises:
-            SettingsError: an option of the other layout.
-        """
-        if removed is not None and "removed" not in LAYOUTS[layout].options:
-            raise SettingsError(
-                f"--removed {removed} is of layout exact: add --layout exact or leave it out"
-            )
-        if fold is not None and "fold" not in LAYOUTS[layout].options:
-            raise SettingsError(
-                f"--fold {fold} is of layout stock: {layout} scales nothing, leave it out"
-            )
-        return cls(by, positions, layout, removed or "zero", fold or "answer")
-
-    def draft(self, slug: str, action: str, criterion: str) -> EditPlan:
-        """A draft without edits, named after what makes it differ from the usual."""
-        unusual = {"all": self.at, "exact": self.layout, "mean": self.removed}
-        usual = {positions_of(self.by, None)}
-        marks = "".join(f"-{m}" for m, value in unusual.items() if value == m and m not in usual)
-        if "fold" in LAYOUTS[self.layout].options and self.fold != "answer":
-            marks += f"-fold-{self.fold}"
-        return EditPlan(
-            f"{slug}{marks}",
-            action,
-            criterion,
-            self.at,
-            edits={},
-            layout=self.layout,
-            removed=self.removed,
-            fold=self.fold,
-            is_cut=True,
-            is_calibrated=CRITERIA[self.by].is_calibrated,
-        )
+def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -> EditPlan:
+    """A draft without edits, named after what makes it differ from the usual."""
+    at, fold = settings.at, settings.rescale
+    unusual = {"all": at, "exact": settings.layout, "mean": settings.fill}
+    usual = {positions_of(settings.by, None)}
+    marks = "".join(f"-{m}" for m, value in unusual.items() if value == m and m not in usual)
+    if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
+        marks += f"-fold-{fold}"
+    return EditPlan(
+        f"{slug}{marks}",
+        action,
+        criterion,
+        at,
+        edits={},
+        layout=settings.layout,
+        removed=settings.fill,
+        fold=fold,
+        is_cut=True,
+        is_calibrated=CRITERIA[settings.by].is_calibrated,
+    )
 
 
 @dataclass(frozen=True)
@@ -213,7 +162,7 @@ class Ranking:
     """
 
     blocks: tuple[BlockInfo, ...]
-    way: Way
+    settings: CutSettings
     scores: tuple[Array, ...]
     orders: tuple[list[int], ...]
     stay: Protection
@@ -221,18 +170,18 @@ class Ranking:
     numbers: ExpertIds
 
 
-def rank(profile: Profile, way: Way, engine: "Engine | None" = None) -> Ranking:
+def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Ranking:
     """Scores by the criterion, the order that follows, and who stays whatever it says."""
     layers = profile.layers
-    at = way.at if way.by == "activations" else "answer"
-    found = scores(profile, way.by, way.at, engine, way.seed)
+    at = settings.at if settings.by == "activations" else "answer"
+    found = scores(profile, settings.by, settings.at, engine, settings.seed)
     orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]
     return Ranking(
         blocks=profile.info.model.blocks,
-        way=way,
+        settings=settings,
         scores=tuple(found),
         orders=tuple(orders),
-        stay=protection(profile, way.protect),
+        stay=protection(profile, settings.protect),
         counts=tuple(activations(layer, at) for layer in layers),
         numbers=expert_ids(profile),
     )

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
     BlockEdit,
@@ -37,7 +38,6 @@ from expertcut.profiling.storage import Profile, ProfilePart
 
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
 _LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
-Expressions = tuple[list[str] | None, list[str] | None, list[str] | None]
 
 
 @dataclass(frozen=True)
@@ -290,145 +290,75 @@ def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
     return f"{tilt.layer}{between}{expert}"
 
 
-@dataclass(frozen=True)
-class How:
-    """The options for strength, search and cross-fitting."""
+def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
+    """The way of choosing experts and strengths that the settings say.
 
-    strength: float | None
-    is_tuned: bool
-    is_proved: bool
-    draws: int
-    seed: int
-
-    @property
-    def is_deciding(self) -> bool:
-        """Whether the model runs before the checkpoint is built."""
-        return self.is_tuned or self.is_proved
-
-    @property
-    def is_asking(self) -> bool:
-        """Whether more is to be decided than experts and strengths given by hand."""
-        return self.is_deciding or self.strength is not None
-
-    def check(self, *, is_given: bool) -> None:
-        """Checks that the strength is a positive number, given once.
-
-        Raises:
-            SettingsError: it is not.
-        """
-        if self.strength is not None and not (math.isfinite(self.strength) and self.strength > 0):
-            raise SettingsError(f"--strength {self.strength:g} must be a number of logits above 0")
-        if self.is_tuned and (self.strength is not None or is_given):
-            raise SettingsError("--tune searches for the strength: leave the number out")
+    Raises:
+        PlanError: no such layer or expert, or one named twice.
+        SettingsError: nothing to tilt, or an option that does not go with the others.
+    """
+    check_settings(settings)
+    picks = named_picks(profile, settings.boost or [], settings.suppress or [])
+    if settings.tune and any(strength for _, strength in picks):
+        raise SettingsError("--tune searches for the strength: leave the number out")
+    return Procedure(picks, _chooser(profile, settings), settings.strength, settings.tune)
 
 
-@dataclass(frozen=True)
-class ReweightSettings:
-    """The options that choose experts."""
+def check_settings(settings: ReweightSettings) -> None:
+    """That the options go together, and that the score is one.
 
-    boost_best: int
-    suppress_worst: int
-    by: str | None
-    min_appearances: float | None
-    layers: str | None
-    contrast: tuple[str, str] | None
+    Raises:
+        SettingsError: which does not.
+    """
+    settings.check()
+    names = (*SCORES, *TOKEN_SCORES)
+    if settings.by is not None and settings.by not in names:
+        raise SettingsError(f"--by {settings.by} is no score: take one of {', '.join(names)}")
 
-    @property
-    def is_choosing(self) -> bool:
-        """Whether experts are chosen by a score."""
-        return bool(self.boost_best or self.suppress_worst)
 
-    @property
-    def criterion(self) -> str:
-        """The criterion as the plan states it."""
-        if not self.is_choosing:
-            return "by hand"
-        return "contrast" if self.contrast else self.by or "difference"
+def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
+    least, by = settings.min_appearances, settings.by or "difference"
+    constant = expert_ids(profile).constant
+    return Chooser(
+        boost_best=settings.boost_best,
+        suppress_worst=settings.suppress_worst,
+        by=by,
+        min_appearances=MIN_APPEARANCES if least is None else least,
+        layers=read_layers(settings.layers),
+        contrast=_contrast(profile, settings),
+        fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
+        constant=tuple(
+            (layer, row)
+            for layer, block in enumerate(profile.info.model.blocks)
+            for row in sorted(constant.get(block.name, ()))
+        ),
+    )
 
-    def procedure(self, profile: Profile, how: How, named: Expressions) -> Procedure:
-        """The procedure of these options.
 
-        Raises:
-            PlanError: no such layer or expert, or one named twice.
-            SettingsError: no expert is named, or options exclude each other.
-        """
-        boost, suppress, scale = named
-        self.check()
-        if scale:
-            raise SettingsError(
-                "--scale takes its factor by hand: give it in a command of its own, without "
-                "--boost-best, --suppress-worst, --strength, --tune and --prove"
-            )
-        if not (boost or suppress or self.is_choosing):
-            raise SettingsError(
-                "say which experts to tilt: --boost E or --suppress E, E as in 3:12, "
-                "--boost-best N or --suppress-worst N"
-            )
-        picks = named_picks(profile, boost or [], suppress or [])
-        how.check(is_given=any(strength for _, strength in picks))
-        return Procedure(picks, self._chooser(profile), how.strength, how.is_tuned)
+def _contrast(profile: Profile, settings: ReweightSettings) -> Contrast | None:
+    """The two sides, without what is held out of the profile."""
+    if settings.contrast is None:
+        return None
+    first, second = settings.contrast
+    found = read_contrast((first, second), profile.info.model.fingerprint)
+    if not isinstance(profile, ProfilePart):
+        return found
+    return found.less({q.overlap_hash for q in held_out_quiz(profile)})
 
-    def _chooser(self, profile: Profile) -> Chooser:
-        model, least = profile.info.model, self.min_appearances
-        constant = expert_ids(profile).constant
-        by = self.by or "difference"
-        return Chooser(
-            boost_best=self.boost_best,
-            suppress_worst=self.suppress_worst,
-            by=by,
-            min_appearances=MIN_APPEARANCES if least is None else least,
-            layers=read_layers(self.layers),
-            contrast=self._contrast(profile),
-            fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
-            constant=tuple(
-                (layer, row)
-                for layer, block in enumerate(model.blocks)
-                for row in sorted(constant.get(block.name, ()))
-            ),
-        )
 
-    def _contrast(self, profile: Profile) -> Contrast | None:
-        """The two sides, without held-out questions."""
-        if self.contrast is None:
-            return None
-        found = read_contrast(self.contrast, profile.info.model.fingerprint)
-        if not isinstance(profile, ProfilePart):
-            return found
-        return found.less({q.overlap_hash for q in held_out_quiz(profile)})
-
-    def check(self) -> None:
-        """Checks the options against each other.
-
-        Raises:
-            SettingsError: names the option.
-        """
-        names = (*SCORES, *TOKEN_SCORES)
-        if self.by is not None and self.by not in names:
-            raise SettingsError(f"--by {self.by} is no score: take one of {', '.join(names)}")
-        if self.by is not None and self.contrast:
-            raise SettingsError("--by and --contrast both score experts: give one of them")
-        if self.min_appearances is not None and not 0 <= self.min_appearances <= 1:
-            raise SettingsError(
-                f"--min-appearances {self.min_appearances:g} must be a share from 0 to 1"
-            )
-        if (self.by or self.contrast) and not self.is_choosing:
-            raise SettingsError(
-                "--by and --contrast rank experts for --boost-best N and --suppress-worst N: "
-                "give one of these"
-            )
-
-    def name(self, profile: Profile, procedure: Procedure) -> str:
-        """The procedure in words, also for names of outputs."""
-        numbers, blocks = expert_ids(profile), profile.info.model.blocks
-        words = {+1: "boost", -1: "suppress"}
-        named = [
-            f"{words[p.sign]} {p.layer}:{numbers.number(blocks[p.layer].name, p.expert)}"
-            for p, _ in procedure.named
-        ]
-        chosen = (("boost-best", self.boost_best), ("suppress-worst", self.suppress_worst))
-        named += [f"{name} {n}" for name, n in chosen if n]
-        by = () if self.criterion in ("by hand", "difference") else (f"by {self.criterion}",)
-        return " ".join((*named, *by, *(("tuned",) if procedure.is_tuned else ())))
+def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Procedure) -> str:
+    """The procedure in words, which also name the outputs."""
+    numbers, blocks = expert_ids(profile), profile.info.model.blocks
+    words = {+1: "boost", -1: "suppress"}
+    named = [
+        f"{words[p.sign]} {p.layer}:{numbers.number(blocks[p.layer].name, p.expert)}"
+        for p, _ in procedure.named
+    ]
+    chosen = (("boost-best", settings.boost_best), ("suppress-worst", settings.suppress_worst))
+    named += [f"{name} {n}" for name, n in chosen if n]
+    criterion = settings.criterion
+    by = () if criterion in ("by hand", "difference") else (f"by {criterion}",)
+    return " ".join((*named, *by, *(("tuned",) if procedure.is_tuned else ())))
 
 
 def read_layers(text: str | None) -> tuple[int, ...]:

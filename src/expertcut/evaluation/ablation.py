@@ -19,15 +19,17 @@ from expertcut.checkpoints.simulate import apply_at_runtime
 from expertcut.edits.budget import as_numbers, normalised
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.edit_settings import AuditSettings, CutSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
-from expertcut.edits.ranking import Way, rank
+from expertcut.edits.ranking import empty_draft, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
-from expertcut.edits.splits import HELD_OUT, hashes, judges_or_fifth, n_used, questions_for
+from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.evaluation.search_results import (
+    ALL,
     AUDIT_FILE,
     AblationEffect,
     Audit,
@@ -37,6 +39,8 @@ from expertcut.evaluation.search_results import (
     CriterionEvaluation,
     CriterionRank,
     SampledExpert,
+    read_criteria,
+    read_fractions,
 )
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
@@ -94,7 +98,7 @@ def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[SampledEx
 def criterion_ranks(
     profile: Profile,
     by: Sequence[str],
-    way: Way,
+    settings: AuditSettings,
     engine: Engine,
     sampled: Sequence[SampledExpert],
     *,
@@ -110,7 +114,7 @@ def criterion_ranks(
     ranks = {}
     for name in by:
         try:
-            ranks[name] = criterion_rank(profile, name, way, engine, sampled)
+            ranks[name] = criterion_rank(profile, settings.cut_by(name), engine, sampled)
         except ProfileError as error:
             if not is_all:
                 raise
@@ -119,11 +123,10 @@ def criterion_ranks(
 
 
 def criterion_rank(
-    profile: Profile, by: str, way: Way, engine: Engine, sampled: Sequence[SampledExpert]
+    profile: Profile, cut: CutSettings, engine: Engine, sampled: Sequence[SampledExpert]
 ) -> CriterionRank:
     """Scores of one criterion for the sampled experts."""
-    own = Way(by, way.positions, way.layout, seed=way.seed)
-    ranking = rank(profile, own, engine if CRITERIA[by].needs_model else None)
+    ranking = rank(profile, cut, engine if CRITERIA[cut.by].needs_model else None)
     numbers = [as_numbers(score_E) for score_E in ranking.scores]
     shares = [normalised(score_E) for score_E in ranking.scores]
     return CriterionRank(
@@ -239,22 +242,6 @@ def _shuffles(layer_X: Array, seed: int) -> Array:
 
 
 @dataclass(frozen=True)
-class AuditOptions:
-    """What to remove, what to score it by, and on how many held-out questions.
-
-    With `is_all` the criteria are all that there are, of which the profile need not serve each.
-    """
-
-    by: tuple[str, ...]
-    fractions: tuple[float, ...]
-    way: Way
-    load_as: LoadOptions
-    sample: int = 64
-    questions: int = HELD_OUT
-    is_all: bool = False
-
-
-@dataclass(frozen=True)
 class AuditProgress:
     """Questions scored so far; `left_s` is None while unknown."""
 
@@ -273,9 +260,11 @@ class Auditing:
         ProfileError: the model or the quiz is not the one that was profiled.
     """
 
-    def __init__(self, profile: Profile, options: AuditOptions) -> None:
-        self.profile, self.options = profile, options
-        self.blocks, layout = profile.info.model.blocks, options.way.layout
+    def __init__(self, profile: Profile, settings: AuditSettings, load_as: LoadOptions) -> None:
+        self.profile, self.settings = profile, settings
+        self.by = read_criteria(settings.by)
+        self.fractions = read_fractions(settings.fractions, "--fractions")
+        self.blocks, layout = profile.info.model.blocks, settings.layout
         for block in self.blocks:
             if block.experts <= block.top_k and not LAYOUTS[layout].keeps_rows:
                 raise PlanError(
@@ -284,20 +273,20 @@ class Auditing:
                 )
         source = profiled_source(profile)
         check_layout(source, layout, is_cutting=True)
-        is_fitting = any(CRITERIA[by].is_calibrated for by in options.by)
-        questions = questions_for(profile, is_fitting=is_fitting, n_held_out=options.questions)
-        self.quiz = judges_or_fifth(questions, options.questions)
+        is_fitting = any(CRITERIA[by].is_calibrated for by in self.by)
+        questions = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
+        self.quiz = judges_or_fifth(questions, settings.questions)
         used = hashes(questions.profiled) | questions.inherited
         if is_fitting:
             used |= hashes(questions.tuning)
         self.overlap = n_used(self.quiz, used)
-        self.engine = engine_as_profiled(profile, source, options.load_as)
+        self.engine = engine_as_profiled(profile, source, load_as)
 
     @property
     def n_questions(self) -> int:
         """Questions to score, without those of the unedited model."""
         n_experts = sum(block.experts for block in self.blocks)
-        return len(self.quiz) * min(self.options.sample, n_experts)
+        return len(self.quiz) * min(self.settings.sample, n_experts)
 
     def run(self, folder: Path, on_pass: OnPass) -> Iterator[AuditProgress]:
         """Ablates every sampled expert that the folder lacks, and saves each result.
@@ -319,9 +308,9 @@ class Auditing:
         self.found = earlier or self._begin(request, rescorer)
         self._save(folder)
         yield from self._remove(rescorer, folder, on_pass)
-        options, found = self.options, self.found
+        found = self.found
         verdicts = tuple(
-            evaluate_criterion(by, ranks, found.harms, options.fractions, options.way.seed)
+            evaluate_criterion(by, ranks, found.harms, self.fractions, self.settings.seed)
             for by, ranks in found.standings.items()
         )
         self.found = found.model_copy(update={"verdicts": verdicts})
@@ -331,7 +320,7 @@ class Auditing:
         save_outcome(folder / AUDIT_FILE, self.found)
 
     def _request(self) -> AuditRequest:
-        options, info = self.options, self.profile.info
+        settings, info = self.settings, self.profile.info
         content = "\n".join(f"{q.content_hash} {q.answer}" for q in self.quiz)
         return AuditRequest(
             model=plan_model(info.model),
@@ -342,23 +331,23 @@ class Auditing:
             shots=self.quiz.shots,
             questions=len(self.quiz),
             asked=hashlib.sha256(content.encode()).hexdigest(),
-            by=options.by,
-            positions=options.way.positions,
-            layout=options.way.layout,
-            fractions=options.fractions,
-            sample=options.sample,
-            seed=options.way.seed,
+            by=self.by,
+            positions=settings.positions,
+            layout=settings.layout,
+            fractions=self.fractions,
+            sample=settings.sample,
+            seed=settings.seed,
             truncate=self.quiz.truncate,
         )
 
     def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
-        options, records = self.options, rescorer.records
-        sampled = sampled_experts(self.profile, options.sample, options.way.seed)
+        settings, records = self.settings, rescorer.records
+        sampled = sampled_experts(self.profile, settings.sample, settings.seed)
         ranks = criterion_ranks(
-            self.profile, options.by, options.way, self.engine, sampled, is_all=options.is_all
+            self.profile, self.by, settings, self.engine, sampled, is_all=settings.by == ALL
         )
         if not ranks:
-            raise ProfileError(f"{self.profile.path} can serve none of {', '.join(options.by)}")
+            raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")
         return Audit(
             asked=request,
             overlap=self.overlap,
@@ -393,7 +382,7 @@ class Auditing:
             ContractError: not one does.
         """
         is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
-        is_masked = not LAYOUTS[self.options.way.layout].keeps_rows
+        is_masked = not LAYOUTS[self.settings.layout].keeps_rows
         if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
             alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
             if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
@@ -402,14 +391,14 @@ class Auditing:
 
     def _without(self, expert: SampledExpert) -> AbstractContextManager[OnPass]:
         """The unedited model without one expert, as the layout removes it."""
-        way, model = self.options.way, self.engine.moe.model
+        settings, model = self.settings, self.engine.moe.model
         ids = {block.name: tuple(range(block.experts)) for block in self.blocks}
         name = self.blocks[expert.layer].name
         ids[name] = tuple(row for row in ids[name] if row != expert.row)
         edits = {block: BlockEdit(keep=keep) for block, keep in ids.items()}
-        draft = replace(way.draft("", "", ""), edits=edits)
+        draft = replace(empty_draft(settings.cut_by(self.by[0]), "", "", ""), edits=edits)
         width = int(model.config.get_text_config().hidden_size)
-        is_exact = LAYOUTS[way.layout].keeps_rows
+        is_exact = LAYOUTS[settings.layout].keeps_rows
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
         return apply_at_runtime(self.engine.moe, draft, constants)
 

@@ -38,9 +38,9 @@ from expertcut.scoring.passes import OnPass, ignore
 from expertcut.stats import accuracy, compare, logprob_shift
 
 
-def find_models(paths: Sequence[str]) -> list[Source]:
-    """All models' checkpoints; a wrong name or plan is refused before anything runs."""
-    sources = [find_source(path) for path in paths]
+def find_models(paths: Sequence[str], revision: str | None = None) -> list[Source]:
+    """All checkpoints, the first of a revision; a wrong name or plan is refused at once."""
+    sources = [find_source(path, None if i else revision) for i, path in enumerate(paths)]
     for source in sources:
         _plan_and_hashes(source)
     return sources

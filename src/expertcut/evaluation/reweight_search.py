@@ -12,15 +12,15 @@ import torch
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.data import Quiz
-from expertcut.edits.layouts import Layout
-from expertcut.edits.plan import EditPlan, ExpertIds, Point, Positions, expert_ids
+from expertcut.edits.edit_settings import ReweightSettings
+from expertcut.edits.plan import EditPlan, ExpertIds, Point, expert_ids
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.reweight_tune import Procedure, RouterEdit, Settled
 from expertcut.edits.router_edits import (
-    Expressions,
-    How,
-    ReweightSettings,
     check_place,
+    check_settings,
+    procedure_name,
+    procedure_of,
     reweight_draft,
     scalings,
     settled_on_profile,
@@ -29,7 +29,6 @@ from expertcut.edits.router_edits import (
 )
 from expertcut.edits.splits import questions_for
 from expertcut.evaluation.cross_fit import (
-    DRAWS,
     CrossFitResult,
     cross_fit,
     cross_fit_result,
@@ -160,24 +159,16 @@ class Decision:
     runs: int
 
 
-@dataclass(frozen=True)
-class DecideOptions:
-    """How to decide; `name` is the procedure's, `draws` are those of random experts."""
-
-    load_as: LoadOptions
-    name: str
-    apply_at: ApplyAt = "all"
-    is_proved: bool = False
-    draws: int = DRAWS
-    seed: int = 0
-
-
 Report = Callable[[int, int], None]
 """Receives steps done and their total."""
 
 
 def decide(
-    profile: Profile, procedure: Procedure, options: DecideOptions, report: Report
+    profile: Profile,
+    procedure: Procedure,
+    settings: ReweightSettings,
+    load_as: LoadOptions,
+    report: Report,
 ) -> Decision:
     """Chooses experts and strengths on the tuning questions of a profile.
 
@@ -186,23 +177,24 @@ def decide(
         QuizError: too few questions to cross-fit.
     """
     tuning = questions_for(profile, is_fitting=True).tuning
-    engine = engine_as_profiled(profile, profiled_source(profile), options.load_as)
+    engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     rescorer = CachedScorer(engine, tuning)
-    records, ask = rescorer.records, partial(rescorer.ask, apply_at=options.apply_at)
+    records = rescorer.records
+    ask = partial(rescorer.ask, apply_at=settings.apply_at or "all")
     procedure.check(records)
     numbers = expert_ids(profile)
     proof = None
-    if options.is_proved:
-        for step in cross_fit(records, procedure, ask, options.draws, options.seed):
+    if settings.prove:
+        for step in cross_fit(records, procedure, ask, settings.draws, settings.seed):
             report(step.done, step.total)
         assert step.result is not None
         settled = step.result.settled
         proof = cross_fit_result(
             step.result,
-            options.name,
+            procedure_name(profile, settings, procedure),
             quiz=tuning.id,
             split=tuning.split,
-            seed=options.seed,
+            seed=settings.seed,
             numbers=numbers,
         )
     else:
@@ -235,22 +227,6 @@ def _accuracy_at(
 
 
 @dataclass(frozen=True)
-class Tilting:
-    """What is asked: who is tilted, how strongly and how it is judged, and in which form."""
-
-    asked: ReweightSettings
-    how: How
-    named: Expressions
-    layout: Layout = "stock"
-    apply_at: Positions | None = None
-
-    @property
-    def is_by_hand(self) -> bool:
-        """Whether experts and strengths need no question to be asked."""
-        return not (self.asked.is_choosing or self.how.is_asking)
-
-
-@dataclass(frozen=True)
 class Tilted:
     """What came of it; no draft where nothing is to be tilted. `beside` is the proof, if any."""
 
@@ -260,36 +236,35 @@ class Tilted:
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def by_hand(profile: Profile, tilting: Tilting) -> Tilted:
+def by_hand(profile: Profile, settings: ReweightSettings) -> Tilted:
     """Experts and strengths as named.
 
     Raises:
         PlanError: no such expert, or one without a default strength.
         SettingsError: nothing to change, or options that exclude each other.
     """
-    tilting.asked.check()
-    boost, suppress, scale = tilting.named
-    found, scaled = tilts(profile, boost or [], suppress or []), scalings(profile, scale or [])
-    draft = reweight_draft(profile, found, tilting.layout, scaled, tilting.apply_at)
+    check_settings(settings)
+    found = tilts(profile, settings.boost or [], settings.suppress or [])
+    scaled = scalings(profile, settings.scale or [])
+    draft = reweight_draft(profile, found, settings.layout, scaled, settings.apply_at)
     return Tilted(draft, found, scaled)
 
 
-def prepared(profile: Profile, tilting: Tilting) -> tuple[Procedure, str]:
-    """The procedure and its name; invalid settings are refused before anything runs.
+def prepared(profile: Profile, settings: ReweightSettings) -> Procedure:
+    """The procedure; invalid settings are refused before a model runs.
 
     Raises:
         ContractError: the layout does not support biases of this model.
         PlanError: no such expert.
         SettingsError: nothing to change, or options that exclude each other.
     """
-    check_place(tilting.layout, tilting.apply_at, is_biased=True)
-    check_layout(profiled_source(profile), tilting.layout, is_cutting=False)
-    procedure = tilting.asked.procedure(profile, tilting.how, tilting.named)
-    return procedure, tilting.asked.name(profile, procedure)
+    check_place(settings.layout, settings.apply_at, is_biased=True)
+    check_layout(profiled_source(profile), settings.layout, is_cutting=False)
+    return procedure_of(profile, settings)
 
 
 def chosen(
-    profile: Profile, tilting: Tilting, procedure: Procedure, decision: Decision | None
+    profile: Profile, settings: ReweightSettings, procedure: Procedure, decision: Decision | None
 ) -> Tilted:
     """The edit of a decision, or without one the choice on the profile's own questions."""
     settled = decision.settled if decision else settled_on_profile(profile, procedure)
@@ -298,8 +273,8 @@ def chosen(
         return Tilted(None, beside=beside)
     found = tilts_of(profile, settled.shifts, [procedure.origin(s) for s in settled.shifts])
     draft = replace(
-        reweight_draft(profile, found, tilting.layout, (), tilting.apply_at),
-        criterion=tilting.asked.criterion,
+        reweight_draft(profile, found, settings.layout, (), settings.apply_at),
+        criterion=settings.criterion,
         is_tuned=decision is not None,
         tuning=decision.curve if decision else (),
         used=procedure.chooser.looked_at(profile),

@@ -1,6 +1,6 @@
 """`sweep.json` and `audit.json`: results of cuts and of single ablations. Does not import torch."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -9,8 +9,9 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
-from expertcut.edits.budget import Budget, Keep, asked_count, check_budget, counts
-from expertcut.edits.criteria import criterion_name
+from expertcut.edits.budget import counts, wanted_count
+from expertcut.edits.criteria import CRITERIA, criterion_name
+from expertcut.edits.edit_settings import Budget, CutSettings
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import Expert, Fold, PlanModel, Positions, Removed
 from expertcut.errors import PlanError, SettingsError
@@ -118,45 +119,37 @@ class Grid:
 
     by: tuple[str, ...]
     fractions: tuple[float, ...]
-    budget: Budget = "layer"
-    min_keep: int | None = None
 
     @classmethod
-    def of(
-        cls, by: str, fractions: str, known: Collection[str], budget: Budget, min_keep: int | None
-    ) -> Self:
+    def of(cls, by: str, fractions: str) -> Self:
         """From the command line.
 
         Raises:
             SettingsError: an unknown criterion, an invalid share, or a repeated one.
         """
-        shares = read_fractions(fractions, "--sweep")
-        return cls(read_criteria(by, known), shares, budget, min_keep)
+        return cls(read_criteria(by), read_fractions(fractions, "--sweep"))
 
-    def check(self, blocks: Sequence[BlockInfo], layout: Layout) -> None:
+    def check(self, blocks: Sequence[BlockInfo], settings: CutSettings) -> None:
         """Checks that the model and the layout allow every cell.
 
         Raises:
             PlanError: a cell keeps too few experts.
             SettingsError: the layout does not support the budget.
         """
-        check_budget(self.budget, self.min_keep, layout)
+        settings.check_layout()
+        allowed = counts(settings, blocks)
         for fraction in self.fractions:
-            keep, n_keep = self.keep(fraction, blocks, layout)
-            allowed = counts(keep, blocks, layout)
+            n_keep = self.n_keep(fraction, blocks, settings)
             if n_keep not in allowed:
-                place = "in all" if self.budget == "global" else "a layer"
+                place = "in all" if settings.budget == "global" else "a layer"
                 raise PlanError(
                     f"{fraction:g} of the experts are {n_keep} {place}: keep {allowed[0]} to "
                     f"{allowed[-1]}"
                 )
 
-    def keep(
-        self, fraction: float, blocks: Sequence[BlockInfo], layout: Layout
-    ) -> tuple[Keep, int]:
-        """What a fraction keeps, and how many experts that is."""
-        keep = Keep(fraction=fraction, budget=self.budget, min_keep=self.min_keep)
-        return keep, asked_count(keep, blocks, layout)
+    def n_keep(self, fraction: float, blocks: Sequence[BlockInfo], settings: CutSettings) -> int:
+        """How many experts a fraction keeps."""
+        return wanted_count(settings.completed(keep_fraction=fraction, sparsity=None), blocks)
 
     def with_cell(self, sweep: Sweep, cell: SweepCell) -> Sweep:
         """The sweep with one more cell, in the grid's order."""
@@ -167,14 +160,14 @@ class Grid:
         return sweep.model_copy(update={"cells": tuple(cells)})
 
 
-def read_criteria(text: str, known: Collection[str]) -> tuple[str, ...]:
+def read_criteria(text: str) -> tuple[str, ...]:
     """Criteria from `reap,activations` or `all`.
 
     Raises:
         SettingsError: an unknown or repeated criterion.
     """
     if text == ALL:
-        return tuple(known)
+        return tuple(CRITERIA)
     names = tuple(criterion_name(name.strip()) for name in text.split(","))
     for name in names:
         if names.count(name) > 1:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from expertcut.checkpoints.simulate import as_written
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import CRITERIA
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import EditPlan
-from expertcut.edits.prune import cut
-from expertcut.edits.ranking import Way, rank
+from expertcut.edits.ranking import empty_draft, rank
+from expertcut.edits.selection import cut
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError
 from expertcut.evaluation.results import (
@@ -73,16 +74,17 @@ class Sweeping:
         ProfileError: the model or the quiz is not the one that was profiled.
     """
 
-    def __init__(self, profile: Profile, grid: Grid, way: Way, asking: Asking) -> None:
-        blocks, settings = profile.info.model.blocks, profile.info.settings
-        grid.check(blocks, way.layout)
-        self.profile, self.grid, self.way, self.asking = profile, grid, way, asking
+    def __init__(self, profile: Profile, grid: Grid, settings: CutSettings, asking: Asking) -> None:
+        blocks, measured = profile.info.model.blocks, profile.info.settings
+        grid.check(blocks, settings)
+        self.profile, self.grid, self.asking = profile, grid, asking
+        self.settings = settings
         source = profiled_source(profile)
-        self.size_of = size_of_cuts(source, way.layout, blocks[0].experts)
-        drafts = [replace(way, by=by).draft("", "", by) for by in grid.by]
+        self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
+        drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
         used = frozenset().union(*(used_hashes(d, self._questions(d)) for d in drafts))
         self.engine = engine_as_profiled(profile, source, asking.load_as)
-        options = MeasureOptions("none", settings.batch_tokens, settings.threads, asking.waits)
+        options = MeasureOptions("none", measured.batch_tokens, measured.threads, asking.waits)
         self.measurement = Measurement(self.engine.moe, asking.quiz, asking.limit, options)
         self.subjects = [question.subject for question in asking.quiz]
         overlap = n_used(asking.quiz, used)
@@ -90,20 +92,21 @@ class Sweeping:
         self.found = Sweep(asked=self._request(), chosen_on=chosen_on)
 
     def _request(self) -> SweepRequest:
-        grid, way, is_part = self.grid, self.way, isinstance(self.profile, ProfilePart)
+        grid, settings = self.grid, self.settings
+        is_part, options = isinstance(self.profile, ProfilePart), LAYOUTS[settings.layout].options
         return SweepRequest(
             scored=self.measurement.info.called(self.profile.info.model.id),
             profile=profile_hash(self.profile.info),
             by=grid.by,
             fractions=grid.fractions,
-            budget=grid.budget,
-            min_keep=grid.min_keep,
-            positions=way.positions,
-            layout=way.layout,
-            removed=way.removed if "removed" in LAYOUTS[way.layout].options else None,
-            fold=way.fold if "fold" in LAYOUTS[way.layout].options else None,
-            protect=way.protect,
-            seed=way.seed,
+            budget=settings.budget,
+            min_keep=settings.min_keep,
+            positions=settings.positions,
+            layout=settings.layout,
+            removed=settings.fill if "removed" in options else None,
+            fold=settings.rescale if "fold" in options else None,
+            protect=tuple(settings.protect),
+            seed=settings.seed,
             chosen_by=len(self.profile.subjects()) if is_part else None,
         )
 
@@ -140,10 +143,10 @@ class Sweeping:
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
             return {}
-        way, engine = replace(self.way, by=by), self.engine if CRITERIA[by].needs_model else None
-        ranking = rank(self.profile, way, engine)
-        kept = {f: self.grid.keep(f, ranking.blocks, way.layout) for f in missing}
-        return {f: cut(ranking, *how_many).draft for f, how_many in kept.items()}
+        settings = self.settings.completed(by=by)
+        ranking = rank(self.profile, settings, self.engine if CRITERIA[by].needs_model else None)
+        kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
+        return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}
 
     def _step(self, by: str, fraction: float, draft: EditPlan, folder: Path) -> Iterator[Step]:
         place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"

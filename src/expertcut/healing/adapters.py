@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,49 +18,38 @@ from expertcut.checkpoints.export import companions
 from expertcut.checkpoints.output_dir import system_errors
 from expertcut.checkpoints.shards import Change, Rewrite, write_checkpoint
 from expertcut.checkpoints.tensor_names import earlier_constants
-from expertcut.errors import ContractError, ModelError, SettingsError
+from expertcut.errors import ContractError, ModelError
 from expertcut.files import share, write_atomically
+from expertcut.healing.heal_settings import HealSettings, Target
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, MoeModel, Source, modelling_code
 from expertcut.models.moe_block import MoeBlock
 
-TARGETS = ("attention", "experts", "gate")
 ADAPTER = "default"
 _ATTENTION = re.compile(r"attn|attention")
 _NEIGHBOURS = 4  # parameters whose tensors lie mixed with one another on disk
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Rank, scale (`alpha` / rank) and what is adapted."""
-
-    rank: int
-    alpha: int
-    targets: tuple[str, ...]
-    seed: int = 0
-
-
-def adapted(moe: MoeModel, lora: Lora) -> Any:
+def adapted(moe: MoeModel, settings: HealSettings) -> Any:
     """The model with adapters that change nothing yet, the only weights with gradients.
 
     The blocks of `models` stay valid: their modules are wrapped, not replaced.
 
     Raises:
         ModelError: nothing there to adapt.
-        SettingsError: an unknown target.
     """
     from peft import LoraConfig, get_peft_model
 
-    modules, parameters = _targets(moe, lora.targets)
+    modules, parameters = _targets(moe, settings.targets)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
+        r=settings.rank,
+        lora_alpha=settings.alpha or settings.rank,
         lora_dropout=0.0,  # cannot be had for fused experts
         target_modules=modules or None,
         target_parameters=parameters or None,
     )
-    torch.manual_seed(lora.seed)
+    torch.manual_seed(settings.seed)
     with _unwarned():
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
 
@@ -126,10 +115,8 @@ class _Delta:
         return scaled.reshape(self.shape)
 
 
-def _targets(moe: MoeModel, asked: Sequence[str]) -> tuple[list[str], list[str]]:
+def _targets(moe: MoeModel, asked: tuple[Target, ...]) -> tuple[list[str], list[str]]:
     """Names of linear layers, and of parameters, as short as they are unambiguous."""
-    if unknown := [target for target in asked if target not in TARGETS]:
-        raise SettingsError(f"--targets {unknown[0]} is unknown: it can be {', '.join(TARGETS)}")
     modules, parameters = list[str](), list[str]()
     if "attention" in asked:
         modules = _attention(moe)

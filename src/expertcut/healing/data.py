@@ -12,7 +12,7 @@ from expertcut.data import Question, Quiz, Selection, load_quiz, reordered, roun
 from expertcut.data.questions import group_by_subject, normalised, replace_questions
 from expertcut.data.sources import Weighted, hash_lines
 from expertcut.errors import QuizError
-from expertcut.healing.heal_settings import Data, Healing
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.leakage import (
     Asked,
     Dropped,
@@ -71,33 +71,34 @@ class Read:
         return Fixed(self.held_out, first)
 
 
-def read_data(asked: Healing, tokenizer: Any, max_tokens: int) -> Read:
+def read_data(settings: HealSettings, tokenizer: Any, max_tokens: int) -> Read:
     """Reads quizzes and texts, drops what is scored later, holds some out.
 
     Raises:
         QuizError: a source that cannot be read, that is too small, or of which more than 5 % stand
             in an evaluation split.
     """
-    reader = _Reader(asked.data, tokenizer, max_tokens, asked.training.seed)
-    quizzes = [reader.read_quiz(quiz) for quiz in asked.data.quizzes]
-    texts = [reader.read_texts(text) for text in asked.data.texts]
+    reader = _Reader(settings, tokenizer, max_tokens)
+    quizzes = [reader.read_quiz(quiz) for quiz in settings.quizzes]
+    texts = [reader.read_texts(text) for text in settings.texts]
     # What one source holds out, no other trains on.
     held_out = [_held_out(quiz, reader.asked_in(texts)) for quiz, _ in quizzes]
     lines = frozenset[str]().union(*map(hash_lines, held_out))
-    for named, (quiz, lengths), held in zip(asked.data.quizzes, quizzes, held_out, strict=True):
+    for named, (quiz, lengths), held in zip(settings.quizzes, quizzes, held_out, strict=True):
         reader.add_quiz(named, without(quiz, lines), held, lengths)
-    for named, clean in zip(asked.data.texts, texts, strict=True):
+    for named, clean in zip(settings.texts, texts, strict=True):
         reader.add_texts(named, clean)
     return reader.done()
 
 
 class _Reader:
-    def __init__(self, data: Data, tokenizer: Any, max_tokens: int, seed: int) -> None:
-        self.data, self.tokenizer, self.max_tokens, self.seed = data, tokenizer, max_tokens, seed
+    def __init__(self, settings: HealSettings, tokenizer: Any, max_tokens: int) -> None:
+        self.settings, self.tokenizer, self.max_tokens = settings, tokenizer, max_tokens
+        self.seed = settings.seed
         self.parts: list[Part] = []
         self.held_out: list[Row] = []
         self.held_out_quiz: Quiz | None = None
-        self.scored = evaluation_quizzes(data)
+        self.scored = evaluation_quizzes(settings)
         self.dropped: list[Dropped | None] = []
         self.hashes: frozenset[str] = frozenset()
         self.n_questions = self.n_texts = 0
@@ -105,9 +106,17 @@ class _Reader:
 
     def read_quiz(self, named: Weighted) -> tuple[Quiz, Lengths]:
         """A quiz without what is scored later or too long."""
-        data = self.data
-        which = (named.name, data.split, 0, data.subjects, data.limit, named.revision)
-        quiz, scored = without_scored(load_quiz(Selection(*which, data.truncate)), self.scored)
+        settings = self.settings
+        selection = Selection(
+            named.name,
+            settings.split,
+            shots=0,
+            subjects=settings.subjects,
+            limit=settings.limit,
+            revision=named.revision,
+            truncate=settings.truncate,
+        )
+        quiz, scored = without_scored(load_quiz(selection), self.scored)
         lengths = self._lengths(quiz)
         quiz, too_long = self._without_long(quiz, lengths)
         self.dropped += [scored, too_long]
@@ -118,7 +127,7 @@ class _Reader:
         """Questions to train on, and those that are held out."""
         self.n_questions += len(kept)
         self.held_out_quiz = self.held_out_quiz or held_out
-        shuffled = self._shuffled_quiz(kept, lengths, is_turned=self.data.is_shuffled)
+        shuffled = self._shuffled_quiz(kept, lengths, is_turned=self.settings.shuffle)
         self.held_out += self._shuffled_quiz(held_out, lengths)(random.Random(self.seed))
         self._add(named, shuffled)
 
@@ -126,7 +135,9 @@ class _Reader:
         """Texts without those that ask what is scored later."""
         texts = read_texts(Path(named.name), self.tokenizer)
         scored = [question for quiz in self.scored for question in quiz]
-        clean, dropped = texts_without_scored(named.name, texts, scored, self.data.eval_split)
+        clean, dropped = texts_without_scored(
+            named.name, texts, scored, self.settings.kept_out_split
+        )
         self.dropped.append(dropped)
         found = [texts[at] for at in clean]
         self.text_counts.update(normalised(text.read) for text in found)
@@ -201,7 +212,7 @@ class _Reader:
                 sizes = [lengths[q.subject, q.row] for q in turned]
                 if is_turned:
                     turned = [_turned(question, order) for question in turned]
-                groups = group_questions(turned, sizes, self.data.shots + 1, self.max_tokens)
+                groups = group_questions(turned, sizes, self.settings.n_shots + 1, self.max_tokens)
                 rows += [question_row(self.tokenizer, group) for group in groups]
             order.shuffle(rows)
             return rows

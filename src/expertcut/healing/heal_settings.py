@@ -1,149 +1,268 @@
-"""What was asked for: data, objective, adapters, and how long to train."""
+"""The options of `heal`: what to train on, the objective, the adapters, and how long to train."""
 
-from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from expertcut.data import Truncate
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from expertcut.data import DEFAULT_QUIZ, Truncate
 from expertcut.data.sources import Weighted
-from expertcut.errors import SettingsError
-from expertcut.healing.adapters import TARGETS, Lora
-from expertcut.healing.objectives import OBJECTIVES
+from expertcut.settings import Settings, option
 
-# Tried on the bundled model of width 128; Adam's best rates fall as width grows (arXiv:2203.03466).
+ObjectiveName = Literal["distill", "answer", "lm"]
+Target = Literal["attention", "experts", "gate"]
+OBJECTIVE_NAMES, TARGETS = get_args(ObjectiveName), get_args(Target)
+DATA, OBJECTIVE, ADAPTERS = "What to train on", "Objective", "Adapters"
+TRAINING, OUTPUT = "Training", "Output"  # panels, like those above
+_TRAINING = (
+    *("steps", "learning_rate", "answer_weight", "batch", "micro_batch", "warmup", "balance"),
+    *("check_every", "patience", "seed"),
+)  # in the order of `healing.json`
+# The best rate of a model of width 128; Adam's best rates fall as width grows (arXiv:2203.03466).
 _RATE_TIMES_WIDTH = 0.64
 
 
-@dataclass(frozen=True)
-class Data:
-    """What is trained on: one split of quizzes, and texts.
-
-    Nothing that stands in split `eval_split` of `eval_quiz` (else of any of the quizzes) is.
-    `shots` is how many solved questions stand before the last of a row, all of the same split.
-    Whenever a question comes, its choices stand in another order, if `is_shuffled`. `truncate` is
-    for the questions that judge the result, where their prompts are longer than the context.
-    """
-
-    quizzes: tuple[Weighted, ...]
-    split: str = "val"
-    shots: int = 5
-    subjects: tuple[str, ...] = ()
-    limit: int | None = None
-    texts: tuple[Weighted, ...] = ()
-    eval_quiz: str | None = None
-    eval_split: str = "test"
-    max_tokens: int = 2048
-    is_shuffled: bool = True
-    eval_revision: str | None = None
-    truncate: Truncate | None = None
+def _as_tuple(value: Any) -> Any:
+    """Accepts one value, or a list of them."""
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, str) else value
 
 
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast; `micro_batch` rows are in memory at once, `batch` make a step.
+def _as_path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) else value
 
-    Every `check_every` steps the held-out rows are asked, and after `patience` times without a
-    better loss training stops. What stands before answers' letters weighs `answer_weight` times as
-    much as all of a row, besides. Without a learning rate it is `_RATE_TIMES_WIDTH` over the
-    model's width.
-    """
 
-    steps: int = 300
-    learning_rate: float | None = None
-    answer_weight: float | None = None
-    batch: int = 16
-    micro_batch: int | None = None
-    warmup: float = 0.03
-    balance: float = 0.0
-    check_every: int = 50
-    patience: int = 3
-    seed: int = 0
-    saves_memory: bool = False
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_tuple)]
 
-    def check(self) -> None:
-        """That the numbers can be used.
+
+class HealSettings(Settings):
+    """All options of a recovery run; no question of the evaluation split is trained on."""
+
+    quiz: Names = option(
+        (),
+        "Quiz to train on, or NAME=WEIGHT for a mixture. Repeatable.  "
+        "[default: mmlu, unless --text is given]",
+        panel=DATA,
+    )
+    split: str = option("val", "Split to train on.", panel=DATA)
+    shots: int | None = option(
+        None, "Solved questions before the last question of a row.  [default: 5]", panel=DATA, ge=0
+    )
+    subjects: Names = option(
+        (), "Train on these subjects only, separated by commas.", panel=DATA, separator=","
+    )
+    limit: int | None = option(
+        None, "Train on the first LIMIT questions of each subject.", panel=DATA, ge=1
+    )
+    text: Names = option(
+        (),
+        "JSON lines with `text` or `messages`, or FILE=WEIGHT; for distill and lm. Repeatable.",
+        panel=DATA,
+    )
+    eval_quiz: str | None = option(
+        None, "Quiz to keep out of the training.  [default: --quiz]", panel=DATA
+    )
+    eval_split: str | None = option(
+        None, "Split to keep out of the training.  [default: test]", panel=DATA
+    )
+    truncate: Truncate | None = option(
+        None,
+        "left: drop the first tokens of prompts longer than the context, as lm-evaluation-harness "
+        "does.  [default: refuse them]",
+        panel=DATA,
+        in_recipe=False,
+    )
+    objective: ObjectiveName | None = option(
+        None,
+        "distill: match the base model's distribution. answer: the letter of the right choice. "
+        "lm: all tokens.  [default: distill if the base model is available, else answer]",
+        panel=OBJECTIVE,
+    )
+    teacher: str | None = option(
+        None, "Teacher of distill.  [default: the checkpoint's base model]", panel=OBJECTIVE
+    )
+    teacher_cache: Annotated[Path | None, BeforeValidator(_as_path)] = option(
+        None, "Folder that keeps the teacher's outputs for later runs.", panel=OBJECTIVE
+    )
+    likeliest: int = option(
+        64,
+        "Match the teacher's K most likely tokens; the others count as one.",
+        panel=OBJECTIVE,
+        flags=("--top-k-logits",),
+        aliases=("--likeliest",),
+        ge=1,
+    )
+    answer_weight: float | None = option(
+        None,
+        "Extra weight of the answer letters, relative to all tokens of a row.  "
+        "[default: 1 for distill, else 0]",
+        panel=OBJECTIVE,
+        ge=0,
+    )
+    targets: Targets = option(
+        ("attention", "experts"),
+        "Modules to adapt, separated by commas: attention, experts, gate.  "
+        "[default: attention,experts]",
+        panel=ADAPTERS,
+        separator=",",
+        min_length=1,
+    )
+    rank: int = option(16, "Rank of the adapters.", panel=ADAPTERS, ge=1)
+    alpha: int | None = option(
+        None, "Scale of the adapters times the rank.  [default: the rank]", panel=ADAPTERS, ge=1
+    )
+    steps: int = option(300, "Maximum number of steps.", panel=TRAINING, ge=1)
+    learning_rate: float | None = option(
+        None, "Peak learning rate.  [default: 0.64 / hidden size]", panel=TRAINING, gt=0, lt=1
+    )
+    batch: int = option(
+        16,
+        "Rows per step, over all processes.",
+        panel=TRAINING,
+        flags=("--batch-size",),
+        aliases=("--batch",),
+        ge=1,
+    )
+    micro_batch: int | None = option(
+        None,
+        "Rows in memory at once.  [default: chosen from the free memory]",
+        panel=TRAINING,
+        flags=("--micro-batch-size",),
+        aliases=("--micro-batch",),
+        ge=1,
+    )
+    balance: float = option(0.0, "Weight of the load-balancing loss.", panel=TRAINING, ge=0)
+    check_every: int = option(
+        50,
+        "Steps between two evaluations on held-out rows.",
+        panel=TRAINING,
+        flags=("--eval-every",),
+        aliases=("--check-every",),
+        ge=1,
+    )
+    patience: int = option(
+        3, "Stop after this many evaluations without a better loss.", panel=TRAINING, ge=1
+    )
+    max_tokens: int = option(2048, "Maximum tokens of a row.", panel=TRAINING, ge=2)
+    adapter: bool = option(
+        False,
+        "Write only the adapter, not a whole checkpoint.",
+        panel=OUTPUT,
+        flags=("--adapter",),
+        in_recipe=False,
+    )
+    save_memory: bool = option(
+        False,
+        "Recompute activations in the backward pass instead of keeping them.",
+        panel=TRAINING,
+        flags=("--gradient-checkpointing",),
+        aliases=("--save-memory",),
+    )
+    shuffle: bool = option(
+        True,
+        "Shuffle the choices of a question each time.",
+        panel=DATA,
+        flags=("--shuffle/--no-shuffle",),
+    )
+    seed: int = option(
+        0, "Seed of the row order and the adapters.", panel=TRAINING, ge=0, le=2**32 - 1
+    )
+    verify: bool = option(
+        True,
+        "Score the healed checkpoint on held-out questions.",
+        panel=OUTPUT,
+        flags=("--verify/--no-verify",),
+    )
+    # No options: the revisions of hub quizzes that a recipe pins.
+    quiz_revision: str | None = Field(None, exclude=True)
+    eval_revision: str | None = Field(None, exclude=True)
+
+    warmup: ClassVar[float] = 0.03  # share of the steps
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            _refuse(f"--micro-batch-size {self.micro_batch} must divide --batch-size {self.batch}")
+        if self.text and self.objective == "answer":
+            _refuse("--text has no answers to train on: take --objective lm or distill")
+        return self
+
+    @property
+    def quizzes(self) -> tuple[Weighted, ...]:
+        """Quizzes to train on.
 
         Raises:
-            SettingsError: one that cannot.
+            SettingsError: a weight that is not above 0.
         """
-        counts = ("steps", "batch", "check_every", "patience")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise SettingsError(f"--{name.replace('_', '-')} must be at least 1")
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
-            raise SettingsError(
-                f"--micro-batch {self.micro_batch} must divide --batch {self.batch}"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise SettingsError(f"--seed {self.seed} must lie between 0 and {2**32 - 1}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
-            raise SettingsError("--learning-rate must lie between 0 and 1")
-        for name in ("balance", "answer_weight"):
-            if not 0 <= (getattr(self, name) or 0.0) < inf:  # which NaN is not
-                raise SettingsError(f"--{name.replace('_', '-')} must be a number of at least 0")
+        names = self.quiz or (() if self.text else (DEFAULT_QUIZ,))
+        read = map(Weighted.read, names)
+        return tuple(Weighted(q.name, q.weight, self.quiz_revision) for q in read)
+
+    @property
+    def texts(self) -> tuple[Weighted, ...]:
+        """Text files to train on.
+
+        Raises:
+            SettingsError: a weight that is not above 0.
+        """
+        return tuple(map(Weighted.read, self.text))
+
+    @property
+    def n_shots(self) -> int:
+        """Solved questions before the last question of a row."""
+        return 5 if self.shots is None else self.shots
+
+    @property
+    def kept_out_split(self) -> str:
+        """Split that is scored later."""
+        return self.eval_split or "test"
 
     def rate(self, width: int) -> float:
-        """The learning rate for a model of so many hidden channels."""
+        """Peak learning rate for a hidden size."""
         return _RATE_TIMES_WIDTH / width if self.learning_rate is None else self.learning_rate
 
-    def weight_of_answers(self, objective: str) -> float:
-        """For an objective: all tokens alike in `lm`, answers as much as the rest in `distill`."""
+    def answer_weight_for(self, objective: str) -> float:
+        """Extra weight of the answer letters for an objective."""
         default = 1.0 if objective == "distill" else 0.0
         return default if self.answer_weight is None else self.answer_weight
 
-
-@dataclass(frozen=True)
-class Healing:
-    """All of it. Without an `objective`, `distill` where the base is at hand, else `answer`.
-
-    `teacher` is the model to come close to, without one that which the checkpoint was made from.
-    `likeliest` of its tokens count by themselves, the others as one; what it says lies in `cache`,
-    where one is named, and is asked for only once.
-    """
-
-    data: Data
-    objective: str | None = None
-    teacher: str | None = None
-    likeliest: int = 64
-    cache: Path | None = None
-    lora: Lora = field(default_factory=lambda: Lora(16, 16, ("attention", "experts")))
-    training: Training = field(default_factory=Training)
-    is_adapter: bool = False
-
-    def check(self) -> None:
-        """All that can be refused before anything is read.
-
-        Raises:
-            SettingsError: naming the option.
-        """
-        self.training.check()
-        if self.objective is not None and self.objective not in OBJECTIVES:
-            raise SettingsError(
-                f"--objective {self.objective} is unknown: it can be {', '.join(OBJECTIVES)}"
-            )
-        if not self.data.quizzes and not self.data.texts:
-            raise SettingsError("say what to train on: --quiz or --text")
-        if self.data.texts and self.objective == "answer":
-            raise SettingsError("--text has no answers to train on: take --objective lm or distill")
-        if unknown := [target for target in self.lora.targets if target not in TARGETS]:
-            raise SettingsError(
-                f"--targets {unknown[0]} is unknown: it can be {', '.join(TARGETS)}"
-            )
-        if not self.lora.targets or self.lora.rank < 1 or not 0 < self.lora.alpha < inf:
-            raise SettingsError("--targets must name something, --rank and --alpha be above 0")
-        if self.likeliest < 1 or self.data.max_tokens < 2:
-            raise SettingsError("--likeliest must be at least 1, --max-tokens at least 2")
+    def recorded(self) -> dict[str, Any]:
+        """The settings as `healing.json` and the state of a run name them."""
+        return {
+            "data": {
+                "quizzes": [vars(quiz) for quiz in self.quizzes],
+                "split": self.split,
+                "shots": self.n_shots,
+                "subjects": list(self.subjects),
+                "limit": self.limit,
+                "texts": [vars(text) for text in self.texts],
+                "eval_quiz": self.eval_quiz,
+                "eval_split": self.kept_out_split,
+                "max_tokens": self.max_tokens,
+                "is_shuffled": self.shuffle,
+                "eval_revision": self.eval_revision,
+                "truncate": self.truncate,
+            },
+            "objective": self.objective,
+            "teacher": self.teacher,
+            "likeliest": self.likeliest,
+            "cache": None if self.teacher_cache is None else str(self.teacher_cache),
+            "lora": {
+                "rank": self.rank,
+                "alpha": self.alpha or self.rank,
+                "targets": list(self.targets),
+                "seed": self.seed,
+            },
+            "training": {
+                **{name: getattr(self, name) for name in _TRAINING},
+                "saves_memory": self.save_memory,
+            },
+            "is_adapter": self.adapter,
+        }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where it goes; `working` keeps what a run that was stopped has done."""
-
-    folder: Path
-    is_forced: bool = False
-
-    @property
-    def working(self) -> Path:
-        """A sibling that goes when all is done; `.` and links have none of their own."""
-        place = self.folder.resolve()
-        return place.with_name(f"{place.name}.healing")
+def _refuse(text: str) -> None:
+    raise PydanticCustomError("combination", "{text}", {"text": text})

@@ -10,7 +10,7 @@ from expertcut.data.questions import hashes_in, normalised
 from expertcut.data.sources import hash_lines
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError, SplitError
-from expertcut.healing.heal_settings import Data
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.rows import Text
 
 _MOST_JUDGES = 256
@@ -59,37 +59,43 @@ class Dropped:
     longest: int | None = None
 
 
-def evaluation_quizzes(data: Data) -> list[Quiz]:
+def evaluation_quizzes(settings: HealSettings) -> list[Quiz]:
     """What is later scored, as it is asked then: `eval_quiz`, else every quiz that is trained on.
 
     Raises:
         QuizError: one of them cannot be read, or `eval_quiz` has no such split.
     """
-    if data.eval_quiz is not None:
-        return [_as_scored(data.eval_quiz, data, data.eval_revision)]
-    named = {quiz.name: quiz.revision for quiz in data.quizzes}
-    quizzes = [_own(name, data, revision) for name, revision in named.items()]
+    if settings.eval_quiz is not None:
+        return [_as_scored(settings.eval_quiz, settings, settings.eval_revision)]
+    named = {quiz.name: quiz.revision for quiz in settings.quizzes}
+    quizzes = [_own(name, settings, revision) for name, revision in named.items()]
     found = [quiz for quiz in quizzes if quiz is not None]
     if not found:
         logger.warning("nothing is kept out of the training: name what is scored by --eval-quiz")
     return found
 
 
-def _own(name: str, data: Data, revision: str | None) -> Quiz | None:
+def _own(name: str, settings: HealSettings, revision: str | None) -> Quiz | None:
     """None where a quiz has no such split, or is one file for all splits."""
     if Path(name).is_file():
         logger.warning("%s is one file: give what is later scored by --eval-quiz", name)
         return None
     try:
-        return _as_scored(name, data, revision)
+        return _as_scored(name, settings, revision)
     except SplitError as error:
         logger.warning("no evaluation split to keep out: %s", error)
         return None
 
 
-def _as_scored(name: str, data: Data, revision: str | None) -> Quiz:
+def _as_scored(name: str, settings: HealSettings, revision: str | None) -> Quiz:
     """Its prompts have shots, or none where the quiz has not so many."""
-    asked = Selection(name, data.eval_split, data.shots, revision=revision, truncate=data.truncate)
+    asked = Selection(
+        name,
+        settings.kept_out_split,
+        settings.n_shots,
+        revision=revision,
+        truncate=settings.truncate,
+    )
     try:
         return load_quiz(asked)
     except SplitError:

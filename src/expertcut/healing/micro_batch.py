@@ -22,7 +22,7 @@ from expertcut.documents import Record, load_record
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.files import write_atomically
 from expertcut.healing.data import Read
-from expertcut.healing.heal_settings import Training
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.objectives import Projection
 from expertcut.healing.state import random_states, set_random_states
 from expertcut.models.devices import free_bytes, give_back, is_out_of_memory
@@ -110,24 +110,29 @@ def share_of_process(batch: int, n_processes: int, micro_batch: int | None) -> i
         SettingsError: a batch that cannot be shared out.
     """
     if batch % (n_processes * (micro_batch or 1)):
-        micro = f"--micro-batch {micro_batch} times " if micro_batch else ""
+        micro = f"--micro-batch-size {micro_batch} times " if micro_batch else ""
         raise SettingsError(
-            f"--batch {batch} must be a multiple of {micro}the {n_processes} processes"
+            f"--batch-size {batch} must be a multiple of {micro}the {n_processes} processes"
         )
     return batch // n_processes
 
 
 def choose_micro_batch(
-    moe: MoeModel, run: Any, projection: Projection, read: Read, how: Training, folder: Path
+    moe: MoeModel,
+    run: Any,
+    projection: Projection,
+    read: Read,
+    settings: HealSettings,
+    folder: Path,
 ) -> MicroBatch:
     """The number of rows: as asked for, else as recorded in the folder, else as memory allows."""
     file = folder / MICRO_BATCH_FILE
-    share = share_of_process(how.batch, PartialState().num_processes, how.micro_batch)
+    share = share_of_process(settings.batch, PartialState().num_processes, settings.micro_batch)
     recorded = _recorded(file)
-    if how.micro_batch is not None:
-        chosen = MicroBatch(how.micro_batch, "--micro-batch", file)
+    if settings.micro_batch is not None:
+        chosen = MicroBatch(settings.micro_batch, "--micro-batch-size", file)
     else:
-        needs = training_needs(moe, run, projection, longest_row(read, how), how)
+        needs = training_needs(moe, run, projection, longest_row(read, settings), settings)
         chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)
         chosen.rows = min(gather_object([chosen.rows]))
     if recorded not in (None, chosen.rows):
@@ -174,15 +179,15 @@ def _recorded(file: Path) -> int | None:
     return found.rows if found.rows > 0 else None
 
 
-def longest_row(read: Read, how: Training) -> int:
+def longest_row(read: Read, settings: HealSettings) -> int:
     """Tokens of the longest row, held out or among the first that are trained on."""
-    rows = read.rows(min(how.steps * how.batch, _LOOKED_AT))
+    rows = read.rows(min(settings.steps * settings.batch, _LOOKED_AT))
     trained = (len(rows[at][1].ids) for at in range(len(rows)))
     return max(*trained, *(len(row.ids) for row in read.held_out))
 
 
 def training_needs(
-    moe: MoeModel, run: Any, projection: Projection, longest: int, how: Training
+    moe: MoeModel, run: Any, projection: Projection, longest: int, settings: HealSettings
 ) -> Needs | None:
     """What autograd keeps of passes over one short and one long row; None where memory ends.
 
@@ -199,7 +204,7 @@ def training_needs(
         return None
     short, long = kept
     row = max(0, long - short)
-    if how.saves_memory:
+    if settings.save_memory:
         config = moe.model.config.get_text_config()
         inputs = config.num_hidden_layers * longest * config.hidden_size * moe.dtype.itemsize
         short, row = short // config.num_hidden_layers, row // config.num_hidden_layers + inputs

@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +29,7 @@ from expertcut.errors import OutputError
 from expertcut.evaluation.results import check_same, load_unfinished, save_outcome
 from expertcut.healing.adapters import load_weights
 from expertcut.healing.data import Read
-from expertcut.healing.heal_settings import Healing, Training
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.models.load import MoeModel, Source
 
 OPTIMIZER, STEPS, RANDOM = "optimizer.safetensors", "optimizer.json", "random-{rank}.safetensors"
@@ -158,9 +157,9 @@ def looks_since_best(state: TrainerState) -> int:
     return len(losses) - 1 - losses.index(min(losses))
 
 
-def is_over(state: TrainerState, how: Training) -> bool:
+def is_over(state: TrainerState, settings: HealSettings) -> bool:
     """Whether all steps are done, or patience is at its end."""
-    return state.global_step >= how.steps or looks_since_best(state) >= how.patience
+    return state.global_step >= settings.steps or looks_since_best(state) >= settings.patience
 
 
 def last_usable(folder: Path) -> TrainerState | None:
@@ -242,10 +241,10 @@ class Begun(Record):
 
     @classmethod
     def of(
-        cls, moe: MoeModel, base: Source | None, objective: str, asked: Healing, read: Read
+        cls, moe: MoeModel, base: Source | None, objective: str, asked: HealSettings, read: Read
     ) -> Self:
         """Models and questions by what they hold."""
-        whole = plain(asked)
+        whole = asked.recorded()
         whole["training"] = _without_memory(whole["training"])
         return cls(
             checkpoint=moe.source.fingerprint,
@@ -303,9 +302,3 @@ def go_on(folder: Path, asked: Begun) -> None:
 
 def _without_memory(training: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key not in _OF_MEMORY}
-
-
-def plain(asked: Healing) -> dict[str, Any]:
-    """As JSON has it."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(asked), default=str))
-    return found

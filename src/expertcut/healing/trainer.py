@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from expertcut.checkpoints.output_dir import system_errors
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.data import Read
-from expertcut.healing.heal_settings import Training
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.micro_batch import MicroBatch, choose_micro_batch, share_of_process
 from expertcut.healing.objectives import (
     IGNORED,
@@ -361,9 +361,12 @@ def fit(
     moe: MoeModel,
     model: Any,
     read: Read,
-    how: Training,
-    kind: tuple[Objective, Teacher | None],
-    place: tuple[Path, Report],
+    settings: HealSettings,
+    objective: Objective,
+    teacher: Teacher | None,
+    *,
+    folder: Path,
+    report: Report,
     tell: Tell = lambda sentence: None,
 ) -> Curve:
     """Trains the adapters of a peft model and leaves the best in it, by held-out rows.
@@ -375,25 +378,23 @@ def fit(
         OutputError: the best state was damaged meanwhile.
         SettingsError: a batch that cannot be shared out, or a device that Trainer does not take.
     """
-    objective, teacher = kind
-    folder, report = place
     trainer = HealTrainer(
         moe, objective, teacher,
         model=model,
-        args=_arguments(moe, how, folder),
-        train_dataset=read.rows(how.steps * how.batch),
-        eval_dataset=read.fixed(how.steps * how.batch),
+        args=_arguments(moe, settings, folder),
+        train_dataset=read.rows(settings.steps * settings.batch),
+        eval_dataset=read.fixed(settings.steps * settings.batch),
         data_collator=Collator(
-            objective.where, _pad_id(moe), how.weight_of_answers(objective.name)
+            objective.where, _pad_id(moe), settings.answer_weight_for(objective.name)
         ),
-        callbacks=[_Watch(how, folder), _Progress(report)],
+        callbacks=[_Watch(settings, folder), _Progress(report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
-    trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, read, how, folder)
-    tell(trainer.micro_batch.sentence(how.batch))
-    if how.balance:
-        trainer.add_balance(how.balance)
-    state = _trained(trainer, how, folder)
+    trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, read, settings, folder)
+    tell(trainer.micro_batch.sentence(settings.batch))
+    if settings.balance:
+        trainer.add_balance(settings.balance)
+    state = _trained(trainer, settings, folder)
     best = best_step(state)
     trainer.accelerator.wait_for_everyone()  # the first has written the last state
     load_best(model, folder, best)
@@ -402,11 +403,11 @@ def fit(
     return Curve(*losses, best, state.global_step, trainer.micro_batch.rows)
 
 
-def _trained(trainer: HealTrainer, how: Training, folder: Path) -> TrainerState:
+def _trained(trainer: HealTrainer, settings: HealSettings, folder: Path) -> TrainerState:
     """Where the run ended, now or before: a stop may have come after its last step."""
     with PartialState().main_process_first():  # it clears up what the others then do not find
         last = last_usable(folder)
-    if last is not None and is_over(last, how):
+    if last is not None and is_over(last, settings):
         return last
     begin = None if last is None else str(state_folder(folder, last.global_step))
     with system_errors(folder):
@@ -414,25 +415,25 @@ def _trained(trainer: HealTrainer, how: Training, folder: Path) -> TrainerState:
     return trainer.state
 
 
-def _arguments(moe: MoeModel, how: Training, folder: Path) -> TrainingArguments:
+def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingArguments:
     n_processes = TrainingArguments(str(folder), use_cpu=moe.device.type == "cpu").world_size
     # Trainer's batches are whole steps: HealTrainer cuts them, so that no state depends on how.
-    share = share_of_process(how.batch, n_processes, how.micro_batch)
+    share = share_of_process(settings.batch, n_processes, settings.micro_batch)
     is_cuda = moe.device.type == "cuda"
-    every = min(how.check_every, how.steps)
+    every = min(settings.check_every, settings.steps)
     arguments = TrainingArguments(
         str(folder),
-        max_steps=how.steps,
+        max_steps=settings.steps,
         per_device_train_batch_size=share,
         per_device_eval_batch_size=share,
-        learning_rate=how.rate(moe.model.config.get_text_config().hidden_size),
+        learning_rate=settings.rate(moe.model.config.get_text_config().hidden_size),
         lr_scheduler_type="cosine",
-        warmup_steps=how.warmup,
+        warmup_steps=settings.warmup,
         weight_decay=0.0,
-        seed=how.seed,
+        seed=settings.seed,
         bf16=is_cuda and torch.cuda.is_bf16_supported(),
         use_cpu=not is_cuda,
-        **_memory(how),
+        **_memory(settings),
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -464,9 +465,9 @@ def _on_one_device(arguments: TrainingArguments, device: torch.device) -> Traini
     return arguments
 
 
-def _memory(how: Training) -> dict[str, Any]:
+def _memory(settings: HealSettings) -> dict[str, Any]:
     """Activations computed again instead of kept; transformers renamed the option."""
-    if not how.saves_memory:
+    if not settings.save_memory:
         return {}
     known = TrainingArguments.__dataclass_fields__
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
@@ -495,14 +496,14 @@ def _check_finite(step: int, logs: Mapping[str, float]) -> None:
 class _Watch(TrainerCallback):
     """Ends a run that gains no more or breaks, and keeps two of its states."""
 
-    def __init__(self, how: Training, folder: Path) -> None:
-        self.how, self.folder = how, folder
+    def __init__(self, settings: HealSettings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
 
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         _check_finite(state.global_step, more["logs"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if is_over(state, self.how):
+        if is_over(state, self.settings):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from expertcut.errors import RecipeError
 from expertcut.files import line_with_secret, read_file, wide_encoding
 from expertcut.recipes.recipe_schema import Recipe
+from expertcut.settings import IN_RECIPE, fault_text
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
@@ -29,7 +30,7 @@ def read_recipe(file: Path) -> Recipe:
     if not isinstance(content, dict):
         raise RecipeError(f"{file} holds {_kind(content)}, must be keys and values: model: ...")
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(content, context=IN_RECIPE)
     except ValidationError as error:
         raise RecipeError(f"{file} is no recipe{_fault(error)}") from None
 
@@ -38,10 +39,7 @@ def _fault(error: ValidationError) -> str:
     """Where and what, and which value it is, if a short one."""
     fault = error.errors(include_url=False)[0]
     place = ".".join(map(_printable, fault["loc"]))
-    value = fault["input"]
-    is_short = isinstance(value, str | int | float) and len(str(value)) <= 60
-    found = f", not {value!a}" if is_short else ""
-    return f"{f' at {place}' if place else ''}: {fault['msg']}{found}"
+    return f"{f' at {place}' if place else ''}: {fault_text(fault)}"
 
 
 def read_bytes(file: Path) -> bytes:

@@ -13,9 +13,10 @@ from expertcut.recipes.recipe_schema import HealSection, Recipe, Variant
 Kind = Literal["profile", "show", "prune", "merge", "reweight", "heal", "eval", "report", "publish"]
 PROFILE, VARIANTS = "profile", "variants"
 RESULTS, REPORT, CARD = "results.json", "report.html", "README.md"
-_ASKED = ("quiz", "quiz_revision", "shots", "subjects", "truncate")
+# The recipe's own keys in a stage's hash: their order in the manifest is that of older runs.
 _LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
 _RUN = ("threads", "batch_tokens")
+_ASKED = ("quiz", "quiz_revision", "shots", "subjects", "truncate")
 _JUDGES = ("val", "test")  # splits that fit and judge, where the quiz has them
 
 
@@ -83,13 +84,13 @@ def variant_folder(name: str) -> str:
 def _stages(recipe: Recipe) -> Iterator[Stage]:
     yield Stage(
         *("profile", "profile"),
-        settings=_taken(recipe, _LOADED, _ASKED, _RUN) | recipe.profile.model_dump(),
+        settings=_taken(recipe, *_LOADED, *_RUN, *_ASKED) | recipe.profile.recipe_values(),
         makes=(PROFILE,),
         asks=(Asking(recipe.profile.split, recipe.profile.limit),),
         reads_model=True,
     )
     if recipe.show:
-        settings = recipe.show.model_dump()
+        settings = recipe.show.recipe_values()
         yield Stage("show", "show", settings, makes=("show",), after=("profile",))
     for variant in recipe.variants:
         yield _variant_stage(recipe, variant)
@@ -97,7 +98,7 @@ def _stages(recipe: Recipe) -> Iterator[Stage]:
     if recipe.eval:
         yield Stage(
             *("eval", "eval"),
-            settings=_taken(recipe, _LOADED, _ASKED, _RUN) | recipe.eval.model_dump(),
+            settings=_taken(recipe, *_LOADED, *_RUN, *_ASKED) | recipe.eval.recipe_values(),
             makes=(RESULTS, "predictions.parquet"),
             after=("profile", *names),
             asks=(Asking(recipe.eval.split, recipe.eval.limit),),
@@ -106,7 +107,7 @@ def _stages(recipe: Recipe) -> Iterator[Stage]:
         )
     shown = ("profile", *names, *(["eval"] if recipe.eval else []))
     if recipe.report:
-        settings = recipe.report.model_dump()
+        settings = recipe.report.recipe_values()
         yield Stage("report", "report", settings, makes=(REPORT, "report"), after=shown)
     yield from _publish_stages(recipe)
 
@@ -117,7 +118,7 @@ def _publish_stages(recipe: Recipe) -> Iterator[Stage]:
         folder = variant_folder(published.variant)
         yield Stage(
             *(f"publish {published.variant}", "publish"),
-            settings=published.model_dump(),
+            settings=published.recipe_values(),
             makes=(f"publish/{published.variant}.json",),
             after=(published.variant, *tells),
             leaves=(f"{folder}/{CARD}", *([f"{folder}/{REPORT}"] if recipe.report else [])),
@@ -138,7 +139,7 @@ def _heal_stage(recipe: Recipe, variant: Variant, asked: HealSection) -> Stage:
     scored = [] if asked.eval_quiz else [Asking(split, None, is_needed=False)]
     return Stage(
         *(variant.name, "heal"),
-        settings=_taken(recipe, _LOADED, ("threads",)) | variant.model_dump() | {"scored": split},
+        settings=_taken(recipe, *_LOADED, "threads") | variant.recipe_values() | {"scored": split},
         makes=(folder,),
         after=("profile", asked.of),
         asks=(*trained, *scored),
@@ -156,7 +157,7 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
     others = [Asking(split, None, is_needed=False) for split in _JUDGES if split != own]
     return Stage(
         *(variant.name, variant.kind),  # type: ignore[arg-type]
-        settings=_taken(recipe, _LOADED) | _settings(variant),
+        settings=_taken(recipe, *_LOADED) | _settings(variant),
         makes=(variant_folder(variant.name),),
         after=("profile",),
         asks=(Asking(own, limit), *others),
@@ -167,16 +168,14 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
 
 def _settings(variant: Variant) -> dict[str, Any]:
     """Without what is held out where it is not said, as in runs from before it could be."""
-    found = variant.model_dump()
+    found = variant.recipe_values()
     section = found[variant.kind]
     if section.get("held_out", 0) is None:
         del section["held_out"]
     return found
 
 
-def _taken(recipe: Recipe, *keys: tuple[str, ...]) -> dict[str, Any]:
-    wanted = [key for group in keys for key in group]
+def _taken(recipe: Recipe, *keys: str) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json", include={*keys})
     # Runs from before there was `truncate` stay as they are.
-    unsaid = ["truncate"] if recipe.truncate is None else []
-    taken = recipe.model_dump(exclude={*unsaid})
-    return {key: value for key, value in taken.items() if key in wanted}
+    return {k: values[k] for k in keys if k != "truncate" or recipe.truncate is not None}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, ExpertIds, Point, expert_ids, ids_text
-from expertcut.edits.prune import Pruning, RemovedTraffic
 from expertcut.edits.reweight_tune import RouterEdit
+from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, printable
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built, Merged
     from expertcut.evaluation.cross_fit import CrossFitResult
     from expertcut.evaluation.reweight_search import Decision
-    from expertcut.healing.heal import Healed
     from expertcut.healing.leakage import Dropped
+    from expertcut.healing.recovery import Healed
 
 logger = logging.getLogger(__name__)
 

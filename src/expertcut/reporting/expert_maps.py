@@ -20,8 +20,8 @@ from expertcut.reporting.profile_tables import (
     profile_tables,
     suspects_table,
 )
-from expertcut.reporting.show import Found, Run, quiz_of
 from expertcut.reporting.tables import Column, printable
+from expertcut.reporting.views import Found, Run, quiz_of
 
 _MAPS = (
     ("appearances", "Appearances", ".1%", "Share of questions that chose the expert to answer."),

@@ -24,8 +24,8 @@ from expertcut.reporting.page_sections import (
     search_sections,
 )
 from expertcut.reporting.plots import colour_stops, draw
-from expertcut.reporting.show import Run, gather
 from expertcut.reporting.tables import Table, as_csv, printable
+from expertcut.reporting.views import Run, gather
 
 SECTIONS: tuple[Callable[[Run], list[Section]], ...] = (
     outcome_sections,

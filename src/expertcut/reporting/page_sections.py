@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.edits.plan import BlockEdit, PlanFile, Point
-from expertcut.edits.prune import RemovedTraffic, removed_traffic
+from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_judged
 from expertcut.evaluation.results import ModelResult, Results
 from expertcut.evaluation.search_results import Audit, Sweep
@@ -26,8 +26,8 @@ from expertcut.reporting.eval_tables import (
 )
 from expertcut.reporting.page_parts import Facts, Folded, Lines, Part, Section, Text, key_of
 from expertcut.reporting.plots import Curves, Series
-from expertcut.reporting.show import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.reporting.views import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 from expertcut.stats import wilson_interval
 
 Rows = list[tuple[str, str]]

@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertcut.edits.budget import Keep, asked_count, floors, share_out
+from expertcut.edits.budget import floors, share_out, wanted_count
 from expertcut.edits.criteria import activations, ranked
+from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, least_per_group, validate_edits
-from expertcut.edits.ranking import Ranking, Way, protected, protection, rank
+from expertcut.edits.plan import (
+    BlockEdit,
+    EditPlan,
+    expert_ids,
+    least_per_group,
+    validate_edits,
+)
+from expertcut.edits.ranking import Ranking, empty_draft, protected, protection, rank
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics
@@ -35,71 +42,56 @@ class Pruning:
     spared: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def choose(profile: Profile, keep: Keep, way: Way, engine: "Engine | None" = None) -> Pruning:
-    """The experts that stay; some criteria ask the engine's model.
+def choose(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Pruning:
+    """The experts that stay; some criteria run the engine's model.
 
     Raises:
-        SettingsError: not exactly one way of saying how many, one that the layout cannot carry,
-            positions that the criterion does not look at, or no engine where it needs one.
+        SettingsError: not exactly one size of the cut, one that the layout cannot carry, positions
+            that the criterion does not look at, or no engine where it needs one.
         PlanError: a count that does not fit the model, or the protected experts.
         ProfileError: the profile does not hold what the criterion needs.
     """
-    keep.check(way.layout)
-    if keep.active:
-        return keep_active(profile, way)
+    settings.check()
+    if settings.keep_active:
+        return keep_active(profile, settings)
     blocks = profile.info.model.blocks
-    n_keep = asked_count(keep, blocks, way.layout)
-    if keep.budget == "layer":
-        _check_count(n_keep, blocks, way.layout)
-    return cut(rank(profile, way, engine), keep, n_keep)
+    n_keep = wanted_count(settings, blocks)
+    if settings.budget == "layer":
+        _check_count(n_keep, blocks, settings.layout)
+    return cut(rank(profile, settings, engine), n_keep)
 
 
-def cut(ranking: Ranking, keep: Keep, n_keep: int) -> Pruning:
+def cut(ranking: Ranking, n_keep: int) -> Pruning:
     """Keeps the best `n_keep` of each layer, with a global budget of all layers together.
 
     Raises:
         PlanError: more than there are, too few, or fewer than are protected by hand.
     """
-    way, stay = ranking.way, ranking.stay
-    name = f"random-{way.seed}" if way.by == "random" else way.by
-    if keep.budget == "global":
+    settings, stay = ranking.settings, ranking.stay
+    name = f"random-{settings.seed}" if settings.by == "random" else settings.by
+    if settings.budget == "global":
         n_experts = sum(block.experts for block in ranking.blocks)
         action = f"prune --budget global ({n_keep} of {n_experts} experts)"
-        named = way.draft(f"keep-{n_keep}-global-{name}", action, name)
+        named = empty_draft(settings, f"keep-{n_keep}-global-{name}", action, name)
     else:
-        _check_count(n_keep, ranking.blocks, way.layout)
-        named = way.draft(f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
+        _check_count(n_keep, ranking.blocks, settings.layout)
+        named = empty_draft(settings, f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
     named = replace(named, numbers=ranking.numbers)
     nobody: list[tuple[int, ...]] = [() for _ in ranking.orders]
     plain, pruning = (
-        _prune(_n_keeps(ranking, keep, n_keep, first), orders, ranking.counts, blocks, named)
-        for blocks, orders, first in (
-            (ranking.blocks, ranking.orders, nobody),
-            (ranking.blocks, stay.first(ranking.orders), stay.ids),
-        )
+        _prune(_n_keeps(ranking, n_keep, first), orders, ranking.counts, ranking.blocks, named)
+        for orders, first in ((ranking.orders, nobody), (stay.first(ranking.orders), stay.ids))
     )
     stay.check(pruning.draft.edits)
     return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
-def _n_keeps(
-    ranking: Ranking, keep: Keep, n_keep: int, first: Sequence[Sequence[int]]
-) -> list[int]:
-    if keep.budget == "layer":
+def _n_keeps(ranking: Ranking, n_keep: int, first: Sequence[Sequence[int]]) -> list[int]:
+    if ranking.settings.budget == "layer":
         return [n_keep] * len(ranking.blocks)
-    least = floors(ranking.blocks, keep.min_keep)
+    least = floors(ranking.blocks, ranking.settings.min_keep)
     orders = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
     return share_out(n_keep, ranking.scores, orders, first, least)
-
-
-def keep_n(profile: Profile, n_keep: int, way: Way, engine: "Engine | None" = None) -> Pruning:
-    """Keeps the best `n_keep` of each layer by a criterion, the protected ones among them.
-
-    Raises:
-        PlanError: more than there are, or fewer than are protected by hand; in layout stock, fewer
-            than top-k.
-    """
-    return choose(profile, Keep(count=n_keep), way, engine)
 
 
 def _check_count(n_keep: int, blocks: Sequence[BlockInfo], layout: Layout) -> None:
@@ -112,7 +104,7 @@ def _check_count(n_keep: int, blocks: Sequence[BlockInfo], layout: Layout) -> No
             )
 
 
-def keep_active(profile: Profile, way: Way) -> Pruning:
+def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
     """Keeps what fires; layout stock also as many more as make one count for all layers.
 
     The others are filled by all-token count where the profile has it, else by mean α. What is
@@ -121,25 +113,25 @@ def keep_active(profile: Profile, way: Way) -> Pruning:
     Raises:
         SettingsError: a criterion by which it does not choose.
     """
-    if way.by != "activations":
-        raise SettingsError(f"--by {way.by} ranks what --keep N keeps: leave it out")
+    if settings.by != "activations":
+        raise SettingsError(f"--by {settings.by} ranks what --keep N keeps: leave it out")
     layers, blocks = profile.layers, profile.info.model.blocks
-    counts = [activations(layer, way.at) for layer in layers]
-    stay = protection(profile, way.protect)
+    counts = [activations(layer, settings.at) for layer in layers]
+    stay = protection(profile, settings.protect)
     is_active = [
         (count_E > 0) | np.isin(np.arange(len(count_E)), list(ids))
         for count_E, ids in zip(counts, stay.ids, strict=True)
     ]
     n_keeps = [int(is_active_E.sum()) for is_active_E in is_active]
-    if LAYOUTS[way.layout].needs_equal_counts:
+    if LAYOUTS[settings.layout].needs_equal_counts:
         n_keeps = [max(map(_least_keep, is_active, blocks))] * len(blocks)
     orders = [ranked_active(*each) for each in zip(layers, is_active, strict=True)]
-    named = way.draft("keep-active", "prune --keep-active", "activations")
+    named = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
     named = replace(named, numbers=expert_ids(profile))
     pruning = _prune(n_keeps, orders, counts, blocks, named)
-    if not way.protect:
+    if not settings.protect:
         return pruning
-    plain = keep_active(profile, replace(way, protect=()))
+    plain = keep_active(profile, settings.completed(protect=[]))
     return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 

@@ -1,0 +1,63 @@
+"""`expertcut eval`: score checkpoints on the same questions and compare them with the first."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from expertcut.commands.common import MODEL, OUTPUT, UI, BatchSettings, SilentUI, SplitSettings
+from expertcut.settings import FilePath, Texts, option
+
+if TYPE_CHECKING:
+    from expertcut.evaluation.results import Results
+
+
+class EvalSettings(BatchSettings, SplitSettings):
+    """Compare checkpoints on the same questions."""
+
+    examples: ClassVar = (
+        "expertcut eval BASE models/half",
+        "expertcut eval BASE models/half models/merged --quiz my.jsonl --limit 100",
+    )
+
+    models: Texts = option(
+        ..., "Checkpoint folders or Hub ids; the first is the base.",
+        is_argument=True, metavar="BASE [OTHER]...", in_recipe=False, min_length=1,
+    )  # fmt: skip
+    revision: str | None = option(
+        None, "Branch, tag or commit of a base of the Hub.", panel=MODEL, in_recipe=False
+    )
+    out: FilePath = option(
+        Path("results.json"), "Results file; chunks beside it are resumed.",
+        panel=OUTPUT, metavar="FILE", in_recipe=False,
+    )  # fmt: skip
+    lm_eval_json: FilePath | None = option(
+        None, "Write the results in the form of lm-evaluation-harness too, one file per model.",
+        panel=OUTPUT, metavar="FILE", in_recipe=False,
+    )  # fmt: skip
+
+
+def run(settings: EvalSettings, ui: UI | None = None) -> "Results | None":
+    """Scores every model and writes the results; None of all but the first process."""
+    ui = ui or SilentUI()
+    ui.quiet()
+    from expertcut.evaluation.evaluate import check_places, find_models, save, score
+    from expertcut.evaluation.results import Scored, Scoring
+    from expertcut.profiling.measure import MeasureOptions
+    from expertcut.reporting.eval_tables import result_sentences, results_table
+
+    check_places(settings.out, settings.lm_eval_json)
+    sources = find_models(settings.models, settings.revision)
+    quiz = settings.load_quiz()
+    options = MeasureOptions("none", settings.batch_tokens, settings.threads, ui.is_first)
+    scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
+    folder = settings.out.with_suffix(".chunks")
+    scored: list[Scored] = []
+    for source in sources:
+        steps = partial(score, source, scoring, folder)
+        found = ui.watch(steps, f"scoring {source.name}", len(quiz), folder)
+        scored += [step for step in found if isinstance(step, Scored)]
+    if not ui.is_first:
+        return None
+    results = save(scoring, scored, settings.out, settings.lm_eval_json)
+    ui.say([results_table(results)], [*result_sentences(results), f"written to {settings.out}"])
+    return results

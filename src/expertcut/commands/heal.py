@@ -1,0 +1,63 @@
+"""`expertcut heal`: train an edited checkpoint for a short while to recover accuracy."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from expertcut.commands.common import OUTPUT, UI, ModelSettings, SilentUI
+from expertcut.healing import heal_settings
+from expertcut.settings import FilePath, option
+
+if TYPE_CHECKING:
+    from expertcut.healing.recovery import Healed
+
+
+class HealSettings(ModelSettings, heal_settings.HealSettings):
+    """Train an edited checkpoint for a short while, and say what that recovered."""
+
+    examples: ClassVar = (
+        "expertcut heal models/half",
+        "expertcut heal models/half --quiz my.jsonl=2 --quiz mmlu --steps 500",
+        "expertcut heal models/half --text chats.jsonl --objective lm --adapter",
+    )
+
+    checkpoint: str = option(
+        ..., "Checkpoint that prune, merge or reweight wrote.", is_argument=True, in_recipe=False
+    )
+    quiz_revision: str | None = option(
+        None, "Revision of a quiz of the Hub.", panel=heal_settings.DATA, in_recipe=False
+    )
+    eval_revision: str | None = option(
+        None, "Revision of --eval-quiz on the Hub.", panel=heal_settings.DATA, in_recipe=False
+    )
+    out: FilePath | None = option(
+        None, "Output folder; must be absent or empty.  [default: beside the checkpoint]",
+        panel=OUTPUT, in_recipe=False,
+    )  # fmt: skip
+    force: bool = option(
+        False, "Replace the output folder once the new one is complete.",
+        panel=OUTPUT, in_recipe=False,
+    )  # fmt: skip
+
+
+def run(
+    settings: HealSettings, ui: UI | None = None, beside: Mapping[str, bytes] | None = None
+) -> "Healed | None":
+    """Trains and writes the checkpoint; None of all but the first of several processes."""
+    ui = ui or SilentUI()
+    ui.quiet()
+    from expertcut.healing.recovery import Options, default_out, heal, working_folder
+    from expertcut.reporting.edit_tables import healing_sentences, healing_tables
+
+    def tell(sentence: str) -> None:
+        if ui.is_first:
+            ui.say([], [sentence])
+
+    out = settings.out or default_out(settings.checkpoint)
+    with ui.parts("healing", working_folder(out)) as report:
+        options = Options(
+            settings.load_as(), settings.threads, settings.force, report, tell, beside or {}
+        )
+        healed = heal(settings.checkpoint, settings, out, options)
+    if healed is not None:
+        ui.say(healing_tables(healed), [*healing_sentences(healed), f"written to {out}"])
+    return healed

@@ -1,0 +1,90 @@
+"""`expertcut publish`: a checkpoint's model card, and both to the Hugging Face Hub."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import AfterValidator, BeforeValidator
+
+from expertcut.commands.common import UI, SilentUI
+from expertcut.settings import FilePath, Settings, as_list, like, option
+
+if TYPE_CHECKING:
+    from expertcut.hub.upload import Published
+    from expertcut.reporting.tables import Table
+
+_REPO = like(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", "is no repository: write OWNER/NAME, as on the Hub")
+
+
+class PublishSettings(Settings):
+    """Write a checkpoint's model card and upload both to the Hub."""
+
+    examples: ClassVar = (
+        "expertcut publish models/half OWNER/NAME --dry-run",
+        "expertcut publish models/half OWNER/NAME --private --results results.json",
+    )
+
+    checkpoint: FilePath = option(
+        ..., "Checkpoint that prune, merge, reweight or heal wrote.",
+        is_argument=True, in_recipe=False,
+    )  # fmt: skip
+    repo: Annotated[str, AfterValidator(_REPO)] = option(
+        ..., "Repository on the Hub.", is_argument=True, metavar="OWNER/NAME"
+    )
+    results: Annotated[list[FilePath], BeforeValidator(as_list)] = option(
+        [],
+        "Results file of `eval`; repeatable.  [default: results.json in or beside the folder]",
+        metavar="FILE",
+        in_recipe=False,
+    )
+    private: bool = option(False, "Make a new repository private.")
+    revision: str | None = option(None, "Branch to upload to; created if absent.")
+    force: bool = option(False, "Replace everything that the repository holds, another model too.")
+    dry_run: bool = option(False, "Write only the card, and list what would be uploaded.")
+
+
+def run(settings: PublishSettings, ui: UI | None = None) -> "Published":
+    """Writes the card and uploads the folder."""
+    ui = ui or SilentUI()
+    ui.quiet()
+    from expertcut.hub.upload import PublishOptions, publish
+
+    options = PublishOptions(
+        is_private=settings.private,
+        is_dry=settings.dry_run,
+        is_forced=settings.force,
+        revision=settings.revision,
+        results=tuple(settings.results),
+    )
+    done = publish(settings.checkpoint, settings.repo, options)
+    ui.say([_files_table(done)] if done.commit is None else [], list(_sentences(done)))
+    return done
+
+
+def _files_table(done: "Published") -> "Table":
+    from expertcut.reporting.tables import Cell, Column, Table
+
+    rows: list[list[Cell]] = [[name, size / 1e6] for name, size in sorted(done.files.items())]
+    rows.append(["all", sum(done.files.values()) / 1e6])
+    return Table(f"What goes to {done.repo}", (Column("file"), Column("MB", ",.3f")), rows)
+
+
+def _sentences(done: "Published") -> Iterator[str]:
+    """What was done, or would be."""
+    from expertcut.reporting.tables import one_line
+
+    if done.is_card_kept:
+        yield f"{done.card} was edited by hand and stays; remove it for a new one"
+    else:
+        counts = {0: "without an evaluation", 1: "with an evaluation"}
+        what = counts.get(done.n_results, f"with {done.n_results} evaluations")
+        yield f"the card is written to {done.card}, {what}"
+    if done.left_out:
+        yield f"left out: {one_line(', '.join(done.left_out))}"
+    if done.gone:
+        yield f"removed there: {one_line(', '.join(done.gone))}"
+    if done.commit is None:
+        yield f"nothing is uploaded; without --dry-run it would go to {done.url}"
+    elif done.is_changed:
+        yield f"published to {done.url} (commit {done.commit[:8]})"
+    else:
+        yield f"{done.url} holds all of this already (commit {done.commit[:8]})"

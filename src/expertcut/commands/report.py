@@ -1,0 +1,31 @@
+"""`expertcut report`: a page with every table and figure of a run."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from expertcut.commands.common import OUTPUT, UI, SilentUI
+from expertcut.settings import FilePath, Settings, option
+
+
+class ReportSettings(Settings):
+    """Write report.html, a page with every table and figure."""
+
+    examples: ClassVar = ("expertcut report results/run", "expertcut report . --out page.html")
+
+    run: FilePath = option(
+        ..., "Folder of a run, profile, checkpoint or results file.",
+        is_argument=True, in_recipe=False,
+    )  # fmt: skip
+    out: FilePath | None = option(
+        None, "Page to write; its figures go into a folder beside it.",
+        panel=OUTPUT, metavar="FILE.html", in_recipe=False,
+    )  # fmt: skip
+
+
+def run(settings: ReportSettings, ui: UI | None = None) -> Path:
+    """Writes the page and its figures; returns the page."""
+    from expertcut.reporting.page import write
+
+    page = write(settings.run, settings.out)
+    (ui or SilentUI()).say([], [f"written to {page}, its figures to {page.with_suffix('')}/"])
+    return page

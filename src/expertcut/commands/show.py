@@ -1,0 +1,51 @@
+"""`expertcut show`: print the tables of a file that another command wrote."""
+
+import json
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from expertcut.commands.common import UI, SilentUI
+from expertcut.settings import FilePath, Settings, option
+
+if TYPE_CHECKING:
+    from expertcut.reporting.views import Shown
+
+
+class ShowSettings(Settings):
+    """Print what the other commands wrote."""
+
+    examples: ClassVar = (
+        "expertcut show profiles/mine",
+        "expertcut show profiles/mine --criteria",
+        "expertcut show results.json --format csv",
+    )
+
+    path: FilePath = option(
+        ..., "Profile, plan, checkpoint, results, sweep or audit.",
+        is_argument=True, in_recipe=False,
+    )  # fmt: skip
+    format: Literal["table", "json", "csv", "md"] = option(
+        "table", "Output format.", in_recipe=False
+    )
+    subjects: bool = option(False, "Show each subject of a profile too; json always does.")
+    criteria: bool = option(
+        False, "Show how each criterion ranks a profile's experts, and how far they agree.",
+        in_recipe=False,
+    )  # fmt: skip
+
+
+def run(settings: ShowSettings, ui: UI | None = None) -> "Shown":
+    """Shows what lies at the path."""
+    from expertcut.reporting.tables import as_csv, as_markdown
+    from expertcut.reporting.views import find_shown
+
+    ui = ui or SilentUI()
+    found = find_shown(settings.path, settings.subjects, settings.criteria)
+    if settings.format == "table":
+        ui.say(found.tables(), [])
+    elif settings.format == "json":
+        ui.text(json.dumps(found.json(), indent=1, allow_nan=False) + "\n")
+    elif settings.format == "csv":
+        ui.text(as_csv(found.flat()))
+    else:
+        ui.text("\n".join(map(as_markdown, found.tables())))
+    return found

@@ -1,0 +1,386 @@
+"""Recovery training of an edited checkpoint: read, train, write, score held-out questions."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from expertcut.checkpoints.build import add_files
+from expertcut.checkpoints.exact import is_exact
+from expertcut.checkpoints.held_out_check import compare_logprobs, form_result
+from expertcut.checkpoints.output_dir import atomic_dir, check_writable
+from expertcut.data import Quiz
+from expertcut.data.sources import hash_lines
+from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.plan import (
+    HEALING_FILE,
+    BlockEdit,
+    ChosenOn,
+    PlanFile,
+    PlanModel,
+    base_folder,
+    hashes_sha256,
+    lineage,
+    load_hashes,
+    plan_in,
+    save_plan,
+)
+from expertcut.errors import ModelError, SettingsError
+from expertcut.healing.adapters import adapted, put_on, write_adapter, write_merged
+from expertcut.healing.data import Read, read_data
+from expertcut.healing.heal_settings import HealSettings
+from expertcut.healing.leakage import Judges
+from expertcut.healing.objectives import OBJECTIVES, Live, Objective, Teacher
+from expertcut.healing.state import Begun, go_on
+from expertcut.healing.teacher_cache import Whose, check_whose, filled
+from expertcut.healing.trainer import Curve, Report, Tell, fit
+from expertcut.models.checkpoint_dir import absolute_id, read_config
+from expertcut.models.devices import give_back
+from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
+from expertcut.profiling.locks import alone
+from expertcut.scoring.engine import Engine, ask
+from expertcut.stats import HeldOutResult
+
+logger = logging.getLogger(__name__)
+
+_BATCH_TOKENS = 4096
+HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to load, run and write.
+
+    `report` gets steps done and their number, `tell` sentences. `beside` are files, by name, that
+    are written beside the plan.
+    """
+
+    load_as: LoadOptions
+    threads: int | None = None
+    is_forced: bool = False
+    report: Report = lambda done, total: None
+    tell: Tell = lambda sentence: None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A healed checkpoint, its training data and its losses.
+
+    `trained` counts the weights of the adapters, `parameters` those of the checkpoint.
+    """
+
+    folder: Path
+    plan: PlanFile
+    objective: str
+    read: Read
+    curve: Curve
+    trained: int
+    parameters: int
+    verdict: HeldOutResult | None
+
+
+def default_out(checkpoint: str) -> Path:
+    """`checkpoints/<name>-healed`."""
+    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+    return Path("checkpoints") / f"{name.split('/')[-1]}-healed"
+
+
+def working_folder(out: Path) -> Path:
+    """Sibling of the output that holds the states of an unfinished run.
+
+    From the absolute path: the working directory itself may be replaced.
+    """
+    place = out.resolve()
+    return place.with_name(f"{place.name}.healing")
+
+
+def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -> Healed | None:
+    """Trains a checkpoint and writes the healed one; the folder appears when all is complete.
+
+    With several processes, the first one writes and returns the result.
+
+    Raises:
+        ContractError: a model whose experts cannot be identified, or cannot be written back.
+        ModelError: a checkpoint or teacher that cannot be loaded, or a non-finite loss.
+        OutputError: an output folder that must not be written, belongs to another run, or is
+            locked by a running one.
+        QuizError: data that cannot be read, or of which too much is scored later.
+        SettingsError: settings that do not fit the checkpoint or the processes.
+    """
+    working = working_folder(out)
+    source = find_source(checkpoint)
+    check_writable(out, is_forced=options.is_forced, inputs=(source.path, *_inputs(settings)))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    objective, base = _objective(source, settings)
+    if base is not None:  # apart, because finding the base reads all its bytes
+        check_writable(out, is_forced=options.is_forced, inputs=(base.path,))
+    moe = load(source, options.load_as)
+    processes = PartialState(cpu=moe.device.type == "cpu")  # joins the processes of a launcher
+    read = read_data(settings, moe.tokenizer, _max_tokens(moe, settings))
+    judges = read.judges(used_questions(source, read)) if settings.verify else None
+    run = _Run(settings, objective, base, moe, read, judges, options)
+    if run.uses_cache:
+        check_whose(run.cache, run.whose)
+    with ExitStack() as until_done:
+        if processes.is_main_process:
+            until_done.enter_context(alone(working, "healing"))
+            go_on(working, Begun.of(moe, base, objective.name, settings, read))
+        processes.wait_for_everyone()
+        return run.train(out, working)
+
+
+def _inputs(settings: HealSettings) -> Iterator[Path]:
+    """Local files and folders that the run reads or fills."""
+    names = [source.name for source in (*settings.quizzes, *settings.texts)]
+    names += [settings.eval_quiz] if settings.eval_quiz is not None else []
+    yield from (Path(name) for name in names if Path(name).exists())
+    if settings.teacher_cache is not None:
+        yield settings.teacher_cache
+
+
+def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Source | None]:
+    """The objective, and the teacher or base model, if one is available."""
+    base = find_source(settings.teacher) if settings.teacher else first_base(source)
+    name = settings.objective or ("answer" if base is None else "distill")
+    objective = OBJECTIVES[name]
+    if objective.needs_teacher and base is None:
+        raise SettingsError(
+            f"--objective {name}: the base model of {source.id} is not available: name it with "
+            "--teacher, or take --objective answer or lm"
+        )
+    return objective, base
+
+
+def _max_tokens(moe: MoeModel, settings: HealSettings) -> int:
+    config = moe.model.config.get_text_config()
+    return min(settings.max_tokens, getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+def first_base(source: Source) -> Source | None:
+    """The unedited model below all edits; None if one of the steps is missing or has changed."""
+    found: list[Source | None] = [None]
+
+    def find_base(model: PlanModel, near: Path) -> Path | None:
+        found.append(_unchanged(model, near))
+        return None if found[-1] is None else found[-1].path
+
+    for _ in lineage(source.path, find_base):
+        pass
+    return found[-1]
+
+
+def _unchanged(model: PlanModel, near: Path) -> Source | None:
+    """The model that a plan was made for, from its folder or the Hub; None is logged."""
+    folder = base_folder(model, near)
+    try:
+        if folder is None and model.revision is None:
+            short = model.fingerprint[:8]
+            raise ModelError(f"{model.id} is not there with its weights ({short})")
+        base = find_source(str(folder)) if folder else find_source(model.id, model.revision)
+    except ModelError as error:
+        logger.warning("the base model is not available: %s", error)
+        return None
+    if base.fingerprint != model.fingerprint:
+        logger.warning("%s is not the base model any more: it has changed", Path(base.id))
+        return None
+    return base
+
+
+def used_questions(source: Source, read: Read) -> frozenset[str]:
+    """Hash lines of the questions that this run or an earlier step of the checkpoint used."""
+    plan = plan_in(source.path)
+    return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
+
+
+def healed_plan(moe: MoeModel, settings: HealSettings, objective: str, read: Read) -> PlanFile:
+    """The plan of the healed checkpoint, without its proof; experts keep their identity."""
+    source = moe.source
+    before = plan_in(source.path)
+    layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
+    return PlanFile(
+        model=PlanModel(
+            id=absolute_id(source.id, source.revision),
+            revision=source.revision,
+            fingerprint=source.fingerprint,
+        ),
+        action=f"heal --objective {objective}",
+        criterion="by hand",
+        positions="all",
+        removal=LAYOUTS[layout].removal,
+        layout=layout,
+        removed=before.removed if before else None,
+        chosen_on=ChosenOn(
+            quiz=(*settings.quizzes, *settings.texts)[0].name,
+            split=settings.split,
+            questions=read.n_questions,
+            sha256=hashes_sha256(used_questions(source, read)),
+        ),
+        blocks=_blocks(moe, before),
+    )
+
+
+def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, BlockEdit]:
+    blocks: dict[str, BlockEdit] = {}
+    for block in moe.blocks:
+        edit = before.blocks.get(block.name) if before else None
+        if edit is None:
+            blocks[block.name] = BlockEdit(keep=tuple(range(block.n_experts)))
+        else:
+            blocks[block.name] = BlockEdit(keep=edit.keep, rows=edit.rows)
+    return blocks
+
+
+def _choice_logprobs(moe: MoeModel, quiz: Quiz) -> Tensor:
+    """Log p of the choices (N, C)."""
+    return ask(Engine(moe, _BATCH_TOKENS), quiz)
+
+
+def judge(judges: Judges, by_form: dict[str, Tensor]) -> HeldOutResult:
+    """Compares the healed model with the others, by their log p of the choices."""
+    quiz, healed_NC = judges.quiz, by_form[HEALED]
+    others = [form for form in (BASE, BEFORE) if form in by_form]
+    first_NC = by_form[others[0]]
+    return HeldOutResult(
+        held_out_split=quiz.split,
+        held_out_used=judges.used,
+        held_out=tuple(compare_logprobs(form, healed_NC, by_form[form]) for form in others),
+        held_out_hashes=tuple(sorted(hash_lines(quiz))),
+        shares=(),
+        alone=None,
+        agreement=(),
+        outcomes=tuple(
+            form_result(form, quiz, by_form[form], first_NC) for form in (*others, HEALED)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run: its checkpoint, its data, and the questions that score the result."""
+
+    settings: HealSettings
+    objective: Objective
+    base: Source | None
+    moe: MoeModel
+    read: Read
+    judges: Judges | None
+    options: Options
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether the teacher's outputs are kept on disk."""
+        is_taught = self.objective.needs_teacher and self.base is not None
+        return is_taught and self.settings.teacher_cache is not None
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the teacher's outputs."""
+        assert self.settings.teacher_cache is not None
+        return self.settings.teacher_cache
+
+    @property
+    def whose(self) -> Whose:
+        """What the teacher's outputs depend on."""
+        assert self.base is not None
+        return Whose(self.base.fingerprint, str(self.moe.dtype), self.settings.likeliest)
+
+    def train(self, out: Path, working: Path) -> Healed | None:
+        """Trains and, in the first process, writes; then removes the working folder."""
+        teacher, before = self._ask_others()
+        model = adapted(self.moe, self.settings)
+        curve = fit(
+            self.moe, model, self.read, self.settings, self.objective, teacher,
+            folder=working / "steps", report=self.options.report, tell=self.options.tell,
+        )  # fmt: skip
+        model.eval()
+        del teacher
+        give_back()
+        if not PartialState().is_main_process:
+            return None
+        healed = _write(self, model, curve, before, out)
+        shutil.rmtree(working, ignore_errors=True)
+        return healed
+
+    def _ask_others(self) -> tuple[Teacher | None, dict[str, Tensor]]:
+        """The teacher, if needed; and log p of the base model and the checkpoint before."""
+        before: dict[str, Tensor] = {}
+        teacher: Teacher | None = None
+        if self.base is not None and (self.objective.needs_teacher or self.judges is not None):
+            other = cache(partial(_load_other, self, self.base))
+            if self.judges is not None:
+                before[BASE] = _choice_logprobs(other(), self.judges.quiz)
+            if self.objective.needs_teacher:
+                teacher = self._teacher(other)
+        if self.judges is not None:
+            before[BEFORE] = _choice_logprobs(self.moe, self.judges.quiz)
+        return teacher, before
+
+    def _teacher(self, other: Callable[[], MoeModel]) -> Teacher:
+        settings = self.settings
+        if not self.uses_cache:
+            return Live(other(), settings.likeliest)
+        n_rows = settings.steps * settings.batch
+        rows: Any = (self.read.rows(n_rows), self.read.fixed(n_rows))
+        live = lambda: Live(other(), settings.likeliest)  # noqa: E731
+        return filled(self.cache, self.whose, rows, live, settings.batch)
+
+
+def _load_other(run: _Run, base: Source) -> MoeModel:
+    other = load(base, run.options.load_as)
+    ours, theirs = (moe.tokenizer.get_vocab() for moe in (run.moe, other))
+    if ours != theirs:
+        raise SettingsError(f"{base.id} cannot teach {run.moe.source.id}: their tokenizers differ")
+    return other
+
+
+def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: Path) -> Healed:
+    plan, verdict = healed_plan(run.moe, run.settings, run.objective.name, run.read), None
+    source, write = run.moe.source, write_adapter if run.settings.adapter else write_merged
+    trained, parameters = model.get_nb_trainable_parameters()
+    with atomic_dir(out, is_forced=run.options.is_forced) as temporary:
+        write(source, model, temporary)
+        if run.judges is not None:
+            written = _reloaded(run, temporary, out)
+            after = _choice_logprobs(written, run.judges.quiz)
+            verdict = judge(run.judges, {**before, HEALED: after})
+            plan = plan.model_copy(update={"proof": verdict})
+        save_plan(temporary, plan, used_questions(source, run.read))
+        record = json.dumps(_record(run, curve), indent=1) + "\n"
+        add_files(temporary, {HEALING_FILE: record.encode(), **run.options.beside})
+    sizes = (trained, parameters - trained)
+    return Healed(out, plan, run.objective.name, run.read, curve, *sizes, verdict)
+
+
+def _reloaded(run: _Run, written: Path, out: Path) -> MoeModel:
+    """The written checkpoint as a user loads it."""
+    if not run.settings.adapter:
+        return load(Source(str(out), written), run.options.load_as)
+    moe = load(run.moe.source, run.options.load_as)
+    put_on(moe, written)
+    return moe
+
+
+def _record(run: _Run, curve: Curve) -> dict[str, Any]:
+    """`healing.json`: settings, data and losses."""
+    read, settings = run.read, run.settings
+    return {
+        "objective": run.objective.name,
+        "asked": settings.recorded(),
+        "rate": settings.rate(run.moe.model.config.get_text_config().hidden_size),
+        "questions": read.n_questions,
+        "texts": read.n_texts,
+        "held_out_rows": len(read.held_out),
+        "dropped": [asdict(dropped) for dropped in read.dropped],
+        **asdict(curve),
+    }
