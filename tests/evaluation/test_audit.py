@@ -17,7 +17,6 @@ from scipy.stats import spearmanr
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings, CutSettings
 from expertcut.edits.plan import BlockEdit
 from expertcut.edits.ranking import empty_draft
@@ -183,7 +182,7 @@ def test_a_planted_vital_expert_comes_first_and_a_dead_one_is_harmless(
     quiz = load_quiz(Selection(str(asked), split="val", shots=0))
     list(Measurement(open_model(model), quiz, None, MeasureOptions()).run(tmp_path / "p"))
     profile = load_profile(tmp_path / "p")
-    asking = replace(options(), questions=15, is_all=True, by=tuple(CRITERIA))
+    asking = options().completed(questions=15, by="all")
     _, found = audited(profile, tmp_path / "audit", asking)
     assert len(found.harms) == 16 and found.accuracy == 1
     by_harm = sorted(found.harms, key=lambda harm: -harm.logprob)
@@ -354,7 +353,7 @@ def test_an_audit_that_was_killed_comes_to_the_same_bytes(profile: Profile, tmp_
         (options(sample=2, **EXACT), "its layout was stock"),
         (options(sample=2, seed=1), "its seed was 0"),
         (options(sample=2, by=("random",)), "its by was"),
-        (replace(options(sample=2), questions=6), "its questions was 12, now it is 6"),
+        (options(sample=2).completed(questions=6), "its questions was 12, now it is 6"),
     ],
 )
 def test_a_folder_of_another_audit_is_refused(
@@ -447,4 +446,4 @@ def test_where_every_expert_is_needed_none_is_removed(
 ) -> None:
     model = checkpoint("olmoe", num_experts=2)
     with pytest.raises(PlanError, match="all of its 2 experts"):
-        Auditing(profiled(model, quiz_folder, tmp_path / "p"), options())
+        Auditing(profiled(model, quiz_folder, tmp_path / "p"), options(), LoadOptions())
