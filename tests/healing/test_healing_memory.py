@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertcut.healing import micro_batch, objectives
 from expertcut.healing.adapters import adapted
-from expertcut.healing.micro_batch import MICRO_BATCH_FILE, Needs, _chosen
+from expertcut.healing.micro_batch import MICRO_BATCH_FILE, MemoryEstimate, _chosen
 from expertcut.healing.objectives import (
-    Likeliest,
-    Live,
+    LiveTeacher,
     Projection,
+    TopLogprobs,
     chunked_loss,
     distillation,
-    likeliest,
+    top_logprobs,
 )
 from expertcut.healing.recovery import Healed
 from expertcut.models import memory
@@ -114,7 +114,7 @@ def check_equal_to_the_models_own_logits(moe: Any, *, is_split: bool = True) -> 
         torch.nn.init.normal_(weight, std=0.1)
     model.eval()  # without the noise of some routers
     logits_MV = model(**batch, use_cache=False).logits[at_BS]
-    said = likeliest(logits_MV.detach().roll(1, dims=0), 20)
+    said = top_logprobs(logits_MV.detach().roll(1, dims=0), 20)
     next_M = torch.zeros(len(logits_MV), dtype=torch.long)
     whole = distillation(logits_MV, next_M, said).sum()
     wanted = torch.autograd.grad(whole, trained)
@@ -167,13 +167,13 @@ def test_what_a_model_does_to_its_logits_is_done_to_chunks(checkpoint: Checkpoin
 def test_a_teacher_says_the_same_however_it_is_asked(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live, batch = Live(open_model(checkpoint("olmoe")), 20), batch_of(4)
+    live, batch = LiveTeacher(open_model(checkpoint("olmoe")), 20), batch_of(4)
     batch["attention_mask"][0, 9:] = 0
     at_BS = batch["attention_mask"].bool()
     logits_BSV = live.moe.model(**batch).logits
-    wanted = likeliest(logits_BSV[at_BS], 20)
+    wanted = top_logprobs(logits_BSV[at_BS], 20)
 
-    def check(found: Likeliest) -> None:
+    def check(found: TopLogprobs) -> None:
         assert found.ids_MR.equal(wanted.ids_MR)
         assert found.logprob_MR.allclose(wanted.logprob_MR, atol=1e-5)
 
@@ -310,7 +310,7 @@ def test_a_run_goes_on_with_other_rows_if_it_must_or_is_told_to_and_says_so(
 def test_as_many_rows_are_taken_as_fit_into_half_of_the_free_memory(
     free_memory: Callable[[float], None],
 ) -> None:
-    needs = Needs(fixed_bytes=10**8, row_bytes=10**8, longest=100)
+    needs = MemoryEstimate(fixed_bytes=10**8, row_bytes=10**8, longest=100)
     for free, recorded, rows in (
         (0, None, 1),
         (5e8, None, 1),

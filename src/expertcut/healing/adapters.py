@@ -55,7 +55,7 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
 
 
-def put_on(moe: MoeModel, folder: Path) -> None:
+def load_adapter(moe: MoeModel, folder: Path) -> None:
     """Puts adapters that were written on a model."""
     from peft import PeftModel
 
@@ -246,6 +246,6 @@ def write_adapter(source: Source, model: Any, folder: Path) -> None:
             setattr(config, names, sorted(targets))  # a set has another order in each process
     with system_errors(folder):
         model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be filled in
+    (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be fill_cache in
     for file in folder.iterdir():
         share(file)  # safetensors writes for the owner only

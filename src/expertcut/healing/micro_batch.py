@@ -21,7 +21,7 @@ from torch import Tensor
 from expertcut.documents import Record, load_record
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.files import write_atomically
-from expertcut.healing.data import Read
+from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.objectives import Projection
 from expertcut.healing.state import random_states, set_random_states
@@ -44,7 +44,7 @@ _CHUNK_COPIES = 6  # logits of a chunk of positions, their softmax, gradients
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """Memory of a training pass: `fixed_bytes` whatever its rows, `row_bytes` for each of them.
 
     `longest` are the tokens of a row.
@@ -121,7 +121,7 @@ def choose_micro_batch(
     moe: MoeModel,
     run: Any,
     projection: Projection,
-    read: Read,
+    read: TrainingData,
     settings: HealSettings,
     folder: Path,
 ) -> MicroBatch:
@@ -132,7 +132,7 @@ def choose_micro_batch(
     if settings.micro_batch is not None:
         chosen = MicroBatch(settings.micro_batch, "--micro-batch-size", file)
     else:
-        needs = training_needs(moe, run, projection, longest_row(read, settings), settings)
+        needs = estimate_memory(moe, run, projection, longest_row(read, settings), settings)
         chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)
         chosen.rows = min(gather_object([chosen.rows]))
     if recorded not in (None, chosen.rows):
@@ -145,7 +145,7 @@ def choose_micro_batch(
 
 
 def _chosen(
-    needs: Needs | None, share: int, device: torch.device, recorded: int | None
+    needs: MemoryEstimate | None, share: int, device: torch.device, recorded: int | None
 ) -> tuple[int, str]:
     if needs is None:
         return 1, "one row alone was too much for the memory that was free"
@@ -179,16 +179,16 @@ def _recorded(file: Path) -> int | None:
     return found.rows if found.rows > 0 else None
 
 
-def longest_row(read: Read, settings: HealSettings) -> int:
+def longest_row(read: TrainingData, settings: HealSettings) -> int:
     """Tokens of the longest row, held out or among the first that are trained on."""
     rows = read.rows(min(settings.steps * settings.batch, _LOOKED_AT))
     trained = (len(rows[at][1].ids) for at in range(len(rows)))
     return max(*trained, *(len(row.ids) for row in read.held_out))
 
 
-def training_needs(
+def estimate_memory(
     moe: MoeModel, run: Any, projection: Projection, longest: int, settings: HealSettings
-) -> Needs | None:
+) -> MemoryEstimate | None:
     """What autograd keeps of passes over one short and one long row; None where memory ends.
 
     With `--save-memory` it is one layer's part of that, and the input of every layer.
@@ -211,7 +211,7 @@ def training_needs(
     adapters = sum(p.numel() * p.element_size() for p in run.parameters() if p.requires_grad)
     fixed = int(_SLACK * short) + _ADAPTER_COPIES * adapters
     fixed += _CHUNK_COPIES * projection.chunk_bytes
-    return Needs(fixed, int(_SLACK * row), longest)
+    return MemoryEstimate(fixed, int(_SLACK * row), longest)
 
 
 def _kept_bytes(moe: MoeModel, run: Any, projection: Projection, n_tokens: int) -> int:

@@ -34,15 +34,15 @@ _PASS_TOKENS = 4096  # of one forward pass: more are not faster
 
 
 @dataclass(frozen=True)
-class Likeliest:
+class TopLogprobs:
     """A teacher's likeliest tokens at M positions: ids (M, R) and log p (M, R)."""
 
     ids_MR: Tensor
     logprob_MR: Tensor
 
-    def __getitem__(self, at: slice) -> "Likeliest":
+    def __getitem__(self, at: slice) -> "TopLogprobs":
         """At some of the positions."""
-        return Likeliest(self.ids_MR[at], self.logprob_MR[at])
+        return TopLogprobs(self.ids_MR[at], self.logprob_MR[at])
 
 
 def at_answers(row: Row) -> Sequence[int]:
@@ -50,17 +50,17 @@ def at_answers(row: Row) -> Sequence[int]:
     return row.answers
 
 
-def everywhere(row: Row) -> Sequence[int]:
+def at_all_tokens(row: Row) -> Sequence[int]:
     """All positions but the last, which nothing follows."""
     return range(len(row.ids) - 1)
 
 
-def cross_entropy(logits_MV: Tensor, next_M: Tensor, teacher: Likeliest | None = None) -> Tensor:
+def cross_entropy(logits_MV: Tensor, next_M: Tensor, teacher: TopLogprobs | None = None) -> Tensor:
     """−log p of the token that follows, per position (M)."""
     return F.cross_entropy(logits_MV.float(), next_M, reduction="none")
 
 
-def distillation(logits_MV: Tensor, next_M: Tensor, teacher: Likeliest | None = None) -> Tensor:
+def distillation(logits_MV: Tensor, next_M: Tensor, teacher: TopLogprobs | None = None) -> Tensor:
     """KL(teacher ‖ student) per position (M): how far the one is from what the other would say.
 
     All tokens beyond the teacher's R likeliest count as one, so that this is the whole divergence
@@ -77,11 +77,11 @@ def distillation(logits_MV: Tensor, next_M: Tensor, teacher: Likeliest | None = 
     return loss_M
 
 
-def likeliest(logits_MV: Tensor, n: int) -> Likeliest:
+def top_logprobs(logits_MV: Tensor, n: int) -> TopLogprobs:
     """The R = min(n, V) likeliest tokens and their log p."""
     logprob_MV = logits_MV.float().log_softmax(dim=-1)
     found = logprob_MV.topk(min(n, logits_MV.shape[1]), dim=-1)
-    return Likeliest(found.indices, found.values)
+    return TopLogprobs(found.indices, found.values)
 
 
 def _log_rest(logprob_MR: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _log_rest(logprob_MR: Tensor) -> Tensor:
     return rest_M.log()
 
 
-Loss = Callable[[Tensor, Tensor, Likeliest | None], Tensor]
+Loss = Callable[[Tensor, Tensor, TopLogprobs | None], Tensor]
 Where = Callable[[Row], Sequence[int]]
 
 
@@ -107,9 +107,9 @@ class Objective:
 OBJECTIVES = {
     found.name: found
     for found in (
-        Objective("distill", distillation, everywhere, needs_teacher=True),
+        Objective("distill", distillation, at_all_tokens, needs_teacher=True),
         Objective("answer", cross_entropy, at_answers),
-        Objective("lm", cross_entropy, everywhere),
+        Objective("lm", cross_entropy, at_all_tokens),
     )
 }
 
@@ -320,12 +320,12 @@ def _rows(batch: Batch, rows: slice) -> Batch:
 class Teacher(Protocol):
     """Gives its likeliest tokens at the positions of a batch that are trained on."""
 
-    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
+    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """`at_BS` says where, row by row."""
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveTeacher:
     """A model beside the one that is trained."""
 
     moe: MoeModel
@@ -337,7 +337,7 @@ class Live:
         return Projection(self.moe)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
+    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """Forward passes of some rows each.
 
         Raises:
@@ -347,7 +347,7 @@ class Live:
         n_rows = max(1, _PASS_TOKENS // at_BS.shape[1])
         return _joined([self._of(piece) for piece in cut_rows(whole, n_rows)])
 
-    def _of(self, batch: Batch) -> Likeliest:
+    def _of(self, batch: Batch) -> TopLogprobs:
         """One pass, or several where memory ends."""
         try:
             return self._pass(batch)
@@ -362,18 +362,18 @@ class Live:
         give_back()
         return _joined([self._of(half) for half in halves(batch)])
 
-    def _pass(self, batch: Batch) -> Likeliest:
+    def _pass(self, batch: Batch) -> TopLogprobs:
         model, projection = self.moe.model, self.projection
         hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
         hidden_MH = hidden_BSH[batch["at_BS"]]
         return _joined(
             [
-                likeliest(projection.logits(model, hidden_MH[at]), self.n_likeliest)
+                top_logprobs(projection.logits(model, hidden_MH[at]), self.n_likeliest)
                 for at in projection.chunks(len(hidden_MH))
             ]
         )
 
 
-def _joined(parts: list[Likeliest]) -> Likeliest:
+def _joined(parts: list[TopLogprobs]) -> TopLogprobs:
     ids, logprobs = zip(*((part.ids_MR, part.logprob_MR) for part in parts), strict=True)
-    return Likeliest(torch.cat(ids), torch.cat(logprobs))
+    return TopLogprobs(torch.cat(ids), torch.cat(logprobs))

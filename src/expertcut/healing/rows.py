@@ -177,7 +177,7 @@ class Rows(Dataset[tuple[int, Row]]):
 
     @cached_property
     def _order(self) -> list[tuple[int, int]]:
-        """Whose turn it is: always that of the part that lags its share the most."""
+        """CacheKey turn it is: always that of the part that lags its share the most."""
         total = sum(part.weight for part in self.parts)
         shares = [part.weight / total for part in self.parts]
         counts = [0] * len(shares)

@@ -28,7 +28,7 @@ from expertcut.documents import Record, load_record
 from expertcut.errors import OutputError
 from expertcut.evaluation.results import begun, check_same, save_outcome
 from expertcut.healing.adapters import load_weights
-from expertcut.healing.data import Read
+from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.models.load import MoeModel, Source
 
@@ -151,7 +151,7 @@ def best_step(state: TrainerState) -> int:
     return min(held_out_losses(state), key=lambda look: look[1])[0]
 
 
-def looks_since_best(state: TrainerState) -> int:
+def evaluations_since_best(state: TrainerState) -> int:
     """How often held-out rows were looked at in vain, as EarlyStoppingCallback counts."""
     losses = [loss for _, loss in held_out_losses(state)]
     return len(losses) - 1 - losses.index(min(losses))
@@ -159,7 +159,7 @@ def looks_since_best(state: TrainerState) -> int:
 
 def is_over(state: TrainerState, settings: HealSettings) -> bool:
     """Whether all steps are done, or patience is at its end."""
-    return state.global_step >= settings.steps or looks_since_best(state) >= settings.patience
+    return state.global_step >= settings.steps or evaluations_since_best(state) >= settings.patience
 
 
 def last_usable(folder: Path) -> TrainerState | None:
@@ -225,7 +225,7 @@ def _whole(checkpoint: Path) -> TrainerState | None:
     return state if is_sound and is_whole(checkpoint) else None
 
 
-class Begun(Record):
+class RunIdentity(Record):
     """All that the losses of a run depend on, and what it is judged by."""
 
     checkpoint: str
@@ -241,7 +241,12 @@ class Begun(Record):
 
     @classmethod
     def of(
-        cls, moe: MoeModel, base: Source | None, objective: str, asked: HealSettings, read: Read
+        cls,
+        moe: MoeModel,
+        base: Source | None,
+        objective: str,
+        asked: HealSettings,
+        read: TrainingData,
     ) -> Self:
         """Models and questions by what they hold."""
         whole = asked.recorded()
@@ -257,14 +262,14 @@ class Begun(Record):
         )
 
 
-def _rows(read: Read) -> Iterator[object]:
+def _rows(read: TrainingData) -> Iterator[object]:
     """Those held out, and those trained on once: how they go on follows from the seed."""
     yield from read.held_out
     for part in read.parts:
         yield from part.shuffled(random.Random(0))
 
 
-def _scored(read: Read) -> Iterator[object]:
+def _scored(read: TrainingData) -> Iterator[object]:
     """What may judge the result, and what was kept out for that."""
     for quiz in (read.scored, read.held_out_quiz):
         yield None if quiz is None else _questions(quiz)
@@ -283,7 +288,7 @@ def _hash(parts: Iterator[object]) -> str:
     return digest.hexdigest()[:16]
 
 
-def go_on(folder: Path, asked: Begun) -> None:
+def check_resumable(folder: Path, asked: RunIdentity) -> None:
     """That what lies in a working folder was begun by the same run, or nothing does.
 
     Another --micro-batch and --save-memory are the same run.
@@ -292,7 +297,7 @@ def go_on(folder: Path, asked: Begun) -> None:
         OutputError: it is another's.
     """
     file = folder / _ASKED_FILE
-    before = begun(file, Begun)
+    before = begun(file, RunIdentity)
     if before is None:
         save_outcome(file, asked)
     else:

@@ -22,7 +22,14 @@ from torch import Tensor
 
 from expertcut.errors import OutputError
 from expertcut.files import write_atomically
-from expertcut.healing.objectives import IGNORED, Batch, Collator, Likeliest, Live, everywhere
+from expertcut.healing.objectives import (
+    IGNORED,
+    Batch,
+    Collator,
+    LiveTeacher,
+    TopLogprobs,
+    at_all_tokens,
+)
 from expertcut.healing.rows import Row
 
 _WHOSE = "teacher.json"
@@ -31,7 +38,7 @@ _ROWS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
 
 @dataclass(frozen=True)
-class Whose:
+class CacheKey:
     """What a cache depends on besides the rows."""
 
     fingerprint: str
@@ -39,13 +46,13 @@ class Whose:
     likeliest: int
 
 
-class Cached:
+class CachedTeacher:
     """A cache that is read; `has` tells which rows it holds."""
 
-    def __init__(self, folder: Path, whose: Whose) -> None:
+    def __init__(self, folder: Path, whose: CacheKey) -> None:
         self.places: dict[str, tuple[Any, int, int]] = {}
         self.files = ExitStack()
-        check_whose(folder, whose)
+        check_cache(folder, whose)
         for file in sorted(folder.glob("*.safetensors")):
             opened, rows = self._opened(file, whose.likeliest)
             self.places |= {digest: (opened, *place) for digest, place in rows.items()}
@@ -81,7 +88,7 @@ class Cached:
         """Its files."""
         self.files.close()
 
-    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
+    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """As a live teacher."""
         found = [
             self._of(ids_S[: int(n)].tolist(), at_S[: int(n)])
@@ -94,7 +101,7 @@ class Cached:
         ]
         ids_MR, logprob_MR = (torch.cat(parts) for parts in zip(*found, strict=True))
         device = at_BS.device
-        return Likeliest(ids_MR.long().to(device), logprob_MR.to(device))
+        return TopLogprobs(ids_MR.long().to(device), logprob_MR.to(device))
 
     def _of(self, ids: Sequence[int], at_S: Tensor) -> tuple[Tensor, Tensor]:
         file, begin, length = self.places[digest(ids)]
@@ -108,7 +115,7 @@ def digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(torch.tensor(ids, dtype=torch.int32).numpy().tobytes()).hexdigest()[:32]
 
 
-def check_whose(folder: Path, whose: Whose) -> None:
+def check_cache(folder: Path, whose: CacheKey) -> None:
     """That a folder may become, or is, a cache of that teacher.
 
     Raises:
@@ -127,13 +134,13 @@ def check_whose(folder: Path, whose: Whose) -> None:
         )
 
 
-def filled(
+def fill_cache(
     folder: Path,
-    whose: Whose,
+    whose: CacheKey,
     sources: Sequence[Sequence[tuple[int, Row]]],
-    live: Callable[[], Live],
+    live: Callable[[], LiveTeacher],
     batch: int,
-) -> Cached:
+) -> CachedTeacher:
     """The cache, once it holds all rows; without need the teacher is never loaded.
 
     Rows are asked for in batches, as they will be trained on; of several processes each takes its
@@ -144,9 +151,9 @@ def filled(
     """
     processes = PartialState()
     with processes.main_process_first():
-        known = Cached(folder, whose)
+        known = CachedTeacher(folder, whose)
     batches = [b for rows in sources for b in _batches(rows, batch)]
-    teacher: Live | None = None
+    teacher: LiveTeacher | None = None
     for items in batches[processes.process_index :: processes.num_processes]:
         missing = {digest(row.ids): (at, row) for at, row in items if not known.has(row)}
         if missing:
@@ -155,7 +162,7 @@ def filled(
             write_atomically(folder / f"{name}.safetensors", _asked(teacher, missing))
     known.close()
     processes.wait_for_everyone()
-    return Cached(folder, whose)
+    return CachedTeacher(folder, whose)
 
 
 def _batches(rows: Sequence[tuple[int, Row]], n_rows: int) -> Iterator[list[tuple[int, Row]]]:
@@ -163,8 +170,8 @@ def _batches(rows: Sequence[tuple[int, Row]], n_rows: int) -> Iterator[list[tupl
         yield [rows[at] for at in range(begin, min(begin + n_rows, len(rows)))]
 
 
-def _asked(live: Live, missing: dict[str, tuple[int, Row]]) -> bytes:
-    collator = Collator(everywhere, live.moe.tokenizer.pad_token_id or 0)
+def _asked(live: LiveTeacher, missing: dict[str, tuple[int, Row]]) -> bytes:
+    collator = Collator(at_all_tokens, live.moe.tokenizer.pad_token_id or 0)
     batch = {name: t.to(live.moe.device) for name, t in collator(list(missing.values())).items()}
     found = live(batch, batch["labels"] != IGNORED)
     begin, rows = 0, {}
