@@ -121,7 +121,7 @@ def test_a_teacher_from_a_cache_teaches_as_a_live_one(
     assert first.curve == second.curve
     assert live.curve.losses == pytest.approx(first.curve.losses, abs=1e-5)
     assert live.curve.losses[0] > 0.01
-    with pytest.raises(OutputError, match="another teacher, or others of them"):
+    with pytest.raises(OutputError, match="another teacher, or another number of tokens"):
         healed(stock, changed(cached, likeliest=7), tmp_path / "third")
     assert not (tmp_path / "third.healing").exists()
 

@@ -237,7 +237,7 @@ def test_a_step_without_memory_is_done_again_with_half_the_rows(
         found = healed(stock, asked, tmp_path / "out").curve
     assert found == by_rows.curve and found.micro_batch == 1
     assert same_bytes(tmp_path / "out", by_rows.folder)
-    assert [f"again with {n}" in caplog.text for n in (2, 1)] == [True, True]
+    assert [f"repeated with {n}" in caplog.text for n in (2, 1)] == [True, True]
 
 
 def test_without_memory_for_one_row_it_ends_in_a_line_and_goes_on_later(
@@ -248,7 +248,7 @@ def test_without_memory_for_one_row_it_ends_in_a_line_and_goes_on_later(
     with pytest.MonkeyPatch.context() as patch, full_memory_above(0, patch):
         printed = expertcut(*words, status=2)
     line = printed.splitlines()[-1]
-    assert "not enough memory to train on one row of" in line and "--save-memory" in line
+    assert "not enough memory to train on one row of" in line and "--gradient-checkpointing" in line
     assert not (tmp_path / "out").exists()
     # What only says how memory is spent is another way to the same result.
     printed = expertcut(*words, "--save-memory", "--micro-batch", 2)
@@ -278,7 +278,7 @@ def test_a_run_that_goes_on_keeps_the_rows_that_it_began_with(
     free_memory(1e12)
     told: list[str] = []
     assert healed(stock, asked, tmp_path / "out", tell=told.append).curve == by_rows.curve
-    assert told == ["4 rows a step, 1 at once (as before the stop)"]
+    assert told == ["4 rows a step, 1 at once (as before the interruption)"]
     assert same_bytes(tmp_path / "out", by_rows.folder)
 
 
@@ -299,10 +299,10 @@ def test_a_run_goes_on_with_other_rows_if_it_must_or_is_told_to_and_says_so(
     two = changed(asked, micro_batch=2)
     with pytest.raises(Stop):
         healed(stock, two, tmp_path / "out", report=stopped_after(3))
-    assert "2 rows at once, before the stop it was 4" in caplog.text
+    assert "2 rows at once, 4 before the interruption" in caplog.text
     free_memory(0)
     found = healed(stock, asked, tmp_path / "out").curve
-    assert "1 rows at once, before the stop it was 2" in caplog.text
+    assert "1 rows at once, 2 before the interruption" in caplog.text
     assert found.losses == pytest.approx(by_rows.curve.losses, rel=1e-4)
     assert len(set(found.losses)) == SHORT["steps"]
 
