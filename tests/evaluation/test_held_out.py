@@ -251,7 +251,7 @@ def test_heal_trains_on_nothing_that_it_calls_held_out_or_not_used(
         tokenizer = make_tokenizer()
         trained = {n for part in found.parts for n in _trained(tokenizer, part.shuffled(Random(0)))}
         held = {n for n in _trained(tokenizer, found.held_out)}
-        judges = found.judges(found.hashes)
+        judges = found.scored_quiz(found.hashes)
         assert trained and not trained & held
         assert judges is None or not trained & numbers_in(judges.quiz)
         if judges is not None and judges.used == UNUSED:

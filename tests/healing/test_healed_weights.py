@@ -1,5 +1,6 @@
 """Adapters of a healed model as weights on disk, family by family."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ Checkpoints = Callable[..., Path]
 TOKENS = torch.arange(2, 42)[None]
 
 
-def trained(moe: MoeModel, targets: tuple[Target, ...] = TARGETS) -> object:
+def trained(moe: MoeModel, targets: tuple[Target, ...] = TARGETS) -> Any:
     """Adapters that change something, as after some steps."""
     model = adapted(moe, HealSettings(rank=2, alpha=4, targets=targets))
     torch.manual_seed(1)
@@ -145,6 +146,11 @@ def test_an_adapter_loads_with_peft_on_plain_transformers(
     loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     assert (logits(loaded) - logits(moe.model)).abs().max() < 2e-4
     assert not list((tmp_path / "adapter").glob("*.bin"))
+    # Peft keeps sets, whose order differs in each process.
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for names in ("target_modules", "target_parameters"):
+        assert isinstance(getattr(model.peft_config["default"], names), list)
+        assert config[names] == sorted(config[names]) != []
 
 
 def test_what_cannot_be_adapted_is_refused(checkpoint: Checkpoints) -> None:

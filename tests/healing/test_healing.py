@@ -15,7 +15,7 @@ from expertcut.errors import OutputError, SettingsError
 from expertcut.healing.heal_settings import OBJECTIVE_NAMES
 from expertcut.healing.objectives import OBJECTIVES
 from expertcut.healing.recovery import BASE, BEFORE, HEALED
-from expertcut.healing.teacher_cache import Cached, Whose
+from expertcut.healing.teacher_cache import CachedTeacher, CacheKey
 from expertcut.scoring.engine import Engine, ask
 from tests.conftest import Commands, open_model
 from tests.support.exact_models import (
@@ -120,24 +120,24 @@ def test_a_teacher_from_a_cache_teaches_as_a_live_one(
     assert first.curve == second.curve
     assert live.curve.losses == pytest.approx(first.curve.losses, abs=1e-5)
     assert live.curve.losses[0] > 0.01
-    with pytest.raises(OutputError, match="another teacher, or others of them"):
+    with pytest.raises(OutputError, match="another teacher, or another number of tokens"):
         healed(stock, changed(cached, likeliest=7), tmp_path / "third")
     assert not (tmp_path / "third.healing").exists()
 
 
 @pytest.mark.parametrize("metadata", [None, {"rows": "{"}, {"rows": '{"a": [0, 9]}'}])
 def test_a_damaged_cache_is_named(tmp_path: Path, metadata: dict[str, str] | None) -> None:
-    whose, file = Whose("f", "torch.float32", 2), tmp_path / "cache" / "a.safetensors"
-    Cached(file.parent, whose)
+    whose, file = CacheKey("f", "torch.float32", 2), tmp_path / "cache" / "a.safetensors"
+    CachedTeacher(file.parent, whose)
     tensors = {"ids": torch.zeros(4, 2, dtype=torch.int32), "logprob": torch.zeros(4, 2)}
     save_file(tensors, file, {"rows": '{"a": [0, 4]}'})
-    assert Cached(file.parent, whose).places["a"][1:] == (0, 4)
+    assert CachedTeacher(file.parent, whose).places["a"][1:] == (0, 4)
     save_file(tensors, file, metadata)
     with pytest.raises(OutputError, match=r"a\.safetensors is damaged"):
-        Cached(file.parent, whose)
+        CachedTeacher(file.parent, whose)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(OutputError, match=r"a\.safetensors is damaged"):
-        Cached(file.parent, whose)
+        CachedTeacher(file.parent, whose)
 
 
 def test_the_loss_is_that_of_the_whole_batch_however_it_is_cut(

@@ -18,12 +18,12 @@ from expertcut.data import Selection, load_quiz, prompt
 from expertcut.data.sources import Weighted
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError
-from expertcut.healing.data import Read, read_data
+from expertcut.healing.data import TrainingData, read_data
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.leakage import (
     CHOSE_STEP,
     USED_BEFORE,
-    evaluation_quizzes,
+    quizzes_kept_out,
     texts_without_scored,
     without_scored,
 )
@@ -31,9 +31,9 @@ from expertcut.healing.objectives import (
     IGNORED,
     OBJECTIVES,
     Collator,
-    Likeliest,
+    TopLogprobs,
     distillation,
-    likeliest,
+    top_logprobs,
 )
 from expertcut.healing.rows import (
     Part,
@@ -52,12 +52,12 @@ from tests.conftest import make_tokenizer, open_model, write_quiz
 Checkpoints = Callable[..., Path]
 
 
-def read(*quizzes: Path | str, **changes: object) -> Read:
+def read(*quizzes: Path | str, **changes: object) -> TrainingData:
     settings = HealSettings(quiz=tuple(map(str, quizzes)), **{"shots": 1, **changes})
     return read_data(settings, make_tokenizer(), settings.max_tokens)
 
 
-def texts_of(found: Read, n_rows: int) -> list[str]:
+def texts_of(found: TrainingData, n_rows: int) -> list[str]:
     tokenizer = make_tokenizer()
     rows = found.rows(n_rows)
     return [tokenizer.decode(rows[at][1].ids) for at in range(n_rows)]
@@ -154,7 +154,7 @@ def test_what_stands_in_the_evaluation_split_is_dropped_and_named(
 
 
 def test_of_mmlu_28_questions_of_val_stand_in_test(real_mmlu: Path) -> None:
-    scored = evaluation_quizzes(HealSettings(quiz=str(real_mmlu)))
+    scored = quizzes_kept_out(HealSettings(quiz=str(real_mmlu)))
     kept, dropped = without_scored(load_quiz(Selection(str(real_mmlu), "val", 0)), scored)
     assert dropped is not None and (len(dropped.names), dropped.total) == (28, 1_531)
     assert len(kept) == 1_503
@@ -209,7 +209,7 @@ def test_texts_that_ask_what_is_scored_are_dropped(quiz_folder: Path, tmp_path: 
     with pytest.raises(QuizError, match="of 3 texts of notes stand in split test"):
         texts_without_scored("notes", said(prompt(scored), "b", "c"), [scored], "test")
     half = prompt(scored).replace(scored.choices[3], "zebra")
-    assert texts_without_scored("notes", said(half), [scored], "test") == ([0], None)
+    assert texts_without_scored("notes", said(half), [scored], "test") == (said(half), None)
 
 
 def said(*texts: str) -> list[Text]:
@@ -242,7 +242,7 @@ def test_where_nothing_is_kept_out_that_is_said(
 ) -> None:
     file = jsonl(tmp_path / "texts.jsonl", *({"text": f"note {i}"} for i in range(12)))
     assert read(text=str(file)).scored is None
-    assert "name what is scored by --eval-quiz" in caplog.text
+    assert "name the scored quiz by --eval-quiz" in caplog.text
 
 
 def test_a_scored_question_in_a_chat_is_found_whatever_the_template(
@@ -277,10 +277,10 @@ def test_how_the_judges_were_used_is_said(quiz_folder: Path) -> None:
     found = read(quiz_folder)
     assert found.scored is not None
     hashes = [question.content_hash for question in found.scored]
-    some, none = found.judges(frozenset(hashes[1:])), found.judges(frozenset(hashes))
+    some, none = found.scored_quiz(frozenset(hashes[1:])), found.scored_quiz(frozenset(hashes))
     assert some is not None and (len(some.quiz), some.used) == (1, UNUSED)
     assert none is not None and (len(none.quiz), none.used) == (len(hashes), USED_BEFORE)
-    alone = replace(found, scored=None).judges(frozenset())
+    alone = replace(found, scored=None).scored_quiz(frozenset())
     assert alone is not None and alone.used == CHOSE_STEP
     assert alone.quiz.split == "val"
 
@@ -323,14 +323,14 @@ def test_distillation_is_the_divergence_and_of_fewer_tokens_a_lower_bound() -> N
     logs = [x.log_softmax(dim=-1) for x in (ours_MV, theirs_MV)]
     exact_M = F.kl_div(*logs, log_target=True, reduction="none").sum(dim=-1)
     bounds = [
-        distillation(ours_MV, next_M, likeliest(theirs_MV, n)) for n in (1, 5, 20, 39, 40, 99)
+        distillation(ours_MV, next_M, top_logprobs(theirs_MV, n)) for n in (1, 5, 20, 39, 40, 99)
     ]
     for fewer_M, more_M in pairwise(bounds):
         assert (fewer_M <= more_M + 1e-5).all()
     assert bounds[-1].allclose(exact_M, atol=1e-5) and (bounds[0] < 0.9 * exact_M).any()
-    same = likeliest(ours_MV, 5)
+    same = top_logprobs(ours_MV, 5)
     assert distillation(ours_MV, next_M, same).abs().max() < 1e-5
-    sure = Likeliest(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0.0, -99.0]]))
+    sure = TopLogprobs(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0.0, -99.0]]))
     logits = torch.zeros(1, 4, requires_grad=True)
     distillation(logits, next_M, sure).sum().backward()
     assert logits.grad is not None and logits.grad.isfinite().all()

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertcut.healing import micro_batch, objectives
 from expertcut.healing.adapters import adapted
-from expertcut.healing.micro_batch import MICRO_BATCH_FILE, Needs, _chosen
+from expertcut.healing.micro_batch import MICRO_BATCH_FILE, MemoryEstimate, _chosen
 from expertcut.healing.objectives import (
-    Likeliest,
-    Live,
+    LiveTeacher,
     Projection,
+    TopLogprobs,
     chunked_loss,
     distillation,
-    likeliest,
+    top_logprobs,
 )
 from expertcut.healing.recovery import Healed
 from expertcut.models import devices
@@ -114,7 +114,7 @@ def check_equal_to_the_models_own_logits(moe: Any, *, is_split: bool = True) -> 
         torch.nn.init.normal_(weight, std=0.1)
     model.eval()  # without the noise of some routers
     logits_MV = model(**batch, use_cache=False).logits[at_BS]
-    said = likeliest(logits_MV.detach().roll(1, dims=0), 20)
+    said = top_logprobs(logits_MV.detach().roll(1, dims=0), 20)
     next_M = torch.zeros(len(logits_MV), dtype=torch.long)
     whole = distillation(logits_MV, next_M, said).sum()
     wanted = torch.autograd.grad(whole, trained)
@@ -167,13 +167,13 @@ def test_what_a_model_does_to_its_logits_is_done_to_chunks(checkpoint: Checkpoin
 def test_a_teacher_says_the_same_however_it_is_asked(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live, batch = Live(open_model(checkpoint("olmoe")), 20), batch_of(4)
+    live, batch = LiveTeacher(open_model(checkpoint("olmoe")), 20), batch_of(4)
     batch["attention_mask"][0, 9:] = 0
     at_BS = batch["attention_mask"].bool()
     logits_BSV = live.moe.model(**batch).logits
-    wanted = likeliest(logits_BSV[at_BS], 20)
+    wanted = top_logprobs(logits_BSV[at_BS], 20)
 
-    def check(found: Likeliest) -> None:
+    def check(found: TopLogprobs) -> None:
         assert found.ids_MR.equal(wanted.ids_MR)
         assert found.logprob_MR.allclose(wanted.logprob_MR, atol=1e-5)
 
@@ -237,7 +237,7 @@ def test_a_step_without_memory_is_done_again_with_half_the_rows(
         found = healed(stock, asked, tmp_path / "out").curve
     assert found == by_rows.curve and found.micro_batch == 1
     assert same_bytes(tmp_path / "out", by_rows.folder)
-    assert [f"again with {n}" in caplog.text for n in (2, 1)] == [True, True]
+    assert [f"repeated with {n}" in caplog.text for n in (2, 1)] == [True, True]
 
 
 def test_without_memory_for_one_row_it_ends_in_a_line_and_goes_on_later(
@@ -248,7 +248,7 @@ def test_without_memory_for_one_row_it_ends_in_a_line_and_goes_on_later(
     with pytest.MonkeyPatch.context() as patch, full_memory_above(0, patch):
         printed = expertcut(*words, status=2)
     line = printed.splitlines()[-1]
-    assert "not enough memory to train on one row of" in line and "--save-memory" in line
+    assert "not enough memory to train on one row of" in line and "--gradient-checkpointing" in line
     assert not (tmp_path / "out").exists()
     # What only says how memory is spent is another way to the same result.
     printed = expertcut(*words, "--save-memory", "--micro-batch", 2)
@@ -278,7 +278,7 @@ def test_a_run_that_goes_on_keeps_the_rows_that_it_began_with(
     free_memory(1e12)
     told: list[str] = []
     assert healed(stock, asked, tmp_path / "out", tell=told.append).curve == by_rows.curve
-    assert told == ["4 rows a step, 1 at once (as before the stop)"]
+    assert told == ["4 rows a step, 1 at once (as before the interruption)"]
     assert same_bytes(tmp_path / "out", by_rows.folder)
 
 
@@ -299,10 +299,10 @@ def test_a_run_goes_on_with_other_rows_if_it_must_or_is_told_to_and_says_so(
     two = changed(asked, micro_batch=2)
     with pytest.raises(Stop):
         healed(stock, two, tmp_path / "out", report=stopped_after(3))
-    assert "2 rows at once, before the stop it was 4" in caplog.text
+    assert "2 rows at once, 4 before the interruption" in caplog.text
     free_memory(0)
     found = healed(stock, asked, tmp_path / "out").curve
-    assert "1 rows at once, before the stop it was 2" in caplog.text
+    assert "1 rows at once, 2 before the interruption" in caplog.text
     assert found.losses == pytest.approx(by_rows.curve.losses, rel=1e-4)
     assert len(set(found.losses)) == SHORT["steps"]
 
@@ -310,7 +310,7 @@ def test_a_run_goes_on_with_other_rows_if_it_must_or_is_told_to_and_says_so(
 def test_as_many_rows_are_taken_as_fit_into_half_of_the_free_memory(
     free_memory: Callable[[float], None],
 ) -> None:
-    needs = Needs(fixed_bytes=10**8, row_bytes=10**8, longest=100)
+    needs = MemoryEstimate(fixed_bytes=10**8, row_bytes=10**8, longest=100)
     for free, recorded, rows in (
         (0, None, 1),
         (5e8, None, 1),

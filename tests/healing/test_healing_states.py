@@ -20,7 +20,7 @@ from transformers.training_args import ParallelMode
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.recovery import Healed, Options, heal
-from expertcut.healing.state import looks_since_best
+from expertcut.healing.state import evaluations_since_best
 from expertcut.healing.trainer import HealTrainer, _arguments
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
@@ -267,7 +267,7 @@ def test_patience_counts_as_transformers_does() -> None:
             state.log_history.append({"step": step, "eval_loss": loss})
             theirs.check_metric_value(TrainingArguments(greater_is_better=False), state, None, loss)
             state.best_metric = min(loss, *losses[: step - 1], loss)
-            assert looks_since_best(state) == theirs.early_stopping_patience_counter
+            assert evaluations_since_best(state) == theirs.early_stopping_patience_counter
 
 
 def test_states_are_told_by_their_steps_and_by_nothing_else(

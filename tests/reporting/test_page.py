@@ -48,8 +48,7 @@ from expertcut.reporting.eval_tables import (
     sweep_table,
 )
 from expertcut.reporting.page import PAGE, write
-from expertcut.reporting.page_parts import key_of
-from expertcut.reporting.page_sections import edits_of, rows_of
+from expertcut.reporting.page_sections import edits_of, key_of, rows_of
 from expertcut.reporting.plots import Curves, Heat, Series, draw, span
 from expertcut.reporting.profile_tables import experts_csv
 from expertcut.reporting.tables import Column, as_csv

@@ -1,5 +1,5 @@
-"""What a cut cost is won back: a checkpoint is trained for a short while, as low-rank adapters.
+"""Recovery training: a short training of low-rank adapters on an edited checkpoint.
 
-Beside the letters of `expertcut.models`: B rows of a batch, S tokens of a row (pads included),
-M tokens that are trained on, V vocabulary, R likeliest tokens of a teacher.
+Axes beside those of `expertcut.models`: B rows of a batch, S tokens of a row with padding, M
+trained positions, V vocabulary, R top tokens of a teacher.
 """

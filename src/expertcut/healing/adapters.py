@@ -54,7 +54,7 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
 
 
-def put_on(moe: MoeModel, folder: Path) -> None:
+def load_adapter(moe: MoeModel, folder: Path) -> None:
     """Puts adapters that were written on a model."""
     from peft import PeftModel
 
@@ -238,9 +238,13 @@ def _plus(name: str, parts: Callable[[], dict[str, Tensor]], before: Tensor) -> 
 
 def write_adapter(source: Source, model: Any, folder: Path) -> None:
     """The adapters of a peft model in peft's own form; they name the checkpoint as their base."""
-    model.peft_config[ADAPTER].base_model_name_or_path = source.id
+    config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = source.id
+    for names in ("target_modules", "target_parameters"):
+        if targets := getattr(config, names):
+            setattr(config, names, sorted(targets))  # a set has another order in each process
     with system_errors(folder):
         model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be filled in
+    (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be fill_cache in
     for file in folder.iterdir():
         share(file)  # safetensors writes for the owner only

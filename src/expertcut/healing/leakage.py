@@ -1,4 +1,4 @@
-"""Nothing that is later scored is trained on; and the questions that judge a healed model."""
+"""Keeps scored questions out of the training, and chooses the questions that score the result."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,43 +13,44 @@ from expertcut.errors import QuizError, SplitError
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.rows import Text
 
-_MOST_JUDGES = 256
 USED_BEFORE = "an earlier step used and this one did not train on"
 CHOSE_STEP = "chose the best step of this training but were not trained on"
+_MAX_SCORED = 256
+_MAX_DROPPED_SHARE = 0.05
 logger = logging.getLogger(__name__)
-
-_MOST_DROPPED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Judges:
-    """Questions, and how they were `used`: one of the sentences above."""
+class ScoredQuiz:
+    """Questions that score the result, and how they were `used`: UNUSED or a sentence above."""
 
     quiz: Quiz
     used: str
 
 
-def find_judges(scored: Quiz | None, held_out: Quiz | None, used: frozenset[str]) -> Judges | None:
-    """Of what is scored later, those that nothing was chosen on, else all; else those held out.
+def choose_scored(
+    scored: Quiz | None, held_out: Quiz | None, used: frozenset[str]
+) -> ScoredQuiz | None:
+    """Unused questions of the evaluation split, else all of it, else the held-out questions.
 
-    `used` are hash lines of what this run and the steps before it looked at. None where there
-    are only texts.
+    `used` are hash lines of the questions that this run and earlier steps read. None without a
+    quiz.
     """
     if scored is not None:
         unused = without(scored, used)
-        found, how = (unused, UNUSED) if len(unused) else (scored, USED_BEFORE)
+        quiz, how = (unused, UNUSED) if len(unused) else (scored, USED_BEFORE)
     elif held_out is not None:
-        found, how = held_out, CHOSE_STEP
+        quiz, how = held_out, CHOSE_STEP
     else:
         return None
-    return Judges(round_robin(found, _MOST_JUDGES), how)
+    return ScoredQuiz(round_robin(quiz, _MAX_SCORED), how)
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """What of a source was left out: how many of how many, and which.
+    """Questions or texts of a source that are left out, by name, and the size of the source.
 
-    It stands in the evaluation `split`, or has more tokens than `longest`.
+    They are in the evaluation `split`, or have more tokens than `longest`.
     """
 
     source: str
@@ -59,26 +60,26 @@ class Dropped:
     longest: int | None = None
 
 
-def evaluation_quizzes(settings: HealSettings) -> list[Quiz]:
-    """What is later scored, as it is asked then: `eval_quiz`, else every quiz that is trained on.
+def quizzes_kept_out(settings: HealSettings) -> list[Quiz]:
+    """The evaluation split of `eval_quiz`, else of every quiz that is trained on.
 
     Raises:
-        QuizError: one of them cannot be read, or `eval_quiz` has no such split.
+        QuizError: a quiz that cannot be read, or an `eval_quiz` without that split.
     """
     if settings.eval_quiz is not None:
         return [_as_scored(settings.eval_quiz, settings, settings.eval_revision)]
     named = {quiz.name: quiz.revision for quiz in settings.quizzes}
-    quizzes = [_own(name, settings, revision) for name, revision in named.items()]
+    quizzes = [_evaluation_split(name, settings, revision) for name, revision in named.items()]
     found = [quiz for quiz in quizzes if quiz is not None]
     if not found:
-        logger.warning("nothing is kept out of the training: name what is scored by --eval-quiz")
+        logger.warning("nothing is kept out of the training: name the scored quiz by --eval-quiz")
     return found
 
 
-def _own(name: str, settings: HealSettings, revision: str | None) -> Quiz | None:
-    """None where a quiz has no such split, or is one file for all splits."""
+def _evaluation_split(name: str, settings: HealSettings, revision: str | None) -> Quiz | None:
+    """None if a quiz has no such split, or is one file for all splits."""
     if Path(name).is_file():
-        logger.warning("%s is one file: give what is later scored by --eval-quiz", name)
+        logger.warning("%s is one file: name the scored quiz by --eval-quiz", name)
         return None
     try:
         return _as_scored(name, settings, revision)
@@ -88,8 +89,8 @@ def _own(name: str, settings: HealSettings, revision: str | None) -> Quiz | None
 
 
 def _as_scored(name: str, settings: HealSettings, revision: str | None) -> Quiz:
-    """Its prompts have shots, or none where the quiz has not so many."""
-    asked = Selection(
+    """The quiz with shots, or without if it has too few."""
+    selection = Selection(
         name,
         settings.kept_out_split,
         settings.n_shots,
@@ -97,20 +98,20 @@ def _as_scored(name: str, settings: HealSettings, revision: str | None) -> Quiz:
         truncate=settings.truncate,
     )
     try:
-        return load_quiz(asked)
+        return load_quiz(selection)
     except SplitError:
         raise
     except QuizError as error:
-        found = load_quiz(replace(asked, shots=0))  # fails again, if it was not for the shots
-        logger.warning("%s is asked without shots: %s", name, error)
-        return found
+        quiz = load_quiz(replace(selection, shots=0))  # raises again unless shots were the reason
+        logger.warning("%s is scored without shots: %s", name, error)
+        return quiz
 
 
 def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, Dropped | None]:
-    """The quiz less the questions, by content, that stand in what is scored.
+    """The quiz without questions whose content is in a scored quiz.
 
     Raises:
-        QuizError: more than 5 % of them do.
+        QuizError: they are more than 5 %.
     """
     lines = frozenset[str]().union(*map(hash_lines, scored))
     known = hashes_in(lines)
@@ -118,62 +119,58 @@ def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, Dropped | 
     if not names:
         return quiz, None
     dropped = Dropped(quiz.id, scored[0].split, len(quiz), names)
-    _refuse(dropped, "questions")
+    _check_share(dropped, "questions")
     return without(quiz, lines), dropped
 
 
-class Asked:
-    """Finds questions in texts: one whose first line, text and choices all stand in it.
+class QuestionFinder:
+    """Finds questions in texts: the first line, the text and all choices must be there.
 
-    White space, invisible characters and the Unicode form do not count.
+    White space, invisible characters and the Unicode form are ignored.
     """
 
-    def __init__(self, scored: Iterable[Question]) -> None:
+    def __init__(self, questions: Iterable[Question]) -> None:
         self.by_line: dict[str, list[Question]] = {}
-        for question in scored:
+        for question in questions:
             if line := next(filter(None, map(normalised, question.text.splitlines())), ""):
                 self.by_line.setdefault(line, []).append(question)
 
-    def found_in(self, text: str) -> Iterator[Question]:
-        """Those of them that are asked in a text, on lines of their own."""
+    def questions_in(self, text: str) -> Iterator[Question]:
+        """Questions that a text contains on lines of their own."""
         lines = [normalised(line) for line in text.splitlines()]
-        asked = [q for line in lines for q in self.by_line.get(line, ())]
-        if not asked:
+        candidates = [q for line in lines for q in self.by_line.get(line, ())]
+        if not candidates:
             return
         whole = normalised(text)
-        for question in asked:
+        for question in candidates:
             if all(normalised(part) in whole for part in (question.text, *question.choices)):
                 yield question
-
-    def stands_in(self, text: str) -> bool:
-        """Whether any of them is asked in a text, on lines of its own."""
-        return any(self.found_in(text))
 
 
 def texts_without_scored(
     name: str, texts: Sequence[Text], scored: Iterable[Question], split: str
-) -> tuple[list[int], Dropped | None]:
-    """The places of the texts that ask no question of what is scored.
+) -> tuple[list[Text], Dropped | None]:
+    """The texts that contain no scored question.
 
     Raises:
-        QuizError: more than 5 % of them do.
+        QuizError: the others are more than 5 %.
     """
-    asked = Asked(scored)
-    clean, found = list[int](), list[str]()
-    for at, text in enumerate(texts):
-        if asked.stands_in(text.said):
-            found.append(f"line {at + 1}")
+    finder = QuestionFinder(scored)
+    clean, lines = list[Text](), list[str]()
+    for number, text in enumerate(texts, 1):
+        if any(finder.questions_in(text.said)):
+            lines.append(f"line {number}")
         else:
-            clean.append(at)
-    if not found:
+            clean.append(text)
+    if not lines:
         return clean, None
-    dropped = Dropped(name, split, len(texts), tuple(found))
-    _refuse(dropped, "texts")
+    dropped = Dropped(name, split, len(texts), tuple(lines))
+    _check_share(dropped, "texts")
     return clean, dropped
 
 
-def _refuse(dropped: Dropped, what: str) -> None:
-    if len(dropped.names) > _MOST_DROPPED_SHARE * dropped.total:
+def _check_share(dropped: Dropped, what: str) -> None:
+    if len(dropped.names) > _MAX_DROPPED_SHARE * dropped.total:
         raise QuizError(
             f"{len(dropped.names)} of {dropped.total} {what} of {dropped.source} stand in split "
             f"{dropped.split}, which is scored later, first {dropped.names[0]}; at most 5 % may: "

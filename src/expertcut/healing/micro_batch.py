@@ -1,8 +1,7 @@
-"""How many rows of a step are in memory at once: asked for, recorded, or chosen from free memory.
+"""Rows in memory at once: as set, as recorded, or chosen from the free memory.
 
-A step's loss and gradient are those of the whole batch however it is cut, but for rounding. So that
-a run that was stopped goes on to the last bit, the number of rows is recorded beside its states and
-kept.
+A step's loss and gradient do not depend on them, except for rounding. So the number is recorded
+beside the states, and a resumed run gives the same bits.
 """
 
 import logging
@@ -21,7 +20,7 @@ from torch import Tensor
 from expertcut.documents import Record, load_record
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.files import write_atomically
-from expertcut.healing.data import Read
+from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.objectives import Projection
 from expertcut.healing.state import random_states, set_random_states
@@ -31,31 +30,28 @@ from expertcut.models.load import MoeModel
 logger = logging.getLogger(__name__)
 
 MICRO_BATCH_FILE = "micro_batch.json"
-# With more than so many tokens in a pass a step is hardly faster.
+# More tokens in a pass make a step hardly faster.
 _PASS_TOKENS = {"cpu": 4096}
 _PASS_TOKENS_ELSEWHERE = 16384
-_PASS_BYTES = {"cpu": 0.75e9}  # more than that for one row alone, on a CPU that others use too
-_FREE_SHARE = 0.5  # of the free memory, for a new run; what was recorded may take all of it
-_SLACK = 2.0  # what a pass takes for each byte that autograd keeps: gradients, copies, gaps
-_LOOKED_AT = 512  # rows of training that are searched for the longest
-_SHORT = 8  # tokens of the pass that tells what does not grow with tokens
-_ADAPTER_COPIES = 3  # their gradients, and Adam's two moments
-_CHUNK_COPIES = 6  # logits of a chunk of positions, their softmax, gradients
+_PASS_BYTES = {"cpu": 0.75e9}  # more only for one row alone: others use the CPU too
+_FREE_SHARE = 0.5  # of the free memory, for a new run; a recorded number may take all of it
+_SLACK = 2.0  # bytes of a pass per byte that autograd keeps: gradients, copies, gaps
+_LOOKED_AT = 512  # training rows searched for the longest
+_SHORT = 8  # tokens of the pass that measures the fixed part
+_ADAPTER_COPIES = 3  # gradients and Adam's two moments
+_CHUNK_COPIES = 6  # logits of a chunk, softmax, gradients
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Memory of a training pass: `fixed_bytes` whatever its rows, `row_bytes` for each of them.
-
-    `longest` are the tokens of a row.
-    """
+class MemoryEstimate:
+    """Memory of a training pass: a fixed part, and one per row of `longest` tokens."""
 
     fixed_bytes: int
     row_bytes: int
     longest: int
 
     def rows_within(self, n_bytes: float) -> int:
-        """Rows that fit into so much memory."""
+        """Rows that fit into `n_bytes`."""
         return int(max(0.0, n_bytes - self.fixed_bytes) // max(1, self.row_bytes))
 
 
@@ -65,24 +61,24 @@ class _Recorded(Record):
 
 @dataclass
 class MicroBatch:
-    """Rows of one process that are in memory at once, and why so many; kept in a file."""
+    """Rows of one process in memory at once, and the reason for their number; kept in a file."""
 
     rows: int
     why: str
     file: Path
 
     def sentence(self, batch: int) -> str:
-        """How a step of so many rows will run."""
+        """How a step of `batch` rows runs."""
         return f"{batch} rows a step, {self.rows} at once ({self.why})"
 
     def save(self) -> None:
-        """For a run that goes on."""
+        """Records the number for a resumed run."""
         if PartialState().is_main_process:
             content = _Recorded(rows=self.rows).model_dump_json() + "\n"
             write_atomically(self.file, content.encode())
 
     def halve(self, moe: MoeModel, n_tokens: int) -> None:
-        """After memory ended.
+        """Halves the rows after memory ran out.
 
         Raises:
             ModelError: it was one row already.
@@ -90,13 +86,13 @@ class MicroBatch:
         if self.rows == 1:
             raise ModelError(
                 f"{moe.source.id}: not enough memory to train on one row of {n_tokens:,} tokens: "
-                "free memory, give --save-memory or a smaller --max-tokens; the same command then "
-                "goes on from the last state"
+                "free memory, add --gradient-checkpointing or lower --max-tokens; the same command "
+                "resumes from the last state"
             )
         before, self.rows = self.rows, self.rows // 2
         self.why = f"{before} were too many"
         logger.warning(
-            "not enough memory for %d rows at once: the step is done again with %d", before,
+            "not enough memory for %d rows at once: the step is repeated with %d", before,
             self.rows,
         )  # fmt: skip
         give_back()
@@ -107,7 +103,7 @@ def share_of_process(batch: int, n_processes: int, micro_batch: int | None) -> i
     """Rows of a step in each process.
 
     Raises:
-        SettingsError: a batch that cannot be shared out.
+        SettingsError: a batch that cannot be divided among the processes.
     """
     if batch % (n_processes * (micro_batch or 1)):
         micro = f"--micro-batch-size {micro_batch} times " if micro_batch else ""
@@ -121,41 +117,41 @@ def choose_micro_batch(
     moe: MoeModel,
     run: Any,
     projection: Projection,
-    read: Read,
+    read: TrainingData,
     settings: HealSettings,
     folder: Path,
 ) -> MicroBatch:
-    """The number of rows: as asked for, else as recorded in the folder, else as memory allows."""
+    """The number of rows: as set, else as recorded in the folder, else as memory allows."""
     file = folder / MICRO_BATCH_FILE
     share = share_of_process(settings.batch, PartialState().num_processes, settings.micro_batch)
     recorded = _recorded(file)
     if settings.micro_batch is not None:
         chosen = MicroBatch(settings.micro_batch, "--micro-batch-size", file)
     else:
-        needs = training_needs(moe, run, projection, longest_row(read, settings), settings)
+        needs = estimate_memory(moe, run, projection, longest_row(read, settings), settings)
         chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)
         chosen.rows = min(gather_object([chosen.rows]))
     if recorded not in (None, chosen.rows):
         logger.warning(
-            "%d rows at once, before the stop it was %d: the last digits of losses may differ from "
-            "those of an undisturbed run", chosen.rows, recorded,
+            "%d rows at once, %d before the interruption: the last digits of losses may differ "
+            "from those of an uninterrupted run", chosen.rows, recorded,
         )  # fmt: skip
     chosen.save()
     return chosen
 
 
 def _chosen(
-    needs: Needs | None, share: int, device: torch.device, recorded: int | None
+    needs: MemoryEstimate | None, share: int, device: torch.device, recorded: int | None
 ) -> tuple[int, str]:
     if needs is None:
-        return 1, "one row alone was too much for the memory that was free"
+        return 1, "one row needed more than the free memory"
     # Processes of one host share its memory; GPUs are each process's own.
     n_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     free = free_bytes(device) / n_sharing
     said = f"{free / 1e9:.1f} GB are free, a row of {needs.longest:,} tokens takes about "
     said += f"{needs.row_bytes / 1e9:.2f} GB"
     if recorded is not None and recorded <= min(share, max(1, needs.rows_within(free))):
-        return recorded, "as before the stop"
+        return recorded, "as before the interruption"
     most_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
     most_bytes = _PASS_BYTES.get(device.type, inf)
     fitting = min(most_bytes // max(1, needs.row_bytes), needs.rows_within(free * _FREE_SHARE))
@@ -163,35 +159,35 @@ def _chosen(
 
 
 def _divisor(share: int, most: int) -> int:
-    """The largest that cuts a share into equal parts of at most so many rows, at least 1."""
+    """The largest divisor of `share` that is at most `most`, or 1."""
     return max(n for n in range(1, share + 1) if share % n == 0 and (n <= most or n == 1))
 
 
 def _recorded(file: Path) -> int | None:
-    """What an earlier start used; None where nothing is known."""
+    """The number of an earlier start, if known."""
     if not file.is_file():
         return None
     try:
-        found = load_record(file, _Recorded, OutputError, "names no micro-batch")
+        found = load_record(file, _Recorded, OutputError, "is not a micro-batch")
     except OutputError as error:
-        logger.warning("%s: the micro-batch is chosen anew", error)
+        logger.warning("%s: the micro-batch is chosen again", error)
         return None
     return found.rows if found.rows > 0 else None
 
 
-def longest_row(read: Read, settings: HealSettings) -> int:
-    """Tokens of the longest row, held out or among the first that are trained on."""
+def longest_row(read: TrainingData, settings: HealSettings) -> int:
+    """Tokens of the longest row, held out or among the first training rows."""
     rows = read.rows(min(settings.steps * settings.batch, _LOOKED_AT))
     trained = (len(rows[at][1].ids) for at in range(len(rows)))
     return max(*trained, *(len(row.ids) for row in read.held_out))
 
 
-def training_needs(
+def estimate_memory(
     moe: MoeModel, run: Any, projection: Projection, longest: int, settings: HealSettings
-) -> Needs | None:
-    """What autograd keeps of passes over one short and one long row; None where memory ends.
+) -> MemoryEstimate | None:
+    """Measured on passes over one short and one long row; None if memory runs out.
 
-    With `--save-memory` it is one layer's part of that, and the input of every layer.
+    With gradient checkpointing, autograd keeps one layer's part and the inputs of all layers.
     """
     try:
         kept = [_kept_bytes(moe, run, projection, n) for n in (_SHORT, longest)]
@@ -211,11 +207,11 @@ def training_needs(
     adapters = sum(p.numel() * p.element_size() for p in run.parameters() if p.requires_grad)
     fixed = int(_SLACK * short) + _ADAPTER_COPIES * adapters
     fixed += _CHUNK_COPIES * projection.chunk_bytes
-    return Needs(fixed, int(_SLACK * row), longest)
+    return MemoryEstimate(fixed, int(_SLACK * row), longest)
 
 
 def _kept_bytes(moe: MoeModel, run: Any, projection: Projection, n_tokens: int) -> int:
-    """Of one row of so many tokens, weights left out."""
+    """Bytes that autograd keeps of one row, without weights."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Training objectives: batches, the teacher's words, and one loss per trained position.
+"""Training objectives: batches, the teacher, and one loss per trained position.
 
-A causal model's pass in two halves: hidden states of all tokens, logits of some at a time. Logits
-of a whole batch are by far the largest tensors of training where the vocabulary is large. So the
-loss is taken over chunks of positions: each chunk is projected, its loss and the gradient for its
-hidden states are computed, and its logits are gone before the next one comes.
+With a large vocabulary, the logits of a whole batch are the largest tensors of training. So the
+loss is computed over chunks of positions: project a chunk, compute its loss and the gradient of its
+hidden states, and free its logits before the next chunk.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,52 +21,51 @@ from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.models.load import MoeModel
 
 IGNORED = -100  # the label of positions that are not trained on: transformers' own number
-# Logits of one chunk in float32. On a CPU just below the 32 MiB up to which glibc gives the memory
-# of the last chunk to the next one; what is larger comes from the system anew, page by page.
+# Logits of one chunk in float32. On a CPU just below 32 MiB: glibc reuses the memory of smaller
+# chunks, and gets larger ones from the system anew, page by page.
 _CHUNK_BYTES = {"cpu": 30 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 _PROBE = (2, 3)  # rows and tokens
 
-Run = Callable[..., Any]
-Batch = dict[str, Tensor]
 _PASS_TOKENS = 4096  # of one forward pass: more are not faster
+Run = Callable[..., Any]  # the model, bare or wrapped by peft and accelerate
+LossOf = Callable[[Tensor, slice], Tensor]  # logits (N, V), their positions → summed loss
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Likeliest:
-    """A teacher's likeliest tokens at M positions: ids (M, R) and log p (M, R)."""
+class TopLogprobs:
+    """A teacher's R most likely tokens at M positions: ids (M, R) and log p (M, R)."""
 
     ids_MR: Tensor
     logprob_MR: Tensor
 
-    def __getitem__(self, at: slice) -> "Likeliest":
-        """At some of the positions."""
-        return Likeliest(self.ids_MR[at], self.logprob_MR[at])
+    def __getitem__(self, at: slice) -> "TopLogprobs":
+        """A slice of the positions."""
+        return TopLogprobs(self.ids_MR[at], self.logprob_MR[at])
 
 
 def at_answers(row: Row) -> Sequence[int]:
-    """The positions right before the letters of answers."""
+    """Positions just before answer letters."""
     return row.answers
 
 
-def everywhere(row: Row) -> Sequence[int]:
-    """All positions but the last, which nothing follows."""
+def at_all_tokens(row: Row) -> Sequence[int]:
+    """All positions but the last, which has no next token."""
     return range(len(row.ids) - 1)
 
 
-def cross_entropy(logits_MV: Tensor, next_M: Tensor, teacher: Likeliest | None = None) -> Tensor:
-    """−log p of the token that follows, per position (M)."""
+def cross_entropy(logits_MV: Tensor, next_M: Tensor, teacher: TopLogprobs | None = None) -> Tensor:
+    """−log p of the next token, per position (M)."""
     return F.cross_entropy(logits_MV.float(), next_M, reduction="none")
 
 
-def distillation(logits_MV: Tensor, next_M: Tensor, teacher: Likeliest | None = None) -> Tensor:
-    """KL(teacher ‖ student) per position (M): how far the one is from what the other would say.
+def distillation(logits_MV: Tensor, next_M: Tensor, teacher: TopLogprobs | None = None) -> Tensor:
+    """KL(teacher ‖ student) per position (M), at temperature 1 (arXiv:1503.02531).
 
-    All tokens beyond the teacher's R likeliest count as one, so that this is the whole divergence
-    where R is V and else a lower bound of it. Hinton, Vinyals and Dean, arXiv:1503.02531, at
-    temperature 1.
+    Tokens beyond the teacher's top R count as one: a lower bound of the divergence, exact if R = V.
     """
-    assert teacher is not None, "a teacher must be at hand"
+    assert teacher is not None, "distillation needs a teacher"
     logprob_MV = logits_MV.float().log_softmax(dim=-1)
     own_MR, their_MR = logprob_MV.gather(1, teacher.ids_MR), teacher.logprob_MR.float()
     loss_M = (their_MR.exp() * (their_MR - own_MR)).sum(dim=-1)
@@ -77,26 +75,26 @@ def distillation(logits_MV: Tensor, next_M: Tensor, teacher: Likeliest | None = 
     return loss_M
 
 
-def likeliest(logits_MV: Tensor, n: int) -> Likeliest:
-    """The R = min(n, V) likeliest tokens and their log p."""
+def top_logprobs(logits_MV: Tensor, n: int) -> TopLogprobs:
+    """The R = min(n, V) most likely tokens and their log p."""
     logprob_MV = logits_MV.float().log_softmax(dim=-1)
     found = logprob_MV.topk(min(n, logits_MV.shape[1]), dim=-1)
-    return Likeliest(found.indices, found.values)
+    return TopLogprobs(found.indices, found.values)
 
 
 def _log_rest(logprob_MR: Tensor) -> Tensor:
-    """Log of the probability of all others (M); what rounding leaves of a whole is kept above 0."""
+    """Log probability of all other tokens (M), kept above 0 after rounding."""
     rest_M = -torch.expm1(logprob_MR.logsumexp(dim=-1).clamp(max=-1e-7))
     return rest_M.log()
 
 
-Loss = Callable[[Tensor, Tensor, Likeliest | None], Tensor]
+Loss = Callable[[Tensor, Tensor, TopLogprobs | None], Tensor]
 Where = Callable[[Row], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, the positions that it is taken at, and whether it needs a teacher."""
+    """A loss, its positions, and whether it needs a teacher."""
 
     name: str
     loss: Loss
@@ -105,26 +103,18 @@ class Objective:
 
 
 OBJECTIVES = {
-    found.name: found
-    for found in (
-        Objective("distill", distillation, everywhere, needs_teacher=True),
-        Objective("answer", cross_entropy, at_answers),
-        Objective("lm", cross_entropy, everywhere),
-    )
+    "distill": Objective("distill", distillation, at_all_tokens, needs_teacher=True),
+    "answer": Objective("answer", cross_entropy, at_answers),
+    "lm": Objective("lm", cross_entropy, at_all_tokens),
 }
 
 
-"""The model as it is called: bare, or wrapped by peft and accelerate."""
-LossOf = Callable[[Tensor, slice], Tensor]
-"""From logits (N, V) and the positions that they stand at to a loss, summed."""
-
-
 class Projection:
-    """The two halves, by the model's own forward: nothing here knows a family.
+    """A model's forward pass in two halves: hidden states of all tokens, logits of some.
 
-    Scaled and capped logits are what the model makes of them: its forward is called with a decoder
-    that gives the hidden states asked for. A model that cannot be cut so gives logits of all tokens
-    in place of hidden states, as a probe on a few tokens finds out.
+    Both halves call the model's own forward, so scaled and capped logits are right; the second one
+    replaces the decoder's output. A probe on a few tokens tests whether the halves give the same
+    logits; otherwise `hidden` returns logits of all tokens.
     """
 
     def __init__(self, moe: MoeModel) -> None:
@@ -135,7 +125,7 @@ class Projection:
         self.is_split = self.decoder is not self.causal and self._is_exact()
 
     def hidden(self, run: Run, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, S, H) that the vocabulary is projected from."""
+        """Last hidden states (B, S, H), the input of the vocabulary projection."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if not self.is_split:
             logits_BSV: Tensor = run(**given).logits
@@ -157,7 +147,7 @@ class Projection:
         return hidden_BSH
 
     def logits(self, run: Run, hidden_NH: Tensor) -> Tensor:
-        """Logits (N, V) of such hidden states."""
+        """Logits (N, V) of hidden states."""
         if not self.is_split:
             return hidden_NH
         ids_1N = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
@@ -171,14 +161,14 @@ class Projection:
         return _CHUNK_BYTES.get(self.device.type, _CHUNK_BYTES_ELSEWHERE)
 
     def chunks(self, n_positions: int) -> Iterator[slice]:
-        """Positions that are projected at once."""
+        """Slices of positions, each one chunk."""
         size = max(1, self.chunk_bytes // (4 * self.n_logits))
         for begin in range(0, n_positions, size):
             yield slice(begin, min(begin + size, n_positions))
 
     @contextmanager
     def _giving(self, hidden_1NH: Tensor) -> Iterator[None]:
-        """The decoder gives these hidden states, whatever it is given."""
+        """Makes the decoder return these hidden states."""
         own = vars(self.decoder).get("forward")
         self.decoder.forward = lambda *_, **__: self.output(last_hidden_state=hidden_1NH)
         try:
@@ -191,7 +181,7 @@ class Projection:
 
     @torch.no_grad()
     def _is_exact(self) -> bool:
-        """Whether both halves together give the logits of the whole."""
+        """Whether both halves together give the logits of the whole pass."""
         ids_BS = torch.arange(_PROBE[0] * _PROBE[1], device=self.device).reshape(_PROBE)
         ids_BS = ids_BS % self.n_logits
         was_training = self.causal.training
@@ -214,8 +204,7 @@ class Projection:
 def chunked_loss(projection: Projection, run: Run, hidden_MH: Tensor, loss_of: LossOf) -> Tensor:
     """The sum of `loss_of` over chunks of positions, in float64.
 
-    The gradient reaches the hidden states, and through them what is trained; the vocabulary
-    projection itself is not trained.
+    Gradients reach the hidden states; the vocabulary projection is not trained.
     """
 
     def of_chunk(hidden_NH: Tensor, at: slice) -> Tensor:
@@ -227,7 +216,7 @@ def chunked_loss(projection: Projection, run: Run, hidden_MH: Tensor, loss_of: L
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """A sum whose gradient is computed chunk by chunk along with it."""
+    """A sum that computes its gradient chunk by chunk in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_MH: Tensor, of_chunk: Any, chunks: list[slice]) -> Tensor:
@@ -254,11 +243,11 @@ class _ChunkedSum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows on the right.
+    """Pads rows on the right and adds labels and weights.
 
-    `labels` (B, S) are the tokens that follow, `IGNORED` where nothing is trained on; `weight_BS`
-    is 1 at these positions, and more before the letters of answers: all of a row's together weigh
-    `answer_weight` times as much again as all its positions. `row_B` are the numbers of the rows.
+    `labels` (B, S) are the next tokens, `IGNORED` at positions that are not trained on; `weight_BS`
+    is 1 at the others. The answer letters of a row get `answer_weight` times the row's weight in
+    addition. `row_B` numbers the rows.
     """
 
     where: Where
@@ -266,7 +255,7 @@ class Collator:
     answer_weight: float = 0.0
 
     def __call__(self, items: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
-        """One batch."""
+        """A batch of numbered rows."""
         width = max(len(row.ids) for _, row in items)
         ids_BS = torch.full((len(items), width), self.pad_id)
         mask_BS = torch.zeros(len(items), width, dtype=torch.long)
@@ -293,20 +282,13 @@ class Collator:
 
 
 def cut_rows(batch: Batch, n_rows: int) -> Iterator[Batch]:
-    """So many rows at a time, in their order, without the columns in which all of them are pads."""
+    """`n_rows` rows at a time, in order, without columns of padding."""
     for begin in range(0, len(batch["input_ids"]), n_rows):
         yield _rows(batch, slice(begin, begin + n_rows))
 
 
-def halves(batch: Batch) -> Iterator[Batch]:
-    """The first and the second half of at least two rows."""
-    n_rows = len(batch["input_ids"])
-    yield _rows(batch, slice(0, n_rows // 2))
-    yield _rows(batch, slice(n_rows // 2, n_rows))
-
-
 def longest_first(batch: Batch) -> Batch:
-    """Rows by length, so that rows that are cut off together are alike long."""
+    """Rows by length, so that neighbours have similar lengths."""
     order_B = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
     return {name: tensor[order_B] for name, tensor in batch.items()}
 
@@ -318,37 +300,37 @@ def _rows(batch: Batch, rows: slice) -> Batch:
 
 
 class Teacher(Protocol):
-    """Gives its likeliest tokens at the positions of a batch that are trained on."""
+    """Gives its top tokens at the trained positions of a batch."""
 
-    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
-        """`at_BS` says where, row by row."""
+    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
+        """`at_BS` marks the positions."""
 
 
 @dataclass(frozen=True)
-class Live:
-    """A model beside the one that is trained."""
+class LiveTeacher:
+    """A teacher in memory."""
 
     moe: MoeModel
     n_likeliest: int
 
     @cached_property
     def projection(self) -> Projection:
-        """Its hidden states, and logits of some of them."""
+        """The teacher's pass in two halves."""
         return Projection(self.moe)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
-        """Forward passes of some rows each.
+    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
+        """Forward passes over some rows each.
 
         Raises:
-            ModelError: there is not enough memory for one row.
+            ModelError: too little memory for one row.
         """
         whole = {**batch, "at_BS": at_BS}
         n_rows = max(1, _PASS_TOKENS // at_BS.shape[1])
         return _joined([self._of(piece) for piece in cut_rows(whole, n_rows)])
 
-    def _of(self, batch: Batch) -> Likeliest:
-        """One pass, or several where memory ends."""
+    def _of(self, batch: Batch) -> TopLogprobs:
+        """One pass, or several if memory runs out."""
         try:
             return self._pass(batch)
         except (RuntimeError, MemoryError) as error:
@@ -360,20 +342,22 @@ class Live:
                 f"{batch['at_BS'].shape[1]} tokens: free memory, or give a smaller --max-tokens"
             )
         give_back()
-        return _joined([self._of(half) for half in halves(batch)])
+        n_rows = len(batch["at_BS"])
+        halves = (slice(0, n_rows // 2), slice(n_rows // 2, n_rows))
+        return _joined([self._of(_rows(batch, half)) for half in halves])
 
-    def _pass(self, batch: Batch) -> Likeliest:
+    def _pass(self, batch: Batch) -> TopLogprobs:
         model, projection = self.moe.model, self.projection
         hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
         hidden_MH = hidden_BSH[batch["at_BS"]]
         return _joined(
             [
-                likeliest(projection.logits(model, hidden_MH[at]), self.n_likeliest)
+                top_logprobs(projection.logits(model, hidden_MH[at]), self.n_likeliest)
                 for at in projection.chunks(len(hidden_MH))
             ]
         )
 
 
-def _joined(parts: list[Likeliest]) -> Likeliest:
+def _joined(parts: list[TopLogprobs]) -> TopLogprobs:
     ids, logprobs = zip(*((part.ids_MR, part.logprob_MR) for part in parts), strict=True)
-    return Likeliest(torch.cat(ids), torch.cat(logprobs))
+    return TopLogprobs(torch.cat(ids), torch.cat(logprobs))

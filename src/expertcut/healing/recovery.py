@@ -35,13 +35,13 @@ from expertcut.edits.plan import (
     save_plan,
 )
 from expertcut.errors import ModelError, SettingsError
-from expertcut.healing.adapters import adapted, put_on, write_adapter, write_merged
-from expertcut.healing.data import Read, read_data
+from expertcut.healing.adapters import adapted, load_adapter, write_adapter, write_merged
+from expertcut.healing.data import TrainingData, read_data
 from expertcut.healing.heal_settings import HealSettings
-from expertcut.healing.leakage import Judges
-from expertcut.healing.objectives import OBJECTIVES, Live, Objective, Teacher
-from expertcut.healing.state import Begun, go_on
-from expertcut.healing.teacher_cache import Whose, check_whose, filled
+from expertcut.healing.leakage import ScoredQuiz
+from expertcut.healing.objectives import OBJECTIVES, LiveTeacher, Objective, Teacher
+from expertcut.healing.state import RunIdentity, check_resumable
+from expertcut.healing.teacher_cache import CacheKey, check_cache, fill_cache
 from expertcut.healing.trainer import Curve, Report, Tell, fit
 from expertcut.models.checkpoint_dir import absolute_id, read_config
 from expertcut.models.devices import give_back
@@ -82,7 +82,7 @@ class Healed:
     folder: Path
     plan: PlanFile
     objective: str
-    read: Read
+    data: TrainingData
     curve: Curve
     trained: int
     parameters: int
@@ -127,15 +127,15 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
         check_writable(out, is_forced=options.is_forced, inputs=(base.path,))
     moe = load(source, options.load_as)
     processes = PartialState(cpu=moe.device.type == "cpu")  # joins the processes of a launcher
-    read = read_data(settings, moe.tokenizer, _max_tokens(moe, settings))
-    judges = read.judges(used_questions(source, read)) if settings.verify else None
-    run = _Run(settings, objective, base, moe, read, judges, options)
+    data = read_data(settings, moe.tokenizer, _max_tokens(moe, settings))
+    scored = data.scored_quiz(used_questions(source, data)) if settings.verify else None
+    run = _Run(settings, objective, base, moe, data, scored, options)
     if run.uses_cache:
-        check_whose(run.cache, run.whose)
+        check_cache(run.cache, run.cache_key)
     with ExitStack() as until_done:
         if processes.is_main_process:
             until_done.enter_context(alone(working, "healing"))
-            go_on(working, Begun.of(moe, base, objective.name, settings, read))
+            check_resumable(working, RunIdentity.of(moe, base, objective.name, settings, data))
         processes.wait_for_everyone()
         return run.train(out, working)
 
@@ -197,13 +197,15 @@ def _unchanged(model: PlanModel, near: Path) -> Source | None:
     return base
 
 
-def used_questions(source: Source, read: Read) -> frozenset[str]:
+def used_questions(source: Source, data: TrainingData) -> frozenset[str]:
     """Hash lines of the questions that this run or an earlier step of the checkpoint used."""
     plan = plan_in(source.path)
-    return read.hashes | (load_hashes(source.path, plan) if plan else frozenset())
+    return data.hashes | (load_hashes(source.path, plan) if plan else frozenset())
 
 
-def healed_plan(moe: MoeModel, settings: HealSettings, objective: str, read: Read) -> PlanFile:
+def healed_plan(
+    moe: MoeModel, settings: HealSettings, objective: str, data: TrainingData
+) -> PlanFile:
     """The plan of the healed checkpoint, without its proof; experts keep their identity."""
     source = moe.source
     before = plan_in(source.path)
@@ -223,8 +225,8 @@ def healed_plan(moe: MoeModel, settings: HealSettings, objective: str, read: Rea
         chosen_on=ChosenOn(
             quiz=(*settings.quizzes, *settings.texts)[0].name,
             split=settings.split,
-            questions=read.n_questions,
-            sha256=hashes_sha256(used_questions(source, read)),
+            questions=data.n_questions,
+            sha256=hashes_sha256(used_questions(source, data)),
         ),
         blocks=_blocks(moe, before),
     )
@@ -246,14 +248,14 @@ def _choice_logprobs(moe: MoeModel, quiz: Quiz) -> Tensor:
     return ask(Engine(moe, _BATCH_TOKENS), quiz)
 
 
-def judge(judges: Judges, by_form: dict[str, Tensor]) -> HeldOutResult:
+def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
     """Compares the healed model with the others, by their log p of the choices."""
-    quiz, healed_NC = judges.quiz, by_form[HEALED]
+    quiz, healed_NC = scored.quiz, by_form[HEALED]
     others = [form for form in (BASE, BEFORE) if form in by_form]
     first_NC = by_form[others[0]]
     return HeldOutResult(
         held_out_split=quiz.split,
-        held_out_used=judges.used,
+        held_out_used=scored.used,
         held_out=tuple(compare_logprobs(form, healed_NC, by_form[form]) for form in others),
         held_out_hashes=tuple(sorted(hash_lines(quiz))),
         shares=(),
@@ -273,8 +275,8 @@ class _Run:
     objective: Objective
     base: Source | None
     moe: MoeModel
-    read: Read
-    judges: Judges | None
+    data: TrainingData
+    scored: ScoredQuiz | None
     options: Options
 
     @property
@@ -290,17 +292,17 @@ class _Run:
         return self.settings.teacher_cache
 
     @property
-    def whose(self) -> Whose:
+    def cache_key(self) -> CacheKey:
         """What the teacher's outputs depend on."""
         assert self.base is not None
-        return Whose(self.base.fingerprint, str(self.moe.dtype), self.settings.likeliest)
+        return CacheKey(self.base.fingerprint, str(self.moe.dtype), self.settings.likeliest)
 
     def train(self, out: Path, working: Path) -> Healed | None:
         """Trains and, in the first process, writes; then removes the working folder."""
         teacher, before = self._ask_others()
         model = adapted(self.moe, self.settings)
         curve = fit(
-            self.moe, model, self.read, self.settings, self.objective, teacher,
+            self.moe, model, self.data, self.settings, self.objective, teacher,
             folder=working / "steps", report=self.options.report, tell=self.options.tell,
         )  # fmt: skip
         model.eval()
@@ -316,24 +318,24 @@ class _Run:
         """The teacher, if needed; and log p of the base model and the checkpoint before."""
         before: dict[str, Tensor] = {}
         teacher: Teacher | None = None
-        if self.base is not None and (self.objective.needs_teacher or self.judges is not None):
+        if self.base is not None and (self.objective.needs_teacher or self.scored is not None):
             other = cache(partial(_load_other, self, self.base))
-            if self.judges is not None:
-                before[BASE] = _choice_logprobs(other(), self.judges.quiz)
+            if self.scored is not None:
+                before[BASE] = _choice_logprobs(other(), self.scored.quiz)
             if self.objective.needs_teacher:
                 teacher = self._teacher(other)
-        if self.judges is not None:
-            before[BEFORE] = _choice_logprobs(self.moe, self.judges.quiz)
+        if self.scored is not None:
+            before[BEFORE] = _choice_logprobs(self.moe, self.scored.quiz)
         return teacher, before
 
     def _teacher(self, other: Callable[[], MoeModel]) -> Teacher:
         settings = self.settings
         if not self.uses_cache:
-            return Live(other(), settings.likeliest)
+            return LiveTeacher(other(), settings.likeliest)
         n_rows = settings.steps * settings.batch
-        rows: Any = (self.read.rows(n_rows), self.read.fixed(n_rows))
-        live = lambda: Live(other(), settings.likeliest)  # noqa: E731
-        return filled(self.cache, self.whose, rows, live, settings.batch)
+        rows: Any = (self.data.rows(n_rows), self.data.fixed(n_rows))
+        live = lambda: LiveTeacher(other(), settings.likeliest)  # noqa: E731
+        return fill_cache(self.cache, self.cache_key, rows, live, settings.batch)
 
 
 def _load_other(run: _Run, base: Source) -> MoeModel:
@@ -345,21 +347,21 @@ def _load_other(run: _Run, base: Source) -> MoeModel:
 
 
 def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: Path) -> Healed:
-    plan, verdict = healed_plan(run.moe, run.settings, run.objective.name, run.read), None
+    plan, verdict = healed_plan(run.moe, run.settings, run.objective.name, run.data), None
     source, write = run.moe.source, write_adapter if run.settings.adapter else write_merged
     trained, parameters = model.get_nb_trainable_parameters()
     with atomic_dir(out, is_forced=run.options.is_forced) as temporary:
         write(source, model, temporary)
-        if run.judges is not None:
+        if run.scored is not None:
             written = _reloaded(run, temporary, out)
-            after = _choice_logprobs(written, run.judges.quiz)
-            verdict = judge(run.judges, {**before, HEALED: after})
+            after = _choice_logprobs(written, run.scored.quiz)
+            verdict = compare(run.scored, {**before, HEALED: after})
             plan = plan.model_copy(update={"proof": verdict})
-        save_plan(temporary, plan, used_questions(source, run.read))
+        save_plan(temporary, plan, used_questions(source, run.data))
         record = json.dumps(_record(run, curve), indent=1) + "\n"
         add_files(temporary, {HEALING_FILE: record.encode(), **run.options.beside})
     sizes = (trained, parameters - trained)
-    return Healed(out, plan, run.objective.name, run.read, curve, *sizes, verdict)
+    return Healed(out, plan, run.objective.name, run.data, curve, *sizes, verdict)
 
 
 def _reloaded(run: _Run, written: Path, out: Path) -> MoeModel:
@@ -367,20 +369,20 @@ def _reloaded(run: _Run, written: Path, out: Path) -> MoeModel:
     if not run.settings.adapter:
         return load(Source(str(out), written), run.options.load_as)
     moe = load(run.moe.source, run.options.load_as)
-    put_on(moe, written)
+    load_adapter(moe, written)
     return moe
 
 
 def _record(run: _Run, curve: Curve) -> dict[str, Any]:
     """`healing.json`: settings, data and losses."""
-    read, settings = run.read, run.settings
+    data, settings = run.data, run.settings
     return {
         "objective": run.objective.name,
         "asked": settings.recorded(),
         "rate": settings.rate(run.moe.model.config.get_text_config().hidden_size),
-        "questions": read.n_questions,
-        "texts": read.n_texts,
-        "held_out_rows": len(read.held_out),
-        "dropped": [asdict(dropped) for dropped in read.dropped],
+        "questions": data.n_questions,
+        "texts": data.n_texts,
+        "held_out_rows": len(data.held_out),
+        "dropped": [asdict(dropped) for dropped in data.dropped],
         **asdict(curve),
     }

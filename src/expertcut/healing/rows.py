@@ -1,8 +1,7 @@
-"""Questions, texts and chats as rows of token ids, and several sources of rows in one order.
+"""Questions, texts and chats as rows of token ids, and the order of rows of several sources.
 
-From questions and texts to rows of token ids. A row of a quiz is a prompt whose shots are other
-questions of the same split: so no dev question is trained on, every question of the row is, and
-each is met with all numbers of shots.
+A row of a quiz is a prompt whose shots are questions of the same split, so that no dev question is
+trained on, every question of the row is, and all numbers of shots occur.
 """
 
 import random
@@ -23,22 +22,22 @@ from expertcut.errors import ModelError, QuizError
 
 @dataclass(frozen=True)
 class Text:
-    """What the model reads, and what is said there: of a chat the messages without the template."""
+    """A text with the chat template (`read`), and without (`said`)."""
 
     read: str
     said: str
 
 
 def read_texts(file: Path, tokenizer: Any) -> list[Text]:
-    """Each line's text, chats in the tokenizer's template.
+    """The text of each line, chats in the tokenizer's template.
 
     Raises:
-        QuizError: a file that cannot be read, a line that holds neither, a chat without template.
-        ModelError: a template that fails, or asks for what transformers' sandbox does not give.
+        QuizError: an unreadable file, a line without text or messages, a chat without a template.
+        ModelError: a template that fails, also in the sandbox of transformers.
     """
     texts = [_text(record, where, tokenizer) for where, record in json_lines(file)]
     if not texts:
-        raise QuizError(f"{file} holds no text: one JSON object a line, with text or messages")
+        raise QuizError(f"{file} holds no text: write lines of JSON with text or messages")
     return texts
 
 
@@ -48,7 +47,7 @@ def _text(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
     else:
         made = _chat(record, where, tokenizer)
     if any("\ud800" <= char <= "\udfff" for char in made.read):
-        raise QuizError(f"{where}: a lone surrogate, which is no character")
+        raise QuizError(f"{where}: a lone surrogate is not a character: remove it")
     return made
 
 
@@ -76,7 +75,7 @@ def _is_message(found: object) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids, and the positions right before the letter of an answer."""
+    """Token ids, and the positions just before answer letters."""
 
     ids: tuple[int, ...]
     answers: tuple[int, ...] = ()
@@ -85,7 +84,7 @@ class Row:
 def group_questions(
     questions: Sequence[Question], lengths: Sequence[int], n_most: int, max_tokens: int
 ) -> Iterator[tuple[Question, ...]]:
-    """At most `n_most` neighbours and, but for single questions, `max_tokens` tokens each."""
+    """Groups of at most `n_most` neighbours and, except single questions, `max_tokens` tokens."""
     group: list[Question] = []
     used = 0
     for question, length in zip(questions, lengths, strict=True):
@@ -99,21 +98,21 @@ def group_questions(
 
 
 def question_row(tokenizer: Any, group: Sequence[Question]) -> Row:
-    """The last question's prompt, the others its shots, and its answer's letter.
+    """The prompt of the last question, with the others as shots, and its answer letter.
 
     Raises:
-        ModelError: the tokenizer does not write letters as tokens of their own.
+        ModelError: the tokenizer has no single tokens for answer letters.
     """
     prompts = [prompt(question, group[:i]) for i, question in enumerate(group)]
     texts = [*prompts, f"{prompts[-1]} {answer_letter(group[-1])}"]
-    *begun, whole = tokenizer(texts)["input_ids"]
-    is_clean = all(ids == whole[: len(ids)] for ids in begun)
-    if not is_clean or len(whole) != len(begun[-1]) + 1:
+    *prefixes, whole = tokenizer(texts)["input_ids"]
+    is_clean = all(ids == whole[: len(ids)] for ids in prefixes)
+    if not is_clean or len(whole) != len(prefixes[-1]) + 1:
         raise ModelError(
-            "the tokenizer does not write an answer's letter after 'Answer:' as one token of its "
-            "own: this model cannot be trained on choice letters"
+            "the tokenizer does not write an answer letter after 'Answer:' as a single token: "
+            "train this model on text, with --text"
         )
-    return Row(tuple(whole), tuple(len(ids) - 1 for ids in begun))
+    return Row(tuple(whole), tuple(len(ids) - 1 for ids in prefixes))
 
 
 def question_lengths(tokenizer: Any, questions: Sequence[Question]) -> list[int]:
@@ -122,7 +121,7 @@ def question_lengths(tokenizer: Any, questions: Sequence[Question]) -> list[int]
 
 
 def text_rows(documents: Iterable[Sequence[int]], max_tokens: int) -> Iterator[Row]:
-    """Documents as rows; longer ones in pieces, each of at least two tokens."""
+    """Documents as rows of 2 to `max_tokens` tokens; longer documents are cut."""
     for ids in documents:
         for begin in range(0, len(ids), max_tokens):
             piece = tuple(ids[begin : begin + max_tokens])
@@ -130,18 +129,18 @@ def text_rows(documents: Iterable[Sequence[int]], max_tokens: int) -> Iterator[R
                 yield Row(piece)
 
 
-Shuffled = Callable[[random.Random], list[Row]]  # all rows of a source once, in a random order
+Shuffled = Callable[[random.Random], list[Row]]  # one epoch of a source in random order
 
 
 @dataclass
 class Part:
-    """A source of rows: it begins anew, in another order, whenever it comes to an end."""
+    """A source of rows: epochs without end, each in another order."""
 
     name: str
     weight: float
     shuffled: Shuffled
     seed: int
-    starts: list[int] = field(default_factory=lambda: [0])  # of the epochs known so far
+    starts: list[int] = field(default_factory=lambda: [0])  # of the epochs opened so far
     _epoch: int = -1
     _rows: list[Row] = field(default_factory=list)
 
@@ -158,12 +157,12 @@ class Part:
     def _open(self, epoch: int) -> None:
         self._epoch = epoch
         self._rows = self.shuffled(random.Random(f"{self.seed}/{self.name}/{epoch}"))
-        assert self._rows, "a source without rows is refused before"
+        assert self._rows, "sources without rows are refused"
 
 
 @dataclass
 class Rows(Dataset[tuple[int, Row]]):
-    """`n_rows` rows of all parts in turn, each as often as its weight says; item i is (i, row)."""
+    """`n_rows` rows of all parts, mixed by weight; item i is (i, row)."""
 
     parts: Sequence[Part]
     n_rows: int
@@ -177,7 +176,7 @@ class Rows(Dataset[tuple[int, Row]]):
 
     @cached_property
     def _order(self) -> list[tuple[int, int]]:
-        """Whose turn it is: always that of the part that lags its share the most."""
+        """Part and row of each item: always the part that lags its share most."""
         total = sum(part.weight for part in self.parts)
         shares = [part.weight / total for part in self.parts]
         counts = [0] * len(shares)
@@ -192,7 +191,7 @@ class Rows(Dataset[tuple[int, Row]]):
 
 @dataclass
 class Fixed(Dataset[tuple[int, Row]]):
-    """Rows in the order given: those held out. Their numbers go on from `first`."""
+    """The held-out rows in order, numbered from `first`."""
 
     rows: Sequence[Row]
     first: int = 0

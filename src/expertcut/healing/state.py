@@ -1,8 +1,7 @@
-"""States of a training run: what is saved, which are kept, and who may go on from one.
+"""States of a training run: saving, choosing and resuming them.
 
-The states that a training run leaves: which are kept, and from which it goes on. Each is a folder
-`checkpoint-<step>`. What is the best, and how long a run has gone without a better one, is read
-from the losses that a state holds, so that a stop loses none of it.
+Each state is a folder `checkpoint-<step>`. The best step and the patience that is left are computed
+from the losses in a state, so that an interruption loses neither.
 """
 
 import hashlib
@@ -28,22 +27,22 @@ from expertcut.documents import Record, load_record
 from expertcut.errors import OutputError
 from expertcut.evaluation.results import check_same, load_unfinished, save_outcome
 from expertcut.healing.adapters import load_weights
-from expertcut.healing.data import Read
+from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.models.load import MoeModel, Source
 
 OPTIMIZER, STEPS, RANDOM = "optimizer.safetensors", "optimizer.json", "random-{rank}.safetensors"
-ADAPTERS, ADAPTERS_ASKED = "adapter_model.safetensors", "adapter_config.json"  # as peft has them
+ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft has them
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-([1-9][0-9]*)")
 _KEPT = 2  # the best and the last, or the last two
-_ASKED_FILE = "asked.json"
-_OF_MEMORY = ("micro_batch", "saves_memory")  # how a step is computed, not what it gives
+_IDENTITY_FILE = "asked.json"
+_OF_MEMORY = ("micro_batch", "saves_memory")  # they change how a step is computed, not its result
 
 
 class _Numbers(Record):
-    """Of the optimizer and the schedule, what is no tensor; `numbers` by parameter and name."""
+    """Non-tensor state of optimizer and schedule; `numbers` by parameter and name."""
 
     groups: tuple[dict[str, Any], ...]
     numbers: dict[str, dict[str, float]]
@@ -51,7 +50,7 @@ class _Numbers(Record):
 
 
 def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Moments as tensors named `<parameter>.<moment>`; groups and the schedule as JSON."""
+    """Saves moments as tensors `<parameter>.<moment>`, groups and schedule as JSON."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
@@ -69,10 +68,10 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all that was saved, and the adapters beside it, can be read."""
+    """Whether the optimizer's state and the adapters can be read."""
     try:
         _numbers(folder)
-        json.loads((folder / ADAPTERS_ASKED).read_bytes())
+        json.loads((folder / ADAPTER_CONFIG).read_bytes())
         files = {folder / OPTIMIZER, folder / ADAPTERS, *folder.glob("*.safetensors")}
         return all(load_file(file) for file in files)
     except (OSError, OutputError, SafetensorError, ValueError):
@@ -80,11 +79,11 @@ def is_whole(folder: Path) -> bool:
 
 
 def _numbers(folder: Path) -> _Numbers:
-    return load_record(folder / STEPS, _Numbers, OutputError, "is no state of an optimizer")
+    return load_record(folder / STEPS, _Numbers, OutputError, "is not a state of an optimizer")
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Puts both back to where they were."""
+    """Restores optimizer and schedule."""
     content = _numbers(folder)
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
@@ -101,7 +100,7 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
 
 
 def random_states() -> dict[str, Tensor]:
-    """The generators that forward passes may use: torch's of the CPU and of CUDA devices."""
+    """Torch's random generators of the CPU and of CUDA devices."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -109,7 +108,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
-    """Puts the generators back, those that are there."""
+    """Restores the generators of available devices."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
@@ -118,72 +117,72 @@ def set_random_states(states: dict[str, Tensor]) -> None:
 
 
 def save_random(folder: Path, rank: int) -> None:
-    """The generators of a process."""
+    """Saves the generators of a process."""
     save_file(random_states(), folder / RANDOM.format(rank=rank))
 
 
 def load_random(folder: Path, rank: int) -> None:
-    """Puts the generators back, if they were saved."""
+    """Restores the generators of a process, if they were saved."""
     file = folder / RANDOM.format(rank=rank)
     if file.is_file():
         set_random_states(load_file(file))
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold: numbers, words and lists of them."""
+    """The entries that JSON can hold."""
     kinds = (int, float, str, bool, list, tuple, type(None))
     return {key: value for key, value in state.items() if isinstance(value, kinds)}
 
 
 def train_losses(state: TrainerState) -> tuple[float, ...]:
-    """Of every step."""
+    """Training loss of every step."""
     return tuple(float(entry["loss"]) for entry in state.log_history if "loss" in entry)
 
 
 def held_out_losses(state: TrainerState) -> tuple[tuple[int, float], ...]:
-    """By step."""
+    """Held-out losses by step."""
     looks = (entry for entry in state.log_history if "eval_loss" in entry)
     return tuple((int(look["step"]), float(look["eval_loss"])) for look in looks)
 
 
 def best_step(state: TrainerState) -> int:
-    """The first of those with the lowest held-out loss."""
+    """The first step with the lowest held-out loss."""
     return min(held_out_losses(state), key=lambda look: look[1])[0]
 
 
-def looks_since_best(state: TrainerState) -> int:
-    """How often held-out rows were looked at in vain, as EarlyStoppingCallback counts."""
+def evaluations_since_best(state: TrainerState) -> int:
+    """Evaluations without a better loss, counted as EarlyStoppingCallback does."""
     losses = [loss for _, loss in held_out_losses(state)]
     return len(losses) - 1 - losses.index(min(losses))
 
 
 def is_over(state: TrainerState, settings: HealSettings) -> bool:
-    """Whether all steps are done, or patience is at its end."""
-    return state.global_step >= settings.steps or looks_since_best(state) >= settings.patience
+    """Whether all steps are done or patience has run out."""
+    return state.global_step >= settings.steps or evaluations_since_best(state) >= settings.patience
 
 
 def last_usable(folder: Path) -> TrainerState | None:
-    """The last state that is whole, as the best before it is; None where there is none.
+    """The last undamaged state whose best state is undamaged too; None if there is none.
 
-    What is later, or damaged, is removed, so that the run goes on as if it had not been.
+    Later and damaged states are removed, so that the run resumes as if they had never been.
     """
     found = {step: _whole(path) for step, path in _states(folder).items()}
     whole = {step: state for step, state in found.items() if state is not None}
     last = max((step for step in whole if best_step(whole[step]) in whole), default=0)
     for step, path in _states(folder).items():
         if step > last or step not in whole:
-            logger.warning("%s is not whole, or not the best before it: it is left out", path)
+            logger.warning("%s is damaged, or the best state before it is: it is ignored", path)
             shutil.rmtree(path)
     return whole.get(last)
 
 
 def state_folder(folder: Path, step: int) -> Path:
-    """Where the state after a step lies."""
+    """Folder of the state after a step."""
     return folder / f"checkpoint-{step}"
 
 
 def keep_best_and_last(folder: Path, best: int) -> None:
-    """Removes other states, told by their steps: clocks may have been set back."""
+    """Removes other states, by step number: clocks may have been set back."""
     states = _states(folder)
     kept = {best, *list(states)[-1:]}
     others = [path for step, path in states.items() if step not in kept]
@@ -192,28 +191,28 @@ def keep_best_and_last(folder: Path, best: int) -> None:
 
 
 def load_best(model: Any, folder: Path, best: int) -> None:
-    """Puts the best adapters of a run on its model.
+    """Loads the best adapters of a run into its model.
 
     Raises:
-        OutputError: they are not there, or damaged.
+        OutputError: they are missing or damaged.
     """
     place = state_folder(folder, best)
     if not is_whole(place):
         raise OutputError(
-            f"{place}, the best state, is damaged or gone: run the same command again, and what is "
-            "missing is trained again"
+            f"{place}, the best state, is damaged or missing: run the same command again to train "
+            "the missing steps again"
         )
     load_weights(model, place)
 
 
 def _states(folder: Path) -> dict[int, Path]:
-    """By step, in their order; what has another name is not ours."""
+    """States by step, in order; folders with other names are ignored."""
     named = ((path, _NAME.fullmatch(path.name)) for path in folder.glob("checkpoint-*"))
     return dict(sorted((int(name[1]), path) for path, name in named if name and path.is_dir()))
 
 
 def _whole(checkpoint: Path) -> TrainerState | None:
-    """Trainer writes its state last; a kill may leave half of that, a power cut half of all."""
+    """The state of an undamaged checkpoint; Trainer writes it last."""
     try:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         losses = [*train_losses(state), *(loss for _, loss in held_out_losses(state))]
@@ -225,8 +224,8 @@ def _whole(checkpoint: Path) -> TrainerState | None:
     return state if is_sound and is_whole(checkpoint) else None
 
 
-class Begun(Record):
-    """All that the losses of a run depend on, and what it is judged by."""
+class RunIdentity(Record):
+    """Everything that the losses and the scores of a run depend on."""
 
     checkpoint: str
     dtype: str
@@ -241,10 +240,15 @@ class Begun(Record):
 
     @classmethod
     def of(
-        cls, moe: MoeModel, base: Source | None, objective: str, asked: HealSettings, read: Read
+        cls,
+        moe: MoeModel,
+        base: Source | None,
+        objective: str,
+        settings: HealSettings,
+        read: TrainingData,
     ) -> Self:
-        """Models and questions by what they hold."""
-        whole = asked.recorded()
+        """Models and questions are identified by content."""
+        whole = settings.recorded()
         whole["training"] = _without_memory(whole["training"])
         return cls(
             checkpoint=moe.source.fingerprint,
@@ -257,15 +261,15 @@ class Begun(Record):
         )
 
 
-def _rows(read: Read) -> Iterator[object]:
-    """Those held out, and those trained on once: how they go on follows from the seed."""
+def _rows(read: TrainingData) -> Iterator[object]:
+    """Held-out rows and one epoch of training rows; later epochs follow from the seed."""
     yield from read.held_out
     for part in read.parts:
         yield from part.shuffled(random.Random(0))
 
 
-def _scored(read: Read) -> Iterator[object]:
-    """What may judge the result, and what was kept out for that."""
+def _scored(read: TrainingData) -> Iterator[object]:
+    """The questions that may score the result, and those kept out for that."""
     for quiz in (read.scored, read.held_out_quiz):
         yield None if quiz is None else _questions(quiz)
     yield from (read.dropped, sorted(line.split()[0] for line in read.hashes))
@@ -276,28 +280,28 @@ def _questions(quiz: Quiz) -> list[tuple[str, str]]:
 
 
 def _hash(parts: Iterator[object]) -> str:
-    """Over how they are written out: all are dataclasses, words and numbers."""
+    """Hash of the reprs; all parts are dataclasses, strings and numbers."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part!r}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def go_on(folder: Path, asked: Begun) -> None:
-    """That what lies in a working folder was begun by the same run, or nothing does.
+def check_resumable(folder: Path, own: RunIdentity) -> None:
+    """Checks that a working folder is new or belongs to the same run.
 
-    Another --micro-batch and --save-memory are the same run.
+    Runs that differ only in --micro-batch-size and --gradient-checkpointing are the same.
 
     Raises:
-        OutputError: it is another's.
+        OutputError: it belongs to another run.
     """
-    file = folder / _ASKED_FILE
-    before = load_unfinished(file, Begun)
+    file = folder / _IDENTITY_FILE
+    before = load_unfinished(file, RunIdentity)
     if before is None:
-        save_outcome(file, asked)
+        save_outcome(file, own)
     else:
         training = _without_memory(before.training)  # older files have all of it
-        check_same(folder, before.model_copy(update={"training": training}), asked, "healing")
+        check_same(folder, before.model_copy(update={"training": training}), own, "healing")
 
 
 def _without_memory(training: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""A teacher's likeliest tokens on disk: computed once, for one run or several.
+"""A teacher's top tokens on disk: computed once, for any number of runs.
 
-A folder of safetensors files: `ids` (M, R) int32 and `logprob` (M, R) float32, row after row, all
-positions of a row but the last; the metadata name the rows by what they hold and say where each
-begins. `teacher.json` says whose words these are.
+A folder of safetensors files with `ids` (M, R) int32 and `logprob` (M, R) float32: all positions
+of a row but the last, row after row. The metadata map the hash of each row to its begin and length.
+`teacher.json` names the teacher.
 """
 
 import hashlib
@@ -22,67 +22,74 @@ from torch import Tensor
 
 from expertcut.errors import OutputError
 from expertcut.files import write_atomically
-from expertcut.healing.objectives import IGNORED, Batch, Collator, Likeliest, Live, everywhere
+from expertcut.healing.objectives import (
+    IGNORED,
+    Batch,
+    Collator,
+    LiveTeacher,
+    TopLogprobs,
+    at_all_tokens,
+)
 from expertcut.healing.rows import Row
 
-_WHOSE = "teacher.json"
-_KEY = "rows"
+_KEY_FILE = "teacher.json"
+_ROWS_KEY = "rows"
 _ROWS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
 
 @dataclass(frozen=True)
-class Whose:
-    """What a cache depends on besides the rows."""
+class CacheKey:
+    """What a cache depends on, besides the rows."""
 
     fingerprint: str
     dtype: str
     likeliest: int
 
 
-class Cached:
-    """A cache that is read; `has` tells which rows it holds."""
+class CachedTeacher:
+    """A teacher that reads its outputs from a cache."""
 
-    def __init__(self, folder: Path, whose: Whose) -> None:
+    def __init__(self, folder: Path, key: CacheKey) -> None:
         self.places: dict[str, tuple[Any, int, int]] = {}
         self.files = ExitStack()
-        check_whose(folder, whose)
+        check_cache(folder, key)
         for file in sorted(folder.glob("*.safetensors")):
-            opened, rows = self._opened(file, whose.likeliest)
+            opened, rows = self._opened(file, key.likeliest)
             self.places |= {digest: (opened, *place) for digest, place in rows.items()}
 
     def _opened(self, file: Path, likeliest: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-        """A file, and where in it each row stands.
+        """A file, and the begin and length of each row.
 
         Raises:
-            OutputError: it is not one that was written here whole.
+            OutputError: it is damaged.
         """
         try:
             opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
-            rows = _ROWS.validate_json((opened.metadata() or {}).get(_KEY, ""))
+            rows = _ROWS.validate_json((opened.metadata() or {}).get(_ROWS_KEY, ""))
             ids_MR, logprob_MR = (opened.get_slice(n).get_shape() for n in ("ids", "logprob"))
         except (OSError, SafetensorError, ValidationError) as error:
             reason = str(error).splitlines()[0]
             raise OutputError(
-                f"{file} is damaged ({reason}): remove it, and its rows are asked again"
+                f"{file} is damaged ({reason}): remove it, and its rows are computed again"
             ) from None
         most = max((begin + length for begin, length in rows.values()), default=0)
         if ids_MR != logprob_MR or ids_MR[:1] != [most] or not 1 <= ids_MR[-1] <= likeliest:
             raise OutputError(
-                f"{file} is damaged (its rows are not where it says): remove it, and they are "
-                "asked again"
+                f"{file} is damaged (its rows are elsewhere): remove it, and they are computed "
+                "again"
             )
         return opened, rows
 
     def has(self, row: Row) -> bool:
-        """Whether a row's words are there."""
+        """Whether the cache holds a row."""
         return digest(row.ids) in self.places
 
     def close(self) -> None:
-        """Its files."""
+        """Closes the files."""
         self.files.close()
 
-    def __call__(self, batch: Batch, at_BS: Tensor) -> Likeliest:
-        """As a live teacher."""
+    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
+        """As LiveTeacher."""
         found = [
             self._of(ids_S[: int(n)].tolist(), at_S[: int(n)])
             for ids_S, n, at_S in zip(
@@ -94,7 +101,7 @@ class Cached:
         ]
         ids_MR, logprob_MR = (torch.cat(parts) for parts in zip(*found, strict=True))
         device = at_BS.device
-        return Likeliest(ids_MR.long().to(device), logprob_MR.to(device))
+        return TopLogprobs(ids_MR.long().to(device), logprob_MR.to(device))
 
     def _of(self, ids: Sequence[int], at_S: Tensor) -> tuple[Tensor, Tensor]:
         file, begin, length = self.places[digest(ids)]
@@ -104,58 +111,57 @@ class Cached:
 
 
 def digest(ids: Sequence[int]) -> str:
-    """What a row is called in a cache."""
+    """The name of a row in a cache."""
     return hashlib.sha256(torch.tensor(ids, dtype=torch.int32).numpy().tobytes()).hexdigest()[:32]
 
 
-def check_whose(folder: Path, whose: Whose) -> None:
-    """That a folder may become, or is, a cache of that teacher.
+def check_cache(folder: Path, key: CacheKey) -> None:
+    """Checks that a folder is a cache with this key; an empty or missing one becomes it.
 
     Raises:
         OutputError: it holds something else.
     """
-    file = folder / _WHOSE
-    content = json.dumps(vars(whose), indent=1) + "\n"
+    file = folder / _KEY_FILE
+    content = json.dumps(vars(key), indent=1) + "\n"
     if not file.is_file():
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise OutputError(f"{folder} holds no teacher's words: name another --teacher-cache")
+            raise OutputError(f"{folder} is not a teacher's cache: name another --teacher-cache")
         write_atomically(file, content.encode())
     elif file.read_text() != content:
         raise OutputError(
-            f"{folder} holds the words of another teacher, or others of them: name another "
+            f"{folder} holds outputs of another teacher, or another number of tokens: name another "
             "--teacher-cache"
         )
 
 
-def filled(
+def fill_cache(
     folder: Path,
-    whose: Whose,
+    key: CacheKey,
     sources: Sequence[Sequence[tuple[int, Row]]],
-    live: Callable[[], Live],
+    live: Callable[[], LiveTeacher],
     batch: int,
-) -> Cached:
-    """The cache, once it holds all rows; without need the teacher is never loaded.
+) -> CachedTeacher:
+    """Computes missing rows, in the batches of the training, and returns the cache.
 
-    Rows are asked for in batches, as they will be trained on; of several processes each takes its
-    share. A file is there whole or not at all.
+    The teacher is loaded only if rows are missing. With several processes, each computes a share.
 
     Raises:
         OutputError: the folder holds something else.
     """
     processes = PartialState()
     with processes.main_process_first():
-        known = Cached(folder, whose)
+        known = CachedTeacher(folder, key)
     batches = [b for rows in sources for b in _batches(rows, batch)]
-    teacher: Live | None = None
+    teacher: LiveTeacher | None = None
     for items in batches[processes.process_index :: processes.num_processes]:
         missing = {digest(row.ids): (at, row) for at, row in items if not known.has(row)}
         if missing:
             teacher = teacher or live()
             name = hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()[:16]
-            write_atomically(folder / f"{name}.safetensors", _asked(teacher, missing))
+            write_atomically(folder / f"{name}.safetensors", _outputs(teacher, missing))
     known.close()
     processes.wait_for_everyone()
-    return Cached(folder, whose)
+    return CachedTeacher(folder, key)
 
 
 def _batches(rows: Sequence[tuple[int, Row]], n_rows: int) -> Iterator[list[tuple[int, Row]]]:
@@ -163,8 +169,8 @@ def _batches(rows: Sequence[tuple[int, Row]], n_rows: int) -> Iterator[list[tupl
         yield [rows[at] for at in range(begin, min(begin + n_rows, len(rows)))]
 
 
-def _asked(live: Live, missing: dict[str, tuple[int, Row]]) -> bytes:
-    collator = Collator(everywhere, live.moe.tokenizer.pad_token_id or 0)
+def _outputs(live: LiveTeacher, missing: dict[str, tuple[int, Row]]) -> bytes:
+    collator = Collator(at_all_tokens, live.moe.tokenizer.pad_token_id or 0)
     batch = {name: t.to(live.moe.device) for name, t in collator(list(missing.values())).items()}
     found = live(batch, batch["labels"] != IGNORED)
     begin, rows = 0, {}
@@ -172,4 +178,4 @@ def _asked(live: Live, missing: dict[str, tuple[int, Row]]) -> bytes:
         rows[name] = (begin, len(row.ids) - 1)
         begin += len(row.ids) - 1
     tensors = {"ids": found.ids_MR.int().cpu(), "logprob": found.logprob_MR.float().cpu()}
-    return save(tensors, {_KEY: json.dumps(rows)})
+    return save(tensors, {_ROWS_KEY: json.dumps(rows)})

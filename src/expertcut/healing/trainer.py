@@ -16,17 +16,17 @@ from transformers.trainer_callback import TrainerState
 
 from expertcut.checkpoints.output_dir import system_errors
 from expertcut.errors import ModelError, SettingsError
-from expertcut.healing.data import Read
+from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.micro_batch import MicroBatch, choose_micro_batch, share_of_process
 from expertcut.healing.objectives import (
     IGNORED,
     Batch,
     Collator,
-    Likeliest,
     Objective,
     Projection,
     Teacher,
+    TopLogprobs,
     chunked_loss,
     cut_rows,
     longest_first,
@@ -248,7 +248,7 @@ class HealTrainer(Trainer):
         trim()
         return hidden_BSH
 
-    def _objective(self, hidden_BSH: Tensor, batch: Batch, said: Likeliest | None) -> Tensor:
+    def _objective(self, hidden_BSH: Tensor, batch: Batch, said: TopLogprobs | None) -> Tensor:
         """The weighted sum over positions."""
         at_BS = batch["labels"] != IGNORED
         next_M, weight_M = batch["labels"][at_BS], batch["weight_BS"][at_BS]
@@ -360,7 +360,7 @@ class Curve:
 def fit(
     moe: MoeModel,
     model: Any,
-    read: Read,
+    read: TrainingData,
     settings: HealSettings,
     objective: Objective,
     teacher: Teacher | None,

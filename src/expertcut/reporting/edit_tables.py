@@ -160,7 +160,7 @@ def healing_tables(healed: "Healed") -> list[Table]:
 
 def healing_sentences(healed: "Healed") -> list[str]:
     """Trained weights, training data, loss, and dropped data."""
-    read, curve = healed.read, healed.curve
+    read, curve = healed.data, healed.curve
     texts = f" and {read.n_texts:,} texts" if read.n_texts else ""
     by_step = dict(curve.held_out)
     first = f"{curve.losses[0]:.4f}" if curve.losses else "?"

@@ -1,5 +1,6 @@
 """Tables, sentences and figures of plans, results, sweeps and audits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from expertcut.edits.plan import PlanFile, ids_text
@@ -12,7 +13,7 @@ from expertcut.evaluation.search_results import (
     SweptModel,
 )
 from expertcut.reporting.edit_tables import change_cells, interval_text, merged_text
-from expertcut.reporting.plots import Point, PointSeries, curves, forests
+from expertcut.reporting.plots import Series, draw_forest, draw_lines
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table
 from expertcut.stats import Comparison
@@ -250,16 +251,22 @@ def sweep_figure(sweep: Sweep) -> dict[str, bytes]:
     series = []
     for by in sweep.asked.by:
         cells = sorted((c for c in sweep.cells if c.by == by), key=lambda c: c.bytes)
-        series.append(PointSeries(by, [_sweep_point(cell.bytes, cell) for cell in cells]))
-    base = None if sweep.base is None else _sweep_point(sweep.base.bytes, sweep.base)
+        series.append(_sweep_series(by, cells))
+    base = None if sweep.base is None else _sweep_series("unedited", [sweep.base])
     quiz = sweep.asked.scored.quiz
     labels = ("size of the weights (MB)", f"accuracy on {quiz.split} (%)")
-    return curves("sweep", series, base, labels)
+    return draw_lines("sweep", series, base, labels)
 
 
-def _sweep_point(size_bytes: int, model: SweptModel) -> Point:
-    low, high = model.ci95
-    return Point(size_bytes / 1e6, 100 * model.accuracy, 100 * low, 100 * high)
+def _sweep_series(name: str, models: Sequence[SweptModel]) -> Series:
+    """Accuracy in percent over the size in MB."""
+    return Series(
+        name,
+        tuple(100 * model.accuracy for model in models),
+        tuple(100 * model.ci95[0] for model in models),
+        tuple(100 * model.ci95[1] for model in models),
+        x=tuple(model.bytes / 1e6 for model in models),
+    )
 
 
 def audit_tables(audit: Audit) -> list[Table]:
@@ -380,31 +387,27 @@ def _least_regrets(audit: Audit) -> str:
 def audit_figure(audit: Audit) -> dict[str, bytes]:
     """`audit.png` and `audit.svg`: correlations with their intervals, and regrets."""
     order = ranked(audit)
-    rhos = [
-        PointSeries(v.by, [_correlation_point(v.within)] if v.within.rho is not None else [])
-        for v in order
-    ]
     regrets, marks = [], []
     for i, fraction in enumerate(audit.asked.fractions):
-        regrets_at = [v.regrets[i] for v in order]
-        values = [Point(r.regret, 0, r.regret, r.regret) for r in regrets_at]
-        regrets.append(PointSeries(f"{fraction:g} kept", values))
-        marks.append(regrets_at[0].random - regrets_at[0].least)
-    left = "Spearman's ρ of score and harm, within layers"
-    right = "regret (nats); dotted: at random"
-    return forests("audit", (left, rhos), (right, regrets), marks)
+        each = [verdict.regrets[i] for verdict in order]
+        regrets.append(Series(f"{fraction:g} kept", tuple(r.regret for r in each)))
+        marks.append(each[0].random - each[0].least)
+    labels = ("Spearman's ρ of score and harm, within layers", "regret (nats); dotted: at random")
+    names, rhos = [verdict.by for verdict in order], _rhos(order)
+    return draw_forest("audit", names, rhos, regrets, labels=labels, marks=marks)
+
+
+def _rhos(order: Sequence[CriterionEvaluation]) -> Series:
+    """Correlations with their intervals, which contain them."""
+    rhos = tuple(verdict.within.rho for verdict in order)
+    ends = [verdict.within.ci95 or (verdict.within.rho,) * 2 for verdict in order]
+    return Series("ρ", rhos, tuple(low for low, _ in ends), tuple(high for _, high in ends))
 
 
 def ranked(audit: Audit) -> list[CriterionEvaluation]:
     """By correlation within layers, best first, undefined last."""
     rho = {v.by: -2.0 if v.within.rho is None else v.within.rho for v in audit.verdicts}
     return sorted(audit.verdicts, key=lambda v: -rho[v.by])
-
-
-def _correlation_point(rank: Correlation) -> Point:
-    assert rank.rho is not None
-    low, high = rank.ci95 or (rank.rho, rank.rho)
-    return Point(rank.rho, 0, min(low, rank.rho), max(high, rank.rho))
 
 
 def _correlation(rank: Correlation) -> list[Cell]:

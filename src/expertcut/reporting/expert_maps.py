@@ -9,8 +9,15 @@ import numpy as np
 from expertcut.profiling.findings import Findings, layers_json
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.reporting.edit_tables import rows_tables
-from expertcut.reporting.page_parts import Explorer, Folded, Part, Section, Text, key_of
-from expertcut.reporting.page_sections import edits_of
+from expertcut.reporting.page_sections import (
+    Explorer,
+    Folded,
+    Part,
+    Section,
+    Text,
+    edits_of,
+    key_of,
+)
 from expertcut.reporting.plots import Curves, Heat, Series, rounded, span, spread
 from expertcut.reporting.profile_tables import (
     MIN_APPEARANCES,
@@ -44,7 +51,7 @@ def expert_sections(run: Run) -> list[Section]:
     for found in run.profiles:
         key = key_of(found.name, [s.key.removesuffix("-experts") for s in sections])
         of = f": {found.name}" if len(run.profiles) > 1 else ""
-        its = found.its
+        its = found.content
         explorer = Explorer(key, _maps(its, key), _data(run, found), experts_csv(its))
         suspects: list[Part] = [suspects_table(its)]
         sections += [
@@ -106,7 +113,7 @@ def _common(found: Findings, rows: Sequence[Any]) -> list[Any]:
 
 
 def _data(run: Run, found: Found[Findings]) -> dict[str, Any]:
-    its, layers = found.its, layers_json(found.its)
+    its, layers = found.content, layers_json(found.content)
     rows = [expert for layer in layers for expert in layer["expert"]]
     figures: dict[str, Any] = {}
     for name in _FIGURES:
@@ -138,17 +145,17 @@ def _marks(run: Run, found: Found[Findings]) -> list[dict[str, Any]]:
     """What each plan that was made from this profile removes and tilts, by places in X."""
     marks = []
     for plan in run.plans:
-        profile = run.profile_of(plan.its)
-        edits = edits_of(plan.its, found.its) if profile is found else None
+        profile = run.profile_of(plan.content)
+        edits = edits_of(plan.content, found.content) if profile is found else None
         if edits is None:
             continue
         removed, tilted, start = [], [], 0
-        for layer in found.its.layers:
+        for layer in found.content.layers:
             edit = edits[layer.block]
             removed += [start + expert for expert in edit.removed(layer.n_experts)]
             tilted += [start + expert for expert in edit.tilted]
             start += layer.n_experts
-        verb = "merged" if plan.its.removal == "merge" else "removed"
+        verb = "merged" if plan.content.removal == "merge" else "removed"
         marks.append(
             {"name": printable(plan.name), "removed": removed, "tilted": tilted, "verb": verb}
         )

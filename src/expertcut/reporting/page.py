@@ -16,9 +16,11 @@ from expertcut import __version__
 from expertcut.errors import OutputError
 from expertcut.files import without_secrets, write_atomically
 from expertcut.reporting.expert_maps import expert_sections
-from expertcut.reporting.page_parts import Explorer, Section, figures_of
 from expertcut.reporting.page_sections import (
+    Explorer,
+    Section,
     change_sections,
+    figures_of,
     outcome_sections,
     provenance_sections,
     search_sections,

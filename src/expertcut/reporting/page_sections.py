@@ -1,16 +1,19 @@
-"""What the page says of edits, evaluations, searches and provenance."""
+"""The page's sections of edits, evaluations, searches and provenance, and their parts."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from expertcut.edits.plan import BlockEdit, PlanFile, Point
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_judged
+from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import ModelResult, Results
-from expertcut.evaluation.search_results import Audit, Sweep
+from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo
 from expertcut.reporting.edit_tables import curve_table, proof_table, shift_rows, touched_table
@@ -24,27 +27,122 @@ from expertcut.reporting.eval_tables import (
     sweep_sentences,
     sweep_table,
 )
-from expertcut.reporting.page_parts import Facts, Folded, Lines, Part, Section, Text, key_of
-from expertcut.reporting.plots import Curves, Series
+from expertcut.reporting.plots import Curves, Heat, Series
 from expertcut.reporting.tables import Cell, Column, Table
 from expertcut.reporting.views import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 from expertcut.stats import wilson_interval
 
 Rows = list[tuple[str, str]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and their values, one per line."""
+
+    rows: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a file."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Parts that are shown when their title is opened, and always on paper."""
+
+    title: str
+    parts: "Sequence[Part]"
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """Linked maps of all experts, with `data` for the page's script and a table of all experts."""
+
+    key: str
+    maps: tuple[Heat, ...]
+    data: dict[str, Any]
+    table: Table
+
+
+Part = Text | Facts | Lines | Table | Heat | Curves | Folded | Explorer
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and its parts; `key` is its anchor in the page."""
+
+    key: str
+    title: str
+    parts: Sequence[Part]
+
+
+def figures_of(parts: Sequence[Part]) -> "list[Heat | Curves]":
+    """Every figure, also in explorers and folded parts."""
+    found: list[Heat | Curves] = []
+    for part in parts:
+        if isinstance(part, Heat | Curves):
+            found.append(part)
+        elif isinstance(part, Explorer):
+            found += part.maps
+        elif isinstance(part, Folded):
+            found += figures_of(part.parts)
+    return found
+
+
+def key_of(name: str, used: Collection[str]) -> str:
+    """An unused name of plain letters for files and anchors."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "run"
+    keys = [plain, *(f"{plain}-{n}" for n in range(2, len(used) + 3))]
+    return next(key for key in keys if key not in used)
+
+
+def keyed(found: Iterable[Found[T]], prefix: str = "") -> Iterator[tuple[Found[T], str]]:
+    """Documents, each with a key of its own."""
+    used: list[str] = []
+    for each in found:
+        used.append(key_of(f"{prefix}{each.name}", used))
+        yield each, used[-1]
+
+
+def accuracies(name: str, found: Sequence[ModelResult | SweepCell | Point | None]) -> Series:
+    """Accuracy with its interval, one value each."""
+    return Series(
+        name,
+        tuple(None if each is None else each.accuracy for each in found),
+        tuple(None if each is None else each.ci95[0] for each in found),
+        tuple(None if each is None else each.ci95[1] for each in found),
+    )
 
 
 def change_sections(run: Run) -> list[Section]:
     """One for each plan, and for each proof without one; first of all what went with cuts."""
-    sections: list[Section] = []
-    for plan in run.plans:
-        key = key_of(f"plan-{plan.name}", [section.key for section in sections])
-        sections.append(Section(key, f"What was changed: {plan.name}", _plan_parts(run, plan, key)))
-    alone = [p for p in run.proofs if p.file.parent not in {plan.file.parent for plan in run.plans}]
-    for proof in alone:
-        key = key_of(f"proof-{proof.name}", [section.key for section in sections])
-        parts: list[Part] = [Text(proof.its.sentence), proof_table(proof.its)]
-        sections.append(Section(key, f"Proof: {proof.name}", parts))
-    return sections
+    planned = {plan.file.parent for plan in run.plans}
+    alone = [proof for proof in run.proofs if proof.file.parent not in planned]
+    return [
+        *(
+            Section(key, f"What was changed: {plan.name}", _plan_parts(run, plan, key))
+            for plan, key in keyed(run.plans, "plan-")
+        ),
+        *(
+            Section(key, f"Proof: {proof.name}", _proof_parts(proof.content))
+            for proof, key in keyed(alone, "proof-")
+        ),
+    ]
+
+
+def _proof_parts(proof: CrossFitResult) -> list[Part]:
+    return [Text(proof.sentence), proof_table(proof)]
 
 
 def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
@@ -72,11 +170,11 @@ def edits_of(plan: PlanFile, found: Findings) -> dict[str, BlockEdit] | None:
 
 
 def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
-    plan, profile = found.its, run.profile_of(found.its)
+    plan, profile = found.content, run.profile_of(found.content)
     parts: list[Part] = [Text(_in_words(plan))]
-    edits = None if profile is None else edits_of(plan, profile.its)
+    edits = None if profile is None else edits_of(plan, profile.content)
     if profile is not None and edits is not None:
-        gone = removed_traffic(profile.its.profile, edits)
+        gone = removed_traffic(profile.content.profile, edits)
         if any(block.n_removed for block in gone):
             parts += [touched_table(gone), *_traffic(gone, key)]
     if plan.tuning:
@@ -84,7 +182,7 @@ def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
     parts += _held_out(found)
     for proof in run.proofs:
         if proof.file.parent == found.file.parent:
-            parts += [Text(proof.its.sentence), proof_table(proof.its)]
+            parts += _proof_parts(proof.content)
     return [*parts, Folded("Every block of the plan", [plan_table(plan)])]
 
 
@@ -129,14 +227,7 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
         at = {point.strength: point for point in tried if point.experts == n_experts}
         points = [at.get(strength) for strength in strengths]
         name = f"{n_experts} expert{'s' if n_experts > 1 else ''}"
-        series.append(
-            Series(
-                name,
-                tuple(None if p is None else p.accuracy for p in points),
-                tuple(None if p is None else p.ci95[0] for p in points),
-                tuple(None if p is None else p.ci95[1] for p in points),
-            )
-        )
+        series.append(accuracies(name, points))
     level = Series("unedited", (base.accuracy,) * len(strengths), is_reference=True)
     return Curves(
         key=f"{key}-tuning",
@@ -150,25 +241,24 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
 
 
 def _held_out(found: Found[PlanFile]) -> list[Part]:
-    rows = found.its.proof.held_out
+    rows = found.content.proof.held_out
     if not rows:
         return []
     columns = (
         *(Column("against"), Column("largest |Δ log p|", ".4f"), Column("median", ".4f")),
         *(Column("flipped answers", ",d"), Column("questions", ",d")),
     )
-    title = read_judged(found.its, found.file.parent).title
+    title = read_judged(found.content, found.file.parent).title
     return [Table(title, columns, shift_rows(rows))]
 
 
 def outcome_sections(run: Run) -> list[Section]:
     """One for each evaluation."""
-    sections: list[Section] = []
-    for found in run.results:
-        key = key_of(f"{found.name}", [section.key for section in sections])
-        title = "Results" if len(run.results) == 1 else f"Results: {found.name}"
-        sections.append(Section(key, title, _parts(found.its, key)))
-    return sections
+    is_only = len(run.results) == 1
+    return [
+        Section(key, "Results" if is_only else f"Results: {found.name}", _parts(found.content, key))
+        for found, key in keyed(run.results)
+    ]
 
 
 def names_of(results: Results) -> list[str]:
@@ -193,13 +283,6 @@ def _parts(results: Results, key: str) -> list[Part]:
 
 
 def _accuracies(results: Results, key: str) -> Curves:
-    models = results.models
-    its = Series(
-        "accuracy",
-        tuple(model.accuracy for model in models),
-        tuple(model.ci95[0] for model in models),
-        tuple(model.ci95[1] for model in models),
-    )
     return Curves(
         key=f"{key}-accuracy",
         title="Accuracy of every variant",
@@ -207,10 +290,10 @@ def _accuracies(results: Results, key: str) -> Curves:
         "difference, in the table, is narrower: the questions are the same.",
         across="model",
         categories=tuple(names_of(results)),
-        series=(its,),
+        series=(accuracies("accuracy", results.models),),
         column=Column("accuracy", ".1%"),
         is_flat=True,
-        zero=models[0].accuracy,
+        zero=results.models[0].accuracy,
     )
 
 
@@ -257,14 +340,16 @@ def _interval(share: float, n: int) -> str:
 
 def search_sections(run: Run) -> list[Section]:
     """One for each sweep and each audit."""
-    sections: list[Section] = []
-    for sweep in run.sweeps:
-        key = key_of(f"sweep-{sweep.name}", [section.key for section in sections])
-        sections.append(Section(key, f"Sweep: {sweep.name}", _sweep_parts(sweep.its, key)))
-    for audit in run.audits:
-        key = key_of(f"audit-{audit.name}", [section.key for section in sections])
-        sections.append(Section(key, f"Audit: {audit.name}", _audit_parts(audit.its, key)))
-    return sections
+    return [
+        *(
+            Section(key, f"Sweep: {sweep.name}", _sweep_parts(sweep.content, key))
+            for sweep, key in keyed(run.sweeps, "sweep-")
+        ),
+        *(
+            Section(key, f"Audit: {audit.name}", _audit_parts(audit.content, key))
+            for audit, key in keyed(run.audits, "audit-")
+        ),
+    ]
 
 
 def _sweep_parts(found: Sweep, key: str) -> list[Part]:
@@ -275,17 +360,10 @@ def _sweep_parts(found: Sweep, key: str) -> list[Part]:
 def _cuts(found: Sweep, key: str) -> Curves:
     """Accuracy against the share of experts that stays, a series for each criterion."""
     fractions = sorted(found.asked.fractions, reverse=True)
-    series = []
-    for by in found.asked.by:
-        cells = [found.cell(by, fraction) for fraction in fractions]
-        series.append(
-            Series(
-                by,
-                tuple(None if cell is None else cell.accuracy for cell in cells),
-                tuple(None if cell is None else cell.ci95[0] for cell in cells),
-                tuple(None if cell is None else cell.ci95[1] for cell in cells),
-            )
-        )
+    series = [
+        accuracies(by, [found.cell(by, fraction) for fraction in fractions])
+        for by in found.asked.by
+    ]
     if found.base is not None:
         level = (found.base.accuracy,) * len(fractions)
         series.append(Series("unedited", level, is_reference=True))
@@ -357,9 +435,9 @@ def provenance_sections(run: Run) -> list[Section]:
         parts.append(Folded("Recipe", [Lines(recipe)]))
     for profile in run.profiles:
         notes = notes_in(profile.file.parent / RUN_FILE)
-        parts.append(_folded(f"Profile {profile.name}", _profile(profile.its, notes)))
-    parts += [_folded(f"Plan {plan.name}", _plan(plan.its)) for plan in run.plans]
-    parts += [_folded(f"Results {found.name}", _results(found.its)) for found in run.results]
+        parts.append(_folded(f"Profile {profile.name}", _profile(profile.content, notes)))
+    parts += [_folded(f"Plan {plan.name}", _plan(plan.content)) for plan in run.plans]
+    parts += [_folded(f"Results {found.name}", _results(found.content)) for found in run.results]
     return [Section("provenance", "Where the numbers come from", parts)]
 
 

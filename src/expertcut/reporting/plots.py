@@ -1,14 +1,10 @@
-"""Every figure, as data and as PNG and SVG; matplotlib is imported when one is drawn.
+"""All figures: as data for the page and CSV, and as PNG and SVG with the same bytes each time.
 
-Figures as PNG and SVG, the same bytes each time; matplotlib is imported when one is drawn. Colours
-are those of Okabe and Ito, which the colour-blind tell apart; markers differ too, and where colours
-repeat lines are dashed and markers hollow, so that a figure can be read in grey.
-
-Figures as data: the page draws them from JSON, matplotlib from the same, CSV has every number.
-Colours are Okabe and Ito's for series and viridis for maps, which the colour-blind tell apart.
+Matplotlib is imported only when a figure is drawn. Series have the colours of Okabe and Ito, maps
+viridis; both are safe for colour-blind readers. Markers differ too, and where colours repeat,
+lines are dashed and markers hollow.
 """
 
-import io
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,165 +22,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", "--", ":")
-_DPI = 150
-_SPREAD = 0.012  # of the width, between criteria that stand at one size
 Array = np.ndarray[Any, Any]
+Values = tuple[float | None, ...]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-COLOURMAP = "viridis"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURMAP = "viridis"
+_DASHES = ("-", "--", ":")
 _GREY = "#767676"
-_MOST_TICKS = 24
-_LONGEST = 40  # characters of a category's name
-
-
-@dataclass(frozen=True)
-class Point:
-    """A value with its interval."""
-
-    x: float
-    y: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class PointSeries:
-    """Points under one name."""
-
-    name: str
-    points: Sequence[Point]
-
-
-def curves(
-    name: str, series: Sequence[PointSeries], base: Point | None, labels: tuple[str, str]
-) -> dict[str, bytes]:
-    """One line per series, intervals as bars, the base as a level with its own.
-
-    Series are moved sideways a little, so that intervals at one x can be told apart.
-    """
-    figure, (axes,) = _figure(8.5, 4.8, 1)
-    xs = [p.x for s in series for p in s.points] + ([base.x] if base else [])
-    width = (max(xs) - min(xs)) or 1.0 if xs else 1.0
-    if base is not None:
-        axes.axhspan(base.low, base.high, color="0.9", zorder=0)
-        axes.axhline(base.y, color="0.4", linewidth=1, zorder=1)
-        axes.plot([base.x], [base.y], "*", color="0.2", markersize=11, label="unedited", zorder=4)
-    for number, (its, style) in enumerate(zip(series, styles(len(series)), strict=True)):
-        shift = (number - (len(series) - 1) / 2) * _SPREAD * width
-        _bars(axes, its.points, shift, {**style, "label": its.name})
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small")
-    return _files(name, figure)
-
-
-def _bars(axes: Any, points: Sequence[Point], shift: float, style: dict[str, Any]) -> None:
-    errors = [_bar(p.y, p) for p in points]
-    axes.errorbar(
-        [p.x + shift for p in points],
-        [p.y for p in points],
-        yerr=list(zip(*errors, strict=True)),
-        capsize=2.5,
-        linewidth=1.2,
-        elinewidth=0.9,
-        markersize=5,
-        zorder=3,
-        **style,
-    )
-
-
-def _bar(value: float, point: Point) -> tuple[float, float]:
-    """How far the interval reaches below and above; its end at 0 or 1 may be rounded past it."""
-    return max(value - point.low, 0.0), max(point.high - value, 0.0)
-
-
-def forests(
-    name: str,
-    left: tuple[str, Sequence[PointSeries]],
-    right: tuple[str, Sequence[PointSeries]],
-    marks: Sequence[float],
-) -> dict[str, bytes]:
-    """Two panels with a row per name: on the left a value with its interval, on the right several.
-
-    On the left a series is a row; on the right a series has a point per row, in the rows' order,
-    `marks` being a reference for each of these series.
-    """
-    names = [series.name for series in left[1]]
-    figure, (first, second) = _figure(9.0, 1.6 + 0.36 * len(names), 2)
-    for row, series in enumerate(left[1]):
-        for point in series.points:
-            bar = [[end] for end in _bar(point.x, point)]
-            first.errorbar([point.x], [row], xerr=bar, fmt="o", color=_COLOURS[0], capsize=2.5)
-    first.axvline(0, color="0.4", linewidth=1)
-    first.set_xlim(-1.08, 1.08)
-    first.set_xticks([-1, -0.5, 0, 0.5, 1])
-    second.locator_params(axis="x", nbins=5)
-    first.set_yticks(range(len(names)), names)
-    offsets = [(i - (len(right[1]) - 1) / 2) * 0.22 for i in range(len(right[1]))]
-    for series, style, offset, mark in zip(
-        right[1], styles(len(right[1])), offsets, marks, strict=True
-    ):
-        rows = [row + offset for row in range(len(series.points))]
-        dots = {**style, "linestyle": "none", "markersize": 5, "label": series.name}
-        second.plot([point.x for point in series.points], rows, **dots)
-        second.axvline(mark, color=style["color"], linestyle=":", linewidth=1)
-    second.set_yticks(range(len(names)), [""] * len(names))
-    for axes, (label, _) in ((first, left), (second, right)):
-        axes.set_xlabel(label)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-    second.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
-    return _files(name, figure)
-
-
-def styles(n: int) -> list[dict[str, Any]]:
-    """So many looks, each with its own colour and marker, or dashes where these repeat."""
-    pairs = [
-        (dash, colour, marker)
-        for dash, (colour, marker) in product(_DASHES, zip(_COLOURS, _MARKERS, strict=True))
-    ]
-    return [
-        {"linestyle": dash, "color": colour, "marker": marker}
-        | ({} if dash == _DASHES[0] else {"markerfacecolor": "white"})
-        for dash, colour, marker in (pairs[i % len(pairs)] for i in range(n))
-    ]
-
-
-def _figure(width: float, height: float, panels: int) -> "tuple[Canvas, tuple[Any, ...]]":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    panes = tuple(figure.add_subplot(1, panels, i + 1) for i in range(panels))
-    for axes in panes:
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    return figure, panes
-
-
-def _files(name: str, figure: "Canvas") -> dict[str, bytes]:
-    import matplotlib
-
-    found = {}
-    # A fixed salt and no date: else the same figure would have other bytes each time.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            stream = BytesIO()
-            figure.savefig(stream, format=ending, dpi=_DPI, metadata=metadata)
-            found[f"{name}.{ending}"] = stream.getvalue()
-    return found
+_DPI = 150
+_OFFSET = 0.012  # of the width, between series with points at the same x
+_MAX_TICKS = 24
+_MAX_NAME = 40  # characters of a category's name
+_LEGEND: dict[str, Any] = {
+    "loc": "upper left",
+    "bbox_to_anchor": (1.01, 1),
+    "frameon": False,
+    "fontsize": "small",
+}
 
 
 @dataclass(frozen=True)
 class Heat:
-    """A map of layers × something, a row per layer; NaN is what `undefined` says.
+    """A map with a row per layer; NaN cells are hatched and explained by `undefined`.
 
-    Colours reach from `low` to `high`; what lies outside has the colour of that end.
+    Colours reach from `low` to `high`; values outside have the colour of that end.
     """
 
     key: str
@@ -209,7 +70,7 @@ class Heat:
         return Table(self.title, columns, cells)
 
     def as_json(self) -> dict[str, Any]:
-        """What the page draws."""
+        """The data that the page's script draws."""
         return {
             "kind": "heat",
             "title": self.title,
@@ -226,21 +87,22 @@ class Heat:
 
 @dataclass(frozen=True)
 class Series:
-    """A value per category, with an interval or a spread; None where there is none.
+    """Values with intervals, one per category or at the numbers `x`; None is undefined.
 
-    A reference is what the others are to be compared with: a line, no points.
+    A reference is drawn as a line without points.
     """
 
     name: str
-    values: tuple[float | None, ...]
-    low: tuple[float | None, ...] = ()
-    high: tuple[float | None, ...] = ()
+    values: Values
+    low: Values = ()
+    high: Values = ()
     is_reference: bool = False
+    x: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Series over categories; lying (`is_flat`), each category is a row with its name."""
+    """Series over categories; if `is_flat`, a row per category instead of a column."""
 
     key: str
     title: str
@@ -255,16 +117,16 @@ class Curves:
     def table(self) -> Table:
         """One row per category and series, in full precision."""
         rows: list[list[Cell]] = []
-        for its in self.series:
+        for series in self.series:
             nothing = (None,) * len(self.categories)
-            ends = zip(its.low or nothing, its.high or nothing, strict=True)
-            found = zip(self.categories, its.values, ends, strict=True)
-            rows += [[category, its.name, value, *end] for category, value, end in found]
+            ends = zip(series.low or nothing, series.high or nothing, strict=True)
+            points = zip(self.categories, series.values, ends, strict=True)
+            rows += [[category, series.name, value, *end] for category, value, end in points]
         names = (self.across, "series", self.column.name, "low", "high")
         return Table(self.title, tuple(map(Column, names)), rows)
 
     def as_json(self) -> dict[str, Any]:
-        """What the page draws."""
+        """The data that the page's script draws."""
         return {
             "kind": "curves",
             "title": self.title,
@@ -272,13 +134,13 @@ class Curves:
             "categories": [printable(category) for category in self.categories],
             "series": [
                 {
-                    "name": printable(its.name),
-                    "values": rounded(its.values),
-                    "low": rounded(its.low),
-                    "high": rounded(its.high),
-                    "reference": its.is_reference,
+                    "name": printable(series.name),
+                    "values": rounded(series.values),
+                    "low": rounded(series.low),
+                    "high": rounded(series.high),
+                    "reference": series.is_reference,
                 }
-                for its in self.series
+                for series in self.series
             ],
             "name": self.column.name,
             "spec": self.column.spec,
@@ -297,42 +159,27 @@ def spread(name: str, mean_X: Array, std_X: Array) -> Series:
 
 
 def span(rows: Iterable[Array]) -> tuple[float, float]:
-    """Least and largest of what is defined, never equal; 0 and 1 where nothing is."""
-    found = np.concatenate([np.ravel(values) for values in rows])
-    found = found[~np.isnan(found)]
-    if not len(found):
+    """Smallest and largest defined value, never equal; 0 and 1 if none is defined."""
+    values = np.concatenate([np.ravel(row) for row in rows])
+    values = values[~np.isnan(values)]
+    if not len(values):
         return 0.0, 1.0
-    low, high = float(found.min()), float(found.max())
+    low, high = float(values.min()), float(values.max())
     return (low, high) if low < high else (low, low + (abs(low) or 1.0))
 
 
 def rounded(values: Iterable[float | None]) -> list[float | None]:
-    """Six digits, as many as a page shows; None where there is no number."""
+    """Six significant digits, the precision of the page; None for non-finite values."""
     return [
         None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
         for value in values
     ]
 
 
-def draw(figure: Figure) -> dict[str, bytes]:
-    """PNG and SVG by their endings."""
-    from matplotlib.figure import Figure as Canvas
-
-    found = {}
-    with _style(figure.key):
-        canvas = Canvas(figsize=_size(figure), layout="constrained", dpi=_DPI)
-        axes = canvas.add_subplot()
-        if isinstance(figure, Heat):
-            _heat(canvas, axes, figure)
-        else:
-            _curves(axes, figure)
-        axes.set_title(printable(figure.title), fontsize="medium", loc="left")
-        # No date and no version: the same figure has the same bytes each time.
-        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            stream = io.BytesIO()
-            canvas.savefig(stream, format=ending, metadata=metadata)
-            found[ending] = stream.getvalue()
-    return found
+def shortened(text: str) -> str:
+    """A printable name that fits beside a figure."""
+    plain = printable(text)
+    return plain if len(plain) <= _MAX_NAME else plain[: _MAX_NAME - 1] + "…"
 
 
 def colour_stops() -> list[str]:
@@ -343,8 +190,128 @@ def colour_stops() -> list[str]:
     return [to_hex(colour) for colour in matplotlib.colormaps[COLOURMAP](np.linspace(0, 1, 64))]
 
 
+def draw(figure: Figure) -> dict[str, bytes]:
+    """A figure of the page: PNG and SVG, by ending."""
+    with _page_style(figure.key):
+        canvas, (axes,) = _canvas(_size(figure))
+        if isinstance(figure, Heat):
+            _draw_heat(canvas, axes, figure)
+        else:
+            _draw_curves(axes, figure)
+        axes.set_title(printable(figure.title), fontsize="medium", loc="left")
+        return _saved(canvas)
+
+
+def draw_lines(
+    name: str, series: Sequence[Series], base: Series | None, labels: tuple[str, str]
+) -> dict[str, bytes]:
+    """PNG and SVG, by file name: a line per series over `x`, and the base's level and interval.
+
+    Series are shifted sideways, so that intervals at the same x can be told apart.
+    """
+    canvas, (axes,) = _canvas((8.5, 4.8), has_grid=True)
+    xs = [x for each in (*series, *([base] if base else [])) for x in each.x]
+    width = (max(xs) - min(xs)) or 1.0 if xs else 1.0
+    if base is not None:
+        axes.axhspan(base.low[0], base.high[0], color="0.9", zorder=0)
+        axes.axhline(base.values[0], color="0.4", linewidth=1, zorder=1)
+        star = {"color": "0.2", "markersize": 11, "label": base.name, "zorder": 4}
+        axes.plot(base.x, base.values, "*", **star)
+    for number, (each, look) in enumerate(zip(series, _looks(len(series)), strict=True)):
+        shift = (number - (len(series) - 1) / 2) * _OFFSET * width
+        places = np.array(each.x) + shift
+        _draw_bars(axes, places, each, capsize=2.5, markersize=5, zorder=3, **look)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.legend(**_LEGEND)
+    return _named(name, canvas)
+
+
+def draw_forest(
+    name: str,
+    rows: Sequence[str],
+    left: Series,
+    right: Sequence[Series],
+    *,
+    labels: tuple[str, str],
+    marks: Sequence[float],
+) -> dict[str, bytes]:
+    """PNG and SVG, by file name: two panels with a value per row, on the left with intervals.
+
+    `marks` are the reference values of the series on the right.
+    """
+    canvas, (first, second) = _canvas((9.0, 1.6 + 0.36 * len(rows)), 2, has_grid=True)
+    for row in (row for row, value in enumerate(left.values) if value is not None):
+        errors = _errors(left)[:, [row]]
+        first.errorbar(
+            [left.values[row]], [row], xerr=errors, fmt="o", color=COLOURS[0], capsize=2.5
+        )
+    first.axvline(0, color="0.4", linewidth=1)
+    first.set_xlim(-1.08, 1.08)
+    first.set_xticks([-1, -0.5, 0, 0.5, 1])
+    second.locator_params(axis="x", nbins=5)
+    first.set_yticks(range(len(rows)), rows)
+    looks = _looks(len(right))
+    for number, (each, look, mark) in enumerate(zip(right, looks, marks, strict=True)):
+        offset = (number - (len(right) - 1) / 2) * 0.22
+        dots = {**look, "linestyle": "none", "markersize": 5, "label": each.name}
+        second.plot(each.values, [row + offset for row in range(len(each.values))], **dots)
+        second.axvline(mark, color=look["color"], linestyle=":", linewidth=1)
+    second.set_yticks(range(len(rows)), [""] * len(rows))
+    for axes, label in zip((first, second), labels, strict=True):
+        axes.set_xlabel(label)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    second.legend(**_LEGEND)
+    return _named(name, canvas)
+
+
+def _looks(n: int) -> list[dict[str, Any]]:
+    """`n` styles: colours and markers, then the same with dashes and hollow markers."""
+    pairs = product(_DASHES, zip(COLOURS, MARKERS, strict=True))
+    looks = [
+        {"linestyle": dash, "color": colour, "marker": marker}
+        | ({} if dash == _DASHES[0] else {"markerfacecolor": "white"})
+        for dash, (colour, marker) in pairs
+    ]
+    return [looks[i % len(looks)] for i in range(n)]
+
+
+def _canvas(
+    size: tuple[float, float], n_panels: int = 1, *, has_grid: bool = False
+) -> "tuple[Canvas, tuple[Any, ...]]":
+    """A figure of a size in inches, and its panels from left to right."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=size, layout="constrained", dpi=_DPI)
+    panels = tuple(canvas.add_subplot(1, n_panels, i + 1) for i in range(n_panels))
+    for axes in panels:
+        if has_grid:
+            axes.grid(color="0.92", linewidth=0.8)
+            axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return canvas, panels
+
+
+def _saved(canvas: "Canvas") -> dict[str, bytes]:
+    """PNG and SVG without date and version, so that their bytes are the same each time."""
+    found = {}
+    for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        stream = BytesIO()
+        canvas.savefig(stream, format=ending, metadata=metadata)
+        found[ending] = stream.getvalue()
+    return found
+
+
+def _named(name: str, canvas: "Canvas") -> dict[str, bytes]:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        return {f"{name}.{ending}": content for ending, content in _saved(canvas).items()}
+
+
 @contextmanager
-def _style(key: str) -> Iterator[None]:
+def _page_style(key: str) -> Iterator[None]:
     import matplotlib
 
     settings: Any = {
@@ -352,12 +319,10 @@ def _style(key: str) -> Iterator[None]:
         "svg.fonttype": "none",  # text stays text
         "text.parse_math": False,  # a subject may be called $x$
         "font.family": "DejaVu Sans",  # comes with matplotlib
-        "axes.spines.top": False,
-        "axes.spines.right": False,
         "font.size": 9,
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # A name in a script that the font lacks shows as boxes in the PNG, and whole in the SVG.
+        # Glyphs that the font lacks are boxes in the PNG, and text in the SVG.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
@@ -372,7 +337,7 @@ def _size(figure: Figure) -> tuple[float, float]:
     return 7.5, 3.8
 
 
-def _heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
+def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     import matplotlib
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
@@ -417,45 +382,56 @@ def _extend(figure: Heat) -> str:
     return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
-def _curves(axes: "Axes", figure: Curves) -> None:
+def _draw_curves(axes: "Axes", figure: Curves) -> None:
     places = np.arange(len(figure.categories), dtype=float)
-    drawn = [its for its in figure.series if not its.is_reference]
-    for number, its in enumerate(drawn):
+    drawn = [series for series in figure.series if not series.is_reference]
+    for number, series in enumerate(drawn):
         shift = (number - (len(drawn) - 1) / 2) * (0.5 / max(len(drawn), 1))
-        _series(axes, places + (shift if figure.is_flat else 0), its, number, figure.is_flat)
-    for its in figure.series:
-        if its.is_reference:
-            pair = (its.values, places) if figure.is_flat else (places, its.values)
-            axes.plot(*pair, color=_GREY, linestyle="--", label=printable(its.name))
+        _draw_bars(
+            axes,
+            places + (shift if figure.is_flat else 0),
+            series,
+            is_flat=figure.is_flat,
+            capsize=2,
+            markersize=4,
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            linestyle="none" if figure.is_flat else "-",
+        )
+    for series in figure.series:
+        if series.is_reference:
+            pair = (series.values, places) if figure.is_flat else (places, series.values)
+            axes.plot(*pair, color=_GREY, linestyle="--", label=printable(series.name))
     _label(axes, figure)
     if len(figure.series) > 1:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small")
+        axes.legend(**_LEGEND)
 
 
-def _series(axes: "Axes", places: Any, its: Series, number: int, is_flat: bool) -> None:
-    values = _numbers(its.values)
-    bars: dict[str, Any] = {}
-    if its.low:
-        ends = np.stack([values - _numbers(its.low), _numbers(its.high) - values])
-        # Rounding may leave an end on the wrong side.
-        bars["xerr" if is_flat else "yerr"] = np.maximum(ends, 0)
-    axes.errorbar(
-        *((values, places) if is_flat else (places, values)),
-        **bars,
-        color=COLOURS[number % len(COLOURS)],
-        marker=MARKERS[number % len(MARKERS)],
-        linestyle="none" if is_flat else "-",
-        markersize=4,
-        linewidth=1.2,
-        elinewidth=0.9,
-        capsize=2,
-        label=printable(its.name),
-    )
+def _draw_bars(
+    axes: "Axes", places: Array, series: Series, *, is_flat: bool = False, **look: Any
+) -> None:
+    """Values at their places, with intervals if the series has them."""
+    values = _numbers(series.values)
+    if series.low or not series.values:
+        look["xerr" if is_flat else "yerr"] = _errors(series)
+    pair = (values, places) if is_flat else (places, values)
+    axes.errorbar(*pair, linewidth=1.2, elinewidth=0.9, label=printable(series.name), **look)
+
+
+def _errors(series: Series) -> Array:
+    """Distances to both ends; rounding may leave an end on the wrong side of its value."""
+    values = _numbers(series.values)
+    ends = np.stack([values - _numbers(series.low), _numbers(series.high) - values])
+    return np.asarray(np.maximum(ends, 0))
+
+
+def _numbers(values: Values) -> Array:
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
 def _label(axes: "Axes", figure: Curves) -> None:
     names = [shortened(category) for category in figure.categories]
-    step = 1 if figure.is_flat else -(-len(names) // _MOST_TICKS)
+    step = 1 if figure.is_flat else -(-len(names) // _MAX_TICKS)
     ticks = range(0, len(names), step)
     value, category = (axes.xaxis, axes.yaxis) if figure.is_flat else (axes.yaxis, axes.xaxis)
     category.set_ticks(list(ticks), [names[i] for i in ticks])
@@ -470,13 +446,3 @@ def _label(axes: "Axes", figure: Curves) -> None:
     if figure.zero is not None:
         line = axes.axvline if figure.is_flat else axes.axhline
         line(figure.zero, color=_GREY, linewidth=1, zorder=0)
-
-
-def shortened(text: str) -> str:
-    """A name that fits beside a figure, harmless."""
-    plain = printable(text)
-    return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 1] + "…"
-
-
-def _numbers(values: tuple[float | None, ...]) -> Any:
-    return np.array([np.nan if value is None else value for value in values], dtype=float)

@@ -1,10 +1,12 @@
-"""What `show` finds at a path and a report in a run's folder."""
+"""What `show` prints for a path, and what a report finds in the folder of a run."""
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
 
 from expertcut.edits.criteria import compare
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, PlanFile, load_plan
@@ -55,20 +57,21 @@ RECIPE_FILE = "recipe.yaml"
 RESULTS = "results*.json"
 KINDS = (PROFILE_FILE, PLAN_FILE, PROOF_FILE, SWEEP_FILE, AUDIT_FILE)
 T = TypeVar("T")
+Document = TypeVar("Document", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Found(Generic[T]):
-    """What a file holds, and what the page calls it."""
+    """A file of a run, its name in the page, and its content."""
 
     file: Path
     name: str
-    its: T
+    content: T
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that was found under `path`, in the order of names."""
+    """All documents under a path, sorted by name."""
 
     path: Path
     profiles: list[Found[Findings]]
@@ -80,14 +83,16 @@ class Run:
 
     def profile_of(self, plan: PlanFile) -> Found[Findings] | None:
         """The profile that a plan was chosen on, or another of its model."""
-        same = [p for p in self.profiles if model_of(p.its).fingerprint == plan.model.fingerprint]
+        fingerprint = plan.model.fingerprint
+        same = [p for p in self.profiles if model_of(p.content).fingerprint == fingerprint]
         chosen = (plan.chosen_on.quiz, plan.chosen_on.split)
-        exact = [p for p in same if (quiz_of(p.its).id, quiz_of(p.its).split) == chosen]
+        quizzes = [(profile, quiz_of(profile.content)) for profile in same]
+        exact = [profile for profile, quiz in quizzes if (quiz.id, quiz.split) == chosen]
         return next(iter([*exact, *same]), None)
 
 
 def gather(path: Path) -> Run:
-    """What lies in a folder or is the file; a checkpoint's plan and proof count as two.
+    """Reads all documents of a folder, or one file; a checkpoint may hold a plan and a proof.
 
     Raises:
         OutputError: nothing to report on, or a file that cannot be read.
@@ -101,9 +106,8 @@ def gather(path: Path) -> Run:
             "checkpoint with one, or results.json"
         )
 
-    def read(name: str, load: Callable[[Path], T]) -> list[Found[T]]:
-        its = [file for file in files if _kind(file) == name]
-        return [Found(file, _name(file, path), load(file)) for file in its]
+    def read(kind: str, load: Callable[[Path], T]) -> list[Found[T]]:
+        return [Found(f, _name(f, path), load(f)) for f in files if _kind(f) == kind]
 
     return Run(
         path=path,
@@ -127,7 +131,7 @@ def quiz_of(found: Findings) -> QuizInfo:
 
 
 def notes_in(file: Path) -> dict[str, Any]:
-    """`run.json` of a profile, a recipe's manifest: empty where there is none that can be read."""
+    """A JSON object, as a profile's `run.json` or a manifest; empty if it cannot be read."""
     try:
         notes = parse_json(read_file(file))
     except (OSError, ValueError):
@@ -136,7 +140,7 @@ def notes_in(file: Path) -> dict[str, Any]:
 
 
 def recipe_in(folder: Path) -> list[str]:
-    """The lines of the recipe that a run was made by; none where there is none."""
+    """The lines of a run's recipe; empty if there is none."""
     try:
         return read_file(folder / RECIPE_FILE).decode("utf-8").splitlines()
     except (OSError, ValueError):
@@ -144,15 +148,17 @@ def recipe_in(folder: Path) -> list[str]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Every file that is something by its name, a folder's own before those of its subfolders."""
+    """Every document by its file name, those of a folder before those of its subfolders."""
     if path.is_file():
         yield path
         return
     if not path.is_dir():
         raise OutputError(f"{path} is not there: name the folder of a run")
     for folder, subfolders, names in os.walk(path):
-        # What `eval` scored is no profile of the run, nor is what lies in one, a sweep, an audit.
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and _is_open(s))
+        # Chunks of `eval` are no profiles of the run, nor is anything inside a profile or search.
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and not name.endswith(".chunks")
+        )
         here = Path(folder)
         if not {PROFILE_FILE, SWEEP_FILE, AUDIT_FILE}.isdisjoint(names):
             subfolders.clear()
@@ -160,16 +166,12 @@ def _files(path: Path) -> Iterator[Path]:
         yield from (here / n for n in sorted(names) if Path(n).match(RESULTS))
 
 
-def _is_open(folder: str) -> bool:
-    return not folder.endswith(".chunks")
-
-
 def _kind(file: Path) -> str:
     return file.name if file.name in KINDS else RESULTS
 
 
 def _name(file: Path, root: Path) -> str:
-    """Its folder within the run, or, for results, of which there may be many, its own."""
+    """A document's folder within the run; for results the file, as a folder may hold many."""
     place = file.with_suffix("") if _kind(file) == RESULTS else file.parent
     if file == root or place == root:
         return place.resolve().name
@@ -178,7 +180,7 @@ def _name(file: Path, root: Path) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """Tables for people, one flat table for data frames, and JSON, each made when asked for."""
+    """Tables for people, one flat table for data frames, and JSON, each made on demand."""
 
     tables: Callable[[], list[Table]]
     flat: Callable[[], Table]
@@ -186,40 +188,40 @@ class Shown:
 
 
 def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) -> Shown:
-    """What lies at the path: a profile, a plan, a proof, results, a sweep or an audit.
+    """The view of a profile, plan, proof, results, sweep or audit.
 
-    With `by_subject` the tables of a profile end with those of its subjects, and the flat one has
-    a row for each expert and subject. With `by_criteria` it is the criteria that are shown.
+    With `by_subject`, tables of a profile's subjects follow, and the flat table has a row per
+    expert and subject. With `by_criteria`, only the criteria are shown.
 
     Raises:
         OutputError: nothing of that kind.
-        SettingsError: subjects or criteria of something that is no profile, or both.
+        SettingsError: subjects or criteria of a document that is not a profile, or both.
     """
     if by_subject and by_criteria:
         raise SettingsError("--subjects and --criteria show different tables: give one of them")
-    if (path / "profile.json").is_file() or path.name == "profile.json":
+    if (path / PROFILE_FILE).is_file() or path.name == PROFILE_FILE:
         folder = path if path.is_dir() else path.parent
         return _criteria(folder) if by_criteria else _profile(folder, by_subject)
     if by_subject or by_criteria:
         option = "--subjects" if by_subject else "--criteria"
-        raise SettingsError(f"{option}: {path} is no profile: name one or leave the option out")
-    return _no_profile(path)
+        raise SettingsError(f"{option}: {path} is not a profile: name one or omit the option")
+    return _document(path)
 
 
-def _no_profile(path: Path) -> Shown:
+def _document(path: Path) -> Shown:
     by_file = {PLAN_FILE: _plan, PROOF_FILE: _proof, SWEEP_FILE: _sweep, AUDIT_FILE: _audit}
-    for name, make in by_file.items():
+    for name, view in by_file.items():
         if (path / name).is_file():
-            return make(path)
+            return view(path)
     if path.name == PROOF_FILE:
         return _proof(path.parent)
     if path.is_file():
         keys = _keys(path)
         by_key = {"models": _results, "cells": _sweep, "harms": _audit}
-        return next((make for key, make in by_key.items() if key in keys), _plan)(path)
+        return next((view for key, view in by_key.items() if key in keys), _plan)(path)
     raise OutputError(
-        f"nothing to show in {path}: it is no profile, plan, results, sweep, audit, or "
-        "checkpoint with a plan; of a run's folder name a part, or make its page with report"
+        f"nothing to show in {path}: no profile, plan, results, sweep or audit, and no checkpoint "
+        "with a plan: name a part of a run's folder, or make its page with report"
     )
 
 
@@ -249,45 +251,35 @@ def _criteria(path: Path) -> Shown:
     )
 
 
+def _shown(
+    found: Document,
+    tables: Callable[[Document], list[Table]],
+    flat: Callable[[Document], Table],
+) -> Shown:
+    return Shown(lambda: tables(found), lambda: flat(found), lambda: found.model_dump(mode="json"))
+
+
 def _plan(path: Path) -> Shown:
     plan = load_plan(path)
-    tables = [plan_table(plan), *([curve_table(plan.tuning)] if plan.tuning else [])]
-    if (path / PROOF_FILE).is_file():
-        tables.append(proof_table(load_cross_fit(path)))
-    return Shown(lambda: tables, lambda: plan_csv(plan), lambda: plan.model_dump(mode="json"))
+    proof = [proof_table(load_cross_fit(path))] if (path / PROOF_FILE).is_file() else []
+    tuning = [curve_table(plan.tuning)] if plan.tuning else []
+    return _shown(plan, lambda plan: [plan_table(plan), *tuning, *proof], plan_csv)
 
 
 def _proof(path: Path) -> Shown:
-    proof = load_cross_fit(path)
-    table = proof_table(proof)
-    return Shown(lambda: [table], lambda: proof_csv(proof), lambda: proof.model_dump(mode="json"))
+    return _shown(load_cross_fit(path), lambda proof: [proof_table(proof)], proof_csv)
 
 
 def _results(path: Path) -> Shown:
-    results = load_results(path)
-    return Shown(
-        lambda: [results_table(results)],
-        lambda: results_csv(results),
-        lambda: results.model_dump(mode="json"),
-    )
+    return _shown(load_results(path), lambda results: [results_table(results)], results_csv)
 
 
 def _sweep(path: Path) -> Shown:
-    found = load_sweep(path)
-    return Shown(
-        lambda: [sweep_table(found)],
-        lambda: sweep_csv(found),
-        lambda: found.model_dump(mode="json"),
-    )
+    return _shown(load_sweep(path), lambda sweep: [sweep_table(sweep)], sweep_csv)
 
 
 def _audit(path: Path) -> Shown:
-    found = load_audit(path)
-    return Shown(
-        lambda: audit_tables(found),
-        lambda: audit_csv(found),
-        lambda: found.model_dump(mode="json"),
-    )
+    return _shown(load_audit(path), audit_tables, audit_csv)
 
 
 def _keys(path: Path) -> set[str]:
