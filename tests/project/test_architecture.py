@@ -26,6 +26,7 @@ ORDER = (
     "hub",
     "commands",
     "recipes",
+    "api",
     "cli",
 )
 ROOT_FILES = ("__init__", "__main__")

@@ -1,6 +1,7 @@
 """`expertcut prune`: a checkpoint with fewer experts, its plan, or the scores of many cuts."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
@@ -30,6 +31,8 @@ from expertcut.settings import Count, Source, Texts, flag_of, in_recipe_only, op
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
     from expertcut.data import Quiz
+    from expertcut.edits.plan import EditPlan
+    from expertcut.edits.reweight_tune import RouterEdit
     from expertcut.edits.selection import Pruning
     from expertcut.evaluation.search_results import Sweep
     from expertcut.profiling.storage import Profile
@@ -131,6 +134,17 @@ class PruneSettings(CheckpointSettings, _Cut):
                 )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The experts to remove, before anything is written."""
+
+    profile: "Profile"
+    pruning: "Pruning"
+    plan: "EditPlan"
+    tilted: "list[RouterEdit]"
+    scaled: "list[RouterEdit]"
+
+
 def run(
     settings: PruneSettings, ui: UI | None = None, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Sweep | Path":
@@ -139,9 +153,13 @@ def run(
     settings.check()
     if settings.sweep is not None:
         return _sweep(settings, ui)
+    return write(choose(settings, ui), settings, ui, beside)
+
+
+def choose(settings: PruneSettings, ui: UI) -> Choice:
+    """Ranks the experts of the profile and chooses those that stay; writes nothing."""
     from expertcut.checkpoints.size import choose_cut, with_protection
     from expertcut.edits.router_edits import scalings, tilts, with_tilts
-    from expertcut.reporting.edit_tables import scale_sentences, tilt_sentences
 
     if settings.adapter is not None:  # refused before the profile is read
         from expertcut.checkpoints.lora import read_adapter
@@ -155,15 +173,25 @@ def run(
     ui.quiet()
     chosen = choose_cut(profile, settings, settings.load_as())
     ui.say([], chosen.notes)
-    draft = chosen.pruning.draft
+    plan = chosen.pruning.draft
     if tilted or scaled or settings.apply_at:
-        draft = with_tilts(draft, tilted, scaled, settings.apply_at)
-    folder = output_folder(profile, draft.slug, settings, ui)
-    _say_removed(profile, chosen.pruning, ui)
+        plan = with_tilts(plan, tilted, scaled, settings.apply_at)
+    return Choice(profile, chosen.pruning, plan, tilted, scaled)
+
+
+def write(
+    choice: Choice, settings: PruneSettings, ui: UI, beside: Mapping[str, bytes] | None = None
+) -> "Built | Path":
+    """Writes the checkpoint or the plan of a choice, and says what was removed."""
+    from expertcut.reporting.edit_tables import scale_sentences, tilt_sentences
+
+    plan = choice.plan
+    folder = output_folder(choice.profile, plan.slug, settings, ui)
+    _say_removed(choice.profile, choice.pruning, ui)
     options = settings.build_options(beside or {}, settings.adapter)
-    built = write_edit(profile, draft, folder, options, ui, is_plan=settings.plan_only)
-    sentences = tilt_sentences(tilted, built, draft.numbers)
-    ui.say([], [*sentences, *scale_sentences(scaled, built, draft.numbers)])
+    built = write_edit(choice.profile, plan, folder, options, ui, is_plan=settings.plan_only)
+    sentences = tilt_sentences(choice.tilted, built, plan.numbers)
+    ui.say([], [*sentences, *scale_sentences(choice.scaled, built, plan.numbers)])
     return built or folder
 
 
@@ -188,7 +216,7 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     settings, notes = with_protection(profile, settings)
     ui.say([], notes)
     ui.quiet()
-    quiz = _scored_quiz(settings, profile)
+    quiz = scored_quiz(settings, profile)
     asking = Asking(quiz, settings.limit, settings.load_as(), ui.is_first)
     folder = settings.out or Path("sweeps") / profile.path.resolve().name
     sweeping = Sweeping(profile, grid, settings, asking)
@@ -199,7 +227,7 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     return sweeping.found
 
 
-def _scored_quiz(settings: PruneSettings, profile: "Profile") -> "Quiz":
+def scored_quiz(settings: PruneSettings, profile: "Profile") -> "Quiz":
     """As profiled where nothing else is given, but split test; the fifth that is held out."""
     from expertcut.data import Selection, load_quiz
     from expertcut.edits.splits import held_out_quiz

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -33,11 +34,25 @@ class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
     )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The biases and factors, before anything is written."""
+
+    profile: "Profile"
+    found: "Tilted"
+    folder: Path
+
+
 def run(
     settings: ReweightSettings, ui: UI | None = None, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
     """Makes a checkpoint or a plan; None where nothing was chosen and nothing written."""
     ui = ui or SilentUI()
+    return write(choose(settings, ui), settings, ui, beside)
+
+
+def choose(settings: ReweightSettings, ui: UI) -> Choice:
+    """Chooses experts and strengths; writes nothing, but refuses a folder that is taken."""
     settings.check()
     from expertcut.edits.router_edits import check_settings, procedure_name
     from expertcut.evaluation.reweight_search import by_hand, chosen, prepared
@@ -47,18 +62,16 @@ def run(
     if settings.is_by_hand:
         found = by_hand(profile, settings)
         assert found.draft is not None
-        folder = output_folder(profile, found.draft.slug, settings, ui)
-    else:
-        procedure = prepared(profile, settings)
-        name = procedure_name(profile, settings, procedure).replace(":", ".").replace(" ", "-")
-        rules = LAYOUTS[settings.layout]
-        mark = f"-{rules.mark}" if rules.mark else ""
-        mark += "-answer" if settings.apply_at == "answer" else ""
-        folder = output_folder(profile, name + mark, settings, ui)
-        ui.quiet()
-        decision = _decided(profile, procedure, settings, ui) if settings.is_deciding else None
-        found = chosen(profile, settings, procedure, decision)
-    return _write(profile, found, folder, settings, ui, beside or {})
+        return Choice(profile, found, output_folder(profile, found.draft.slug, settings, ui))
+    procedure = prepared(profile, settings)
+    name = procedure_name(profile, settings, procedure).replace(":", ".").replace(" ", "-")
+    rules = LAYOUTS[settings.layout]
+    mark = f"-{rules.mark}" if rules.mark else ""
+    mark += "-answer" if settings.apply_at == "answer" else ""
+    folder = output_folder(profile, name + mark, settings, ui)
+    ui.quiet()
+    decision = _decided(profile, procedure, settings, ui) if settings.is_deciding else None
+    return Choice(profile, chosen(profile, settings, procedure, decision), folder)
 
 
 def _decided(
@@ -76,19 +89,15 @@ def _decided(
     return found
 
 
-def _write(
-    profile: "Profile",
-    found: "Tilted",
-    folder: Path,
-    settings: ReweightSettings,
-    ui: UI,
-    beside: Mapping[str, bytes],
+def write(
+    choice: Choice, settings: ReweightSettings, ui: UI, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
     """The checkpoint, or without any change what would lie beside it."""
     from expertcut.checkpoints.build import write_beside
     from expertcut.reporting.edit_tables import scale_sentences, tilt_sentences
 
-    options = settings.build_options({**found.beside, **beside})
+    profile, found, folder = choice.profile, choice.found, settings.out or choice.folder
+    options = settings.build_options({**found.beside, **(beside or {})})
     if found.draft is None:
         if not options.beside:
             ui.say([], ["nothing is written"])

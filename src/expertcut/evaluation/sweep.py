@@ -41,6 +41,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
 from expertcut.profiling.workers import Progress
+from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
@@ -187,7 +188,7 @@ class Sweeping:
     def _cell(self, by: str, fraction: float, draft: EditPlan, answered: Answers) -> SweepCell:
         base, numbers = self.base, draft.numbers
         largest, median = logprob_shift(base.logprob_NC, answered.logprob_NC)
-        if not largest and self._is_used(draft):
+        if not largest and is_used(self.profile, draft):
             raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
         cut_size = size_of_cut(self.engine.moe, draft, self.size_of(draft))
         assert numbers is not None
@@ -201,22 +202,61 @@ class Sweeping:
             median_abs_logprob_diff=median,
         )
 
-    def _is_used(self, draft: EditPlan) -> bool:
-        """Whether a stock cut removes experts that 5 % of the profile's answers used."""
-        if LAYOUTS[draft.layout].keeps_rows:
-            return False
-        chosen_NLK = self.profile.array("chosen_NLK")
-        share_NLK = np.abs(self.profile.array("weight_NLK"))
-        share_NLK = share_NLK / share_NLK.sum(axis=2, keepdims=True)
-        is_hit_N = np.zeros(len(chosen_NLK), dtype=bool)
-        for layer, block in enumerate(self.profile.info.model.blocks):
-            is_removed_NK = ~np.isin(chosen_NLK[:, layer], draft.edits[block.name].keep)
-            is_hit_N |= (is_removed_NK & (share_NLK[:, layer] > 0.01)).any(axis=1)
-        return bool(is_hit_N.mean() >= 0.05)
-
 
 def _keep_hash(draft: EditPlan) -> str:
     """8 hex digits over the kept experts and the kind of removal, so that cells never mix."""
     kept = {name: edit.keep for name, edit in draft.edits.items()}
     text = repr((kept, draft.layout, draft.removed, draft.fold))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+Watch = Callable[[Callable[[OnPass], Iterator[Progress]], str, int, Path], object]
+
+
+def simulate(
+    profile: Profile, plan: EditPlan, quiz: Quiz, load_as: LoadOptions, folder: Path, watch: Watch
+) -> tuple[Answers, Answers]:
+    """Answers of the unedited model, and of the same loaded model with the plan applied.
+
+    The folder receives the chunks of both runs; `watch` runs what it is given.
+
+    Raises:
+        ContractError: the layout does not support the model's family, or the plan changes nothing.
+        ProfileError: the model is not the one that was profiled.
+    """
+    measured = profile.info.settings
+    engine = engine_as_profiled(profile, profiled_source(profile), load_as)
+    options = MeasureOptions("none", measured.batch_tokens, measured.threads)
+    measurement = Measurement(engine.moe, quiz, None, options)
+    base, edited = folder / "base", folder / "edited"
+    watch(lambda on_pass: measurement.run(base, on_pass), "the unedited model", len(quiz), base)
+    questions = questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
+    edits = fit_edits(profile, plan, questions, engine)
+    with as_written(engine.moe, plan, edits) as begin:
+
+        def run(on_pass: OnPass) -> Iterator[Progress]:
+            def both(step: Pass) -> None:
+                begin(step)
+                on_pass(step)
+
+            yield from measurement.run(edited, both)
+
+        watch(run, "the plan", len(quiz), edited)
+    before, after = load_profile(base).answers, load_profile(edited).answers
+    if is_used(profile, plan) and np.array_equal(before.logprob_NC, after.logprob_NC):
+        raise ContractError(NOT_REACHED.format("the plan"))
+    return before, after
+
+
+def is_used(profile: Profile, plan: EditPlan) -> bool:
+    """Whether a stock cut removes experts that 5 % of the profile's answers used."""
+    if LAYOUTS[plan.layout].keeps_rows:
+        return False
+    chosen_NLK = profile.array("chosen_NLK")
+    share_NLK = np.abs(profile.array("weight_NLK"))
+    share_NLK = share_NLK / share_NLK.sum(axis=2, keepdims=True)
+    is_hit_N = np.zeros(len(chosen_NLK), dtype=bool)
+    for layer, block in enumerate(profile.info.model.blocks):
+        is_removed_NK = ~np.isin(chosen_NLK[:, layer], plan.edits[block.name].keep)
+        is_hit_N |= (is_removed_NK & (share_NLK[:, layer] > 0.01)).any(axis=1)
+    return bool(is_hit_N.mean() >= 0.05)

@@ -1,0 +1,424 @@
+"""The Python API: the commands as functions, on the same settings, with objects to look at.
+
+A keyword is an option of the command of the same name, with underscores and the same default. What
+a command refuses raises `expertcut.errors.ExpertcutError` with the same line.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pandas as pd
+
+from expertcut.commands import eval as eval_command
+from expertcut.commands import heal as heal_command
+from expertcut.commands import merge as merge_command
+from expertcut.commands import profile as profile_command
+from expertcut.commands import prune as prune_command
+from expertcut.commands import publish as publish_command
+from expertcut.commands import report as report_command
+from expertcut.commands import reweight as reweight_command
+from expertcut.commands.common import CheckpointSettings, SilentUI
+from expertcut.edits.criteria import compare as compare_criteria
+from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, load_plan
+from expertcut.errors import SettingsError
+from expertcut.profiling import storage
+
+if TYPE_CHECKING:
+    from expertcut.evaluation.results import Results
+    from expertcut.hub.upload import Published
+    from expertcut.scoring.passes import OnPass
+
+T = TypeVar("T")
+PathLike = str | os.PathLike[str]
+
+
+class _ProgressUI(SilentUI):
+    """Shows long runs as bars, in a terminal or a notebook; prints nothing."""
+
+    def watch(
+        self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
+    ) -> list[T]:
+        """All that the run yields."""
+        found = []
+        with self.parts(what) as report:
+            for step in run(lambda step: None):
+                report(getattr(step, "done", 0), total)
+                found.append(step)
+        return found
+
+    @contextmanager
+    def parts(self, what: str, kept_in: Path | None = None) -> Iterator[Callable[[int, int], None]]:
+        """A bar for parts of a run."""
+        from tqdm.auto import tqdm
+
+        with tqdm(desc=what, leave=False, disable=None) as bar:
+
+            def report(done: int, total: int) -> None:
+                bar.total, bar.n = total, done
+                bar.refresh()
+
+            yield report
+
+
+class _Shown:
+    """An object whose facts are its text, and a table in a notebook."""
+
+    def facts(self) -> Mapping[str, str]:
+        """What is worth seeing, by name."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        facts = self.facts()
+        width = max(map(len, facts))
+        lines = (f"  {name:<{width}}  {value}" for name, value in facts.items())
+        return "\n".join([type(self).__name__, *lines])
+
+    def _repr_html_(self) -> str:
+        cells = (
+            f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.facts().items()
+        )
+        return f"<table><caption>{type(self).__name__}</caption>{''.join(cells)}</table>"
+
+
+def profile(model: PathLike, **settings: Any) -> "Profile":
+    """Measures what experts do in a quiz, as `expertcut profile`; resumes an interrupted run."""
+    options = profile_command.ProfileSettings.read(model=os.fspath(model), **settings)
+    return Profile(profile_command.run(options, _ProgressUI()))
+
+
+def load_profile(path: PathLike) -> "Profile":
+    """A profile on disk.
+
+    Raises:
+        ProfileError: no profile there, or one that does not hold together.
+    """
+    return Profile(storage.load_profile(Path(path)))
+
+
+class Profile(_Shown):
+    """What every expert did in a quiz; edits are chosen from it."""
+
+    def __init__(self, stored: storage.Profile) -> None:
+        self.stored = stored
+
+    @property
+    def path(self) -> Path:
+        """Folder of the profile."""
+        return self.stored.path
+
+    @property
+    def accuracy(self) -> float:
+        """Share of questions that the model answered correctly."""
+        return self.stored.answers.accuracy
+
+    @cached_property
+    def experts(self) -> pd.DataFrame:
+        """One row per layer and expert: its statistics, and its score by each criterion.
+
+        `expert` is its id in the model before any cut. `appearances` is the share of questions that
+        were routed to it. A share that is undefined is NaN. Criteria that need the model have no
+        column.
+        """
+        ids, criteria = expert_ids(self.stored), compare_criteria(self.stored)
+        parts = []
+        for layer, found in enumerate(self.stored.layers):
+            columns = {
+                "layer": layer,
+                "expert": [ids.number(found.block, row) for row in range(found.n_experts)],
+                "appearances": found.appearances_E,
+                "accuracy": found.accuracy_E,
+                "weighted_accuracy": found.weighted_accuracy_E,
+                "contribution_pct": found.contribution_pct_E,
+                **({} if found.tokens_E is None else {"tokens": found.tokens_E}),
+            }
+            scores = {name: score[layer] for name, score in criteria.scores.items()}
+            new = {name: score for name, score in scores.items() if name not in columns}
+            parts.append(pd.DataFrame(columns | new))
+        return pd.concat(parts, ignore_index=True)
+
+    def prune(self, **settings: Any) -> "Plan":
+        """Chooses experts to remove, as `expertcut prune`; writes nothing."""
+        options = prune_command.PruneSettings.read(profile=self.path, **settings)
+        options.check()
+        if options.sweep is not None:
+            raise SettingsError("a sweep is not a plan: run `expertcut prune --sweep`")
+        choice = prune_command.choose(options, _ProgressUI())
+        return Plan(
+            self, choice.plan, options, lambda s: prune_command.write(choice, s, SilentUI())
+        )
+
+    def merge(self, **settings: Any) -> "Plan":
+        """Merges groups of experts, as `expertcut merge`; saving chooses the groups."""
+        options = merge_command.MergeSettings.read(profile=self.path, **settings)
+        return Plan(self, None, options, lambda s: merge_command.run(s, _ProgressUI()).built)
+
+    def reweight(self, **settings: Any) -> "Plan":
+        """Biases or scales the router, as `expertcut reweight`; writes nothing."""
+        options = reweight_command.ReweightSettings.read(profile=self.path, **settings)
+        choice = reweight_command.choose(options, _ProgressUI())
+        plan = choice.found.draft
+        if plan is None:
+            raise SettingsError("no expert was chosen: there is nothing to reweight")
+        return Plan(self, plan, options, lambda s: reweight_command.write(choice, s, SilentUI()))
+
+    def facts(self) -> Mapping[str, str]:
+        """Path, model, quiz and accuracy."""
+        info = self.stored.info
+        return {
+            "path": str(self.path),
+            "model": info.model.id,
+            "quiz": f"{info.quiz.id}, split {info.quiz.split}, {info.quiz.shots} shots",
+            "questions": f"{len(self.stored.answers.answer_N):,}",
+            "accuracy": f"{self.accuracy:.1%}",
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(_Shown):
+    """An edit that was chosen from a profile and is not written yet.
+
+    `edit` is None for a merge, whose groups are chosen when it is saved.
+    """
+
+    profile: Profile
+    edit: EditPlan | None
+    settings: CheckpointSettings
+    _write: Callable[[Any], Any]
+
+    @property
+    def experts(self) -> pd.DataFrame:
+        """One row per layer and expert: `kept`, `bias` in logits, `scale` of the gate weight.
+
+        Raises:
+            SettingsError: a merge, which chooses its groups when it is saved.
+        """
+        if self.edit is None:
+            raise SettingsError("a merge chooses its groups when it is saved: see its checkpoint")
+        ids = expert_ids(self.profile.stored)
+        counts = {b.name: b.experts for b in self.profile.stored.info.model.blocks}
+        all_ids = {name: ids.kept(name, tuple(range(n))) for name, n in counts.items()}
+        named = {name: ids.named(name, edit) for name, edit in self.edit.edits.items()}
+        return _experts(named, all_ids)
+
+    def simulate(self, **scored: Any) -> "Comparison":
+        """Applies the plan to the loaded model and compares its answers; no file stays.
+
+        `scored` says on which questions: quiz, split, shots, subjects, limit. The defaults are
+        those of the profile, with split test. A bias acts exactly here; layout stock fits it into
+        the gate row. A merge is built in a temporary folder.
+        """
+        options = prune_command.PruneSettings.read(profile=self.profile.path, **scored)
+        quiz = prune_command.scored_quiz(options, self.settings.load_profile())
+        with TemporaryDirectory(prefix="expertcut-") as folder:
+            if self.edit is None:
+                saved = self.save(Path(folder) / "merged", verify=False)
+                base = self.profile.stored.info.model.id
+                loaded = {"dtype": self.settings.dtype, "device": self.settings.device}
+                asked = {"quiz": quiz.id, "split": quiz.split, "limit": options.limit, **loaded}
+                return evaluate([base, saved], shots=quiz.shots, **asked).first
+            from expertcut.evaluation.sweep import simulate
+
+            before, after = simulate(
+                self.profile.stored,
+                self.edit,
+                quiz,
+                self.settings.load_as(),
+                folder=Path(folder),
+                watch=_ProgressUI().watch,
+            )
+        from expertcut.stats import accuracy, compare
+
+        subjects = [question.subject for question in quiz]
+        scores = [accuracy(found.is_correct_N, subjects) for found in (before, after)]
+        change = compare(before.is_correct_N, after.is_correct_N)
+        return Comparison(len(quiz), scores[0].accuracy, scores[1].accuracy, **change.model_dump())
+
+    def save(
+        self, out: PathLike | None = None, *, force: bool = False, verify: bool = True
+    ) -> "Checkpoint":
+        """Writes the checkpoint, and compares it with the base on held-out questions.
+
+        `force` replaces what is at `out`; without `verify` no question is asked.
+        """
+        folder = None if out is None else Path(out)
+        is_verified = verify and self.settings.verify
+        built = self._write(self.settings.completed(out=folder, force=force, verify=is_verified))
+        return Checkpoint(built.folder)
+
+    def facts(self) -> Mapping[str, str]:
+        """The edit, its criterion and layout, and the experts that stay."""
+        if self.edit is None:
+            return {"edit": "merge", "settings": repr(self.settings.recipe_values())}
+        kept = self.experts.groupby("layer").kept
+        pairs = zip(kept.sum(), kept.size(), strict=True)
+        return {
+            "edit": self.edit.action,
+            "criterion": self.edit.criterion,
+            "layout": self.edit.layout,
+            "kept per layer": ", ".join(f"{n} of {of}" for n, of in pairs),
+        }
+
+
+class Checkpoint(_Shown, os.PathLike[str]):
+    """A checkpoint that an edit wrote; it can be used wherever a path can."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan = load_plan(path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+
+    @property
+    def experts(self) -> pd.DataFrame:
+        """One row per layer and expert that stays: `bias` in logits, `scale` of the gate weight."""
+        blocks = self.plan.blocks
+        return _experts(blocks, {name: edit.keep for name, edit in blocks.items()})
+
+    @property
+    def held_out(self) -> pd.DataFrame:
+        """The checkpoint against other forms of the model, on held-out questions; may be empty."""
+        rows = self.plan.proof.model_dump().get("held_out") or ()
+        return pd.DataFrame([dict(row) for row in rows])
+
+    def facts(self) -> Mapping[str, str]:
+        """Path, edit and size."""
+        return {
+            "path": str(self.path),
+            "edit": self.plan.action,
+            "layout": self.plan.layout,
+            "size": f"{self.size_bytes / 1e6:,.1f} MB",
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison(_Shown):
+    """A model against its base on the same questions; accuracies are 0 to 1.
+
+    `gained` questions only the model answers correctly, `lost` only the base. `smallest_effect` is
+    the smallest change that this many questions detect.
+    """
+
+    questions: int
+    base_accuracy: float
+    accuracy: float
+    delta: float
+    ci95: tuple[float, float]
+    gained: int
+    lost: int
+    mcnemar_p: float
+    smallest_effect: float
+
+    def facts(self) -> Mapping[str, str]:
+        """Accuracies, the change in points with its 95 % interval, and the exact test."""
+        low, high = (100 * end for end in self.ci95)
+        return {
+            "questions": f"{self.questions:,}",
+            "accuracy": f"{self.accuracy:.2%}, base {self.base_accuracy:.2%}",
+            "change": f"{100 * self.delta:+.2f} points ({low:+.2f} … {high:+.2f})",
+            "gained, lost": f"{self.gained:,}, {self.lost:,} (McNemar p = {self.mcnemar_p:.2g})",
+        }
+
+
+class Evaluation(_Shown):
+    """Models that answered the same questions; the first is the base of every comparison."""
+
+    def __init__(self, results: "Results") -> None:
+        self.results = results
+
+    @property
+    def models(self) -> pd.DataFrame:
+        """One row per model: accuracy (0 to 1) with its 95 % interval, parameters, bytes."""
+        names = (
+            "path",
+            "accuracy",
+            "ci95",
+            "questions",
+            "parameters",
+            "active_parameters",
+            "bytes",
+        )
+        rows = [model.model_dump(include=set(names)) for model in self.results.models]
+        return pd.DataFrame(rows)[list(names)]
+
+    @property
+    def comparisons(self) -> pd.DataFrame:
+        """One row per model but the first, compared with it in pairs of answers."""
+        rows = [comparison.model_dump() for comparison in self.results.comparisons]
+        found = pd.DataFrame(rows)
+        if rows:
+            found.insert(0, "path", [self.results.models[row["other"]].path for row in rows])
+        return found.drop(columns=["base", "other"], errors="ignore")
+
+    @property
+    def first(self) -> Comparison:
+        """The second model against the first."""
+        base, other = self.results.models[:2]
+        row = self.results.comparisons[0].model_dump()
+        change = {name: row[name] for name in Comparison.__dataclass_fields__ if name in row}
+        return Comparison(base.questions, base.accuracy, other.accuracy, **change)
+
+    def facts(self) -> Mapping[str, str]:
+        """Accuracy of each model."""
+        return {
+            model.path: f"{model.accuracy:.2%} ({model.ci95[0]:.2%} … {model.ci95[1]:.2%})"
+            for model in self.results.models
+        }
+
+
+def evaluate(models: Sequence[PathLike], **settings: Any) -> Evaluation:
+    """Scores models on the same questions, as `expertcut eval`; `out` keeps the results."""
+    names = [os.fspath(model) for model in models]
+    with TemporaryDirectory(prefix="expertcut-") as folder:
+        settings.setdefault("out", Path(folder) / "results.json")
+        options = eval_command.EvalSettings.read(models=names, **settings)
+        results = eval_command.run(options, _ProgressUI())
+    assert results is not None, "this process is the first"
+    return Evaluation(results)
+
+
+def heal(checkpoint: PathLike, **settings: Any) -> Checkpoint:
+    """Trains an edited checkpoint for a short while, as `expertcut heal`."""
+    options = heal_command.HealSettings.read(checkpoint=os.fspath(checkpoint), **settings)
+    healed = heal_command.run(options, _ProgressUI())
+    assert healed is not None, "this process is the first"
+    return Checkpoint(healed.folder)
+
+
+def report(run: PathLike, **settings: Any) -> Path:
+    """Writes one HTML page of a run, as `expertcut report`; returns its path."""
+    return report_command.run(report_command.ReportSettings.read(run=Path(run), **settings))
+
+
+def publish(checkpoint: PathLike, repo: str, **settings: Any) -> "Published":
+    """Writes a model card and uploads both, as `expertcut publish`."""
+    paths = {"checkpoint": Path(checkpoint), "repo": repo}
+    return publish_command.run(publish_command.PublishSettings.read(**paths, **settings))
+
+
+def _experts(edits: Mapping[str, BlockEdit], ids: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    """One row per expert of each block."""
+    rows = [
+        {
+            "layer": layer,
+            "expert": expert,
+            "kept": expert in edits[name].keep,
+            "bias": edits[name].bias.get(expert, 0.0),
+            "scale": edits[name].scale.get(expert, 1.0),
+        }
+        for layer, (name, experts) in enumerate(ids.items())
+        for expert in experts
+    ]
+    return pd.DataFrame(rows)
