@@ -97,7 +97,6 @@ def _column_names(cells: list[str]) -> list[str]:
 
 
 def _is_header(cells: list[str]) -> bool:
-    """Whether the first row holds the column names."""
     names = _column_names(cells)
     return "question" in names and ("answer" in names or {"a", "b"} <= set(_choice_columns(names)))
 

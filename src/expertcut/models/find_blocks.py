@@ -7,7 +7,7 @@ pass, independent of module names.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from expertcut.errors import ContractError
-from expertcut.models.gate_laws import check_blocks, explain_gate, verifying
-from expertcut.models.hooks import Routing, replaced_forward
+from expertcut.models.gate_laws import check_blocks, explain_gate, first, verifying
+from expertcut.models.hooks import Routing, registered, replaced_forward
 from expertcut.models.moe_block import MoeBlock, Residual, RouterCall
 
 # Families that break the contract, by config.model_type.
@@ -48,21 +48,19 @@ class Probe:
         self.block_output: Any = None
         self.layer_output: Any = None
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Hooks the modules of the layer, and of the block only itself and its experts."""
         inside = set(self.block.module.modules()) - {self.block.module, self.block.experts}
-        with ExitStack() as stack:
-            for module in self.decoder.modules():
-                if module not in inside:
-                    handle = module.register_forward_hook(self._record, with_kwargs=True)
-                    stack.callback(handle.remove)
-            yield
+        return registered(
+            module.register_forward_hook(self._record, with_kwargs=True)
+            for module in self.decoder.modules()
+            if module not in inside
+        )
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        output = _first(output)
+        output = first(output)
         if module is self.block.module:
             self.call, self.block_output = (args, kwargs), output
         elif module is self.block.experts:
@@ -80,7 +78,7 @@ class Probe:
         args, kwargs = self.call
         zeros = torch.zeros_like(self.expert_sum)
         with replaced_forward(self.block.experts, lambda *_, **__: zeros):
-            without = _first(self.block.module(*args, **kwargs))
+            without = first(self.block.module(*args, **kwargs))
         return _factor(without, self.expert_sum, self.block_output)
 
     def residual(self, output_factor: float | None) -> Residual | None:
@@ -92,10 +90,6 @@ class Probe:
                 if factor is not None:
                     return Residual(module, factor * output_factor)
         return None
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _factor(x: Tensor, own: Any, result: Any) -> float | None:
@@ -204,7 +198,6 @@ def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
 
 
 def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type: str) -> MoeBlock:
-    """The block with its gate identified from the probe."""
     if seen is None:
         raise ContractError(f"{block.name}: its router did not run on a forward pass")
     call, routing = seen
@@ -228,7 +221,6 @@ def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type
 
 
 def _placed(block: MoeBlock, probe: Probe) -> MoeBlock:
-    """The block with its output factor and residual connection."""
     output_factor = probe.output_factor()
     residual = probe.residual(output_factor)
     return replace(block, output_factor=output_factor, residual=residual)

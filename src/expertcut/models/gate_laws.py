@@ -39,6 +39,7 @@ from expertcut.models.hooks import (
     moved_by,
     own_expert,
     own_forward,
+    registered,
     replaced_forward,
     route,
     tape_of,
@@ -409,9 +410,7 @@ def _verified(
         call, routing = _routing(block, *routed[0])
         _check_sum(block, summed[0], own[0], routing)
         if is_summed:
-            _check_affine(
-                block, lambda: _first(forward(*args, **kwargs)), _first(output), summed[0]
-            )
+            _check_affine(block, lambda: first(forward(*args, **kwargs)), first(output), summed[0])
         see(block, call, routing)
         return output
 
@@ -428,10 +427,8 @@ def _watching(module: nn.Module) -> Iterator[list[_Call]]:
         lambda _module, args, kwargs, output: calls.append((args, kwargs, output)),
         with_kwargs=True,
     )
-    try:
+    with registered([handle]):
         yield calls
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -454,9 +451,9 @@ def _one_by_one(block: MoeBlock) -> Iterator[list[Tensor]]:
         yield sums
 
 
-def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+def first(output: Any) -> Any:
+    """A module's output, or the first part of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _routing(

@@ -8,8 +8,8 @@ position is found once, by trial, and changes act on its result: after any cap o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from expertcut.errors import ContractError
 from expertcut.models.kernels import BY_EXPERT, INNER, Own, by_expert, own_output
@@ -50,46 +51,43 @@ class ExpertCall:
 
 
 @contextmanager
-def observe_routers(blocks: Sequence[MoeBlock], see: Callable[[Routing], None]) -> Iterator[None]:
-    """Calls `see` after each router's forward."""
+def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Registers hooks by iterating over their handles, and removes them at the end."""
     with ExitStack() as stack:
-        for block in blocks:
-            handle = block.router.register_forward_hook(_relay(block.layer, see))
+        for handle in handles:
             stack.callback(handle.remove)
         yield
 
 
-def _relay(layer: int, see: Callable[[Routing], None]) -> Callable[..., None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits_TE, weights_TK, experts_TK = output
-        input_TD = args[0].reshape(-1, args[0].shape[-1])
-        see(Routing(layer, input_TD, logits_TE, weights_TK, experts_TK))
+def observe_routers(
+    blocks: Sequence[MoeBlock], see: Callable[[Routing], None]
+) -> AbstractContextManager[None]:
+    """Calls `see` after each router's forward."""
 
-    return hook
+    def hook(layer: int, _module: nn.Module, args: tuple[Any, ...], output: Routed) -> None:
+        see(Routing(layer, args[0].reshape(-1, args[0].shape[-1]), *output))
+
+    return registered(
+        block.router.register_forward_hook(partial(hook, block.layer)) for block in blocks
+    )
 
 
-@contextmanager
 def observe_residuals(
     blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Calls `see` with the layer and residual stream (T, D) before a block's router runs.
 
     Only for blocks whose residual stream is known.
     """
-    with ExitStack() as stack:
-        for block in blocks:
-            if block.residual is not None:
-                hook = _relay_input(block.layer, see)
-                handle = block.residual.norm.register_forward_pre_hook(hook)
-                stack.callback(handle.remove)
-        yield
 
-
-def _relay_input(layer: int, see: Callable[[int, Tensor], None]) -> Callable[..., None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
         see(layer, args[0].reshape(-1, args[0].shape[-1]))
 
-    return hook
+    return registered(
+        block.residual.norm.register_forward_pre_hook(partial(hook, block.layer))
+        for block in blocks
+        if block.residual is not None
+    )
 
 
 @contextmanager
@@ -172,8 +170,6 @@ def route(router: nn.Module, call: RouterCall) -> Routed:
 
 
 class _Tape(TorchFunctionMode):
-    """Records the results of all operations, in order."""
-
     def __init__(self) -> None:
         super().__init__()
         self.results: list[tuple[str, Any]] = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expertcut.errors import ContractError
-from expertcut.models.validate import expert_count, with_expert_count
+from expertcut.models.validate import expert_count, lost_weights, with_expert_count
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MAX_REASON = 300
@@ -73,12 +73,7 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
         raise ContractError(
             f"{what} could not be loaded: {reason}: this form is not supported"
         ) from None
-    lost = sorted(info["missing_keys"])
-    lost += sorted(
-        f"{name} of shape {list(wanted)} (it would have {list(found)})"
-        for name, found, wanted in info["mismatched_keys"]
-    )
-    if lost:
+    if lost := lost_weights(info, "would have"):
         raise ContractError(
             f"{what} would lack {len(lost)} of the model's weights, first {lost[0]}: this form is "
             "not supported"

@@ -168,7 +168,6 @@ def _refuse_forgotten_files(folder: Path, indexed: set[str]) -> None:
 
 
 def _is_file_name(name: object) -> bool:
-    """Whether it is a plain file name on every system."""
     is_text = isinstance(name, str) and name.endswith(".safetensors")
     return is_text and len(str(name)) <= _MAX_NAME and not set("/\\:\0") & set(str(name))
 

@@ -366,18 +366,21 @@ def _most_values(tensor: StoredTensor) -> int:
     return (tensor.end - tensor.begin) * _VALUES_PER_QUANTIZED_BYTE
 
 
+def lost_weights(info: Mapping[str, Any], has: str = "has") -> list[str]:
+    """The weights that loading did not find, or found in another shape."""
+    return sorted(info["missing_keys"]) + sorted(
+        f"{name} of shape {list(wanted)} (it {has} {list(found)})"
+        for name, found, wanted in info["mismatched_keys"]
+    )
+
+
 def check_complete(folder: Path, info: dict[str, Any]) -> None:
     """Checks that the files held every weight in its shape; warns of surplus tensors.
 
     Raises:
         ModelError: a weight is missing.
     """
-    lost = sorted(info["missing_keys"])
-    lost += sorted(
-        f"{name} of shape {list(wanted)} (it has {list(found)})"
-        for name, found, wanted in info["mismatched_keys"]
-    )
-    if lost:
+    if lost := lost_weights(info):
         raise ModelError(
             f"{weights_file(folder)} lacks {len(lost)} of the model's weights, first {lost[0]}"
         )

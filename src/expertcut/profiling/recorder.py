@@ -237,7 +237,6 @@ def _factors(blocks: Sequence[MoeBlock]) -> dict[int, tuple[float, float]]:
 
 
 def _on(routing: Routing, device: torch.device) -> Routing:
-    """The routing on the recorder's device."""
     moved: dict[str, Any] = {
         k: v.to(device) for k, v in vars(routing).items() if isinstance(v, torch.Tensor)
     }
@@ -392,7 +391,6 @@ class TokenSums:
     def _contributions(
         self, layer: int, weighted_TE: Tensor, output_TD: Tensor, routing: Routing | None
     ) -> None:
-        """Adds Borda votes and shifts; pads have weight 0."""
         assert routing is not None, "a block's router runs before its experts"
         self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
         if output_TD.shape != routing.input_TD.shape:
@@ -408,7 +406,6 @@ class TokenSums:
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
     def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:
-        """Adds amounts of all or of valid tokens."""
         self.sums[NAMES.index(name), self.part, layer] += amount_TE.sum(dim=0)
         if self.in_calibration_T is not None:
             counts_T = self.in_calibration_T if valid_T is None else self.in_calibration_T[valid_T]

@@ -5,7 +5,7 @@ Replay: passes run again from a later layer on, because nothing before a changed
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expertcut.errors import ModelError
 from expertcut.models.devices import give_back, is_out_of_memory
-from expertcut.models.hooks import own_forward, replaced_forward
+from expertcut.models.hooks import own_forward, registered, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring.attention import Prefix, Split, attending
@@ -297,7 +297,6 @@ class Run:
         return result
 
     def _enter(self, stack: ExitStack, step: Pass) -> None:
-        """Enters the contexts of one pass."""
         last, keeps_all = self.how.last_layer, self.watch.keeps_all
         if self.splits:
             lengths_N = step.answers_N.diff(prepend=torch.tensor([-1]))
@@ -334,17 +333,15 @@ class Replay:
         n_kept = budget_bytes // (n_tokens * weight.shape[1] * weight.element_size())
         self.starts = tuple(numbers[:n_kept])
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> AbstractContextManager[None]:
         """Stores the inputs of the layers that later runs may start at."""
-        with ExitStack() as stack:
-            for number in self.starts:
-                self.outputs[number] = []
-                handle = self.decoders[number - 1].register_forward_hook(
-                    lambda _module, _args, output, kept=self.outputs[number]: kept.append(output)
-                )
-                stack.callback(handle.remove)
-            yield
+        self.outputs = {number: [] for number in self.starts}
+        return registered(
+            self.decoders[number - 1].register_forward_hook(
+                lambda _module, _args, output, kept=kept: kept.append(output)
+            )
+            for number, kept in self.outputs.items()
+        )
 
     @contextmanager
     def starting_at(self, layer: int) -> Iterator[None]:
