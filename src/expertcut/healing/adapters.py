@@ -1,4 +1,4 @@
-"""Low-rank adapters in training, and how they become weights of the checkpoint."""
+"""Low-rank adapters in training, and their merge into the weights of the checkpoint."""
 
 import json
 import re
@@ -27,16 +27,16 @@ from expertcut.models.moe_block import MoeBlock
 
 ADAPTER = "default"
 _ATTENTION = re.compile(r"attn|attention")
-_NEIGHBOURS = 4  # parameters whose tensors lie mixed with one another on disk
+_NEIGHBOURS = 4  # parameters whose tensors alternate on disk
 
 
 def adapted(moe: MoeModel, settings: HealSettings) -> Any:
-    """The model with adapters that change nothing yet, the only weights with gradients.
+    """A peft model whose adapters change nothing yet and are all that is trained.
 
-    The blocks of `models` stay valid: their modules are wrapped, not replaced.
+    The blocks of `moe` stay valid: their modules are wrapped, not replaced.
 
     Raises:
-        ModelError: nothing there to adapt.
+        ModelError: a target that the model does not have.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -45,7 +45,7 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha or settings.rank,
-        lora_dropout=0.0,  # cannot be had for fused experts
+        lora_dropout=0.0,  # not supported for fused experts
         target_modules=modules or None,
         target_parameters=parameters or None,
     )
@@ -55,7 +55,7 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
 
 
 def load_adapter(moe: MoeModel, folder: Path) -> None:
-    """Puts adapters that were written on a model."""
+    """Adds written adapters to a model."""
     from peft import PeftModel
 
     with _unwarned():
@@ -63,21 +63,21 @@ def load_adapter(moe: MoeModel, folder: Path) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Puts written weights in the adapters that a model has."""
+    """Loads written weights into the adapters of a peft model."""
     with _unwarned():
         model.load_adapter(str(folder), ADAPTER)
 
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Peft asks transformers for a name that it gave up."""
+    """Hides a warning: peft uses a deprecated name of transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 def deltas(model: Any) -> Iterator[tuple[str, Any]]:
-    """What adapters add, by the name of the parameter: a function of nothing for each."""
+    """The change of each adapted parameter by name, as a function that computes it."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -94,13 +94,13 @@ class _Delta:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the parameter."""
+        """Shape of the parameter."""
         parameter: Tensor = getattr(self.module.get_base_layer(), self.parameter)
         return parameter.shape
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """In float32, of the parameter's shape; peft's own is rounded to the parameter's dtype."""
+        """The change in float32; peft rounds it to the parameter's dtype."""
         a_RI, b_OR = (
             factors[ADAPTER].weight.float().cpu()
             for factors in (self.module.lora_A, self.module.lora_B)
@@ -109,20 +109,20 @@ class _Delta:
         a_ERI = a_RI.reshape(n_experts, -1, a_RI.shape[-1])
         b_ORE = b_OR.reshape(b_OR.shape[0], -1, n_experts)
         added_EOI = torch.einsum("o r e, e r i -> e o i", b_ORE, a_ERI)
-        if getattr(self.module.get_base_layer(), "is_transposed", False):  # as GPT-OSS has them
+        if getattr(self.module.get_base_layer(), "is_transposed", False):  # as in GPT-OSS
             added_EOI = added_EOI.transpose(1, 2)
         scaled: Tensor = added_EOI * self.module.scaling[ADAPTER]
         return scaled.reshape(self.shape)
 
 
-def _targets(moe: MoeModel, asked: tuple[Target, ...]) -> tuple[list[str], list[str]]:
-    """Names of linear layers, and of parameters, as short as they are unambiguous."""
+def _targets(moe: MoeModel, targets: tuple[Target, ...]) -> tuple[list[str], list[str]]:
+    """Names of linear layers and of parameters, as short as unambiguous."""
     modules, parameters = list[str](), list[str]()
-    if "attention" in asked:
+    if "attention" in targets:
         modules = _attention(moe)
-    if "experts" in asked:
+    if "experts" in targets:
         parameters += [name for block in moe.blocks for name in _experts(block)]
-    if "gate" in asked:
+    if "gate" in targets:
         parameters += [name for block in moe.blocks for name in _gate(block)]
     linear = [n for n, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
     known = [name for name, _ in moe.model.named_parameters()]
@@ -155,28 +155,27 @@ def _gate(block: MoeBlock) -> list[str]:
 
 
 def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]:
-    """Endings of so many parts where they name just what is wanted, else full names."""
+    """Endings of `n_parts` parts if they name exactly the wanted ones, else full names."""
     endings = sorted({".".join(name.split(".")[-n_parts:]) for name in wanted})
     meant = [name for name in known if any(f".{name}".endswith(f".{end}") for end in endings)]
     return endings if sorted(meant) == sorted(wanted) else sorted(wanted)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where on disk a part of what is added to one parameter goes."""
+class _Target:
+    """A tensor on disk that a parameter's change is added to."""
 
     parameter: str
     shape: tuple[int, ...]
 
 
 def write_merged(source: Source, model: Any, folder: Path) -> None:
-    """Adds what the adapters of a peft model add to the weights on disk, rounded once.
+    """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once.
 
-    Tensors are added to one at a time, in float32. Constants of layout exact that have names of
-    before are given those of today.
+    Constants of layout exact get today's names.
 
     Raises:
-        ContractError: a family whose names on disk cannot be told from those of the model.
+        ContractError: a family whose names on disk do not follow from those of the model.
         OutputError: too little space.
     """
     write_checkpoint(source.path, folder, merged_rewrite(source, model), stored=source.stored)
@@ -192,15 +191,15 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
 
 
 def merged_rewrite(source: Source, model: Any) -> Rewrite:
-    """What becomes of each tensor on disk."""
+    """The change of each tensor on disk."""
     base, added = model.get_base_model(), dict(deltas(model))
     stored = source.headers
     places = dict(_places(base, {name: delta.shape for name, delta in added.items()}))
     for name, place in places.items():
         if name not in stored or stored[name].shape != place.shape:
             raise ContractError(
-                f"{source.id}: what is added to {place.parameter} would go to {name} "
-                f"{list(place.shape)}, which is not there: keep the adapter, with --adapter"
+                f"{source.id}: the change of {place.parameter} belongs to {name} "
+                f"{list(place.shape)}, which does not exist: keep the adapter, with --adapter"
             )
 
     @lru_cache(maxsize=_NEIGHBOURS)
@@ -214,17 +213,17 @@ def merged_rewrite(source: Source, model: Any) -> Rewrite:
     return Rewrite(renamed=earlier_constants(stored), changed=changed)
 
 
-def _places(base: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, _Place]]:
+def _places(base: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, _Target]]:
     for parameter, shape in shapes.items():
         nothing = torch.empty(shape, device="meta")
         for name, part in _on_disk(base, parameter, nothing).items():
-            yield name, _Place(parameter, tuple(part.shape))
+            yield name, _Target(parameter, tuple(part.shape))
 
 
 def _on_disk(base: Any, parameter: str, values: Tensor) -> dict[str, Tensor]:
-    """A parameter under the names that the checkpoint has: by what transformers saves it with.
+    """A parameter under its names in the checkpoint, by the conversions of transformers.
 
-    Those conversions cut, turn and stack, so that sums go through them unchanged.
+    They only slice, transpose and stack, so that sums are preserved.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -237,7 +236,7 @@ def _plus(name: str, parts: Callable[[], dict[str, Tensor]], before: Tensor) -> 
 
 
 def write_adapter(source: Source, model: Any, folder: Path) -> None:
-    """The adapters of a peft model in peft's own form; they name the checkpoint as their base."""
+    """Writes the adapters in peft's format, with the checkpoint as their base model."""
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path = source.id
     for names in ("target_modules", "target_parameters"):

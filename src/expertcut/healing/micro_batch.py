@@ -117,7 +117,7 @@ def choose_micro_batch(
     moe: MoeModel,
     run: Any,
     projection: Projection,
-    read: TrainingData,
+    data: TrainingData,
     settings: HealSettings,
     folder: Path,
 ) -> MicroBatch:
@@ -128,7 +128,7 @@ def choose_micro_batch(
     if settings.micro_batch is not None:
         chosen = MicroBatch(settings.micro_batch, "--micro-batch-size", file)
     else:
-        needs = estimate_memory(moe, run, projection, longest_row(read, settings), settings)
+        needs = estimate_memory(moe, run, projection, longest_row(data, settings), settings)
         chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)
         chosen.rows = min(gather_object([chosen.rows]))
     if recorded not in (None, chosen.rows):
@@ -175,11 +175,11 @@ def _recorded(file: Path) -> int | None:
     return found.rows if found.rows > 0 else None
 
 
-def longest_row(read: TrainingData, settings: HealSettings) -> int:
+def longest_row(data: TrainingData, settings: HealSettings) -> int:
     """Tokens of the longest row, held out or among the first training rows."""
-    rows = read.rows(min(settings.steps * settings.batch, _LOOKED_AT))
+    rows = data.rows(min(settings.steps * settings.batch, _LOOKED_AT))
     trained = (len(rows[at][1].ids) for at in range(len(rows)))
-    return max(*trained, *(len(row.ids) for row in read.held_out))
+    return max(*trained, *(len(row.ids) for row in data.held_out))
 
 
 def estimate_memory(

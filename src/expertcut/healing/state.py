@@ -245,7 +245,7 @@ class RunIdentity(Record):
         base: Source | None,
         objective: str,
         settings: HealSettings,
-        read: TrainingData,
+        data: TrainingData,
     ) -> Self:
         """Models and questions are identified by content."""
         whole = settings.recorded()
@@ -255,24 +255,24 @@ class RunIdentity(Record):
             dtype=str(moe.dtype),
             teacher=None if base is None else base.fingerprint,
             objective=objective,
-            rows_hash=_hash(_rows(read)),
-            scored_hash=_hash(_scored(read)),
+            rows_hash=_hash(_rows(data)),
+            scored_hash=_hash(_scored(data)),
             **{key: whole[key] for key in ("likeliest", "data", "lora", "training")},
         )
 
 
-def _rows(read: TrainingData) -> Iterator[object]:
+def _rows(data: TrainingData) -> Iterator[object]:
     """Held-out rows and one epoch of training rows; later epochs follow from the seed."""
-    yield from read.held_out
-    for part in read.parts:
+    yield from data.held_out
+    for part in data.parts:
         yield from part.shuffled(random.Random(0))
 
 
-def _scored(read: TrainingData) -> Iterator[object]:
+def _scored(data: TrainingData) -> Iterator[object]:
     """The questions that may score the result, and those kept out for that."""
-    for quiz in (read.scored, read.held_out_quiz):
+    for quiz in (data.scored, data.held_out_quiz):
         yield None if quiz is None else _questions(quiz)
-    yield from (read.dropped, sorted(line.split()[0] for line in read.hashes))
+    yield from (data.dropped, sorted(line.split()[0] for line in data.hashes))
 
 
 def _questions(quiz: Quiz) -> list[tuple[str, str]]:

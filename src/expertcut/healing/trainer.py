@@ -1,4 +1,4 @@
-"""transformers' Trainer with losses of its own and no pickle, and one training run with it."""
+"""One training run with a subclass of transformers' Trainer: own losses, no pickle."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,10 +52,10 @@ from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 
-Reduce = Callable[[Tensor], Tensor]  # the sum over all processes
+Reduce = Callable[[Tensor], Tensor]  # sum over all processes
 T = TypeVar("T")
-Report = Callable[[int, int], None]  # steps done, of how many
-Tell = Callable[[str], None]  # a sentence about how it will run
+Report = Callable[[int, int], None]  # steps done, all steps
+Tell = Callable[[str], None]  # a sentence for the user
 _FINITE = {
     "loss": "its loss",
     "grad_norm": "the norm of its gradient",
@@ -64,12 +64,12 @@ _FINITE = {
 
 
 class Balance:
-    """Σ_e f_e · P_e · E, the mean over blocks: 1 where all experts serve equally often.
+    """Load-balancing loss Σ_e f_e · P_e · E, the mean over blocks: 1 at equal load.
 
-    f_e is the share of choices that expert e was, P_e its mean probability (Switch Transformer,
-    arXiv:2101.03961, equations 4 to 6), both over all tokens of a step: of a micro-batch of one
-    subject nobody wants a balance (arXiv:2501.11873). So f is counted before, in passes of their
-    own where a step has several, and a micro-batch's loss is its tokens' share of the whole.
+    f_e is expert e's share of the choices, P_e its mean probability (Switch Transformer,
+    arXiv:2101.03961, equations 4 to 6), over all tokens of a step and not of a micro-batch
+    (arXiv:2501.11873). So f is counted first, in separate passes if a step has several
+    micro-batches, and a micro-batch's loss is its tokens' share of the whole.
     """
 
     def __init__(self, blocks: Sequence[MoeBlock], reduce: Reduce) -> None:
@@ -79,21 +79,20 @@ class Balance:
         self.begin()
 
     def begin(self) -> None:
-        """A new optimizer step."""
+        """Starts a new optimizer step."""
         self.own: dict[int, Tensor] = {}
         self.counts: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keeps what routers decide in a forward pass."""
+        """Records the routing of a forward pass."""
         self.seen = {}
-        # Nothing is computed in the hook: under gradient checkpointing it would be part of what is
-        # computed again.
+        # The hook computes nothing: gradient checkpointing would compute it again.
         with observe_routers(self.blocks, lambda r: self.seen.update({r.layer: r})):
             yield
 
     def count(self, mask_BS: Tensor) -> None:
-        """Adds the choices of the pass that was watched, pads left out."""
+        """Adds the choices of the recorded pass, without padding."""
         real_T = mask_BS.reshape(-1).bool()
         for block in self.blocks:
             chosen = self.seen[block.layer].experts_TK[real_T].flatten()
@@ -101,14 +100,11 @@ class Balance:
             self.own[block.layer] = self.own.get(block.layer, 0) + own_E
 
     def share(self) -> None:
-        """Adds up what all processes counted."""
+        """Sums the counts of all processes."""
         self.counts = {layer: self.reduce(own_E) for layer, own_E in self.own.items()}
 
     def loss(self, mask_BS: Tensor) -> Tensor:
-        """Of the pass that was watched: its part of the step's loss.
-
-        Where nothing was counted before, the pass is the whole step.
-        """
+        """The recorded pass's part of the step's loss; without counts it is the whole step."""
         if not self.counts:
             self.count(mask_BS)
             self.share()
@@ -127,7 +123,7 @@ class Balance:
 
 
 class HealTrainer(Trainer):
-    """Trains adapters on rows in the order given, as `Rows` has them."""
+    """Trains adapters on rows in the order of `Rows`."""
 
     objective: Objective
     teacher: Teacher | None
@@ -144,7 +140,7 @@ class HealTrainer(Trainer):
         self.balance_weight = 0.0
         self.moe = moe
         self.projection = Projection(moe)
-        # Labels are those of the next token already, and are counted over the global batch.
+        # Labels are shifted already, and counted over the global batch.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
         self.can_return_loss = True
@@ -155,17 +151,16 @@ class HealTrainer(Trainer):
             )
 
     def add_balance(self, weight: float) -> None:
-        """The load-balancing loss beside the objective."""
+        """Adds the load-balancing loss to the objective."""
         self.balance_weight = weight
         self.balance = Balance(self.moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """A step's share of this process, cut into micro-batches; gradients are left in weights.
+        """This process's share of a step, in micro-batches; leaves gradients in the weights.
 
-        DistributedDataParallel is passed by: processes add their gradients up here, once all of
-        them have had memory enough.
+        Not by DistributedDataParallel: gradients are summed once all processes had enough memory.
         """
         self.model.train()
         batch = longest_first(self._prepare_inputs(inputs))
@@ -175,7 +170,7 @@ class HealTrainer(Trainer):
         def of_step(n_rows: int) -> Tensor:
             pieces = list(cut_rows(batch, n_rows))
             if self.balance is not None and not is_shared:
-                self.balance.begin()  # one pass of all rows counts by itself
+                self.balance.begin()  # a pass over all rows counts by itself
                 if len(pieces) > 1:
                     self._count_loads(self.balance, pieces)
                     self.balance.share()
@@ -202,7 +197,7 @@ class HealTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Per position that is trained on in the global batch; without gradients."""
+        """Loss per trained position of the global batch, without gradients."""
         batch = longest_first(inputs)
         n_items = self._n_items(batch, num_items_in_batch)
 
@@ -218,10 +213,7 @@ class HealTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _n_items(self, batch: Batch, n_items: Tensor | int | None) -> float:
-        """What a sum of losses is divided by.
-
-        Over processes the mean is taken, of what is a share of the sum.
-        """
+        """The divisor of a sum of losses; the mean over processes is taken later."""
         if n_items is None:
             return max(1, int((batch["labels"] != IGNORED).sum()))
         n_processes: int = self.accelerator.num_processes
@@ -230,38 +222,38 @@ class HealTrainer(Trainer):
     def _loss(self, batch: Batch, n_items: float) -> Tensor:
         """A micro-batch's part of the loss."""
         at_BS = batch["labels"] != IGNORED
-        # Before the other model's pass, whose activations are kept until its gradients are there.
-        said = None if self.teacher is None else self.teacher(batch, at_BS)
+        # Before the student's pass, whose activations are kept for its gradients.
+        taught = None if self.teacher is None else self.teacher(batch, at_BS)
         if self.balance is None or not self.model.training:
-            return self._objective(self._hidden(batch), batch, said) / n_items
+            return self._objective(self._hidden(batch), batch, taught) / n_items
         with self.balance.watching():
             hidden_BSH = self._hidden(batch)
-        loss = self._objective(hidden_BSH, batch, said) / n_items
+        loss = self._objective(hidden_BSH, batch, taught) / n_items
         balance = self.balance.loss(batch["attention_mask"])
         n_processes: int = self.accelerator.num_processes
         return loss + self.balance_weight * balance * n_processes
 
     def _hidden(self, batch: Batch) -> Tensor:
-        trim()  # passes over rows of ever other lengths leave gaps that add up
+        trim()  # passes over rows of different lengths fragment memory
         ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"]
         hidden_BSH = self.projection.hidden(self.model, ids_BS, mask_BS)
         trim()
         return hidden_BSH
 
-    def _objective(self, hidden_BSH: Tensor, batch: Batch, said: TopLogprobs | None) -> Tensor:
+    def _objective(self, hidden_BSH: Tensor, batch: Batch, taught: TopLogprobs | None) -> Tensor:
         """The weighted sum over positions."""
         at_BS = batch["labels"] != IGNORED
         next_M, weight_M = batch["labels"][at_BS], batch["weight_BS"][at_BS]
 
         def of_chunk(logits_NV: Tensor, at: slice) -> Tensor:
-            loss_N = self.objective.loss(logits_NV, next_M[at], said[at] if said else None)
+            loss_N = self.objective.loss(logits_NV, next_M[at], taught[at] if taught else None)
             return (loss_N * weight_M[at]).double().sum()
 
         return chunked_loss(self.projection, self.model, hidden_BSH[at_BS], of_chunk)
 
     @torch.no_grad()
     def _count_loads(self, balance: Balance, pieces: Iterable[Batch]) -> bool:
-        """Passes that only count, and leave the random state as it was for those that learn."""
+        """Passes that only count choices; they restore the random state."""
         before = random_states()
         balance.begin()
         for piece in pieces:
@@ -272,10 +264,10 @@ class HealTrainer(Trainer):
         return True
 
     def _within_memory(self, work: Callable[[int], T], batch: Batch) -> T:
-        """Work on so many rows at once; again with half of them, in all processes, if memory ends.
+        """Work on a number of rows at once; halved in all processes when memory runs out.
 
         Raises:
-            ModelError: there is not enough for one row.
+            ModelError: too little memory for one row.
         """
         before = random_states()
         while True:
@@ -292,14 +284,14 @@ class HealTrainer(Trainer):
             set_random_states(before)
 
     def _have_all(self, is_done: bool) -> bool:
-        """Whether every process had memory enough."""
+        """Whether every process had enough memory."""
         if self.accelerator.num_processes == 1:
             return is_done
         done = torch.tensor(float(is_done), device=self.args.device)
         return bool(self.accelerator.reduce(done, "mean") == 1)
 
     def _add_up_gradients(self) -> None:
-        """The mean over processes, as losses are multiplied by their number."""
+        """Averages gradients over processes; losses are multiplied by their number."""
         if self.accelerator.num_processes == 1:
             return
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -313,7 +305,7 @@ class HealTrainer(Trainer):
         return SequentialSampler(dataset)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter alone; Trainer's own would pickle its arguments beside it."""
+        """Saves the adapter only; Trainer would pickle its arguments too."""
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             model: Any = self.model
@@ -337,18 +329,15 @@ class HealTrainer(Trainer):
             load_random(Path(checkpoint), self.args.process_index)
 
     def _save_scaler(self, output_dir: str) -> None:
-        """Nothing: bfloat16 needs no scaler, and float16 is not offered."""
+        """No scaler: bfloat16 needs none, and float16 is not offered."""
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing, as above."""
+        """No scaler, as above."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What was seen: the loss of each step, and by step that of the held-out rows.
-
-    `micro_batch` rows were in memory at once.
-    """
+    """Losses of each step, and of the held-out rows by step."""
 
     losses: tuple[float, ...]
     held_out: tuple[tuple[int, float], ...]
@@ -360,7 +349,7 @@ class Curve:
 def fit(
     moe: MoeModel,
     model: Any,
-    read: TrainingData,
+    data: TrainingData,
     settings: HealSettings,
     objective: Objective,
     teacher: Teacher | None,
@@ -369,43 +358,44 @@ def fit(
     report: Report,
     tell: Tell = lambda sentence: None,
 ) -> Curve:
-    """Trains the adapters of a peft model and leaves the best in it, by held-out rows.
+    """Trains the adapters of a peft model, and loads those of the best step by held-out loss.
 
-    A run that was stopped goes on from its last state in the folder.
+    Resumes from the last state in `folder`.
 
     Raises:
-        ModelError: a loss or gradient that is no finite number, or too little memory for one row.
+        ModelError: a non-finite loss or gradient, or too little memory for one row.
         OutputError: the best state was damaged meanwhile.
-        SettingsError: a batch that cannot be shared out, or a device that Trainer does not take.
+        SettingsError: a batch that cannot be divided among the processes, or a device that Trainer
+            does not support.
     """
     trainer = HealTrainer(
         moe, objective, teacher,
         model=model,
         args=_arguments(moe, settings, folder),
-        train_dataset=read.rows(settings.steps * settings.batch),
-        eval_dataset=read.fixed(settings.steps * settings.batch),
+        train_dataset=data.rows(settings.steps * settings.batch),
+        eval_dataset=data.fixed(settings.steps * settings.batch),
         data_collator=Collator(
             objective.where, _pad_id(moe), settings.answer_weight_for(objective.name)
         ),
         callbacks=[_Watch(settings, folder), _Progress(report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
-    trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, read, settings, folder)
+    trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, data, settings, folder)
     tell(trainer.micro_batch.sentence(settings.batch))
     if settings.balance:
         trainer.add_balance(settings.balance)
     state = _trained(trainer, settings, folder)
     best = best_step(state)
-    trainer.accelerator.wait_for_everyone()  # the first has written the last state
+    trainer.accelerator.wait_for_everyone()  # until the first one has written the last state
     load_best(model, folder, best)
-    trainer.accelerator.wait_for_everyone()  # each has read the best adapters
+    trainer.accelerator.wait_for_everyone()  # until each has read the best adapters
     losses = (train_losses(state), held_out_losses(state))
     return Curve(*losses, best, state.global_step, trainer.micro_batch.rows)
 
 
 def _trained(trainer: HealTrainer, settings: HealSettings, folder: Path) -> TrainerState:
-    """Where the run ended, now or before: a stop may have come after its last step."""
-    with PartialState().main_process_first():  # it clears up what the others then do not find
+    """The final state; an earlier run may have been interrupted after its last step."""
+    with PartialState().main_process_first():  # it removes damaged states first
         last = last_usable(folder)
     if last is not None and is_over(last, settings):
         return last
@@ -417,7 +407,7 @@ def _trained(trainer: HealTrainer, settings: HealSettings, folder: Path) -> Trai
 
 def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingArguments:
     n_processes = TrainingArguments(str(folder), use_cpu=moe.device.type == "cpu").world_size
-    # Trainer's batches are whole steps: HealTrainer cuts them, so that no state depends on how.
+    # Trainer's batches are whole steps; HealTrainer cuts them, so that no state depends on it.
     share = share_of_process(settings.batch, n_processes, settings.micro_batch)
     is_cuda = moe.device.type == "cuda"
     every = min(settings.check_every, settings.steps)
@@ -439,7 +429,7 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
         save_strategy="steps",
         save_steps=every,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would tell 0 instead
+        logging_nan_inf_filter=False,  # it would report 0 instead
         remove_unused_columns=False,
         dataloader_pin_memory=is_cuda,
         disable_tqdm=True,
@@ -449,24 +439,24 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
 
 
 def _on_one_device(arguments: TrainingArguments, device: torch.device) -> TrainingArguments:
-    """Where the model is; of several that one process sees, Trainer would take the first, or all.
+    """Uses the model's device; Trainer would take the first of several, or all.
 
     Raises:
-        SettingsError: it would run elsewhere.
+        SettingsError: Trainer would run on another device.
     """
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel: other batches, other hooks
     theirs = arguments.device
     is_same = theirs.type == device.type and (theirs.type == "cpu" or theirs.index == device.index)
     if not is_same:  # CPUs are numbered by process
         raise SettingsError(
-            f"--device {device}: training would run on {theirs}: leave --device out, "
-            "and choose one of several by CUDA_VISIBLE_DEVICES"
+            f"--device {device}: training would run on {theirs}: omit --device, "
+            "and choose a device by CUDA_VISIBLE_DEVICES"
         )
     return arguments
 
 
 def _memory(settings: HealSettings) -> dict[str, Any]:
-    """Activations computed again instead of kept; transformers renamed the option."""
+    """Options of gradient checkpointing; transformers renamed them."""
     if not settings.save_memory:
         return {}
     known = TrainingArguments.__dataclass_fields__
@@ -480,21 +470,21 @@ def _pad_id(moe: MoeModel) -> int:
 
 
 def _check_finite(step: int, logs: Mapping[str, float]) -> None:
-    """Before a state is written: with a norm that is none, weights would be none after this step.
+    """Checks losses and norms before a state is written.
 
     Raises:
-        ModelError: a number that is none.
+        ModelError: a non-finite number.
     """
-    for name, said in _FINITE.items():
-        if not isfinite(found := logs.get(name, 0.0)):
+    for name, what in _FINITE.items():
+        if not isfinite(value := logs.get(name, 0.0)):
             raise ModelError(
-                f"training broke at step {step}: {said} is {found}: nothing is written; name "
+                f"training broke at step {step}: {what} is {value}: nothing is written; name "
                 "another --out and a lower --learning-rate, or --dtype float32"
             )
 
 
 class _Watch(TrainerCallback):
-    """Ends a run that gains no more or breaks, and keeps two of its states."""
+    """Stops a run when patience runs out or a loss is not finite; keeps two states."""
 
     def __init__(self, settings: HealSettings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
@@ -512,7 +502,7 @@ class _Watch(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """Tells how many steps are done."""
+    """Reports finished steps."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
