@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
+from expertcut.commands import CheckpointSettings, SilentUI
 from expertcut.commands import eval as eval_command
 from expertcut.commands import heal as heal_command
 from expertcut.commands import merge as merge_command
@@ -24,7 +25,6 @@ from expertcut.commands import prune as prune_command
 from expertcut.commands import publish as publish_command
 from expertcut.commands import report as report_command
 from expertcut.commands import reweight as reweight_command
-from expertcut.commands.common import CheckpointSettings, SilentUI
 from expertcut.edits.criteria import compare as compare_criteria
 from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, load_plan
 from expertcut.errors import SettingsError

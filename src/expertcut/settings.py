@@ -77,7 +77,7 @@ def _there(text: str) -> None:
         refuse(f"{text[:200]!a} is not there: give an existing path, or an id of the Hub")
 
 
-def below_here(text: str) -> None:
+def _below_here(text: str) -> None:
     """A folder that an untrusted recipe may write to."""
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text or text.startswith("~"):
@@ -89,7 +89,8 @@ Texts = Annotated[list[Text], BeforeValidator(as_list)]
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Count = Annotated[int, Field(ge=1)]
 Source = Annotated[str, AfterValidator(in_recipe_only(_there))]
-Folder = Annotated[str, AfterValidator(in_recipe_only(below_here))]
+Folder = Annotated[str, AfterValidator(in_recipe_only(_below_here))]
+WorkFolder = Annotated[FilePath, AfterValidator(in_recipe_only(_below_here))]
 
 
 class Settings(BaseModel):

@@ -14,12 +14,11 @@ from pydantic import ValidationError
 
 from expertcut.cli import COMMANDS
 from expertcut.cli.options import add_command
-from expertcut.commands import profile, prune, show
-from expertcut.commands.common import SilentUI
+from expertcut.commands import SilentUI, profile, prune, show
 from expertcut.commands.prune import PruneSettings
 from expertcut.edits.plan import load_plan
 from expertcut.errors import SettingsError
-from expertcut.recipes.loader import read_recipe
+from expertcut.recipes.recipe_schema import read_recipe
 from expertcut.recipes.stages import stages_of
 from expertcut.settings import IN_RECIPE, Settings, option, shown
 

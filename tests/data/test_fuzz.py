@@ -23,8 +23,7 @@ from expertcut.files import HIDDEN, parse_json, without_secrets
 from expertcut.models.devices import _limits
 from expertcut.profiling.schema import ProfileInfo
 from expertcut.profiling.storage import Profile, load_profile, read_chunk, write_chunk
-from expertcut.recipes.loader import read_recipe
-from expertcut.recipes.recipe_schema import Recipe
+from expertcut.recipes.recipe_schema import Recipe, read_recipe
 from tests.support.hand_made import block, profile_info, random_chunk, random_profile
 from tests.support.readable import (
     FEW,

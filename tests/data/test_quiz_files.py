@@ -10,7 +10,7 @@ from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError, QuizError, RecipeError
 from expertcut.healing.rows import read_texts
 from expertcut.models.checkpoint_dir import read_config
-from expertcut.recipes.loader import read_recipe
+from expertcut.recipes.recipe_schema import read_recipe
 
 MARK = b"\xef\xbb\xbf"
 ROWS = b"Which is a bird?,heron,cloud,inlet,lemon,A\nWhich is a tree?,heron,birch,inlet,lemon,B\n"

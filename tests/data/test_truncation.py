@@ -18,7 +18,7 @@ from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.evaluation.results import load_results
 from expertcut.evaluation.search_results import load_audit, load_sweep
 from expertcut.profiling.storage import CUT, load_profile
-from expertcut.recipes.loader import read_recipe
+from expertcut.recipes.recipe_schema import read_recipe
 from expertcut.recipes.stages import stages_of
 from expertcut.scoring.engine import Context, Engine, context_length
 from tests.conftest import SUBJECTS, Commands, make_checkpoint, open_model

@@ -11,17 +11,19 @@ import pytest
 from expertcut.checkpoints.prune_edit import removed_experts
 from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.budget import (
-    counts,
-    normalised,
-    share_out,
-    wanted_count,
-)
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings, read_size
 from expertcut.edits.ranking import Ranking, rank
-from expertcut.edits.selection import Pruning, choose, cut
+from expertcut.edits.selection import (
+    Pruning,
+    choose,
+    counts,
+    cut,
+    normalised,
+    share_out,
+    wanted_count,
+)
 from expertcut.errors import PlanError, SettingsError
 from expertcut.models.load import find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions

@@ -10,7 +10,7 @@ from expertcut.cli import main
 from expertcut.errors import QuizError, RecipeError
 from expertcut.evaluation.results import load_results
 from expertcut.healing.heal_settings import HealSettings
-from expertcut.recipes.loader import read_recipe
+from expertcut.recipes.recipe_schema import read_recipe
 from expertcut.recipes.stage_runs import heal_settings
 from expertcut.recipes.stages import stages_of
 from tests.conftest import make_checkpoint, write_quiz

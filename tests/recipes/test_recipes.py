@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.commands.common import SilentUI
+from expertcut.commands import SilentUI
 from expertcut.errors import OutputError, PlanError, RecipeError
-from expertcut.recipes.loader import MAX_BYTES, MAX_DEPTH, read_recipe
-from expertcut.recipes.run_recipe import RunSettings, run
+from expertcut.recipes import RunSettings, run
+from expertcut.recipes.recipe_schema import MAX_BYTES, MAX_DEPTH, read_recipe
 from expertcut.recipes.stage_runs import Outcome
 from expertcut.recipes.stages import stages_of
 from tests.conftest import make_checkpoint, write_quiz

@@ -9,13 +9,12 @@ from torch import nn
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
-from expertcut.edits.budget import counts
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.ranking import Ranking, expressions_of, rank
-from expertcut.edits.selection import Pruning, choose, cut
+from expertcut.edits.selection import Pruning, choose, counts, cut
 from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
 from expertcut.models.moe_block import MoeBlock

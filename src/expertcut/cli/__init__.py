@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from expertcut import __version__
+from expertcut import __version__, recipes
 from expertcut.cli.options import add_command
 from expertcut.cli.progress import (
     GO_ON,
@@ -37,7 +37,6 @@ from expertcut.commands import (
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
-from expertcut.recipes import run_recipe
 from expertcut.reporting.tables import printable
 from expertcut.settings import Settings
 
@@ -68,7 +67,7 @@ COMMANDS: tuple[tuple[str, type[Settings], Callable[..., object]], ...] = (
     ("eval", eval.EvalSettings, eval.run),
     ("report", report.ReportSettings, report.run),
     ("publish", publish.PublishSettings, publish.run),
-    ("run", run_recipe.RunSettings, run_recipe.run),
+    ("run", recipes.RunSettings, recipes.run),
 )
 
 

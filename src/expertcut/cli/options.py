@@ -10,7 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from expertcut.commands.common import JUDGING, MODEL, OUTPUT
+from expertcut.commands import JUDGING, MODEL, OUTPUT
 from expertcut.edits.edit_settings import CRITERIA_HERE
 from expertcut.settings import Settings, flag_of, shown
 

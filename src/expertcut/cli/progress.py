@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from expertcut.commands.common import UI
+from expertcut.commands import UI
 from expertcut.errors import OutputError
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands.common import OUTPUT, UI, ProfiledSettings, SilentUI, choosing_profile
+from expertcut.commands import OUTPUT, UI, ProfiledSettings, SilentUI, choosing_profile
 from expertcut.edits import edit_settings
 from expertcut.settings import FilePath, option
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands.common import OUTPUT, UI, ModelSettings, SilentUI
+from expertcut.commands import OUTPUT, UI, ModelSettings, SilentUI
 from expertcut.healing import heal_settings
 from expertcut.settings import FilePath, option
 

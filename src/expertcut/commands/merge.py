@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands.common import (
+from expertcut.commands import (
     UI,
     CheckpointSettings,
     SilentUI,

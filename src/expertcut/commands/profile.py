@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands.common import MODEL, OUTPUT, UI, BatchSettings, SilentUI, SplitSettings
+from expertcut.commands import MODEL, OUTPUT, UI, BatchSettings, SilentUI, SplitSettings
 from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:

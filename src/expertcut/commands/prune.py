@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, model_validator
 
-from expertcut.commands.common import (
+from expertcut.commands import (
     UI,
     CheckpointSettings,
     SilentUI,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator
 
-from expertcut.commands.common import UI, SilentUI
+from expertcut.commands import UI, SilentUI
 from expertcut.settings import FilePath, Settings, as_list, like, option
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from expertcut.commands.common import OUTPUT, UI, SilentUI
+from expertcut.commands import OUTPUT, UI, SilentUI
 from expertcut.settings import FilePath, Settings, option
 
 

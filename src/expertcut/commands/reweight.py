@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands.common import (
+from expertcut.commands import (
     UI,
     CheckpointSettings,
     SilentUI,

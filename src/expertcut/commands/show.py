@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands.common import UI, SilentUI
+from expertcut.commands import UI, SilentUI
 from expertcut.settings import FilePath, Settings, option
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.simulate import apply_at_runtime
-from expertcut.edits.budget import as_numbers, normalised
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings, CutSettings
@@ -24,6 +23,7 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.ranking import empty_draft, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
+from expertcut.edits.selection import as_numbers, normalised
 from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome

@@ -9,11 +9,11 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
-from expertcut.edits.budget import counts, wanted_count
 from expertcut.edits.criteria import CRITERIA, criterion_name
 from expertcut.edits.edit_settings import Budget, CutSettings
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import Expert, Fold, PlanModel, Positions, Removed
+from expertcut.edits.selection import counts, wanted_count
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.results import ChosenOnResult, load_outcome
 from expertcut.profiling.schema import BlockInfo, ProfileInfo, Settings

@@ -1,14 +1,12 @@
 """The options of `heal`: what to train on, the objective, the adapters, and how long to train."""
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from expertcut.data import DEFAULT_QUIZ, Truncate
 from expertcut.data.sources import Weighted
-from expertcut.settings import Settings, option
+from expertcut.settings import Settings, Source, WorkFolder, option, refuse
 
 ObjectiveName = Literal["distill", "answer", "lm"]
 Target = Literal["attention", "experts", "gate"]
@@ -28,10 +26,6 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, str) else value
-
-
-def _as_path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
@@ -62,7 +56,7 @@ class HealSettings(Settings):
         "JSON lines with `text` or `messages`, or FILE=WEIGHT; for distill and lm. Repeatable.",
         panel=DATA,
     )
-    eval_quiz: str | None = option(
+    eval_quiz: Source | None = option(
         None, "Quiz to keep out of the training.  [default: --quiz]", panel=DATA
     )
     eval_split: str | None = option(
@@ -81,10 +75,10 @@ class HealSettings(Settings):
         "lm: all tokens.  [default: distill if the base model is available, else answer]",
         panel=OBJECTIVE,
     )
-    teacher: str | None = option(
+    teacher: Source | None = option(
         None, "Teacher of distill.  [default: the checkpoint's base model]", panel=OBJECTIVE
     )
-    teacher_cache: Annotated[Path | None, BeforeValidator(_as_path)] = option(
+    teacher_cache: WorkFolder | None = option(
         None, "Folder that keeps the teacher's outputs for later runs.", panel=OBJECTIVE
     )
     likeliest: int = option(
@@ -185,9 +179,9 @@ class HealSettings(Settings):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.micro_batch is not None and self.batch % self.micro_batch:
-            _refuse(f"--micro-batch-size {self.micro_batch} must divide --batch-size {self.batch}")
+            refuse(f"--micro-batch-size {self.micro_batch} must divide --batch-size {self.batch}")
         if self.text and self.objective == "answer":
-            _refuse("--text has no answers to train on: take --objective lm or distill")
+            refuse("--text has no answers to train on: take --objective lm or distill")
         return self
 
     @property
@@ -262,7 +256,3 @@ class HealSettings(Settings):
             },
             "is_adapter": self.adapter,
         }
-
-
-def _refuse(text: str) -> None:
-    raise PydanticCustomError("combination", "{text}", {"text": text})

@@ -12,12 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertcut.commands import eval, heal, merge, profile, prune, publish, report, reweight
-from expertcut.commands.common import UI, ModelSettings, QuizSettings
+from expertcut.commands import (
+    UI,
+    ModelSettings,
+    QuizSettings,
+    eval,
+    heal,
+    merge,
+    profile,
+    prune,
+    publish,
+    report,
+    reweight,
+)
 from expertcut.errors import ExpertcutError, OutputError
+from expertcut.recipes import RunSettings
 from expertcut.recipes.manifest import RECIPE_FILE, Inputs, Ledger, StageRecord, reason
 from expertcut.recipes.recipe_schema import HealSection, Recipe, Variant
-from expertcut.recipes.run_recipe import RunSettings
 from expertcut.recipes.stages import (
     PROFILE,
     REPORT,
