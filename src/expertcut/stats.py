@@ -185,6 +185,28 @@ def right_logprobs(logprob_NC: Array, answer_N: Array) -> Array:
     return found_N
 
 
+def centred_ranks(values_BX: Array) -> Array:
+    """Ranks in each row, ties at their mean rank, as distances from the row's mean."""
+    from scipy.stats import rankdata  # not needed to start
+
+    ranks_BX = rankdata(values_BX, axis=1)
+    centred_BX: Array = ranks_BX - ranks_BX.mean(axis=1, keepdims=True)
+    return centred_BX
+
+
+def pearson(a_BX: Array, b_BX: Array) -> Array:
+    """Correlation (B,) of centred values; NaN where one does not vary."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        both_B = (a_BX * b_BX).sum(axis=1)
+        rho_B: Array = both_B / np.sqrt((a_BX**2).sum(axis=1) * (b_BX**2).sum(axis=1))
+    return rho_B
+
+
+def spearman(a_E: Array, b_E: Array) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN where either is constant."""
+    return float(pearson(centred_ranks(a_E[None]), centred_ranks(b_E[None]))[0])
+
+
 class _Measured(Record):
     """Part of `proof` in plan.json: keys of other versions stay, and absent ones stay absent."""
 
@@ -278,25 +300,3 @@ class HeldOutResult(_Measured):
     def share(self, layer: int, expert: int) -> ExpertShares:
         """The shares of one expert, by its number before earlier cuts."""
         return next(s for s in self.shares if (s.layer, s.expert) == (layer, expert))
-
-
-def centred_ranks(values_BX: Array) -> Array:
-    """Ranks in each row, ties at their mean rank, as distances from the row's mean."""
-    from scipy.stats import rankdata  # not needed to start
-
-    ranks_BX = rankdata(values_BX, axis=1)
-    centred_BX: Array = ranks_BX - ranks_BX.mean(axis=1, keepdims=True)
-    return centred_BX
-
-
-def pearson(a_BX: Array, b_BX: Array) -> Array:
-    """Correlation (B,) of centred values; NaN where one does not vary."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        both_B = (a_BX * b_BX).sum(axis=1)
-        rho_B: Array = both_B / np.sqrt((a_BX**2).sum(axis=1) * (b_BX**2).sum(axis=1))
-    return rho_B
-
-
-def spearman(a_E: Array, b_E: Array) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN where either is constant."""
-    return float(pearson(centred_ranks(a_E[None]), centred_ranks(b_E[None]))[0])

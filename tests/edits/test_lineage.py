@@ -8,8 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.edits.plan import expert_ids, inherited_hashes, load_hashes, load_plan
+from expertcut.edits.plan import (
+    BlockEdit,
+    ChosenOn,
+    PlanFile,
+    PlanModel,
+    expert_ids,
+    inherited_hashes,
+    lineage,
+    load_hashes,
+    load_plan,
+    save_plan,
+)
 from expertcut.edits.router_edits import tilts
+from expertcut.errors import PlanError
 from expertcut.hub.provenance import origin
 from expertcut.models import checkpoint_dir
 from expertcut.models.checkpoint_dir import fingerprint_of
@@ -192,3 +204,36 @@ def test_a_fingerprint_is_read_once_while_nothing_changes(
     assert fingerprint_of(own / "cut") == before  # its spelling does not count
     config.write_text(json.dumps(json.loads(config.read_text()) | {"x": 1}))
     assert fingerprint_of(own / "cut") != before
+
+
+def write_step(root: Path, name: str, base: str) -> None:
+    plan = PlanFile(
+        model=PlanModel(id=base, revision=None, fingerprint="f"),
+        action=f"prune {name}",
+        criterion="reap",
+        positions="all",
+        removal="reroute",
+        layout="stock",
+        chosen_on=ChosenOn(quiz="q", split="val", questions=1, sha256="0"),
+        blocks={FIRST: BlockEdit(keep=(0, 1))},
+    )
+    save_plan(root / name, plan, [])
+
+
+def test_the_walk_goes_from_the_checkpoint_to_its_base_and_ends(tmp_path: Path) -> None:
+    for name, base in {"c": "b", "b": "a", "own": "own", "x": "y", "y": "x"}.items():
+        write_step(tmp_path, name, base)
+    (tmp_path / "a").mkdir()
+
+    def walk(name: str, missing: str = "") -> list[tuple[str, str | None]]:
+        find = lambda model, near: None if model.id == missing else tmp_path / model.id  # noqa: E731
+        return [(plan.action, base and base.name) for plan, base in lineage(tmp_path / name, find)]
+
+    assert walk("a") == []
+    assert walk("c") == [("prune c", "b"), ("prune b", "a")]
+    assert walk("c", missing="a") == [("prune c", "b"), ("prune b", None)]
+    assert walk("own") == [("prune own", "own")]
+    assert len(walk("x")) == 20
+    (tmp_path / "b" / "plan.json").write_text("{}")
+    with pytest.raises(PlanError):
+        walk("c")

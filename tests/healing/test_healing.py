@@ -54,7 +54,7 @@ def test_a_cut_model_comes_back_toward_its_base(tmp_path: Path) -> None:
     assert found.objective == "distill" and found.verdict is not None
     by_step = dict(found.curve.held_out)
     assert by_step[found.curve.best_step] < 0.6 * found.curve.losses[0]
-    to_base, to_cut = found.verdict.differences
+    to_base, to_cut = found.verdict.held_out
     assert (to_base.against, to_cut.against) == (BASE, BEFORE)
     forms = {outcome.form: outcome for outcome in found.verdict.outcomes}
     assert forms[HEALED].right_logprob > forms[BEFORE].right_logprob + 0.1

@@ -76,7 +76,7 @@ def test_outputs_that_do_not_repeat_are_not_used(
     monkeypatch.setattr(CachedScorer, "_replays_exactly", lambda self: False)
     moe = open_model(checkpoint("olmoe"))
     rescorer = CachedScorer(Engine(moe, 2048), quiz)
-    assert "all of them run" in caplog.text
+    assert "every run starts at layer 0" in caplog.text
     shifts = (RouterEdit(1, 1, 3.0),)
     assert np.array_equal(rescorer.ask(shifts), whole_run(moe, quiz, shifts, "all"))
 

@@ -353,7 +353,7 @@ class Auditing:
             overlap=self.overlap,
             cut=rescorer.n_cut,
             accuracy=float(records.is_correct_N.mean()),
-            right_logprob=float(_right_float64(records.logprob_NC, records.answer_N).mean()),
+            right_logprob=float(_right(records.logprob_NC, records.answer_N).mean()),
             sampled=sampled,
             standings=ranks,
         )
@@ -426,8 +426,7 @@ def ablation_effect(
     expert: SampledExpert, base: QuestionOutcomes, logprob_NC: Array
 ) -> AblationEffect:
     """Log p (N, C) without one expert, compared with the unedited model."""
-    lost_N = _right_float64(base.logprob_NC, base.answer_N)
-    lost_N = lost_N - _right_float64(logprob_NC, base.answer_N)
+    lost_N = _right(base.logprob_NC, base.answer_N) - _right(logprob_NC, base.answer_N)
     gained, lost = gained_lost(base.is_correct_N, right(logprob_NC, base.answer_N))
     n = len(lost_N)
     return AblationEffect(
@@ -443,6 +442,5 @@ def ablation_effect(
     )
 
 
-def _right_float64(logprob_NC: Array, answer_N: Array) -> Array:
-    logprob_N: Array = right_logprobs(logprob_NC, answer_N).astype(np.float64)
-    return logprob_N
+def _right(logprob_NC: Array, answer_N: Array) -> Array:
+    return np.asarray(right_logprobs(logprob_NC, answer_N), np.float64)

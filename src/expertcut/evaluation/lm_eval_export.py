@@ -1,7 +1,7 @@
 """Results for other programs: lm-evaluation-harness's file, and `predictions.parquet`.
 
-A results file as lm-evaluation-harness 0.4.13 writes it (`--output_path`), one for each model. Keys
-whose values that tool alone could know are null: its version, its hashes of prompts.
+One results file for each model, as lm-evaluation-harness 0.4.13 writes it (`--output_path`). Keys
+that only that tool can know are null: its version, its hashes of prompts.
 """
 
 import io
@@ -18,24 +18,22 @@ from expertcut import __version__
 from expertcut.data import Quiz
 from expertcut.data.questions import LETTERS, header
 from expertcut.data.sources import MMLU_HUB_ID
-from expertcut.evaluation.results import ModelResult
+from expertcut.evaluation.results import ModelResult, Scored, Scoring
 from expertcut.files import parse_json, read_file
 from expertcut.stats import pooled_stderr
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from expertcut.evaluation.results import Scored, Scoring
-
-_TASK_VERSION = 1.0  # of the stock task whose prompts these are
+_TASK_VERSION = 1.0  # of the stock task with these prompts
 _SPLITS = {"val": "validation"}  # ours, and the data set's name
 _METRIC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 _UNKNOWN = "N/A"  # the harness's word where there is no standard error
 Array = np.ndarray[Any, Any]
 
 
-def harness_paths(file: Path, scored: Sequence["Scored"]) -> list[Path]:
-    """The file itself for one model; for several, one each, named after it and numbered."""
+def harness_paths(file: Path, scored: Sequence[Scored]) -> list[Path]:
+    """The file itself for one model; for several, one numbered file each."""
     if len(scored) == 1:
         return [file]
     suffix = file.suffix or ".json"
@@ -45,7 +43,7 @@ def harness_paths(file: Path, scored: Sequence["Scored"]) -> list[Path]:
 
 
 def is_harness_file(file: Path) -> bool:
-    """Whether a file is one of these, by its keys."""
+    """Whether a file holds results of the harness, by its keys."""
     try:
         content = parse_json(read_file(file))
     except (OSError, ValueError):
@@ -53,14 +51,14 @@ def is_harness_file(file: Path) -> bool:
     return isinstance(content, dict) and {"results", "configs"} <= content.keys()
 
 
-def harness_bytes(scoring: "Scoring", scored: "Scored", result: ModelResult) -> bytes:
+def harness_bytes(scoring: Scoring, scored: Scored, result: ModelResult) -> bytes:
     """The file's bytes."""
     results = harness_results(scoring, scored, result)
     return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
 
-def harness_results(scoring: "Scoring", scored: "Scored", result: ModelResult) -> dict[str, Any]:
-    """What the harness would write of one model, a task for each subject and a group of them."""
+def harness_results(scoring: Scoring, scored: Scored, result: ModelResult) -> dict[str, Any]:
+    """Results of one model: a task for each subject, and a group of all."""
     quiz = scoring.quiz
     name = Path(quiz.id).name.removesuffix(".jsonl").removesuffix(".csv")
     group = "mmlu" if quiz.id == MMLU_HUB_ID else name
@@ -103,7 +101,7 @@ def _metrics(name: str, share: float, stderr: float | None, n: int) -> dict[str,
     }
 
 
-def _config(task: str, subject: str, quiz: Quiz, scored: "Scored") -> dict[str, Any]:
+def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, Any]:
     n_choices = max(len(q.choices) for q in quiz.questions[subject])
     letters = list(LETTERS[:n_choices])
     lines = [f"{letter}. {{{{choices[{i}]}}}}\n" for i, letter in enumerate(letters)]
@@ -145,7 +143,7 @@ def _config(task: str, subject: str, quiz: Quiz, scored: "Scored") -> dict[str, 
     }
 
 
-def _run(scoring: "Scoring", scored: "Scored", result: ModelResult) -> dict[str, Any]:
+def _run(scoring: Scoring, scored: Scored, result: ModelResult) -> dict[str, Any]:
     settings, source = scored.loaded.settings, scored.source
     return {
         "config": {
@@ -174,7 +172,7 @@ def _run(scoring: "Scoring", scored: "Scored", result: ModelResult) -> dict[str,
     }
 
 
-def _identity(scored: "Scored") -> dict[str, Any]:
+def _identity(scored: Scored) -> dict[str, Any]:
     name = scored.source.id
     silent = ("system_instruction", "system_instruction_sha", "fewshot_as_multiturn")
     return {
@@ -193,7 +191,7 @@ def predictions_path(results: Path) -> Path:
     return results.with_name(f"{results.stem}.predictions.parquet")
 
 
-def predictions_bytes(quiz: Quiz, scored: Sequence["Scored"]) -> bytes:
+def predictions_bytes(quiz: Quiz, scored: Sequence[Scored]) -> bytes:
     """The file's bytes; its columns are those of docs/formats.md."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -203,7 +201,7 @@ def predictions_bytes(quiz: Quiz, scored: Sequence["Scored"]) -> bytes:
     return stream.getvalue()
 
 
-def _table(quiz: Quiz, scored: "Scored") -> "pa.Table":
+def _table(quiz: Quiz, scored: Scored) -> "pa.Table":
     import pyarrow as pa
 
     answers, letters = scored.answers, np.array(list(LETTERS))
@@ -216,6 +214,6 @@ def _table(quiz: Quiz, scored: "Scored") -> "pa.Table":
         "is_correct": answers.is_correct_N,
     }
     for choice, logprob_N in enumerate(answers.logprob_NC.T):
-        # A question with fewer choices has −∞ there, which is no log-probability.
+        # A question with fewer choices has −∞ there, which is written as null.
         columns[f"logprob_{LETTERS[choice]}"] = pa.array(logprob_N, mask=~np.isfinite(logprob_N))
     return pa.table(columns)

@@ -1,7 +1,7 @@
 """The stages behind `reweight`, `--tune` and `--prove`: one loaded model, scored repeatedly."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,6 +46,7 @@ from expertcut.scoring.passes import OnPass, Replay
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 logger = logging.getLogger(__name__)
+_PLACES: tuple[ApplyAt, ...] = ("answer", "all")
 KEPT_BYTES = 2 << 30  # of layer outputs, so that runs can start at a later layer
 
 
@@ -205,7 +206,10 @@ def decide(
         curve=tuple(_renumbered(point, records.blocks, numbers) for point in settled.curve),
         chosen=numbered(settled.shifts, records.blocks, numbers),
         base_accuracy=float(records.is_correct_N.mean()),
-        accuracy_at=dict(_accuracy_at(rescorer, records, settled)),
+        accuracy_at={
+            place: float(right(rescorer.ask(settled.shifts, place), records.answer_N).mean())
+            for place in _PLACES
+        },
         proof=proof,
         runs=rescorer.n_runs,
     )
@@ -214,16 +218,6 @@ def decide(
 def _renumbered(point: Point, blocks: Sequence[BlockInfo], numbers: ExpertIds) -> Point:
     shifts = tuple(RouterEdit(*bias) for bias in point.biases)
     return point.model_copy(update={"biases": numbered(shifts, blocks, numbers)})
-
-
-def _accuracy_at(
-    rescorer: CachedScorer, records: QuestionOutcomes, settled: Settled
-) -> Iterator[tuple[ApplyAt, float]]:
-    """Accuracy with the biases at answer positions only, and everywhere."""
-    places: tuple[ApplyAt, ...] = ("answer", "all")
-    for place in places:
-        logprob_NC = rescorer.ask(settled.shifts, place)
-        yield place, float(right(logprob_NC, records.answer_N).mean())
 
 
 @dataclass(frozen=True)
