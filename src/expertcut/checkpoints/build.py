@@ -55,9 +55,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build; without `is_verified` no question is asked of the new checkpoint.
+    """Options of a build; without `is_verified` the held-out check is skipped.
 
-    `beside` are files, by name, to lie beside the plan; `adapter` is the folder of one to cut too.
+    `beside` are further files, by name; `adapter` is the folder of an adapter to cut too.
     """
 
     load_as: LoadOptions
@@ -69,7 +69,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """The plan, how well biases are carried, and the held-out check if it was run.
+    """The plan, the fit of bias directions, and the result of the held-out check, if any.
 
     `judged` says what its questions may be called, `why_unjudged` why no question can judge.
     """
@@ -126,7 +126,7 @@ def _judged(proof: HeldOutResult | None, used: frozenset[str]) -> Judged | None:
 
 
 def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> None:
-    """Only `plan.json` and the list of questions it was chosen on, without running the model."""
+    """Writes `plan.json` and the list of its questions, without running the model."""
     check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
     questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
     plan = draft_plan(profile, draft, questions)
@@ -136,20 +136,20 @@ def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOp
 
 
 def write_beside(profile: Profile, folder: Path, options: BuildOptions) -> None:
-    """Only the files that would lie beside a plan, where there is none to make."""
+    """Writes only the further files of a build that changes nothing."""
     check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         add_files(temporary, options.beside)
 
 
 def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Files, by name, that lie beside a plan."""
+    """Writes further files, by name."""
     for name, content in files.items():
         write_atomically(folder / name, content)
 
 
 def inputs_of(profile: Profile) -> tuple[Path, ...]:
-    """The profile, and what lies here of that which it was made from: never to be replaced."""
+    """The profile, and the local files that it was made from: never to be replaced."""
     model = model_folder(profile) or Path(profile.info.model.id)
     made_from = (model, Path(profile.info.quiz.id))
     return (profile.path, *(path for path in made_from if path.exists()))
@@ -164,11 +164,11 @@ def default_out(profile: Profile, slug: str, *, is_plan: bool) -> Path:
 
 @once_per_profile
 def found_source(profile: Profile) -> Source:
-    """The checkpoint that was profiled, whatever it holds now.
+    """The checkpoint that was profiled, changed or not.
 
     Raises:
-        ModelError: no sound checkpoint.
-        ProfileError: it is not there.
+        ModelError: a damaged checkpoint.
+        ProfileError: the checkpoint is missing.
     """
     recorded, folder = profile.info.model, model_folder(profile)
     return find_source(recorded.id if folder is None else str(folder), recorded.revision)
@@ -190,7 +190,7 @@ def profiled_source(profile: Profile) -> Source:
 
 
 def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -> Engine:
-    """A model, run as it was when it was profiled."""
+    """A model, loaded and run as it was profiled."""
     settings = profile.info.settings
     torch.set_num_threads(settings.threads)
     if load_as.dtype == "auto":
@@ -205,10 +205,10 @@ def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -
 
 
 def _check_read_alike(profile: Profile, engine: Engine) -> None:
-    """That the profile saw the gates as they are read now; older versions misread some.
+    """Checks that the profile read the gates as today; older versions misread some.
 
     Raises:
-        ProfileError: it did not.
+        ProfileError: it read a gate differently.
     """
     for was, now in zip(profile.info.model.blocks, model_info(engine.moe).blocks, strict=True):
         for name in ("scoring", "inflates", "selection"):
@@ -247,7 +247,7 @@ def _fit_and_score(
 
 
 def prune_of(edits: Sequence[Edit]) -> PruneEdit:
-    """The one that every plan has."""
+    """The `PruneEdit`, which every plan has."""
     return next(edit for edit in edits if isinstance(edit, PruneEdit))
 
 
@@ -259,7 +259,7 @@ def fit_edits(profile: Profile, plan: EditPlan, questions: Questions, engine: En
 
 @dataclass(frozen=True)
 class Merged:
-    """What was made, the groups, and how well router rows keep their members' mass."""
+    """The checkpoint, its plan, and the fit of the merged router rows."""
 
     built: Built
     draft: EditPlan
@@ -318,7 +318,7 @@ def merge(
 
 
 def _check_merge(profile: Profile, settings: MergeSettings, source: Source, folder: Path) -> None:
-    """All that can be refused before a model is loaded."""
+    """Checks everything that needs no loaded model."""
     blocks = profile.info.model.blocks
     token_counts(profile)
     check_count(blocks, settings.keep)

@@ -1,13 +1,13 @@
-"""Layout `exact`: removed experts become constants, a bias stays a bias, and nothing else changes.
+"""Layout `exact`: removed experts become constants, biases become biases of the gate.
 
-The files are those of vLLM's constant-expert substitution (0.33 and later): kept experts keep ids
-and names, a removed one leaves `<block>.constant_experts.<id>.approx_value` (D,), `config.json`
+The files follow vLLM's constant-expert substitution (0.33 and later): kept experts keep ids and
+names, a removed one leaves `<block>.constant_experts.<id>.approx_value` (D,), `config.json`
 declares each under `compression_config.transform_config.expert_substitution`, and
 `modeling_exact.py` beside it runs them in transformers.
 
-Earlier checkpoints declare `approximate_experts` and call the constants
-`<block>.experts.<id>.approx_value`, a name that vLLM 0.32 skips: it loads them and answers NaN.
-They are read, and whatever is made of one has today's names.
+Earlier checkpoints declare `approximate_experts` and name constants
+`<block>.experts.<id>.approx_value`, which vLLM 0.32 skips: it loads them and answers NaN. They are
+read; new checkpoints get the new names.
 """
 
 import re
@@ -115,7 +115,7 @@ class ExactWriter:
 
 
 def is_exact(config: Mapping[str, Any]) -> bool:
-    """Whether a model has this layout already."""
+    """Whether a model has this layout."""
     classes = config.get("auto_map")
     named = classes.get("AutoModelForCausalLM") if isinstance(classes, Mapping) else None
     module = MODELLING_FILE.removesuffix(".py")
@@ -124,7 +124,7 @@ def is_exact(config: Mapping[str, Any]) -> bool:
 
 
 def has_constants(config: Mapping[str, Any]) -> bool:
-    """Whether removed experts are declared, in either form."""
+    """Whether the config declares removed experts, in either form."""
     found: Any = config
     for key in ("compression_config", "transform_config", "expert_substitution", "targets"):
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -132,15 +132,15 @@ def has_constants(config: Mapping[str, Any]) -> bool:
 
 
 def has_earlier_names(config: Mapping[str, Any]) -> bool:
-    """Whether its constants have the names that vLLM 0.32 skips."""
+    """Whether constants have the names that vLLM 0.32 skips."""
     return bool(config.get("approximate_experts"))
 
 
 def check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
-    """That the layout can carry an edit of this model.
+    """Checks that the layout supports an edit of this model.
 
     Raises:
-        ContractError: a family that it does not know, or a cut of a model that is `exact` already.
+        ContractError: an unknown family, or a cut of a model that has layout exact.
     """
     model_type = _family_type(config)
     if is_exact(config) and is_cutting:
@@ -166,18 +166,18 @@ def exact_config(
     biased: Collection[str] = (),
     earlier: Removed | None = None,
 ) -> dict[str, Any]:
-    """The original config and what the modelling file must know; `biased` are block names.
+    """The original config with the data of the modelling file; `biased` are block names.
 
-    `earlier` are the constants that a model of this layout has already (`constants_on_disk`): they
-    stay what they are, as its biased gates do, and more of these come.
+    `earlier` are the constants of a model of this layout (`constants_on_disk`), which stay, as do
+    its biased gates.
 
-    Where only experts are removed, `architectures` and `model_type` stay the family's, by which
-    vLLM reads the checkpoint. It has no place for a gate's bias, and neither have the family's
-    classes in transformers, so that with one both names change and both refuse it.
+    Without biases `architectures` and `model_type` stay the family's, by which vLLM reads the
+    checkpoint. Neither vLLM nor the family's class in transformers has a place for a gate's bias,
+    so that with one both names change and both refuse the checkpoint.
 
     Raises:
         ContractError: as `check_exact`.
-        PlanError: a block without an expert left, or an expert that it does not have.
+        PlanError: a block without experts, or an unknown expert.
     """
     check_exact(config, is_cutting=any(removed.values()))
     model_type = _family_type(config)
@@ -222,14 +222,14 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
 
 
 def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
-    """The experts of each block that are constants already, by either name."""
+    """The experts of each block that are constants, by either name."""
     blocks = find_disk_blocks(headers).values()
     found = {b.name: tuple(e for e, own in enumerate(b.by_expert) if not own) for b in blocks}
     return {name: experts for name, experts in found.items() if experts}
 
 
 def _family_type(config: Mapping[str, Any]) -> str:
-    """The family's `model_type`, also of a model whose biased gates gave it one of its own."""
+    """The family's `model_type`, also for a model with biased gates."""
     model_type = str(config.get("model_type"))
     return model_type.removeprefix("exact_") if is_exact(config) else model_type
 
@@ -258,7 +258,7 @@ def layer_number(block: str) -> int:
 
 
 def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
-    """The constants rounded to the dtype that their experts' weights have on disk.
+    """The constants in the dtype of their experts' weights on disk.
 
     Raises:
         ContractError: a block whose experts do not lie one by one on disk.

@@ -1,11 +1,9 @@
-"""A LoRA adapter in peft's folder: what it adapts, and where its tensors belong in the model.
+"""A LoRA adapter in peft's folder: its modules, and the tensors of the model that they adapt.
 
-Needs neither peft nor a model: names, shapes and ranks say all. The form is that of peft 0.21.
-
-Where each tensor of an adapter belongs in the model, told by names and shapes on disk. What adapts
-all experts of a block at once lies, for E experts and rank r, as lora_A (r·E, in), row e·r + j for
-expert e, and as lora_B (out, r·E), column j·E + e. A second parameter of the same module wraps the
-first, which then goes by `….base_layer`; which is which is told by their shapes.
+Needs neither peft nor a model; the format is that of peft 0.21. An adapter of all E experts of a
+block with rank r is lora_A (r·E, in), row e·r + j for expert e, and lora_B (out, r·E), column
+j·E + e. A second parameter of the same module wraps the first, which is then named `….base_layer`;
+their shapes tell them apart.
 """
 
 import math
@@ -49,7 +47,7 @@ _LAST = re.compile(r"(.*\.)?(down_proj|w2|output_linear)")
 
 
 class _Settings(BaseModel):
-    """What of `adapter_config.json` must be known; the rest is handed on as it stands."""
+    """The keys of `adapter_config.json` that matter here; the others are copied."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -67,7 +65,7 @@ class _Settings(BaseModel):
 
     @property
     def patterns(self) -> dict[str, Iterable[str]]:
-        """All texts that name modules, by their key."""
+        """All patterns of module names, by key."""
         several = (self.rank_pattern, self.alpha_pattern, self.target_parameters)
         keys = ("rank_pattern", "alpha_pattern", "target_parameters")
         found: dict[str, Iterable[str]] = {k: v or () for k, v in zip(keys, several, strict=True)}
@@ -79,7 +77,7 @@ class _Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: its config as it stands, what that says, and where its tensors lie."""
+    """An adapter: its config, raw and parsed, and its tensors."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -91,7 +89,7 @@ class Adapter:
         """The names of lora_A and lora_B by module.
 
         Raises:
-            ModelError: one is there without the other, or their ranks differ.
+            ModelError: a missing half, or ranks that differ.
         """
         found: dict[str, dict[str, str]] = {}
         for name in self.stored.tensors:
@@ -101,16 +99,16 @@ class Adapter:
 
     @property
     def others(self) -> list[str]:
-        """The names of tensors that are no such pair, in order."""
+        """The names of all other tensors, in order."""
         paired = {name for pair in self.pairs.values() for name in pair}
         return [name for name in self.stored.tensors if name not in paired]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor by its name."""
+        """The shape of a tensor."""
         return self.stored.tensors[name].shape
 
     def rank(self, parameter: str) -> int:
-        """The rank of a parameter by its name in the model, matched as peft matches."""
+        """The rank of a parameter of the model, matched as peft does."""
         own = (rank for pattern, rank in self._ranks if pattern.match(parameter))
         return next(own, self.settings.r)
 
@@ -137,10 +135,10 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """An adapter's folder, nothing of its values.
+    """An adapter's config and headers.
 
     Raises:
-        ModelError: no such folder, no LoRA adapter, or one of a kind that cannot be sliced.
+        ModelError: no such folder, no LoRA adapter, or one that cannot be sliced.
     """
     if not folder.is_dir():
         raise ModelError(f"no such adapter: {folder} is no folder, give one with {CONFIG_FILE}")
@@ -186,7 +184,7 @@ def _check_settings(folder: Path, settings: _Settings) -> None:
 
 
 def _check_pattern(file: Path, key: str) -> None:
-    """That a key of rank_pattern is a regular expression, and one that cannot take for ever.
+    """Checks that a key of rank_pattern is a regular expression that cannot backtrack for ever.
 
     Raises:
         ModelError: it is not.
@@ -219,16 +217,16 @@ def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _pattern(key: str) -> re.Pattern[str]:
-    """As peft matches a key of rank_pattern with a parameter's name."""
+    """A key of rank_pattern as peft matches it."""
     return re.compile(rf"(.*\.)?({key})$")
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a tensor, or a pair of lora_A and lora_B, adapts.
+    """The target of a tensor, or of a pair of lora_A and lora_B.
 
-    `block` is the loaded model's name, None elsewhere; `is_last` says that it adapts the last
-    projection of experts.
+    `block` is the loaded model's name, None outside MoE blocks; `is_last`: the last projection of
+    experts.
     """
 
     kind: Kind
@@ -240,14 +238,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that the adapter must be of: its tensors, its blocks by their loaded names."""
+    """The adapter's base model: its tensors, and its blocks by their loaded names."""
 
     headers: Headers
     blocks: Mapping[str, DiskBlock]
     is_tied: bool
 
     def block_of(self, module: str) -> tuple[str, str]:
-        """The block that a module of it is in, by its loaded name, and its name in there."""
+        """The block of a module, by its loaded name, and the module's name within it."""
         for name, disk in self.blocks.items():
             for prefix in (name, disk.name):
                 if module.startswith(f"{prefix}."):
@@ -256,10 +254,10 @@ class Base:
 
 
 def places(adapter: Adapter, base: Base) -> Iterator[Place]:
-    """Every tensor of an adapter once, in no order.
+    """The targets of all tensors, in no order.
 
     Raises:
-        ModelError: something that the model does not have or that cannot be sliced.
+        ModelError: a target that the model lacks or that cannot be sliced.
     """
     for module, pair in adapter.pairs.items():
         block, part = base.block_of(module)
@@ -305,7 +303,7 @@ def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]
 
 
 def _ranks(adapter: Adapter, block: str, *, is_last: bool) -> set[int]:
-    """The ranks of the targeted parameters of experts that are, or are not, the last projection."""
+    """The ranks of the targeted parameters, of last projections or of the others."""
     named = {t.rpartition(".")[2] for t in adapter.settings.target_parameters or ()}
     named = {name for name in named if PARAMETER.fullmatch(name)}
     own = {name for name in named if bool(_LAST.fullmatch(name)) == is_last}
@@ -313,10 +311,7 @@ def _ranks(adapter: Adapter, block: str, *, is_last: bool) -> set[int]:
 
 
 def _widths(disk: DiskBlock, headers: Headers) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of an expert's first projections, which the loaded model has as one, and of its last.
-
-    Each as in and out; biases are no matrices and do not count.
-    """
+    """In and out widths of an expert's first projections, fused as loaded, and of its last."""
     width = headers[disk.router_weight].shape[1]
     own = disk.by_expert[0].values() if disk.by_expert else disk.fused
     sizes: dict[bool, int] = {True: 0, False: 0}
@@ -355,7 +350,7 @@ def _elsewhere(adapter: Adapter, base: Base, module: str, pair: tuple[str, str])
 def _check_linear(
     adapter: Adapter, headers: Headers, weight: str | None, pair: tuple[str, str]
 ) -> None:
-    """That a pair adapts a weight that is there; the widths of a convolution are not told."""
+    """Checks that a pair adapts an existing weight; widths of convolutions are not checked."""
     if weight is None:
         raise adapter.refusal(f"{pair[0]} adapts what the model does not have: {_ANOTHER}")
     _check_axes(adapter, pair, len(headers[weight].shape))
@@ -375,7 +370,7 @@ def _check_axes(adapter: Adapter, pair: tuple[str, str], n_axes: int) -> None:
 
 
 def _other(adapter: Adapter, base: Base, name: str) -> Place:
-    """Modules that were trained whole, biases, embeddings, magnitudes of DoRA."""
+    """The target of a module trained whole, a bias, an embedding, a magnitude of DoRA."""
     own = name.removeprefix(PREFIX)
     block, part = base.block_of(own)
     if block and _OF_BLOCK.fullmatch(part):

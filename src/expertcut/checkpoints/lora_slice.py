@@ -1,9 +1,8 @@
-"""A LoRA adapter of the unpruned model cut along, and written with the checkpoint.
+"""A LoRA adapter of the unpruned model, cut and written with the checkpoint.
 
-What a plan makes of each tensor of an adapter. With delta_e = B_e·A_e for each expert, the rows and
-columns of the experts that stay are taken in the order of the plan, so that base and adapter, cut
-together, are the cut base with this adapter. Where the plan or a fold scales an expert's output,
-the delta of its last projection is scaled too.
+With delta_e = B_e·A_e for each expert, rows and columns of kept experts are taken in the order of
+the plan. If the plan or gate rescaling scales an expert's output, the delta of its last projection
+is scaled too.
 """
 
 import hashlib
@@ -67,7 +66,7 @@ class _Slices:
 def adapter_rewrite(
     adapter: Adapter, base: Base, draft: EditPlan, folds: Folds | None = None
 ) -> Rewrite:
-    """What becomes of each of the adapter's tensors; `folds` are those of layout stock, by layer.
+    """The rewrite of the adapter's tensors; `folds` are those of layout stock, by layer.
 
     Raises:
         ModelError: the adapter is of another model, or adapts what cannot be sliced.
@@ -146,7 +145,7 @@ def _slice_router(
     *,
     is_stock: bool,
 ) -> None:
-    """In layout exact a router keeps all its rows."""
+    """Cuts the router's rows, which layout exact keeps."""
     (edit, n_experts), name = edited, place.names[-1]  # lora_B, whose rows are the experts'
     if place.kind == "whole router" and edit.bias:
         raise adapter.refusal(
@@ -162,7 +161,7 @@ def _slice_router(
 
 
 def _is_of_old(adapter: Adapter, place: Place) -> bool:
-    """Whether peft must convert it: linear layers, where now parameters are targeted."""
+    """Whether peft must convert it: it targets linear layers instead of parameters."""
     targets = adapter.settings.target_parameters or ()
     is_named = any(target.endswith(("gate.weight", "router.weight")) for target in targets)
     return place.kind == "one expert" or (place.kind == "router" and not is_named)
@@ -171,7 +170,7 @@ def _is_of_old(adapter: Adapter, place: Place) -> bool:
 def _columns(
     b: Tensor, keep: tuple[int, ...], n_experts: int, scaled: Mapping[int, Sequence[float]]
 ) -> Tensor:
-    """The columns (out, r·E) of the experts that stay, an expert's r columns lying E apart."""
+    """The columns (out, r·E) of kept experts; an expert's r columns lie E apart."""
     by_expert: Tensor = b.unflatten(1, (-1, n_experts))[..., list(keep)]
     for position, factors in scaled.items():
         by_expert[..., position] = _multiplied(by_expert[..., position], factors)
@@ -186,10 +185,10 @@ def _multiplied(b: Tensor, factors: Sequence[float]) -> Tensor:
 
 
 def _refuse_numbers(adapter: Adapter) -> None:
-    """Experts get new numbers, so none may stand in a pattern of the config.
+    """Refuses patterns with expert numbers, because experts are renumbered.
 
     Raises:
-        ModelError: one does.
+        ModelError: a pattern names an expert by its number.
     """
     for key, texts in adapter.settings.patterns.items():
         if wrong := next((text for text in texts if _NUMBERED.search(text)), None):
@@ -214,7 +213,7 @@ def _output_factors(
 
 @dataclass(frozen=True)
 class Carried:
-    """An adapter of a model, and the plan that cuts both; `folder` is the checkpoint to be."""
+    """An adapter of a model, and the plan that cuts both; `folder` is the new checkpoint."""
 
     adapter: Adapter
     source: Source
@@ -222,7 +221,7 @@ class Carried:
     folder: Path
 
     def write(self, temporary: Path, plan: PlanFile, folds: Folds) -> PlanFile:
-        """Writes it sliced, as peft lays it out, into what will be `folder`; the plan names it.
+        """Writes the sliced adapter in peft's format; returns the plan that names it.
 
         `folds` are those of layout stock, by layer.
 
@@ -244,10 +243,10 @@ class Carried:
         return plan.model_copy(update={"adapter": _record(self.adapter)})
 
     def laid_out(self, folds: Folds | None = None) -> Shard:
-        """The file of its weights; without the folds its values are wrong, not its size.
+        """The file of its weights; without `folds` only its size is right.
 
         Raises:
-            ModelError: it is of another model, or adapts what cannot be sliced.
+            ModelError: an adapter of another model, or one that cannot be sliced.
         """
         headers = self.source.headers
         is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
@@ -257,7 +256,7 @@ class Carried:
         return replace(shard, name=WEIGHTS_FILE)
 
     def _config(self) -> dict[str, Any]:
-        """As it was, with its new base, whose own config names the class of layout exact."""
+        """The adapter's config with its new base."""
         config = {**self.adapter.config, "revision": None}
         config["base_model_name_or_path"] = str(self.folder.resolve())
         if LAYOUTS[self.draft.layout].keeps_rows:
@@ -266,7 +265,7 @@ class Carried:
 
 
 def carried(adapter: Path | None, source: Source, draft: EditPlan, folder: Path) -> Carried | None:
-    """An adapter that fits the model and the plan, and has room; None where there is none.
+    """An adapter that fits the model, the plan and the disk; None without an adapter.
 
     Raises:
         ModelError: no LoRA adapter, one of another model, or one that cannot be sliced.

@@ -41,7 +41,7 @@ Orders = Mapping[str, Mapping[int, Tensor]]  # by block name and member: its neu
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One tensor of one member, where its neurons lie, and what becomes of it."""
+    """One tensor of one member, the places of its neurons, its share and their new order."""
 
     tensor: StoredTensor
     row: int | None
@@ -50,19 +50,19 @@ class ExpertTensor:
     order_I: Tensor | None = None
 
     def read(self) -> Tensor:
-        """As it lies on disk."""
+        """The tensor on disk."""
         return read_tensor(self.tensor, self.row)
 
 
 def aligned_neurons(
     headers: Headers, edits: Mapping[str, BlockEdit], interleaved: frozenset[str]
 ) -> dict[str, dict[int, Tensor]]:
-    """The order of each member's neurons that is most like its dominant expert's.
+    """For each member the order of neurons most similar to its dominant expert's.
 
     Two experts are in memory at a time.
 
     Raises:
-        ContractError: experts of a form whose neurons are not known.
+        ContractError: the places of the experts' neurons are unknown.
     """
     orders: dict[str, dict[int, Tensor]] = {}
     for name, block in blocks_of(headers, edits).items():
@@ -104,7 +104,7 @@ class Experts:
         ]
 
     def tensors(self, expert: int) -> dict[str, ExpertTensor]:
-        """An expert's tensors by kind: what follows its number, or the name of what holds all."""
+        """An expert's tensors by kind: the part after its number, or the fused tensor's name."""
         if self.block.fused:
             return {
                 name: ExpertTensor(self.headers[name], expert, self._fused_neurons(name))
@@ -130,7 +130,7 @@ class Experts:
         return self.is_interleaved and n_parts > 1
 
     def _is_transposed(self) -> bool | None:
-        """Whether rows are inputs: told by where a tensor that is not square has the width D."""
+        """Whether rows are inputs: a tensor that is not square tells by its axis of width D."""
         width = self.headers[self.block.router_weight].shape[1]
         for name in self.block.fused if self.block.last else ():
             shape = self.headers[name].shape[1:]
@@ -140,7 +140,7 @@ class Experts:
 
 
 def _own_neurons(kind: str) -> Neurons:
-    """Of a tensor by what follows the expert's number: `gate_proj.weight` is (I, D)."""
+    """Neurons by the part after the expert's number: `gate_proj.weight` is (I, D)."""
     projection, _, what = kind.partition(".")
     if what not in ("weight", "bias"):
         return _UNKNOWN
@@ -202,7 +202,7 @@ class MergeEdit(Edit):
 
 @torch.inference_mode()
 def is_interleaved(experts: Any) -> bool:
-    """Whether gate and up lie in turn: read off which output the second column moves."""
+    """Whether gate and up alternate: by the output that the second column changes."""
     if not (hasattr(experts, "_apply_gate") and getattr(experts, "has_gate", False)):
         return False
     width = experts.gate_up_proj.shape[1 if not experts.is_transposed else 2]
@@ -216,7 +216,7 @@ def is_interleaved(experts: Any) -> bool:
 def _expert_changes(
     experts: Experts, edit: BlockEdit, orders: Mapping[int, Tensor]
 ) -> dict[str, Change]:
-    """The averages, under the old names of what they take the place of."""
+    """The averages, under the dominant experts' old names."""
     headers, block, members = experts.headers, experts.block, members_of(edit)
     found: dict[str, Change] = {}
     for name in block.fused:
@@ -231,7 +231,7 @@ def _expert_changes(
 
 
 def _averages(groups: list[list[ExpertTensor]]) -> Iterator[Tensor]:
-    """Each group's average, summed in float64; an expert by itself keeps every bit."""
+    """Each group's average, summed in float64; a group of one keeps every bit."""
     for parts in groups:
         if len(parts) == 1:
             yield parts[0].read()
@@ -248,7 +248,7 @@ def _averages(groups: list[list[ExpertTensor]]) -> Iterator[Tensor]:
 def _router_changes(
     headers: Headers, block: DiskBlock, edit: BlockEdit, rows: Rows
 ) -> dict[str, Change]:
-    """The router's rows, its own bias, and biases on choosing."""
+    """The router's rows, its own bias, and selection biases."""
     if block.unclear_bias:
         raise ContractError(
             f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
@@ -276,7 +276,7 @@ def _rows(
     shares: Mapping[int, Mapping[int, float]],
     added: Mapping[int, Tensor],
 ) -> Tensor:
-    """Kept rows as they are, those of merged experts as the sum that they are."""
+    """Kept rows; rows of merged experts are their weighted sums."""
     kept = tensor[list(edit.keep)]
     for expert, own in shares.items():
         row = sum(tensor[member].double() * share for member, share in own.items())
@@ -288,7 +288,7 @@ def _rows(
 
 
 def _selection(tensor: Tensor, edit: BlockEdit, rows: Rows, axis: int) -> Tensor:
-    """Biases on choosing: as fitted, else the sum that the row is."""
+    """Selection biases: fitted, else weighted sums."""
     moved = _rows(tensor.movedim(axis, 0), edit, rows.shares, {})
     for expert, bias in rows.selection.items():
         moved[edit.keep.index(expert)] = bias
@@ -297,7 +297,7 @@ def _selection(tensor: Tensor, edit: BlockEdit, rows: Rows, axis: int) -> Tensor
 
 @dataclass(frozen=True)
 class Router:
-    """A router and its bias on choosing, and at `place_E` which merged expert each expert is in."""
+    """A router, its selection bias, and at `place_E` the merged expert of each expert."""
 
     module: nn.Module
     selection_E: Tensor | None
@@ -321,7 +321,7 @@ def unedited_routers(
 
 @contextmanager
 def under(routers: Mapping[str, Router], blocks: Sequence[MoeBlock]) -> Iterator[None]:
-    """The merged model runs with the unedited routers while the block runs."""
+    """The merged model runs under the unedited routers."""
     with ExitStack() as stack:
         for block in blocks:
             forward = _routed(routers[block.name])
@@ -331,7 +331,7 @@ def under(routers: Mapping[str, Router], blocks: Sequence[MoeBlock]) -> Iterator
 
 def _routed(router: Router) -> Callable[..., Any]:
     def route(x: Tensor, *biases: Tensor | None) -> Any:
-        # Some families hand their router its bias on choosing with each call.
+        # Some families pass the selection bias to their router with each call.
         own = [None if bias is None else router.selection_E for bias in biases]
         logits_TE, weights_TK, experts_TK = router.module(x, *own)
         return logits_TE, weights_TK, router.place_E.to(experts_TK.device)[experts_TK]

@@ -1,4 +1,4 @@
-"""An output folder that is there as a whole or not at all."""
+"""An output folder that appears as a whole or not at all."""
 
 import logging
 import os
@@ -22,12 +22,12 @@ _TOKEN_BYTES = 4
 
 
 def check_writable(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...] = ()) -> None:
-    """That a folder may be written: absent, empty, or to be replaced.
+    """Checks that a folder may be written: absent, empty, or to be replaced.
 
-    What is read meanwhile (`inputs`), and the working directory, is never replaced.
+    `inputs`, the working directory and the home directory are never replaced.
 
     Raises:
-        OutputError: something is there.
+        OutputError: the folder is in use.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: remove it or name another --out")
@@ -46,12 +46,12 @@ def check_writable(folder: Path, *, is_forced: bool = False, inputs: tuple[Path,
 
 @contextmanager
 def atomic_dir(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
-    """A hidden sibling that takes the folder's name when the block ends well, else is removed.
+    """A hidden sibling that takes the folder's name after the block, or is removed on an error.
 
-    The old folder goes only then. What is written must be synced; the name is, here.
+    Only then is the old folder removed. Files must be synced by the block; the name is synced here.
 
     Raises:
-        OutputError: the place cannot be written, or was taken meanwhile.
+        OutputError: the folder cannot be written, or another process created it.
     """
     place = folder.resolve()  # `.` and links have no place of their own
     # No process id: in a container it is the same each time.
@@ -77,7 +77,7 @@ def atomic_dir(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
 
 
 def failed(error: OSError, folder: Path, *ours: Path) -> OutputError:
-    """What to say where writing a folder met an error: of the system, or of a file that is read.
+    """The error to raise after a system error while writing a folder, or reading for it.
 
     `ours` are other names under which the folder is written.
     """
@@ -94,9 +94,9 @@ def failed(error: OSError, folder: Path, *ours: Path) -> OutputError:
 
 @contextmanager
 def system_errors(folder: Path) -> Iterator[None]:
-    """What the system said to safetensors' writer is an OSError again, of the folder.
+    """Turns system errors inside safetensors' errors into OSError of the folder.
 
-    It comes as «I/O error: No space left on device (os error 28)» inside one of its own.
+    Their text is «I/O error: No space left on device (os error 28)».
     """
     try:
         yield
@@ -108,7 +108,7 @@ def system_errors(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a loss of power."""
+    """Syncs the names in a folder to the disk."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:

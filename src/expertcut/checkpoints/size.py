@@ -1,4 +1,4 @@
-"""How large a model or a cut is, and the largest cut that fits in a size."""
+"""The size of a model or a cut, and the largest cut that fits in a size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ _UNKNOWN = "Super experts are not known without all-token statistics: none is pr
 
 @dataclass(frozen=True)
 class Size:
-    """`active_parameters` are all but those of the experts that a token does not choose.
+    """`active_parameters` exclude the experts that a token is not routed to.
 
-    Where removed experts are constants, these are not active: the token that uses most is meant.
+    Constants of removed experts are not active: the token with most active experts counts.
     """
 
     parameters: int
@@ -38,7 +38,7 @@ class Size:
 
 
 def size(moe: MoeModel) -> Size:
-    """Counts what is loaded, tied weights once; bytes are those of the safetensors files."""
+    """Parameters of a loaded model, tied weights once; bytes of its safetensors files."""
     total = sum(p.numel() for p in moe.model.parameters())
     idle = sum(map(_idle_parameters, moe.blocks))
     size_bytes = sum(file.stat().st_size for file in moe.source.weight_files)
@@ -46,7 +46,7 @@ def size(moe: MoeModel) -> Size:
 
 
 def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
-    """What `size` will say of the checkpoint that a cut of this unedited model makes."""
+    """The `size` of the checkpoint of a cut, from the unedited model."""
     total = sum(p.numel() for p in moe.model.parameters())
     idle = 0
     for block in moe.blocks:
@@ -75,7 +75,7 @@ def _idle_parameters(block: MoeBlock) -> int:
 
 
 def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
-    """Bytes of the safetensors files that a cut of this checkpoint will have, headers and all.
+    """Bytes of the safetensors files of a cut of this checkpoint, with headers.
 
     Raises:
         ContractError: the layout does not know the model's family.
@@ -91,10 +91,10 @@ def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
 
 
 def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
-    """The cut that keeps most, with weights of at most `max_bytes` of its settings.
+    """The cut that keeps most experts with weights of at most `max_bytes` of its settings.
 
     Raises:
-        PlanError: not even the smallest is so small.
+        PlanError: even the smallest cut is larger.
     """
     settings = ranking.settings
     most = settings.size_bytes
@@ -119,7 +119,7 @@ def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Who stays; `notes` say what else there is to know of the choice."""
+    """The chosen cut, and messages about it."""
 
     pruning: Pruning
     notes: tuple[str, ...] = ()
@@ -151,10 +151,10 @@ def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) ->
 
 
 def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ...]]:
-    """Settings that protect super experts unasked, where they are known; and notes.
+    """Settings that protect super experts by default, if the profile knows them; and messages.
 
     Raises:
-        SettingsError: none and super are both named.
+        SettingsError: values that exclude each other.
     """
     is_known, is_active = profile.info.settings.stats == "all", settings.keep_active
     notes = () if is_known or is_active or settings.protect else (_UNKNOWN,)

@@ -1,4 +1,4 @@
-"""Where the experts of each MoE block lie on disk, told by names and shapes and not by family.
+"""The tensors of each MoE block on disk, recognised by names and shapes, not by family.
 
 Three forms are known: a tensor per expert and projection (`…mlp.experts.3.down_proj.weight`,
 `…block_sparse_moe.experts.3.w2.weight`), all experts in one tensor (GPT-OSS: `…experts.down_proj`)
@@ -30,15 +30,13 @@ _LAST = re.compile(r"(down_proj|w2|output_linear)([._](weight|bias))?")
 
 @dataclass(frozen=True)
 class DiskBlock:
-    """One MoE block as it lies on disk; all names are those of the headers.
+    """One MoE block on disk; names are those of the headers.
 
-    `by_expert[e]` maps what follows the expert's number to the tensor's name, and is empty where
-    the expert is a constant already (layout exact); `axes` gives the
-    axis of length E of every tensor that all experts share, the router's included. `last` are
-    the tensors of the experts' last projection, empty where it is not known which one that is.
-    `fused` are the tensors that hold all experts' weights, empty where they lie one by one.
-    `logit_bias` is the router's own, None where it has none, `unclear_bias` a `gate.bias`: some
-    families call a bias on choosing only by that name.
+    `by_expert[e]` maps the part after the expert's number to the tensor's name; empty for constants
+    of layout exact. `axes` gives the axis of length E of every tensor that all experts share, the
+    router's included. `last` are the tensors of the experts' last projection, empty if unknown.
+    `fused` hold all experts' weights in one tensor. `logit_bias` is the router's own bias;
+    `unclear_bias` is a `gate.bias`, which some families use for a selection bias.
     """
 
     name: str
@@ -52,7 +50,7 @@ class DiskBlock:
     fused: tuple[str, ...]
 
     def renamed(self, name: str, expert: int) -> str:
-        """The name of an expert's own tensor when the expert has another number."""
+        """The name of an expert's own tensor under another expert number."""
         part = _OF_ONE_EXPERT.fullmatch(name)
         assert part is not None
         return f"{self.name}.experts.{expert}.{part['part']}"
@@ -74,15 +72,15 @@ def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:
 def match_blocks(
     headers: Headers, names: Iterable[str], outside: OutsideAxes | None = None
 ) -> tuple[dict[str, DiskBlock], frozenset[str]]:
-    """The block on disk of each block of the loaded model, and the tensors that it has no use for.
+    """The block on disk of each block of the loaded model, and the unused tensors.
 
     Blocks match by name, else by the name up to the layer's number, else by that number alone.
-    Layers on disk whose experts the model did not load (those that predict further tokens) are
-    the tensors without use: a new expert count would make them unreadable. `outside` are tensors
-    with an axis of experts that lie elsewhere on disk than their block, by the block's name.
+    Unused are layers whose experts the model did not load (multi-token prediction): a new expert
+    count would make them unreadable. `outside` are tensors with an axis of experts outside their
+    block, by the block's name.
 
     Raises:
-        ContractError: a block that is not there or is there more than once.
+        ContractError: a block that is missing or found more than once.
     """
     blocks = find_disk_blocks(headers)
     matched = blocks_of(headers, names, outside)
@@ -99,13 +97,13 @@ def match_blocks(
 
 
 def _without_use(layers: set[str], used: set[str]) -> set[str]:
-    """The layers and modules that predict further tokens, experts of theirs being in `layers`.
+    """The layers and modules of multi-token prediction, from the layers of their experts.
 
-    In a list of layers that the model uses these are single layers; `mtp.layers.0` is a part of
-    `mtp`, which is of no use without it.
+    In a list of layers that the model uses these are single layers; otherwise the whole module,
+    `mtp` of `mtp.layers.0`.
 
     Raises:
-        ContractError: what they are for is not known.
+        ContractError: their purpose is unknown.
     """
     used_lists = {_list_of(layer) for layer in used}
     places = {layer for layer in layers if _list_of(layer) in used_lists}
@@ -133,7 +131,7 @@ def blocks_of(
     """The block on disk of each block of the loaded model, as `match_blocks` finds them.
 
     Raises:
-        ContractError: a block that is not there or is there more than once.
+        ContractError: a block that is missing or found more than once.
     """
     names = list(names)
     blocks = find_disk_blocks(headers)
@@ -166,7 +164,7 @@ def _match(name: str, blocks: Mapping[str, DiskBlock], numbers: set[int]) -> Dis
 
 
 def _by_number(number: int, blocks: Mapping[str, DiskBlock], numbers: set[int]) -> list[DiskBlock]:
-    """The blocks of a layer's number, those that predict further tokens if there are no others.
+    """The blocks of a layer's number; blocks of multi-token prediction only without others.
 
     These lie in a list of their own, mostly with fewer layers than the model's.
     """
@@ -190,16 +188,15 @@ def _layer(block: str) -> tuple[str, int]:
 
 
 def constant_name(block: str, expert: int) -> str:
-    """What the constant of a removed expert is called.
+    """The tensor name of a removed expert's constant.
 
-    No loader takes it for a tensor of an expert: the ones that do not know constant experts skip
-    unknown tensors of experts, but not this one.
+    Loaders without constant experts skip unknown tensors of experts, but refuse this one.
     """
     return f"{block}.constant_experts.{expert}.{CONSTANT}"
 
 
 def earlier_constants(headers: Headers) -> dict[str, str]:
-    """Constants named as expertcut once named them (`experts.<id>.`), and their names now."""
+    """Constants under their earlier names (`experts.<id>.`), and their present names."""
     return {
         name: constant_name(found["block"], int(found["expert"]))
         for name in headers
@@ -212,7 +209,7 @@ def _of_one_expert(name: str) -> re.Match[str] | None:
 
 
 def _block_of(name: str, tensor: StoredTensor) -> str | None:
-    """The block whose experts a tensor belongs to."""
+    """The block of a tensor of experts."""
     if _SELECTION_BIAS.fullmatch(name):
         return None
     if found := _of_one_expert(name):

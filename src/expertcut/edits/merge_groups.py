@@ -1,11 +1,10 @@
-"""Which experts become one: how alike they are, the groups, and which neurons correspond.
+"""Which experts merge: similarity, groups, and the correspondence of neurons.
 
-The neurons of experts, whatever form their tensors have, and which of two experts correspond. An
-expert's intermediate neurons may stand in any order. Averaged neuron by neuron two experts cancel
-out unless the second's are first put in the order in which they are most like the first's (weight
-matching, as in arXiv:2310.01334, §3, after arXiv:2209.04836).
+An expert's intermediate neurons have no order. Averaged neuron by neuron, two experts cancel out
+unless the second's neurons are first put in the order most similar to the first's (weight matching,
+arXiv:2310.01334, §3, after arXiv:2209.04836).
 
-Each group names its dominant expert first, the one that most tokens chose (ties: the lower id).
+Each group names its dominant expert first: the one with most tokens (ties: the lower id).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,10 +37,9 @@ Groups = list[list[int]]
 
 @dataclass(frozen=True)
 class Neurons:
-    """Where a tensor of one expert has its I neurons: along `axis`, or (None) nowhere.
+    """The axis of a tensor along which an expert's I neurons lie; None for a tensor without them.
 
-    With `n_parts` 2 gate and up lie in one tensor, one behind the other, or, `interleaved`, in
-    turn: gate, up, gate, up.
+    With `n_parts` 2 gate and up lie in one tensor, one after the other, or alternating.
     """
 
     axis: int | None
@@ -49,7 +47,7 @@ class Neurons:
     is_interleaved: bool = False
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """All weights of each neuron, (I, ·); nothing (0, 0) where the tensor has no neurons."""
+        """All weights of each neuron, (I, ·); (0, 0) for a tensor without neurons."""
         if self.axis is None:
             return tensor.new_empty(0, 0)
         first = tensor.movedim(self.axis, 0)
@@ -74,10 +72,10 @@ class Neurons:
 
 
 def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """In which order (I,) the other's neurons are most like the dominant's.
+    """The order (I,) of the other's neurons that is most similar to the dominant's.
 
-    Each sequence holds `Neurons.rows` of the same tensors. What is maximised is the sum of inner
-    products of the weights, over all tensors, which minimises the squared distance.
+    Each sequence holds `Neurons.rows` of the same tensors. Maximises the sum of inner products of
+    the weights over all tensors, which minimises the squared distance.
     """
     like_II = sum(
         a.float() @ b.float().T for a, b in zip(dominant, other, strict=True) if a.numel()
@@ -89,11 +87,11 @@ def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the experts of one block did.
+    """Measurements of the experts of one block.
 
-    `tokens_E` counts the tokens that chose each. `products_EE` are sums over tokens of products of
-    two experts' router logits; `outputs_ED` are mean outputs over all tokens, whichever experts
-    these chose. A method needs one of the two.
+    `tokens_E` counts the tokens routed to each. `products_EE` are sums over tokens of products of
+    two experts' router logits; `outputs_ED` are mean outputs over all tokens, routed or not. A
+    method needs one of the two.
     """
 
     tokens_E: Array
@@ -110,9 +108,9 @@ class Evidence:
 
 
 def m_smoe(evidence: Evidence, n_groups: int) -> Groups:
-    """The most chosen experts dominate; each other joins the one whose router logits are most like.
+    """Experts with most tokens dominate; each other joins the one with the most similar logits.
 
-    Likeness is the cosine of two experts' logits over tokens. arXiv:2310.01334, §3; there one
+    Similarity is the cosine of two experts' logits over tokens. arXiv:2310.01334, §3; there one
     count for all layers together is spread by frequency, here every layer gets the same.
     """
     assert evidence.products_EE is not None
@@ -126,9 +124,9 @@ def m_smoe(evidence: Evidence, n_groups: int) -> Groups:
 
 
 def hc_smoe(evidence: Evidence, n_groups: int) -> Groups:
-    """Clusters of mean outputs: the closest two join, by the mean Euclidean distance between them.
+    """Agglomerative clusters of mean outputs by Euclidean distance, average linkage.
 
-    Agglomerative, average linkage. arXiv:2410.08589, §3.
+    arXiv:2410.08589, §3.
     """
     assert evidence.outputs_ED is not None
     n_experts = len(evidence.outputs_ED)
@@ -146,9 +144,9 @@ METHODS: dict[str, Callable[[Evidence, int], Groups]] = {f.__name__: f for f in 
 def merge_edits(
     blocks: Sequence[BlockInfo], evidence: Sequence[Evidence], n_keep: int, method: str
 ) -> dict[str, BlockEdit]:
-    """The groups of every block: an expert that stays has the id of its dominant member.
+    """The groups of every block; a merged expert has the id of its dominant member.
 
-    Experts that route in groups merge within them only, to equally many in each.
+    Experts of routing groups merge within them only, to the same number in each.
 
     Raises:
         PlanError: a count that does not fit the model.
@@ -167,10 +165,10 @@ def merge_edits(
 
 
 def check_count(blocks: Sequence[BlockInfo], n_keep: int) -> None:
-    """That so many experts may stay in each block.
+    """Checks the number of experts that stay in each block.
 
     Raises:
-        PlanError: fewer than top-k, more than there are, or not equally many per routing group.
+        PlanError: fewer than top-k, too many, or different numbers in routing groups.
     """
     for block in blocks:
         least = LAYOUTS["stock"].least_experts(block)
@@ -195,7 +193,7 @@ def _edit(groups: Groups, tokens_E: Array) -> BlockEdit:
 
 
 def _shares(group: Sequence[int], tokens_E: Array) -> dict[int, float]:
-    """How much of the group's tokens each member had; all the same where there were none."""
+    """Each member's share of the group's tokens; equal shares without tokens."""
     tokens = tokens_E[list(group)].astype(np.float64)
     total = tokens.sum()
     shares = tokens / total if total else np.full(len(group), 1 / len(group))
@@ -216,13 +214,13 @@ def _cosine(products_EE: Array) -> Array:
 
 
 def members_of(edit: BlockEdit) -> Mapping[int, Mapping[int, float]]:
-    """The shares of every expert that stays, also of those that stay as they are."""
+    """The shares of members for every kept expert, merged or not."""
     merged = edit.merged or {}
     return {expert: merged.get(expert, {expert: 1.0}) for expert in edit.keep}
 
 
 def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:
-    """What a method needs of each block, from every distinct token of at most 512 questions.
+    """The measurements that a method needs, over the distinct tokens of at most 512 questions.
 
     Raises:
         ProfileError: a profile without all-token counts, by which weights are averaged.
@@ -238,7 +236,7 @@ def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str)
 
 
 def token_counts(profile: Profile) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
-    """How many tokens chose each expert, shots included, (L, E).
+    """Tokens routed to each expert, shots included, (L, E).
 
     Raises:
         ProfileError: the profile was made with --stats answer.
@@ -265,7 +263,7 @@ def logit_products(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
 
 
 def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
-    """Mean output (E, D) float64 of every expert over all tokens, whichever these chose, by layer.
+    """Mean output (E, D) float64 of every expert over all tokens, routed or not, by layer.
 
     Every expert runs on every token: E / K times the experts' work of a forward pass, and once
     more that for the pass itself.
@@ -279,7 +277,7 @@ def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
 
 
 class _OutputSums:
-    """Sums of all experts' outputs and how many tokens there were; pads are left out."""
+    """Sums of all experts' outputs, and counts of tokens without padding."""
 
     def __init__(self) -> None:
         self.total: dict[int, Tensor] = {}
@@ -291,7 +289,7 @@ class _OutputSums:
         self.valid_T = step.valid_T
 
     def watched(self, block: MoeBlock) -> Callable[..., Tensor]:
-        """The experts' forward, with all of them run beside."""
+        """The experts' forward, which also runs all experts on all tokens."""
         forward, own = own_forward(block.experts), own_expert(block)
 
         def run(x_TD: Tensor, *args: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the router says of a merged expert: one linear row in place of its members' rows.
+"""The router row of a merged expert: one linear row in place of its members' rows.
 
 In a softmax gate a group's mass is Σ exp(logit) over its members, so its row should give the
 logarithm of that, which no linear row does. The fitted row is the members' mean row, by their
@@ -35,8 +35,8 @@ _TIE = 1e-5  # logits that are this close are equal but for rounding
 class Rows:
     """One layer's rows of merged experts, by the id of the dominant member.
 
-    Each is Σ share · row over `shares`, plus `added` (D,). `offsets` go to the router's own bias
-    on logits, where it has one; `selection` are the biases on choosing, where the family has them.
+    Each is Σ share · row over `shares`, plus `added` (D,). `offsets` go to the router's own logit
+    bias, `selection` are selection biases, if the family has them.
     """
 
     shares: Mapping[int, Shares]
@@ -45,7 +45,7 @@ class Rows:
     selection: Mapping[int, float] = field(default_factory=dict)
 
     def logits(self, routing: Routing) -> Tensor:
-        """What they give on router inputs, (T, groups) float64."""
+        """Their logits on router inputs, (T, groups) float64."""
         logits_TE, input_TD = routing.logits_TE.double(), routing.input_TD.double()
         found = []
         for expert, shares in self.shares.items():
@@ -58,7 +58,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Quality:
-    """How near a layer's merged rows come to the mass of their members on held-out questions.
+    """Fit of a layer's merged rows to the mass of their members on held-out questions.
 
     1 − Σ(error²) / Σ(distance from its mean²), over tokens and groups: 1 is exact.
     """
@@ -71,10 +71,10 @@ class Quality:
 def merged_rows(
     engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit], kind: RouterRow
 ) -> dict[int, Rows]:
-    """The rows of each layer that has merged experts; at most 512 questions fit them.
+    """The rows of each layer with merged experts, fitted on at most 512 questions.
 
     Raises:
-        ContractError: rows other than the dominant member's, where logits are more than linear.
+        ContractError: logits are not linear, and the row is not the dominant member's.
     """
     blocks = [b for b in engine.moe.blocks if edits[b.name].merged]
     bent = next((b for b in blocks if not b.is_linear), None)
@@ -94,7 +94,7 @@ def merged_rows(
 def judge_rows(
     engine: Engine, held_out: Quiz, edits: Mapping[str, BlockEdit], rows: Mapping[int, Rows]
 ) -> list[Quality]:
-    """How well the rows hold on questions that they were not fitted on."""
+    """Fit of the rows on held-out questions."""
     blocks = {b.layer: b for b in engine.moe.blocks if b.layer in rows}
     found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in rows}
 
@@ -126,7 +126,7 @@ def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Shares]) -> 
 
 
 def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
-    """The logit (T,) of the member with the best score, its bias on choosing included."""
+    """The logit (T,) of the member with the best score, selection bias included."""
     own_TM, selection_E = logits_TE[:, experts], block.selection_bias()
     score_TM = own_TM if block.selection == "logits" else SCORES[block.scoring](own_TM)
     if selection_E is not None:
@@ -154,7 +154,7 @@ def _mean_logit(logits_TE: Tensor, shares: Shares) -> Tensor:
 
 
 class _Sums:
-    """Running sums of one layer: what the regression needs, and of selection scores."""
+    """Sums for the regression of one layer, and of selection scores."""
 
     def __init__(self, block: MoeBlock, merged: Mapping[int, Shares]) -> None:
         self.block, self.merged = block, merged
@@ -179,7 +179,7 @@ class _Sums:
             self._add_scores(routing, target_TG)
 
     def _add_scores(self, routing: Routing, target_TG: Tensor) -> None:
-        """By how much the best member's score exceeds the group's α, where a member was chosen."""
+        """Adds the best member's score minus the group's α, for tokens routed to a member."""
         alpha_TE = self.block.alpha(routing.logits_TE).double()
         if self.block.selection == "logits":
             alpha_TE, mass_TG = routing.logits_TE.double(), target_TG
@@ -206,7 +206,7 @@ class _Sums:
         )
 
     def _regression(self) -> tuple[Tensor, Tensor]:
-        """Ridge, with an intercept where the router has a bias that can hold it."""
+        """Ridge regression, with an intercept if the router has a bias."""
         n = self.n_tokens
         outer_DD, cross_DG = self.outer_DD / n, self.cross_DG / n
         mean_D, rest_G = self.input_D / n, self.rest_G / n

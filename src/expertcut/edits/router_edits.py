@@ -85,15 +85,7 @@ def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> li
         SettingsError: an invalid expression.
         PlanError: no such layer or expert, one named twice, or no gap to close.
     """
-    numbers, layers = expert_ids(profile), profile.layers
-    found: list[RouterEdit] = []
-    for sign, expressions in ((+1, boost), (-1, suppress)):
-        for text in expressions:
-            target = parse_target(text)
-            layer, row = _find(layers, target.layer, target.expert, numbers)
-            found.append(_tilt(profile, layer, row, target, sign))
-    _check_once([(t.layer, t.expert) for t in found], [*boost, *suppress])
-    return found
+    return [_tilt(profile, *target) for target in _targets(profile, boost, suppress)]
 
 
 def named_picks(
@@ -105,16 +97,24 @@ def named_picks(
         SettingsError: an invalid expression.
         PlanError: no such layer or expert, or one named twice.
     """
+    return tuple(
+        (SelectedExpert(layer.layer, row, sign), _strength(target, layer.layer, sign))
+        for layer, row, target, sign in _targets(profile, boost, suppress)
+    )
+
+
+def _targets(
+    profile: Profile, boost: Sequence[str], suppress: Sequence[str]
+) -> list[tuple[LayerStatistics, int, Target, int]]:
+    """Layer, router row, target and sign of each expression."""
     numbers, layers = expert_ids(profile), profile.layers
-    found: list[tuple[SelectedExpert, float | None]] = []
+    found = []
     for sign, expressions in ((+1, boost), (-1, suppress)):
-        for text in expressions:
-            target = parse_target(text)
+        for target in map(parse_target, expressions):
             layer, row = _find(layers, target.layer, target.expert, numbers)
-            strength = _strength(target, layer.layer, sign)
-            found.append((SelectedExpert(layer.layer, row, sign), strength))
-    _check_once([(p.layer, p.expert) for p, _ in found], [*boost, *suppress])
-    return tuple(found)
+            found.append((layer, row, target, sign))
+    _check_once([(layer.layer, row) for layer, row, *_ in found], [*boost, *suppress])
+    return found
 
 
 def tilts_of(
