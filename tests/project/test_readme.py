@@ -161,7 +161,7 @@ def test_every_option_in_the_docs_is_one_of_a_command(help_texts: dict[str, str]
 
 def test_every_option_says_what_it_does(help_texts: dict[str, str]) -> None:
     for command, text in help_texts.items():
-        options = re.findall(r"^  (--[a-z-]+)[^\n]*?(?:\n {10,}| {2,})(\S+)", text, re.M)
+        options = re.findall(r"^  (?:-h, )?(--[a-z-]+)[^\n]*?(?:\n {10,}| {2,})(\S+)", text, re.M)
         assert len(options) >= 2, command
         assert all(explained for _, explained in options)
 
