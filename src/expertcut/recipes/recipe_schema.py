@@ -56,7 +56,7 @@ class ShowSection(ShowSettings):
 class ProveSection(Settings):
     """`reweight --cross-fit`: the whole procedure cross-fitted and compared with random experts."""
 
-    draws: Annotated[int, Field(ge=99, le=10**6)] = 99
+    draws: int = option(99, "Draws of random experts.", flags=("--random-draws",), ge=99, le=10**6)
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -112,12 +112,14 @@ class Variant(Settings):
     merge: MergeSettings | None = None
     reweight: ReweightSettings | None = None
     heal: HealSection | None = None
-    prove: ProveSection | None = None
+    prove: ProveSection | None = option(
+        None, "Cross-fit the procedure of `reweight`.", flags=("--cross-fit",)
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _keeps_empty_sections(cls, values: Any) -> Any:
-        return _filled(values, (*KINDS, "prove"))
+        return _filled(values, (*KINDS, "prove", "cross_fit"))
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
