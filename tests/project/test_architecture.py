@@ -3,6 +3,7 @@
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ ORDER = (
     "cli",
 )
 ROOT_FILES = ("__init__", "__main__")
+MAX_FILES = 125
+MAX_FOLDERS = 18
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 PRINTING_NAMES = {"print", "pprint", "echo", "secho"}  # builtin, rich, typer, click
@@ -116,6 +119,41 @@ def printing_files(root: Path) -> list[str]:
     ]
 
 
+def module_of(root: Path, path: Path) -> str:
+    parts = [root.name, *path.relative_to(root).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circle(root: Path) -> list[str]:
+    """Modules that import each other, in functions and for type checkers too; none if empty."""
+    modules = {module_of(root, path): path for path in sources(root)}
+    graph = {
+        module: {
+            name if name in modules else name.rpartition(".")[0]
+            for name in imported_names(root, path)
+        }
+        - {module, root.name}
+        for module, path in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def layout_names(root: Path) -> list[str]:
+    """Comparisons with the name of a layout, outside the table of layouts."""
+    return [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for path in sources(root)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Compare) and path.name != "layouts.py"
+        for part in (node.left, *node.comparators)
+        if isinstance(part, ast.Constant) and part.value in ("stock", "exact")
+    ]
+
+
 def double_names(root: Path) -> list[str]:
     names = Counter(path.name for path in sources(root) if path.name != "__init__.py")
     return [f"{name} stands {n} times" for name, n in sorted(names.items()) if n > 1]
@@ -155,6 +193,19 @@ def test_files_and_functions_are_short():
 
 def test_only_the_cli_prints():
     assert printing_files(SRC) == []
+
+
+def test_no_modules_import_each_other():
+    assert circle(SRC) == []
+
+
+def test_a_layout_is_asked_for_what_it_does_and_not_for_its_name():
+    assert len(layout_names(SRC)) <= 3, layout_names(SRC)
+
+
+def test_files_and_folders_are_few():
+    assert len(sources(SRC)) <= MAX_FILES
+    assert len({path.parent for path in sources(SRC)}) <= MAX_FOLDERS
 
 
 def test_no_file_name_stands_twice():
@@ -220,6 +271,21 @@ def test_an_import_up_the_list_is_allowed(tmp_path, file, text):
 def test_a_part_outside_the_list_is_found(tmp_path, file):
     plant(tmp_path, "errors.py", "")
     assert len(unknown_parts(plant(tmp_path, file, ""))) == 1
+
+
+@pytest.mark.parametrize("indent", ["", "def f():\n    ", "if TYPE_CHECKING:\n    "])
+def test_modules_that_import_each_other_are_found(tmp_path, indent):
+    plant(tmp_path, "models/a.py", "from expertcut.models import b\n")
+    assert circle(plant(tmp_path, "models/b.py", "import os\n")) == []
+    root = plant(tmp_path, "models/b.py", f"{indent}from expertcut.models.a import f\n")
+    assert {"expertcut.models.a", "expertcut.models.b"} <= set(circle(root))
+
+
+def test_a_comparison_with_a_layout_is_found(tmp_path):
+    plant(tmp_path, "edits/layouts.py", 'is_it = x == "stock"\n')
+    assert layout_names(plant(tmp_path, "edits/a.py", 'x = "stock"\n')) == []
+    text = 'def f(x):\n    return x.layout != "exact" or x in ("stock",) or "stock" == x\n'
+    assert len(layout_names(plant(tmp_path, "edits/a.py", text))) == 2
 
 
 def test_what_is_too_long_is_found(tmp_path):
