@@ -505,7 +505,7 @@ def test_show_adds_them_to_the_paper_and_subjects_when_asked(found: Findings):
 
 def test_subjects_of_something_else_are_refused(tmp_path: Path):
     (tmp_path / PLAN_FILE).write_text("{}")
-    with pytest.raises(SettingsError, match=f"--subjects: {tmp_path} is no profile"):
+    with pytest.raises(SettingsError, match=f"--subjects: {tmp_path} is not a profile"):
         find_shown(tmp_path, by_subject=True)
 
 
