@@ -231,7 +231,7 @@ def test_any_recipe_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> N
     file = written(tmp_path / "recipe.yaml", content)
     recipe = read_or_refused(lambda: read_recipe(file))
     if recipe is not None:
-        written(file, recipe.model_dump_json(exclude_none=True))
+        written(file, recipe.model_dump_json(exclude_defaults=True))
         assert read_recipe(file) == recipe
 
 

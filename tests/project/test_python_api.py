@@ -22,7 +22,9 @@ NOTEBOOK = ROOT / "docs" / "tour.ipynb"
 
 
 @pytest.fixture
-def model(checkpoint: Callable[..., Path], quiz_folder: Path) -> tuple[Path, dict[str, object]]:
+def model(
+    expertcut: Commands, checkpoint: Callable[..., Path], quiz_folder: Path
+) -> tuple[Path, dict[str, object]]:
     """A tiny model and the quiz that it is asked."""
     return checkpoint("olmoe"), {"quiz": str(quiz_folder), "shots": 1, "threads": 1}
 
