@@ -82,7 +82,8 @@ add("a variant of nothing", "variants: [{name: a}]", "does one thing")
 add("an expert of no number", "variants: [{name: a, reweight: {boost: first}}]", "no expert")
 add("an expert with a bias of NaN", "variants: [{name: a, reweight: {boost: 1=nan}}]", "no expert")
 add("an expert with code", "variants: [{name: a, reweight: {boost: '1=exit()'}}]", "no expert")
-add(
+what = "variants: [{name: a, prune: {keep: 4, by: os}}]"
+add("a criterion that is none", what, "not a criterion")
     "a criterion that is none", "variants: [{name: a, prune: {keep: 4, by: os}}]", "not a criterion"
 )
 add("an output above", "out: ../elsewhere", "outside this folder")
