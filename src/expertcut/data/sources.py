@@ -393,11 +393,7 @@ def hash_lines(quiz: Quiz) -> frozenset[str]:
 
 
 def is_one_set(quiz: Quiz) -> bool:
-    """Whether no other split has questions to evaluate on; logs nothing.
-
-    Raises:
-        QuizError: more than 5 % of another split stand in this one.
-    """
+    """Whether no other split has questions to evaluate on; logs nothing."""
     others = (s for s in JUDGING if s != quiz.split)
     return all(other_split(quiz, split, quiz, is_quiet=True) is None for split in others)
 

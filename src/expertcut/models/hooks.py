@@ -23,7 +23,6 @@ from expertcut.errors import ContractError
 from expertcut.models.kernels import BY_EXPERT, INNER, Own, by_expert, own_output
 from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall
 
-Combined = Callable[[int, Tensor], None]  # layer, the experts' weighted sum (T, D)
 Change = Callable[[Tensor], Tensor]
 Routed = tuple[Tensor, Tensor, Tensor]  # logits_TE, weights_TK, experts_TK
 
@@ -94,7 +93,7 @@ def observe_residuals(
 def observe_experts(
     blocks: Sequence[MoeBlock],
     see: Callable[[ExpertCall], None],
-    combined: Combined | None = None,
+    combined: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[None]:
     """Runs experts one by one, in id order, and calls `see` with each output.
 
@@ -102,27 +101,23 @@ def observe_experts(
     bit-equal to that of the unobserved model. One expert's output is `experts(x, e, 1)`: the code
     of the model, so no family needs code here.
     """
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(replaced_forward(block.experts, _watched(block, see, combined)))
-        yield
 
+    def run(
+        block: MoeBlock, own: Own, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor:
+        def note(*call: Any) -> None:
+            see(ExpertCall(block.layer, *call))
 
-def _watched(
-    block: MoeBlock, see: Callable[[ExpertCall], None], combined: Combined | None
-) -> Callable[..., Tensor]:
-    own = own_expert(block)
-
-    def note(expert: int, tokens_M: Tensor, weights_M: Tensor, output_MD: Tensor) -> None:
-        see(ExpertCall(block.layer, expert, tokens_M, weights_M, output_MD))
-
-    def run(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD = by_expert(x_TD, experts_TK, weights_TK, own, note)
         if combined is not None:
             combined(block.layer, y_TD)
         return y_TD
 
-    return run
+    with ExitStack() as stack:
+        for block in blocks:
+            watched = partial(run, block, own_expert(block))
+            stack.enter_context(replaced_forward(block.experts, watched))
+        yield
 
 
 def own_expert(block: MoeBlock) -> Own:
@@ -182,10 +177,6 @@ class _Tape(TorchFunctionMode):
         return result
 
 
-def _unchanged(value: Any) -> Any:
-    return value
-
-
 class _Changing(TorchFunctionMode):
     """Changes the result of one operation, and the arguments of all."""
 
@@ -221,7 +212,7 @@ def _run_changed(
     change: Change,
     args: Any,
     kwargs: Any,
-    reading: Callable[[Any], Any] = _unchanged,
+    reading: Callable[[Any], Any] = lambda value: value,
 ) -> Routed:
     mode = _Changing(op, change, reading)
     with mode:
@@ -235,11 +226,7 @@ def _run_changed(
 def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Iterator[None]:
     """Changes the logits of a router in the context."""
     forward = own_forward(router)
-
-    def changed(*args: Any, **kwargs: Any) -> Routed:
-        return _run_changed(forward, op, change, args, kwargs)
-
-    with replaced_forward(router, changed):
+    with replaced_forward(router, lambda *a, **k: _run_changed(forward, op, change, a, k)):
         yield
 
 
@@ -283,9 +270,6 @@ class BiasedForward:
 
     `rows` gives the tokens (N,) for finite biases, None for all. A selection bias is masked by −inf
     as well: a masked logit alone would not keep an expert from being chosen.
-
-    Raises:
-        ContractError: the logits cannot be changed; when called, a forbidden expert is chosen.
     """
 
     def __init__(
@@ -305,9 +289,9 @@ class BiasedForward:
         add = partial(_added, bias_E=self.bias_E, rows_N=self.rows())
         # Some blocks pass their selection bias (E,) to the router in each call.
         with torch._C.DisableTorchFunction():  # as in `_Changing`
-            given = tuple(map(self._masked, args))
-            named = {name: self._masked(value) for name, value in kwargs.items()}
-        routed = _run_changed(self.forward, self.op, add, given, named, self._read)
+            args = tuple(map(self._masked, args))
+            kwargs = {name: self._masked(value) for name, value in kwargs.items()}
+        routed = _run_changed(self.forward, self.op, add, args, kwargs, self._read)
         if bool(self.is_forbidden_E.to(routed[2].device)[routed[2]].any()):
             raise ContractError(
                 f"{self.block.name}: its router chooses an expert that is masked: this cut cannot "
@@ -316,10 +300,7 @@ class BiasedForward:
         return routed
 
     def _read(self, value: Any) -> Any:
-        """An argument of an operation, masked if it is the selection bias of the router.
-
-        Looked up in each operation: an offloaded bias is present only during the forward.
-        """
+        # Looked up in each operation: an offloaded bias is present only during the forward.
         is_own = self._is_one_each(value) and value is self.block.selection_tensor()
         return self._masked(value) if is_own else value
 
@@ -330,9 +311,8 @@ class BiasedForward:
         return value.masked_fill(self.is_forbidden_E.to(value.device), -torch.inf)
 
     def _is_one_each(self, value: Any) -> bool:
-        n_experts = len(self.bias_E)
         is_number = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
-        return is_number and value.shape[-1] == value.numel() == n_experts
+        return is_number and value.shape[-1] == value.numel() == len(self.bias_E)
 
 
 def _added(logits: Tensor, bias_E: Tensor, rows_N: Tensor | None) -> Tensor:

@@ -17,8 +17,6 @@ from torch import Tensor
 from expertcut.errors import ContractError
 from expertcut.models.validate import expert_count, lost_weights, with_expert_count
 
-Shapes = Mapping[str, tuple[int, ...]]
-_MAX_REASON = 300
 # Raised by transformers if a config or tensors do not fit.
 _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
@@ -52,9 +50,6 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
     """Checks that a checkpoint of these tensors, on the meta device, would load completely.
 
     Only if transformers has code for the model. `what` names the checkpoint in errors.
-
-    Raises:
-        ContractError: a parameter would be missing or have another shape.
     """
     try:
         with _quietly(), _meta_model(config) as model:
@@ -69,7 +64,7 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
                 output_loading_info=True,
             )
     except _FAULTS as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON]
+        reason = " ".join(str(error).split())[:300]
         raise ContractError(
             f"{what} could not be loaded: {reason}: this form is not supported"
         ) from None
@@ -108,17 +103,15 @@ def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
-            yield None
-            return
-    if type(made) not in AutoModelForCausalLM._model_mapping:
-        yield None
-        return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+            made = None
+    model = None
+    if type(made) in AutoModelForCausalLM._model_mapping:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     yield model
 
 
-def _shapes(model: Any) -> Shapes:
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -130,11 +123,10 @@ def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    state, found = model.state_dict(), {}
+    rules = (renamings, converters, model.base_model_prefix, model.state_dict())
+    found = {}
     for name in names:
-        renamed, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
+        renamed, pattern = rename_source_key(name, *rules)
         if pattern is None:
             found[name] = renamed
     return found
