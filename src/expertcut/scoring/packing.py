@@ -48,10 +48,9 @@ class Encoded:
         """The name of a question, for errors."""
         return self.names[question] if self.names else f"question {question} of a chunk"
 
-    def part(self, questions: slice) -> "Encoded":
+    def part(self, at: slice) -> "Encoded":
         """Some of its questions."""
-        fields = (self.prompts, self.choice_ids, self.names, self.cut_N)
-        return Encoded(*(field[questions] for field in fields))
+        return Encoded(self.prompts[at], self.choice_ids[at], self.names[at], self.cut_N[at])
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""

@@ -246,7 +246,8 @@ class Run:
                 raise self._out_of_memory(step, f": profile or score with {below}") from None
             return None
         finally:
-            for layer in () if self.cache is None else self.cache.layers:
+            layers: Any = () if self.cache is None else self.cache.layers
+            for layer in layers:
                 if (n_more := layer.get_seq_length() - self.n_prefix) > 0:
                     layer.crop(-n_more)
 
