@@ -6,13 +6,13 @@ pass, independent of module names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from expertcut.errors import ContractError
 from expertcut.models.gate_laws import check_blocks, explain_gate, first, verifying
@@ -28,16 +28,6 @@ REFUSED = {
 }
 
 
-@contextmanager
-def probing(model: nn.Module, blocks: Sequence[MoeBlock]) -> Iterator[Mapping[int, Probe]]:
-    """Probes by layer, each recording the forward passes of its block in the context."""
-    probes = {b.layer: Probe(model.get_submodule(b.name.rpartition(".")[0]), b) for b in blocks}
-    with ExitStack() as stack:
-        for probe in probes.values():
-            stack.enter_context(probe.watching())
-        yield probes
-
-
 class Probe:
     """Records one decoder layer in one forward pass of a few tokens."""
 
@@ -49,14 +39,12 @@ class Probe:
         self.block_output: Any = None
         self.layer_output: Any = None
 
-    def watching(self) -> AbstractContextManager[None]:
+    def hooks(self) -> Iterator[RemovableHandle]:
         """Hooks the modules of the layer, and of the block only itself and its experts."""
         inside = set(self.block.module.modules()) - {self.block.module, self.block.experts}
-        return registered(
-            module.register_forward_hook(self._record, with_kwargs=True)
-            for module in self.decoder.modules()
-            if module not in inside
-        )
+        for module in self.decoder.modules():
+            if module not in inside:
+                yield module.register_forward_hook(self._record, with_kwargs=True)
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -128,9 +116,10 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
     check_blocks(unprobed)
     seen: dict[int, tuple[RouterCall, Routing]] = {}
+    probes = {b.layer: Probe(model.get_submodule(b.name.rpartition(".")[0]), b) for b in unprobed}
     with (
         torch.inference_mode(),
-        probing(model, unprobed) as probes,
+        registered(handle for probe in probes.values() for handle in probe.hooks()),
         verifying(unprobed, model_type, lambda b, *found: seen.update({b.layer: found})),
     ):
         model(input_ids=input_ids_1T, use_cache=False)

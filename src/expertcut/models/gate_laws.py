@@ -31,18 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertcut.errors import ContractError
-from expertcut.models import hooks
+from expertcut.models import hooks, moe_block
 from expertcut.models.hooks import Routing, own_forward, replaced_forward, route
 from expertcut.models.kernels import by_expert
-from expertcut.models.moe_block import (
-    SCORES,
-    LogitsOp,
-    MoeBlock,
-    RouterCall,
-    Scoring,
-    Selection,
-    WeightRule,
-)
+from expertcut.models.moe_block import SCORES, MoeBlock, RouterCall, Scoring, WeightRule
 
 Law = Literal["weights", "choice", "repeatable", "once", "sum", "storage", "arrays"]
 
@@ -72,7 +64,7 @@ def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBlock
     scoring, weights = _explained_weights(block, routings, model_type)
     block = replace(block, scoring=scoring, weights=weights, logits_op=op)
     is_cut_softmax = scoring == "softmax" and weights is not None and not weights.is_renormalised
-    selection: Selection = "table" if is_table else _explained_choice(block, routings)
+    selection: moe_block.Selection = "table" if is_table else _explained_choice(block, routings)
     is_linear = _is_linear(block, routing)
     return replace(block, inflates=is_cut_softmax, selection=selection, is_linear=is_linear)
 
@@ -103,16 +95,15 @@ def _tolerance(*routings: Routing) -> float:
     return 3e-2 if any(t.dtype.itemsize < 4 for t in tensors) else 1e-4
 
 
-# --- Experiments on a router --------------------------------------------------------------------
-
-
 def _is_table(block: MoeBlock, routing: Routing) -> bool:
-    ids_T = block.call.input_ids()
-    if ids_T is None or len(ids_T) != len(routing.experts_TK):
+    given = (*block.call.args, *block.call.kwargs.values())
+    ids = [v for v in given if isinstance(v, Tensor) and not v.is_floating_point()]
+    if not ids or ids[0].numel() != len(routing.experts_TK):
         return False
     tables = (t for _, t in block.router_tensors() if not t.is_floating_point() and t.ndim == 2)
     return any(
-        table.shape[1] == block.top_k and torch.equal(table[ids_T].long(), routing.experts_TK)
+        table.shape[1] == block.top_k
+        and torch.equal(table[ids[0].reshape(-1)].long(), routing.experts_TK)
         for table in tables
     )
 
@@ -126,7 +117,7 @@ def _check_repeatable(block: MoeBlock, routing: Routing) -> None:
         raise broken(block, "repeatable", "its router routes the same tokens in another way twice")
 
 
-def _acts(block: MoeBlock, op: LogitsOp, is_table: bool) -> bool:
+def _acts(block: MoeBlock, op: moe_block.LogitsOp, is_table: bool) -> bool:
     """Whether changing the result of the operation changes the router's logits."""
     before_TE, _, experts_TK = route(block.router, block.call)
     expert = int(experts_TK.flatten().mode().values)
@@ -144,7 +135,7 @@ def _acts(block: MoeBlock, op: LogitsOp, is_table: bool) -> bool:
     return hooks.moved_by(before_TE, after_TE, bias_E)
 
 
-def _synthetic_routings(block: MoeBlock, op: LogitsOp | None) -> Iterator[Routing]:
+def _synthetic_routings(block: MoeBlock, op: moe_block.LogitsOp | None) -> Iterator[Routing]:
     """Routings of synthetic logits, or of scaled inputs if logits cannot be changed."""
     generator = torch.Generator().manual_seed(0)
     for scale in (0.03, 0.3, 1.0, 3.0):  # from nearly equal to peaked
@@ -176,9 +167,6 @@ def _is_linear(block: MoeBlock, routing: Routing) -> bool:
     off = (product_TE - logits_TE).abs().max()
     tolerance = 3e-2 if routing.input_TD.dtype.itemsize < 4 else _tolerance(routing)
     return bool(off <= tolerance * logits_TE.abs().max())
-
-
-# --- Weights ------------------------------------------------------------------------------------
 
 
 def _explained_weights(
@@ -246,18 +234,15 @@ def _broken_weights(block: MoeBlock, scoring: Scoring, off: float) -> ContractEr
     )
 
 
-# --- Choice -------------------------------------------------------------------------------------
-
-
-def _explained_choice(block: MoeBlock, seen: Sequence[Routing]) -> Selection:
-    ways: tuple[Selection, ...] = ("score", "logits")
+def _explained_choice(block: MoeBlock, seen: Sequence[Routing]) -> moe_block.Selection:
+    ways: tuple[moe_block.Selection, ...] = ("score", "logits")
     for selection in ways if block.selection_bias() is not None else ways[:1]:
         if all(_follows(block, routing, selection) for routing in seen):
             return selection
     raise _broken_choice(block)
 
 
-def _follows(block: MoeBlock, routing: Routing, selection: Selection) -> bool:
+def _follows(block: MoeBlock, routing: Routing, selection: moe_block.Selection) -> bool:
     """Whether the chosen experts are the best, except for near-ties."""
     block = replace(block, selection=selection)
     score_TE = block.selection_scores(routing.logits_TE)
@@ -292,9 +277,6 @@ def _broken_choice(block: MoeBlock) -> ContractError:
         f"its router does not choose the {block.top_k} experts with the largest {block.scoring} "
         "of its logits (plus its selection bias, within the allowed groups)",
     )
-
-
-# --- The block around router and experts ---------------------------------------------------------
 
 
 def check_blocks(blocks: Sequence[MoeBlock]) -> None:

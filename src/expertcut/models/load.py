@@ -16,26 +16,13 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from expertcut.errors import ContractError, ModelError, SettingsError
-from expertcut.models import validate
-from expertcut.models.checkpoint_dir import (
-    check_folder,
-    fingerprint_of,
-    read_config,
-    refuse_pickles,
-    stamp,
-)
+from expertcut.models import checkpoint_dir, safetensors_index, validate
+from expertcut.models.checkpoint_dir import fingerprint_of, read_config, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.find_blocks import check_family, find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Stored,
-    StoredTensor,
-    read_even_quantized,
-    refuse_quantized,
-)
+from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
 from expertcut.models.validate import translate_errors
 
 MODELLING_FILE = "modeling_exact.py"
@@ -109,16 +96,16 @@ class Source:
         try:
             stamps = tuple(map(stamp, (*self.weight_files, *self.path.glob(INDEX_FILE))))
         except OSError:
-            return read_even_quantized(self.path)  # raises the error
+            return safetensors_index.read_even_quantized(self.path)  # raises the error
         known: dict[tuple[object, ...], Stored] = self.__dict__.setdefault("_stored", {})
         if stamps not in known:
-            known[stamps] = read_even_quantized(self.path)
+            known[stamps] = safetensors_index.read_even_quantized(self.path)
         return known[stamps]
 
     @property
     def stored(self) -> Stored:
         """The headers of unquantized weights."""
-        refuse_quantized(self.path, self.even_quantized)
+        safetensors_index.refuse_quantized(self.path, self.even_quantized)
         return self.even_quantized
 
     @property
@@ -155,7 +142,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
     else:
         folder = _download(model, revision)
         source = Source(model, folder, folder.name)
-    check_folder(source.path)
+    checkpoint_dir.check_folder(source.path)
     config = read_config(source.path)
     try:
         check_family(config.get("model_type"))
@@ -163,7 +150,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
         raise ContractError(f"{source.path / 'config.json'}: {error}") from None
     validate.check_moe(model, source.path, config)
     if not source.weight_files:
-        refuse_pickles(source.path)
+        checkpoint_dir.refuse_pickles(source.path)
         raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
     stored = source.even_quantized
     if "auto_map" not in config:  # else it depends on whether that code is run

@@ -35,11 +35,6 @@ class RouterCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def input_ids(self) -> Tensor | None:
-        """The token ids (T,) among the arguments; None without any."""
-        tensors = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
-        return next((t.reshape(-1) for t in tensors if not t.is_floating_point()), None)
-
 
 @dataclass(frozen=True)
 class LogitsOp:

@@ -33,20 +33,9 @@ from expertcut.models.gate_laws import check_gate, verifying
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.validate import check_ids
-from expertcut.scoring import attention
+from expertcut.scoring import attention, passes
 from expertcut.scoring.packing import Encoded, encode
-from expertcut.scoring.passes import (
-    Attention,
-    OnPass,
-    PassObserver,
-    PassOptions,
-    Run,
-    ScoringMode,
-    grows_with_prompt,
-    ignore,
-    last_decoder_layer,
-    scoring_mode,
-)
+from expertcut.scoring.passes import OnPass, PassObserver, PassOptions, Run, ScoringMode, ignore
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +57,7 @@ class Context:
     def __init__(self, moe: MoeModel) -> None:
         self.moe = moe
         self.length = context_length(moe.model.config, moe.tokenizer)
-        self.takes_more = grows_with_prompt(moe.model.config)
+        self.takes_more = passes.grows_with_prompt(moe.model.config)
 
     def fit(self, encoded: Encoded, quiz: Quiz) -> Encoded:
         """Truncates the prompts of a chunk if the quiz says so, else refuses too long ones."""
@@ -173,8 +162,8 @@ class Engine:
         self.moe, self.batch_tokens, self.context = moe, batch_tokens, Context(moe)
         self.is_trusted = True
         is_split = attention.is_available(moe.model, moe.device)
-        self.attention: Attention = "split" if is_split else "masked"
-        self.last_layer = last_decoder_layer(moe.model, moe.blocks)
+        self.attention: passes.Attention = "split" if is_split else "masked"
+        self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
 
     def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
         """Tokenizes questions of one subject."""
@@ -234,7 +223,7 @@ class Engine:
         """The mode of a chunk: a function of chunk and model alone."""
         if not self.is_trusted:
             return "single"
-        return scoring_mode(self.moe.model.config, encoded.longest)
+        return passes.scoring_mode(self.moe.model.config, encoded.longest)
 
     def score(
         self, encoded: Encoded, on_pass: OnPass = ignore, watch: PassObserver | None = None

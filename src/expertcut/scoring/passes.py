@@ -20,15 +20,9 @@ from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.models.hooks import own_forward, registered, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring import packing
 from expertcut.scoring.attention import Prefix, Split, attending
-from expertcut.scoring.packing import (
-    Encoded,
-    Pass,
-    cut_packs,
-    packed_pass,
-    padded_pass,
-    prefix_pass,
-)
+from expertcut.scoring.packing import Encoded, Pass, cut_packs, packed_pass, padded_pass
 
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
@@ -197,7 +191,7 @@ class Run:
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
         """Each pass with questions and its logits (N, V)."""
         if self.n_prefix:
-            step = prefix_pass(self.encoded.prompts[0][: self.n_prefix])
+            step = packing.prefix_pass(self.encoded.prompts[0][: self.n_prefix])
             self.watch.begin(step)
             if self._attempt(step) is None:
                 raise self._out_of_memory(step, _INDIVISIBLE)
@@ -276,14 +270,8 @@ class Run:
             split = Split(self.prefix, lengths_N, last, step.answers_N, keeps_all=keeps_all)
             stack.enter_context(attending(self.moe.model, split))
         if last is not None:
-            block, n_tokens, on_rows = (
-                self.moe.blocks[-1],
-                step.input_ids.numel(),
-                self.watch.on_rows,
-            )
-            stack.enter_context(
-                reading_answers(block, step.answers_N, n_tokens, on_rows, keeps_all=keeps_all)
-            )
+            parts = (self.moe.blocks[-1], step.answers_N, step.input_ids.numel())
+            stack.enter_context(reading_answers(*parts, self.watch.on_rows, keeps_all=keeps_all))
 
     def _mask(self, mask: Tensor) -> Tensor:
         # eager adds its mask: a boolean one would give wrong answers silently.

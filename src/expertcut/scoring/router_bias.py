@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from expertcut.errors import ContractError
-from expertcut.models.hooks import (
-    BiasedForward,
-    Routed,
-    moved_by,
-    own_forward,
-    replaced_forward,
-    route,
-)
+from expertcut.models import hooks
+from expertcut.models.hooks import BiasedForward, Routed, own_forward, replaced_forward, route
 from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring.packing import Pass
 
@@ -95,7 +89,7 @@ def _check_bias(
     if answers is not None:  # the last token of the probe stands for the answer
         is_there_T1 = torch.arange(len(bias_TE))[:, None] == len(bias_TE) - 1
         bias_TE = bias_TE.where(is_there_T1 | bias_TE.isneginf(), 0.0)
-    if not moved_by(before[0], after[0], bias_TE):
+    if not hooks.moved_by(before[0], after[0], bias_TE):
         raise ContractError(
             f"{block.name}: a bias on its router does not move the logits by just that much, so no "
             "result with it would be true"
