@@ -23,7 +23,7 @@ from expertcut.errors import ContractError
 from expertcut.models.kernels import BY_EXPERT, INNER, Own, by_expert, own_output
 from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall
 
-Change = Callable[[Tensor], Tensor]
+Change = Callable[[Any], Any]
 Routed = tuple[Tensor, Tensor, Tensor]  # logits_TE, weights_TK, experts_TK
 
 
@@ -164,46 +164,23 @@ def route(router: nn.Module, call: RouterCall) -> Routed:
     return logits_TE, weights_TK, experts_TK
 
 
-class _Tape(TorchFunctionMode):
-    def __init__(self) -> None:
+class _Operations(TorchFunctionMode):
+    """Passes the arguments of all operations to `read`, and position, name and result to `see`."""
+
+    def __init__(
+        self, see: Callable[[int, str, Any], Any], read: Change = lambda value: value
+    ) -> None:
         super().__init__()
-        self.results: list[tuple[str, Any]] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.results.append((_name(func), result))
-        return result
-
-
-class _Changing(TorchFunctionMode):
-    """Changes the result of one operation, and the arguments of all."""
-
-    def __init__(self, op: LogitsOp, change: Change, reading: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.op, self.change, self.reading, self.n_done = op, change, reading, 0
+        self.see, self.read, self.n_done = see, read, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunction():  # nested changes must not count these
-            args = tuple(map(self.reading, args))
+            args = tuple(map(self.read, args))
         result = func(*args, **(kwargs or {}))
-        index, self.n_done = self.n_done, self.n_done + 1
-        if index != self.op.index:
-            return result
-        if _name(func) != self.op.name or not isinstance(result, Tensor):
-            raise ContractError(
-                f"a router computes its logits by {_name(func)} where it used {self.op.name} on "
-                "the probe: its logits cannot be changed"
-            )
-        with torch._C.DisableTorchFunction():
-            return self.change(result)
-
-
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))
+        self.n_done += 1
+        return self.see(self.n_done - 1, str(getattr(func, "__name__", func)), result)
 
 
 def _run_changed(
@@ -212,12 +189,23 @@ def _run_changed(
     change: Change,
     args: Any,
     kwargs: Any,
-    reading: Callable[[Any], Any] = lambda value: value,
+    read: Change = lambda value: value,
 ) -> Routed:
-    mode = _Changing(op, change, reading)
-    with mode:
+    def see(index: int, name: str, result: Any) -> Any:
+        if index != op.index:
+            return result
+        if name != op.name or not isinstance(result, Tensor):
+            raise ContractError(
+                f"a router computes its logits by {name} where it used {op.name} on the probe: "
+                "its logits cannot be changed"
+            )
+        with torch._C.DisableTorchFunction():
+            return change(result)
+
+    operations = _Operations(see, read)
+    with operations:
         logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
-    if mode.n_done <= op.index:
+    if operations.n_done <= op.index:
         raise ContractError("a router ran fewer operations than on the probe")
     return logits_TE, weights_TK, experts_TK
 
@@ -232,14 +220,19 @@ def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Iterator[
 
 def tape_of(router: nn.Module, call: RouterCall) -> tuple[list[tuple[str, Any]], Routed]:
     """All operations of one call with their results, and the output of the router."""
-    tape, forward = _Tape(), own_forward(router)
+    results: list[tuple[str, Any]] = []
+    forward = own_forward(router)
+
+    def note(_index: int, name: str, result: Any) -> Any:
+        results.append((name, result))
+        return result
 
     def taped(*args: Any, **kwargs: Any) -> Any:
-        with tape:
+        with _Operations(note):
             return forward(*args, **kwargs)
 
     with replaced_forward(router, taped):
-        return tape.results, route(router, call)
+        return results, route(router, call)
 
 
 def logits_ops(router: nn.Module, call: RouterCall) -> Iterator[LogitsOp]:
@@ -260,9 +253,6 @@ def _equals(result: object, logits_TE: Tensor) -> bool:
     if result.shape[-1] != logits_TE.shape[-1] or not result.is_floating_point():
         return False
     return torch.equal(result.reshape(logits_TE.shape).to(logits_TE.dtype), logits_TE)
-
-
-# --- Biases -------------------------------------------------------------------------------------
 
 
 class BiasedForward:
@@ -288,7 +278,7 @@ class BiasedForward:
         """Runs the router with the bias."""
         add = partial(_added, bias_E=self.bias_E, rows_N=self.rows())
         # Some blocks pass their selection bias (E,) to the router in each call.
-        with torch._C.DisableTorchFunction():  # as in `_Changing`
+        with torch._C.DisableTorchFunction():  # as in `_Operations`
             args = tuple(map(self._masked, args))
             kwargs = {name: self._masked(value) for name, value in kwargs.items()}
         routed = _run_changed(self.forward, self.op, add, args, kwargs, self._read)
