@@ -16,7 +16,7 @@ prompt runs again to find the first module with a non-finite output.
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from os.path import commonprefix
@@ -102,18 +102,8 @@ class Context:
         )
 
 
-def first_unanswered(logprob_NC: Tensor, encoded: Encoded) -> int | None:
-    """The first question with a non-finite log p; None if all are finite."""
-    n_choices_N = torch.tensor([len(ids) for ids in encoded.choice_ids])
-    is_choice_NC = torch.arange(logprob_NC.shape[1]) < n_choices_N[:, None]
-    is_bad_N = (is_choice_NC & ~logprob_NC.isfinite()).any(dim=1)
-    return int(is_bad_N.int().argmax()) if bool(is_bad_N.any()) else None
-
-
-def not_finite(moe: MoeModel, question: str, ask_alone: Callable[[], object]) -> ModelError:
-    """The error for a non-finite answer; its prompt runs again to find the cause."""
-    with _watching(moe) as seen:
-        ask_alone()
+def _not_finite(moe: MoeModel, question: str, seen: list[str]) -> ModelError:
+    """The error for a non-finite answer; `seen` names the modules with non-finite outputs."""
     fault = f"{moe.source.id} answers {question} by what is no finite number"
     if not seen:
         return ModelError(f"{fault}, but only in a pack with others: try another --batch-tokens")
@@ -254,12 +244,15 @@ class Engine:
             ids_NC = choice_NC.to(logits_NV.device)[at_N]
             found_NC = logprob_NV.gather(1, ids_NC.clamp(min=0)).where(ids_NC >= 0, -torch.inf)
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)
-        logprob_NC = logprob_NC.cpu()
-        if (bad := first_unanswered(logprob_NC, encoded)) is not None:
+        is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
+        if bool(is_bad_N.any()):
+            bad = int(is_bad_N.int().argmax())
             alone = encoded.part(slice(bad, bad + 1))
             single = Run(self.moe, alone, self._how("single"), PassObserver(begin=watch.begin))
-            raise not_finite(self.moe, encoded.name(bad), lambda: list(single.passes()))
-        return logprob_NC
+            with _watching(self.moe) as seen:
+                list(single.passes())
+            raise _not_finite(self.moe, encoded.name(bad), seen)
+        return logprob_NC.cpu()
 
 
 def ask(engine: Engine, quiz: Quiz, on_pass: OnPass = ignore) -> Tensor:
