@@ -29,11 +29,11 @@ def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
     """
     n_experts = expert_count(dict(config)) or 0
     try:
-        with _quietly(), _meta_model(config) as model:
+        with _meta_model(config) as model:
             if model is None:
                 return {}
             shapes, renamed = _shapes(model), _renamed(model, names)
-        with _quietly(), _meta_model(with_expert_count(config, n_experts, 2 * n_experts)) as larger:
+        with _meta_model(with_expert_count(config, n_experts, 2 * n_experts)) as larger:
             grown = {} if larger is None else _shapes(larger)
     except _FAULTS:
         return {}
@@ -52,7 +52,7 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
     Only if transformers has code for the model. `what` names the checkpoint in errors.
     """
     try:
-        with _quietly(), _meta_model(config) as model:
+        with _meta_model(config) as model:
             if model is None:
                 return
             _, info = type(model).from_pretrained(
@@ -76,39 +76,31 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Silences progress bars and reports of transformers."""
+def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
+    """The model on the meta device, and no output; None if transformers has no code for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        made = model = None
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            try:
+                made = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            except ValueError as error:
+                if "trust_remote_code" not in str(error):
+                    raise
+        if type(made) in AutoModelForCausalLM._model_mapping:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+        yield model
     finally:
         logging.set_verbosity(verbosity)
         if has_bar:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
-    """The model on the meta device; None if transformers has no code for it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        try:
-            made = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-            made = None
-    model = None
-    if type(made) in AutoModelForCausalLM._model_mapping:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
-    yield model
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:

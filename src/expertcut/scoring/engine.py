@@ -104,13 +104,15 @@ class Context:
 
 def _not_finite(moe: MoeModel, question: str, seen: list[str]) -> ModelError:
     """The error for a non-finite answer; `seen` names the modules with non-finite outputs."""
-    fault = f"{moe.source.id} answers {question} by what is no finite number"
+    fault = f"{moe.source.id}: non-finite log-probability for {question}"
     if not seen:
         return ModelError(f"{fault}, but only in a pack with others: try another --batch-tokens")
     layer = re.search(r"\.(\d+)(?:\.|$)", seen[0])
     place = f"layer {layer[1]} ({seen[0]})" if layer else seen[0]
     dtype = str(moe.dtype).removeprefix("torch.")
-    return ModelError(f"{fault}: {place} is the first to give one, in {dtype}: {advice(moe)}")
+    return ModelError(
+        f"{fault}: {place} is the first module with a non-finite output, in {dtype}: {advice(moe)}"
+    )
 
 
 def advice(moe: MoeModel) -> str:

@@ -92,23 +92,18 @@ def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Questi
     texts = [prompt(question, shots) for question in questions]
     prompts = [tuple(ids) for ids in token_ids(tokenizer, texts)]
     most = max(len(question.choices) for question in questions)
-    letters = _letter_ids(tokenizer, texts[0], prompts[0], most)
-    names = tuple(f"question {q.row} of {q.subject} (counted from 0)" for q in questions)
-    choice_ids = tuple(letters[: len(q.choices)] for q in questions)
-    return Encoded(tuple(prompts), choice_ids, names)
-
-
-def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int) -> tuple[int, ...]:
-    answered = token_ids(tokenizer, [f"{text} {letter}" for letter in LETTERS[:n_choices]])
-    letter_ids: list[int] = []
+    answered = token_ids(tokenizer, [f"{texts[0]} {letter}" for letter in LETTERS[:most]])
+    letters: list[int] = []
     for letter, (*before, last) in zip(LETTERS, answered, strict=False):
-        if tuple(before) != ids or last in letter_ids:  # a repeated one is <unk>
+        if tuple(before) != prompts[0] or last in letters:  # a repeated one is <unk>
             raise ModelError(
                 f"{file_of(tokenizer)} does not write ' {letter}' after 'Answer:' as one token of "
                 "its own: this model cannot be scored by choice letters"
             )
-        letter_ids.append(last)
-    return tuple(letter_ids)
+        letters.append(last)
+    names = tuple(f"question {q.row} of {q.subject} (counted from 0)" for q in questions)
+    choice_ids = tuple(tuple(letters[: len(q.choices)]) for q in questions)
+    return Encoded(tuple(prompts), choice_ids, names)
 
 
 def cut_packs(

@@ -27,7 +27,6 @@ from expertcut.scoring.packing import Encoded, Pass, cut_packs, packed_pass, pad
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
 _INDIVISIBLE = ", which cannot be cut smaller: free memory, or use another device"
-_IN_LIST = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
 OnPass = Callable[[Pass], None]
 Attention = Literal["split", "masked"]
 
@@ -291,13 +290,20 @@ class Replay:
     def __init__(
         self, model: Any, blocks: Sequence[MoeBlock], n_tokens: int, budget_bytes: int
     ) -> None:
-        self.decoder_of = _decoder_layers(blocks)
-        self.decoders = _decoders(model, blocks) if self.decoder_of else []
+        self.decoder_of: dict[int, int] = {}  # by MoE block; empty if the names do not tell
+        self.decoders: list[nn.Module] = []
+        pattern = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
+        found = [match for block in blocks if (match := pattern.fullmatch(block.name))]
+        if len(found) == len(blocks) and len({match["list"] for match in found}) == 1:
+            numbers = [int(match["number"]) for match in found]
+            self.decoder_of = dict(zip((block.layer for block in blocks), numbers, strict=True))
+            layers = model.get_submodule(found[0]["list"]).named_children()
+            self.decoders = [layer for _, layer in sorted(layers, key=lambda item: int(item[0]))]
         self.outputs: dict[int, list[Any]] = {}
-        numbers = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
+        deepest = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
         weight = model.get_input_embeddings().weight
         n_kept = budget_bytes // (n_tokens * weight.shape[1] * weight.element_size())
-        self.starts = tuple(numbers[:n_kept])
+        self.starts = tuple(deepest[:n_kept])
 
     def recording(self) -> AbstractContextManager[None]:
         """Stores the inputs of the layers that later runs may start at."""
@@ -329,19 +335,3 @@ class Replay:
     def forget(self) -> None:
         """Frees the outputs; later runs run the whole model."""
         self.starts, self.outputs = (), {}
-
-
-def _decoder_layers(blocks: Sequence[MoeBlock]) -> dict[int, int]:
-    """The decoder layer of each MoE block; empty if the names do not tell."""
-    matches = [_IN_LIST.fullmatch(block.name) for block in blocks]
-    lists = {match["list"] for match in matches if match}
-    if None in matches or len(lists) != 1:
-        return {}
-    return {b.layer: int(m["number"]) for b, m in zip(blocks, matches, strict=True) if m}
-
-
-def _decoders(model: nn.Module, blocks: Sequence[MoeBlock]) -> list[nn.Module]:
-    match = _IN_LIST.fullmatch(blocks[0].name)
-    assert match is not None
-    layers = model.get_submodule(match["list"])
-    return [layer for _, layer in sorted(layers.named_children(), key=lambda item: int(item[0]))]
