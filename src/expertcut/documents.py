@@ -18,15 +18,12 @@ from expertcut.errors import ExpertcutError
 from expertcut.files import parse_json, read_file
 
 Document = TypeVar("Document", bound=BaseModel)
-HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.A)
 # Left out of JSON if None: hashes and bytes stay those of older versions.
 _OMITTED = {"truncate", "cut", "selection", "chosen_by", "healed_from"}
-REVISION = re.compile(r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}", re.A)
 
 
 def _no_bool(value: object) -> object:
-    """Refuses True, which equals 1."""
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # True equals 1
         raise ValueError("must be a number")
     return value
 
@@ -54,16 +51,18 @@ class Identified(Record):
     @property
     def label(self) -> str:
         """The id; of an absolute path its last part."""
-        is_whole = self.revision is None and Path(self.id).is_absolute()
-        return Path(self.id).name if is_whole else self.id
+        is_folder = self.revision is None and Path(self.id).is_absolute()
+        return Path(self.id).name if is_folder else self.id
 
     @model_validator(mode="after")
     def _is_on_the_hub(self) -> Self:
         if self.revision is None:
             return self
-        if not HUB_ID.fullmatch(self.id) or ".." in self.id:
+        id_pattern = r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}"
+        if not re.fullmatch(id_pattern, self.id, re.A) or ".." in self.id:
             raise ValueError(f"{self.id[:80]!a} is no id of the Hub, but has a revision")
-        if not REVISION.fullmatch(self.revision):
+        revision_pattern = r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}"
+        if not re.fullmatch(revision_pattern, self.revision, re.A):
             raise ValueError(f"{self.revision[:80]!a} is no revision")
         return self
 
@@ -71,11 +70,7 @@ class Identified(Record):
 def load_record(
     file: Path, kind: type[Document], refusal: type[ExpertcutError], is_not: str
 ) -> Document:
-    """Loads a JSON file with strict types; `is_not` names the kind in errors.
-
-    Raises:
-        ExpertcutError: of the class `refusal`, if the file cannot be read or is invalid.
-    """
+    """Loads a JSON file with strict types, or raises a `refusal`; `is_not` names the kind."""
     try:
         content = read_file(file)
         parse_json(content)

@@ -1,18 +1,7 @@
 """Errors that a user can cause and can fix.
 
-    ExpertcutError            exit status 2, one line: what was found, why it is wrong, what to do
-    ├── QuizError             questions that cannot be read or used
-    │   └── SplitError        a split without questions
-    ├── ModelError            a folder or id that is not a loadable MoE checkpoint
-    │   └── ContractError     a model that breaks the MoE contract
-    ├── ProfileError          a profile that is missing, unfinished or of another model or quiz
-    ├── PlanError             an edit that the model or its layout cannot take
-    ├── SettingsError         an option with an unusable value
-    ├── OutputError           a folder or file that cannot be written
-    ├── HubError              the Hugging Face Hub refused or could not be reached
-    └── RecipeError           an invalid recipe
-
-Any other exception is a bug: exit status 1, with a traceback.
+Exit status 2 and one line: what was found, why it is wrong, what to do. Any other
+exception is a bug: exit status 1, with a traceback.
 """
 
 

@@ -7,35 +7,26 @@ import os
 import re
 import secrets
 import stat
+from collections import Counter
 from contextlib import suppress
 from io import BufferedReader
 from math import isinf
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from expertcut.errors import OutputError
 
-MAX_DOCUMENT_BYTES = 32 << 20  # a profile, plan, proof or sweep of any size is far below
 MAX_DEPTH = 100
 # Flags of POSIX and of Windows.
 _NONBLOCK, _BINARY = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_BINARY", 0)
-_MAX_DIGITS = 19  # of 64 bits; larger numbers overflow in numpy and torch
-_BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MARK_BYTES = 4  # of the longest byte order mark
 _UMASK = os.umask(0o077)  # the umask can be read only by setting it
 os.umask(_UMASK)
-_FILE_MODE, _FOLDER_MODE = 0o666, 0o777
 _SECRET = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"  # tokens of the Hub
     r"|(?<=://)[^\s/@:\"'<>]*:[^\s/@\"'<>]+(?=@)"  # name and password in an address
 )
-_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_MIN_SECRET_LENGTH = 8  # shorter values would hide ordinary words
 HIDDEN = "***"
 
 
@@ -59,7 +50,7 @@ def open_file(file: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def read_file(file: Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
+def read_file(file: Path, most_bytes: int = 32 << 20) -> bytes:
     """The content of a regular file.
 
     Raises:
@@ -77,10 +68,12 @@ def wide_encoding(head: bytes) -> str | None:
 
     Detected by the byte order mark, or by ASCII characters between zero bytes.
     """
-    marked = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    # First, because its little-endian mark begins with that of UTF-16.
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
     zeros = [byte == 0 for byte in head[:MARK_BYTES]]
     is_bare = zeros in ([False, True, False, True], [True, False, True, False])
-    return marked or ("UTF-16" if is_bare else None)
+    return "UTF-16" if is_bare or head.startswith(_UTF16) else None
 
 
 def parse_json(content: bytes) -> Any:
@@ -90,92 +83,67 @@ def parse_json(content: bytes) -> Any:
         ValueError: invalid JSON, a duplicate name in an object, NaN, Infinity, a number beyond 64
             bits, or more than 100 levels.
     """
-    text = content.decode("utf-8")
-    try:
+    with suppress(RecursionError):
         value = json.loads(
-            text,
+            content.decode("utf-8"),
             object_pairs_hook=_distinct,
-            parse_constant=_no_number,
+            parse_constant=_not_a_number,
             parse_int=_integer,
             parse_float=_float,
         )
-    except RecursionError:
-        raise _too_deep() from None
-    _check_depth(value)
-    return value
+        # Level by level: recursion would fail on a deep value.
+        level = [value]
+        for _ in range(MAX_DEPTH + 2):
+            level = [v for v in level if isinstance(v, dict | list)]
+            if not level:
+                return value
+            level = [v for x in level for v in (x.values() if isinstance(x, dict) else x)]
+    raise ValueError(f"more than {MAX_DEPTH} levels, one inside the other")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        seen: set[str] = set()
-        duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        duplicate = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{duplicate[:60]!a} stands twice in one object")
     return unique
 
 
-def _no_number(text: str) -> NoReturn:
+def _not_a_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number in JSON")
 
 
 def _integer(text: str) -> int:
-    if len(text) > _MAX_DIGITS + 1 or not -(1 << 63) <= int(text) < 1 << 64:
+    # Larger numbers overflow in numpy and torch; those of 64 bits have up to 20 characters.
+    if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 64:
         raise ValueError(f"{text[:20]}… has more than 64 bits")
     return int(text)
 
 
 def _float(text: str) -> float:
-    value = float(text)
-    if isinf(value):
+    if isinf(value := float(text)):
         raise ValueError(f"{text[:20]} is too large for a number")
     return value
 
 
-def _check_depth(value: Any) -> None:
-    """Checks level by level: recursion would fail on a deep value."""
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH + 1):
-        values = [v.values() if isinstance(v, dict) else v for v in level]
-        level = [v for inner in values for v in inner if isinstance(v, dict | list)]
-        if not level:
-            return
-    raise _too_deep()
-
-
-def _too_deep() -> ValueError:
-    return ValueError(f"more than {MAX_DEPTH} levels, one inside the other")
-
-
-def create_private(file: Path) -> BinaryIO:
-    """Creates a file of mode 0600, opened for writing.
-
-    Raises:
-        FileExistsError: a file or link has that name.
-    """
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o600)
-    return os.fdopen(descriptor, "wb")
-
-
 def share(path: Path) -> None:
     """Gives a private file or folder the default mode of the process."""
-    path.chmod((_FOLDER_MODE if path.is_dir() else _FILE_MODE) & ~_UMASK)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
 def without_secrets(text: str) -> str:
     """The text with `***` in place of tokens and passwords."""
-    for name in _VARIABLES:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         value = os.environ.get(name, "")
-        if len(value) >= _MIN_SECRET_LENGTH:
+        if len(value) >= 8:  # shorter values would hide ordinary words
             text = text.replace(value, HIDDEN)
     return _SECRET.sub(HIDDEN, text)
 
 
 def line_with_secret(text: str) -> int | None:
     """The number of the first line with a secret, from 1; None if there is none."""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if without_secrets(line) != line:
-            return number
-    return None
+    lines = enumerate(text.splitlines(), start=1)
+    return next((number for number, line in lines if without_secrets(line) != line), None)
 
 
 def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
@@ -185,12 +153,12 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
         OutputError: the place cannot be written.
     """
     # Not the pid: hosts that share the folder may have the same.
-    name = f".{path.name}.{secrets.token_hex(4)}.tmp"
-    temporary = (scratch or path.parent) / name
+    temporary = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         for folder in (path.parent, temporary.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with create_private(temporary) as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

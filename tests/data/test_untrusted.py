@@ -14,7 +14,8 @@ import pytest
 from expertcut.checkpoints.output_dir import atomic_dir
 from expertcut.cli import HarmlessFormatter
 from expertcut.data.readers import read_csv
-from expertcut.files import create_private, without_secrets, write_atomically
+from expertcut.errors import OutputError
+from expertcut.files import without_secrets, write_atomically
 from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands
 from tests.support.fake_hub import TOKEN
@@ -82,11 +83,14 @@ def test_what_is_half_written_is_nobody_elses_to_read(
     assert found["checkpoint"] == found["folder"]
 
 
-def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "theirs").write_text("mine")
-    (tmp_path / "link").symlink_to("theirs")
-    with pytest.raises(FileExistsError):
-        create_private(tmp_path / "link")
+    (tmp_path / ".plan.json.0.tmp").symlink_to("theirs")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "0")
+    with pytest.raises(OutputError, match="exists"):
+        write_atomically(tmp_path / "plan.json", b"{}")
     assert (tmp_path / "theirs").read_text() == "mine"
 
 

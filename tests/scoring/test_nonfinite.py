@@ -22,8 +22,9 @@ from tests.conftest import Commands, make_checkpoint, make_tokenizer, open_model
 
 SIGN = "~"  # in one question of the test split, and nowhere else
 WHERE = "question 4 of old_clocks (counted from 0)"
-NAMED = rf"expertcut: {{stage}}\S+ answers {re.escape(WHERE)} by what is no finite number: "
-HERE = "layer 0 (model.layers.0.mlp.experts) is the first to give one, in float32: its weights"
+NAMED = rf"expertcut: {{stage}}\S+: non-finite log-probability for {re.escape(WHERE)}: "
+FIRST = "is the first module with a non-finite output"
+HERE = f"layer 0 (model.layers.0.mlp.experts) {FIRST}, in float32: its weights"
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_the_first_layer_that_gives_none_is_named(
     measurement = Measurement(moe, quiz, None, options)
     overflowing(moe, name)
     hooks = sum(len(module._forward_hooks) for module in moe.model.modules())
-    with pytest.raises(ModelError, match=re.escape(f"{place} is the first to give one")):
+    with pytest.raises(ModelError, match=re.escape(f"{place} {FIRST}")):
         list(measurement.run(tmp_path / "p"))
     assert sum(len(module._forward_hooks) for module in moe.model.modules()) == hooks
     assert not any("forward" in vars(module) for module in moe.model.modules())

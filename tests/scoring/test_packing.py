@@ -14,7 +14,6 @@ from expertcut.scoring.packing import (
     Encoded,
     Pass,
     cut_packs,
-    cut_rows,
     encode,
     packed_pass,
     padded_pass,
@@ -72,14 +71,15 @@ def rectangle(lengths: list[int]) -> int:
     return len(lengths) * max(lengths)
 
 
-@pytest.mark.parametrize(("cut", "cost"), [(cut_packs, sum), (cut_rows, rectangle)])
-def test_cutting_takes_everything_in_order_and_as_much_as_fits(cut, cost):
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_cutting_takes_everything_in_order_and_as_much_as_fits(is_padded):
+    cost = rectangle if is_padded else sum
     chance = random.Random(0)
     n_alone = 0
     for _ in range(500):
         lengths = [chance.randint(1, 30) for _ in range(chance.randint(1, 25))]
         budget = chance.choice([0, 1, 20, 40, 100, 10_000])
-        pieces = list(cut(lengths, budget))
+        pieces = list(cut_packs(lengths, budget, is_padded=is_padded))
         assert [item for piece in pieces for item in piece] == list(range(len(lengths)))
         assert all(pieces)
         for piece in pieces:
@@ -89,7 +89,7 @@ def test_cutting_takes_everything_in_order_and_as_much_as_fits(cut, cost):
             if piece[-1] + 1 < len(lengths):  # the next one would not have fitted
                 assert cost([*costs, lengths[piece[-1] + 1]]) > budget
     assert n_alone > 100  # an item above the budget goes alone, it is not lost
-    assert list(cut([], 10)) == []
+    assert list(cut_packs([], 10, is_padded=is_padded)) == []
 
 
 def sees(query: tuple[int, int], key: tuple[int, int]) -> bool:

@@ -1,29 +1,14 @@
 """Quizzes: questions, splits, and prompts as lm-evaluation-harness builds them."""
 
-from expertcut.data.questions import (
-    Question,
-    Quiz,
-    Truncate,
-    answer_letter,
-    prompt,
-    reordered,
-    round_robin,
-    shuffle_choices,
-    without,
-)
-from expertcut.data.sources import DEFAULT_QUIZ, Selection, load_quiz
-
-__all__ = [
-    "DEFAULT_QUIZ",
-    "Question",
-    "Quiz",
-    "Selection",
-    "Truncate",
-    "answer_letter",
-    "load_quiz",
-    "prompt",
-    "reordered",
-    "round_robin",
-    "shuffle_choices",
-    "without",
-]
+from expertcut.data.questions import Question as Question
+from expertcut.data.questions import Quiz as Quiz
+from expertcut.data.questions import Truncate as Truncate
+from expertcut.data.questions import answer_letter as answer_letter
+from expertcut.data.questions import prompt as prompt
+from expertcut.data.questions import reordered as reordered
+from expertcut.data.questions import round_robin as round_robin
+from expertcut.data.questions import shuffle_choices as shuffle_choices
+from expertcut.data.questions import without as without
+from expertcut.data.sources import DEFAULT_QUIZ as DEFAULT_QUIZ
+from expertcut.data.sources import Selection as Selection
+from expertcut.data.sources import load_quiz as load_quiz

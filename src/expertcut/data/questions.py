@@ -35,10 +35,7 @@ class Question:
 
     @cached_property
     def overlap_hash(self) -> str:
-        """16 hex digits that ignore trivial changes, to find overlaps of question sets.
-
-        White space, invisible characters, the Unicode form and the order of choices are ignored.
-        """
+        """16 hex digits that ignore white space, invisible characters and the order of choices."""
         choices = sorted(map(normalised, self.choices))
         return _sha256({"text": normalised(self.text), "choices": choices})[:16]
 
@@ -81,11 +78,8 @@ class Quiz:
 
 
 def normalised(text: str) -> str:
-    """The text in Unicode form NFC, runs of white space as one space, invisible characters removed.
-
-    These are of category Cf: byte order marks, soft hyphens, zero-width characters.
-    """
-    if not text.isascii():
+    """The text in Unicode form NFC, with single spaces, without invisible characters."""
+    if not text.isascii():  # of category Cf: byte order marks, soft hyphens, zero-width characters
         text = "".join(char for char in text if unicodedata.category(char) != "Cf")
         text = unicodedata.normalize("NFC", text)
     return " ".join(text.split())
@@ -159,10 +153,9 @@ def shuffle_choices(quiz: Quiz) -> Quiz:
 
 
 def _shuffle(question: Question) -> Question:
-    places = range(len(question.choices))
-    order = list(places)
+    order = sorted(range(len(question.choices)))
     chance = Random(int(question.content_hash, 16))
-    while order == list(places):
+    while order == sorted(order):
         chance.shuffle(order)
     return reordered(question, order)
 

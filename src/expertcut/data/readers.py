@@ -6,11 +6,11 @@ import errno
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
 from expertcut.data.questions import LETTERS, Question
@@ -19,17 +19,14 @@ from expertcut.files import MARK_BYTES, open_file, parse_json, wide_encoding
 
 _MAX_BYTES = 512 << 20  # of one file; the largest of MMLU has a third
 _MAX_CHARACTERS = 1 << 20  # of a question or choice
-_MAX_SUBJECT = 200  # of the 255 in a file name
-_MAX_KEYS = 12  # listed in an error
-_BOM = "\ufeff"  # as Excel and Notepad write it
 _CHOICE_COLUMN = re.compile(r"(?:(?:option|choice)[ _-])?([a-z])")
+_HENDRYCKS_FIELDS = "question, 4 choices and a letter make 6"
 _MUST = "must have question, A, B, … and answer"
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Columns:
+class _Columns(NamedTuple):
     """The columns of a CSV file; `subject` is None if the file name is the subject."""
 
     n_columns: int
@@ -52,23 +49,29 @@ def read_csv(path: Path, default_subject: str) -> list[Question]:
         QuizError: the file cannot be read, or a row is invalid.
     """
     questions: list[Question] = []
-    rows: dict[str, int] = {}
+    n_rows = Counter[str]()
     columns, is_first = _HENDRYCKS, True
     for where, cells in _csv_rows(path):
-        if is_first and _is_header(cells):
-            columns, is_first = _named_columns(cells, where), False
+        if is_first and _is_header(names := [cell.strip().casefold() for cell in cells]):
+            columns, is_first = _named_columns(names, where), False
             continue
         subject = default_subject
         if columns.subject is not None and columns.subject < len(cells):
             subject = cells[columns.subject].strip() or default_subject
-        index = rows.get(subject, 0)
         try:
-            questions.append(_csv_question(cells, columns, subject, index, where))
+            if len(cells) != columns.n_columns:
+                is_named = columns is not _HENDRYCKS
+                wanted = f"the header has {columns.n_columns}" if is_named else _HENDRYCKS_FIELDS
+                raise QuizError(f"{where}: {len(cells)} fields where {wanted}")
+            text, answer = cells[columns.question], cells[columns.answer]
+            choices = [cells[i] for i in columns.choices]
+            questions.append(_make_question(subject, text, choices, answer, n_rows[subject], where))
         except QuizError as error:
             if is_first and len(cells[-1].strip()) > 1:
                 raise QuizError(f"{error}; if this is a header, it {_MUST}") from None
             raise
-        rows[subject], is_first = index + 1, False
+        n_rows[subject] += 1
+        is_first = False
     return questions
 
 
@@ -76,108 +79,81 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Position (file:line) and cells of each row that is not blank."""
     # 1,285 rows of MMLU have newlines inside a cell and 4 have \r\n: newline="" keeps them.
     try:
-        with _open(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
+        with _opened(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             for cells in reader:
                 if cells and (len(cells) > 1 or cells[0].strip()):
                     where = f"{path}:{reader.line_num}"
-                    if cells[0].startswith(_BOM):
+                    if cells[0].startswith("\ufeff"):
                         logger.warning("%s: a byte order mark inside the file is asked too", where)
                     yield where, cells
     except UnicodeDecodeError:
         raise QuizError(f"{path}:{_line_of(path)}: not UTF-8 text: save it as UTF-8") from None
     except csv.Error as error:
         raise QuizError(f"{path}:{reader.line_num}: not a CSV row: {error}") from None
-    except OSError as error:
-        raise QuizError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _column_names(cells: list[str]) -> list[str]:
-    return [cell.strip().casefold() for cell in cells]
+def _is_header(names: list[str]) -> bool:
+    letters = {letter for letter, _ in _choice_columns(names)}
+    return "question" in names and ("answer" in names or {"a", "b"} <= letters)
 
 
-def _is_header(cells: list[str]) -> bool:
-    names = _column_names(cells)
-    return "question" in names and ("answer" in names or {"a", "b"} <= set(_choice_columns(names)))
+def _choice_columns(names: list[str]) -> list[tuple[str, int]]:
+    """Letter and place of the choice columns, sorted: `A`, `option_a`, `Choice A`."""
+    matches = [(_CHOICE_COLUMN.fullmatch(name), i) for i, name in enumerate(names)]
+    return sorted((found[1], i) for found, i in matches if found)
 
 
-def _choice_columns(names: list[str]) -> list[str]:
-    """The letters of the choice columns: `A`, `option_a`, `Choice A`."""
-    return [found[1] for name in names if (found := _CHOICE_COLUMN.fullmatch(name))]
-
-
-def _named_columns(cells: list[str], where: str) -> _Columns:
-    names = _column_names(cells)
-    places = {name: [i for i, n in enumerate(names) if n == name] for name in set(names)}
+def _named_columns(names: list[str], where: str) -> _Columns:
     for name in ("question", "answer", "subject"):
-        n_found = len(places.get(name, ()))
+        n_found = names.count(name)
         if n_found > 1 or (n_found == 0 and name != "subject"):
             raise QuizError(f"{where}: a header with {n_found} columns {name}: it {_MUST}")
-    letters = _choice_columns(names)
-    wanted = list("abcdefghijklmnopqrstuvwxyz"[: len(letters)])
-    if sorted(letters) != wanted or len(letters) < 2:
-        found = ", ".join(letters).upper() or "none"
+    columns = _choice_columns(names)
+    letters = [letter.upper() for letter, _ in columns]
+    if letters != list(LETTERS[: len(letters)]) or len(letters) < 2:
+        found = ", ".join(letters) or "none"
         raise QuizError(f"{where}: a header whose choices are {found}: it {_MUST}")
-    by_letter = {f[1]: i for i, n in enumerate(names) if (f := _CHOICE_COLUMN.fullmatch(n))}
-    return _Columns(
-        n_columns=len(cells),
-        question=places["question"][0],
-        choices=tuple(by_letter[letter] for letter in wanted),
-        answer=places["answer"][0],
-        subject=places["subject"][0] if "subject" in places else None,
-    )
-
-
-def _csv_question(
-    cells: list[str], columns: _Columns, subject: str, index: int, where: str
-) -> Question:
-    if len(cells) != columns.n_columns:
-        wanted = f"the header has {columns.n_columns}"
-        if columns is _HENDRYCKS:
-            wanted = "question, 4 choices and a letter make 6"
-        raise QuizError(f"{where}: {len(cells)} fields where {wanted}")
-    choices = [cells[i] for i in columns.choices]
-    answer = cells[columns.answer]
-    return make_question(subject, cells[columns.question], choices, answer, index, where)
+    subject = names.index("subject") if "subject" in names else None
+    choices = tuple(place for _, place in columns)
+    return _Columns(len(names), names.index("question"), choices, names.index("answer"), subject)
 
 
 def read_jsonl(path: Path, default_subject: str) -> list[Question]:
     """Questions of a JSON-lines file: `question`, `choices`, `answer`, optional `subject`."""
-    rows: dict[str, int] = {}
-    questions, answers = [], []
-    for where, record in json_lines(path):
-        subject = subject_of(record, default_subject, where)
-        index = rows.get(subject, 0)
-        questions.append(record_question(record, subject, index, where))
-        answers.append(record["answer"])
-        rows[subject] = index + 1
-    warn_if_counted_from_one(str(path), answers)
+    return read_records(json_lines(path), str(path), default_subject)
+
+
+def read_records(
+    records: Iterable[tuple[str, dict[str, Any]]], name: str, subject: str, *, is_only: bool = False
+) -> list[Question]:
+    """Questions from positions and mappings; `subject` is the default, or with `is_only` of all."""
+    n_rows = Counter[str]()
+    questions, numbers = [], []
+    for where, record in records:
+        own = subject if is_only else record.get("subject") or subject
+        if not isinstance(own, str):
+            raise QuizError(f"{where}: subject is {_short(own)}, must be text")
+        questions.append(_record_question(record, own, n_rows[own], where))
+        n_rows[own] += 1
+        numbers += [record["answer"]] if isinstance(record["answer"], int) else []
+    if len(numbers) > 1 and 0 not in numbers:
+        logger.warning(
+            "%s: none of its %d answers by number is 0, which is the first choice: if they count "
+            "from 1, every answer here is wrong",
+            *(name, len(numbers)),
+        )
     return questions
 
 
-def subject_of(record: dict[str, Any], default_subject: str, where: str) -> str:
-    """The subject of a row, or the default."""
-    subject = record.get("subject") or default_subject
-    if not isinstance(subject, str):
-        raise QuizError(f"{where}: subject is {_short(subject)}, must be text")
-    return subject
-
-
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Position (file:line) and JSON object of each line that is not blank.
-
-    Raises:
-        QuizError: the file cannot be read, or a line is not a JSON object.
-    """
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if text.strip():
-                    where = f"{path}:{number}"
-                    yield where, _json_record(text, where)
-    except OSError as error:
-        raise QuizError(f"{path}: cannot be read: {error.strerror}") from None
+    """Position (file:line) and JSON object of each line that is not blank."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                where = f"{path}:{number}"
+                yield where, _json_record(text, where)
 
 
 def _json_record(line: bytes, where: str) -> dict[str, Any]:
@@ -192,29 +168,24 @@ def _json_record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _open(path: Path) -> BinaryIO:
-    """Opens a file of questions.
-
-    Raises:
-        OSError: unreadable or too large.
-        QuizError: UTF-16 or UTF-32 text.
-    """
-    file = open_file(path)
-    encoding = wide_encoding(file.read(MARK_BYTES))
-    if file.seek(0, io.SEEK_END) > _MAX_BYTES or encoding is not None:
-        file.close()
-        if encoding is not None:
-            raise QuizError(f"{path}: {encoding} text, must be UTF-8: save it as UTF-8")
-        raise OSError(errno.EFBIG, f"More than {_MAX_BYTES >> 20} MiB", str(path))
-    file.seek(0)
-    return file
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with open_file(path) as file:
+            if (encoding := wide_encoding(file.read(MARK_BYTES))) is not None:
+                raise QuizError(f"{path}: {encoding} text, must be UTF-8: save it as UTF-8")
+            if file.seek(0, io.SEEK_END) > _MAX_BYTES:
+                raise OSError(errno.EFBIG, f"More than {_MAX_BYTES >> 20} MiB", str(path))
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise QuizError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def record_question(record: dict[str, Any], subject: str, index: int, where: str) -> Question:
-    """A question from a mapping with `question`, `choices` and `answer` (index or letter)."""
+def _record_question(record: dict[str, Any], subject: str, index: int, where: str) -> Question:
     missing = [key for key in ("question", "choices", "answer") if record.get(key) is None]
     if missing:
-        there = ", ".join(str(key)[:40] for key in list(record)[:_MAX_KEYS])
+        there = ", ".join(str(key)[:40] for key in list(record)[:12])
         raise QuizError(
             f"{where}: has no {' and no '.join(missing)}: it has {there or 'nothing at all'}"
         )
@@ -223,28 +194,27 @@ def record_question(record: dict[str, Any], subject: str, index: int, where: str
         raise QuizError(f"{where}: choices must be a list of texts")
     if not isinstance(record["question"], str):
         raise QuizError(f"{where}: question is {_short(record['question'])}, must be text")
-    return make_question(subject, record["question"], choices, record["answer"], index, where)
+    return _make_question(subject, record["question"], choices, record["answer"], index, where)
 
 
-def make_question(
+def _make_question(
     subject: str, text: str, choices: list[str], answer: object, index: int, where: str
 ) -> Question:
-    """A validated question.
-
-    Raises:
-        QuizError: an invalid row; the message begins with `where`.
-    """
     if not text.strip():
         raise QuizError(f"{where}: the question is empty")
     if not 2 <= len(choices) <= len(LETTERS):
         raise QuizError(f"{where}: {len(choices)} choices, must be 2 to {len(LETTERS)}")
-    empty = [LETTERS[i] for i, choice in enumerate(choices) if not choice.strip()]
-    if empty:
+    if empty := [LETTERS[i] for i, choice in enumerate(choices) if not choice.strip()]:
         raise QuizError(f"{where}: choice {', '.join(empty)} is missing")
     for part in (subject, text, *choices):
-        if (fault := _fault(part)) is not None:
-            raise QuizError(f"{where}: {fault}")
-    if _is_long(subject):
+        if "\0" in part:
+            raise QuizError(f"{where}: a NUL byte, which is no text")
+        if not part.isascii() and any("\ud800" <= char <= "\udfff" for char in part):
+            raise QuizError(f"{where}: a lone surrogate, which is no character")
+        if (n := len(part)) > _MAX_CHARACTERS:
+            most = f"must be at most {_MAX_CHARACTERS:,}"
+            raise QuizError(f"{where}: a text of {n:,} characters, {most}")
+    if len(quote(subject)) > 200:  # of the 255 in a file name
         raise QuizError(
             f"{where}: a subject of {len(subject)} characters, whose files could not be named: "
             "shorten it"
@@ -268,36 +238,9 @@ def _answer_id(answer: object, choices: list[str], where: str) -> int:
     )
 
 
-def warn_if_counted_from_one(where: str, answers: Iterable[object]) -> None:
-    """Warns if answers are numbers and none of them is 0, the first choice."""
-    numbers = [a for a in answers if isinstance(a, int)]
-    if len(numbers) > 1 and 0 not in numbers:
-        logger.warning(
-            "%s: none of its %d answers by number is 0, which is the first choice: if they count "
-            "from 1, every answer here is wrong",
-            *(where, len(numbers)),
-        )
-
-
-def _fault(text: str) -> str | None:
-    """Why a text cannot be part of a prompt; None if it can."""
-    if "\0" in text:
-        return "a NUL byte, which is no text"
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        return "a lone surrogate, which is no character"
-    if len(text) > _MAX_CHARACTERS:
-        return f"a text of {len(text):,} characters, must be at most {_MAX_CHARACTERS:,}"
-    return None
-
-
-@lru_cache
-def _is_long(subject: str) -> bool:
-    return len(quote(subject)) > _MAX_SUBJECT
-
-
 def _line_of(path: Path) -> int:
     # The decoder counts from the start of its buffer, so its position is not that in the file.
-    with _open(path) as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")

@@ -18,13 +18,7 @@ from expertcut.data.questions import (
     replace_questions,
     without,
 )
-from expertcut.data.readers import (
-    read_csv,
-    read_jsonl,
-    record_question,
-    subject_of,
-    warn_if_counted_from_one,
-)
+from expertcut.data.readers import read_csv, read_jsonl, read_records
 from expertcut.errors import QuizError, SettingsError, SplitError
 from expertcut.files import open_file
 
@@ -34,16 +28,10 @@ DEFAULT_QUIZ = "mmlu"
 MMLU_HUB_ID = "cais/mmlu"
 MMLU_REVISION = "c30699e8356da336a370243923dbaf21066bb9fe"
 SHOTS_SPLIT = "dev"
-_SPLIT = re.compile(r"\w[\w.-]{0,99}")
-_NOT_SUBJECTS = {"all", "auxiliary_train"}  # configurations of cais/mmlu that are not subjects
-_ALIASES = {"val": ("val", "validation")}  # of splits in folder and file names
-_DATA_FOLDER = "data"  # alternative place of a quiz's files
 _MAX_LISTED = 6  # files in an error
-_MAX_LOOKED_AT = 1000  # files of a folder
 JUDGING = ("val", "test")  # splits for held-out questions
 HELD_OUT_SHARE = 0.2
 _ONE_IN = 5
-_MOST_OVERLAP = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,118 +60,68 @@ def load_quiz(selection: Selection) -> Quiz:
     """
     if selection.shots < 0 or (selection.limit is not None and selection.limit < 1):
         raise QuizError("--shots must be at least 0 and --limit at least 1")
-    split = _canonical_split(selection.split)
+    if not re.fullmatch(r"\w[\w.-]{0,99}", selection.split):  # it becomes part of paths
+        raise QuizError(
+            f"{selection.split[:80]!a} is no name of a split: take test, val or another word"
+        )
+    split = "val" if selection.split == "validation" else selection.split
     source = _find_source(selection.quiz, selection.revision)
-    of_split = group_by_subject(source.read(split))
-    if not of_split:
+    questions = group_by_subject(source.read(split))
+    if not questions:
         raise SplitError(source.missing(split))
-    questions = _select(of_split, selection, split)
-    shots: dict[str, tuple[Question, ...]] = dict.fromkeys(questions, ())
-    if selection.shots:
-        dev = group_by_subject(source.read(SHOTS_SPLIT))
-        shots = {s: dev.get(s, ())[: selection.shots] for s in questions}
-        _refuse_too_few_shots(shots, selection)
-    return Quiz(
-        id=source.id,
-        revision=source.revision,
-        split=split,
-        shots=selection.shots,
-        questions=questions,
-        shots_by_subject=shots,
-        truncate=selection.truncate,
-    )
-
-
-def _select(
-    questions: dict[str, tuple[Question, ...]], selection: Selection, split: str
-) -> dict[str, tuple[Question, ...]]:
-    unknown = sorted(set(selection.subjects) - set(questions))
-    if unknown:
+    if unknown := sorted(set(selection.subjects) - set(questions)):
         raise QuizError(
             f"{selection.quiz} has no subject {', '.join(unknown)} in split {split}: "
             f"it has {', '.join(questions)}"
         )
     wanted = selection.subjects or tuple(questions)
-    return {s: qs[: selection.limit] for s, qs in questions.items() if s in wanted}
-
-
-def _refuse_too_few_shots(shots: dict[str, tuple[Question, ...]], selection: Selection) -> None:
-    short = [f"{s} has {len(qs)}" for s, qs in shots.items() if len(qs) < selection.shots]
-    if short:
-        raise QuizError(
-            f"{selection.quiz}: {selection.shots} shots asked but split {SHOTS_SPLIT} of "
-            f"{short[0]}: use --shots 0 or add questions to it"
-        )
-
-
-def _canonical_split(split: str) -> str:
-    if not _SPLIT.fullmatch(split):  # it becomes part of paths
-        raise QuizError(f"{split[:80]!a} is no name of a split: take test, val or another word")
-    return "val" if split == "validation" else split
+    questions = {s: qs[: selection.limit] for s, qs in questions.items() if s in wanted}
+    dev = group_by_subject(source.read(SHOTS_SPLIT)) if selection.shots else {}
+    shots = {s: dev.get(s, ())[: selection.shots] for s in questions}
+    for subject, examples in shots.items():
+        if len(examples) < selection.shots:
+            raise QuizError(
+                f"{selection.quiz}: {selection.shots} shots asked but split {SHOTS_SPLIT} of "
+                f"{subject} has {len(examples)}: use --shots 0 or add questions to it"
+            )
+    revision, truncate = source.revision, selection.truncate
+    return Quiz(source.id, revision, split, selection.shots, questions, shots, truncate)
 
 
 @dataclass(frozen=True)
 class _Files:
-    """Questions in files: a folder, or one file that stands for every split."""
+    """Questions in CSV files or JSON lines: a folder, or one file that stands for every split.
+
+    `<split>/<subject>_<split>.csv`, `<split>/<subject>.csv` or `<split>.csv`; `<split>.jsonl`.
+    """
 
     path: Path
+    ending: str
     revision: str | None = None
 
     @property
     def id(self) -> str:
         return str(self.path)
 
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """Where to look for a split; the first match counts."""
-        folder = self.path.parent if self.path.is_file() else self.path
-        return (folder, folder / _DATA_FOLDER)
-
-    @property
-    def subject(self) -> str:
-        """The default subject: the file name."""
-        return self.path.stem or self.path.resolve().stem
+    def read(self, split: str) -> list[Question]:
+        read_file = read_csv if self.ending == ".csv" else read_jsonl
+        return [q for file, subject in self.files(split) for q in read_file(file, subject)]
 
     def files(self, split: str) -> list[tuple[Path, str]]:
-        """The files of a split, each with its default subject."""
+        """The files of a split, each with its default subject; the first place with any counts."""
+        subject = self.path.stem or self.path.resolve().stem
         if self.path.is_file() and split != SHOTS_SPLIT:
-            return [(self.path, self.subject)]
-        found = (self.files_in(f, n) for f in self.folders for n in _ALIASES.get(split, (split,)))
-        return next(filter(None, found), [])
+            return [(self.path, subject)]
+        folder = self.path.parent if self.path.is_file() else self.path
+        for place in (folder, folder / "data"):
+            for name in ("val", "validation") if split == "val" else (split,):
+                if self.ending == ".csv" and (found := self._by_subject(place, name)):
+                    return found
+                if (whole := place / f"{name}{self.ending}").exists():
+                    return [(whole, subject)]
+        return []
 
-    def files_in(self, folder: Path, split: str) -> list[tuple[Path, str]]:
-        raise NotImplementedError
-
-    def looked_for(self, split: str) -> str:
-        raise NotImplementedError
-
-    def missing(self, split: str) -> str:
-        """The error for an empty split, with the files that exist."""
-        if files := self.files(split):
-            empty = ", ".join(str(file) for file, _ in files[:_MAX_LISTED])
-            return f"{self.id} has no questions in split {split}: no row in {empty}"
-        found = (f for depth in ("*", "*/*", "*/*/*") for f in self.path.glob(depth))
-        there = sorted(
-            str(file.relative_to(self.path))
-            for file in islice(found, _MAX_LOOKED_AT)
-            if file.suffix and not file.is_dir() and not file.name.startswith(".")
-        )
-        alike = [name for name in there if split.casefold() in name.casefold()]
-        listed = ", ".join((alike or there)[:_MAX_LISTED]) or "no file"
-        wanted = self.looked_for(split)
-        if alike:
-            return f"{self.id}: split {split} must lie in {wanted}: found {listed}"
-        return f"{self.id} has no questions in split {split}: no {wanted}, but {listed}"
-
-
-@dataclass(frozen=True)
-class _CsvFiles(_Files):
-    """`<split>/<subject>_<split>.csv`, `<split>/<subject>.csv` or `<split>.csv`."""
-
-    def read(self, split: str) -> list[Question]:
-        return [q for file, subject in self.files(split) for q in read_csv(file, subject)]
-
-    def files_in(self, folder: Path, split: str) -> list[tuple[Path, str]]:
+    def _by_subject(self, folder: Path, split: str) -> list[tuple[Path, str]]:
         ending = f"_{split}.csv"
         files = sorted(f for f in (folder / split).glob("*.csv") if not f.name.startswith("."))
         named = [f for f in files if f.name.endswith(ending)]
@@ -193,30 +131,27 @@ class _CsvFiles(_Files):
                 *(folder / split, len(files) - len(named)),
                 *(next(f.name for f in files if f not in named), ending),
             )
-        if named:
-            return [(f, f.name.removesuffix(ending)) for f in named]
-        if files:
-            return [(f, f.stem) for f in files]
-        whole = folder / f"{split}.csv"
-        return [(whole, self.subject)] if whole.exists() else []
+        return [(f, f.name.removesuffix(ending if named else ".csv")) for f in named or files]
 
-    def looked_for(self, split: str) -> str:
-        return f"{split}/<subject>_{split}.csv, {split}/<subject>.csv or {split}.csv"
-
-
-@dataclass(frozen=True)
-class _JsonLines(_Files):
-    """A folder of `<split>.jsonl`, or one file."""
-
-    def read(self, split: str) -> list[Question]:
-        return [q for file, subject in self.files(split) for q in read_jsonl(file, subject)]
-
-    def files_in(self, folder: Path, split: str) -> list[tuple[Path, str]]:
-        file = folder / f"{split}.jsonl"
-        return [(file, self.subject)] if file.exists() else []
-
-    def looked_for(self, split: str) -> str:
-        return f"{split}.jsonl"
+    def missing(self, split: str) -> str:
+        """The error for an empty split, with the files that exist."""
+        if files := self.files(split):
+            empty = ", ".join(str(file) for file, _ in files[:_MAX_LISTED])
+            return f"{self.id} has no questions in split {split}: no row in {empty}"
+        found = (f for depth in ("*", "*/*", "*/*/*") for f in self.path.glob(depth))
+        there = sorted(
+            str(file.relative_to(self.path))
+            for file in islice(found, 1000)
+            if file.suffix and not file.is_dir() and not file.name.startswith(".")
+        )
+        alike = [name for name in there if split.casefold() in name.casefold()]
+        listed = ", ".join((alike or there)[:_MAX_LISTED]) or "no file"
+        wanted = f"{split}{self.ending}"
+        if self.ending == ".csv":
+            wanted = f"{split}/<subject>_{split}.csv, {split}/<subject>.csv or {wanted}"
+        if alike:
+            return f"{self.id}: split {split} must lie in {wanted}: found {listed}"
+        return f"{self.id} has no questions in split {split}: no {wanted}, but {listed}"
 
 
 @dataclass(frozen=True)
@@ -229,7 +164,8 @@ class _DataSet:
     def read(self, split: str) -> list[Question]:
         with _one_line(self.id, self.revision):
             names = _config_names(self.id, self.revision)
-        subjects = [name for name in names if name not in _NOT_SUBJECTS]
+        # Configurations of cais/mmlu that are not subjects.
+        subjects = [name for name in names if name not in ("all", "auxiliary_train")]
         if "all" in names or subjects in ([], ["default"]):  # each row names its subject
             return self._read_config("all" if "all" in names else names[0], split, None)
         return [q for name in subjects for q in self._read_config(name, split, name)]
@@ -243,19 +179,11 @@ class _DataSet:
             if name not in splits:
                 return []
             rows: Any = load_dataset(self.id, config, split=name, revision=self.revision)
-        counts: dict[str, int] = {}
-        questions, answers = [], []
-        for number, row in enumerate(rows):
-            where = f"{self.id} {config}/{name} row {number}"
-            of = subject or subject_of(row, self.id.rsplit("/", 1)[-1], where)
-            questions.append(record_question(row, of, counts.setdefault(of, 0), where))
-            answers.append(row["answer"])
-            counts[of] += 1
-        warn_if_counted_from_one(f"{self.id} {config}/{name}", answers)
-        return questions
+        place, default = f"{self.id} {config}/{name}", self.id.rsplit("/", 1)[-1]
+        records = ((f"{place} row {number}", row) for number, row in enumerate(rows))
+        return read_records(records, place, subject or default, is_only=subject is not None)
 
     def missing(self, split: str) -> str:
-        """The error for an empty split, with the splits that exist."""
         from datasets import get_dataset_split_names
 
         with _one_line(self.id, self.revision):
@@ -265,10 +193,10 @@ class _DataSet:
         return f"{self.id} has no questions in split {split}: it has {', '.join(splits)}"
 
 
-def _find_source(quiz: str, revision: str | None) -> _CsvFiles | _JsonLines | _DataSet:
+def _find_source(quiz: str, revision: str | None) -> _Files | _DataSet:
     path = Path(quiz)
     if path.is_file() and path.suffix in (".csv", ".jsonl"):
-        return _CsvFiles(path) if path.suffix == ".csv" else _JsonLines(path)
+        return _Files(path, path.suffix)
     if path.is_dir():
         return _find_in(path)
     if quiz == DEFAULT_QUIZ:
@@ -278,37 +206,27 @@ def _find_source(quiz: str, revision: str | None) -> _CsvFiles | _JsonLines | _D
     return _open_data_set(quiz, revision)
 
 
-def _find_in(folder: Path) -> _CsvFiles | _JsonLines | _DataSet:
+def _find_in(folder: Path) -> _Files | _DataSet:
     """The kind of a folder; the first match counts."""
     if any(folder.glob("*/*.csv")):
-        return _CsvFiles(folder)
+        return _Files(folder, ".csv")
     if any(folder.glob("*.jsonl")):
-        return _JsonLines(folder)
-    if _parquet_files(folder):
+        return _Files(folder, ".jsonl")
+    if parquet := sorted(folder.rglob("*.parquet")):
+        for file in parquet:  # `datasets` would wait for a pipe
+            try:
+                open_file(file).close()
+            except OSError as error:
+                raise QuizError(f"{file}: cannot be read: {error.strerror}") from None
         return _open_data_set(str(folder), None)
-    if any(folder.glob("*.csv")) or any(folder.glob(f"{_DATA_FOLDER}/*/*.csv")):
-        return _CsvFiles(folder)
-    if any(folder.glob(f"{_DATA_FOLDER}/*.jsonl")):
-        return _JsonLines(folder)
+    if any(folder.glob("*.csv")) or any(folder.glob("data/*/*.csv")):
+        return _Files(folder, ".csv")
+    if any(folder.glob("data/*.jsonl")):
+        return _Files(folder, ".jsonl")
     raise QuizError(
         f"{folder} holds no quiz: no <split>/<subject>_<split>.csv, no <split>.csv, no "
         "<split>.jsonl, no parquet files"
     )
-
-
-def _parquet_files(folder: Path) -> list[Path]:
-    """The parquet files of a data set.
-
-    Raises:
-        QuizError: one is not a regular file; `datasets` would wait for a pipe.
-    """
-    files = sorted(folder.rglob("*.parquet"))
-    for file in files:
-        try:
-            open_file(file).close()
-        except OSError as error:
-            raise QuizError(f"{file}: cannot be read: {error.strerror}") from None
-    return files
 
 
 def _open_mmlu() -> _DataSet:
@@ -366,25 +284,17 @@ class Weighted:
 
     @classmethod
     def read(cls, text: str) -> "Weighted":
-        """From `name` or `name=0.7`.
-
-        Raises:
-            SettingsError: a weight that is not above 0.
-        """
-        name, equals, weight = text.rpartition("=")
-        if not equals or not _is_number(weight):  # a path may hold one of its own
+        """From `name` or `name=0.7`."""
+        name, equals, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:  # a path may hold an equals sign of its own
             return cls(text)
-        if not 0 < float(weight) < float("inf"):
+        if not equals:
+            return cls(text)
+        if not 0 < weight < float("inf"):
             raise SettingsError(f"{text}: a weight must be above 0")
-        return cls(name, float(weight))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return cls(name, weight)
 
 
 def hash_lines(quiz: Quiz) -> frozenset[str]:
@@ -393,11 +303,7 @@ def hash_lines(quiz: Quiz) -> frozenset[str]:
 
 
 def is_one_set(quiz: Quiz) -> bool:
-    """Whether no other split has questions to evaluate on; logs nothing.
-
-    Raises:
-        QuizError: more than 5 % of another split stand in this one.
-    """
+    """Whether no other split has questions to evaluate on; logs nothing."""
     others = (s for s in JUDGING if s != quiz.split)
     return all(other_split(quiz, split, quiz, is_quiet=True) is None for split in others)
 
@@ -437,8 +343,7 @@ def other_split(quiz: Quiz, split: str, *used: Quiz, is_quiet: bool = False) -> 
             logger.warning("split %s is not used to judge: %s", split, error)
         return None
     same = {s: qs for s, qs in other.questions.items() if s in quiz.questions}
-    other = replace_questions(other, same)
-    lines = frozenset[str]().union(*map(hash_lines, used))
+    other, lines = replace_questions(other, same), frozenset[str]().union(*map(hash_lines, used))
     known = hashes_in(lines)
     repeated = [q for q in other if q.is_among(known)]
     if len(repeated) == len(other):
@@ -449,7 +354,7 @@ def other_split(quiz: Quiz, split: str, *used: Quiz, is_quiet: bool = False) -> 
             *(len(repeated), len(other), split, " and ".join(sorted({q.split for q in used}))),
             *(repeated[0].subject, repeated[0].row),
         )
-    if len(repeated) > _MOST_OVERLAP * len(other):
+    if len(repeated) > 0.05 * len(other):
         raise QuizError(
             f"{len(repeated)} of {len(other)} {split} questions of {other.id} stand in "
             f"{used[0].split} too, at most 5 % may: they cannot judge anything"

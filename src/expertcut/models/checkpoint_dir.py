@@ -10,22 +10,13 @@ from expertcut.errors import ModelError
 from expertcut.files import parse_json, wide_encoding
 
 _MAX_CONFIG_BYTES = 10_000_000  # a thousand times those of models
-_MIN_BRACKETS = 1000  # allowed in small files
-_MAX_LINE = 200  # a parser's message may quote the file
 _READ_ENDINGS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _READ_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README.md")
-_TEMPLATES = "additional_chat_templates"  # the only subfolder that tokenizers read
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-_ADAPTER = "adapter_config.json"
 _fingerprints: dict[tuple[object, ...], str] = {}  # by the stamps of the files
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of config.json.
-
-    Raises:
-        ModelError: missing, or not a JSON object.
-    """
+    """The content of config.json."""
     file = path / "config.json"
     if not file.exists():
         raise ModelError(f"{path} holds no model: it has no config.json")
@@ -33,11 +24,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_object(file: Path, max_bytes: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ModelError: unreadable, too large, or not a JSON object.
-    """
+    """The JSON object in a file."""
     try:
         check_size(file, max_bytes)
         content = file.read_bytes()
@@ -45,19 +32,14 @@ def read_object(file: Path, max_bytes: int = _MAX_CONFIG_BYTES) -> dict[str, Any
             raise ValueError(f"{encoding} text, must be UTF-8: save it as UTF-8")
         config = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {str(error)[:_MAX_LINE]}") from None
+        raise ModelError(f"{file} cannot be read as JSON: {str(error)[:200]}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds a {type(config).__name__}, must be a JSON object")
     return config
 
 
 def check_size(file: Path, max_bytes: int) -> None:
-    """Checks that a regular file has a plausible size.
-
-    Raises:
-        ModelError: it does not.
-        OSError: missing.
-    """
+    """Checks that a regular file has a plausible size."""
     if not file.is_file():  # opening a FIFO would wait forever; a device never ends
         file.stat()
         raise ModelError(f"{file} cannot be read: it is no regular file")
@@ -69,13 +51,9 @@ def check_size(file: Path, max_bytes: int) -> None:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """The JSON object of a header or index.
-
-    Raises:
-        ValueError: as `parse_json`, or not an object of plausible size.
-    """
+    """The JSON object of a header or index; ValueError as `parse_json`, or if implausible."""
     # An empty list of two bytes takes 64 bytes of memory; a tensor has 17 or more bytes a bracket.
-    if content.count(b"[") + content.count(b"{") > _MIN_BRACKETS + len(content) // 8:
+    if content.count(b"[") + content.count(b"{") > 1000 + len(content) // 8:
         raise ValueError("more lists and objects than there can be tensors")
     value = parse_json(content)
     if not isinstance(value, dict):
@@ -88,33 +66,22 @@ def check_folder(folder: Path) -> None:
 
     A link may lead to another file of the folder, or to the `blobs` of the hub's cache. Any other
     link could bring a private file into a published checkpoint; a device or pipe could block.
-
-    Raises:
-        ModelError: a link to another place, no regular file, or an adapter.
     """
-    if (folder / _ADAPTER).exists():
-        raise ModelError(
-            f"{folder / _ADAPTER} makes this an adapter: merge it into its base and save that"
-        )
-    targets = None
+    if (adapter := folder / "adapter_config.json").exists():
+        raise ModelError(f"{adapter} makes this an adapter: merge it into its base and save that")
     for file in _files(folder):
         if file.is_symlink():
-            targets = targets or _link_targets(folder)
-            _check_link(file, targets)
+            _check_link(file, folder)
         if not file.is_file():
             raise ModelError(f"{file} is no regular file: put the file itself there")
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Refuses pickled weights.
-
-    Raises:
-        ModelError: there are some.
-    """
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
-    if pickles:
+    """Refuses pickled weights."""
+    endings = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+    if pickles := sorted(file for file in folder.iterdir() if file.suffix in endings):
         raise ModelError(
-            f"{folder / pickles[0]} is a pickle, which can run code, so it is never read: "
+            f"{pickles[0]} is a pickle, which can run code, so it is never read: "
             "take the weights as safetensors"
         )
 
@@ -124,32 +91,26 @@ def _files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.iterdir()):
         if file.suffix in _READ_ENDINGS or file.name.startswith(_READ_NAMES):
             yield file
-    templates = folder / _TEMPLATES
+    templates = folder / "additional_chat_templates"  # the only subfolder that tokenizers read
     if templates.is_symlink():
         raise ModelError(f"{templates} is a link: put the folder itself there")
     if templates.is_dir():
         yield from sorted(templates.iterdir())
 
 
-def _link_targets(folder: Path) -> list[Path]:
-    """The folders that a link may lead to."""
+def _check_link(file: Path, folder: Path) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = folder.resolve()
-    targets = [folder]
-    if folder.parent.name == "snapshots":
-        targets.append(folder.parent.parent / "blobs")
-    # Older hub libraries put links to their cache into `local_dir` folders.
-    cache = Path(HF_HUB_CACHE).resolve()
-    return [*targets, *(repository / "blobs" for repository in cache.glob("models--*"))]
-
-
-def _check_link(file: Path, targets: list[Path]) -> None:
     try:
         target = file.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a circle of links
         raise ModelError(f"{file} is a link to nothing: download it again") from None
-    if not any(target.is_relative_to(folder) for folder in targets):
+    allowed = [folder := folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    # Older hub libraries put links to their cache into `local_dir` folders.
+    allowed += (kept / "blobs" for kept in Path(HF_HUB_CACHE).resolve().glob("models--*"))
+    if not any(target.is_relative_to(place) for place in allowed):
         raise ModelError(
             f"{file} is a link that leads outside the checkpoint: put the file itself there"
         )
@@ -159,9 +120,6 @@ def fingerprint_of(folder: Path) -> str:
     """SHA-256 over config.json (as parsed JSON) and every byte of the weights.
 
     Unchanged files are read once in a process.
-
-    Raises:
-        ModelError: a file cannot be read.
     """
     files = sorted(folder.glob("*.safetensors"))
     try:
@@ -175,9 +133,8 @@ def fingerprint_of(folder: Path) -> str:
 
 def stamp(file: Path) -> tuple[object, ...]:
     """Name, inode, size and times of a file, to detect changes."""
-    stat = file.stat()
-    times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    return (file.name, stat.st_dev, stat.st_ino, stat.st_size, *times)
+    s = file.stat()
+    return (file.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
 
 def _hash(folder: Path, files: list[Path]) -> str:
@@ -187,8 +144,9 @@ def _hash(folder: Path, files: list[Path]) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
-            what = f"{file} cannot be read: {error.strerror}"
-            raise ModelError(f"{what}: mend that or download it again") from None
+            raise ModelError(
+                f"{file} cannot be read: {error.strerror}: mend that or download it again"
+            ) from None
     return digest.hexdigest()
 
 
@@ -203,13 +161,9 @@ def find_local(model: str, fingerprint: str, near: Path) -> Path | None:
     Older records have relative paths: tried from the working directory and from the folders above
     `near`, the place of the record.
     """
-    return next((f for f in _candidates(model, near) if _holds(f, fingerprint)), None)
-
-
-def _candidates(model: str, near: Path) -> Iterator[Path]:
-    yield Path(model)
-    if not Path(model).is_absolute():
-        yield from (above / model for above in near.resolve().parents)
+    is_relative = not Path(model).is_absolute()
+    above = [folder / model for folder in near.resolve().parents] if is_relative else []
+    return next((f for f in (Path(model), *above) if _holds(f, fingerprint)), None)
 
 
 def _holds(folder: Path, fingerprint: str) -> bool:

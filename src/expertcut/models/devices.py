@@ -17,22 +17,17 @@ from torch import nn
 from expertcut.errors import SettingsError
 
 # torch's allocator, C++, the system, oneDNN (which gives no reason), cuBLAS.
-_OUT_OF_MEMORY = (
-    *("DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory"),
-    *("could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED"),
+_OUT_OF_MEMORY = re.compile(
+    "DefaultCPUAllocator|bad_alloc|Cannot allocate memory|"
+    "could not create a primitive|CUBLAS_STATUS_ALLOC_FAILED"
 )
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
-_DEVICE = re.compile(r"cpu|[0-9]{1,4}")
 _SIZE = re.compile(r"[0-9]{1,18}|[0-9]{1,9}([.][0-9]{1,9})? ?[KMGT]i?B", re.I)
 
 
 def find_device(name: str) -> torch.device:
-    """The device of `--device`; each local process takes its own CUDA device.
-
-    Raises:
-        SettingsError: not available.
-    """
+    """The device of `--device`; each local process takes its own CUDA device."""
     try:
         device = torch.device(own_device(name))
         if device.type == "meta":
@@ -50,23 +45,15 @@ def own_device(name: str) -> str:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     n_devices = torch.cuda.device_count() if kind == "cuda" else 0
     # A launcher may show each process only its own device, number 0.
-    return f"cuda:{_local_rank() % n_devices}" if n_devices else kind
-
-
-def _local_rank() -> int:
-    """The rank among the processes of this host, from torchrun, accelerate or Slurm."""
-    ranks = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
-    return int(next(filter(None, ranks), 0))
+    # Of torchrun and accelerate, or of Slurm.
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
+    return f"cuda:{int(rank) % n_devices}" if n_devices else kind
 
 
 def spread(
     device: str, device_map: str | None, max_memory: str | None, offload: Path | None
 ) -> Any:
-    """Arguments of `from_pretrained` that spread a model over devices; none without a map.
-
-    Raises:
-        SettingsError: invalid or conflicting options.
-    """
+    """Arguments of `from_pretrained` that spread a model over devices; none without a map."""
     if device_map is None:
         if max_memory or offload:
             raise SettingsError("--max-memory and --offload say how to spread: add --device-map")
@@ -89,7 +76,7 @@ def _limits(text: str) -> dict[int | str, str | int]:
     limits: dict[int | str, str | int] = {}
     for part in text.split(","):
         where, _, size = (piece.strip() for piece in part.partition("="))
-        if not _DEVICE.fullmatch(where) or not _SIZE.fullmatch(size):
+        if not re.fullmatch("cpu|[0-9]{1,4}", where) or not _SIZE.fullmatch(size):
             raise SettingsError(f"--max-memory {text}: must be like 0=20GiB,cpu=60GiB")
         limits[where if where == "cpu" else int(where)] = int(size) if size.isdigit() else size
     return limits
@@ -114,27 +101,19 @@ def free_bytes(device: torch.device) -> int:
     """Free memory of a device; on a CPU within cgroup limits and `ulimit -v`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = (psutil.virtual_memory().available, *_within_cgroups(), *_within_address_space())
+    limits = [psutil.virtual_memory().available, *_within_cgroups()]
+    if sys.platform != "win32":
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            limits.append(limit - psutil.Process().memory_info().vms)
     return max(0, min(limits))
 
 
-def _within_address_space() -> Iterator[int]:
-    if sys.platform == "win32":
-        return
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        yield limit - psutil.Process().memory_info().vms
-
-
 def _within_cgroups() -> Iterator[int]:
-    """What is left in each limited cgroup of this process, file cache included."""
-    try:
-        lines = _OWN_CGROUPS.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
+    """The free memory of each limited cgroup of this process, file cache included."""
+    for line in _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             root, limit, usage, cache = _CGROUPS, "memory.max", "memory.current", "inactive_file"
@@ -157,7 +136,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory, in torch, C++, oneDNN or CUDA."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def give_back() -> None:

@@ -6,35 +6,26 @@ pass, independent of module names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from expertcut.errors import ContractError
 from expertcut.models.gate_laws import check_blocks, explain_gate, first, verifying
 from expertcut.models.hooks import Routing, registered, replaced_forward
 from expertcut.models.moe_block import MoeBlock, Residual, RouterCall
 
+_SCALES_INPUT = "its router scales the expert's input, so an expert has no output of its own"
 # Families that break the contract, by config.model_type.
 REFUSED = {
-    "llama4": "its router scales the expert's input, so an expert has no output of its own",
-    "llama4_text": "its router scales the expert's input, so an expert has no output of its own",
+    "llama4": _SCALES_INPUT,
+    "llama4_text": _SCALES_INPUT,
     "jetmoe": "its attention is routed too, so its experts are not all in MoE blocks",
 }
-
-
-@contextmanager
-def probing(model: nn.Module, blocks: Sequence[MoeBlock]) -> Iterator[Mapping[int, Probe]]:
-    """A probe for each block, by layer, that records the forward passes in the context."""
-    probes = {b.layer: Probe(model.get_submodule(b.name.rpartition(".")[0]), b) for b in blocks}
-    with ExitStack() as stack:
-        for probe in probes.values():
-            stack.enter_context(probe.watching())
-        yield probes
 
 
 class Probe:
@@ -48,14 +39,12 @@ class Probe:
         self.block_output: Any = None
         self.layer_output: Any = None
 
-    def watching(self) -> AbstractContextManager[None]:
+    def hooks(self) -> Iterator[RemovableHandle]:
         """Hooks the modules of the layer, and of the block only itself and its experts."""
         inside = set(self.block.module.modules()) - {self.block.module, self.block.experts}
-        return registered(
-            module.register_forward_hook(self._record, with_kwargs=True)
-            for module in self.decoder.modules()
-            if module not in inside
-        )
+        for module in self.decoder.modules():
+            if module not in inside:
+                yield module.register_forward_hook(self._record, with_kwargs=True)
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -109,42 +98,41 @@ def _factor(x: Tensor, own: Any, result: Any) -> float | None:
 
 
 def check_family(model_type: object) -> None:
-    """Refuses families that break the contract.
-
-    Raises:
-        ContractError: a family in `REFUSED`.
-    """
+    """Refuses families that break the contract."""
     if isinstance(model_type, str) and model_type in REFUSED:
         raise ContractError(f"{model_type} models are not supported: {REFUSED[model_type]}")
 
 
-def find_blocks(model: nn.Module, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
+def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
     """The MoE blocks in layer order, their gates identified on one forward pass of the tokens.
 
     Raises:
         ContractError: no block, or one that breaks the contract.
     """
-    model_type = _model_type(model)
+    model_type = str(getattr(model.config, "model_type", "?"))
     check_family(model_type)
     unprobed = tuple(_block(name, module, i) for i, (name, module) in enumerate(_candidates(model)))
     if not unprobed:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
     check_blocks(unprobed)
     seen: dict[int, tuple[RouterCall, Routing]] = {}
+    probes = {b.layer: Probe(model.get_submodule(b.name.rpartition(".")[0]), b) for b in unprobed}
     with (
         torch.inference_mode(),
-        probing(model, unprobed) as probes,
+        registered(handle for probe in probes.values() for handle in probe.hooks()),
         verifying(unprobed, model_type, lambda b, *found: seen.update({b.layer: found})),
     ):
         model(input_ids=input_ids_1T, use_cache=False)
-    return tuple(
-        _placed(_probed(block, seen.get(block.layer), model_type), probes[block.layer])
-        for block in unprobed
-    )
+    found = []
+    for block in unprobed:
+        probed, probe = _probed(block, seen.get(block.layer), model_type), probes[block.layer]
+        factor = probe.output_factor()
+        found.append(replace(probed, output_factor=factor, residual=probe.residual(factor)))
+    return tuple(found)
 
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:
-    """The routers of all candidate blocks."""
+    """The routers of all MoE blocks."""
     for _, module in _candidates(model):
         yield from _routers(module)
 
@@ -161,40 +149,24 @@ def _routers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.children() if m is not module.experts and hasattr(m, "top_k")]
 
 
-def _model_type(model: Any) -> str:
-    return str(getattr(model.config, "model_type", "?"))
-
-
 def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
-    experts = module.experts
-    assert isinstance(experts, nn.Module)
-    places = getattr(experts, "places", None)  # layout exact: kept experts, then constants
-    lengths = (
-        {len(places)} if places else {p.shape[0] if p.ndim else 0 for p in experts.parameters()}
-    )
+    experts: Any = module.experts
+    lengths = {p.shape[0] if p.ndim else 0 for p in experts.parameters()}
+    if places := getattr(experts, "places", None):  # layout exact: kept experts, then constants
+        lengths = {len(places)}
     found = _routers(module)
     if len(found) != 1 or len(lengths) != 1:
         raise ContractError(
-            f"{name}: found {len(found)} routers and expert tensors of lengths "
-            f"{sorted(lengths)}, must be one router and one length"
+            f"{name}: found {len(found)} routers and expert tensors of lengths {sorted(lengths)}, "
+            "must be one router and one length"
         )
-    n_experts, top_k = lengths.pop(), int(found[0].top_k)  # type: ignore[arg-type]
+    router: Any = found[0]
+    n_experts, top_k = lengths.pop(), int(router.top_k)
     if not 1 <= top_k <= n_experts:
         raise ContractError(f"{name} cannot route each token to {top_k} of {n_experts} experts")
-    groups = int(getattr(found[0], "num_group", 1) or 1)
-    return MoeBlock(
-        name=name,
-        layer=layer,
-        module=module,
-        router=found[0],
-        experts=experts,
-        n_experts=n_experts,
-        top_k=top_k,
-        n_groups=groups,
-        top_groups=int(getattr(found[0], "topk_group", 1) or 1) if groups > 1 else 1,
-        scoring="softmax",
-        inflates=False,
-    )
+    n_groups = int(getattr(router, "num_group", 1) or 1)
+    top_groups = int(getattr(router, "topk_group", 1) or 1) if n_groups > 1 else 1
+    return MoeBlock(name, layer, module, router, experts, n_experts, top_k, n_groups, top_groups)
 
 
 def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type: str) -> MoeBlock:
@@ -207,20 +179,4 @@ def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type
             f"{block.name}: router gave logits and choices of widths {shapes}, "
             f"must be {(block.n_experts, block.top_k)}"
         )
-    block = replace(block, call=call)
-    gate = explain_gate(block, routing, model_type)
-    return replace(
-        block,
-        scoring=gate.scoring,
-        inflates=gate.inflates,
-        weights=gate.weights,
-        selection=gate.selection,
-        logits_op=gate.logits_op,
-        is_linear=gate.is_linear,
-    )
-
-
-def _placed(block: MoeBlock, probe: Probe) -> MoeBlock:
-    output_factor = probe.output_factor()
-    residual = probe.residual(output_factor)
-    return replace(block, output_factor=output_factor, residual=residual)
+    return explain_gate(replace(block, call=call), routing, model_type)

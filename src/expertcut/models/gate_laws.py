@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -31,29 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertcut.errors import ContractError
-from expertcut.models.hooks import (
-    BiasedForward,
-    Routing,
-    changed_logits,
-    logits_ops,
-    moved_by,
-    own_expert,
-    own_forward,
-    registered,
-    replaced_forward,
-    route,
-    tape_of,
-)
+from expertcut.models import hooks, moe_block
+from expertcut.models.hooks import Routing, own_forward, replaced_forward, route
 from expertcut.models.kernels import by_expert
-from expertcut.models.moe_block import (
-    SCORES,
-    LogitsOp,
-    MoeBlock,
-    RouterCall,
-    Scoring,
-    Selection,
-    WeightRule,
-)
+from expertcut.models.moe_block import SCORES, MoeBlock, RouterCall, Scoring, WeightRule
 
 Law = Literal["weights", "choice", "repeatable", "once", "sum", "storage", "arrays"]
 
@@ -70,58 +51,26 @@ EXCEPTIONS: dict[str, tuple[Law, str]] = {
         "before that norm",
     ),
 }
-_SCALES = (0.03, 0.3, 1.0, 3.0)  # of synthetic logits, from nearly equal to peaked
-_CHECKED_ROWS = 16  # tokens whose experts are run one by one
-_FLOOR = 1e-3  # of a token's largest weight: absolute tolerance of smaller ones
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The identified gate of a block; `weights` is None for families excepted from that law.
-
-    `logits_op` is None if the logits cannot be changed; `is_linear` is false if they are more than
-    gate matrix times input plus bias (a cap, a factor, a norm).
-    """
-
-    scoring: Scoring
-    weights: WeightRule | None
-    selection: Selection
-    logits_op: LogitsOp | None
-    is_linear: bool
-
-    @property
-    def inflates(self) -> bool:
-        """Whether removing an expert makes the other weights larger."""
-        is_cut_softmax = self.weights is not None and not self.weights.is_renormalised
-        return is_cut_softmax and self.scoring == "softmax"
 
 
 @torch.inference_mode()
-def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> Gate:
-    """Identifies the gate of a block from its routing of the probe and of synthetic logits.
-
-    Raises:
-        ContractError: no known rule fits.
-    """
+def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBlock:
+    """The block with its gate, identified from its routing of the probe and synthetic logits."""
     is_table = _is_table(block, routing)
     _check_repeatable(block, routing)
-    op = next(
-        (op for op in logits_ops(block.router, block.call) if _acts(block, op, is_table)), None
-    )
+    ops = hooks.logits_ops(block.router, block.call)
+    op = next((op for op in ops if _acts(block, op, is_table)), None)
     routings = [routing, *_synthetic_routings(block, op)]
     scoring, weights = _explained_weights(block, routings, model_type)
-    selection: Selection = "table"
-    if not is_table:
-        selection = _explained_choice(replace(block, scoring=scoring), routings)
-    return Gate(scoring, weights, selection, op, _is_linear(block, routing))
+    block = replace(block, scoring=scoring, weights=weights, logits_op=op)
+    is_cut_softmax = scoring == "softmax" and weights is not None and not weights.is_renormalised
+    selection: moe_block.Selection = "table" if is_table else _explained_choice(block, routings)
+    is_linear = _is_linear(block, routing)
+    return replace(block, inflates=is_cut_softmax, selection=selection, is_linear=is_linear)
 
 
 def check_gate(block: MoeBlock, call: RouterCall, routing: Routing) -> None:
-    """Checks the identified gate on the routing of other tokens.
-
-    Raises:
-        ContractError: it does not fit.
-    """
+    """Checks the identified gate on the routing of other tokens."""
     if block.is_hashed != _is_table(replace(block, call=call), routing):
         raise broken(block, "choice", "a table of token ids chooses its experts only sometimes")
     if block.weights is not None:
@@ -146,17 +95,15 @@ def _tolerance(*routings: Routing) -> float:
     return 3e-2 if any(t.dtype.itemsize < 4 for t in tensors) else 1e-4
 
 
-# --- Experiments on a router --------------------------------------------------------------------
-
-
 def _is_table(block: MoeBlock, routing: Routing) -> bool:
-    """Whether a table (ids, K) of the router chooses the experts by token id."""
-    ids_T = block.call.input_ids()
-    if ids_T is None or len(ids_T) != len(routing.experts_TK):
+    given = (*block.call.args, *block.call.kwargs.values())
+    ids = [v for v in given if isinstance(v, Tensor) and not v.is_floating_point()]
+    if not ids or ids[0].numel() != len(routing.experts_TK):
         return False
     tables = (t for _, t in block.router_tensors() if not t.is_floating_point() and t.ndim == 2)
     return any(
-        table.shape[1] == block.top_k and torch.equal(table[ids_T].long(), routing.experts_TK)
+        table.shape[1] == block.top_k
+        and torch.equal(table[ids[0].reshape(-1)].long(), routing.experts_TK)
         for table in tables
     )
 
@@ -170,8 +117,8 @@ def _check_repeatable(block: MoeBlock, routing: Routing) -> None:
         raise broken(block, "repeatable", "its router routes the same tokens in another way twice")
 
 
-def _acts(block: MoeBlock, op: LogitsOp, is_table: bool) -> bool:
-    """Whether changing the result of this operation changes the logits that the router uses."""
+def _acts(block: MoeBlock, op: moe_block.LogitsOp, is_table: bool) -> bool:
+    """Whether changing the result of the operation changes the router's logits."""
     before_TE, _, experts_TK = route(block.router, block.call)
     expert = int(experts_TK.flatten().mode().values)
     bias_E = torch.zeros(block.n_experts)
@@ -179,17 +126,19 @@ def _acts(block: MoeBlock, op: LogitsOp, is_table: bool) -> bool:
     if block.top_k < block.n_experts and not is_table:
         bias_E[expert] = -torch.inf
     try:
-        with replaced_forward(block.router, BiasedForward(replace(block, logits_op=op), bias_E)):
+        with replaced_forward(
+            block.router, hooks.BiasedForward(replace(block, logits_op=op), bias_E)
+        ):
             after_TE, _, _ = route(block.router, block.call)
     except (ContractError, RuntimeError):
         return False
-    return moved_by(before_TE, after_TE, bias_E)
+    return hooks.moved_by(before_TE, after_TE, bias_E)
 
 
-def _synthetic_routings(block: MoeBlock, op: LogitsOp | None) -> Iterator[Routing]:
+def _synthetic_routings(block: MoeBlock, op: moe_block.LogitsOp | None) -> Iterator[Routing]:
     """Routings of synthetic logits, or of scaled inputs if logits cannot be changed."""
     generator = torch.Generator().manual_seed(0)
-    for scale in _SCALES:
+    for scale in (0.03, 0.3, 1.0, 3.0):  # from nearly equal to peaked
         call = block.call
         with ExitStack() as stack:
             if op is None:
@@ -197,7 +146,7 @@ def _synthetic_routings(block: MoeBlock, op: LogitsOp | None) -> Iterator[Routin
                 call = RouterCall((x * scale, *more), call.kwargs)
             else:
                 put = partial(_random_logits, scale=scale, generator=generator)
-                stack.enter_context(changed_logits(block.router, op, put))
+                stack.enter_context(hooks.changed_logits(block.router, op, put))
             routed = route(block.router, call)
         yield Routing(block.layer, call.args[0], *routed)
 
@@ -207,7 +156,6 @@ def _random_logits(logits: Tensor, scale: float, generator: torch.Generator) -> 
 
 
 def _is_linear(block: MoeBlock, routing: Routing) -> bool:
-    """Whether logits are the gate matrix times the input, plus an optional bias."""
     tensors = [(name, t) for name, t in block.router_tensors() if t.is_floating_point()]
     shape = (block.n_experts, routing.input_TD.shape[1])
     weight_ED = next((t.float() for _, t in tensors if t.shape == shape), None)
@@ -219,9 +167,6 @@ def _is_linear(block: MoeBlock, routing: Routing) -> bool:
     off = (product_TE - logits_TE).abs().max()
     tolerance = 3e-2 if routing.input_TD.dtype.itemsize < 4 else _tolerance(routing)
     return bool(off <= tolerance * logits_TE.abs().max())
-
-
-# --- Weights ------------------------------------------------------------------------------------
 
 
 def _explained_weights(
@@ -262,16 +207,15 @@ def _factor(scoring: Scoring, is_renormalised: bool, seen: Sequence[Routing]) ->
 
 
 def _misfit(scoring: Scoring, rule: WeightRule, routing: Routing) -> float:
-    """Largest relative error of the rule."""
+    """Largest relative error of the rule; absolute for far smaller weights than the largest."""
     wanted_TK = rule.factor * _shares(scoring, rule.is_renormalised, routing)
-    floor_T1 = _FLOOR * wanted_TK.amax(dim=-1, keepdim=True)
+    floor_T1 = 1e-3 * wanted_TK.amax(dim=-1, keepdim=True)
     off_TK = (routing.weights_TK.double() - wanted_TK).abs() / (wanted_TK + floor_T1)
     return float(off_TK.max()) if bool(off_TK.isfinite().all()) else float("inf")
 
 
 def _scoring_on_tape(block: MoeBlock) -> Scoring | None:
-    """The score among the results of the router's operations."""
-    results, (logits_TE, *_) = tape_of(block.router, block.call)
+    results, (logits_TE, *_) = hooks.tape_of(block.router, block.call)
     for scoring, score in SCORES.items():
         wanted_TE = score(logits_TE.float())
         for _, result in results:
@@ -290,18 +234,15 @@ def _broken_weights(block: MoeBlock, scoring: Scoring, off: float) -> ContractEr
     )
 
 
-# --- Choice -------------------------------------------------------------------------------------
-
-
-def _explained_choice(block: MoeBlock, seen: Sequence[Routing]) -> Selection:
-    ways: tuple[Selection, ...] = ("score", "logits")
+def _explained_choice(block: MoeBlock, seen: Sequence[Routing]) -> moe_block.Selection:
+    ways: tuple[moe_block.Selection, ...] = ("score", "logits")
     for selection in ways if block.selection_bias() is not None else ways[:1]:
         if all(_follows(block, routing, selection) for routing in seen):
             return selection
     raise _broken_choice(block)
 
 
-def _follows(block: MoeBlock, routing: Routing, selection: Selection) -> bool:
+def _follows(block: MoeBlock, routing: Routing, selection: moe_block.Selection) -> bool:
     """Whether the chosen experts are the best, except for near-ties."""
     block = replace(block, selection=selection)
     score_TE = block.selection_scores(routing.logits_TE)
@@ -338,23 +279,14 @@ def _broken_choice(block: MoeBlock) -> ContractError:
     )
 
 
-# --- The block around router and experts ---------------------------------------------------------
-
-
 def check_blocks(blocks: Sequence[MoeBlock]) -> None:
-    """Checks the laws of storage and arrays, which need no forward pass.
-
-    Raises:
-        ContractError: two blocks own the same weights, or route to different numbers of experts.
-    """
+    """Checks the laws of storage and arrays, which need no forward pass."""
     owner: dict[object, MoeBlock] = {}
     for block in blocks:
-        keys: list[object] = [id(block.experts)]
-        for tensor in block.experts.parameters():
-            keys.append(id(tensor))
-            if tensor.device.type != "meta" and tensor.numel():
-                keys.append((tensor.device, tensor.data_ptr()))
-        for key in keys:
+        tensors = list(block.experts.parameters())
+        held = [t for t in tensors if t.device.type != "meta" and t.numel()]
+        places = [(t.device, t.data_ptr()) for t in held]
+        for key in (id(block.experts), *map(id, tensors), *places):
             if (first := owner.setdefault(key, block)) is not block:
                 raise broken(block, "storage", f"it owns the same experts as {first.name}")
     counts = Counter(block.top_k for block in blocks)
@@ -374,15 +306,12 @@ def verifying(
     """Checks the laws of once and sum in each block's first forward, and passes its routing on.
 
     Costs two more runs of the block's shared part and one of 16 tokens through its experts.
-
-    Raises:
-        ContractError: a block breaks a law, raised when it runs.
     """
     is_summed = not _is_excepted(model_type, "sum")
     with ExitStack() as stack:
         for block in blocks:
-            forward = _verified(block, is_summed, see)
-            stack.enter_context(replaced_forward(block.module, forward))
+            verified = _verified(block, is_summed, see)
+            stack.enter_context(replaced_forward(block.module, verified))
         yield
 
 
@@ -427,7 +356,7 @@ def _watching(module: nn.Module) -> Iterator[list[_Call]]:
         lambda _module, args, kwargs, output: calls.append((args, kwargs, output)),
         with_kwargs=True,
     )
-    with registered([handle]):
+    with hooks.registered([handle]):
         yield calls
 
 
@@ -437,13 +366,13 @@ def _one_by_one(block: MoeBlock) -> Iterator[list[Tensor]]:
 
     Offloaded weights are present only then.
     """
-    forward, own = own_forward(block.experts), own_expert(block)
+    forward, own = own_forward(block.experts), hooks.own_expert(block)
     sums: list[Tensor] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         x, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
-        rows, x_TD = slice(_CHECKED_ROWS), x.reshape(-1, x.shape[-1])
+        rows, x_TD = slice(16), x.reshape(-1, x.shape[-1])
         sums.append(by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own))
         return output
 
@@ -461,9 +390,7 @@ def _routing(
 ) -> tuple[RouterCall, Routing]:
     if not isinstance(output, tuple) or len(output) != 3:
         raise ContractError(f"{block.name}: its router must give logits, weights and experts")
-    call = RouterCall(
-        tuple(_kept(value) for value in args), {k: _kept(v) for k, v in kwargs.items()}
-    )
+    call = RouterCall(tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()})
     x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     return call, Routing(block.layer, x.reshape(-1, x.shape[-1]), *output)
 
@@ -473,7 +400,6 @@ def _kept(value: Any) -> Any:
 
 
 def _check_sum(block: MoeBlock, call: _Call, own_TD: Tensor, routing: Routing) -> None:
-    """Checks that the experts ran as routed and give the sum of their own outputs."""
     args, kwargs, output_TD = call
     _, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
     is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
@@ -487,7 +413,7 @@ def _check_sum(block: MoeBlock, call: _Call, own_TD: Tensor, routing: Routing) -
 
 
 def _check_affine(block: MoeBlock, again: Callable[[], Tensor], whole: Tensor, call: _Call) -> None:
-    """Checks the output with the whole, half and none of the experts' sum: it must be affine."""
+    """Compares the output with the whole, half and none of the experts' sum."""
     output_TD: Tensor = call[2]
     with replaced_forward(block.experts, lambda *_, **__: torch.zeros_like(output_TD)):
         without = again()

@@ -23,8 +23,7 @@ from expertcut.errors import ContractError
 from expertcut.models.kernels import BY_EXPERT, INNER, Own, by_expert, own_output
 from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall
 
-Combined = Callable[[int, Tensor], None]  # layer, the experts' weighted sum (T, D)
-Change = Callable[[Tensor], Tensor]
+Change = Callable[[Any], Any]
 Routed = tuple[Tensor, Tensor, Tensor]  # logits_TE, weights_TK, experts_TK
 
 
@@ -94,7 +93,7 @@ def observe_residuals(
 def observe_experts(
     blocks: Sequence[MoeBlock],
     see: Callable[[ExpertCall], None],
-    combined: Combined | None = None,
+    combined: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[None]:
     """Runs experts one by one, in id order, and calls `see` with each output.
 
@@ -102,27 +101,23 @@ def observe_experts(
     bit-equal to that of the unobserved model. One expert's output is `experts(x, e, 1)`: the code
     of the model, so no family needs code here.
     """
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(replaced_forward(block.experts, _watched(block, see, combined)))
-        yield
 
+    def run(
+        block: MoeBlock, own: Own, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor:
+        def note(*call: Any) -> None:
+            see(ExpertCall(block.layer, *call))
 
-def _watched(
-    block: MoeBlock, see: Callable[[ExpertCall], None], combined: Combined | None
-) -> Callable[..., Tensor]:
-    own = own_expert(block)
-
-    def note(expert: int, tokens_M: Tensor, weights_M: Tensor, output_MD: Tensor) -> None:
-        see(ExpertCall(block.layer, expert, tokens_M, weights_M, output_MD))
-
-    def run(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD = by_expert(x_TD, experts_TK, weights_TK, own, note)
         if combined is not None:
             combined(block.layer, y_TD)
         return y_TD
 
-    return run
+    with ExitStack() as stack:
+        for block in blocks:
+            watched = partial(run, block, own_expert(block))
+            stack.enter_context(replaced_forward(block.experts, watched))
+        yield
 
 
 def own_expert(block: MoeBlock) -> Own:
@@ -169,50 +164,23 @@ def route(router: nn.Module, call: RouterCall) -> Routed:
     return logits_TE, weights_TK, experts_TK
 
 
-class _Tape(TorchFunctionMode):
-    def __init__(self) -> None:
+class _Operations(TorchFunctionMode):
+    """Passes the arguments of all operations to `read`, and position, name and result to `see`."""
+
+    def __init__(
+        self, see: Callable[[int, str, Any], Any], read: Change = lambda value: value
+    ) -> None:
         super().__init__()
-        self.results: list[tuple[str, Any]] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.results.append((_name(func), result))
-        return result
-
-
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-class _Changing(TorchFunctionMode):
-    """Changes the result of one operation, and the arguments of all."""
-
-    def __init__(self, op: LogitsOp, change: Change, reading: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.op, self.change, self.reading, self.n_done = op, change, reading, 0
+        self.see, self.read, self.n_done = see, read, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunction():  # nested changes must not count these
-            args = tuple(map(self.reading, args))
+            args = tuple(map(self.read, args))
         result = func(*args, **(kwargs or {}))
-        index, self.n_done = self.n_done, self.n_done + 1
-        if index != self.op.index:
-            return result
-        if _name(func) != self.op.name or not isinstance(result, Tensor):
-            raise ContractError(
-                f"a router computes its logits by {_name(func)} where it used {self.op.name} on "
-                "the probe: its logits cannot be changed"
-            )
-        with torch._C.DisableTorchFunction():
-            return self.change(result)
-
-
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))
+        self.n_done += 1
+        return self.see(self.n_done - 1, str(getattr(func, "__name__", func)), result)
 
 
 def _run_changed(
@@ -221,12 +189,23 @@ def _run_changed(
     change: Change,
     args: Any,
     kwargs: Any,
-    reading: Callable[[Any], Any] = _unchanged,
+    read: Change = lambda value: value,
 ) -> Routed:
-    mode = _Changing(op, change, reading)
-    with mode:
+    def see(index: int, name: str, result: Any) -> Any:
+        if index != op.index:
+            return result
+        if name != op.name or not isinstance(result, Tensor):
+            raise ContractError(
+                f"a router computes its logits by {name} where it used {op.name} on the probe: "
+                "its logits cannot be changed"
+            )
+        with torch._C.DisableTorchFunction():
+            return change(result)
+
+    operations = _Operations(see, read)
+    with operations:
         logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
-    if mode.n_done <= op.index:
+    if operations.n_done <= op.index:
         raise ContractError("a router ran fewer operations than on the probe")
     return logits_TE, weights_TK, experts_TK
 
@@ -235,24 +214,25 @@ def _run_changed(
 def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Iterator[None]:
     """Changes the logits of a router in the context."""
     forward = own_forward(router)
-
-    def changed(*args: Any, **kwargs: Any) -> Routed:
-        return _run_changed(forward, op, change, args, kwargs)
-
-    with replaced_forward(router, changed):
+    with replaced_forward(router, lambda *a, **k: _run_changed(forward, op, change, a, k)):
         yield
 
 
 def tape_of(router: nn.Module, call: RouterCall) -> tuple[list[tuple[str, Any]], Routed]:
     """All operations of one call with their results, and the output of the router."""
-    tape, forward = _Tape(), own_forward(router)
+    results: list[tuple[str, Any]] = []
+    forward = own_forward(router)
+
+    def note(_index: int, name: str, result: Any) -> Any:
+        results.append((name, result))
+        return result
 
     def taped(*args: Any, **kwargs: Any) -> Any:
-        with tape:
+        with _Operations(note):
             return forward(*args, **kwargs)
 
     with replaced_forward(router, taped):
-        return tape.results, route(router, call)
+        return results, route(router, call)
 
 
 def logits_ops(router: nn.Module, call: RouterCall) -> Iterator[LogitsOp]:
@@ -275,17 +255,11 @@ def _equals(result: object, logits_TE: Tensor) -> bool:
     return torch.equal(result.reshape(logits_TE.shape).to(logits_TE.dtype), logits_TE)
 
 
-# --- Biases -------------------------------------------------------------------------------------
-
-
 class BiasedForward:
     """A router's forward with `bias_E` (E,) added to its logits; −inf forbids an expert.
 
     `rows` gives the tokens (N,) for finite biases, None for all. A selection bias is masked by −inf
     as well: a masked logit alone would not keep an expert from being chosen.
-
-    Raises:
-        ContractError: the logits cannot be changed; when called, a forbidden expert is chosen.
     """
 
     def __init__(
@@ -304,10 +278,10 @@ class BiasedForward:
         """Runs the router with the bias."""
         add = partial(_added, bias_E=self.bias_E, rows_N=self.rows())
         # Some blocks pass their selection bias (E,) to the router in each call.
-        with torch._C.DisableTorchFunction():  # as in `_Changing`
-            given = tuple(map(self._masked, args))
-            named = {name: self._masked(value) for name, value in kwargs.items()}
-        routed = _run_changed(self.forward, self.op, add, given, named, self._read)
+        with torch._C.DisableTorchFunction():  # as in `_Operations`
+            args = tuple(map(self._masked, args))
+            kwargs = {name: self._masked(value) for name, value in kwargs.items()}
+        routed = _run_changed(self.forward, self.op, add, args, kwargs, self._read)
         if bool(self.is_forbidden_E.to(routed[2].device)[routed[2]].any()):
             raise ContractError(
                 f"{self.block.name}: its router chooses an expert that is masked: this cut cannot "
@@ -316,10 +290,7 @@ class BiasedForward:
         return routed
 
     def _read(self, value: Any) -> Any:
-        """An argument of an operation, masked if it is the selection bias of the router.
-
-        Looked up in each operation: an offloaded bias is present only during the forward.
-        """
+        # Looked up in each operation: an offloaded bias is present only during the forward.
         is_own = self._is_one_each(value) and value is self.block.selection_tensor()
         return self._masked(value) if is_own else value
 
@@ -330,9 +301,8 @@ class BiasedForward:
         return value.masked_fill(self.is_forbidden_E.to(value.device), -torch.inf)
 
     def _is_one_each(self, value: Any) -> bool:
-        n_experts = len(self.bias_E)
         is_number = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
-        return is_number and value.shape[-1] == value.numel() == n_experts
+        return is_number and value.shape[-1] == value.numel() == len(self.bias_E)
 
 
 def _added(logits: Tensor, bias_E: Tensor, rows_N: Tensor | None) -> Tensor:

@@ -20,32 +20,25 @@ from transformers.integrations.moe import ExpertsInterface
 INNER = "_old_forward"  # where accelerate keeps the wrapped forward
 _HAS_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BY_EXPERT = "by_expert"
-# oneDNN prepares each new number of rows for a millisecond.
-_ROWS = 16
 Own = Callable[[int, Tensor], Tensor]  # expert, its tokens (M, D) → its outputs (M, D)
 See = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, tokens_M, weights_M, output_MD
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, by oneDNN for float32 on a CPU without gradients."""
-    if not _HAS_DNN or not _suits(x, weight):
+    # In half precision F.linear uses oneDNN itself.
+    is_float32_on_cpu = weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not _HAS_DNN or not is_float32_on_cpu or needs_gradient or not x.numel():
         return F.linear(x, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
-    # In half precision F.linear uses oneDNN itself.
-    is_float32_on_cpu = weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return is_float32_on_cpu and not needs_gradient and x.numel() > 0
-
-
 class Linear(nn.Linear):
     """An `nn.Linear` that uses `linear`."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return linear(input, self.weight, self.bias)
 
 
@@ -70,7 +63,8 @@ def by_expert(
     hit, counts = (found.tolist() for found in expert_A.unique_consecutive(return_counts=True))
     parts = ((order_A % len(x_TD)).split(counts), weight_A.split(counts))
     for expert, tokens_M, weights_M in zip(hit, *parts, strict=True):
-        n_more = -len(tokens_M) % _ROWS if x_TD.device.type == "cpu" else 0
+        # oneDNN prepares each new number of rows for a millisecond.
+        n_more = -len(tokens_M) % 16 if x_TD.device.type == "cpu" else 0
         own_TD = x_TD.index_select(0, F.pad(tokens_M, (0, n_more)))
         output_MD = own(expert, own_TD)[: len(tokens_M)]
         if see is not None:

@@ -7,7 +7,7 @@ byte for byte, that of this package or of an earlier version.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +16,23 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from expertcut.errors import ContractError, ModelError, SettingsError
-from expertcut.models.checkpoint_dir import (
-    check_folder,
-    fingerprint_of,
-    read_config,
-    refuse_pickles,
-    stamp,
-)
+from expertcut.models import checkpoint_dir, safetensors_index, validate
+from expertcut.models.checkpoint_dir import fingerprint_of, read_config, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.find_blocks import check_family, find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Stored,
-    StoredTensor,
-    read_even_quantized,
-    refuse_quantized,
-)
-from expertcut.models.validate import (
-    BRINGS_CODE,
-    EXPERT_COUNT_FIELDS,
-    check_complete,
-    check_count_types,
-    check_counts,
-    check_files,
-    check_finite,
-    check_quantization,
-    check_supported,
-    check_text_model,
-    check_total,
-    check_vocabulary,
-    expert_count,
-    is_multimodal,
-    not_a_text_model,
-    translate_errors,
-)
+from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
+from expertcut.models.validate import translate_errors
 
 MODELLING_FILE = "modeling_exact.py"
 # SHA-256 of earlier files, whose constants are called `experts.<id>.approx_value`.
-_EARLIER_FILES = frozenset(
-    {
-        "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
-        "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
-    }
-)
-_WEIGHTS = "transformers_weights"  # names the weights file, in transformers 5
-_IMPLEMENTATIONS = (
-    *("attn_implementation", "_attn_implementation"),
-    *("experts_implementation", "_experts_implementation"),
+_EARLIER_FILES = (
+    "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
+    "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
 _MODELS: Any = AutoModelForCausalLM  # its types lack output_loading_info
-_PROBE_TOKENS = 16
-_ALIGNMENT_BYTES = 64  # of new tensors of torch
-_MEMORY_PER_WEIGHT_BYTE = 1.25  # with overhead of loading and running
 
 
 def modelling_code() -> bytes:
@@ -81,15 +42,11 @@ def modelling_code() -> bytes:
 
 def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
     """Whether all code that config.json names is the modelling file of this package."""
-    named = config.get("auto_map")
-    if not isinstance(named, dict) or not named:
+    named, file = config.get("auto_map"), folder / MODELLING_FILE
+    if not isinstance(named, dict) or not named or not file.is_file():
         return False
-    module = MODELLING_FILE.removesuffix(".py")
     # A name with `--` before it is a class of another repository.
-    if any(not isinstance(c, str) or c.rpartition(".")[0] != module for c in named.values()):
-        return False
-    file = folder / MODELLING_FILE
-    if not file.is_file():
+    if any(not isinstance(c, str) or c.rpartition(".")[0] != file.stem for c in named.values()):
         return False
     content = file.read_bytes()
     return content == modelling_code() or hashlib.sha256(content).hexdigest() in _EARLIER_FILES
@@ -99,15 +56,13 @@ def check_named(folder: Path, config: dict[str, Any]) -> None:
     """Refuses other weights files and kernels in config.json.
 
     transformers would download kernels from the Hub and run them without asking.
-
-    Raises:
-        ModelError: it names some.
     """
-    file, weights = folder / "config.json", config.get(_WEIGHTS)
-    if weights not in (None, SINGLE_FILE, INDEX_FILE):
-        raise ModelError(f"{file} says {_WEIGHTS} {str(weights)[:100]!r}: must be {SINGLE_FILE}")
+    file, field = folder / "config.json", "transformers_weights"
+    if (weights := config.get(field)) not in (None, SINGLE_FILE, INDEX_FILE):
+        raise ModelError(f"{file} says {field} {str(weights)[:100]!r}: must be {SINGLE_FILE}")
+    names = [f"{under}{part}_implementation" for part in ("attn", "experts") for under in ("", "_")]
     for part in (config, config.get("text_config")):
-        for name in _IMPLEMENTATIONS:
+        for name in names:
             named = part.get(name) if isinstance(part, dict) else None
             for value in named.values() if isinstance(named, dict) else (named,):
                 if value is not None and not (isinstance(value, str) and value.isidentifier()):
@@ -137,31 +92,21 @@ class Source:
 
     @property
     def even_quantized(self) -> Stored:
-        """The headers, quantized weights included; parsed again only after a file changed.
-
-        Raises:
-            ModelError: an invalid header or index.
-        """
+        """The headers, quantized weights included; parsed again only after a file changed."""
         try:
-            stamps = [stamp(file) for file in (*self.weight_files, *self.path.glob(INDEX_FILE))]
+            stamps = tuple(map(stamp, (*self.weight_files, *self.path.glob(INDEX_FILE))))
         except OSError:
-            return read_even_quantized(self.path)  # raises the error
-        known: tuple[list[tuple[object, ...]], Stored] | None = self.__dict__.get("_stored")
-        if known is None or known[0] != stamps:
-            known = stamps, read_even_quantized(self.path)
-            self.__dict__["_stored"] = known
-        return known[1]
+            return safetensors_index.read_even_quantized(self.path)  # raises the error
+        known: dict[tuple[object, ...], Stored] = self.__dict__.setdefault("_stored", {})
+        if stamps not in known:
+            known[stamps] = safetensors_index.read_even_quantized(self.path)
+        return known[stamps]
 
     @property
     def stored(self) -> Stored:
-        """The headers of unquantized weights.
-
-        Raises:
-            ModelError: quantized weights, or an invalid header or index.
-        """
-        stored = self.even_quantized
-        refuse_quantized(self.path, stored)
-        return stored
+        """The headers of unquantized weights."""
+        safetensors_index.refuse_quantized(self.path, self.even_quantized)
+        return self.even_quantized
 
     @property
     def headers(self) -> Mapping[str, StoredTensor]:
@@ -170,11 +115,7 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json (as parsed JSON) and every byte of the weights.
-
-        Raises:
-            ModelError: a file cannot be read.
-        """
+        """SHA-256 over config.json (as parsed JSON) and every byte of the weights."""
         return fingerprint_of(self.path)
 
     def expert_axes(self, names: Sequence[str]) -> Mapping[str, tuple[str, int]]:
@@ -182,23 +123,17 @@ class Source:
 
         Tensors without such an axis, or stacked with others in loading, are left out.
         """
-        known: dict[tuple[str, ...], Mapping[str, tuple[str, int]]]
-        known = self.__dict__.setdefault("_expert_axes", {})
-        key = tuple(names)
-        if key not in known:
-            from expertcut.models.meta_model import expert_axes
+        from expertcut.models.meta_model import expert_axes
 
-            known[key] = expert_axes(read_config(self.path), names)
-        return known[key]
+        known = self.__dict__.setdefault("_expert_axes", {})
+        if tuple(names) not in known:
+            known[tuple(names)] = expert_axes(read_config(self.path), names)
+        axes: Mapping[str, tuple[str, int]] = known[tuple(names)]
+        return axes
 
 
 def find_source(model: str, revision: str | None = None) -> Source:
-    """Finds and checks a checkpoint; a hub id is downloaded or read from the cache.
-
-    Raises:
-        ModelError: no such folder or repository, no config, not a MoE model, no safetensors, or
-            damaged files or links to other places.
-    """
+    """Finds and checks a checkpoint; a hub id is downloaded or read from the cache."""
     path = Path(model)
     if path.is_dir():
         source = Source(model, path)
@@ -207,28 +142,19 @@ def find_source(model: str, revision: str | None = None) -> Source:
     else:
         folder = _download(model, revision)
         source = Source(model, folder, folder.name)
-    check_folder(source.path)
+    checkpoint_dir.check_folder(source.path)
     config = read_config(source.path)
     try:
         check_family(config.get("model_type"))
     except ContractError as error:
         raise ContractError(f"{source.path / 'config.json'}: {error}") from None
-    check_supported(source.path, config)
-    if expert_count(config) is None and is_multimodal(config):
-        raise not_a_text_model(source.path, config)
-    check_count_types(source.path, config)
-    if expert_count(config) is None:
-        family, fields = str(config.get("model_type"))[:50], ", ".join(EXPERT_COUNT_FIELDS)
-        raise ModelError(
-            f"{model} is not a MoE model: its config.json (model_type {family!r}) has no {fields} "
-            "above 1"
-        )
+    validate.check_moe(model, source.path, config)
     if not source.weight_files:
-        refuse_pickles(source.path)
+        checkpoint_dir.refuse_pickles(source.path)
         raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
     stored = source.even_quantized
     if "auto_map" not in config:  # else it depends on whether that code is run
-        check_counts(source.path, config, stored)
+        validate.check_counts(source.path, config, stored)
     return source
 
 
@@ -239,7 +165,7 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"no such model: {model} is no folder here and the hub says: {reason}"
         ) from None
@@ -284,21 +210,17 @@ class MoeModel:
 
 
 def load(source: Source, options: LoadOptions) -> MoeModel:
-    """Loads a model in eval mode, without gradients, with reproducible kernels.
-
-    Raises:
-        ModelError: weights or tokenizer do not fit config.json.
-    """
+    """Loads a model in eval mode, without gradients, with reproducible kernels."""
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
-    config, trusting = _checked_config(source, options)
+    config, is_trusted = _checked_config(source, options)
     tokenizer = _tokenizer(source, options)
     # The config was tested without weights before, so an error here may be in any file.
     with translate_errors("AutoModelForCausalLM", source.path):
         model, info = _MODELS.from_pretrained(
             source.path,
             config=config,
-            trust_remote_code=trusting.trust_remote_code,
+            trust_remote_code=is_trusted,
             local_files_only=True,
             dtype=_dtype(options.dtype, device),
             use_safetensors=True,
@@ -308,21 +230,29 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             generation_config=GenerationConfig(),
             **spreading,
         )
-    _check_complete(source, info, is_trusted=trusting.trust_remote_code)
-    check_finite(source.path, model, source.weight_files)
+    validate.check_complete(source.path, info, is_trusted=is_trusted)
+    validate.check_finite(source.path, model, source.weight_files)
     model = (model if spreading else model.to(device)).eval().requires_grad_(False)
-    set_attention(model)
+    if model.config._attn_implementation not in ("sdpa", "eager"):  # the engine knows their masks
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:
+            model.set_attn_implementation("eager")
     if runs_on(model.get_input_embeddings()).type == "cpu":
         # The loop that statistics observe too, so they change no bit.
         model.set_experts_implementation(BY_EXPERT)
         use_faster_products(model, routers(model))
-        _align(model)
-    check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
+        for tensor in (*model.parameters(), *model.buffers()):
+            # Products sum in another order at unaligned addresses of a mapped file, so the last
+            # bits would depend on the layout of the files; new tensors of torch are aligned.
+            if tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
+    validate.check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
     return MoeModel(source, model, tokenizer, _blocks(source, model))
 
 
-def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOptions]:
-    """The config, checked against the weights, and the load options.
+def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
+    """The config, checked against the weights, and whether the checkpoint's code may run.
 
     The modelling file of this package is trusted. A config of other trusted code is not checked.
     """
@@ -331,21 +261,20 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, LoadOpti
     may_run_code = options.trust_remote_code or runs_our_code_only(folder, raw)
     with translate_errors("AutoConfig", folder / "config.json"):
         if options.trust_remote_code and "auto_map" in raw:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=True), options
-        stored = source.even_quantized
-        check_counts(folder, raw, stored)
-        check_quantization(folder, raw)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True), True
+        validate.check_counts(folder, raw, source.even_quantized)
+        validate.check_quantization(folder, raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
-        if not may_run_code:
-            check_text_model(folder, config)
+        if not may_run_code and type(config) not in _MODELS._model_mapping:
+            raise validate.not_a_text_model(folder, config.to_dict())
         with torch.device("meta"):  # tensors with shapes and no bytes
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code)
-        check_total(folder, model, stored)
-    return config, replace(options, trust_remote_code=may_run_code)
+        validate.check_total(folder, model, source.even_quantized)
+    return config, may_run_code
 
 
 def _tokenizer(source: Source, options: LoadOptions) -> Any:
-    check_files(source.path)
+    validate.check_files(source.path)
     with translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
         return AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
@@ -354,7 +283,7 @@ def _tokenizer(source: Source, options: LoadOptions) -> Any:
 
 def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
     device = runs_on(model.get_input_embeddings())
-    probe_1T = torch.arange(_PROBE_TOKENS, device=device)[None] % model.config.vocab_size
+    probe_1T = torch.arange(16, device=device)[None] % model.config.vocab_size
     try:
         return find_blocks(model, probe_1T)
     except ContractError as error:
@@ -364,13 +293,6 @@ def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
         raise ModelError(
             f"{source.path / 'config.json'} describes a model that does not run: {reason}"
         ) from error
-
-
-def _check_complete(source: Source, info: dict[str, Any], *, is_trusted: bool) -> None:
-    is_lacking = info["missing_keys"] or info["mismatched_keys"]
-    if is_lacking and not is_trusted and "auto_map" in read_config(source.path):
-        raise ModelError(f"{source.path / 'config.json'} {BRINGS_CODE}")
-    check_complete(source.path, info)
 
 
 def fits_in_memory(source: Source, options: LoadOptions) -> bool:
@@ -385,27 +307,8 @@ def fits_in_memory(source: Source, options: LoadOptions) -> bool:
             n_values += sum(map(math.prod, shapes))
     if isinstance(dtype, torch.dtype):
         n_bytes = n_values * dtype.itemsize
-    return n_bytes * _MEMORY_PER_WEIGHT_BYTE <= free_bytes(device)
-
-
-def _align(model: Any) -> None:
-    """Copies weights at unaligned addresses of a mapped file.
-
-    Matrix products sum in another order at unaligned addresses, so the last bits would depend on
-    the layout of the files.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % _ALIGNMENT_BYTES:
-            tensor.data = tensor.data.clone()
-
-
-def set_attention(model: Any) -> None:
-    """Selects sdpa, or else eager: the engine knows the masks of these two."""
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        try:
-            model.set_attn_implementation("sdpa")
-        except ValueError:
-            model.set_attn_implementation("eager")
+    # With the overhead of loading and running.
+    return n_bytes * 1.25 <= free_bytes(device)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

@@ -17,8 +17,6 @@ from torch import Tensor
 from expertcut.errors import ContractError
 from expertcut.models.validate import expert_count, lost_weights, with_expert_count
 
-Shapes = Mapping[str, tuple[int, ...]]
-_MAX_REASON = 300
 # Raised by transformers if a config or tensors do not fit.
 _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
@@ -31,11 +29,11 @@ def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
     """
     n_experts = expert_count(dict(config)) or 0
     try:
-        with _quietly(), _meta_model(config) as model:
+        with _meta_model(config) as model:
             if model is None:
                 return {}
             shapes, renamed = _shapes(model), _renamed(model, names)
-        with _quietly(), _meta_model(with_expert_count(config, n_experts, 2 * n_experts)) as larger:
+        with _meta_model(with_expert_count(config, n_experts, 2 * n_experts)) as larger:
             grown = {} if larger is None else _shapes(larger)
     except _FAULTS:
         return {}
@@ -52,12 +50,9 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
     """Checks that a checkpoint of these tensors, on the meta device, would load completely.
 
     Only if transformers has code for the model. `what` names the checkpoint in errors.
-
-    Raises:
-        ContractError: a parameter would be missing or have another shape.
     """
     try:
-        with _quietly(), _meta_model(config) as model:
+        with _meta_model(config) as model:
             if model is None:
                 return
             _, info = type(model).from_pretrained(
@@ -69,7 +64,7 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
                 output_loading_info=True,
             )
     except _FAULTS as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON]
+        reason = " ".join(str(error).split())[:300]
         raise ContractError(
             f"{what} could not be loaded: {reason}: this form is not supported"
         ) from None
@@ -81,44 +76,34 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Silences progress bars and reports of transformers."""
+def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
+    """The model on the meta device, and no output; None if transformers has no code for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        made = model = None
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            try:
+                made = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            except ValueError as error:
+                if "trust_remote_code" not in str(error):
+                    raise
+        if type(made) in AutoModelForCausalLM._model_mapping:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+        yield model
     finally:
         logging.set_verbosity(verbosity)
         if has_bar:
             logging.enable_progress_bar()
 
 
-@contextmanager
-def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
-    """The model on the meta device; None if transformers has no code for it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        try:
-            made = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-            yield None
-            return
-    if type(made) not in AutoModelForCausalLM._model_mapping:
-        yield None
-        return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
-    yield model
-
-
-def _shapes(model: Any) -> Shapes:
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -130,11 +115,10 @@ def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    state, found = model.state_dict(), {}
+    rules = (renamings, converters, model.base_model_prefix, model.state_dict())
+    found = {}
     for name in names:
-        renamed, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
+        renamed, pattern = rename_source_key(name, *rules)
         if pattern is None:
             found[name] = renamed
     return found

@@ -35,13 +35,6 @@ class RouterCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def input_ids(self) -> Tensor | None:
-        """The token ids (T,) among the arguments; None without any."""
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Tensor) and not value.is_floating_point():
-                return value.reshape(-1)
-        return None
-
 
 @dataclass(frozen=True)
 class LogitsOp:
@@ -80,8 +73,8 @@ class MoeBlock:
     top_k: int
     n_groups: int
     top_groups: int
-    scoring: Scoring
-    inflates: bool
+    scoring: Scoring = "softmax"
+    inflates: bool = False
     weights: WeightRule | None = None
     selection: Selection = "score"
     residual: Residual | None = None
@@ -100,18 +93,13 @@ class MoeBlock:
         return SCORES[self.scoring](logits_TE.float())
 
     def selection_tensor(self) -> Tensor | None:
-        """The selection bias of the router, on the meta device if offloaded.
-
-        None if there is none, or the block passes it to the router in each call.
-        """
+        """The router's own selection bias, on the meta device if offloaded; None without one."""
         return next((t for _, n, t in _owned(self.router) if n in SELECTION_BIAS), None)
 
     def selection_bias(self) -> Tensor | None:
         """The values (E,) of the selection bias, read-only; None without one."""
-        for owner, name, tensor in _owned(self.module):
-            if name in SELECTION_BIAS:
-                return _loaded(owner, name, tensor).reshape(-1)
-        return None
+        biases = (_loaded(*of).reshape(-1) for of in _owned(self.module) if of[1] in SELECTION_BIAS)
+        return next(biases, None)
 
     def router_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the router by name, read-only."""
@@ -156,8 +144,7 @@ class MoeBlock:
     def expert_tensors(self) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
         """Every (owner, name, tensor, axis) of the block with an axis of length E."""
         yield from ((m, n, t, 0) for m, n, t in _owned(self.experts))
-        direct = ((self.module, n, t) for n, t in _direct(self.module))
-        for owner, name, tensor in (*_owned(self.router), *direct):
+        for owner, name, tensor in (*_owned(self.router), *_direct(self.module)):
             if self.n_experts in tensor.shape:
                 yield owner, name, tensor, tensor.shape.index(self.n_experts)
 
@@ -172,9 +159,9 @@ def _loaded(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    return ((m, n, t) for m in module.modules() for n, t in _direct(m))
+    return (owned for part in module.modules() for owned in _direct(part))
 
 
-def _direct(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+def _direct(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    yield from ((module, n, t) for n, t in module.named_parameters(recurse=False))
+    yield from ((module, n, t) for n, t in module.named_buffers(recurse=False))

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,8 @@ _QUANTIZED_BITS = {
     **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
-_QUANTIZED_NAMES = ("_blocks", "_scales", ".weight_scale_inv")  # MXFP4; block-wise fp8
-_SERIES = re.compile(r"-of-\d+\.safetensors$")
 # The format allows 100 MB, which would fill the memory; 200,000 tensors need less.
 _MAX_HEADER_BYTES = 25_000_000
-_MAX_INDEX_BYTES = 50_000_000
-_MAX_AXES = 16
-_MAX_LENGTH = 2**63 - 1  # of an axis
-_MAX_NAME = 255  # of a file, on every system
-_MAX_LINE = 300  # names can be as long as the header
 
 
 @dataclass(frozen=True)
@@ -62,27 +55,19 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_headers(folder: Path) -> Mapping[str, StoredTensor]:
-    """The tensors of a checkpoint folder by name, in file order; errors as `read_stored`."""
+    """The tensors of a checkpoint folder by name, in file order."""
     return read_stored(folder).tensors
 
 
 def read_stored(folder: Path) -> Stored:
-    """The tensors and metadata of a checkpoint folder; the first file's metadata take precedence.
-
-    Raises:
-        ModelError: an invalid header or index, or quantized weights.
-    """
+    """All tensors and metadata of a checkpoint folder; the first file's metadata win."""
     stored = read_even_quantized(folder)
     refuse_quantized(folder, stored)
     return stored
 
 
 def refuse_quantized(folder: Path, stored: Stored) -> None:
-    """Refuses a checkpoint whose config.json or tensors are quantized.
-
-    Raises:
-        ModelError: it is quantized.
-    """
+    """Refuses a checkpoint whose config.json or tensors are quantized."""
     config = read_config(folder) if (folder / "config.json").exists() else {}
     for part in (config, config.get("text_config")):
         quantized = part.get("quantization_config") if isinstance(part, dict) else None
@@ -92,7 +77,8 @@ def refuse_quantized(folder: Path, stored: Stored) -> None:
                 f"{folder} is quantized ({method}): take the bf16, f16 or f32 weights instead"
             )
     for name, tensor in stored.tensors.items():
-        if tensor.dtype in _QUANTIZED_BITS or name.endswith(_QUANTIZED_NAMES):
+        packed = ("_blocks", "_scales", ".weight_scale_inv")  # MXFP4; block-wise fp8
+        if tensor.dtype in _QUANTIZED_BITS or name.endswith(packed):
             raise ModelError(
                 f"{tensor.file} is quantized ({name} is {tensor.dtype}): "
                 "take the bf16, f16 or f32 weights instead"
@@ -100,18 +86,19 @@ def refuse_quantized(folder: Path, stored: Stored) -> None:
 
 
 def read_even_quantized(folder: Path) -> Stored:
-    """As `read_stored`, quantized weights included: they can be run, not edited.
-
-    Raises:
-        ModelError: an invalid header or index.
-    """
+    """As `read_stored`, quantized weights included: they can be run, not edited."""
     index = read_index(folder)
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(index.values())) or [SINGLE_FILE]:
         stored = read_file(folder / name)
         if index:
-            _check_against_index(folder / name, set(stored.tensors), index)
+            wanted = {tensor for tensor, file in index.items() if file == name}
+            for tensor in sorted(wanted - set(stored.tensors)):
+                fault = f"it lacks {tensor}, which the index says it holds"
+                raise _damaged(folder / name, fault)
+            for tensor in sorted(set(stored.tensors) - wanted):
+                raise _damaged(folder / name, f"it holds {tensor}, which the index does not say")
         tensors |= stored.tensors
         metadata = {**stored.metadata, **metadata}
     if not tensors:
@@ -120,11 +107,7 @@ def read_even_quantized(folder: Path) -> Stored:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """File names by tensor; empty for a single file.
-
-    Raises:
-        ModelError: no weights, or an invalid index.
-    """
+    """File names by tensor; empty for a single file."""
     file = folder / INDEX_FILE
     if not file.exists():
         if not (folder / SINGLE_FILE).exists():
@@ -134,7 +117,7 @@ def read_index(folder: Path) -> dict[str, str]:
             )
         return {}
     try:
-        check_size(file, _MAX_INDEX_BYTES)
+        check_size(file, 50_000_000)
         content = parse(file.read_bytes())
     except (OSError, ValueError) as error:
         raise _damaged(file, f"it is no JSON object ({error})") from None
@@ -151,41 +134,23 @@ def read_index(folder: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise _damaged(file, "it has no weight_map")
     for tensor, name in index.items():
-        if not _is_file_name(name):
+        is_text = isinstance(name, str) and name.endswith(".safetensors")
+        if not is_text or len(name) > 255 or set("/\\:\0") & set(name):
             raise _damaged(file, f"{tensor} lies in {name!r}, must be a .safetensors file here")
     if (folder / SINGLE_FILE).exists() and set(index.values()) != {SINGLE_FILE}:
         raise ModelError(f"{folder} holds {SINGLE_FILE} and an index of other files: remove one")
-    _refuse_forgotten_files(folder, set(index.values()))
-    return index
-
-
-def _refuse_forgotten_files(folder: Path, indexed: set[str]) -> None:
-    """Refuses files of the same series that the index lacks; `consolidated.safetensors` is fine."""
-    for ending in {found[0] for name in indexed if (found := _SERIES.search(name))}:
+    # Files of the same series; a `consolidated.safetensors` is fine.
+    indexed = set(index.values())
+    found = (re.search(r"-of-\d+\.safetensors$", name) for name in indexed)
+    for ending in {series[0] for series in found if series}:
         for file in sorted(folder.glob(f"*{ending}")):
             if file.name not in indexed:
                 raise _damaged(file, "the index does not name it")
-
-
-def _is_file_name(name: object) -> bool:
-    is_text = isinstance(name, str) and name.endswith(".safetensors")
-    return is_text and len(str(name)) <= _MAX_NAME and not set("/\\:\0") & set(str(name))
-
-
-def _check_against_index(file: Path, found: set[str], index: Mapping[str, str]) -> None:
-    wanted = {tensor for tensor, name in index.items() if name == file.name}
-    for tensor in sorted(wanted - found):
-        raise _damaged(file, f"it lacks {tensor}, which the index says it holds")
-    for tensor in sorted(found - wanted):
-        raise _damaged(file, f"it holds {tensor}, which the index does not say")
+    return index
 
 
 def read_file(file: Path) -> Stored:
-    """The tensors and metadata of one safetensors file.
-
-    Raises:
-        ModelError: an invalid header.
-    """
+    """The tensors and metadata of one safetensors file."""
     try:
         with file.open("rb") as stream:
             size_bytes = stream.seek(0, 2)
@@ -213,7 +178,7 @@ def read_file(file: Path) -> Stored:
 
 def _tensor(file: Path, name: str, entry: object, data_begin: int) -> StoredTensor:
     try:
-        dtype, shape, (begin, end) = _fields(entry)
+        dtype, shape, begin, end = _fields(entry)
     except (KeyError, TypeError, ValueError):
         raise _damaged(file, f"{name} has no dtype, shape and data_offsets") from None
     bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _QUANTIZED_BITS.get(dtype)
@@ -225,27 +190,16 @@ def _tensor(file: Path, name: str, entry: object, data_begin: int) -> StoredTens
     return StoredTensor(file, dtype, shape, data_begin + begin, data_begin + end)
 
 
-def _fields(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    if not isinstance(entry["dtype"], str):
-        raise TypeError
-    begin, end = _counts(entry["data_offsets"])
-    shape = tuple(_counts(entry["shape"]))
-    if len(shape) > _MAX_AXES:  # their product would take hours
+def _fields(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > 16:
+        raise TypeError  # the product of more axes would take hours
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise ValueError
-    return entry["dtype"], shape, (begin, end)
-
-
-def _counts(values: list[Any]) -> Iterator[int]:
-    if not isinstance(values, list):
-        raise TypeError
-    for value in values:
-        if type(value) is not int or not 0 <= value <= _MAX_LENGTH:
-            raise ValueError
-        yield value
+    return dtype, tuple(shape), begin, end
 
 
 def _check_places(file: Path, placed: Mapping[str, StoredTensor], begin: int, end: int) -> None:
-    """Checks that the tensors fill the file after its header without gap or overlap."""
     for name, tensor in placed.items():
         if tensor.begin != begin:
             fault = "overlaps the tensor before it" if tensor.begin < begin else "follows a gap"
@@ -256,5 +210,5 @@ def _check_places(file: Path, placed: Mapping[str, StoredTensor], begin: int, en
 
 
 def _damaged(file: Path, fault: str) -> ModelError:
-    fault = fault if len(fault) <= _MAX_LINE else f"{fault[:_MAX_LINE]}…"
+    fault = fault if len(fault) <= 300 else f"{fault[:300]}…"  # names can fill a header
     return ModelError(f"{file} is damaged: {fault}: download it again")

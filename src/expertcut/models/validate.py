@@ -15,12 +15,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from expertcut.errors import ContractError, ExpertcutError, ModelError
-from expertcut.models.checkpoint_dir import read_object
+from expertcut.models.checkpoint_dir import read_config, read_object
 from expertcut.models.safetensors_index import Stored, StoredTensor, weights_file
 
-BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
-_MAX_REASON = 300
-_ZERO_EXPERTS = "zero_expert_num"  # of LongCat
+_BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
 _NO_WEIGHTS = "not supported: has experts without weights (zero-computation experts)"
 # By config.model_type, beside `expertcut.models.find_blocks.REFUSED`.
 _UNSUPPORTED = {
@@ -28,25 +26,18 @@ _UNSUPPORTED = {
     "zaya": f"{_NO_WEIGHTS}: its router can skip all experts",
     "doge": "not supported: its experts are rows of an embedding, not modules",
 }
-_OTHER_MODALITIES = ("vision_config", "audio_config")
-_THINKER = "thinker_config"  # of the Omni models
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
 _COUNT_FIELDS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"),
     *(*EXPERT_COUNT_FIELDS, *_TOP_K_FIELDS),
 )
-_EXPERT_COUNT = re.compile(r"(n|num)_(\w+_)?experts")
-_NUMBER = re.compile(r"\.(\d{1,9})\.")
 _OF_ONE_EXPERT = re.compile(
     r"(?P<block>.+)\.(constant_)?experts\.(?P<expert>\d{1,9})\.(?P<part>.+)"
 )
 _CONSTANT = {"approx_value"}  # the tensors of a removed expert of layout exact
-_MAX_BYTES = 500_000_000  # the largest known has 33 MB
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PROBE = "Answer: A"
-_CHECKED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-_VALUES_PER_QUANTIZED_BYTE = 8
 
 logger = logging.getLogger(__name__)
 
@@ -64,19 +55,16 @@ def translate_errors(name: str, file: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if "trust_remote_code" in str(error):
-            error = ValueError(f"it {BRINGS_CODE}")
+            error = ValueError(f"it {_BRINGS_CODE}")
         if "provide an `offload_folder`" in str(error):
             error = ValueError("it fits in no memory: name a folder for the rest with --offload")
-        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{file} cannot be loaded by {name}: {reason}") from error
 
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """Turns a panic in Rust, which is not an Exception, into a ValueError and hides its output.
-
-    Other output on stderr appears when the context ends.
-    """
+    """Turns a panic in Rust, which is no Exception, into a ValueError and hides its output."""
     with tempfile.TemporaryFile() as captured:
         own = os.dup(2)
         os.dup2(captured.fileno(), 2)
@@ -96,13 +84,8 @@ def _panics_as_errors() -> Iterator[None]:
 
 
 def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses unknown quantization methods, which transformers ignores.
-
-    Raises:
-        ModelError: an unknown method.
-    """
-    quantized = config.get("quantization_config")
-    if quantized is None:
+    """Refuses unknown quantization methods, which transformers ignores."""
+    if (quantized := config.get("quantization_config")) is None:
         return
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # slow
 
@@ -114,37 +97,34 @@ def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_supported(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses models with unsupported kinds of experts.
-
-    Raises:
-        ContractError: not supported.
-    """
+def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses configs of dense models, of other modalities, and of unsupported experts."""
     file, family = folder / "config.json", str(config.get("model_type"))[:50]
-    text = config.get("text_config")
-    for part in (text if isinstance(text, dict) else {}, config):
-        n_zero = part.get(_ZERO_EXPERTS)
-        if isinstance(n_zero, int) and n_zero > 0:
-            raise ContractError(f"{file}: {family} is {_NO_WEIGHTS}: {_ZERO_EXPERTS} {n_zero}")
-    if config.get(_ZERO_EXPERTS) is None and family in _UNSUPPORTED:
+    field = "zero_expert_num"  # of LongCat
+    for part in (_text_config(config), config):
+        if isinstance(n_zero := part.get(field), int) and n_zero > 0:
+            raise ContractError(f"{file}: {family} is {_NO_WEIGHTS}: {field} {n_zero}")
+    if config.get(field) is None and family in _UNSUPPORTED:
         raise ContractError(f"{file}: {family} is {_UNSUPPORTED[family]}")
-
-
-def check_text_model(folder: Path, config: Any) -> None:
-    """Checks that transformers has a text model for this config.
-
-    Raises:
-        ModelError: it has none, as of most vision-language models.
-    """
-    from transformers import AutoModelForCausalLM
-
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise not_a_text_model(folder, config.to_dict())
+    n_experts = expert_count(config)
+    if n_experts is None and _modalities(config):
+        raise not_a_text_model(folder, config)
+    for name, value in _all_fields(config).items():
+        is_count = name in EXPERT_COUNT_FIELDS or re.fullmatch(r"(n|num)_(\w+_)?experts", name)
+        if is_count and isinstance(value, str | float | list):  # "8" would count as no experts
+            raise ModelError(
+                f"{file} says {name[:50]} {str(value)[:50]!r}, must be a whole number above 0"
+            )
+    if n_experts is None:
+        raise ModelError(
+            f"{model} is not a MoE model: its config.json (model_type {family!r}) has no "
+            f"{', '.join(EXPERT_COUNT_FIELDS)} above 1"
+        )
 
 
 def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
     """The error for a model that is not a text model."""
-    family, modalities = str(config.get("model_type"))[:50], set(_modalities(config))
+    family, modalities = str(config.get("model_type"))[:50], _modalities(config)
     kind = "a vision-language model" if modalities == {"vision_config"} else "a multimodal model"
     what = kind if modalities else "no text model that transformers can load (AutoModelForCausalLM)"
     return ModelError(
@@ -152,24 +132,15 @@ def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
     )
 
 
-def is_multimodal(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json describes more than text."""
-    return any(_modalities(config))
-
-
-def _modalities(config: Mapping[str, Any]) -> Iterator[str]:
-    thinker = config.get(_THINKER)
-    for part in (config, thinker if isinstance(thinker, dict) else {}):
-        yield from (name for name in _OTHER_MODALITIES if isinstance(part.get(name), dict))
+def _modalities(config: Mapping[str, Any]) -> set[str]:
+    thinker = config.get("thinker_config")  # of the Omni models
+    parts = (config, thinker if isinstance(thinker, dict) else {})
+    names = ("vision_config", "audio_config")
+    return {name for part in parts for name in names if isinstance(part.get(name), dict)}
 
 
 def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> None:
-    """Checks the counts of config.json against the weights.
-
-    Raises:
-        ModelError: an invalid count, more layers or experts than the weights hold, or missing
-            experts.
-    """
+    """Checks the counts of config.json against the weights."""
     file = folder / "config.json"
     fields = _all_fields(config)
     for name in _COUNT_FIELDS:
@@ -178,63 +149,16 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
             raise ModelError(
                 f"{file} says {name} {str(value)[:50]}, must be a whole number above 0"
             )
-    n_experts = expert_count(dict(config)) or 0
+    n_experts = expert_count(config) or 0
     for name in _TOP_K_FIELDS:
         if (fields.get(name) or 0) > n_experts:
             raise ModelError(f"{file} routes each token to {fields[name]} of {n_experts} experts")
-    numbers = [int(n[1]) for name in stored.tensors if (n := _NUMBER.search(f".{name}"))]
-    n_layers = max(numbers, default=-1) + 1
+    numbers = (re.search(r"\.(\d{1,9})\.", f".{name}") for name in stored.tensors)
+    n_layers = max((int(number[1]) for number in numbers if number), default=-1) + 1
     if (fields.get("num_hidden_layers") or 0) > n_layers:
         raise ModelError(
             f"{file} says {fields['num_hidden_layers']} layers, the weights hold {n_layers}"
         )
-    for block, n_found in _experts_one_by_one(folder, stored):
-        if n_found != n_experts:
-            raise ModelError(f"{file} says {n_experts} experts, {block} holds {n_found}")
-
-
-def check_count_types(folder: Path, config: Mapping[str, Any]) -> None:
-    """Checks the type of expert counts: `"8"` would be read as a model without experts.
-
-    Raises:
-        ModelError: a text, list or fraction.
-    """
-    fields = _all_fields(config)
-    for name, value in fields.items():
-        is_count = name in EXPERT_COUNT_FIELDS or _EXPERT_COUNT.fullmatch(name)
-        if is_count and isinstance(value, str | float | list):
-            raise ModelError(
-                f"{folder / 'config.json'} says {name[:50]} {str(value)[:50]!r}, must be a whole "
-                "number above 0"
-            )
-
-
-def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
-    """The config with the expert count changed in all of its fields."""
-    edited: dict[str, Any] = {
-        key: with_expert_count(value, before, after)
-        if key == "text_config" and isinstance(value, dict)
-        else value
-        for key, value in config.items()
-    }
-    return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
-
-
-def expert_count(config: dict[str, Any]) -> int | None:
-    """The number of experts in config.json; None for a dense model."""
-    fields = _all_fields(config)
-    counts = [fields.get(field) for field in EXPERT_COUNT_FIELDS]
-    return next((n for n in counts if isinstance(n, int) and n > 1), None)
-
-
-def _all_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of config.json and of its text_config."""
-    text = config.get("text_config")
-    return {**(text if isinstance(text, dict) else {}), **config}
-
-
-def _experts_one_by_one(folder: Path, stored: Stored) -> Iterator[tuple[str, int]]:
-    """Blocks with separate tensors per expert, and their numbers of experts."""
     blocks: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for name, tensor in stored.tensors.items():
         if found := _OF_ONE_EXPERT.fullmatch(name):
@@ -242,11 +166,36 @@ def _experts_one_by_one(folder: Path, stored: Stored) -> Iterator[tuple[str, int
             experts.setdefault(int(found["expert"]), {})[found["part"]] = tensor
     for block, experts in blocks.items():
         _check_alike(folder, block, experts)
-        yield block, len(experts)
+        if len(experts) != n_experts:
+            raise ModelError(f"{file} says {n_experts} experts, {block} holds {len(experts)}")
+
+
+def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """The config with the expert count changed in all of its fields."""
+    edited = dict(config)
+    if isinstance(text := config.get("text_config"), dict):
+        edited["text_config"] = with_expert_count(text, before, after)
+    return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
+
+
+def expert_count(config: Mapping[str, Any]) -> int | None:
+    """The number of experts in config.json; None for a dense model."""
+    fields = _all_fields(config)
+    counts = [fields.get(field) for field in EXPERT_COUNT_FIELDS]
+    return next((n for n in counts if isinstance(n, int) and n > 1), None)
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
+def _all_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_text_config(config), **config}
 
 
 def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTensor]]) -> None:
-    """Checks that experts are numbered from 0 and have equal tensors, except constant ones."""
+    """Checks that experts are numbered from 0 and alike, except constant ones."""
     own = {e: parts for e, parts in experts.items() if set(parts) != _CONSTANT}
     first, wanted = min(own.items(), default=(0, {}))
     wanted = {part: t for parts in own.values() for part, t in parts.items()} | wanted
@@ -270,27 +219,28 @@ def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTe
 
 
 def check_files(folder: Path) -> None:
-    """Checks that the tokenizer files are JSON objects.
-
-    Raises:
-        ModelError: one is not.
-    """
+    """Checks that the tokenizer files are JSON objects."""
     for name in _FILES:
         if (folder / name).exists():
-            read_object(folder / name, _MAX_BYTES)
+            read_object(folder / name, 500_000_000)  # the largest known has 33 MB
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
-    """Checks that the tokenizer gives ids that the model has embeddings for.
-
-    Raises:
-        ModelError: it does not.
-    """
+    """Checks that the tokenizer gives ids that the model has embeddings for."""
     # Without tokenizer files, AutoTokenizer makes one that gives no ids.
     ids = token_ids(tokenizer, [_PROBE])[0]
     if not ids:
         raise ModelError(f"{folder} holds no tokenizer: add its tokenizer.json")
-    _check_end(folder, tokenizer, ids)
+    with translate_errors("AutoTokenizer", folder / "tokenizer.json"):
+        plain: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    n_before = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), len(ids))
+    if appended := ids[n_before + len(plain) :]:  # after an end of text no answer follows
+        named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(appended)))
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} appends {named} to every text, so a prompt would end "
+            "before its answer: take that out of its post_processor, or say add_eos_token false "
+            "in tokenizer_config.json"
+        )
     if tokenizer.vocab_size > n_embeddings:
         raise ModelError(
             f"{folder / 'tokenizer.json'}: its tokenizer has {tokenizer.vocab_size} tokens but "
@@ -299,26 +249,8 @@ def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
     check_ids(folder, ids, n_embeddings)
 
 
-def _check_end(folder: Path, tokenizer: Any, ids: list[int]) -> None:
-    """Refuses tokenizers that append tokens: after an end of text no answer follows."""
-    with translate_errors("AutoTokenizer", folder / "tokenizer.json"):
-        plain: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    n_before = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), len(ids))
-    if appended := ids[n_before + len(plain) :]:
-        named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(appended)))
-        raise ModelError(
-            f"{folder / 'tokenizer.json'} appends {named} to every text, so a prompt would end "
-            "before its answer: take that out of its post_processor, or say add_eos_token false "
-            "in tokenizer_config.json"
-        )
-
-
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each text.
-
-    Raises:
-        ModelError: the tokenizer fails.
-    """
+    """The token ids of each text."""
     with translate_errors("AutoTokenizer", file_of(tokenizer)):
         ids: list[list[int]] = tokenizer(list(texts))["input_ids"]
     return ids
@@ -330,11 +262,7 @@ def file_of(tokenizer: Any) -> Path:
 
 
 def check_ids(folder: Path, ids: Any, n_embeddings: int) -> None:
-    """Checks that each token of a prompt has an embedding.
-
-    Raises:
-        ModelError: one has none.
-    """
+    """Checks that each token of a prompt has an embedding."""
     if (largest := max(ids, default=0)) >= n_embeddings:
         raise ModelError(
             f"{folder / 'tokenizer.json'} gives a prompt the token {largest}, but the weights have "
@@ -345,10 +273,7 @@ def check_ids(folder: Path, ids: Any, n_embeddings: int) -> None:
 def check_total(folder: Path, model: Any, stored: Stored) -> None:
     """Checks that the weights hold at least half of the values of a model on the meta device.
 
-    Loading allocates missing weights before they are refused by name, so their size is limited.
-
-    Raises:
-        ModelError: they hold less.
+    Loading allocates missing weights before they are refused by name.
     """
     needed = sum(parameter.numel() for parameter in model.parameters())
     held = sum(map(_most_values, stored.tensors.values()))
@@ -360,10 +285,9 @@ def check_total(folder: Path, model: Any, stored: Stored) -> None:
 
 
 def _most_values(tensor: StoredTensor) -> int:
-    """The most values that a tensor can hold: packed ones hold several per byte."""
     if tensor.dtype in ("F64", "F32", "F16", "BF16"):
         return math.prod(tensor.shape)
-    return (tensor.end - tensor.begin) * _VALUES_PER_QUANTIZED_BYTE
+    return (tensor.end - tensor.begin) * 8  # packed values are at least one bit
 
 
 def lost_weights(info: Mapping[str, Any], has: str = "has") -> list[str]:
@@ -374,27 +298,24 @@ def lost_weights(info: Mapping[str, Any], has: str = "has") -> list[str]:
     )
 
 
-def check_complete(folder: Path, info: dict[str, Any]) -> None:
-    """Checks that the files held every weight in its shape; warns of surplus tensors.
-
-    Raises:
-        ModelError: a weight is missing.
-    """
-    if lost := lost_weights(info):
+def check_complete(folder: Path, info: dict[str, Any], *, is_trusted: bool) -> None:
+    """Checks that the files held every weight in its shape; warns of surplus tensors."""
+    lost, surplus = lost_weights(info), info["unexpected_keys"]
+    if lost and not is_trusted and "auto_map" in read_config(folder):
+        raise ModelError(f"{folder / 'config.json'} {_BRINGS_CODE}")
+    if lost:
         raise ModelError(
             f"{weights_file(folder)} lacks {len(lost)} of the model's weights, first {lost[0]}"
         )
-    if info["unexpected_keys"]:
-        n_left, first = len(info["unexpected_keys"]), min(info["unexpected_keys"])
-        logger.warning("%s: no place for %d tensors, first %s: left out", folder, n_left, first)
+    if surplus:
+        first = min(surplus)
+        logger.warning(
+            "%s: no place for %d tensors, first %s: left out", folder, len(surplus), first
+        )
 
 
 def check_finite(folder: Path, model: Any, files: list[Path]) -> None:
-    """Checks that no weight is NaN or infinite, as stored or in the loaded dtype.
-
-    Raises:
-        ModelError: one is.
-    """
+    """Checks that no weight is NaN or infinite, as stored or in the loaded dtype."""
     tensors = model.state_dict()
     # Offloaded weights are on the meta device.
     is_elsewhere = any(tensor.device.type == "meta" for tensor in tensors.values())
@@ -411,29 +332,20 @@ def check_finite(folder: Path, model: Any, files: list[Path]) -> None:
 
 
 def check_values(file: Path) -> None:
-    """Checks that no weight in a file is NaN or infinite.
-
-    Raises:
-        ModelError: one is.
-    """
-    for name, tensor in _on_disk(file):
-        if not _is_finite(tensor):
-            n_bad = int((~tensor.isfinite()).sum())
-            raise ModelError(
-                f"{file} holds NaN or infinity, {n_bad} of the {tensor.numel()} values of "
-                f"{name}: download it again, or ask who made it"
-            )
-
-
-def _on_disk(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Checks that no weight in a file is NaN or infinite."""
     with safe_open(file, framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118
-            yield name, weights.get_tensor(name)
+            if not _is_finite(tensor := weights.get_tensor(name)):
+                n_bad = int((~tensor.isfinite()).sum())
+                raise ModelError(
+                    f"{file} holds NaN or infinity, {n_bad} of the {tensor.numel()} values of "
+                    f"{name}: download it again, or ask who made it"
+                )
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; minimum and maximum propagate NaN and are fast."""
-    if tensor.dtype not in _CHECKED or tensor.device.type == "meta" or not tensor.numel():
+    checked = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if tensor.dtype not in checked or tensor.device.type == "meta" or not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor)
+    low, high = torch.aminmax(tensor)  # fast; they propagate NaN
     return bool(low.isfinite() & high.isfinite())

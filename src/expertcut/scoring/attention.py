@@ -10,9 +10,8 @@ head.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ SPLIT = "split"
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 # Earlier kernels read out of bounds with grouped-query attention.
 _SUPPORTS_GROUPED_QUERIES = TorchVersion(torch.__version__) >= "2.9"
-Attend = Callable[..., tuple[Tensor, None]]
 Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer
 
 
@@ -37,7 +35,7 @@ def is_available(model: Any, device: torch.device) -> bool:
 
 
 @contextmanager
-def attending(model: Any, attend: Attend) -> Iterator[None]:
+def attending(model: Any, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
     """Replaces the attention function of all layers in the context."""
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
@@ -50,8 +48,7 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[SPLIT]
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Questions of a pack whose lengths differ by less than a factor of two.
 
     `places_NS` are their tokens among the T of the pack; `is_own_NS` is false for padding.
@@ -63,14 +60,13 @@ class Group:
 
 def groups(lengths_N: Tensor) -> list[Group]:
     """Groups the consecutive questions of a pack by length."""
-    starts_N = lengths_N.cumsum(0) - lengths_N
+    starts_N, size_N = lengths_N.cumsum(0) - lengths_N, lengths_N.log2().long()
     found = []
-    for size in (lengths_N.log2().long()).unique().tolist():
-        is_in_N = lengths_N.log2().long() == size
-        place_S = torch.arange(int(lengths_N[is_in_N].max()))
-        is_own_NS = place_S < lengths_N[is_in_N][:, None]
-        places_NS = starts_N[is_in_N][:, None] + place_S
-        found.append(Group(places_NS.where(is_own_NS, starts_N[is_in_N][:, None]), is_own_NS))
+    for size in size_N.unique().tolist():
+        lengths_M, starts_M1 = lengths_N[size_N == size], starts_N[size_N == size][:, None]
+        place_S = torch.arange(int(lengths_M.max()))
+        is_own_MS = place_S < lengths_M[:, None]
+        found.append(Group((starts_M1 + place_S).where(is_own_MS, starts_M1), is_own_MS))
     return found
 
 
@@ -90,11 +86,8 @@ class Split:
         *,
         keeps_all: bool,
     ) -> None:
-        self.prefix = prefix
-        self.groups = groups(lengths_N)
-        self.last = last
-        self.answers_N = answers_N
-        self.keeps_all = keeps_all
+        self.prefix, self.groups = prefix, groups(lengths_N)
+        self.last, self.answers_N, self.keeps_all = last, answers_N, keeps_all
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
@@ -103,13 +96,11 @@ class Split:
         if not self.groups:
             self.prefix[module.layer_idx] = key, value
         parts = _Parts(self, module, (query, key, value), options.get("scaling"))
-        if module.layer_idx != self.last:
-            return parts.at(None), None
-        if self.keeps_all:
+        if module.layer_idx != self.last or self.keeps_all:
             result = parts.at(None)
         else:
             result = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
-        if len(self.answers_N):
+        if module.layer_idx == self.last and len(self.answers_N):
             result[:, self.answers_N] = parts.at(self.answers_N)
         return result, None
 
@@ -125,7 +116,6 @@ class _Parts:
         self.before = split.prefix.get(module.layer_idx) if split.groups else None
 
     def at(self, rows_N: Tensor | None) -> Tensor:
-        """Outputs (1, T, H, d) of some rows or all."""
         if not self.split.groups:
             return self._flash(self.query, self.key, self.value, is_causal=True)[0]
         own, own_weight = self._own
@@ -145,7 +135,8 @@ class _Parts:
         states = [s.transpose(1, 2)[0] for s in (self.query, self.key, self.value)]
         n_tokens, n_heads = states[0].shape[:2]
         out = self.query.new_empty(1, n_tokens, n_heads, states[2].shape[-1])
-        weight = self.query.new_empty(1, n_tokens, n_heads, dtype=_weight_dtype(self.query))
+        weight_dtype = torch.promote_types(self.query.dtype, torch.float32)
+        weight = self.query.new_empty(1, n_tokens, n_heads, dtype=weight_dtype)
         for group in self.split.groups:
             query, key, value = (s[group.places_NS].transpose(1, 2) for s in states)
             own, own_weight = self._flash(query, key, value, is_causal=True)
@@ -172,7 +163,3 @@ class _Parts:
 
 def _widened(states: Tensor, width: int) -> Tensor:
     return states if states.shape[-1] == width else F.pad(states, (0, width - states.shape[-1]))
-
-
-def _weight_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -16,8 +16,9 @@ prompt runs again to find the first module with a non-finite output.
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from os.path import commonprefix
 from types import MethodType
 from typing import Any
@@ -32,26 +33,10 @@ from expertcut.models.gate_laws import check_gate, verifying
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.validate import check_ids
-from expertcut.scoring import attention
+from expertcut.scoring import attention, passes
 from expertcut.scoring.packing import Encoded, encode
-from expertcut.scoring.passes import (
-    Attention,
-    OnPass,
-    PassObserver,
-    PassOptions,
-    Run,
-    ScoringMode,
-    grows_with_prompt,
-    ignore,
-    last_decoder_layer,
-    scoring_mode,
-)
+from expertcut.scoring.passes import OnPass, PassObserver, PassOptions, Run, ScoringMode, ignore
 
-# In the order of lm-evaluation-harness.
-_PLACES = ("n_positions", "max_position_embeddings", "n_ctx")
-_UNSET = 10**12  # tokenizers without a length say 1e30
-_SEAM = 16  # additional tokens of a text cut in two
-_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 logger = logging.getLogger(__name__)
 
 CHECKED_QUESTIONS = 4
@@ -60,9 +45,10 @@ CHECKED_QUESTIONS = 4
 def context_length(config: Any, tokenizer: Any) -> int | None:
     """The context length as lm-evaluation-harness reads it; None if unknown."""
     text = config.get_text_config(decoder=True)
-    found = next((n for n in (getattr(text, name, None) for name in _PLACES) if n), None)
+    places = ("n_positions", "max_position_embeddings", "n_ctx")
+    found = next((n for n in (getattr(text, name, None) for name in places) if n), None)
     length = found or getattr(tokenizer, "model_max_length", None)
-    return int(length) if length and length < _UNSET else None
+    return int(length) if length and length < 10**12 else None  # those without a length say 1e30
 
 
 class Context:
@@ -71,14 +57,10 @@ class Context:
     def __init__(self, moe: MoeModel) -> None:
         self.moe = moe
         self.length = context_length(moe.model.config, moe.tokenizer)
-        self.takes_more = grows_with_prompt(moe.model.config)
+        self.takes_more = passes.grows_with_prompt(moe.model.config)
 
     def fit(self, encoded: Encoded, quiz: Quiz) -> Encoded:
-        """Truncates the prompts of a chunk if the quiz says so.
-
-        Raises:
-            ModelError: a prompt is longer than the context, and the quiz does not truncate.
-        """
+        """Truncates the prompts of a chunk if the quiz says so, else refuses too long ones."""
         if self.length is None or encoded.longest <= self.length:
             return encoded
         if quiz.truncate == "left":
@@ -89,11 +71,7 @@ class Context:
         raise self._too_long(n_long, len(encoded), encoded.longest)
 
     def check(self, quiz: Quiz) -> None:
-        """Refuses a quiz with prompts beyond the context, unless it truncates.
-
-        Raises:
-            ModelError: with the number of long prompts and the longest.
-        """
+        """Refuses a quiz with prompts beyond the context, unless it truncates."""
         if self.length is None or quiz.truncate or self.takes_more:
             return
         lengths = [n for n in self.possible(quiz, self.length) if n > self.length]
@@ -112,7 +90,8 @@ class Context:
             before = commonprefix(texts)  # noqa: RUF071 - of texts, not paths
             n_before = len(tokenizer(before)["input_ids"])
             for text in texts:
-                if n_before + len(text[len(before) :].encode()) + _SEAM > limit:
+                # A text cut in two may have some more tokens.
+                if n_before + len(text[len(before) :].encode()) + 16 > limit:
                     yield len(tokenizer(text)["input_ids"])
 
     def _too_long(self, n_long: int, n_all: int, longest: int) -> ModelError:
@@ -123,26 +102,16 @@ class Context:
         )
 
 
-def first_unanswered(logprob_NC: Tensor, encoded: Encoded) -> int | None:
-    """The first question with a non-finite log p; None if all are finite."""
-    n_choices_N = torch.tensor([len(ids) for ids in encoded.choice_ids])
-    is_choice_NC = torch.arange(logprob_NC.shape[1]) < n_choices_N[:, None]
-    is_bad_N = (is_choice_NC & ~logprob_NC.isfinite()).any(dim=1)
-    return int(is_bad_N.int().argmax()) if bool(is_bad_N.any()) else None
-
-
-def not_finite(moe: MoeModel, question: str, ask_alone: Callable[[], object]) -> ModelError:
-    """The error for a non-finite answer; its prompt runs again to find the cause."""
-    with _watching(moe) as seen:
-        ask_alone()
+def _not_finite(moe: MoeModel, question: str, seen: list[str]) -> ModelError:
+    """The error for a non-finite answer; `seen` names the modules with non-finite outputs."""
+    fault = f"{moe.source.id}: non-finite log-probability for {question}"
     if not seen:
-        return ModelError(
-            f"{moe.source.id} answers {question} by what is no finite number, but only in a pack "
-            "with others: try another --batch-tokens"
-        )
+        return ModelError(f"{fault}, but only in a pack with others: try another --batch-tokens")
+    layer = re.search(r"\.(\d+)(?:\.|$)", seen[0])
+    place = f"layer {layer[1]} ({seen[0]})" if layer else seen[0]
+    dtype = str(moe.dtype).removeprefix("torch.")
     return ModelError(
-        f"{moe.source.id} answers {question} by what is no finite number: {_place(seen[0])} is "
-        f"the first to give one, in {_name(moe.dtype)}: {advice(moe)}"
+        f"{fault}: {place} is the first module with a non-finite output, in {dtype}: {advice(moe)}"
     )
 
 
@@ -153,68 +122,43 @@ def advice(moe: MoeModel) -> str:
     return "its weights are damaged or do not belong together, so download it again"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _place(module: str) -> str:
-    layer = _LAYER.search(module)
-    return f"layer {layer[1]} ({module})" if layer else module
-
-
 @contextmanager
 def _watching(moe: MoeModel) -> Iterator[list[str]]:
     """Collects the names of modules with non-finite output, in the order they end."""
     seen: list[str] = []
     routers = {id(part) for block in moe.blocks for part in block.router.modules()}
+
+    def note(name: str, module: nn.Module, _args: Any, output: Any) -> None:
+        for part in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(part, Tensor):
+                # Logits of masked experts are −inf.
+                is_fine = part.isfinite() | (part.isneginf() if id(module) in routers else False)
+                if not is_fine.all():
+                    seen.append(name)
+                    return
+
     with ExitStack() as stack:
         for name, module in moe.model.named_modules():
-            hook = _hook(name, seen, is_router=id(module) in routers)
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.callback(module.register_forward_hook(partial(note, name)).remove)
             if isinstance(module, nn.ModuleList):
-                _run_whole(stack, module)
+                for layer in module:  # without what a replay puts in their place
+                    forward = MethodType(type(layer).forward, layer)
+                    stack.enter_context(replaced_forward(layer, forward))
         yield seen
-
-
-def _run_whole(stack: ExitStack, layers: nn.ModuleList) -> None:
-    """Restores the forward of layers that a replay replaces."""
-    for layer in layers:
-        stack.enter_context(replaced_forward(layer, MethodType(type(layer).forward, layer)))
-
-
-def _hook(name: str, seen: list[str], *, is_router: bool) -> Callable[..., None]:
-    def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        parts = output if isinstance(output, (tuple, list)) else [output]
-        if any(isinstance(part, Tensor) and _is_bad(part, is_router) for part in parts):
-            seen.append(name)
-
-    return note
-
-
-def _is_bad(tensor: Tensor, is_router: bool) -> bool:
-    # Logits of masked experts are −inf.
-    bad = tensor.isnan() | tensor.isposinf() if is_router else ~tensor.isfinite()
-    return bool(bad.any())
 
 
 class Engine:
     """Scores chunks with one model; `check` sets `is_trusted` and `attention`."""
 
     def __init__(self, moe: MoeModel, batch_tokens: int) -> None:
-        self.moe = moe
-        self.batch_tokens = batch_tokens
-        self.context = Context(moe)
+        self.moe, self.batch_tokens, self.context = moe, batch_tokens, Context(moe)
         self.is_trusted = True
         is_split = attention.is_available(moe.model, moe.device)
-        self.attention: Attention = "split" if is_split else "masked"
-        self.last_layer = last_decoder_layer(moe.model, moe.blocks)
+        self.attention: passes.Attention = "split" if is_split else "masked"
+        self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
 
     def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
-        """Tokenizes questions of one subject.
-
-        Raises:
-            ModelError: a prompt is longer than the context, and the quiz does not truncate.
-        """
+        """Tokenizes questions of one subject."""
         shots = quiz.shots_by_subject[subject]
         return self.context.fit(encode(self.moe.tokenizer, questions, shots), quiz)
 
@@ -236,9 +180,6 @@ class Engine:
         """Scores four questions together and one by one; if they differ, mode single is used.
 
         Also checks every block's gate on the first prompt.
-
-        Raises:
-            ContractError: a block breaks a law of `gate_laws`.
         """
         few = encoded.part(slice(CHECKED_QUESTIONS))
         way = self.way(few)
@@ -274,7 +215,7 @@ class Engine:
         """The mode of a chunk: a function of chunk and model alone."""
         if not self.is_trusted:
             return "single"
-        return scoring_mode(self.moe.model.config, encoded.longest)
+        return passes.scoring_mode(self.moe.model.config, encoded.longest)
 
     def score(
         self, encoded: Encoded, on_pass: OnPass = ignore, watch: PassObserver | None = None
@@ -282,9 +223,6 @@ class Engine:
         """Log p of each choice (N, C) float32; −inf behind the last choice of a question.
 
         `on_pass` is called before each forward pass; a `watch` sees more of it.
-
-        Raises:
-            ModelError: a non-finite answer, or out of memory.
         """
         how = self._how(self.way(encoded), trims=watch is not None)
         return self._score(encoded, how, watch or PassObserver(begin=on_pass))
@@ -308,12 +246,15 @@ class Engine:
             ids_NC = choice_NC.to(logits_NV.device)[at_N]
             found_NC = logprob_NV.gather(1, ids_NC.clamp(min=0)).where(ids_NC >= 0, -torch.inf)
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)
-        logprob_NC = logprob_NC.cpu()
-        if (bad := first_unanswered(logprob_NC, encoded)) is not None:
+        is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
+        if bool(is_bad_N.any()):
+            bad = int(is_bad_N.int().argmax())
             alone = encoded.part(slice(bad, bad + 1))
             single = Run(self.moe, alone, self._how("single"), PassObserver(begin=watch.begin))
-            raise not_finite(self.moe, encoded.name(bad), lambda: list(single.passes()))
-        return logprob_NC
+            with _watching(self.moe) as seen:
+                list(single.passes())
+            raise _not_finite(self.moe, encoded.name(bad), seen)
+        return logprob_NC.cpu()
 
 
 def ask(engine: Engine, quiz: Quiz, on_pass: OnPass = ignore) -> Tensor:

@@ -48,14 +48,9 @@ class Encoded:
         """The name of a question, for errors."""
         return self.names[question] if self.names else f"question {question} of a chunk"
 
-    def part(self, questions: slice) -> "Encoded":
+    def part(self, at: slice) -> "Encoded":
         """Some of its questions."""
-        return Encoded(
-            self.prompts[questions],
-            self.choice_ids[questions],
-            self.names[questions],
-            self.cut_N[questions],
-        )
+        return Encoded(self.prompts[at], self.choice_ids[at], self.names[at], self.cut_N[at])
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""
@@ -93,66 +88,45 @@ class Pass:
 
 
 def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Question]) -> Encoded:
-    """Token ids of the prompts; shots and question are tokenized together.
-
-    Raises:
-        ModelError: a choice is not one token after the prompt.
-    """
+    """Token ids of the prompts; shots and question are tokenized together."""
     texts = [prompt(question, shots) for question in questions]
     prompts = [tuple(ids) for ids in token_ids(tokenizer, texts)]
     most = max(len(question.choices) for question in questions)
-    letters = _letter_ids(tokenizer, texts[0], prompts[0], most)
-    names = tuple(f"question {q.row} of {q.subject} (counted from 0)" for q in questions)
-    choice_ids = tuple(letters[: len(q.choices)] for q in questions)
-    return Encoded(tuple(prompts), choice_ids, names)
-
-
-def _letter_ids(tokenizer: Any, text: str, ids: tuple[int, ...], n_choices: int) -> tuple[int, ...]:
-    answered = token_ids(tokenizer, [f"{text} {letter}" for letter in LETTERS[:n_choices]])
-    letter_ids: list[int] = []
+    answered = token_ids(tokenizer, [f"{texts[0]} {letter}" for letter in LETTERS[:most]])
+    letters: list[int] = []
     for letter, (*before, last) in zip(LETTERS, answered, strict=False):
-        if tuple(before) != ids or last in letter_ids:  # a repeated one is <unk>
+        if tuple(before) != prompts[0] or last in letters:  # a repeated one is <unk>
             raise ModelError(
                 f"{file_of(tokenizer)} does not write ' {letter}' after 'Answer:' as one token of "
                 "its own: this model cannot be scored by choice letters"
             )
-        letter_ids.append(last)
-    return tuple(letter_ids)
+        letters.append(last)
+    names = tuple(f"question {q.row} of {q.subject} (counted from 0)" for q in questions)
+    choice_ids = tuple(tuple(letters[: len(q.choices)]) for q in questions)
+    return Encoded(tuple(prompts), choice_ids, names)
 
 
-def cut_packs(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Consecutive items that fit in `batch_tokens`, at least one."""
+def cut_packs(
+    lengths: Sequence[int], batch_tokens: int, *, is_padded: bool
+) -> Iterator[tuple[int, ...]]:
+    """Consecutive items that fit in `batch_tokens`, padded to the longest or not; at least one."""
     pack: list[int] = []
-    used = 0
+    size = 0  # the longest length if padded, else the sum of all
     for item, length in enumerate(lengths):
-        if pack and used + length > batch_tokens:
+        grown = max(size, length) if is_padded else size + length
+        if pack and grown * (len(pack) + 1 if is_padded else 1) > batch_tokens:
             yield tuple(pack)
-            pack, used = [], 0
+            pack, grown = [], length
         pack.append(item)
-        used += length
+        size = grown
     if pack:
         yield tuple(pack)
 
 
-def cut_rows(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Consecutive items whose padded rows fit in `batch_tokens`, at least one."""
-    rows: list[int] = []
-    widest = 0
-    for item, length in enumerate(lengths):
-        if rows and max(widest, length) * (len(rows) + 1) > batch_tokens:
-            yield tuple(rows)
-            rows, widest = [], 0
-        rows.append(item)
-        widest = max(widest, length)
-    if rows:
-        yield tuple(rows)
-
-
 def prefix_pass(ids: Sequence[int]) -> Pass:
     """The pass of the shared prefix."""
-    nothing = torch.empty(0, dtype=torch.long)
-    owner_T = torch.full((len(ids),), -1)
-    return Pass(torch.tensor([ids]), None, None, (), nothing, owner_T)
+    no_answers_N = torch.empty(0, dtype=torch.long)
+    return Pass(torch.tensor([ids]), None, None, (), no_answers_N, torch.full((len(ids),), -1))
 
 
 def packed_pass(
@@ -168,20 +142,19 @@ def packed_pass(
     owner_T = torch.arange(len(tails)).repeat_interleave(lengths_N)
     starts_T = (ends_N - lengths_N)[owner_T]
     positions_T = torch.arange(len(owner_T)) - starts_T + n_prefix
+    mask = None
+    if is_masked:
+        itself_TT = (owner_T[:, None] == owner_T).tril_()
+        prefix_TP = torch.ones(len(owner_T), n_prefix, dtype=torch.bool)
+        mask = torch.cat([prefix_TP, itself_TT], dim=1)[None, None]
     return Pass(
         input_ids=torch.tensor([[token for tail in tails for token in tail]]),
         positions=positions_T[None],
-        mask=_packed_mask(owner_T, n_prefix) if is_masked else None,
+        mask=mask,
         questions=tuple(questions),
         answers_N=ends_N - 1,
         question_T=torch.tensor(questions)[owner_T],
     )
-
-
-def _packed_mask(owner_T: Tensor, n_prefix: int) -> Tensor:
-    itself_TT = (owner_T[:, None] == owner_T).tril_()
-    prefix_TP = torch.ones(len(owner_T), n_prefix, dtype=torch.bool)
-    return torch.cat([prefix_TP, itself_TT], dim=1)[None, None]
 
 
 def padded_pass(encoded: Encoded, questions: Sequence[int], pad_id: int) -> Pass:
@@ -191,12 +164,13 @@ def padded_pass(encoded: Encoded, questions: Sequence[int], pad_id: int) -> Pass
     rows = [[*ids, *[pad_id] * (width - len(ids))] for ids in prompts]
     lengths_N = torch.tensor([len(ids) for ids in prompts])
     mask_NS = torch.arange(width) < lengths_N[:, None]
+    is_full = bool(mask_NS.all())
     return Pass(
         input_ids=torch.tensor(rows),
         positions=None,
-        mask=None if bool(mask_NS.all()) else mask_NS.long(),
+        mask=None if is_full else mask_NS.long(),
         questions=tuple(questions),
         answers_N=torch.arange(len(rows)) * width + lengths_N - 1,
         question_T=torch.tensor(questions).repeat_interleave(width),
-        valid_T=None if bool(mask_NS.all()) else mask_NS.reshape(-1),
+        valid_T=None if is_full else mask_NS.reshape(-1),
     )

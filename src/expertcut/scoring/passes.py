@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,21 +20,13 @@ from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.models.hooks import own_forward, registered, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring import packing
 from expertcut.scoring.attention import Prefix, Split, attending
-from expertcut.scoring.packing import (
-    Encoded,
-    Pass,
-    cut_packs,
-    cut_rows,
-    packed_pass,
-    padded_pass,
-    prefix_pass,
-)
+from expertcut.scoring.packing import Encoded, Pass, cut_packs, packed_pass, padded_pass
 
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
-_NUMBERED = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\.[^.]+")
-_IN_LIST = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
+_INDIVISIBLE = ", which cannot be cut smaller: free memory, or use another device"
 OnPass = Callable[[Pass], None]
 Attention = Literal["split", "masked"]
 
@@ -46,10 +39,7 @@ def scoring_mode(config: Any, longest: int) -> ScoringMode:
 
 
 def _attention_is_sparse(config: Any, longest: int) -> bool:
-    """Whether an index selects the tokens to attend to (DeepSeek-V3.2, GLM-5, ...).
-
-    It would also select pads and other questions.
-    """
+    # Of DeepSeek-V3.2, GLM-5, ...: an index would also select pads and other questions.
     most = getattr(config.get_text_config(decoder=True), "index_topk", None)
     return most is not None and longest > most
 
@@ -67,36 +57,31 @@ def _sees_everything(config: Any, longest: int) -> bool:
 
 
 def _rope_depends_on_length(config: Any, longest: int) -> bool:
-    if grows_with_prompt(config):
-        return True
     text = config.get_text_config(decoder=True)
-    long = [rope for rope in _ropes(text) if "longrope" in rope["rope_type"]]
     limits = [
         rope.get("original_max_position_embeddings")
         or getattr(text, "original_max_position_embeddings", None)
         or text.max_position_embeddings
-        for rope in long
+        for rope in _ropes(config)
+        if "longrope" in rope["rope_type"]
     ]
-    return any(longest > limit for limit in limits)
+    return grows_with_prompt(config) or any(longest > limit for limit in limits)
 
 
 def grows_with_prompt(config: Any) -> bool:
     """Whether RoPE scales with the prompt length, so the context has no limit."""
-    text = config.get_text_config(decoder=True)
-    return any("dynamic" in rope["rope_type"] for rope in _ropes(text))
+    return any("dynamic" in rope["rope_type"] for rope in _ropes(config))
 
 
-def _ropes(text: Any) -> list[dict[str, Any]]:
-    return list(_rope_settings(getattr(text, "rope_parameters", None) or {}))
-
-
-def _rope_settings(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One mapping per kind of layer, or the only one."""
-    if "rope_type" in parameters:
-        yield parameters
-    for value in parameters.values():
-        if isinstance(value, dict):
-            yield from _rope_settings(value)
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The settings of RoPE, one mapping per kind of layer or the only one."""
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    found, todo = [], [parameters]
+    while todo:
+        rope = todo.pop()
+        found += [rope] if "rope_type" in rope else []
+        todo += [value for value in rope.values() if isinstance(value, dict)]
+    return found
 
 
 def reset_rope(model: Any) -> None:
@@ -109,11 +94,9 @@ def reset_rope(model: Any) -> None:
 
 def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
     """The number of the last decoder layer, if it ends in the last MoE block."""
-    match = _NUMBERED.fullmatch(blocks[-1].name)
-    if match is None:
-        return None
-    number = int(match["number"])
-    return number if number == len(model.get_submodule(match["list"])) - 1 else None
+    match = re.fullmatch(r"(?P<list>.+)\.(?P<number>\d+)\.[^.]+", blocks[-1].name)
+    is_last = match and int(match["number"]) == len(model.get_submodule(match["list"])) - 1
+    return int(match["number"]) if match and is_last else None
 
 
 @contextmanager
@@ -127,44 +110,39 @@ def reading_answers(
     """
     forward = own_forward(block.module)
 
-    def call(rows_M: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block on these tokens; arguments keep their rank."""
-        shape = x.shape[:-1]
-        picked = {name: _rows(value, shape, rows_M) for name, value in kwargs.items()}
-        return forward(*(_rows(value, shape, rows_M) for value in (x, *args)), **picked)
+    is_other_T = torch.ones(n_tokens, dtype=torch.bool)
+    is_other_T[answers_N] = False
 
     def run(x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def call(rows_M: Tensor) -> Any:
+            picked = [_rows(value, x_BTD.shape[:-1], rows_M) for value in (x_BTD, *args)]
+            named = {k: _rows(value, x_BTD.shape[:-1], rows_M) for k, value in kwargs.items()}
+            return forward(*picked, **named)
+
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         answers = answers_N.to(x_TD.device)
         on_rows(answers, True)
-        found = call(answers, x_BTD, args, kwargs)
+        found = call(answers)
         is_pair = isinstance(found, tuple)  # some also return router scores
         y_TD = torch.zeros_like(x_TD)
         y_TD[answers] = (found[0] if is_pair else found).reshape(-1, x_TD.shape[-1])
         if keeps_all:
-            others = others_M.to(x_TD.device)
+            others = is_other_T.nonzero()[:, 0].to(x_TD.device)
             on_rows(others, False)
-            call(others, x_BTD, args, kwargs)
+            call(others)
         y_BTD = y_TD.view_as(x_BTD)
         return (y_BTD, *found[1:]) if is_pair else y_BTD
 
-    others_M = _others(answers_N, n_tokens) if keeps_all else answers_N
     with replaced_forward(block.module, run):
         yield
 
 
 def _rows(value: Any, shape: torch.Size, rows_M: Tensor) -> Any:
-    """The rows of an argument with one entry per token, or the argument itself."""
+    """The rows of an argument with one entry per token, in its rank, or the argument itself."""
     if not isinstance(value, Tensor) or value.shape[: len(shape)] != shape:
         return value
     own_M = value.reshape(shape.numel(), *value.shape[len(shape) :])[rows_M.to(value.device)]
     return own_M.reshape(*[1] * (len(shape) - 1), *own_M.shape)
-
-
-def _others(answers_N: Tensor, n_tokens: int) -> Tensor:
-    is_other_T = torch.ones(n_tokens, dtype=torch.bool)
-    is_other_T[answers_N] = False
-    return is_other_T.nonzero()[:, 0]
 
 
 def ignore(*_: object) -> None:
@@ -210,16 +188,12 @@ class Run:
         self.cache = DynamicCache() if self.n_prefix and not self.splits else None
 
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
-        """Each pass with questions and its logits (N, V).
-
-        Raises:
-            ModelError: out of memory for one question, or for a pass that must not be split.
-        """
+        """Each pass with questions and its logits (N, V)."""
         if self.n_prefix:
-            step = prefix_pass(self.encoded.prompts[0][: self.n_prefix])
+            step = packing.prefix_pass(self.encoded.prompts[0][: self.n_prefix])
             self.watch.begin(step)
             if self._attempt(step) is None:
-                raise self._too_small(step)
+                raise self._out_of_memory(step, _INDIVISIBLE)
         todo = self._cut()
         while todo:
             questions = todo.pop(0)
@@ -230,29 +204,20 @@ class Run:
                 yield step, logits_NV
                 continue
             if len(questions) == 1:
-                raise self._too_small(step)
+                raise self._out_of_memory(step, _INDIVISIBLE)
             give_back()
             self.watch.undo(step)
             half = len(questions) // 2
             todo = [questions[:half], questions[half:], *todo]
 
-    def _too_small(self, step: Pass) -> ModelError:
-        return ModelError(
-            f"{self.moe.source.id}: not enough memory for {step.n_tokens} tokens at once, which "
-            "cannot be cut smaller: free memory, or use another device"
-        )
-
-    def _too_large(self, step: Pass) -> ModelError:
-        return ModelError(
-            f"{self.moe.source.id}: not enough memory for {step.n_tokens} tokens at once: profile "
-            f"or score with a --batch-tokens below {self.how.batch_tokens}, or on another device"
-        )
+    def _out_of_memory(self, step: Pass, advice: str) -> ModelError:
+        what = f"not enough memory for {step.n_tokens} tokens at once"
+        return ModelError(f"{self.moe.source.id}: {what}{advice}")
 
     def _cut(self) -> list[tuple[int, ...]]:
         lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
-        if self.how.way == "packed":
-            return list(cut_packs(lengths, self.how.batch_tokens))
-        return list(cut_rows(lengths, self.how.batch_tokens if self.how.way == "padded" else 0))
+        budget = 0 if self.how.way == "single" else self.how.batch_tokens
+        return list(cut_packs(lengths, budget, is_padded=self.how.way != "packed"))
 
     def _pass(self, questions: Sequence[int]) -> Pass:
         if self.how.way == "packed":
@@ -270,10 +235,11 @@ class Run:
             if not is_out_of_memory(error):
                 raise
             if self.watch.undo is ignore:
-                raise self._too_large(step) from None
+                below = f"a --batch-tokens below {self.how.batch_tokens}, or on another device"
+                raise self._out_of_memory(step, f": profile or score with {below}") from None
             return None
         finally:
-            layers: list[Any] = [] if self.cache is None else list(self.cache.layers)
+            layers: Any = () if self.cache is None else self.cache.layers
             for layer in layers:
                 if (n_more := layer.get_seq_length() - self.n_prefix) > 0:
                     layer.crop(-n_more)
@@ -303,9 +269,8 @@ class Run:
             split = Split(self.prefix, lengths_N, last, step.answers_N, keeps_all=keeps_all)
             stack.enter_context(attending(self.moe.model, split))
         if last is not None:
-            parts = (step.answers_N, step.input_ids.numel(), self.watch.on_rows)
-            block = self.moe.blocks[-1]
-            stack.enter_context(reading_answers(block, *parts, keeps_all=keeps_all))
+            parts = (self.moe.blocks[-1], step.answers_N, step.input_ids.numel())
+            stack.enter_context(reading_answers(*parts, self.watch.on_rows, keeps_all=keeps_all))
 
     def _mask(self, mask: Tensor) -> Tensor:
         # eager adds its mask: a boolean one would give wrong answers silently.
@@ -325,13 +290,20 @@ class Replay:
     def __init__(
         self, model: Any, blocks: Sequence[MoeBlock], n_tokens: int, budget_bytes: int
     ) -> None:
-        self.decoder_of = _decoder_layers(blocks)
-        self.decoders = _decoders(model, blocks) if self.decoder_of else []
+        self.decoder_of: dict[int, int] = {}  # by MoE block; empty if the names do not tell
+        self.decoders: list[nn.Module] = []
+        pattern = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
+        found = [match for block in blocks if (match := pattern.fullmatch(block.name))]
+        if len(found) == len(blocks) and len({match["list"] for match in found}) == 1:
+            numbers = [int(match["number"]) for match in found]
+            self.decoder_of = dict(zip((block.layer for block in blocks), numbers, strict=True))
+            layers = model.get_submodule(found[0]["list"]).named_children()
+            self.decoders = [layer for _, layer in sorted(layers, key=lambda item: int(item[0]))]
         self.outputs: dict[int, list[Any]] = {}
-        numbers = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
+        deepest = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
         weight = model.get_input_embeddings().weight
         n_kept = budget_bytes // (n_tokens * weight.shape[1] * weight.element_size())
-        self.starts = tuple(numbers[:n_kept])
+        self.starts = tuple(deepest[:n_kept])
 
     def recording(self) -> AbstractContextManager[None]:
         """Stores the inputs of the layers that later runs may start at."""
@@ -347,47 +319,19 @@ class Replay:
     def starting_at(self, layer: int) -> Iterator[None]:
         """Runs from the decoder layer of this MoE block on, or from an earlier stored one."""
         number = max((n for n in self.starts if n <= self.decoder_of[layer]), default=0)
-        kept = _StoredOutputs(self.outputs.get(number, []))
+        outputs, n_done = self.outputs.get(number, []), 0
+
+        def stored(*_args: Any, is_last: bool, **_kwargs: Any) -> Any:
+            nonlocal n_done
+            n_done += is_last
+            return outputs[n_done - is_last]  # only the last replaced layer's is used
+
         with ExitStack() as stack:
-            for module in self.decoders[:number]:
-                is_last = module is self.decoders[number - 1]
-                forward = kept.next if is_last else kept.peek
+            for place, module in enumerate(self.decoders[:number], start=1):
+                forward = partial(stored, is_last=place == number)
                 stack.enter_context(replaced_forward(module, forward))
             yield
 
     def forget(self) -> None:
         """Frees the outputs; later runs run the whole model."""
         self.starts, self.outputs = (), {}
-
-
-class _StoredOutputs:
-    """The outputs of one layer, pass by pass, in place of its forward."""
-
-    def __init__(self, outputs: list[Any]) -> None:
-        self.outputs = outputs
-        self.position = 0
-
-    def peek(self, *_args: Any, **_kwargs: Any) -> Any:
-        """That of the current pass; only the last replaced layer's is used."""
-        return self.outputs[self.position]
-
-    def next(self, *_args: Any, **_kwargs: Any) -> Any:
-        """That of the current pass, and advances to the next."""
-        self.position += 1
-        return self.outputs[self.position - 1]
-
-
-def _decoder_layers(blocks: Sequence[MoeBlock]) -> dict[int, int]:
-    """The decoder layer of each MoE block; empty if the names do not tell."""
-    matches = [_IN_LIST.fullmatch(block.name) for block in blocks]
-    lists = {match["list"] for match in matches if match}
-    if None in matches or len(lists) != 1:
-        return {}
-    return {b.layer: int(m["number"]) for b, m in zip(blocks, matches, strict=True) if m}
-
-
-def _decoders(model: nn.Module, blocks: Sequence[MoeBlock]) -> list[nn.Module]:
-    match = _IN_LIST.fullmatch(blocks[0].name)
-    assert match is not None
-    layers = model.get_submodule(match["list"])
-    return [layer for _, layer in sorted(layers.named_children(), key=lambda item: int(item[0]))]

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from expertcut.errors import ContractError
-from expertcut.models.hooks import (
-    BiasedForward,
-    Routed,
-    moved_by,
-    own_forward,
-    replaced_forward,
-    route,
-)
+from expertcut.models import hooks
+from expertcut.models.hooks import BiasedForward, Routed, own_forward, replaced_forward, route
 from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring.packing import Pass
 
@@ -44,9 +38,6 @@ def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass]
     """Changes routers in the context; yields the `OnPass` of the engine, needed for `answer` only.
 
     Every change is verified on the probe tokens first.
-
-    Raises:
-        ContractError: a change does not act exactly.
     """
     answers = _Answers()
     with ExitStack() as stack:
@@ -55,14 +46,13 @@ def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass]
             scale_E = tilts.scale_by_layer.get(block.layer)
             if bias_E is not None or scale_E is not None:
                 at = answers if tilts.apply_at == "answer" else None
-                _tilt(stack, block, bias_E=bias_E, scale_E=scale_E, answers=at)
+                _tilt(stack, block, bias_E, scale_E, at)
         yield answers.begin
 
 
 def _tilt(
     stack: ExitStack,
     block: MoeBlock,
-    *,
     bias_E: Tensor | None,
     scale_E: Tensor | None,
     answers: _Answers | None,
@@ -75,12 +65,18 @@ def _tilt(
                 f"{block.name} chooses its experts by a table of token ids: biases and masks on "
                 "its router change no choice, so none of its experts can be cut or boosted"
             )
-        rows = answers.rows if answers else lambda: None
-        biased = BiasedForward(block, bias_E, rows)
+        biased = BiasedForward(block, bias_E, answers.rows if answers else lambda: None)
         stack.enter_context(replaced_forward(block.router, biased))
         seen = _check_bias(block, seen, bias_E, answers)
     if scale_E is not None:
-        stack.enter_context(replaced_forward(block.router, _scaled(block, scale_E)))
+        forward = own_forward(block.router)
+
+        def scaled(*args: Any, **kwargs: Any) -> Routed:
+            logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
+            factors_TK = scale_E.double().to(experts_TK.device)[experts_TK]
+            return logits_TE, (weights_TK * factors_TK).to(weights_TK.dtype), experts_TK
+
+        stack.enter_context(replaced_forward(block.router, scaled))
         _check_scale(block, seen, scale_E, answers)
 
 
@@ -93,7 +89,7 @@ def _check_bias(
     if answers is not None:  # the last token of the probe stands for the answer
         is_there_T1 = torch.arange(len(bias_TE))[:, None] == len(bias_TE) - 1
         bias_TE = bias_TE.where(is_there_T1 | bias_TE.isneginf(), 0.0)
-    if not moved_by(before[0], after[0], bias_TE):
+    if not hooks.moved_by(before[0], after[0], bias_TE):
         raise ContractError(
             f"{block.name}: a bias on its router does not move the logits by just that much, so no "
             "result with it would be true"
@@ -132,21 +128,8 @@ class _Answers:
     positions_N: Tensor | None = None
 
     def begin(self, step: Pass) -> None:
-        """Called before each forward pass."""
         self.positions_N = step.answers_N
 
     def rows(self) -> Tensor:
-        """The flat indices of the answer positions."""
         assert self.positions_N is not None, "tell what `tilted` gives of each pass"
         return self.positions_N
-
-
-def _scaled(block: MoeBlock, scale_E: Tensor) -> Callable[..., Any]:
-    forward = own_forward(block.router)
-
-    def route(*args: Any, **kwargs: Any) -> Any:
-        logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
-        factors_TK = scale_E.double().to(experts_TK.device)[experts_TK]
-        return logits_TE, (weights_TK * factors_TK).to(weights_TK.dtype), experts_TK
-
-    return route
