@@ -57,8 +57,7 @@ class BlockEdit(Record):
     def _names_experts_that_stay(self) -> Self:
         if any(a >= b for a, b in pairwise(self.keep)):
             raise ValueError("keep must be ascending numbers, none of them twice")
-        others = {*self.tilted, *(self.merged or {})} - set(self.keep)
-        if others:
+        if others := {*self.tilted, *(self.merged or {})} - set(self.keep):
             raise ValueError(f"expert {min(others)} does not stay, but is changed")
         return self
 
@@ -176,11 +175,6 @@ class EditPlan:
         return any(edit.tilted for edit in self.edits.values())
 
     @property
-    def is_merging(self) -> bool:
-        """Whether experts are merged."""
-        return any(edit.merged for edit in self.edits.values())
-
-    @property
     def is_fitting(self) -> bool:
         """Whether bias directions must be fitted."""
         return LAYOUTS[self.layout].fits_biases and self.is_biased
@@ -215,21 +209,13 @@ def plan_text(plan: PlanFile) -> str:
 
 
 def load_plan(path: Path) -> PlanFile:
-    """A plan from its file or the folder that holds it.
-
-    Raises:
-        PlanError: the file is missing or not a valid plan.
-    """
+    """A plan from its file or the folder that holds it."""
     file = path / PLAN_FILE if path.is_dir() else path
     return load_record(file, PlanFile, PlanError, "is no plan")
 
 
 def plan_in(folder: Path) -> PlanFile | None:
-    """The plan in a checkpoint's folder; None for a model that was not edited.
-
-    Raises:
-        PlanError: one that does not hold together.
-    """
+    """The plan in a checkpoint's folder; None for a model that was not edited."""
     return load_plan(folder) if os.path.lexists(folder / PLAN_FILE) else None
 
 
@@ -246,9 +232,6 @@ def lineage(
     """From a checkpoint to its base: each plan with the folder of the model that it was made for.
 
     `find_base` locates that folder; where it gives None the walk ends.
-
-    Raises:
-        PlanError: a plan that does not hold together.
     """
     for _ in range(_MAX_STEPS):
         plan = plan_in(folder)
@@ -318,21 +301,20 @@ class ExpertIds:
 
     def named(self, block: str, edit: BlockEdit) -> BlockEdit:
         """An edit of rows as plan.json states it, by id."""
+
+        def ids(values: Mapping[int, float]) -> dict[int, float]:
+            return {self.number(block, row): value for row, value in values.items()}
+
+        merged = None
+        if edit.merged is not None:
+            merged = {self.number(block, e): ids(shares) for e, shares in edit.merged.items()}
         return BlockEdit(
             keep=self.kept(block, edit.keep),
-            bias={self.number(block, e): bias for e, bias in edit.bias.items()},
-            scale={self.number(block, e): factor for e, factor in edit.scale.items()},
+            bias=ids(edit.bias),
+            scale=ids(edit.scale),
             rows=self.rows.get(block),
-            merged=None if edit.merged is None else self._merged(block, edit.merged),
+            merged=merged,
         )
-
-    def _merged(
-        self, block: str, merged: Mapping[int, Mapping[int, float]]
-    ) -> dict[int, dict[int, float]]:
-        return {
-            self.number(block, e): {self.number(block, m): share for m, share in members.items()}
-            for e, members in merged.items()
-        }
 
 
 @once_per_profile
@@ -341,7 +323,6 @@ def expert_ids(profile: Profile) -> ExpertIds:
 
     Raises:
         PlanError: the plan belongs to another checkpoint.
-        ProfileError: the checkpoint is missing.
     """
     found = _plan_of(profile)
     if found is None:
@@ -350,14 +331,16 @@ def expert_ids(profile: Profile) -> ExpertIds:
     rows: dict[str, tuple[int, ...]] = {}
     constant: dict[str, frozenset[int]] = {}
     for block in profile.info.model.blocks:
-        edit = plan.blocks.get(block.name)
-        own = () if edit is None else _rows(plan, edit, block)
+        edit, same = plan.blocks.get(block.name), tuple(range(block.experts))
+        own: tuple[int, ...] = ()
+        if edit is not None:
+            own = (edit.rows or same) if LAYOUTS[plan.layout].keeps_rows else edit.keep
         if edit is None or len(own) != block.experts:
             raise PlanError(
                 f"{folder / PLAN_FILE} is not of this checkpoint, whose {block.name} has "
                 f"{block.experts} experts: put the plan back that made it, or take this one away"
             )
-        if own != tuple(range(block.experts)):
+        if own != same:
             rows[block.name] = own
         if gone := frozenset(row for row, number in enumerate(own) if number not in edit.keep):
             constant[block.name] = gone
@@ -378,27 +361,19 @@ def find_expert(
             "(layers are counted from 0)"
         )
     name, n_experts = blocks[layer]
-    kept = numbers.kept(name, tuple(range(n_experts)))
-    row = numbers.row(name, expert)
-    if expert not in kept or row is None:
-        if kept == tuple(range(n_experts)):
-            raise PlanError(
-                f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}"
-            )
-        raise PlanError(
-            f"expert {expert} of layer {layer} is not in this pruned model: "
-            f"there it keeps {ids_text(kept)}, name one of these"
-        )
-    return layer, row
+    kept, row = numbers.kept(name, tuple(range(n_experts))), numbers.row(name, expert)
+    if expert in kept and row is not None:
+        return layer, row
+    if kept == tuple(range(n_experts)):
+        raise PlanError(f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}")
+    raise PlanError(
+        f"expert {expert} of layer {layer} is not in this pruned model: "
+        f"there it keeps {ids_text(kept)}, name one of these"
+    )
 
 
 def inherited_hashes(profile: Profile) -> frozenset[str]:
-    """Hash lines of the questions that the profiled checkpoint was chosen or fitted on.
-
-    Raises:
-        PlanError: its list is missing or belongs to another plan.
-        ProfileError: the checkpoint is missing.
-    """
+    """Hash lines of the questions that the profiled checkpoint was chosen or fitted on."""
     found = _plan_of(profile)
     return frozenset() if found is None else load_hashes(*found)
 
@@ -412,13 +387,6 @@ def ids_text(ids: tuple[int, ...]) -> str:
         else:
             runs.append([i])
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
-
-
-def _rows(plan: PlanFile, edit: BlockEdit, block: BlockInfo) -> tuple[int, ...]:
-    """The ids of the router's rows after a plan."""
-    if not LAYOUTS[plan.layout].keeps_rows:
-        return edit.keep
-    return edit.rows or tuple(range(block.experts))
 
 
 def model_folder(profile: Profile) -> Path | None:
@@ -464,20 +432,17 @@ def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
 def validate_edits(
     edits: Mapping[str, BlockEdit], blocks: Sequence[BlockInfo], layout: Layout
 ) -> None:
-    """Checks edits against the blocks and the layout.
-
-    Raises:
-        PlanError: names the block and the requirement.
-    """
+    """Raises a PlanError that names the block and the requirement, for edits that do not fit."""
     if list(edits) != [block.name for block in blocks]:
         raise PlanError(
             f"the plan names {len(edits)} blocks, the model has {len(blocks)}: "
             f"list {blocks[0].name} … {blocks[-1].name} in order"
         )
+    rules = LAYOUTS[layout]
     for block in blocks:
         _check_hashed(block, edits[block.name])
-        _check_block(block, edits[block.name], LAYOUTS[layout].least_experts(block))
-    if not LAYOUTS[layout].needs_equal_counts:
+        _check_block(block, edits[block.name], rules.least_experts(block))
+    if not rules.needs_equal_counts:
         return
     for block in blocks:
         _check_groups(block, edits[block.name])
@@ -487,6 +452,23 @@ def validate_edits(
             f"layout stock needs one count for all layers, found {sorted(counts)}: "
             "keep the same number in each, or take --layout exact"
         )
+
+
+def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> None:
+    """Raises a PlanError unless every block can keep this number of experts."""
+    rules = LAYOUTS[layout]
+    for block in blocks:
+        least = rules.least_experts(block)
+        if not least <= n_keep <= block.experts:
+            raise PlanError(
+                f"--keep {n_keep} does not fit {block.name}, which routes each token to "
+                f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
+            )
+        if rules.needs_equal_counts and n_keep % block.groups:
+            raise PlanError(
+                f"{block.name} routes in {block.groups} groups: keep a multiple of "
+                f"{block.groups}, not {n_keep}"
+            )
 
 
 def _check_hashed(block: BlockInfo, edit: BlockEdit) -> None:
@@ -506,8 +488,7 @@ def _check_hashed(block: BlockInfo, edit: BlockEdit) -> None:
 
 def _check_block(block: BlockInfo, edit: BlockEdit, least: int) -> None:
     name, n_kept = block.name, len(edit.keep)
-    outside = [e for e in edit.keep if not 0 <= e < block.experts]
-    if outside:
+    if outside := [e for e in edit.keep if not 0 <= e < block.experts]:
         raise PlanError(
             f"{name} keeps expert {outside[0]} but has experts 0 to {block.experts - 1}"
         )
@@ -516,9 +497,8 @@ def _check_block(block: BlockInfo, edit: BlockEdit, least: int) -> None:
             f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
             f"keep at least {least}"
         )
-    unknown = sorted({*edit.bias, *edit.scale} - set(edit.keep))
-    if unknown:
-        raise PlanError(f"{name}: expert {unknown[0]} has a bias or scale but is not kept")
+    if unknown := {*edit.bias, *edit.scale} - set(edit.keep):
+        raise PlanError(f"{name}: expert {min(unknown)} has a bias or scale but is not kept")
 
 
 def _check_groups(block: BlockInfo, edit: BlockEdit) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +21,6 @@ from expertcut.stats import gained_lost, wilson_interval
 
 Array = np.ndarray[Any, Any]
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
-STRONGER = (16.0, 32.0, 64.0)  # only where these are not enough
-_SAME = 1e-5
-_FINER = (2**-0.5, 2**0.5)  # around the best of them
 
 
 class RouterEdit(NamedTuple):
@@ -74,10 +71,9 @@ class Procedure:
         self, records: QuestionOutcomes, left_out: Collection[str] = ()
     ) -> tuple[SelectedExpert, ...]:
         """The experts, the ones named by hand first."""
-        named = tuple(pick for pick, _ in self.named)
-        places = {(pick.layer, pick.expert) for pick in named}
+        named = {(pick.layer, pick.expert): pick for pick, _ in self.named}
         chosen = self.chooser.choose(records, left_out)
-        return (*named, *(p for p in chosen if (p.layer, p.expert) not in places))
+        return (*named.values(), *(p for p in chosen if (p.layer, p.expert) not in named))
 
     def settle(
         self,
@@ -114,18 +110,20 @@ class Procedure:
         return "given" if is_given else "its admission gap"
 
     def check(self, records: QuestionOutcomes) -> None:
-        """Checks that enough experts can be chosen and that each has a strength.
-
-        Raises:
-            PlanError: an expert without a strength, or too few candidates.
-        """
+        """Raises a PlanError for too few candidates, or an expert without a strength."""
         self.chooser.check(records)
+        if self.is_tuned:
+            return
         picks = self.pick(records)
-        shifts = () if self.is_tuned else self.untuned(records, picks)
-        tilted = {(shift.layer, shift.expert) for shift in shifts}
+        tilted = {(shift.layer, shift.expert) for shift in self.untuned(records, picks)}
         for pick in picks:
-            if not self.is_tuned and (pick.layer, pick.expert) not in tilted:
-                raise PlanError(_no_strength(pick, gap(records, pick)))
+            if (pick.layer, pick.expert) not in tilted:
+                why = no_default_strength(pick.layer, pick.expert, pick.sign, gap(records, pick))
+                verb = "boost" if pick.sign > 0 else "suppress"
+                raise PlanError(
+                    f"{why}, so there is no default strength to {verb} it by: give --strength or "
+                    "--tune"
+                )
 
 
 def gap(records: QuestionOutcomes, pick: SelectedExpert) -> float:
@@ -137,14 +135,6 @@ def gap(records: QuestionOutcomes, pick: SelectedExpert) -> float:
         records.chosen_NLK[:, layer],
         pick.expert,
         records.selection_of(layer),
-    )
-
-
-def _no_strength(pick: SelectedExpert, bias: float) -> str:
-    verb = "boost" if pick.sign > 0 else "suppress"
-    return (
-        f"{no_default_strength(pick.layer, pick.expert, pick.sign, bias)}, so there is no default "
-        f"strength to {verb} it by: give --strength or --tune"
     )
 
 
@@ -161,44 +151,41 @@ class _Search:
         self.ask = ask
         self.used = records.part(is_used_N)
         self.is_used_N = is_used_N
-        self.answer_N, self.base_logprob_NC = self.used.answer_N, self.used.logprob_NC
-        self.base_N = right(self.base_logprob_NC, self.answer_N)
-        self.best = Settled(())
+        self.base_N = self.used.is_correct_N
+        self.best: tuple[RouterEdit, ...] = ()
         self.most_right = int(self.base_N.sum())
         self.curve = [self._point((), 0.0, self.base_N)]
 
     def run(self, picks: Sequence[SelectedExpert], n_named: int) -> Settled:
         for few in firsts(picks, n_named):
             self._climb(few)
-        if self.best.shifts:
-            best, point = self.best.shifts, max(self.curve, key=lambda p: p.accuracy)
-            for factor in _FINER:
-                shifts = tuple(s._replace(bias=s.bias * factor) for s in best)
-                self._try(shifts, point.strength * factor)
-        return replace(self.best, curve=tuple(self.curve))
+        if best := self.best:
+            point = max(self.curve, key=lambda p: p.accuracy)
+            for factor in (2**-0.5, 2**0.5):
+                finer = tuple(s._replace(bias=s.bias * factor) for s in best)
+                self._try(finer, point.strength * factor)
+        return Settled(self.best, tuple(self.curve))
 
     def _climb(self, picks: Sequence[SelectedExpert]) -> None:
-        before_NC = self.base_logprob_NC
+        before_NC = self.used.logprob_NC
         gaps = [gap(self.used, pick) for pick in picks if pick.sign > 0]
         enough = max(STRENGTHS[-1], *gaps, 0)
-        for strength in (*STRENGTHS, *STRONGER):
+        for strength in (*STRENGTHS, 16.0, 32.0, 64.0):
             shifts = tuple(RouterEdit(p.layer, p.expert, p.sign * strength) for p in picks)
             logprob_NC = self._try(shifts, strength)
-            right_N = right(logprob_NC, self.answer_N)
-            gained, lost = gained_lost(self.base_N, right_N)
-            is_same = not gaps and np.allclose(logprob_NC, before_NC, rtol=0, atol=_SAME)
+            gained, lost = gained_lost(self.base_N, right(logprob_NC, self.used.answer_N))
+            is_same = not gaps and np.allclose(logprob_NC, before_NC, rtol=0, atol=1e-5)
             is_hurting = lost - gained > 2 * math.sqrt(lost + gained)
-            is_far = strength >= enough and self.best.shifts != shifts
-            if is_hurting or is_same or is_far:
+            if is_hurting or is_same or (strength >= enough and self.best != shifts):
                 return
             before_NC = logprob_NC
 
     def _try(self, shifts: tuple[RouterEdit, ...], strength: float) -> Array:
         logprob_NC: Array = self.ask(shifts)[self.is_used_N]
-        right_N = right(logprob_NC, self.answer_N)
+        right_N = right(logprob_NC, self.used.answer_N)
         self.curve.append(self._point(shifts, strength, right_N))
         if right_N.sum() > self.most_right:
-            self.most_right, self.best = int(right_N.sum()), Settled(shifts)
+            self.most_right, self.best = int(right_N.sum()), shifts
         return logprob_NC
 
     def _point(self, shifts: tuple[RouterEdit, ...], strength: float, right_N: Array) -> Point:

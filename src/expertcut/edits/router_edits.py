@@ -7,21 +7,12 @@ from dataclasses import dataclass, replace
 
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import (
-    BlockEdit,
-    EditPlan,
-    ExpertIds,
-    Positions,
-    expert_ids,
-    find_expert,
-    ids_text,
-)
+from expertcut.edits.plan import BlockEdit, EditPlan, Positions, expert_ids, find_expert, ids_text
 from expertcut.edits.reweight_select import (
     MIN_APPEARANCES,
     SCORES,
     TOKEN_SCORES,
     Chooser,
-    Contrast,
     QuestionOutcomes,
     SelectedExpert,
     admission_gap,
@@ -49,20 +40,12 @@ class Target:
     strength: float | None
 
 
-def parse_target(expression: str) -> Target:
-    """`12` (last layer), `3:12` (layer 3), either with `=0.25` (strength in logits).
+def parse_target(expression: str, what: str = "bias") -> Target:
+    """`12` (last layer), `3:12` (layer 3), either with `=0.25`: a finite number that tilts.
 
     Raises:
         SettingsError: another form, or a strength that is not a number.
     """
-    layer, expert, value = _parsed(expression, "bias")
-    if value == 0:
-        raise SettingsError(f"{expression!r}: a bias of 0 cannot tilt anything")
-    return Target(layer, expert, value)
-
-
-def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
-    """Layer, expert and the finite number after `=`."""
     match = _EXPRESSION.fullmatch(expression.strip())
     if match is None:
         raise SettingsError(
@@ -75,46 +58,50 @@ def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
         raise SettingsError(f"{expression!r}: {number!r} is no number") from None
     if value is not None and not math.isfinite(value):
         raise SettingsError(f"{expression!r}: a {what} of {number} cannot tilt anything")
-    return None if layer is None else int(layer), int(expert), value
+    if value == 0 and what == "bias":
+        raise SettingsError(f"{expression!r}: a bias of 0 cannot tilt anything")
+    return Target(None if layer is None else int(layer), int(expert), value)
 
 
 def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[RouterEdit]:
-    """Biases for all targets; the default strength is the admission gap.
-
-    Raises:
-        SettingsError: an invalid expression.
-        PlanError: no such layer or expert, one named twice, or no gap to close.
-    """
-    return [_tilt(profile, *target) for target in _targets(profile, boost, suppress)]
+    """Biases for all targets; the default strength is the admission gap."""
+    return [_tilt(profile, *found) for found in _named(profile, boost, suppress)]
 
 
-def named_picks(
+def _named(
     profile: Profile, boost: Sequence[str], suppress: Sequence[str]
-) -> tuple[tuple[SelectedExpert, float | None], ...]:
-    """The experts named by hand, each with its given strength.
-
-    Raises:
-        SettingsError: an invalid expression.
-        PlanError: no such layer or expert, or one named twice.
-    """
-    return tuple(
-        (SelectedExpert(layer.layer, row, sign), _strength(target, layer.layer, sign))
-        for layer, row, target, sign in _targets(profile, boost, suppress)
-    )
+) -> list[tuple[LayerStatistics, SelectedExpert, Target]]:
+    """Layer, router row with sign, and target of each expression."""
+    found = [(+1, *each) for each in _targets(profile, boost)]
+    found += [(-1, *each) for each in _targets(profile, suppress)]
+    _check_once([(layer, target) for _, layer, _, target in found])
+    for sign, layer, _, target in found:
+        if sign > 0 and (target.strength or 0) < 0:
+            name = f"{layer.layer}:{target.expert}={target.strength:g}"
+            raise PlanError(f"--boost {name}: use --suppress")
+    return [
+        (layer, SelectedExpert(layer.layer, row, sign), target)
+        for sign, layer, row, target in found
+    ]
 
 
 def _targets(
-    profile: Profile, boost: Sequence[str], suppress: Sequence[str]
-) -> list[tuple[LayerStatistics, int, Target, int]]:
-    """Layer, router row, target and sign of each expression."""
+    profile: Profile, expressions: Sequence[str], what: str = "bias"
+) -> list[tuple[LayerStatistics, int, Target]]:
+    """Layer (default: the last), router row and target of each expression."""
     numbers, layers = expert_ids(profile), profile.layers
-    found = []
-    for sign, expressions in ((+1, boost), (-1, suppress)):
-        for target in map(parse_target, expressions):
-            layer, row = _find(layers, target.layer, target.expert, numbers)
-            found.append((layer, row, target, sign))
-    _check_once([(layer.layer, row) for layer, row, *_ in found], [*boost, *suppress])
+    blocks, found = [(layer.block, layer.n_experts) for layer in layers], []
+    for target in (parse_target(text, what) for text in expressions):
+        index = len(layers) - 1 if target.layer is None else target.layer
+        index, row = find_expert(blocks, index, target.expert, numbers)
+        found.append((layers[index], row, target))
     return found
+
+
+def _check_once(found: Sequence[tuple[LayerStatistics, Target]]) -> None:
+    names = [f"{layer.layer}:{target.expert}" for layer, target in found]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise PlanError(f"expert {repeated[0]} is named twice: name it once")
 
 
 def tilts_of(
@@ -132,53 +119,28 @@ def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
     """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 silences an expert.
 
     Raises:
-        SettingsError: an invalid expression, or a factor that is missing, negative or 1.
-        PlanError: no such layer or expert, or one named twice.
+        SettingsError: a factor that is missing, negative or 1.
     """
-    numbers, layers = expert_ids(profile), profile.layers
-    found: list[RouterEdit] = []
-    for text in expressions:
-        index, expert, factor = _parsed(text, "factor")
+    found = []
+    targets = _targets(profile, expressions, "factor")
+    for text, (layer, row, target) in zip(expressions, targets, strict=True):
+        factor = target.strength
         if factor is None or factor < 0 or factor == 1:
             raise SettingsError(
                 f"--scale {text} must give a factor, 0 or above and not 1: as in 3:12=1.5"
             )
-        layer, row = _find(layers, index, expert, numbers)
         found.append(RouterEdit(layer.layer, row, scale=factor, block=layer.block))
-    _check_once([(s.layer, s.expert) for s in found], expressions)
+    _check_once([(layer, target) for layer, _, target in targets])
     return found
 
 
-def _find(
-    layers: list[LayerStatistics], index: int | None, expert: int, numbers: ExpertIds
-) -> tuple[LayerStatistics, int]:
-    """The layer (default: the last) and the router row of an expert."""
-    blocks = [(layer.block, layer.n_experts) for layer in layers]
-    found, row = find_expert(blocks, len(layers) - 1 if index is None else index, expert, numbers)
-    return layers[found], row
-
-
-def _check_once(found: Sequence[tuple[int, int]], expressions: Sequence[str]) -> None:
-    for place, text in zip(found, expressions, strict=True):
-        if found.count(place) > 1:
-            expert = _parsed(text, "number")[1]
-            raise PlanError(f"expert {place[0]}:{expert} is named twice: name it once")
-
-
-def _strength(target: Target, layer: int, sign: int) -> float | None:
-    strength = target.strength
-    if strength is not None and sign > 0 and strength < 0:
-        raise PlanError(f"--boost {layer}:{target.expert}={strength:g}: use --suppress")
-    return None if strength is None else abs(strength)
-
-
 def _tilt(
-    profile: Profile, layer: LayerStatistics, row: int, target: Target, sign: int
+    profile: Profile, layer: LayerStatistics, pick: SelectedExpert, target: Target
 ) -> RouterEdit:
-    index, expert = layer.layer, target.expert
-    strength = _strength(target, index, sign)
-    if strength is not None:
-        return RouterEdit(index, row, sign * strength, block=layer.block, origin="given")
+    index, row, sign = pick.layer, pick.expert, pick.sign
+    if target.strength is not None:
+        bias = sign * abs(target.strength)
+        return RouterEdit(index, row, bias, block=layer.block, origin="given")
     bias = admission_gap(
         profile.info.model.blocks[index],
         profile.array("alpha_NLE")[:, index, : layer.n_experts],
@@ -189,8 +151,8 @@ def _tilt(
     if not math.isfinite(bias) or bias * sign <= 0:
         option = "--boost" if sign > 0 else "--suppress"
         raise PlanError(
-            f"{no_default_strength(index, expert, sign, bias)}: give the strength, as in {option} "
-            f"{index}:{expert}=0.5"
+            f"{no_default_strength(index, target.expert, sign, bias)}: give the strength, as in "
+            f"{option} {index}:{target.expert}=0.5"
         )
     return RouterEdit(index, row, bias, block=layer.block, origin="its admission gap")
 
@@ -225,23 +187,14 @@ def with_tilts(
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """A plan with biases and factors on experts that it keeps.
-
-    Raises:
-        PlanError: an expert that the plan removes.
-        SettingsError: the layout cannot hold `apply_at`.
-    """
+    """A plan with biases and factors on experts that it keeps."""
     check_place(draft.layout, apply_at, is_biased=bool(found))
     _check_kept(draft, [*found, *scaled])
-    edits = {
-        name: edit.model_copy(
-            update={
-                "bias": {t.expert: t.bias for t in found if t.block == name},
-                "scale": {s.expert: s.scale for s in scaled if s.block == name},
-            }
-        )
-        for name, edit in draft.edits.items()
-    }
+    edits = {}
+    for name, edit in draft.edits.items():
+        bias = {t.expert: t.bias for t in found if t.block == name}
+        scale = {s.expert: s.scale for s in scaled if s.block == name}
+        edits[name] = edit.model_copy(update={"bias": bias, "scale": scale})
     words = [f"--{t.verb} {_name(draft, t)}={abs(t.bias):.6g}" for t in found]
     words += [f"--scale {_name(draft, s)}={s.scale:.6g}" for s in scaled]
     named = [f"{t.verb}-{_name(draft, t, '.')}" for t in found]
@@ -256,11 +209,7 @@ def with_tilts(
 
 
 def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
-    """Checks that a bias can act at these positions.
-
-    Raises:
-        SettingsError: no bias, or a layout whose biases act everywhere.
-    """
+    """Raises a SettingsError unless there is a bias that can act at these positions."""
     if apply_at is not None and not is_biased:
         raise SettingsError(
             f"--apply-at {apply_at} says where a bias acts, and there is none: a factor acts at "
@@ -294,22 +243,20 @@ def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
     """The way of choosing experts and strengths that the settings say.
 
     Raises:
-        PlanError: no such layer or expert, or one named twice.
-        SettingsError: nothing to tilt, or an option that does not go with the others.
+        SettingsError: an option that does not go with the others.
     """
     check_settings(settings)
-    picks = named_picks(profile, settings.boost or [], settings.suppress or [])
+    picks = tuple(
+        (pick, None if target.strength is None else abs(target.strength))
+        for _, pick, target in _named(profile, settings.boost or [], settings.suppress or [])
+    )
     if settings.tune and any(strength for _, strength in picks):
         raise SettingsError("--tune searches for the strength: leave the number out")
     return Procedure(picks, _chooser(profile, settings), settings.strength, settings.tune)
 
 
 def check_settings(settings: ReweightSettings) -> None:
-    """That the options go together, and that the score is one.
-
-    Raises:
-        SettingsError: which does not.
-    """
+    """Raises a SettingsError for options that do not go together, or an unknown score."""
     settings.check()
     names = (*SCORES, *TOKEN_SCORES)
     if settings.by is not None and settings.by not in names:
@@ -318,6 +265,11 @@ def check_settings(settings: ReweightSettings) -> None:
 
 def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
     least, by = settings.min_appearances, settings.by or "difference"
+    contrast = None
+    if settings.contrast is not None:
+        contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
+        if isinstance(profile, ProfilePart):
+            contrast = contrast.less({q.overlap_hash for q in held_out_quiz(profile)})
     constant = expert_ids(profile).constant
     return Chooser(
         boost_best=settings.boost_best,
@@ -325,7 +277,7 @@ def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
         by=by,
         min_appearances=MIN_APPEARANCES if least is None else least,
         layers=read_layers(settings.layers),
-        contrast=_contrast(profile, settings),
+        contrast=contrast,
         fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
         constant=tuple(
             (layer, row)
@@ -335,30 +287,18 @@ def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
     )
 
 
-def _contrast(profile: Profile, settings: ReweightSettings) -> Contrast | None:
-    """The two sides, without what is held out of the profile."""
-    if settings.contrast is None:
-        return None
-    first, second = settings.contrast
-    found = read_contrast((first, second), profile.info.model.fingerprint)
-    if not isinstance(profile, ProfilePart):
-        return found
-    return found.less({q.overlap_hash for q in held_out_quiz(profile)})
-
-
 def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Procedure) -> str:
     """The procedure in words, which also name the outputs."""
     numbers, blocks = expert_ids(profile), profile.info.model.blocks
-    words = {+1: "boost", -1: "suppress"}
-    named = [
-        f"{words[p.sign]} {p.layer}:{numbers.number(blocks[p.layer].name, p.expert)}"
-        for p, _ in procedure.named
-    ]
+    words = []
+    for pick, _ in procedure.named:
+        expert = numbers.number(blocks[pick.layer].name, pick.expert)
+        words.append(f"{'boost' if pick.sign > 0 else 'suppress'} {pick.layer}:{expert}")
     chosen = (("boost-best", settings.boost_best), ("suppress-worst", settings.suppress_worst))
-    named += [f"{name} {n}" for name, n in chosen if n]
-    criterion = settings.criterion
-    by = () if criterion in ("by hand", "difference") else (f"by {criterion}",)
-    return " ".join((*named, *by, *(("tuned",) if procedure.is_tuned else ())))
+    words += [f"{name} {n}" for name, n in chosen if n]
+    if settings.criterion not in ("by hand", "difference"):
+        words.append(f"by {settings.criterion}")
+    return " ".join([*words, "tuned"] if procedure.is_tuned else words)
 
 
 def read_layers(text: str | None) -> tuple[int, ...]:
@@ -368,7 +308,7 @@ def read_layers(text: str | None) -> tuple[int, ...]:
         SettingsError: another form.
     """
     found: list[int] = []
-    for part in (text or "").split(",") if text is not None else ():
+    for part in text.split(",") if text is not None else ():
         first, _, last = part.strip().partition("-")
         if not _LAYERS.fullmatch(part.strip()):
             raise SettingsError(f"--layers: {part[:80]!r} is no layer: write them as 0,3,8-15")
@@ -377,11 +317,7 @@ def read_layers(text: str | None) -> tuple[int, ...]:
 
 
 def settled_on_profile(profile: Profile, procedure: Procedure) -> Settled:
-    """Experts and strengths from the profile alone.
-
-    Raises:
-        PlanError: too few candidates, or one without a strength.
-    """
+    """Experts and strengths from the profile alone."""
     records = QuestionOutcomes.of(profile, profiled_quiz(profile))
     procedure.check(records)
     return Settled(procedure.untuned(records, procedure.pick(records)))

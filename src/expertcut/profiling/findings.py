@@ -17,12 +17,7 @@ from expertcut.profiling.significance import (
     significance,
     subjects_json,
 )
-from expertcut.profiling.statistics import (
-    LayerStatistics,
-    expert_json,
-    layer_json,
-    or_none,
-)
+from expertcut.profiling.statistics import LayerStatistics, expert_json, layer_json, or_none
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.stats import logprob_shift, wilson
 
@@ -146,11 +141,7 @@ def perturbed_profiles(profile: Profile) -> dict[Kind, Profile]:
 
 
 def perturbations_json(profile: Profile, margins: list[Margin]) -> list[dict[str, Any]]:
-    """One entry per finished perturbation.
-
-    Raises:
-        ProfileError: one has other questions.
-    """
+    """One entry per finished perturbation."""
     return [
         {"kind": kind, **_compared(profile, other, margins)}
         for kind, other in perturbed_profiles(profile).items()
@@ -239,11 +230,7 @@ class Findings:
 
 
 def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> Findings:
-    """Computes all findings.
-
-    Raises:
-        ProfileError: unfinished, damaged, or with answers alone.
-    """
+    """Computes all findings."""
     layers, is_correct_N = profile.layers, profile.answers.is_correct_N
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in layers], axis=1)
     found = margins(profile)

@@ -68,11 +68,7 @@ class Claims:
             self.folder.rmdir()
 
     def take(self, name: str) -> bool:
-        """Takes a claim; False if another process has it.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
+        """Takes a claim; False if another process has it."""
         claims = self._claims(name)
         if claims and self._is_alive(claims[-1]):
             return False
@@ -178,11 +174,7 @@ def _here() -> dict[str, Any]:
 
 
 def _started(pid: int) -> float:
-    """The start time of a process; on Linux in seconds since boot, which no clock change moves.
-
-    Raises:
-        psutil.NoSuchProcess: no such process.
-    """
+    """The start time of a process; on Linux in seconds since boot, which no clock change moves."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
@@ -225,9 +217,6 @@ def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[Non
 
     The lock of a killed run does not block: at once on the same host, after some seconds on
     another. Folders that were created and stay empty are removed.
-
-    Raises:
-        OutputError: another run holds the lock, or the folder cannot be written.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

@@ -76,10 +76,6 @@ class Measurement:
         """Measures the missing chunks of a folder, which other processes may share.
 
         Yields after each chunk; `on_pass` is called before each forward pass.
-
-        Raises:
-            ProfileError: the folder holds a profile of another model, quiz or setting.
-            OutputError: the folder holds something else, or cannot be written.
         """
         started = time.monotonic()
         work = chunks_of_work(self.info, self.quiz)
@@ -289,11 +285,7 @@ def perturb(
     load_as: LoadOptions,
     on_pass: OnPass = ignore,
 ) -> Iterator[Progress]:
-    """Measures the missing chunks of a perturbation of the profile in `folder`.
-
-    Raises:
-        ProfileError: an earlier perturbation there has other settings.
-    """
+    """Measures the missing chunks of a perturbation of the profile in `folder`."""
     settings, limit = measurement.info.settings, measurement.info.quiz.limit
     options = MeasureOptions(
         "answer", settings.batch_tokens, settings.threads, waits=measurement.waits

@@ -195,10 +195,7 @@ class Recorder:
             "prefix_gap": self.prefix_gap,
         }
         if self.stats == "all":
-            kept |= {
-                "unread_gap_N": self.unread_gap_N,
-                "unread_prefix_gap": self.unread_prefix_gap,
-            }
+            kept |= {"unread_gap_N": self.unread_gap_N, "unread_prefix_gap": self.unread_prefix_gap}
             kept |= self._token_sums()
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 

@@ -93,10 +93,7 @@ class LayerStatistics:
 
 
 def layers_of(
-    blocks: Sequence[BlockInfo],
-    alpha_NLE: Array,
-    chosen_NLK: Array,
-    is_correct_N: Array,
+    blocks: Sequence[BlockInfo], alpha_NLE: Array, chosen_NLK: Array, is_correct_N: Array
 ) -> list[LayerStatistics]:
     """The statistics of any questions, without sums over gate weights and tokens."""
     return [

@@ -180,11 +180,7 @@ class Profile:
 
     @cached_property
     def layers(self) -> list[LayerStatistics]:
-        """Every MoE block's statistics, in layer order.
-
-        Raises:
-            ProfileError: unfinished, damaged, or only answers were kept.
-        """
+        """Every MoE block's statistics, in layer order."""
         blocks, is_correct_N = self.info.model.blocks, self.answers.is_correct_N
         alpha_NLE, chosen_NLK = self.array("alpha_NLE"), self.array("chosen_NLK")
         weight_NLK = self.array("weight_NLK").astype(np.float64)
@@ -310,11 +306,7 @@ class ProfilePart(Profile):
 
     @cached_property
     def chunks(self) -> list[Arrays]:
-        """All chunks in order with the remaining questions; empty ones are left out.
-
-        Raises:
-            ProfileError: one is missing or damaged.
-        """
+        """All chunks in order with the remaining questions; empty ones are left out."""
         named = zip(self.info.chunks(), self.whole.chunks, strict=True)
         parts = (self._part(chunk, subject) for (_, subject, _), chunk in named)
         return [part for part in parts if len(part["row_N"])]

@@ -129,7 +129,6 @@ class SharedFolder:
     """A profile folder that this and other processes fill, each in its context.
 
     Raises:
-        ProfileError: the folder holds a profile of another model, quiz or setting.
         OutputError: the folder holds something else, or cannot be written.
     """
 
