@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -54,12 +53,7 @@ class Claims:
         self._heart.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for name in list(self._held):
             self.release(name)
         self._is_over.set()
@@ -121,18 +115,20 @@ class Claims:
 
     def clear(self) -> None:
         """Removes all claims and temporary files, when everything is done."""
-        with suppress(FileNotFoundError):
-            for path in self.folder.iterdir():
-                if path.suffix == ".tmp" or path.suffix[1:].isdigit():
-                    path.unlink(missing_ok=True)
+        for path in self._files():
+            if path.suffix == ".tmp" or path.suffix[1:].isdigit():
+                path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        try:
+            return list(self.folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def _claims(self, name: str) -> list[Path]:
         """The claims of one name in order; the last one counts."""
-        try:
-            found = [path for path in self.folder.iterdir() if path.stem == name]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted((path for path in found if path.suffix[1:].isdigit()), key=_number)
+        own = [p for p in self._files() if p.stem == name and p.suffix[1:].isdigit()]
+        return sorted(own, key=_number)
 
     def _is_alive(self, claim: Path) -> bool:
         """Whether the holder is alive, as far as this process knows.
@@ -165,12 +161,8 @@ def _number(claim: Path) -> int:
 
 def _here() -> dict[str, Any]:
     """An identity of this process across hosts, containers and reused pids."""
-    return {
-        "host": platform.node(),
-        "kernel": _kernel(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-    }
+    pid = os.getpid()
+    return {"host": platform.node(), "kernel": _kernel(), "pid": pid, "started": _started(pid)}
 
 
 def _started(pid: int) -> float:
@@ -217,28 +209,24 @@ def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[Non
 
     The lock of a killed run does not block: at once on the same host, after some seconds on
     another. Folders that were created and stay empty are removed.
+
+    Raises:
+        OutputError: another run holds the lock.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        with _claimed(folder, what, timing):
+        with Claims(folder / CLAIMS, timing) as claims:
+            end = time.monotonic() + claims.timing.dead_after_s + 2 * claims.timing.beat_s
+            while not claims.take(what):
+                holder, is_here = claims.holder(what)
+                if is_here or time.monotonic() > end:
+                    raise OutputError(
+                        f"{folder}: another run is at work there ({holder}): wait until it has "
+                        "ended, or name another --out"
+                    )
+                time.sleep(_POLL_S)
             yield
     finally:
         with suppress(OSError):  # not empty
             for place in made:
                 place.rmdir()
-
-
-@contextmanager
-def _claimed(folder: Path, what: str, timing: Timing | None) -> Iterator[None]:
-    with Claims(folder / CLAIMS, timing) as claims:
-        patience_s = claims.timing.dead_after_s + 2 * claims.timing.beat_s
-        end = time.monotonic() + patience_s
-        while not claims.take(what):
-            holder, is_here = claims.holder(what)
-            if is_here or time.monotonic() > end:
-                raise OutputError(
-                    f"{folder}: another run is at work there ({holder}): wait until it has ended, "
-                    "or name another --out"
-                )
-            time.sleep(_POLL_S)
-        yield

@@ -38,23 +38,18 @@ def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
     Raises:
         ModelError: naming the first layer with a non-finite value.
     """
-    bad = {name: layers for name, array in arrays.items() if (layers := _bad_layers(name, array))}
-    if not bad:
-        return
-    name = min(bad, key=lambda name: min(bad[name]))
-    layer = min(bad[name])
-    raise ModelError(
-        f"{moe.source.id} computes what is no finite number for tokens of {subject}: {name} of "
-        f"layer {layer} ({moe.blocks[layer].name}): {advice(moe)}"
-    )
-
-
-def _bad_layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
-    """The layers of an array that hold NaN or infinity; its name ends in its axes."""
-    axes = name.rpartition("_")[2]
-    if "L" not in axes or array.dtype.kind != "f" or np.isfinite(array).all():
-        return []
-    return [int(layer) for layer in np.argwhere(~np.isfinite(array))[:, axes.index("L")]]
+    bad = []
+    for name, array in arrays.items():
+        axes = name.rpartition("_")[2]
+        if "L" in axes and array.dtype.kind == "f" and not np.isfinite(array).all():
+            layers = np.argwhere(~np.isfinite(array))[:, axes.index("L")]
+            bad.append((int(layers.min()), name))
+    if bad:
+        layer, name = min(bad, key=lambda pair: pair[0])
+        raise ModelError(
+            f"{moe.source.id} computes what is no finite number for tokens of {subject}: {name} of "
+            f"layer {layer} ({moe.blocks[layer].name}): {advice(moe)}"
+        )
 
 
 class Recorder:
@@ -75,16 +70,14 @@ class Recorder:
         self.stats = stats
         n_layers, top_k = len(blocks), blocks[0].top_k
         n_experts = max(block.n_experts for block in blocks)
-        device = runs_on(blocks[0].router)
-        self.tokens = TokenSums(n_layers, n_experts, device, _factors(blocks))
+        self.device = device = runs_on(blocks[0].router)
+        self.tokens = TokenSums(blocks, n_experts, device)
         self.in_calibration_N: Tensor | None = None
         if in_calibration is not None and stats == "all":
             self.in_calibration_N = torch.tensor(in_calibration, device=device)
         self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
-        self.chosen_NLK = torch.zeros(
-            n_questions, n_layers, top_k, dtype=torch.int16, device=device
-        )
         self.weight_NLK = torch.zeros(n_questions, n_layers, top_k, device=device)
+        self.chosen_NLK = torch.zeros_like(self.weight_NLK, dtype=torch.int16)
         self.gap_N = torch.full((n_questions,), torch.inf, device=device)
         self.prefix_gap = torch.full((1,), torch.inf, device=device)
         # Separate for the last block's other tokens, which no answer depends on.
@@ -95,19 +88,21 @@ class Recorder:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hooks the routers, and for all-token sums the experts."""
+        tokens = self.tokens
         with ExitStack() as stack:
             if self.stats != "none":
                 stack.enter_context(observe_routers(self.blocks, self._route))
             if self.stats == "all":
-                stack.enter_context(observe_residuals(self.blocks, self.tokens.read))
-                stack.enter_context(
-                    observe_experts(self.blocks, self._expert, self.tokens.combined)
+                stack.enter_context(observe_residuals(self.blocks, tokens.read))
+                experts = observe_experts(
+                    self.blocks, lambda call: tokens.expert(call, self.valid_T), tokens.combined
                 )
+                stack.enter_context(experts)
             yield
 
     def begin(self, step: Pass) -> None:
         """Called before each forward pass."""
-        device = self.alpha_NLE.device
+        device = self.device
         self.questions_N = torch.tensor(step.questions, dtype=torch.long, device=device)
         self.answers_N: Tensor | None = step.answers_N.to(device)
         self.question_T = step.question_T.to(device)
@@ -127,7 +122,7 @@ class Recorder:
         """Continues the pass with these of its tokens only."""
         if self.stats == "none":
             return
-        rows_M = rows_M.to(self.alpha_NLE.device)
+        rows_M = rows_M.to(self.device)
         if is_read:  # the answers; the others follow
             self.all_T = self.question_T, self.valid_T
             self.answers_N = torch.arange(len(rows_M), device=rows_M.device)
@@ -147,21 +142,28 @@ class Recorder:
 
     def _added(self) -> list[Tensor]:
         """The tensors that a pass adds to."""
-        if self.stats == "none":
-            return []
-        gaps = [self.gap_N, self.unread_gap_N]
-        sums = self.tokens
-        added = [sums.sums, sums.largest, sums.calibration, sums.calibration_largest]
-        return [*added, *gaps] if self.stats == "all" else gaps
+        gaps, sums = [self.gap_N, self.unread_gap_N], self.tokens
+        if self.stats != "all":
+            return gaps if self.stats == "answer" else []
+        return [sums.sums, sums.largest, sums.calibration, sums.calibration_largest, *gaps]
 
     def _route(self, routing: Routing) -> None:
         if not len(routing.logits_TE):
             return
-        routing = _on(routing, self.alpha_NLE.device)
+        fields: dict[str, Any] = vars(routing)
+        moved = {k: v.to(self.device) for k, v in fields.items() if k != "layer"}
+        routing = replace(routing, **moved)
         block = self.blocks[routing.layer]
         alpha_TE = block.alpha(routing.logits_TE)
         score_TE = block.selection_scores(routing.logits_TE, alpha_TE)
-        self._note_gaps(block.selection_gap(score_TE, routing.experts_TK))
+        gap_T = block.selection_gap(score_TE, routing.experts_TK)  # to another choice of experts
+        if self.valid_T is not None:
+            gap_T = gap_T.where(self.valid_T, torch.inf)
+        gap_N, prefix_gap = self.gaps
+        if self.is_prefix:
+            prefix_gap.copy_(torch.minimum(prefix_gap, gap_T.min()))
+        else:
+            gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
         if self.answers_N is not None:
             at = (self.questions_N, routing.layer)
             self.alpha_NLE[(*at, slice(block.n_experts))] = alpha_TE[self.answers_N]
@@ -170,74 +172,35 @@ class Recorder:
         if self.stats == "all":
             self.tokens.route(routing, self.valid_T)
 
-    def _expert(self, call: ExpertCall) -> None:
-        self.tokens.expert(call, self.valid_T)
-
-    def _note_gaps(self, gap_T: Tensor) -> None:
-        """Keeps the smallest distance to another choice of experts, of prefix and questions."""
-        if self.valid_T is not None:
-            gap_T = gap_T.where(self.valid_T, torch.inf)
-        gap_N, prefix_gap = self.gaps
-        if PARTS[self.tokens.part] == "prefix":
-            prefix_gap.copy_(torch.minimum(prefix_gap, gap_T.min()))
-        else:
-            gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
-
     def arrays(self) -> Arrays:
         """The arrays of the chunk by their names on disk."""
         if self.stats == "none":
             return {}
-        kept = {
-            "alpha_NLE": self.alpha_NLE,
-            "chosen_NLK": self.chosen_NLK,
-            "weight_NLK": self.weight_NLK,
-            "gap_N": self.gap_N,
-            "prefix_gap": self.prefix_gap,
-        }
+        names = ["alpha_NLE", "chosen_NLK", "weight_NLK", "gap_N", "prefix_gap"]
         if self.stats == "all":
-            kept |= {"unread_gap_N": self.unread_gap_N, "unread_prefix_gap": self.unread_prefix_gap}
+            names += ["unread_gap_N", "unread_prefix_gap"]
+        kept: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        if self.stats == "all":
             kept |= self._token_sums()
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
     def _token_sums(self) -> dict[str, Tensor]:
-        left_out = set()
+        tokens, left_out = self.tokens, set()
         if any(block.residual is None for block in self.blocks):
             left_out.add(RESIDUAL)
-        if not self.tokens.is_in_width:
+        if not tokens.is_in_width:
             left_out |= {INPUT, RESIDUAL}
+        parts = [(part, tokens.sums[:, p], tokens.largest[p]) for p, part in enumerate(PARTS)]
         kept = {}
-        for p, part in enumerate(PARTS):
-            for s, name in enumerate(NAMES):
-                if name not in left_out:
-                    kept[f"{part}_{name}_LE"] = self.tokens.sums[s, p]
-            kept[f"{part}_largest_LE"] = self.tokens.largest[p]
         if self.in_calibration_N is not None:
-            names = [n for n in NAMES if n not in left_out]
-            kept |= {f"calibration_{n}_LE": self.tokens.calibration[NAMES.index(n)] for n in names}
-            kept["calibration_largest_LE"] = self.tokens.calibration_largest
+            parts.append(("calibration", tokens.calibration, tokens.calibration_largest))
             kept["calibration_N"] = self.in_calibration_N.to(torch.uint8)
+        for part, sums, largest in parts:
+            for name, sum_LE in zip(NAMES, sums, strict=True):
+                if name not in left_out:
+                    kept[f"{part}_{name}_LE"] = sum_LE
+            kept[f"{part}_largest_LE"] = largest
         return kept
-
-
-def _factors(blocks: Sequence[MoeBlock]) -> dict[int, tuple[float, float]]:
-    """The factors of the experts' sum by layer, relative to the block's input and the stream.
-
-    A block that norms the sum has factor 1: the sum before the norm counts.
-    """
-    return {
-        b.layer: (
-            1.0 if b.output_factor is None else b.output_factor,
-            0.0 if b.residual is None else b.residual.factor,
-        )
-        for b in blocks
-    }
-
-
-def _on(routing: Routing, device: torch.device) -> Routing:
-    moved: dict[str, Any] = {
-        k: v.to(device) for k, v in vars(routing).items() if isinstance(v, torch.Tensor)
-    }
-    return replace(routing, **moved)
 
 
 def borda_points(weighted_TE: Tensor, experts_TK: Tensor) -> Tensor:
@@ -297,25 +260,18 @@ class _Layer:
 class TokenSums:
     """Sums over tokens and the largest value of each expert, separate for shared prefix and rest.
 
-    `factors`, by layer: of the experts' sum relative to the block's input and to the residual
-    stream. Sums without a known stream stay 0. `is_in_width` becomes false if experts have another
+    Sums without a known residual stream stay 0. `is_in_width` becomes false if experts have another
     width than the block's input.
     """
 
-    def __init__(
-        self,
-        n_layers: int,
-        n_experts: int,
-        device: torch.device,
-        factors: dict[int, tuple[float, float]],
-    ) -> None:
-        shape = (len(NAMES), len(PARTS), n_layers, n_experts)
+    def __init__(self, blocks: Sequence[MoeBlock], n_experts: int, device: torch.device) -> None:
+        shape = (len(NAMES), len(PARTS), len(blocks), n_experts)
+        self.blocks = blocks
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
         # Over the questions' own tokens, but for the questions that are held out.
         self.calibration = torch.zeros_like(self.sums[:, 0])
         self.calibration_largest = torch.zeros_like(self.largest[0])
-        self.factors = factors
         self.is_in_width = True
 
     def begin(self, part: int) -> None:
@@ -393,13 +349,16 @@ class TokenSums:
         if output_TD.shape != routing.input_TD.shape:
             self.is_in_width = False
             return
-        by_input, by_stream = self.factors[layer]
-        input_T = shift(routing.input_TD, output_TD, by_input)
+        block = self.blocks[layer]
+        # A block that norms the experts' sum has factor 1: the sum before the norm counts.
+        factor = 1.0 if block.output_factor is None else block.output_factor
+        input_T = shift(routing.input_TD, output_TD, factor)
         self._add(INPUT, layer, weighted_TE * input_T.to(weighted_TE)[:, None])
         if self.stream is not None and self.stream[0] == layer:
             x_TD = self.stream[1]
             x_TD = x_TD if self.rows_M is None else x_TD[self.rows_M.to(x_TD.device)]
-            residual_T = shift(x_TD, output_TD, by_stream)
+            factor = 0.0 if block.residual is None else block.residual.factor
+            residual_T = shift(x_TD, output_TD, factor)
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
     def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:
