@@ -438,14 +438,11 @@ def validate_edits(
             f"the plan names {len(edits)} blocks, the model has {len(blocks)}: "
             f"list {blocks[0].name} … {blocks[-1].name} in order"
         )
-    rules = LAYOUTS[layout]
     for block in blocks:
-        _check_hashed(block, edits[block.name])
-        _check_block(block, edits[block.name], rules.least_experts(block))
-    if not rules.needs_equal_counts:
+        if fault := next(_faults(block, edits[block.name], layout), None):
+            raise PlanError(fault)
+    if not LAYOUTS[layout].needs_equal_counts:
         return
-    for block in blocks:
-        _check_groups(block, edits[block.name])
     counts = {len(edit.keep) for edit in edits.values()}
     if len(counts) > 1 or len({block.experts for block in blocks}) > 1:
         raise PlanError(
@@ -471,47 +468,35 @@ def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> Non
             )
 
 
-def _check_hashed(block: BlockInfo, edit: BlockEdit) -> None:
-    if not block.is_hashed:
-        return
-    if len(edit.keep) < block.experts or edit.merged:
-        raise PlanError(
-            f"{block.name} chooses its experts by a table of token ids, so all {block.experts} "
-            "must stay, and one count holds for all layers of this family: it cannot be cut"
+def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
+    name, n, n_kept = block.name, block.experts, len(edit.keep)
+    hashed = f"{name} chooses its experts by a table of token ids, so"
+    if block.is_hashed and (n_kept < n or edit.merged):
+        yield (
+            f"{hashed} all {n} must stay, and one count holds for all layers of this family: "
+            "it cannot be cut"
         )
-    if edit.bias:
-        raise PlanError(
-            f"{block.name} chooses its experts by a table of token ids, so a bias changes no "
-            "choice there: take an expert of another layer, or --scale"
+    if block.is_hashed and edit.bias:
+        yield (
+            f"{hashed} a bias changes no choice there: take an expert of another layer, or --scale"
         )
-
-
-def _check_block(block: BlockInfo, edit: BlockEdit, least: int) -> None:
-    name, n_kept = block.name, len(edit.keep)
-    if outside := [e for e in edit.keep if not 0 <= e < block.experts]:
-        raise PlanError(
-            f"{name} keeps expert {outside[0]} but has experts 0 to {block.experts - 1}"
-        )
-    if n_kept < least:
-        raise PlanError(
+    if outside := [e for e in edit.keep if not 0 <= e < n]:
+        yield f"{name} keeps expert {outside[0]} but has experts 0 to {n - 1}"
+    if n_kept < (least := LAYOUTS[layout].least_experts(block)):
+        yield (
             f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
             f"keep at least {least}"
         )
     if unknown := {*edit.bias, *edit.scale} - set(edit.keep):
-        raise PlanError(f"{name}: expert {min(unknown)} has a bias or scale but is not kept")
-
-
-def _check_groups(block: BlockInfo, edit: BlockEdit) -> None:
-    if block.groups == 1 or len(edit.keep) == block.experts:
-        return
-    size = block.experts // block.groups
-    per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
-    least = least_per_group(block)
-    if len(set(per_group)) > 1 or per_group[0] < least:
-        raise PlanError(
-            f"{block.name} routes in {block.groups} groups and keeps {per_group} of them: "
-            f"keep equally many in each, at least {least}"
-        )
+        yield f"{name}: expert {min(unknown)} has a bias or scale but is not kept"
+    if LAYOUTS[layout].needs_equal_counts and block.groups > 1 and n_kept < n:
+        size, least = n // block.groups, least_per_group(block)
+        per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
+        if len(set(per_group)) > 1 or per_group[0] < least:
+            yield (
+                f"{name} routes in {block.groups} groups and keeps {per_group} of them: "
+                f"keep equally many in each, at least {least}"
+            )
 
 
 def least_per_group(block: BlockInfo) -> int:

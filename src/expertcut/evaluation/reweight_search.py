@@ -15,8 +15,10 @@ from expertcut.data import Quiz
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import EditPlan, ExpertIds, Point, expert_ids
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
-from expertcut.edits.reweight_tune import Procedure, RouterEdit, Settled
 from expertcut.edits.router_edits import (
+    Procedure,
+    RouterEdit,
+    Settled,
     check_place,
     check_settings,
     procedure_name,
