@@ -127,8 +127,7 @@ def fit_directions(
 ) -> dict[int, Tensor]:
     """V (D,) float64 per layer, fitted on the distinct tokens of at most 512 questions.
 
-    Raises:
-        ContractError: a router whose logits are more than its gate matrix times its input.
+    Raises ContractError: a router whose logits are more than its gate matrix times its input.
     """
     for block in engine.moe.blocks:
         if block.layer in layers and not block.is_linear:

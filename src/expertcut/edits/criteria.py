@@ -103,11 +103,7 @@ def _aliases() -> dict[str, str]:
 
 
 def criterion_name(text: str) -> str:
-    """The registered name for a name or an alias.
-
-    Raises:
-        SettingsError: there is no such criterion.
-    """
+    """The registered name for a name or an alias; SettingsError for any other."""
     names = {name: name for name in CRITERIA} | _aliases()
     if text in names:
         return names[text]
@@ -261,11 +257,7 @@ def random(n_experts: int, layer: int, seed: int) -> Array:
 
 
 def all_tokens(layer: LayerStatistics) -> OverTokens:
-    """The sums over every token, shots included.
-
-    Raises:
-        ProfileError: the profile was made with --stats answer.
-    """
+    """The sums over every token, shots included; ProfileError with --stats answer."""
     if layer.over_tokens is None:
         raise ProfileError(
             "the profile holds no all-token statistics (--stats answer): profile with --stats all"
@@ -285,11 +277,7 @@ def _held(sum_E: Array | None, name: str) -> Array:
 def scores(
     profile: Profile, by: str, positions: Positions, engine: Engine | None = None, seed: int = 0
 ) -> list[Array]:
-    """One score (E,) per MoE block in layer order, higher is kept.
-
-    Raises:
-        SettingsError: the criterion needs the model, and no engine is given.
-    """
+    """One score (E,) per MoE block in layer order, higher is kept; some need the engine."""
     chosen, blocks = CRITERIA[by], profile.info.model.blocks
     if chosen.needs == "nothing":
         return [chosen.function(block.experts, layer, seed) for layer, block in enumerate(blocks)]
@@ -333,11 +321,7 @@ def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> l
 
 
 def positions_of(by: str, wanted: Positions | None) -> Positions:
-    """The positions that a criterion looks at: `wanted`, or its default.
-
-    Raises:
-        SettingsError: `wanted` contradicts the criterion's definition.
-    """
+    """The positions that a criterion looks at: `wanted`, if it has a choice, or its default."""
     chosen = CRITERIA[by]
     default = chosen.default_positions
     if wanted is None or wanted == default or wanted in chosen.positions:
@@ -378,10 +362,7 @@ class Compared:
         }
 
     def correlations(self, a: str, b: str) -> list[float]:
-        """Spearman's rank correlation of two criteria's scores in each layer.
-
-        NaN where a criterion tells no expert from another.
-        """
+        """Spearman's rank correlation of two criteria's scores by layer, NaN if one is constant."""
         return [spearman(x, y) for x, y in zip(self.scores[a], self.scores[b], strict=True)]
 
     def agreement(self, a: str, b: str) -> float:

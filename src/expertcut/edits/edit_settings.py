@@ -180,11 +180,7 @@ class CutSettings(Settings):
 
 
 def read_size(text: str) -> int:
-    """`4GB`, `500MB`, `3.5GiB` or a number of bytes as bytes.
-
-    Raises:
-        SettingsError: not of that form.
-    """
+    """`4GB`, `500MB`, `3.5GiB` or a number of bytes as bytes; SettingsError for other forms."""
     found = _SIZE.fullmatch(text.strip())
     power = " kmgt".index(((found and found["prefix"]) or " ").lower())
     unit = 1024 if found and found["binary"] else 1000

@@ -124,10 +124,7 @@ def m_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
 
 
 def hc_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
-    """Agglomerative clusters of mean outputs by Euclidean distance, average linkage.
-
-    arXiv:2410.08589, §3.
-    """
+    """Clusters of mean outputs by Euclidean distance, average linkage. arXiv:2410.08589, §3."""
     assert evidence.outputs_ED is not None
     clusters = {number: [expert] for number, expert in enumerate(experts)}
     if n_groups < len(experts):
@@ -190,11 +187,7 @@ def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str)
 
 
 def token_counts(profile: Profile) -> Array:
-    """Tokens routed to each expert, shots included, (L, E).
-
-    Raises:
-        ProfileError: the profile was made with --stats answer.
-    """
+    """Tokens routed to each expert, shots included, (L, E); ProfileError with --stats answer."""
     tokens_LE = profile.token_sum("tokens")
     if tokens_LE is None:
         raise ProfileError(
@@ -315,8 +308,7 @@ def merged_rows(
 ) -> dict[int, Rows]:
     """The rows of each layer with merged experts, fitted on at most 512 questions.
 
-    Raises:
-        ContractError: logits are not linear, and the row is not the dominant member's.
+    Raises ContractError: logits are not linear, and the row is not the dominant member's.
     """
     blocks = {b.layer: b for b in engine.moe.blocks if edits[b.name].merged}
     merged = {layer: edits[block.name].merged or {} for layer, block in blocks.items()}
@@ -378,7 +370,6 @@ def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Mapping[int,
 
 
 def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
-    """The logit (T,) of the member with the best score, selection bias included."""
     own_TM, selection_E = logits_TE[:, experts], block.selection_bias()
     score_TM = own_TM if block.selection == "logits" else SCORES[block.scoring](own_TM)
     if selection_E is not None:

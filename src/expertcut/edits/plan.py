@@ -245,13 +245,7 @@ def lineage(
 
 
 def load_hashes(folder: Path, plan: PlanFile) -> frozenset[str]:
-    """The questions that a plan was chosen or fitted on: lines of content hash and overlap hash.
-
-    Older files lack the overlap hash.
-
-    Raises:
-        PlanError: the list is missing or belongs to another plan.
-    """
+    """The questions that a plan was chosen or fitted on: lines of content and overlap hash."""
     file = folder / QUESTIONS_FILE
     try:
         content = read_file(file)
@@ -319,11 +313,7 @@ class ExpertIds:
 
 @once_per_profile
 def expert_ids(profile: Profile) -> ExpertIds:
-    """The ids in the profiled checkpoint's plan; a model without a plan was never cut.
-
-    Raises:
-        PlanError: the plan belongs to another checkpoint.
-    """
+    """The ids in the profiled checkpoint's plan; a model without a plan was never cut."""
     found = _plan_of(profile)
     if found is None:
         return ExpertIds()
@@ -350,11 +340,7 @@ def expert_ids(profile: Profile) -> ExpertIds:
 def find_expert(
     blocks: Sequence[tuple[str, int]], layer: int, expert: int, numbers: ExpertIds
 ) -> tuple[int, int]:
-    """The layer and router row of an expert id; blocks are names and expert counts.
-
-    Raises:
-        PlanError: no such layer or expert.
-    """
+    """The layer and router row of an expert id, or PlanError; blocks are names and counts."""
     if layer >= len(blocks):
         raise PlanError(
             f"no layer {layer}: the model has MoE layers 0 to {len(blocks) - 1} "
@@ -394,9 +380,7 @@ def model_folder(profile: Profile) -> Path | None:
 
     A folder with a plan, or one that an older profile names by a relative path, must hold the
     profiled weights; other folders are checked where they are read.
-
-    Raises:
-        ProfileError: the folder is missing.
+    Raises ProfileError: the folder is missing.
     """
     model = profile.info.model
     if model.revision is not None:
@@ -416,7 +400,6 @@ def model_folder(profile: Profile) -> Path | None:
 
 @once_per_profile
 def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
-    """The plan in a checkpoint's folder, or in the hub's cache."""
     folder, model = model_folder(profile), profile.info.model
     if folder is None:
         from huggingface_hub import try_to_load_from_cache

@@ -90,11 +90,7 @@ def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
 
 
 def stored_selection(model: ModelInfo, layer: int) -> Array | None:
-    """The selection bias (E,) of a profiled model's layer, read from its checkpoint.
-
-    Raises:
-        PlanError: the profile has a selection bias that no single tensor holds.
-    """
+    """The selection bias (E,) of a profiled model's layer, read from its checkpoint."""
     block = model.blocks[layer]
     is_unknown = block.selection_bias is None and block.scoring != "softmax"
     if not block.selection_bias and not is_unknown:
@@ -162,11 +158,7 @@ class QuestionOutcomes:
 
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
-        """A profile's records of the questions of a quiz.
-
-        Raises:
-            ProfileError: the profile lacks one of them.
-        """
+        """A profile's records of the questions of a quiz; ProfileError if it lacks one."""
         asked = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
         place = {name: n for n, name in enumerate(asked)}
         try:
@@ -349,11 +341,7 @@ TOKEN_SCORES = {
 
 
 def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
-    """A score of `TOKEN_SCORES` (X,), NaN where no token chose the expert.
-
-    Raises:
-        ProfileError: the profile was made with --stats answer.
-    """
+    """A score of `TOKEN_SCORES` (X,), NaN where no token chose the expert."""
     total_LE, per_LE = (profile.token_sum(name) if name else None for name in TOKEN_SCORES[by])
     if total_LE is None:
         raise ProfileError(
@@ -381,11 +369,7 @@ class Contrast:
         return np.asarray(rates[0] - rates[1])
 
     def less(self, hashes: Collection[str]) -> "Contrast":
-        """Without the questions of these overlap hashes.
-
-        Raises:
-            SettingsError: no question is left of a side.
-        """
+        """Without the questions of these overlap hashes; SettingsError if a side has no other."""
         sides = (self.wanted.less(hashes), self.unwanted.less(hashes))
         if not all(map(len, sides)):
             raise SettingsError(

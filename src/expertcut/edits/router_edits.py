@@ -1,7 +1,4 @@
-"""Reweighting: experts named or chosen, the strength of their biases, and the plan.
-
-A strength is given, the admission gap, or searched on the tuning questions.
-"""
+"""Reweighting: experts named or chosen, the strength of their biases, and the plan."""
 
 import math
 import re
@@ -246,11 +243,7 @@ class Target:
 
 
 def parse_target(expression: str, what: str = "bias") -> Target:
-    """`12` (last layer), `3:12` (layer 3), either with `=0.25`: a finite number that tilts.
-
-    Raises:
-        SettingsError: another form, or a strength that is not a number.
-    """
+    """`12` (last layer) or `3:12` (layer 3), either with a finite `=0.25`; or SettingsError."""
     match = _EXPRESSION.fullmatch(expression.strip())
     if match is None:
         raise SettingsError(
@@ -270,72 +263,40 @@ def parse_target(expression: str, what: str = "bias") -> Target:
 
 def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[RouterEdit]:
     """Biases for all targets; the default strength is the admission gap."""
-    return [_tilt(profile, *found) for found in _named(profile, boost, suppress)]
-
-
-def _named(
-    profile: Profile, boost: Sequence[str], suppress: Sequence[str]
-) -> list[tuple[LayerStatistics, SelectedExpert, Target]]:
-    """Layer, router row with sign, and target of each expression."""
-    found = [(+1, *each) for each in _targets(profile, boost)]
-    found += [(-1, *each) for each in _targets(profile, suppress)]
-    _check_once([(layer, target) for _, layer, _, target in found])
-    for sign, layer, _, target in found:
-        if sign > 0 and (target.strength or 0) < 0:
-            name = f"{layer.layer}:{target.expert}={target.strength:g}"
-            raise PlanError(f"--boost {name}: use --suppress")
-    return [
-        (layer, SelectedExpert(layer.layer, row, sign), target)
-        for sign, layer, row, target in found
-    ]
+    return [_tilt(profile, *found) for found in _targets(profile, boost, suppress)]
 
 
 def _targets(
-    profile: Profile, expressions: Sequence[str], what: str = "bias"
-) -> list[tuple[LayerStatistics, int, Target]]:
+    profile: Profile, boost: Sequence[str], suppress: Sequence[str] = (), what: str = "bias"
+) -> list[tuple[LayerStatistics, SelectedExpert, Target]]:
     """Layer (default: the last), router row and target of each expression."""
     numbers, layers = expert_ids(profile), profile.layers
-    blocks, found = [(layer.block, layer.n_experts) for layer in layers], []
-    for target in (parse_target(text, what) for text in expressions):
+    blocks = [(layer.block, layer.n_experts) for layer in layers]
+    found: dict[str, tuple[LayerStatistics, SelectedExpert, Target]] = {}
+    for sign, text in [*((+1, text) for text in boost), *((-1, text) for text in suppress)]:
+        target = parse_target(text, what)
         index = len(layers) - 1 if target.layer is None else target.layer
         index, row = find_expert(blocks, index, target.expert, numbers)
-        found.append((layers[index], row, target))
-    return found
-
-
-def _check_once(found: Sequence[tuple[LayerStatistics, Target]]) -> None:
-    names = [f"{layer.layer}:{target.expert}" for layer, target in found]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise PlanError(f"expert {repeated[0]} is named twice: name it once")
-
-
-def tilts_of(
-    profile: Profile, shifts: Sequence[RouterEdit], origins: Sequence[str]
-) -> list[RouterEdit]:
-    """Biases with the names of their blocks, and their origins."""
-    blocks = profile.info.model.blocks
-    return [
-        s._replace(block=blocks[s.layer].name, origin=origin)
-        for s, origin in zip(shifts, origins, strict=True)
-    ]
+        name = f"{index}:{target.expert}"
+        if name in found:
+            raise PlanError(f"expert {name} is named twice: name it once")
+        if what == "bias" and sign > 0 and (target.strength or 0) < 0:
+            raise PlanError(f"--boost {name}={target.strength:g}: use --suppress")
+        found[name] = (layers[index], SelectedExpert(index, row, sign), target)
+    return list(found.values())
 
 
 def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
-    """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 silences an expert.
-
-    Raises:
-        SettingsError: a factor that is missing, negative or 1.
-    """
+    """Factors for all targets, `12=1.5` or `3:12=1.5`, not 1; 0 silences an expert."""
     found = []
-    targets = _targets(profile, expressions, "factor")
-    for text, (layer, row, target) in zip(expressions, targets, strict=True):
+    for layer, pick, target in _targets(profile, expressions, what="factor"):
         factor = target.strength
         if factor is None or factor < 0 or factor == 1:
+            text = expressions[len(found)]
             raise SettingsError(
                 f"--scale {text} must give a factor, 0 or above and not 1: as in 3:12=1.5"
             )
-        found.append(RouterEdit(layer.layer, row, scale=factor, block=layer.block))
-    _check_once([(layer, target) for layer, _, target in targets])
+        found.append(RouterEdit(pick.layer, pick.expert, scale=factor, block=layer.block))
     return found
 
 
@@ -369,11 +330,7 @@ def reweight_draft(
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """A plan that keeps every expert, with biases and factors.
-
-    Raises:
-        SettingsError: no expert is named, or the layout cannot hold `apply_at`.
-    """
+    """A plan that keeps every expert, with biases and factors; SettingsError without any."""
     if not found and not scaled:
         raise SettingsError(
             "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
@@ -445,15 +402,11 @@ def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
 
 
 def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
-    """The way of choosing experts and strengths that the settings say.
-
-    Raises:
-        SettingsError: an option that does not go with the others.
-    """
+    """The way of choosing experts and strengths that the settings say."""
     check_settings(settings)
     picks = tuple(
         (pick, None if target.strength is None else abs(target.strength))
-        for _, pick, target in _named(profile, settings.boost or [], settings.suppress or [])
+        for _, pick, target in _targets(profile, settings.boost or [], settings.suppress or [])
     )
     if settings.tune and any(strength for _, strength in picks):
         raise SettingsError("--tune searches for the strength: leave the number out")
@@ -507,11 +460,7 @@ def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Proc
 
 
 def read_layers(text: str | None) -> tuple[int, ...]:
-    """`0,3,8-15` as numbers.
-
-    Raises:
-        SettingsError: another form.
-    """
+    """`0,3,8-15` as numbers. Raises SettingsError: another form."""
     found: list[int] = []
     for part in text.split(",") if text is not None else ():
         first, _, last = part.strip().partition("-")

@@ -70,11 +70,7 @@ class Protection:
 
 
 def expressions_of(asked: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
-    """What --protect asks for; `is_super` says whether super experts are protected unasked.
-
-    Raises:
-        SettingsError: none and super.
-    """
+    """What --protect asks for; `is_super` says whether super experts are protected unasked."""
     if "none" not in asked:
         return tuple(dict.fromkeys([*([SUPER] if is_super else []), *asked]))
     if SUPER in asked:
@@ -83,11 +79,7 @@ def expressions_of(asked: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
 
 
 def protection(profile: Profile, expressions: Sequence[str]) -> Protection:
-    """What `super` and `L:E` (expert E of layer L) protect.
-
-    Raises:
-        SettingsError: neither of the two.
-    """
+    """What `super` and `L:E` (expert E of layer L) protect; SettingsError for other expressions."""
     blocks = [(b.name, b.experts) for b in profile.info.model.blocks]
     named: list[list[int]] = [[] for _ in blocks]
     for text in expressions:
@@ -107,9 +99,7 @@ def super_experts(profile: Profile) -> list[tuple[int, ...]]:
 
     An expert's largest absolute output value over all tokens is above the 99.5th percentile of all
     experts of all layers and above a tenth of the largest, in the first 75 % of the MoE layers.
-
-    Raises:
-        ProfileError: the profile was made with --stats answer.
+    Raises ProfileError: the profile was made with --stats answer.
     """
     largest = largest_values(profile)
     if largest is None:
@@ -218,11 +208,7 @@ def wanted_count(settings: CutSettings, blocks: Sequence[BlockInfo]) -> int:
 
 
 def floors(blocks: Sequence[BlockInfo], min_keep: int | None) -> list[int]:
-    """What each layer keeps at least under a global budget: top-k, and `min_keep`.
-
-    Raises:
-        PlanError: more than a layer has.
-    """
+    """What each layer keeps at least under a global budget: top-k, and `min_keep`."""
     for block in blocks:
         if (min_keep or 0) > block.experts:
             raise PlanError(
@@ -262,9 +248,7 @@ def share_out(
     """How many each layer keeps of `total`, if those with the best normalised scores stay.
 
     `orders` are best first, with those in `first` before all others; each layer keeps `least`.
-
-    Raises:
-        PlanError: more than there are, or fewer than the layers need.
+    Raises PlanError: more than there are, or fewer than the layers need.
     """
     n_experts = sum(map(len, orders))
     if not sum(least) <= total <= n_experts:
@@ -342,9 +326,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
 
     The others are filled by all-token count where the profile has it, else by mean α. What is
     protected counts as firing.
-
-    Raises:
-        SettingsError: a criterion by which it does not choose.
+    Raises SettingsError: a criterion by which it does not choose.
     """
     if settings.by != "activations":
         raise SettingsError(f"--by {settings.by} ranks what --keep N keeps: leave it out")

@@ -89,10 +89,7 @@ def judged_by(lines: Iterable[str], used: Iterable[str], split: str, how: str = 
 
 
 def read_judged(plan: PlanFile, folder: Path) -> Judged:
-    """The held-out questions of a plan, compared with its list of used questions.
-
-    Unknown (`used` None) without that list, or where the plan is older than recorded hashes.
-    """
+    """The held-out questions of a plan; `used` is None without a list or hashes to compare."""
     lines, split = plan.proof.held_out_hashes, plan.proof.held_out_split
     how = "" if plan.proof.held_out_used == UNUSED else plan.proof.held_out_used
     if lines:
@@ -136,10 +133,8 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosin
 
     The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
     split can be held out.
-
-    Raises:
-        QuizError: too few questions to hold any out.
-        SettingsError: another share than 0 and a fifth.
+    Raises QuizError: too few questions to hold any out; SettingsError: another share than 0 and a
+    fifth.
     """
     if held_out not in (None, 0, HELD_OUT_SHARE):
         raise SettingsError(
@@ -189,9 +184,7 @@ def questions_for(
     another split than the profile. None is left for a whole profile of the only split. Questions
     of earlier cuts are avoided if possible. `used` are hash lines of other questions that were
     read.
-
-    Raises:
-        QuizError: too few questions to hold any out.
+    Raises QuizError: too few questions to hold any out.
     """
     profiled, inherited = profiled_quiz(profile), inherited_hashes(profile) | used
 

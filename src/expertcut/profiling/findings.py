@@ -194,10 +194,7 @@ def changed_sets(profile: Profile, other: Profile) -> Array:
 
 
 def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
-    """Spearman's rank correlation, None where either is constant.
-
-    SciPy's, which differs from `stats.spearman` in the last bits that earlier profiles recorded.
-    """
+    """Spearman's rank correlation by SciPy, whose last bits are recorded; None if one is constant."""
     if margin_N is None or len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
         return None
     from scipy.stats import spearmanr  # every profile would wait for it

@@ -126,15 +126,11 @@ class Claims:
             return []
 
     def _claims(self, name: str) -> list[Path]:
-        """The claims of one name in order; the last one counts."""
         own = [p for p in self._files() if p.stem == name and p.suffix[1:].isdigit()]
         return sorted(own, key=_number)
 
     def _is_alive(self, claim: Path) -> bool:
-        """Whether the holder is alive, as far as this process knows.
-
-        Clocks of hosts differ, so a heartbeat is only compared with that of the last look.
-        """
+        # Clocks of hosts differ, so a heartbeat is only compared with that of the last look.
         try:
             with claim.open() as file:  # opening makes a network file system ask its server
                 heartbeat_ns, text = os.fstat(file.fileno()).st_mtime_ns, file.read()
@@ -184,7 +180,6 @@ def _kernel() -> str:
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether the pid of a holder is valid here."""
     return (holder["host"], holder["kernel"]) == (platform.node(), _kernel())
 
 
@@ -209,9 +204,7 @@ def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[Non
 
     The lock of a killed run does not block: at once on the same host, after some seconds on
     another. Folders that were created and stay empty are removed.
-
-    Raises:
-        OutputError: another run holds the lock.
+    Raises OutputError: another run holds the lock.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

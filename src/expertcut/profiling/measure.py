@@ -93,7 +93,6 @@ class Measurement:
                 shared.finish(time.monotonic() - started, tally.mine, tally.others)
 
     def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
-        """The arrays of a chunk, and the number of tokens run."""
         questions, stats = work.questions, self.info.settings.stats
         encoded = self.engine.encode(self.quiz, work.subject, questions)
         of_calibration = in_calibration(questions) if self.is_one_set else None
@@ -158,7 +157,6 @@ def _size(question: Question) -> int:
 
 
 def _is_one_set(quiz: Quiz) -> bool:
-    """Whether a fifth of the questions will be held out; its sums are then separate."""
     try:
         return is_one_set(quiz)
     except QuizError:  # `prune` refuses such a split
@@ -250,11 +248,7 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
 
 
 def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:
-    """The kinds of perturbations with these names.
-
-    Raises:
-        SettingsError: bf16 for a model that runs in bfloat16.
-    """
+    """The kinds of perturbations with these names; SettingsError if bf16 changes nothing."""
     if "bf16" in names and measurement.info.settings.dtype == "bfloat16":
         raise SettingsError(
             "--perturb bf16 changes nothing: the model runs in bfloat16: profile with "

@@ -33,11 +33,7 @@ NAMES = ("tokens", "weight", "norm", "weighted_norm", "votes", INPUT, RESIDUAL)
 
 
 def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
-    """Checks that all per-layer records are finite; answers do not depend on all of them.
-
-    Raises:
-        ModelError: naming the first layer with a non-finite value.
-    """
+    """Raises a ModelError that names the first layer with a record that is not finite."""
     bad = []
     for name, array in arrays.items():
         axes = name.rpartition("_")[2]
@@ -141,7 +137,6 @@ class Recorder:
             self.tokens.in_calibration_T = self.in_calibration_N[self.question_T]
 
     def _added(self) -> list[Tensor]:
-        """The tensors that a pass adds to."""
         gaps, sums = [self.gap_N, self.unread_gap_N], self.tokens
         if self.stats != "all":
             return gaps if self.stats == "answer" else []

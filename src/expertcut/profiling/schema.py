@@ -116,10 +116,7 @@ class ProfileInfo(Record):
         return self.model_copy(update={"model": self.model.model_copy(update={"id": model})})
 
     def chunk_hash(self, chunk: str, subject: str) -> str:
-        """The hash in a chunk, over its name and everything that its bytes depend on.
-
-        Without other subjects of the quiz and the path of the model.
-        """
+        """The hash in a chunk: all that its bytes depend on, no other subject and no path."""
         asked = self.quiz.subjects[subject].content_hash
         settings = self.settings.model_dump_json()
         text = "\n".join((chunk, asked, self.model.fingerprint, settings))

@@ -46,11 +46,7 @@ def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None =
 
 
 def read_chunk(path: Path, of: str = "") -> Arrays:
-    """The arrays of a chunk.
-
-    Raises:
-        ProfileError: truncated, altered, not a chunk, or of another profile.
-    """
+    """The arrays of a chunk; ProfileError if truncated, altered or of another profile."""
     arrays = _read(path, of)
     if isinstance(arrays, str):
         raise ProfileError(f"{path} is damaged ({arrays}): profile again to redo it")
@@ -126,11 +122,7 @@ class Profile:
 
     @cached_property
     def chunks(self) -> list[Arrays]:
-        """All chunks in order.
-
-        Raises:
-            ProfileError: one is missing or damaged.
-        """
+        """All chunks in order; ProfileError if one is missing or damaged."""
         parts = list(self.info.chunks())
         if self.missing:
             raise ProfileError(
@@ -147,11 +139,7 @@ class Profile:
         return found
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """A per-question array (first axis N) over all chunks.
-
-        Raises:
-            ProfileError: only answers were kept.
-        """
+        """A per-question array (first axis N) of all chunks; ProfileError if it was not kept."""
         chunks = [chunk[name] for chunk in self.chunks if name in chunk]
         if len(chunks) < len(self.chunks):
             raise ProfileError(
@@ -238,11 +226,7 @@ def once_per_profile(
 
 
 def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
-    """Loads a profile; chunks are read later.
-
-    Raises:
-        ProfileError: no profile there, or an invalid profile.json.
-    """
+    """Loads a profile, its chunks later; ProfileError without a valid profile.json."""
     file = path / "profile.json"
     if not file.exists():
         raise ProfileError(f"no profile in {path}: it has no profile.json")
@@ -251,11 +235,7 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
 
 
 def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = None) -> Profile:
-    """The profile in `root` that was finished last.
-
-    Raises:
-        ProfileError: none is finished.
-    """
+    """The profile in `root` that was finished last; ProfileError without one."""
     profiles = [load_profile(file.parent, truncate) for file in root.glob("*/profile.json")]
     finished = [(at, p) for p in profiles if (at := p.finished_at) is not None]
     if not finished:

@@ -124,11 +124,7 @@ class Turn:
 
 
 class SharedFolder:
-    """A profile folder that this and other processes fill, each in its context.
-
-    Raises:
-        OutputError: the folder holds something else, or cannot be written.
-    """
+    """A profile folder that this and other processes fill, each in its context."""
 
     def __init__(self, path: Path, info: ProfileInfo, timing: Timing | None = None) -> None:
         self.path = path
@@ -231,7 +227,6 @@ class SharedFolder:
             self.claims.release(name)
 
     def _open(self) -> None:
-        """Writes `profile.json`, or checks that the existing one is equal."""
         file = self.path / PROFILE_FILE
         while not file.is_file():
             self._refuse_something_else()
