@@ -250,16 +250,8 @@ def merge_draft(
     settings: MergeSettings, profile: Profile, edits: Mapping[str, BlockEdit]
 ) -> EditPlan:
     """The groups as a draft of layout stock, frequencies being over all tokens."""
-    return EditPlan(
-        slug=settings.slug,
-        action=settings.action,
-        criterion=settings.by,
-        positions="all",
-        edits=edits,
-        is_cut=True,
-        is_calibrated=True,
-        numbers=expert_ids(profile),
-    )
+    words, numbers = (settings.slug, settings.action, settings.by), expert_ids(profile)
+    return EditPlan(*words, "all", edits, is_cut=True, is_calibrated=True, numbers=numbers)
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def changed_sets(profile: Profile, other: Profile) -> Array:
 
 
 def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
-    """Spearman's rank correlation by SciPy, whose last bits are recorded; None if one is constant."""
+    """Spearman's rank correlation by SciPy, with its last bits; None if one is constant."""
     if margin_N is None or len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
         return None
     from scipy.stats import spearmanr  # every profile would wait for it
