@@ -33,9 +33,6 @@ PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
-_MAX_STEPS = 20
-
-
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
@@ -233,7 +230,7 @@ def lineage(
 
     `find_base` locates that folder; where it gives None the walk ends.
     """
-    for _ in range(_MAX_STEPS):
+    for _ in range(20):  # more edits than anybody makes, so a cycle ends
         plan = plan_in(folder)
         if plan is None:
             return

@@ -34,7 +34,6 @@ from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
 
 UNUSED = "were not used"
-HELD_OUT = 256
 hashes = hash_lines
 
 
@@ -174,7 +173,7 @@ def questions_for(
     *,
     is_fitting: bool,
     used: frozenset[str] = frozenset(),
-    n_held_out: int = HELD_OUT,
+    n_held_out: int = 256,
 ) -> Questions:
     """The questions of a command that works from a profile.
 

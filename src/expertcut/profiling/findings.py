@@ -131,14 +131,6 @@ def perturbed_profiles(profile: Profile) -> dict[Kind, Profile]:
     return {kind: other for kind, other in found.items() if other.finished_at is not None}
 
 
-def perturbations_json(profile: Profile, margins: list[Margin]) -> list[dict[str, Any]]:
-    """One entry per finished perturbation."""
-    return [
-        {"kind": kind, **_compared(profile, other, margins)}
-        for kind, other in perturbed_profiles(profile).items()
-    ]
-
-
 def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[str, Any]:
     if not np.array_equal(profile.array("row_N"), other.array("row_N")):
         raise ProfileError(f"{other.path} asked other questions than {profile.path}: remove it")
@@ -228,7 +220,10 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
         counts=counts,
         significance=significance(counts, is_correct_N, is_activated_NX, permutations, seed),
         places=[(layer.layer, e) for layer in layers for e in range(layer.n_experts)],
-        perturbations=perturbations_json(profile, found),
+        perturbations=[
+            {"kind": kind, **_compared(profile, other, found)}
+            for kind, other in perturbed_profiles(profile).items()
+        ],
     )
 
 
