@@ -1,14 +1,4 @@
-"""Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs.
-
-A bias direction is a vector v with v·h ≈ 1 on a router's inputs h: a gate row + b·v adds a bias b
-to its logit. v is the ridge solution (E[hhᵀ] + λI)⁻¹ E[h], rescaled to mean v·h = 1. For a bias at
-answer positions alone the target is 1 there and 0 elsewhere, both kinds of tokens with equal weight
-(why: docs/log.md).
-
-Without the removed experts the softmax's denominator shrinks, so gate weights grow by
-1 / (1 − Σ removed α). The factor that undoes this for a kept expert is the mean of 1 − Σ removed α
-over the tokens routed to it, or over all tokens where none is.
-"""
+"""Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,8 +115,11 @@ def _direction_D(answer: _Moments, elsewhere: _Moments, apply_at: ApplyAt) -> Te
 def fit_directions(
     engine: Engine, tuning: Quiz, layers: Collection[int], apply_at: ApplyAt = "all"
 ) -> dict[int, Tensor]:
-    """V (D,) float64 per layer, fitted on the distinct tokens of at most 512 questions.
+    """V (D,) float64 per layer with v·h ≈ 1 on router inputs h: gate row + b·v adds a bias b.
 
+    The ridge solution (E[hhᵀ] + λI)⁻¹ E[h], rescaled to mean v·h = 1, on the distinct tokens of at
+    most 512 questions. At answer positions alone the target is 1 there and 0 elsewhere, both kinds
+    of tokens with equal weight (why: docs/log.md).
     Raises ContractError: a router whose logits are more than its gate matrix times its input.
     """
     for block in engine.moe.blocks:
@@ -223,7 +216,10 @@ def rescaling_over_tokens(
 
 
 class _GateSums:
-    """Sums of 1 − Σ removed α over the tokens routed to each kept expert, and over all."""
+    """Sums of 1 − Σ removed α, by which a softmax cut to the kept experts inflates gate weights.
+
+    Over the tokens routed to each kept expert, and over all for those without tokens.
+    """
 
     def __init__(self, keep: list[int], n_experts: int) -> None:
         self.keep = torch.tensor(keep)
@@ -315,11 +311,7 @@ class RemovalTrial:
 
 
 def sample_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
-    """Inputs (T, D) of every block, by layer, at the same T tokens.
-
-    They are sampled from the distinct tokens of at most 512 questions: at most 1,024, and at most
-    `KEPT_BYTES`.
-    """
+    """Inputs (T, D) of every block, by layer, at the same sample of T tokens."""
     blocks = engine.moe.blocks
     width = int(engine.moe.model.config.get_text_config().hidden_size)
     n_experts = max(block.n_experts for block in blocks)

@@ -1,11 +1,4 @@
-"""Merging: which experts become one, the order of their neurons, and the row of their router.
-
-An expert's intermediate neurons have no order. Averaged neuron by neuron, two experts cancel out
-unless the second's neurons are first put in the order most similar to the first's (weight matching,
-arXiv:2310.01334, §3, after arXiv:2209.04836).
-
-Each group names its dominant expert first: the one with most tokens (ties: the lower id).
-"""
+"""Merging: which experts become one, the order of their neurons, and the row of their router."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +25,7 @@ from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 
 Array = np.ndarray[Any, Any]
-Groups = list[list[int]]
+Groups = list[list[int]]  # the dominant expert first: most tokens, then the lower id
 _RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]; more lost what lies in small ones (docs/log.md)
 _TIE = 1e-5  # logits that are this close are equal but for rounding
 
@@ -74,8 +67,9 @@ class Neurons:
 def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """The order (I,) of the other's neurons that is most similar to the dominant's.
 
-    Each sequence holds `Neurons.rows` of the same tensors. Maximises the sum of inner products of
-    the weights over all tensors, which minimises the squared distance.
+    Averaged in another order, experts cancel out. Each sequence holds `Neurons.rows` of the same
+    tensors. The order maximises the sum of inner products of the weights over all tensors (weight
+    matching, arXiv:2310.01334, §3, after arXiv:2209.04836).
     """
     like_II = sum(
         a.float() @ b.float().T for a, b in zip(dominant, other, strict=True) if a.numel()
@@ -89,9 +83,8 @@ def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 class Evidence:
     """Measurements of the experts of one block.
 
-    `tokens_E` counts the tokens routed to each. `products_EE` are sums over tokens of products of
-    two experts' router logits; `outputs_ED` are mean outputs over all tokens, routed or not. A
-    method needs one of the two.
+    `products_EE` are sums over tokens of products of two experts' router logits; `outputs_ED` are
+    mean outputs over all tokens, routed or not. A method needs one of the two.
     """
 
     tokens_E: Array

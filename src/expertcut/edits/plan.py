@@ -1,7 +1,5 @@
 """The plan: which experts stay, which get a bias or a scale; their ids, and validation.
 
-`plan.json` holds one line per block, so that it can be read, edited by hand and diffed.
-
 Layout stock cuts rows out of routers, so expert 12 may lie in row 9. An expert's id is its number
 in the first, unedited model; the plan in a checkpoint's folder maps rows to ids.
 """

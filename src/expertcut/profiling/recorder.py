@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -216,7 +216,8 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
     """
     output_TD = output_TD.to(x_TD.device)
     xx_T, yy_T = _squared(x_TD), _squared(output_TD) * factor**2
-    xy_T = _inner(x_TD, output_TD) * factor
+    # On a CPU twice as fast as vecdot.
+    xy_T = (x_TD.float() * output_TD.float()).sum(dim=-1).double() * factor
     zz_T = (xx_T + 2 * xy_T + yy_T).clamp(min=0)
     lengths_T = xx_T * zz_T
     is_defined_T = lengths_T > 0
@@ -230,26 +231,6 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
 def _squared(x_TD: Tensor) -> Tensor:
     norm_T: Tensor = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32)
     return norm_T.double() ** 2
-
-
-def _inner(x_TD: Tensor, y_TD: Tensor) -> Tensor:
-    # On a CPU twice as fast as vecdot.
-    return (x_TD.float() * y_TD.float()).sum(dim=-1).double()
-
-
-@dataclass
-class _Layer:
-    """What is needed of one block's pass until all its experts have run.
-
-    `extremes` are each call's least and greatest output value.
-    """
-
-    experts: list[int] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    extremes: list[Tensor] = field(default_factory=list)
-    routing: Routing | None = None
 
 
 class TokenSums:
@@ -273,7 +254,9 @@ class TokenSums:
         """Starts a pass of a part, an index of `PARTS`."""
         self.part = part
         self.in_calibration_T: Tensor | None = None  # tokens that count in both sums
-        self.pending = _Layer()
+        # Of one block's experts: id, tokens, weights, norms, least and greatest output value.
+        self.pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+        self.routing: Routing | None = None
         self.stream: tuple[int, Tensor] | None = None
         self.rows_M: Tensor | None = None
 
@@ -283,7 +266,7 @@ class TokenSums:
 
     def route(self, routing: Routing, valid_T: Tensor | None) -> None:
         """Adds the routing of one block."""
-        self.pending.routing = routing
+        self.routing = routing
         experts_TK, weights_TK = routing.experts_TK, routing.weights_TK.double()
         if valid_T is not None:
             experts_TK, weights_TK = experts_TK[valid_T], weights_TK[valid_T]
@@ -301,13 +284,10 @@ class TokenSums:
             output_MD = output_MD[is_valid_M]
         if not len(tokens_M):
             return
-        seen = self.pending
-        seen.experts.append(call.expert)
-        seen.tokens.append(tokens_M)
-        seen.weights.append(weights_M)
         # Without copies of M times D values, as .float() and .abs() make.
-        seen.norms.append(torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32))
-        seen.extremes.append(torch.stack(output_MD.aminmax()))
+        norm_M = torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32)
+        extremes = torch.stack(output_MD.aminmax())
+        self.pending.append((call.expert, tokens_M, weights_M, norm_M, extremes))
         if self.in_calibration_T is not None:
             output_MD = output_MD[self.in_calibration_T.to(tokens_M.device)[tokens_M]]
             if len(output_MD):
@@ -317,23 +297,25 @@ class TokenSums:
 
     def combined(self, layer: int, output_TD: Tensor) -> None:
         """Adds the outputs of a block's experts, after all have run."""
-        seen, self.pending = self.pending, _Layer()
-        if not seen.experts:
+        seen, self.pending = self.pending, []
+        routing, self.routing = self.routing, None
+        if not seen:
             return
+        experts, tokens, weights, norms, extremes = zip(*seen, strict=True)
         device = self.sums.device
-        expert_H = torch.tensor(seen.experts, device=device)
-        counts_H = torch.tensor([len(tokens_M) for tokens_M in seen.tokens], device=device)
-        at_A = (torch.cat(seen.tokens).to(device), expert_H.repeat_interleave(counts_H))
+        expert_H = torch.tensor(experts, device=device)
+        counts_H = torch.tensor([len(tokens_M) for tokens_M in tokens], device=device)
+        at_A = (torch.cat(tokens).to(device), expert_H.repeat_interleave(counts_H))
         norm_TE = self.sums.new_zeros(len(output_TD), self.sums.shape[-1])
-        norm_TE[at_A] = torch.cat(seen.norms).to(norm_TE)
+        norm_TE[at_A] = torch.cat(norms).to(norm_TE)
         weight_TE = torch.zeros_like(norm_TE)
-        weight_TE[at_A] = torch.cat(seen.weights).to(weight_TE)
+        weight_TE[at_A] = torch.cat(weights).to(weight_TE)
         weighted_TE = norm_TE * weight_TE
         self._add("norm", layer, norm_TE)
         self._add("weighted_norm", layer, weighted_TE)
-        self._contributions(layer, weighted_TE, output_TD, seen.routing)
+        self._contributions(layer, weighted_TE, output_TD, routing)
         largest_E = self.largest[self.part, layer]
-        largest_H = torch.stack(seen.extremes).abs().amax(dim=1).to(largest_E)
+        largest_H = torch.stack(extremes).abs().amax(dim=1).to(largest_E)
         largest_E[expert_H] = largest_E[expert_H].maximum(largest_H)
 
     def _contributions(

@@ -2,9 +2,7 @@
 
 A subject is a stratum: n1 questions activated the expert and n0 did not, y1 and y0 of them were
 answered right, n = n1 + n0, Y = y1 + y0.
-
-Shape suffixes beyond those of `models`: X experts of all blocks together, in order; S subjects;
-B permutations.
+Further shape suffixes: X experts of all blocks in order, S subjects, B permutations.
 """
 
 from collections.abc import Sequence
