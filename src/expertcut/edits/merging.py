@@ -327,7 +327,13 @@ def judge_rows(
 
     if rows:
         collect_routing(engine, held_out, rows, add)
-    return [_quality(layer, pairs) for layer, pairs in found.items()]
+    qualities = []
+    for layer, pairs in found.items():
+        target_TG, found_TG = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        error = ((target_TG - found_TG) ** 2).sum()
+        spread = ((target_TG - target_TG.mean(dim=0)) ** 2).sum()
+        qualities.append(Quality(layer, target_TG.shape[1], float(1 - error / spread)))
+    return qualities
 
 
 def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Mapping[int, float]]) -> Tensor:
@@ -360,13 +366,6 @@ def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
     if selection_E is not None:
         score_TM = score_TM + selection_E.cpu()[experts]
     return own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0]
-
-
-def _quality(layer: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> Quality:
-    target_TG, found_TG = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    error = ((target_TG - found_TG) ** 2).sum()
-    spread = ((target_TG - target_TG.mean(dim=0)) ** 2).sum()
-    return Quality(layer, target_TG.shape[1], float(1 - error / spread))
 
 
 def _mean_logit(logits_TE: Tensor, shares: Mapping[int, float]) -> Tensor:

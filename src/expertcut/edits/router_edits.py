@@ -351,7 +351,13 @@ def with_tilts(
 ) -> EditPlan:
     """A plan with biases and factors on experts that it keeps."""
     check_place(draft.layout, apply_at, is_biased=bool(found))
-    _check_kept(draft, [*found, *scaled])
+    for tilt in (*found, *scaled):
+        if tilt.expert not in (keep := draft.edits[tilt.block].keep):
+            kept = keep if draft.numbers is None else draft.numbers.kept(tilt.block, keep)
+            raise PlanError(
+                f"expert {_name(draft, tilt)} is removed by this cut, which keeps "
+                f"{ids_text(kept)} there: tilt one that stays"
+            )
     edits = {}
     for name, edit in draft.edits.items():
         bias = {t.expert: t.bias for t in found if t.block == name}
@@ -382,17 +388,6 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
             "--apply-at answer is of layout stock: gate.bias of layout exact acts at every token, "
             "so take --layout stock or leave it out"
         )
-
-
-def _check_kept(draft: EditPlan, named: Sequence[RouterEdit]) -> None:
-    for tilt in named:
-        keep = draft.edits[tilt.block].keep
-        if tilt.expert not in keep:
-            kept = keep if draft.numbers is None else draft.numbers.kept(tilt.block, keep)
-            raise PlanError(
-                f"expert {_name(draft, tilt)} is removed by this cut, which keeps "
-                f"{ids_text(kept)} there: tilt one that stays"
-            )
 
 
 def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:

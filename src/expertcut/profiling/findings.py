@@ -140,7 +140,8 @@ def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[s
     is_there_NC = np.isfinite(moved_NC)
     moved_N = np.where(is_there_NC, moved_NC, 0).max(axis=1)
     flipped_N = after_NC.argmax(axis=1) != before_NC.argmax(axis=1)
-    changed_NL = changed_sets(profile, other)
+    before, after = (np.sort(p.array("chosen_NLK"), axis=2) for p in (profile, other))
+    changed_NL = (before != after).any(axis=2)  # the chosen experts at the answer position
     known = [m.probability_N for m in margins if not m.undefined]
     least_N = np.min(known, axis=0) if known else None
     layers = []
@@ -177,12 +178,6 @@ def unshuffled(profile: Profile) -> Array:
     rows, places = np.nonzero(order_NC != NO_CHOICE)
     found_NC[rows, order_NC[rows, places]] = logprob_NC[rows, places]
     return found_NC
-
-
-def changed_sets(profile: Profile, other: Profile) -> Array:
-    """Whether the chosen experts at the answer position differ, (N, L)."""
-    before, after = (np.sort(p.array("chosen_NLK"), axis=2) for p in (profile, other))
-    return np.asarray((before != after).any(axis=2))
 
 
 def correlation(margin_N: Array | None, moved_N: Array) -> float | None:

@@ -265,27 +265,26 @@ class ProfilePart(Profile):
     @cached_property
     def chunks(self) -> list[Arrays]:
         """All chunks in order with the remaining questions; empty ones are left out."""
-        named = zip(self.info.chunks(), self.whole.chunks, strict=True)
-        parts = (self._part(chunk, subject) for (_, subject, _), chunk in named)
-        return [part for part in parts if len(part["row_N"])]
+        found = []
+        for (_, subject, _), chunk in zip(self.info.chunks(), self.whole.chunks, strict=True):
+            rows = chunk["row_N"].tolist()
+            is_left_N = np.array([(subject, row) not in self.held_out for row in rows])
+            part = {}
+            for name, array in chunk.items():
+                kind, _, rest = name.partition("_")
+                if kind == "question" and name.endswith("_LE"):
+                    part[name] = chunk[f"{CALIBRATION}_{rest}"]
+                elif kind != CALIBRATION:
+                    is_by_question = name.rpartition("_")[2].startswith("N")
+                    part[name] = array[is_left_N] if is_by_question else array
+            if is_left_N.any():
+                found.append(part)
+        return found
 
     def subjects(self) -> list[str]:
         """The subject of each remaining question."""
         names = zip(self.whole.subjects(), self.whole.array("row_N").tolist(), strict=True)
         return [subject for subject, row in names if (subject, row) not in self.held_out]
-
-    def _part(self, chunk: Arrays, subject: str) -> Arrays:
-        rows = chunk["row_N"].tolist()
-        is_left_N = np.array([(subject, row) not in self.held_out for row in rows])
-        part = {}
-        for name, array in chunk.items():
-            kind, _, rest = name.partition("_")
-            if kind == "question" and name.endswith("_LE"):
-                part[name] = chunk[f"{CALIBRATION}_{rest}"]
-            elif kind != CALIBRATION:
-                is_by_question = name.rpartition("_")[2].startswith("N")
-                part[name] = array[is_left_N] if is_by_question else array
-        return part
 
 
 def can_hold_out(profile: Profile, quiz: Quiz) -> bool:
