@@ -139,15 +139,14 @@ def merge_edits(
     """
     check_count(blocks, n_keep, "stock")
     edits = {}
-    for block, its in zip(blocks, evidence, strict=True):
+    for block, measured in zip(blocks, evidence, strict=True):
         size = block.experts // block.groups
         groups: Groups = []
         for first in range(0, block.experts, size):
-            groups += METHODS[method](its, range(first, first + size), n_keep // block.groups)
-        edits[block.name] = BlockEdit(
-            keep=tuple(sorted(group[0] for group in groups)),
-            merged={g[0]: _shares(g, its.tokens_E) for g in sorted(groups) if len(g) > 1} or None,
-        )
+            groups += METHODS[method](measured, range(first, first + size), n_keep // block.groups)
+        keep = tuple(sorted(group[0] for group in groups))
+        merged = {g[0]: _shares(g, measured.tokens_E) for g in sorted(groups) if len(g) > 1}
+        edits[block.name] = BlockEdit(keep=keep, merged=merged or None)
     validate_edits(edits, blocks, "stock")
     return edits
 
@@ -310,7 +309,7 @@ def merged_rows(
     sums = {layer: _Sums(block, merged[layer]) for layer, block in blocks.items()}
     few = round_robin(tuning, CALIBRATION_QUESTIONS)
     collect_routing(engine, few, sums, lambda routing, _: sums[routing.layer].add(routing))
-    return {layer: its.rows() for layer, its in sums.items()}
+    return {layer: own.rows() for layer, own in sums.items()}
 
 
 def judge_rows(
