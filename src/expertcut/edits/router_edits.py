@@ -288,7 +288,7 @@ def _targets(
 
 def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
     """Factors for all targets, `12=1.5` or `3:12=1.5`, not 1; 0 silences an expert."""
-    found = []
+    found: list[RouterEdit] = []
     for layer, pick, target in _targets(profile, expressions, what="factor"):
         factor = target.strength
         if factor is None or factor < 0 or factor == 1:
