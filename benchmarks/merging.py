@@ -17,8 +17,7 @@ from benchmarks.fold import BUNDLED, KINDS, random_model
 from expertcut.checkpoints.build import BuildOptions, build, merge
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.edit_settings import CutSettings, MergeSettings
-from expertcut.edits.merge_groups import METHODS
-from expertcut.edits.merge_router import RouterRow
+from expertcut.edits.merging import METHODS, RouterRow
 from expertcut.edits.selection import choose
 from expertcut.evaluation.evaluate import find_models, results, score
 from expertcut.evaluation.results import Scored, Scoring

@@ -25,7 +25,7 @@ from teaching import EXPERT, drawn, learn, lesson, margin, taught, write_turned_
 
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.reweight_select import Chooser
-from expertcut.edits.reweight_tune import Procedure
+from expertcut.edits.router_edits import Procedure
 from expertcut.evaluation.cross_fit import judge, load_proof, proof_result
 from expertcut.evaluation.results import load_results
 from expertcut.evaluation.reweight_search import CachedScorer

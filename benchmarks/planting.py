@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expertcut.edits.reweight_select import SCORES, QuestionOutcomes, right
-from expertcut.edits.reweight_tune import RouterEdit
+from expertcut.edits.router_edits import RouterEdit
 from expertcut.evaluation.reweight_search import CachedScorer
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "quickstart"

@@ -18,14 +18,15 @@ from expertcut.checkpoints.merge_edit import Experts, is_interleaved, under, une
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.data import round_robin
 from expertcut.edits.edit_settings import CutSettings, MergeMethod, MergeSettings
-from expertcut.edits.merge_groups import (
+from expertcut.edits.merging import (
     METHODS,
     Neurons,
     gather_evidence,
+    judge_rows,
     matching,
     merge_edits,
+    merged_rows,
 )
-from expertcut.edits.merge_router import judge_rows, merged_rows
 from expertcut.edits.plan import BlockEdit, PlanFile, load_plan, plan_text
 from expertcut.edits.router_edits import tilts
 from expertcut.edits.selection import choose

@@ -14,13 +14,14 @@ from expertcut.data import Selection, load_quiz
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings, read_size
-from expertcut.edits.ranking import Ranking, rank
 from expertcut.edits.selection import (
     Pruning,
+    Ranking,
     choose,
     counts,
     cut,
     normalised,
+    rank,
     share_out,
     wanted_count,
 )

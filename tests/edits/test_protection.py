@@ -16,8 +16,7 @@ from expertcut.data import Selection, load_quiz
 from expertcut.edits.criteria import CRITERIA, compare, ranked, scores, spearman
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import load_hashes, load_plan
-from expertcut.edits.ranking import expressions_of, protected, protection, super_experts
-from expertcut.edits.selection import choose
+from expertcut.edits.selection import choose, expressions_of, protected, protection, super_experts
 from expertcut.edits.splits import hashes, questions_for
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.storage import Profile

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from expertcut.edits.reweight_select import SCORES, Chooser, Contrast, SelectedExpert, places
-from expertcut.edits.reweight_tune import STRENGTHS, Procedure, RouterEdit, firsts
+from expertcut.edits.router_edits import STRENGTHS, Procedure, RouterEdit, firsts
 from expertcut.errors import PlanError, QuizError
 from expertcut.evaluation.cross_fit import (
     FOLDS,

@@ -19,7 +19,7 @@ from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import AuditSettings, CutSettings
 from expertcut.edits.plan import BlockEdit
-from expertcut.edits.ranking import empty_draft
+from expertcut.edits.selection import empty_draft
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.ablation import (
     Auditing,

@@ -105,7 +105,7 @@ def test_a_proof_is_printed_written_and_shown(profile: Profile, run: Run) -> Non
 def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(
     profile: Profile, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertcut.edits.reweight_tune.STRENGTHS", (1e-9,))
+    monkeypatch.setattr("expertcut.edits.router_edits.STRENGTHS", (1e-9,))
     asked = ("reweight", "--profile", profile.path, "--boost", "1:1", "--tune")
     assert "nothing is written" in run(*asked, "--out", "none")
     assert not Path("none").exists()

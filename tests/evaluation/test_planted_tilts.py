@@ -14,7 +14,7 @@ import torch
 
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.reweight_select import Chooser, SelectedExpert, right
-from expertcut.edits.reweight_tune import Procedure, RouterEdit
+from expertcut.edits.router_edits import Procedure, RouterEdit
 from expertcut.evaluation.cross_fit import CrossFit, cross_fit, verdict
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import MoeModel

@@ -314,7 +314,7 @@ def test_variants_that_leave_the_recipe_are_named_and_stay(done: Place) -> None:
 def test_a_search_that_finds_nothing_makes_no_checkpoint_and_the_run_goes_on(
     done: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expertcut.edits.reweight_tune import Settled
+    from expertcut.edits.router_edits import Settled
     from expertcut.evaluation.reweight_search import Decision
 
     def nothing(*_: object) -> Decision:

@@ -26,7 +26,7 @@ from expertcut.edits.plan import (
     PlanModel,
     save_plan,
 )
-from expertcut.edits.reweight_tune import RouterEdit
+from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.edits.splits import Judged
 from expertcut.errors import OutputError

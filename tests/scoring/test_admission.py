@@ -18,8 +18,7 @@ from expertcut.edits.reweight_select import (
     no_default_strength,
     stored_selection,
 )
-from expertcut.edits.reweight_tune import gap
-from expertcut.edits.router_edits import tilts
+from expertcut.edits.router_edits import gap, tilts
 from expertcut.errors import ContractError, PlanError
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.profiling.measure import Measurement, MeasureOptions, model_info

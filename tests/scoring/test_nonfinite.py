@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.reweight_tune import RouterEdit
+from expertcut.edits.router_edits import RouterEdit
 from expertcut.errors import ModelError
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import MoeModel

@@ -10,7 +10,7 @@ import torch
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.reweight_select import QuestionOutcomes
-from expertcut.edits.reweight_tune import RouterEdit
+from expertcut.edits.router_edits import RouterEdit
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions

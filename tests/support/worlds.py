@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertcut.edits.reweight_select import Array, QuestionOutcomes
-from expertcut.edits.reweight_tune import RouterEdit
+from expertcut.edits.router_edits import RouterEdit
 from expertcut.profiling.schema import BlockInfo
 
 LAYERS, EXPERTS, TOP_K, SUBJECTS = 2, 16, 4, 4

@@ -25,15 +25,8 @@ from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.edit_settings import MergeSettings
-from expertcut.edits.merge_groups import (
-    check_count,
-    gather_evidence,
-    merge_draft,
-    merge_edits,
-    token_counts,
-)
-from expertcut.edits.merge_router import Quality
-from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, model_folder, save_plan
+from expertcut.edits.merging import Quality, gather_evidence, merge_draft, merge_edits, token_counts
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, check_count, model_folder, save_plan
 from expertcut.edits.splits import (
     Judged,
     Questions,
@@ -321,7 +314,7 @@ def _check_merge(profile: Profile, settings: MergeSettings, source: Source, fold
     """Checks everything that needs no loaded model."""
     blocks = profile.info.model.blocks
     token_counts(profile)
-    check_count(blocks, settings.keep)
+    check_count(blocks, settings.keep, "stock")
     # Of the same size as any groups would be.
     first = {b.name: BlockEdit(keep=tuple(range(settings.keep))) for b in blocks}
     check_export(source, merge_draft(settings, profile, first), blocks[0].experts, folder)

@@ -22,8 +22,15 @@ from expertcut.checkpoints.shards import Change, read_tensor
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, blocks_of
 from expertcut.data import Quiz
 from expertcut.edits.edit_settings import RouterRow
-from expertcut.edits.merge_groups import Neurons, matching, members_of
-from expertcut.edits.merge_router import Quality, Rows, judge_rows, merged_rows
+from expertcut.edits.merging import (
+    Neurons,
+    Quality,
+    Rows,
+    judge_rows,
+    matching,
+    members_of,
+    merged_rows,
+)
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
 from expertcut.models.hooks import replaced_forward

@@ -13,8 +13,7 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import EditPlan
-from expertcut.edits.ranking import Ranking, expressions_of, rank
-from expertcut.edits.selection import Pruning, choose, counts, cut
+from expertcut.edits.selection import Pruning, Ranking, choose, counts, cut, expressions_of, rank
 from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
 from expertcut.models.moe_block import MoeBlock

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
     from expertcut.data import Quiz
     from expertcut.edits.plan import EditPlan
-    from expertcut.edits.reweight_tune import RouterEdit
+    from expertcut.edits.router_edits import RouterEdit
     from expertcut.edits.selection import Pruning
     from expertcut.evaluation.search_results import Sweep
     from expertcut.profiling.storage import Profile

@@ -19,7 +19,7 @@ from expertcut.edits.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
-    from expertcut.edits.reweight_tune import Procedure
+    from expertcut.edits.router_edits import Procedure
     from expertcut.evaluation.reweight_search import Decision, Tilted
     from expertcut.profiling.storage import Profile
 

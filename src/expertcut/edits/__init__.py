@@ -1,4 +1,1 @@
-"""What to change: criteria that rank experts, and the plan that says which go and which are tilted.
-
-Nothing here touches a model's weights; `expertcut.checkpoints` carries a plan out.
-"""
+"""What to change in a model, without touching its weights: criteria, and the plan of an edit."""

@@ -1,20 +1,6 @@
-"""Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs.
+"""Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs."""
 
-A bias direction is a vector v with v·h ≈ 1 on a router's inputs h, so that adding b·v to a gate row
-adds a bias b to its logit. v is the ridge solution (E[hhᵀ] + λI)⁻¹ E[h], rescaled to mean v·h = 1.
-For a bias at answer positions alone the target is 1 there and 0 elsewhere, both kinds of tokens
-with equal weight (why: docs/log.md). Fit is 1 − mean((target − v·h)²) on other questions; with a
-constant target the usual R² is undefined.
-
-Gate rescaling: without the removed experts the softmax's denominator shrinks, so gate weights grow
-by 1 / (1 − Σ removed α). The factor of a kept expert is the mean of 1 − Σ removed α over the tokens
-routed to it, or over all tokens where none is; multiplied into its output, it undoes the growth.
-
-Removal trials: the inner products of all experts' outputs on stored tokens, (E, E) each, give the
-change of a block's output for any gate weights.
-"""
-
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +26,7 @@ from expertcut.scoring.packing import Pass
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 CALIBRATION_QUESTIONS = 512
-OnRouting = Callable[[Routing, Tensor], None]
+
 _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 Array = np.ndarray[Any, Any]
 # By block name and expert id: which experts, and what each gives (D,).
@@ -52,33 +38,38 @@ _SCRATCH_BYTES = 64 << 20
 
 
 def collect_routing(
-    engine: Engine, quiz: Quiz, layers: Collection[int], on_routing: OnRouting
+    engine: Engine,
+    quiz: Quiz,
+    layers: Collection[int],
+    on_routing: Callable[[Routing, Tensor], None],
 ) -> None:
     """Calls back with each router's pass and which of its T tokens are answer positions.
 
     Tensors are on the CPU. A prefix that questions share is seen once.
     """
-    current: list[Pass] = []
+    step: Pass | None = None
 
-    def see(routing: Routing) -> None:
-        step = current[-1]
+    def begin(begun: Pass) -> None:
+        nonlocal step
+        step = begun
+
+    def observe(routing: Routing) -> None:
+        assert step is not None
         is_answer_T = torch.zeros(len(routing.input_TD), dtype=torch.bool)
         is_answer_T[step.answers_N] = True
         valid_T = slice(None) if step.valid_T is None else step.valid_T
-        tensors = {
-            name: getattr(routing, name).cpu()[valid_T]
-            for name in ("input_TD", "logits_TE", "weights_TK", "experts_TK")
-        }
+        names = ("input_TD", "logits_TE", "weights_TK", "experts_TK")
+        tensors = {name: getattr(routing, name).cpu()[valid_T] for name in names}
         on_routing(replace(routing, **tensors), is_answer_T[valid_T])
 
     blocks = [block for block in engine.moe.blocks if block.layer in layers]
-    with observe_routers(blocks, see):
-        ask(engine, quiz, lambda step: current.__setitem__(slice(None), [step]))
+    with observe_routers(blocks, observe):
+        ask(engine, quiz, begin)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Distance of v·h from its target on held-out questions.
+    """Fit of v·h on held-out questions: 1 − mean((target − v·h)²), as R² is undefined for target 1.
 
     `quality` is over all fitted tokens, `quality_answer` over answer positions, where the target
     is always 1; means and standard deviations are those of v·h.
@@ -94,11 +85,11 @@ class Fit:
 
 
 @dataclass
-class _DirectionSums:
-    """Running Σ hhᵀ, Σ h and count, in float64."""
+class _Moments:
+    """Σ hhᵀ, Σ h and number of router inputs, in float64."""
 
-    outer_DD: Tensor | float = 0.0
-    total_D: Tensor | float = 0.0
+    outer_DD: Tensor = field(default_factory=lambda: torch.zeros(()).double())
+    total_D: Tensor = field(default_factory=lambda: torch.zeros(()).double())
     n_tokens: int = 0
 
     def add(self, h_TD: Tensor) -> None:
@@ -107,54 +98,29 @@ class _DirectionSums:
         self.n_tokens += len(h_TD)
 
 
-@dataclass
-class _Moments:
-    """One layer's router inputs, at answer positions and elsewhere."""
-
-    answer: _DirectionSums = field(default_factory=_DirectionSums)
-    elsewhere: _DirectionSums = field(default_factory=_DirectionSums)
-
-    def add(self, routing: Routing, is_answer_T: Tensor) -> None:
-        h_TD = routing.input_TD.double()
-        self.answer.add(h_TD[is_answer_T])
-        self.elsewhere.add(h_TD[~is_answer_T])
-
-    def direction_D(self, apply_at: ApplyAt) -> Tensor:
-        a, b = self.answer, self.elsewhere
-        if apply_at == "all":
-            n_tokens = a.n_tokens + b.n_tokens
-            outer_DD = (a.outer_DD + b.outer_DD) / n_tokens
-            mean_D = (a.total_D + b.total_D) / n_tokens
-        else:
-            outer_DD = a.outer_DD / a.n_tokens + b.outer_DD / max(b.n_tokens, 1)
-            mean_D = a.total_D / a.n_tokens
-        assert isinstance(outer_DD, Tensor) and isinstance(mean_D, Tensor)
-        ridge = _RIDGE * outer_DD.diagonal().mean()
-        v_D: Tensor = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), mean_D)
-        return v_D / (v_D @ mean_D)
-
-
-@dataclass
-class _Products:
-    """v·h of every token of one layer."""
-
-    v_D: Tensor
-    answer: list[Tensor] = field(default_factory=list)
-    elsewhere: list[Tensor] = field(default_factory=list)
-
-    def add(self, routing: Routing, is_answer_T: Tensor) -> None:
-        product_T = routing.input_TD.double() @ self.v_D
-        self.answer.append(product_T[is_answer_T])
-        self.elsewhere.append(product_T[~is_answer_T])
+def _direction_D(answer: _Moments, elsewhere: _Moments, apply_at: ApplyAt) -> Tensor:
+    if apply_at == "all":
+        n_tokens = answer.n_tokens + elsewhere.n_tokens
+        outer_DD = (answer.outer_DD + elsewhere.outer_DD) / n_tokens
+        mean_D = (answer.total_D + elsewhere.total_D) / n_tokens
+    else:
+        outer_DD = answer.outer_DD / answer.n_tokens
+        outer_DD = outer_DD + elsewhere.outer_DD / max(elsewhere.n_tokens, 1)
+        mean_D = answer.total_D / answer.n_tokens
+    ridge = _RIDGE * outer_DD.diagonal().mean()
+    v_D: Tensor = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), mean_D)
+    return v_D / (v_D @ mean_D)
 
 
 def fit_directions(
     engine: Engine, tuning: Quiz, layers: Collection[int], apply_at: ApplyAt = "all"
 ) -> dict[int, Tensor]:
-    """V (D,) float64 per layer, fitted on the distinct tokens of at most 512 questions.
+    """V (D,) float64 per layer with v·h ≈ 1 on router inputs h: gate row + b·v adds a bias b.
 
-    Raises:
-        ContractError: a router whose logits are more than its gate matrix times its input.
+    The ridge solution (E[hhᵀ] + λI)⁻¹ E[h], rescaled to mean v·h = 1, on the distinct tokens of at
+    most 512 questions. At answer positions alone the target is 1 there and 0 elsewhere, both kinds
+    of tokens with equal weight (why: docs/log.md).
+    Raises ContractError: a router whose logits are more than its gate matrix times its input.
     """
     for block in engine.moe.blocks:
         if block.layer in layers and not block.is_linear:
@@ -163,35 +129,36 @@ def fit_directions(
                 "its gate matrix moves a logit by just a bias: boost and suppress are not "
                 "supported here"
             )
-    moments = {layer: _Moments() for layer in layers}
-    few = round_robin(tuning, CALIBRATION_QUESTIONS)
-    collect_routing(
-        engine,
-        few,
-        moments,
-        lambda routing, is_answer_T: moments[routing.layer].add(routing, is_answer_T),
-    )
-    return {layer: m.direction_D(apply_at) for layer, m in moments.items()}
+    moments = {(layer, is_answer): _Moments() for layer in layers for is_answer in (True, False)}
+
+    def add(routing: Routing, is_answer_T: Tensor) -> None:
+        h_TD = routing.input_TD.double()
+        for is_answer in (True, False):
+            moments[routing.layer, is_answer].add(h_TD[is_answer_T == is_answer])
+
+    collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), layers, add)
+    return {
+        layer: _direction_D(moments[layer, True], moments[layer, False], apply_at)
+        for layer in layers
+    }
 
 
 def direction_quality(
     engine: Engine, held_out: Quiz, directions: dict[int, Tensor], apply_at: ApplyAt = "all"
 ) -> list[Fit]:
     """Fit of each v on held-out questions."""
-    products = {layer: _Products(v_D) for layer, v_D in directions.items()}
-    collect_routing(
-        engine,
-        held_out,
-        products,
-        lambda routing, is_answer_T: products[routing.layer].add(routing, is_answer_T),
-    )
-    return [
-        _fit(layer, torch.cat(p.answer), torch.cat(p.elsewhere), apply_at)
-        for layer, p in products.items()
-    ]
+    products: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in directions}
+
+    def add(routing: Routing, is_answer_T: Tensor) -> None:
+        product_T = routing.input_TD.double() @ directions[routing.layer]
+        products[routing.layer].append((product_T[is_answer_T], product_T[~is_answer_T]))
+
+    collect_routing(engine, held_out, directions, add)
+    return [_fit(layer, pairs, apply_at) for layer, pairs in products.items()]
 
 
-def _fit(layer: int, answer_N: Tensor, elsewhere_T: Tensor, apply_at: ApplyAt) -> Fit:
+def _fit(layer: int, pairs: Sequence[tuple[Tensor, Tensor]], apply_at: ApplyAt) -> Fit:
+    answer_N, elsewhere_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     if apply_at == "all":
         loss = ((1 - torch.cat([answer_N, elsewhere_T])) ** 2).mean()
     else:
@@ -208,9 +175,7 @@ def _fit(layer: int, answer_N: Tensor, elsewhere_T: Tensor, apply_at: ApplyAt) -
 
 
 def rescaling_at_answers(
-    profile: Profile,
-    edits: Mapping[str, BlockEdit],
-    left_out: Collection[tuple[str, int]] = (),
+    profile: Profile, edits: Mapping[str, BlockEdit], left_out: Collection[tuple[str, int]] = ()
 ) -> dict[int, Array]:
     """Factors (kept,) per layer that needs them, from a profile's answer positions.
 
@@ -220,15 +185,13 @@ def rescaling_at_answers(
     is_used_N = np.array([name not in left_out for name in names])
     alpha_NLE = profile.array("alpha_NLE")[is_used_N]
     folds = {}
-    for layer in profile.layers:
-        block = profile.info.model.blocks[layer.layer]
+    for layer, block in zip(profile.layers, profile.info.model.blocks, strict=True):
         keep = list(edits[block.name].keep)
-        if not block.inflates or len(keep) == block.experts:
-            continue
-        sums = _GateSums(keep, block.experts)
-        alpha_NE = alpha_NLE[:, layer.layer, : block.experts].astype(np.float64)
-        sums.add(torch.from_numpy(alpha_NE), torch.from_numpy(layer.is_activated_NE[is_used_N]))
-        folds[layer.layer] = sums.folds()
+        if block.inflates and len(keep) < block.experts:
+            sums = _GateSums(keep, block.experts)
+            alpha_NE = alpha_NLE[:, layer.layer, : block.experts].astype(np.float64)
+            sums.add(torch.from_numpy(alpha_NE), torch.from_numpy(layer.is_activated_NE[is_used_N]))
+            folds[layer.layer] = sums.folds()
     return folds
 
 
@@ -236,28 +199,27 @@ def rescaling_over_tokens(
     engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit]
 ) -> dict[int, Array]:
     """The same from the distinct tokens of at most 512 questions."""
-    blocks = {b.layer: b for b in engine.moe.blocks if _needs_fold(b, edits[b.name])}
-    sums = {
-        layer: _GateSums(list(edits[block.name].keep), block.n_experts)
-        for layer, block in blocks.items()
-    }
+    blocks, sums = {block.layer: block for block in engine.moe.blocks}, {}
+    for layer, block in blocks.items():
+        keep = list(edits[block.name].keep)
+        if block.inflates and len(keep) < block.n_experts:
+            sums[layer] = _GateSums(keep, block.n_experts)
 
-    def on_routing(routing: Routing, _is_answer_T: Tensor) -> None:
+    def add(routing: Routing, _is_answer_T: Tensor) -> None:
         alpha_TE = blocks[routing.layer].alpha(routing.logits_TE).double()
         chosen_TE = torch.zeros_like(alpha_TE, dtype=torch.bool)
         sums[routing.layer].add(alpha_TE, chosen_TE.scatter(1, routing.experts_TK, True))
 
     if sums:
-        collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), sums, on_routing)
+        collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), sums, add)
     return {layer: found.folds() for layer, found in sums.items()}
 
 
-def _needs_fold(block: MoeBlock, edit: BlockEdit) -> bool:
-    return block.inflates and len(edit.keep) < block.n_experts
-
-
 class _GateSums:
-    """Sums of 1 − Σ removed α over the tokens routed to each kept expert, and over all."""
+    """Sums of 1 − Σ removed α, by which a softmax cut to the kept experts inflates gate weights.
+
+    Over the tokens routed to each kept expert, and over all for those without tokens.
+    """
 
     def __init__(self, keep: list[int], n_experts: int) -> None:
         self.keep = torch.tensor(keep)
@@ -293,42 +255,30 @@ def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict
     Outputs are before the gate weight, summed in float64 over the distinct tokens of at most 512
     questions.
     """
-    sums = _OutputSums(removed)
     blocks = [block for block in engine.moe.blocks if block.name in removed]
     names = {block.layer: block.name for block in blocks}
-    with observe_experts(blocks, lambda call: sums.add(names[call.layer], call)):
-        ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), sums.start)
-    width = int(engine.moe.model.config.get_text_config().hidden_size)
-    means = zero_outputs(removed, width)
-    for (block, expert), (total_D, n_tokens) in sums.by_expert.items():
+    sums: dict[tuple[str, int], tuple[Tensor, int]] = {}
+    valid_T: Tensor | None = None
+
+    def begin(step: Pass) -> None:
+        nonlocal valid_T
+        valid_T = step.valid_T
+
+    def add(call: ExpertCall) -> None:
+        block, output_MD = names[call.layer], call.output_MD
+        if valid_T is not None:
+            output_MD = output_MD[valid_T.to(output_MD.device)[call.tokens_M]]
+        if call.expert in removed[block] and len(output_MD):
+            total_D, n_tokens = sums.get((block, call.expert), (torch.zeros(()), 0))
+            total_D = total_D + output_MD.double().sum(dim=0).cpu()
+            sums[block, call.expert] = (total_D, n_tokens + len(output_MD))
+
+    with observe_experts(blocks, add):
+        ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), begin)
+    means = zero_outputs(removed, int(engine.moe.model.config.get_text_config().hidden_size))
+    for (block, expert), (total_D, n_tokens) in sums.items():
         means[block][expert] = total_D / n_tokens
     return means
-
-
-class _OutputSums:
-    """Sums and counts of the removed experts' outputs, without padding."""
-
-    def __init__(self, removed: Removed) -> None:
-        self.removed = removed
-        self.by_expert: dict[tuple[str, int], tuple[Tensor, int]] = {}
-        self.valid_T: Tensor | None = None
-
-    def start(self, step: Pass) -> None:
-        """Before each forward pass."""
-        self.valid_T = step.valid_T
-
-    def add(self, block: str, call: ExpertCall) -> None:
-        """One expert's outputs in that pass."""
-        if call.expert not in self.removed[block]:
-            return
-        output_MD = call.output_MD
-        if self.valid_T is not None:
-            output_MD = output_MD[self.valid_T.to(output_MD.device)[call.tokens_M]]
-        if not len(output_MD):
-            return
-        total_D, n_tokens = self.by_expert.get((block, call.expert), (torch.zeros(()), 0))
-        total_D = total_D + output_MD.double().sum(dim=0).cpu()
-        self.by_expert[block, call.expert] = (total_D, n_tokens + len(output_MD))
 
 
 class RemovalTrial:
@@ -361,23 +311,16 @@ class RemovalTrial:
 
 
 def sample_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
-    """Inputs (T, D) of every block, by layer, at the same T tokens.
-
-    They are sampled from the distinct tokens of at most 512 questions: at most 1,024, and at most
-    `KEPT_BYTES`.
-    """
-    draw = _Reservoir(_n_tokens(engine))
-    layers = {block.layer for block in engine.moe.blocks}
-    collect_routing(engine, round_robin(quiz, CALIBRATION_QUESTIONS), layers, draw.see)
-    return draw.kept
-
-
-def _n_tokens(engine: Engine) -> int:
+    """Inputs (T, D) of every block, by layer, at the same sample of T tokens."""
     blocks = engine.moe.blocks
     width = int(engine.moe.model.config.get_text_config().hidden_size)
     n_experts = max(block.n_experts for block in blocks)
     by_inputs = KEPT_BYTES // (len(blocks) * width * engine.moe.dtype.itemsize)
-    return max(1, min(MOST_TOKENS, by_inputs, KEPT_BYTES // (n_experts**2 * 8)))
+    by_grams = KEPT_BYTES // (n_experts**2 * 8)
+    reservoir = _Reservoir(max(1, min(MOST_TOKENS, by_inputs, by_grams)))
+    layers = {block.layer for block in blocks}
+    collect_routing(engine, round_robin(quiz, CALIBRATION_QUESTIONS), layers, reservoir.add)
+    return reservoir.kept
 
 
 class _Reservoir:
@@ -391,23 +334,20 @@ class _Reservoir:
         self.stays = torch.empty(0, dtype=torch.long)
         self.seen: set[int] = set()
 
-    def see(self, routing: Routing, _is_answer_T: Tensor) -> None:
+    def add(self, routing: Routing, _is_answer_T: Tensor) -> None:
         """One router's tokens; the first router of a pass draws for all."""
-        if not self.seen or routing.layer in self.seen:
+        layer, input_TD = routing.layer, routing.input_TD
+        if not self.seen or layer in self.seen:
             self.seen = set()
-            self._draw(len(routing.input_TD))
-        self.seen.add(routing.layer)
-        before = self.kept.get(routing.layer, routing.input_TD[:0])
-        n_before = len(before)
-        is_old_T = self.stays < n_before
-        rows = (before[self.stays[is_old_T]], routing.input_TD[self.stays[~is_old_T] - n_before])
-        self.kept[routing.layer] = torch.cat(rows)
-
-    def _draw(self, n_new: int) -> None:
-        keys = torch.cat([self.keys, torch.rand(n_new, generator=self.generator)])
-        n_kept = min(self.n_tokens, len(keys))
-        self.stays = keys.topk(n_kept, largest=False).indices.sort().values
-        self.keys = keys[self.stays]
+            keys = torch.cat([self.keys, torch.rand(len(input_TD), generator=self.generator)])
+            n_kept = min(self.n_tokens, len(keys))
+            self.stays = keys.topk(n_kept, largest=False).indices.sort().values
+            self.keys = keys[self.stays]
+        self.seen.add(layer)
+        before = self.kept.get(layer, input_TD[:0])
+        is_old_T = self.stays < len(before)
+        rows = (before[self.stays[is_old_T]], input_TD[self.stays[~is_old_T] - len(before)])
+        self.kept[layer] = torch.cat(rows)
 
 
 def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import numpy as np
 
 from expertcut.edits.plan import Positions, least_per_group
 from expertcut.errors import ProfileError, SettingsError
-from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.statistics import LayerStatistics, OverTokens, share
 from expertcut.profiling.storage import Profile
 from expertcut.stats import spearman
@@ -26,12 +25,11 @@ from expertcut.stats import spearman
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from expertcut.models.moe_block import MoeBlock
     from expertcut.scoring.engine import Engine
 
 Array = np.ndarray[Any, Any]
 Needs = Literal["profile", "weights", "calibration", "nothing"]
-OutputChange = Callable[[tuple[int, ...]], float]  # of a block's output, these experts removed
+
 _NO_WEIGHTS = -1.0  # below every other score: mean |w| is at most the root mean square
 
 
@@ -88,11 +86,7 @@ def criterion(
     paper: str | None = None,
     aliases: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
-    """Registers a function under its own name; `paper` is an arXiv id.
-
-    Raises:
-        ValueError: the name or an alias belongs to another criterion.
-    """
+    """Registers a function under its own name, which must be free; `paper` is an arXiv id."""
 
     def register(function: Callable[..., Array]) -> Callable[..., Array]:
         name = function.__name__
@@ -109,17 +103,11 @@ def _aliases() -> dict[str, str]:
 
 
 def criterion_name(text: str) -> str:
-    """The registered name for a name or an alias.
-
-    Raises:
-        SettingsError: there is no such criterion.
-    """
-    aliases = _aliases()
-    if text in CRITERIA:
-        return text
-    if text in aliases:
-        return aliases[text]
-    near = get_close_matches(text, (*CRITERIA, *aliases), n=1, cutoff=0.5)
+    """The registered name for a name or an alias; SettingsError for any other."""
+    names = {name: name for name in CRITERIA} | _aliases()
+    if text in names:
+        return names[text]
+    near = get_close_matches(text, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(CRITERIA)}"
     raise SettingsError(f"{text[:60]!a} is not a criterion: {hint}")
 
@@ -171,10 +159,7 @@ def reap(layer: LayerStatistics) -> Array:
 def easy_ep(layer: LayerStatistics) -> Array:
     """Σ gate weight·‖f(x)‖₂·max(1 − cos(x, x + y), 0) over the tokens routed to the expert.
 
-    x is the residual stream, y the sum of all routed experts.
-
-    Raises:
-        ProfileError: the profile lacks this sum, or the family has no such residual stream.
+    x is the residual stream, which some families lack, y the sum of all routed experts.
     """
     sums = all_tokens(layer)
     if sums.residual_shift_E is None and sums.votes_E is not None:
@@ -188,11 +173,7 @@ def easy_ep(layer: LayerStatistics) -> Array:
 
 @criterion(needs="profile", positions=("all",))
 def easy_ep_postnorm(layer: LayerStatistics) -> Array:
-    """`easy_ep` with the block's input, after the norm, as x.
-
-    Raises:
-        ProfileError: the profile lacks this sum.
-    """
+    """`easy_ep` with the block's input, after the norm, as x."""
     sums = all_tokens(layer)
     if sums.input_shift_E is None and sums.votes_E is not None:
         raise ProfileError(
@@ -207,9 +188,6 @@ def ranked_choice(layer: LayerStatistics) -> Array:
     """Σ points over the tokens routed to the expert: K for a token's largest contribution, to 1.
 
     A contribution is gate weight·‖f(x)‖₂, the sum Borda's count (our definition, docs/criteria.md).
-
-    Raises:
-        ProfileError: the profile lacks this sum.
     """
     return _held(all_tokens(layer).votes_E, "ranked_choice")
 
@@ -221,41 +199,42 @@ def aimer(weights: Iterable[Tensor]) -> Array:
     Matrices are (E, ·, ·). A few large weights among many small ones score high, an expert without
     any weight but 0 scores lowest. The paper's score has no sign and prunes the highest.
     """
-    matrices = list(weights)
-    return np.array([_aimer([m[e] for m in matrices]) for e in range(len(matrices[0]))])
-
-
-def _aimer(matrices: list[Tensor]) -> float:
-    n_weights = sum(m.numel() for m in matrices)
-    absolute = sum(float(m.double().abs().sum()) for m in matrices)
-    squared = sum(float(m.double().square().sum()) for m in matrices)
-    if not squared:
-        return _NO_WEIGHTS
-    return -(absolute / n_weights) / float(np.sqrt(squared / n_weights))
+    score_E = []
+    for matrices in zip(*weights, strict=True):
+        n_weights = sum(m.numel() for m in matrices)
+        absolute = sum(float(m.double().abs().sum()) for m in matrices)
+        squared = sum(float(m.double().square().sum()) for m in matrices)
+        rms = float(np.sqrt(squared / max(n_weights, 1)))
+        score_E.append(-(absolute / n_weights) / rms if squared else _NO_WEIGHTS)
+    return np.array(score_E)
 
 
 @criterion(needs="calibration", positions=("all",), paper="2402.14800")
 def reconstruction(
-    change: OutputChange, groups: Sequence[range], least: int, before: Sequence[int]
+    change: Callable[[tuple[int, ...]], float],
+    groups: Sequence[range],
+    least: int,
+    before: Sequence[int],
 ) -> Array:
     """Step at which the expert goes, where each step removes the one that changes the output least.
 
-    The paper tries every set of experts to keep, which 8 experts allow and 64 do not; greedy
-    backward elimination is the tractable form. It ends where every group of experts has `least`
-    left, which the router needs. Those experts rank above all others, by the change that their
-    removal would make next. Of equal changes (experts that no stored token is routed to), the later
-    one in the order `before` goes first.
+    `change` is that of the block's output without these experts. The paper tries every set of
+    experts to keep, which 8 experts allow and 64 do not; greedy backward elimination is the
+    tractable form. It ends where every group of experts has `least` left, which the router needs.
+    Those experts rank above all others, by the change that their removal would make next. Of equal
+    changes (experts that no stored token is routed to), the later one in `before` goes first.
     """
     later = {expert: -rank for rank, expert in enumerate(before)}
     score_E = np.full(sum(map(len, groups)), np.nan)
     removed: tuple[int, ...] = ()
-    while candidates := _candidates(groups, removed, least):
-        changes = [change((*removed, e)) for e in candidates]
-        pairs = zip(changes, candidates, strict=True)
-        goes = min(pairs, key=lambda pair: (pair[0], later[pair[1]]))[1]
+    while True:
+        left = [[e for e in group if e not in removed] for group in groups]
+        candidates = [e for group in left if len(group) > least for e in group]
+        if not candidates:
+            break
+        goes = min(candidates, key=lambda e: (change((*removed, e)), later[e]))
         score_E[goes] = len(removed)
         removed = (*removed, goes)
-    left = [e for group in groups for e in group if e not in removed]
 
     def next_change(expert: int) -> float:
         # Replaces the last removal of its group: a group with one expert fewer cannot be routed.
@@ -263,16 +242,12 @@ def reconstruction(
         last = next(e for e in reversed(removed) if e in own)
         return change((*(e for e in removed if e != last), expert))
 
-    order = sorted(left, key=lambda e: (next_change(e), later[e])) if removed else left
+    order = [e for group in left for e in group]
+    if removed:
+        order.sort(key=lambda e: (next_change(e), later[e]))
     for rank, expert in enumerate(order):
         score_E[expert] = len(removed) + rank
     return score_E
-
-
-def _candidates(groups: Sequence[range], removed: tuple[int, ...], least: int) -> list[int]:
-    """The experts of groups that can spare one."""
-    left = [[e for e in group if e not in removed] for group in groups]
-    return [e for group in left if len(group) > least for e in group]
 
 
 @criterion(needs="nothing")
@@ -282,11 +257,7 @@ def random(n_experts: int, layer: int, seed: int) -> Array:
 
 
 def all_tokens(layer: LayerStatistics) -> OverTokens:
-    """The sums over every token, shots included.
-
-    Raises:
-        ProfileError: the profile was made with --stats answer.
-    """
+    """The sums over every token, shots included; ProfileError with --stats answer."""
     if layer.over_tokens is None:
         raise ProfileError(
             "the profile holds no all-token statistics (--stats answer): profile with --stats all"
@@ -304,18 +275,9 @@ def _held(sum_E: Array | None, name: str) -> Array:
 
 
 def scores(
-    profile: Profile,
-    by: str,
-    positions: Positions,
-    engine: Engine | None = None,
-    seed: int = 0,
+    profile: Profile, by: str, positions: Positions, engine: Engine | None = None, seed: int = 0
 ) -> list[Array]:
-    """One score (E,) per MoE block in layer order, higher is kept.
-
-    Raises:
-        ProfileError: the profile does not hold what the criterion needs.
-        SettingsError: the criterion needs the model, and no engine is given.
-    """
+    """One score (E,) per MoE block in layer order, higher is kept; some need the engine."""
     chosen, blocks = CRITERIA[by], profile.info.model.blocks
     if chosen.needs == "nothing":
         return [chosen.function(block.experts, layer, seed) for layer, block in enumerate(blocks)]
@@ -323,19 +285,17 @@ def scores(
         return [chosen.of_layer(layer, positions) for layer in profile.layers]
     if engine is None:
         raise SettingsError(f"{by} needs the model itself: load it, or take another criterion")
-    if chosen.needs == "weights":
-        return [chosen.function(_weights(by, block)) for block in engine.moe.blocks]
-    return _after_calibration(profile, chosen, engine)
-
-
-def _weights(by: str, block: MoeBlock) -> list[Tensor]:
-    weights = list(block.expert_weights())
-    if not weights:
-        raise SettingsError(
-            f"{by}: {block.name} has experts without weights of their own, which a cut in layout "
-            "exact leaves: take another criterion"
-        )
-    return weights
+    if chosen.needs == "calibration":
+        return _after_calibration(profile, chosen, engine)
+    found = []
+    for block in engine.moe.blocks:
+        if not (weights := list(block.expert_weights())):
+            raise SettingsError(
+                f"{by}: {block.name} has experts without weights of their own, which a cut in "
+                "layout exact leaves: take another criterion"
+            )
+        found.append(chosen.function(weights))
+    return found
 
 
 def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> list[Array]:
@@ -343,43 +303,34 @@ def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> l
     from expertcut.edits.splits import questions_for
 
     kept = sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
-    layers = zip(engine.moe.blocks, profile.info.model.blocks, profile.layers, strict=True)
-    return [
-        np.zeros(block.experts)  # a hash table routes here: no expert can go
-        if block.is_hashed
-        else chosen.function(
-            RemovalTrial(own, kept[own.layer]).change, *_groups(block), _by_use(layer)
-        )
-        for own, block, layer in layers
-    ]
-
-
-def _by_use(layer: LayerStatistics) -> list[int]:
-    use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
-    return ranked(use_E, layer.alpha_mean_E)
-
-
-def _groups(block: BlockInfo) -> tuple[list[range], int]:
-    """The experts of each routing group, and how many of each the router needs."""
-    size = block.experts // block.groups
-    groups = [range(g * size, (g + 1) * size) for g in range(block.groups)]
-    return groups, block.top_k if block.groups == 1 else least_per_group(block)
+    found = []
+    for own, block, layer in zip(
+        engine.moe.blocks, profile.info.model.blocks, profile.layers, strict=True
+    ):
+        if block.is_hashed:  # no expert can go
+            found.append(np.zeros(block.experts))
+            continue
+        size = block.experts // block.groups
+        groups = [range(g * size, (g + 1) * size) for g in range(block.groups)]
+        least = block.top_k if block.groups == 1 else least_per_group(block)
+        use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
+        before = ranked(use_E, layer.alpha_mean_E)
+        trial = RemovalTrial(own, kept[own.layer])
+        found.append(chosen.function(trial.change, groups, least, before))
+    return found
 
 
 def positions_of(by: str, wanted: Positions | None) -> Positions:
-    """The positions that a criterion looks at: `wanted`, or its default.
-
-    Raises:
-        SettingsError: `wanted` contradicts the criterion's definition.
-    """
+    """The positions that a criterion looks at: `wanted`, if it has a choice, or its default."""
     chosen = CRITERIA[by]
     default = chosen.default_positions
     if wanted is None or wanted == default or wanted in chosen.positions:
         return wanted or default
-    where = {"answer": "answer positions", "all": "all tokens"}[default]
-    if not chosen.positions:
-        where = "no positions"
-    raise SettingsError(f"--positions {wanted}: {by} looks at {where} alone: leave --positions out")
+    where = "all tokens" if default == "all" else "answer positions"
+    raise SettingsError(
+        f"--positions {wanted}: {by} looks at {where if chosen.positions else 'no positions'} "
+        "alone: leave --positions out"
+    )
 
 
 @dataclass(frozen=True)
@@ -411,10 +362,7 @@ class Compared:
         }
 
     def correlations(self, a: str, b: str) -> list[float]:
-        """Spearman's rank correlation of two criteria's scores in each layer.
-
-        NaN where a criterion tells no expert from another.
-        """
+        """Spearman's rank correlation of two criteria's scores by layer, NaN if one is constant."""
         return [spearman(x, y) for x, y in zip(self.scores[a], self.scores[b], strict=True)]
 
     def agreement(self, a: str, b: str) -> float:

@@ -54,22 +54,17 @@ Experts = Annotated[list[_Expert], BeforeValidator(as_list), Field(min_length=1)
 def layout_option() -> Any:
     """The layout of the checkpoint, which most edits have."""
     return option(
-        "stock",
-        "Form of the checkpoint: stock loads wherever the base model does; exact changes nothing "
-        "else and loads in transformers with --trust-remote-code.",
-        panel=CHECKPOINT,
-    )
+        "stock", "Form of the checkpoint: stock loads wherever the base model does; exact changes "
+        "nothing else and loads in transformers with --trust-remote-code.", panel=CHECKPOINT,
+    )  # fmt: skip
 
 
 def positions_option() -> Any:
     """The tokens at which a criterion counts."""
     return option(
-        None,
-        "Tokens that the criterion counts.  [default: the criterion's own]",
-        panel=RANK,
-        flags=("--tokens",),
-        aliases=("--positions",),
-    )
+        None, "Tokens that the criterion counts.  [default: the criterion's own]",
+        panel=RANK, flags=("--tokens",), aliases=("--positions",),
+    )  # fmt: skip
 
 
 class CutSettings(Settings):
@@ -84,16 +79,13 @@ class CutSettings(Settings):
         None, "Remove this share of the experts.", panel=KEEP, metavar="F", is_recorded=False
     )
     max_bytes: Text | None = option(
-        None,
-        "Keep as many as fit in weights of this size, as 4GB, 500MB or 3.5GiB.",
-        panel=KEEP,
-        metavar="SIZE",
-    )
+        None, "Keep as many as fit in weights of this size, as 4GB, 500MB or 3.5GiB.",
+        panel=KEEP, metavar="SIZE",
+    )  # fmt: skip
     budget: Budget = option(
-        "layer",
-        "Keep equally many per layer, or more where experts score more (global, layout exact).",
-        panel=KEEP,
-    )
+        "layer", "Keep equally many per layer, or more where experts score more (global, layout "
+        "exact).", panel=KEEP,
+    )  # fmt: skip
     min_keep: Count | None = option(
         None, "Keep at least this many per layer with --budget global.", panel=KEEP, metavar="N"
     )
@@ -102,43 +94,30 @@ class CutSettings(Settings):
     )
     positions: Positions | None = positions_option()
     protect: Texts = option(
-        [],
-        f"Keep super experts (super), no expert unasked (none), or expert L:E{_MANY}.  "
-        "[default: super with --keep and --keep-fraction]",
-        panel=RANK,
-        metavar="WHAT",
-    )
+        [], f"Keep super experts (super), no expert unasked (none), or expert L:E{_MANY}.  "
+        "[default: super with --keep and --keep-fraction]", panel=RANK, metavar="WHAT",
+    )  # fmt: skip
     seed: int = option(0, "Seed of --by random.", panel=RANK, ge=0)
     layout: Layout = layout_option()
     removed: Removed | None = option(
-        None,
-        "Output of removed experts in layout exact.  [default: zero]",
-        panel=CHECKPOINT,
-        flags=("--replace-with",),
-        aliases=("--removed",),
-    )
+        None, "Output of removed experts in layout exact.  [default: zero]",
+        panel=CHECKPOINT, flags=("--replace-with",), aliases=("--removed",),
+    )  # fmt: skip
     fold: Fold | None = option(
-        None,
-        "Tokens over which layout stock measures how to rescale gate weights.  [default: answer]",
-        panel=CHECKPOINT,
-        flags=("--rescale-gates",),
-        aliases=("--fold",),
-    )
+        None, "Tokens over which layout stock measures how to rescale gate weights.  "
+        "[default: answer]", panel=CHECKPOINT, flags=("--rescale-gates",), aliases=("--fold",),
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _sparsity_is_a_share(self) -> Self:
-        if self.sparsity is None:
-            return self
-        if not 0 <= self.sparsity < 1:
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
             refuse(f"--sparsity {self.sparsity:g} must be at least 0, below 1")
         return self
 
     @property
     def fraction(self) -> float | None:
         """The share of experts that stay, whichever of the two options says it."""
-        if self.sparsity is None:
-            return self.keep_fraction
-        return round(1 - self.sparsity, 12)
+        return self.keep_fraction if self.sparsity is None else round(1 - self.sparsity, 12)
 
     @property
     def size_bytes(self) -> int | None:
@@ -163,13 +142,8 @@ class CutSettings(Settings):
         return self.fold or "answer"
 
     def check(self) -> None:
-        """That the size of the cut is given once, and in a form that the layout can carry.
-
-        Raises:
-            SettingsError: it is not.
-        """
-        shares = (self.keep_fraction, self.sparsity)
-        numbers = (self.keep, *shares, self.max_bytes)
+        """Raises a SettingsError unless one size is given, and the layout can carry it."""
+        numbers = (self.keep, self.keep_fraction, self.sparsity, self.max_bytes)
         if self.keep_active + sum(number is not None for number in numbers) != 1:
             raise SettingsError(
                 "say how many experts to keep: --keep-active, --keep N, --keep-fraction F, "
@@ -184,45 +158,29 @@ class CutSettings(Settings):
             raise SettingsError("--budget global ranks experts: give it without --keep-active")
 
     def check_layout(self) -> None:
-        """That the layout can carry the budget and the other options.
-
-        Raises:
-            SettingsError: it cannot, or --min-keep is given without --budget global.
-        """
-        if self.removed is not None and "removed" not in LAYOUTS[self.layout].options:
+        """Raises a SettingsError unless the layout can carry the budget and the other options."""
+        rules = LAYOUTS[self.layout]
+        if self.removed is not None and "removed" not in rules.options:
             raise SettingsError(
                 f"--replace-with {self.removed} is of layout exact: add --layout exact or leave it "
                 "out"
             )
-        if self.fold is not None and "fold" not in LAYOUTS[self.layout].options:
+        if self.fold is not None and "fold" not in rules.options:
             raise SettingsError(
                 f"--rescale-gates {self.fold} is of layout stock: {self.layout} scales nothing, "
                 "leave it out"
             )
-        check_budget(self.budget, self.min_keep, self.layout)
-
-
-def check_budget(budget: Budget, min_keep: int | None, layout: Layout) -> None:
-    """That the layout can carry the budget.
-
-    Raises:
-        SettingsError: it cannot, or --min-keep is given without --budget global.
-    """
-    if budget == "global" and LAYOUTS[layout].needs_equal_counts:
-        raise SettingsError(
-            "--budget global keeps another number in each layer, which layout stock cannot: "
-            "add --layout exact"
-        )
-    if min_keep is not None and budget != "global":
-        raise SettingsError(f"--min-keep {min_keep} needs --budget global: add it")
+        if self.budget == "global" and rules.needs_equal_counts:
+            raise SettingsError(
+                "--budget global keeps another number in each layer, which layout stock cannot: "
+                "add --layout exact"
+            )
+        if self.min_keep is not None and self.budget != "global":
+            raise SettingsError(f"--min-keep {self.min_keep} needs --budget global: add it")
 
 
 def read_size(text: str) -> int:
-    """`4GB`, `500MB`, `3.5GiB` or a number of bytes as bytes.
-
-    Raises:
-        SettingsError: not of that form.
-    """
+    """`4GB`, `500MB`, `3.5GiB` or a number of bytes as bytes; SettingsError for other forms."""
     found = _SIZE.fullmatch(text.strip())
     power = " kmgt".index(((found and found["prefix"]) or " ").lower())
     unit = 1024 if found and found["binary"] else 1000
@@ -246,9 +204,8 @@ class RouterSettings(Settings):
     scale: Experts | None = option(
         None,
         f"Scale an expert's gate weight, routing unchanged: E=factor or L:E=factor{_MANY}.",
-        panel=ROUTER,
-        metavar="L:E=F",
-    )
+        panel=ROUTER, metavar="L:E=F",
+    )  # fmt: skip
 
 
 def apply_at_option() -> Any:
@@ -279,17 +236,14 @@ class MergeSettings(Settings):
     @property
     def is_aligned(self) -> bool:
         """Whether neurons are aligned: as given, else as the method's paper has it."""
-        return self._paper_aligns if self.align is None else self.align
-
-    @property
-    def _paper_aligns(self) -> bool:
-        return self.by == "m_smoe"  # arXiv:2310.01334 aligns, arXiv:2410.08589 does not
+        # arXiv:2310.01334 aligns, arXiv:2410.08589 does not
+        return self.by == "m_smoe" if self.align is None else self.align
 
     @property
     def slug(self) -> str:
         """Names the outputs, with what makes them differ from the usual."""
         mark = "" if self.router == "fitted" else f"-{self.router}"
-        if self.is_aligned != self._paper_aligns:
+        if self.is_aligned != (self.by == "m_smoe"):
             mark += "-aligned" if self.is_aligned else "-unaligned"
         return f"merge-{self.keep}-{self.by}{mark}"
 
@@ -322,12 +276,9 @@ class ReweightSettings(RouterSettings):
     )  # fmt: skip
     layers: Text | None = option(None, "Consider only these layers, as 0,3,8-15.", panel=RANK)
     contrast: Annotated[list[str], Field(min_length=2, max_length=2)] | None = option(
-        None,
-        "Score by how much more often A routes to an expert than B; each is a profile, "
-        "PROFILE@right, PROFILE@wrong or PROFILE@subject,subject.",
-        panel=RANK,
-        metavar="A B",
-    )
+        None, "Score by how much more often A routes to an expert than B; each is a profile, "
+        "PROFILE@right, PROFILE@wrong or PROFILE@subject,subject.", panel=RANK, metavar="A B",
+    )  # fmt: skip
     strength: float | None = option(
         None, "Bias in logits.  [default: the admission gap]", panel=ROUTER
     )
@@ -369,11 +320,7 @@ class ReweightSettings(RouterSettings):
         return "contrast" if self.contrast else self.by or "difference"
 
     def check(self) -> None:
-        """That the options go together.
-
-        Raises:
-            SettingsError: which does not.
-        """
+        """Raises a SettingsError for options that do not go together."""
         if self.by is not None and self.contrast:
             raise SettingsError("--by and --contrast both score experts: give one of them")
         if self.min_appearances is not None and not 0 <= self.min_appearances <= 1:
@@ -390,9 +337,7 @@ class ReweightSettings(RouterSettings):
                 "say which experts to tilt: --boost E or --suppress E, E as in 3:12, "
                 "--boost-best N or --suppress-worst N"
             )
-        if self.is_by_hand:
-            return
-        if self.scale:
+        if self.scale and not self.is_by_hand:
             raise SettingsError(
                 "--scale takes its factor by hand: give it in a command of its own, without "
                 "--boost-best, --suppress-worst, --strength, --tune and --cross-fit"

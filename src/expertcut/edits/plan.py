@@ -1,7 +1,5 @@
 """The plan: which experts stay, which get a bias or a scale; their ids, and validation.
 
-`plan.json` holds one line per block, so that it can be read, edited by hand and diffed.
-
 Layout stock cuts rows out of routers, so expert 12 may lie in row 9. An expert's id is its number
 in the first, unedited model; the plan in a checkpoint's folder maps rows to ids.
 """
@@ -33,9 +31,6 @@ PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
-_MAX_STEPS = 20
-
-
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
@@ -57,8 +52,7 @@ class BlockEdit(Record):
     def _names_experts_that_stay(self) -> Self:
         if any(a >= b for a, b in pairwise(self.keep)):
             raise ValueError("keep must be ascending numbers, none of them twice")
-        others = {*self.tilted, *(self.merged or {})} - set(self.keep)
-        if others:
+        if others := {*self.tilted, *(self.merged or {})} - set(self.keep):
             raise ValueError(f"expert {min(others)} does not stay, but is changed")
         return self
 
@@ -176,11 +170,6 @@ class EditPlan:
         return any(edit.tilted for edit in self.edits.values())
 
     @property
-    def is_merging(self) -> bool:
-        """Whether experts are merged."""
-        return any(edit.merged for edit in self.edits.values())
-
-    @property
     def is_fitting(self) -> bool:
         """Whether bias directions must be fitted."""
         return LAYOUTS[self.layout].fits_biases and self.is_biased
@@ -215,21 +204,13 @@ def plan_text(plan: PlanFile) -> str:
 
 
 def load_plan(path: Path) -> PlanFile:
-    """A plan from its file or the folder that holds it.
-
-    Raises:
-        PlanError: the file is missing or not a valid plan.
-    """
+    """A plan from its file or the folder that holds it."""
     file = path / PLAN_FILE if path.is_dir() else path
     return load_record(file, PlanFile, PlanError, "is no plan")
 
 
 def plan_in(folder: Path) -> PlanFile | None:
-    """The plan in a checkpoint's folder; None for a model that was not edited.
-
-    Raises:
-        PlanError: one that does not hold together.
-    """
+    """The plan in a checkpoint's folder; None for a model that was not edited."""
     return load_plan(folder) if os.path.lexists(folder / PLAN_FILE) else None
 
 
@@ -246,11 +227,8 @@ def lineage(
     """From a checkpoint to its base: each plan with the folder of the model that it was made for.
 
     `find_base` locates that folder; where it gives None the walk ends.
-
-    Raises:
-        PlanError: a plan that does not hold together.
     """
-    for _ in range(_MAX_STEPS):
+    for _ in range(20):  # more edits than anybody makes, so a cycle ends
         plan = plan_in(folder)
         if plan is None:
             return
@@ -262,13 +240,7 @@ def lineage(
 
 
 def load_hashes(folder: Path, plan: PlanFile) -> frozenset[str]:
-    """The questions that a plan was chosen or fitted on: lines of content hash and overlap hash.
-
-    Older files lack the overlap hash.
-
-    Raises:
-        PlanError: the list is missing or belongs to another plan.
-    """
+    """The questions that a plan was chosen or fitted on: lines of content and overlap hash."""
     file = folder / QUESTIONS_FILE
     try:
         content = read_file(file)
@@ -318,31 +290,25 @@ class ExpertIds:
 
     def named(self, block: str, edit: BlockEdit) -> BlockEdit:
         """An edit of rows as plan.json states it, by id."""
+
+        def ids(values: Mapping[int, float]) -> dict[int, float]:
+            return {self.number(block, row): value for row, value in values.items()}
+
+        merged = None
+        if edit.merged is not None:
+            merged = {self.number(block, e): ids(shares) for e, shares in edit.merged.items()}
         return BlockEdit(
             keep=self.kept(block, edit.keep),
-            bias={self.number(block, e): bias for e, bias in edit.bias.items()},
-            scale={self.number(block, e): factor for e, factor in edit.scale.items()},
+            bias=ids(edit.bias),
+            scale=ids(edit.scale),
             rows=self.rows.get(block),
-            merged=None if edit.merged is None else self._merged(block, edit.merged),
+            merged=merged,
         )
-
-    def _merged(
-        self, block: str, merged: Mapping[int, Mapping[int, float]]
-    ) -> dict[int, dict[int, float]]:
-        return {
-            self.number(block, e): {self.number(block, m): share for m, share in members.items()}
-            for e, members in merged.items()
-        }
 
 
 @once_per_profile
 def expert_ids(profile: Profile) -> ExpertIds:
-    """The ids in the profiled checkpoint's plan; a model without a plan was never cut.
-
-    Raises:
-        PlanError: the plan belongs to another checkpoint.
-        ProfileError: the checkpoint is missing.
-    """
+    """The ids in the profiled checkpoint's plan; a model without a plan was never cut."""
     found = _plan_of(profile)
     if found is None:
         return ExpertIds()
@@ -350,14 +316,16 @@ def expert_ids(profile: Profile) -> ExpertIds:
     rows: dict[str, tuple[int, ...]] = {}
     constant: dict[str, frozenset[int]] = {}
     for block in profile.info.model.blocks:
-        edit = plan.blocks.get(block.name)
-        own = () if edit is None else _rows(plan, edit, block)
+        edit, same = plan.blocks.get(block.name), tuple(range(block.experts))
+        own: tuple[int, ...] = ()
+        if edit is not None:
+            own = (edit.rows or same) if LAYOUTS[plan.layout].keeps_rows else edit.keep
         if edit is None or len(own) != block.experts:
             raise PlanError(
                 f"{folder / PLAN_FILE} is not of this checkpoint, whose {block.name} has "
                 f"{block.experts} experts: put the plan back that made it, or take this one away"
             )
-        if own != tuple(range(block.experts)):
+        if own != same:
             rows[block.name] = own
         if gone := frozenset(row for row, number in enumerate(own) if number not in edit.keep):
             constant[block.name] = gone
@@ -367,38 +335,26 @@ def expert_ids(profile: Profile) -> ExpertIds:
 def find_expert(
     blocks: Sequence[tuple[str, int]], layer: int, expert: int, numbers: ExpertIds
 ) -> tuple[int, int]:
-    """The layer and router row of an expert id; blocks are names and expert counts.
-
-    Raises:
-        PlanError: no such layer or expert.
-    """
+    """The layer and router row of an expert id, or PlanError; blocks are names and counts."""
     if layer >= len(blocks):
         raise PlanError(
             f"no layer {layer}: the model has MoE layers 0 to {len(blocks) - 1} "
             "(layers are counted from 0)"
         )
     name, n_experts = blocks[layer]
-    kept = numbers.kept(name, tuple(range(n_experts)))
-    row = numbers.row(name, expert)
-    if expert not in kept or row is None:
-        if kept == tuple(range(n_experts)):
-            raise PlanError(
-                f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}"
-            )
-        raise PlanError(
-            f"expert {expert} of layer {layer} is not in this pruned model: "
-            f"there it keeps {ids_text(kept)}, name one of these"
-        )
-    return layer, row
+    kept, row = numbers.kept(name, tuple(range(n_experts))), numbers.row(name, expert)
+    if expert in kept and row is not None:
+        return layer, row
+    if kept == tuple(range(n_experts)):
+        raise PlanError(f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}")
+    raise PlanError(
+        f"expert {expert} of layer {layer} is not in this pruned model: "
+        f"there it keeps {ids_text(kept)}, name one of these"
+    )
 
 
 def inherited_hashes(profile: Profile) -> frozenset[str]:
-    """Hash lines of the questions that the profiled checkpoint was chosen or fitted on.
-
-    Raises:
-        PlanError: its list is missing or belongs to another plan.
-        ProfileError: the checkpoint is missing.
-    """
+    """Hash lines of the questions that the profiled checkpoint was chosen or fitted on."""
     found = _plan_of(profile)
     return frozenset() if found is None else load_hashes(*found)
 
@@ -414,21 +370,12 @@ def ids_text(ids: tuple[int, ...]) -> str:
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
 
 
-def _rows(plan: PlanFile, edit: BlockEdit, block: BlockInfo) -> tuple[int, ...]:
-    """The ids of the router's rows after a plan."""
-    if not LAYOUTS[plan.layout].keeps_rows:
-        return edit.keep
-    return edit.rows or tuple(range(block.experts))
-
-
 def model_folder(profile: Profile) -> Path | None:
     """The folder of the profiled model; None for a model of the hub.
 
     A folder with a plan, or one that an older profile names by a relative path, must hold the
     profiled weights; other folders are checked where they are read.
-
-    Raises:
-        ProfileError: the folder is missing.
+    Raises ProfileError: the folder is missing.
     """
     model = profile.info.model
     if model.revision is not None:
@@ -448,7 +395,6 @@ def model_folder(profile: Profile) -> Path | None:
 
 @once_per_profile
 def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
-    """The plan in a checkpoint's folder, or in the hub's cache."""
     folder, model = model_folder(profile), profile.info.model
     if folder is None:
         from huggingface_hub import try_to_load_from_cache
@@ -464,23 +410,17 @@ def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
 def validate_edits(
     edits: Mapping[str, BlockEdit], blocks: Sequence[BlockInfo], layout: Layout
 ) -> None:
-    """Checks edits against the blocks and the layout.
-
-    Raises:
-        PlanError: names the block and the requirement.
-    """
+    """Raises a PlanError that names the block and the requirement, for edits that do not fit."""
     if list(edits) != [block.name for block in blocks]:
         raise PlanError(
             f"the plan names {len(edits)} blocks, the model has {len(blocks)}: "
             f"list {blocks[0].name} … {blocks[-1].name} in order"
         )
     for block in blocks:
-        _check_hashed(block, edits[block.name])
-        _check_block(block, edits[block.name], LAYOUTS[layout].least_experts(block))
+        if fault := next(_faults(block, edits[block.name], layout), None):
+            raise PlanError(fault)
     if not LAYOUTS[layout].needs_equal_counts:
         return
-    for block in blocks:
-        _check_groups(block, edits[block.name])
     counts = {len(edit.keep) for edit in edits.values()}
     if len(counts) > 1 or len({block.experts for block in blocks}) > 1:
         raise PlanError(
@@ -489,49 +429,52 @@ def validate_edits(
         )
 
 
-def _check_hashed(block: BlockInfo, edit: BlockEdit) -> None:
-    if not block.is_hashed:
-        return
-    if len(edit.keep) < block.experts or edit.merged:
-        raise PlanError(
-            f"{block.name} chooses its experts by a table of token ids, so all {block.experts} "
-            "must stay, and one count holds for all layers of this family: it cannot be cut"
-        )
-    if edit.bias:
-        raise PlanError(
-            f"{block.name} chooses its experts by a table of token ids, so a bias changes no "
-            "choice there: take an expert of another layer, or --scale"
-        )
+def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> None:
+    """Raises a PlanError unless every block can keep this number of experts."""
+    rules = LAYOUTS[layout]
+    for block in blocks:
+        least = rules.least_experts(block)
+        if not least <= n_keep <= block.experts:
+            raise PlanError(
+                f"--keep {n_keep} does not fit {block.name}, which routes each token to "
+                f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
+            )
+        if rules.needs_equal_counts and n_keep % block.groups:
+            raise PlanError(
+                f"{block.name} routes in {block.groups} groups: keep a multiple of "
+                f"{block.groups}, not {n_keep}"
+            )
 
 
-def _check_block(block: BlockInfo, edit: BlockEdit, least: int) -> None:
-    name, n_kept = block.name, len(edit.keep)
-    outside = [e for e in edit.keep if not 0 <= e < block.experts]
-    if outside:
-        raise PlanError(
-            f"{name} keeps expert {outside[0]} but has experts 0 to {block.experts - 1}"
+def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
+    name, n, n_kept = block.name, block.experts, len(edit.keep)
+    hashed = f"{name} chooses its experts by a table of token ids, so"
+    if block.is_hashed and (n_kept < n or edit.merged):
+        yield (
+            f"{hashed} all {n} must stay, and one count holds for all layers of this family: "
+            "it cannot be cut"
         )
-    if n_kept < least:
-        raise PlanError(
+    if block.is_hashed and edit.bias:
+        yield (
+            f"{hashed} a bias changes no choice there: take an expert of another layer, or --scale"
+        )
+    if outside := [e for e in edit.keep if not 0 <= e < n]:
+        yield f"{name} keeps expert {outside[0]} but has experts 0 to {n - 1}"
+    if n_kept < (least := LAYOUTS[layout].least_experts(block)):
+        yield (
             f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
             f"keep at least {least}"
         )
-    unknown = sorted({*edit.bias, *edit.scale} - set(edit.keep))
-    if unknown:
-        raise PlanError(f"{name}: expert {unknown[0]} has a bias or scale but is not kept")
-
-
-def _check_groups(block: BlockInfo, edit: BlockEdit) -> None:
-    if block.groups == 1 or len(edit.keep) == block.experts:
-        return
-    size = block.experts // block.groups
-    per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
-    least = least_per_group(block)
-    if len(set(per_group)) > 1 or per_group[0] < least:
-        raise PlanError(
-            f"{block.name} routes in {block.groups} groups and keeps {per_group} of them: "
-            f"keep equally many in each, at least {least}"
-        )
+    if unknown := {*edit.bias, *edit.scale} - set(edit.keep):
+        yield f"{name}: expert {min(unknown)} has a bias or scale but is not kept"
+    if LAYOUTS[layout].needs_equal_counts and block.groups > 1 and n_kept < n:
+        size, least = n // block.groups, least_per_group(block)
+        per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
+        if len(set(per_group)) > 1 or per_group[0] < least:
+            yield (
+                f"{name} routes in {block.groups} groups and keeps {per_group} of them: "
+                f"keep equally many in each, at least {least}"
+            )
 
 
 def least_per_group(block: BlockInfo) -> int:

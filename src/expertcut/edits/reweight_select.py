@@ -5,10 +5,9 @@ X counts the experts of all MoE blocks, in order.
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +24,7 @@ from expertcut.profiling.statistics import LayerStatistics, layers_of, share
 from expertcut.profiling.storage import Profile, load_profile
 
 Array = np.ndarray[Any, Any]
-SelectionOf = Callable[[int], Array | None]  # the selection bias (E,) of a layer, or None
+
 MIN_APPEARANCES = 0.01
 
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
@@ -61,23 +60,19 @@ def admission_gap(
     return _bias_to_mean(block, alpha_NE[:, expert], float(last_N.mean()))
 
 
-def biased_alpha(block: BlockInfo, alpha_N: Array, bias: float) -> Array:
-    """α of an expert with a bias on its logit, the other logits unchanged.
+def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
+    """The bias for which mean α is `goal`, by bisection; α increases with the bias.
 
     Under a softmax the other experts' sum is unchanged, so α moves as under a sigmoid.
     """
-    if block.scoring == "sqrtsoftplus":
-        with np.errstate(divide="ignore"):
-            moved_N: Array = np.sqrt(np.logaddexp(0, logits(block, alpha_N) + bias))
-        return moved_N
-    return np.asarray(expit(logit(alpha_N) + bias))
-
-
-def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
-    """The bias for which mean α is `goal`, by bisection; α increases with the bias."""
 
     def distance(bias: float) -> float:
-        return float(biased_alpha(block, alpha_N, bias).mean()) - goal
+        if block.scoring == "sqrtsoftplus":
+            with np.errstate(divide="ignore"):
+                moved_N = np.sqrt(np.logaddexp(0, logits(block, alpha_N) + bias))
+        else:
+            moved_N = expit(logit(alpha_N) + bias)
+        return float(moved_N.mean()) - goal
 
     here = float(alpha_N.mean()) - goal
     if here == 0:
@@ -94,22 +89,14 @@ def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
     return sign * high
 
 
-def no_selection(layer: int) -> Array | None:
-    """No selection bias: α alone decides."""
-    return None
-
-
 def stored_selection(model: ModelInfo, layer: int) -> Array | None:
-    """The selection bias (E,) of a profiled model's layer, read from its checkpoint.
-
-    Raises:
-        PlanError: the profile has a selection bias that no single tensor holds.
-        ModelError: the checkpoint cannot be read.
-    """
+    """The selection bias (E,) of a profiled model's layer, read from its checkpoint."""
     block = model.blocks[layer]
     is_unknown = block.selection_bias is None and block.scoring != "softmax"
     if not block.selection_bias and not is_unknown:
         return None
+    from safetensors import safe_open
+
     from expertcut.models.load import find_source  # with torch, which `show` does without
 
     source = find_source(model.id, model.revision)
@@ -117,14 +104,16 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
     own = [
         name
         for name, tensor in tensors.items()
-        if _last_number(name) == _last_number(block.name)
+        if _decoder_layer(name) == _decoder_layer(block.name)
         and math.prod(tensor.shape) == block.experts
     ]
     found = [name for name in own if _SELECTION_BIAS.fullmatch(name)]
     # On disk some families call it by another name (DeepSeek-V4: ffn.gate.bias).
     found = found or [name for name in own if name.endswith("bias") and not is_unknown]
     if len(found) == 1:
-        return _read(tensors[found[0]].file, found[0])
+        with safe_open(tensors[found[0]].file, framework="pt") as weights:
+            values: Array = weights.get_tensor(found[0]).double().reshape(-1).numpy()
+        return values
     if not found and is_unknown:
         return None
     raise PlanError(
@@ -133,18 +122,9 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
     )
 
 
-def _last_number(name: str) -> str | None:
-    """The decoder layer in the name of a tensor that belongs to no single expert."""
-    numbers: Iterator[str] = (part for part in reversed(name.split(".")) if part.isdecimal())
-    return next(numbers, None)
-
-
-def _read(file: Path, name: str) -> Array:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as weights:
-        values: Array = weights.get_tensor(name).double().reshape(-1).numpy()
-    return values
+def _decoder_layer(name: str) -> str | None:
+    """The last number in the name of a tensor that belongs to no single expert."""
+    return next((part for part in reversed(name.split(".")) if part.isdecimal()), None)
 
 
 def no_default_strength(layer: int, expert: int, sign: int, gap: float) -> str:
@@ -173,16 +153,12 @@ class QuestionOutcomes:
     logprob_NC: Array
     alpha_NLE: Array
     chosen_NLK: Array
-    selection_of: SelectionOf = no_selection
+    selection_of: Callable[[int], Array | None] = lambda layer: None  # the bias (E,) of a layer
     line_N: Array | None = None
 
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
-        """A profile's records of the questions of a quiz.
-
-        Raises:
-            ProfileError: the profile lacks one of them.
-        """
+        """A profile's records of the questions of a quiz; ProfileError if it lacks one."""
         asked = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
         place = {name: n for n, name in enumerate(asked)}
         try:
@@ -233,24 +209,12 @@ class QuestionOutcomes:
 
 def right(logprob_NC: Array, answer_N: Array) -> Array:
     """Right answers (N,) bool; ties go to the first choice."""
-    is_right_N: Array = logprob_NC.argmax(axis=1) == answer_N
-    return is_right_N
+    return np.asarray(logprob_NC.argmax(axis=1) == answer_N)
 
 
 def places(blocks: Sequence[BlockInfo]) -> list[tuple[int, int]]:
     """(layer, expert) of each of X."""
     return [(layer, e) for layer, block in enumerate(blocks) for e in range(block.experts)]
-
-
-def joined(per_layer: Sequence[Array]) -> Array:
-    """One value per expert of X, of one array (E,) per layer."""
-    return np.concatenate([values_E.astype(np.float64) for values_E in per_layer])
-
-
-def spans(blocks: Sequence[BlockInfo]) -> list[slice]:
-    """Where each layer's experts stand in X."""
-    ends = list(accumulate(block.experts for block in blocks))
-    return [slice(end - block.experts, end) for end, block in zip(ends, blocks, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -296,11 +260,11 @@ class Chooser:
 
     def candidates(self, records: QuestionOutcomes) -> Array:
         """Which experts (X,) are candidates."""
-        layer_X = np.array([layer for layer, _ in places(records.blocks)])
-        is_within_X = np.isin(layer_X, self.layers) if self.layers else np.full(len(layer_X), True)
-        is_common_X = appearances(records) >= self.min_appearances
-        is_own_X = np.array([place not in self.constant for place in places(records.blocks)])
-        return np.asarray(is_within_X & is_common_X & is_own_X)
+        is_own_X = [
+            place not in self.constant and (not self.layers or place[0] in self.layers)
+            for place in places(records.blocks)
+        ]
+        return np.array(is_own_X) & (appearances(records) >= self.min_appearances)
 
     def choose(
         self, records: QuestionOutcomes, left_out: Collection[str] = ()
@@ -310,32 +274,24 @@ class Chooser:
         Fewer if there are too few candidates; no expert is in both lists.
         """
         score_X = self.scores(records, left_out)
-        by_id = places(records.blocks)
-        best_first = [int(x) for x in np.argsort(-score_X, kind="stable")]
-        ranked = [x for x in best_first if not np.isnan(score_X[x])]
-        best = ranked[: self.boost_best]
-        worst = [int(x) for x in np.argsort(score_X, kind="stable") if x in ranked]
+        is_ranked_X, by_id = ~np.isnan(score_X), places(records.blocks)
+        best = [x for x in np.argsort(-score_X, kind="stable").tolist() if is_ranked_X[x]]
+        best = best[: self.boost_best]
+        worst = [x for x in np.argsort(score_X, kind="stable").tolist() if is_ranked_X[x]]
         worst = [x for x in worst if x not in best][: self.suppress_worst]
-        return tuple(
-            SelectedExpert(*by_id[x], sign)
-            for sign, found in ((+1, best), (-1, worst))
-            for x in found
-        )
+        signs: list[tuple[int, int]] = [(+1, x) for x in best] + [(-1, x) for x in worst]
+        return tuple(SelectedExpert(*by_id[x], sign) for sign, x in signs)
 
     def looked_at(self, profile: Profile) -> frozenset[str]:
         """Hash lines of further questions that rank the experts."""
-        if self.contrast is not None:
-            sides = (self.contrast.wanted, self.contrast.unwanted)
-            lines = [side.hash_N if side.line_N is None else side.line_N for side in sides]
-            return frozenset(line for line_N in lines for line in line_N.tolist())
-        return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
+        if self.contrast is None:
+            return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
+        sides = (self.contrast.wanted, self.contrast.unwanted)
+        lines = [side.hash_N if side.line_N is None else side.line_N for side in sides]
+        return frozenset(np.concatenate(lines).tolist())
 
     def check(self, records: QuestionOutcomes) -> None:
-        """Checks that there are enough candidates.
-
-        Raises:
-            PlanError: too few, or a layer does not exist.
-        """
+        """Raises a PlanError for too few candidates, or a layer that does not exist."""
         n_layers = len(records.blocks)
         if outside := [layer for layer in self.layers if not 0 <= layer < n_layers]:
             raise PlanError(
@@ -352,43 +308,25 @@ class Chooser:
             )
 
 
-def difference(records: QuestionOutcomes) -> Array:
-    """How much better its questions go than others of their subjects.
-
-    The z of Cochran, Mantel and Haenszel, not the raw difference, which is largest where there
-    are few questions.
-    """
-    return z_scores(records.counts)
-
-
-def accuracy(records: QuestionOutcomes) -> Array:
-    """Share of right answers among the questions that activated each expert."""
-    return joined([layer.accuracy_E for layer in records.layers])
-
-
-def weighted_accuracy(records: QuestionOutcomes) -> Array:
-    """The same, each question weighted with the expert's α. arXiv:2502.17187."""
-    return joined([layer.weighted_accuracy_E for layer in records.layers])
-
-
-def contribution(records: QuestionOutcomes) -> Array:
-    """Mean share of the chosen experts' α, in percent, where chosen. arXiv:2502.17187."""
-    return joined([layer.contribution_pct_E for layer in records.layers])
+def _by_layer(records: QuestionOutcomes, name: str) -> Array:
+    """An array (E,) of `LayerStatistics`, of all layers together (X,)."""
+    return np.concatenate([getattr(x, name).astype(np.float64) for x in records.layers])
 
 
 def appearances(records: QuestionOutcomes) -> Array:
     """Share of questions that activated each expert."""
-    return joined([layer.appearances_E for layer in records.layers])
+    return _by_layer(records, "appearances_E")
 
 
-def gate_mass(records: QuestionOutcomes) -> Array:
-    """Mean α over all questions."""
-    return joined([layer.alpha_mean_E for layer in records.layers])
-
-
-SCORES = {
-    f.__name__: f
-    for f in (difference, accuracy, weighted_accuracy, contribution, appearances, gate_mass)
+# The difference is the z of Cochran, Mantel and Haenszel, within subjects: the raw difference is
+# largest where there are few questions.
+SCORES: dict[str, Callable[[QuestionOutcomes], Array]] = {
+    "difference": lambda records: z_scores(records.counts),
+    "accuracy": partial(_by_layer, name="accuracy_E"),
+    "weighted_accuracy": partial(_by_layer, name="weighted_accuracy_E"),
+    "contribution": partial(_by_layer, name="contribution_pct_E"),
+    "appearances": appearances,
+    "gate_mass": partial(_by_layer, name="alpha_mean_E"),
 }
 
 
@@ -403,11 +341,7 @@ TOKEN_SCORES = {
 
 
 def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
-    """A score of `TOKEN_SCORES` (X,), NaN where no token chose the expert.
-
-    Raises:
-        ProfileError: the profile was made with --stats answer.
-    """
+    """A score of `TOKEN_SCORES` (X,), NaN where no token chose the expert."""
     total_LE, per_LE = (profile.token_sum(name) if name else None for name in TOKEN_SCORES[by])
     if total_LE is None:
         raise ProfileError(
@@ -415,9 +349,7 @@ def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
             "with --stats all"
         )
     score_LE = total_LE if per_LE is None else share(total_LE, per_LE)
-    blocks = profile.info.model.blocks
-    rows = [score_LE[layer, : block.experts] for layer, block in enumerate(blocks)]
-    return tuple(float(value) for value in np.concatenate(rows))
+    return tuple(float(score_LE[place]) for place in places(profile.info.model.blocks))
 
 
 @dataclass(frozen=True)
@@ -437,11 +369,7 @@ class Contrast:
         return np.asarray(rates[0] - rates[1])
 
     def less(self, hashes: Collection[str]) -> "Contrast":
-        """Without the questions of these overlap hashes.
-
-        Raises:
-            SettingsError: no question is left of a side.
-        """
+        """Without the questions of these overlap hashes; SettingsError if a side has no other."""
         sides = (self.wanted.less(hashes), self.unwanted.less(hashes))
         if not all(map(len, sides)):
             raise SettingsError(
@@ -452,12 +380,7 @@ class Contrast:
 
 
 def read_contrast(expressions: Sequence[str], fingerprint: str) -> Contrast:
-    """Two expressions `PROFILE`, `PROFILE@right`, `PROFILE@wrong` or `PROFILE@subject,subject`.
-
-    Raises:
-        ProfileError: no such profile, or an unfinished one.
-        SettingsError: no question is left of one, or it is of another model.
-    """
+    """Two expressions `PROFILE`, `PROFILE@right`, `PROFILE@wrong` or `PROFILE@subject,subject`."""
     return Contrast(*(_side(expression, fingerprint) for expression in expressions))
 
 
@@ -469,22 +392,17 @@ def _side(expression: str, fingerprint: str) -> QuestionOutcomes:
             f"--contrast {path} is a profile of another model, {profile.info.model.id}: "
             "take profiles of the model that is to be changed"
         )
-    records = _part(profile, which, expression)
+    records = QuestionOutcomes.of(profile, profiled_quiz(profile))
+    if which in ("right", "wrong"):
+        records = records.part(records.is_correct_N == (which == "right"))
+    elif which:
+        names, known = [name.strip() for name in which.split(",")], profile.info.quiz.subjects
+        if unknown := [name for name in names if name not in known]:
+            raise SettingsError(
+                f"--contrast {expression}: {unknown[0]!r} is no subject of that profile: write "
+                f"right, wrong or some of {', '.join(list(known)[:3])}, …"
+            )
+        records = records.part(np.isin(records.subject_N, names))
     if not len(records):
         raise SettingsError(f"--contrast {expression} leaves no question: name another part")
     return records
-
-
-def _part(profile: Profile, which: str, expression: str) -> QuestionOutcomes:
-    records = QuestionOutcomes.of(profile, profiled_quiz(profile))
-    if not which:
-        return records
-    if which in ("right", "wrong"):
-        return records.part(records.is_correct_N == (which == "right"))
-    subjects = [name.strip() for name in which.split(",")]
-    if unknown := [name for name in subjects if name not in profile.info.quiz.subjects]:
-        raise SettingsError(
-            f"--contrast {expression}: {unknown[0]!r} is no subject of that profile: write right, "
-            f"wrong or some of {', '.join(list(profile.info.quiz.subjects)[:3])}, …"
-        )
-    return records.part(np.isin(records.subject_N, subjects))

@@ -1,16 +1,19 @@
-"""Reweighting: expert expressions such as `3:12=0.25`, settings, and their plan."""
+"""Reweighting: experts named or chosen, the strength of their biases, and the plan."""
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
     BlockEdit,
     EditPlan,
-    ExpertIds,
+    Point,
     Positions,
     expert_ids,
     find_expert,
@@ -21,23 +24,213 @@ from expertcut.edits.reweight_select import (
     SCORES,
     TOKEN_SCORES,
     Chooser,
-    Contrast,
     QuestionOutcomes,
     SelectedExpert,
     admission_gap,
     no_default_strength,
     read_contrast,
+    right,
     stored_selection,
     token_scores,
 )
-from expertcut.edits.reweight_tune import Procedure, RouterEdit, Settled
 from expertcut.edits.splits import held_out_quiz, profiled_quiz
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile, ProfilePart
+from expertcut.stats import gained_lost, wilson_interval
 
+Array = np.ndarray[Any, Any]
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
 _LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
+
+
+class RouterEdit(NamedTuple):
+    """A bias on the logit, or a factor on the gate weight, of the expert in a row of a router.
+
+    `block` is its block's name, `origin` says in words where the bias came from.
+    """
+
+    layer: int
+    expert: int
+    bias: float = 0.0
+    scale: float = 1.0
+    block: str = ""
+    origin: str = ""
+
+    @property
+    def verb(self) -> str:
+        """`boost` or `suppress`."""
+        return "boost" if self.bias > 0 else "suppress"
+
+
+Ask = Callable[[tuple[RouterEdit, ...]], Array]
+"""Log p (N, C) of all questions with these biases on the gates."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The chosen biases, and the curve of a search: the result of each strength."""
+
+    shifts: tuple[RouterEdit, ...]
+    curve: tuple[Point, ...] = ()
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """A procedure that chooses experts and strengths, and can be repeated for cross-fitting.
+
+    `named` are chosen by hand, each with its strength or None; `chooser` adds to them. `strength`
+    is for experts without a strength of their own; None is the admission gap.
+    """
+
+    named: tuple[tuple[SelectedExpert, float | None], ...] = ()
+    chooser: Chooser = field(default_factory=Chooser)
+    strength: float | None = None
+    is_tuned: bool = False
+
+    def pick(
+        self, records: QuestionOutcomes, left_out: Collection[str] = ()
+    ) -> tuple[SelectedExpert, ...]:
+        """The experts, the ones named by hand first."""
+        named = {(pick.layer, pick.expert): pick for pick, _ in self.named}
+        chosen = self.chooser.choose(records, left_out)
+        return (*named.values(), *(p for p in chosen if (p.layer, p.expert) not in named))
+
+    def settle(
+        self,
+        records: QuestionOutcomes,
+        picks: Sequence[SelectedExpert],
+        ask: Ask,
+        left_out: Collection[str] = (),
+    ) -> Settled:
+        """The strengths, without questions whose overlap hash is in `left_out`."""
+        is_used_N = ~np.isin(records.hash_N, list(left_out))
+        if self.is_tuned:
+            return _Search(records, is_used_N, ask).run(picks, len(self.named))
+        return Settled(self.untuned(records.part(is_used_N), picks))
+
+    def untuned(
+        self, records: QuestionOutcomes, picks: Sequence[SelectedExpert]
+    ) -> tuple[RouterEdit, ...]:
+        """Given strengths, or gaps; none for an expert whose gap has the other sign."""
+        given = dict(self.named)
+        shifts = []
+        for pick in picks:
+            strength = given.get(pick) or self.strength
+            bias = gap(records, pick) if strength is None else pick.sign * strength
+            if math.isfinite(bias) and bias * pick.sign > 0:
+                shifts.append(RouterEdit(pick.layer, pick.expert, bias))
+        return tuple(shifts)
+
+    def origin(self, shift: RouterEdit) -> str:
+        """The origin of a strength, in words."""
+        if self.is_tuned:
+            return "found by a search"
+        given = {(pick.layer, pick.expert) for pick, strength in self.named if strength}
+        is_given = self.strength is not None or (shift.layer, shift.expert) in given
+        return "given" if is_given else "its admission gap"
+
+    def check(self, records: QuestionOutcomes) -> None:
+        """Raises a PlanError for too few candidates, or an expert without a strength."""
+        self.chooser.check(records)
+        if self.is_tuned:
+            return
+        picks = self.pick(records)
+        tilted = {(shift.layer, shift.expert) for shift in self.untuned(records, picks)}
+        for pick in picks:
+            if (pick.layer, pick.expert) not in tilted:
+                why = no_default_strength(pick.layer, pick.expert, pick.sign, gap(records, pick))
+                verb = "boost" if pick.sign > 0 else "suppress"
+                raise PlanError(
+                    f"{why}, so there is no default strength to {verb} it by: give --strength or "
+                    "--tune"
+                )
+
+
+def gap(records: QuestionOutcomes, pick: SelectedExpert) -> float:
+    """The admission gap of a selected expert."""
+    layer, block = pick.layer, records.blocks[pick.layer]
+    return admission_gap(
+        block,
+        records.alpha_NLE[:, layer, : block.experts],
+        records.chosen_NLK[:, layer],
+        pick.expert,
+        records.selection_of(layer),
+    )
+
+
+class _Search:
+    """Strengths in doubling steps for the first 1, 2, 4, … experts, then finer around the best.
+
+    Strengths stop at a clear loss (two standard errors), and once stronger suppression changes no
+    log-probability (a stronger boost may still admit its expert). They go beyond 8 logits while the
+    strongest is the best or below the admission gap of a boosted expert. Only a gain replaces the
+    best, so of equals the fewest experts and the weakest bias stay, or no bias at all.
+    """
+
+    def __init__(self, records: QuestionOutcomes, is_used_N: Array, ask: Ask) -> None:
+        self.ask = ask
+        self.used = records.part(is_used_N)
+        self.is_used_N = is_used_N
+        self.base_N = self.used.is_correct_N
+        self.best: tuple[RouterEdit, ...] = ()
+        self.most_right = int(self.base_N.sum())
+        self.curve = [self._point((), 0.0, self.base_N)]
+
+    def run(self, picks: Sequence[SelectedExpert], n_named: int) -> Settled:
+        for few in firsts(picks, n_named):
+            self._climb(few)
+        if best := self.best:
+            point = max(self.curve, key=lambda p: p.accuracy)
+            for factor in (2**-0.5, 2**0.5):
+                finer = tuple(s._replace(bias=s.bias * factor) for s in best)
+                self._try(finer, point.strength * factor)
+        return Settled(self.best, tuple(self.curve))
+
+    def _climb(self, picks: Sequence[SelectedExpert]) -> None:
+        before_NC = self.used.logprob_NC
+        gaps = [gap(self.used, pick) for pick in picks if pick.sign > 0]
+        enough = max(STRENGTHS[-1], *gaps, 0)
+        for strength in (*STRENGTHS, 16.0, 32.0, 64.0):
+            shifts = tuple(RouterEdit(p.layer, p.expert, p.sign * strength) for p in picks)
+            logprob_NC = self._try(shifts, strength)
+            gained, lost = gained_lost(self.base_N, right(logprob_NC, self.used.answer_N))
+            is_same = not gaps and np.allclose(logprob_NC, before_NC, rtol=0, atol=1e-5)
+            is_hurting = lost - gained > 2 * math.sqrt(lost + gained)
+            if is_hurting or is_same or (strength >= enough and self.best != shifts):
+                return
+            before_NC = logprob_NC
+
+    def _try(self, shifts: tuple[RouterEdit, ...], strength: float) -> Array:
+        logprob_NC: Array = self.ask(shifts)[self.is_used_N]
+        right_N = right(logprob_NC, self.used.answer_N)
+        self.curve.append(self._point(shifts, strength, right_N))
+        if right_N.sum() > self.most_right:
+            self.most_right, self.best = int(right_N.sum()), shifts
+        return logprob_NC
+
+    def _point(self, shifts: tuple[RouterEdit, ...], strength: float, right_N: Array) -> Point:
+        share = float(right_N.mean())
+        return Point(
+            experts=len(shifts),
+            strength=strength,
+            biases=tuple((s.layer, s.expert, s.bias) for s in shifts),
+            questions=len(right_N),
+            accuracy=share,
+            ci95=wilson_interval(share, len(right_N)),
+        )
+
+
+def firsts(picks: Sequence[SelectedExpert], n_named: int) -> Iterator[tuple[SelectedExpert, ...]]:
+    """The named experts with the first 1, 2, 4, … and finally all others of each sign."""
+    named, others = tuple(picks[:n_named]), picks[n_named:]
+    by_sign = [[p for p in others if p.sign == sign] for sign in (+1, -1)]
+    most, count = max(map(len, by_sign)), 1
+    while count < most:
+        yield (*named, *(p for found in by_sign for p in found[:count]))
+        count *= 2
+    yield (*named, *others)
 
 
 @dataclass(frozen=True)
@@ -49,20 +242,8 @@ class Target:
     strength: float | None
 
 
-def parse_target(expression: str) -> Target:
-    """`12` (last layer), `3:12` (layer 3), either with `=0.25` (strength in logits).
-
-    Raises:
-        SettingsError: another form, or a strength that is not a number.
-    """
-    layer, expert, value = _parsed(expression, "bias")
-    if value == 0:
-        raise SettingsError(f"{expression!r}: a bias of 0 cannot tilt anything")
-    return Target(layer, expert, value)
-
-
-def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
-    """Layer, expert and the finite number after `=`."""
+def parse_target(expression: str, what: str = "bias") -> Target:
+    """`12` (last layer) or `3:12` (layer 3), either with a finite `=0.25`; or SettingsError."""
     match = _EXPRESSION.fullmatch(expression.strip())
     if match is None:
         raise SettingsError(
@@ -75,110 +256,57 @@ def _parsed(expression: str, what: str) -> tuple[int | None, int, float | None]:
         raise SettingsError(f"{expression!r}: {number!r} is no number") from None
     if value is not None and not math.isfinite(value):
         raise SettingsError(f"{expression!r}: a {what} of {number} cannot tilt anything")
-    return None if layer is None else int(layer), int(expert), value
+    if value == 0 and what == "bias":
+        raise SettingsError(f"{expression!r}: a bias of 0 cannot tilt anything")
+    return Target(None if layer is None else int(layer), int(expert), value)
 
 
 def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[RouterEdit]:
-    """Biases for all targets; the default strength is the admission gap.
-
-    Raises:
-        SettingsError: an invalid expression.
-        PlanError: no such layer or expert, one named twice, or no gap to close.
-    """
-    return [_tilt(profile, *target) for target in _targets(profile, boost, suppress)]
-
-
-def named_picks(
-    profile: Profile, boost: Sequence[str], suppress: Sequence[str]
-) -> tuple[tuple[SelectedExpert, float | None], ...]:
-    """The experts named by hand, each with its given strength.
-
-    Raises:
-        SettingsError: an invalid expression.
-        PlanError: no such layer or expert, or one named twice.
-    """
-    return tuple(
-        (SelectedExpert(layer.layer, row, sign), _strength(target, layer.layer, sign))
-        for layer, row, target, sign in _targets(profile, boost, suppress)
-    )
+    """Biases for all targets; the default strength is the admission gap."""
+    return [_tilt(profile, *found) for found in _targets(profile, boost, suppress)]
 
 
 def _targets(
-    profile: Profile, boost: Sequence[str], suppress: Sequence[str]
-) -> list[tuple[LayerStatistics, int, Target, int]]:
-    """Layer, router row, target and sign of each expression."""
+    profile: Profile, boost: Sequence[str], suppress: Sequence[str] = (), what: str = "bias"
+) -> list[tuple[LayerStatistics, SelectedExpert, Target]]:
+    """Layer (default: the last), router row and target of each expression."""
     numbers, layers = expert_ids(profile), profile.layers
-    found = []
-    for sign, expressions in ((+1, boost), (-1, suppress)):
-        for target in map(parse_target, expressions):
-            layer, row = _find(layers, target.layer, target.expert, numbers)
-            found.append((layer, row, target, sign))
-    _check_once([(layer.layer, row) for layer, row, *_ in found], [*boost, *suppress])
-    return found
-
-
-def tilts_of(
-    profile: Profile, shifts: Sequence[RouterEdit], origins: Sequence[str]
-) -> list[RouterEdit]:
-    """Biases with the names of their blocks, and their origins."""
-    blocks = profile.info.model.blocks
-    return [
-        s._replace(block=blocks[s.layer].name, origin=origin)
-        for s, origin in zip(shifts, origins, strict=True)
-    ]
+    blocks = [(layer.block, layer.n_experts) for layer in layers]
+    found: dict[str, tuple[LayerStatistics, SelectedExpert, Target]] = {}
+    for sign, text in [*((+1, text) for text in boost), *((-1, text) for text in suppress)]:
+        target = parse_target(text, what)
+        index = len(layers) - 1 if target.layer is None else target.layer
+        index, row = find_expert(blocks, index, target.expert, numbers)
+        name = f"{index}:{target.expert}"
+        if name in found:
+            raise PlanError(f"expert {name} is named twice: name it once")
+        if what == "bias" and sign > 0 and (target.strength or 0) < 0:
+            raise PlanError(f"--boost {name}={target.strength:g}: use --suppress")
+        found[name] = (layers[index], SelectedExpert(index, row, sign), target)
+    return list(found.values())
 
 
 def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
-    """Factors for all targets, `12=1.5` or `3:12=1.5`; 0 silences an expert.
-
-    Raises:
-        SettingsError: an invalid expression, or a factor that is missing, negative or 1.
-        PlanError: no such layer or expert, or one named twice.
-    """
-    numbers, layers = expert_ids(profile), profile.layers
+    """Factors for all targets, `12=1.5` or `3:12=1.5`, not 1; 0 silences an expert."""
     found: list[RouterEdit] = []
-    for text in expressions:
-        index, expert, factor = _parsed(text, "factor")
+    for layer, pick, target in _targets(profile, expressions, what="factor"):
+        factor = target.strength
         if factor is None or factor < 0 or factor == 1:
+            text = expressions[len(found)]
             raise SettingsError(
                 f"--scale {text} must give a factor, 0 or above and not 1: as in 3:12=1.5"
             )
-        layer, row = _find(layers, index, expert, numbers)
-        found.append(RouterEdit(layer.layer, row, scale=factor, block=layer.block))
-    _check_once([(s.layer, s.expert) for s in found], expressions)
+        found.append(RouterEdit(pick.layer, pick.expert, scale=factor, block=layer.block))
     return found
 
 
-def _find(
-    layers: list[LayerStatistics], index: int | None, expert: int, numbers: ExpertIds
-) -> tuple[LayerStatistics, int]:
-    """The layer (default: the last) and the router row of an expert."""
-    blocks = [(layer.block, layer.n_experts) for layer in layers]
-    found, row = find_expert(blocks, len(layers) - 1 if index is None else index, expert, numbers)
-    return layers[found], row
-
-
-def _check_once(found: Sequence[tuple[int, int]], expressions: Sequence[str]) -> None:
-    for place, text in zip(found, expressions, strict=True):
-        if found.count(place) > 1:
-            expert = _parsed(text, "number")[1]
-            raise PlanError(f"expert {place[0]}:{expert} is named twice: name it once")
-
-
-def _strength(target: Target, layer: int, sign: int) -> float | None:
-    strength = target.strength
-    if strength is not None and sign > 0 and strength < 0:
-        raise PlanError(f"--boost {layer}:{target.expert}={strength:g}: use --suppress")
-    return None if strength is None else abs(strength)
-
-
 def _tilt(
-    profile: Profile, layer: LayerStatistics, row: int, target: Target, sign: int
+    profile: Profile, layer: LayerStatistics, pick: SelectedExpert, target: Target
 ) -> RouterEdit:
-    index, expert = layer.layer, target.expert
-    strength = _strength(target, index, sign)
-    if strength is not None:
-        return RouterEdit(index, row, sign * strength, block=layer.block, origin="given")
+    index, row, sign = pick.layer, pick.expert, pick.sign
+    if target.strength is not None:
+        bias = sign * abs(target.strength)
+        return RouterEdit(index, row, bias, block=layer.block, origin="given")
     bias = admission_gap(
         profile.info.model.blocks[index],
         profile.array("alpha_NLE")[:, index, : layer.n_experts],
@@ -189,8 +317,8 @@ def _tilt(
     if not math.isfinite(bias) or bias * sign <= 0:
         option = "--boost" if sign > 0 else "--suppress"
         raise PlanError(
-            f"{no_default_strength(index, expert, sign, bias)}: give the strength, as in {option} "
-            f"{index}:{expert}=0.5"
+            f"{no_default_strength(index, target.expert, sign, bias)}: give the strength, as in "
+            f"{option} {index}:{target.expert}=0.5"
         )
     return RouterEdit(index, row, bias, block=layer.block, origin="its admission gap")
 
@@ -202,11 +330,7 @@ def reweight_draft(
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """A plan that keeps every expert, with biases and factors.
-
-    Raises:
-        SettingsError: no expert is named, or the layout cannot hold `apply_at`.
-    """
+    """A plan that keeps every expert, with biases and factors; SettingsError without any."""
     if not found and not scaled:
         raise SettingsError(
             "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
@@ -225,23 +349,20 @@ def with_tilts(
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """A plan with biases and factors on experts that it keeps.
-
-    Raises:
-        PlanError: an expert that the plan removes.
-        SettingsError: the layout cannot hold `apply_at`.
-    """
+    """A plan with biases and factors on experts that it keeps."""
     check_place(draft.layout, apply_at, is_biased=bool(found))
-    _check_kept(draft, [*found, *scaled])
-    edits = {
-        name: edit.model_copy(
-            update={
-                "bias": {t.expert: t.bias for t in found if t.block == name},
-                "scale": {s.expert: s.scale for s in scaled if s.block == name},
-            }
-        )
-        for name, edit in draft.edits.items()
-    }
+    for tilt in (*found, *scaled):
+        if tilt.expert not in (keep := draft.edits[tilt.block].keep):
+            kept = keep if draft.numbers is None else draft.numbers.kept(tilt.block, keep)
+            raise PlanError(
+                f"expert {_name(draft, tilt)} is removed by this cut, which keeps "
+                f"{ids_text(kept)} there: tilt one that stays"
+            )
+    edits = {}
+    for name, edit in draft.edits.items():
+        bias = {t.expert: t.bias for t in found if t.block == name}
+        scale = {s.expert: s.scale for s in scaled if s.block == name}
+        edits[name] = edit.model_copy(update={"bias": bias, "scale": scale})
     words = [f"--{t.verb} {_name(draft, t)}={abs(t.bias):.6g}" for t in found]
     words += [f"--scale {_name(draft, s)}={s.scale:.6g}" for s in scaled]
     named = [f"{t.verb}-{_name(draft, t, '.')}" for t in found]
@@ -256,11 +377,7 @@ def with_tilts(
 
 
 def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
-    """Checks that a bias can act at these positions.
-
-    Raises:
-        SettingsError: no bias, or a layout whose biases act everywhere.
-    """
+    """Raises a SettingsError unless there is a bias that can act at these positions."""
     if apply_at is not None and not is_biased:
         raise SettingsError(
             f"--apply-at {apply_at} says where a bias acts, and there is none: a factor acts at "
@@ -273,17 +390,6 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
         )
 
 
-def _check_kept(draft: EditPlan, named: Sequence[RouterEdit]) -> None:
-    for tilt in named:
-        keep = draft.edits[tilt.block].keep
-        if tilt.expert not in keep:
-            kept = keep if draft.numbers is None else draft.numbers.kept(tilt.block, keep)
-            raise PlanError(
-                f"expert {_name(draft, tilt)} is removed by this cut, which keeps "
-                f"{ids_text(kept)} there: tilt one that stays"
-            )
-
-
 def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
     numbers = draft.numbers
     expert = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
@@ -291,25 +397,19 @@ def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
 
 
 def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
-    """The way of choosing experts and strengths that the settings say.
-
-    Raises:
-        PlanError: no such layer or expert, or one named twice.
-        SettingsError: nothing to tilt, or an option that does not go with the others.
-    """
+    """The way of choosing experts and strengths that the settings say."""
     check_settings(settings)
-    picks = named_picks(profile, settings.boost or [], settings.suppress or [])
+    picks = tuple(
+        (pick, None if target.strength is None else abs(target.strength))
+        for _, pick, target in _targets(profile, settings.boost or [], settings.suppress or [])
+    )
     if settings.tune and any(strength for _, strength in picks):
         raise SettingsError("--tune searches for the strength: leave the number out")
     return Procedure(picks, _chooser(profile, settings), settings.strength, settings.tune)
 
 
 def check_settings(settings: ReweightSettings) -> None:
-    """That the options go together, and that the score is one.
-
-    Raises:
-        SettingsError: which does not.
-    """
+    """Raises a SettingsError for options that do not go together, or an unknown score."""
     settings.check()
     names = (*SCORES, *TOKEN_SCORES)
     if settings.by is not None and settings.by not in names:
@@ -318,6 +418,11 @@ def check_settings(settings: ReweightSettings) -> None:
 
 def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
     least, by = settings.min_appearances, settings.by or "difference"
+    contrast = None
+    if settings.contrast is not None:
+        contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
+        if isinstance(profile, ProfilePart):
+            contrast = contrast.less({q.overlap_hash for q in held_out_quiz(profile)})
     constant = expert_ids(profile).constant
     return Chooser(
         boost_best=settings.boost_best,
@@ -325,7 +430,7 @@ def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
         by=by,
         min_appearances=MIN_APPEARANCES if least is None else least,
         layers=read_layers(settings.layers),
-        contrast=_contrast(profile, settings),
+        contrast=contrast,
         fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
         constant=tuple(
             (layer, row)
@@ -335,40 +440,24 @@ def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
     )
 
 
-def _contrast(profile: Profile, settings: ReweightSettings) -> Contrast | None:
-    """The two sides, without what is held out of the profile."""
-    if settings.contrast is None:
-        return None
-    first, second = settings.contrast
-    found = read_contrast((first, second), profile.info.model.fingerprint)
-    if not isinstance(profile, ProfilePart):
-        return found
-    return found.less({q.overlap_hash for q in held_out_quiz(profile)})
-
-
 def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Procedure) -> str:
     """The procedure in words, which also name the outputs."""
     numbers, blocks = expert_ids(profile), profile.info.model.blocks
-    words = {+1: "boost", -1: "suppress"}
-    named = [
-        f"{words[p.sign]} {p.layer}:{numbers.number(blocks[p.layer].name, p.expert)}"
-        for p, _ in procedure.named
-    ]
+    words = []
+    for pick, _ in procedure.named:
+        expert = numbers.number(blocks[pick.layer].name, pick.expert)
+        words.append(f"{'boost' if pick.sign > 0 else 'suppress'} {pick.layer}:{expert}")
     chosen = (("boost-best", settings.boost_best), ("suppress-worst", settings.suppress_worst))
-    named += [f"{name} {n}" for name, n in chosen if n]
-    criterion = settings.criterion
-    by = () if criterion in ("by hand", "difference") else (f"by {criterion}",)
-    return " ".join((*named, *by, *(("tuned",) if procedure.is_tuned else ())))
+    words += [f"{name} {n}" for name, n in chosen if n]
+    if settings.criterion not in ("by hand", "difference"):
+        words.append(f"by {settings.criterion}")
+    return " ".join([*words, "tuned"] if procedure.is_tuned else words)
 
 
 def read_layers(text: str | None) -> tuple[int, ...]:
-    """`0,3,8-15` as numbers.
-
-    Raises:
-        SettingsError: another form.
-    """
+    """`0,3,8-15` as numbers. Raises SettingsError: another form."""
     found: list[int] = []
-    for part in (text or "").split(",") if text is not None else ():
+    for part in text.split(",") if text is not None else ():
         first, _, last = part.strip().partition("-")
         if not _LAYERS.fullmatch(part.strip()):
             raise SettingsError(f"--layers: {part[:80]!r} is no layer: write them as 0,3,8-15")
@@ -377,11 +466,7 @@ def read_layers(text: str | None) -> tuple[int, ...]:
 
 
 def settled_on_profile(profile: Profile, procedure: Procedure) -> Settled:
-    """Experts and strengths from the profile alone.
-
-    Raises:
-        PlanError: too few candidates, or one without a strength.
-    """
+    """Experts and strengths from the profile alone."""
     records = QuestionOutcomes.of(profile, profiled_quiz(profile))
     procedure.check(records)
     return Settled(procedure.untuned(records, procedure.pick(records)))

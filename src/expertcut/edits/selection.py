@@ -1,53 +1,195 @@
-"""How many experts stay and which, and how much traffic the removed ones carried."""
+"""Which experts stay: their order, protection and number, and what the removed ones carried."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertcut.edits.criteria import activations, ranked
+from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
     BlockEdit,
     EditPlan,
+    ExpertIds,
+    check_count,
     expert_ids,
+    find_expert,
     least_per_group,
     validate_edits,
 )
-from expertcut.edits.ranking import Ranking, empty_draft, protected, protection, rank
-from expertcut.errors import PlanError, SettingsError
+from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.statistics import LayerStatistics
-from expertcut.profiling.storage import Profile
+from expertcut.profiling.storage import Profile, largest_values
 
 if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine
 
+SUPER = "super"
+_EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
 Array = np.ndarray[Any, Any]
 
 
-def counts(settings: CutSettings, blocks: Sequence[BlockInfo]) -> range:
-    """All that a search may keep, from least to most: per layer, or of all layers together.
+@dataclass(frozen=True)
+class Protection:
+    """Rows of routers per layer: super experts, and those that were named."""
 
-    Raises:
-        PlanError: a floor above the number of experts.
+    supers: tuple[tuple[int, ...], ...]
+    named: tuple[tuple[int, ...], ...]
+
+    @property
+    def ids(self) -> list[tuple[int, ...]]:
+        """All that stay, per layer."""
+        return [(*own, *named) for own, named in zip(self.supers, self.named, strict=True)]
+
+    def first(self, orders: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Orders of all layers' experts, those that were named first, then super experts."""
+        layers = zip(orders, self.supers, self.named, strict=True)
+        return [protected(protected(order, own), named) for order, own, named in layers]
+
+    def spared(
+        self, edits: Mapping[str, BlockEdit], plain: Mapping[str, BlockEdit]
+    ) -> dict[str, tuple[int, ...]]:
+        """By block, what stays and without protection would not."""
+        blocks = zip(edits.items(), self.ids, strict=True)
+        return {
+            block: tuple(e for e in edit.keep if e in ids and e not in plain[block].keep)
+            for (block, edit), ids in blocks
+        }
+
+    def check(self, edits: Mapping[str, BlockEdit]) -> None:
+        """Raises a PlanError unless all that were named stay."""
+        for (block, edit), named in zip(edits.items(), self.named, strict=True):
+            if not set(named) <= set(edit.keep):
+                raise PlanError(
+                    f"{block} keeps {len(edit.keep)} experts, too few for the {len(named)} that "
+                    "--protect names there: keep more or protect fewer"
+                )
+
+
+def expressions_of(asked: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
+    """What --protect asks for; `is_super` says whether super experts are protected unasked."""
+    if "none" not in asked:
+        return tuple(dict.fromkeys([*([SUPER] if is_super else []), *asked]))
+    if SUPER in asked:
+        raise SettingsError("--protect none and --protect super contradict each other: give one")
+    return tuple(text for text in asked if text != "none")
+
+
+def protection(profile: Profile, expressions: Sequence[str]) -> Protection:
+    """What `super` and `L:E` (expert E of layer L) protect; SettingsError for other expressions."""
+    blocks = [(b.name, b.experts) for b in profile.info.model.blocks]
+    named: list[list[int]] = [[] for _ in blocks]
+    for text in expressions:
+        if match := _EXPERT.fullmatch(text.strip()):
+            layer, row = find_expert(blocks, int(match[1]), int(match[2]), expert_ids(profile))
+            named[layer].append(row)
+        elif text != SUPER:
+            raise SettingsError(
+                f"--protect {text} names no expert: write super, none or L:E, as in 3:12"
+            )
+    supers = super_experts(profile) if SUPER in expressions else [()] * len(blocks)
+    return Protection(tuple(supers), tuple(tuple(dict.fromkeys(own)) for own in named))
+
+
+def super_experts(profile: Profile) -> list[tuple[int, ...]]:
+    """Super experts (ids per layer): outputs with a value far above all others'. arXiv:2507.23279.
+
+    An expert's largest absolute output value over all tokens is above the 99.5th percentile of all
+    experts of all layers and above a tenth of the largest, in the first 75 % of the MoE layers.
+    Raises ProfileError: the profile was made with --stats answer.
     """
+    largest = largest_values(profile)
+    if largest is None:
+        raise ProfileError(
+            "--protect super: the profile holds no all-token statistics (--stats answer): profile "
+            "with --stats all, or take --protect none"
+        )
+    all_X = np.concatenate(largest).astype(np.float64)
+    threshold = max(float(np.percentile(all_X, 99.5)), 0.1 * float(all_X.max()))
+    return [
+        tuple(np.flatnonzero(value_E > threshold).tolist()) if layer < 0.75 * len(largest) else ()
+        for layer, value_E in enumerate(largest)
+    ]
+
+
+def protected(order: Sequence[int], ids: Collection[int]) -> list[int]:
+    """An order of experts with the protected ones first; else it stays as it is."""
+    return [*(e for e in order if e in ids), *(e for e in order if e not in ids)]
+
+
+def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -> EditPlan:
+    """A draft without edits, named after what makes it differ from the usual."""
+    at, fold = settings.at, settings.rescale
+    unusual = {"all": at, "exact": settings.layout, "mean": settings.fill}
+    usual = positions_of(settings.by, None)
+    marks = "".join(f"-{m}" for m, value in unusual.items() if value == m != usual)
+    if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
+        marks += f"-fold-{fold}"
+    return EditPlan(
+        f"{slug}{marks}",
+        action,
+        criterion,
+        at,
+        edits={},
+        layout=settings.layout,
+        removed=settings.fill,
+        fold=fold,
+        is_cut=True,
+        is_calibrated=CRITERIA[settings.by].is_calibrated,
+    )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Every expert of a profile by a criterion: scores (E,) and ids, best first, by layer.
+
+    `orders` are the criterion's alone; `counts` say how often each expert was active.
+    """
+
+    blocks: tuple[BlockInfo, ...]
+    settings: CutSettings
+    scores: tuple[Array, ...]
+    orders: tuple[list[int], ...]
+    stay: Protection
+    counts: tuple[Array, ...]
+    numbers: ExpertIds
+
+
+def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Ranking:
+    """Scores by the criterion, the order that follows, and who stays whatever it says."""
+    layers = profile.layers
+    at = settings.at if settings.by == "activations" else "answer"
+    found = scores(profile, settings.by, settings.at, engine, settings.seed)
+    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]
+    return Ranking(
+        blocks=profile.info.model.blocks,
+        settings=settings,
+        scores=tuple(found),
+        orders=tuple(orders),
+        stay=protection(profile, settings.protect),
+        counts=tuple(activations(layer, at) for layer in layers),
+        numbers=expert_ids(profile),
+    )
+
+
+def counts(settings: CutSettings, blocks: Sequence[BlockInfo]) -> range:
+    """All that a search may keep, from least to most: per layer, or of all layers together."""
     if settings.budget == "global":
         least = floors(blocks, settings.min_keep)
         return range(sum(least), sum(block.experts for block in blocks) + 1)
     most = min(block.experts for block in blocks)
     if not LAYOUTS[settings.layout].needs_equal_counts:
         return range(1, most + 1)
-    step = blocks[0].groups
-    return range(max(_least_of_stock(block) for block in blocks), most + 1, step)
+    return range(max(_stock_count(block, 0) for block in blocks), most + 1, blocks[0].groups)
 
 
-def _least_of_stock(block: BlockInfo) -> int:
-    if block.groups == 1:
-        return LAYOUTS["stock"].least_experts(block)
-    return max(-(-block.top_k // block.groups), least_per_group(block)) * block.groups
+def _stock_count(block: BlockInfo, n_per_group: int) -> int:
+    """The smallest count of layout stock that keeps this many experts of a routing group."""
+    least = LAYOUTS["stock"].least_experts(block) if block.groups == 1 else least_per_group(block)
+    return max(n_per_group, least) * block.groups
 
 
 def wanted_count(settings: CutSettings, blocks: Sequence[BlockInfo]) -> int:
@@ -55,23 +197,18 @@ def wanted_count(settings: CutSettings, blocks: Sequence[BlockInfo]) -> int:
 
     A fraction is rounded, where experts lie in groups to equally many of each.
     """
+    fraction, keep = settings.fraction, settings.keep
+    if fraction is None:
+        assert keep is not None
+        return keep * (len(blocks) if settings.budget == "global" else 1)
     if settings.budget == "global":
-        share = settings.fraction
-        wanted = [settings.keep if share is None else round(share * b.experts) for b in blocks]
-        return sum(n for n in wanted if n is not None)
-    if settings.fraction is None:
-        assert settings.keep is not None
-        return settings.keep
+        return sum(round(fraction * block.experts) for block in blocks)
     step = blocks[0].groups if LAYOUTS[settings.layout].needs_equal_counts else 1
-    return round(settings.fraction * blocks[0].experts / step) * step
+    return round(fraction * blocks[0].experts / step) * step
 
 
 def floors(blocks: Sequence[BlockInfo], min_keep: int | None) -> list[int]:
-    """What each layer keeps at least under a global budget: top-k, and `min_keep`.
-
-    Raises:
-        PlanError: more than a layer has.
-    """
+    """What each layer keeps at least under a global budget: top-k, and `min_keep`."""
     for block in blocks:
         if (min_keep or 0) > block.experts:
             raise PlanError(
@@ -82,9 +219,8 @@ def floors(blocks: Sequence[BlockInfo], min_keep: int | None) -> list[int]:
 
 def as_numbers(score_E: Array) -> Array:
     """Scores in float64; what is no number counts as the layer's lowest, +∞ as its highest."""
-    is_number_E = np.isfinite(score_E)
-    lowest = float(score_E[is_number_E].min()) if is_number_E.any() else 0.0
-    highest = float(score_E[is_number_E].max()) if is_number_E.any() else 0.0
+    finite = score_E[np.isfinite(score_E)]
+    lowest, highest = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
     filled_E = np.nan_to_num(score_E, nan=lowest, neginf=lowest, posinf=highest)
     return filled_E.astype(np.float64)
 
@@ -97,11 +233,9 @@ def normalised(score_E: Array) -> Array:
     """
     filled_E = as_numbers(score_E)
     lowest = 0.0 if float(filled_E.max()) > 0 else float(filled_E.min())
-    shifted_E = np.maximum(filled_E - lowest, 0)
+    shifted_E: Array = np.maximum(filled_E - lowest, 0)
     total = shifted_E.sum()
-    equal_E = np.full(len(score_E), 1 / len(score_E))
-    result: Array = shifted_E / total if total > 0 else equal_E
-    return result
+    return shifted_E / total if total > 0 else np.full(len(score_E), 1 / len(score_E))
 
 
 def share_out(
@@ -114,9 +248,7 @@ def share_out(
     """How many each layer keeps of `total`, if those with the best normalised scores stay.
 
     `orders` are best first, with those in `first` before all others; each layer keeps `least`.
-
-    Raises:
-        PlanError: more than there are, or fewer than the layers need.
+    Raises PlanError: more than there are, or fewer than the layers need.
     """
     n_experts = sum(map(len, orders))
     if not sum(least) <= total <= n_experts:
@@ -151,65 +283,42 @@ class Pruning:
 
 
 def choose(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Pruning:
-    """The experts that stay; some criteria run the engine's model.
-
-    Raises:
-        SettingsError: not exactly one size of the cut, one that the layout cannot carry, positions
-            that the criterion does not look at, or no engine where it needs one.
-        PlanError: a count that does not fit the model, or the protected experts.
-        ProfileError: the profile does not hold what the criterion needs.
-    """
+    """The experts that stay; some criteria run the engine's model."""
     settings.check()
     if settings.keep_active:
         return keep_active(profile, settings)
     blocks = profile.info.model.blocks
     n_keep = wanted_count(settings, blocks)
-    if settings.budget == "layer":
-        _check_count(n_keep, blocks, settings.layout)
+    if settings.budget == "layer":  # before a criterion runs the model
+        check_count(blocks, n_keep, settings.layout)
     return cut(rank(profile, settings, engine), n_keep)
 
 
 def cut(ranking: Ranking, n_keep: int) -> Pruning:
-    """Keeps the best `n_keep` of each layer, with a global budget of all layers together.
-
-    Raises:
-        PlanError: more than there are, too few, or fewer than are protected by hand.
-    """
-    settings, stay = ranking.settings, ranking.stay
+    """Keeps the best `n_keep` of each layer, with a global budget of all layers together."""
+    settings, stay, blocks = ranking.settings, ranking.stay, ranking.blocks
     name = f"random-{settings.seed}" if settings.by == "random" else settings.by
     if settings.budget == "global":
-        n_experts = sum(block.experts for block in ranking.blocks)
+        n_experts = sum(block.experts for block in blocks)
         action = f"prune --budget global ({n_keep} of {n_experts} experts)"
         named = empty_draft(settings, f"keep-{n_keep}-global-{name}", action, name)
     else:
-        _check_count(n_keep, ranking.blocks, settings.layout)
+        check_count(blocks, n_keep, settings.layout)
         named = empty_draft(settings, f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
     named = replace(named, numbers=ranking.numbers)
-    nobody: list[tuple[int, ...]] = [() for _ in ranking.orders]
-    plain, pruning = (
-        _prune(_n_keeps(ranking, n_keep, first), orders, ranking.counts, ranking.blocks, named)
-        for orders, first in ((ranking.orders, nobody), (stay.first(ranking.orders), stay.ids))
-    )
+
+    def prune(orders: Sequence[list[int]], first: Sequence[tuple[int, ...]]) -> Pruning:
+        n_keeps = [n_keep] * len(blocks)
+        if settings.budget == "global":
+            least = floors(blocks, settings.min_keep)
+            by_score = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
+            n_keeps = share_out(n_keep, ranking.scores, by_score, first, least)
+        return _prune(n_keeps, orders, ranking.counts, blocks, named)
+
+    plain = prune(ranking.orders, [()] * len(blocks))
+    pruning = prune(stay.first(ranking.orders), stay.ids)
     stay.check(pruning.draft.edits)
     return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
-
-
-def _n_keeps(ranking: Ranking, n_keep: int, first: Sequence[Sequence[int]]) -> list[int]:
-    if ranking.settings.budget == "layer":
-        return [n_keep] * len(ranking.blocks)
-    least = floors(ranking.blocks, ranking.settings.min_keep)
-    orders = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
-    return share_out(n_keep, ranking.scores, orders, first, least)
-
-
-def _check_count(n_keep: int, blocks: Sequence[BlockInfo], layout: Layout) -> None:
-    for block in blocks:
-        least = LAYOUTS[layout].least_experts(block)
-        if not least <= n_keep <= block.experts:
-            raise PlanError(
-                f"--keep {n_keep} does not fit {block.name}, which routes each token to "
-                f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
-            )
 
 
 def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
@@ -217,23 +326,24 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
 
     The others are filled by all-token count where the profile has it, else by mean α. What is
     protected counts as firing.
-
-    Raises:
-        SettingsError: a criterion by which it does not choose.
+    Raises SettingsError: a criterion by which it does not choose.
     """
     if settings.by != "activations":
         raise SettingsError(f"--by {settings.by} ranks what --keep N keeps: leave it out")
     layers, blocks = profile.layers, profile.info.model.blocks
     counts = [activations(layer, settings.at) for layer in layers]
     stay = protection(profile, settings.protect)
-    is_active = [
-        (count_E > 0) | np.isin(np.arange(len(count_E)), list(ids))
-        for count_E, ids in zip(counts, stay.ids, strict=True)
-    ]
-    n_keeps = [int(is_active_E.sum()) for is_active_E in is_active]
+    n_keeps, orders, most = [], [], 0
+    for layer, block, count_E, ids in zip(layers, blocks, counts, stay.ids, strict=True):
+        is_active_E = (count_E > 0) | np.isin(np.arange(len(count_E)), list(ids))
+        n_keeps.append(int(is_active_E.sum()))
+        per_group = is_active_E.reshape(block.groups, -1).sum(axis=1)
+        most = max(most, _stock_count(block, int(per_group.max())))
+        fill_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
+        above_E = is_active_E * (1.0 + fill_E.max())
+        orders.append(ranked(above_E + fill_E, layer.alpha_mean_E))
     if LAYOUTS[settings.layout].needs_equal_counts:
-        n_keeps = [max(map(_least_keep, is_active, blocks))] * len(blocks)
-    orders = [ranked_active(*each) for each in zip(layers, is_active, strict=True)]
+        n_keeps = [most] * len(blocks)
     named = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
     named = replace(named, numbers=expert_ids(profile))
     pruning = _prune(n_keeps, orders, counts, blocks, named)
@@ -243,21 +353,6 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
     return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
-def ranked_active(layer: LayerStatistics, is_active_E: Array) -> list[int]:
-    """Active experts first, then by all-token count where there is one, else by mean α."""
-    fill_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
-    above_E = is_active_E * (1.0 + fill_E.max())
-    return ranked(above_E + fill_E, layer.alpha_mean_E)
-
-
-def _least_keep(is_active_E: Array, block: BlockInfo) -> int:
-    """The smallest allowed count that keeps every active expert."""
-    per_group = is_active_E.reshape(block.groups, -1).sum(axis=1)
-    if block.groups == 1:
-        return max(int(per_group[0]), LAYOUTS["stock"].least_experts(block))
-    return max(int(per_group.max()), least_per_group(block)) * block.groups
-
-
 def _prune(
     n_keeps: Sequence[int],
     orders: Sequence[list[int]],
@@ -265,14 +360,13 @@ def _prune(
     blocks: Sequence[BlockInfo],
     named: EditPlan,
 ) -> Pruning:
-    keeps = [_first(*each, named.layout) for each in zip(orders, n_keeps, blocks, strict=True)]
-    edits = {b.name: BlockEdit(keep=keep) for b, keep in zip(blocks, keeps, strict=True)}
+    edits, fillers, n_active = {}, {}, {}
+    for order, n_keep, block, count_E in zip(orders, n_keeps, blocks, counts, strict=True):
+        keep = _first(order, n_keep, block, named.layout)
+        edits[block.name] = BlockEdit(keep=keep)
+        fillers[block.name] = tuple(e for e in keep if count_E[e] == 0)
+        n_active[block.name] = int((count_E > 0).sum())
     validate_edits(edits, blocks, named.layout)
-    fillers = {
-        b.name: tuple(e for e in keep if count_E[e] == 0)
-        for b, keep, count_E in zip(blocks, keeps, counts, strict=True)
-    }
-    n_active = {b.name: int((c > 0).sum()) for b, c in zip(blocks, counts, strict=True)}
     return Pruning(replace(named, edits=edits), n_active, fillers)
 
 
@@ -281,10 +375,6 @@ def _first(order: list[int], n_keep: int, block: BlockInfo, layout: Layout) -> t
     n_groups = block.groups if LAYOUTS[layout].needs_equal_counts else 1
     size = block.experts // n_groups
     groups = [[e for e in order if e // size == g] for g in range(n_groups)]
-    if n_keep % n_groups:
-        raise PlanError(
-            f"{block.name} routes in {n_groups} groups: keep a multiple of {n_groups}, not {n_keep}"
-        )
     return tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))
 
 

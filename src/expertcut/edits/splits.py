@@ -1,6 +1,7 @@
 """Which questions choose an edit, which are held out, and which were used before."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from expertcut.edits.plan import (
     EditPlan,
     ExpertIds,
     PlanFile,
-    PlanModel,
     hashes_sha256,
     inherited_hashes,
     load_hashes,
@@ -34,7 +34,6 @@ from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
 
 UNUSED = "were not used"
-HELD_OUT = 256
 hashes = hash_lines
 
 
@@ -89,20 +88,13 @@ def judged_by(lines: Iterable[str], used: Iterable[str], split: str, how: str = 
 
 
 def read_judged(plan: PlanFile, folder: Path) -> Judged:
-    """The held-out questions of a plan, compared with its list of used questions.
-
-    Unknown (`used` None) without that list, or where the plan is older than recorded hashes.
-    """
-    proof = plan.proof
-    lines, split, how = proof.held_out_hashes, proof.held_out_split, proof.held_out_used
-    how = "" if how == UNUSED else how
-    if not lines:
-        return Judged(split, 0, None, how)
-    try:
-        used = load_hashes(folder, plan)
-    except PlanError:
-        return Judged(split, len(lines), None, how)
-    return judged_by(lines, used, split, how)
+    """The held-out questions of a plan; `used` is None without a list or hashes to compare."""
+    lines, split = plan.proof.held_out_hashes, plan.proof.held_out_split
+    how = "" if plan.proof.held_out_used == UNUSED else plan.proof.held_out_used
+    if lines:
+        with suppress(PlanError):
+            return judged_by(lines, load_hashes(folder, plan), split, how)
+    return Judged(split, len(lines), None, how)
 
 
 @dataclass(frozen=True)
@@ -140,11 +132,8 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosin
 
     The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
     split can be held out.
-
-    Raises:
-        ProfileError: the profile is unfinished or damaged, or the quiz changed since.
-        QuizError: too few questions to hold any out.
-        SettingsError: another share than 0 and a fifth.
+    Raises QuizError: too few questions to hold any out; SettingsError: another share than 0 and a
+    fifth.
     """
     if held_out not in (None, 0, HELD_OUT_SHARE):
         raise SettingsError(
@@ -158,23 +147,24 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosin
     quiz = profiled_quiz(profile)
     if not is_one_set(quiz):
         return Choosing(profile)
-    held = [question for question in quiz if is_held_out(question)]
+    held = {(q.subject, q.row) for q in quiz if is_held_out(q)}
     if not 0 < len(held) < len(quiz):
         raise QuizError(
             f"{quiz.id} has too few questions to hold any out: it has {len(quiz)}: add some, or "
             "choose on all of them with --held-out 0"
         )
-    if not can_hold_out(profile, quiz):
+    if can_hold_out(profile, quiz):
+        profile = ProfilePart(profile, held)
+        note = (
+            f"{quiz.id} has one set of questions: {len(quiz) - len(held):,} of them choose, the "
+            f"other {len(held):,} are held out"
+        )
+    else:
         note = (
             f"{profile.path} does not keep the sums of a fifth of its questions apart, so all of "
             "them choose and nothing judges: profile again to hold a fifth out"
         )
-        return Choosing(profile, (note,))
-    note = (
-        f"{quiz.id} has one set of questions: {len(quiz) - len(held):,} of them choose, the other "
-        f"{len(held):,} are held out"
-    )
-    return Choosing(ProfilePart(profile, {(q.subject, q.row) for q in held}), (note,))
+    return Choosing(profile, (note,))
 
 
 @once_per_profile
@@ -183,7 +173,7 @@ def questions_for(
     *,
     is_fitting: bool,
     used: frozenset[str] = frozenset(),
-    n_held_out: int = HELD_OUT,
+    n_held_out: int = 256,
 ) -> Questions:
     """The questions of a command that works from a profile.
 
@@ -193,15 +183,17 @@ def questions_for(
     another split than the profile. None is left for a whole profile of the only split. Questions
     of earlier cuts are avoided if possible. `used` are hash lines of other questions that were
     read.
-
-    Raises:
-        ProfileError: the quiz is not the one that was profiled.
-        QuizError: more than 5 % of the tuning questions stand in the profiled split.
+    Raises QuizError: too few questions to hold any out.
     """
     profiled, inherited = profiled_quiz(profile), inherited_hashes(profile) | used
+
+    def judged_on(quiz: Quiz) -> Quiz:
+        """256 of the questions that are not used, or of all if each is used."""
+        unused = without(quiz, inherited)
+        return round_robin(unused if len(unused) else quiz, n_held_out)
+
     if isinstance(profile, ProfilePart):
-        judges = _unused(held_out_quiz(profile), inherited)
-        return Questions(profiled, profiled, round_robin(judges, n_held_out), inherited)
+        return Questions(profiled, profiled, judged_on(held_out_quiz(profile)), inherited)
     tuning = profiled
     if is_fitting and profiled.split == "test":
         tuning = other_split(profiled, "val", profiled) or profiled
@@ -209,11 +201,10 @@ def questions_for(
     for split in (s for s in JUDGING if s not in asked):
         other = other_split(profiled, split, profiled, tuning)
         if other is not None:
-            judges = _unused(other, inherited)
-            return Questions(profiled, tuning, round_robin(judges, n_held_out), inherited)
+            return Questions(profiled, tuning, judged_on(other), inherited)
     if tuning is profiled or not profile.holds_out:
         return Questions(profiled, tuning, replace_questions(profiled, {}), inherited)
-    held_out = round_robin(_unused(fifth_of(tuning), inherited), n_held_out)
+    held_out = judged_on(fifth_of(tuning))
     kept = without(tuning, hashes(held_out))
     if not len(held_out) or not len(kept):
         raise QuizError(
@@ -221,12 +212,6 @@ def questions_for(
             f"{tuning.split}: add some, or fit on all of them with --held-out 0"
         )
     return Questions(profiled, kept, held_out, inherited)
-
-
-def _unused(quiz: Quiz, used: frozenset[str]) -> Quiz:
-    """The questions that are not used; all of them if each is used."""
-    unused = without(quiz, used)
-    return unused if len(unused) else quiz
 
 
 def judges_or_fifth(questions: Questions, n: int) -> Quiz:
@@ -247,15 +232,19 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
     chosen = questions.tuning if draft.is_tuned else questions.profiled
     fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
     numbers, rules = draft.numbers or ExpertIds(), LAYOUTS[draft.layout]
+    is_merging = any(edit.merged for edit in draft.edits.values())
+    model, folder = plan_model(profile.info.model), model_folder(profile)
+    if folder is not None:
+        model = model.model_copy(update={"id": absolute_id(str(folder), None)})
     return PlanFile(
-        model=_plan_model(profile),
+        model=model,
         action=draft.action,
         criterion=draft.criterion,
         positions=draft.positions,
-        removal="merge" if draft.is_merging else rules.removal,
+        removal="merge" if is_merging else rules.removal,
         layout=draft.layout,
         removed=draft.removed if "removed" in rules.options else None,
-        fold=draft.fold if "fold" in rules.options and not draft.is_merging else None,
+        fold=draft.fold if "fold" in rules.options and not is_merging else None,
         apply_at=draft.apply_at if draft.is_biased else None,
         chosen_on=ChosenOn(
             quiz=chosen.id,
@@ -270,14 +259,6 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
     )
 
 
-def _plan_model(profile: Profile) -> PlanModel:
-    """The profiled model; a folder by its absolute path."""
-    named, folder = plan_model(profile.info.model), model_folder(profile)
-    if folder is None:
-        return named
-    return named.model_copy(update={"id": absolute_id(str(folder), None)})
-
-
 def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     """Hash lines of every question that this choice, its fit or an earlier edit read."""
     tuning = hashes(questions.tuning) if draft.asks_tuning else frozenset()
@@ -286,31 +267,28 @@ def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
 
 
 def profiled_quiz(profile: Profile) -> Quiz:
-    """The quiz of a profile, without its held-out questions.
-
-    Raises:
-        ProfileError: its questions changed since.
-    """
-    if not isinstance(profile, ProfilePart):
-        return _asked_quiz(profile)
-    quiz = _asked_quiz(profile.whole)
-    left = [q for q in quiz if (q.subject, q.row) not in profile.held_out]
-    return replace_questions(quiz, group_by_subject(left))
+    """The quiz of a profile, without its held-out questions."""
+    if isinstance(profile, ProfilePart):
+        return _part_of(profile, is_held_out=False)
+    return _asked_quiz(profile)
 
 
 def held_out_quiz(part: ProfilePart) -> Quiz:
     """The held-out questions of a profile."""
+    return _part_of(part, is_held_out=True)
+
+
+def _part_of(part: ProfilePart, *, is_held_out: bool) -> Quiz:
     quiz = _asked_quiz(part.whole)
-    held = [q for q in quiz if (q.subject, q.row) in part.held_out]
-    return replace_questions(quiz, group_by_subject(held))
+    own = [q for q in quiz if ((q.subject, q.row) in part.held_out) == is_held_out]
+    return replace_questions(quiz, group_by_subject(own))
 
 
 @once_per_profile
 def _asked_quiz(profile: Profile) -> Quiz:
     info = profile.info.quiz
     which = (info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision)
-    selection = Selection(*which, profile.truncate)
-    quiz = load_quiz(selection)
+    quiz = load_quiz(Selection(*which, profile.truncate))
     if quiz_info(quiz, info.limit).subjects != info.subjects:
         raise ProfileError(
             f"{info.id} is no longer the quiz that {profile.path} asked: its questions changed"

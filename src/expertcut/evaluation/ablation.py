@@ -21,9 +21,8 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings, CutSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
-from expertcut.edits.ranking import empty_draft, rank
 from expertcut.edits.reweight_select import QuestionOutcomes, right
-from expertcut.edits.selection import as_numbers, normalised
+from expertcut.edits.selection import as_numbers, empty_draft, normalised, rank
 from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome

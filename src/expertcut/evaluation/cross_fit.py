@@ -21,7 +21,7 @@ from expertcut.edits.reweight_select import (
     places,
     right,
 )
-from expertcut.edits.reweight_tune import Ask, Procedure, RouterEdit, Settled
+from expertcut.edits.router_edits import Ask, Procedure, RouterEdit, Settled
 from expertcut.errors import PlanError, QuizError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.stats import LEVEL, Comparison, compare

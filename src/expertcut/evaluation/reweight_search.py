@@ -15,8 +15,10 @@ from expertcut.data import Quiz
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import EditPlan, ExpertIds, Point, expert_ids
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
-from expertcut.edits.reweight_tune import Procedure, RouterEdit, Settled
 from expertcut.edits.router_edits import (
+    Procedure,
+    RouterEdit,
+    Settled,
     check_place,
     check_settings,
     procedure_name,
@@ -25,7 +27,6 @@ from expertcut.edits.router_edits import (
     scalings,
     settled_on_profile,
     tilts,
-    tilts_of,
 )
 from expertcut.edits.splits import questions_for
 from expertcut.evaluation.cross_fit import (
@@ -265,7 +266,11 @@ def chosen(
     beside = proof_file(decision.proof) if decision and decision.proof else {}
     if not settled.shifts:
         return Tilted(None, beside=beside)
-    found = tilts_of(profile, settled.shifts, [procedure.origin(s) for s in settled.shifts])
+    blocks = profile.info.model.blocks
+    found = [
+        shift._replace(block=blocks[shift.layer].name, origin=procedure.origin(shift))
+        for shift in settled.shifts
+    ]
     draft = replace(
         reweight_draft(profile, found, settings.layout, (), settings.apply_at),
         criterion=settings.criterion,

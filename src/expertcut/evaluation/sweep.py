@@ -17,8 +17,7 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import EditPlan
-from expertcut.edits.ranking import empty_draft, rank
-from expertcut.edits.selection import cut
+from expertcut.edits.selection import cut, empty_draft, rank
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError
 from expertcut.evaluation.results import (

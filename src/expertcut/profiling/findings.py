@@ -17,12 +17,7 @@ from expertcut.profiling.significance import (
     significance,
     subjects_json,
 )
-from expertcut.profiling.statistics import (
-    LayerStatistics,
-    expert_json,
-    layer_json,
-    or_none,
-)
+from expertcut.profiling.statistics import LayerStatistics, expert_json, layer_json, or_none
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.stats import logprob_shift, wilson
 
@@ -32,7 +27,6 @@ QUANTILES = (0.01, 0.05, 0.25, 0.75, 0.95, 0.99)
 _ROUNDING = 0.01  # relative; rounding to bfloat16 may change the order within it
 Kind = Literal["shuffle-choices", "bf16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_FOLDER = "perturbed"
 
 
 @dataclass(frozen=True)
@@ -62,31 +56,25 @@ def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
 
     Logits are ln α for a softmax, logit α for a sigmoid, or the inverse of √softplus.
     """
-    reason = _rule(block)
+    reason = _why_undefined(block)
     if not reason:
         alpha_NE = alpha_NE.astype(np.float64)
         last_N = np.take_along_axis(alpha_NE, chosen_NK, axis=1).min(axis=1)
-        rest_NE = alpha_NE.copy()
-        np.put_along_axis(rest_NE, chosen_NK, -np.inf, axis=1)
-        next_N = rest_NE.max(axis=1)
+        np.put_along_axis(alpha_NE, chosen_NK, -np.inf, axis=1)
+        next_N = alpha_NE.max(axis=1)
         if (next_N <= last_N * (1 + _ROUNDING)).all():
             with np.errstate(divide="ignore", invalid="ignore"):
                 logit_N = logits(block, last_N) - logits(block, next_N)
             return Margin("", np.maximum(last_N - next_N, 0), np.maximum(logit_N, 0))
         reason = "experts were chosen that do not have the largest α"
-    nothing = np.empty(0)
-    return Margin(reason, nothing, nothing)
+    return Margin(reason, np.empty(0), np.empty(0))
 
 
 def margin_json(found: Margin) -> dict[str, Any]:
     """The margins of a layer, null with a reason if undefined."""
     if found.undefined:
-        return {
-            "margin_undefined": found.undefined,
-            "margin_probability": None,
-            "margin_logit": None,
-            "margin_below": None,
-        }
+        names = ("margin_undefined", "margin_probability", "margin_logit", "margin_below")
+        return dict.fromkeys(names) | {"margin_undefined": found.undefined}
     return {
         "margin_undefined": None,
         "margin_probability": _distribution(found.probability_N),
@@ -98,7 +86,7 @@ def margin_json(found: Margin) -> dict[str, Any]:
     }
 
 
-def _rule(block: BlockInfo) -> str:
+def _why_undefined(block: BlockInfo) -> str:
     """Why α alone does not determine the chosen experts; empty if it may."""
     if block.is_hashed:
         return "a table of token ids chooses the experts"
@@ -108,9 +96,7 @@ def _rule(block: BlockInfo) -> str:
         return "a bias is added to α where experts are chosen"
     if block.selection_bias is None and block.scoring != "softmax":
         return "the profile does not say whether a bias is added to α where experts are chosen"
-    if block.top_groups < block.groups:
-        return "experts are chosen within the best groups"
-    return ""
+    return "experts are chosen within the best groups" if block.top_groups < block.groups else ""
 
 
 def logits(block: BlockInfo, alpha: Array) -> Array:
@@ -135,7 +121,7 @@ def _distribution(values_N: Array) -> dict[str, float | None]:
 
 def perturbed_folder(folder: Path, kind: Kind) -> Path:
     """The folder of a perturbation."""
-    return folder / _FOLDER / kind
+    return folder / "perturbed" / kind
 
 
 def perturbed_profiles(profile: Profile) -> dict[Kind, Profile]:
@@ -145,35 +131,32 @@ def perturbed_profiles(profile: Profile) -> dict[Kind, Profile]:
     return {kind: other for kind, other in found.items() if other.finished_at is not None}
 
 
-def perturbations_json(profile: Profile, margins: list[Margin]) -> list[dict[str, Any]]:
-    """One entry per finished perturbation.
-
-    Raises:
-        ProfileError: one has other questions.
-    """
-    return [
-        {"kind": kind, **_compared(profile, other, margins)}
-        for kind, other in perturbed_profiles(profile).items()
-    ]
-
-
 def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[str, Any]:
     if not np.array_equal(profile.array("row_N"), other.array("row_N")):
         raise ProfileError(f"{other.path} asked other questions than {profile.path}: remove it")
-    before, after = profile.answers, other.answers
-    after_NC = unshuffled(other)
-    largest, median = logprob_shift(after_NC, before.logprob_NC)
-    moved_NC = np.abs(after_NC - before.logprob_NC)
+    before_NC, after_NC = profile.answers.logprob_NC, unshuffled(other)
+    largest, median = logprob_shift(after_NC, before_NC)
+    moved_NC = np.abs(after_NC - before_NC)
     is_there_NC = np.isfinite(moved_NC)
     moved_N = np.where(is_there_NC, moved_NC, 0).max(axis=1)
-    choice_N = before.logprob_NC.argmax(axis=1)
-    flipped_N = after_NC.argmax(axis=1) != choice_N
-    changed_NL = changed_sets(profile, other)
+    flipped_N = after_NC.argmax(axis=1) != before_NC.argmax(axis=1)
+    before, after = (np.sort(p.array("chosen_NLK"), axis=2) for p in (profile, other))
+    changed_NL = (before != after).any(axis=2)  # the chosen experts at the answer position
     known = [m.probability_N for m in margins if not m.undefined]
     least_N = np.min(known, axis=0) if known else None
+    layers = []
+    for layer, margin in enumerate(margins):
+        own_N, changed_N = None if margin.undefined else margin.probability_N, changed_NL[:, layer]
+        layers.append(
+            {
+                "layer": layer,
+                "changed": float(changed_N.mean()),
+                "margin_changed_correlation": correlation(own_N, changed_N),
+            }
+        )
     return {
         "questions": len(flipped_N),
-        "accuracy": after.accuracy,
+        "accuracy": other.answers.accuracy,
         "flipped": float(flipped_N.mean()),
         "mean_abs_logprob_diff": float(moved_NC[is_there_NC].mean()),
         "median_abs_logprob_diff": median,
@@ -181,16 +164,7 @@ def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[s
         "changed": float(changed_NL.any(axis=1).mean()),
         "margin_flipped_correlation": correlation(least_N, flipped_N),
         "margin_logprob_correlation": correlation(least_N, moved_N),
-        "layers": [
-            {
-                "layer": layer,
-                "changed": float(changed_NL[:, layer].mean()),
-                "margin_changed_correlation": correlation(
-                    None if margin.undefined else margin.probability_N, changed_NL[:, layer]
-                ),
-            }
-            for layer, margin in enumerate(margins)
-        ],
+        "layers": layers,
     }
 
 
@@ -206,18 +180,8 @@ def unshuffled(profile: Profile) -> Array:
     return found_NC
 
 
-def changed_sets(profile: Profile, other: Profile) -> Array:
-    """Whether the chosen experts at the answer position differ, (N, L)."""
-    before, after = (np.sort(p.array("chosen_NLK"), axis=2) for p in (profile, other))
-    changed_NL: Array = (before != after).any(axis=2)
-    return changed_NL
-
-
 def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
-    """Spearman's rank correlation, None where either is constant.
-
-    SciPy's, which differs from `stats.spearman` in the last bits that earlier profiles recorded.
-    """
+    """Spearman's rank correlation by SciPy, with its last bits; None if one is constant."""
     if margin_N is None or len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
         return None
     from scipy.stats import spearmanr  # every profile would wait for it
@@ -239,11 +203,7 @@ class Findings:
 
 
 def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> Findings:
-    """Computes all findings.
-
-    Raises:
-        ProfileError: unfinished, damaged, or with answers alone.
-    """
+    """Computes all findings."""
     layers, is_correct_N = profile.layers, profile.answers.is_correct_N
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in layers], axis=1)
     found = margins(profile)
@@ -255,7 +215,10 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
         counts=counts,
         significance=significance(counts, is_correct_N, is_activated_NX, permutations, seed),
         places=[(layer.layer, e) for layer in layers for e in range(layer.n_experts)],
-        perturbations=perturbations_json(profile, found),
+        perturbations=[
+            {"kind": kind, **_compared(profile, other, found)}
+            for kind, other in perturbed_profiles(profile).items()
+        ],
     )
 
 
@@ -300,22 +263,20 @@ def layers_json(found: Findings) -> list[dict[str, Any]]:
 def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
     """Intervals and tests of each expert of all layers in order, None if undefined."""
     tested = found.significance
+    tests = {"difference": tested.difference_X, "difference_se": tested.se_X}
+    tests |= {name: getattr(tested, f"{name}_X") for name in ("z", "p", "p_adjusted", "p_family")}
     x = 0
     for layer in found.layers:
-        activated_E = layer.is_activated_NE.sum(axis=0)
-        plain = wilson(layer.accuracy_E, activated_E)
+        plain = wilson(layer.accuracy_E, layer.is_activated_NE.sum(axis=0))
         weighted = wilson(layer.weighted_accuracy_E, layer.n_effective_E)
         for e in range(layer.n_experts):
             yield {
-                "accuracy_ci95": _interval(plain, e),
-                "weighted_accuracy_ci95": _interval(weighted, e),
-                "difference": or_none(tested.difference_X[x]),
-                "difference_se": or_none(tested.se_X[x]),
-                "z": or_none(tested.z_X[x]),
-                "p": or_none(tested.p_X[x]),
-                "p_adjusted": or_none(tested.p_adjusted_X[x]),
-                "p_family": or_none(tested.p_family_X[x]),
-            }
+                name: None if np.isnan(low_E[e]) else [float(low_E[e]), float(high_E[e])]
+                for name, (low_E, high_E) in (
+                    ("accuracy_ci95", plain),
+                    ("weighted_accuracy_ci95", weighted),
+                )
+            } | {name: or_none(value_X[x]) for name, value_X in tests.items()}
             x += 1
 
 
@@ -323,15 +284,7 @@ def suspects_json(found: Findings) -> list[dict[str, Any]]:
     """Every tested expert with z < 0, the lowest first."""
     rows = list(evidence_rows(found))
     return [
-        {
-            "layer": found.places[x][0],
-            **expert_json(found.layers[found.places[x][0]], found.places[x][1]),
-            **rows[x],
-        }
+        {"layer": layer, **expert_json(found.layers[layer], expert), **rows[x]}
         for x in found.significance.suspects
+        for layer, expert in [found.places[x]]
     ]
-
-
-def _interval(ends: tuple[Array, Array], expert: int) -> list[float] | None:
-    low, high = (float(end_E[expert]) for end_E in ends)
-    return None if np.isnan(low) else [low, high]

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -54,12 +53,7 @@ class Claims:
         self._heart.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for name in list(self._held):
             self.release(name)
         self._is_over.set()
@@ -68,11 +62,7 @@ class Claims:
             self.folder.rmdir()
 
     def take(self, name: str) -> bool:
-        """Takes a claim; False if another process has it.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
+        """Takes a claim; False if another process has it."""
         claims = self._claims(name)
         if claims and self._is_alive(claims[-1]):
             return False
@@ -125,24 +115,22 @@ class Claims:
 
     def clear(self) -> None:
         """Removes all claims and temporary files, when everything is done."""
-        with suppress(FileNotFoundError):
-            for path in self.folder.iterdir():
-                if path.suffix == ".tmp" or path.suffix[1:].isdigit():
-                    path.unlink(missing_ok=True)
+        for path in self._files():
+            if path.suffix == ".tmp" or path.suffix[1:].isdigit():
+                path.unlink(missing_ok=True)
 
-    def _claims(self, name: str) -> list[Path]:
-        """The claims of one name in order; the last one counts."""
+    def _files(self) -> list[Path]:
         try:
-            found = [path for path in self.folder.iterdir() if path.stem == name]
+            return list(self.folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted((path for path in found if path.suffix[1:].isdigit()), key=_number)
+
+    def _claims(self, name: str) -> list[Path]:
+        own = [p for p in self._files() if p.stem == name and p.suffix[1:].isdigit()]
+        return sorted(own, key=_number)
 
     def _is_alive(self, claim: Path) -> bool:
-        """Whether the holder is alive, as far as this process knows.
-
-        Clocks of hosts differ, so a heartbeat is only compared with that of the last look.
-        """
+        # Clocks of hosts differ, so a heartbeat is only compared with that of the last look.
         try:
             with claim.open() as file:  # opening makes a network file system ask its server
                 heartbeat_ns, text = os.fstat(file.fileno()).st_mtime_ns, file.read()
@@ -169,20 +157,12 @@ def _number(claim: Path) -> int:
 
 def _here() -> dict[str, Any]:
     """An identity of this process across hosts, containers and reused pids."""
-    return {
-        "host": platform.node(),
-        "kernel": _kernel(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-    }
+    pid = os.getpid()
+    return {"host": platform.node(), "kernel": _kernel(), "pid": pid, "started": _started(pid)}
 
 
 def _started(pid: int) -> float:
-    """The start time of a process; on Linux in seconds since boot, which no clock change moves.
-
-    Raises:
-        psutil.NoSuchProcess: no such process.
-    """
+    """The start time of a process; on Linux in seconds since boot, which no clock change moves."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
@@ -200,7 +180,6 @@ def _kernel() -> str:
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether the pid of a holder is valid here."""
     return (holder["host"], holder["kernel"]) == (platform.node(), _kernel())
 
 
@@ -225,31 +204,22 @@ def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[Non
 
     The lock of a killed run does not block: at once on the same host, after some seconds on
     another. Folders that were created and stay empty are removed.
-
-    Raises:
-        OutputError: another run holds the lock, or the folder cannot be written.
+    Raises OutputError: another run holds the lock.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        with _claimed(folder, what, timing):
+        with Claims(folder / CLAIMS, timing) as claims:
+            end = time.monotonic() + claims.timing.dead_after_s + 2 * claims.timing.beat_s
+            while not claims.take(what):
+                holder, is_here = claims.holder(what)
+                if is_here or time.monotonic() > end:
+                    raise OutputError(
+                        f"{folder}: another run is at work there ({holder}): wait until it has "
+                        "ended, or name another --out"
+                    )
+                time.sleep(_POLL_S)
             yield
     finally:
         with suppress(OSError):  # not empty
             for place in made:
                 place.rmdir()
-
-
-@contextmanager
-def _claimed(folder: Path, what: str, timing: Timing | None) -> Iterator[None]:
-    with Claims(folder / CLAIMS, timing) as claims:
-        patience_s = claims.timing.dead_after_s + 2 * claims.timing.beat_s
-        end = time.monotonic() + patience_s
-        while not claims.take(what):
-            holder, is_here = claims.holder(what)
-            if is_here or time.monotonic() > end:
-                raise OutputError(
-                    f"{folder}: another run is at work there ({holder}): wait until it has ended, "
-                    "or name another --out"
-                )
-            time.sleep(_POLL_S)
-        yield

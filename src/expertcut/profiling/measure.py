@@ -76,10 +76,6 @@ class Measurement:
         """Measures the missing chunks of a folder, which other processes may share.
 
         Yields after each chunk; `on_pass` is called before each forward pass.
-
-        Raises:
-            ProfileError: the folder holds a profile of another model, quiz or setting.
-            OutputError: the folder holds something else, or cannot be written.
         """
         started = time.monotonic()
         work = chunks_of_work(self.info, self.quiz)
@@ -97,11 +93,9 @@ class Measurement:
                 shared.finish(time.monotonic() - started, tally.mine, tally.others)
 
     def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
-        """The arrays of a chunk, and the number of tokens run."""
-        questions = work.questions
+        questions, stats = work.questions, self.info.settings.stats
         encoded = self.engine.encode(self.quiz, work.subject, questions)
         of_calibration = in_calibration(questions) if self.is_one_set else None
-        stats = self.info.settings.stats
         recorder = Recorder(self.moe.blocks, len(questions), stats, of_calibration)
         n_tokens = n_halved = 0
 
@@ -122,22 +116,23 @@ class Measurement:
                 *(work.subject, step.n_tokens),
             )
 
-        keeps_all = self.info.settings.stats == "all"
+        observer = PassObserver(begin, undo, recorder.on_rows, stats == "all")
         with recorder.listening():
-            logprob_NC = self.engine.score(
-                encoded, watch=PassObserver(begin, undo, recorder.on_rows, keeps_all)
-            )
-        recorded = recorder.arrays()
-        check_finite(self.moe, work.subject, recorded)
-        return {
-            **recorded,
-            **({HALVED: np.array([n_halved], dtype=np.uint16)} if n_halved else {}),
-            **({CUT: np.array(encoded.cut_N, dtype=np.int32)} if encoded.n_cut else {}),
-            "choice_logprob_NC": logprob_NC.numpy(),
-            "answer_N": np.array([q.answer for q in questions], dtype=np.uint8),
-            "row_N": np.array([q.row for q in questions], dtype=np.int32),
-            **_orders(questions),
-        }, n_tokens
+            logprob_NC = self.engine.score(encoded, watch=observer)
+        arrays = recorder.arrays()
+        check_finite(self.moe, work.subject, arrays)
+        if n_halved:
+            arrays[HALVED] = np.array([n_halved], dtype=np.uint16)
+        if encoded.n_cut:
+            arrays[CUT] = np.array(encoded.cut_N, dtype=np.int32)
+        arrays["choice_logprob_NC"] = logprob_NC.numpy()
+        arrays["answer_N"] = np.array([q.answer for q in questions], dtype=np.uint8)
+        arrays["row_N"] = np.array([q.row for q in questions], dtype=np.int32)
+        if any(q.order for q in questions):  # the original numbers of shuffled choices
+            most = max(len(q.choices) for q in questions)
+            orders = [[*q.order, *[NO_CHOICE] * (most - len(q.order))] for q in questions]
+            arrays["order_NC"] = np.array(orders, dtype=np.uint8)
+        return arrays, n_tokens
 
 
 def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
@@ -162,20 +157,10 @@ def _size(question: Question) -> int:
 
 
 def _is_one_set(quiz: Quiz) -> bool:
-    """Whether a fifth of the questions will be held out; its sums are then separate."""
     try:
         return is_one_set(quiz)
     except QuizError:  # `prune` refuses such a split
         return False
-
-
-def _orders(questions: Sequence[Question]) -> Arrays:
-    """The original numbers of shuffled choices, padded with 255; empty if not shuffled."""
-    if not any(q.order for q in questions):
-        return {}
-    most = max(len(q.choices) for q in questions)
-    orders = [[*q.order, *[NO_CHOICE] * (most - len(q.order))] for q in questions]
-    return {"order_NC": np.array(orders, dtype=np.uint8)}
 
 
 def measure(
@@ -212,10 +197,9 @@ def resumed(
 def default_folder(info: ProfileInfo, source: Source, root: Path = Path("profiles")) -> Path:
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
     quiz = info.quiz
-    quiz_name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
-    name = f"{source.name}-{quiz_name}-{quiz.split}-{quiz.shots}shot-"
-    name += info.called(source.id).short_hash  # with the id as typed
-    return root / name
+    name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
+    settings_hash = info.called(source.id).short_hash  # with the id as typed
+    return root / f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}"
 
 
 def model_info(moe: MoeModel) -> ModelInfo:
@@ -235,23 +219,18 @@ def model_info(moe: MoeModel) -> ModelInfo:
         for b in moe.blocks
     )
     source = moe.source
+    model_id = absolute_id(source.id, source.revision)
     return ModelInfo(
-        id=absolute_id(source.id, source.revision),
-        revision=source.revision,
-        fingerprint=source.fingerprint,
-        blocks=blocks,
+        id=model_id, revision=source.revision, fingerprint=source.fingerprint, blocks=blocks
     )
-
-
-def _attention(engine: Engine) -> str:
-    own = str(engine.moe.model.config._attn_implementation)
-    return engine.attention if engine.attention == "split" else own
 
 
 def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settings:
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
     # Offloading to memory or disk changes no bytes on one CPU.
     is_spread = is_on_several(moe.model) and not on_cpu
+    config = moe.model.config
+    is_split = engine.attention == "split"
     return Settings(
         dtype=str(moe.dtype).removeprefix("torch."),
         device_type=moe.device.type,
@@ -259,8 +238,8 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
         batch_tokens=engine.batch_tokens,
         stats=stats,
         way="shared" if engine.is_trusted else "single",
-        experts_implementation=str(moe.model.config._experts_implementation),
-        attention=_attention(engine),
+        experts_implementation=str(config._experts_implementation),
+        attention=engine.attention if is_split else str(config._attn_implementation),
         torch=torch.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability() if on_cpu else None,
         device_map="auto" if is_spread else None,
@@ -269,11 +248,7 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
 
 
 def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:
-    """Validates the names of perturbations.
-
-    Raises:
-        SettingsError: bf16 for a model that runs in bfloat16.
-    """
+    """The kinds of perturbations with these names; SettingsError if bf16 changes nothing."""
     if "bf16" in names and measurement.info.settings.dtype == "bfloat16":
         raise SettingsError(
             "--perturb bf16 changes nothing: the model runs in bfloat16: profile with "
@@ -289,21 +264,14 @@ def perturb(
     load_as: LoadOptions,
     on_pass: OnPass = ignore,
 ) -> Iterator[Progress]:
-    """Measures the missing chunks of a perturbation of the profile in `folder`.
-
-    Raises:
-        ProfileError: an earlier perturbation there has other settings.
-    """
+    """Measures the missing chunks of a perturbation of the profile in `folder`."""
     settings, limit = measurement.info.settings, measurement.info.quiz.limit
+    moe, quiz = measurement.moe, measurement.quiz
     options = MeasureOptions(
         "answer", settings.batch_tokens, settings.threads, waits=measurement.waits
     )
     if kind == "shuffle-choices":
-        quiz = shuffle_choices(measurement.quiz)
-        other = Measurement(measurement.moe, quiz, limit, options)
+        other = Measurement(moe, shuffle_choices(quiz), limit, options)
     else:
-        source = measurement.moe.source
-        other = measure(
-            source, measurement.quiz, limit, replace(load_as, dtype="bfloat16"), options
-        )
+        other = measure(moe.source, quiz, limit, replace(load_as, dtype="bfloat16"), options)
     yield from other.run(perturbed_folder(folder, kind), on_pass)

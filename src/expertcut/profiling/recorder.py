@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,28 +33,19 @@ NAMES = ("tokens", "weight", "norm", "weighted_norm", "votes", INPUT, RESIDUAL)
 
 
 def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
-    """Checks that all per-layer records are finite; answers do not depend on all of them.
-
-    Raises:
-        ModelError: naming the first layer with a non-finite value.
-    """
-    bad = {name: layers for name, array in arrays.items() if (layers := _bad_layers(name, array))}
-    if not bad:
-        return
-    name = min(bad, key=lambda name: min(bad[name]))
-    layer = min(bad[name])
-    raise ModelError(
-        f"{moe.source.id} computes what is no finite number for tokens of {subject}: {name} of "
-        f"layer {layer} ({moe.blocks[layer].name}): {advice(moe)}"
-    )
-
-
-def _bad_layers(name: str, array: np.ndarray[Any, Any]) -> list[int]:
-    """The layers of an array that hold NaN or infinity; its name ends in its axes."""
-    axes = name.rpartition("_")[2]
-    if "L" not in axes or array.dtype.kind != "f" or np.isfinite(array).all():
-        return []
-    return [int(layer) for layer in np.argwhere(~np.isfinite(array))[:, axes.index("L")]]
+    """Raises a ModelError that names the first layer with a record that is not finite."""
+    bad = []
+    for name, array in arrays.items():
+        axes = name.rpartition("_")[2]
+        if "L" in axes and array.dtype.kind == "f" and not np.isfinite(array).all():
+            layers = np.argwhere(~np.isfinite(array))[:, axes.index("L")]
+            bad.append((int(layers.min()), name))
+    if bad:
+        layer, name = min(bad, key=lambda pair: pair[0])
+        raise ModelError(
+            f"{moe.source.id} computes what is no finite number for tokens of {subject}: {name} of "
+            f"layer {layer} ({moe.blocks[layer].name}): {advice(moe)}"
+        )
 
 
 class Recorder:
@@ -75,16 +66,14 @@ class Recorder:
         self.stats = stats
         n_layers, top_k = len(blocks), blocks[0].top_k
         n_experts = max(block.n_experts for block in blocks)
-        device = runs_on(blocks[0].router)
-        self.tokens = TokenSums(n_layers, n_experts, device, _factors(blocks))
+        self.device = device = runs_on(blocks[0].router)
+        self.tokens = TokenSums(blocks, n_experts, device)
         self.in_calibration_N: Tensor | None = None
         if in_calibration is not None and stats == "all":
             self.in_calibration_N = torch.tensor(in_calibration, device=device)
         self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
-        self.chosen_NLK = torch.zeros(
-            n_questions, n_layers, top_k, dtype=torch.int16, device=device
-        )
         self.weight_NLK = torch.zeros(n_questions, n_layers, top_k, device=device)
+        self.chosen_NLK = torch.zeros_like(self.weight_NLK, dtype=torch.int16)
         self.gap_N = torch.full((n_questions,), torch.inf, device=device)
         self.prefix_gap = torch.full((1,), torch.inf, device=device)
         # Separate for the last block's other tokens, which no answer depends on.
@@ -95,19 +84,21 @@ class Recorder:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hooks the routers, and for all-token sums the experts."""
+        tokens = self.tokens
         with ExitStack() as stack:
             if self.stats != "none":
                 stack.enter_context(observe_routers(self.blocks, self._route))
             if self.stats == "all":
-                stack.enter_context(observe_residuals(self.blocks, self.tokens.read))
-                stack.enter_context(
-                    observe_experts(self.blocks, self._expert, self.tokens.combined)
+                stack.enter_context(observe_residuals(self.blocks, tokens.read))
+                experts = observe_experts(
+                    self.blocks, lambda call: tokens.expert(call, self.valid_T), tokens.combined
                 )
+                stack.enter_context(experts)
             yield
 
     def begin(self, step: Pass) -> None:
         """Called before each forward pass."""
-        device = self.alpha_NLE.device
+        device = self.device
         self.questions_N = torch.tensor(step.questions, dtype=torch.long, device=device)
         self.answers_N: Tensor | None = step.answers_N.to(device)
         self.question_T = step.question_T.to(device)
@@ -127,7 +118,7 @@ class Recorder:
         """Continues the pass with these of its tokens only."""
         if self.stats == "none":
             return
-        rows_M = rows_M.to(self.alpha_NLE.device)
+        rows_M = rows_M.to(self.device)
         if is_read:  # the answers; the others follow
             self.all_T = self.question_T, self.valid_T
             self.answers_N = torch.arange(len(rows_M), device=rows_M.device)
@@ -146,22 +137,28 @@ class Recorder:
             self.tokens.in_calibration_T = self.in_calibration_N[self.question_T]
 
     def _added(self) -> list[Tensor]:
-        """The tensors that a pass adds to."""
-        if self.stats == "none":
-            return []
-        gaps = [self.gap_N, self.unread_gap_N]
-        sums = self.tokens
-        added = [sums.sums, sums.largest, sums.calibration, sums.calibration_largest]
-        return [*added, *gaps] if self.stats == "all" else gaps
+        gaps, sums = [self.gap_N, self.unread_gap_N], self.tokens
+        if self.stats != "all":
+            return gaps if self.stats == "answer" else []
+        return [sums.sums, sums.largest, sums.calibration, sums.calibration_largest, *gaps]
 
     def _route(self, routing: Routing) -> None:
         if not len(routing.logits_TE):
             return
-        routing = _on(routing, self.alpha_NLE.device)
+        fields: dict[str, Any] = vars(routing)
+        moved = {k: v.to(self.device) for k, v in fields.items() if k != "layer"}
+        routing = replace(routing, **moved)
         block = self.blocks[routing.layer]
         alpha_TE = block.alpha(routing.logits_TE)
         score_TE = block.selection_scores(routing.logits_TE, alpha_TE)
-        self._note_gaps(block.selection_gap(score_TE, routing.experts_TK))
+        gap_T = block.selection_gap(score_TE, routing.experts_TK)  # to another choice of experts
+        if self.valid_T is not None:
+            gap_T = gap_T.where(self.valid_T, torch.inf)
+        gap_N, prefix_gap = self.gaps
+        if self.is_prefix:
+            prefix_gap.copy_(torch.minimum(prefix_gap, gap_T.min()))
+        else:
+            gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
         if self.answers_N is not None:
             at = (self.questions_N, routing.layer)
             self.alpha_NLE[(*at, slice(block.n_experts))] = alpha_TE[self.answers_N]
@@ -170,77 +167,35 @@ class Recorder:
         if self.stats == "all":
             self.tokens.route(routing, self.valid_T)
 
-    def _expert(self, call: ExpertCall) -> None:
-        self.tokens.expert(call, self.valid_T)
-
-    def _note_gaps(self, gap_T: Tensor) -> None:
-        """Keeps the smallest distance to another choice of experts, of prefix and questions."""
-        if self.valid_T is not None:
-            gap_T = gap_T.where(self.valid_T, torch.inf)
-        gap_N, prefix_gap = self.gaps
-        if PARTS[self.tokens.part] == "prefix":
-            prefix_gap.copy_(torch.minimum(prefix_gap, gap_T.min()))
-        else:
-            gap_N.scatter_reduce_(0, self.question_T, gap_T, "amin")
-
     def arrays(self) -> Arrays:
         """The arrays of the chunk by their names on disk."""
         if self.stats == "none":
             return {}
-        kept = {
-            "alpha_NLE": self.alpha_NLE,
-            "chosen_NLK": self.chosen_NLK,
-            "weight_NLK": self.weight_NLK,
-            "gap_N": self.gap_N,
-            "prefix_gap": self.prefix_gap,
-        }
+        names = ["alpha_NLE", "chosen_NLK", "weight_NLK", "gap_N", "prefix_gap"]
         if self.stats == "all":
-            kept |= {
-                "unread_gap_N": self.unread_gap_N,
-                "unread_prefix_gap": self.unread_prefix_gap,
-            }
+            names += ["unread_gap_N", "unread_prefix_gap"]
+        kept: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        if self.stats == "all":
             kept |= self._token_sums()
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
     def _token_sums(self) -> dict[str, Tensor]:
-        left_out = set()
+        tokens, left_out = self.tokens, set()
         if any(block.residual is None for block in self.blocks):
             left_out.add(RESIDUAL)
-        if not self.tokens.is_in_width:
+        if not tokens.is_in_width:
             left_out |= {INPUT, RESIDUAL}
+        parts = [(part, tokens.sums[:, p], tokens.largest[p]) for p, part in enumerate(PARTS)]
         kept = {}
-        for p, part in enumerate(PARTS):
-            for s, name in enumerate(NAMES):
-                if name not in left_out:
-                    kept[f"{part}_{name}_LE"] = self.tokens.sums[s, p]
-            kept[f"{part}_largest_LE"] = self.tokens.largest[p]
         if self.in_calibration_N is not None:
-            names = [n for n in NAMES if n not in left_out]
-            kept |= {f"calibration_{n}_LE": self.tokens.calibration[NAMES.index(n)] for n in names}
-            kept["calibration_largest_LE"] = self.tokens.calibration_largest
+            parts.append(("calibration", tokens.calibration, tokens.calibration_largest))
             kept["calibration_N"] = self.in_calibration_N.to(torch.uint8)
+        for part, sums, largest in parts:
+            for name, sum_LE in zip(NAMES, sums, strict=True):
+                if name not in left_out:
+                    kept[f"{part}_{name}_LE"] = sum_LE
+            kept[f"{part}_largest_LE"] = largest
         return kept
-
-
-def _factors(blocks: Sequence[MoeBlock]) -> dict[int, tuple[float, float]]:
-    """The factors of the experts' sum by layer, relative to the block's input and the stream.
-
-    A block that norms the sum has factor 1: the sum before the norm counts.
-    """
-    return {
-        b.layer: (
-            1.0 if b.output_factor is None else b.output_factor,
-            0.0 if b.residual is None else b.residual.factor,
-        )
-        for b in blocks
-    }
-
-
-def _on(routing: Routing, device: torch.device) -> Routing:
-    moved: dict[str, Any] = {
-        k: v.to(device) for k, v in vars(routing).items() if isinstance(v, torch.Tensor)
-    }
-    return replace(routing, **moved)
 
 
 def borda_points(weighted_TE: Tensor, experts_TK: Tensor) -> Tensor:
@@ -261,7 +216,8 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
     """
     output_TD = output_TD.to(x_TD.device)
     xx_T, yy_T = _squared(x_TD), _squared(output_TD) * factor**2
-    xy_T = _inner(x_TD, output_TD) * factor
+    # On a CPU twice as fast as vecdot.
+    xy_T = (x_TD.float() * output_TD.float()).sum(dim=-1).double() * factor
     zz_T = (xx_T + 2 * xy_T + yy_T).clamp(min=0)
     lengths_T = xx_T * zz_T
     is_defined_T = lengths_T > 0
@@ -277,55 +233,30 @@ def _squared(x_TD: Tensor) -> Tensor:
     return norm_T.double() ** 2
 
 
-def _inner(x_TD: Tensor, y_TD: Tensor) -> Tensor:
-    # On a CPU twice as fast as vecdot.
-    return (x_TD.float() * y_TD.float()).sum(dim=-1).double()
-
-
-@dataclass
-class _Layer:
-    """What is needed of one block's pass until all its experts have run.
-
-    `extremes` are each call's least and greatest output value.
-    """
-
-    experts: list[int] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    extremes: list[Tensor] = field(default_factory=list)
-    routing: Routing | None = None
-
-
 class TokenSums:
     """Sums over tokens and the largest value of each expert, separate for shared prefix and rest.
 
-    `factors`, by layer: of the experts' sum relative to the block's input and to the residual
-    stream. Sums without a known stream stay 0. `is_in_width` becomes false if experts have another
+    Sums without a known residual stream stay 0. `is_in_width` becomes false if experts have another
     width than the block's input.
     """
 
-    def __init__(
-        self,
-        n_layers: int,
-        n_experts: int,
-        device: torch.device,
-        factors: dict[int, tuple[float, float]],
-    ) -> None:
-        shape = (len(NAMES), len(PARTS), n_layers, n_experts)
+    def __init__(self, blocks: Sequence[MoeBlock], n_experts: int, device: torch.device) -> None:
+        shape = (len(NAMES), len(PARTS), len(blocks), n_experts)
+        self.blocks = blocks
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
         # Over the questions' own tokens, but for the questions that are held out.
         self.calibration = torch.zeros_like(self.sums[:, 0])
         self.calibration_largest = torch.zeros_like(self.largest[0])
-        self.factors = factors
         self.is_in_width = True
 
     def begin(self, part: int) -> None:
         """Starts a pass of a part, an index of `PARTS`."""
         self.part = part
         self.in_calibration_T: Tensor | None = None  # tokens that count in both sums
-        self.pending = _Layer()
+        # Of one block's experts: id, tokens, weights, norms, least and greatest output value.
+        self.pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+        self.routing: Routing | None = None
         self.stream: tuple[int, Tensor] | None = None
         self.rows_M: Tensor | None = None
 
@@ -335,7 +266,7 @@ class TokenSums:
 
     def route(self, routing: Routing, valid_T: Tensor | None) -> None:
         """Adds the routing of one block."""
-        self.pending.routing = routing
+        self.routing = routing
         experts_TK, weights_TK = routing.experts_TK, routing.weights_TK.double()
         if valid_T is not None:
             experts_TK, weights_TK = experts_TK[valid_T], weights_TK[valid_T]
@@ -353,13 +284,10 @@ class TokenSums:
             output_MD = output_MD[is_valid_M]
         if not len(tokens_M):
             return
-        seen = self.pending
-        seen.experts.append(call.expert)
-        seen.tokens.append(tokens_M)
-        seen.weights.append(weights_M)
         # Without copies of M times D values, as .float() and .abs() make.
-        seen.norms.append(torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32))
-        seen.extremes.append(torch.stack(output_MD.aminmax()))
+        norm_M = torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32)
+        extremes = torch.stack(output_MD.aminmax())
+        self.pending.append((call.expert, tokens_M, weights_M, norm_M, extremes))
         if self.in_calibration_T is not None:
             output_MD = output_MD[self.in_calibration_T.to(tokens_M.device)[tokens_M]]
             if len(output_MD):
@@ -369,23 +297,25 @@ class TokenSums:
 
     def combined(self, layer: int, output_TD: Tensor) -> None:
         """Adds the outputs of a block's experts, after all have run."""
-        seen, self.pending = self.pending, _Layer()
-        if not seen.experts:
+        seen, self.pending = self.pending, []
+        routing, self.routing = self.routing, None
+        if not seen:
             return
+        experts, tokens, weights, norms, extremes = zip(*seen, strict=True)
         device = self.sums.device
-        expert_H = torch.tensor(seen.experts, device=device)
-        counts_H = torch.tensor([len(tokens_M) for tokens_M in seen.tokens], device=device)
-        at_A = (torch.cat(seen.tokens).to(device), expert_H.repeat_interleave(counts_H))
+        expert_H = torch.tensor(experts, device=device)
+        counts_H = torch.tensor([len(tokens_M) for tokens_M in tokens], device=device)
+        at_A = (torch.cat(tokens).to(device), expert_H.repeat_interleave(counts_H))
         norm_TE = self.sums.new_zeros(len(output_TD), self.sums.shape[-1])
-        norm_TE[at_A] = torch.cat(seen.norms).to(norm_TE)
+        norm_TE[at_A] = torch.cat(norms).to(norm_TE)
         weight_TE = torch.zeros_like(norm_TE)
-        weight_TE[at_A] = torch.cat(seen.weights).to(weight_TE)
+        weight_TE[at_A] = torch.cat(weights).to(weight_TE)
         weighted_TE = norm_TE * weight_TE
         self._add("norm", layer, norm_TE)
         self._add("weighted_norm", layer, weighted_TE)
-        self._contributions(layer, weighted_TE, output_TD, seen.routing)
+        self._contributions(layer, weighted_TE, output_TD, routing)
         largest_E = self.largest[self.part, layer]
-        largest_H = torch.stack(seen.extremes).abs().amax(dim=1).to(largest_E)
+        largest_H = torch.stack(extremes).abs().amax(dim=1).to(largest_E)
         largest_E[expert_H] = largest_E[expert_H].maximum(largest_H)
 
     def _contributions(
@@ -396,13 +326,16 @@ class TokenSums:
         if output_TD.shape != routing.input_TD.shape:
             self.is_in_width = False
             return
-        by_input, by_stream = self.factors[layer]
-        input_T = shift(routing.input_TD, output_TD, by_input)
+        block = self.blocks[layer]
+        # A block that norms the experts' sum has factor 1: the sum before the norm counts.
+        factor = 1.0 if block.output_factor is None else block.output_factor
+        input_T = shift(routing.input_TD, output_TD, factor)
         self._add(INPUT, layer, weighted_TE * input_T.to(weighted_TE)[:, None])
         if self.stream is not None and self.stream[0] == layer:
             x_TD = self.stream[1]
             x_TD = x_TD if self.rows_M is None else x_TD[self.rows_M.to(x_TD.device)]
-            residual_T = shift(x_TD, output_TD, by_stream)
+            factor = 0.0 if block.residual is None else block.residual.factor
+            residual_T = shift(x_TD, output_TD, factor)
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
     def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:

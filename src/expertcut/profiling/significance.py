@@ -2,14 +2,11 @@
 
 A subject is a stratum: n1 questions activated the expert and n0 did not, y1 and y0 of them were
 answered right, n = n1 + n0, Y = y1 + y0.
-
-Shape suffixes beyond those of `models`: X experts of all blocks together, in order; S subjects;
-B permutations.
+Further shape suffixes: X experts of all blocks in order, S subjects, B permutations.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -43,49 +40,38 @@ def count_by_subject(
 ) -> SubjectCounts:
     """Counts by subject, in the order of first questions."""
     names = tuple(dict.fromkeys(subjects))
-    name_N = np.asarray(subjects)
-    rows = tuple(np.flatnonzero(name_N == name) for name in names)
+    rows = tuple(np.flatnonzero(np.asarray(subjects) == name) for name in names)
+    right = [row[is_correct_N[row]] for row in rows]
     return SubjectCounts(
         names=names,
         rows=rows,
         questions_S=np.array([len(row) for row in rows]),
         right_S=np.array([is_correct_N[row].sum() for row in rows]),
         activated_SX=np.array([is_activated_NX[row].sum(0) for row in rows]),
-        activated_right_SX=np.array(
-            [is_activated_NX[row[is_correct_N[row]]].sum(0) for row in rows]
-        ),
+        activated_right_SX=np.array([is_activated_NX[row].sum(0) for row in right]),
     )
 
 
 def subjects_json(counts: SubjectCounts, layers: Sequence[LayerStatistics]) -> list[dict[str, Any]]:
     """One object per subject; `appearances` and `expert_accuracy` list a layer's experts."""
-    ends = list(accumulate(layer.n_experts for layer in layers))
-    spans = [slice(end - layer.n_experts, end) for end, layer in zip(ends, layers, strict=True)]
-    return [
-        {
-            "subject": name,
-            "questions": int(counts.questions_S[s]),
-            "accuracy": float(counts.right_S[s] / counts.questions_S[s]),
-            "layers": [
+    found = []
+    for s, name in enumerate(counts.names):
+        n_questions, start, rows = counts.questions_S[s], 0, []
+        for layer in layers:
+            span = slice(start, start := start + layer.n_experts)
+            activated_E = counts.activated_SX[s, span]
+            accuracy_E = share(counts.activated_right_SX[s, span], activated_E)
+            rows.append(
                 {
                     "layer": layer.layer,
                     **routing_json(layer, counts.rows[s]),
-                    **_experts_json(counts, s, span),
+                    "appearances": (activated_E / n_questions).tolist(),
+                    "expert_accuracy": [or_none(value) for value in accuracy_E],
                 }
-                for layer, span in zip(layers, spans, strict=True)
-            ],
-        }
-        for s, name in enumerate(counts.names)
-    ]
-
-
-def _experts_json(counts: SubjectCounts, s: int, span: slice) -> dict[str, Any]:
-    activated_E = counts.activated_SX[s, span]
-    accuracy_E = share(counts.activated_right_SX[s, span], activated_E)
-    return {
-        "appearances": (activated_E / counts.questions_S[s]).tolist(),
-        "expert_accuracy": [or_none(value) for value in accuracy_E],
-    }
+            )
+        accuracy, n = float(counts.right_S[s] / n_questions), int(n_questions)
+        found.append({"subject": name, "questions": n, "accuracy": accuracy, "layers": rows})
+    return found
 
 
 @dataclass(frozen=True)
@@ -132,15 +118,13 @@ def significance(
     """Differences, tests and permutation tests of every expert."""
     difference_X, se_X = difference(counts)
     z_X = z_scores(counts)
-    is_tested_X = ~np.isnan(z_X)
     expected_X, variance_X = null_moments(counts)
     p_X = 2 * ndtr(-np.abs(z_X))
     p_adjusted_X, p_family_X = np.full_like(z_X, np.nan), np.full_like(z_X, np.nan)
-    if is_tested_X.any():
+    if len(tested := np.flatnonzero(~np.isnan(z_X))):
         from scipy.stats import false_discovery_control  # slow import
 
         shuffled_BN = shuffles(counts, is_correct_N, permutations, seed)
-        tested = np.flatnonzero(is_tested_X)
         largest_B = np.zeros(permutations)
         for start in range(0, len(tested), _WIDTH):
             x = tested[start : start + _WIDTH]
@@ -148,7 +132,9 @@ def significance(
             z_BX = (right_BX - expected_X[x]) / np.sqrt(variance_X[x])
             largest_B = np.maximum(largest_B, np.abs(z_BX).max(axis=1))
         p_adjusted_X[tested] = false_discovery_control(p_X[tested])
-        p_family_X[tested] = exceedance(np.abs(z_X[tested]), largest_B)
+        # (1 + number of permutations that reach |z|) / (1 + number of permutations)
+        below_X = np.searchsorted(np.sort(largest_B), np.abs(z_X[tested]), side="left")
+        p_family_X[tested] = (1 + permutations - below_X) / (1 + permutations)
     return Significance(difference_X, se_X, z_X, p_X, p_adjusted_X, p_family_X, permutations, seed)
 
 
@@ -201,10 +187,3 @@ def shuffles(counts: SubjectCounts, is_correct_N: Array, draws: int, seed: int) 
         tiled_BN = np.tile(is_correct_N[row].astype(np.float32), (draws, 1))
         shuffled_BN[:, row] = rng.permuted(tiled_BN, axis=1)
     return shuffled_BN
-
-
-def exceedance(value_X: Array, drawn_B: Array) -> Array:
-    """(1 + number of draws ≥ value) / (1 + number of draws)."""
-    below_X = np.searchsorted(np.sort(drawn_B), value_X, side="left")
-    result: Array = (1 + len(drawn_B) - below_X) / (1 + len(drawn_B))
-    return result

@@ -93,58 +93,44 @@ class LayerStatistics:
 
 
 def layers_of(
-    blocks: Sequence[BlockInfo],
-    alpha_NLE: Array,
-    chosen_NLK: Array,
-    is_correct_N: Array,
+    blocks: Sequence[BlockInfo], alpha_NLE: Array, chosen_NLK: Array, is_correct_N: Array
 ) -> list[LayerStatistics]:
     """The statistics of any questions, without sums over gate weights and tokens."""
-    return [
-        _layer(
-            layer,
-            block.name,
-            alpha_NLE[:, layer, : block.experts].astype(np.float64),
-            chosen_NLK[:, layer].astype(np.int64),
-            is_correct_N=is_correct_N,
+    found = []
+    for layer, block in enumerate(blocks):
+        alpha_NE = alpha_NLE[:, layer, : block.experts].astype(np.float64)
+        chosen_NK = chosen_NLK[:, layer].astype(np.int64)
+        is_activated_NE = np.zeros(alpha_NE.shape, dtype=bool)
+        np.put_along_axis(is_activated_NE, chosen_NK, True, axis=1)
+        chosen_alpha_NK = np.take_along_axis(alpha_NE, chosen_NK, axis=1)
+        p_NK = chosen_alpha_NK / chosen_alpha_NK.sum(axis=1, keepdims=True)
+        p_NE = np.zeros_like(alpha_NE)
+        np.put_along_axis(p_NE, chosen_NK, p_NK, axis=1)
+        mass_NE = alpha_NE * is_activated_NE
+        mass_E, activated_E = mass_NE.sum(0), is_activated_NE.sum(0)
+        statistics = LayerStatistics(
+            layer=layer,
+            block=block.name,
+            n_experts=block.experts,
+            top_k=chosen_NK.shape[1],
+            entropy_top_N=entropy(p_NK),
+            entropy_all_N=entropy(alpha_NE),
+            rank_probability_NK=np.sort(p_NK, axis=1)[:, ::-1],
+            is_activated_NE=is_activated_NE,
+            accuracy_E=share(is_activated_NE[is_correct_N].sum(0), activated_E),
+            weighted_accuracy_E=share(mass_NE[is_correct_N].sum(0), mass_E),
+            n_effective_E=share(mass_E**2, (mass_NE**2).sum(0), 0.0),
+            contribution_pct_E=100 * share(p_NE.sum(0), activated_E),
+            alpha_mean_E=alpha_NE.mean(axis=0),
         )
-        for layer, block in enumerate(blocks)
-    ]
-
-
-def _layer(
-    layer: int, block: str, alpha_NE: Array, chosen_NK: Array, *, is_correct_N: Array
-) -> LayerStatistics:
-    is_activated_NE = np.zeros(alpha_NE.shape, dtype=bool)
-    np.put_along_axis(is_activated_NE, chosen_NK, True, axis=1)
-    chosen_alpha_NK = np.take_along_axis(alpha_NE, chosen_NK, axis=1)
-    p_NK = chosen_alpha_NK / chosen_alpha_NK.sum(axis=1, keepdims=True)
-    p_NE = np.zeros_like(alpha_NE)
-    np.put_along_axis(p_NE, chosen_NK, p_NK, axis=1)
-    activated_alpha_NE = alpha_NE * is_activated_NE
-    return LayerStatistics(
-        layer=layer,
-        block=block,
-        n_experts=alpha_NE.shape[1],
-        top_k=chosen_NK.shape[1],
-        entropy_top_N=entropy(p_NK),
-        entropy_all_N=entropy(alpha_NE),
-        rank_probability_NK=np.sort(p_NK, axis=1)[:, ::-1],
-        is_activated_NE=is_activated_NE,
-        accuracy_E=share(is_activated_NE[is_correct_N].sum(0), is_activated_NE.sum(0)),
-        weighted_accuracy_E=share(
-            activated_alpha_NE[is_correct_N].sum(0), activated_alpha_NE.sum(0)
-        ),
-        n_effective_E=share(activated_alpha_NE.sum(0) ** 2, (activated_alpha_NE**2).sum(0), 0.0),
-        contribution_pct_E=100 * share(p_NE.sum(0), is_activated_NE.sum(0)),
-        alpha_mean_E=alpha_NE.mean(axis=0),
-    )
+        found.append(statistics)
+    return found
 
 
 def entropy(p_NE: Array) -> Array:
     """−Σ p ln p per row, in nats; 0 ln 0 is 0."""
     logs = np.log(p_NE, where=p_NE > 0, out=np.zeros_like(p_NE))
-    result: Array = -(p_NE * logs).sum(axis=1)
-    return result
+    return np.asarray(-(p_NE * logs).sum(axis=1))
 
 
 def layer_json(layer: LayerStatistics) -> dict[str, Any]:
@@ -162,16 +148,14 @@ def layer_json(layer: LayerStatistics) -> dict[str, Any]:
 
 def routing_json(layer: LayerStatistics, which: Array | slice) -> dict[str, Any]:
     """Entropies and rank probabilities over some of the questions."""
-    top_n, all_n = layer.entropy_top_N[which], layer.entropy_all_N[which]
-    rank_nK = layer.rank_probability_NK[which]
-    return {
-        "entropy_top_mean": float(top_n.mean()),
-        "entropy_top_std": float(top_n.std()),
-        "entropy_all_mean": float(all_n.mean()),
-        "entropy_all_std": float(all_n.std()),
-        "rank_probability_mean": rank_nK.mean(axis=0).tolist(),
-        "rank_probability_std": rank_nK.std(axis=0).tolist(),
-    }
+    entropies = {"entropy_top": layer.entropy_top_N, "entropy_all": layer.entropy_all_N}
+    found: dict[str, Any] = {}
+    for name, entropy_N in entropies.items():
+        found[f"{name}_mean"] = float(entropy_N[which].mean())
+        found[f"{name}_std"] = float(entropy_N[which].std())
+    found["rank_probability_mean"] = layer.rank_probability_NK[which].mean(axis=0).tolist()
+    found["rank_probability_std"] = layer.rank_probability_NK[which].std(axis=0).tolist()
+    return found
 
 
 def expert_json(layer: LayerStatistics, expert: int) -> dict[str, Any]:
@@ -189,8 +173,7 @@ def expert_json(layer: LayerStatistics, expert: int) -> dict[str, Any]:
 def share(part: Array, whole: Array, undefined: float = np.nan) -> Array:
     """Part / whole, `undefined` where the whole is 0."""
     shape = np.broadcast_shapes(np.shape(part), np.shape(whole))
-    result: Array = np.divide(part, whole, out=np.full(shape, undefined), where=whole > 0)
-    return result
+    return np.asarray(np.divide(part, whole, out=np.full(shape, undefined), where=whole > 0))
 
 
 def or_none(value: float) -> float | None:

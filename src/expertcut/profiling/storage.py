@@ -17,7 +17,7 @@ from expertcut.data.sources import is_held_out
 from expertcut.documents import load_record
 from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file, write_atomically
-from expertcut.profiling.schema import NO_CHOICE, Expected, ProfileInfo, arrays_fault
+from expertcut.profiling.schema import NO_CHOICE, ProfileInfo, arrays_fault
 from expertcut.profiling.statistics import Answers, LayerStatistics, OverTokens, layers_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -46,11 +46,7 @@ def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None =
 
 
 def read_chunk(path: Path, of: str = "") -> Arrays:
-    """The arrays of a chunk.
-
-    Raises:
-        ProfileError: truncated, altered, not a chunk, or of another profile.
-    """
+    """The arrays of a chunk; ProfileError if truncated, altered or of another profile."""
     arrays = _read(path, of)
     if isinstance(arrays, str):
         raise ProfileError(f"{path} is damaged ({arrays}): profile again to redo it")
@@ -84,15 +80,11 @@ def _read(path: Path, of: str) -> Arrays | str:
 
 
 def _description(arrays: Arrays, of: str) -> dict[str, object]:
-    return {"format": 1, "of": of, "sha256": _checksum(arrays)}
-
-
-def _checksum(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+    return {"format": 1, "of": of, "sha256": digest.hexdigest()}
 
 
 class Profile:
@@ -130,34 +122,24 @@ class Profile:
 
     @cached_property
     def chunks(self) -> list[Arrays]:
-        """All chunks in order.
-
-        Raises:
-            ProfileError: one is missing or damaged.
-        """
+        """All chunks in order; ProfileError if one is missing or damaged."""
+        parts = list(self.info.chunks())
         if self.missing:
-            total = sum(1 for _ in self.info.chunks())
             raise ProfileError(
-                f"{self.path} is not finished: {len(self.missing)} of {total} chunks are missing: "
-                "run the same `expertcut profile` again to finish it"
+                f"{self.path} is not finished: {len(self.missing)} of {len(parts)} chunks are "
+                "missing: run the same `expertcut profile` again to finish it"
             )
-        return [self._chunk(*chunk) for chunk in self.info.chunks()]
-
-    def _chunk(self, name: str, subject: str, n_questions: int) -> Arrays:
-        path, blocks = self.chunk_path(name), self.info.model.blocks
-        arrays = read_chunk(path, self.info.chunk_hash(name, subject))
-        experts = tuple(block.experts for block in blocks)
-        expected = Expected(n_questions, experts, blocks[0].top_k, self.info.settings.stats)
-        if (found := arrays_fault(arrays, expected)) is not None:
-            raise ProfileError(f"{path} is damaged ({found}): profile again to redo it")
-        return arrays
+        found = []
+        for name, subject, n_questions in parts:
+            path = self.chunk_path(name)
+            arrays = read_chunk(path, self.info.chunk_hash(name, subject))
+            if (reason := arrays_fault(arrays, self.info, n_questions)) is not None:
+                raise ProfileError(f"{path} is damaged ({reason}): profile again to redo it")
+            found.append(arrays)
+        return found
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """A per-question array (first axis N) over all chunks.
-
-        Raises:
-            ProfileError: only answers were kept.
-        """
+        """A per-question array (first axis N) of all chunks; ProfileError if it was not kept."""
         chunks = [chunk[name] for chunk in self.chunks if name in chunk]
         if len(chunks) < len(self.chunks):
             raise ProfileError(
@@ -180,41 +162,21 @@ class Profile:
 
     @cached_property
     def layers(self) -> list[LayerStatistics]:
-        """Every MoE block's statistics, in layer order.
-
-        Raises:
-            ProfileError: unfinished, damaged, or only answers were kept.
-        """
+        """Every MoE block's statistics, in layer order."""
         blocks, is_correct_N = self.info.model.blocks, self.answers.is_correct_N
         alpha_NLE, chosen_NLK = self.array("alpha_NLE"), self.array("chosen_NLK")
         weight_NLK = self.array("weight_NLK").astype(np.float64)
-        return [
-            replace(
-                layer,
-                weight_E=np.bincount(
-                    chosen_NLK[:, layer.layer].ravel(),
-                    weight_NLK[:, layer.layer].ravel(),
-                    minlength=layer.n_experts,
-                ),
-                over_tokens=over_tokens,
-            )
-            for layer, over_tokens in zip(
-                layers_of(blocks, alpha_NLE, chosen_NLK, is_correct_N),
-                self._over_tokens(),
-                strict=True,
-            )
-        ]
-
-    def _over_tokens(self) -> list[OverTokens | None]:
-        """All-token sums of every MoE block; None without them."""
-        blocks = self.info.model.blocks
         sums = {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
-        if sums["tokens_E"] is None:
-            return [None] * len(blocks)
-        return [
-            OverTokens(**{k: None if v is None else v[layer, : b.experts] for k, v in sums.items()})  # type: ignore[arg-type]
-            for layer, b in enumerate(blocks)
-        ]
+        found = []
+        for i, layer in enumerate(layers_of(blocks, alpha_NLE, chosen_NLK, is_correct_N)):
+            n = layer.n_experts
+            weight_E = np.bincount(chosen_NLK[:, i].ravel(), weight_NLK[:, i].ravel(), minlength=n)
+            over_tokens = None
+            if sums["tokens_E"] is not None:
+                own: dict[str, Any] = {k: None if v is None else v[i, :n] for k, v in sums.items()}
+                over_tokens = OverTokens(**own)
+            found.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens))
+        return found
 
     def near_ties(self) -> list[dict[str, Any]]:
         """Questions with a token, shots included, whose routing depends on a gap below 1e-5."""
@@ -264,11 +226,7 @@ def once_per_profile(
 
 
 def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
-    """Loads a profile; chunks are read later.
-
-    Raises:
-        ProfileError: no profile there, or an invalid profile.json.
-    """
+    """Loads a profile, its chunks later; ProfileError without a valid profile.json."""
     file = path / "profile.json"
     if not file.exists():
         raise ProfileError(f"no profile in {path}: it has no profile.json")
@@ -277,11 +235,7 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
 
 
 def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = None) -> Profile:
-    """The profile in `root` that was finished last.
-
-    Raises:
-        ProfileError: none is finished.
-    """
+    """The profile in `root` that was finished last; ProfileError without one."""
     profiles = [load_profile(file.parent, truncate) for file in root.glob("*/profile.json")]
     finished = [(at, p) for p in profiles if (at := p.finished_at) is not None]
     if not finished:
@@ -310,32 +264,27 @@ class ProfilePart(Profile):
 
     @cached_property
     def chunks(self) -> list[Arrays]:
-        """All chunks in order with the remaining questions; empty ones are left out.
-
-        Raises:
-            ProfileError: one is missing or damaged.
-        """
-        named = zip(self.info.chunks(), self.whole.chunks, strict=True)
-        parts = (self._part(chunk, subject) for (_, subject, _), chunk in named)
-        return [part for part in parts if len(part["row_N"])]
+        """All chunks in order with the remaining questions; empty ones are left out."""
+        found = []
+        for (_, subject, _), chunk in zip(self.info.chunks(), self.whole.chunks, strict=True):
+            rows = chunk["row_N"].tolist()
+            is_left_N = np.array([(subject, row) not in self.held_out for row in rows])
+            part = {}
+            for name, array in chunk.items():
+                kind, _, rest = name.partition("_")
+                if kind == "question" and name.endswith("_LE"):
+                    part[name] = chunk[f"{CALIBRATION}_{rest}"]
+                elif kind != CALIBRATION:
+                    is_by_question = name.rpartition("_")[2].startswith("N")
+                    part[name] = array[is_left_N] if is_by_question else array
+            if is_left_N.any():
+                found.append(part)
+        return found
 
     def subjects(self) -> list[str]:
         """The subject of each remaining question."""
         names = zip(self.whole.subjects(), self.whole.array("row_N").tolist(), strict=True)
         return [subject for subject, row in names if (subject, row) not in self.held_out]
-
-    def _part(self, chunk: Arrays, subject: str) -> Arrays:
-        rows = chunk["row_N"].tolist()
-        is_left_N = np.array([(subject, row) not in self.held_out for row in rows])
-        part = {}
-        for name, array in chunk.items():
-            kind, _, rest = name.partition("_")
-            if kind == "question" and name.endswith("_LE"):
-                part[name] = chunk[f"{CALIBRATION}_{rest}"]
-            elif kind != CALIBRATION:
-                is_by_question = name.rpartition("_")[2].startswith("N")
-                part[name] = array[is_left_N] if is_by_question else array
-        return part
 
 
 def can_hold_out(profile: Profile, quiz: Quiz) -> bool:

@@ -6,7 +6,8 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,13 +52,12 @@ class Progress:
 
 def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
     """Chunks by file name: at most 256 questions of a subject each, in file order."""
-    is_shared = info.settings.way == "shared"
     work = {}
     for name, subject, n in info.chunks():
         k = int(name.removesuffix(".safetensors").rsplit("-", 1)[1])
         questions = quiz.questions[subject][k * CHUNK_QUESTIONS : k * CHUNK_QUESTIONS + n]
         shared = _HEADER + _characters(quiz.shots_by_subject[subject])
-        cost = shared * (1 if is_shared else n) + _characters(questions)
+        cost = shared * (1 if info.settings.way == "shared" else n) + _characters(questions)
         work[name] = Work(subject, questions, cost)
     return work
 
@@ -86,12 +86,10 @@ class Tally:
         if was_there:
             self.was_there.add(chunk)
         elapsed_s = time.monotonic() - self.started
-        fresh = self._cost(self.done - self.was_there)
-        mine = self._cost(set(self.tokens_by_mine))
+        fresh, mine = self._cost(self.done - self.was_there), self._cost(self.tokens_by_mine)
         tokens = sum(self.tokens_by_mine.values()) * fresh // mine if mine else 0
-        left = self._cost(set(self.work) - self.done)
-        left_s = elapsed_s * left / fresh if fresh else None
-        total, done = self._questions(set(self.work)), self._questions(self.done)
+        left_s = elapsed_s * self._cost(set(self.work) - self.done) / fresh if fresh else None
+        total, done = self._questions(self.work), self._questions(self.done)
         return Progress(done, total, self.mine, tokens, elapsed_s, left_s)
 
     @property
@@ -102,17 +100,17 @@ class Tally:
     @property
     def mine(self) -> int:
         """Questions measured by this process."""
-        return self._questions(set(self.tokens_by_mine))
+        return self._questions(self.tokens_by_mine)
 
     @property
     def others(self) -> int:
         """Questions measured by other processes in this run."""
         return self._questions(self.done - self.was_there - set(self.tokens_by_mine))
 
-    def _cost(self, chunks: set[str]) -> int:
+    def _cost(self, chunks: Iterable[str]) -> int:
         return sum(self.work[name].cost for name in chunks)
 
-    def _questions(self, chunks: set[str]) -> int:
+    def _questions(self, chunks: Iterable[str]) -> int:
         return sum(len(self.work[name].questions) for name in chunks)
 
 
@@ -126,12 +124,7 @@ class Turn:
 
 
 class SharedFolder:
-    """A profile folder that this and other processes fill, each in its context.
-
-    Raises:
-        ProfileError: the folder holds a profile of another model, quiz or setting.
-        OutputError: the folder holds something else, or cannot be written.
-    """
+    """A profile folder that this and other processes fill, each in its context."""
 
     def __init__(self, path: Path, info: ProfileInfo, timing: Timing | None = None) -> None:
         self.path = path
@@ -166,20 +159,18 @@ class SharedFolder:
                 yield Turn(name, is_mine=False, was_there=is_first_look)
             is_first_look = False
             mine = next((name for name in left if self.claims.take(name)), None)
-            if mine is not None:
-                yield from self._mine(mine)
-            elif not is_waiting:
-                return
-            elif left:
-                time.sleep(POLL_S)
-
-    def _mine(self, name: str) -> Iterator[Turn]:
-        try:
-            if not self.is_done(name):  # finished by another before the claim
-                (self.path / RUN_FILE).unlink(missing_ok=True)
-                yield Turn(name, is_mine=True)
-        finally:
-            self.claims.release(name)
+            if mine is None:
+                if not is_waiting:
+                    return
+                if left:
+                    time.sleep(POLL_S)
+                continue
+            try:
+                if not self.is_done(mine):  # finished by another before the claim
+                    (self.path / RUN_FILE).unlink(missing_ok=True)
+                    yield Turn(mine, is_mine=True)
+            finally:
+                self.claims.release(mine)
 
     def write(self, name: str, arrays: Arrays) -> None:
         """Writes a chunk of this process and reads it back."""
@@ -217,32 +208,32 @@ class SharedFolder:
         """
         profile = Profile(self.path, self.info)
         while not profile.missing and profile.finished_at is None:
-            if not self.claims.take(RUN_FILE):
-                time.sleep(POLL_S)
-                continue
-            try:
-                if profile.finished_at is None:
-                    write_atomically(
-                        self.path / RUN_FILE, _run(elapsed_s, measured, others), self.claims.folder
-                    )
+            with self._claimed(RUN_FILE) as is_mine:
+                if is_mine and profile.finished_at is None:
+                    content = _run(elapsed_s, measured, others)
+                    write_atomically(self.path / RUN_FILE, content, self.claims.folder)
                     self.claims.clear()
-            finally:
-                self.claims.release(RUN_FILE)
+
+    @contextmanager
+    def _claimed(self, name: str) -> Iterator[bool]:
+        """Whether this process has the claim in the context; waits a moment if not."""
+        if not self.claims.take(name):
+            time.sleep(POLL_S)
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self.claims.release(name)
 
     def _open(self) -> None:
-        """Writes `profile.json`, or checks that the existing one is equal."""
         file = self.path / PROFILE_FILE
         while not file.is_file():
             self._refuse_something_else()
-            if not self.claims.take(PROFILE_FILE):
-                time.sleep(POLL_S)
-                continue
-            try:
-                if not file.is_file():
+            with self._claimed(PROFILE_FILE) as is_mine:
+                if is_mine and not file.is_file():
                     content = (self.info.model_dump_json(indent=1) + "\n").encode()
                     write_atomically(file, content, self.claims.folder)
-            finally:
-                self.claims.release(PROFILE_FILE)
         _refuse_other(self.path, load_profile(self.path).info, self.info)
 
     def _refuse_something_else(self) -> None:
@@ -275,13 +266,10 @@ def _refuse_other(folder: Path, theirs: ProfileInfo, ours: ProfileInfo) -> None:
 
 
 def _describe(info: ProfileInfo) -> str:
-    quiz = info.quiz
-    asked = "".join(s.content_hash for s in quiz.subjects.values()).encode()
-    total = sum(s.questions for s in quiz.subjects.values())
-    return (
-        f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots "
-        f"({hashlib.sha256(asked).hexdigest()[:8]})"
-    )
+    quiz, subjects = info.quiz, info.quiz.subjects.values()
+    asked = hashlib.sha256("".join(s.content_hash for s in subjects).encode()).hexdigest()
+    total = sum(s.questions for s in subjects)
+    return f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots ({asked[:8]})"
 
 
 def _run(elapsed_s: float, measured: int, others: int) -> bytes:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, ExpertIds, Point, expert_ids, ids_text
-from expertcut.edits.reweight_tune import RouterEdit
+from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
 from expertcut.profiling.storage import Profile

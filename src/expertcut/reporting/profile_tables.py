@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from expertcut.edits.criteria import Compared
-from expertcut.edits.ranking import super_experts
+from expertcut.edits.selection import super_experts
 from expertcut.profiling.findings import (
     THRESHOLDS,
     Findings,

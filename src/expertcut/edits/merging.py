@@ -1,0 +1,441 @@
+"""Merging: which experts become one, the order of their neurons, and the row of their router."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import linkage
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from expertcut.data import Quiz, round_robin
+from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
+from expertcut.edits.edit_settings import MergeSettings, RouterRow
+from expertcut.edits.plan import BlockEdit, EditPlan, check_count, expert_ids, validate_edits
+from expertcut.errors import ContractError, ProfileError
+from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
+from expertcut.models.moe_block import SCORES, MoeBlock
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.storage import Profile
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.packing import Pass
+
+Array = np.ndarray[Any, Any]
+Groups = list[list[int]]  # the dominant expert first: most tokens, then the lower id
+_RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]; more lost what lies in small ones (docs/log.md)
+_TIE = 1e-5  # logits that are this close are equal but for rounding
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The axis of a tensor along which an expert's I neurons lie; None for a tensor without them.
+
+    With `n_parts` 2 gate and up lie in one tensor, one after the other, or alternating.
+    """
+
+    axis: int | None
+    n_parts: int = 1
+    is_interleaved: bool = False
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """All weights of each neuron, (I, ·); (0, 0) for a tensor without neurons."""
+        if self.axis is None:
+            return tensor.new_empty(0, 0)
+        first = tensor.movedim(self.axis, 0)
+        if self.is_interleaved:
+            parts: Tensor = first.unflatten(0, (-1, self.n_parts))
+        else:
+            parts = first.unflatten(0, (self.n_parts, -1)).movedim(1, 0)
+        return parts.flatten(1)
+
+    def reordered(self, tensor: Tensor, order_I: Tensor) -> Tensor:
+        """The tensor with its neurons in another order; gate and up of each stay together."""
+        if self.axis is None:
+            return tensor
+        steps = torch.arange(self.n_parts)
+        if self.is_interleaved:
+            index = (order_I[:, None] * self.n_parts + steps).flatten()
+        else:
+            index = (order_I + len(order_I) * steps[:, None]).flatten()
+        return tensor.index_select(self.axis, index)
+
+
+def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """The order (I,) of the other's neurons that is most similar to the dominant's.
+
+    Averaged in another order, experts cancel out. Each sequence holds `Neurons.rows` of the same
+    tensors. The order maximises the sum of inner products of the weights over all tensors (weight
+    matching, arXiv:2310.01334, §3, after arXiv:2209.04836).
+    """
+    like_II = sum(
+        a.float() @ b.float().T for a, b in zip(dominant, other, strict=True) if a.numel()
+    )
+    assert isinstance(like_II, Tensor), "an expert without neurons"
+    _, order = linear_sum_assignment(like_II.numpy(), maximize=True)
+    return torch.from_numpy(order)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Measurements of the experts of one block.
+
+    `products_EE` are sums over tokens of products of two experts' router logits; `outputs_ED` are
+    mean outputs over all tokens, routed or not. A method needs one of the two.
+    """
+
+    tokens_E: Array
+    products_EE: Array | None = None
+    outputs_ED: Array | None = None
+
+    def by_tokens(self, experts: Iterable[int]) -> list[int]:
+        """Experts with most tokens first."""
+        return sorted(experts, key=lambda expert: (-self.tokens_E[expert], expert))
+
+
+def m_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
+    """Experts with most tokens dominate; each other joins the one with the most similar logits.
+
+    Similarity is the cosine of two experts' logits over tokens. arXiv:2310.01334, §3; there one
+    count for all layers together is spread by frequency, here every layer gets the same.
+    """
+    products_EE = evidence.products_EE
+    assert products_EE is not None
+    order = evidence.by_tokens(experts)
+    dominant = order[:n_groups]
+    length_E = np.sqrt(np.diagonal(products_EE))
+    scale_EE = np.outer(length_E, length_E)
+    zeros_EE = np.zeros_like(products_EE)
+    cosine_EE = np.divide(products_EE, scale_EE, out=zeros_EE, where=scale_EE > 0)
+    groups = {expert: [expert] for expert in dominant}
+    for expert in order[n_groups:]:
+        groups[dominant[int(cosine_EE[expert, dominant].argmax())]].append(expert)
+    return list(groups.values())
+
+
+def hc_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
+    """Clusters of mean outputs by Euclidean distance, average linkage. arXiv:2410.08589, §3."""
+    assert evidence.outputs_ED is not None
+    clusters = {number: [expert] for number, expert in enumerate(experts)}
+    if n_groups < len(experts):
+        joined = linkage(evidence.outputs_ED[list(experts)], method="average")
+        for step, (first, second, *_) in enumerate(joined[: len(experts) - n_groups]):
+            clusters[len(experts) + step] = clusters.pop(int(first)) + clusters.pop(int(second))
+    return [evidence.by_tokens(cluster) for cluster in clusters.values()]
+
+
+METHODS = {f.__name__: f for f in (m_smoe, hc_smoe)}
+
+
+def merge_edits(
+    blocks: Sequence[BlockInfo], evidence: Sequence[Evidence], n_keep: int, method: str
+) -> dict[str, BlockEdit]:
+    """The groups of every block; a merged expert has the id of its dominant member.
+
+    Experts of routing groups merge within them only, to the same number in each.
+    """
+    check_count(blocks, n_keep, "stock")
+    edits = {}
+    for block, measured in zip(blocks, evidence, strict=True):
+        size = block.experts // block.groups
+        groups: Groups = []
+        for first in range(0, block.experts, size):
+            groups += METHODS[method](measured, range(first, first + size), n_keep // block.groups)
+        keep = tuple(sorted(group[0] for group in groups))
+        merged = {g[0]: _shares(g, measured.tokens_E) for g in sorted(groups) if len(g) > 1}
+        edits[block.name] = BlockEdit(keep=keep, merged=merged or None)
+    validate_edits(edits, blocks, "stock")
+    return edits
+
+
+def _shares(group: list[int], tokens_E: Array) -> dict[int, float]:
+    """Each member's share of the group's tokens; equal shares without tokens."""
+    tokens = tokens_E[group].astype(np.float64)
+    shares = tokens / tokens.sum() if tokens.sum() else np.full(len(group), 1 / len(group))
+    return dict(zip(group, shares.tolist(), strict=True))
+
+
+def members_of(edit: BlockEdit) -> Mapping[int, Mapping[int, float]]:
+    """The shares of members for every kept expert, merged or not."""
+    merged = edit.merged or {}
+    return {expert: merged.get(expert, {expert: 1.0}) for expert in edit.keep}
+
+
+def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:
+    """The measurements that a method needs, over the distinct tokens of at most 512 questions."""
+    tokens_LE = token_counts(profile)
+    few = round_robin(tuning, CALIBRATION_QUESTIONS)
+    if method == "m_smoe":
+        name, sums = "products_EE", logit_products(engine, few)
+    else:
+        name, sums = "outputs_ED", mean_outputs_of_all(engine, few)
+    return [
+        Evidence(tokens_LE[b.layer, : b.n_experts], **{name: sums[b.layer].numpy()})
+        for b in engine.moe.blocks
+    ]
+
+
+def token_counts(profile: Profile) -> Array:
+    """Tokens routed to each expert, shots included, (L, E); ProfileError with --stats answer."""
+    tokens_LE = profile.token_sum("tokens")
+    if tokens_LE is None:
+        raise ProfileError(
+            f"{profile.path} holds no all-token statistics (--stats answer), and weights are "
+            "averaged by them: profile with --stats all"
+        )
+    return tokens_LE
+
+
+def logit_products(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
+    """Σ over tokens of l·lᵀ (E, E) float64 per layer, l being a token's router logits."""
+    sums = {b.layer: torch.zeros(b.n_experts, b.n_experts).double() for b in engine.moe.blocks}
+
+    def add(routing: Routing, _is_answer_T: Tensor) -> None:
+        logits_TE = routing.logits_TE.double()
+        sums[routing.layer] += logits_TE.T @ logits_TE
+
+    collect_routing(engine, quiz, sums, add)
+    return sums
+
+
+def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
+    """Mean output (E, D) float64 of every expert over all tokens, routed or not, by layer.
+
+    Every expert runs on every token: E / K times the experts' work of a forward pass, and once
+    more that for the pass itself.
+    """
+    totals: dict[int, Tensor] = {}
+    n_tokens = Counter[int]()
+    valid_T: Tensor | None = None
+
+    def begin(step: Pass) -> None:
+        nonlocal valid_T
+        valid_T = step.valid_T
+
+    def watched(block: MoeBlock) -> Callable[..., Tensor]:
+        forward, own = own_forward(block.experts), own_expert(block)
+
+        def run(x_TD: Tensor, *args: Tensor) -> Tensor:
+            flat_TD = x_TD.reshape(-1, x_TD.shape[-1])
+            if valid_T is not None:
+                flat_TD = flat_TD[valid_T.to(x_TD.device)]
+            outputs = [own(e, flat_TD).double().sum(dim=0) for e in range(block.n_experts)]
+            total_ED = torch.stack(outputs).cpu()
+            totals[block.layer] = totals.get(block.layer, torch.zeros(())) + total_ED
+            n_tokens[block.layer] += len(flat_TD)
+            y_TD: Tensor = forward(x_TD, *args)
+            return y_TD
+
+        return run
+
+    with ExitStack() as stack:
+        for block in engine.moe.blocks:
+            stack.enter_context(replaced_forward(block.experts, watched(block)))
+        ask(engine, quiz, begin)
+    return {layer: total_ED / n_tokens[layer] for layer, total_ED in totals.items()}
+
+
+def merge_draft(
+    settings: MergeSettings, profile: Profile, edits: Mapping[str, BlockEdit]
+) -> EditPlan:
+    """The groups as a draft of layout stock, frequencies being over all tokens."""
+    words, numbers = (settings.slug, settings.action, settings.by), expert_ids(profile)
+    return EditPlan(*words, "all", edits, is_cut=True, is_calibrated=True, numbers=numbers)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One layer's rows of merged experts, by the id of the dominant member.
+
+    Each is Σ share · row over `shares`, plus `added` (D,). `offsets` go to the router's own logit
+    bias, `selection` are selection biases, if the family has them.
+
+    In a softmax gate a group's mass is Σ exp(logit) over its members, so its row should give the
+    logarithm of that, which no linear row does. The fitted row is the members' mean row, by their
+    shares, plus what a ridge regression on router inputs finds of the difference.
+    """
+
+    shares: Mapping[int, Mapping[int, float]]
+    added: Mapping[int, Tensor] = field(default_factory=dict)
+    offsets: Mapping[int, float] = field(default_factory=dict)
+    selection: Mapping[int, float] = field(default_factory=dict)
+
+    def logits(self, routing: Routing) -> Tensor:
+        """Their logits on router inputs, (T, groups) float64."""
+        logits_TE, input_TD = routing.logits_TE.double(), routing.input_TD.double()
+        found = []
+        for expert, shares in self.shares.items():
+            logit_T = _mean_logit(logits_TE, shares) + self.offsets.get(expert, 0.0)
+            if expert in self.added:
+                logit_T = logit_T + input_TD @ self.added[expert]
+            found.append(logit_T)
+        return torch.stack(found, dim=1)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Fit of a layer's merged rows to the mass of their members on held-out questions.
+
+    1 − Σ(error²) / Σ(distance from its mean²), over tokens and groups: 1 is exact.
+    """
+
+    layer: int
+    groups: int
+    quality: float
+
+
+def merged_rows(
+    engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit], kind: RouterRow
+) -> dict[int, Rows]:
+    """The rows of each layer with merged experts, fitted on at most 512 questions.
+
+    Raises ContractError: logits are not linear, and the row is not the dominant member's.
+    """
+    blocks = {b.layer: b for b in engine.moe.blocks if edits[b.name].merged}
+    merged = {layer: edits[block.name].merged or {} for layer, block in blocks.items()}
+    if kind == "dominant":
+        return {layer: Rows({e: {e: 1.0} for e in groups}) for layer, groups in merged.items()}
+    for block in blocks.values():
+        if not block.is_linear:
+            raise ContractError(
+                f"{block.name}: its router caps or scales its logits, so no mean or fitted row of "
+                "its gate matrix stands for several: take --router dominant"
+            )
+    if kind == "mean":
+        return {layer: Rows(groups) for layer, groups in merged.items()}
+    sums = {layer: _Sums(block, merged[layer]) for layer, block in blocks.items()}
+    few = round_robin(tuning, CALIBRATION_QUESTIONS)
+    collect_routing(engine, few, sums, lambda routing, _: sums[routing.layer].add(routing))
+    return {layer: own.rows() for layer, own in sums.items()}
+
+
+def judge_rows(
+    engine: Engine, held_out: Quiz, edits: Mapping[str, BlockEdit], rows: Mapping[int, Rows]
+) -> list[Quality]:
+    """Fit of the rows on held-out questions."""
+    blocks = {b.layer: b for b in engine.moe.blocks if b.layer in rows}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in rows}
+
+    def add(routing: Routing, _is_answer_T: Tensor) -> None:
+        block = blocks[routing.layer]
+        target_TG = targets(block, routing, edits[block.name].merged or {})
+        found[routing.layer].append((target_TG, rows[routing.layer].logits(routing)))
+
+    if rows:
+        collect_routing(engine, held_out, rows, add)
+    qualities = []
+    for layer, pairs in found.items():
+        target_TG, found_TG = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        error = ((target_TG - found_TG) ** 2).sum()
+        spread = ((target_TG - target_TG.mean(dim=0)) ** 2).sum()
+        qualities.append(Quality(layer, target_TG.shape[1], float(1 - error / spread)))
+    return qualities
+
+
+def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Mapping[int, float]]) -> Tensor:
+    """The logit (T, groups) float64 that keeps each group's mass.
+
+    gate weight         members that count
+    α of all experts    all: the softmax keeps its denominator
+    renormalised        those that the token chose, for the others' mass was never used; where it
+                        chose none, the largest
+    sigmoid, √softplus  the one that would be chosen first: there is no mass to add up
+    """
+    logits_TE = routing.logits_TE.double()
+    last_T1 = logits_TE.gather(1, routing.experts_TK).amin(dim=1, keepdim=True)
+    found = []
+    for ids in map(list, merged.values()):
+        own_TM = logits_TE[:, ids]
+        if block.scoring != "softmax":
+            found.append(_first(block, logits_TE, ids))
+            continue
+        if not block.inflates:
+            least_T1 = last_T1.minimum(own_TM.amax(dim=1, keepdim=True)) - _TIE
+            own_TM = own_TM.masked_fill(own_TM < least_T1, -torch.inf)
+        found.append(own_TM.logsumexp(dim=1))
+    return torch.stack(found, dim=1)
+
+
+def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
+    own_TM, selection_E = logits_TE[:, experts], block.selection_bias()
+    score_TM = own_TM if block.selection == "logits" else SCORES[block.scoring](own_TM)
+    if selection_E is not None:
+        score_TM = score_TM + selection_E.cpu()[experts]
+    return own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def _mean_logit(logits_TE: Tensor, shares: Mapping[int, float]) -> Tensor:
+    weights = torch.tensor(list(shares.values()), dtype=torch.float64)
+    return logits_TE[:, list(shares)] @ weights
+
+
+class _Sums:
+    """Sums for the regression of one layer, and of selection scores."""
+
+    def __init__(self, block: MoeBlock, merged: Mapping[int, Mapping[int, float]]) -> None:
+        self.block, self.merged = block, merged
+        self.has_bias = isinstance(getattr(block.router, "bias", None), Tensor)
+        selection_E = block.selection_bias()
+        self.selection_E = None if selection_E is None else selection_E.double().cpu()
+        self.n_tokens = 0
+        self.input_D = self.outer_DD = self.rest_G = self.cross_DG = torch.zeros(()).double()
+        self.score_G = self.n_chosen_G = torch.zeros(()).double()
+
+    def add(self, routing: Routing) -> None:
+        h_TD, logits_TE = routing.input_TD.double(), routing.logits_TE.double()
+        target_TG = targets(self.block, routing, self.merged)
+        mean = [_mean_logit(logits_TE, shares) for shares in self.merged.values()]
+        rest_TG = target_TG - torch.stack(mean, dim=1)
+        self.n_tokens += len(h_TD)
+        self.input_D = self.input_D + h_TD.sum(dim=0)
+        self.outer_DD = self.outer_DD + h_TD.T @ h_TD
+        self.rest_G = self.rest_G + rest_TG.sum(dim=0)
+        self.cross_DG = self.cross_DG + h_TD.T @ rest_TG
+        if self.selection_E is not None:
+            self._add_scores(routing, target_TG, self.selection_E)
+
+    def _add_scores(self, routing: Routing, target_TG: Tensor, selection_E: Tensor) -> None:
+        """Adds the best member's score minus the group's α, for tokens routed to a member."""
+        block, logits_TE = self.block, routing.logits_TE.double()
+        alpha_TE = block.alpha(routing.logits_TE).double()
+        if block.selection == "logits":
+            alpha_TE, mass_TG = logits_TE, target_TG
+        elif block.scoring != "softmax":
+            mass_TG = SCORES[block.scoring](target_TG)
+        else:
+            mass_TG = (target_TG - logits_TE.logsumexp(dim=1, keepdim=True)).exp()
+        score_TE = alpha_TE + selection_E
+        chosen_TE = torch.zeros_like(alpha_TE).scatter(1, routing.experts_TK, 1.0)
+        members = [list(shares) for shares in self.merged.values()]
+        chosen_TG = torch.stack([chosen_TE[:, ids].amax(dim=1) for ids in members], dim=1)
+        best_TG = torch.stack([score_TE[:, ids].amax(dim=1) for ids in members], dim=1)
+        self.score_G = self.score_G + ((best_TG - mass_TG) * chosen_TG).sum(dim=0)
+        self.n_chosen_G = self.n_chosen_G + chosen_TG.sum(dim=0)
+
+    def rows(self) -> Rows:
+        added_DG, offset_G = self._regression()
+        offsets, selection = {}, {}
+        for group, (expert, shares) in enumerate(self.merged.items()):
+            if self.has_bias:
+                offsets[expert] = float(offset_G[group])
+            if self.selection_E is not None:
+                n_chosen, score = float(self.n_chosen_G[group]), float(self.score_G[group])
+                largest = float(self.selection_E[list(shares)].amax())
+                selection[expert] = score / n_chosen if n_chosen else largest
+        added = {expert: added_DG[:, group] for group, expert in enumerate(self.merged)}
+        return Rows(self.merged, added, offsets, selection)
+
+    def _regression(self) -> tuple[Tensor, Tensor]:
+        """Ridge regression, with an intercept if the router has a bias."""
+        n = self.n_tokens
+        outer_DD, cross_DG = self.outer_DD / n, self.cross_DG / n
+        mean_D, rest_G = self.input_D / n, self.rest_G / n
+        if self.has_bias:
+            outer_DD = outer_DD - torch.outer(mean_D, mean_D)
+            cross_DG = cross_DG - torch.outer(mean_D, rest_G)
+        ridge = _RIDGE * outer_DD.diagonal().mean()
+        added_DG = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), cross_DG)
+        return added_DG, rest_G - mean_D @ added_DG
