@@ -75,11 +75,7 @@ def _idle_parameters(block: MoeBlock) -> int:
 
 
 def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
-    """Bytes of the safetensors files of a cut of this checkpoint, with headers.
-
-    Raises:
-        ContractError: the layout does not know the model's family.
-    """
+    """Bytes of the safetensors files of a cut of this checkpoint, with headers."""
     check_layout(source, layout, is_cutting=True)
     stored = source.stored
 
@@ -126,14 +122,7 @@ class Chosen:
 
 
 def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) -> Chosen:
-    """The experts that stay.
-
-    Raises:
-        ContractError: the layout does not know the model's family.
-        PlanError: a number that does not fit the model, or a size that no cut has.
-        ProfileError: the model changed, or the profile does not hold what the criterion needs.
-        SettingsError: an option that does not go with the others.
-    """
+    """The experts that stay."""
     settings.check()
     needs_model = CRITERIA[settings.by].needs_model
     most = settings.size_bytes
@@ -151,11 +140,7 @@ def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) ->
 
 
 def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ...]]:
-    """Settings that protect super experts by default, if the profile knows them; and messages.
-
-    Raises:
-        SettingsError: values that exclude each other.
-    """
+    """Settings that protect super experts by default, if the profile knows them; and messages."""
     is_known, is_active = profile.info.settings.stats == "all", settings.keep_active
     notes = () if is_known or is_active or settings.protect else (_UNKNOWN,)
     stays = expressions_of(settings.protect, is_super=is_known and not is_active)

@@ -34,9 +34,6 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
     """A peft model whose adapters change nothing yet and are all that is trained.
 
     The blocks of `moe` stay valid: their modules are wrapped, not replaced.
-
-    Raises:
-        ModelError: a target that the model does not have.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -173,10 +170,6 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
     """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once.
 
     Constants of layout exact get today's names.
-
-    Raises:
-        ContractError: a family whose names on disk do not follow from those of the model.
-        OutputError: too little space.
     """
     write_checkpoint(source.path, folder, merged_rewrite(source, model), stored=source.stored)
     for file in companions(source.path):

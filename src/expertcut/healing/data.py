@@ -72,12 +72,7 @@ class TrainingData:
 
 
 def read_data(settings: HealSettings, tokenizer: Any, max_tokens: int) -> TrainingData:
-    """Reads quizzes and texts, drops what is scored later, and holds some out.
-
-    Raises:
-        QuizError: a source that cannot be read, is too small, or has more than 5 % in an
-            evaluation split.
-    """
+    """Reads quizzes and texts, drops what is scored later, and holds some out."""
     reader = _Reader(settings, tokenizer, max_tokens)
     quizzes = [reader.read_quiz(quiz) for quiz in settings.quizzes]
     texts = [reader.read_texts(text) for text in settings.texts]

@@ -186,22 +186,14 @@ class HealSettings(Settings):
 
     @property
     def quizzes(self) -> tuple[Weighted, ...]:
-        """Quizzes to train on.
-
-        Raises:
-            SettingsError: a weight that is not above 0.
-        """
+        """Quizzes to train on."""
         names = self.quiz or (() if self.text else (DEFAULT_QUIZ,))
         read = map(Weighted.read, names)
         return tuple(Weighted(q.name, q.weight, self.quiz_revision) for q in read)
 
     @property
     def texts(self) -> tuple[Weighted, ...]:
-        """Text files to train on.
-
-        Raises:
-            SettingsError: a weight that is not above 0.
-        """
+        """Text files to train on."""
         return tuple(map(Weighted.read, self.text))
 
     @property

@@ -61,11 +61,7 @@ class Dropped:
 
 
 def quizzes_kept_out(settings: HealSettings) -> list[Quiz]:
-    """The evaluation split of `eval_quiz`, else of every quiz that is trained on.
-
-    Raises:
-        QuizError: a quiz that cannot be read, or an `eval_quiz` without that split.
-    """
+    """The evaluation split of `eval_quiz`, else of every quiz that is trained on."""
     if settings.eval_quiz is not None:
         return [_as_scored(settings.eval_quiz, settings, settings.eval_revision)]
     named = {quiz.name: quiz.revision for quiz in settings.quizzes}
@@ -108,11 +104,7 @@ def _as_scored(name: str, settings: HealSettings, revision: str | None) -> Quiz:
 
 
 def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, Dropped | None]:
-    """The quiz without questions whose content is in a scored quiz.
-
-    Raises:
-        QuizError: they are more than 5 %.
-    """
+    """The quiz without questions whose content is in a scored quiz."""
     lines = frozenset[str]().union(*map(hash_lines, scored))
     known = hashes_in(lines)
     names = tuple(f"{q.subject}:{q.row}" for q in quiz if q.is_among(known))
@@ -150,11 +142,7 @@ class QuestionFinder:
 def texts_without_scored(
     name: str, texts: Sequence[Text], scored: Iterable[Question], split: str
 ) -> tuple[list[Text], Dropped | None]:
-    """The texts that contain no scored question.
-
-    Raises:
-        QuizError: the others are more than 5 %.
-    """
+    """The texts that contain no scored question."""
     finder = QuestionFinder(scored)
     clean, lines = list[Text](), list[str]()
     for number, text in enumerate(texts, 1):

@@ -320,11 +320,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
-        """Forward passes over some rows each.
-
-        Raises:
-            ModelError: too little memory for one row.
-        """
+        """Forward passes over some rows each."""
         whole = {**batch, "at_BS": at_BS}
         n_rows = max(1, _PASS_TOKENS // at_BS.shape[1])
         return _joined([self._of(piece) for piece in cut_rows(whole, n_rows)])

@@ -108,14 +108,6 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
     """Trains a checkpoint and writes the healed one; the folder appears when all is complete.
 
     With several processes, the first one writes and returns the result.
-
-    Raises:
-        ContractError: a model whose experts cannot be identified, or cannot be written back.
-        ModelError: a checkpoint or teacher that cannot be loaded, or a non-finite loss.
-        OutputError: an output folder that must not be written, belongs to another run, or is
-            locked by a running one.
-        QuizError: data that cannot be read, or of which too much is scored later.
-        SettingsError: settings that do not fit the checkpoint or the processes.
     """
     working = working_folder(out)
     source = find_source(checkpoint)

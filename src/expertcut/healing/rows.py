@@ -33,7 +33,6 @@ def read_texts(file: Path, tokenizer: Any) -> list[Text]:
 
     Raises:
         QuizError: an unreadable file, a line without text or messages, a chat without a template.
-        ModelError: a template that fails, also in the sandbox of transformers.
     """
     texts = [_text(record, where, tokenizer) for where, record in json_lines(file)]
     if not texts:

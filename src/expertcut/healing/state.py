@@ -291,9 +291,6 @@ def check_resumable(folder: Path, own: RunIdentity) -> None:
     """Checks that a working folder is new or belongs to the same run.
 
     Runs that differ only in --micro-batch-size and --gradient-checkpointing are the same.
-
-    Raises:
-        OutputError: it belongs to another run.
     """
     file = folder / _IDENTITY_FILE
     before = load_unfinished(file, RunIdentity)

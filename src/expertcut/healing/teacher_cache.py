@@ -58,11 +58,7 @@ class CachedTeacher:
             self.places |= {digest: (opened, *place) for digest, place in rows.items()}
 
     def _opened(self, file: Path, likeliest: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-        """A file, and the begin and length of each row.
-
-        Raises:
-            OutputError: it is damaged.
-        """
+        """A file, and the begin and length of each row."""
         try:
             opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
             rows = _ROWS.validate_json((opened.metadata() or {}).get(_ROWS_KEY, ""))
@@ -144,9 +140,6 @@ def fill_cache(
     """Computes missing rows, in the batches of the training, and returns the cache.
 
     The teacher is loaded only if rows are missing. With several processes, each computes a share.
-
-    Raises:
-        OutputError: the folder holds something else.
     """
     processes = PartialState()
     with processes.main_process_first():

@@ -264,11 +264,7 @@ class HealTrainer(Trainer):
         return True
 
     def _within_memory(self, work: Callable[[int], T], batch: Batch) -> T:
-        """Work on a number of rows at once; halved in all processes when memory runs out.
-
-        Raises:
-            ModelError: too little memory for one row.
-        """
+        """Work on a number of rows at once; halved in all processes when memory runs out."""
         before = random_states()
         while True:
             found = None
@@ -361,12 +357,6 @@ def fit(
     """Trains the adapters of a peft model, and loads those of the best step by held-out loss.
 
     Resumes from the last state in `folder`.
-
-    Raises:
-        ModelError: a non-finite loss or gradient, or too little memory for one row.
-        OutputError: the best state was damaged meanwhile.
-        SettingsError: a batch that cannot be divided among the processes, or a device that Trainer
-            does not support.
     """
     trainer = HealTrainer(
         moe, objective, teacher,
@@ -439,11 +429,7 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
 
 
 def _on_one_device(arguments: TrainingArguments, device: torch.device) -> TrainingArguments:
-    """Uses the model's device; Trainer would take the first of several, or all.
-
-    Raises:
-        SettingsError: Trainer would run on another device.
-    """
+    """Uses the model's device; Trainer would take the first of several, or all."""
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel: other batches, other hooks
     theirs = arguments.device
     is_same = theirs.type == device.type and (theirs.type == "cpu" or theirs.index == device.index)
@@ -470,11 +456,7 @@ def _pad_id(moe: MoeModel) -> int:
 
 
 def _check_finite(step: int, logs: Mapping[str, float]) -> None:
-    """Checks losses and norms before a state is written.
-
-    Raises:
-        ModelError: a non-finite number.
-    """
+    """Checks losses and norms before a state is written."""
     for name, what in _FINITE.items():
         if not isfinite(value := logs.get(name, 0.0)):
             raise ModelError(
