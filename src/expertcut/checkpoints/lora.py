@@ -292,7 +292,7 @@ def _check_linear(
     adapter: Adapter, headers: Headers, weight: str | None, pair: tuple[str, str]
 ) -> None:
     """Checks that a pair adapts an existing weight; widths of convolutions are not checked."""
-    if weight not in headers:
+    if weight is None or weight not in headers:
         raise adapter.refusal(f"{pair[0]} adapts what the model does not have: {_ANOTHER}")
     shape = headers[weight].shape
     _check_axes(adapter, pair, len(shape))

@@ -46,8 +46,10 @@ from expertcut.models.load import Source
 from expertcut.models.validate import check_values
 
 _NUMBERED = re.compile(r"experts\W+\d")  # an expert's number in a pattern of the config
-_PATTERNS = ("rank_pattern", "alpha_pattern", "target_parameters")
-_PATTERNS += ("target_modules", "exclude_modules")
+_PATTERNS = (
+    *("rank_pattern", "alpha_pattern", "target_parameters"),
+    *("target_modules", "exclude_modules"),
+)
 Folds = Mapping[int, np.ndarray[Any, Any]]
 ADAPTER_FOLDER = "adapter"  # in the checkpoint's
 

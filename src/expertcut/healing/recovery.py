@@ -36,9 +36,8 @@ from expertcut.edits.plan import (
 )
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.adapters import adapted, load_adapter, write_adapter, write_merged
-from expertcut.healing.data import TrainingData, read_data
+from expertcut.healing.data import ScoredQuiz, TrainingData, read_data
 from expertcut.healing.heal_settings import HealSettings
-from expertcut.healing.leakage import ScoredQuiz
 from expertcut.healing.objectives import OBJECTIVES, LiveTeacher, Objective, Teacher
 from expertcut.healing.state import RunIdentity, check_resumable
 from expertcut.healing.teacher_cache import CacheKey, check_cache, fill_cache
@@ -325,7 +324,7 @@ class _Run:
         if not self.uses_cache:
             return LiveTeacher(other(), settings.likeliest)
         n_rows = settings.steps * settings.batch
-        rows: Any = (self.data.rows(n_rows), self.data.fixed(n_rows))
+        rows: Any = (self.data.rows(n_rows), self.data.held_out_rows(n_rows))
         live = lambda: LiveTeacher(other(), settings.likeliest)  # noqa: E731
         return fill_cache(self.cache, self.cache_key, rows, live, settings.batch)
 
