@@ -4,7 +4,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,7 +46,7 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
         target_parameters=parameters or None,
     )
     torch.manual_seed(settings.seed)
-    with _unwarned():
+    with _without_warning():
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
 
 
@@ -55,22 +54,18 @@ def load_adapter(moe: MoeModel, folder: Path) -> None:
     """Adds written adapters to a model."""
     from peft import PeftModel
 
-    with _unwarned():
+    with _without_warning():
         PeftModel.from_pretrained(moe.model, folder)
 
 
 def load_weights(model: Any, folder: Path) -> None:
     """Loads written weights into the adapters of a peft model."""
-    with _unwarned():
+    with _without_warning():
         model.load_adapter(str(folder), ADAPTER)
 
 
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Hides a warning: peft uses a deprecated name of transformers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+# peft uses a deprecated name of transformers.
+_without_warning = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 
 
 def deltas(model: Any) -> Iterator[tuple[str, Any]]:
@@ -114,13 +109,11 @@ class _Delta:
 
 def _targets(moe: MoeModel, targets: tuple[Target, ...]) -> tuple[list[str], list[str]]:
     """Names of linear layers and of parameters, as short as unambiguous."""
-    modules, parameters = list[str](), list[str]()
-    if "attention" in targets:
-        modules = _attention(moe)
-    if "experts" in targets:
-        parameters += [name for block in moe.blocks for name in _experts(block)]
-    if "gate" in targets:
-        parameters += [name for block in moe.blocks for name in _gate(block)]
+    modules = _attention(moe) if "attention" in targets else []
+    parameters = []
+    for target, of_block in (("experts", _experts), ("gate", _gate)):
+        if target in targets:
+            parameters += [name for block in moe.blocks for name in of_block(block)]
     linear = [n for n, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
     known = [name for name, _ in moe.model.named_parameters()]
     return _short(modules, linear, 1), _short(parameters, known, 3)
@@ -158,20 +151,12 @@ def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]
     return endings if sorted(meant) == sorted(wanted) else sorted(wanted)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A tensor on disk that a parameter's change is added to."""
-
-    parameter: str
-    shape: tuple[int, ...]
-
-
 def write_merged(source: Source, model: Any, folder: Path) -> None:
     """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once.
 
     Constants of layout exact get today's names.
     """
-    write_checkpoint(source.path, folder, merged_rewrite(source, model), stored=source.stored)
+    write_checkpoint(source.path, folder, _merged_rewrite(source, model), stored=source.stored)
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
     content = (source.path / "config.json").read_bytes()
@@ -183,16 +168,18 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
     write_atomically(folder / "config.json", content)
 
 
-def merged_rewrite(source: Source, model: Any) -> Rewrite:
-    """The change of each tensor on disk."""
-    base, added = model.get_base_model(), dict(deltas(model))
-    stored = source.headers
-    places = dict(_places(base, {name: delta.shape for name, delta in added.items()}))
-    for name, place in places.items():
-        if name not in stored or stored[name].shape != place.shape:
+def _merged_rewrite(source: Source, model: Any) -> Rewrite:
+    base, added, stored = model.get_base_model(), dict(deltas(model)), source.headers
+    targets: dict[str, tuple[str, tuple[int, ...]]] = {}  # parameter and shape, by name on disk
+    for parameter, delta in added.items():
+        nothing = torch.empty(delta.shape, device="meta")
+        for name, part in _on_disk(base, parameter, nothing).items():
+            targets[name] = (parameter, tuple(part.shape))
+    for name, (parameter, shape) in targets.items():
+        if name not in stored or stored[name].shape != shape:
             raise ContractError(
-                f"{source.id}: the change of {place.parameter} belongs to {name} "
-                f"{list(place.shape)}, which does not exist: keep the adapter, with --adapter"
+                f"{source.id}: the change of {parameter} belongs to {name} {list(shape)}, which "
+                "does not exist: keep the adapter, with --adapter"
             )
 
     @lru_cache(maxsize=_NEIGHBOURS)
@@ -200,17 +187,10 @@ def merged_rewrite(source: Source, model: Any) -> Rewrite:
         return _on_disk(base, parameter, added[parameter]())
 
     changed = {
-        name: Change(place.shape, partial(_plus, name, partial(parts, place.parameter)))
-        for name, place in places.items()
+        name: Change(shape, partial(_plus, name, partial(parts, parameter)))
+        for name, (parameter, shape) in targets.items()
     }
     return Rewrite(renamed=earlier_constants(stored), changed=changed)
-
-
-def _places(base: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, _Target]]:
-    for parameter, shape in shapes.items():
-        nothing = torch.empty(shape, device="meta")
-        for name, part in _on_disk(base, parameter, nothing).items():
-            yield name, _Target(parameter, tuple(part.shape))
 
 
 def _on_disk(base: Any, parameter: str, values: Tensor) -> dict[str, Tensor]:
@@ -237,6 +217,6 @@ def write_adapter(source: Source, model: Any, folder: Path) -> None:
             setattr(config, names, sorted(targets))  # a set has another order in each process
     with system_errors(folder):
         model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be fill_cache in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
     for file in folder.iterdir():
         share(file)  # safetensors writes for the owner only

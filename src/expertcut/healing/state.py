@@ -115,7 +115,7 @@ def set_random_states(states: dict[str, Tensor]) -> None:
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """The entries that JSON can hold."""
-    kinds = int | float | str | bool | list | tuple | None
+    kinds = (int, float, str, bool, list, tuple, type(None))
     return {key: value for key, value in state.items() if isinstance(value, kinds)}
 
 

@@ -117,6 +117,8 @@ class Balance:
 class HealTrainer(Trainer):
     """Trains adapters on rows in the order of `Rows`."""
 
+    objective: Objective
+    teacher: Teacher | None
     micro_batch: MicroBatch
     model: Any
 
