@@ -305,11 +305,11 @@ class _Run:
 
     def _teacher(self, other: Callable[[], MoeModel]) -> Teacher:
         settings = self.settings
-        live = lambda: LiveTeacher(other(), settings.likeliest)  # noqa: E731
         if self.cache is None:
-            return live()
+            return LiveTeacher(other(), settings.likeliest)
         n_rows = settings.steps * settings.batch
         rows: Any = (self.data.rows(n_rows), self.data.held_out_rows(n_rows))
+        live = lambda: LiveTeacher(other(), settings.likeliest)  # noqa: E731
         return fill_cache(*self.cache, rows, live, settings.batch)
 
 
