@@ -165,6 +165,7 @@ class LayoutWriter(Protocol):
 
     def files(self) -> Mapping[str, bytes]:
         """Further files, by name."""
+        return {}
 
 
 @dataclass(frozen=True)

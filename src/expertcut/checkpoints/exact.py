@@ -12,13 +12,12 @@ read; new checkpoints get the new names.
 
 import re
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import TensorChanges
+from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.tensor_names import (
     DiskBlock,
     Headers,
@@ -35,16 +34,11 @@ from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor
 from expertcut.models.validate import expert_count
 
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
-FAMILIES = {
-    "flex_olmo": "FlexOlmo",
-    "olmoe": "Olmoe",
-    "qwen2_moe": "Qwen2Moe",
-    "qwen3_moe": "Qwen3Moe",
-}
+FAMILIES = dict(flex_olmo="FlexOlmo", olmoe="Olmoe", qwen2_moe="Qwen2Moe", qwen3_moe="Qwen3Moe")
 _MODULE = MODELLING_FILE.removesuffix(".py")
 
 
-class ExactWriter:
+class ExactWriter(LayoutWriter):
     """Removed experts become constants; a bias stays a bias, and nothing else changes."""
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
@@ -79,7 +73,7 @@ class ExactWriter:
             for expert, bias in edit.bias.items():
                 bias_E[expert] = bias
             if gate in tensors.headers:
-                tensors.apply(gate, partial(_plus, bias_E=bias_E))
+                tensors.apply(gate, lambda old_E, b_E=bias_E: (old_E.float() + b_E).to(old_E.dtype))
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
                 tensors.added[gate] = bias_E
 
@@ -235,10 +229,6 @@ def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Cons
         own = {expert: _own_tensors(blocks, name, expert)[0] for expert in by_expert}
         stored[name] = {e: v_D.to(DTYPES[headers[own[e]].dtype]) for e, v_D in by_expert.items()}
     return stored
-
-
-def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:
-    return (before_E.float() + bias_E).to(before_E.dtype)
 
 
 def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> list[str]:

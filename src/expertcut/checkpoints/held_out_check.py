@@ -91,91 +91,59 @@ class RoutedPass:
     is_answer_T: Tensor
 
 
-@dataclass(frozen=True)
 class HeldOutScores:
-    """Log p of choices, and what the routers did.
+    """Log p of choices, and what the routers do with removed, biased and scaled experts meanwhile.
 
-    `shares` is the share of questions that each biased or scaled (layer, expert) serves.
-    `is_untouched_N` marks questions without a token that is routed to a removed expert.
-    `depends_on_removed`: a removed expert has a gate weight that counts, in the last block at an
-    answer position. `routed` is by layer with a bias.
+    `n_served` counts the questions that each biased or scaled (layer, expert) serves.
+    `is_untouched_N` marks questions without a token that is routed to a removed expert; it is
+    meaningless once experts are renumbered. `depends_on_removed`: a removed expert has a gate
+    weight that counts, in the last block at an answer position. `routed` is by layer with a bias.
     """
 
-    logprob_NC: Tensor
-    shares: dict[tuple[int, int], float]
-    is_untouched_N: Tensor
-    depends_on_removed: bool
-    routed: dict[int, list[RoutedPass]]
-
-
-def _score_watched(
-    engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit], on_pass: OnPass = ignore
-) -> HeldOutScores:
-    """Scores a quiz and watches the experts that are removed, biased or scaled.
-
-    `is_untouched_N` is meaningless once experts are renumbered.
-    """
-    watch = _RoutingWatch(engine, edits, on_pass)
-    scores, untouched = [], []
-    with observe_routers(engine.moe.blocks, watch.see):
-        for encoded in engine.encode_all(quiz):
-            watch.is_untouched_N = torch.ones(len(encoded), dtype=torch.bool)
-            scores.append(engine.score(encoded, watch.begin))
-            untouched.append(watch.is_untouched_N)
-    return HeldOutScores(
-        logprob_NC=stack_scores(scores),
-        shares={key: n / len(quiz) for key, n in watch.n_served.items()},
-        is_untouched_N=torch.cat(untouched),
-        depends_on_removed=watch.depends_on_removed,
-        routed=watch.routed,
-    )
-
-
-def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
-    """One prompt at a time, so that no question's bits depend on its neighbours."""
-    single = Engine(engine.moe, engine.batch_tokens)
-    single.is_trusted = False
-    return _score_watched(single, quiz, edits)
-
-
-class _RoutingWatch:
-    """Counts the questions of each biased or scaled expert; marks those that use removed ones."""
-
-    is_untouched_N: Tensor  # of a chunk
-    step: Pass
-
-    def __init__(self, engine: Engine, edits: Mapping[str, BlockEdit], on_pass: OnPass) -> None:
-        self.on_pass, blocks = on_pass, engine.moe.blocks
+    def __init__(
+        self,
+        engine: Engine,
+        quiz: Quiz,
+        edits: Mapping[str, BlockEdit],
+        on_pass: OnPass = ignore,
+    ) -> None:
+        self._on_pass, blocks = on_pass, engine.moe.blocks
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
         biased = [b.layer for b in blocks if edits[b.name].bias]
         self.routed: dict[int, list[RoutedPass]] = {layer: [] for layer in biased}
-        self.removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
-        self.last_layer = blocks[-1].layer
         self.depends_on_removed = False
+        self._removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
+        self._last_layer = blocks[-1].layer
+        self._step: Pass
+        scores, untouched = [], []
+        with observe_routers(blocks, self._see):
+            for encoded in engine.encode_all(quiz):
+                self.is_untouched_N = torch.ones(len(encoded), dtype=torch.bool)
+                scores.append(engine.score(encoded, self._begin))
+                untouched.append(self.is_untouched_N)
+        self.logprob_NC, self.is_untouched_N = stack_scores(scores), torch.cat(untouched)
 
-    def begin(self, step: Pass) -> None:
-        """Before each forward pass."""
-        self.step = step
-        self.on_pass(step)
+    def _begin(self, step: Pass) -> None:
+        self._step = step
+        self._on_pass(step)
 
-    def see(self, routing: Routing) -> None:
-        """After each router."""
+    def _see(self, routing: Routing) -> None:
         experts_TK = routing.experts_TK.cpu()
-        chosen_NK = experts_TK[self.step.answers_N]
+        chosen_NK = experts_TK[self._step.answers_N]
         for layer, expert in self.n_served:
             if layer == routing.layer:
                 self.n_served[layer, expert] += int((chosen_NK == expert).sum())
-        self._mark(experts_TK, self.removed[routing.layer])
+        self._mark(experts_TK, self._removed[routing.layer])
         self.depends_on_removed = self.depends_on_removed or self._depends(routing)
         if routing.layer in self.routed:
             is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
-            is_answer_T[self.step.answers_N] = True
-            valid_T = slice(None) if self.step.valid_T is None else self.step.valid_T
+            is_answer_T[self._step.answers_N] = True
+            valid_T = slice(None) if self._step.valid_T is None else self._step.valid_T
             routed = RoutedPass(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
             self.routed[routing.layer].append(routed)
 
     def _depends(self, routing: Routing) -> bool:
-        removed = self.removed[routing.layer]
+        removed = self._removed[routing.layer]
         if not removed:
             return False
         share_TK = routing.weights_TK.float().abs()
@@ -184,17 +152,24 @@ class _RoutingWatch:
         is_removed_TK = torch.isin(routing.experts_TK, removed_E)
         is_hit_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE)).any(dim=1)
         # Only the answers come after the last block.
-        at = self.step.answers_N if routing.layer == self.last_layer else self.step.valid_T
+        at = self._step.answers_N if routing.layer == self._last_layer else self._step.valid_T
         return bool((is_hit_T if at is None else is_hit_T.cpu()[at]).any())
 
     def _mark(self, experts_TK: Tensor, removed: tuple[int, ...]) -> None:
         hit_T = torch.isin(experts_TK, torch.tensor(removed, dtype=experts_TK.dtype)).any(dim=1)
-        if self.step.valid_T is not None:
-            hit_T &= self.step.valid_T
-        if self.step.is_prefix:
+        if self._step.valid_T is not None:
+            hit_T &= self._step.valid_T
+        if self._step.is_prefix:
             self.is_untouched_N &= ~hit_T.any()
         else:
-            self.is_untouched_N[self.step.question_T[hit_T]] = False
+            self.is_untouched_N[self._step.question_T[hit_T]] = False
+
+
+def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
+    """One prompt at a time, so that no question's bits depend on its neighbours."""
+    single = Engine(engine.moe, engine.batch_tokens)
+    single.is_trusted = False
+    return HeldOutScores(single, quiz, edits)
 
 
 def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> LogprobShift:
@@ -235,7 +210,7 @@ class BaseScores:
 
     base: HeldOutScores
     reference: HeldOutScores
-    forms: dict[str, HeldOutScores]
+    forms: Mapping[str, HeldOutScores]
     is_cut_exactly: bool = False
     quiet: Quiz | None = None
     alone: HeldOutScores | None = None
@@ -247,7 +222,7 @@ def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants
     Raises:
         ContractError: a cut at run time changes no answer though answers depend on it.
     """
-    base, layout = _score_watched(engine, quiz, draft.edits), LAYOUTS[draft.layout]
+    base, layout = HeldOutScores(engine, quiz, draft.edits), LAYOUTS[draft.layout]
     reference = _score_at_runtime(engine, quiz, draft, constants)
     must_change = draft.is_cut and not layout.keeps_rows and base.depends_on_removed
     if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
@@ -265,7 +240,7 @@ def _score_at_runtime(
     engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants
 ) -> HeldOutScores:
     with apply_at_runtime(engine.moe, draft, constants) as begin:
-        return _score_watched(engine, quiz, draft.edits, begin)
+        return HeldOutScores(engine, quiz, draft.edits, begin)
 
 
 def _runtime_forms(
@@ -283,7 +258,7 @@ def _runtime_forms(
 
 def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores) -> HeldOutResult:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
-    edited = _score_watched(engine, quiz, _renumbered(draft))
+    edited = HeldOutScores(engine, quiz, _renumbered(draft))
     logprob_NC, base, reference = edited.logprob_NC, before.base, before.reference
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
     return HeldOutResult(
@@ -293,7 +268,7 @@ def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores
             compare_logprobs(_reference_name(draft), logprob_NC, reference.logprob_NC),
         ),
         held_out_hashes=sorted_hashes(quiz),
-        shares=_expert_shares(draft, before, edited),
+        shares=_expert_shares(quiz, draft, before, edited),
         alone=_bit_exact_check(engine, quiz, draft, before) if before.is_cut_exactly else None,
         agreement=_agreements(reference, edited, draft, engine.moe),
         outcomes=tuple(
@@ -308,20 +283,20 @@ def sorted_hashes(quiz: Quiz) -> tuple[str, ...]:
 
 
 def _expert_shares(
-    draft: EditPlan, before: BaseScores, edited: HeldOutScores
+    quiz: Quiz, draft: EditPlan, before: BaseScores, edited: HeldOutScores
 ) -> tuple[ExpertShares, ...]:
     """By the numbers of plan.json; `edited` has the same experts in the same order."""
     numbers, blocks = draft.numbers or ExpertIds(), list(draft.edits)
-    shares = zip(before.base.shares.items(), edited.shares.values(), strict=True)
+    base, exact, n = before.base.n_served, before.reference.n_served, len(quiz)
     return tuple(
         ExpertShares(
             layer=layer,
             expert=numbers.number(blocks[layer], row),
-            base=share,
-            exact=before.reference.shares[layer, row],
-            edited=after,
+            base=base[layer, row] / n,
+            exact=exact[layer, row] / n,
+            edited=n_edited / n,
         )
-        for ((layer, row), share), after in shares
+        for (layer, row), n_edited in zip(base, edited.n_served.values(), strict=True)
     )
 
 

@@ -17,7 +17,6 @@ from expertcut.edits.ranking import Ranking, expressions_of, rank
 from expertcut.edits.selection import Pruning, choose, counts, cut
 from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
-from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.storage import Profile
 
 Cut = TypeVar("Cut", bound=CutSettings)
@@ -27,10 +26,7 @@ _UNKNOWN = "Super experts are not known without all-token statistics: none is pr
 
 @dataclass(frozen=True)
 class Size:
-    """`active_parameters` exclude the experts that a token is not routed to.
-
-    Constants of removed experts are not active: the token with most active experts counts.
-    """
+    """`active_parameters` are those of the token with most active experts, without constants."""
 
     parameters: int
     active_parameters: int
@@ -39,8 +35,14 @@ class Size:
 
 def size(moe: MoeModel) -> Size:
     """Parameters of a loaded model, tied weights once; bytes of its safetensors files."""
-    total = sum(p.numel() for p in moe.model.parameters())
-    idle = sum(map(_idle_parameters, moe.blocks))
+    total, idle = sum(p.numel() for p in moe.model.parameters()), 0
+    for block in moe.blocks:
+        experts = dict(block.experts.named_parameters())
+        constants = experts.pop("approx_value", None)
+        n_kept = len(next(iter(experts.values())))
+        per_expert = sum(p.numel() for p in experts.values()) // n_kept
+        idle += per_expert * max(0, n_kept - block.top_k)
+        idle += 0 if constants is None else constants.numel()
     size_bytes = sum(file.stat().st_size for file in moe.source.weight_files)
     return Size(total, total - idle, size_bytes)
 
@@ -63,15 +65,6 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
             total -= n_removed * sum(t.numel() // block.n_experts for t in rows)
         idle += own * max(0, n_kept - block.top_k) + n_constants
     return Size(total, total - idle, size_bytes)
-
-
-def _idle_parameters(block: MoeBlock) -> int:
-    experts = dict(block.experts.named_parameters())
-    constants = experts.pop("approx_value", None)
-    n_kept = len(next(iter(experts.values())))
-    per_expert = sum(p.numel() for p in experts.values()) // n_kept
-    n_constants = 0 if constants is None else constants.numel()
-    return per_expert * max(0, n_kept - block.top_k) + n_constants
 
 
 def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expertcut.checkpoints.edit import TensorChanges
+from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, match_blocks
 from expertcut.edits.calibrate import Constants
@@ -30,7 +30,7 @@ _NOT_BY_LAYER = re.compile(r".*(token_id|token_ids|architectures)")
 logger = logging.getLogger(__name__)
 
 
-class StockWriter:
+class StockWriter(LayoutWriter):
     """Removed experts leave no row in any tensor, and no token is routed to them."""
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
@@ -73,9 +73,6 @@ class StockWriter:
                 tensors.keep_rows(tensor, axis, keep)
             tensors.removed |= tensors.unused
 
-    def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
-        return  # every expert has weights of its own
-
     def add_biases(
         self, tensors: TensorChanges, directions: Mapping[int, Tensor], apply_at: Positions
     ) -> None:
@@ -94,9 +91,6 @@ class StockWriter:
         if n_kept == n_experts or not match_blocks(stored.tensors, edits)[1]:
             return counted
         return without_further_tokens(counted)
-
-    def files(self) -> Mapping[str, bytes]:
-        return {}
 
 
 def warn_of_further_tokens(headers: Headers, edits: Mapping[str, BlockEdit]) -> None:
