@@ -55,10 +55,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of a build; without `is_verified` the held-out check is skipped.
-
-    `beside` are further files, by name; `adapter` is the folder of an adapter to cut too.
-    """
+    """Options of a build; `beside` are files by name, `adapter` the folder of an adapter to cut."""
 
     load_as: LoadOptions
     is_verified: bool = True
@@ -69,10 +66,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """The plan, the fit of bias directions, and the result of the held-out check, if any.
-
-    `judged` says what its questions may be called, `why_unjudged` why no question can judge.
-    """
+    """The plan, the fit of bias directions, and the held-out result, or why there is none."""
 
     folder: Path
     plan: PlanFile
@@ -290,7 +284,6 @@ def merge(
 
 
 def _check_merge(profile: Profile, settings: MergeSettings, source: Source, folder: Path) -> None:
-    """Checks everything that needs no loaded model."""
     blocks = profile.info.model.blocks
     token_counts(profile)
     check_count(blocks, settings.keep)

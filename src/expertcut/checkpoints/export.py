@@ -100,11 +100,7 @@ def rewrite_of(
 def export(
     source: Source, plan: EditPlan, n_experts: int, edits: Sequence[Edit], folder: Path
 ) -> None:
-    """Writes the checkpoint of fitted edits into an empty folder, without the plan.
-
-    `n_experts` is the unedited count. Tensors are copied from file to file; only those that the
-    edits change are read.
-    """
+    """Writes the checkpoint of fitted edits into an empty folder, without the plan."""
     stored, writer = source.stored, WRITERS[plan.layout]
     rewrite = rewrite_of(plan.layout, stored.tensors, plan.edits, edits, source)
     write_checkpoint(source.path, folder, rewrite, stored=stored)

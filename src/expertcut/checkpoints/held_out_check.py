@@ -45,10 +45,7 @@ _RUNTIME_FORMS: dict[Positions, str] = {
 
 @contextmanager
 def apply_at_runtime(moe: MoeModel, plan: EditPlan, constants: Constants) -> Iterator[OnPass]:
-    """The plan to the letter; `constants` are the outputs of removed experts in layout exact.
-
-    The yielded function must be called before each forward pass.
-    """
+    """Runs the plan to the letter; the yielded function must be called before each forward pass."""
     edits = [
         replace(edit, constants=constants) if isinstance(edit, PruneEdit) else edit
         for edit in edits_of(plan)
@@ -217,11 +214,7 @@ class BaseScores:
 
 
 def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> BaseScores:
-    """Everything that needs the unedited model, so that one model is in memory at a time.
-
-    Raises:
-        ContractError: a cut at run time changes no answer though answers depend on it.
-    """
+    """Everything that needs the unedited model, so that one model is in memory at a time."""
     base, layout = HeldOutScores(engine, quiz, draft.edits), LAYOUTS[draft.layout]
     reference = _score_at_runtime(engine, quiz, draft, constants)
     must_change = draft.is_cut and not layout.keeps_rows and base.depends_on_removed

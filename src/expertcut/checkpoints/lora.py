@@ -181,11 +181,7 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Place:
-    """The target of a tensor, or of a pair of lora_A and lora_B.
-
-    `block` is the loaded model's name, None outside MoE blocks; `is_last`: the last projection of
-    experts.
-    """
+    """The target of a tensor or a pair; `block` is the loaded name, None outside MoE blocks."""
 
     kind: Literal["all experts", "one expert", "router", "whole router", "elsewhere"]
     names: tuple[str, ...]

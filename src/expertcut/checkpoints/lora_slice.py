@@ -51,96 +51,9 @@ _PATTERNS = (
     *("target_modules", "exclude_modules"),
 )
 Folds = Mapping[int, np.ndarray[Any, Any]]
+Keep = tuple[int, ...]  # experts, in the order of the plan
+Factors = Mapping[int, Sequence[float]]  # of the outputs of kept experts, by new number
 ADAPTER_FOLDER = "adapter"  # in the checkpoint's
-
-
-def _sliced(adapter: Adapter, base: Base, plan: EditPlan, folds: Folds) -> Rewrite:
-    """The rewrite of the adapter's tensors."""
-    rewrite, keeps_rows = Rewrite(), LAYOUTS[plan.layout].keeps_rows
-    layers = {name: layer for layer, name in enumerate(plan.edits)}
-    for place in places(adapter, base):
-        if place.block is None:
-            continue
-        if keeps_rows and plan.is_biased and _is_of_old(adapter, place):
-            raise adapter.refusal(
-                f"{place.names[0]} is as transformers 4 has experts and routers, which peft cannot "
-                "bring to gates with biases: leave out --boost and --suppress, or --layout exact"
-            )
-        edit, n_experts = plan.edits[place.block], base.blocks[place.block].n_experts
-        scaled = _output_factors(edit, folds.get(layers[place.block])) if place.is_last else {}
-        if place.kind == "all experts":
-            _slice_all(adapter, place, edit.keep, n_experts, scaled, rewrite)
-        elif place.kind == "one expert":
-            _slice_one(adapter, place, edit.keep, scaled, rewrite, is_stock=not keeps_rows)
-        else:
-            _slice_router(adapter, place, edit, n_experts, rewrite, is_stock=not keeps_rows)
-    if not keeps_rows and rewrite.renamed:
-        _refuse_numbers(adapter)
-    return rewrite
-
-
-def _slice_all(
-    adapter: Adapter,
-    place: Place,
-    keep: tuple[int, ...],
-    n_experts: int,
-    scaled: Mapping[int, Sequence[float]],
-    rewrite: Rewrite,
-) -> None:
-    a, b = place.names
-    (rows, n_in), (n_out, _) = adapter.shape(a), adapter.shape(b)
-    rank = rows // n_experts
-    if len(keep) < n_experts:
-        own = tuple(expert * rank + j for expert in keep for j in range(rank))
-        rewrite.changed[a] = Change((len(own), n_in), rows=own)
-    if len(keep) < n_experts or scaled:
-        apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
-        rewrite.changed[b] = Change((n_out, rank * len(keep)), apply)
-
-
-def _slice_one(
-    adapter: Adapter,
-    place: Place,
-    keep: tuple[int, ...],
-    scaled: Mapping[int, Sequence[float]],
-    rewrite: Rewrite,
-    *,
-    is_stock: bool,
-) -> None:
-    if place.expert not in keep:
-        rewrite.removed |= set(place.names)
-        return
-    position, (_, b) = keep.index(place.expert), place.names
-    if is_stock and position != place.expert:
-        old, new = f".experts.{place.expert}.", f".experts.{position}."
-        rewrite.renamed |= {name: name.replace(old, new) for name in place.names}
-    if position in scaled:
-        apply = partial(_multiplied, factors=scaled[position])
-        rewrite.changed[b] = Change(adapter.shape(b), apply)
-
-
-def _slice_router(
-    adapter: Adapter,
-    place: Place,
-    edit: BlockEdit,
-    n_experts: int,
-    rewrite: Rewrite,
-    *,
-    is_stock: bool,
-) -> None:
-    """Cuts the router's rows, which layout exact keeps."""
-    name = place.names[-1]  # lora_B, whose rows are the experts'
-    if place.kind == "whole router" and edit.bias:
-        raise adapter.refusal(
-            f"{name} takes the place of a router that --boost or --suppress would change: leave "
-            "these out, or train the router by lora_A and lora_B"
-        )
-    if is_stock and len(edit.keep) < n_experts:
-        shape = list(adapter.shape(name))
-        axis = shape.index(n_experts) if place.kind == "whole router" else 0
-        shape[axis] = len(edit.keep)
-        select = partial(torch.index_select, dim=axis, index=torch.tensor(edit.keep))
-        rewrite.changed[name] = Change(tuple(shape), select)
 
 
 def _is_of_old(adapter: Adapter, place: Place) -> bool:
@@ -150,9 +63,7 @@ def _is_of_old(adapter: Adapter, place: Place) -> bool:
     return place.kind == "one expert" or (place.kind == "router" and not is_named)
 
 
-def _columns(
-    b: Tensor, keep: tuple[int, ...], n_experts: int, scaled: Mapping[int, Sequence[float]]
-) -> Tensor:
+def _columns(b: Tensor, keep: Keep, n_experts: int, scaled: Factors) -> Tensor:
     """The columns (out, r·E) of kept experts; an expert's r columns lie E apart."""
     by_expert: Tensor = b.unflatten(1, (-1, n_experts))[..., list(keep)]
     for position, factors in scaled.items():
@@ -201,10 +112,7 @@ class AdapterCut:
     folder: Path
 
     def write(self, temporary: Path, plan: PlanFile, folds: Folds) -> PlanFile:
-        """Writes the sliced adapter in peft's format; returns the plan that names it.
-
-        `folds` are those of layout stock, by layer.
-        """
+        """Writes the sliced adapter in peft's format; returns the plan that names it."""
         shard, place = self.laid_out(folds), temporary / ADAPTER_FOLDER
         try:
             write_shards(place, [shard])
@@ -230,9 +138,80 @@ class AdapterCut:
         headers = self.source.headers
         is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
         base = Base(headers, blocks_of(headers, self.plan.edits), is_tied)
-        rewrite = _sliced(self.adapter, base, self.plan, folds)
+        rewrite = self._rewrite(base, folds)
         (shard,) = lay_out(self.adapter.stored, rewrite, max_shard_bytes=1 << 62)
         return replace(shard, name=WEIGHTS_FILE)
+
+    def _rewrite(self, base: Base, folds: Folds) -> Rewrite:
+        rewrite, plan = Rewrite(), self.plan
+        layers = {name: layer for layer, name in enumerate(plan.edits)}
+        for place in places(self.adapter, base):
+            if place.block is None:
+                continue
+            if not self._is_stock and plan.is_biased and _is_of_old(self.adapter, place):
+                raise self.adapter.refusal(
+                    f"{place.names[0]} is as transformers 4 has experts and routers, which peft "
+                    "cannot bring to gates with biases: leave out --boost and --suppress, or "
+                    "--layout exact"
+                )
+            edit, n_experts = plan.edits[place.block], base.blocks[place.block].n_experts
+            folds_E = folds.get(layers[place.block])
+            scaled = _output_factors(edit, folds_E) if place.is_last else {}
+            if place.kind == "all experts":
+                self._slice_all(rewrite, place, edit.keep, n_experts, scaled)
+            elif place.kind == "one expert":
+                self._slice_one(rewrite, place, edit.keep, scaled)
+            else:
+                self._slice_router(rewrite, place, edit, n_experts)
+        if self._is_stock and rewrite.renamed:
+            _refuse_numbers(self.adapter)
+        return rewrite
+
+    @property
+    def _is_stock(self) -> bool:
+        return not LAYOUTS[self.plan.layout].keeps_rows
+
+    def _slice_all(
+        self, rewrite: Rewrite, place: Place, keep: Keep, n_experts: int, scaled: Factors
+    ) -> None:
+        a, b = place.names
+        (rows, n_in), (n_out, _) = self.adapter.shape(a), self.adapter.shape(b)
+        rank = rows // n_experts
+        if len(keep) < n_experts:
+            own = tuple(expert * rank + j for expert in keep for j in range(rank))
+            rewrite.changed[a] = Change((len(own), n_in), rows=own)
+        if len(keep) < n_experts or scaled:
+            apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
+            rewrite.changed[b] = Change((n_out, rank * len(keep)), apply)
+
+    def _slice_one(self, rewrite: Rewrite, place: Place, keep: Keep, scaled: Factors) -> None:
+        if place.expert not in keep:
+            rewrite.removed |= set(place.names)
+            return
+        position, (_, b) = keep.index(place.expert), place.names
+        if self._is_stock and position != place.expert:
+            old, new = f".experts.{place.expert}.", f".experts.{position}."
+            rewrite.renamed |= {name: name.replace(old, new) for name in place.names}
+        if position in scaled:
+            apply = partial(_multiplied, factors=scaled[position])
+            rewrite.changed[b] = Change(self.adapter.shape(b), apply)
+
+    def _slice_router(
+        self, rewrite: Rewrite, place: Place, edit: BlockEdit, n_experts: int
+    ) -> None:
+        """Cuts the router's rows, which layout exact keeps."""
+        name = place.names[-1]  # lora_B, whose rows are the experts'
+        if place.kind == "whole router" and edit.bias:
+            raise self.adapter.refusal(
+                f"{name} takes the place of a router that --boost or --suppress would change: "
+                "leave these out, or train the router by lora_A and lora_B"
+            )
+        if self._is_stock and len(edit.keep) < n_experts:
+            shape = list(self.adapter.shape(name))
+            axis = shape.index(n_experts) if place.kind == "whole router" else 0
+            shape[axis] = len(edit.keep)
+            select = partial(torch.index_select, dim=axis, index=torch.tensor(edit.keep))
+            rewrite.changed[name] = Change(tuple(shape), select)
 
 
 def adapter_cut(

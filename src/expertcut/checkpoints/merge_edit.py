@@ -155,10 +155,7 @@ class MergeEdit(Edit):
         return replace(self, rows=rows, interleaved=interleaved)
 
     def aligned(self, source: Source) -> Self:
-        """With each member's neurons in the order most similar to its dominant expert's.
-
-        No model need be in memory, only two experts at a time.
-        """
+        """With each member's neurons in the order most similar to its dominant expert's."""
         orders: dict[str, dict[int, Tensor]] = {}
         for name, block in blocks_of(source.headers, self.blocks).items():
             experts = Experts(source.headers, block, is_interleaved=name in self.interleaved)

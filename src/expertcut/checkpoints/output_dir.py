@@ -71,10 +71,7 @@ def atomic_dir(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
 
 
 def failed(error: OSError, folder: Path, *ours: Path) -> OutputError:
-    """The error to raise after a system error while writing a folder, or reading for it.
-
-    `ours` are other names under which the folder is written.
-    """
+    """The error for a system error while writing a folder (or `ours`), or reading for it."""
     reason = error.strerror or error
     name = os.fsdecode(error.filename) if error.filename else None
     places = (folder, folder.resolve(), *ours)

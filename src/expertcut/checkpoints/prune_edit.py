@@ -94,12 +94,8 @@ class PruneEdit(Edit):
 
     @contextmanager
     def _rescaled(self, simulation: Simulation) -> Iterator[None]:
-        """Last projections of kept experts are scaled, rounded as on disk; a second copy in memory.
-
-        Where experts are offloaded their gate weights are scaled instead, without that rounding.
-        """
-        moe = simulation.moe
-        headers = moe.source.headers
+        """Scales last projections of kept experts as on disk; gate weights if offloaded."""
+        moe, headers = simulation.moe, simulation.moe.source.headers
         matched, _ = match_blocks(headers, self.blocks)
         with ExitStack() as stack:
             for block in moe.blocks:
@@ -127,11 +123,7 @@ class PruneEdit(Edit):
 
 @contextmanager
 def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterator[None]:
-    """Makes experts of a loaded, unedited model constant: the reference for the layout.
-
-    Routing and gate weights after top-k stay; only the outputs are replaced. The constants are
-    checked before the block runs.
-    """
+    """Makes outputs of experts of an unedited model constant: the layout's reference."""
     with ExitStack() as stack:
         for block in blocks:
             if by_expert := constants.get(block.name):

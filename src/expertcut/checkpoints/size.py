@@ -80,11 +80,7 @@ def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
 
 
 def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
-    """The cut that keeps most experts with weights of at most `max_bytes` of its settings.
-
-    Raises:
-        PlanError: even the smallest cut is larger.
-    """
+    """The cut that keeps most experts with weights of at most `max_bytes` of its settings."""
     settings = ranking.settings
     most = settings.size_bytes
     assert most is not None

@@ -55,11 +55,7 @@ class StockWriter(LayoutWriter):
         return TensorChanges(headers, edits, matched, unused)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
-        """Cuts rows, renumbers the kept experts, and drops MTP layers.
-
-        config.json states one count of experts for all layers, so layers that the loaded model has
-        no place for cannot stay.
-        """
+        """Cuts rows, renumbers kept experts, and drops MTP layers: config.json has one count."""
         for name, block in tensors.blocks.items():
             keep = tensors.edits[name].keep
             if len(keep) == block.n_experts:

@@ -143,10 +143,7 @@ def blocks_of(
 
 
 def _by_number(number: int, blocks: Mapping[str, DiskBlock], numbers: set[int]) -> list[DiskBlock]:
-    """The blocks of a layer's number; blocks of multi-token prediction only without others.
-
-    These lie in a list of their own, mostly with fewer layers than the model's.
-    """
+    """The blocks of a layer's number; blocks of multi-token prediction only without others."""
     found = [b for b in blocks.values() if _layer(b.name)[1] == number]
     lists: dict[str, set[int]] = {}
     for block in blocks.values():
@@ -167,10 +164,7 @@ def _layer(block: str) -> tuple[str, int]:
 
 
 def constant_name(block: str, expert: int) -> str:
-    """The tensor name of a removed expert's constant.
-
-    Loaders without constant experts skip unknown tensors of experts, but refuse this one.
-    """
+    """The tensor name of a removed expert's constant; loaders without such experts refuse it."""
     return f"{block}.constant_experts.{expert}.{CONSTANT}"
 
 

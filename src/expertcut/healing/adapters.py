@@ -25,15 +25,10 @@ from expertcut.models.load import MODELLING_FILE, MoeModel, Source, modelling_co
 from expertcut.models.moe_block import MoeBlock
 
 ADAPTER = "default"
-_ATTENTION = re.compile(r"attn|attention")
-_NEIGHBOURS = 4  # parameters whose tensors alternate on disk
 
 
 def adapted(moe: MoeModel, settings: HealSettings) -> Any:
-    """A peft model whose adapters change nothing yet and are all that is trained.
-
-    The blocks of `moe` stay valid: their modules are wrapped, not replaced.
-    """
+    """A peft model with adapters that change nothing yet and are all that is trained."""
     from peft import LoraConfig, get_peft_model
 
     modules, parameters = _targets(moe, settings.targets)
@@ -86,17 +81,14 @@ class _Delta:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the parameter."""
         parameter: Tensor = getattr(self.module.get_base_layer(), self.parameter)
         return parameter.shape
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """The change in float32; peft rounds it to the parameter's dtype."""
-        a_RI, b_OR = (
-            factors[ADAPTER].weight.float().cpu()
-            for factors in (self.module.lora_A, self.module.lora_B)
-        )
+        a_RI = self.module.lora_A[ADAPTER].weight.float().cpu()
+        b_OR = self.module.lora_B[ADAPTER].weight.float().cpu()
         n_experts = getattr(self.module, "num_experts", 1)
         a_ERI = a_RI.reshape(n_experts, -1, a_RI.shape[-1])
         b_ORE = b_OR.reshape(b_OR.shape[0], -1, n_experts)
@@ -121,11 +113,8 @@ def _targets(moe: MoeModel, targets: tuple[Target, ...]) -> tuple[list[str], lis
 
 def _attention(moe: MoeModel) -> list[str]:
     inside = tuple(f"{block.name}." for block in moe.blocks)
-    found = [
-        name
-        for name, module in moe.model.named_modules()
-        if isinstance(module, nn.Linear) and _ATTENTION.search(name) and not name.startswith(inside)
-    ]
+    linear = [name for name, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
+    found = [n for n in linear if re.search(r"attn|attention", n) and not n.startswith(inside)]
     if not found:
         raise ModelError(f"{moe.source.id} has no linear layers in its attention to adapt")
     return found
@@ -152,10 +141,7 @@ def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]
 
 
 def write_merged(source: Source, model: Any, folder: Path) -> None:
-    """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once.
-
-    Constants of layout exact get today's names.
-    """
+    """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once."""
     write_checkpoint(source.path, folder, _merged_rewrite(source, model), stored=source.stored)
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
@@ -182,7 +168,7 @@ def _merged_rewrite(source: Source, model: Any) -> Rewrite:
                 "does not exist: keep the adapter, with --adapter"
             )
 
-    @lru_cache(maxsize=_NEIGHBOURS)
+    @lru_cache(maxsize=4)  # parameters whose tensors alternate on disk
     def parts(parameter: str) -> dict[str, Tensor]:
         return _on_disk(base, parameter, added[parameter]())
 
@@ -194,10 +180,7 @@ def _merged_rewrite(source: Source, model: Any) -> Rewrite:
 
 
 def _on_disk(base: Any, parameter: str, values: Tensor) -> dict[str, Tensor]:
-    """A parameter under its names in the checkpoint, by the conversions of transformers.
-
-    They only slice, transpose and stack, so that sums are preserved.
-    """
+    """A parameter under its names on disk; the conversions only slice, transpose and stack."""
     from transformers.core_model_loading import revert_weight_conversion
 
     found: dict[str, Tensor] = revert_weight_conversion(base, {parameter: values})

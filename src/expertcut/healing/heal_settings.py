@@ -22,7 +22,6 @@ _RATE_TIMES_WIDTH = 0.64
 
 
 def _as_tuple(value: Any) -> Any:
-    """Accepts one value, or a list of them."""
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, str) else value

@@ -155,7 +155,6 @@ def _chosen(
 
 
 def _recorded(file: Path) -> int | None:
-    """The number of an earlier start, if known."""
     if not file.is_file():
         return None
     try:

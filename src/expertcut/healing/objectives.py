@@ -37,7 +37,6 @@ class TopLogprobs:
     logprob_MR: Tensor
 
     def __getitem__(self, at: slice) -> "TopLogprobs":
-        """A slice of the positions."""
         return TopLogprobs(self.ids_MR[at], self.logprob_MR[at])
 
 
@@ -248,7 +247,7 @@ class Collator:
     pad_id: int
     answer_weight: float = 0.0
 
-    def __call__(self, items: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[tuple[int, Row]]) -> Batch:
         """A batch of numbered rows."""
         width = max(len(row.ids) for _, row in items)
         ids_BS = torch.full((len(items), width), self.pad_id)

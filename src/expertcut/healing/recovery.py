@@ -94,10 +94,7 @@ def default_out(checkpoint: str) -> Path:
 
 
 def working_folder(out: Path) -> Path:
-    """Sibling of the output that holds the states of an unfinished run.
-
-    From the absolute path: the working directory itself may be replaced.
-    """
+    """Sibling of the output that holds the states of an unfinished run."""
     place = out.resolve()
     return place.with_name(f"{place.name}.healing")
 
@@ -228,7 +225,6 @@ def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, BlockEdit]:
 
 
 def _choice_logprobs(moe: MoeModel, quiz: Quiz) -> Tensor:
-    """Log p of the choices (N, C)."""
     return ask(Engine(moe, batch_tokens=4096), quiz)
 
 
@@ -253,8 +249,6 @@ def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run: its checkpoint, its data, and the questions that score the result."""
-
     settings: HealSettings
     objective: Objective
     base: Source | None

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from expertcut.documents import Record, load_record
+from expertcut.documents import Record
 from expertcut.errors import OutputError
 from expertcut.evaluation.results import check_same, load_unfinished, save_outcome
 from expertcut.healing.adapters import load_weights
@@ -69,7 +69,7 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether the optimizer's state and the adapters can be read."""
     try:
-        _numbers(folder)
+        _optimizer_numbers(folder)
         json.loads((folder / ADAPTER_CONFIG).read_bytes())
         files = {folder / OPTIMIZER, folder / ADAPTERS, *folder.glob("*.safetensors")}
         return all(load_file(file) for file in files)
@@ -77,13 +77,13 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _numbers(folder: Path) -> _Numbers:
+def _optimizer_numbers(folder: Path) -> _Numbers:
     return load_record(folder / STEPS, _Numbers, OutputError, "is not a state of an optimizer")
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Restores optimizer and schedule."""
-    content = _numbers(folder)
+    content = _optimizer_numbers(folder)
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         parameter, name = key.split(".", 1)
@@ -259,10 +259,7 @@ def _hash(parts: Iterable[object]) -> str:
 
 
 def check_resumable(folder: Path, own: RunIdentity) -> None:
-    """Checks that a working folder is new or belongs to the same run.
-
-    Runs that differ only in --micro-batch-size and --gradient-checkpointing are the same.
-    """
+    """Checks that a working folder is new or of the same run, whatever its use of memory."""
     file = folder / _IDENTITY_FILE
     before = load_unfinished(file, RunIdentity)
     if before is None:

@@ -88,7 +88,6 @@ class CachedTeacher:
 
 
 def _digest(ids: Sequence[int]) -> str:
-    """The name of a row in a cache."""
     return hashlib.sha256(torch.tensor(ids, dtype=torch.int32).numpy().tobytes()).hexdigest()[:32]
 
 

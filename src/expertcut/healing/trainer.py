@@ -211,7 +211,6 @@ class HealTrainer(Trainer):
         return total.float()
 
     def _loss(self, batch: Batch, n_items: float) -> Tensor:
-        """A micro-batch's part of the loss."""
         at_BS = batch["labels"] != IGNORED
         # Before the student's pass, whose activations are kept for its gradients.
         taught = None if self.teacher is None else self.teacher(batch, at_BS)
@@ -232,7 +231,6 @@ class HealTrainer(Trainer):
         return hidden_BSH
 
     def _objective(self, hidden_BSH: Tensor, batch: Batch, taught: TopLogprobs | None) -> Tensor:
-        """The weighted sum over positions."""
         at_BS = batch["labels"] != IGNORED
         next_M, weight_M = batch["labels"][at_BS], batch["weight_BS"][at_BS]
 
@@ -264,18 +262,15 @@ class HealTrainer(Trainer):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            if self._have_all(found is not None) and found is not None:
+            has_all = found is not None
+            if self.accelerator.num_processes > 1:  # every process must have had enough memory
+                done = torch.tensor(float(has_all), device=self.args.device)
+                has_all = bool(self.accelerator.reduce(done, "mean") == 1)
+            if has_all and found is not None:
                 return found
             self.model.zero_grad(set_to_none=True)
             self.micro_batch.halve(self.moe, batch["input_ids"].shape[1])
             set_random_states(before)
-
-    def _have_all(self, is_done: bool) -> bool:
-        """Whether every process had enough memory."""
-        if self.accelerator.num_processes == 1:
-            return is_done
-        done = torch.tensor(float(is_done), device=self.args.device)
-        return bool(self.accelerator.reduce(done, "mean") == 1)
 
     def _average_gradients(self) -> None:
         """Averages gradients over processes; losses are multiplied by their number."""
@@ -344,10 +339,7 @@ def fit(
     report: Report,
     tell: Tell = lambda sentence: None,
 ) -> Curve:
-    """Trains the adapters of a peft model, and loads those of the best step by held-out loss.
-
-    Resumes from the last state in `folder`.
-    """
+    """Trains adapters from the last state in `folder` on, and loads the best by held-out loss."""
     trainer = HealTrainer(
         moe, objective, teacher, settings.balance,
         model=model,
