@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from expertcut.documents import Record
+from expertcut.documents import Record, load_record
 from expertcut.errors import OutputError
 from expertcut.evaluation.results import check_same, load_unfinished, save_outcome
 from expertcut.healing.adapters import load_weights
