@@ -67,10 +67,6 @@ class MicroBatch:
     why: str
     file: Path
 
-    def sentence(self, batch: int) -> str:
-        """How a step of `batch` rows runs."""
-        return f"{batch} rows a step, {self.rows} at once ({self.why})"
-
     def save(self) -> None:
         """Records the number for a resumed run."""
         if PartialState().is_main_process:

@@ -40,11 +40,6 @@ class TopLogprobs:
         return TopLogprobs(self.ids_MR[at], self.logprob_MR[at])
 
 
-def at_answers(row: Row) -> Sequence[int]:
-    """Positions just before answer letters."""
-    return row.answers
-
-
 def at_all_tokens(row: Row) -> Sequence[int]:
     """All positions but the last, which has no next token."""
     return range(len(row.ids) - 1)
@@ -98,7 +93,7 @@ class Objective:
 
 OBJECTIVES = {
     "distill": Objective("distill", distillation, at_all_tokens, needs_teacher=True),
-    "answer": Objective("answer", cross_entropy, at_answers),
+    "answer": Objective("answer", cross_entropy, lambda row: row.answers),
     "lm": Objective("lm", cross_entropy, at_all_tokens),
 }
 

@@ -35,8 +35,6 @@ OPTIMIZER, STEPS = "optimizer.safetensors", "optimizer.json"
 ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft has them
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"checkpoint-([1-9][0-9]*)")
-_IDENTITY_FILE = "asked.json"
 _OF_MEMORY = ("micro_batch", "saves_memory")  # they change how a step is computed, not its result
 
 
@@ -189,7 +187,8 @@ def load_best(model: Any, folder: Path, best: int) -> None:
 
 def _states(folder: Path) -> dict[int, Path]:
     """States by step, in order; folders with other names are ignored."""
-    named = ((path, _NAME.fullmatch(path.name)) for path in folder.glob("checkpoint-*"))
+    pattern = re.compile(r"checkpoint-([1-9][0-9]*)")
+    named = ((path, pattern.fullmatch(path.name)) for path in folder.glob("checkpoint-*"))
     return dict(sorted((int(name[1]), path) for path, name in named if name and path.is_dir()))
 
 
@@ -260,7 +259,7 @@ def _hash(parts: Iterable[object]) -> str:
 
 def check_resumable(folder: Path, own: RunIdentity) -> None:
     """Checks that a working folder is new or of the same run, whatever its use of memory."""
-    file = folder / _IDENTITY_FILE
+    file = folder / "asked.json"
     before = load_unfinished(file, RunIdentity)
     if before is None:
         save_outcome(file, own)

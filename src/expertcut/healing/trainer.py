@@ -355,7 +355,8 @@ def fit(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
     trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, data, settings, folder)
-    tell(trainer.micro_batch.sentence(settings.batch))
+    chosen = trainer.micro_batch
+    tell(f"{settings.batch} rows a step, {chosen.rows} at once ({chosen.why})")
     state = _trained(trainer, settings, folder)
     best = best_step(state)
     trainer.accelerator.wait_for_everyone()  # until the first one has written the last state
