@@ -152,6 +152,7 @@ class LayoutWriter(Protocol):
 
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
         """Raises ContractError if an expert has no weights of its own to change."""
+        return
 
     def add_biases(
         self, tensors: TensorChanges, directions: Mapping[int, Tensor], apply_at: Positions

@@ -12,6 +12,7 @@ read; new checkpoints get the new names.
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class ExactWriter(LayoutWriter):
             for expert, bias in edit.bias.items():
                 bias_E[expert] = bias
             if gate in tensors.headers:
-                tensors.apply(gate, lambda old_E, b_E=bias_E: (old_E.float() + b_E).to(old_E.dtype))
+                tensors.apply(gate, partial(_plus, bias_E=bias_E))
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
                 tensors.added[gate] = bias_E
 
@@ -229,6 +230,10 @@ def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Cons
         own = {expert: _own_tensors(blocks, name, expert)[0] for expert in by_expert}
         stored[name] = {e: v_D.to(DTYPES[headers[own[e]].dtype]) for e, v_D in by_expert.items()}
     return stored
+
+
+def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:
+    return (before_E.float() + bias_E).to(before_E.dtype)
 
 
 def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> list[str]:
