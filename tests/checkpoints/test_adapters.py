@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from expertcut.checkpoints.lora import read_adapter
-from expertcut.checkpoints.lora_slice import carried
+from expertcut.checkpoints.lora_slice import adapter_cut
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, EditPlan, load_plan
 from expertcut.errors import ExpertcutError
@@ -212,7 +212,7 @@ def refusal(
 ) -> str:
     draft = EditPlan("cut", "a cut", "activations", "answer", edits, layout, is_cut=True)
     with pytest.raises(ExpertcutError) as refused:
-        carried(adapter, find_source(str(base)), draft, adapter.parent / "out")
+        adapter_cut(adapter, find_source(str(base)), draft, adapter.parent / "out")
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -302,7 +302,7 @@ def test_an_expert_that_the_config_names_by_its_number_is_refused_where_numbers_
     edits = edits_of(folder / "base", SAME)
     assert "names an expert by its number" in refusal(folder / "base", found, edits)
     draft = EditPlan("cut", "a cut", "activations", "answer", edits, "exact", is_cut=True)
-    assert carried(found, find_source(str(folder / "base")), draft, tmp_path / "out")
+    assert adapter_cut(found, find_source(str(folder / "base")), draft, tmp_path / "out")
 
 
 def set_config(adapter: Path, **values: Any) -> None:
@@ -390,7 +390,7 @@ def test_no_pattern_that_is_let_in_takes_long(
         "cut", "a cut", "activations", "answer", edits_of(base, SAME), "stock", is_cut=True
     )
     began = time.process_time()
-    assert carried(adapter, find_source(str(base)), draft, adapter.parent / "out")
+    assert adapter_cut(adapter, find_source(str(base)), draft, adapter.parent / "out")
     assert time.process_time() - began < 5
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, Built, build
-from expertcut.checkpoints.simulate import apply_at_runtime
+from expertcut.checkpoints.held_out_check import apply_at_runtime
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import EditPlan, ids_text, load_hashes, load_plan

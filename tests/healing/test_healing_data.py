@@ -18,15 +18,16 @@ from expertcut.data import Selection, load_quiz, prompt
 from expertcut.data.sources import Weighted
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import QuizError
-from expertcut.healing.data import TrainingData, read_data
-from expertcut.healing.heal_settings import HealSettings
-from expertcut.healing.leakage import (
+from expertcut.healing.data import (
     CHOSE_STEP,
     USED_BEFORE,
+    TrainingData,
     quizzes_kept_out,
+    read_data,
     texts_without_scored,
     without_scored,
 )
+from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.objectives import (
     IGNORED,
     OBJECTIVES,

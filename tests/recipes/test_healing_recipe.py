@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 def test_a_variant_is_healed_only_where_that_is_due(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expertcut.healing.trainer import _Progress
+    from expertcut.healing.trainer import _Watch
 
     done: list[int] = []
 
@@ -52,7 +52,7 @@ def test_a_variant_is_healed_only_where_that_is_due(
         if len(done) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Progress, "on_step_end", stop)
+    monkeypatch.setattr(_Watch, "on_step_end", stop)
     with pytest.raises(KeyboardInterrupt):
         place.run()
     assert (place.folder / "variants" / "healed.healing" / "steps" / "checkpoint-2").is_dir()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.lora_slice import carried
+from expertcut.checkpoints.lora_slice import adapter_cut
 from expertcut.checkpoints.prune_edit import removed_experts
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import Layout
@@ -128,7 +128,7 @@ def cut(
     """What `prune` writes of a plan, the adapter with it."""
     source = find_source(str(base))
     draft = EditPlan("cut", "a cut", "activations", "answer", edits, layout, is_cut=True)
-    carries = carried(adapter, source, draft, folder)
+    carries = adapter_cut(adapter, source, draft, folder)
     constants = zero_outputs(removed_experts(edits, N_EXPERTS), WIDTH)
     folder.mkdir()
     gathered = Fitted(folds or {}, {}, constants if layout == "exact" else {})

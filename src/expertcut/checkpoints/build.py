@@ -18,7 +18,7 @@ from expertcut.checkpoints.held_out_check import (
     score_edited,
     sorted_hashes,
 )
-from expertcut.checkpoints.lora_slice import carried
+from expertcut.checkpoints.lora_slice import adapter_cut
 from expertcut.checkpoints.merge_edit import MergeEdit, Router, under, unedited_routers
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.checkpoints.prune_edit import PruneEdit
@@ -48,10 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of a build; without `is_verified` the held-out check is skipped.
-
-    `beside` are further files, by name; `adapter` is the folder of an adapter to cut too.
-    """
+    """Options of a build; `beside` are files by name, `adapter` the folder of an adapter to cut."""
 
     load_as: LoadOptions
     is_verified: bool = True
@@ -62,10 +59,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """The plan, the fit of bias directions, and the result of the held-out check, if any.
-
-    `judged` says what its questions may be called, `why_unjudged` why no question can judge.
-    """
+    """The plan, the fit of bias directions, and the held-out result, or why there is none."""
 
     folder: Path
     plan: PlanFile
@@ -76,27 +70,23 @@ class Built:
 
 
 def build(profile: Profile, plan: EditPlan, folder: Path, options: BuildOptions) -> Built:
-    """Makes the checkpoint; the folder appears when all is written and checked, or not at all.
-
-    Raises:
-        ContractError: the layout cannot hold the plan for this model.
-        ModelError: an adapter that is not of this model, or cannot be sliced.
-        OutputError: the folder is not empty, cannot be written or has no room.
-        ProfileError: the model or the quiz is not the one that was profiled.
-    """
+    """Makes the checkpoint; the folder appears when all is written and checked, or not at all."""
     source = profiled_source(profile)
     questions = questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
     calibration = Calibration(profile, questions, source)
     inputs = (source.path, *inputs_of(profile), *filter(None, [options.adapter]))
     check_writable(folder, is_forced=options.is_forced, inputs=inputs)
     check_export(source, plan, calibration.n_experts, folder)
-    adapter = carried(options.adapter, source, plan, folder)
+    adapter = adapter_cut(options.adapter, source, plan, folder)
     file, used = draft_plan(profile, plan, questions), used_hashes(plan, questions)
-    load_as = options.load_as
-    if load_as.dtype == "auto":
-        load_as = replace(load_as, dtype=profile.info.settings.dtype)
+    load_as = _dtype_as_profiled(options.load_as, profile)
     is_verified = options.is_verified and bool(len(questions.held_out))
-    is_verified = is_verified and _has_room(source, load_as)
+    if is_verified and not fits_in_memory(source, load_as):
+        is_verified = False
+        logger.warning(
+            "%s does not fit in the free memory as %s: the checkpoint is not asked any question",
+            *(source.id, load_as.dtype),
+        )
     edits, fits, before = _fit_and_score(plan, calibration, load_as, is_verified=is_verified)
     gc.collect()
     proof, figures = None, HeldOutResult(fits=tuple(asdict(fit) for fit in fits))
@@ -157,22 +147,13 @@ def default_out(profile: Profile, slug: str, *, is_plan: bool) -> Path:
 
 @once_per_profile
 def found_source(profile: Profile) -> Source:
-    """The checkpoint that was profiled, changed or not.
-
-    Raises:
-        ModelError: a damaged checkpoint.
-        ProfileError: the checkpoint is missing.
-    """
+    """The checkpoint that was profiled, changed or not."""
     recorded, folder = profile.info.model, model_folder(profile)
     return find_source(recorded.id if folder is None else str(folder), recorded.revision)
 
 
 def profiled_source(profile: Profile) -> Source:
-    """The checkpoint that was profiled.
-
-    Raises:
-        ProfileError: its config or weights changed since.
-    """
+    """The checkpoint that was profiled; a ProfileError if its config or weights changed since."""
     recorded, source = profile.info.model, found_source(profile)
     if source.fingerprint != recorded.fingerprint:
         raise ProfileError(
@@ -186,23 +167,23 @@ def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -
     """A model, loaded and run as it was profiled."""
     settings = profile.info.settings
     torch.set_num_threads(settings.threads)
-    if load_as.dtype == "auto":
-        load_as = replace(load_as, dtype=settings.dtype)
-    engine = Engine(load(source, load_as), settings.batch_tokens)
+    moe = load(source, _dtype_as_profiled(load_as, profile))
+    engine = Engine(moe, settings.batch_tokens)
     if source.fingerprint == profile.info.model.fingerprint:
-        _check_read_alike(profile, engine)
+        _check_gates(profile, engine)
     engine.is_trusted = settings.way == "shared"
     if settings.attention != "split":
         engine.attention = "masked"
     return engine
 
 
-def _check_read_alike(profile: Profile, engine: Engine) -> None:
-    """Checks that the profile read the gates as today; older versions misread some.
+def _dtype_as_profiled(load_as: LoadOptions, profile: Profile) -> LoadOptions:
+    is_auto = load_as.dtype == "auto"
+    return replace(load_as, dtype=profile.info.settings.dtype) if is_auto else load_as
 
-    Raises:
-        ProfileError: it read a gate differently.
-    """
+
+def _check_gates(profile: Profile, engine: Engine) -> None:
+    """Checks that the profile read the gates as today; older versions misread some."""
     for was, now in zip(profile.info.model.blocks, model_info(engine.moe).blocks, strict=True):
         for name in ("scoring", "inflates", "selection"):
             before, after = getattr(was, name), getattr(now, name)
@@ -211,16 +192,6 @@ def _check_read_alike(profile: Profile, engine: Engine) -> None:
                     f"{profile.path} read the gate of {was.name} as {name} {before}, it is "
                     f"{after}: an older version misread it, so profile it again"
                 )
-
-
-def _has_room(source: Source, load_as: LoadOptions) -> bool:
-    if fits_in_memory(source, load_as):
-        return True
-    logger.warning(
-        "%s does not fit in the free memory as %s: the checkpoint is not asked any question",
-        *(source.id, load_as.dtype),
-    )
-    return False
 
 
 def _fit_and_score(
@@ -267,14 +238,7 @@ def merge(
     *,
     is_plan: bool = False,
 ) -> Merged:
-    """Makes the checkpoint, or with `is_plan` the plan alone, for which the model runs too.
-
-    Raises:
-        ContractError: a model whose experts cannot be told apart, or are constants.
-        OutputError: the folder is not empty, cannot be written or has no room.
-        PlanError: a count that does not fit the model.
-        ProfileError: a profile without all-token counts, or not of this model and quiz.
-    """
+    """Makes the checkpoint, or with `is_plan` the plan alone, for which the model runs too."""
     source = profiled_source(profile)
     inputs = (source.path, *inputs_of(profile))
     check_writable(folder, is_forced=options.is_forced, inputs=inputs)
@@ -285,11 +249,14 @@ def merge(
     evidence = gather_evidence(profile, engine, questions.tuning, settings.by)
     blocks = merge_edits(profile.info.model.blocks, evidence, settings.keep, settings.by)
     plan = merge_draft(settings, profile, blocks)
-    merging, before = MergeEdit(blocks, settings.router), None
+    merging, qualities, base_NC = MergeEdit(blocks, settings.router), list[Quality](), None
+    routers: dict[str, Router] = {}
     if not is_plan:
         merging = merging.fit(engine, calibration)
         if options.is_verified and len(questions.held_out):
-            before = _score_unmerged(engine, questions.held_out, merging)
+            qualities = list(merging.judge(engine, questions.held_out))
+            routers = unedited_routers(engine.moe.blocks, merging.blocks)
+            base_NC = ask(engine, questions.held_out)
     del engine
     gc.collect()
     file, proof, used = draft_plan(profile, plan, questions), None, used_hashes(plan, questions)
@@ -298,20 +265,18 @@ def merge(
             merging = merging.aligned(source) if settings.is_aligned else merging
             edits = [PruneEdit(blocks, plan.layout), merging]
             export(source, plan, calibration.n_experts, edits, temporary)
-        if before is not None:
+        if base_NC is not None:
             written = Source(str(folder), temporary)
             edited = engine_as_profiled(profile, written, options.load_as)
-            proof = _score_merged(edited, questions.held_out, before)
+            proof = _score_merged(edited, questions.held_out, base_NC, routers, qualities)
             file = file.model_copy(update={"proof": proof})
         save_plan(temporary, file, used)
         add_files(temporary, options.beside)
-    qualities = before.qualities if before else []
     built = Built(folder, file, [], proof, questions.why_unjudged, _judged(proof, used))
     return Merged(built, plan, qualities)
 
 
 def _check_merge(profile: Profile, settings: MergeSettings, source: Source, folder: Path) -> None:
-    """Checks everything that needs no loaded model."""
     blocks = profile.info.model.blocks
     token_counts(profile)
     check_count(blocks, settings.keep, "stock")
@@ -320,36 +285,27 @@ def _check_merge(profile: Profile, settings: MergeSettings, source: Source, fold
     check_export(source, merge_draft(settings, profile, first), blocks[0].experts, folder)
 
 
-@dataclass(frozen=True)
-class _Unmerged:
-    """The unedited model: `logprob_NC` of held-out questions, its routers, the rows' quality."""
-
-    logprob_NC: Tensor
-    routers: dict[str, Router]
-    qualities: list[Quality]
-
-
-def _score_unmerged(engine: Engine, held_out: Quiz, merging: MergeEdit) -> _Unmerged:
-    qualities = list(merging.judge(engine, held_out))
-    routers = unedited_routers(engine.moe.blocks, merging.blocks)
-    return _Unmerged(ask(engine, held_out), routers, qualities)
-
-
-def _score_merged(engine: Engine, held_out: Quiz, before: _Unmerged) -> HeldOutResult:
+def _score_merged(
+    engine: Engine,
+    held_out: Quiz,
+    base_NC: Tensor,
+    routers: dict[str, Router],
+    qualities: list[Quality],
+) -> HeldOutResult:
     edited_NC = ask(engine, held_out)
-    with under(before.routers, engine.moe.blocks):
+    with under(routers, engine.moe.blocks):
         reference_NC = ask(engine, held_out)
     return HeldOutResult(
         held_out_split=held_out.split,
         held_out=(
-            compare_logprobs("the unedited base", edited_NC, before.logprob_NC),
+            compare_logprobs("the unedited base", edited_NC, base_NC),
             compare_logprobs("the same experts under the unedited router", edited_NC, reference_NC),
-            compare_logprobs("these against the unedited base", reference_NC, before.logprob_NC),
+            compare_logprobs("these against the unedited base", reference_NC, base_NC),
         ),
         held_out_hashes=sorted_hashes(held_out),
         shares=(),
         alone=None,
         agreement=(),
         outcomes=(),
-        rows=tuple(asdict(quality) for quality in before.qualities),
+        rows=tuple(map(asdict, qualities)),
     )

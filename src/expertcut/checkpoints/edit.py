@@ -33,7 +33,7 @@ Apply = Callable[[Tensor], Tensor]
 _PART = 1 << 15  # values that are scaled at a time: their float64 copies stay in the CPU's cache
 
 
-class TensorChanges:
+class TensorChanges(Rewrite):
     """A `Rewrite` in the making; `blocks` are the blocks on disk by the names of the plan.
 
     `unused` are tensors that the loaded model has no place for.
@@ -46,15 +46,8 @@ class TensorChanges:
         blocks: Mapping[str, DiskBlock],
         unused: frozenset[str] = frozenset(),
     ) -> None:
+        super().__init__()
         self.headers, self.edits, self.blocks, self.unused = headers, edits, blocks, unused
-        self.removed: set[str] = set()
-        self.renamed: dict[str, str] = {}
-        self.changed: dict[str, Change] = {}
-        self.added: dict[str, Tensor] = {}
-
-    def rewrite(self) -> Rewrite:
-        """All of it, for the writer."""
-        return Rewrite(frozenset(self.removed), self.renamed, self.changed, self.added)
 
     def change(self, name: str) -> Change:
         """What becomes of a tensor so far."""
@@ -63,8 +56,8 @@ class TensorChanges:
     def apply(self, name: str, function: Apply) -> None:
         """Makes new values from those that the changes before gave."""
         change = self.change(name)
-        first = change.apply
-        both = function if first is None else partial(_in_turn, first=first, second=function)
+        before = change.apply
+        both = function if before is None else lambda tensor: function(before(tensor))
         self.changed[name] = replace(change, apply=both)
 
     def keep_rows(self, name: str, axis: int, keep: tuple[int, ...]) -> None:
@@ -78,11 +71,7 @@ class TensorChanges:
             self.changed[name] = Change(tuple(shape), select)
 
     def scale_outputs(self, name: str, factors: Mapping[int, float]) -> None:
-        """Scales the last projections of a block's experts, by their positions among the kept.
-
-        Raises:
-            ContractError: which projection is the last is not known.
-        """
+        """Scales the last projections of a block's experts, by their positions among the kept."""
         block, keep = self.blocks[name], self.edits[name].keep
         factors = {position: factor for position, factor in factors.items() if factor != 1}
         if factors and not block.last:
@@ -96,10 +85,6 @@ class TensorChanges:
                     self.apply(own, partial(_scaled, factor=factor))
         for fused in (block.last & set(block.axes)) if factors else ():
             self.apply(fused, partial(_scaled_rows, factors=factors))
-
-
-def _in_turn(tensor: Tensor, first: Apply, second: Apply) -> Tensor:
-    return second(first(tensor))
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
@@ -124,8 +109,8 @@ class Simulation:
     """
 
     moe: MoeModel
-    apply_at: Positions = "all"
-    is_as_written: bool = False
+    apply_at: Positions
+    is_as_written: bool
     contexts: list[AbstractContextManager[None]] = field(default_factory=list)
     _biases: dict[int, Tensor] = field(default_factory=dict)
     _scales: dict[int, Tensor] = field(default_factory=dict)
@@ -155,31 +140,24 @@ class LayoutWriter(Protocol):
     """How one layout stores a plan."""
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
-        """That the layout knows the model's family, and can hold further edits of it.
-
-        Raises:
-            ContractError: it does not, or cannot.
-        """
+        """Raises ContractError unless the layout supports this model and such edits of it."""
 
     def changes(
         self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
     ) -> TensorChanges:
-        """Tensors as they are; with `source` also those that lie outside their blocks.
-
-        Raises:
-            ContractError: tensors that cannot be told apart, or do not fit the edits.
-        """
+        """Unchanged tensors; with `source` also those outside their blocks."""
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
-        """Takes the experts away that the plan does not keep."""
+        """Removes the experts that the plan does not keep."""
 
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
-        """That an expert has weights that can be changed."""
+        """Raises ContractError if an expert has no weights of its own to change."""
+        return
 
     def add_biases(
         self, tensors: TensorChanges, directions: Mapping[int, Tensor], apply_at: Positions
     ) -> None:
-        """Puts the plan's biases into the routers; `directions` v (D,) are by layer."""
+        """Adds the plan's biases to the routers; `directions` v (D,) are by layer."""
 
     def config(
         self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
@@ -188,6 +166,7 @@ class LayoutWriter(Protocol):
 
     def files(self) -> Mapping[str, bytes]:
         """Further files, by name."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -209,7 +188,7 @@ class Edit(Protocol):
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
-        """What a plan has of this kind of edit, not fitted yet; None where it has nothing."""
+        """The edit of this kind in a plan, not fitted yet."""
         ...
 
     def needs_engine(self, _calibration: Calibration) -> bool:
@@ -217,11 +196,11 @@ class Edit(Protocol):
         return False
 
     def fit(self, _engine: Engine | None, _calibration: Calibration) -> Self:
-        """The edit with all that `rewrite` needs beside the plan."""
+        """The edit with the calibrated values that `rewrite` needs."""
         return self
 
     def judge(self, _engine: Engine, _held_out: Quiz) -> Sequence[Fit | Quality]:
-        """How well the fit holds on questions that it has not seen, by layer."""
+        """The quality of the fit on held-out questions, by layer."""
         return ()
 
     def simulate(self, _simulation: Simulation) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import TensorChanges
+from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.tensor_names import (
     DiskBlock,
     Headers,
@@ -35,61 +35,44 @@ from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor
 from expertcut.models.validate import expert_count
 
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
-FAMILIES = {
-    "flex_olmo": "FlexOlmo",
-    "olmoe": "Olmoe",
-    "qwen2_moe": "Qwen2Moe",
-    "qwen3_moe": "Qwen3Moe",
-}
+FAMILIES = dict(flex_olmo="FlexOlmo", olmoe="Olmoe", qwen2_moe="Qwen2Moe", qwen3_moe="Qwen3Moe")
+_MODULE = MODELLING_FILE.removesuffix(".py")
 
 
-_ROUTING = {
-    "preserve_logical_expert_ids": True,
-    "preserve_router_weights": True,
-    "renormalize_after_substitution": False,
-}
-
-
-class ExactWriter:
+class ExactWriter(LayoutWriter):
     """Removed experts become constants; a bias stays a bias, and nothing else changes."""
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
-        """As `check_exact`."""
-        check_exact(read_config(source.path), is_cutting=is_cutting)
+        _check_exact(read_config(source.path), is_cutting=is_cutting)
 
     def changes(
-        self,
-        headers: Headers,
-        edits: Mapping[str, BlockEdit],
-        source: Source | None = None,
+        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
     ) -> TensorChanges:
-        """Constants with names of before get those of today."""
+        """Constants with earlier names get today's."""
         tensors = TensorChanges(headers, edits, find_disk_blocks(headers))
         tensors.renamed |= earlier_constants(headers)
         return tensors
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
-        """Puts constants, in the dtype of their experts, in the place of experts."""
+        """Replaces experts by constants in the dtype of the experts."""
         for name, by_expert in as_stored(tensors.headers, constants).items():
             for expert, value_D in sorted(by_expert.items()):
                 tensors.removed.update(_own_tensors(tensors.blocks, name, expert))
                 tensors.added[constant_name(name, expert)] = value_D
 
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
-        """That it is no constant and lies in tensors of its own."""
         _own_tensors(tensors.blocks, block, expert)
 
     def add_biases(
-        self,
-        tensors: TensorChanges,
-        directions: Mapping[int, Tensor],
-        apply_at: Positions,
+        self, tensors: TensorChanges, directions: Mapping[int, Tensor], apply_at: Positions
     ) -> None:
-        """As a tensor of the gate (E,), added to one of an earlier reweighting."""
+        """Adds a tensor of the gate (E,), or to that of an earlier reweighting."""
         for name, edit in tensors.edits.items():
             if not edit.bias:
                 continue
-            gate, bias_E = f"{name}.gate.bias", _bias_E(edit, tensors.blocks[name].n_experts)
+            gate, bias_E = f"{name}.gate.bias", torch.zeros(tensors.blocks[name].n_experts)
+            for expert, bias in edit.bias.items():
+                bias_E[expert] = bias
             if gate in tensors.headers:
                 tensors.apply(gate, partial(_plus, bias_E=bias_E))
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
@@ -98,19 +81,13 @@ class ExactWriter:
     def config(
         self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
     ) -> dict[str, Any]:
-        """As `exact_config`."""
         config = read_config(source.path)
         removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
+        biased = [name for name, edit in edits.items() if edit.bias]
         earlier = constants_on_disk(stored.tensors) if is_exact(config) else None
-        return exact_config(
-            config,
-            {name: experts for name, experts in removed.items() if experts},
-            [name for name, edit in edits.items() if edit.bias],
-            earlier,
-        )
+        return exact_config(config, {n: own for n, own in removed.items() if own}, biased, earlier)
 
     def files(self) -> Mapping[str, bytes]:
-        """The code that runs constants and biased gates."""
         return {MODELLING_FILE: modelling_code()}
 
 
@@ -118,8 +95,7 @@ def is_exact(config: Mapping[str, Any]) -> bool:
     """Whether a model has this layout."""
     classes = config.get("auto_map")
     named = classes.get("AutoModelForCausalLM") if isinstance(classes, Mapping) else None
-    module = MODELLING_FILE.removesuffix(".py")
-    is_named = isinstance(named, str) and named.rpartition(".")[0] == module
+    is_named = isinstance(named, str) and named.rpartition(".")[0] == _MODULE
     return is_named or has_constants(config) or "biased_gates" in config
 
 
@@ -136,12 +112,7 @@ def has_earlier_names(config: Mapping[str, Any]) -> bool:
     return bool(config.get("approximate_experts"))
 
 
-def check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
-    """Checks that the layout supports an edit of this model.
-
-    Raises:
-        ContractError: an unknown family, or a cut of a model that has layout exact.
-    """
+def _check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
     model_type = _family_type(config)
     if is_exact(config) and is_cutting:
         raise ContractError(
@@ -174,28 +145,21 @@ def exact_config(
     Without biases `architectures` and `model_type` stay the family's, by which vLLM reads the
     checkpoint. Neither vLLM nor the family's class in transformers has a place for a gate's bias,
     so that with one both names change and both refuse the checkpoint.
-
-    Raises:
-        ContractError: as `check_exact`.
-        PlanError: a block without experts, or an unknown expert.
     """
-    check_exact(config, is_cutting=any(removed.values()))
-    model_type = _family_type(config)
+    _check_exact(config, is_cutting=any(removed.values()))
+    model_type, n_experts = _family_type(config), expert_count(dict(config)) or 0
     family = FAMILIES[model_type]
-    module = MODELLING_FILE.removesuffix(".py")
-    auto_map = {"AutoModelForCausalLM": f"{module}.Exact{family}ForCausalLM"}
-    n_experts = expert_count(dict(config)) or 0
     for block, experts in removed.items():
         _check_removed(block, experts, n_experts)
+    auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Exact{family}ForCausalLM"}
     edited = {**config, "auto_map": auto_map}
     edited.pop("approximate_experts", None)
     constants = {block: ids for block, ids in (earlier or removed).items() if ids}
     if constants:
         declared = _substitution(constants, n_experts)
         edited["compression_config"] = {"transform_config": {"expert_substitution": declared}}
-    gates = {*config.get("biased_gates", ()), *map(layer_number, biased)}
-    if gates:
-        auto_map["AutoConfig"] = f"{module}.Exact{family}Config"
+    if gates := {*config.get("biased_gates", ()), *map(_layer_number, biased)}:
+        auto_map["AutoConfig"] = f"{_MODULE}.Exact{family}Config"
         edited["architectures"] = [f"Exact{family}ForCausalLM"]
         edited["model_type"] = f"exact_{model_type}"
         edited["biased_gates"] = sorted(gates)
@@ -216,9 +180,14 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
                 for expert in sorted(constants[block])
             },
         }
-        for block in sorted(constants, key=layer_number)
+        for block in sorted(constants, key=_layer_number)
     }
-    return {"version": 1, "router_semantics": _ROUTING, "targets": targets}
+    routing = {
+        "preserve_logical_expert_ids": True,
+        "preserve_router_weights": True,
+        "renormalize_after_substitution": False,
+    }
+    return {"version": 1, "router_semantics": routing, "targets": targets}
 
 
 def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
@@ -245,12 +214,8 @@ def _check_removed(block: str, experts: Collection[int], n_experts: int) -> None
         raise PlanError(f"{block} keeps none of its {n_experts} experts: keep at least 1")
 
 
-def layer_number(block: str) -> int:
-    """The decoder layer of a block: `model.layers.3.mlp` is in layer 3, dense layers counted.
-
-    Raises:
-        ContractError: the name holds no number, or several.
-    """
+def _layer_number(block: str) -> int:
+    """The decoder layer of a block: `model.layers.3.mlp` is in layer 3, dense layers counted."""
     numbers = [int(part) for part in block.split(".") if re.fullmatch(r"\d+", part)]
     if len(numbers) != 1:
         raise ContractError(f"{block} must have one layer number in its name, has {len(numbers)}")
@@ -258,11 +223,7 @@ def layer_number(block: str) -> int:
 
 
 def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
-    """The constants in the dtype of their experts' weights on disk.
-
-    Raises:
-        ContractError: a block whose experts do not lie one by one on disk.
-    """
+    """The constants in the dtype of their experts' weights on disk."""
     blocks = find_disk_blocks(headers)
     stored: dict[str, dict[int, Tensor]] = {}
     for name, by_expert in constants.items():
@@ -273,13 +234,6 @@ def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Cons
 
 def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:
     return (before_E.float() + bias_E).to(before_E.dtype)
-
-
-def _bias_E(edit: BlockEdit, n_experts: int) -> Tensor:
-    bias_E = torch.zeros(n_experts)
-    for expert, bias in edit.bias.items():
-        bias_E[expert] = bias
-    return bias_E
 
 
 def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> list[str]:

@@ -6,18 +6,17 @@ from pathlib import Path
 
 import torch
 
-from expertcut.checkpoints.bias_edit import BiasEdit
+from expertcut.checkpoints.bias_scale_edit import BiasEdit, ScaleEdit
 from expertcut.checkpoints.edit import Edit, LayoutWriter
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.prune_edit import PruneEdit, removed_experts
-from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.shards import (
     MAX_SHARD_BYTES,
     Rewrite,
     check_space,
     lay_out,
-    needed_bytes,
+    total_bytes,
     write_checkpoint,
 )
 from expertcut.checkpoints.stock import StockWriter, warn_of_further_tokens
@@ -39,10 +38,7 @@ from expertcut.models.load import Source
 from expertcut.models.meta_model import check_loads
 from expertcut.models.safetensors_index import DTYPES, Stored
 
-_NOT_COPIED = {
-    *("config.json", "README.md"),
-    *(PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE),
-}
+_NOT_COPIED = {PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE, "config.json", "README.md"}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 WRITERS: Mapping[Layout, LayoutWriter] = {"stock": StockWriter(), "exact": ExactWriter()}
@@ -57,35 +53,24 @@ def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:
 
 
 def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -> None:
-    """That the layout can hold the plan for this model, and that there is room for the result.
-
-    Raises:
-        ContractError: a family or a form on disk that the layout does not support.
-        ModelError: damaged or quantized weights.
-        OutputError: too little space.
-    """
+    """That the layout can hold the plan for this model, and that there is room for the result."""
     check_layout(source, plan.layout, is_cutting=plan.is_cut)
     stored = source.stored
-    rewrite = cut_rewrite(source, stored, plan, n_experts)
-    check_space(folder, needed_bytes(stored, rewrite))
+    shards = lay_out(stored, cut_rewrite(source, stored, plan, n_experts), MAX_SHARD_BYTES)
+    check_space(folder, total_bytes(shards))
     n_kept = len(next(iter(plan.edits.values())).keep)
     if not LAYOUTS[plan.layout].keeps_rows and n_kept < n_experts:
         config = WRITERS[plan.layout].config(source, stored, plan.edits, n_experts)
-        pieces = [p for shard in lay_out(stored, rewrite, MAX_SHARD_BYTES) for p in shard.pieces]
         tensors = {
-            p.name: torch.empty(p.shape, dtype=DTYPES[p.dtype], device="meta") for p in pieces
+            p.name: torch.empty(p.shape, dtype=DTYPES[p.dtype], device="meta")
+            for shard in shards
+            for p in shard.pieces
         }
         check_loads(config, tensors, f"{source.id} with {n_kept} experts a layer")
 
 
 def cut_rewrite(source: Source, stored: Stored, plan: EditPlan, n_experts: int) -> Rewrite:
-    """What a plan's cut does to each tensor, without biases, factors and fitted values.
-
-    Sizes are right.
-
-    Raises:
-        ContractError: a form on disk that the layout does not support.
-    """
+    """What a plan's cut does to each tensor; sizes are right, fitted values are not."""
     width = int(read_config(source.path).get("hidden_size", 0))
     cut = {name: BlockEdit(keep=edit.keep) for name, edit in plan.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), width)
@@ -105,25 +90,17 @@ def rewrite_of(
     edits: Sequence[Edit],
     source: Source | None = None,
 ) -> Rewrite:
-    """What becomes of each tensor; with `source` also of those outside the MoE blocks.
-
-    Raises:
-        ContractError: tensors on disk that cannot be told apart, or do not fit the edits.
-    """
+    """What becomes of each tensor; with `source` also of those outside the MoE blocks."""
     tensors = WRITERS[layout].changes(headers, blocks, source)
     for edit in edits:
         edit.rewrite(WRITERS[layout], tensors)
-    return tensors.rewrite()
+    return tensors
 
 
 def export(
     source: Source, plan: EditPlan, n_experts: int, edits: Sequence[Edit], folder: Path
 ) -> None:
-    """Writes the checkpoint of fitted edits into an empty folder, without the plan.
-
-    `n_experts` is the unedited count. Tensors are copied from file to file; only those that the
-    edits change are read.
-    """
+    """Writes the checkpoint of fitted edits into an empty folder, without the plan."""
     stored, writer = source.stored, WRITERS[plan.layout]
     rewrite = rewrite_of(plan.layout, stored.tensors, plan.edits, edits, source)
     write_checkpoint(source.path, folder, rewrite, stored=stored)
@@ -138,18 +115,12 @@ def export(
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """Tokenizer, generation config, chat template and licence, and code that they or config name.
-
-    No weights, no index.
-    """
-    endings = _COPIED_ENDINGS | ({".py"} if _names_code(folder) else set())
+    """Tokenizer, generation config, chat template, licence, and code that the configs name."""
+    configs = (folder / "config.json", folder / "tokenizer_config.json")
+    names_code = any(f.is_file() and b'"auto_map"' in f.read_bytes() for f in configs)
+    endings = _COPIED_ENDINGS | ({".py"} if names_code else set())
     for file in sorted(folder.iterdir()):
         is_wanted = file.suffix in endings or file.name.startswith(_COPIED_NAMES)
         is_other = file.name in _NOT_COPIED or ".index." in file.name or not file.is_file()
         if is_wanted and not is_other:
             yield file
-
-
-def _names_code(folder: Path) -> bool:
-    files = (folder / "config.json", folder / "tokenizer_config.json")
-    return any(f.is_file() and b'"auto_map"' in f.read_bytes() for f in files)

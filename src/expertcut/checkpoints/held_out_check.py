@@ -1,13 +1,16 @@
 """What an edit does to held-out questions, scored in both models; the result goes into the plan."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.simulate import apply_at_runtime, renumbered
+from expertcut.checkpoints.edit import Edit, Simulation
+from expertcut.checkpoints.export import edits_of
+from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.calibrate import Constants
@@ -40,102 +43,104 @@ _RUNTIME_FORMS: dict[Positions, str] = {
 }
 
 
+@contextmanager
+def apply_at_runtime(moe: MoeModel, plan: EditPlan, constants: Constants) -> Iterator[OnPass]:
+    """Runs the plan to the letter; the yielded function must be called before each forward pass."""
+    edits = [
+        replace(edit, constants=constants) if isinstance(edit, PruneEdit) else edit
+        for edit in edits_of(plan)
+    ]
+    with simulated(moe, plan, edits, is_as_written=False) as begin:
+        yield begin
+
+
+@contextmanager
+def simulated(
+    moe: MoeModel, plan: EditPlan, edits: Iterable[Edit], *, is_as_written: bool
+) -> Iterator[OnPass]:
+    """As `apply_at_runtime`; with `is_as_written`, fitted edits with a checkpoint's rounding."""
+    simulation = Simulation(moe, plan.apply_at, is_as_written)
+    for edit in edits:
+        edit.simulate(simulation)
+    with simulation.running() as begin:
+        yield begin
+
+
+def _renumbered(plan: EditPlan) -> Mapping[str, BlockEdit]:
+    """The edits by the numbers that the experts have in the checkpoint of the plan."""
+    if LAYOUTS[plan.layout].keeps_rows:
+        return plan.edits
+    return {
+        name: BlockEdit(
+            keep=tuple(range(len(edit.keep))),
+            bias={edit.keep.index(e): bias for e, bias in edit.bias.items()},
+            scale={edit.keep.index(e): factor for e, factor in edit.scale.items()},
+        )
+        for name, edit in plan.edits.items()
+    }
+
+
 @dataclass(frozen=True)
 class RoutedPass:
-    """Experts of each token of a pass, pads left out, and which tokens are answer positions.
-
-    Ids are int16: they are kept for every token of every question.
-    """
+    """Experts (int16) of each token of a pass, without pads, and which are answer positions."""
 
     experts_TK: Tensor
     is_answer_T: Tensor
 
 
-@dataclass(frozen=True)
 class HeldOutScores:
-    """Log p of choices (N, C), and what the routers did meanwhile.
+    """Log p of choices, and what the routers do with removed, biased and scaled experts meanwhile.
 
-    `shares` is the share of questions that each biased or scaled (layer, expert) serves.
-    `is_untouched_N` marks questions without a token that is routed to a removed expert.
-    `depends_on_removed`: a removed expert has a gate weight that counts, in the last block at an
-    answer position. `routed` is by layer with a bias.
+    `n_served` counts the questions that each biased or scaled (layer, expert) serves.
+    `is_untouched_N` marks questions without a token that is routed to a removed expert; it is
+    meaningless once experts are renumbered. `depends_on_removed`: a removed expert has a gate
+    weight that counts, in the last block at an answer position. `routed` is by layer with a bias.
     """
 
-    logprob_NC: Tensor
-    shares: dict[tuple[int, int], float]
-    is_untouched_N: Tensor
-    depends_on_removed: bool = False
-    routed: dict[int, list[RoutedPass]] = field(default_factory=dict)
-
-
-def score_watched(
-    engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit], on_pass: OnPass = ignore
-) -> HeldOutScores:
-    """Scores a quiz and watches the experts that are removed, biased or scaled.
-
-    `is_untouched_N` is meaningless once experts are renumbered.
-    """
-    watch = _RoutingWatch(engine, edits, on_pass)
-    scores, untouched = [], []
-    with observe_routers(engine.moe.blocks, watch.see):
-        for encoded in engine.encode_all(quiz):
-            watch.open(len(encoded))
-            scores.append(engine.score(encoded, watch.begin))
-            untouched.append(watch.is_untouched_N)
-    return HeldOutScores(
-        logprob_NC=stack_scores(scores),
-        shares={key: n / len(quiz) for key, n in watch.n_served.items()},
-        is_untouched_N=torch.cat(untouched),
-        depends_on_removed=watch.depends_on_removed,
-        routed=watch.routed,
-    )
-
-
-def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
-    """One prompt at a time, so that no question's bits depend on its neighbours."""
-    single = Engine(engine.moe, engine.batch_tokens)
-    single.is_trusted = False
-    return score_watched(single, quiz, edits)
-
-
-class _RoutingWatch:
-    """Counts the questions of each biased or scaled expert; marks those that use removed ones."""
-
-    def __init__(self, engine: Engine, edits: Mapping[str, BlockEdit], on_pass: OnPass) -> None:
-        self.on_pass = on_pass
-        blocks = engine.moe.blocks
+    def __init__(
+        self,
+        engine: Engine,
+        quiz: Quiz,
+        edits: Mapping[str, BlockEdit],
+        on_pass: OnPass = ignore,
+    ) -> None:
+        self._on_pass, blocks = on_pass, engine.moe.blocks
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
-        self.routed: dict[int, list[RoutedPass]] = {
-            b.layer: [] for b in blocks if edits[b.name].bias
-        }
-        self.removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
-        self.last_layer = blocks[-1].layer
+        biased = [b.layer for b in blocks if edits[b.name].bias]
+        self.routed: dict[int, list[RoutedPass]] = {layer: [] for layer in biased}
         self.depends_on_removed = False
-        self.step: Pass
+        self._removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
+        self._last_layer = blocks[-1].layer
+        self._step: Pass
+        scores, untouched = [], []
+        with observe_routers(blocks, self._see):
+            for encoded in engine.encode_all(quiz):
+                self.is_untouched_N = torch.ones(len(encoded), dtype=torch.bool)
+                scores.append(engine.score(encoded, self._begin))
+                untouched.append(self.is_untouched_N)
+        self.logprob_NC, self.is_untouched_N = stack_scores(scores), torch.cat(untouched)
 
-    def begin(self, step: Pass) -> None:
-        """Before each forward pass."""
-        self.step = step
-        self.on_pass(step)
+    def _begin(self, step: Pass) -> None:
+        self._step = step
+        self._on_pass(step)
 
-    def open(self, n_questions: int) -> None:
-        """Before each chunk."""
-        self.is_untouched_N = torch.ones(n_questions, dtype=torch.bool)
-
-    def see(self, routing: Routing) -> None:
-        """After each router."""
+    def _see(self, routing: Routing) -> None:
         experts_TK = routing.experts_TK.cpu()
-        chosen_NK = experts_TK[self.step.answers_N]
+        chosen_NK = experts_TK[self._step.answers_N]
         for layer, expert in self.n_served:
             if layer == routing.layer:
                 self.n_served[layer, expert] += int((chosen_NK == expert).sum())
-        self._mark(experts_TK, self.removed[routing.layer])
+        self._mark(experts_TK, self._removed[routing.layer])
         self.depends_on_removed = self.depends_on_removed or self._depends(routing)
         if routing.layer in self.routed:
-            self.routed[routing.layer].append(self._routed(experts_TK))
+            is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
+            is_answer_T[self._step.answers_N] = True
+            valid_T = slice(None) if self._step.valid_T is None else self._step.valid_T
+            routed = RoutedPass(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
+            self.routed[routing.layer].append(routed)
 
     def _depends(self, routing: Routing) -> bool:
-        removed = self.removed[routing.layer]
+        removed = self._removed[routing.layer]
         if not removed:
             return False
         share_TK = routing.weights_TK.float().abs()
@@ -144,23 +149,24 @@ class _RoutingWatch:
         is_removed_TK = torch.isin(routing.experts_TK, removed_E)
         is_hit_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE)).any(dim=1)
         # Only the answers come after the last block.
-        at = self.step.answers_N if routing.layer == self.last_layer else self.step.valid_T
+        at = self._step.answers_N if routing.layer == self._last_layer else self._step.valid_T
         return bool((is_hit_T if at is None else is_hit_T.cpu()[at]).any())
 
-    def _routed(self, experts_TK: Tensor) -> RoutedPass:
-        is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
-        is_answer_T[self.step.answers_N] = True
-        valid_T = slice(None) if self.step.valid_T is None else self.step.valid_T
-        return RoutedPass(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
-
-    def _mark(self, experts_TK: Tensor, removed: Collection[int]) -> None:
+    def _mark(self, experts_TK: Tensor, removed: tuple[int, ...]) -> None:
         hit_T = torch.isin(experts_TK, torch.tensor(removed, dtype=experts_TK.dtype)).any(dim=1)
-        if self.step.valid_T is not None:
-            hit_T &= self.step.valid_T
-        if self.step.is_prefix:
+        if self._step.valid_T is not None:
+            hit_T &= self._step.valid_T
+        if self._step.is_prefix:
             self.is_untouched_N &= ~hit_T.any()
         else:
-            self.is_untouched_N[self.step.question_T[hit_T]] = False
+            self.is_untouched_N[self._step.question_T[hit_T]] = False
+
+
+def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
+    """One prompt at a time, so that no question's bits depend on its neighbours."""
+    single = Engine(engine.moe, engine.batch_tokens)
+    single.is_trusted = False
+    return HeldOutScores(single, quiz, edits)
 
 
 def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> LogprobShift:
@@ -201,37 +207,33 @@ class BaseScores:
 
     base: HeldOutScores
     reference: HeldOutScores
-    is_cut_exactly: bool
-    forms: dict[str, HeldOutScores] = field(default_factory=dict)
+    forms: Mapping[str, HeldOutScores]
+    is_cut_exactly: bool = False
     quiet: Quiz | None = None
     alone: HeldOutScores | None = None
 
 
 def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> BaseScores:
-    """Everything that needs the unedited model, so that one model is in memory at a time.
-
-    Raises:
-        ContractError: a cut at run time changes no answer though answers depend on it.
-    """
-    base, layout = score_watched(engine, quiz, draft.edits), LAYOUTS[draft.layout]
+    """Everything that needs the unedited model, so that one model is in memory at a time."""
+    base, layout = HeldOutScores(engine, quiz, draft.edits), LAYOUTS[draft.layout]
     reference = _score_at_runtime(engine, quiz, draft, constants)
     must_change = draft.is_cut and not layout.keeps_rows and base.depends_on_removed
     if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
         raise ContractError(NOT_REACHED.format(_reference_name(draft)))
     forms = _runtime_forms(engine, quiz, draft, constants, reference) if draft.is_biased else {}
     if draft.is_tilted or not constants:
-        return BaseScores(base, reference, False, forms)
+        return BaseScores(base, reference, forms)
     found = [q for q, is_quiet in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_quiet]
     quiet = replace_questions(quiz, group_by_subject(found)) if found else None
     alone = _score_alone(engine, quiet, draft.edits) if quiet else None
-    return BaseScores(base, reference, True, forms, quiet, alone)
+    return BaseScores(base, reference, forms, is_cut_exactly=True, quiet=quiet, alone=alone)
 
 
 def _score_at_runtime(
     engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants
 ) -> HeldOutScores:
     with apply_at_runtime(engine.moe, draft, constants) as begin:
-        return score_watched(engine, quiz, draft.edits, begin)
+        return HeldOutScores(engine, quiz, draft.edits, begin)
 
 
 def _runtime_forms(
@@ -241,16 +243,15 @@ def _runtime_forms(
     rest, forms = replace(draft, edits=unbiased), {}
     if draft.is_cut or rest.is_tilted:
         forms["the plan without biases"] = _score_at_runtime(engine, quiz, rest, constants)
-    for place, name in _RUNTIME_FORMS.items():
-        form = replace(draft, apply_at=place)
-        is_known = place == draft.apply_at
+    for positions, name in _RUNTIME_FORMS.items():
+        form, is_known = replace(draft, apply_at=positions), positions == draft.apply_at
         forms[name] = reference if is_known else _score_at_runtime(engine, quiz, form, constants)
     return forms
 
 
 def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores) -> HeldOutResult:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
-    edited = score_watched(engine, quiz, renumbered(draft))
+    edited = HeldOutScores(engine, quiz, _renumbered(draft))
     logprob_NC, base, reference = edited.logprob_NC, before.base, before.reference
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
     return HeldOutResult(
@@ -260,12 +261,11 @@ def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores
             compare_logprobs(_reference_name(draft), logprob_NC, reference.logprob_NC),
         ),
         held_out_hashes=sorted_hashes(quiz),
-        shares=_expert_shares(draft, before, edited),
+        shares=_expert_shares(quiz, draft, before, edited),
         alone=_bit_exact_check(engine, quiz, draft, before) if before.is_cut_exactly else None,
         agreement=_agreements(reference, edited, draft, engine.moe),
         outcomes=tuple(
-            form_result(form, quiz, scores.logprob_NC, base.logprob_NC)
-            for form, scores in forms.items()
+            form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
     )
 
@@ -276,21 +276,20 @@ def sorted_hashes(quiz: Quiz) -> tuple[str, ...]:
 
 
 def _expert_shares(
-    draft: EditPlan, before: BaseScores, edited: HeldOutScores
+    quiz: Quiz, draft: EditPlan, before: BaseScores, edited: HeldOutScores
 ) -> tuple[ExpertShares, ...]:
     """By the numbers of plan.json; `edited` has the same experts in the same order."""
     numbers, blocks = draft.numbers or ExpertIds(), list(draft.edits)
+    base, exact, n = before.base.n_served, before.reference.n_served, len(quiz)
     return tuple(
         ExpertShares(
             layer=layer,
             expert=numbers.number(blocks[layer], row),
-            base=share,
-            exact=before.reference.shares[layer, row],
-            edited=after,
+            base=base[layer, row] / n,
+            exact=exact[layer, row] / n,
+            edited=n_edited / n,
         )
-        for ((layer, row), share), after in zip(
-            before.base.shares.items(), edited.shares.values(), strict=True
-        )
+        for (layer, row), n_edited in zip(base, edited.n_served.values(), strict=True)
     )
 
 
@@ -313,10 +312,7 @@ def _bit_exact_check(
 def _agreements(
     reference: HeldOutScores, edited: HeldOutScores, draft: EditPlan, moe: MoeModel
 ) -> tuple[RoutingAgreement, ...]:
-    """Layout stock, per layer with a bias: the checkpoint against the plan at run time.
-
-    Both answered the same questions in the same passes.
-    """
+    """Layout stock, per layer with a bias: the checkpoint against the plan at run time."""
     if not LAYOUTS[draft.layout].fits_biases:
         return ()
     keeps = {b.layer: torch.tensor(draft.edits[b.name].keep) for b in moe.blocks}
@@ -330,11 +326,12 @@ def _agreement(
     layer: int, a: list[RoutedPass], b: list[RoutedPass], keep: Tensor
 ) -> RoutingAgreement:
     """`keep` is the expert in the unedited model of each row of the edited one."""
-    is_answer_T = torch.cat([routed.is_answer_T for routed in a])
-    overlap_T = torch.cat(
-        [_overlap(x.experts_TK, keep[y.experts_TK.long()]) for x, y in zip(a, b, strict=True)]
-    )
-    answer_N = overlap_T[is_answer_T]
+    overlaps = []  # share of a token's experts that are chosen in both
+    for x, y in zip(a, b, strict=True):  # passes over the same tokens
+        is_in_both_TKK = x.experts_TK[:, :, None] == keep[y.experts_TK.long()][:, None, :]
+        overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
+    overlap_T = torch.cat(overlaps)
+    answer_N = overlap_T[torch.cat([routed.is_answer_T for routed in a])]
     return RoutingAgreement(
         layer=layer,
         same_answer=float((answer_N == 1).double().mean()),
@@ -342,12 +339,6 @@ def _agreement(
         same_all=float((overlap_T == 1).double().mean()),
         overlap_all=float(overlap_T.mean()),
     )
-
-
-def _overlap(a_TK: Tensor, b_TK: Tensor) -> Tensor:
-    """Share of a token's experts that are chosen in both, (T,) float64."""
-    is_in_both_TK = (a_TK[:, :, None] == b_TK[:, None, :]).any(dim=2)
-    return is_in_both_TK.double().mean(dim=1)
 
 
 def _reference_name(draft: EditPlan) -> str:

@@ -8,7 +8,7 @@ their shapes tell them apart.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,18 +25,15 @@ from expertcut.models.safetensors_index import Stored, StoredTensor, read_file
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of all names in the file
-PARAMETER = re.compile(r"\w{1,64}", re.A)  # what a parameter of experts can be called
+_NAME = re.compile(r"\w{1,64}", re.A)  # of a parameter of experts
 
 _DTYPES = ("F16", "BF16", "F32", "F64")
-_PICKLED_FILE = "adapter_model.bin"
 _LORA = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-# A stranger's regular expression can take for ever: names, `.*`, `\d+`, and choices as (q|k)_proj.
+# An untrusted regular expression can take for ever: names, `.*`, `\d+`, and choices as (q|k)_proj.
 _SIMPLE = re.compile(r"\^?([\w-]|\.\*?|\\\.|\\d\+?|\[(\w(-\w)?)+\]\+?|\([\w.|-]+\))+\$?", re.A)
 _MAX_WAYS = 3  # to match a part of a name in more than one way: each multiplies the time
-_MAX_PATTERN = 300
-# Ways to begin that move a part of the base's own weights into the adapter.
+# Initialisations that move a part of the base's own weights into the adapter.
 _MOVING = re.compile(r"(pissa|olora|corda|loftq|lora_ga).*")
-Kind = Literal["all experts", "one expert", "router", "whole router", "elsewhere"]
 
 _WRAPPED = r"(\.base_layer)*"
 _ALL_EXPERTS = re.compile(rf"experts{_WRAPPED}")
@@ -44,6 +41,7 @@ _ONE_EXPERT = re.compile(r"experts\.(?P<expert>0|[1-9]\d*)\.(?P<part>[^.]+)")
 _ROUTER = re.compile(rf"(gate|router){_WRAPPED}")
 _OF_BLOCK = re.compile(r"(experts|gate|router)(\..*)?")
 _LAST = re.compile(r"(.*\.)?(down_proj|w2|output_linear)")
+_ANOTHER = "the adapter was trained on another model, give the one of this"
 
 
 class _Settings(BaseModel):
@@ -63,17 +61,6 @@ class _Settings(BaseModel):
     layer_replication: list[Any] | None = None
     use_qalora: bool | None = None
 
-    @property
-    def patterns(self) -> dict[str, Iterable[str]]:
-        """All patterns of module names, by key."""
-        several = (self.rank_pattern, self.alpha_pattern, self.target_parameters)
-        keys = ("rank_pattern", "alpha_pattern", "target_parameters")
-        found: dict[str, Iterable[str]] = {k: v or () for k, v in zip(keys, several, strict=True)}
-        for key in ("target_modules", "exclude_modules"):
-            value = getattr(self, key) or ()
-            found[key] = [value] if isinstance(value, str) else value
-        return found
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -86,22 +73,12 @@ class Adapter:
 
     @cached_property
     def pairs(self) -> Mapping[str, tuple[str, str]]:
-        """The names of lora_A and lora_B by module.
-
-        Raises:
-            ModelError: a missing half, or ranks that differ.
-        """
+        """The names of lora_A and lora_B by module."""
         found: dict[str, dict[str, str]] = {}
         for name in self.stored.tensors:
             if lora := _LORA.fullmatch(name):
                 found.setdefault(lora["module"], {})[lora["side"]] = name
         return {module: self._pair(module, sides) for module, sides in found.items()}
-
-    @property
-    def others(self) -> list[str]:
-        """The names of all other tensors, in order."""
-        paired = {name for pair in self.pairs.values() for name in pair}
-        return [name for name in self.stored.tensors if name not in paired]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -109,12 +86,9 @@ class Adapter:
 
     def rank(self, parameter: str) -> int:
         """The rank of a parameter of the model, matched as peft does."""
-        own = (rank for pattern, rank in self._ranks if pattern.match(parameter))
+        patterns = (self.settings.rank_pattern or {}).items()
+        own = (rank for key, rank in patterns if _pattern(key).match(parameter))
         return next(own, self.settings.r)
-
-    @cached_property
-    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
-        return [(_pattern(key), rank) for key, rank in (self.settings.rank_pattern or {}).items()]
 
     def refusal(self, fault: str) -> ModelError:
         """An error about this adapter."""
@@ -135,38 +109,30 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """An adapter's config and headers.
-
-    Raises:
-        ModelError: no such folder, no LoRA adapter, or one that cannot be sliced.
-    """
+    """An adapter's config and headers; a ModelError if it is no LoRA that can be sliced."""
+    file = folder / CONFIG_FILE
     if not folder.is_dir():
         raise ModelError(f"no such adapter: {folder} is no folder, give one with {CONFIG_FILE}")
-    config = _read_config(folder / CONFIG_FILE)
-    kind = config.get("peft_type")
-    if kind != "LORA":
+    if not file.exists():
+        raise ModelError(f"{folder} holds no adapter: it has no {CONFIG_FILE}")
+    config = read_object(file)
+    if (kind := config.get("peft_type")) != "LORA":
         raise ModelError(f"{folder} is a {kind} adapter: only LORA can be sliced, train one")
     try:
         settings = _Settings.model_validate(config)
     except ValidationError as error:
-        raise ModelError(f"{folder / CONFIG_FILE}: {first_fault(error)}") from None
+        raise ModelError(f"{file}: {first_fault(error)}") from None
     _check_settings(folder, settings)
     if not (folder / WEIGHTS_FILE).is_file():
-        if (folder / _PICKLED_FILE).exists():
+        if (folder / "adapter_model.bin").exists():
             raise ModelError(
-                f"{folder} holds {_PICKLED_FILE}, a pickle, which could run code: load it with "
+                f"{folder} holds adapter_model.bin, a pickle, which could run code: load it with "
                 f"peft where you trust it and save it as {WEIGHTS_FILE}"
             )
         raise ModelError(f"{folder} holds no {WEIGHTS_FILE}: save the adapter again")
     stored = read_file(folder / WEIGHTS_FILE)
     _check_tensors(folder, stored.tensors)
     return Adapter(folder, config, settings, stored)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise ModelError(f"{file.parent} holds no adapter: it has no {CONFIG_FILE}")
-    return read_object(file)
 
 
 def _check_settings(folder: Path, settings: _Settings) -> None:
@@ -179,26 +145,18 @@ def _check_settings(folder: Path, settings: _Settings) -> None:
     if settings.layer_replication or settings.use_qalora:
         key = "layer_replication" if settings.layer_replication else "use_qalora"
         raise ModelError(f"{folder} has {key}, which cannot be sliced: train it without")
-    for key in settings.rank_pattern or {}:
-        _check_pattern(folder / CONFIG_FILE, key)
-
-
-def _check_pattern(file: Path, key: str) -> None:
-    """Checks that a key of rank_pattern is a regular expression that cannot backtrack for ever.
-
-    Raises:
-        ModelError: it is not.
-    """
-    is_short = len(key) <= _MAX_PATTERN and sum(map(key.count, "*+(")) <= _MAX_WAYS
-    if not is_short or not _SIMPLE.fullmatch(key):
-        raise ModelError(
-            f"{file}: rank_pattern {key[:80]!a} is no simple pattern: write names, with at most "
-            rf"{_MAX_WAYS} of .*, \d+ and (a|b)"
-        )
-    try:
-        _pattern(key)
-    except re.error as error:
-        raise ModelError(f"{file}: rank_pattern {key[:80]!a} is no pattern: {error}") from None
+    for key in settings.rank_pattern or {}:  # that may backtrack for ever
+        named = f"{folder / CONFIG_FILE}: rank_pattern {key[:80]!a}"
+        is_short = len(key) <= 300 and sum(map(key.count, "*+(")) <= _MAX_WAYS
+        if not is_short or not _SIMPLE.fullmatch(key):
+            raise ModelError(
+                f"{named} is no simple pattern: write names, with at most "
+                rf"{_MAX_WAYS} of .*, \d+ and (a|b)"
+            )
+        try:
+            _pattern(key)
+        except re.error as error:
+            raise ModelError(f"{named} is no pattern: {error}") from None
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -223,13 +181,9 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Place:
-    """The target of a tensor, or of a pair of lora_A and lora_B.
+    """The target of a tensor or a pair; `block` is the loaded name, None outside MoE blocks."""
 
-    `block` is the loaded model's name, None outside MoE blocks; `is_last`: the last projection of
-    experts.
-    """
-
-    kind: Kind
+    kind: Literal["all experts", "one expert", "router", "whole router", "elsewhere"]
     names: tuple[str, ...]
     block: str | None = None
     expert: int | None = None
@@ -254,23 +208,25 @@ class Base:
 
 
 def places(adapter: Adapter, base: Base) -> Iterator[Place]:
-    """The targets of all tensors, in no order.
-
-    Raises:
-        ModelError: a target that the model lacks or that cannot be sliced.
-    """
+    """The targets of all tensors, in no order; a ModelError for one that cannot be sliced."""
     for module, pair in adapter.pairs.items():
         block, part = base.block_of(module)
         if block and _ALL_EXPERTS.fullmatch(part):
             yield _all_experts(adapter, base, block, pair)
         elif block and (one := _ONE_EXPERT.fullmatch(part)):
-            yield _one_expert(adapter, base, block, (int(one["expert"]), one["part"]), pair)
+            yield _one_expert(adapter, base, block, int(one["expert"]), one["part"], pair)
         elif block and _ROUTER.fullmatch(part):
-            yield _router(adapter, base, block, pair)
+            _check_linear(adapter, base.headers, base.blocks[block].router_weight, pair)
+            yield Place("router", pair, block)
         else:
-            yield _elsewhere(adapter, base, module, pair)
-    for name in adapter.others:
-        yield _other(adapter, base, name)
+            weight = f"{module}.weight"
+            if weight in base.headers or not (base.is_tied and module == "lm_head"):
+                _check_linear(adapter, base.headers, weight, pair)
+            yield Place("elsewhere", pair)
+    paired = {name for pair in adapter.pairs.values() for name in pair}
+    for name in adapter.stored.tensors:
+        if name not in paired:
+            yield _unpaired(adapter, base, name)
 
 
 def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]) -> Place:
@@ -293,7 +249,9 @@ def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]
             f"{last[0]} → {last[1]}: {_ANOTHER}"
         )
     is_last = (n_in, n_out) == last
-    rank, ranks = rows // disk.n_experts, _ranks(adapter, block, is_last=is_last)
+    targets = {t.rpartition(".")[2] for t in adapter.settings.target_parameters or ()}
+    own = {t for t in targets if _NAME.fullmatch(t) and bool(_LAST.fullmatch(t)) == is_last}
+    rank, ranks = rows // disk.n_experts, {adapter.rank(f"{block}.experts.{t}") for t in own}
     if rank not in ranks:
         raise adapter.refusal(
             f"{pair[0]} has rank {rank} for each of {disk.n_experts} experts, its config says "
@@ -302,20 +260,11 @@ def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]
     return Place("all experts", pair, block, is_last=is_last)
 
 
-def _ranks(adapter: Adapter, block: str, *, is_last: bool) -> set[int]:
-    """The ranks of the targeted parameters, of last projections or of the others."""
-    named = {t.rpartition(".")[2] for t in adapter.settings.target_parameters or ()}
-    named = {name for name in named if PARAMETER.fullmatch(name)}
-    own = {name for name in named if bool(_LAST.fullmatch(name)) == is_last}
-    return {adapter.rank(f"{block}.experts.{name}") for name in own}
-
-
 def _widths(disk: DiskBlock, headers: Headers) -> tuple[tuple[int, int], tuple[int, int]]:
     """In and out widths of an expert's first projections, fused as loaded, and of its last."""
     width = headers[disk.router_weight].shape[1]
-    own = disk.by_expert[0].values() if disk.by_expert else disk.fused
-    sizes: dict[bool, int] = {True: 0, False: 0}
-    for name in own:
+    sizes = {True: 0, False: 0}
+    for name in disk.by_expert[0].values() if disk.by_expert else disk.fused:
         shape = headers[name].shape[0 if disk.by_expert else 1 :]
         if len(shape) == 2:
             sizes[name in disk.last] += math.prod(shape)
@@ -323,9 +272,9 @@ def _widths(disk: DiskBlock, headers: Headers) -> tuple[tuple[int, int], tuple[i
 
 
 def _one_expert(
-    adapter: Adapter, base: Base, block: str, which: tuple[int, str], pair: tuple[str, str]
+    adapter: Adapter, base: Base, block: str, expert: int, part: str, pair: tuple[str, str]
 ) -> Place:
-    (expert, part), disk = which, base.blocks[block]
+    disk = base.blocks[block]
     if not disk.by_expert:
         raise adapter.refusal(
             f"{pair[0]} is of one expert, but the experts of {block} lie in one tensor: {_ANOTHER}"
@@ -335,30 +284,18 @@ def _one_expert(
     return Place("one expert", pair, block, expert, is_last=bool(_LAST.fullmatch(part)))
 
 
-def _router(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]) -> Place:
-    _check_linear(adapter, base.headers, base.blocks[block].router_weight, pair)
-    return Place("router", pair, block)
-
-
-def _elsewhere(adapter: Adapter, base: Base, module: str, pair: tuple[str, str]) -> Place:
-    weight = f"{module}.weight" if f"{module}.weight" in base.headers else None
-    if weight is not None or not (base.is_tied and module == "lm_head"):
-        _check_linear(adapter, base.headers, weight, pair)
-    return Place("elsewhere", pair)
-
-
 def _check_linear(
     adapter: Adapter, headers: Headers, weight: str | None, pair: tuple[str, str]
 ) -> None:
     """Checks that a pair adapts an existing weight; widths of convolutions are not checked."""
-    if weight is None:
+    if weight is None or weight not in headers:
         raise adapter.refusal(f"{pair[0]} adapts what the model does not have: {_ANOTHER}")
-    _check_axes(adapter, pair, len(headers[weight].shape))
+    shape = headers[weight].shape
+    _check_axes(adapter, pair, len(shape))
     (_, n_in, *more), (n_out, *_) = (adapter.shape(name) for name in pair)
-    if not more and headers[weight].shape != (n_out, n_in):
+    if not more and shape != (n_out, n_in):
         raise adapter.refusal(
-            f"{pair[0]} and its lora_B adapt {n_in} → {n_out}, but {weight} is "
-            f"{headers[weight].shape}: {_ANOTHER}"
+            f"{pair[0]} and its lora_B adapt {n_in} → {n_out}, but {weight} is {shape}: {_ANOTHER}"
         )
 
 
@@ -369,11 +306,12 @@ def _check_axes(adapter: Adapter, pair: tuple[str, str], n_axes: int) -> None:
         )
 
 
-def _other(adapter: Adapter, base: Base, name: str) -> Place:
+def _unpaired(adapter: Adapter, base: Base, name: str) -> Place:
     """The target of a module trained whole, a bias, an embedding, a magnitude of DoRA."""
-    own = name.removeprefix(PREFIX)
-    block, part = base.block_of(own)
-    if block and _OF_BLOCK.fullmatch(part):
+    stored = name.removeprefix(PREFIX)
+    block, part = base.block_of(stored)
+    is_of_block = block and _OF_BLOCK.fullmatch(part)
+    if is_of_block:
         disk = base.blocks[block]
         is_weight = re.fullmatch(r"(gate|router)\.weight", part) is not None
         stored = disk.router_weight if is_weight else f"{disk.name}.{part}"
@@ -382,18 +320,9 @@ def _other(adapter: Adapter, base: Base, name: str) -> Place:
                 f"{name} is neither lora_A nor lora_B: of experts and routers only these, and "
                 "routers trained whole, can be sliced (no DoRA, no bias, no modules_to_save)"
             )
-        _check_same(adapter, base.headers, stored, name)
-        return Place("whole router", (name,), block)
-    if own in base.headers:
-        _check_same(adapter, base.headers, own, name)
-    return Place("elsewhere", (name,))
-
-
-def _check_same(adapter: Adapter, headers: Headers, stored: str, name: str) -> None:
-    if adapter.shape(name) != headers[stored].shape:
+    if stored in base.headers and adapter.shape(name) != base.headers[stored].shape:
         raise adapter.refusal(
-            f"{name} is {adapter.shape(name)}, in the model {headers[stored].shape}: {_ANOTHER}"
+            f"{name} is {adapter.shape(name)}, in the model {base.headers[stored].shape}: "
+            f"{_ANOTHER}"
         )
-
-
-_ANOTHER = "the adapter was trained on another model, give the one of this"
+    return Place("whole router", (name,), block) if is_of_block else Place("elsewhere", (name,))

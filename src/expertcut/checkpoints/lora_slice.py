@@ -9,11 +9,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,120 +45,15 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
 from expertcut.models.validate import check_values
 
-if TYPE_CHECKING:
-    import numpy as np
-
 _NUMBERED = re.compile(r"experts\W+\d")  # an expert's number in a pattern of the config
-Folds = Mapping[int, "np.ndarray[Any, Any]"]
+_PATTERNS = (
+    *("rank_pattern", "alpha_pattern", "target_parameters"),
+    *("target_modules", "exclude_modules"),
+)
+Folds = Mapping[int, np.ndarray[Any, Any]]
+Keep = tuple[int, ...]  # experts, in the order of the plan
+Factors = Mapping[int, Sequence[float]]  # of the outputs of kept experts, by new number
 ADAPTER_FOLDER = "adapter"  # in the checkpoint's
-
-_NO_LIMIT = 1 << 62
-
-
-@dataclass
-class _Slices:
-    """A `Rewrite` in the making."""
-
-    removed: set[str] = field(default_factory=set)
-    renamed: dict[str, str] = field(default_factory=dict)
-    changed: dict[str, Change] = field(default_factory=dict)
-
-
-def adapter_rewrite(
-    adapter: Adapter, base: Base, draft: EditPlan, folds: Folds | None = None
-) -> Rewrite:
-    """The rewrite of the adapter's tensors; `folds` are those of layout stock, by layer.
-
-    Raises:
-        ModelError: the adapter is of another model, or adapts what cannot be sliced.
-    """
-    slices, rules = _Slices(), LAYOUTS[draft.layout]
-    is_stock = not rules.keeps_rows
-    factors = {
-        name: _output_factors(edit, (folds or {}).get(layer))
-        for layer, (name, edit) in enumerate(draft.edits.items())
-    }
-    for place in places(adapter, base):
-        if place.block is None:
-            continue
-        if rules.keeps_rows and draft.is_biased and _is_of_old(adapter, place):
-            raise adapter.refusal(
-                f"{place.names[0]} is as transformers 4 has experts and routers, which peft cannot "
-                "bring to gates with biases: leave out --boost and --suppress, or --layout exact"
-            )
-        edit, scaled = draft.edits[place.block], factors[place.block] if place.is_last else {}
-        n_experts = base.blocks[place.block].n_experts
-        if place.kind == "all experts":
-            _slice_all(adapter, place, (edit.keep, n_experts), scaled, slices)
-        elif place.kind == "one expert":
-            _slice_one(adapter, place, edit.keep, scaled, slices, is_stock=is_stock)
-        else:
-            _slice_router(adapter, place, (edit, n_experts), slices, is_stock=is_stock)
-    if is_stock and slices.renamed:
-        _refuse_numbers(adapter)
-    return Rewrite(frozenset(slices.removed), slices.renamed, slices.changed)
-
-
-def _slice_all(
-    adapter: Adapter,
-    place: Place,
-    kept: tuple[tuple[int, ...], int],
-    scaled: Mapping[int, Sequence[float]],
-    slices: _Slices,
-) -> None:
-    (a, b), (keep, n_experts) = place.names, kept
-    (rows, n_in), (n_out, _) = adapter.shape(a), adapter.shape(b)
-    rank = rows // n_experts
-    if len(keep) < n_experts:
-        own = tuple(expert * rank + j for expert in keep for j in range(rank))
-        slices.changed[a] = Change((len(own), n_in), rows=own)
-    if len(keep) < n_experts or scaled:
-        apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
-        slices.changed[b] = Change((n_out, rank * len(keep)), apply)
-
-
-def _slice_one(
-    adapter: Adapter,
-    place: Place,
-    keep: tuple[int, ...],
-    scaled: Mapping[int, Sequence[float]],
-    slices: _Slices,
-    *,
-    is_stock: bool,
-) -> None:
-    if place.expert not in keep:
-        slices.removed |= set(place.names)
-        return
-    position, (_, b) = keep.index(place.expert), place.names
-    if is_stock and position != place.expert:
-        old, new = f".experts.{place.expert}.", f".experts.{position}."
-        slices.renamed |= {name: name.replace(old, new) for name in place.names}
-    if position in scaled:
-        apply = partial(_multiplied, factors=scaled[position])
-        slices.changed[b] = Change(adapter.shape(b), apply)
-
-
-def _slice_router(
-    adapter: Adapter,
-    place: Place,
-    edited: tuple[BlockEdit, int],
-    slices: _Slices,
-    *,
-    is_stock: bool,
-) -> None:
-    """Cuts the router's rows, which layout exact keeps."""
-    (edit, n_experts), name = edited, place.names[-1]  # lora_B, whose rows are the experts'
-    if place.kind == "whole router" and edit.bias:
-        raise adapter.refusal(
-            f"{name} takes the place of a router that --boost or --suppress would change: leave "
-            "these out, or train the router by lora_A and lora_B"
-        )
-    if is_stock and len(edit.keep) < n_experts:
-        shape = list(adapter.shape(name))
-        axis = shape.index(n_experts) if place.kind == "whole router" else 0
-        shape[axis] = len(edit.keep)
-        select = partial(torch.index_select, dim=axis, index=torch.tensor(edit.keep))
-        slices.changed[name] = Change(tuple(shape), select)
 
 
 def _is_of_old(adapter: Adapter, place: Place) -> bool:
@@ -167,9 +63,7 @@ def _is_of_old(adapter: Adapter, place: Place) -> bool:
     return place.kind == "one expert" or (place.kind == "router" and not is_named)
 
 
-def _columns(
-    b: Tensor, keep: tuple[int, ...], n_experts: int, scaled: Mapping[int, Sequence[float]]
-) -> Tensor:
+def _columns(b: Tensor, keep: Keep, n_experts: int, scaled: Factors) -> Tensor:
     """The columns (out, r·E) of kept experts; an expert's r columns lie E apart."""
     by_expert: Tensor = b.unflatten(1, (-1, n_experts))[..., list(keep)]
     for position, factors in scaled.items():
@@ -185,12 +79,10 @@ def _multiplied(b: Tensor, factors: Sequence[float]) -> Tensor:
 
 
 def _refuse_numbers(adapter: Adapter) -> None:
-    """Refuses patterns with expert numbers, because experts are renumbered.
-
-    Raises:
-        ModelError: a pattern names an expert by its number.
-    """
-    for key, texts in adapter.settings.patterns.items():
+    """Refuses patterns with expert numbers, because experts are renumbered."""
+    for key in _PATTERNS:
+        value = getattr(adapter.settings, key) or ()
+        texts = [value] if isinstance(value, str) else value
         if wrong := next((text for text in texts if _NUMBERED.search(text)), None):
             raise ModelError(
                 f"{adapter.folder / CONFIG_FILE}: {key} names an expert by its number ({wrong}), "
@@ -199,36 +91,28 @@ def _refuse_numbers(adapter: Adapter) -> None:
 
 
 def _output_factors(
-    edit: BlockEdit, folds: "np.ndarray[Any, Any] | None" = None
+    edit: BlockEdit, folds_E: np.ndarray[Any, Any] | None
 ) -> dict[int, tuple[float, ...]]:
-    """What each kept expert's output is multiplied by, one after another, by its new number."""
-    folds_E = [1.0] * len(edit.keep) if folds is None else folds
-    factors = {
-        position: (edit.scale.get(expert, 1.0), float(fold))
-        for position, (expert, fold) in enumerate(zip(edit.keep, folds_E, strict=True))
-    }
-    own = {i: tuple(f for f in both if f != 1.0) for i, both in factors.items()}
-    return {i: several for i, several in own.items() if several}
+    """The factors of each kept expert's output, one after another, by its new number."""
+    factors = {}
+    for position, expert in enumerate(edit.keep):
+        both = (edit.scale.get(expert, 1.0), 1.0 if folds_E is None else float(folds_E[position]))
+        if own := tuple(factor for factor in both if factor != 1.0):
+            factors[position] = own
+    return factors
 
 
 @dataclass(frozen=True)
-class Carried:
+class AdapterCut:
     """An adapter of a model, and the plan that cuts both; `folder` is the new checkpoint."""
 
     adapter: Adapter
     source: Source
-    draft: EditPlan
+    plan: EditPlan
     folder: Path
 
     def write(self, temporary: Path, plan: PlanFile, folds: Folds) -> PlanFile:
-        """Writes the sliced adapter in peft's format; returns the plan that names it.
-
-        `folds` are those of layout stock, by layer.
-
-        Raises:
-            ModelError: the adapter became shorter while it was read.
-            OutputError: the place cannot be written.
-        """
+        """Writes the sliced adapter in peft's format; returns the plan that names it."""
         shard, place = self.laid_out(folds), temporary / ADAPTER_FOLDER
         try:
             write_shards(place, [shard])
@@ -237,51 +121,106 @@ class Carried:
         except OSError as error:
             raise OutputError(f"{place} cannot be written: {error.strerror}") from None
         check_written(place, [shard])
-        write_atomically(
-            place / CONFIG_FILE, (json.dumps(self._config(), indent=2) + "\n").encode()
-        )
-        return plan.model_copy(update={"adapter": _record(self.adapter)})
-
-    def laid_out(self, folds: Folds | None = None) -> Shard:
-        """The file of its weights; without `folds` only its size is right.
-
-        Raises:
-            ModelError: an adapter of another model, or one that cannot be sliced.
-        """
-        headers = self.source.headers
-        is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
-        base = Base(headers, blocks_of(headers, self.draft.edits), is_tied)
-        rewrite = adapter_rewrite(self.adapter, base, self.draft, folds)
-        (shard,) = lay_out(self.adapter.stored, rewrite, _NO_LIMIT)
-        return replace(shard, name=WEIGHTS_FILE)
-
-    def _config(self) -> dict[str, Any]:
-        """The adapter's config with its new base."""
         config = {**self.adapter.config, "revision": None}
         config["base_model_name_or_path"] = str(self.folder.resolve())
-        if LAYOUTS[self.draft.layout].keeps_rows:
+        if LAYOUTS[self.plan.layout].keeps_rows:
             config |= {"auto_mapping": None, "task_type": config.get("task_type") or "CAUSAL_LM"}
-        return config
+        write_atomically(place / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        sums = {}
+        for key, name in (("config", CONFIG_FILE), ("weights", WEIGHTS_FILE)):
+            with (self.adapter.folder / name).open("rb") as stream:
+                sums[f"{key}_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        record = PlanAdapter(path=str(self.adapter.folder), **sums)
+        return plan.model_copy(update={"adapter": record})
+
+    def laid_out(self, folds: Folds) -> Shard:
+        """The file of its weights; with empty `folds` only its size is right."""
+        headers = self.source.headers
+        is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
+        base = Base(headers, blocks_of(headers, self.plan.edits), is_tied)
+        rewrite = self._rewrite(base, folds)
+        (shard,) = lay_out(self.adapter.stored, rewrite, max_shard_bytes=1 << 62)
+        return replace(shard, name=WEIGHTS_FILE)
+
+    def _rewrite(self, base: Base, folds: Folds) -> Rewrite:
+        rewrite, plan = Rewrite(), self.plan
+        layers = {name: layer for layer, name in enumerate(plan.edits)}
+        for place in places(self.adapter, base):
+            if place.block is None:
+                continue
+            if not self._is_stock and plan.is_biased and _is_of_old(self.adapter, place):
+                raise self.adapter.refusal(
+                    f"{place.names[0]} is as transformers 4 has experts and routers, which peft "
+                    "cannot bring to gates with biases: leave out --boost and --suppress, or "
+                    "--layout exact"
+                )
+            edit, n_experts = plan.edits[place.block], base.blocks[place.block].n_experts
+            folds_E = folds.get(layers[place.block])
+            scaled = _output_factors(edit, folds_E) if place.is_last else {}
+            if place.kind == "all experts":
+                self._slice_all(rewrite, place, edit.keep, n_experts, scaled)
+            elif place.kind == "one expert":
+                self._slice_one(rewrite, place, edit.keep, scaled)
+            else:
+                self._slice_router(rewrite, place, edit, n_experts)
+        if self._is_stock and rewrite.renamed:
+            _refuse_numbers(self.adapter)
+        return rewrite
+
+    @property
+    def _is_stock(self) -> bool:
+        return not LAYOUTS[self.plan.layout].keeps_rows
+
+    def _slice_all(
+        self, rewrite: Rewrite, place: Place, keep: Keep, n_experts: int, scaled: Factors
+    ) -> None:
+        a, b = place.names
+        (rows, n_in), (n_out, _) = self.adapter.shape(a), self.adapter.shape(b)
+        rank = rows // n_experts
+        if len(keep) < n_experts:
+            own = tuple(expert * rank + j for expert in keep for j in range(rank))
+            rewrite.changed[a] = Change((len(own), n_in), rows=own)
+        if len(keep) < n_experts or scaled:
+            apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
+            rewrite.changed[b] = Change((n_out, rank * len(keep)), apply)
+
+    def _slice_one(self, rewrite: Rewrite, place: Place, keep: Keep, scaled: Factors) -> None:
+        if place.expert not in keep:
+            rewrite.removed |= set(place.names)
+            return
+        position, (_, b) = keep.index(place.expert), place.names
+        if self._is_stock and position != place.expert:
+            old, new = f".experts.{place.expert}.", f".experts.{position}."
+            rewrite.renamed |= {name: name.replace(old, new) for name in place.names}
+        if position in scaled:
+            apply = partial(_multiplied, factors=scaled[position])
+            rewrite.changed[b] = Change(self.adapter.shape(b), apply)
+
+    def _slice_router(
+        self, rewrite: Rewrite, place: Place, edit: BlockEdit, n_experts: int
+    ) -> None:
+        """Cuts the router's rows, which layout exact keeps."""
+        name = place.names[-1]  # lora_B, whose rows are the experts'
+        if place.kind == "whole router" and edit.bias:
+            raise self.adapter.refusal(
+                f"{name} takes the place of a router that --boost or --suppress would change: "
+                "leave these out, or train the router by lora_A and lora_B"
+            )
+        if self._is_stock and len(edit.keep) < n_experts:
+            shape = list(self.adapter.shape(name))
+            axis = shape.index(n_experts) if place.kind == "whole router" else 0
+            shape[axis] = len(edit.keep)
+            select = partial(torch.index_select, dim=axis, index=torch.tensor(edit.keep))
+            rewrite.changed[name] = Change(tuple(shape), select)
 
 
-def carried(adapter: Path | None, source: Source, draft: EditPlan, folder: Path) -> Carried | None:
-    """An adapter that fits the model, the plan and the disk; None without an adapter.
-
-    Raises:
-        ModelError: no LoRA adapter, one of another model, or one that cannot be sliced.
-        OutputError: too little space.
-    """
+def adapter_cut(
+    adapter: Path | None, source: Source, plan: EditPlan, folder: Path
+) -> AdapterCut | None:
+    """An adapter that fits the model, the plan and the disk; None without an adapter."""
     if adapter is None:
         return None
-    found = Carried(read_adapter(adapter), source, draft, folder)
-    check_space(folder, found.laid_out().size_bytes)
+    found = AdapterCut(read_adapter(adapter), source, plan, folder)
+    check_space(folder, found.laid_out({}).size_bytes)
     check_values(adapter / WEIGHTS_FILE)
     return found
-
-
-def _record(adapter: Adapter) -> PlanAdapter:
-    sums = {}
-    for key, name in (("config", CONFIG_FILE), ("weights", WEIGHTS_FILE)):
-        with (adapter.folder / name).open("rb") as stream:
-            sums[f"{key}_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return PlanAdapter(path=str(adapter.folder), **sums)

@@ -1,9 +1,9 @@
 """The edit `merge`: groups of experts become averages over aligned neurons.
 
-Nothing is computed before its bytes are written, and then one projection of one expert at a time is
-read. The reference is the merged experts under the unedited router, as both papers' own code runs
-them: it chooses among all E experts, each of which is its group's, and two of one group may be
-chosen together. No checkpoint of layout stock can say so.
+Averages are computed as their bytes are written, reading one projection of one expert at a time.
+The reference is the merged experts under the unedited router, as both papers' own code runs them:
+it chooses among all E experts, each of which stands for its group, and may choose two of one group.
+No checkpoint of layout stock can express this.
 """
 
 import copy
@@ -43,12 +43,11 @@ _FIRST_KINDS = ("gate_proj", "up_proj", "w1", "w3")
 _LAST_KINDS = ("down_proj", "w2")
 _BOTH = re.compile(r"gate_up_proj|input_linear")  # gate and up in one tensor
 _UNKNOWN = Neurons(None, n_parts=0)
-Orders = Mapping[str, Mapping[int, Tensor]]  # by block name and member: its neurons in order (I,)
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One tensor of one member, the places of its neurons, its share and their new order."""
+    """One tensor of one member: its neurons' places and new order (I,), and the member's share."""
 
     tensor: StoredTensor
     row: int | None
@@ -61,40 +60,18 @@ class ExpertTensor:
         return read_tensor(self.tensor, self.row)
 
 
-def aligned_neurons(
-    headers: Headers, edits: Mapping[str, BlockEdit], interleaved: frozenset[str]
-) -> dict[str, dict[int, Tensor]]:
-    """For each member the order of neurons most similar to its dominant expert's.
-
-    Two experts are in memory at a time.
-
-    Raises:
-        ContractError: the places of the experts' neurons are unknown.
-    """
-    orders: dict[str, dict[int, Tensor]] = {}
-    for name, block in blocks_of(headers, edits).items():
-        experts = Experts(headers, block, is_interleaved=name in interleaved)
-        orders[name] = {}
-        for dominant, shares in (edits[name].merged or {}).items():
-            first = experts.neurons(dominant)
-            for member in shares:
-                if member != dominant:
-                    orders[name][member] = matching(first, experts.neurons(member))
-    return orders
-
-
+@dataclass(frozen=True)
 class Experts:
     """The tensors of a block's experts, one by one or all in one, with the places of neurons."""
 
-    def __init__(self, headers: Headers, block: DiskBlock, *, is_interleaved: bool) -> None:
-        self.headers, self.block = headers, block
-        self.is_interleaved = is_interleaved
+    headers: Headers
+    block: DiskBlock
+    is_interleaved: bool
 
     def neurons(self, expert: int) -> list[Tensor]:
         """`Neurons.rows` of each of an expert's tensors."""
         parts = self.tensors(expert)
-        unknown = [kind for kind, part in parts.items() if part.neurons == _UNKNOWN]
-        if unknown:
+        if unknown := [kind for kind, part in parts.items() if part.neurons == _UNKNOWN]:
             raise ContractError(
                 f"{self.block.name}: where the neurons of {unknown[0]} lie is not known, so its "
                 "experts cannot be aligned: merge them with --no-align"
@@ -126,15 +103,13 @@ class Experts:
         """Of one row: (2I, D) and (D, I), or transposed; biases (2I,) and (D,)."""
         is_last, shape = name in self.block.last, self.headers[name].shape[1:]
         n_parts = 2 if _BOTH.search(name) else 1
+        is_in_turn = self.is_interleaved and n_parts > 1
         if len(shape) == 1:
-            return Neurons(None) if is_last else Neurons(0, n_parts, self._in_turn(n_parts))
+            return Neurons(None) if is_last else Neurons(0, n_parts, is_in_turn)
         is_transposed = self._is_transposed()
         if is_transposed is None or not (is_last or n_parts == 2):
             return _UNKNOWN
-        return Neurons(int(is_transposed != is_last), n_parts, self._in_turn(n_parts))
-
-    def _in_turn(self, n_parts: int) -> bool:
-        return self.is_interleaved and n_parts > 1
+        return Neurons(int(is_transposed != is_last), n_parts, is_in_turn)
 
     def _is_transposed(self) -> bool | None:
         """Whether rows are inputs: a tensor that is not square tells by its axis of width D."""
@@ -162,14 +137,14 @@ def _own_neurons(kind: str) -> Neurons:
 class MergeEdit(Edit):
     """Groups of experts become one expert each, in the form of layout `stock`.
 
-    Fitted are `rows` by layer and `orders` of neurons by block; without an order a member's neurons
-    stay as they are. `interleaved` are the blocks whose gate and up lie in one tensor in turn.
+    Fitted are `rows` by layer and `orders` of neurons (I,) by block and member; without an order a
+    member's neurons stay as they are. In `interleaved` blocks gate and up alternate in one tensor.
     """
 
     blocks: Mapping[str, BlockEdit]
     router: RouterRow = "fitted"
     rows: Mapping[int, Rows] = field(default_factory=dict)
-    orders: Orders = field(default_factory=dict)
+    orders: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
 
     @classmethod
@@ -187,9 +162,17 @@ class MergeEdit(Edit):
         return replace(self, rows=rows, interleaved=interleaved)
 
     def aligned(self, source: Source) -> Self:
-        """With the members' neurons in order; no model need be in memory."""
-        headers = source.headers
-        return replace(self, orders=aligned_neurons(headers, self.blocks, self.interleaved))
+        """With each member's neurons in the order most similar to its dominant expert's."""
+        orders: dict[str, dict[int, Tensor]] = {}
+        for name, block in blocks_of(source.headers, self.blocks).items():
+            experts = Experts(source.headers, block, is_interleaved=name in self.interleaved)
+            orders[name] = {}
+            for dominant, shares in (self.blocks[name].merged or {}).items():
+                first = experts.neurons(dominant)
+                for member in shares:
+                    if member != dominant:
+                        orders[name][member] = matching(first, experts.neurons(member))
+        return replace(self, orders=orders)
 
     def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Quality]:
         return judge_rows(engine, held_out, self.blocks, self.rows)
@@ -197,14 +180,13 @@ class MergeEdit(Edit):
     def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
         """Layers in `rows` are MoE blocks, in the order of the plan."""
         for layer, (name, block) in enumerate(tensors.blocks.items()):
-            edit, is_in_turn = self.blocks[name], name in self.interleaved
+            edit, headers = self.blocks[name], tensors.headers
             if not edit.merged:
                 continue
-            experts = Experts(tensors.headers, block, is_interleaved=is_in_turn)
+            experts = Experts(headers, block, is_interleaved=name in self.interleaved)
             tensors.changed |= _expert_changes(experts, edit, self.orders.get(name, {}))
             if layer in self.rows:
-                changed = _router_changes(tensors.headers, block, edit, self.rows[layer])
-                tensors.changed |= changed
+                tensors.changed |= _router_changes(headers, block, edit, self.rows[layer])
 
 
 @torch.inference_mode()
@@ -261,20 +243,22 @@ def _router_changes(
             f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
             "not tell: merging is not supported here"
         )
-    fused = set(block.fused)
-    fill: dict[str, Callable[[Tensor], Tensor]] = {}
-    for name in block.axes:
+    changes = {}
+    for name, axis in block.axes.items():
+        apply: Callable[[Tensor], Tensor]
         if name == block.router_weight:
-            fill[name] = partial(_rows, edit=edit, shares=rows.shares, added=rows.added)
+            apply = partial(_rows, edit=edit, shares=rows.shares, added=rows.added)
         elif name == block.logit_bias:
             offsets = {e: torch.tensor(offset) for e, offset in rows.offsets.items()}
-            fill[name] = partial(_rows, edit=edit, shares=rows.shares, added=offsets)
-        elif name not in fused:
-            fill[name] = partial(_selection, edit=edit, rows=rows, axis=block.axes[name])
-    shapes = {name: list(headers[name].shape) for name in fill}
-    for name, shape in shapes.items():
-        shape[block.axes[name]] = len(edit.keep)
-    return {name: Change(tuple(shapes[name]), apply) for name, apply in fill.items()}
+            apply = partial(_rows, edit=edit, shares=rows.shares, added=offsets)
+        elif name not in block.fused:
+            apply = partial(_selection, edit=edit, rows=rows, axis=axis)
+        else:
+            continue
+        shape = list(headers[name].shape)
+        shape[axis] = len(edit.keep)
+        changes[name] = Change(tuple(shape), apply)
+    return changes
 
 
 def _rows(
@@ -331,16 +315,13 @@ def under(routers: Mapping[str, Router], blocks: Sequence[MoeBlock]) -> Iterator
     """The merged model runs under the unedited routers."""
     with ExitStack() as stack:
         for block in blocks:
-            forward = _routed(routers[block.name])
+            forward = partial(_route, routers[block.name])
             stack.enter_context(replaced_forward(block.router, forward))
         yield
 
 
-def _routed(router: Router) -> Callable[..., Any]:
-    def route(x: Tensor, *biases: Tensor | None) -> Any:
-        # Some families pass the selection bias to their router with each call.
-        own = [None if bias is None else router.selection_E for bias in biases]
-        logits_TE, weights_TK, experts_TK = router.module(x, *own)
-        return logits_TE, weights_TK, router.place_E.to(experts_TK.device)[experts_TK]
-
-    return route
+def _route(router: Router, x: Tensor, *biases: Tensor | None) -> Any:
+    # Some families pass the selection bias to their router with each call.
+    own = [None if bias is None else router.selection_E for bias in biases]
+    logits_TE, weights_TK, experts_TK = router.module(x, *own)
+    return logits_TE, weights_TK, router.place_E.to(experts_TK.device)[experts_TK]

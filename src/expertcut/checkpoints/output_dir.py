@@ -22,12 +22,9 @@ _TOKEN_BYTES = 4
 
 
 def check_writable(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...] = ()) -> None:
-    """Checks that a folder may be written: absent, empty, or to be replaced.
+    """Raises OutputError unless a folder is absent, empty, or may be replaced.
 
     `inputs`, the working directory and the home directory are never replaced.
-
-    Raises:
-        OutputError: the folder is in use.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: remove it or name another --out")
@@ -49,9 +46,6 @@ def atomic_dir(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
     """A hidden sibling that takes the folder's name after the block, or is removed on an error.
 
     Only then is the old folder removed. Files must be synced by the block; the name is synced here.
-
-    Raises:
-        OutputError: the folder cannot be written, or another process created it.
     """
     place = folder.resolve()  # `.` and links have no place of their own
     # No process id: in a container it is the same each time.
@@ -77,10 +71,7 @@ def atomic_dir(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
 
 
 def failed(error: OSError, folder: Path, *ours: Path) -> OutputError:
-    """The error to raise after a system error while writing a folder, or reading for it.
-
-    `ours` are other names under which the folder is written.
-    """
+    """The error for a system error while writing a folder (or `ours`), or reading for it."""
     reason = error.strerror or error
     name = os.fsdecode(error.filename) if error.filename else None
     places = (folder, folder.resolve(), *ours)
@@ -94,13 +85,10 @@ def failed(error: OSError, folder: Path, *ours: Path) -> OutputError:
 
 @contextmanager
 def system_errors(folder: Path) -> Iterator[None]:
-    """Turns system errors inside safetensors' errors into OSError of the folder.
-
-    Their text is «I/O error: No space left on device (os error 28)».
-    """
+    """Turns system errors inside safetensors' errors into OSError of the folder."""
     try:
         yield
-    except SafetensorError as error:
+    except SafetensorError as error:  # «I/O error: No space left on device (os error 28)»
         found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
         if found is None:
             raise

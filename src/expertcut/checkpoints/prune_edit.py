@@ -50,7 +50,7 @@ class PruneEdit(Edit):
     layout: Layout
     removed: Removed | None = None
     fold: Fold | None = None
-    folds: Mapping[int, "np.ndarray[Any, Any]"] = field(default_factory=dict)
+    folds: Mapping[int, np.ndarray[Any, Any]] = field(default_factory=dict)
     constants: Constants = field(default_factory=dict)
 
     @classmethod
@@ -63,23 +63,22 @@ class PruneEdit(Edit):
         return is_gathering and bool(removed_experts(self.blocks, calibration.n_experts))
 
     def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
+        questions, profile = calibration.questions, calibration.profile
         if LAYOUTS[self.layout].keeps_rows:
-            return replace(self, constants=self._constants(engine, calibration))
+            source = calibration.source
+            removed = removed_experts(self.blocks, calibration.n_experts)
+            if self.removed == "mean" and engine is not None:
+                means = mean_outputs(engine, questions.tuning, removed)
+                return replace(self, constants=as_stored(source.headers, means))
+            width = int(read_config(source.path)["hidden_size"])
+            return replace(self, constants=zero_outputs(removed, width))
         if self.fold == "off":
             return self
-        questions, profile = calibration.questions, calibration.profile
         if self.fold == "all" and engine is not None:
             return replace(self, folds=rescaling_over_tokens(engine, questions.tuning, self.blocks))
         is_same_split = questions.held_out.split == profile.info.quiz.split
         held_out = {(q.subject, q.row) for q in questions.held_out} if is_same_split else set()
         return replace(self, folds=rescaling_at_answers(profile, self.blocks, held_out))
-
-    def _constants(self, engine: Engine | None, calibration: Calibration) -> Constants:
-        removed, folder = removed_experts(self.blocks, calibration.n_experts), calibration.source
-        if self.removed == "mean" and engine is not None:
-            means = mean_outputs(engine, calibration.questions.tuning, removed)
-            return as_stored(folder.headers, means)
-        return zero_outputs(removed, int(read_config(folder.path)["hidden_size"]))
 
     def simulate(self, simulation: Simulation) -> None:
         """No token is routed to a removed expert, or it gives its constant."""
@@ -95,12 +94,8 @@ class PruneEdit(Edit):
 
     @contextmanager
     def _rescaled(self, simulation: Simulation) -> Iterator[None]:
-        """Last projections of kept experts are scaled, rounded as on disk; a second copy in memory.
-
-        Where experts are offloaded their gate weights are scaled instead, without that rounding.
-        """
-        moe = simulation.moe
-        headers = moe.source.headers
+        """Scales last projections of kept experts as on disk; gate weights if offloaded."""
+        moe, headers = simulation.moe, simulation.moe.source.headers
         matched, _ = match_blocks(headers, self.blocks)
         with ExitStack() as stack:
             for block in moe.blocks:
@@ -123,20 +118,12 @@ class PruneEdit(Edit):
         layout.remove_experts(tensors, self.constants)
         for layer, name in enumerate(self.blocks):
             if layer in self.folds:
-                factors = enumerate(map(float, self.folds[layer]))
-                tensors.scale_outputs(name, dict(factors))
+                tensors.scale_outputs(name, dict(enumerate(map(float, self.folds[layer]))))
 
 
 @contextmanager
 def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterator[None]:
-    """Makes experts of a loaded, unedited model constant: the reference for the layout.
-
-    Routing and gate weights after top-k stay; only the outputs are replaced. The constants are
-    checked before the block runs.
-
-    Raises:
-        ContractError: an expert gives something else.
-    """
+    """Makes outputs of experts of an unedited model constant: the layout's reference."""
     with ExitStack() as stack:
         for block in blocks:
             if by_expert := constants.get(block.name):

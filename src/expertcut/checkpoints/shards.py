@@ -1,7 +1,6 @@
-"""Safetensors shards laid out and written without a model: kept tensors go over as bytes.
+"""Safetensors shards, laid out and written without a model.
 
-A changed checkpoint written without its model: kept tensors go over as bytes, file to file. No more
-of the weights is in memory than the one tensor that is being changed.
+Kept tensors are copied as bytes, file to file. Only the tensor being changed is in memory.
 """
 
 import errno
@@ -50,34 +49,21 @@ _AHEAD = 8  # tensors that the disk fetches while others are written
 
 
 def copy_ranges(source: FileIO, target: FileIO, ranges: Iterable[Range]) -> None:
-    """Appends byte ranges of `source` to `target`.
-
-    Raises:
-        EOFError: the source ends before a range does.
-        OSError: as reading and writing raise it.
-    """
+    """Appends byte ranges of `source` to `target`."""
     for begin, size_bytes in ranges:
-        done = 0
+        end = begin + size_bytes
         for move in (_copy_file_range, _sendfile):
-            done += _as_far_as_it_goes(move, source, target, (begin + done, size_bytes - done))
-        _copy_by_buffer(source, target, (begin + done, size_bytes - done))
-
-
-def announce_ranges(source: FileIO, ranges: Iterable[Range]) -> None:
-    """Lets the system fetch what will be read soon, as far as it wants to; returns at once."""
-    if hasattr(os, "posix_fadvise"):
-        for begin, size_bytes in ranges:
-            size_bytes = min(size_bytes, _ANNOUNCED_BYTES)
-            os.posix_fadvise(source.fileno(), begin, size_bytes, os.POSIX_FADV_WILLNEED)
+            begin += _move(move, source, target, begin, end)
+        source.seek(begin)
+        buffer = memoryview(bytearray(min(_BUFFER_BYTES, end - begin)))
+        for at in range(begin, end, _BUFFER_BYTES):
+            part = buffer[: end - at]
+            _read_into(source, part)
+            write_all(target, part)
 
 
 def read_ranges(source: FileIO, ranges: Iterable[Range]) -> bytearray:
-    """The bytes of the ranges, one after another.
-
-    Raises:
-        EOFError: the source ends before a range does.
-        OSError: as reading raises it.
-    """
+    """The bytes of the ranges, one after another."""
     ranges = list(ranges)
     content = bytearray(sum(size_bytes for _, size_bytes in ranges))
     rest = memoryview(content)
@@ -94,14 +80,14 @@ def write_all(target: FileIO, content: memoryview) -> None:
         content = content[target.write(content) :]
 
 
-def _as_far_as_it_goes(
-    move: Callable[[int, int, int, int], int], source: FileIO, target: FileIO, wanted: Range
+def _move(
+    move: Callable[[int, int, int, int], int], source: FileIO, target: FileIO, begin: int, end: int
 ) -> int:
-    """How many bytes came over before this way of copying gave up."""
-    (begin, size_bytes), done = wanted, 0
+    """The bytes that a system call copied before it gave up."""
+    done = 0
     try:
-        while done < size_bytes:
-            step = min(_STEP_BYTES, size_bytes - done)
+        while begin + done < end:
+            step = min(_STEP_BYTES, end - begin - done)
             moved = move(source.fileno(), target.fileno(), begin + done, step)
             if moved == 0:
                 break
@@ -122,17 +108,6 @@ def _sendfile(source: int, target: int, begin: int, size_bytes: int) -> int:
     if not hasattr(os, "sendfile"):
         return 0
     return os.sendfile(target, source, begin, size_bytes)
-
-
-def _copy_by_buffer(source: FileIO, target: FileIO, wanted: Range) -> None:
-    begin, size_bytes = wanted
-    source.seek(begin)
-    buffer = memoryview(bytearray(min(_BUFFER_BYTES, size_bytes)))
-    while size_bytes:
-        part = buffer[:size_bytes]
-        _read_into(source, part)
-        write_all(target, part)
-        size_bytes -= len(part)
 
 
 def _read_into(source: FileIO, content: memoryview) -> None:
@@ -159,18 +134,18 @@ class Change:
     make: Callable[[], Iterator[Tensor]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rewrite:
-    """What becomes of each tensor of a checkpoint, by its name there.
+    """What becomes of each tensor of a checkpoint, by its name there; others are copied.
 
-    What is in none of them is copied. `renamed` maps old names to new ones, also of changed
-    tensors; `added` stands under its final names, after all others.
+    `renamed` maps old names to new ones, also of changed tensors; `added` stands under its final
+    names, after all others.
     """
 
-    removed: frozenset[str] = frozenset()
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    changed: Mapping[str, Change] = field(default_factory=dict)
-    added: Mapping[str, Tensor] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, Change] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -185,11 +160,11 @@ class Piece:
 
     @property
     def size_bytes(self) -> int:
-        """Without its entry in the header."""
+        """Bytes of the values."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def entry(self, begin: int) -> dict[str, object]:
-        """As it stands in the header of a file."""
+        """Its entry in the header of a file."""
         offsets = [begin, begin + self.size_bytes]
         return {"dtype": self.dtype, "shape": list(self.shape), "data_offsets": offsets}
 
@@ -204,15 +179,14 @@ class Shard:
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole file."""
+        """Bytes of the file."""
         return len(self.header) + sum(piece.size_bytes for piece in self.pieces)
 
 
 def lay_out(stored: Stored, rewrite: Rewrite, max_shard_bytes: int) -> list[Shard]:
     """The new files; none is larger than the limit unless one tensor alone is."""
     pieces = list(_pieces(stored, rewrite))
-    names = {piece.name for piece in pieces}
-    assert len(names) == len(pieces), "two tensors of the new checkpoint have the same name"
+    assert len({p.name for p in pieces}) == len(pieces), "two new tensors have the same name"
     metadata = {"format": "pt", **stored.metadata}
     parts = list(_split(pieces, max_shard_bytes - _PADDING_BYTES - len(_json(metadata))))
     shards = []
@@ -288,19 +262,17 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     stored: Stored | None = None,
 ) -> None:
-    """Writes the safetensors files, and their index if they are several, into a folder; synced.
+    """Writes the safetensors files of a folder, and their index; synced, and read back.
 
-    Then opens them as any reader does and looks whether each tensor is there as it must be.
     No file is larger than `max_shard_bytes`, unless one tensor alone is. Bytes of removed tensors
-    and rows are never read. `stored` is what lies in the source, read from there if it is None.
+    and rows are never read. `stored` are the headers of the source.
 
     Raises:
         ModelError: the source is damaged or quantized.
-        OutputError: too little space, found before the first byte, or a place that cannot be
-            written.
+        OutputError: too little space, found before the first byte, or a folder not writable.
     """
     shards = lay_out(stored or read_stored(source), rewrite, max_shard_bytes)
-    check_space(folder, _total_bytes(shards))
+    check_space(folder, total_bytes(shards))
     try:
         write_shards(folder, shards)
     except EOFError:
@@ -311,11 +283,7 @@ def write_checkpoint(
 
 
 def check_written(folder: Path, shards: Sequence[Shard]) -> None:
-    """That safetensors' own reader finds every tensor, with its shape and dtype, and no other.
-
-    Raises:
-        OutputError: naming the first that it does not.
-    """
+    """Raises OutputError unless safetensors' reader finds the tensors with shapes and dtypes."""
     for shard in shards:
         wanted = {piece.name: (piece.shape, piece.dtype) for piece in shard.pieces}
         try:
@@ -331,29 +299,16 @@ def check_written(folder: Path, shards: Sequence[Shard]) -> None:
                     f"{wanted.get(name, 'absent')}: the disk did not keep what was written"
                 )
     if len(shards) > 1:
-        _check_index(folder, {p.name: s.name for s in shards for p in s.pieces})
-
-
-def _check_index(folder: Path, wanted: Mapping[str, str]) -> None:
-    try:
-        is_right = read_index(folder) == wanted
-    except ModelError as error:
-        raise OutputError(f"{folder / INDEX_FILE} was not written whole: {error}") from None
-    if not is_right:
-        raise OutputError(f"{folder / INDEX_FILE} does not name the tensors that were written")
-
-
-def needed_bytes(stored: Stored, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
-    """How many bytes `write_checkpoint` will write."""
-    return _total_bytes(lay_out(stored, rewrite, max_shard_bytes))
+        try:
+            index = read_index(folder)
+        except ModelError as error:
+            raise OutputError(f"{folder / INDEX_FILE} was not written whole: {error}") from None
+        if index != {piece.name: shard.name for shard in shards for piece in shard.pieces}:
+            raise OutputError(f"{folder / INDEX_FILE} does not name the tensors that were written")
 
 
 def check_space(folder: Path, size_bytes: int) -> None:
-    """That so many bytes fit where a folder is or will be.
-
-    Raises:
-        OutputError: they do not.
-    """
+    """Raises OutputError unless so many bytes are free where a folder is or will be."""
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < size_bytes:
@@ -363,17 +318,13 @@ def check_space(folder: Path, size_bytes: int) -> None:
         )
 
 
-def _total_bytes(shards: Sequence[Shard]) -> int:
+def total_bytes(shards: Sequence[Shard]) -> int:
+    """Bytes of all files, the index included."""
     return sum(shard.size_bytes for shard in shards) + len(index_bytes(shards))
 
 
 def write_shards(folder: Path, shards: Sequence[Shard]) -> None:
-    """Writes files as they are laid out, and their index; synced, whole or with an error.
-
-    Raises:
-        EOFError: a file that tensors come from ends too early.
-        OSError: as reading and writing raise it.
-    """
+    """Writes files as they are laid out, and their index; synced, whole or with an error."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as closing:
         origins = {piece.origin for shard in shards for piece in shard.pieces}
@@ -397,9 +348,13 @@ def write_shards(folder: Path, shards: Sequence[Shard]) -> None:
 
 
 def _announce(piece: Piece | None, sources: dict[Path, FileIO]) -> None:
-    if piece is not None and isinstance(piece.origin, StoredTensor):
-        ranges = _ranges(piece.origin, piece.change.rows if piece.change else None)
-        announce_ranges(sources[piece.origin.file], ranges)
+    """Lets the system fetch what will be read soon, as far as it wants to; returns at once."""
+    if piece is None or isinstance(piece.origin, Tensor) or not hasattr(os, "posix_fadvise"):
+        return
+    source = sources[piece.origin.file].fileno()
+    for begin, size_bytes in _ranges(piece.origin, piece.change.rows if piece.change else None):
+        size_bytes = min(size_bytes, _ANNOUNCED_BYTES)
+        os.posix_fadvise(source, begin, size_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> None:
@@ -407,7 +362,13 @@ def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> N
         write_all(target, _bytes(piece.origin))
         return
     if piece.change is not None and piece.change.make is not None:
-        _write_parts(piece, piece.change.make(), target)
+        n_bytes = 0
+        for part in piece.change.make():
+            assert part.dtype == DTYPES[piece.dtype], f"{piece.name} came out wrong"
+            content = _bytes(part)
+            write_all(target, content)
+            n_bytes += len(content)
+        assert n_bytes == piece.size_bytes, f"{piece.name} came out wrong"
         return
     source = sources[piece.origin.file]
     ranges = _ranges(piece.origin, piece.change.rows if piece.change else None)
@@ -421,23 +382,8 @@ def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> N
     write_all(target, _bytes(made))
 
 
-def _write_parts(piece: Piece, parts: Iterator[Tensor], target: FileIO) -> None:
-    size_bytes = 0
-    for part in parts:
-        assert part.dtype == DTYPES[piece.dtype], f"{piece.name} came out wrong"
-        content = _bytes(part)
-        write_all(target, content)
-        size_bytes += len(content)
-    assert size_bytes == piece.size_bytes, f"{piece.name} came out wrong"
-
-
 def read_tensor(tensor: StoredTensor, row: int | None = None) -> Tensor:
-    """A tensor from its file, or one row of its axis 0.
-
-    Raises:
-        EOFError: the file ends too early.
-        OSError: as reading raises it.
-    """
+    """A tensor from its file, or one row of its axis 0."""
     with FileIO(tensor.file) as source:
         content = read_ranges(source, _ranges(tensor, None if row is None else (row,)))
     shape = tensor.shape if row is None else tensor.shape[1:]

@@ -16,7 +16,6 @@ from expertcut.edits.plan import EditPlan
 from expertcut.edits.selection import Pruning, Ranking, choose, counts, cut, expressions_of, rank
 from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
-from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.storage import Profile
 
 Cut = TypeVar("Cut", bound=CutSettings)
@@ -26,10 +25,7 @@ _UNKNOWN = "Super experts are not known without all-token statistics: none is pr
 
 @dataclass(frozen=True)
 class Size:
-    """`active_parameters` exclude the experts that a token is not routed to.
-
-    Constants of removed experts are not active: the token with most active experts counts.
-    """
+    """`active_parameters` are those of the token with most active experts, without constants."""
 
     parameters: int
     active_parameters: int
@@ -38,8 +34,14 @@ class Size:
 
 def size(moe: MoeModel) -> Size:
     """Parameters of a loaded model, tied weights once; bytes of its safetensors files."""
-    total = sum(p.numel() for p in moe.model.parameters())
-    idle = sum(map(_idle_parameters, moe.blocks))
+    total, idle = sum(p.numel() for p in moe.model.parameters()), 0
+    for block in moe.blocks:
+        experts = dict(block.experts.named_parameters())
+        constants = experts.pop("approx_value", None)
+        n_kept = len(next(iter(experts.values())))
+        per_expert = sum(p.numel() for p in experts.values()) // n_kept
+        idle += per_expert * max(0, n_kept - block.top_k)
+        idle += 0 if constants is None else constants.numel()
     size_bytes = sum(file.stat().st_size for file in moe.source.weight_files)
     return Size(total, total - idle, size_bytes)
 
@@ -64,21 +66,8 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
     return Size(total, total - idle, size_bytes)
 
 
-def _idle_parameters(block: MoeBlock) -> int:
-    experts = dict(block.experts.named_parameters())
-    constants = experts.pop("approx_value", None)
-    n_kept = len(next(iter(experts.values())))
-    per_expert = sum(p.numel() for p in experts.values()) // n_kept
-    n_constants = 0 if constants is None else constants.numel()
-    return per_expert * max(0, n_kept - block.top_k) + n_constants
-
-
 def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
-    """Bytes of the safetensors files of a cut of this checkpoint, with headers.
-
-    Raises:
-        ContractError: the layout does not know the model's family.
-    """
+    """Bytes of the safetensors files of a cut of this checkpoint, with headers."""
     check_layout(source, layout, is_cutting=True)
     stored = source.stored
 
@@ -90,11 +79,7 @@ def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
 
 
 def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
-    """The cut that keeps most experts with weights of at most `max_bytes` of its settings.
-
-    Raises:
-        PlanError: even the smallest cut is larger.
-    """
+    """The cut that keeps most experts with weights of at most `max_bytes` of its settings."""
     settings = ranking.settings
     most = settings.size_bytes
     assert most is not None
@@ -125,14 +110,7 @@ class Chosen:
 
 
 def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) -> Chosen:
-    """The experts that stay.
-
-    Raises:
-        ContractError: the layout does not know the model's family.
-        PlanError: a number that does not fit the model, or a size that no cut has.
-        ProfileError: the model changed, or the profile does not hold what the criterion needs.
-        SettingsError: an option that does not go with the others.
-    """
+    """The experts that stay."""
     settings.check()
     needs_model = CRITERIA[settings.by].needs_model
     most = settings.size_bytes
@@ -150,11 +128,7 @@ def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) ->
 
 
 def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ...]]:
-    """Settings that protect super experts by default, if the profile knows them; and messages.
-
-    Raises:
-        SettingsError: values that exclude each other.
-    """
+    """Settings that protect super experts by default, if the profile knows them; and messages."""
     is_known, is_active = profile.info.settings.stats == "all", settings.keep_active
     notes = () if is_known or is_active or settings.protect else (_UNKNOWN,)
     stays = expressions_of(settings.protect, is_super=is_known and not is_active)

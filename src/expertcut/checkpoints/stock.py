@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expertcut.checkpoints.edit import TensorChanges
+from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, match_blocks
 from expertcut.edits.calibrate import Constants
@@ -26,18 +26,14 @@ from expertcut.models.validate import with_expert_count
 
 # num_nextn_predict_layers, num_mtp_layers, mtp_num_hidden_layers, num_mtp_modules, mtp_num_layers
 _COUNT = re.compile(r"(num_|n_)(\w+_)?(mtp|nextn)(_\w+)?|(mtp|nextn)_num_\w+")
-_SWITCHES = {"use_mtp"}
-_PARTS = ("text_config", "mtp_config")
-_DEFAULT = "num_nextn_predict_layers"  # 1 in several families whose config.json does not say
 _NOT_BY_LAYER = re.compile(r".*(token_id|token_ids|architectures)")
 logger = logging.getLogger(__name__)
 
 
-class StockWriter:
+class StockWriter(LayoutWriter):
     """Removed experts leave no row in any tensor, and no token is routed to them."""
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
-        """That the model has no layout that this one cannot hold."""
         if is_exact(read_config(source.path)):
             raise ContractError(
                 f"{source.id} has layout exact, which layout stock cannot carry on: take --layout "
@@ -59,57 +55,42 @@ class StockWriter:
         return TensorChanges(headers, edits, matched, unused)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
-        """Cuts rows, renumbers the kept experts, and drops MTP layers.
-
-        config.json states one count of experts for all layers, so layers that the loaded model has
-        no place for cannot stay.
-        """
+        """Cuts rows, renumbers kept experts, and drops MTP layers: config.json has one count."""
         for name, block in tensors.blocks.items():
             keep = tensors.edits[name].keep
             if len(keep) == block.n_experts:
                 continue
-            for position, expert in enumerate(keep):
-                own = block.by_expert[expert].values() if block.by_expert else ()
-                renamed = {n: block.renamed(n, position) for n in own if position != expert}
-                tensors.renamed |= renamed
-            for expert in set(range(len(block.by_expert))) - set(keep):
-                tensors.removed |= set(block.by_expert[expert].values())
+            for expert, own in enumerate(block.by_expert):
+                if expert not in keep:
+                    tensors.removed |= set(own.values())
+                elif (position := keep.index(expert)) != expert:
+                    tensors.renamed |= {n: block.renamed(n, position) for n in own.values()}
             for tensor, axis in block.axes.items():
                 tensors.keep_rows(tensor, axis, keep)
             tensors.removed |= tensors.unused
 
-    def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
-        """Every expert has weights of its own."""
-
     def add_biases(
         self, tensors: TensorChanges, directions: Mapping[int, Tensor], apply_at: Positions
     ) -> None:
-        """As b·v in the gate's row, or into the router's own bias.
-
-        That bias acts at every token, so with `apply_at` `answer` it is left alone.
-        """
+        """Adds b·v to the gate's row, or b to the router's own bias, which acts at every token."""
         for layer, (name, block) in enumerate(tensors.blocks.items()):
-            if edit := tensors.edits[name] if tensors.edits[name].bias else None:
-                has_place = block.logit_bias and apply_at == "all"
-                _add_bias(tensors, block, edit, None if has_place else directions.get(layer))
+            if tensors.edits[name].bias:
+                uses_own = block.logit_bias and apply_at == "all"
+                v_D = None if uses_own else directions.get(layer)
+                _add_bias(tensors, block, tensors.edits[name], v_D)
 
     def config(
         self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
     ) -> dict[str, Any]:
-        """The original config with another count of experts, and without MTP layers."""
-        config, n_kept = read_config(source.path), len(next(iter(edits.values())).keep)
-        counted = with_expert_count(config, n_experts, n_kept)
+        n_kept = len(next(iter(edits.values())).keep)
+        counted = with_expert_count(read_config(source.path), n_experts, n_kept)
         if n_kept == n_experts or not match_blocks(stored.tensors, edits)[1]:
             return counted
         return without_further_tokens(counted)
 
-    def files(self) -> Mapping[str, bytes]:
-        """None."""
-        return {}
-
 
 def warn_of_further_tokens(headers: Headers, edits: Mapping[str, BlockEdit]) -> None:
-    """Says that a cut leaves out layers for multi-token prediction, if there are any."""
+    """Warns if a cut leaves out layers for multi-token prediction."""
     matched, unused = match_blocks(headers, edits)
     if unused and any(len(edits[name].keep) < b.n_experts for name, b in matched.items()):
         logger.warning(
@@ -143,13 +124,9 @@ def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:
 
 
 def outside_axes(source: Source, headers: Headers, edits: Mapping[str, BlockEdit]) -> OutsideAxes:
-    """Tensors with an axis of experts that lie on disk elsewhere than their block.
+    """Tensors on disk with an axis of experts outside their block, and unclear selection biases.
 
-    Which block they are of is what transformers makes of their names; so is whether a bias whose
-    name does not tell is one on choosing, which is then among them.
-
-    Raises:
-        ContractError: one belongs to no block.
+    The conversions of transformers assign them to blocks, by name.
     """
     matched, unused = match_blocks(headers, edits)
     n_experts = {block.n_experts for block in matched.values()}
@@ -177,42 +154,36 @@ def outside_axes(source: Source, headers: Headers, edits: Mapping[str, BlockEdit
 
 
 def without_further_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model whose layers that predict further tokens are gone.
+    """The config of a model without its layers that predict further tokens.
 
-    Their count becomes 0 under every name it goes by, and lists with an entry for every layer lose
-    those of theirs.
+    Their count becomes 0 under every name, and lists with an entry for every layer lose theirs.
     """
     text = config.get("text_config")
     fields = {**config, **(text if isinstance(text, dict) else {})}
-    n_layers, n_further = fields.get("num_hidden_layers"), max(_counts(fields), default=0)
+    nested = fields.get("mtp_config")
+    pairs = [*fields.items(), *(nested.items() if isinstance(nested, dict) else ())]
+    counts = [value for key, value in pairs if _COUNT.fullmatch(key)]
+    n_layers = fields.get("num_hidden_layers")
+    n_further = max((value for value in counts if type(value) is int), default=0)
     length = n_layers + n_further if isinstance(n_layers, int) and n_further else None
-    edited = _edited(config, length, n_further)
-    if not any(map(_COUNT.fullmatch, (*fields, *_nested(fields)))):
-        (edited["text_config"] if isinstance(text, dict) else edited)[_DEFAULT] = 0
+    edited = _without_layers(config, length, n_further)
+    if not counts:  # several families then count 1
+        place = edited["text_config"] if isinstance(text, dict) else edited
+        place["num_nextn_predict_layers"] = 0
     return edited
 
 
-def _counts(fields: Mapping[str, Any]) -> list[int]:
-    both = (*fields.items(), *_nested(fields).items())
-    return [value for key, value in both if _COUNT.fullmatch(key) and type(value) is int]
-
-
-def _nested(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = fields.get("mtp_config")
-    return found if isinstance(found, dict) else {}
-
-
-def _edited(config: Mapping[str, Any], length: int | None, n_further: int) -> dict[str, Any]:
-    edited: dict[str, Any] = {}
+def _without_layers(
+    config: Mapping[str, Any], length: int | None, n_further: int
+) -> dict[str, Any]:
+    edited = dict(config)
     for key, value in config.items():
-        if key in _PARTS and isinstance(value, dict):
-            edited[key] = _edited(value, length, n_further)
+        if key in ("text_config", "mtp_config") and isinstance(value, dict):
+            edited[key] = _without_layers(value, length, n_further)
         elif _COUNT.fullmatch(key) and type(value) in (int, type(None)):
             edited[key] = 0
-        elif key in _SWITCHES:
+        elif key == "use_mtp":
             edited[key] = False
         elif isinstance(value, list) and len(value) == length and not _NOT_BY_LAYER.fullmatch(key):
             edited[key] = value[:-n_further]
-        else:
-            edited[key] = value
     return edited

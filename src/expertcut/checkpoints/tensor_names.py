@@ -6,7 +6,7 @@ and Granite's `…input_linear.weight` and `…output_linear.weight`.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from expertcut.errors import ContractError
@@ -57,15 +57,15 @@ class DiskBlock:
 
 
 def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:
-    """The MoE blocks of a checkpoint by their names on disk.
-
-    Raises:
-        ContractError: a block whose tensors do not fit together.
-    """
+    """The MoE blocks of a checkpoint by their names on disk."""
     found: dict[str, list[str]] = {}
     for name, tensor in headers.items():
-        if (block := _block_of(name, tensor)) is not None:
-            found.setdefault(block, []).append(name)
+        experts = _of_one_expert(name)
+        fused = _OF_ALL_EXPERTS.fullmatch(name)
+        if fused and not (fused["granite"] and len(tensor.shape) != 3):
+            experts = experts or fused
+        if experts and not _SELECTION_BIAS.fullmatch(name):
+            found.setdefault(experts["block"], []).append(name)
     return {name: _disk_block(name, members, headers) for name, members in found.items()}
 
 
@@ -76,41 +76,34 @@ def match_blocks(
 
     Blocks match by name, else by the name up to the layer's number, else by that number alone.
     Unused are layers whose experts the model did not load (multi-token prediction): a new expert
-    count would make them unreadable. `outside` are tensors with an axis of experts outside their
-    block, by the block's name.
-
-    Raises:
-        ContractError: a block that is missing or found more than once.
+    count would make them unreadable.
     """
     blocks = find_disk_blocks(headers)
     matched = blocks_of(headers, names, outside)
     used = {block.name for block in matched.values()}
-    unused = set(blocks) - used
-    layers = {_layer(name)[0] for name in unused}
-    if len(used) < len(matched) or layers & {_layer(name)[0] for name in used}:
+    used_layers = {_layer(name)[0] for name in used}
+    layers = {_layer(name)[0] for name in set(blocks) - used}
+    if len(used) < len(matched) or layers & used_layers:
         raise ContractError(
             f"the experts of {', '.join(sorted(blocks))} on disk do not match those of the model, "
             f"{', '.join(matched)}: this form is not supported"
         )
-    places = tuple(f"{place}." for place in _without_use(layers, {_layer(n)[0] for n in used}))
-    return matched, frozenset(name for name in headers if name.startswith(places))
+    unused = tuple(f"{place}." for place in _unused(layers, used_layers))
+    return matched, frozenset(name for name in headers if name.startswith(unused))
 
 
-def _without_use(layers: set[str], used: set[str]) -> set[str]:
+def _unused(layers: set[str], used: set[str]) -> set[str]:
     """The layers and modules of multi-token prediction, from the layers of their experts.
 
     In a list of layers that the model uses these are single layers; otherwise the whole module,
     `mtp` of `mtp.layers.0`.
-
-    Raises:
-        ContractError: their purpose is unknown.
     """
     used_lists = {_list_of(layer) for layer in used}
     places = {layer for layer in layers if _list_of(layer) in used_lists}
     for layer in sorted(layers - places):
         parts = layer.split(".")
-        ways = (".".join(parts[:i]) for i in range(1, len(parts)))
-        root = next(way for way in ways if not any(f"{u}.".startswith(f"{way}.") for u in used))
+        roots = (".".join(parts[:i]) for i in range(1, len(parts)))
+        root = next(r for r in roots if not any(f"{u}.".startswith(f"{r}.") for u in used))
         if not _FURTHER_TOKENS.search(root):
             raise ContractError(
                 f"{layer} holds experts that the loaded model has no place for, and does not say "
@@ -128,46 +121,29 @@ def _list_of(layer: str) -> str:
 def blocks_of(
     headers: Headers, names: Iterable[str], outside: OutsideAxes | None = None
 ) -> dict[str, DiskBlock]:
-    """The block on disk of each block of the loaded model, as `match_blocks` finds them.
-
-    Raises:
-        ContractError: a block that is missing or found more than once.
-    """
+    """The block on disk of each block of the loaded model, as `match_blocks` finds them."""
     names = list(names)
     blocks = find_disk_blocks(headers)
     numbers = {_layer(name)[1] for name in names}
-    found = {name: _match(name, blocks, numbers) for name in names}
-    if outside is None:
-        return found
-    return {name: _with_outside(block, outside.get(name, {})) for name, block in found.items()}
-
-
-def _with_outside(block: DiskBlock, axes: Mapping[str, int]) -> DiskBlock:
-    unclear = None if block.unclear_bias in axes else block.unclear_bias
-    return replace(block, axes={**block.axes, **axes}, unclear_bias=unclear)
-
-
-def _match(name: str, blocks: Mapping[str, DiskBlock], numbers: set[int]) -> DiskBlock:
-    prefix, number = _layer(name)
-    ways = (
-        [b for b in blocks.values() if b.name == name],
-        [b for b in blocks.values() if _layer(b.name)[0] == prefix],
-        _by_number(number, blocks, numbers),
-    )
-    found = next((way for way in ways if way), [])
-    if len(found) != 1:
-        raise ContractError(
-            f"{name} has {len(found)} places on disk, must have one: found experts in "
-            f"{', '.join(blocks) or 'no layer'}"
-        )
-    return found[0]
+    matched = {}
+    for name in names:
+        prefix, number = _layer(name)
+        found = [b for b in blocks.values() if b.name == name]
+        found = found or [b for b in blocks.values() if _layer(b.name)[0] == prefix]
+        found = found or _by_number(number, blocks, numbers)
+        if len(found) != 1:
+            raise ContractError(
+                f"{name} has {len(found)} places on disk, must have one: found experts in "
+                f"{', '.join(blocks) or 'no layer'}"
+            )
+        axes = (outside or {}).get(name, {})
+        unclear = None if found[0].unclear_bias in axes else found[0].unclear_bias
+        matched[name] = replace(found[0], axes={**found[0].axes, **axes}, unclear_bias=unclear)
+    return matched
 
 
 def _by_number(number: int, blocks: Mapping[str, DiskBlock], numbers: set[int]) -> list[DiskBlock]:
-    """The blocks of a layer's number; blocks of multi-token prediction only without others.
-
-    These lie in a list of their own, mostly with fewer layers than the model's.
-    """
+    """The blocks of a layer's number; blocks of multi-token prediction only without others."""
     found = [b for b in blocks.values() if _layer(b.name)[1] == number]
     lists: dict[str, set[int]] = {}
     for block in blocks.values():
@@ -188,15 +164,12 @@ def _layer(block: str) -> tuple[str, int]:
 
 
 def constant_name(block: str, expert: int) -> str:
-    """The tensor name of a removed expert's constant.
-
-    Loaders without constant experts skip unknown tensors of experts, but refuse this one.
-    """
+    """The tensor name of a removed expert's constant; loaders without such experts refuse it."""
     return f"{block}.constant_experts.{expert}.{CONSTANT}"
 
 
 def earlier_constants(headers: Headers) -> dict[str, str]:
-    """Constants under their earlier names (`experts.<id>.`), and their present names."""
+    """Constants under their earlier names (`experts.<id>.`), and today's names."""
     return {
         name: constant_name(found["block"], int(found["expert"]))
         for name in headers
@@ -206,18 +179,6 @@ def earlier_constants(headers: Headers) -> dict[str, str]:
 
 def _of_one_expert(name: str) -> re.Match[str] | None:
     return _OF_ONE_EXPERT.fullmatch(name) or _CONSTANT_EXPERT.fullmatch(name)
-
-
-def _block_of(name: str, tensor: StoredTensor) -> str | None:
-    """The block of a tensor of experts."""
-    if _SELECTION_BIAS.fullmatch(name):
-        return None
-    if found := _of_one_expert(name):
-        return found["block"]
-    found = _OF_ALL_EXPERTS.fullmatch(name)
-    if found is None or (found["granite"] and len(tensor.shape) != 3):
-        return None
-    return found["block"]
 
 
 def _disk_block(name: str, members: list[str], headers: Headers) -> DiskBlock:
@@ -279,7 +240,7 @@ def _router_axes(
 ) -> dict[str, int]:
     """The axis of length E of the router's tensors and the selection biases."""
     axes: dict[str, int] = {}
-    for name in set(_below(block, headers)) - set(members):
+    for name in {name for name in headers if name.startswith(f"{block}.")} - set(members):
         part, shape = name.removeprefix(f"{block}."), headers[name].shape
         if part.startswith("shared_") or n_experts not in shape:
             continue
@@ -290,7 +251,3 @@ def _router_axes(
             )
         axes[name] = shape.index(n_experts)
     return axes
-
-
-def _below(prefix: str, headers: Headers) -> Iterator[str]:
-    return (name for name in headers if name.startswith(f"{prefix}."))

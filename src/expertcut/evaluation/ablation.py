@@ -14,8 +14,7 @@ import numpy as np
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
-from expertcut.checkpoints.held_out_check import NOT_REACHED
-from expertcut.checkpoints.simulate import apply_at_runtime
+from expertcut.checkpoints.held_out_check import NOT_REACHED, apply_at_runtime
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings, CutSettings

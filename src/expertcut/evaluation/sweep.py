@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_source
-from expertcut.checkpoints.held_out_check import NOT_REACHED
-from expertcut.checkpoints.simulate import as_written
+from expertcut.checkpoints.held_out_check import NOT_REACHED, simulated
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import CRITERIA
@@ -159,7 +158,7 @@ class Sweeping:
     def _run(self, draft: EditPlan, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
         def run(on_pass: OnPass) -> Iterator[Progress]:
             edits = fit_edits(self.profile, draft, self._questions(draft), self.engine)
-            with as_written(self.engine.moe, draft, edits):
+            with simulated(self.engine.moe, draft, edits, is_as_written=True):
                 yield from self.measurement.run(place, on_pass)
 
         return run
@@ -231,7 +230,7 @@ def simulate(
     watch(lambda on_pass: measurement.run(base, on_pass), "the unedited model", len(quiz), base)
     questions = questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
     edits = fit_edits(profile, plan, questions, engine)
-    with as_written(engine.moe, plan, edits) as begin:
+    with simulated(engine.moe, plan, edits, is_as_written=True) as begin:
 
         def run(on_pass: OnPass) -> Iterator[Progress]:
             def both(step: Pass) -> None:

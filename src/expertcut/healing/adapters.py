@@ -4,7 +4,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,18 +25,10 @@ from expertcut.models.load import MODELLING_FILE, MoeModel, Source, modelling_co
 from expertcut.models.moe_block import MoeBlock
 
 ADAPTER = "default"
-_ATTENTION = re.compile(r"attn|attention")
-_NEIGHBOURS = 4  # parameters whose tensors alternate on disk
 
 
 def adapted(moe: MoeModel, settings: HealSettings) -> Any:
-    """A peft model whose adapters change nothing yet and are all that is trained.
-
-    The blocks of `moe` stay valid: their modules are wrapped, not replaced.
-
-    Raises:
-        ModelError: a target that the model does not have.
-    """
+    """A peft model with adapters that change nothing yet and are all that is trained."""
     from peft import LoraConfig, get_peft_model
 
     modules, parameters = _targets(moe, settings.targets)
@@ -50,7 +41,7 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
         target_parameters=parameters or None,
     )
     torch.manual_seed(settings.seed)
-    with _unwarned():
+    with _without_warning():
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
 
 
@@ -58,22 +49,18 @@ def load_adapter(moe: MoeModel, folder: Path) -> None:
     """Adds written adapters to a model."""
     from peft import PeftModel
 
-    with _unwarned():
+    with _without_warning():
         PeftModel.from_pretrained(moe.model, folder)
 
 
 def load_weights(model: Any, folder: Path) -> None:
     """Loads written weights into the adapters of a peft model."""
-    with _unwarned():
+    with _without_warning():
         model.load_adapter(str(folder), ADAPTER)
 
 
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Hides a warning: peft uses a deprecated name of transformers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+# peft uses a deprecated name of transformers.
+_without_warning = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 
 
 def deltas(model: Any) -> Iterator[tuple[str, Any]]:
@@ -94,17 +81,14 @@ class _Delta:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the parameter."""
         parameter: Tensor = getattr(self.module.get_base_layer(), self.parameter)
         return parameter.shape
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """The change in float32; peft rounds it to the parameter's dtype."""
-        a_RI, b_OR = (
-            factors[ADAPTER].weight.float().cpu()
-            for factors in (self.module.lora_A, self.module.lora_B)
-        )
+        a_RI = self.module.lora_A[ADAPTER].weight.float().cpu()
+        b_OR = self.module.lora_B[ADAPTER].weight.float().cpu()
         n_experts = getattr(self.module, "num_experts", 1)
         a_ERI = a_RI.reshape(n_experts, -1, a_RI.shape[-1])
         b_ORE = b_OR.reshape(b_OR.shape[0], -1, n_experts)
@@ -117,13 +101,11 @@ class _Delta:
 
 def _targets(moe: MoeModel, targets: tuple[Target, ...]) -> tuple[list[str], list[str]]:
     """Names of linear layers and of parameters, as short as unambiguous."""
-    modules, parameters = list[str](), list[str]()
-    if "attention" in targets:
-        modules = _attention(moe)
-    if "experts" in targets:
-        parameters += [name for block in moe.blocks for name in _experts(block)]
-    if "gate" in targets:
-        parameters += [name for block in moe.blocks for name in _gate(block)]
+    modules = _attention(moe) if "attention" in targets else []
+    parameters = []
+    for target, of_block in (("experts", _experts), ("gate", _gate)):
+        if target in targets:
+            parameters += [name for block in moe.blocks for name in of_block(block)]
     linear = [n for n, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
     known = [name for name, _ in moe.model.named_parameters()]
     return _short(modules, linear, 1), _short(parameters, known, 3)
@@ -131,11 +113,8 @@ def _targets(moe: MoeModel, targets: tuple[Target, ...]) -> tuple[list[str], lis
 
 def _attention(moe: MoeModel) -> list[str]:
     inside = tuple(f"{block.name}." for block in moe.blocks)
-    found = [
-        name
-        for name, module in moe.model.named_modules()
-        if isinstance(module, nn.Linear) and _ATTENTION.search(name) and not name.startswith(inside)
-    ]
+    linear = [name for name, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
+    found = [n for n in linear if re.search(r"attn|attention", n) and not n.startswith(inside)]
     if not found:
         raise ModelError(f"{moe.source.id} has no linear layers in its attention to adapt")
     return found
@@ -161,24 +140,9 @@ def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]
     return endings if sorted(meant) == sorted(wanted) else sorted(wanted)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A tensor on disk that a parameter's change is added to."""
-
-    parameter: str
-    shape: tuple[int, ...]
-
-
 def write_merged(source: Source, model: Any, folder: Path) -> None:
-    """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once.
-
-    Constants of layout exact get today's names.
-
-    Raises:
-        ContractError: a family whose names on disk do not follow from those of the model.
-        OutputError: too little space.
-    """
-    write_checkpoint(source.path, folder, merged_rewrite(source, model), stored=source.stored)
+    """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once."""
+    write_checkpoint(source.path, folder, _merged_rewrite(source, model), stored=source.stored)
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
     content = (source.path / "config.json").read_bytes()
@@ -190,41 +154,33 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
     write_atomically(folder / "config.json", content)
 
 
-def merged_rewrite(source: Source, model: Any) -> Rewrite:
-    """The change of each tensor on disk."""
-    base, added = model.get_base_model(), dict(deltas(model))
-    stored = source.headers
-    places = dict(_places(base, {name: delta.shape for name, delta in added.items()}))
-    for name, place in places.items():
-        if name not in stored or stored[name].shape != place.shape:
+def _merged_rewrite(source: Source, model: Any) -> Rewrite:
+    base, added, stored = model.get_base_model(), dict(deltas(model)), source.headers
+    targets: dict[str, tuple[str, tuple[int, ...]]] = {}  # parameter and shape, by name on disk
+    for parameter, delta in added.items():
+        nothing = torch.empty(delta.shape, device="meta")
+        for name, part in _on_disk(base, parameter, nothing).items():
+            targets[name] = (parameter, tuple(part.shape))
+    for name, (parameter, shape) in targets.items():
+        if name not in stored or stored[name].shape != shape:
             raise ContractError(
-                f"{source.id}: the change of {place.parameter} belongs to {name} "
-                f"{list(place.shape)}, which does not exist: keep the adapter, with --adapter"
+                f"{source.id}: the change of {parameter} belongs to {name} {list(shape)}, which "
+                "does not exist: keep the adapter, with --adapter"
             )
 
-    @lru_cache(maxsize=_NEIGHBOURS)
+    @lru_cache(maxsize=4)  # parameters whose tensors alternate on disk
     def parts(parameter: str) -> dict[str, Tensor]:
         return _on_disk(base, parameter, added[parameter]())
 
     changed = {
-        name: Change(place.shape, partial(_plus, name, partial(parts, place.parameter)))
-        for name, place in places.items()
+        name: Change(shape, partial(_plus, name, partial(parts, parameter)))
+        for name, (parameter, shape) in targets.items()
     }
     return Rewrite(renamed=earlier_constants(stored), changed=changed)
 
 
-def _places(base: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, _Target]]:
-    for parameter, shape in shapes.items():
-        nothing = torch.empty(shape, device="meta")
-        for name, part in _on_disk(base, parameter, nothing).items():
-            yield name, _Target(parameter, tuple(part.shape))
-
-
 def _on_disk(base: Any, parameter: str, values: Tensor) -> dict[str, Tensor]:
-    """A parameter under its names in the checkpoint, by the conversions of transformers.
-
-    They only slice, transpose and stack, so that sums are preserved.
-    """
+    """A parameter under its names on disk; the conversions only slice, transpose and stack."""
     from transformers.core_model_loading import revert_weight_conversion
 
     found: dict[str, Tensor] = revert_weight_conversion(base, {parameter: values})
@@ -244,6 +200,6 @@ def write_adapter(source: Source, model: Any, folder: Path) -> None:
             setattr(config, names, sorted(targets))  # a set has another order in each process
     with system_errors(folder):
         model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be fill_cache in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
     for file in folder.iterdir():
         share(file)  # safetensors writes for the owner only

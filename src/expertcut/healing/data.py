@@ -1,29 +1,20 @@
-"""The data of a recovery run: rows to train on, in order, and held-out rows."""
+"""The data of a recovery run: rows to train on, held-out rows, and questions kept out of both."""
 
+import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, reordered, round_robin, without
-from expertcut.data.questions import group_by_subject, normalised, replace_questions
+from expertcut.data.questions import group_by_subject, hashes_in, normalised, replace_questions
 from expertcut.data.sources import Weighted, hash_lines
-from expertcut.errors import QuizError
+from expertcut.edits.splits import UNUSED
+from expertcut.errors import QuizError, SplitError
 from expertcut.healing.heal_settings import HealSettings
-from expertcut.healing.leakage import (
-    Dropped,
-    QuestionFinder,
-    ScoredQuiz,
-    choose_scored,
-    quizzes_kept_out,
-    texts_without_scored,
-    without_scored,
-)
 from expertcut.healing.rows import (
-    Fixed,
     Part,
     Row,
     Rows,
@@ -36,10 +27,36 @@ from expertcut.healing.rows import (
     text_rows,
 )
 
+USED_BEFORE = "an earlier step used and this one did not train on"
+CHOSE_STEP = "chose the best step of this training but were not trained on"
 _ONE_IN = 10  # questions, by content, and texts that are held out
 _MAX_HELD_OUT = 256
-Lengths = dict[tuple[str, int], int]
-"""Tokens of each question's prompt without shots, by subject and row."""
+_MAX_SCORED = 256
+_MAX_DROPPED_SHARE = 0.05
+Lengths = dict[tuple[str, int], int]  # tokens of a question's prompt, by subject and row
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredQuiz:
+    """Questions that score the result, and how they were `used`: UNUSED or a sentence above."""
+
+    quiz: Quiz
+    used: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Questions or texts of a source that are left out, by name, and the size of the source.
+
+    They are in the evaluation `split`, or have more tokens than `longest`.
+    """
+
+    source: str
+    split: str | None
+    total: int
+    names: tuple[str, ...]
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,22 +79,27 @@ class TrainingData:
         """The first rows to train on."""
         return Rows(self.parts, n_rows)
 
-    def scored_quiz(self, used: frozenset[str]) -> ScoredQuiz | None:
-        """The questions that score the result; `used` are hash lines of the questions read."""
-        return choose_scored(self.scored, self.held_out_quiz, used)
-
-    def fixed(self, first: int) -> Fixed:
+    def held_out_rows(self, first: int) -> list[tuple[int, Row]]:
         """The held-out rows, numbered from `first`."""
-        return Fixed(self.held_out, first)
+        return list(enumerate(self.held_out, first))
+
+    def scored_quiz(self, used: frozenset[str]) -> ScoredQuiz | None:
+        """Unused questions of the evaluation split, else all of it, else the held-out questions.
+
+        `used` are hash lines of the questions that this run and earlier steps read.
+        """
+        if self.scored is not None:
+            unused = without(self.scored, used)
+            quiz, how = (unused, UNUSED) if len(unused) else (self.scored, USED_BEFORE)
+        elif self.held_out_quiz is not None:
+            quiz, how = self.held_out_quiz, CHOSE_STEP
+        else:
+            return None
+        return ScoredQuiz(round_robin(quiz, _MAX_SCORED), how)
 
 
 def read_data(settings: HealSettings, tokenizer: Any, max_tokens: int) -> TrainingData:
-    """Reads quizzes and texts, drops what is scored later, and holds some out.
-
-    Raises:
-        QuizError: a source that cannot be read, is too small, or has more than 5 % in an
-            evaluation split.
-    """
+    """Reads quizzes and texts, drops what is scored later, and holds some out."""
     reader = _Reader(settings, tokenizer, max_tokens)
     quizzes = [reader.read_quiz(quiz) for quiz in settings.quizzes]
     texts = [reader.read_texts(text) for text in settings.texts]
@@ -88,7 +110,18 @@ def read_data(settings: HealSettings, tokenizer: Any, max_tokens: int) -> Traini
         reader.add_quiz(source, without(quiz, lines), held, lengths)
     for source, clean in zip(settings.texts, texts, strict=True):
         reader.add_texts(source, clean)
-    return reader.result()
+    if not reader.held_out:
+        raise QuizError("too few questions and texts to hold any out: name more")
+    return TrainingData(
+        reader.parts,
+        reader.held_out[:_MAX_HELD_OUT],
+        held_out[0] if held_out else None,
+        scored=reader.scored[0] if reader.scored else None,
+        dropped=[dropped for dropped in reader.dropped if dropped is not None],
+        hashes=frozenset[str]().union(*(hash_lines(quiz) for quiz, _ in quizzes)),
+        n_questions=reader.n_questions,
+        n_texts=reader.n_texts,
+    )
 
 
 class _Reader:
@@ -96,15 +129,13 @@ class _Reader:
         self.settings, self.tokenizer, self.max_tokens = settings, tokenizer, max_tokens
         self.parts: list[Part] = []
         self.held_out: list[Row] = []
-        self.held_out_quiz: Quiz | None = None
         self.scored = quizzes_kept_out(settings)
         self.dropped: list[Dropped | None] = []
-        self.hashes: frozenset[str] = frozenset()
         self.n_questions = self.n_texts = 0
         self.text_counts = Counter[str]()
 
     def read_quiz(self, source: Weighted) -> tuple[Quiz, Lengths]:
-        """A quiz without questions that are scored later or too long."""
+        """A quiz without questions that are scored later or do not fit into a row."""
         settings = self.settings
         selection = Selection(
             source.name,
@@ -115,31 +146,23 @@ class _Reader:
             revision=source.revision,
             truncate=settings.truncate,
         )
-        quiz, scored = without_scored(load_quiz(selection), self.scored)
+        quiz, dropped = without_scored(load_quiz(selection), self.scored)
+        self.dropped.append(dropped)
         questions = list(quiz)
         tokens = question_lengths(self.tokenizer, questions)
         lengths = {(q.subject, q.row): n for q, n in zip(questions, tokens, strict=True)}
-        quiz, too_long = self._without_long(quiz, lengths)
-        self.dropped += [scored, too_long]
-        self.hashes |= hash_lines(quiz)
-        return quiz, lengths
-
-    def _without_long(self, quiz: Quiz, lengths: Lengths) -> tuple[Quiz, Dropped | None]:
-        """The questions whose prompt without shots fits into a row."""
-        long = [q for q in quiz if lengths[q.subject, q.row] > self.max_tokens]
-        if not long:
-            return quiz, None
-        if len(long) == len(quiz):
+        kept = [q for q in questions if lengths[q.subject, q.row] <= self.max_tokens]
+        if len(kept) == len(questions):
+            return quiz, lengths
+        if not kept:
             raise _too_little(quiz.id, self.max_tokens)
-        names = tuple(f"{q.subject}:{q.row}" for q in long)
-        dropped = Dropped(quiz.id, None, len(quiz), names, longest=self.max_tokens)
-        kept = [q for q in quiz if lengths[q.subject, q.row] <= self.max_tokens]
-        return replace_questions(quiz, group_by_subject(kept)), dropped
+        long = _names(q for q in questions if lengths[q.subject, q.row] > self.max_tokens)
+        self.dropped.append(Dropped(quiz.id, None, len(quiz), long, longest=self.max_tokens))
+        return replace_questions(quiz, group_by_subject(kept)), lengths
 
     def add_quiz(self, source: Weighted, kept: Quiz, held_out: Quiz, lengths: Lengths) -> None:
         """Adds questions to train on and held-out questions."""
         self.n_questions += len(kept)
-        self.held_out_quiz = self.held_out_quiz or held_out
         rows = self._shuffled_quiz(kept, lengths, shuffles_choices=self.settings.shuffle)
         held_out_rows = self._shuffled_quiz(held_out, lengths, shuffles_choices=False)
         self.held_out += held_out_rows(random.Random(self.settings.seed))
@@ -152,7 +175,11 @@ class _Reader:
                 drawn = order.sample(questions, len(questions))
                 sizes = [lengths[q.subject, q.row] for q in drawn]
                 if shuffles_choices:
-                    drawn = [_with_shuffled_choices(question, order) for question in drawn]
+                    n_choices = [len(question.choices) for question in drawn]
+                    drawn = [
+                        reordered(question, order.sample(range(n), n))
+                        for question, n in zip(drawn, n_choices, strict=True)
+                    ]
                 groups = group_questions(drawn, sizes, self.settings.n_shots + 1, self.max_tokens)
                 rows += [question_row(self.tokenizer, group) for group in groups]
             order.shuffle(rows)
@@ -179,27 +206,14 @@ class _Reader:
         self.held_out += text_rows([ids[at] for at in held_out], self.max_tokens)
         kept = [document for at, document in enumerate(ids) if at not in set(held_out)]
         self.n_texts += len(kept)
-        self._add(source, partial(_shuffled, list(text_rows(kept, self.max_tokens))))
+        rows = list(text_rows(kept, self.max_tokens))
+        self._add(source, lambda order: order.sample(rows, len(rows)))
 
     def _add(self, source: Weighted, shuffled: Shuffled) -> None:
         seed = self.settings.seed
         if not shuffled(random.Random(seed)):
             raise _too_little(source.name, self.max_tokens)
         self.parts.append(Part(f"{len(self.parts)}", source.weight, shuffled, seed))
-
-    def result(self) -> TrainingData:
-        if not self.held_out:
-            raise QuizError("too few questions and texts to hold any out: name more")
-        return TrainingData(
-            self.parts,
-            self.held_out[:_MAX_HELD_OUT],
-            self.held_out_quiz,
-            scored=self.scored[0] if self.scored else None,
-            dropped=[dropped for dropped in self.dropped if dropped is not None],
-            hashes=self.hashes,
-            n_questions=self.n_questions,
-            n_texts=self.n_texts,
-        )
 
 
 def _too_little(name: str, max_tokens: int) -> QuizError:
@@ -212,24 +226,107 @@ def _too_little(name: str, max_tokens: int) -> QuizError:
 def _held_out(quiz: Quiz, texts: Iterable[Iterable[Text]]) -> Quiz:
     """A tenth by content, the same for every seed, and at least one question.
 
-    None of it is contained in a text that is trained on.
+    No text that is trained on contains any of them.
     """
-    finder = QuestionFinder(quiz)
+    finder = _QuestionFinder(quiz)
     in_texts = [q for source in texts for text in source for q in finder.questions_in(text.said)]
     free = without(quiz, hash_lines(replace_questions(quiz, group_by_subject(in_texts))))
-    tenth = [q for q in free if int(q.content_hash, 16) % _ONE_IN == 0]
-    held_out = round_robin(
-        replace_questions(quiz, group_by_subject(tenth or list(free)[:1])), _MAX_HELD_OUT
-    )
+    tenth = [q for q in free if int(q.content_hash, 16) % _ONE_IN == 0] or list(free)[:1]
+    held_out = round_robin(replace_questions(quiz, group_by_subject(tenth)), _MAX_HELD_OUT)
     if len(without(quiz, hash_lines(held_out))) == 0 or not len(held_out):
         raise QuizError(f"{quiz.id} has too few questions to hold any out: it has {len(quiz)}")
     return held_out
 
 
-def _with_shuffled_choices(question: Question, order: random.Random) -> Question:
-    n_choices = len(question.choices)
-    return reordered(question, order.sample(range(n_choices), n_choices))
+def quizzes_kept_out(settings: HealSettings) -> list[Quiz]:
+    """The evaluation split of `eval_quiz`, else of every quiz that is trained on."""
+    if settings.eval_quiz is not None:
+        return [_evaluation_split(settings.eval_quiz, settings, settings.eval_revision)]
+    found = []
+    for name, revision in {quiz.name: quiz.revision for quiz in settings.quizzes}.items():
+        if Path(name).is_file():
+            logger.warning("%s is one file: name the scored quiz by --eval-quiz", name)
+            continue
+        try:
+            found.append(_evaluation_split(name, settings, revision))
+        except SplitError as error:
+            logger.warning("no evaluation split to keep out: %s", error)
+    if not found:
+        logger.warning("nothing is kept out of the training: name the scored quiz by --eval-quiz")
+    return found
 
 
-def _shuffled(rows: Sequence[Row], order: random.Random) -> list[Row]:
-    return order.sample(rows, len(rows))
+def _evaluation_split(name: str, settings: HealSettings, revision: str | None) -> Quiz:
+    """The quiz with shots, or without if it has too few."""
+    split, shots, truncate = settings.kept_out_split, settings.n_shots, settings.truncate
+    selection = Selection(name, split, shots, revision=revision, truncate=truncate)
+    try:
+        return load_quiz(selection)
+    except SplitError:
+        raise
+    except QuizError as error:
+        quiz = load_quiz(replace(selection, shots=0))  # raises again unless shots were the reason
+        logger.warning("%s is scored without shots: %s", name, error)
+        return quiz
+
+
+def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, Dropped | None]:
+    """The quiz without questions whose content is in a scored quiz; at most 5 % may be."""
+    lines = frozenset[str]().union(*map(hash_lines, scored))
+    known = hashes_in(lines)
+    names = _names(q for q in quiz if q.is_among(known))
+    if not names:
+        return quiz, None
+    dropped = Dropped(quiz.id, scored[0].split, len(quiz), names)
+    _check_share(dropped, "questions")
+    return without(quiz, lines), dropped
+
+
+def _names(questions: Iterable[Question]) -> tuple[str, ...]:
+    return tuple(f"{question.subject}:{question.row}" for question in questions)
+
+
+class _QuestionFinder:
+    """Finds questions in texts: the first line, the text and all choices must be there.
+
+    White space, invisible characters and the Unicode form are ignored.
+    """
+
+    def __init__(self, questions: Iterable[Question]) -> None:
+        self.by_line: dict[str, list[Question]] = {}
+        for question in questions:
+            if line := next(filter(None, map(normalised, question.text.splitlines())), ""):
+                self.by_line.setdefault(line, []).append(question)
+
+    def questions_in(self, text: str) -> Iterator[Question]:
+        """Questions that a text contains on lines of their own."""
+        lines = [normalised(line) for line in text.splitlines()]
+        candidates = [q for line in lines for q in self.by_line.get(line, ())]
+        whole = normalised(text) if candidates else ""
+        for question in candidates:
+            if all(normalised(part) in whole for part in (question.text, *question.choices)):
+                yield question
+
+
+def texts_without_scored(
+    name: str, texts: Sequence[Text], scored: Iterable[Question], split: str
+) -> tuple[list[Text], Dropped | None]:
+    """The texts that contain no scored question; at most 5 % of them may."""
+    finder = _QuestionFinder(scored)
+    found = [any(finder.questions_in(text.said)) for text in texts]
+    clean = [text for text, has_scored in zip(texts, found, strict=True) if not has_scored]
+    lines = tuple(f"line {n}" for n, has_scored in enumerate(found, 1) if has_scored)
+    if not lines:
+        return clean, None
+    dropped = Dropped(name, split, len(texts), lines)
+    _check_share(dropped, "texts")
+    return clean, dropped
+
+
+def _check_share(dropped: Dropped, what: str) -> None:
+    if len(dropped.names) > _MAX_DROPPED_SHARE * dropped.total:
+        raise QuizError(
+            f"{len(dropped.names)} of {dropped.total} {what} of {dropped.source} stand in split "
+            f"{dropped.split}, which is scored later, first {dropped.names[0]}; at most 5 % may: "
+            "train on others, or name what is scored with --eval-quiz and --eval-split"
+        )

@@ -22,7 +22,6 @@ _RATE_TIMES_WIDTH = 0.64
 
 
 def _as_tuple(value: Any) -> Any:
-    """Accepts one value, or a list of them."""
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, str) else value
@@ -36,11 +35,9 @@ class HealSettings(Settings):
     """All options of a recovery run; no question of the evaluation split is trained on."""
 
     quiz: Names = option(
-        (),
-        "Quiz to train on, or NAME=WEIGHT for a mixture. Repeatable.  "
-        "[default: mmlu, unless --text is given]",
-        panel=DATA,
-    )
+        (), "Quiz to train on, or NAME=WEIGHT for a mixture. Repeatable.  "
+        "[default: mmlu, unless --text is given]", panel=DATA,
+    )  # fmt: skip
     split: str = option("val", "Split to train on.", panel=DATA)
     shots: int | None = option(
         None, "Solved questions before the last question of a row.  [default: 5]", panel=DATA, ge=0
@@ -52,10 +49,9 @@ class HealSettings(Settings):
         None, "Train on the first LIMIT questions of each subject.", panel=DATA, ge=1
     )
     text: Names = option(
-        (),
-        "JSON lines with `text` or `messages`, or FILE=WEIGHT; for distill and lm. Repeatable.",
+        (), "JSON lines with `text` or `messages`, or FILE=WEIGHT; for distill and lm. Repeatable.",
         panel=DATA,
-    )
+    )  # fmt: skip
     eval_quiz: Source | None = option(
         None, "Quiz to keep out of the training.  [default: --quiz]", panel=DATA
     )
@@ -63,18 +59,14 @@ class HealSettings(Settings):
         None, "Split to keep out of the training.  [default: test]", panel=DATA
     )
     truncate: Truncate | None = option(
-        None,
-        "left: drop the first tokens of prompts longer than the context, as lm-evaluation-harness "
-        "does.  [default: refuse them]",
-        panel=DATA,
-        in_recipe=False,
-    )
+        None, "left: drop the first tokens of prompts longer than the context, as "
+        "lm-evaluation-harness does.  [default: refuse them]", panel=DATA, in_recipe=False,
+    )  # fmt: skip
     objective: ObjectiveName | None = option(
-        None,
-        "distill: match the base model's distribution. answer: the letter of the right choice. "
-        "lm: all tokens.  [default: distill if the base model is available, else answer]",
+        None, "distill: match the base model's distribution. answer: the letter of the right "
+        "choice. lm: all tokens.  [default: distill if the base model is available, else answer]",
         panel=OBJECTIVE,
-    )
+    )  # fmt: skip
     teacher: Source | None = option(
         None, "Teacher of distill.  [default: the checkpoint's base model]", panel=OBJECTIVE
     )
@@ -82,28 +74,17 @@ class HealSettings(Settings):
         None, "Folder that keeps the teacher's outputs for later runs.", panel=OBJECTIVE
     )
     likeliest: int = option(
-        64,
-        "Match the teacher's K most likely tokens; the others count as one.",
-        panel=OBJECTIVE,
-        flags=("--top-k-logits",),
-        aliases=("--likeliest",),
-        ge=1,
-    )
+        64, "Match the teacher's K most likely tokens; the others count as one.", panel=OBJECTIVE,
+        flags=("--top-k-logits",), aliases=("--likeliest",), ge=1,
+    )  # fmt: skip
     answer_weight: float | None = option(
-        None,
-        "Extra weight of the answer letters, relative to all tokens of a row.  "
-        "[default: 1 for distill, else 0]",
-        panel=OBJECTIVE,
-        ge=0,
-    )
+        None, "Extra weight of the answer letters, relative to all tokens of a row.  "
+        "[default: 1 for distill, else 0]", panel=OBJECTIVE, ge=0,
+    )  # fmt: skip
     targets: Targets = option(
-        ("attention", "experts"),
-        "Modules to adapt, separated by commas: attention, experts, gate.  "
-        "[default: attention,experts]",
-        panel=ADAPTERS,
-        separator=",",
-        min_length=1,
-    )
+        ("attention", "experts"), "Modules to adapt, separated by commas: attention, experts, "
+        "gate.  [default: attention,experts]", panel=ADAPTERS, separator=",", min_length=1,
+    )  # fmt: skip
     rank: int = option(16, "Rank of the adapters.", panel=ADAPTERS, ge=1)
     alpha: int | None = option(
         None, "Scale of the adapters times the rank.  [default: the rank]", panel=ADAPTERS, ge=1
@@ -113,63 +94,41 @@ class HealSettings(Settings):
         None, "Peak learning rate.  [default: 0.64 / hidden size]", panel=TRAINING, gt=0, lt=1
     )
     batch: int = option(
-        16,
-        "Rows per step, over all processes.",
-        panel=TRAINING,
-        flags=("--batch-size",),
-        aliases=("--batch",),
-        ge=1,
-    )
+        16, "Rows per step, over all processes.", panel=TRAINING,
+        flags=("--batch-size",), aliases=("--batch",), ge=1,
+    )  # fmt: skip
     micro_batch: int | None = option(
-        None,
-        "Rows in memory at once.  [default: chosen from the free memory]",
-        panel=TRAINING,
-        flags=("--micro-batch-size",),
-        aliases=("--micro-batch",),
-        ge=1,
-    )
+        None, "Rows in memory at once.  [default: chosen from the free memory]", panel=TRAINING,
+        flags=("--micro-batch-size",), aliases=("--micro-batch",), ge=1,
+    )  # fmt: skip
     balance: float = option(0.0, "Weight of the load-balancing loss.", panel=TRAINING, ge=0)
     check_every: int = option(
-        50,
-        "Steps between two evaluations on held-out rows.",
-        panel=TRAINING,
-        flags=("--eval-every",),
-        aliases=("--check-every",),
-        ge=1,
-    )
+        50, "Steps between two evaluations on held-out rows.", panel=TRAINING,
+        flags=("--eval-every",), aliases=("--check-every",), ge=1,
+    )  # fmt: skip
     patience: int = option(
         3, "Stop after this many evaluations without a better loss.", panel=TRAINING, ge=1
     )
     max_tokens: int = option(2048, "Maximum tokens of a row.", panel=TRAINING, ge=2)
     adapter: bool = option(
-        False,
-        "Write only the adapter, not a whole checkpoint.",
-        panel=OUTPUT,
-        flags=("--adapter",),
-        in_recipe=False,
-    )
+        False, "Write only the adapter, not a whole checkpoint.", panel=OUTPUT,
+        flags=("--adapter",), in_recipe=False,
+    )  # fmt: skip
     save_memory: bool = option(
-        False,
-        "Recompute activations in the backward pass instead of keeping them.",
-        panel=TRAINING,
-        flags=("--gradient-checkpointing",),
-        aliases=("--save-memory",),
-    )
+        False, "Recompute activations in the backward pass instead of keeping them.",
+        panel=TRAINING, flags=("--gradient-checkpointing",), aliases=("--save-memory",),
+    )  # fmt: skip
     shuffle: bool = option(
-        True,
-        "Shuffle the choices of a question each time.",
-        panel=DATA,
+        True, "Shuffle the choices of a question each time.", panel=DATA,
         flags=("--shuffle/--no-shuffle",),
-    )
+    )  # fmt: skip
     seed: int = option(
         0, "Seed of the row order and the adapters.", panel=TRAINING, ge=0, le=2**32 - 1
     )
     verify: bool = option(
-        True,
-        "Score the healed checkpoint on held-out questions.",
-        panel=OUTPUT,
+        True, "Score the healed checkpoint on held-out questions.", panel=OUTPUT,
         flags=("--verify/--no-verify",),
-    )
+    )  # fmt: skip
     # No options: the revisions of hub quizzes that a recipe pins.
     quiz_revision: str | None = Field(None, exclude=True)
     eval_revision: str | None = Field(None, exclude=True)
@@ -186,22 +145,14 @@ class HealSettings(Settings):
 
     @property
     def quizzes(self) -> tuple[Weighted, ...]:
-        """Quizzes to train on.
-
-        Raises:
-            SettingsError: a weight that is not above 0.
-        """
+        """Quizzes to train on."""
         names = self.quiz or (() if self.text else (DEFAULT_QUIZ,))
         read = map(Weighted.read, names)
         return tuple(Weighted(q.name, q.weight, self.quiz_revision) for q in read)
 
     @property
     def texts(self) -> tuple[Weighted, ...]:
-        """Text files to train on.
-
-        Raises:
-            SettingsError: a weight that is not above 0.
-        """
+        """Text files to train on."""
         return tuple(map(Weighted.read, self.text))
 
     @property

@@ -67,10 +67,6 @@ class MicroBatch:
     why: str
     file: Path
 
-    def sentence(self, batch: int) -> str:
-        """How a step of `batch` rows runs."""
-        return f"{batch} rows a step, {self.rows} at once ({self.why})"
-
     def save(self) -> None:
         """Records the number for a resumed run."""
         if PartialState().is_main_process:
@@ -78,11 +74,7 @@ class MicroBatch:
             write_atomically(self.file, content.encode())
 
     def halve(self, moe: MoeModel, n_tokens: int) -> None:
-        """Halves the rows after memory ran out.
-
-        Raises:
-            ModelError: it was one row already.
-        """
+        """Halves the rows after memory ran out."""
         if self.rows == 1:
             raise ModelError(
                 f"{moe.source.id}: not enough memory to train on one row of {n_tokens:,} tokens: "
@@ -100,12 +92,8 @@ class MicroBatch:
 
 
 def share_of_process(batch: int, n_processes: int, micro_batch: int | None) -> int:
-    """Rows of a step in each process.
-
-    Raises:
-        SettingsError: a batch that cannot be divided among the processes.
-    """
-    if batch % (n_processes * (micro_batch or 1)):
+    """Rows of a step in each process."""
+    if batch % (n_processes * (micro_batch or 1)):  # so that all processes have as many rows
         micro = f"--micro-batch-size {micro_batch} times " if micro_batch else ""
         raise SettingsError(
             f"--batch-size {batch} must be a multiple of {micro}the {n_processes} processes"
@@ -128,7 +116,10 @@ def choose_micro_batch(
     if settings.micro_batch is not None:
         chosen = MicroBatch(settings.micro_batch, "--micro-batch-size", file)
     else:
-        needs = estimate_memory(moe, run, projection, longest_row(data, settings), settings)
+        first = data.rows(min(settings.steps * settings.batch, _LOOKED_AT))
+        rows = [*data.held_out, *(first[at][1] for at in range(len(first)))]
+        longest = max(len(row.ids) for row in rows)
+        needs = estimate_memory(moe, run, projection, longest, settings)
         chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)
         chosen.rows = min(gather_object([chosen.rows]))
     if recorded not in (None, chosen.rows):
@@ -155,16 +146,11 @@ def _chosen(
     most_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
     most_bytes = _PASS_BYTES.get(device.type, inf)
     fitting = min(most_bytes // max(1, needs.row_bytes), needs.rows_within(free * _FREE_SHARE))
-    return _divisor(share, int(min(most_tokens // needs.longest, fitting))), said
-
-
-def _divisor(share: int, most: int) -> int:
-    """The largest divisor of `share` that is at most `most`, or 1."""
-    return max(n for n in range(1, share + 1) if share % n == 0 and (n <= most or n == 1))
+    most = max(1, min(most_tokens // needs.longest, fitting))
+    return max(n for n in range(1, share + 1) if share % n == 0 and n <= most), said
 
 
 def _recorded(file: Path) -> int | None:
-    """The number of an earlier start, if known."""
     if not file.is_file():
         return None
     try:
@@ -173,13 +159,6 @@ def _recorded(file: Path) -> int | None:
         logger.warning("%s: the micro-batch is chosen again", error)
         return None
     return found.rows if found.rows > 0 else None
-
-
-def longest_row(data: TrainingData, settings: HealSettings) -> int:
-    """Tokens of the longest row, held out or among the first training rows."""
-    rows = data.rows(min(settings.steps * settings.batch, _LOOKED_AT))
-    trained = (len(rows[at][1].ids) for at in range(len(rows)))
-    return max(*trained, *(len(row.ids) for row in data.held_out))
 
 
 def estimate_memory(

@@ -8,8 +8,7 @@ hidden states, and free its logits before the next chunk.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,8 @@ IGNORED = -100  # the label of positions that are not trained on: transformers' 
 # chunks, and gets larger ones from the system anew, page by page.
 _CHUNK_BYTES = {"cpu": 30 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 256 * 2**20
-_PROBE = (2, 3)  # rows and tokens
-
 _PASS_TOKENS = 4096  # of one forward pass: more are not faster
 Run = Callable[..., Any]  # the model, bare or wrapped by peft and accelerate
-LossOf = Callable[[Tensor, slice], Tensor]  # logits (N, V), their positions → summed loss
 Batch = dict[str, Tensor]
 
 
@@ -41,13 +37,7 @@ class TopLogprobs:
     logprob_MR: Tensor
 
     def __getitem__(self, at: slice) -> "TopLogprobs":
-        """A slice of the positions."""
         return TopLogprobs(self.ids_MR[at], self.logprob_MR[at])
-
-
-def at_answers(row: Row) -> Sequence[int]:
-    """Positions just before answer letters."""
-    return row.answers
 
 
 def at_all_tokens(row: Row) -> Sequence[int]:
@@ -88,7 +78,6 @@ def _log_rest(logprob_MR: Tensor) -> Tensor:
     return rest_M.log()
 
 
-Loss = Callable[[Tensor, Tensor, TopLogprobs | None], Tensor]
 Where = Callable[[Row], Sequence[int]]
 
 
@@ -97,14 +86,14 @@ class Objective:
     """A loss, its positions, and whether it needs a teacher."""
 
     name: str
-    loss: Loss
+    loss: Callable[[Tensor, Tensor, TopLogprobs | None], Tensor]
     where: Where
     needs_teacher: bool = False
 
 
 OBJECTIVES = {
     "distill": Objective("distill", distillation, at_all_tokens, needs_teacher=True),
-    "answer": Objective("answer", cross_entropy, at_answers),
+    "answer": Objective("answer", cross_entropy, lambda row: row.answers),
     "lm": Objective("lm", cross_entropy, at_all_tokens),
 }
 
@@ -120,8 +109,7 @@ class Projection:
     def __init__(self, moe: MoeModel) -> None:
         self.causal, self.device = moe.model, moe.device
         self.decoder: Any = getattr(self.causal, "base_model", self.causal)
-        config = self.causal.config.get_text_config()
-        self.n_logits: int = config.vocab_size
+        self.n_logits: int = self.causal.config.get_text_config().vocab_size
         self.is_split = self.decoder is not self.causal and self._is_exact()
 
     def hidden(self, run: Run, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -141,9 +129,8 @@ class Projection:
             run(**given)
         finally:
             handle.remove()
-        (output,) = kept
-        self.output = type(output)
-        hidden_BSH: Tensor = output.last_hidden_state
+        self.output = type(kept[0])
+        hidden_BSH: Tensor = kept[0].last_hidden_state
         return hidden_BSH
 
     def logits(self, run: Run, hidden_NH: Tensor) -> Tensor:
@@ -182,8 +169,7 @@ class Projection:
     @torch.no_grad()
     def _is_exact(self) -> bool:
         """Whether both halves together give the logits of the whole pass."""
-        ids_BS = torch.arange(_PROBE[0] * _PROBE[1], device=self.device).reshape(_PROBE)
-        ids_BS = ids_BS % self.n_logits
+        ids_BS = torch.arange(6, device=self.device).reshape(2, 3) % self.n_logits
         was_training = self.causal.training
         self.causal.eval()  # without noise and dropout
         self.is_split = True
@@ -201,8 +187,10 @@ class Projection:
         return bool(torch.allclose(halves_NV, whole_NV, rtol=tolerance, atol=tolerance))
 
 
-def chunked_loss(projection: Projection, run: Run, hidden_MH: Tensor, loss_of: LossOf) -> Tensor:
-    """The sum of `loss_of` over chunks of positions, in float64.
+def chunked_loss(
+    projection: Projection, run: Run, hidden_MH: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """The sum of `loss_of` (logits_NV, positions) over chunks of positions, in float64.
 
     Gradients reach the hidden states; the vocabulary projection is not trained.
     """
@@ -254,7 +242,7 @@ class Collator:
     pad_id: int
     answer_weight: float = 0.0
 
-    def __call__(self, items: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[tuple[int, Row]]) -> Batch:
         """A batch of numbered rows."""
         width = max(len(row.ids) for _, row in items)
         ids_BS = torch.full((len(items), width), self.pad_id)
@@ -268,16 +256,14 @@ class Collator:
             labels_BS[at, trained] = ids_BS[at, trained + 1]
             weight_BS[at, trained] = 1
             if row.answers:
-                weight_BS[at, torch.tensor(row.answers)] += (
-                    self.answer_weight * len(trained) / len(row.answers)
-                )
-        numbers_B = torch.tensor([number for number, _ in items])
+                share = self.answer_weight * len(trained) / len(row.answers)
+                weight_BS[at, torch.tensor(row.answers)] += share
         return {
             "input_ids": ids_BS,
             "attention_mask": mask_BS,
             "labels": labels_BS,
             "weight_BS": weight_BS,
-            "row_B": numbers_B,
+            "row_B": torch.tensor([number for number, _ in items]),
         }
 
 
@@ -299,32 +285,19 @@ def _rows(batch: Batch, rows: slice) -> Batch:
     return {name: t[:, :width] if t.ndim > 1 else t for name, t in taken.items()}
 
 
-class Teacher(Protocol):
-    """Gives its top tokens at the trained positions of a batch."""
-
-    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
-        """`at_BS` marks the positions."""
+Teacher = Callable[[Batch, Tensor], TopLogprobs]  # at the positions that (B, S) marks
 
 
-@dataclass(frozen=True)
 class LiveTeacher:
     """A teacher in memory."""
 
-    moe: MoeModel
-    n_likeliest: int
-
-    @cached_property
-    def projection(self) -> Projection:
-        """The teacher's pass in two halves."""
-        return Projection(self.moe)
+    def __init__(self, moe: MoeModel, n_likeliest: int) -> None:
+        self.moe, self.n_likeliest = moe, n_likeliest
+        self.projection = Projection(moe)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
-        """Forward passes over some rows each.
-
-        Raises:
-            ModelError: too little memory for one row.
-        """
+        """Forward passes over some rows each."""
         whole = {**batch, "at_BS": at_BS}
         n_rows = max(1, _PASS_TOKENS // at_BS.shape[1])
         return _joined([self._of(piece) for piece in cut_rows(whole, n_rows)])
@@ -350,12 +323,9 @@ class LiveTeacher:
         model, projection = self.moe.model, self.projection
         hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
         hidden_MH = hidden_BSH[batch["at_BS"]]
-        return _joined(
-            [
-                top_logprobs(projection.logits(model, hidden_MH[at]), self.n_likeliest)
-                for at in projection.chunks(len(hidden_MH))
-            ]
-        )
+        chunks = projection.chunks(len(hidden_MH))
+        logits = (projection.logits(model, hidden_MH[at]) for at in chunks)
+        return _joined([top_logprobs(logits_NV, self.n_likeliest) for logits_NV in logits])
 
 
 def _joined(parts: list[TopLogprobs]) -> TopLogprobs:

@@ -36,9 +36,8 @@ from expertcut.edits.plan import (
 )
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.adapters import adapted, load_adapter, write_adapter, write_merged
-from expertcut.healing.data import TrainingData, read_data
+from expertcut.healing.data import ScoredQuiz, TrainingData, read_data
 from expertcut.healing.heal_settings import HealSettings
-from expertcut.healing.leakage import ScoredQuiz
 from expertcut.healing.objectives import OBJECTIVES, LiveTeacher, Objective, Teacher
 from expertcut.healing.state import RunIdentity, check_resumable
 from expertcut.healing.teacher_cache import CacheKey, check_cache, fill_cache
@@ -52,7 +51,6 @@ from expertcut.stats import HeldOutResult
 
 logger = logging.getLogger(__name__)
 
-_BATCH_TOKENS = 4096
 HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
 
 
@@ -96,10 +94,7 @@ def default_out(checkpoint: str) -> Path:
 
 
 def working_folder(out: Path) -> Path:
-    """Sibling of the output that holds the states of an unfinished run.
-
-    From the absolute path: the working directory itself may be replaced.
-    """
+    """Sibling of the output that holds the states of an unfinished run."""
     place = out.resolve()
     return place.with_name(f"{place.name}.healing")
 
@@ -108,14 +103,6 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
     """Trains a checkpoint and writes the healed one; the folder appears when all is complete.
 
     With several processes, the first one writes and returns the result.
-
-    Raises:
-        ContractError: a model whose experts cannot be identified, or cannot be written back.
-        ModelError: a checkpoint or teacher that cannot be loaded, or a non-finite loss.
-        OutputError: an output folder that must not be written, belongs to another run, or is
-            locked by a running one.
-        QuizError: data that cannot be read, or of which too much is scored later.
-        SettingsError: settings that do not fit the checkpoint or the processes.
     """
     working = working_folder(out)
     source = find_source(checkpoint)
@@ -127,11 +114,13 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
         check_writable(out, is_forced=options.is_forced, inputs=(base.path,))
     moe = load(source, options.load_as)
     processes = PartialState(cpu=moe.device.type == "cpu")  # joins the processes of a launcher
-    data = read_data(settings, moe.tokenizer, _max_tokens(moe, settings))
+    config = moe.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or settings.max_tokens
+    data = read_data(settings, moe.tokenizer, min(settings.max_tokens, limit))
     scored = data.scored_quiz(used_questions(source, data)) if settings.verify else None
     run = _Run(settings, objective, base, moe, data, scored, options)
-    if run.uses_cache:
-        check_cache(run.cache, run.cache_key)
+    if run.cache:
+        check_cache(*run.cache)
     with ExitStack() as until_done:
         if processes.is_main_process:
             until_done.enter_context(alone(working, "healing"))
@@ -160,11 +149,6 @@ def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Sourc
             "--teacher, or take --objective answer or lm"
         )
     return objective, base
-
-
-def _max_tokens(moe: MoeModel, settings: HealSettings) -> int:
-    config = moe.model.config.get_text_config()
-    return min(settings.max_tokens, getattr(config, "max_position_embeddings", None) or 10**9)
 
 
 def first_base(source: Source) -> Source | None:
@@ -233,19 +217,15 @@ def healed_plan(
 
 
 def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, BlockEdit]:
-    blocks: dict[str, BlockEdit] = {}
-    for block in moe.blocks:
-        edit = before.blocks.get(block.name) if before else None
-        if edit is None:
-            blocks[block.name] = BlockEdit(keep=tuple(range(block.n_experts)))
-        else:
-            blocks[block.name] = BlockEdit(keep=edit.keep, rows=edit.rows)
+    blocks = {block.name: BlockEdit(keep=tuple(range(block.n_experts))) for block in moe.blocks}
+    for name, edit in before.blocks.items() if before else ():
+        if name in blocks:
+            blocks[name] = BlockEdit(keep=edit.keep, rows=edit.rows)
     return blocks
 
 
 def _choice_logprobs(moe: MoeModel, quiz: Quiz) -> Tensor:
-    """Log p of the choices (N, C)."""
-    return ask(Engine(moe, _BATCH_TOKENS), quiz)
+    return ask(Engine(moe, batch_tokens=4096), quiz)
 
 
 def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
@@ -269,8 +249,6 @@ def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run: its checkpoint, its data, and the questions that score the result."""
-
     settings: HealSettings
     objective: Objective
     base: Source | None
@@ -280,22 +258,13 @@ class _Run:
     options: Options
 
     @property
-    def uses_cache(self) -> bool:
-        """Whether the teacher's outputs are kept on disk."""
-        is_taught = self.objective.needs_teacher and self.base is not None
-        return is_taught and self.settings.teacher_cache is not None
-
-    @property
-    def cache(self) -> Path:
-        """Folder of the teacher's outputs."""
-        assert self.settings.teacher_cache is not None
-        return self.settings.teacher_cache
-
-    @property
-    def cache_key(self) -> CacheKey:
-        """What the teacher's outputs depend on."""
-        assert self.base is not None
-        return CacheKey(self.base.fingerprint, str(self.moe.dtype), self.settings.likeliest)
+    def cache(self) -> tuple[Path, CacheKey] | None:
+        """Folder of the teacher's outputs on disk, and what they depend on."""
+        folder = self.settings.teacher_cache
+        if folder is None or self.base is None or not self.objective.needs_teacher:
+            return None
+        key = CacheKey(self.base.fingerprint, str(self.moe.dtype), self.settings.likeliest)
+        return folder, key
 
     def train(self, out: Path, working: Path) -> Healed | None:
         """Trains and, in the first process, writes; then removes the working folder."""
@@ -330,12 +299,12 @@ class _Run:
 
     def _teacher(self, other: Callable[[], MoeModel]) -> Teacher:
         settings = self.settings
-        if not self.uses_cache:
+        if self.cache is None:
             return LiveTeacher(other(), settings.likeliest)
         n_rows = settings.steps * settings.batch
-        rows: Any = (self.data.rows(n_rows), self.data.fixed(n_rows))
+        rows: Any = (self.data.rows(n_rows), self.data.held_out_rows(n_rows))
         live = lambda: LiveTeacher(other(), settings.likeliest)  # noqa: E731
-        return fill_cache(self.cache, self.cache_key, rows, live, settings.batch)
+        return fill_cache(*self.cache, rows, live, settings.batch)
 
 
 def _load_other(run: _Run, base: Source) -> MoeModel:

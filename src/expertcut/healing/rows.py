@@ -1,7 +1,7 @@
 """Questions, texts and chats as rows of token ids, and the order of rows of several sources.
 
-A row of a quiz is a prompt whose shots are questions of the same split, so that no dev question is
-trained on, every question of the row is, and all numbers of shots occur.
+The shots of a quiz's row are questions of the same split, so that no dev question is trained on,
+every question of the row is, and all numbers of shots occur.
 """
 
 import random
@@ -29,12 +29,7 @@ class Text:
 
 
 def read_texts(file: Path, tokenizer: Any) -> list[Text]:
-    """The text of each line, chats in the tokenizer's template.
-
-    Raises:
-        QuizError: an unreadable file, a line without text or messages, a chat without a template.
-        ModelError: a template that fails, also in the sandbox of transformers.
-    """
+    """The text of each line, chats in the tokenizer's template."""
     texts = [_text(record, where, tokenizer) for where, record in json_lines(file)]
     if not texts:
         raise QuizError(f"{file} holds no text: write lines of JSON with text or messages")
@@ -68,9 +63,8 @@ def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
 
 
 def _is_message(found: object) -> bool:
-    return isinstance(found, dict) and all(
-        isinstance(found.get(key), str) for key in ("role", "content")
-    )
+    keys = ("role", "content")
+    return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in keys)
 
 
 @dataclass(frozen=True)
@@ -98,11 +92,7 @@ def group_questions(
 
 
 def question_row(tokenizer: Any, group: Sequence[Question]) -> Row:
-    """The prompt of the last question, with the others as shots, and its answer letter.
-
-    Raises:
-        ModelError: the tokenizer has no single tokens for answer letters.
-    """
+    """The prompt of the last question, with the others as shots, and its answer letter."""
     prompts = [prompt(question, group[:i]) for i, question in enumerate(group)]
     texts = [*prompts, f"{prompts[-1]} {answer_letter(group[-1])}"]
     *prefixes, whole = tokenizer(texts)["input_ids"]
@@ -187,17 +177,3 @@ class Rows(Dataset[tuple[int, Row]]):
             order.append((part, counts[part]))
             counts[part] += 1
         return order
-
-
-@dataclass
-class Fixed(Dataset[tuple[int, Row]]):
-    """The held-out rows in order, numbered from `first`."""
-
-    rows: Sequence[Row]
-    first: int = 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, at: int) -> tuple[int, Row]:
-        return self.first + at, self.rows[at]

@@ -10,7 +10,8 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,6 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from expertcut.data import Quiz
 from expertcut.documents import Record, load_record
 from expertcut.errors import OutputError
 from expertcut.evaluation.results import check_same, load_unfinished, save_outcome
@@ -31,13 +31,10 @@ from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.models.load import MoeModel, Source
 
-OPTIMIZER, STEPS, RANDOM = "optimizer.safetensors", "optimizer.json", "random-{rank}.safetensors"
+OPTIMIZER, STEPS = "optimizer.safetensors", "optimizer.json"
 ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft has them
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"checkpoint-([1-9][0-9]*)")
-_KEPT = 2  # the best and the last, or the last two
-_IDENTITY_FILE = "asked.json"
 _OF_MEMORY = ("micro_batch", "saves_memory")  # they change how a step is computed, not its result
 
 
@@ -67,10 +64,10 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     (folder / STEPS).write_text(json.dumps(content, indent=1))
 
 
-def is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path) -> bool:
     """Whether the optimizer's state and the adapters can be read."""
     try:
-        _numbers(folder)
+        _optimizer_numbers(folder)
         json.loads((folder / ADAPTER_CONFIG).read_bytes())
         files = {folder / OPTIMIZER, folder / ADAPTERS, *folder.glob("*.safetensors")}
         return all(load_file(file) for file in files)
@@ -78,23 +75,21 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _numbers(folder: Path) -> _Numbers:
+def _optimizer_numbers(folder: Path) -> _Numbers:
     return load_record(folder / STEPS, _Numbers, OutputError, "is not a state of an optimizer")
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Restores optimizer and schedule."""
-    content = _numbers(folder)
+    content = _optimizer_numbers(folder)
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         parameter, name = key.split(".", 1)
         state.setdefault(int(parameter), {})[name] = tensor
     for parameter, numbers in content.numbers.items():
         state.setdefault(int(parameter), {}).update(numbers)
-    groups = [
-        {**now, **saved}
-        for now, saved in zip(optimizer.state_dict()["param_groups"], content.groups, strict=True)
-    ]
+    both = zip(optimizer.state_dict()["param_groups"], content.groups, strict=True)
+    groups = [{**now, **saved} for now, saved in both]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     scheduler.load_state_dict({**scheduler.state_dict(), **content.schedule})
 
@@ -114,18 +109,6 @@ def set_random_states(states: dict[str, Tensor]) -> None:
             torch.set_rng_state(state)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(state, device)
-
-
-def save_random(folder: Path, rank: int) -> None:
-    """Saves the generators of a process."""
-    save_file(random_states(), folder / RANDOM.format(rank=rank))
-
-
-def load_random(folder: Path, rank: int) -> None:
-    """Restores the generators of a process, if they were saved."""
-    file = folder / RANDOM.format(rank=rank)
-    if file.is_file():
-        set_random_states(load_file(file))
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
@@ -166,10 +149,11 @@ def last_usable(folder: Path) -> TrainerState | None:
 
     Later and damaged states are removed, so that the run resumes as if they had never been.
     """
-    found = {step: _whole(path) for step, path in _states(folder).items()}
+    paths = _states(folder)
+    found = {step: _sound_state(path) for step, path in paths.items()}
     whole = {step: state for step, state in found.items() if state is not None}
     last = max((step for step in whole if best_step(whole[step]) in whole), default=0)
-    for step, path in _states(folder).items():
+    for step, path in paths.items():
         if step > last or step not in whole:
             logger.warning("%s is damaged, or the best state before it is: it is ignored", path)
             shutil.rmtree(path)
@@ -186,18 +170,14 @@ def keep_best_and_last(folder: Path, best: int) -> None:
     states = _states(folder)
     kept = {best, *list(states)[-1:]}
     others = [path for step, path in states.items() if step not in kept]
-    for path in others[: len(others) - (_KEPT - len(kept))]:
+    for path in others[: len(others) - (2 - len(kept))]:  # two stay
         shutil.rmtree(path, ignore_errors=True)
 
 
 def load_best(model: Any, folder: Path, best: int) -> None:
-    """Loads the best adapters of a run into its model.
-
-    Raises:
-        OutputError: they are missing or damaged.
-    """
+    """Loads the best adapters of a run into its model."""
     place = state_folder(folder, best)
-    if not is_whole(place):
+    if not _is_whole(place):
         raise OutputError(
             f"{place}, the best state, is damaged or missing: run the same command again to train "
             "the missing steps again"
@@ -207,21 +187,21 @@ def load_best(model: Any, folder: Path, best: int) -> None:
 
 def _states(folder: Path) -> dict[int, Path]:
     """States by step, in order; folders with other names are ignored."""
-    named = ((path, _NAME.fullmatch(path.name)) for path in folder.glob("checkpoint-*"))
+    pattern = re.compile(r"checkpoint-([1-9][0-9]*)")
+    named = ((path, pattern.fullmatch(path.name)) for path in folder.glob("checkpoint-*"))
     return dict(sorted((int(name[1]), path) for path, name in named if name and path.is_dir()))
 
 
-def _whole(checkpoint: Path) -> TrainerState | None:
+def _sound_state(checkpoint: Path) -> TrainerState | None:
     """The state of an undamaged checkpoint; Trainer writes it last."""
     try:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         losses = [*train_losses(state), *(loss for _, loss in held_out_losses(state))]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    is_sound = state_folder(checkpoint.parent, state.global_step) == checkpoint and (
-        bool(held_out_losses(state)) and all(map(isfinite, losses))
-    )
-    return state if is_sound and is_whole(checkpoint) else None
+    is_here = state_folder(checkpoint.parent, state.global_step) == checkpoint
+    is_sound = is_here and bool(held_out_losses(state)) and all(map(isfinite, losses))
+    return state if is_sound and _is_whole(checkpoint) else None
 
 
 class RunIdentity(Record):
@@ -250,36 +230,26 @@ class RunIdentity(Record):
         """Models and questions are identified by content."""
         whole = settings.recorded()
         whole["training"] = _without_memory(whole["training"])
+        rows = (part.shuffled(random.Random(0)) for part in data.parts)  # one epoch
+        quizzes = [data.scored, data.held_out_quiz]
+        scored = [
+            None if quiz is None else [(s, quiz.content_hash(s)) for s in quiz.questions]
+            for quiz in quizzes
+        ]
         return cls(
             checkpoint=moe.source.fingerprint,
             dtype=str(moe.dtype),
             teacher=None if base is None else base.fingerprint,
             objective=objective,
-            rows_hash=_hash(_rows(data)),
-            scored_hash=_hash(_scored(data)),
+            rows_hash=_hash(chain(data.held_out, *rows)),
+            scored_hash=_hash(
+                [*scored, data.dropped, sorted(line.split()[0] for line in data.hashes)]
+            ),
             **{key: whole[key] for key in ("likeliest", "data", "lora", "training")},
         )
 
 
-def _rows(data: TrainingData) -> Iterator[object]:
-    """Held-out rows and one epoch of training rows; later epochs follow from the seed."""
-    yield from data.held_out
-    for part in data.parts:
-        yield from part.shuffled(random.Random(0))
-
-
-def _scored(data: TrainingData) -> Iterator[object]:
-    """The questions that may score the result, and those kept out for that."""
-    for quiz in (data.scored, data.held_out_quiz):
-        yield None if quiz is None else _questions(quiz)
-    yield from (data.dropped, sorted(line.split()[0] for line in data.hashes))
-
-
-def _questions(quiz: Quiz) -> list[tuple[str, str]]:
-    return [(subject, quiz.content_hash(subject)) for subject in quiz.questions]
-
-
-def _hash(parts: Iterator[object]) -> str:
+def _hash(parts: Iterable[object]) -> str:
     """Hash of the reprs; all parts are dataclasses, strings and numbers."""
     digest = hashlib.sha256()
     for part in parts:
@@ -288,14 +258,8 @@ def _hash(parts: Iterator[object]) -> str:
 
 
 def check_resumable(folder: Path, own: RunIdentity) -> None:
-    """Checks that a working folder is new or belongs to the same run.
-
-    Runs that differ only in --micro-batch-size and --gradient-checkpointing are the same.
-
-    Raises:
-        OutputError: it belongs to another run.
-    """
-    file = folder / _IDENTITY_FILE
+    """Checks that a working folder is new or of the same run, whatever its use of memory."""
+    file = folder / "asked.json"
     before = load_unfinished(file, RunIdentity)
     if before is None:
         save_outcome(file, own)

@@ -32,8 +32,6 @@ from expertcut.healing.objectives import (
 )
 from expertcut.healing.rows import Row
 
-_KEY_FILE = "teacher.json"
-_ROWS_KEY = "rows"
 _ROWS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
 
@@ -55,17 +53,13 @@ class CachedTeacher:
         check_cache(folder, key)
         for file in sorted(folder.glob("*.safetensors")):
             opened, rows = self._opened(file, key.likeliest)
-            self.places |= {digest: (opened, *place) for digest, place in rows.items()}
+            self.places |= {name: (opened, *place) for name, place in rows.items()}
 
     def _opened(self, file: Path, likeliest: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-        """A file, and the begin and length of each row.
-
-        Raises:
-            OutputError: it is damaged.
-        """
+        """A file, and the begin and length of each row."""
         try:
             opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
-            rows = _ROWS.validate_json((opened.metadata() or {}).get(_ROWS_KEY, ""))
+            rows = _ROWS.validate_json((opened.metadata() or {}).get("rows", ""))
             ids_MR, logprob_MR = (opened.get_slice(n).get_shape() for n in ("ids", "logprob"))
         except (OSError, SafetensorError, ValidationError) as error:
             reason = str(error).splitlines()[0]
@@ -80,48 +74,26 @@ class CachedTeacher:
             )
         return opened, rows
 
-    def has(self, row: Row) -> bool:
-        """Whether the cache holds a row."""
-        return digest(row.ids) in self.places
-
-    def close(self) -> None:
-        """Closes the files."""
-        self.files.close()
-
     def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """As LiveTeacher."""
-        found = [
-            self._of(ids_S[: int(n)].tolist(), at_S[: int(n)])
-            for ids_S, n, at_S in zip(
-                batch["input_ids"].cpu(),
-                batch["attention_mask"].sum(dim=1),
-                at_BS.cpu(),
-                strict=True,
-            )
-        ]
-        ids_MR, logprob_MR = (torch.cat(parts) for parts in zip(*found, strict=True))
-        device = at_BS.device
-        return TopLogprobs(ids_MR.long().to(device), logprob_MR.to(device))
-
-    def _of(self, ids: Sequence[int], at_S: Tensor) -> tuple[Tensor, Tensor]:
-        file, begin, length = self.places[digest(ids)]
-        rows = slice(begin, begin + length)
-        taken = (file.get_slice(name)[rows][at_S[:-1]] for name in ("ids", "logprob"))
-        return next(taken), next(taken)
+        ids, logprobs = [], []
+        lengths_B = batch["attention_mask"].sum(dim=1)
+        for ids_S, n, at_S in zip(batch["input_ids"].cpu(), lengths_B, at_BS.cpu(), strict=True):
+            file, begin, length = self.places[_digest(ids_S[: int(n)].tolist())]
+            rows, at = slice(begin, begin + length), at_S[: int(n) - 1]
+            ids.append(file.get_slice("ids")[rows][at])
+            logprobs.append(file.get_slice("logprob")[rows][at])
+        ids_MR, logprob_MR = torch.cat(ids).long(), torch.cat(logprobs)
+        return TopLogprobs(ids_MR.to(at_BS.device), logprob_MR.to(at_BS.device))
 
 
-def digest(ids: Sequence[int]) -> str:
-    """The name of a row in a cache."""
+def _digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(torch.tensor(ids, dtype=torch.int32).numpy().tobytes()).hexdigest()[:32]
 
 
 def check_cache(folder: Path, key: CacheKey) -> None:
-    """Checks that a folder is a cache with this key; an empty or missing one becomes it.
-
-    Raises:
-        OutputError: it holds something else.
-    """
-    file = folder / _KEY_FILE
+    """Checks that a folder is a cache with this key; an empty or missing one becomes it."""
+    file = folder / "teacher.json"
     content = json.dumps(vars(key), indent=1) + "\n"
     if not file.is_file():
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -144,9 +116,6 @@ def fill_cache(
     """Computes missing rows, in the batches of the training, and returns the cache.
 
     The teacher is loaded only if rows are missing. With several processes, each computes a share.
-
-    Raises:
-        OutputError: the folder holds something else.
     """
     processes = PartialState()
     with processes.main_process_first():
@@ -154,12 +123,13 @@ def fill_cache(
     batches = [b for rows in sources for b in _batches(rows, batch)]
     teacher: LiveTeacher | None = None
     for items in batches[processes.process_index :: processes.num_processes]:
-        missing = {digest(row.ids): (at, row) for at, row in items if not known.has(row)}
+        by_name = {_digest(row.ids): (at, row) for at, row in items}
+        missing = {name: item for name, item in by_name.items() if name not in known.places}
         if missing:
             teacher = teacher or live()
             name = hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()[:16]
             write_atomically(folder / f"{name}.safetensors", _outputs(teacher, missing))
-    known.close()
+    known.files.close()
     processes.wait_for_everyone()
     return CachedTeacher(folder, key)
 
@@ -178,4 +148,4 @@ def _outputs(live: LiveTeacher, missing: dict[str, tuple[int, Row]]) -> bytes:
         rows[name] = (begin, len(row.ids) - 1)
         begin += len(row.ids) - 1
     tensors = {"ids": found.ids_MR.int().cpu(), "logprob": found.logprob_MR.float().cpu()}
-    return save(tensors, {_ROWS_KEY: json.dumps(rows)})
+    return save(tensors, {"rows": json.dumps(rows)})

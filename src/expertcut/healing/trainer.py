@@ -1,6 +1,6 @@
 """One training run with a subclass of transformers' Trainer: own losses, no pickle."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -39,10 +40,8 @@ from expertcut.healing.state import (
     last_usable,
     load_best,
     load_optimizer,
-    load_random,
     random_states,
     save_optimizer,
-    save_random,
     set_random_states,
     state_folder,
     train_losses,
@@ -52,15 +51,9 @@ from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 
-Reduce = Callable[[Tensor], Tensor]  # sum over all processes
 T = TypeVar("T")
 Report = Callable[[int, int], None]  # steps done, all steps
 Tell = Callable[[str], None]  # a sentence for the user
-_FINITE = {
-    "loss": "its loss",
-    "grad_norm": "the norm of its gradient",
-    "eval_loss": "the loss of held-out rows",
-}  # as Trainer calls them
 
 
 class Balance:
@@ -72,9 +65,8 @@ class Balance:
     micro-batches, and a micro-batch's loss is its tokens' share of the whole.
     """
 
-    def __init__(self, blocks: Sequence[MoeBlock], reduce: Reduce) -> None:
-        self.blocks = blocks
-        self.reduce = reduce
+    def __init__(self, blocks: Sequence[MoeBlock], reduce: Callable[[Tensor], Tensor]) -> None:
+        self.blocks, self.reduce = blocks, reduce  # a sum over all processes
         self.seen: dict[int, Routing] = {}
         self.begin()
 
@@ -131,15 +123,19 @@ class HealTrainer(Trainer):
     model: Any
 
     def __init__(
-        self, moe: MoeModel, objective: Objective, teacher: Teacher | None, **more: Any
+        self,
+        moe: MoeModel,
+        objective: Objective,
+        teacher: Teacher | None,
+        balance_weight: float,
+        **more: Any,
     ) -> None:
         super().__init__(**more)
-        self.objective = objective
-        self.teacher = teacher
-        self.balance: Balance | None = None
-        self.balance_weight = 0.0
-        self.moe = moe
+        self.moe, self.objective, self.teacher = moe, objective, teacher
         self.projection = Projection(moe)
+        self.balance_weight = balance_weight
+        balance = Balance(moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
+        self.balance = balance if balance_weight else None
         # Labels are shifted already, and counted over the global batch.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -149,11 +145,6 @@ class HealTrainer(Trainer):
             raise SettingsError(
                 "heal runs on one device or data-parallel: start it without FSDP and DeepSpeed"
             )
-
-    def add_balance(self, weight: float) -> None:
-        """Adds the load-balancing loss to the objective."""
-        self.balance_weight = weight
-        self.balance = Balance(self.moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Tensor | int | None = None
@@ -174,20 +165,15 @@ class HealTrainer(Trainer):
                 if len(pieces) > 1:
                     self._count_loads(self.balance, pieces)
                     self.balance.share()
-            total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-            for piece in pieces:
-                loss = self._loss(piece, n_items)
-                self.accelerator.backward(loss)
-                total += loss.detach()
-                trim()
-            return total.float()
+            return self._sum_losses(pieces, n_items)
 
         if self.balance is not None and is_shared:
             balance = self.balance
             self._within_memory(lambda n: self._count_loads(balance, cut_rows(batch, n)), batch)
             balance.share()
         loss = self._within_memory(of_step, batch)
-        self._add_up_gradients()
+        if is_shared:
+            self._average_gradients()
         return loss
 
     def compute_loss(
@@ -200,16 +186,10 @@ class HealTrainer(Trainer):
         """Loss per trained position of the global batch, without gradients."""
         batch = longest_first(inputs)
         n_items = self._n_items(batch, num_items_in_batch)
-
-        def of_batch(n_rows: int) -> Tensor:
-            total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-            for piece in cut_rows(batch, n_rows):
-                total += self._loss(piece, n_items)
-                trim()
-            return total.float()
-
         with torch.no_grad():
-            loss = self._within_memory(of_batch, batch)
+            loss = self._within_memory(
+                lambda n: self._sum_losses(cut_rows(batch, n), n_items), batch
+            )
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _n_items(self, batch: Batch, n_items: Tensor | int | None) -> float:
@@ -219,8 +199,18 @@ class HealTrainer(Trainer):
         n_processes: int = self.accelerator.num_processes
         return float(n_items) / n_processes
 
+    def _sum_losses(self, pieces: Iterable[Batch], n_items: float) -> Tensor:
+        """The loss of some micro-batches; their gradients too, where these are enabled."""
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        for piece in pieces:
+            loss = self._loss(piece, n_items)
+            if torch.is_grad_enabled():
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            trim()
+        return total.float()
+
     def _loss(self, batch: Batch, n_items: float) -> Tensor:
-        """A micro-batch's part of the loss."""
         at_BS = batch["labels"] != IGNORED
         # Before the student's pass, whose activations are kept for its gradients.
         taught = None if self.teacher is None else self.teacher(batch, at_BS)
@@ -241,7 +231,6 @@ class HealTrainer(Trainer):
         return hidden_BSH
 
     def _objective(self, hidden_BSH: Tensor, batch: Batch, taught: TopLogprobs | None) -> Tensor:
-        """The weighted sum over positions."""
         at_BS = batch["labels"] != IGNORED
         next_M, weight_M = batch["labels"][at_BS], batch["weight_BS"][at_BS]
 
@@ -264,11 +253,7 @@ class HealTrainer(Trainer):
         return True
 
     def _within_memory(self, work: Callable[[int], T], batch: Batch) -> T:
-        """Work on a number of rows at once; halved in all processes when memory runs out.
-
-        Raises:
-            ModelError: too little memory for one row.
-        """
+        """Work on a number of rows at once; halved in all processes when memory runs out."""
         before = random_states()
         while True:
             found = None
@@ -277,23 +262,18 @@ class HealTrainer(Trainer):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            if self._have_all(found is not None) and found is not None:
+            has_all = found is not None
+            if self.accelerator.num_processes > 1:  # every process must have had enough memory
+                done = torch.tensor(float(has_all), device=self.args.device)
+                has_all = bool(self.accelerator.reduce(done, "mean") == 1)
+            if has_all and found is not None:
                 return found
             self.model.zero_grad(set_to_none=True)
             self.micro_batch.halve(self.moe, batch["input_ids"].shape[1])
             set_random_states(before)
 
-    def _have_all(self, is_done: bool) -> bool:
-        """Whether every process had enough memory."""
-        if self.accelerator.num_processes == 1:
-            return is_done
-        done = torch.tensor(float(is_done), device=self.args.device)
-        return bool(self.accelerator.reduce(done, "mean") == 1)
-
-    def _add_up_gradients(self) -> None:
+    def _average_gradients(self) -> None:
         """Averages gradients over processes; losses are multiplied by their number."""
-        if self.accelerator.num_processes == 1:
-            return
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         own = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
         flat = self.accelerator.reduce(torch.cat([g.flatten() for g in own]), "mean")
@@ -308,9 +288,7 @@ class HealTrainer(Trainer):
         """Saves the adapter only; Trainer would pickle its arguments too."""
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            model: Any = self.model
-            assert folder is not None
-            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -322,11 +300,14 @@ class HealTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_random(Path(output_dir), self.args.process_index)
+        save_file(random_states(), self._random_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_random(Path(checkpoint), self.args.process_index)
+        if checkpoint is not None and (file := self._random_file(checkpoint)).is_file():
+            set_random_states(load_file(file))
+
+    def _random_file(self, folder: str) -> Path:
+        return Path(folder) / f"random-{self.args.process_index}.safetensors"
 
     def _save_scaler(self, output_dir: str) -> None:
         """No scaler: bfloat16 needs none, and float16 is not offered."""
@@ -358,32 +339,24 @@ def fit(
     report: Report,
     tell: Tell = lambda sentence: None,
 ) -> Curve:
-    """Trains the adapters of a peft model, and loads those of the best step by held-out loss.
-
-    Resumes from the last state in `folder`.
-
-    Raises:
-        ModelError: a non-finite loss or gradient, or too little memory for one row.
-        OutputError: the best state was damaged meanwhile.
-        SettingsError: a batch that cannot be divided among the processes, or a device that Trainer
-            does not support.
-    """
+    """Trains adapters from the last state in `folder` on, and loads the best by held-out loss."""
     trainer = HealTrainer(
-        moe, objective, teacher,
+        moe, objective, teacher, settings.balance,
         model=model,
         args=_arguments(moe, settings, folder),
         train_dataset=data.rows(settings.steps * settings.batch),
-        eval_dataset=data.fixed(settings.steps * settings.batch),
+        eval_dataset=data.held_out_rows(settings.steps * settings.batch),
         data_collator=Collator(
-            objective.where, _pad_id(moe), settings.answer_weight_for(objective.name)
+            objective.where,
+            moe.tokenizer.pad_token_id or 0,
+            settings.answer_weight_for(objective.name),
         ),
-        callbacks=[_Watch(settings, folder), _Progress(report)],
+        callbacks=[_Watch(settings, folder, report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
     trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, data, settings, folder)
-    tell(trainer.micro_batch.sentence(settings.batch))
-    if settings.balance:
-        trainer.add_balance(settings.balance)
+    chosen = trainer.micro_batch
+    tell(f"{settings.batch} rows a step, {chosen.rows} at once ({chosen.why})")
     state = _trained(trainer, settings, folder)
     best = best_step(state)
     trainer.accelerator.wait_for_everyone()  # until the first one has written the last state
@@ -435,17 +408,9 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
         disable_tqdm=True,
         report_to="none",
     )
-    return _on_one_device(arguments, moe.device)
-
-
-def _on_one_device(arguments: TrainingArguments, device: torch.device) -> TrainingArguments:
-    """Uses the model's device; Trainer would take the first of several, or all.
-
-    Raises:
-        SettingsError: Trainer would run on another device.
-    """
+    # The model's device: Trainer would take the first of several, or all.
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel: other batches, other hooks
-    theirs = arguments.device
+    device, theirs = moe.device, arguments.device
     is_same = theirs.type == device.type and (theirs.type == "cpu" or theirs.index == device.index)
     if not is_same:  # CPUs are numbered by process
         raise SettingsError(
@@ -464,33 +429,28 @@ def _memory(settings: HealSettings) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _pad_id(moe: MoeModel) -> int:
-    pad_id: int | None = moe.tokenizer.pad_token_id
-    return 0 if pad_id is None else pad_id
-
-
-def _check_finite(step: int, logs: Mapping[str, float]) -> None:
-    """Checks losses and norms before a state is written.
-
-    Raises:
-        ModelError: a non-finite number.
-    """
-    for name, what in _FINITE.items():
-        if not isfinite(value := logs.get(name, 0.0)):
-            raise ModelError(
-                f"training broke at step {step}: {what} is {value}: nothing is written; name "
-                "another --out and a lower --learning-rate, or --dtype float32"
-            )
-
-
 class _Watch(TrainerCallback):
-    """Stops a run when patience runs out or a loss is not finite; keeps two states."""
+    """Reports steps, stops when patience runs out or a loss is not finite, keeps two states."""
 
-    def __init__(self, settings: HealSettings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: HealSettings, folder: Path, report: Report) -> None:
+        self.settings, self.folder, self.report = settings, folder, report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.report(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        _check_finite(state.global_step, more["logs"])
+        """Checks losses and norms before a state is written."""
+        checked = {
+            "loss": "its loss",
+            "grad_norm": "the norm of its gradient",
+            "eval_loss": "the loss of held-out rows",
+        }
+        for name, what in checked.items():
+            if not isfinite(value := more["logs"].get(name, 0.0)):
+                raise ModelError(
+                    f"training broke at step {state.global_step}: {what} is {value}: nothing is "
+                    "written; name another --out and a lower --learning-rate, or --dtype float32"
+                )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if is_over(state, self.settings):
@@ -499,13 +459,3 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.is_world_process_zero:
             keep_best_and_last(self.folder, best_step(state))
-
-
-class _Progress(TrainerCallback):
-    """Reports finished steps."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.report(state.global_step, state.max_steps)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built, Merged
     from expertcut.evaluation.cross_fit import CrossFitResult
     from expertcut.evaluation.reweight_search import Decision
-    from expertcut.healing.leakage import Dropped
+    from expertcut.healing.data import Dropped
     from expertcut.healing.recovery import Healed
 
 logger = logging.getLogger(__name__)
