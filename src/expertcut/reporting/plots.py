@@ -7,8 +7,7 @@ lines are dashed and markers hollow.
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import product
@@ -27,18 +26,14 @@ Values = tuple[float | None, ...]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 COLOURMAP = "viridis"
-_DASHES = ("-", "--", ":")
 _GREY = "#767676"
 _DPI = 150
 _OFFSET = 0.012  # of the width, between series with points at the same x
 _MAX_TICKS = 24
 _MAX_NAME = 40  # characters of a category's name
-_LEGEND: dict[str, Any] = {
-    "loc": "upper left",
-    "bbox_to_anchor": (1.01, 1),
-    "frameon": False,
-    "fontsize": "small",
-}
+_LEGEND: dict[str, Any] = dict(
+    loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small"
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,8 @@ class Heat:
             for layer, values in enumerate(self.rows)
             for i, value in enumerate(values)
         ]
-        columns = (Column("layer"), Column(self.across), Column(self.column.name))
-        return Table(self.title, columns, cells)
+        names = ("layer", self.across, self.column.name)
+        return Table(self.title, tuple(map(Column, names)), cells)
 
     def as_json(self) -> dict[str, Any]:
         """The data that the page's script draws."""
@@ -77,11 +72,7 @@ class Heat:
             "rows": [rounded(values) for values in self.rows],
             "name": self.column.name,
             "spec": self.column.spec,
-            "across": self.across,
-            "first": self.first,
-            "low": self.low,
-            "high": self.high,
-            "undefined": self.undefined,
+            **{key: getattr(self, key) for key in ("across", "first", "low", "high", "undefined")},
         }
 
 
@@ -98,6 +89,17 @@ class Series:
     high: Values = ()
     is_reference: bool = False
     x: tuple[float, ...] = ()
+
+
+def series_of(
+    name: str,
+    values: Iterable[float | None],
+    ends: Sequence[tuple[float | None, float | None]],
+    x: tuple[float, ...] = (),
+) -> Series:
+    """A series of values, each with the ends of its interval."""
+    lows, highs = zip(*ends, strict=True) if ends else ((), ())
+    return Series(name, tuple(values), lows, highs, x=x)
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,6 @@ def rounded(values: Iterable[float | None]) -> list[float | None]:
     ]
 
 
-def shortened(text: str) -> str:
-    """A printable name that fits beside a figure."""
-    plain = printable(text)
-    return plain if len(plain) <= _MAX_NAME else plain[: _MAX_NAME - 1] + "…"
-
-
 def colour_stops() -> list[str]:
     """The map's colours from low to high, as `#rrggbb`."""
     import matplotlib
@@ -192,7 +188,18 @@ def colour_stops() -> list[str]:
 
 def draw(figure: Figure) -> dict[str, bytes]:
     """A figure of the page: PNG and SVG, by ending."""
-    with _page_style(figure.key):
+    import matplotlib
+
+    settings: Any = {
+        "svg.hashsalt": figure.key,
+        "svg.fonttype": "none",  # text stays text
+        "text.parse_math": False,  # a subject may be called $x$
+        "font.family": "DejaVu Sans",  # comes with matplotlib
+        "font.size": 9,
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Glyphs that the font lacks are boxes in the PNG, and text in the SVG.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         canvas, (axes,) = _canvas(_size(figure))
         if isinstance(figure, Heat):
             _draw_heat(canvas, axes, figure)
@@ -215,8 +222,7 @@ def draw_lines(
     if base is not None:
         axes.axhspan(base.low[0], base.high[0], color="0.9", zorder=0)
         axes.axhline(base.values[0], color="0.4", linewidth=1, zorder=1)
-        star = {"color": "0.2", "markersize": 11, "label": base.name, "zorder": 4}
-        axes.plot(base.x, base.values, "*", **star)
+        axes.plot(base.x, base.values, "*", color="0.2", markersize=11, label=base.name, zorder=4)
     for number, (each, look) in enumerate(zip(series, _looks(len(series)), strict=True)):
         shift = (number - (len(series) - 1) / 2) * _OFFSET * width
         places = np.array(each.x) + shift
@@ -241,11 +247,10 @@ def draw_forest(
     `marks` are the reference values of the series on the right.
     """
     canvas, (first, second) = _canvas((9.0, 1.6 + 0.36 * len(rows)), 2, has_grid=True)
-    for row in (row for row, value in enumerate(left.values) if value is not None):
-        errors = _errors(left)[:, [row]]
-        first.errorbar(
-            [left.values[row]], [row], xerr=errors, fmt="o", color=COLOURS[0], capsize=2.5
-        )
+    for row, value in enumerate(left.values):
+        if value is not None:
+            errors = _errors(left)[:, [row]]
+            first.errorbar([value], [row], xerr=errors, fmt="o", color=COLOURS[0], capsize=2.5)
     first.axvline(0, color="0.4", linewidth=1)
     first.set_xlim(-1.08, 1.08)
     first.set_xticks([-1, -0.5, 0, 0.5, 1])
@@ -267,10 +272,10 @@ def draw_forest(
 
 def _looks(n: int) -> list[dict[str, Any]]:
     """`n` styles: colours and markers, then the same with dashes and hollow markers."""
-    pairs = product(_DASHES, zip(COLOURS, MARKERS, strict=True))
+    pairs = product(("-", "--", ":"), zip(COLOURS, MARKERS, strict=True))
     looks = [
-        {"linestyle": dash, "color": colour, "marker": marker}
-        | ({} if dash == _DASHES[0] else {"markerfacecolor": "white"})
+        dict(linestyle=dash, color=colour, marker=marker)
+        | ({} if dash == "-" else {"markerfacecolor": "white"})
         for dash, (colour, marker) in pairs
     ]
     return [looks[i % len(looks)] for i in range(n)]
@@ -296,7 +301,7 @@ def _canvas(
 def _saved(canvas: "Canvas") -> dict[str, bytes]:
     """PNG and SVG without date and version, so that their bytes are the same each time."""
     found = {}
-    for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+    for ending, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
         stream = BytesIO()
         canvas.savefig(stream, format=ending, metadata=metadata)
         found[ending] = stream.getvalue()
@@ -308,23 +313,6 @@ def _named(name: str, canvas: "Canvas") -> dict[str, bytes]:
 
     with matplotlib.rc_context({"svg.hashsalt": name}):
         return {f"{name}.{ending}": content for ending, content in _saved(canvas).items()}
-
-
-@contextmanager
-def _page_style(key: str) -> Iterator[None]:
-    import matplotlib
-
-    settings: Any = {
-        "svg.hashsalt": key,
-        "svg.fonttype": "none",  # text stays text
-        "text.parse_math": False,  # a subject may be called $x$
-        "font.family": "DejaVu Sans",  # comes with matplotlib
-        "font.size": 9,
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Glyphs that the font lacks are boxes in the PNG, and text in the SVG.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
 
 
 def _size(figure: Figure) -> tuple[float, float]:
@@ -430,7 +418,8 @@ def _numbers(values: Values) -> Array:
 
 
 def _label(axes: "Axes", figure: Curves) -> None:
-    names = [shortened(category) for category in figure.categories]
+    names = [printable(name) for name in figure.categories]
+    names = [n if len(n) <= _MAX_NAME else n[: _MAX_NAME - 1] + "…" for n in names]
     step = 1 if figure.is_flat else -(-len(names) // _MAX_TICKS)
     ticks = range(0, len(names), step)
     value, category = (axes.xaxis, axes.yaxis) if figure.is_flat else (axes.yaxis, axes.xaxis)
