@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from expertcut.edits.ranking import empty_draft, rank
 from expertcut.edits.selection import cut
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError
+from expertcut.evaluation.ablation import observed
 from expertcut.evaluation.results import (
     ChosenOnResult,
     check_same,
@@ -41,7 +43,6 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
 from expertcut.profiling.workers import Progress
-from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
@@ -67,23 +68,16 @@ class Asking:
 
 
 class Sweeping:
-    """A sweep of one profiled model; `found` holds the finished cells.
-
-    Raises:
-        ContractError: the layout does not support the model's family.
-        PlanError: a cell keeps too few experts.
-        ProfileError: the model or the quiz is not the one that was profiled.
-    """
+    """A sweep of one profiled model; `found` holds the finished cells."""
 
     def __init__(self, profile: Profile, grid: Grid, settings: CutSettings, asking: Asking) -> None:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
-        self.profile, self.grid, self.asking = profile, grid, asking
-        self.settings = settings
+        self.profile, self.grid, self.settings, self.asking = profile, grid, settings, asking
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
         drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
-        used = frozenset().union(*(used_hashes(d, self._questions(d)) for d in drafts))
+        used = frozenset().union(*(used_hashes(d, _questions(profile, d)) for d in drafts))
         self.engine = engine_as_profiled(profile, source, asking.load_as)
         options = MeasureOptions("none", measured.batch_tokens, measured.threads, asking.waits)
         self.measurement = Measurement(self.engine.moe, asking.quiz, asking.limit, options)
@@ -112,13 +106,7 @@ class Sweeping:
         )
 
     def steps(self, folder: Path) -> Iterator[Step]:
-        """The unedited model, then every cell that the folder lacks; each is saved when done.
-
-        Raises:
-            OutputError: the folder holds something else, or another sweep.
-            PlanError: a cut leaves no room for protected experts.
-            ProfileError: the profile lacks what a criterion needs.
-        """
+        """The unedited model, then every cell that the folder lacks; each is saved when done."""
         earlier = load_unfinished(folder / SWEEP_FILE, Sweep)
         if earlier is not None:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
@@ -128,7 +116,7 @@ class Sweeping:
         if earlier is None:
             self._write(folder)  # by every process: it claims the folder
         place = folder / "cells" / "base"
-        yield Step("the unedited model", lambda on_pass: self.measurement.run(place, on_pass))
+        yield Step("the unedited model", partial(self.measurement.run, place))
         if self.asking.waits:
             self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
@@ -137,7 +125,12 @@ class Sweeping:
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
-                yield from self._step(by, fraction, draft, folder)
+                place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
+                yield Step(f"{fraction:g} by {by}", partial(self._run, draft, place))
+                if self.asking.waits:
+                    cell = self._cell(by, fraction, draft, load_profile(place).answers)
+                    self.found = self.grid.with_cell(self.found, cell)
+                    self._write(folder)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
         """The missing cuts of a criterion."""
@@ -149,25 +142,10 @@ class Sweeping:
         kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
         return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}
 
-    def _step(self, by: str, fraction: float, draft: EditPlan, folder: Path) -> Iterator[Step]:
-        place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
-        yield Step(f"{fraction:g} by {by}", self._run(draft, place))
-        if self.asking.waits:
-            cell = self._cell(by, fraction, draft, load_profile(place).answers)
-            self.found = self.grid.with_cell(self.found, cell)
-            self._write(folder)
-
-    def _run(self, draft: EditPlan, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
-        def run(on_pass: OnPass) -> Iterator[Progress]:
-            edits = fit_edits(self.profile, draft, self._questions(draft), self.engine)
-            with as_written(self.engine.moe, draft, edits):
-                yield from self.measurement.run(place, on_pass)
-
-        return run
-
-    def _questions(self, draft: EditPlan) -> Questions:
-        """The same questions as `prune` uses."""
-        return questions_for(self.profile, is_fitting=draft.asks_tuning, used=draft.used)
+    def _run(self, draft: EditPlan, place: Path, on_pass: OnPass) -> Iterator[Progress]:
+        edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)
+        with as_written(self.engine.moe, draft, edits):
+            yield from self.measurement.run(place, on_pass)
 
     def _write(self, folder: Path) -> None:
         save_outcome(folder / SWEEP_FILE, self.found)
@@ -210,6 +188,11 @@ def _keep_hash(draft: EditPlan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def _questions(profile: Profile, draft: EditPlan) -> Questions:
+    """The same questions as `prune` uses."""
+    return questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
+
+
 Watch = Callable[[Callable[[OnPass], Iterator[Progress]], str, int, Path], object]
 
 
@@ -221,27 +204,21 @@ def simulate(
     The folder receives the chunks of both runs; `watch` runs what it is given.
 
     Raises:
-        ContractError: the layout does not support the model's family, or the plan changes nothing.
-        ProfileError: the model is not the one that was profiled.
+        ContractError: the plan changes nothing.
     """
     measured = profile.info.settings
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     options = MeasureOptions("none", measured.batch_tokens, measured.threads)
     measurement = Measurement(engine.moe, quiz, None, options)
     base, edited = folder / "base", folder / "edited"
-    watch(lambda on_pass: measurement.run(base, on_pass), "the unedited model", len(quiz), base)
-    questions = questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
-    edits = fit_edits(profile, plan, questions, engine)
-    with as_written(engine.moe, plan, edits) as begin:
+    watch(partial(measurement.run, base), "the unedited model", len(quiz), base)
+    edits = fit_edits(profile, plan, _questions(profile, plan), engine)
 
-        def run(on_pass: OnPass) -> Iterator[Progress]:
-            def both(step: Pass) -> None:
-                begin(step)
-                on_pass(step)
-
+    def run(on_pass: OnPass) -> Iterator[Progress]:
+        with observed(as_written(engine.moe, plan, edits), on_pass) as both:
             yield from measurement.run(edited, both)
 
-        watch(run, "the plan", len(quiz), edited)
+    watch(run, "the plan", len(quiz), edited)
     before, after = load_profile(base).answers, load_profile(edited).answers
     if is_used(profile, plan) and np.array_equal(before.logprob_NC, after.logprob_NC):
         raise ContractError(NOT_REACHED.format("the plan"))
