@@ -19,7 +19,6 @@ from expertcut.evaluation.lm_eval_export import (
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
-    Loaded,
     ModelResult,
     Results,
     Scored,
@@ -27,6 +26,7 @@ from expertcut.evaluation.results import (
     SubjectResult,
     load_results,
     save_outcome,
+    special_tokens,
 )
 from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
@@ -59,16 +59,17 @@ def score(
     yield from measurement.run(store, on_pass)
     if not scoring.options.waits:
         return
-    edited = _plan_and_hashes(source)
-    scored = Scored(
-        source,
-        load_profile(store).answers,
-        size(measurement.moe),
-        _chosen_on(edited, scoring),
-        edited[0].healed_from if edited else None,
-        Loaded.of(measurement.moe, measurement.info.settings),
-    )
-    del measurement
+    chosen_on = healed_from = None
+    if edited := _plan_and_hashes(source):
+        plan, hashes = edited
+        splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
+        overlap = n_used(scoring.quiz, hashes)
+        chosen_on = ChosenOnResult(split="+".join(splits), overlap=overlap)
+        healed_from = plan.healed_from
+    moe, settings = measurement.moe, measurement.info.settings
+    answers, tokens = load_profile(store).answers, special_tokens(moe)
+    scored = Scored(source, answers, size(moe), chosen_on, healed_from, settings, tokens)
+    del measurement, moe
     gc.collect()
     yield scored
 
@@ -85,9 +86,7 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
         limit=info.limit,
         content_hashes={name: s.content_hash for name, s in info.subjects.items()},
         models=[_model_result(s, subjects) for s in scored],
-        comparisons=[
-            _comparison(scored[0], other, index) for index, other in enumerate(scored[1:], start=1)
-        ],
+        comparisons=[_comparison(scored[0], one, i) for i, one in enumerate(scored) if i],
     )
 
 
@@ -116,11 +115,7 @@ def check_places(out: Path, harness_file: Path | None) -> None:
 def save(
     scoring: Scoring, scored: Sequence[Scored], out: Path, harness_file: Path | None = None
 ) -> Results:
-    """Writes predictions, the harness's files if requested, and the results last.
-
-    Raises:
-        OutputError: a file cannot be written.
-    """
+    """Writes predictions, the harness's files if requested, and the results last."""
     record = results(scoring, scored)
     write_atomically(predictions_path(out), predictions_bytes(scoring.quiz, scored))
     if harness_file is not None:
@@ -137,22 +132,12 @@ def _plan_and_hashes(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
     return None if plan is None else (plan, load_hashes(source.path, plan))
 
 
-def _chosen_on(
-    edited: tuple[PlanFile, frozenset[str]] | None, scoring: Scoring
-) -> ChosenOnResult | None:
-    if edited is None:
-        return None
-    plan, hashes = edited
-    splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
-    return ChosenOnResult(split="+".join(splits), overlap=n_used(scoring.quiz, hashes))
-
-
 def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
-    measured = accuracy(scored.answers.is_correct_N, subjects)
+    measured, source = accuracy(scored.answers.is_correct_N, subjects), scored.source
     return ModelResult(
-        path=scored.source.id,
-        revision=scored.source.revision,
-        fingerprint=scored.source.fingerprint,
+        path=source.id,
+        revision=source.revision,
+        fingerprint=source.fingerprint,
         accuracy=measured.accuracy,
         stderr=measured.stderr,
         ci95=measured.ci95,
