@@ -1,7 +1,6 @@
 """Cross-fitting: a procedure chooses on four folds and is scored on the fifth, for each of five.
 
-It judges the procedure; the plan that ships is chosen on all tuning questions. Random experts in
-place of the chosen ones are the baseline. `proof.json` holds the result.
+The baseline are random experts in place of the chosen ones. `proof.json` holds the result.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -133,7 +133,6 @@ class Sweeping:
                     self._write(folder)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
-        """The missing cuts of a criterion."""
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
             return {}

@@ -23,7 +23,6 @@ from expertcut.hub.provenance import (
     REPORT_FILE,
     Checkpoint,
     Evaluated,
-    Licence,
     Origin,
     eval_results,
     public_name,
@@ -164,22 +163,18 @@ def misreaders(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _transformers(checkpoint: Checkpoint, repo: str, revision: str | None) -> Loader:
-    options = ['dtype="auto"']
-    if revision:
-        options.append(f"revision={json.dumps(revision)}")
-    own = [] if checkpoint.has_family_form else ["trust_remote_code=True"]
-    tokenizer = ", ".join(["name", *options[1:]])
+    branch = f", revision={json.dumps(revision)}" if revision else ""
+    own = "" if checkpoint.has_family_form else ", trust_remote_code=True"
     lines = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"name = {json.dumps(repo)}",
-        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
-        f"model = AutoModelForCausalLM.from_pretrained({', '.join(['name', *options, *own])})",
+        f"tokenizer = AutoTokenizer.from_pretrained(name{branch})",
+        f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})',
     )
+    needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
     if checkpoint.has_family_form:
         needs = "any version that loads the base model (4.56 or later for dtype as written here)"
-    else:
-        needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
     return Loader("transformers", needs, "python", Markdown("\n".join(lines)))
 
 
@@ -248,13 +243,17 @@ def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) 
 def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
-    plan, proof = checkpoint.plan, checkpoint.proof
+    plan, proof, licence = checkpoint.plan, checkpoint.proof, origin.licence
+    licence_text = licence.id
+    if licence.id == "other":
+        link = f" ({licence.link})" if licence.link else ""
+        licence_text = f"{licence.name or 'a licence of its own'}{link}"
     return {
         "name": place.repo.split("/")[-1],
         "version": __version__,
         "origin": origin,
         "base": _base_link(origin, place.endpoint),
-        "licence": _licence_text(origin.licence),
+        "licence": licence_text,
         "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
         "plan": plan,
         "changes": list(change_sentences(plan, origin)),
@@ -276,16 +275,9 @@ def _facts(
 
 def _base_link(origin: Origin, endpoint: str) -> Markdown:
     if not origin.is_on_hub:
-        return escaped(origin.name)
+        return escaped(Path(origin.id).name or "a local folder")
     at = f"{endpoint}/{origin.id}/tree/{origin.revision}"
     return Markdown(f"[{escaped(origin.id)}](<{one_line(at).replace('>', '').replace('<', '')}>)")
-
-
-def _licence_text(licence: Licence) -> str:
-    if licence.id != "other":
-        return licence.id
-    link = f" ({licence.link})" if licence.link else ""
-    return f"{licence.name or 'a licence of its own'}{link}"
 
 
 def _results_facts(one: Evaluated) -> dict[str, Any]:

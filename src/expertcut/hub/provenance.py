@@ -136,7 +136,6 @@ def verified(folder: Path) -> Checkpoint:
 def _check_block(
     block: DiskBlock, edit: BlockEdit, plan: PlanFile, config: Mapping[str, Any]
 ) -> None:
-    """Checks that the weights hold the experts of the plan."""
     numbers = zip(range(block.n_experts), edit.rows or range(block.n_experts), strict=False)
     is_own = [not block.by_expert or bool(block.by_expert[row]) for row in range(block.n_experts)]
     own = [number for row, number in numbers if is_own[row]]  # those that are not constants
@@ -268,11 +267,6 @@ class Origin:
     def is_on_hub(self) -> bool:
         """Whether the base is on the Hub."""
         return self.revision is not None
-
-    @property
-    def name(self) -> str:
-        """Its id, or the last part of a local path."""
-        return self.id if self.is_on_hub else Path(self.id).name or "a local folder"
 
 
 def origin(folder: Path) -> Origin:

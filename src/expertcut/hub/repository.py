@@ -96,7 +96,6 @@ def _of_status(error: HfHubHTTPError, repo: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A server's message in one printable line."""
     line = one_line(text)
     return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}…"
 

@@ -286,7 +286,6 @@ def shift_rows(shifts: Sequence[LogprobShift]) -> list[list[Cell]]:
 
 
 def _forms_table(title: str, result: HeldOutResult, flipped: str, note: str) -> Table:
-    """Answers of each form of the model."""
     rows: list[list[Cell]] = [
         [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in result.outcomes
     ]
@@ -337,7 +336,6 @@ def adapter_sentences(built: "Built") -> list[str]:
 
 
 def _fit_table(built: "Built") -> Table:
-    """How well the gate row carries the bias in layout stock."""
     rows: list[list[Cell]] = [
         [
             f.layer,

@@ -232,7 +232,6 @@ def sweep_figure(sweep: Sweep) -> dict[str, bytes]:
 
 
 def _sweep_series(name: str, models: Sequence[SweptModel]) -> Series:
-    """Accuracy in percent over the size in MB."""
     values = [100 * model.accuracy for model in models]
     ends = [(100 * model.ci95[0], 100 * model.ci95[1]) for model in models]
     return series_of(name, values, ends, tuple(model.bytes / 1e6 for model in models))

@@ -284,7 +284,6 @@ def _looks(n: int) -> list[dict[str, Any]]:
 def _canvas(
     size: tuple[float, float], n_panels: int = 1, *, has_grid: bool = False
 ) -> "tuple[Canvas, tuple[Any, ...]]":
-    """A figure of a size in inches, and its panels from left to right."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=size, layout="constrained", dpi=_DPI)
@@ -316,7 +315,6 @@ def _named(name: str, canvas: "Canvas") -> dict[str, bytes]:
 
 
 def _size(figure: Figure) -> tuple[float, float]:
-    """Inches."""
     if isinstance(figure, Heat):
         most = max(len(values) for values in figure.rows)
         return min(14.0, 3.0 + 0.11 * most), min(12.0, 1.8 + 0.11 * len(figure.rows))
@@ -398,7 +396,6 @@ def _draw_curves(axes: "Axes", figure: Curves) -> None:
 def _draw_bars(
     axes: "Axes", places: Array, series: Series, *, is_flat: bool = False, **look: Any
 ) -> None:
-    """Values at their places, with intervals if the series has them."""
     values = _numbers(series.values)
     if series.low or not series.values:
         look["xerr" if is_flat else "yerr"] = _errors(series)

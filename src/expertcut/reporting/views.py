@@ -91,11 +91,7 @@ class Run:
 
 
 def gather(path: Path) -> Run:
-    """Reads all documents of a folder, or one file; a checkpoint may hold a plan and a proof.
-
-    Raises:
-        OutputError: nothing to report on.
-    """
+    """Reads all documents of a folder, or one file; a checkpoint may hold a plan and a proof."""
     files = list(_files(path))
     if not files:
         raise OutputError(
