@@ -211,9 +211,7 @@ def regret(place_X: Array, effect_X: Array, layer_X: Array, fraction: float) -> 
 def _degrees_of_freedom(score_X: Array, effect_X: Array, group_X: Array) -> int:
     """Σ (experts − 1) over the groups in which both ranks vary."""
     own = [group_X == group for group in np.unique(group_X)]
-    return sum(
-        int(is_own.sum()) - 1 for is_own in own if score_X[is_own].any() and effect_X[is_own].any()
-    )
+    return sum(int(o.sum()) - 1 for o in own if score_X[o].any() and effect_X[o].any())
 
 
 def _shuffles(layer_X: Array, seed: int) -> Array:
@@ -284,30 +282,25 @@ class Auditing:
         save_outcome(folder / AUDIT_FILE, found)
 
     def _request(self) -> AuditRequest:
-        settings, info = self.settings, self.profile.info
-        content = "\n".join(f"{q.content_hash} {q.answer}" for q in self.quiz)
+        quiz, info = self.quiz, self.profile.info
+        content = "\n".join(f"{q.content_hash} {q.answer}" for q in quiz)
         return AuditRequest(
             model=plan_model(info.model),
             settings=info.settings,
             profile=profile_hash(info),
-            quiz=self.quiz.id,
-            split=self.quiz.split,
-            shots=self.quiz.shots,
-            questions=len(self.quiz),
+            quiz=quiz.id,
+            questions=len(quiz),
             asked=hashlib.sha256(content.encode()).hexdigest(),
             by=self.by,
-            positions=settings.positions,
-            layout=settings.layout,
             fractions=self.fractions,
-            sample=settings.sample,
-            seed=settings.seed,
-            truncate=self.quiz.truncate,
+            **{name: getattr(quiz, name) for name in ("split", "shots", "truncate")},
+            **self.settings.model_dump(include={"positions", "layout", "sample", "seed"}),
         )
 
     def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
-        settings, records = self.settings, rescorer.records
-        sampled = sampled_experts(self.profile, settings.sample, settings.seed)
-        ranks = criterion_ranks(self.profile, settings, self.engine, sampled)
+        records = rescorer.records
+        sampled = sampled_experts(self.profile, self.settings.sample, self.settings.seed)
+        ranks = criterion_ranks(self.profile, self.settings, self.engine, sampled)
         if not ranks:
             raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")
         return Audit(

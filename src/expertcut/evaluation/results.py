@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.statistics import Answers
 
-_ROUNDING = 1e-6
 Outcome = TypeVar("Outcome", bound=Record)
 
 
@@ -68,7 +67,7 @@ class ModelResult(Record):
         if sum(subject.questions for subject in subjects) != self.questions:
             raise ValueError("the questions of its subjects do not add up")
         n_right = sum(subject.accuracy * subject.questions for subject in subjects)
-        if abs(n_right - self.accuracy * self.questions) > _ROUNDING * max(self.questions, 1):
+        if abs(n_right - self.accuracy * self.questions) > 1e-6 * max(self.questions, 1):
             raise ValueError("the accuracy is not that of its subjects")
         return self
 

@@ -94,14 +94,10 @@ class Sweeping:
             profile=profile_hash(self.profile.info),
             by=grid.by,
             fractions=grid.fractions,
-            budget=settings.budget,
-            min_keep=settings.min_keep,
-            positions=settings.positions,
-            layout=settings.layout,
+            **settings.model_dump(include={"budget", "min_keep", "positions", "layout", "seed"}),
             removed=settings.fill if "removed" in options else None,
             fold=settings.rescale if "fold" in options else None,
             protect=tuple(settings.protect),
-            seed=settings.seed,
             chosen_by=len(self.profile.subjects()) if is_part else None,
         )
 
