@@ -67,10 +67,7 @@ Ranks = Callable[[Array, Array], Array]  # values (B, X) and layers (X,) → ran
 
 
 def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tuple[int, int]]:
-    """`sample` random (layer, expert) pairs or all there are, sorted, equally many in each layer.
-
-    The remainder goes to random layers. Experts that are never used can be drawn too.
-    """
+    """`sample` random (layer, expert) pairs or all, sorted, spread evenly over the layers."""
     rng = np.random.default_rng(seed)
     quota = [0] * len(n_experts)
     left = min(sample, sum(n_experts))
@@ -98,10 +95,7 @@ def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[SampledEx
 def criterion_ranks(
     profile: Profile, settings: AuditSettings, engine: Engine, sampled: Sequence[SampledExpert]
 ) -> dict[str, CriterionRank]:
-    """Scores of each criterion for the sampled experts.
-
-    Of all criteria, one that the profile cannot serve is left out and logged.
-    """
+    """Scores by each criterion; of `all`, those that the profile cannot serve are only logged."""
     ranks = {}
     for name in read_criteria(settings.by):
         try:
@@ -225,11 +219,7 @@ def _shuffles(layer_X: Array, seed: int) -> Array:
 
 
 class Auditing:
-    """An audit of one loaded model; `found` holds the results so far.
-
-    Raises:
-        PlanError: no expert can be removed without leaving fewer than top-k.
-    """
+    """An audit of one loaded model; `found` holds the results so far."""
 
     def __init__(self, profile: Profile, settings: AuditSettings, load_as: LoadOptions) -> None:
         self.profile, self.settings = profile, settings

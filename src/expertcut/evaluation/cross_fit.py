@@ -105,16 +105,13 @@ class RandomBaseline:
 
 @dataclass(frozen=True)
 class CrossFit:
-    """A procedure scored by cross-fitting, on its own questions, and against random experts.
-
-    Experts are numbered by router rows.
-    """
+    """A procedure scored by cross-fitting, on its own questions, and against random experts."""
 
     records: QuestionOutcomes
     cross_fitted: Comparison
     same_questions: Comparison
     random: RandomBaseline
-    folds: tuple[FoldResult, ...]
+    folds: tuple[FoldResult, ...]  # experts by router rows
     settled: Settled
 
 
@@ -130,11 +127,7 @@ class Progress:
 def cross_fit(
     records: QuestionOutcomes, procedure: Procedure, ask: Ask, draws: int = DRAWS, seed: int = 0
 ) -> Iterator[Progress]:
-    """Five folds, all questions at once, then the random draws.
-
-    Raises:
-        QuizError: fewer different questions than folds.
-    """
+    """Five folds, all questions at once, then the random draws."""
     if len(set(records.hash_N.tolist())) < FOLDS:
         raise QuizError(
             f"{len(records)} tuning questions cannot be split into {FOLDS} folds: profile more"

@@ -49,10 +49,7 @@ def find_models(paths: Sequence[str], revision: str | None = None) -> list[Sourc
 def score(
     source: Source, scoring: Scoring, folder: Path, on_pass: OnPass = ignore
 ) -> Iterator[Progress | Scored]:
-    """Progress while chunks are scored into the folder, then the scored model.
-
-    A process that does not wait for others may end without it.
-    """
+    """Progress of scoring into the folder, then, unless others are not waited for, the result."""
     options = replace(scoring.options, stats="none")
     measurement = measure(source, scoring.quiz, scoring.limit, scoring.load_as, options)
     store = folder / f"{source.name}-{measurement.info.called(source.id).short_hash}"
@@ -91,11 +88,7 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
 
 
 def check_places(out: Path, harness_file: Path | None) -> None:
-    """Checks that only files of an earlier `eval` would be replaced.
-
-    Raises:
-        OutputError: something else is there.
-    """
+    """Checks that only files of an earlier `eval` would be replaced, else an OutputError."""
     if out.exists():
         try:
             load_results(out)

@@ -127,11 +127,7 @@ def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:
 
 
 def load_unfinished(file: Path, kind: type[Outcome]) -> Outcome | None:
-    """The record of an earlier run in the file's folder; None in a new or empty folder.
-
-    Raises:
-        OutputError: the folder holds something else.
-    """
+    """The record of an earlier run, None in a new or empty folder; else an OutputError."""
     if file.is_file():
         return load_outcome(file, kind)
     folder = file.parent

@@ -196,10 +196,8 @@ def simulate(
 ) -> tuple[Answers, Answers]:
     """Answers of the unedited model, and of the same loaded model with the plan applied.
 
-    The folder receives the chunks of both runs; `watch` runs what it is given.
-
-    Raises:
-        ContractError: the plan changes nothing.
+    The folder receives the chunks of both runs; `watch` runs what it is given. A plan that changes
+    nothing is a ContractError.
     """
     measured = profile.info.settings
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)

@@ -106,12 +106,7 @@ class Checkpoint:
 
 
 def verified(folder: Path) -> Checkpoint:
-    """A checkpoint of this tool, with weights, config, plan and hashes checked for consistency.
-
-    Raises:
-        ModelError: no checkpoint, or without the modelling file of layout exact.
-        PlanError: no plan, or one of another checkpoint.
-    """
+    """A checkpoint of this tool, with weights, config, plan and hashes checked for consistency."""
     if not folder.is_dir():
         raise ModelError(f"no such checkpoint: {folder} is not a folder")
     config = read_config(folder)
@@ -154,10 +149,7 @@ def _check_block(
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation, of the checkpoint and its base only; `file` is its name on the Hub.
-
-    Local paths are reduced to names.
-    """
+    """An evaluation of checkpoint and base, without local paths; `file` is its name on the Hub."""
 
     file: str
     results: Results
@@ -169,11 +161,7 @@ class Evaluated:
 
 
 def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluated, ...]:
-    """Evaluations in the named files, else in `results.json` in the folder or beside it.
-
-    Raises:
-        SettingsError: a named file holds no results of these weights.
-    """
+    """Evaluations in the named files, else in `results.json` in the folder or beside it."""
     folder = checkpoint.folder
     beside = (folder / RESULTS_FILE, folder.resolve().parent / RESULTS_FILE)
     found: list[Results] = []

@@ -42,10 +42,7 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
 
 
 def rows_tables(profile: Profile) -> list[Table]:
-    """Expert numbers of a model that was cut before, whose tables count router rows.
-
-    A missing model is logged.
-    """
+    """Expert numbers of a model that was cut before; a missing model is logged."""
     try:
         numbers = expert_ids(profile)
     except ProfileError as error:

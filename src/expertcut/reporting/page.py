@@ -49,9 +49,6 @@ def write(run: Path, out: Path | None = None) -> Path:
 
     Figures lie beside it, in a folder of the page's name without its ending, as PNG, SVG and CSV.
     The same run gives the same bytes.
-
-    Raises:
-        OutputError: nothing to report on, or the page's name does not end in .html.
     """
     page = out or (run if run.is_dir() else run.parent) / PAGE
     if page.suffix.lower() not in (".html", ".htm"):

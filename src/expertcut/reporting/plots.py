@@ -78,10 +78,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class Series:
-    """Values with intervals, one per category or at the numbers `x`; None is undefined.
-
-    A reference is drawn as a line without points.
-    """
+    """Values with intervals, one per category or at the numbers `x`; a reference is a bare line."""
 
     name: str
     values: Values
@@ -212,10 +209,7 @@ def draw(figure: Figure) -> dict[str, bytes]:
 def draw_lines(
     name: str, series: Sequence[Series], base: Series | None, labels: tuple[str, str]
 ) -> dict[str, bytes]:
-    """PNG and SVG, by file name: a line per series over `x`, and the base's level and interval.
-
-    Series are shifted sideways, so that intervals at the same x can be told apart.
-    """
+    """PNG and SVG, by file name: a line per series over `x`, and the base's level and interval."""
     canvas, (axes,) = _canvas((8.5, 4.8), has_grid=True)
     xs = [x for each in (*series, *([base] if base else [])) for x in each.x]
     width = (max(xs) - min(xs)) or 1.0 if xs else 1.0
@@ -224,7 +218,7 @@ def draw_lines(
         axes.axhline(base.values[0], color="0.4", linewidth=1, zorder=1)
         axes.plot(base.x, base.values, "*", color="0.2", markersize=11, label=base.name, zorder=4)
     for number, (each, look) in enumerate(zip(series, _looks(len(series)), strict=True)):
-        shift = (number - (len(series) - 1) / 2) * _OFFSET * width
+        shift = (number - (len(series) - 1) / 2) * _OFFSET * width  # tells intervals apart
         places = np.array(each.x) + shift
         _draw_bars(axes, places, each, capsize=2.5, markersize=5, zorder=3, **look)
     axes.set_xlabel(labels[0])
@@ -242,10 +236,7 @@ def draw_forest(
     labels: tuple[str, str],
     marks: Sequence[float],
 ) -> dict[str, bytes]:
-    """PNG and SVG, by file name: two panels with a value per row, on the left with intervals.
-
-    `marks` are the reference values of the series on the right.
-    """
+    """PNG and SVG, by file name: two panels, a value per row; `marks` are levels on the right."""
     canvas, (first, second) = _canvas((9.0, 1.6 + 0.36 * len(rows)), 2, has_grid=True)
     for row, value in enumerate(left.values):
         if value is not None:

@@ -175,9 +175,6 @@ def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) 
 
     With `by_subject`, tables of a profile's subjects follow, and the flat table has a row per
     expert and subject. With `by_criteria`, only the criteria are shown.
-
-    Raises:
-        SettingsError: subjects or criteria of a document that is not a profile, or both.
     """
     if by_subject and by_criteria:
         raise SettingsError("--subjects and --criteria show different tables: give one of them")
