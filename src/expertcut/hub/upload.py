@@ -99,6 +99,7 @@ def _check_names(repo: str, revision: str | None) -> None:
 def _write_card(
     found: Checkpoint, evaluated: tuple[Evaluated, ...], place: Place
 ) -> tuple[Path, bool]:
+    """The card's file, and whether it was edited by hand."""
     file = found.folder / CARD_FILE
     if file.is_file() and is_edited(file.read_text(encoding="utf-8", errors="replace")):
         return file, True
