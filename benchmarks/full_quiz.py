@@ -17,9 +17,9 @@ from benchmarks.common import parser, random_olmoe, report
 from benchmarks.limits import chunks
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.models.load import LoadOptions, find_source, load
+from expertcut.profiling.findings import profile_json
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import Stats
-from expertcut.profiling.statistics import as_json
 from expertcut.profiling.storage import load_profile
 from expertcut.scoring.packing import Encoded
 
@@ -47,7 +47,7 @@ def measured(measurement: Measurement, quiz: Quiz, folder: Path) -> list[object]
     started = time.perf_counter()
     steps = list(measurement.run(folder))
     elapsed_s = time.perf_counter() - started
-    assert as_json(load_profile(folder))["questions"] == steps[-1].done == len(quiz)
+    assert profile_json(load_profile(folder))["questions"] == steps[-1].done == len(quiz)
     size_mb = sum(file.stat().st_size for file in (folder / "chunks").iterdir()) / 1e6
     costs = [len(quiz) / elapsed_s, 1e6 * elapsed_s / n_tokens]
     return [stats, len(quiz), n_tokens, elapsed_s, *costs, size_mb]

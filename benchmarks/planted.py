@@ -1,6 +1,6 @@
 """Plants a truth in the bundled model, and shows whether `reweight` finds it and what it repairs.
 
-    OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000 python benchmarks/planted.py --place DIR
+    OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000 python -m benchmarks.planted --place DIR
 
 (a) one expert's output is noise: `--suppress-worst 1 --tune --prove`; (b) the only expert that
 knows three subjects is starved: `--boost L:E --tune --prove`; both are judged on the test split.
@@ -20,13 +20,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from planting import BUNDLED, LAST, QUIZ, bundled_weights, copied, cost, sabotaged, saboteur
-from teaching import EXPERT, drawn, learn, lesson, margin, taught, write_turned_quiz
 
+from benchmarks.planting import (
+    BUNDLED,
+    LAST,
+    QUIZ,
+    bundled_weights,
+    copied,
+    cost,
+    sabotaged,
+    saboteur,
+)
+from benchmarks.teaching import EXPERT, drawn, learn, lesson, margin, taught, write_turned_quiz
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.reweight_select import Chooser
 from expertcut.edits.router_edits import Procedure
-from expertcut.evaluation.cross_fit import judge, load_proof, proof_result
+from expertcut.evaluation.cross_fit import cross_fit, cross_fit_result, load_cross_fit
 from expertcut.evaluation.results import load_results
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
@@ -72,7 +81,7 @@ class Bench:
         results = load_results(out)
         accuracy = dict(zip(made, (model.accuracy for model in results.models), strict=True))
         lost = accuracy["healthy"] - accuracy["harmed"]
-        proof = load_proof(made["repaired"])
+        proof = load_cross_fit(made["repaired"])
         return {
             "questions": results.models[0].questions,
             **{f"{name}_pct": 100 * value for name, value in accuracy.items()},
@@ -147,9 +156,10 @@ def section_c(bench: Bench) -> Found:
         answer_N = np.random.default_rng(seed).permutation(rescorer.records.answer_N)
         records = replace(rescorer.records, answer_N=answer_N)
         procedure = Procedure(chooser=chooser, is_tuned=True)
-        *_, last = judge(records, procedure, rescorer.ask, bench.draws, seed)
-        assert last.judged is not None
-        verdicts[proof_result(last.judged, "-", (str(QUIZ), "val"), seed).verdict] += 1
+        *_, last = cross_fit(records, procedure, rescorer.ask, bench.draws, seed)
+        assert last.result is not None
+        found = cross_fit_result(last.result, "-", quiz=str(QUIZ), split="val", seed=seed)
+        verdicts[found.verdict] += 1
     return {"questions": len(rescorer.records), "runs": rescorer.n_runs, **verdicts}
 
 

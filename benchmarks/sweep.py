@@ -29,7 +29,6 @@ from expertcut.evaluation.search_results import Grid
 from expertcut.evaluation.sweep import Asking, Sweeping
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.statistics import answers
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 from expertcut.scoring.passes import ignore
@@ -97,7 +96,7 @@ class Bench:
         times.append(time.perf_counter())
         written_s, loaded_s, scored_s = np.diff(times).tolist()
         (cell,) = (self.place / "sweep" / "cells").glob(f"{chosen.draft.slug}-????????")
-        a_NC, b_NC = (answers(load_profile(p)).logprob_NC for p in (cell, self.place / "scored"))
+        a_NC, b_NC = (load_profile(p).answers.logprob_NC for p in (cell, self.place / "scored"))
         largest = float(np.abs(a_NC - b_NC).max())
         return Took(way.layout, fraction, swept_s, written_s, loaded_s, scored_s, largest)
 

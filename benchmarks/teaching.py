@@ -28,9 +28,10 @@ from expertcut.scoring.packing import Pass, encode
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints" / "quickstart"))
 
 from make_quiz import quiz_keys
-from planting import LAST, QUIZ
 from rules import SUBJECTS
 from texts import LETTERS, Sampler
+
+from benchmarks.planting import LAST, QUIZ
 
 EXPERT = 5  # of the last layer; it fires at no answer position of the quiz
 TURNED = ("homes", "pets", "trades")  # in which the letter after the right one is right

@@ -18,7 +18,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 LEVEL = 0.05
-_HALVINGS = 60  # of an interval no wider than 2, so that an end is exact to a float's last bits
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,14 @@ class Accuracy:
 
 def accuracy(is_correct_N: Array, subjects: Sequence[str]) -> Accuracy:
     """Accuracy over all questions and per subject, with Wilson's interval."""
-    names = np.asarray(subjects)
+    names, n = np.asarray(subjects), len(is_correct_N)
     by_subject = {
         str(name): (float(is_correct_N[names == name].mean()), int((names == name).sum()))
         for name in dict.fromkeys(subjects)
     }
-    n_questions = len(is_correct_N)
-    return Accuracy(
-        accuracy=float(is_correct_N.mean()),
-        stderr=pooled_stderr(list(by_subject.values())),
-        ci95=wilson_interval(float(is_correct_N.sum()) / n_questions, n_questions),
-        n_questions=n_questions,
-        by_subject=by_subject,
-    )
+    stderr = pooled_stderr(list(by_subject.values()))
+    ci95 = wilson_interval(float(is_correct_N.sum()) / n, n)
+    return Accuracy(float(is_correct_N.mean()), stderr, ci95, n, by_subject)
 
 
 def pooled_stderr(subjects: Sequence[tuple[float, int]]) -> float | None:
@@ -90,11 +84,7 @@ class Comparison(Record):
 
     @property
     def is_significant(self) -> bool:
-        """Whether accuracy changes: by the exact test, never by an interval alone.
-
-        `paired_interval` leaves out 0 wherever the exact test rejects. Results of earlier versions
-        may hold an interval that is too narrow.
-        """
+        """By the exact test, and by the interval, which earlier versions wrote too narrow."""
         return self.mcnemar_p < LEVEL and not self.ci95[0] <= 0 <= self.ci95[1]
 
 
@@ -139,7 +129,7 @@ def _upper_end(gained: int, lost: int, n: int) -> float:
     inside, outside = (gained - lost) / n, 1.0
     if _score_accepts(outside, gained, lost, n):
         return outside
-    for _ in range(_HALVINGS):
+    for _ in range(60):  # halvings: an end is then exact to a float's last bits
         middle = (inside + outside) / 2
         if _score_accepts(middle, gained, lost, n):
             inside = middle
@@ -181,25 +171,22 @@ def logprob_shift(a_NC: Array, b_NC: Array, dtype: Any = None) -> tuple[float, f
 
 def right_logprobs(logprob_NC: Array, answer_N: Array) -> Array:
     """Log p (N,) of the right choices."""
-    found_N: Array = logprob_NC[np.arange(len(answer_N)), answer_N]
-    return found_N
+    return np.asarray(logprob_NC[np.arange(len(answer_N)), answer_N])
 
 
 def centred_ranks(values_BX: Array) -> Array:
     """Ranks in each row, ties at their mean rank, as distances from the row's mean."""
     from scipy.stats import rankdata  # not needed to start
 
-    ranks_BX = rankdata(values_BX, axis=1)
-    centred_BX: Array = ranks_BX - ranks_BX.mean(axis=1, keepdims=True)
-    return centred_BX
+    ranks_BX: Array = rankdata(values_BX, axis=1)
+    return np.asarray(ranks_BX - ranks_BX.mean(axis=1, keepdims=True))
 
 
 def pearson(a_BX: Array, b_BX: Array) -> Array:
     """Correlation (B,) of centred values; NaN where one does not vary."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        both_B = (a_BX * b_BX).sum(axis=1)
-        rho_B: Array = both_B / np.sqrt((a_BX**2).sum(axis=1) * (b_BX**2).sum(axis=1))
-    return rho_B
+        scale_B = np.sqrt((a_BX**2).sum(axis=1) * (b_BX**2).sum(axis=1))
+        return np.asarray((a_BX * b_BX).sum(axis=1) / scale_B)
 
 
 def spearman(a_E: Array, b_E: Array) -> float:
@@ -250,10 +237,7 @@ class BitExactCheck(_Measured):
 
 
 class RoutingAgreement(_Measured):
-    """One layer: share of positions that choose the same experts, and of experts in common.
-
-    Over answer positions, and over every distinct token.
-    """
+    """One layer: share of positions that choose the same experts, and of experts in common."""
 
     layer: int
     same_answer: float
@@ -263,10 +247,7 @@ class RoutingAgreement(_Measured):
 
 
 class FormResult(_Measured):
-    """Answers of one form of the model; `flipped` ones differ from the first form's.
-
-    `right_logprob` is the mean log p of the right choice.
-    """
+    """Answers of one form of the model; `flipped` ones differ from the first form's."""
 
     form: str
     questions: int

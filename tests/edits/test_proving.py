@@ -183,7 +183,7 @@ def test_a_fold_is_not_looked_at_by_what_is_scored_on_it() -> None:
     fold_N = deal(made.records.subject_N.tolist(), made.records.hash_N.tolist(), seed=0)
     answer_N = np.where(fold_N == 0, (made.records.answer_N + 1) % 4, made.records.answer_N)
     after = judged(replace(made, records=replace(made.records, answer_N=answer_N)), procedure, 1)
-    assert before.folds[0].shifts == after.folds[0].shifts
+    assert before.folds[0].biases == after.folds[0].biases
 
 
 def test_random_experts_are_others_that_appear_as_often() -> None:

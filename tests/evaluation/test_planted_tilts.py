@@ -3,7 +3,6 @@
 The whole runs, through the commands, are those of benchmarks/planted.py.
 """
 
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.planting import BUNDLED, LAST, QUIZ, cost, saboteur, strong_noise
+from benchmarks.teaching import EXPERT, drawn, home, learn, lesson, margin, write_turned_quiz
 
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.reweight_select import Chooser, SelectedExpert, right
@@ -21,11 +22,6 @@ from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from planting import BUNDLED, LAST, QUIZ, cost, saboteur, strong_noise
-from teaching import EXPERT, drawn, home, learn, lesson, margin, write_turned_quiz
 
 N_VAL, N_TEST = 20, 25  # questions of each of 11 subjects, without shots
 

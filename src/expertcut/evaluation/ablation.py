@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from expertcut.checkpoints.export import check_layout
 from expertcut.checkpoints.held_out_check import NOT_REACHED, apply_at_runtime
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.edit_settings import AuditSettings, CutSettings
+from expertcut.edits.edit_settings import AuditSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import QuestionOutcomes, right
@@ -43,6 +43,7 @@ from expertcut.evaluation.search_results import (
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
 from expertcut.profiling.storage import Profile
+from expertcut.profiling.workers import Progress
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
@@ -64,10 +65,7 @@ Ranks = Callable[[Array, Array], Array]  # values (B, X) and layers (X,) → ran
 
 
 def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tuple[int, int]]:
-    """`sample` random (layer, expert) pairs or all there are, sorted, equally many in each layer.
-
-    The remainder goes to random layers. Experts that are never used can be drawn too.
-    """
+    """`sample` random (layer, expert) pairs or all, sorted, spread evenly over the layers."""
     rng = np.random.default_rng(seed)
     quota = [0] * len(n_experts)
     left = min(sample, sum(n_experts))
@@ -86,52 +84,34 @@ def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[SampledEx
     blocks, numbers = profile.info.model.blocks, expert_ids(profile)
     # A table of token ids chooses the experts of hashed blocks: they cannot be removed.
     n_experts = [0 if block.is_hashed else block.experts for block in blocks]
-    pairs = sample_experts(n_experts, sample, seed)
     return tuple(
         SampledExpert(layer=layer, row=row, expert=numbers.number(blocks[layer].name, row))
-        for layer, row in pairs
+        for layer, row in sample_experts(n_experts, sample, seed)
     )
 
 
 def criterion_ranks(
-    profile: Profile,
-    by: Sequence[str],
-    settings: AuditSettings,
-    engine: Engine,
-    sampled: Sequence[SampledExpert],
-    *,
-    is_all: bool,
+    profile: Profile, settings: AuditSettings, engine: Engine, sampled: Sequence[SampledExpert]
 ) -> dict[str, CriterionRank]:
-    """Scores of each criterion for the sampled experts.
-
-    With `is_all` a criterion that the profile cannot serve is left out and logged.
-
-    Raises:
-        ProfileError: the profile cannot serve a named criterion.
-    """
+    """Scores by each criterion; of `all`, those that the profile cannot serve are only logged."""
     ranks = {}
-    for name in by:
+    for name in read_criteria(settings.by):
         try:
-            ranks[name] = criterion_rank(profile, settings.cut_by(name), engine, sampled)
+            needed = engine if CRITERIA[name].needs_model else None
+            ranking = rank(profile, settings.cut_by(name), needed)
         except ProfileError as error:
-            if not is_all:
+            if settings.by != ALL:
                 raise
             logger.warning("%s is left out: %s", name, error)
+            continue
+        numbers = [as_numbers(score_E) for score_E in ranking.scores]
+        shares = [normalised(score_E) for score_E in ranking.scores]
+        ranks[name] = CriterionRank(
+            score=tuple(float(numbers[s.layer][s.row]) for s in sampled),
+            share=tuple(float(shares[s.layer][s.row]) for s in sampled),
+            place=tuple(ranking.orders[s.layer].index(s.row) for s in sampled),
+        )
     return ranks
-
-
-def criterion_rank(
-    profile: Profile, cut: CutSettings, engine: Engine, sampled: Sequence[SampledExpert]
-) -> CriterionRank:
-    """Scores of one criterion for the sampled experts."""
-    ranking = rank(profile, cut, engine if CRITERIA[cut.by].needs_model else None)
-    numbers = [as_numbers(score_E) for score_E in ranking.scores]
-    shares = [normalised(score_E) for score_E in ranking.scores]
-    return CriterionRank(
-        score=tuple(float(numbers[s.layer][s.row]) for s in sampled),
-        share=tuple(float(shares[s.layer][s.row]) for s in sampled),
-        place=tuple(ranking.orders[s.layer].index(s.row) for s in sampled),
-    )
 
 
 def evaluate_criterion(
@@ -142,9 +122,8 @@ def evaluate_criterion(
     seed: int,
 ) -> CriterionEvaluation:
     """How well one criterion predicts the effects of X ablated experts."""
-    layer_X = np.array([effect.layer for effect in effects])
-    logprob_X = np.array([effect.logprob for effect in effects])
-    accuracy_X = np.array([effect.accuracy for effect in effects])
+    of_each = [(effect.layer, effect.logprob, effect.accuracy) for effect in effects]
+    layer_X, logprob_X, accuracy_X = map(np.array, zip(*of_each, strict=True))
     score_X, share_X = np.array(ranks.score), np.array(ranks.share)
     return CriterionEvaluation(
         by=by,
@@ -224,9 +203,7 @@ def regret(place_X: Array, effect_X: Array, layer_X: Array, fraction: float) -> 
 def _degrees_of_freedom(score_X: Array, effect_X: Array, group_X: Array) -> int:
     """Σ (experts − 1) over the groups in which both ranks vary."""
     own = [group_X == group for group in np.unique(group_X)]
-    return sum(
-        int(is_own.sum()) - 1 for is_own in own if score_X[is_own].any() and effect_X[is_own].any()
-    )
+    return sum(int(o.sum()) - 1 for o in own if score_X[o].any() and effect_X[o].any())
 
 
 def _shuffles(layer_X: Array, seed: int) -> Array:
@@ -239,24 +216,8 @@ def _shuffles(layer_X: Array, seed: int) -> Array:
     return drawn_BX
 
 
-@dataclass(frozen=True)
-class AuditProgress:
-    """Questions scored so far; `left_s` is None while unknown."""
-
-    done: int
-    total: int
-    tokens: int
-    left_s: float | None
-
-
 class Auditing:
-    """An audit of one loaded model; `found` holds the results so far.
-
-    Raises:
-        ContractError: the layout does not support the model's family.
-        PlanError: no expert can be removed without leaving fewer than top-k.
-        ProfileError: the model or the quiz is not the one that was profiled.
-    """
+    """An audit of one loaded model; `found` holds the results so far."""
 
     def __init__(self, profile: Profile, settings: AuditSettings, load_as: LoadOptions) -> None:
         self.profile, self.settings = profile, settings
@@ -286,64 +247,48 @@ class Auditing:
         n_experts = sum(block.experts for block in self.blocks)
         return len(self.quiz) * min(self.settings.sample, n_experts)
 
-    def run(self, folder: Path, on_pass: OnPass) -> Iterator[AuditProgress]:
-        """Ablates every sampled expert that the folder lacks, and saves each result.
-
-        Raises:
-            OutputError: the folder holds something else or another audit, or another run uses it.
-        """
+    def run(self, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
+        """Ablates every sampled expert that the folder lacks, and saves each result."""
         request = self._request()
         earlier = _earlier(folder, request)
         if earlier is not None and earlier.verdicts:
             self.found = earlier
             return
         with alone(folder, "audit"):
-            yield from self._run(folder, request, on_pass)
+            earlier = _earlier(folder, request)  # another run may have ended since
+            rescorer = CachedScorer(self.engine, self.quiz)
+            self._save(folder, earlier or self._begin(request, rescorer))
+            yield from self._remove(rescorer, folder, on_pass)
+            verdicts = tuple(
+                evaluate_criterion(by, ranks, self.found.harms, self.fractions, self.settings.seed)
+                for by, ranks in self.found.standings.items()
+            )
+            self._save(folder, self.found.model_copy(update={"verdicts": verdicts}))
 
-    def _run(self, folder: Path, request: AuditRequest, on_pass: OnPass) -> Iterator[AuditProgress]:
-        earlier = _earlier(folder, request)  # another run may have ended since
-        rescorer = CachedScorer(self.engine, self.quiz)
-        self.found = earlier or self._begin(request, rescorer)
-        self._save(folder)
-        yield from self._remove(rescorer, folder, on_pass)
-        found = self.found
-        verdicts = tuple(
-            evaluate_criterion(by, ranks, found.harms, self.fractions, self.settings.seed)
-            for by, ranks in found.standings.items()
-        )
-        self.found = found.model_copy(update={"verdicts": verdicts})
-        self._save(folder)
-
-    def _save(self, folder: Path) -> None:
-        save_outcome(folder / AUDIT_FILE, self.found)
+    def _save(self, folder: Path, found: Audit) -> None:
+        self.found = found
+        save_outcome(folder / AUDIT_FILE, found)
 
     def _request(self) -> AuditRequest:
-        settings, info = self.settings, self.profile.info
-        content = "\n".join(f"{q.content_hash} {q.answer}" for q in self.quiz)
+        quiz, info = self.quiz, self.profile.info
+        content = "\n".join(f"{q.content_hash} {q.answer}" for q in quiz)
         return AuditRequest(
             model=plan_model(info.model),
             settings=info.settings,
             profile=profile_hash(info),
-            quiz=self.quiz.id,
-            split=self.quiz.split,
-            shots=self.quiz.shots,
-            questions=len(self.quiz),
+            quiz=quiz.id,
+            questions=len(quiz),
             asked=hashlib.sha256(content.encode()).hexdigest(),
             by=self.by,
-            positions=settings.positions,
-            layout=settings.layout,
             fractions=self.fractions,
-            sample=settings.sample,
-            seed=settings.seed,
-            truncate=self.quiz.truncate,
+            **{name: getattr(quiz, name) for name in ("split", "shots", "truncate")},
+            **self.settings.model_dump(include={"positions", "layout", "sample", "seed"}),
         )
 
     def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
-        settings, records = self.settings, rescorer.records
-        sampled = sampled_experts(self.profile, settings.sample, settings.seed)
-        ranks = criterion_ranks(
-            self.profile, self.by, settings, self.engine, sampled, is_all=settings.by == ALL
-        )
+        records = rescorer.records
+        sampled = sampled_experts(self.profile, self.settings.sample, self.settings.seed)
+        ranks = criterion_ranks(self.profile, self.settings, self.engine, sampled)
         if not ranks:
             raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")
         return Audit(
@@ -356,29 +301,24 @@ class Auditing:
             standings=ranks,
         )
 
-    def _remove(
-        self, rescorer: CachedScorer, folder: Path, on_pass: OnPass
-    ) -> Iterator[AuditProgress]:
+    def _remove(self, rescorer: CachedScorer, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         n_each, n_before, started = len(self.quiz), len(self.found.harms), time.monotonic()
         total = len(self.found.sampled)
         for done, expert in enumerate(self.found.sampled[n_before:], start=n_before + 1):
-            change = _with_callback(self._without(expert), on_pass)
+            change = observed(self._without(expert), on_pass)
             logprob_NC = rescorer.changed(expert.layer, change)
             self._check_reached(expert, rescorer.records, logprob_NC)
             effect = ablation_effect(expert, rescorer.records, logprob_NC)
-            self.found = self.found.model_copy(update={"harms": (*self.found.harms, effect)})
-            self._save(folder)
-            left_s = (time.monotonic() - started) * (total - done) / (done - n_before)
-            yield AuditProgress(done * n_each, total * n_each, 0, left_s)
+            harms = (*self.found.harms, effect)
+            self._save(folder, self.found.model_copy(update={"harms": harms}))
+            n_here, elapsed_s = done - n_before, time.monotonic() - started
+            left_s = elapsed_s * (total - done) / n_here
+            yield Progress(done * n_each, total * n_each, n_here * n_each, 0, elapsed_s, left_s)
 
     def _check_reached(
         self, expert: SampledExpert, base: QuestionOutcomes, logprob_NC: Array
     ) -> None:
-        """Checks that answers change where the expert has a gate weight that counts.
-
-        Raises:
-            ContractError: not one does.
-        """
+        """Checks that an answer changes where the expert has a gate weight that counts."""
         is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
         is_masked = not LAYOUTS[self.settings.layout].keeps_rows
         if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
@@ -409,7 +349,7 @@ def _earlier(folder: Path, request: AuditRequest) -> Audit | None:
 
 
 @contextmanager
-def _with_callback(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterator[OnPass]:
+def observed(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterator[OnPass]:
     """The change, which also reports each pass."""
     with change as begin:
 

@@ -1,7 +1,6 @@
 """Cross-fitting: a procedure chooses on four folds and is scored on the fifth, for each of five.
 
-It judges the procedure; the plan that ships is chosen on all tuning questions. Random experts in
-place of the chosen ones are the baseline. `proof.json` holds the result.
+The baseline are random experts in place of the chosen ones. `proof.json` holds the result.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from expertcut.edits.reweight_select import (
 )
 from expertcut.edits.router_edits import Ask, Procedure, RouterEdit, Settled
 from expertcut.errors import PlanError, QuizError
+from expertcut.evaluation.results import record_bytes
 from expertcut.profiling.schema import BlockInfo
 from expertcut.stats import LEVEL, Comparison, compare
 
@@ -32,8 +32,8 @@ DRAWS = 99
 _FACTOR = 2.0  # a match appears at most so many times as often, or as seldom
 _MIN_MATCHES = 25  # nearest ones, where fewer match
 _MIN_DISTINCT = 20  # distinct draws with which p can lie below 0.05
-NUMBERED_FROM_0 = ExpertIds()
-Choose = Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
+_NUMBERED_FROM_0 = ExpertIds()
+Biases = tuple[tuple[int, int, float], ...]  # (layer, expert, bias in logits)
 Verdict = Literal["helps", "hurts", "no evidence"]
 
 
@@ -58,10 +58,7 @@ def draw(
     picks: Sequence[SelectedExpert],
     rng: np.random.Generator,
 ) -> dict[SelectedExpert, SelectedExpert]:
-    """For each pick another expert of the same sign, matched in appearances, while there are any.
-
-    Layers are those that the choice was made from.
-    """
+    """For each pick another expert of its sign and layers, matched in appearances, while any is."""
     by_id = places(records.blocks)
     appears_X = appearances(records)
     is_free_X = chooser.candidates(records)
@@ -85,12 +82,11 @@ def matches(appears_X: Array, is_free_X: Array, x: int) -> Array:
     return free[nearest[: max(n_within, _MIN_MATCHES)]]
 
 
-@dataclass(frozen=True)
-class Fold:
-    """What was chosen without one fold, and the change in accuracy on that fold."""
+class FoldResult(Record):
+    """One fold: what was chosen without it, and the change in accuracy on it."""
 
     questions: int
-    shifts: tuple[RouterEdit, ...]
+    biases: Biases
     delta: float
 
 
@@ -115,7 +111,7 @@ class CrossFit:
     cross_fitted: Comparison
     same_questions: Comparison
     random: RandomBaseline
-    folds: tuple[Fold, ...]
+    folds: tuple[FoldResult, ...]  # experts by router rows
     settled: Settled
 
 
@@ -131,11 +127,7 @@ class Progress:
 def cross_fit(
     records: QuestionOutcomes, procedure: Procedure, ask: Ask, draws: int = DRAWS, seed: int = 0
 ) -> Iterator[Progress]:
-    """Five folds, all questions at once, then the random draws.
-
-    Raises:
-        QuizError: fewer different questions than folds.
-    """
+    """Five folds, all questions at once, then the random draws."""
     if len(set(records.hash_N.tolist())) < FOLDS:
         raise QuizError(
             f"{len(records)} tuning questions cannot be split into {FOLDS} folds: profile more"
@@ -156,16 +148,9 @@ def cross_fit(
         seen.add(tuple(sorted(others.values(), key=lambda p: (p.layer, p.expert))))
         deltas.append(trial.random_delta(others, settled.shifts))
         yield Progress(3 + done, total)
-    base_N = records.is_correct_N
-    result = CrossFit(
-        records=records,
-        cross_fitted=compare(base_N, cross_N),
-        same_questions=compare(base_N, same_N),
-        random=RandomBaseline(np.array(deltas), len(seen)),
-        folds=folds,
-        settled=settled,
-    )
-    yield Progress(total, total, result)
+    crossed, same = (compare(records.is_correct_N, right_N) for right_N in (cross_N, same_N))
+    random = RandomBaseline(np.array(deltas), len(seen))
+    yield Progress(total, total, CrossFit(records, crossed, same, random, folds, settled))
 
 
 class _Trial:
@@ -174,9 +159,7 @@ class _Trial:
     def __init__(
         self, records: QuestionOutcomes, procedure: Procedure, ask: Ask, seed: int
     ) -> None:
-        self.records = records
-        self.procedure = procedure
-        self.ask = ask
+        self.records, self.procedure, self.ask = records, procedure, ask
         self.fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
 
     def right(self, shifts: tuple[RouterEdit, ...]) -> Array:
@@ -185,7 +168,9 @@ class _Trial:
             return self.records.is_correct_N
         return right(self.ask(shifts), self.records.answer_N)
 
-    def cross_fitted(self, choose: Choose) -> tuple[Array, tuple[Fold, ...]]:
+    def cross_fitted(
+        self, choose: Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
+    ) -> tuple[Array, tuple[FoldResult, ...]]:
         """Correct answers (N,), each with what was chosen without the question's fold."""
         right_N, folds = self.records.is_correct_N.copy(), []
         for fold in range(FOLDS):
@@ -195,7 +180,9 @@ class _Trial:
             shifts = self.procedure.settle(self.records, picks, self.ask, left_out).shifts
             right_N[is_own_N] = self.right(shifts)[is_own_N]
             change_n = right_N[is_own_N].astype(int) - self.records.is_correct_N[is_own_N]
-            folds.append(Fold(int(is_own_N.sum()), shifts, float(change_n.mean())))
+            biases = tuple(shift[:3] for shift in shifts)
+            n, delta = int(is_own_N.sum()), float(change_n.mean())
+            folds.append(FoldResult(questions=n, biases=biases, delta=delta))
         return right_N, tuple(folds)
 
     def random_delta(
@@ -206,22 +193,13 @@ class _Trial:
             right_N, _ = self.cross_fitted(lambda _records, _left_out: tuple(others.values()))
         else:
             bias_of = {(shift.layer, shift.expert): shift.bias for shift in like}
-            right_N = self.right(
-                tuple(
-                    RouterEdit(other.layer, other.expert, bias_of[pick.layer, pick.expert])
-                    for pick, other in others.items()
-                    if (pick.layer, pick.expert) in bias_of
-                )
+            shifts = (
+                RouterEdit(other.layer, other.expert, bias_of[pick.layer, pick.expert])
+                for pick, other in others.items()
+                if (pick.layer, pick.expert) in bias_of
             )
+            right_N = self.right(tuple(shifts))
         return float(right_N.mean() - self.records.is_correct_N.mean())
-
-
-class FoldResult(Record):
-    """One fold: (layer, expert, bias) chosen without it, and the change in accuracy on it."""
-
-    questions: int
-    biases: tuple[tuple[int, int, float], ...]
-    delta: float
 
 
 class RandomResult(Record):
@@ -259,10 +237,10 @@ def cross_fit_result(
     quiz: str,
     split: str,
     seed: int,
-    numbers: ExpertIds = NUMBERED_FROM_0,
+    numbers: ExpertIds = _NUMBERED_FROM_0,
 ) -> CrossFitResult:
     """The record of a finished run; `numbers` are those of its experts before earlier cuts."""
-    cross, random = outcome.cross_fitted, outcome.random
+    cross, random, blocks = outcome.cross_fitted, outcome.random, outcome.records.blocks
     p_random = random.p(cross.delta)
     low, high = np.percentile(random.delta_B, [2.5, 97.5])
     word = verdict(cross, p_random)
@@ -283,11 +261,7 @@ def cross_fit_result(
             p=p_random,
         ),
         folds=tuple(
-            FoldResult(
-                questions=fold.questions,
-                biases=numbered(fold.shifts, outcome.records.blocks, numbers),
-                delta=fold.delta,
-            )
+            fold.model_copy(update={"biases": numbered(fold.biases, blocks, numbers)})
             for fold in outcome.folds
         ),
         verdict=word,
@@ -295,11 +269,9 @@ def cross_fit_result(
     )
 
 
-def numbered(
-    shifts: Sequence[RouterEdit], blocks: Sequence[BlockInfo], numbers: ExpertIds
-) -> tuple[tuple[int, int, float], ...]:
-    """(layer, expert, bias) of each, by the experts' numbers before earlier cuts."""
-    return tuple((s.layer, numbers.number(blocks[s.layer].name, s.expert), s.bias) for s in shifts)
+def numbered(biases: Biases, blocks: Sequence[BlockInfo], numbers: ExpertIds) -> Biases:
+    """Biases of router rows by the experts' numbers before earlier cuts."""
+    return tuple((i, numbers.number(blocks[i].name, row), bias) for i, row, bias in biases)
 
 
 def verdict(cross: Comparison, p_random: float) -> Verdict:
@@ -322,28 +294,19 @@ def _sentence(outcome: CrossFit, word: Verdict, p_random: float) -> str:
         return f"This procedure helps: {change}; random experts do as well with p = {p_random:.2g}."
     if word == "hurts":
         return f"This procedure hurts: {change}."
+    reason = f"{cross.smallest_effect * 100:.2f} points is the smallest effect they could show"
     if cross.is_significant:
-        n_drawn = outcome.random.distinct
-        few = (
-            f", and only {n_drawn} others were drawn, too few to show more"
-            if n_drawn < _MIN_DISTINCT
-            else ""
-        )
-        reason = f"random experts do as well with p = {p_random:.2g}{few}"
-    else:
-        reason = f"{cross.smallest_effect * 100:.2f} points is the smallest effect they could show"
+        reason = f"random experts do as well with p = {p_random:.2g}"
+        if (n_drawn := outcome.random.distinct) < _MIN_DISTINCT:
+            reason += f", and only {n_drawn} others were drawn, too few to show more"
     return f"No evidence that this procedure helps: {change}; {reason}."
 
 
 def proof_file(result: CrossFitResult) -> dict[str, bytes]:
     """Name and content of `proof.json`, for writing beside a plan."""
-    return {PROOF_FILE: (result.model_dump_json(indent=1) + "\n").encode()}
+    return {PROOF_FILE: record_bytes(result)}
 
 
 def load_cross_fit(folder: Path) -> CrossFitResult:
-    """`proof.json` of a folder.
-
-    Raises:
-        PlanError: it is missing or not valid.
-    """
+    """`proof.json` of a folder, a PlanError where it is missing or not valid."""
     return load_record(folder / PROOF_FILE, CrossFitResult, PlanError, "is no proof")

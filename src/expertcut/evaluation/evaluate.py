@@ -19,7 +19,6 @@ from expertcut.evaluation.lm_eval_export import (
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
-    Loaded,
     ModelResult,
     Results,
     Scored,
@@ -27,6 +26,7 @@ from expertcut.evaluation.results import (
     SubjectResult,
     load_results,
     save_outcome,
+    special_tokens,
 )
 from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
@@ -49,26 +49,24 @@ def find_models(paths: Sequence[str], revision: str | None = None) -> list[Sourc
 def score(
     source: Source, scoring: Scoring, folder: Path, on_pass: OnPass = ignore
 ) -> Iterator[Progress | Scored]:
-    """Progress while chunks are scored into the folder, then the scored model.
-
-    A process that does not wait for others may end without it.
-    """
+    """Progress of scoring into the folder, then, unless others are not waited for, the result."""
     options = replace(scoring.options, stats="none")
     measurement = measure(source, scoring.quiz, scoring.limit, scoring.load_as, options)
     store = folder / f"{source.name}-{measurement.info.called(source.id).short_hash}"
     yield from measurement.run(store, on_pass)
     if not scoring.options.waits:
         return
-    edited = _plan_and_hashes(source)
-    scored = Scored(
-        source,
-        load_profile(store).answers,
-        size(measurement.moe),
-        _chosen_on(edited, scoring),
-        edited[0].healed_from if edited else None,
-        Loaded.of(measurement.moe, measurement.info.settings),
-    )
-    del measurement
+    chosen_on = healed_from = None
+    if edited := _plan_and_hashes(source):
+        plan, hashes = edited
+        splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
+        overlap = n_used(scoring.quiz, hashes)
+        chosen_on = ChosenOnResult(split="+".join(splits), overlap=overlap)
+        healed_from = plan.healed_from
+    moe, settings = measurement.moe, measurement.info.settings
+    answers, tokens = load_profile(store).answers, special_tokens(moe)
+    scored = Scored(source, answers, size(moe), chosen_on, healed_from, settings, tokens)
+    del measurement, moe
     gc.collect()
     yield scored
 
@@ -85,18 +83,12 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
         limit=info.limit,
         content_hashes={name: s.content_hash for name, s in info.subjects.items()},
         models=[_model_result(s, subjects) for s in scored],
-        comparisons=[
-            _comparison(scored[0], other, index) for index, other in enumerate(scored[1:], start=1)
-        ],
+        comparisons=[_comparison(scored[0], one, i) for i, one in enumerate(scored) if i],
     )
 
 
 def check_places(out: Path, harness_file: Path | None) -> None:
-    """Checks that only files of an earlier `eval` would be replaced.
-
-    Raises:
-        OutputError: something else is there.
-    """
+    """Checks that only files of an earlier `eval` would be replaced, else an OutputError."""
     if out.exists():
         try:
             load_results(out)
@@ -116,11 +108,7 @@ def check_places(out: Path, harness_file: Path | None) -> None:
 def save(
     scoring: Scoring, scored: Sequence[Scored], out: Path, harness_file: Path | None = None
 ) -> Results:
-    """Writes predictions, the harness's files if requested, and the results last.
-
-    Raises:
-        OutputError: a file cannot be written.
-    """
+    """Writes predictions, the harness's files if requested, and the results last."""
     record = results(scoring, scored)
     write_atomically(predictions_path(out), predictions_bytes(scoring.quiz, scored))
     if harness_file is not None:
@@ -137,22 +125,12 @@ def _plan_and_hashes(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
     return None if plan is None else (plan, load_hashes(source.path, plan))
 
 
-def _chosen_on(
-    edited: tuple[PlanFile, frozenset[str]] | None, scoring: Scoring
-) -> ChosenOnResult | None:
-    if edited is None:
-        return None
-    plan, hashes = edited
-    splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
-    return ChosenOnResult(split="+".join(splits), overlap=n_used(scoring.quiz, hashes))
-
-
 def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
-    measured = accuracy(scored.answers.is_correct_N, subjects)
+    measured, source = accuracy(scored.answers.is_correct_N, subjects), scored.source
     return ModelResult(
-        path=scored.source.id,
-        revision=scored.source.revision,
-        fingerprint=scored.source.fingerprint,
+        path=source.id,
+        revision=source.revision,
+        fingerprint=source.fingerprint,
         accuracy=measured.accuracy,
         stderr=measured.stderr,
         ci95=measured.ci95,

@@ -29,7 +29,6 @@ _TASK_VERSION = 1.0  # of the stock task with these prompts
 _SPLITS = {"val": "validation"}  # ours, and the data set's name
 _METRIC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 _UNKNOWN = "N/A"  # the harness's word where there is no standard error
-Array = np.ndarray[Any, Any]
 
 
 def harness_paths(file: Path, scored: Sequence[Scored]) -> list[Path]:
@@ -52,27 +51,25 @@ def is_harness_file(file: Path) -> bool:
 
 
 def harness_bytes(scoring: Scoring, scored: Scored, result: ModelResult) -> bytes:
-    """The file's bytes."""
-    results = harness_results(scoring, scored, result)
-    return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode()
-
-
-def harness_results(scoring: Scoring, scored: Scored, result: ModelResult) -> dict[str, Any]:
-    """Results of one model: a task for each subject, and a group of all."""
+    """The file of one model: a task for each subject, and a group of all."""
     quiz = scoring.quiz
     name = Path(quiz.id).name.removesuffix(".jsonl").removesuffix(".csv")
     group = "mmlu" if quiz.id == MMLU_HUB_ID else name
     tasks = {f"{group}_{subject}": subject for subject in quiz.questions}
     of_group = _metrics(group, result.accuracy, result.stderr, result.questions)
     of_group["sample_count"] = {"acc,none": result.questions}
-    is_better, names = {"acc": True}, (group, *tasks)
+    is_better, names, model = {"acc": True}, (group, *tasks), scored.source.id
     sizes = {t: result.subjects[s].questions for t, s in tasks.items()}
     of_tasks = {
         task: _metrics(task, share, pooled_stderr([(share, n)]), n)
         for task, subject in tasks.items()
         for share, n in [(result.subjects[subject].accuracy, sizes[task])]
     }
-    return {
+    silent = (
+        *("system_instruction", "system_instruction_sha", "fewshot_as_multiturn"),
+        *("chat_template", "chat_template_sha", "total_evaluation_time_seconds"),
+    )
+    results = {
         "results": {**of_tasks, group: of_group},
         "groups": {group: of_group},
         "group_subtasks": {group: list(tasks)},
@@ -86,24 +83,22 @@ def harness_results(scoring: Scoring, scored: Scored, result: ModelResult) -> di
         },
         **_run(scoring, scored, result),
         "task_hashes": {},
-        **_identity(scored),
+        "model_source": "expertcut",
+        "model_name": model,
+        "model_name_sanitized": "".join(c if c.isalnum() or c in "-." else "_" for c in model),
+        **dict.fromkeys(silent),
     }
+    return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _metrics(name: str, share: float, stderr: float | None, n: int) -> dict[str, Any]:
     error = _UNKNOWN if stderr is None else stderr
-    return {
-        "name": name,
-        "alias": name,
-        "sample_len": n,
-        "acc,none": share,
-        "acc_stderr,none": error,
-    }
+    metrics = {"sample_len": n, "acc,none": share, "acc_stderr,none": error}
+    return {"name": name, "alias": name, **metrics}
 
 
 def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, Any]:
-    n_choices = max(len(q.choices) for q in quiz.questions[subject])
-    letters = list(LETTERS[:n_choices])
+    letters = list(LETTERS[: max(len(q.choices) for q in quiz.questions[subject])])
     lines = [f"{letter}. {{{{choices[{i}]}}}}\n" for i, letter in enumerate(letters)]
     prompt = {
         "doc_to_text": f"{{{{question.strip()}}}}\n{''.join(lines)}Answer:",
@@ -124,10 +119,7 @@ def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, An
         "fewshot_config": {
             "sampler": "first_n",
             "split": "dev",
-            "process_docs": None,
-            "fewshot_indices": None,
-            "samples": None,
-            "gen_prefix": None,
+            **dict.fromkeys(("process_docs", "fewshot_indices", "samples", "gen_prefix")),
             **prompt,
         },
         "num_fewshot": quiz.shots,
@@ -135,20 +127,20 @@ def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, An
         "output_type": "multiple_choice",
         "repeats": 1,
         "should_decontaminate": False,
-        "metadata": {
-            "version": _TASK_VERSION,
-            "pretrained": scored.source.id,
-            "dtype": scored.loaded.settings.dtype,
-        },
+        "metadata": {"version": _TASK_VERSION, **_loaded(scored)},
     }
 
 
+def _loaded(scored: Scored) -> dict[str, Any]:
+    return {"pretrained": scored.source.id, "dtype": scored.settings.dtype}
+
+
 def _run(scoring: Scoring, scored: Scored, result: ModelResult) -> dict[str, Any]:
-    settings, source = scored.loaded.settings, scored.source
+    settings, source = scored.settings, scored.source
     return {
         "config": {
             "model": "expertcut",
-            "model_args": {"pretrained": source.id, "dtype": settings.dtype},
+            "model_args": _loaded(scored),
             "model_num_parameters": result.parameters,
             "model_dtype": f"torch.{settings.dtype}",
             "model_revision": source.revision or "main",
@@ -168,19 +160,7 @@ def _run(scoring: Scoring, scored: Scored, result: ModelResult) -> dict[str, Any
         "transformers_version": transformers.__version__,
         "lm_eval_version": None,
         "upper_git_hash": None,
-        **scored.loaded.special_tokens,
-    }
-
-
-def _identity(scored: Scored) -> dict[str, Any]:
-    name = scored.source.id
-    silent = ("system_instruction", "system_instruction_sha", "fewshot_as_multiturn")
-    return {
-        "model_source": "expertcut",
-        "model_name": name,
-        "model_name_sanitized": "".join(c if c.isalnum() or c in "-." else "_" for c in name),
-        **dict.fromkeys((*silent, "chat_template", "chat_template_sha")),
-        "total_evaluation_time_seconds": None,
+        **scored.special_tokens,
     }
 
 

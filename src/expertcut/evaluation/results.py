@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.statistics import Answers
 
-_ROUNDING = 1e-6
 Outcome = TypeVar("Outcome", bound=Record)
 
 
@@ -68,7 +67,7 @@ class ModelResult(Record):
         if sum(subject.questions for subject in subjects) != self.questions:
             raise ValueError("the questions of its subjects do not add up")
         n_right = sum(subject.accuracy * subject.questions for subject in subjects)
-        if abs(n_right - self.accuracy * self.questions) > _ROUNDING * max(self.questions, 1):
+        if abs(n_right - self.accuracy * self.questions) > 1e-6 * max(self.questions, 1):
             raise ValueError("the accuracy is not that of its subjects")
         return self
 
@@ -113,11 +112,7 @@ def record_bytes(record: Record) -> bytes:
 
 
 def load_results(path: Path) -> Results:
-    """Results from their file.
-
-    Raises:
-        OutputError: missing or not valid.
-    """
+    """Results from their file, an OutputError where it is missing or not valid."""
     return load_record(path, Results, OutputError, "holds no results")
 
 
@@ -127,20 +122,12 @@ def save_outcome(file: Path, record: Record) -> None:
 
 
 def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:
-    """A saved record.
-
-    Raises:
-        OutputError: missing or not valid.
-    """
+    """A saved record, an OutputError where it is missing or not valid."""
     return load_record(file, kind, OutputError, f"is no {kind.__name__.lower()}")
 
 
 def load_unfinished(file: Path, kind: type[Outcome]) -> Outcome | None:
-    """The record of an earlier run in the file's folder; None in a new or empty folder.
-
-    Raises:
-        OutputError: the folder holds something else.
-    """
+    """The record of an earlier run, None in a new or empty folder; else an OutputError."""
     if file.is_file():
         return load_outcome(file, kind)
     folder = file.parent
@@ -156,11 +143,7 @@ def load_unfinished(file: Path, kind: type[Outcome]) -> Outcome | None:
 
 
 def check_same(folder: Path, theirs: Record, ours: Record, kind: str) -> None:
-    """Checks that a folder's run has the same settings.
-
-    Raises:
-        OutputError: naming the first setting that differs.
-    """
+    """Checks that a folder's run has the same settings; an error names the first that differs."""
     for key in type(ours).model_fields:
         was, now = getattr(theirs, key), getattr(ours, key)
         if was != now:
@@ -174,39 +157,28 @@ def profile_hash(info: ProfileInfo) -> str:
     return hashlib.sha256(info.model_dump_json().encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Facts of a results file that need the model in memory."""
-
-    settings: Settings
-    special_tokens: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, moe: "MoeModel", settings: Settings) -> "Loaded":
-        """From a model in memory."""
-        tokenizer, config = moe.tokenizer, moe.model.config
-        tokens: dict[str, Any] = {
-            f"tokenizer_{name}_token": [
-                getattr(tokenizer, f"{name}_token"),
-                str(getattr(tokenizer, f"{name}_token_id")),
-            ]
-            for name in ("pad", "eos", "bos")
-        }
-        tokens["eot_token_id"] = tokenizer.eos_token_id
-        tokens["max_length"] = getattr(config, "max_position_embeddings", None)
-        return cls(settings, tokens)
+def special_tokens(moe: "MoeModel") -> dict[str, Any]:
+    """Special tokens and context length, as lm-evaluation-harness writes them."""
+    tokens: dict[str, Any] = {}
+    for name in ("pad_token", "eos_token", "bos_token"):
+        text, number = getattr(moe.tokenizer, name), getattr(moe.tokenizer, f"{name}_id")
+        tokens[f"tokenizer_{name}"] = [text, str(number)]
+    tokens["eot_token_id"] = moe.tokenizer.eos_token_id
+    tokens["max_length"] = getattr(moe.model.config, "max_position_embeddings", None)
+    return tokens
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One model's answers, size and provenance."""
+    """One model's answers, size and provenance; `special_tokens` are those of its results file."""
 
     source: "Source"
     answers: "Answers"
     size: "Size"
     chosen_on: ChosenOnResult | None
     healed_from: str | None
-    loaded: Loaded
+    settings: Settings
+    special_tokens: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

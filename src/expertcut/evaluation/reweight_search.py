@@ -1,10 +1,11 @@
 """The stages behind `reweight`, `--tune` and `--prove`: one loaded model, scored repeatedly."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.data import Quiz
 from expertcut.edits.edit_settings import ReweightSettings
-from expertcut.edits.plan import EditPlan, ExpertIds, Point, expert_ids
+from expertcut.edits.plan import EditPlan, Point, expert_ids
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.router_edits import (
     Procedure,
@@ -30,6 +31,7 @@ from expertcut.edits.router_edits import (
 )
 from expertcut.edits.splits import questions_for
 from expertcut.evaluation.cross_fit import (
+    Biases,
     CrossFitResult,
     cross_fit,
     cross_fit_result,
@@ -39,7 +41,6 @@ from expertcut.evaluation.cross_fit import (
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.recorder import Recorder
-from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, stack_scores
 from expertcut.scoring.packing import Encoded
@@ -47,7 +48,6 @@ from expertcut.scoring.passes import OnPass, Replay
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 logger = logging.getLogger(__name__)
-_PLACES: tuple[ApplyAt, ...] = ("answer", "all")
 KEPT_BYTES = 2 << 30  # of layer outputs, so that runs can start at a later layer
 
 
@@ -59,8 +59,7 @@ class CachedScorer:
     """
 
     def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = KEPT_BYTES) -> None:
-        self.engine = engine
-        self.quiz = quiz
+        self.engine, self.quiz = engine, quiz
         self.chunks = list(engine.encode_all(quiz))
         blocks, model = engine.moe.blocks, engine.moe.model
         self.replay = Replay(model, blocks, sum(map(self._n_tokens, self.chunks)), kept_bytes)
@@ -154,15 +153,11 @@ class Decision:
     tuning: Quiz
     settled: Settled
     curve: tuple[Point, ...]
-    chosen: tuple[tuple[int, int, float], ...]
+    chosen: Biases
     base_accuracy: float
     accuracy_at: dict[ApplyAt, float]
     proof: CrossFitResult | None
     runs: int
-
-
-Report = Callable[[int, int], None]
-"""Receives steps done and their total."""
 
 
 def decide(
@@ -170,14 +165,9 @@ def decide(
     procedure: Procedure,
     settings: ReweightSettings,
     load_as: LoadOptions,
-    report: Report,
+    report: Callable[[int, int], None],
 ) -> Decision:
-    """Chooses experts and strengths on the tuning questions of a profile.
-
-    Raises:
-        PlanError: too few candidates, or one without a strength.
-        QuizError: too few questions to cross-fit.
-    """
+    """Chooses experts and strengths on a profile's tuning questions; reports steps and total."""
     tuning = questions_for(profile, is_fitting=True).tuning
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     rescorer = CachedScorer(engine, tuning)
@@ -201,24 +191,23 @@ def decide(
         )
     else:
         settled = procedure.settle(records, procedure.pick(records), ask)
+
+    def accuracy(apply_at: ApplyAt) -> float:
+        return float(right(rescorer.ask(settled.shifts, apply_at), records.answer_N).mean())
+
     return Decision(
         tuning=tuning,
         settled=settled,
-        curve=tuple(_renumbered(point, records.blocks, numbers) for point in settled.curve),
-        chosen=numbered(settled.shifts, records.blocks, numbers),
+        curve=tuple(
+            point.model_copy(update={"biases": numbered(point.biases, records.blocks, numbers)})
+            for point in settled.curve
+        ),
+        chosen=numbered(tuple(s[:3] for s in settled.shifts), records.blocks, numbers),
         base_accuracy=float(records.is_correct_N.mean()),
-        accuracy_at={
-            place: float(right(rescorer.ask(settled.shifts, place), records.answer_N).mean())
-            for place in _PLACES
-        },
+        accuracy_at={at: accuracy(at) for at in get_args(ApplyAt)},
         proof=proof,
         runs=rescorer.n_runs,
     )
-
-
-def _renumbered(point: Point, blocks: Sequence[BlockInfo], numbers: ExpertIds) -> Point:
-    shifts = tuple(RouterEdit(*bias) for bias in point.biases)
-    return point.model_copy(update={"biases": numbered(shifts, blocks, numbers)})
 
 
 @dataclass(frozen=True)
@@ -232,12 +221,7 @@ class Tilted:
 
 
 def by_hand(profile: Profile, settings: ReweightSettings) -> Tilted:
-    """Experts and strengths as named.
-
-    Raises:
-        PlanError: no such expert, or one without a default strength.
-        SettingsError: nothing to change, or options that exclude each other.
-    """
+    """Experts and strengths as named."""
     check_settings(settings)
     found = tilts(profile, settings.boost or [], settings.suppress or [])
     scaled = scalings(profile, settings.scale or [])
@@ -246,13 +230,7 @@ def by_hand(profile: Profile, settings: ReweightSettings) -> Tilted:
 
 
 def prepared(profile: Profile, settings: ReweightSettings) -> Procedure:
-    """The procedure; invalid settings are refused before a model runs.
-
-    Raises:
-        ContractError: the layout does not support biases of this model.
-        PlanError: no such expert.
-        SettingsError: nothing to change, or options that exclude each other.
-    """
+    """The procedure; invalid settings are refused before a model runs."""
     check_place(settings.layout, settings.apply_at, is_biased=True)
     check_layout(profiled_source(profile), settings.layout, is_cutting=False)
     return procedure_of(profile, settings)

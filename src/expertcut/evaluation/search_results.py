@@ -76,8 +76,8 @@ class SweepCell(SweptModel):
     @property
     def kept(self) -> str:
         """Experts kept in each layer, as one number or a range."""
-        counts = sorted({len(experts) for experts in self.keep.values()})
-        return str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+        counts = sorted(map(len, self.keep.values()))
+        return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]}–{counts[-1]}"
 
 
 class Sweep(Record):
@@ -105,11 +105,7 @@ class Sweep(Record):
 
 
 def load_sweep(path: Path) -> Sweep:
-    """A sweep from its folder or file.
-
-    Raises:
-        OutputError: missing or not valid.
-    """
+    """A sweep from its folder or file."""
     return load_outcome(path / SWEEP_FILE if path.is_dir() else path, Sweep)
 
 
@@ -122,20 +118,11 @@ class Grid:
 
     @classmethod
     def of(cls, by: str, fractions: str) -> Self:
-        """From the command line.
-
-        Raises:
-            SettingsError: an unknown criterion, an invalid share, or a repeated one.
-        """
+        """From the command line."""
         return cls(read_criteria(by), read_fractions(fractions, "--sweep"))
 
     def check(self, blocks: Sequence[BlockInfo], settings: CutSettings) -> None:
-        """Checks that the model and the layout allow every cell.
-
-        Raises:
-            PlanError: a cell keeps too few experts.
-            SettingsError: the layout does not support the budget.
-        """
+        """Checks that the model and the layout allow every cell."""
         settings.check_layout()
         allowed = counts(settings, blocks)
         for fraction in self.fractions:
@@ -161,26 +148,17 @@ class Grid:
 
 
 def read_criteria(text: str) -> tuple[str, ...]:
-    """Criteria from `reap,activations` or `all`.
-
-    Raises:
-        SettingsError: an unknown or repeated criterion.
-    """
+    """Criteria from `reap,activations` or `all`; unknown and repeated ones are refused."""
     if text == ALL:
         return tuple(CRITERIA)
     names = tuple(criterion_name(name.strip()) for name in text.split(","))
-    for name in names:
-        if names.count(name) > 1:
-            raise SettingsError(f"--by names {name} twice")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingsError(f"--by names {twice[0]} twice")
     return names
 
 
 def read_fractions(text: str, option: str) -> tuple[float, ...]:
-    """`0.75,0.5,0.25` as numbers.
-
-    Raises:
-        SettingsError: a number outside (0, 1], or a repeated one.
-    """
+    """`0.75,0.5,0.25` as numbers in (0, 1], none twice."""
     shares = []
     for part in text.split(","):
         try:
@@ -339,9 +317,5 @@ class Audit(Record):
 
 
 def load_audit(path: Path) -> Audit:
-    """An audit from its folder or file.
-
-    Raises:
-        OutputError: missing or not valid.
-    """
+    """An audit from its folder or file."""
     return load_outcome(path / AUDIT_FILE if path.is_dir() else path, Audit)

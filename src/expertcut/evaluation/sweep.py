@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from expertcut.edits.plan import EditPlan
 from expertcut.edits.selection import cut, empty_draft, rank
 from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
 from expertcut.errors import ContractError
+from expertcut.evaluation.ablation import observed
 from expertcut.evaluation.results import (
     ChosenOnResult,
     check_same,
@@ -39,7 +41,6 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
 from expertcut.profiling.workers import Progress
-from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
@@ -65,23 +66,16 @@ class Asking:
 
 
 class Sweeping:
-    """A sweep of one profiled model; `found` holds the finished cells.
-
-    Raises:
-        ContractError: the layout does not support the model's family.
-        PlanError: a cell keeps too few experts.
-        ProfileError: the model or the quiz is not the one that was profiled.
-    """
+    """A sweep of one profiled model; `found` holds the finished cells."""
 
     def __init__(self, profile: Profile, grid: Grid, settings: CutSettings, asking: Asking) -> None:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
-        self.profile, self.grid, self.asking = profile, grid, asking
-        self.settings = settings
+        self.profile, self.grid, self.settings, self.asking = profile, grid, settings, asking
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
         drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
-        used = frozenset().union(*(used_hashes(d, self._questions(d)) for d in drafts))
+        used = frozenset().union(*(used_hashes(d, _questions(profile, d)) for d in drafts))
         self.engine = engine_as_profiled(profile, source, asking.load_as)
         options = MeasureOptions("none", measured.batch_tokens, measured.threads, asking.waits)
         self.measurement = Measurement(self.engine.moe, asking.quiz, asking.limit, options)
@@ -98,25 +92,15 @@ class Sweeping:
             profile=profile_hash(self.profile.info),
             by=grid.by,
             fractions=grid.fractions,
-            budget=settings.budget,
-            min_keep=settings.min_keep,
-            positions=settings.positions,
-            layout=settings.layout,
+            **settings.model_dump(include={"budget", "min_keep", "positions", "layout", "seed"}),
             removed=settings.fill if "removed" in options else None,
             fold=settings.rescale if "fold" in options else None,
             protect=tuple(settings.protect),
-            seed=settings.seed,
             chosen_by=len(self.profile.subjects()) if is_part else None,
         )
 
     def steps(self, folder: Path) -> Iterator[Step]:
-        """The unedited model, then every cell that the folder lacks; each is saved when done.
-
-        Raises:
-            OutputError: the folder holds something else, or another sweep.
-            PlanError: a cut leaves no room for protected experts.
-            ProfileError: the profile lacks what a criterion needs.
-        """
+        """The unedited model, then every cell that the folder lacks; each is saved when done."""
         earlier = load_unfinished(folder / SWEEP_FILE, Sweep)
         if earlier is not None:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
@@ -126,7 +110,7 @@ class Sweeping:
         if earlier is None:
             self._write(folder)  # by every process: it claims the folder
         place = folder / "cells" / "base"
-        yield Step("the unedited model", lambda on_pass: self.measurement.run(place, on_pass))
+        yield Step("the unedited model", partial(self.measurement.run, place))
         if self.asking.waits:
             self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
@@ -135,10 +119,14 @@ class Sweeping:
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
-                yield from self._step(by, fraction, draft, folder)
+                place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
+                yield Step(f"{fraction:g} by {by}", partial(self._run, draft, place))
+                if self.asking.waits:
+                    cell = self._cell(by, fraction, draft, load_profile(place).answers)
+                    self.found = self.grid.with_cell(self.found, cell)
+                    self._write(folder)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
-        """The missing cuts of a criterion."""
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
         if not missing:
             return {}
@@ -147,25 +135,10 @@ class Sweeping:
         kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
         return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}
 
-    def _step(self, by: str, fraction: float, draft: EditPlan, folder: Path) -> Iterator[Step]:
-        place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
-        yield Step(f"{fraction:g} by {by}", self._run(draft, place))
-        if self.asking.waits:
-            cell = self._cell(by, fraction, draft, load_profile(place).answers)
-            self.found = self.grid.with_cell(self.found, cell)
-            self._write(folder)
-
-    def _run(self, draft: EditPlan, place: Path) -> Callable[[OnPass], Iterator[Progress]]:
-        def run(on_pass: OnPass) -> Iterator[Progress]:
-            edits = fit_edits(self.profile, draft, self._questions(draft), self.engine)
-            with simulated(self.engine.moe, draft, edits, is_as_written=True):
-                yield from self.measurement.run(place, on_pass)
-
-        return run
-
-    def _questions(self, draft: EditPlan) -> Questions:
-        """The same questions as `prune` uses."""
-        return questions_for(self.profile, is_fitting=draft.asks_tuning, used=draft.used)
+    def _run(self, draft: EditPlan, place: Path, on_pass: OnPass) -> Iterator[Progress]:
+        edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)
+        with simulated(self.engine.moe, draft, edits, is_as_written=True):
+            yield from self.measurement.run(place, on_pass)
 
     def _write(self, folder: Path) -> None:
         save_outcome(folder / SWEEP_FILE, self.found)
@@ -208,6 +181,11 @@ def _keep_hash(draft: EditPlan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def _questions(profile: Profile, draft: EditPlan) -> Questions:
+    """The same questions as `prune` uses."""
+    return questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
+
+
 Watch = Callable[[Callable[[OnPass], Iterator[Progress]], str, int, Path], object]
 
 
@@ -216,30 +194,22 @@ def simulate(
 ) -> tuple[Answers, Answers]:
     """Answers of the unedited model, and of the same loaded model with the plan applied.
 
-    The folder receives the chunks of both runs; `watch` runs what it is given.
-
-    Raises:
-        ContractError: the layout does not support the model's family, or the plan changes nothing.
-        ProfileError: the model is not the one that was profiled.
+    The folder receives the chunks of both runs; `watch` runs what it is given. A plan that changes
+    nothing is a ContractError.
     """
     measured = profile.info.settings
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     options = MeasureOptions("none", measured.batch_tokens, measured.threads)
     measurement = Measurement(engine.moe, quiz, None, options)
     base, edited = folder / "base", folder / "edited"
-    watch(lambda on_pass: measurement.run(base, on_pass), "the unedited model", len(quiz), base)
-    questions = questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
-    edits = fit_edits(profile, plan, questions, engine)
-    with simulated(engine.moe, plan, edits, is_as_written=True) as begin:
+    watch(partial(measurement.run, base), "the unedited model", len(quiz), base)
+    edits = fit_edits(profile, plan, _questions(profile, plan), engine)
 
-        def run(on_pass: OnPass) -> Iterator[Progress]:
-            def both(step: Pass) -> None:
-                begin(step)
-                on_pass(step)
-
+    def run(on_pass: OnPass) -> Iterator[Progress]:
+        with observed(simulated(engine.moe, plan, edits, is_as_written=True), on_pass) as both:
             yield from measurement.run(edited, both)
 
-        watch(run, "the plan", len(quiz), edited)
+    watch(run, "the plan", len(quiz), edited)
     before, after = load_profile(base).answers, load_profile(edited).answers
     if is_used(profile, plan) and np.array_equal(before.logprob_NC, after.logprob_NC):
         raise ContractError(NOT_REACHED.format("the plan"))

@@ -23,7 +23,6 @@ from expertcut.hub.provenance import (
     REPORT_FILE,
     Checkpoint,
     Evaluated,
-    Licence,
     Origin,
     eval_results,
     public_name,
@@ -37,6 +36,7 @@ from expertcut.reporting.tables import (
     Markdown,
     Table,
     code,
+    columns,
     escaped,
     markdown_table,
     one_line,
@@ -53,7 +53,6 @@ _EXCLUDED = (
     "not together with quantised experts, LoRA on experts, EPLB, or expert, data or sequence "
     "parallelism"
 )
-_TEMPLATE = "card.md.jinja"
 _SEAL = re.compile(r"\n<!-- expertcut wrote this card: ([0-9a-f]{64}) -->\n")
 
 
@@ -106,14 +105,10 @@ def step_sentences(origin: Origin) -> Iterator[str]:
 
 def held_out_table(plan: PlanFile) -> Table:
     """How far answers to held-out questions moved; without rows where the check was not run."""
-    columns = (
-        Column("against"),
-        Column("largest |Δ log p|", ".4f"),
-        Column("median |Δ log p|", ".4f"),
-        Column("flipped answers", ",d"),
-        Column("questions", ",d"),
+    heads = columns(
+        "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
     )
-    return Table("How far answers moved", columns, shift_rows(plan.proof.held_out))
+    return Table("How far answers moved", heads, shift_rows(plan.proof.held_out))
 
 
 @dataclass(frozen=True)
@@ -154,37 +149,32 @@ def misreaders(checkpoint: Checkpoint) -> tuple[str, ...]:
     config = checkpoint.config
     if not has_constants(config) or "biased_gates" in config:
         return ()
-    found = [
-        "transformers 4 loads it wrongly: 4.57.6 warns that weights are newly initialized, and "
-        "removed experts answer at random. Use 5.22 or later, as above."
-    ]
+    vllm = "vLLM 0.32 knows no constant experts and refuses it."
     if has_earlier_names(config):
-        found.append(
+        vllm = (
             "vLLM 0.32 loads it wrongly: it answers NaN, without a warning. `expertcut reweight` "
             "and `expertcut heal` write what they make of it in a form that 0.32 refuses."
         )
-    else:
-        found.append("vLLM 0.32 knows no constant experts and refuses it.")
-    return tuple(found)
+    return (
+        "transformers 4 loads it wrongly: 4.57.6 warns that weights are newly initialized, and "
+        "removed experts answer at random. Use 5.22 or later, as above.",
+        vllm,
+    )
 
 
 def _transformers(checkpoint: Checkpoint, repo: str, revision: str | None) -> Loader:
-    options = ['dtype="auto"']
-    if revision:
-        options.append(f"revision={json.dumps(revision)}")
-    own = [] if checkpoint.has_family_form else ["trust_remote_code=True"]
-    tokenizer = ", ".join(["name", *options[1:]])
+    branch = f", revision={json.dumps(revision)}" if revision else ""
+    own = "" if checkpoint.has_family_form else ", trust_remote_code=True"
     lines = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"name = {json.dumps(repo)}",
-        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
-        f"model = AutoModelForCausalLM.from_pretrained({', '.join(['name', *options, *own])})",
+        f"tokenizer = AutoTokenizer.from_pretrained(name{branch})",
+        f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})',
     )
+    needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
     if checkpoint.has_family_form:
         needs = "any version that loads the base model (4.56 or later for dtype as written here)"
-    else:
-        needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
     return Loader("transformers", needs, "python", Markdown("\n".join(lines)))
 
 
@@ -216,10 +206,8 @@ def card_text(
         autoescape=False,
     )
     environment.globals.update(code=code, table=markdown_table)
-    template = environment.from_string(
-        files("expertcut.hub").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    )
-    body = template.render(_facts(checkpoint, origin, evaluated, place))
+    template = files("expertcut.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    body = environment.from_string(template).render(_facts(checkpoint, origin, evaluated, place))
     text = re.sub(r"\n{3,}", "\n\n", f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
     ModelCard(text)  # raises if the Hub cannot read the metadata
     return f"{text}\n<!-- expertcut wrote this card: {_digest(text)} -->\n"
@@ -228,9 +216,9 @@ def card_text(
 def is_edited(content: str) -> bool:
     """Whether a card was edited after it was written."""
     seal = _SEAL.search(content)
-    return (
-        seal is None or bool(content[seal.end() :]) or _digest(content[: seal.start()]) != seal[1]
-    )
+    if seal is None or seal.end() < len(content):
+        return True
+    return _digest(content[: seal.start()]) != seal[1]
 
 
 def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) -> ModelCardData:
@@ -255,13 +243,17 @@ def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) 
 def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
-    plan, proof = checkpoint.plan, checkpoint.proof
+    plan, proof, licence = checkpoint.plan, checkpoint.proof, origin.licence
+    licence_text = licence.id
+    if licence.id == "other":
+        link = f" ({licence.link})" if licence.link else ""
+        licence_text = f"{licence.name or 'a licence of its own'}{link}"
     return {
         "name": place.repo.split("/")[-1],
         "version": __version__,
         "origin": origin,
         "base": _base_link(origin, place.endpoint),
-        "licence": _licence_text(origin.licence),
+        "licence": licence_text,
         "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
         "plan": plan,
         "changes": list(change_sentences(plan, origin)),
@@ -283,39 +275,25 @@ def _facts(
 
 def _base_link(origin: Origin, endpoint: str) -> Markdown:
     if not origin.is_on_hub:
-        return escaped(origin.name)
+        return escaped(Path(origin.id).name or "a local folder")
     at = f"{endpoint}/{origin.id}/tree/{origin.revision}"
     return Markdown(f"[{escaped(origin.id)}](<{one_line(at).replace('>', '').replace('<', '')}>)")
 
 
-def _licence_text(licence: Licence) -> str:
-    if licence.id != "other":
-        return licence.id
-    link = f" ({licence.link})" if licence.link else ""
-    return f"{licence.name or 'a licence of its own'}{link}"
-
-
 def _results_facts(one: Evaluated) -> dict[str, Any]:
     models = one.results.models
-    rows: list[list[Cell]] = [
-        [
-            name,
-            *(m.subjects[name].accuracy if name in m.subjects else None for m in models),
-            r.questions,
-        ]
-        for name, r in one.model.subjects.items()
-    ]
-    columns = (
-        Column("subject"),
-        *(Column(Path(m.path).name, ".2%") for m in models),
-        Column("questions", ",d"),
-    )
+    rows: list[list[Cell]] = []
+    for name, its in one.model.subjects.items():
+        shares = (m.subjects[name].accuracy if name in m.subjects else None for m in models)
+        rows.append([name, *shares, its.questions])
+    named = (Column(Path(m.path).name, ".2%") for m in models)
+    heads = (Column("subject"), *named, Column("questions", ",d"))
     return {
         "file": Markdown(one.file),
         "cut": cut_text(one.model.cut),
         "table": results_table(one.results),
         "sentences": result_sentences(one.results) if one.results.comparisons else [],
-        "subjects": Table("Subjects", columns, rows),
+        "subjects": Table("Subjects", heads, rows),
     }
 
 
@@ -327,14 +305,9 @@ def _size(checkpoint: Checkpoint, evaluated: Sequence[Evaluated]) -> Table:
     parameters = evaluated[0].model.parameters if evaluated else sum(dtypes.values())
     active = evaluated[0].model.active_parameters if evaluated else None
     size_mb = sum(f.stat().st_size for f in {tensor.file for tensor in tensors}) / 1e6
-    columns = (
-        Column("parameters", ",d"),
-        Column("used per token", ",d"),
-        Column("MB", ",.1f"),
-        Column("stored as"),
-    )
+    heads = columns("parameters::,d; used per token::,d; MB::,.1f; stored as")
     stored = ", ".join(name for name, _ in dtypes.most_common())
-    return Table("Size", columns, [[parameters, active, size_mb, stored]])
+    return Table("Size", heads, [[parameters, active, size_mb, stored]])
 
 
 def _digest(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +39,6 @@ _ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".yaml")
 _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _RESULTS = "results"  # uploaded as read for the card, not from the folder
 RESULTS_FILE = "results.json"
-_SOURCE_NAME = "expertcut eval"
 logger = logging.getLogger(__name__)
 
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.S)
@@ -101,19 +100,13 @@ class Checkpoint:
     def _belongs(self, file: Path) -> bool:
         if file.name.startswith(_RESULTS):
             return False
-        is_index = file.name.endswith(".index.json")
-        if is_index:
+        if file.name.endswith(".index.json"):
             return file.name == INDEX_FILE and bool(read_index(self.folder))
         return file.suffix in _ENDINGS or file.name.startswith(_NAMES) or file.name == REPORT_FILE
 
 
 def verified(folder: Path) -> Checkpoint:
-    """A checkpoint of this tool, with weights, config, plan and hashes checked for consistency.
-
-    Raises:
-        ModelError: no checkpoint, or damaged files.
-        PlanError: no plan, or one of another checkpoint.
-    """
+    """A checkpoint of this tool, with weights, config, plan and hashes checked for consistency."""
     if not folder.is_dir():
         raise ModelError(f"no such checkpoint: {folder} is not a folder")
     config = read_config(folder)
@@ -138,38 +131,25 @@ def verified(folder: Path) -> Checkpoint:
 def _check_block(
     block: DiskBlock, edit: BlockEdit, plan: PlanFile, config: Mapping[str, Any]
 ) -> None:
-    """Checks that the weights hold the experts of the plan.
-
-    Raises:
-        PlanError: they do not.
-    """
+    numbers = zip(range(block.n_experts), edit.rows or range(block.n_experts), strict=False)
+    is_own = [not block.by_expert or bool(block.by_expert[row]) for row in range(block.n_experts)]
+    own = [number for row, number in numbers if is_own[row]]  # those that are not constants
+    n_experts = expert_count(dict(config))
     if not LAYOUTS[plan.layout].keeps_rows:
-        is_right = block.n_experts == len(edit.keep) == expert_count(dict(config))
+        is_right = block.n_experts == len(edit.keep) == n_experts
     else:
-        is_right = set(_own_experts(block, edit)) == set(edit.keep)
+        is_right = set(own) == set(edit.keep)
     if not is_right:
-        n_own = len(list(_own_experts(block, edit)))
         raise PlanError(
             f"{PLAN_FILE} is not of these weights: it keeps {len(edit.keep)} experts of "
-            f"{block.name}, on disk are {n_own} and config.json says "
-            f"{expert_count(dict(config))}: put the plan back that made them"
+            f"{block.name}, on disk are {len(own)} and config.json says {n_experts}: put the plan "
+            "back that made them"
         )
-
-
-def _own_experts(block: DiskBlock, edit: BlockEdit) -> Iterator[int]:
-    """Numbers of the experts that are not constants."""
-    numbers = edit.rows or range(block.n_experts)
-    for row, number in zip(range(block.n_experts), numbers, strict=False):
-        if not block.by_expert or block.by_expert[row]:
-            yield number
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation, of the checkpoint and its base only; `file` is its name on the Hub.
-
-    Local paths are reduced to names.
-    """
+    """An evaluation of checkpoint and base, without local paths; `file` is its name on the Hub."""
 
     file: str
     results: Results
@@ -181,12 +161,7 @@ class Evaluated:
 
 
 def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluated, ...]:
-    """Evaluations in the named files, else in `results.json` in the folder or beside it.
-
-    Raises:
-        OutputError: a named file holds no results.
-        SettingsError: a named file holds no results of these weights.
-    """
+    """Evaluations in the named files, else in `results.json` in the folder or beside it."""
     folder = checkpoint.folder
     beside = (folder / RESULTS_FILE, folder.resolve().parent / RESULTS_FILE)
     found: list[Results] = []
@@ -213,11 +188,13 @@ def of_model(results: Results, fingerprint: str) -> Results | None:
         return None
     place = places[-1]
     compared = [c for c in results.comparisons if c.other == place]
-    kept = [compared[0].base, place] if compared else [place]
+    kept = [results.models[i] for i in ([compared[0].base, place] if compared else [place])]
     return results.model_copy(
         update={
             "quiz": public_name(results.quiz, results.revision),
-            "models": [_public(results.models[i]) for i in kept],
+            "models": [
+                m.model_copy(update={"path": public_name(m.path, m.revision)}) for m in kept
+            ],
             "comparisons": [c.model_copy(update={"base": 0, "other": 1}) for c in compared[:1]],
         }
     )
@@ -227,10 +204,6 @@ def public_name(id: str, revision: str | None) -> str:
     """An id of the Hub, or the last part of a path, which must not be published whole."""
     name = id if revision is not None else Path(id).resolve().name
     return one_line(name) or "unnamed"
-
-
-def _public(model: ModelResult) -> ModelResult:
-    return model.model_copy(update={"path": public_name(model.path, model.revision)})
 
 
 def eval_results(evaluated: Sequence[Evaluated], place: str) -> list[EvalResult]:
@@ -247,7 +220,7 @@ def eval_results(evaluated: Sequence[Evaluated], place: str) -> list[EvalResult]
             metric_type="accuracy",
             metric_name=f"accuracy ({one.results.shots} shots, {one.model.questions} questions)",
             metric_value=round(one.model.accuracy, 6),
-            source_name=_SOURCE_NAME,
+            source_name="expertcut eval",
             source_url=f"{place}/{one.file}",
         )
         for one in evaluated
@@ -276,17 +249,12 @@ class Origin:
     licence: Licence
     n_experts: int | None
     steps: tuple[PlanFile, ...]
-    is_here: bool = True
+    is_here: bool
 
     @property
     def is_on_hub(self) -> bool:
         """Whether the base is on the Hub."""
         return self.revision is not None
-
-    @property
-    def name(self) -> str:
-        """Its id, or the last part of a local path."""
-        return self.id if self.is_on_hub else Path(self.id).name or "a local folder"
 
 
 def origin(folder: Path) -> Origin:
@@ -305,14 +273,8 @@ def origin(folder: Path) -> Origin:
             "%s is not there with its weights (%s): the card cannot say what was done to it before",
             *(one_line(base.id), base.fingerprint[:8]),
         )
-    return Origin(
-        id=base.id,
-        revision=base.revision,
-        licence=_licence(files),
-        n_experts=expert_count(files.config()),
-        steps=tuple(steps),
-        is_here=is_here,
-    )
+    n_experts = expert_count(files.config())
+    return Origin(base.id, base.revision, _licence(files), n_experts, tuple(steps), is_here)
 
 
 @dataclass(frozen=True)
@@ -324,18 +286,16 @@ class _Files:
     folder: Path
 
     def text(self, name: str) -> str | None:
-        path = self._path(name)
-        try:
-            return None if path is None else path.read_text(encoding="utf-8-sig")
-        except (OSError, ValueError):
-            return None
+        with suppress(OSError, ValueError):
+            if path := self._path(name):
+                return path.read_text(encoding="utf-8-sig")
+        return None
 
     def config(self) -> dict[str, Any]:
-        path = self._path("config.json")
-        try:
-            return {} if path is None else read_config(path.parent)
-        except ModelError:
-            return {}
+        with suppress(ModelError):
+            if path := self._path("config.json"):
+                return read_config(path.parent)
+        return {}
 
     def _path(self, name: str) -> Path | None:
         if self.revision is None:

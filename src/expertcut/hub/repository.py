@@ -3,12 +3,10 @@
 import json
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -41,7 +39,6 @@ _MEANINGS = {
     413: "a file is larger than the Hub takes: export smaller shards, or ask the Hub for more room",
     429: f"too many requests: wait some minutes, then {AGAIN}",
 }
-_MAIN = "main"
 _OF_THE_HUB = frozenset({".gitattributes"})
 # Files of a repository that was created by hand on the Hub.
 _OF_A_NEW_ONE = frozenset({"README.md", "LICENSE", ".gitignore"}) | _OF_THE_HUB
@@ -52,11 +49,7 @@ Content = Path | bytes
 
 @contextmanager
 def in_words(step: str, repo: str, token: str | None = None) -> Iterator[None]:
-    """Turns errors of the Hub into one line that begins with the step.
-
-    Raises:
-        HubError: the Hub refused, or the connection failed.
-    """
+    """Turns errors of the Hub and of the connection into a HubError of one line."""
     try:
         yield
     except (HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
@@ -67,7 +60,8 @@ def in_words(step: str, repo: str, token: str | None = None) -> Iterator[None]:
                 raise
             cause = error.__cause__
         text = f"{step} failed: {_said(cause, repo)}"
-        raise HubError(_without_token(text, token)) from None
+        text = without_secrets(text.replace(token, HIDDEN) if token else text)
+        raise HubError(_BEARER.sub(HIDDEN, text)) from None
 
 
 def _said(error: BaseException, repo: str) -> str:
@@ -102,21 +96,8 @@ def _of_status(error: HfHubHTTPError, repo: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A server's message in one printable line."""
     line = one_line(text)
     return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}…"
-
-
-def _without_token(text: str, token: str | None) -> str:
-    return _BEARER.sub(HIDDEN, without_secrets(text.replace(token, HIDDEN) if token else text))
-
-
-@contextmanager
-def warnings_kept() -> Iterator[list[Any]]:
-    """Collects warnings of `huggingface_hub` while the block runs."""
-    with warnings.catch_warnings(record=True) as kept:
-        warnings.simplefilter("always")
-        yield kept
 
 
 @dataclass(frozen=True)
@@ -127,11 +108,6 @@ class Remote:
     files: frozenset[str]
     is_private: bool
     plan: PlanFile | None
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether it holds only files of a new repository."""
-        return self.files <= _OF_A_NEW_ONE
 
 
 @dataclass(frozen=True)
@@ -144,11 +120,7 @@ class Repository:
     token: str | None
 
     def look(self, revision: str | None = None) -> Remote | None:
-        """Its state, None if the repository or revision does not exist.
-
-        Raises:
-            HubError: it cannot be read.
-        """
+        """Its state, None if the repository or revision does not exist."""
         with in_words(f"looking at {self.id}", self.id, self.token):
             try:
                 info = self.api.model_info(self.id, revision=revision)
@@ -171,20 +143,12 @@ class Repository:
                 return None
 
     def create(self, *, is_private: bool) -> None:
-        """Creates the repository.
-
-        Raises:
-            HubError: not allowed, or created meanwhile.
-        """
+        """Creates the repository."""
         with in_words(f"creating {self.id}", self.id, self.token):
             self.api.create_repo(self.id, private=is_private or None)
 
     def branch(self) -> None:
-        """Creates the revision from the main one.
-
-        Raises:
-            HubError: not allowed, or created meanwhile.
-        """
+        """Creates the revision from the main one."""
         with in_words(f"creating revision {self.revision} of {self.id}", self.id, self.token):
             self.api.create_branch(self.id, branch=str(self.revision))
 
@@ -193,10 +157,8 @@ class Repository:
     ) -> str:
         """Uploads missing files and changes the repository in one commit; returns its id.
 
-        Without changes that is the id of the previous commit.
-
-        Raises:
-            HubError: the repository is unchanged; uploaded files stay for the next attempt.
+        Without changes that is the id of the previous commit. After an error the repository is
+        unchanged; uploaded files stay for the next attempt.
         """
         with in_words(f"uploading to {self.id}", self.id, self.token):
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -213,28 +175,19 @@ class Repository:
         return str(done.oid)
 
     def check_there(self, commit: str, files: Mapping[str, Content]) -> None:
-        """Checks that a commit holds the files: the Hub drops those in its `.gitignore`.
-
-        Raises:
-            HubError: one is missing.
-        """
+        """Checks that a commit holds the files: the Hub drops those in its `.gitignore`."""
         remote = self.look(commit)
-        missing = sorted(set(files) - (frozenset() if remote is None else remote.files))
-        if missing:
+        if missing := sorted(set(files) - (remote.files if remote else frozenset())):
             raise HubError(
                 f"{self.id} does not hold {', '.join(missing[:3])} after the upload: remove it "
                 "from the repository's .gitignore, then run the same command again"
             )
 
 
-def check_ours(remote: Remote, plan: PlanFile, repo: str, *, is_new_branch: bool = False) -> None:
-    """Checks that a repository may receive this checkpoint.
-
-    Raises:
-        HubError: it holds another model.
-    """
+def check_ours(remote: Remote, plan: PlanFile, repo: str, *, is_new_branch: bool) -> None:
+    """Checks that a repository holds no other model than this checkpoint."""
     do = "name another repository, or replace what it holds with --force"
-    if remote.is_fresh:
+    if remote.files <= _OF_A_NEW_ONE:
         return
     if remote.plan is None:
         some = ", ".join(sorted(remote.files - _OF_A_NEW_ONE)[:3])
@@ -243,7 +196,8 @@ def check_ours(remote: Remote, plan: PlanFile, repo: str, *, is_new_branch: bool
         raise HubError(
             f"{repo} holds {remote.plan.action} of another base ({remote.plan.model.id}): {do}"
         )
-    if not is_new_branch and not _is_same(remote.plan, plan):
+    there, here = ((p.layout, p.removed, p.fold, p.apply_at, p.blocks) for p in (remote.plan, plan))
+    if not is_new_branch and there != here:
         raise HubError(
             f"{repo} holds another checkpoint of this base ({remote.plan.action}), this is "
             f"{plan.action}: {do}, or give this one a --revision of its own"
@@ -254,10 +208,3 @@ def stale(remote: Remote, kept: Mapping[str, Content], *, is_replacing: bool) ->
     """Files to delete: all others if replacing, else those that decide what is loaded."""
     others = sorted(remote.files - set(kept) - _OF_THE_HUB)
     return tuple(f for f in others if is_replacing or f.endswith(_DECIDING))
-
-
-def _is_same(there: PlanFile, here: PlanFile) -> bool:
-    """Whether two plans make the same checkpoint."""
-    return (there.layout, there.removed, there.fold, there.apply_at, there.blocks) == (
-        *(here.layout, here.removed, here.fold, here.apply_at, here.blocks),
-    )

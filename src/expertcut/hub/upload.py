@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from expertcut.evaluation.results import record_bytes
 from expertcut.files import without_secrets, write_atomically
 from expertcut.hub.card import Place, card_text, is_edited
 from expertcut.hub.provenance import CARD_FILE, Checkpoint, Evaluated, evaluations, origin, verified
-from expertcut.hub.repository import Content, Repository, check_ours, stale, warnings_kept
+from expertcut.hub.repository import Content, Repository, check_ours, stale
 from expertcut.reporting.tables import one_line
 
 logger = logging.getLogger(__name__)
@@ -56,15 +57,7 @@ class Published:
 
 
 def publish(checkpoint: Path, repo: str, options: PublishOptions) -> Published:
-    """Writes the card into the checkpoint's folder and uploads both; a second call resumes.
-
-    Raises:
-        HubError: the Hub refused, the connection failed, or the repository holds another model.
-        ModelError: no checkpoint, or damaged files.
-        OutputError: a named file holds no results, or the card cannot be written.
-        PlanError: no plan, or one of another checkpoint.
-        SettingsError: an invalid name, results of other weights, or no token.
-    """
+    """Writes the card into the checkpoint's folder and uploads both; a second call resumes."""
     _check_names(repo, options.revision)
     api = HfApi()
     place = Place(repo, options.revision, api.endpoint)
@@ -78,7 +71,10 @@ def publish(checkpoint: Path, repo: str, options: PublishOptions) -> Published:
         card=card,
         is_card_kept=is_kept,
         n_results=len(evaluated),
-        files={name: _size(content) for name, content in files.items()},
+        files={
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in files.items()
+        },
         left_out=found.left_out,
     )
     if options.is_dry:
@@ -90,8 +86,8 @@ def _check_names(repo: str, revision: str | None) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        what = one_line(f"{repo!a} is not a valid name on the Hub: {error}")
-        raise SettingsError(what) from None
+        what = f"{repo!a} is not a valid name on the Hub: {error}"
+        raise SettingsError(one_line(what)) from None
     if repo.count("/") != 1:
         raise SettingsError(f"{repo} must name owner and repository: OWNER/NAME")
     if revision is not None and not _REVISION.fullmatch(revision):
@@ -125,24 +121,17 @@ def _files(
     return {**files, **{one.file: record_bytes(one.results) for one in evaluated}}
 
 
-def _size(content: Content) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
 def _upload(
-    prepared: Published,
-    found: Checkpoint,
-    files: Mapping[str, Content],
-    options: PublishOptions,
+    prepared: Published, found: Checkpoint, files: Mapping[str, Content], options: PublishOptions
 ) -> Published:
     token = get_token()
     if token is None:
         raise SettingsError("no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN")
     repository = Repository(HfApi(token=token), prepared.repo, options.revision, token)
     parent, gone = _prepare(repository, found, files, options)
-    message = f"Publish {found.plan.action}"
-    with warnings_kept() as kept:
-        commit = repository.commit(files, gone, parent, message)
+    with warnings.catch_warnings(record=True) as kept:
+        warnings.simplefilter("always")
+        commit = repository.commit(files, gone, parent, f"Publish {found.plan.action}")
         repository.check_there(commit, files)
     for warning in kept:
         logger.warning("%s", " ".join(str(warning.message).split()))

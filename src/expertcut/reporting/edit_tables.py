@@ -10,7 +10,7 @@ from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.tables import Cell, Column, Table, printable
+from expertcut.reporting.tables import Cell, Column, Table, columns, printable
 from expertcut.stats import Comparison, ExpertShares, HeldOutResult, LogprobShift
 
 if TYPE_CHECKING:  # with torch, which `show` does without
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # with torch, which `show` does without
 
 logger = logging.getLogger(__name__)
 
-_WHY = " to make one count for all layers"
 _NAMED = 10
 
 
@@ -33,7 +32,8 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
         fillers = ids_text(numbers.kept(name, pruning.fillers[name]))
         text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
         if fillers:
-            why = "" if pruning.draft.criterion != "activations" else _WHY
+            is_counted = pruning.draft.criterion == "activations"
+            why = " to make one count for all layers" if is_counted else ""
             text += f"; never activated but kept{why}: {fillers}"
         if spared := ids_text(numbers.kept(name, pruning.spared.get(name, ()))):
             text += f"; stay only because they are protected: {spared}"
@@ -42,10 +42,7 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
 
 
 def rows_tables(profile: Profile) -> list[Table]:
-    """Expert numbers of a model that was cut before, whose tables count router rows.
-
-    A missing model is logged.
-    """
+    """Expert numbers of a model that was cut before; a missing model is logged."""
     try:
         numbers = expert_ids(profile)
     except ProfileError as error:
@@ -57,24 +54,19 @@ def rows_tables(profile: Profile) -> list[Table]:
         if block.name in numbers.rows
     ]
     note = "The tables above count rows from 0; --boost, --suppress and --scale take the numbers."
-    columns = (Column("layer"), Column("numbers of its rows, in order"))
+    heads = columns("layer; numbers of its rows, in order")
     title = "This model was cut before: its experts' numbers"
-    return [Table(title, columns, rows, note)] if rows else []
+    return [Table(title, heads, rows, note)] if rows else []
 
 
 def touched_table(traffic: Sequence[RemovedTraffic]) -> Table:
     """Traffic of the removed experts in the profile."""
-    rows: list[list[Cell]] = [
-        [t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in traffic
-    ]
-    columns = (
-        Column("block"),
-        Column("removed"),
-        Column("chosen by some token"),
-        Column("share of all gate weight", ".2%"),
-        Column("questions that chose one to answer", ",d"),
+    heads = columns(
+        "block; removed; chosen by some token; share of all gate weight::.2%; "
+        "questions that chose one to answer::,d"
     )
-    return Table("What the cut touches, in the profile", columns, rows)
+    rows = [[t.block, t.n_removed, t.n_used, t.mass, t.n_questions] for t in traffic]
+    return Table("What the cut touches, in the profile", heads, rows)
 
 
 def touched_sentences(pruning: Pruning, traffic: Sequence[RemovedTraffic]) -> list[str]:
@@ -106,13 +98,9 @@ def groups_table(profile: Profile, merged: "Merged") -> Table:
             share = float(tokens_LE[layer, joined].sum() / tokens_LE[layer].sum())
         sizes = [len(edit.keep), len(groups), max(map(len, groups), default=1)]
         rows.append([block.name, *sizes, share, quality.get(layer)])
-    columns = (
-        Column("block"),
-        Column("experts"),
-        Column("made of several"),
-        Column("of how many at most"),
-        Column("choices of an expert that joined another", ".2%"),
-        Column("router rows", ".4f"),
+    heads = columns(
+        "block; experts; made of several; of how many at most; "
+        "choices of an expert that joined another::.2%; router rows::.4f"
     )
     judged = merged.built.judged
     noun = "questions that judge" if judged is None else judged.noun
@@ -120,7 +108,7 @@ def groups_table(profile: Profile, merged: "Merged") -> Table:
         "router rows: 1 − Σ error² / Σ spread² of merged experts' logits against the one that "
         f"keeps their members' mass, on {noun}; 1 is exact."
     )
-    return Table(f"Groups ({merged.draft.criterion})", columns, rows, note)
+    return Table(f"Groups ({merged.draft.criterion})", heads, rows, note)
 
 
 def merging_sentences(profile: Profile, merged: "Merged") -> list[str]:
@@ -201,59 +189,41 @@ def curve_table(curve: Sequence[Point]) -> Table:
         ]
         for point in curve
     ]
-    columns = (
-        Column("strength", ".4g"),
-        Column("experts"),
-        Column("accuracy", ".2%"),
-        Column("95 % interval"),
-        Column("questions", ",d"),
-    )
+    heads = columns("strength::.4g; experts; accuracy::.2%; 95 % interval; questions::,d")
     note = "Accuracy on the questions that the strength was chosen on, so the best of it flatters."
-    return Table("Strength (logits) against accuracy", columns, rows, note)
+    return Table("Strength (logits) against accuracy", heads, rows, note)
 
 
 def proof_table(proof: "CrossFitResult") -> Table:
     """Cross-fitted, same questions and random experts side by side."""
     random = proof.random
+    name = f"random experts ({random.draws} draws, {random.distinct} distinct)"
     rows = [
         ["cross-fitted", *change_cells(proof.cross_fitted)],
         ["chosen and scored on the same questions", *change_cells(proof.same_questions)],
-        [
-            f"random experts ({random.draws} draws, {random.distinct} distinct)",
-            random.delta_mean,
-            interval_text(random.range95, "+"),
-            *[None] * 3,
-        ],
+        [name, random.delta_mean, interval_text(random.range95, "+"), *[None] * 3],
     ]
-    columns = (
+    heads = (
         Column(f"{proof.questions:,} questions of {proof.split}"),
-        Column("Δ accuracy", "+.2%"),
-        Column("95 % interval"),
-        Column("gained"),
-        Column("lost"),
-        Column("McNemar p", ".3g"),
+        *columns("Δ accuracy::+.2%; 95 % interval; gained; lost; McNemar p::.3g"),
     )
     note = f"Unedited accuracy {proof.base_accuracy:.2%}; p against random experts {random.p:.3g}."
-    return Table(f"Proof: {proof.procedure}", columns, rows, note)
+    return Table(f"Proof: {proof.procedure}", heads, rows, note)
 
 
 def proof_csv(proof: "CrossFitResult") -> Table:
     """One row per estimate, as shares; of random experts the range of draws."""
     random = proof.random
+    compared = {"cross_fitted": proof.cross_fitted, "same_questions": proof.same_questions}
     rows: list[list[Cell]] = [
         [name, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p, c.smallest_effect, None, None]
-        for name, c in (
-            ("cross_fitted", proof.cross_fitted),
-            ("same_questions", proof.same_questions),
-        )
+        for name, c in compared.items()
     ]
     drawn: list[Cell] = [random.delta_mean, *random.range95, *[None] * 4, random.draws]
-    rows.append(["random", *drawn, random.p])
-    names = (
-        *("estimate", "delta", "low", "high", "gained", "lost", "mcnemar_p", "smallest_effect"),
-        *("draws", "p_random"),
+    heads = columns(
+        "estimate; delta; low; high; gained; lost; mcnemar_p; smallest_effect; draws; p_random"
     )
-    return Table("proof", tuple(map(Column, names)), rows)
+    return Table("proof", heads, [*rows, ["random", *drawn, random.p]])
 
 
 def change_cells(change: Comparison | None) -> list[Cell]:
@@ -264,9 +234,9 @@ def change_cells(change: Comparison | None) -> list[Cell]:
     return [change.delta, interval, change.gained, change.lost, change.mcnemar_p]
 
 
-def interval_text(ends: tuple[float, float], sign: str = "") -> str:
+def interval_text(ends: Sequence[float], sign: str = "", places: int = 2) -> str:
     """An interval in per cent; `sign` "+" for changes."""
-    return f"{ends[0]:{sign}.2%} … {ends[1]:{sign}.2%}"
+    return f"{ends[0]:{sign}.{places}%} … {ends[1]:{sign}.{places}%}"
 
 
 def decision_tables(decision: "Decision") -> list[Table]:
@@ -277,19 +247,17 @@ def decision_tables(decision: "Decision") -> list[Table]:
 
 def decision_sentences(decision: "Decision") -> list[str]:
     """The choice, where its effect comes from, and the verdict."""
-    sentences = []
     questions = f"{len(decision.tuning):,} {decision.tuning.split} questions"
+    first = f"No tilt that was tried beats the unedited model on {questions}."
     if decision.chosen:
         chosen = ", ".join(f"{layer}:{e} by {bias:+.4g}" for layer, e, bias in decision.chosen)
         answer, everywhere = decision.accuracy_at["answer"], decision.accuracy_at["all"]
-        sentences.append(
+        first = (
             f"Chosen on {questions}: {chosen} (logits). There accuracy goes from "
             f"{decision.base_accuracy:.2%} to {everywhere:.2%} with the bias at every token, and "
             f"to {answer:.2%} with it at the answer position alone."
         )
-    else:
-        sentences.append(f"No tilt that was tried beats the unedited model on {questions}.")
-    return [*sentences, decision.proof.sentence] if decision.proof else sentences
+    return [first, decision.proof.sentence] if decision.proof else [first]
 
 
 def proof_tables(built: "Built") -> list[Table]:
@@ -297,14 +265,8 @@ def proof_tables(built: "Built") -> list[Table]:
     tables = [_fit_table(built)] if built.fits else []
     if built.proof is None or built.judged is None:
         return tables
-    columns = (
-        Column("against"),
-        Column("largest |Δ log p|", ".4f"),
-        Column("median |Δ log p|", ".4f"),
-        Column("flipped answers"),
-        Column("questions"),
-    )
-    tables.append(Table(built.judged.title, columns, shift_rows(built.proof.held_out)))
+    heads = "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers; questions"
+    tables.append(Table(built.judged.title, columns(heads), shift_rows(built.proof.held_out)))
     if built.proof.outcomes:
         title = f"Where the bias acts ({built.proof.held_out_split})"
         note = "Carried out at run time, in the unedited model, but for the last row."
@@ -321,18 +283,11 @@ def shift_rows(shifts: Sequence[LogprobShift]) -> list[list[Cell]]:
 
 
 def _forms_table(title: str, result: HeldOutResult, flipped: str, note: str) -> Table:
-    """Answers of each form of the model."""
     rows: list[list[Cell]] = [
         [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in result.outcomes
     ]
-    columns = (
-        Column("form"),
-        Column("accuracy", ".2%"),
-        Column("mean log p of the right choice", ".4f"),
-        Column(flipped),
-        Column("questions"),
-    )
-    return Table(title, columns, rows, note)
+    heads = f"form; accuracy::.2%; mean log p of the right choice::.4f; {flipped}; questions"
+    return Table(title, columns(heads), rows, note)
 
 
 def proof_sentences(built: "Built") -> list[str]:
@@ -366,22 +321,18 @@ def adapter_sentences(built: "Built") -> list[str]:
         or plan.fold in ("answer", "all")
         or plan.removed == "mean"
     )
-    done = ["chosen", *(["what was fitted is fitted"] if is_fitted else [])]
-    if built.judged is not None:
-        done.append(f"{built.judged.noun.removeprefix('the ')} asked")
+    *done, last = [
+        "chosen",
+        *(["what was fitted is fitted"] if is_fitted else []),
+        *([f"{built.judged.noun.removeprefix('the ')} asked"] if built.judged else []),
+    ]
     return [
         f"The adapter {plan.adapter.path} is cut to fit, in {built.folder / 'adapter'}; experts "
-        f"were {_listed(done)} without it."
+        f"were {', '.join(done)}{' and ' if done else ''}{last} without it."
     ]
 
 
-def _listed(parts: Sequence[str]) -> str:
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 def _fit_table(built: "Built") -> Table:
-    """How well the gate row carries the bias in layout stock."""
     rows: list[list[Cell]] = [
         [
             f.layer,
@@ -392,12 +343,8 @@ def _fit_table(built: "Built") -> Table:
         ]
         for f in built.fits
     ]
-    columns = (
-        Column("layer"),
-        Column("fit", ".4f"),
-        Column("fit, answer positions", ".4f"),
-        Column("v·h, answer positions"),
-        Column("v·h, elsewhere"),
+    heads = columns(
+        "layer; fit::.4f; fit, answer positions::.4f; v·h, answer positions; v·h, elsewhere"
     )
     target = "1 at answer positions and 0 elsewhere, both weighing the same"
     noun = "held-out questions" if built.judged is None else built.judged.noun
@@ -405,19 +352,18 @@ def _fit_table(built: "Built") -> Table:
         f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
         f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
     )
-    return Table("The bias as a gate row", columns, rows, note)
+    return Table("The bias as a gate row", heads, rows, note)
 
 
 def tilt_sentences(
     tilts: Sequence[RouterEdit], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
     """The effect of each bias, and how far routing agrees with the exact bias."""
-    sentences, proof = [], None if built is None else built.proof
+    sentences = []
     for tilt in tilts:
         verb = "boosted" if tilt.bias > 0 else "suppressed"
-        text = (
-            f"{_expert(tilt, numbers)} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"
-        )
+        expert = f"Expert {_number(tilt, numbers)} of layer {tilt.layer}"
+        text = f"{expert} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"
         fits = [] if built is None else built.fits
         if fit := next((fit for fit in fits if fit.layer == tilt.layer), None):
             mean, spread = tilt.bias * fit.mean_answer, abs(tilt.bias) * fit.std_answer
@@ -432,7 +378,12 @@ def tilt_sentences(
                 f"with the exact bias {share.exact:.1%}"
             )
         sentences.append(f"{text}.")
-    return [*sentences, *(_agreement_sentences(proof) if proof else [])]
+    return sentences + [
+        f"In layer {a.layer} the checkpoint chooses the very experts of the exact bias at "
+        f"{a.same_answer:.1%} of answer positions ({a.overlap_answer:.1%} of the experts) and at "
+        f"{a.same_all:.1%} of all tokens ({a.overlap_all:.1%})."
+        for a in (built.proof.agreement if built and built.proof else ())
+    ]
 
 
 def scale_sentences(
@@ -441,23 +392,14 @@ def scale_sentences(
     """The effect of each gate-weight factor."""
     sentences = []
     for scaling in scaled:
-        expert = _expert(scaling, numbers)
-        text = f"The gate weight of {expert[0].lower()}{expert[1:]} is multiplied by "
+        expert = f"expert {_number(scaling, numbers)} of layer {scaling.layer}"
+        text = f"The gate weight of {expert} is multiplied by "
         text += f"{scaling.scale:g}; in its own layer who is chosen stays"
         if shares := _shares(scaling, built, numbers):
             noun, share = shares
             text += f", and it serves {share.edited:.1%} of {noun}"
         sentences.append(f"{text}.")
     return sentences
-
-
-def _agreement_sentences(proof: HeldOutResult) -> list[str]:
-    return [
-        f"In layer {a.layer} the checkpoint chooses the very experts of the exact bias at "
-        f"{a.same_answer:.1%} of answer positions ({a.overlap_answer:.1%} of the experts) and at "
-        f"{a.same_all:.1%} of all tokens ({a.overlap_all:.1%})."
-        for a in proof.agreement
-    ]
 
 
 def _shares(
@@ -471,7 +413,3 @@ def _shares(
 
 def _number(tilt: RouterEdit, numbers: ExpertIds | None) -> int:
     return (numbers or ExpertIds()).number(tilt.block, tilt.expert)
-
-
-def _expert(tilt: RouterEdit, numbers: ExpertIds | None) -> str:
-    return f"Expert {_number(tilt, numbers)} of layer {tilt.layer}"

@@ -13,44 +13,36 @@ from expertcut.evaluation.search_results import (
     SweptModel,
 )
 from expertcut.reporting.edit_tables import change_cells, interval_text, merged_text
-from expertcut.reporting.plots import Series, draw_forest, draw_lines
+from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
-from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.stats import Comparison
 
-_SCORED = (
-    Column("accuracy", ".2%"),
-    Column("95 % interval"),
-    Column("Δ", "+.2%"),
-    Column("95 % interval of Δ"),
-    Column("gained"),
-    Column("lost"),
-    Column("McNemar p", ".3g"),
-)
+_SCORED = "accuracy::.2%; 95 % interval; Δ::+.2%; 95 % interval of Δ; gained; lost; McNemar p::.3g"
 
 
 def plan_table(plan: PlanFile) -> Table:
     """One row per block: kept, biased, scaled and merged experts."""
-    rows: list[list[Cell]] = [
-        [
-            name,
-            len(edit.keep),
-            ids_text(edit.keep),
-            ", ".join(f"{e}: {b:+.4f}" for e, b in edit.bias.items()) or None,
-            ", ".join(f"{e}: ×{s:.4f}" for e, s in edit.scale.items()) or None,
-            *([merged_text(edit)] if plan.removal == "merge" else []),
-        ]
-        for name, edit in plan.blocks.items()
-    ]
-    names = ["block", "kept", "experts", "bias", "scale"]
-    columns = tuple(map(Column, [*names, *(["joined by"] if plan.removal == "merge" else [])]))
+    is_merged = plan.removal == "merge"
+    rows: list[list[Cell]] = []
+    for name, edit in plan.blocks.items():
+        bias = ", ".join(f"{e}: {b:+.4f}" for e, b in edit.bias.items()) or None
+        scale = ", ".join(f"{e}: ×{s:.4f}" for e, s in edit.scale.items()) or None
+        joined = [merged_text(edit)] if is_merged else []
+        rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
+    heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
+    note = f"Chosen on {chosen_text(plan)}; model {plan.model.label}."
+    return Table(f"Plan: {plan.action} ({plan.layout})", columns(heads), rows, note)
+
+
+def chosen_text(plan: PlanFile) -> str:
+    """The questions that a plan was chosen and fitted on."""
     chosen = plan.chosen_on
     fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
-    note = (
-        f"Chosen on {chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
-        f"{fitted if chosen.fitted_split else ''}; model {plan.model.label}."
+    return (
+        f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
+        f"{fitted if chosen.fitted_split else ''}"
     )
-    return Table(f"Plan: {plan.action} ({plan.layout})", columns, rows, note)
 
 
 def plan_csv(plan: PlanFile) -> Table:
@@ -60,26 +52,24 @@ def plan_csv(plan: PlanFile) -> Table:
         for name, edit in plan.blocks.items()
         for expert in edit.keep
     ]
-    return Table("plan", tuple(map(Column, ("block", "expert", "bias", "scale"))), rows)
+    return Table("plan", columns("block; expert; bias; scale"), rows)
 
 
 def results_table(results: Results) -> Table:
     """One row per model, compared with the first."""
     compared = {c.other: c for c in results.comparisons}
-    rows = [_result_row(m, compared.get(i)) for i, m in enumerate(results.models)]
-    columns = (
-        Column("model"),
-        *_SCORED,
-        Column("parameters", ",d"),
-        Column("active", ",d"),
-        Column("MB", ".1f"),
-    )
+    rows: list[list[Cell]] = [
+        [Path(m.path).name, *_scored(m, compared.get(i)), m.parameters, m.active_parameters,
+         m.bytes / 1e6]
+        for i, m in enumerate(results.models)
+    ]  # fmt: skip
+    heads = columns(f"model; {_SCORED}; parameters::,d; active::,d; MB::.1f")
     n_questions = results.models[0].questions
     note = f"{n_questions:,} {results.split} questions of {results.quiz} at {results.shots} shots"
     if cuts := {model.cut for model in results.models if model.cut is not None}:
         n_cut = " or ".join(f"{n:,}" for n in sorted(cuts))  # tokenizers and contexts may differ
         note += f", {n_cut} prompts cut from the left to fit the context"
-    return Table("Evaluation", columns, rows, note)
+    return Table("Evaluation", heads, rows, note)
 
 
 def results_csv(results: Results) -> Table:
@@ -88,12 +78,12 @@ def results_csv(results: Results) -> Table:
     for model in results.models:
         rows.append([model.path, None, model.accuracy, model.questions])
         rows += [[model.path, s, r.accuracy, r.questions] for s, r in model.subjects.items()]
-    return Table("results", tuple(map(Column, ("path", "subject", "accuracy", "questions"))), rows)
+    return Table("results", columns("path; subject; accuracy; questions"), rows)
 
 
 def result_sentences(results: Results) -> list[str]:
     """A sentence per model: the change, its significance, and leakage."""
-    base, names = results.models[0], _names(results)
+    base, names = results.models[0], model_names(results)
     sentences = [f"{names[0]} answers {base.accuracy:.2%} right: the base of the comparisons."]
     for comparison in results.comparisons:
         model = results.models[comparison.other]
@@ -102,7 +92,7 @@ def result_sentences(results: Results) -> list[str]:
     return sentences
 
 
-def _names(results: Results) -> list[str]:
+def model_names(results: Results) -> list[str]:
     """The last part of each model's path, or the whole path where that is ambiguous."""
     last = [Path(model.path).name for model in results.models]
     return [
@@ -123,11 +113,6 @@ def _won_back(results: Results, names: list[str], healed: ComparisonResult) -> s
                 f"{names[cut.other]} had lost"
             )
     return ""
-
-
-def _result_row(model: ModelResult, comparison: ComparisonResult | None) -> list[Cell]:
-    size: list[Cell] = [model.parameters, model.active_parameters, model.bytes / 1e6]
-    return [Path(model.path).name, *_scored(model, comparison), *size]
 
 
 def _scored(model: ModelResult | SweptModel, change: Comparison | None) -> list[Cell]:
@@ -165,19 +150,13 @@ def _leak(model: ModelResult, split: str) -> str:
 
 def sweep_table(sweep: Sweep) -> Table:
     """The unedited model and every finished cell."""
-    base = [] if sweep.base is None else [["unedited", None, None, *_swept(sweep.base, None)]]
-    rows: list[list[Cell]] = [
-        *base,
-        *([c.by, c.fraction, c.kept, *_swept(c, c.change)] for c in sweep.cells),
-    ]
-    columns = (
-        Column("by"),
-        Column("share", "g"),
-        Column("kept a layer"),
-        *_SCORED,
-        Column("parameters", ",d"),
-        Column("MB", ".2f"),
-    )
+    rows: list[list[Cell]] = []
+    if b := sweep.base:
+        rows.append(["unedited", None, None, *_scored(b, None), b.parameters, b.bytes / 1e6])
+    for c in sweep.cells:
+        scored = _scored(c, c.change)
+        rows.append([c.by, c.fraction, c.kept, *scored, c.parameters, c.bytes / 1e6])
+    heads = columns(f"by; share::g; kept a layer; {_SCORED}; parameters::,d; MB::.2f")
     request, quiz = sweep.asked, sweep.asked.scored.quiz
     n_cells = len(request.by) * len(request.fractions)
     note = (
@@ -188,24 +167,18 @@ def sweep_table(sweep: Sweep) -> Table:
         note += f" {sweep.base.cut:,} prompts are cut from the left to fit the context."
     if not sweep.is_complete:
         note += f" {len(sweep.cells)} of {n_cells} cells: the same command does the rest."
-    return Table(f"Sweep of {request.scored.model.label}", columns, rows, note)
-
-
-def _swept(model: SweptModel, change: Comparison | None) -> list[Cell]:
-    return [*_scored(model, change), model.parameters, model.bytes / 1e6]
+    return Table(f"Sweep of {request.scored.model.label}", heads, rows, note)
 
 
 def sweep_csv(sweep: Sweep) -> Table:
     """One row per form of the model, in full precision; the unedited one has no criterion."""
-    names = (
-        *("by", "fraction", "kept", "questions", "accuracy", "ci95_low", "ci95_high"),
-        *("right_logprob", "delta", "delta_low", "delta_high", "gained", "lost", "mcnemar_p"),
-        *("smallest_effect", "max_abs_logprob_diff", "median_abs_logprob_diff"),
-        *("parameters", "active_parameters", "bytes"),
+    heads = columns(
+        "by; fraction; kept; questions; accuracy; ci95_low; ci95_high; right_logprob; delta; "
+        "delta_low; delta_high; gained; lost; mcnemar_p; smallest_effect; max_abs_logprob_diff; "
+        "median_abs_logprob_diff; parameters; active_parameters; bytes"
     )
     rows: list[list[Cell]] = []
-    if sweep.base is not None:
-        b = sweep.base
+    if b := sweep.base:
         scored: list[Cell] = [b.questions, b.accuracy, *b.ci95, b.right_logprob, *[None] * 9]
         rows.append([None, None, None, *scored, b.parameters, b.active_parameters, b.bytes])
     for cell in sweep.cells:
@@ -214,7 +187,7 @@ def sweep_csv(sweep: Sweep) -> Table:
         row += [*cell.ci95, cell.right_logprob, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p]
         row += [c.smallest_effect, cell.max_abs_logprob_diff, cell.median_abs_logprob_diff]
         rows.append([*row, cell.parameters, cell.active_parameters, cell.bytes])
-    return Table("sweep", tuple(map(Column, names)), rows)
+    return Table("sweep", heads, rows)
 
 
 def sweep_sentences(sweep: Sweep) -> list[str]:
@@ -234,7 +207,7 @@ def _sweep_verdict(fraction: float, sweep: Sweep) -> str:
     if not cells:
         return f"At {fraction:g} no cell is finished."
     best = max(cells, key=lambda cell: cell.accuracy)
-    clear = [c.by for c in cells if c.change.is_significant]
+    clear = ", ".join(c.by for c in cells if c.change.is_significant)
     change = best.change
     text = (
         f"At {fraction:g} of the experts {best.by} keeps most: {best.accuracy:.2%}, "
@@ -242,7 +215,7 @@ def _sweep_verdict(fraction: float, sweep: Sweep) -> str:
         f"{change.ci95[1] * 100:+.2f}, McNemar p = {change.mcnemar_p:.2g})"
     )
     if clear:
-        return f"{text}; accuracy changes beyond chance with {', '.join(clear)}."
+        return f"{text}; accuracy changes beyond chance with {clear}."
     return f"{text}; no evidence of a change with any criterion."
 
 
@@ -259,14 +232,9 @@ def sweep_figure(sweep: Sweep) -> dict[str, bytes]:
 
 
 def _sweep_series(name: str, models: Sequence[SweptModel]) -> Series:
-    """Accuracy in percent over the size in MB."""
-    return Series(
-        name,
-        tuple(100 * model.accuracy for model in models),
-        tuple(100 * model.ci95[0] for model in models),
-        tuple(100 * model.ci95[1] for model in models),
-        x=tuple(model.bytes / 1e6 for model in models),
-    )
+    values = [100 * model.accuracy for model in models]
+    ends = [(100 * model.ci95[0], 100 * model.ci95[1]) for model in models]
+    return series_of(name, values, ends, tuple(model.bytes / 1e6 for model in models))
 
 
 def audit_tables(audit: Audit) -> list[Table]:
@@ -280,13 +248,11 @@ def verdict_table(audit: Audit) -> Table:
     for v in ranked(audit):
         rhos = [*_correlation(v.within), *_correlation(v.overall), *_correlation(v.within_accuracy)]
         rows.append([v.by, *rhos, *(r.regret for r in v.regrets)])
-    columns = (
-        Column("criterion"),
-        *(Column("ρ within layers", "+.2f"), Column("95 % interval")),
-        *(Column("ρ over all", "+.2f"), Column("95 % interval")),
-        *(Column("ρ with accuracy", "+.2f"), Column("95 % interval")),
-        *(Column(f"regret at {f:g}", ".4f") for f in audit.asked.fractions),
+    heads = (
+        "criterion; ρ within layers::+.2f; 95 % interval; ρ over all::+.2f; 95 % interval; "
+        "ρ with accuracy::+.2f; 95 % interval"
     )
+    heads += "".join(f"; regret at {f:g}::.4f" for f in audit.asked.fractions)
     expected = ", ".join(
         f"{r.random - r.least:.4f} at {r.fraction:g}" for r in audit.verdicts[0].regrets
     )
@@ -295,25 +261,19 @@ def verdict_table(audit: Audit) -> Table:
         "experts first. Regret is in nats of mean log p, as a sum of single harms; removing at "
         f"random costs {expected} on average."
     )
-    return Table(f"Audit of {audit.asked.model.label}: the criteria", columns, rows, note)
+    title = f"Audit of {audit.asked.model.label}: the criteria"
+    return Table(title, columns(heads), rows, note)
 
 
-def harm_table(audit: Audit, most: int = 10) -> Table:
-    """The experts whose ablation has the largest effects."""
-    harms = sorted(audit.harms, key=lambda harm: -harm.logprob)[:most]
-    rows: list[list[Cell]] = [
+def harm_table(audit: Audit) -> Table:
+    """The ten experts whose ablation has the largest effects."""
+    rows = [
         [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost, h.mcnemar_p]
-        for h in harms
+        for h in sorted(audit.harms, key=lambda harm: -harm.logprob)[:10]
     ]
-    columns = (
-        Column("layer"),
-        Column("expert"),
-        Column("loss of log p", "+.4f"),
-        Column("± standard error", ".4f"),
-        Column("loss of accuracy", "+.2%"),
-        Column("gained"),
-        Column("lost"),
-        Column("McNemar p", ".3g"),
+    heads = columns(
+        "layer; expert; loss of log p::+.4f; ± standard error::.4f; loss of accuracy::+.2%; "
+        "gained; lost; McNemar p::.3g"
     )
     request = audit.asked
     note = (
@@ -323,39 +283,37 @@ def harm_table(audit: Audit, most: int = 10) -> Table:
     )
     if not audit.is_complete:
         note += " The same command does the rest."
-    return Table(
-        f"Audit of {request.model.label}: what removing one expert does", columns, rows, note
-    )
+    title = f"Audit of {request.model.label}: what removing one expert does"
+    return Table(title, heads, rows, note)
 
 
 def audit_csv(audit: Audit) -> Table:
     """One row per ablated expert, with its score by every criterion."""
-    names = [
-        *("layer", "expert", "loss_logprob", "stderr", "loss_accuracy", "gained", "lost"),
-        *("mcnemar_p", "largest_abs_logprob_diff", *audit.standings),
-    ]
-    rows: list[list[Cell]] = [
-        [
-            *(h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost),
-            *(h.mcnemar_p, h.largest, *(ranks.score[i] for ranks in audit.standings.values())),
-        ]
-        for i, h in enumerate(audit.harms)
-    ]
-    return Table("audit", tuple(map(Column, names)), rows)
+    heads = columns(
+        "layer; expert; loss_logprob; stderr; loss_accuracy; gained; lost; mcnemar_p; "
+        "largest_abs_logprob_diff"
+    )
+    rows: list[list[Cell]] = []
+    for i, h in enumerate(audit.harms):
+        row: list[Cell] = [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost]
+        scores = [ranks.score[i] for ranks in audit.standings.values()]
+        rows.append([*row, h.mcnemar_p, h.largest, *scores])
+    return Table("audit", (*heads, *map(Column, audit.standings)), rows)
 
 
 def audit_sentences(audit: Audit) -> list[str]:
     """Leakage, and which criterion predicts the effects."""
-    request = audit.asked
+    asked = audit.asked
+    leak = (
+        f"None of the {asked.questions:,} held-out questions ({asked.split}) had a part in scoring "
+        "the experts."
+    )
     if audit.overlap:
         leak = (
-            f"{audit.overlap:,} of the {request.questions:,} questions that were asked had been "
+            f"{audit.overlap:,} of the {asked.questions:,} questions that were asked had been "
             "profiled, calibrated or cut on, so they are not held out: criteria that look at them "
             "are flattered."
         )
-    else:
-        which = f"{request.questions:,} held-out questions ({request.split})"
-        leak = f"None of the {which} had a part in scoring the experts."
     first = ranked(audit)[0]
     if first.within.rho is None:
         return [leak, "No rank correlation is defined: sample more experts."]
@@ -393,21 +351,15 @@ def audit_figure(audit: Audit) -> dict[str, bytes]:
         regrets.append(Series(f"{fraction:g} kept", tuple(r.regret for r in each)))
         marks.append(each[0].random - each[0].least)
     labels = ("Spearman's ρ of score and harm, within layers", "regret (nats); dotted: at random")
-    names, rhos = [verdict.by for verdict in order], _rhos(order)
-    return draw_forest("audit", names, rhos, regrets, labels=labels, marks=marks)
-
-
-def _rhos(order: Sequence[CriterionEvaluation]) -> Series:
-    """Correlations with their intervals, which contain them."""
-    rhos = tuple(verdict.within.rho for verdict in order)
+    names, rhos = [verdict.by for verdict in order], [verdict.within.rho for verdict in order]
     ends = [verdict.within.ci95 or (verdict.within.rho,) * 2 for verdict in order]
-    return Series("ρ", rhos, tuple(low for low, _ in ends), tuple(high for _, high in ends))
+    left = series_of("ρ", rhos, ends)
+    return draw_forest("audit", names, left, regrets, labels=labels, marks=marks)
 
 
 def ranked(audit: Audit) -> list[CriterionEvaluation]:
     """By correlation within layers, best first, undefined last."""
-    rho = {v.by: -2.0 if v.within.rho is None else v.within.rho for v in audit.verdicts}
-    return sorted(audit.verdicts, key=lambda v: -rho[v.by])
+    return sorted(audit.verdicts, key=lambda v: 2.0 if v.within.rho is None else -v.within.rho)
 
 
 def _correlation(rank: Correlation) -> list[Cell]:

@@ -28,7 +28,7 @@ from expertcut.reporting.profile_tables import (
     suspects_table,
 )
 from expertcut.reporting.tables import Column, printable
-from expertcut.reporting.views import Found, Run, quiz_of
+from expertcut.reporting.views import Found, Run
 
 _MAPS = (
     ("appearances", "Appearances", ".1%", "Share of questions that chose the expert to answer."),
@@ -53,17 +53,16 @@ def expert_sections(run: Run) -> list[Section]:
         of = f": {found.name}" if len(run.profiles) > 1 else ""
         its = found.content
         explorer = Explorer(key, _maps(its, key), _data(run, found), experts_csv(its))
-        suspects: list[Part] = [suspects_table(its)]
         sections += [
             Section(f"{key}-experts", f"Experts{of}", [Text(_in_words(its)), explorer]),
-            Section(f"{key}-suspects", f"Suspects{of}", suspects),
+            Section(f"{key}-suspects", f"Suspects{of}", [suspects_table(its)]),
             Section(f"{key}-routing", f"Routing{of}", _routing(its, key)),
         ]
     return sections
 
 
 def _in_words(found: Findings) -> str:
-    quiz, counts = quiz_of(found), found.counts
+    quiz, counts = found.profile.info.quiz, found.counts
     n_right, n_questions = int(counts.right_S.sum()), int(counts.questions_S.sum())
     return (
         f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, "
@@ -75,45 +74,24 @@ def _in_words(found: Findings) -> str:
 def _maps(found: Findings, key: str) -> tuple[Heat, ...]:
     maps = []
     for name, title, spec, note in _MAPS:
-        rows = _rows(found, name)
-        if rows is None:
+        values = [getattr(layer, f"{name}_E") for layer in found.layers]
+        if any(value is None for value in values):
             continue
-        low, high = span(_common(found, rows))
+        rows = tuple(np.asarray(value, dtype=float) for value in values)
+        # Of the experts in at least 1 % of questions: else one question would set the colours.
+        pairs = zip(found.layers, rows, strict=True)
+        common = [row[layer.appearances_E >= MIN_APPEARANCES] for layer, row in pairs]
+        is_load = name == "tokens"
+        low, high = span(rows if is_load or not any(map(len, common)) else common)
         if name != "weighted_accuracy":
-            low = min(low, 0.0)
-        if name == "tokens":
-            low, high = span(rows)
-            low = 0.0
-        maps.append(
-            Heat(
-                key=f"{key}-{name.replace('_', '-')}",
-                title=title,
-                note=note,
-                rows=tuple(rows),
-                column=Column(title.lower(), spec),
-                low=low,
-                high=high,
-            )
-        )
+            low = 0.0 if is_load else min(low, 0.0)
+        map_key, column = f"{key}-{name.replace('_', '-')}", Column(title.lower(), spec)
+        maps.append(Heat(map_key, title, note, rows, column, low=low, high=high))
     return tuple(maps)
 
 
-def _rows(found: Findings, name: str) -> "list[np.ndarray[Any, Any]] | None":
-    values = [getattr(layer, f"{name}_E") for layer in found.layers]
-    if any(value is None for value in values):
-        return None
-    return [np.asarray(value, dtype=float) for value in values]
-
-
-def _common(found: Findings, rows: Sequence[Any]) -> list[Any]:
-    """Of the experts in at least 1 % of questions: else one question would set the colours."""
-    pairs = list(zip(found.layers, rows, strict=True))
-    common = [values[layer.appearances_E >= MIN_APPEARANCES] for layer, values in pairs]
-    return common if any(len(values) for values in common) else list(rows)
-
-
 def _data(run: Run, found: Found[Findings]) -> dict[str, Any]:
-    its, layers = found.content, layers_json(found.content)
+    counts, layers = found.content.counts, layers_json(found.content)
     rows = [expert for layer in layers for expert in layer["expert"]]
     figures: dict[str, Any] = {}
     for name in _FIGURES:
@@ -123,11 +101,9 @@ def _data(run: Run, found: Found[Findings]) -> dict[str, Any]:
                 figures[f"{name}_{part}"] = rounded(None if v is None else v[end] for v in values)
         else:
             figures[name] = rounded(values)
-    counts = its.counts
+    keys = ("layer", "block", "experts", "top_k")
     return {
-        "layers": [
-            {k: layer[k] for k in ("layer", "block", "experts", "top_k")} for layer in layers
-        ],
+        "layers": [{key: layer[key] for key in keys} for layer in layers],
         "figures": figures,
         "subjects": {
             "names": [printable(name) for name in counts.names],
@@ -137,7 +113,7 @@ def _data(run: Run, found: Found[Findings]) -> dict[str, Any]:
             "activated_right": counts.activated_right_SX.tolist(),
         },
         "marks": _marks(run, found),
-        "suspect": next(iter(its.significance.suspects), None),
+        "suspect": next(iter(found.content.significance.suspects), None),
     }
 
 
@@ -155,29 +131,24 @@ def _marks(run: Run, found: Found[Findings]) -> list[dict[str, Any]]:
             removed += [start + expert for expert in edit.removed(layer.n_experts)]
             tilted += [start + expert for expert in edit.tilted]
             start += layer.n_experts
-        verb = "merged" if plan.content.removal == "merge" else "removed"
-        marks.append(
-            {"name": printable(plan.name), "removed": removed, "tilted": tilted, "verb": verb}
-        )
+        verb, name = "merged" if plan.content.removal == "merge" else "removed", plan.name
+        marks.append(dict(name=printable(name), removed=removed, tilted=tilted, verb=verb))
     return marks
 
 
 def _routing(found: Findings, key: str) -> list[Part]:
     layers = found.layers
-    parts: list[Part] = [
+    return [
         _entropy(f"{key}-entropy-top", "Entropy of the chosen experts", layers, "top", "top_k"),
         _entropy(f"{key}-entropy-all", "Entropy over all experts", layers, "all", "n_experts"),
         _ranks(layers, key),
-    ]
-    if len(layers) > 2:
-        parts.append(_rank_map(layers, key))
-    parts += perturbation_tables(found)
-    tables: list[Part] = list(profile_tables(found.profile, list(layers)))
-    return [
-        *parts,
+        *([_rank_map(layers, key)] if len(layers) > 2 else []),
+        *perturbation_tables(found),
         *rows_tables(found.profile),
         Folded("Gate margins", [margins_table(found)]),
-        Folded("Tables 1 to 7 of the paper (arXiv 2502.17187)", tables),
+        Folded(
+            "Tables 1 to 7 of the paper (arXiv 2502.17187)", profile_tables(found.profile, layers)
+        ),
     ]
 
 
@@ -206,11 +177,10 @@ def _entropy(
 def _ranks(layers: Sequence[LayerStatistics], key: str) -> Curves:
     most = max(layer.top_k for layer in layers)
     series = []
-    for layer in _ends(layers):
+    for layer in [layers[i] for i in dict.fromkeys((0, len(layers) - 1))]:
         p_NK, rest = layer.rank_probability_NK, (None,) * (most - layer.top_k)
         its = spread(f"layer {layer.layer}", p_NK.mean(axis=0), p_NK.std(axis=0))
-        ends = (its.low + rest, its.high + rest)
-        series.append(Series(its.name, its.values + rest, *ends))
+        series.append(Series(its.name, its.values + rest, its.low + rest, its.high + rest))
     return Curves(
         key=f"{key}-ranks",
         title="Probability of each rank, first and last layer",
@@ -221,10 +191,6 @@ def _ranks(layers: Sequence[LayerStatistics], key: str) -> Curves:
         column=Column("probability", ".2f"),
         zero=0.0,
     )
-
-
-def _ends(layers: Sequence[LayerStatistics]) -> list[LayerStatistics]:
-    return [layers[i] for i in dict.fromkeys((0, len(layers) - 1))]
 
 
 def _rank_map(layers: Sequence[LayerStatistics], key: str) -> Heat:

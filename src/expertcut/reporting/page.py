@@ -3,10 +3,9 @@
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
@@ -26,10 +25,10 @@ from expertcut.reporting.page_sections import (
     search_sections,
 )
 from expertcut.reporting.plots import colour_stops, draw
-from expertcut.reporting.tables import Table, as_csv, printable
+from expertcut.reporting.tables import Cell, Table, as_csv, printable
 from expertcut.reporting.views import Run, gather
 
-SECTIONS: tuple[Callable[[Run], list[Section]], ...] = (
+SECTIONS = (
     outcome_sections,
     change_sections,
     search_sections,
@@ -50,11 +49,6 @@ def write(run: Path, out: Path | None = None) -> Path:
 
     Figures lie beside it, in a folder of the page's name without its ending, as PNG, SVG and CSV.
     The same run gives the same bytes.
-
-    Raises:
-        OutputError: nothing to report on, or a place that cannot be written.
-        ProfileError: an unfinished or damaged profile.
-        PlanError: a damaged plan or proof.
     """
     page = out or (run if run.is_dir() else run.parent) / PAGE
     if page.suffix.lower() not in (".html", ".htm"):
@@ -90,11 +84,16 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"headings": _headings, "cells": _cells}
     environment.filters["kind"] = lambda part: type(part).__name__.lower()
-    environment.filters["headings"] = _headings
-    environment.filters["cells"] = _cells
     style = _resource("style.css")
     script = "\n".join(_resource(f"scripts/{name}.js") for name in SCRIPTS)
+    parts = [part for section in sections for part in section.parts]
+    data = {
+        "colours": colour_stops(),
+        "figures": {f.key: f.as_json() for f in figures_of(parts)},
+        "explorers": {p.key: p.data for p in parts if isinstance(p, Explorer)},
+    }
     page = environment.get_template("page.html").render(
         title=printable(run.path.resolve().name),
         sections=sections,
@@ -104,37 +103,21 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        data=htmlsafe_json_dumps(_data(sections), dumps=_dumps),
+        data=htmlsafe_json_dumps(data, dumps=json.dumps, allow_nan=False, separators=(",", ":")),
     )
     return without_secrets(page)
 
 
-def _data(sections: Sequence[Section]) -> dict[str, Any]:
-    parts = [part for section in sections for part in section.parts]
-    return {
-        "colours": colour_stops(),
-        "figures": {f.key: f.as_json() for f in figures_of(parts)},
-        "explorers": {p.key: p.data for p in parts if isinstance(p, Explorer)},
-    }
-
-
-def _dumps(content: object, **_: object) -> str:
-    return json.dumps(content, allow_nan=False, separators=(",", ":"))
-
-
 def _headings(table: Table) -> list[tuple[str, bool]]:
     """Each column's name, and whether it holds numbers."""
-    return [
-        (column.name, any(isinstance(row[i], int | float) for row in table.rows))
-        for i, column in enumerate(table.columns)
-    ]
+    return list(zip([column.name for column in table.columns], table.are_numbers(), strict=True))
 
 
-def _cells(table: Table) -> list[list[tuple[str, str | int | float | None, bool]]]:
+def _cells(table: Table) -> list[list[tuple[str, Cell, bool]]]:
     """Each cell as a person reads it, as it is sorted, and whether its column holds numbers."""
-    is_number = [number for _, number in _headings(table)]
+    numbers = table.are_numbers()
     return [
-        [(text, raw, number) for text, raw, number in zip(texts, row, is_number, strict=True)]
+        list(zip(texts, row, numbers, strict=True))
         for texts, row in zip(table.texts(), table.rows, strict=True)
     ]
 

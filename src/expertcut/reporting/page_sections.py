@@ -2,10 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 from expertcut.edits.plan import BlockEdit, PlanFile, Point
@@ -16,10 +17,18 @@ from expertcut.evaluation.results import ModelResult, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo
-from expertcut.reporting.edit_tables import curve_table, proof_table, shift_rows, touched_table
+from expertcut.reporting.edit_tables import (
+    curve_table,
+    interval_text,
+    proof_table,
+    shift_rows,
+    touched_table,
+)
 from expertcut.reporting.eval_tables import (
     audit_sentences,
     audit_tables,
+    chosen_text,
+    model_names,
     plan_table,
     ranked,
     result_sentences,
@@ -27,8 +36,8 @@ from expertcut.reporting.eval_tables import (
     sweep_sentences,
     sweep_table,
 )
-from expertcut.reporting.plots import Curves, Heat, Series
-from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.reporting.plots import Curves, Heat, Series, series_of
+from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 from expertcut.stats import wilson_interval
 
@@ -117,28 +126,25 @@ def keyed(found: Iterable[Found[T]], prefix: str = "") -> Iterator[tuple[Found[T
 
 def accuracies(name: str, found: Sequence[ModelResult | SweepCell | Point | None]) -> Series:
     """Accuracy with its interval, one value each."""
-    return Series(
-        name,
-        tuple(None if each is None else each.accuracy for each in found),
-        tuple(None if each is None else each.ci95[0] for each in found),
-        tuple(None if each is None else each.ci95[1] for each in found),
-    )
+    ends = [(None, None) if each is None else each.ci95 for each in found]
+    return series_of(name, [None if each is None else each.accuracy for each in found], ends)
+
+
+def _sections(
+    title: str, found: Iterable[Found[T]], prefix: str, parts: Callable[[Found[T], str], list[Part]]
+) -> list[Section]:
+    return [
+        Section(key, f"{title}: {each.name}", parts(each, key))
+        for each, key in keyed(found, prefix)
+    ]
 
 
 def change_sections(run: Run) -> list[Section]:
     """One for each plan, and for each proof without one; first of all what went with cuts."""
     planned = {plan.file.parent for plan in run.plans}
     alone = [proof for proof in run.proofs if proof.file.parent not in planned]
-    return [
-        *(
-            Section(key, f"What was changed: {plan.name}", _plan_parts(run, plan, key))
-            for plan, key in keyed(run.plans, "plan-")
-        ),
-        *(
-            Section(key, f"Proof: {proof.name}", _proof_parts(proof.content))
-            for proof, key in keyed(alone, "proof-")
-        ),
-    ]
+    plans = _sections("What was changed", run.plans, "plan-", partial(_plan_parts, run))
+    return plans + _sections("Proof", alone, "proof-", lambda proof, _: _proof_parts(proof.content))
 
 
 def _proof_parts(proof: CrossFitResult) -> list[Part]:
@@ -164,16 +170,17 @@ def edits_of(plan: PlanFile, found: Findings) -> dict[str, BlockEdit] | None:
     edits = {}
     for block in found.profile.info.model.blocks:
         edit = plan.blocks.get(block.name)
-        edits[block.name] = None if edit is None else rows_of(edit, block)
-    complete = {name: edit for name, edit in edits.items() if edit is not None}
-    return complete if len(complete) == len(edits) else None
+        by_row = None if edit is None else rows_of(edit, block)
+        if by_row is None:
+            return None
+        edits[block.name] = by_row
+    return edits
 
 
 def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
     plan, profile = found.content, run.profile_of(found.content)
     parts: list[Part] = [Text(_in_words(plan))]
-    edits = None if profile is None else edits_of(plan, profile.content)
-    if profile is not None and edits is not None:
+    if profile and (edits := edits_of(plan, profile.content)) is not None:
         gone = removed_traffic(profile.content.profile, edits)
         if any(block.n_removed for block in gone):
             parts += [touched_table(gone), *_traffic(gone, key)]
@@ -226,8 +233,7 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
     for n_experts in sorted({point.experts for point in tried}):
         at = {point.strength: point for point in tried if point.experts == n_experts}
         points = [at.get(strength) for strength in strengths]
-        name = f"{n_experts} expert{'s' if n_experts > 1 else ''}"
-        series.append(accuracies(name, points))
+        series.append(accuracies(f"{n_experts} expert{'s' if n_experts > 1 else ''}", points))
     level = Series("unedited", (base.accuracy,) * len(strengths), is_reference=True)
     return Curves(
         key=f"{key}-tuning",
@@ -244,12 +250,9 @@ def _held_out(found: Found[PlanFile]) -> list[Part]:
     rows = found.content.proof.held_out
     if not rows:
         return []
-    columns = (
-        *(Column("against"), Column("largest |Δ log p|", ".4f"), Column("median", ".4f")),
-        *(Column("flipped answers", ",d"), Column("questions", ",d")),
-    )
+    heads = "against; largest |Δ log p|::.4f; median::.4f; flipped answers::,d; questions::,d"
     title = read_judged(found.content, found.file.parent).title
-    return [Table(title, columns, shift_rows(rows))]
+    return [Table(title, columns(heads), shift_rows(rows))]
 
 
 def outcome_sections(run: Run) -> list[Section]:
@@ -261,13 +264,6 @@ def outcome_sections(run: Run) -> list[Section]:
     ]
 
 
-def names_of(results: Results) -> list[str]:
-    """The last part of each model's path, or all of it where two would be called the same."""
-    short = [Path(model.path).name for model in results.models]
-    pairs = zip(short, results.models, strict=True)
-    return [name if short.count(name) == 1 else model.path for name, model in pairs]
-
-
 def change(base: ModelResult, model: ModelResult, subject: str) -> float | None:
     """What a model's accuracy in a subject is above the base's; None where it was not asked."""
     its = model.subjects.get(subject)
@@ -275,31 +271,30 @@ def change(base: ModelResult, model: ModelResult, subject: str) -> float | None:
 
 
 def _parts(results: Results, key: str) -> list[Part]:
-    parts: list[Part] = [results_table(results), *map(Text, result_sentences(results))]
-    parts.append(_accuracies(results, key))
-    if len(results.models) > 1:
-        parts.append(_differences(results, key))
-    return [*parts, Folded("Accuracy of every subject", [_subjects(results)])]
-
-
-def _accuracies(results: Results, key: str) -> Curves:
-    return Curves(
+    figure = Curves(
         key=f"{key}-accuracy",
         title="Accuracy of every variant",
         note="Bars are 95 % intervals (Wilson), the line is the base. The interval of a "
         "difference, in the table, is narrower: the questions are the same.",
         across="model",
-        categories=tuple(names_of(results)),
+        categories=tuple(model_names(results)),
         series=(accuracies("accuracy", results.models),),
         column=Column("accuracy", ".1%"),
         is_flat=True,
         zero=results.models[0].accuracy,
     )
+    return [
+        results_table(results),
+        *map(Text, result_sentences(results)),
+        figure,
+        *([_differences(results, key)] if len(results.models) > 1 else []),
+        Folded("Accuracy of every subject", [_subjects(results)]),
+    ]
 
 
 def _differences(results: Results, key: str) -> Curves:
     base, subjects = results.models[0], tuple(results.models[0].subjects)
-    others = list(zip(names_of(results), results.models, strict=True))[1:]
+    others = list(zip(model_names(results), results.models, strict=True))[1:]
     return Curves(
         key=f"{key}-subjects",
         title="Difference to the base, subject by subject",
@@ -318,41 +313,30 @@ def _differences(results: Results, key: str) -> Curves:
 
 
 def _subjects(results: Results) -> Table:
-    base, names = results.models[0], names_of(results)
+    base, names = results.models[0], model_names(results)
     rows: list[list[Cell]] = []
     for subject, asked in base.subjects.items():
         row: list[Cell] = [subject, asked.questions]
-        for model in results.models:
-            its = model.subjects.get(subject)
-            row += [its.accuracy, _interval(its.accuracy, its.questions)] if its else [None, None]
+        for its in (model.subjects.get(subject) for model in results.models):
+            ends = wilson_interval(its.accuracy, its.questions) if its else (0, 0)
+            row += [its.accuracy, interval_text(ends, places=1)] if its else [None, None]
         rows.append([*row, *(change(base, model, subject) for model in results.models[1:])])
-    columns = [Column("subject"), Column("questions", ",d")]
+    heads = [*columns("subject; questions::,d")]
     for name in names:
-        columns += [Column(name, ".1%"), Column("95 % interval")]
-    columns += [Column(f"Δ {name}", "+.1%") for name in names[1:]]
-    return Table("Subjects", tuple(columns), rows, "Intervals are Wilson's, of each model alone.")
-
-
-def _interval(share: float, n: int) -> str:
-    low, high = wilson_interval(share, n)
-    return f"{low:.1%} … {high:.1%}"
+        heads += [Column(name, ".1%"), Column("95 % interval")]
+    heads += [Column(f"Δ {name}", "+.1%") for name in names[1:]]
+    return Table("Subjects", tuple(heads), rows, "Intervals are Wilson's, of each model alone.")
 
 
 def search_sections(run: Run) -> list[Section]:
     """One for each sweep and each audit."""
-    return [
-        *(
-            Section(key, f"Sweep: {sweep.name}", _sweep_parts(sweep.content, key))
-            for sweep, key in keyed(run.sweeps, "sweep-")
-        ),
-        *(
-            Section(key, f"Audit: {audit.name}", _audit_parts(audit.content, key))
-            for audit, key in keyed(run.audits, "audit-")
-        ),
-    ]
+    sweeps = _sections("Sweep", run.sweeps, "sweep-", lambda its, key: _sweep(its.content, key))
+    return sweeps + _sections(
+        "Audit", run.audits, "audit-", lambda its, key: _audit(its.content, key)
+    )
 
 
-def _sweep_parts(found: Sweep, key: str) -> list[Part]:
+def _sweep(found: Sweep, key: str) -> list[Part]:
     parts: list[Part] = [*map(Text, sweep_sentences(found)), sweep_table(found)]
     return [*parts, _cuts(found, key)] if found.cells else parts
 
@@ -378,52 +362,37 @@ def _cuts(found: Sweep, key: str) -> Curves:
     )
 
 
-def _audit_parts(found: Audit, key: str) -> list[Part]:
-    tables: list[Part] = list(audit_tables(found))
-    if not found.verdicts:
-        return tables
-    return [*map(Text, audit_sentences(found)), *tables, _correlations(found, key),
-            _regrets(found, key)]  # fmt: skip
-
-
-def _correlations(found: Audit, key: str) -> Curves:
-    order = ranked(found)
-    ends = [verdict.within.ci95 or (None, None) for verdict in order]
-    its = Series(
-        "ρ within layers",
-        tuple(verdict.within.rho for verdict in order),
-        tuple(low for low, _ in ends),
-        tuple(high for _, high in ends),
-    )
-    return Curves(
-        key=f"{key}-correlations",
-        title="How well each criterion foretold the harm",
-        note="Spearman's ρ of score and harm within layers, with 95 % intervals.",
+def _audit(found: Audit, key: str) -> list[Part]:
+    tables, order = audit_tables(found), ranked(found)
+    if not order:
+        return [*tables]
+    by_criterion = partial(
+        Curves,
         across="criterion",
         categories=tuple(verdict.by for verdict in order),
-        series=(its,),
-        column=Column("ρ", "+.2f"),
         is_flat=True,
         zero=0.0,
     )
-
-
-def _regrets(found: Audit, key: str) -> Curves:
-    order = ranked(found)
-    return Curves(
+    ends = [verdict.within.ci95 or (None, None) for verdict in order]
+    rhos = series_of("ρ within layers", [verdict.within.rho for verdict in order], ends)
+    correlations = by_criterion(
+        key=f"{key}-correlations",
+        title="How well each criterion foretold the harm",
+        note="Spearman's ρ of score and harm within layers, with 95 % intervals.",
+        series=(rhos,),
+        column=Column("ρ", "+.2f"),
+    )
+    regrets = by_criterion(
         key=f"{key}-regrets",
         title="Regret of each criterion",
         note="How much more mean log p its removals cost, one by one, than the least harmful.",
-        across="criterion",
-        categories=tuple(verdict.by for verdict in order),
         series=tuple(
             Series(f"{fraction:g} kept", tuple(verdict.regrets[i].regret for verdict in order))
             for i, fraction in enumerate(found.asked.fractions)
         ),
         column=Column("regret, nats", ".3f"),
-        is_flat=True,
-        zero=0.0,
     )
+    return [*map(Text, audit_sentences(found)), *tables, correlations, regrets]
 
 
 def provenance_sections(run: Run) -> list[Section]:
@@ -460,17 +429,15 @@ def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
 
 
 def _plan(plan: PlanFile) -> Rows:
-    chosen, adapter = plan.chosen_on, plan.adapter
-    fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
+    adapter = plan.adapter
     return [
         ("made by", plan.action),
         *_some(("model", plan.model.label), ("revision", plan.model.revision)),
         ("fingerprint of config and weights", plan.model.fingerprint),
-        ("chosen on", f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
-                      f"{fitted if chosen.fitted_split else ''}"),
-        ("hash of their list", chosen.sha256),
-        *_some(("adapter that was cut along",
-                f"{adapter.path}, {adapter.weights_sha256}" if adapter else None)),
+        ("chosen on", chosen_text(plan)),
+        ("hash of their list", plan.chosen_on.sha256),
+        *([("adapter that was cut along", f"{adapter.path}, {adapter.weights_sha256}")]
+          if adapter else []),
     ]  # fmt: skip
 
 
@@ -485,7 +452,7 @@ def _results(found: Results) -> Rows:
 def _quiz(name: str, revision: str | None, split: str, shots: int, limit: int | None) -> Rows:
     first = f", the first {limit} of each subject" if limit else ""
     asked = f"{name}, split {split}, {shots} shots{first}"
-    return [("questions", asked), *_some(("revision of the questions", revision))]
+    return _some(("questions", asked), ("revision of the questions", revision))
 
 
 def _some(*rows: tuple[str, str | None]) -> Rows:
@@ -512,21 +479,15 @@ def _times(notes: Mapping[str, Any]) -> Rows:
     """Whatever of it is there: `run.json` promises nothing."""
     rows: Rows = []
     if isinstance(finished := notes.get("finished"), int | float):
-        rows += [("finished", text) for text in (_moment(finished),) if text]
+        with suppress(ValueError, OverflowError, OSError):  # no year that a calendar has
+            at = datetime.fromtimestamp(finished, UTC)
+            rows.append(("finished", at.strftime("%Y-%m-%d %H:%M:%S UTC")))
     if isinstance(elapsed_s := notes.get("elapsed_s"), int | float):
         rows.append(("took", f"{elapsed_s:,.1f} s"))
     for name in ("expertcut", "python"):
-        rows += [
-            (f"version of {name}", text) for text in (notes.get(name),) if isinstance(text, str)
-        ]
+        if isinstance(version := notes.get(name), str):
+            rows.append((f"version of {name}", version))
     return rows
-
-
-def _moment(seconds: float) -> str | None:
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (ValueError, OverflowError, OSError):  # no year that a calendar has
-        return None
 
 
 def _hash(hashes: Mapping[str, str]) -> str:

@@ -7,8 +7,7 @@ lines are dashed and markers hollow.
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import product
@@ -27,18 +26,14 @@ Values = tuple[float | None, ...]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 COLOURMAP = "viridis"
-_DASHES = ("-", "--", ":")
 _GREY = "#767676"
 _DPI = 150
 _OFFSET = 0.012  # of the width, between series with points at the same x
 _MAX_TICKS = 24
 _MAX_NAME = 40  # characters of a category's name
-_LEGEND: dict[str, Any] = {
-    "loc": "upper left",
-    "bbox_to_anchor": (1.01, 1),
-    "frameon": False,
-    "fontsize": "small",
-}
+_LEGEND: dict[str, Any] = dict(
+    loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small"
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,8 @@ class Heat:
             for layer, values in enumerate(self.rows)
             for i, value in enumerate(values)
         ]
-        columns = (Column("layer"), Column(self.across), Column(self.column.name))
-        return Table(self.title, columns, cells)
+        names = ("layer", self.across, self.column.name)
+        return Table(self.title, tuple(map(Column, names)), cells)
 
     def as_json(self) -> dict[str, Any]:
         """The data that the page's script draws."""
@@ -77,20 +72,13 @@ class Heat:
             "rows": [rounded(values) for values in self.rows],
             "name": self.column.name,
             "spec": self.column.spec,
-            "across": self.across,
-            "first": self.first,
-            "low": self.low,
-            "high": self.high,
-            "undefined": self.undefined,
+            **{key: getattr(self, key) for key in ("across", "first", "low", "high", "undefined")},
         }
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values with intervals, one per category or at the numbers `x`; None is undefined.
-
-    A reference is drawn as a line without points.
-    """
+    """Values with intervals, one per category or at the numbers `x`; a reference is a bare line."""
 
     name: str
     values: Values
@@ -98,6 +86,17 @@ class Series:
     high: Values = ()
     is_reference: bool = False
     x: tuple[float, ...] = ()
+
+
+def series_of(
+    name: str,
+    values: Iterable[float | None],
+    ends: Sequence[tuple[float | None, float | None]],
+    x: tuple[float, ...] = (),
+) -> Series:
+    """A series of values, each with the ends of its interval."""
+    lows, highs = zip(*ends, strict=True) if ends else ((), ())
+    return Series(name, tuple(values), lows, highs, x=x)
 
 
 @dataclass(frozen=True)
@@ -176,12 +175,6 @@ def rounded(values: Iterable[float | None]) -> list[float | None]:
     ]
 
 
-def shortened(text: str) -> str:
-    """A printable name that fits beside a figure."""
-    plain = printable(text)
-    return plain if len(plain) <= _MAX_NAME else plain[: _MAX_NAME - 1] + "…"
-
-
 def colour_stops() -> list[str]:
     """The map's colours from low to high, as `#rrggbb`."""
     import matplotlib
@@ -192,7 +185,18 @@ def colour_stops() -> list[str]:
 
 def draw(figure: Figure) -> dict[str, bytes]:
     """A figure of the page: PNG and SVG, by ending."""
-    with _page_style(figure.key):
+    import matplotlib
+
+    settings: Any = {
+        "svg.hashsalt": figure.key,
+        "svg.fonttype": "none",  # text stays text
+        "text.parse_math": False,  # a subject may be called $x$
+        "font.family": "DejaVu Sans",  # comes with matplotlib
+        "font.size": 9,
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Glyphs that the font lacks are boxes in the PNG, and text in the SVG.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         canvas, (axes,) = _canvas(_size(figure))
         if isinstance(figure, Heat):
             _draw_heat(canvas, axes, figure)
@@ -205,20 +209,16 @@ def draw(figure: Figure) -> dict[str, bytes]:
 def draw_lines(
     name: str, series: Sequence[Series], base: Series | None, labels: tuple[str, str]
 ) -> dict[str, bytes]:
-    """PNG and SVG, by file name: a line per series over `x`, and the base's level and interval.
-
-    Series are shifted sideways, so that intervals at the same x can be told apart.
-    """
+    """PNG and SVG, by file name: a line per series over `x`, and the base's level and interval."""
     canvas, (axes,) = _canvas((8.5, 4.8), has_grid=True)
     xs = [x for each in (*series, *([base] if base else [])) for x in each.x]
     width = (max(xs) - min(xs)) or 1.0 if xs else 1.0
     if base is not None:
         axes.axhspan(base.low[0], base.high[0], color="0.9", zorder=0)
         axes.axhline(base.values[0], color="0.4", linewidth=1, zorder=1)
-        star = {"color": "0.2", "markersize": 11, "label": base.name, "zorder": 4}
-        axes.plot(base.x, base.values, "*", **star)
+        axes.plot(base.x, base.values, "*", color="0.2", markersize=11, label=base.name, zorder=4)
     for number, (each, look) in enumerate(zip(series, _looks(len(series)), strict=True)):
-        shift = (number - (len(series) - 1) / 2) * _OFFSET * width
+        shift = (number - (len(series) - 1) / 2) * _OFFSET * width  # tells intervals apart
         places = np.array(each.x) + shift
         _draw_bars(axes, places, each, capsize=2.5, markersize=5, zorder=3, **look)
     axes.set_xlabel(labels[0])
@@ -236,16 +236,12 @@ def draw_forest(
     labels: tuple[str, str],
     marks: Sequence[float],
 ) -> dict[str, bytes]:
-    """PNG and SVG, by file name: two panels with a value per row, on the left with intervals.
-
-    `marks` are the reference values of the series on the right.
-    """
+    """PNG and SVG, by file name: two panels, a value per row; `marks` are levels on the right."""
     canvas, (first, second) = _canvas((9.0, 1.6 + 0.36 * len(rows)), 2, has_grid=True)
-    for row in (row for row, value in enumerate(left.values) if value is not None):
-        errors = _errors(left)[:, [row]]
-        first.errorbar(
-            [left.values[row]], [row], xerr=errors, fmt="o", color=COLOURS[0], capsize=2.5
-        )
+    for row, value in enumerate(left.values):
+        if value is not None:
+            errors = _errors(left)[:, [row]]
+            first.errorbar([value], [row], xerr=errors, fmt="o", color=COLOURS[0], capsize=2.5)
     first.axvline(0, color="0.4", linewidth=1)
     first.set_xlim(-1.08, 1.08)
     first.set_xticks([-1, -0.5, 0, 0.5, 1])
@@ -267,10 +263,10 @@ def draw_forest(
 
 def _looks(n: int) -> list[dict[str, Any]]:
     """`n` styles: colours and markers, then the same with dashes and hollow markers."""
-    pairs = product(_DASHES, zip(COLOURS, MARKERS, strict=True))
+    pairs = product(("-", "--", ":"), zip(COLOURS, MARKERS, strict=True))
     looks = [
-        {"linestyle": dash, "color": colour, "marker": marker}
-        | ({} if dash == _DASHES[0] else {"markerfacecolor": "white"})
+        dict(linestyle=dash, color=colour, marker=marker)
+        | ({} if dash == "-" else {"markerfacecolor": "white"})
         for dash, (colour, marker) in pairs
     ]
     return [looks[i % len(looks)] for i in range(n)]
@@ -279,7 +275,6 @@ def _looks(n: int) -> list[dict[str, Any]]:
 def _canvas(
     size: tuple[float, float], n_panels: int = 1, *, has_grid: bool = False
 ) -> "tuple[Canvas, tuple[Any, ...]]":
-    """A figure of a size in inches, and its panels from left to right."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=size, layout="constrained", dpi=_DPI)
@@ -296,7 +291,7 @@ def _canvas(
 def _saved(canvas: "Canvas") -> dict[str, bytes]:
     """PNG and SVG without date and version, so that their bytes are the same each time."""
     found = {}
-    for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+    for ending, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
         stream = BytesIO()
         canvas.savefig(stream, format=ending, metadata=metadata)
         found[ending] = stream.getvalue()
@@ -310,25 +305,7 @@ def _named(name: str, canvas: "Canvas") -> dict[str, bytes]:
         return {f"{name}.{ending}": content for ending, content in _saved(canvas).items()}
 
 
-@contextmanager
-def _page_style(key: str) -> Iterator[None]:
-    import matplotlib
-
-    settings: Any = {
-        "svg.hashsalt": key,
-        "svg.fonttype": "none",  # text stays text
-        "text.parse_math": False,  # a subject may be called $x$
-        "font.family": "DejaVu Sans",  # comes with matplotlib
-        "font.size": 9,
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Glyphs that the font lacks are boxes in the PNG, and text in the SVG.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
 def _size(figure: Figure) -> tuple[float, float]:
-    """Inches."""
     if isinstance(figure, Heat):
         most = max(len(values) for values in figure.rows)
         return min(14.0, 3.0 + 0.11 * most), min(12.0, 1.8 + 0.11 * len(figure.rows))
@@ -410,7 +387,6 @@ def _draw_curves(axes: "Axes", figure: Curves) -> None:
 def _draw_bars(
     axes: "Axes", places: Array, series: Series, *, is_flat: bool = False, **look: Any
 ) -> None:
-    """Values at their places, with intervals if the series has them."""
     values = _numbers(series.values)
     if series.low or not series.values:
         look["xerr" if is_flat else "yerr"] = _errors(series)
@@ -430,7 +406,8 @@ def _numbers(values: Values) -> Array:
 
 
 def _label(axes: "Axes", figure: Curves) -> None:
-    names = [shortened(category) for category in figure.categories]
+    names = [printable(name) for name in figure.categories]
+    names = [n if len(n) <= _MAX_NAME else n[: _MAX_NAME - 1] + "…" for n in names]
     step = 1 if figure.is_flat else -(-len(names) // _MAX_TICKS)
     ticks = range(0, len(names), step)
     value, category = (axes.xaxis, axes.yaxis) if figure.is_flat else (axes.yaxis, axes.xaxis)

@@ -1,6 +1,8 @@
 """A profile as tables: the paper's Tables 1 to 7 (arXiv 2502.17187), its evidence, criteria."""
 
 import math
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +18,15 @@ from expertcut.profiling.findings import (
     suspects_json,
 )
 from expertcut.profiling.significance import subjects_json
-from expertcut.profiling.statistics import (
-    Answers,
-    LayerStatistics,
-    expert_json,
-    or_none,
-)
+from expertcut.profiling.statistics import Answers, LayerStatistics, expert_json, or_none
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.edit_tables import rows_tables
-from expertcut.reporting.tables import Cell, Column, Table
+from expertcut.reporting.edit_tables import interval_text, rows_tables
+from expertcut.reporting.tables import Cell, Column, Table, columns
 
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
-_COUNTED = "Layers are MoE layers, counted from 0."
-
-_LAYER = Column("layer")
-_EXPERT_COLUMNS = (
-    Column("expert"),
-    Column("appearances", ".1%"),
-    Column("accuracy", ".1%"),
-    Column("weighted accuracy", ".1%"),
-    Column("contribution, %", ".2f"),
-    Column("tokens", ",d"),
-)
-N_SUSPECTS = 10
-_P = ".2g"
-_MOMENTS = ("mean", "std")
 _FROM_0 = "Layers are MoE layers, counted from 0."
+_ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
+N_SUSPECTS = 10
 
 
 def answered_sentence(folder: Path, found: Answers) -> str:
@@ -55,7 +40,7 @@ def cut_text(n_cut: int | None) -> str:
     return "" if n_cut is None else f", {n_cut:,} prompts cut from the left to fit the context"
 
 
-def profile_tables(profile: Profile, layers: list[LayerStatistics] | None = None) -> list[Table]:
+def profile_tables(profile: Profile, layers: Sequence[LayerStatistics] = ()) -> list[Table]:
     """Tables 1–2, 3, 4, 5 and 6–7, in the paper's order, of `layers` where they are known."""
     layers = layers or profile.layers
     return [
@@ -66,39 +51,30 @@ def profile_tables(profile: Profile, layers: list[LayerStatistics] | None = None
     ]
 
 
-def _activated(profile: Profile, layers: list[LayerStatistics]) -> Table:
+def _activated(profile: Profile, layers: Sequence[LayerStatistics]) -> Table:
     quiz = profile.info.quiz
     ties = profile.near_ties()
     own = sum(not tie["in_shots"] for tie in ties)
     n_questions = len(profile.array("answer_N"))
     note = (
         f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
-        f"{cut_text(profile.n_cut)}. {_COUNTED} "
+        f"{cut_text(profile.n_cut)}. {_FROM_0} "
         f"Near-ties: {own:,} questions have a token of their own whose choice of experts hangs "
         f"on a gap below 1e-5, {len(ties) - own:,} more have one in their shots."
         f"{hash_text(profile)}"
     )
-    rows = [
-        [
-            layer.layer,
-            layer.n_activated,
-            layer.n_experts,
-            float(layer.entropy_top_N.mean()),
-            float(layer.entropy_top_N.std()),
-            math.log(layer.top_k),
-        ]
+    rows: list[list[Cell]] = [
+        [layer.layer, layer.n_activated, layer.n_experts, *_entropy(layer.entropy_top_N),
+         math.log(layer.top_k)]
         for layer in layers
-    ]
-    columns = (
-        _LAYER,
-        Column("activated experts"),
-        Column("of"),
-        Column("entropy, mean", ".4f"),
-        Column("entropy, std", ".4f"),
-        Column("at most", ".4f"),
-    )
+    ]  # fmt: skip
+    heads = columns(f"layer; activated experts; of; {_ENTROPY}")
     top_k = layers[0].top_k
-    return Table(f"Tables 1–2: activated experts, entropy of the top {top_k}", columns, rows, note)
+    return Table(f"Tables 1–2: activated experts, entropy of the top {top_k}", heads, rows, note)
+
+
+def _entropy(entropy_N: np.ndarray[Any, Any]) -> tuple[float, float]:
+    return float(entropy_N.mean()), float(entropy_N.std())
 
 
 def hash_text(profile: Profile) -> str:
@@ -115,9 +91,8 @@ def hash_text(profile: Profile) -> str:
 def _rank_table(layer: LayerStatistics) -> Table:
     mean_K, std_K = layer.rank_probability_NK.mean(axis=0), layer.rank_probability_NK.std(axis=0)
     rows = [[k + 1, float(mean_K[k]), float(std_K[k])] for k in range(layer.top_k)]
-    columns = (Column("rank"), Column("mean", ".4f"), Column("std", ".4f"))
     title = f"Table 3: normalised probability of each rank in the last layer ({layer.layer})"
-    return Table(title, columns, rows)
+    return Table(title, columns("rank; mean::.4f; std::.4f"), rows)
 
 
 def _expert_table(layer: LayerStatistics) -> Table:
@@ -130,26 +105,19 @@ def _expert_table(layer: LayerStatistics) -> Table:
     title = (
         f"Table {number}: experts of the {which} layer ({layer.layer}) in at least 1 % of questions"
     )
-    return Table(title, _EXPERT_COLUMNS, rows, "Tokens count every prompt token, shots included.")
-
-
-def _entropy_all(layers: list[LayerStatistics]) -> Table:
-    rows = [
-        [
-            layer.layer,
-            float(layer.entropy_all_N.mean()),
-            float(layer.entropy_all_N.std()),
-            math.log(layer.n_experts),
-        ]
-        for layer in layers
-    ]
-    columns = (
-        _LAYER,
-        Column("entropy, mean", ".4f"),
-        Column("entropy, std", ".4f"),
-        Column("at most", ".4f"),
+    heads = columns(
+        "expert; appearances::.1%; accuracy::.1%; weighted accuracy::.1%; contribution, %::.2f; "
+        "tokens::,d"
     )
-    return Table("Tables 6–7: entropy over all experts", columns, rows, _COUNTED)
+    return Table(title, heads, rows, "Tokens count every prompt token, shots included.")
+
+
+def _entropy_all(layers: Sequence[LayerStatistics]) -> Table:
+    rows = [
+        [layer.layer, *_entropy(layer.entropy_all_N), math.log(layer.n_experts)] for layer in layers
+    ]
+    heads = columns(f"layer; {_ENTROPY}")
+    return Table("Tables 6–7: entropy over all experts", heads, rows, _FROM_0)
 
 
 def suspects_table(found: Findings) -> Table:
@@ -157,22 +125,16 @@ def suspects_table(found: Findings) -> Table:
     tested = found.significance
     rows = [
         [
-            row["layer"],
-            row["expert"],
-            row["appearances"],
-            row["accuracy"],
-            _percent_range(row["accuracy_ci95"]),
-            100 * row["difference"],
-            100 * row["difference_se"],
-            *[row[name] for name in ("z", "p", "p_adjusted", "p_family")],
+            *(row[name] for name in ("layer", "expert", "appearances", "accuracy")),
+            interval_text(row["accuracy_ci95"], places=1),
+            *(100 * row["difference"], 100 * row["difference_se"]),
+            *(row[name] for name in ("z", "p", "p_adjusted", "p_family")),
         ]
         for row in suspects_json(found)[:N_SUSPECTS]
     ]
-    columns = (
-        *(_LAYER, Column("expert"), Column("appearances", ".1%"), Column("accuracy", ".1%")),
-        *(Column("95 % interval"), Column("difference, points", "+.1f"), Column("± SE", ".1f")),
-        *(Column("z", "+.2f"), Column("p", _P), Column("p, adjusted", _P)),
-        Column("p, family-wise", _P),
+    heads = columns(
+        "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f; "
+        "± SE::.1f; z::+.2f; p::.2g; p, adjusted::.2g; p, family-wise::.2g"
     )
     note = (
         f"By z, the most harmful first; {tested.n_tests:,} of {len(found.places):,} experts could "
@@ -180,52 +142,44 @@ def suspects_table(found: Findings) -> Table:
         "expert. Adjusted: Benjamini–Hochberg. Family-wise: the largest |z| of "
         f"{tested.permutations:,} permutations of correctness within subjects. {_FROM_0}"
     )
-    return Table("Suspects: experts whose questions are answered worse", columns, rows, note)
+    return Table("Suspects: experts whose questions are answered worse", heads, rows, note)
 
 
 def margins_table(found: Findings) -> Table:
     """How far the last chosen expert is ahead of the next, layer by layer."""
     rows: list[list[Cell]] = []
     reasons: dict[str, list[int]] = {}
+    parts = {"mean": "mean", "q05": "5 %", "median": "median", "q95": "95 %"}
     for layer, margin in enumerate(found.margins):
         shown = margin_json(margin)
         p, logit = shown["margin_probability"] or {}, shown["margin_logit"] or {}
         below = [item["share"] for item in shown["margin_below"] or []]
-        rows.append(
-            [
-                layer,
-                *[p.get(name) for name in ("mean", "q05", "median", "q95")],
-                *[logit.get(name) for name in ("mean", "q05", "median", "q95")],
-                *(below or [None] * len(THRESHOLDS)),
-            ]
-        )
+        below = below or [None] * len(THRESHOLDS)
+        rows.append([layer, *map(p.get, parts), *map(logit.get, parts), *below])
         if margin.undefined:
             reasons.setdefault(margin.undefined, []).append(layer)
-    parts = ("mean", "5 %", "median", "95 %")
-    columns = (
-        _LAYER,
-        *[Column(f"p: {part}", ".2e") for part in parts],
-        *[Column(f"logit: {part}", ".3f") for part in parts],
+    heads = (
+        Column("layer"),
+        *[Column(f"p: {part}", ".2e") for part in parts.values()],
+        *[Column(f"logit: {part}", ".3f") for part in parts.values()],
         *[Column(f"p < {threshold:g}", ".1%") for threshold in THRESHOLDS],
     )
     notes = [f"Rank K minus rank K+1, in probability and in logit. {_FROM_0}"]
     notes += [f"None in layers {', '.join(map(str, at))}: {why}." for why, at in reasons.items()]
-    title = "Gate margins at the answer position"
-    return Table(title, columns, rows, " ".join(notes))
+    return Table("Gate margins at the answer position", heads, rows, " ".join(notes))
 
 
 def perturbation_tables(found: Findings) -> list[Table]:
     """What moved when the questions were asked otherwise; nothing where they were not."""
     if not found.perturbations:
         return []
-    keys = ("accuracy", "flipped", "mean_abs_logprob_diff", "max_abs_logprob_diff", "changed")
-    foretold = ("margin_flipped_correlation", "margin_logprob_correlation")
-    rows = [[p["kind"], *[p[key] for key in (*keys, *foretold)]] for p in found.perturbations]
-    columns = (
-        *(Column("asked again with"), Column("accuracy", ".2%"), Column("flipped answers", ".2%")),
-        *(Column("mean |Δ log p|", ".4f"), Column("largest", ".4f")),
-        *(Column("another set chosen", ".2%"), Column("margin and flips", "+.2f")),
-        Column("margin and |Δ log p|", "+.2f"),
+    keys = (
+        *("kind", "accuracy", "flipped", "mean_abs_logprob_diff", "max_abs_logprob_diff"),
+        *("changed", "margin_flipped_correlation", "margin_logprob_correlation"),
+    )
+    heads = columns(
+        "asked again with; accuracy::.2%; flipped answers::.2%; mean |Δ log p|::.4f; largest::.4f; "
+        "another set chosen::.2%; margin and flips::+.2f; margin and |Δ log p|::+.2f"
     )
     note = "Correlations are Spearman's, with the smallest margin of any layer."
     by_layer = [
@@ -233,13 +187,13 @@ def perturbation_tables(found: Findings) -> list[Table]:
         for p in found.perturbations
         for layer in p["layers"]
     ]
-    layer_columns = (
-        *(Column("asked again with"), _LAYER, Column("another set chosen", ".2%")),
-        Column("margin and change", "+.2f"),
+    layer_heads = columns(
+        "asked again with; layer; another set chosen::.2%; margin and change::+.2f"
     )
+    rows = [[p[key] for key in keys] for p in found.perturbations]
     return [
-        Table("Perturbations", columns, rows, note),
-        Table("Perturbations, layer by layer", layer_columns, by_layer, _FROM_0),
+        Table("Perturbations", heads, rows, note),
+        Table("Perturbations, layer by layer", layer_heads, by_layer, _FROM_0),
     ]
 
 
@@ -261,39 +215,32 @@ def experts_csv(found: Findings) -> Table:
 
 def subjects_csv(found: Findings) -> Table:
     """Every expert of every layer for every subject, one row each."""
-    names = ("subject", "questions", "layer", "expert", "appearances", "accuracy")
     rows = [
         [subject["subject"], subject["questions"], layer["layer"], expert, *pair]
         for subject in subjects_json(found.counts, found.layers)
         for layer in subject["layers"]
         for expert, pair in enumerate(_pairs(layer))
     ]
-    return Table("subjects", tuple(map(Column, names)), rows)
+    heads = columns("subject; questions; layer; expert; appearances; accuracy")
+    return Table("subjects", heads, rows)
 
 
 def _routing(subjects: list[dict[str, Any]]) -> Table:
+    moments = ("entropy_top_mean", "entropy_top_std", "entropy_all_mean", "entropy_all_std")
     rows = [
         [
-            subject["subject"],
-            subject["questions"],
-            subject["accuracy"],
-            layer["layer"],
-            *[
-                layer[f"entropy_{which}"]
-                for which in ("top_mean", "top_std", "all_mean", "all_std")
-            ],
+            *(subject[name] for name in ("subject", "questions", "accuracy")),
+            *(layer[name] for name in ("layer", *moments)),
             " ".join(f"{p:.3f}" for p in layer["rank_probability_mean"]),
         ]
         for subject in subjects
         for layer in subject["layers"]
     ]
-    columns = (
-        *(Column("subject"), Column("questions", ",d"), Column("accuracy", ".1%"), _LAYER),
-        *(Column("entropy, top K", ".4f"), Column("std", ".4f")),
-        *(Column("entropy, all", ".4f"), Column("std", ".4f")),
-        Column("mean probability of each rank"),
+    heads = columns(
+        "subject; questions::,d; accuracy::.1%; layer; entropy, top K::.4f; std::.4f; "
+        "entropy, all::.4f; std::.4f; mean probability of each rank"
     )
-    return Table("Subjects: entropy and rank probabilities", columns, rows, _FROM_0)
+    return Table("Subjects: entropy and rank probabilities", heads, rows, _FROM_0)
 
 
 def _subject_experts_table(subjects: list[dict[str, Any]]) -> Table:
@@ -304,12 +251,9 @@ def _subject_experts_table(subjects: list[dict[str, Any]]) -> Table:
         for expert, pair in enumerate(_pairs(layer))
         if pair[0] >= MIN_APPEARANCES
     ]
-    columns = (
-        *(Column("subject"), _LAYER, Column("expert")),
-        *(Column("appearances", ".1%"), Column("accuracy", ".1%")),
-    )
+    heads = columns("subject; layer; expert; appearances::.1%; accuracy::.1%")
     title = "Subjects: experts in at least 1 % of a subject's questions"
-    return Table(title, columns, rows, _FROM_0)
+    return Table(title, heads, rows, _FROM_0)
 
 
 def _pairs(layer: dict[str, Any]) -> list[tuple[float, float | None]]:
@@ -326,17 +270,11 @@ def _flat(expert: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _percent_range(ends: list[float]) -> str:
-    low, high = ends
-    return f"{low:.1%} … {high:.1%}"
-
-
 def criteria_tables(found: Compared) -> list[Table]:
     """How far criteria agree, and the ranks that they give in the first and the last layer."""
-    last = len(found.layers) - 1
     return [
         _agreement(found),
-        *[_criteria_ranks(found, layer) for layer in dict.fromkeys((0, last))],
+        *[_criteria_ranks(found, layer) for layer in dict.fromkeys((0, len(found.layers) - 1))],
         *rows_tables(found.profile),
     ]
 
@@ -358,9 +296,7 @@ def criteria_json(found: Compared) -> dict[str, Any]:
         for x, own in zip(found.layers, _supers(found), strict=True)
     ]
     for layer, expert, scores, ranks in _expert_scores(found):
-        row = {"expert": expert, "scores": scores, "ranks": ranks}
-        layers[layer]["expert"].append(row)
-    pairs = [(a, b) for i, a in enumerate(found.names) for b in found.names[i + 1 :]]
+        layers[layer]["expert"].append({"expert": expert, "scores": scores, "ranks": ranks})
     return {
         "criteria": list(found.names),
         "left_out": dict(found.left_out),
@@ -370,7 +306,7 @@ def criteria_json(found: Compared) -> dict[str, Any]:
                 "mean": or_none(found.agreement(a, b)),
                 "layers": [or_none(value) for value in found.correlations(a, b)],
             }
-            for a, b in pairs
+            for a, b in combinations(found.names, 2)
         ],
         "layers": layers,
     }
@@ -401,24 +337,19 @@ def _agreement(found: Compared) -> Table:
     n_layers = len(found.layers)
     note = f"Spearman's correlation of scores within a layer, its mean over {n_layers} layers."
     note += f" Left out: {left_out}." if left_out else ""
-    columns = (Column("criterion"), *[Column(name, ".2f") for name in found.names])
-    return Table("How far criteria agree", columns, rows, note)
+    heads = (Column("criterion"), *[Column(name, ".2f") for name in found.names])
+    return Table("How far criteria agree", heads, rows, note)
 
 
 def _criteria_ranks(found: Compared, index: int) -> Table:
     layer, supers = found.layers[index], _supers(found)[index]
-    best_first = np.argsort(found.ranks[found.names[0]][index])
-    rows: list[list[Cell]] = [
-        [
-            int(expert),
-            *[int(found.ranks[name][index][expert]) for name in found.names],
-            "super" if expert in supers else "",
-        ]
-        for expert in best_first
-    ]
-    columns = (Column("expert"), *[Column(name) for name in found.names], Column("protected"))
+    rows: list[list[Cell]] = []
+    for expert in np.argsort(found.ranks[found.names[0]][index]):  # the best first
+        ranks = [int(found.ranks[name][index][expert]) for name in found.names]
+        rows.append([int(expert), *ranks, "super" if expert in supers else ""])
+    heads = tuple(map(Column, ("expert", *found.names, "protected")))
     title = f"Ranks of the experts of layer {layer.layer} by each criterion, 1 is kept longest"
-    return Table(title, columns, rows, _COUNTED)
+    return Table(title, heads, rows, _FROM_0)
 
 
 def _supers(found: Compared) -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,8 @@ Cell = str | int | float | None
 _PUNCTUATION = re.compile(
     r"(?!(?<=\d)\.(?=\d)|(?<=[a-z%)])\.(?=\s|$)|(?<=\w)-(?=\w)|:(?=\s))([!-/:-@\[-`{-~])"
 )
-_HARMLESS = set(",;%'\"/+=()")
-_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+_ESCAPES = {char: f"\\{char}" for char in string.punctuation}
+_ESCAPES |= {char: char for char in ",;%'\"/+=()"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Column:
 
     name: str
     spec: str = ""
+
+
+def columns(text: str) -> tuple[Column, ...]:
+    """Columns from `name; name::spec; …`."""
+    return tuple(Column(*column.split("::")) for column in text.split("; "))
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,20 @@ class Table:
             for row in self.rows
         ]
 
+    def are_numbers(self) -> list[bool]:
+        """Of each column, whether it holds numbers."""
+        return [
+            any(isinstance(row[i], int | float) for row in self.rows)
+            for i in range(len(self.columns))
+        ]
+
 
 def as_rich(table: Table) -> Group:
     """For a terminal: title, table, note; text of files is never taken as markup."""
     rich = RichTable()
-    for i, column in enumerate(table.columns):
-        is_number = any(isinstance(row[i], int | float) for row in table.rows)
-        rich.add_column(
-            Text(printable(column.name)), justify="right" if is_number else "left", overflow="fold"
-        )
+    for column, is_number in zip(table.columns, table.are_numbers(), strict=True):
+        justify: Any = "right" if is_number else "left"
+        rich.add_column(Text(printable(column.name)), justify=justify, overflow="fold")
     for row in table.texts():
         rich.add_row(*map(Text, row))
     note = [Text(printable(table.note))] if table.note else []
@@ -73,21 +84,15 @@ def as_csv(table: Table) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([printable(column.name) for column in table.columns])
-    writer.writerows(map(_raw, row) for row in table.rows)
+    for row in table.rows:  # None is written as nothing
+        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in row])
     return stream.getvalue()
 
 
-def _raw(cell: Cell) -> str | int | float:
-    if cell is None:
-        return ""
-    return printable(cell) if isinstance(cell, str) else cell
-
-
-def _text(cell: Any, column: Column) -> str:
+def _text(cell: Cell, column: Column) -> str:
     if cell is None:
         return "–"
-    text = format(cell, column.spec) if isinstance(cell, int | float) else str(cell)
-    return printable(text)
+    return printable(cell if isinstance(cell, str) else format(cell, column.spec))
 
 
 def printable(text: str) -> str:
@@ -116,12 +121,7 @@ def escaped(value: object) -> Markdown:
     """A value as text: no markup, HTML, link or formula comes of it."""
     if isinstance(value, Markdown):
         return value
-    return Markdown(_PUNCTUATION.sub(_escape, one_line(str(value))))
-
-
-def _escape(found: re.Match[str]) -> str:
-    char = found[1]
-    return char if char in _HARMLESS else _ENTITIES.get(char, f"\\{char}")
+    return Markdown(_PUNCTUATION.sub(lambda found: _ESCAPES[found[1]], one_line(str(value))))
 
 
 def code(text: str) -> Markdown:
@@ -133,13 +133,6 @@ def markdown_table(table: Table) -> Markdown:
     """A table's columns and rows, without its title and note; empty without rows."""
     if not table.rows:
         return Markdown("")
-    numbers = [
-        any(isinstance(row[i], int | float) for row in table.rows)
-        for i in range(len(table.columns))
-    ]
-    rows: list[list[str]] = [
-        [column.name for column in table.columns],
-        [Markdown("---:" if is_number else "---") for is_number in numbers],
-        *table.texts(),
-    ]
+    rules: list[str] = [Markdown("---:" if number else "---") for number in table.are_numbers()]
+    rows = [[column.name for column in table.columns], rules, *table.texts()]
     return Markdown("\n".join("| " + " | ".join(map(escaped, row)) + " |" for row in rows))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +24,6 @@ from expertcut.evaluation.search_results import (
 )
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json
-from expertcut.profiling.schema import ModelInfo, QuizInfo
 from expertcut.profiling.storage import load_profile
 from expertcut.reporting.edit_tables import curve_table, proof_csv, proof_table, rows_tables
 from expertcut.reporting.eval_tables import (
@@ -83,22 +83,15 @@ class Run:
 
     def profile_of(self, plan: PlanFile) -> Found[Findings] | None:
         """The profile that a plan was chosen on, or another of its model."""
-        fingerprint = plan.model.fingerprint
-        same = [p for p in self.profiles if model_of(p.content).fingerprint == fingerprint]
+        infos = [(found, found.content.profile.info) for found in self.profiles]
+        same = [(f, i.quiz) for f, i in infos if i.model.fingerprint == plan.model.fingerprint]
         chosen = (plan.chosen_on.quiz, plan.chosen_on.split)
-        quizzes = [(profile, quiz_of(profile.content)) for profile in same]
-        exact = [profile for profile, quiz in quizzes if (quiz.id, quiz.split) == chosen]
-        return next(iter([*exact, *same]), None)
+        same.sort(key=lambda pair: (pair[1].id, pair[1].split) != chosen)
+        return same[0][0] if same else None
 
 
 def gather(path: Path) -> Run:
-    """Reads all documents of a folder, or one file; a checkpoint may hold a plan and a proof.
-
-    Raises:
-        OutputError: nothing to report on, or a file that cannot be read.
-        ProfileError: an unfinished or damaged profile.
-        PlanError: a damaged plan or proof.
-    """
+    """Reads all documents of a folder, or one file; a checkpoint may hold a plan and a proof."""
     files = list(_files(path))
     if not files:
         raise OutputError(
@@ -118,16 +111,6 @@ def gather(path: Path) -> Run:
         sweeps=read(SWEEP_FILE, load_sweep),
         audits=read(AUDIT_FILE, load_audit),
     )
-
-
-def model_of(found: Findings) -> ModelInfo:
-    """The profiled model."""
-    return found.profile.info.model
-
-
-def quiz_of(found: Findings) -> QuizInfo:
-    """The profiled quiz."""
-    return found.profile.info.quiz
 
 
 def notes_in(file: Path) -> dict[str, Any]:
@@ -192,10 +175,6 @@ def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) 
 
     With `by_subject`, tables of a profile's subjects follow, and the flat table has a row per
     expert and subject. With `by_criteria`, only the criteria are shown.
-
-    Raises:
-        OutputError: nothing of that kind.
-        SettingsError: subjects or criteria of a document that is not a profile, or both.
     """
     if by_subject and by_criteria:
         raise SettingsError("--subjects and --criteria show different tables: give one of them")
@@ -209,16 +188,15 @@ def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) 
 
 
 def _document(path: Path) -> Shown:
-    by_file = {PLAN_FILE: _plan, PROOF_FILE: _proof, SWEEP_FILE: _sweep, AUDIT_FILE: _audit}
-    for name, view in by_file.items():
+    for name in (PLAN_FILE, PROOF_FILE, SWEEP_FILE, AUDIT_FILE):
         if (path / name).is_file():
-            return view(path)
+            return _VIEWS[name](path)
     if path.name == PROOF_FILE:
-        return _proof(path.parent)
+        return _VIEWS[PROOF_FILE](path.parent)
     if path.is_file():
         keys = _keys(path)
-        by_key = {"models": _results, "cells": _sweep, "harms": _audit}
-        return next((view for key, view in by_key.items() if key in keys), _plan)(path)
+        by_key = {"models": RESULTS, "cells": SWEEP_FILE, "harms": AUDIT_FILE}
+        return _VIEWS[next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)](path)
     raise OutputError(
         f"nothing to show in {path}: no profile, plan, results, sweep or audit, and no checkpoint "
         "with a plan: name a part of a run's folder, or make its page with report"
@@ -245,16 +223,12 @@ def _profile(path: Path, by_subject: bool) -> Shown:
 def _criteria(path: Path) -> Shown:
     found = compare(load_profile(path))
     return Shown(
-        lambda: criteria_tables(found),
-        lambda: criteria_csv(found),
-        lambda: criteria_json(found),
+        partial(criteria_tables, found), partial(criteria_csv, found), partial(criteria_json, found)
     )
 
 
 def _shown(
-    found: Document,
-    tables: Callable[[Document], list[Table]],
-    flat: Callable[[Document], Table],
+    found: Document, tables: Callable[[Document], list[Table]], flat: Callable[[Document], Table]
 ) -> Shown:
     return Shown(lambda: tables(found), lambda: flat(found), lambda: found.model_dump(mode="json"))
 
@@ -266,20 +240,13 @@ def _plan(path: Path) -> Shown:
     return _shown(plan, lambda plan: [plan_table(plan), *tuning, *proof], plan_csv)
 
 
-def _proof(path: Path) -> Shown:
-    return _shown(load_cross_fit(path), lambda proof: [proof_table(proof)], proof_csv)
-
-
-def _results(path: Path) -> Shown:
-    return _shown(load_results(path), lambda results: [results_table(results)], results_csv)
-
-
-def _sweep(path: Path) -> Shown:
-    return _shown(load_sweep(path), lambda sweep: [sweep_table(sweep)], sweep_csv)
-
-
-def _audit(path: Path) -> Shown:
-    return _shown(load_audit(path), audit_tables, audit_csv)
+_VIEWS: dict[str, Callable[[Path], Shown]] = {
+    PLAN_FILE: _plan,
+    PROOF_FILE: lambda path: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
+    SWEEP_FILE: lambda path: _shown(load_sweep(path), lambda s: [sweep_table(s)], sweep_csv),
+    AUDIT_FILE: lambda path: _shown(load_audit(path), audit_tables, audit_csv),
+    RESULTS: lambda path: _shown(load_results(path), lambda r: [results_table(r)], results_csv),
+}
 
 
 def _keys(path: Path) -> set[str]:

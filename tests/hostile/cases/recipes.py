@@ -84,8 +84,6 @@ add("an expert with a bias of NaN", "variants: [{name: a, reweight: {boost: 1=na
 add("an expert with code", "variants: [{name: a, reweight: {boost: '1=exit()'}}]", "no expert")
 what = "variants: [{name: a, prune: {keep: 4, by: os}}]"
 add("a criterion that is none", what, "not a criterion")
-    "a criterion that is none", "variants: [{name: a, prune: {keep: 4, by: os}}]", "not a criterion"
-)
 add("an output above", "out: ../elsewhere", "outside this folder")
 add("an output from the root", "out: /tmp/expertcut", "outside this folder")
 add("an output at home", "out: ~/.ssh", "outside this folder")
