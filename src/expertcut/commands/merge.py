@@ -1,16 +1,9 @@
 """`expertcut merge`: a checkpoint in which several experts become one."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    UI,
-    CheckpointSettings,
-    SilentUI,
-    choosing_profile,
-    output_folder,
-)
+from expertcut.commands import SILENT, UI, CheckpointSettings, choosing_profile, output_folder
 from expertcut.edits import edit_settings
 
 if TYPE_CHECKING:
@@ -18,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
-    """Make one expert of several, and say what that did."""
+    """Merge groups of experts, each into one."""
 
     examples: ClassVar = (
         "expertcut merge --keep 32",
@@ -27,11 +20,11 @@ class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
 
 
 def run(
-    settings: MergeSettings, ui: UI | None = None, beside: Mapping[str, bytes] | None = None
+    settings: MergeSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Merged":
-    """Makes the checkpoint, or the plan alone; `beside` are files to lie beside the plan."""
-    ui = ui or SilentUI()
-    from expertcut.checkpoints.build import merge
+    """Makes the checkpoint, or the plan alone; `beside` are files to write beside the plan."""
+    profile = choosing_profile(settings, ui, settings.held_out)
+    from expertcut.checkpoints.build import merge  # torch, not to refuse options
     from expertcut.reporting.edit_tables import (
         groups_table,
         merging_sentences,
@@ -39,8 +32,7 @@ def run(
         proof_tables,
     )
 
-    profile = choosing_profile(settings, ui, settings.held_out)
-    folder: Path = output_folder(profile, settings.slug, settings, ui)
+    folder = output_folder(profile, settings.slug, settings, ui)
     ui.quiet()
     options = settings.build_options(beside or {})
     merged = merge(profile, settings, folder, options, is_plan=settings.plan_only)

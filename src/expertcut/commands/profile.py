@@ -4,13 +4,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands import MODEL, OUTPUT, UI, BatchSettings, SilentUI, SplitSettings
+from expertcut.commands import (
+    SILENT,
+    UI,
+    BatchSettings,
+    SplitSettings,
+    model_option,
+    output_option,
+)
 from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
-
-DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0125-Instruct"
 
 
 class ProfileSettings(BatchSettings, SplitSettings):
@@ -23,11 +28,10 @@ class ProfileSettings(BatchSettings, SplitSettings):
     )
 
     model: str = option(
-        DEFAULT_MODEL, "Checkpoint folder or Hub id.", is_argument=True, in_recipe=False
-    )
-    revision: str | None = option(
-        None, "Branch, tag or commit of a model of the Hub.", panel=MODEL, in_recipe=False
-    )
+        "allenai/OLMoE-1B-7B-0125-Instruct", "Checkpoint folder or Hub id.",
+        is_argument=True, in_recipe=False,
+    )  # fmt: skip
+    revision: str | None = model_option(None, "Branch, tag or commit of a model of the Hub.")
     stats: Literal["answer", "all"] | None = option(
         None, "Keep statistics of the answer position only, or of all tokens.  [default: all]",
         panel="Profile",
@@ -35,15 +39,13 @@ class ProfileSettings(BatchSettings, SplitSettings):
     perturb: list[Literal["shuffle-choices", "bf16"]] = option(
         [], "Ask again with choices shuffled or in bfloat16; repeatable.", panel="Profile"
     )
-    out: FilePath | None = option(
-        None, "Output folder; a run started there is resumed.  [default: in profiles/]",
-        panel=OUTPUT, in_recipe=False,
-    )  # fmt: skip
+    out: FilePath | None = output_option(
+        None, "Output folder; a run started there is resumed.  [default: in profiles/]"
+    )
 
 
-def run(settings: ProfileSettings, ui: UI | None = None) -> "Profile":
-    """Measures the model, going on where an earlier run was stopped."""
-    ui = ui or SilentUI()
+def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
+    """Profiles the model, resuming an interrupted run."""
     ui.quiet()
     from expertcut.models.load import find_source
     from expertcut.profiling.measure import (

@@ -46,7 +46,7 @@ def criteria(text: str) -> str:
 Criterion = Annotated[str, AfterValidator(criterion)]
 Criteria = Annotated[str, AfterValidator(criteria)]
 _Expert = Annotated[
-    Text, AfterValidator(like(_EXPERT, "is no expert: write 12, 3:12 or 3:12=0.25"))
+    Text, AfterValidator(like(_EXPERT, "is not an expert: write 12, 3:12 or 3:12=0.25"))
 ]
 Experts = Annotated[list[_Expert], BeforeValidator(as_list), Field(min_length=1)]
 
@@ -228,7 +228,7 @@ def read_size(text: str) -> int:
     unit = 1024 if found and found["binary"] else 1000
     size_bytes = int(float(found["number"]) * unit**power) if found else 0
     if not 1 <= size_bytes < _TOO_MANY:
-        raise SettingsError(f"--max-bytes {text!r} is no size: write it as 4GB, 500MB or 3.5GiB")
+        raise SettingsError(f"--max-bytes {text!r} is not a size: write it as 4GB, 500MB or 3.5GiB")
     return size_bytes
 
 
