@@ -218,9 +218,7 @@ class CheckpointSettings(ProfiledSettings):
         panel=JUDGING, flags=("--no-verify",),
     )  # fmt: skip
     out: FilePath | None = output_option(
-        None,
-        "Output folder; must be absent or empty.  [default: in checkpoints/, with --plan-only in "
-        "plans/]",
+        None, "Output folder; must be absent or empty.  [default: in checkpoints/ or plans/]"
     )
     force: bool = output_option(False, "Replace the output folder once the new one is complete.")
     plan_only: bool = output_option(False, "Write only the plan.")

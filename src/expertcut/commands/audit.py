@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class AuditSettings(ProfiledSettings, edit_settings.AuditSettings):
-    """Ablate experts one at a time and score how well each criterion predicts the damage."""
+    """Ablate single experts and compare the damage with each criterion."""
 
     examples: ClassVar = (
         "expertcut audit --sample 64",

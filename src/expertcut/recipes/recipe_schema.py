@@ -308,7 +308,11 @@ def _add_scalar(tag: str, form: str, read: Callable[[str], Any]) -> None:
     """Teaches the loader the words of a type, and how to read them."""
     name = f"tag:yaml.org,2002:{tag}"
     _Loader.add_implicit_resolver(name, re.compile(f"^(?:{form})$"), None)
-    _Loader.add_constructor(name, lambda loader, node: read(loader.construct_scalar(node)))
+
+    def construct(loader: Any, node: Any) -> Any:
+        return read(loader.construct_scalar(node))
+
+    _Loader.add_constructor(name, construct)
 
 
 _add_scalar("null", r"null|Null|NULL|~|", lambda _: None)

@@ -113,7 +113,7 @@ def _show(job: Job) -> None:
 
 def _edit(job: Job) -> None:
     variant = job.variant
-    runs = {"prune": prune.run, "merge": merge.run, "reweight": reweight.run}
+    runs: dict[str, Any] = {"prune": prune.run, "merge": merge.run, "reweight": reweight.run}
     proof = {"prove": True, **dict(variant.prove)} if variant.prove else {}
     settings = getattr(variant, variant.kind).completed(**job.edited, **proof)
     runs[variant.kind](settings, job.ui, {RECIPE_FILE: job.text})
