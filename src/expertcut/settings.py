@@ -175,9 +175,9 @@ def option(
 
     `flags` are its spellings on the command line and in recipes, by default `--` and its name;
     `--no-…` turns off a field that is true by default. `aliases` are older spellings, hidden. A
-    list is given by repeating the flag, or in one value with a `separator`. `in_recipe` makes it a
-    key of the recipe's section, and unless `is_recorded` is False a part of the section's hash.
-    `limits` are pydantic's.
+    list is given by repeating the flag, by one value with a `separator`, or as two values by a
+    `metavar` of two words. `in_recipe` makes it a key of the recipe's section, and unless
+    `is_recorded` is False a part of the section's hash. `limits` are pydantic's.
     """
     extra: dict[str, Any] = {
         **{"panel": panel, "flags": flags, "aliases": aliases, "metavar": metavar},

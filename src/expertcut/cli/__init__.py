@@ -12,13 +12,7 @@ from typer.exceptions import TyperException
 
 from expertcut import __version__, recipes
 from expertcut.cli.options import add_command
-from expertcut.cli.progress import (
-    Stopped,
-    TerminalUI,
-    is_first,
-    lasting_output,
-    terminable,
-)
+from expertcut.cli.progress import Stopped, TerminalUI, is_first, lasting_output, terminable
 from expertcut.commands import (
     audit,
     eval,
@@ -33,7 +27,6 @@ from expertcut.commands import (
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
-from expertcut.reporting.tables import printable
 from expertcut.settings import Settings
 
 _INTERRUPTED = 130
@@ -66,12 +59,8 @@ COMMANDS: tuple[tuple[str, type[Settings], Callable[..., object]], ...] = (
 )
 
 
-def _with_terminal(run: Callable[..., object]) -> Callable[[Settings], object]:
-    return lambda settings: run(settings, TerminalUI())
-
-
 for _name, _settings, _run in COMMANDS:
-    add_command(app, _name, _settings, _with_terminal(_run))
+    add_command(app, _name, _settings, lambda given, run=_run: run(given, TerminalUI()))
 
 
 @app.callback(invoke_without_command=True)
@@ -93,7 +82,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except ExpertcutError as error:
         _stop(" ".join(str(error).split()), 2)
     except TyperException as error:
-        text = error.format_message().replace("Value error, ", "")  # pydantic's, inside typer
+        text = error.format_message().replace("Input should be", "must be")  # pydantic's
         _stop(" ".join(text.split()), 2)
     except Stopped as stopped:
         _stop(str(stopped), stopped.status, is_printed=is_first())
@@ -122,6 +111,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _stop(text: str, status: int, *, is_printed: bool = True) -> None:
     if is_printed:
+        from expertcut.reporting.tables import printable  # with rich
+
         text = without_secrets(text)
         text = text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}…"
         print(f"expertcut: {printable(text)}", file=sys.stderr)
@@ -133,6 +124,8 @@ class HarmlessFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The formatted record."""
+        from expertcut.reporting.tables import printable  # with rich
+
         text = without_secrets(super().format(record))
         return "\n".join(map(printable, text.splitlines()))
 

@@ -100,6 +100,8 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         default: Any = inspect.Parameter.empty if field.is_required() else None
         usual = "|".join(choices) or _METAVARS.get(kind, "TEXT")
         metavar = extra["metavar"] or (name.upper() if extra["is_argument"] else usual)
+        if " " in (metavar or "") and not extra["is_argument"]:  # two values, as `A B`
+            kind = tuple[str, str]
         about: dict[str, Any] = {"help": _help(field), "metavar": metavar, "show_default": False}
         if extra["is_argument"]:
             yield _parameter(name, kind, default, typer.Argument(**about))
@@ -132,22 +134,10 @@ def _kind(field: FieldInfo) -> tuple[Any, tuple[str, ...]]:
     if get_origin(plain) is Literal:
         return str, tuple(map(str, get_args(plain)))
     if get_origin(plain) in (list, tuple):
-        if any(getattr(m, "max_length", None) == 2 for m in _limits(field)):  # as A B
-            return tuple[str, str], ()
         item = _plain(get_args(plain)[0])
         choices = tuple(map(str, get_args(item))) if get_origin(item) is Literal else ()
         return list[str], choices
     return (plain if plain in _METAVARS else str), ()
-
-
-def _limits(field: FieldInfo) -> list[Any]:
-    """Limits of the field and its type."""
-    found = list(field.metadata)
-    for part in (field.annotation, *get_args(field.annotation)):
-        if get_origin(part) is Annotated:
-            found += get_args(part)[1:]
-            found += [m for f in get_args(part)[1:] for m in getattr(f, "metadata", ())]
-    return found
 
 
 def _plain(annotation: Any) -> Any:

@@ -4,14 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    BatchSettings,
-    SplitSettings,
-    model_option,
-    output_option,
-)
+from expertcut.commands import SILENT, UI, BatchSettings, SplitSettings, model_option, output_option
 from expertcut.settings import FilePath, Texts, option
 
 if TYPE_CHECKING:

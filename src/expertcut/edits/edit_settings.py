@@ -164,33 +164,24 @@ class CutSettings(Settings):
         Raises:
             SettingsError: naming them.
         """
-        supported = LAYOUTS[self.layout].options
-        if self.removed is not None and "removed" not in supported:
+        layout = LAYOUTS[self.layout]
+        if self.removed is not None and "removed" not in layout.options:
             raise SettingsError(
                 f"--replace-with {self.removed} needs --layout exact: add it or leave "
                 "--replace-with out"
             )
-        if self.fold is not None and "fold" not in supported:
+        if self.fold is not None and "fold" not in layout.options:
             raise SettingsError(
                 f"--rescale-gates {self.fold} needs --layout stock: {self.layout} scales nothing, "
                 "leave it out"
             )
-        check_budget(self.budget, self.min_keep, self.layout)
-
-
-def check_budget(budget: Budget, min_keep: int | None, layout: Layout) -> None:
-    """Refuses a budget that the layout does not support.
-
-    Raises:
-        SettingsError: it does not, or --min-keep is given without --budget global.
-    """
-    if budget == "global" and LAYOUTS[layout].needs_equal_counts:
-        raise SettingsError(
-            "--budget global keeps another number in each layer, which layout stock cannot: "
-            "add --layout exact"
-        )
-    if min_keep is not None and budget != "global":
-        raise SettingsError(f"--min-keep {min_keep} needs --budget global: add it")
+        if self.budget == "global" and layout.needs_equal_counts:
+            raise SettingsError(
+                "--budget global keeps another number in each layer, which layout stock cannot: "
+                "add --layout exact"
+            )
+        if self.min_keep is not None and self.budget != "global":
+            raise SettingsError(f"--min-keep {self.min_keep} needs --budget global: add it")
 
 
 def read_size(text: str) -> int:

@@ -285,10 +285,6 @@ class Ledger:
             files = {**record.files, **stamps}
             self.records[stage.name] = record.model_copy(update={"files": files})
 
-    def begin(self, stage: Stage, inputs: Mapping[str, Any]) -> None:
-        """Records that the stage was started with these inputs."""
-        self.records[stage.name] = StageRecord(inputs=dict(inputs))
-
     def finish(self, stage: Stage, elapsed_s: float) -> str:
         """Records the stage's files; returns the hash of their content."""
         paths: list[Path] = []

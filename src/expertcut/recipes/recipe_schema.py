@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -101,7 +101,20 @@ class PublishSection(PublishSettings):
         return {"variant": self.variant} | super().recipe_values()
 
 
-class Variant(Settings):
+class _Sections(Settings):
+    """Settings with sections; a key without a value is an empty section."""
+
+    sections: ClassVar[tuple[str, ...]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_empty_sections(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {k: {} if v is None and k in cls.sections else v for k, v in values.items()}
+
+
+class Variant(_Sections):
     """One edit of the model, and for a reweighting how it is cross-fitted."""
 
     name: Name
@@ -110,11 +123,7 @@ class Variant(Settings):
     reweight: ReweightSettings | None = None
     heal: HealSection | None = None
     prove: ProveSection | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keeps_empty_sections(cls, values: Any) -> Any:
-        return _filled(values, (*KINDS, "prove"))
+    sections: ClassVar = (*KINDS, "prove")
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
@@ -136,12 +145,12 @@ class Variant(Settings):
 
     def recipe_values(self) -> dict[str, Any]:
         """The name and all sections, missing ones as None."""
-        sections = {kind: getattr(self, kind) for kind in (*KINDS, "prove")}
+        sections = {name: getattr(self, name) for name in self.sections}
         values = {k: s.recipe_values() if s else None for k, s in sections.items()}
         return {"name": self.name} | values
 
 
-class Recipe(BatchSettings, QuizSettings):
+class Recipe(BatchSettings, QuizSettings, _Sections):
     """The whole recipe; paths are relative to the working directory, as in the commands."""
 
     model: Source
@@ -153,16 +162,13 @@ class Recipe(BatchSettings, QuizSettings):
     eval: EvalSection | None = None
     report: ReportSection | None = None
     publish: Annotated[list[PublishSection], Field(default_factory=list)]
+    sections: ClassVar = ("profile", "show", "eval", "report")
 
     @classmethod
     def keys(cls, *, in_recipe: bool = False) -> dict[str, str]:
         """All fields, its own first."""
-        return {name: name for name in (*cls.__annotations__, *cls.model_fields)}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keeps_empty_sections(cls, values: Any) -> Any:
-        return _filled(values, ("profile", "show", "eval", "report"))
+        own = (name for name in cls.__annotations__ if name in cls.model_fields)
+        return {name: name for name in (*own, *cls.model_fields)}
 
     @model_validator(mode="after")
     def _names_known_variants(self) -> Self:
@@ -181,13 +187,6 @@ class Recipe(BatchSettings, QuizSettings):
         if len(set(repos)) < len(repos):
             refuse("publish names one repo twice: give each variant its own repo or revision")
         return self
-
-
-def _filled(values: Any, sections: tuple[str, ...]) -> Any:
-    """Turns sections without a value into empty ones, so that they exist."""
-    if not isinstance(values, Mapping):
-        return values
-    return {k: {} if v is None and k in sections else v for k, v in values.items()}
 
 
 MAX_BYTES = 256 * 1024

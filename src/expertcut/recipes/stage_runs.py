@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from expertcut.commands import (
     UI,
@@ -36,9 +36,6 @@ from expertcut.recipes.stages import (
     variant_folder,
 )
 
-if TYPE_CHECKING:
-    from expertcut.hub.upload import Published
-
 
 @dataclass(frozen=True)
 class Job:
@@ -66,12 +63,6 @@ class Job:
         """The recipe's quiz, its model, and how it is loaded."""
         quiz = {name: getattr(self.recipe, name) for name in QuizSettings.model_fields}
         return {**self.loaded, **quiz, "revision": self.commit or self.recipe.revision}
-
-    @property
-    def edited(self) -> dict[str, Any]:
-        """The profile and the output of an edit; an existing one was made by this recipe."""
-        places = {"profile": self.run / PROFILE, "out": self.folder, "force": True}
-        return {**self.loaded, "threads": None, **places}
 
     @property
     def folder(self) -> Path:
@@ -114,8 +105,10 @@ def _show(job: Job) -> None:
 def _edit(job: Job) -> None:
     variant = job.variant
     runs: dict[str, Any] = {"prune": prune.run, "merge": merge.run, "reweight": reweight.run}
-    proof = {"prove": True, **dict(variant.prove)} if variant.prove else {}
-    settings = getattr(variant, variant.kind).completed(**job.edited, **proof)
+    given = {**job.loaded, "threads": None, "profile": job.run / PROFILE}
+    given |= {"out": job.folder, "force": True}  # an existing folder was made by this recipe
+    given |= {"prove": True, **dict(variant.prove)} if variant.prove else {}
+    settings = getattr(variant, variant.kind).completed(**given)
     runs[variant.kind](settings, job.ui, {RECIPE_FILE: job.text})
 
 
@@ -172,7 +165,7 @@ def _publish(job: Job) -> None:
             write_atomically(checkpoint / REPORT, (job.run / REPORT).read_bytes())
         results = [job.run / RESULTS] if recipe.eval else []
         settings = section.completed(checkpoint=checkpoint, results=results)
-        done: Published = publish.run(settings, job.ui)
+        done = publish.run(settings, job.ui)
         outcome |= {"url": done.url, "commit": done.commit}
     (place,) = job.stage.makes
     write_atomically(job.run / place, (json.dumps(outcome, indent=1) + "\n").encode())
@@ -259,7 +252,7 @@ class RecipeRun:
         before = inputs.of(stage, self.outputs)
         if record is not None:
             self._remove_stale(stage, record, before, is_forced=is_forced)
-        self.ledger.begin(stage, before)
+        self.ledger.records[stage.name] = StageRecord(inputs=before)
         self.ledger.save(inputs)
         started = time.monotonic()
         job = Job(self.recipe, self.ledger.text, stage, folder, inputs.commit, self.ui)
