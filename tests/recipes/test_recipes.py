@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,11 +55,11 @@ class Listener(UI):
         self.why: dict[str, str] = {}
         self.said: list[str] = []
 
-    def stage(self, name: str, why: str, *, is_dry: bool) -> None:
-        self.why[name] = why
-
-    def say(self, tables: object, sentences: object) -> None:
-        self.said += sentences  # type: ignore[operator]
+    def say(self, tables: object, sentences: list[str]) -> None:
+        self.said += sentences
+        for sentence in sentences:
+            if found := re.match(r"\n?\[(.+)\] (?:is current|(?:would run|runs): (.+))", sentence):
+                self.why[found[1]] = found[2] or ""
 
 
 class Place:

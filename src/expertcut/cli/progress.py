@@ -265,12 +265,3 @@ class TerminalUI(UI):
         with kept, _progress(what, "{task.completed}/{task.total}") as bar:
             task = bar.add_task("", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
-
-    def stage(self, name: str, why: str, *, is_dry: bool) -> None:
-        """Prints a line per stage."""
-        runs = f"[{name}] would run: {why}" if is_dry else f"\n[{name}] runs: {why}"
-        print(runs if why else f"[{name}] is current", flush=True)
-
-    def stage_done(self, name: str, elapsed_s: float) -> None:
-        """Prints how long the stage took."""
-        print(f"[{name}] took {elapsed_s:,.1f} s", flush=True)

@@ -68,12 +68,6 @@ class UI:
         """A progress bar for parts of a run, whose last state is kept in a folder."""
         return nullcontext(lambda done, total: None)
 
-    def stage(self, name: str, why: str, *, is_dry: bool) -> None:
-        """Reports that a recipe's stage is current (`why` is empty), runs, or would run."""
-
-    def stage_done(self, name: str, elapsed_s: float) -> None:
-        """Reports that a recipe's stage has run."""
-
 
 SILENT = UI()
 
@@ -255,18 +249,12 @@ def say_written(
     ui: UI,
 ) -> None:
     """Reports the held-out scores of a new checkpoint, or with None that a plan was written."""
-    from expertcut.reporting.edit_tables import (
-        adapter_sentences,
-        proof_sentences,
-        proof_tables,
-        scale_sentences,
-        tilt_sentences,
-    )
+    from expertcut.reporting import edit_tables as tables
 
-    scores = [*proof_sentences(built), *adapter_sentences(built)] if built else []
-    ui.say(proof_tables(built) if built else [], [*scores, f"written to {folder}"])
-    router = tilt_sentences(biases, built, plan.numbers)
-    ui.say([], [*router, *scale_sentences(scalings, built, plan.numbers)])
+    scores = [*tables.proof_sentences(built), *tables.adapter_sentences(built)] if built else []
+    ui.say(tables.proof_tables(built) if built else [], [*scores, f"written to {folder}"])
+    router = tables.tilt_sentences(biases, built, plan.numbers)
+    ui.say([], [*router, *tables.scale_sentences(scalings, built, plan.numbers)])
 
 
 def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:

@@ -39,18 +39,13 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     read_fractions(settings.fractions, "--fractions")
     profile = choosing_profile(settings, ui)
     from expertcut.evaluation.ablation import Auditing  # torch, not to refuse options
-    from expertcut.reporting.eval_tables import (
-        audit_csv,
-        audit_figure,
-        audit_sentences,
-        audit_tables,
-    )
+    from expertcut.reporting import eval_tables as tables
 
     ui.quiet()
     auditing = Auditing(profile, settings, settings.load_as())
     folder: Path = settings.out or Path("audits") / profile.path.resolve().name
     ui.watch(lambda see: auditing.run(folder, see), "auditing", auditing.n_questions, folder)
     found = auditing.found
-    save_table(folder / "audit.csv", audit_csv(found), audit_figure(found))
-    ui.say(audit_tables(found), [*audit_sentences(found), f"written to {folder}"])
+    save_table(folder / "audit.csv", tables.audit_csv(found), tables.audit_figure(found))
+    ui.say(tables.audit_tables(found), [*tables.audit_sentences(found), f"written to {folder}"])
     return found

@@ -25,20 +25,15 @@ def run(
     """Makes the checkpoint, or the plan alone; `beside` are files to write beside the plan."""
     profile = choosing_profile(settings, ui, settings.held_out)
     from expertcut.checkpoints.build import merge  # torch, not to refuse options
-    from expertcut.reporting.edit_tables import (
-        groups_table,
-        merging_sentences,
-        proof_sentences,
-        proof_tables,
-    )
+    from expertcut.reporting import edit_tables as tables
 
     folder = output_folder(profile, settings.slug, settings, ui)
     ui.quiet()
     options = settings.build_options(beside or {})
     merged = merge(profile, settings, folder, options, is_plan=settings.plan_only)
-    ui.say([groups_table(profile, merged)], [])
+    ui.say([tables.groups_table(profile, merged)], [])
     if not settings.plan_only:
-        sentences = [*proof_sentences(merged.built), *merging_sentences(profile, merged)]
-        ui.say(proof_tables(merged.built), sentences)
+        merging = tables.merging_sentences(profile, merged)
+        ui.say(tables.proof_tables(merged.built), [*tables.proof_sentences(merged.built), *merging])
     ui.say([], [f"written to {folder}"])
     return merged

@@ -41,31 +41,24 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     """Profiles the model, resuming an interrupted run."""
     ui.quiet()
     from expertcut.models.load import find_source
-    from expertcut.profiling.measure import (
-        MeasureOptions,
-        check_kinds,
-        default_folder,
-        measure,
-        perturb,
-        resumed,
-    )
+    from expertcut.profiling import measure
     from expertcut.profiling.storage import load_profile
     from expertcut.reporting.profile_tables import answered_sentence
 
     load_as = settings.load_as()
-    options = MeasureOptions(
+    options = measure.MeasureOptions(
         settings.stats, settings.batch_tokens, settings.threads, waits=ui.is_first
     )
     if settings.out is not None:
-        load_as, options = resumed(settings.out, load_as, options)
+        load_as, options = measure.resumed(settings.out, load_as, options)
     source, quiz = find_source(settings.model, settings.revision), settings.load_quiz()
-    measurement = measure(source, quiz, settings.limit, load_as, options)
-    kinds = check_kinds(measurement, settings.perturb)
-    folder: Path = settings.out or default_folder(measurement.info, source)
+    measurement = measure.measure(source, quiz, settings.limit, load_as, options)
+    kinds = measure.check_kinds(measurement, settings.perturb)
+    folder: Path = settings.out or measure.default_folder(measurement.info, source)
     name, total = measurement.moe.source.name, len(quiz)
     ui.watch(partial(measurement.run, folder), f"profiling {name}", total, folder)
     for kind in kinds:
-        steps = partial(perturb, measurement, kind, folder, load_as)
+        steps = partial(measure.perturb, measurement, kind, folder, load_as)
         ui.watch(steps, f"again with {kind}", total, folder)
     profile = load_profile(folder)
     if ui.is_first:

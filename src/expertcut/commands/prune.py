@@ -17,16 +17,7 @@ from expertcut.commands import (
     save_table,
     say_written,
 )
-from expertcut.edits.edit_settings import (
-    CHECKPOINT,
-    CRITERIA_HERE,
-    RANK,
-    Criteria,
-    CutSettings,
-    Positions,
-    RouterSettings,
-    apply_at_option,
-)
+from expertcut.edits import edit_settings
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, Source, Texts, flag_of, in_recipe_only, option, refuse
 
@@ -51,18 +42,19 @@ def _check_adapter(text: str) -> None:
         refuse(f"{text[:200]!a} holds no adapter: give a folder with adapter_config.json")
 
 
-class _Cut(RouterSettings, CutSettings):
+class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
     """A cut, and the router edits of the experts that stay; the order is that of its hash."""
 
-    by: Criteria = option(
+    by: edit_settings.Criteria = option(
         "activations",
-        f"Criterion that ranks the experts, with --sweep several or all: {CRITERIA_HERE}.",
-        panel=RANK,
+        "Criterion that ranks the experts, with --sweep several or all: "
+        f"{edit_settings.CRITERIA_HERE}.",
+        panel=edit_settings.RANK,
     )
-    apply_at: Positions | None = apply_at_option()
+    apply_at: edit_settings.Positions | None = edit_settings.apply_at_option()
     adapter: Annotated[str, in_recipe_only(_check_adapter)] | None = option(
         None, "LoRA adapter of the unpruned model to prune too, written to adapter/ of the output.",
-        panel=CHECKPOINT, metavar="FOLDER",
+        panel=edit_settings.CHECKPOINT, metavar="FOLDER",
     )  # fmt: skip
 
 
@@ -195,12 +187,7 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     profile = choosing_profile(settings, ui, settings.held_out)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
     from expertcut.evaluation.sweep import Asking, Sweeping
-    from expertcut.reporting.eval_tables import (
-        sweep_csv,
-        sweep_figure,
-        sweep_sentences,
-        sweep_table,
-    )
+    from expertcut.reporting import eval_tables as tables
 
     settings, notes = with_protection(profile, settings)
     ui.say([], notes)
@@ -213,8 +200,10 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
         ui.watch(step.run, step.name, len(quiz), folder)
     found = sweeping.found
     if ui.is_first:
-        save_table(folder / "sweep.csv", sweep_csv(found), sweep_figure(found))
-        ui.say([sweep_table(found)], [*sweep_sentences(found), f"written to {folder}"])
+        save_table(folder / "sweep.csv", tables.sweep_csv(found), tables.sweep_figure(found))
+        ui.say(
+            [tables.sweep_table(found)], [*tables.sweep_sentences(found), f"written to {folder}"]
+        )
     return found
 
 

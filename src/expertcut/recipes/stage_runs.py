@@ -225,7 +225,8 @@ class RecipeRun:
         inputs = self.inputs.of(stage, self.outputs)
         why = reason(self.ledger.folder, record, inputs)
         why = "--from asks for it" if is_forced else why
-        self.ui.stage(stage.name, why, is_dry=self.is_dry)
+        runs = f"[{stage.name}] would run" if self.is_dry else f"\n[{stage.name}] runs"
+        self.ui.say([], [f"{runs}: {why}" if why else f"[{stage.name}] is current"])
         if not why and record is not None:
             self.outputs[stage.name] = record.output
             self.ledger.keep(stage)
@@ -260,7 +261,7 @@ class RecipeRun:
         elapsed_s = time.monotonic() - started
         self.outputs[stage.name] = self.ledger.finish(stage, elapsed_s)
         self.ledger.save(self.inputs)
-        self.ui.stage_done(stage.name, elapsed_s)
+        self.ui.say([], [f"[{stage.name}] took {elapsed_s:,.1f} s"])
 
     def _lock(self) -> None:
         """Keeps other runs out of the folder until this one is done."""
