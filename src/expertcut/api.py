@@ -69,19 +69,18 @@ class _ProgressUI(UI):
 class _Shown:
     """An object shown as its facts, in a notebook as a table of them."""
 
-    def facts(self) -> Mapping[str, str]:
-        """Facts by name."""
+    def _facts(self) -> Mapping[str, str]:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        facts = self.facts()
+        facts = self._facts()
         width = max(map(len, facts))
         lines = (f"  {name:<{width}}  {value}" for name, value in facts.items())
         return "\n".join([type(self).__name__, *lines])
 
     def _repr_html_(self) -> str:
         cells = (
-            f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.facts().items()
+            f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self._facts().items()
         )
         return f"<table><caption>{type(self).__name__}</caption>{''.join(cells)}</table>"
 
@@ -160,8 +159,7 @@ class Profile(_Shown):
             raise SettingsError("no expert was chosen: there is nothing to reweight")
         return Plan(self, plan, options, lambda s: reweight_command.write(choice, s, SILENT))
 
-    def facts(self) -> Mapping[str, str]:
-        """Path, model, quiz and accuracy."""
+    def _facts(self) -> Mapping[str, str]:
         info = self.stored.info
         return {
             "path": str(self.path),
@@ -228,8 +226,7 @@ class Plan(_Shown):
         verify = verify and self.settings.verify
         return Checkpoint(self._write(self.settings.completed(**given, verify=verify)).folder)
 
-    def facts(self) -> Mapping[str, str]:
-        """The edit, its criterion and layout, and the experts that stay."""
+    def _facts(self) -> Mapping[str, str]:
         if self.edit is None:
             return {"edit": "merge", "settings": repr(self.settings.recipe_values())}
         kept = self.experts.groupby("layer").kept
@@ -269,8 +266,7 @@ class Checkpoint(_Shown, os.PathLike[str]):
         rows = self.plan.proof.model_dump().get("held_out") or ()
         return pd.DataFrame([dict(row) for row in rows])
 
-    def facts(self) -> Mapping[str, str]:
-        """Path, edit and size."""
+    def _facts(self) -> Mapping[str, str]:
         return {
             "path": str(self.path),
             "edit": self.plan.action,
@@ -297,8 +293,7 @@ class Comparison(_Shown):
     mcnemar_p: float
     smallest_effect: float
 
-    def facts(self) -> Mapping[str, str]:
-        """Accuracies, the change in points with its 95 % interval, and the exact test."""
+    def _facts(self) -> Mapping[str, str]:
         low, high = (100 * end for end in self.ci95)
         return {
             "questions": f"{self.questions:,}",
@@ -337,8 +332,7 @@ class Evaluation(_Shown):
         change = {name: row[name] for name in Comparison.__dataclass_fields__ if name in row}
         return Comparison(base.questions, base.accuracy, other.accuracy, **change)
 
-    def facts(self) -> Mapping[str, str]:
-        """Accuracy of each model."""
+    def _facts(self) -> Mapping[str, str]:
         return {
             model.path: f"{model.accuracy:.2%} ({model.ci95[0]:.2%} … {model.ci95[1]:.2%})"
             for model in self.results.models

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -87,16 +87,14 @@ class LastingStream:
 def lasting_output() -> Iterator[LastingStream]:
     """Replaces stdout (which it yields) and stderr by lasting streams."""
     _open_missing()
-    own: tuple[Any, Any] = (sys.stdout, sys.stderr)
-    out, err = (LastingStream(stream) for stream in own)
-    streams: tuple[Any, Any] = (out, err)
-    sys.stdout, sys.stderr = streams
-    try:
-        yield out
-    finally:
-        out.flush()
-        err.flush()
-        sys.stdout, sys.stderr = own
+    out: Any = LastingStream(sys.stdout)
+    err: Any = LastingStream(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
 
 
 def _open_missing() -> None:
@@ -187,7 +185,7 @@ class Line:
         self.bar = _progress("{task.description}", *texts, console=console)
         self.task = self.bar.add_task(what, total=total, pace="")
         self.started = time.monotonic()
-        self.done = self.tokens = self.begun = 0
+        self.done = self.tokens = self.n_running = 0
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -198,8 +196,8 @@ class Line:
 
     def see(self, step: "Pass") -> None:
         """Counts a forward pass that begins, and the questions of the one before."""
-        self.done += self.begun
-        self.begun = len(step.questions)
+        self.done += self.n_running
+        self.n_running = len(step.questions)
         self._show(None)
         self.tokens += step.n_tokens
 
@@ -208,7 +206,7 @@ class Line:
         for step in steps:
             progress: Any = step
             if hasattr(step, "left_s"):
-                self.done, self.begun = progress.done, 0
+                self.done, self.n_running = progress.done, 0
                 self.tokens = max(self.tokens, progress.tokens)
                 self._show(progress.left_s)
             yield step

@@ -93,12 +93,8 @@ class ModelSettings(Settings):
     device: str = model_option(
         "auto", "Device: cpu, cuda, cuda:1, ...  [default: CUDA if available]"
     )
-    device_map: Literal["auto"] | None = model_option(
-        None, "Spread the model over all devices and the CPU."
-    )
-    max_memory: str | None = model_option(
-        None, "Memory limit of each device, as 0=20GiB,cpu=60GiB."
-    )
+    device_map: Literal["auto"] | None = model_option(None, "Spread the model over all devices.")
+    max_memory: str | None = model_option(None, "Memory limit per device, as 0=20GiB,cpu=60GiB.")
     offload: Folder | None = model_option(None, "Folder for weights that do not fit in memory.")
     threads: int | None = model_option(
         None, "CPU threads; edits need as many as their profile.", ge=1, le=4096
