@@ -70,11 +70,7 @@ class LastingStream:
                 os.close(nothing)
 
     def check(self) -> None:
-        """Refuses lost output, unless the reader closed its end of a pipe.
-
-        Raises:
-            OutputError: output was lost.
-        """
+        """OutputError for lost output, unless the reader closed its end of a pipe."""
         self.flush()
         if self.fault is not None and self.fault.errno != errno.EPIPE:
             raise OutputError(

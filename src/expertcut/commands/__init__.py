@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.data import Quiz
     from expertcut.edits.plan import EditPlan
-    from expertcut.edits.reweight_tune import RouterEdit
+    from expertcut.edits.router_edits import RouterEdit
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.reporting.tables import Table
@@ -166,11 +166,7 @@ class ProfiledSettings(ModelSettings):
     )
 
     def load_profile(self) -> "Profile":
-        """The profile.
-
-        Raises:
-            SettingsError: `threads` differs from that of the profile.
-        """
+        """The profile; SettingsError if `threads` differs from its own."""
         from expertcut.profiling.storage import load_profile, newest_profile
 
         cut, path = self.truncate, self.profile

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
     from expertcut.data import Quiz
     from expertcut.edits.plan import EditPlan
-    from expertcut.edits.reweight_tune import RouterEdit
+    from expertcut.edits.router_edits import RouterEdit
     from expertcut.edits.selection import Pruning
     from expertcut.evaluation.search_results import Sweep
     from expertcut.profiling.storage import Profile
@@ -87,11 +87,7 @@ class PruneSettings(CheckpointSettings, _Cut):
         return self
 
     def check(self) -> None:
-        """Refuses options that do not go together.
-
-        Raises:
-            SettingsError: naming them.
-        """
+        """Refuses options that do not go together, with a SettingsError."""
         if self.sweep is not None:
             self.check_layout()
             for name in _NOT_IN_SWEEP:

@@ -139,11 +139,7 @@ class CutSettings(Settings):
         return self.fold or "answer"
 
     def check(self) -> None:
-        """Refuses options that do not go together.
-
-        Raises:
-            SettingsError: naming them.
-        """
+        """Refuses options that do not go together, with a SettingsError."""
         numbers = (self.keep, self.keep_fraction, self.sparsity, self.max_bytes)
         if self.keep_active + sum(number is not None for number in numbers) != 1:
             raise SettingsError(
@@ -159,11 +155,7 @@ class CutSettings(Settings):
             raise SettingsError("--budget global ranks experts: give it without --keep-active")
 
     def check_layout(self) -> None:
-        """Refuses options that the layout does not support.
-
-        Raises:
-            SettingsError: naming them.
-        """
+        """Refuses options that the layout does not support, with a SettingsError."""
         layout = LAYOUTS[self.layout]
         if self.removed is not None and "removed" not in layout.options:
             raise SettingsError(
@@ -185,11 +177,7 @@ class CutSettings(Settings):
 
 
 def read_size(text: str) -> int:
-    """The bytes of `4GB`, `500MB`, `3.5GiB` or a plain number.
-
-    Raises:
-        SettingsError: another form, or 4 EiB and more.
-    """
+    """The bytes of `4GB`, `500MB`, `3.5GiB` or a plain number; SettingsError for other forms."""
     found = _SIZE.fullmatch(text.strip())
     power = " kmgt".index(((found and found["prefix"]) or " ").lower())
     unit = 1024 if found and found["binary"] else 1000
@@ -234,17 +222,14 @@ class MergeSettings(Settings):
     @property
     def is_aligned(self) -> bool:
         """Whether neurons are aligned, by default as in the method's paper."""
-        return self._is_aligned_in_paper if self.align is None else self.align
-
-    @property
-    def _is_aligned_in_paper(self) -> bool:
-        return self.by == "m_smoe"  # arXiv:2310.01334 aligns, arXiv:2410.08589 does not
+        # arXiv:2310.01334 aligns, arXiv:2410.08589 does not.
+        return self.by == "m_smoe" if self.align is None else self.align
 
     @property
     def slug(self) -> str:
         """The name of outputs, with the settings that differ from the defaults."""
         mark = "" if self.router == "fitted" else f"-{self.router}"
-        if self.is_aligned != self._is_aligned_in_paper:
+        if self.is_aligned != (self.by == "m_smoe"):
             mark += "-aligned" if self.is_aligned else "-unaligned"
         return f"merge-{self.keep}-{self.by}{mark}"
 
@@ -318,11 +303,7 @@ class ReweightSettings(RouterSettings):
         return "contrast" if self.contrast else self.by or "difference"
 
     def check(self) -> None:
-        """Refuses options that do not go together.
-
-        Raises:
-            SettingsError: naming them.
-        """
+        """Refuses options that do not go together, with a SettingsError."""
         if self.by is not None and self.contrast:
             raise SettingsError("--by and --contrast both score experts: give one of them")
         if self.min_appearances is not None and not 0 <= self.min_appearances <= 1:
@@ -339,9 +320,7 @@ class ReweightSettings(RouterSettings):
                 "say which experts to tilt: --boost E or --suppress E, E as in 3:12, "
                 "--boost-best N or --suppress-worst N"
             )
-        if self.is_by_hand:
-            return
-        if self.scale:
+        if self.scale and not self.is_by_hand:
             raise SettingsError(
                 "--scale takes its factor by hand: give it in a command of its own, without "
                 "--boost-best, --suppress-worst, --strength, --tune and --cross-fit"

@@ -34,12 +34,7 @@ class RunSettings(Settings):
 
 
 def run(settings: RunSettings, ui: UI = SILENT) -> "Outcome":
-    """Runs the stages; errors of a stage begin with its name.
-
-    Raises:
-        RecipeError: the recipe asks for code that comes with a checkpoint, and is not trusted.
-        SettingsError: one of several processes.
-    """
+    """Runs the stages that are not current; errors of a stage begin with its name."""
     from expertcut.recipes.manifest import Ledger
     from expertcut.recipes.recipe_schema import read_bytes, read_recipe
     from expertcut.recipes.stage_runs import RecipeRun

@@ -167,11 +167,7 @@ class Inputs:
         return {**found, **{f"stage {name}": outputs.get(name) for name in stage.after}}
 
     def model(self) -> str | None:
-        """A hash over a local model's files; `id@commit` of one of the Hub, None if not known.
-
-        Raises:
-            ModelError: the folder has no config.json.
-        """
+        """A hash over a local model's files; `id@commit` of one of the Hub, None if not known."""
         folder, has_code = Path(self.recipe.model), self.recipe.trust_remote_code
         if self._model is None and folder.is_dir():
             if not (folder / "config.json").is_file():
@@ -306,11 +302,7 @@ class Ledger:
         return output
 
     def check_unchanged(self) -> None:
-        """Refuses to go on if another run has written the manifest since this one read it.
-
-        Raises:
-            OutputError: it has.
-        """
+        """Refuses to go on, with an OutputError, if another run has written the manifest."""
         if load_manifest(self.folder) != self._saved:
             raise OutputError(
                 f"{self.folder} was just changed by another run: run the same command again"

@@ -196,11 +196,7 @@ _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_recipe(file: Path) -> Recipe:
-    """A recipe from its file.
-
-    Raises:
-        RecipeError: the file cannot be read, or has an unknown key or a wrong value.
-    """
+    """A recipe from its file; a RecipeError names the first unknown key or wrong value."""
     content = _parsed(file, read_bytes(file))
     if not isinstance(content, dict):
         kind = "nothing" if content is None else f"a {type(content).__name__}"

@@ -55,11 +55,7 @@ class Stage:
 
 
 def find_stage(name: str, stages: list[Stage]) -> int:
-    """The place of the stage of that name, else of the first of that kind.
-
-    Raises:
-        RecipeError: the recipe has neither.
-    """
+    """The place of the stage of that name, else of the first of that kind, else RecipeError."""
     names, kinds = [stage.name for stage in stages], [str(stage.kind) for stage in stages]
     for found in (names, kinds):
         if name in found:
