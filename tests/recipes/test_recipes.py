@@ -483,7 +483,7 @@ def test_the_quiz_of_the_domain_recipe_can_be_asked(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.chdir(ROOT)
     recipe = read_recipe(ROOT / "recipes" / "domain-prune.yaml")
-    asked = [a for stage in stages_of(recipe) for a in stage.asks]
+    asked = [a for stage in stages_of(recipe) for a in stage.questions]
     assert {a.split for a in asked} == {"val", "test"}
     texts = [
         q.text
