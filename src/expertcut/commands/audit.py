@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class AuditSettings(ProfiledSettings, edit_settings.AuditSettings):
-    """Ablate single experts and compare the damage with each criterion."""
+    """Ablate single experts and compare the damage with criteria."""
 
     examples: ClassVar = (
         "expertcut audit --sample 64",
