@@ -183,9 +183,10 @@ def choosing_profile(
     settings: ProfiledSettings, ui: UI, held_out: float | None = None
 ) -> "Profile":
     """The profile without its held-out questions."""
+    profile = settings.load_profile()
     from expertcut.edits.splits import choosing_profile as without_held_out
 
-    found = without_held_out(settings.load_profile(), held_out)
+    found = without_held_out(profile, held_out)
     ui.say([], [f"{note}." for note in found.notes])
     return found.profile
 

@@ -133,17 +133,16 @@ def run(
 
 def choose(settings: PruneSettings, ui: UI) -> Choice:
     """Ranks the experts of the profile and chooses which stay; writes nothing."""
-    from expertcut.edits.router_edits import scalings, tilts, with_tilts
-
     if settings.adapter is not None:  # refused before the profile is read
         from expertcut.checkpoints.lora import read_adapter
 
         read_adapter(Path(settings.adapter))
     profile = choosing_profile(settings, ui, settings.held_out)
+    from expertcut.checkpoints.size import choose_cut, with_protection  # with torch
+    from expertcut.edits.router_edits import scalings, tilts, with_tilts
+
     biased = tilts(profile, settings.boost or [], settings.suppress or [])
     scaled = scalings(profile, settings.scale or [])
-    from expertcut.checkpoints.size import choose_cut, with_protection  # torch
-
     settings, notes = with_protection(profile, settings)
     ui.say([], notes)
     ui.quiet()

@@ -17,7 +17,7 @@ class ReportSettings(Settings):
         is_argument=True, in_recipe=False,
     )  # fmt: skip
     out: FilePath | None = output_option(
-        None, "Page to write, with a folder of its figures beside it.  [default: report.html in RUN]",
+        None, "Page to write, with its figures beside it.  [default: report.html in RUN]",
         metavar="FILE.html",
     )  # fmt: skip
 
