@@ -54,7 +54,7 @@ class PanelCommand(TyperCommand):
 
 
 def add_command(
-    app: typer.Typer, name: str, settings: type[Settings], run: Callable[[Any], object]
+    app: typer.Typer, name: str, settings: type[Settings], run: Callable[..., object]
 ) -> None:
     """Adds a command that reads its settings and runs."""
 
