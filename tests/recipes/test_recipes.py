@@ -406,8 +406,8 @@ HOSTILE = {
     "model: x\npublish: [{variant: a, repo: me x}]": "'me x' is not a repository: write OWNER/NAME",
     "model: x\nvariants: [{name: a, prune: {keep: 4, by: reep}}]": "did you mean reap?",
     "model: x\nvariants: [{name: a, reweight: {boost: 'x:1'}}]": "'x:1' is not an expert: write 12",
-    "model: /nope/model": "'/nope/model' is not there: give an existing path",
-    "model: x\nquiz: nope.jsonl": "'nope.jsonl' is not there",
+    "model: /nope/model": "'/nope/model' does not exist: give an existing path",
+    "model: x\nquiz: nope.jsonl": "'nope.jsonl' does not exist",
     "model: x\ndtype: fp12": "'fp12' is not a dtype",
 }
 

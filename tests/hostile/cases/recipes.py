@@ -53,9 +53,9 @@ add("a text", "please profile olmoe", "holds a str", is_whole=True)
 add("a list", "- model: olmoe", "holds a list", is_whole=True)
 add("a byte that is no UTF-8", b"model: \xff", "byte 7 is not UTF-8")
 add("UTF-16", "model: olmoe".encode("utf-16"), "UTF-8")
-add("a NUL by its escape", 'device: "a\\0b"', "an escape that is no character")
+add("a NUL by its escape", 'device: "a\\0b"', "an escape that is not a character")
 add("a NUL", b"model: ol\0moe", "not valid YAML")
-add("an escape that is no character", 'out: "\\ud800"', "an escape that is no character")
+add("an escape that is not a character", 'out: "\\ud800"', "an escape that is not a character")
 add("no model", "quiz: birds", "model: Field required", is_whole=True)
 add("a model that is a number", "device: 7", "device: .*string")
 add("shots as text", HEAD.replace("shots: 0", "shots: '0'"), "shots: .*integer", is_whole=True)
@@ -94,7 +94,7 @@ for name in ("/tmp/cache", "../cache", "~/.cache"):
         f"{{name: b, heal: {{of: a, teacher_cache: {name}}}}}]",
         "teacher_cache: .*outside this folder",
     )
-add("a quiz that is gone", HEAD.replace("birds", "./no"), "'./no' is not there", is_whole=True)
+add("a quiz that is gone", HEAD.replace("birds", "./no"), "'./no' does not exist", is_whole=True)
 add("a repository above", "publish: [{variant: a, repo: ../name}]", "no repository")
 add("code that comes with a model", "trust_remote_code: true", "add --trust-remote-code")
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
