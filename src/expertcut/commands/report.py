@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from expertcut.commands import SILENT, UI, output_option
+from expertcut.errors import OutputError
 from expertcut.settings import FilePath, Settings, option
 
 
@@ -24,6 +25,8 @@ class ReportSettings(Settings):
 
 def run(settings: ReportSettings, ui: UI = SILENT) -> Path:
     """Writes the page and its figures; returns the page."""
+    if not settings.run.exists():  # refused before anything heavy is imported
+        raise OutputError(f"{settings.run} is not there: name the folder of a run")
     from expertcut.reporting.page import write
 
     page = write(settings.run, settings.out)

@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from expertcut.commands import SILENT, UI
+from expertcut.errors import OutputError
 from expertcut.settings import FilePath, Settings, option
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class ShowSettings(Settings):
 
 def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
     """Prints the tables of the file or folder."""
+    if not settings.path.exists():  # refused before anything heavy is imported
+        raise OutputError(f"nothing to show in {settings.path}: it does not exist")
     from expertcut.reporting.tables import as_csv, as_markdown
     from expertcut.reporting.views import find_shown
 
