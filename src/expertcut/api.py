@@ -1,7 +1,6 @@
-"""The Python API: the commands as functions, on the same settings, with objects to look at.
+"""The Python API: the commands as functions, which return objects with pandas tables.
 
-A keyword is an option of the command of the same name, with underscores and the same default. What
-a command refuses raises `expertcut.errors.ExpertcutError` with the same line.
+Keywords are the command's options, with underscores. Errors are `expertcut.errors.ExpertcutError`.
 """
 
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from expertcut.commands import CheckpointSettings, SilentUI
+from expertcut.commands import SILENT, UI, CheckpointSettings, OnPart
 from expertcut.commands import eval as eval_command
 from expertcut.commands import heal as heal_command
 from expertcut.commands import merge as merge_command
@@ -39,13 +38,13 @@ T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 
 
-class _ProgressUI(SilentUI):
-    """Shows long runs as bars, in a terminal or a notebook; prints nothing."""
+class _ProgressUI(UI):
+    """Shows progress bars, in a terminal or a notebook; prints nothing."""
 
     def watch(
         self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
     ) -> list[T]:
-        """All that the run yields."""
+        """Runs under a bar."""
         found = []
         with self.parts(what) as report:
             for step in run(lambda step: None):
@@ -54,7 +53,7 @@ class _ProgressUI(SilentUI):
         return found
 
     @contextmanager
-    def parts(self, what: str, kept_in: Path | None = None) -> Iterator[Callable[[int, int], None]]:
+    def parts(self, what: str, kept_in: Path | None = None) -> Iterator[OnPart]:
         """A bar for parts of a run."""
         from tqdm.auto import tqdm
 
@@ -68,42 +67,37 @@ class _ProgressUI(SilentUI):
 
 
 class _Shown:
-    """An object whose facts are its text, and a table in a notebook."""
+    """An object shown as its facts, in a notebook as a table of them."""
 
-    def facts(self) -> Mapping[str, str]:
-        """What is worth seeing, by name."""
+    def _facts(self) -> Mapping[str, str]:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        facts = self.facts()
+        facts = self._facts()
         width = max(map(len, facts))
         lines = (f"  {name:<{width}}  {value}" for name, value in facts.items())
         return "\n".join([type(self).__name__, *lines])
 
     def _repr_html_(self) -> str:
         cells = (
-            f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.facts().items()
+            f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self._facts().items()
         )
         return f"<table><caption>{type(self).__name__}</caption>{''.join(cells)}</table>"
 
 
 def profile(model: PathLike, **settings: Any) -> "Profile":
-    """Measures what experts do in a quiz, as `expertcut profile`; resumes an interrupted run."""
+    """Profiles a model, as `expertcut profile`; resumes an interrupted run."""
     options = profile_command.ProfileSettings.read(model=os.fspath(model), **settings)
     return Profile(profile_command.run(options, _ProgressUI()))
 
 
 def load_profile(path: PathLike) -> "Profile":
-    """A profile on disk.
-
-    Raises:
-        ProfileError: no profile there, or one that does not hold together.
-    """
+    """A profile on disk."""
     return Profile(storage.load_profile(Path(path)))
 
 
 class Profile(_Shown):
-    """What every expert did in a quiz; edits are chosen from it."""
+    """Statistics of every expert in a quiz, from which edits are chosen."""
 
     def __init__(self, stored: storage.Profile) -> None:
         self.stored = stored
@@ -122,9 +116,8 @@ class Profile(_Shown):
     def experts(self) -> pd.DataFrame:
         """One row per layer and expert: its statistics, and its score by each criterion.
 
-        `expert` is its id in the model before any cut. `appearances` is the share of questions that
-        were routed to it. A share that is undefined is NaN. Criteria that need the model have no
-        column.
+        `expert` is the id in the unpruned model, `appearances` the share of questions routed to the
+        expert. Undefined shares are NaN. Criteria that need the model have no column.
         """
         ids, criteria = expert_ids(self.stored), compare_criteria(self.stored)
         parts = []
@@ -150,9 +143,7 @@ class Profile(_Shown):
         if options.sweep is not None:
             raise SettingsError("a sweep is not a plan: run `expertcut prune --sweep`")
         choice = prune_command.choose(options, _ProgressUI())
-        return Plan(
-            self, choice.plan, options, lambda s: prune_command.write(choice, s, SilentUI())
-        )
+        return Plan(self, choice.plan, options, lambda s: prune_command.write(choice, s, SILENT))
 
     def merge(self, **settings: Any) -> "Plan":
         """Merges groups of experts, as `expertcut merge`; saving chooses the groups."""
@@ -166,10 +157,9 @@ class Profile(_Shown):
         plan = choice.found.draft
         if plan is None:
             raise SettingsError("no expert was chosen: there is nothing to reweight")
-        return Plan(self, plan, options, lambda s: reweight_command.write(choice, s, SilentUI()))
+        return Plan(self, plan, options, lambda s: reweight_command.write(choice, s, SILENT))
 
-    def facts(self) -> Mapping[str, str]:
-        """Path, model, quiz and accuracy."""
+    def _facts(self) -> Mapping[str, str]:
         info = self.stored.info
         return {
             "path": str(self.path),
@@ -182,10 +172,7 @@ class Profile(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class Plan(_Shown):
-    """An edit that was chosen from a profile and is not written yet.
-
-    `edit` is None for a merge, whose groups are chosen when it is saved.
-    """
+    """An edit that is not written yet; `edit` is None for a merge, which saving chooses."""
 
     profile: Profile
     edit: EditPlan | None
@@ -194,11 +181,7 @@ class Plan(_Shown):
 
     @property
     def experts(self) -> pd.DataFrame:
-        """One row per layer and expert: `kept`, `bias` in logits, `scale` of the gate weight.
-
-        Raises:
-            SettingsError: a merge, which chooses its groups when it is saved.
-        """
+        """One row per layer and expert: `kept`, `bias` in logits, `scale` of the gate weight."""
         if self.edit is None:
             raise SettingsError("a merge chooses its groups when it is saved: see its checkpoint")
         ids = expert_ids(self.profile.stored)
@@ -208,11 +191,11 @@ class Plan(_Shown):
         return _experts(named, all_ids)
 
     def simulate(self, **scored: Any) -> "Comparison":
-        """Applies the plan to the loaded model and compares its answers; no file stays.
+        """Compares the edited model with the base, without writing a checkpoint.
 
-        `scored` says on which questions: quiz, split, shots, subjects, limit. The defaults are
-        those of the profile, with split test. A bias acts exactly here; layout stock fits it into
-        the gate row. A merge is built in a temporary folder.
+        `scored` selects the questions: quiz, split (default test), shots, subjects, limit; the
+        defaults are the profile's. Biases act exactly, not as layout stock fits them. A merge is
+        built in a temporary folder.
         """
         options = prune_command.PruneSettings.read(profile=self.profile.path, **scored)
         quiz = prune_command.scored_quiz(options, self.settings.load_profile())
@@ -225,14 +208,9 @@ class Plan(_Shown):
                 return evaluate([base, saved], shots=quiz.shots, **asked).first
             from expertcut.evaluation.sweep import simulate
 
-            before, after = simulate(
-                self.profile.stored,
-                self.edit,
-                quiz,
-                self.settings.load_as(),
-                folder=Path(folder),
-                watch=_ProgressUI().watch,
-            )
+            where, watch = Path(folder), _ProgressUI().watch
+            what = (self.profile.stored, self.edit, quiz, self.settings.load_as())
+            before, after = simulate(*what, folder=where, watch=watch)
         from expertcut.stats import accuracy, compare
 
         subjects = [question.subject for question in quiz]
@@ -243,17 +221,12 @@ class Plan(_Shown):
     def save(
         self, out: PathLike | None = None, *, force: bool = False, verify: bool = True
     ) -> "Checkpoint":
-        """Writes the checkpoint, and compares it with the base on held-out questions.
+        """Writes the checkpoint, and compares it with the base on held-out questions."""
+        given = {"out": None if out is None else Path(out), "force": force}
+        verify = verify and self.settings.verify
+        return Checkpoint(self._write(self.settings.completed(**given, verify=verify)).folder)
 
-        `force` replaces what is at `out`; without `verify` no question is asked.
-        """
-        folder = None if out is None else Path(out)
-        is_verified = verify and self.settings.verify
-        built = self._write(self.settings.completed(out=folder, force=force, verify=is_verified))
-        return Checkpoint(built.folder)
-
-    def facts(self) -> Mapping[str, str]:
-        """The edit, its criterion and layout, and the experts that stay."""
+    def _facts(self) -> Mapping[str, str]:
         if self.edit is None:
             return {"edit": "merge", "settings": repr(self.settings.recipe_values())}
         kept = self.experts.groupby("layer").kept
@@ -267,7 +240,7 @@ class Plan(_Shown):
 
 
 class Checkpoint(_Shown, os.PathLike[str]):
-    """A checkpoint that an edit wrote; it can be used wherever a path can."""
+    """A checkpoint that an edit wrote; works as a path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -283,18 +256,17 @@ class Checkpoint(_Shown, os.PathLike[str]):
 
     @property
     def experts(self) -> pd.DataFrame:
-        """One row per layer and expert that stays: `bias` in logits, `scale` of the gate weight."""
+        """One row per layer and kept expert: `bias` in logits, `scale` of the gate weight."""
         blocks = self.plan.blocks
         return _experts(blocks, {name: edit.keep for name, edit in blocks.items()})
 
     @property
     def held_out(self) -> pd.DataFrame:
-        """The checkpoint against other forms of the model, on held-out questions; may be empty."""
+        """Comparisons with other forms of the model on held-out questions, if it was verified."""
         rows = self.plan.proof.model_dump().get("held_out") or ()
         return pd.DataFrame([dict(row) for row in rows])
 
-    def facts(self) -> Mapping[str, str]:
-        """Path, edit and size."""
+    def _facts(self) -> Mapping[str, str]:
         return {
             "path": str(self.path),
             "edit": self.plan.action,
@@ -305,10 +277,10 @@ class Checkpoint(_Shown, os.PathLike[str]):
 
 @dataclass(frozen=True, repr=False)
 class Comparison(_Shown):
-    """A model against its base on the same questions; accuracies are 0 to 1.
+    """A model and its base on the same questions; accuracies are 0 to 1.
 
     `gained` questions only the model answers correctly, `lost` only the base. `smallest_effect` is
-    the smallest change that this many questions detect.
+    the smallest change that this many questions can detect.
     """
 
     questions: int
@@ -321,8 +293,7 @@ class Comparison(_Shown):
     mcnemar_p: float
     smallest_effect: float
 
-    def facts(self) -> Mapping[str, str]:
-        """Accuracies, the change in points with its 95 % interval, and the exact test."""
+    def _facts(self) -> Mapping[str, str]:
         low, high = (100 * end for end in self.ci95)
         return {
             "questions": f"{self.questions:,}",
@@ -333,7 +304,7 @@ class Comparison(_Shown):
 
 
 class Evaluation(_Shown):
-    """Models that answered the same questions; the first is the base of every comparison."""
+    """Models scored on the same questions; the first is the base of every comparison."""
 
     def __init__(self, results: "Results") -> None:
         self.results = results
@@ -341,25 +312,16 @@ class Evaluation(_Shown):
     @property
     def models(self) -> pd.DataFrame:
         """One row per model: accuracy (0 to 1) with its 95 % interval, parameters, bytes."""
-        names = (
-            "path",
-            "accuracy",
-            "ci95",
-            "questions",
-            "parameters",
-            "active_parameters",
-            "bytes",
-        )
+        sizes = ["parameters", "active_parameters", "bytes"]
+        names = ["path", "accuracy", "ci95", "questions", *sizes]
         rows = [model.model_dump(include=set(names)) for model in self.results.models]
-        return pd.DataFrame(rows)[list(names)]
+        return pd.DataFrame(rows)[names]
 
     @property
     def comparisons(self) -> pd.DataFrame:
-        """One row per model but the first, compared with it in pairs of answers."""
-        rows = [comparison.model_dump() for comparison in self.results.comparisons]
-        found = pd.DataFrame(rows)
-        if rows:
-            found.insert(0, "path", [self.results.models[row["other"]].path for row in rows])
+        """One row per model but the first, compared with it question by question."""
+        models, rows = self.results.models, [c.model_dump() for c in self.results.comparisons]
+        found = pd.DataFrame([{"path": models[row["other"]].path, **row} for row in rows])
         return found.drop(columns=["base", "other"], errors="ignore")
 
     @property
@@ -370,8 +332,7 @@ class Evaluation(_Shown):
         change = {name: row[name] for name in Comparison.__dataclass_fields__ if name in row}
         return Comparison(base.questions, base.accuracy, other.accuracy, **change)
 
-    def facts(self) -> Mapping[str, str]:
-        """Accuracy of each model."""
+    def _facts(self) -> Mapping[str, str]:
         return {
             model.path: f"{model.accuracy:.2%} ({model.ci95[0]:.2%} … {model.ci95[1]:.2%})"
             for model in self.results.models
@@ -380,17 +341,16 @@ class Evaluation(_Shown):
 
 def evaluate(models: Sequence[PathLike], **settings: Any) -> Evaluation:
     """Scores models on the same questions, as `expertcut eval`; `out` keeps the results."""
-    names = [os.fspath(model) for model in models]
     with TemporaryDirectory(prefix="expertcut-") as folder:
-        settings.setdefault("out", Path(folder) / "results.json")
-        options = eval_command.EvalSettings.read(models=names, **settings)
+        settings = {"out": Path(folder) / "results.json", **settings}
+        options = eval_command.EvalSettings.read(models=[os.fspath(m) for m in models], **settings)
         results = eval_command.run(options, _ProgressUI())
     assert results is not None, "this process is the first"
     return Evaluation(results)
 
 
 def heal(checkpoint: PathLike, **settings: Any) -> Checkpoint:
-    """Trains an edited checkpoint for a short while, as `expertcut heal`."""
+    """Trains an edited checkpoint to recover accuracy, as `expertcut heal`."""
     options = heal_command.HealSettings.read(checkpoint=os.fspath(checkpoint), **settings)
     healed = heal_command.run(options, _ProgressUI())
     assert healed is not None, "this process is the first"
@@ -398,7 +358,7 @@ def heal(checkpoint: PathLike, **settings: Any) -> Checkpoint:
 
 
 def report(run: PathLike, **settings: Any) -> Path:
-    """Writes one HTML page of a run, as `expertcut report`; returns its path."""
+    """Writes an HTML page of a run, as `expertcut report`; returns its path."""
     return report_command.run(report_command.ReportSettings.read(run=Path(run), **settings))
 
 

@@ -24,8 +24,7 @@ from pydantic_core import PydanticCustomError
 from expertcut.errors import SettingsError
 
 _PATH = re.compile(r"[/~.].*|.*\.(jsonl|csv)")
-IN_RECIPE = "recipe"
-"""The validation context in which only fields with `in_recipe` are keys."""
+IN_RECIPE = "recipe"  # the validation context in which only fields with `in_recipe` are keys
 
 
 def refuse(text: str) -> NoReturn:
@@ -34,51 +33,46 @@ def refuse(text: str) -> NoReturn:
 
 
 def _as_text(value: Any) -> Any:
-    """An expert that YAML took for a number."""
+    """Texts such as `3`, which YAML reads as numbers."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def as_list(value: Any) -> Any:
-    """One value where several may stand."""
+    """A single value as a list of one."""
     if isinstance(value, tuple):
         return list(value)
     return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
-def _as_path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) else value
-
-
-def like(pattern: str, should: str) -> Callable[[str], str]:
-    """A check of a text against a pattern; `should` says what a wrong one should be."""
+def like(pattern: str, problem: str) -> AfterValidator:
+    """A check of a text against a pattern; `problem` ends the error message."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            refuse(f"{text[:100]!a} {should}")
+            refuse(f"{text[:100]!a} {problem}")
         return text
 
-    return check
+    return AfterValidator(check)
 
 
-def in_recipe_only(check: Callable[[str], None]) -> Callable[[Any, ValidationInfo], Any]:
-    """A check that a recipe's value must pass, and nobody else's."""
+def in_recipe_only(check: Callable[[str], None]) -> AfterValidator:
+    """A check of the values that a recipe gives, and of no others."""
 
     def checked(value: Any, info: ValidationInfo) -> Any:
         if info.context == IN_RECIPE:
             check(str(value))
         return value
 
-    return checked
+    return AfterValidator(checked)
 
 
-def _there(text: str) -> None:
-    """A path is there; anything else may be an id of the Hub."""
+def _check_exists(text: str) -> None:
     if _PATH.fullmatch(text) and not Path(text).expanduser().exists():
-        refuse(f"{text[:200]!a} is not there: give an existing path, or an id of the Hub")
+        refuse(f"{text[:200]!a} does not exist: give an existing path, or an id of the Hub")
 
 
-def _below_here(text: str) -> None:
-    """A folder that an untrusted recipe may write to."""
+def _check_below_here(text: str) -> None:
+    """An untrusted recipe writes only below the working directory."""
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text or text.startswith("~"):
         refuse(f"{text[:200]!a} lies outside this folder: a recipe writes below where you stand")
@@ -86,11 +80,11 @@ def _below_here(text: str) -> None:
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 Texts = Annotated[list[Text], BeforeValidator(as_list)]
-FilePath = Annotated[Path, BeforeValidator(_as_path)]
+FilePath = Annotated[Path, BeforeValidator(lambda v: Path(v) if isinstance(v, str) else v)]
 Count = Annotated[int, Field(ge=1)]
-Source = Annotated[str, AfterValidator(in_recipe_only(_there))]
-Folder = Annotated[str, AfterValidator(in_recipe_only(_below_here))]
-WorkFolder = Annotated[FilePath, AfterValidator(in_recipe_only(_below_here))]
+Source = Annotated[str, in_recipe_only(_check_exists)]
+Folder = Annotated[str, in_recipe_only(_check_below_here)]
+WorkFolder = Annotated[FilePath, in_recipe_only(_check_below_here)]
 
 
 class Settings(BaseModel):
@@ -111,7 +105,11 @@ class Settings(BaseModel):
         renamed = {}
         for key, value in values.items():
             if key not in known:
-                raise PydanticCustomError("unknown_key", "{text}", {"text": _unknown(key, known)})
+                key = str(key)[:60]
+                near = get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"it may have {', '.join(known)}"
+                text = f"unknown key {key!a}: {hint}"
+                raise PydanticCustomError("unknown_key", "{text}", {"text": text})
             if known[key] in renamed:
                 refuse(f"{key} is given twice: as {key} and under its other name")
             renamed[known[key]] = value
@@ -119,27 +117,19 @@ class Settings(BaseModel):
 
     @classmethod
     def keys(cls, *, in_recipe: bool = False) -> dict[str, str]:
-        """The field of each accepted key: fields' names, and those of their flags."""
-        names = {
-            name: name
-            for name in cls.model_fields
-            if shown(cls, name)["in_recipe"] or not in_recipe
-        }
+        """Accepted keys and their fields: the fields' names, and the names of their flags."""
+        names = [n for n in cls.model_fields if shown(cls, n)["in_recipe"] or not in_recipe]
+        flags = [(flag, name) for name in names for flag in shown(cls, name)["flags"]]
         others = {
             flag.removeprefix("--").replace("-", "_"): name
-            for name in names
-            for flag in shown(cls, name)["flags"]
+            for flag, name in flags
             if "/" not in flag and not flag.startswith("--no-")
         }
-        return others | names
+        return others | dict(zip(names, names, strict=True))
 
     @classmethod
     def read(cls, **values: Any) -> Self:
-        """Settings of these values.
-
-        Raises:
-            SettingsError: naming the option whose value is wrong.
-        """
+        """Settings of these values; a SettingsError names the option whose value is wrong."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -149,29 +139,22 @@ class Settings(BaseModel):
             raise SettingsError(f"{option_name}{fault_text(fault)}") from None
 
     def completed(self, **values: Any) -> Self:
-        """These settings with more of them given."""
+        """A copy with these values, which are not validated."""
         return self.model_copy(update=values)
 
     def recipe_values(self) -> dict[str, Any]:
-        """What a recipe's section says, defaults too, as in JSON; hashes depend on the order."""
+        """The recorded fields as JSON values, in the order of their hash."""
         names = [n for n in type(self).model_fields if shown(type(self), n)["is_recorded"]]
         values = self.model_dump(mode="json", include={*names})
         return {name: values[name] for name in names}
 
 
 def fault_text(fault: Mapping[str, Any]) -> str:
-    """What a validation found wrong, and which value it is, if a short one."""
+    """A validation error's message, with the value if it is short."""
     text = str(fault["msg"]).replace("Input should be", "must be")
     value = fault["input"]
     is_short = isinstance(value, str | int | float) and len(str(value)) <= 60
     return f"{text}, not {value!a}" if is_short and fault["type"] != "value" else text
-
-
-def _unknown(key: object, known: Mapping[str, str]) -> str:
-    key = str(key)[:60]
-    if near := get_close_matches(key, known, n=1, cutoff=0.5):
-        return f"unknown key {key!a}: did you mean {near[0]}?"
-    return f"unknown key {key!a}: it may have {', '.join(known)}"
 
 
 def option(
@@ -185,21 +168,21 @@ def option(
     separator: str | None = None,
     is_argument: bool = False,
     in_recipe: bool = True,
-    is_recorded: bool | None = None,
+    is_recorded: bool = True,
     **limits: Any,
 ) -> Any:
     """A field of settings: its default, its help, and where it is shown.
 
-    `flags` are its spellings on the command line, `--` and the field's name where none is given;
-    they are keys too. `aliases` are older spellings, accepted and hidden. A flag `--no-…` of a
-    field that is true by default turns it off. A list is given by repeating the flag, or in one
-    value with a `separator`. A field that is `in_recipe` is a key of the command's section, and
-    unless `is_recorded` says otherwise part of the section's hash. `limits` are pydantic's.
+    `flags` are its spellings on the command line and in recipes, by default `--` and its name;
+    `--no-…` turns off a field that is true by default. `aliases` are older spellings, hidden. A
+    list is given by repeating the flag, by one value with a `separator`, or as two values by a
+    `metavar` of two words. `in_recipe` makes it a key of the recipe's section, and unless
+    `is_recorded` is False a part of the section's hash. `limits` are pydantic's.
     """
     extra: dict[str, Any] = {
         **{"panel": panel, "flags": flags, "aliases": aliases, "metavar": metavar},
         **{"separator": separator, "is_argument": is_argument, "in_recipe": in_recipe},
-        "is_recorded": in_recipe if is_recorded is None else is_recorded,
+        "is_recorded": in_recipe and is_recorded,
     }
     return Field(default, description=text, json_schema_extra=extra, **limits)
 
@@ -208,7 +191,7 @@ _PLAIN = option(None, "").json_schema_extra
 
 
 def shown(settings: type[Settings], name: str) -> dict[str, Any]:
-    """What `option` says of a field, and its defaults for a field declared without it."""
+    """The arguments of `option` for a field, or its defaults for a field declared without it."""
     extra = settings.model_fields[name].json_schema_extra
     return dict(extra) if isinstance(extra, dict) else dict(_PLAIN)
 

@@ -96,9 +96,9 @@ def test_only_the_one_file_counts_as_ours(cut: Path, expertcut: Commands, named:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--keep 3 --removed mean", "--replace-with mean is of layout exact: add --layout exact"),
-        ("--keep 3 --removed zero", "--replace-with zero is of layout exact"),
-        ("--keep 3 --layout exact --fold all", "--rescale-gates all is of layout stock"),
+        ("--keep 3 --removed mean", "--replace-with mean needs --layout exact: add it"),
+        ("--keep 3 --removed zero", "--replace-with zero needs --layout exact"),
+        ("--keep 3 --layout exact --fold all", "--rescale-gates all needs --layout stock"),
         ("--keep 0 --layout exact", "--keep: must be greater than or equal to 1"),
         ("--keep 9 --layout exact", "keep 1 to 8"),
         ("--keep 1", "keep 2 to 8"),

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from expertcut.cli import COMMANDS
 from expertcut.cli.options import add_command
-from expertcut.commands import SilentUI, profile, prune, show
+from expertcut.commands import UI, profile, prune, show
 from expertcut.commands.prune import PruneSettings
 from expertcut.edits.plan import load_plan
 from expertcut.errors import SettingsError
@@ -247,7 +247,7 @@ def test_the_commands_run_from_python_and_say_nothing(
     )
     assert measured.path == tmp_path / "p"
     cut = PruneSettings(profile=tmp_path / "p", keep=5, out=tmp_path / "plan", plan_only=True)
-    assert prune.run(cut, SilentUI()) == tmp_path / "plan"
+    assert prune.run(cut, UI()) == tmp_path / "plan"
     assert {len(e.keep) for e in load_plan(tmp_path / "plan").blocks.values()} == {5}
     shown_plan = show.run(show.ShowSettings(path=tmp_path / "plan"))
     assert shown_plan.tables()

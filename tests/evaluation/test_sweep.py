@@ -366,7 +366,7 @@ def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
         (("--keep", "4", "--split", "test"), "add --sweep"),
         (("--keep", "4", "--by", "fame"), "'fame' is not a criterion"),
         (("--keep", "4", "--by", "random,activations"), "is not a criterion"),
-        (("--max-bytes", "few"), "is no size"),
+        (("--max-bytes", "few"), "is not a size"),
         (("--max-bytes", "1kB"), "the smallest cut, --keep 2, has"),
         (("--max-bytes", "1GB", "--keep", "4"), "only one of them"),
         (("--keep", "4", "--budget", "global"), "add --layout exact"),

@@ -23,9 +23,13 @@ NOTEBOOK = ROOT / "docs" / "tour.ipynb"
 
 @pytest.fixture
 def model(
-    expertcut: Commands, checkpoint: Callable[..., Path], quiz_folder: Path
+    checkpoint: Callable[..., Path],
+    quiz_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Path, dict[str, object]]:
-    """A tiny model and the quiz that it is asked."""
+    """A tiny model and the quiz that it is asked; one is in an empty folder."""
+    monkeypatch.chdir(tmp_path)
     return checkpoint("olmoe"), {"quiz": str(quiz_folder), "shots": 1, "threads": 1}
 
 

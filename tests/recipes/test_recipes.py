@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.commands import SilentUI
+from expertcut.commands import UI
 from expertcut.errors import OutputError, PlanError, RecipeError
 from expertcut.recipes import RunSettings, run
 from expertcut.recipes.recipe_schema import MAX_BYTES, MAX_DEPTH, read_recipe
@@ -47,18 +48,18 @@ eval: {{split: test, limit: 4}}
 ALL = ("profile", "show", "cut", "tilted", "eval")
 
 
-class Listener(SilentUI):
+class Listener(UI):
     """Remembers why each stage ran."""
 
     def __init__(self) -> None:
         self.why: dict[str, str] = {}
         self.said: list[str] = []
 
-    def stage(self, name: str, why: str, *, is_dry: bool) -> None:
-        self.why[name] = why
-
-    def say(self, tables: object, sentences: object) -> None:
-        self.said += sentences  # type: ignore[operator]
+    def say(self, tables: object, sentences: list[str]) -> None:
+        self.said += sentences
+        for sentence in sentences:
+            if found := re.match(r"\n?\[(.+)\] (?:is current|(?:would run|runs): (.+))", sentence):
+                self.why[found[1]] = found[2] or ""
 
 
 class Place:
@@ -326,7 +327,7 @@ def test_a_search_that_finds_nothing_makes_no_checkpoint_and_the_run_goes_on(
         monkeypatch.setattr(patched, lambda _: [])
     done.change("strength: 0.5", "tune: true")
     assert done.run().ran == ("tilted", "eval")
-    assert "tilted made no checkpoint, so none is asked" in done.said
+    assert "tilted made no checkpoint, so none is scored" in done.said
     results = json.loads((done.folder / "results.json").read_text())
     assert len(results["models"]) == 2
     assert not (done.folder / "variants" / "tilted" / "config.json").exists()
@@ -401,13 +402,13 @@ HOSTILE = {
     "model: x\nvariants: [{name: eval, prune: }]": "taken by the run itself",
     "model: x\nvariants: [{name: a, prune: }, {name: a, prune: }]": "two variants are called a",
     "model: x\nvariants: [{name: a, prune: , prove: }]": "leave prove out",
-    "model: x\npublish: [{variant: a, repo: b/c}]": "which is no variant",
-    "model: x\npublish: [{variant: a, repo: me x}]": "'me x' is no repository: write OWNER/NAME",
+    "model: x\npublish: [{variant: a, repo: b/c}]": "which is not a variant",
+    "model: x\npublish: [{variant: a, repo: me x}]": "'me x' is not a repository: write OWNER/NAME",
     "model: x\nvariants: [{name: a, prune: {keep: 4, by: reep}}]": "did you mean reap?",
-    "model: x\nvariants: [{name: a, reweight: {boost: 'x:1'}}]": "'x:1' is no expert: write 12",
-    "model: /nope/model": "'/nope/model' is not there: give an existing path",
-    "model: x\nquiz: nope.jsonl": "'nope.jsonl' is not there",
-    "model: x\ndtype: fp12": "'fp12' is no dtype",
+    "model: x\nvariants: [{name: a, reweight: {boost: 'x:1'}}]": "'x:1' is not an expert: write 12",
+    "model: /nope/model": "'/nope/model' does not exist: give an existing path",
+    "model: x\nquiz: nope.jsonl": "'nope.jsonl' does not exist",
+    "model: x\ndtype: fp12": "'fp12' is not a dtype",
 }
 
 
@@ -482,7 +483,7 @@ def test_the_quiz_of_the_domain_recipe_can_be_asked(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.chdir(ROOT)
     recipe = read_recipe(ROOT / "recipes" / "domain-prune.yaml")
-    asked = [a for stage in stages_of(recipe) for a in stage.asks]
+    asked = [a for stage in stages_of(recipe) for a in stage.questions]
     assert {a.split for a in asked} == {"val", "test"}
     texts = [
         q.text

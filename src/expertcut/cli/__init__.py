@@ -1,7 +1,4 @@
-"""argv in, text out: the one place that parses, prints and sets up logging.
-
-A command imports what is heavy when it runs, so that `--help` and wrong arguments answer at once.
-"""
+"""The command line: parses, prints and sets up logging; heavy imports wait for the command."""
 
 import errno
 import logging
@@ -15,14 +12,7 @@ from typer.exceptions import TyperException
 
 from expertcut import __version__, recipes
 from expertcut.cli.options import add_command
-from expertcut.cli.progress import (
-    GO_ON,
-    Stopped,
-    TerminalUI,
-    is_first,
-    lasting_output,
-    terminable,
-)
+from expertcut.cli.progress import Stopped, TerminalUI, is_first, lasting_output, terminable
 from expertcut.commands import (
     audit,
     eval,
@@ -37,20 +27,18 @@ from expertcut.commands import (
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
-from expertcut.reporting.tables import printable
 from expertcut.settings import Settings
 
-INTERRUPTED = 130
-# What a disk, its file system or its owner can do to any command at any time.
-_MENDABLE = {
+_INTERRUPTED = 130
+_MENDABLE = {  # faults of a disk, its file system or its permissions
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.EMFILE, errno.ENOMEM),
     errno.ENAMETOOLONG,
 }
-_LONGEST = 1000  # characters of a line; a name in a file may have millions
+_MAX_LINE = 1000  # characters; a name in a file may have millions
 
 app = typer.Typer(
-    help="Find the experts of a MoE language model that matter for a quiz; edit them, and measure.",
+    help="Find the experts of a MoE language model that matter for a quiz, edit and evaluate them.",
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -71,12 +59,8 @@ COMMANDS: tuple[tuple[str, type[Settings], Callable[..., object]], ...] = (
 )
 
 
-def _with_terminal(run: Callable[..., object]) -> Callable[[Settings], object]:
-    return lambda settings: run(settings, TerminalUI())
-
-
 for _name, _settings, _run in COMMANDS:
-    add_command(app, _name, _settings, _with_terminal(_run))
+    add_command(app, _name, _settings, lambda given, run=_run: run(given, TerminalUI()))
 
 
 @app.callback(invoke_without_command=True)
@@ -90,60 +74,58 @@ def _root(
         print(context.get_help())
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    from expertcut.models.devices import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
 @contextmanager
-def _faults_in_one_line() -> Iterator[None]:
-    """What a user can mend becomes one line and exit status 2; the rest keeps its traceback."""
+def _errors_in_one_line() -> Iterator[None]:
+    """Errors that a user can fix become one line and exit status 2; others keep their traceback."""
     try:
         yield
     except ExpertcutError as error:
         _stop(" ".join(str(error).split()), 2)
     except TyperException as error:
-        text = error.format_message().replace("Value error, ", "")  # pydantic's, inside typer
+        text = error.format_message().replace("Input should be", "must be")  # pydantic's
         _stop(" ".join(text.split()), 2)
     except Stopped as stopped:
-        _stop(str(stopped), stopped.status, is_said=is_first())
+        _stop(str(stopped), stopped.status, is_printed=is_first())
     except (typer.Abort, KeyboardInterrupt):
-        _stop(GO_ON, INTERRUPTED, is_said=is_first())
+        text = "interrupted: run the same command again to go on"
+        _stop(text, _INTERRUPTED, is_printed=is_first())
     except (OSError, RuntimeError, MemoryError) as error:
-        fault = _outer_fault(error)
-        if fault is None:
-            raise
-        _stop(fault, 2)
+        if isinstance(error, OSError) and error.errno in _MENDABLE:
+            place = f"{error.filename}: " if error.filename else ""
+            _stop(f"{place}{error.strerror}: mend that and run the same command again", 2)
+        if _is_out_of_memory(error):
+            what = str(error).splitlines()[0][:200] if str(error) else "nothing more is known"
+            _stop(f"not enough memory ({what}): free some, or give a smaller --batch-tokens", 2)
+        raise
 
 
-def _outer_fault(error: Exception) -> str | None:
-    """What went wrong outside of us, in one line; None for a fault of ours."""
-    again = "mend that and run the same command again"
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}: {again}"
-    if isinstance(error, MemoryError) or ("torch" in sys.modules and _is_out_of_memory(error)):
-        what = str(error).splitlines()[0][:200] if str(error) else "nothing more is known"
-        return f"not enough memory ({what}): free some, or give a smaller --batch-tokens"
-    return None
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if "torch" not in sys.modules:
+        return False
+    from expertcut.models.devices import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
-def _stop(text: str, status: int, *, is_said: bool = True) -> None:
-    if is_said:
-        print(f"expertcut: {printable(_shortened(without_secrets(text)))}", file=sys.stderr)
+def _stop(text: str, status: int, *, is_printed: bool = True) -> None:
+    if is_printed:
+        from expertcut.reporting.tables import printable  # with rich
+
+        text = without_secrets(text)
+        text = text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}…"
+        print(f"expertcut: {printable(text)}", file=sys.stderr)
     raise SystemExit(status)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
 class HarmlessFormatter(logging.Formatter):
-    """A name from a quiz or a model must not steer the terminal that a warning goes to."""
+    """Hides secrets, and control characters from names in a quiz or a model."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Each line of it, printable."""
+        """The formatted record."""
+        from expertcut.reporting.tables import printable  # with rich
+
         text = without_secrets(super().format(record))
         return "\n".join(map(printable, text.splitlines()))
 
@@ -151,14 +133,14 @@ class HarmlessFormatter(logging.Formatter):
 def main() -> None:
     """The console script."""
     with lasting_output() as out:
-        # What the first of several processes warns of, the others would only repeat.
+        # Other processes would only repeat the warnings of the first.
         level = logging.WARNING if is_first() else logging.ERROR
         handler = logging.StreamHandler()
         handler.setFormatter(HarmlessFormatter("%(levelname)s: %(message)s"))
         logging.basicConfig(level=level, handlers=[handler])
-        with _faults_in_one_line(), terminable():
+        with _errors_in_one_line(), terminable():
             status = app(standalone_mode=False)
-            if status == INTERRUPTED:  # typer has caught it
+            if status == _INTERRUPTED:  # typer has caught it
                 raise KeyboardInterrupt
             out.check()
     raise SystemExit(status or 0)

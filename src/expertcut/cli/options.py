@@ -14,9 +14,9 @@ from expertcut.commands import JUDGING, MODEL, OUTPUT
 from expertcut.edits.edit_settings import CRITERIA_HERE
 from expertcut.settings import Settings, flag_of, shown
 
-HIDDEN = "__also_"  # between a field and the number of its hidden spelling
+_HIDDEN = "__also_"  # between a field and the number of its hidden spelling
 _METAVARS = {bool: None, int: "N", float: "F", Path: "PATH"}
-_LAST = (JUDGING, MODEL, OUTPUT, "Options")  # panels, behind those of the command itself
+_LAST_PANELS = (JUDGING, MODEL, OUTPUT, "Options")
 
 
 class PanelCommand(TyperCommand):
@@ -31,14 +31,18 @@ class PanelCommand(TyperCommand):
                 panel = getattr(param, "rich_help_panel", None) or "Options"
                 if param.param_type_name == "argument":
                     panel, record = "Arguments", (record[0].partition(" <")[0], record[1])
-                panels.setdefault(panel, []).append(_with_criteria(record))
-        for name in (*(n for n in panels if n not in _LAST), *(n for n in _LAST if n in panels)):
-            if panels[name]:
+                if CRITERIA_HERE in record[1]:  # criteria are loaded only to be shown
+                    from expertcut.edits.criteria import CRITERIA
+
+                    record = record[0], record[1].replace(CRITERIA_HERE, ", ".join(CRITERIA))
+                panels.setdefault(panel, []).append(record)
+        for name in (*(n for n in panels if n not in _LAST_PANELS), *_LAST_PANELS):
+            if panels.get(name):
                 with formatter.section(name):
                     formatter.write_dl(panels[name])
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Names of arguments as they are, optional ones in brackets."""
+        """Arguments without typer's braces."""
         pieces = super().collect_usage_pieces(ctx)
         return [piece.replace("{", "").replace("}...", "").replace("}", "") for piece in pieces]
 
@@ -49,17 +53,8 @@ class PanelCommand(TyperCommand):
                 formatter.write("".join(f"  {line}\n" for line in self.epilog.splitlines()))
 
 
-def _with_criteria(record: tuple[str, str]) -> tuple[str, str]:
-    """A line of help with the names of the criteria, which are loaded only where it is shown."""
-    if CRITERIA_HERE not in record[1]:
-        return record
-    from expertcut.edits.criteria import CRITERIA
-
-    return record[0], record[1].replace(CRITERIA_HERE, ", ".join(CRITERIA))
-
-
 def add_command(
-    app: typer.Typer, name: str, settings: type[Settings], run: Callable[[Any], object]
+    app: typer.Typer, name: str, settings: type[Settings], run: Callable[..., object]
 ) -> None:
     """Adds a command that reads its settings and runs."""
 
@@ -78,28 +73,23 @@ def add_command(
 
 
 def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
-    """Values of fields, from those of parameters that were given."""
+    """Values of the fields from those of the parameters."""
     values: dict[str, Any] = {}
     for name, value in given.items():
         if value is None or value == []:
             continue
-        field = name.partition(HIDDEN)[0]
-        if (separator := shown(settings, field)["separator"]) is not None:
-            value = [part.strip() for part in value.split(separator)]
+        field = name.partition(_HIDDEN)[0]
+        extra = shown(settings, field)
+        if extra["separator"] is not None:
+            value = [part.strip() for part in value.split(extra["separator"])]
         elif isinstance(value, tuple):
             value = list(value)
-        elif value is True and _is_off(settings, field):
+        elif value is True and extra["flags"] and extra["flags"][0].startswith("--no-"):
             value = False
         if field in values and isinstance(value, list):
             value = [*values[field], *value]
         values[field] = value
     return values
-
-
-def _is_off(settings: type[Settings], name: str) -> bool:
-    """Whether the flag turns the field off, as --no-verify."""
-    flags = shown(settings, name)["flags"]
-    return bool(flags) and flags[0].startswith("--no-")
 
 
 def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
@@ -108,10 +98,12 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         if extra["separator"] is not None:
             kind = str
         default: Any = inspect.Parameter.empty if field.is_required() else None
-        metavar = extra["metavar"] or "|".join(choices) or _METAVARS.get(kind, "TEXT")
+        usual = "|".join(choices) or _METAVARS.get(kind, "TEXT")
+        metavar = extra["metavar"] or (name.upper() if extra["is_argument"] else usual)
+        if " " in (metavar or "") and not extra["is_argument"]:  # two values, as `A B`
+            kind = tuple[str, str]
         about: dict[str, Any] = {"help": _help(field), "metavar": metavar, "show_default": False}
         if extra["is_argument"]:
-            about["metavar"] = extra["metavar"] or name.upper()
             yield _parameter(name, kind, default, typer.Argument(**about))
             continue
         flags = extra["flags"] or (flag_of(settings, name),)
@@ -119,19 +111,17 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         yield _parameter(name, kind, default, option)
         for number, flag in enumerate(extra["aliases"]):
             option = typer.Option(flag, hidden=True)
-            yield _parameter(f"{name}{HIDDEN}{number}", kind, None, option)
+            yield _parameter(f"{name}{_HIDDEN}{number}", kind, None, option)
 
 
 def _parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
-    is_required = default is inspect.Parameter.empty
-    annotation: Any = Annotated[kind if is_required else kind | None, info]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+    annotation: Any = Annotated[kind if default is not None else kind | None, info]
+    where = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, where, default=default, annotation=annotation)
 
 
 def _help(field: FieldInfo) -> str:
-    """The description, and the default where it does not say it itself."""
+    """The description, with the default unless it names it."""
     text, default = field.description or "", field.get_default()
     if "[default" in text or field.is_required() or isinstance(default, bool | None | list | tuple):
         return text
@@ -139,31 +129,19 @@ def _help(field: FieldInfo) -> str:
 
 
 def _kind(field: FieldInfo) -> tuple[Any, tuple[str, ...]]:
-    """The type of a parameter, and the allowed values where they are few."""
+    """The type of a parameter, and its allowed values if it lists them."""
     plain = _plain(field.annotation)
     if get_origin(plain) is Literal:
         return str, tuple(map(str, get_args(plain)))
     if get_origin(plain) in (list, tuple):
-        if any(getattr(m, "max_length", None) == 2 for m in _limits(field)):
-            return tuple[str, str], ()
         item = _plain(get_args(plain)[0])
         choices = tuple(map(str, get_args(item))) if get_origin(item) is Literal else ()
         return list[str], choices
     return (plain if plain in _METAVARS else str), ()
 
 
-def _limits(field: FieldInfo) -> list[Any]:
-    """Limits of the field, those of its type among them."""
-    found = list(field.metadata)
-    for part in (field.annotation, *get_args(field.annotation)):
-        if get_origin(part) is Annotated:
-            found += get_args(part)[1:]
-            found += [m for f in get_args(part)[1:] for m in getattr(f, "metadata", ())]
-    return found
-
-
 def _plain(annotation: Any) -> Any:
-    """A type without None and what is annotated to it."""
+    """A type without None and annotations."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

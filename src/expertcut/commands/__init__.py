@@ -1,10 +1,8 @@
-"""One file per command: its settings and its run, for the command line, recipes and Python.
-
-Here is what they share: options, the user interface, the profile, the output folder.
-"""
+"""One file per command, with its settings and its run; here is what several commands share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -28,55 +26,53 @@ if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.data import Quiz
     from expertcut.edits.plan import EditPlan
+    from expertcut.edits.router_edits import RouterEdit
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.reporting.tables import Table
     from expertcut.scoring.passes import OnPass
 
 T = TypeVar("T")
-Parts = Callable[[int, int], None]
-"""Told how many parts are done, of how many."""
+OnPart = Callable[[int, int], None]
+"""Called with the number of finished parts, and of all."""
 
 QUIZ, MODEL, JUDGING, OUTPUT = "Quiz", "Model and device", "Judging", "Output"
-_DTYPE = like(r"auto|stored|b?float\d+\w*", "is no dtype: take auto, stored, float32 or bfloat16")
+_DTYPE = like(r"auto|stored|b?float\d+\w*", "is not a dtype: take auto, stored, float32, bfloat16")
+quiz_option = partial(option, panel=QUIZ, in_recipe=False)
+model_option = partial(option, panel=MODEL, in_recipe=False)
+output_option = partial(option, panel=OUTPUT, in_recipe=False)
 
 
 class UI:
-    """Who is told what happens, and where long runs show how far they are. This one is silent."""
+    """Where commands report results and progress. This one prints nothing."""
 
     is_first = True
     """Whether this is the only process, or the first of several that share the work."""
 
     def quiet(self) -> None:
-        """Called before models and data sets are loaded: other libraries must not print."""
+        """Silences other libraries, before models and data sets are loaded."""
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
-        """What a command found."""
+        """Reports results."""
 
     def text(self, text: str) -> None:
-        """Output for other programs, as it is."""
+        """Prints output for other programs, unchanged."""
 
     def watch(
         self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
     ) -> list[T]:
-        """All that a long run of questions yields; what it has done lies in `where`."""
+        """All results of a run over `total` questions, which keeps finished chunks in `where`."""
         return list(run(lambda step: None))
 
-    def parts(self, what: str, kept_in: Path | None = None) -> AbstractContextManager[Parts]:
-        """A bar for parts of a run, whose last state is kept in a folder."""
+    def parts(self, what: str, kept_in: Path | None = None) -> AbstractContextManager[OnPart]:
+        """A progress bar for parts of a run, whose last state is kept in a folder."""
         return nullcontext(lambda done, total: None)
 
-    def stage(self, name: str, why: str, *, is_dry: bool) -> None:
-        """A stage of a recipe is current (`why` is empty), or runs, or would."""
 
-    def stage_done(self, name: str, elapsed_s: float) -> None:
-        """A stage of a recipe has run."""
+SILENT = UI()
 
 
-SilentUI = UI
-
-
-def _share_held_out(value: float) -> float:
+def _check_share(value: float) -> float:
     if value not in (0, HELD_OUT_SHARE):
         refuse(
             f"must be {HELD_OUT_SHARE:g} or 0, not {value:g}: a profile keeps the sums of a fifth "
@@ -88,88 +84,59 @@ def _share_held_out(value: float) -> float:
 class ModelSettings(Settings):
     """How a model is loaded and run."""
 
-    trust_remote_code: bool = option(
-        False, "Run code that comes with a checkpoint.", panel=MODEL, in_recipe=False
-    )
-    dtype: Annotated[str, AfterValidator(_DTYPE)] = option(
+    trust_remote_code: bool = model_option(False, "Run code that comes with a checkpoint.")
+    dtype: Annotated[str, _DTYPE] = model_option(
         "auto",
         "Type of the weights: stored, float32, bfloat16, ...  "
         "[default: float32 on CPU, as stored elsewhere]",
-        panel=MODEL,
-        in_recipe=False,
     )
-    device: str = option(
-        "auto", "Device: cpu, cuda, cuda:1, ...  [default: CUDA where there is one]",
-        panel=MODEL, in_recipe=False,
-    )  # fmt: skip
-    device_map: Literal["auto"] | None = option(
-        None, "Spread the model over all devices and the CPU.", panel=MODEL, in_recipe=False
+    device: str = model_option(
+        "auto", "Device: cpu, cuda, cuda:1, ...  [default: CUDA if available]"
     )
-    max_memory: str | None = option(
-        None, "Memory to use of each device, as 0=20GiB,cpu=60GiB.", panel=MODEL, in_recipe=False
+    device_map: Literal["auto"] | None = model_option(None, "Spread the model over all devices.")
+    max_memory: str | None = model_option(None, "Memory limit per device, as 0=20GiB,cpu=60GiB.")
+    offload: Folder | None = model_option(None, "Folder for weights that do not fit in memory.")
+    threads: int | None = model_option(
+        None, "CPU threads; edits need as many as their profile.", ge=1, le=4096
     )
-    offload: Folder | None = option(
-        None, "Folder for weights that fit in no memory.", panel=MODEL, in_recipe=False
-    )
-    threads: int | None = option(
-        None, "CPU threads; part of a profile's settings.",
-        panel=MODEL, in_recipe=False, ge=1, le=4096,
-    )  # fmt: skip
 
     def load_as(self) -> "LoadOptions":
         """The options of the loader."""
         from expertcut.models.load import LoadOptions
 
-        return LoadOptions(
-            dtype=self.dtype,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
-            device_map=self.device_map,
-            max_memory=self.max_memory,
-            offload=Path(self.offload) if self.offload else None,
-        )
+        offload = Path(self.offload) if self.offload else None
+        place = (self.device_map, self.max_memory, offload)
+        return LoadOptions(self.dtype, self.device, self.trust_remote_code, *place)
 
 
 class BatchSettings(ModelSettings):
     """How questions are batched."""
 
-    batch_tokens: int | None = option(
-        None, "Tokens of one forward pass.", panel=MODEL, in_recipe=False, ge=1, le=2**30
+    batch_tokens: int | None = model_option(
+        None, "Tokens of one forward pass.  [default: 2048]", ge=1, le=2**30
     )
 
 
 class QuizSettings(Settings):
-    """The quiz that is asked."""
+    """The quiz."""
 
-    quiz: Source = option(
-        "mmlu", "Quiz: mmlu, a folder, a .csv or .jsonl file, or a data set of the Hub.",
-        panel=QUIZ, in_recipe=False,
-    )  # fmt: skip
-    quiz_revision: str | None = option(
-        None, "Revision of a quiz of the Hub.", panel=QUIZ, in_recipe=False
+    quiz: Source = quiz_option(
+        "mmlu", "Quiz: mmlu, a folder, a .csv or .jsonl file, or a data set of the Hub."
     )
-    shots: int = option(
-        5, "Solved questions of split dev before each question.",
-        panel=QUIZ, in_recipe=False, ge=0,
-    )  # fmt: skip
-    subjects: Texts = option(
-        [],
-        "Only these subjects, separated by commas.",
-        panel=QUIZ,
-        separator=",",
-        in_recipe=False,
+    quiz_revision: str | None = quiz_option(None, "Revision of a quiz of the Hub.")
+    shots: int = quiz_option(5, "Solved questions of split dev before each question.", ge=0)
+    subjects: Texts = quiz_option(
+        [], "Only these subjects, separated by commas.  [default: all]", separator=","
     )
-    truncate: Literal["left"] | None = option(
+    truncate: Literal["left"] | None = quiz_option(
         None,
         "Cut prompts longer than the context on their left, as lm-evaluation-harness does.  "
         "[default: refuse them]",
-        panel=QUIZ,
-        in_recipe=False,
     )
 
 
 class SplitSettings(QuizSettings):
-    """The part of the quiz that is asked."""
+    """The questions of the quiz."""
 
     split: str = option("test", "Split of the quiz: test, val, ...", panel=QUIZ)
     limit: Count | None = option(
@@ -177,39 +144,29 @@ class SplitSettings(QuizSettings):
     )
 
     def load_quiz(self) -> "Quiz":
-        """The questions.
-
-        Raises:
-            QuizError: no such quiz or subject; too few shots; a row that cannot be asked.
-        """
+        """The questions."""
         from expertcut.data import Selection, load_quiz
 
-        subjects, revision = tuple(self.subjects), self.quiz_revision
-        return load_quiz(
-            Selection(
-                self.quiz, self.split, self.shots, subjects, self.limit, revision, self.truncate
-            )
-        )
+        which = (self.quiz, self.split, self.shots, tuple(self.subjects), self.limit)
+        return load_quiz(Selection(*which, self.quiz_revision, self.truncate))
 
 
 class ProfiledSettings(ModelSettings):
-    """What an edit works from: a profile, and how its model is loaded."""
+    """The profile that an edit is chosen from, and how its model is loaded."""
 
     profile: FilePath | None = option(
         None, "Profile to use.  [default: newest in profiles/]", panel="Profile", in_recipe=False
     )
     truncate: Literal["left"] | None = option(
-        None, "As in `profile`, for other questions.  [default: as profiled]",
-        panel="Profile", in_recipe=False,
-    )  # fmt: skip
+        None,
+        "Cut prompts of questions outside the profile too, as `profile --truncate`.  "
+        "[default: as profiled]",
+        panel="Profile",
+        in_recipe=False,
+    )
 
     def load_profile(self) -> "Profile":
-        """The profile.
-
-        Raises:
-            ProfileError: there is none, or it is unfinished or damaged.
-            SettingsError: other threads than it was made with.
-        """
+        """The profile; SettingsError if `threads` differs from its own."""
         from expertcut.profiling.storage import load_profile, newest_profile
 
         cut, path = self.truncate, self.profile
@@ -225,40 +182,38 @@ class ProfiledSettings(ModelSettings):
 def choosing_profile(
     settings: ProfiledSettings, ui: UI, held_out: float | None = None
 ) -> "Profile":
-    """The profile without the questions that are held out of it."""
+    """The profile without its held-out questions."""
+    profile = settings.load_profile()
     from expertcut.edits.splits import choosing_profile as without_held_out
 
-    found = without_held_out(settings.load_profile(), held_out)
+    found = without_held_out(profile, held_out)
     ui.say([], [f"{note}." for note in found.notes])
     return found.profile
 
 
 class CheckpointSettings(ProfiledSettings):
-    """How an edited checkpoint is judged, and where it is written."""
+    """How an edited checkpoint is scored, and where it is written."""
 
-    held_out: Annotated[float, AfterValidator(_share_held_out)] | None = option(
+    held_out: Annotated[float, AfterValidator(_check_share)] | None = option(
         None,
-        "Share of the questions that judge and do not choose, where no other split can (0: all "
-        "choose, none judges).  [default: 0.2]",
+        "Share of the profile's questions to hold out for scoring the checkpoint, if no other "
+        "split can (0: none).  [default: 0.2]",
         panel=JUDGING,
     )
     verify: bool = option(
-        True, "Skip the held-out questions of the new checkpoint.",
+        True, "Do not score the checkpoint on held-out questions.",
         panel=JUDGING, flags=("--no-verify",),
     )  # fmt: skip
-    out: FilePath | None = option(
-        None, "Output folder; must be absent or empty.", panel=OUTPUT, in_recipe=False
+    out: FilePath | None = output_option(
+        None, "Output folder; must be absent or empty.  [default: in checkpoints/ or plans/]"
     )
-    force: bool = option(
-        False, "Replace the output folder once the new one is complete.",
-        panel=OUTPUT, in_recipe=False,
-    )  # fmt: skip
-    plan_only: bool = option(False, "Write only the plan.", panel=OUTPUT, in_recipe=False)
+    force: bool = output_option(False, "Replace the output folder once the new one is complete.")
+    plan_only: bool = output_option(False, "Write only the plan.")
 
     def build_options(
         self, beside: Mapping[str, bytes], adapter: str | None = None
     ) -> "BuildOptions":
-        """How to build; `beside` are files to lie beside the plan."""
+        """How to build; `beside` are files to write beside the plan."""
         from expertcut.checkpoints.build import BuildOptions
 
         folder = None if adapter is None else Path(adapter)
@@ -266,7 +221,7 @@ class CheckpointSettings(ProfiledSettings):
 
 
 def output_folder(profile: "Profile", slug: str, settings: CheckpointSettings, ui: UI) -> Path:
-    """Where the checkpoint or plan goes; refused at once if something is there."""
+    """The folder of the checkpoint or plan; refused early if it is not empty."""
     from expertcut.checkpoints.build import default_out, found_source, inputs_of
     from expertcut.checkpoints.output_dir import check_writable
 
@@ -278,25 +233,27 @@ def output_folder(profile: "Profile", slug: str, settings: CheckpointSettings, u
     return folder
 
 
-def write_edit(
-    profile: "Profile",
-    draft: "EditPlan",
+def say_written(
+    built: "Built | None",
     folder: Path,
-    options: "BuildOptions",
+    plan: "EditPlan",
+    biases: "Sequence[RouterEdit]",
+    scalings: "Sequence[RouterEdit]",
     ui: UI,
-    *,
-    is_plan: bool,
-) -> "Built | None":
-    """Builds the checkpoint and says how it was judged; None where only the plan is written."""
-    from expertcut.checkpoints.build import build, write_plan
-    from expertcut.reporting.edit_tables import adapter_sentences, proof_sentences, proof_tables
+) -> None:
+    """Reports the held-out scores of a new checkpoint, or with None that a plan was written."""
+    from expertcut.reporting import edit_tables as tables
 
-    if is_plan:
-        write_plan(profile, draft, folder, options)
-        ui.say([], [f"written to {folder}"])
-        return None
-    ui.quiet()
-    built = build(profile, draft, folder, options)
-    sentences = [*proof_sentences(built), *adapter_sentences(built)]
-    ui.say(proof_tables(built), [*sentences, f"written to {folder}"])
-    return built
+    scores = [*tables.proof_sentences(built), *tables.adapter_sentences(built)] if built else []
+    ui.say(tables.proof_tables(built) if built else [], [*scores, f"written to {folder}"])
+    router = tables.tilt_sentences(biases, built, plan.numbers)
+    ui.say([], [*router, *tables.scale_sentences(scalings, built, plan.numbers)])
+
+
+def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:
+    """Writes a table as CSV, with the files of its figure beside it."""
+    from expertcut.files import write_atomically
+    from expertcut.reporting.tables import as_csv
+
+    for name, content in {file.name: as_csv(table).encode(), **figure}.items():
+        write_atomically(file.with_name(name), content)

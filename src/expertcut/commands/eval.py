@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import MODEL, OUTPUT, UI, BatchSettings, SilentUI, SplitSettings
+from expertcut.commands import SILENT, UI, BatchSettings, SplitSettings, model_option, output_option
 from expertcut.settings import FilePath, Texts, option
 
 if TYPE_CHECKING:
@@ -23,22 +23,19 @@ class EvalSettings(BatchSettings, SplitSettings):
         ..., "Checkpoint folders or Hub ids; the first is the base.",
         is_argument=True, metavar="BASE [OTHER]...", in_recipe=False, min_length=1,
     )  # fmt: skip
-    revision: str | None = option(
-        None, "Branch, tag or commit of a base of the Hub.", panel=MODEL, in_recipe=False
+    revision: str | None = model_option(None, "Branch, tag or commit of a base of the Hub.")
+    out: FilePath = output_option(
+        Path("results.json"), "Results file; chunks beside it are resumed.", metavar="FILE"
     )
-    out: FilePath = option(
-        Path("results.json"), "Results file; chunks beside it are resumed.",
-        panel=OUTPUT, metavar="FILE", in_recipe=False,
-    )  # fmt: skip
-    lm_eval_json: FilePath | None = option(
-        None, "Write the results in the form of lm-evaluation-harness too, one file per model.",
-        panel=OUTPUT, metavar="FILE", in_recipe=False,
-    )  # fmt: skip
+    lm_eval_json: FilePath | None = output_option(
+        None,
+        "Write the results in the form of lm-evaluation-harness too, one file per model.",
+        metavar="FILE",
+    )
 
 
-def run(settings: EvalSettings, ui: UI | None = None) -> "Results | None":
-    """Scores every model and writes the results; None of all but the first process."""
-    ui = ui or SilentUI()
+def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
+    """Scores every model and writes the results; None in all but the first process."""
     ui.quiet()
     from expertcut.evaluation.evaluate import check_places, find_models, save, score
     from expertcut.evaluation.results import Scored, Scoring

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import OUTPUT, UI, ModelSettings, SilentUI
+from expertcut.commands import SILENT, UI, ModelSettings, output_option
 from expertcut.healing import heal_settings
 from expertcut.settings import FilePath, option
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class HealSettings(ModelSettings, heal_settings.HealSettings):
-    """Train an edited checkpoint for a short while, and say what that recovered."""
+    """Train an edited checkpoint briefly to recover accuracy."""
 
     examples: ClassVar = (
         "expertcut heal models/half",
@@ -29,21 +29,16 @@ class HealSettings(ModelSettings, heal_settings.HealSettings):
     eval_revision: str | None = option(
         None, "Revision of --eval-quiz on the Hub.", panel=heal_settings.DATA, in_recipe=False
     )
-    out: FilePath | None = option(
-        None, "Output folder; must be absent or empty.  [default: beside the checkpoint]",
-        panel=OUTPUT, in_recipe=False,
-    )  # fmt: skip
-    force: bool = option(
-        False, "Replace the output folder once the new one is complete.",
-        panel=OUTPUT, in_recipe=False,
-    )  # fmt: skip
+    out: FilePath | None = output_option(
+        None, "Output folder; must be absent or empty.  [default: beside the checkpoint]"
+    )
+    force: bool = output_option(False, "Replace the output folder once the new one is complete.")
 
 
 def run(
-    settings: HealSettings, ui: UI | None = None, beside: Mapping[str, bytes] | None = None
+    settings: HealSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Healed | None":
-    """Trains and writes the checkpoint; None of all but the first of several processes."""
-    ui = ui or SilentUI()
+    """Trains and writes the checkpoint; None in all but the first process."""
     ui.quiet()
     from expertcut.healing.recovery import Options, default_out, heal, working_folder
     from expertcut.reporting.edit_tables import healing_sentences, healing_tables

@@ -1,16 +1,9 @@
 """`expertcut merge`: a checkpoint in which several experts become one."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    UI,
-    CheckpointSettings,
-    SilentUI,
-    choosing_profile,
-    output_folder,
-)
+from expertcut.commands import SILENT, UI, CheckpointSettings, choosing_profile, output_folder
 from expertcut.edits import edit_settings
 
 if TYPE_CHECKING:
@@ -18,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
-    """Make one expert of several, and say what that did."""
+    """Merge groups of experts, each into one."""
 
     examples: ClassVar = (
         "expertcut merge --keep 32",
@@ -27,26 +20,20 @@ class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
 
 
 def run(
-    settings: MergeSettings, ui: UI | None = None, beside: Mapping[str, bytes] | None = None
+    settings: MergeSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Merged":
-    """Makes the checkpoint, or the plan alone; `beside` are files to lie beside the plan."""
-    ui = ui or SilentUI()
-    from expertcut.checkpoints.build import merge
-    from expertcut.reporting.edit_tables import (
-        groups_table,
-        merging_sentences,
-        proof_sentences,
-        proof_tables,
-    )
-
+    """Makes the checkpoint, or the plan alone; `beside` are files to write beside the plan."""
     profile = choosing_profile(settings, ui, settings.held_out)
-    folder: Path = output_folder(profile, settings.slug, settings, ui)
+    from expertcut.checkpoints.build import merge  # torch, not to refuse options
+    from expertcut.reporting import edit_tables as tables
+
+    folder = output_folder(profile, settings.slug, settings, ui)
     ui.quiet()
     options = settings.build_options(beside or {})
     merged = merge(profile, settings, folder, options, is_plan=settings.plan_only)
-    ui.say([groups_table(profile, merged)], [])
+    ui.say([tables.groups_table(profile, merged)], [])
     if not settings.plan_only:
-        sentences = [*proof_sentences(merged.built), *merging_sentences(profile, merged)]
-        ui.say(proof_tables(merged.built), sentences)
+        merging = tables.merging_sentences(profile, merged)
+        ui.say(tables.proof_tables(merged.built), [*tables.proof_sentences(merged.built), *merging])
     ui.say([], [f"written to {folder}"])
     return merged

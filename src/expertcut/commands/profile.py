@@ -4,13 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands import MODEL, OUTPUT, UI, BatchSettings, SilentUI, SplitSettings
+from expertcut.commands import SILENT, UI, BatchSettings, SplitSettings, model_option, output_option
 from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
-
-DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0125-Instruct"
 
 
 class ProfileSettings(BatchSettings, SplitSettings):
@@ -23,11 +21,10 @@ class ProfileSettings(BatchSettings, SplitSettings):
     )
 
     model: str = option(
-        DEFAULT_MODEL, "Checkpoint folder or Hub id.", is_argument=True, in_recipe=False
-    )
-    revision: str | None = option(
-        None, "Branch, tag or commit of a model of the Hub.", panel=MODEL, in_recipe=False
-    )
+        "allenai/OLMoE-1B-7B-0125-Instruct", "Checkpoint folder or Hub id.",
+        is_argument=True, in_recipe=False,
+    )  # fmt: skip
+    revision: str | None = model_option(None, "Branch, tag or commit of a model of the Hub.")
     stats: Literal["answer", "all"] | None = option(
         None, "Keep statistics of the answer position only, or of all tokens.  [default: all]",
         panel="Profile",
@@ -35,42 +32,33 @@ class ProfileSettings(BatchSettings, SplitSettings):
     perturb: list[Literal["shuffle-choices", "bf16"]] = option(
         [], "Ask again with choices shuffled or in bfloat16; repeatable.", panel="Profile"
     )
-    out: FilePath | None = option(
-        None, "Output folder; a run started there is resumed.  [default: in profiles/]",
-        panel=OUTPUT, in_recipe=False,
-    )  # fmt: skip
+    out: FilePath | None = output_option(
+        None, "Output folder; a run started there is resumed.  [default: in profiles/]"
+    )
 
 
-def run(settings: ProfileSettings, ui: UI | None = None) -> "Profile":
-    """Measures the model, going on where an earlier run was stopped."""
-    ui = ui or SilentUI()
+def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
+    """Profiles the model, resuming an interrupted run."""
     ui.quiet()
     from expertcut.models.load import find_source
-    from expertcut.profiling.measure import (
-        MeasureOptions,
-        check_kinds,
-        default_folder,
-        measure,
-        perturb,
-        resumed,
-    )
+    from expertcut.profiling import measure
     from expertcut.profiling.storage import load_profile
     from expertcut.reporting.profile_tables import answered_sentence
 
     load_as = settings.load_as()
-    options = MeasureOptions(
+    options = measure.MeasureOptions(
         settings.stats, settings.batch_tokens, settings.threads, waits=ui.is_first
     )
     if settings.out is not None:
-        load_as, options = resumed(settings.out, load_as, options)
+        load_as, options = measure.resumed(settings.out, load_as, options)
     source, quiz = find_source(settings.model, settings.revision), settings.load_quiz()
-    measurement = measure(source, quiz, settings.limit, load_as, options)
-    kinds = check_kinds(measurement, settings.perturb)
-    folder: Path = settings.out or default_folder(measurement.info, source)
+    measurement = measure.measure(source, quiz, settings.limit, load_as, options)
+    kinds = measure.check_kinds(measurement, settings.perturb)
+    folder: Path = settings.out or measure.default_folder(measurement.info, source)
     name, total = measurement.moe.source.name, len(quiz)
     ui.watch(partial(measurement.run, folder), f"profiling {name}", total, folder)
     for kind in kinds:
-        steps = partial(perturb, measurement, kind, folder, load_as)
+        steps = partial(measure.perturb, measurement, kind, folder, load_as)
         ui.watch(steps, f"again with {kind}", total, folder)
     profile = load_profile(folder)
     if ui.is_first:

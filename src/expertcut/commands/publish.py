@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 
-from expertcut.commands import UI, SilentUI
+from expertcut.commands import SILENT, UI
 from expertcut.settings import FilePath, Settings, as_list, like, option
 
 if TYPE_CHECKING:
     from expertcut.hub.upload import Published
-    from expertcut.reporting.tables import Table
+    from expertcut.reporting.tables import Cell
 
-_REPO = like(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", "is no repository: write OWNER/NAME, as on the Hub")
+_REPO = like(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", "is not a repository: write OWNER/NAME of the Hub")
 
 
 class PublishSettings(Settings):
@@ -27,7 +27,7 @@ class PublishSettings(Settings):
         ..., "Checkpoint that prune, merge, reweight or heal wrote.",
         is_argument=True, in_recipe=False,
     )  # fmt: skip
-    repo: Annotated[str, AfterValidator(_REPO)] = option(
+    repo: Annotated[str, _REPO] = option(
         ..., "Repository on the Hub.", is_argument=True, metavar="OWNER/NAME"
     )
     results: Annotated[list[FilePath], BeforeValidator(as_list)] = option(
@@ -38,15 +38,15 @@ class PublishSettings(Settings):
     )
     private: bool = option(False, "Make a new repository private.")
     revision: str | None = option(None, "Branch to upload to; created if absent.")
-    force: bool = option(False, "Replace everything that the repository holds, another model too.")
-    dry_run: bool = option(False, "Write only the card, and list what would be uploaded.")
+    force: bool = option(False, "Replace everything in the repository, even another model.")
+    dry_run: bool = option(False, "Write only the card, and list the files to upload.")
 
 
-def run(settings: PublishSettings, ui: UI | None = None) -> "Published":
+def run(settings: PublishSettings, ui: UI = SILENT) -> "Published":
     """Writes the card and uploads the folder."""
-    ui = ui or SilentUI()
     ui.quiet()
     from expertcut.hub.upload import PublishOptions, publish
+    from expertcut.reporting.tables import Column, Table
 
     options = PublishOptions(
         is_private=settings.private,
@@ -56,20 +56,14 @@ def run(settings: PublishSettings, ui: UI | None = None) -> "Published":
         results=tuple(settings.results),
     )
     done = publish(settings.checkpoint, settings.repo, options)
-    ui.say([_files_table(done)] if done.commit is None else [], list(_sentences(done)))
+    sizes = {**dict(sorted(done.files.items())), "all": sum(done.files.values())}
+    rows: list[list[Cell]] = [[name, size / 1e6] for name, size in sizes.items()]
+    table = Table(f"What goes to {done.repo}", (Column("file"), Column("MB", ",.3f")), rows)
+    ui.say([table] if done.commit is None else [], list(_sentences(done)))
     return done
 
 
-def _files_table(done: "Published") -> "Table":
-    from expertcut.reporting.tables import Cell, Column, Table
-
-    rows: list[list[Cell]] = [[name, size / 1e6] for name, size in sorted(done.files.items())]
-    rows.append(["all", sum(done.files.values()) / 1e6])
-    return Table(f"What goes to {done.repo}", (Column("file"), Column("MB", ",.3f")), rows)
-
-
 def _sentences(done: "Published") -> Iterator[str]:
-    """What was done, or would be."""
     from expertcut.reporting.tables import one_line
 
     if done.is_card_kept:

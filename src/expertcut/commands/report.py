@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import ClassVar
 
-from expertcut.commands import OUTPUT, UI, SilentUI
+from expertcut.commands import SILENT, UI, output_option
+from expertcut.errors import OutputError
 from expertcut.settings import FilePath, Settings, option
 
 
@@ -16,16 +17,18 @@ class ReportSettings(Settings):
         ..., "Folder of a run, profile, checkpoint or results file.",
         is_argument=True, in_recipe=False,
     )  # fmt: skip
-    out: FilePath | None = option(
-        None, "Page to write; its figures go into a folder beside it.",
-        panel=OUTPUT, metavar="FILE.html", in_recipe=False,
+    out: FilePath | None = output_option(
+        None, "Page to write, with its figures beside it.  [default: report.html in RUN]",
+        metavar="FILE.html",
     )  # fmt: skip
 
 
-def run(settings: ReportSettings, ui: UI | None = None) -> Path:
+def run(settings: ReportSettings, ui: UI = SILENT) -> Path:
     """Writes the page and its figures; returns the page."""
+    if not settings.run.exists():  # refused before anything heavy is imported
+        raise OutputError(f"{settings.run} is not there: name the folder of a run")
     from expertcut.reporting.page import write
 
     page = write(settings.run, settings.out)
-    (ui or SilentUI()).say([], [f"written to {page}, its figures to {page.with_suffix('')}/"])
+    ui.say([], [f"written to {page}, its figures to {page.with_suffix('')}/"])
     return page

@@ -3,7 +3,8 @@
 import json
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands import UI, SilentUI
+from expertcut.commands import SILENT, UI
+from expertcut.errors import OutputError
 from expertcut.settings import FilePath, Settings, option
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ShowSettings(Settings):
-    """Print what the other commands wrote."""
+    """Print the tables of a file that another command wrote."""
 
     examples: ClassVar = (
         "expertcut show profiles/mine",
@@ -33,12 +34,13 @@ class ShowSettings(Settings):
     )  # fmt: skip
 
 
-def run(settings: ShowSettings, ui: UI | None = None) -> "Shown":
-    """Shows what lies at the path."""
+def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
+    """Prints the tables of the file or folder."""
+    if not settings.path.exists():  # refused before anything heavy is imported
+        raise OutputError(f"nothing to show in {settings.path}: it does not exist")
     from expertcut.reporting.tables import as_csv, as_markdown
     from expertcut.reporting.views import find_shown
 
-    ui = ui or SilentUI()
     found = find_shown(settings.path, settings.subjects, settings.criteria)
     if settings.format == "table":
         ui.say(found.tables(), [])

@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import Annotated, Any, Literal, Self
+from functools import partial
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -11,21 +12,18 @@ from expertcut.errors import SettingsError
 from expertcut.settings import Count, Settings, Text, Texts, as_list, like, option, refuse
 
 Positions = Literal["answer", "all"]
-Removed = Literal["zero", "mean"]  # the output of a removed expert in layout exact
-Fold = Literal["answer", "all", "off"]  # tokens over which layout stock measures the inflation
+Removed = Literal["zero", "mean"]  # output of removed experts in layout exact
+Fold = Literal["answer", "all", "off"]  # tokens over which layout stock rescales gate weights
 Budget = Literal["layer", "global"]
 MergeMethod = Literal["m_smoe", "hc_smoe"]
 RouterRow = Literal["fitted", "mean", "dominant"]
 
 KEEP, RANK, ROUTER, CHECKPOINT = "What to keep", "How to rank", "Router", "Checkpoint"
 _EXPERT = r"\s*(\d{1,9}:)?\d{1,9}(=[+-]?[\d.]+([eE][+-]?\d+)?)?\s*"
-_MANY = "; repeatable"
-CRITERIA_HERE = "{criteria}"
-"""Stands in a help text for the names of all criteria."""
+CRITERIA_HERE = "{criteria}"  # replaced in help texts by the names of all criteria
 _SIZE = re.compile(
     r"(?P<number>\d{1,19}(\.\d{0,19})?|\.\d{1,19})\s*((?P<prefix>[kmgt])(?P<binary>i)?)?(b)?", re.I
 )
-_TOO_MANY = 1 << 62  # bytes
 
 
 def criterion(text: str) -> str:
@@ -39,73 +37,72 @@ def criterion(text: str) -> str:
 
 
 def criteria(text: str) -> str:
-    """`reap,ean_sum` with the aliases resolved, or `all`."""
+    """Criteria separated by commas, with aliases resolved, or `all`."""
     return text if text == "all" else ",".join(criterion(part.strip()) for part in text.split(","))
 
 
 Criterion = Annotated[str, AfterValidator(criterion)]
 Criteria = Annotated[str, AfterValidator(criteria)]
-_Expert = Annotated[
-    Text, AfterValidator(like(_EXPERT, "is no expert: write 12, 3:12 or 3:12=0.25"))
-]
+_Expert = Annotated[Text, like(_EXPERT, "is not an expert: write 12, 3:12 or 3:12=0.25")]
 Experts = Annotated[list[_Expert], BeforeValidator(as_list), Field(min_length=1)]
 
-
-def layout_option() -> Any:
-    """The layout of the checkpoint, which most edits have."""
-    return option(
-        "stock", "Form of the checkpoint: stock loads wherever the base model does; exact changes "
-        "nothing else and loads in transformers with --trust-remote-code.", panel=CHECKPOINT,
-    )  # fmt: skip
-
-
-def positions_option() -> Any:
-    """The tokens at which a criterion counts."""
-    return option(
-        None, "Tokens that the criterion counts.  [default: the criterion's own]",
-        panel=RANK, flags=("--tokens",), aliases=("--positions",),
-    )  # fmt: skip
+_keep_option = partial(option, panel=KEEP)
+_rank_option = partial(option, panel=RANK)
+_router_option = partial(option, panel=ROUTER)
+_checkpoint_option = partial(option, panel=CHECKPOINT)
+_judging_option = partial(option, panel="Judging")
+layout_option = partial(
+    _checkpoint_option,
+    "stock",
+    "Form of the checkpoint: stock loads wherever the base model does; exact reproduces the edit "
+    "exactly and loads in transformers with --trust-remote-code.",
+)
+positions_option = partial(
+    _rank_option, None, "Tokens that the criterion counts.  [default: the criterion's own]",
+    flags=("--tokens",), aliases=("--positions",),
+)  # fmt: skip
+apply_at_option = partial(
+    _router_option, None,
+    "Apply biases at these tokens only (answer: layout stock).  [default: all]",
+)  # fmt: skip
 
 
 class CutSettings(Settings):
-    """How many experts stay, how they are ranked, and what removing one means."""
+    """How many experts stay, how they are ranked, and what replaces the others."""
 
-    keep_active: bool = option(False, "Keep every expert that is ever routed to.", panel=KEEP)
-    keep: Count | None = option(None, "Keep this many experts per layer.", panel=KEEP, metavar="N")
-    keep_fraction: float | None = option(
-        None, "Keep this share of the experts.", panel=KEEP, metavar="F"
+    keep_active: bool = _keep_option(False, "Keep every expert that is ever routed to.")
+    keep: Count | None = _keep_option(None, "Keep this many experts per layer.", metavar="N")
+    keep_fraction: float | None = _keep_option(None, "Keep this share of the experts.", metavar="F")
+    sparsity: float | None = _keep_option(
+        None, "Remove this share of the experts.", metavar="F", is_recorded=False
     )
-    sparsity: float | None = option(
-        None, "Remove this share of the experts.", panel=KEEP, metavar="F", is_recorded=False
-    )
-    max_bytes: Text | None = option(
+    max_bytes: Text | None = _keep_option(
         None, "Keep as many as fit in weights of this size, as 4GB, 500MB or 3.5GiB.",
-        panel=KEEP, metavar="SIZE",
+        metavar="SIZE",
     )  # fmt: skip
-    budget: Budget = option(
-        "layer", "Keep equally many per layer, or more where experts score more (global, layout "
-        "exact).", panel=KEEP,
-    )  # fmt: skip
-    min_keep: Count | None = option(
-        None, "Keep at least this many per layer with --budget global.", panel=KEEP, metavar="N"
+    budget: Budget = _keep_option(
+        "layer", "Keep equally many per layer, or rank all layers together (global, layout exact)."
     )
-    by: Criterion = option(
-        "activations", f"Criterion that ranks the experts: {CRITERIA_HERE}.", panel=RANK
+    min_keep: Count | None = _keep_option(
+        None, "Keep at least this many per layer with --budget global.", metavar="N"
+    )
+    by: Criterion = _rank_option(
+        "activations", f"Criterion that ranks the experts: {CRITERIA_HERE}."
     )
     positions: Positions | None = positions_option()
-    protect: Texts = option(
-        [], f"Keep super experts (super), no expert unasked (none), or expert L:E{_MANY}.  "
-        "[default: super with --keep and --keep-fraction]", panel=RANK, metavar="WHAT",
+    protect: Texts = _rank_option(
+        [], "Always keep super experts (super), expert L:E, or nothing (none); repeatable.  "
+        "[default: super, none with --keep-active]", metavar="WHAT",
     )  # fmt: skip
-    seed: int = option(0, "Seed of --by random.", panel=RANK, ge=0)
+    seed: int = _rank_option(0, "Seed of --by random.", ge=0)
     layout: Layout = layout_option()
-    removed: Removed | None = option(
+    removed: Removed | None = _checkpoint_option(
         None, "Output of removed experts in layout exact.  [default: zero]",
-        panel=CHECKPOINT, flags=("--replace-with",), aliases=("--removed",),
+        flags=("--replace-with",), aliases=("--removed",),
     )  # fmt: skip
-    fold: Fold | None = option(
-        None, "Tokens over which layout stock measures how to rescale gate weights.  "
-        "[default: answer]", panel=CHECKPOINT, flags=("--rescale-gates",), aliases=("--fold",),
+    fold: Fold | None = _checkpoint_option(
+        None, "Tokens over which layout stock fits the scale of gate weights.  [default: answer]",
+        flags=("--rescale-gates",), aliases=("--fold",),
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -116,7 +113,7 @@ class CutSettings(Settings):
 
     @property
     def fraction(self) -> float | None:
-        """The share of experts that stay, whichever of the two options says it."""
+        """The share of experts that stay, by `keep_fraction` or `sparsity`."""
         return self.keep_fraction if self.sparsity is None else round(1 - self.sparsity, 12)
 
     @property
@@ -126,7 +123,7 @@ class CutSettings(Settings):
 
     @property
     def at(self) -> Positions:
-        """The positions that count: the criterion's own where none were given."""
+        """The tokens that the criterion counts."""
         from expertcut.edits.criteria import positions_of
 
         return positions_of(self.by, self.positions)
@@ -138,11 +135,11 @@ class CutSettings(Settings):
 
     @property
     def rescale(self) -> Fold:
-        """The tokens over which layout stock measures the inflation."""
+        """The tokens over which layout stock rescales gate weights."""
         return self.fold or "answer"
 
     def check(self) -> None:
-        """Raises a SettingsError unless one size is given, and the layout can carry it."""
+        """Refuses options that do not go together, with a SettingsError."""
         numbers = (self.keep, self.keep_fraction, self.sparsity, self.max_bytes)
         if self.keep_active + sum(number is not None for number in numbers) != 1:
             raise SettingsError(
@@ -158,19 +155,19 @@ class CutSettings(Settings):
             raise SettingsError("--budget global ranks experts: give it without --keep-active")
 
     def check_layout(self) -> None:
-        """Raises a SettingsError unless the layout can carry the budget and the other options."""
-        rules = LAYOUTS[self.layout]
-        if self.removed is not None and "removed" not in rules.options:
+        """Refuses options that the layout does not support, with a SettingsError."""
+        layout = LAYOUTS[self.layout]
+        if self.removed is not None and "removed" not in layout.options:
             raise SettingsError(
-                f"--replace-with {self.removed} is of layout exact: add --layout exact or leave it "
-                "out"
+                f"--replace-with {self.removed} needs --layout exact: add it or leave "
+                "--replace-with out"
             )
-        if self.fold is not None and "fold" not in rules.options:
+        if self.fold is not None and "fold" not in layout.options:
             raise SettingsError(
-                f"--rescale-gates {self.fold} is of layout stock: {self.layout} scales nothing, "
+                f"--rescale-gates {self.fold} needs --layout stock: {self.layout} scales nothing, "
                 "leave it out"
             )
-        if self.budget == "global" and rules.needs_equal_counts:
+        if self.budget == "global" and layout.needs_equal_counts:
             raise SettingsError(
                 "--budget global keeps another number in each layer, which layout stock cannot: "
                 "add --layout exact"
@@ -180,68 +177,57 @@ class CutSettings(Settings):
 
 
 def read_size(text: str) -> int:
-    """`4GB`, `500MB`, `3.5GiB` or a number of bytes as bytes; SettingsError for other forms."""
+    """The bytes of `4GB`, `500MB`, `3.5GiB` or a plain number; SettingsError for other forms."""
     found = _SIZE.fullmatch(text.strip())
     power = " kmgt".index(((found and found["prefix"]) or " ").lower())
     unit = 1024 if found and found["binary"] else 1000
     size_bytes = int(float(found["number"]) * unit**power) if found else 0
-    if not 1 <= size_bytes < _TOO_MANY:
-        raise SettingsError(f"--max-bytes {text!r} is no size: write it as 4GB, 500MB or 3.5GiB")
+    if not 1 <= size_bytes < 1 << 62:
+        raise SettingsError(f"--max-bytes {text!r} is not a size: write it as 4GB, 500MB or 3.5GiB")
     return size_bytes
 
 
 class RouterSettings(Settings):
     """Experts whose gate is biased or scaled by hand."""
 
-    boost: Experts | None = option(
-        None, f"Add to an expert's gate logit: E, L:E, E=bias or L:E=bias{_MANY}.",
-        panel=ROUTER, metavar="L:E",
+    boost: Experts | None = _router_option(
+        None, "Add to an expert's gate logit: E, L:E, E=bias or L:E=bias; repeatable.",
+        metavar="L:E",
     )  # fmt: skip
-    suppress: Experts | None = option(
-        None, f"Subtract from an expert's gate logit, as --boost{_MANY}.",
-        panel=ROUTER, metavar="L:E",
-    )  # fmt: skip
-    scale: Experts | None = option(
-        None,
-        f"Scale an expert's gate weight, routing unchanged: E=factor or L:E=factor{_MANY}.",
-        panel=ROUTER, metavar="L:E=F",
-    )  # fmt: skip
-
-
-def apply_at_option() -> Any:
-    """The tokens at which a bias acts."""
-    return option(
-        None, "Apply biases at these tokens only (answer: layout stock).  [default: all]",
-        panel=ROUTER,
+    suppress: Experts | None = _router_option(
+        None, "Subtract from an expert's gate logit, as --boost; repeatable.", metavar="L:E"
+    )
+    scale: Experts | None = _router_option(
+        None, "Scale an expert's gate weight, routing unchanged: E=F or L:E=F; repeatable.",
+        metavar="L:E=F",
     )  # fmt: skip
 
 
 class MergeSettings(Settings):
-    """How many experts stay in each layer, what groups them, and how a group becomes one."""
+    """How many experts stay per layer, how they are grouped, and how groups are merged."""
 
-    keep: Count = option(..., "Experts per layer afterwards.", panel=KEEP, metavar="N")
-    by: MergeMethod = option(
-        "m_smoe", "Group experts by router logits (m_smoe) or by mean outputs (hc_smoe).",
-        panel=RANK,
-    )  # fmt: skip
-    router: RouterRow = option(
-        "fitted", "Router row of a group: fitted to the members' mass, their mean, or one's own.",
-        panel=CHECKPOINT,
-    )  # fmt: skip
-    align: bool | None = option(
+    keep: Count = _keep_option(..., "Experts per layer afterwards.", metavar="N")
+    by: MergeMethod = _rank_option(
+        "m_smoe", "Group experts by router logits (m_smoe) or by mean outputs (hc_smoe)."
+    )
+    router: RouterRow = _checkpoint_option(
+        "fitted",
+        "Router row of a group: fitted to its routing mass, the mean, or that of its main member.",
+    )
+    align: bool | None = _checkpoint_option(
         None, "Put neurons in the same order before merging.  [default: in m_smoe]",
-        panel=CHECKPOINT, flags=("--align/--no-align",),
+        flags=("--align/--no-align",),
     )  # fmt: skip
 
     @property
     def is_aligned(self) -> bool:
-        """Whether neurons are aligned: as given, else as the method's paper has it."""
-        # arXiv:2310.01334 aligns, arXiv:2410.08589 does not
+        """Whether neurons are aligned, by default as in the method's paper."""
+        # arXiv:2310.01334 aligns, arXiv:2410.08589 does not.
         return self.by == "m_smoe" if self.align is None else self.align
 
     @property
     def slug(self) -> str:
-        """Names the outputs, with what makes them differ from the usual."""
+        """The name of outputs, with the settings that differ from the defaults."""
         mark = "" if self.router == "fitted" else f"-{self.router}"
         if self.is_aligned != (self.by == "m_smoe"):
             mark += "-aligned" if self.is_aligned else "-unaligned"
@@ -249,7 +235,7 @@ class MergeSettings(Settings):
 
     @property
     def action(self) -> str:
-        """As it stands in the plan."""
+        """The `action` of the plan."""
         text = f"merge --keep {self.keep} --by {self.by}"
         if self.router != "fitted":
             text += f" --router {self.router}"
@@ -259,43 +245,40 @@ class MergeSettings(Settings):
 
 
 class ReweightSettings(RouterSettings):
-    """Experts whose gate changes: named or chosen by a score, and how strongly."""
+    """Experts whose gate changes, named or chosen by a score, and how strongly."""
 
-    boost_best: int = option(
-        0, "Boost this many of the experts with the best score.", panel=RANK, metavar="N", ge=0
+    boost_best: int = _rank_option(
+        0, "Boost this many of the experts with the best score.", metavar="N", ge=0
     )
-    suppress_worst: int = option(
-        0, "Suppress this many of those with the worst.", panel=RANK, metavar="N", ge=0
+    suppress_worst: int = _rank_option(
+        0, "Suppress this many of the experts with the worst score.", metavar="N", ge=0
     )
-    by: str | None = option(
-        None, "Score of the experts: difference, accuracy, ...  [default: difference]", panel=RANK
+    by: str | None = _rank_option(
+        None, "Score of the experts: difference, accuracy, ...  [default: difference]"
     )
-    min_appearances: float | None = option(
+    min_appearances: float | None = _rank_option(
         None, "Consider only experts in this share of the questions or more.  [default: 0.01]",
-        panel=RANK, metavar="F",
+        metavar="F",
     )  # fmt: skip
-    layers: Text | None = option(None, "Consider only these layers, as 0,3,8-15.", panel=RANK)
-    contrast: Annotated[list[str], Field(min_length=2, max_length=2)] | None = option(
+    layers: Text | None = _rank_option(None, "Consider only these layers, as 0,3,8-15.")
+    contrast: Annotated[list[str], Field(min_length=2, max_length=2)] | None = _rank_option(
         None, "Score by how much more often A routes to an expert than B; each is a profile, "
-        "PROFILE@right, PROFILE@wrong or PROFILE@subject,subject.", panel=RANK, metavar="A B",
+        "PROFILE@right, PROFILE@wrong or PROFILE@subject,subject.", metavar="A B",
     )  # fmt: skip
-    strength: float | None = option(
-        None, "Bias in logits.  [default: the admission gap]", panel=ROUTER
-    )
-    tune: bool = option(False, "Search for the strength on the tuning questions.", panel=ROUTER)
+    strength: float | None = _router_option(None, "Bias in logits.  [default: the admission gap]")
+    tune: bool = _router_option(False, "Search for the strength on the tuning questions.")
     apply_at: Positions | None = apply_at_option()
     layout: Layout = layout_option()
 
-    prove: bool = option(
+    prove: bool = _judging_option(
         False, "Cross-fit the whole procedure and compare it with random experts.",
-        panel="Judging", flags=("--cross-fit",), aliases=("--prove",), in_recipe=False,
+        flags=("--cross-fit",), aliases=("--prove",), in_recipe=False,
     )  # fmt: skip
-    draws: int = option(
+    draws: int = _judging_option(
         99, "Draws of random experts that --cross-fit compares with.",
-        panel="Judging", flags=("--random-draws",), aliases=("--draws",), in_recipe=False,
-        ge=99, le=10**6,
+        flags=("--random-draws",), aliases=("--draws",), in_recipe=False, ge=99, le=10**6,
     )  # fmt: skip
-    seed: int = option(0, "Seed of the folds and draws.", panel="Judging", in_recipe=False, ge=0)
+    seed: int = _judging_option(0, "Seed of the folds and draws.", in_recipe=False, ge=0)
 
     @property
     def is_choosing(self) -> bool:
@@ -309,18 +292,18 @@ class ReweightSettings(RouterSettings):
 
     @property
     def is_by_hand(self) -> bool:
-        """Whether experts and strengths need no question to be asked."""
+        """Whether experts and strengths are all named."""
         return not (self.is_choosing or self.is_deciding or self.strength is not None)
 
     @property
     def criterion(self) -> str:
-        """The plan's word for how experts were chosen."""
+        """The `criterion` of the plan."""
         if not self.is_choosing:
             return "by hand"
         return "contrast" if self.contrast else self.by or "difference"
 
     def check(self) -> None:
-        """Raises a SettingsError for options that do not go together."""
+        """Refuses options that do not go together, with a SettingsError."""
         if self.by is not None and self.contrast:
             raise SettingsError("--by and --contrast both score experts: give one of them")
         if self.min_appearances is not None and not 0 <= self.min_appearances <= 1:
@@ -349,24 +332,20 @@ class ReweightSettings(RouterSettings):
 
 
 class AuditSettings(Settings):
-    """Experts to ablate one at a time, and the criteria that are scored on it."""
+    """The experts to ablate, and the criteria to compare with the damage."""
 
-    sample: Count = option(64, "Experts to ablate, one at a time.", panel=RANK, metavar="N")
-    by: Criteria = option(
-        "all", f"Criteria to score, separated by commas, or all: {CRITERIA_HERE}.", panel=RANK
+    sample: Count = _rank_option(64, "Experts to ablate, one at a time.", metavar="N")
+    by: Criteria = _rank_option(
+        "all", f"Criteria to score, separated by commas, or all: {CRITERIA_HERE}."
     )
-    fractions: str = option(
-        "0.75,0.5,0.25", "Kept shares at which regrets are computed.", panel=RANK
-    )
-    questions: int = option(
-        256, "Held-out questions to use at most.", panel="Judging", metavar="N", ge=2
-    )
+    fractions: str = _rank_option("0.75,0.5,0.25", "Kept shares at which regrets are computed.")
+    questions: int = _judging_option(256, "Maximum of held-out questions.", metavar="N", ge=2)
     positions: Positions | None = positions_option()
     layout: Layout = layout_option()
-    seed: int = option(
-        0, "Seed of the sample, of criterion random and of the intervals.", panel=RANK, ge=0
+    seed: int = _rank_option(
+        0, "Seed of the sample, of criterion random and of the intervals.", ge=0
     )
 
     def cut_by(self, by: str) -> CutSettings:
-        """A cut by one of the criteria, at the same positions and in the same layout."""
+        """A cut by one of the criteria."""
         return CutSettings(by=by, positions=self.positions, layout=self.layout, seed=self.seed)

@@ -1,18 +1,17 @@
-"""What a recipe may say: the model and the quiz, the commands' settings by section, the variants.
+"""The schema of a recipe: the model and the quiz, a section per command, the variants.
 
-A section has the keys and the defaults of its command's settings. One that is named without a value
-has all its defaults; one that is not named is no stage of the run.
+A section has the keys and defaults of its command. An empty section has all defaults; a missing one
+leaves the stage out.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from expertcut.commands import BatchSettings, QuizSettings
 from expertcut.commands.eval import EvalSettings
@@ -34,10 +33,11 @@ from expertcut.settings import (
     Texts,
     fault_text,
     option,
+    refuse,
 )
 
 KINDS = ("prune", "merge", "reweight", "heal")  # of variants
-OWN_FILES = ("profile", "show", "eval", "report", "publish", "results", "recipe", "manifest")
+_RESERVED = ("profile", "show", "eval", "report", "publish", "results", "recipe", "manifest")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 
 
@@ -61,25 +61,22 @@ class ProveSection(Settings):
 
 
 class HealSection(HealSettings):
-    """`expertcut heal` of the variant that `of` names.
+    """`expertcut heal` of the variant `of`.
 
-    Without a `quiz` of its own it is the recipe's, and so are `shots`, and of that quiz `subjects`.
-    Nothing of what the recipe's `eval` scores is trained on, unless `eval_quiz` and `eval_split`
-    say otherwise.
+    `quiz`, `shots` and `subjects` default to those of the recipe. The quiz and split that the
+    recipe's `eval` scores are kept out of training, unless `eval_quiz` and `eval_split` are given.
     """
 
     of: Name
     checkpoint: str = option("", "The variant's.", in_recipe=False)
 
-    def scored(self, quiz: str, split: str | None) -> tuple[str | None, str]:
-        """The quiz and split that are kept out, where the recipe scores this quiz and split.
-
-        Without a quiz (the recipe scores none) they are kept out of what is trained on.
-        """
-        return self.eval_quiz or (quiz if split else None), self.eval_split or split or "test"
+    def scored(self, recipe: "Recipe") -> tuple[str | None, str]:
+        """The quiz and split to keep out of training; without a quiz, that of the training."""
+        quiz, split = (recipe.quiz, recipe.eval.split) if recipe.eval else (None, "test")
+        return self.eval_quiz or quiz, self.eval_split or split
 
     def recipe_values(self) -> dict[str, Any]:
-        """The variant that is healed first, as in the hashes of older runs."""
+        """The recorded fields, `of` first, as in the hashes of older runs."""
         return {"of": self.of} | super().recipe_values()
 
 
@@ -100,12 +97,25 @@ class PublishSection(PublishSettings):
     checkpoint: FilePath = option(Path(), "The variant's.", in_recipe=False)
 
     def recipe_values(self) -> dict[str, Any]:
-        """The variant first, as in the hashes of older runs."""
+        """The recorded fields, `variant` first, as in the hashes of older runs."""
         return {"variant": self.variant} | super().recipe_values()
 
 
-class Variant(Settings):
-    """One edit: its name, what it does, and whether that is cross-fitted."""
+class _Sections(Settings):
+    """Settings with sections; a key without a value is an empty section."""
+
+    sections: ClassVar[tuple[str, ...]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_empty_sections(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {k: {} if v is None and k in cls.sections else v for k, v in values.items()}
+
+
+class Variant(_Sections):
+    """One edit of the model, and for a reweighting how it is cross-fitted."""
 
     name: Name
     prune: PruneSettings | None = None
@@ -115,39 +125,35 @@ class Variant(Settings):
     prove: ProveSection | None = option(
         None, "Cross-fit the procedure of `reweight`.", flags=("--cross-fit",)
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keeps_empty_sections(cls, values: Any) -> Any:
-        return _filled(values, (*KINDS, "prove", "cross_fit"))
+    sections: ClassVar = (*KINDS, "prove", "cross_fit")
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
         if [getattr(self, kind) is None for kind in KINDS].count(False) != 1:
-            _refuse_variant("a variant does one thing: give it prune, merge, reweight or heal")
+            refuse("a variant does one thing: give it prune, merge, reweight or heal")
         if self.prove and not self.reweight:
-            _refuse_variant(
-                "prove repeats a way of choosing what to tilt: a cut or a merge is compared on "
-                "held-out questions by itself, leave prove out"
+            refuse(
+                "prove cross-fits a reweight: other variants are compared on held-out questions "
+                "anyway, leave prove out"
             )
-        if self.name in OWN_FILES:
-            _refuse_variant(f"the name {self.name} is taken by the run itself: choose another")
+        if self.name in _RESERVED:
+            refuse(f"the name {self.name} is taken by the run itself: choose another")
         return self
 
     @property
     def kind(self) -> str:
-        """The key that says what it does."""
+        """Its command."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     def recipe_values(self) -> dict[str, Any]:
-        """The name and all sections, None for those that it does not have."""
-        sections = {kind: getattr(self, kind) for kind in (*KINDS, "prove")}
+        """The name and all sections, missing ones as None."""
+        sections = {name: getattr(self, name) for name in self.sections}
         values = {k: s.recipe_values() if s else None for k, s in sections.items()}
         return {"name": self.name} | values
 
 
-class Recipe(BatchSettings, QuizSettings):
-    """All of it; paths are relative to the working directory, as in the commands."""
+class Recipe(BatchSettings, QuizSettings, _Sections):
+    """The whole recipe; paths are relative to the working directory, as in the commands."""
 
     model: Source
     revision: str | None = None
@@ -158,86 +164,56 @@ class Recipe(BatchSettings, QuizSettings):
     eval: EvalSection | None = None
     report: ReportSection | None = None
     publish: Annotated[list[PublishSection], Field(default_factory=list)]
+    sections: ClassVar = ("profile", "show", "eval", "report")
 
     @classmethod
     def keys(cls, *, in_recipe: bool = False) -> dict[str, str]:
         """All fields, its own first."""
-        return {name: name for name in (*cls.__annotations__, *cls.model_fields)}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keeps_empty_sections(cls, values: Any) -> Any:
-        return _filled(values, ("profile", "show", "eval", "report"))
+        own = (name for name in cls.__annotations__ if name in cls.model_fields)
+        return {name: name for name in (*own, *cls.model_fields)}
 
     @model_validator(mode="after")
-    def _hangs_together(self) -> Self:
+    def _names_known_variants(self) -> Self:
         names = [variant.name for variant in self.variants]
         if twice := [name for name in names if names.count(name) > 1]:
-            _refuse_variant(f"two variants are called {twice[0]}: give each a name of its own")
+            refuse(f"two variants are called {twice[0]}: give each a name of its own")
         for place, variant in enumerate(self.variants):
             if variant.heal and variant.heal.of not in names[:place]:
-                _refuse_variant(
-                    f"{variant.name} heals {variant.heal.of!a}, which no variant before it is"
-                )
+                refuse(f"{variant.name} heals {variant.heal.of!a}, which no variant before it is")
         for published in self.publish:
             if published.variant not in names:
                 near = get_close_matches(published.variant, names, n=1, cutoff=0.0)
-                hint = f": did you mean {near[0]}?" if near else ": there are no variants"
-                _refuse_variant(f"publish names {published.variant!a}, which is no variant{hint}")
+                hint = f"did you mean {near[0]}?" if near else "there are no variants"
+                refuse(f"publish names {published.variant!a}, which is not a variant: {hint}")
         repos = [(published.repo, published.revision) for published in self.publish]
         if len(set(repos)) < len(repos):
-            _refuse_variant(
-                "publish names one repo twice: give each variant its own repo or revision"
-            )
+            refuse("publish names one repo twice: give each variant its own repo or revision")
         return self
-
-
-def _filled(values: Any, sections: tuple[str, ...]) -> Any:
-    """Sections named without a value become empty ones, so that they are there."""
-    if not isinstance(values, Mapping):
-        return values
-    return {k: {} if v is None and k in sections else v for k, v in values.items()}
-
-
-def _refuse_variant(text: str) -> NoReturn:
-    raise PydanticCustomError("recipe", "{text}", {"text": text})
 
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
 _MOST_DIGITS = 18
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_recipe(file: Path) -> Recipe:
-    """A recipe from its file.
-
-    Raises:
-        RecipeError: no such file, one that is too large or no YAML, or a key or value that does
-            not belong there.
-    """
+    """A recipe from its file; a RecipeError names the first unknown key or wrong value."""
     content = _parsed(file, read_bytes(file))
     if not isinstance(content, dict):
-        raise RecipeError(f"{file} holds {_kind(content)}, must be keys and values: model: ...")
+        kind = "nothing" if content is None else f"a {type(content).__name__}"
+        raise RecipeError(f"{file} holds {kind}, must be keys and values: model: ...")
     try:
         return Recipe.model_validate(content, context=IN_RECIPE)
     except ValidationError as error:
-        raise RecipeError(f"{file} is no recipe{_fault(error)}") from None
-
-
-def _fault(error: ValidationError) -> str:
-    """Where and what, and which value it is, if a short one."""
-    fault = error.errors(include_url=False)[0]
-    place = ".".join(map(_printable, fault["loc"]))
-    return f"{f' at {place}' if place else ''}: {fault_text(fault)}"
+        fault = error.errors(include_url=False)[0]
+        path = ".".join(map(_printable, fault["loc"]))
+        place = f" at {path}" if path else ""
+        raise RecipeError(f"{file} is not a valid recipe{place}: {fault_text(fault)}") from None
 
 
 def read_bytes(file: Path) -> bytes:
-    """The file, if it has a recipe's size.
-
-    Raises:
-        RecipeError: it cannot be read, or is larger.
-    """
+    """The file's content; a RecipeError if it cannot be read or is too large."""
     try:
         return read_file(file, MAX_BYTES)
     except OSError as error:
@@ -249,57 +225,40 @@ def _parsed(file: Path, content: bytes) -> Any:
         raise RecipeError(f"{file} is {encoding} text, must be UTF-8: save it as UTF-8")
     try:
         text = content.decode("utf-8")
-        _refuse_secrets(file, text)
+        if (line := line_with_secret(text)) is not None:  # copies of the recipe are published
+            raise RecipeError(
+                f"{file} holds a token or a password in line {line}, and its copies would too: "
+                "take it out, and log in with `hf auth login` or set HF_TOKEN"
+            )
         return yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{file} is no YAML: byte {error.start} is not UTF-8") from None
+        raise RecipeError(f"{file} is not YAML: byte {error.start} is not UTF-8") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is no YAML that is read here: {_said(error)}") from None
+        problem: object = str(error).splitlines()[0]
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            mark = error.problem_mark
+            problem = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        raise RecipeError(f"{file} is not valid YAML: {_printable(problem)}") from None
     except ValueError as error:  # a number that Python does not read
         raise RecipeError(f"{file} holds a value that cannot be read: {error}") from None
 
 
-def _refuse_secrets(file: Path, text: str) -> None:
-    """The recipe is copied beside all that it makes, and published with it."""
-    if (line := line_with_secret(text)) is not None:
-        raise RecipeError(
-            f"{file} holds a token or a password in line {line}, and its copies would too: take it "
-            "out, and log in with `hf auth login` or set HF_TOKEN"
-        )
-
-
-def _said(error: yaml.YAMLError) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return _printable(str(error).splitlines()[0])
-    mark = error.problem_mark
-    return f"line {mark.line + 1}, column {mark.column + 1}: {_printable(error.problem)}"
-
-
 def _printable(text: object) -> str:
-    """With control characters, which a terminal would obey, as escapes."""
+    """The text with control characters as escapes."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
 
 
-def _kind(content: Any) -> str:
-    return "nothing" if content is None else f"a {type(content).__name__}"
-
-
 class _Loader(yaml.SafeLoader):
-    """Plain data alone, as YAML 1.2 reads it.
+    """Plain data, as in YAML 1.2; YAML 1.1, PyYAML's own, reads 3:12 as 192 and `no` as false.
 
-    No tags, no anchors (a few of them can stand for billions of values), no key twice, not too
-    deep. YAML 1.1, PyYAML's own, takes 3:12 for 192 and `no` for false.
+    Refuses tags, anchors (a few can stand for billions of values), duplicate keys and deep nesting.
     """
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (a class attribute of PyYAML)
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node, counted and without anchors.
-
-        Raises:
-            ComposerError: an anchor, an alias, a tag, or too many levels.
-        """
+        """A node without anchor and tag, and not too deep."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:
             _refuse_yaml(event, "anchors and aliases are not read here: write it out")
@@ -314,44 +273,36 @@ class _Loader(yaml.SafeLoader):
             self.depth -= 1
 
     def construct_scalar(self, node: Any) -> Any:
-        """A word, all of whose characters are some.
-
-        Raises:
-            ConstructorError: an escape that stands for half a character, or for none.
-        """
+        """A scalar without NUL and lone surrogates."""
         value = super().construct_scalar(node)
-        if isinstance(value, str) and _NO_TEXT.search(value):
-            raise yaml.constructor.ConstructorError(
-                None, None, "an escape that is no character", node.start_mark
-            )
+        if isinstance(value, str) and _NOT_TEXT.search(value):
+            _refuse_yaml(node, "an escape that is not a character")
         return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are texts, each there once.
-
-        Raises:
-            ConstructorError: a key that is none, or comes twice.
-        """
+        """A mapping whose keys are distinct words."""
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a word", key.start_mark
-                )
+                _refuse_yaml(key, "a key must be a word")
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!a} comes twice", key.start_mark
-                )
+                _refuse_yaml(key, f"the key {key.value!a} comes twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _refuse_yaml(event: Any, problem: str) -> None:
-    raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+def _refuse_yaml(place: Any, problem: str) -> None:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
-def _plain(tag: str, form: str, read: Callable[[str], Any]) -> None:
-    """Teaches the loader which words are of a type, and what they mean."""
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:_MOST_DIGITS]}… has too many digits")
+    return int(text)
+
+
+def _add_scalar(tag: str, form: str, read: Callable[[str], Any]) -> None:
+    """Teaches the loader the words of a type, and how to read them."""
     name = f"tag:yaml.org,2002:{tag}"
     _Loader.add_implicit_resolver(name, re.compile(f"^(?:{form})$"), None)
 
@@ -361,15 +312,7 @@ def _plain(tag: str, form: str, read: Callable[[str], Any]) -> None:
     _Loader.add_constructor(name, construct)
 
 
-_plain("null", r"null|Null|NULL|~|", lambda _: None)
-_plain("bool", r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true")
-
-
-def _whole(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise ValueError(f"{text[:_MOST_DIGITS]}… has too many digits")
-    return int(text)
-
-
-_plain("int", r"[-+]?[0-9]+", _whole)
-_plain("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float)
+_add_scalar("null", r"null|Null|NULL|~|", lambda _: None)
+_add_scalar("bool", r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true")
+_add_scalar("int", r"[-+]?[0-9]+", _integer)
+_add_scalar("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float)

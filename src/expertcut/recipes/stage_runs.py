@@ -1,16 +1,13 @@
-"""A recipe's stages in order, each run where it is due.
-
-A stage runs its command, with the settings of its section completed by the recipe.
-"""
+"""Runs a recipe's stages in order: each is a command, its section completed by the recipe."""
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from expertcut.commands import (
     UI,
@@ -39,13 +36,10 @@ from expertcut.recipes.stages import (
     variant_folder,
 )
 
-if TYPE_CHECKING:
-    from expertcut.hub.upload import Published
-
 
 @dataclass(frozen=True)
 class Job:
-    """A stage to be run: of which recipe (`text` is its file), in which folder, for whom."""
+    """A stage to run: its recipe (`text` is the file), the run folder, the model's commit."""
 
     recipe: Recipe
     text: bytes
@@ -56,7 +50,7 @@ class Job:
 
     @property
     def variant(self) -> Variant:
-        """The variant that the stage makes."""
+        """The variant of the stage."""
         return next(v for v in self.recipe.variants if v.name == self.stage.name)
 
     @property
@@ -65,45 +59,26 @@ class Job:
         return {name: getattr(self.recipe, name) for name in ModelSettings.model_fields}
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def scored(self) -> dict[str, Any]:
         """The recipe's quiz, its model, and how it is loaded."""
         quiz = {name: getattr(self.recipe, name) for name in QuizSettings.model_fields}
         return {**self.loaded, **quiz, "revision": self.commit or self.recipe.revision}
 
     @property
-    def edited(self) -> dict[str, Any]:
-        """What an edit works from and where it goes.
-
-        What is there was made by this recipe, or the run would have stopped before.
-        """
-        places = {"profile": self.run / PROFILE, "out": self.folder, "force": True}
-        return {**self.loaded, "threads": None, **places}
-
-    @property
     def folder(self) -> Path:
-        """Where the stage's variant lies."""
+        """The folder of the stage's variant."""
         return self.run / variant_folder(self.stage.name)
 
-    @property
-    def beside(self) -> dict[str, bytes]:
-        """The recipe's copy, to lie beside what was made by it."""
-        return {RECIPE_FILE: self.text}
-
     def checkpoints(self) -> dict[str, Path]:
-        """The variants that became a checkpoint, by name; a search may have found nothing."""
+        """Folders of the variants with a checkpoint, by name; a search may find no edit."""
         folders = {v.name: self.run / variant_folder(v.name) for v in self.recipe.variants}
         return {name: path for name, path in folders.items() if (path / "config.json").is_file()}
-
-
-def run_stage(job: Job) -> None:
-    """Runs the stage's command."""
-    _RUNS[job.stage.kind](job)
 
 
 def _profile(job: Job) -> None:
     recipe = job.recipe
     own = {"model": recipe.model, "batch_tokens": recipe.batch_tokens, "out": job.run / PROFILE}
-    profile.run(recipe.profile.completed(**job.asked, **own), job.ui)
+    profile.run(recipe.profile.completed(**job.scored, **own), job.ui)
 
 
 def _show(job: Job) -> None:
@@ -127,35 +102,27 @@ def _show(job: Job) -> None:
     job.ui.say(tables, [])
 
 
-def _prune(job: Job) -> None:
-    assert job.variant.prune is not None
-    prune.run(job.variant.prune.completed(**job.edited), job.ui, job.beside)
-
-
-def _merge(job: Job) -> None:
-    assert job.variant.merge is not None
-    merge.run(job.variant.merge.completed(**job.edited), job.ui, job.beside)
-
-
-def _reweight(job: Job) -> None:
+def _edit(job: Job) -> None:
     variant = job.variant
-    assert variant.reweight is not None
-    proof = {"prove": True, **dict(variant.prove)} if variant.prove else {}
-    reweight.run(variant.reweight.completed(**job.edited, **proof), job.ui, job.beside)
+    runs: dict[str, Any] = {"prune": prune.run, "merge": merge.run, "reweight": reweight.run}
+    given = {**job.loaded, "threads": None, "profile": job.run / PROFILE}
+    given |= {"out": job.folder, "force": True}  # an existing folder was made by this recipe
+    given |= {"prove": True, **dict(variant.prove)} if variant.prove else {}
+    settings = getattr(variant, variant.kind).completed(**given)
+    runs[variant.kind](settings, job.ui, {RECIPE_FILE: job.text})
 
 
 def _heal(job: Job) -> None:
-    """Trains the variant's checkpoint, or goes on where an earlier run was stopped."""
     assert job.variant.heal is not None
     settings = heal_settings(job.recipe, job.variant.heal)
     checkpoint = str(job.run / variant_folder(job.variant.heal.of))
     places = {"checkpoint": checkpoint, "out": job.folder, "force": True}
-    heal.run(settings.completed(**job.loaded, **places), job.ui, job.beside)
+    heal.run(settings.completed(**job.loaded, **places), job.ui, {RECIPE_FILE: job.text})
 
 
 def heal_settings(recipe: Recipe, section: HealSection) -> HealSection:
-    """The section's settings; what it leaves out is the recipe's."""
-    eval_quiz, split = section.scored(recipe.quiz, recipe.eval.split if recipe.eval else None)
+    """The section's settings, completed by the recipe's."""
+    eval_quiz, split = section.scored(recipe)
     given: dict[str, Any] = {
         "shots": recipe.shots if section.shots is None else section.shots,
         "subjects": tuple(section.subjects or ([] if section.quiz else recipe.subjects)),
@@ -176,20 +143,15 @@ def _eval(job: Job) -> None:
     recipe, made = job.recipe, job.checkpoints()
     assert recipe.eval is not None
     missing = [variant.name for variant in recipe.variants if variant.name not in made]
-    job.ui.say([], [f"{name} made no checkpoint, so none is asked" for name in missing])
+    job.ui.say([], [f"{name} made no checkpoint, so none is scored" for name in missing])
     measured = load_profile(job.run / PROFILE).info.settings
-    given = {**job.asked, "batch_tokens": measured.batch_tokens, "threads": measured.threads}
+    given = {**job.scored, "batch_tokens": measured.batch_tokens, "threads": measured.threads}
     models = [recipe.model, *map(str, made.values())]
     settings = recipe.eval.completed(**given, models=models, out=job.run / RESULTS)
     eval.run(settings, job.ui)
 
 
-def _report(job: Job) -> None:
-    report.run(report.ReportSettings(run=job.run), job.ui)
-
-
 def _publish(job: Job) -> None:
-    """A variant's checkpoint, card and page to the Hub; of a variant without one, nothing."""
     from expertcut.files import write_atomically
 
     recipe, name = job.recipe, job.stage.settings["variant"]
@@ -203,30 +165,27 @@ def _publish(job: Job) -> None:
             write_atomically(checkpoint / REPORT, (job.run / REPORT).read_bytes())
         results = [job.run / RESULTS] if recipe.eval else []
         settings = section.completed(checkpoint=checkpoint, results=results)
-        done: Published = publish.run(settings, job.ui)
+        done = publish.run(settings, job.ui)
         outcome |= {"url": done.url, "commit": done.commit}
     (place,) = job.stage.makes
     write_atomically(job.run / place, (json.dumps(outcome, indent=1) + "\n").encode())
 
 
-_RUNS: dict[str, Callable[[Job], None]] = {
+_RUNS: dict[str, Callable[[Job], object]] = {
     "profile": _profile,
     "show": _show,
-    "prune": _prune,
-    "merge": _merge,
-    "reweight": _reweight,
+    **dict.fromkeys(("prune", "merge", "reweight"), _edit),
     "heal": _heal,
     "eval": _eval,
-    "report": _report,
+    "report": lambda job: report.run(report.ReportSettings(run=job.run), job.ui),
     "publish": _publish,
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the run lies, its stages, those that ran (or would), and what earlier recipes left."""
+    """The stages, those that ran (or would), and stages of earlier recipes in the folder."""
 
-    folder: Path
     stages: tuple[str, ...]
     ran: tuple[str, ...]
     left_over: tuple[str, ...]
@@ -239,33 +198,35 @@ class RecipeRun:
         self.recipe, self.ledger, self.ui = recipe, ledger, ui
         self.is_dry = settings.dry_run
         self.stages = stages_of(recipe)
-        self.first = len(self.stages)  # of those that are run whatever is there
-        if settings.start is not None:
-            self.first = find_stage(settings.start, self.stages)
+        start = settings.start
+        self.first = len(self.stages) if start is None else find_stage(start, self.stages)
         self.inputs = Inputs(recipe, ledger.before, is_anew=self.first == 0)
         self.outputs: dict[str, str | None] = {}
         self.ran: list[str] = []
-        self.is_held = False
+        self.is_locked = False
 
     def all(self) -> Outcome:
-        """Every stage in its turn."""
+        """Runs every stage that is not current, and those from `first` on."""
         with ExitStack() as self.until_done:
             for index, stage in enumerate(self.stages):
-                with _named(stage):
-                    self._turn(stage, is_asked=index >= self.first)
+                try:
+                    self._run_if_due(stage, is_forced=index >= self.first)
+                except ExpertcutError as error:
+                    raise type(error)(f"{stage.name}: {error}") from error
             if not self.is_dry and not self.ledger.is_saved(self.inputs):
-                self._hold()
+                self._lock()
                 self.ledger.save(self.inputs)
         names = tuple(stage.name for stage in self.stages)
         left_over = tuple(name for name in self.ledger.records if name not in names)
-        return Outcome(self.ledger.folder, names, tuple(self.ran), left_over)
+        return Outcome(names, tuple(self.ran), left_over)
 
-    def _turn(self, stage: Stage, *, is_asked: bool) -> None:
+    def _run_if_due(self, stage: Stage, *, is_forced: bool) -> None:
         record = self.ledger.records.get(stage.name)
         inputs = self.inputs.of(stage, self.outputs)
-        why = reason(self.ledger.folder, stage, record, inputs)
-        why = "--from asks for it" if is_asked else why
-        self.ui.stage(stage.name, why, is_dry=self.is_dry)
+        why = reason(self.ledger.folder, record, inputs)
+        why = "--from asks for it" if is_forced else why
+        runs = f"[{stage.name}] would run" if self.is_dry else f"\n[{stage.name}] runs"
+        self.ui.say([], [f"{runs}: {why}" if why else f"[{stage.name}] is current"])
         if not why and record is not None:
             self.outputs[stage.name] = record.output
             self.ledger.keep(stage)
@@ -273,70 +234,53 @@ class RecipeRun:
         self.ran.append(stage.name)
         self.outputs[stage.name] = None
         if not self.is_dry:
-            self._act(stage, record, is_asked=is_asked)
+            self._run(stage, record, is_forced=is_forced)
 
-    def _act(self, stage: Stage, record: StageRecord | None, *, is_asked: bool) -> None:
-        self._hold()
-        self._refuse_what_is_there(stage, record)
-        if stage.reads_model:
-            self._find_commit()
-        inputs = self.inputs.of(stage, self.outputs)
+    def _run(self, stage: Stage, record: StageRecord | None, *, is_forced: bool) -> None:
+        self._lock()
+        folder, inputs = self.ledger.folder, self.inputs
+        if record is None and stage.kind != "profile":  # which resumes, or refuses the folder
+            for place in (folder / name for name in stage.makes):
+                if place.exists():
+                    raise OutputError(
+                        f"{place} exists and was not made by this recipe: remove it or name "
+                        "another --out"
+                    )
+        if stage.reads_model and inputs.commit is None and not Path(self.recipe.model).is_dir():
+            from expertcut.models.load import find_source
+
+            inputs.commit = find_source(self.recipe.model, self.recipe.revision).revision
+        before = inputs.of(stage, self.outputs)
         if record is not None:
-            self._clear(stage, record, inputs, is_asked=is_asked)
-        self.ledger.begin(stage, inputs)
-        self.ledger.save(self.inputs)
-        about = (self.recipe, self.ledger.text, stage, self.ledger.folder, self.inputs.commit)
+            self._remove_stale(stage, record, before, is_forced=is_forced)
+        self.ledger.records[stage.name] = StageRecord(inputs=before)
+        self.ledger.save(inputs)
         started = time.monotonic()
-        run_stage(Job(*about, self.ui))
+        job = Job(self.recipe, self.ledger.text, stage, folder, inputs.commit, self.ui)
+        _RUNS[stage.kind](job)
         elapsed_s = time.monotonic() - started
         self.outputs[stage.name] = self.ledger.finish(stage, elapsed_s)
         self.ledger.save(self.inputs)
-        self.ui.stage_done(stage.name, elapsed_s)
+        self.ui.say([], [f"[{stage.name}] took {elapsed_s:,.1f} s"])
 
-    def _hold(self) -> None:
-        """From now on until it is done this run alone changes the folder."""
-        if self.is_held:
+    def _lock(self) -> None:
+        """Keeps other runs out of the folder until this one is done."""
+        if self.is_locked:
             return
         from expertcut.profiling.locks import alone  # with numpy, else not needed
 
         self.until_done.enter_context(alone(self.ledger.folder, "recipe"))
-        self.is_held = True
+        self.is_locked = True
         self.ledger.check_unchanged()
 
-    def _refuse_what_is_there(self, stage: Stage, record: StageRecord | None) -> None:
-        if record is not None or stage.kind == "profile":  # which is resumed, or refused there
-            return
-        for place in (self.ledger.folder / name for name in stage.makes):
-            if place.exists():
-                raise OutputError(
-                    f"{place} is there and was not made by this recipe: remove it or name another "
-                    "--out"
-                )
-
-    def _find_commit(self) -> None:
-        """What a branch of the hub means from now on, in this run folder."""
-        if self.inputs.commit is None and not Path(self.recipe.model).is_dir():
-            from expertcut.models.load import find_source
-
-            self.inputs.commit = find_source(self.recipe.model, self.recipe.revision).revision
-
-    def _clear(
-        self, stage: Stage, record: StageRecord, inputs: Mapping[str, Any], *, is_asked: bool
+    def _remove_stale(
+        self, stage: Stage, record: StageRecord, inputs: Mapping[str, Any], *, is_forced: bool
     ) -> None:
-        """What must not be gone on from; a checkpoint stays until the new one is complete."""
+        """Removes what must not be resumed; a checkpoint stays until the new one is complete."""
         stale: list[str] = []
-        if stage.kind == "profile" and (is_asked or record.inputs != inputs):
+        if stage.kind == "profile" and (is_forced or record.inputs != inputs):
             stale += stage.makes
-        if is_asked or (stage.kind == "heal" and record.inputs != inputs):
+        if is_forced or (stage.kind == "heal" and record.inputs != inputs):
             stale += stage.keeps
         for name in stale:
             shutil.rmtree(self.ledger.folder / name, ignore_errors=True)
-
-
-@contextmanager
-def _named(stage: Stage) -> Iterator[None]:
-    """Errors say at which stage they came."""
-    try:
-        yield
-    except ExpertcutError as error:
-        raise type(error)(f"{stage.name}: {error}") from error

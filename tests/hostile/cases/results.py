@@ -125,13 +125,13 @@ for fault, change, says in (
     CASES.add(
         f"a manifest with {fault}",
         edited(MANIFEST, put("stages", "profile", "files", value=change), *RUN),
-        r"made/manifest\.json is no manifest",
+        r"made/manifest\.json is not a manifest",
         says,
     )
 CASES.add(
     "a manifest with stages in a list",
     edited(MANIFEST, put("stages", value=[]), *RUN),
-    r"made/manifest\.json is no manifest",
+    r"made/manifest\.json is not a manifest",
     "stages: ",
 )
 CASES.add(
