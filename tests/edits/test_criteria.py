@@ -22,7 +22,7 @@ from expertcut.edits.criteria import (
     reconstruction,
     scores,
 )
-from expertcut.edits.plan import Positions
+from expertcut.edits.layouts import Positions
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock

@@ -13,8 +13,8 @@ from expertcut.checkpoints.shards import Rewrite
 from expertcut.checkpoints.tensor_names import Headers
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.criteria import Array
-from expertcut.edits.layouts import Layout
-from expertcut.edits.plan import BlockEdit, EditPlan, Positions
+from expertcut.edits.layouts import Layout, Positions
+from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.models.load import Source
 
 

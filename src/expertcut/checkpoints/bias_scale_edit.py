@@ -9,8 +9,8 @@ from torch import Tensor
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
 from expertcut.data import Quiz
 from expertcut.edits.calibrate import Fit, direction_quality, fit_directions
-from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, Positions
+from expertcut.edits.layouts import LAYOUTS, Layout, Positions
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.scoring.engine import Engine
 
 

@@ -17,8 +17,9 @@ from expertcut.checkpoints.shards import Change, Rewrite
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers
 from expertcut.data import Quiz
 from expertcut.edits.calibrate import Constants, Fit
+from expertcut.edits.layouts import Positions
 from expertcut.edits.merging import Quality
-from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, Positions
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.edits.splits import Questions
 from expertcut.errors import ContractError
 from expertcut.models.load import MoeModel, Source

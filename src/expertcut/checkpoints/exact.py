@@ -27,7 +27,8 @@ from expertcut.checkpoints.tensor_names import (
     find_disk_blocks,
 )
 from expertcut.edits.calibrate import Constants, Removed
-from expertcut.edits.plan import BlockEdit, Positions
+from expertcut.edits.layouts import Positions
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError, PlanError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code

@@ -14,8 +14,8 @@ from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.calibrate import Constants
-from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Positions
+from expertcut.edits.layouts import LAYOUTS, Positions
+from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel

@@ -19,8 +19,8 @@ from expertcut.edits.calibrate import (
     rescaling_over_tokens,
     zero_outputs,
 )
-from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import BlockEdit, EditPlan, Fold, PlanFile, Removed
+from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Removed
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import own_expert, own_forward, replaced_forward

@@ -16,7 +16,8 @@ from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, match_blocks
 from expertcut.edits.calibrate import Constants
-from expertcut.edits.plan import BlockEdit, Positions
+from expertcut.edits.layouts import Positions
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source

@@ -18,6 +18,7 @@ from expertcut.commands import (
     say_written,
 )
 from expertcut.edits import edit_settings
+from expertcut.edits.layouts import Positions
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, Source, Texts, flag_of, in_recipe_only, option, refuse
 
@@ -51,7 +52,7 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
         f"{edit_settings.CRITERIA_HERE}.",
         panel=edit_settings.RANK,
     )
-    apply_at: edit_settings.Positions | None = edit_settings.apply_at_option()
+    apply_at: Positions | None = edit_settings.apply_at_option()
     adapter: Annotated[str, in_recipe_only(_check_adapter)] | None = option(
         None, "LoRA adapter of the unpruned model to prune too, written to adapter/ of the output.",
         panel=edit_settings.CHECKPOINT, metavar="FOLDER",

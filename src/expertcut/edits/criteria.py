@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from expertcut.edits.plan import Positions, least_per_group
+from expertcut.edits.layouts import Positions
+from expertcut.edits.plan import least_per_group
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics, OverTokens, share
 from expertcut.profiling.storage import Profile

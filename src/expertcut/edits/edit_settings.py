@@ -7,13 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, Settings, Text, Texts, as_list, like, option, refuse
 
-Positions = Literal["answer", "all"]
-Removed = Literal["zero", "mean"]  # output of removed experts in layout exact
-Fold = Literal["answer", "all", "off"]  # tokens over which layout stock rescales gate weights
 Budget = Literal["layer", "global"]
 MergeMethod = Literal["m_smoe", "hc_smoe"]
 RouterRow = Literal["fitted", "mean", "dominant"]

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from expertcut.profiling.schema import BlockInfo
 
 Layout = Literal["stock", "exact"]
+Positions = Literal["answer", "all"]
+Removed = Literal["zero", "mean"]  # output of removed experts in layout exact
+Fold = Literal["answer", "all", "off"]  # tokens over which layout stock rescales gate weights
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents import Format1, Identified, Record, load_record
-from expertcut.edits.edit_settings import Fold as Fold
-from expertcut.edits.edit_settings import Positions as Positions
-from expertcut.edits.edit_settings import Removed as Removed
-from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local

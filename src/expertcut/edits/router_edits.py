@@ -9,16 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expertcut.edits.edit_settings import ReweightSettings
-from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import (
-    BlockEdit,
-    EditPlan,
-    Point,
-    Positions,
-    expert_ids,
-    find_expert,
-    ids_text,
-)
+from expertcut.edits.layouts import LAYOUTS, Layout, Positions
+from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_expert, ids_text
 from expertcut.edits.reweight_select import (
     MIN_APPEARANCES,
     SCORES,

@@ -11,8 +11,8 @@ from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
 from expertcut.edits.criteria import CRITERIA, criterion_name
 from expertcut.edits.edit_settings import Budget, CutSettings
-from expertcut.edits.layouts import Layout
-from expertcut.edits.plan import Expert, Fold, PlanModel, Positions, Removed
+from expertcut.edits.layouts import Fold, Layout, Positions, Removed
+from expertcut.edits.plan import Expert, PlanModel
 from expertcut.edits.selection import counts, wanted_count
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.results import ChosenOnResult, load_outcome

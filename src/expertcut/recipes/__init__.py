@@ -52,7 +52,8 @@ def run(settings: RunSettings, ui: UI = SILENT) -> "Outcome":
             "add --trust-remote-code"
         )
     folder = settings.out or Path(recipe.out or Path("results") / file.stem)
-    outcome = RecipeRun(recipe, Ledger(folder, read_bytes(file)), settings, ui).all()
+    ledger, start = Ledger(folder, read_bytes(file)), settings.start
+    outcome = RecipeRun(recipe, ledger, ui, start=start, is_dry=settings.dry_run).all()
     n_ran, n_stages = len(outcome.ran), len(outcome.stages)
     if n_ran:
         text = f"{n_ran} of {n_stages} stages {'would run' if settings.dry_run else 'ran'}"

@@ -111,7 +111,9 @@ class _Sections(Settings):
     def _keeps_empty_sections(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {k: {} if v is None and k in cls.sections else v for k, v in values.items()}
+        known = cls.keys()
+        empty = {k for k, v in values.items() if v is None and known.get(k) in cls.sections}
+        return {k: {} if k in empty else v for k, v in values.items()}
 
 
 class Variant(_Sections):
@@ -125,7 +127,7 @@ class Variant(_Sections):
     prove: ProveSection | None = option(
         None, "Cross-fit the procedure of `reweight`.", flags=("--cross-fit",)
     )
-    sections: ClassVar = (*KINDS, "prove", "cross_fit")
+    sections: ClassVar = (*KINDS, "prove")
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:

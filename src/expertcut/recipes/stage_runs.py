@@ -23,7 +23,6 @@ from expertcut.commands import (
     reweight,
 )
 from expertcut.errors import ExpertcutError, OutputError
-from expertcut.recipes import RunSettings
 from expertcut.recipes.manifest import RECIPE_FILE, Inputs, Ledger, StageRecord, reason
 from expertcut.recipes.recipe_schema import HealSection, Recipe, Variant
 from expertcut.recipes.stages import (
@@ -194,11 +193,12 @@ class Outcome:
 class RecipeRun:
     """One run of a recipe."""
 
-    def __init__(self, recipe: Recipe, ledger: Ledger, settings: RunSettings, ui: UI) -> None:
+    def __init__(
+        self, recipe: Recipe, ledger: Ledger, ui: UI, *, start: str | None, is_dry: bool
+    ) -> None:
         self.recipe, self.ledger, self.ui = recipe, ledger, ui
-        self.is_dry = settings.dry_run
+        self.is_dry = is_dry
         self.stages = stages_of(recipe)
-        start = settings.start
         self.first = len(self.stages) if start is None else find_stage(start, self.stages)
         self.inputs = Inputs(recipe, ledger.before, is_anew=self.first == 0)
         self.outputs: dict[str, str | None] = {}
