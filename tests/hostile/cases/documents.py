@@ -71,8 +71,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not UTF-8": (lambda file: file.write_bytes(b'{"format": "\xff"}'), "utf-8|JSON"),
     "a byte order mark": (lambda f: f.write_bytes(b"\xef\xbb\xbf" + f.read_bytes()), "JSON"),
     "UTF-16": (lambda f: f.write_bytes(f.read_text().encode("utf-16")), "utf-8|JSON"),
-    "a list": (lambda file: file.write_text("[]"), "is no |holds no |must be"),
-    "nothing": (lambda file: file.write_text("null"), "is no |holds no |must be"),
+    "a list": (lambda file: file.write_text("[]"), "is no |is not |holds no |must be"),
+    "nothing": (lambda file: file.write_text("null"), "is no |is not |holds no |must be"),
     "nested 100,000 times": (lambda file: file.write_text("[" * 100_000), "levels|JSON"),
     "nested 150 times": (
         lambda file: edit(file, put("more", value=_nested(150))),

@@ -77,11 +77,15 @@ for name in ("../../up", "/etc/passwd", "a/b", "a\\\\b", "..", ".hidden", "", "x
         "variants.0.name: ",
     )
 add("a variant called profile", "variants: [{name: profile, prune: {keep: 4}}]", "is taken")
-add("a variant with a NUL", 'variants: [{name: "a\\0b", prune: {keep: 4}}]', "no character")
+add("a variant with a NUL", 'variants: [{name: "a\\0b", prune: {keep: 4}}]', "not a character")
 add("a variant of nothing", "variants: [{name: a}]", "does one thing")
-add("an expert of no number", "variants: [{name: a, reweight: {boost: first}}]", "no expert")
-add("an expert with a bias of NaN", "variants: [{name: a, reweight: {boost: 1=nan}}]", "no expert")
-add("an expert with code", "variants: [{name: a, reweight: {boost: '1=exit()'}}]", "no expert")
+add("an expert of no number", "variants: [{name: a, reweight: {boost: first}}]", "not an expert")
+add(
+    "an expert with a bias of NaN",
+    "variants: [{name: a, reweight: {boost: 1=nan}}]",
+    "not an expert",
+)
+add("an expert with code", "variants: [{name: a, reweight: {boost: '1=exit()'}}]", "not an expert")
 what = "variants: [{name: a, prune: {keep: 4, by: os}}]"
 add("a criterion that is none", what, "not a criterion")
 add("an output above", "out: ../elsewhere", "outside this folder")
@@ -96,7 +100,7 @@ for name in ("/tmp/cache", "../cache", "~/.cache"):
         "teacher_cache: .*outside this folder",
     )
 add("a quiz that is gone", HEAD.replace("birds", "./no"), "'./no' does not exist", is_whole=True)
-add("a repository above", "publish: [{variant: a, repo: ../name}]", "no repository")
+add("a repository above", "publish: [{variant: a, repo: ../name}]", "not a repository")
 add("code that comes with a model", "trust_remote_code: true", "add --trust-remote-code")
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
 add("a token in a comment", f"# {TOKEN}", "holds a token or a password in line 5")
