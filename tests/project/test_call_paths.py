@@ -92,6 +92,6 @@ def test_from_profile_to_the_forward_pass_are_at_most_twelve_calls(
 
 
 def test_from_profile_to_a_sum(profiled: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
-    calls = calls_until(monkeypatch, TokenSums, "expert", profiled, "Measurement._measure")
+    calls = calls_until(monkeypatch, TokenSums, "_add", profiled, "Measurement._measure")
     assert is_in_order(documented("profile"), calls), calls
-    assert documented("profile")[-1] == calls[-1] == "profiling.recorder.TokenSums.expert"
+    assert documented("profile")[-1] == calls[-1] == "profiling.recorder.TokenSums._add"
