@@ -98,7 +98,7 @@ def rows(kind: str, model: Path, place: Path, options: argparse.Namespace) -> li
             row[1] = len(next(iter(pruning.draft.edits.values())).keep)
             built = build(profile, pruning.draft, place / "cut", BuildOptions(LoadOptions()))
             assert built.proof is not None
-            against_base = built.proof.differences[0]
+            against_base = built.proof.held_out[0]
             row += [against_base.median_abs_logprob_diff, against_base.flipped]
             shutil.rmtree(place / "cut")
         found.append(row)

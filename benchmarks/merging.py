@@ -65,7 +65,7 @@ def _rows(profile: Profile, n_keep: int, by: str, place: Path) -> Iterator[list[
         )
         shutil.rmtree(place / "cut")
         assert done.built.proof is not None
-        base, reference, _ = done.built.proof.differences
+        base, reference, _ = done.built.proof.held_out
         cells: list[Cell] = [router]
         for found in (reference, base):
             cells += [found.median_abs_logprob_diff, found.flipped]

@@ -157,7 +157,7 @@ def test_an_edit_of_one_class_is_built_checked_and_reported(
     for plan, is_marked in ((replace(cut, action=f"{cut.action} --mark"), True), (cut, False)):
         folder = tmp_path / str(is_marked)
         built = build(profile, plan, folder, BuildOptions(LoadOptions()))
-        assert built.proof is not None and built.proof.differences[0].max_abs_logprob_diff > 0
+        assert built.proof is not None and built.proof.held_out[0].max_abs_logprob_diff > 0
         tensors = load_file(folder / "model.safetensors")
         assert ("marker" in tensors) == is_marked
         sentences = list(change_sentences(load_plan(folder), origin(load_plan(folder), folder)))

@@ -860,8 +860,9 @@ def test_a_quiz_that_changed_since_it_was_profiled_is_refused(tmp_path: Path):
     file = folder / "test" / f"{SUBJECTS[0]}_test.csv"
     before = file.read_text()
     file.write_text(before[:-2] + ("A" if before[-2] != "A" else "B") + "\n")  # one right answer
+    later = Profile(profile.path, profile.info)  # of another command
     with pytest.raises(ProfileError, match="its questions changed"):
-        questions_for(profile, is_fitting=False)
+        questions_for(later, is_fitting=False)
 
 
 @pytest.mark.parametrize("is_fitting", [False, True])

@@ -417,7 +417,7 @@ def test_of_a_quiz_of_one_set_a_fifth_is_audited_that_scored_nothing(
         (("--by", "fame"), "'fame' is not a criterion"),
         (("--by", "random,random"), "names random twice"),
         (("--fractions", "0"), "--fractions 0"),
-        (("--seed", "-1"), "--seed -1"),
+        (("--seed", "-1"), "--seed: must be"),
         (("--sample", "0"), "--sample"),
         (("--questions", "1"), "--questions"),
         (("--threads", "77"), "--threads 77"),

@@ -155,7 +155,7 @@ def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run:
         (("--boost-best", 1, "--layers", "0-x"), "is no layer: write them as 0,3,8-15"),
         (("--boost-best", 1, "--layers", "9"), "the model has MoE layers 0 to 1"),
         (("--boost-best", 1, "--prove", "--seed", -1), "--seed"),
-        (("--boost-best", 1, "--prove", "--draws", 10**30), "--draws"),
+        (("--boost-best", 1, "--prove", "--draws", 10**30), "--random-draws"),
         (("--boost-best", 1, "--layers", "9" * 5000), "is no layer"),
         (("--boost-best", 1, "--layers", "0-999999999999"), "is no layer"),
         (("--boost-best", 99), "99 experts are to be tilted, but only"),

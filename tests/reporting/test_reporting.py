@@ -699,8 +699,8 @@ def test_where_there_is_nothing_to_show_that_is_said(tmp_path: Path, content: st
 
 
 def test_every_criterion_is_a_documented_function():
-    assert all(name == function.__name__ for name, function in CRITERIA.items())
-    assert all(function.__doc__ for function in CRITERIA.values())
+    assert all(name == own.function.__name__ for name, own in CRITERIA.items())
+    assert all(own.function.__doc__ for own in CRITERIA.values())
 
 
 def test_choices_on_the_command_line_are_those_of_the_files():
