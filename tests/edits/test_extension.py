@@ -160,7 +160,7 @@ def test_an_edit_of_one_class_is_built_checked_and_reported(
         assert built.proof is not None and built.proof.held_out[0].max_abs_logprob_diff > 0
         tensors = load_file(folder / "model.safetensors")
         assert ("marker" in tensors) == is_marked
-        sentences = list(change_sentences(load_plan(folder), origin(load_plan(folder), folder)))
+        sentences = list(change_sentences(load_plan(folder), origin(folder)))
         assert ("The checkpoint carries a marker." in sentences) == is_marked
         assert len(RUNS) == 1  # the marked plan alone was simulated with it
         if is_marked:
