@@ -212,12 +212,12 @@ def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: 
     [
         (
             ("--targets", "attention,mlp"),
-            "--targets: Input should be 'attention', 'experts' or 'gate'",
+            "--targets: must be 'attention', 'experts' or 'gate'",
         ),
         (("--batch", 6, "--micro-batch", 4), "--micro-batch-size 4 must divide --batch-size 6"),
-        (("--alpha", 0), "--alpha: Input should be greater than or equal to 1"),
-        (("--answer-weight", "nan"), "--answer-weight: Input should be a finite number"),
-        (("--learning-rate", 3), "--learning-rate: Input should be less than 1"),
+        (("--alpha", 0), "--alpha: must be greater than or equal to 1"),
+        (("--answer-weight", "nan"), "--answer-weight: must be a finite number"),
+        (("--learning-rate", 3), "--learning-rate: must be less than 1"),
         (("--text", "x.jsonl", "--objective", "answer"), "--text has no answers"),
         (("--split", "test"), "stand in split test, which is scored later"),
         (("--split", "nothing"), "has no questions in split nothing"),

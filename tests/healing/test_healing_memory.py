@@ -197,7 +197,7 @@ class full_memory_above:
 
         def hidden(halves: Projection, run: Any, input_ids: Tensor, *more: Any) -> Tensor:
             self.asked.append(len(input_ids))
-            is_probe = input_ids.shape == objectives._PROBE
+            is_probe = input_ids.shape == (2, 3)
             if len(input_ids) > self.n_rows and not is_probe:
                 raise FULL_MEMORY
             return sound(halves, run, input_ids, *more)
