@@ -352,9 +352,16 @@ def audit_figure(audit: Audit) -> dict[str, bytes]:
         marks.append(each[0].random - each[0].least)
     labels = ("Spearman's ρ of score and harm, within layers", "regret (nats); dotted: at random")
     names, rhos = [verdict.by for verdict in order], [verdict.within.rho for verdict in order]
-    ends = [verdict.within.ci95 or (verdict.within.rho,) * 2 for verdict in order]
-    left = series_of("ρ", rhos, ends)
+    left = series_of("ρ", rhos, [_ends(verdict.within) for verdict in order])
     return draw_forest("audit", names, left, regrets, labels=labels, marks=marks)
+
+
+def _ends(rank: Correlation) -> tuple[float, float] | tuple[None, None]:
+    """The interval, widened to contain the correlation itself."""
+    if rank.rho is None:
+        return None, None
+    values = (rank.rho, *(rank.ci95 or ()))
+    return min(values), max(values)
 
 
 def ranked(audit: Audit) -> list[CriterionEvaluation]:

@@ -277,7 +277,8 @@ def _canvas(
 ) -> "tuple[Canvas, tuple[Any, ...]]":
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=size, layout="constrained", dpi=_DPI)
+    # The resolution at which text is measured decides the last bits of the layout.
+    canvas = Canvas(figsize=size, layout="constrained", dpi=None if has_grid else _DPI)
     panels = tuple(canvas.add_subplot(1, n_panels, i + 1) for i in range(n_panels))
     for axes in panels:
         if has_grid:
@@ -293,7 +294,7 @@ def _saved(canvas: "Canvas") -> dict[str, bytes]:
     found = {}
     for ending, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
         stream = BytesIO()
-        canvas.savefig(stream, format=ending, metadata=metadata)
+        canvas.savefig(stream, format=ending, dpi=_DPI, metadata=metadata)
         found[ending] = stream.getvalue()
     return found
 
