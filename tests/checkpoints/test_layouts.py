@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from expertcut.checkpoints.bias_scale_edit import ScaleEdit
 from expertcut.checkpoints.build import BuildOptions, build
+from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.size import size
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import CutSettings

@@ -145,7 +145,7 @@ def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--by", "foo", "--boost-best", 1), "--by foo is no score: take one of difference"),
+        (("--by", "foo", "--boost-best", 1), "--by foo is not a score: take one of difference"),
         (("--by", "accuracy"), "rank experts for --boost-best N"),
         (("--tune",), "say which experts to tilt"),
         (("--boost", "1:1=2", "--tune"), "--tune searches for the strength"),

@@ -14,7 +14,6 @@ import expertcut as api
 from expertcut.errors import PlanError, SettingsError
 from expertcut.evaluation.results import load_results
 from expertcut.profiling.storage import load_profile
-from expertcut.settings import Settings
 from tests.conftest import Commands
 
 ROOT = Path(__file__).parents[2]
@@ -154,16 +153,6 @@ def test_importing_the_package_loads_nothing_heavy():
     assert {"torch", "pandas", "numpy", "pydantic"}.isdisjoint(done.stdout.split())
     with pytest.raises(AttributeError, match="has no attribute 'prunes'"):
         _ = api.prunes
-
-
-def test_keywords_of_the_api_are_those_of_the_commands():
-    from expertcut import api as module
-
-    names = [name for name in vars(module) if name.endswith("_command")]
-    assert len(names) == 8
-    for name in names:
-        classes = [c for c in vars(getattr(module, name)).values() if isinstance(c, type)]
-        assert any(issubclass(c, Settings) and c.model_fields for c in classes)
 
 
 def test_the_notebook_runs(tmp_path: Path):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertcut.checkpoints import export as exporting
-from expertcut.checkpoints.bias_scale_edit import BiasEdit
+from expertcut.checkpoints.bias_edit import BiasEdit
 from expertcut.checkpoints.edit import Edit
 from expertcut.checkpoints.export import edits_of, rewrite_of
 from expertcut.checkpoints.prune_edit import PruneEdit

@@ -215,3 +215,8 @@ class Edit(Protocol):
     def describe(self) -> Iterable[str]:
         """Sentences for the model card."""
         return ()
+
+
+def experts_get(n: int) -> str:
+    """The beginning of a sentence of `describe` about n experts."""
+    return "1 expert gets" if n == 1 else f"{n} experts get"

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from expertcut.checkpoints.bias_scale_edit import BiasEdit, ScaleEdit
+from expertcut.checkpoints.bias_edit import BiasEdit
 from expertcut.checkpoints.edit import Edit, LayoutWriter
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.prune_edit import PruneEdit, removed_experts
+from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.shards import (
     MAX_SHARD_BYTES,
     Rewrite,

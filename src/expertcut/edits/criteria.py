@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from expertcut.edits.layouts import Positions
-from expertcut.edits.plan import least_per_group
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics, OverTokens, share
-from expertcut.profiling.storage import Profile
-from expertcut.stats import spearman
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from expertcut.profiling.storage import Profile
     from expertcut.scoring.engine import Engine
 
 Array = np.ndarray[Any, Any]
@@ -301,6 +299,7 @@ def scores(
 
 def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> list[Array]:
     from expertcut.edits.calibrate import RemovalTrial, sample_inputs
+    from expertcut.edits.plan import least_per_group
     from expertcut.edits.splits import questions_for
 
     kept = sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
@@ -364,6 +363,8 @@ class Compared:
 
     def correlations(self, a: str, b: str) -> list[float]:
         """Spearman's rank correlation of two criteria's scores by layer, NaN if one is constant."""
+        from expertcut.stats import spearman  # not needed to know the names
+
         return [spearman(x, y) for x, y in zip(self.scores[a], self.scores[b], strict=True)]
 
     def agreement(self, a: str, b: str) -> float:

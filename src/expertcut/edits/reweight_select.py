@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from scipy.special import expit, logit
 
 from expertcut.data import Quiz
 from expertcut.edits.splits import hashes, profiled_quiz
@@ -65,6 +64,7 @@ def _bias_to_mean(block: BlockInfo, alpha_N: Array, goal: float) -> float:
 
     Under a softmax the other experts' sum is unchanged, so α moves as under a sigmoid.
     """
+    from scipy.special import expit, logit  # slow import
 
     def distance(bias: float) -> float:
         if block.scoring == "sqrtsoftplus":

@@ -405,7 +405,7 @@ def check_settings(settings: ReweightSettings) -> None:
     settings.check()
     names = (*SCORES, *TOKEN_SCORES)
     if settings.by is not None and settings.by not in names:
-        raise SettingsError(f"--by {settings.by} is no score: take one of {', '.join(names)}")
+        raise SettingsError(f"--by {settings.by} is not a score: take one of {', '.join(names)}")
 
 
 def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:

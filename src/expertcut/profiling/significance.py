@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
 
 from expertcut.profiling.statistics import LayerStatistics, or_none, routing_json, share
 
@@ -116,6 +115,8 @@ def significance(
     seed: int = 0,
 ) -> Significance:
     """Differences, tests and permutation tests of every expert."""
+    from scipy.special import ndtr  # slow import
+
     difference_X, se_X = difference(counts)
     z_X = z_scores(counts)
     expected_X, variance_X = null_moments(counts)
