@@ -60,10 +60,10 @@ class Identified(Record):
             return self
         id_pattern = r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}"
         if not re.fullmatch(id_pattern, self.id, re.A) or ".." in self.id:
-            raise ValueError(f"{self.id[:80]!a} is no id of the Hub, but has a revision")
+            raise ValueError(f"{self.id[:80]!a} is not an id of the Hub, but has a revision")
         revision_pattern = r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}"
         if not re.fullmatch(revision_pattern, self.revision, re.A):
-            raise ValueError(f"{self.revision[:80]!a} is no revision")
+            raise ValueError(f"{self.revision[:80]!a} is not a revision")
         return self
 
 
@@ -80,11 +80,11 @@ def load_record(
     except ValidationError as error:  # a ValueError too, so it comes first
         raise refusal(f"{file} {is_not}: {first_fault(error)}") from None
     except ValueError as error:
-        raise refusal(f"{file} {is_not}: it is no JSON that is read here: {error}") from None
+        raise refusal(f"{file} {is_not}: invalid JSON: {error}") from None
 
 
 def first_fault(error: ValidationError) -> str:
     """The first error of a validation, in one line."""
     fault = error.errors(include_url=False)[0]
     place = ".".join(str(part)[:80] for part in fault["loc"]) or "the file"
-    return f"{place}: {fault['msg'][:300]}"
+    return f"{place}: {fault['msg'].removeprefix('Value error, ')[:300]}"

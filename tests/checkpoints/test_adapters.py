@@ -320,17 +320,23 @@ def retyped(adapter: Path, dtype: torch.dtype) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a file": (lambda a: (shutil.rmtree(a), a.write_text("")), "is no folder"),
+    "a file": (lambda a: (shutil.rmtree(a), a.write_text("")), "is not a folder"),
     "nothing": (shutil.rmtree, "no such adapter"),
     "no config": (lambda a: (a / CONFIG).unlink(), "has no adapter_config.json"),
     "no JSON": (lambda a: (a / CONFIG).write_text("{"), "cannot be read as JSON"),
     "a list": (lambda a: (a / CONFIG).write_text("[]"), "must be a JSON object"),
     "another kind": (lambda a: set_config(a, peft_type="IA3"), "is a IA3 adapter: only LORA"),
     "no rank": (lambda a: set_config(a, r="4"), "r: "),
-    "no pattern": (lambda a: set_config(a, rank_pattern={"[z-a]": 4}), "is no pattern"),
-    "a hard pattern": (lambda a: set_config(a, rank_pattern={"(.+)+!": 8}), "is no simple pattern"),
-    "many stars": (lambda a: set_config(a, rank_pattern={".*" * 9: 8}), "is no simple pattern"),
-    "a long pattern": (lambda a: set_config(a, rank_pattern={"q" * 301: 8}), "no simple pattern"),
+    "no pattern": (lambda a: set_config(a, rank_pattern={"[z-a]": 4}), "is not a pattern"),
+    "a hard pattern": (
+        lambda a: set_config(a, rank_pattern={"(.+)+!": 8}),
+        "is not a simple pattern",
+    ),
+    "many stars": (lambda a: set_config(a, rank_pattern={".*" * 9: 8}), "is not a simple pattern"),
+    "a long pattern": (
+        lambda a: set_config(a, rank_pattern={"q" * 301: 8}),
+        "not a simple pattern",
+    ),
     "moved weights": (lambda a: set_config(a, init_lora_weights="pissa_niter_4"), "began as pissa"),
     "kasa": (lambda a: set_config(a, kasa_config={"beta": 1}), "began as kasa"),
     "replicas": (lambda a: set_config(a, layer_replication=[[0, 2]]), "has layer_replication"),

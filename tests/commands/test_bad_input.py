@@ -214,7 +214,7 @@ def test_a_data_set_that_cannot_be_read_is_refused(
         ("1=", "'1=' is not an expert: write 12, 3:12 or 3:12=0.25"),
         ("1=much", "'1=much' is not an expert: write 12, 3:12 or 3:12=0.25"),
         ("1=nan", "'1=nan' is not an expert: write 12, 3:12 or 3:12=0.25"),
-        ("1=.", "'.' is no number"),
+        ("1=.", "'.' is not a number"),
         ("1=0", "a bias of 0 cannot tilt anything"),
         ("1=1e999", "a bias of 1e999 cannot tilt anything"),
         ("1=-0.5", "use --suppress"),

@@ -307,7 +307,7 @@ FAULTY_LINES = {
     json.dumps({**row(), "question": 3}): "question is 3",
     json.dumps({**row(), "choices": "ABCD"}): "list of texts",
     json.dumps({**row(), "choices": ["a", None]}): "list of texts",
-    json.dumps({**row(), "choices": ["a", float("nan")]}): "NaN is no number in JSON",
+    json.dumps({**row(), "choices": ["a", float("nan")]}): "NaN is not a number in JSON",
     json.dumps({**row(), "choices": ["a", " ", "c", ""]}): "choice B, D is missing",
     json.dumps(row(n_choices=1)): "1 choices, must be 2 to 26",
     json.dumps(row(n_choices=27)): "27 choices, must be 2 to 26",

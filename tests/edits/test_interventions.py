@@ -642,7 +642,7 @@ def test_hand_edited_nonsense_is_refused_by_its_place(
         inner = inner[key]
     inner[last] = value
     (tmp_path / "plan.json").write_text(json.dumps(fields))
-    with pytest.raises(PlanError, match=r"plan\.json is no plan: ") as refused:
+    with pytest.raises(PlanError, match=r"plan\.json is not a valid plan: ") as refused:
         load_plan(tmp_path)
     assert ".".join(path) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -654,7 +654,7 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path):
     text = plan_text(plan())
     for content in ("", "[]", "{}", text[: len(text) // 2], text + "}"):
         (tmp_path / "plan.json").write_text(content)
-        with pytest.raises(PlanError, match="is no plan"):
+        with pytest.raises(PlanError, match="is not a valid plan"):
             load_plan(tmp_path)
 
 

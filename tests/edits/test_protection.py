@@ -13,13 +13,14 @@ from scipy.stats import spearmanr
 
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.criteria import CRITERIA, compare, ranked, scores, spearman
+from expertcut.edits.criteria import CRITERIA, compare, ranked, scores
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.selection import choose, expressions_of, protected, protection, super_experts
 from expertcut.edits.splits import hashes, questions_for
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.storage import Profile
+from expertcut.stats import spearman
 from tests.conftest import make_checkpoint, make_tokenizer, open_model, write_quiz
 from tests.profiling.test_profile import profiled
 from tests.support.hand_made import block, profile_info, random_chunk, write_profile

@@ -240,7 +240,7 @@ def test_a_proof_is_read_as_it_was_written(tmp_path) -> None:
     (tmp_path / name).write_bytes(content)
     assert load_cross_fit(tmp_path) == result
     (tmp_path / "proof.json").write_text('{"format": 2}')
-    with pytest.raises(PlanError, match="is no proof"):
+    with pytest.raises(PlanError, match="is not a valid proof"):
         load_cross_fit(tmp_path)
     with pytest.raises(PlanError, match="cannot be read"):
         load_cross_fit(tmp_path / "nowhere")

@@ -152,12 +152,12 @@ def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run:
         (("--boost", "1:1", "--scale", "1:2=2", "--tune"), "--scale takes its factor by hand"),
         (("--boost-best", 1, "--strength", -1), "--strength -1 must be a number of logits above 0"),
         (("--boost-best", 1, "--min-appearances", 2), "must be a share from 0 to 1"),
-        (("--boost-best", 1, "--layers", "0-x"), "is no layer: write them as 0,3,8-15"),
+        (("--boost-best", 1, "--layers", "0-x"), "is not a layer: write them as 0,3,8-15"),
         (("--boost-best", 1, "--layers", "9"), "the model has MoE layers 0 to 1"),
         (("--boost-best", 1, "--prove", "--seed", -1), "--seed"),
         (("--boost-best", 1, "--prove", "--draws", 10**30), "--random-draws"),
-        (("--boost-best", 1, "--layers", "9" * 5000), "is no layer"),
-        (("--boost-best", 1, "--layers", "0-999999999999"), "is no layer"),
+        (("--boost-best", 1, "--layers", "9" * 5000), "is not a layer"),
+        (("--boost-best", 1, "--layers", "0-999999999999"), "is not a layer"),
         (("--boost-best", 99), "99 experts are to be tilted, but only"),
         (("--boost-best", 1, "--tune", "--layout", "exact", "--apply-at", "answer"), "gate.bias"),
         (("--boost-best", 1, "--contrast", "x", "y"), "no profile in x"),
@@ -173,7 +173,7 @@ def test_what_cannot_be_is_refused_in_one_line(
 
 def test_parts_of_a_contrast_that_are_not_there_are_refused(profile: Profile) -> None:
     fingerprint = profile.info.model.fingerprint
-    with pytest.raises(SettingsError, match="'fish' is no subject of that profile"):
+    with pytest.raises(SettingsError, match="'fish' is not a subject of that profile"):
         read_contrast((f"{profile.path}@fish", str(profile.path)), fingerprint)
     with pytest.raises(SettingsError, match="is a profile of another model"):
         read_contrast((str(profile.path), str(profile.path)), "0" * 64)
@@ -183,7 +183,7 @@ def test_layers_are_numbers_and_ranges() -> None:
     assert read_layers(None) == ()
     assert read_layers("0,3,8-10, 3") == (0, 3, 8, 9, 10)
     for bad in ("", "a", "1-", "-1", "1,,2"):
-        with pytest.raises(SettingsError, match="is no layer"):
+        with pytest.raises(SettingsError, match="is not a layer"):
             read_layers(bad)
 
 

@@ -258,7 +258,7 @@ def test_a_folder_of_something_else_is_refused(
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / what).write_text("{}")
     asking = Asking(quiz(quiz_folder, 1), None, LoadOptions())
-    with pytest.raises(OutputError, match=r"holds no sweep|is no sweep"):
+    with pytest.raises(OutputError, match=r"holds no sweep|is not a valid sweep"):
         next(Sweeping(profile_of("olmoe"), GRID, STOCK, asking).steps(tmp_path / "sweep"))
 
 

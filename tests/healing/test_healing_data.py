@@ -292,7 +292,7 @@ def test_how_the_judges_were_used_is_said(quiz_folder: Path) -> None:
         ('{"text": 3}', "must hold text, or messages"),
         ("[1]", "a list, must be a JSON object"),
         ('{"text": "\\ud800"}', "a lone surrogate"),
-        ('{"text": NaN}', "NaN is no number"),
+        ('{"text": NaN}', "NaN is not a number"),
         ('{"messages": [{"role": "user"}]}', "must hold text, or messages"),
         ("{", "not JSON"),
     ],

@@ -503,7 +503,7 @@ def test_a_description_that_does_not_hold_is_refused(
     (tmp_path / "profile.json").write_text(json.dumps(fields))
     assert load_profile(tmp_path).info == info
     (tmp_path / "profile.json").write_text(json.dumps({**fields, key: value}))
-    with pytest.raises(ProfileError, match=rf"profile\.json is no profile: {reason}"):
+    with pytest.raises(ProfileError, match=rf"profile\.json is not a valid profile: {reason}"):
         load_profile(tmp_path)
 
 
@@ -511,7 +511,7 @@ def test_no_profile_is_not_an_empty_one(tmp_path: Path):
     with pytest.raises(ProfileError, match=r"no profile in .* no profile\.json"):
         load_profile(tmp_path)
     (tmp_path / "profile.json").write_bytes(b"\xff{")
-    with pytest.raises(ProfileError, match="is no profile"):
+    with pytest.raises(ProfileError, match="is not a valid profile"):
         load_profile(tmp_path)
 
 

@@ -56,7 +56,7 @@ def test_ties_at_the_edge_of_the_top_k_are_broken_as_the_model_breaks_them(
 
 
 def spoilt(moe: Any, value: float, layer: int, token: int) -> Any:
-    """One logit of one token is no number, as after an overflow in half precision.
+    """One logit of one token is not a number, as after an overflow in half precision.
 
     Of the last block's calls only those that no answer reads: they are of many tokens.
     """

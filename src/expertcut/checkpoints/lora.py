@@ -112,7 +112,7 @@ def read_adapter(folder: Path) -> Adapter:
     """An adapter's config and headers; a ModelError if it is no LoRA that can be sliced."""
     file = folder / CONFIG_FILE
     if not folder.is_dir():
-        raise ModelError(f"no such adapter: {folder} is no folder, give one with {CONFIG_FILE}")
+        raise ModelError(f"no such adapter: {folder} is not a folder, give one with {CONFIG_FILE}")
     if not file.exists():
         raise ModelError(f"{folder} holds no adapter: it has no {CONFIG_FILE}")
     config = read_object(file)
@@ -150,13 +150,13 @@ def _check_settings(folder: Path, settings: _Settings) -> None:
         is_short = len(key) <= 300 and sum(map(key.count, "*+(")) <= _MAX_WAYS
         if not is_short or not _SIMPLE.fullmatch(key):
             raise ModelError(
-                f"{named} is no simple pattern: write names, with at most "
+                f"{named} is not a simple pattern: write names, with at most "
                 rf"{_MAX_WAYS} of .*, \d+ and (a|b)"
             )
         try:
             _pattern(key)
         except re.error as error:
-            raise ModelError(f"{named} is no pattern: {error}") from None
+            raise ModelError(f"{named} is not a pattern: {error}") from None
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:

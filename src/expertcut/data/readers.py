@@ -208,9 +208,9 @@ def _make_question(
         raise QuizError(f"{where}: choice {', '.join(empty)} is missing")
     for part in (subject, text, *choices):
         if "\0" in part:
-            raise QuizError(f"{where}: a NUL byte, which is no text")
+            raise QuizError(f"{where}: a NUL byte, which is not text")
         if not part.isascii() and any("\ud800" <= char <= "\udfff" for char in part):
-            raise QuizError(f"{where}: a lone surrogate, which is no character")
+            raise QuizError(f"{where}: a lone surrogate, which is not a character")
         if (n := len(part)) > _MAX_CHARACTERS:
             most = f"must be at most {_MAX_CHARACTERS:,}"
             raise QuizError(f"{where}: a text of {n:,} characters, {most}")

@@ -62,7 +62,7 @@ def load_quiz(selection: Selection) -> Quiz:
         raise QuizError("--shots must be at least 0 and --limit at least 1")
     if not re.fullmatch(r"\w[\w.-]{0,99}", selection.split):  # it becomes part of paths
         raise QuizError(
-            f"{selection.split[:80]!a} is no name of a split: take test, val or another word"
+            f"{selection.split[:80]!a} is not the name of a split: take test, val or another word"
         )
     split = "val" if selection.split == "validation" else selection.split
     source = _find_source(selection.quiz, selection.revision)
@@ -202,7 +202,7 @@ def _find_source(quiz: str, revision: str | None) -> _Files | _DataSet:
     if quiz == DEFAULT_QUIZ:
         return _open_mmlu()
     if "/" not in quiz or quiz.startswith((".", "/")) or quiz.count("/") > 1:
-        raise QuizError(f"no such quiz: {quiz} is no folder, no .csv or .jsonl file and no hub id")
+        raise QuizError(f"no such quiz: {quiz} is not a folder, a .csv or .jsonl file or a hub id")
     return _open_data_set(quiz, revision)
 
 

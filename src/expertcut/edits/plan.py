@@ -203,7 +203,7 @@ def plan_text(plan: PlanFile) -> str:
 def load_plan(path: Path) -> PlanFile:
     """A plan from its file or the folder that holds it."""
     file = path / PLAN_FILE if path.is_dir() else path
-    return load_record(file, PlanFile, PlanError, "is no plan")
+    return load_record(file, PlanFile, PlanError, "is not a valid plan")
 
 
 def plan_in(folder: Path) -> PlanFile | None:

@@ -399,7 +399,7 @@ def _side(expression: str, fingerprint: str) -> QuestionOutcomes:
         names, known = [name.strip() for name in which.split(",")], profile.info.quiz.subjects
         if unknown := [name for name in names if name not in known]:
             raise SettingsError(
-                f"--contrast {expression}: {unknown[0]!r} is no subject of that profile: write "
+                f"--contrast {expression}: {unknown[0]!r} is not a subject of that profile: write "
                 f"right, wrong or some of {', '.join(list(known)[:3])}, …"
             )
         records = records.part(np.isin(records.subject_N, names))

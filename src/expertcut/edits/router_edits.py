@@ -245,7 +245,7 @@ def parse_target(expression: str, what: str = "bias") -> Target:
     try:
         value = None if number is None else float(number)
     except ValueError:
-        raise SettingsError(f"{expression!r}: {number!r} is no number") from None
+        raise SettingsError(f"{expression!r}: {number!r} is not a number") from None
     if value is not None and not math.isfinite(value):
         raise SettingsError(f"{expression!r}: a {what} of {number} cannot tilt anything")
     if value == 0 and what == "bias":
@@ -452,7 +452,7 @@ def read_layers(text: str | None) -> tuple[int, ...]:
     for part in text.split(",") if text is not None else ():
         first, _, last = part.strip().partition("-")
         if not _LAYERS.fullmatch(part.strip()):
-            raise SettingsError(f"--layers: {part[:80]!r} is no layer: write them as 0,3,8-15")
+            raise SettingsError(f"--layers: {part[:80]!r} is not a layer: write them as 0,3,8-15")
         found += range(int(first), int(last or first) + 1)
     return tuple(dict.fromkeys(found))
 

@@ -218,7 +218,7 @@ def floors(blocks: Sequence[BlockInfo], min_keep: int | None) -> list[int]:
 
 
 def as_numbers(score_E: Array) -> Array:
-    """Scores in float64; what is no number counts as the layer's lowest, +∞ as its highest."""
+    """Scores in float64; what is not a number counts as the layer's lowest, +∞ as its highest."""
     finite = score_E[np.isfinite(score_E)]
     lowest, highest = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
     filled_E = np.nan_to_num(score_E, nan=lowest, neginf=lowest, posinf=highest)

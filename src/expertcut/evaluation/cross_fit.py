@@ -309,4 +309,4 @@ def proof_file(result: CrossFitResult) -> dict[str, bytes]:
 
 def load_cross_fit(folder: Path) -> CrossFitResult:
     """`proof.json` of a folder, a PlanError where it is missing or not valid."""
-    return load_record(folder / PROOF_FILE, CrossFitResult, PlanError, "is no proof")
+    return load_record(folder / PROOF_FILE, CrossFitResult, PlanError, "is not a valid proof")

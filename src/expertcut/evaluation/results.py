@@ -123,7 +123,7 @@ def save_outcome(file: Path, record: Record) -> None:
 
 def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:
     """A saved record, an OutputError where it is missing or not valid."""
-    return load_record(file, kind, OutputError, f"is no {kind.__name__.lower()}")
+    return load_record(file, kind, OutputError, f"is not a valid {kind.__name__.lower()}")
 
 
 def load_unfinished(file: Path, kind: type[Outcome]) -> Outcome | None:

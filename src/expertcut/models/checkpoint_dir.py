@@ -42,7 +42,7 @@ def check_size(file: Path, max_bytes: int) -> None:
     """Checks that a regular file has a plausible size."""
     if not file.is_file():  # opening a FIFO would wait forever; a device never ends
         file.stat()
-        raise ModelError(f"{file} cannot be read: it is no regular file")
+        raise ModelError(f"{file} cannot be read: it is not a regular file")
     if (size_bytes := file.stat().st_size) > max_bytes:
         raise ModelError(
             f"{file} has {size_bytes:,} bytes, more than the {max_bytes:,} that it can need: "
@@ -73,7 +73,7 @@ def check_folder(folder: Path) -> None:
         if file.is_symlink():
             _check_link(file, folder)
         if not file.is_file():
-            raise ModelError(f"{file} is no regular file: put the file itself there")
+            raise ModelError(f"{file} is not a regular file: put the file itself there")
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -167,7 +167,7 @@ def _download(model: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"no such model: {model} is no folder here and the hub says: {reason}"
+            f"no such model: {model} is not a folder here and the hub says: {reason}"
         ) from None
 
 
@@ -316,5 +316,5 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
         return torch.float32 if name == "auto" and device.type == "cpu" else "auto"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise SettingsError(f"--dtype {name} is no floating-point type of torch")
+        raise SettingsError(f"--dtype {name} is not a floating-point type of torch")
     return dtype

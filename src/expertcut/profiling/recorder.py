@@ -43,7 +43,7 @@ def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
     if bad:
         layer, name = min(bad, key=lambda pair: pair[0])
         raise ModelError(
-            f"{moe.source.id} computes what is no finite number for tokens of {subject}: {name} of "
+            f"{moe.source.id} computes a non-finite number for tokens of {subject}: {name} of "
             f"layer {layer} ({moe.blocks[layer].name}): {advice(moe)}"
         )
 

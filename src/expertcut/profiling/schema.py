@@ -178,7 +178,7 @@ def _faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Iterator[
         yield from _wrong_routing(arrays, blocks)
     for name in sums:
         if not np.isfinite(arrays[name]).all():
-            yield f"{name} holds what is no number"
+            yield f"{name} holds a value that is not finite"
 
 
 def _wrong_answers(arrays: Mapping[str, Array], n: int) -> Iterator[str]:
@@ -189,9 +189,9 @@ def _wrong_answers(arrays: Mapping[str, Array], n: int) -> Iterator[str]:
         return
     order_NC = arrays.get("order_NC", np.zeros(shape, np.uint8))
     if order_NC.shape != shape or ((order_NC >= shape[1]) & (order_NC != NO_CHOICE)).any():
-        yield "order_NC is no order of the choices"
+        yield "order_NC is not an order of the choices"
     if logprob_NC.dtype != np.float32 or np.isnan(logprob_NC).any() or (logprob_NC > 1).any():
-        yield "choice_logprob_NC holds what is no log probability"
+        yield "choice_logprob_NC holds a value that is not a log probability"
     answer_N = arrays["answer_N"]
     if answer_N.dtype != np.uint8 or (answer_N >= shape[1]).any():
         yield "answer_N names choices that are not there"
@@ -204,7 +204,7 @@ def _wrong_routing(arrays: Mapping[str, Array], blocks: Sequence[BlockInfo]) -> 
         yield "chosen_NLK names experts that are not there"
     for name in ("alpha_NLE", "weight_NLK"):
         if arrays[name].dtype != np.float32 or not np.isfinite(arrays[name]).all():
-            yield f"{name} holds what is no number"
+            yield f"{name} holds a value that is not finite"
     for name in ("gap_N", "prefix_gap"):
         if np.isnan(arrays[name]).any():
-            yield f"{name} holds what is no number"
+            yield f"{name} holds a value that is not finite"

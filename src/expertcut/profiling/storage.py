@@ -230,7 +230,7 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
     file = path / "profile.json"
     if not file.exists():
         raise ProfileError(f"no profile in {path}: it has no profile.json")
-    info = load_record(file, ProfileInfo, ProfileError, "is no profile")
+    info = load_record(file, ProfileInfo, ProfileError, "is not a valid profile")
     return Profile(path, info, truncate)
 
 

@@ -52,7 +52,7 @@ def write(run: Path, out: Path | None = None) -> Path:
     """
     page = out or (run if run.is_dir() else run.parent) / PAGE
     if page.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(f"{page} is no name for a page: end it in .html")
+        raise OutputError(f"{page} is not the name of a page: end it in .html")
     found = gather(run)
     sections = sections_of(found)
     beside = page.with_suffix("")

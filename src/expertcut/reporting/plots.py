@@ -324,7 +324,7 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     padded_LE = np.full((len(figure.rows), most), np.nan)
     for layer, values in enumerate(figure.rows):
         padded_LE[layer, : len(values)] = values
-        # Behind the cells, seen where there is no number.
+        # Behind the cells, seen where there is no value.
         place = (figure.first - 0.5, layer - 0.5)
         axes.add_patch(Rectangle(place, len(values), 1, fc="white", ec="#9a9a9a", hatch="////",
                                  linewidth=0, zorder=0))  # fmt: skip

@@ -76,11 +76,11 @@ TEXTS: dict[str, tuple[Change, str]] = {
     "5 GB": (sparse(5_000_000_000), "5,000,000,000 bytes, more than"),
     "a pipe in its place": (
         lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)),
-        "no regular file",
+        "not a regular file",
     ),
     "a folder in its place": (
         lambda f: ((f / CONFIG).unlink(), (f / CONFIG).mkdir()),
-        "no regular file",
+        "not a regular file",
     ),
 }
 for fault, (change, says) in TEXTS.items():

@@ -122,6 +122,6 @@ for command, words in PROFILE_COMMANDS.items():
     CASES.add(
         f"profile without a model, met by {command}",
         spoiled(profile, lambda file: edit(file, taken("model")), *words),
-        "profile.json is no profile",
+        "profile.json is not a valid profile",
         "model: Field required",
     )

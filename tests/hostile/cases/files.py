@@ -87,12 +87,12 @@ FILES: dict[str, tuple[Change, str, str]] = {
     "a shard that is a folder": (
         replaced(Path.mkdir),
         FIRST,
-        "no regular file",
+        "not a regular file",
     ),
     "a shard that is a pipe": (
         replaced(os.mkfifo),
         FIRST,
-        "no regular file",
+        "not a regular file",
     ),
     "a shard that is /dev/zero": (
         replaced(lambda file: file.symlink_to("/dev/zero")),
@@ -122,7 +122,7 @@ FILES: dict[str, tuple[Change, str, str]] = {
     "an index that is a pipe": (
         lambda f: ((f / INDEX).unlink(), os.mkfifo(f / INDEX)),
         HERE,
-        "no regular file",
+        "not a regular file",
     ),
     "no index and no single file": (
         lambda f: (f / INDEX).unlink(),

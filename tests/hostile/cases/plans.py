@@ -21,7 +21,7 @@ from tests.hostile.world import AUDITED, World
 
 CASES = Corpus("plans")
 PLAN, CHOSEN_ON = f"{World.cut}/plan.json", f"{World.cut}/chosen_on.txt"
-NO_PLAN = r"plan\.json is no plan"
+NO_PLAN = r"plan\.json is not a valid plan"
 COMMANDS = {
     "show": ["show", PLAN],
     "publish": PUBLISH,
@@ -64,12 +64,12 @@ wrong("no model", taken("model"), "model: Field required")
 wrong(
     "a model that leads out of the cache",
     put("model", value={"id": "../../etc", "revision": "main", "fingerprint": "f"}),
-    "no id of the Hub",
+    "not an id of the Hub",
 )
 wrong(
     "a revision that leads out of the cache",
     put("model", value={"id": "a/b", "revision": "../../../etc/passwd", "fingerprint": "f"}),
-    "no revision",
+    "not a revision",
 )
 wrong("what it was chosen on left out", taken("chosen_on"), "chosen_on: Field required")
 wrong("a search in words", put("tuning", value="none"), "tuning: ")
@@ -97,7 +97,7 @@ CASES.add(
     "a list of questions that is a folder",
     spoiled(CHOSEN_ON, as_folder, *EVAL),
     r"chosen_on\.txt",
-    "is no regular file",
+    "is not a regular file",
 )
 CASES.add(
     "a plan that links to nothing, met by eval",
@@ -166,12 +166,12 @@ CASES.add(
 CASES.add(
     "a proof that is a plan",
     written(f"{World.cut}/proof.json", '{"format": 1}', "show", World.cut),
-    r"proof\.json is no proof",
+    r"proof\.json is not a valid proof",
     "procedure: Field required",
 )
 CASES.add(
     "a proof of a later version, met by publish",
     written(f"{World.cut}/proof.json", '{"format": 2}', *PUBLISH),
-    r"proof\.json is no proof",
+    r"proof\.json is not a valid proof",
     "format: ",
 )

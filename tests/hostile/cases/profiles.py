@@ -88,11 +88,11 @@ FORGED: dict[str, tuple[Callable[[Arrays], object], str]] = {
     "expert 32,767": (at("chosen_NLK", 32_767), "experts that are not there"),
     "expert -1": (at("chosen_NLK", -1), "experts that are not there"),
     "experts that are no whole numbers": (typed("chosen_NLK", np.float32), "experts"),
-    "a probability of NaN": (at("alpha_NLE", np.nan), "alpha_NLE holds what is no number"),
-    "a gate weight of ∞": (at("weight_NLK", np.inf), "weight_NLK holds what is no number"),
-    "a gap of NaN": (at("gap_N", np.nan), "gap_N holds what is no number"),
-    "a log probability of NaN": (at("choice_logprob_NC", np.nan), "no log probability"),
-    "a log probability of 5": (at("choice_logprob_NC", 5), "no log probability"),
+    "a probability of NaN": (at("alpha_NLE", np.nan), "alpha_NLE holds a value that is not finite"),
+    "a gate weight of ∞": (at("weight_NLK", np.inf), "weight_NLK holds a value that is not finite"),
+    "a gap of NaN": (at("gap_N", np.nan), "gap_N holds a value that is not finite"),
+    "a log probability of NaN": (at("choice_logprob_NC", np.nan), "not a log probability"),
+    "a log probability of 5": (at("choice_logprob_NC", 5), "not a log probability"),
     "an answer that is no choice": (at("answer_N", 4), "choices that are not there"),
     "answers that are text": (typed("answer_N", np.float64), "choices that are not there"),
     "one choice": (shaped("choice_logprob_NC", 3, 1), r"choice_logprob_NC has shape \[3, 1\]"),
@@ -100,13 +100,16 @@ FORGED: dict[str, tuple[Callable[[Arrays], object], str]] = {
     "fewer questions than it has": (shaped("row_N", 2), r"row_N has shape \[2\], not \[3\]"),
     "no probabilities": (lambda a: a.pop("alpha_NLE"), "it has no alpha_NLE"),
     "no answers": (lambda a: a.pop("answer_N"), "it has no answer_N"),
-    "a sum of ∞": (at("question_norm_LE", np.inf), "question_norm_LE holds what is no number"),
+    "a sum of ∞": (
+        at("question_norm_LE", np.inf),
+        "question_norm_LE holds a value that is not finite",
+    ),
     "a sum without its prefix": (lambda a: a.pop("prefix_votes_LE"), "it has no prefix_votes_LE"),
     "sums of other layers": (shaped("prefix_tokens_LE", 3, 8), r"has shape \[3, 8\], not \[2, 8\]"),
     "more experts than the model": (shaped("alpha_NLE", 3, 2, 16), r"has shape \[3, 2, 16\]"),
     "an order of choices that are not there": (
         lambda a: a.update(order_NC=np.full((3, 4), 9, np.uint8)),
-        "order_NC is no order",
+        "order_NC is not an order",
     ),
 }
 for fault, (change, says) in FORGED.items():
@@ -141,7 +144,7 @@ def lying(fault: str, change: Callable[[Any], object], *says: str, command: str 
     CASES.add(f"{fault}, met by {name}", edited(INFO, change, *words), *says)
 
 
-NO_PROFILE = r"profile\.json is no profile"
+NO_PROFILE = r"profile\.json is not a valid profile"
 MODEL, BLOCK = ("model",), ("model", "blocks", 0)
 TREES = ("quiz", "subjects", "tall_trees", "questions")
 lying("experts as text", put(*BLOCK, "experts", value="8"), NO_PROFILE, "experts: .*integer")
@@ -162,12 +165,12 @@ lying("other weights", put(*MODEL, "fingerprint", value="f" * 64), DAMAGED, "ano
 lying(
     "a model that leads out of the cache",
     lambda p: p["model"].update(id="../../../../etc", revision="main"),
-    *(NO_PROFILE, "no id of the Hub"),
+    *(NO_PROFILE, "not an id of the Hub"),
 )
 lying(
     "a revision that leads out of the cache",
     lambda p: p["model"].update(id="owner/name", revision="../../../../../etc/passwd"),
-    *(NO_PROFILE, "no revision"),
+    *(NO_PROFILE, "not a revision"),
 )
 lying(
     "a model with a NUL in its name",

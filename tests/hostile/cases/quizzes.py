@@ -119,7 +119,7 @@ line("a NUL", b"\0", "not JSON")
 line("100,000 levels", "[" * 100_000, "not JSON: more than 100 levels")
 line("150 levels", '{"a": ' * 150 + "1" + "}" * 150, "not JSON: more than 100 levels")
 line("10 MB of levels", '{"a": ' * 1_700_000, "not JSON: more than 100 levels")
-line("a number that is none", '{"question": NaN}', "NaN is no number")
+line("a number that is none", '{"question": NaN}', "NaN is not a number")
 line("a name twice", '{"question": "a", "question": "b"}', "'question' stands twice")
 line("a number of 10,000 digits", f'{{"answer": {"9" * 10_000}}}', "more than 64 bits")
 line("a byte order mark", b"\xef\xbb\xbf{}", "not JSON")  # in the middle of the file
@@ -182,7 +182,7 @@ for split in ("../test", "/etc", "..", "te/st", "t\0", "x" * 300, "*"):
     CASES.add(
         f"a split called {split[:20]!r}",
         lambda _world, split=split: [*commands(World.quiz)["profile"], "--split", split],
-        "no name of a split",
+        "not the name of a split",
         "take test, val",
     )
 

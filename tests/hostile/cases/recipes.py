@@ -117,5 +117,5 @@ CASES.add(
     "a split elsewhere",
     written(World.recipe, HEAD + "profile: {split: ../../etc}", *RUN),
     r"\.\./\.\./etc",
-    "no name of a split",
+    "not the name of a split",
 )

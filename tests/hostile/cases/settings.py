@@ -63,7 +63,7 @@ CASES.add(
         )
     ),
     r"additional_chat_templates/tool\.jinja",
-    "no regular file",
+    "not a regular file",
 )
 
 

@@ -122,7 +122,7 @@ MAINS: dict[str, tuple[Change, str]] = {
         "tokenizer.json cannot be read as JSON",
     ),
     "2 GB": (lambda f: os.truncate(f / MAIN, 2_000_000_000), "2,000,000,000 bytes, more than"),
-    "a pipe": (lambda f: ((f / MAIN).unlink(), os.mkfifo(f / MAIN)), "no regular file"),
+    "a pipe": (lambda f: ((f / MAIN).unlink(), os.mkfifo(f / MAIN)), "not a regular file"),
     "an unknown model": (main(lambda c: c["model"].update(type="Evil")), "cannot be loaded"),
     "no model": (main(lambda c: c.pop("model")), "cannot be loaded"),
     "a vocabulary that is a list": (
