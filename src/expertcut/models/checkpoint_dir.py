@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,8 @@ def find_local(model: str, fingerprint: str, near: Path) -> Path | None:
     """
     is_relative = not Path(model).is_absolute()
     above = [folder / model for folder in near.resolve().parents] if is_relative else []
-    return next((f for f in (Path(model), *above) if _holds(f, fingerprint)), None)
-
-
-def _holds(folder: Path, fingerprint: str) -> bool:
-    try:
-        return (folder / "config.json").is_file() and fingerprint_of(folder) == fingerprint
-    except (ModelError, OSError, ValueError):
-        return False
+    for folder in (Path(model), *above):
+        with suppress(ModelError, OSError, ValueError):
+            if (folder / "config.json").is_file() and fingerprint_of(folder) == fingerprint:
+                return folder
+    return None

@@ -134,9 +134,8 @@ def _within_cgroups() -> Iterator[int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory, in torch, C++, oneDNN or CUDA."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    is_told = isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    return is_told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def give_back() -> None:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from expertcut.errors import ContractError
 from expertcut.models.gate_laws import check_blocks, explain_gate, first, verifying
 from expertcut.models.hooks import Routing, registered, replaced_forward
-from expertcut.models.moe_block import MoeBlock, Residual, RouterCall
+from expertcut.models.moe_block import MoeBlock, Residual
 
 _SCALES_INPUT = "its router scales the expert's input, so an expert has no output of its own"
 # Families that break the contract, by config.model_type.
@@ -29,15 +29,11 @@ REFUSED = {
 
 
 class Probe:
-    """Records one decoder layer in one forward pass of a few tokens."""
+    """Records the calls of a decoder layer's modules in one forward pass of a few tokens."""
 
     def __init__(self, decoder: nn.Module, block: MoeBlock) -> None:
         self.decoder, self.block = decoder, block
-        self.calls: list[tuple[nn.Module, Any, Any]] = []
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
-        self.expert_sum: Any = None
-        self.block_output: Any = None
-        self.layer_output: Any = None
+        self.calls: list[tuple[nn.Module, Any, Any, Any]] = []  # module, args, kwargs, output
 
     def hooks(self) -> Iterator[RemovableHandle]:
         """Hooks the modules of the layer, and of the block only itself and its experts."""
@@ -46,39 +42,35 @@ class Probe:
             if module not in inside:
                 yield module.register_forward_hook(self._record, with_kwargs=True)
 
-    def _record(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        output = first(output)
-        if module is self.block.module:
-            self.call, self.block_output = (args, kwargs), output
-        elif module is self.block.experts:
-            self.expert_sum = output if self.expert_sum is None else self.expert_sum
-        elif module is self.decoder:
-            self.layer_output = output
-        else:
-            self.calls.append((module, args[0] if args else None, output))
+    def _record(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.calls.append((module, args, kwargs, first(output)))
 
     @torch.inference_mode()
-    def output_factor(self) -> float | None:
-        """The factor of the experts' sum in the block; None if the block does more to it."""
-        if not isinstance(self.expert_sum, Tensor):
-            return None
-        args, kwargs = self.call
-        zeros = torch.zeros_like(self.expert_sum)
+    def connections(self) -> tuple[float | None, Residual | None]:
+        """The factor of the experts' sum in the block, and the block's residual connection.
+
+        None if the block does more to the sum, and if the connection is not a plain sum.
+        """
+        nothing: tuple[Any, Any, Any] = (), {}, None
+        last_calls = {module: call for module, *call in self.calls}
+        args, kwargs, block_output = last_calls.get(self.block.module, nothing)
+        *_, layer_output = last_calls.get(self.decoder, nothing)
+        # The laws of the block are checked with other sums in later calls.
+        sums = (output for module, *_, output in self.calls if module is self.block.experts)
+        if not isinstance(expert_sum := next(sums, None), Tensor):
+            return None, None
+        zeros = torch.zeros_like(expert_sum)
         with replaced_forward(self.block.experts, lambda *_, **__: zeros):
             without = first(self.block.module(*args, **kwargs))
-        return _factor(without, self.expert_sum, self.block_output)
-
-    def residual(self, output_factor: float | None) -> Residual | None:
-        """The residual connection around the block; None if it is not a plain sum."""
-        block_input = self.call[0][0] if self.call[0] else None
-        for module, x_BTD, output in self.calls:
-            if output_factor is not None and output is block_input and isinstance(x_BTD, Tensor):
-                factor = _factor(x_BTD, self.block_output, self.layer_output)
+        output_factor = _factor(without, expert_sum, block_output)
+        if output_factor is None or not args:
+            return output_factor, None
+        for module, inputs, _, output in self.calls:
+            if output is args[0] and inputs and isinstance(inputs[0], Tensor):
+                factor = _factor(inputs[0], block_output, layer_output)
                 if factor is not None:
-                    return Residual(module, factor * output_factor)
-        return None
+                    return output_factor, Residual(module, factor * output_factor)
+        return output_factor, None
 
 
 def _factor(x: Tensor, own: Any, result: Any) -> float | None:
@@ -115,26 +107,34 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
     if not unprobed:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
     check_blocks(unprobed)
-    seen: dict[int, tuple[RouterCall, Routing]] = {}
+    seen: dict[int, tuple[MoeBlock, Routing]] = {}
     probes = {b.layer: Probe(model.get_submodule(b.name.rpartition(".")[0]), b) for b in unprobed}
     with (
         torch.inference_mode(),
         registered(handle for probe in probes.values() for handle in probe.hooks()),
-        verifying(unprobed, model_type, lambda b, *found: seen.update({b.layer: found})),
+        verifying(unprobed, model_type, lambda b, routing: seen.update({b.layer: (b, routing)})),
     ):
         model(input_ids=input_ids_1T, use_cache=False)
     found = []
-    for block in unprobed:
-        probed, probe = _probed(block, seen.get(block.layer), model_type), probes[block.layer]
-        factor = probe.output_factor()
-        found.append(replace(probed, output_factor=factor, residual=probe.residual(factor)))
+    for unseen in unprobed:
+        if unseen.layer not in seen:
+            raise ContractError(f"{unseen.name}: its router did not run on a forward pass")
+        block, routing = seen[unseen.layer]
+        shapes = (*routing.logits_TE.shape[1:], *routing.experts_TK.shape[1:])
+        if shapes != (block.n_experts, block.top_k):
+            raise ContractError(
+                f"{block.name}: router gave logits and choices of widths {shapes}, "
+                f"must be {(block.n_experts, block.top_k)}"
+            )
+        probed = explain_gate(block, routing, model_type)
+        output_factor, residual = probes[block.layer].connections()
+        found.append(replace(probed, output_factor=output_factor, residual=residual))
     return tuple(found)
 
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:
     """The routers of all MoE blocks."""
-    for _, module in _candidates(model):
-        yield from _routers(module)
+    return (router for _, module in _candidates(model) for router in _routers(module))
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -167,16 +167,3 @@ def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
     n_groups = int(getattr(router, "num_group", 1) or 1)
     top_groups = int(getattr(router, "topk_group", 1) or 1) if n_groups > 1 else 1
     return MoeBlock(name, layer, module, router, experts, n_experts, top_k, n_groups, top_groups)
-
-
-def _probed(block: MoeBlock, seen: tuple[RouterCall, Routing] | None, model_type: str) -> MoeBlock:
-    if seen is None:
-        raise ContractError(f"{block.name}: its router did not run on a forward pass")
-    call, routing = seen
-    shapes = (*routing.logits_TE.shape[1:], *routing.experts_TK.shape[1:])
-    if shapes != (block.n_experts, block.top_k):
-        raise ContractError(
-            f"{block.name}: router gave logits and choices of widths {shapes}, "
-            f"must be {(block.n_experts, block.top_k)}"
-        )
-    return explain_gate(replace(block, call=call), routing, model_type)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from typing import Any, Literal
 
 import torch
@@ -57,7 +57,12 @@ EXCEPTIONS: dict[str, tuple[Law, str]] = {
 def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBlock:
     """The block with its gate, identified from its routing of the probe and synthetic logits."""
     is_table = _is_table(block, routing)
-    _check_repeatable(block, routing)
+    logits_TE, weights_TK, experts_TK = route(block.router, block.call)
+    is_same = torch.equal(experts_TK, routing.experts_TK) and torch.allclose(
+        weights_TK.float(), routing.weights_TK.float(), rtol=_tolerance(routing), atol=1e-6
+    )
+    if not is_same or not torch.equal(logits_TE, routing.logits_TE):
+        raise broken(block, "repeatable", "its router routes the same tokens in another way twice")
     ops = hooks.logits_ops(block.router, block.call)
     op = next((op for op in ops if _acts(block, op, is_table)), None)
     routings = [routing, *_synthetic_routings(block, op)]
@@ -69,9 +74,9 @@ def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBlock
     return replace(block, inflates=is_cut_softmax, selection=selection, is_linear=is_linear)
 
 
-def check_gate(block: MoeBlock, call: RouterCall, routing: Routing) -> None:
-    """Checks the identified gate on the routing of other tokens."""
-    if block.is_hashed != _is_table(replace(block, call=call), routing):
+def check_gate(block: MoeBlock, routing: Routing) -> None:
+    """Checks the identified gate on the routing of other tokens, by the block's `call`."""
+    if block.is_hashed != _is_table(block, routing):
         raise broken(block, "choice", "a table of token ids chooses its experts only sometimes")
     if block.weights is not None:
         off = _misfit(block.scoring, block.weights, routing)
@@ -108,15 +113,6 @@ def _is_table(block: MoeBlock, routing: Routing) -> bool:
     )
 
 
-def _check_repeatable(block: MoeBlock, routing: Routing) -> None:
-    logits_TE, weights_TK, experts_TK = route(block.router, block.call)
-    is_same = torch.equal(experts_TK, routing.experts_TK) and torch.allclose(
-        weights_TK.float(), routing.weights_TK.float(), rtol=_tolerance(routing), atol=1e-6
-    )
-    if not is_same or not torch.equal(logits_TE, routing.logits_TE):
-        raise broken(block, "repeatable", "its router routes the same tokens in another way twice")
-
-
 def _acts(block: MoeBlock, op: moe_block.LogitsOp, is_table: bool) -> bool:
     """Whether changing the result of the operation changes the router's logits."""
     before_TE, _, experts_TK = route(block.router, block.call)
@@ -138,17 +134,16 @@ def _acts(block: MoeBlock, op: moe_block.LogitsOp, is_table: bool) -> bool:
 def _synthetic_routings(block: MoeBlock, op: moe_block.LogitsOp | None) -> Iterator[Routing]:
     """Routings of synthetic logits, or of scaled inputs if logits cannot be changed."""
     generator = torch.Generator().manual_seed(0)
+    x, *more = block.call.args
     for scale in (0.03, 0.3, 1.0, 3.0):  # from nearly equal to peaked
-        call = block.call
-        with ExitStack() as stack:
-            if op is None:
-                x, *more = call.args
-                call = RouterCall((x * scale, *more), call.kwargs)
-            else:
-                put = partial(_random_logits, scale=scale, generator=generator)
-                stack.enter_context(hooks.changed_logits(block.router, op, put))
-            routed = route(block.router, call)
-        yield Routing(block.layer, call.args[0], *routed)
+        if op is None:
+            call = RouterCall((x * scale, *more), block.call.kwargs)
+            yield Routing(block.layer, call.args[0], *route(block.router, call))
+        else:
+            put = partial(_random_logits, scale=scale, generator=generator)
+            with hooks.changed_logits(block.router, op, put):
+                routed = route(block.router, block.call)
+            yield Routing(block.layer, x, *routed)
 
 
 def _random_logits(logits: Tensor, scale: float, generator: torch.Generator) -> Tensor:
@@ -174,11 +169,12 @@ def _explained_weights(
 ) -> tuple[Scoring, WeightRule | None]:
     if _is_excepted(model_type, "weights"):
         return "softmax", None
-    fits = [
-        (max(_misfit(scoring, rule, routing) for routing in seen), scoring, rule)
-        for is_renormalised, scoring in product((False, True), SCORES)
-        for rule in [WeightRule(is_renormalised, _factor(scoring, is_renormalised, seen))]
-    ]
+    weights = torch.cat([r.weights_TK.double().flatten() for r in seen])
+    fits = []
+    for is_renormalised, scoring in product((False, True), SCORES):
+        shares = torch.cat([_shares(scoring, is_renormalised, r).flatten() for r in seen])
+        rule = WeightRule(is_renormalised, float(weights @ shares / (shares @ shares)))
+        fits.append((max(_misfit(scoring, rule, r) for r in seen), scoring, rule))
     fitting = [fit for fit in fits if fit[0] <= _tolerance(*seen)]
     if not fitting:
         off, scoring, _ = min(fits, key=lambda fit: fit[0])
@@ -186,24 +182,16 @@ def _explained_weights(
     if block.top_k == 1 and fitting[0][2].is_renormalised:
         # A weight divided by itself tells nothing: look at the operations of the router.
         own = _scoring_on_tape(block)
-        fitting = [fit for fit in fitting if fit[1] == own] or fitting
-        return fitting[0][1], fitting[0][2]
+        return next((fit for fit in fitting if fit[1] == own), fitting[0])[1:]
     if block.top_k == block.n_experts:  # both rules are equal
         fitting = [fit for fit in fitting if not fit[2].is_renormalised] or fitting
-    _, scoring, rule = min(fitting, key=lambda fit: fit[0])
-    return scoring, rule
+    return min(fitting, key=lambda fit: fit[0])[1:]
 
 
 def _shares(scoring: Scoring, is_renormalised: bool, routing: Routing) -> Tensor:
     """The weights (T, K) up to a factor, float64."""
     alpha_TK = SCORES[scoring](routing.logits_TE.double()).gather(1, routing.experts_TK)
     return alpha_TK / alpha_TK.sum(dim=-1, keepdim=True) if is_renormalised else alpha_TK
-
-
-def _factor(scoring: Scoring, is_renormalised: bool, seen: Sequence[Routing]) -> float:
-    shares = torch.cat([_shares(scoring, is_renormalised, r).flatten() for r in seen])
-    weights = torch.cat([r.weights_TK.double().flatten() for r in seen])
-    return float(weights @ shares / (shares @ shares))
 
 
 def _misfit(scoring: Scoring, rule: WeightRule, routing: Routing) -> float:
@@ -299,12 +287,11 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
 
 @contextmanager
 def verifying(
-    blocks: Sequence[MoeBlock],
-    model_type: str,
-    see: Callable[[MoeBlock, RouterCall, Routing], None],
+    blocks: Sequence[MoeBlock], model_type: str, see: Callable[[MoeBlock, Routing], None]
 ) -> Iterator[None]:
-    """Checks the laws of once and sum in each block's first forward, and passes its routing on.
+    """Checks the laws of once and sum in each block's first forward.
 
+    `see` gets the block, with the router's call in that forward as its `call`, and its routing.
     Costs two more runs of the block's shared part and one of 16 tokens through its experts.
     """
     is_summed = not _is_excepted(model_type, "sum")
@@ -316,15 +303,12 @@ def verifying(
 
 
 def _verified(
-    block: MoeBlock, is_summed: bool, see: Callable[[MoeBlock, RouterCall, Routing], None]
+    block: MoeBlock, is_summed: bool, see: Callable[[MoeBlock, Routing], None]
 ) -> Callable[..., Any]:
-    forward = own_forward(block.module)
-    n_calls = 0
+    forward, n_calls = own_forward(block.module), count()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls > 1:
+        if next(n_calls) > 0:
             return forward(*args, **kwargs)
         with (
             _watching(block.router) as routed,
@@ -336,11 +320,11 @@ def _verified(
             if len(calls) != 1:
                 fault = f"its {part} ran {len(calls)} times in one forward pass, must be once"
                 raise broken(block, "once", fault)
-        call, routing = _routing(block, *routed[0])
+        called, routing = _routing(block, *routed[0])
         _check_sum(block, summed[0], own[0], routing)
         if is_summed:
             _check_affine(block, lambda: first(forward(*args, **kwargs)), first(output), summed[0])
-        see(block, call, routing)
+        see(called, routing)
         return output
 
     return run
@@ -352,11 +336,7 @@ _Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
 @contextmanager
 def _watching(module: nn.Module) -> Iterator[list[_Call]]:
     calls: list[_Call] = []
-    handle = module.register_forward_hook(
-        lambda _module, args, kwargs, output: calls.append((args, kwargs, output)),
-        with_kwargs=True,
-    )
-    with hooks.registered([handle]):
+    with module.register_forward_hook(lambda _module, *call: calls.append(call), with_kwargs=True):
         yield calls
 
 
@@ -387,12 +367,12 @@ def first(output: Any) -> Any:
 
 def _routing(
     block: MoeBlock, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> tuple[RouterCall, Routing]:
+) -> tuple[MoeBlock, Routing]:
     if not isinstance(output, tuple) or len(output) != 3:
         raise ContractError(f"{block.name}: its router must give logits, weights and experts")
     call = RouterCall(tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()})
     x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    return call, Routing(block.layer, x.reshape(-1, x.shape[-1]), *output)
+    return replace(block, call=call), Routing(block.layer, x.reshape(-1, x.shape[-1]), *output)
 
 
 def _kept(value: Any) -> Any:

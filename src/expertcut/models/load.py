@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from expertcut.errors import ContractError, ModelError, SettingsError
@@ -214,7 +213,11 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, is_trusted = _checked_config(source, options)
-    tokenizer = _tokenizer(source, options)
+    validate.check_files(source.path)
+    with translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
     # The config was tested without weights before, so an error here may be in any file.
     with translate_errors("AutoModelForCausalLM", source.path):
         model, info = _MODELS.from_pretrained(
@@ -273,14 +276,6 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
     return config, may_run_code
 
 
-def _tokenizer(source: Source, options: LoadOptions) -> Any:
-    validate.check_files(source.path)
-    with translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
-        return AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
-        )
-
-
 def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
     device = runs_on(model.get_input_embeddings())
     probe_1T = torch.arange(16, device=device)[None] % model.config.vocab_size
@@ -299,14 +294,10 @@ def fits_in_memory(source: Source, options: LoadOptions) -> bool:
     """Whether the weights, in their dtype after loading, fit in the free memory of the device."""
     device = find_device(options.device)
     dtype = _dtype(options.dtype, device)
-    n_values = n_bytes = 0
-    for file in source.weight_files:
-        n_bytes += file.stat().st_size
-        with safe_open(file, framework="pt") as weights:
-            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
-            n_values += sum(map(math.prod, shapes))
+    tensors = source.even_quantized.tensors.values()
+    n_bytes = sum(tensor.end - tensor.begin for tensor in tensors)
     if isinstance(dtype, torch.dtype):
-        n_bytes = n_values * dtype.itemsize
+        n_bytes = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
     # With the overhead of loading and running.
     return n_bytes * 1.25 <= free_bytes(device)
 

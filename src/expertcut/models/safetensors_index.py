@@ -172,7 +172,14 @@ def read_file(file: Path) -> Stored:
         raise _damaged(file, "its __metadata__ is not text by name")
     tensors = {name: _tensor(file, name, entry, 8 + n) for name, entry in header.items()}
     placed = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
-    _check_places(file, placed, 8 + n, size_bytes)
+    begin = 8 + n
+    for name, tensor in placed.items():
+        if tensor.begin != begin:
+            fault = "overlaps the tensor before it" if tensor.begin < begin else "follows a gap"
+            raise _damaged(file, f"{name} {fault}")
+        begin = tensor.end
+    if begin != size_bytes:
+        raise _damaged(file, f"its tensors end at byte {begin}, the file at {size_bytes}")
     return Stored(placed, metadata)
 
 
@@ -197,16 +204,6 @@ def _fields(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise ValueError
     return dtype, tuple(shape), begin, end
-
-
-def _check_places(file: Path, placed: Mapping[str, StoredTensor], begin: int, end: int) -> None:
-    for name, tensor in placed.items():
-        if tensor.begin != begin:
-            fault = "overlaps the tensor before it" if tensor.begin < begin else "follows a gap"
-            raise _damaged(file, f"{name} {fault}")
-        begin = tensor.end
-    if begin != end:
-        raise _damaged(file, f"its tensors end at byte {begin}, the file at {end}")
 
 
 def _damaged(file: Path, fault: str) -> ModelError:

@@ -276,18 +276,16 @@ def check_total(folder: Path, model: Any, stored: Stored) -> None:
     Loading allocates missing weights before they are refused by name.
     """
     needed = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(map(_most_values, stored.tensors.values()))
+    held = 0
+    for tensor in stored.tensors.values():
+        is_plain = tensor.dtype in ("F64", "F32", "F16", "BF16")
+        # Packed values are at least one bit.
+        held += math.prod(tensor.shape) if is_plain else (tensor.end - tensor.begin) * 8
     if needed > 2 * held:
         raise ModelError(
             f"{folder / 'config.json'} describes a model of {needed:,} values, "
             f"{weights_file(folder)} holds {held:,}: one of them is wrong or not whole"
         )
-
-
-def _most_values(tensor: StoredTensor) -> int:
-    if tensor.dtype in ("F64", "F32", "F16", "BF16"):
-        return math.prod(tensor.shape)
-    return (tensor.end - tensor.begin) * 8  # packed values are at least one bit
 
 
 def lost_weights(info: Mapping[str, Any], has: str = "has") -> list[str]:

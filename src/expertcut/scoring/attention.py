@@ -8,9 +8,9 @@ With the legend of `models`: H heads, S places of the longest question of a grou
 head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +70,7 @@ def groups(lengths_N: Tensor) -> list[Group]:
     return found
 
 
+@dataclass(frozen=True)
 class Split:
     """The attention function of one pass: of the shared prefix, which it keeps, or of a pack.
 
@@ -77,89 +78,70 @@ class Split:
     Answers are computed separately in both cases, so the rest changes none of their bits.
     """
 
-    def __init__(
-        self,
-        prefix: Prefix,
-        lengths_N: Tensor,
-        last: int | None,
-        answers_N: Tensor,
-        *,
-        keeps_all: bool,
-    ) -> None:
-        self.prefix, self.groups = prefix, groups(lengths_N)
-        self.last, self.answers_N, self.keeps_all = last, answers_N, keeps_all
+    prefix: Prefix
+    groups: Sequence[Group]
+    last: int | None
+    answers_N: Tensor
+    keeps_all: bool
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
     ) -> tuple[Tensor, None]:
         """Outputs (1, T, H, d) of queries, keys and values (1, H, T, d)."""
+        layer, scale = module.layer_idx, options.get("scaling") or query.shape[-1] ** -0.5
+        is_whole = layer != self.last or self.keeps_all
+        shape = (1, query.shape[2], query.shape[1], value.shape[-1])
         if not self.groups:
-            self.prefix[module.layer_idx] = key, value
-        parts = _Parts(self, module, (query, key, value), options.get("scaling"))
-        if module.layer_idx != self.last or self.keeps_all:
-            result = parts.at(None)
-        else:
-            result = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
-        if module.layer_idx == self.last and len(self.answers_N):
-            result[:, self.answers_N] = parts.at(self.answers_N)
+            self.prefix[layer] = key, value
+            return _flash(query, key, value, scale)[0] if is_whole else query.new_zeros(shape), None
+        own, own_weight = self._own(query, key, value, scale)
+
+        def joined(rows: Tensor | slice) -> Tensor:
+            if layer not in self.prefix:
+                return own[:, rows]
+            prefix = self.prefix[layer]
+            shared, shared_weight = _flash(query[:, :, rows], *prefix, scale, is_causal=False)
+            # The weights are log-sum-exps.
+            share = (own_weight[:, rows] - shared_weight).sigmoid().to(own.dtype)
+            return torch.lerp(shared, own[:, rows], share[..., None])
+
+        result = joined(slice(None)) if is_whole else query.new_zeros(shape)
+        if layer == self.last:
+            result[:, self.answers_N] = joined(self.answers_N)
         return result, None
 
-
-class _Parts:
-    """Queries, keys and values of one layer in one pass."""
-
-    def __init__(
-        self, split: Split, module: Any, states: tuple[Tensor, ...], scale: float | None
-    ) -> None:
-        self.split, self.scale = split, scale
-        self.query, self.key, self.value = states
-        self.before = split.prefix.get(module.layer_idx) if split.groups else None
-
-    def at(self, rows_N: Tensor | None) -> Tensor:
-        if not self.split.groups:
-            return self._flash(self.query, self.key, self.value, is_causal=True)[0]
-        own, own_weight = self._own
-        query = self.query
-        if rows_N is not None:
-            own, own_weight, query = own[:, rows_N], own_weight[:, rows_N], query[:, :, rows_N]
-        if self.before is None:
-            return own
-        shared, shared_weight = self._flash(query, *self.before)
-        # The weights are log-sum-exps.
-        share = (own_weight - shared_weight).sigmoid().to(own.dtype)
-        return torch.lerp(shared, own, share[..., None])
-
-    @cached_property
-    def _own(self) -> tuple[Tensor, Tensor]:
+    def _own(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs of each question's attention to itself (1, T, H, d), and log-sum-exps."""
         # Tokens first: the heads of a token are contiguous.
-        states = [s.transpose(1, 2)[0] for s in (self.query, self.key, self.value)]
+        states = [s.transpose(1, 2)[0] for s in (query, key, value)]
         n_tokens, n_heads = states[0].shape[:2]
-        out = self.query.new_empty(1, n_tokens, n_heads, states[2].shape[-1])
-        weight_dtype = torch.promote_types(self.query.dtype, torch.float32)
-        weight = self.query.new_empty(1, n_tokens, n_heads, dtype=weight_dtype)
-        for group in self.split.groups:
+        out = query.new_empty(1, n_tokens, n_heads, value.shape[-1])
+        weight_dtype = torch.promote_types(query.dtype, torch.float32)
+        weight = query.new_empty(1, n_tokens, n_heads, dtype=weight_dtype)
+        for group in self.groups:
             query, key, value = (s[group.places_NS].transpose(1, 2) for s in states)
-            own, own_weight = self._flash(query, key, value, is_causal=True)
+            own, own_weight = _flash(query, key, value, scale)
             own_T = group.places_NS[group.is_own_NS]
             out[0, own_T] = own[group.is_own_NS]
             weight[0, own_T] = own_weight[group.is_own_NS]
         return out, weight
 
-    def _flash(
-        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs (N, T, H, d) and their log-sum-exps (N, T, H)."""
-        width = value.shape[-1]
-        widest = max(width, query.shape[-1])  # latent attention has narrower values
-        query, key, value = (_widened(s, widest) for s in (query, key, value))
-        if not _SUPPORTS_GROUPED_QUERIES:
-            n_sharing = query.shape[1] // key.shape[1]
-            key, value = (s.repeat_interleave(n_sharing, dim=1) for s in (key, value))
-        scale = self.scale or self.query.shape[-1] ** -0.5
-        flash = getattr(torch.ops.aten, _FLASH)
-        out, weight = flash(query, key, value, 0.0, is_causal, scale=scale)
-        return out.transpose(1, 2)[..., :width], weight.transpose(1, 2)
 
-
-def _widened(states: Tensor, width: int) -> Tensor:
-    return states if states.shape[-1] == width else F.pad(states, (0, width - states.shape[-1]))
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, is_causal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Outputs (N, T, H, d) and their log-sum-exps (N, T, H)."""
+    width = value.shape[-1]
+    widest = max(width, query.shape[-1])  # latent attention has narrower values
+    query, key, value = (
+        s if s.shape[-1] == widest else F.pad(s, (0, widest - s.shape[-1]))
+        for s in (query, key, value)
+    )
+    if not _SUPPORTS_GROUPED_QUERIES:
+        n_sharing = query.shape[1] // key.shape[1]
+        key, value = (s.repeat_interleave(n_sharing, dim=1) for s in (key, value))
+    flash = getattr(torch.ops.aten, _FLASH)
+    out, weight = flash(query, key, value, 0.0, is_causal, scale=scale)
+    return out.transpose(1, 2)[..., :width], weight.transpose(1, 2)

@@ -21,51 +21,42 @@ from expertcut.models.hooks import own_forward, registered, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring import packing
-from expertcut.scoring.attention import Prefix, Split, attending
+from expertcut.scoring.attention import Prefix, Split, attending, groups
 from expertcut.scoring.packing import Encoded, Pass, cut_packs, packed_pass, padded_pass
 
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
-_INDIVISIBLE = ", which cannot be cut smaller: free memory, or use another device"
 OnPass = Callable[[Pass], None]
 Attention = Literal["split", "masked"]
 
 
 def scoring_mode(config: Any, longest: int) -> ScoringMode:
     """The mode for prompts of at most this length: a function of length and model alone."""
-    if _rope_depends_on_length(config, longest) or _attention_is_sparse(config, longest):
-        return "single"
-    return "packed" if _sees_everything(config, longest) else "padded"
-
-
-def _attention_is_sparse(config: Any, longest: int) -> bool:
-    # Of DeepSeek-V3.2, GLM-5, ...: an index would also select pads and other questions.
-    most = getattr(config.get_text_config(decoder=True), "index_topk", None)
-    return most is not None and longest > most
-
-
-def _sees_everything(config: Any, longest: int) -> bool:
-    """Whether every layer attends to all earlier tokens, and positions can restart."""
     text = config.get_text_config(decoder=True)
-    if getattr(text, "alibi", False) or getattr(text, "attention_chunk_size", None):
-        return False
-    return all(
-        type(layer) is DynamicLayer
-        or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest)
-        for layer in DynamicCache(config=config).layers
-    )
-
-
-def _rope_depends_on_length(config: Any, longest: int) -> bool:
-    text = config.get_text_config(decoder=True)
-    limits = [
+    rope_limits = [
         rope.get("original_max_position_embeddings")
         or getattr(text, "original_max_position_embeddings", None)
         or text.max_position_embeddings
         for rope in _ropes(config)
         if "longrope" in rope["rope_type"]
     ]
-    return grows_with_prompt(config) or any(longest > limit for limit in limits)
+    depends_on_length = grows_with_prompt(config) or longest > min(rope_limits, default=longest)
+    if depends_on_length or _attention_is_sparse(config, longest):
+        return "single"
+    if getattr(text, "alibi", False) or getattr(text, "attention_chunk_size", None):
+        return "padded"  # positions cannot restart
+    sees_everything = all(
+        type(layer) is DynamicLayer
+        or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest)
+        for layer in DynamicCache(config=config).layers
+    )
+    return "packed" if sees_everything else "padded"
+
+
+def _attention_is_sparse(config: Any, longest: int) -> bool:
+    # Of DeepSeek-V3.2, GLM-5, ...: an index would also select pads and other questions.
+    most = getattr(config.get_text_config(decoder=True), "index_topk", None)
+    return most is not None and longest > most
 
 
 def grows_with_prompt(config: Any) -> bool:
@@ -76,12 +67,8 @@ def grows_with_prompt(config: Any) -> bool:
 def _ropes(config: Any) -> list[dict[str, Any]]:
     """The settings of RoPE, one mapping per kind of layer or the only one."""
     parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    found, todo = [], [parameters]
-    while todo:
-        rope = todo.pop()
-        found += [rope] if "rope_type" in rope else []
-        todo += [value for value in rope.values() if isinstance(value, dict)]
-    return found
+    by_kind = [value for value in parameters.values() if isinstance(value, dict)]
+    return [rope for rope in (parameters, *by_kind) if "rope_type" in rope]
 
 
 def reset_rope(model: Any) -> None:
@@ -101,7 +88,7 @@ def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
 
 @contextmanager
 def reading_answers(
-    block: MoeBlock, answers_N: Tensor, n_tokens: int, on_rows: OnRows, *, keeps_all: bool
+    block: MoeBlock, answers_N: Tensor, on_rows: OnRows, *, keeps_all: bool
 ) -> Iterator[None]:
     """Runs a block on the answer positions only; its output elsewhere is zero.
 
@@ -109,9 +96,6 @@ def reading_answers(
     of the two runs with its tokens and whether their output is used.
     """
     forward = own_forward(block.module)
-
-    is_other_T = torch.ones(n_tokens, dtype=torch.bool)
-    is_other_T[answers_N] = False
 
     def run(x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
         def call(rows_M: Tensor) -> Any:
@@ -122,16 +106,17 @@ def reading_answers(
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         answers = answers_N.to(x_TD.device)
         on_rows(answers, True)
-        found = call(answers)
-        is_pair = isinstance(found, tuple)  # some also return router scores
+        output = call(answers)
+        is_pair = isinstance(output, tuple)  # some also return router scores
         y_TD = torch.zeros_like(x_TD)
-        y_TD[answers] = (found[0] if is_pair else found).reshape(-1, x_TD.shape[-1])
+        y_TD[answers] = (output[0] if is_pair else output).reshape(-1, x_TD.shape[-1])
         if keeps_all:
+            is_other_T = torch.ones(len(x_TD), dtype=torch.bool).index_fill(0, answers_N, False)
             others = is_other_T.nonzero()[:, 0].to(x_TD.device)
             on_rows(others, False)
             call(others)
         y_BTD = y_TD.view_as(x_BTD)
-        return (y_BTD, *found[1:]) if is_pair else y_BTD
+        return (y_BTD, *output[1:]) if is_pair else y_BTD
 
     with replaced_forward(block.module, run):
         yield
@@ -189,37 +174,34 @@ class Run:
 
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
         """Each pass with questions and its logits (N, V)."""
+        lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
+        budget = 0 if self.how.way == "single" else self.how.batch_tokens
+        todo = list(cut_packs(lengths, budget, is_padded=self.how.way != "packed"))
         if self.n_prefix:
-            step = packing.prefix_pass(self.encoded.prompts[0][: self.n_prefix])
-            self.watch.begin(step)
-            if self._attempt(step) is None:
-                raise self._out_of_memory(step, _INDIVISIBLE)
-        todo = self._cut()
+            todo.insert(0, ())
         while todo:
             questions = todo.pop(0)
             step = self._pass(questions)
             self.watch.begin(step)
             logits_NV = self._attempt(step)
-            if logits_NV is not None:
+            if logits_NV is None:
+                if len(questions) <= 1:
+                    advice = ", which cannot be cut smaller: free memory, or use another device"
+                    raise self._out_of_memory(step, advice)
+                give_back()
+                self.watch.undo(step)
+                half = len(questions) // 2
+                todo = [questions[:half], questions[half:], *todo]
+            elif questions:
                 yield step, logits_NV
-                continue
-            if len(questions) == 1:
-                raise self._out_of_memory(step, _INDIVISIBLE)
-            give_back()
-            self.watch.undo(step)
-            half = len(questions) // 2
-            todo = [questions[:half], questions[half:], *todo]
 
     def _out_of_memory(self, step: Pass, advice: str) -> ModelError:
         what = f"not enough memory for {step.n_tokens} tokens at once"
         return ModelError(f"{self.moe.source.id}: {what}{advice}")
 
-    def _cut(self) -> list[tuple[int, ...]]:
-        lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
-        budget = 0 if self.how.way == "single" else self.how.batch_tokens
-        return list(cut_packs(lengths, budget, is_padded=self.how.way != "packed"))
-
     def _pass(self, questions: Sequence[int]) -> Pass:
+        if not questions:
+            return packing.prefix_pass(self.encoded.prompts[0][: self.n_prefix])
         if self.how.way == "packed":
             return packed_pass(self.encoded, questions, self.n_prefix, is_masked=not self.splits)
         if self.how.way == "single":
@@ -246,11 +228,18 @@ class Run:
 
     def _forward(self, step: Pass) -> Tensor:
         """Logits (N, V) at the answer positions; only there is the vocabulary projected."""
-        device = self.moe.device
+        device, last, keeps_all = self.moe.device, self.how.last_layer, self.watch.keeps_all
         width = step.input_ids.shape[1]
         columns, column_N = (step.answers_N % width).unique(return_inverse=True)
         with ExitStack() as stack:
-            self._enter(stack, step)
+            if self.splits:
+                lengths_N = step.answers_N.diff(prepend=torch.tensor([-1]))
+                split = Split(self.prefix, groups(lengths_N), last, step.answers_N, keeps_all)
+                stack.enter_context(attending(self.moe.model, split))
+            if last is not None:
+                on_rows, block = self.watch.on_rows, self.moe.blocks[-1]
+                answering = reading_answers(block, step.answers_N, on_rows, keeps_all=keeps_all)
+                stack.enter_context(answering)
             logits_BCV = self.moe.model(
                 input_ids=step.input_ids.to(device),
                 attention_mask=None if step.mask is None else self._mask(step.mask.to(device)),
@@ -261,16 +250,6 @@ class Run:
             ).logits
         result: Tensor = logits_BCV[step.answers_N // width, column_N]
         return result
-
-    def _enter(self, stack: ExitStack, step: Pass) -> None:
-        last, keeps_all = self.how.last_layer, self.watch.keeps_all
-        if self.splits:
-            lengths_N = step.answers_N.diff(prepend=torch.tensor([-1]))
-            split = Split(self.prefix, lengths_N, last, step.answers_N, keeps_all=keeps_all)
-            stack.enter_context(attending(self.moe.model, split))
-        if last is not None:
-            parts = (self.moe.blocks[-1], step.answers_N, step.input_ids.numel())
-            stack.enter_context(reading_answers(*parts, self.watch.on_rows, keeps_all=keeps_all))
 
     def _mask(self, mask: Tensor) -> Tensor:
         # eager adds its mask: a boolean one would give wrong answers silently.
