@@ -40,66 +40,48 @@ def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass]
     Every change is verified on the probe tokens first.
     """
     answers = _Answers()
+    at = answers if tilts.apply_at == "answer" else None
     with ExitStack() as stack:
         for block in blocks:
-            bias_E = tilts.bias_by_layer.get(block.layer)
-            scale_E = tilts.scale_by_layer.get(block.layer)
-            if bias_E is not None or scale_E is not None:
-                at = answers if tilts.apply_at == "answer" else None
-                _tilt(stack, block, bias_E, scale_E, at)
+            if (bias_E := tilts.bias_by_layer.get(block.layer)) is not None:
+                _add_bias(stack, block, bias_E, at)
+            if (scale_E := tilts.scale_by_layer.get(block.layer)) is not None:
+                _scale_weights(stack, block, scale_E, at)
         yield answers.begin
 
 
-def _tilt(
-    stack: ExitStack,
-    block: MoeBlock,
-    bias_E: Tensor | None,
-    scale_E: Tensor | None,
-    answers: _Answers | None,
-) -> None:
-    """Adds a bias (E,) and then a factor (E,) to one router, and verifies both."""
-    seen = route(block.router, block.call)
-    if bias_E is not None:
-        if block.is_hashed:
-            raise ContractError(
-                f"{block.name} chooses its experts by a table of token ids: biases and masks on "
-                "its router change no choice, so none of its experts can be cut or boosted"
-            )
-        biased = BiasedForward(block, bias_E, answers.rows if answers else lambda: None)
-        stack.enter_context(replaced_forward(block.router, biased))
-        seen = _check_bias(block, seen, bias_E, answers)
-    if scale_E is not None:
-        forward = own_forward(block.router)
-
-        def scaled(*args: Any, **kwargs: Any) -> Routed:
-            logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
-            factors_TK = scale_E.double().to(experts_TK.device)[experts_TK]
-            return logits_TE, (weights_TK * factors_TK).to(weights_TK.dtype), experts_TK
-
-        stack.enter_context(replaced_forward(block.router, scaled))
-        _check_scale(block, seen, scale_E, answers)
-
-
-def _check_bias(
-    block: MoeBlock, before: Routed, bias_E: Tensor, answers: _Answers | None
-) -> Routed:
-    """The routing of the probe with the bias, which must move the logits by the bias."""
-    after = _probe(block, answers)
-    bias_TE = bias_E.expand(len(before[0]), -1)
+def _add_bias(stack: ExitStack, block: MoeBlock, bias_E: Tensor, answers: _Answers | None) -> None:
+    if block.is_hashed:
+        raise ContractError(
+            f"{block.name} chooses its experts by a table of token ids: biases and masks on "
+            "its router change no choice, so none of its experts can be cut or boosted"
+        )
+    before_TE, *_ = route(block.router, block.call)
+    biased = BiasedForward(block, bias_E, answers.rows if answers else lambda: None)
+    stack.enter_context(replaced_forward(block.router, biased))
+    after_TE, *_ = _probe(block, answers)
+    bias_TE = bias_E.expand(len(before_TE), -1)
     if answers is not None:  # the last token of the probe stands for the answer
         is_there_T1 = torch.arange(len(bias_TE))[:, None] == len(bias_TE) - 1
         bias_TE = bias_TE.where(is_there_T1 | bias_TE.isneginf(), 0.0)
-    if not hooks.moved_by(before[0], after[0], bias_TE):
+    if not hooks.moved_by(before_TE, after_TE, bias_TE):
         raise ContractError(
             f"{block.name}: a bias on its router does not move the logits by just that much, so no "
             "result with it would be true"
         )
-    return after
 
 
-def _check_scale(
-    block: MoeBlock, before: Routed, scale_E: Tensor, answers: _Answers | None
+def _scale_weights(
+    stack: ExitStack, block: MoeBlock, scale_E: Tensor, answers: _Answers | None
 ) -> None:
+    forward, before = own_forward(block.router), _probe(block, answers)
+
+    def scaled(*args: Any, **kwargs: Any) -> Routed:
+        logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
+        factors_TK = scale_E.double().to(experts_TK.device)[experts_TK]
+        return logits_TE, (weights_TK * factors_TK).to(weights_TK.dtype), experts_TK
+
+    stack.enter_context(replaced_forward(block.router, scaled))
     logits_TE, weights_TK, experts_TK = _probe(block, answers)
     factors_TK = scale_E.to(experts_TK.device)[experts_TK].double()
     wanted_TK = (before[1].double() * factors_TK).to(weights_TK.dtype)
