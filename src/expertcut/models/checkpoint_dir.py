@@ -118,10 +118,7 @@ def _check_link(file: Path, folder: Path) -> None:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """SHA-256 over config.json (as parsed JSON) and every byte of the weights.
-
-    Unchanged files are read once in a process.
-    """
+    """SHA-256 over config.json (as parsed JSON) and the bytes of the weights; cached by `stamp`."""
     files = sorted(folder.glob("*.safetensors"))
     try:
         key = tuple(stamp(file) for file in (folder / "config.json", *files))

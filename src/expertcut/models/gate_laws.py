@@ -122,9 +122,8 @@ def _acts(block: MoeBlock, op: moe_block.LogitsOp, is_table: bool) -> bool:
     if block.top_k < block.n_experts and not is_table:
         bias_E[expert] = -torch.inf
     try:
-        with replaced_forward(
-            block.router, hooks.BiasedForward(replace(block, logits_op=op), bias_E)
-        ):
+        biased = hooks.biased_forward(replace(block, logits_op=op), bias_E)
+        with replaced_forward(block.router, biased):
             after_TE, _, _ = route(block.router, block.call)
     except (ContractError, RuntimeError):
         return False
@@ -342,10 +341,7 @@ def _watching(module: nn.Module) -> Iterator[list[_Call]]:
 
 @contextmanager
 def _one_by_one(block: MoeBlock) -> Iterator[list[Tensor]]:
-    """The sum (rows, D) of the first tokens' experts, run one by one during the experts' forward.
-
-    Offloaded weights are present only then.
-    """
+    """Σ (rows, D) of the first tokens' experts one by one, while offloaded weights exist."""
     forward, own = own_forward(block.experts), hooks.own_expert(block)
     sums: list[Tensor] = []
 

@@ -74,10 +74,7 @@ def observe_routers(
 def observe_residuals(
     blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Calls `see` with the layer and residual stream (T, D) before a block's router runs.
-
-    Only for blocks whose residual stream is known.
-    """
+    """Calls `see` with layer and residual stream (T, D), if known, before a block's router runs."""
 
     def hook(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
         see(layer, args[0].reshape(-1, args[0].shape[-1]))
@@ -236,10 +233,7 @@ def tape_of(router: nn.Module, call: RouterCall) -> tuple[list[tuple[str, Any]],
 
 
 def logits_ops(router: nn.Module, call: RouterCall) -> Iterator[LogitsOp]:
-    """Candidates for the operation that gives the logits, the likeliest first.
-
-    First those whose result is the returned tensor itself, then those with equal values.
-    """
+    """Candidates for the operation of the logits: first those that give the very tensor."""
     results, (logits_TE, *_) = tape_of(router, call)
     same = [i for i, (_, result) in enumerate(results) if result is logits_TE]
     equal = [i for i, (_, result) in enumerate(results) if _equals(result, logits_TE)]
@@ -248,61 +242,57 @@ def logits_ops(router: nn.Module, call: RouterCall) -> Iterator[LogitsOp]:
 
 
 def _equals(result: object, logits_TE: Tensor) -> bool:
-    if not isinstance(result, Tensor) or result.numel() != logits_TE.numel():
+    if not isinstance(result, Tensor) or not result.is_floating_point():
         return False
-    if result.shape[-1] != logits_TE.shape[-1] or not result.is_floating_point():
+    if result.numel() != logits_TE.numel() or result.shape[-1] != logits_TE.shape[-1]:
         return False
     return torch.equal(result.reshape(logits_TE.shape).to(logits_TE.dtype), logits_TE)
 
 
-class BiasedForward:
+def biased_forward(
+    block: MoeBlock, bias_E: Tensor, rows: Callable[[], Tensor | None] = lambda: None
+) -> Callable[..., Routed]:
     """A router's forward with `bias_E` (E,) added to its logits; −inf forbids an expert.
 
     `rows` gives the tokens (N,) for finite biases, None for all. A selection bias is masked by −inf
     as well: a masked logit alone would not keep an expert from being chosen.
     """
+    if (op := block.logits_op) is None:
+        raise ContractError(
+            f"{block.name}: no operation of its router gives the logits that it chooses by, so "
+            "biases and masks cannot act there: this model can be profiled, and not changed"
+        )
+    forward, is_forbidden_E = own_forward(block.router), bias_E.isneginf()
 
-    def __init__(
-        self, block: MoeBlock, bias_E: Tensor, rows: Callable[[], Tensor | None] = lambda: None
-    ) -> None:
-        if block.logits_op is None:
-            raise ContractError(
-                f"{block.name}: no operation of its router gives the logits that it chooses by, so "
-                "biases and masks cannot act there: this model can be profiled, and not changed"
-            )
-        self.block, self.bias_E, self.rows = block, bias_E, rows
-        self.forward, self.op = own_forward(block.router), block.logits_op
-        self.is_forbidden_E = bias_E.isneginf()
+    def is_one_each(value: Any) -> bool:
+        is_number = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
+        return is_number and value.shape[-1] == value.numel() == len(bias_E)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Routed:
-        """Runs the router with the bias."""
-        add = partial(_added, bias_E=self.bias_E, rows_N=self.rows())
+    def masked(value: Any) -> Any:
+        if not is_one_each(value):
+            return value
+        return value.masked_fill(is_forbidden_E.to(value.device), -torch.inf)
+
+    def read(value: Any) -> Any:
+        # Looked up in each operation: an offloaded bias is present only during the forward.
+        is_own = is_one_each(value) and value is block.selection_tensor()
+        return masked(value) if is_own else value
+
+    def run(*args: Any, **kwargs: Any) -> Routed:
+        add = partial(_added, bias_E=bias_E, rows_N=rows())
         # Some blocks pass their selection bias (E,) to the router in each call.
         with torch._C.DisableTorchFunction():  # as in `_Operations`
-            args = tuple(map(self._masked, args))
-            kwargs = {name: self._masked(value) for name, value in kwargs.items()}
-        routed = _run_changed(self.forward, self.op, add, args, kwargs, self._read)
-        if bool(self.is_forbidden_E.to(routed[2].device)[routed[2]].any()):
+            args = tuple(map(masked, args))
+            kwargs = {name: masked(value) for name, value in kwargs.items()}
+        routed = _run_changed(forward, op, add, args, kwargs, read)
+        if bool(is_forbidden_E.to(routed[2].device)[routed[2]].any()):
             raise ContractError(
-                f"{self.block.name}: its router chooses an expert that is masked: this cut cannot "
+                f"{block.name}: its router chooses an expert that is masked: this cut cannot "
                 "be shown as a mask"
             )
         return routed
 
-    def _read(self, value: Any) -> Any:
-        # Looked up in each operation: an offloaded bias is present only during the forward.
-        is_own = self._is_one_each(value) and value is self.block.selection_tensor()
-        return self._masked(value) if is_own else value
-
-    def _masked(self, value: Any) -> Any:
-        """−inf for forbidden experts, in a tensor with one number per expert."""
-        if not self._is_one_each(value):
-            return value
-        return value.masked_fill(self.is_forbidden_E.to(value.device), -torch.inf)
-
-    def _is_one_each(self, value: Any) -> bool:
-        is_number = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
-        return is_number and value.shape[-1] == value.numel() == len(self.bias_E)
+    return run
 
 
 def _added(logits: Tensor, bias_E: Tensor, rows_N: Tensor | None) -> Tensor:

@@ -52,10 +52,7 @@ def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def check_named(folder: Path, config: dict[str, Any]) -> None:
-    """Refuses other weights files and kernels in config.json.
-
-    transformers would download kernels from the Hub and run them without asking.
-    """
+    """Refuses other weights files, and kernels, which transformers would download and run."""
     file, field = folder / "config.json", "transformers_weights"
     if (weights := config.get(field)) not in (None, SINGLE_FILE, INDEX_FILE):
         raise ModelError(f"{file} says {field} {str(weights)[:100]!r}: must be {SINGLE_FILE}")
@@ -118,10 +115,7 @@ class Source:
         return fingerprint_of(self.path)
 
     def expert_axes(self, names: Sequence[str]) -> Mapping[str, tuple[str, int]]:
-        """By name on disk: the parameter that a tensor becomes, and its axis of experts.
-
-        Tensors without such an axis, or stacked with others in loading, are left out.
-        """
+        """`meta_model.expert_axes` of config.json, derived once."""
         from expertcut.models.meta_model import expert_axes
 
         known = self.__dict__.setdefault("_expert_axes", {})

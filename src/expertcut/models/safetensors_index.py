@@ -183,27 +183,23 @@ def read_file(file: Path) -> Stored:
     return Stored(placed, metadata)
 
 
-def _tensor(file: Path, name: str, entry: object, data_begin: int) -> StoredTensor:
+def _tensor(file: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
     try:
-        dtype, shape, begin, end = _fields(entry)
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        # The product of more axes would take hours.
+        is_valid = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= 16
+        is_valid &= all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        raise _damaged(file, f"{name} has no dtype, shape and data_offsets") from None
+        is_valid = False
+    if not is_valid:
+        raise _damaged(file, f"{name} has no dtype, shape and data_offsets")
     bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _QUANTIZED_BITS.get(dtype)
     if bits is None:
         raise _damaged(file, f"{name} has the unknown dtype {dtype}")
     size_bytes = -(-math.prod(shape) * bits // 8)
     if end - begin != size_bytes:
         raise _damaged(file, f"{name} has {end - begin} bytes, its shape needs {size_bytes}")
-    return StoredTensor(file, dtype, shape, data_begin + begin, data_begin + end)
-
-
-def _fields(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > 16:
-        raise TypeError  # the product of more axes would take hours
-    if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, begin, end)):
-        raise ValueError
-    return dtype, tuple(shape), begin, end
+    return StoredTensor(file, dtype, tuple(shape), data_begin + begin, data_begin + end)
 
 
 def _damaged(file: Path, fault: str) -> ModelError:

@@ -44,10 +44,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def translate_errors(name: str, file: Path) -> Iterator[None]:
-    """Turns any exception of transformers into a ModelError about the file.
-
-    On invalid files transformers raises nearly every class of exception.
-    """
+    """Turns any exception of transformers, which raises nearly every class, into a ModelError."""
     try:
         with _panics_as_errors():
             yield
@@ -271,10 +268,7 @@ def check_ids(folder: Path, ids: Any, n_embeddings: int) -> None:
 
 
 def check_total(folder: Path, model: Any, stored: Stored) -> None:
-    """Checks that the weights hold at least half of the values of a model on the meta device.
-
-    Loading allocates missing weights before they are refused by name.
-    """
+    """Checks that the weights hold half of a meta model's values, before loading allocates all."""
     needed = sum(parameter.numel() for parameter in model.parameters())
     held = 0
     for tensor in stored.tensors.values():

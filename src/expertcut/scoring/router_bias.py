@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertcut.errors import ContractError
 from expertcut.models import hooks
-from expertcut.models.hooks import BiasedForward, Routed, own_forward, replaced_forward, route
+from expertcut.models.hooks import Routed, biased_forward, own_forward, replaced_forward, route
 from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring.packing import Pass
 
@@ -35,10 +35,7 @@ class Tilts:
 
 @contextmanager
 def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass], None]]:
-    """Changes routers in the context; yields the `OnPass` of the engine, needed for `answer` only.
-
-    Every change is verified on the probe tokens first.
-    """
+    """Changes routers, verified on the probe first; yields the engine's `OnPass` for `answer`."""
     answers = _Answers()
     at = answers if tilts.apply_at == "answer" else None
     with ExitStack() as stack:
@@ -57,7 +54,7 @@ def _add_bias(stack: ExitStack, block: MoeBlock, bias_E: Tensor, answers: _Answe
             "its router change no choice, so none of its experts can be cut or boosted"
         )
     before_TE, *_ = route(block.router, block.call)
-    biased = BiasedForward(block, bias_E, answers.rows if answers else lambda: None)
+    biased = biased_forward(block, bias_E, answers.rows if answers else lambda: None)
     stack.enter_context(replaced_forward(block.router, biased))
     after_TE, *_ = _probe(block, answers)
     bias_TE = bias_E.expand(len(before_TE), -1)
