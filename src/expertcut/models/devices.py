@@ -44,8 +44,7 @@ def own_device(name: str) -> str:
     """The full name of a device: `cuda` becomes that of this process on its host."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     n_devices = torch.cuda.device_count() if kind == "cuda" else 0
-    # A launcher may show each process only its own device, number 0.
-    # Of torchrun and accelerate, or of Slurm.
+    # Of torchrun and accelerate, or Slurm; they may show a process only its own device, number 0.
     rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
     return f"cuda:{int(rank) % n_devices}" if n_devices else kind
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from expertcut.errors import ContractError
 from expertcut.models import hooks, moe_block
@@ -309,51 +309,54 @@ def _verified(
     def run(*args: Any, **kwargs: Any) -> Any:
         if next(n_calls) > 0:
             return forward(*args, **kwargs)
-        with (
-            _watching(block.router) as routed,
-            _watching(block.experts) as summed,
-            _one_by_one(block) as own,
-        ):
+        routed: list[Any] = []  # args, kwargs and output of each call
+        hook = block.router.register_forward_hook(
+            lambda _module, *call: routed.append(call), with_kwargs=True
+        )
+        with hook, _watching_experts(block) as summed:
             output = forward(*args, **kwargs)
-        for part, calls in (("router", routed), ("experts", summed)):
-            if len(calls) != 1:
-                fault = f"its {part} ran {len(calls)} times in one forward pass, must be once"
+        for part, n_runs in (("router", len(routed)), ("experts", len(summed))):
+            if n_runs != 1:
+                fault = f"its {part} ran {n_runs} times in one forward pass, must be once"
                 raise broken(block, "once", fault)
         called, routing = _routing(block, *routed[0])
-        _check_sum(block, summed[0], own[0], routing)
+        experts_TK, weights_TK, output_TD, own_TD = summed[0]
+        is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
+            weights_TK.float(), routing.weights_TK.float()
+        )
+        if not is_routed:
+            fault = "its experts get other choices or weights than its router gave"
+            raise broken(block, "sum", fault)
+        part_TD = output_TD.reshape(-1, output_TD.shape[-1])[: len(own_TD)]
+        if not _is_near(own_TD, part_TD, part_TD):
+            raise broken(block, "sum", "its experts together give another sum than one by one")
         if is_summed:
-            _check_affine(block, lambda: first(forward(*args, **kwargs)), first(output), summed[0])
+            _check_affine(block, lambda: first(forward(*args, **kwargs)), first(output), output_TD)
         see(called, routing)
         return output
 
     return run
 
 
-_Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
-
-
 @contextmanager
-def _watching(module: nn.Module) -> Iterator[list[_Call]]:
-    calls: list[_Call] = []
-    with module.register_forward_hook(lambda _module, *call: calls.append(call), with_kwargs=True):
-        yield calls
+def _watching_experts(block: MoeBlock) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Choices, weights and output of each call, and Σ (rows, D) of the first tokens' experts.
 
-
-@contextmanager
-def _one_by_one(block: MoeBlock) -> Iterator[list[Tensor]]:
-    """Σ (rows, D) of the first tokens' experts one by one, while offloaded weights exist."""
+    That sum is taken one by one, at once: offloaded weights are present only then.
+    """
     forward, own = own_forward(block.experts), hooks.own_expert(block)
-    sums: list[Tensor] = []
+    calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         x, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
         rows, x_TD = slice(16), x.reshape(-1, x.shape[-1])
-        sums.append(by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own))
+        own_TD = by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own)
+        calls.append((experts_TK, weights_TK, output, own_TD))
         return output
 
     with replaced_forward(block.experts, run):
-        yield sums
+        yield calls
 
 
 def first(output: Any) -> Any:
@@ -361,36 +364,22 @@ def first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _routing(
-    block: MoeBlock, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> tuple[MoeBlock, Routing]:
+def _routing(block: MoeBlock, args: Any, kwargs: Any, output: Any) -> tuple[MoeBlock, Routing]:
     if not isinstance(output, tuple) or len(output) != 3:
         raise ContractError(f"{block.name}: its router must give logits, weights and experts")
-    call = RouterCall(tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()})
+
+    def kept(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    call = RouterCall(tuple(map(kept, args)), {k: kept(v) for k, v in kwargs.items()})
     x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     return replace(block, call=call), Routing(block.layer, x.reshape(-1, x.shape[-1]), *output)
 
 
-def _kept(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _check_sum(block: MoeBlock, call: _Call, own_TD: Tensor, routing: Routing) -> None:
-    args, kwargs, output_TD = call
-    _, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
-    is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
-        weights_TK.float(), routing.weights_TK.float()
-    )
-    if not is_routed:
-        raise broken(block, "sum", "its experts get other choices or weights than its router gave")
-    output_TD = output_TD.reshape(-1, output_TD.shape[-1])[: len(own_TD)]
-    if not _is_near(own_TD, output_TD, output_TD):
-        raise broken(block, "sum", "its experts together give another sum than one by one")
-
-
-def _check_affine(block: MoeBlock, again: Callable[[], Tensor], whole: Tensor, call: _Call) -> None:
+def _check_affine(
+    block: MoeBlock, again: Callable[[], Tensor], whole: Tensor, output_TD: Tensor
+) -> None:
     """Compares the output with the whole, half and none of the experts' sum."""
-    output_TD: Tensor = call[2]
     with replaced_forward(block.experts, lambda *_, **__: torch.zeros_like(output_TD)):
         without = again()
     with replaced_forward(block.experts, lambda *_, **__: output_TD / 2):

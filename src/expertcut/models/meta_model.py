@@ -37,13 +37,13 @@ def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
             grown = {} if larger is None else _shapes(larger)
     except _FAULTS:
         return {}
-    found = {}
+    axis_of = {}
     for name, parameter in renamed.items():
         before, after = shapes.get(parameter, ()), grown.get(parameter, ())
         axes = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
         if len(axes) == 1:
-            found[name] = (parameter, axes[0])
-    return found
+            axis_of[name] = (parameter, axes[0])
+    return axis_of
 
 
 def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
@@ -116,9 +116,5 @@ def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     rules = (renamings, converters, model.base_model_prefix, model.state_dict())
-    found = {}
-    for name in names:
-        renamed, pattern = rename_source_key(name, *rules)
-        if pattern is None:
-            found[name] = renamed
-    return found
+    sources = ((name, *rename_source_key(name, *rules)) for name in names)
+    return {name: renamed for name, renamed, pattern in sources if pattern is None}

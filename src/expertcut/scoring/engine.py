@@ -35,7 +35,7 @@ from expertcut.models.load import MoeModel
 from expertcut.models.validate import check_ids
 from expertcut.scoring import attention, passes
 from expertcut.scoring.packing import Encoded, encode
-from expertcut.scoring.passes import OnPass, PassObserver, PassOptions, Run, ScoringMode, ignore
+from expertcut.scoring.passes import OnPass, PassObserver, Run, ScoringMode, ignore
 
 logger = logging.getLogger(__name__)
 
@@ -186,12 +186,12 @@ class Engine:
         model_type = str(self.moe.model.config.model_type)
         with verifying(self.moe.blocks, model_type, check_gate):
             alone = few.part(slice(1)) if way == "single" else few
-            one_by_one_NC = self._score(alone, self._how("single"), PassObserver())
+            one_by_one_NC = self._score(self._run(alone, "single", PassObserver()))
         if way == "single":
             return
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
-            together_NC = self._score(few, self._how(way, trims=True), PassObserver())
+            together_NC = self._score(self._run(few, way, PassObserver(), trims=True))
             difference = (together_NC - one_by_one_NC).nan_to_num(0).abs().max()
             if difference <= tolerance:
                 return
@@ -224,15 +224,18 @@ class Engine:
 
         `on_pass` is called before each forward pass; a `watch` sees more of it.
         """
-        how = self._how(self.way(encoded), trims=watch is not None)
-        return self._score(encoded, how, watch or PassObserver(begin=on_pass))
+        observer = watch or PassObserver(begin=on_pass)
+        return self._score(self._run(encoded, self.way(encoded), observer, trims=watch is not None))
 
-    def _how(self, way: ScoringMode, *, trims: bool = False) -> PassOptions:
+    def _run(
+        self, encoded: Encoded, way: ScoringMode, watch: PassObserver, *, trims: bool = False
+    ) -> Run:
         last_layer = self.last_layer if trims and way != "single" else None
-        return PassOptions(way, self.batch_tokens, self.attention, last_layer)
+        return Run(self.moe, encoded, watch, way, self.batch_tokens, self.attention, last_layer)
 
     @torch.inference_mode()
-    def _score(self, encoded: Encoded, how: PassOptions, watch: PassObserver) -> Tensor:
+    def _score(self, run: Run) -> Tensor:
+        encoded = run.encoded
         n_embeddings = len(self.moe.model.get_input_embeddings().weight)
         for ids in (*encoded.prompts, *encoded.choice_ids):
             check_ids(self.moe.source.path, ids, n_embeddings)
@@ -240,7 +243,7 @@ class Engine:
         padded = [[*ids, *[-1] * (most - len(ids))] for ids in encoded.choice_ids]
         choice_NC = torch.tensor(padded, device=self.moe.device)
         logprob_NC = torch.full(choice_NC.shape, -torch.inf, device=self.moe.device)
-        for done, logits_NV in Run(self.moe, encoded, how, watch).passes():
+        for done, logits_NV in run.passes():
             at_N = torch.tensor(done.questions, device=logits_NV.device)
             logprob_NV = logits_NV.float().log_softmax(dim=-1)
             ids_NC = choice_NC.to(logits_NV.device)[at_N]
@@ -249,10 +252,9 @@ class Engine:
         is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
         if bool(is_bad_N.any()):
             bad = int(is_bad_N.int().argmax())
-            alone = encoded.part(slice(bad, bad + 1))
-            single = Run(self.moe, alone, self._how("single"), PassObserver(begin=watch.begin))
+            alone, watch = encoded.part(slice(bad, bad + 1)), PassObserver(begin=run.watch.begin)
             with _watching(self.moe) as seen:
-                list(single.passes())
+                list(self._run(alone, "single", watch).passes())
             raise _not_finite(self.moe, encoded.name(bad), seen)
         return logprob_NC.cpu()
 

@@ -141,34 +141,30 @@ class PassObserver:
     keeps_all: bool = False
 
 
-@dataclass(frozen=True)
-class PassOptions:
-    """How passes run; `last_layer` is the decoder layer that runs on answers only, or None."""
+@dataclass
+class Run:
+    """The passes of one chunk; `last_layer` is the decoder layer that runs on answers only."""
 
+    moe: MoeModel
+    encoded: Encoded
+    watch: PassObserver
     way: ScoringMode
     batch_tokens: int
     attention: Attention
     last_layer: int | None
 
-
-class Run:
-    """The passes of one chunk."""
-
-    def __init__(
-        self, moe: MoeModel, encoded: Encoded, how: PassOptions, watch: PassObserver
-    ) -> None:
-        self.moe, self.encoded, self.how, self.watch = moe, encoded, how, watch
-        is_shared = how.way == "packed"
-        self.n_prefix = encoded.shared_prefix() if is_shared else 0
-        self.splits = is_shared and how.attention == "split"
+    def __post_init__(self) -> None:
+        is_shared = self.way == "packed"
+        self.n_prefix = self.encoded.shared_prefix() if is_shared else 0
+        self.splits = is_shared and self.attention == "split"
         self.prefix: Prefix = {}
         self.cache = DynamicCache() if self.n_prefix and not self.splits else None
 
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
         """Each pass with questions and its logits (N, V)."""
         lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
-        budget = 0 if self.how.way == "single" else self.how.batch_tokens
-        todo = list(cut_packs(lengths, budget, is_padded=self.how.way != "packed"))
+        budget = 0 if self.way == "single" else self.batch_tokens
+        todo = list(cut_packs(lengths, budget, is_padded=self.way != "packed"))
         if self.n_prefix:
             todo.insert(0, ())
         while todo:
@@ -194,9 +190,9 @@ class Run:
     def _pass(self, questions: Sequence[int]) -> Pass:
         if not questions:
             return packing.prefix_pass(self.encoded.prompts[0][: self.n_prefix])
-        if self.how.way == "packed":
+        if self.way == "packed":
             return packed_pass(self.encoded, questions, self.n_prefix, is_masked=not self.splits)
-        if self.how.way == "single":  # a dynamic RoPE remembers the longest prompt
+        if self.way == "single":  # a dynamic RoPE remembers the longest prompt
             for module in self.moe.model.modules():
                 if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
                     module.inv_freq = module.original_inv_freq
@@ -212,7 +208,7 @@ class Run:
             if not is_out_of_memory(error):
                 raise
             if self.watch.undo is ignore:
-                below = f"a --batch-tokens below {self.how.batch_tokens}, or on another device"
+                below = f"a --batch-tokens below {self.batch_tokens}, or on another device"
                 raise self._out_of_memory(step, f": profile or score with {below}") from None
             return None
         finally:
@@ -223,7 +219,7 @@ class Run:
 
     def _forward(self, step: Pass) -> Tensor:
         """Logits (N, V) at the answer positions; only there is the vocabulary projected."""
-        device, last, keeps_all = self.moe.device, self.how.last_layer, self.watch.keeps_all
+        device, last, keeps_all = self.moe.device, self.last_layer, self.watch.keeps_all
         width = step.input_ids.shape[1]
         columns, column_N = (step.answers_N % width).unique(return_inverse=True)
         with ExitStack() as stack:
@@ -271,8 +267,7 @@ class Replay:
         if len(found) == len(blocks) and len({match["list"] for match in found}) == 1:
             numbers = [int(match["number"]) for match in found]
             self.decoder_of = dict(zip((block.layer for block in blocks), numbers, strict=True))
-            layers = model.get_submodule(found[0]["list"]).named_children()
-            self.decoders = [layer for _, layer in sorted(layers, key=lambda item: int(item[0]))]
+            self.decoders = list(model.get_submodule(found[0]["list"]).children())
         self.outputs: dict[int, list[Any]] = {}
         deepest = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
         weight = model.get_input_embeddings().weight
