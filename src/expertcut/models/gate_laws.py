@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertcut.errors import ContractError
 from expertcut.models import hooks, moe_block
@@ -36,6 +36,7 @@ from expertcut.models.hooks import Routing, own_forward, replaced_forward, route
 from expertcut.models.kernels import by_expert
 from expertcut.models.moe_block import SCORES, MoeBlock, RouterCall, Scoring, WeightRule
 
+_Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
 Law = Literal["weights", "choice", "repeatable", "once", "sum", "storage", "arrays"]
 
 # By config.model_type: the law that is not checked, and its consequence.
@@ -296,67 +297,72 @@ def verifying(
     is_summed = not _is_excepted(model_type, "sum")
     with ExitStack() as stack:
         for block in blocks:
-            verified = _verified(block, is_summed, see)
+            verified = partial(_verified, block, is_summed, see, own_forward(block.module), count())
             stack.enter_context(replaced_forward(block.module, verified))
         yield
 
 
 def _verified(
-    block: MoeBlock, is_summed: bool, see: Callable[[MoeBlock, Routing], None]
-) -> Callable[..., Any]:
-    forward, n_calls = own_forward(block.module), count()
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if next(n_calls) > 0:
-            return forward(*args, **kwargs)
-        routed: list[Any] = []  # args, kwargs and output of each call
-        hook = block.router.register_forward_hook(
-            lambda _module, *call: routed.append(call), with_kwargs=True
-        )
-        with hook, _watching_experts(block) as summed:
-            output = forward(*args, **kwargs)
-        for part, n_runs in (("router", len(routed)), ("experts", len(summed))):
-            if n_runs != 1:
-                fault = f"its {part} ran {n_runs} times in one forward pass, must be once"
-                raise broken(block, "once", fault)
-        called, routing = _routing(block, *routed[0])
-        experts_TK, weights_TK, output_TD, own_TD = summed[0]
-        is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
-            weights_TK.float(), routing.weights_TK.float()
-        )
-        if not is_routed:
-            fault = "its experts get other choices or weights than its router gave"
-            raise broken(block, "sum", fault)
-        part_TD = output_TD.reshape(-1, output_TD.shape[-1])[: len(own_TD)]
-        if not _is_near(own_TD, part_TD, part_TD):
-            raise broken(block, "sum", "its experts together give another sum than one by one")
-        if is_summed:
-            _check_affine(block, lambda: first(forward(*args, **kwargs)), first(output), output_TD)
-        see(called, routing)
-        return output
-
-    return run
+    block: MoeBlock,
+    is_summed: bool,
+    see: Callable[[MoeBlock, Routing], None],
+    forward: Callable[..., Any],
+    n_calls: Iterator[int],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if next(n_calls) > 0:
+        return forward(*args, **kwargs)
+    with (
+        _watching(block.router) as routed,
+        _watching(block.experts) as summed,
+        _one_by_one(block) as own_sums,
+    ):
+        output = forward(*args, **kwargs)
+    for part, calls in (("router", routed), ("experts", summed)):
+        if len(calls) != 1:
+            fault = f"its {part} ran {len(calls)} times in one forward pass, must be once"
+            raise broken(block, "once", fault)
+    called, routing = _routing(block, *routed[0])
+    inputs, named_inputs, output_TD = summed[0]
+    _, experts_TK, weights_TK, *_ = (*inputs, *named_inputs.values())
+    is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
+        weights_TK.float(), routing.weights_TK.float()
+    )
+    if not is_routed:
+        fault = "its experts get other choices or weights than its router gave"
+        raise broken(block, "sum", fault)
+    part_TD = output_TD.reshape(-1, output_TD.shape[-1])[: len(own_sums[0])]
+    if not _is_near(own_sums[0], part_TD, part_TD):
+        raise broken(block, "sum", "its experts together give another sum than one by one")
+    if is_summed:
+        _check_affine(block, lambda: first(forward(*args, **kwargs)), first(output), output_TD)
+    see(called, routing)
+    return output
 
 
 @contextmanager
-def _watching_experts(block: MoeBlock) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """Choices, weights and output of each call, and Σ (rows, D) of the first tokens' experts.
+def _watching(module: nn.Module) -> Iterator[list[_Call]]:
+    calls: list[_Call] = []
+    with module.register_forward_hook(lambda _module, *call: calls.append(call), with_kwargs=True):
+        yield calls
 
-    That sum is taken one by one, at once: offloaded weights are present only then.
-    """
+
+@contextmanager
+def _one_by_one(block: MoeBlock) -> Iterator[list[Tensor]]:
+    """Σ (rows, D) of the first tokens' experts one by one, while offloaded weights exist."""
     forward, own = own_forward(block.experts), hooks.own_expert(block)
-    calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    sums: list[Tensor] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         x, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
         rows, x_TD = slice(16), x.reshape(-1, x.shape[-1])
-        own_TD = by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own)
-        calls.append((experts_TK, weights_TK, output, own_TD))
+        sums.append(by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own))
         return output
 
     with replaced_forward(block.experts, run):
-        yield calls
+        yield sums
 
 
 def first(output: Any) -> Any:

@@ -292,8 +292,7 @@ def fits_in_memory(source: Source, options: LoadOptions) -> bool:
     n_bytes = sum(tensor.end - tensor.begin for tensor in tensors)
     if isinstance(dtype, torch.dtype):
         n_bytes = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
-    # With the overhead of loading and running.
-    return n_bytes * 1.25 <= free_bytes(device)
+    return n_bytes * 1.25 <= free_bytes(device)  # with the overhead of loading and running
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

@@ -25,8 +25,6 @@ _QUANTIZED_BITS = {
     **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
-# The format allows 100 MB, which would fill the memory; 200,000 tensors need less.
-_MAX_HEADER_BYTES = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ def refuse_quantized(folder: Path, stored: Stored) -> None:
     """Refuses a checkpoint whose config.json or tensors are quantized."""
     config = read_config(folder) if (folder / "config.json").exists() else {}
     for part in (config, config.get("text_config")):
-        quantized = part.get("quantization_config") if isinstance(part, dict) else None
-        if quantized:
+        if quantized := part.get("quantization_config") if isinstance(part, dict) else None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise ModelError(
                 f"{folder} is quantized ({method}): take the bf16, f16 or f32 weights instead"
@@ -158,7 +155,7 @@ def read_file(file: Path) -> Stored:
             n = int.from_bytes(stream.read(8), "little")
             if size_bytes < 8 or n > size_bytes - 8:
                 raise _damaged(file, f"a header of {n} bytes cannot lie in {size_bytes} bytes")
-            if n > _MAX_HEADER_BYTES:
+            if n > 25_000_000:  # 200,000 tensors need less; the 100 MB of the format fill memory
                 raise _damaged(file, f"a header of {n:,} bytes is more than any model needs")
             header = parse(stream.read(n))
     except FileNotFoundError:

@@ -272,8 +272,7 @@ def check_total(folder: Path, model: Any, stored: Stored) -> None:
     needed = sum(parameter.numel() for parameter in model.parameters())
     held = 0
     for tensor in stored.tensors.values():
-        is_plain = tensor.dtype in ("F64", "F32", "F16", "BF16")
-        # Packed values are at least one bit.
+        is_plain = tensor.dtype in ("F64", "F32", "F16", "BF16")  # packed values: at least a bit
         held += math.prod(tensor.shape) if is_plain else (tensor.end - tensor.begin) * 8
     if needed > 2 * held:
         raise ModelError(
@@ -309,10 +308,9 @@ def check_complete(folder: Path, info: dict[str, Any], *, is_trusted: bool) -> N
 def check_finite(folder: Path, model: Any, files: list[Path]) -> None:
     """Checks that no weight is NaN or infinite, as stored or in the loaded dtype."""
     tensors = model.state_dict()
-    # Offloaded weights are on the meta device.
-    is_elsewhere = any(tensor.device.type == "meta" for tensor in tensors.values())
+    is_offloaded = any(tensor.device.type == "meta" for tensor in tensors.values())
     bad = next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
-    if bad is None and not is_elsewhere:
+    if bad is None and not is_offloaded:
         return
     for file in files:
         check_values(file)

@@ -67,16 +67,15 @@ class Context:
             return encoded.cut_left(self.length)
         if self.takes_more:
             return encoded
-        n_long = sum(len(ids) > self.length for ids in encoded.prompts)
-        raise self._too_long(n_long, len(encoded), encoded.longest)
+        too_long = [len(ids) for ids in encoded.prompts if len(ids) > self.length]
+        raise self._too_long(too_long, len(encoded))
 
     def check(self, quiz: Quiz) -> None:
         """Refuses a quiz with prompts beyond the context, unless it truncates."""
         if self.length is None or quiz.truncate or self.takes_more:
             return
-        lengths = [n for n in self.possible(quiz, self.length) if n > self.length]
-        if lengths:
-            raise self._too_long(len(lengths), len(quiz), max(lengths))
+        if too_long := [n for n in self.possible(quiz, self.length) if n > self.length]:
+            raise self._too_long(too_long, len(quiz))
 
     def possible(self, quiz: Quiz, limit: int) -> Iterator[int]:
         """The lengths of the prompts that may exceed the limit; others are not tokenized.
@@ -94,11 +93,11 @@ class Context:
                 if n_before + len(text[len(before) :].encode()) + 16 > limit:
                     yield len(tokenizer(text)["input_ids"])
 
-    def _too_long(self, n_long: int, n_all: int, longest: int) -> ModelError:
+    def _too_long(self, lengths: Sequence[int], n_all: int) -> ModelError:
         return ModelError(
-            f"{n_long} of {n_all} prompts have more tokens than the {self.length} of the context "
-            f"of {self.moe.source.id}, the longest {longest}: ask with fewer --shots, or with "
-            "--truncate left, which cuts them as lm-evaluation-harness does"
+            f"{len(lengths)} of {n_all} prompts have more tokens than the {self.length} of the "
+            f"context of {self.moe.source.id}, the longest {max(lengths)}: ask with fewer --shots, "
+            "or with --truncate left, which cuts them as lm-evaluation-harness does"
         )
 
 
@@ -177,10 +176,7 @@ class Engine:
             )
 
     def check(self, encoded: Encoded) -> None:
-        """Scores four questions together and one by one; if they differ, mode single is used.
-
-        Also checks every block's gate on the first prompt.
-        """
+        """Checks the gates, and takes mode single if four questions score otherwise together."""
         few = encoded.part(slice(CHECKED_QUESTIONS))
         way = self.way(few)
         model_type = str(self.moe.model.config.model_type)
