@@ -24,6 +24,7 @@ from expertcut.models.kernels import BY_EXPERT, INNER, Own, by_expert, own_outpu
 from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall
 
 Change = Callable[[Any], Any]
+Forward = Callable[..., Any]
 Routed = tuple[Tensor, Tensor, Tensor]  # logits_TE, weights_TK, experts_TK
 
 
@@ -133,14 +134,14 @@ def own_expert(block: MoeBlock) -> Own:
     return one
 
 
-def own_forward(module: nn.Module) -> Callable[..., Any]:
+def own_forward(module: nn.Module) -> Forward:
     """The forward of a module, inside accelerate's wrapper if it has one."""
-    forward: Callable[..., Any] = module.__dict__.get(INNER, module.forward)
+    forward: Forward = module.__dict__.get(INNER, module.forward)
     return forward
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
     """Replaces the forward of a module in the context, inside accelerate's wrapper."""
     name = INNER if INNER in module.__dict__ else "forward"
     before = module.__dict__.get(name)
@@ -164,29 +165,23 @@ def route(router: nn.Module, call: RouterCall) -> Routed:
 class _Operations(TorchFunctionMode):
     """Passes the arguments of all operations to `read`, and position, name and result to `see`."""
 
-    def __init__(
-        self, see: Callable[[int, str, Any], Any], read: Change = lambda value: value
-    ) -> None:
+    def __init__(self, see: Callable[[int, str, Any], Any], read: Change | None = None) -> None:
         super().__init__()
         self.see, self.read, self.n_done = see, read, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunction():  # nested changes must not count these
-            args = tuple(map(self.read, args))
+        if self.read is not None:
+            with torch._C.DisableTorchFunction():  # nested changes must not count these
+                args = tuple(map(self.read, args))
         result = func(*args, **(kwargs or {}))
         self.n_done += 1
         return self.see(self.n_done - 1, str(getattr(func, "__name__", func)), result)
 
 
 def _run_changed(
-    forward: Callable[..., Any],
-    op: LogitsOp,
-    change: Change,
-    args: Any,
-    kwargs: Any,
-    read: Change = lambda value: value,
+    forward: Forward, op: LogitsOp, change: Change, read: Change | None, *args: Any, **kwargs: Any
 ) -> Routed:
     def see(index: int, name: str, result: Any) -> Any:
         if index != op.index:
@@ -207,12 +202,9 @@ def _run_changed(
     return logits_TE, weights_TK, experts_TK
 
 
-@contextmanager
-def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Iterator[None]:
+def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> AbstractContextManager[None]:
     """Changes the logits of a router in the context."""
-    forward = own_forward(router)
-    with replaced_forward(router, lambda *a, **k: _run_changed(forward, op, change, a, k)):
-        yield
+    return replaced_forward(router, partial(_run_changed, own_forward(router), op, change, None))
 
 
 def tape_of(router: nn.Module, call: RouterCall) -> tuple[list[tuple[str, Any]], Routed]:
@@ -284,7 +276,7 @@ def biased_forward(
         with torch._C.DisableTorchFunction():  # as in `_Operations`
             args = tuple(map(masked, args))
             kwargs = {name: masked(value) for name, value in kwargs.items()}
-        routed = _run_changed(forward, op, add, args, kwargs, read)
+        routed = _run_changed(forward, op, add, read, *args, **kwargs)
         if bool(is_forbidden_E.to(routed[2].device)[routed[2]].any()):
             raise ContractError(
                 f"{block.name}: its router chooses an expert that is masked: this cut cannot "
