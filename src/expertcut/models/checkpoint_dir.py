@@ -120,22 +120,11 @@ def _check_link(file: Path, folder: Path) -> None:
 def fingerprint_of(folder: Path) -> str:
     """SHA-256 over config.json (as parsed JSON) and the bytes of the weights; cached by `stamp`."""
     files = sorted(folder.glob("*.safetensors"))
-    try:
-        key = tuple(stamp(file) for file in (folder / "config.json", *files))
-    except OSError:
-        return _hash(folder, files)  # raises the error
-    if key not in _fingerprints:
-        _fingerprints[key] = _hash(folder, files)
-    return _fingerprints[key]
-
-
-def stamp(file: Path) -> tuple[object, ...]:
-    """Name, inode, size and times of a file, to detect changes."""
-    s = file.stat()
-    return (file.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-
-
-def _hash(folder: Path, files: list[Path]) -> str:
+    stamps: tuple[object, ...] = ()
+    with suppress(OSError):  # reading the file raises an error that names it
+        stamps = tuple(stamp(file) for file in (folder / "config.json", *files))
+    if stamps in _fingerprints:
+        return _fingerprints[stamps]
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
     for file in files:
         try:
@@ -145,7 +134,15 @@ def _hash(folder: Path, files: list[Path]) -> str:
             raise ModelError(
                 f"{file} cannot be read: {error.strerror}: mend that or download it again"
             ) from None
+    if stamps:
+        _fingerprints[stamps] = digest.hexdigest()
     return digest.hexdigest()
+
+
+def stamp(file: Path) -> tuple[object, ...]:
+    """Name, inode, size and times of a file, to detect changes."""
+    s = file.stat()
+    return (file.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
 
 def absolute_id(model: str, revision: str | None) -> str:

@@ -299,9 +299,8 @@ def check_complete(folder: Path, info: dict[str, Any], *, is_trusted: bool) -> N
             f"{weights_file(folder)} lacks {len(lost)} of the model's weights, first {lost[0]}"
         )
     if surplus:
-        first = min(surplus)
         logger.warning(
-            "%s: no place for %d tensors, first %s: left out", folder, len(surplus), first
+            "%s: no place for %d tensors, first %s: left out", folder, len(surplus), min(surplus)
         )
 
 

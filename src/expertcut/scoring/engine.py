@@ -128,13 +128,11 @@ def _watching(moe: MoeModel) -> Iterator[list[str]]:
     routers = {id(part) for block in moe.blocks for part in block.router.modules()}
 
     def note(name: str, module: nn.Module, _args: Any, output: Any) -> None:
-        for part in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(part, Tensor):
-                # Logits of masked experts are −inf.
-                is_fine = part.isfinite() | (part.isneginf() if id(module) in routers else False)
-                if not is_fine.all():
-                    seen.append(name)
-                    return
+        parts = output if isinstance(output, (tuple, list)) else [output]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        is_router = id(module) in routers  # logits of masked experts are −inf
+        if not all((t.isfinite() | (t.isneginf() & is_router)).all() for t in tensors):
+            seen.append(name)
 
     with ExitStack() as stack:
         for name, module in moe.model.named_modules():
