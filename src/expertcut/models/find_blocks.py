@@ -4,8 +4,6 @@ Block = shared + c · Σ w·f, decoder layer = x + d · block: both factors are 
 pass, independent of module names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

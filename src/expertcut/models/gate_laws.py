@@ -16,8 +16,6 @@ are often so peaked that several rules give the same weights. A block that break
 `EXCEPTIONS` lists families that break one and are supported, with what is not claimed of them.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

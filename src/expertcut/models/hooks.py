@@ -6,8 +6,6 @@ position is found once, by trial, and changes act on its result: after any cap o
 `+b` moves a logit by b.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A MoE block under the contract: its router, its experts and its gate."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Biases on router logits and factors on gate weights of a running model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +29,19 @@ class Tilts:
     bias_by_layer: Mapping[int, Tensor] = field(default_factory=dict)
     scale_by_layer: Mapping[int, Tensor] = field(default_factory=dict)
     apply_at: ApplyAt = "all"
+
+
+class _Answers:
+    """Holds the answer positions of the current pass."""
+
+    positions_N: Tensor | None = None
+
+    def begin(self, step: Pass) -> None:
+        self.positions_N = step.answers_N
+
+    def rows(self) -> Tensor:
+        assert self.positions_N is not None, "tell what `tilted` gives of each pass"
+        return self.positions_N
 
 
 @contextmanager
@@ -99,16 +110,3 @@ def _probe(block: MoeBlock, answers: _Answers | None) -> Routed:
         return route(block.router, block.call)
     finally:
         answers.positions_N = None
-
-
-class _Answers:
-    """Holds the answer positions of the current pass."""
-
-    positions_N: Tensor | None = None
-
-    def begin(self, step: Pass) -> None:
-        self.positions_N = step.answers_N
-
-    def rows(self) -> Tensor:
-        assert self.positions_N is not None, "tell what `tilted` gives of each pass"
-        return self.positions_N
