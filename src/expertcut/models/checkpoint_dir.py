@@ -156,9 +156,7 @@ def find_local(model: str, fingerprint: str, near: Path) -> Path | None:
     Older records have relative paths: tried from the working directory and from the folders above
     `near`, the place of the record.
     """
-    is_relative = not Path(model).is_absolute()
-    above = [folder / model for folder in near.resolve().parents] if is_relative else []
-    for folder in (Path(model), *above):
+    for folder in dict.fromkeys(above / model for above in (Path(), *near.resolve().parents)):
         with suppress(ModelError, OSError, ValueError):
             if (folder / "config.json").is_file() and fingerprint_of(folder) == fingerprint:
                 return folder

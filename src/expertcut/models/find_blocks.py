@@ -45,10 +45,7 @@ class Probe:
 
     @torch.inference_mode()
     def connections(self) -> tuple[float | None, Residual | None]:
-        """The factor of the experts' sum in the block, and the block's residual connection.
-
-        None if the block does more to the sum, and if the connection is not a plain sum.
-        """
+        """The factor of the experts' sum and the residual connection; None if not so plain."""
         nothing: tuple[Any, Any, Any] = (), {}, None
         last_calls = {module: call for module, *call in self.calls}
         args, kwargs, block_output = last_calls.get(self.block.module, nothing)

@@ -65,9 +65,7 @@ def observe_routers(
     def hook(layer: int, _module: nn.Module, args: tuple[Any, ...], output: Routed) -> None:
         see(Routing(layer, args[0].reshape(-1, args[0].shape[-1]), *output))
 
-    return registered(
-        block.router.register_forward_hook(partial(hook, block.layer)) for block in blocks
-    )
+    return registered(b.router.register_forward_hook(partial(hook, b.layer)) for b in blocks)
 
 
 def observe_residuals(

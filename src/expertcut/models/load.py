@@ -118,11 +118,10 @@ class Source:
         """`meta_model.expert_axes` of config.json, derived once."""
         from expertcut.models.meta_model import expert_axes
 
-        known = self.__dict__.setdefault("_expert_axes", {})
-        if tuple(names) not in known:
-            known[tuple(names)] = expert_axes(read_config(self.path), names)
-        axes: Mapping[str, tuple[str, int]] = known[tuple(names)]
-        return axes
+        known: dict[Any, dict[str, Any]] = self.__dict__.setdefault("_expert_axes", {})
+        if (key := tuple(names)) not in known:
+            known[key] = expert_axes(read_config(self.path), key)
+        return known[key]
 
 
 def find_source(model: str, revision: str | None = None) -> Source:

@@ -32,9 +32,7 @@ _COUNT_FIELDS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"),
     *(*EXPERT_COUNT_FIELDS, *_TOP_K_FIELDS),
 )
-_OF_ONE_EXPERT = re.compile(
-    r"(?P<block>.+)\.(constant_)?experts\.(?P<expert>\d{1,9})\.(?P<part>.+)"
-)
+_OF_EXPERT = re.compile(r"(?P<block>.+)\.(constant_)?experts\.(?P<expert>\d{1,9})\.(?P<part>.+)")
 _CONSTANT = {"approx_value"}  # the tensors of a removed expert of layout exact
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PROBE = "Answer: A"
@@ -141,11 +139,9 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
     file = folder / "config.json"
     fields = _all_fields(config)
     for name in _COUNT_FIELDS:
-        value = fields.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ModelError(
-                f"{file} says {name} {str(value)[:50]}, must be a whole number above 0"
-            )
+        n = fields.get(name)
+        if n is not None and (type(n) is not int or n < 1):
+            raise ModelError(f"{file} says {name} {str(n)[:50]}, must be a whole number above 0")
     n_experts = expert_count(config) or 0
     for name in _TOP_K_FIELDS:
         if (fields.get(name) or 0) > n_experts:
@@ -158,9 +154,9 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
         )
     blocks: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for name, tensor in stored.tensors.items():
-        if found := _OF_ONE_EXPERT.fullmatch(name):
-            experts = blocks.setdefault(f"{found['block']}.experts", {})
-            experts.setdefault(int(found["expert"]), {})[found["part"]] = tensor
+        if match := _OF_EXPERT.fullmatch(name):
+            experts = blocks.setdefault(f"{match['block']}.experts", {})
+            experts.setdefault(int(match["expert"]), {})[match["part"]] = tensor
     for block, experts in blocks.items():
         _check_alike(folder, block, experts)
         if len(experts) != n_experts:

@@ -78,10 +78,7 @@ class Context:
             raise self._too_long(too_long, len(quiz))
 
     def possible(self, quiz: Quiz, limit: int) -> Iterator[int]:
-        """The lengths of the prompts that may exceed the limit; others are not tokenized.
-
-        A text has at most as many tokens as bytes, and the prompts of a subject share a prefix.
-        """
+        """Lengths of the prompts that may exceed the limit: by bytes, and only these tokenized."""
         tokenizer = self.moe.tokenizer
         for subject, questions in quiz.questions.items():
             shots = quiz.shots_by_subject[subject]

@@ -54,7 +54,7 @@ def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass]
             if (bias_E := tilts.bias_by_layer.get(block.layer)) is not None:
                 _add_bias(stack, block, bias_E, at)
             if (scale_E := tilts.scale_by_layer.get(block.layer)) is not None:
-                _scale_weights(stack, block, scale_E, at)
+                _scale(stack, block, scale_E, at)
         yield answers.begin
 
 
@@ -79,9 +79,7 @@ def _add_bias(stack: ExitStack, block: MoeBlock, bias_E: Tensor, answers: _Answe
         )
 
 
-def _scale_weights(
-    stack: ExitStack, block: MoeBlock, scale_E: Tensor, answers: _Answers | None
-) -> None:
+def _scale(stack: ExitStack, block: MoeBlock, scale_E: Tensor, answers: _Answers | None) -> None:
     forward, before = own_forward(block.router), _probe(block, answers)
 
     def scaled(*args: Any, **kwargs: Any) -> Routed:
