@@ -35,6 +35,7 @@ from expertcut.models.kernels import by_expert
 from expertcut.models.moe_block import SCORES, MoeBlock, RouterCall, Scoring, WeightRule
 
 _Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
+See = Callable[[MoeBlock, Routing], None]  # a block whose `call` is that of the routing
 Law = Literal["weights", "choice", "repeatable", "once", "sum", "storage", "arrays"]
 
 # By config.model_type: the law that is not checked, and its consequence.
@@ -284,59 +285,53 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
 
 
 @contextmanager
-def verifying(
-    blocks: Sequence[MoeBlock], model_type: str, see: Callable[[MoeBlock, Routing], None]
-) -> Iterator[None]:
-    """Checks the laws of once and sum in each block's first forward.
+def verifying(blocks: Sequence[MoeBlock], model_type: str, see: See) -> Iterator[None]:
+    """Checks the laws of once and sum in each block's first forward, and passes its routing on.
 
-    `see` gets the block, with the router's call in that forward as its `call`, and its routing.
     Costs two more runs of the block's shared part and one of 16 tokens through its experts.
     """
     is_summed = not _is_excepted(model_type, "sum")
     with ExitStack() as stack:
         for block in blocks:
-            verified = partial(_verified, block, is_summed, see, own_forward(block.module), count())
+            verified = _verified(block, is_summed, see)
             stack.enter_context(replaced_forward(block.module, verified))
         yield
 
 
-def _verified(
-    block: MoeBlock,
-    is_summed: bool,
-    see: Callable[[MoeBlock, Routing], None],
-    forward: Callable[..., Any],
-    n_calls: Iterator[int],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    if next(n_calls) > 0:
-        return forward(*args, **kwargs)
-    with (
-        _watching(block.router) as routed,
-        _watching(block.experts) as summed,
-        _one_by_one(block) as own_sums,
-    ):
-        output = forward(*args, **kwargs)
-    for part, calls in (("router", routed), ("experts", summed)):
-        if len(calls) != 1:
-            fault = f"its {part} ran {len(calls)} times in one forward pass, must be once"
-            raise broken(block, "once", fault)
-    called, routing = _routing(block, *routed[0])
-    inputs, named_inputs, output_TD = summed[0]
-    _, experts_TK, weights_TK, *_ = (*inputs, *named_inputs.values())
-    is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
-        weights_TK.float(), routing.weights_TK.float()
-    )
-    if not is_routed:
-        fault = "its experts get other choices or weights than its router gave"
-        raise broken(block, "sum", fault)
-    part_TD = output_TD.reshape(-1, output_TD.shape[-1])[: len(own_sums[0])]
-    if not _is_near(own_sums[0], part_TD, part_TD):
-        raise broken(block, "sum", "its experts together give another sum than one by one")
-    if is_summed:
-        _check_affine(block, lambda: first(forward(*args, **kwargs)), first(output), output_TD)
-    see(called, routing)
-    return output
+def _verified(block: MoeBlock, is_summed: bool, see: See) -> hooks.Forward:
+    forward, n_calls = own_forward(block.module), count()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if next(n_calls) > 0:
+            return forward(*args, **kwargs)
+        with (
+            _watching(block.router) as routed,
+            _watching(block.experts) as summed,
+            _one_by_one(block) as own_sums,
+        ):
+            output = forward(*args, **kwargs)
+        for part, calls in (("router", routed), ("experts", summed)):
+            if len(calls) != 1:
+                fault = f"its {part} ran {len(calls)} times in one forward pass, must be once"
+                raise broken(block, "once", fault)
+        called, routing = _routing(block, *routed[0])
+        inputs, named_inputs, output_TD = summed[0]
+        _, experts_TK, weights_TK, *_ = (*inputs, *named_inputs.values())
+        is_routed = torch.equal(experts_TK, routing.experts_TK) and torch.equal(
+            weights_TK.float(), routing.weights_TK.float()
+        )
+        if not is_routed:
+            fault = "its experts get other choices or weights than its router gave"
+            raise broken(block, "sum", fault)
+        part_TD = output_TD.reshape(-1, output_TD.shape[-1])[: len(own_sums[0])]
+        if not _is_near(own_sums[0], part_TD, part_TD):
+            raise broken(block, "sum", "its experts together give another sum than one by one")
+        if is_summed:
+            _check_affine(block, lambda: first(forward(*args, **kwargs)), first(output), output_TD)
+        see(called, routing)
+        return output
+
+    return run
 
 
 @contextmanager
