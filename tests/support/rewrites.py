@@ -49,7 +49,7 @@ def _rewrite(
     layout: Layout,
     apply_at: Positions = "all",
 ) -> Rewrite:
-    plan = EditPlan("", "", "", "answer", blocks, layout, apply_at=apply_at)
+    plan = EditPlan("", "", "", "answer", blocks, layout, apply_at=apply_at, is_cut=True)
     return rewrite_of(layout, headers, blocks, fitted_edits(plan, fitted))
 
 

@@ -31,6 +31,7 @@ from expertcut.scoring.passes import OnPass
 from expertcut.scoring.router_bias import Tilts, tilted
 
 Apply = Callable[[Tensor], Tensor]
+RunEdited = Callable[[Sequence[MoeBlock]], AbstractContextManager[None]]
 _PART = 1 << 15  # values that are scaled at a time: their float64 copies stay in the CPU's cache
 
 
@@ -103,38 +104,23 @@ def _scaled_rows(tensor: Tensor, factors: Mapping[int, float]) -> Tensor:
 
 @dataclass
 class Simulation:
-    """What edits do to an unedited model while it runs.
-
-    With `is_as_written` kept experts are scaled as in the checkpoint, else the plan acts to the
-    letter. A finite bias acts at `apply_at`.
-    """
+    """What edits do to an unedited model while it runs; a finite bias acts at `apply_at`."""
 
     moe: MoeModel
-    apply_at: Positions
     is_as_written: bool
+    apply_at: Positions = "all"
     contexts: list[AbstractContextManager[None]] = field(default_factory=list)
-    _biases: dict[int, Tensor] = field(default_factory=dict)
-    _scales: dict[int, Tensor] = field(default_factory=dict)
+    biases: dict[int, Tensor] = field(default_factory=dict)
+    scales: dict[int, Tensor] = field(default_factory=dict)
 
     def bias_E(self, block: MoeBlock) -> Tensor:
         """The bias on a router's logits, to be changed in place; −inf forbids an expert."""
-        return self._biases.setdefault(block.layer, torch.zeros(block.n_experts))
+        return self.biases.setdefault(block.layer, torch.zeros(block.n_experts))
 
     def scale_E(self, block: MoeBlock) -> Tensor:
         """The factors on gate weights, to be changed in place."""
         ones_E = torch.ones(block.n_experts, dtype=torch.float64)
-        return self._scales.setdefault(block.layer, ones_E)
-
-    @contextmanager
-    def running(self) -> Iterator[OnPass]:
-        """The model is changed while the block runs; each forward pass must be announced."""
-        biases = {layer: bias_E for layer, bias_E in self._biases.items() if bias_E.any()}
-        scales = {layer: s_E for layer, s_E in self._scales.items() if (s_E != 1).any()}
-        with ExitStack() as stack:
-            for context in self.contexts:
-                stack.enter_context(context)
-            tilts = Tilts(biases, scales, self.apply_at)
-            yield stack.enter_context(tilted(self.moe.blocks, tilts))
+        return self.scales.setdefault(block.layer, ones_E)
 
 
 class LayoutWriter(Protocol):
@@ -208,6 +194,19 @@ class Edit(Protocol):
         """Acts on the unedited model while it runs."""
         return
 
+    @property
+    def reference(self) -> str:
+        """The name of what the held-out check compares with; empty for an edit without effect."""
+        return ""
+
+    def forms(self) -> Mapping[str, Self | None]:
+        """What the held-out check simulates in place of the edit, by name; None is nothing."""
+        return {}
+
+    def reference_of_edited(self, _moe: MoeModel) -> RunEdited | None:
+        """From the unedited model: how the edited one runs as the reference, if none simulates."""
+        return None
+
     def rewrite(self, _layout: LayoutWriter, _tensors: TensorChanges) -> None:
         """Acts on the tensors on disk."""
         return
@@ -215,6 +214,24 @@ class Edit(Protocol):
     def describe(self) -> Iterable[str]:
         """Sentences for the model card."""
         return ()
+
+
+@contextmanager
+def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> Iterator[OnPass]:
+    """Runs an unedited model with edits; the yielded function must be called before each pass.
+
+    With `is_as_written` kept experts are scaled as in the checkpoint, else the plan acts to the
+    letter.
+    """
+    simulation = Simulation(moe, is_as_written)
+    for edit in edits:
+        edit.simulate(simulation)
+    biases = {layer: bias_E for layer, bias_E in simulation.biases.items() if bias_E.any()}
+    scales = {layer: s_E for layer, s_E in simulation.scales.items() if (s_E != 1).any()}
+    with ExitStack() as stack:
+        for context in simulation.contexts:
+            stack.enter_context(context)
+        yield stack.enter_context(tilted(moe.blocks, Tilts(biases, scales, simulation.apply_at)))
 
 
 def experts_get(n: int) -> str:

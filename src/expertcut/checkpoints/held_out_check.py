@@ -1,20 +1,17 @@
 """What an edit does to held-out questions, scored in both models; the result goes into the plan."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import Edit, Simulation
-from expertcut.checkpoints.export import edits_of
+from expertcut.checkpoints.edit import Edit, RunEdited, simulated
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
-from expertcut.edits.calibrate import Constants
-from expertcut.edits.layouts import LAYOUTS, Positions
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
@@ -37,33 +34,6 @@ NOT_REACHED = (
     "are routed to removed experts: the edit did not reach the model, so no result is given"
 )
 _MIN_GATE_SHARE = 0.01  # of a token's gate weight; less may be lost in rounding
-_RUNTIME_FORMS: dict[Positions, str] = {
-    "answer": "bias at answer positions only",
-    "all": "bias everywhere",
-}
-
-
-@contextmanager
-def apply_at_runtime(moe: MoeModel, plan: EditPlan, constants: Constants) -> Iterator[OnPass]:
-    """Runs the plan to the letter; the yielded function must be called before each forward pass."""
-    edits = [
-        replace(edit, constants=constants) if isinstance(edit, PruneEdit) else edit
-        for edit in edits_of(plan)
-    ]
-    with simulated(moe, plan, edits, is_as_written=False) as begin:
-        yield begin
-
-
-@contextmanager
-def simulated(
-    moe: MoeModel, plan: EditPlan, edits: Iterable[Edit], *, is_as_written: bool
-) -> Iterator[OnPass]:
-    """As `apply_at_runtime`; with `is_as_written`, fitted edits with a checkpoint's rounding."""
-    simulation = Simulation(moe, plan.apply_at, is_as_written)
-    for edit in edits:
-        edit.simulate(simulation)
-    with simulation.running() as begin:
-        yield begin
 
 
 def _renumbered(plan: EditPlan) -> Mapping[str, BlockEdit]:
@@ -199,71 +169,87 @@ def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> F
 class BaseScores:
     """All that the unedited model answers.
 
-    `reference` has the plan applied at run time; `forms` too, by name: without biases where the
-    plan has more, with them at answer positions, and everywhere. Where layout exact only removes
-    experts, `quiet` are the questions without a token that chose a removed expert, `alone` their
-    answers.
+    `reference` has the edits applied at run time, `forms` others of their forms, by name. An edit
+    without a run-time form is compared with `run_edited`, the edited model in another way. Where
+    layout exact only removes experts, `quiet` are the questions without a token that chose a
+    removed expert, `alone` their answers.
     """
 
     base: HeldOutScores
-    reference: HeldOutScores
-    forms: Mapping[str, HeldOutScores]
+    reference_name: str
+    reference: HeldOutScores | None = None
+    run_edited: RunEdited | None = None
+    forms: Mapping[str, HeldOutScores] = field(default_factory=dict)
     is_cut_exactly: bool = False
     quiet: Quiz | None = None
     alone: HeldOutScores | None = None
 
 
-def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> BaseScores:
+def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]) -> BaseScores:
     """Everything that needs the unedited model, so that one model is in memory at a time."""
-    base, layout = HeldOutScores(engine, quiz, draft.edits), LAYOUTS[draft.layout]
-    reference = _score_at_runtime(engine, quiz, draft, constants)
-    must_change = draft.is_cut and not layout.keeps_rows and base.depends_on_removed
+    base, name = HeldOutScores(engine, quiz, plan.edits), _reference_name(edits)
+    for edit in edits:
+        if run_edited := edit.reference_of_edited(engine.moe):
+            return BaseScores(base, name, run_edited=run_edited)
+    reference = _score_at_runtime(engine, quiz, plan, edits)
+    must_change = not LAYOUTS[plan.layout].keeps_rows and base.depends_on_removed
     if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
-        raise ContractError(NOT_REACHED.format(_reference_name(draft)))
-    forms = _runtime_forms(engine, quiz, draft, constants, reference) if draft.is_biased else {}
-    if draft.is_tilted or not constants:
-        return BaseScores(base, reference, forms)
-    found = [q for q, is_quiet in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_quiet]
-    quiet = replace_questions(quiz, group_by_subject(found)) if found else None
-    alone = _score_alone(engine, quiet, draft.edits) if quiet else None
-    return BaseScores(base, reference, forms, is_cut_exactly=True, quiet=quiet, alone=alone)
+        raise ContractError(NOT_REACHED.format(name))
+    forms = _runtime_forms(engine, quiz, plan, edits, reference)
+    effective = [edit for edit in edits if edit.reference]
+    if not all(isinstance(edit, PruneEdit) and edit.constants for edit in effective):
+        return BaseScores(base, name, reference, forms=forms)
+    untouched = [q for q, is_own in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_own]
+    quiet = replace_questions(quiz, group_by_subject(untouched)) if untouched else None
+    alone = _score_alone(engine, quiet, plan.edits) if quiet else None
+    return BaseScores(base, name, reference, is_cut_exactly=True, quiet=quiet, alone=alone)
 
 
 def _score_at_runtime(
-    engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants
+    engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]
 ) -> HeldOutScores:
-    with apply_at_runtime(engine.moe, draft, constants) as begin:
-        return HeldOutScores(engine, quiz, draft.edits, begin)
+    with simulated(engine.moe, edits, is_as_written=False) as begin:
+        return HeldOutScores(engine, quiz, plan.edits, begin)
 
 
 def _runtime_forms(
-    engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants, reference: HeldOutScores
+    engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit], reference: HeldOutScores
 ) -> dict[str, HeldOutScores]:
-    unbiased = {n: edit.model_copy(update={"bias": {}}) for n, edit in draft.edits.items()}
-    rest, forms = replace(draft, edits=unbiased), {}
-    if draft.is_cut or rest.is_tilted:
-        forms["the plan without biases"] = _score_at_runtime(engine, quiz, rest, constants)
-    for positions, name in _RUNTIME_FORMS.items():
-        form, is_known = replace(draft, apply_at=positions), positions == draft.apply_at
-        forms[name] = reference if is_known else _score_at_runtime(engine, quiz, form, constants)
-    return forms
+    scores: dict[str, HeldOutScores] = {}
+    for edit in edits:
+        others = [other for other in edits if other is not edit]
+        for name, form in edit.forms().items():
+            if form == edit:
+                scores[name] = reference
+            elif form is not None or any(other.reference for other in others):
+                changed = [*others, form] if form else others
+                scores[name] = _score_at_runtime(engine, quiz, plan, changed)
+    return scores
 
 
-def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores) -> HeldOutResult:
+def score_edited(engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores) -> HeldOutResult:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
-    edited = HeldOutScores(engine, quiz, _renumbered(draft))
-    logprob_NC, base, reference = edited.logprob_NC, before.base, before.reference
+    numbered, base, reference = _renumbered(plan), before.base, before.reference
+    edited = HeldOutScores(engine, quiz, numbered)
+    if before.run_edited is not None:
+        with before.run_edited(engine.moe.blocks):
+            reference = HeldOutScores(engine, quiz, numbered)
+    assert reference is not None
+    shifts = [
+        compare_logprobs("the unedited base", edited.logprob_NC, base.logprob_NC),
+        compare_logprobs(before.reference_name, edited.logprob_NC, reference.logprob_NC),
+    ]
+    if before.run_edited is not None:
+        against = "these against the unedited base"
+        shifts.append(compare_logprobs(against, reference.logprob_NC, base.logprob_NC))
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
     return HeldOutResult(
         held_out_split=quiz.split,
-        held_out=(
-            compare_logprobs("the unedited base", logprob_NC, base.logprob_NC),
-            compare_logprobs(_reference_name(draft), logprob_NC, reference.logprob_NC),
-        ),
+        held_out=tuple(shifts),
         held_out_hashes=sorted_hashes(quiz),
-        shares=_expert_shares(quiz, draft, before, edited),
-        alone=_bit_exact_check(engine, quiz, draft, before) if before.is_cut_exactly else None,
-        agreement=_agreements(reference, edited, draft, engine.moe),
+        shares=_expert_shares(len(quiz), plan, base, reference, edited),
+        alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
+        agreement=_agreements(reference, edited, plan, engine.moe),
         outcomes=tuple(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
@@ -276,20 +262,21 @@ def sorted_hashes(quiz: Quiz) -> tuple[str, ...]:
 
 
 def _expert_shares(
-    quiz: Quiz, draft: EditPlan, before: BaseScores, edited: HeldOutScores
+    n: int, plan: EditPlan, base: HeldOutScores, reference: HeldOutScores, edited: HeldOutScores
 ) -> tuple[ExpertShares, ...]:
     """By the numbers of plan.json; `edited` has the same experts in the same order."""
-    numbers, blocks = draft.numbers or ExpertIds(), list(draft.edits)
-    base, exact, n = before.base.n_served, before.reference.n_served, len(quiz)
+    numbers, blocks = plan.numbers or ExpertIds(), list(plan.edits)
     return tuple(
         ExpertShares(
             layer=layer,
             expert=numbers.number(blocks[layer], row),
-            base=base[layer, row] / n,
-            exact=exact[layer, row] / n,
+            base=n_base / n,
+            exact=reference.n_served[layer, row] / n,
             edited=n_edited / n,
         )
-        for (layer, row), n_edited in zip(base, edited.n_served.values(), strict=True)
+        for ((layer, row), n_base), n_edited in zip(
+            base.n_served.items(), edited.n_served.values(), strict=True
+        )
     )
 
 
@@ -341,10 +328,7 @@ def _agreement(
     )
 
 
-def _reference_name(draft: EditPlan) -> str:
-    if draft.is_tilted and draft.is_cut:
-        return "the same plan at run time"
-    if draft.is_tilted:
-        return "the exact bias" if draft.is_biased else "the same factors at run time"
-    same = "after top-k" if LAYOUTS[draft.layout].keeps_rows else "as a mask"
-    return f"the same removal {same}"
+def _reference_name(edits: Sequence[Edit]) -> str:
+    names = [edit.reference for edit in edits if edit.reference]
+    is_mixed = len(names) > 1 and any(isinstance(edit, PruneEdit) for edit in edits)
+    return "the same plan at run time" if is_mixed else names[-1]

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, TensorChanges
+from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, RunEdited, TensorChanges
 from expertcut.checkpoints.shards import Change, read_tensor
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, blocks_of
 from expertcut.data import Quiz
@@ -34,7 +34,7 @@ from expertcut.edits.merging import (
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
 from expertcut.models.hooks import replaced_forward
-from expertcut.models.load import Source
+from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.scoring.engine import Engine
@@ -137,12 +137,13 @@ def _own_neurons(kind: str) -> Neurons:
 class MergeEdit(Edit):
     """Groups of experts become one expert each, in the form of layout `stock`.
 
-    Fitted are `rows` by layer and `orders` of neurons (I,) by block and member; without an order a
-    member's neurons stay as they are. In `interleaved` blocks gate and up alternate in one tensor.
+    Fitted are `rows` by layer and, if `is_aligned`, `orders` of neurons (I,) by block and member.
+    In `interleaved` blocks gate and up alternate in one tensor.
     """
 
     blocks: Mapping[str, BlockEdit]
     router: RouterRow = "fitted"
+    is_aligned: bool = False
     rows: Mapping[int, Rows] = field(default_factory=dict)
     orders: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
@@ -159,13 +160,14 @@ class MergeEdit(Edit):
         rows = merged_rows(engine, calibration.questions.tuning, self.blocks, self.router)
         blocks = engine.moe.blocks
         interleaved = frozenset(b.name for b in blocks if is_interleaved(b.experts))
-        return replace(self, rows=rows, interleaved=interleaved)
+        fitted = replace(self, rows=rows, interleaved=interleaved)
+        return fitted._aligned(calibration.source.headers) if self.is_aligned else fitted
 
-    def aligned(self, source: Source) -> Self:
+    def _aligned(self, headers: Headers) -> Self:
         """With each member's neurons in the order most similar to its dominant expert's."""
         orders: dict[str, dict[int, Tensor]] = {}
-        for name, block in blocks_of(source.headers, self.blocks).items():
-            experts = Experts(source.headers, block, is_interleaved=name in self.interleaved)
+        for name, block in blocks_of(headers, self.blocks).items():
+            experts = Experts(headers, block, is_interleaved=name in self.interleaved)
             orders[name] = {}
             for dominant, shares in (self.blocks[name].merged or {}).items():
                 first = experts.neurons(dominant)
@@ -177,8 +179,16 @@ class MergeEdit(Edit):
     def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Quality]:
         return judge_rows(engine, held_out, self.blocks, self.rows)
 
-    def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
+    @property
+    def reference(self) -> str:
+        return "the same experts under the unedited router"
+
+    def reference_of_edited(self, moe: MoeModel) -> RunEdited:
+        return partial(under, unedited_routers(moe.blocks, self.blocks))
+
+    def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         """Layers in `rows` are MoE blocks, in the order of the plan."""
+        layout.remove_experts(tensors, {})
         for layer, (name, block) in enumerate(tensors.blocks.items()):
             edit, headers = self.blocks[name], tensors.headers
             if not edit.merged:

@@ -40,7 +40,7 @@ def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str,
 
 @dataclass(frozen=True)
 class PruneEdit(Edit):
-    """A plan that keeps every expert has one too, which then changes nothing.
+    """Of every plan of a cut, even of one that keeps every expert.
 
     `folds` (kept,) by layer scale the outputs of kept experts where routers lose rows, `constants`
     stand for the removed experts where they keep them.
@@ -55,6 +55,8 @@ class PruneEdit(Edit):
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        if isinstance(plan, EditPlan) and not plan.is_cut:
+            return None
         return cls(plan.blocks, plan.layout, plan.removed, plan.fold)
 
     def needs_engine(self, calibration: Calibration) -> bool:
@@ -91,6 +93,11 @@ class PruneEdit(Edit):
                     simulation.bias_E(block)[list(removed)] = -torch.inf
         if simulation.is_as_written and self.folds:
             simulation.contexts.append(self._rescaled(simulation))
+
+    @property
+    def reference(self) -> str:
+        how = "after top-k" if LAYOUTS[self.layout].keeps_rows else "as a mask"
+        return f"the same removal {how}"
 
     @contextmanager
     def _rescaled(self, simulation: Simulation) -> Iterator[None]:

@@ -23,6 +23,10 @@ class ScaleEdit(Edit):
             for expert, factor in self.blocks[block.name].scale.items():
                 simulation.scale_E(block)[expert] = factor
 
+    @property
+    def reference(self) -> str:
+        return "the same factors at run time"
+
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         for name, edit in self.blocks.items():
             for expert in edit.scale:
