@@ -24,7 +24,6 @@ from expertcut.edits.splits import Questions
 from expertcut.errors import ContractError
 from expertcut.models.load import MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import Stored
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.passes import OnPass
@@ -146,9 +145,7 @@ class LayoutWriter(Protocol):
     ) -> None:
         """Adds the plan's biases to the routers; `directions` v (D,) are by layer."""
 
-    def config(
-        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
-    ) -> dict[str, Any]:
+    def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         """`config.json` of the new checkpoint."""
 
     def files(self) -> Mapping[str, bytes]:
@@ -232,6 +229,12 @@ def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> I
         for context in simulation.contexts:
             stack.enter_context(context)
         yield stack.enter_context(tilted(moe.blocks, Tilts(biases, scales, simulation.apply_at)))
+
+
+def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
+    """The experts that each block's edit does not keep; blocks that keep all are left out."""
+    removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
+    return {name: experts for name, experts in removed.items() if experts}
 
 
 def experts_get(n: int) -> str:

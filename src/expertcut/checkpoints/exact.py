@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
+from expertcut.checkpoints.edit import LayoutWriter, TensorChanges, removed_experts
 from expertcut.checkpoints.tensor_names import (
     DiskBlock,
     Headers,
@@ -32,7 +32,7 @@ from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError, PlanError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
-from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor
+from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.models.validate import expert_count
 
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
@@ -79,14 +79,11 @@ class ExactWriter(LayoutWriter):
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
                 tensors.added[gate] = bias_E
 
-    def config(
-        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
-    ) -> dict[str, Any]:
+    def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         config = read_config(source.path)
-        removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
-        biased = [name for name, edit in edits.items() if edit.bias]
-        earlier = constants_on_disk(stored.tensors) if is_exact(config) else None
-        return exact_config(config, {n: own for n, own in removed.items() if own}, biased, earlier)
+        biased = [name for name, edit in tensors.edits.items() if edit.bias]
+        earlier = constants_on_disk(tensors.headers) if is_exact(config) else None
+        return exact_config(config, removed_experts(tensors.edits, n_experts), biased, earlier)
 
     def files(self) -> Mapping[str, bytes]:
         return {MODELLING_FILE: modelling_code()}

@@ -100,8 +100,8 @@ class HeldOutScores:
         for layer, expert in self.n_served:
             if layer == routing.layer:
                 self.n_served[layer, expert] += int((chosen_NK == expert).sum())
-        self._mark(experts_TK, self._removed[routing.layer])
-        self.depends_on_removed = self.depends_on_removed or self._depends(routing)
+        if removed := self._removed[routing.layer]:
+            self._note_removed(routing, torch.isin(experts_TK, experts_TK.new_tensor(removed)))
         if routing.layer in self.routed:
             is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
             is_answer_T[self._step.answers_N] = True
@@ -109,27 +109,20 @@ class HeldOutScores:
             routed = RoutedPass(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
             self.routed[routing.layer].append(routed)
 
-    def _depends(self, routing: Routing) -> bool:
-        removed = self._removed[routing.layer]
-        if not removed:
-            return False
-        share_TK = routing.weights_TK.float().abs()
-        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
-        removed_E = torch.tensor(removed, device=routing.experts_TK.device)
-        is_removed_TK = torch.isin(routing.experts_TK, removed_E)
-        is_hit_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE)).any(dim=1)
-        # Only the answers come after the last block.
-        at = self._step.answers_N if routing.layer == self._last_layer else self._step.valid_T
-        return bool((is_hit_T if at is None else is_hit_T.cpu()[at]).any())
-
-    def _mark(self, experts_TK: Tensor, removed: tuple[int, ...]) -> None:
-        hit_T = torch.isin(experts_TK, torch.tensor(removed, dtype=experts_TK.dtype)).any(dim=1)
-        if self._step.valid_T is not None:
-            hit_T &= self._step.valid_T
+    def _note_removed(self, routing: Routing, is_removed_TK: Tensor) -> None:
+        hit_T, valid_T = is_removed_TK.any(dim=1), self._step.valid_T
+        if valid_T is not None:
+            hit_T &= valid_T
         if self._step.is_prefix:
             self.is_untouched_N &= ~hit_T.any()
         else:
             self.is_untouched_N[self._step.question_T[hit_T]] = False
+        share_TK = routing.weights_TK.float().abs()
+        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
+        counts_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE).cpu()).any(dim=1)
+        # Only the answers come after the last block.
+        at = self._step.answers_N if routing.layer == self._last_layer else valid_T
+        self.depends_on_removed |= bool((counts_T if at is None else counts_T[at]).any())
 
 
 def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
@@ -171,8 +164,7 @@ class BaseScores:
 
     `reference` has the edits applied at run time, `forms` others of their forms, by name. An edit
     without a run-time form is compared with `run_edited`, the edited model in another way. Where
-    layout exact only removes experts, `quiet` are the questions without a token that chose a
-    removed expert, `alone` their answers.
+    layout exact only removes experts, `alone` are the answers of `untouched` questions.
     """
 
     base: HeldOutScores
@@ -181,7 +173,6 @@ class BaseScores:
     run_edited: RunEdited | None = None
     forms: Mapping[str, HeldOutScores] = field(default_factory=dict)
     is_cut_exactly: bool = False
-    quiet: Quiz | None = None
     alone: HeldOutScores | None = None
 
 
@@ -199,10 +190,15 @@ def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]
     effective = [edit for edit in edits if edit.reference]
     if not all(isinstance(edit, PruneEdit) and edit.constants for edit in effective):
         return BaseScores(base, name, reference, forms=forms)
-    untouched = [q for q, is_own in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_own]
-    quiet = replace_questions(quiz, group_by_subject(untouched)) if untouched else None
-    alone = _score_alone(engine, quiet, plan.edits) if quiet else None
-    return BaseScores(base, name, reference, is_cut_exactly=True, quiet=quiet, alone=alone)
+    quiet = untouched(quiz, base)
+    alone = _score_alone(engine, quiet, plan.edits) if len(quiet) else None
+    return BaseScores(base, name, reference, is_cut_exactly=True, alone=alone)
+
+
+def untouched(quiz: Quiz, base: HeldOutScores) -> Quiz:
+    """The questions without a token that chose a removed expert."""
+    kept = [q for q, is_own in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_own]
+    return replace_questions(quiz, group_by_subject(kept))
 
 
 def _score_at_runtime(
@@ -246,7 +242,7 @@ def score_edited(engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores)
     return HeldOutResult(
         held_out_split=quiz.split,
         held_out=tuple(shifts),
-        held_out_hashes=sorted_hashes(quiz),
+        held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
         shares=_expert_shares(len(quiz), plan, base, reference, edited),
         alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
         agreement=_agreements(reference, edited, plan, engine.moe),
@@ -254,11 +250,6 @@ def score_edited(engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores)
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
     )
-
-
-def sorted_hashes(quiz: Quiz) -> tuple[str, ...]:
-    """The hash line of every question."""
-    return tuple(sorted(question.hash_line for question in quiz))
 
 
 def _expert_shares(
@@ -281,51 +272,46 @@ def _expert_shares(
 
 
 def _bit_exact_check(
-    engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores
+    engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
 ) -> BitExactCheck:
-    """How many quiet questions the checkpoint answers with the same bits."""
-    if before.quiet is None or before.alone is None:
+    """How many untouched questions the checkpoint answers with the same bits."""
+    if before.alone is None:
         return BitExactCheck(questions=len(quiz), untouched=0, bit_equal=0)
-    untouched_N = before.alone.is_untouched_N
-    edited = _score_alone(engine, before.quiet, draft.edits)
-    same_N = (before.alone.logprob_NC == edited.logprob_NC).all(dim=1)
+    is_untouched_N = before.alone.is_untouched_N
+    edited = _score_alone(engine, untouched(quiz, before.base), plan.edits)
+    is_same_N = (before.alone.logprob_NC == edited.logprob_NC).all(dim=1)
     return BitExactCheck(
         questions=len(quiz),
-        untouched=int(untouched_N.sum()),
-        bit_equal=int((same_N & untouched_N).sum()),
+        untouched=int(is_untouched_N.sum()),
+        bit_equal=int((is_same_N & is_untouched_N).sum()),
     )
 
 
 def _agreements(
-    reference: HeldOutScores, edited: HeldOutScores, draft: EditPlan, moe: MoeModel
+    reference: HeldOutScores, edited: HeldOutScores, plan: EditPlan, moe: MoeModel
 ) -> tuple[RoutingAgreement, ...]:
     """Layout stock, per layer with a bias: the checkpoint against the plan at run time."""
-    if not LAYOUTS[draft.layout].fits_biases:
-        return ()
-    keeps = {b.layer: torch.tensor(draft.edits[b.name].keep) for b in moe.blocks}
-    return tuple(
-        _agreement(layer, passes, edited.routed[layer], keeps[layer])
-        for layer, passes in reference.routed.items()
-    )
-
-
-def _agreement(
-    layer: int, a: list[RoutedPass], b: list[RoutedPass], keep: Tensor
-) -> RoutingAgreement:
-    """`keep` is the expert in the unedited model of each row of the edited one."""
-    overlaps = []  # share of a token's experts that are chosen in both
-    for x, y in zip(a, b, strict=True):  # passes over the same tokens
-        is_in_both_TKK = x.experts_TK[:, :, None] == keep[y.experts_TK.long()][:, None, :]
-        overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
-    overlap_T = torch.cat(overlaps)
-    answer_N = overlap_T[torch.cat([routed.is_answer_T for routed in a])]
-    return RoutingAgreement(
-        layer=layer,
-        same_answer=float((answer_N == 1).double().mean()),
-        overlap_answer=float(answer_N.mean()),
-        same_all=float((overlap_T == 1).double().mean()),
-        overlap_all=float(overlap_T.mean()),
-    )
+    agreements = []
+    for block in moe.blocks if LAYOUTS[plan.layout].fits_biases else ():
+        if block.layer not in reference.routed:
+            continue
+        # The expert in the unedited model of each row of the edited one.
+        keep, passes = torch.tensor(plan.edits[block.name].keep), reference.routed[block.layer]
+        overlaps = []  # share of a token's experts that are chosen in both
+        for a, b in zip(passes, edited.routed[block.layer], strict=True):  # over the same tokens
+            is_in_both_TKK = a.experts_TK[:, :, None] == keep[b.experts_TK.long()][:, None, :]
+            overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
+        overlap_T = torch.cat(overlaps)
+        answer_N = overlap_T[torch.cat([routed.is_answer_T for routed in passes])]
+        agreement = RoutingAgreement(
+            layer=block.layer,
+            same_answer=float((answer_N == 1).double().mean()),
+            overlap_answer=float(answer_N.mean()),
+            same_all=float((overlap_T == 1).double().mean()),
+            overlap_all=float(overlap_T.mean()),
+        )
+        agreements.append(agreement)
+    return tuple(agreements)
 
 
 def _reference_name(edits: Sequence[Edit]) -> str:

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
+from expertcut.checkpoints.edit import (
+    Calibration,
+    Edit,
+    LayoutWriter,
+    Simulation,
+    TensorChanges,
+    removed_experts,
+)
 from expertcut.checkpoints.exact import as_stored
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.calibrate import (
@@ -30,12 +37,6 @@ from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import Tilts, tilted
 
 _ROUNDING = 2e-2  # of an output, where its last projection is rounded to half precision
-
-
-def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
-    """The experts that each block's edit does not keep; blocks that keep all are left out."""
-    removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
-    return {name: experts for name, experts in removed.items() if experts}
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,10 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
 def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
     """Bytes of the safetensors files of a cut of this checkpoint, with headers."""
     check_layout(source, layout, is_cutting=True)
-    stored = source.stored
 
     def size_of(draft: EditPlan) -> int:
-        rewrite = cut_rewrite(source, stored, draft, n_experts)
-        return sum(shard.size_bytes for shard in lay_out(stored, rewrite, MAX_SHARD_BYTES))
+        shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts), MAX_SHARD_BYTES)
+        return sum(shard.size_bytes for shard in shards)
 
     return size_of
 

@@ -4,7 +4,6 @@ Pruning slices the expert axis everywhere. A bias goes into the router's own bia
 else b·v is added to the expert's gate row.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -22,13 +21,11 @@ from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
 from expertcut.models.moe_block import SELECTION_BIAS
-from expertcut.models.safetensors_index import Stored
 from expertcut.models.validate import with_expert_count
 
 # num_nextn_predict_layers, num_mtp_layers, mtp_num_hidden_layers, num_mtp_modules, mtp_num_layers
 _COUNT = re.compile(r"(num_|n_)(\w+_)?(mtp|nextn)(_\w+)?|(mtp|nextn)_num_\w+")
 _NOT_BY_LAYER = re.compile(r".*(token_id|token_ids|architectures)")
-logger = logging.getLogger(__name__)
 
 
 class StockWriter(LayoutWriter):
@@ -80,25 +77,11 @@ class StockWriter(LayoutWriter):
                 v_D = None if uses_own else directions.get(layer)
                 _add_bias(tensors, block, tensors.edits[name], v_D)
 
-    def config(
-        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
-    ) -> dict[str, Any]:
-        n_kept = len(next(iter(edits.values())).keep)
+    def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
+        n_kept = len(next(iter(tensors.edits.values())).keep)
         counted = with_expert_count(read_config(source.path), n_experts, n_kept)
-        if n_kept == n_experts or not match_blocks(stored.tensors, edits)[1]:
-            return counted
-        return without_further_tokens(counted)
-
-
-def warn_of_further_tokens(headers: Headers, edits: Mapping[str, BlockEdit]) -> None:
-    """Warns if a cut leaves out layers for multi-token prediction."""
-    matched, unused = match_blocks(headers, edits)
-    if unused and any(len(edits[name].keep) < b.n_experts for name, b in matched.items()):
-        logger.warning(
-            "%d tensors of layers that predict further tokens (MTP), first %s, are left out, and "
-            "config.json counts 0 of them: serve the checkpoint without MTP",
-            *(len(unused), min(unused)),
-        )
+        is_dropping = n_kept < n_experts and tensors.unused
+        return without_further_tokens(counted) if is_dropping else counted
 
 
 def _add_bias(
