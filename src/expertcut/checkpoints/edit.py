@@ -34,21 +34,17 @@ RunEdited = Callable[[Sequence[MoeBlock]], AbstractContextManager[None]]
 _PART = 1 << 15  # values that are scaled at a time: their float64 copies stay in the CPU's cache
 
 
+@dataclass(kw_only=True)
 class TensorChanges(Rewrite):
     """A `Rewrite` in the making; `blocks` are the blocks on disk by the names of the plan.
 
     `unused` are tensors that the loaded model has no place for.
     """
 
-    def __init__(
-        self,
-        headers: Headers,
-        edits: Mapping[str, BlockEdit],
-        blocks: Mapping[str, DiskBlock],
-        unused: frozenset[str] = frozenset(),
-    ) -> None:
-        super().__init__()
-        self.headers, self.edits, self.blocks, self.unused = headers, edits, blocks, unused
+    headers: Headers
+    edits: Mapping[str, BlockEdit]
+    blocks: Mapping[str, DiskBlock]
+    unused: frozenset[str] = frozenset()
 
     def change(self, name: str) -> Change:
         """What becomes of a tensor so far."""
@@ -56,17 +52,16 @@ class TensorChanges(Rewrite):
 
     def apply(self, name: str, function: Apply) -> None:
         """Makes new values from those that the changes before gave."""
-        change = self.change(name)
-        before = change.apply
+        before = self.change(name).apply
         both = function if before is None else lambda tensor: function(before(tensor))
-        self.changed[name] = replace(change, apply=both)
+        self.changed[name] = replace(self.change(name), apply=both)
 
     def keep_rows(self, name: str, axis: int, keep: tuple[int, ...]) -> None:
         """Takes some entries of an axis."""
-        change, shape = self.change(name), list(self.headers[name].shape)
+        shape = list(self.headers[name].shape)
         shape[axis] = len(keep)
         if axis == 0:
-            self.changed[name] = replace(change, shape=tuple(shape), rows=keep)
+            self.changed[name] = replace(self.change(name), shape=tuple(shape), rows=keep)
         else:
             select = partial(torch.index_select, dim=axis, index=torch.tensor(keep))
             self.changed[name] = Change(tuple(shape), select)

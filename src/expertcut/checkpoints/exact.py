@@ -50,9 +50,12 @@ class ExactWriter(LayoutWriter):
         self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
     ) -> TensorChanges:
         """Constants with earlier names get today's."""
-        tensors = TensorChanges(headers, edits, find_disk_blocks(headers))
-        tensors.renamed |= earlier_constants(headers)
-        return tensors
+        return TensorChanges(
+            headers=headers,
+            edits=edits,
+            blocks=find_disk_blocks(headers),
+            renamed=earlier_constants(headers),
+        )
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Replaces experts by constants in the dtype of the experts."""
@@ -99,10 +102,10 @@ def is_exact(config: Mapping[str, Any]) -> bool:
 
 def has_constants(config: Mapping[str, Any]) -> bool:
     """Whether the config declares removed experts, in either form."""
-    found: Any = config
+    declared: Any = config
     for key in ("compression_config", "transform_config", "expert_substitution", "targets"):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return bool(found) or has_earlier_names(config)
+        declared = declared.get(key) if isinstance(declared, Mapping) else None
+    return bool(declared) or has_earlier_names(config)
 
 
 def has_earlier_names(config: Mapping[str, Any]) -> bool:
@@ -148,7 +151,14 @@ def exact_config(
     model_type, n_experts = _family_type(config), expert_count(dict(config)) or 0
     family = FAMILIES[model_type]
     for block, experts in removed.items():
-        _check_removed(block, experts, n_experts)
+        outside = sorted(e for e in experts if not 0 <= e < n_experts)
+        if outside or len(set(experts)) < len(experts):
+            raise PlanError(
+                f"{block}: removes experts {sorted(experts)}, must be different ones of 0 to "
+                f"{n_experts - 1}"
+            )
+        if len(experts) == n_experts:
+            raise PlanError(f"{block} keeps none of its {n_experts} experts: keep at least 1")
     auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Exact{family}ForCausalLM"}
     edited = {**config, "auto_map": auto_map}
     edited.pop("approximate_experts", None)
@@ -190,26 +200,17 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
 
 def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
     """The experts of each block that are constants, by either name."""
-    blocks = find_disk_blocks(headers).values()
-    found = {b.name: tuple(e for e, own in enumerate(b.by_expert) if not own) for b in blocks}
-    return {name: experts for name, experts in found.items() if experts}
+    constants = {
+        block.name: tuple(e for e, own in enumerate(block.by_expert) if not own)
+        for block in find_disk_blocks(headers).values()
+    }
+    return {name: experts for name, experts in constants.items() if experts}
 
 
 def _family_type(config: Mapping[str, Any]) -> str:
     """The family's `model_type`, also for a model with biased gates."""
     model_type = str(config.get("model_type"))
     return model_type.removeprefix("exact_") if is_exact(config) else model_type
-
-
-def _check_removed(block: str, experts: Collection[int], n_experts: int) -> None:
-    outside = sorted(e for e in experts if not 0 <= e < n_experts)
-    if outside or len(set(experts)) < len(experts):
-        raise PlanError(
-            f"{block}: removes experts {sorted(experts)}, must be different ones of 0 to "
-            f"{n_experts - 1}"
-        )
-    if len(experts) == n_experts:
-        raise PlanError(f"{block} keeps none of its {n_experts} experts: keep at least 1")
 
 
 def _layer_number(block: str) -> int:
@@ -223,11 +224,14 @@ def _layer_number(block: str) -> int:
 def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
     """The constants in the dtype of their experts' weights on disk."""
     blocks = find_disk_blocks(headers)
-    stored: dict[str, dict[int, Tensor]] = {}
-    for name, by_expert in constants.items():
-        own = {expert: _own_tensors(blocks, name, expert)[0] for expert in by_expert}
-        stored[name] = {e: v_D.to(DTYPES[headers[own[e]].dtype]) for e, v_D in by_expert.items()}
-    return stored
+
+    def dtype(name: str, expert: int) -> torch.dtype:
+        return DTYPES[headers[_own_tensors(blocks, name, expert)[0]].dtype]
+
+    return {
+        name: {expert: v_D.to(dtype(name, expert)) for expert, v_D in by_expert.items()}
+        for name, by_expert in constants.items()
+    }
 
 
 def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:

@@ -181,11 +181,11 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Place:
-    """The target of a tensor or a pair; `block` is the loaded name, None outside MoE blocks."""
+    """The target of a tensor or a pair in a MoE block, by its loaded name."""
 
-    kind: Literal["all experts", "one expert", "router", "whole router", "elsewhere"]
+    kind: Literal["all experts", "one expert", "router", "whole router"]
     names: tuple[str, ...]
-    block: str | None = None
+    block: str
     expert: int | None = None
     is_last: bool = False
 
@@ -208,13 +208,22 @@ class Base:
 
 
 def places(adapter: Adapter, base: Base) -> Iterator[Place]:
-    """The targets of all tensors, in no order; a ModelError for one that cannot be sliced."""
+    """The targets in MoE blocks, in no order; a ModelError for one that cannot be sliced."""
     for module, pair in adapter.pairs.items():
         block, part = base.block_of(module)
         if block and _ALL_EXPERTS.fullmatch(part):
             yield _all_experts(adapter, base, block, pair)
         elif block and (one := _ONE_EXPERT.fullmatch(part)):
-            yield _one_expert(adapter, base, block, int(one["expert"]), one["part"], pair)
+            disk, expert = base.blocks[block], int(one["expert"])
+            if not disk.by_expert:
+                raise adapter.refusal(
+                    f"{pair[0]} is of one expert, but the experts of {block} lie in one tensor: "
+                    f"{_ANOTHER}"
+                )
+            own = disk.by_expert[expert] if expert < disk.n_experts else {}
+            _check_linear(adapter, base.headers, own.get(f"{one['part']}.weight"), pair)
+            is_last = _LAST.fullmatch(one["part"]) is not None
+            yield Place("one expert", pair, block, expert, is_last=is_last)
         elif block and _ROUTER.fullmatch(part):
             _check_linear(adapter, base.headers, base.blocks[block].router_weight, pair)
             yield Place("router", pair, block)
@@ -222,11 +231,10 @@ def places(adapter: Adapter, base: Base) -> Iterator[Place]:
             weight = f"{module}.weight"
             if weight in base.headers or not (base.is_tied and module == "lm_head"):
                 _check_linear(adapter, base.headers, weight, pair)
-            yield Place("elsewhere", pair)
     paired = {name for pair in adapter.pairs.values() for name in pair}
     for name in adapter.stored.tensors:
-        if name not in paired:
-            yield _unpaired(adapter, base, name)
+        if name not in paired and (owner := _router_trained_whole(adapter, base, name)):
+            yield Place("whole router", (name,), owner)
 
 
 def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]) -> Place:
@@ -234,18 +242,18 @@ def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]
     _check_axes(adapter, pair, 2)
     (rows, n_in), (n_out, _) = (adapter.shape(name) for name in pair)
     first, last = _widths(disk, base.headers)
+    shapes = f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}"
     if first == last:
         raise adapter.refusal(f"the projections of {block} are all {first}: they look alike")
     if (n_out, n_in) in (first, last) and (n_in, n_out) not in (first, last):
         raise adapter.refusal(
-            f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}: an "
-            "older peft saved it, with in and out of experts exchanged, and a peft of today cannot "
-            "load it: load it with that peft, merge it, and profile and prune the merged model"
+            f"{shapes}: an older peft saved it, with in and out of experts exchanged, and a peft "
+            "of today cannot load it: load it with that peft, merge it, and profile and prune the "
+            "merged model"
         )
     if (n_in, n_out) not in (first, last) or rows % disk.n_experts:
         raise adapter.refusal(
-            f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}, but "
-            f"{block} has {disk.n_experts} experts of {first[0]} → {first[1]} and "
+            f"{shapes}, but {block} has {disk.n_experts} experts of {first[0]} → {first[1]} and "
             f"{last[0]} → {last[1]}: {_ANOTHER}"
         )
     is_last = (n_in, n_out) == last
@@ -271,19 +279,6 @@ def _widths(disk: DiskBlock, headers: Headers) -> tuple[tuple[int, int], tuple[i
     return (width, sizes[False] // width), (sizes[True] // width, width)
 
 
-def _one_expert(
-    adapter: Adapter, base: Base, block: str, expert: int, part: str, pair: tuple[str, str]
-) -> Place:
-    disk = base.blocks[block]
-    if not disk.by_expert:
-        raise adapter.refusal(
-            f"{pair[0]} is of one expert, but the experts of {block} lie in one tensor: {_ANOTHER}"
-        )
-    own = disk.by_expert[expert] if expert < disk.n_experts else {}
-    _check_linear(adapter, base.headers, own.get(f"{part}.weight"), pair)
-    return Place("one expert", pair, block, expert, is_last=bool(_LAST.fullmatch(part)))
-
-
 def _check_linear(
     adapter: Adapter, headers: Headers, weight: str | None, pair: tuple[str, str]
 ) -> None:
@@ -306,8 +301,8 @@ def _check_axes(adapter: Adapter, pair: tuple[str, str], n_axes: int) -> None:
         )
 
 
-def _unpaired(adapter: Adapter, base: Base, name: str) -> Place:
-    """The target of a module trained whole, a bias, an embedding, a magnitude of DoRA."""
+def _router_trained_whole(adapter: Adapter, base: Base, name: str) -> str | None:
+    """The block of a tensor without a pair, if it is in one; checks its shape."""
     stored = name.removeprefix(PREFIX)
     block, part = base.block_of(stored)
     is_of_block = block and _OF_BLOCK.fullmatch(part)
@@ -325,4 +320,4 @@ def _unpaired(adapter: Adapter, base: Base, name: str) -> Place:
             f"{name} is {adapter.shape(name)}, in the model {base.headers[stored].shape}: "
             f"{_ANOTHER}"
         )
-    return Place("whole router", (name,), block) if is_of_block else Place("elsewhere", (name,))
+    return block if is_of_block else None

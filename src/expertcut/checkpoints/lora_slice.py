@@ -56,13 +56,6 @@ Factors = Mapping[int, Sequence[float]]  # of the outputs of kept experts, by ne
 ADAPTER_FOLDER = "adapter"  # in the checkpoint's
 
 
-def _is_of_old(adapter: Adapter, place: Place) -> bool:
-    """Whether peft must convert it: it targets linear layers instead of parameters."""
-    targets = adapter.settings.target_parameters or ()
-    is_named = any(target.endswith(("gate.weight", "router.weight")) for target in targets)
-    return place.kind == "one expert" or (place.kind == "router" and not is_named)
-
-
 def _columns(b: Tensor, keep: Keep, n_experts: int, scaled: Factors) -> Tensor:
     """The columns (out, r·E) of kept experts; an expert's r columns lie E apart."""
     by_expert: Tensor = b.unflatten(1, (-1, n_experts))[..., list(keep)]
@@ -78,21 +71,7 @@ def _multiplied(b: Tensor, factors: Sequence[float]) -> Tensor:
     return made.to(b.dtype)
 
 
-def _refuse_numbers(adapter: Adapter) -> None:
-    """Refuses patterns with expert numbers, because experts are renumbered."""
-    for key in _PATTERNS:
-        value = getattr(adapter.settings, key) or ()
-        texts = [value] if isinstance(value, str) else value
-        if wrong := next((text for text in texts if _NUMBERED.search(text)), None):
-            raise ModelError(
-                f"{adapter.folder / CONFIG_FILE}: {key} names an expert by its number ({wrong}), "
-                "and numbers change in layout stock: take --layout exact"
-            )
-
-
-def _output_factors(
-    edit: BlockEdit, folds_E: np.ndarray[Any, Any] | None
-) -> dict[int, tuple[float, ...]]:
+def _output_factors(edit: BlockEdit, folds_E: np.ndarray[Any, Any] | None) -> Factors:
     """The factors of each kept expert's output, one after another, by its new number."""
     factors = {}
     for position, expert in enumerate(edit.keep):
@@ -145,10 +124,14 @@ class AdapterCut:
     def _rewrite(self, base: Base, folds: Folds) -> Rewrite:
         rewrite, plan = Rewrite(), self.plan
         layers = {name: layer for layer, name in enumerate(plan.edits)}
+        targets = self.adapter.settings.target_parameters or ()
+        is_router_named = any(t.endswith(("gate.weight", "router.weight")) for t in targets)
         for place in places(self.adapter, base):
-            if place.block is None:
-                continue
-            if not self._is_stock and plan.is_biased and _is_of_old(self.adapter, place):
+            # Linear layers instead of parameters, which peft converts.
+            is_linear = place.kind == "one expert" or (
+                place.kind == "router" and not is_router_named
+            )
+            if not self._is_stock and plan.is_biased and is_linear:
                 raise self.adapter.refusal(
                     f"{place.names[0]} is as transformers 4 has experts and routers, which peft "
                     "cannot bring to gates with biases: leave out --boost and --suppress, or "
@@ -163,8 +146,14 @@ class AdapterCut:
                 self._slice_one(rewrite, place, edit.keep, scaled)
             else:
                 self._slice_router(rewrite, place, edit, n_experts)
-        if self._is_stock and rewrite.renamed:
-            _refuse_numbers(self.adapter)
+        for key in _PATTERNS if self._is_stock and rewrite.renamed else ():
+            value = getattr(self.adapter.settings, key) or ()
+            texts = [value] if isinstance(value, str) else value
+            if wrong := next((text for text in texts if _NUMBERED.search(text)), None):
+                raise ModelError(
+                    f"{self.adapter.folder / CONFIG_FILE}: {key} names an expert by its number "
+                    f"({wrong}), and numbers change in layout stock: take --layout exact"
+                )
         return rewrite
 
     @property

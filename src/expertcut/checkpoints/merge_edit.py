@@ -39,10 +39,15 @@ from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.scoring.engine import Engine
 
-_FIRST_KINDS = ("gate_proj", "up_proj", "w1", "w3")
-_LAST_KINDS = ("down_proj", "w2")
 _BOTH = re.compile(r"gate_up_proj|input_linear")  # gate and up in one tensor
 _UNKNOWN = Neurons(None, n_parts=0)
+# By the part after the expert's number: `gate_proj.weight` is (I, D).
+_OWN_NEURONS = {
+    **{f"{name}.weight": Neurons(0) for name in ("gate_proj", "up_proj", "w1", "w3")},
+    **{f"{name}.bias": Neurons(0) for name in ("gate_proj", "up_proj", "w1", "w3")},
+    **{f"{name}.weight": Neurons(1) for name in ("down_proj", "w2")},
+    **{f"{name}.bias": Neurons(None) for name in ("down_proj", "w2")},
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Experts:
                 for name in self.block.fused
             }
         return {
-            kind: ExpertTensor(self.headers[name], None, _own_neurons(kind))
+            kind: ExpertTensor(self.headers[name], None, _OWN_NEURONS.get(kind, _UNKNOWN))
             for kind, name in self.block.by_expert[expert].items()
         }
 
@@ -119,18 +124,6 @@ class Experts:
             if len(shape) == 2 and shape[0] != shape[1]:
                 return shape[int(name in self.block.last)] == width
         return None
-
-
-def _own_neurons(kind: str) -> Neurons:
-    """Neurons by the part after the expert's number: `gate_proj.weight` is (I, D)."""
-    projection, _, what = kind.partition(".")
-    if what not in ("weight", "bias"):
-        return _UNKNOWN
-    if projection in _FIRST_KINDS:
-        return Neurons(0)
-    if projection in _LAST_KINDS:
-        return Neurons(1 if what == "weight" else None)
-    return _UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -158,23 +151,17 @@ class MergeEdit(Edit):
     def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
         assert engine is not None, "merging runs the model"
         rows = merged_rows(engine, calibration.questions.tuning, self.blocks, self.router)
-        blocks = engine.moe.blocks
+        blocks, headers = engine.moe.blocks, calibration.source.headers
         interleaved = frozenset(b.name for b in blocks if is_interleaved(b.experts))
-        fitted = replace(self, rows=rows, interleaved=interleaved)
-        return fitted._aligned(calibration.source.headers) if self.is_aligned else fitted
-
-    def _aligned(self, headers: Headers) -> Self:
-        """With each member's neurons in the order most similar to its dominant expert's."""
-        orders: dict[str, dict[int, Tensor]] = {}
-        for name, block in blocks_of(headers, self.blocks).items():
-            experts = Experts(headers, block, is_interleaved=name in self.interleaved)
-            orders[name] = {}
+        on_disk = blocks_of(headers, self.blocks) if self.is_aligned else {}
+        orders: dict[str, dict[int, Tensor]] = {name: {} for name in on_disk}
+        for name, block in on_disk.items():
+            experts = Experts(headers, block, is_interleaved=name in interleaved)
             for dominant, shares in (self.blocks[name].merged or {}).items():
                 first = experts.neurons(dominant)
-                for member in shares:
-                    if member != dominant:
-                        orders[name][member] = matching(first, experts.neurons(member))
-        return replace(self, orders=orders)
+                for member in set(shares) - {dominant}:
+                    orders[name][member] = matching(first, experts.neurons(member))
+        return replace(self, rows=rows, orders=orders, interleaved=interleaved)
 
     def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Quality]:
         return judge_rows(engine, held_out, self.blocks, self.rows)
@@ -217,16 +204,16 @@ def _expert_changes(
 ) -> dict[str, Change]:
     """The averages, under the dominant experts' old names."""
     headers, block, members = experts.headers, experts.block, members_of(edit)
-    found: dict[str, Change] = {}
+    changes: dict[str, Change] = {}
     for name in block.fused:
         groups = [experts.of(shares, orders, name) for shares in members.values()]
         shape = (len(groups), *headers[name].shape[1:])
-        found[name] = Change(shape, make=partial(_averages, groups))
+        changes[name] = Change(shape, make=partial(_averages, groups))
     for expert in (edit.merged or {}) if block.by_expert else ():
         for kind, name in block.by_expert[expert].items():
             tensors = experts.of(members[expert], orders, kind)
-            found[name] = Change(headers[name].shape, make=partial(_averages, [tensors]))
-    return found
+            changes[name] = Change(headers[name].shape, make=partial(_averages, [tensors]))
+    return changes
 
 
 def _averages(groups: list[list[ExpertTensor]]) -> Iterator[Tensor]:
@@ -296,42 +283,34 @@ def _selection(tensor: Tensor, edit: BlockEdit, rows: Rows, axis: int) -> Tensor
     return moved.movedim(0, axis)
 
 
-@dataclass(frozen=True)
-class Router:
-    """A router, its selection bias, and at `place_E` the merged expert of each expert."""
-
-    module: nn.Module
-    selection_E: Tensor | None
-    place_E: Tensor
-
-
 def unedited_routers(
     blocks: Sequence[MoeBlock], edits: Mapping[str, BlockEdit]
-) -> dict[str, Router]:
-    """Copies of the routers of a loaded, unedited model, by block name."""
-    found = {}
+) -> dict[str, Callable[..., Any]]:
+    """Copies of the routers of an unedited model, which choose merged experts; by block name."""
+    routers: dict[str, Callable[..., Any]] = {}
     for block in blocks:
         place_E = torch.zeros(block.n_experts, dtype=torch.long)
         for place, members in enumerate(members_of(edits[block.name]).values()):
             place_E[list(members)] = place
         selection_E = block.selection_bias()
         kept = None if selection_E is None else selection_E.clone()
-        found[block.name] = Router(copy.deepcopy(block.router), kept, place_E)
-    return found
+        routers[block.name] = partial(_route, copy.deepcopy(block.router), kept, place_E)
+    return routers
 
 
 @contextmanager
-def under(routers: Mapping[str, Router], blocks: Sequence[MoeBlock]) -> Iterator[None]:
+def under(routers: Mapping[str, Callable[..., Any]], blocks: Sequence[MoeBlock]) -> Iterator[None]:
     """The merged model runs under the unedited routers."""
     with ExitStack() as stack:
         for block in blocks:
-            forward = partial(_route, routers[block.name])
-            stack.enter_context(replaced_forward(block.router, forward))
+            stack.enter_context(replaced_forward(block.router, routers[block.name]))
         yield
 
 
-def _route(router: Router, x: Tensor, *biases: Tensor | None) -> Any:
+def _route(
+    router: nn.Module, selection_E: Tensor | None, place_E: Tensor, x: Tensor, *biases: Any
+) -> Any:
     # Some families pass the selection bias to their router with each call.
-    own = [None if bias is None else router.selection_E for bias in biases]
-    logits_TE, weights_TK, experts_TK = router.module(x, *own)
-    return logits_TE, weights_TK, router.place_E.to(experts_TK.device)[experts_TK]
+    own = [None if bias is None else selection_E for bias in biases]
+    logits_TE, weights_TK, experts_TK = router(x, *own)
+    return logits_TE, weights_TK, place_E.to(experts_TK.device)[experts_TK]

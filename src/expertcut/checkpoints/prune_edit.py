@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -135,7 +136,7 @@ def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterat
     with ExitStack() as stack:
         for block in blocks:
             if by_expert := constants.get(block.name):
-                forward = _with_constants(own_forward(block.experts), by_expert)
+                forward = partial(_with_constants, own_forward(block.experts), by_expert)
                 stack.enter_context(replaced_forward(block.experts, forward))
                 _check_constants(block, by_expert)
         yield
@@ -155,18 +156,19 @@ def _check_constants(block: MoeBlock, by_expert: Mapping[int, Tensor]) -> None:
 
 
 def _with_constants(
-    forward: Callable[..., Tensor], by_expert: Mapping[int, Tensor]
-) -> Callable[..., Tensor]:
-    def run(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        is_removed_TK = torch.isin(experts_TK, torch.tensor([*by_expert]).to(experts_TK))
-        y_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_removed_TK, 0))
-        for expert, value_D in by_expert.items():
-            tokens_M, slots_M = (experts_TK == expert).nonzero(as_tuple=True)
-            weights_M1 = weights_TK[tokens_M, slots_M, None]
-            y_TD = y_TD.index_add(0, tokens_M, (weights_M1 * value_D.to(x_TD)).to(y_TD))
-        return y_TD
-
-    return run
+    forward: Callable[..., Tensor],
+    by_expert: Mapping[int, Tensor],
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    is_removed_TK = torch.isin(experts_TK, torch.tensor([*by_expert]).to(experts_TK))
+    y_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_removed_TK, 0))
+    for expert, value_D in by_expert.items():
+        tokens_M, slots_M = (experts_TK == expert).nonzero(as_tuple=True)
+        weights_M1 = weights_TK[tokens_M, slots_M, None]
+        y_TD = y_TD.index_add(0, tokens_M, (weights_M1 * value_D.to(x_TD)).to(y_TD))
+    return y_TD
 
 
 @contextmanager
@@ -178,27 +180,22 @@ def _scaled_experts(
         raise ContractError(f"{block.name}: its experts have no down_proj to scale")
     before = [parameter.data for parameter in last]
     expert = max(factors, key=lambda expert: abs(factors[expert] - 1))
-    plain_MD = _output_of(block, expert)
+    width = next(v.shape[-1] for v in block.call.args if isinstance(v, Tensor))
+    x_MD = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(last[0])
+    with torch.inference_mode():
+        plain_MD = own_expert(block)(expert, x_MD)
     try:
         for parameter in last:
             scaled = parameter.data.clone()
             for e, factor in factors.items():
                 scaled[e] = (parameter.data[e].double() * factor).to(stored).to(scaled.dtype)
             parameter.data = scaled
-        wanted_MD = (plain_MD * factors[expert]).float()
-        off_MD = _output_of(block, expert).float() - wanted_MD
+        with torch.inference_mode():
+            wanted_MD = (plain_MD * factors[expert]).float()
+            off_MD = own_expert(block)(expert, x_MD).float() - wanted_MD
         if off_MD.norm() > _ROUNDING * wanted_MD.norm():
             raise ContractError(f"{block.name}: scaling its down_proj does not scale its outputs")
         yield
     finally:
         for parameter, data in zip(last, before, strict=True):
             parameter.data = data
-
-
-@torch.inference_mode()
-def _output_of(block: MoeBlock, expert: int) -> Tensor:
-    down = next(p for name, p in block.experts.named_parameters() if name.startswith("down_proj"))
-    generator = torch.Generator().manual_seed(0)
-    width = next(v.shape[-1] for v in block.call.args if isinstance(v, Tensor))
-    x_MD = torch.randn(4, width, generator=generator).to(down)
-    return own_expert(block)(expert, x_MD)

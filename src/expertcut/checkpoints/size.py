@@ -20,7 +20,6 @@ from expertcut.profiling.storage import Profile
 
 Cut = TypeVar("Cut", bound=CutSettings)
 SizeOf = Callable[[EditPlan], int]
-_UNKNOWN = "Super experts are not known without all-token statistics: none is protected."
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,10 @@ def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
     return best
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The chosen cut, and messages about it."""
-
-    pruning: Pruning
-    notes: tuple[str, ...] = ()
-
-
-def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) -> Chosen:
-    """The experts that stay."""
+def choose_cut(
+    profile: Profile, settings: CutSettings, load_as: LoadOptions
+) -> tuple[Pruning, tuple[str, ...]]:
+    """The experts that stay, and messages."""
     settings.check()
     needs_model = CRITERIA[settings.by].needs_model
     most = settings.size_bytes
@@ -118,17 +111,17 @@ def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) ->
     if source is not None and needs_model:
         engine = engine_as_profiled(profile, source, load_as)
     if source is None or most is None:
-        return Chosen(choose(profile, settings, engine))
+        return choose(profile, settings, engine), ()
     size_of = size_of_cuts(source, settings.layout, profile.info.model.blocks[0].experts)
-    found = largest(rank(profile, settings, engine), size_of)
-    size_bytes = size_of(found.draft)
-    note = f"the weights will have {size_bytes:,} bytes, of at most {most:,}"
-    return Chosen(found, (note,))
+    pruning = largest(rank(profile, settings, engine), size_of)
+    note = f"the weights will have {size_of(pruning.draft):,} bytes, of at most {most:,}"
+    return pruning, (note,)
 
 
 def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ...]]:
     """Settings that protect super experts by default, if the profile knows them; and messages."""
     is_known, is_active = profile.info.settings.stats == "all", settings.keep_active
-    notes = () if is_known or is_active or settings.protect else (_UNKNOWN,)
+    note = "Super experts are not known without all-token statistics: none is protected."
     stays = expressions_of(settings.protect, is_super=is_known and not is_active)
-    return settings.completed(protect=list(stays)), notes
+    is_warned = not (is_known or is_active or settings.protect)
+    return settings.completed(protect=list(stays)), (note,) if is_warned else ()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import is_exact
-from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, match_blocks
+from expertcut.checkpoints.tensor_names import Headers, OutsideAxes, match_blocks
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit
@@ -50,7 +50,7 @@ class StockWriter(LayoutWriter):
                     f"{block.name} has {block.n_experts} experts on disk, the plan keeps "
                     f"{edits[name].keep[-1]}: it is of another model"
                 )
-        return TensorChanges(headers, edits, matched, unused)
+        return TensorChanges(headers=headers, edits=edits, blocks=matched, unused=unused)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Cuts rows, renumbers kept experts, and drops MTP layers: config.json has one count."""
@@ -72,33 +72,29 @@ class StockWriter(LayoutWriter):
     ) -> None:
         """Adds b·v to the gate's row, or b to the router's own bias, which acts at every token."""
         for layer, (name, block) in enumerate(tensors.blocks.items()):
-            if tensors.edits[name].bias:
-                uses_own = block.logit_bias and apply_at == "all"
-                v_D = None if uses_own else directions.get(layer)
-                _add_bias(tensors, block, tensors.edits[name], v_D)
+            edit = tensors.edits[name]
+            if not edit.bias:
+                continue
+            if block.unclear_bias:
+                raise ContractError(
+                    f"{block.unclear_bias} may act on gate logits or on choosing only, which its "
+                    "name does not tell: boost and suppress are not supported here"
+                )
+            uses_own = block.logit_bias and apply_at == "all"
+            v_D = None if uses_own else directions.get(layer)
+            added: dict[int, float | Tensor] = {
+                edit.keep.index(expert): bias if v_D is None else bias * v_D
+                for expert, bias in edit.bias.items()
+            }
+            target = block.logit_bias if v_D is None else block.router_weight
+            assert target is not None
+            tensors.apply(target, partial(_added, added=added))
 
     def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         n_kept = len(next(iter(tensors.edits.values())).keep)
         counted = with_expert_count(read_config(source.path), n_experts, n_kept)
         is_dropping = n_kept < n_experts and tensors.unused
         return without_further_tokens(counted) if is_dropping else counted
-
-
-def _add_bias(
-    tensors: TensorChanges, block: DiskBlock, edit: BlockEdit, v_D: Tensor | None
-) -> None:
-    if block.unclear_bias:
-        raise ContractError(
-            f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
-            "not tell: boost and suppress are not supported here"
-        )
-    added: dict[int, float | Tensor] = {
-        edit.keep.index(expert): bias if v_D is None else bias * v_D
-        for expert, bias in edit.bias.items()
-    }
-    name = block.logit_bias if v_D is None else block.router_weight
-    assert name is not None
-    tensors.apply(name, partial(_added, added=added))
 
 
 def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:
