@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.edit import removed_experts
-from expertcut.checkpoints.lora_slice import adapter_cut
+from expertcut.checkpoints.lora import adapter_cut
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, ChosenOn, EditPlan, PlanFile, PlanModel

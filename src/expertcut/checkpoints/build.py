@@ -11,7 +11,7 @@ import torch
 from expertcut.checkpoints.edit import Calibration, Edit
 from expertcut.checkpoints.export import check_export, edits_of, export
 from expertcut.checkpoints.held_out_check import BaseScores, score_base, score_edited
-from expertcut.checkpoints.lora_slice import adapter_cut
+from expertcut.checkpoints.lora import adapter_cut
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.checkpoints.prune_edit import PruneEdit
