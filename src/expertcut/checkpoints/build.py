@@ -175,7 +175,14 @@ def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -
     moe = load(source, _dtype_as_profiled(load_as, profile))
     engine = Engine(moe, settings.batch_tokens)
     if source.fingerprint == profile.info.model.fingerprint:
-        _check_gates(profile, engine)
+        for was, now in zip(profile.info.model.blocks, model_info(moe).blocks, strict=True):
+            for name in ("scoring", "inflates", "selection"):
+                before, after = getattr(was, name), getattr(now, name)
+                if before != after:
+                    raise ProfileError(
+                        f"{profile.path} read the gate of {was.name} as {name} {before}, it is "
+                        f"{after}: an older version misread it, so profile it again"
+                    )
     engine.is_trusted = settings.way == "shared"
     if settings.attention != "split":
         engine.attention = "masked"
@@ -185,18 +192,6 @@ def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -
 def _dtype_as_profiled(load_as: LoadOptions, profile: Profile) -> LoadOptions:
     is_auto = load_as.dtype == "auto"
     return replace(load_as, dtype=profile.info.settings.dtype) if is_auto else load_as
-
-
-def _check_gates(profile: Profile, engine: Engine) -> None:
-    """Checks that the profile read the gates as today; older versions misread some."""
-    for was, now in zip(profile.info.model.blocks, model_info(engine.moe).blocks, strict=True):
-        for name in ("scoring", "inflates", "selection"):
-            before, after = getattr(was, name), getattr(now, name)
-            if before != after:
-                raise ProfileError(
-                    f"{profile.path} read the gate of {was.name} as {name} {before}, it is "
-                    f"{after}: an older version misread it, so profile it again"
-                )
 
 
 def _fit_and_score(

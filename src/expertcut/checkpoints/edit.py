@@ -36,10 +36,7 @@ _PART = 1 << 15  # values that are scaled at a time: their float64 copies stay i
 
 @dataclass(kw_only=True)
 class TensorChanges(Rewrite):
-    """A `Rewrite` in the making; `blocks` are the blocks on disk by the names of the plan.
-
-    `unused` are tensors that the loaded model has no place for.
-    """
+    """A `Rewrite` in the making; `blocks` are by loaded name, `unused` tensors are not loaded."""
 
     headers: Headers
     edits: Mapping[str, BlockEdit]

@@ -50,8 +50,7 @@ EDITS: list[type[Edit]] = [ScaleEdit, PruneEdit, BiasEdit, MergeEdit]
 
 def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:
     """The edits of a plan, not fitted yet."""
-    found = (kind.of(plan) for kind in EDITS)
-    return [edit for edit in found if edit is not None]
+    return [edit for kind in EDITS if (edit := kind.of(plan)) is not None]
 
 
 def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -> None:

@@ -50,34 +50,24 @@ def _renumbered(plan: EditPlan) -> Mapping[str, BlockEdit]:
     }
 
 
-@dataclass(frozen=True)
-class RoutedPass:
-    """Experts (int16) of each token of a pass, without pads, and which are answer positions."""
-
-    experts_TK: Tensor
-    is_answer_T: Tensor
-
-
 class HeldOutScores:
     """Log p of choices, and what the routers do with removed, biased and scaled experts meanwhile.
 
     `n_served` counts the questions that each biased or scaled (layer, expert) serves.
     `is_untouched_N` marks questions without a token that is routed to a removed expert; it is
     meaningless once experts are renumbered. `depends_on_removed`: a removed expert has a gate
-    weight that counts, in the last block at an answer position. `routed` is by layer with a bias.
+    weight that counts, in the last block at an answer position. `routed` has for each layer with a
+    bias and each pass the experts of all tokens but pads (T, K), and which are answer positions.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        quiz: Quiz,
-        edits: Mapping[str, BlockEdit],
-        on_pass: OnPass = ignore,
+        self, engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit], on_pass: OnPass = ignore
     ) -> None:
         self._on_pass, blocks = on_pass, engine.moe.blocks
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
-        biased = [b.layer for b in blocks if edits[b.name].bias]
-        self.routed: dict[int, list[RoutedPass]] = {layer: [] for layer in biased}
+        self.routed: dict[int, list[tuple[Tensor, Tensor]]] = {
+            b.layer: [] for b in blocks if edits[b.name].bias
+        }
         self.depends_on_removed = False
         self._removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
         self._last_layer = blocks[-1].layer
@@ -106,7 +96,7 @@ class HeldOutScores:
             is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
             is_answer_T[self._step.answers_N] = True
             valid_T = slice(None) if self._step.valid_T is None else self._step.valid_T
-            routed = RoutedPass(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
+            routed = (experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
             self.routed[routing.layer].append(routed)
 
     def _note_removed(self, routing: Routing, is_removed_TK: Tensor) -> None:
@@ -274,7 +264,6 @@ def _expert_shares(
 def _bit_exact_check(
     engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
 ) -> BitExactCheck:
-    """How many untouched questions the checkpoint answers with the same bits."""
     if before.alone is None:
         return BitExactCheck(questions=len(quiz), untouched=0, bit_equal=0)
     is_untouched_N = before.alone.is_untouched_N
@@ -298,11 +287,12 @@ def _agreements(
         # The expert in the unedited model of each row of the edited one.
         keep, passes = torch.tensor(plan.edits[block.name].keep), reference.routed[block.layer]
         overlaps = []  # share of a token's experts that are chosen in both
-        for a, b in zip(passes, edited.routed[block.layer], strict=True):  # over the same tokens
-            is_in_both_TKK = a.experts_TK[:, :, None] == keep[b.experts_TK.long()][:, None, :]
+        # Passes over the same tokens.
+        for (a_TK, _), (b_TK, _) in zip(passes, edited.routed[block.layer], strict=True):
+            is_in_both_TKK = a_TK[:, :, None] == keep[b_TK.long()][:, None, :]
             overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
         overlap_T = torch.cat(overlaps)
-        answer_N = overlap_T[torch.cat([routed.is_answer_T for routed in passes])]
+        answer_N = overlap_T[torch.cat([is_answer_T for _, is_answer_T in passes])]
         agreement = RoutingAgreement(
             layer=block.layer,
             same_answer=float((answer_N == 1).double().mean()),

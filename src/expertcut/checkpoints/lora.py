@@ -42,7 +42,7 @@ from expertcut.errors import ModelError, OutputError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config, read_object
 from expertcut.models.load import Source
-from expertcut.models.safetensors_index import Stored, StoredTensor, read_file
+from expertcut.models.safetensors_index import Stored, read_file
 from expertcut.models.validate import check_values
 
 CONFIG_FILE = "adapter_config.json"
@@ -162,8 +162,20 @@ def read_adapter(folder: Path) -> Adapter:
             )
         raise ModelError(f"{folder} holds no {WEIGHTS_FILE}: save the adapter again")
     stored = read_file(folder / WEIGHTS_FILE)
-    _check_tensors(folder, stored.tensors)
-    return Adapter(folder, config, settings, stored)
+    wrong = next((name for name in stored.tensors if not name.startswith(PREFIX)), None)
+    if wrong or not stored.tensors:
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} holds {wrong or 'no tensor'}, must hold names that begin "
+            f"with {PREFIX}: save the adapter with peft's save_pretrained"
+        )
+    adapter = Adapter(folder, config, settings, stored)
+    for name, tensor in stored.tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise adapter.refusal(
+                f"{name} is {tensor.dtype}, must be one of {', '.join(_DTYPES)}: save the adapter "
+                "in one of these"
+            )
+    return adapter
 
 
 def _check_settings(folder: Path, settings: _Settings) -> None:
@@ -188,21 +200,6 @@ def _check_settings(folder: Path, settings: _Settings) -> None:
             _pattern(key)
         except re.error as error:
             raise ModelError(f"{named} is not a pattern: {error}") from None
-
-
-def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    wrong = next((name for name in tensors if not name.startswith(PREFIX)), None)
-    if wrong or not tensors:
-        raise ModelError(
-            f"{folder / WEIGHTS_FILE} holds {wrong or 'no tensor'}, must hold names that begin "
-            f"with {PREFIX}: save the adapter with peft's save_pretrained"
-        )
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise ModelError(
-                f"{folder / WEIGHTS_FILE}: {name} is {tensor.dtype}, must be one of "
-                f"{', '.join(_DTYPES)}: save the adapter in one of these"
-            )
 
 
 def _pattern(key: str) -> re.Pattern[str]:
@@ -461,7 +458,6 @@ class AdapterCut:
             rewrite.changed[name] = Change(tuple(shape), select)
 
     def _refuse_numbers(self) -> None:
-        """Refuses patterns with expert numbers, because experts are renumbered."""
         for key in _PATTERNS:
             value = getattr(self.adapter.settings, key) or ()
             texts = [value] if isinstance(value, str) else value

@@ -178,10 +178,9 @@ class MergeEdit(Edit):
         layout.remove_experts(tensors, {})
         for layer, (name, block) in enumerate(tensors.blocks.items()):
             edit, headers = self.blocks[name], tensors.headers
-            if not edit.merged:
-                continue
-            experts = Experts(headers, block, is_interleaved=name in self.interleaved)
-            tensors.changed |= _expert_changes(experts, edit, self.orders.get(name, {}))
+            if edit.merged:
+                experts = Experts(headers, block, is_interleaved=name in self.interleaved)
+                tensors.changed |= _expert_changes(experts, edit, self.orders.get(name, {}))
             if layer in self.rows:
                 tensors.changed |= _router_changes(headers, block, edit, self.rows[layer])
 
@@ -202,7 +201,6 @@ def is_interleaved(experts: Any) -> bool:
 def _expert_changes(
     experts: Experts, edit: BlockEdit, orders: Mapping[int, Tensor]
 ) -> dict[str, Change]:
-    """The averages, under the dominant experts' old names."""
     headers, block, members = experts.headers, experts.block, members_of(edit)
     changes: dict[str, Change] = {}
     for name in block.fused:
@@ -234,7 +232,6 @@ def _averages(groups: list[list[ExpertTensor]]) -> Iterator[Tensor]:
 def _router_changes(
     headers: Headers, block: DiskBlock, edit: BlockEdit, rows: Rows
 ) -> dict[str, Change]:
-    """The router's rows, its own bias, and selection biases."""
     if block.unclear_bias:
         raise ContractError(
             f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
@@ -244,10 +241,10 @@ def _router_changes(
     for name, axis in block.axes.items():
         apply: Callable[[Tensor], Tensor]
         if name == block.router_weight:
-            apply = partial(_rows, edit=edit, shares=rows.shares, added=rows.added)
+            apply = partial(_rows, edit=edit, rows=rows, added=rows.added)
         elif name == block.logit_bias:
             offsets = {e: torch.tensor(offset) for e, offset in rows.offsets.items()}
-            apply = partial(_rows, edit=edit, shares=rows.shares, added=offsets)
+            apply = partial(_rows, edit=edit, rows=rows, added=offsets)
         elif name not in block.fused:
             apply = partial(_selection, edit=edit, rows=rows, axis=axis)
         else:
@@ -258,15 +255,10 @@ def _router_changes(
     return changes
 
 
-def _rows(
-    tensor: Tensor,
-    edit: BlockEdit,
-    shares: Mapping[int, Mapping[int, float]],
-    added: Mapping[int, Tensor],
-) -> Tensor:
+def _rows(tensor: Tensor, edit: BlockEdit, rows: Rows, added: Mapping[int, Tensor]) -> Tensor:
     """Kept rows; rows of merged experts are their weighted sums."""
     kept = tensor[list(edit.keep)]
-    for expert, own in shares.items():
+    for expert, own in rows.shares.items():
         row = sum(tensor[member].double() * share for member, share in own.items())
         assert isinstance(row, Tensor)
         if expert in added:
@@ -277,7 +269,7 @@ def _rows(
 
 def _selection(tensor: Tensor, edit: BlockEdit, rows: Rows, axis: int) -> Tensor:
     """Selection biases: fitted, else weighted sums."""
-    moved = _rows(tensor.movedim(axis, 0), edit, rows.shares, {})
+    moved = _rows(tensor.movedim(axis, 0), edit, rows, {})
     for expert, bias in rows.selection.items():
         moved[edit.keep.index(expert)] = bias
     return moved.movedim(0, axis)

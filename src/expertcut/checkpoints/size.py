@@ -107,9 +107,7 @@ def choose_cut(
     needs_model = CRITERIA[settings.by].needs_model
     most = settings.size_bytes
     source = profiled_source(profile) if most or needs_model else None
-    engine = None
-    if source is not None and needs_model:
-        engine = engine_as_profiled(profile, source, load_as)
+    engine = engine_as_profiled(profile, source, load_as) if source and needs_model else None
     if source is None or most is None:
         return choose(profile, settings, engine), ()
     size_of = size_of_cuts(source, settings.layout, profile.info.model.blocks[0].experts)

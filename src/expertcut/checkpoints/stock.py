@@ -62,7 +62,8 @@ class StockWriter(LayoutWriter):
                 if expert not in keep:
                     tensors.removed |= set(own.values())
                 elif (position := keep.index(expert)) != expert:
-                    tensors.renamed |= {n: block.renamed(n, position) for n in own.values()}
+                    prefix = f"{block.name}.experts.{position}"
+                    tensors.renamed |= {n: f"{prefix}.{part}" for part, n in own.items()}
             for tensor, axis in block.axes.items():
                 tensors.keep_rows(tensor, axis, keep)
             tensors.removed |= tensors.unused

@@ -49,12 +49,6 @@ class DiskBlock:
     unclear_bias: str | None
     fused: tuple[str, ...]
 
-    def renamed(self, name: str, expert: int) -> str:
-        """The name of an expert's own tensor under another expert number."""
-        part = _OF_ONE_EXPERT.fullmatch(name)
-        assert part is not None
-        return f"{self.name}.experts.{expert}.{part['part']}"
-
 
 def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:
     """The MoE blocks of a checkpoint by their names on disk."""
