@@ -55,7 +55,7 @@ class BiasEdit(Edit):
         simulation.apply_at = self.apply_at
         for block in simulation.moe.blocks:
             for expert, bias in self.blocks[block.name].bias.items():
-                simulation.bias_E(block)[expert] = bias
+                simulation.biases[block.layer][expert] = bias
 
     @property
     def reference(self) -> str:

@@ -93,7 +93,7 @@ def build(
     )
     gc.collect()
     is_merging = any(isinstance(edit, MergeEdit) for edit in fitted)
-    proof, result = None, HeldOutResult() if is_merging else HeldOutResult(fits=())
+    proof, unscored = None, HeldOutResult() if is_merging else HeldOutResult(fits=())
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         export(source, plan, calibration.n_experts, fitted, temporary)
         if adapter is not None:
@@ -101,11 +101,10 @@ def build(
             file = adapter.write(temporary, file, folds)
         if before is not None:
             engine = engine_as_profiled(profile, Source(str(folder), temporary), load_as)
+            figures = {"rows" if is_merging else "fits": tuple(map(asdict, qualities))}
             proof = score_edited(engine, questions.held_out, plan, before)
-            figures = tuple(map(asdict, qualities))
-            proof = proof.model_copy(update={"rows" if is_merging else "fits": figures})
-            result = proof
-        file = file.model_copy(update={"proof": result})
+            proof = proof.model_copy(update=figures)
+        file = file.model_copy(update={"proof": proof or unscored})
         save_plan(temporary, file, used)
         add_files(temporary, options.beside)
     fits = [quality for quality in qualities if isinstance(quality, Fit)]

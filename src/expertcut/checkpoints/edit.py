@@ -95,23 +95,18 @@ def _scaled_rows(tensor: Tensor, factors: Mapping[int, float]) -> Tensor:
 
 @dataclass
 class Simulation:
-    """What edits do to an unedited model while it runs; a finite bias acts at `apply_at`."""
+    """What edits do to an unedited model while it runs.
+
+    By layer, to be changed in place: `biases` on router logits, where −inf forbids an expert and
+    finite values act at `apply_at`, and factors `scales` on gate weights, both (E,).
+    """
 
     moe: MoeModel
     is_as_written: bool
+    biases: Mapping[int, Tensor]
+    scales: Mapping[int, Tensor]
     apply_at: Positions = "all"
     contexts: list[AbstractContextManager[None]] = field(default_factory=list)
-    biases: dict[int, Tensor] = field(default_factory=dict)
-    scales: dict[int, Tensor] = field(default_factory=dict)
-
-    def bias_E(self, block: MoeBlock) -> Tensor:
-        """The bias on a router's logits, to be changed in place; −inf forbids an expert."""
-        return self.biases.setdefault(block.layer, torch.zeros(block.n_experts))
-
-    def scale_E(self, block: MoeBlock) -> Tensor:
-        """The factors on gate weights, to be changed in place."""
-        ones_E = torch.ones(block.n_experts, dtype=torch.float64)
-        return self.scales.setdefault(block.layer, ones_E)
 
 
 class LayoutWriter(Protocol):
@@ -212,11 +207,13 @@ def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> I
     With `is_as_written` kept experts are scaled as in the checkpoint, else the plan acts to the
     letter.
     """
-    simulation = Simulation(moe, is_as_written)
+    biases = {block.layer: torch.zeros(block.n_experts) for block in moe.blocks}
+    scales = {b.layer: torch.ones(b.n_experts, dtype=torch.float64) for b in moe.blocks}
+    simulation = Simulation(moe, is_as_written, biases, scales)
     for edit in edits:
         edit.simulate(simulation)
-    biases = {layer: bias_E for layer, bias_E in simulation.biases.items() if bias_E.any()}
-    scales = {layer: s_E for layer, s_E in simulation.scales.items() if (s_E != 1).any()}
+    biases = {layer: bias_E for layer, bias_E in biases.items() if bias_E.any()}
+    scales = {layer: scale_E for layer, scale_E in scales.items() if (scale_E != 1).any()}
     with ExitStack() as stack:
         for context in simulation.contexts:
             stack.enter_context(context)
@@ -225,8 +222,7 @@ def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> I
 
 def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
     """The experts that each block's edit does not keep; blocks that keep all are left out."""
-    removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
-    return {name: experts for name, experts in removed.items() if experts}
+    return {name: gone for name, edit in edits.items() if (gone := edit.removed(n_experts))}
 
 
 def experts_get(n: int) -> str:

@@ -200,11 +200,11 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
 
 def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
     """The experts of each block that are constants, by either name."""
-    constants = {
-        block.name: tuple(e for e, own in enumerate(block.by_expert) if not own)
+    return {
+        block.name: constants
         for block in find_disk_blocks(headers).values()
+        if (constants := tuple(e for e, own in enumerate(block.by_expert) if not own))
     }
-    return {name: experts for name, experts in constants.items() if experts}
 
 
 def _family_type(config: Mapping[str, Any]) -> str:

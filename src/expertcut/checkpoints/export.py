@@ -55,7 +55,7 @@ def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:
 
 def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -> None:
     """That the layout can hold the plan for this model, and that there is room for the result."""
-    check_layout(source, plan.layout, is_cutting=plan.is_cut)
+    WRITERS[plan.layout].check(source, is_cutting=plan.is_cut)
     rewrite = cut_rewrite(source, plan, n_experts)
     shards = lay_out(source.stored, rewrite, MAX_SHARD_BYTES)
     check_space(folder, total_bytes(shards))
@@ -77,11 +77,6 @@ def cut_rewrite(source: Source, plan: EditPlan, n_experts: int) -> TensorChanges
     constants = zero_outputs(removed_experts(cut, n_experts), width)
     edits = [PruneEdit(cut, plan.layout, constants=constants)]
     return rewrite_of(plan.layout, source.headers, cut, edits, source)
-
-
-def check_layout(source: Source, layout: Layout, *, is_cutting: bool) -> None:
-    """As the layout's writer checks it."""
-    WRITERS[layout].check(source, is_cutting=is_cutting)
 
 
 def rewrite_of(

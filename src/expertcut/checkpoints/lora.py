@@ -105,11 +105,11 @@ class Adapter:
     @cached_property
     def pairs(self) -> Mapping[str, tuple[str, str]]:
         """The names of lora_A and lora_B by module."""
-        found: dict[str, dict[str, str]] = {}
+        by_module: dict[str, dict[str, str]] = {}
         for name in self.stored.tensors:
             if lora := _LORA.fullmatch(name):
-                found.setdefault(lora["module"], {})[lora["side"]] = name
-        return {module: self._pair(module, sides) for module, sides in found.items()}
+                by_module.setdefault(lora["module"], {})[lora["side"]] = name
+        return {module: self._pair(module, sides) for module, sides in by_module.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -277,7 +277,7 @@ class AdapterCut:
         return not LAYOUTS[self.plan.layout].keeps_rows
 
     def _rewrite(self, folds: Folds) -> Rewrite:
-        """Slices what lies in MoE blocks; a ModelError for a tensor that cannot be sliced."""
+        """What becomes of its tensors in MoE blocks; a ModelError if one cannot be sliced."""
         rewrite, headers = Rewrite(), self.source.headers
         is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
         factors = {

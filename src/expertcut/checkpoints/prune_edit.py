@@ -92,7 +92,7 @@ class PruneEdit(Edit):
         else:
             for block in blocks:
                 if removed := self.blocks[block.name].removed(block.n_experts):
-                    simulation.bias_E(block)[list(removed)] = -torch.inf
+                    simulation.biases[block.layer][list(removed)] = -torch.inf
         if simulation.is_as_written and self.folds:
             simulation.contexts.append(self._rescaled(simulation))
 

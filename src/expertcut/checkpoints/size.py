@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
-from expertcut.checkpoints.export import check_layout, cut_rewrite
+from expertcut.checkpoints.export import WRITERS, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
@@ -67,7 +67,7 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
 
 def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
     """Bytes of the safetensors files of a cut of this checkpoint, with headers."""
-    check_layout(source, layout, is_cutting=True)
+    WRITERS[layout].check(source, is_cutting=True)
 
     def size_of(draft: EditPlan) -> int:
         shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts), MAX_SHARD_BYTES)

@@ -209,17 +209,14 @@ def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping
         raise ContractError(f"{name} holds {len(found)} experts that are not numbered from 0")
     own = tuple({} if set(found[e]) == {CONSTANT} else found[e] for e in range(len(found)))
     first = next((expert for expert, parts in enumerate(own) if parts), 0)
-    for expert, parts in enumerate(own):
-        if parts and _forms(parts, headers) != _forms(own[first], headers):
+    forms = [{p: (headers[n].shape, headers[n].dtype) for p, n in parts.items()} for parts in own]
+    for expert, form in enumerate(forms):
+        if form and form != forms[first]:
             raise ContractError(
                 f"{name}: the tensors of expert {expert} differ from those of expert {first} in "
                 "name, shape or dtype: experts that are not alike are not supported"
             )
     return own
-
-
-def _forms(parts: Mapping[str, str], headers: Headers) -> dict[str, object]:
-    return {part: (headers[n].shape, headers[n].dtype) for part, n in parts.items()}
 
 
 def _router_axes(

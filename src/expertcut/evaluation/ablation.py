@@ -13,7 +13,7 @@ import numpy as np
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.edit import simulated
-from expertcut.checkpoints.export import check_layout
+from expertcut.checkpoints.export import WRITERS
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.edits.calibrate import zero_outputs
@@ -232,7 +232,7 @@ class Auditing:
                     "none can be removed"
                 )
         source = profiled_source(profile)
-        check_layout(source, layout, is_cutting=True)
+        WRITERS[layout].check(source, is_cutting=True)
         is_fitting = any(CRITERIA[by].is_calibrated for by in self.by)
         questions = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
         self.quiz = judges_or_fifth(questions, settings.questions)
