@@ -62,12 +62,11 @@ class BiasEdit(Edit):
         return "the exact bias"
 
     def forms(self) -> Mapping[str, Self | None]:
-        places: dict[str, Positions] = {
-            "bias at answer positions only": "answer",
-            "bias everywhere": "all",
+        return {
+            "the plan without biases": None,
+            "bias at answer positions only": replace(self, apply_at="answer"),
+            "bias everywhere": replace(self, apply_at="all"),
         }
-        forms = {name: replace(self, apply_at=at) for name, at in places.items()}
-        return {"the plan without biases": None, **forms}
 
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         layout.add_biases(tensors, self.directions, self.apply_at)

@@ -115,10 +115,8 @@ class LayoutWriter(Protocol):
     def check(self, source: Source, *, is_cutting: bool) -> None:
         """Raises ContractError unless the layout supports this model and such edits of it."""
 
-    def changes(
-        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
-    ) -> TensorChanges:
-        """Unchanged tensors; with `source` also those outside their blocks."""
+    def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
+        """Tensors that nothing has changed yet."""
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Removes the experts that the plan does not keep."""

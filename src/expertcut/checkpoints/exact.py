@@ -21,7 +21,6 @@ from torch import Tensor
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges, removed_experts
 from expertcut.checkpoints.tensor_names import (
     DiskBlock,
-    Headers,
     constant_name,
     earlier_constants,
     find_disk_blocks,
@@ -46,16 +45,11 @@ class ExactWriter(LayoutWriter):
     def check(self, source: Source, *, is_cutting: bool) -> None:
         _check_exact(read_config(source.path), is_cutting=is_cutting)
 
-    def changes(
-        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
-    ) -> TensorChanges:
+    def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
         """Constants with earlier names get today's."""
-        return TensorChanges(
-            headers=headers,
-            edits=edits,
-            blocks=find_disk_blocks(headers),
-            renamed=earlier_constants(headers),
-        )
+        headers = source.headers
+        blocks, renamed = find_disk_blocks(headers), earlier_constants(headers)
+        return TensorChanges(headers=headers, edits=edits, blocks=blocks, renamed=renamed)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Replaces experts by constants in the dtype of the experts."""

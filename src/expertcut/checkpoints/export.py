@@ -21,7 +21,6 @@ from expertcut.checkpoints.shards import (
     write_checkpoint,
 )
 from expertcut.checkpoints.stock import StockWriter
-from expertcut.checkpoints.tensor_names import Headers
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
@@ -76,18 +75,14 @@ def cut_rewrite(source: Source, plan: EditPlan, n_experts: int) -> TensorChanges
     cut = {name: BlockEdit(keep=edit.keep) for name, edit in plan.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), width)
     edits = [PruneEdit(cut, plan.layout, constants=constants)]
-    return rewrite_of(plan.layout, source.headers, cut, edits, source)
+    return rewrite_of(plan.layout, source, cut, edits)
 
 
 def rewrite_of(
-    layout: Layout,
-    headers: Headers,
-    blocks: Mapping[str, BlockEdit],
-    edits: Sequence[Edit],
-    source: Source | None = None,
+    layout: Layout, source: Source, blocks: Mapping[str, BlockEdit], edits: Sequence[Edit]
 ) -> TensorChanges:
-    """What becomes of each tensor; with `source` also of those outside the MoE blocks."""
-    tensors = WRITERS[layout].changes(headers, blocks, source)
+    """What becomes of each tensor."""
+    tensors = WRITERS[layout].changes(source, blocks)
     for edit in edits:
         edit.rewrite(WRITERS[layout], tensors)
     return tensors
@@ -97,9 +92,8 @@ def export(
     source: Source, plan: EditPlan, n_experts: int, edits: Sequence[Edit], folder: Path
 ) -> None:
     """Writes the checkpoint of fitted edits into an empty folder, without the plan."""
-    stored, writer = source.stored, WRITERS[plan.layout]
-    rewrite = rewrite_of(plan.layout, stored.tensors, plan.edits, edits, source)
-    write_checkpoint(source.path, folder, rewrite, stored=stored)
+    writer, rewrite = WRITERS[plan.layout], rewrite_of(plan.layout, source, plan.edits, edits)
+    write_checkpoint(source.path, folder, rewrite, stored=source.stored)
     config = writer.config(source, rewrite, n_experts)
     if dropped := rewrite.removed & rewrite.unused:
         logger.warning(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertcut import stats
 from expertcut.checkpoints.edit import Edit, RunEdited, simulated
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
@@ -19,15 +20,6 @@ from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine, stack_scores
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, ignore
-from expertcut.stats import (
-    BitExactCheck,
-    ExpertShares,
-    FormResult,
-    HeldOutResult,
-    LogprobShift,
-    RoutingAgreement,
-    logprob_shift,
-)
 
 NOT_REACHED = (
     "{}: all answers equal those of the unedited model to the last digit, though these questions "
@@ -122,10 +114,10 @@ def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> 
     return HeldOutScores(single, quiz, edits)
 
 
-def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> LogprobShift:
+def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> stats.LogprobShift:
     """Compares the choices that both have."""
-    largest, median = logprob_shift(a_NC.numpy(), b_NC.numpy(), np.float64)
-    return LogprobShift(
+    largest, median = stats.logprob_shift(a_NC.numpy(), b_NC.numpy(), np.float64)
+    return stats.LogprobShift(
         against=against,
         questions=len(a_NC),
         max_abs_logprob_diff=largest,
@@ -134,12 +126,12 @@ def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> LogprobShift:
     )
 
 
-def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> FormResult:
+def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> stats.FormResult:
     """Accuracy of one form of the model, compared with the unedited one."""
     answers = [question.answer for question in quiz]
     best_N = logprob_NC.argmax(dim=1)
     n_right = sum(a == b for a, b in zip(best_N.tolist(), answers, strict=True))
-    return FormResult(
+    return stats.FormResult(
         form=form,
         questions=len(answers),
         accuracy=n_right / len(answers),
@@ -213,7 +205,9 @@ def _runtime_forms(
     return scores
 
 
-def score_edited(engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores) -> HeldOutResult:
+def score_edited(
+    engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
+) -> stats.HeldOutResult:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
     numbered, base, reference = _renumbered(plan), before.base, before.reference
     edited = HeldOutScores(engine, quiz, numbered)
@@ -221,17 +215,13 @@ def score_edited(engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores)
         with before.run_edited(engine.moe.blocks):
             reference = HeldOutScores(engine, quiz, numbered)
     assert reference is not None
-    shifts = [
-        compare_logprobs("the unedited base", edited.logprob_NC, base.logprob_NC),
-        compare_logprobs(before.reference_name, edited.logprob_NC, reference.logprob_NC),
-    ]
+    pairs = [("the unedited base", edited, base), (before.reference_name, edited, reference)]
     if before.run_edited is not None:
-        against = "these against the unedited base"
-        shifts.append(compare_logprobs(against, reference.logprob_NC, base.logprob_NC))
+        pairs.append(("these against the unedited base", reference, base))
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
-    return HeldOutResult(
+    return stats.HeldOutResult(
         held_out_split=quiz.split,
-        held_out=tuple(shifts),
+        held_out=tuple(compare_logprobs(n, a.logprob_NC, b.logprob_NC) for n, a, b in pairs),
         held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
         shares=_expert_shares(len(quiz), plan, base, reference, edited),
         alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
@@ -244,11 +234,11 @@ def score_edited(engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores)
 
 def _expert_shares(
     n: int, plan: EditPlan, base: HeldOutScores, reference: HeldOutScores, edited: HeldOutScores
-) -> tuple[ExpertShares, ...]:
+) -> tuple[stats.ExpertShares, ...]:
     """By the numbers of plan.json; `edited` has the same experts in the same order."""
     numbers, blocks = plan.numbers or ExpertIds(), list(plan.edits)
     return tuple(
-        ExpertShares(
+        stats.ExpertShares(
             layer=layer,
             expert=numbers.number(blocks[layer], row),
             base=n_base / n,
@@ -263,13 +253,13 @@ def _expert_shares(
 
 def _bit_exact_check(
     engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
-) -> BitExactCheck:
+) -> stats.BitExactCheck:
     if before.alone is None:
-        return BitExactCheck(questions=len(quiz), untouched=0, bit_equal=0)
+        return stats.BitExactCheck(questions=len(quiz), untouched=0, bit_equal=0)
     is_untouched_N = before.alone.is_untouched_N
     edited = _score_alone(engine, untouched(quiz, before.base), plan.edits)
     is_same_N = (before.alone.logprob_NC == edited.logprob_NC).all(dim=1)
-    return BitExactCheck(
+    return stats.BitExactCheck(
         questions=len(quiz),
         untouched=int(is_untouched_N.sum()),
         bit_equal=int((is_same_N & is_untouched_N).sum()),
@@ -278,7 +268,7 @@ def _bit_exact_check(
 
 def _agreements(
     reference: HeldOutScores, edited: HeldOutScores, plan: EditPlan, moe: MoeModel
-) -> tuple[RoutingAgreement, ...]:
+) -> tuple[stats.RoutingAgreement, ...]:
     """Layout stock, per layer with a bias: the checkpoint against the plan at run time."""
     agreements = []
     for block in moe.blocks if LAYOUTS[plan.layout].fits_biases else ():
@@ -293,7 +283,7 @@ def _agreements(
             overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
         overlap_T = torch.cat(overlaps)
         answer_N = overlap_T[torch.cat([is_answer_T for _, is_answer_T in passes])]
-        agreement = RoutingAgreement(
+        agreement = stats.RoutingAgreement(
             layer=block.layer,
             same_answer=float((answer_N == 1).double().mean()),
             overlap_answer=float(answer_N.mean()),

@@ -315,19 +315,6 @@ class AdapterCut:
         return "", module
 
     def _slice_all(self, rewrite: Rewrite, block: str, pair: Pair, factors: Factors) -> None:
-        disk, keep = self._blocks[block], self.plan.edits[block].keep
-        is_last = self._check_all_experts(block, pair)
-        (rows, n_in), (n_out, _) = map(self.adapter.shape, pair)
-        rank, scaled = rows // disk.n_experts, factors if is_last else {}
-        if len(keep) < disk.n_experts:
-            own = tuple(expert * rank + j for expert in keep for j in range(rank))
-            rewrite.changed[pair[0]] = Change((len(own), n_in), rows=own)
-        if len(keep) < disk.n_experts or scaled:
-            apply = partial(_columns, keep=keep, n_experts=disk.n_experts, scaled=scaled)
-            rewrite.changed[pair[1]] = Change((n_out, rank * len(keep)), apply)
-
-    def _check_all_experts(self, block: str, pair: Pair) -> bool:
-        """Whether a pair of all experts adapts their last projection."""
         adapter, n_experts = self.adapter, self._blocks[block].n_experts
         self._check_axes(pair, 2)
         (rows, n_in), (n_out, _) = map(adapter.shape, pair)
@@ -355,7 +342,13 @@ class AdapterCut:
                 f"{pair[0]} has rank {rank} for each of {n_experts} experts, its config says "
                 f"{' or '.join(map(str, sorted(ranks))) or 'nothing'}: {_ANOTHER}"
             )
-        return is_last
+        keep, scaled = self.plan.edits[block].keep, factors if is_last else {}
+        if len(keep) < n_experts:
+            kept_rows = tuple(expert * rank + j for expert in keep for j in range(rank))
+            rewrite.changed[pair[0]] = Change((len(kept_rows), n_in), rows=kept_rows)
+        if len(keep) < n_experts or scaled:
+            apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
+            rewrite.changed[pair[1]] = Change((n_out, rank * len(keep)), apply)
 
     def _widths(self, block: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """In and out widths of an expert's first projections, fused as loaded, and of its last."""

@@ -52,17 +52,18 @@ _OWN_NEURONS = {
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One tensor of one member: its neurons' places and new order (I,), and the member's share."""
+    """One tensor of one expert, with its neurons' places."""
 
     tensor: StoredTensor
     row: int | None
     neurons: Neurons
-    share: float = 1.0
-    order_I: Tensor | None = None
 
     def read(self) -> Tensor:
         """The tensor on disk."""
         return read_tensor(self.tensor, self.row)
+
+
+Members = list[tuple[ExpertTensor, float, Tensor | None]]  # share, order of neurons (I,)
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,9 @@ class Experts:
             )
         return [part.neurons.rows(part.read()) for part in parts.values()]
 
-    def of(
-        self, shares: Mapping[int, float], orders: Mapping[int, Tensor], kind: str
-    ) -> list[ExpertTensor]:
-        """One kind of tensor of each member, with its share."""
-        return [
-            replace(self.tensors(member)[kind], share=share, order_I=orders.get(member))
-            for member, share in shares.items()
-        ]
+    def of(self, shares: Mapping[int, float], orders: Mapping[int, Tensor], kind: str) -> Members:
+        """One kind of tensor of each member, its share, and the order of its neurons."""
+        return [(self.tensors(e)[kind], share, orders.get(e)) for e, share in shares.items()]
 
     def tensors(self, expert: int) -> dict[str, ExpertTensor]:
         """An expert's tensors by kind: the part after its number, or the fused tensor's name."""
@@ -214,19 +210,20 @@ def _expert_changes(
     return changes
 
 
-def _averages(groups: list[list[ExpertTensor]]) -> Iterator[Tensor]:
+def _averages(groups: list[Members]) -> Iterator[Tensor]:
     """Each group's average, summed in float64; a group of one keeps every bit."""
-    for parts in groups:
-        if len(parts) == 1:
-            yield parts[0].read()
+    for members in groups:
+        first, _, _ = members[0]
+        if len(members) == 1:
+            yield first.read()
             continue
         total = torch.zeros(())
-        for part in parts:
+        for part, share, order_I in members:
             tensor = part.read()
-            if part.order_I is not None:
-                tensor = part.neurons.reordered(tensor, part.order_I)
-            total = total + tensor.double() * part.share
-        yield total.to(DTYPES[parts[0].tensor.dtype])
+            if order_I is not None:
+                tensor = part.neurons.reordered(tensor, order_I)
+            total = total + tensor.double() * share
+        yield total.to(DTYPES[first.tensor.dtype])
 
 
 def _router_changes(

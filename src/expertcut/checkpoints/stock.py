@@ -38,12 +38,10 @@ class StockWriter(LayoutWriter):
                 "exact"
             )
 
-    def changes(
-        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
-    ) -> TensorChanges:
+    def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
         """Matches blocks by name, then by layer; MTP layers match none."""
-        outside = None if source is None else outside_axes(source, headers, edits)
-        matched, unused = match_blocks(headers, edits, outside)
+        headers = source.headers
+        matched, unused = match_blocks(headers, edits, outside_axes(source, headers, edits))
         for name, block in matched.items():
             if edits[name].keep[-1] >= block.n_experts:
                 raise ContractError(
