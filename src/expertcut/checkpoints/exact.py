@@ -218,14 +218,12 @@ def _layer_number(block: str) -> int:
 def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
     """The constants in the dtype of their experts' weights on disk."""
     blocks = find_disk_blocks(headers)
-
-    def dtype(name: str, expert: int) -> torch.dtype:
-        return DTYPES[headers[_own_tensors(blocks, name, expert)[0]].dtype]
-
-    return {
-        name: {expert: v_D.to(dtype(name, expert)) for expert, v_D in by_expert.items()}
-        for name, by_expert in constants.items()
-    }
+    stored: dict[str, dict[int, Tensor]] = {}
+    for name, by_expert in constants.items():
+        for expert, value_D in by_expert.items():
+            like = headers[_own_tensors(blocks, name, expert)[0]]
+            stored.setdefault(name, {})[expert] = value_D.to(DTYPES[like.dtype])
+    return stored
 
 
 def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:

@@ -293,7 +293,7 @@ class AdapterCut:
             elif block and _ROUTER.fullmatch(part):
                 self._check_linear(self._blocks[block].router_weight, pair)
                 targets = self.adapter.settings.target_parameters or ()
-                if not any(target.endswith(("gate.weight", "router.weight")) for target in targets):
+                if not any(t.endswith(("gate.weight", "router.weight")) for t in targets):
                     self._refuse_linear_layer(pair)
                 self._slice_router(rewrite, block, pair[1], axis=0)
             elif f"{module}.weight" in headers or not (is_tied and module == "lm_head"):

@@ -69,12 +69,11 @@ class PruneEdit(Edit):
     def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
         questions, profile = calibration.questions, calibration.profile
         if LAYOUTS[self.layout].keeps_rows:
-            source = calibration.source
             removed = removed_experts(self.blocks, calibration.n_experts)
             if self.removed == "mean" and engine is not None:
                 means = mean_outputs(engine, questions.tuning, removed)
-                return replace(self, constants=as_stored(source.headers, means))
-            width = int(read_config(source.path)["hidden_size"])
+                return replace(self, constants=as_stored(calibration.source.headers, means))
+            width = int(read_config(calibration.source.path)["hidden_size"])
             return replace(self, constants=zero_outputs(removed, width))
         if self.fold == "off":
             return self

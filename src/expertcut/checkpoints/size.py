@@ -47,8 +47,7 @@ def size(moe: MoeModel) -> Size:
 
 def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
     """The `size` of the checkpoint of a cut, from the unedited model."""
-    total = sum(p.numel() for p in moe.model.parameters())
-    idle = 0
+    total, idle = sum(p.numel() for p in moe.model.parameters()), 0
     for block in moe.blocks:
         n_kept = len(draft.edits[block.name].keep)
         n_removed = block.n_experts - n_kept
