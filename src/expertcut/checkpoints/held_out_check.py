@@ -169,12 +169,10 @@ def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]
     if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
         raise ContractError(NOT_REACHED.format(name))
     forms = _runtime_forms(engine, quiz, plan, edits, reference)
-    effective = [edit for edit in edits if edit.reference]
-    if not all(isinstance(edit, PruneEdit) and edit.constants for edit in effective):
-        return BaseScores(base, name, reference, forms=forms)
-    quiet = untouched(quiz, base)
-    alone = _score_alone(engine, quiet, plan.edits) if len(quiet) else None
-    return BaseScores(base, name, reference, is_cut_exactly=True, alone=alone)
+    is_exact = all(isinstance(e, PruneEdit) and e.constants for e in edits if e.reference)
+    quiet = untouched(quiz, base) if is_exact else None
+    alone = _score_alone(engine, quiet, plan.edits) if quiet else None
+    return BaseScores(base, name, reference, forms=forms, is_cut_exactly=is_exact, alone=alone)
 
 
 def untouched(quiz: Quiz, base: HeldOutScores) -> Quiz:
