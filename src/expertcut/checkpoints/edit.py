@@ -202,8 +202,7 @@ class Edit(Protocol):
 def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> Iterator[OnPass]:
     """Runs an unedited model with edits; the yielded function must be called before each pass.
 
-    With `is_as_written` kept experts are scaled as in the checkpoint, else the plan acts to the
-    letter.
+    `is_as_written` scales kept experts as in the checkpoint; else the plan acts to the letter.
     """
     biases = {block.layer: torch.zeros(block.n_experts) for block in moe.blocks}
     scales = {b.layer: torch.ones(b.n_experts, dtype=torch.float64) for b in moe.blocks}
