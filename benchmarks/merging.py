@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from benchmarks.fold import BUNDLED, KINDS, random_model
-from expertcut.checkpoints.build import BuildOptions, build, merge
+from expertcut.checkpoints.build import BuildOptions, Built, build, choose_groups, merge
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.edit_settings import CutSettings, MergeSettings
 from expertcut.edits.merging import METHODS, RouterRow
@@ -39,6 +39,12 @@ def profiled(model: Path, folder: Path, limit: int | None) -> Profile:
     return load_profile(folder)
 
 
+def merged(profile: Profile, settings: MergeSettings, folder: Path, options: BuildOptions) -> Built:
+    """The checkpoint of the groups that these settings choose."""
+    plan = choose_groups(profile, settings, folder, options.load_as)
+    return merge(profile, settings, plan, folder, options)
+
+
 def row_table(place: Path, gates: list[str], limit: int | None) -> Table:
     """One row per gate, method and kind of row; the reference is the unedited router's choices."""
     body: list[list[Cell]] = []
@@ -60,12 +66,11 @@ def row_table(place: Path, gates: list[str], limit: int | None) -> Table:
 
 def _rows(profile: Profile, n_keep: int, by: str, place: Path) -> Iterator[list[Cell]]:
     for router in get_args(RouterRow):
-        done = merge(
-            profile, MergeSettings(keep=n_keep, by=by, router=router), place / "cut", AS_IS
-        )
+        settings = MergeSettings(keep=n_keep, by=by, router=router)
+        built = merged(profile, settings, place / "cut", AS_IS)
         shutil.rmtree(place / "cut")
-        assert done.built.proof is not None
-        base, reference, _ = done.built.proof.held_out
+        assert built.proof is not None
+        base, reference, _ = built.proof.held_out
         cells: list[Cell] = [router]
         for found in (reference, base):
             cells += [found.median_abs_logprob_diff, found.flipped]
@@ -84,12 +89,8 @@ def accuracy_table(place: Path) -> Table:
         for by in METHODS:
             for aligns in (True, False):
                 paths.append(str(place / f"{by}-{n_keep}-{'aligned' if aligns else 'as-is'}"))
-                merge(
-                    profile,
-                    MergeSettings(keep=n_keep, by=by, align=aligns),
-                    Path(paths[-1]),
-                    UNASKED,
-                )
+                settings = MergeSettings(keep=n_keep, by=by, align=aligns)
+                merged(profile, settings, Path(paths[-1]), UNASKED)
     quiz = load_quiz(Selection(str(BUNDLED / "quiz"), "test", 5))
     scoring = Scoring(quiz, None, LoadOptions(), MeasureOptions(threads=1))
     steps = [list(score(source, scoring, place / "scores")) for source in find_models(paths)]

@@ -148,7 +148,7 @@ class Profile(_Shown):
     def merge(self, **settings: Any) -> "Plan":
         """Merges groups of experts, as `expertcut merge`; saving chooses the groups."""
         options = merge_command.MergeSettings.read(profile=self.path, **settings)
-        return Plan(self, None, options, lambda s: merge_command.run(s, _ProgressUI()).built)
+        return Plan(self, None, options, lambda s: merge_command.run(s, _ProgressUI()))
 
     def reweight(self, **settings: Any) -> "Plan":
         """Biases or scales the router, as `expertcut reweight`; writes nothing."""

@@ -14,8 +14,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from expertcut.checkpoints.lora import read_adapter
-from expertcut.checkpoints.lora_slice import adapter_cut
+from expertcut.checkpoints.lora import adapter_cut, read_adapter
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, EditPlan, load_plan
 from expertcut.errors import ExpertcutError
@@ -480,7 +479,7 @@ def test_a_checkpoint_is_there_with_its_adapter_or_not_at_all(
 
     before = sorted(profiled.iterdir())
     line = "prune --profile p --keep 5 --no-verify --adapter lora --out cut"
-    monkeypatch.setattr("expertcut.checkpoints.lora_slice.write_shards", full)
+    monkeypatch.setattr("expertcut.checkpoints.lora.write_shards", full)
     said = expertcut(line, status=2)
     assert said.strip().endswith("cut/adapter cannot be written: No space left on device")
     assert sorted(profiled.iterdir()) == before

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from expertcut.checkpoints.edit import removed_experts
 from expertcut.checkpoints.exact import exact_config
-from expertcut.checkpoints.prune_edit import constant_experts, removed_experts
+from expertcut.checkpoints.prune_edit import constant_experts
 from expertcut.checkpoints.size import size
 from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError, PlanError

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertcut.checkpoints.prune_edit import removed_experts
+from expertcut.checkpoints.edit import removed_experts
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.plan import (

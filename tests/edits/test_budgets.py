@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expertcut.checkpoints.prune_edit import removed_experts
+from expertcut.checkpoints.edit import removed_experts
 from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.calibrate import zero_outputs

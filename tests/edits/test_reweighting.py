@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, Built, build
-from expertcut.checkpoints.held_out_check import apply_at_runtime
+from expertcut.checkpoints.edit import simulated
+from expertcut.checkpoints.export import edits_of
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import EditPlan, ids_text, load_hashes, load_plan
@@ -70,7 +71,7 @@ def scored(moe: MoeModel, quiz: Quiz) -> Tensor:
 
 
 def scored_at_run_time(moe: MoeModel, quiz: Quiz, draft: EditPlan) -> Tensor:
-    with apply_at_runtime(moe, draft, {}) as begin:
+    with simulated(moe, edits_of(draft), is_as_written=False) as begin:
         return ask(Engine(moe, 2048), quiz, begin)
 
 
@@ -201,7 +202,7 @@ def choices(moe: MoeModel, quiz: Quiz, draft: EditPlan | None) -> tuple[list[set
         if draft is None:
             ask(Engine(moe, 4096), quiz, steps.append)
         else:
-            with apply_at_runtime(moe, draft, {}) as begin:
+            with simulated(moe, edits_of(draft), is_as_written=False) as begin:
                 ask(Engine(moe, 4096), quiz, lambda step: (steps.append(step), begin(step)))  # type: ignore[func-returns-value]
     return chosen, is_answer
 

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertcut.checkpoints.held_out_check import sorted_hashes
 from expertcut.data import Question, Selection, load_quiz
 from expertcut.data.questions import Quiz
 from expertcut.edits.plan import BlockEdit, EditPlan, load_hashes, load_plan, save_plan
@@ -200,7 +199,7 @@ def test_no_question_that_was_used_is_called_held_out(
         proof = HeldOutResult(
             held_out_split=held_out.split,
             held_out=(shift,),
-            held_out_hashes=sorted_hashes(held_out),
+            held_out_hashes=tuple(sorted(question.hash_line for question in held_out)),
         )
         judged = judged_by(proof.held_out_hashes, used, held_out.split)
         plan = plan.model_copy(update={"proof": proof})

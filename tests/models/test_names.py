@@ -47,7 +47,6 @@ def test_a_block_is_told_from_its_names_and_shapes() -> None:
     assert found.axes == {f"{name}.gate.weight": 0, f"{name}.e_score_correction_bias": 1}
     assert found.last == {f"{name}.experts.{e}.w2.weight" for e in range(12)}
     assert found.by_expert[10]["w3.weight"] == f"{name}.experts.10.w3.weight"
-    assert found.renamed(f"{name}.experts.10.w3.weight", 2) == f"{name}.experts.2.w3.weight"
     assert (found.logit_bias, found.unclear_bias) == (None, None)
 
 

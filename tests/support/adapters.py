@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.lora_slice import adapter_cut
-from expertcut.checkpoints.prune_edit import removed_experts
+from expertcut.checkpoints.edit import removed_experts
+from expertcut.checkpoints.lora import adapter_cut
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, ChosenOn, EditPlan, PlanFile, PlanModel

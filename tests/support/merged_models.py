@@ -3,18 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertcut.checkpoints.build import BuildOptions, Merged, merge
+from expertcut.checkpoints.build import BuildOptions, Built, choose_groups, merge
 from expertcut.checkpoints.merge_edit import Experts
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import MergeSettings
+from expertcut.edits.plan import EditPlan
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.models.moe_block import MoeBlock
@@ -37,10 +38,18 @@ def measured(model: Path, quiz_folder: Path, folder: Path, **options: Any) -> Pr
     return load_profile(folder)
 
 
+class Merged(NamedTuple):
+    """The checkpoint, and the groups that it was made of."""
+
+    built: Built
+    draft: EditPlan
+
+
 def merged(
     profile: Profile, folder: Path, asked: MergeSettings, options: BuildOptions = AS_IS
 ) -> Merged:
-    return merge(profile, asked, folder, options)
+    plan = choose_groups(profile, asked, folder, options.load_as)
+    return Merged(merge(profile, asked, plan, folder, options), plan)
 
 
 def with_clones(

@@ -1,8 +1,9 @@
 """Rewrites and checkpoints from edits whose fitted values are given by hand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from expertcut.checkpoints import export as exporting
 from expertcut.checkpoints.bias_edit import BiasEdit
@@ -42,6 +43,16 @@ def fitted_edits(plan: EditPlan, fitted: Fitted) -> list[Edit]:
     return edits
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """A source without a model, all of whose tensors with experts lie in their blocks."""
+
+    headers: Headers
+
+    def expert_axes(self, _names: Sequence[str]) -> dict[str, tuple[str, int]]:
+        return {}
+
+
 def _rewrite(
     headers: Headers,
     blocks: Mapping[str, BlockEdit],
@@ -49,8 +60,9 @@ def _rewrite(
     layout: Layout,
     apply_at: Positions = "all",
 ) -> Rewrite:
-    plan = EditPlan("", "", "", "answer", blocks, layout, apply_at=apply_at)
-    return rewrite_of(layout, headers, blocks, fitted_edits(plan, fitted))
+    plan = EditPlan("", "", "", "answer", blocks, layout, apply_at=apply_at, is_cut=True)
+    source: Any = Tensors(headers)
+    return rewrite_of(layout, source, blocks, fitted_edits(plan, fitted))
 
 
 def stock_rewrite(

@@ -52,9 +52,21 @@ class BiasEdit(Edit):
         return direction_quality(engine, held_out, dict(self.directions), self.apply_at)
 
     def simulate(self, simulation: Simulation) -> None:
+        simulation.apply_at = self.apply_at
         for block in simulation.moe.blocks:
             for expert, bias in self.blocks[block.name].bias.items():
-                simulation.bias_E(block)[expert] = bias
+                simulation.biases[block.layer][expert] = bias
+
+    @property
+    def reference(self) -> str:
+        return "the exact bias"
+
+    def forms(self) -> Mapping[str, Self | None]:
+        return {
+            "the plan without biases": None,
+            "bias at answer positions only": replace(self, apply_at="answer"),
+            "bias everywhere": replace(self, apply_at="all"),
+        }
 
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         layout.add_biases(tensors, self.directions, self.apply_at)

@@ -7,22 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from expertcut.checkpoints.edit import Calibration, Edit
 from expertcut.checkpoints.export import check_export, edits_of, export
-from expertcut.checkpoints.held_out_check import (
-    BaseScores,
-    compare_logprobs,
-    score_base,
-    score_edited,
-    sorted_hashes,
-)
-from expertcut.checkpoints.lora_slice import adapter_cut
-from expertcut.checkpoints.merge_edit import MergeEdit, Router, under, unedited_routers
+from expertcut.checkpoints.held_out_check import BaseScores, score_base, score_edited
+from expertcut.checkpoints.lora import adapter_cut
+from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.checkpoints.prune_edit import PruneEdit
-from expertcut.data import Quiz
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.edit_settings import MergeSettings
 from expertcut.edits.merging import Quality, gather_evidence, merge_draft, merge_edits, token_counts
@@ -40,7 +32,7 @@ from expertcut.files import write_atomically
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.storage import Profile, once_per_profile
-from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.engine import Engine
 from expertcut.stats import HeldOutResult
 
 logger = logging.getLogger(__name__)
@@ -69,8 +61,17 @@ class Built:
     judged: Judged | None = None
 
 
-def build(profile: Profile, plan: EditPlan, folder: Path, options: BuildOptions) -> Built:
-    """Makes the checkpoint; the folder appears when all is written and checked, or not at all."""
+def build(
+    profile: Profile,
+    plan: EditPlan,
+    folder: Path,
+    options: BuildOptions,
+    edits: Sequence[Edit] | None = None,
+) -> Built:
+    """Makes the checkpoint; the folder appears when all is written and checked, or not at all.
+
+    `edits` are those of the plan, not fitted yet, where it does not say all of them.
+    """
     source = profiled_source(profile)
     questions = questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
     calibration = Calibration(profile, questions, source)
@@ -87,25 +88,28 @@ def build(profile: Profile, plan: EditPlan, folder: Path, options: BuildOptions)
             "%s does not fit in the free memory as %s: the checkpoint is not asked any question",
             *(source.id, load_as.dtype),
         )
-    edits, fits, before = _fit_and_score(plan, calibration, load_as, is_verified=is_verified)
+    fitted, qualities, before = _fit_and_score(
+        plan, edits or edits_of(plan), calibration, load_as, is_verified=is_verified
+    )
     gc.collect()
-    proof, figures = None, HeldOutResult(fits=tuple(asdict(fit) for fit in fits))
+    is_merging = any(isinstance(edit, MergeEdit) for edit in fitted)
+    proof, unscored = None, HeldOutResult() if is_merging else HeldOutResult(fits=())
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
-        export(source, plan, calibration.n_experts, edits, temporary)
+        export(source, plan, calibration.n_experts, fitted, temporary)
         if adapter is not None:
-            file = adapter.write(temporary, file, prune_of(edits).folds)
+            (folds,) = (edit.folds for edit in fitted if isinstance(edit, PruneEdit))
+            file = adapter.write(temporary, file, folds)
         if before is not None:
             engine = engine_as_profiled(profile, Source(str(folder), temporary), load_as)
+            figures = {"rows" if is_merging else "fits": tuple(map(asdict, qualities))}
             proof = score_edited(engine, questions.held_out, plan, before)
-            figures = proof = proof.model_copy(update={"fits": figures.fits})
-        file = file.model_copy(update={"proof": figures})
+            proof = proof.model_copy(update=figures)
+        file = file.model_copy(update={"proof": proof or unscored})
         save_plan(temporary, file, used)
         add_files(temporary, options.beside)
-    return Built(folder, file, fits, proof, questions.why_unjudged, _judged(proof, used))
-
-
-def _judged(proof: HeldOutResult | None, used: frozenset[str]) -> Judged | None:
-    return judged_by(proof.held_out_hashes, used, proof.held_out_split) if proof else None
+    fits = [quality for quality in qualities if isinstance(quality, Fit)]
+    judged = judged_by(proof.held_out_hashes, used, proof.held_out_split) if proof else None
+    return Built(folder, file, fits, proof, questions.why_unjudged, judged)
 
 
 def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> None:
@@ -170,7 +174,14 @@ def engine_as_profiled(profile: Profile, source: Source, load_as: LoadOptions) -
     moe = load(source, _dtype_as_profiled(load_as, profile))
     engine = Engine(moe, settings.batch_tokens)
     if source.fingerprint == profile.info.model.fingerprint:
-        _check_gates(profile, engine)
+        for was, now in zip(profile.info.model.blocks, model_info(moe).blocks, strict=True):
+            for name in ("scoring", "inflates", "selection"):
+                before, after = getattr(was, name), getattr(now, name)
+                if before != after:
+                    raise ProfileError(
+                        f"{profile.path} read the gate of {was.name} as {name} {before}, it is "
+                        f"{after}: an older version misread it, so profile it again"
+                    )
     engine.is_trusted = settings.way == "shared"
     if settings.attention != "split":
         engine.attention = "masked"
@@ -182,37 +193,24 @@ def _dtype_as_profiled(load_as: LoadOptions, profile: Profile) -> LoadOptions:
     return replace(load_as, dtype=profile.info.settings.dtype) if is_auto else load_as
 
 
-def _check_gates(profile: Profile, engine: Engine) -> None:
-    """Checks that the profile read the gates as today; older versions misread some."""
-    for was, now in zip(profile.info.model.blocks, model_info(engine.moe).blocks, strict=True):
-        for name in ("scoring", "inflates", "selection"):
-            before, after = getattr(was, name), getattr(now, name)
-            if before != after:
-                raise ProfileError(
-                    f"{profile.path} read the gate of {was.name} as {name} {before}, it is "
-                    f"{after}: an older version misread it, so profile it again"
-                )
-
-
 def _fit_and_score(
-    plan: EditPlan, calibration: Calibration, load_as: LoadOptions, *, is_verified: bool
-) -> tuple[list[Edit], list[Fit], BaseScores | None]:
+    plan: EditPlan,
+    edits: Sequence[Edit],
+    calibration: Calibration,
+    load_as: LoadOptions,
+    *,
+    is_verified: bool,
+) -> tuple[list[Edit], list[Fit | Quality], BaseScores | None]:
     """All that needs the unedited model, so that only one model is in memory at a time."""
-    engine, edits = None, edits_of(plan)
+    engine = None
     if is_verified or any(edit.needs_engine(calibration) for edit in edits):
         engine = engine_as_profiled(calibration.profile, calibration.source, load_as)
-    edits = [edit.fit(engine, calibration) for edit in edits]
+    fitted = [edit.fit(engine, calibration) for edit in edits]
     if engine is None or not is_verified:
-        return edits, [], None
+        return fitted, [], None
     held_out = calibration.questions.held_out
-    judged = [fit for edit in edits for fit in edit.judge(engine, held_out)]
-    fits = [fit for fit in judged if isinstance(fit, Fit)]
-    return edits, fits, score_base(engine, held_out, plan, prune_of(edits).constants)
-
-
-def prune_of(edits: Sequence[Edit]) -> PruneEdit:
-    """The `PruneEdit`, which every plan has."""
-    return next(edit for edit in edits if isinstance(edit, PruneEdit))
+    qualities = [quality for edit in fitted for quality in edit.judge(engine, held_out)]
+    return fitted, qualities, score_base(engine, held_out, plan, fitted)
 
 
 def fit_edits(profile: Profile, plan: EditPlan, questions: Questions, engine: Engine) -> list[Edit]:
@@ -221,91 +219,26 @@ def fit_edits(profile: Profile, plan: EditPlan, questions: Questions, engine: En
     return [edit.fit(engine, calibration) for edit in edits_of(plan)]
 
 
-@dataclass(frozen=True)
-class Merged:
-    """The checkpoint, its plan, and the fit of the merged router rows."""
-
-    built: Built
-    draft: EditPlan
-    qualities: list[Quality]
-
-
-def merge(
-    profile: Profile,
-    settings: MergeSettings,
-    folder: Path,
-    options: BuildOptions,
-    *,
-    is_plan: bool = False,
-) -> Merged:
-    """Makes the checkpoint, or with `is_plan` the plan alone, for which the model runs too."""
-    source = profiled_source(profile)
-    inputs = (source.path, *inputs_of(profile))
-    check_writable(folder, is_forced=options.is_forced, inputs=inputs)
-    _check_merge(profile, settings, source, folder)
-    questions = questions_for(profile, is_fitting=True)
-    calibration = Calibration(profile, questions, source)
-    engine = engine_as_profiled(profile, source, options.load_as)
-    evidence = gather_evidence(profile, engine, questions.tuning, settings.by)
-    blocks = merge_edits(profile.info.model.blocks, evidence, settings.keep, settings.by)
-    plan = merge_draft(settings, profile, blocks)
-    merging, qualities, base_NC = MergeEdit(blocks, settings.router), list[Quality](), None
-    routers: dict[str, Router] = {}
-    if not is_plan:
-        merging = merging.fit(engine, calibration)
-        if options.is_verified and len(questions.held_out):
-            qualities = list(merging.judge(engine, questions.held_out))
-            routers = unedited_routers(engine.moe.blocks, merging.blocks)
-            base_NC = ask(engine, questions.held_out)
-    del engine
-    gc.collect()
-    file, proof, used = draft_plan(profile, plan, questions), None, used_hashes(plan, questions)
-    with atomic_dir(folder, is_forced=options.is_forced) as temporary:
-        if not is_plan:
-            merging = merging.aligned(source) if settings.is_aligned else merging
-            edits = [PruneEdit(blocks, plan.layout), merging]
-            export(source, plan, calibration.n_experts, edits, temporary)
-        if base_NC is not None:
-            written = Source(str(folder), temporary)
-            edited = engine_as_profiled(profile, written, options.load_as)
-            proof = _score_merged(edited, questions.held_out, base_NC, routers, qualities)
-            file = file.model_copy(update={"proof": proof})
-        save_plan(temporary, file, used)
-        add_files(temporary, options.beside)
-    built = Built(folder, file, [], proof, questions.why_unjudged, _judged(proof, used))
-    return Merged(built, plan, qualities)
-
-
-def _check_merge(profile: Profile, settings: MergeSettings, source: Source, folder: Path) -> None:
-    blocks = profile.info.model.blocks
+def choose_groups(
+    profile: Profile, settings: MergeSettings, folder: Path, load_as: LoadOptions
+) -> EditPlan:
+    """The groups of experts to merge; the count, the layout and the disk are checked first."""
+    source, blocks = profiled_source(profile), profile.info.model.blocks
     token_counts(profile)
     check_count(blocks, settings.keep, "stock")
     # Of the same size as any groups would be.
     first = {b.name: BlockEdit(keep=tuple(range(settings.keep))) for b in blocks}
     check_export(source, merge_draft(settings, profile, first), blocks[0].experts, folder)
+    tuning = questions_for(profile, is_fitting=True).tuning
+    engine = engine_as_profiled(profile, source, load_as)
+    evidence = gather_evidence(profile, engine, tuning, settings.by)
+    edits = merge_edits(blocks, evidence, settings.keep, settings.by)
+    return merge_draft(settings, profile, edits)
 
 
-def _score_merged(
-    engine: Engine,
-    held_out: Quiz,
-    base_NC: Tensor,
-    routers: dict[str, Router],
-    qualities: list[Quality],
-) -> HeldOutResult:
-    edited_NC = ask(engine, held_out)
-    with under(routers, engine.moe.blocks):
-        reference_NC = ask(engine, held_out)
-    return HeldOutResult(
-        held_out_split=held_out.split,
-        held_out=(
-            compare_logprobs("the unedited base", edited_NC, base_NC),
-            compare_logprobs("the same experts under the unedited router", edited_NC, reference_NC),
-            compare_logprobs("these against the unedited base", reference_NC, base_NC),
-        ),
-        held_out_hashes=sorted_hashes(held_out),
-        shares=(),
-        alone=None,
-        agreement=(),
-        outcomes=(),
-        rows=tuple(map(asdict, qualities)),
-    )
+def merge(
+    profile: Profile, settings: MergeSettings, plan: EditPlan, folder: Path, options: BuildOptions
+) -> Built:
+    """Makes the checkpoint of chosen groups."""
+    edits = [MergeEdit(plan.edits, settings.router, is_aligned=settings.is_aligned)]
+    return build(profile, plan, folder, options, edits)

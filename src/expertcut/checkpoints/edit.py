@@ -24,31 +24,24 @@ from expertcut.edits.splits import Questions
 from expertcut.errors import ContractError
 from expertcut.models.load import MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.safetensors_index import Stored
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.passes import OnPass
 from expertcut.scoring.router_bias import Tilts, tilted
 
 Apply = Callable[[Tensor], Tensor]
+RunEdited = Callable[[Sequence[MoeBlock]], AbstractContextManager[None]]
 _PART = 1 << 15  # values that are scaled at a time: their float64 copies stay in the CPU's cache
 
 
+@dataclass(kw_only=True)
 class TensorChanges(Rewrite):
-    """A `Rewrite` in the making; `blocks` are the blocks on disk by the names of the plan.
+    """A `Rewrite` in the making; `blocks` are by loaded name, `unused` tensors are not loaded."""
 
-    `unused` are tensors that the loaded model has no place for.
-    """
-
-    def __init__(
-        self,
-        headers: Headers,
-        edits: Mapping[str, BlockEdit],
-        blocks: Mapping[str, DiskBlock],
-        unused: frozenset[str] = frozenset(),
-    ) -> None:
-        super().__init__()
-        self.headers, self.edits, self.blocks, self.unused = headers, edits, blocks, unused
+    headers: Headers
+    edits: Mapping[str, BlockEdit]
+    blocks: Mapping[str, DiskBlock]
+    unused: frozenset[str] = frozenset()
 
     def change(self, name: str) -> Change:
         """What becomes of a tensor so far."""
@@ -56,17 +49,16 @@ class TensorChanges(Rewrite):
 
     def apply(self, name: str, function: Apply) -> None:
         """Makes new values from those that the changes before gave."""
-        change = self.change(name)
-        before = change.apply
+        before = self.change(name).apply
         both = function if before is None else lambda tensor: function(before(tensor))
-        self.changed[name] = replace(change, apply=both)
+        self.changed[name] = replace(self.change(name), apply=both)
 
     def keep_rows(self, name: str, axis: int, keep: tuple[int, ...]) -> None:
         """Takes some entries of an axis."""
-        change, shape = self.change(name), list(self.headers[name].shape)
+        shape = list(self.headers[name].shape)
         shape[axis] = len(keep)
         if axis == 0:
-            self.changed[name] = replace(change, shape=tuple(shape), rows=keep)
+            self.changed[name] = replace(self.change(name), shape=tuple(shape), rows=keep)
         else:
             select = partial(torch.index_select, dim=axis, index=torch.tensor(keep))
             self.changed[name] = Change(tuple(shape), select)
@@ -105,36 +97,16 @@ def _scaled_rows(tensor: Tensor, factors: Mapping[int, float]) -> Tensor:
 class Simulation:
     """What edits do to an unedited model while it runs.
 
-    With `is_as_written` kept experts are scaled as in the checkpoint, else the plan acts to the
-    letter. A finite bias acts at `apply_at`.
+    By layer, to be changed in place: `biases` on router logits, where −inf forbids an expert and
+    finite values act at `apply_at`, and factors `scales` on gate weights, both (E,).
     """
 
     moe: MoeModel
-    apply_at: Positions
     is_as_written: bool
+    biases: Mapping[int, Tensor]
+    scales: Mapping[int, Tensor]
+    apply_at: Positions = "all"
     contexts: list[AbstractContextManager[None]] = field(default_factory=list)
-    _biases: dict[int, Tensor] = field(default_factory=dict)
-    _scales: dict[int, Tensor] = field(default_factory=dict)
-
-    def bias_E(self, block: MoeBlock) -> Tensor:
-        """The bias on a router's logits, to be changed in place; −inf forbids an expert."""
-        return self._biases.setdefault(block.layer, torch.zeros(block.n_experts))
-
-    def scale_E(self, block: MoeBlock) -> Tensor:
-        """The factors on gate weights, to be changed in place."""
-        ones_E = torch.ones(block.n_experts, dtype=torch.float64)
-        return self._scales.setdefault(block.layer, ones_E)
-
-    @contextmanager
-    def running(self) -> Iterator[OnPass]:
-        """The model is changed while the block runs; each forward pass must be announced."""
-        biases = {layer: bias_E for layer, bias_E in self._biases.items() if bias_E.any()}
-        scales = {layer: s_E for layer, s_E in self._scales.items() if (s_E != 1).any()}
-        with ExitStack() as stack:
-            for context in self.contexts:
-                stack.enter_context(context)
-            tilts = Tilts(biases, scales, self.apply_at)
-            yield stack.enter_context(tilted(self.moe.blocks, tilts))
 
 
 class LayoutWriter(Protocol):
@@ -143,10 +115,8 @@ class LayoutWriter(Protocol):
     def check(self, source: Source, *, is_cutting: bool) -> None:
         """Raises ContractError unless the layout supports this model and such edits of it."""
 
-    def changes(
-        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
-    ) -> TensorChanges:
-        """Unchanged tensors; with `source` also those outside their blocks."""
+    def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
+        """Tensors that nothing has changed yet."""
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Removes the experts that the plan does not keep."""
@@ -160,9 +130,7 @@ class LayoutWriter(Protocol):
     ) -> None:
         """Adds the plan's biases to the routers; `directions` v (D,) are by layer."""
 
-    def config(
-        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
-    ) -> dict[str, Any]:
+    def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         """`config.json` of the new checkpoint."""
 
     def files(self) -> Mapping[str, bytes]:
@@ -208,6 +176,19 @@ class Edit(Protocol):
         """Acts on the unedited model while it runs."""
         return
 
+    @property
+    def reference(self) -> str:
+        """The name of what the held-out check compares with; empty for an edit without effect."""
+        return ""
+
+    def forms(self) -> Mapping[str, Self | None]:
+        """What the held-out check simulates in place of the edit, by name; None is nothing."""
+        return {}
+
+    def reference_of_edited(self, _moe: MoeModel) -> RunEdited | None:
+        """From the unedited model: how the edited one runs as the reference, if none simulates."""
+        return None
+
     def rewrite(self, _layout: LayoutWriter, _tensors: TensorChanges) -> None:
         """Acts on the tensors on disk."""
         return
@@ -215,6 +196,30 @@ class Edit(Protocol):
     def describe(self) -> Iterable[str]:
         """Sentences for the model card."""
         return ()
+
+
+@contextmanager
+def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> Iterator[OnPass]:
+    """Runs an unedited model with edits; the yielded function must be called before each pass.
+
+    `is_as_written` scales kept experts as in the checkpoint; else the plan acts to the letter.
+    """
+    biases = {block.layer: torch.zeros(block.n_experts) for block in moe.blocks}
+    scales = {b.layer: torch.ones(b.n_experts, dtype=torch.float64) for b in moe.blocks}
+    simulation = Simulation(moe, is_as_written, biases, scales)
+    for edit in edits:
+        edit.simulate(simulation)
+    biases = {layer: bias_E for layer, bias_E in biases.items() if bias_E.any()}
+    scales = {layer: scale_E for layer, scale_E in scales.items() if (scale_E != 1).any()}
+    with ExitStack() as stack:
+        for context in simulation.contexts:
+            stack.enter_context(context)
+        yield stack.enter_context(tilted(moe.blocks, Tilts(biases, scales, simulation.apply_at)))
+
+
+def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
+    """The experts that each block's edit does not keep; blocks that keep all are left out."""
+    return {name: gone for name, edit in edits.items() if (gone := edit.removed(n_experts))}
 
 
 def experts_get(n: int) -> str:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
+from expertcut.checkpoints.edit import LayoutWriter, TensorChanges, removed_experts
 from expertcut.checkpoints.tensor_names import (
     DiskBlock,
-    Headers,
     constant_name,
     earlier_constants,
     find_disk_blocks,
@@ -32,7 +31,7 @@ from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError, PlanError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
-from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor
+from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.models.validate import expert_count
 
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
@@ -46,13 +45,11 @@ class ExactWriter(LayoutWriter):
     def check(self, source: Source, *, is_cutting: bool) -> None:
         _check_exact(read_config(source.path), is_cutting=is_cutting)
 
-    def changes(
-        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
-    ) -> TensorChanges:
+    def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
         """Constants with earlier names get today's."""
-        tensors = TensorChanges(headers, edits, find_disk_blocks(headers))
-        tensors.renamed |= earlier_constants(headers)
-        return tensors
+        headers = source.headers
+        blocks, renamed = find_disk_blocks(headers), earlier_constants(headers)
+        return TensorChanges(headers=headers, edits=edits, blocks=blocks, renamed=renamed)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Replaces experts by constants in the dtype of the experts."""
@@ -79,14 +76,11 @@ class ExactWriter(LayoutWriter):
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
                 tensors.added[gate] = bias_E
 
-    def config(
-        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
-    ) -> dict[str, Any]:
+    def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         config = read_config(source.path)
-        removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
-        biased = [name for name, edit in edits.items() if edit.bias]
-        earlier = constants_on_disk(stored.tensors) if is_exact(config) else None
-        return exact_config(config, {n: own for n, own in removed.items() if own}, biased, earlier)
+        biased = [name for name, edit in tensors.edits.items() if edit.bias]
+        earlier = constants_on_disk(tensors.headers) if is_exact(config) else None
+        return exact_config(config, removed_experts(tensors.edits, n_experts), biased, earlier)
 
     def files(self) -> Mapping[str, bytes]:
         return {MODELLING_FILE: modelling_code()}
@@ -102,10 +96,10 @@ def is_exact(config: Mapping[str, Any]) -> bool:
 
 def has_constants(config: Mapping[str, Any]) -> bool:
     """Whether the config declares removed experts, in either form."""
-    found: Any = config
+    declared: Any = config
     for key in ("compression_config", "transform_config", "expert_substitution", "targets"):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return bool(found) or has_earlier_names(config)
+        declared = declared.get(key) if isinstance(declared, Mapping) else None
+    return bool(declared) or has_earlier_names(config)
 
 
 def has_earlier_names(config: Mapping[str, Any]) -> bool:
@@ -151,7 +145,14 @@ def exact_config(
     model_type, n_experts = _family_type(config), expert_count(dict(config)) or 0
     family = FAMILIES[model_type]
     for block, experts in removed.items():
-        _check_removed(block, experts, n_experts)
+        outside = sorted(e for e in experts if not 0 <= e < n_experts)
+        if outside or len(set(experts)) < len(experts):
+            raise PlanError(
+                f"{block}: removes experts {sorted(experts)}, must be different ones of 0 to "
+                f"{n_experts - 1}"
+            )
+        if len(experts) == n_experts:
+            raise PlanError(f"{block} keeps none of its {n_experts} experts: keep at least 1")
     auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Exact{family}ForCausalLM"}
     edited = {**config, "auto_map": auto_map}
     edited.pop("approximate_experts", None)
@@ -193,26 +194,17 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
 
 def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
     """The experts of each block that are constants, by either name."""
-    blocks = find_disk_blocks(headers).values()
-    found = {b.name: tuple(e for e, own in enumerate(b.by_expert) if not own) for b in blocks}
-    return {name: experts for name, experts in found.items() if experts}
+    return {
+        block.name: constants
+        for block in find_disk_blocks(headers).values()
+        if (constants := tuple(e for e, own in enumerate(block.by_expert) if not own))
+    }
 
 
 def _family_type(config: Mapping[str, Any]) -> str:
     """The family's `model_type`, also for a model with biased gates."""
     model_type = str(config.get("model_type"))
     return model_type.removeprefix("exact_") if is_exact(config) else model_type
-
-
-def _check_removed(block: str, experts: Collection[int], n_experts: int) -> None:
-    outside = sorted(e for e in experts if not 0 <= e < n_experts)
-    if outside or len(set(experts)) < len(experts):
-        raise PlanError(
-            f"{block}: removes experts {sorted(experts)}, must be different ones of 0 to "
-            f"{n_experts - 1}"
-        )
-    if len(experts) == n_experts:
-        raise PlanError(f"{block} keeps none of its {n_experts} experts: keep at least 1")
 
 
 def _layer_number(block: str) -> int:
@@ -228,8 +220,9 @@ def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Cons
     blocks = find_disk_blocks(headers)
     stored: dict[str, dict[int, Tensor]] = {}
     for name, by_expert in constants.items():
-        own = {expert: _own_tensors(blocks, name, expert)[0] for expert in by_expert}
-        stored[name] = {e: v_D.to(DTYPES[headers[own[e]].dtype]) for e, v_D in by_expert.items()}
+        for expert, value_D in by_expert.items():
+            like = headers[_own_tensors(blocks, name, expert)[0]]
+            stored.setdefault(name, {})[expert] = value_D.to(DTYPES[like.dtype])
     return stored
 
 

@@ -1,27 +1,26 @@
 """A plan becomes a checkpoint folder, in the original names; no model is instantiated."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from expertcut.checkpoints.bias_edit import BiasEdit
-from expertcut.checkpoints.edit import Edit, LayoutWriter
+from expertcut.checkpoints.edit import Edit, LayoutWriter, TensorChanges, removed_experts
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.merge_edit import MergeEdit
-from expertcut.checkpoints.prune_edit import PruneEdit, removed_experts
+from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.shards import (
     MAX_SHARD_BYTES,
-    Rewrite,
     check_space,
     lay_out,
     total_bytes,
     write_checkpoint,
 )
-from expertcut.checkpoints.stock import StockWriter, warn_of_further_tokens
-from expertcut.checkpoints.tensor_names import Headers
+from expertcut.checkpoints.stock import StockWriter
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (
@@ -37,8 +36,9 @@ from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
 from expertcut.models.meta_model import check_loads
-from expertcut.models.safetensors_index import DTYPES, Stored
+from expertcut.models.safetensors_index import DTYPES
 
+logger = logging.getLogger(__name__)
 _NOT_COPIED = {PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE, "config.json", "README.md"}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
@@ -49,19 +49,18 @@ EDITS: list[type[Edit]] = [ScaleEdit, PruneEdit, BiasEdit, MergeEdit]
 
 def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:
     """The edits of a plan, not fitted yet."""
-    found = (kind.of(plan) for kind in EDITS)
-    return [edit for edit in found if edit is not None]
+    return [edit for kind in EDITS if (edit := kind.of(plan)) is not None]
 
 
 def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -> None:
     """That the layout can hold the plan for this model, and that there is room for the result."""
-    check_layout(source, plan.layout, is_cutting=plan.is_cut)
-    stored = source.stored
-    shards = lay_out(stored, cut_rewrite(source, stored, plan, n_experts), MAX_SHARD_BYTES)
+    WRITERS[plan.layout].check(source, is_cutting=plan.is_cut)
+    rewrite = cut_rewrite(source, plan, n_experts)
+    shards = lay_out(source.stored, rewrite, MAX_SHARD_BYTES)
     check_space(folder, total_bytes(shards))
     n_kept = len(next(iter(plan.edits.values())).keep)
     if not LAYOUTS[plan.layout].keeps_rows and n_kept < n_experts:
-        config = WRITERS[plan.layout].config(source, stored, plan.edits, n_experts)
+        config = WRITERS[plan.layout].config(source, rewrite, n_experts)
         tensors = {
             p.name: torch.empty(p.shape, dtype=DTYPES[p.dtype], device="meta")
             for shard in shards
@@ -70,29 +69,20 @@ def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -
         check_loads(config, tensors, f"{source.id} with {n_kept} experts a layer")
 
 
-def cut_rewrite(source: Source, stored: Stored, plan: EditPlan, n_experts: int) -> Rewrite:
+def cut_rewrite(source: Source, plan: EditPlan, n_experts: int) -> TensorChanges:
     """What a plan's cut does to each tensor; sizes are right, fitted values are not."""
     width = int(read_config(source.path).get("hidden_size", 0))
     cut = {name: BlockEdit(keep=edit.keep) for name, edit in plan.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), width)
     edits = [PruneEdit(cut, plan.layout, constants=constants)]
-    return rewrite_of(plan.layout, stored.tensors, cut, edits, source)
-
-
-def check_layout(source: Source, layout: Layout, *, is_cutting: bool) -> None:
-    """As the layout's writer checks it."""
-    WRITERS[layout].check(source, is_cutting=is_cutting)
+    return rewrite_of(plan.layout, source, cut, edits)
 
 
 def rewrite_of(
-    layout: Layout,
-    headers: Headers,
-    blocks: Mapping[str, BlockEdit],
-    edits: Sequence[Edit],
-    source: Source | None = None,
-) -> Rewrite:
-    """What becomes of each tensor; with `source` also of those outside the MoE blocks."""
-    tensors = WRITERS[layout].changes(headers, blocks, source)
+    layout: Layout, source: Source, blocks: Mapping[str, BlockEdit], edits: Sequence[Edit]
+) -> TensorChanges:
+    """What becomes of each tensor."""
+    tensors = WRITERS[layout].changes(source, blocks)
     for edit in edits:
         edit.rewrite(WRITERS[layout], tensors)
     return tensors
@@ -102,12 +92,15 @@ def export(
     source: Source, plan: EditPlan, n_experts: int, edits: Sequence[Edit], folder: Path
 ) -> None:
     """Writes the checkpoint of fitted edits into an empty folder, without the plan."""
-    stored, writer = source.stored, WRITERS[plan.layout]
-    rewrite = rewrite_of(plan.layout, stored.tensors, plan.edits, edits, source)
-    write_checkpoint(source.path, folder, rewrite, stored=stored)
-    config = writer.config(source, stored, plan.edits, n_experts)
-    if not LAYOUTS[plan.layout].keeps_rows:
-        warn_of_further_tokens(stored.tensors, plan.edits)
+    writer, rewrite = WRITERS[plan.layout], rewrite_of(plan.layout, source, plan.edits, edits)
+    write_checkpoint(source.path, folder, rewrite, stored=source.stored)
+    config = writer.config(source, rewrite, n_experts)
+    if dropped := rewrite.removed & rewrite.unused:
+        logger.warning(
+            "%d tensors of layers that predict further tokens (MTP), first %s, are left out, and "
+            "config.json counts 0 of them: serve the checkpoint without MTP",
+            *(len(dropped), min(dropped)),
+        )
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
     for name, content in writer.files().items():

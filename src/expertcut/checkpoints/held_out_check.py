@@ -1,20 +1,18 @@
 """What an edit does to held-out questions, scored in both models; the result goes into the plan."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import Edit, Simulation
-from expertcut.checkpoints.export import edits_of
+from expertcut import stats
+from expertcut.checkpoints.edit import Edit, RunEdited, simulated
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
-from expertcut.edits.calibrate import Constants
-from expertcut.edits.layouts import LAYOUTS, Positions
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
@@ -22,48 +20,12 @@ from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine, stack_scores
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, ignore
-from expertcut.stats import (
-    BitExactCheck,
-    ExpertShares,
-    FormResult,
-    HeldOutResult,
-    LogprobShift,
-    RoutingAgreement,
-    logprob_shift,
-)
 
 NOT_REACHED = (
     "{}: all answers equal those of the unedited model to the last digit, though these questions "
     "are routed to removed experts: the edit did not reach the model, so no result is given"
 )
 _MIN_GATE_SHARE = 0.01  # of a token's gate weight; less may be lost in rounding
-_RUNTIME_FORMS: dict[Positions, str] = {
-    "answer": "bias at answer positions only",
-    "all": "bias everywhere",
-}
-
-
-@contextmanager
-def apply_at_runtime(moe: MoeModel, plan: EditPlan, constants: Constants) -> Iterator[OnPass]:
-    """Runs the plan to the letter; the yielded function must be called before each forward pass."""
-    edits = [
-        replace(edit, constants=constants) if isinstance(edit, PruneEdit) else edit
-        for edit in edits_of(plan)
-    ]
-    with simulated(moe, plan, edits, is_as_written=False) as begin:
-        yield begin
-
-
-@contextmanager
-def simulated(
-    moe: MoeModel, plan: EditPlan, edits: Iterable[Edit], *, is_as_written: bool
-) -> Iterator[OnPass]:
-    """As `apply_at_runtime`; with `is_as_written`, fitted edits with a checkpoint's rounding."""
-    simulation = Simulation(moe, plan.apply_at, is_as_written)
-    for edit in edits:
-        edit.simulate(simulation)
-    with simulation.running() as begin:
-        yield begin
 
 
 def _renumbered(plan: EditPlan) -> Mapping[str, BlockEdit]:
@@ -80,34 +42,24 @@ def _renumbered(plan: EditPlan) -> Mapping[str, BlockEdit]:
     }
 
 
-@dataclass(frozen=True)
-class RoutedPass:
-    """Experts (int16) of each token of a pass, without pads, and which are answer positions."""
-
-    experts_TK: Tensor
-    is_answer_T: Tensor
-
-
 class HeldOutScores:
     """Log p of choices, and what the routers do with removed, biased and scaled experts meanwhile.
 
     `n_served` counts the questions that each biased or scaled (layer, expert) serves.
     `is_untouched_N` marks questions without a token that is routed to a removed expert; it is
     meaningless once experts are renumbered. `depends_on_removed`: a removed expert has a gate
-    weight that counts, in the last block at an answer position. `routed` is by layer with a bias.
+    weight that counts, in the last block at an answer position. `routed` has for each layer with a
+    bias and each pass the experts of all tokens but pads (T, K), and which are answer positions.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        quiz: Quiz,
-        edits: Mapping[str, BlockEdit],
-        on_pass: OnPass = ignore,
+        self, engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit], on_pass: OnPass = ignore
     ) -> None:
         self._on_pass, blocks = on_pass, engine.moe.blocks
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
-        biased = [b.layer for b in blocks if edits[b.name].bias]
-        self.routed: dict[int, list[RoutedPass]] = {layer: [] for layer in biased}
+        self.routed: dict[int, list[tuple[Tensor, Tensor]]] = {
+            b.layer: [] for b in blocks if edits[b.name].bias
+        }
         self.depends_on_removed = False
         self._removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
         self._last_layer = blocks[-1].layer
@@ -130,36 +82,29 @@ class HeldOutScores:
         for layer, expert in self.n_served:
             if layer == routing.layer:
                 self.n_served[layer, expert] += int((chosen_NK == expert).sum())
-        self._mark(experts_TK, self._removed[routing.layer])
-        self.depends_on_removed = self.depends_on_removed or self._depends(routing)
+        if removed := self._removed[routing.layer]:
+            self._note_removed(routing, torch.isin(experts_TK, experts_TK.new_tensor(removed)))
         if routing.layer in self.routed:
             is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
             is_answer_T[self._step.answers_N] = True
             valid_T = slice(None) if self._step.valid_T is None else self._step.valid_T
-            routed = RoutedPass(experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
+            routed = (experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
             self.routed[routing.layer].append(routed)
 
-    def _depends(self, routing: Routing) -> bool:
-        removed = self._removed[routing.layer]
-        if not removed:
-            return False
-        share_TK = routing.weights_TK.float().abs()
-        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
-        removed_E = torch.tensor(removed, device=routing.experts_TK.device)
-        is_removed_TK = torch.isin(routing.experts_TK, removed_E)
-        is_hit_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE)).any(dim=1)
-        # Only the answers come after the last block.
-        at = self._step.answers_N if routing.layer == self._last_layer else self._step.valid_T
-        return bool((is_hit_T if at is None else is_hit_T.cpu()[at]).any())
-
-    def _mark(self, experts_TK: Tensor, removed: tuple[int, ...]) -> None:
-        hit_T = torch.isin(experts_TK, torch.tensor(removed, dtype=experts_TK.dtype)).any(dim=1)
-        if self._step.valid_T is not None:
-            hit_T &= self._step.valid_T
+    def _note_removed(self, routing: Routing, is_removed_TK: Tensor) -> None:
+        hit_T, valid_T = is_removed_TK.any(dim=1), self._step.valid_T
+        if valid_T is not None:
+            hit_T &= valid_T
         if self._step.is_prefix:
             self.is_untouched_N &= ~hit_T.any()
         else:
             self.is_untouched_N[self._step.question_T[hit_T]] = False
+        share_TK = routing.weights_TK.float().abs()
+        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
+        counts_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE).cpu()).any(dim=1)
+        # Only the answers come after the last block.
+        at = self._step.answers_N if routing.layer == self._last_layer else valid_T
+        self.depends_on_removed |= bool((counts_T if at is None else counts_T[at]).any())
 
 
 def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
@@ -169,10 +114,10 @@ def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> 
     return HeldOutScores(single, quiz, edits)
 
 
-def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> LogprobShift:
+def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> stats.LogprobShift:
     """Compares the choices that both have."""
-    largest, median = logprob_shift(a_NC.numpy(), b_NC.numpy(), np.float64)
-    return LogprobShift(
+    largest, median = stats.logprob_shift(a_NC.numpy(), b_NC.numpy(), np.float64)
+    return stats.LogprobShift(
         against=against,
         questions=len(a_NC),
         max_abs_logprob_diff=largest,
@@ -181,12 +126,12 @@ def compare_logprobs(against: str, a_NC: Tensor, b_NC: Tensor) -> LogprobShift:
     )
 
 
-def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> FormResult:
+def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> stats.FormResult:
     """Accuracy of one form of the model, compared with the unedited one."""
     answers = [question.answer for question in quiz]
     best_N = logprob_NC.argmax(dim=1)
     n_right = sum(a == b for a, b in zip(best_N.tolist(), answers, strict=True))
-    return FormResult(
+    return stats.FormResult(
         form=form,
         questions=len(answers),
         accuracy=n_right / len(answers),
@@ -199,152 +144,155 @@ def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> F
 class BaseScores:
     """All that the unedited model answers.
 
-    `reference` has the plan applied at run time; `forms` too, by name: without biases where the
-    plan has more, with them at answer positions, and everywhere. Where layout exact only removes
-    experts, `quiet` are the questions without a token that chose a removed expert, `alone` their
-    answers.
+    `reference` has the edits applied at run time, `forms` others of their forms, by name. An edit
+    without a run-time form is compared with `run_edited`, the edited model in another way. Where
+    layout exact only removes experts, `alone` are the answers of `untouched` questions.
     """
 
     base: HeldOutScores
-    reference: HeldOutScores
-    forms: Mapping[str, HeldOutScores]
+    reference_name: str
+    reference: HeldOutScores | None = None
+    run_edited: RunEdited | None = None
+    forms: Mapping[str, HeldOutScores] = field(default_factory=dict)
     is_cut_exactly: bool = False
-    quiet: Quiz | None = None
     alone: HeldOutScores | None = None
 
 
-def score_base(engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants) -> BaseScores:
+def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]) -> BaseScores:
     """Everything that needs the unedited model, so that one model is in memory at a time."""
-    base, layout = HeldOutScores(engine, quiz, draft.edits), LAYOUTS[draft.layout]
-    reference = _score_at_runtime(engine, quiz, draft, constants)
-    must_change = draft.is_cut and not layout.keeps_rows and base.depends_on_removed
+    base, name = HeldOutScores(engine, quiz, plan.edits), _reference_name(edits)
+    for edit in edits:
+        if run_edited := edit.reference_of_edited(engine.moe):
+            return BaseScores(base, name, run_edited=run_edited)
+    reference = _score_at_runtime(engine, quiz, plan, edits)
+    must_change = not LAYOUTS[plan.layout].keeps_rows and base.depends_on_removed
     if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
-        raise ContractError(NOT_REACHED.format(_reference_name(draft)))
-    forms = _runtime_forms(engine, quiz, draft, constants, reference) if draft.is_biased else {}
-    if draft.is_tilted or not constants:
-        return BaseScores(base, reference, forms)
-    found = [q for q, is_quiet in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_quiet]
-    quiet = replace_questions(quiz, group_by_subject(found)) if found else None
-    alone = _score_alone(engine, quiet, draft.edits) if quiet else None
-    return BaseScores(base, reference, forms, is_cut_exactly=True, quiet=quiet, alone=alone)
+        raise ContractError(NOT_REACHED.format(name))
+    forms = _runtime_forms(engine, quiz, plan, edits, reference)
+    is_exact = all(isinstance(e, PruneEdit) and e.constants for e in edits if e.reference)
+    quiet = untouched(quiz, base) if is_exact else None
+    alone = _score_alone(engine, quiet, plan.edits) if quiet else None
+    return BaseScores(base, name, reference, forms=forms, is_cut_exactly=is_exact, alone=alone)
+
+
+def untouched(quiz: Quiz, base: HeldOutScores) -> Quiz:
+    """The questions without a token that chose a removed expert."""
+    kept = [q for q, is_own in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_own]
+    return replace_questions(quiz, group_by_subject(kept))
 
 
 def _score_at_runtime(
-    engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants
+    engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]
 ) -> HeldOutScores:
-    with apply_at_runtime(engine.moe, draft, constants) as begin:
-        return HeldOutScores(engine, quiz, draft.edits, begin)
+    with simulated(engine.moe, edits, is_as_written=False) as begin:
+        return HeldOutScores(engine, quiz, plan.edits, begin)
 
 
 def _runtime_forms(
-    engine: Engine, quiz: Quiz, draft: EditPlan, constants: Constants, reference: HeldOutScores
+    engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit], reference: HeldOutScores
 ) -> dict[str, HeldOutScores]:
-    unbiased = {n: edit.model_copy(update={"bias": {}}) for n, edit in draft.edits.items()}
-    rest, forms = replace(draft, edits=unbiased), {}
-    if draft.is_cut or rest.is_tilted:
-        forms["the plan without biases"] = _score_at_runtime(engine, quiz, rest, constants)
-    for positions, name in _RUNTIME_FORMS.items():
-        form, is_known = replace(draft, apply_at=positions), positions == draft.apply_at
-        forms[name] = reference if is_known else _score_at_runtime(engine, quiz, form, constants)
-    return forms
+    scores: dict[str, HeldOutScores] = {}
+    for edit in edits:
+        others = [other for other in edits if other is not edit]
+        for name, form in edit.forms().items():
+            if form == edit:
+                scores[name] = reference
+            elif form is not None or any(other.reference for other in others):
+                changed = [*others, form] if form else others
+                scores[name] = _score_at_runtime(engine, quiz, plan, changed)
+    return scores
 
 
-def score_edited(engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores) -> HeldOutResult:
+def score_edited(
+    engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
+) -> stats.HeldOutResult:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
-    edited = HeldOutScores(engine, quiz, _renumbered(draft))
-    logprob_NC, base, reference = edited.logprob_NC, before.base, before.reference
+    numbered, base, reference = _renumbered(plan), before.base, before.reference
+    edited = HeldOutScores(engine, quiz, numbered)
+    if before.run_edited is not None:
+        with before.run_edited(engine.moe.blocks):
+            reference = HeldOutScores(engine, quiz, numbered)
+    assert reference is not None
+    pairs = [("the unedited base", edited, base), (before.reference_name, edited, reference)]
+    if before.run_edited is not None:
+        pairs.append(("these against the unedited base", reference, base))
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
-    return HeldOutResult(
+    return stats.HeldOutResult(
         held_out_split=quiz.split,
-        held_out=(
-            compare_logprobs("the unedited base", logprob_NC, base.logprob_NC),
-            compare_logprobs(_reference_name(draft), logprob_NC, reference.logprob_NC),
-        ),
-        held_out_hashes=sorted_hashes(quiz),
-        shares=_expert_shares(quiz, draft, before, edited),
-        alone=_bit_exact_check(engine, quiz, draft, before) if before.is_cut_exactly else None,
-        agreement=_agreements(reference, edited, draft, engine.moe),
+        held_out=tuple(compare_logprobs(n, a.logprob_NC, b.logprob_NC) for n, a, b in pairs),
+        held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
+        shares=_expert_shares(len(quiz), plan, base, reference, edited),
+        alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
+        agreement=_agreements(reference, edited, plan, engine.moe),
         outcomes=tuple(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
     )
 
 
-def sorted_hashes(quiz: Quiz) -> tuple[str, ...]:
-    """The hash line of every question."""
-    return tuple(sorted(question.hash_line for question in quiz))
-
-
 def _expert_shares(
-    quiz: Quiz, draft: EditPlan, before: BaseScores, edited: HeldOutScores
-) -> tuple[ExpertShares, ...]:
+    n: int, plan: EditPlan, base: HeldOutScores, reference: HeldOutScores, edited: HeldOutScores
+) -> tuple[stats.ExpertShares, ...]:
     """By the numbers of plan.json; `edited` has the same experts in the same order."""
-    numbers, blocks = draft.numbers or ExpertIds(), list(draft.edits)
-    base, exact, n = before.base.n_served, before.reference.n_served, len(quiz)
+    numbers, blocks = plan.numbers or ExpertIds(), list(plan.edits)
     return tuple(
-        ExpertShares(
+        stats.ExpertShares(
             layer=layer,
             expert=numbers.number(blocks[layer], row),
-            base=base[layer, row] / n,
-            exact=exact[layer, row] / n,
+            base=n_base / n,
+            exact=reference.n_served[layer, row] / n,
             edited=n_edited / n,
         )
-        for (layer, row), n_edited in zip(base, edited.n_served.values(), strict=True)
+        for ((layer, row), n_base), n_edited in zip(
+            base.n_served.items(), edited.n_served.values(), strict=True
+        )
     )
 
 
 def _bit_exact_check(
-    engine: Engine, quiz: Quiz, draft: EditPlan, before: BaseScores
-) -> BitExactCheck:
-    """How many quiet questions the checkpoint answers with the same bits."""
-    if before.quiet is None or before.alone is None:
-        return BitExactCheck(questions=len(quiz), untouched=0, bit_equal=0)
-    untouched_N = before.alone.is_untouched_N
-    edited = _score_alone(engine, before.quiet, draft.edits)
-    same_N = (before.alone.logprob_NC == edited.logprob_NC).all(dim=1)
-    return BitExactCheck(
+    engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
+) -> stats.BitExactCheck:
+    if before.alone is None:
+        return stats.BitExactCheck(questions=len(quiz), untouched=0, bit_equal=0)
+    is_untouched_N = before.alone.is_untouched_N
+    edited = _score_alone(engine, untouched(quiz, before.base), plan.edits)
+    is_same_N = (before.alone.logprob_NC == edited.logprob_NC).all(dim=1)
+    return stats.BitExactCheck(
         questions=len(quiz),
-        untouched=int(untouched_N.sum()),
-        bit_equal=int((same_N & untouched_N).sum()),
+        untouched=int(is_untouched_N.sum()),
+        bit_equal=int((is_same_N & is_untouched_N).sum()),
     )
 
 
 def _agreements(
-    reference: HeldOutScores, edited: HeldOutScores, draft: EditPlan, moe: MoeModel
-) -> tuple[RoutingAgreement, ...]:
+    reference: HeldOutScores, edited: HeldOutScores, plan: EditPlan, moe: MoeModel
+) -> tuple[stats.RoutingAgreement, ...]:
     """Layout stock, per layer with a bias: the checkpoint against the plan at run time."""
-    if not LAYOUTS[draft.layout].fits_biases:
-        return ()
-    keeps = {b.layer: torch.tensor(draft.edits[b.name].keep) for b in moe.blocks}
-    return tuple(
-        _agreement(layer, passes, edited.routed[layer], keeps[layer])
-        for layer, passes in reference.routed.items()
-    )
+    agreements = []
+    for block in moe.blocks if LAYOUTS[plan.layout].fits_biases else ():
+        if block.layer not in reference.routed:
+            continue
+        # The expert in the unedited model of each row of the edited one.
+        keep, passes = torch.tensor(plan.edits[block.name].keep), reference.routed[block.layer]
+        overlaps = []  # share of a token's experts that are chosen in both
+        # Passes over the same tokens.
+        for (a_TK, _), (b_TK, _) in zip(passes, edited.routed[block.layer], strict=True):
+            is_in_both_TKK = a_TK[:, :, None] == keep[b_TK.long()][:, None, :]
+            overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
+        overlap_T = torch.cat(overlaps)
+        answer_N = overlap_T[torch.cat([is_answer_T for _, is_answer_T in passes])]
+        agreement = stats.RoutingAgreement(
+            layer=block.layer,
+            same_answer=float((answer_N == 1).double().mean()),
+            overlap_answer=float(answer_N.mean()),
+            same_all=float((overlap_T == 1).double().mean()),
+            overlap_all=float(overlap_T.mean()),
+        )
+        agreements.append(agreement)
+    return tuple(agreements)
 
 
-def _agreement(
-    layer: int, a: list[RoutedPass], b: list[RoutedPass], keep: Tensor
-) -> RoutingAgreement:
-    """`keep` is the expert in the unedited model of each row of the edited one."""
-    overlaps = []  # share of a token's experts that are chosen in both
-    for x, y in zip(a, b, strict=True):  # passes over the same tokens
-        is_in_both_TKK = x.experts_TK[:, :, None] == keep[y.experts_TK.long()][:, None, :]
-        overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
-    overlap_T = torch.cat(overlaps)
-    answer_N = overlap_T[torch.cat([routed.is_answer_T for routed in a])]
-    return RoutingAgreement(
-        layer=layer,
-        same_answer=float((answer_N == 1).double().mean()),
-        overlap_answer=float(answer_N.mean()),
-        same_all=float((overlap_T == 1).double().mean()),
-        overlap_all=float(overlap_T.mean()),
-    )
-
-
-def _reference_name(draft: EditPlan) -> str:
-    if draft.is_tilted and draft.is_cut:
-        return "the same plan at run time"
-    if draft.is_tilted:
-        return "the exact bias" if draft.is_biased else "the same factors at run time"
-    same = "after top-k" if LAYOUTS[draft.layout].keeps_rows else "as a mask"
-    return f"the same removal {same}"
+def _reference_name(edits: Sequence[Edit]) -> str:
+    names = [edit.reference for edit in edits if edit.reference]
+    is_mixed = len(names) > 1 and any(isinstance(edit, PruneEdit) for edit in edits)
+    return "the same plan at run time" if is_mixed else names[-1]

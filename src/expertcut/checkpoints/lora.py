@@ -1,4 +1,8 @@
-"""A LoRA adapter in peft's folder: its modules, and the tensors of the model that they adapt.
+"""A LoRA adapter of the unpruned model in peft's folder, cut and written with the checkpoint.
+
+With delta_e = B_e·A_e for each expert, rows and columns of kept experts are taken in the order of
+the plan. If the plan or gate rescaling scales an expert's output, the delta of its last projection
+is scaled too.
 
 Needs neither peft nor a model; the format is that of peft 0.21. An adapter of all E experts of a
 block with rank r is lora_A (r·E, in), row e·r + j for expert e, and lora_B (out, r·E), column
@@ -6,21 +10,40 @@ j·E + e. A second parameter of the same module wraps the first, which is then n
 their shapes tell them apart.
 """
 
+import hashlib
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from torch import Tensor
 
-from expertcut.checkpoints.tensor_names import DiskBlock, Headers
+from expertcut.checkpoints.shards import (
+    Change,
+    Rewrite,
+    Shard,
+    check_space,
+    check_written,
+    lay_out,
+    write_shards,
+)
+from expertcut.checkpoints.tensor_names import DiskBlock, blocks_of
 from expertcut.documents import first_fault
-from expertcut.errors import ModelError
-from expertcut.models.checkpoint_dir import read_object
-from expertcut.models.safetensors_index import Stored, StoredTensor, read_file
+from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanAdapter, PlanFile
+from expertcut.errors import ModelError, OutputError
+from expertcut.files import write_atomically
+from expertcut.models.checkpoint_dir import read_config, read_object
+from expertcut.models.load import Source
+from expertcut.models.safetensors_index import Stored, read_file
+from expertcut.models.validate import check_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -42,6 +65,14 @@ _ROUTER = re.compile(rf"(gate|router){_WRAPPED}")
 _OF_BLOCK = re.compile(r"(experts|gate|router)(\..*)?")
 _LAST = re.compile(r"(.*\.)?(down_proj|w2|output_linear)")
 _ANOTHER = "the adapter was trained on another model, give the one of this"
+_NUMBERED = re.compile(r"experts\W+\d")  # an expert's number in a pattern of the config
+_PATTERNS = (
+    *("rank_pattern", "alpha_pattern", "target_parameters"),
+    *("target_modules", "exclude_modules"),
+)
+Pair = tuple[str, str]  # names of lora_A and lora_B
+Folds = Mapping[int, np.ndarray[Any, Any]]
+Factors = Mapping[int, Sequence[float]]  # of the outputs of kept experts, by new number
 
 
 class _Settings(BaseModel):
@@ -74,11 +105,11 @@ class Adapter:
     @cached_property
     def pairs(self) -> Mapping[str, tuple[str, str]]:
         """The names of lora_A and lora_B by module."""
-        found: dict[str, dict[str, str]] = {}
+        by_module: dict[str, dict[str, str]] = {}
         for name in self.stored.tensors:
             if lora := _LORA.fullmatch(name):
-                found.setdefault(lora["module"], {})[lora["side"]] = name
-        return {module: self._pair(module, sides) for module, sides in found.items()}
+                by_module.setdefault(lora["module"], {})[lora["side"]] = name
+        return {module: self._pair(module, sides) for module, sides in by_module.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -131,8 +162,20 @@ def read_adapter(folder: Path) -> Adapter:
             )
         raise ModelError(f"{folder} holds no {WEIGHTS_FILE}: save the adapter again")
     stored = read_file(folder / WEIGHTS_FILE)
-    _check_tensors(folder, stored.tensors)
-    return Adapter(folder, config, settings, stored)
+    wrong = next((name for name in stored.tensors if not name.startswith(PREFIX)), None)
+    if wrong or not stored.tensors:
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} holds {wrong or 'no tensor'}, must hold names that begin "
+            f"with {PREFIX}: save the adapter with peft's save_pretrained"
+        )
+    adapter = Adapter(folder, config, settings, stored)
+    for name, tensor in stored.tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise adapter.refusal(
+                f"{name} is {tensor.dtype}, must be one of {', '.join(_DTYPES)}: save the adapter "
+                "in one of these"
+            )
+    return adapter
 
 
 def _check_settings(folder: Path, settings: _Settings) -> None:
@@ -159,170 +202,272 @@ def _check_settings(folder: Path, settings: _Settings) -> None:
             raise ModelError(f"{named} is not a pattern: {error}") from None
 
 
-def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    wrong = next((name for name in tensors if not name.startswith(PREFIX)), None)
-    if wrong or not tensors:
-        raise ModelError(
-            f"{folder / WEIGHTS_FILE} holds {wrong or 'no tensor'}, must hold names that begin "
-            f"with {PREFIX}: save the adapter with peft's save_pretrained"
-        )
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise ModelError(
-                f"{folder / WEIGHTS_FILE}: {name} is {tensor.dtype}, must be one of "
-                f"{', '.join(_DTYPES)}: save the adapter in one of these"
-            )
-
-
 def _pattern(key: str) -> re.Pattern[str]:
     """A key of rank_pattern as peft matches it."""
     return re.compile(rf"(.*\.)?({key})$")
 
 
+def _columns(b: Tensor, keep: Sequence[int], n_experts: int, scaled: Factors) -> Tensor:
+    """The columns (out, r·E) of kept experts; an expert's r columns lie E apart."""
+    by_expert: Tensor = b.unflatten(1, (-1, n_experts))[..., list(keep)]
+    for position, factors in scaled.items():
+        by_expert[..., position] = _multiplied(by_expert[..., position], factors)
+    return by_expert.flatten(1)
+
+
+def _multiplied(b: Tensor, factors: Sequence[float]) -> Tensor:
+    made = b.double()
+    for factor in factors:
+        made = made * factor
+    return made.to(b.dtype)
+
+
+def _output_factors(edit: BlockEdit, folds_E: np.ndarray[Any, Any] | None) -> Factors:
+    """The factors of each kept expert's output, one after another, by its new number."""
+    factors = {}
+    for position, expert in enumerate(edit.keep):
+        both = (edit.scale.get(expert, 1.0), 1.0 if folds_E is None else float(folds_E[position]))
+        if own := tuple(factor for factor in both if factor != 1.0):
+            factors[position] = own
+    return factors
+
+
 @dataclass(frozen=True)
-class Place:
-    """The target of a tensor or a pair; `block` is the loaded name, None outside MoE blocks."""
+class AdapterCut:
+    """An adapter of a model, and the plan that cuts both; `folder` is the new checkpoint."""
 
-    kind: Literal["all experts", "one expert", "router", "whole router", "elsewhere"]
-    names: tuple[str, ...]
-    block: str | None = None
-    expert: int | None = None
-    is_last: bool = False
+    adapter: Adapter
+    source: Source
+    plan: EditPlan
+    folder: Path
 
+    def write(self, temporary: Path, plan: PlanFile, folds: Folds) -> PlanFile:
+        """Writes the sliced adapter in peft's format; returns the plan that names it."""
+        shard, place = self.laid_out(folds), temporary / "adapter"
+        try:
+            write_shards(place, [shard])
+        except EOFError:
+            raise ModelError(f"{self.adapter.folder} became shorter while it was read") from None
+        except OSError as error:
+            raise OutputError(f"{place} cannot be written: {error.strerror}") from None
+        check_written(place, [shard])
+        config = {**self.adapter.config, "revision": None}
+        config["base_model_name_or_path"] = str(self.folder.resolve())
+        if LAYOUTS[self.plan.layout].keeps_rows:
+            config |= {"auto_mapping": None, "task_type": config.get("task_type") or "CAUSAL_LM"}
+        write_atomically(place / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        sums = {}
+        for key, name in (("config", CONFIG_FILE), ("weights", WEIGHTS_FILE)):
+            with (self.adapter.folder / name).open("rb") as stream:
+                sums[f"{key}_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        record = PlanAdapter(path=str(self.adapter.folder), **sums)
+        return plan.model_copy(update={"adapter": record})
 
-@dataclass(frozen=True)
-class Base:
-    """The adapter's base model: its tensors, and its blocks by their loaded names."""
+    def laid_out(self, folds: Folds) -> Shard:
+        """The file of its weights; with empty `folds` only its size is right."""
+        (shard,) = lay_out(self.adapter.stored, self._rewrite(folds), max_shard_bytes=1 << 62)
+        return replace(shard, name=WEIGHTS_FILE)
 
-    headers: Headers
-    blocks: Mapping[str, DiskBlock]
-    is_tied: bool
+    @cached_property
+    def _blocks(self) -> Mapping[str, DiskBlock]:
+        return blocks_of(self.source.headers, self.plan.edits)
 
-    def block_of(self, module: str) -> tuple[str, str]:
+    @property
+    def _is_stock(self) -> bool:
+        return not LAYOUTS[self.plan.layout].keeps_rows
+
+    def _rewrite(self, folds: Folds) -> Rewrite:
+        """What becomes of its tensors in MoE blocks; a ModelError if one cannot be sliced."""
+        rewrite, headers = Rewrite(), self.source.headers
+        is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
+        factors = {
+            name: _output_factors(edit, folds.get(layer))
+            for layer, (name, edit) in enumerate(self.plan.edits.items())
+        }
+        for module, pair in self.adapter.pairs.items():
+            block, part = self._block_of(module)
+            if block and _ALL_EXPERTS.fullmatch(part):
+                self._slice_all(rewrite, block, pair, factors[block])
+            elif block and (one := _ONE_EXPERT.fullmatch(part)):
+                self._slice_one(rewrite, block, pair, one, factors[block])
+            elif block and _ROUTER.fullmatch(part):
+                self._check_linear(self._blocks[block].router_weight, pair)
+                targets = self.adapter.settings.target_parameters or ()
+                if not any(t.endswith(("gate.weight", "router.weight")) for t in targets):
+                    self._refuse_linear_layer(pair)
+                self._slice_router(rewrite, block, pair[1], axis=0)
+            elif f"{module}.weight" in headers or not (is_tied and module == "lm_head"):
+                self._check_linear(f"{module}.weight", pair)
+        paired = {name for pair in self.adapter.pairs.values() for name in pair}
+        for name in self.adapter.stored.tensors:
+            if name not in paired:
+                self._slice_unpaired(rewrite, name)
+        if self._is_stock and rewrite.renamed:
+            self._refuse_numbers()
+        return rewrite
+
+    def _block_of(self, module: str) -> tuple[str, str]:
         """The block of a module, by its loaded name, and the module's name within it."""
-        for name, disk in self.blocks.items():
+        for name, disk in self._blocks.items():
             for prefix in (name, disk.name):
                 if module.startswith(f"{prefix}."):
                     return name, module.removeprefix(f"{prefix}.")
         return "", module
 
-
-def places(adapter: Adapter, base: Base) -> Iterator[Place]:
-    """The targets of all tensors, in no order; a ModelError for one that cannot be sliced."""
-    for module, pair in adapter.pairs.items():
-        block, part = base.block_of(module)
-        if block and _ALL_EXPERTS.fullmatch(part):
-            yield _all_experts(adapter, base, block, pair)
-        elif block and (one := _ONE_EXPERT.fullmatch(part)):
-            yield _one_expert(adapter, base, block, int(one["expert"]), one["part"], pair)
-        elif block and _ROUTER.fullmatch(part):
-            _check_linear(adapter, base.headers, base.blocks[block].router_weight, pair)
-            yield Place("router", pair, block)
-        else:
-            weight = f"{module}.weight"
-            if weight in base.headers or not (base.is_tied and module == "lm_head"):
-                _check_linear(adapter, base.headers, weight, pair)
-            yield Place("elsewhere", pair)
-    paired = {name for pair in adapter.pairs.values() for name in pair}
-    for name in adapter.stored.tensors:
-        if name not in paired:
-            yield _unpaired(adapter, base, name)
-
-
-def _all_experts(adapter: Adapter, base: Base, block: str, pair: tuple[str, str]) -> Place:
-    disk = base.blocks[block]
-    _check_axes(adapter, pair, 2)
-    (rows, n_in), (n_out, _) = (adapter.shape(name) for name in pair)
-    first, last = _widths(disk, base.headers)
-    if first == last:
-        raise adapter.refusal(f"the projections of {block} are all {first}: they look alike")
-    if (n_out, n_in) in (first, last) and (n_in, n_out) not in (first, last):
-        raise adapter.refusal(
-            f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}: an "
-            "older peft saved it, with in and out of experts exchanged, and a peft of today cannot "
-            "load it: load it with that peft, merge it, and profile and prune the merged model"
-        )
-    if (n_in, n_out) not in (first, last) or rows % disk.n_experts:
-        raise adapter.refusal(
-            f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}, but "
-            f"{block} has {disk.n_experts} experts of {first[0]} → {first[1]} and "
-            f"{last[0]} → {last[1]}: {_ANOTHER}"
-        )
-    is_last = (n_in, n_out) == last
-    targets = {t.rpartition(".")[2] for t in adapter.settings.target_parameters or ()}
-    own = {t for t in targets if _NAME.fullmatch(t) and bool(_LAST.fullmatch(t)) == is_last}
-    rank, ranks = rows // disk.n_experts, {adapter.rank(f"{block}.experts.{t}") for t in own}
-    if rank not in ranks:
-        raise adapter.refusal(
-            f"{pair[0]} has rank {rank} for each of {disk.n_experts} experts, its config says "
-            f"{' or '.join(map(str, sorted(ranks))) or 'nothing'}: {_ANOTHER}"
-        )
-    return Place("all experts", pair, block, is_last=is_last)
-
-
-def _widths(disk: DiskBlock, headers: Headers) -> tuple[tuple[int, int], tuple[int, int]]:
-    """In and out widths of an expert's first projections, fused as loaded, and of its last."""
-    width = headers[disk.router_weight].shape[1]
-    sizes = {True: 0, False: 0}
-    for name in disk.by_expert[0].values() if disk.by_expert else disk.fused:
-        shape = headers[name].shape[0 if disk.by_expert else 1 :]
-        if len(shape) == 2:
-            sizes[name in disk.last] += math.prod(shape)
-    return (width, sizes[False] // width), (sizes[True] // width, width)
-
-
-def _one_expert(
-    adapter: Adapter, base: Base, block: str, expert: int, part: str, pair: tuple[str, str]
-) -> Place:
-    disk = base.blocks[block]
-    if not disk.by_expert:
-        raise adapter.refusal(
-            f"{pair[0]} is of one expert, but the experts of {block} lie in one tensor: {_ANOTHER}"
-        )
-    own = disk.by_expert[expert] if expert < disk.n_experts else {}
-    _check_linear(adapter, base.headers, own.get(f"{part}.weight"), pair)
-    return Place("one expert", pair, block, expert, is_last=bool(_LAST.fullmatch(part)))
-
-
-def _check_linear(
-    adapter: Adapter, headers: Headers, weight: str | None, pair: tuple[str, str]
-) -> None:
-    """Checks that a pair adapts an existing weight; widths of convolutions are not checked."""
-    if weight is None or weight not in headers:
-        raise adapter.refusal(f"{pair[0]} adapts what the model does not have: {_ANOTHER}")
-    shape = headers[weight].shape
-    _check_axes(adapter, pair, len(shape))
-    (_, n_in, *more), (n_out, *_) = (adapter.shape(name) for name in pair)
-    if not more and shape != (n_out, n_in):
-        raise adapter.refusal(
-            f"{pair[0]} and its lora_B adapt {n_in} → {n_out}, but {weight} is {shape}: {_ANOTHER}"
-        )
-
-
-def _check_axes(adapter: Adapter, pair: tuple[str, str], n_axes: int) -> None:
-    if wrong := next((name for name in pair if len(adapter.shape(name)) != n_axes), None):
-        raise adapter.refusal(
-            f"{wrong} is {adapter.shape(wrong)}, but what it adapts has {n_axes} axes: {_ANOTHER}"
-        )
-
-
-def _unpaired(adapter: Adapter, base: Base, name: str) -> Place:
-    """The target of a module trained whole, a bias, an embedding, a magnitude of DoRA."""
-    stored = name.removeprefix(PREFIX)
-    block, part = base.block_of(stored)
-    is_of_block = block and _OF_BLOCK.fullmatch(part)
-    if is_of_block:
-        disk = base.blocks[block]
-        is_weight = re.fullmatch(r"(gate|router)\.weight", part) is not None
-        stored = disk.router_weight if is_weight else f"{disk.name}.{part}"
-        if stored not in disk.axes or stored in disk.fused:
+    def _slice_all(self, rewrite: Rewrite, block: str, pair: Pair, factors: Factors) -> None:
+        adapter, n_experts = self.adapter, self._blocks[block].n_experts
+        self._check_axes(pair, 2)
+        (rows, n_in), (n_out, _) = map(adapter.shape, pair)
+        first, last = self._widths(block)
+        shapes = f"{pair[0]} is {adapter.shape(pair[0])} and its lora_B {adapter.shape(pair[1])}"
+        if first == last:
+            raise adapter.refusal(f"the projections of {block} are all {first}: they look alike")
+        if (n_out, n_in) in (first, last) and (n_in, n_out) not in (first, last):
             raise adapter.refusal(
-                f"{name} is neither lora_A nor lora_B: of experts and routers only these, and "
-                "routers trained whole, can be sliced (no DoRA, no bias, no modules_to_save)"
+                f"{shapes}: an older peft saved it, with in and out of experts exchanged, and a "
+                "peft of today cannot load it: load it with that peft, merge it, and profile and "
+                "prune the merged model"
             )
-    if stored in base.headers and adapter.shape(name) != base.headers[stored].shape:
-        raise adapter.refusal(
-            f"{name} is {adapter.shape(name)}, in the model {base.headers[stored].shape}: "
-            f"{_ANOTHER}"
-        )
-    return Place("whole router", (name,), block) if is_of_block else Place("elsewhere", (name,))
+        if (n_in, n_out) not in (first, last) or rows % n_experts:
+            raise adapter.refusal(
+                f"{shapes}, but {block} has {n_experts} experts of {first[0]} → {first[1]} and "
+                f"{last[0]} → {last[1]}: {_ANOTHER}"
+            )
+        is_last = (n_in, n_out) == last
+        targets = {t.rpartition(".")[2] for t in adapter.settings.target_parameters or ()}
+        own = {t for t in targets if _NAME.fullmatch(t) and bool(_LAST.fullmatch(t)) == is_last}
+        rank, ranks = rows // n_experts, {adapter.rank(f"{block}.experts.{t}") for t in own}
+        if rank not in ranks:
+            raise adapter.refusal(
+                f"{pair[0]} has rank {rank} for each of {n_experts} experts, its config says "
+                f"{' or '.join(map(str, sorted(ranks))) or 'nothing'}: {_ANOTHER}"
+            )
+        keep, scaled = self.plan.edits[block].keep, factors if is_last else {}
+        if len(keep) < n_experts:
+            kept_rows = tuple(expert * rank + j for expert in keep for j in range(rank))
+            rewrite.changed[pair[0]] = Change((len(kept_rows), n_in), rows=kept_rows)
+        if len(keep) < n_experts or scaled:
+            apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
+            rewrite.changed[pair[1]] = Change((n_out, rank * len(keep)), apply)
+
+    def _widths(self, block: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """In and out widths of an expert's first projections, fused as loaded, and of its last."""
+        disk, headers = self._blocks[block], self.source.headers
+        width = headers[disk.router_weight].shape[1]
+        sizes = {True: 0, False: 0}
+        for name in disk.by_expert[0].values() if disk.by_expert else disk.fused:
+            shape = headers[name].shape[0 if disk.by_expert else 1 :]
+            if len(shape) == 2:
+                sizes[name in disk.last] += math.prod(shape)
+        return (width, sizes[False] // width), (sizes[True] // width, width)
+
+    def _slice_one(
+        self, rewrite: Rewrite, block: str, pair: Pair, one: re.Match[str], factors: Factors
+    ) -> None:
+        disk, keep, expert = self._blocks[block], self.plan.edits[block].keep, int(one["expert"])
+        if not disk.by_expert:
+            raise self.adapter.refusal(
+                f"{pair[0]} is of one expert, but the experts of {block} lie in one tensor: "
+                f"{_ANOTHER}"
+            )
+        own = disk.by_expert[expert] if expert < disk.n_experts else {}
+        self._check_linear(own.get(f"{one['part']}.weight"), pair)
+        self._refuse_linear_layer(pair)
+        if expert not in keep:
+            rewrite.removed |= set(pair)
+            return
+        position = keep.index(expert)
+        if self._is_stock and position != expert:
+            old, new = f".experts.{expert}.", f".experts.{position}."
+            rewrite.renamed |= {name: name.replace(old, new) for name in pair}
+        if position in factors and _LAST.fullmatch(one["part"]):
+            apply = partial(_multiplied, factors=factors[position])
+            rewrite.changed[pair[1]] = Change(self.adapter.shape(pair[1]), apply)
+
+    def _refuse_linear_layer(self, pair: Pair) -> None:
+        """Refuses a linear layer, which peft converts to a parameter, beside gates with biases."""
+        if not self._is_stock and self.plan.is_biased:
+            raise self.adapter.refusal(
+                f"{pair[0]} is as transformers 4 has experts and routers, which peft cannot bring "
+                "to gates with biases: leave out --boost and --suppress, or --layout exact"
+            )
+
+    def _check_linear(self, weight: str | None, pair: Pair) -> None:
+        """Checks that a pair adapts an existing weight; widths of convolutions are not checked."""
+        headers, adapter = self.source.headers, self.adapter
+        if weight is None or weight not in headers:
+            raise adapter.refusal(f"{pair[0]} adapts what the model does not have: {_ANOTHER}")
+        shape = headers[weight].shape
+        self._check_axes(pair, len(shape))
+        (_, n_in, *more), (n_out, *_) = map(adapter.shape, pair)
+        if not more and shape != (n_out, n_in):
+            raise adapter.refusal(
+                f"{pair[0]} and its lora_B adapt {n_in} → {n_out}, but {weight} is {shape}: "
+                f"{_ANOTHER}"
+            )
+
+    def _check_axes(self, pair: Pair, n_axes: int) -> None:
+        shape = self.adapter.shape
+        if wrong := next((name for name in pair if len(shape(name)) != n_axes), None):
+            raise self.adapter.refusal(
+                f"{wrong} is {shape(wrong)}, but what it adapts has {n_axes} axes: {_ANOTHER}"
+            )
+
+    def _slice_unpaired(self, rewrite: Rewrite, name: str) -> None:
+        """Slices a router that was trained whole; refuses other tensors of a block."""
+        headers, stored = self.source.headers, name.removeprefix(PREFIX)
+        block, part = self._block_of(stored)
+        is_of_block = block and _OF_BLOCK.fullmatch(part)
+        if is_of_block:
+            disk = self._blocks[block]
+            is_weight = re.fullmatch(r"(gate|router)\.weight", part) is not None
+            stored = disk.router_weight if is_weight else f"{disk.name}.{part}"
+            if stored not in disk.axes or stored in disk.fused:
+                raise self.adapter.refusal(
+                    f"{name} is neither lora_A nor lora_B: of experts and routers only these, and "
+                    "routers trained whole, can be sliced (no DoRA, no bias, no modules_to_save)"
+                )
+        shape = self.adapter.shape(name)
+        if stored in headers and shape != headers[stored].shape:
+            raise self.adapter.refusal(
+                f"{name} is {shape}, in the model {headers[stored].shape}: {_ANOTHER}"
+            )
+        if is_of_block and self.plan.edits[block].bias:
+            raise self.adapter.refusal(
+                f"{name} takes the place of a router that --boost or --suppress would change: "
+                "leave these out, or train the router by lora_A and lora_B"
+            )
+        if is_of_block:
+            axis = shape.index(self._blocks[block].n_experts)
+            self._slice_router(rewrite, block, name, axis)
+
+    def _slice_router(self, rewrite: Rewrite, block: str, name: str, axis: int) -> None:
+        """Cuts the router's rows, which layout exact keeps."""
+        keep = self.plan.edits[block].keep
+        if self._is_stock and len(keep) < self._blocks[block].n_experts:
+            shape = list(self.adapter.shape(name))
+            shape[axis] = len(keep)
+            select = partial(torch.index_select, dim=axis, index=torch.tensor(keep))
+            rewrite.changed[name] = Change(tuple(shape), select)
+
+    def _refuse_numbers(self) -> None:
+        for key in _PATTERNS:
+            value = getattr(self.adapter.settings, key) or ()
+            texts = [value] if isinstance(value, str) else value
+            if wrong := next((text for text in texts if _NUMBERED.search(text)), None):
+                raise ModelError(
+                    f"{self.adapter.folder / CONFIG_FILE}: {key} names an expert by its number "
+                    f"({wrong}), and numbers change in layout stock: take --layout exact"
+                )
+
+
+def adapter_cut(
+    adapter: Path | None, source: Source, plan: EditPlan, folder: Path
+) -> AdapterCut | None:
+    """An adapter that fits the model, the plan and the disk; None without an adapter."""
+    if adapter is None:
+        return None
+    adapted = AdapterCut(read_adapter(adapter), source, plan, folder)
+    check_space(folder, adapted.laid_out({}).size_bytes)
+    check_values(adapter / WEIGHTS_FILE)
+    return adapted

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, TensorChanges
+from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, RunEdited, TensorChanges
 from expertcut.checkpoints.shards import Change, read_tensor
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, blocks_of
 from expertcut.data import Quiz
@@ -34,30 +34,36 @@ from expertcut.edits.merging import (
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
 from expertcut.models.hooks import replaced_forward
-from expertcut.models.load import Source
+from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.scoring.engine import Engine
 
-_FIRST_KINDS = ("gate_proj", "up_proj", "w1", "w3")
-_LAST_KINDS = ("down_proj", "w2")
 _BOTH = re.compile(r"gate_up_proj|input_linear")  # gate and up in one tensor
 _UNKNOWN = Neurons(None, n_parts=0)
+# By the part after the expert's number: `gate_proj.weight` is (I, D).
+_OWN_NEURONS = {
+    **{f"{name}.weight": Neurons(0) for name in ("gate_proj", "up_proj", "w1", "w3")},
+    **{f"{name}.bias": Neurons(0) for name in ("gate_proj", "up_proj", "w1", "w3")},
+    **{f"{name}.weight": Neurons(1) for name in ("down_proj", "w2")},
+    **{f"{name}.bias": Neurons(None) for name in ("down_proj", "w2")},
+}
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One tensor of one member: its neurons' places and new order (I,), and the member's share."""
+    """One tensor of one expert, with its neurons' places."""
 
     tensor: StoredTensor
     row: int | None
     neurons: Neurons
-    share: float = 1.0
-    order_I: Tensor | None = None
 
     def read(self) -> Tensor:
         """The tensor on disk."""
         return read_tensor(self.tensor, self.row)
+
+
+Members = list[tuple[ExpertTensor, float, Tensor | None]]  # share, order of neurons (I,)
 
 
 @dataclass(frozen=True)
@@ -78,14 +84,9 @@ class Experts:
             )
         return [part.neurons.rows(part.read()) for part in parts.values()]
 
-    def of(
-        self, shares: Mapping[int, float], orders: Mapping[int, Tensor], kind: str
-    ) -> list[ExpertTensor]:
-        """One kind of tensor of each member, with its share."""
-        return [
-            replace(self.tensors(member)[kind], share=share, order_I=orders.get(member))
-            for member, share in shares.items()
-        ]
+    def of(self, shares: Mapping[int, float], orders: Mapping[int, Tensor], kind: str) -> Members:
+        """One kind of tensor of each member, its share, and the order of its neurons."""
+        return [(self.tensors(e)[kind], share, orders.get(e)) for e, share in shares.items()]
 
     def tensors(self, expert: int) -> dict[str, ExpertTensor]:
         """An expert's tensors by kind: the part after its number, or the fused tensor's name."""
@@ -95,7 +96,7 @@ class Experts:
                 for name in self.block.fused
             }
         return {
-            kind: ExpertTensor(self.headers[name], None, _own_neurons(kind))
+            kind: ExpertTensor(self.headers[name], None, _OWN_NEURONS.get(kind, _UNKNOWN))
             for kind, name in self.block.by_expert[expert].items()
         }
 
@@ -121,28 +122,17 @@ class Experts:
         return None
 
 
-def _own_neurons(kind: str) -> Neurons:
-    """Neurons by the part after the expert's number: `gate_proj.weight` is (I, D)."""
-    projection, _, what = kind.partition(".")
-    if what not in ("weight", "bias"):
-        return _UNKNOWN
-    if projection in _FIRST_KINDS:
-        return Neurons(0)
-    if projection in _LAST_KINDS:
-        return Neurons(1 if what == "weight" else None)
-    return _UNKNOWN
-
-
 @dataclass(frozen=True)
 class MergeEdit(Edit):
     """Groups of experts become one expert each, in the form of layout `stock`.
 
-    Fitted are `rows` by layer and `orders` of neurons (I,) by block and member; without an order a
-    member's neurons stay as they are. In `interleaved` blocks gate and up alternate in one tensor.
+    Fitted are `rows` by layer and, if `is_aligned`, `orders` of neurons (I,) by block and member.
+    In `interleaved` blocks gate and up alternate in one tensor.
     """
 
     blocks: Mapping[str, BlockEdit]
     router: RouterRow = "fitted"
+    is_aligned: bool = False
     rows: Mapping[int, Rows] = field(default_factory=dict)
     orders: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
@@ -157,34 +147,36 @@ class MergeEdit(Edit):
     def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
         assert engine is not None, "merging runs the model"
         rows = merged_rows(engine, calibration.questions.tuning, self.blocks, self.router)
-        blocks = engine.moe.blocks
+        blocks, headers = engine.moe.blocks, calibration.source.headers
         interleaved = frozenset(b.name for b in blocks if is_interleaved(b.experts))
-        return replace(self, rows=rows, interleaved=interleaved)
-
-    def aligned(self, source: Source) -> Self:
-        """With each member's neurons in the order most similar to its dominant expert's."""
-        orders: dict[str, dict[int, Tensor]] = {}
-        for name, block in blocks_of(source.headers, self.blocks).items():
-            experts = Experts(source.headers, block, is_interleaved=name in self.interleaved)
-            orders[name] = {}
+        on_disk = blocks_of(headers, self.blocks) if self.is_aligned else {}
+        orders: dict[str, dict[int, Tensor]] = {name: {} for name in on_disk}
+        for name, block in on_disk.items():
+            experts = Experts(headers, block, is_interleaved=name in interleaved)
             for dominant, shares in (self.blocks[name].merged or {}).items():
                 first = experts.neurons(dominant)
-                for member in shares:
-                    if member != dominant:
-                        orders[name][member] = matching(first, experts.neurons(member))
-        return replace(self, orders=orders)
+                for member in set(shares) - {dominant}:
+                    orders[name][member] = matching(first, experts.neurons(member))
+        return replace(self, rows=rows, orders=orders, interleaved=interleaved)
 
     def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Quality]:
         return judge_rows(engine, held_out, self.blocks, self.rows)
 
-    def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
+    @property
+    def reference(self) -> str:
+        return "the same experts under the unedited router"
+
+    def reference_of_edited(self, moe: MoeModel) -> RunEdited:
+        return partial(under, unedited_routers(moe.blocks, self.blocks))
+
+    def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         """Layers in `rows` are MoE blocks, in the order of the plan."""
+        layout.remove_experts(tensors, {})
         for layer, (name, block) in enumerate(tensors.blocks.items()):
             edit, headers = self.blocks[name], tensors.headers
-            if not edit.merged:
-                continue
-            experts = Experts(headers, block, is_interleaved=name in self.interleaved)
-            tensors.changed |= _expert_changes(experts, edit, self.orders.get(name, {}))
+            if edit.merged:
+                experts = Experts(headers, block, is_interleaved=name in self.interleaved)
+                tensors.changed |= _expert_changes(experts, edit, self.orders.get(name, {}))
             if layer in self.rows:
                 tensors.changed |= _router_changes(headers, block, edit, self.rows[layer])
 
@@ -205,39 +197,38 @@ def is_interleaved(experts: Any) -> bool:
 def _expert_changes(
     experts: Experts, edit: BlockEdit, orders: Mapping[int, Tensor]
 ) -> dict[str, Change]:
-    """The averages, under the dominant experts' old names."""
     headers, block, members = experts.headers, experts.block, members_of(edit)
-    found: dict[str, Change] = {}
+    changes: dict[str, Change] = {}
     for name in block.fused:
         groups = [experts.of(shares, orders, name) for shares in members.values()]
         shape = (len(groups), *headers[name].shape[1:])
-        found[name] = Change(shape, make=partial(_averages, groups))
+        changes[name] = Change(shape, make=partial(_averages, groups))
     for expert in (edit.merged or {}) if block.by_expert else ():
         for kind, name in block.by_expert[expert].items():
             tensors = experts.of(members[expert], orders, kind)
-            found[name] = Change(headers[name].shape, make=partial(_averages, [tensors]))
-    return found
+            changes[name] = Change(headers[name].shape, make=partial(_averages, [tensors]))
+    return changes
 
 
-def _averages(groups: list[list[ExpertTensor]]) -> Iterator[Tensor]:
+def _averages(groups: list[Members]) -> Iterator[Tensor]:
     """Each group's average, summed in float64; a group of one keeps every bit."""
-    for parts in groups:
-        if len(parts) == 1:
-            yield parts[0].read()
+    for members in groups:
+        first, _, _ = members[0]
+        if len(members) == 1:
+            yield first.read()
             continue
         total = torch.zeros(())
-        for part in parts:
+        for part, share, order_I in members:
             tensor = part.read()
-            if part.order_I is not None:
-                tensor = part.neurons.reordered(tensor, part.order_I)
-            total = total + tensor.double() * part.share
-        yield total.to(DTYPES[parts[0].tensor.dtype])
+            if order_I is not None:
+                tensor = part.neurons.reordered(tensor, order_I)
+            total = total + tensor.double() * share
+        yield total.to(DTYPES[first.tensor.dtype])
 
 
 def _router_changes(
     headers: Headers, block: DiskBlock, edit: BlockEdit, rows: Rows
 ) -> dict[str, Change]:
-    """The router's rows, its own bias, and selection biases."""
     if block.unclear_bias:
         raise ContractError(
             f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
@@ -247,10 +238,10 @@ def _router_changes(
     for name, axis in block.axes.items():
         apply: Callable[[Tensor], Tensor]
         if name == block.router_weight:
-            apply = partial(_rows, edit=edit, shares=rows.shares, added=rows.added)
+            apply = partial(_rows, edit=edit, rows=rows, added=rows.added)
         elif name == block.logit_bias:
             offsets = {e: torch.tensor(offset) for e, offset in rows.offsets.items()}
-            apply = partial(_rows, edit=edit, shares=rows.shares, added=offsets)
+            apply = partial(_rows, edit=edit, rows=rows, added=offsets)
         elif name not in block.fused:
             apply = partial(_selection, edit=edit, rows=rows, axis=axis)
         else:
@@ -261,15 +252,10 @@ def _router_changes(
     return changes
 
 
-def _rows(
-    tensor: Tensor,
-    edit: BlockEdit,
-    shares: Mapping[int, Mapping[int, float]],
-    added: Mapping[int, Tensor],
-) -> Tensor:
+def _rows(tensor: Tensor, edit: BlockEdit, rows: Rows, added: Mapping[int, Tensor]) -> Tensor:
     """Kept rows; rows of merged experts are their weighted sums."""
     kept = tensor[list(edit.keep)]
-    for expert, own in shares.items():
+    for expert, own in rows.shares.items():
         row = sum(tensor[member].double() * share for member, share in own.items())
         assert isinstance(row, Tensor)
         if expert in added:
@@ -280,48 +266,40 @@ def _rows(
 
 def _selection(tensor: Tensor, edit: BlockEdit, rows: Rows, axis: int) -> Tensor:
     """Selection biases: fitted, else weighted sums."""
-    moved = _rows(tensor.movedim(axis, 0), edit, rows.shares, {})
+    moved = _rows(tensor.movedim(axis, 0), edit, rows, {})
     for expert, bias in rows.selection.items():
         moved[edit.keep.index(expert)] = bias
     return moved.movedim(0, axis)
 
 
-@dataclass(frozen=True)
-class Router:
-    """A router, its selection bias, and at `place_E` the merged expert of each expert."""
-
-    module: nn.Module
-    selection_E: Tensor | None
-    place_E: Tensor
-
-
 def unedited_routers(
     blocks: Sequence[MoeBlock], edits: Mapping[str, BlockEdit]
-) -> dict[str, Router]:
-    """Copies of the routers of a loaded, unedited model, by block name."""
-    found = {}
+) -> dict[str, Callable[..., Any]]:
+    """Copies of the routers of an unedited model, which choose merged experts; by block name."""
+    routers: dict[str, Callable[..., Any]] = {}
     for block in blocks:
         place_E = torch.zeros(block.n_experts, dtype=torch.long)
         for place, members in enumerate(members_of(edits[block.name]).values()):
             place_E[list(members)] = place
         selection_E = block.selection_bias()
         kept = None if selection_E is None else selection_E.clone()
-        found[block.name] = Router(copy.deepcopy(block.router), kept, place_E)
-    return found
+        routers[block.name] = partial(_route, copy.deepcopy(block.router), kept, place_E)
+    return routers
 
 
 @contextmanager
-def under(routers: Mapping[str, Router], blocks: Sequence[MoeBlock]) -> Iterator[None]:
+def under(routers: Mapping[str, Callable[..., Any]], blocks: Sequence[MoeBlock]) -> Iterator[None]:
     """The merged model runs under the unedited routers."""
     with ExitStack() as stack:
         for block in blocks:
-            forward = partial(_route, routers[block.name])
-            stack.enter_context(replaced_forward(block.router, forward))
+            stack.enter_context(replaced_forward(block.router, routers[block.name]))
         yield
 
 
-def _route(router: Router, x: Tensor, *biases: Tensor | None) -> Any:
+def _route(
+    router: nn.Module, selection_E: Tensor | None, place_E: Tensor, x: Tensor, *biases: Any
+) -> Any:
     # Some families pass the selection bias to their router with each call.
-    own = [None if bias is None else router.selection_E for bias in biases]
-    logits_TE, weights_TK, experts_TK = router.module(x, *own)
-    return logits_TE, weights_TK, router.place_E.to(experts_TK.device)[experts_TK]
+    own = [None if bias is None else selection_E for bias in biases]
+    logits_TE, weights_TK, experts_TK = router(x, *own)
+    return logits_TE, weights_TK, place_E.to(experts_TK.device)[experts_TK]

@@ -3,13 +3,21 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
+from expertcut.checkpoints.edit import (
+    Calibration,
+    Edit,
+    LayoutWriter,
+    Simulation,
+    TensorChanges,
+    removed_experts,
+)
 from expertcut.checkpoints.exact import as_stored
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.calibrate import (
@@ -32,15 +40,9 @@ from expertcut.scoring.router_bias import Tilts, tilted
 _ROUNDING = 2e-2  # of an output, where its last projection is rounded to half precision
 
 
-def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
-    """The experts that each block's edit does not keep; blocks that keep all are left out."""
-    removed = {name: edit.removed(n_experts) for name, edit in edits.items()}
-    return {name: experts for name, experts in removed.items() if experts}
-
-
 @dataclass(frozen=True)
 class PruneEdit(Edit):
-    """A plan that keeps every expert has one too, which then changes nothing.
+    """Of every plan of a cut, even of one that keeps every expert.
 
     `folds` (kept,) by layer scale the outputs of kept experts where routers lose rows, `constants`
     stand for the removed experts where they keep them.
@@ -55,6 +57,8 @@ class PruneEdit(Edit):
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        if isinstance(plan, EditPlan) and not plan.is_cut:
+            return None
         return cls(plan.blocks, plan.layout, plan.removed, plan.fold)
 
     def needs_engine(self, calibration: Calibration) -> bool:
@@ -65,12 +69,11 @@ class PruneEdit(Edit):
     def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
         questions, profile = calibration.questions, calibration.profile
         if LAYOUTS[self.layout].keeps_rows:
-            source = calibration.source
             removed = removed_experts(self.blocks, calibration.n_experts)
             if self.removed == "mean" and engine is not None:
                 means = mean_outputs(engine, questions.tuning, removed)
-                return replace(self, constants=as_stored(source.headers, means))
-            width = int(read_config(source.path)["hidden_size"])
+                return replace(self, constants=as_stored(calibration.source.headers, means))
+            width = int(read_config(calibration.source.path)["hidden_size"])
             return replace(self, constants=zero_outputs(removed, width))
         if self.fold == "off":
             return self
@@ -88,9 +91,14 @@ class PruneEdit(Edit):
         else:
             for block in blocks:
                 if removed := self.blocks[block.name].removed(block.n_experts):
-                    simulation.bias_E(block)[list(removed)] = -torch.inf
+                    simulation.biases[block.layer][list(removed)] = -torch.inf
         if simulation.is_as_written and self.folds:
             simulation.contexts.append(self._rescaled(simulation))
+
+    @property
+    def reference(self) -> str:
+        how = "after top-k" if LAYOUTS[self.layout].keeps_rows else "as a mask"
+        return f"the same removal {how}"
 
     @contextmanager
     def _rescaled(self, simulation: Simulation) -> Iterator[None]:
@@ -127,7 +135,7 @@ def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterat
     with ExitStack() as stack:
         for block in blocks:
             if by_expert := constants.get(block.name):
-                forward = _with_constants(own_forward(block.experts), by_expert)
+                forward = partial(_with_constants, own_forward(block.experts), by_expert)
                 stack.enter_context(replaced_forward(block.experts, forward))
                 _check_constants(block, by_expert)
         yield
@@ -147,18 +155,19 @@ def _check_constants(block: MoeBlock, by_expert: Mapping[int, Tensor]) -> None:
 
 
 def _with_constants(
-    forward: Callable[..., Tensor], by_expert: Mapping[int, Tensor]
-) -> Callable[..., Tensor]:
-    def run(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        is_removed_TK = torch.isin(experts_TK, torch.tensor([*by_expert]).to(experts_TK))
-        y_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_removed_TK, 0))
-        for expert, value_D in by_expert.items():
-            tokens_M, slots_M = (experts_TK == expert).nonzero(as_tuple=True)
-            weights_M1 = weights_TK[tokens_M, slots_M, None]
-            y_TD = y_TD.index_add(0, tokens_M, (weights_M1 * value_D.to(x_TD)).to(y_TD))
-        return y_TD
-
-    return run
+    forward: Callable[..., Tensor],
+    by_expert: Mapping[int, Tensor],
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    is_removed_TK = torch.isin(experts_TK, torch.tensor([*by_expert]).to(experts_TK))
+    y_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_removed_TK, 0))
+    for expert, value_D in by_expert.items():
+        tokens_M, slots_M = (experts_TK == expert).nonzero(as_tuple=True)
+        weights_M1 = weights_TK[tokens_M, slots_M, None]
+        y_TD = y_TD.index_add(0, tokens_M, (weights_M1 * value_D.to(x_TD)).to(y_TD))
+    return y_TD
 
 
 @contextmanager
@@ -170,27 +179,22 @@ def _scaled_experts(
         raise ContractError(f"{block.name}: its experts have no down_proj to scale")
     before = [parameter.data for parameter in last]
     expert = max(factors, key=lambda expert: abs(factors[expert] - 1))
-    plain_MD = _output_of(block, expert)
+    width = next(v.shape[-1] for v in block.call.args if isinstance(v, Tensor))
+    x_MD = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(last[0])
+    with torch.inference_mode():
+        plain_MD = own_expert(block)(expert, x_MD)
     try:
         for parameter in last:
             scaled = parameter.data.clone()
             for e, factor in factors.items():
                 scaled[e] = (parameter.data[e].double() * factor).to(stored).to(scaled.dtype)
             parameter.data = scaled
-        wanted_MD = (plain_MD * factors[expert]).float()
-        off_MD = _output_of(block, expert).float() - wanted_MD
+        with torch.inference_mode():
+            wanted_MD = (plain_MD * factors[expert]).float()
+            off_MD = own_expert(block)(expert, x_MD).float() - wanted_MD
         if off_MD.norm() > _ROUNDING * wanted_MD.norm():
             raise ContractError(f"{block.name}: scaling its down_proj does not scale its outputs")
         yield
     finally:
         for parameter, data in zip(last, before, strict=True):
             parameter.data = data
-
-
-@torch.inference_mode()
-def _output_of(block: MoeBlock, expert: int) -> Tensor:
-    down = next(p for name, p in block.experts.named_parameters() if name.startswith("down_proj"))
-    generator = torch.Generator().manual_seed(0)
-    width = next(v.shape[-1] for v in block.call.args if isinstance(v, Tensor))
-    x_MD = torch.randn(4, width, generator=generator).to(down)
-    return own_expert(block)(expert, x_MD)

@@ -21,7 +21,11 @@ class ScaleEdit(Edit):
     def simulate(self, simulation: Simulation) -> None:
         for block in simulation.moe.blocks:
             for expert, factor in self.blocks[block.name].scale.items():
-                simulation.scale_E(block)[expert] = factor
+                simulation.scales[block.layer][expert] = factor
+
+    @property
+    def reference(self) -> str:
+        return "the same factors at run time"
 
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         for name, edit in self.blocks.items():

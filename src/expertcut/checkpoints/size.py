@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
-from expertcut.checkpoints.export import check_layout, cut_rewrite
+from expertcut.checkpoints.export import WRITERS, cut_rewrite
 from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
@@ -20,7 +20,6 @@ from expertcut.profiling.storage import Profile
 
 Cut = TypeVar("Cut", bound=CutSettings)
 SizeOf = Callable[[EditPlan], int]
-_UNKNOWN = "Super experts are not known without all-token statistics: none is protected."
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ def size(moe: MoeModel) -> Size:
 
 def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
     """The `size` of the checkpoint of a cut, from the unedited model."""
-    total = sum(p.numel() for p in moe.model.parameters())
-    idle = 0
+    total, idle = sum(p.numel() for p in moe.model.parameters()), 0
     for block in moe.blocks:
         n_kept = len(draft.edits[block.name].keep)
         n_removed = block.n_experts - n_kept
@@ -68,12 +66,11 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
 
 def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
     """Bytes of the safetensors files of a cut of this checkpoint, with headers."""
-    check_layout(source, layout, is_cutting=True)
-    stored = source.stored
+    WRITERS[layout].check(source, is_cutting=True)
 
     def size_of(draft: EditPlan) -> int:
-        rewrite = cut_rewrite(source, stored, draft, n_experts)
-        return sum(shard.size_bytes for shard in lay_out(stored, rewrite, MAX_SHARD_BYTES))
+        shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts), MAX_SHARD_BYTES)
+        return sum(shard.size_bytes for shard in shards)
 
     return size_of
 
@@ -101,35 +98,27 @@ def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
     return best
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The chosen cut, and messages about it."""
-
-    pruning: Pruning
-    notes: tuple[str, ...] = ()
-
-
-def choose_cut(profile: Profile, settings: CutSettings, load_as: LoadOptions) -> Chosen:
-    """The experts that stay."""
+def choose_cut(
+    profile: Profile, settings: CutSettings, load_as: LoadOptions
+) -> tuple[Pruning, tuple[str, ...]]:
+    """The experts that stay, and messages."""
     settings.check()
     needs_model = CRITERIA[settings.by].needs_model
     most = settings.size_bytes
     source = profiled_source(profile) if most or needs_model else None
-    engine = None
-    if source is not None and needs_model:
-        engine = engine_as_profiled(profile, source, load_as)
+    engine = engine_as_profiled(profile, source, load_as) if source and needs_model else None
     if source is None or most is None:
-        return Chosen(choose(profile, settings, engine))
+        return choose(profile, settings, engine), ()
     size_of = size_of_cuts(source, settings.layout, profile.info.model.blocks[0].experts)
-    found = largest(rank(profile, settings, engine), size_of)
-    size_bytes = size_of(found.draft)
-    note = f"the weights will have {size_bytes:,} bytes, of at most {most:,}"
-    return Chosen(found, (note,))
+    pruning = largest(rank(profile, settings, engine), size_of)
+    note = f"the weights will have {size_of(pruning.draft):,} bytes, of at most {most:,}"
+    return pruning, (note,)
 
 
 def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ...]]:
     """Settings that protect super experts by default, if the profile knows them; and messages."""
     is_known, is_active = profile.info.settings.stats == "all", settings.keep_active
-    notes = () if is_known or is_active or settings.protect else (_UNKNOWN,)
+    note = "Super experts are not known without all-token statistics: none is protected."
     stays = expressions_of(settings.protect, is_super=is_known and not is_active)
-    return settings.completed(protect=list(stays)), notes
+    is_warned = not (is_known or is_active or settings.protect)
+    return settings.completed(protect=list(stays)), (note,) if is_warned else ()

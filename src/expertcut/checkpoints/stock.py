@@ -4,7 +4,6 @@ Pruning slices the expert axis everywhere. A bias goes into the router's own bia
 else b·v is added to the expert's gate row.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import is_exact
-from expertcut.checkpoints.tensor_names import DiskBlock, Headers, OutsideAxes, match_blocks
+from expertcut.checkpoints.tensor_names import Headers, OutsideAxes, match_blocks
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit
@@ -22,13 +21,11 @@ from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
 from expertcut.models.moe_block import SELECTION_BIAS
-from expertcut.models.safetensors_index import Stored
 from expertcut.models.validate import with_expert_count
 
 # num_nextn_predict_layers, num_mtp_layers, mtp_num_hidden_layers, num_mtp_modules, mtp_num_layers
 _COUNT = re.compile(r"(num_|n_)(\w+_)?(mtp|nextn)(_\w+)?|(mtp|nextn)_num_\w+")
 _NOT_BY_LAYER = re.compile(r".*(token_id|token_ids|architectures)")
-logger = logging.getLogger(__name__)
 
 
 class StockWriter(LayoutWriter):
@@ -41,19 +38,17 @@ class StockWriter(LayoutWriter):
                 "exact"
             )
 
-    def changes(
-        self, headers: Headers, edits: Mapping[str, BlockEdit], source: Source | None = None
-    ) -> TensorChanges:
+    def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
         """Matches blocks by name, then by layer; MTP layers match none."""
-        outside = None if source is None else outside_axes(source, headers, edits)
-        matched, unused = match_blocks(headers, edits, outside)
+        headers = source.headers
+        matched, unused = match_blocks(headers, edits, outside_axes(source, headers, edits))
         for name, block in matched.items():
             if edits[name].keep[-1] >= block.n_experts:
                 raise ContractError(
                     f"{block.name} has {block.n_experts} experts on disk, the plan keeps "
                     f"{edits[name].keep[-1]}: it is of another model"
                 )
-        return TensorChanges(headers, edits, matched, unused)
+        return TensorChanges(headers=headers, edits=edits, blocks=matched, unused=unused)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Cuts rows, renumbers kept experts, and drops MTP layers: config.json has one count."""
@@ -65,7 +60,8 @@ class StockWriter(LayoutWriter):
                 if expert not in keep:
                     tensors.removed |= set(own.values())
                 elif (position := keep.index(expert)) != expert:
-                    tensors.renamed |= {n: block.renamed(n, position) for n in own.values()}
+                    prefix = f"{block.name}.experts.{position}"
+                    tensors.renamed |= {n: f"{prefix}.{part}" for part, n in own.items()}
             for tensor, axis in block.axes.items():
                 tensors.keep_rows(tensor, axis, keep)
             tensors.removed |= tensors.unused
@@ -75,47 +71,29 @@ class StockWriter(LayoutWriter):
     ) -> None:
         """Adds b·v to the gate's row, or b to the router's own bias, which acts at every token."""
         for layer, (name, block) in enumerate(tensors.blocks.items()):
-            if tensors.edits[name].bias:
-                uses_own = block.logit_bias and apply_at == "all"
-                v_D = None if uses_own else directions.get(layer)
-                _add_bias(tensors, block, tensors.edits[name], v_D)
+            edit = tensors.edits[name]
+            if not edit.bias:
+                continue
+            if block.unclear_bias:
+                raise ContractError(
+                    f"{block.unclear_bias} may act on gate logits or on choosing only, which its "
+                    "name does not tell: boost and suppress are not supported here"
+                )
+            uses_own = block.logit_bias and apply_at == "all"
+            v_D = None if uses_own else directions.get(layer)
+            added: dict[int, float | Tensor] = {
+                edit.keep.index(expert): bias if v_D is None else bias * v_D
+                for expert, bias in edit.bias.items()
+            }
+            target = block.logit_bias if v_D is None else block.router_weight
+            assert target is not None
+            tensors.apply(target, partial(_added, added=added))
 
-    def config(
-        self, source: Source, stored: Stored, edits: Mapping[str, BlockEdit], n_experts: int
-    ) -> dict[str, Any]:
-        n_kept = len(next(iter(edits.values())).keep)
+    def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
+        n_kept = len(next(iter(tensors.edits.values())).keep)
         counted = with_expert_count(read_config(source.path), n_experts, n_kept)
-        if n_kept == n_experts or not match_blocks(stored.tensors, edits)[1]:
-            return counted
-        return without_further_tokens(counted)
-
-
-def warn_of_further_tokens(headers: Headers, edits: Mapping[str, BlockEdit]) -> None:
-    """Warns if a cut leaves out layers for multi-token prediction."""
-    matched, unused = match_blocks(headers, edits)
-    if unused and any(len(edits[name].keep) < b.n_experts for name, b in matched.items()):
-        logger.warning(
-            "%d tensors of layers that predict further tokens (MTP), first %s, are left out, and "
-            "config.json counts 0 of them: serve the checkpoint without MTP",
-            *(len(unused), min(unused)),
-        )
-
-
-def _add_bias(
-    tensors: TensorChanges, block: DiskBlock, edit: BlockEdit, v_D: Tensor | None
-) -> None:
-    if block.unclear_bias:
-        raise ContractError(
-            f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
-            "not tell: boost and suppress are not supported here"
-        )
-    added: dict[int, float | Tensor] = {
-        edit.keep.index(expert): bias if v_D is None else bias * v_D
-        for expert, bias in edit.bias.items()
-    }
-    name = block.logit_bias if v_D is None else block.router_weight
-    assert name is not None
-    tensors.apply(name, partial(_added, added=added))
+        is_dropping = n_kept < n_experts and tensors.unused
+        return without_further_tokens(counted) if is_dropping else counted
 
 
 def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:

@@ -49,12 +49,6 @@ class DiskBlock:
     unclear_bias: str | None
     fused: tuple[str, ...]
 
-    def renamed(self, name: str, expert: int) -> str:
-        """The name of an expert's own tensor under another expert number."""
-        part = _OF_ONE_EXPERT.fullmatch(name)
-        assert part is not None
-        return f"{self.name}.experts.{expert}.{part['part']}"
-
 
 def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:
     """The MoE blocks of a checkpoint by their names on disk."""
@@ -98,8 +92,8 @@ def _unused(layers: set[str], used: set[str]) -> set[str]:
     In a list of layers that the model uses these are single layers; otherwise the whole module,
     `mtp` of `mtp.layers.0`.
     """
-    used_lists = {_list_of(layer) for layer in used}
-    places = {layer for layer in layers if _list_of(layer) in used_lists}
+    used_lists = {layer.rpartition(".")[0] for layer in used}  # model.layers of model.layers.3
+    places = {layer for layer in layers if layer.rpartition(".")[0] in used_lists}
     for layer in sorted(layers - places):
         parts = layer.split(".")
         roots = (".".join(parts[:i]) for i in range(1, len(parts)))
@@ -111,11 +105,6 @@ def _unused(layers: set[str], used: set[str]) -> set[str]:
             )
         places.add(root)
     return places
-
-
-def _list_of(layer: str) -> str:
-    """`model.layers` of `model.layers.3`."""
-    return layer.rpartition(".")[0]
 
 
 def blocks_of(
@@ -146,10 +135,9 @@ def _by_number(number: int, blocks: Mapping[str, DiskBlock], numbers: set[int]) 
     """The blocks of a layer's number; blocks of multi-token prediction only without others."""
     found = [b for b in blocks.values() if _layer(b.name)[1] == number]
     lists: dict[str, set[int]] = {}
-    for block in blocks.values():
-        layer, its_number = _layer(block.name)
-        lists.setdefault(_list_of(layer), set()).add(its_number)
-    whole = [b for b in found if numbers <= lists[_list_of(_layer(b.name)[0])]]
+    for layer, layer_number in (_layer(name) for name in blocks):
+        lists.setdefault(layer.rpartition(".")[0], set()).add(layer_number)
+    whole = [b for b in found if numbers <= lists[_layer(b.name)[0].rpartition(".")[0]]]
     plain = [b for b in whole or found if not _FURTHER_TOKENS.search(b.name)]
     return plain or whole or found
 
@@ -219,20 +207,16 @@ def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping
             found.setdefault(int(of_one["expert"]), {})[of_one["part"]] = member
     if sorted(found) != list(range(len(found))):
         raise ContractError(f"{name} holds {len(found)} experts that are not numbered from 0")
-    is_constant = [set(found[expert]) == {CONSTANT} for expert in range(len(found))]
-    own = tuple({} if it_is else found[e] for e, it_is in enumerate(is_constant))
-    first = next((expert for expert, it_is in enumerate(is_constant) if not it_is), 0)
-    for expert, parts in enumerate(own):
-        if parts and _forms(parts, headers) != _forms(own[first], headers):
+    own = tuple({} if set(found[e]) == {CONSTANT} else found[e] for e in range(len(found)))
+    first = next((expert for expert, parts in enumerate(own) if parts), 0)
+    forms = [{p: (headers[n].shape, headers[n].dtype) for p, n in parts.items()} for parts in own]
+    for expert, form in enumerate(forms):
+        if form and form != forms[first]:
             raise ContractError(
                 f"{name}: the tensors of expert {expert} differ from those of expert {first} in "
                 "name, shape or dtype: experts that are not alike are not supported"
             )
     return own
-
-
-def _forms(parts: Mapping[str, str], headers: Headers) -> dict[str, object]:
-    return {part: (headers[n].shape, headers[n].dtype) for part, n in parts.items()}
 
 
 def _router_axes(

@@ -1,13 +1,14 @@
 """`expertcut merge`: a checkpoint in which several experts become one."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut.commands import SILENT, UI, CheckpointSettings, choosing_profile, output_folder
 from expertcut.edits import edit_settings
 
 if TYPE_CHECKING:
-    from expertcut.checkpoints.build import Merged
+    from expertcut.checkpoints.build import Built
 
 
 class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
@@ -21,19 +22,23 @@ class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
 
 def run(
     settings: MergeSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
-) -> "Merged":
+) -> "Built | Path":
     """Makes the checkpoint, or the plan alone; `beside` are files to write beside the plan."""
     profile = choosing_profile(settings, ui, settings.held_out)
-    from expertcut.checkpoints.build import merge  # torch, not to refuse options
+    from expertcut.checkpoints.build import choose_groups, merge, write_plan  # with torch
     from expertcut.reporting import edit_tables as tables
 
     folder = output_folder(profile, settings.slug, settings, ui)
     ui.quiet()
-    options = settings.build_options(beside or {})
-    merged = merge(profile, settings, folder, options, is_plan=settings.plan_only)
-    ui.say([tables.groups_table(profile, merged)], [])
-    if not settings.plan_only:
-        merging = tables.merging_sentences(profile, merged)
-        ui.say(tables.proof_tables(merged.built), [*tables.proof_sentences(merged.built), *merging])
+    options, built = settings.build_options(beside or {}), None
+    plan = choose_groups(profile, settings, folder, options.load_as)
+    if settings.plan_only:
+        write_plan(profile, plan, folder, options)
+    else:
+        built = merge(profile, settings, plan, folder, options)
+    ui.say([tables.groups_table(profile, plan, built)], [])
+    if built is not None:
+        merging = tables.merging_sentences(profile, plan)
+        ui.say(tables.proof_tables(built), [*tables.proof_sentences(built), *merging])
     ui.say([], [f"written to {folder}"])
-    return merged
+    return built or folder

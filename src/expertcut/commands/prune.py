@@ -147,12 +147,12 @@ def choose(settings: PruneSettings, ui: UI) -> Choice:
     settings, notes = with_protection(profile, settings)
     ui.say([], notes)
     ui.quiet()
-    chosen = choose_cut(profile, settings, settings.load_as())
-    ui.say([], chosen.notes)
-    plan = chosen.pruning.draft
+    pruning, notes = choose_cut(profile, settings, settings.load_as())
+    ui.say([], notes)
+    plan = pruning.draft
     if biased or scaled or settings.apply_at:
         plan = with_tilts(plan, biased, scaled, settings.apply_at)
-    return Choice(profile, chosen.pruning, plan, biased, scaled)
+    return Choice(profile, pruning, plan, biased, scaled)
 
 
 def write(

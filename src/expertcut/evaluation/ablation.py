@@ -6,22 +6,23 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
-from expertcut.checkpoints.export import check_layout
-from expertcut.checkpoints.held_out_check import NOT_REACHED, apply_at_runtime
+from expertcut.checkpoints.edit import simulated
+from expertcut.checkpoints.export import WRITERS
+from expertcut.checkpoints.held_out_check import NOT_REACHED
+from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import QuestionOutcomes, right
-from expertcut.edits.selection import as_numbers, empty_draft, normalised, rank
+from expertcut.edits.selection import as_numbers, normalised, rank
 from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome
@@ -231,7 +232,7 @@ class Auditing:
                     "none can be removed"
                 )
         source = profiled_source(profile)
-        check_layout(source, layout, is_cutting=True)
+        WRITERS[layout].check(source, is_cutting=True)
         is_fitting = any(CRITERIA[by].is_calibrated for by in self.by)
         questions = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
         self.quiz = judges_or_fifth(questions, settings.questions)
@@ -334,11 +335,11 @@ class Auditing:
         name = self.blocks[expert.layer].name
         ids[name] = tuple(row for row in ids[name] if row != expert.row)
         edits = {block: BlockEdit(keep=keep) for block, keep in ids.items()}
-        draft = replace(empty_draft(settings.cut_by(self.by[0]), "", "", ""), edits=edits)
         width = int(model.config.get_text_config().hidden_size)
         is_exact = LAYOUTS[settings.layout].keeps_rows
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
-        return apply_at_runtime(self.engine.moe, draft, constants)
+        edit = PruneEdit(edits, settings.layout, constants=constants)
+        return simulated(self.engine.moe, [edit], is_as_written=False)
 
 
 def _earlier(folder: Path, request: AuditRequest) -> Audit | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
-from expertcut.checkpoints.export import check_layout
+from expertcut.checkpoints.export import WRITERS
 from expertcut.data import Quiz
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import EditPlan, Point, expert_ids
@@ -232,7 +232,7 @@ def by_hand(profile: Profile, settings: ReweightSettings) -> Tilted:
 def prepared(profile: Profile, settings: ReweightSettings) -> Procedure:
     """The procedure; invalid settings are refused before a model runs."""
     check_place(settings.layout, settings.apply_at, is_biased=True)
-    check_layout(profiled_source(profile), settings.layout, is_cutting=False)
+    WRITERS[settings.layout].check(profiled_source(profile), is_cutting=False)
     return procedure_of(profile, settings)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_source
-from expertcut.checkpoints.held_out_check import NOT_REACHED, simulated
+from expertcut.checkpoints.edit import simulated
+from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import CRITERIA
@@ -137,7 +138,7 @@ class Sweeping:
 
     def _run(self, draft: EditPlan, place: Path, on_pass: OnPass) -> Iterator[Progress]:
         edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)
-        with simulated(self.engine.moe, draft, edits, is_as_written=True):
+        with simulated(self.engine.moe, edits, is_as_written=True):
             yield from self.measurement.run(place, on_pass)
 
     def _write(self, folder: Path) -> None:
@@ -206,7 +207,7 @@ def simulate(
     edits = fit_edits(profile, plan, _questions(profile, plan), engine)
 
     def run(on_pass: OnPass) -> Iterator[Progress]:
-        with observed(simulated(engine.moe, plan, edits, is_as_written=True), on_pass) as both:
+        with observed(simulated(engine.moe, edits, is_as_written=True), on_pass) as both:
             yield from measurement.run(edited, both)
 
     watch(run, "the plan", len(quiz), edited)

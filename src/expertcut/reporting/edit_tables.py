@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import BlockEdit, ExpertIds, Point, expert_ids, ids_text
+from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Point, expert_ids, ids_text
 from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
@@ -14,7 +14,7 @@ from expertcut.reporting.tables import Cell, Column, Table, columns, printable
 from expertcut.stats import Comparison, ExpertShares, HeldOutResult, LogprobShift
 
 if TYPE_CHECKING:  # with torch, which `show` does without
-    from expertcut.checkpoints.build import Built, Merged
+    from expertcut.checkpoints.build import Built
     from expertcut.evaluation.cross_fit import CrossFitResult
     from expertcut.evaluation.reweight_search import Decision
     from expertcut.healing.data import Dropped
@@ -84,13 +84,14 @@ def touched_sentences(pruning: Pruning, traffic: Sequence[RemovedTraffic]) -> li
     ]
 
 
-def groups_table(profile: Profile, merged: "Merged") -> Table:
+def groups_table(profile: Profile, plan: EditPlan, built: "Built | None") -> Table:
     """One row per block: groups of several experts, the largest, and their traffic."""
     tokens_LE = profile.token_sum("tokens")
-    quality = {q.layer: q.quality for q in merged.qualities}
+    router_rows = built.plan.proof.rows if built else ()
+    quality = {row["layer"]: row["quality"] for row in router_rows}
     rows: list[list[Cell]] = []
     for layer, block in enumerate(profile.info.model.blocks):
-        edit = merged.draft.edits[block.name]
+        edit = plan.edits[block.name]
         groups = list((edit.merged or {}).values())
         joined = [e for members in groups for e in members if e not in edit.keep]
         share = None
@@ -102,19 +103,19 @@ def groups_table(profile: Profile, merged: "Merged") -> Table:
         "block; experts; made of several; of how many at most; "
         "choices of an expert that joined another::.2%; router rows::.4f"
     )
-    judged = merged.built.judged
+    judged = built.judged if built else None
     noun = "questions that judge" if judged is None else judged.noun
     note = (
         "router rows: 1 − Σ error² / Σ spread² of merged experts' logits against the one that "
         f"keeps their members' mass, on {noun}; 1 is exact."
     )
-    return Table(f"Groups ({merged.draft.criterion})", heads, rows, note)
+    return Table(f"Groups ({plan.criterion})", heads, rows, note)
 
 
-def merging_sentences(profile: Profile, merged: "Merged") -> list[str]:
+def merging_sentences(profile: Profile, plan: EditPlan) -> list[str]:
     """What a merged checkpoint cannot reproduce."""
     blocks = profile.info.model.blocks
-    n_joined = sum(b.experts - len(merged.draft.edits[b.name].keep) for b in blocks)
+    n_joined = sum(b.experts - len(plan.edits[b.name].keep) for b in blocks)
     if not n_joined:
         return ["No expert joined another: the checkpoint is the base model again."]
     return [
