@@ -3,7 +3,7 @@
 The baseline are random experts in place of the chosen ones. `proof.json` holds the result.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from expertcut.edits.reweight_select import (
 )
 from expertcut.edits.router_edits import Ask, Procedure, RouterEdit, Settled
 from expertcut.errors import PlanError, QuizError
-from expertcut.evaluation.results import record_bytes
 from expertcut.profiling.schema import BlockInfo
 from expertcut.stats import LEVEL, Comparison, compare
 
@@ -32,7 +31,6 @@ DRAWS = 99
 _FACTOR = 2.0  # a match appears at most so many times as often, or as seldom
 _MIN_MATCHES = 25  # nearest ones, where fewer match
 _MIN_DISTINCT = 20  # distinct draws with which p can lie below 0.05
-_NUMBERED_FROM_0 = ExpertIds()
 Biases = tuple[tuple[int, int, float], ...]  # (layer, expert, bias in logits)
 Verdict = Literal["helps", "hurts", "no evidence"]
 
@@ -115,42 +113,37 @@ class CrossFit:
     settled: Settled
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Steps done; the last carries the result."""
-
-    done: int
-    total: int
-    result: CrossFit | None = None
-
-
 def cross_fit(
-    records: QuestionOutcomes, procedure: Procedure, ask: Ask, draws: int = DRAWS, seed: int = 0
-) -> Iterator[Progress]:
-    """Five folds, all questions at once, then the random draws."""
+    records: QuestionOutcomes,
+    procedure: Procedure,
+    ask: Ask,
+    draws: int = DRAWS,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> CrossFit:
+    """Five folds, all questions at once, then the random draws; reports steps done and total."""
     if len(set(records.hash_N.tolist())) < FOLDS:
         raise QuizError(
             f"{len(records)} tuning questions cannot be split into {FOLDS} folds: profile more"
         )
-    trial = _Trial(records, procedure, ask, seed)
-    total = 2 + draws
+    trial, total = _Trial(records, procedure, ask, seed), 2 + draws
     cross_N, folds = trial.cross_fitted(procedure.pick)
-    yield Progress(1, total)
+    report(1, total)
     picks = procedure.pick(records)
     settled = procedure.settle(records, picks, ask)
-    same_N = trial.right(settled.shifts)
-    yield Progress(2, total)
+    same_N = right(ask(settled.shifts), records.answer_N)
+    report(2, total)
     rng = np.random.default_rng(seed)
     deltas: list[float] = []
     seen: set[tuple[SelectedExpert, ...]] = set()
-    for done in range(draws):
+    for done in range(3, total + 1):
         others = draw(procedure.chooser, records, picks, rng)
         seen.add(tuple(sorted(others.values(), key=lambda p: (p.layer, p.expert))))
         deltas.append(trial.random_delta(others, settled.shifts))
-        yield Progress(3 + done, total)
+        report(done, total)
     crossed, same = (compare(records.is_correct_N, right_N) for right_N in (cross_N, same_N))
     random = RandomBaseline(np.array(deltas), len(seen))
-    yield Progress(total, total, CrossFit(records, crossed, same, random, folds, settled))
+    return CrossFit(records, crossed, same, random, folds, settled)
 
 
 class _Trial:
@@ -162,12 +155,6 @@ class _Trial:
         self.records, self.procedure, self.ask = records, procedure, ask
         self.fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
 
-    def right(self, shifts: tuple[RouterEdit, ...]) -> Array:
-        """Correct answers (N,) with these shifts."""
-        if not shifts:
-            return self.records.is_correct_N
-        return right(self.ask(shifts), self.records.answer_N)
-
     def cross_fitted(
         self, choose: Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
     ) -> tuple[Array, tuple[FoldResult, ...]]:
@@ -178,7 +165,7 @@ class _Trial:
             left_out = frozenset(self.records.hash_N[is_own_N].tolist())
             picks = choose(self.records, left_out)
             shifts = self.procedure.settle(self.records, picks, self.ask, left_out).shifts
-            right_N[is_own_N] = self.right(shifts)[is_own_N]
+            right_N[is_own_N] = right(self.ask(shifts), self.records.answer_N)[is_own_N]
             change_n = right_N[is_own_N].astype(int) - self.records.is_correct_N[is_own_N]
             biases = tuple(shift[:3] for shift in shifts)
             n, delta = int(is_own_N.sum()), float(change_n.mean())
@@ -198,7 +185,7 @@ class _Trial:
                 for pick, other in others.items()
                 if (pick.layer, pick.expert) in bias_of
             )
-            right_N = self.right(tuple(shifts))
+            right_N = right(self.ask(tuple(shifts)), self.records.answer_N)
         return float(right_N.mean() - self.records.is_correct_N.mean())
 
 
@@ -237,9 +224,10 @@ def cross_fit_result(
     quiz: str,
     split: str,
     seed: int,
-    numbers: ExpertIds = _NUMBERED_FROM_0,
+    numbers: ExpertIds | None = None,
 ) -> CrossFitResult:
     """The record of a finished run; `numbers` are those of its experts before earlier cuts."""
+    numbers = numbers or ExpertIds()
     cross, random, blocks = outcome.cross_fitted, outcome.random, outcome.records.blocks
     p_random = random.p(cross.delta)
     low, high = np.percentile(random.delta_B, [2.5, 97.5])
@@ -300,11 +288,6 @@ def _sentence(outcome: CrossFit, word: Verdict, p_random: float) -> str:
         if (n_drawn := outcome.random.distinct) < _MIN_DISTINCT:
             reason += f", and only {n_drawn} others were drawn, too few to show more"
     return f"No evidence that this procedure helps: {change}; {reason}."
-
-
-def proof_file(result: CrossFitResult) -> dict[str, bytes]:
-    """Name and content of `proof.json`, for writing beside a plan."""
-    return {PROOF_FILE: record_bytes(result)}
 
 
 def load_cross_fit(folder: Path) -> CrossFitResult:

@@ -16,7 +16,7 @@ from expertcut.stats import Comparison, ExpertShares, HeldOutResult, LogprobShif
 if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built, Merged
     from expertcut.evaluation.cross_fit import CrossFitResult
-    from expertcut.evaluation.reweight_search import Decision
+    from expertcut.evaluation.reweight_search import TuningResult
     from expertcut.healing.data import Dropped
     from expertcut.healing.recovery import Healed
 
@@ -239,13 +239,13 @@ def interval_text(ends: Sequence[float], sign: str = "", places: int = 2) -> str
     return f"{ends[0]:{sign}.{places}%} … {ends[1]:{sign}.{places}%}"
 
 
-def decision_tables(decision: "Decision") -> list[Table]:
+def decision_tables(decision: "TuningResult") -> list[Table]:
     """The curve of the search, and the cross-fit."""
     tables = [curve_table(decision.curve)] if decision.curve else []
     return [*tables, proof_table(decision.proof)] if decision.proof else tables
 
 
-def decision_sentences(decision: "Decision") -> list[str]:
+def decision_sentences(decision: "TuningResult") -> list[str]:
     """The choice, where its effect comes from, and the verdict."""
     questions = f"{len(decision.tuning):,} {decision.tuning.split} questions"
     first = f"No tilt that was tried beats the unedited model on {questions}."
