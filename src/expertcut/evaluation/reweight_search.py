@@ -227,12 +227,9 @@ def prepared(profile: Profile, settings: ReweightSettings) -> Procedure:
 
 
 def chosen(
-    profile: Profile,
-    settings: ReweightSettings,
-    procedure: Procedure,
-    tuned: TuningResult | None,
+    profile: Profile, settings: ReweightSettings, procedure: Procedure, tuned: TuningResult | None
 ) -> Reweighting:
-    """The edit of a tuned, or without one the choice on the profile's own questions."""
+    """The tuned edit, or without one the choice on the profile's own questions."""
     settled = tuned.settled if tuned else settled_on_profile(profile, procedure)
     proof = tuned.proof if tuned else None
     beside = {PROOF_FILE: record_bytes(proof)} if proof else {}

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,8 +43,6 @@ from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
-Array = np.ndarray[Any, Any]
-
 
 @dataclass(frozen=True)
 class Step:
@@ -82,40 +79,38 @@ class Sweeping:
         self.subjects = [question.subject for question in asking.quiz]
         overlap = n_used(asking.quiz, used)
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
-        self.found = Sweep(asked=self._request(), chosen_on=chosen_on)
-
-    def _request(self) -> SweepRequest:
-        grid, settings = self.grid, self.settings
-        is_part, options = isinstance(self.profile, ProfilePart), LAYOUTS[settings.layout].options
-        return SweepRequest(
-            scored=self.measurement.info.called(self.profile.info.model.id),
-            profile=profile_hash(self.profile.info),
+        layout_options = LAYOUTS[settings.layout].options
+        request = SweepRequest(
+            scored=self.measurement.info.called(profile.info.model.id),
+            profile=profile_hash(profile.info),
             by=grid.by,
             fractions=grid.fractions,
             **settings.model_dump(include={"budget", "min_keep", "positions", "layout", "seed"}),
-            removed=settings.fill if "removed" in options else None,
-            fold=settings.rescale if "fold" in options else None,
+            removed=settings.fill if "removed" in layout_options else None,
+            fold=settings.rescale if "fold" in layout_options else None,
             protect=tuple(settings.protect),
-            chosen_by=len(self.profile.subjects()) if is_part else None,
+            chosen_by=len(profile.subjects()) if isinstance(profile, ProfilePart) else None,
         )
+        self.found = Sweep(asked=request, chosen_on=chosen_on)
 
     def steps(self, folder: Path) -> Iterator[Step]:
         """The unedited model, then every cell that the folder lacks; each is saved when done."""
-        earlier = load_unfinished(folder / SWEEP_FILE, Sweep)
+        file = folder / SWEEP_FILE
+        earlier = load_unfinished(file, Sweep)
         if earlier is not None:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
             self.found = earlier
         # Criteria that need no model are ranked first: they fail before anything runs.
         at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
-            self._write(folder)  # by every process: it claims the folder
+            save_outcome(file, self.found)  # by every process: it claims the folder
         place = folder / "cells" / "base"
         yield Step("the unedited model", partial(self.measurement.run, place))
         if self.asking.waits:
             self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
             self.found = self.found.model_copy(update={"base": model})
-            self._write(folder)
+            save_outcome(file, self.found)
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
@@ -124,7 +119,7 @@ class Sweeping:
                 if self.asking.waits:
                     cell = self._cell(by, fraction, draft, load_profile(place).answers)
                     self.found = self.grid.with_cell(self.found, cell)
-                    self._write(folder)
+                    save_outcome(file, self.found)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
@@ -139,9 +134,6 @@ class Sweeping:
         edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)
         with simulated(self.engine.moe, draft, edits, is_as_written=True):
             yield from self.measurement.run(place, on_pass)
-
-    def _write(self, folder: Path) -> None:
-        save_outcome(folder / SWEEP_FILE, self.found)
 
     def _model(self, answered: Answers, of: Size) -> SweptModel:
         scored = accuracy(answered.is_correct_N, self.subjects)

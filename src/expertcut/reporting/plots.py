@@ -197,10 +197,13 @@ def draw(figure: Figure) -> dict[str, bytes]:
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # Glyphs that the font lacks are boxes in the PNG, and text in the SVG.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        canvas, (axes,) = _canvas(_size(figure))
         if isinstance(figure, Heat):
+            width = min(14.0, 3.0 + 0.11 * max(map(len, figure.rows)))
+            canvas, (axes,) = _canvas((width, min(12.0, 1.8 + 0.11 * len(figure.rows))))
             _draw_heat(canvas, axes, figure)
         else:
+            height = 1.6 + 0.3 * len(figure.categories) if figure.is_flat else 3.8
+            canvas, (axes,) = _canvas((7.5, height))
             _draw_curves(axes, figure)
         axes.set_title(printable(figure.title), fontsize="medium", loc="left")
         return _saved(canvas)
@@ -306,21 +309,12 @@ def _named(name: str, canvas: "Canvas") -> dict[str, bytes]:
         return {f"{name}.{ending}": content for ending, content in _saved(canvas).items()}
 
 
-def _size(figure: Figure) -> tuple[float, float]:
-    if isinstance(figure, Heat):
-        most = max(len(values) for values in figure.rows)
-        return min(14.0, 3.0 + 0.11 * most), min(12.0, 1.8 + 0.11 * len(figure.rows))
-    if figure.is_flat:
-        return 7.5, 1.6 + 0.3 * len(figure.categories)
-    return 7.5, 3.8
-
-
 def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     import matplotlib
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    most = max(len(values) for values in figure.rows)
+    most = max(map(len, figure.rows))
     padded_LE = np.full((len(figure.rows), most), np.nan)
     for layer, values in enumerate(figure.rows):
         padded_LE[layer, : len(values)] = values
@@ -342,7 +336,9 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    bar = canvas.colorbar(image, ax=axes, extend=_extend(figure), shrink=0.9)
+    below, above = bool((padded_LE < figure.low).any()), bool((padded_LE > figure.high).any())
+    extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
+    bar = canvas.colorbar(image, ax=axes, extend=extend, shrink=0.9)
     bar.ax.yaxis.set_major_formatter(lambda value, _: format(value, _spec(figure)))
     axes.annotate(f"hatched: {figure.undefined}", (1, 1.01), xycoords="axes fraction", ha="right",
                   va="bottom", fontsize="small", color=_GREY)  # fmt: skip
@@ -351,13 +347,6 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
 def _spec(figure: Figure) -> str:
     """Ends of an axis may be fractions even where values are whole."""
     return ",.0f" if figure.column.spec == ",d" else figure.column.spec
-
-
-def _extend(figure: Heat) -> str:
-    found = np.concatenate(figure.rows)
-    with np.errstate(invalid="ignore"):
-        below, above = bool((found < figure.low).any()), bool((found > figure.high).any())
-    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
 def _draw_curves(axes: "Axes", figure: Curves) -> None:
@@ -380,33 +369,6 @@ def _draw_curves(axes: "Axes", figure: Curves) -> None:
         if series.is_reference:
             pair = (series.values, places) if figure.is_flat else (places, series.values)
             axes.plot(*pair, color=_GREY, linestyle="--", label=printable(series.name))
-    _label(axes, figure)
-    if len(figure.series) > 1:
-        axes.legend(**_LEGEND)
-
-
-def _draw_bars(
-    axes: "Axes", places: Array, series: Series, *, is_flat: bool = False, **look: Any
-) -> None:
-    values = _numbers(series.values)
-    if series.low or not series.values:
-        look["xerr" if is_flat else "yerr"] = _errors(series)
-    pair = (values, places) if is_flat else (places, values)
-    axes.errorbar(*pair, linewidth=1.2, elinewidth=0.9, label=printable(series.name), **look)
-
-
-def _errors(series: Series) -> Array:
-    """Distances to both ends; rounding may leave an end on the wrong side of its value."""
-    values = _numbers(series.values)
-    ends = np.stack([values - _numbers(series.low), _numbers(series.high) - values])
-    return np.asarray(np.maximum(ends, 0))
-
-
-def _numbers(values: Values) -> Array:
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
-
-
-def _label(axes: "Axes", figure: Curves) -> None:
     names = [printable(name) for name in figure.categories]
     names = [n if len(n) <= _MAX_NAME else n[: _MAX_NAME - 1] + "…" for n in names]
     step = 1 if figure.is_flat else -(-len(names) // _MAX_TICKS)
@@ -424,3 +386,21 @@ def _label(axes: "Axes", figure: Curves) -> None:
     if figure.zero is not None:
         line = axes.axvline if figure.is_flat else axes.axhline
         line(figure.zero, color=_GREY, linewidth=1, zorder=0)
+    if len(figure.series) > 1:
+        axes.legend(**_LEGEND)
+
+
+def _draw_bars(
+    axes: "Axes", places: Array, series: Series, *, is_flat: bool = False, **look: Any
+) -> None:
+    values = np.array(series.values, dtype=float)
+    if series.low or not series.values:
+        look["xerr" if is_flat else "yerr"] = _errors(series)
+    pair = (values, places) if is_flat else (places, values)
+    axes.errorbar(*pair, linewidth=1.2, elinewidth=0.9, label=printable(series.name), **look)
+
+
+def _errors(series: Series) -> Array:
+    """Distances to both ends; rounding may leave an end on the wrong side of its value."""
+    values, low, high = np.array([series.values, series.low, series.high], dtype=float)
+    return np.asarray(np.maximum([values - low, high - values], 0))
