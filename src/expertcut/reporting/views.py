@@ -179,8 +179,15 @@ def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) 
     if by_subject and by_criteria:
         raise SettingsError("--subjects and --criteria show different tables: give one of them")
     if (path / PROFILE_FILE).is_file() or path.name == PROFILE_FILE:
-        folder = path if path.is_dir() else path.parent
-        return _criteria(folder) if by_criteria else _profile(folder, by_subject)
+        profile = load_profile(path if path.is_dir() else path.parent)
+        if not by_criteria:
+            return _profile(find(profile), by_subject)
+        ranked = compare(profile)
+        return Shown(
+            partial(criteria_tables, ranked),
+            partial(criteria_csv, ranked),
+            partial(criteria_json, ranked),
+        )
     if by_subject or by_criteria:
         option = "--subjects" if by_subject else "--criteria"
         raise SettingsError(f"{option}: {path} is not a profile: name one or omit the option")
@@ -194,7 +201,13 @@ def _document(path: Path) -> Shown:
     if path.name == PROOF_FILE:
         return _VIEWS[PROOF_FILE](path.parent)
     if path.is_file():
-        keys = _keys(path)
+        try:
+            content = parse_json(read_file(path))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise OutputError(f"{path} cannot be read as JSON: {error}") from None
+        keys = content if isinstance(content, dict) else {}
         by_key = {"models": RESULTS, "cells": SWEEP_FILE, "harms": AUDIT_FILE}
         return _VIEWS[next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)](path)
     raise OutputError(
@@ -203,9 +216,7 @@ def _document(path: Path) -> Shown:
     )
 
 
-def _profile(path: Path, by_subject: bool) -> Shown:
-    found = find(load_profile(path))
-
+def _profile(found: Findings, by_subject: bool) -> Shown:
     def tables() -> list[Table]:
         return [
             *profile_tables(found.profile, found.layers),
@@ -218,13 +229,6 @@ def _profile(path: Path, by_subject: bool) -> Shown:
 
     flat = subjects_csv if by_subject else experts_csv
     return Shown(tables, lambda: flat(found), lambda: findings_json(found))
-
-
-def _criteria(path: Path) -> Shown:
-    found = compare(load_profile(path))
-    return Shown(
-        partial(criteria_tables, found), partial(criteria_csv, found), partial(criteria_json, found)
-    )
 
 
 def _shown(
@@ -247,13 +251,3 @@ _VIEWS: dict[str, Callable[[Path], Shown]] = {
     AUDIT_FILE: lambda path: _shown(load_audit(path), audit_tables, audit_csv),
     RESULTS: lambda path: _shown(load_results(path), lambda r: [results_table(r)], results_csv),
 }
-
-
-def _keys(path: Path) -> set[str]:
-    try:
-        content = parse_json(read_file(path))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise OutputError(f"{path} cannot be read as JSON: {error}") from None
-    return set(content) if isinstance(content, dict) else set()
