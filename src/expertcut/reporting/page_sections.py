@@ -17,25 +17,7 @@ from expertcut.evaluation.results import ModelResult, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo, QuizInfo
-from expertcut.reporting.edit_tables import (
-    curve_table,
-    interval_text,
-    proof_table,
-    shift_rows,
-    touched_table,
-)
-from expertcut.reporting.eval_tables import (
-    audit_sentences,
-    audit_tables,
-    chosen_text,
-    model_names,
-    plan_table,
-    ranked,
-    result_sentences,
-    results_table,
-    sweep_sentences,
-    sweep_table,
-)
+from expertcut.reporting import edit_tables, eval_tables
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
@@ -141,7 +123,7 @@ def change_sections(run: Run) -> list[Section]:
 
 
 def _proof_parts(proof: CrossFitResult) -> list[Part]:
-    return [Text(proof.sentence), proof_table(proof)]
+    return [Text(proof.sentence), edit_tables.proof_table(proof)]
 
 
 def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
@@ -172,19 +154,22 @@ def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
     if profile and (edits := edits_of(plan, profile.content)) is not None:
         traffic = removed_traffic(profile.content.profile, edits)
         if any(block.n_removed for block in traffic):
-            parts.append(touched_table(traffic))
+            parts.append(edit_tables.touched_table(traffic))
             if all(block.mass is not None for block in traffic):
                 parts.append(_traffic(traffic, key))
     if plan.tuning:
-        parts += [_curve(plan.tuning, key), Folded("Every try", [curve_table(plan.tuning)])]
+        parts += [
+            _curve(plan.tuning, key),
+            Folded("Every try", [edit_tables.curve_table(plan.tuning)]),
+        ]
     if plan.proof.held_out:
         heads = "against; largest |Δ log p|::.4f; median::.4f; flipped answers::,d; questions::,d"
         title = read_judged(plan, found.file.parent).title
-        parts.append(Table(title, columns(heads), shift_rows(plan.proof.held_out)))
+        parts.append(Table(title, columns(heads), edit_tables.shift_rows(plan.proof.held_out)))
     for proof in run.proofs:
         if proof.file.parent == found.file.parent:
             parts += _proof_parts(proof.content)
-    return [*parts, Folded("Every block of the plan", [plan_table(plan)])]
+    return [*parts, Folded("Every block of the plan", [eval_tables.plan_table(plan)])]
 
 
 def _in_words(plan: PlanFile) -> str:
@@ -229,7 +214,7 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
     return Curves(
         key=f"{key}-tuning",
         title="The search for a strength",
-        note=curve_table(tuning).note,
+        note=edit_tables.curve_table(tuning).note,
         across="strength (logits)",
         categories=tuple(f"{strength:.4g}" for strength in strengths),
         series=(*series, level),
@@ -256,15 +241,15 @@ def _results_parts(results: Results, key: str) -> list[Part]:
         note="Bars are 95 % intervals (Wilson), the line is the base. The interval of a "
         "difference, in the table, is narrower: the questions are the same.",
         across="model",
-        categories=tuple(model_names(results)),
+        categories=tuple(eval_tables.model_names(results)),
         series=(accuracies("accuracy", results.models),),
         column=Column("accuracy", ".1%"),
         is_flat=True,
         zero=results.models[0].accuracy,
     )
     return [
-        results_table(results),
-        *map(Text, result_sentences(results)),
+        eval_tables.results_table(results),
+        *map(Text, eval_tables.result_sentences(results)),
         figure,
         *([_differences(results, key)] if len(results.models) > 1 else []),
         Folded("Accuracy of every subject", [_subjects(results)]),
@@ -273,7 +258,7 @@ def _results_parts(results: Results, key: str) -> list[Part]:
 
 def _differences(results: Results, key: str) -> Curves:
     base, subjects = results.models[0], tuple(results.models[0].subjects)
-    others = list(zip(model_names(results), results.models, strict=True))[1:]
+    others = list(zip(eval_tables.model_names(results), results.models, strict=True))[1:]
     return Curves(
         key=f"{key}-subjects",
         title="Difference to the base, subject by subject",
@@ -292,7 +277,7 @@ def _differences(results: Results, key: str) -> Curves:
 
 
 def _subjects(results: Results) -> Table:
-    base, names = results.models[0], model_names(results)
+    base, names = results.models[0], eval_tables.model_names(results)
     rows: list[list[Cell]] = []
     for subject, of_base in base.subjects.items():
         row: list[Cell] = [subject, of_base.questions]
@@ -301,7 +286,7 @@ def _subjects(results: Results) -> Table:
                 row += [None, None]
                 continue
             ends = wilson_interval(scored.accuracy, scored.questions)
-            row += [scored.accuracy, interval_text(ends, places=1)]
+            row += [scored.accuracy, edit_tables.interval_text(ends, places=1)]
         rows.append([*row, *(_change(base, model, subject) for model in results.models[1:])])
     heads = [*columns("subject; questions::,d")]
     for name in names:
@@ -317,7 +302,10 @@ def search_sections(run: Run) -> list[Section]:
 
 
 def _sweep(sweep: Sweep, key: str) -> list[Part]:
-    parts: list[Part] = [*map(Text, sweep_sentences(sweep)), sweep_table(sweep)]
+    parts: list[Part] = [
+        *map(Text, eval_tables.sweep_sentences(sweep)),
+        eval_tables.sweep_table(sweep),
+    ]
     if not sweep.cells:
         return parts
     fractions = sorted(sweep.asked.fractions, reverse=True)
@@ -338,7 +326,7 @@ def _sweep(sweep: Sweep, key: str) -> list[Part]:
 
 
 def _audit(found: Audit, key: str) -> list[Part]:
-    tables, order = audit_tables(found), ranked(found)
+    tables, order = eval_tables.audit_tables(found), eval_tables.ranked(found)
     if not order:
         return [*tables]
     by_criterion = partial(
@@ -367,7 +355,7 @@ def _audit(found: Audit, key: str) -> list[Part]:
         ),
         column=Column("regret, nats", ".3f"),
     )
-    return [*map(Text, audit_sentences(found)), *tables, correlations, regrets]
+    return [*map(Text, eval_tables.audit_sentences(found)), *tables, correlations, regrets]
 
 
 def provenance_sections(run: Run) -> list[Section]:
@@ -408,7 +396,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("model", plan.model.label),
         ("revision", plan.model.revision),
         ("fingerprint of config and weights", plan.model.fingerprint),
-        ("chosen on", chosen_text(plan)),
+        ("chosen on", eval_tables.chosen_text(plan)),
         ("hash of their list", plan.chosen_on.sha256),
         (
             "adapter that was cut along",

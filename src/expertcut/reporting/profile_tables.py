@@ -61,8 +61,12 @@ def _activated(profile: Profile, layers: Sequence[LayerStatistics]) -> Table:
         f"{cut_text(profile.n_cut)}. {_FROM_0} "
         f"Near-ties: {own:,} questions have a token of their own whose choice of experts hangs "
         f"on a gap below 1e-5, {len(ties) - own:,} more have one in their shots."
-        f"{hash_text(profile)}"
     )
+    if hashed := [str(i) for i, block in enumerate(profile.info.model.blocks) if block.is_hashed]:
+        note += (
+            f" Hash-routed: layers {', '.join(hashed)} choose their experts by a table of token "
+            "ids; they are measured, and none of their experts can be removed or boosted."
+        )
     rows: list[list[Cell]] = [
         [layer.layer, layer.n_activated, layer.n_experts, *_entropy(layer.entropy_top_N),
          math.log(layer.top_k)]
@@ -75,17 +79,6 @@ def _activated(profile: Profile, layers: Sequence[LayerStatistics]) -> Table:
 
 def _entropy(entropy_N: np.ndarray[Any, Any]) -> tuple[float, float]:
     return float(entropy_N.mean()), float(entropy_N.std())
-
-
-def hash_text(profile: Profile) -> str:
-    """Which layers choose experts by a table of token ids, as a sentence; nothing where none do."""
-    layers = [i for i, block in enumerate(profile.info.model.blocks) if block.is_hashed]
-    if not layers:
-        return ""
-    return (
-        f" Hash-routed: layers {', '.join(map(str, layers))} choose their experts by a table of "
-        "token ids; they are measured, and none of their experts can be removed or boosted."
-    )
 
 
 def _rank_table(layer: LayerStatistics) -> Table:
@@ -205,12 +198,17 @@ def subject_tables(found: Findings) -> list[Table]:
 
 def experts_csv(found: Findings) -> Table:
     """Every expert of every layer, one row each, for a data frame; intervals as two columns."""
-    flat = [
-        {"layer": layer["layer"], "block": layer["block"], **_flat(expert)}
-        for layer in layers_json(found)
-        for expert in layer["expert"]
-    ]
-    return Table("experts", tuple(map(Column, flat[0])), [list(row.values()) for row in flat])
+    rows: list[dict[str, Any]] = []
+    for layer in layers_json(found):
+        for expert in layer["expert"]:
+            row = {"layer": layer["layer"], "block": layer["block"]}
+            for name, value in expert.items():
+                if name.endswith("_ci95"):
+                    row[f"{name}_low"], row[f"{name}_high"] = value or (None, None)
+                else:
+                    row[name] = value
+            rows.append(row)
+    return Table("experts", tuple(map(Column, rows[0])), [list(row.values()) for row in rows])
 
 
 def subjects_csv(found: Findings) -> Table:
@@ -258,16 +256,6 @@ def _subject_experts_table(subjects: list[dict[str, Any]]) -> Table:
 
 def _pairs(layer: dict[str, Any]) -> list[tuple[float, float | None]]:
     return list(zip(layer["appearances"], layer["expert_accuracy"], strict=True))
-
-
-def _flat(expert: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in expert.items():
-        if name.endswith("_ci95"):
-            flat[f"{name}_low"], flat[f"{name}_high"] = value or (None, None)
-        else:
-            flat[name] = value
-    return flat
 
 
 def criteria_tables(found: Compared) -> list[Table]:

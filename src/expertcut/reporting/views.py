@@ -25,6 +25,7 @@ from expertcut.evaluation.search_results import (
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json
 from expertcut.profiling.storage import load_profile
+from expertcut.reporting import profile_tables
 from expertcut.reporting.edit_tables import curve_table, proof_csv, proof_table, rows_tables
 from expertcut.reporting.eval_tables import (
     audit_csv,
@@ -35,18 +36,6 @@ from expertcut.reporting.eval_tables import (
     results_table,
     sweep_csv,
     sweep_table,
-)
-from expertcut.reporting.profile_tables import (
-    criteria_csv,
-    criteria_json,
-    criteria_tables,
-    experts_csv,
-    margins_table,
-    perturbation_tables,
-    profile_tables,
-    subject_tables,
-    subjects_csv,
-    suspects_table,
 )
 from expertcut.reporting.tables import Table
 
@@ -184,9 +173,9 @@ def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) 
             return _profile(find(profile), by_subject)
         ranked = compare(profile)
         return Shown(
-            partial(criteria_tables, ranked),
-            partial(criteria_csv, ranked),
-            partial(criteria_json, ranked),
+            partial(profile_tables.criteria_tables, ranked),
+            partial(profile_tables.criteria_csv, ranked),
+            partial(profile_tables.criteria_json, ranked),
         )
     if by_subject or by_criteria:
         option = "--subjects" if by_subject else "--criteria"
@@ -219,15 +208,15 @@ def _document(path: Path) -> Shown:
 def _profile(found: Findings, by_subject: bool) -> Shown:
     def tables() -> list[Table]:
         return [
-            *profile_tables(found.profile, found.layers),
-            suspects_table(found),
-            margins_table(found),
-            *perturbation_tables(found),
-            *(subject_tables(found) if by_subject else []),
+            *profile_tables.profile_tables(found.profile, found.layers),
+            profile_tables.suspects_table(found),
+            profile_tables.margins_table(found),
+            *profile_tables.perturbation_tables(found),
+            *(profile_tables.subject_tables(found) if by_subject else []),
             *rows_tables(found.profile),
         ]
 
-    flat = subjects_csv if by_subject else experts_csv
+    flat = profile_tables.subjects_csv if by_subject else profile_tables.experts_csv
     return Shown(tables, lambda: flat(found), lambda: findings_json(found))
 
 
