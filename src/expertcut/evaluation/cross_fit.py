@@ -3,8 +3,9 @@
 The baseline are random experts in place of the chosen ones. `proof.json` holds the result.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,67 +127,57 @@ def cross_fit(
         raise QuizError(
             f"{len(records)} tuning questions cannot be split into {FOLDS} folds: profile more"
         )
-    trial, total = _Trial(records, procedure, ask, seed), 2 + draws
-    cross_N, folds = trial.cross_fitted(procedure.pick)
+    fold_N, total = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed), 2 + draws
+    folded = partial(_cross_fitted, records, procedure, ask, fold_N)
+    cross_N, folds = folded()
     report(1, total)
     picks = procedure.pick(records)
     settled = procedure.settle(records, picks, ask)
     same_N = right(ask(settled.shifts), records.answer_N)
     report(2, total)
+    bias_of = {(shift.layer, shift.expert): shift.bias for shift in settled.shifts}
     rng = np.random.default_rng(seed)
     deltas: list[float] = []
     seen: set[tuple[SelectedExpert, ...]] = set()
     for done in range(3, total + 1):
         others = draw(procedure.chooser, records, picks, rng)
         seen.add(tuple(sorted(others.values(), key=lambda p: (p.layer, p.expert))))
-        deltas.append(trial.random_delta(others, settled.shifts))
+        if procedure.is_tuned:
+            random_N, _ = folded(tuple(others.values()))
+        else:  # without a search they take the picks' biases
+            shifts = (
+                RouterEdit(other.layer, other.expert, bias_of[pick.layer, pick.expert])
+                for pick, other in others.items()
+                if (pick.layer, pick.expert) in bias_of
+            )
+            random_N = right(ask(tuple(shifts)), records.answer_N)
+        deltas.append(float(random_N.mean() - records.is_correct_N.mean()))
         report(done, total)
     crossed, same = (compare(records.is_correct_N, right_N) for right_N in (cross_N, same_N))
     random = RandomBaseline(np.array(deltas), len(seen))
     return CrossFit(records, crossed, same, random, folds, settled)
 
 
-class _Trial:
-    """One deal of the folds, on which any choice is scored."""
-
-    def __init__(
-        self, records: QuestionOutcomes, procedure: Procedure, ask: Ask, seed: int
-    ) -> None:
-        self.records, self.procedure, self.ask = records, procedure, ask
-        self.fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
-
-    def cross_fitted(
-        self, choose: Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
-    ) -> tuple[Array, tuple[FoldResult, ...]]:
-        """Correct answers (N,), each with what was chosen without the question's fold."""
-        right_N, folds = self.records.is_correct_N.copy(), []
-        for fold in range(FOLDS):
-            is_own_N = self.fold_N == fold
-            left_out = frozenset(self.records.hash_N[is_own_N].tolist())
-            picks = choose(self.records, left_out)
-            shifts = self.procedure.settle(self.records, picks, self.ask, left_out).shifts
-            right_N[is_own_N] = right(self.ask(shifts), self.records.answer_N)[is_own_N]
-            change_n = right_N[is_own_N].astype(int) - self.records.is_correct_N[is_own_N]
-            biases = tuple(shift[:3] for shift in shifts)
-            n, delta = int(is_own_N.sum()), float(change_n.mean())
-            folds.append(FoldResult(questions=n, biases=biases, delta=delta))
-        return right_N, tuple(folds)
-
-    def random_delta(
-        self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[RouterEdit]
-    ) -> float:
-        """Change in accuracy with other experts, which without a search take the picks' biases."""
-        if self.procedure.is_tuned:
-            right_N, _ = self.cross_fitted(lambda _records, _left_out: tuple(others.values()))
-        else:
-            bias_of = {(shift.layer, shift.expert): shift.bias for shift in like}
-            shifts = (
-                RouterEdit(other.layer, other.expert, bias_of[pick.layer, pick.expert])
-                for pick, other in others.items()
-                if (pick.layer, pick.expert) in bias_of
-            )
-            right_N = right(self.ask(tuple(shifts)), self.records.answer_N)
-        return float(right_N.mean() - self.records.is_correct_N.mean())
+def _cross_fitted(
+    records: QuestionOutcomes,
+    procedure: Procedure,
+    ask: Ask,
+    fold_N: Array,
+    picks: Sequence[SelectedExpert] | None = None,
+) -> tuple[Array, tuple[FoldResult, ...]]:
+    """Correct answers (N,), each with these picks, or those chosen without the question's fold."""
+    right_N, folds = records.is_correct_N.copy(), []
+    for fold in range(FOLDS):
+        is_own_N = fold_N == fold
+        left_out = frozenset(records.hash_N[is_own_N].tolist())
+        own_picks = procedure.pick(records, left_out) if picks is None else picks
+        shifts = procedure.settle(records, own_picks, ask, left_out).shifts
+        right_N[is_own_N] = right(ask(shifts), records.answer_N)[is_own_N]
+        change_n = right_N[is_own_N].astype(int) - records.is_correct_N[is_own_N]
+        biases = tuple(shift[:3] for shift in shifts)
+        n, delta = int(is_own_N.sum()), float(change_n.mean())
+        folds.append(FoldResult(questions=n, biases=biases, delta=delta))
+    return right_N, tuple(folds)
 
 
 class RandomResult(Record):

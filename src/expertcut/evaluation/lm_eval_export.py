@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import transformers
@@ -21,9 +21,6 @@ from expertcut.data.sources import MMLU_HUB_ID
 from expertcut.evaluation.results import ModelResult, Scored, Scoring
 from expertcut.files import parse_json, read_file
 from expertcut.stats import pooled_stderr
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _TASK_VERSION = 1.0  # of the stock task with these prompts
 _SILENT = (
@@ -171,24 +168,20 @@ def predictions_bytes(quiz: Quiz, scored: Sequence[Scored]) -> bytes:
     import pyarrow as pa
     from pyarrow import parquet
 
+    tables, letters = [], np.array(list(LETTERS))
+    for answers, model in ((one.answers, one.source.id) for one in scored):
+        columns: dict[str, Any] = {
+            "model": pa.array([model] * len(quiz)).dictionary_encode(),
+            "subject": pa.array([q.subject for q in quiz]).dictionary_encode(),
+            "row": pa.array([q.row for q in quiz], pa.int32()),
+            "answer": letters[answers.answer_N],
+            "prediction": letters[answers.logprob_NC.argmax(axis=1)],
+            "is_correct": answers.is_correct_N,
+        }
+        for letter, logprob_N in zip(LETTERS, answers.logprob_NC.T, strict=False):
+            # A question with fewer choices has −∞ there, which is written as null.
+            columns[f"logprob_{letter}"] = pa.array(logprob_N, mask=~np.isfinite(logprob_N))
+        tables.append(pa.table(columns))
     stream = io.BytesIO()
-    parquet.write_table(pa.concat_tables([_table(quiz, one) for one in scored]), stream)
+    parquet.write_table(pa.concat_tables(tables), stream)
     return stream.getvalue()
-
-
-def _table(quiz: Quiz, scored: Scored) -> "pa.Table":
-    import pyarrow as pa
-
-    answers, letters = scored.answers, np.array(list(LETTERS))
-    columns: dict[str, Any] = {
-        "model": pa.array([scored.source.id] * len(quiz)).dictionary_encode(),
-        "subject": pa.array([q.subject for q in quiz]).dictionary_encode(),
-        "row": pa.array([q.row for q in quiz], pa.int32()),
-        "answer": letters[answers.answer_N],
-        "prediction": letters[answers.logprob_NC.argmax(axis=1)],
-        "is_correct": answers.is_correct_N,
-    }
-    for choice, logprob_N in enumerate(answers.logprob_NC.T):
-        # A question with fewer choices has −∞ there, which is written as null.
-        columns[f"logprob_{LETTERS[choice]}"] = pa.array(logprob_N, mask=~np.isfinite(logprob_N))
-    return pa.table(columns)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -78,17 +78,15 @@ class Section:
     parts: Sequence[Part]
 
 
-def figures_of(parts: Sequence[Part]) -> "list[Heat | Curves]":
+def figures_of(parts: Sequence[Part]) -> Iterator[Heat | Curves]:
     """Every figure, also in explorers and folded parts."""
-    found: list[Heat | Curves] = []
     for part in parts:
         if isinstance(part, Heat | Curves):
-            found.append(part)
+            yield part
         elif isinstance(part, Explorer):
-            found += part.maps
+            yield from part.maps
         elif isinstance(part, Folded):
-            found += figures_of(part.parts)
-    return found
+            yield from figures_of(part.parts)
 
 
 def key_of(name: str, used: Collection[str]) -> str:
