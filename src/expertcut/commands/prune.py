@@ -182,16 +182,19 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     grid = Grid.of(settings.by, settings.sweep)
     profile = choosing_profile(settings, ui, settings.held_out)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
-    from expertcut.evaluation.sweep import Asking, Sweeping
+    from expertcut.evaluation.results import Scoring
+    from expertcut.evaluation.sweep import Sweeping
+    from expertcut.profiling.measure import MeasureOptions
     from expertcut.reporting import eval_tables as tables
 
     settings, notes = with_protection(profile, settings)
     ui.say([], notes)
     ui.quiet()
     quiz = scored_quiz(settings, profile)
-    asking = Asking(quiz, settings.limit, settings.load_as(), ui.is_first)
+    options = MeasureOptions(waits=ui.is_first)
+    scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
     folder = settings.out or Path("sweeps") / profile.path.resolve().name
-    sweeping = Sweeping(profile, grid, settings, asking)
+    sweeping = Sweeping(profile, grid, settings, scoring)
     for step in sweeping.steps(folder):
         ui.watch(step.run, step.name, len(quiz), folder)
     found = sweeping.found

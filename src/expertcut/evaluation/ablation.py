@@ -59,7 +59,6 @@ from expertcut.stats import (
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 DRAWS = 2_000
-_MIN_EXPERTS = 3  # that a rank correlation needs
 
 
 def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tuple[int, int]]:
@@ -101,7 +100,7 @@ def evaluate_criterion(
 
 def correlation(score_X: Array, effect_X: Array, group_X: Array, seed: int) -> Correlation:
     """Spearman's ρ within groups, with its interval; p is by shuffling effects within them."""
-    if len(score_X) < _MIN_EXPERTS:
+    if len(score_X) < 3:  # too few for a rank correlation
         return Correlation(rho=None, ci95=None)
     score_1X, effect_1X = (ranks_within(x_X[None], group_X) for x_X in (score_X, effect_X))
     rho = float(pearson(score_1X, effect_1X)[0])

@@ -29,8 +29,6 @@ from expertcut.stats import LEVEL, Comparison, compare
 Array = np.ndarray[Any, Any]
 FOLDS = 5
 DRAWS = 99
-_FACTOR = 2.0  # a match appears at most so many times as often, or as seldom
-_MIN_MATCHES = 25  # nearest ones, where fewer match
 _MIN_DISTINCT = 20  # distinct draws with which p can lie below 0.05
 Biases = tuple[tuple[int, int, float], ...]  # (layer, expert, bias in logits)
 Verdict = Literal["helps", "hurts", "no evidence"]
@@ -77,8 +75,8 @@ def matches(appears_X: Array, is_free_X: Array, x: int) -> Array:
     free = np.flatnonzero(is_free_X & (appears_X > 0))
     distance = np.abs(np.log(appears_X[free] / max(appears_X[x], appears_X[free].min(initial=1))))
     nearest = np.argsort(distance, kind="stable")
-    n_within = int((distance <= np.log(_FACTOR)).sum())
-    return free[nearest[: max(n_within, _MIN_MATCHES)]]
+    n_within = int((distance <= np.log(2.0)).sum())  # at most twice as often, or as seldom
+    return free[nearest[: max(n_within, 25)]]
 
 
 class FoldResult(Record):

@@ -22,6 +22,7 @@ from expertcut.errors import ContractError
 from expertcut.evaluation.ablation import observed
 from expertcut.evaluation.results import (
     ChosenOnResult,
+    Scoring,
     check_same,
     load_unfinished,
     profile_hash,
@@ -52,32 +53,28 @@ class Step:
     run: Callable[[OnPass], Iterator[Progress]]
 
 
-@dataclass(frozen=True)
-class Asking:
-    """What is asked of every cell, and how; what does not wait leaves saving to others."""
-
-    quiz: Quiz
-    limit: int | None
-    load_as: LoadOptions
-    waits: bool = True
-
-
 class Sweeping:
-    """A sweep of one profiled model; `found` holds the finished cells."""
+    """A sweep of one profiled model, scored as profiled; `found` holds the finished cells.
 
-    def __init__(self, profile: Profile, grid: Grid, settings: CutSettings, asking: Asking) -> None:
+    A process that does not wait for others (`scoring.options`) leaves saving to them.
+    """
+
+    def __init__(
+        self, profile: Profile, grid: Grid, settings: CutSettings, scoring: Scoring
+    ) -> None:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
-        self.profile, self.grid, self.settings, self.asking = profile, grid, settings, asking
+        self.profile, self.grid, self.settings = profile, grid, settings
+        self.waits = scoring.options.waits
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
         drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
         used = frozenset().union(*(used_hashes(d, _questions(profile, d)) for d in drafts))
-        self.engine = engine_as_profiled(profile, source, asking.load_as)
-        options = MeasureOptions("none", measured.batch_tokens, measured.threads, asking.waits)
-        self.measurement = Measurement(self.engine.moe, asking.quiz, asking.limit, options)
-        self.subjects = [question.subject for question in asking.quiz]
-        overlap = n_used(asking.quiz, used)
+        self.engine = engine_as_profiled(profile, source, scoring.load_as)
+        options = MeasureOptions("none", measured.batch_tokens, measured.threads, self.waits)
+        self.measurement = Measurement(self.engine.moe, scoring.quiz, scoring.limit, options)
+        self.subjects = [question.subject for question in scoring.quiz]
+        overlap = n_used(scoring.quiz, used)
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
         layout_options = LAYOUTS[settings.layout].options
         request = SweepRequest(
@@ -106,7 +103,7 @@ class Sweeping:
             save_outcome(file, self.found)  # by every process: it claims the folder
         place = folder / "cells" / "base"
         yield Step("the unedited model", partial(self.measurement.run, place))
-        if self.asking.waits:
+        if self.waits:
             self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
             self.found = self.found.model_copy(update={"base": model})
@@ -116,7 +113,7 @@ class Sweeping:
             for fraction, draft in cuts.items():
                 place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
                 yield Step(f"{fraction:g} by {by}", partial(self._run, draft, place))
-                if self.asking.waits:
+                if self.waits:
                     cell = self._cell(by, fraction, draft, load_profile(place).answers)
                     self.found = self.grid.with_cell(self.found, cell)
                     save_outcome(file, self.found)

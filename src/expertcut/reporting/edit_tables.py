@@ -362,8 +362,11 @@ def tilt_sentences(
     sentences = []
     for tilt in tilts:
         verb = "boosted" if tilt.bias > 0 else "suppressed"
-        expert = f"Expert {_number(tilt, numbers)} of layer {tilt.layer}"
-        text = f"{expert} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"
+        number = (numbers or ExpertIds()).number(tilt.block, tilt.expert)
+        text = (
+            f"Expert {number} of layer {tilt.layer} is {verb} by {tilt.bias:+.4f} on its logit "
+            f"({tilt.origin})"
+        )
         fits = [] if built is None else built.fits
         if fit := next((fit for fit in fits if fit.layer == tilt.layer), None):
             mean, spread = tilt.bias * fit.mean_answer, abs(tilt.bias) * fit.std_answer
@@ -371,7 +374,7 @@ def tilt_sentences(
                 f"; the checkpoint's gate row moves it by {mean:+.4f} ± {spread:.4f} at answer "
                 "positions"
             )
-        if shares := _shares(tilt, built, numbers):
+        if shares := _shares(tilt.layer, number, built):
             noun, share = shares
             text += (
                 f"; it serves {share.edited:.1%} of {noun}, before {share.base:.1%}, "
@@ -392,24 +395,20 @@ def scale_sentences(
     """The effect of each gate-weight factor."""
     sentences = []
     for scaling in scaled:
-        expert = f"expert {_number(scaling, numbers)} of layer {scaling.layer}"
-        text = f"The gate weight of {expert} is multiplied by "
-        text += f"{scaling.scale:g}; in its own layer who is chosen stays"
-        if shares := _shares(scaling, built, numbers):
+        number = (numbers or ExpertIds()).number(scaling.block, scaling.expert)
+        text = (
+            f"The gate weight of expert {number} of layer {scaling.layer} is multiplied by "
+            f"{scaling.scale:g}; in its own layer who is chosen stays"
+        )
+        if shares := _shares(scaling.layer, number, built):
             noun, share = shares
             text += f", and it serves {share.edited:.1%} of {noun}"
         sentences.append(f"{text}.")
     return sentences
 
 
-def _shares(
-    tilt: RouterEdit, built: "Built | None", numbers: ExpertIds | None
-) -> tuple[str, ExpertShares] | None:
+def _shares(layer: int, expert: int, built: "Built | None") -> tuple[str, ExpertShares] | None:
     """What the questions may be called, and the share of them that an expert serves."""
     if built is None or built.proof is None or built.judged is None:
         return None
-    return built.judged.noun, built.proof.share(tilt.layer, _number(tilt, numbers))
-
-
-def _number(tilt: RouterEdit, numbers: ExpertIds | None) -> int:
-    return (numbers or ExpertIds()).number(tilt.block, tilt.expert)
+    return built.judged.noun, built.proof.share(layer, expert)

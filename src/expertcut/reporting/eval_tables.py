@@ -293,11 +293,10 @@ def audit_csv(audit: Audit) -> Table:
         "layer; expert; loss_logprob; stderr; loss_accuracy; gained; lost; mcnemar_p; "
         "largest_abs_logprob_diff"
     )
-    rows: list[list[Cell]] = []
-    for i, h in enumerate(audit.harms):
-        row: list[Cell] = [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost]
-        scores = [ranks.score[i] for ranks in audit.standings.values()]
-        rows.append([*row, h.mcnemar_p, h.largest, *scores])
+    rows = [
+        [*effect.model_dump().values(), *(ranks.score[i] for ranks in audit.standings.values())]
+        for i, effect in enumerate(audit.harms)
+    ]
     return Table("audit", (*heads, *map(Column, audit.standings)), rows)
 
 

@@ -66,8 +66,7 @@ def figure_files(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
     parts = [part for section in sections for part in section.parts]
     for figure in figures_of(parts):
         yield f"{figure.key}.csv", as_csv(figure.table()).encode()
-        for ending, content in draw(figure).items():
-            yield f"{figure.key}.{ending}", content
+        yield from draw(figure).items()
     for part in parts:
         if isinstance(part, Explorer):
             yield f"{part.key}-experts.csv", as_csv(part.table).encode()

@@ -28,8 +28,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 COLOURMAP = "viridis"
 _GREY = "#767676"
 _DPI = 150
-_OFFSET = 0.012  # of the width, between series with points at the same x
-_MAX_TICKS = 24
 _MAX_NAME = 40  # characters of a category's name
 _LEGEND: dict[str, Any] = dict(
     loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small"
@@ -134,9 +132,7 @@ class Curves:
             "series": [
                 {
                     "name": printable(series.name),
-                    "values": rounded(series.values),
-                    "low": rounded(series.low),
-                    "high": rounded(series.high),
+                    **{key: rounded(getattr(series, key)) for key in ("values", "low", "high")},
                     "reference": series.is_reference,
                 }
                 for series in self.series
@@ -184,11 +180,10 @@ def colour_stops() -> list[str]:
 
 
 def draw(figure: Figure) -> dict[str, bytes]:
-    """A figure of the page: PNG and SVG, by ending."""
+    """A figure of the page: PNG and SVG, by file name."""
     import matplotlib
 
     settings: Any = {
-        "svg.hashsalt": figure.key,
         "svg.fonttype": "none",  # text stays text
         "text.parse_math": False,  # a subject may be called $x$
         "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -206,7 +201,7 @@ def draw(figure: Figure) -> dict[str, bytes]:
             canvas, (axes,) = _canvas((7.5, height))
             _draw_curves(axes, figure)
         axes.set_title(printable(figure.title), fontsize="medium", loc="left")
-        return _saved(canvas)
+        return _saved(figure.key, canvas)
 
 
 def draw_lines(
@@ -221,13 +216,14 @@ def draw_lines(
         axes.axhline(base.values[0], color="0.4", linewidth=1, zorder=1)
         axes.plot(base.x, base.values, "*", color="0.2", markersize=11, label=base.name, zorder=4)
     for number, (each, look) in enumerate(zip(series, _looks(len(series)), strict=True)):
-        shift = (number - (len(series) - 1) / 2) * _OFFSET * width  # tells intervals apart
+        # A little of the width apart, so that intervals at the same x can be told apart.
+        shift = (number - (len(series) - 1) / 2) * 0.012 * width
         places = np.array(each.x) + shift
         _draw_bars(axes, places, each, capsize=2.5, markersize=5, zorder=3, **look)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.legend(**_LEGEND)
-    return _named(name, canvas)
+    return _saved(name, canvas)
 
 
 def draw_forest(
@@ -261,7 +257,7 @@ def draw_forest(
         axes.set_xlabel(label)
         axes.set_ylim(len(rows) - 0.5, -0.5)
     second.legend(**_LEGEND)
-    return _named(name, canvas)
+    return _saved(name, canvas)
 
 
 def _looks(n: int) -> list[dict[str, Any]]:
@@ -292,21 +288,17 @@ def _canvas(
     return canvas, panels
 
 
-def _saved(canvas: "Canvas") -> dict[str, bytes]:
+def _saved(name: str, canvas: "Canvas") -> dict[str, bytes]:
     """PNG and SVG without date and version, so that their bytes are the same each time."""
-    found = {}
-    for ending, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
-        stream = BytesIO()
-        canvas.savefig(stream, format=ending, dpi=_DPI, metadata=metadata)
-        found[ending] = stream.getvalue()
-    return found
-
-
-def _named(name: str, canvas: "Canvas") -> dict[str, bytes]:
     import matplotlib
 
+    contents = {}
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        return {f"{name}.{ending}": content for ending, content in _saved(canvas).items()}
+        for ending, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
+            stream = BytesIO()
+            canvas.savefig(stream, format=ending, dpi=_DPI, metadata=metadata)
+            contents[f"{name}.{ending}"] = stream.getvalue()
+    return contents
 
 
 def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
@@ -371,7 +363,7 @@ def _draw_curves(axes: "Axes", figure: Curves) -> None:
             axes.plot(*pair, color=_GREY, linestyle="--", label=printable(series.name))
     names = [printable(name) for name in figure.categories]
     names = [n if len(n) <= _MAX_NAME else n[: _MAX_NAME - 1] + "…" for n in names]
-    step = 1 if figure.is_flat else -(-len(names) // _MAX_TICKS)
+    step = 1 if figure.is_flat else -(-len(names) // 24)  # at most so many ticks
     ticks = range(0, len(names), step)
     value, category = (axes.xaxis, axes.yaxis) if figure.is_flat else (axes.yaxis, axes.xaxis)
     category.set_ticks(list(ticks), [names[i] for i in ticks])

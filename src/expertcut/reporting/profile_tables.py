@@ -26,7 +26,6 @@ from expertcut.reporting.tables import Cell, Column, Table, columns
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
 _FROM_0 = "Layers are MoE layers, counted from 0."
 _ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
-N_SUSPECTS = 10
 
 
 def answered_sentence(folder: Path, found: Answers) -> str:
@@ -116,7 +115,7 @@ def suspects_table(found: Findings) -> Table:
             *(100 * row["difference"], 100 * row["difference_se"]),
             *(row[name] for name in ("z", "p", "p_adjusted", "p_family")),
         ]
-        for row in suspects_json(found)[:N_SUSPECTS]
+        for row in suspects_json(found)[:10]
     ]
     heads = columns(
         "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f; "
