@@ -176,10 +176,10 @@ def write(
 
 def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
-    from expertcut.evaluation.search_results import Grid
+    from expertcut.evaluation.search_results import Grid, read_criteria, read_fractions
 
     assert settings.sweep is not None
-    grid = Grid.of(settings.by, settings.sweep)
+    grid = Grid(read_criteria(settings.by), read_fractions(settings.sweep, "--sweep"))
     profile = choosing_profile(settings, ui, settings.held_out)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
     from expertcut.evaluation.results import Scoring

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
-from expertcut.edits.reweight_select import QuestionOutcomes, right
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.selection import as_numbers, empty_draft, normalised, rank
 from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
@@ -57,7 +56,6 @@ from expertcut.stats import (
 )
 
 logger = logging.getLogger(__name__)
-Array = np.ndarray[Any, Any]
 DRAWS = 2_000
 
 

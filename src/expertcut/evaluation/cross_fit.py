@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from expertcut.documents import Format1, Record, load_record
 from expertcut.edits.plan import PROOF_FILE, ExpertIds
 from expertcut.edits.reweight_select import (
+    Array,
     Chooser,
     QuestionOutcomes,
     SelectedExpert,
@@ -26,7 +27,6 @@ from expertcut.errors import PlanError, QuizError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.stats import LEVEL, Comparison, compare
 
-Array = np.ndarray[Any, Any]
 FOLDS = 5
 DRAWS = 99
 _MIN_DISTINCT = 20  # distinct draws with which p can lie below 0.05
@@ -55,28 +55,26 @@ def draw(
     picks: Sequence[SelectedExpert],
     rng: np.random.Generator,
 ) -> dict[SelectedExpert, SelectedExpert]:
-    """For each pick another expert of its sign and layers, matched in appearances, while any is."""
+    """For each pick another expert of its sign and layers, while any is free.
+
+    It is one of those that appear about as often, at least the 25 nearest.
+    """
     by_id = places(records.blocks)
     appears_X = appearances(records)
     is_free_X = chooser.candidates(records)
     is_free_X[[by_id.index((pick.layer, pick.expert)) for pick in picks]] = False
     drawn = {}
     for pick in picks:
-        matched = matches(appears_X, is_free_X, by_id.index((pick.layer, pick.expert)))
+        appears = appears_X[by_id.index((pick.layer, pick.expert))]
+        free = np.flatnonzero(is_free_X & (appears_X > 0))
+        distance = np.abs(np.log(appears_X[free] / max(appears, appears_X[free].min(initial=1))))
+        n_within = int((distance <= np.log(2.0)).sum())  # at most twice as often, or as seldom
+        matched = free[np.argsort(distance, kind="stable")[: max(n_within, 25)]]
         if len(matched):
             x = int(rng.choice(matched))
             is_free_X[x] = False
             drawn[pick] = SelectedExpert(*by_id[x], pick.sign)
     return drawn
-
-
-def matches(appears_X: Array, is_free_X: Array, x: int) -> Array:
-    """Indices of the free experts that appear about as often, at least the 25 nearest."""
-    free = np.flatnonzero(is_free_X & (appears_X > 0))
-    distance = np.abs(np.log(appears_X[free] / max(appears_X[x], appears_X[free].min(initial=1))))
-    nearest = np.argsort(distance, kind="stable")
-    n_within = int((distance <= np.log(2.0)).sum())  # at most twice as often, or as seldom
-    return free[nearest[: max(n_within, 25)]]
 
 
 class FoldResult(Record):

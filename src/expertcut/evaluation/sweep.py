@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,10 @@ class Sweeping:
                 yield Step(f"{fraction:g} by {by}", partial(self._run, draft, place))
                 if self.waits:
                     cell = self._cell(by, fraction, draft, load_profile(place).answers)
-                    self.found = self.grid.with_cell(self.found, cell)
+                    by_place = {(c.by, c.fraction): c for c in (*self.found.cells, cell)}
+                    places = product(self.grid.by, self.grid.fractions)  # the order of cells
+                    cells = tuple(by_place[place] for place in places if place in by_place)
+                    self.found = self.found.model_copy(update={"cells": cells})
                     save_outcome(file, self.found)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import BlockEdit, ExpertIds, Point, expert_ids, ids_text
+from expertcut.edits.plan import ExpertIds, Point, expert_ids, ids_text
 from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
@@ -121,15 +121,6 @@ def merging_sentences(profile: Profile, merged: "Merged") -> list[str]:
         f"{n_joined} of {sum(b.experts for b in blocks)} experts joined another. Tokens that chose "
         f"two of one group now choose it once, and one expert more to make {blocks[0].top_k}."
     ]
-
-
-def merged_text(edit: BlockEdit) -> str | None:
-    """Merged groups as `3 ← 5, 9`."""
-    groups = [
-        f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
-        for expert, members in (edit.merged or {}).items()
-    ]
-    return "; ".join(groups) or None
 
 
 def healing_tables(healed: "Healed") -> list[Table]:
@@ -262,7 +253,28 @@ def decision_sentences(decision: "TuningResult") -> list[str]:
 
 def proof_tables(built: "Built") -> list[Table]:
     """How well biases are carried, and the held-out check."""
-    tables = [_fit_table(built)] if built.fits else []
+    tables = []
+    if built.fits:
+        rows: list[list[Cell]] = [
+            [
+                f.layer,
+                f.quality,
+                f.quality_answer,
+                f"{f.mean_answer:.3f} ± {f.std_answer:.3f}",
+                f"{f.mean_elsewhere:.3f} ± {f.std_elsewhere:.3f}",
+            ]
+            for f in built.fits
+        ]
+        fit_heads = columns(
+            "layer; fit::.4f; fit, answer positions::.4f; v·h, answer positions; v·h, elsewhere"
+        )
+        target = "1 at answer positions and 0 elsewhere, both weighing the same"
+        noun = "held-out questions" if built.judged is None else built.judged.noun
+        note = (
+            f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
+            f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
+        )
+        tables.append(Table("The bias as a gate row", fit_heads, rows, note))
     if built.proof is None or built.judged is None:
         return tables
     heads = "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers; questions"
@@ -330,29 +342,6 @@ def adapter_sentences(built: "Built") -> list[str]:
         f"The adapter {plan.adapter.path} is cut to fit, in {built.folder / 'adapter'}; experts "
         f"were {', '.join(done)}{' and ' if done else ''}{last} without it."
     ]
-
-
-def _fit_table(built: "Built") -> Table:
-    rows: list[list[Cell]] = [
-        [
-            f.layer,
-            f.quality,
-            f.quality_answer,
-            f"{f.mean_answer:.3f} ± {f.std_answer:.3f}",
-            f"{f.mean_elsewhere:.3f} ± {f.std_elsewhere:.3f}",
-        ]
-        for f in built.fits
-    ]
-    heads = columns(
-        "layer; fit::.4f; fit, answer positions::.4f; v·h, answer positions; v·h, elsewhere"
-    )
-    target = "1 at answer positions and 0 elsewhere, both weighing the same"
-    noun = "held-out questions" if built.judged is None else built.judged.noun
-    note = (
-        f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
-        f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
-    )
-    return Table("The bias as a gate row", heads, rows, note)
 
 
 def tilt_sentences(

@@ -12,7 +12,7 @@ from expertcut.evaluation.search_results import (
     Sweep,
     SweptModel,
 )
-from expertcut.reporting.edit_tables import change_cells, interval_text, merged_text
+from expertcut.reporting.edit_tables import change_cells, interval_text
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns
@@ -28,7 +28,11 @@ def plan_table(plan: PlanFile) -> Table:
     for name, edit in plan.blocks.items():
         bias = ", ".join(f"{e}: {b:+.4f}" for e, b in edit.bias.items()) or None
         scale = ", ".join(f"{e}: ×{s:.4f}" for e, s in edit.scale.items()) or None
-        joined = [merged_text(edit)] if is_merged else []
+        groups = [
+            f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
+            for expert, members in (edit.merged or {}).items()
+        ]
+        joined = ["; ".join(groups) or None] if is_merged else []
         rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
     heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
     note = f"Chosen on {chosen_text(plan)}; model {plan.model.label}."

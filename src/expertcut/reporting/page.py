@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -55,21 +55,16 @@ def write(run: Path, out: Path | None = None) -> Path:
         raise OutputError(f"{page} is not the name of a page: end it in .html")
     documents, folder = gather(run), page.with_suffix("")
     sections = sections_of(documents)
-    for name, content in figure_files(sections):
-        write_atomically(folder / name, content)
-    write_atomically(page, render(documents, sections, folder.name).encode())
-    return page
-
-
-def figure_files(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
-    """Every figure's PNG, SVG and CSV by name; and the experts of explorers."""
     parts = [part for section in sections for part in section.parts]
     for figure in figures_of(parts):
-        yield f"{figure.key}.csv", as_csv(figure.table()).encode()
-        yield from draw(figure).items()
+        write_atomically(folder / f"{figure.key}.csv", as_csv(figure.table()).encode())
+        for name, content in draw(figure).items():
+            write_atomically(folder / name, content)
     for part in parts:
         if isinstance(part, Explorer):
-            yield f"{part.key}-experts.csv", as_csv(part.table).encode()
+            write_atomically(folder / f"{part.key}-experts.csv", as_csv(part.table).encode())
+    write_atomically(page, render(documents, sections, folder.name).encode())
+    return page
 
 
 def render(run: Run, sections: Sequence[Section], folder: str) -> str:
