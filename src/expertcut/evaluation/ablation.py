@@ -98,11 +98,9 @@ def evaluate_criterion(
 
 def correlation(score_X: Array, effect_X: Array, group_X: Array, seed: int) -> Correlation:
     """Spearman's ρ within groups, with its interval; p is by shuffling effects within them."""
-    if len(score_X) < 3:  # too few for a rank correlation
-        return Correlation(rho=None, ci95=None)
     score_1X, effect_1X = (ranks_within(x_X[None], group_X) for x_X in (score_X, effect_X))
     rho = float(pearson(score_1X, effect_1X)[0])
-    if not np.isfinite(rho):
+    if len(score_X) < 3 or not np.isfinite(rho):
         return Correlation(rho=None, ci95=None)
     # Σ (experts − 1) over the groups in which both ranks vary.
     own = [group_X == group for group in np.unique(group_X)]
@@ -189,12 +187,9 @@ class Auditing:
             used |= hashes(questions.tuning)
         self.overlap = n_used(self.quiz, used)
         self.engine = engine_as_profiled(profile, source, load_as)
-
-    @property
-    def n_questions(self) -> int:
-        """Questions to score, without those of the unedited model."""
-        n_experts = sum(block.experts for block in self.blocks)
-        return len(self.quiz) * min(self.settings.sample, n_experts)
+        # Without those of the unedited model.
+        n_ablations = min(settings.sample, sum(block.experts for block in self.blocks))
+        self.n_questions = len(self.quiz) * n_ablations
 
     def run(self, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         """Ablates every sampled expert that the folder lacks, and saves each result."""
@@ -275,28 +270,23 @@ class Auditing:
 
     def _remove(self, rescorer: CachedScorer, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         n_each, n_before, started = len(self.quiz), len(self.found.harms), time.monotonic()
-        total = len(self.found.sampled)
+        total, base = len(self.found.sampled), rescorer.records
+        is_masked = not LAYOUTS[self.settings.layout].keeps_rows
         for done, expert in enumerate(self.found.sampled[n_before:], start=n_before + 1):
             change = observed(self._without(expert), on_pass)
             logprob_NC = rescorer.changed(expert.layer, change)
-            self._check_reached(expert, rescorer.records, logprob_NC)
-            harms = (*self.found.harms, ablation_effect(expert, rescorer.records, logprob_NC))
+            is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
+            if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
+                # Some answer must change where the expert has a gate weight that counts.
+                alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
+                if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
+                    name = f"without expert {expert.layer}:{expert.expert}"
+                    raise ContractError(NOT_REACHED.format(name))
+            harms = (*self.found.harms, ablation_effect(expert, base, logprob_NC))
             self._save(folder, self.found.model_copy(update={"harms": harms}))
             n_here, elapsed_s = done - n_before, time.monotonic() - started
             left_s = elapsed_s * (total - done) / n_here
             yield Progress(done * n_each, total * n_each, n_here * n_each, 0, elapsed_s, left_s)
-
-    def _check_reached(
-        self, expert: SampledExpert, base: QuestionOutcomes, logprob_NC: Array
-    ) -> None:
-        """Checks that an answer changes where the expert has a gate weight that counts."""
-        is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
-        is_masked = not LAYOUTS[self.settings.layout].keeps_rows
-        if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
-            alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
-            if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
-                name = f"without expert {expert.layer}:{expert.expert}"
-                raise ContractError(NOT_REACHED.format(name))
 
     def _without(self, expert: SampledExpert) -> AbstractContextManager[OnPass]:
         """The unedited model without one expert, as the layout removes it."""

@@ -55,10 +55,7 @@ def draw(
     picks: Sequence[SelectedExpert],
     rng: np.random.Generator,
 ) -> dict[SelectedExpert, SelectedExpert]:
-    """For each pick another expert of its sign and layers, while any is free.
-
-    It is one of those that appear about as often, at least the 25 nearest.
-    """
+    """For each pick another expert of its sign and layers, matched in appearances, while any is."""
     by_id = places(records.blocks)
     appears_X = appearances(records)
     is_free_X = chooser.candidates(records)
@@ -69,6 +66,7 @@ def draw(
         free = np.flatnonzero(is_free_X & (appears_X > 0))
         distance = np.abs(np.log(appears_X[free] / max(appears, appears_X[free].min(initial=1))))
         n_within = int((distance <= np.log(2.0)).sum())  # at most twice as often, or as seldom
+        # At least the 25 nearest.
         matched = free[np.argsort(distance, kind="stable")[: max(n_within, 25)]]
         if len(matched):
             x = int(rng.choice(matched))

@@ -48,19 +48,20 @@ from expertcut.scoring.passes import OnPass, Replay
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 logger = logging.getLogger(__name__)
-KEPT_BYTES = 2 << 30  # of layer outputs, so that runs can start at a later layer
 
 
 class CachedScorer:
     """Log p of a quiz's choices under any biases; each result is cached.
 
-    The first run records the unedited model; later ones start at the first biased block, with the
-    same bits as a whole run.
+    The first run records the unedited model and keeps up to `kept_bytes` of layer outputs; later
+    ones start at the first biased block, with the same bits as a whole run.
     """
 
-    def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = 2 << 30) -> None:
         self.engine, self.quiz = engine, quiz
         self.chunks = list(engine.encode_all(quiz))
+        # Prompts truncated on the left; None without `--truncate`.
+        self.n_cut = sum(c.n_cut for c in self.chunks) if quiz.truncate else None
         blocks, model = engine.moe.blocks, engine.moe.model
         self.replay = Replay(model, blocks, sum(map(self._n_tokens, self.chunks)), kept_bytes)
         self.known: dict[tuple[tuple[RouterEdit, ...], ApplyAt], Array] = {}
@@ -82,11 +83,6 @@ class CachedScorer:
             change = tilted(blocks, Tilts(biases, apply_at=apply_at))
             self.known[key] = self.changed(min(biases), change)
         return self.known[key]
-
-    @property
-    def n_cut(self) -> int | None:
-        """Prompts truncated on the left; None without `--truncate`."""
-        return sum(c.n_cut for c in self.chunks) if self.quiz.truncate else None
 
     def _n_tokens(self, chunk: Encoded) -> int:
         n_all = sum(map(len, chunk.prompts))

@@ -55,10 +55,7 @@ class Step:
 
 
 class Sweeping:
-    """A sweep of one profiled model, scored as profiled; `found` holds the finished cells.
-
-    A process that does not wait for others (`scoring.options`) leaves saving to them.
-    """
+    """A sweep of one profiled model; `found` holds the finished cells."""
 
     def __init__(
         self, profile: Profile, grid: Grid, settings: CutSettings, scoring: Scoring
@@ -66,7 +63,7 @@ class Sweeping:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
         self.profile, self.grid, self.settings = profile, grid, settings
-        self.waits = scoring.options.waits
+        self.waits = scoring.options.waits  # else it leaves saving to others
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
         drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
@@ -112,7 +109,11 @@ class Sweeping:
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
-                place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
+                kept = {name: edit.keep for name, edit in draft.edits.items()}
+                # Hashed, so that cells of other experts or another kind of removal never mix.
+                content = repr((kept, draft.layout, draft.removed, draft.fold)).encode()
+                name = f"{draft.slug}-{hashlib.sha256(content).hexdigest()[:8]}"
+                place = folder / "cells" / name
                 yield Step(f"{fraction:g} by {by}", partial(self._run, draft, place))
                 if self.waits:
                     cell = self._cell(by, fraction, draft, load_profile(place).answers)
@@ -165,13 +166,6 @@ class Sweeping:
             max_abs_logprob_diff=largest,
             median_abs_logprob_diff=median,
         )
-
-
-def _keep_hash(draft: EditPlan) -> str:
-    """8 hex digits over the kept experts and the kind of removal, so that cells never mix."""
-    kept = {name: edit.keep for name, edit in draft.edits.items()}
-    text = repr((kept, draft.layout, draft.removed, draft.fold))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _questions(profile: Profile, draft: EditPlan) -> Questions:

@@ -29,9 +29,8 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
     """Per block: kept experts, and idle or protected ones among them."""
     sentences, numbers = [], pruning.draft.numbers or ExpertIds()
     for name, edit in pruning.draft.edits.items():
-        fillers = ids_text(numbers.kept(name, pruning.fillers[name]))
         text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
-        if fillers:
+        if fillers := ids_text(numbers.kept(name, pruning.fillers[name])):
             is_counted = pruning.draft.criterion == "activations"
             why = " to make one count for all layers" if is_counted else ""
             text += f"; never activated but kept{why}: {fillers}"

@@ -241,12 +241,7 @@ def _sweep_series(name: str, models: Sequence[SweptModel]) -> Series:
     return series_of(name, values, ends, tuple(model.bytes / 1e6 for model in models))
 
 
-def audit_tables(audit: Audit) -> list[Table]:
-    """The criteria, and the experts with the largest effects."""
-    return [*([verdict_table(audit)] if audit.verdicts else []), harm_table(audit)]
-
-
-def verdict_table(audit: Audit) -> Table:
+def _criteria_table(audit: Audit) -> Table:
     """One row per criterion, the best correlation first."""
     rows: list[list[Cell]] = []
     for v in ranked(audit):
@@ -269,8 +264,8 @@ def verdict_table(audit: Audit) -> Table:
     return Table(title, columns(heads), rows, note)
 
 
-def harm_table(audit: Audit) -> Table:
-    """The ten experts whose ablation has the largest effects."""
+def audit_tables(audit: Audit) -> list[Table]:
+    """The criteria, and the ten experts whose ablation has the largest effects."""
     rows = [
         [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost, h.mcnemar_p]
         for h in sorted(audit.harms, key=lambda harm: -harm.logprob)[:10]
@@ -288,7 +283,8 @@ def harm_table(audit: Audit) -> Table:
     if not audit.is_complete:
         note += " The same command does the rest."
     title = f"Audit of {request.model.label}: what removing one expert does"
-    return Table(title, heads, rows, note)
+    effects = Table(title, heads, rows, note)
+    return [_criteria_table(audit), effects] if audit.verdicts else [effects]
 
 
 def audit_csv(audit: Audit) -> Table:

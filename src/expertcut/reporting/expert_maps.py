@@ -122,6 +122,7 @@ def _marks(run: Run, found: Found[Findings]) -> list[dict[str, Any]]:
 
 def _routing(found: Findings, key: str) -> list[Part]:
     layers = found.layers
+    paper_tables = tables.profile_tables(found.profile, layers)
     return [
         _entropy(f"{key}-entropy-top", "Entropy of the chosen experts", layers, "top", "top_k"),
         _entropy(f"{key}-entropy-all", "Entropy over all experts", layers, "all", "n_experts"),
@@ -130,10 +131,7 @@ def _routing(found: Findings, key: str) -> list[Part]:
         *tables.perturbation_tables(found),
         *rows_tables(found.profile),
         Folded("Gate margins", [tables.margins_table(found)]),
-        Folded(
-            "Tables 1 to 7 of the paper (arXiv 2502.17187)",
-            tables.profile_tables(found.profile, layers),
-        ),
+        Folded("Tables 1 to 7 of the paper (arXiv 2502.17187)", paper_tables),
     ]
 
 

@@ -78,8 +78,10 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"cells": _cells, "kind": lambda part: type(part).__name__.lower()}
-    style = _resource("style.css")
-    script = "\n".join(_resource(f"scripts/{name}.js") for name in SCRIPTS)
+    template = files("expertcut.reporting") / "template"
+    style = (template / "style.css").read_text(encoding="utf-8")
+    scripts = [template / "scripts" / f"{name}.js" for name in SCRIPTS]
+    script = "\n".join(file.read_text(encoding="utf-8") for file in scripts)
     parts = [part for section in sections for part in section.parts]
     data = {
         "colours": colour_stops(),
@@ -112,11 +114,6 @@ def _cells(table: Table) -> list[list[tuple[str, Cell, bool]]]:
 def _plain(value: object) -> object:
     # Before escaping: what a terminal would obey, a page must not hold either.
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _resource(name: str) -> str:
-    folder = files("expertcut.reporting") / "template"
-    return (folder / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

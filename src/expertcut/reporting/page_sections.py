@@ -156,10 +156,8 @@ def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
             if all(block.mass is not None for block in traffic):
                 parts.append(_traffic(traffic, key))
     if plan.tuning:
-        parts += [
-            _curve(plan.tuning, key),
-            Folded("Every try", [edit_tables.curve_table(plan.tuning)]),
-        ]
+        tries = edit_tables.curve_table(plan.tuning)
+        parts += [_curve(plan.tuning, key), Folded("Every try", [tries])]
     if plan.proof.held_out:
         heads = "against; largest |Δ log p|::.4f; median::.4f; flipped answers::,d; questions::,d"
         title = read_judged(plan, found.file.parent).title
@@ -300,10 +298,8 @@ def search_sections(run: Run) -> list[Section]:
 
 
 def _sweep(sweep: Sweep, key: str) -> list[Part]:
-    parts: list[Part] = [
-        *map(Text, eval_tables.sweep_sentences(sweep)),
-        eval_tables.sweep_table(sweep),
-    ]
+    sentences = map(Text, eval_tables.sweep_sentences(sweep))
+    parts: list[Part] = [*sentences, eval_tables.sweep_table(sweep)]
     if not sweep.cells:
         return parts
     fractions = sorted(sweep.asked.fractions, reverse=True)
@@ -389,6 +385,7 @@ def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
 
 def _plan(plan: PlanFile) -> Rows:
     adapter = plan.adapter
+    adapter_text = f"{adapter.path}, {adapter.weights_sha256}" if adapter else None
     return [
         ("made by", plan.action),
         ("model", plan.model.label),
@@ -396,10 +393,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("fingerprint of config and weights", plan.model.fingerprint),
         ("chosen on", eval_tables.chosen_text(plan)),
         ("hash of their list", plan.chosen_on.sha256),
-        (
-            "adapter that was cut along",
-            f"{adapter.path}, {adapter.weights_sha256}" if adapter else None,
-        ),
+        ("adapter that was cut along", adapter_text),
     ]
 
 
