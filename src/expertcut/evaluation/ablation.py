@@ -314,11 +314,11 @@ def observed(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterato
     """The change, which also reports each pass."""
     with change as begin:
 
-        def both(step: Pass) -> None:
+        def begin_and_report(step: Pass) -> None:
             begin(step)
             on_pass(step)
 
-        yield both
+        yield begin_and_report
 
 
 def ablation_effect(

@@ -302,14 +302,14 @@ def audit_csv(audit: Audit) -> Table:
 
 def audit_sentences(audit: Audit) -> list[str]:
     """Leakage, and which criterion predicts the effects."""
-    asked = audit.asked
+    request = audit.asked
     leak = (
-        f"None of the {asked.questions:,} held-out questions ({asked.split}) had a part in scoring "
-        "the experts."
+        f"None of the {request.questions:,} held-out questions ({request.split}) had a part in "
+        "scoring the experts."
     )
     if audit.overlap:
         leak = (
-            f"{audit.overlap:,} of the {asked.questions:,} questions that were asked had been "
+            f"{audit.overlap:,} of the {request.questions:,} questions that were asked had been "
             "profiled, calibrated or cut on, so they are not held out: criteria that look at them "
             "are flattered."
         )

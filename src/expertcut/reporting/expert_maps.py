@@ -142,8 +142,8 @@ def _entropy(
     most = tuple(math.log(getattr(layer, count)) for layer in layers)
     mean = spread(
         "mean ± standard deviation",
-        np.array([its.mean() for its in entropies]),
-        np.array([its.std() for its in entropies]),
+        np.array([entropy_N.mean() for entropy_N in entropies]),
+        np.array([entropy_N.std() for entropy_N in entropies]),
     )
     return Curves(
         key=key,
@@ -162,8 +162,8 @@ def _ranks(layers: Sequence[LayerStatistics], key: str) -> Curves:
     series = []
     for layer in [layers[i] for i in dict.fromkeys((0, len(layers) - 1))]:
         p_NK, rest = layer.rank_probability_NK, (None,) * (most - layer.top_k)
-        its = spread(f"layer {layer.layer}", p_NK.mean(axis=0), p_NK.std(axis=0))
-        series.append(Series(its.name, its.values + rest, its.low + rest, its.high + rest))
+        ranks = spread(f"layer {layer.layer}", p_NK.mean(axis=0), p_NK.std(axis=0))
+        series.append(Series(ranks.name, ranks.values + rest, ranks.low + rest, ranks.high + rest))
     return Curves(
         key=f"{key}-ranks",
         title="Probability of each rank, first and last layer",

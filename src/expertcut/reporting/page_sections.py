@@ -319,8 +319,8 @@ def _sweep(sweep: Sweep, key: str) -> list[Part]:
     return [*parts, figure]
 
 
-def _audit(found: Audit, key: str) -> list[Part]:
-    tables, order = eval_tables.audit_tables(found), eval_tables.ranked(found)
+def _audit(audit: Audit, key: str) -> list[Part]:
+    tables, order = eval_tables.audit_tables(audit), eval_tables.ranked(audit)
     if not order:
         return [*tables]
     by_criterion = partial(
@@ -345,11 +345,11 @@ def _audit(found: Audit, key: str) -> list[Part]:
         note="How much more mean log p its removals cost, one by one, than the least harmful.",
         series=tuple(
             Series(f"{fraction:g} kept", tuple(verdict.regrets[i].regret for verdict in order))
-            for i, fraction in enumerate(found.asked.fractions)
+            for i, fraction in enumerate(audit.asked.fractions)
         ),
         column=Column("regret, nats", ".3f"),
     )
-    return [*map(Text, eval_tables.audit_sentences(found)), *tables, correlations, regrets]
+    return [*map(Text, eval_tables.audit_sentences(audit)), *tables, correlations, regrets]
 
 
 def provenance_sections(run: Run) -> list[Section]:
