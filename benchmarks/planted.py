@@ -156,11 +156,10 @@ def section_c(bench: Bench) -> Found:
         answer_N = np.random.default_rng(seed).permutation(rescorer.records.answer_N)
         records = replace(rescorer.records, answer_N=answer_N)
         procedure = Procedure(chooser=chooser, is_tuned=True)
-        *_, last = cross_fit(records, procedure, rescorer.ask, bench.draws, seed)
-        assert last.result is not None
-        found = cross_fit_result(last.result, "-", quiz=str(QUIZ), split="val", seed=seed)
+        outcome = cross_fit(records, procedure, rescorer.ask, bench.draws, seed)
+        found = cross_fit_result(outcome, "-", quiz=str(QUIZ), split="val", seed=seed)
         verdicts[found.verdict] += 1
-    return {"questions": len(rescorer.records), "runs": rescorer.n_runs, **verdicts}
+    return {"questions": len(rescorer.records), "runs": len(rescorer.known), **verdicts}
 
 
 SECTIONS: dict[str, Callable[[Bench], Found]] = {"a": section_a, "b": section_b, "c": section_c}

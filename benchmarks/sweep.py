@@ -25,8 +25,9 @@ from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.selection import choose
+from expertcut.evaluation.results import Scoring
 from expertcut.evaluation.search_results import Grid
-from expertcut.evaluation.sweep import Asking, Sweeping
+from expertcut.evaluation.sweep import Sweeping
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
@@ -68,7 +69,8 @@ class Bench:
         way, folder = CutSettings(layout=layout), self.place / "sweep"  # type: ignore[arg-type]
         shutil.rmtree(folder, ignore_errors=True)
         grid = Grid(("activations",), FRACTIONS)
-        sweeping = Sweeping(self.profile, grid, way, Asking(self.quiz, None, LoadOptions()))
+        scoring = Scoring(self.quiz, None, LoadOptions(), MeasureOptions())
+        sweeping = Sweeping(self.profile, grid, way, scoring)
         found = []
         started = time.perf_counter()
         # Ranking, comparing and saving come between two runs, so they are in these times.

@@ -18,8 +18,8 @@ from expertcut.evaluation.cross_fit import (
     deal,
     draw,
     load_cross_fit,
-    proof_file,
 )
+from expertcut.evaluation.results import record_bytes
 from tests.support.worlds import EXPERTS, LAYERS, TOP_K, World, softmax, world
 
 HARM = {(1, 3): -12.0}
@@ -27,9 +27,7 @@ SUPPRESS = Procedure(chooser=Chooser(suppress_worst=1), is_tuned=True)
 
 
 def judged(made: World, procedure: Procedure, draws: int = 99) -> CrossFit:
-    *_, last = cross_fit(made.records, procedure, made.ask, draws)
-    assert last.result is not None
-    return last.result
+    return cross_fit(made.records, procedure, made.ask, draws)
 
 
 def test_folds_keep_repeats_together_and_spread_every_subject() -> None:
@@ -212,9 +210,7 @@ def test_a_random_expert_gets_the_bias_of_the_one_whose_place_it_takes() -> None
         asked.append(shifts)
         return made.ask(shifts)
 
-    *_, last = cross_fit(made.records, procedure, ask, draws=1, seed=0)
-    assert last.result is not None
-    (own,) = last.result.settled.shifts
+    (own,) = cross_fit(made.records, procedure, ask, draws=1, seed=0).settled.shifts
     assert (own.layer, own.expert) == (picks[1].layer, picks[1].expert) and own.bias > 0
     other = draw(Chooser(), made.records, picks, np.random.default_rng(0))[picks[1]]
     assert asked[-1] == (RouterEdit(other.layer, other.expert, own.bias),)
@@ -236,8 +232,7 @@ def test_fewer_questions_than_folds_are_refused() -> None:
 def test_a_proof_is_read_as_it_was_written(tmp_path) -> None:
     found = judged(world(11, 100), SUPPRESS, draws=9)
     result = cross_fit_result(found, "suppress-worst 1", quiz="made up", split="val", seed=0)
-    [(name, content)] = proof_file(result).items()
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / "proof.json").write_bytes(record_bytes(result))
     assert load_cross_fit(tmp_path) == result
     (tmp_path / "proof.json").write_text('{"format": 2}')
     with pytest.raises(PlanError, match="is not a valid proof"):
@@ -262,8 +257,7 @@ def test_shuffled_labels_give_no_evidence() -> None:
     for seed in range(100):
         answer_N = rng.permutation(made.records.answer_N)
         shuffled = replace(made.records, answer_N=answer_N)
-        *_, last = cross_fit(shuffled, procedure, ask, draws=24, seed=seed)
-        assert last.result is not None
-        result = cross_fit_result(last.result, "-", quiz="made up", split="val", seed=seed)
+        outcome = cross_fit(shuffled, procedure, ask, draws=24, seed=seed)
+        result = cross_fit_result(outcome, "-", quiz="made up", split="val", seed=seed)
         verdicts[result.verdict] += 1
     assert verdicts["no evidence"] >= 90, verdicts

@@ -25,7 +25,6 @@ from expertcut.evaluation.ablation import (
     Auditing,
     evaluate_criterion,
     interval,
-    ranks_overall,
     ranks_within,
     regret,
     sample_experts,
@@ -247,11 +246,11 @@ def test_pairs_that_happen_to_agree_are_no_order_beyond_chance() -> None:
 def test_the_interval_of_a_correlation_holds_no_correlation(n_layers: int, each: int) -> None:
     rng, layer_X = np.random.default_rng(0), np.repeat(np.arange(n_layers), each)
     pair_2BX = rng.normal(size=(2, 400, n_layers * each))
-    for ranks, freedom in (
-        (ranks_within, n_layers * (each - 1)),
-        (ranks_overall, n_layers * each - 1),
+    for group_X, freedom in (
+        (layer_X, n_layers * (each - 1)),
+        (np.zeros_like(layer_X), n_layers * each - 1),
     ):
-        score_BX, harm_BX = (ranks(values_BX, layer_X) for values_BX in pair_2BX)
+        score_BX, harm_BX = (ranks_within(values_BX, group_X) for values_BX in pair_2BX)
         norm_B = np.sqrt((score_BX**2).sum(axis=1) * (harm_BX**2).sum(axis=1))
         rho_B = ((score_BX * harm_BX).sum(axis=1) / norm_B).tolist()
         ends = [interval(rho, freedom) for rho in rho_B]

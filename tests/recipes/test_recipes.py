@@ -316,10 +316,10 @@ def test_a_search_that_finds_nothing_makes_no_checkpoint_and_the_run_goes_on(
     done: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from expertcut.edits.router_edits import Settled
-    from expertcut.evaluation.reweight_search import Decision
+    from expertcut.evaluation.reweight_search import TuningResult
 
-    def nothing(*_: object) -> Decision:
-        return Decision((), Settled(()), (), (), 0.5, {}, None, 0)  # type: ignore[arg-type]
+    def nothing(*_: object) -> TuningResult:
+        return TuningResult((), Settled(()), (), (), 0.5, {}, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr("expertcut.evaluation.reweight_search.decide", nothing)
     for name in ("sentences", "tables"):

@@ -557,7 +557,7 @@ def test_a_figure_that_holds_nothing_is_drawn_all_the_same():
     empty = Curves("k", "t", "n", "x", ("a",), (Series("s", (None,)),), Column("y", ".1f"))
     for figure in (nothing, empty):
         drawn = draw(figure)
-        assert is_png(drawn["png"]) and drawn["svg"].startswith(b"<?xml")
+        assert is_png(drawn["k.png"]) and drawn["k.svg"].startswith(b"<?xml")
         assert "NaN" not in json.dumps(figure.as_json())
     assert span([np.full(3, np.nan)]) == (0.0, 1.0)
     low, high = span([np.array([2.0, math.nan])])

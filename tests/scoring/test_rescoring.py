@@ -61,10 +61,10 @@ def test_what_was_asked_once_is_remembered(checkpoint: Callable[..., Path], quiz
     rescorer = CachedScorer(Engine(open_model(checkpoint("olmoe")), 2048), quiz)
     first = rescorer.ask((RouterEdit(0, 1, 1.0), RouterEdit(1, 2, -1.0)))
     assert rescorer.ask((RouterEdit(1, 2, -1.0), RouterEdit(0, 1, 1.0))) is first
-    assert rescorer.n_runs == 1
+    assert len(rescorer.known) == 1
     assert rescorer.ask(()) is rescorer.records.logprob_NC
     rescorer.ask((RouterEdit(0, 1, 1.0),))
-    assert rescorer.n_runs == 2
+    assert len(rescorer.known) == 2
 
 
 def test_outputs_that_do_not_repeat_are_not_used(

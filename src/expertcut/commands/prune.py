@@ -176,22 +176,25 @@ def write(
 
 def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
-    from expertcut.evaluation.search_results import Grid
+    from expertcut.evaluation.search_results import Grid, read_criteria, read_fractions
 
     assert settings.sweep is not None
-    grid = Grid.of(settings.by, settings.sweep)
+    grid = Grid(read_criteria(settings.by), read_fractions(settings.sweep, "--sweep"))
     profile = choosing_profile(settings, ui, settings.held_out)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
-    from expertcut.evaluation.sweep import Asking, Sweeping
+    from expertcut.evaluation.results import Scoring
+    from expertcut.evaluation.sweep import Sweeping
+    from expertcut.profiling.measure import MeasureOptions
     from expertcut.reporting import eval_tables as tables
 
     settings, notes = with_protection(profile, settings)
     ui.say([], notes)
     ui.quiet()
     quiz = scored_quiz(settings, profile)
-    asking = Asking(quiz, settings.limit, settings.load_as(), ui.is_first)
+    options = MeasureOptions(waits=ui.is_first)
+    scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
     folder = settings.out or Path("sweeps") / profile.path.resolve().name
-    sweeping = Sweeping(profile, grid, settings, asking)
+    sweeping = Sweeping(profile, grid, settings, scoring)
     for step in sweeping.steps(folder):
         ui.watch(step.run, step.name, len(quiz), folder)
     found = sweeping.found

@@ -18,7 +18,7 @@ from expertcut.edits.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
-    from expertcut.evaluation.reweight_search import Tilted
+    from expertcut.evaluation.reweight_search import Reweighting
     from expertcut.profiling.storage import Profile
 
 
@@ -37,7 +37,7 @@ class Choice:
     """The biases and factors, before anything is written."""
 
     profile: "Profile"
-    found: "Tilted"
+    found: "Reweighting"
     folder: Path
 
 

@@ -4,10 +4,9 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
-from expertcut.edits.reweight_select import QuestionOutcomes, right
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.selection import as_numbers, normalised, rank
 from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
@@ -45,7 +44,6 @@ from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
 from expertcut.profiling.storage import Profile
 from expertcut.profiling.workers import Progress
-from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import (
@@ -59,10 +57,7 @@ from expertcut.stats import (
 )
 
 logger = logging.getLogger(__name__)
-Array = np.ndarray[Any, Any]
 DRAWS = 2_000
-_MIN_EXPERTS = 3  # that a rank correlation needs
-Ranks = Callable[[Array, Array], Array]  # values (B, X) and layers (X,) → ranks (B, X)
 
 
 def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tuple[int, int]]:
@@ -80,41 +75,6 @@ def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tup
     return [(layer, int(e)) for layer, own in enumerate(drawn) for e in sorted(own.tolist())]
 
 
-def sampled_experts(profile: Profile, sample: int, seed: int) -> tuple[SampledExpert, ...]:
-    """Random experts of a profiled model, with their numbers before earlier cuts."""
-    blocks, numbers = profile.info.model.blocks, expert_ids(profile)
-    # A table of token ids chooses the experts of hashed blocks: they cannot be removed.
-    n_experts = [0 if block.is_hashed else block.experts for block in blocks]
-    return tuple(
-        SampledExpert(layer=layer, row=row, expert=numbers.number(blocks[layer].name, row))
-        for layer, row in sample_experts(n_experts, sample, seed)
-    )
-
-
-def criterion_ranks(
-    profile: Profile, settings: AuditSettings, engine: Engine, sampled: Sequence[SampledExpert]
-) -> dict[str, CriterionRank]:
-    """Scores by each criterion; of `all`, those that the profile cannot serve are only logged."""
-    ranks = {}
-    for name in read_criteria(settings.by):
-        try:
-            needed = engine if CRITERIA[name].needs_model else None
-            ranking = rank(profile, settings.cut_by(name), needed)
-        except ProfileError as error:
-            if settings.by != ALL:
-                raise
-            logger.warning("%s is left out: %s", name, error)
-            continue
-        numbers = [as_numbers(score_E) for score_E in ranking.scores]
-        shares = [normalised(score_E) for score_E in ranking.scores]
-        ranks[name] = CriterionRank(
-            score=tuple(float(numbers[s.layer][s.row]) for s in sampled),
-            share=tuple(float(shares[s.layer][s.row]) for s in sampled),
-            place=tuple(ranking.orders[s.layer].index(s.row) for s in sampled),
-        )
-    return ranks
-
-
 def evaluate_criterion(
     by: str,
     ranks: CriterionRank,
@@ -128,30 +88,28 @@ def evaluate_criterion(
     score_X, share_X = np.array(ranks.score), np.array(ranks.share)
     return CriterionEvaluation(
         by=by,
-        within=correlation(score_X, logprob_X, layer_X, ranks_within, seed),
-        overall=correlation(share_X, logprob_X, layer_X, ranks_overall, seed),
-        within_accuracy=correlation(score_X, accuracy_X, layer_X, ranks_within, seed),
+        within=correlation(score_X, logprob_X, layer_X, seed),
+        overall=correlation(share_X, logprob_X, np.zeros_like(layer_X), seed),
+        within_accuracy=correlation(score_X, accuracy_X, layer_X, seed),
         regrets=tuple(
             regret(np.array(ranks.place), logprob_X, layer_X, fraction) for fraction in fractions
         ),
     )
 
 
-def correlation(
-    score_X: Array, effect_X: Array, layer_X: Array, ranks: Ranks, seed: int
-) -> Correlation:
-    """Spearman's ρ with its interval; p is by shuffling effects within layers, or over all."""
-    if len(score_X) < _MIN_EXPERTS:
-        return Correlation(rho=None, ci95=None)
-    score_1X, effect_1X = ranks(score_X[None], layer_X), ranks(effect_X[None], layer_X)
+def correlation(score_X: Array, effect_X: Array, group_X: Array, seed: int) -> Correlation:
+    """Spearman's ρ within groups, with its interval; p is by shuffling effects within them."""
+    score_1X, effect_1X = (ranks_within(x_X[None], group_X) for x_X in (score_X, effect_X))
     rho = float(pearson(score_1X, effect_1X)[0])
-    if not np.isfinite(rho):
+    if len(score_X) < 3 or not np.isfinite(rho):
         return Correlation(rho=None, ci95=None)
-    group_X = layer_X if ranks is ranks_within else np.zeros_like(layer_X)
+    # Σ (experts − 1) over the groups in which both ranks vary.
+    own = [group_X == group for group in np.unique(group_X)]
+    freedom = sum(int(o.sum()) - 1 for o in own if score_1X[0, o].any() and effect_1X[0, o].any())
     shuffled_B = pearson(score_1X, effect_1X[0, _shuffles(group_X, seed)])
     return Correlation(
         rho=rho,
-        ci95=interval(rho, _degrees_of_freedom(score_1X[0], effect_1X[0], group_X)),
+        ci95=interval(rho, freedom),
         # Sums in another order differ in their last bits.
         p=float((1 + (shuffled_B >= rho - 1e-9).sum()) / (1 + DRAWS)),
     )
@@ -171,16 +129,11 @@ def interval(rho: float, freedom: int) -> tuple[float, float]:
     return min(low, rho), max(high, rho)
 
 
-def ranks_overall(values_BX: Array, _layer_X: Array) -> Array:
-    """Centred ranks among all experts."""
-    return centred_ranks(values_BX)
-
-
-def ranks_within(values_BX: Array, layer_X: Array) -> Array:
-    """Centred ranks among the experts of the same layer."""
+def ranks_within(values_BX: Array, group_X: Array) -> Array:
+    """Centred ranks among the experts of the same group."""
     ranks_BX = np.empty(values_BX.shape)
-    for layer in np.unique(layer_X):
-        is_own_X = layer_X == layer
+    for group in np.unique(group_X):
+        is_own_X = group_X == group
         ranks_BX[:, is_own_X] = centred_ranks(values_BX[:, is_own_X])
     return ranks_BX
 
@@ -201,18 +154,12 @@ def regret(place_X: Array, effect_X: Array, layer_X: Array, fraction: float) -> 
     )
 
 
-def _degrees_of_freedom(score_X: Array, effect_X: Array, group_X: Array) -> int:
-    """Σ (experts − 1) over the groups in which both ranks vary."""
-    own = [group_X == group for group in np.unique(group_X)]
-    return sum(int(o.sum()) - 1 for o in own if score_X[o].any() and effect_X[o].any())
-
-
-def _shuffles(layer_X: Array, seed: int) -> Array:
-    """Indices (B, X) with the experts of each layer in random order."""
+def _shuffles(group_X: Array, seed: int) -> Array:
+    """Indices (B, X) with the experts of each group in random order."""
     rng = np.random.default_rng(seed)
-    drawn_BX = np.empty((DRAWS, len(layer_X)), dtype=np.int64)
-    for layer in np.unique(layer_X):
-        own = np.flatnonzero(layer_X == layer)
+    drawn_BX = np.empty((DRAWS, len(group_X)), dtype=np.int64)
+    for group in np.unique(group_X):
+        own = np.flatnonzero(group_X == group)
         drawn_BX[:, own] = rng.permuted(np.tile(own, (DRAWS, 1)), axis=1)
     return drawn_BX
 
@@ -241,23 +188,33 @@ class Auditing:
             used |= hashes(questions.tuning)
         self.overlap = n_used(self.quiz, used)
         self.engine = engine_as_profiled(profile, source, load_as)
-
-    @property
-    def n_questions(self) -> int:
-        """Questions to score, without those of the unedited model."""
-        n_experts = sum(block.experts for block in self.blocks)
-        return len(self.quiz) * min(self.settings.sample, n_experts)
+        # Without those of the unedited model.
+        n_ablations = min(settings.sample, sum(block.experts for block in self.blocks))
+        self.n_questions = len(self.quiz) * n_ablations
 
     def run(self, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         """Ablates every sampled expert that the folder lacks, and saves each result."""
-        request = self._request()
+        quiz, info = self.quiz, self.profile.info
+        content = "\n".join(f"{q.content_hash} {q.answer}" for q in quiz)
+        request = AuditRequest(
+            model=plan_model(info.model),
+            settings=info.settings,
+            profile=profile_hash(info),
+            quiz=quiz.id,
+            questions=len(quiz),
+            asked=hashlib.sha256(content.encode()).hexdigest(),
+            by=self.by,
+            fractions=self.fractions,
+            **{name: getattr(quiz, name) for name in ("split", "shots", "truncate")},
+            **self.settings.model_dump(include={"positions", "layout", "sample", "seed"}),
+        )
         earlier = _earlier(folder, request)
         if earlier is not None and earlier.verdicts:
             self.found = earlier
             return
         with alone(folder, "audit"):
             earlier = _earlier(folder, request)  # another run may have ended since
-            rescorer = CachedScorer(self.engine, self.quiz)
+            rescorer = CachedScorer(self.engine, quiz)
             self._save(folder, earlier or self._begin(request, rescorer))
             yield from self._remove(rescorer, folder, on_pass)
             verdicts = tuple(
@@ -270,26 +227,15 @@ class Auditing:
         self.found = found
         save_outcome(folder / AUDIT_FILE, found)
 
-    def _request(self) -> AuditRequest:
-        quiz, info = self.quiz, self.profile.info
-        content = "\n".join(f"{q.content_hash} {q.answer}" for q in quiz)
-        return AuditRequest(
-            model=plan_model(info.model),
-            settings=info.settings,
-            profile=profile_hash(info),
-            quiz=quiz.id,
-            questions=len(quiz),
-            asked=hashlib.sha256(content.encode()).hexdigest(),
-            by=self.by,
-            fractions=self.fractions,
-            **{name: getattr(quiz, name) for name in ("split", "shots", "truncate")},
-            **self.settings.model_dump(include={"positions", "layout", "sample", "seed"}),
-        )
-
     def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
-        records = rescorer.records
-        sampled = sampled_experts(self.profile, self.settings.sample, self.settings.seed)
-        ranks = criterion_ranks(self.profile, self.settings, self.engine, sampled)
+        records, numbers = rescorer.records, expert_ids(self.profile)
+        # A table of token ids chooses the experts of hashed blocks: they cannot be removed.
+        n_experts = [0 if block.is_hashed else block.experts for block in self.blocks]
+        sampled = tuple(
+            SampledExpert(layer=layer, row=row, expert=numbers.number(self.blocks[layer].name, row))
+            for layer, row in sample_experts(n_experts, request.sample, request.seed)
+        )
+        ranks = self._criterion_ranks(sampled)
         if not ranks:
             raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")
         return Audit(
@@ -302,31 +248,46 @@ class Auditing:
             standings=ranks,
         )
 
+    def _criterion_ranks(self, sampled: Sequence[SampledExpert]) -> dict[str, CriterionRank]:
+        """By each criterion; of `all`, those that the profile cannot serve are only logged."""
+        ranks = {}
+        for name in self.by:
+            try:
+                needed = self.engine if CRITERIA[name].needs_model else None
+                ranking = rank(self.profile, self.settings.cut_by(name), needed)
+            except ProfileError as error:
+                if self.settings.by != ALL:
+                    raise
+                logger.warning("%s is left out: %s", name, error)
+                continue
+            numbers = [as_numbers(score_E) for score_E in ranking.scores]
+            shares = [normalised(score_E) for score_E in ranking.scores]
+            ranks[name] = CriterionRank(
+                score=tuple(float(numbers[s.layer][s.row]) for s in sampled),
+                share=tuple(float(shares[s.layer][s.row]) for s in sampled),
+                place=tuple(ranking.orders[s.layer].index(s.row) for s in sampled),
+            )
+        return ranks
+
     def _remove(self, rescorer: CachedScorer, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         n_each, n_before, started = len(self.quiz), len(self.found.harms), time.monotonic()
-        total = len(self.found.sampled)
+        total, base = len(self.found.sampled), rescorer.records
+        is_masked = not LAYOUTS[self.settings.layout].keeps_rows
         for done, expert in enumerate(self.found.sampled[n_before:], start=n_before + 1):
             change = observed(self._without(expert), on_pass)
             logprob_NC = rescorer.changed(expert.layer, change)
-            self._check_reached(expert, rescorer.records, logprob_NC)
-            effect = ablation_effect(expert, rescorer.records, logprob_NC)
-            harms = (*self.found.harms, effect)
+            is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
+            if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
+                # Some answer must change where the expert has a gate weight that counts.
+                alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
+                if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
+                    name = f"without expert {expert.layer}:{expert.expert}"
+                    raise ContractError(NOT_REACHED.format(name))
+            harms = (*self.found.harms, ablation_effect(expert, base, logprob_NC))
             self._save(folder, self.found.model_copy(update={"harms": harms}))
             n_here, elapsed_s = done - n_before, time.monotonic() - started
             left_s = elapsed_s * (total - done) / n_here
             yield Progress(done * n_each, total * n_each, n_here * n_each, 0, elapsed_s, left_s)
-
-    def _check_reached(
-        self, expert: SampledExpert, base: QuestionOutcomes, logprob_NC: Array
-    ) -> None:
-        """Checks that an answer changes where the expert has a gate weight that counts."""
-        is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
-        is_masked = not LAYOUTS[self.settings.layout].keeps_rows
-        if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
-            alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
-            if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
-                name = f"without expert {expert.layer}:{expert.expert}"
-                raise ContractError(NOT_REACHED.format(name))
 
     def _without(self, expert: SampledExpert) -> AbstractContextManager[OnPass]:
         """The unedited model without one expert, as the layout removes it."""
@@ -354,11 +315,11 @@ def observed(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterato
     """The change, which also reports each pass."""
     with change as begin:
 
-        def both(step: Pass) -> None:
+        def begin_and_report(step: Pass) -> None:
             begin(step)
             on_pass(step)
 
-        yield both
+        yield begin_and_report
 
 
 def ablation_effect(

@@ -3,16 +3,18 @@
 The baseline are random experts in place of the chosen ones. `proof.json` holds the result.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from expertcut.documents import Format1, Record, load_record
 from expertcut.edits.plan import PROOF_FILE, ExpertIds
 from expertcut.edits.reweight_select import (
+    Array,
     Chooser,
     QuestionOutcomes,
     SelectedExpert,
@@ -22,17 +24,12 @@ from expertcut.edits.reweight_select import (
 )
 from expertcut.edits.router_edits import Ask, Procedure, RouterEdit, Settled
 from expertcut.errors import PlanError, QuizError
-from expertcut.evaluation.results import record_bytes
 from expertcut.profiling.schema import BlockInfo
 from expertcut.stats import LEVEL, Comparison, compare
 
-Array = np.ndarray[Any, Any]
 FOLDS = 5
 DRAWS = 99
-_FACTOR = 2.0  # a match appears at most so many times as often, or as seldom
-_MIN_MATCHES = 25  # nearest ones, where fewer match
 _MIN_DISTINCT = 20  # distinct draws with which p can lie below 0.05
-_NUMBERED_FROM_0 = ExpertIds()
 Biases = tuple[tuple[int, int, float], ...]  # (layer, expert, bias in logits)
 Verdict = Literal["helps", "hurts", "no evidence"]
 
@@ -65,21 +62,17 @@ def draw(
     is_free_X[[by_id.index((pick.layer, pick.expert)) for pick in picks]] = False
     drawn = {}
     for pick in picks:
-        matched = matches(appears_X, is_free_X, by_id.index((pick.layer, pick.expert)))
+        appears = appears_X[by_id.index((pick.layer, pick.expert))]
+        free = np.flatnonzero(is_free_X & (appears_X > 0))
+        distance = np.abs(np.log(appears_X[free] / max(appears, appears_X[free].min(initial=1))))
+        n_within = int((distance <= np.log(2.0)).sum())  # at most twice as often, or as seldom
+        # At least the 25 nearest.
+        matched = free[np.argsort(distance, kind="stable")[: max(n_within, 25)]]
         if len(matched):
             x = int(rng.choice(matched))
             is_free_X[x] = False
             drawn[pick] = SelectedExpert(*by_id[x], pick.sign)
     return drawn
-
-
-def matches(appears_X: Array, is_free_X: Array, x: int) -> Array:
-    """Indices of the free experts that appear about as often, at least the 25 nearest."""
-    free = np.flatnonzero(is_free_X & (appears_X > 0))
-    distance = np.abs(np.log(appears_X[free] / max(appears_X[x], appears_X[free].min(initial=1))))
-    nearest = np.argsort(distance, kind="stable")
-    n_within = int((distance <= np.log(_FACTOR)).sum())
-    return free[nearest[: max(n_within, _MIN_MATCHES)]]
 
 
 class FoldResult(Record):
@@ -115,91 +108,70 @@ class CrossFit:
     settled: Settled
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Steps done; the last carries the result."""
-
-    done: int
-    total: int
-    result: CrossFit | None = None
-
-
 def cross_fit(
-    records: QuestionOutcomes, procedure: Procedure, ask: Ask, draws: int = DRAWS, seed: int = 0
-) -> Iterator[Progress]:
-    """Five folds, all questions at once, then the random draws."""
+    records: QuestionOutcomes,
+    procedure: Procedure,
+    ask: Ask,
+    draws: int = DRAWS,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> CrossFit:
+    """Five folds, all questions at once, then the random draws; reports steps done and total."""
     if len(set(records.hash_N.tolist())) < FOLDS:
         raise QuizError(
             f"{len(records)} tuning questions cannot be split into {FOLDS} folds: profile more"
         )
-    trial = _Trial(records, procedure, ask, seed)
-    total = 2 + draws
-    cross_N, folds = trial.cross_fitted(procedure.pick)
-    yield Progress(1, total)
+    fold_N, total = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed), 2 + draws
+    folded = partial(_cross_fitted, records, procedure, ask, fold_N)
+    cross_N, folds = folded()
+    report(1, total)
     picks = procedure.pick(records)
     settled = procedure.settle(records, picks, ask)
-    same_N = trial.right(settled.shifts)
-    yield Progress(2, total)
+    same_N = right(ask(settled.shifts), records.answer_N)
+    report(2, total)
+    bias_of = {(shift.layer, shift.expert): shift.bias for shift in settled.shifts}
     rng = np.random.default_rng(seed)
     deltas: list[float] = []
     seen: set[tuple[SelectedExpert, ...]] = set()
-    for done in range(draws):
+    for done in range(3, total + 1):
         others = draw(procedure.chooser, records, picks, rng)
         seen.add(tuple(sorted(others.values(), key=lambda p: (p.layer, p.expert))))
-        deltas.append(trial.random_delta(others, settled.shifts))
-        yield Progress(3 + done, total)
-    crossed, same = (compare(records.is_correct_N, right_N) for right_N in (cross_N, same_N))
-    random = RandomBaseline(np.array(deltas), len(seen))
-    yield Progress(total, total, CrossFit(records, crossed, same, random, folds, settled))
-
-
-class _Trial:
-    """One deal of the folds, on which any choice is scored."""
-
-    def __init__(
-        self, records: QuestionOutcomes, procedure: Procedure, ask: Ask, seed: int
-    ) -> None:
-        self.records, self.procedure, self.ask = records, procedure, ask
-        self.fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
-
-    def right(self, shifts: tuple[RouterEdit, ...]) -> Array:
-        """Correct answers (N,) with these shifts."""
-        if not shifts:
-            return self.records.is_correct_N
-        return right(self.ask(shifts), self.records.answer_N)
-
-    def cross_fitted(
-        self, choose: Callable[[QuestionOutcomes, frozenset[str]], tuple[SelectedExpert, ...]]
-    ) -> tuple[Array, tuple[FoldResult, ...]]:
-        """Correct answers (N,), each with what was chosen without the question's fold."""
-        right_N, folds = self.records.is_correct_N.copy(), []
-        for fold in range(FOLDS):
-            is_own_N = self.fold_N == fold
-            left_out = frozenset(self.records.hash_N[is_own_N].tolist())
-            picks = choose(self.records, left_out)
-            shifts = self.procedure.settle(self.records, picks, self.ask, left_out).shifts
-            right_N[is_own_N] = self.right(shifts)[is_own_N]
-            change_n = right_N[is_own_N].astype(int) - self.records.is_correct_N[is_own_N]
-            biases = tuple(shift[:3] for shift in shifts)
-            n, delta = int(is_own_N.sum()), float(change_n.mean())
-            folds.append(FoldResult(questions=n, biases=biases, delta=delta))
-        return right_N, tuple(folds)
-
-    def random_delta(
-        self, others: Mapping[SelectedExpert, SelectedExpert], like: Sequence[RouterEdit]
-    ) -> float:
-        """Change in accuracy with other experts, which without a search take the picks' biases."""
-        if self.procedure.is_tuned:
-            right_N, _ = self.cross_fitted(lambda _records, _left_out: tuple(others.values()))
-        else:
-            bias_of = {(shift.layer, shift.expert): shift.bias for shift in like}
+        if procedure.is_tuned:
+            random_N, _ = folded(tuple(others.values()))
+        else:  # without a search they take the picks' biases
             shifts = (
                 RouterEdit(other.layer, other.expert, bias_of[pick.layer, pick.expert])
                 for pick, other in others.items()
                 if (pick.layer, pick.expert) in bias_of
             )
-            right_N = self.right(tuple(shifts))
-        return float(right_N.mean() - self.records.is_correct_N.mean())
+            random_N = right(ask(tuple(shifts)), records.answer_N)
+        deltas.append(float(random_N.mean() - records.is_correct_N.mean()))
+        report(done, total)
+    crossed, same = (compare(records.is_correct_N, right_N) for right_N in (cross_N, same_N))
+    random = RandomBaseline(np.array(deltas), len(seen))
+    return CrossFit(records, crossed, same, random, folds, settled)
+
+
+def _cross_fitted(
+    records: QuestionOutcomes,
+    procedure: Procedure,
+    ask: Ask,
+    fold_N: Array,
+    picks: Sequence[SelectedExpert] | None = None,
+) -> tuple[Array, tuple[FoldResult, ...]]:
+    """Correct answers (N,), each with these picks, or those chosen without the question's fold."""
+    right_N, folds = records.is_correct_N.copy(), []
+    for fold in range(FOLDS):
+        is_own_N = fold_N == fold
+        left_out = frozenset(records.hash_N[is_own_N].tolist())
+        own_picks = procedure.pick(records, left_out) if picks is None else picks
+        shifts = procedure.settle(records, own_picks, ask, left_out).shifts
+        right_N[is_own_N] = right(ask(shifts), records.answer_N)[is_own_N]
+        change_n = right_N[is_own_N].astype(int) - records.is_correct_N[is_own_N]
+        biases = tuple(shift[:3] for shift in shifts)
+        n, delta = int(is_own_N.sum()), float(change_n.mean())
+        folds.append(FoldResult(questions=n, biases=biases, delta=delta))
+    return right_N, tuple(folds)
 
 
 class RandomResult(Record):
@@ -237,9 +209,10 @@ def cross_fit_result(
     quiz: str,
     split: str,
     seed: int,
-    numbers: ExpertIds = _NUMBERED_FROM_0,
+    numbers: ExpertIds | None = None,
 ) -> CrossFitResult:
     """The record of a finished run; `numbers` are those of its experts before earlier cuts."""
+    numbers = numbers or ExpertIds()
     cross, random, blocks = outcome.cross_fitted, outcome.random, outcome.records.blocks
     p_random = random.p(cross.delta)
     low, high = np.percentile(random.delta_B, [2.5, 97.5])
@@ -300,11 +273,6 @@ def _sentence(outcome: CrossFit, word: Verdict, p_random: float) -> str:
         if (n_drawn := outcome.random.distinct) < _MIN_DISTINCT:
             reason += f", and only {n_drawn} others were drawn, too few to show more"
     return f"No evidence that this procedure helps: {change}; {reason}."
-
-
-def proof_file(result: CrossFitResult) -> dict[str, bytes]:
-    """Name and content of `proof.json`, for writing beside a plan."""
-    return {PROOF_FILE: record_bytes(result)}
 
 
 def load_cross_fit(folder: Path) -> CrossFitResult:

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from expertcut.checkpoints.size import size
 from expertcut.edits.plan import PlanFile, load_hashes, plan_in
@@ -26,7 +27,6 @@ from expertcut.evaluation.results import (
     SubjectResult,
     load_results,
     save_outcome,
-    special_tokens,
 )
 from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
@@ -64,7 +64,13 @@ def score(
         chosen_on = ChosenOnResult(split="+".join(splits), overlap=overlap)
         healed_from = plan.healed_from
     moe, settings = measurement.moe, measurement.info.settings
-    answers, tokens = load_profile(store).answers, special_tokens(moe)
+    answers, tokenizer = load_profile(store).answers, moe.tokenizer
+    tokens: dict[str, Any] = {
+        f"tokenizer_{name}": [getattr(tokenizer, name), str(getattr(tokenizer, f"{name}_id"))]
+        for name in ("pad_token", "eos_token", "bos_token")
+    }
+    tokens["eot_token_id"] = tokenizer.eos_token_id
+    tokens["max_length"] = getattr(moe.model.config, "max_position_embeddings", None)
     scored = Scored(source, answers, size(moe), chosen_on, healed_from, settings, tokens)
     del measurement, moe
     gc.collect()
@@ -73,8 +79,21 @@ def score(
 
 def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
     """The record of all models, each compared with the first."""
-    subjects = [q.subject for q in scoring.quiz]
+    subjects, base = [q.subject for q in scoring.quiz], scored[0]
     info = quiz_info(scoring.quiz, scoring.limit)
+    comparisons = []
+    for index, other in enumerate(scored[1:], start=1):
+        largest, median = logprob_shift(base.answers.logprob_NC, other.answers.logprob_NC)
+        change = ComparisonResult(
+            base=0,
+            other=index,
+            **compare(base.answers.is_correct_N, other.answers.is_correct_N).model_dump(),
+            max_abs_logprob_diff=largest,
+            median_abs_logprob_diff=median,
+            parameters_delta=other.size.parameters - base.size.parameters,
+            bytes_delta=other.size.size_bytes - base.size.size_bytes,
+        )
+        comparisons.append(change)
     return Results(
         quiz=info.id,
         revision=info.revision,
@@ -83,7 +102,7 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
         limit=info.limit,
         content_hashes={name: s.content_hash for name, s in info.subjects.items()},
         models=[_model_result(s, subjects) for s in scored],
-        comparisons=[_comparison(scored[0], one, i) for i, one in enumerate(scored) if i],
+        comparisons=comparisons,
     )
 
 
@@ -145,17 +164,4 @@ def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
         bytes=scored.size.size_bytes,
         chosen_on=scored.chosen_on,
         healed_from=scored.healed_from,
-    )
-
-
-def _comparison(base: Scored, other: Scored, index: int) -> ComparisonResult:
-    largest, median = logprob_shift(base.answers.logprob_NC, other.answers.logprob_NC)
-    return ComparisonResult(
-        base=0,
-        other=index,
-        **compare(base.answers.is_correct_N, other.answers.is_correct_N).model_dump(),
-        max_abs_logprob_diff=largest,
-        median_abs_logprob_diff=median,
-        parameters_delta=other.size.parameters - base.size.parameters,
-        bytes_delta=other.size.size_bytes - base.size.size_bytes,
     )

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import transformers
@@ -22,12 +22,11 @@ from expertcut.evaluation.results import ModelResult, Scored, Scoring
 from expertcut.files import parse_json, read_file
 from expertcut.stats import pooled_stderr
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 _TASK_VERSION = 1.0  # of the stock task with these prompts
-_SPLITS = {"val": "validation"}  # ours, and the data set's name
-_METRIC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+_SILENT = (
+    *("system_instruction", "system_instruction_sha", "fewshot_as_multiturn"),
+    *("chat_template", "chat_template_sha", "total_evaluation_time_seconds"),
+)
 _UNKNOWN = "N/A"  # the harness's word where there is no standard error
 
 
@@ -58,17 +57,12 @@ def harness_bytes(scoring: Scoring, scored: Scored, result: ModelResult) -> byte
     tasks = {f"{group}_{subject}": subject for subject in quiz.questions}
     of_group = _metrics(group, result.accuracy, result.stderr, result.questions)
     of_group["sample_count"] = {"acc,none": result.questions}
-    is_better, names, model = {"acc": True}, (group, *tasks), scored.source.id
-    sizes = {t: result.subjects[s].questions for t, s in tasks.items()}
-    of_tasks = {
-        task: _metrics(task, share, pooled_stderr([(share, n)]), n)
-        for task, subject in tasks.items()
-        for share, n in [(result.subjects[subject].accuracy, sizes[task])]
-    }
-    silent = (
-        *("system_instruction", "system_instruction_sha", "fewshot_as_multiturn"),
-        *("chat_template", "chat_template_sha", "total_evaluation_time_seconds"),
-    )
+    names, model = (group, *tasks), scored.source.id
+    of_tasks, n_samples = {}, {}
+    for task, subject in tasks.items():
+        share, n = result.subjects[subject].accuracy, result.subjects[subject].questions
+        of_tasks[task] = _metrics(task, share, pooled_stderr([(share, n)]), n)
+        n_samples[task] = {"original": n if scoring.limit is None else None, "effective": n}
     results = {
         "results": {**of_tasks, group: of_group},
         "groups": {group: of_group},
@@ -76,25 +70,23 @@ def harness_bytes(scoring: Scoring, scored: Scored, result: ModelResult) -> byte
         "configs": {t: _config(t, s, quiz, scored) for t, s in tasks.items()},
         "versions": {group: _UNKNOWN, **dict.fromkeys(tasks, _TASK_VERSION)},
         "n-shot": dict.fromkeys(names, quiz.shots),
-        "higher_is_better": dict.fromkeys(names, is_better),
-        "n-samples": {
-            t: {"original": n if scoring.limit is None else None, "effective": n}
-            for t, n in sizes.items()
-        },
+        "higher_is_better": {name: {"acc": True} for name in names},
+        "n-samples": n_samples,
         **_run(scoring, scored, result),
         "task_hashes": {},
         "model_source": "expertcut",
         "model_name": model,
         "model_name_sanitized": "".join(c if c.isalnum() or c in "-." else "_" for c in model),
-        **dict.fromkeys(silent),
+        **dict.fromkeys(_SILENT),
     }
     return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _metrics(name: str, share: float, stderr: float | None, n: int) -> dict[str, Any]:
-    error = _UNKNOWN if stderr is None else stderr
-    metrics = {"sample_len": n, "acc,none": share, "acc_stderr,none": error}
-    return {"name": name, "alias": name, **metrics}
+    return {
+        **{"name": name, "alias": name, "sample_len": n, "acc,none": share},
+        "acc_stderr,none": _UNKNOWN if stderr is None else stderr,
+    }
 
 
 def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, Any]:
@@ -111,7 +103,7 @@ def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, An
         "task": task,
         "dataset_path": quiz.id,
         "dataset_name": subject,
-        "test_split": _SPLITS.get(quiz.split, quiz.split),
+        "test_split": "validation" if quiz.split == "val" else quiz.split,
         "fewshot_split": "dev",
         "unsafe_code": False,
         "description": header(subject),
@@ -123,7 +115,7 @@ def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, An
             **prompt,
         },
         "num_fewshot": quiz.shots,
-        "metric_list": [_METRIC],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "output_type": "multiple_choice",
         "repeats": 1,
         "should_decontaminate": False,
@@ -176,24 +168,20 @@ def predictions_bytes(quiz: Quiz, scored: Sequence[Scored]) -> bytes:
     import pyarrow as pa
     from pyarrow import parquet
 
+    tables, letters = [], np.array(list(LETTERS))
+    for answers, model in ((one.answers, one.source.id) for one in scored):
+        columns: dict[str, Any] = {
+            "model": pa.array([model] * len(quiz)).dictionary_encode(),
+            "subject": pa.array([q.subject for q in quiz]).dictionary_encode(),
+            "row": pa.array([q.row for q in quiz], pa.int32()),
+            "answer": letters[answers.answer_N],
+            "prediction": letters[answers.logprob_NC.argmax(axis=1)],
+            "is_correct": answers.is_correct_N,
+        }
+        for letter, logprob_N in zip(LETTERS, answers.logprob_NC.T, strict=False):
+            # A question with fewer choices has −∞ there, which is written as null.
+            columns[f"logprob_{letter}"] = pa.array(logprob_N, mask=~np.isfinite(logprob_N))
+        tables.append(pa.table(columns))
     stream = io.BytesIO()
-    parquet.write_table(pa.concat_tables([_table(quiz, one) for one in scored]), stream)
+    parquet.write_table(pa.concat_tables(tables), stream)
     return stream.getvalue()
-
-
-def _table(quiz: Quiz, scored: Scored) -> "pa.Table":
-    import pyarrow as pa
-
-    answers, letters = scored.answers, np.array(list(LETTERS))
-    columns: dict[str, Any] = {
-        "model": pa.array([scored.source.id] * len(quiz)).dictionary_encode(),
-        "subject": pa.array([q.subject for q in quiz]).dictionary_encode(),
-        "row": pa.array([q.row for q in quiz], pa.int32()),
-        "answer": letters[answers.answer_N],
-        "prediction": letters[answers.logprob_NC.argmax(axis=1)],
-        "is_correct": answers.is_correct_N,
-    }
-    for choice, logprob_N in enumerate(answers.logprob_NC.T):
-        # A question with fewer choices has −∞ there, which is written as null.
-        columns[f"logprob_{LETTERS[choice]}"] = pa.array(logprob_N, mask=~np.isfinite(logprob_N))
-    return pa.table(columns)

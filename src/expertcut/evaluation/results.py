@@ -18,7 +18,7 @@ from expertcut.stats import Comparison, Count, Share
 if TYPE_CHECKING:
     from expertcut.checkpoints.size import Size
     from expertcut.data import Quiz
-    from expertcut.models.load import LoadOptions, MoeModel, Source
+    from expertcut.models.load import LoadOptions, Source
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.statistics import Answers
 
@@ -155,17 +155,6 @@ def check_same(folder: Path, theirs: Record, ours: Record, kind: str) -> None:
 def profile_hash(info: ProfileInfo) -> str:
     """SHA-256 of everything that a profile's bytes depend on."""
     return hashlib.sha256(info.model_dump_json().encode()).hexdigest()
-
-
-def special_tokens(moe: "MoeModel") -> dict[str, Any]:
-    """Special tokens and context length, as lm-evaluation-harness writes them."""
-    tokens: dict[str, Any] = {}
-    for name in ("pad_token", "eos_token", "bos_token"):
-        text, number = getattr(moe.tokenizer, name), getattr(moe.tokenizer, f"{name}_id")
-        tokens[f"tokenizer_{name}"] = [text, str(number)]
-    tokens["eot_token_id"] = moe.tokenizer.eos_token_id
-    tokens["max_length"] = getattr(moe.model.config, "max_position_embeddings", None)
-    return tokens
 
 
 @dataclass(frozen=True)

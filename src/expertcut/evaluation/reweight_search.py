@@ -14,7 +14,7 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS
 from expertcut.data import Quiz
 from expertcut.edits.edit_settings import ReweightSettings
-from expertcut.edits.plan import EditPlan, Point, expert_ids
+from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.router_edits import (
     Procedure,
@@ -36,8 +36,8 @@ from expertcut.evaluation.cross_fit import (
     cross_fit,
     cross_fit_result,
     numbered,
-    proof_file,
 )
+from expertcut.evaluation.results import record_bytes
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.recorder import Recorder
@@ -48,23 +48,23 @@ from expertcut.scoring.passes import OnPass, Replay
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
 logger = logging.getLogger(__name__)
-KEPT_BYTES = 2 << 30  # of layer outputs, so that runs can start at a later layer
 
 
 class CachedScorer:
     """Log p of a quiz's choices under any biases; each result is cached.
 
-    The first run records the unedited model; later ones start at the first biased block, with the
-    same bits as a whole run.
+    The first run records the unedited model and keeps up to `kept_bytes` of layer outputs; later
+    ones start at the first biased block, with the same bits as a whole run.
     """
 
-    def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = 2 << 30) -> None:
         self.engine, self.quiz = engine, quiz
         self.chunks = list(engine.encode_all(quiz))
+        # Prompts truncated on the left; None without `--truncate`.
+        self.n_cut = sum(c.n_cut for c in self.chunks) if quiz.truncate else None
         blocks, model = engine.moe.blocks, engine.moe.model
         self.replay = Replay(model, blocks, sum(map(self._n_tokens, self.chunks)), kept_bytes)
         self.known: dict[tuple[tuple[RouterEdit, ...], ApplyAt], Array] = {}
-        self.n_runs = 0
         self.records = self._first_run()
         if not self._replays_exactly():
             logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
@@ -76,14 +76,13 @@ class CachedScorer:
             return self.records.logprob_NC
         key = (tuple(sorted(shifts)), apply_at)
         if key not in self.known:
-            self.known[key] = self._run(shifts, apply_at)
-            self.n_runs += 1
+            blocks = self.engine.moe.blocks
+            biases = {s.layer: torch.zeros(blocks[s.layer].n_experts) for s in shifts}
+            for shift in shifts:
+                biases[shift.layer][shift.expert] += shift.bias
+            change = tilted(blocks, Tilts(biases, apply_at=apply_at))
+            self.known[key] = self.changed(min(biases), change)
         return self.known[key]
-
-    @property
-    def n_cut(self) -> int | None:
-        """Prompts truncated on the left; None without `--truncate`."""
-        return sum(c.n_cut for c in self.chunks) if self.quiz.truncate else None
 
     def _n_tokens(self, chunk: Encoded) -> int:
         n_all = sum(map(len, chunk.prompts))
@@ -115,14 +114,6 @@ class CachedScorer:
         bias_E = self.engine.moe.blocks[layer].selection_bias()
         return None if bias_E is None else np.asarray(bias_E.detach().double().cpu())
 
-    def _run(self, shifts: tuple[RouterEdit, ...], apply_at: ApplyAt) -> Array:
-        n_experts = {b.layer: b.n_experts for b in self.engine.moe.blocks}
-        biases = {s.layer: torch.zeros(n_experts[s.layer]) for s in shifts}
-        for shift in shifts:
-            biases[shift.layer][shift.expert] += shift.bias
-        tilts = Tilts(biases, apply_at=apply_at)
-        return self.changed(min(biases), tilted(self.engine.moe.blocks, tilts))
-
     def changed(self, layer: int, change: AbstractContextManager[OnPass]) -> Array:
         """Log p (N, C) with a change of this MoE block, and of later ones."""
         with self.replay.starting_at(layer), change as begin:
@@ -143,7 +134,7 @@ class CachedScorer:
 
 
 @dataclass(frozen=True)
-class Decision:
+class TuningResult:
     """The choice on the tuning questions, and its cross-fit if requested.
 
     `settled` has router rows, `curve` and `chosen` the experts' numbers before earlier cuts.
@@ -157,7 +148,6 @@ class Decision:
     base_accuracy: float
     accuracy_at: dict[ApplyAt, float]
     proof: CrossFitResult | None
-    runs: int
 
 
 def decide(
@@ -166,7 +156,7 @@ def decide(
     settings: ReweightSettings,
     load_as: LoadOptions,
     report: Callable[[int, int], None],
-) -> Decision:
+) -> TuningResult:
     """Chooses experts and strengths on a profile's tuning questions; reports steps and total."""
     tuning = questions_for(profile, is_fitting=True).tuning
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
@@ -177,12 +167,10 @@ def decide(
     numbers = expert_ids(profile)
     proof = None
     if settings.prove:
-        for step in cross_fit(records, procedure, ask, settings.draws, settings.seed):
-            report(step.done, step.total)
-        assert step.result is not None
-        settled = step.result.settled
+        outcome = cross_fit(records, procedure, ask, settings.draws, settings.seed, report)
+        settled = outcome.settled
         proof = cross_fit_result(
-            step.result,
+            outcome,
             procedure_name(profile, settings, procedure),
             quiz=tuning.id,
             split=tuning.split,
@@ -191,11 +179,7 @@ def decide(
         )
     else:
         settled = procedure.settle(records, procedure.pick(records), ask)
-
-    def accuracy(apply_at: ApplyAt) -> float:
-        return float(right(rescorer.ask(settled.shifts, apply_at), records.answer_N).mean())
-
-    return Decision(
+    return TuningResult(
         tuning=tuning,
         settled=settled,
         curve=tuple(
@@ -204,15 +188,17 @@ def decide(
         ),
         chosen=numbered(tuple(s[:3] for s in settled.shifts), records.blocks, numbers),
         base_accuracy=float(records.is_correct_N.mean()),
-        accuracy_at={at: accuracy(at) for at in get_args(ApplyAt)},
+        accuracy_at={
+            at: float(right(rescorer.ask(settled.shifts, at), records.answer_N).mean())
+            for at in get_args(ApplyAt)
+        },
         proof=proof,
-        runs=rescorer.n_runs,
     )
 
 
 @dataclass(frozen=True)
-class Tilted:
-    """What came of it; no draft where nothing is to be tilted. `beside` is the proof, if any."""
+class Reweighting:
+    """The plan and its router edits; no draft without any. `beside` is the proof, if any."""
 
     draft: EditPlan | None
     tilts: list[RouterEdit] = field(default_factory=list)
@@ -220,13 +206,13 @@ class Tilted:
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def by_hand(profile: Profile, settings: ReweightSettings) -> Tilted:
+def by_hand(profile: Profile, settings: ReweightSettings) -> Reweighting:
     """Experts and strengths as named."""
     check_settings(settings)
-    found = tilts(profile, settings.boost or [], settings.suppress or [])
-    scaled = scalings(profile, settings.scale or [])
-    draft = reweight_draft(profile, found, settings.layout, scaled, settings.apply_at)
-    return Tilted(draft, found, scaled)
+    biases = tilts(profile, settings.boost or [], settings.suppress or [])
+    factors = scalings(profile, settings.scale or [])
+    draft = reweight_draft(profile, biases, settings.layout, factors, settings.apply_at)
+    return Reweighting(draft, biases, factors)
 
 
 def prepared(profile: Profile, settings: ReweightSettings) -> Procedure:
@@ -237,23 +223,24 @@ def prepared(profile: Profile, settings: ReweightSettings) -> Procedure:
 
 
 def chosen(
-    profile: Profile, settings: ReweightSettings, procedure: Procedure, decision: Decision | None
-) -> Tilted:
-    """The edit of a decision, or without one the choice on the profile's own questions."""
-    settled = decision.settled if decision else settled_on_profile(profile, procedure)
-    beside = proof_file(decision.proof) if decision and decision.proof else {}
+    profile: Profile, settings: ReweightSettings, procedure: Procedure, tuned: TuningResult | None
+) -> Reweighting:
+    """The tuned edit, or without one the choice on the profile's own questions."""
+    settled = tuned.settled if tuned else settled_on_profile(profile, procedure)
+    proof = tuned.proof if tuned else None
+    beside = {PROOF_FILE: record_bytes(proof)} if proof else {}
     if not settled.shifts:
-        return Tilted(None, beside=beside)
+        return Reweighting(None, beside=beside)
     blocks = profile.info.model.blocks
-    found = [
+    biases = [
         shift._replace(block=blocks[shift.layer].name, origin=procedure.origin(shift))
         for shift in settled.shifts
     ]
     draft = replace(
-        reweight_draft(profile, found, settings.layout, (), settings.apply_at),
+        reweight_draft(profile, biases, settings.layout, (), settings.apply_at),
         criterion=settings.criterion,
-        is_tuned=decision is not None,
-        tuning=decision.curve if decision else (),
+        is_tuned=tuned is not None,
+        tuning=tuned.curve if tuned else (),
         used=procedure.chooser.looked_at(profile),
     )
-    return Tilted(draft, found, beside=beside)
+    return Reweighting(draft, biases, beside=beside)

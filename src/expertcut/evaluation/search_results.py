@@ -116,11 +116,6 @@ class Grid:
     by: tuple[str, ...]
     fractions: tuple[float, ...]
 
-    @classmethod
-    def of(cls, by: str, fractions: str) -> Self:
-        """From the command line."""
-        return cls(read_criteria(by), read_fractions(fractions, "--sweep"))
-
     def check(self, blocks: Sequence[BlockInfo], settings: CutSettings) -> None:
         """Checks that the model and the layout allow every cell."""
         settings.check_layout()
@@ -137,14 +132,6 @@ class Grid:
     def n_keep(self, fraction: float, blocks: Sequence[BlockInfo], settings: CutSettings) -> int:
         """How many experts a fraction keeps."""
         return wanted_count(settings.completed(keep_fraction=fraction, sparsity=None), blocks)
-
-    def with_cell(self, sweep: Sweep, cell: SweepCell) -> Sweep:
-        """The sweep with one more cell, in the grid's order."""
-        cells = sorted(
-            (*sweep.cells, cell),
-            key=lambda c: (self.by.index(c.by), self.fractions.index(c.fraction)),
-        )
-        return sweep.model_copy(update={"cells": tuple(cells)})
 
 
 def read_criteria(text: str) -> tuple[str, ...]:

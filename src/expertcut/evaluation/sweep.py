@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from expertcut.errors import ContractError
 from expertcut.evaluation.ablation import observed
 from expertcut.evaluation.results import (
     ChosenOnResult,
+    Scoring,
     check_same,
     load_unfinished,
     profile_hash,
@@ -45,8 +46,6 @@ from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
-Array = np.ndarray[Any, Any]
-
 
 @dataclass(frozen=True)
 class Step:
@@ -56,76 +55,74 @@ class Step:
     run: Callable[[OnPass], Iterator[Progress]]
 
 
-@dataclass(frozen=True)
-class Asking:
-    """What is asked of every cell, and how; what does not wait leaves saving to others."""
-
-    quiz: Quiz
-    limit: int | None
-    load_as: LoadOptions
-    waits: bool = True
-
-
 class Sweeping:
     """A sweep of one profiled model; `found` holds the finished cells."""
 
-    def __init__(self, profile: Profile, grid: Grid, settings: CutSettings, asking: Asking) -> None:
+    def __init__(
+        self, profile: Profile, grid: Grid, settings: CutSettings, scoring: Scoring
+    ) -> None:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
-        self.profile, self.grid, self.settings, self.asking = profile, grid, settings, asking
+        self.profile, self.grid, self.settings = profile, grid, settings
+        self.waits = scoring.options.waits  # else it leaves saving to others
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
         drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
         used = frozenset().union(*(used_hashes(d, _questions(profile, d)) for d in drafts))
-        self.engine = engine_as_profiled(profile, source, asking.load_as)
-        options = MeasureOptions("none", measured.batch_tokens, measured.threads, asking.waits)
-        self.measurement = Measurement(self.engine.moe, asking.quiz, asking.limit, options)
-        self.subjects = [question.subject for question in asking.quiz]
-        overlap = n_used(asking.quiz, used)
+        self.engine = engine_as_profiled(profile, source, scoring.load_as)
+        options = MeasureOptions("none", measured.batch_tokens, measured.threads, self.waits)
+        self.measurement = Measurement(self.engine.moe, scoring.quiz, scoring.limit, options)
+        self.subjects = [question.subject for question in scoring.quiz]
+        overlap = n_used(scoring.quiz, used)
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
-        self.found = Sweep(asked=self._request(), chosen_on=chosen_on)
-
-    def _request(self) -> SweepRequest:
-        grid, settings = self.grid, self.settings
-        is_part, options = isinstance(self.profile, ProfilePart), LAYOUTS[settings.layout].options
-        return SweepRequest(
-            scored=self.measurement.info.called(self.profile.info.model.id),
-            profile=profile_hash(self.profile.info),
+        layout_options = LAYOUTS[settings.layout].options
+        request = SweepRequest(
+            scored=self.measurement.info.called(profile.info.model.id),
+            profile=profile_hash(profile.info),
             by=grid.by,
             fractions=grid.fractions,
             **settings.model_dump(include={"budget", "min_keep", "positions", "layout", "seed"}),
-            removed=settings.fill if "removed" in options else None,
-            fold=settings.rescale if "fold" in options else None,
+            removed=settings.fill if "removed" in layout_options else None,
+            fold=settings.rescale if "fold" in layout_options else None,
             protect=tuple(settings.protect),
-            chosen_by=len(self.profile.subjects()) if is_part else None,
+            chosen_by=len(profile.subjects()) if isinstance(profile, ProfilePart) else None,
         )
+        self.found = Sweep(asked=request, chosen_on=chosen_on)
 
     def steps(self, folder: Path) -> Iterator[Step]:
         """The unedited model, then every cell that the folder lacks; each is saved when done."""
-        earlier = load_unfinished(folder / SWEEP_FILE, Sweep)
+        file = folder / SWEEP_FILE
+        earlier = load_unfinished(file, Sweep)
         if earlier is not None:
             check_same(folder, earlier.asked, self.found.asked, "sweep")
             self.found = earlier
         # Criteria that need no model are ranked first: they fail before anything runs.
         at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
-            self._write(folder)  # by every process: it claims the folder
+            save_outcome(file, self.found)  # by every process: it claims the folder
         place = folder / "cells" / "base"
         yield Step("the unedited model", partial(self.measurement.run, place))
-        if self.asking.waits:
+        if self.waits:
             self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
             self.found = self.found.model_copy(update={"base": model})
-            self._write(folder)
+            save_outcome(file, self.found)
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
-                place = folder / "cells" / f"{draft.slug}-{_keep_hash(draft)}"
+                kept = {name: edit.keep for name, edit in draft.edits.items()}
+                # Hashed, so that cells of other experts or another kind of removal never mix.
+                content = repr((kept, draft.layout, draft.removed, draft.fold)).encode()
+                name = f"{draft.slug}-{hashlib.sha256(content).hexdigest()[:8]}"
+                place = folder / "cells" / name
                 yield Step(f"{fraction:g} by {by}", partial(self._run, draft, place))
-                if self.asking.waits:
+                if self.waits:
                     cell = self._cell(by, fraction, draft, load_profile(place).answers)
-                    self.found = self.grid.with_cell(self.found, cell)
-                    self._write(folder)
+                    by_place = {(c.by, c.fraction): c for c in (*self.found.cells, cell)}
+                    places = product(self.grid.by, self.grid.fractions)  # the order of cells
+                    cells = tuple(by_place[place] for place in places if place in by_place)
+                    self.found = self.found.model_copy(update={"cells": cells})
+                    save_outcome(file, self.found)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
@@ -140,9 +137,6 @@ class Sweeping:
         edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)
         with simulated(self.engine.moe, edits, is_as_written=True):
             yield from self.measurement.run(place, on_pass)
-
-    def _write(self, folder: Path) -> None:
-        save_outcome(folder / SWEEP_FILE, self.found)
 
     def _model(self, answered: Answers, of: Size) -> SweptModel:
         scored = accuracy(answered.is_correct_N, self.subjects)
@@ -173,13 +167,6 @@ class Sweeping:
             max_abs_logprob_diff=largest,
             median_abs_logprob_diff=median,
         )
-
-
-def _keep_hash(draft: EditPlan) -> str:
-    """8 hex digits over the kept experts and the kind of removal, so that cells never mix."""
-    kept = {name: edit.keep for name, edit in draft.edits.items()}
-    text = repr((kept, draft.layout, draft.removed, draft.fold))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _questions(profile: Profile, draft: EditPlan) -> Questions:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Point, expert_ids, ids_text
+from expertcut.edits.plan import EditPlan, ExpertIds, Point, expert_ids, ids_text
 from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic
 from expertcut.errors import ProfileError
@@ -16,7 +16,7 @@ from expertcut.stats import Comparison, ExpertShares, HeldOutResult, LogprobShif
 if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built
     from expertcut.evaluation.cross_fit import CrossFitResult
-    from expertcut.evaluation.reweight_search import Decision
+    from expertcut.evaluation.reweight_search import TuningResult
     from expertcut.healing.data import Dropped
     from expertcut.healing.recovery import Healed
 
@@ -29,9 +29,8 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
     """Per block: kept experts, and idle or protected ones among them."""
     sentences, numbers = [], pruning.draft.numbers or ExpertIds()
     for name, edit in pruning.draft.edits.items():
-        fillers = ids_text(numbers.kept(name, pruning.fillers[name]))
         text = f"{name}: keeps {len(edit.keep)} experts, {pruning.n_active[name]} were active"
-        if fillers:
+        if fillers := ids_text(numbers.kept(name, pruning.fillers[name])):
             is_counted = pruning.draft.criterion == "activations"
             why = " to make one count for all layers" if is_counted else ""
             text += f"; never activated but kept{why}: {fillers}"
@@ -122,15 +121,6 @@ def merging_sentences(profile: Profile, plan: EditPlan) -> list[str]:
         f"{n_joined} of {sum(b.experts for b in blocks)} experts joined another. Tokens that chose "
         f"two of one group now choose it once, and one expert more to make {blocks[0].top_k}."
     ]
-
-
-def merged_text(edit: BlockEdit) -> str | None:
-    """Merged groups as `3 ← 5, 9`."""
-    groups = [
-        f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
-        for expert, members in (edit.merged or {}).items()
-    ]
-    return "; ".join(groups) or None
 
 
 def healing_tables(healed: "Healed") -> list[Table]:
@@ -240,13 +230,13 @@ def interval_text(ends: Sequence[float], sign: str = "", places: int = 2) -> str
     return f"{ends[0]:{sign}.{places}%} … {ends[1]:{sign}.{places}%}"
 
 
-def decision_tables(decision: "Decision") -> list[Table]:
+def decision_tables(decision: "TuningResult") -> list[Table]:
     """The curve of the search, and the cross-fit."""
     tables = [curve_table(decision.curve)] if decision.curve else []
     return [*tables, proof_table(decision.proof)] if decision.proof else tables
 
 
-def decision_sentences(decision: "Decision") -> list[str]:
+def decision_sentences(decision: "TuningResult") -> list[str]:
     """The choice, where its effect comes from, and the verdict."""
     questions = f"{len(decision.tuning):,} {decision.tuning.split} questions"
     first = f"No tilt that was tried beats the unedited model on {questions}."
@@ -263,7 +253,28 @@ def decision_sentences(decision: "Decision") -> list[str]:
 
 def proof_tables(built: "Built") -> list[Table]:
     """How well biases are carried, and the held-out check."""
-    tables = [_fit_table(built)] if built.fits else []
+    tables = []
+    if built.fits:
+        rows: list[list[Cell]] = [
+            [
+                f.layer,
+                f.quality,
+                f.quality_answer,
+                f"{f.mean_answer:.3f} ± {f.std_answer:.3f}",
+                f"{f.mean_elsewhere:.3f} ± {f.std_elsewhere:.3f}",
+            ]
+            for f in built.fits
+        ]
+        fit_heads = columns(
+            "layer; fit::.4f; fit, answer positions::.4f; v·h, answer positions; v·h, elsewhere"
+        )
+        target = "1 at answer positions and 0 elsewhere, both weighing the same"
+        noun = "held-out questions" if built.judged is None else built.judged.noun
+        note = (
+            f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
+            f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
+        )
+        tables.append(Table("The bias as a gate row", fit_heads, rows, note))
     if built.proof is None or built.judged is None:
         return tables
     heads = "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers; questions"
@@ -333,29 +344,6 @@ def adapter_sentences(built: "Built") -> list[str]:
     ]
 
 
-def _fit_table(built: "Built") -> Table:
-    rows: list[list[Cell]] = [
-        [
-            f.layer,
-            f.quality,
-            f.quality_answer,
-            f"{f.mean_answer:.3f} ± {f.std_answer:.3f}",
-            f"{f.mean_elsewhere:.3f} ± {f.std_elsewhere:.3f}",
-        ]
-        for f in built.fits
-    ]
-    heads = columns(
-        "layer; fit::.4f; fit, answer positions::.4f; v·h, answer positions; v·h, elsewhere"
-    )
-    target = "1 at answer positions and 0 elsewhere, both weighing the same"
-    noun = "held-out questions" if built.judged is None else built.judged.noun
-    note = (
-        f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
-        f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
-    )
-    return Table("The bias as a gate row", heads, rows, note)
-
-
 def tilt_sentences(
     tilts: Sequence[RouterEdit], built: "Built | None", numbers: ExpertIds | None = None
 ) -> list[str]:
@@ -363,8 +351,11 @@ def tilt_sentences(
     sentences = []
     for tilt in tilts:
         verb = "boosted" if tilt.bias > 0 else "suppressed"
-        expert = f"Expert {_number(tilt, numbers)} of layer {tilt.layer}"
-        text = f"{expert} is {verb} by {tilt.bias:+.4f} on its logit ({tilt.origin})"
+        number = (numbers or ExpertIds()).number(tilt.block, tilt.expert)
+        text = (
+            f"Expert {number} of layer {tilt.layer} is {verb} by {tilt.bias:+.4f} on its logit "
+            f"({tilt.origin})"
+        )
         fits = [] if built is None else built.fits
         if fit := next((fit for fit in fits if fit.layer == tilt.layer), None):
             mean, spread = tilt.bias * fit.mean_answer, abs(tilt.bias) * fit.std_answer
@@ -372,7 +363,7 @@ def tilt_sentences(
                 f"; the checkpoint's gate row moves it by {mean:+.4f} ± {spread:.4f} at answer "
                 "positions"
             )
-        if shares := _shares(tilt, built, numbers):
+        if shares := _shares(tilt.layer, number, built):
             noun, share = shares
             text += (
                 f"; it serves {share.edited:.1%} of {noun}, before {share.base:.1%}, "
@@ -393,24 +384,20 @@ def scale_sentences(
     """The effect of each gate-weight factor."""
     sentences = []
     for scaling in scaled:
-        expert = f"expert {_number(scaling, numbers)} of layer {scaling.layer}"
-        text = f"The gate weight of {expert} is multiplied by "
-        text += f"{scaling.scale:g}; in its own layer who is chosen stays"
-        if shares := _shares(scaling, built, numbers):
+        number = (numbers or ExpertIds()).number(scaling.block, scaling.expert)
+        text = (
+            f"The gate weight of expert {number} of layer {scaling.layer} is multiplied by "
+            f"{scaling.scale:g}; in its own layer who is chosen stays"
+        )
+        if shares := _shares(scaling.layer, number, built):
             noun, share = shares
             text += f", and it serves {share.edited:.1%} of {noun}"
         sentences.append(f"{text}.")
     return sentences
 
 
-def _shares(
-    tilt: RouterEdit, built: "Built | None", numbers: ExpertIds | None
-) -> tuple[str, ExpertShares] | None:
+def _shares(layer: int, expert: int, built: "Built | None") -> tuple[str, ExpertShares] | None:
     """What the questions may be called, and the share of them that an expert serves."""
     if built is None or built.proof is None or built.judged is None:
         return None
-    return built.judged.noun, built.proof.share(tilt.layer, _number(tilt, numbers))
-
-
-def _number(tilt: RouterEdit, numbers: ExpertIds | None) -> int:
-    return (numbers or ExpertIds()).number(tilt.block, tilt.expert)
+    return built.judged.noun, built.proof.share(layer, expert)

@@ -12,7 +12,7 @@ from expertcut.evaluation.search_results import (
     Sweep,
     SweptModel,
 )
-from expertcut.reporting.edit_tables import change_cells, interval_text, merged_text
+from expertcut.reporting.edit_tables import change_cells, interval_text
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns
@@ -28,7 +28,11 @@ def plan_table(plan: PlanFile) -> Table:
     for name, edit in plan.blocks.items():
         bias = ", ".join(f"{e}: {b:+.4f}" for e, b in edit.bias.items()) or None
         scale = ", ".join(f"{e}: ×{s:.4f}" for e, s in edit.scale.items()) or None
-        joined = [merged_text(edit)] if is_merged else []
+        groups = [
+            f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
+            for expert, members in (edit.merged or {}).items()
+        ]
+        joined = ["; ".join(groups) or None] if is_merged else []
         rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
     heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
     note = f"Chosen on {chosen_text(plan)}; model {plan.model.label}."
@@ -237,12 +241,7 @@ def _sweep_series(name: str, models: Sequence[SweptModel]) -> Series:
     return series_of(name, values, ends, tuple(model.bytes / 1e6 for model in models))
 
 
-def audit_tables(audit: Audit) -> list[Table]:
-    """The criteria, and the experts with the largest effects."""
-    return [*([verdict_table(audit)] if audit.verdicts else []), harm_table(audit)]
-
-
-def verdict_table(audit: Audit) -> Table:
+def _criteria_table(audit: Audit) -> Table:
     """One row per criterion, the best correlation first."""
     rows: list[list[Cell]] = []
     for v in ranked(audit):
@@ -265,8 +264,8 @@ def verdict_table(audit: Audit) -> Table:
     return Table(title, columns(heads), rows, note)
 
 
-def harm_table(audit: Audit) -> Table:
-    """The ten experts whose ablation has the largest effects."""
+def audit_tables(audit: Audit) -> list[Table]:
+    """The criteria, and the ten experts whose ablation has the largest effects."""
     rows = [
         [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost, h.mcnemar_p]
         for h in sorted(audit.harms, key=lambda harm: -harm.logprob)[:10]
@@ -284,7 +283,8 @@ def harm_table(audit: Audit) -> Table:
     if not audit.is_complete:
         note += " The same command does the rest."
     title = f"Audit of {request.model.label}: what removing one expert does"
-    return Table(title, heads, rows, note)
+    effects = Table(title, heads, rows, note)
+    return [_criteria_table(audit), effects] if audit.verdicts else [effects]
 
 
 def audit_csv(audit: Audit) -> Table:
@@ -293,24 +293,23 @@ def audit_csv(audit: Audit) -> Table:
         "layer; expert; loss_logprob; stderr; loss_accuracy; gained; lost; mcnemar_p; "
         "largest_abs_logprob_diff"
     )
-    rows: list[list[Cell]] = []
-    for i, h in enumerate(audit.harms):
-        row: list[Cell] = [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost]
-        scores = [ranks.score[i] for ranks in audit.standings.values()]
-        rows.append([*row, h.mcnemar_p, h.largest, *scores])
+    rows = [
+        [*effect.model_dump().values(), *(ranks.score[i] for ranks in audit.standings.values())]
+        for i, effect in enumerate(audit.harms)
+    ]
     return Table("audit", (*heads, *map(Column, audit.standings)), rows)
 
 
 def audit_sentences(audit: Audit) -> list[str]:
     """Leakage, and which criterion predicts the effects."""
-    asked = audit.asked
+    request = audit.asked
     leak = (
-        f"None of the {asked.questions:,} held-out questions ({asked.split}) had a part in scoring "
-        "the experts."
+        f"None of the {request.questions:,} held-out questions ({request.split}) had a part in "
+        "scoring the experts."
     )
     if audit.overlap:
         leak = (
-            f"{audit.overlap:,} of the {asked.questions:,} questions that were asked had been "
+            f"{audit.overlap:,} of the {request.questions:,} questions that were asked had been "
             "profiled, calibrated or cut on, so they are not held out: criteria that look at them "
             "are flattered."
         )

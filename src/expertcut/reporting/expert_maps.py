@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.profiling.findings import Findings, layers_json
+from expertcut.profiling.findings import Findings
 from expertcut.profiling.statistics import LayerStatistics
+from expertcut.reporting import profile_tables as tables
 from expertcut.reporting.edit_tables import rows_tables
 from expertcut.reporting.page_sections import (
     Explorer,
@@ -19,15 +20,7 @@ from expertcut.reporting.page_sections import (
     key_of,
 )
 from expertcut.reporting.plots import Curves, Heat, Series, rounded, span, spread
-from expertcut.reporting.profile_tables import (
-    MIN_APPEARANCES,
-    experts_csv,
-    margins_table,
-    perturbation_tables,
-    profile_tables,
-    suspects_table,
-)
-from expertcut.reporting.tables import Column, printable
+from expertcut.reporting.tables import Column, Table, printable
 from expertcut.reporting.views import Found, Run
 
 _MAPS = (
@@ -39,9 +32,9 @@ _MAPS = (
     ("tokens", "All-token load", ",d", "Tokens of all prompts, shots included, that chose it."),
 )  # fmt: skip
 _FIGURES = (
-    *("appearances", "accuracy", "accuracy_ci95", "weighted_accuracy", "weighted_accuracy_ci95"),
-    *("contribution_pct", "tokens", "difference", "difference_se", "z", "p", "p_adjusted"),
-    "p_family",
+    *("appearances", "accuracy", "accuracy_ci95_low", "accuracy_ci95_high", "weighted_accuracy"),
+    *("weighted_accuracy_ci95_low", "weighted_accuracy_ci95_high", "contribution_pct", "tokens"),
+    *("difference", "difference_se", "z", "p", "p_adjusted", "p_family"),
 )
 
 
@@ -51,24 +44,21 @@ def expert_sections(run: Run) -> list[Section]:
     for found in run.profiles:
         key = key_of(found.name, [s.key.removesuffix("-experts") for s in sections])
         of = f": {found.name}" if len(run.profiles) > 1 else ""
-        its = found.content
-        explorer = Explorer(key, _maps(its, key), _data(run, found), experts_csv(its))
+        findings, experts = found.content, tables.experts_csv(found.content)
+        quiz, counts = findings.profile.info.quiz, findings.counts
+        n_right, n_questions = int(counts.right_S.sum()), int(counts.questions_S.sum())
+        summary = (
+            f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, "
+            f"{n_right:,} of them ({n_right / n_questions:.2%}) answered right. Layers are MoE "
+            "layers, counted from 0."
+        )
+        explorer = Explorer(key, _maps(findings, key), _data(run, found, experts), experts)
         sections += [
-            Section(f"{key}-experts", f"Experts{of}", [Text(_in_words(its)), explorer]),
-            Section(f"{key}-suspects", f"Suspects{of}", [suspects_table(its)]),
-            Section(f"{key}-routing", f"Routing{of}", _routing(its, key)),
+            Section(f"{key}-experts", f"Experts{of}", [Text(summary), explorer]),
+            Section(f"{key}-suspects", f"Suspects{of}", [tables.suspects_table(findings)]),
+            Section(f"{key}-routing", f"Routing{of}", _routing(findings, key)),
         ]
     return sections
-
-
-def _in_words(found: Findings) -> str:
-    quiz, counts = found.profile.info.quiz, found.counts
-    n_right, n_questions = int(counts.right_S.sum()), int(counts.questions_S.sum())
-    return (
-        f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, "
-        f"{n_right:,} of them ({n_right / n_questions:.2%}) answered right. Layers are MoE layers, "
-        "counted from 0."
-    )
 
 
 def _maps(found: Findings, key: str) -> tuple[Heat, ...]:
@@ -80,7 +70,7 @@ def _maps(found: Findings, key: str) -> tuple[Heat, ...]:
         rows = tuple(np.asarray(value, dtype=float) for value in values)
         # Of the experts in at least 1 % of questions: else one question would set the colours.
         pairs = zip(found.layers, rows, strict=True)
-        common = [row[layer.appearances_E >= MIN_APPEARANCES] for layer, row in pairs]
+        common = [row[layer.appearances_E >= tables.MIN_APPEARANCES] for layer, row in pairs]
         is_load = name == "tokens"
         low, high = span(rows if is_load or not any(map(len, common)) else common)
         if name != "weighted_accuracy":
@@ -90,21 +80,15 @@ def _maps(found: Findings, key: str) -> tuple[Heat, ...]:
     return tuple(maps)
 
 
-def _data(run: Run, found: Found[Findings]) -> dict[str, Any]:
-    counts, layers = found.content.counts, layers_json(found.content)
-    rows = [expert for layer in layers for expert in layer["expert"]]
-    figures: dict[str, Any] = {}
-    for name in _FIGURES:
-        values = [row[name] for row in rows]
-        if name.endswith("_ci95"):
-            for end, part in enumerate(("low", "high")):
-                figures[f"{name}_{part}"] = rounded(None if v is None else v[end] for v in values)
-        else:
-            figures[name] = rounded(values)
-    keys = ("layer", "block", "experts", "top_k")
+def _data(run: Run, found: Found[Findings], experts: Table) -> dict[str, Any]:
+    counts, names = found.content.counts, [column.name for column in experts.columns]
+    values: dict[str, Any] = dict(zip(names, zip(*experts.rows, strict=True), strict=True))
     return {
-        "layers": [{key: layer[key] for key in keys} for layer in layers],
-        "figures": figures,
+        "layers": [
+            {"layer": x.layer, "block": x.block, "experts": x.n_experts, "top_k": x.top_k}
+            for x in found.content.layers
+        ],
+        "figures": {name: rounded(values[name]) for name in _FIGURES},
         "subjects": {
             "names": [printable(name) for name in counts.names],
             "questions": counts.questions_S.tolist(),
@@ -138,17 +122,16 @@ def _marks(run: Run, found: Found[Findings]) -> list[dict[str, Any]]:
 
 def _routing(found: Findings, key: str) -> list[Part]:
     layers = found.layers
+    paper_tables = tables.profile_tables(found.profile, layers)
     return [
         _entropy(f"{key}-entropy-top", "Entropy of the chosen experts", layers, "top", "top_k"),
         _entropy(f"{key}-entropy-all", "Entropy over all experts", layers, "all", "n_experts"),
         _ranks(layers, key),
         *([_rank_map(layers, key)] if len(layers) > 2 else []),
-        *perturbation_tables(found),
+        *tables.perturbation_tables(found),
         *rows_tables(found.profile),
-        Folded("Gate margins", [margins_table(found)]),
-        Folded(
-            "Tables 1 to 7 of the paper (arXiv 2502.17187)", profile_tables(found.profile, layers)
-        ),
+        Folded("Gate margins", [tables.margins_table(found)]),
+        Folded("Tables 1 to 7 of the paper (arXiv 2502.17187)", paper_tables),
     ]
 
 
@@ -159,8 +142,8 @@ def _entropy(
     most = tuple(math.log(getattr(layer, count)) for layer in layers)
     mean = spread(
         "mean ± standard deviation",
-        np.array([its.mean() for its in entropies]),
-        np.array([its.std() for its in entropies]),
+        np.array([entropy_N.mean() for entropy_N in entropies]),
+        np.array([entropy_N.std() for entropy_N in entropies]),
     )
     return Curves(
         key=key,
@@ -179,8 +162,8 @@ def _ranks(layers: Sequence[LayerStatistics], key: str) -> Curves:
     series = []
     for layer in [layers[i] for i in dict.fromkeys((0, len(layers) - 1))]:
         p_NK, rest = layer.rank_probability_NK, (None,) * (most - layer.top_k)
-        its = spread(f"layer {layer.layer}", p_NK.mean(axis=0), p_NK.std(axis=0))
-        series.append(Series(its.name, its.values + rest, its.low + rest, its.high + rest))
+        ranks = spread(f"layer {layer.layer}", p_NK.mean(axis=0), p_NK.std(axis=0))
+        series.append(Series(ranks.name, ranks.values + rest, ranks.low + rest, ranks.high + rest))
     return Curves(
         key=f"{key}-ranks",
         title="Probability of each rank, first and last layer",

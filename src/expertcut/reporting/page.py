@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -53,25 +53,18 @@ def write(run: Path, out: Path | None = None) -> Path:
     page = out or (run if run.is_dir() else run.parent) / PAGE
     if page.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{page} is not the name of a page: end it in .html")
-    found = gather(run)
-    sections = sections_of(found)
-    beside = page.with_suffix("")
-    for name, content in figure_files(sections):
-        write_atomically(beside / name, content)
-    write_atomically(page, render(found, sections, beside.name).encode())
+    documents, folder = gather(run), page.with_suffix("")
+    sections = sections_of(documents)
+    parts = [part for section in sections for part in section.parts]
+    for figure in figures_of(parts):
+        write_atomically(folder / f"{figure.key}.csv", as_csv(figure.table()).encode())
+        for name, content in draw(figure).items():
+            write_atomically(folder / name, content)
+    for part in parts:
+        if isinstance(part, Explorer):
+            write_atomically(folder / f"{part.key}-experts.csv", as_csv(part.table).encode())
+    write_atomically(page, render(documents, sections, folder.name).encode())
     return page
-
-
-def figure_files(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
-    """Every figure's PNG, SVG and CSV by name; and the experts of explorers."""
-    for section in sections:
-        for figure in figures_of(section.parts):
-            yield f"{figure.key}.csv", as_csv(figure.table()).encode()
-            for ending, content in draw(figure).items():
-                yield f"{figure.key}.{ending}", content
-        for part in section.parts:
-            if isinstance(part, Explorer):
-                yield f"{part.key}-experts.csv", as_csv(part.table).encode()
 
 
 def render(run: Run, sections: Sequence[Section], folder: str) -> str:
@@ -84,10 +77,11 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"headings": _headings, "cells": _cells}
-    environment.filters["kind"] = lambda part: type(part).__name__.lower()
-    style = _resource("style.css")
-    script = "\n".join(_resource(f"scripts/{name}.js") for name in SCRIPTS)
+    environment.filters |= {"cells": _cells, "kind": lambda part: type(part).__name__.lower()}
+    template = files("expertcut.reporting") / "template"
+    style = (template / "style.css").read_text(encoding="utf-8")
+    scripts = [template / "scripts" / f"{name}.js" for name in SCRIPTS]
+    script = "\n".join(file.read_text(encoding="utf-8") for file in scripts)
     parts = [part for section in sections for part in section.parts]
     data = {
         "colours": colour_stops(),
@@ -108,28 +102,18 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
     return without_secrets(page)
 
 
-def _headings(table: Table) -> list[tuple[str, bool]]:
-    """Each column's name, and whether it holds numbers."""
-    return list(zip([column.name for column in table.columns], table.are_numbers(), strict=True))
-
-
 def _cells(table: Table) -> list[list[tuple[str, Cell, bool]]]:
     """Each cell as a person reads it, as it is sorted, and whether its column holds numbers."""
     numbers = table.are_numbers()
     return [
-        list(zip(texts, row, numbers, strict=True))
-        for texts, row in zip(table.texts(), table.rows, strict=True)
+        list(zip(*cells, numbers, strict=True))
+        for cells in zip(table.texts(), table.rows, strict=True)
     ]
 
 
 def _plain(value: object) -> object:
     # Before escaping: what a terminal would obey, a page must not hold either.
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _resource(name: str) -> str:
-    folder = files("expertcut.reporting") / "template"
-    return (folder / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

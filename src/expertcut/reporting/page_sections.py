@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -16,32 +16,14 @@ from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import ModelResult, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
-from expertcut.profiling.schema import BlockInfo
-from expertcut.reporting.edit_tables import (
-    curve_table,
-    interval_text,
-    proof_table,
-    shift_rows,
-    touched_table,
-)
-from expertcut.reporting.eval_tables import (
-    audit_sentences,
-    audit_tables,
-    chosen_text,
-    model_names,
-    plan_table,
-    ranked,
-    result_sentences,
-    results_table,
-    sweep_sentences,
-    sweep_table,
-)
+from expertcut.profiling.schema import BlockInfo, QuizInfo
+from expertcut.reporting import edit_tables, eval_tables
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
 from expertcut.stats import wilson_interval
 
-Rows = list[tuple[str, str]]
+Rows = list[tuple[str, str | None]]
 T = TypeVar("T")
 
 
@@ -54,9 +36,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and their values, one per line."""
+    """Names and their values, one per line; None is left out."""
 
-    rows: Sequence[tuple[str, str]]
+    rows: Sequence[tuple[str, str | None]]
 
 
 @dataclass(frozen=True)
@@ -96,17 +78,15 @@ class Section:
     parts: Sequence[Part]
 
 
-def figures_of(parts: Sequence[Part]) -> "list[Heat | Curves]":
+def figures_of(parts: Sequence[Part]) -> Iterator[Heat | Curves]:
     """Every figure, also in explorers and folded parts."""
-    found: list[Heat | Curves] = []
     for part in parts:
         if isinstance(part, Heat | Curves):
-            found.append(part)
+            yield part
         elif isinstance(part, Explorer):
-            found += part.maps
+            yield from part.maps
         elif isinstance(part, Folded):
-            found += figures_of(part.parts)
-    return found
+            yield from figures_of(part.parts)
 
 
 def key_of(name: str, used: Collection[str]) -> str:
@@ -116,27 +96,20 @@ def key_of(name: str, used: Collection[str]) -> str:
     return next(key for key in keys if key not in used)
 
 
-def keyed(found: Iterable[Found[T]], prefix: str = "") -> Iterator[tuple[Found[T], str]]:
-    """Documents, each with a key of its own."""
-    used: list[str] = []
-    for each in found:
-        used.append(key_of(f"{prefix}{each.name}", used))
-        yield each, used[-1]
-
-
-def accuracies(name: str, found: Sequence[ModelResult | SweepCell | Point | None]) -> Series:
+def accuracies(name: str, scored: Sequence[ModelResult | SweepCell | Point | None]) -> Series:
     """Accuracy with its interval, one value each."""
-    ends = [(None, None) if each is None else each.ci95 for each in found]
-    return series_of(name, [None if each is None else each.accuracy for each in found], ends)
+    ends = [(None, None) if each is None else each.ci95 for each in scored]
+    return series_of(name, [None if each is None else each.accuracy for each in scored], ends)
 
 
 def _sections(
     title: str, found: Iterable[Found[T]], prefix: str, parts: Callable[[Found[T], str], list[Part]]
 ) -> list[Section]:
-    return [
-        Section(key, f"{title}: {each.name}", parts(each, key))
-        for each, key in keyed(found, prefix)
-    ]
+    sections: list[Section] = []
+    for document in found:
+        key = key_of(f"{prefix}{document.name}", [section.key for section in sections])
+        sections.append(Section(key, f"{title}: {document.name}", parts(document, key)))
+    return sections
 
 
 def change_sections(run: Run) -> list[Section]:
@@ -148,7 +121,7 @@ def change_sections(run: Run) -> list[Section]:
 
 
 def _proof_parts(proof: CrossFitResult) -> list[Part]:
-    return [Text(proof.sentence), proof_table(proof)]
+    return [Text(proof.sentence), edit_tables.proof_table(proof)]
 
 
 def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
@@ -167,30 +140,32 @@ def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
 
 def edits_of(plan: PlanFile, found: Findings) -> dict[str, BlockEdit] | None:
     """A plan by rows of a profile; None where the profile is of another cut of the model."""
-    edits = {}
-    for block in found.profile.info.model.blocks:
-        edit = plan.blocks.get(block.name)
-        by_row = None if edit is None else rows_of(edit, block)
-        if by_row is None:
-            return None
-        edits[block.name] = by_row
-    return edits
+    blocks = found.profile.info.model.blocks
+    by_row = {b.name: rows_of(plan.blocks[b.name], b) for b in blocks if b.name in plan.blocks}
+    edits = {name: edit for name, edit in by_row.items() if edit is not None}
+    return edits if len(edits) == len(blocks) else None
 
 
 def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
     plan, profile = found.content, run.profile_of(found.content)
     parts: list[Part] = [Text(_in_words(plan))]
     if profile and (edits := edits_of(plan, profile.content)) is not None:
-        gone = removed_traffic(profile.content.profile, edits)
-        if any(block.n_removed for block in gone):
-            parts += [touched_table(gone), *_traffic(gone, key)]
+        traffic = removed_traffic(profile.content.profile, edits)
+        if any(block.n_removed for block in traffic):
+            parts.append(edit_tables.touched_table(traffic))
+            if all(block.mass is not None for block in traffic):
+                parts.append(_traffic(traffic, key))
     if plan.tuning:
-        parts += [_curve(plan.tuning, key), Folded("Every try", [curve_table(plan.tuning)])]
-    parts += _held_out(found)
+        tries = edit_tables.curve_table(plan.tuning)
+        parts += [_curve(plan.tuning, key), Folded("Every try", [tries])]
+    if plan.proof.held_out:
+        heads = "against; largest |Δ log p|::.4f; median::.4f; flipped answers::,d; questions::,d"
+        title = read_judged(plan, found.file.parent).title
+        parts.append(Table(title, columns(heads), edit_tables.shift_rows(plan.proof.held_out)))
     for proof in run.proofs:
         if proof.file.parent == found.file.parent:
             parts += _proof_parts(proof.content)
-    return [*parts, Folded("Every block of the plan", [plan_table(plan)])]
+    return [*parts, Folded("Every block of the plan", [eval_tables.plan_table(plan)])]
 
 
 def _in_words(plan: PlanFile) -> str:
@@ -209,20 +184,17 @@ def _in_words(plan: PlanFile) -> str:
     return f"{'; '.join(parts)}. {on}"
 
 
-def _traffic(gone: Sequence[RemovedTraffic], key: str) -> list[Part]:
-    if any(block.mass is None for block in gone):
-        return []
-    figure = Curves(
+def _traffic(traffic: Sequence[RemovedTraffic], key: str) -> Curves:
+    return Curves(
         key=f"{key}-traffic",
         title="Gate weight that went through the removed experts",
         note="Share of all gate weight of the profiled prompts, every token counted.",
         across="layer",
-        categories=tuple(map(str, range(len(gone)))),
-        series=(Series("share", tuple(block.mass for block in gone)),),
+        categories=tuple(map(str, range(len(traffic)))),
+        series=(Series("share", tuple(block.mass for block in traffic)),),
         column=Column("share of gate weight", ".1%"),
         zero=0.0,
     )
-    return [figure]
 
 
 def _curve(tuning: Sequence[Point], key: str) -> Curves:
@@ -238,7 +210,7 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
     return Curves(
         key=f"{key}-tuning",
         title="The search for a strength",
-        note=curve_table(tuning).note,
+        note=edit_tables.curve_table(tuning).note,
         across="strength (logits)",
         categories=tuple(f"{strength:.4g}" for strength in strengths),
         series=(*series, level),
@@ -246,46 +218,34 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
     )
 
 
-def _held_out(found: Found[PlanFile]) -> list[Part]:
-    rows = found.content.proof.held_out
-    if not rows:
-        return []
-    heads = "against; largest |Δ log p|::.4f; median::.4f; flipped answers::,d; questions::,d"
-    title = read_judged(found.content, found.file.parent).title
-    return [Table(title, columns(heads), shift_rows(rows))]
-
-
 def outcome_sections(run: Run) -> list[Section]:
     """One for each evaluation."""
-    is_only = len(run.results) == 1
-    return [
-        Section(key, "Results" if is_only else f"Results: {found.name}", _parts(found.content, key))
-        for found, key in keyed(run.results)
-    ]
+    sections = _sections("Results", run.results, "", lambda f, key: _results_parts(f.content, key))
+    return [replace(s, title="Results") for s in sections] if len(sections) == 1 else sections
 
 
-def change(base: ModelResult, model: ModelResult, subject: str) -> float | None:
-    """What a model's accuracy in a subject is above the base's; None where it was not asked."""
-    its = model.subjects.get(subject)
-    return None if its is None else its.accuracy - base.subjects[subject].accuracy
+def _change(base: ModelResult, model: ModelResult, subject: str) -> float | None:
+    """Accuracy in a subject above the base's; None where it was not scored."""
+    scored = model.subjects.get(subject)
+    return None if scored is None else scored.accuracy - base.subjects[subject].accuracy
 
 
-def _parts(results: Results, key: str) -> list[Part]:
+def _results_parts(results: Results, key: str) -> list[Part]:
     figure = Curves(
         key=f"{key}-accuracy",
         title="Accuracy of every variant",
         note="Bars are 95 % intervals (Wilson), the line is the base. The interval of a "
         "difference, in the table, is narrower: the questions are the same.",
         across="model",
-        categories=tuple(model_names(results)),
+        categories=tuple(eval_tables.model_names(results)),
         series=(accuracies("accuracy", results.models),),
         column=Column("accuracy", ".1%"),
         is_flat=True,
         zero=results.models[0].accuracy,
     )
     return [
-        results_table(results),
-        *map(Text, result_sentences(results)),
+        eval_tables.results_table(results),
+        *map(Text, eval_tables.result_sentences(results)),
         figure,
         *([_differences(results, key)] if len(results.models) > 1 else []),
         Folded("Accuracy of every subject", [_subjects(results)]),
@@ -294,7 +254,7 @@ def _parts(results: Results, key: str) -> list[Part]:
 
 def _differences(results: Results, key: str) -> Curves:
     base, subjects = results.models[0], tuple(results.models[0].subjects)
-    others = list(zip(model_names(results), results.models, strict=True))[1:]
+    others = list(zip(eval_tables.model_names(results), results.models, strict=True))[1:]
     return Curves(
         key=f"{key}-subjects",
         title="Difference to the base, subject by subject",
@@ -303,7 +263,7 @@ def _differences(results: Results, key: str) -> Curves:
         across="subject",
         categories=subjects,
         series=tuple(
-            Series(name, tuple(change(base, model, subject) for subject in subjects))
+            Series(name, tuple(_change(base, model, subject) for subject in subjects))
             for name, model in others
         ),
         column=Column("Δ accuracy", "+.1%"),
@@ -313,14 +273,17 @@ def _differences(results: Results, key: str) -> Curves:
 
 
 def _subjects(results: Results) -> Table:
-    base, names = results.models[0], model_names(results)
+    base, names = results.models[0], eval_tables.model_names(results)
     rows: list[list[Cell]] = []
-    for subject, asked in base.subjects.items():
-        row: list[Cell] = [subject, asked.questions]
-        for its in (model.subjects.get(subject) for model in results.models):
-            ends = wilson_interval(its.accuracy, its.questions) if its else (0, 0)
-            row += [its.accuracy, interval_text(ends, places=1)] if its else [None, None]
-        rows.append([*row, *(change(base, model, subject) for model in results.models[1:])])
+    for subject, of_base in base.subjects.items():
+        row: list[Cell] = [subject, of_base.questions]
+        for model in results.models:
+            if (scored := model.subjects.get(subject)) is None:
+                row += [None, None]
+                continue
+            ends = wilson_interval(scored.accuracy, scored.questions)
+            row += [scored.accuracy, edit_tables.interval_text(ends, places=1)]
+        rows.append([*row, *(_change(base, model, subject) for model in results.models[1:])])
     heads = [*columns("subject; questions::,d")]
     for name in names:
         heads += [Column(name, ".1%"), Column("95 % interval")]
@@ -330,28 +293,21 @@ def _subjects(results: Results) -> Table:
 
 def search_sections(run: Run) -> list[Section]:
     """One for each sweep and each audit."""
-    sweeps = _sections("Sweep", run.sweeps, "sweep-", lambda its, key: _sweep(its.content, key))
-    return sweeps + _sections(
-        "Audit", run.audits, "audit-", lambda its, key: _audit(its.content, key)
-    )
+    sweeps = _sections("Sweep", run.sweeps, "sweep-", lambda f, key: _sweep(f.content, key))
+    return sweeps + _sections("Audit", run.audits, "audit-", lambda f, key: _audit(f.content, key))
 
 
-def _sweep(found: Sweep, key: str) -> list[Part]:
-    parts: list[Part] = [*map(Text, sweep_sentences(found)), sweep_table(found)]
-    return [*parts, _cuts(found, key)] if found.cells else parts
-
-
-def _cuts(found: Sweep, key: str) -> Curves:
-    """Accuracy against the share of experts that stays, a series for each criterion."""
-    fractions = sorted(found.asked.fractions, reverse=True)
-    series = [
-        accuracies(by, [found.cell(by, fraction) for fraction in fractions])
-        for by in found.asked.by
-    ]
-    if found.base is not None:
-        level = (found.base.accuracy,) * len(fractions)
+def _sweep(sweep: Sweep, key: str) -> list[Part]:
+    sentences = map(Text, eval_tables.sweep_sentences(sweep))
+    parts: list[Part] = [*sentences, eval_tables.sweep_table(sweep)]
+    if not sweep.cells:
+        return parts
+    fractions = sorted(sweep.asked.fractions, reverse=True)
+    series = [accuracies(by, [sweep.cell(by, f) for f in fractions]) for by in sweep.asked.by]
+    if sweep.base is not None:
+        level = (sweep.base.accuracy,) * len(fractions)
         series.append(Series("unedited", level, is_reference=True))
-    return Curves(
+    figure = Curves(
         key=f"{key}-accuracy",
         title="Accuracy against the share of experts that stays",
         note="Bars are 95 % intervals (Wilson); the questions are the same for every cut.",
@@ -360,10 +316,11 @@ def _cuts(found: Sweep, key: str) -> Curves:
         series=tuple(series),
         column=Column("accuracy", ".1%"),
     )
+    return [*parts, figure]
 
 
-def _audit(found: Audit, key: str) -> list[Part]:
-    tables, order = audit_tables(found), ranked(found)
+def _audit(audit: Audit, key: str) -> list[Part]:
+    tables, order = eval_tables.audit_tables(audit), eval_tables.ranked(audit)
     if not order:
         return [*tables]
     by_criterion = partial(
@@ -388,41 +345,39 @@ def _audit(found: Audit, key: str) -> list[Part]:
         note="How much more mean log p its removals cost, one by one, than the least harmful.",
         series=tuple(
             Series(f"{fraction:g} kept", tuple(verdict.regrets[i].regret for verdict in order))
-            for i, fraction in enumerate(found.asked.fractions)
+            for i, fraction in enumerate(audit.asked.fractions)
         ),
         column=Column("regret, nats", ".3f"),
     )
-    return [*map(Text, audit_sentences(found)), *tables, correlations, regrets]
+    return [*map(Text, eval_tables.audit_sentences(audit)), *tables, correlations, regrets]
 
 
 def provenance_sections(run: Run) -> list[Section]:
     """One, with facts on everything that was found."""
-    parts: list[Part] = []
+    facts: dict[str, Part] = {}
     if stages := _stages(notes_in(run.path / MANIFEST_FILE)):
-        parts.append(_folded("Stages of the run", stages))
+        facts["Stages of the run"] = Facts(stages)
     if recipe := recipe_in(run.path):
-        parts.append(Folded("Recipe", [Lines(recipe)]))
+        facts["Recipe"] = Lines(recipe)
     for profile in run.profiles:
         notes = notes_in(profile.file.parent / RUN_FILE)
-        parts.append(_folded(f"Profile {profile.name}", _profile(profile.content, notes)))
-    parts += [_folded(f"Plan {plan.name}", _plan(plan.content)) for plan in run.plans]
-    parts += [_folded(f"Results {found.name}", _results(found.content)) for found in run.results]
+        facts[f"Profile {profile.name}"] = Facts(_profile(profile.content, notes))
+    facts |= {f"Plan {plan.name}": Facts(_plan(plan.content)) for plan in run.plans}
+    facts |= {f"Results {found.name}": Facts(_results(found.content)) for found in run.results}
+    parts = [Folded(title, [part]) for title, part in facts.items()]
     return [Section("provenance", "Where the numbers come from", parts)]
-
-
-def _folded(title: str, rows: Rows) -> Folded:
-    return Folded(title, [Facts(rows)])
 
 
 def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
     info = found.profile.info
     model, quiz, settings = info.model, info.quiz, info.settings
-    asked = {name: subject.content_hash for name, subject in quiz.subjects.items()}
+    hashes = {name: subject.content_hash for name, subject in quiz.subjects.items()}
     return [
-        *_some(("model", model.label), ("revision", model.revision)),
+        ("model", model.label),
+        ("revision", model.revision),
         ("fingerprint of config and weights", model.fingerprint),
-        *_quiz(quiz.id, quiz.revision, quiz.split, quiz.shots, quiz.limit),
-        ("hash of the questions", _hash(asked)),
+        *_quiz(quiz, quiz.id),
+        ("hash of the questions", _hash(hashes)),
         ("settings", ", ".join(f"{k} {v}" for k, v in settings.model_dump().items() if v)),
         *_times(notes),
     ]
@@ -430,33 +385,30 @@ def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
 
 def _plan(plan: PlanFile) -> Rows:
     adapter = plan.adapter
+    adapter_text = f"{adapter.path}, {adapter.weights_sha256}" if adapter else None
     return [
         ("made by", plan.action),
-        *_some(("model", plan.model.label), ("revision", plan.model.revision)),
+        ("model", plan.model.label),
+        ("revision", plan.model.revision),
         ("fingerprint of config and weights", plan.model.fingerprint),
-        ("chosen on", chosen_text(plan)),
+        ("chosen on", eval_tables.chosen_text(plan)),
         ("hash of their list", plan.chosen_on.sha256),
-        *([("adapter that was cut along", f"{adapter.path}, {adapter.weights_sha256}")]
-          if adapter else []),
-    ]  # fmt: skip
-
-
-def _results(found: Results) -> Rows:
-    return [
-        *_quiz(found.quiz, found.revision, found.split, found.shots, found.limit),
-        ("hash of the questions", _hash(found.content_hashes)),
-        *((f"model {i}", model.path) for i, model in enumerate(found.models)),
+        ("adapter that was cut along", adapter_text),
     ]
 
 
-def _quiz(name: str, revision: str | None, split: str, shots: int, limit: int | None) -> Rows:
-    first = f", the first {limit} of each subject" if limit else ""
-    asked = f"{name}, split {split}, {shots} shots{first}"
-    return _some(("questions", asked), ("revision of the questions", revision))
+def _results(results: Results) -> Rows:
+    return [
+        *_quiz(results, results.quiz),
+        ("hash of the questions", _hash(results.content_hashes)),
+        *((f"model {i}", model.path) for i, model in enumerate(results.models)),
+    ]
 
 
-def _some(*rows: tuple[str, str | None]) -> Rows:
-    return [(name, text) for name, text in rows if text]
+def _quiz(quiz: QuizInfo | Results, name: str) -> Rows:
+    first = f", the first {quiz.limit} of each subject" if quiz.limit else ""
+    questions = f"{name}, split {quiz.split}, {quiz.shots} shots{first}"
+    return [("questions", questions), ("revision of the questions", quiz.revision)]
 
 
 def _stages(manifest: Mapping[str, Any]) -> Rows:

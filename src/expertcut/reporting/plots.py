@@ -28,8 +28,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 COLOURMAP = "viridis"
 _GREY = "#767676"
 _DPI = 150
-_OFFSET = 0.012  # of the width, between series with points at the same x
-_MAX_TICKS = 24
 _MAX_NAME = 40  # characters of a category's name
 _LEGEND: dict[str, Any] = dict(
     loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small"
@@ -134,9 +132,7 @@ class Curves:
             "series": [
                 {
                     "name": printable(series.name),
-                    "values": rounded(series.values),
-                    "low": rounded(series.low),
-                    "high": rounded(series.high),
+                    **{key: rounded(getattr(series, key)) for key in ("values", "low", "high")},
                     "reference": series.is_reference,
                 }
                 for series in self.series
@@ -184,11 +180,10 @@ def colour_stops() -> list[str]:
 
 
 def draw(figure: Figure) -> dict[str, bytes]:
-    """A figure of the page: PNG and SVG, by ending."""
+    """A figure of the page: PNG and SVG, by file name."""
     import matplotlib
 
     settings: Any = {
-        "svg.hashsalt": figure.key,
         "svg.fonttype": "none",  # text stays text
         "text.parse_math": False,  # a subject may be called $x$
         "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -197,13 +192,16 @@ def draw(figure: Figure) -> dict[str, bytes]:
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # Glyphs that the font lacks are boxes in the PNG, and text in the SVG.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        canvas, (axes,) = _canvas(_size(figure))
         if isinstance(figure, Heat):
+            width = min(14.0, 3.0 + 0.11 * max(map(len, figure.rows)))
+            canvas, (axes,) = _canvas((width, min(12.0, 1.8 + 0.11 * len(figure.rows))))
             _draw_heat(canvas, axes, figure)
         else:
+            height = 1.6 + 0.3 * len(figure.categories) if figure.is_flat else 3.8
+            canvas, (axes,) = _canvas((7.5, height))
             _draw_curves(axes, figure)
         axes.set_title(printable(figure.title), fontsize="medium", loc="left")
-        return _saved(canvas)
+        return _saved(figure.key, canvas)
 
 
 def draw_lines(
@@ -218,13 +216,14 @@ def draw_lines(
         axes.axhline(base.values[0], color="0.4", linewidth=1, zorder=1)
         axes.plot(base.x, base.values, "*", color="0.2", markersize=11, label=base.name, zorder=4)
     for number, (each, look) in enumerate(zip(series, _looks(len(series)), strict=True)):
-        shift = (number - (len(series) - 1) / 2) * _OFFSET * width  # tells intervals apart
+        # A little of the width apart, so that intervals at the same x can be told apart.
+        shift = (number - (len(series) - 1) / 2) * 0.012 * width
         places = np.array(each.x) + shift
         _draw_bars(axes, places, each, capsize=2.5, markersize=5, zorder=3, **look)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.legend(**_LEGEND)
-    return _named(name, canvas)
+    return _saved(name, canvas)
 
 
 def draw_forest(
@@ -258,7 +257,7 @@ def draw_forest(
         axes.set_xlabel(label)
         axes.set_ylim(len(rows) - 0.5, -0.5)
     second.legend(**_LEGEND)
-    return _named(name, canvas)
+    return _saved(name, canvas)
 
 
 def _looks(n: int) -> list[dict[str, Any]]:
@@ -289,30 +288,17 @@ def _canvas(
     return canvas, panels
 
 
-def _saved(canvas: "Canvas") -> dict[str, bytes]:
+def _saved(name: str, canvas: "Canvas") -> dict[str, bytes]:
     """PNG and SVG without date and version, so that their bytes are the same each time."""
-    found = {}
-    for ending, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
-        stream = BytesIO()
-        canvas.savefig(stream, format=ending, dpi=_DPI, metadata=metadata)
-        found[ending] = stream.getvalue()
-    return found
-
-
-def _named(name: str, canvas: "Canvas") -> dict[str, bytes]:
     import matplotlib
 
+    contents = {}
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        return {f"{name}.{ending}": content for ending, content in _saved(canvas).items()}
-
-
-def _size(figure: Figure) -> tuple[float, float]:
-    if isinstance(figure, Heat):
-        most = max(len(values) for values in figure.rows)
-        return min(14.0, 3.0 + 0.11 * most), min(12.0, 1.8 + 0.11 * len(figure.rows))
-    if figure.is_flat:
-        return 7.5, 1.6 + 0.3 * len(figure.categories)
-    return 7.5, 3.8
+        for ending, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
+            stream = BytesIO()
+            canvas.savefig(stream, format=ending, dpi=_DPI, metadata=metadata)
+            contents[f"{name}.{ending}"] = stream.getvalue()
+    return contents
 
 
 def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
@@ -320,7 +306,7 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    most = max(len(values) for values in figure.rows)
+    most = max(map(len, figure.rows))
     padded_LE = np.full((len(figure.rows), most), np.nan)
     for layer, values in enumerate(figure.rows):
         padded_LE[layer, : len(values)] = values
@@ -342,7 +328,9 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    bar = canvas.colorbar(image, ax=axes, extend=_extend(figure), shrink=0.9)
+    below, above = bool((padded_LE < figure.low).any()), bool((padded_LE > figure.high).any())
+    extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
+    bar = canvas.colorbar(image, ax=axes, extend=extend, shrink=0.9)
     bar.ax.yaxis.set_major_formatter(lambda value, _: format(value, _spec(figure)))
     axes.annotate(f"hatched: {figure.undefined}", (1, 1.01), xycoords="axes fraction", ha="right",
                   va="bottom", fontsize="small", color=_GREY)  # fmt: skip
@@ -351,13 +339,6 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
 def _spec(figure: Figure) -> str:
     """Ends of an axis may be fractions even where values are whole."""
     return ",.0f" if figure.column.spec == ",d" else figure.column.spec
-
-
-def _extend(figure: Heat) -> str:
-    found = np.concatenate(figure.rows)
-    with np.errstate(invalid="ignore"):
-        below, above = bool((found < figure.low).any()), bool((found > figure.high).any())
-    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
 def _draw_curves(axes: "Axes", figure: Curves) -> None:
@@ -380,36 +361,9 @@ def _draw_curves(axes: "Axes", figure: Curves) -> None:
         if series.is_reference:
             pair = (series.values, places) if figure.is_flat else (places, series.values)
             axes.plot(*pair, color=_GREY, linestyle="--", label=printable(series.name))
-    _label(axes, figure)
-    if len(figure.series) > 1:
-        axes.legend(**_LEGEND)
-
-
-def _draw_bars(
-    axes: "Axes", places: Array, series: Series, *, is_flat: bool = False, **look: Any
-) -> None:
-    values = _numbers(series.values)
-    if series.low or not series.values:
-        look["xerr" if is_flat else "yerr"] = _errors(series)
-    pair = (values, places) if is_flat else (places, values)
-    axes.errorbar(*pair, linewidth=1.2, elinewidth=0.9, label=printable(series.name), **look)
-
-
-def _errors(series: Series) -> Array:
-    """Distances to both ends; rounding may leave an end on the wrong side of its value."""
-    values = _numbers(series.values)
-    ends = np.stack([values - _numbers(series.low), _numbers(series.high) - values])
-    return np.asarray(np.maximum(ends, 0))
-
-
-def _numbers(values: Values) -> Array:
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
-
-
-def _label(axes: "Axes", figure: Curves) -> None:
     names = [printable(name) for name in figure.categories]
     names = [n if len(n) <= _MAX_NAME else n[: _MAX_NAME - 1] + "…" for n in names]
-    step = 1 if figure.is_flat else -(-len(names) // _MAX_TICKS)
+    step = 1 if figure.is_flat else -(-len(names) // 24)  # at most so many ticks
     ticks = range(0, len(names), step)
     value, category = (axes.xaxis, axes.yaxis) if figure.is_flat else (axes.yaxis, axes.xaxis)
     category.set_ticks(list(ticks), [names[i] for i in ticks])
@@ -424,3 +378,21 @@ def _label(axes: "Axes", figure: Curves) -> None:
     if figure.zero is not None:
         line = axes.axvline if figure.is_flat else axes.axhline
         line(figure.zero, color=_GREY, linewidth=1, zorder=0)
+    if len(figure.series) > 1:
+        axes.legend(**_LEGEND)
+
+
+def _draw_bars(
+    axes: "Axes", places: Array, series: Series, *, is_flat: bool = False, **look: Any
+) -> None:
+    values = np.array(series.values, dtype=float)
+    if series.low or not series.values:
+        look["xerr" if is_flat else "yerr"] = _errors(series)
+    pair = (values, places) if is_flat else (places, values)
+    axes.errorbar(*pair, linewidth=1.2, elinewidth=0.9, label=printable(series.name), **look)
+
+
+def _errors(series: Series) -> Array:
+    """Distances to both ends; rounding may leave an end on the wrong side of its value."""
+    values, low, high = np.array([series.values, series.low, series.high], dtype=float)
+    return np.asarray(np.maximum([values - low, high - values], 0))

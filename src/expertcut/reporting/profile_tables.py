@@ -26,7 +26,6 @@ from expertcut.reporting.tables import Cell, Column, Table, columns
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
 _FROM_0 = "Layers are MoE layers, counted from 0."
 _ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
-N_SUSPECTS = 10
 
 
 def answered_sentence(folder: Path, found: Answers) -> str:
@@ -43,11 +42,19 @@ def cut_text(n_cut: int | None) -> str:
 def profile_tables(profile: Profile, layers: Sequence[LayerStatistics] = ()) -> list[Table]:
     """Tables 1–2, 3, 4, 5 and 6–7, in the paper's order, of `layers` where they are known."""
     layers = layers or profile.layers
+    last = layers[-1]
+    mean_K, std_K = last.rank_probability_NK.mean(axis=0), last.rank_probability_NK.std(axis=0)
+    ranks = [[k + 1, float(mean_K[k]), float(std_K[k])] for k in range(last.top_k)]
+    title = f"Table 3: normalised probability of each rank in the last layer ({last.layer})"
+    entropies = [
+        [layer.layer, *_entropy(layer.entropy_all_N), math.log(layer.n_experts)] for layer in layers
+    ]
+    heads = columns(f"layer; {_ENTROPY}")
     return [
         _activated(profile, layers),
-        _rank_table(layers[-1]),
+        Table(title, columns("rank; mean::.4f; std::.4f"), ranks),
         *[_expert_table(layers[i]) for i in dict.fromkeys((0, len(layers) - 1))],
-        _entropy_all(layers),
+        Table("Tables 6–7: entropy over all experts", heads, entropies, _FROM_0),
     ]
 
 
@@ -61,8 +68,12 @@ def _activated(profile: Profile, layers: Sequence[LayerStatistics]) -> Table:
         f"{cut_text(profile.n_cut)}. {_FROM_0} "
         f"Near-ties: {own:,} questions have a token of their own whose choice of experts hangs "
         f"on a gap below 1e-5, {len(ties) - own:,} more have one in their shots."
-        f"{hash_text(profile)}"
     )
+    if hashed := [str(i) for i, block in enumerate(profile.info.model.blocks) if block.is_hashed]:
+        note += (
+            f" Hash-routed: layers {', '.join(hashed)} choose their experts by a table of token "
+            "ids; they are measured, and none of their experts can be removed or boosted."
+        )
     rows: list[list[Cell]] = [
         [layer.layer, layer.n_activated, layer.n_experts, *_entropy(layer.entropy_top_N),
          math.log(layer.top_k)]
@@ -75,24 +86,6 @@ def _activated(profile: Profile, layers: Sequence[LayerStatistics]) -> Table:
 
 def _entropy(entropy_N: np.ndarray[Any, Any]) -> tuple[float, float]:
     return float(entropy_N.mean()), float(entropy_N.std())
-
-
-def hash_text(profile: Profile) -> str:
-    """Which layers choose experts by a table of token ids, as a sentence; nothing where none do."""
-    layers = [i for i, block in enumerate(profile.info.model.blocks) if block.is_hashed]
-    if not layers:
-        return ""
-    return (
-        f" Hash-routed: layers {', '.join(map(str, layers))} choose their experts by a table of "
-        "token ids; they are measured, and none of their experts can be removed or boosted."
-    )
-
-
-def _rank_table(layer: LayerStatistics) -> Table:
-    mean_K, std_K = layer.rank_probability_NK.mean(axis=0), layer.rank_probability_NK.std(axis=0)
-    rows = [[k + 1, float(mean_K[k]), float(std_K[k])] for k in range(layer.top_k)]
-    title = f"Table 3: normalised probability of each rank in the last layer ({layer.layer})"
-    return Table(title, columns("rank; mean::.4f; std::.4f"), rows)
 
 
 def _expert_table(layer: LayerStatistics) -> Table:
@@ -112,14 +105,6 @@ def _expert_table(layer: LayerStatistics) -> Table:
     return Table(title, heads, rows, "Tokens count every prompt token, shots included.")
 
 
-def _entropy_all(layers: Sequence[LayerStatistics]) -> Table:
-    rows = [
-        [layer.layer, *_entropy(layer.entropy_all_N), math.log(layer.n_experts)] for layer in layers
-    ]
-    heads = columns(f"layer; {_ENTROPY}")
-    return Table("Tables 6–7: entropy over all experts", heads, rows, _FROM_0)
-
-
 def suspects_table(found: Findings) -> Table:
     """The experts whose questions went worst against others of their subjects."""
     tested = found.significance
@@ -130,7 +115,7 @@ def suspects_table(found: Findings) -> Table:
             *(100 * row["difference"], 100 * row["difference_se"]),
             *(row[name] for name in ("z", "p", "p_adjusted", "p_family")),
         ]
-        for row in suspects_json(found)[:N_SUSPECTS]
+        for row in suspects_json(found)[:10]
     ]
     heads = columns(
         "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f; "
@@ -199,18 +184,44 @@ def perturbation_tables(found: Findings) -> list[Table]:
 
 def subject_tables(found: Findings) -> list[Table]:
     """Every subject's accuracy and gate, and the experts in at least 1 % of its questions."""
-    subjects = subjects_json(found.counts, found.layers)
-    return [_routing(subjects), _subject_experts_table(subjects)]
+    moments = ("entropy_top_mean", "entropy_top_std", "entropy_all_mean", "entropy_all_std")
+    routing: list[list[Cell]] = []
+    experts: list[list[Cell]] = []
+    for subject in subjects_json(found.counts, found.layers):
+        for layer in subject["layers"]:
+            ranks = " ".join(f"{p:.3f}" for p in layer["rank_probability_mean"])
+            own = (subject[name] for name in ("subject", "questions", "accuracy"))
+            routing.append([*own, *(layer[name] for name in ("layer", *moments)), ranks])
+            experts += [
+                [subject["subject"], layer["layer"], expert, *pair]
+                for expert, pair in enumerate(_pairs(layer))
+                if pair[0] >= MIN_APPEARANCES
+            ]
+    heads = columns(
+        "subject; questions::,d; accuracy::.1%; layer; entropy, top K::.4f; std::.4f; "
+        "entropy, all::.4f; std::.4f; mean probability of each rank"
+    )
+    expert_heads = columns("subject; layer; expert; appearances::.1%; accuracy::.1%")
+    title = "Subjects: experts in at least 1 % of a subject's questions"
+    return [
+        Table("Subjects: entropy and rank probabilities", heads, routing, _FROM_0),
+        Table(title, expert_heads, experts, _FROM_0),
+    ]
 
 
 def experts_csv(found: Findings) -> Table:
     """Every expert of every layer, one row each, for a data frame; intervals as two columns."""
-    flat = [
-        {"layer": layer["layer"], "block": layer["block"], **_flat(expert)}
-        for layer in layers_json(found)
-        for expert in layer["expert"]
-    ]
-    return Table("experts", tuple(map(Column, flat[0])), [list(row.values()) for row in flat])
+    rows: list[dict[str, Any]] = []
+    for layer in layers_json(found):
+        for expert in layer["expert"]:
+            row = {"layer": layer["layer"], "block": layer["block"]}
+            for name, value in expert.items():
+                if name.endswith("_ci95"):
+                    row[f"{name}_low"], row[f"{name}_high"] = value or (None, None)
+                else:
+                    row[name] = value
+            rows.append(row)
+    return Table("experts", tuple(map(Column, rows[0])), [list(row.values()) for row in rows])
 
 
 def subjects_csv(found: Findings) -> Table:
@@ -225,56 +236,24 @@ def subjects_csv(found: Findings) -> Table:
     return Table("subjects", heads, rows)
 
 
-def _routing(subjects: list[dict[str, Any]]) -> Table:
-    moments = ("entropy_top_mean", "entropy_top_std", "entropy_all_mean", "entropy_all_std")
-    rows = [
-        [
-            *(subject[name] for name in ("subject", "questions", "accuracy")),
-            *(layer[name] for name in ("layer", *moments)),
-            " ".join(f"{p:.3f}" for p in layer["rank_probability_mean"]),
-        ]
-        for subject in subjects
-        for layer in subject["layers"]
-    ]
-    heads = columns(
-        "subject; questions::,d; accuracy::.1%; layer; entropy, top K::.4f; std::.4f; "
-        "entropy, all::.4f; std::.4f; mean probability of each rank"
-    )
-    return Table("Subjects: entropy and rank probabilities", heads, rows, _FROM_0)
-
-
-def _subject_experts_table(subjects: list[dict[str, Any]]) -> Table:
-    rows = [
-        [subject["subject"], layer["layer"], expert, *pair]
-        for subject in subjects
-        for layer in subject["layers"]
-        for expert, pair in enumerate(_pairs(layer))
-        if pair[0] >= MIN_APPEARANCES
-    ]
-    heads = columns("subject; layer; expert; appearances::.1%; accuracy::.1%")
-    title = "Subjects: experts in at least 1 % of a subject's questions"
-    return Table(title, heads, rows, _FROM_0)
-
-
 def _pairs(layer: dict[str, Any]) -> list[tuple[float, float | None]]:
     return list(zip(layer["appearances"], layer["expert_accuracy"], strict=True))
 
 
-def _flat(expert: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in expert.items():
-        if name.endswith("_ci95"):
-            flat[f"{name}_low"], flat[f"{name}_high"] = value or (None, None)
-        else:
-            flat[name] = value
-    return flat
-
-
 def criteria_tables(found: Compared) -> list[Table]:
     """How far criteria agree, and the ranks that they give in the first and the last layer."""
+    agreement: list[list[Cell]] = [
+        [name, *[or_none(found.agreement(name, other)) for other in found.names]]
+        for name in found.names
+    ]
+    n_layers = len(found.layers)
+    note = f"Spearman's correlation of scores within a layer, its mean over {n_layers} layers."
+    if left_out := "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items()):
+        note += f" Left out: {left_out}."
+    heads = (Column("criterion"), *[Column(name, ".2f") for name in found.names])
     return [
-        _agreement(found),
-        *[_criteria_ranks(found, layer) for layer in dict.fromkeys((0, len(found.layers) - 1))],
+        Table("How far criteria agree", heads, agreement, note),
+        *[_criteria_ranks(found, layer) for layer in dict.fromkeys((0, n_layers - 1))],
         *rows_tables(found.profile),
     ]
 
@@ -326,19 +305,6 @@ def _expert_scores(
         for layer in found.layers
         for expert in range(layer.n_experts)
     ]
-
-
-def _agreement(found: Compared) -> Table:
-    rows: list[list[Cell]] = [
-        [name, *[or_none(found.agreement(name, other)) for other in found.names]]
-        for name in found.names
-    ]
-    left_out = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
-    n_layers = len(found.layers)
-    note = f"Spearman's correlation of scores within a layer, its mean over {n_layers} layers."
-    note += f" Left out: {left_out}." if left_out else ""
-    heads = (Column("criterion"), *[Column(name, ".2f") for name in found.names])
-    return Table("How far criteria agree", heads, rows, note)
 
 
 def _criteria_ranks(found: Compared, index: int) -> Table:

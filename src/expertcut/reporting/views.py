@@ -25,6 +25,7 @@ from expertcut.evaluation.search_results import (
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json
 from expertcut.profiling.storage import load_profile
+from expertcut.reporting import profile_tables
 from expertcut.reporting.edit_tables import curve_table, proof_csv, proof_table, rows_tables
 from expertcut.reporting.eval_tables import (
     audit_csv,
@@ -35,18 +36,6 @@ from expertcut.reporting.eval_tables import (
     results_table,
     sweep_csv,
     sweep_table,
-)
-from expertcut.reporting.profile_tables import (
-    criteria_csv,
-    criteria_json,
-    criteria_tables,
-    experts_csv,
-    margins_table,
-    perturbation_tables,
-    profile_tables,
-    subject_tables,
-    subjects_csv,
-    suspects_table,
 )
 from expertcut.reporting.tables import Table
 
@@ -179,8 +168,15 @@ def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) 
     if by_subject and by_criteria:
         raise SettingsError("--subjects and --criteria show different tables: give one of them")
     if (path / PROFILE_FILE).is_file() or path.name == PROFILE_FILE:
-        folder = path if path.is_dir() else path.parent
-        return _criteria(folder) if by_criteria else _profile(folder, by_subject)
+        profile = load_profile(path if path.is_dir() else path.parent)
+        if not by_criteria:
+            return _profile(find(profile), by_subject)
+        ranked = compare(profile)
+        return Shown(
+            partial(profile_tables.criteria_tables, ranked),
+            partial(profile_tables.criteria_csv, ranked),
+            partial(profile_tables.criteria_json, ranked),
+        )
     if by_subject or by_criteria:
         option = "--subjects" if by_subject else "--criteria"
         raise SettingsError(f"{option}: {path} is not a profile: name one or omit the option")
@@ -194,7 +190,13 @@ def _document(path: Path) -> Shown:
     if path.name == PROOF_FILE:
         return _VIEWS[PROOF_FILE](path.parent)
     if path.is_file():
-        keys = _keys(path)
+        try:
+            content = parse_json(read_file(path))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise OutputError(f"{path} cannot be read as JSON: {error}") from None
+        keys = content if isinstance(content, dict) else {}
         by_key = {"models": RESULTS, "cells": SWEEP_FILE, "harms": AUDIT_FILE}
         return _VIEWS[next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)](path)
     raise OutputError(
@@ -203,28 +205,19 @@ def _document(path: Path) -> Shown:
     )
 
 
-def _profile(path: Path, by_subject: bool) -> Shown:
-    found = find(load_profile(path))
-
+def _profile(found: Findings, by_subject: bool) -> Shown:
     def tables() -> list[Table]:
         return [
-            *profile_tables(found.profile, found.layers),
-            suspects_table(found),
-            margins_table(found),
-            *perturbation_tables(found),
-            *(subject_tables(found) if by_subject else []),
+            *profile_tables.profile_tables(found.profile, found.layers),
+            profile_tables.suspects_table(found),
+            profile_tables.margins_table(found),
+            *profile_tables.perturbation_tables(found),
+            *(profile_tables.subject_tables(found) if by_subject else []),
             *rows_tables(found.profile),
         ]
 
-    flat = subjects_csv if by_subject else experts_csv
+    flat = profile_tables.subjects_csv if by_subject else profile_tables.experts_csv
     return Shown(tables, lambda: flat(found), lambda: findings_json(found))
-
-
-def _criteria(path: Path) -> Shown:
-    found = compare(load_profile(path))
-    return Shown(
-        partial(criteria_tables, found), partial(criteria_csv, found), partial(criteria_json, found)
-    )
 
 
 def _shown(
@@ -247,13 +240,3 @@ _VIEWS: dict[str, Callable[[Path], Shown]] = {
     AUDIT_FILE: lambda path: _shown(load_audit(path), audit_tables, audit_csv),
     RESULTS: lambda path: _shown(load_results(path), lambda r: [results_table(r)], results_csv),
 }
-
-
-def _keys(path: Path) -> set[str]:
-    try:
-        content = parse_json(read_file(path))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise OutputError(f"{path} cannot be read as JSON: {error}") from None
-    return set(content) if isinstance(content, dict) else set()
