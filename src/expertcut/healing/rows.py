@@ -137,17 +137,16 @@ class Part:
     def row(self, nth: int) -> Row:
         """The nth row of all epochs."""
         while nth >= self.starts[-1]:
-            self._open(len(self.starts) - 1)
-            self.starts.append(self.starts[-1] + len(self._rows))
+            self.starts.append(self.starts[-1] + len(self._epoch_rows(len(self.starts) - 1)))
         epoch = bisect_right(self.starts, nth) - 1
-        if epoch != self._epoch:
-            self._open(epoch)
-        return self._rows[nth - self.starts[epoch]]
+        return self._epoch_rows(epoch)[nth - self.starts[epoch]]
 
-    def _open(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._rows = self.shuffled(random.Random(f"{self.seed}/{self.name}/{epoch}"))
-        assert self._rows, "sources without rows are refused"
+    def _epoch_rows(self, epoch: int) -> list[Row]:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._rows = self.shuffled(random.Random(f"{self.seed}/{self.name}/{epoch}"))
+            assert self._rows, "sources without rows are refused"
+        return self._rows
 
 
 @dataclass
