@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerState
 
 from expertcut.checkpoints.output_dir import system_errors
 from expertcut.errors import ModelError, SettingsError
@@ -118,7 +117,6 @@ class HealTrainer(Trainer):
     """Trains adapters on rows in the order of `Rows`."""
 
     objective: Objective
-    teacher: Teacher | None
     micro_batch: MicroBatch
     model: Any
 
@@ -133,6 +131,7 @@ class HealTrainer(Trainer):
         super().__init__(**more)
         self.moe, self.objective, self.teacher = moe, objective, teacher
         self.projection = Projection(moe)
+        self.n_processes: int = self.accelerator.num_processes
         self.balance_weight = balance_weight
         balance = Balance(moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
         self.balance = balance if balance_weight else None
@@ -156,7 +155,7 @@ class HealTrainer(Trainer):
         self.model.train()
         batch = longest_first(self._prepare_inputs(inputs))
         n_items = self._n_items(batch, num_items_in_batch)
-        is_shared = self.accelerator.num_processes > 1
+        is_shared = self.n_processes > 1
 
         def of_step(n_rows: int) -> Tensor:
             pieces = list(cut_rows(batch, n_rows))
@@ -196,8 +195,7 @@ class HealTrainer(Trainer):
         """The divisor of a sum of losses; the mean over processes is taken later."""
         if n_items is None:
             return max(1, int((batch["labels"] != IGNORED).sum()))
-        n_processes: int = self.accelerator.num_processes
-        return float(n_items) / n_processes
+        return float(n_items) / self.n_processes
 
     def _sum_losses(self, pieces: Iterable[Batch], n_items: float) -> Tensor:
         """The loss of some micro-batches; their gradients too, where these are enabled."""
@@ -220,13 +218,11 @@ class HealTrainer(Trainer):
             hidden_BSH = self._hidden(batch)
         loss = self._objective(hidden_BSH, batch, taught) / n_items
         balance = self.balance.loss(batch["attention_mask"])
-        n_processes: int = self.accelerator.num_processes
-        return loss + self.balance_weight * balance * n_processes
+        return loss + self.balance_weight * balance * self.n_processes
 
     def _hidden(self, batch: Batch) -> Tensor:
         trim()  # passes over rows of different lengths fragment memory
-        ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"]
-        hidden_BSH = self.projection.hidden(self.model, ids_BS, mask_BS)
+        hidden_BSH = self.projection.hidden(self.model, batch["input_ids"], batch["attention_mask"])
         trim()
         return hidden_BSH
 
@@ -256,18 +252,17 @@ class HealTrainer(Trainer):
         """Work on a number of rows at once; halved in all processes when memory runs out."""
         before = random_states()
         while True:
-            found = None
+            result = None
             try:
-                found = work(self.micro_batch.rows)
+                result = work(self.micro_batch.rows)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            has_all = found is not None
-            if self.accelerator.num_processes > 1:  # every process must have had enough memory
-                done = torch.tensor(float(has_all), device=self.args.device)
-                has_all = bool(self.accelerator.reduce(done, "mean") == 1)
-            if has_all and found is not None:
-                return found
+            if self.n_processes > 1:  # every process must have had enough memory
+                is_done = torch.tensor(float(result is not None), device=self.args.device)
+                result = result if self.accelerator.reduce(is_done, "mean") == 1 else None
+            if result is not None:
+                return result
             self.model.zero_grad(set_to_none=True)
             self.micro_batch.halve(self.moe, batch["input_ids"].shape[1])
             set_random_states(before)
@@ -275,8 +270,8 @@ class HealTrainer(Trainer):
     def _average_gradients(self) -> None:
         """Averages gradients over processes; losses are multiplied by their number."""
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        own = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in own]), "mean")
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
         for weight, part in zip(trained, flat.split([w.numel() for w in trained]), strict=True):
             weight.grad = part.view_as(weight).clone()
 
@@ -337,7 +332,7 @@ def fit(
     *,
     folder: Path,
     report: Report,
-    tell: Tell = lambda sentence: None,
+    tell: Tell,
 ) -> Curve:
     """Trains adapters from the last state in `folder` on, and loads the best by held-out loss."""
     trainer = HealTrainer(
@@ -357,25 +352,18 @@ def fit(
     trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, data, settings, folder)
     chosen = trainer.micro_batch
     tell(f"{settings.batch} rows a step, {chosen.rows} at once ({chosen.why})")
-    state = _trained(trainer, settings, folder)
+    with PartialState().main_process_first():  # it removes damaged states first
+        state = last_usable(folder)
+    if state is None or not is_over(state, settings):  # else stopped after its last step
+        begin = None if state is None else str(state_folder(folder, state.global_step))
+        with system_errors(folder):
+            trainer.train(resume_from_checkpoint=begin)
+        state = trainer.state
     best = best_step(state)
     trainer.accelerator.wait_for_everyone()  # until the first one has written the last state
     load_best(model, folder, best)
     trainer.accelerator.wait_for_everyone()  # until each has read the best adapters
-    losses = (train_losses(state), held_out_losses(state))
-    return Curve(*losses, best, state.global_step, trainer.micro_batch.rows)
-
-
-def _trained(trainer: HealTrainer, settings: HealSettings, folder: Path) -> TrainerState:
-    """The final state; an earlier run may have been interrupted after its last step."""
-    with PartialState().main_process_first():  # it removes damaged states first
-        last = last_usable(folder)
-    if last is not None and is_over(last, settings):
-        return last
-    begin = None if last is None else str(state_folder(folder, last.global_step))
-    with system_errors(folder):
-        trainer.train(resume_from_checkpoint=begin)
-    return trainer.state
+    return Curve(train_losses(state), held_out_losses(state), best, state.global_step, chosen.rows)
 
 
 def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingArguments:
@@ -384,6 +372,11 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
     share = share_of_process(settings.batch, n_processes, settings.micro_batch)
     is_cuda = moe.device.type == "cuda"
     every = min(settings.check_every, settings.steps)
+    recompute: dict[str, Any] = {}
+    if settings.save_memory:  # transformers renamed these options
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        name = next(n for n in names if n in TrainingArguments.__dataclass_fields__)
+        recompute = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         str(folder),
         max_steps=settings.steps,
@@ -396,7 +389,7 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
         seed=settings.seed,
         bf16=is_cuda and torch.cuda.is_bf16_supported(),
         use_cpu=not is_cuda,
-        **_memory(settings),
+        **recompute,
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -410,23 +403,14 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
     )
     # The model's device: Trainer would take the first of several, or all.
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel: other batches, other hooks
-    device, theirs = moe.device, arguments.device
-    is_same = theirs.type == device.type and (theirs.type == "cpu" or theirs.index == device.index)
-    if not is_same:  # CPUs are numbered by process
+    device, of_trainer = moe.device, arguments.device
+    is_cpu = device.type == of_trainer.type == "cpu"  # CPUs are numbered by process
+    if not is_cpu and device != of_trainer:
         raise SettingsError(
-            f"--device {device}: training would run on {theirs}: omit --device, "
+            f"--device {device}: training would run on {of_trainer}: omit --device, "
             "and choose a device by CUDA_VISIBLE_DEVICES"
         )
     return arguments
-
-
-def _memory(settings: HealSettings) -> dict[str, Any]:
-    """Options of gradient checkpointing; transformers renamed them."""
-    if not settings.save_memory:
-        return {}
-    known = TrainingArguments.__dataclass_fields__
-    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 class _Watch(TrainerCallback):
@@ -440,12 +424,11 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Checks losses and norms before a state is written."""
-        checked = {
-            "loss": "its loss",
-            "grad_norm": "the norm of its gradient",
-            "eval_loss": "the loss of held-out rows",
-        }
-        for name, what in checked.items():
+        for name, what in (
+            ("loss", "its loss"),
+            ("grad_norm", "the norm of its gradient"),
+            ("eval_loss", "the loss of held-out rows"),
+        ):
             if not isfinite(value := more["logs"].get(name, 0.0)):
                 raise ModelError(
                     f"training broke at step {state.global_step}: {what} is {value}: nothing is "
