@@ -12,21 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.checkpoints.export import edits_of
 from expertcut.edits.plan import PlanFile
 from expertcut.edits.splits import read_judged
-from expertcut.hub.provenance import (
-    REPORT_FILE,
-    Checkpoint,
-    Evaluated,
-    Origin,
-    eval_results,
-    public_name,
-)
+from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
 from expertcut.reporting.edit_tables import proof_table, shift_rows
 from expertcut.reporting.eval_tables import plan_table, result_sentences, results_table
 from expertcut.reporting.profile_tables import cut_text
@@ -63,29 +56,19 @@ def is_pruned(origin: Origin) -> bool:
     return was_before or any(step.action.startswith("prune") for step in origin.steps)
 
 
-def is_tilted(origin: Origin) -> bool:
-    """Whether any step biased or scaled an expert."""
-    return any(edit.tilted for step in origin.steps for edit in step.blocks.values())
-
-
 def change_sentences(plan: PlanFile, origin: Origin) -> Iterator[str]:
     """How this checkpoint differs from its base."""
     if is_pruned(origin):
-        yield _kept(plan, origin)
+        counts = [len(edit.keep) for edit in plan.blocks.values()]
+        kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        of = "" if origin.n_experts is None else f" of {origin.n_experts}"
+        then = "the others are cut out, and the router takes the next best"
+        if plan.removal == "constant":
+            gives = "its mean output" if plan.removed == "mean" else "nothing"
+            then = f"the router may still choose a removed expert, which then gives {gives}"
+        yield f"Each of {len(counts)} MoE layers keeps {kept}{of} experts; {then}."
     for edit in edits_of(plan):
         yield from edit.describe()
-
-
-def _kept(plan: PlanFile, origin: Origin) -> str:
-    counts = [len(edit.keep) for edit in plan.blocks.values()]
-    kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-    of = "" if origin.n_experts is None else f" of {origin.n_experts}"
-    if plan.removal == "constant":
-        gives = "its mean output" if plan.removed == "mean" else "nothing"
-        then = f"the router may still choose a removed expert, which then gives {gives}"
-    else:
-        then = "the others are cut out, and the router takes the next best"
-    return f"Each of {len(counts)} MoE layers keeps {kept}{of} experts; {then}."
 
 
 def step_sentences(origin: Origin) -> Iterator[str]:
@@ -101,14 +84,6 @@ def step_sentences(origin: Origin) -> Iterator[str]:
         if chosen.fitted_split:
             text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
         yield f"{text}."
-
-
-def held_out_table(plan: PlanFile) -> Table:
-    """How far answers to held-out questions moved; without rows where the check was not run."""
-    heads = columns(
-        "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
-    )
-    return Table("How far answers moved", heads, shift_rows(plan.proof.held_out))
 
 
 @dataclass(frozen=True)
@@ -223,11 +198,28 @@ def is_edited(content: str) -> bool:
 
 def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) -> ModelCardData:
     """Metadata for the Hub."""
-    tags = {"moe": True, "pruning": is_pruned(origin), "expert-reweighting": is_tilted(origin)}
-    results = eval_results(evaluated, place.files)
+    is_tilted = any(edit.tilted for step in origin.steps for edit in step.blocks.values())
+    tags = {"moe": True, "pruning": is_pruned(origin), "expert-reweighting": is_tilted}
+    results = [
+        EvalResult(
+            task_type="multiple-choice",
+            task_name="Multiple choice",
+            dataset_type=one.results.quiz,
+            dataset_name=one.results.quiz,
+            dataset_split=one_line(one.results.split),
+            dataset_revision=one.results.revision,
+            dataset_args={"num_few_shot": one.results.shots},
+            metric_type="accuracy",
+            metric_name=f"accuracy ({one.results.shots} shots, {one.model.questions} questions)",
+            metric_value=round(one.model.accuracy, 6),
+            source_name="expertcut eval",
+            source_url=f"{place.files}/{one.file}",
+        )
+        for one in evaluated
+    ]
     return ModelCardData(
-        base_model=origin.id if origin.is_on_hub else None,
-        base_model_relation="finetune" if origin.is_on_hub else None,
+        base_model=origin.id if origin.revision else None,
+        base_model_relation="finetune" if origin.revision else None,
         license=origin.licence.id,
         license_name=origin.licence.name,
         license_link=origin.licence.link,
@@ -244,6 +236,9 @@ def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
     plan, proof, licence = checkpoint.plan, checkpoint.proof, origin.licence
+    shifts = columns(
+        "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
+    )
     licence_text = licence.id
     if licence.id == "other":
         link = f" ({licence.link})" if licence.link else ""
@@ -259,7 +254,7 @@ def _facts(
         "changes": list(change_sentences(plan, origin)),
         "steps": list(step_sentences(origin)),
         "plan_table": plan_table(plan),
-        "held_out": held_out_table(plan),
+        "held_out": Table("How far answers moved", shifts, shift_rows(plan.proof.held_out)),
         "judged": read_judged(plan, checkpoint.folder),
         "proof": proof,
         "proof_table": proof_table(proof) if proof else None,
@@ -274,7 +269,7 @@ def _facts(
 
 
 def _base_link(origin: Origin, endpoint: str) -> Markdown:
-    if not origin.is_on_hub:
+    if not origin.revision:
         return escaped(Path(origin.id).name or "a local folder")
     at = f"{endpoint}/{origin.id}/tree/{origin.revision}"
     return Markdown(f"[{escaped(origin.id)}](<{one_line(at).replace('>', '').replace('<', '')}>)")
@@ -283,9 +278,9 @@ def _base_link(origin: Origin, endpoint: str) -> Markdown:
 def _results_facts(one: Evaluated) -> dict[str, Any]:
     models = one.results.models
     rows: list[list[Cell]] = []
-    for name, its in one.model.subjects.items():
+    for name, subject in one.model.subjects.items():
         shares = (m.subjects[name].accuracy if name in m.subjects else None for m in models)
-        rows.append([name, *shares, its.questions])
+        rows.append([name, *shares, subject.questions])
     named = (Column(Path(m.path).name, ".2%") for m in models)
     heads = (Column("subject"), *named, Column("questions", ",d"))
     return {
