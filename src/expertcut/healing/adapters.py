@@ -71,18 +71,14 @@ def deltas(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-            yield f"{name.replace('.base_layer', '')}.{parameter}", _Delta(module, parameter)
+            shape = getattr(module.get_base_layer(), parameter).shape
+            yield f"{name.replace('.base_layer', '')}.{parameter}", _Delta(module, shape)
 
 
 @dataclass(frozen=True)
 class _Delta:
     module: Any
-    parameter: str
-
-    @property
-    def shape(self) -> torch.Size:
-        parameter: Tensor = getattr(self.module.get_base_layer(), self.parameter)
-        return parameter.shape
+    shape: torch.Size
 
     @torch.no_grad()
     def __call__(self) -> Tensor:

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ class TrainingData:
         """The first rows to train on."""
         return Rows(self.parts, n_rows)
 
-    def held_out_rows(self, first: int) -> list[tuple[int, Row]]:
-        """The held-out rows, numbered from `first`."""
-        return list(enumerate(self.held_out, first))
+    def numbered_rows(self, n_rows: int) -> tuple[Rows, list[tuple[int, Row]]]:
+        """The first rows to train on, and the held-out rows, numbered behind them."""
+        return self.rows(n_rows), list(enumerate(self.held_out, n_rows))
 
     def scored_quiz(self, used: frozenset[str]) -> ScoredQuiz | None:
         """Unused questions of the evaluation split, else all of it, else the held-out questions.
@@ -140,16 +141,13 @@ class _Reader:
         )
         quiz, dropped = without_scored(load_quiz(selection), self.scored)
         self.data.dropped += dropped
-        questions = list(quiz)
-        lengths = question_lengths(self.tokenizer, questions)
-        self.n_tokens.update(zip(questions, lengths, strict=True))
-        kept = [q for q in questions if self.n_tokens[q] <= self.max_tokens]
-        if len(kept) == len(questions):
-            return quiz
-        if not kept:
+        lengths = question_lengths(self.tokenizer, list(quiz))
+        self.n_tokens.update(zip(quiz, lengths, strict=True))
+        kept = [q for q in quiz if self.n_tokens[q] <= self.max_tokens]
+        if not kept and lengths:
             raise _too_little(quiz.id, self.max_tokens)
-        long = _names(q for q in questions if self.n_tokens[q] > self.max_tokens)
-        self.data.dropped.append(Dropped(quiz.id, None, len(quiz), long, longest=self.max_tokens))
+        if long := _names(q for q in quiz if self.n_tokens[q] > self.max_tokens):
+            self.data.dropped.append(Dropped(quiz.id, None, len(quiz), long, self.max_tokens))
         return replace_questions(quiz, group_by_subject(kept))
 
     def add_quiz(self, source: Weighted, kept: Quiz, held_out: Quiz) -> None:
@@ -218,8 +216,7 @@ def _held_out(quiz: Quiz, texts: Iterable[Iterable[Text]]) -> Quiz:
 
     No text that is trained on contains any of them.
     """
-    finder = _QuestionFinder(quiz)
-    in_texts = [q for source in texts for text in source for q in finder.questions_in(text.said)]
+    in_texts = list(chain.from_iterable(_questions_in(chain.from_iterable(texts), quiz)))
     free = without(quiz, hash_lines(replace_questions(quiz, group_by_subject(in_texts))))
     tenth = [q for q in free if int(q.content_hash, 16) % _ONE_IN == 0] or list(free)[:1]
     held_out = round_robin(replace_questions(quiz, group_by_subject(tenth)), _MAX_HELD_OUT)
@@ -232,18 +229,18 @@ def quizzes_kept_out(settings: HealSettings) -> list[Quiz]:
     """The evaluation split of `eval_quiz`, else of every quiz that is trained on."""
     if settings.eval_quiz is not None:
         return [_evaluation_split(settings.eval_quiz, settings, settings.eval_revision)]
-    found = []
+    kept_out = []
     for name, revision in {quiz.name: quiz.revision for quiz in settings.quizzes}.items():
         if Path(name).is_file():
             logger.warning("%s is one file: name the scored quiz by --eval-quiz", name)
             continue
         try:
-            found.append(_evaluation_split(name, settings, revision))
+            kept_out.append(_evaluation_split(name, settings, revision))
         except SplitError as error:
             logger.warning("no evaluation split to keep out: %s", error)
-    if not found:
+    if not kept_out:
         logger.warning("nothing is kept out of the training: name the scored quiz by --eval-quiz")
-    return found
+    return kept_out
 
 
 def _evaluation_split(name: str, settings: HealSettings, revision: str | None) -> Quiz:
@@ -273,36 +270,29 @@ def _names(questions: Iterable[Question]) -> tuple[str, ...]:
     return tuple(f"{question.subject}:{question.row}" for question in questions)
 
 
-class _QuestionFinder:
-    """Finds questions in texts: the first line, the text and all choices must be there.
+def _questions_in(texts: Iterable[Text], questions: Iterable[Question]) -> Iterator[list[Question]]:
+    """The questions that each text contains: their first line as a line, text and all choices.
 
     White space, invisible characters and the Unicode form are ignored.
     """
-
-    def __init__(self, questions: Iterable[Question]) -> None:
-        self.by_line: dict[str, list[Question]] = {}
-        for question in questions:
-            if line := next(filter(None, map(normalised, question.text.splitlines())), ""):
-                self.by_line.setdefault(line, []).append(question)
-
-    def questions_in(self, text: str) -> Iterator[Question]:
-        """Questions that a text contains on lines of their own."""
-        lines = [normalised(line) for line in text.splitlines()]
-        candidates = [q for line in lines for q in self.by_line.get(line, ())]
-        whole = normalised(text) if candidates else ""
-        for question in candidates:
-            if all(normalised(part) in whole for part in (question.text, *question.choices)):
-                yield question
+    by_line: dict[str, list[Question]] = {}
+    for question in questions:
+        if line := next(filter(None, map(normalised, question.text.splitlines())), ""):
+            by_line.setdefault(line, []).append(question)
+    for text in texts:
+        lines = map(normalised, text.said.splitlines())
+        candidates = [q for line in lines for q in by_line.get(line, ())]
+        whole = normalised(text.said) if candidates else ""
+        yield [q for q in candidates if all(normalised(x) in whole for x in (q.text, *q.choices))]
 
 
 def texts_without_scored(
     name: str, texts: Sequence[Text], scored: Iterable[Question], split: str
 ) -> tuple[list[Text], list[Dropped]]:
     """The texts that contain no scored question; at most 5 % of them may."""
-    finder = _QuestionFinder(scored)
-    is_scored = [any(finder.questions_in(text.said)) for text in texts]
-    clean = [text for text, is_dropped in zip(texts, is_scored, strict=True) if not is_dropped]
-    lines = tuple(f"line {n}" for n, is_dropped in enumerate(is_scored, 1) if is_dropped)
+    contained = list(_questions_in(texts, scored))
+    clean = [text for text, questions in zip(texts, contained, strict=True) if not questions]
+    lines = tuple(f"line {n}" for n, questions in enumerate(contained, 1) if questions)
     return clean, _dropped("texts", name, split, len(texts), lines)
 
 

@@ -1,5 +1,6 @@
 """The options of `heal`: what to train on, the objective, the adapters, and how long to train."""
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -147,8 +148,7 @@ class HealSettings(Settings):
     def quizzes(self) -> tuple[Weighted, ...]:
         """Quizzes to train on."""
         names = self.quiz or (() if self.text else (DEFAULT_QUIZ,))
-        read = map(Weighted.read, names)
-        return tuple(Weighted(q.name, q.weight, self.quiz_revision) for q in read)
+        return tuple(replace(Weighted.read(n), revision=self.quiz_revision) for n in names)
 
     @property
     def texts(self) -> tuple[Weighted, ...]:
@@ -201,9 +201,7 @@ class HealSettings(Settings):
                 "targets": list(self.targets),
                 "seed": self.seed,
             },
-            "training": {
-                **{name: getattr(self, name) for name in _TRAINING},
-                "saves_memory": self.save_memory,
-            },
+            "training": {n: getattr(self, n) for n in _TRAINING}
+            | {"saves_memory": self.save_memory},
             "is_adapter": self.adapter,
         }

@@ -81,7 +81,6 @@ class MicroBatch:
                 "resumes from the last state"
             )
         before, self.rows = self.rows, self.rows // 2
-        self.why = f"{before} were too many"
         logger.warning(
             "not enough memory for %d rows at once: the step is repeated with %d", before,
             self.rows,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from expertcut.errors import ModelError
 from expertcut.healing.rows import Row
@@ -233,14 +234,11 @@ class Collator:
 
     def __call__(self, items: Sequence[tuple[int, Row]]) -> Batch:
         """A batch of numbered rows."""
-        width = max(len(row.ids) for _, row in items)
-        ids_BS = torch.full((len(items), width), self.pad_id)
-        mask_BS = torch.zeros(len(items), width, dtype=torch.long)
-        labels_BS = torch.full((len(items), width), IGNORED)
-        weight_BS = torch.zeros(len(items), width)
+        ids = [torch.tensor(row.ids) for _, row in items]
+        ids_BS = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
+        mask_BS = pad_sequence([torch.ones_like(ids_S) for ids_S in ids], batch_first=True)
+        labels_BS, weight_BS = torch.full_like(ids_BS, IGNORED), torch.zeros(ids_BS.shape)
         for at, (_, row) in enumerate(items):
-            ids_BS[at, : len(row.ids)] = torch.tensor(row.ids)
-            mask_BS[at, : len(row.ids)] = 1
             trained = torch.tensor(self.where(row), dtype=torch.long)
             labels_BS[at, trained] = ids_BS[at, trained + 1]
             weight_BS[at, trained] = 1

@@ -297,8 +297,7 @@ class _Run:
 
         if self.cache is None:
             return live()
-        n_rows = self.settings.steps * self.settings.batch
-        rows: Any = (self.data.rows(n_rows), self.data.held_out_rows(n_rows))
+        rows: Any = self.data.numbered_rows(self.settings.steps * self.settings.batch)
         return fill_cache(*self.cache, rows, live, self.settings.batch)
 
 
@@ -328,19 +327,14 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
     with atomic_dir(out, is_forced=run.options.is_forced) as temporary:
         write(source, model, temporary)
         if run.scored is not None:
-            after = _choice_logprobs(_reloaded(run, temporary, out), run.scored.quiz)
+            written = source if settings.adapter else Source(str(out), temporary)
+            healed = load(written, run.options.load_as)  # as a user loads it
+            if settings.adapter:
+                load_adapter(healed, temporary)
+            after = _choice_logprobs(healed, run.scored.quiz)
             proof = compare(run.scored, {**before, HEALED: after})
             plan = plan.model_copy(update={"proof": proof})
         save_plan(temporary, plan, used_questions(source, data))
         add_files(temporary, {HEALING_FILE: content, **run.options.beside})
     trained, parameters = model.get_nb_trainable_parameters()
     return Healed(out, plan, run.objective.name, data, curve, trained, parameters - trained)
-
-
-def _reloaded(run: _Run, written: Path, out: Path) -> MoeModel:
-    """The written checkpoint as a user loads it."""
-    if not run.settings.adapter:
-        return load(Source(str(out), written), run.options.load_as)
-    moe = load(run.moe.source, run.options.load_as)
-    load_adapter(moe, written)
-    return moe

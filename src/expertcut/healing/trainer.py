@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from expertcut.checkpoints.output_dir import system_errors
 from expertcut.errors import ModelError, SettingsError
+from expertcut.healing import state as states
 from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.micro_batch import MicroBatch, choose_micro_batch, share_of_process
@@ -30,20 +31,6 @@ from expertcut.healing.objectives import (
     chunked_loss,
     cut_rows,
     longest_first,
-)
-from expertcut.healing.state import (
-    best_step,
-    held_out_losses,
-    is_over,
-    keep_best_and_last,
-    last_usable,
-    load_best,
-    load_optimizer,
-    random_states,
-    save_optimizer,
-    set_random_states,
-    state_folder,
-    train_losses,
 )
 from expertcut.models.devices import is_out_of_memory, trim
 from expertcut.models.hooks import Routing, observe_routers
@@ -239,18 +226,18 @@ class HealTrainer(Trainer):
     @torch.no_grad()
     def _count_loads(self, balance: Balance, pieces: Iterable[Batch]) -> bool:
         """Passes that only count choices; they restore the random state."""
-        before = random_states()
+        before = states.random_states()
         balance.begin()
         for piece in pieces:
             with balance.watching():
                 self._hidden(piece)
             balance.count(piece["attention_mask"])
-        set_random_states(before)
+        states.set_random_states(before)
         return True
 
     def _within_memory(self, work: Callable[[int], T], batch: Batch) -> T:
         """Work on a number of rows at once; halved in all processes when memory runs out."""
-        before = random_states()
+        before = states.random_states()
         while True:
             result = None
             try:
@@ -265,7 +252,7 @@ class HealTrainer(Trainer):
                 return result
             self.model.zero_grad(set_to_none=True)
             self.micro_batch.halve(self.moe, batch["input_ids"].shape[1])
-            set_random_states(before)
+            states.set_random_states(before)
 
     def _average_gradients(self) -> None:
         """Averages gradients over processes; losses are multiplied by their number."""
@@ -287,19 +274,19 @@ class HealTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+            states.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+            states.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file(random_states(), self._random_file(output_dir))
+        save_file(states.random_states(), self._random_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (file := self._random_file(checkpoint)).is_file():
-            set_random_states(load_file(file))
+            states.set_random_states(load_file(file))
 
     def _random_file(self, folder: str) -> Path:
         return Path(folder) / f"random-{self.args.process_index}.safetensors"
@@ -335,12 +322,13 @@ def fit(
     tell: Tell,
 ) -> Curve:
     """Trains adapters from the last state in `folder` on, and loads the best by held-out loss."""
+    rows, held_out_rows = data.numbered_rows(settings.steps * settings.batch)
     trainer = HealTrainer(
         moe, objective, teacher, settings.balance,
         model=model,
         args=_arguments(moe, settings, folder),
-        train_dataset=data.rows(settings.steps * settings.batch),
-        eval_dataset=data.held_out_rows(settings.steps * settings.batch),
+        train_dataset=rows,
+        eval_dataset=held_out_rows,
         data_collator=Collator(
             objective.where,
             moe.tokenizer.pad_token_id or 0,
@@ -349,21 +337,22 @@ def fit(
         callbacks=[_Watch(settings, folder, report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
-    trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, data, settings, folder)
-    chosen = trainer.micro_batch
+    chosen = choose_micro_batch(moe, model, trainer.projection, data, settings, folder)
+    trainer.micro_batch = chosen
     tell(f"{settings.batch} rows a step, {chosen.rows} at once ({chosen.why})")
     with PartialState().main_process_first():  # it removes damaged states first
-        state = last_usable(folder)
-    if state is None or not is_over(state, settings):  # else stopped after its last step
-        begin = None if state is None else str(state_folder(folder, state.global_step))
+        state = states.last_usable(folder)
+    if state is None or not states.is_over(state, settings):  # else stopped after its last step
+        begin = None if state is None else str(states.state_folder(folder, state.global_step))
         with system_errors(folder):
             trainer.train(resume_from_checkpoint=begin)
         state = trainer.state
-    best = best_step(state)
+    best = states.best_step(state)
     trainer.accelerator.wait_for_everyone()  # until the first one has written the last state
-    load_best(model, folder, best)
+    states.load_best(model, folder, best)
     trainer.accelerator.wait_for_everyone()  # until each has read the best adapters
-    return Curve(train_losses(state), held_out_losses(state), best, state.global_step, chosen.rows)
+    losses = (states.train_losses(state), states.held_out_losses(state))
+    return Curve(*losses, best, state.global_step, chosen.rows)
 
 
 def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingArguments:
@@ -436,9 +425,9 @@ class _Watch(TrainerCallback):
                 )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if is_over(state, self.settings):
+        if states.is_over(state, self.settings):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.is_world_process_zero:
-            keep_best_and_last(self.folder, best_step(state))
+            states.keep_best_and_last(self.folder, states.best_step(state))

@@ -98,48 +98,9 @@ class Loader:
 
 def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Loader, ...]:
     """Programs that read this form on disk, transformers first."""
-    found = [_transformers(checkpoint, repo, revision)]
-    family = str(checkpoint.config.get("model_type"))
-    branch = f" --revision {revision}" if revision else ""
-    is_stock = checkpoint.has_family_form
-    serve = Markdown(f"vllm serve {repo}{branch}")
-    if is_stock and family in _VLLM_STOCK:
-        needs = f"any version that loads the base model, {_ENVIRONMENT}"
-        found.append(Loader("vLLM", needs, "sh", serve))
-    if not is_stock and family in _VLLM_CONSTANTS:
-        found.append(Loader("vLLM", f"0.33 or later, {_ENVIRONMENT}; {_EXCLUDED}", "sh", serve))
-    if is_stock and family in _LLAMA_CPP:
-        lines = (
-            f"hf download {repo}{branch} --local-dir model",
-            "python convert_hf_to_gguf.py model --outfile model.gguf",
-            "llama-cli -m model.gguf",
-        )
-        needs = "its own converter, which must know the tokenizer as it knows the base model's"
-        found.append(Loader("llama.cpp", needs, "sh", Markdown("\n".join(lines))))
-    return tuple(found)
-
-
-def misreaders(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Sentences on programs that load the checkpoint wrongly or refuse it."""
-    config = checkpoint.config
-    if not has_constants(config) or "biased_gates" in config:
-        return ()
-    vllm = "vLLM 0.32 knows no constant experts and refuses it."
-    if has_earlier_names(config):
-        vllm = (
-            "vLLM 0.32 loads it wrongly: it answers NaN, without a warning. `expertcut reweight` "
-            "and `expertcut heal` write what they make of it in a form that 0.32 refuses."
-        )
-    return (
-        "transformers 4 loads it wrongly: 4.57.6 warns that weights are newly initialized, and "
-        "removed experts answer at random. Use 5.22 or later, as above.",
-        vllm,
-    )
-
-
-def _transformers(checkpoint: Checkpoint, repo: str, revision: str | None) -> Loader:
+    is_stock, family = checkpoint.has_family_form, str(checkpoint.config.get("model_type"))
     branch = f", revision={json.dumps(revision)}" if revision else ""
-    own = "" if checkpoint.has_family_form else ", trust_remote_code=True"
+    own = "" if is_stock else ", trust_remote_code=True"
     lines = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -148,9 +109,25 @@ def _transformers(checkpoint: Checkpoint, repo: str, revision: str | None) -> Lo
         f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})',
     )
     needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
-    if checkpoint.has_family_form:
+    if is_stock:
         needs = "any version that loads the base model (4.56 or later for dtype as written here)"
-    return Loader("transformers", needs, "python", Markdown("\n".join(lines)))
+    found = [Loader("transformers", needs, "python", Markdown("\n".join(lines)))]
+    branch = f" --revision {revision}" if revision else ""
+    serve = Markdown(f"vllm serve {repo}{branch}")
+    if is_stock and family in _VLLM_STOCK:
+        needs = f"any version that loads the base model, {_ENVIRONMENT}"
+        found.append(Loader("vLLM", needs, "sh", serve))
+    if not is_stock and family in _VLLM_CONSTANTS:
+        found.append(Loader("vLLM", f"0.33 or later, {_ENVIRONMENT}; {_EXCLUDED}", "sh", serve))
+    if is_stock and family in _LLAMA_CPP:
+        convert = Markdown(
+            f"hf download {repo}{branch} --local-dir model\n"
+            "python convert_hf_to_gguf.py model --outfile model.gguf\n"
+            "llama-cli -m model.gguf"
+        )
+        needs = "its own converter, which must know the tokenizer as it knows the base model's"
+        found.append(Loader("llama.cpp", needs, "sh", convert))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -235,7 +212,8 @@ def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) 
 def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
-    plan, proof, licence = checkpoint.plan, checkpoint.proof, origin.licence
+    plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
+    licence = origin.licence
     shifts = columns(
         "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
     )
@@ -261,7 +239,8 @@ def _facts(
         "evaluated": [(one, _results_facts(one)) for one in evaluated],
         "size": _size(checkpoint, evaluated),
         "loaders": loaders(checkpoint, place.repo, place.revision),
-        "misreaders": misreaders(checkpoint),
+        "is_misread": has_constants(config) and "biased_gates" not in config,
+        "has_earlier_names": has_earlier_names(config),
         "has_family_form": checkpoint.has_family_form,
         "has_report": any(f.name == REPORT_FILE for f in checkpoint.files),
         "files": Markdown(place.files),

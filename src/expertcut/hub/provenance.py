@@ -84,22 +84,22 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """Files to upload besides the card and results."""
         weights = {tensor.file for tensor in self.tensors.values()}
-        return tuple(sorted(weights | {f for f in self._here if self._belongs(f)}))
+        return tuple(sorted(weights | set(filter(self._belongs, self._entries))))
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """Other files of the folder, subfolders with a slash."""
         known = {*self.files, self.folder / CARD_FILE}
-        others = [f for f in self._here if f not in known and not f.name.startswith(_RESULTS)]
-        folders = [f for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
-        return tuple(sorted([*(f.name for f in others), *(f"{f.name}/" for f in folders)]))
+        others = [f for f in self._entries if f.is_file() and not f.name.startswith(_RESULTS)]
+        folders = [f"{f.name}/" for f in self._entries if f.is_dir()]
+        return tuple(sorted([*(f.name for f in others if f not in known), *folders]))
 
     @property
-    def _here(self) -> list[Path]:
-        return [f for f in self.folder.iterdir() if f.is_file() and not f.name.startswith(".")]
+    def _entries(self) -> list[Path]:
+        return [f for f in self.folder.iterdir() if not f.name.startswith(".")]
 
     def _belongs(self, file: Path) -> bool:
-        if file.name.startswith(_RESULTS):
+        if not file.is_file() or file.name.startswith(_RESULTS):
             return False
         if file.name.endswith(".index.json"):
             return file.name == INDEX_FILE and bool(read_index(self.folder))
