@@ -22,7 +22,6 @@ from expertcut.files import share, write_atomically
 from expertcut.healing.heal_settings import HealSettings, Target
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, MoeModel, Source, modelling_code
-from expertcut.models.moe_block import MoeBlock
 
 ADAPTER = "default"
 
@@ -105,24 +104,17 @@ def _targets(moe: MoeModel, targets: tuple[Target, ...]) -> tuple[list[str], lis
         modules = [name for name in outside if re.search(r"attn|attention", name)]
         if not modules:
             raise ModelError(f"{moe.source.id} has no linear layers in its attention to adapt")
-    for target, of_block in (("experts", _experts), ("gate", _gate)):
-        if target in targets:
-            parameters += [name for block in moe.blocks for name in of_block(block)]
+    for block in moe.blocks if "experts" in targets else ():
+        names = [name for name, weight in block.experts.named_parameters() if weight.ndim == 3]
+        if not names:
+            raise ModelError(f"{block.name} has no fused experts to adapt")
+        parameters += [f"{block.name}.experts.{name}" for name in names]
+    for block in moe.blocks if "gate" in targets else ():
+        router = next(n for n, module in block.module.named_children() if module is block.router)
+        matrices = (name for name, weight in block.router.named_parameters() if weight.ndim == 2)
+        parameters += [f"{block.name}.{router}.{n}" for n in matrices if n.endswith("weight")]
     known = [name for name, _ in moe.model.named_parameters()]
     return _short(modules, linear, 1), _short(parameters, known, 3)
-
-
-def _experts(block: MoeBlock) -> list[str]:
-    names = [name for name, weight in block.experts.named_parameters() if weight.ndim == 3]
-    if not names:
-        raise ModelError(f"{block.name} has no fused experts to adapt")
-    return [f"{block.name}.experts.{name}" for name in names]
-
-
-def _gate(block: MoeBlock) -> list[str]:
-    router = next(n for n, module in block.module.named_children() if module is block.router)
-    names = [n for n, w in block.router.named_parameters() if w.ndim == 2 and n.endswith("weight")]
-    return [f"{block.name}.{router}.{name}" for name in names]
 
 
 def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]:
@@ -139,8 +131,7 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
         write_atomically(folder / file.name, file.read_bytes())
     content = (source.path / "config.json").read_bytes()
     if has_earlier_names(config := read_config(source.path)):
-        constants = constants_on_disk(source.headers)
-        config = exact_config(config, {}, earlier=constants)
+        config = exact_config(config, {}, earlier=constants_on_disk(source.headers))
         content = (json.dumps(config, indent=2) + "\n").encode()
         write_atomically(folder / MODELLING_FILE, modelling_code())
     write_atomically(folder / "config.json", content)

@@ -1,7 +1,7 @@
 """The options of `heal`: what to train on, the objective, the adapters, and how long to train."""
 
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -11,7 +11,6 @@ from expertcut.settings import Settings, Source, WorkFolder, option, refuse
 
 ObjectiveName = Literal["distill", "answer", "lm"]
 Target = Literal["attention", "experts", "gate"]
-OBJECTIVE_NAMES, TARGETS = get_args(ObjectiveName), get_args(Target)
 DATA, OBJECTIVE, ADAPTERS = "What to train on", "Objective", "Adapters"
 TRAINING, OUTPUT = "Training", "Output"  # panels, like those above
 _TRAINING = (
@@ -168,11 +167,6 @@ class HealSettings(Settings):
     def rate(self, width: int) -> float:
         """Peak learning rate for a hidden size."""
         return _RATE_TIMES_WIDTH / width if self.learning_rate is None else self.learning_rate
-
-    def answer_weight_for(self, objective: str) -> float:
-        """Extra weight of the answer letters for an objective."""
-        default = 1.0 if objective == "distill" else 0.0
-        return default if self.answer_weight is None else self.answer_weight
 
     def recorded(self) -> dict[str, Any]:
         """The settings as `healing.json` and the state of a run name them."""

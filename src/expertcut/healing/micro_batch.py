@@ -89,8 +89,9 @@ class MicroBatch:
         self.save()
 
 
-def share_of_process(batch: int, n_processes: int, micro_batch: int | None) -> int:
+def share_of_process(batch: int, micro_batch: int | None) -> int:
     """Rows of a step in each process."""
+    n_processes: int = PartialState().num_processes
     if batch % (n_processes * (micro_batch or 1)):  # so that all processes have as many rows
         micro = f"--micro-batch-size {micro_batch} times " if micro_batch else ""
         raise SettingsError(
@@ -109,8 +110,13 @@ def choose_micro_batch(
 ) -> MicroBatch:
     """The number of rows: as set, else as recorded in the folder, else as memory allows."""
     file = folder / MICRO_BATCH_FILE
-    share = share_of_process(settings.batch, PartialState().num_processes, settings.micro_batch)
-    recorded = _recorded(file)
+    share = share_of_process(settings.batch, settings.micro_batch)
+    recorded = None
+    if file.is_file():
+        try:
+            recorded = load_record(file, _Recorded, OutputError, "is not a micro-batch").rows
+        except OutputError as error:
+            logger.warning("%s: the micro-batch is chosen again", error)
     if settings.micro_batch is not None:
         chosen = MicroBatch(settings.micro_batch, "--micro-batch-size", file)
     else:
@@ -148,16 +154,6 @@ def _chosen(
         f"{free / 1e9:.1f} GB are free, a row of {needs.longest:,} tokens takes about "
         f"{needs.row_bytes / 1e9:.2f} GB"
     )
-
-
-def _recorded(file: Path) -> int | None:
-    if not file.is_file():
-        return None
-    try:
-        return load_record(file, _Recorded, OutputError, "is not a micro-batch").rows
-    except OutputError as error:
-        logger.warning("%s: the micro-batch is chosen again", error)
-        return None
 
 
 def estimate_memory(

@@ -83,16 +83,17 @@ Where = Callable[[Row], Sequence[int]]
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, its positions, and whether it needs a teacher."""
+    """A loss, its positions, whether it needs a teacher, and the default of `answer_weight`."""
 
     name: str
     loss: Callable[[Tensor, Tensor, TopLogprobs | None], Tensor]
     where: Where
     needs_teacher: bool = False
+    answer_weight: float = 0.0
 
 
 OBJECTIVES = {
-    "distill": Objective("distill", distillation, at_all_tokens, needs_teacher=True),
+    "distill": Objective("distill", distillation, at_all_tokens, True, answer_weight=1.0),
     "answer": Objective("answer", cross_entropy, lambda row: row.answers),
     "lm": Objective("lm", cross_entropy, at_all_tokens),
 }
@@ -158,19 +159,17 @@ class Projection:
 
     @torch.no_grad()
     def _is_exact(self) -> bool:
-        """Whether both halves together give the logits of the whole pass."""
         ids_BS = torch.arange(6, device=self.device).reshape(2, 3) % self.n_logits
         was_training = self.causal.training
         self.causal.eval()  # without noise and dropout
         self.is_split = True
         try:
-            whole_BSV = self.causal(input_ids=ids_BS, use_cache=False).logits
+            whole_NV = self.causal(input_ids=ids_BS, use_cache=False).logits.flatten(0, 1)
             halves_NV = self.logits(self.causal, self.hidden(self.causal, ids_BS).flatten(0, 1))
         except (AttributeError, TypeError, ValueError, IndexError):
             return False
         finally:
             self.causal.train(was_training)
-        whole_NV = whole_BSV.flatten(0, 1)
         if whole_NV.shape != halves_NV.shape:
             return False
         tolerance = 16 * torch.finfo(whole_NV.dtype).eps
@@ -199,16 +198,13 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MH: Tensor, of_chunk: Any, chunks: list[slice]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden_MH.device)
-        if not ctx.needs_input_grad[0]:
-            for at in chunks:
-                total += of_chunk(hidden_MH[at], at)
-            return total
-        gradient_MH = torch.zeros_like(hidden_MH)
+        gradient_MH, is_trained = torch.zeros_like(hidden_MH), ctx.needs_input_grad[0]
         for at in chunks:
-            with torch.enable_grad():
-                hidden_NH = hidden_MH[at].detach().requires_grad_()
+            with torch.set_grad_enabled(is_trained):
+                hidden_NH = hidden_MH[at].detach().requires_grad_(is_trained)
                 loss = of_chunk(hidden_NH, at)
-            (gradient_MH[at],) = torch.autograd.grad(loss, hidden_NH)
+            if is_trained:
+                (gradient_MH[at],) = torch.autograd.grad(loss, hidden_NH)
             total += loss.detach()
         ctx.save_for_backward(gradient_MH)
         return total

@@ -105,7 +105,10 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
     """
     working = working_folder(out)
     source = find_source(checkpoint)
-    check_writable(out, is_forced=options.is_forced, inputs=(source.path, *_inputs(settings)))
+    names = [*(part.name for part in (*settings.quizzes, *settings.texts)), settings.eval_quiz]
+    files = [Path(name) for name in names if name is not None and Path(name).exists()]
+    files += [settings.teacher_cache] if settings.teacher_cache is not None else []
+    check_writable(out, is_forced=options.is_forced, inputs=(source.path, *files))
     if options.threads:
         torch.set_num_threads(options.threads)
     objective, base = _objective(source, settings)
@@ -128,14 +131,6 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
         return run.train(out, working)
 
 
-def _inputs(settings: HealSettings) -> list[Path]:
-    """Local files and folders that the run reads or fills."""
-    names = [source.name for source in (*settings.quizzes, *settings.texts)]
-    names += [settings.eval_quiz] if settings.eval_quiz is not None else []
-    cache = [settings.teacher_cache] if settings.teacher_cache is not None else []
-    return [*(Path(name) for name in names if Path(name).exists()), *cache]
-
-
 def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Source | None]:
     """The objective, and the teacher or base model, if one is available."""
     base = find_source(settings.teacher) if settings.teacher else first_base(source)
@@ -150,33 +145,28 @@ def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Sourc
 
 
 def first_base(source: Source) -> Source | None:
-    """The unedited model below all edits; None if one of the steps is missing or has changed."""
+    """The unedited model below all edits; None, logged, if a step is missing or has changed."""
     base: Source | None = None
 
     def find_base(model: PlanModel, near: Path) -> Path | None:
         nonlocal base
-        base = _unchanged(model, near)
-        return base.path if base else None
+        base, folder = None, base_folder(model, near)
+        try:
+            if folder is None and model.revision is None:
+                short = model.fingerprint[:8]
+                raise ModelError(f"{model.id} is not there with its weights ({short})")
+            found = find_source(str(folder)) if folder else find_source(model.id, model.revision)
+        except ModelError as error:
+            logger.warning("the base model is not available: %s", error)
+            return None
+        if found.fingerprint != model.fingerprint:
+            logger.warning("%s is not the base model any more: it has changed", Path(found.id))
+            return None
+        base = found
+        return base.path
 
     for _ in lineage(source.path, find_base):
         pass
-    return base
-
-
-def _unchanged(model: PlanModel, near: Path) -> Source | None:
-    """The model that a plan was made for, from its folder or the Hub; None is logged."""
-    folder = base_folder(model, near)
-    try:
-        if folder is None and model.revision is None:
-            short = model.fingerprint[:8]
-            raise ModelError(f"{model.id} is not there with its weights ({short})")
-        base = find_source(str(folder)) if folder else find_source(model.id, model.revision)
-    except ModelError as error:
-        logger.warning("the base model is not available: %s", error)
-        return None
-    if base.fingerprint != model.fingerprint:
-        logger.warning("%s is not the base model any more: it has changed", Path(base.id))
-        return None
     return base
 
 
@@ -286,19 +276,13 @@ class _Run:
             if self.scored is not None:
                 before[BASE] = _choice_logprobs(other(), self.scored.quiz)
             if self.objective.needs_teacher:
-                teacher = self._teacher(other)
+                likeliest, batch = self.settings.likeliest, self.settings.batch
+                live: Callable[[], LiveTeacher] = lambda: LiveTeacher(other(), likeliest)  # noqa: E731
+                rows: Any = self.data.numbered_rows(self.settings.steps * batch)
+                teacher = fill_cache(*self.cache, rows, live, batch) if self.cache else live()
         if self.scored is not None:
             before[BEFORE] = _choice_logprobs(self.moe, self.scored.quiz)
         return teacher, before
-
-    def _teacher(self, other: Callable[[], MoeModel]) -> Teacher:
-        def live() -> LiveTeacher:
-            return LiveTeacher(other(), self.settings.likeliest)
-
-        if self.cache is None:
-            return live()
-        rows: Any = self.data.numbered_rows(self.settings.steps * self.settings.batch)
-        return fill_cache(*self.cache, rows, live, self.settings.batch)
 
 
 def _load_other(run: _Run, base: Source) -> MoeModel:

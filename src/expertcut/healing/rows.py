@@ -30,20 +30,17 @@ class Text:
 
 def read_texts(file: Path, tokenizer: Any) -> list[Text]:
     """The text of each line, chats in the tokenizer's template."""
-    texts = [_text(record, where, tokenizer) for where, record in json_lines(file)]
+    texts = []
+    for where, record in json_lines(file):
+        if isinstance(text := record.get("text"), str) and text:
+            texts.append(Text(text, text))
+        else:
+            texts.append(_chat(record, where, tokenizer))
+        if any("\ud800" <= char <= "\udfff" for char in texts[-1].read):
+            raise QuizError(f"{where}: a lone surrogate is not a character: remove it")
     if not texts:
         raise QuizError(f"{file} holds no text: write lines of JSON with text or messages")
     return texts
-
-
-def _text(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
-    if (text := record.get("text")) and isinstance(text, str):
-        made = Text(text, text)
-    else:
-        made = _chat(record, where, tokenizer)
-    if any("\ud800" <= char <= "\udfff" for char in made.read):
-        raise QuizError(f"{where}: a lone surrogate is not a character: remove it")
-    return made
 
 
 def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
@@ -56,10 +53,10 @@ def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
     if not getattr(tokenizer, "chat_template", None):
         raise QuizError(f"{where}: a chat, but the tokenizer has no chat template: write text")
     try:
-        made: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        chat: str = tokenizer.apply_chat_template(messages, tokenize=False)
     except TemplateError as error:
         raise ModelError(f"{where}: the tokenizer's chat template fails: {error}") from None
-    return Text(made, "\n".join(message["content"] for message in messages))
+    return Text(chat, "\n".join(message["content"] for message in messages))
 
 
 def _is_message(found: object) -> bool:

@@ -59,8 +59,7 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
                 numbers.setdefault(str(parameter), {})[name] = value
     save_file(tensors, folder / OPTIMIZER)
     groups = [_plain(group) for group in state["param_groups"]]
-    schedule = _plain(scheduler.state_dict())
-    content = {"groups": groups, "numbers": numbers, "schedule": schedule}
+    content = {"groups": groups, "numbers": numbers, "schedule": _plain(scheduler.state_dict())}
     (folder / STEPS).write_text(json.dumps(content, indent=1))
 
 

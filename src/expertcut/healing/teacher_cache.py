@@ -52,27 +52,22 @@ class CachedTeacher:
         self.files = ExitStack()
         check_cache(folder, key)
         for file in sorted(folder.glob("*.safetensors")):
-            opened, rows = self._opened(file, key.likeliest)
+            try:
+                opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
+                rows = _ROWS.validate_json((opened.metadata() or {}).get("rows", ""))
+                ids, logprob = (opened.get_slice(n).get_shape() for n in ("ids", "logprob"))
+            except (OSError, SafetensorError, ValidationError) as error:
+                reason = str(error).splitlines()[0]
+                raise OutputError(
+                    f"{file} is damaged ({reason}): remove it, and its rows are computed again"
+                ) from None
+            end = max((begin + length for begin, length in rows.values()), default=0)
+            if ids != logprob or ids[:1] != [end] or not 1 <= ids[-1] <= key.likeliest:
+                raise OutputError(
+                    f"{file} is damaged (its rows are elsewhere): remove it, and they are computed "
+                    "again"
+                )
             self.places |= {name: (opened, *place) for name, place in rows.items()}
-
-    def _opened(self, file: Path, likeliest: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-        """A file, and the begin and length of each row."""
-        try:
-            opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
-            rows = _ROWS.validate_json((opened.metadata() or {}).get("rows", ""))
-            ids_MR, logprob_MR = (opened.get_slice(n).get_shape() for n in ("ids", "logprob"))
-        except (OSError, SafetensorError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise OutputError(
-                f"{file} is damaged ({reason}): remove it, and its rows are computed again"
-            ) from None
-        most = max((begin + length for begin, length in rows.values()), default=0)
-        if ids_MR != logprob_MR or ids_MR[:1] != [most] or not 1 <= ids_MR[-1] <= likeliest:
-            raise OutputError(
-                f"{file} is damaged (its rows are elsewhere): remove it, and they are computed "
-                "again"
-            )
-        return opened, rows
 
     def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """As LiveTeacher."""

@@ -162,6 +162,7 @@ class HealTrainer(Trainer):
             self._average_gradients()
         return loss
 
+    @torch.no_grad()
     def compute_loss(
         self,
         model: Any,
@@ -172,10 +173,7 @@ class HealTrainer(Trainer):
         """Loss per trained position of the global batch, without gradients."""
         batch = longest_first(inputs)
         n_items = self._n_items(batch, num_items_in_batch)
-        with torch.no_grad():
-            loss = self._within_memory(
-                lambda n: self._sum_losses(cut_rows(batch, n), n_items), batch
-            )
+        loss = self._within_memory(lambda n: self._sum_losses(cut_rows(batch, n), n_items), batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _n_items(self, batch: Batch, n_items: Tensor | int | None) -> float:
@@ -323,17 +321,14 @@ def fit(
 ) -> Curve:
     """Trains adapters from the last state in `folder` on, and loads the best by held-out loss."""
     rows, held_out_rows = data.numbered_rows(settings.steps * settings.batch)
+    weight = objective.answer_weight if settings.answer_weight is None else settings.answer_weight
     trainer = HealTrainer(
         moe, objective, teacher, settings.balance,
         model=model,
         args=_arguments(moe, settings, folder),
         train_dataset=rows,
         eval_dataset=held_out_rows,
-        data_collator=Collator(
-            objective.where,
-            moe.tokenizer.pad_token_id or 0,
-            settings.answer_weight_for(objective.name),
-        ),
+        data_collator=Collator(objective.where, moe.tokenizer.pad_token_id or 0, weight),
         callbacks=[_Watch(settings, folder, report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
@@ -356,9 +351,8 @@ def fit(
 
 
 def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingArguments:
-    n_processes = TrainingArguments(str(folder), use_cpu=moe.device.type == "cpu").world_size
     # Trainer's batches are whole steps; HealTrainer cuts them, so that no state depends on it.
-    share = share_of_process(settings.batch, n_processes, settings.micro_batch)
+    share = share_of_process(settings.batch, settings.micro_batch)
     is_cuda = moe.device.type == "cuda"
     every = min(settings.check_every, settings.steps)
     recompute: dict[str, Any] = {}

@@ -101,17 +101,16 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
     is_stock, family = checkpoint.has_family_form, str(checkpoint.config.get("model_type"))
     branch = f", revision={json.dumps(revision)}" if revision else ""
     own = "" if is_stock else ", trust_remote_code=True"
-    lines = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"name = {json.dumps(repo)}",
-        f"tokenizer = AutoTokenizer.from_pretrained(name{branch})",
-        f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})',
+    lines = Markdown(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"name = {json.dumps(repo)}\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(name{branch})\n"
+        f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})'
     )
     needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
     if is_stock:
         needs = "any version that loads the base model (4.56 or later for dtype as written here)"
-    found = [Loader("transformers", needs, "python", Markdown("\n".join(lines)))]
+    found = [Loader("transformers", needs, "python", lines)]
     branch = f" --revision {revision}" if revision else ""
     serve = Markdown(f"vllm serve {repo}{branch}")
     if is_stock and family in _VLLM_STOCK:
@@ -168,9 +167,7 @@ def card_text(
 def is_edited(content: str) -> bool:
     """Whether a card was edited after it was written."""
     seal = _SEAL.search(content)
-    if seal is None or seal.end() < len(content):
-        return True
-    return _digest(content[: seal.start()]) != seal[1]
+    return seal is None or seal.end() < len(content) or _digest(content[: seal.start()]) != seal[1]
 
 
 def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) -> ModelCardData:
@@ -213,20 +210,14 @@ def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
     plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
-    licence = origin.licence
     shifts = columns(
         "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
     )
-    licence_text = licence.id
-    if licence.id == "other":
-        link = f" ({licence.link})" if licence.link else ""
-        licence_text = f"{licence.name or 'a licence of its own'}{link}"
     return {
         "name": place.repo.split("/")[-1],
         "version": __version__,
         "origin": origin,
         "base": _base_link(origin, place.endpoint),
-        "licence": licence_text,
         "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
         "plan": plan,
         "changes": list(change_sentences(plan, origin)),

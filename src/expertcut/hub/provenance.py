@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,6 @@ logger = logging.getLogger(__name__)
 
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.S)
 UNKNOWN = "unknown"  # the Hub's own word
-# What the Hub takes as `license` (huggingface.co/docs/hub/repositories-licenses).
-LICENCES = frozenset(
-    """
-    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc
-    cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0
-    cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
-    creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 gemma
-    gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
-    llama3.3 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 pddl
-    postgresql unlicense wtfpl zlib
-    """.split()  # noqa: SIM905
-)
 
 
 @dataclass(frozen=True)
@@ -183,10 +170,9 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
 
 def of_model(results: Results, fingerprint: str) -> Results | None:
     """Results of the base and of the model with these weights; None without that model."""
-    places = [i for i, m in enumerate(results.models) if m.fingerprint == fingerprint]
-    if not places:
+    own = (i for i, m in enumerate(results.models) if m.fingerprint == fingerprint)
+    if (place := max(own, default=None)) is None:
         return None
-    place = places[-1]
     compared = [c for c in results.comparisons if c.other == place]
     kept = [results.models[i] for i in ([compared[0].base, place] if compared else [place])]
     return results.model_copy(
@@ -289,7 +275,9 @@ def _licence(stated: object, metadata: Mapping[str, Any], base: PlanModel, folde
     if not isinstance(stated, str) or not one_line(stated):
         return Licence(UNKNOWN)
     stated = one_line(stated)
-    if stated.lower() in LICENCES or stated.lower() == UNKNOWN:
+    # What the Hub takes as `license` (huggingface.co/docs/hub/repositories-licenses).
+    known = files("expertcut.hub").joinpath("licences.txt").read_text(encoding="utf-8").split()
+    if stated.lower() in (*known, UNKNOWN):
         return Licence(stated.lower())
     name = metadata.get("license_name") if stated.lower() == "other" else stated
     link = _text(metadata.get("license_link"))

@@ -127,10 +127,9 @@ def _files(
     files: dict[str, Content] = {file.name: file for file in (card, *checkpoint.files)}
     model = checkpoint.plan.model
     if model.label != model.id:  # local paths are not published
-        named = checkpoint.plan.model_copy(
-            update={"model": model.model_copy(update={"id": model.label or "base"})}
-        )
-        files[PLAN_FILE] = plan_text(named).encode()
+        public = model.model_copy(update={"id": model.label or "base"})
+        plan = checkpoint.plan.model_copy(update={"model": public})
+        files[PLAN_FILE] = plan_text(plan).encode()
     return {**files, **{one.file: record_bytes(one.results) for one in evaluated}}
 
 
