@@ -216,8 +216,8 @@ def _held_out(quiz: Quiz, texts: Iterable[Iterable[Text]]) -> Quiz:
 
     No text that is trained on contains any of them.
     """
-    in_texts = list(chain.from_iterable(_questions_in(chain.from_iterable(texts), quiz)))
-    free = without(quiz, hash_lines(replace_questions(quiz, group_by_subject(in_texts))))
+    in_texts = chain.from_iterable(_questions_in(chain.from_iterable(texts), quiz))
+    free = without(quiz, (question.hash_line for question in in_texts))
     tenth = [q for q in free if int(q.content_hash, 16) % _ONE_IN == 0] or list(free)[:1]
     held_out = round_robin(replace_questions(quiz, group_by_subject(tenth)), _MAX_HELD_OUT)
     if len(without(quiz, hash_lines(held_out))) == 0 or not len(held_out):

@@ -93,7 +93,9 @@ class Objective:
 
 
 OBJECTIVES = {
-    "distill": Objective("distill", distillation, at_all_tokens, True, answer_weight=1.0),
+    "distill": Objective(
+        "distill", distillation, at_all_tokens, needs_teacher=True, answer_weight=1.0
+    ),
     "answer": Objective("answer", cross_entropy, lambda row: row.answers),
     "lm": Objective("lm", cross_entropy, at_all_tokens),
 }

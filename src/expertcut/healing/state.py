@@ -230,10 +230,9 @@ class RunIdentity(Record):
         whole = settings.recorded()
         whole["training"] = _without_memory(whole["training"])
         rows = (part.shuffled(random.Random(0)) for part in data.parts)  # one epoch
-        quizzes = [data.scored, data.held_out_quiz]
         scored = [
             None if quiz is None else [(s, quiz.content_hash(s)) for s in quiz.questions]
-            for quiz in quizzes
+            for quiz in (data.scored, data.held_out_quiz)
         ]
         return cls(
             checkpoint=moe.source.fingerprint,

@@ -121,16 +121,13 @@ def _write_card(
     return file, False
 
 
-def _files(
-    checkpoint: Checkpoint, card: Path, evaluated: tuple[Evaluated, ...]
-) -> Mapping[str, Content]:
+def _files(checkpoint: Checkpoint, card: Path, results: Sequence[Evaluated]) -> dict[str, Content]:
     files: dict[str, Content] = {file.name: file for file in (card, *checkpoint.files)}
-    model = checkpoint.plan.model
+    plan, model = checkpoint.plan, checkpoint.plan.model
     if model.label != model.id:  # local paths are not published
         public = model.model_copy(update={"id": model.label or "base"})
-        plan = checkpoint.plan.model_copy(update={"model": public})
-        files[PLAN_FILE] = plan_text(plan).encode()
-    return {**files, **{one.file: record_bytes(one.results) for one in evaluated}}
+        files[PLAN_FILE] = plan_text(plan.model_copy(update={"model": public})).encode()
+    return {**files, **{one.file: record_bytes(one.results) for one in results}}
 
 
 def _prepare(
