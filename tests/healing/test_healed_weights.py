@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 from expertcut.checkpoints.shards import read_tensor
 from expertcut.errors import ModelError
 from expertcut.healing.adapters import adapted, deltas, write_adapter, write_merged
-from expertcut.healing.heal_settings import TARGETS, HealSettings, Target
+from expertcut.healing.heal_settings import HealSettings, Target
 from expertcut.models.load import MoeModel
 from expertcut.models.safetensors_index import read_headers
 from tests.conftest import FAMILIES, make_checkpoint, open_model
 
 Checkpoints = Callable[..., Path]
+TARGETS: tuple[Target, ...] = get_args(Target)
 TOKENS = torch.arange(2, 42)[None]
 
 

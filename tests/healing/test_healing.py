@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.errors import OutputError, SettingsError
-from expertcut.healing.heal_settings import OBJECTIVE_NAMES
+from expertcut.healing.heal_settings import ObjectiveName
 from expertcut.healing.objectives import OBJECTIVES
 from expertcut.healing.recovery import BASE, BEFORE, HEALED
 from expertcut.healing.teacher_cache import CachedTeacher, CacheKey
@@ -245,7 +246,7 @@ def test_without_a_base_the_letters_are_trained_on(
 
 
 def test_the_settings_name_all_objectives() -> None:
-    assert set(OBJECTIVE_NAMES) == set(OBJECTIVES)
+    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
 
 
 def test_options_of_memory_change_no_loss(stock: Path, quiz_folder: Path, tmp_path: Path) -> None:

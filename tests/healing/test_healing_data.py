@@ -156,8 +156,8 @@ def test_what_stands_in_the_evaluation_split_is_dropped_and_named(
 
 def test_of_mmlu_28_questions_of_val_stand_in_test(real_mmlu: Path) -> None:
     scored = quizzes_kept_out(HealSettings(quiz=str(real_mmlu)))
-    kept, dropped = without_scored(load_quiz(Selection(str(real_mmlu), "val", 0)), scored)
-    assert dropped is not None and (len(dropped.names), dropped.total) == (28, 1_531)
+    kept, (dropped,) = without_scored(load_quiz(Selection(str(real_mmlu), "val", 0)), scored)
+    assert (len(dropped.names), dropped.total) == (28, 1_531)
     assert len(kept) == 1_503
 
 
@@ -210,7 +210,7 @@ def test_texts_that_ask_what_is_scored_are_dropped(quiz_folder: Path, tmp_path: 
     with pytest.raises(QuizError, match="of 3 texts of notes stand in split test"):
         texts_without_scored("notes", said(prompt(scored), "b", "c"), [scored], "test")
     half = prompt(scored).replace(scored.choices[3], "zebra")
-    assert texts_without_scored("notes", said(half), [scored], "test") == (said(half), None)
+    assert texts_without_scored("notes", said(half), [scored], "test") == (said(half), [])
 
 
 def said(*texts: str) -> list[Text]:

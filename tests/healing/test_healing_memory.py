@@ -333,6 +333,17 @@ def test_as_many_rows_are_taken_as_fit_into_half_of_the_free_memory(
     assert _chosen(None, 16, CPU, None)[0] == 1
 
 
+def test_a_gpu_has_no_other_limit_than_its_own_free_memory(
+    free_memory: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # each with a GPU of its own
+    gpu, needs = torch.device("cuda"), MemoryEstimate(10**8, row_bytes=10**9, longest=100)
+    for free, rows in ((0, 1), (2.1e9, 1), (4.3e9, 2), (9e9, 4), (32.1e9, 8), (1e12, 16)):
+        free_memory(free)
+        assert _chosen(needs, 16, gpu, None)[0] == rows
+    assert _chosen(replace(needs, longest=2048), 16, gpu, None)[0] == 8
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_free_memory_ends_at_the_limit_of_a_control_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int

@@ -45,17 +45,18 @@ class PublishSettings(Settings):
 def run(settings: PublishSettings, ui: UI = SILENT) -> "Published":
     """Writes the card and uploads the folder."""
     ui.quiet()
-    from expertcut.hub.upload import PublishOptions, publish
+    from expertcut.hub.upload import publish
     from expertcut.reporting.tables import Column, Table
 
-    options = PublishOptions(
-        is_private=settings.private,
-        is_dry=settings.dry_run,
-        is_forced=settings.force,
+    done = publish(
+        settings.checkpoint,
+        settings.repo,
+        results=settings.results,
         revision=settings.revision,
-        results=tuple(settings.results),
+        is_private=settings.private,
+        is_forced=settings.force,
+        is_dry=settings.dry_run,
     )
-    done = publish(settings.checkpoint, settings.repo, options)
     sizes = {**dict(sorted(done.files.items())), "all": sum(done.files.values())}
     rows: list[list[Cell]] = [[name, size / 1e6] for name, size in sizes.items()]
     table = Table(f"What goes to {done.repo}", (Column("file"), Column("MB", ",.3f")), rows)

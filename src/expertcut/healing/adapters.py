@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from expertcut.files import share, write_atomically
 from expertcut.healing.heal_settings import HealSettings, Target
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, MoeModel, Source, modelling_code
-from expertcut.models.moe_block import MoeBlock
 
 ADAPTER = "default"
 
@@ -70,19 +69,15 @@ def deltas(model: Any) -> Iterator[tuple[str, Any]]:
 
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            own = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-            yield f"{name.replace('.base_layer', '')}.{own}", _Delta(module, own)
+            parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            shape = getattr(module.get_base_layer(), parameter).shape
+            yield f"{name.replace('.base_layer', '')}.{parameter}", _Delta(module, shape)
 
 
 @dataclass(frozen=True)
 class _Delta:
     module: Any
-    parameter: str
-
-    @property
-    def shape(self) -> torch.Size:
-        parameter: Tensor = getattr(self.module.get_base_layer(), self.parameter)
-        return parameter.shape
+    shape: torch.Size
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -101,36 +96,25 @@ class _Delta:
 
 def _targets(moe: MoeModel, targets: tuple[Target, ...]) -> tuple[list[str], list[str]]:
     """Names of linear layers and of parameters, as short as unambiguous."""
-    modules = _attention(moe) if "attention" in targets else []
-    parameters = []
-    for target, of_block in (("experts", _experts), ("gate", _gate)):
-        if target in targets:
-            parameters += [name for block in moe.blocks for name in of_block(block)]
-    linear = [n for n, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
+    linear = [name for name, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
+    modules, parameters = [], []
+    if "attention" in targets:
+        moe_blocks = tuple(f"{block.name}." for block in moe.blocks)
+        outside = [name for name in linear if not name.startswith(moe_blocks)]
+        modules = [name for name in outside if re.search(r"attn|attention", name)]
+        if not modules:
+            raise ModelError(f"{moe.source.id} has no linear layers in its attention to adapt")
+    for block in moe.blocks if "experts" in targets else ():
+        names = [name for name, weight in block.experts.named_parameters() if weight.ndim == 3]
+        if not names:
+            raise ModelError(f"{block.name} has no fused experts to adapt")
+        parameters += [f"{block.name}.experts.{name}" for name in names]
+    for block in moe.blocks if "gate" in targets else ():
+        router = next(n for n, module in block.module.named_children() if module is block.router)
+        matrices = (name for name, weight in block.router.named_parameters() if weight.ndim == 2)
+        parameters += [f"{block.name}.{router}.{n}" for n in matrices if n.endswith("weight")]
     known = [name for name, _ in moe.model.named_parameters()]
     return _short(modules, linear, 1), _short(parameters, known, 3)
-
-
-def _attention(moe: MoeModel) -> list[str]:
-    inside = tuple(f"{block.name}." for block in moe.blocks)
-    linear = [name for name, m in moe.model.named_modules() if isinstance(m, nn.Linear)]
-    found = [n for n in linear if re.search(r"attn|attention", n) and not n.startswith(inside)]
-    if not found:
-        raise ModelError(f"{moe.source.id} has no linear layers in its attention to adapt")
-    return found
-
-
-def _experts(block: MoeBlock) -> list[str]:
-    names = [name for name, weight in block.experts.named_parameters() if weight.ndim == 3]
-    if not names:
-        raise ModelError(f"{block.name} has no fused experts to adapt")
-    return [f"{block.name}.experts.{name}" for name in names]
-
-
-def _gate(block: MoeBlock) -> list[str]:
-    own = next(name for name, module in block.module.named_children() if module is block.router)
-    found = [n for n, w in block.router.named_parameters() if w.ndim == 2 and n.endswith("weight")]
-    return [f"{block.name}.{own}.{name}" for name in found]
 
 
 def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]:
@@ -147,8 +131,7 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
         write_atomically(folder / file.name, file.read_bytes())
     content = (source.path / "config.json").read_bytes()
     if has_earlier_names(config := read_config(source.path)):
-        constants = constants_on_disk(source.headers)
-        config = exact_config(config, {}, earlier=constants)
+        config = exact_config(config, {}, earlier=constants_on_disk(source.headers))
         content = (json.dumps(config, indent=2) + "\n").encode()
         write_atomically(folder / MODELLING_FILE, modelling_code())
     write_atomically(folder / "config.json", content)
@@ -156,26 +139,25 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
 
 def _merged_rewrite(source: Source, model: Any) -> Rewrite:
     base, added, stored = model.get_base_model(), dict(deltas(model)), source.headers
-    targets: dict[str, tuple[str, tuple[int, ...]]] = {}  # parameter and shape, by name on disk
-    for parameter, delta in added.items():
-        nothing = torch.empty(delta.shape, device="meta")
-        for name, part in _on_disk(base, parameter, nothing).items():
-            targets[name] = (parameter, tuple(part.shape))
-    for name, (parameter, shape) in targets.items():
-        if name not in stored or stored[name].shape != shape:
-            raise ContractError(
-                f"{source.id}: the change of {parameter} belongs to {name} {list(shape)}, which "
-                "does not exist: keep the adapter, with --adapter"
-            )
 
     @lru_cache(maxsize=4)  # parameters whose tensors alternate on disk
     def parts(parameter: str) -> dict[str, Tensor]:
         return _on_disk(base, parameter, added[parameter]())
 
-    changed = {
-        name: Change(shape, partial(_plus, name, partial(parts, parameter)))
-        for name, (parameter, shape) in targets.items()
-    }
+    def plus(parameter: str, name: str, before: Tensor) -> Tensor:
+        return (before.float() + parts(parameter)[name]).to(before.dtype)
+
+    changed: dict[str, Change] = {}
+    for parameter, delta in added.items():
+        nothing = torch.empty(delta.shape, device="meta")
+        for name, part in _on_disk(base, parameter, nothing).items():
+            shape = tuple(part.shape)
+            if name not in stored or stored[name].shape != shape:
+                raise ContractError(
+                    f"{source.id}: the change of {parameter} belongs to {name} {list(shape)}, "
+                    "which does not exist: keep the adapter, with --adapter"
+                )
+            changed[name] = Change(shape, partial(plus, parameter, name))
     return Rewrite(renamed=earlier_constants(stored), changed=changed)
 
 
@@ -183,12 +165,8 @@ def _on_disk(base: Any, parameter: str, values: Tensor) -> dict[str, Tensor]:
     """A parameter under its names on disk; the conversions only slice, transpose and stack."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    found: dict[str, Tensor] = revert_weight_conversion(base, {parameter: values})
-    return found
-
-
-def _plus(name: str, parts: Callable[[], dict[str, Tensor]], before: Tensor) -> Tensor:
-    return (before.float() + parts()[name]).to(before.dtype)
+    on_disk: dict[str, Tensor] = revert_weight_conversion(base, {parameter: values})
+    return on_disk
 
 
 def write_adapter(source: Source, model: Any, folder: Path) -> None:

@@ -4,7 +4,8 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ _ONE_IN = 10  # questions, by content, and texts that are held out
 _MAX_HELD_OUT = 256
 _MAX_SCORED = 256
 _MAX_DROPPED_SHARE = 0.05
-Lengths = dict[tuple[str, int], int]  # tokens of a question's prompt, by subject and row
 logger = logging.getLogger(__name__)
 
 
@@ -59,29 +59,29 @@ class Dropped:
     longest: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingData:
     """All questions and texts of a run, before they become rows.
 
     `scored` is the quiz that is kept out. `hashes` are the hash lines of all questions read.
     """
 
-    parts: list[Part]
-    held_out: list[Row]
-    held_out_quiz: Quiz | None
     scored: Quiz | None
-    dropped: list[Dropped]
-    hashes: frozenset[str]
-    n_questions: int
-    n_texts: int
+    parts: list[Part] = field(default_factory=list)
+    held_out: list[Row] = field(default_factory=list)
+    held_out_quiz: Quiz | None = None
+    dropped: list[Dropped] = field(default_factory=list)
+    hashes: frozenset[str] = frozenset()
+    n_questions: int = 0
+    n_texts: int = 0
 
     def rows(self, n_rows: int) -> Rows:
         """The first rows to train on."""
         return Rows(self.parts, n_rows)
 
-    def held_out_rows(self, first: int) -> list[tuple[int, Row]]:
-        """The held-out rows, numbered from `first`."""
-        return list(enumerate(self.held_out, first))
+    def numbered_rows(self, n_rows: int) -> tuple[Rows, list[tuple[int, Row]]]:
+        """The first rows to train on, and the held-out rows, numbered behind them."""
+        return self.rows(n_rows), list(enumerate(self.held_out, n_rows))
 
     def scored_quiz(self, used: frozenset[str]) -> ScoredQuiz | None:
         """Unused questions of the evaluation split, else all of it, else the held-out questions.
@@ -104,37 +104,30 @@ def read_data(settings: HealSettings, tokenizer: Any, max_tokens: int) -> Traini
     quizzes = [reader.read_quiz(quiz) for quiz in settings.quizzes]
     texts = [reader.read_texts(text) for text in settings.texts]
     # No source trains on what another holds out.
-    held_out = [_held_out(quiz, texts) for quiz, _ in quizzes]
+    held_out = [_held_out(quiz, texts) for quiz in quizzes]
     lines = frozenset[str]().union(*map(hash_lines, held_out))
-    for source, (quiz, lengths), held in zip(settings.quizzes, quizzes, held_out, strict=True):
-        reader.add_quiz(source, without(quiz, lines), held, lengths)
+    for source, quiz, held in zip(settings.quizzes, quizzes, held_out, strict=True):
+        reader.add_quiz(source, without(quiz, lines), held)
     for source, clean in zip(settings.texts, texts, strict=True):
         reader.add_texts(source, clean)
-    if not reader.held_out:
+    data = reader.data
+    if not data.held_out:
         raise QuizError("too few questions and texts to hold any out: name more")
-    return TrainingData(
-        reader.parts,
-        reader.held_out[:_MAX_HELD_OUT],
-        held_out[0] if held_out else None,
-        scored=reader.scored[0] if reader.scored else None,
-        dropped=[dropped for dropped in reader.dropped if dropped is not None],
-        hashes=frozenset[str]().union(*(hash_lines(quiz) for quiz, _ in quizzes)),
-        n_questions=reader.n_questions,
-        n_texts=reader.n_texts,
-    )
+    del data.held_out[_MAX_HELD_OUT:]
+    data.held_out_quiz = held_out[0] if held_out else None
+    data.hashes = frozenset[str]().union(*map(hash_lines, quizzes))
+    return data
 
 
 class _Reader:
     def __init__(self, settings: HealSettings, tokenizer: Any, max_tokens: int) -> None:
         self.settings, self.tokenizer, self.max_tokens = settings, tokenizer, max_tokens
-        self.parts: list[Part] = []
-        self.held_out: list[Row] = []
         self.scored = quizzes_kept_out(settings)
-        self.dropped: list[Dropped | None] = []
-        self.n_questions = self.n_texts = 0
+        self.data = TrainingData(self.scored[0] if self.scored else None)
+        self.n_tokens: dict[Question, int] = {}  # of a question's prompt
         self.text_counts = Counter[str]()
 
-    def read_quiz(self, source: Weighted) -> tuple[Quiz, Lengths]:
+    def read_quiz(self, source: Weighted) -> Quiz:
         """A quiz without questions that are scored later or do not fit into a row."""
         settings = self.settings
         selection = Selection(
@@ -147,38 +140,33 @@ class _Reader:
             truncate=settings.truncate,
         )
         quiz, dropped = without_scored(load_quiz(selection), self.scored)
-        self.dropped.append(dropped)
-        questions = list(quiz)
-        tokens = question_lengths(self.tokenizer, questions)
-        lengths = {(q.subject, q.row): n for q, n in zip(questions, tokens, strict=True)}
-        kept = [q for q in questions if lengths[q.subject, q.row] <= self.max_tokens]
-        if len(kept) == len(questions):
-            return quiz, lengths
-        if not kept:
+        self.data.dropped += dropped
+        lengths = question_lengths(self.tokenizer, list(quiz))
+        self.n_tokens.update(zip(quiz, lengths, strict=True))
+        kept = [q for q in quiz if self.n_tokens[q] <= self.max_tokens]
+        if not kept and lengths:
             raise _too_little(quiz.id, self.max_tokens)
-        long = _names(q for q in questions if lengths[q.subject, q.row] > self.max_tokens)
-        self.dropped.append(Dropped(quiz.id, None, len(quiz), long, longest=self.max_tokens))
-        return replace_questions(quiz, group_by_subject(kept)), lengths
+        if long := _names(q for q in quiz if self.n_tokens[q] > self.max_tokens):
+            self.data.dropped.append(Dropped(quiz.id, None, len(quiz), long, self.max_tokens))
+        return replace_questions(quiz, group_by_subject(kept))
 
-    def add_quiz(self, source: Weighted, kept: Quiz, held_out: Quiz, lengths: Lengths) -> None:
+    def add_quiz(self, source: Weighted, kept: Quiz, held_out: Quiz) -> None:
         """Adds questions to train on and held-out questions."""
-        self.n_questions += len(kept)
-        rows = self._shuffled_quiz(kept, lengths, shuffles_choices=self.settings.shuffle)
-        held_out_rows = self._shuffled_quiz(held_out, lengths, shuffles_choices=False)
-        self.held_out += held_out_rows(random.Random(self.settings.seed))
-        self._add(source, rows)
+        self.data.n_questions += len(kept)
+        held_out_rows = self._shuffled_quiz(held_out, shuffles_choices=False)
+        self.data.held_out += held_out_rows(random.Random(self.settings.seed))
+        self._add(source, self._shuffled_quiz(kept, shuffles_choices=self.settings.shuffle))
 
-    def _shuffled_quiz(self, quiz: Quiz, lengths: Lengths, *, shuffles_choices: bool) -> Shuffled:
+    def _shuffled_quiz(self, quiz: Quiz, *, shuffles_choices: bool) -> Shuffled:
         def shuffled(order: random.Random) -> list[Row]:
             rows = []
             for questions in quiz.questions.values():
                 drawn = order.sample(questions, len(questions))
-                sizes = [lengths[q.subject, q.row] for q in drawn]
+                sizes = [self.n_tokens[q] for q in drawn]
                 if shuffles_choices:
-                    n_choices = [len(question.choices) for question in drawn]
                     drawn = [
-                        reordered(question, order.sample(range(n), n))
-                        for question, n in zip(drawn, n_choices, strict=True)
+                        reordered(q, order.sample(range(len(q.choices)), len(q.choices)))
+                        for q in drawn
                     ]
                 groups = group_questions(drawn, sizes, self.settings.n_shots + 1, self.max_tokens)
                 rows += [question_row(self.tokenizer, group) for group in groups]
@@ -193,7 +181,7 @@ class _Reader:
         scored = [question for quiz in self.scored for question in quiz]
         split = self.settings.kept_out_split
         clean, dropped = texts_without_scored(source.name, texts, scored, split)
-        self.dropped.append(dropped)
+        self.data.dropped += dropped
         self.text_counts.update(normalised(text.read) for text in clean)
         return clean
 
@@ -203,9 +191,9 @@ class _Reader:
         is_single = [self.text_counts[normalised(text.read)] == 1 for text in clean]
         tenth = (at for at in range(_ONE_IN - 1, len(ids), _ONE_IN) if is_single[at])
         held_out = list(tenth)[:_MAX_HELD_OUT]
-        self.held_out += text_rows([ids[at] for at in held_out], self.max_tokens)
+        self.data.held_out += text_rows([ids[at] for at in held_out], self.max_tokens)
         kept = [document for at, document in enumerate(ids) if at not in set(held_out)]
-        self.n_texts += len(kept)
+        self.data.n_texts += len(kept)
         rows = list(text_rows(kept, self.max_tokens))
         self._add(source, lambda order: order.sample(rows, len(rows)))
 
@@ -213,7 +201,7 @@ class _Reader:
         seed = self.settings.seed
         if not shuffled(random.Random(seed)):
             raise _too_little(source.name, self.max_tokens)
-        self.parts.append(Part(f"{len(self.parts)}", source.weight, shuffled, seed))
+        self.data.parts.append(Part(f"{len(self.data.parts)}", source.weight, shuffled, seed))
 
 
 def _too_little(name: str, max_tokens: int) -> QuizError:
@@ -228,9 +216,8 @@ def _held_out(quiz: Quiz, texts: Iterable[Iterable[Text]]) -> Quiz:
 
     No text that is trained on contains any of them.
     """
-    finder = _QuestionFinder(quiz)
-    in_texts = [q for source in texts for text in source for q in finder.questions_in(text.said)]
-    free = without(quiz, hash_lines(replace_questions(quiz, group_by_subject(in_texts))))
+    in_texts = chain.from_iterable(_questions_in(chain.from_iterable(texts), quiz))
+    free = without(quiz, (question.hash_line for question in in_texts))
     tenth = [q for q in free if int(q.content_hash, 16) % _ONE_IN == 0] or list(free)[:1]
     held_out = round_robin(replace_questions(quiz, group_by_subject(tenth)), _MAX_HELD_OUT)
     if len(without(quiz, hash_lines(held_out))) == 0 or not len(held_out):
@@ -242,18 +229,18 @@ def quizzes_kept_out(settings: HealSettings) -> list[Quiz]:
     """The evaluation split of `eval_quiz`, else of every quiz that is trained on."""
     if settings.eval_quiz is not None:
         return [_evaluation_split(settings.eval_quiz, settings, settings.eval_revision)]
-    found = []
+    kept_out = []
     for name, revision in {quiz.name: quiz.revision for quiz in settings.quizzes}.items():
         if Path(name).is_file():
             logger.warning("%s is one file: name the scored quiz by --eval-quiz", name)
             continue
         try:
-            found.append(_evaluation_split(name, settings, revision))
+            kept_out.append(_evaluation_split(name, settings, revision))
         except SplitError as error:
             logger.warning("no evaluation split to keep out: %s", error)
-    if not found:
+    if not kept_out:
         logger.warning("nothing is kept out of the training: name the scored quiz by --eval-quiz")
-    return found
+    return kept_out
 
 
 def _evaluation_split(name: str, settings: HealSettings, revision: str | None) -> Quiz:
@@ -270,63 +257,52 @@ def _evaluation_split(name: str, settings: HealSettings, revision: str | None) -
         return quiz
 
 
-def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, Dropped | None]:
+def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, list[Dropped]]:
     """The quiz without questions whose content is in a scored quiz; at most 5 % may be."""
     lines = frozenset[str]().union(*map(hash_lines, scored))
     known = hashes_in(lines)
     names = _names(q for q in quiz if q.is_among(known))
-    if not names:
-        return quiz, None
-    dropped = Dropped(quiz.id, scored[0].split, len(quiz), names)
-    _check_share(dropped, "questions")
-    return without(quiz, lines), dropped
+    split = scored[0].split if scored else None
+    return without(quiz, lines), _dropped("questions", quiz.id, split, len(quiz), names)
 
 
 def _names(questions: Iterable[Question]) -> tuple[str, ...]:
     return tuple(f"{question.subject}:{question.row}" for question in questions)
 
 
-class _QuestionFinder:
-    """Finds questions in texts: the first line, the text and all choices must be there.
+def _questions_in(texts: Iterable[Text], questions: Iterable[Question]) -> Iterator[list[Question]]:
+    """The questions that each text contains: their first line as a line, text and all choices.
 
     White space, invisible characters and the Unicode form are ignored.
     """
-
-    def __init__(self, questions: Iterable[Question]) -> None:
-        self.by_line: dict[str, list[Question]] = {}
-        for question in questions:
-            if line := next(filter(None, map(normalised, question.text.splitlines())), ""):
-                self.by_line.setdefault(line, []).append(question)
-
-    def questions_in(self, text: str) -> Iterator[Question]:
-        """Questions that a text contains on lines of their own."""
-        lines = [normalised(line) for line in text.splitlines()]
-        candidates = [q for line in lines for q in self.by_line.get(line, ())]
-        whole = normalised(text) if candidates else ""
-        for question in candidates:
-            if all(normalised(part) in whole for part in (question.text, *question.choices)):
-                yield question
+    by_line: dict[str, list[Question]] = {}
+    for question in questions:
+        if line := next(filter(None, map(normalised, question.text.splitlines())), ""):
+            by_line.setdefault(line, []).append(question)
+    for text in texts:
+        lines = map(normalised, text.said.splitlines())
+        candidates = [q for line in lines for q in by_line.get(line, ())]
+        whole = normalised(text.said) if candidates else ""
+        yield [q for q in candidates if all(normalised(x) in whole for x in (q.text, *q.choices))]
 
 
 def texts_without_scored(
     name: str, texts: Sequence[Text], scored: Iterable[Question], split: str
-) -> tuple[list[Text], Dropped | None]:
+) -> tuple[list[Text], list[Dropped]]:
     """The texts that contain no scored question; at most 5 % of them may."""
-    finder = _QuestionFinder(scored)
-    found = [any(finder.questions_in(text.said)) for text in texts]
-    clean = [text for text, has_scored in zip(texts, found, strict=True) if not has_scored]
-    lines = tuple(f"line {n}" for n, has_scored in enumerate(found, 1) if has_scored)
-    if not lines:
-        return clean, None
-    dropped = Dropped(name, split, len(texts), lines)
-    _check_share(dropped, "texts")
-    return clean, dropped
+    contained = list(_questions_in(texts, scored))
+    clean = [text for text, questions in zip(texts, contained, strict=True) if not questions]
+    lines = tuple(f"line {n}" for n, questions in enumerate(contained, 1) if questions)
+    return clean, _dropped("texts", name, split, len(texts), lines)
 
 
-def _check_share(dropped: Dropped, what: str) -> None:
-    if len(dropped.names) > _MAX_DROPPED_SHARE * dropped.total:
+def _dropped(
+    kind: str, source: str, split: str | None, total: int, names: tuple[str, ...]
+) -> list[Dropped]:
+    if len(names) > _MAX_DROPPED_SHARE * total:
         raise QuizError(
-            f"{len(dropped.names)} of {dropped.total} {what} of {dropped.source} stand in split "
-            f"{dropped.split}, which is scored later, first {dropped.names[0]}; at most 5 % may: "
-            "train on others, or name what is scored with --eval-quiz and --eval-split"
+            f"{len(names)} of {total} {kind} of {source} stand in split {split}, which is scored "
+            f"later, first {names[0]}; at most 5 % may: train on others, or name what is scored "
+            "with --eval-quiz and --eval-split"
         )
+    return [Dropped(source, split, total, names)] if names else []

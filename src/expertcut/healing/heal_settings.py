@@ -1,6 +1,7 @@
 """The options of `heal`: what to train on, the objective, the adapters, and how long to train."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -10,7 +11,6 @@ from expertcut.settings import Settings, Source, WorkFolder, option, refuse
 
 ObjectiveName = Literal["distill", "answer", "lm"]
 Target = Literal["attention", "experts", "gate"]
-OBJECTIVE_NAMES, TARGETS = get_args(ObjectiveName), get_args(Target)
 DATA, OBJECTIVE, ADAPTERS = "What to train on", "Objective", "Adapters"
 TRAINING, OUTPUT = "Training", "Output"  # panels, like those above
 _TRAINING = (
@@ -147,8 +147,7 @@ class HealSettings(Settings):
     def quizzes(self) -> tuple[Weighted, ...]:
         """Quizzes to train on."""
         names = self.quiz or (() if self.text else (DEFAULT_QUIZ,))
-        read = map(Weighted.read, names)
-        return tuple(Weighted(q.name, q.weight, self.quiz_revision) for q in read)
+        return tuple(replace(Weighted.read(n), revision=self.quiz_revision) for n in names)
 
     @property
     def texts(self) -> tuple[Weighted, ...]:
@@ -168,11 +167,6 @@ class HealSettings(Settings):
     def rate(self, width: int) -> float:
         """Peak learning rate for a hidden size."""
         return _RATE_TIMES_WIDTH / width if self.learning_rate is None else self.learning_rate
-
-    def answer_weight_for(self, objective: str) -> float:
-        """Extra weight of the answer letters for an objective."""
-        default = 1.0 if objective == "distill" else 0.0
-        return default if self.answer_weight is None else self.answer_weight
 
     def recorded(self) -> dict[str, Any]:
         """The settings as `healing.json` and the state of a run name them."""
@@ -201,9 +195,7 @@ class HealSettings(Settings):
                 "targets": list(self.targets),
                 "seed": self.seed,
             },
-            "training": {
-                **{name: getattr(self, name) for name in _TRAINING},
-                "saves_memory": self.save_memory,
-            },
+            "training": {n: getattr(self, n) for n in _TRAINING}
+            | {"saves_memory": self.save_memory},
             "is_adapter": self.adapter,
         }

@@ -6,15 +6,14 @@ beside the states, and a resumed run gives the same bits.
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from pydantic import PositiveInt
 from torch import Tensor
 
 from expertcut.documents import Record, load_record
@@ -33,7 +32,7 @@ MICRO_BATCH_FILE = "micro_batch.json"
 # More tokens in a pass make a step hardly faster.
 _PASS_TOKENS = {"cpu": 4096}
 _PASS_TOKENS_ELSEWHERE = 16384
-_PASS_BYTES = {"cpu": 0.75e9}  # more only for one row alone: others use the CPU too
+_CPU_PASS_BYTES = 0.75e9  # more only for one row alone: others use the CPU too
 _FREE_SHARE = 0.5  # of the free memory, for a new run; a recorded number may take all of it
 _SLACK = 2.0  # bytes of a pass per byte that autograd keeps: gradients, copies, gaps
 _LOOKED_AT = 512  # training rows searched for the longest
@@ -56,7 +55,7 @@ class MemoryEstimate:
 
 
 class _Recorded(Record):
-    rows: int
+    rows: PositiveInt
 
 
 @dataclass
@@ -82,7 +81,6 @@ class MicroBatch:
                 "resumes from the last state"
             )
         before, self.rows = self.rows, self.rows // 2
-        self.why = f"{before} were too many"
         logger.warning(
             "not enough memory for %d rows at once: the step is repeated with %d", before,
             self.rows,
@@ -91,8 +89,9 @@ class MicroBatch:
         self.save()
 
 
-def share_of_process(batch: int, n_processes: int, micro_batch: int | None) -> int:
+def share_of_process(batch: int, micro_batch: int | None) -> int:
     """Rows of a step in each process."""
+    n_processes: int = PartialState().num_processes
     if batch % (n_processes * (micro_batch or 1)):  # so that all processes have as many rows
         micro = f"--micro-batch-size {micro_batch} times " if micro_batch else ""
         raise SettingsError(
@@ -111,8 +110,13 @@ def choose_micro_batch(
 ) -> MicroBatch:
     """The number of rows: as set, else as recorded in the folder, else as memory allows."""
     file = folder / MICRO_BATCH_FILE
-    share = share_of_process(settings.batch, PartialState().num_processes, settings.micro_batch)
-    recorded = _recorded(file)
+    share = share_of_process(settings.batch, settings.micro_batch)
+    recorded = None
+    if file.is_file():
+        try:
+            recorded = load_record(file, _Recorded, OutputError, "is not a micro-batch").rows
+        except OutputError as error:
+            logger.warning("%s: the micro-batch is chosen again", error)
     if settings.micro_batch is not None:
         chosen = MicroBatch(settings.micro_batch, "--micro-batch-size", file)
     else:
@@ -139,26 +143,17 @@ def _chosen(
     # Processes of one host share its memory; GPUs are each process's own.
     n_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     free = free_bytes(device) / n_sharing
-    said = f"{free / 1e9:.1f} GB are free, a row of {needs.longest:,} tokens takes about "
-    said += f"{needs.row_bytes / 1e9:.2f} GB"
     if recorded is not None and recorded <= min(share, max(1, needs.rows_within(free))):
         return recorded, "as before the interruption"
     most_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
-    most_bytes = _PASS_BYTES.get(device.type, inf)
-    fitting = min(most_bytes // max(1, needs.row_bytes), needs.rows_within(free * _FREE_SHARE))
-    most = max(1, min(most_tokens // needs.longest, fitting))
-    return max(n for n in range(1, share + 1) if share % n == 0 and n <= most), said
-
-
-def _recorded(file: Path) -> int | None:
-    if not file.is_file():
-        return None
-    try:
-        found = load_record(file, _Recorded, OutputError, "is not a micro-batch")
-    except OutputError as error:
-        logger.warning("%s: the micro-batch is chosen again", error)
-        return None
-    return found.rows if found.rows > 0 else None
+    most: float = min(most_tokens // needs.longest, needs.rows_within(free * _FREE_SHARE))
+    if device.type == "cpu":
+        most = min(most, _CPU_PASS_BYTES // max(1, needs.row_bytes))
+    rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, most))
+    return rows, (
+        f"{free / 1e9:.1f} GB are free, a row of {needs.longest:,} tokens takes about "
+        f"{needs.row_bytes / 1e9:.2f} GB"
+    )
 
 
 def estimate_memory(
@@ -199,10 +194,9 @@ def _kept_bytes(moe: MoeModel, run: Any, projection: Projection, n_tokens: int) 
         return tensor
 
     ids_1S = torch.arange(n_tokens, device=moe.device)[None] % projection.n_logits
-    unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
     run.train()
     before = random_states()
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden_1SH = projection.hidden(run, ids_1S, torch.ones_like(ids_1S))
     set_random_states(before)
     for weight in run.parameters():

@@ -6,13 +6,13 @@ hidden states, and free its logits before the next chunk.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from expertcut.errors import ModelError
 from expertcut.healing.rows import Row
@@ -31,7 +31,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """A teacher's R most likely tokens at M positions: ids (M, R) and log p (M, R)."""
+    """A teacher's R most likely tokens at M positions."""
 
     ids_MR: Tensor
     logprob_MR: Tensor
@@ -57,19 +57,19 @@ def distillation(logits_MV: Tensor, next_M: Tensor, teacher: TopLogprobs | None 
     """
     assert teacher is not None, "distillation needs a teacher"
     logprob_MV = logits_MV.float().log_softmax(dim=-1)
-    own_MR, their_MR = logprob_MV.gather(1, teacher.ids_MR), teacher.logprob_MR.float()
-    loss_M = (their_MR.exp() * (their_MR - own_MR)).sum(dim=-1)
+    student_MR, teacher_MR = logprob_MV.gather(1, teacher.ids_MR), teacher.logprob_MR.float()
+    loss_M = (teacher_MR.exp() * (teacher_MR - student_MR)).sum(dim=-1)
     if teacher.ids_MR.shape[1] < logits_MV.shape[1]:
-        their_M, rest_M = _log_rest(their_MR), _log_rest(own_MR)
-        loss_M = loss_M + their_M.exp() * (their_M - rest_M)
+        teacher_rest_M, student_rest_M = _log_rest(teacher_MR), _log_rest(student_MR)
+        loss_M = loss_M + teacher_rest_M.exp() * (teacher_rest_M - student_rest_M)
     return loss_M
 
 
 def top_logprobs(logits_MV: Tensor, n: int) -> TopLogprobs:
     """The R = min(n, V) most likely tokens and their log p."""
     logprob_MV = logits_MV.float().log_softmax(dim=-1)
-    found = logprob_MV.topk(min(n, logits_MV.shape[1]), dim=-1)
-    return TopLogprobs(found.indices, found.values)
+    top = logprob_MV.topk(min(n, logits_MV.shape[1]), dim=-1)
+    return TopLogprobs(top.indices, top.values)
 
 
 def _log_rest(logprob_MR: Tensor) -> Tensor:
@@ -83,16 +83,19 @@ Where = Callable[[Row], Sequence[int]]
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, its positions, and whether it needs a teacher."""
+    """A loss, its positions, whether it needs a teacher, and the default of `answer_weight`."""
 
     name: str
     loss: Callable[[Tensor, Tensor, TopLogprobs | None], Tensor]
     where: Where
     needs_teacher: bool = False
+    answer_weight: float = 0.0
 
 
 OBJECTIVES = {
-    "distill": Objective("distill", distillation, at_all_tokens, needs_teacher=True),
+    "distill": Objective(
+        "distill", distillation, at_all_tokens, needs_teacher=True, answer_weight=1.0
+    ),
     "answer": Objective("answer", cross_entropy, lambda row: row.answers),
     "lm": Objective("lm", cross_entropy, at_all_tokens),
 }
@@ -108,6 +111,7 @@ class Projection:
 
     def __init__(self, moe: MoeModel) -> None:
         self.causal, self.device = moe.model, moe.device
+        self.chunk_bytes = _CHUNK_BYTES.get(self.device.type, _CHUNK_BYTES_ELSEWHERE)
         self.decoder: Any = getattr(self.causal, "base_model", self.causal)
         self.n_logits: int = self.causal.config.get_text_config().vocab_size
         self.is_split = self.decoder is not self.causal and self._is_exact()
@@ -138,14 +142,16 @@ class Projection:
         if not self.is_split:
             return hidden_NH
         ids_1N = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
-        with self._giving(hidden_NH[None]):
+        own = vars(self.decoder).get("forward")
+        self.decoder.forward = lambda *_, **__: self.output(last_hidden_state=hidden_NH[None])
+        try:
             logits_1NV: Tensor = run(input_ids=ids_1N, use_cache=False).logits
+        finally:
+            if own is None:
+                del self.decoder.forward
+            else:
+                self.decoder.forward = own
         return logits_1NV[0]
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Logits of one chunk in float32."""
-        return _CHUNK_BYTES.get(self.device.type, _CHUNK_BYTES_ELSEWHERE)
 
     def chunks(self, n_positions: int) -> Iterator[slice]:
         """Slices of positions, each one chunk."""
@@ -153,34 +159,19 @@ class Projection:
         for begin in range(0, n_positions, size):
             yield slice(begin, min(begin + size, n_positions))
 
-    @contextmanager
-    def _giving(self, hidden_1NH: Tensor) -> Iterator[None]:
-        """Makes the decoder return these hidden states."""
-        own = vars(self.decoder).get("forward")
-        self.decoder.forward = lambda *_, **__: self.output(last_hidden_state=hidden_1NH)
-        try:
-            yield
-        finally:
-            if own is None:
-                del self.decoder.forward
-            else:
-                self.decoder.forward = own
-
     @torch.no_grad()
     def _is_exact(self) -> bool:
-        """Whether both halves together give the logits of the whole pass."""
         ids_BS = torch.arange(6, device=self.device).reshape(2, 3) % self.n_logits
         was_training = self.causal.training
         self.causal.eval()  # without noise and dropout
         self.is_split = True
         try:
-            whole_BSV = self.causal(input_ids=ids_BS, use_cache=False).logits
+            whole_NV = self.causal(input_ids=ids_BS, use_cache=False).logits.flatten(0, 1)
             halves_NV = self.logits(self.causal, self.hidden(self.causal, ids_BS).flatten(0, 1))
         except (AttributeError, TypeError, ValueError, IndexError):
             return False
         finally:
             self.causal.train(was_training)
-        whole_NV = whole_BSV.flatten(0, 1)
         if whole_NV.shape != halves_NV.shape:
             return False
         tolerance = 16 * torch.finfo(whole_NV.dtype).eps
@@ -199,8 +190,8 @@ def chunked_loss(
         return loss_of(projection.logits(run, hidden_NH), at)
 
     apply: Any = _ChunkedSum.apply
-    found: Tensor = apply(hidden_MH, of_chunk, list(projection.chunks(len(hidden_MH))))
-    return found
+    total: Tensor = apply(hidden_MH, of_chunk, list(projection.chunks(len(hidden_MH))))
+    return total
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -209,16 +200,13 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MH: Tensor, of_chunk: Any, chunks: list[slice]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden_MH.device)
-        if not ctx.needs_input_grad[0]:
-            for at in chunks:
-                total += of_chunk(hidden_MH[at], at)
-            return total
-        gradient_MH = torch.zeros_like(hidden_MH)
+        gradient_MH, is_trained = torch.zeros_like(hidden_MH), ctx.needs_input_grad[0]
         for at in chunks:
-            with torch.enable_grad():
-                hidden_NH = hidden_MH[at].detach().requires_grad_()
+            with torch.set_grad_enabled(is_trained):
+                hidden_NH = hidden_MH[at].detach().requires_grad_(is_trained)
                 loss = of_chunk(hidden_NH, at)
-            (gradient_MH[at],) = torch.autograd.grad(loss, hidden_NH)
+            if is_trained:
+                (gradient_MH[at],) = torch.autograd.grad(loss, hidden_NH)
             total += loss.detach()
         ctx.save_for_backward(gradient_MH)
         return total
@@ -244,14 +232,11 @@ class Collator:
 
     def __call__(self, items: Sequence[tuple[int, Row]]) -> Batch:
         """A batch of numbered rows."""
-        width = max(len(row.ids) for _, row in items)
-        ids_BS = torch.full((len(items), width), self.pad_id)
-        mask_BS = torch.zeros(len(items), width, dtype=torch.long)
-        labels_BS = torch.full((len(items), width), IGNORED)
-        weight_BS = torch.zeros(len(items), width)
+        ids = [torch.tensor(row.ids) for _, row in items]
+        ids_BS = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
+        mask_BS = pad_sequence([torch.ones_like(ids_S) for ids_S in ids], batch_first=True)
+        labels_BS, weight_BS = torch.full_like(ids_BS, IGNORED), torch.zeros(ids_BS.shape)
         for at, (_, row) in enumerate(items):
-            ids_BS[at, : len(row.ids)] = torch.tensor(row.ids)
-            mask_BS[at, : len(row.ids)] = 1
             trained = torch.tensor(self.where(row), dtype=torch.long)
             labels_BS[at, trained] = ids_BS[at, trained + 1]
             weight_BS[at, trained] = 1
@@ -270,19 +255,15 @@ class Collator:
 def cut_rows(batch: Batch, n_rows: int) -> Iterator[Batch]:
     """`n_rows` rows at a time, in order, without columns of padding."""
     for begin in range(0, len(batch["input_ids"]), n_rows):
-        yield _rows(batch, slice(begin, begin + n_rows))
+        piece = {name: tensor[begin : begin + n_rows] for name, tensor in batch.items()}
+        width = int(piece["attention_mask"].sum(dim=1).max())
+        yield {name: t[:, :width] if t.ndim > 1 else t for name, t in piece.items()}
 
 
 def longest_first(batch: Batch) -> Batch:
     """Rows by length, so that neighbours have similar lengths."""
     order_B = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
     return {name: tensor[order_B] for name, tensor in batch.items()}
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    taken = {name: tensor[rows] for name, tensor in batch.items()}
-    width = int(taken["attention_mask"].sum(dim=1).max())
-    return {name: t[:, :width] if t.ndim > 1 else t for name, t in taken.items()}
 
 
 Teacher = Callable[[Batch, Tensor], TopLogprobs]  # at the positions that (B, S) marks
@@ -298,26 +279,27 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """Forward passes over some rows each."""
-        whole = {**batch, "at_BS": at_BS}
         n_rows = max(1, _PASS_TOKENS // at_BS.shape[1])
-        return _joined([self._of(piece) for piece in cut_rows(whole, n_rows)])
+        return self._by_rows({**batch, "at_BS": at_BS}, n_rows)
 
-    def _of(self, batch: Batch) -> TopLogprobs:
+    def _by_rows(self, batch: Batch, n_rows: int) -> TopLogprobs:
+        return _joined([self._top_logprobs(piece) for piece in cut_rows(batch, n_rows)])
+
+    def _top_logprobs(self, batch: Batch) -> TopLogprobs:
         """One pass, or several if memory runs out."""
         try:
             return self._pass(batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        if len(batch["at_BS"]) == 1:
+        n_rows, n_tokens = batch["at_BS"].shape
+        if n_rows == 1:
             raise ModelError(
                 f"{self.moe.source.id}: not enough memory for the teacher's pass over one row of "
-                f"{batch['at_BS'].shape[1]} tokens: free memory, or give a smaller --max-tokens"
+                f"{n_tokens} tokens: free memory, or give a smaller --max-tokens"
             )
         give_back()
-        n_rows = len(batch["at_BS"])
-        halves = (slice(0, n_rows // 2), slice(n_rows // 2, n_rows))
-        return _joined([self._of(_rows(batch, half)) for half in halves])
+        return self._by_rows(batch, n_rows // 2)
 
     def _pass(self, batch: Batch) -> TopLogprobs:
         model, projection = self.moe.model, self.projection

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -84,7 +84,6 @@ class Healed:
     curve: Curve
     trained: int
     parameters: int
-    verdict: HeldOutResult | None
 
 
 def default_out(checkpoint: str) -> Path:
@@ -106,7 +105,10 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
     """
     working = working_folder(out)
     source = find_source(checkpoint)
-    check_writable(out, is_forced=options.is_forced, inputs=(source.path, *_inputs(settings)))
+    names = [*(part.name for part in (*settings.quizzes, *settings.texts)), settings.eval_quiz]
+    files = [Path(name) for name in names if name is not None and Path(name).exists()]
+    files += [settings.teacher_cache] if settings.teacher_cache is not None else []
+    check_writable(out, is_forced=options.is_forced, inputs=(source.path, *files))
     if options.threads:
         torch.set_num_threads(options.threads)
     objective, base = _objective(source, settings)
@@ -129,15 +131,6 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
         return run.train(out, working)
 
 
-def _inputs(settings: HealSettings) -> Iterator[Path]:
-    """Local files and folders that the run reads or fills."""
-    names = [source.name for source in (*settings.quizzes, *settings.texts)]
-    names += [settings.eval_quiz] if settings.eval_quiz is not None else []
-    yield from (Path(name) for name in names if Path(name).exists())
-    if settings.teacher_cache is not None:
-        yield settings.teacher_cache
-
-
 def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Source | None]:
     """The objective, and the teacher or base model, if one is available."""
     base = find_source(settings.teacher) if settings.teacher else first_base(source)
@@ -152,32 +145,28 @@ def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Sourc
 
 
 def first_base(source: Source) -> Source | None:
-    """The unedited model below all edits; None if one of the steps is missing or has changed."""
-    found: list[Source | None] = [None]
+    """The unedited model below all edits; None, logged, if a step is missing or has changed."""
+    base: Source | None = None
 
     def find_base(model: PlanModel, near: Path) -> Path | None:
-        found.append(_unchanged(model, near))
-        return None if found[-1] is None else found[-1].path
+        nonlocal base
+        base, folder = None, base_folder(model, near)
+        try:
+            if folder is None and model.revision is None:
+                short = model.fingerprint[:8]
+                raise ModelError(f"{model.id} is not there with its weights ({short})")
+            found = find_source(str(folder)) if folder else find_source(model.id, model.revision)
+        except ModelError as error:
+            logger.warning("the base model is not available: %s", error)
+            return None
+        if found.fingerprint != model.fingerprint:
+            logger.warning("%s is not the base model any more: it has changed", Path(found.id))
+            return None
+        base = found
+        return base.path
 
     for _ in lineage(source.path, find_base):
         pass
-    return found[-1]
-
-
-def _unchanged(model: PlanModel, near: Path) -> Source | None:
-    """The model that a plan was made for, from its folder or the Hub; None is logged."""
-    folder = base_folder(model, near)
-    try:
-        if folder is None and model.revision is None:
-            short = model.fingerprint[:8]
-            raise ModelError(f"{model.id} is not there with its weights ({short})")
-        base = find_source(str(folder)) if folder else find_source(model.id, model.revision)
-    except ModelError as error:
-        logger.warning("the base model is not available: %s", error)
-        return None
-    if base.fingerprint != model.fingerprint:
-        logger.warning("%s is not the base model any more: it has changed", Path(base.id))
-        return None
     return base
 
 
@@ -191,8 +180,11 @@ def healed_plan(
     moe: MoeModel, settings: HealSettings, objective: str, data: TrainingData
 ) -> PlanFile:
     """The plan of the healed checkpoint, without its proof; experts keep their identity."""
-    source = moe.source
-    before = plan_in(source.path)
+    source, before = moe.source, plan_in(moe.source.path)
+    blocks = {block.name: BlockEdit(keep=tuple(range(block.n_experts))) for block in moe.blocks}
+    for name, edit in before.blocks.items() if before else ():
+        if name in blocks:
+            blocks[name] = BlockEdit(keep=edit.keep, rows=edit.rows)
     layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
     return PlanFile(
         model=PlanModel(
@@ -212,16 +204,8 @@ def healed_plan(
             questions=data.n_questions,
             sha256=hashes_sha256(used_questions(source, data)),
         ),
-        blocks=_blocks(moe, before),
+        blocks=blocks,
     )
-
-
-def _blocks(moe: MoeModel, before: PlanFile | None) -> dict[str, BlockEdit]:
-    blocks = {block.name: BlockEdit(keep=tuple(range(block.n_experts))) for block in moe.blocks}
-    for name, edit in before.blocks.items() if before else ():
-        if name in blocks:
-            blocks[name] = BlockEdit(keep=edit.keep, rows=edit.rows)
-    return blocks
 
 
 def _choice_logprobs(moe: MoeModel, quiz: Quiz) -> Tensor:
@@ -287,24 +271,18 @@ class _Run:
         """The teacher, if needed; and log p of the base model and the checkpoint before."""
         before: dict[str, Tensor] = {}
         teacher: Teacher | None = None
-        if self.base is not None and (self.objective.needs_teacher or self.scored is not None):
+        if self.base is not None:
             other = cache(partial(_load_other, self, self.base))
             if self.scored is not None:
                 before[BASE] = _choice_logprobs(other(), self.scored.quiz)
             if self.objective.needs_teacher:
-                teacher = self._teacher(other)
+                likeliest, batch = self.settings.likeliest, self.settings.batch
+                live: Callable[[], LiveTeacher] = lambda: LiveTeacher(other(), likeliest)  # noqa: E731
+                rows: Any = self.data.numbered_rows(self.settings.steps * batch)
+                teacher = fill_cache(*self.cache, rows, live, batch) if self.cache else live()
         if self.scored is not None:
             before[BEFORE] = _choice_logprobs(self.moe, self.scored.quiz)
         return teacher, before
-
-    def _teacher(self, other: Callable[[], MoeModel]) -> Teacher:
-        settings = self.settings
-        if self.cache is None:
-            return LiveTeacher(other(), settings.likeliest)
-        n_rows = settings.steps * settings.batch
-        rows: Any = (self.data.rows(n_rows), self.data.held_out_rows(n_rows))
-        live = lambda: LiveTeacher(other(), settings.likeliest)  # noqa: E731
-        return fill_cache(*self.cache, rows, live, settings.batch)
 
 
 def _load_other(run: _Run, base: Source) -> MoeModel:
@@ -316,36 +294,10 @@ def _load_other(run: _Run, base: Source) -> MoeModel:
 
 
 def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: Path) -> Healed:
-    plan, verdict = healed_plan(run.moe, run.settings, run.objective.name, run.data), None
-    source, write = run.moe.source, write_adapter if run.settings.adapter else write_merged
-    trained, parameters = model.get_nb_trainable_parameters()
-    with atomic_dir(out, is_forced=run.options.is_forced) as temporary:
-        write(source, model, temporary)
-        if run.scored is not None:
-            written = _reloaded(run, temporary, out)
-            after = _choice_logprobs(written, run.scored.quiz)
-            verdict = compare(run.scored, {**before, HEALED: after})
-            plan = plan.model_copy(update={"proof": verdict})
-        save_plan(temporary, plan, used_questions(source, run.data))
-        record = json.dumps(_record(run, curve), indent=1) + "\n"
-        add_files(temporary, {HEALING_FILE: record.encode(), **run.options.beside})
-    sizes = (trained, parameters - trained)
-    return Healed(out, plan, run.objective.name, run.data, curve, *sizes, verdict)
-
-
-def _reloaded(run: _Run, written: Path, out: Path) -> MoeModel:
-    """The written checkpoint as a user loads it."""
-    if not run.settings.adapter:
-        return load(Source(str(out), written), run.options.load_as)
-    moe = load(run.moe.source, run.options.load_as)
-    load_adapter(moe, written)
-    return moe
-
-
-def _record(run: _Run, curve: Curve) -> dict[str, Any]:
-    """`healing.json`: settings, data and losses."""
-    data, settings = run.data, run.settings
-    return {
+    settings, data, source = run.settings, run.data, run.moe.source
+    plan = healed_plan(run.moe, settings, run.objective.name, data)
+    write = write_adapter if settings.adapter else write_merged
+    record = {
         "objective": run.objective.name,
         "asked": settings.recorded(),
         "rate": settings.rate(run.moe.model.config.get_text_config().hidden_size),
@@ -355,3 +307,18 @@ def _record(run: _Run, curve: Curve) -> dict[str, Any]:
         "dropped": [asdict(dropped) for dropped in data.dropped],
         **asdict(curve),
     }
+    content = (json.dumps(record, indent=1) + "\n").encode()
+    with atomic_dir(out, is_forced=run.options.is_forced) as temporary:
+        write(source, model, temporary)
+        if run.scored is not None:
+            written = source if settings.adapter else Source(str(out), temporary)
+            healed = load(written, run.options.load_as)  # as a user loads it
+            if settings.adapter:
+                load_adapter(healed, temporary)
+            after = _choice_logprobs(healed, run.scored.quiz)
+            proof = compare(run.scored, {**before, HEALED: after})
+            plan = plan.model_copy(update={"proof": proof})
+        save_plan(temporary, plan, used_questions(source, data))
+        add_files(temporary, {HEALING_FILE: content, **run.options.beside})
+    trained, parameters = model.get_nb_trainable_parameters()
+    return Healed(out, plan, run.objective.name, data, curve, trained, parameters - trained)

@@ -30,20 +30,17 @@ class Text:
 
 def read_texts(file: Path, tokenizer: Any) -> list[Text]:
     """The text of each line, chats in the tokenizer's template."""
-    texts = [_text(record, where, tokenizer) for where, record in json_lines(file)]
+    texts = []
+    for where, record in json_lines(file):
+        if isinstance(text := record.get("text"), str) and text:
+            texts.append(Text(text, text))
+        else:
+            texts.append(_chat(record, where, tokenizer))
+        if any("\ud800" <= char <= "\udfff" for char in texts[-1].read):
+            raise QuizError(f"{where}: a lone surrogate is not a character: remove it")
     if not texts:
         raise QuizError(f"{file} holds no text: write lines of JSON with text or messages")
     return texts
-
-
-def _text(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
-    if (text := record.get("text")) and isinstance(text, str):
-        made = Text(text, text)
-    else:
-        made = _chat(record, where, tokenizer)
-    if any("\ud800" <= char <= "\udfff" for char in made.read):
-        raise QuizError(f"{where}: a lone surrogate is not a character: remove it")
-    return made
 
 
 def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
@@ -56,10 +53,10 @@ def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
     if not getattr(tokenizer, "chat_template", None):
         raise QuizError(f"{where}: a chat, but the tokenizer has no chat template: write text")
     try:
-        made: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        chat: str = tokenizer.apply_chat_template(messages, tokenize=False)
     except TemplateError as error:
         raise ModelError(f"{where}: the tokenizer's chat template fails: {error}") from None
-    return Text(made, "\n".join(message["content"] for message in messages))
+    return Text(chat, "\n".join(message["content"] for message in messages))
 
 
 def _is_message(found: object) -> bool:
@@ -137,17 +134,16 @@ class Part:
     def row(self, nth: int) -> Row:
         """The nth row of all epochs."""
         while nth >= self.starts[-1]:
-            self._open(len(self.starts) - 1)
-            self.starts.append(self.starts[-1] + len(self._rows))
+            self.starts.append(self.starts[-1] + len(self._epoch_rows(len(self.starts) - 1)))
         epoch = bisect_right(self.starts, nth) - 1
-        if epoch != self._epoch:
-            self._open(epoch)
-        return self._rows[nth - self.starts[epoch]]
+        return self._epoch_rows(epoch)[nth - self.starts[epoch]]
 
-    def _open(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._rows = self.shuffled(random.Random(f"{self.seed}/{self.name}/{epoch}"))
-        assert self._rows, "sources without rows are refused"
+    def _epoch_rows(self, epoch: int) -> list[Row]:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._rows = self.shuffled(random.Random(f"{self.seed}/{self.name}/{epoch}"))
+            assert self._rows, "sources without rows are refused"
+        return self._rows
 
 
 @dataclass

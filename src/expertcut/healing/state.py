@@ -59,8 +59,7 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
                 numbers.setdefault(str(parameter), {})[name] = value
     save_file(tensors, folder / OPTIMIZER)
     groups = [_plain(group) for group in state["param_groups"]]
-    schedule = _plain(scheduler.state_dict())
-    content = {"groups": groups, "numbers": numbers, "schedule": schedule}
+    content = {"groups": groups, "numbers": numbers, "schedule": _plain(scheduler.state_dict())}
     (folder / STEPS).write_text(json.dumps(content, indent=1))
 
 
@@ -231,10 +230,9 @@ class RunIdentity(Record):
         whole = settings.recorded()
         whole["training"] = _without_memory(whole["training"])
         rows = (part.shuffled(random.Random(0)) for part in data.parts)  # one epoch
-        quizzes = [data.scored, data.held_out_quiz]
         scored = [
             None if quiz is None else [(s, quiz.content_hash(s)) for s in quiz.questions]
-            for quiz in quizzes
+            for quiz in (data.scored, data.held_out_quiz)
         ]
         return cls(
             checkpoint=moe.source.fingerprint,

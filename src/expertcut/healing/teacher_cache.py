@@ -7,7 +7,7 @@ of a row but the last, row after row. The metadata map the hash of each row to i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,27 +52,22 @@ class CachedTeacher:
         self.files = ExitStack()
         check_cache(folder, key)
         for file in sorted(folder.glob("*.safetensors")):
-            opened, rows = self._opened(file, key.likeliest)
+            try:
+                opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
+                rows = _ROWS.validate_json((opened.metadata() or {}).get("rows", ""))
+                ids, logprob = (opened.get_slice(n).get_shape() for n in ("ids", "logprob"))
+            except (OSError, SafetensorError, ValidationError) as error:
+                reason = str(error).splitlines()[0]
+                raise OutputError(
+                    f"{file} is damaged ({reason}): remove it, and its rows are computed again"
+                ) from None
+            end = max((begin + length for begin, length in rows.values()), default=0)
+            if ids != logprob or ids[:1] != [end] or not 1 <= ids[-1] <= key.likeliest:
+                raise OutputError(
+                    f"{file} is damaged (its rows are elsewhere): remove it, and they are computed "
+                    "again"
+                )
             self.places |= {name: (opened, *place) for name, place in rows.items()}
-
-    def _opened(self, file: Path, likeliest: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-        """A file, and the begin and length of each row."""
-        try:
-            opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
-            rows = _ROWS.validate_json((opened.metadata() or {}).get("rows", ""))
-            ids_MR, logprob_MR = (opened.get_slice(n).get_shape() for n in ("ids", "logprob"))
-        except (OSError, SafetensorError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise OutputError(
-                f"{file} is damaged ({reason}): remove it, and its rows are computed again"
-            ) from None
-        most = max((begin + length for begin, length in rows.values()), default=0)
-        if ids_MR != logprob_MR or ids_MR[:1] != [most] or not 1 <= ids_MR[-1] <= likeliest:
-            raise OutputError(
-                f"{file} is damaged (its rows are elsewhere): remove it, and they are computed "
-                "again"
-            )
-        return opened, rows
 
     def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """As LiveTeacher."""
@@ -120,7 +115,11 @@ def fill_cache(
     processes = PartialState()
     with processes.main_process_first():
         known = CachedTeacher(folder, key)
-    batches = [b for rows in sources for b in _batches(rows, batch)]
+    batches = [
+        [rows[at] for at in range(begin, min(begin + batch, len(rows)))]
+        for rows in sources
+        for begin in range(0, len(rows), batch)
+    ]
     teacher: LiveTeacher | None = None
     for items in batches[processes.process_index :: processes.num_processes]:
         by_name = {_digest(row.ids): (at, row) for at, row in items}
@@ -134,18 +133,13 @@ def fill_cache(
     return CachedTeacher(folder, key)
 
 
-def _batches(rows: Sequence[tuple[int, Row]], n_rows: int) -> Iterator[list[tuple[int, Row]]]:
-    for begin in range(0, len(rows), n_rows):
-        yield [rows[at] for at in range(begin, min(begin + n_rows, len(rows)))]
-
-
 def _outputs(live: LiveTeacher, missing: dict[str, tuple[int, Row]]) -> bytes:
     collator = Collator(at_all_tokens, live.moe.tokenizer.pad_token_id or 0)
     batch = {name: t.to(live.moe.device) for name, t in collator(list(missing.values())).items()}
-    found = live(batch, batch["labels"] != IGNORED)
+    top = live(batch, batch["labels"] != IGNORED)
     begin, rows = 0, {}
     for name, (_, row) in missing.items():
         rows[name] = (begin, len(row.ids) - 1)
         begin += len(row.ids) - 1
-    tensors = {"ids": found.ids_MR.int().cpu(), "logprob": found.logprob_MR.float().cpu()}
+    tensors = {"ids": top.ids_MR.int().cpu(), "logprob": top.logprob_MR.float().cpu()}
     return save(tensors, {"rows": json.dumps(rows)})

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerState
 
 from expertcut.checkpoints.output_dir import system_errors
 from expertcut.errors import ModelError, SettingsError
+from expertcut.healing import state as states
 from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.micro_batch import MicroBatch, choose_micro_batch, share_of_process
@@ -31,20 +31,6 @@ from expertcut.healing.objectives import (
     chunked_loss,
     cut_rows,
     longest_first,
-)
-from expertcut.healing.state import (
-    best_step,
-    held_out_losses,
-    is_over,
-    keep_best_and_last,
-    last_usable,
-    load_best,
-    load_optimizer,
-    random_states,
-    save_optimizer,
-    set_random_states,
-    state_folder,
-    train_losses,
 )
 from expertcut.models.devices import is_out_of_memory, trim
 from expertcut.models.hooks import Routing, observe_routers
@@ -118,7 +104,6 @@ class HealTrainer(Trainer):
     """Trains adapters on rows in the order of `Rows`."""
 
     objective: Objective
-    teacher: Teacher | None
     micro_batch: MicroBatch
     model: Any
 
@@ -133,6 +118,7 @@ class HealTrainer(Trainer):
         super().__init__(**more)
         self.moe, self.objective, self.teacher = moe, objective, teacher
         self.projection = Projection(moe)
+        self.n_processes: int = self.accelerator.num_processes
         self.balance_weight = balance_weight
         balance = Balance(moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
         self.balance = balance if balance_weight else None
@@ -156,7 +142,7 @@ class HealTrainer(Trainer):
         self.model.train()
         batch = longest_first(self._prepare_inputs(inputs))
         n_items = self._n_items(batch, num_items_in_batch)
-        is_shared = self.accelerator.num_processes > 1
+        is_shared = self.n_processes > 1
 
         def of_step(n_rows: int) -> Tensor:
             pieces = list(cut_rows(batch, n_rows))
@@ -176,6 +162,7 @@ class HealTrainer(Trainer):
             self._average_gradients()
         return loss
 
+    @torch.no_grad()
     def compute_loss(
         self,
         model: Any,
@@ -186,18 +173,14 @@ class HealTrainer(Trainer):
         """Loss per trained position of the global batch, without gradients."""
         batch = longest_first(inputs)
         n_items = self._n_items(batch, num_items_in_batch)
-        with torch.no_grad():
-            loss = self._within_memory(
-                lambda n: self._sum_losses(cut_rows(batch, n), n_items), batch
-            )
+        loss = self._within_memory(lambda n: self._sum_losses(cut_rows(batch, n), n_items), batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _n_items(self, batch: Batch, n_items: Tensor | int | None) -> float:
         """The divisor of a sum of losses; the mean over processes is taken later."""
         if n_items is None:
             return max(1, int((batch["labels"] != IGNORED).sum()))
-        n_processes: int = self.accelerator.num_processes
-        return float(n_items) / n_processes
+        return float(n_items) / self.n_processes
 
     def _sum_losses(self, pieces: Iterable[Batch], n_items: float) -> Tensor:
         """The loss of some micro-batches; their gradients too, where these are enabled."""
@@ -220,13 +203,11 @@ class HealTrainer(Trainer):
             hidden_BSH = self._hidden(batch)
         loss = self._objective(hidden_BSH, batch, taught) / n_items
         balance = self.balance.loss(batch["attention_mask"])
-        n_processes: int = self.accelerator.num_processes
-        return loss + self.balance_weight * balance * n_processes
+        return loss + self.balance_weight * balance * self.n_processes
 
     def _hidden(self, batch: Batch) -> Tensor:
         trim()  # passes over rows of different lengths fragment memory
-        ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"]
-        hidden_BSH = self.projection.hidden(self.model, ids_BS, mask_BS)
+        hidden_BSH = self.projection.hidden(self.model, batch["input_ids"], batch["attention_mask"])
         trim()
         return hidden_BSH
 
@@ -243,40 +224,39 @@ class HealTrainer(Trainer):
     @torch.no_grad()
     def _count_loads(self, balance: Balance, pieces: Iterable[Batch]) -> bool:
         """Passes that only count choices; they restore the random state."""
-        before = random_states()
+        before = states.random_states()
         balance.begin()
         for piece in pieces:
             with balance.watching():
                 self._hidden(piece)
             balance.count(piece["attention_mask"])
-        set_random_states(before)
+        states.set_random_states(before)
         return True
 
     def _within_memory(self, work: Callable[[int], T], batch: Batch) -> T:
         """Work on a number of rows at once; halved in all processes when memory runs out."""
-        before = random_states()
+        before = states.random_states()
         while True:
-            found = None
+            result = None
             try:
-                found = work(self.micro_batch.rows)
+                result = work(self.micro_batch.rows)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            has_all = found is not None
-            if self.accelerator.num_processes > 1:  # every process must have had enough memory
-                done = torch.tensor(float(has_all), device=self.args.device)
-                has_all = bool(self.accelerator.reduce(done, "mean") == 1)
-            if has_all and found is not None:
-                return found
+            if self.n_processes > 1:  # every process must have had enough memory
+                is_done = torch.tensor(float(result is not None), device=self.args.device)
+                result = result if self.accelerator.reduce(is_done, "mean") == 1 else None
+            if result is not None:
+                return result
             self.model.zero_grad(set_to_none=True)
             self.micro_batch.halve(self.moe, batch["input_ids"].shape[1])
-            set_random_states(before)
+            states.set_random_states(before)
 
     def _average_gradients(self) -> None:
         """Averages gradients over processes; losses are multiplied by their number."""
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        own = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in own]), "mean")
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
         for weight, part in zip(trained, flat.split([w.numel() for w in trained]), strict=True):
             weight.grad = part.view_as(weight).clone()
 
@@ -292,19 +272,19 @@ class HealTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+            states.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+            states.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file(random_states(), self._random_file(output_dir))
+        save_file(states.random_states(), self._random_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (file := self._random_file(checkpoint)).is_file():
-            set_random_states(load_file(file))
+            states.set_random_states(load_file(file))
 
     def _random_file(self, folder: str) -> Path:
         return Path(folder) / f"random-{self.args.process_index}.safetensors"
@@ -337,53 +317,49 @@ def fit(
     *,
     folder: Path,
     report: Report,
-    tell: Tell = lambda sentence: None,
+    tell: Tell,
 ) -> Curve:
     """Trains adapters from the last state in `folder` on, and loads the best by held-out loss."""
+    rows, held_out_rows = data.numbered_rows(settings.steps * settings.batch)
+    weight = objective.answer_weight if settings.answer_weight is None else settings.answer_weight
     trainer = HealTrainer(
         moe, objective, teacher, settings.balance,
         model=model,
         args=_arguments(moe, settings, folder),
-        train_dataset=data.rows(settings.steps * settings.batch),
-        eval_dataset=data.held_out_rows(settings.steps * settings.batch),
-        data_collator=Collator(
-            objective.where,
-            moe.tokenizer.pad_token_id or 0,
-            settings.answer_weight_for(objective.name),
-        ),
+        train_dataset=rows,
+        eval_dataset=held_out_rows,
+        data_collator=Collator(objective.where, moe.tokenizer.pad_token_id or 0, weight),
         callbacks=[_Watch(settings, folder, report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
-    trainer.micro_batch = choose_micro_batch(moe, model, trainer.projection, data, settings, folder)
-    chosen = trainer.micro_batch
+    chosen = choose_micro_batch(moe, model, trainer.projection, data, settings, folder)
+    trainer.micro_batch = chosen
     tell(f"{settings.batch} rows a step, {chosen.rows} at once ({chosen.why})")
-    state = _trained(trainer, settings, folder)
-    best = best_step(state)
-    trainer.accelerator.wait_for_everyone()  # until the first one has written the last state
-    load_best(model, folder, best)
-    trainer.accelerator.wait_for_everyone()  # until each has read the best adapters
-    losses = (train_losses(state), held_out_losses(state))
-    return Curve(*losses, best, state.global_step, trainer.micro_batch.rows)
-
-
-def _trained(trainer: HealTrainer, settings: HealSettings, folder: Path) -> TrainerState:
-    """The final state; an earlier run may have been interrupted after its last step."""
     with PartialState().main_process_first():  # it removes damaged states first
-        last = last_usable(folder)
-    if last is not None and is_over(last, settings):
-        return last
-    begin = None if last is None else str(state_folder(folder, last.global_step))
-    with system_errors(folder):
-        trainer.train(resume_from_checkpoint=begin)
-    return trainer.state
+        state = states.last_usable(folder)
+    if state is None or not states.is_over(state, settings):  # else stopped after its last step
+        begin = None if state is None else str(states.state_folder(folder, state.global_step))
+        with system_errors(folder):
+            trainer.train(resume_from_checkpoint=begin)
+        state = trainer.state
+    best = states.best_step(state)
+    trainer.accelerator.wait_for_everyone()  # until the first one has written the last state
+    states.load_best(model, folder, best)
+    trainer.accelerator.wait_for_everyone()  # until each has read the best adapters
+    losses = (states.train_losses(state), states.held_out_losses(state))
+    return Curve(*losses, best, state.global_step, chosen.rows)
 
 
 def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingArguments:
-    n_processes = TrainingArguments(str(folder), use_cpu=moe.device.type == "cpu").world_size
     # Trainer's batches are whole steps; HealTrainer cuts them, so that no state depends on it.
-    share = share_of_process(settings.batch, n_processes, settings.micro_batch)
+    share = share_of_process(settings.batch, settings.micro_batch)
     is_cuda = moe.device.type == "cuda"
     every = min(settings.check_every, settings.steps)
+    recompute: dict[str, Any] = {}
+    if settings.save_memory:  # transformers renamed these options
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        name = next(n for n in names if n in TrainingArguments.__dataclass_fields__)
+        recompute = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         str(folder),
         max_steps=settings.steps,
@@ -396,7 +372,7 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
         seed=settings.seed,
         bf16=is_cuda and torch.cuda.is_bf16_supported(),
         use_cpu=not is_cuda,
-        **_memory(settings),
+        **recompute,
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -410,23 +386,14 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
     )
     # The model's device: Trainer would take the first of several, or all.
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel: other batches, other hooks
-    device, theirs = moe.device, arguments.device
-    is_same = theirs.type == device.type and (theirs.type == "cpu" or theirs.index == device.index)
-    if not is_same:  # CPUs are numbered by process
+    device, of_trainer = moe.device, arguments.device
+    is_cpu = device.type == of_trainer.type == "cpu"  # CPUs are numbered by process
+    if not is_cpu and device != of_trainer:
         raise SettingsError(
-            f"--device {device}: training would run on {theirs}: omit --device, "
+            f"--device {device}: training would run on {of_trainer}: omit --device, "
             "and choose a device by CUDA_VISIBLE_DEVICES"
         )
     return arguments
-
-
-def _memory(settings: HealSettings) -> dict[str, Any]:
-    """Options of gradient checkpointing; transformers renamed them."""
-    if not settings.save_memory:
-        return {}
-    known = TrainingArguments.__dataclass_fields__
-    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 class _Watch(TrainerCallback):
@@ -440,12 +407,11 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Checks losses and norms before a state is written."""
-        checked = {
-            "loss": "its loss",
-            "grad_norm": "the norm of its gradient",
-            "eval_loss": "the loss of held-out rows",
-        }
-        for name, what in checked.items():
+        for name, what in (
+            ("loss", "its loss"),
+            ("grad_norm", "the norm of its gradient"),
+            ("eval_loss", "the loss of held-out rows"),
+        ):
             if not isfinite(value := more["logs"].get(name, 0.0)):
                 raise ModelError(
                     f"training broke at step {state.global_step}: {what} is {value}: nothing is "
@@ -453,9 +419,9 @@ class _Watch(TrainerCallback):
                 )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if is_over(state, self.settings):
+        if states.is_over(state, self.settings):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.is_world_process_zero:
-            keep_best_and_last(self.folder, best_step(state))
+            states.keep_best_and_last(self.folder, states.best_step(state))

@@ -12,21 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.checkpoints.export import edits_of
 from expertcut.edits.plan import PlanFile
 from expertcut.edits.splits import read_judged
-from expertcut.hub.provenance import (
-    REPORT_FILE,
-    Checkpoint,
-    Evaluated,
-    Origin,
-    eval_results,
-    public_name,
-)
+from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
 from expertcut.reporting.edit_tables import proof_table, shift_rows
 from expertcut.reporting.eval_tables import plan_table, result_sentences, results_table
 from expertcut.reporting.profile_tables import cut_text
@@ -63,29 +56,19 @@ def is_pruned(origin: Origin) -> bool:
     return was_before or any(step.action.startswith("prune") for step in origin.steps)
 
 
-def is_tilted(origin: Origin) -> bool:
-    """Whether any step biased or scaled an expert."""
-    return any(edit.tilted for step in origin.steps for edit in step.blocks.values())
-
-
 def change_sentences(plan: PlanFile, origin: Origin) -> Iterator[str]:
     """How this checkpoint differs from its base."""
     if is_pruned(origin):
-        yield _kept(plan, origin)
+        counts = [len(edit.keep) for edit in plan.blocks.values()]
+        kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        of = "" if origin.n_experts is None else f" of {origin.n_experts}"
+        then = "the others are cut out, and the router takes the next best"
+        if plan.removal == "constant":
+            gives = "its mean output" if plan.removed == "mean" else "nothing"
+            then = f"the router may still choose a removed expert, which then gives {gives}"
+        yield f"Each of {len(counts)} MoE layers keeps {kept}{of} experts; {then}."
     for edit in edits_of(plan):
         yield from edit.describe()
-
-
-def _kept(plan: PlanFile, origin: Origin) -> str:
-    counts = [len(edit.keep) for edit in plan.blocks.values()]
-    kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-    of = "" if origin.n_experts is None else f" of {origin.n_experts}"
-    if plan.removal == "constant":
-        gives = "its mean output" if plan.removed == "mean" else "nothing"
-        then = f"the router may still choose a removed expert, which then gives {gives}"
-    else:
-        then = "the others are cut out, and the router takes the next best"
-    return f"Each of {len(counts)} MoE layers keeps {kept}{of} experts; {then}."
 
 
 def step_sentences(origin: Origin) -> Iterator[str]:
@@ -103,14 +86,6 @@ def step_sentences(origin: Origin) -> Iterator[str]:
         yield f"{text}."
 
 
-def held_out_table(plan: PlanFile) -> Table:
-    """How far answers to held-out questions moved; without rows where the check was not run."""
-    heads = columns(
-        "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
-    )
-    return Table("How far answers moved", heads, shift_rows(plan.proof.held_out))
-
-
 @dataclass(frozen=True)
 class Loader:
     """A program, the version it needs, and the lines that load the checkpoint."""
@@ -123,10 +98,20 @@ class Loader:
 
 def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Loader, ...]:
     """Programs that read this form on disk, transformers first."""
-    found = [_transformers(checkpoint, repo, revision)]
-    family = str(checkpoint.config.get("model_type"))
+    is_stock, family = checkpoint.has_family_form, str(checkpoint.config.get("model_type"))
+    branch = f", revision={json.dumps(revision)}" if revision else ""
+    own = "" if is_stock else ", trust_remote_code=True"
+    lines = Markdown(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"name = {json.dumps(repo)}\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(name{branch})\n"
+        f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})'
+    )
+    needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
+    if is_stock:
+        needs = "any version that loads the base model (4.56 or later for dtype as written here)"
+    found = [Loader("transformers", needs, "python", lines)]
     branch = f" --revision {revision}" if revision else ""
-    is_stock = checkpoint.has_family_form
     serve = Markdown(f"vllm serve {repo}{branch}")
     if is_stock and family in _VLLM_STOCK:
         needs = f"any version that loads the base model, {_ENVIRONMENT}"
@@ -134,48 +119,14 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
     if not is_stock and family in _VLLM_CONSTANTS:
         found.append(Loader("vLLM", f"0.33 or later, {_ENVIRONMENT}; {_EXCLUDED}", "sh", serve))
     if is_stock and family in _LLAMA_CPP:
-        lines = (
-            f"hf download {repo}{branch} --local-dir model",
-            "python convert_hf_to_gguf.py model --outfile model.gguf",
-            "llama-cli -m model.gguf",
+        convert = Markdown(
+            f"hf download {repo}{branch} --local-dir model\n"
+            "python convert_hf_to_gguf.py model --outfile model.gguf\n"
+            "llama-cli -m model.gguf"
         )
         needs = "its own converter, which must know the tokenizer as it knows the base model's"
-        found.append(Loader("llama.cpp", needs, "sh", Markdown("\n".join(lines))))
+        found.append(Loader("llama.cpp", needs, "sh", convert))
     return tuple(found)
-
-
-def misreaders(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Sentences on programs that load the checkpoint wrongly or refuse it."""
-    config = checkpoint.config
-    if not has_constants(config) or "biased_gates" in config:
-        return ()
-    vllm = "vLLM 0.32 knows no constant experts and refuses it."
-    if has_earlier_names(config):
-        vllm = (
-            "vLLM 0.32 loads it wrongly: it answers NaN, without a warning. `expertcut reweight` "
-            "and `expertcut heal` write what they make of it in a form that 0.32 refuses."
-        )
-    return (
-        "transformers 4 loads it wrongly: 4.57.6 warns that weights are newly initialized, and "
-        "removed experts answer at random. Use 5.22 or later, as above.",
-        vllm,
-    )
-
-
-def _transformers(checkpoint: Checkpoint, repo: str, revision: str | None) -> Loader:
-    branch = f", revision={json.dumps(revision)}" if revision else ""
-    own = "" if checkpoint.has_family_form else ", trust_remote_code=True"
-    lines = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"name = {json.dumps(repo)}",
-        f"tokenizer = AutoTokenizer.from_pretrained(name{branch})",
-        f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})',
-    )
-    needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
-    if checkpoint.has_family_form:
-        needs = "any version that loads the base model (4.56 or later for dtype as written here)"
-    return Loader("transformers", needs, "python", Markdown("\n".join(lines)))
 
 
 @dataclass(frozen=True)
@@ -216,18 +167,33 @@ def card_text(
 def is_edited(content: str) -> bool:
     """Whether a card was edited after it was written."""
     seal = _SEAL.search(content)
-    if seal is None or seal.end() < len(content):
-        return True
-    return _digest(content[: seal.start()]) != seal[1]
+    return seal is None or seal.end() < len(content) or _digest(content[: seal.start()]) != seal[1]
 
 
 def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) -> ModelCardData:
     """Metadata for the Hub."""
-    tags = {"moe": True, "pruning": is_pruned(origin), "expert-reweighting": is_tilted(origin)}
-    results = eval_results(evaluated, place.files)
+    is_tilted = any(edit.tilted for step in origin.steps for edit in step.blocks.values())
+    tags = {"moe": True, "pruning": is_pruned(origin), "expert-reweighting": is_tilted}
+    results = [
+        EvalResult(
+            task_type="multiple-choice",
+            task_name="Multiple choice",
+            dataset_type=one.results.quiz,
+            dataset_name=one.results.quiz,
+            dataset_split=one_line(one.results.split),
+            dataset_revision=one.results.revision,
+            dataset_args={"num_few_shot": one.results.shots},
+            metric_type="accuracy",
+            metric_name=f"accuracy ({one.results.shots} shots, {one.model.questions} questions)",
+            metric_value=round(one.model.accuracy, 6),
+            source_name="expertcut eval",
+            source_url=f"{place.files}/{one.file}",
+        )
+        for one in evaluated
+    ]
     return ModelCardData(
-        base_model=origin.id if origin.is_on_hub else None,
-        base_model_relation="finetune" if origin.is_on_hub else None,
+        base_model=origin.id if origin.revision else None,
+        base_model_relation="finetune" if origin.revision else None,
         license=origin.licence.id,
         license_name=origin.licence.name,
         license_link=origin.licence.link,
@@ -243,30 +209,29 @@ def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) 
 def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
-    plan, proof, licence = checkpoint.plan, checkpoint.proof, origin.licence
-    licence_text = licence.id
-    if licence.id == "other":
-        link = f" ({licence.link})" if licence.link else ""
-        licence_text = f"{licence.name or 'a licence of its own'}{link}"
+    plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
+    shifts = columns(
+        "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
+    )
     return {
         "name": place.repo.split("/")[-1],
         "version": __version__,
         "origin": origin,
         "base": _base_link(origin, place.endpoint),
-        "licence": licence_text,
         "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
         "plan": plan,
         "changes": list(change_sentences(plan, origin)),
         "steps": list(step_sentences(origin)),
         "plan_table": plan_table(plan),
-        "held_out": held_out_table(plan),
+        "held_out": Table("How far answers moved", shifts, shift_rows(plan.proof.held_out)),
         "judged": read_judged(plan, checkpoint.folder),
         "proof": proof,
         "proof_table": proof_table(proof) if proof else None,
         "evaluated": [(one, _results_facts(one)) for one in evaluated],
         "size": _size(checkpoint, evaluated),
         "loaders": loaders(checkpoint, place.repo, place.revision),
-        "misreaders": misreaders(checkpoint),
+        "is_misread": has_constants(config) and "biased_gates" not in config,
+        "has_earlier_names": has_earlier_names(config),
         "has_family_form": checkpoint.has_family_form,
         "has_report": any(f.name == REPORT_FILE for f in checkpoint.files),
         "files": Markdown(place.files),
@@ -274,7 +239,7 @@ def _facts(
 
 
 def _base_link(origin: Origin, endpoint: str) -> Markdown:
-    if not origin.is_on_hub:
+    if not origin.revision:
         return escaped(Path(origin.id).name or "a local folder")
     at = f"{endpoint}/{origin.id}/tree/{origin.revision}"
     return Markdown(f"[{escaped(origin.id)}](<{one_line(at).replace('>', '').replace('<', '')}>)")
@@ -283,9 +248,9 @@ def _base_link(origin: Origin, endpoint: str) -> Markdown:
 def _results_facts(one: Evaluated) -> dict[str, Any]:
     models = one.results.models
     rows: list[list[Cell]] = []
-    for name, its in one.model.subjects.items():
+    for name, subject in one.model.subjects.items():
         shares = (m.subjects[name].accuracy if name in m.subjects else None for m in models)
-        rows.append([name, *shares, its.questions])
+        rows.append([name, *shares, subject.questions])
     named = (Column(Path(m.path).name, ".2%") for m in models)
     heads = (Column("subject"), *named, Column("questions", ",d"))
     return {

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult
+from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
@@ -20,6 +21,7 @@ from expertcut.edits.plan import (
     PROOF_FILE,
     BlockEdit,
     PlanFile,
+    PlanModel,
     lineage,
     load_hashes,
     load_plan,
@@ -43,20 +45,6 @@ logger = logging.getLogger(__name__)
 
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.S)
 UNKNOWN = "unknown"  # the Hub's own word
-# What the Hub takes as `license` (huggingface.co/docs/hub/repositories-licenses).
-LICENCES = frozenset(
-    """
-    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc
-    cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0
-    cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
-    creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 gemma
-    gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
-    llama3.3 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 pddl
-    postgresql unlicense wtfpl zlib
-    """.split()  # noqa: SIM905
-)
 
 
 @dataclass(frozen=True)
@@ -83,22 +71,22 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """Files to upload besides the card and results."""
         weights = {tensor.file for tensor in self.tensors.values()}
-        return tuple(sorted(weights | {f for f in self._here if self._belongs(f)}))
+        return tuple(sorted(weights | set(filter(self._belongs, self._entries))))
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """Other files of the folder, subfolders with a slash."""
         known = {*self.files, self.folder / CARD_FILE}
-        others = [f for f in self._here if f not in known and not f.name.startswith(_RESULTS)]
-        folders = [f for f in self.folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
-        return tuple(sorted([*(f.name for f in others), *(f"{f.name}/" for f in folders)]))
+        others = [f for f in self._entries if f.is_file() and not f.name.startswith(_RESULTS)]
+        folders = [f"{f.name}/" for f in self._entries if f.is_dir()]
+        return tuple(sorted([*(f.name for f in others if f not in known), *folders]))
 
     @property
-    def _here(self) -> list[Path]:
-        return [f for f in self.folder.iterdir() if f.is_file() and not f.name.startswith(".")]
+    def _entries(self) -> list[Path]:
+        return [f for f in self.folder.iterdir() if not f.name.startswith(".")]
 
     def _belongs(self, file: Path) -> bool:
-        if file.name.startswith(_RESULTS):
+        if not file.is_file() or file.name.startswith(_RESULTS):
             return False
         if file.name.endswith(".index.json"):
             return file.name == INDEX_FILE and bool(read_index(self.folder))
@@ -132,12 +120,12 @@ def _check_block(
     block: DiskBlock, edit: BlockEdit, plan: PlanFile, config: Mapping[str, Any]
 ) -> None:
     numbers = zip(range(block.n_experts), edit.rows or range(block.n_experts), strict=False)
-    is_own = [not block.by_expert or bool(block.by_expert[row]) for row in range(block.n_experts)]
-    own = [number for row, number in numbers if is_own[row]]  # those that are not constants
+    own = [  # those that are not constants
+        number for row, number in numbers if not block.by_expert or block.by_expert[row]
+    ]
     n_experts = expert_count(dict(config))
-    if not LAYOUTS[plan.layout].keeps_rows:
-        is_right = block.n_experts == len(edit.keep) == n_experts
-    else:
+    is_right = block.n_experts == len(edit.keep) == n_experts
+    if LAYOUTS[plan.layout].keeps_rows:
         is_right = set(own) == set(edit.keep)
     if not is_right:
         raise PlanError(
@@ -166,8 +154,7 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
     beside = (folder / RESULTS_FILE, folder.resolve().parent / RESULTS_FILE)
     found: list[Results] = []
     for file in named or [file for file in beside if file.is_file()]:
-        results = load_results(file)
-        own = of_model(results, checkpoint.source.fingerprint)
+        own = of_model(load_results(file), checkpoint.source.fingerprint)
         if own is not None and own not in found:
             found.append(own)
         elif own is None and named:
@@ -183,10 +170,9 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
 
 def of_model(results: Results, fingerprint: str) -> Results | None:
     """Results of the base and of the model with these weights; None without that model."""
-    places = [i for i, m in enumerate(results.models) if m.fingerprint == fingerprint]
-    if not places:
+    own = (i for i, m in enumerate(results.models) if m.fingerprint == fingerprint)
+    if (place := max(own, default=None)) is None:
         return None
-    place = places[-1]
     compared = [c for c in results.comparisons if c.other == place]
     kept = [results.models[i] for i in ([compared[0].base, place] if compared else [place])]
     return results.model_copy(
@@ -204,27 +190,6 @@ def public_name(id: str, revision: str | None) -> str:
     """An id of the Hub, or the last part of a path, which must not be published whole."""
     name = id if revision is not None else Path(id).resolve().name
     return one_line(name) or "unnamed"
-
-
-def eval_results(evaluated: Sequence[Evaluated], place: str) -> list[EvalResult]:
-    """For the card's `model-index`; `place` is the address of the files."""
-    return [
-        EvalResult(
-            task_type="multiple-choice",
-            task_name="Multiple choice",
-            dataset_type=one.results.quiz,
-            dataset_name=one.results.quiz,
-            dataset_split=one_line(one.results.split),
-            dataset_revision=one.results.revision,
-            dataset_args={"num_few_shot": one.results.shots},
-            metric_type="accuracy",
-            metric_name=f"accuracy ({one.results.shots} shots, {one.model.questions} questions)",
-            metric_value=round(one.model.accuracy, 6),
-            source_name="expertcut eval",
-            source_url=f"{place}/{one.file}",
-        )
-        for one in evaluated
-    ]
 
 
 @dataclass(frozen=True)
@@ -251,11 +216,6 @@ class Origin:
     steps: tuple[PlanFile, ...]
     is_here: bool
 
-    @property
-    def is_on_hub(self) -> bool:
-        """Whether the base is on the Hub."""
-        return self.revision is not None
-
 
 def origin(folder: Path) -> Origin:
     """The base and steps of a checkpoint, as far as they are available here or in the cache."""
@@ -266,88 +226,69 @@ def origin(folder: Path) -> Origin:
             steps.insert(0, step)
             place = before
     base = steps[0].model
-    files = _Files(base.id if place is None else str(place), base.revision, folder)
     is_here = base.revision is not None or place is not None
     if not is_here:
         logger.warning(
             "%s is not there with its weights (%s): the card cannot say what was done to it before",
             *(one_line(base.id), base.fingerprint[:8]),
         )
-    n_experts = expert_count(files.config())
-    return Origin(base.id, base.revision, _licence(files), n_experts, tuple(steps), is_here)
+    base_id = base.id if place is None else str(place)
+    config: dict[str, Any] = {}
+    if config_file := _base_file(base_id, base.revision, "config.json"):
+        with suppress(ModelError):
+            config = read_config(config_file.parent)
+    card = _base_file(base_id, base.revision, CARD_FILE)
+    metadata = _front_matter(card) if card else {}
+    stated = metadata.get("license") or config.get("license")
+    licence = _licence(stated, metadata, base, folder)
+    return Origin(base.id, base.revision, licence, expert_count(config), tuple(steps), is_here)
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Small files of the base, from its folder, the cache or the Hub."""
-
-    id: str
-    revision: str | None
-    folder: Path
-
-    def text(self, name: str) -> str | None:
-        with suppress(OSError, ValueError):
-            if path := self._path(name):
-                return path.read_text(encoding="utf-8-sig")
+def _base_file(id: str, revision: str | None, name: str) -> Path | None:
+    """A small file of the base, from its folder, the cache or the Hub."""
+    if revision is None:
+        file = Path(id) / name
+        return file if file.is_file() else None
+    cached = try_to_load_from_cache(id, name, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(id, name, revision=revision))
+    except (OSError, ValueError):  # errors of the Hub are OSErrors, of a name ValueErrors
         return None
 
-    def config(self) -> dict[str, Any]:
-        with suppress(ModelError):
-            if path := self._path("config.json"):
-                return read_config(path.parent)
+
+def _front_matter(card: Path) -> Mapping[str, Any]:
+    """The metadata at the head of a card; empty if missing or invalid."""
+    try:
+        found = _FRONT_MATTER.match(card.read_text(encoding="utf-8-sig"))
+        metadata = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, yaml.YAMLError):  # YAML's dates can be ValueErrors
         return {}
-
-    def _path(self, name: str) -> Path | None:
-        if self.revision is None:
-            file = Path(self.id) / name
-            return file if file.is_file() else None
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-        cached = try_to_load_from_cache(self.id, name, revision=self.revision)
-        if isinstance(cached, str):
-            return Path(cached)
-        try:
-            return Path(hf_hub_download(self.id, name, revision=self.revision))
-        except (OSError, ValueError):  # errors of the Hub are OSErrors, of a name ValueErrors
-            return None
+    return metadata if isinstance(metadata, dict) else {}
 
 
-def _licence(files: _Files) -> Licence:
+def _licence(stated: object, metadata: Mapping[str, Any], base: PlanModel, folder: Path) -> Licence:
     """The licence that the base's card states, else its config; never guessed."""
-    metadata = front_matter(files.text("README.md") or "")
-    stated = metadata.get("license") or files.config().get("license")
     if isinstance(stated, list) and len(stated) == 1:
         (stated,) = stated
     if not isinstance(stated, str) or not one_line(stated):
         return Licence(UNKNOWN)
     stated = one_line(stated)
-    if stated.lower() in LICENCES or stated.lower() == UNKNOWN:
+    # What the Hub takes as `license` (huggingface.co/docs/hub/repositories-licenses).
+    known = files("expertcut.hub").joinpath("licences.txt").read_text(encoding="utf-8").split()
+    if stated.lower() in (*known, UNKNOWN):
         return Licence(stated.lower())
     name = metadata.get("license_name") if stated.lower() == "other" else stated
-    return Licence("other", _text(name), _link(files, metadata.get("license_link")))
-
-
-def front_matter(content: str) -> Mapping[str, Any]:
-    """The metadata at the head of a card; empty if missing or invalid."""
-    found = _FRONT_MATTER.match(content)
-    try:
-        metadata = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
+    link = _text(metadata.get("license_link"))
+    if link is not None and not link.startswith(("https://", "http://")):
+        if base.revision is not None:
+            url = hf_hub_url(base.id, link, revision=base.revision)
+            link = url.replace("/resolve/", "/blob/", 1)
+        elif not (folder / link).is_file():
+            link = None
+    return Licence("other", _text(name), link)
 
 
 def _text(value: object) -> str | None:
     return one_line(value)[:100] or None if isinstance(value, str) else None
-
-
-def _link(files: _Files, value: object) -> str | None:
-    """A licence's link; a relative one is resolved in the base's repository or folder."""
-    link = _text(value)
-    if link is None or link.startswith(("https://", "http://")):
-        return link
-    if files.revision is None:
-        return link if (files.folder / link).is_file() else None
-    from huggingface_hub import hf_hub_url
-
-    return hf_hub_url(files.id, link, revision=files.revision).replace("/resolve/", "/blob/", 1)

@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ Content = Path | bytes
 
 
 @contextmanager
-def in_words(step: str, repo: str, token: str | None = None) -> Iterator[None]:
+def in_words(step: str, repo: str, token: str | None) -> Iterator[None]:
     """Turns errors of the Hub and of the connection into a HubError of one line."""
     try:
         yield
@@ -59,14 +59,14 @@ def in_words(step: str, repo: str, token: str | None = None) -> Iterator[None]:
             if not isinstance(error.__cause__, (TransportError, OSError)):
                 raise
             cause = error.__cause__
-        text = f"{step} failed: {_said(cause, repo)}"
+        text = f"{step} failed: {_reason(cause, repo)}"
         text = without_secrets(text.replace(token, HIDDEN) if token else text)
         raise HubError(_BEARER.sub(HIDDEN, text)) from None
 
 
-def _said(error: BaseException, repo: str) -> str:
+def _reason(error: BaseException, repo: str) -> str:
     if isinstance(error, HfHubHTTPError):
-        return _of_status(error, repo)
+        return _http_reason(error, repo)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to reach the Hub"
     if isinstance(error, HFValidationError):
@@ -80,7 +80,7 @@ def _said(error: BaseException, repo: str) -> str:
     return f"the connection broke ({type(error).__name__}): {AGAIN}"
 
 
-def _of_status(error: HfHubHTTPError, repo: str) -> str:
+def _http_reason(error: HfHubHTTPError, repo: str) -> str:
     status = error.response.status_code
     # 401 also means that it does not exist, or is private and belongs to others.
     is_credential = error.response.headers.get("X-Error-Message", "").startswith("Invalid cred")
@@ -131,16 +131,12 @@ class Repository:
                     raise
                 return None
             files = frozenset(sibling.rfilename for sibling in info.siblings or ())
-            plan = self._plan(str(info.sha)) if PLAN_FILE in files else None
-        return Remote(str(info.sha), files, bool(info.private), plan)
-
-    def _plan(self, commit: str) -> PlanFile | None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.api.hf_hub_download(self.id, PLAN_FILE, revision=commit, local_dir=folder)
-            try:
-                return load_plan(Path(path))
-            except PlanError:
-                return None
+            commit, plan = str(info.sha), None
+            if PLAN_FILE in files:
+                with tempfile.TemporaryDirectory() as folder, suppress(PlanError):
+                    self.api.hf_hub_download(self.id, PLAN_FILE, revision=commit, local_dir=folder)
+                    plan = load_plan(Path(folder))
+        return Remote(commit, files, bool(info.private), plan)
 
     def create(self, *, is_private: bool) -> None:
         """Creates the repository."""

@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from expertcut.edits.plan import PLAN_FILE, plan_text
+from expertcut.edits.plan import PLAN_FILE, PlanFile, plan_text
 from expertcut.errors import HubError, SettingsError
 from expertcut.evaluation.results import record_bytes
 from expertcut.files import without_secrets, write_atomically
@@ -23,17 +23,6 @@ from expertcut.reporting.tables import one_line
 logger = logging.getLogger(__name__)
 
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
-
-
-@dataclass(frozen=True)
-class PublishOptions:
-    """How to publish; `results` are files of `eval`, `is_dry` writes only the card."""
-
-    is_private: bool = False
-    is_dry: bool = False
-    is_forced: bool = False
-    revision: str | None = None
-    results: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,18 +45,29 @@ class Published:
     gone: tuple[str, ...] = ()
 
 
-def publish(checkpoint: Path, repo: str, options: PublishOptions) -> Published:
-    """Writes the card into the checkpoint's folder and uploads both; a second call resumes."""
-    _check_names(repo, options.revision)
-    api = HfApi()
-    place = Place(repo, options.revision, api.endpoint)
-    found = verified(checkpoint)
-    evaluated = evaluations(found, options.results)
-    card, is_kept = _write_card(found, evaluated, place)
-    files = _files(found, card, evaluated)
+def publish(
+    folder: Path,
+    repo: str,
+    *,
+    results: Sequence[Path] = (),
+    revision: str | None = None,
+    is_private: bool = False,
+    is_forced: bool = False,
+    is_dry: bool = False,
+) -> Published:
+    """Writes the card into the checkpoint's folder and uploads both; a second call resumes.
+
+    `results` are files of `eval`; `is_dry` writes only the card.
+    """
+    _check_names(repo, revision)
+    endpoint = HfApi().endpoint
+    checkpoint = verified(folder)
+    evaluated = evaluations(checkpoint, results)
+    card, is_kept = _write_card(checkpoint, evaluated, Place(repo, revision, endpoint))
+    files = _files(checkpoint, card, evaluated)
     prepared = Published(
         repo=repo,
-        url=f"{api.endpoint}/{repo}" + (f"/tree/{options.revision}" if options.revision else ""),
+        url=f"{endpoint}/{repo}" + (f"/tree/{revision}" if revision else ""),
         card=card,
         is_card_kept=is_kept,
         n_results=len(evaluated),
@@ -75,11 +75,24 @@ def publish(checkpoint: Path, repo: str, options: PublishOptions) -> Published:
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in files.items()
         },
-        left_out=found.left_out,
+        left_out=checkpoint.left_out,
     )
-    if options.is_dry:
+    if is_dry:
         return prepared
-    return _upload(prepared, found, files, options)
+    token = get_token()
+    if token is None:
+        raise SettingsError("no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN")
+    repository = Repository(HfApi(token=token), repo, revision, token)
+    parent, gone = _prepare(
+        repository, checkpoint.plan, files, is_private=is_private, is_forced=is_forced
+    )
+    with warnings.catch_warnings(record=True) as kept:
+        warnings.simplefilter("always")
+        commit = repository.commit(files, gone, parent, f"Publish {checkpoint.plan.action}")
+        repository.check_there(commit, files)
+    for warning in kept:
+        logger.warning("%s", " ".join(str(warning.message).split()))
+    return replace(prepared, commit=commit, is_changed=commit != parent, gone=gone)
 
 
 def _check_names(repo: str, revision: str | None) -> None:
@@ -97,65 +110,46 @@ def _check_names(repo: str, revision: str | None) -> None:
 
 
 def _write_card(
-    found: Checkpoint, evaluated: tuple[Evaluated, ...], place: Place
+    checkpoint: Checkpoint, evaluated: tuple[Evaluated, ...], place: Place
 ) -> tuple[Path, bool]:
     """The card's file, and whether it was edited by hand."""
-    file = found.folder / CARD_FILE
+    file = checkpoint.folder / CARD_FILE
     if file.is_file() and is_edited(file.read_text(encoding="utf-8", errors="replace")):
         return file, True
-    text = without_secrets(card_text(found, origin(found.folder), evaluated, place))
+    text = without_secrets(card_text(checkpoint, origin(checkpoint.folder), evaluated, place))
     write_atomically(file, text.encode())
     return file, False
 
 
-def _files(
-    found: Checkpoint, card: Path, evaluated: tuple[Evaluated, ...]
-) -> Mapping[str, Content]:
-    files: dict[str, Content] = {file.name: file for file in (card, *found.files)}
-    model = found.plan.model
+def _files(checkpoint: Checkpoint, card: Path, results: Sequence[Evaluated]) -> dict[str, Content]:
+    files: dict[str, Content] = {file.name: file for file in (card, *checkpoint.files)}
+    plan, model = checkpoint.plan, checkpoint.plan.model
     if model.label != model.id:  # local paths are not published
-        named = found.plan.model_copy(
-            update={"model": model.model_copy(update={"id": model.label or "base"})}
-        )
-        files[PLAN_FILE] = plan_text(named).encode()
-    return {**files, **{one.file: record_bytes(one.results) for one in evaluated}}
-
-
-def _upload(
-    prepared: Published, found: Checkpoint, files: Mapping[str, Content], options: PublishOptions
-) -> Published:
-    token = get_token()
-    if token is None:
-        raise SettingsError("no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN")
-    repository = Repository(HfApi(token=token), prepared.repo, options.revision, token)
-    parent, gone = _prepare(repository, found, files, options)
-    with warnings.catch_warnings(record=True) as kept:
-        warnings.simplefilter("always")
-        commit = repository.commit(files, gone, parent, f"Publish {found.plan.action}")
-        repository.check_there(commit, files)
-    for warning in kept:
-        logger.warning("%s", " ".join(str(warning.message).split()))
-    return replace(prepared, commit=commit, is_changed=commit != parent, gone=gone)
+        public = model.model_copy(update={"id": model.label or "base"})
+        files[PLAN_FILE] = plan_text(plan.model_copy(update={"model": public})).encode()
+    return {**files, **{one.file: record_bytes(one.results) for one in results}}
 
 
 def _prepare(
     repository: Repository,
-    found: Checkpoint,
+    plan: PlanFile,
     files: Mapping[str, Content],
-    options: PublishOptions,
+    *,
+    is_private: bool,
+    is_forced: bool,
 ) -> tuple[str, tuple[str, ...]]:
     """Creates missing repository and revision; returns the parent commit and files to delete."""
     remote, there, is_new = repository.look(), None, False
     if remote is None:
-        repository.create(is_private=options.is_private)
+        repository.create(is_private=is_private)
         remote = repository.look()
-    elif options.is_private and not remote.is_private:
+    elif is_private and not remote.is_private:
         raise HubError(
             f"{repository.id} is public, which --private does not change: make it private in its "
             "settings, or leave --private out"
         )
-    if remote is not None and options.revision is not None:
-        there = repository.look(options.revision)
+    if remote is not None and repository.revision is not None:
+        there = repository.look(repository.revision)
         # A branch that an interrupted run created still equals the main one.
         is_new = there is None or there.commit == remote.commit
         remote = there or remote
@@ -163,8 +157,8 @@ def _prepare(
         raise HubError(
             f"{repository.id} was created, but cannot be seen yet: run the command again"
         )
-    if not options.is_forced:
-        check_ours(remote, found.plan, repository.id, is_new_branch=is_new)
-    if options.revision is not None and there is None:
+    if not is_forced:
+        check_ours(remote, plan, repository.id, is_new_branch=is_new)
+    if repository.revision is not None and there is None:
         repository.branch()
-    return remote.commit, stale(remote, files, is_replacing=options.is_forced or is_new)
+    return remote.commit, stale(remote, files, is_replacing=is_forced or is_new)

@@ -125,8 +125,8 @@ def merging_sentences(profile: Profile, plan: EditPlan) -> list[str]:
 
 def healing_tables(healed: "Healed") -> list[Table]:
     """Answers of the base, before and after healing, and how the questions were used."""
-    verdict = healed.verdict
-    if verdict is None:
+    verdict = healed.plan.proof
+    if not verdict.held_out:
         return []
     first = verdict.held_out[0]
     title = f"Questions that {verdict.held_out_used} ({verdict.held_out_split})"
@@ -150,7 +150,7 @@ def healing_sentences(healed: "Healed") -> list[str]:
         f"was {by_step[curve.best_step]:.4f} on {len(read.held_out)} rows that were held out.",
         *map(dropped_sentence, read.dropped),
     ]
-    if healed.verdict is None:
+    if not healed.plan.proof.held_out:
         sentences.append("The new checkpoint was not asked any question.")
     return sentences
 
