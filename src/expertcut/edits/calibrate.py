@@ -1,5 +1,6 @@
 """Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs."""
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from expertcut.models.hooks import (
     observe_experts,
     observe_routers,
     own_forward,
+    registered,
     replaced_forward,
 )
 from expertcut.models.moe_block import MoeBlock
@@ -25,10 +27,9 @@ from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
-CALIBRATION_QUESTIONS = 512
-
-_RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 Array = np.ndarray[Any, Any]
+CALIBRATION_QUESTIONS = 512
+_RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 # By block name and expert id: which experts, and what each gives (D,).
 Removed = Mapping[str, Collection[int]]
 Constants = Mapping[str, Mapping[int, Tensor]]
@@ -47,14 +48,10 @@ def collect_routing(
 
     Tensors are on the CPU. A prefix that questions share is seen once.
     """
-    step: Pass | None = None
-
-    def begin(begun: Pass) -> None:
-        nonlocal step
-        step = begun
+    current = deque[Pass](maxlen=1)
 
     def observe(routing: Routing) -> None:
-        assert step is not None
+        step = current[0]
         is_answer_T = torch.zeros(len(routing.input_TD), dtype=torch.bool)
         is_answer_T[step.answers_N] = True
         valid_T = slice(None) if step.valid_T is None else step.valid_T
@@ -64,7 +61,7 @@ def collect_routing(
 
     blocks = [block for block in engine.moe.blocks if block.layer in layers]
     with observe_routers(blocks, observe):
-        ask(engine, quiz, begin)
+        ask(engine, quiz, current.append)
 
 
 @dataclass(frozen=True)
@@ -159,14 +156,15 @@ def direction_quality(
 
 def _fit(layer: int, pairs: Sequence[tuple[Tensor, Tensor]], apply_at: ApplyAt) -> Fit:
     answer_N, elsewhere_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    answer_loss = ((1 - answer_N) ** 2).mean()
     if apply_at == "all":
         loss = ((1 - torch.cat([answer_N, elsewhere_T])) ** 2).mean()
     else:
-        loss = (((1 - answer_N) ** 2).mean() + (elsewhere_T**2).mean()) / 2
+        loss = (answer_loss + (elsewhere_T**2).mean()) / 2
     return Fit(
         layer=layer,
         quality=float(1 - loss),
-        quality_answer=float(1 - ((1 - answer_N) ** 2).mean()),
+        quality_answer=float(1 - answer_loss),
         mean_answer=float(answer_N.mean()),
         std_answer=float(answer_N.std(correction=0)),
         mean_elsewhere=float(elsewhere_T.mean()),
@@ -186,7 +184,7 @@ def rescaling_at_answers(
     alpha_NLE = profile.array("alpha_NLE")[is_used_N]
     folds = {}
     for layer, block in zip(profile.layers, profile.info.model.blocks, strict=True):
-        keep = list(edits[block.name].keep)
+        keep = edits[block.name].keep
         if block.inflates and len(keep) < block.experts:
             sums = _GateSums(keep, block.experts)
             alpha_NE = alpha_NLE[:, layer.layer, : block.experts].astype(np.float64)
@@ -199,11 +197,9 @@ def rescaling_over_tokens(
     engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit]
 ) -> dict[int, Array]:
     """The same from the distinct tokens of at most 512 questions."""
-    blocks, sums = {block.layer: block for block in engine.moe.blocks}, {}
-    for layer, block in blocks.items():
-        keep = list(edits[block.name].keep)
-        if block.inflates and len(keep) < block.n_experts:
-            sums[layer] = _GateSums(keep, block.n_experts)
+    cut = [b for b in engine.moe.blocks if b.inflates and len(edits[b.name].keep) < b.n_experts]
+    blocks = {block.layer: block for block in cut}
+    sums = {block.layer: _GateSums(edits[block.name].keep, block.n_experts) for block in cut}
 
     def add(routing: Routing, _is_answer_T: Tensor) -> None:
         alpha_TE = blocks[routing.layer].alpha(routing.logits_TE).double()
@@ -212,7 +208,7 @@ def rescaling_over_tokens(
 
     if sums:
         collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), sums, add)
-    return {layer: found.folds() for layer, found in sums.items()}
+    return {layer: own.folds() for layer, own in sums.items()}
 
 
 class _GateSums:
@@ -221,7 +217,7 @@ class _GateSums:
     Over the tokens routed to each kept expert, and over all for those without tokens.
     """
 
-    def __init__(self, keep: list[int], n_experts: int) -> None:
+    def __init__(self, keep: tuple[int, ...], n_experts: int) -> None:
         self.keep = torch.tensor(keep)
         self.is_removed_E = torch.ones(n_experts, dtype=torch.bool)
         self.is_removed_E[self.keep] = False
@@ -258,14 +254,10 @@ def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict
     blocks = [block for block in engine.moe.blocks if block.name in removed]
     names = {block.layer: block.name for block in blocks}
     sums: dict[tuple[str, int], tuple[Tensor, int]] = {}
-    valid_T: Tensor | None = None
-
-    def begin(step: Pass) -> None:
-        nonlocal valid_T
-        valid_T = step.valid_T
+    current = deque[Pass](maxlen=1)
 
     def add(call: ExpertCall) -> None:
-        block, output_MD = names[call.layer], call.output_MD
+        block, output_MD, valid_T = names[call.layer], call.output_MD, current[0].valid_T
         if valid_T is not None:
             output_MD = output_MD[valid_T.to(output_MD.device)[call.tokens_M]]
         if call.expert in removed[block] and len(output_MD):
@@ -274,7 +266,7 @@ def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict
             sums[block, call.expert] = (total_D, n_tokens + len(output_MD))
 
     with observe_experts(blocks, add):
-        ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), begin)
+        ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), current.append)
     means = zero_outputs(removed, int(engine.moe.model.config.get_text_config().hidden_size))
     for (block, expert), (total_D, n_tokens) in sums.items():
         means[block][expert] = total_D / n_tokens
@@ -392,9 +384,6 @@ def _own_calls(block: MoeBlock, x_TD: Tensor) -> tuple[Callable[[], Any], Tensor
         return torch.zeros_like(own_TD)
 
     handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
-    try:
-        with replaced_forward(block.experts, nothing):
-            block.module(x_TD[None])
-    finally:
-        handle.remove()
+    with registered([handle]), replaced_forward(block.experts, nothing):
+        block.module(x_TD[None])
     return lambda: block.router(*calls[0]), given[0]

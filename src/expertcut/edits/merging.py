@@ -1,6 +1,6 @@
 """Merging: which experts become one, the order of their neurons, and the row of their router."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -81,15 +81,14 @@ def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Measurements of the experts of one block.
+    """Tokens of the experts of one block, and what a method measures of them.
 
-    `products_EE` are sums over tokens of products of two experts' router logits; `outputs_ED` are
-    mean outputs over all tokens, routed or not. A method needs one of the two.
+    `measured_EX` is from `logit_products` (E, E) for m_smoe, `mean_outputs_of_all` (E, D) for
+    hc_smoe.
     """
 
     tokens_E: Array
-    products_EE: Array | None = None
-    outputs_ED: Array | None = None
+    measured_EX: Array
 
     def by_tokens(self, experts: Iterable[int]) -> list[int]:
         """Experts with most tokens first."""
@@ -102,14 +101,12 @@ def m_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
     Similarity is the cosine of two experts' logits over tokens. arXiv:2310.01334, §3; there one
     count for all layers together is spread by frequency, here every layer gets the same.
     """
-    products_EE = evidence.products_EE
-    assert products_EE is not None
-    order = evidence.by_tokens(experts)
+    products_EE, order = evidence.measured_EX, evidence.by_tokens(experts)
     dominant = order[:n_groups]
     length_E = np.sqrt(np.diagonal(products_EE))
     scale_EE = np.outer(length_E, length_E)
-    zeros_EE = np.zeros_like(products_EE)
-    cosine_EE = np.divide(products_EE, scale_EE, out=zeros_EE, where=scale_EE > 0)
+    cosine_EE = np.zeros_like(products_EE)
+    np.divide(products_EE, scale_EE, out=cosine_EE, where=scale_EE > 0)
     groups = {expert: [expert] for expert in dominant}
     for expert in order[n_groups:]:
         groups[dominant[int(cosine_EE[expert, dominant].argmax())]].append(expert)
@@ -118,10 +115,9 @@ def m_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
 
 def hc_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
     """Clusters of mean outputs by Euclidean distance, average linkage. arXiv:2410.08589, §3."""
-    assert evidence.outputs_ED is not None
     clusters = {number: [expert] for number, expert in enumerate(experts)}
     if n_groups < len(experts):
-        joined = linkage(evidence.outputs_ED[list(experts)], method="average")
+        joined = linkage(evidence.measured_EX[list(experts)], method="average")
         for step, (first, second, *_) in enumerate(joined[: len(experts) - n_groups]):
             clusters[len(experts) + step] = clusters.pop(int(first)) + clusters.pop(int(second))
     return [evidence.by_tokens(cluster) for cluster in clusters.values()]
@@ -167,13 +163,10 @@ def members_of(edit: BlockEdit) -> Mapping[int, Mapping[int, float]]:
 def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:
     """The measurements that a method needs, over the distinct tokens of at most 512 questions."""
     tokens_LE = token_counts(profile)
-    few = round_robin(tuning, CALIBRATION_QUESTIONS)
-    if method == "m_smoe":
-        name, sums = "products_EE", logit_products(engine, few)
-    else:
-        name, sums = "outputs_ED", mean_outputs_of_all(engine, few)
+    measure = logit_products if method == "m_smoe" else mean_outputs_of_all
+    measured = measure(engine, round_robin(tuning, CALIBRATION_QUESTIONS))
     return [
-        Evidence(tokens_LE[b.layer, : b.n_experts], **{name: sums[b.layer].numpy()})
+        Evidence(tokens_LE[b.layer, : b.n_experts], measured[b.layer].numpy())
         for b in engine.moe.blocks
     ]
 
@@ -209,17 +202,13 @@ def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     """
     totals: dict[int, Tensor] = {}
     n_tokens = Counter[int]()
-    valid_T: Tensor | None = None
-
-    def begin(step: Pass) -> None:
-        nonlocal valid_T
-        valid_T = step.valid_T
+    current = deque[Pass](maxlen=1)
 
     def watched(block: MoeBlock) -> Callable[..., Tensor]:
         forward, own = own_forward(block.experts), own_expert(block)
 
         def run(x_TD: Tensor, *args: Tensor) -> Tensor:
-            flat_TD = x_TD.reshape(-1, x_TD.shape[-1])
+            flat_TD, valid_T = x_TD.reshape(-1, x_TD.shape[-1]), current[0].valid_T
             if valid_T is not None:
                 flat_TD = flat_TD[valid_T.to(x_TD.device)]
             outputs = [own(e, flat_TD).double().sum(dim=0) for e in range(block.n_experts)]
@@ -234,7 +223,7 @@ def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     with ExitStack() as stack:
         for block in engine.moe.blocks:
             stack.enter_context(replaced_forward(block.experts, watched(block)))
-        ask(engine, quiz, begin)
+        ask(engine, quiz, current.append)
     return {layer: total_ED / n_tokens[layer] for layer, total_ED in totals.items()}
 
 
@@ -266,21 +255,18 @@ class Rows:
     def logits(self, routing: Routing) -> Tensor:
         """Their logits on router inputs, (T, groups) float64."""
         logits_TE, input_TD = routing.logits_TE.double(), routing.input_TD.double()
-        found = []
+        logits = []
         for expert, shares in self.shares.items():
             logit_T = _mean_logit(logits_TE, shares) + self.offsets.get(expert, 0.0)
             if expert in self.added:
                 logit_T = logit_T + input_TD @ self.added[expert]
-            found.append(logit_T)
-        return torch.stack(found, dim=1)
+            logits.append(logit_T)
+        return torch.stack(logits, dim=1)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Fit of a layer's merged rows to the mass of their members on held-out questions.
-
-    1 − Σ(error²) / Σ(distance from its mean²), over tokens and groups: 1 is exact.
-    """
+    """1 − Σ(error²) / Σ(distance from its mean²) of rows' logits, over tokens and groups."""
 
     layer: int
     groups: int
@@ -306,7 +292,7 @@ def merged_rows(
             )
     if kind == "mean":
         return {layer: Rows(groups) for layer, groups in merged.items()}
-    sums = {layer: _Sums(block, merged[layer]) for layer, block in blocks.items()}
+    sums = {layer: _RowSums(block, merged[layer]) for layer, block in blocks.items()}
     few = round_robin(tuning, CALIBRATION_QUESTIONS)
     collect_routing(engine, few, sums, lambda routing, _: sums[routing.layer].add(routing))
     return {layer: own.rows() for layer, own in sums.items()}
@@ -316,20 +302,20 @@ def judge_rows(
     engine: Engine, held_out: Quiz, edits: Mapping[str, BlockEdit], rows: Mapping[int, Rows]
 ) -> list[Quality]:
     """Fit of the rows on held-out questions."""
-    blocks = {b.layer: b for b in engine.moe.blocks if b.layer in rows}
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in rows}
+    blocks = {b.layer: b for b in engine.moe.blocks}
+    logits: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in rows}
 
     def add(routing: Routing, _is_answer_T: Tensor) -> None:
         block = blocks[routing.layer]
         target_TG = targets(block, routing, edits[block.name].merged or {})
-        found[routing.layer].append((target_TG, rows[routing.layer].logits(routing)))
+        logits[routing.layer].append((target_TG, rows[routing.layer].logits(routing)))
 
     if rows:
         collect_routing(engine, held_out, rows, add)
     qualities = []
-    for layer, pairs in found.items():
-        target_TG, found_TG = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        error = ((target_TG - found_TG) ** 2).sum()
+    for layer, pairs in logits.items():
+        target_TG, fitted_TG = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        error = ((target_TG - fitted_TG) ** 2).sum()
         spread = ((target_TG - target_TG.mean(dim=0)) ** 2).sum()
         qualities.append(Quality(layer, target_TG.shape[1], float(1 - error / spread)))
     return qualities
@@ -346,25 +332,20 @@ def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Mapping[int,
     """
     logits_TE = routing.logits_TE.double()
     last_T1 = logits_TE.gather(1, routing.experts_TK).amin(dim=1, keepdim=True)
-    found = []
+    selection_E, logits = block.selection_bias(), []
     for ids in map(list, merged.values()):
         own_TM = logits_TE[:, ids]
-        if block.scoring != "softmax":
-            found.append(_first(block, logits_TE, ids))
+        if block.scoring == "softmax":
+            if not block.inflates:
+                least_T1 = last_T1.minimum(own_TM.amax(dim=1, keepdim=True)) - _TIE
+                own_TM = own_TM.masked_fill(own_TM < least_T1, -torch.inf)
+            logits.append(own_TM.logsumexp(dim=1))
             continue
-        if not block.inflates:
-            least_T1 = last_T1.minimum(own_TM.amax(dim=1, keepdim=True)) - _TIE
-            own_TM = own_TM.masked_fill(own_TM < least_T1, -torch.inf)
-        found.append(own_TM.logsumexp(dim=1))
-    return torch.stack(found, dim=1)
-
-
-def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
-    own_TM, selection_E = logits_TE[:, experts], block.selection_bias()
-    score_TM = own_TM if block.selection == "logits" else SCORES[block.scoring](own_TM)
-    if selection_E is not None:
-        score_TM = score_TM + selection_E.cpu()[experts]
-    return own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0]
+        score_TM = own_TM if block.selection == "logits" else SCORES[block.scoring](own_TM)
+        if selection_E is not None:
+            score_TM = score_TM + selection_E.cpu()[ids]
+        logits.append(own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0])
+    return torch.stack(logits, dim=1)
 
 
 def _mean_logit(logits_TE: Tensor, shares: Mapping[int, float]) -> Tensor:
@@ -372,7 +353,7 @@ def _mean_logit(logits_TE: Tensor, shares: Mapping[int, float]) -> Tensor:
     return logits_TE[:, list(shares)] @ weights
 
 
-class _Sums:
+class _RowSums:
     """Sums for the regression of one layer, and of selection scores."""
 
     def __init__(self, block: MoeBlock, merged: Mapping[int, Mapping[int, float]]) -> None:

@@ -125,6 +125,41 @@ class PlanFile(Record):
 
 
 @dataclass(frozen=True)
+class ExpertIds:
+    """By block name: the expert id of each router row, and rows whose experts are constants.
+
+    In other blocks row and id are the same and no expert is removed.
+    """
+
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    constant: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+    def number(self, block: str, row: int) -> int:
+        """The id of the expert in a row."""
+        return self.rows[block][row] if block in self.rows else row
+
+    def kept(self, block: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids of rows, without constants."""
+        gone = self.constant.get(block, frozenset())
+        return tuple(self.number(block, row) for row in rows if row not in gone)
+
+    def named(self, block: str, edit: BlockEdit) -> BlockEdit:
+        """An edit of rows as plan.json states it, by id."""
+
+        def ids(values: Mapping[int, float]) -> dict[int, float]:
+            return {self.number(block, row): value for row, value in values.items()}
+
+        merged = {self.number(block, e): ids(own) for e, own in (edit.merged or {}).items()}
+        return BlockEdit(
+            keep=self.kept(block, edit.keep),
+            bias=ids(edit.bias),
+            scale=ids(edit.scale),
+            rows=self.rows.get(block),
+            merged=None if edit.merged is None else merged,
+        )
+
+
+@dataclass(frozen=True)
 class EditPlan:
     """A plan in memory, before anything is fitted or written.
 
@@ -145,7 +180,7 @@ class EditPlan:
     fold: Fold = "answer"
     apply_at: Positions = "all"
     is_cut: bool = False
-    numbers: "ExpertIds | None" = None
+    numbers: ExpertIds = ExpertIds()
     is_tuned: bool = False
     is_calibrated: bool = False
     tuning: tuple[Point, ...] = ()
@@ -168,13 +203,13 @@ class EditPlan:
 
     @property
     def is_fitting(self) -> bool:
-        """Whether bias directions must be fitted."""
-        return LAYOUTS[self.layout].fits_biases and self.is_biased
+        """Whether tuning questions rank the experts too, or fit bias directions."""
+        return self.is_calibrated or (LAYOUTS[self.layout].fits_biases and self.is_biased)
 
     @property
     def asks_tuning(self) -> bool:
         """Whether the edit reads tuning questions."""
-        return self.is_tuned or self.is_calibrated or self.is_fitting
+        return self.is_tuned or self.is_fitting
 
 
 def plan_model(info: ModelInfo) -> PlanModel:
@@ -226,8 +261,7 @@ def lineage(
     `find_base` locates that folder; where it gives None the walk ends.
     """
     for _ in range(20):  # more edits than anybody makes, so a cycle ends
-        plan = plan_in(folder)
-        if plan is None:
+        if (plan := plan_in(folder)) is None:
             return
         base = find_base(plan.model, folder)
         yield plan, base
@@ -260,64 +294,18 @@ def _hash_lines(lines: Collection[str]) -> bytes:
     return "".join(f"{line}\n" for line in sorted(left)).encode("ascii")
 
 
-@dataclass(frozen=True)
-class ExpertIds:
-    """By block name: the expert id of each router row, and rows whose experts are constants.
-
-    In other blocks row and id are the same and no expert is removed.
-    """
-
-    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    constant: Mapping[str, frozenset[int]] = field(default_factory=dict)
-
-    def number(self, block: str, row: int) -> int:
-        """The id of the expert in a row."""
-        return self.rows[block][row] if block in self.rows else row
-
-    def row(self, block: str, number: int) -> int | None:
-        """The row of an expert id; None for a removed expert."""
-        rows = self.rows.get(block)
-        row = number if rows is None else rows.index(number) if number in rows else None
-        return None if row in self.constant.get(block, ()) else row
-
-    def kept(self, block: str, rows: tuple[int, ...]) -> tuple[int, ...]:
-        """The ids of rows, without constants."""
-        gone = self.constant.get(block, frozenset())
-        return tuple(self.number(block, row) for row in rows if row not in gone)
-
-    def named(self, block: str, edit: BlockEdit) -> BlockEdit:
-        """An edit of rows as plan.json states it, by id."""
-
-        def ids(values: Mapping[int, float]) -> dict[int, float]:
-            return {self.number(block, row): value for row, value in values.items()}
-
-        merged = None
-        if edit.merged is not None:
-            merged = {self.number(block, e): ids(shares) for e, shares in edit.merged.items()}
-        return BlockEdit(
-            keep=self.kept(block, edit.keep),
-            bias=ids(edit.bias),
-            scale=ids(edit.scale),
-            rows=self.rows.get(block),
-            merged=merged,
-        )
-
-
 @once_per_profile
 def expert_ids(profile: Profile) -> ExpertIds:
     """The ids in the profiled checkpoint's plan; a model without a plan was never cut."""
-    found = _plan_of(profile)
-    if found is None:
+    if (found := _plan_of(profile)) is None:
         return ExpertIds()
     folder, plan = found
     rows: dict[str, tuple[int, ...]] = {}
     constant: dict[str, frozenset[int]] = {}
     for block in profile.info.model.blocks:
-        edit, same = plan.blocks.get(block.name), tuple(range(block.experts))
-        own: tuple[int, ...] = ()
-        if edit is not None:
-            own = (edit.rows or same) if LAYOUTS[plan.layout].keeps_rows else edit.keep
-        if edit is None or len(own) != block.experts:
+        edit, same = plan.blocks.get(block.name, BlockEdit(keep=())), tuple(range(block.experts))
+        own = (edit.rows or same) if LAYOUTS[plan.layout].keeps_rows else edit.keep
+        if block.name not in plan.blocks or len(own) != block.experts:
             raise PlanError(
                 f"{folder / PLAN_FILE} is not of this checkpoint, whose {block.name} has "
                 f"{block.experts} experts: put the plan back that made it, or take this one away"
@@ -339,10 +327,11 @@ def find_expert(
             "(layers are counted from 0)"
         )
     name, n_experts = blocks[layer]
-    kept, row = numbers.kept(name, tuple(range(n_experts))), numbers.row(name, expert)
-    if expert in kept and row is not None:
-        return layer, row
-    if kept == tuple(range(n_experts)):
+    rows = tuple(range(n_experts))
+    kept = numbers.kept(name, rows)
+    if expert in kept:
+        return layer, numbers.rows.get(name, rows).index(expert)
+    if kept == rows:
         raise PlanError(f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}")
     raise PlanError(
         f"expert {expert} of layer {layer} is not in this pruned model: "
@@ -380,22 +369,21 @@ def model_folder(profile: Profile) -> Path | None:
     folder = Path(model.id)
     if folder.is_absolute() and folder.is_dir() and not os.path.lexists(folder / PLAN_FILE):
         return folder
-    found = find_local(model.id, model.fingerprint, profile.path)
-    if found is None:
-        raise ProfileError(
-            f"no such model: {profile.path} is a profile of {model.id}, which is not there with "
-            f"its weights ({model.fingerprint[:8]}), so what was done to it before is not known: "
-            "put it back, or profile again"
-        )
-    return found
+    if local := find_local(model.id, model.fingerprint, profile.path):
+        return local
+    raise ProfileError(
+        f"no such model: {profile.path} is a profile of {model.id}, which is not there with "
+        f"its weights ({model.fingerprint[:8]}), so what was done to it before is not known: "
+        "put it back, or profile again"
+    )
 
 
 @once_per_profile
 def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
-    folder, model = model_folder(profile), profile.info.model
-    if folder is None:
+    if (folder := model_folder(profile)) is None:
         from huggingface_hub import try_to_load_from_cache
 
+        model = profile.info.model
         cached = try_to_load_from_cache(model.id, PLAN_FILE, revision=model.revision)
         if not isinstance(cached, str):
             return None
@@ -416,10 +404,9 @@ def validate_edits(
     for block in blocks:
         if fault := next(_faults(block, edits[block.name], layout), None):
             raise PlanError(fault)
-    if not LAYOUTS[layout].needs_equal_counts:
-        return
     counts = {len(edit.keep) for edit in edits.values()}
-    if len(counts) > 1 or len({block.experts for block in blocks}) > 1:
+    is_uneven = len(counts) > 1 or len({block.experts for block in blocks}) > 1
+    if is_uneven and LAYOUTS[layout].needs_equal_counts:
         raise PlanError(
             f"layout stock needs one count for all layers, found {sorted(counts)}: "
             "keep the same number in each, or take --layout exact"
@@ -428,15 +415,14 @@ def validate_edits(
 
 def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> None:
     """Raises a PlanError unless every block can keep this number of experts."""
-    rules = LAYOUTS[layout]
     for block in blocks:
-        least = rules.least_experts(block)
+        least = LAYOUTS[layout].least_experts(block)
         if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
                 f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
             )
-        if rules.needs_equal_counts and n_keep % block.groups:
+        if LAYOUTS[layout].needs_equal_counts and n_keep % block.groups:
             raise PlanError(
                 f"{block.name} routes in {block.groups} groups: keep a multiple of "
                 f"{block.groups}, not {n_keep}"
@@ -444,7 +430,7 @@ def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> Non
 
 
 def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
-    name, n, n_kept = block.name, block.experts, len(edit.keep)
+    name, n, n_kept, rules = block.name, block.experts, len(edit.keep), LAYOUTS[layout]
     hashed = f"{name} chooses its experts by a table of token ids, so"
     if block.is_hashed and (n_kept < n or edit.merged):
         yield (
@@ -457,14 +443,14 @@ def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
         )
     if outside := [e for e in edit.keep if not 0 <= e < n]:
         yield f"{name} keeps expert {outside[0]} but has experts 0 to {n - 1}"
-    if n_kept < (least := LAYOUTS[layout].least_experts(block)):
+    if n_kept < (least := rules.least_experts(block)):
         yield (
             f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
             f"keep at least {least}"
         )
-    if unknown := {*edit.bias, *edit.scale} - set(edit.keep):
+    if unknown := set(edit.tilted) - set(edit.keep):
         yield f"{name}: expert {min(unknown)} has a bias or scale but is not kept"
-    if LAYOUTS[layout].needs_equal_counts and block.groups > 1 and n_kept < n:
+    if rules.needs_equal_counts and block.groups > 1 and n_kept < n:
         size, least = n // block.groups, least_per_group(block)
         per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
         if len(set(per_group)) > 1 or per_group[0] < least:
