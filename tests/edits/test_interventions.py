@@ -738,7 +738,7 @@ def part_of(profile: Profile, held_out: float | None = None) -> Profile:
     """What may choose, of a profile of answer positions."""
     settings = profile.info.settings.model_copy(update={"stats": "answer"})
     info = profile.info.model_copy(update={"settings": settings})
-    return choosing_profile(Profile(profile.path, info), held_out).profile
+    return choosing_profile(Profile(profile.path, info), held_out)[0]
 
 
 @pytest.mark.parametrize("is_fitting", [False, True])

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Needs = Literal["profile", "weights", "calibration", "nothing"]
 
-_NO_WEIGHTS = -1.0  # below every other score: mean |w| is at most the root mean square
-
 
 @dataclass(frozen=True)
 class Criterion:
@@ -62,11 +60,6 @@ class Criterion:
     def needs_model(self) -> bool:
         """Whether a profile alone cannot give the scores."""
         return self.needs in ("weights", "calibration")
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the scores come from a pass over the tuning questions."""
-        return self.needs == "calibration"
 
     def of_layer(self, layer: LayerStatistics, positions: Positions) -> Array:
         """Scores (E,) from a profile's statistics of one block."""
@@ -204,7 +197,8 @@ def aimer(weights: Iterable[Tensor]) -> Array:
         absolute = sum(float(m.double().abs().sum()) for m in matrices)
         squared = sum(float(m.double().square().sum()) for m in matrices)
         rms = float(np.sqrt(squared / max(n_weights, 1)))
-        score_E.append(-(absolute / n_weights) / rms if squared else _NO_WEIGHTS)
+        # Below every other score: mean |w| is at most the root mean square.
+        score_E.append(-(absolute / n_weights) / rms if squared else -1.0)
     return np.array(score_E)
 
 
@@ -286,15 +280,15 @@ def scores(
         raise SettingsError(f"{by} needs the model itself: load it, or take another criterion")
     if chosen.needs == "calibration":
         return _after_calibration(profile, chosen, engine)
-    found = []
+    by_layer = []
     for block in engine.moe.blocks:
         if not (weights := list(block.expert_weights())):
             raise SettingsError(
                 f"{by}: {block.name} has experts without weights of their own, which a cut in "
                 "layout exact leaves: take another criterion"
             )
-        found.append(chosen.function(weights))
-    return found
+        by_layer.append(chosen.function(weights))
+    return by_layer
 
 
 def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> list[Array]:
@@ -303,21 +297,20 @@ def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> l
     from expertcut.edits.splits import questions_for
 
     kept = sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
-    found = []
-    for own, block, layer in zip(
-        engine.moe.blocks, profile.info.model.blocks, profile.layers, strict=True
-    ):
-        if block.is_hashed:  # no expert can go
-            found.append(np.zeros(block.experts))
+    by_layer = []
+    infos = profile.info.model.blocks
+    for block, info, layer in zip(engine.moe.blocks, infos, profile.layers, strict=True):
+        if info.is_hashed:  # no expert can go
+            by_layer.append(np.zeros(info.experts))
             continue
-        size = block.experts // block.groups
-        groups = [range(g * size, (g + 1) * size) for g in range(block.groups)]
-        least = block.top_k if block.groups == 1 else least_per_group(block)
+        size = info.experts // info.groups
+        groups = [range(g * size, (g + 1) * size) for g in range(info.groups)]
+        least = info.top_k if info.groups == 1 else least_per_group(info)
         use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
         before = ranked(use_E, layer.alpha_mean_E)
-        trial = RemovalTrial(own, kept[own.layer])
-        found.append(chosen.function(trial.change, groups, least, before))
-    return found
+        trial = RemovalTrial(block, kept[block.layer])
+        by_layer.append(chosen.function(trial.change, groups, least, before))
+    return by_layer
 
 
 def positions_of(by: str, wanted: Positions | None) -> Positions:
@@ -393,5 +386,4 @@ def compare(profile: Profile) -> Compared:
 
 def ranked(score_E: Array, alpha_mean_E: Array) -> list[int]:
     """Expert ids, best first: by score, then mean α, then the lower id."""
-    ids = np.arange(len(score_E))
-    return [int(e) for e in np.lexsort((ids, -alpha_mean_E, -score_E))]
+    return [int(e) for e in np.lexsort((-alpha_mean_E, -score_E))]  # which is stable

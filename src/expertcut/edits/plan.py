@@ -248,9 +248,7 @@ def plan_in(folder: Path) -> PlanFile | None:
 
 def base_folder(model: PlanModel, near: Path) -> Path | None:
     """The local folder of a plan's model, if it holds the same weights; None for one of the Hub."""
-    if model.revision is not None:
-        return None
-    return find_local(model.id, model.fingerprint, near)
+    return find_local(model.id, model.fingerprint, near) if model.revision is None else None
 
 
 def lineage(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -23,9 +23,7 @@ from expertcut.profiling.statistics import LayerStatistics, layers_of, share
 from expertcut.profiling.storage import Profile, load_profile
 
 Array = np.ndarray[Any, Any]
-
 MIN_APPEARANCES = 0.01
-
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
 _FARTHEST = 1e6  # logits; a bias beyond it reaches nothing that a smaller one does not
 _EXACT = 1e-12  # logits
@@ -129,14 +127,14 @@ def _decoder_layer(name: str) -> str | None:
 
 def no_default_strength(layer: int, expert: int, sign: int, gap: float) -> str:
     """Why a gap cannot be the strength to boost (`sign` +1) or suppress (−1) an expert."""
-    its = f"expert {expert} of layer {layer}"
+    name = f"expert {expert} of layer {layer}"
     if math.isnan(gap):
         return f"a table of token ids chooses the experts of layer {layer}, whatever their logits"
     if not math.isfinite(gap) and gap * sign > 0:
         way = "lifts" if sign > 0 else "lowers"
-        return f"no bias on its logit {way} {its} to the last expert let in on average"
+        return f"no bias on its logit {way} {name} to the last expert let in on average"
     state = "admitted" if sign > 0 else "left out"
-    return f"{its} is {state} on average already (admission gap {gap:+.4f})"
+    return f"{name} is {state} on average already (admission gap {gap:+.4f})"
 
 
 @dataclass(frozen=True)
@@ -159,8 +157,8 @@ class QuestionOutcomes:
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
         """A profile's records of the questions of a quiz; ProfileError if it lacks one."""
-        asked = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
-        place = {name: n for n, name in enumerate(asked)}
+        names = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
+        place = {name: n for n, name in enumerate(names)}
         try:
             rows_N = np.array([place[q.subject, q.row] for q in quiz])
         except KeyError as error:
@@ -217,8 +215,7 @@ def places(blocks: Sequence[BlockInfo]) -> list[tuple[int, int]]:
     return [(layer, e) for layer, block in enumerate(blocks) for e in range(block.experts)]
 
 
-@dataclass(frozen=True)
-class SelectedExpert:
+class SelectedExpert(NamedTuple):
     """An expert to boost (`sign` +1) or to suppress (−1)."""
 
     layer: int
@@ -273,14 +270,14 @@ class Chooser:
 
         Fewer if there are too few candidates; no expert is in both lists.
         """
-        score_X = self.scores(records, left_out)
-        is_ranked_X, by_id = ~np.isnan(score_X), places(records.blocks)
-        best = [x for x in np.argsort(-score_X, kind="stable").tolist() if is_ranked_X[x]]
+        score_X, by_id = self.scores(records, left_out), places(records.blocks)
+        n_ranked = int((~np.isnan(score_X)).sum())  # NaN comes last in every order
+        best: list[int] = np.argsort(-score_X, kind="stable")[:n_ranked].tolist()
         best = best[: self.boost_best]
-        worst = [x for x in np.argsort(score_X, kind="stable").tolist() if is_ranked_X[x]]
+        worst: list[int] = np.argsort(score_X, kind="stable")[:n_ranked].tolist()
         worst = [x for x in worst if x not in best][: self.suppress_worst]
-        signs: list[tuple[int, int]] = [(+1, x) for x in best] + [(-1, x) for x in worst]
-        return tuple(SelectedExpert(*by_id[x], sign) for sign, x in signs)
+        signs = dict.fromkeys(best, +1) | dict.fromkeys(worst, -1)
+        return tuple(SelectedExpert(*by_id[x], sign) for x, sign in signs.items())
 
     def looked_at(self, profile: Profile) -> frozenset[str]:
         """Hash lines of further questions that rank the experts."""

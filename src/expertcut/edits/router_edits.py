@@ -52,7 +52,9 @@ class RouterEdit(NamedTuple):
 
     @property
     def verb(self) -> str:
-        """`boost` or `suppress`."""
+        """`boost` or `suppress`; `scale` without a bias."""
+        if not self.bias:
+            return "scale"
         return "boost" if self.bias > 0 else "suppress"
 
 
@@ -85,9 +87,9 @@ class Procedure:
         self, records: QuestionOutcomes, left_out: Collection[str] = ()
     ) -> tuple[SelectedExpert, ...]:
         """The experts, the ones named by hand first."""
-        named = {(pick.layer, pick.expert): pick for pick, _ in self.named}
+        named = {pick[:2]: pick for pick, _ in self.named}
         chosen = self.chooser.choose(records, left_out)
-        return (*named.values(), *(p for p in chosen if (p.layer, p.expert) not in named))
+        return (*named.values(), *(pick for pick in chosen if pick[:2] not in named))
 
     def settle(
         self,
@@ -119,8 +121,8 @@ class Procedure:
         """The origin of a strength, in words."""
         if self.is_tuned:
             return "found by a search"
-        given = {(pick.layer, pick.expert) for pick, strength in self.named if strength}
-        is_given = self.strength is not None or (shift.layer, shift.expert) in given
+        given = {pick[:2] for pick, strength in self.named if strength}
+        is_given = self.strength is not None or shift[:2] in given
         return "given" if is_given else "its admission gap"
 
     def check(self, records: QuestionOutcomes) -> None:
@@ -129,14 +131,13 @@ class Procedure:
         if self.is_tuned:
             return
         picks = self.pick(records)
-        tilted = {(shift.layer, shift.expert) for shift in self.untuned(records, picks)}
+        tilted = {shift[:2] for shift in self.untuned(records, picks)}
         for pick in picks:
-            if (pick.layer, pick.expert) not in tilted:
-                why = no_default_strength(pick.layer, pick.expert, pick.sign, gap(records, pick))
+            if pick[:2] not in tilted:
                 verb = "boost" if pick.sign > 0 else "suppress"
                 raise PlanError(
-                    f"{why}, so there is no default strength to {verb} it by: give --strength or "
-                    "--tune"
+                    f"{no_default_strength(*pick, gap(records, pick))}, so there is no default "
+                    f"strength to {verb} it by: give --strength or --tune"
                 )
 
 
@@ -207,7 +208,7 @@ class _Search:
         return Point(
             experts=len(shifts),
             strength=strength,
-            biases=tuple((s.layer, s.expert, s.bias) for s in shifts),
+            biases=tuple(shift[:3] for shift in shifts),
             questions=len(right_N),
             accuracy=share,
             ci95=wilson_interval(share, len(right_N)),
@@ -255,7 +256,26 @@ def parse_target(expression: str, what: str = "bias") -> Target:
 
 def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[RouterEdit]:
     """Biases for all targets; the default strength is the admission gap."""
-    return [_tilt(profile, *found) for found in _targets(profile, boost, suppress)]
+    biases = []
+    for layer, (index, row, sign), target in _targets(profile, boost, suppress):
+        bias, origin = sign * abs(target.strength or 0), "given"
+        if target.strength is None:
+            origin = "its admission gap"
+            bias = admission_gap(
+                profile.info.model.blocks[index],
+                profile.array("alpha_NLE")[:, index, : layer.n_experts],
+                profile.array("chosen_NLK")[:, index],
+                row,
+                stored_selection(profile.info.model, index),
+            )
+            if not math.isfinite(bias) or bias * sign <= 0:
+                option = "--boost" if sign > 0 else "--suppress"
+                raise PlanError(
+                    f"{no_default_strength(index, target.expert, sign, bias)}: give the strength, "
+                    f"as in {option} {index}:{target.expert}=0.5"
+                )
+        biases.append(RouterEdit(index, row, bias, block=layer.block, origin=origin))
+    return biases
 
 
 def _targets(
@@ -280,92 +300,67 @@ def _targets(
 
 def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
     """Factors for all targets, `12=1.5` or `3:12=1.5`, not 1; 0 silences an expert."""
-    found: list[RouterEdit] = []
-    for layer, pick, target in _targets(profile, expressions, what="factor"):
+    factors = []
+    targets = _targets(profile, expressions, what="factor")
+    for text, (layer, pick, target) in zip(expressions, targets, strict=True):
         factor = target.strength
         if factor is None or factor < 0 or factor == 1:
-            text = expressions[len(found)]
             raise SettingsError(
                 f"--scale {text} must give a factor, 0 or above and not 1: as in 3:12=1.5"
             )
-        found.append(RouterEdit(pick.layer, pick.expert, scale=factor, block=layer.block))
-    return found
-
-
-def _tilt(
-    profile: Profile, layer: LayerStatistics, pick: SelectedExpert, target: Target
-) -> RouterEdit:
-    index, row, sign = pick.layer, pick.expert, pick.sign
-    if target.strength is not None:
-        bias = sign * abs(target.strength)
-        return RouterEdit(index, row, bias, block=layer.block, origin="given")
-    bias = admission_gap(
-        profile.info.model.blocks[index],
-        profile.array("alpha_NLE")[:, index, : layer.n_experts],
-        profile.array("chosen_NLK")[:, index],
-        row,
-        stored_selection(profile.info.model, index),
-    )
-    if not math.isfinite(bias) or bias * sign <= 0:
-        option = "--boost" if sign > 0 else "--suppress"
-        raise PlanError(
-            f"{no_default_strength(index, target.expert, sign, bias)}: give the strength, as in "
-            f"{option} {index}:{target.expert}=0.5"
-        )
-    return RouterEdit(index, row, bias, block=layer.block, origin="its admission gap")
+        factors.append(RouterEdit(pick.layer, pick.expert, scale=factor, block=layer.block))
+    return factors
 
 
 def reweight_draft(
     profile: Profile,
-    found: Sequence[RouterEdit],
+    biased: Sequence[RouterEdit],
     layout: Layout = "stock",
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
     """A plan that keeps every expert, with biases and factors; SettingsError without any."""
-    if not found and not scaled:
+    if not biased and not scaled:
         raise SettingsError(
             "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
         )
     blocks = profile.info.model.blocks
     edits = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in blocks}
-    draft = EditPlan(
-        "", "reweight", "by hand", "answer", edits, layout, numbers=expert_ids(profile)
-    )
-    return with_tilts(draft, found, scaled, apply_at)
+    words, numbers = ("", "reweight", "by hand"), expert_ids(profile)
+    draft = EditPlan(*words, "answer", edits, layout, numbers=numbers)
+    return with_tilts(draft, biased, scaled, apply_at)
 
 
 def with_tilts(
     draft: EditPlan,
-    found: Sequence[RouterEdit],
+    biased: Sequence[RouterEdit],
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
     """A plan with biases and factors on experts that it keeps."""
-    check_place(draft.layout, apply_at, is_biased=bool(found))
-    for tilt in (*found, *scaled):
+    check_place(draft.layout, apply_at, is_biased=bool(biased))
+    words, slugs, edits = [draft.action], [draft.slug] if draft.slug else [], {}
+    for tilt in (*biased, *scaled):
+        expert = draft.numbers.number(tilt.block, tilt.expert)
         if tilt.expert not in (keep := draft.edits[tilt.block].keep):
-            kept = keep if draft.numbers is None else draft.numbers.kept(tilt.block, keep)
             raise PlanError(
-                f"expert {_name(draft, tilt)} is removed by this cut, which keeps "
-                f"{ids_text(kept)} there: tilt one that stays"
+                f"expert {tilt.layer}:{expert} is removed by this cut, which keeps "
+                f"{ids_text(draft.numbers.kept(tilt.block, keep))} there: tilt one that stays"
             )
-    edits = {}
+        words.append(f"--{tilt.verb} {tilt.layer}:{expert}={abs(tilt.bias) or tilt.scale:.6g}")
+        slugs.append(f"{tilt.verb}-{tilt.layer}.{expert}")
     for name, edit in draft.edits.items():
-        bias = {t.expert: t.bias for t in found if t.block == name}
+        bias = {t.expert: t.bias for t in biased if t.block == name}
         scale = {s.expert: s.scale for s in scaled if s.block == name}
         edits[name] = edit.model_copy(update={"bias": bias, "scale": scale})
-    words = [f"--{t.verb} {_name(draft, t)}={abs(t.bias):.6g}" for t in found]
-    words += [f"--scale {_name(draft, s)}={s.scale:.6g}" for s in scaled]
-    named = [f"{t.verb}-{_name(draft, t, '.')}" for t in found]
-    named += [f"scale-{_name(draft, s, '.')}" for s in scaled]
-    slug = "-".join([*([draft.slug] if draft.slug else []), *named])[:100]
+    slug = "-".join(slugs)[:100]
     if apply_at == "answer":
         words, slug = [*words, "--apply-at answer"], f"{slug}-answer"
     mark = LAYOUTS[draft.layout].mark
     slug += f"-{mark}" if mark and not draft.is_cut else ""
-    action = " ".join([draft.action, *words])
-    return replace(draft, slug=slug, action=action, edits=edits, apply_at=apply_at or "all")
+    return replace(
+        draft, slug=slug, action=" ".join(words), edits=edits, apply_at=apply_at or "all"
+    )
 
 
 def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
@@ -380,12 +375,6 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
             "--apply-at answer is of layout stock: gate.bias of layout exact acts at every token, "
             "so take --layout stock or leave it out"
         )
-
-
-def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
-    numbers = draft.numbers
-    expert = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
-    return f"{tilt.layer}{between}{expert}"
 
 
 def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:

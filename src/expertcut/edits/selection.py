@@ -9,7 +9,7 @@ import numpy as np
 
 from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
 from expertcut.edits.edit_settings import CutSettings
-from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import (
     BlockEdit,
     EditPlan,
@@ -27,9 +27,9 @@ from expertcut.profiling.storage import Profile, largest_values
 if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine
 
+Array = np.ndarray[Any, Any]
 SUPER = "super"
 _EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Protection:
                 )
 
 
-def expressions_of(asked: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
-    """What --protect asks for; `is_super` says whether super experts are protected unasked."""
-    if "none" not in asked:
-        return tuple(dict.fromkeys([*([SUPER] if is_super else []), *asked]))
-    if SUPER in asked:
+def expressions_of(expressions: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
+    """What to protect; `is_super` adds super experts, unless --protect has `none`."""
+    if "none" not in expressions:
+        return tuple(dict.fromkeys([*([SUPER] if is_super else []), *expressions]))
+    if SUPER in expressions:
         raise SettingsError("--protect none and --protect super contradict each other: give one")
-    return tuple(text for text in asked if text != "none")
+    return tuple(text for text in expressions if text != "none")
 
 
 def protection(profile: Profile, expressions: Sequence[str]) -> Protection:
@@ -117,28 +117,27 @@ def super_experts(profile: Profile) -> list[tuple[int, ...]]:
 
 def protected(order: Sequence[int], ids: Collection[int]) -> list[int]:
     """An order of experts with the protected ones first; else it stays as it is."""
-    return [*(e for e in order if e in ids), *(e for e in order if e not in ids)]
+    return sorted(order, key=lambda expert: expert not in ids)
 
 
 def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -> EditPlan:
     """A draft without edits, named after what makes it differ from the usual."""
-    at, fold = settings.at, settings.rescale
-    unusual = {"all": at, "exact": settings.layout, "mean": settings.fill}
+    unusual = {"all": settings.at, "exact": settings.layout, "mean": settings.fill}
     usual = positions_of(settings.by, None)
     marks = "".join(f"-{m}" for m, value in unusual.items() if value == m != usual)
-    if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
-        marks += f"-fold-{fold}"
+    if "fold" in LAYOUTS[settings.layout].options and settings.rescale != "answer":
+        marks += f"-fold-{settings.rescale}"
     return EditPlan(
         f"{slug}{marks}",
         action,
         criterion,
-        at,
+        settings.at,
         edits={},
         layout=settings.layout,
         removed=settings.fill,
-        fold=fold,
+        fold=settings.rescale,
         is_cut=True,
-        is_calibrated=CRITERIA[settings.by].is_calibrated,
+        is_calibrated=CRITERIA[settings.by].needs == "calibration",
     )
 
 
@@ -162,12 +161,12 @@ def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None
     """Scores by the criterion, the order that follows, and who stays whatever it says."""
     layers = profile.layers
     at = settings.at if settings.by == "activations" else "answer"
-    found = scores(profile, settings.by, settings.at, engine, settings.seed)
-    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]
+    by_layer = scores(profile, settings.by, settings.at, engine, settings.seed)
+    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(by_layer, layers, strict=True)]
     return Ranking(
         blocks=profile.info.model.blocks,
         settings=settings,
-        scores=tuple(found),
+        scores=tuple(by_layer),
         orders=tuple(orders),
         stay=protection(profile, settings.protect),
         counts=tuple(activations(layer, at) for layer in layers),
@@ -197,10 +196,10 @@ def wanted_count(settings: CutSettings, blocks: Sequence[BlockInfo]) -> int:
 
     A fraction is rounded, where experts lie in groups to equally many of each.
     """
-    fraction, keep = settings.fraction, settings.keep
+    fraction = settings.fraction
     if fraction is None:
-        assert keep is not None
-        return keep * (len(blocks) if settings.budget == "global" else 1)
+        assert settings.keep is not None
+        return settings.keep * (len(blocks) if settings.budget == "global" else 1)
     if settings.budget == "global":
         return sum(round(fraction * block.experts) for block in blocks)
     step = blocks[0].groups if LAYOUTS[settings.layout].needs_equal_counts else 1
@@ -305,7 +304,6 @@ def cut(ranking: Ranking, n_keep: int) -> Pruning:
     else:
         check_count(blocks, n_keep, settings.layout)
         named = empty_draft(settings, f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
-    named = replace(named, numbers=ranking.numbers)
 
     def prune(orders: Sequence[list[int]], first: Sequence[tuple[int, ...]]) -> Pruning:
         n_keeps = [n_keep] * len(blocks)
@@ -313,7 +311,7 @@ def cut(ranking: Ranking, n_keep: int) -> Pruning:
             least = floors(blocks, settings.min_keep)
             by_score = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
             n_keeps = share_out(n_keep, ranking.scores, by_score, first, least)
-        return _prune(n_keeps, orders, ranking.counts, blocks, named)
+        return _prune(n_keeps, orders, ranking.counts, blocks, named, ranking.numbers)
 
     plain = prune(ranking.orders, [()] * len(blocks))
     pruning = prune(stay.first(ranking.orders), stay.ids)
@@ -345,8 +343,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
     if LAYOUTS[settings.layout].needs_equal_counts:
         n_keeps = [most] * len(blocks)
     named = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
-    named = replace(named, numbers=expert_ids(profile))
-    pruning = _prune(n_keeps, orders, counts, blocks, named)
+    pruning = _prune(n_keeps, orders, counts, blocks, named, expert_ids(profile))
     if not settings.protect:
         return pruning
     plain = keep_active(profile, settings.completed(protect=[]))
@@ -359,23 +356,20 @@ def _prune(
     counts: Sequence[Array],
     blocks: Sequence[BlockInfo],
     named: EditPlan,
+    numbers: ExpertIds,
 ) -> Pruning:
+    """Keeps the first of each order, in layout stock equally many of each routing group."""
     edits, fillers, n_active = {}, {}, {}
     for order, n_keep, block, count_E in zip(orders, n_keeps, blocks, counts, strict=True):
-        keep = _first(order, n_keep, block, named.layout)
+        n_groups = block.groups if LAYOUTS[named.layout].needs_equal_counts else 1
+        size = block.experts // n_groups
+        groups = [[e for e in order if e // size == g] for g in range(n_groups)]
+        keep = tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))
         edits[block.name] = BlockEdit(keep=keep)
         fillers[block.name] = tuple(e for e in keep if count_E[e] == 0)
         n_active[block.name] = int((count_E > 0).sum())
     validate_edits(edits, blocks, named.layout)
-    return Pruning(replace(named, edits=edits), n_active, fillers)
-
-
-def _first(order: list[int], n_keep: int, block: BlockInfo, layout: Layout) -> tuple[int, ...]:
-    """The first of the order, in layout stock equally many of each routing group, sorted by id."""
-    n_groups = block.groups if LAYOUTS[layout].needs_equal_counts else 1
-    size = block.experts // n_groups
-    groups = [[e for e in order if e // size == g] for g in range(n_groups)]
-    return tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))
+    return Pruning(replace(named, edits=edits, numbers=numbers), n_active, fillers)
 
 
 @dataclass(frozen=True)
@@ -397,7 +391,7 @@ def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[Re
     """What the removal of experts would touch, block by block."""
     chosen_NLK = profile.array("chosen_NLK")
     tokens_LE, weight_LE = profile.token_sum("tokens"), profile.token_sum("weight")
-    found = []
+    traffic = []
     for layer, block in enumerate(profile.info.model.blocks):
         removed = list(edits[block.name].removed(block.experts))
         hit_N = np.isin(chosen_NLK[:, layer], removed).any(axis=1)
@@ -405,5 +399,5 @@ def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[Re
         if tokens_LE is not None and weight_LE is not None:
             n_used = int((tokens_LE[layer, removed] > 0).sum())
             mass = float(weight_LE[layer, removed].sum() / weight_LE[layer].sum())
-        found.append(RemovedTraffic(block.name, len(removed), int(hit_N.sum()), n_used, mass))
-    return found
+        traffic.append(RemovedTraffic(block.name, len(removed), int(hit_N.sum()), n_used, mass))
+    return traffic

@@ -20,7 +20,6 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import (
     ChosenOn,
     EditPlan,
-    ExpertIds,
     PlanFile,
     hashes_sha256,
     inherited_hashes,
@@ -119,16 +118,10 @@ class Questions:
         return f"nothing judges it: all {n:,} {quiz.split} questions of {quiz.id} had a part in it"
 
 
-@dataclass(frozen=True)
-class Choosing:
-    """The profile that chooses, whole or without a held-out part; and messages."""
-
-    profile: Profile
-    notes: tuple[str, ...] = ()
-
-
-def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosing:
-    """Four fifths of a quiz with one set of questions, else the whole profile.
+def choosing_profile(
+    profile: Profile, held_out: float | None = None
+) -> tuple[Profile, tuple[str, ...]]:
+    """Four fifths of a quiz with one set of questions, else the whole profile; and messages.
 
     The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
     split can be held out.
@@ -143,10 +136,10 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosin
     if held_out == 0:
         whole = Profile(profile.path, profile.info, profile.truncate)
         whole.holds_out = False
-        return Choosing(whole)
+        return whole, ()
     quiz = profiled_quiz(profile)
     if not is_one_set(quiz):
-        return Choosing(profile)
+        return profile, ()
     held = {(q.subject, q.row) for q in quiz if is_held_out(q)}
     if not 0 < len(held) < len(quiz):
         raise QuizError(
@@ -164,7 +157,7 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosin
             f"{profile.path} does not keep the sums of a fifth of its questions apart, so all of "
             "them choose and nothing judges: profile again to hold a fifth out"
         )
-    return Choosing(profile, (note,))
+    return profile, (note,)
 
 
 @once_per_profile
@@ -230,8 +223,8 @@ def n_used(quiz: Quiz, lines: frozenset[str]) -> int:
 def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanFile:
     """The plan with its provenance, without held-out results."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
-    fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
-    numbers, rules = draft.numbers or ExpertIds(), LAYOUTS[draft.layout]
+    fitted = questions.tuning if draft.is_fitting else None
+    rules = LAYOUTS[draft.layout]
     is_merging = any(edit.merged for edit in draft.edits.values())
     model, folder = plan_model(profile.info.model), model_folder(profile)
     if folder is not None:
@@ -255,7 +248,7 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
             sha256=hashes_sha256(used_hashes(draft, questions)),
         ),
         tuning=draft.tuning,
-        blocks={name: numbers.named(name, edit) for name, edit in draft.edits.items()},
+        blocks={name: draft.numbers.named(name, edit) for name, edit in draft.edits.items()},
     )
 
 

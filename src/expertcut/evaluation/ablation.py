@@ -232,7 +232,7 @@ class Auditing:
                 )
         source = profiled_source(profile)
         check_layout(source, layout, is_cutting=True)
-        is_fitting = any(CRITERIA[by].is_calibrated for by in self.by)
+        is_fitting = any(CRITERIA[by].needs == "calibration" for by in self.by)
         questions = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
         self.quiz = judges_or_fifth(questions, settings.questions)
         used = hashes(questions.profiled) | questions.inherited
