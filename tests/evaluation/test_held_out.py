@@ -321,7 +321,7 @@ def test_a_profile_without_sums_of_the_fifth_chooses_on_all_and_nothing_judges(
     ]
     found, notes = choosing_profile(older)
     assert found is older and "profile again to hold a fifth out" in notes[0]
-    questions = questions_for(found.profile, is_fitting=False)
+    questions = questions_for(found, is_fitting=False)
     assert not len(questions.held_out) and "nothing judges it" in questions.why_unjudged
 
 

@@ -47,11 +47,6 @@ class Criterion:
     aliases: tuple[str, ...]
 
     @property
-    def formula(self) -> str:
-        """The first line of the function's docstring."""
-        return (self.function.__doc__ or "").strip().partition("\n")[0]
-
-    @property
     def default_positions(self) -> Positions:
         """The first of its positions; "all" where it looks at none."""
         return self.positions[0] if self.positions else "all"

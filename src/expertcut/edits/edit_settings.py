@@ -125,16 +125,6 @@ class CutSettings(Settings):
 
         return positions_of(self.by, self.positions)
 
-    @property
-    def fill(self) -> Removed:
-        """The output of a removed expert in layout exact."""
-        return self.removed or "zero"
-
-    @property
-    def rescale(self) -> Fold:
-        """The tokens over which layout stock rescales gate weights."""
-        return self.fold or "answer"
-
     def check(self) -> None:
         """Refuses options that do not go together, with a SettingsError."""
         numbers = (self.keep, self.keep_fraction, self.sparsity, self.max_bytes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -37,22 +36,20 @@ class LayoutRules:
         return 1 if self.keeps_rows else max(2, block.top_k)
 
 
-LAYOUTS: Mapping[Layout, LayoutRules] = MappingProxyType(
-    {
-        "stock": LayoutRules(
-            removal="reroute",
-            keeps_rows=False,
-            needs_equal_counts=True,
-            fits_biases=True,
-            options=frozenset({"fold"}),
-        ),
-        "exact": LayoutRules(
-            removal="constant",
-            keeps_rows=True,
-            needs_equal_counts=False,
-            fits_biases=False,
-            options=frozenset({"removed"}),
-            mark="exact",
-        ),
-    }
-)
+LAYOUTS: Mapping[Layout, LayoutRules] = {
+    "stock": LayoutRules(
+        removal="reroute",
+        keeps_rows=False,
+        needs_equal_counts=True,
+        fits_biases=True,
+        options=frozenset({"fold"}),
+    ),
+    "exact": LayoutRules(
+        removal="constant",
+        keeps_rows=True,
+        needs_equal_counts=False,
+        fits_biases=False,
+        options=frozenset({"removed"}),
+        mark="exact",
+    ),
+}

@@ -354,7 +354,7 @@ def _mean_logit(logits_TE: Tensor, shares: Mapping[int, float]) -> Tensor:
 
 
 class _RowSums:
-    """Sums for the regression of one layer, and of selection scores."""
+    """Sums of one layer for the regression of rows, and of selection scores."""
 
     def __init__(self, block: MoeBlock, merged: Mapping[int, Mapping[int, float]]) -> None:
         self.block, self.merged = block, merged
@@ -375,20 +375,17 @@ class _RowSums:
         self.outer_DD = self.outer_DD + h_TD.T @ h_TD
         self.rest_G = self.rest_G + rest_TG.sum(dim=0)
         self.cross_DG = self.cross_DG + h_TD.T @ rest_TG
-        if self.selection_E is not None:
-            self._add_scores(routing, target_TG, self.selection_E)
-
-    def _add_scores(self, routing: Routing, target_TG: Tensor, selection_E: Tensor) -> None:
-        """Adds the best member's score minus the group's α, for tokens routed to a member."""
-        block, logits_TE = self.block, routing.logits_TE.double()
-        alpha_TE = block.alpha(routing.logits_TE).double()
+        if self.selection_E is None:
+            return
+        # The best member's score minus the group's α, for tokens routed to a member.
+        block, alpha_TE = self.block, self.block.alpha(routing.logits_TE).double()
         if block.selection == "logits":
             alpha_TE, mass_TG = logits_TE, target_TG
         elif block.scoring != "softmax":
             mass_TG = SCORES[block.scoring](target_TG)
         else:
             mass_TG = (target_TG - logits_TE.logsumexp(dim=1, keepdim=True)).exp()
-        score_TE = alpha_TE + selection_E
+        score_TE = alpha_TE + self.selection_E
         chosen_TE = torch.zeros_like(alpha_TE).scatter(1, routing.experts_TK, 1.0)
         members = [list(shares) for shares in self.merged.values()]
         chosen_TG = torch.stack([chosen_TE[:, ids].amax(dim=1) for ids in members], dim=1)
@@ -397,7 +394,16 @@ class _RowSums:
         self.n_chosen_G = self.n_chosen_G + chosen_TG.sum(dim=0)
 
     def rows(self) -> Rows:
-        added_DG, offset_G = self._regression()
+        """By ridge regression, with an intercept if the router has a bias."""
+        n = self.n_tokens
+        outer_DD, cross_DG = self.outer_DD / n, self.cross_DG / n
+        mean_D, rest_G = self.input_D / n, self.rest_G / n
+        if self.has_bias:
+            outer_DD = outer_DD - torch.outer(mean_D, mean_D)
+            cross_DG = cross_DG - torch.outer(mean_D, rest_G)
+        ridge = _RIDGE * outer_DD.diagonal().mean()
+        added_DG = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), cross_DG)
+        offset_G = rest_G - mean_D @ added_DG
         offsets, selection = {}, {}
         for group, (expert, shares) in enumerate(self.merged.items()):
             if self.has_bias:
@@ -408,15 +414,3 @@ class _RowSums:
                 selection[expert] = score / n_chosen if n_chosen else largest
         added = {expert: added_DG[:, group] for group, expert in enumerate(self.merged)}
         return Rows(self.merged, added, offsets, selection)
-
-    def _regression(self) -> tuple[Tensor, Tensor]:
-        """Ridge regression, with an intercept if the router has a bias."""
-        n = self.n_tokens
-        outer_DD, cross_DG = self.outer_DD / n, self.cross_DG / n
-        mean_D, rest_G = self.input_D / n, self.rest_G / n
-        if self.has_bias:
-            outer_DD = outer_DD - torch.outer(mean_D, mean_D)
-            cross_DG = cross_DG - torch.outer(mean_D, rest_G)
-        ridge = _RIDGE * outer_DD.diagonal().mean()
-        added_DG = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), cross_DG)
-        return added_DG, rest_G - mean_D @ added_DG

@@ -315,22 +315,21 @@ def expert_ids(profile: Profile) -> ExpertIds:
     return ExpertIds(rows, constant)
 
 
-def find_expert(
-    blocks: Sequence[tuple[str, int]], layer: int, expert: int, numbers: ExpertIds
-) -> tuple[int, int]:
-    """The layer and router row of an expert id, or PlanError; blocks are names and counts."""
+def find_row(profile: Profile, layer: int, expert: int) -> int:
+    """The router row of an expert id, or PlanError."""
+    blocks = profile.info.model.blocks
     if layer >= len(blocks):
         raise PlanError(
             f"no layer {layer}: the model has MoE layers 0 to {len(blocks) - 1} "
             "(layers are counted from 0)"
         )
-    name, n_experts = blocks[layer]
-    rows = tuple(range(n_experts))
+    name, rows = blocks[layer].name, tuple(range(blocks[layer].experts))
+    numbers = expert_ids(profile)
     kept = numbers.kept(name, rows)
     if expert in kept:
-        return layer, numbers.rows.get(name, rows).index(expert)
+        return numbers.rows.get(name, rows).index(expert)
     if kept == rows:
-        raise PlanError(f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}")
+        raise PlanError(f"no expert {expert} in layer {layer}: it has experts 0 to {rows[-1]}")
     raise PlanError(
         f"expert {expert} of layer {layer} is not in this pruned model: "
         f"there it keeps {ids_text(kept)}, name one of these"

@@ -10,7 +10,7 @@ import numpy as np
 
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
-from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_expert, ids_text
+from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_row, ids_text
 from expertcut.edits.reweight_select import (
     MIN_APPEARANCES,
     SCORES,
@@ -282,20 +282,18 @@ def _targets(
     profile: Profile, boost: Sequence[str], suppress: Sequence[str] = (), what: str = "bias"
 ) -> list[tuple[LayerStatistics, SelectedExpert, Target]]:
     """Layer (default: the last), router row and target of each expression."""
-    numbers, layers = expert_ids(profile), profile.layers
-    blocks = [(layer.block, layer.n_experts) for layer in layers]
-    found: dict[str, tuple[LayerStatistics, SelectedExpert, Target]] = {}
+    layers = profile.layers
+    targets: dict[str, tuple[LayerStatistics, SelectedExpert, Target]] = {}
     for sign, text in [*((+1, text) for text in boost), *((-1, text) for text in suppress)]:
         target = parse_target(text, what)
         index = len(layers) - 1 if target.layer is None else target.layer
-        index, row = find_expert(blocks, index, target.expert, numbers)
-        name = f"{index}:{target.expert}"
-        if name in found:
+        row, name = find_row(profile, index, target.expert), f"{index}:{target.expert}"
+        if name in targets:
             raise PlanError(f"expert {name} is named twice: name it once")
         if what == "bias" and sign > 0 and (target.strength or 0) < 0:
             raise PlanError(f"--boost {name}={target.strength:g}: use --suppress")
-        found[name] = (layers[index], SelectedExpert(index, row, sign), target)
-    return list(found.values())
+        targets[name] = (layers[index], SelectedExpert(index, row, sign), target)
+    return list(targets.values())
 
 
 def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:

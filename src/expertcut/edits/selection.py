@@ -16,7 +16,7 @@ from expertcut.edits.plan import (
     ExpertIds,
     check_count,
     expert_ids,
-    find_expert,
+    find_row,
     least_per_group,
     validate_edits,
 )
@@ -44,11 +44,6 @@ class Protection:
         """All that stay, per layer."""
         return [(*own, *named) for own, named in zip(self.supers, self.named, strict=True)]
 
-    def first(self, orders: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Orders of all layers' experts, those that were named first, then super experts."""
-        layers = zip(orders, self.supers, self.named, strict=True)
-        return [protected(protected(order, own), named) for order, own, named in layers]
-
     def spared(
         self, edits: Mapping[str, BlockEdit], plain: Mapping[str, BlockEdit]
     ) -> dict[str, tuple[int, ...]]:
@@ -58,15 +53,6 @@ class Protection:
             block: tuple(e for e in edit.keep if e in ids and e not in plain[block].keep)
             for (block, edit), ids in blocks
         }
-
-    def check(self, edits: Mapping[str, BlockEdit]) -> None:
-        """Raises a PlanError unless all that were named stay."""
-        for (block, edit), named in zip(edits.items(), self.named, strict=True):
-            if not set(named) <= set(edit.keep):
-                raise PlanError(
-                    f"{block} keeps {len(edit.keep)} experts, too few for the {len(named)} that "
-                    "--protect names there: keep more or protect fewer"
-                )
 
 
 def expressions_of(expressions: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
@@ -80,17 +66,16 @@ def expressions_of(expressions: Sequence[str], *, is_super: bool) -> tuple[str, 
 
 def protection(profile: Profile, expressions: Sequence[str]) -> Protection:
     """What `super` and `L:E` (expert E of layer L) protect; SettingsError for other expressions."""
-    blocks = [(b.name, b.experts) for b in profile.info.model.blocks]
-    named: list[list[int]] = [[] for _ in blocks]
+    named: list[list[int]] = [[] for _ in profile.info.model.blocks]
     for text in expressions:
         if match := _EXPERT.fullmatch(text.strip()):
-            layer, row = find_expert(blocks, int(match[1]), int(match[2]), expert_ids(profile))
-            named[layer].append(row)
+            row = find_row(profile, int(match[1]), int(match[2]))
+            named[int(match[1])].append(row)
         elif text != SUPER:
             raise SettingsError(
                 f"--protect {text} names no expert: write super, none or L:E, as in 3:12"
             )
-    supers = super_experts(profile) if SUPER in expressions else [()] * len(blocks)
+    supers = super_experts(profile) if SUPER in expressions else [()] * len(named)
     return Protection(tuple(supers), tuple(tuple(dict.fromkeys(own)) for own in named))
 
 
@@ -122,11 +107,12 @@ def protected(order: Sequence[int], ids: Collection[int]) -> list[int]:
 
 def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -> EditPlan:
     """A draft without edits, named after what makes it differ from the usual."""
-    unusual = {"all": settings.at, "exact": settings.layout, "mean": settings.fill}
+    removed, fold = settings.removed or "zero", settings.fold or "answer"
+    unusual = {"all": settings.at, "exact": settings.layout, "mean": removed}
     usual = positions_of(settings.by, None)
     marks = "".join(f"-{m}" for m, value in unusual.items() if value == m != usual)
-    if "fold" in LAYOUTS[settings.layout].options and settings.rescale != "answer":
-        marks += f"-fold-{settings.rescale}"
+    if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
+        marks += f"-fold-{fold}"
     return EditPlan(
         f"{slug}{marks}",
         action,
@@ -134,8 +120,8 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
         settings.at,
         edits={},
         layout=settings.layout,
-        removed=settings.fill,
-        fold=settings.rescale,
+        removed=removed,
+        fold=fold,
         is_cut=True,
         is_calibrated=CRITERIA[settings.by].needs == "calibration",
     )
@@ -300,10 +286,10 @@ def cut(ranking: Ranking, n_keep: int) -> Pruning:
     if settings.budget == "global":
         n_experts = sum(block.experts for block in blocks)
         action = f"prune --budget global ({n_keep} of {n_experts} experts)"
-        named = empty_draft(settings, f"keep-{n_keep}-global-{name}", action, name)
+        draft = empty_draft(settings, f"keep-{n_keep}-global-{name}", action, name)
     else:
         check_count(blocks, n_keep, settings.layout)
-        named = empty_draft(settings, f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
+        draft = empty_draft(settings, f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
 
     def prune(orders: Sequence[list[int]], first: Sequence[tuple[int, ...]]) -> Pruning:
         n_keeps = [n_keep] * len(blocks)
@@ -311,11 +297,17 @@ def cut(ranking: Ranking, n_keep: int) -> Pruning:
             least = floors(blocks, settings.min_keep)
             by_score = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
             n_keeps = share_out(n_keep, ranking.scores, by_score, first, least)
-        return _prune(n_keeps, orders, ranking.counts, blocks, named, ranking.numbers)
+        return _prune(n_keeps, orders, ranking.counts, blocks, draft, ranking.numbers)
 
     plain = prune(ranking.orders, [()] * len(blocks))
-    pruning = prune(stay.first(ranking.orders), stay.ids)
-    stay.check(pruning.draft.edits)
+    layers = zip(ranking.orders, stay.supers, stay.named, strict=True)
+    pruning = prune([protected(protected(o, own), named) for o, own, named in layers], stay.ids)
+    for (block, edit), named in zip(pruning.draft.edits.items(), stay.named, strict=True):
+        if not set(named) <= set(edit.keep):
+            raise PlanError(
+                f"{block} keeps {len(edit.keep)} experts, too few for the {len(named)} that "
+                "--protect names there: keep more or protect fewer"
+            )
     return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
@@ -342,8 +334,8 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
         orders.append(ranked(above_E + fill_E, layer.alpha_mean_E))
     if LAYOUTS[settings.layout].needs_equal_counts:
         n_keeps = [most] * len(blocks)
-    named = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
-    pruning = _prune(n_keeps, orders, counts, blocks, named, expert_ids(profile))
+    draft = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
+    pruning = _prune(n_keeps, orders, counts, blocks, draft, expert_ids(profile))
     if not settings.protect:
         return pruning
     plain = keep_active(profile, settings.completed(protect=[]))
@@ -355,21 +347,21 @@ def _prune(
     orders: Sequence[list[int]],
     counts: Sequence[Array],
     blocks: Sequence[BlockInfo],
-    named: EditPlan,
+    draft: EditPlan,
     numbers: ExpertIds,
 ) -> Pruning:
     """Keeps the first of each order, in layout stock equally many of each routing group."""
     edits, fillers, n_active = {}, {}, {}
     for order, n_keep, block, count_E in zip(orders, n_keeps, blocks, counts, strict=True):
-        n_groups = block.groups if LAYOUTS[named.layout].needs_equal_counts else 1
+        n_groups = block.groups if LAYOUTS[draft.layout].needs_equal_counts else 1
         size = block.experts // n_groups
         groups = [[e for e in order if e // size == g] for g in range(n_groups)]
         keep = tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))
         edits[block.name] = BlockEdit(keep=keep)
         fillers[block.name] = tuple(e for e in keep if count_E[e] == 0)
         n_active[block.name] = int((count_E > 0).sum())
-    validate_edits(edits, blocks, named.layout)
-    return Pruning(replace(named, edits=edits, numbers=numbers), n_active, fillers)
+    validate_edits(edits, blocks, draft.layout)
+    return Pruning(replace(draft, edits=edits, numbers=numbers), n_active, fillers)
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ class Sweeping:
         self.subjects = [question.subject for question in asking.quiz]
         overlap = n_used(asking.quiz, used)
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
-        self.found = Sweep(asked=self._request(), chosen_on=chosen_on)
+        self.found = Sweep(asked=self._request(drafts[0]), chosen_on=chosen_on)
 
-    def _request(self) -> SweepRequest:
+    def _request(self, draft: EditPlan) -> SweepRequest:
         grid, settings = self.grid, self.settings
         is_part, options = isinstance(self.profile, ProfilePart), LAYOUTS[settings.layout].options
         return SweepRequest(
@@ -93,8 +93,8 @@ class Sweeping:
             by=grid.by,
             fractions=grid.fractions,
             **settings.model_dump(include={"budget", "min_keep", "positions", "layout", "seed"}),
-            removed=settings.fill if "removed" in options else None,
-            fold=settings.rescale if "fold" in options else None,
+            removed=draft.removed if "removed" in options else None,
+            fold=draft.fold if "fold" in options else None,
             protect=tuple(settings.protect),
             chosen_by=len(self.profile.subjects()) if is_part else None,
         )
