@@ -39,12 +39,9 @@ _SCRATCH_BYTES = 64 << 20
 
 
 def collect_routing(
-    engine: Engine,
-    quiz: Quiz,
-    layers: Collection[int],
-    on_routing: Callable[[Routing, Tensor], None],
+    engine: Engine, quiz: Quiz, layers: Collection[int], see: Callable[[Routing, Tensor], None]
 ) -> None:
-    """Calls back with each router's pass and which of its T tokens are answer positions.
+    """Calls `see` with each router's pass and which of its T tokens are answer positions.
 
     Tensors are on the CPU. A prefix that questions share is seen once.
     """
@@ -57,7 +54,7 @@ def collect_routing(
         valid_T = slice(None) if step.valid_T is None else step.valid_T
         names = ("input_TD", "logits_TE", "weights_TK", "experts_TK")
         tensors = {name: getattr(routing, name).cpu()[valid_T] for name in names}
-        on_routing(replace(routing, **tensors), is_answer_T[valid_T])
+        see(replace(routing, **tensors), is_answer_T[valid_T])
 
     blocks = [block for block in engine.moe.blocks if block.layer in layers]
     with observe_routers(blocks, observe):
@@ -175,10 +172,7 @@ def _fit(layer: int, pairs: Sequence[tuple[Tensor, Tensor]], apply_at: ApplyAt) 
 def rescaling_at_answers(
     profile: Profile, edits: Mapping[str, BlockEdit], left_out: Collection[tuple[str, int]] = ()
 ) -> dict[int, Array]:
-    """Factors (kept,) per layer that needs them, from a profile's answer positions.
-
-    Questions in `left_out` (subject and row) are held out.
-    """
+    """Factors (kept,) per layer that needs them, from answer positions not in `left_out`."""
     names = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
     is_used_N = np.array([name not in left_out for name in names])
     alpha_NLE = profile.array("alpha_NLE")[is_used_N]
@@ -310,8 +304,8 @@ def sample_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     by_inputs = KEPT_BYTES // (len(blocks) * width * engine.moe.dtype.itemsize)
     by_grams = KEPT_BYTES // (n_experts**2 * 8)
     reservoir = _Reservoir(max(1, min(MOST_TOKENS, by_inputs, by_grams)))
-    layers = {block.layer for block in blocks}
-    collect_routing(engine, round_robin(quiz, CALIBRATION_QUESTIONS), layers, reservoir.add)
+    few, layers = round_robin(quiz, CALIBRATION_QUESTIONS), {block.layer for block in blocks}
+    collect_routing(engine, few, layers, reservoir.add)
     return reservoir.kept
 
 
@@ -344,15 +338,14 @@ class _Reservoir:
 
 def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
     """Inner products (R, E, E) of all experts' contributions to the block's output, float64."""
-    n_rows, n_experts = len(x_RD), block.n_experts
-    device = next(block.experts.parameters()).device
     forward = own_forward(block.experts)
-    rows = own_RD.to(device)
+    device = next(block.experts.parameters()).device
+    rows, n_rows = own_RD.to(device), len(x_RD)
     # A projection follows experts of another width.
     is_projected = own_RD.shape[1] != x_RD.shape[1]
     nothing_RD = _given(block, x_RD, torch.zeros_like(rows)) if is_projected else torch.zeros(())
     outputs = []
-    for expert in range(n_experts):
+    for expert in range(block.n_experts):
         chosen_R1 = torch.full((n_rows, 1), expert, device=device)
         output_RD = forward(rows, chosen_R1, rows.new_ones(n_rows, 1))
         if is_projected:

@@ -25,7 +25,7 @@ from expertcut.edits.reweight_select import (
     stored_selection,
     token_scores,
 )
-from expertcut.edits.splits import held_out_quiz, profiled_quiz
+from expertcut.edits.splits import held_out_quiz
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile, ProfilePart
@@ -163,9 +163,8 @@ class _Search:
     """
 
     def __init__(self, records: QuestionOutcomes, is_used_N: Array, ask: Ask) -> None:
-        self.ask = ask
+        self.ask, self.is_used_N = ask, is_used_N
         self.used = records.part(is_used_N)
-        self.is_used_N = is_used_N
         self.base_N = self.used.is_correct_N
         self.best: tuple[RouterEdit, ...] = ()
         self.most_right = int(self.base_N.sum())
@@ -221,7 +220,7 @@ def firsts(picks: Sequence[SelectedExpert], n_named: int) -> Iterator[tuple[Sele
     by_sign = [[p for p in others if p.sign == sign] for sign in (+1, -1)]
     most, count = max(map(len, by_sign)), 1
     while count < most:
-        yield (*named, *(p for found in by_sign for p in found[:count]))
+        yield (*named, *(pick for own in by_sign for pick in own[:count]))
         count *= 2
     yield (*named, *others)
 
@@ -435,17 +434,10 @@ def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Proc
 
 def read_layers(text: str | None) -> tuple[int, ...]:
     """`0,3,8-15` as numbers. Raises SettingsError: another form."""
-    found: list[int] = []
+    layers: list[int] = []
     for part in text.split(",") if text is not None else ():
         first, _, last = part.strip().partition("-")
         if not _LAYERS.fullmatch(part.strip()):
             raise SettingsError(f"--layers: {part[:80]!r} is not a layer: write them as 0,3,8-15")
-        found += range(int(first), int(last or first) + 1)
-    return tuple(dict.fromkeys(found))
-
-
-def settled_on_profile(profile: Profile, procedure: Procedure) -> Settled:
-    """Experts and strengths from the profile alone."""
-    records = QuestionOutcomes.of(profile, profiled_quiz(profile))
-    procedure.check(records)
-    return Settled(procedure.untuned(records, procedure.pick(records)))
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(layers))

@@ -112,10 +112,9 @@ class Questions:
     @property
     def why_unjudged(self) -> str:
         """Why `held_out` is empty, in words; else empty."""
-        if len(self.held_out):
-            return ""
         quiz, n = self.tuning, len(self.tuning)
-        return f"nothing judges it: all {n:,} {quiz.split} questions of {quiz.id} had a part in it"
+        why = f"nothing judges it: all {n:,} {quiz.split} questions of {quiz.id} had a part in it"
+        return "" if len(self.held_out) else why
 
 
 def choosing_profile(
@@ -181,7 +180,6 @@ def questions_for(
     profiled, inherited = profiled_quiz(profile), inherited_hashes(profile) | used
 
     def judged_on(quiz: Quiz) -> Quiz:
-        """256 of the questions that are not used, or of all if each is used."""
         unused = without(quiz, inherited)
         return round_robin(unused if len(unused) else quiz, n_held_out)
 
@@ -190,10 +188,8 @@ def questions_for(
     tuning = profiled
     if is_fitting and profiled.split == "test":
         tuning = other_split(profiled, "val", profiled) or profiled
-    asked = {profiled.split, tuning.split}
-    for split in (s for s in JUDGING if s not in asked):
-        other = other_split(profiled, split, profiled, tuning)
-        if other is not None:
+    for split in (s for s in JUDGING if s not in (profiled.split, tuning.split)):
+        if (other := other_split(profiled, split, profiled, tuning)) is not None:
             return Questions(profiled, tuning, judged_on(other), inherited)
     if tuning is profiled or not profile.holds_out:
         return Questions(profiled, tuning, replace_questions(profiled, {}), inherited)
@@ -205,13 +201,6 @@ def questions_for(
             f"{tuning.split}: add some, or fit on all of them with --held-out 0"
         )
     return Questions(profiled, kept, held_out, inherited)
-
-
-def judges_or_fifth(questions: Questions, n: int) -> Quiz:
-    """The held-out questions, else a fifth of the tuning questions."""
-    if len(questions.held_out):
-        return questions.held_out
-    return round_robin(fifth_of(questions.tuning), n)
 
 
 def n_used(quiz: Quiz, lines: frozenset[str]) -> int:
@@ -226,8 +215,8 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
     fitted = questions.tuning if draft.is_fitting else None
     rules = LAYOUTS[draft.layout]
     is_merging = any(edit.merged for edit in draft.edits.values())
-    model, folder = plan_model(profile.info.model), model_folder(profile)
-    if folder is not None:
+    model = plan_model(profile.info.model)
+    if (folder := model_folder(profile)) is not None:
         model = model.model_copy(update={"id": absolute_id(str(folder), None)})
     return PlanFile(
         model=model,

@@ -26,10 +26,9 @@ from expertcut.edits.router_edits import (
     procedure_of,
     reweight_draft,
     scalings,
-    settled_on_profile,
     tilts,
 )
-from expertcut.edits.splits import questions_for
+from expertcut.edits.splits import profiled_quiz, questions_for
 from expertcut.evaluation.cross_fit import (
     Biases,
     CrossFitResult,
@@ -240,7 +239,12 @@ def chosen(
     profile: Profile, settings: ReweightSettings, procedure: Procedure, decision: Decision | None
 ) -> Tilted:
     """The edit of a decision, or without one the choice on the profile's own questions."""
-    settled = decision.settled if decision else settled_on_profile(profile, procedure)
+    if decision is None:
+        records = QuestionOutcomes.of(profile, profiled_quiz(profile))
+        procedure.check(records)
+        settled = Settled(procedure.untuned(records, procedure.pick(records)))
+    else:
+        settled = decision.settled
     beside = proof_file(decision.proof) if decision and decision.proof else {}
     if not settled.shifts:
         return Tilted(None, beside=beside)
