@@ -2,10 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from expertcut.profiling.schema import BlockInfo
+from typing import Literal
 
 Layout = Literal["stock", "exact"]
 Positions = Literal["answer", "all"]
@@ -27,13 +24,6 @@ class LayoutRules:
     fits_biases: bool  # as directions in the router's rows, at chosen positions
     options: frozenset[str]
     mark: str = ""
-
-    def least_experts(self, block: "BlockInfo") -> int:
-        """The fewest that may stay.
-
-        A router without the removed rows needs K, and a model of one expert cannot be loaded again.
-        """
-        return 1 if self.keeps_rows else max(2, block.top_k)
 
 
 LAYOUTS: Mapping[Layout, LayoutRules] = {

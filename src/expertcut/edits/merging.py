@@ -1,9 +1,10 @@
 """Merging: which experts become one, the order of their neurons, and the row of their router."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from expertcut.edits.edit_settings import MergeSettings, RouterRow
 from expertcut.edits.plan import BlockEdit, EditPlan, check_count, expert_ids, validate_edits
 from expertcut.errors import ContractError, ProfileError
 from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
+from expertcut.models.kernels import Own
 from expertcut.models.moe_block import SCORES, MoeBlock
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
@@ -204,25 +206,20 @@ def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     n_tokens = Counter[int]()
     current = deque[Pass](maxlen=1)
 
-    def watched(block: MoeBlock) -> Callable[..., Tensor]:
-        forward, own = own_forward(block.experts), own_expert(block)
-
-        def run(x_TD: Tensor, *args: Tensor) -> Tensor:
-            flat_TD, valid_T = x_TD.reshape(-1, x_TD.shape[-1]), current[0].valid_T
-            if valid_T is not None:
-                flat_TD = flat_TD[valid_T.to(x_TD.device)]
-            outputs = [own(e, flat_TD).double().sum(dim=0) for e in range(block.n_experts)]
-            total_ED = torch.stack(outputs).cpu()
-            totals[block.layer] = totals.get(block.layer, torch.zeros(())) + total_ED
-            n_tokens[block.layer] += len(flat_TD)
-            y_TD: Tensor = forward(x_TD, *args)
-            return y_TD
-
-        return run
+    def run(block: MoeBlock, own: Own, forward: Any, x_TD: Tensor, *args: Tensor) -> Any:
+        flat_TD, valid_T = x_TD.reshape(-1, x_TD.shape[-1]), current[0].valid_T
+        if valid_T is not None:
+            flat_TD = flat_TD[valid_T.to(x_TD.device)]
+        outputs = [own(e, flat_TD).double().sum(dim=0) for e in range(block.n_experts)]
+        total_ED = torch.stack(outputs).cpu()
+        totals[block.layer] = totals.get(block.layer, torch.zeros(())) + total_ED
+        n_tokens[block.layer] += len(flat_TD)
+        return forward(x_TD, *args)
 
     with ExitStack() as stack:
         for block in engine.moe.blocks:
-            stack.enter_context(replaced_forward(block.experts, watched(block)))
+            watched = partial(run, block, own_expert(block), own_forward(block.experts))
+            stack.enter_context(replaced_forward(block.experts, watched))
         ask(engine, quiz, current.append)
     return {layer: total_ED / n_tokens[layer] for layer, total_ED in totals.items()}
 

@@ -413,7 +413,7 @@ def validate_edits(
 def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> None:
     """Raises a PlanError unless every block can keep this number of experts."""
     for block in blocks:
-        least = LAYOUTS[layout].least_experts(block)
+        least = least_experts(block, layout)
         if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
@@ -427,27 +427,22 @@ def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> Non
 
 
 def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
-    name, n, n_kept, rules = block.name, block.experts, len(edit.keep), LAYOUTS[layout]
-    hashed = f"{name} chooses its experts by a table of token ids, so"
+    name, n, n_kept = block.name, block.experts, len(edit.keep)
     if block.is_hashed and (n_kept < n or edit.merged):
         yield (
-            f"{hashed} all {n} must stay, and one count holds for all layers of this family: "
-            "it cannot be cut"
-        )
-    if block.is_hashed and edit.bias:
-        yield (
-            f"{hashed} a bias changes no choice there: take an expert of another layer, or --scale"
+            f"{name} chooses its experts by a table of token ids, so all {n} must stay, and one "
+            "count holds for all layers of this family: it cannot be cut"
         )
     if outside := [e for e in edit.keep if not 0 <= e < n]:
         yield f"{name} keeps expert {outside[0]} but has experts 0 to {n - 1}"
-    if n_kept < (least := rules.least_experts(block)):
+    if n_kept < (least := least_experts(block, layout)):
         yield (
             f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
             f"keep at least {least}"
         )
     if unknown := set(edit.tilted) - set(edit.keep):
         yield f"{name}: expert {min(unknown)} has a bias or scale but is not kept"
-    if rules.needs_equal_counts and block.groups > 1 and n_kept < n:
+    if LAYOUTS[layout].needs_equal_counts and block.groups > 1 and n_kept < n:
         size, least = n // block.groups, least_per_group(block)
         per_group = [sum(e // size == g for e in edit.keep) for g in range(block.groups)]
         if len(set(per_group)) > 1 or per_group[0] < least:
@@ -455,6 +450,12 @@ def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
                 f"{name} routes in {block.groups} groups and keeps {per_group} of them: "
                 f"keep equally many in each, at least {least}"
             )
+
+
+def least_experts(block: BlockInfo, layout: Layout) -> int:
+    """The fewest experts that may stay."""
+    # A router without the removed rows needs K; a model of one expert cannot be loaded again.
+    return 1 if LAYOUTS[layout].keeps_rows else max(2, block.top_k)
 
 
 def least_per_group(block: BlockInfo) -> int:

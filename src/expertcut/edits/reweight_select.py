@@ -97,14 +97,9 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
 
     from expertcut.models.load import find_source  # with torch, which `show` does without
 
-    source = find_source(model.id, model.revision)
+    source, n, place = find_source(model.id, model.revision), block.experts, _number_in(block.name)
     tensors = source.even_quantized.tensors
-    own = [
-        name
-        for name, tensor in tensors.items()
-        if _decoder_layer(name) == _decoder_layer(block.name)
-        and math.prod(tensor.shape) == block.experts
-    ]
+    own = [k for k, t in tensors.items() if _number_in(k) == place and math.prod(t.shape) == n]
     found = [name for name in own if _SELECTION_BIAS.fullmatch(name)]
     # On disk some families call it by another name (DeepSeek-V4: ffn.gate.bias).
     found = found or [name for name in own if name.endswith("bias") and not is_unknown]
@@ -120,8 +115,8 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
     )
 
 
-def _decoder_layer(name: str) -> str | None:
-    """The last number in the name of a tensor that belongs to no single expert."""
+def _number_in(name: str) -> str | None:
+    """The last number in a name: the decoder layer of a tensor that belongs to no single expert."""
     return next((part for part in reversed(name.split(".")) if part.isdecimal()), None)
 
 
@@ -283,8 +278,7 @@ class Chooser:
         """Hash lines of further questions that rank the experts."""
         if self.contrast is None:
             return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
-        sides = (self.contrast.wanted, self.contrast.unwanted)
-        lines = [side.hash_N if side.line_N is None else side.line_N for side in sides]
+        lines = [side.hash_N if side.line_N is None else side.line_N for side in self.contrast]
         return frozenset(np.concatenate(lines).tolist())
 
     def check(self, records: QuestionOutcomes) -> None:
@@ -349,8 +343,7 @@ def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
     return tuple(float(score_LE[place]) for place in places(profile.info.model.blocks))
 
 
-@dataclass(frozen=True)
-class Contrast:
+class Contrast(NamedTuple):
     """Two sets of questions; an expert's score is how much more often the first activates it.
 
     The detection of SteerMoE (arXiv:2509.09660) and of Mixture of Tunable Experts
@@ -362,12 +355,12 @@ class Contrast:
 
     def scores(self, left_out: Collection[str] = ()) -> Array:
         """Difference of activation rates (X,), NaN where a side has no question left."""
-        rates = [appearances(side.less(left_out)) for side in (self.wanted, self.unwanted)]
-        return np.asarray(rates[0] - rates[1])
+        wanted_X, unwanted_X = (appearances(side.less(left_out)) for side in self)
+        return np.asarray(wanted_X - unwanted_X)
 
     def less(self, hashes: Collection[str]) -> "Contrast":
         """Without the questions of these overlap hashes; SettingsError if a side has no other."""
-        sides = (self.wanted.less(hashes), self.unwanted.less(hashes))
+        sides = [side.less(hashes) for side in self]
         if not all(map(len, sides)):
             raise SettingsError(
                 "--contrast: a side has only questions that are held out: name other parts, or "

@@ -17,6 +17,7 @@ from expertcut.edits.plan import (
     check_count,
     expert_ids,
     find_row,
+    least_experts,
     least_per_group,
     validate_edits,
 )
@@ -173,7 +174,7 @@ def counts(settings: CutSettings, blocks: Sequence[BlockInfo]) -> range:
 
 def _stock_count(block: BlockInfo, n_per_group: int) -> int:
     """The smallest count of layout stock that keeps this many experts of a routing group."""
-    least = LAYOUTS["stock"].least_experts(block) if block.groups == 1 else least_per_group(block)
+    least = least_experts(block, "stock") if block.groups == 1 else least_per_group(block)
     return max(n_per_group, least) * block.groups
 
 
