@@ -63,16 +63,12 @@ def collect_routing(
 
 @dataclass(frozen=True)
 class Fit:
-    """Fit of v·h on held-out questions: 1 − mean((target − v·h)²), as R² is undefined for target 1.
-
-    `quality` is over all fitted tokens, `quality_answer` over answer positions, where the target
-    is always 1; means and standard deviations are those of v·h.
-    """
+    """1 − mean((target − v·h)²) on held-out questions, as R² is undefined for a target of 1."""
 
     layer: int
-    quality: float
-    quality_answer: float
-    mean_answer: float
+    quality: float  # over all fitted tokens
+    quality_answer: float  # over answer positions, where the target is always 1
+    mean_answer: float  # of v·h, as the others below
     std_answer: float
     mean_elsewhere: float
     std_elsewhere: float

@@ -323,15 +323,12 @@ def positions_of(by: str, wanted: Positions | None) -> Positions:
 
 @dataclass(frozen=True)
 class Compared:
-    """The criteria that a profile alone can compute: scores and ranks (E,) per layer.
-
-    Rank 1 is kept longest. `left_out` gives the reason for each of the other criteria.
-    """
+    """The criteria that a profile alone can compute: scores and ranks (E,) per layer."""
 
     profile: Profile
     layers: Sequence[LayerStatistics]
     scores: Mapping[str, list[Array]]
-    left_out: Mapping[str, str]
+    left_out: Mapping[str, str]  # the other criteria, and why
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -340,7 +337,7 @@ class Compared:
 
     @cached_property
     def ranks(self) -> dict[str, list[Array]]:
-        """Places in the order of `ranked`."""
+        """Places in the order of `ranked`; 1 is kept longest."""
         return {
             name: [
                 np.argsort(ranked(score_E, layer.alpha_mean_E)) + 1

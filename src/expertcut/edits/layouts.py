@@ -12,18 +12,14 @@ Fold = Literal["answer", "all", "off"]  # tokens over which layout stock rescale
 
 @dataclass(frozen=True)
 class LayoutRules:
-    """`keeps_rows`: routers keep a row for each removed expert, which then gives a constant.
-
-    Otherwise the rows go, and no token is routed to a removed expert. `options` are those of
-    `prune` that belong to this layout alone; `mark` is its suffix in the names of outputs.
-    """
+    """What a layout allows, and what removing an expert means."""
 
     removal: Literal["reroute", "constant"]
-    keeps_rows: bool
+    keeps_rows: bool  # of removed experts, which give constants; else no token is routed to them
     needs_equal_counts: bool  # one number of experts for all layers, and for all routing groups
     fits_biases: bool  # as directions in the router's rows, at chosen positions
-    options: frozenset[str]
-    mark: str = ""
+    options: frozenset[str]  # of `prune` that belong to this layout alone
+    mark: str = ""  # suffix in the names of outputs
 
 
 LAYOUTS: Mapping[Layout, LayoutRules] = {

@@ -34,14 +34,11 @@ _TIE = 1e-5  # logits that are this close are equal but for rounding
 
 @dataclass(frozen=True)
 class Neurons:
-    """The axis of a tensor along which an expert's I neurons lie; None for a tensor without them.
-
-    With `n_parts` 2 gate and up lie in one tensor, one after the other, or alternating.
-    """
+    """The axis of a tensor along which an expert's I neurons lie; None if it has none."""
 
     axis: int | None
-    n_parts: int = 1
-    is_interleaved: bool = False
+    n_parts: int = 1  # 2 if gate and up lie in one tensor
+    is_interleaved: bool = False  # the parts alternate; else one follows the other
 
     def rows(self, tensor: Tensor) -> Tensor:
         """All weights of each neuron, (I, ·); (0, 0) for a tensor without neurons."""
@@ -83,14 +80,10 @@ def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Tokens of the experts of one block, and what a method measures of them.
-
-    `measured_EX` is from `logit_products` (E, E) for m_smoe, `mean_outputs_of_all` (E, D) for
-    hc_smoe.
-    """
+    """Tokens of the experts of one block, and what a method measures of them."""
 
     tokens_E: Array
-    measured_EX: Array
+    measured_EX: Array  # m_smoe: `logit_products` (E, E), hc_smoe: `mean_outputs_of_all` (E, D)
 
     def by_tokens(self, experts: Iterable[int]) -> list[int]:
         """Experts with most tokens first."""
@@ -236,18 +229,15 @@ def merge_draft(
 class Rows:
     """One layer's rows of merged experts, by the id of the dominant member.
 
-    Each is Σ share · row over `shares`, plus `added` (D,). `offsets` go to the router's own logit
-    bias, `selection` are selection biases, if the family has them.
-
     In a softmax gate a group's mass is Σ exp(logit) over its members, so its row should give the
     logarithm of that, which no linear row does. The fitted row is the members' mean row, by their
     shares, plus what a ridge regression on router inputs finds of the difference.
     """
 
-    shares: Mapping[int, Mapping[int, float]]
-    added: Mapping[int, Tensor] = field(default_factory=dict)
-    offsets: Mapping[int, float] = field(default_factory=dict)
-    selection: Mapping[int, float] = field(default_factory=dict)
+    shares: Mapping[int, Mapping[int, float]]  # of members: the row is Σ share · row
+    added: Mapping[int, Tensor] = field(default_factory=dict)  # (D,) to that sum
+    offsets: Mapping[int, float] = field(default_factory=dict)  # to the router's own logit bias
+    selection: Mapping[int, float] = field(default_factory=dict)  # biases, if the family has them
 
     def logits(self, routing: Routing) -> Tensor:
         """Their logits on router inputs, (T, groups) float64."""

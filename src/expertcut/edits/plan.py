@@ -32,17 +32,13 @@ Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
 class BlockEdit(Record):
-    """The edit of one block, by expert id.
-
-    `bias` is added to router logits, `scale` multiplies gate weights. `merged` gives for each
-    merged expert the shares of its members, itself included. In plan.json ids are those of the
-    first model, and `rows` gives the ids of the router's rows where earlier cuts changed them.
-    """
+    """The edit of one block, by expert id; in plan.json ids are those of the first model."""
 
     keep: tuple[Expert, ...]
-    bias: dict[Expert, FiniteFloat] = Field(default_factory=dict)
-    scale: dict[Expert, FiniteFloat] = Field(default_factory=dict)
-    rows: tuple[Expert, ...] | None = None
+    bias: dict[Expert, FiniteFloat] = Field(default_factory=dict)  # added to router logits
+    scale: dict[Expert, FiniteFloat] = Field(default_factory=dict)  # multiplies gate weights
+    rows: tuple[Expert, ...] | None = None  # ids of the router's rows, if earlier cuts changed them
+    # For each merged expert the shares of its members, itself included.
     merged: dict[Expert, dict[Expert, FiniteFloat]] | None = None
 
     @model_validator(mode="after")
@@ -126,13 +122,10 @@ class PlanFile(Record):
 
 @dataclass(frozen=True)
 class ExpertIds:
-    """By block name: the expert id of each router row, and rows whose experts are constants.
-
-    In other blocks row and id are the same and no expert is removed.
-    """
+    """Ids of the experts in router rows, by block name; in other blocks they equal the rows."""
 
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    constant: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    constant: Mapping[str, frozenset[int]] = field(default_factory=dict)  # rows of removed experts
 
     def number(self, block: str, row: int) -> int:
         """The id of the expert in a row."""
@@ -161,30 +154,23 @@ class ExpertIds:
 
 @dataclass(frozen=True)
 class EditPlan:
-    """A plan in memory, before anything is fitted or written.
+    """A plan in memory, before anything is fitted or written."""
 
-    `slug` names the outputs, `action` is the command in words. `removed` is for layout exact,
-    `fold` for layout stock; a bias acts at `apply_at`. `is_tuned`: chosen on the tuning questions
-    instead of the profile's; `is_calibrated`: on both. `tuning` is the curve of a search, `used`
-    are hash lines of other questions that were read. `edits` are by row of the profiled routers,
-    `numbers` maps rows to ids.
-    """
-
-    slug: str
-    action: str
+    slug: str  # names the outputs
+    action: str  # the command in words
     criterion: str
     positions: Positions
-    edits: Mapping[str, BlockEdit]
+    edits: Mapping[str, BlockEdit]  # by row of the profiled routers
     layout: Layout = "stock"
-    removed: Removed = "zero"
-    fold: Fold = "answer"
-    apply_at: Positions = "all"
+    removed: Removed = "zero"  # for layout exact
+    fold: Fold = "answer"  # for layout stock
+    apply_at: Positions = "all"  # of biases
     is_cut: bool = False
-    numbers: ExpertIds = ExpertIds()
-    is_tuned: bool = False
-    is_calibrated: bool = False
-    tuning: tuple[Point, ...] = ()
-    used: frozenset[str] = frozenset()
+    numbers: ExpertIds = ExpertIds()  # of the rows
+    is_tuned: bool = False  # chosen on the tuning questions instead of the profile's
+    is_calibrated: bool = False  # chosen on both
+    tuning: tuple[Point, ...] = ()  # the curve of a search
+    used: frozenset[str] = frozenset()  # hash lines of other questions that were read
 
     @property
     def blocks(self) -> Mapping[str, BlockEdit]:

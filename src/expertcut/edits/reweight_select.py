@@ -134,20 +134,17 @@ def no_default_strength(layer: int, expert: int, sign: int, gap: float) -> str:
 
 @dataclass(frozen=True)
 class QuestionOutcomes:
-    """N questions and the unedited model's answers and routing at their answer positions.
-
-    `hash_N` are overlap hashes, by which repeats are found, `line_N` both hashes of each.
-    """
+    """N questions and the unedited model's answers and routing at their answer positions."""
 
     blocks: tuple[BlockInfo, ...]
     subject_N: Array
-    hash_N: Array
+    hash_N: Array  # overlap hashes, by which repeats are found
     answer_N: Array
     logprob_NC: Array
     alpha_NLE: Array
     chosen_NLK: Array
     selection_of: Callable[[int], Array | None] = lambda layer: None  # the bias (E,) of a layer
-    line_N: Array | None = None
+    line_N: Array | None = None  # both hashes of each
 
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
@@ -220,21 +217,16 @@ class SelectedExpert(NamedTuple):
 
 @dataclass(frozen=True)
 class Chooser:
-    """How many of the best experts to boost and of the worst to suppress, and the score.
-
-    Candidates are routed to in at least a share `min_appearances` of the questions, lie in one of
-    `layers` (empty: any), and are not `constant` (layer, expert). A contrast takes the place of
-    `by`, and so do `fixed` scores (X,), which do not depend on the questions.
-    """
+    """How many of the best experts to boost and of the worst to suppress, and the score."""
 
     boost_best: int = 0
     suppress_worst: int = 0
     by: str = "difference"
-    min_appearances: float = MIN_APPEARANCES
-    layers: tuple[int, ...] = ()
-    contrast: "Contrast | None" = None
-    constant: tuple[tuple[int, int], ...] = ()
-    fixed: tuple[float, ...] | None = None
+    min_appearances: float = MIN_APPEARANCES  # share of the questions that route to a candidate
+    layers: tuple[int, ...] = ()  # of the candidates; empty: any
+    contrast: "Contrast | None" = None  # takes the place of `by`
+    constant: tuple[tuple[int, int], ...] = ()  # layer and expert of those that are no candidates
+    fixed: tuple[float, ...] | None = None  # scores (X,) for `by`, whatever the questions
 
     def scores(self, records: QuestionOutcomes, left_out: Collection[str] = ()) -> Array:
         """Score (X,) of every expert, NaN without one or for experts that are not candidates.

@@ -38,17 +38,14 @@ STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
 
 
 class RouterEdit(NamedTuple):
-    """A bias on the logit, or a factor on the gate weight, of the expert in a row of a router.
-
-    `block` is its block's name, `origin` says in words where the bias came from.
-    """
+    """A bias on the logit, or a factor on the gate weight, of the expert in a row of a router."""
 
     layer: int
     expert: int
     bias: float = 0.0
     scale: float = 1.0
-    block: str = ""
-    origin: str = ""
+    block: str = ""  # the block's name
+    origin: str = ""  # of the bias, in words
 
     @property
     def verb(self) -> str:
@@ -72,15 +69,11 @@ class Settled:
 
 @dataclass(frozen=True)
 class Procedure:
-    """A procedure that chooses experts and strengths, and can be repeated for cross-fitting.
+    """A procedure that chooses experts and strengths, and can be repeated for cross-fitting."""
 
-    `named` are chosen by hand, each with its strength or None; `chooser` adds to them. `strength`
-    is for experts without a strength of their own; None is the admission gap.
-    """
-
-    named: tuple[tuple[SelectedExpert, float | None], ...] = ()
-    chooser: Chooser = field(default_factory=Chooser)
-    strength: float | None = None
+    named: tuple[tuple[SelectedExpert, float | None], ...] = ()  # by hand, with any own strength
+    chooser: Chooser = field(default_factory=Chooser)  # adds to those
+    strength: float | None = None  # of experts without an own one; None is the admission gap
     is_tuned: bool = False
 
     def pick(

@@ -130,17 +130,14 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
 
 @dataclass(frozen=True)
 class Ranking:
-    """Every expert of a profile by a criterion: scores (E,) and ids, best first, by layer.
-
-    `orders` are the criterion's alone; `counts` say how often each expert was active.
-    """
+    """Every expert of a profile by a criterion: scores (E,) and ids, best first, by layer."""
 
     blocks: tuple[BlockInfo, ...]
     settings: CutSettings
     scores: tuple[Array, ...]
-    orders: tuple[list[int], ...]
+    orders: tuple[list[int], ...]  # by the criterion alone
     stay: Protection
-    counts: tuple[Array, ...]
+    counts: tuple[Array, ...]  # how often each expert was active
     numbers: ExpertIds
 
 
@@ -257,14 +254,12 @@ def share_out(
 
 @dataclass(frozen=True)
 class Pruning:
-    """The experts that stay, how many were active, and which idle ones fill up, by block.
-
-    `spared` would have gone but for their protection.
-    """
+    """The experts that stay, how many were active, and which idle ones fill up, by block."""
 
     draft: EditPlan
     n_active: dict[str, int]
     fillers: dict[str, tuple[int, ...]]
+    # These would have gone but for their protection.
     spared: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -367,17 +362,13 @@ def _prune(
 
 @dataclass(frozen=True)
 class RemovedTraffic:
-    """One block: `n_questions` chose a removed expert at the answer position.
-
-    Over every token, shots included: `n_used` of the removed experts were chosen somewhere, and
-    `mass` is their share of all gate weight. Both are None in a profile without all-token sums.
-    """
+    """What goes with the removed experts of one block; None without all-token sums."""
 
     block: str
     n_removed: int
-    n_questions: int
-    n_used: int | None
-    mass: float | None
+    n_questions: int  # that chose a removed expert at the answer position
+    n_used: int | None  # removed experts that any token chose, shots included
+    mass: float | None  # their share of all tokens' gate weight
 
 
 def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[RemovedTraffic]:

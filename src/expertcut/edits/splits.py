@@ -38,15 +38,12 @@ hashes = hash_lines
 
 @dataclass(frozen=True)
 class Judged:
-    """Questions of a split that scored an edit; `used` of them chose or fitted it, None is unknown.
-
-    `how` says in words how they were used, if that was recorded.
-    """
+    """Questions of a split that scored an edit."""
 
     split: str
     questions: int
-    used: int | None
-    how: str = ""
+    used: int | None  # as many of them chose or fitted it; None is unknown
+    how: str = ""  # they were used, in words, if that was recorded
 
     @property
     def title(self) -> str:
@@ -98,15 +95,12 @@ def read_judged(plan: PlanFile, folder: Path) -> Judged:
 
 @dataclass(frozen=True)
 class Questions:
-    """`profiled` chose the experts, `tuning` fits, `held_out` scores, and may be empty.
-
-    `inherited` are hash lines of the questions that the profiled checkpoint was chosen on, and of
-    other questions that were read.
-    """
+    """`profiled` chose the experts, `tuning` fits, `held_out` scores, and may be empty."""
 
     profiled: Quiz
     tuning: Quiz
     held_out: Quiz
+    # Hash lines of the questions that the profiled checkpoint was chosen on, and of others read.
     inherited: frozenset[str] = frozenset()
 
     @property
