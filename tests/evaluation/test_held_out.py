@@ -319,8 +319,8 @@ def test_a_profile_without_sums_of_the_fifth_chooses_on_all_and_nothing_judges(
         {name: array for name, array in chunk.items() if not name.startswith("calibration")}
         for chunk in measured.chunks
     ]
-    found, notes = choosing_profile(older)
-    assert found is older and "profile again to hold a fifth out" in notes[0]
+    found, note = choosing_profile(older)
+    assert found is older and "profile again to hold a fifth out" in note
     questions = questions_for(found, is_fitting=False)
     assert not len(questions.held_out) and "nothing judges it" in questions.why_unjudged
 

@@ -186,8 +186,8 @@ def choosing_profile(
     profile = settings.load_profile()
     from expertcut.edits.splits import choosing_profile as without_held_out
 
-    profile, notes = without_held_out(profile, held_out)
-    ui.say([], [f"{note}." for note in notes])
+    profile, note = without_held_out(profile, held_out)
+    ui.say([], [f"{note}."] if note else [])
     return profile
 
 

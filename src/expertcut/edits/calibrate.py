@@ -119,18 +119,15 @@ def fit_directions(
                 "its gate matrix moves a logit by just a bias: boost and suppress are not "
                 "supported here"
             )
-    moments = {(layer, is_answer): _Moments() for layer in layers for is_answer in (True, False)}
+    moments = {layer: (_Moments(), _Moments()) for layer in layers}  # at answers, and elsewhere
 
     def add(routing: Routing, is_answer_T: Tensor) -> None:
-        h_TD = routing.input_TD.double()
-        for is_answer in (True, False):
-            moments[routing.layer, is_answer].add(h_TD[is_answer_T == is_answer])
+        h_TD, (answer, elsewhere) = routing.input_TD.double(), moments[routing.layer]
+        answer.add(h_TD[is_answer_T])
+        elsewhere.add(h_TD[~is_answer_T])
 
     collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), layers, add)
-    return {
-        layer: _direction_D(moments[layer, True], moments[layer, False], apply_at)
-        for layer in layers
-    }
+    return {layer: _direction_D(*pair, apply_at) for layer, pair in moments.items()}
 
 
 def direction_quality(

@@ -354,9 +354,8 @@ class Compared:
 
     def agreement(self, a: str, b: str) -> float:
         """Their mean over the layers that have one."""
-        values = np.array(self.correlations(a, b))
-        is_defined = ~np.isnan(values)
-        return float(values[is_defined].mean()) if is_defined.any() else float("nan")
+        defined = [rho for rho in self.correlations(a, b) if not np.isnan(rho)]
+        return float(np.mean(defined)) if defined else float("nan")
 
 
 def compare(profile: Profile) -> Compared:

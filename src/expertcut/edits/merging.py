@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,8 +78,7 @@ def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     return torch.from_numpy(order)
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """Tokens of the experts of one block, and what a method measures of them."""
 
     tokens_E: Array
@@ -390,11 +389,10 @@ class _RowSums:
             cross_DG = cross_DG - torch.outer(mean_D, rest_G)
         ridge = _RIDGE * outer_DD.diagonal().mean()
         added_DG = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), cross_DG)
-        offset_G = rest_G - mean_D @ added_DG
-        offsets, selection = {}, {}
+        offset_G = (rest_G - mean_D @ added_DG).tolist()
+        offsets = dict(zip(self.merged, offset_G, strict=True)) if self.has_bias else {}
+        selection = {}
         for group, (expert, shares) in enumerate(self.merged.items()):
-            if self.has_bias:
-                offsets[expert] = float(offset_G[group])
             if self.selection_E is not None:
                 n_chosen, score = float(self.n_chosen_G[group]), float(self.score_G[group])
                 largest = float(self.selection_E[list(shares)].amax())

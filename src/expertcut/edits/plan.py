@@ -240,10 +240,7 @@ def base_folder(model: PlanModel, near: Path) -> Path | None:
 def lineage(
     folder: Path, find_base: Callable[[PlanModel, Path], Path | None] = base_folder
 ) -> Iterator[tuple[PlanFile, Path | None]]:
-    """From a checkpoint to its base: each plan with the folder of the model that it was made for.
-
-    `find_base` locates that folder; where it gives None the walk ends.
-    """
+    """Each plan from a checkpoint to its base, with the folder of its model by `find_base`."""
     for _ in range(20):  # more edits than anybody makes, so a cycle ends
         if (plan := plan_in(folder)) is None:
             return
@@ -281,7 +278,7 @@ def _hash_lines(lines: Collection[str]) -> bytes:
 @once_per_profile
 def expert_ids(profile: Profile) -> ExpertIds:
     """The ids in the profiled checkpoint's plan; a model without a plan was never cut."""
-    if (found := _plan_of(profile)) is None:
+    if (found := profiled_plan(profile)) is None:
         return ExpertIds()
     folder, plan = found
     rows: dict[str, tuple[int, ...]] = {}
@@ -322,12 +319,6 @@ def find_row(profile: Profile, layer: int, expert: int) -> int:
     )
 
 
-def inherited_hashes(profile: Profile) -> frozenset[str]:
-    """Hash lines of the questions that the profiled checkpoint was chosen or fitted on."""
-    found = _plan_of(profile)
-    return frozenset() if found is None else load_hashes(*found)
-
-
 def ids_text(ids: tuple[int, ...]) -> str:
     """Ids as `0–3, 7, 9–12`."""
     runs: list[list[int]] = []
@@ -362,7 +353,8 @@ def model_folder(profile: Profile) -> Path | None:
 
 
 @once_per_profile
-def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
+def profiled_plan(profile: Profile) -> tuple[Path, PlanFile] | None:
+    """The folder and plan of the profiled checkpoint; None for a model that was not edited."""
     if (folder := model_folder(profile)) is None:
         from huggingface_hub import try_to_load_from_cache
 

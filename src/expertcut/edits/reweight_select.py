@@ -1,7 +1,4 @@
-"""Which experts to reweight: outcomes of questions, scores and contrasts, the admission gap.
-
-X counts the experts of all MoE blocks, in order.
-"""
+"""Which experts to reweight: scores of X, the experts of all blocks in order; admission gaps."""
 
 import math
 import re
@@ -14,17 +11,21 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from expertcut.data import Quiz
-from expertcut.edits.splits import hashes, profiled_quiz
+from expertcut.data.sources import hash_lines
+from expertcut.edits.edit_settings import ReweightSettings
+from expertcut.edits.plan import expert_ids
+from expertcut.edits.splits import held_out_quiz, profiled_quiz
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.findings import logits
 from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.significance import SubjectCounts, count_by_subject, z_scores
 from expertcut.profiling.statistics import LayerStatistics, layers_of, share
-from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.storage import Profile, ProfilePart, load_profile
 
 Array = np.ndarray[Any, Any]
 MIN_APPEARANCES = 0.01
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
+_LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 _FARTHEST = 1e6  # logits; a bias beyond it reaches nothing that a smaller one does not
 _EXACT = 1e-12  # logits
 
@@ -229,10 +230,7 @@ class Chooser:
     fixed: tuple[float, ...] | None = None  # scores (X,) for `by`, whatever the questions
 
     def scores(self, records: QuestionOutcomes, left_out: Collection[str] = ()) -> Array:
-        """Score (X,) of every expert, NaN without one or for experts that are not candidates.
-
-        Questions whose overlap hash is in `left_out` do not count.
-        """
+        """Scores (X,) without questions of these overlap hashes, NaN for what is no candidate."""
         records = records.less(left_out)
         if self.contrast is not None:
             score_X = self.contrast.scores(left_out)
@@ -269,7 +267,7 @@ class Chooser:
     def looked_at(self, profile: Profile) -> frozenset[str]:
         """Hash lines of further questions that rank the experts."""
         if self.contrast is None:
-            return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
+            return frozenset() if self.fixed is None else hash_lines(profiled_quiz(profile))
         lines = [side.hash_N if side.line_N is None else side.line_N for side in self.contrast]
         return frozenset(np.concatenate(lines).tolist())
 
@@ -311,7 +309,6 @@ SCORES: dict[str, Callable[[QuestionOutcomes], Array]] = {
     "appearances": appearances,
     "gate_mass": partial(_by_layer, name="alpha_mean_E"),
 }
-
 
 # Over every token, shots included: sums of a whole profile, which know nothing of right and wrong,
 # so that a fold may be chosen by them.
@@ -388,3 +385,47 @@ def _side(expression: str, fingerprint: str) -> QuestionOutcomes:
     if not len(records):
         raise SettingsError(f"--contrast {expression} leaves no question: name another part")
     return records
+
+
+def check_settings(settings: ReweightSettings) -> None:
+    """Raises a SettingsError for options that do not go together, or an unknown score."""
+    settings.check()
+    names = (*SCORES, *TOKEN_SCORES)
+    if settings.by is not None and settings.by not in names:
+        raise SettingsError(f"--by {settings.by} is not a score: take one of {', '.join(names)}")
+
+
+def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
+    """The number, the score and the candidates that the settings say."""
+    least, by = settings.min_appearances, settings.by or "difference"
+    contrast = None
+    if settings.contrast is not None:
+        contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
+        if isinstance(profile, ProfilePart):
+            contrast = contrast.less({q.overlap_hash for q in held_out_quiz(profile)})
+    constant = expert_ids(profile).constant
+    return Chooser(
+        boost_best=settings.boost_best,
+        suppress_worst=settings.suppress_worst,
+        by=by,
+        min_appearances=MIN_APPEARANCES if least is None else least,
+        layers=read_layers(settings.layers),
+        contrast=contrast,
+        fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
+        constant=tuple(
+            (layer, row)
+            for layer, block in enumerate(profile.info.model.blocks)
+            for row in sorted(constant.get(block.name, ()))
+        ),
+    )
+
+
+def read_layers(text: str | None) -> tuple[int, ...]:
+    """`0,3,8-15` as numbers. Raises SettingsError: another form."""
+    layers: list[int] = []
+    for part in text.split(",") if text is not None else ():
+        first, _, last = part.strip().partition("-")
+        if not _LAYERS.fullmatch(part.strip()):
+            raise SettingsError(f"--layers: {part[:80]!r} is not a layer: write them as 0,3,8-15")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(layers))

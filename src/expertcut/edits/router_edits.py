@@ -12,28 +12,23 @@ from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
 from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_row, ids_text
 from expertcut.edits.reweight_select import (
-    MIN_APPEARANCES,
-    SCORES,
-    TOKEN_SCORES,
     Chooser,
     QuestionOutcomes,
     SelectedExpert,
     admission_gap,
+    check_settings,
+    chooser_of,
     no_default_strength,
-    read_contrast,
     right,
     stored_selection,
-    token_scores,
 )
-from expertcut.edits.splits import held_out_quiz
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics
-from expertcut.profiling.storage import Profile, ProfilePart
+from expertcut.profiling.storage import Profile
 from expertcut.stats import gained_lost, wilson_interval
 
 Array = np.ndarray[Any, Any]
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
-_LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
 
 
@@ -55,12 +50,10 @@ class RouterEdit(NamedTuple):
         return "boost" if self.bias > 0 else "suppress"
 
 
-Ask = Callable[[tuple[RouterEdit, ...]], Array]
-"""Log p (N, C) of all questions with these biases on the gates."""
+Ask = Callable[[tuple[RouterEdit, ...]], Array]  # log p (N, C) with these biases on the gates
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(NamedTuple):
     """The chosen biases, and the curve of a search: the result of each strength."""
 
     shifts: tuple[RouterEdit, ...]
@@ -218,8 +211,7 @@ def firsts(picks: Sequence[SelectedExpert], n_named: int) -> Iterator[tuple[Sele
     yield (*named, *others)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """An expert to reweight; `layer` None is the last MoE block, `strength` None the default."""
 
     layer: int | None
@@ -376,39 +368,7 @@ def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
     )
     if settings.tune and any(strength for _, strength in picks):
         raise SettingsError("--tune searches for the strength: leave the number out")
-    return Procedure(picks, _chooser(profile, settings), settings.strength, settings.tune)
-
-
-def check_settings(settings: ReweightSettings) -> None:
-    """Raises a SettingsError for options that do not go together, or an unknown score."""
-    settings.check()
-    names = (*SCORES, *TOKEN_SCORES)
-    if settings.by is not None and settings.by not in names:
-        raise SettingsError(f"--by {settings.by} is not a score: take one of {', '.join(names)}")
-
-
-def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
-    least, by = settings.min_appearances, settings.by or "difference"
-    contrast = None
-    if settings.contrast is not None:
-        contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
-        if isinstance(profile, ProfilePart):
-            contrast = contrast.less({q.overlap_hash for q in held_out_quiz(profile)})
-    constant = expert_ids(profile).constant
-    return Chooser(
-        boost_best=settings.boost_best,
-        suppress_worst=settings.suppress_worst,
-        by=by,
-        min_appearances=MIN_APPEARANCES if least is None else least,
-        layers=read_layers(settings.layers),
-        contrast=contrast,
-        fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
-        constant=tuple(
-            (layer, row)
-            for layer, block in enumerate(profile.info.model.blocks)
-            for row in sorted(constant.get(block.name, ()))
-        ),
-    )
+    return Procedure(picks, chooser_of(profile, settings), settings.strength, settings.tune)
 
 
 def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Procedure) -> str:
@@ -423,14 +383,3 @@ def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Proc
     if settings.criterion not in ("by hand", "difference"):
         words.append(f"by {settings.criterion}")
     return " ".join([*words, "tuned"] if procedure.is_tuned else words)
-
-
-def read_layers(text: str | None) -> tuple[int, ...]:
-    """`0,3,8-15` as numbers. Raises SettingsError: another form."""
-    layers: list[int] = []
-    for part in text.split(",") if text is not None else ():
-        first, _, last = part.strip().partition("-")
-        if not _LAYERS.fullmatch(part.strip()):
-            raise SettingsError(f"--layers: {part[:80]!r} is not a layer: write them as 0,3,8-15")
-        layers += range(int(first), int(last or first) + 1)
-    return tuple(dict.fromkeys(layers))

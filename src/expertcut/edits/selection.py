@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,8 +33,7 @@ SUPER = "super"
 _EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
 
 
-@dataclass(frozen=True)
-class Protection:
+class Protection(NamedTuple):
     """Rows of routers per layer: super experts, and those that were named."""
 
     supers: tuple[tuple[int, ...], ...]
@@ -176,10 +175,7 @@ def _stock_count(block: BlockInfo, n_per_group: int) -> int:
 
 
 def wanted_count(settings: CutSettings, blocks: Sequence[BlockInfo]) -> int:
-    """What a count or a fraction asks for: per layer, or of all layers together.
-
-    A fraction is rounded, where experts lie in groups to equally many of each.
-    """
+    """The number per layer, or of all layers; a fraction is rounded, to equally large groups."""
     fraction = settings.fraction
     if fraction is None:
         assert settings.keep is not None
@@ -360,8 +356,7 @@ def _prune(
     return Pruning(replace(draft, edits=edits, numbers=numbers), n_active, fillers)
 
 
-@dataclass(frozen=True)
-class RemovedTraffic:
+class RemovedTraffic(NamedTuple):
     """What goes with the removed experts of one block; None without all-token sums."""
 
     block: str

@@ -22,10 +22,10 @@ from expertcut.edits.plan import (
     EditPlan,
     PlanFile,
     hashes_sha256,
-    inherited_hashes,
     load_hashes,
     model_folder,
     plan_model,
+    profiled_plan,
 )
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.models.checkpoint_dir import absolute_id
@@ -33,7 +33,6 @@ from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
 
 UNUSED = "were not used"
-hashes = hash_lines
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,8 @@ class Questions:
         return "" if len(self.held_out) else why
 
 
-def choosing_profile(
-    profile: Profile, held_out: float | None = None
-) -> tuple[Profile, tuple[str, ...]]:
-    """Four fifths of a quiz with one set of questions, else the whole profile; and messages.
+def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[Profile, str]:
+    """Four fifths of a quiz with one set of questions, else the whole profile; and any message.
 
     The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
     split can be held out.
@@ -129,10 +126,10 @@ def choosing_profile(
     if held_out == 0:
         whole = Profile(profile.path, profile.info, profile.truncate)
         whole.holds_out = False
-        return whole, ()
+        return whole, ""
     quiz = profiled_quiz(profile)
     if not is_one_set(quiz):
-        return profile, ()
+        return profile, ""
     held = {(q.subject, q.row) for q in quiz if is_held_out(q)}
     if not 0 < len(held) < len(quiz):
         raise QuizError(
@@ -150,7 +147,7 @@ def choosing_profile(
             f"{profile.path} does not keep the sums of a fifth of its questions apart, so all of "
             "them choose and nothing judges: profile again to hold a fifth out"
         )
-    return profile, (note,)
+    return profile, note
 
 
 @once_per_profile
@@ -171,7 +168,8 @@ def questions_for(
     read.
     Raises QuizError: too few questions to hold any out.
     """
-    profiled, inherited = profiled_quiz(profile), inherited_hashes(profile) | used
+    profiled, earlier = profiled_quiz(profile), profiled_plan(profile)
+    inherited = used | (load_hashes(*earlier) if earlier else frozenset())
 
     def judged_on(quiz: Quiz) -> Quiz:
         unused = without(quiz, inherited)
@@ -188,7 +186,7 @@ def questions_for(
     if tuning is profiled or not profile.holds_out:
         return Questions(profiled, tuning, replace_questions(profiled, {}), inherited)
     held_out = judged_on(fifth_of(tuning))
-    kept = without(tuning, hashes(held_out))
+    kept = without(tuning, hash_lines(held_out))
     if not len(held_out) or not len(kept):
         raise QuizError(
             f"{profiled.id} has too few questions to hold any out: it has {len(tuning)} in split "
@@ -237,8 +235,8 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
 
 def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     """Hash lines of every question that this choice, its fit or an earlier edit read."""
-    tuning = hashes(questions.tuning) if draft.asks_tuning else frozenset()
-    chosen = tuning if draft.is_tuned else hashes(questions.profiled) | tuning
+    tuning = hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
+    chosen = tuning if draft.is_tuned else hash_lines(questions.profiled) | tuning
     return chosen | questions.inherited
 
 

@@ -16,7 +16,7 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.checkpoints.held_out_check import NOT_REACHED, apply_at_runtime
 from expertcut.data import round_robin
-from expertcut.data.sources import fifth_of
+from expertcut.data.sources import fifth_of, hash_lines
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings
@@ -24,7 +24,7 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import QuestionOutcomes, right
 from expertcut.edits.selection import as_numbers, empty_draft, normalised, rank
-from expertcut.edits.splits import hashes, n_used, questions_for
+from expertcut.edits.splits import n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome
 from expertcut.evaluation.reweight_search import CachedScorer
@@ -239,9 +239,9 @@ class Auditing:
         self.quiz = questions.held_out
         if not len(self.quiz):
             self.quiz = round_robin(fifth_of(questions.tuning), settings.questions)
-        used = hashes(questions.profiled) | questions.inherited
+        used = hash_lines(questions.profiled) | questions.inherited
         if is_fitting:
-            used |= hashes(questions.tuning)
+            used |= hash_lines(questions.tuning)
         self.overlap = n_used(self.quiz, used)
         self.engine = engine_as_profiled(profile, source, load_as)
 

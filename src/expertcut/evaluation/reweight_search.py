@@ -15,13 +15,12 @@ from expertcut.checkpoints.export import check_layout
 from expertcut.data import Quiz
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import EditPlan, Point, expert_ids
-from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, check_settings, right
 from expertcut.edits.router_edits import (
     Procedure,
     RouterEdit,
     Settled,
     check_place,
-    check_settings,
     procedure_name,
     procedure_of,
     reweight_draft,
