@@ -32,8 +32,7 @@ _RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]; more lost what lies in smal
 _TIE = 1e-5  # logits that are this close are equal but for rounding
 
 
-@dataclass(frozen=True)
-class Neurons:
+class Neurons(NamedTuple):
     """The axis of a tensor along which an expert's I neurons lie; None if it has none."""
 
     axis: int | None

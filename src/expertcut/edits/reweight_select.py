@@ -223,14 +223,14 @@ class Chooser:
     boost_best: int = 0
     suppress_worst: int = 0
     by: str = "difference"
-    min_appearances: float = MIN_APPEARANCES  # share of the questions that route to a candidate
+    min_appearances: float = MIN_APPEARANCES  # least share of questions that use a candidate
     layers: tuple[int, ...] = ()  # of the candidates; empty: any
     contrast: "Contrast | None" = None  # takes the place of `by`
-    constant: tuple[tuple[int, int], ...] = ()  # layer and expert of those that are no candidates
+    constant: tuple[tuple[int, int], ...] = ()  # (layer, expert) that are never candidates
     fixed: tuple[float, ...] | None = None  # scores (X,) for `by`, whatever the questions
 
     def scores(self, records: QuestionOutcomes, left_out: Collection[str] = ()) -> Array:
-        """Scores (X,) without questions of these overlap hashes, NaN for what is no candidate."""
+        """Scores (X,) without questions of these overlap hashes, NaN for others than candidates."""
         records = records.less(left_out)
         if self.contrast is not None:
             score_X = self.contrast.scores(left_out)
@@ -257,8 +257,7 @@ class Chooser:
         """
         score_X, by_id = self.scores(records, left_out), places(records.blocks)
         n_ranked = int((~np.isnan(score_X)).sum())  # NaN comes last in every order
-        best: list[int] = np.argsort(-score_X, kind="stable")[:n_ranked].tolist()
-        best = best[: self.boost_best]
+        best: list[int] = np.argsort(-score_X, kind="stable")[:n_ranked].tolist()[: self.boost_best]
         worst: list[int] = np.argsort(score_X, kind="stable")[:n_ranked].tolist()
         worst = [x for x in worst if x not in best][: self.suppress_worst]
         signs = dict.fromkeys(best, +1) | dict.fromkeys(worst, -1)

@@ -108,8 +108,7 @@ class Procedure:
         if self.is_tuned:
             return "found by a search"
         given = {pick[:2] for pick, strength in self.named if strength}
-        is_given = self.strength is not None or shift[:2] in given
-        return "given" if is_given else "its admission gap"
+        return "given" if self.strength or shift[:2] in given else "its admission gap"
 
     def check(self, records: QuestionOutcomes) -> None:
         """Raises a PlanError for too few candidates, or an expert without a strength."""

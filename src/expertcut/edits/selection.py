@@ -200,8 +200,7 @@ def as_numbers(score_E: Array) -> Array:
     """Scores in float64; what is not a number counts as the layer's lowest, +∞ as its highest."""
     finite = score_E[np.isfinite(score_E)]
     lowest, highest = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
-    filled_E = np.nan_to_num(score_E, nan=lowest, neginf=lowest, posinf=highest)
-    return filled_E.astype(np.float64)
+    return np.nan_to_num(score_E, nan=lowest, neginf=lowest, posinf=highest).astype(np.float64)
 
 
 def normalised(score_E: Array) -> Array:

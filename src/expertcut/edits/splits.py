@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
 from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
@@ -35,8 +36,7 @@ from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once
 UNUSED = "were not used"
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """Questions of a split that scored an edit."""
 
     split: str
