@@ -351,8 +351,8 @@ def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
 def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
     """The block's output (R, D) float64 for a given output of its experts."""
     with replaced_forward(block.experts, lambda *_: output_RW):
-        found = block.module(x_RD[None])
-    y_RD: Tensor = (found[0] if isinstance(found, tuple) else found)[0]
+        output = block.module(x_RD[None])
+    y_RD: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
     return y_RD.double().cpu()
 
 

@@ -361,7 +361,7 @@ class Compared:
 def compare(profile: Profile) -> Compared:
     """Every criterion that a profile alone can compute, at each of its positions."""
     layers = profile.layers
-    found: dict[str, list[Array]] = {}
+    by_name: dict[str, list[Array]] = {}
     left_out = {by: "asks the model" for by in sorted(CRITERIA) if CRITERIA[by].needs_model}
     for by, chosen in CRITERIA.items():
         if chosen.needs != "profile":
@@ -369,10 +369,10 @@ def compare(profile: Profile) -> Compared:
         for positions in chosen.positions:
             name = by if positions == chosen.default_positions else f"{by}_{positions}"
             try:
-                found[name] = [chosen.of_layer(layer, positions) for layer in layers]
+                by_name[name] = [chosen.of_layer(layer, positions) for layer in layers]
             except ProfileError as error:
                 left_out[name] = str(error).removeprefix(f"{by}: ")
-    return Compared(profile, layers, found, left_out)
+    return Compared(profile, layers, by_name, left_out)
 
 
 def ranked(score_E: Array, alpha_mean_E: Array) -> list[int]:

@@ -240,7 +240,7 @@ def base_folder(model: PlanModel, near: Path) -> Path | None:
 def lineage(
     folder: Path, find_base: Callable[[PlanModel, Path], Path | None] = base_folder
 ) -> Iterator[tuple[PlanFile, Path | None]]:
-    """Each plan from a checkpoint to its base, with the folder of its model by `find_base`."""
+    """Each plan from a checkpoint to its base, with its model's folder; the walk ends at None."""
     for _ in range(20):  # more edits than anybody makes, so a cycle ends
         if (plan := plan_in(folder)) is None:
             return
@@ -278,9 +278,9 @@ def _hash_lines(lines: Collection[str]) -> bytes:
 @once_per_profile
 def expert_ids(profile: Profile) -> ExpertIds:
     """The ids in the profiled checkpoint's plan; a model without a plan was never cut."""
-    if (found := profiled_plan(profile)) is None:
+    if (earlier := profiled_plan(profile)) is None:
         return ExpertIds()
-    folder, plan = found
+    folder, plan = earlier
     rows: dict[str, tuple[int, ...]] = {}
     constant: dict[str, frozenset[int]] = {}
     for block in profile.info.model.blocks:

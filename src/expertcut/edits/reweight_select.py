@@ -98,20 +98,21 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
 
     from expertcut.models.load import find_source  # with torch, which `show` does without
 
-    source, n, place = find_source(model.id, model.revision), block.experts, _number_in(block.name)
+    source, number = find_source(model.id, model.revision), _number_in(block.name)
     tensors = source.even_quantized.tensors
-    own = [k for k, t in tensors.items() if _number_in(k) == place and math.prod(t.shape) == n]
-    found = [name for name in own if _SELECTION_BIAS.fullmatch(name)]
+    of_layer = {name: tensor for name, tensor in tensors.items() if _number_in(name) == number}
+    own = [name for name, tensor in of_layer.items() if math.prod(tensor.shape) == block.experts]
+    biases = [name for name in own if _SELECTION_BIAS.fullmatch(name)]
     # On disk some families call it by another name (DeepSeek-V4: ffn.gate.bias).
-    found = found or [name for name in own if name.endswith("bias") and not is_unknown]
-    if len(found) == 1:
-        with safe_open(tensors[found[0]].file, framework="pt") as weights:
-            values: Array = weights.get_tensor(found[0]).double().reshape(-1).numpy()
+    biases = biases or [name for name in own if name.endswith("bias") and not is_unknown]
+    if len(biases) == 1:
+        with safe_open(tensors[biases[0]].file, framework="pt") as weights:
+            values: Array = weights.get_tensor(biases[0]).double().reshape(-1).numpy()
         return values
-    if not found and is_unknown:
+    if not biases and is_unknown:
         return None
     raise PlanError(
-        f"{source.path} holds {len(found)} tensors that may be the bias which {block.name} adds "
+        f"{source.path} holds {len(biases)} tensors that may be the bias which {block.name} adds "
         f"where experts are chosen, so there is no default strength: give one, as in {layer}:0=0.5"
     )
 
@@ -279,10 +280,10 @@ class Chooser:
                 "(layers are counted from 0)"
             )
         n_ranked = int((~np.isnan(self.scores(records))).sum())
-        n_asked = self.boost_best + self.suppress_worst
-        if n_ranked < n_asked:
+        n_wanted = self.boost_best + self.suppress_worst
+        if n_ranked < n_wanted:
             raise PlanError(
-                f"{n_asked} experts are to be tilted, but only {n_ranked} appear in at least "
+                f"{n_wanted} experts are to be tilted, but only {n_ranked} appear in at least "
                 f"{self.min_appearances:.1%} of {len(records):,} questions and have a score: ask "
                 "for fewer, lower --min-appearances, or profile more questions"
             )

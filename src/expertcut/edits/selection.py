@@ -254,8 +254,7 @@ class Pruning:
     draft: EditPlan
     n_active: dict[str, int]
     fillers: dict[str, tuple[int, ...]]
-    # These would have gone but for their protection.
-    spared: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    spared: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by their protection alone
 
 
 def choose(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Pruning:

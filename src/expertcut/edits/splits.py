@@ -77,9 +77,9 @@ class Judged(NamedTuple):
 
 def judged_by(lines: Iterable[str], used: Iterable[str], split: str, how: str = "") -> Judged:
     """Counts the used ones among hash lines of questions."""
-    judges, known = tuple(lines), hashes_in(used)
-    n_used = sum(not known.isdisjoint(line.split()) for line in judges)
-    return Judged(split, len(judges), n_used, how)
+    scored, known = tuple(lines), hashes_in(used)
+    n_used = sum(not known.isdisjoint(line.split()) for line in scored)
+    return Judged(split, len(scored), n_used, how)
 
 
 def read_judged(plan: PlanFile, folder: Path) -> Judged:
@@ -244,7 +244,7 @@ def profiled_quiz(profile: Profile) -> Quiz:
     """The quiz of a profile, without its held-out questions."""
     if isinstance(profile, ProfilePart):
         return _part_of(profile, is_held_out=False)
-    return _asked_quiz(profile)
+    return _whole_quiz(profile)
 
 
 def held_out_quiz(part: ProfilePart) -> Quiz:
@@ -253,13 +253,13 @@ def held_out_quiz(part: ProfilePart) -> Quiz:
 
 
 def _part_of(part: ProfilePart, *, is_held_out: bool) -> Quiz:
-    quiz = _asked_quiz(part.whole)
+    quiz = _whole_quiz(part.whole)
     own = [q for q in quiz if ((q.subject, q.row) in part.held_out) == is_held_out]
     return replace_questions(quiz, group_by_subject(own))
 
 
 @once_per_profile
-def _asked_quiz(profile: Profile) -> Quiz:
+def _whole_quiz(profile: Profile) -> Quiz:
     info = profile.info.quiz
     which = (info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision)
     quiz = load_quiz(Selection(*which, profile.truncate))
