@@ -41,8 +41,8 @@ class Judged(NamedTuple):
 
     split: str
     questions: int
-    used: int | None  # as many of them chose or fitted it; None is unknown
-    how: str = ""  # they were used, in words, if that was recorded
+    used: int | None  # those that chose or fitted it; None if unknown
+    how: str = ""  # in words, how they were used, if recorded
 
     @property
     def title(self) -> str:
