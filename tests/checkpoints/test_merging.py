@@ -126,7 +126,7 @@ def test_hc_smoe_groups_are_those_of_outputs_one_token_at_a_time(
     size = 8 // moe.blocks[0].n_groups
     for block in moe.blocks:
         mean_ED = sums[block.layer] / n_tokens[block.layer]
-        np.testing.assert_allclose(evidence[block.layer].outputs_ED, mean_ED, atol=1e-5)
+        np.testing.assert_allclose(evidence[block.layer].measured_EX, mean_ED, atol=1e-5)
         wanted = [
             hc_smoe_by_hand(mean_ED, IDS[i : i + size], 4 * size // 8) for i in range(0, 8, size)
         ]
@@ -145,7 +145,7 @@ def test_pads_are_no_tokens(checkpoint: Checkpoints, profile_of: Profiles) -> No
                 ids = torch.full((n, 1), 3)
                 outputs.append(moe.blocks[0].experts(x_TD, ids, torch.ones(n, 1)))
     mean_D = torch.cat(outputs).double().mean(dim=0).numpy()
-    np.testing.assert_allclose(evidence[0].outputs_ED[3], mean_D, atol=1e-5)  # type: ignore[index]
+    np.testing.assert_allclose(evidence[0].measured_EX[3], mean_D, atol=1e-5)
 
 
 def test_the_settings_and_the_papers_know_the_same_methods() -> None:

@@ -553,4 +553,4 @@ def test_the_page_has_a_section_and_a_row_for_every_criterion():
         section = next(s for s in page.split("\n## ") if by in s.partition("\n")[0].split())
         for word in (*own.aliases, *([own.paper] if own.paper else [])):
             assert word in section, (by, word)
-        assert own.formula.endswith("."), by
+        assert (own.function.__doc__ or "").strip().partition("\n")[0].endswith("."), by

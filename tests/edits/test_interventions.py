@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, prompt
+from expertcut.data.sources import hash_lines
 from expertcut.edits.calibrate import direction_quality, fit_directions, rescaling_at_answers
 from expertcut.edits.criteria import ranked
 from expertcut.edits.edit_settings import CutSettings
@@ -35,7 +36,7 @@ from expertcut.edits.plan import (
 )
 from expertcut.edits.router_edits import Target, parse_target, reweight_draft, tilts
 from expertcut.edits.selection import choose, keep_active
-from expertcut.edits.splits import choosing_profile, draft_plan, hashes, questions_for, used_hashes
+from expertcut.edits.splits import choosing_profile, draft_plan, questions_for, used_hashes
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.profiling.schema import BlockInfo, quiz_info
 from expertcut.profiling.storage import Profile
@@ -693,8 +694,8 @@ def test_questions_are_held_out_from_a_split_that_was_not_used(
     found = questions_for(profile_of(folder, profiled, shots=2), is_fitting=is_fitting)
     assert found.tuning.split == tuning
     assert found.held_out.split == held_out
-    assert not hashes(found.tuning) & hashes(found.held_out)
-    assert not hashes(found.profiled) & hashes(found.held_out)
+    assert not hash_lines(found.tuning) & hash_lines(found.held_out)
+    assert not hash_lines(found.profiled) & hash_lines(found.held_out)
     both = len(found.tuning) + len(found.held_out)
     if tuning == held_out:
         whole = load_quiz(Selection(str(folder), tuning, 2))
@@ -738,7 +739,7 @@ def part_of(profile: Profile, held_out: float | None = None) -> Profile:
     """What may choose, of a profile of answer positions."""
     settings = profile.info.settings.model_copy(update={"stats": "answer"})
     info = profile.info.model_copy(update={"settings": settings})
-    return choosing_profile(Profile(profile.path, info), held_out).profile
+    return choosing_profile(Profile(profile.path, info), held_out)[0]
 
 
 @pytest.mark.parametrize("is_fitting", [False, True])
@@ -748,9 +749,9 @@ def test_of_a_single_file_a_fifth_is_held_out(tmp_path: Path, is_fitting: bool, 
     whole = profile_of(file, limit=limit)
     found = questions_for(part_of(whole), is_fitting=is_fitting)
     total = limit or 400
-    assert hashes(found.profiled) == hashes(found.tuning)
+    assert hash_lines(found.profiled) == hash_lines(found.tuning)
     assert len(found.tuning) + len(found.held_out) == total
-    assert not hashes(found.tuning) & hashes(found.held_out)
+    assert not hash_lines(found.tuning) & hash_lines(found.held_out)
     assert total / 10 < len(found.held_out) < total / 3
     for every in (whole, part_of(whole, 0)):  # where all of them choose, none judges
         found = questions_for(every, is_fitting=is_fitting)
@@ -784,8 +785,8 @@ def test_without_another_split_a_fifth_is_held_out(tmp_path: Path, is_fitting: b
     found = questions_for(part_of(profile_of(folder)), is_fitting=is_fitting)
     assert (found.tuning.split, found.held_out.split) == ("test", "test")
     assert len(found.tuning) + len(found.held_out) == 150
-    assert hashes(found.profiled) == hashes(found.tuning)
-    assert not hashes(found.tuning) & hashes(found.held_out)
+    assert hash_lines(found.profiled) == hash_lines(found.tuning)
+    assert not hash_lines(found.tuning) & hash_lines(found.held_out)
     assert 150 / 10 < len(found.held_out) < 150 / 3
 
 
@@ -823,7 +824,7 @@ def test_what_repeats_a_used_question_is_dropped_counted_and_named(
     folder = folder_of(tmp_path, val=30, test=40)
     repeat(folder, 4)  # of 94, which is 4.3 %
     found = questions_for(profile_of(folder), is_fitting=True)
-    assert not hashes(found.profiled) & (hashes(found.tuning) | hashes(found.held_out))
+    assert not hash_lines(found.profiled) & (hash_lines(found.tuning) | hash_lines(found.held_out))
     assert len(found.tuning) + len(found.held_out) == 90
     assert f"4 of 94 val questions stand in test too and are left out, first {SUBJECTS[1]}:30" in (
         caplog.text
@@ -849,7 +850,7 @@ def test_real_repeats_are_left_out(real_mmlu: Path, caplog: pytest.LogCaptureFix
     assert (
         len(found.tuning) + len(found.held_out) == 1_531 - 28
     )  # one of them has another apostrophe or space
-    assert not hashes(found.profiled) & hashes(found.held_out)
+    assert not hash_lines(found.profiled) & hash_lines(found.held_out)
     assert "28 of 1531 val questions stand in test too" in caplog.text
 
 
@@ -875,8 +876,8 @@ def test_a_plan_lists_every_question_that_was_looked_at(tmp_path: Path, is_fitti
     questions = questions_for(profile, is_fitting=is_fitting)
     made = draft_plan(profile, draft, questions)
     used = used_hashes(draft, questions)
-    assert used >= hashes(questions.profiled)
-    assert (used >= hashes(questions.tuning)) and not used & hashes(questions.held_out)
+    assert used >= hash_lines(questions.profiled)
+    assert (used >= hash_lines(questions.tuning)) and not used & hash_lines(questions.held_out)
     assert made.chosen_on.sha256 == hashes_sha256(used)
     assert (made.chosen_on.split, made.chosen_on.questions) == ("test", 120)
     fitted = ("val", len(questions.tuning)) if is_fitting else (None, 0)

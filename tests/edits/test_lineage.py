@@ -14,10 +14,10 @@ from expertcut.edits.plan import (
     PlanFile,
     PlanModel,
     expert_ids,
-    inherited_hashes,
     lineage,
     load_hashes,
     load_plan,
+    profiled_plan,
     save_plan,
 )
 from expertcut.edits.router_edits import tilts
@@ -145,7 +145,7 @@ def test_a_folder_of_the_same_name_is_not_taken_for_the_model(
     monkeypatch.chdir(tmp_path)
     profile = load_profile(own / "profiles" / "p")
     assert expert_ids(profile).rows[FIRST] == load_plan(own / "cut").blocks[FIRST].keep
-    assert inherited_hashes(profile)
+    assert (earlier := profiled_plan(profile)) and load_hashes(*earlier)
     assert tilts(profile, [f"0:{_last_kept(own)}=1"], [])[0].expert == 5
 
 

@@ -146,13 +146,13 @@ def test_without_a_search_strengths_are_given_or_gaps() -> None:
     made = world(6, 300)
     often = Chooser(boost_best=1, by="appearances").choose(made.records)[0]
     seldom = Chooser(suppress_worst=1, by="appearances").choose(made.records)[0]
-    boost = replace(seldom, sign=1)
-    named = Procedure(named=((boost, None), (replace(often, sign=-1), 0.5)))
+    boost = seldom._replace(sign=1)
+    named = Procedure(named=((boost, None), (often._replace(sign=-1), 0.5)))
     gap, given = named.untuned(made.records, named.pick(made.records))
     assert gap.bias > 0 and given == RouterEdit(often.layer, often.expert, -0.5)
     named.check(made.records)
     with pytest.raises(PlanError, match="left out on average already"):
-        Procedure(named=((replace(seldom, sign=-1), None),)).check(made.records)
+        Procedure(named=((seldom._replace(sign=-1), None),)).check(made.records)
 
 
 def test_a_harmful_expert_is_found_suppressed_and_proved() -> None:
@@ -202,7 +202,7 @@ def test_a_random_expert_gets_the_bias_of_the_one_whose_place_it_takes() -> None
     made = world(9, 400)
     often = Chooser(boost_best=2, by="appearances").choose(made.records)
     # The first is left out on average already, so it is not suppressed; the second is boosted.
-    picks = (replace(often[0], sign=-1), often[1])
+    picks = (often[0]._replace(sign=-1), often[1])
     procedure = Procedure(named=tuple((pick, None) for pick in picks))
     asked: list[tuple[RouterEdit, ...]] = []
 

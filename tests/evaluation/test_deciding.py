@@ -11,8 +11,7 @@ import pytest
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.plan import load_hashes, load_plan
-from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast
-from expertcut.edits.router_edits import read_layers
+from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast, read_layers
 from expertcut.errors import SettingsError
 from expertcut.evaluation.cross_fit import load_cross_fit
 from expertcut.profiling.measure import Measurement, MeasureOptions

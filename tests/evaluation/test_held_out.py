@@ -176,7 +176,7 @@ def test_no_question_that_was_used_is_called_held_out(
         lines = {earlier[n].content_hash if "one" in before else earlier[n].hash_line for n in some}
         draft = drafts(way, frozenset(lines))
         try:
-            choosing = choosing_profile(profile, held_out).profile
+            choosing, _ = choosing_profile(profile, held_out)
             questions = questions_for(choosing, is_fitting=draft.asks_tuning, used=draft.used)
         except QuizError as error:
             assert "too few questions" in str(error) or "at most 5 %" in str(error)
@@ -286,7 +286,7 @@ def measured(
 def test_a_part_of_a_profile_is_the_profile_of_that_part(
     measured: Profile, one_file: Path, tmp_path: Path
 ) -> None:
-    part = choosing_profile(measured).profile
+    part, _ = choosing_profile(measured)
     assert isinstance(part, ProfilePart)
     questions = questions_for(part, is_fitting=False)
     assert numbers_in(questions.held_out).isdisjoint(numbers_in(questions.profiled))
@@ -318,9 +318,9 @@ def test_a_profile_without_sums_of_the_fifth_chooses_on_all_and_nothing_judges(
         {name: array for name, array in chunk.items() if not name.startswith("calibration")}
         for chunk in measured.chunks
     ]
-    found = choosing_profile(older)
-    assert found.profile is older and "profile again to hold a fifth out" in found.notes[0]
-    questions = questions_for(found.profile, is_fitting=False)
+    found, note = choosing_profile(older)
+    assert found is older and "profile again to hold a fifth out" in note
+    questions = questions_for(found, is_fitting=False)
     assert not len(questions.held_out) and "nothing judges it" in questions.why_unjudged
 
 

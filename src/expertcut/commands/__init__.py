@@ -186,9 +186,9 @@ def choosing_profile(
     profile = settings.load_profile()
     from expertcut.edits.splits import choosing_profile as without_held_out
 
-    found = without_held_out(profile, held_out)
-    ui.say([], [f"{note}." for note in found.notes])
-    return found.profile
+    profile, note = without_held_out(profile, held_out)
+    ui.say([], [f"{note}."] if note else [])
+    return profile
 
 
 class CheckpointSettings(ProfiledSettings):

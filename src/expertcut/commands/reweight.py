@@ -51,7 +51,8 @@ def run(
 def choose(settings: ReweightSettings, ui: UI) -> Choice:
     """Chooses experts and strengths; writes nothing, but refuses a folder that is not empty."""
     settings.check()
-    from expertcut.edits.router_edits import check_settings, procedure_name
+    from expertcut.edits.reweight_select import check_settings
+    from expertcut.edits.router_edits import procedure_name
 
     check_settings(settings)
     profile = choosing_profile(settings, ui, settings.held_out)

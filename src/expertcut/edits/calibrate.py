@@ -1,5 +1,6 @@
 """Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs."""
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from expertcut.models.hooks import (
     observe_experts,
     observe_routers,
     own_forward,
+    registered,
     replaced_forward,
 )
 from expertcut.models.moe_block import MoeBlock
@@ -25,10 +27,9 @@ from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
 
-CALIBRATION_QUESTIONS = 512
-
-_RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 Array = np.ndarray[Any, Any]
+CALIBRATION_QUESTIONS = 512
+_RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 # By block name and expert id: which experts, and what each gives (D,).
 Removed = Mapping[str, Collection[int]]
 Constants = Mapping[str, Mapping[int, Tensor]]
@@ -38,47 +39,36 @@ _SCRATCH_BYTES = 64 << 20
 
 
 def collect_routing(
-    engine: Engine,
-    quiz: Quiz,
-    layers: Collection[int],
-    on_routing: Callable[[Routing, Tensor], None],
+    engine: Engine, quiz: Quiz, layers: Collection[int], see: Callable[[Routing, Tensor], None]
 ) -> None:
-    """Calls back with each router's pass and which of its T tokens are answer positions.
+    """Calls `see` with each router's pass and which of its T tokens are answer positions.
 
     Tensors are on the CPU. A prefix that questions share is seen once.
     """
-    step: Pass | None = None
-
-    def begin(begun: Pass) -> None:
-        nonlocal step
-        step = begun
+    current = deque[Pass](maxlen=1)
 
     def observe(routing: Routing) -> None:
-        assert step is not None
+        step = current[0]
         is_answer_T = torch.zeros(len(routing.input_TD), dtype=torch.bool)
         is_answer_T[step.answers_N] = True
         valid_T = slice(None) if step.valid_T is None else step.valid_T
         names = ("input_TD", "logits_TE", "weights_TK", "experts_TK")
         tensors = {name: getattr(routing, name).cpu()[valid_T] for name in names}
-        on_routing(replace(routing, **tensors), is_answer_T[valid_T])
+        see(replace(routing, **tensors), is_answer_T[valid_T])
 
     blocks = [block for block in engine.moe.blocks if block.layer in layers]
     with observe_routers(blocks, observe):
-        ask(engine, quiz, begin)
+        ask(engine, quiz, current.append)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Fit of v·h on held-out questions: 1 − mean((target − v·h)²), as R² is undefined for target 1.
-
-    `quality` is over all fitted tokens, `quality_answer` over answer positions, where the target
-    is always 1; means and standard deviations are those of v·h.
-    """
+    """1 − mean((target − v·h)²) on held-out questions, as R² is undefined for a target of 1."""
 
     layer: int
-    quality: float
-    quality_answer: float
-    mean_answer: float
+    quality: float  # over all fitted tokens
+    quality_answer: float  # over answer positions, where the target is always 1
+    mean_answer: float  # of v·h, as the others below
     std_answer: float
     mean_elsewhere: float
     std_elsewhere: float
@@ -129,18 +119,15 @@ def fit_directions(
                 "its gate matrix moves a logit by just a bias: boost and suppress are not "
                 "supported here"
             )
-    moments = {(layer, is_answer): _Moments() for layer in layers for is_answer in (True, False)}
+    moments = {layer: (_Moments(), _Moments()) for layer in layers}  # at answers, and elsewhere
 
     def add(routing: Routing, is_answer_T: Tensor) -> None:
-        h_TD = routing.input_TD.double()
-        for is_answer in (True, False):
-            moments[routing.layer, is_answer].add(h_TD[is_answer_T == is_answer])
+        h_TD, (answer, elsewhere) = routing.input_TD.double(), moments[routing.layer]
+        answer.add(h_TD[is_answer_T])
+        elsewhere.add(h_TD[~is_answer_T])
 
     collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), layers, add)
-    return {
-        layer: _direction_D(moments[layer, True], moments[layer, False], apply_at)
-        for layer in layers
-    }
+    return {layer: _direction_D(*pair, apply_at) for layer, pair in moments.items()}
 
 
 def direction_quality(
@@ -159,14 +146,15 @@ def direction_quality(
 
 def _fit(layer: int, pairs: Sequence[tuple[Tensor, Tensor]], apply_at: ApplyAt) -> Fit:
     answer_N, elsewhere_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    answer_loss = ((1 - answer_N) ** 2).mean()
     if apply_at == "all":
         loss = ((1 - torch.cat([answer_N, elsewhere_T])) ** 2).mean()
     else:
-        loss = (((1 - answer_N) ** 2).mean() + (elsewhere_T**2).mean()) / 2
+        loss = (answer_loss + (elsewhere_T**2).mean()) / 2
     return Fit(
         layer=layer,
         quality=float(1 - loss),
-        quality_answer=float(1 - ((1 - answer_N) ** 2).mean()),
+        quality_answer=float(1 - answer_loss),
         mean_answer=float(answer_N.mean()),
         std_answer=float(answer_N.std(correction=0)),
         mean_elsewhere=float(elsewhere_T.mean()),
@@ -177,16 +165,13 @@ def _fit(layer: int, pairs: Sequence[tuple[Tensor, Tensor]], apply_at: ApplyAt) 
 def rescaling_at_answers(
     profile: Profile, edits: Mapping[str, BlockEdit], left_out: Collection[tuple[str, int]] = ()
 ) -> dict[int, Array]:
-    """Factors (kept,) per layer that needs them, from a profile's answer positions.
-
-    Questions in `left_out` (subject and row) are held out.
-    """
+    """Factors (kept,) per layer that needs them, from answer positions not in `left_out`."""
     names = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
     is_used_N = np.array([name not in left_out for name in names])
     alpha_NLE = profile.array("alpha_NLE")[is_used_N]
     folds = {}
     for layer, block in zip(profile.layers, profile.info.model.blocks, strict=True):
-        keep = list(edits[block.name].keep)
+        keep = edits[block.name].keep
         if block.inflates and len(keep) < block.experts:
             sums = _GateSums(keep, block.experts)
             alpha_NE = alpha_NLE[:, layer.layer, : block.experts].astype(np.float64)
@@ -199,11 +184,9 @@ def rescaling_over_tokens(
     engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit]
 ) -> dict[int, Array]:
     """The same from the distinct tokens of at most 512 questions."""
-    blocks, sums = {block.layer: block for block in engine.moe.blocks}, {}
-    for layer, block in blocks.items():
-        keep = list(edits[block.name].keep)
-        if block.inflates and len(keep) < block.n_experts:
-            sums[layer] = _GateSums(keep, block.n_experts)
+    cut = [b for b in engine.moe.blocks if b.inflates and len(edits[b.name].keep) < b.n_experts]
+    blocks = {block.layer: block for block in cut}
+    sums = {block.layer: _GateSums(edits[block.name].keep, block.n_experts) for block in cut}
 
     def add(routing: Routing, _is_answer_T: Tensor) -> None:
         alpha_TE = blocks[routing.layer].alpha(routing.logits_TE).double()
@@ -212,7 +195,7 @@ def rescaling_over_tokens(
 
     if sums:
         collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), sums, add)
-    return {layer: found.folds() for layer, found in sums.items()}
+    return {layer: own.folds() for layer, own in sums.items()}
 
 
 class _GateSums:
@@ -221,7 +204,7 @@ class _GateSums:
     Over the tokens routed to each kept expert, and over all for those without tokens.
     """
 
-    def __init__(self, keep: list[int], n_experts: int) -> None:
+    def __init__(self, keep: tuple[int, ...], n_experts: int) -> None:
         self.keep = torch.tensor(keep)
         self.is_removed_E = torch.ones(n_experts, dtype=torch.bool)
         self.is_removed_E[self.keep] = False
@@ -258,14 +241,10 @@ def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict
     blocks = [block for block in engine.moe.blocks if block.name in removed]
     names = {block.layer: block.name for block in blocks}
     sums: dict[tuple[str, int], tuple[Tensor, int]] = {}
-    valid_T: Tensor | None = None
-
-    def begin(step: Pass) -> None:
-        nonlocal valid_T
-        valid_T = step.valid_T
+    current = deque[Pass](maxlen=1)
 
     def add(call: ExpertCall) -> None:
-        block, output_MD = names[call.layer], call.output_MD
+        block, output_MD, valid_T = names[call.layer], call.output_MD, current[0].valid_T
         if valid_T is not None:
             output_MD = output_MD[valid_T.to(output_MD.device)[call.tokens_M]]
         if call.expert in removed[block] and len(output_MD):
@@ -274,7 +253,7 @@ def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict
             sums[block, call.expert] = (total_D, n_tokens + len(output_MD))
 
     with observe_experts(blocks, add):
-        ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), begin)
+        ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), current.append)
     means = zero_outputs(removed, int(engine.moe.model.config.get_text_config().hidden_size))
     for (block, expert), (total_D, n_tokens) in sums.items():
         means[block][expert] = total_D / n_tokens
@@ -318,8 +297,8 @@ def sample_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     by_inputs = KEPT_BYTES // (len(blocks) * width * engine.moe.dtype.itemsize)
     by_grams = KEPT_BYTES // (n_experts**2 * 8)
     reservoir = _Reservoir(max(1, min(MOST_TOKENS, by_inputs, by_grams)))
-    layers = {block.layer for block in blocks}
-    collect_routing(engine, round_robin(quiz, CALIBRATION_QUESTIONS), layers, reservoir.add)
+    few, layers = round_robin(quiz, CALIBRATION_QUESTIONS), {block.layer for block in blocks}
+    collect_routing(engine, few, layers, reservoir.add)
     return reservoir.kept
 
 
@@ -352,15 +331,14 @@ class _Reservoir:
 
 def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
     """Inner products (R, E, E) of all experts' contributions to the block's output, float64."""
-    n_rows, n_experts = len(x_RD), block.n_experts
-    device = next(block.experts.parameters()).device
     forward = own_forward(block.experts)
-    rows = own_RD.to(device)
+    device = next(block.experts.parameters()).device
+    rows, n_rows = own_RD.to(device), len(x_RD)
     # A projection follows experts of another width.
     is_projected = own_RD.shape[1] != x_RD.shape[1]
     nothing_RD = _given(block, x_RD, torch.zeros_like(rows)) if is_projected else torch.zeros(())
     outputs = []
-    for expert in range(n_experts):
+    for expert in range(block.n_experts):
         chosen_R1 = torch.full((n_rows, 1), expert, device=device)
         output_RD = forward(rows, chosen_R1, rows.new_ones(n_rows, 1))
         if is_projected:
@@ -373,8 +351,8 @@ def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
 def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
     """The block's output (R, D) float64 for a given output of its experts."""
     with replaced_forward(block.experts, lambda *_: output_RW):
-        found = block.module(x_RD[None])
-    y_RD: Tensor = (found[0] if isinstance(found, tuple) else found)[0]
+        output = block.module(x_RD[None])
+    y_RD: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
     return y_RD.double().cpu()
 
 
@@ -392,9 +370,6 @@ def _own_calls(block: MoeBlock, x_TD: Tensor) -> tuple[Callable[[], Any], Tensor
         return torch.zeros_like(own_TD)
 
     handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
-    try:
-        with replaced_forward(block.experts, nothing):
-            block.module(x_TD[None])
-    finally:
-        handle.remove()
+    with registered([handle]), replaced_forward(block.experts, nothing):
+        block.module(x_TD[None])
     return lambda: block.router(*calls[0]), given[0]

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Needs = Literal["profile", "weights", "calibration", "nothing"]
 
-_NO_WEIGHTS = -1.0  # below every other score: mean |w| is at most the root mean square
-
 
 @dataclass(frozen=True)
 class Criterion:
@@ -49,11 +47,6 @@ class Criterion:
     aliases: tuple[str, ...]
 
     @property
-    def formula(self) -> str:
-        """The first line of the function's docstring."""
-        return (self.function.__doc__ or "").strip().partition("\n")[0]
-
-    @property
     def default_positions(self) -> Positions:
         """The first of its positions; "all" where it looks at none."""
         return self.positions[0] if self.positions else "all"
@@ -62,11 +55,6 @@ class Criterion:
     def needs_model(self) -> bool:
         """Whether a profile alone cannot give the scores."""
         return self.needs in ("weights", "calibration")
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the scores come from a pass over the tuning questions."""
-        return self.needs == "calibration"
 
     def of_layer(self, layer: LayerStatistics, positions: Positions) -> Array:
         """Scores (E,) from a profile's statistics of one block."""
@@ -204,7 +192,8 @@ def aimer(weights: Iterable[Tensor]) -> Array:
         absolute = sum(float(m.double().abs().sum()) for m in matrices)
         squared = sum(float(m.double().square().sum()) for m in matrices)
         rms = float(np.sqrt(squared / max(n_weights, 1)))
-        score_E.append(-(absolute / n_weights) / rms if squared else _NO_WEIGHTS)
+        # Below every other score: mean |w| is at most the root mean square.
+        score_E.append(-(absolute / n_weights) / rms if squared else -1.0)
     return np.array(score_E)
 
 
@@ -286,15 +275,15 @@ def scores(
         raise SettingsError(f"{by} needs the model itself: load it, or take another criterion")
     if chosen.needs == "calibration":
         return _after_calibration(profile, chosen, engine)
-    found = []
+    by_layer = []
     for block in engine.moe.blocks:
         if not (weights := list(block.expert_weights())):
             raise SettingsError(
                 f"{by}: {block.name} has experts without weights of their own, which a cut in "
                 "layout exact leaves: take another criterion"
             )
-        found.append(chosen.function(weights))
-    return found
+        by_layer.append(chosen.function(weights))
+    return by_layer
 
 
 def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> list[Array]:
@@ -303,21 +292,20 @@ def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> l
     from expertcut.edits.splits import questions_for
 
     kept = sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
-    found = []
-    for own, block, layer in zip(
-        engine.moe.blocks, profile.info.model.blocks, profile.layers, strict=True
-    ):
-        if block.is_hashed:  # no expert can go
-            found.append(np.zeros(block.experts))
+    by_layer = []
+    infos = profile.info.model.blocks
+    for block, info, layer in zip(engine.moe.blocks, infos, profile.layers, strict=True):
+        if info.is_hashed:  # no expert can go
+            by_layer.append(np.zeros(info.experts))
             continue
-        size = block.experts // block.groups
-        groups = [range(g * size, (g + 1) * size) for g in range(block.groups)]
-        least = block.top_k if block.groups == 1 else least_per_group(block)
+        size = info.experts // info.groups
+        groups = [range(g * size, (g + 1) * size) for g in range(info.groups)]
+        least = info.top_k if info.groups == 1 else least_per_group(info)
         use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
         before = ranked(use_E, layer.alpha_mean_E)
-        trial = RemovalTrial(own, kept[own.layer])
-        found.append(chosen.function(trial.change, groups, least, before))
-    return found
+        trial = RemovalTrial(block, kept[block.layer])
+        by_layer.append(chosen.function(trial.change, groups, least, before))
+    return by_layer
 
 
 def positions_of(by: str, wanted: Positions | None) -> Positions:
@@ -335,15 +323,12 @@ def positions_of(by: str, wanted: Positions | None) -> Positions:
 
 @dataclass(frozen=True)
 class Compared:
-    """The criteria that a profile alone can compute: scores and ranks (E,) per layer.
-
-    Rank 1 is kept longest. `left_out` gives the reason for each of the other criteria.
-    """
+    """The criteria that a profile alone can compute: scores and ranks (E,) per layer."""
 
     profile: Profile
     layers: Sequence[LayerStatistics]
     scores: Mapping[str, list[Array]]
-    left_out: Mapping[str, str]
+    left_out: Mapping[str, str]  # the other criteria, and why
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -352,7 +337,7 @@ class Compared:
 
     @cached_property
     def ranks(self) -> dict[str, list[Array]]:
-        """Places in the order of `ranked`."""
+        """Places in the order of `ranked`; 1 is kept longest."""
         return {
             name: [
                 np.argsort(ranked(score_E, layer.alpha_mean_E)) + 1
@@ -369,15 +354,14 @@ class Compared:
 
     def agreement(self, a: str, b: str) -> float:
         """Their mean over the layers that have one."""
-        values = np.array(self.correlations(a, b))
-        is_defined = ~np.isnan(values)
-        return float(values[is_defined].mean()) if is_defined.any() else float("nan")
+        defined = [rho for rho in self.correlations(a, b) if not np.isnan(rho)]
+        return float(np.mean(defined)) if defined else float("nan")
 
 
 def compare(profile: Profile) -> Compared:
     """Every criterion that a profile alone can compute, at each of its positions."""
     layers = profile.layers
-    found: dict[str, list[Array]] = {}
+    by_name: dict[str, list[Array]] = {}
     left_out = {by: "asks the model" for by in sorted(CRITERIA) if CRITERIA[by].needs_model}
     for by, chosen in CRITERIA.items():
         if chosen.needs != "profile":
@@ -385,13 +369,12 @@ def compare(profile: Profile) -> Compared:
         for positions in chosen.positions:
             name = by if positions == chosen.default_positions else f"{by}_{positions}"
             try:
-                found[name] = [chosen.of_layer(layer, positions) for layer in layers]
+                by_name[name] = [chosen.of_layer(layer, positions) for layer in layers]
             except ProfileError as error:
                 left_out[name] = str(error).removeprefix(f"{by}: ")
-    return Compared(profile, layers, found, left_out)
+    return Compared(profile, layers, by_name, left_out)
 
 
 def ranked(score_E: Array, alpha_mean_E: Array) -> list[int]:
     """Expert ids, best first: by score, then mean α, then the lower id."""
-    ids = np.arange(len(score_E))
-    return [int(e) for e in np.lexsort((ids, -alpha_mean_E, -score_E))]
+    return [int(e) for e in np.lexsort((-alpha_mean_E, -score_E))]  # which is stable

@@ -125,16 +125,6 @@ class CutSettings(Settings):
 
         return positions_of(self.by, self.positions)
 
-    @property
-    def fill(self) -> Removed:
-        """The output of a removed expert in layout exact."""
-        return self.removed or "zero"
-
-    @property
-    def rescale(self) -> Fold:
-        """The tokens over which layout stock rescales gate weights."""
-        return self.fold or "answer"
-
     def check(self) -> None:
         """Refuses options that do not go together, with a SettingsError."""
         numbers = (self.keep, self.keep_fraction, self.sparsity, self.max_bytes)
@@ -175,10 +165,10 @@ class CutSettings(Settings):
 
 def read_size(text: str) -> int:
     """The bytes of `4GB`, `500MB`, `3.5GiB` or a plain number; SettingsError for other forms."""
-    found = _SIZE.fullmatch(text.strip())
-    power = " kmgt".index(((found and found["prefix"]) or " ").lower())
-    unit = 1024 if found and found["binary"] else 1000
-    size_bytes = int(float(found["number"]) * unit**power) if found else 0
+    match = _SIZE.fullmatch(text.strip())
+    power = " kmgt".index(((match and match["prefix"]) or " ").lower())
+    unit = 1024 if match and match["binary"] else 1000
+    size_bytes = int(float(match["number"]) * unit**power) if match else 0
     if not 1 <= size_bytes < 1 << 62:
         raise SettingsError(f"--max-bytes {text!r} is not a size: write it as 4GB, 500MB or 3.5GiB")
     return size_bytes

@@ -2,11 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from expertcut.profiling.schema import BlockInfo
+from typing import Literal
 
 Layout = Literal["stock", "exact"]
 Positions = Literal["answer", "all"]
@@ -16,43 +12,30 @@ Fold = Literal["answer", "all", "off"]  # tokens over which layout stock rescale
 
 @dataclass(frozen=True)
 class LayoutRules:
-    """`keeps_rows`: routers keep a row for each removed expert, which then gives a constant.
-
-    Otherwise the rows go, and no token is routed to a removed expert. `options` are those of
-    `prune` that belong to this layout alone; `mark` is its suffix in the names of outputs.
-    """
+    """What a layout allows, and what removing an expert means."""
 
     removal: Literal["reroute", "constant"]
-    keeps_rows: bool
+    keeps_rows: bool  # of removed experts, which give constants; else no token is routed to them
     needs_equal_counts: bool  # one number of experts for all layers, and for all routing groups
     fits_biases: bool  # as directions in the router's rows, at chosen positions
-    options: frozenset[str]
-    mark: str = ""
-
-    def least_experts(self, block: "BlockInfo") -> int:
-        """The fewest that may stay.
-
-        A router without the removed rows needs K, and a model of one expert cannot be loaded again.
-        """
-        return 1 if self.keeps_rows else max(2, block.top_k)
+    options: frozenset[str]  # of `prune` that belong to this layout alone
+    mark: str = ""  # suffix in the names of outputs
 
 
-LAYOUTS: Mapping[Layout, LayoutRules] = MappingProxyType(
-    {
-        "stock": LayoutRules(
-            removal="reroute",
-            keeps_rows=False,
-            needs_equal_counts=True,
-            fits_biases=True,
-            options=frozenset({"fold"}),
-        ),
-        "exact": LayoutRules(
-            removal="constant",
-            keeps_rows=True,
-            needs_equal_counts=False,
-            fits_biases=False,
-            options=frozenset({"removed"}),
-            mark="exact",
-        ),
-    }
-)
+LAYOUTS: Mapping[Layout, LayoutRules] = {
+    "stock": LayoutRules(
+        removal="reroute",
+        keeps_rows=False,
+        needs_equal_counts=True,
+        fits_biases=True,
+        options=frozenset({"fold"}),
+    ),
+    "exact": LayoutRules(
+        removal="constant",
+        keeps_rows=True,
+        needs_equal_counts=False,
+        fits_biases=False,
+        options=frozenset({"removed"}),
+        mark="exact",
+    ),
+}

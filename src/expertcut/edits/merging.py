@@ -1,10 +1,11 @@
 """Merging: which experts become one, the order of their neurons, and the row of their router."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from expertcut.edits.edit_settings import MergeSettings, RouterRow
 from expertcut.edits.plan import BlockEdit, EditPlan, check_count, expert_ids, validate_edits
 from expertcut.errors import ContractError, ProfileError
 from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
+from expertcut.models.kernels import Own
 from expertcut.models.moe_block import SCORES, MoeBlock
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
@@ -30,16 +32,12 @@ _RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]; more lost what lies in smal
 _TIE = 1e-5  # logits that are this close are equal but for rounding
 
 
-@dataclass(frozen=True)
-class Neurons:
-    """The axis of a tensor along which an expert's I neurons lie; None for a tensor without them.
-
-    With `n_parts` 2 gate and up lie in one tensor, one after the other, or alternating.
-    """
+class Neurons(NamedTuple):
+    """The axis of a tensor along which an expert's I neurons lie; None if it has none."""
 
     axis: int | None
-    n_parts: int = 1
-    is_interleaved: bool = False
+    n_parts: int = 1  # 2 if gate and up lie in one tensor
+    is_interleaved: bool = False  # the parts alternate; else one follows the other
 
     def rows(self, tensor: Tensor) -> Tensor:
         """All weights of each neuron, (I, ·); (0, 0) for a tensor without neurons."""
@@ -79,17 +77,11 @@ def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     return torch.from_numpy(order)
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Measurements of the experts of one block.
-
-    `products_EE` are sums over tokens of products of two experts' router logits; `outputs_ED` are
-    mean outputs over all tokens, routed or not. A method needs one of the two.
-    """
+class Evidence(NamedTuple):
+    """Tokens of the experts of one block, and what a method measures of them."""
 
     tokens_E: Array
-    products_EE: Array | None = None
-    outputs_ED: Array | None = None
+    measured_EX: Array  # m_smoe: `logit_products` (E, E), hc_smoe: `mean_outputs_of_all` (E, D)
 
     def by_tokens(self, experts: Iterable[int]) -> list[int]:
         """Experts with most tokens first."""
@@ -102,14 +94,12 @@ def m_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
     Similarity is the cosine of two experts' logits over tokens. arXiv:2310.01334, §3; there one
     count for all layers together is spread by frequency, here every layer gets the same.
     """
-    products_EE = evidence.products_EE
-    assert products_EE is not None
-    order = evidence.by_tokens(experts)
+    products_EE, order = evidence.measured_EX, evidence.by_tokens(experts)
     dominant = order[:n_groups]
     length_E = np.sqrt(np.diagonal(products_EE))
     scale_EE = np.outer(length_E, length_E)
-    zeros_EE = np.zeros_like(products_EE)
-    cosine_EE = np.divide(products_EE, scale_EE, out=zeros_EE, where=scale_EE > 0)
+    cosine_EE = np.zeros_like(products_EE)
+    np.divide(products_EE, scale_EE, out=cosine_EE, where=scale_EE > 0)
     groups = {expert: [expert] for expert in dominant}
     for expert in order[n_groups:]:
         groups[dominant[int(cosine_EE[expert, dominant].argmax())]].append(expert)
@@ -118,10 +108,9 @@ def m_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
 
 def hc_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
     """Clusters of mean outputs by Euclidean distance, average linkage. arXiv:2410.08589, §3."""
-    assert evidence.outputs_ED is not None
     clusters = {number: [expert] for number, expert in enumerate(experts)}
     if n_groups < len(experts):
-        joined = linkage(evidence.outputs_ED[list(experts)], method="average")
+        joined = linkage(evidence.measured_EX[list(experts)], method="average")
         for step, (first, second, *_) in enumerate(joined[: len(experts) - n_groups]):
             clusters[len(experts) + step] = clusters.pop(int(first)) + clusters.pop(int(second))
     return [evidence.by_tokens(cluster) for cluster in clusters.values()]
@@ -167,13 +156,10 @@ def members_of(edit: BlockEdit) -> Mapping[int, Mapping[int, float]]:
 def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:
     """The measurements that a method needs, over the distinct tokens of at most 512 questions."""
     tokens_LE = token_counts(profile)
-    few = round_robin(tuning, CALIBRATION_QUESTIONS)
-    if method == "m_smoe":
-        name, sums = "products_EE", logit_products(engine, few)
-    else:
-        name, sums = "outputs_ED", mean_outputs_of_all(engine, few)
+    measure = logit_products if method == "m_smoe" else mean_outputs_of_all
+    measured = measure(engine, round_robin(tuning, CALIBRATION_QUESTIONS))
     return [
-        Evidence(tokens_LE[b.layer, : b.n_experts], **{name: sums[b.layer].numpy()})
+        Evidence(tokens_LE[b.layer, : b.n_experts], measured[b.layer].numpy())
         for b in engine.moe.blocks
     ]
 
@@ -209,32 +195,23 @@ def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     """
     totals: dict[int, Tensor] = {}
     n_tokens = Counter[int]()
-    valid_T: Tensor | None = None
+    current = deque[Pass](maxlen=1)
 
-    def begin(step: Pass) -> None:
-        nonlocal valid_T
-        valid_T = step.valid_T
-
-    def watched(block: MoeBlock) -> Callable[..., Tensor]:
-        forward, own = own_forward(block.experts), own_expert(block)
-
-        def run(x_TD: Tensor, *args: Tensor) -> Tensor:
-            flat_TD = x_TD.reshape(-1, x_TD.shape[-1])
-            if valid_T is not None:
-                flat_TD = flat_TD[valid_T.to(x_TD.device)]
-            outputs = [own(e, flat_TD).double().sum(dim=0) for e in range(block.n_experts)]
-            total_ED = torch.stack(outputs).cpu()
-            totals[block.layer] = totals.get(block.layer, torch.zeros(())) + total_ED
-            n_tokens[block.layer] += len(flat_TD)
-            y_TD: Tensor = forward(x_TD, *args)
-            return y_TD
-
-        return run
+    def run(block: MoeBlock, own: Own, forward: Any, x_TD: Tensor, *args: Tensor) -> Any:
+        flat_TD, valid_T = x_TD.reshape(-1, x_TD.shape[-1]), current[0].valid_T
+        if valid_T is not None:
+            flat_TD = flat_TD[valid_T.to(x_TD.device)]
+        outputs = [own(e, flat_TD).double().sum(dim=0) for e in range(block.n_experts)]
+        total_ED = torch.stack(outputs).cpu()
+        totals[block.layer] = totals.get(block.layer, torch.zeros(())) + total_ED
+        n_tokens[block.layer] += len(flat_TD)
+        return forward(x_TD, *args)
 
     with ExitStack() as stack:
         for block in engine.moe.blocks:
-            stack.enter_context(replaced_forward(block.experts, watched(block)))
-        ask(engine, quiz, begin)
+            watched = partial(run, block, own_expert(block), own_forward(block.experts))
+            stack.enter_context(replaced_forward(block.experts, watched))
+        ask(engine, quiz, current.append)
     return {layer: total_ED / n_tokens[layer] for layer, total_ED in totals.items()}
 
 
@@ -250,37 +227,31 @@ def merge_draft(
 class Rows:
     """One layer's rows of merged experts, by the id of the dominant member.
 
-    Each is Σ share · row over `shares`, plus `added` (D,). `offsets` go to the router's own logit
-    bias, `selection` are selection biases, if the family has them.
-
     In a softmax gate a group's mass is Σ exp(logit) over its members, so its row should give the
     logarithm of that, which no linear row does. The fitted row is the members' mean row, by their
     shares, plus what a ridge regression on router inputs finds of the difference.
     """
 
-    shares: Mapping[int, Mapping[int, float]]
-    added: Mapping[int, Tensor] = field(default_factory=dict)
-    offsets: Mapping[int, float] = field(default_factory=dict)
-    selection: Mapping[int, float] = field(default_factory=dict)
+    shares: Mapping[int, Mapping[int, float]]  # of members: the row is Σ share · row
+    added: Mapping[int, Tensor] = field(default_factory=dict)  # (D,) to that sum
+    offsets: Mapping[int, float] = field(default_factory=dict)  # to the router's own logit bias
+    selection: Mapping[int, float] = field(default_factory=dict)  # biases, if the family has them
 
     def logits(self, routing: Routing) -> Tensor:
         """Their logits on router inputs, (T, groups) float64."""
         logits_TE, input_TD = routing.logits_TE.double(), routing.input_TD.double()
-        found = []
+        logits = []
         for expert, shares in self.shares.items():
             logit_T = _mean_logit(logits_TE, shares) + self.offsets.get(expert, 0.0)
             if expert in self.added:
                 logit_T = logit_T + input_TD @ self.added[expert]
-            found.append(logit_T)
-        return torch.stack(found, dim=1)
+            logits.append(logit_T)
+        return torch.stack(logits, dim=1)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Fit of a layer's merged rows to the mass of their members on held-out questions.
-
-    1 − Σ(error²) / Σ(distance from its mean²), over tokens and groups: 1 is exact.
-    """
+    """1 − Σ(error²) / Σ(distance from its mean²) of rows' logits, over tokens and groups."""
 
     layer: int
     groups: int
@@ -306,7 +277,7 @@ def merged_rows(
             )
     if kind == "mean":
         return {layer: Rows(groups) for layer, groups in merged.items()}
-    sums = {layer: _Sums(block, merged[layer]) for layer, block in blocks.items()}
+    sums = {layer: _RowSums(block, merged[layer]) for layer, block in blocks.items()}
     few = round_robin(tuning, CALIBRATION_QUESTIONS)
     collect_routing(engine, few, sums, lambda routing, _: sums[routing.layer].add(routing))
     return {layer: own.rows() for layer, own in sums.items()}
@@ -316,20 +287,20 @@ def judge_rows(
     engine: Engine, held_out: Quiz, edits: Mapping[str, BlockEdit], rows: Mapping[int, Rows]
 ) -> list[Quality]:
     """Fit of the rows on held-out questions."""
-    blocks = {b.layer: b for b in engine.moe.blocks if b.layer in rows}
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in rows}
+    blocks = {b.layer: b for b in engine.moe.blocks}
+    logits: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in rows}
 
     def add(routing: Routing, _is_answer_T: Tensor) -> None:
         block = blocks[routing.layer]
         target_TG = targets(block, routing, edits[block.name].merged or {})
-        found[routing.layer].append((target_TG, rows[routing.layer].logits(routing)))
+        logits[routing.layer].append((target_TG, rows[routing.layer].logits(routing)))
 
     if rows:
         collect_routing(engine, held_out, rows, add)
     qualities = []
-    for layer, pairs in found.items():
-        target_TG, found_TG = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        error = ((target_TG - found_TG) ** 2).sum()
+    for layer, pairs in logits.items():
+        target_TG, fitted_TG = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        error = ((target_TG - fitted_TG) ** 2).sum()
         spread = ((target_TG - target_TG.mean(dim=0)) ** 2).sum()
         qualities.append(Quality(layer, target_TG.shape[1], float(1 - error / spread)))
     return qualities
@@ -346,25 +317,20 @@ def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Mapping[int,
     """
     logits_TE = routing.logits_TE.double()
     last_T1 = logits_TE.gather(1, routing.experts_TK).amin(dim=1, keepdim=True)
-    found = []
+    selection_E, logits = block.selection_bias(), []
     for ids in map(list, merged.values()):
         own_TM = logits_TE[:, ids]
-        if block.scoring != "softmax":
-            found.append(_first(block, logits_TE, ids))
+        if block.scoring == "softmax":
+            if not block.inflates:
+                least_T1 = last_T1.minimum(own_TM.amax(dim=1, keepdim=True)) - _TIE
+                own_TM = own_TM.masked_fill(own_TM < least_T1, -torch.inf)
+            logits.append(own_TM.logsumexp(dim=1))
             continue
-        if not block.inflates:
-            least_T1 = last_T1.minimum(own_TM.amax(dim=1, keepdim=True)) - _TIE
-            own_TM = own_TM.masked_fill(own_TM < least_T1, -torch.inf)
-        found.append(own_TM.logsumexp(dim=1))
-    return torch.stack(found, dim=1)
-
-
-def _first(block: MoeBlock, logits_TE: Tensor, experts: list[int]) -> Tensor:
-    own_TM, selection_E = logits_TE[:, experts], block.selection_bias()
-    score_TM = own_TM if block.selection == "logits" else SCORES[block.scoring](own_TM)
-    if selection_E is not None:
-        score_TM = score_TM + selection_E.cpu()[experts]
-    return own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0]
+        score_TM = own_TM if block.selection == "logits" else SCORES[block.scoring](own_TM)
+        if selection_E is not None:
+            score_TM = score_TM + selection_E.cpu()[ids]
+        logits.append(own_TM.gather(1, score_TM.argmax(dim=1, keepdim=True))[:, 0])
+    return torch.stack(logits, dim=1)
 
 
 def _mean_logit(logits_TE: Tensor, shares: Mapping[int, float]) -> Tensor:
@@ -372,8 +338,8 @@ def _mean_logit(logits_TE: Tensor, shares: Mapping[int, float]) -> Tensor:
     return logits_TE[:, list(shares)] @ weights
 
 
-class _Sums:
-    """Sums for the regression of one layer, and of selection scores."""
+class _RowSums:
+    """Sums of one layer for the regression of rows, and of selection scores."""
 
     def __init__(self, block: MoeBlock, merged: Mapping[int, Mapping[int, float]]) -> None:
         self.block, self.merged = block, merged
@@ -394,20 +360,17 @@ class _Sums:
         self.outer_DD = self.outer_DD + h_TD.T @ h_TD
         self.rest_G = self.rest_G + rest_TG.sum(dim=0)
         self.cross_DG = self.cross_DG + h_TD.T @ rest_TG
-        if self.selection_E is not None:
-            self._add_scores(routing, target_TG, self.selection_E)
-
-    def _add_scores(self, routing: Routing, target_TG: Tensor, selection_E: Tensor) -> None:
-        """Adds the best member's score minus the group's α, for tokens routed to a member."""
-        block, logits_TE = self.block, routing.logits_TE.double()
-        alpha_TE = block.alpha(routing.logits_TE).double()
+        if self.selection_E is None:
+            return
+        # The best member's score minus the group's α, for tokens routed to a member.
+        block, alpha_TE = self.block, self.block.alpha(routing.logits_TE).double()
         if block.selection == "logits":
             alpha_TE, mass_TG = logits_TE, target_TG
         elif block.scoring != "softmax":
             mass_TG = SCORES[block.scoring](target_TG)
         else:
             mass_TG = (target_TG - logits_TE.logsumexp(dim=1, keepdim=True)).exp()
-        score_TE = alpha_TE + selection_E
+        score_TE = alpha_TE + self.selection_E
         chosen_TE = torch.zeros_like(alpha_TE).scatter(1, routing.experts_TK, 1.0)
         members = [list(shares) for shares in self.merged.values()]
         chosen_TG = torch.stack([chosen_TE[:, ids].amax(dim=1) for ids in members], dim=1)
@@ -416,20 +379,7 @@ class _Sums:
         self.n_chosen_G = self.n_chosen_G + chosen_TG.sum(dim=0)
 
     def rows(self) -> Rows:
-        added_DG, offset_G = self._regression()
-        offsets, selection = {}, {}
-        for group, (expert, shares) in enumerate(self.merged.items()):
-            if self.has_bias:
-                offsets[expert] = float(offset_G[group])
-            if self.selection_E is not None:
-                n_chosen, score = float(self.n_chosen_G[group]), float(self.score_G[group])
-                largest = float(self.selection_E[list(shares)].amax())
-                selection[expert] = score / n_chosen if n_chosen else largest
-        added = {expert: added_DG[:, group] for group, expert in enumerate(self.merged)}
-        return Rows(self.merged, added, offsets, selection)
-
-    def _regression(self) -> tuple[Tensor, Tensor]:
-        """Ridge regression, with an intercept if the router has a bias."""
+        """By ridge regression, with an intercept if the router has a bias."""
         n = self.n_tokens
         outer_DD, cross_DG = self.outer_DD / n, self.cross_DG / n
         mean_D, rest_G = self.input_D / n, self.rest_G / n
@@ -438,4 +388,13 @@ class _Sums:
             cross_DG = cross_DG - torch.outer(mean_D, rest_G)
         ridge = _RIDGE * outer_DD.diagonal().mean()
         added_DG = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), cross_DG)
-        return added_DG, rest_G - mean_D @ added_DG
+        offset_G = (rest_G - mean_D @ added_DG).tolist()
+        offsets = dict(zip(self.merged, offset_G, strict=True)) if self.has_bias else {}
+        selection = {}
+        for group, (expert, shares) in enumerate(self.merged.items()):
+            if self.selection_E is not None:
+                n_chosen, score = float(self.n_chosen_G[group]), float(self.score_G[group])
+                largest = float(self.selection_E[list(shares)].amax())
+                selection[expert] = score / n_chosen if n_chosen else largest
+        added = {expert: added_DG[:, group] for group, expert in enumerate(self.merged)}
+        return Rows(self.merged, added, offsets, selection)

@@ -32,17 +32,13 @@ Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
 class BlockEdit(Record):
-    """The edit of one block, by expert id.
-
-    `bias` is added to router logits, `scale` multiplies gate weights. `merged` gives for each
-    merged expert the shares of its members, itself included. In plan.json ids are those of the
-    first model, and `rows` gives the ids of the router's rows where earlier cuts changed them.
-    """
+    """The edit of one block, by expert id; in plan.json ids are those of the first model."""
 
     keep: tuple[Expert, ...]
-    bias: dict[Expert, FiniteFloat] = Field(default_factory=dict)
-    scale: dict[Expert, FiniteFloat] = Field(default_factory=dict)
-    rows: tuple[Expert, ...] | None = None
+    bias: dict[Expert, FiniteFloat] = Field(default_factory=dict)  # added to router logits
+    scale: dict[Expert, FiniteFloat] = Field(default_factory=dict)  # multiplies gate weights
+    rows: tuple[Expert, ...] | None = None  # ids of the router's rows, if earlier cuts changed them
+    # For each merged expert the shares of its members, itself included.
     merged: dict[Expert, dict[Expert, FiniteFloat]] | None = None
 
     @model_validator(mode="after")
@@ -125,31 +121,56 @@ class PlanFile(Record):
 
 
 @dataclass(frozen=True)
+class ExpertIds:
+    """Ids of the experts in router rows, by block name; in other blocks they equal the rows."""
+
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    constant: Mapping[str, frozenset[int]] = field(default_factory=dict)  # rows of removed experts
+
+    def number(self, block: str, row: int) -> int:
+        """The id of the expert in a row."""
+        return self.rows[block][row] if block in self.rows else row
+
+    def kept(self, block: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids of rows, without constants."""
+        gone = self.constant.get(block, frozenset())
+        return tuple(self.number(block, row) for row in rows if row not in gone)
+
+    def named(self, block: str, edit: BlockEdit) -> BlockEdit:
+        """An edit of rows as plan.json states it, by id."""
+
+        def ids(values: Mapping[int, float]) -> dict[int, float]:
+            return {self.number(block, row): value for row, value in values.items()}
+
+        merged = {self.number(block, e): ids(own) for e, own in (edit.merged or {}).items()}
+        return BlockEdit(
+            keep=self.kept(block, edit.keep),
+            bias=ids(edit.bias),
+            scale=ids(edit.scale),
+            rows=self.rows.get(block),
+            merged=None if edit.merged is None else merged,
+        )
+
+
+@dataclass(frozen=True)
 class EditPlan:
-    """A plan in memory, before anything is fitted or written.
+    """A plan in memory, before anything is fitted or written."""
 
-    `slug` names the outputs, `action` is the command in words. `removed` is for layout exact,
-    `fold` for layout stock; a bias acts at `apply_at`. `is_tuned`: chosen on the tuning questions
-    instead of the profile's; `is_calibrated`: on both. `tuning` is the curve of a search, `used`
-    are hash lines of other questions that were read. `edits` are by row of the profiled routers,
-    `numbers` maps rows to ids.
-    """
-
-    slug: str
-    action: str
+    slug: str  # names the outputs
+    action: str  # the command in words
     criterion: str
     positions: Positions
-    edits: Mapping[str, BlockEdit]
+    edits: Mapping[str, BlockEdit]  # by row of the profiled routers
     layout: Layout = "stock"
-    removed: Removed = "zero"
-    fold: Fold = "answer"
-    apply_at: Positions = "all"
+    removed: Removed = "zero"  # for layout exact
+    fold: Fold = "answer"  # for layout stock
+    apply_at: Positions = "all"  # of biases
     is_cut: bool = False
-    numbers: "ExpertIds | None" = None
-    is_tuned: bool = False
-    is_calibrated: bool = False
-    tuning: tuple[Point, ...] = ()
-    used: frozenset[str] = frozenset()
+    numbers: ExpertIds = ExpertIds()  # of the rows
+    is_tuned: bool = False  # chosen on the tuning questions instead of the profile's
+    is_calibrated: bool = False  # chosen on both
+    tuning: tuple[Point, ...] = ()  # the curve of a search
+    used: frozenset[str] = frozenset()  # hash lines of other questions that were read
 
     @property
     def blocks(self) -> Mapping[str, BlockEdit]:
@@ -168,13 +189,13 @@ class EditPlan:
 
     @property
     def is_fitting(self) -> bool:
-        """Whether bias directions must be fitted."""
-        return LAYOUTS[self.layout].fits_biases and self.is_biased
+        """Whether tuning questions rank the experts too, or fit bias directions."""
+        return self.is_calibrated or (LAYOUTS[self.layout].fits_biases and self.is_biased)
 
     @property
     def asks_tuning(self) -> bool:
         """Whether the edit reads tuning questions."""
-        return self.is_tuned or self.is_calibrated or self.is_fitting
+        return self.is_tuned or self.is_fitting
 
 
 def plan_model(info: ModelInfo) -> PlanModel:
@@ -213,21 +234,15 @@ def plan_in(folder: Path) -> PlanFile | None:
 
 def base_folder(model: PlanModel, near: Path) -> Path | None:
     """The local folder of a plan's model, if it holds the same weights; None for one of the Hub."""
-    if model.revision is not None:
-        return None
-    return find_local(model.id, model.fingerprint, near)
+    return find_local(model.id, model.fingerprint, near) if model.revision is None else None
 
 
 def lineage(
     folder: Path, find_base: Callable[[PlanModel, Path], Path | None] = base_folder
 ) -> Iterator[tuple[PlanFile, Path | None]]:
-    """From a checkpoint to its base: each plan with the folder of the model that it was made for.
-
-    `find_base` locates that folder; where it gives None the walk ends.
-    """
+    """Each plan from a checkpoint to its base, with its model's folder; the walk ends at None."""
     for _ in range(20):  # more edits than anybody makes, so a cycle ends
-        plan = plan_in(folder)
-        if plan is None:
+        if (plan := plan_in(folder)) is None:
             return
         base = find_base(plan.model, folder)
         yield plan, base
@@ -260,64 +275,18 @@ def _hash_lines(lines: Collection[str]) -> bytes:
     return "".join(f"{line}\n" for line in sorted(left)).encode("ascii")
 
 
-@dataclass(frozen=True)
-class ExpertIds:
-    """By block name: the expert id of each router row, and rows whose experts are constants.
-
-    In other blocks row and id are the same and no expert is removed.
-    """
-
-    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    constant: Mapping[str, frozenset[int]] = field(default_factory=dict)
-
-    def number(self, block: str, row: int) -> int:
-        """The id of the expert in a row."""
-        return self.rows[block][row] if block in self.rows else row
-
-    def row(self, block: str, number: int) -> int | None:
-        """The row of an expert id; None for a removed expert."""
-        rows = self.rows.get(block)
-        row = number if rows is None else rows.index(number) if number in rows else None
-        return None if row in self.constant.get(block, ()) else row
-
-    def kept(self, block: str, rows: tuple[int, ...]) -> tuple[int, ...]:
-        """The ids of rows, without constants."""
-        gone = self.constant.get(block, frozenset())
-        return tuple(self.number(block, row) for row in rows if row not in gone)
-
-    def named(self, block: str, edit: BlockEdit) -> BlockEdit:
-        """An edit of rows as plan.json states it, by id."""
-
-        def ids(values: Mapping[int, float]) -> dict[int, float]:
-            return {self.number(block, row): value for row, value in values.items()}
-
-        merged = None
-        if edit.merged is not None:
-            merged = {self.number(block, e): ids(shares) for e, shares in edit.merged.items()}
-        return BlockEdit(
-            keep=self.kept(block, edit.keep),
-            bias=ids(edit.bias),
-            scale=ids(edit.scale),
-            rows=self.rows.get(block),
-            merged=merged,
-        )
-
-
 @once_per_profile
 def expert_ids(profile: Profile) -> ExpertIds:
     """The ids in the profiled checkpoint's plan; a model without a plan was never cut."""
-    found = _plan_of(profile)
-    if found is None:
+    if (earlier := profiled_plan(profile)) is None:
         return ExpertIds()
-    folder, plan = found
+    folder, plan = earlier
     rows: dict[str, tuple[int, ...]] = {}
     constant: dict[str, frozenset[int]] = {}
     for block in profile.info.model.blocks:
-        edit, same = plan.blocks.get(block.name), tuple(range(block.experts))
-        own: tuple[int, ...] = ()
-        if edit is not None:
-            own = (edit.rows or same) if LAYOUTS[plan.layout].keeps_rows else edit.keep
-        if edit is None or len(own) != block.experts:
+        edit, same = plan.blocks.get(block.name, BlockEdit(keep=())), tuple(range(block.experts))
+        own = (edit.rows or same) if LAYOUTS[plan.layout].keeps_rows else edit.keep
+        if block.name not in plan.blocks or len(own) != block.experts:
             raise PlanError(
                 f"{folder / PLAN_FILE} is not of this checkpoint, whose {block.name} has "
                 f"{block.experts} experts: put the plan back that made it, or take this one away"
@@ -329,31 +298,25 @@ def expert_ids(profile: Profile) -> ExpertIds:
     return ExpertIds(rows, constant)
 
 
-def find_expert(
-    blocks: Sequence[tuple[str, int]], layer: int, expert: int, numbers: ExpertIds
-) -> tuple[int, int]:
-    """The layer and router row of an expert id, or PlanError; blocks are names and counts."""
+def find_row(profile: Profile, layer: int, expert: int) -> int:
+    """The router row of an expert id, or PlanError."""
+    blocks = profile.info.model.blocks
     if layer >= len(blocks):
         raise PlanError(
             f"no layer {layer}: the model has MoE layers 0 to {len(blocks) - 1} "
             "(layers are counted from 0)"
         )
-    name, n_experts = blocks[layer]
-    kept, row = numbers.kept(name, tuple(range(n_experts))), numbers.row(name, expert)
-    if expert in kept and row is not None:
-        return layer, row
-    if kept == tuple(range(n_experts)):
-        raise PlanError(f"no expert {expert} in layer {layer}: it has experts 0 to {n_experts - 1}")
+    name, rows = blocks[layer].name, tuple(range(blocks[layer].experts))
+    numbers = expert_ids(profile)
+    kept = numbers.kept(name, rows)
+    if expert in kept:
+        return numbers.rows.get(name, rows).index(expert)
+    if kept == rows:
+        raise PlanError(f"no expert {expert} in layer {layer}: it has experts 0 to {rows[-1]}")
     raise PlanError(
         f"expert {expert} of layer {layer} is not in this pruned model: "
         f"there it keeps {ids_text(kept)}, name one of these"
     )
-
-
-def inherited_hashes(profile: Profile) -> frozenset[str]:
-    """Hash lines of the questions that the profiled checkpoint was chosen or fitted on."""
-    found = _plan_of(profile)
-    return frozenset() if found is None else load_hashes(*found)
 
 
 def ids_text(ids: tuple[int, ...]) -> str:
@@ -380,22 +343,22 @@ def model_folder(profile: Profile) -> Path | None:
     folder = Path(model.id)
     if folder.is_absolute() and folder.is_dir() and not os.path.lexists(folder / PLAN_FILE):
         return folder
-    found = find_local(model.id, model.fingerprint, profile.path)
-    if found is None:
-        raise ProfileError(
-            f"no such model: {profile.path} is a profile of {model.id}, which is not there with "
-            f"its weights ({model.fingerprint[:8]}), so what was done to it before is not known: "
-            "put it back, or profile again"
-        )
-    return found
+    if local := find_local(model.id, model.fingerprint, profile.path):
+        return local
+    raise ProfileError(
+        f"no such model: {profile.path} is a profile of {model.id}, which is not there with "
+        f"its weights ({model.fingerprint[:8]}), so what was done to it before is not known: "
+        "put it back, or profile again"
+    )
 
 
 @once_per_profile
-def _plan_of(profile: Profile) -> tuple[Path, PlanFile] | None:
-    folder, model = model_folder(profile), profile.info.model
-    if folder is None:
+def profiled_plan(profile: Profile) -> tuple[Path, PlanFile] | None:
+    """The folder and plan of the profiled checkpoint; None for a model that was not edited."""
+    if (folder := model_folder(profile)) is None:
         from huggingface_hub import try_to_load_from_cache
 
+        model = profile.info.model
         cached = try_to_load_from_cache(model.id, PLAN_FILE, revision=model.revision)
         if not isinstance(cached, str):
             return None
@@ -416,10 +379,9 @@ def validate_edits(
     for block in blocks:
         if fault := next(_faults(block, edits[block.name], layout), None):
             raise PlanError(fault)
-    if not LAYOUTS[layout].needs_equal_counts:
-        return
     counts = {len(edit.keep) for edit in edits.values()}
-    if len(counts) > 1 or len({block.experts for block in blocks}) > 1:
+    is_uneven = len(counts) > 1 or len({block.experts for block in blocks}) > 1
+    if is_uneven and LAYOUTS[layout].needs_equal_counts:
         raise PlanError(
             f"layout stock needs one count for all layers, found {sorted(counts)}: "
             "keep the same number in each, or take --layout exact"
@@ -428,15 +390,14 @@ def validate_edits(
 
 def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> None:
     """Raises a PlanError unless every block can keep this number of experts."""
-    rules = LAYOUTS[layout]
     for block in blocks:
-        least = rules.least_experts(block)
+        least = least_experts(block, layout)
         if not least <= n_keep <= block.experts:
             raise PlanError(
                 f"--keep {n_keep} does not fit {block.name}, which routes each token to "
                 f"{block.top_k} of {block.experts} experts: keep {least} to {block.experts}"
             )
-        if rules.needs_equal_counts and n_keep % block.groups:
+        if LAYOUTS[layout].needs_equal_counts and n_keep % block.groups:
             raise PlanError(
                 f"{block.name} routes in {block.groups} groups: keep a multiple of "
                 f"{block.groups}, not {n_keep}"
@@ -445,24 +406,19 @@ def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> Non
 
 def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
     name, n, n_kept = block.name, block.experts, len(edit.keep)
-    hashed = f"{name} chooses its experts by a table of token ids, so"
     if block.is_hashed and (n_kept < n or edit.merged):
         yield (
-            f"{hashed} all {n} must stay, and one count holds for all layers of this family: "
-            "it cannot be cut"
-        )
-    if block.is_hashed and edit.bias:
-        yield (
-            f"{hashed} a bias changes no choice there: take an expert of another layer, or --scale"
+            f"{name} chooses its experts by a table of token ids, so all {n} must stay, and one "
+            "count holds for all layers of this family: it cannot be cut"
         )
     if outside := [e for e in edit.keep if not 0 <= e < n]:
         yield f"{name} keeps expert {outside[0]} but has experts 0 to {n - 1}"
-    if n_kept < (least := LAYOUTS[layout].least_experts(block)):
+    if n_kept < (least := least_experts(block, layout)):
         yield (
             f"{name} keeps {n_kept} experts but routes each token to {block.top_k}: "
             f"keep at least {least}"
         )
-    if unknown := {*edit.bias, *edit.scale} - set(edit.keep):
+    if unknown := set(edit.tilted) - set(edit.keep):
         yield f"{name}: expert {min(unknown)} has a bias or scale but is not kept"
     if LAYOUTS[layout].needs_equal_counts and block.groups > 1 and n_kept < n:
         size, least = n // block.groups, least_per_group(block)
@@ -472,6 +428,12 @@ def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
                 f"{name} routes in {block.groups} groups and keeps {per_group} of them: "
                 f"keep equally many in each, at least {least}"
             )
+
+
+def least_experts(block: BlockInfo, layout: Layout) -> int:
+    """The fewest experts that may stay."""
+    # A router without the removed rows needs K; a model of one expert cannot be loaded again.
+    return 1 if LAYOUTS[layout].keeps_rows else max(2, block.top_k)
 
 
 def least_per_group(block: BlockInfo) -> int:

@@ -1,7 +1,4 @@
-"""Which experts to reweight: outcomes of questions, scores and contrasts, the admission gap.
-
-X counts the experts of all MoE blocks, in order.
-"""
+"""Which experts to reweight: scores of X, the experts of all blocks in order; admission gaps."""
 
 import math
 import re
@@ -9,24 +6,26 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from expertcut.data import Quiz
-from expertcut.edits.splits import hashes, profiled_quiz
+from expertcut.data.sources import hash_lines
+from expertcut.edits.edit_settings import ReweightSettings
+from expertcut.edits.plan import expert_ids
+from expertcut.edits.splits import held_out_quiz, profiled_quiz
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.findings import logits
 from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.significance import SubjectCounts, count_by_subject, z_scores
 from expertcut.profiling.statistics import LayerStatistics, layers_of, share
-from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.storage import Profile, ProfilePart, load_profile
 
 Array = np.ndarray[Any, Any]
-
 MIN_APPEARANCES = 0.01
-
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
+_LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 _FARTHEST = 1e6  # logits; a bias beyond it reaches nothing that a smaller one does not
 _EXACT = 1e-12  # logits
 
@@ -99,68 +98,61 @@ def stored_selection(model: ModelInfo, layer: int) -> Array | None:
 
     from expertcut.models.load import find_source  # with torch, which `show` does without
 
-    source = find_source(model.id, model.revision)
+    source, number = find_source(model.id, model.revision), _number_in(block.name)
     tensors = source.even_quantized.tensors
-    own = [
-        name
-        for name, tensor in tensors.items()
-        if _decoder_layer(name) == _decoder_layer(block.name)
-        and math.prod(tensor.shape) == block.experts
-    ]
-    found = [name for name in own if _SELECTION_BIAS.fullmatch(name)]
+    of_layer = {name: tensor for name, tensor in tensors.items() if _number_in(name) == number}
+    own = [name for name, tensor in of_layer.items() if math.prod(tensor.shape) == block.experts]
+    biases = [name for name in own if _SELECTION_BIAS.fullmatch(name)]
     # On disk some families call it by another name (DeepSeek-V4: ffn.gate.bias).
-    found = found or [name for name in own if name.endswith("bias") and not is_unknown]
-    if len(found) == 1:
-        with safe_open(tensors[found[0]].file, framework="pt") as weights:
-            values: Array = weights.get_tensor(found[0]).double().reshape(-1).numpy()
+    biases = biases or [name for name in own if name.endswith("bias") and not is_unknown]
+    if len(biases) == 1:
+        with safe_open(tensors[biases[0]].file, framework="pt") as weights:
+            values: Array = weights.get_tensor(biases[0]).double().reshape(-1).numpy()
         return values
-    if not found and is_unknown:
+    if not biases and is_unknown:
         return None
     raise PlanError(
-        f"{source.path} holds {len(found)} tensors that may be the bias which {block.name} adds "
+        f"{source.path} holds {len(biases)} tensors that may be the bias which {block.name} adds "
         f"where experts are chosen, so there is no default strength: give one, as in {layer}:0=0.5"
     )
 
 
-def _decoder_layer(name: str) -> str | None:
-    """The last number in the name of a tensor that belongs to no single expert."""
+def _number_in(name: str) -> str | None:
+    """The last number in a name: the decoder layer of a tensor that belongs to no single expert."""
     return next((part for part in reversed(name.split(".")) if part.isdecimal()), None)
 
 
 def no_default_strength(layer: int, expert: int, sign: int, gap: float) -> str:
     """Why a gap cannot be the strength to boost (`sign` +1) or suppress (−1) an expert."""
-    its = f"expert {expert} of layer {layer}"
+    name = f"expert {expert} of layer {layer}"
     if math.isnan(gap):
         return f"a table of token ids chooses the experts of layer {layer}, whatever their logits"
     if not math.isfinite(gap) and gap * sign > 0:
         way = "lifts" if sign > 0 else "lowers"
-        return f"no bias on its logit {way} {its} to the last expert let in on average"
+        return f"no bias on its logit {way} {name} to the last expert let in on average"
     state = "admitted" if sign > 0 else "left out"
-    return f"{its} is {state} on average already (admission gap {gap:+.4f})"
+    return f"{name} is {state} on average already (admission gap {gap:+.4f})"
 
 
 @dataclass(frozen=True)
 class QuestionOutcomes:
-    """N questions and the unedited model's answers and routing at their answer positions.
-
-    `hash_N` are overlap hashes, by which repeats are found, `line_N` both hashes of each.
-    """
+    """N questions and the unedited model's answers and routing at their answer positions."""
 
     blocks: tuple[BlockInfo, ...]
     subject_N: Array
-    hash_N: Array
+    hash_N: Array  # overlap hashes, by which repeats are found
     answer_N: Array
     logprob_NC: Array
     alpha_NLE: Array
     chosen_NLK: Array
     selection_of: Callable[[int], Array | None] = lambda layer: None  # the bias (E,) of a layer
-    line_N: Array | None = None
+    line_N: Array | None = None  # both hashes of each
 
     @classmethod
     def of(cls, profile: Profile, quiz: Quiz) -> Self:
         """A profile's records of the questions of a quiz; ProfileError if it lacks one."""
-        asked = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
-        place = {name: n for n, name in enumerate(asked)}
+        names = zip(profile.subjects(), profile.array("row_N").tolist(), strict=True)
+        place = {name: n for n, name in enumerate(names)}
         try:
             rows_N = np.array([place[q.subject, q.row] for q in quiz])
         except KeyError as error:
@@ -217,8 +209,7 @@ def places(blocks: Sequence[BlockInfo]) -> list[tuple[int, int]]:
     return [(layer, e) for layer, block in enumerate(blocks) for e in range(block.experts)]
 
 
-@dataclass(frozen=True)
-class SelectedExpert:
+class SelectedExpert(NamedTuple):
     """An expert to boost (`sign` +1) or to suppress (−1)."""
 
     layer: int
@@ -228,27 +219,19 @@ class SelectedExpert:
 
 @dataclass(frozen=True)
 class Chooser:
-    """How many of the best experts to boost and of the worst to suppress, and the score.
-
-    Candidates are routed to in at least a share `min_appearances` of the questions, lie in one of
-    `layers` (empty: any), and are not `constant` (layer, expert). A contrast takes the place of
-    `by`, and so do `fixed` scores (X,), which do not depend on the questions.
-    """
+    """How many of the best experts to boost and of the worst to suppress, and the score."""
 
     boost_best: int = 0
     suppress_worst: int = 0
     by: str = "difference"
-    min_appearances: float = MIN_APPEARANCES
-    layers: tuple[int, ...] = ()
-    contrast: "Contrast | None" = None
-    constant: tuple[tuple[int, int], ...] = ()
-    fixed: tuple[float, ...] | None = None
+    min_appearances: float = MIN_APPEARANCES  # least share of questions that use a candidate
+    layers: tuple[int, ...] = ()  # of the candidates; empty: any
+    contrast: "Contrast | None" = None  # takes the place of `by`
+    constant: tuple[tuple[int, int], ...] = ()  # (layer, expert) that are never candidates
+    fixed: tuple[float, ...] | None = None  # scores (X,) for `by`, whatever the questions
 
     def scores(self, records: QuestionOutcomes, left_out: Collection[str] = ()) -> Array:
-        """Score (X,) of every expert, NaN without one or for experts that are not candidates.
-
-        Questions whose overlap hash is in `left_out` do not count.
-        """
+        """Scores (X,) without questions of these overlap hashes, NaN for others than candidates."""
         records = records.less(left_out)
         if self.contrast is not None:
             score_X = self.contrast.scores(left_out)
@@ -273,21 +256,19 @@ class Chooser:
 
         Fewer if there are too few candidates; no expert is in both lists.
         """
-        score_X = self.scores(records, left_out)
-        is_ranked_X, by_id = ~np.isnan(score_X), places(records.blocks)
-        best = [x for x in np.argsort(-score_X, kind="stable").tolist() if is_ranked_X[x]]
-        best = best[: self.boost_best]
-        worst = [x for x in np.argsort(score_X, kind="stable").tolist() if is_ranked_X[x]]
+        score_X, by_id = self.scores(records, left_out), places(records.blocks)
+        n_ranked = int((~np.isnan(score_X)).sum())  # NaN comes last in every order
+        best: list[int] = np.argsort(-score_X, kind="stable")[:n_ranked].tolist()[: self.boost_best]
+        worst: list[int] = np.argsort(score_X, kind="stable")[:n_ranked].tolist()
         worst = [x for x in worst if x not in best][: self.suppress_worst]
-        signs: list[tuple[int, int]] = [(+1, x) for x in best] + [(-1, x) for x in worst]
-        return tuple(SelectedExpert(*by_id[x], sign) for sign, x in signs)
+        signs = dict.fromkeys(best, +1) | dict.fromkeys(worst, -1)
+        return tuple(SelectedExpert(*by_id[x], sign) for x, sign in signs.items())
 
     def looked_at(self, profile: Profile) -> frozenset[str]:
         """Hash lines of further questions that rank the experts."""
         if self.contrast is None:
-            return frozenset() if self.fixed is None else hashes(profiled_quiz(profile))
-        sides = (self.contrast.wanted, self.contrast.unwanted)
-        lines = [side.hash_N if side.line_N is None else side.line_N for side in sides]
+            return frozenset() if self.fixed is None else hash_lines(profiled_quiz(profile))
+        lines = [side.hash_N if side.line_N is None else side.line_N for side in self.contrast]
         return frozenset(np.concatenate(lines).tolist())
 
     def check(self, records: QuestionOutcomes) -> None:
@@ -299,10 +280,10 @@ class Chooser:
                 "(layers are counted from 0)"
             )
         n_ranked = int((~np.isnan(self.scores(records))).sum())
-        n_asked = self.boost_best + self.suppress_worst
-        if n_ranked < n_asked:
+        n_wanted = self.boost_best + self.suppress_worst
+        if n_ranked < n_wanted:
             raise PlanError(
-                f"{n_asked} experts are to be tilted, but only {n_ranked} appear in at least "
+                f"{n_wanted} experts are to be tilted, but only {n_ranked} appear in at least "
                 f"{self.min_appearances:.1%} of {len(records):,} questions and have a score: ask "
                 "for fewer, lower --min-appearances, or profile more questions"
             )
@@ -329,7 +310,6 @@ SCORES: dict[str, Callable[[QuestionOutcomes], Array]] = {
     "gate_mass": partial(_by_layer, name="alpha_mean_E"),
 }
 
-
 # Over every token, shots included: sums of a whole profile, which know nothing of right and wrong,
 # so that a fold may be chosen by them.
 TOKEN_SCORES = {
@@ -352,8 +332,7 @@ def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
     return tuple(float(score_LE[place]) for place in places(profile.info.model.blocks))
 
 
-@dataclass(frozen=True)
-class Contrast:
+class Contrast(NamedTuple):
     """Two sets of questions; an expert's score is how much more often the first activates it.
 
     The detection of SteerMoE (arXiv:2509.09660) and of Mixture of Tunable Experts
@@ -365,12 +344,12 @@ class Contrast:
 
     def scores(self, left_out: Collection[str] = ()) -> Array:
         """Difference of activation rates (X,), NaN where a side has no question left."""
-        rates = [appearances(side.less(left_out)) for side in (self.wanted, self.unwanted)]
-        return np.asarray(rates[0] - rates[1])
+        wanted_X, unwanted_X = (appearances(side.less(left_out)) for side in self)
+        return np.asarray(wanted_X - unwanted_X)
 
     def less(self, hashes: Collection[str]) -> "Contrast":
         """Without the questions of these overlap hashes; SettingsError if a side has no other."""
-        sides = (self.wanted.less(hashes), self.unwanted.less(hashes))
+        sides = [side.less(hashes) for side in self]
         if not all(map(len, sides)):
             raise SettingsError(
                 "--contrast: a side has only questions that are held out: name other parts, or "
@@ -406,3 +385,47 @@ def _side(expression: str, fingerprint: str) -> QuestionOutcomes:
     if not len(records):
         raise SettingsError(f"--contrast {expression} leaves no question: name another part")
     return records
+
+
+def check_settings(settings: ReweightSettings) -> None:
+    """Raises a SettingsError for options that do not go together, or an unknown score."""
+    settings.check()
+    names = (*SCORES, *TOKEN_SCORES)
+    if settings.by is not None and settings.by not in names:
+        raise SettingsError(f"--by {settings.by} is not a score: take one of {', '.join(names)}")
+
+
+def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
+    """The number, the score and the candidates that the settings say."""
+    least, by = settings.min_appearances, settings.by or "difference"
+    contrast = None
+    if settings.contrast is not None:
+        contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
+        if isinstance(profile, ProfilePart):
+            contrast = contrast.less({q.overlap_hash for q in held_out_quiz(profile)})
+    constant = expert_ids(profile).constant
+    return Chooser(
+        boost_best=settings.boost_best,
+        suppress_worst=settings.suppress_worst,
+        by=by,
+        min_appearances=MIN_APPEARANCES if least is None else least,
+        layers=read_layers(settings.layers),
+        contrast=contrast,
+        fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
+        constant=tuple(
+            (layer, row)
+            for layer, block in enumerate(profile.info.model.blocks)
+            for row in sorted(constant.get(block.name, ()))
+        ),
+    )
+
+
+def read_layers(text: str | None) -> tuple[int, ...]:
+    """`0,3,8-15` as numbers. Raises SettingsError: another form."""
+    layers: list[int] = []
+    for part in text.split(",") if text is not None else ():
+        first, _, last = part.strip().partition("-")
+        if not _LAYERS.fullmatch(part.strip()):
+            raise SettingsError(f"--layers: {part[:80]!r} is not a layer: write them as 0,3,8-15")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(layers))

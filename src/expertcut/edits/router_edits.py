@@ -10,58 +10,50 @@ import numpy as np
 
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
-from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_expert, ids_text
+from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_row, ids_text
 from expertcut.edits.reweight_select import (
-    MIN_APPEARANCES,
-    SCORES,
-    TOKEN_SCORES,
     Chooser,
     QuestionOutcomes,
     SelectedExpert,
     admission_gap,
+    check_settings,
+    chooser_of,
     no_default_strength,
-    read_contrast,
     right,
     stored_selection,
-    token_scores,
 )
-from expertcut.edits.splits import held_out_quiz, profiled_quiz
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics
-from expertcut.profiling.storage import Profile, ProfilePart
+from expertcut.profiling.storage import Profile
 from expertcut.stats import gained_lost, wilson_interval
 
 Array = np.ndarray[Any, Any]
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
-_LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
 
 
 class RouterEdit(NamedTuple):
-    """A bias on the logit, or a factor on the gate weight, of the expert in a row of a router.
-
-    `block` is its block's name, `origin` says in words where the bias came from.
-    """
+    """A bias on the logit, or a factor on the gate weight, of the expert in a row of a router."""
 
     layer: int
     expert: int
     bias: float = 0.0
     scale: float = 1.0
-    block: str = ""
-    origin: str = ""
+    block: str = ""  # the block's name
+    origin: str = ""  # of the bias, in words
 
     @property
     def verb(self) -> str:
-        """`boost` or `suppress`."""
+        """`boost` or `suppress`; `scale` without a bias."""
+        if not self.bias:
+            return "scale"
         return "boost" if self.bias > 0 else "suppress"
 
 
-Ask = Callable[[tuple[RouterEdit, ...]], Array]
-"""Log p (N, C) of all questions with these biases on the gates."""
+Ask = Callable[[tuple[RouterEdit, ...]], Array]  # log p (N, C) with these biases on the gates
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(NamedTuple):
     """The chosen biases, and the curve of a search: the result of each strength."""
 
     shifts: tuple[RouterEdit, ...]
@@ -70,24 +62,20 @@ class Settled:
 
 @dataclass(frozen=True)
 class Procedure:
-    """A procedure that chooses experts and strengths, and can be repeated for cross-fitting.
+    """A procedure that chooses experts and strengths, and can be repeated for cross-fitting."""
 
-    `named` are chosen by hand, each with its strength or None; `chooser` adds to them. `strength`
-    is for experts without a strength of their own; None is the admission gap.
-    """
-
-    named: tuple[tuple[SelectedExpert, float | None], ...] = ()
-    chooser: Chooser = field(default_factory=Chooser)
-    strength: float | None = None
+    named: tuple[tuple[SelectedExpert, float | None], ...] = ()  # by hand, with any own strength
+    chooser: Chooser = field(default_factory=Chooser)  # adds to those
+    strength: float | None = None  # of experts without an own one; None is the admission gap
     is_tuned: bool = False
 
     def pick(
         self, records: QuestionOutcomes, left_out: Collection[str] = ()
     ) -> tuple[SelectedExpert, ...]:
         """The experts, the ones named by hand first."""
-        named = {(pick.layer, pick.expert): pick for pick, _ in self.named}
+        named = {pick[:2]: pick for pick, _ in self.named}
         chosen = self.chooser.choose(records, left_out)
-        return (*named.values(), *(p for p in chosen if (p.layer, p.expert) not in named))
+        return (*named.values(), *(pick for pick in chosen if pick[:2] not in named))
 
     def settle(
         self,
@@ -119,9 +107,8 @@ class Procedure:
         """The origin of a strength, in words."""
         if self.is_tuned:
             return "found by a search"
-        given = {(pick.layer, pick.expert) for pick, strength in self.named if strength}
-        is_given = self.strength is not None or (shift.layer, shift.expert) in given
-        return "given" if is_given else "its admission gap"
+        given = {pick[:2] for pick, strength in self.named if strength}
+        return "given" if self.strength or shift[:2] in given else "its admission gap"
 
     def check(self, records: QuestionOutcomes) -> None:
         """Raises a PlanError for too few candidates, or an expert without a strength."""
@@ -129,14 +116,13 @@ class Procedure:
         if self.is_tuned:
             return
         picks = self.pick(records)
-        tilted = {(shift.layer, shift.expert) for shift in self.untuned(records, picks)}
+        tilted = {shift[:2] for shift in self.untuned(records, picks)}
         for pick in picks:
-            if (pick.layer, pick.expert) not in tilted:
-                why = no_default_strength(pick.layer, pick.expert, pick.sign, gap(records, pick))
+            if pick[:2] not in tilted:
                 verb = "boost" if pick.sign > 0 else "suppress"
                 raise PlanError(
-                    f"{why}, so there is no default strength to {verb} it by: give --strength or "
-                    "--tune"
+                    f"{no_default_strength(*pick, gap(records, pick))}, so there is no default "
+                    f"strength to {verb} it by: give --strength or --tune"
                 )
 
 
@@ -162,9 +148,8 @@ class _Search:
     """
 
     def __init__(self, records: QuestionOutcomes, is_used_N: Array, ask: Ask) -> None:
-        self.ask = ask
+        self.ask, self.is_used_N = ask, is_used_N
         self.used = records.part(is_used_N)
-        self.is_used_N = is_used_N
         self.base_N = self.used.is_correct_N
         self.best: tuple[RouterEdit, ...] = ()
         self.most_right = int(self.base_N.sum())
@@ -207,7 +192,7 @@ class _Search:
         return Point(
             experts=len(shifts),
             strength=strength,
-            biases=tuple((s.layer, s.expert, s.bias) for s in shifts),
+            biases=tuple(shift[:3] for shift in shifts),
             questions=len(right_N),
             accuracy=share,
             ci95=wilson_interval(share, len(right_N)),
@@ -220,13 +205,12 @@ def firsts(picks: Sequence[SelectedExpert], n_named: int) -> Iterator[tuple[Sele
     by_sign = [[p for p in others if p.sign == sign] for sign in (+1, -1)]
     most, count = max(map(len, by_sign)), 1
     while count < most:
-        yield (*named, *(p for found in by_sign for p in found[:count]))
+        yield (*named, *(pick for own in by_sign for pick in own[:count]))
         count *= 2
     yield (*named, *others)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """An expert to reweight; `layer` None is the last MoE block, `strength` None the default."""
 
     layer: int | None
@@ -255,117 +239,109 @@ def parse_target(expression: str, what: str = "bias") -> Target:
 
 def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> list[RouterEdit]:
     """Biases for all targets; the default strength is the admission gap."""
-    return [_tilt(profile, *found) for found in _targets(profile, boost, suppress)]
+    biases = []
+    for layer, (index, row, sign), target in _targets(profile, boost, suppress):
+        bias, origin = sign * abs(target.strength or 0), "given"
+        if target.strength is None:
+            origin = "its admission gap"
+            bias = admission_gap(
+                profile.info.model.blocks[index],
+                profile.array("alpha_NLE")[:, index, : layer.n_experts],
+                profile.array("chosen_NLK")[:, index],
+                row,
+                stored_selection(profile.info.model, index),
+            )
+            if not math.isfinite(bias) or bias * sign <= 0:
+                option = "--boost" if sign > 0 else "--suppress"
+                raise PlanError(
+                    f"{no_default_strength(index, target.expert, sign, bias)}: give the strength, "
+                    f"as in {option} {index}:{target.expert}=0.5"
+                )
+        biases.append(RouterEdit(index, row, bias, block=layer.block, origin=origin))
+    return biases
 
 
 def _targets(
     profile: Profile, boost: Sequence[str], suppress: Sequence[str] = (), what: str = "bias"
 ) -> list[tuple[LayerStatistics, SelectedExpert, Target]]:
     """Layer (default: the last), router row and target of each expression."""
-    numbers, layers = expert_ids(profile), profile.layers
-    blocks = [(layer.block, layer.n_experts) for layer in layers]
-    found: dict[str, tuple[LayerStatistics, SelectedExpert, Target]] = {}
+    layers = profile.layers
+    targets: dict[str, tuple[LayerStatistics, SelectedExpert, Target]] = {}
     for sign, text in [*((+1, text) for text in boost), *((-1, text) for text in suppress)]:
         target = parse_target(text, what)
         index = len(layers) - 1 if target.layer is None else target.layer
-        index, row = find_expert(blocks, index, target.expert, numbers)
-        name = f"{index}:{target.expert}"
-        if name in found:
+        row, name = find_row(profile, index, target.expert), f"{index}:{target.expert}"
+        if name in targets:
             raise PlanError(f"expert {name} is named twice: name it once")
         if what == "bias" and sign > 0 and (target.strength or 0) < 0:
             raise PlanError(f"--boost {name}={target.strength:g}: use --suppress")
-        found[name] = (layers[index], SelectedExpert(index, row, sign), target)
-    return list(found.values())
+        targets[name] = (layers[index], SelectedExpert(index, row, sign), target)
+    return list(targets.values())
 
 
 def scalings(profile: Profile, expressions: Sequence[str]) -> list[RouterEdit]:
     """Factors for all targets, `12=1.5` or `3:12=1.5`, not 1; 0 silences an expert."""
-    found: list[RouterEdit] = []
-    for layer, pick, target in _targets(profile, expressions, what="factor"):
+    factors = []
+    targets = _targets(profile, expressions, what="factor")
+    for text, (layer, pick, target) in zip(expressions, targets, strict=True):
         factor = target.strength
         if factor is None or factor < 0 or factor == 1:
-            text = expressions[len(found)]
             raise SettingsError(
                 f"--scale {text} must give a factor, 0 or above and not 1: as in 3:12=1.5"
             )
-        found.append(RouterEdit(pick.layer, pick.expert, scale=factor, block=layer.block))
-    return found
-
-
-def _tilt(
-    profile: Profile, layer: LayerStatistics, pick: SelectedExpert, target: Target
-) -> RouterEdit:
-    index, row, sign = pick.layer, pick.expert, pick.sign
-    if target.strength is not None:
-        bias = sign * abs(target.strength)
-        return RouterEdit(index, row, bias, block=layer.block, origin="given")
-    bias = admission_gap(
-        profile.info.model.blocks[index],
-        profile.array("alpha_NLE")[:, index, : layer.n_experts],
-        profile.array("chosen_NLK")[:, index],
-        row,
-        stored_selection(profile.info.model, index),
-    )
-    if not math.isfinite(bias) or bias * sign <= 0:
-        option = "--boost" if sign > 0 else "--suppress"
-        raise PlanError(
-            f"{no_default_strength(index, target.expert, sign, bias)}: give the strength, as in "
-            f"{option} {index}:{target.expert}=0.5"
-        )
-    return RouterEdit(index, row, bias, block=layer.block, origin="its admission gap")
+        factors.append(RouterEdit(pick.layer, pick.expert, scale=factor, block=layer.block))
+    return factors
 
 
 def reweight_draft(
     profile: Profile,
-    found: Sequence[RouterEdit],
+    biased: Sequence[RouterEdit],
     layout: Layout = "stock",
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
     """A plan that keeps every expert, with biases and factors; SettingsError without any."""
-    if not found and not scaled:
+    if not biased and not scaled:
         raise SettingsError(
             "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
         )
     blocks = profile.info.model.blocks
     edits = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in blocks}
-    draft = EditPlan(
-        "", "reweight", "by hand", "answer", edits, layout, numbers=expert_ids(profile)
-    )
-    return with_tilts(draft, found, scaled, apply_at)
+    words, numbers = ("", "reweight", "by hand"), expert_ids(profile)
+    draft = EditPlan(*words, "answer", edits, layout, numbers=numbers)
+    return with_tilts(draft, biased, scaled, apply_at)
 
 
 def with_tilts(
     draft: EditPlan,
-    found: Sequence[RouterEdit],
+    biased: Sequence[RouterEdit],
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
     """A plan with biases and factors on experts that it keeps."""
-    check_place(draft.layout, apply_at, is_biased=bool(found))
-    for tilt in (*found, *scaled):
+    check_place(draft.layout, apply_at, is_biased=bool(biased))
+    words, slugs, edits = [draft.action], [draft.slug] if draft.slug else [], {}
+    for tilt in (*biased, *scaled):
+        expert = draft.numbers.number(tilt.block, tilt.expert)
         if tilt.expert not in (keep := draft.edits[tilt.block].keep):
-            kept = keep if draft.numbers is None else draft.numbers.kept(tilt.block, keep)
             raise PlanError(
-                f"expert {_name(draft, tilt)} is removed by this cut, which keeps "
-                f"{ids_text(kept)} there: tilt one that stays"
+                f"expert {tilt.layer}:{expert} is removed by this cut, which keeps "
+                f"{ids_text(draft.numbers.kept(tilt.block, keep))} there: tilt one that stays"
             )
-    edits = {}
+        words.append(f"--{tilt.verb} {tilt.layer}:{expert}={abs(tilt.bias) or tilt.scale:.6g}")
+        slugs.append(f"{tilt.verb}-{tilt.layer}.{expert}")
     for name, edit in draft.edits.items():
-        bias = {t.expert: t.bias for t in found if t.block == name}
+        bias = {t.expert: t.bias for t in biased if t.block == name}
         scale = {s.expert: s.scale for s in scaled if s.block == name}
         edits[name] = edit.model_copy(update={"bias": bias, "scale": scale})
-    words = [f"--{t.verb} {_name(draft, t)}={abs(t.bias):.6g}" for t in found]
-    words += [f"--scale {_name(draft, s)}={s.scale:.6g}" for s in scaled]
-    named = [f"{t.verb}-{_name(draft, t, '.')}" for t in found]
-    named += [f"scale-{_name(draft, s, '.')}" for s in scaled]
-    slug = "-".join([*([draft.slug] if draft.slug else []), *named])[:100]
+    slug = "-".join(slugs)[:100]
     if apply_at == "answer":
         words, slug = [*words, "--apply-at answer"], f"{slug}-answer"
     mark = LAYOUTS[draft.layout].mark
     slug += f"-{mark}" if mark and not draft.is_cut else ""
-    action = " ".join([draft.action, *words])
-    return replace(draft, slug=slug, action=action, edits=edits, apply_at=apply_at or "all")
+    return replace(
+        draft, slug=slug, action=" ".join(words), edits=edits, apply_at=apply_at or "all"
+    )
 
 
 def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:
@@ -382,12 +358,6 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
         )
 
 
-def _name(draft: EditPlan, tilt: RouterEdit, between: str = ":") -> str:
-    numbers = draft.numbers
-    expert = tilt.expert if numbers is None else numbers.number(tilt.block, tilt.expert)
-    return f"{tilt.layer}{between}{expert}"
-
-
 def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
     """The way of choosing experts and strengths that the settings say."""
     check_settings(settings)
@@ -397,39 +367,7 @@ def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
     )
     if settings.tune and any(strength for _, strength in picks):
         raise SettingsError("--tune searches for the strength: leave the number out")
-    return Procedure(picks, _chooser(profile, settings), settings.strength, settings.tune)
-
-
-def check_settings(settings: ReweightSettings) -> None:
-    """Raises a SettingsError for options that do not go together, or an unknown score."""
-    settings.check()
-    names = (*SCORES, *TOKEN_SCORES)
-    if settings.by is not None and settings.by not in names:
-        raise SettingsError(f"--by {settings.by} is not a score: take one of {', '.join(names)}")
-
-
-def _chooser(profile: Profile, settings: ReweightSettings) -> Chooser:
-    least, by = settings.min_appearances, settings.by or "difference"
-    contrast = None
-    if settings.contrast is not None:
-        contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
-        if isinstance(profile, ProfilePart):
-            contrast = contrast.less({q.overlap_hash for q in held_out_quiz(profile)})
-    constant = expert_ids(profile).constant
-    return Chooser(
-        boost_best=settings.boost_best,
-        suppress_worst=settings.suppress_worst,
-        by=by,
-        min_appearances=MIN_APPEARANCES if least is None else least,
-        layers=read_layers(settings.layers),
-        contrast=contrast,
-        fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
-        constant=tuple(
-            (layer, row)
-            for layer, block in enumerate(profile.info.model.blocks)
-            for row in sorted(constant.get(block.name, ()))
-        ),
-    )
+    return Procedure(picks, chooser_of(profile, settings), settings.strength, settings.tune)
 
 
 def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Procedure) -> str:
@@ -444,21 +382,3 @@ def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Proc
     if settings.criterion not in ("by hand", "difference"):
         words.append(f"by {settings.criterion}")
     return " ".join([*words, "tuned"] if procedure.is_tuned else words)
-
-
-def read_layers(text: str | None) -> tuple[int, ...]:
-    """`0,3,8-15` as numbers. Raises SettingsError: another form."""
-    found: list[int] = []
-    for part in text.split(",") if text is not None else ():
-        first, _, last = part.strip().partition("-")
-        if not _LAYERS.fullmatch(part.strip()):
-            raise SettingsError(f"--layers: {part[:80]!r} is not a layer: write them as 0,3,8-15")
-        found += range(int(first), int(last or first) + 1)
-    return tuple(dict.fromkeys(found))
-
-
-def settled_on_profile(profile: Profile, procedure: Procedure) -> Settled:
-    """Experts and strengths from the profile alone."""
-    records = QuestionOutcomes.of(profile, profiled_quiz(profile))
-    procedure.check(records)
-    return Settled(procedure.untuned(records, procedure.pick(records)))

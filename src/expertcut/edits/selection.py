@@ -3,20 +3,21 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
 from expertcut.edits.edit_settings import CutSettings
-from expertcut.edits.layouts import LAYOUTS, Layout
+from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import (
     BlockEdit,
     EditPlan,
     ExpertIds,
     check_count,
     expert_ids,
-    find_expert,
+    find_row,
+    least_experts,
     least_per_group,
     validate_edits,
 )
@@ -27,13 +28,12 @@ from expertcut.profiling.storage import Profile, largest_values
 if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine
 
+Array = np.ndarray[Any, Any]
 SUPER = "super"
 _EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
-Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
-class Protection:
+class Protection(NamedTuple):
     """Rows of routers per layer: super experts, and those that were named."""
 
     supers: tuple[tuple[int, ...], ...]
@@ -43,11 +43,6 @@ class Protection:
     def ids(self) -> list[tuple[int, ...]]:
         """All that stay, per layer."""
         return [(*own, *named) for own, named in zip(self.supers, self.named, strict=True)]
-
-    def first(self, orders: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Orders of all layers' experts, those that were named first, then super experts."""
-        layers = zip(orders, self.supers, self.named, strict=True)
-        return [protected(protected(order, own), named) for order, own, named in layers]
 
     def spared(
         self, edits: Mapping[str, BlockEdit], plain: Mapping[str, BlockEdit]
@@ -59,38 +54,28 @@ class Protection:
             for (block, edit), ids in blocks
         }
 
-    def check(self, edits: Mapping[str, BlockEdit]) -> None:
-        """Raises a PlanError unless all that were named stay."""
-        for (block, edit), named in zip(edits.items(), self.named, strict=True):
-            if not set(named) <= set(edit.keep):
-                raise PlanError(
-                    f"{block} keeps {len(edit.keep)} experts, too few for the {len(named)} that "
-                    "--protect names there: keep more or protect fewer"
-                )
 
-
-def expressions_of(asked: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
-    """What --protect asks for; `is_super` says whether super experts are protected unasked."""
-    if "none" not in asked:
-        return tuple(dict.fromkeys([*([SUPER] if is_super else []), *asked]))
-    if SUPER in asked:
+def expressions_of(expressions: Sequence[str], *, is_super: bool) -> tuple[str, ...]:
+    """What to protect; `is_super` adds super experts, unless --protect has `none`."""
+    if "none" not in expressions:
+        return tuple(dict.fromkeys([*([SUPER] if is_super else []), *expressions]))
+    if SUPER in expressions:
         raise SettingsError("--protect none and --protect super contradict each other: give one")
-    return tuple(text for text in asked if text != "none")
+    return tuple(text for text in expressions if text != "none")
 
 
 def protection(profile: Profile, expressions: Sequence[str]) -> Protection:
     """What `super` and `L:E` (expert E of layer L) protect; SettingsError for other expressions."""
-    blocks = [(b.name, b.experts) for b in profile.info.model.blocks]
-    named: list[list[int]] = [[] for _ in blocks]
+    named: list[list[int]] = [[] for _ in profile.info.model.blocks]
     for text in expressions:
         if match := _EXPERT.fullmatch(text.strip()):
-            layer, row = find_expert(blocks, int(match[1]), int(match[2]), expert_ids(profile))
-            named[layer].append(row)
+            row = find_row(profile, int(match[1]), int(match[2]))
+            named[int(match[1])].append(row)
         elif text != SUPER:
             raise SettingsError(
                 f"--protect {text} names no expert: write super, none or L:E, as in 3:12"
             )
-    supers = super_experts(profile) if SUPER in expressions else [()] * len(blocks)
+    supers = super_experts(profile) if SUPER in expressions else [()] * len(named)
     return Protection(tuple(supers), tuple(tuple(dict.fromkeys(own)) for own in named))
 
 
@@ -117,13 +102,13 @@ def super_experts(profile: Profile) -> list[tuple[int, ...]]:
 
 def protected(order: Sequence[int], ids: Collection[int]) -> list[int]:
     """An order of experts with the protected ones first; else it stays as it is."""
-    return [*(e for e in order if e in ids), *(e for e in order if e not in ids)]
+    return sorted(order, key=lambda expert: expert not in ids)
 
 
 def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -> EditPlan:
     """A draft without edits, named after what makes it differ from the usual."""
-    at, fold = settings.at, settings.rescale
-    unusual = {"all": at, "exact": settings.layout, "mean": settings.fill}
+    removed, fold = settings.removed or "zero", settings.fold or "answer"
+    unusual = {"all": settings.at, "exact": settings.layout, "mean": removed}
     usual = positions_of(settings.by, None)
     marks = "".join(f"-{m}" for m, value in unusual.items() if value == m != usual)
     if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
@@ -132,29 +117,26 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
         f"{slug}{marks}",
         action,
         criterion,
-        at,
+        settings.at,
         edits={},
         layout=settings.layout,
-        removed=settings.fill,
+        removed=removed,
         fold=fold,
         is_cut=True,
-        is_calibrated=CRITERIA[settings.by].is_calibrated,
+        is_calibrated=CRITERIA[settings.by].needs == "calibration",
     )
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Every expert of a profile by a criterion: scores (E,) and ids, best first, by layer.
-
-    `orders` are the criterion's alone; `counts` say how often each expert was active.
-    """
+    """Every expert of a profile by a criterion: scores (E,) and ids, best first, by layer."""
 
     blocks: tuple[BlockInfo, ...]
     settings: CutSettings
     scores: tuple[Array, ...]
-    orders: tuple[list[int], ...]
+    orders: tuple[list[int], ...]  # by the criterion alone
     stay: Protection
-    counts: tuple[Array, ...]
+    counts: tuple[Array, ...]  # how often each expert was active
     numbers: ExpertIds
 
 
@@ -162,12 +144,12 @@ def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None
     """Scores by the criterion, the order that follows, and who stays whatever it says."""
     layers = profile.layers
     at = settings.at if settings.by == "activations" else "answer"
-    found = scores(profile, settings.by, settings.at, engine, settings.seed)
-    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(found, layers, strict=True)]
+    by_layer = scores(profile, settings.by, settings.at, engine, settings.seed)
+    orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(by_layer, layers, strict=True)]
     return Ranking(
         blocks=profile.info.model.blocks,
         settings=settings,
-        scores=tuple(found),
+        scores=tuple(by_layer),
         orders=tuple(orders),
         stay=protection(profile, settings.protect),
         counts=tuple(activations(layer, at) for layer in layers),
@@ -188,19 +170,16 @@ def counts(settings: CutSettings, blocks: Sequence[BlockInfo]) -> range:
 
 def _stock_count(block: BlockInfo, n_per_group: int) -> int:
     """The smallest count of layout stock that keeps this many experts of a routing group."""
-    least = LAYOUTS["stock"].least_experts(block) if block.groups == 1 else least_per_group(block)
+    least = least_experts(block, "stock") if block.groups == 1 else least_per_group(block)
     return max(n_per_group, least) * block.groups
 
 
 def wanted_count(settings: CutSettings, blocks: Sequence[BlockInfo]) -> int:
-    """What a count or a fraction asks for: per layer, or of all layers together.
-
-    A fraction is rounded, where experts lie in groups to equally many of each.
-    """
-    fraction, keep = settings.fraction, settings.keep
+    """The number per layer, or of all layers; a fraction is rounded, to equally large groups."""
+    fraction = settings.fraction
     if fraction is None:
-        assert keep is not None
-        return keep * (len(blocks) if settings.budget == "global" else 1)
+        assert settings.keep is not None
+        return settings.keep * (len(blocks) if settings.budget == "global" else 1)
     if settings.budget == "global":
         return sum(round(fraction * block.experts) for block in blocks)
     step = blocks[0].groups if LAYOUTS[settings.layout].needs_equal_counts else 1
@@ -221,8 +200,7 @@ def as_numbers(score_E: Array) -> Array:
     """Scores in float64; what is not a number counts as the layer's lowest, +∞ as its highest."""
     finite = score_E[np.isfinite(score_E)]
     lowest, highest = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
-    filled_E = np.nan_to_num(score_E, nan=lowest, neginf=lowest, posinf=highest)
-    return filled_E.astype(np.float64)
+    return np.nan_to_num(score_E, nan=lowest, neginf=lowest, posinf=highest).astype(np.float64)
 
 
 def normalised(score_E: Array) -> Array:
@@ -271,15 +249,12 @@ def share_out(
 
 @dataclass(frozen=True)
 class Pruning:
-    """The experts that stay, how many were active, and which idle ones fill up, by block.
-
-    `spared` would have gone but for their protection.
-    """
+    """The experts that stay, how many were active, and which idle ones fill up, by block."""
 
     draft: EditPlan
     n_active: dict[str, int]
     fillers: dict[str, tuple[int, ...]]
-    spared: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    spared: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by their protection alone
 
 
 def choose(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Pruning:
@@ -301,11 +276,10 @@ def cut(ranking: Ranking, n_keep: int) -> Pruning:
     if settings.budget == "global":
         n_experts = sum(block.experts for block in blocks)
         action = f"prune --budget global ({n_keep} of {n_experts} experts)"
-        named = empty_draft(settings, f"keep-{n_keep}-global-{name}", action, name)
+        draft = empty_draft(settings, f"keep-{n_keep}-global-{name}", action, name)
     else:
         check_count(blocks, n_keep, settings.layout)
-        named = empty_draft(settings, f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
-    named = replace(named, numbers=ranking.numbers)
+        draft = empty_draft(settings, f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
 
     def prune(orders: Sequence[list[int]], first: Sequence[tuple[int, ...]]) -> Pruning:
         n_keeps = [n_keep] * len(blocks)
@@ -313,11 +287,17 @@ def cut(ranking: Ranking, n_keep: int) -> Pruning:
             least = floors(blocks, settings.min_keep)
             by_score = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
             n_keeps = share_out(n_keep, ranking.scores, by_score, first, least)
-        return _prune(n_keeps, orders, ranking.counts, blocks, named)
+        return _prune(n_keeps, orders, ranking.counts, blocks, draft, ranking.numbers)
 
     plain = prune(ranking.orders, [()] * len(blocks))
-    pruning = prune(stay.first(ranking.orders), stay.ids)
-    stay.check(pruning.draft.edits)
+    layers = zip(ranking.orders, stay.supers, stay.named, strict=True)
+    pruning = prune([protected(protected(o, own), named) for o, own, named in layers], stay.ids)
+    for (block, edit), named in zip(pruning.draft.edits.items(), stay.named, strict=True):
+        if not set(named) <= set(edit.keep):
+            raise PlanError(
+                f"{block} keeps {len(edit.keep)} experts, too few for the {len(named)} that "
+                "--protect names there: keep more or protect fewer"
+            )
     return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 
@@ -344,9 +324,8 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
         orders.append(ranked(above_E + fill_E, layer.alpha_mean_E))
     if LAYOUTS[settings.layout].needs_equal_counts:
         n_keeps = [most] * len(blocks)
-    named = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
-    named = replace(named, numbers=expert_ids(profile))
-    pruning = _prune(n_keeps, orders, counts, blocks, named)
+    draft = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
+    pruning = _prune(n_keeps, orders, counts, blocks, draft, expert_ids(profile))
     if not settings.protect:
         return pruning
     plain = keep_active(profile, settings.completed(protect=[]))
@@ -358,46 +337,38 @@ def _prune(
     orders: Sequence[list[int]],
     counts: Sequence[Array],
     blocks: Sequence[BlockInfo],
-    named: EditPlan,
+    draft: EditPlan,
+    numbers: ExpertIds,
 ) -> Pruning:
+    """Keeps the first of each order, in layout stock equally many of each routing group."""
     edits, fillers, n_active = {}, {}, {}
     for order, n_keep, block, count_E in zip(orders, n_keeps, blocks, counts, strict=True):
-        keep = _first(order, n_keep, block, named.layout)
+        n_groups = block.groups if LAYOUTS[draft.layout].needs_equal_counts else 1
+        size = block.experts // n_groups
+        groups = [[e for e in order if e // size == g] for g in range(n_groups)]
+        keep = tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))
         edits[block.name] = BlockEdit(keep=keep)
         fillers[block.name] = tuple(e for e in keep if count_E[e] == 0)
         n_active[block.name] = int((count_E > 0).sum())
-    validate_edits(edits, blocks, named.layout)
-    return Pruning(replace(named, edits=edits), n_active, fillers)
+    validate_edits(edits, blocks, draft.layout)
+    return Pruning(replace(draft, edits=edits, numbers=numbers), n_active, fillers)
 
 
-def _first(order: list[int], n_keep: int, block: BlockInfo, layout: Layout) -> tuple[int, ...]:
-    """The first of the order, in layout stock equally many of each routing group, sorted by id."""
-    n_groups = block.groups if LAYOUTS[layout].needs_equal_counts else 1
-    size = block.experts // n_groups
-    groups = [[e for e in order if e // size == g] for g in range(n_groups)]
-    return tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))
-
-
-@dataclass(frozen=True)
-class RemovedTraffic:
-    """One block: `n_questions` chose a removed expert at the answer position.
-
-    Over every token, shots included: `n_used` of the removed experts were chosen somewhere, and
-    `mass` is their share of all gate weight. Both are None in a profile without all-token sums.
-    """
+class RemovedTraffic(NamedTuple):
+    """What goes with the removed experts of one block; None without all-token sums."""
 
     block: str
     n_removed: int
-    n_questions: int
-    n_used: int | None
-    mass: float | None
+    n_questions: int  # that chose a removed expert at the answer position
+    n_used: int | None  # removed experts that any token chose, shots included
+    mass: float | None  # their share of all tokens' gate weight
 
 
 def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[RemovedTraffic]:
     """What the removal of experts would touch, block by block."""
     chosen_NLK = profile.array("chosen_NLK")
     tokens_LE, weight_LE = profile.token_sum("tokens"), profile.token_sum("weight")
-    found = []
+    traffic = []
     for layer, block in enumerate(profile.info.model.blocks):
         removed = list(edits[block.name].removed(block.experts))
         hit_N = np.isin(chosen_NLK[:, layer], removed).any(axis=1)
@@ -405,5 +376,5 @@ def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[Re
         if tokens_LE is not None and weight_LE is not None:
             n_used = int((tokens_LE[layer, removed] > 0).sum())
             mass = float(weight_LE[layer, removed].sum() / weight_LE[layer].sum())
-        found.append(RemovedTraffic(block.name, len(removed), int(hit_N.sum()), n_used, mass))
-    return found
+        traffic.append(RemovedTraffic(block.name, len(removed), int(hit_N.sum()), n_used, mass))
+    return traffic

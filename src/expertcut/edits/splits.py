@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
 from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
@@ -20,13 +21,12 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import (
     ChosenOn,
     EditPlan,
-    ExpertIds,
     PlanFile,
     hashes_sha256,
-    inherited_hashes,
     load_hashes,
     model_folder,
     plan_model,
+    profiled_plan,
 )
 from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
 from expertcut.models.checkpoint_dir import absolute_id
@@ -34,20 +34,15 @@ from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
 
 UNUSED = "were not used"
-hashes = hash_lines
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Questions of a split that scored an edit; `used` of them chose or fitted it, None is unknown.
-
-    `how` says in words how they were used, if that was recorded.
-    """
+class Judged(NamedTuple):
+    """Questions of a split that scored an edit."""
 
     split: str
     questions: int
-    used: int | None
-    how: str = ""
+    used: int | None  # those that chose or fitted it; None if unknown
+    how: str = ""  # in words, how they were used, if recorded
 
     @property
     def title(self) -> str:
@@ -82,9 +77,9 @@ class Judged:
 
 def judged_by(lines: Iterable[str], used: Iterable[str], split: str, how: str = "") -> Judged:
     """Counts the used ones among hash lines of questions."""
-    judges, known = tuple(lines), hashes_in(used)
-    n_used = sum(not known.isdisjoint(line.split()) for line in judges)
-    return Judged(split, len(judges), n_used, how)
+    scored, known = tuple(lines), hashes_in(used)
+    n_used = sum(not known.isdisjoint(line.split()) for line in scored)
+    return Judged(split, len(scored), n_used, how)
 
 
 def read_judged(plan: PlanFile, folder: Path) -> Judged:
@@ -99,36 +94,24 @@ def read_judged(plan: PlanFile, folder: Path) -> Judged:
 
 @dataclass(frozen=True)
 class Questions:
-    """`profiled` chose the experts, `tuning` fits, `held_out` scores, and may be empty.
-
-    `inherited` are hash lines of the questions that the profiled checkpoint was chosen on, and of
-    other questions that were read.
-    """
+    """`profiled` chose the experts, `tuning` fits, `held_out` scores, and may be empty."""
 
     profiled: Quiz
     tuning: Quiz
     held_out: Quiz
+    # Hash lines of the questions that the profiled checkpoint was chosen on, and of others read.
     inherited: frozenset[str] = frozenset()
 
     @property
     def why_unjudged(self) -> str:
         """Why `held_out` is empty, in words; else empty."""
-        if len(self.held_out):
-            return ""
         quiz, n = self.tuning, len(self.tuning)
-        return f"nothing judges it: all {n:,} {quiz.split} questions of {quiz.id} had a part in it"
+        why = f"nothing judges it: all {n:,} {quiz.split} questions of {quiz.id} had a part in it"
+        return "" if len(self.held_out) else why
 
 
-@dataclass(frozen=True)
-class Choosing:
-    """The profile that chooses, whole or without a held-out part; and messages."""
-
-    profile: Profile
-    notes: tuple[str, ...] = ()
-
-
-def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosing:
-    """Four fifths of a quiz with one set of questions, else the whole profile.
+def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[Profile, str]:
+    """Four fifths of a quiz with one set of questions, else the whole profile; and any message.
 
     The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
     split can be held out.
@@ -143,10 +126,10 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosin
     if held_out == 0:
         whole = Profile(profile.path, profile.info, profile.truncate)
         whole.holds_out = False
-        return Choosing(whole)
+        return whole, ""
     quiz = profiled_quiz(profile)
     if not is_one_set(quiz):
-        return Choosing(profile)
+        return profile, ""
     held = {(q.subject, q.row) for q in quiz if is_held_out(q)}
     if not 0 < len(held) < len(quiz):
         raise QuizError(
@@ -164,7 +147,7 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> Choosin
             f"{profile.path} does not keep the sums of a fifth of its questions apart, so all of "
             "them choose and nothing judges: profile again to hold a fifth out"
         )
-    return Choosing(profile, (note,))
+    return profile, note
 
 
 @once_per_profile
@@ -185,10 +168,10 @@ def questions_for(
     read.
     Raises QuizError: too few questions to hold any out.
     """
-    profiled, inherited = profiled_quiz(profile), inherited_hashes(profile) | used
+    profiled, earlier = profiled_quiz(profile), profiled_plan(profile)
+    inherited = used | (load_hashes(*earlier) if earlier else frozenset())
 
     def judged_on(quiz: Quiz) -> Quiz:
-        """256 of the questions that are not used, or of all if each is used."""
         unused = without(quiz, inherited)
         return round_robin(unused if len(unused) else quiz, n_held_out)
 
@@ -197,28 +180,19 @@ def questions_for(
     tuning = profiled
     if is_fitting and profiled.split == "test":
         tuning = other_split(profiled, "val", profiled) or profiled
-    asked = {profiled.split, tuning.split}
-    for split in (s for s in JUDGING if s not in asked):
-        other = other_split(profiled, split, profiled, tuning)
-        if other is not None:
+    for split in (s for s in JUDGING if s not in (profiled.split, tuning.split)):
+        if (other := other_split(profiled, split, profiled, tuning)) is not None:
             return Questions(profiled, tuning, judged_on(other), inherited)
     if tuning is profiled or not profile.holds_out:
         return Questions(profiled, tuning, replace_questions(profiled, {}), inherited)
     held_out = judged_on(fifth_of(tuning))
-    kept = without(tuning, hashes(held_out))
+    kept = without(tuning, hash_lines(held_out))
     if not len(held_out) or not len(kept):
         raise QuizError(
             f"{profiled.id} has too few questions to hold any out: it has {len(tuning)} in split "
             f"{tuning.split}: add some, or fit on all of them with --held-out 0"
         )
     return Questions(profiled, kept, held_out, inherited)
-
-
-def judges_or_fifth(questions: Questions, n: int) -> Quiz:
-    """The held-out questions, else a fifth of the tuning questions."""
-    if len(questions.held_out):
-        return questions.held_out
-    return round_robin(fifth_of(questions.tuning), n)
 
 
 def n_used(quiz: Quiz, lines: frozenset[str]) -> int:
@@ -230,11 +204,11 @@ def n_used(quiz: Quiz, lines: frozenset[str]) -> int:
 def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanFile:
     """The plan with its provenance, without held-out results."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
-    fitted = questions.tuning if draft.is_fitting or draft.is_calibrated else None
-    numbers, rules = draft.numbers or ExpertIds(), LAYOUTS[draft.layout]
+    fitted = questions.tuning if draft.is_fitting else None
+    rules = LAYOUTS[draft.layout]
     is_merging = any(edit.merged for edit in draft.edits.values())
-    model, folder = plan_model(profile.info.model), model_folder(profile)
-    if folder is not None:
+    model = plan_model(profile.info.model)
+    if (folder := model_folder(profile)) is not None:
         model = model.model_copy(update={"id": absolute_id(str(folder), None)})
     return PlanFile(
         model=model,
@@ -255,14 +229,14 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
             sha256=hashes_sha256(used_hashes(draft, questions)),
         ),
         tuning=draft.tuning,
-        blocks={name: numbers.named(name, edit) for name, edit in draft.edits.items()},
+        blocks={name: draft.numbers.named(name, edit) for name, edit in draft.edits.items()},
     )
 
 
 def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     """Hash lines of every question that this choice, its fit or an earlier edit read."""
-    tuning = hashes(questions.tuning) if draft.asks_tuning else frozenset()
-    chosen = tuning if draft.is_tuned else hashes(questions.profiled) | tuning
+    tuning = hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
+    chosen = tuning if draft.is_tuned else hash_lines(questions.profiled) | tuning
     return chosen | questions.inherited
 
 
@@ -270,7 +244,7 @@ def profiled_quiz(profile: Profile) -> Quiz:
     """The quiz of a profile, without its held-out questions."""
     if isinstance(profile, ProfilePart):
         return _part_of(profile, is_held_out=False)
-    return _asked_quiz(profile)
+    return _whole_quiz(profile)
 
 
 def held_out_quiz(part: ProfilePart) -> Quiz:
@@ -279,13 +253,13 @@ def held_out_quiz(part: ProfilePart) -> Quiz:
 
 
 def _part_of(part: ProfilePart, *, is_held_out: bool) -> Quiz:
-    quiz = _asked_quiz(part.whole)
+    quiz = _whole_quiz(part.whole)
     own = [q for q in quiz if ((q.subject, q.row) in part.held_out) == is_held_out]
     return replace_questions(quiz, group_by_subject(own))
 
 
 @once_per_profile
-def _asked_quiz(profile: Profile) -> Quiz:
+def _whole_quiz(profile: Profile) -> Quiz:
     info = profile.info.quiz
     which = (info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision)
     quiz = load_quiz(Selection(*which, profile.truncate))

@@ -15,6 +15,8 @@ from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.export import WRITERS
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.prune_edit import PruneEdit
+from expertcut.data import round_robin
+from expertcut.data.sources import fifth_of, hash_lines
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import AuditSettings
@@ -22,7 +24,7 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.selection import as_numbers, normalised, rank
-from expertcut.edits.splits import hashes, judges_or_fifth, n_used, questions_for
+from expertcut.edits.splits import n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome
 from expertcut.evaluation.reweight_search import CachedScorer
@@ -180,12 +182,14 @@ class Auditing:
                 )
         source = profiled_source(profile)
         WRITERS[layout].check(source, is_cutting=True)
-        is_fitting = any(CRITERIA[by].is_calibrated for by in self.by)
+        is_fitting = any(CRITERIA[by].needs == "calibration" for by in self.by)
         questions = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
-        self.quiz = judges_or_fifth(questions, settings.questions)
-        used = hashes(questions.profiled) | questions.inherited
+        self.quiz = questions.held_out
+        if not len(self.quiz):
+            self.quiz = round_robin(fifth_of(questions.tuning), settings.questions)
+        used = hash_lines(questions.profiled) | questions.inherited
         if is_fitting:
-            used |= hashes(questions.tuning)
+            used |= hash_lines(questions.tuning)
         self.overlap = n_used(self.quiz, used)
         self.engine = engine_as_profiled(profile, source, load_as)
         # Without those of the unedited model.

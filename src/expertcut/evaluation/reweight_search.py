@@ -15,21 +15,19 @@ from expertcut.checkpoints.export import WRITERS
 from expertcut.data import Quiz
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
-from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, check_settings, right
 from expertcut.edits.router_edits import (
     Procedure,
     RouterEdit,
     Settled,
     check_place,
-    check_settings,
     procedure_name,
     procedure_of,
     reweight_draft,
     scalings,
-    settled_on_profile,
     tilts,
 )
-from expertcut.edits.splits import questions_for
+from expertcut.edits.splits import profiled_quiz, questions_for
 from expertcut.evaluation.cross_fit import (
     Biases,
     CrossFitResult,
@@ -226,9 +224,13 @@ def chosen(
     profile: Profile, settings: ReweightSettings, procedure: Procedure, tuned: TuningResult | None
 ) -> Reweighting:
     """The tuned edit, or without one the choice on the profile's own questions."""
-    settled = tuned.settled if tuned else settled_on_profile(profile, procedure)
-    proof = tuned.proof if tuned else None
-    beside = {PROOF_FILE: record_bytes(proof)} if proof else {}
+    if tuned is None:
+        records = QuestionOutcomes.of(profile, profiled_quiz(profile))
+        procedure.check(records)
+        settled = Settled(procedure.untuned(records, procedure.pick(records)))
+    else:
+        settled = tuned.settled
+    beside = {PROOF_FILE: record_bytes(tuned.proof)} if tuned and tuned.proof else {}
     if not settled.shifts:
         return Reweighting(None, beside=beside)
     blocks = profile.info.model.blocks

@@ -82,8 +82,8 @@ class Sweeping:
             by=grid.by,
             fractions=grid.fractions,
             **settings.model_dump(include={"budget", "min_keep", "positions", "layout", "seed"}),
-            removed=settings.fill if "removed" in layout_options else None,
-            fold=settings.rescale if "fold" in layout_options else None,
+            removed=drafts[0].removed if "removed" in layout_options else None,
+            fold=drafts[0].fold if "fold" in layout_options else None,
             protect=tuple(settings.protect),
             chosen_by=len(profile.subjects()) if isinstance(profile, ProfilePart) else None,
         )
