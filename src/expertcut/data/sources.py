@@ -115,8 +115,8 @@ class _Files:
         folder = self.path.parent if self.path.is_file() else self.path
         for place in (folder, folder / "data"):
             for name in ("val", "validation") if split == "val" else (split,):
-                if self.ending == ".csv" and (found := self._by_subject(place, name)):
-                    return found
+                if self.ending == ".csv" and (files := self._by_subject(place, name)):
+                    return files
                 if (whole := place / f"{name}{self.ending}").exists():
                     return [(whole, subject)]
         return []
@@ -138,14 +138,14 @@ class _Files:
         if files := self.files(split):
             empty = ", ".join(str(file) for file, _ in files[:_MAX_LISTED])
             return f"{self.id} has no questions in split {split}: no row in {empty}"
-        found = (f for depth in ("*", "*/*", "*/*/*") for f in self.path.glob(depth))
-        there = sorted(
-            str(file.relative_to(self.path))
-            for file in islice(found, 1000)
-            if file.suffix and not file.is_dir() and not file.name.startswith(".")
+        paths = (f for depth in ("*", "*/*", "*/*/*") for f in self.path.glob(depth))
+        names = sorted(
+            str(path.relative_to(self.path))
+            for path in islice(paths, 1000)
+            if path.suffix and not path.is_dir() and not path.name.startswith(".")
         )
-        alike = [name for name in there if split.casefold() in name.casefold()]
-        listed = ", ".join((alike or there)[:_MAX_LISTED]) or "no file"
+        alike = [name for name in names if split.casefold() in name.casefold()]
+        listed = ", ".join((alike or names)[:_MAX_LISTED]) or "no file"
         wanted = f"{split}{self.ending}"
         if self.ending == ".csv":
             wanted = f"{split}/<subject>_{split}.csv, {split}/<subject>.csv or {wanted}"
@@ -162,8 +162,7 @@ class _DataSet:
     revision: str | None
 
     def read(self, split: str) -> list[Question]:
-        with _one_line(self.id, self.revision):
-            names = _config_names(self.id, self.revision)
+        names = _config_names(self.id, self.revision)
         # Configurations of cais/mmlu that are not subjects.
         subjects = [name for name in names if name not in ("all", "auxiliary_train")]
         if "all" in names or subjects in ([], ["default"]):  # each row names its subject
@@ -186,8 +185,8 @@ class _DataSet:
     def missing(self, split: str) -> str:
         from datasets import get_dataset_split_names
 
+        names = _config_names(self.id, self.revision)
         with _one_line(self.id, self.revision):
-            names = _config_names(self.id, self.revision)
             config = "all" if "all" in names else names[0]
             splits = get_dataset_split_names(self.id, config, revision=self.revision)
         return f"{self.id} has no questions in split {split}: it has {', '.join(splits)}"
@@ -200,7 +199,15 @@ def _find_source(quiz: str, revision: str | None) -> _Files | _DataSet:
     if path.is_dir():
         return _find_in(path)
     if quiz == DEFAULT_QUIZ:
-        return _open_mmlu()
+        if Path(MMLU_HUB_ID).is_dir():
+            return _open_data_set(MMLU_HUB_ID, None)
+        try:
+            return _open_data_set(MMLU_HUB_ID, MMLU_REVISION)
+        except QuizError as error:
+            # A mirror or cache may hold only another revision; the profile records which.
+            source = _open_data_set(MMLU_HUB_ID, None)
+            logger.warning("%s; using its main revision instead", error)
+            return source
     if "/" not in quiz or quiz.startswith((".", "/")) or quiz.count("/") > 1:
         raise QuizError(f"no such quiz: {quiz} is not a folder, a .csv or .jsonl file or a hub id")
     return _open_data_set(quiz, revision)
@@ -208,56 +215,39 @@ def _find_source(quiz: str, revision: str | None) -> _Files | _DataSet:
 
 def _find_in(folder: Path) -> _Files | _DataSet:
     """The kind of a folder; the first match counts."""
-    if any(folder.glob("*/*.csv")):
-        return _Files(folder, ".csv")
-    if any(folder.glob("*.jsonl")):
-        return _Files(folder, ".jsonl")
-    if parquet := sorted(folder.rglob("*.parquet")):
-        for file in parquet:  # `datasets` would wait for a pipe
+    for pattern in ("*/*.csv", "*.jsonl", "**/*.parquet", "*.csv", "data/*/*.csv", "data/*.jsonl"):
+        files = sorted(folder.glob(pattern))
+        if files and not pattern.endswith(".parquet"):
+            return _Files(folder, Path(pattern).suffix)
+        for file in files:  # `datasets` would wait for a pipe
             try:
                 open_file(file).close()
             except OSError as error:
                 raise QuizError(f"{file}: cannot be read: {error.strerror}") from None
-        return _open_data_set(str(folder), None)
-    if any(folder.glob("*.csv")) or any(folder.glob("data/*/*.csv")):
-        return _Files(folder, ".csv")
-    if any(folder.glob("data/*.jsonl")):
-        return _Files(folder, ".jsonl")
+        if files:
+            return _open_data_set(str(folder), None)
     raise QuizError(
         f"{folder} holds no quiz: no <split>/<subject>_<split>.csv, no <split>.csv, no "
         "<split>.jsonl, no parquet files"
     )
 
 
-def _open_mmlu() -> _DataSet:
-    if Path(MMLU_HUB_ID).is_dir():
-        return _open_data_set(MMLU_HUB_ID, None)
-    try:
-        return _open_data_set(MMLU_HUB_ID, MMLU_REVISION)
-    except QuizError as error:
-        # A mirror or cache may hold only another revision; the profile records which.
-        source = _open_data_set(MMLU_HUB_ID, None)
-        logger.warning("%s; using its main revision instead", error)
-        return source
-
-
 def _open_data_set(quiz: str, revision: str | None) -> _DataSet:
-    with _one_line(quiz, revision):
-        _config_names(quiz, revision)
+    _config_names(quiz, revision)  # a QuizError if it cannot be read
     return _DataSet(quiz, revision)
 
 
 def _config_names(quiz: str, revision: str | None) -> list[str]:
-    from datasets import config, get_dataset_config_names
-    from huggingface_hub import DatasetCard, hf_hub_download
+    with _one_line(quiz, revision):
+        from datasets import config, get_dataset_config_names
+        from huggingface_hub import DatasetCard, hf_hub_download
 
-    if config.HF_HUB_OFFLINE and not Path(quiz).is_dir():
-        # Offline, `datasets` has no configuration names; the cached card has.
-        card = hf_hub_download(quiz, "README.md", repo_type="dataset", revision=revision)
-        configs = DatasetCard.load(card).data.get("configs") or []
-        if configs:
-            return [entry["config_name"] for entry in configs]
-    return list(get_dataset_config_names(quiz, revision=revision))
+        if config.HF_HUB_OFFLINE and not Path(quiz).is_dir():
+            # Offline, `datasets` has no configuration names; the cached card has.
+            card = hf_hub_download(quiz, "README.md", repo_type="dataset", revision=revision)
+            if configs := DatasetCard.load(card).data.get("configs"):
+                return [entry["config_name"] for entry in configs]
+        return list(get_dataset_config_names(quiz, revision=revision))
 
 
 @contextmanager
@@ -287,10 +277,8 @@ class Weighted:
         """From `name` or `name=0.7`."""
         name, equals, number = text.rpartition("=")
         try:
-            weight = float(number)
+            weight = float(number if equals else "")
         except ValueError:  # a path may hold an equals sign of its own
-            return cls(text)
-        if not equals:
             return cls(text)
         if not 0 < weight < float("inf"):
             raise SettingsError(f"{text}: a weight must be above 0")
