@@ -19,7 +19,6 @@ from expertcut.errors import OutputError
 MAX_DEPTH = 100
 # Flags of POSIX and of Windows.
 _NONBLOCK, _BINARY = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_BINARY", 0)
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MARK_BYTES = 4  # of the longest byte order mark
 _UMASK = os.umask(0o077)  # the umask can be read only by setting it
 os.umask(_UMASK)
@@ -73,7 +72,8 @@ def wide_encoding(head: bytes) -> str | None:
         return "UTF-32"
     zeros = [byte == 0 for byte in head[:MARK_BYTES]]
     is_bare = zeros in ([False, True, False, True], [True, False, True, False])
-    return "UTF-16" if is_bare or head.startswith(_UTF16) else None
+    has_mark = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "UTF-16" if is_bare or has_mark else None
 
 
 def parse_json(content: bytes) -> Any:

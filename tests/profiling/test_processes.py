@@ -235,7 +235,7 @@ def test_time_left_and_tokens_come_from_what_was_done_since_the_run_began(
     assert there == Progress(done=1, total=4, measured=0)
     assert (there.left_s, there.tokens) == (None, 0)
     now[0] += 6
-    counts.note_mine("2", 500)
+    counts.tokens_by_mine["2"] = 500
     mine = counts.note_done("2", was_there=False)
     assert mine == Progress(done=2, total=4, measured=1)
     assert (mine.left_s, mine.tokens) == (6 * 7 / 2, 500)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from expertcut.documents import Format1, Record, load_record
+from expertcut.documents import Format1, Record
 from expertcut.edits.plan import PROOF_FILE, ExpertIds
 from expertcut.edits.reweight_select import (
     Chooser,
@@ -22,7 +22,6 @@ from expertcut.edits.reweight_select import (
 )
 from expertcut.edits.router_edits import Ask, Procedure, RouterEdit, Settled
 from expertcut.errors import PlanError, QuizError
-from expertcut.evaluation.results import record_bytes
 from expertcut.profiling.schema import BlockInfo
 from expertcut.stats import LEVEL, Comparison, compare
 
@@ -304,9 +303,9 @@ def _sentence(outcome: CrossFit, word: Verdict, p_random: float) -> str:
 
 def proof_file(result: CrossFitResult) -> dict[str, bytes]:
     """Name and content of `proof.json`, for writing beside a plan."""
-    return {PROOF_FILE: record_bytes(result)}
+    return {PROOF_FILE: result.json_bytes()}
 
 
 def load_cross_fit(folder: Path) -> CrossFitResult:
     """`proof.json` of a folder, a PlanError where it is missing or not valid."""
-    return load_record(folder / PROOF_FILE, CrossFitResult, PlanError, "is not a valid proof")
+    return CrossFitResult.load(folder / PROOF_FILE, PlanError, "is not a valid proof")

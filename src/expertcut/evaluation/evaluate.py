@@ -25,7 +25,6 @@ from expertcut.evaluation.results import (
     Scoring,
     SubjectResult,
     load_results,
-    save_outcome,
     special_tokens,
 )
 from expertcut.files import write_atomically
@@ -115,7 +114,7 @@ def save(
         places = harness_paths(harness_file, scored)
         for place, one, result in zip(places, scored, record.models, strict=True):
             write_atomically(place, harness_bytes(scoring, one, result))
-    save_outcome(out, record)
+    record.save(out)
     return record
 
 

@@ -26,7 +26,6 @@ from expertcut.evaluation.results import (
     check_same,
     load_unfinished,
     profile_hash,
-    save_outcome,
 )
 from expertcut.evaluation.search_results import (
     SWEEP_FILE,
@@ -141,7 +140,7 @@ class Sweeping:
             yield from self.measurement.run(place, on_pass)
 
     def _write(self, folder: Path) -> None:
-        save_outcome(folder / SWEEP_FILE, self.found)
+        self.found.save(folder / SWEEP_FILE)
 
     def _model(self, answered: Answers, of: Size) -> SweptModel:
         scored = accuracy(answered.is_correct_N, self.subjects)

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from expertcut.documents import Record, load_record
+from expertcut.documents import Record
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.files import write_atomically
 from expertcut.healing.data import TrainingData
@@ -154,7 +154,7 @@ def _recorded(file: Path) -> int | None:
     if not file.is_file():
         return None
     try:
-        found = load_record(file, _Recorded, OutputError, "is not a micro-batch")
+        found = _Recorded.load(file, OutputError, "is not a micro-batch")
     except OutputError as error:
         logger.warning("%s: the micro-batch is chosen again", error)
         return None

@@ -13,7 +13,6 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from expertcut.edits.plan import PLAN_FILE, plan_text
 from expertcut.errors import HubError, SettingsError
-from expertcut.evaluation.results import record_bytes
 from expertcut.files import without_secrets, write_atomically
 from expertcut.hub.card import Place, card_text, is_edited
 from expertcut.hub.provenance import CARD_FILE, Checkpoint, Evaluated, evaluations, origin, verified
@@ -118,7 +117,7 @@ def _files(
             update={"model": model.model_copy(update={"id": model.label or "base"})}
         )
         files[PLAN_FILE] = plan_text(named).encode()
-    return {**files, **{one.file: record_bytes(one.results) for one in evaluated}}
+    return {**files, **{one.file: one.results.json_bytes() for one in evaluated}}
 
 
 def _upload(

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 CLAIMS = "claims"  # name of the folder
 _SAME_START_S = 5  # tolerance where only the time of day is known
-_POLL_S = 0.25
+POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[Non
                         f"{folder}: another run is at work there ({holder}): wait until it has "
                         "ended, or name another --out"
                     )
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
             yield
     finally:
         with suppress(OSError):  # not empty

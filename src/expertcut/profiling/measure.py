@@ -6,6 +6,7 @@ A perturbation (shuffled choices, bfloat16) is a profile in the subfolder `pertu
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
-from expertcut.data.sources import is_one_set
+from expertcut.data.sources import is_held_out, is_one_set
 from expertcut.errors import QuizError, SettingsError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.models.devices import is_on_several
@@ -29,8 +30,15 @@ from expertcut.profiling.schema import (
     Stats,
     quiz_info,
 )
-from expertcut.profiling.storage import CUT, Arrays, in_calibration, load_profile
-from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work
+from expertcut.profiling.storage import CUT, Arrays, load_profile
+from expertcut.profiling.workers import (
+    Progress,
+    SharedFolder,
+    Tally,
+    Work,
+    chunks_of_work,
+    n_characters,
+)
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, PassObserver, ignore
@@ -65,7 +73,10 @@ class Measurement:
         for subject, questions in _checked(quiz):
             self.engine.check(self.engine.encode(quiz, subject, questions))
         self.waits = options.waits
-        self.is_one_set = options.stats in (None, "all") and _is_one_set(quiz)
+        self.is_one_set = False
+        if options.stats in (None, "all"):
+            with suppress(QuizError):  # `prune` refuses such a split
+                self.is_one_set = is_one_set(quiz)
         self.info = ProfileInfo(
             model=model_info(moe),
             quiz=quiz_info(quiz, limit),
@@ -86,16 +97,16 @@ class Measurement:
                 if turn.is_mine:
                     arrays, n_tokens = self._measure(work[turn.chunk], on_pass)
                     shared.write(turn.chunk, arrays)
-                    tally.note_mine(turn.chunk, n_tokens)
+                    tally.tokens_by_mine[turn.chunk] = n_tokens
                 else:
                     yield tally.note_done(turn.chunk, was_there=turn.was_there)
-            if tally.is_complete:
+            if len(tally.done) == len(work):
                 shared.finish(time.monotonic() - started, tally.mine, tally.others)
 
     def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         questions, stats = work.questions, self.info.settings.stats
         encoded = self.engine.encode(self.quiz, work.subject, questions)
-        of_calibration = in_calibration(questions) if self.is_one_set else None
+        of_calibration = [not is_held_out(q) for q in questions] if self.is_one_set else None
         recorder = Recorder(self.moe.blocks, len(questions), stats, of_calibration)
         n_tokens = n_halved = 0
 
@@ -143,24 +154,13 @@ def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
     first = next(iter(quiz.questions))
     yield first, quiz.questions[first][:CHECKED_QUESTIONS]
     sizes = {
-        subject: len(prompt(max(questions, key=_size), quiz.shots_by_subject[subject]))
+        subject: len(prompt(max(questions, key=n_characters), quiz.shots_by_subject[subject]))
         for subject, questions in quiz.questions.items()
     }
     longest = max(sizes, key=lambda subject: sizes[subject])
     if sizes[longest] > 2 * sizes[first]:
-        by_size = sorted(quiz.questions[longest], key=_size)
+        by_size = sorted(quiz.questions[longest], key=n_characters)
         yield longest, [by_size[-1], *by_size[:-1][:1]]
-
-
-def _size(question: Question) -> int:
-    return len(question.text) + sum(map(len, question.choices))
-
-
-def _is_one_set(quiz: Quiz) -> bool:
-    try:
-        return is_one_set(quiz)
-    except QuizError:  # `prune` refuses such a split
-        return False
 
 
 def measure(

@@ -10,15 +10,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from expertcut.data import Quiz, Truncate
+from expertcut.data.questions import LETTERS
 from expertcut.documents import Format1, Identified, Record
 
 Array = np.ndarray[Any, Any]
 Stats = Literal["none", "answer", "all"]
-_MOST_CHOICES = 26
 NO_CHOICE = 255  # padding of order_NC
 CHUNK_QUESTIONS = 256
-MOST_EXPERTS = 1 << 15  # ids are int16
-MOST_QUESTIONS = 10_000_000  # of a subject
 
 
 class BlockInfo(Record):
@@ -29,7 +27,7 @@ class BlockInfo(Record):
     """
 
     name: str
-    experts: int = Field(ge=1, le=MOST_EXPERTS)
+    experts: int = Field(ge=1, le=1 << 15)  # ids are int16
     top_k: int = Field(ge=1)
     scoring: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     inflates: bool
@@ -68,7 +66,7 @@ class ModelInfo(Identified):
 class SubjectInfo(Record):
     """The questions of a subject; the hash includes the shots."""
 
-    questions: int = Field(ge=1, le=MOST_QUESTIONS)
+    questions: int = Field(ge=1, le=10_000_000)
     content_hash: str
 
 
@@ -147,12 +145,8 @@ def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
     )
 
 
-def arrays_fault(arrays: Mapping[str, Array], info: ProfileInfo, n_questions: int) -> str | None:
-    """The first error in the arrays of a chunk; None if they are valid."""
-    return next(_faults(arrays, info, n_questions), None)
-
-
-def _faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Iterator[str]:
+def arrays_faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Iterator[str]:
+    """The errors in the arrays of a chunk of n questions; read one only if there is none before."""
     blocks, has_routing = info.model.blocks, info.settings.stats != "none"
     shape_LE = (len(blocks), max(block.experts for block in blocks))
     shapes: dict[str, tuple[int, ...]] = {"answer_N": (n,), "row_N": (n,)}
@@ -184,8 +178,8 @@ def _faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Iterator[
 def _wrong_answers(arrays: Mapping[str, Array], n: int) -> Iterator[str]:
     logprob_NC = arrays.get("choice_logprob_NC", np.zeros(0, np.float32))
     shape = logprob_NC.shape
-    if len(shape) != 2 or shape[0] != n or not 2 <= shape[1] <= _MOST_CHOICES:
-        yield f"choice_logprob_NC has shape {list(shape)}, not {[n]} and 2 to {_MOST_CHOICES}"
+    if len(shape) != 2 or shape[0] != n or not 2 <= shape[1] <= len(LETTERS):
+        yield f"choice_logprob_NC has shape {list(shape)}, not {[n]} and 2 to {len(LETTERS)}"
         return
     order_NC = arrays.get("order_NC", np.zeros(shape, np.uint8))
     if order_NC.shape != shape or ((order_NC >= shape[1]) & (order_NC != NO_CHOICE)).any():
