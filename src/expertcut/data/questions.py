@@ -16,17 +16,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question; `row` counts within its subject and split, from 0.
-
-    `order` maps the places of shuffled choices to the original ones.
-    """
+    """One multiple-choice question; `row` counts within its subject and split, from 0."""
 
     subject: str
     text: str
     choices: tuple[str, ...]
     answer: int
     row: int
-    order: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()  # maps the places of shuffled choices to the original ones
 
     @property
     def content_hash(self) -> str:

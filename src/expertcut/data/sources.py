@@ -54,9 +54,8 @@ class Selection:
 def load_quiz(selection: Selection) -> Quiz:
     """Loads the selected questions.
 
-    Raises:
-        QuizError: no such quiz or subject, too few shots, or an invalid row.
-        SplitError: no questions in the split.
+    Raises QuizError: no such quiz or subject, too few shots, or an invalid row; SplitError: no
+    questions in the split.
     """
     if selection.shots < 0 or (selection.limit is not None and selection.limit < 1):
         raise QuizError("--shots must be at least 0 and --limit at least 1")
@@ -316,8 +315,7 @@ def fifth_of(quiz: Quiz) -> Quiz:
 def other_split(quiz: Quiz, split: str, *used: Quiz, is_quiet: bool = False) -> Quiz | None:
     """The same subjects' questions of another split without those in `used`; None if none is left.
 
-    Raises:
-        QuizError: more than 5 % of them stand in a used one.
+    Raises QuizError: more than 5 % of them stand in a used one.
     """
     if Path(quiz.id).is_file():
         return None  # one file stands for every split

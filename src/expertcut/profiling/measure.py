@@ -19,7 +19,7 @@ from expertcut.errors import QuizError, SettingsError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.models.devices import is_on_several
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
-from expertcut.profiling.findings import KINDS, Kind, perturbed_folder
+from expertcut.profiling.findings import KINDS, PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.schema import (
     NO_CHOICE,
@@ -31,14 +31,7 @@ from expertcut.profiling.schema import (
     quiz_info,
 )
 from expertcut.profiling.storage import CUT, Arrays, load_profile
-from expertcut.profiling.workers import (
-    Progress,
-    SharedFolder,
-    Tally,
-    Work,
-    chunks_of_work,
-    n_characters,
-)
+from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, PassObserver, ignore
@@ -51,15 +44,12 @@ HALVED = "halved_passes"  # in a chunk whose passes were split for lack of memor
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How to measure; None means the recorded value of a resumed run, else the default.
-
-    A process that `waits` ends when all chunks exist, else when none is left for it.
-    """
+    """How to measure; None means the recorded value of a resumed run, else the default."""
 
     stats: Stats | None = None
     batch_tokens: int | None = None
     threads: int | None = None
-    waits: bool = True
+    waits: bool = True  # ends when all chunks exist, else when none is left for this process
 
 
 class Measurement:
@@ -88,20 +78,20 @@ class Measurement:
 
         Yields after each chunk; `on_pass` is called before each forward pass.
         """
-        started = time.monotonic()
         work = chunks_of_work(self.info, self.quiz)
         tally = Tally(work)
         longest_first = sorted(work, key=lambda name: -work[name].cost)
         with SharedFolder(folder, self.info) as shared:
-            for turn in shared.deal(longest_first, is_waiting=self.waits):
-                if turn.is_mine:
-                    arrays, n_tokens = self._measure(work[turn.chunk], on_pass)
-                    shared.write(turn.chunk, arrays)
-                    tally.tokens_by_mine[turn.chunk] = n_tokens
+            tally.was_there = {name for name in work if shared.is_done(name)}
+            for name, is_to_measure in shared.deal(longest_first, is_waiting=self.waits):
+                if is_to_measure:
+                    arrays, n_tokens = self._measure(work[name], on_pass)
+                    shared.write(name, arrays)
+                    tally.tokens_by_mine[name] = n_tokens
                 else:
-                    yield tally.note_done(turn.chunk, was_there=turn.was_there)
+                    yield tally.note_done(name)
             if len(tally.done) == len(work):
-                shared.finish(time.monotonic() - started, tally.mine, tally.others)
+                shared.finish(time.monotonic() - tally.started, tally.mine, tally.others)
 
     def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         questions, stats = work.questions, self.info.settings.stats
@@ -154,12 +144,12 @@ def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
     first = next(iter(quiz.questions))
     yield first, quiz.questions[first][:CHECKED_QUESTIONS]
     sizes = {
-        subject: len(prompt(max(questions, key=n_characters), quiz.shots_by_subject[subject]))
+        subject: len(prompt(max(questions, key=n_chars), quiz.shots_by_subject[subject]))
         for subject, questions in quiz.questions.items()
     }
     longest = max(sizes, key=lambda subject: sizes[subject])
     if sizes[longest] > 2 * sizes[first]:
-        by_size = sorted(quiz.questions[longest], key=n_characters)
+        by_size = sorted(quiz.questions[longest], key=n_chars)
         yield longest, [by_size[-1], *by_size[:-1][:1]]
 
 
@@ -274,4 +264,4 @@ def perturb(
         other = Measurement(moe, shuffle_choices(quiz), limit, options)
     else:
         other = measure(moe.source, quiz, limit, replace(load_as, dtype="bfloat16"), options)
-    yield from other.run(perturbed_folder(folder, kind), on_pass)
+    yield from other.run(folder / PERTURBED / kind, on_pass)

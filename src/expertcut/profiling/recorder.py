@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,7 @@ class Recorder:
             left_out.add(RESIDUAL)
         if not tokens.is_in_width:
             left_out |= {INPUT, RESIDUAL}
-        parts = [(part, tokens.sums[:, p], tokens.largest[p]) for p, part in enumerate(PARTS)]
+        parts = [*zip(PARTS, tokens.sums.unbind(1), tokens.largest, strict=True)]
         kept = {}
         if self.in_calibration_N is not None:
             parts.append(("calibration", tokens.calibration, tokens.calibration_largest))
@@ -215,22 +216,18 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
     Computed as sin² / (1 + cos), which is accurate for small angles; 0 where x or the sum is 0.
     """
     output_TD = output_TD.to(x_TD.device)
-    xx_T, yy_T = _squared(x_TD), _squared(output_TD) * factor**2
+    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+    xx_T, yy_T = norm(x_TD).double() ** 2, norm(output_TD).double() ** 2 * factor**2
     # On a CPU twice as fast as vecdot.
     xy_T = (x_TD.float() * output_TD.float()).sum(dim=-1).double() * factor
     zz_T = (xx_T + 2 * xy_T + yy_T).clamp(min=0)
     lengths_T = xx_T * zz_T
-    is_defined_T = lengths_T > 0
+    is_defined_T: Tensor = lengths_T > 0
     lengths_T = lengths_T.where(is_defined_T, 1.0)
     cos_T = ((xx_T + xy_T) / lengths_T.sqrt()).clamp(-1, 1)
     sin2_T = (xx_T * yy_T - xy_T**2).clamp(min=0) / lengths_T
     shift_T = torch.where(cos_T > 0, sin2_T / (1 + cos_T.abs()), 1 - cos_T)
     return shift_T * is_defined_T
-
-
-def _squared(x_TD: Tensor) -> Tensor:
-    norm_T: Tensor = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32)
-    return norm_T.double() ** 2
 
 
 class TokenSums:

@@ -115,9 +115,9 @@ class ProfileInfo(Record):
 
     def chunk_hash(self, chunk: str, subject: str) -> str:
         """The hash in a chunk: all that its bytes depend on, no other subject and no path."""
-        asked = self.quiz.subjects[subject].content_hash
-        settings = self.settings.model_dump_json()
-        text = "\n".join((chunk, asked, self.model.fingerprint, settings))
+        quiz_hash, settings = self.quiz.subjects[subject].content_hash, self.settings
+        lines = (chunk, quiz_hash, self.model.fingerprint, settings.model_dump_json())
+        text = "\n".join(lines)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def chunks(self) -> Iterator[tuple[str, str, int]]:

@@ -18,13 +18,7 @@ from expertcut.errors import OutputError, ProfileError
 from expertcut.files import write_atomically
 from expertcut.profiling.locks import CLAIMS, POLL_S, Claims, Timing
 from expertcut.profiling.schema import CHUNK_QUESTIONS, ProfileInfo, Settings
-from expertcut.profiling.storage import (
-    Arrays,
-    Profile,
-    chunk_or_fault,
-    load_profile,
-    write_chunk,
-)
+from expertcut.profiling.storage import Arrays, Profile, chunk_or_fault, load_profile, write_chunk
 
 _SCAFFOLD, _HEADER = 30, 85  # characters around a question and of the header, approximately
 logger = logging.getLogger(__name__)
@@ -62,14 +56,14 @@ def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
     for name, subject, n in info.chunks():
         k = int(name.removesuffix(".safetensors").rsplit("-", 1)[1])
         questions = quiz.questions[subject][k * CHUNK_QUESTIONS : k * CHUNK_QUESTIONS + n]
-        shared = _HEADER + sum(map(n_characters, quiz.shots_by_subject[subject]))
+        shared = _HEADER + sum(map(n_chars, quiz.shots_by_subject[subject]))
         n_shared = 1 if info.settings.way == "shared" else n
-        cost = shared * n_shared + sum(map(n_characters, questions))
+        cost = shared * n_shared + sum(map(n_chars, questions))
         work[name] = Work(subject, questions, cost)
     return work
 
 
-def n_characters(question: Question) -> int:
+def n_chars(question: Question) -> int:
     """Characters of a question in a prompt, approximately."""
     return len(question.text) + sum(map(len, question.choices)) + _SCAFFOLD
 
@@ -82,13 +76,11 @@ class Tally:
         self.started = time.monotonic()
         self.tokens_by_mine: dict[str, int] = {}  # of the chunks measured by this process
         self.done: set[str] = set()
-        self.was_there: set[str] = set()
+        self.was_there: set[str] = set()  # finished before this run
 
-    def note_done(self, chunk: str, *, was_there: bool) -> Progress:
-        """Counts a finished chunk; `was_there` if finished before this run."""
+    def note_done(self, chunk: str) -> Progress:
+        """Counts a finished chunk."""
         self.done.add(chunk)
-        if was_there:
-            self.was_there.add(chunk)
         elapsed_s = time.monotonic() - self.started
         fresh, mine = self._cost(self.done - self.was_there), self._cost(self.tokens_by_mine)
         tokens = sum(self.tokens_by_mine.values()) * fresh // mine if mine else 0
@@ -113,15 +105,6 @@ class Tally:
         return sum(len(self.work[name].questions) for name in chunks)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A finished chunk, or one that this process must measure next."""
-
-    chunk: str
-    is_mine: bool
-    was_there: bool = False
-
-
 class SharedFolder:
     """A profile folder that this and other processes fill, each in its context."""
 
@@ -143,24 +126,22 @@ class SharedFolder:
     def __exit__(self, *error: object) -> None:
         self.claims.__exit__(None, None, None)
 
-    def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[Turn]:
-        """Every chunk once as finished; before that, those that this process must measure.
+    def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[tuple[str, bool]]:
+        """Every chunk once as finished (False), before that the own ones as to be measured (True).
 
         Ends when all are finished; unless `is_waiting`, also if others measure all the rest.
         """
         left = list(chunks)
-        is_first_look = True
         while left:
             for name in [name for name in left if self.is_done(name)]:
                 left.remove(name)
-                yield Turn(name, is_mine=False, was_there=is_first_look)
-            is_first_look = False
+                yield name, False
             mine = next((name for name in left if self.claims.take(name)), None)
             if mine is not None:
                 try:
                     if not self.is_done(mine):  # finished by another before the claim
                         (self.path / RUN_FILE).unlink(missing_ok=True)
-                        yield Turn(mine, is_mine=True)
+                        yield mine, True
                 finally:
                     self.claims.release(mine)
             elif left and is_waiting:
