@@ -121,14 +121,9 @@ def _sha256(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def answer_letter(question: Question) -> str:
-    """`A` for the first choice, and so on."""
-    return LETTERS[question.answer]
-
-
 def prompt(question: Question, shots: Sequence[Question] = ()) -> str:
     """The prompt before the answer ` A`, ` B`, …; without trailing space."""
-    solved = (f"{_format(shot)} {answer_letter(shot)}\n\n" for shot in shots)
+    solved = (f"{_format(shot)} {LETTERS[shot.answer]}\n\n" for shot in shots)
     return header(question.subject) + "".join(solved) + _format(question)
 
 

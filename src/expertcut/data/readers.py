@@ -19,7 +19,6 @@ from expertcut.files import MARK_BYTES, open_file, parse_json, wide_encoding
 
 _MAX_BYTES = 512 << 20  # of one file; the largest of MMLU has a third
 _MAX_CHARACTERS = 1 << 20  # of a question or choice
-_CHOICE_COLUMN = re.compile(r"(?:(?:option|choice)[ _-])?([a-z])")  # `a`, `option_a`, `choice a`
 _MUST = "must have question, A, B, … and answer"
 
 logger = logging.getLogger(__name__)
@@ -99,7 +98,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
 def _named_columns(cells: list[str], where: str) -> _Columns | None:
     """The columns that a header names; None if the row is not a header."""
     names = [cell.strip().casefold() for cell in cells]
-    matches = [(_CHOICE_COLUMN.fullmatch(name), i) for i, name in enumerate(names)]
+    pattern = r"(?:(?:option|choice)[ _-])?([a-z])"  # `a`, `option_a`, `choice a`
+    matches = [(re.fullmatch(pattern, name), i) for i, name in enumerate(names)]
     choices = sorted((match[1].upper(), i) for match, i in matches if match)
     letters = [letter for letter, _ in choices]
     if "question" not in names or not ("answer" in names or {"A", "B"} <= {*letters}):
@@ -116,15 +116,13 @@ def _named_columns(cells: list[str], where: str) -> _Columns | None:
     return _Columns(len(names), names.index("question"), places, names.index("answer"), subject)
 
 
-def read_jsonl(path: Path, default_subject: str) -> list[Question]:
-    """Questions of a JSON-lines file: `question`, `choices`, `answer`, optional `subject`."""
-    return read_records(json_lines(path), str(path), default_subject)
-
-
 def read_records(
     records: Iterable[tuple[str, dict[str, Any]]], name: str, subject: str, *, is_only: bool = False
 ) -> list[Question]:
-    """Questions from positions and mappings; `subject` is the default, or with `is_only` of all."""
+    """Questions from positions and mappings: `question`, `choices`, `answer`, optional `subject`.
+
+    The argument `subject` is the default, or with `is_only` of all.
+    """
     n_rows = Counter[str]()
     questions, numbers = [], []
     for where, record in records:

@@ -18,7 +18,7 @@ from expertcut.data.questions import (
     replace_questions,
     without,
 )
-from expertcut.data.readers import read_csv, read_jsonl, read_records
+from expertcut.data.readers import json_lines, read_csv, read_records
 from expertcut.errors import QuizError, SettingsError, SplitError
 from expertcut.files import open_file
 
@@ -103,8 +103,13 @@ class _Files:
         return str(self.path)
 
     def read(self, split: str) -> list[Question]:
-        read_file = read_csv if self.ending == ".csv" else read_jsonl
-        return [q for file, subject in self.files(split) for q in read_file(file, subject)]
+        questions: list[Question] = []
+        for file, subject in self.files(split):
+            if self.ending == ".csv":
+                questions += read_csv(file, subject)
+            else:
+                questions += read_records(json_lines(file), str(file), subject)
+        return questions
 
     def files(self, split: str) -> list[tuple[Path, str]]:
         """The files of a split, each with its default subject; the first place with any counts."""
@@ -160,6 +165,9 @@ class _DataSet:
     id: str
     revision: str | None
 
+    def __post_init__(self) -> None:
+        _config_names(self.id, self.revision)  # a QuizError if it cannot be read
+
     def read(self, split: str) -> list[Question]:
         names = _config_names(self.id, self.revision)
         # Configurations of cais/mmlu that are not subjects.
@@ -199,17 +207,17 @@ def _find_source(quiz: str, revision: str | None) -> _Files | _DataSet:
         return _find_in(path)
     if quiz == DEFAULT_QUIZ:
         if Path(MMLU_HUB_ID).is_dir():
-            return _open_data_set(MMLU_HUB_ID, None)
+            return _DataSet(MMLU_HUB_ID, None)
         try:
-            return _open_data_set(MMLU_HUB_ID, MMLU_REVISION)
+            return _DataSet(MMLU_HUB_ID, MMLU_REVISION)
         except QuizError as error:
             # A mirror or cache may hold only another revision; the profile records which.
-            source = _open_data_set(MMLU_HUB_ID, None)
+            source = _DataSet(MMLU_HUB_ID, None)
             logger.warning("%s; using its main revision instead", error)
             return source
     if "/" not in quiz or quiz.startswith((".", "/")) or quiz.count("/") > 1:
         raise QuizError(f"no such quiz: {quiz} is not a folder, a .csv or .jsonl file or a hub id")
-    return _open_data_set(quiz, revision)
+    return _DataSet(quiz, revision)
 
 
 def _find_in(folder: Path) -> _Files | _DataSet:
@@ -224,16 +232,11 @@ def _find_in(folder: Path) -> _Files | _DataSet:
             except OSError as error:
                 raise QuizError(f"{file}: cannot be read: {error.strerror}") from None
         if files:
-            return _open_data_set(str(folder), None)
+            return _DataSet(str(folder), None)
     raise QuizError(
         f"{folder} holds no quiz: no <split>/<subject>_<split>.csv, no <split>.csv, no "
         "<split>.jsonl, no parquet files"
     )
-
-
-def _open_data_set(quiz: str, revision: str | None) -> _DataSet:
-    _config_names(quiz, revision)  # a QuizError if it cannot be read
-    return _DataSet(quiz, revision)
 
 
 def _config_names(quiz: str, revision: str | None) -> list[str]:

@@ -253,15 +253,15 @@ def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
     tests |= {name: getattr(tested, f"{name}_X") for name in ("z", "p", "p_adjusted", "p_family")}
     x = 0
     for layer in found.layers:
-        plain = wilson(layer.accuracy_E, layer.is_activated_NE.sum(axis=0))
-        weighted = wilson(layer.weighted_accuracy_E, layer.n_effective_E)
+        n_activated_E = layer.is_activated_NE.sum(axis=0)
+        intervals = {
+            "accuracy_ci95": wilson(layer.accuracy_E, n_activated_E),
+            "weighted_accuracy_ci95": wilson(layer.weighted_accuracy_E, layer.n_effective_E),
+        }
         for e in range(layer.n_experts):
             yield {
                 name: None if np.isnan(low_E[e]) else [float(low_E[e]), float(high_E[e])]
-                for name, (low_E, high_E) in (
-                    ("accuracy_ci95", plain),
-                    ("weighted_accuracy_ci95", weighted),
-                )
+                for name, (low_E, high_E) in intervals.items()
             } | {name: or_none(value_X[x]) for name, value_X in tests.items()}
             x += 1
 

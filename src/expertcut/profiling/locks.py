@@ -26,7 +26,6 @@ from expertcut.errors import OutputError
 logger = logging.getLogger(__name__)
 
 CLAIMS = "claims"  # name of the folder
-_SAME_START_S = 5  # tolerance where only the time of day is known
 POLL_S = 0.25
 
 
@@ -190,7 +189,8 @@ def _is_gone(text: str) -> bool:
         if not _is_here(holder):
             return False
         process = psutil.Process(holder["pid"])
-        is_other = abs(_started(holder["pid"]) - holder["started"]) > _SAME_START_S
+        # Within 5 s, because some systems know only the time of day.
+        is_other = abs(_started(holder["pid"]) - holder["started"]) > 5
         return is_other or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True

@@ -184,12 +184,13 @@ def resumed(
     )
 
 
-def default_folder(info: ProfileInfo, source: Source, root: Path = Path("profiles")) -> Path:
+def default_folder(info: ProfileInfo, source: Source) -> Path:
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
     quiz = info.quiz
     name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
     settings_hash = info.called(source.id).short_hash  # with the id as typed
-    return root / f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}"
+    folder = f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}"
+    return Path("profiles") / folder
 
 
 def model_info(moe: MoeModel) -> ModelInfo:

@@ -310,14 +310,9 @@ class TokenSums:
         weighted_TE = norm_TE * weight_TE
         self._add("norm", layer, norm_TE)
         self._add("weighted_norm", layer, weighted_TE)
-        self._contributions(layer, weighted_TE, output_TD, routing)
         largest_E = self.largest[self.part, layer]
         largest_H = torch.stack(extremes).abs().amax(dim=1).to(largest_E)
         largest_E[expert_H] = largest_E[expert_H].maximum(largest_H)
-
-    def _contributions(
-        self, layer: int, weighted_TE: Tensor, output_TD: Tensor, routing: Routing | None
-    ) -> None:
         assert routing is not None, "a block's router runs before its experts"
         self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
         if output_TD.shape != routing.input_TD.shape:

@@ -98,7 +98,8 @@ class Profile:
     @property
     def missing(self) -> list[str]:
         """Chunks that are not measured yet."""
-        return [name for name, _, _ in self.info.chunks() if not self.chunk_path(name).is_file()]
+        folder = self.path / "chunks"
+        return [name for name, _, _ in self.info.chunks() if not (folder / name).is_file()]
 
     @property
     def finished_at(self) -> float | None:
@@ -108,10 +109,6 @@ class Profile:
             return None if self.missing else float(run["finished"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    def chunk_path(self, name: str) -> Path:
-        """The path of a chunk."""
-        return self.path / "chunks" / name
 
     @cached_property
     def chunks(self) -> list[Arrays]:
@@ -124,7 +121,7 @@ class Profile:
             )
         found = []
         for name, subject, n_questions in parts:
-            path = self.chunk_path(name)
+            path = self.path / "chunks" / name
             arrays = read_chunk(path, self.info.chunk_hash(name, subject))
             if reason := next(arrays_faults(arrays, self.info, n_questions), ""):
                 raise ProfileError(f"{path} is damaged ({reason}): profile again to redo it")
