@@ -143,9 +143,8 @@ class Settings(BaseModel):
 
     def recipe_values(self) -> dict[str, Any]:
         """The recorded fields as JSON values, in the order of their hash."""
-        names = [n for n in type(self).model_fields if shown(type(self), n)["is_recorded"]]
-        values = self.model_dump(mode="json", include={*names})
-        return {name: values[name] for name in names}
+        names = {n for n in type(self).model_fields if shown(type(self), n)["is_recorded"]}
+        return self.model_dump(mode="json", include=names)
 
 
 def fault_text(fault: Mapping[str, Any]) -> str:

@@ -48,19 +48,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Quiz:
-    """The questions of one split, subjects in name order, with their few-shot examples.
-
-    `shots_by_subject` holds `shots` dev questions per subject. `truncate` says on which side a
-    prompt beyond the model's context loses tokens; None refuses it.
-    """
+    """The questions of one split, subjects in name order, with their few-shot examples."""
 
     id: str
     revision: str | None
     split: str
     shots: int
     questions: Mapping[str, tuple[Question, ...]]
-    shots_by_subject: Mapping[str, tuple[Question, ...]]
-    truncate: Truncate | None = None
+    shots_by_subject: Mapping[str, tuple[Question, ...]]  # `shots` dev questions each
+    truncate: Truncate | None = None  # side on which too long a prompt is cut; None refuses it
 
     def __len__(self) -> int:
         return sum(map(len, self.questions.values()))

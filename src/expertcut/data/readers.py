@@ -119,10 +119,7 @@ def _named_columns(cells: list[str], where: str) -> _Columns | None:
 def read_records(
     records: Iterable[tuple[str, dict[str, Any]]], name: str, subject: str, *, is_only: bool = False
 ) -> list[Question]:
-    """Questions from positions and mappings: `question`, `choices`, `answer`, optional `subject`.
-
-    The argument `subject` is the default, or with `is_only` of all.
-    """
+    """Questions from positions and mappings; `subject` is the default, or with `is_only` of all."""
     n_rows = Counter[str]()
     questions, numbers = [], []
     for where, record in records:
@@ -142,7 +139,7 @@ def read_records(
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Position (file:line) and JSON object of each line that is not blank."""
+    """Position (file:line) and JSON object (`question`, `choices`, …) of each line not blank."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line

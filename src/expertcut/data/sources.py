@@ -36,19 +36,15 @@ _ONE_IN = 5
 
 @dataclass(frozen=True)
 class Selection:
-    """Which questions to use: the options of every command that takes a quiz.
-
-    Empty `subjects` mean all; `limit` is per subject; `revision` is of a hub data set, None for its
-    main one (for `mmlu`, the pinned one). `truncate` is for prompts beyond the model's context.
-    """
+    """Which questions to use: the options of every command that takes a quiz."""
 
     quiz: str = DEFAULT_QUIZ
     split: str = "test"
     shots: int = 5
-    subjects: tuple[str, ...] = ()
-    limit: int | None = None
-    revision: str | None = None
-    truncate: Truncate | None = None
+    subjects: tuple[str, ...] = ()  # empty for all
+    limit: int | None = None  # per subject
+    revision: str | None = None  # of a hub data set; None for main, for `mmlu` the pinned one
+    truncate: Truncate | None = None  # for prompts beyond the model's context
 
 
 def load_quiz(selection: Selection) -> Quiz:
@@ -103,13 +99,10 @@ class _Files:
         return str(self.path)
 
     def read(self, split: str) -> list[Question]:
-        questions: list[Question] = []
-        for file, subject in self.files(split):
-            if self.ending == ".csv":
-                questions += read_csv(file, subject)
-            else:
-                questions += read_records(json_lines(file), str(file), subject)
-        return questions
+        files = self.files(split)
+        if self.ending == ".csv":
+            return [q for file, subject in files for q in read_csv(file, subject)]
+        return [q for f, subject in files for q in read_records(json_lines(f), str(f), subject)]
 
     def files(self, split: str) -> list[tuple[Path, str]]:
         """The files of a split, each with its default subject; the first place with any counts."""

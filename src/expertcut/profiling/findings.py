@@ -30,13 +30,9 @@ PERTURBED = "perturbed"  # folder in a profile, with one of each kind
 
 @dataclass(frozen=True)
 class Margin:
-    """Rank K minus rank K+1 of one layer at the answer position, per question.
+    """Rank K minus rank K+1 of one layer at the answer position, per question."""
 
-    `undefined` says why the arrays are empty: the profile holds α, so it has no margin if experts
-    are chosen by something else.
-    """
-
-    undefined: str
+    undefined: str  # why the arrays are empty: something else than α chooses the experts
     probability_N: Array
     logit_N: Array
 

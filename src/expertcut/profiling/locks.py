@@ -2,9 +2,8 @@
 
 A claim is a file `<name>.<n>` that only one process can create; its holder touches it every two
 seconds. If the holder is dead, the next process creates `<name>.<n + 1>`, so nobody removes a live
-claim; the highest number counts.
-
-Claims only save work: two processes that measure the same chunk would write equal bytes.
+claim; the highest number counts. Claims only save work: two processes that measure the same chunk
+would write equal bytes.
 """
 
 import json
@@ -200,11 +199,10 @@ def _is_gone(text: str) -> bool:
 
 @contextmanager
 def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[None]:
-    """Locks a folder against other runs in the context.
+    """Locks a folder against other runs in the context; OutputError if another holds the lock.
 
     The lock of a killed run does not block: at once on the same host, after some seconds on
     another. Folders that were created and stay empty are removed.
-    Raises OutputError: another run holds the lock.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

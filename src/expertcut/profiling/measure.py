@@ -74,10 +74,7 @@ class Measurement:
         )
 
     def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
-        """Measures the missing chunks of a folder, which other processes may share.
-
-        Yields after each chunk; `on_pass` is called before each forward pass.
-        """
+        """Measures the missing chunks, yields after each; `on_pass` precedes each forward pass."""
         work = chunks_of_work(self.info, self.quiz)
         tally = Tally(work)
         longest_first = sorted(work, key=lambda name: -work[name].cost)
@@ -137,10 +134,7 @@ class Measurement:
 
 
 def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
-    """Questions to compare scoring modes on: four, and two of the longest prompts.
-
-    Some attention differs only for prompts longer than those of the first subject.
-    """
+    """Questions to compare scoring modes on: four, and two of the longest prompts."""
     first = next(iter(quiz.questions))
     yield first, quiz.questions[first][:CHECKED_QUESTIONS]
     sizes = {
@@ -148,7 +142,7 @@ def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
         for subject, questions in quiz.questions.items()
     }
     longest = max(sizes, key=lambda subject: sizes[subject])
-    if sizes[longest] > 2 * sizes[first]:
+    if sizes[longest] > 2 * sizes[first]:  # some attention differs only for longer prompts
         by_size = sorted(quiz.questions[longest], key=n_chars)
         yield longest, [by_size[-1], *by_size[:-1][:1]]
 

@@ -172,22 +172,20 @@ class Recorder:
         """The arrays of the chunk by their names on disk."""
         if self.stats == "none":
             return {}
-        names = ["alpha_NLE", "chosen_NLK", "weight_NLK", "gap_N", "prefix_gap"]
-        if self.stats == "all":
-            names += ["unread_gap_N", "unread_prefix_gap"]
+        names = ("alpha_NLE", "chosen_NLK", "weight_NLK", "gap_N", "prefix_gap")
         kept: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         if self.stats == "all":
-            kept |= self._token_sums()
+            kept |= self._of_all_tokens()
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
-    def _token_sums(self) -> dict[str, Tensor]:
+    def _of_all_tokens(self) -> dict[str, Tensor]:
         tokens, left_out = self.tokens, set()
         if any(block.residual is None for block in self.blocks):
             left_out.add(RESIDUAL)
         if not tokens.is_in_width:
             left_out |= {INPUT, RESIDUAL}
         parts = [*zip(PARTS, tokens.sums.unbind(1), tokens.largest, strict=True)]
-        kept = {}
+        kept = {"unread_gap_N": self.unread_gap_N, "unread_prefix_gap": self.unread_prefix_gap}
         if self.in_calibration_N is not None:
             parts.append(("calibration", tokens.calibration, tokens.calibration_largest))
             kept["calibration_N"] = self.in_calibration_N.to(torch.uint8)
@@ -233,8 +231,7 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
 class TokenSums:
     """Sums over tokens and the largest value of each expert, separate for shared prefix and rest.
 
-    Sums without a known residual stream stay 0. `is_in_width` becomes false if experts have another
-    width than the block's input.
+    Sums without a known residual stream stay 0.
     """
 
     def __init__(self, blocks: Sequence[MoeBlock], n_experts: int, device: torch.device) -> None:
@@ -245,7 +242,7 @@ class TokenSums:
         # Over the questions' own tokens, but for the questions that are held out.
         self.calibration = torch.zeros_like(self.sums[:, 0])
         self.calibration_largest = torch.zeros_like(self.largest[0])
-        self.is_in_width = True
+        self.is_in_width = True  # False once experts have another width than the block's input
 
     def begin(self, part: int) -> None:
         """Starts a pass of a part, an index of `PARTS`."""

@@ -20,11 +20,7 @@ CHUNK_QUESTIONS = 256
 
 
 class BlockInfo(Record):
-    """A MoE block; see `models.moe_block.MoeBlock`.
-
-    `selection_bias`: whether one is added to choose experts; None is unknown. `selection`: None for
-    α (plus that bias), the logits (plus that bias), or a table of token ids.
-    """
+    """A MoE block; see `models.moe_block.MoeBlock`."""
 
     name: str
     experts: int = Field(ge=1, le=1 << 15)  # ids are int16
@@ -33,7 +29,8 @@ class BlockInfo(Record):
     inflates: bool
     groups: int = Field(ge=1)
     top_groups: int = Field(ge=1)
-    selection_bias: bool | None = None
+    selection_bias: bool | None = None  # whether one is added to choose experts; None is unknown
+    # What chooses experts: None for α, or the logits, each plus that bias; or a table of token ids.
     selection: Literal["logits", "table"] | None = None
 
     @property

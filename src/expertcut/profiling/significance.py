@@ -70,18 +70,14 @@ def subjects_json(counts: SubjectCounts, layers: Sequence[LayerStatistics]) -> l
 
 @dataclass(frozen=True)
 class Significance:
-    """Tests per expert (X,), NaN where undefined; z < 0 means lower accuracy with the expert.
-
-    `p_adjusted_X` is by Benjamini and Hochberg over the defined tests; `p_family_X` is the
-    probability, by permutation, that any test reaches this |z|.
-    """
+    """Tests per expert (X,), NaN where undefined; z < 0 means lower accuracy with the expert."""
 
     difference_X: Array
     se_X: Array
     z_X: Array
     p_X: Array
-    p_adjusted_X: Array
-    p_family_X: Array
+    p_adjusted_X: Array  # by Benjamini and Hochberg over the defined tests
+    p_family_X: Array  # probability, by permutation, that any test reaches this |z|
     permutations: int
     seed: int
 

@@ -17,19 +17,15 @@ from expertcut.stats import Array
 
 @dataclass(frozen=True)
 class OverTokens:
-    """Sums of one MoE block over every token, shots included, as if each prompt had run alone.
-
-    A sum is None if the profile lacks it: it is older or, for `residual_shift_E`, its model has no
-    known residual stream.
-    """
+    """Sums of one MoE block over every token, shots included, as if each prompt had run alone."""
 
     tokens_E: Array
     weight_E: Array
     norm_E: Array
     weighted_norm_E: Array
-    votes_E: Array | None = None
+    votes_E: Array | None = None  # None in older profiles, as the following
     input_shift_E: Array | None = None
-    residual_shift_E: Array | None = None
+    residual_shift_E: Array | None = None  # None too if no residual stream is known
 
 
 @dataclass(frozen=True)
@@ -49,11 +45,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One MoE block over the N questions of a profile.
-
-    `n_effective_E` is (Σα)²/Σα², the effective number of questions of a weighted accuracy;
-    `weight_E` is Σ gate weight over the questions that chose an expert.
-    """
+    """One MoE block over the N questions of a profile."""
 
     layer: int
     block: str
@@ -65,10 +57,10 @@ class LayerStatistics:
     is_activated_NE: Array
     accuracy_E: Array
     weighted_accuracy_E: Array
-    n_effective_E: Array
+    n_effective_E: Array  # (Σα)²/Σα², the effective number of questions of a weighted accuracy
     contribution_pct_E: Array
     alpha_mean_E: Array
-    weight_E: Array | None = None
+    weight_E: Array | None = None  # Σ gate weight over the questions that chose an expert
     over_tokens: OverTokens | None = None
 
     @property

@@ -81,18 +81,14 @@ def _description(arrays: Arrays, of: str) -> dict[str, object]:
 
 
 class Profile:
-    """A profile folder; chunks are read and validated on first use.
+    """A profile folder; chunks are read and validated on first use."""
 
-    `truncate` is for further prompts, by default that of the profile. With `holds_out`, some of the
-    tuning questions are held out if no other split can be.
-    """
-
-    holds_out = True
+    holds_out = True  # some of the tuning questions are held out if no other split can be
 
     def __init__(self, path: Path, info: ProfileInfo, truncate: Truncate | None = None) -> None:
         self.path = path
         self.info = info
-        self.truncate = truncate or info.settings.truncate
+        self.truncate = truncate or info.settings.truncate  # for further prompts
         self.derived: dict[Hashable, Any] = {}  # results of `once_per_profile`
 
     @property

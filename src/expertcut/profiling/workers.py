@@ -37,17 +37,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress in questions; `measured` counts those of this process in this run.
-
-    `tokens` estimates those of all processes in this run; `left_s` is None while unknown.
-    """
+    """Progress in questions."""
 
     done: int
     total: int
-    measured: int
-    tokens: int = field(default=0, compare=False)
+    measured: int  # by this process in this run
+    tokens: int = field(default=0, compare=False)  # of all processes in this run, estimated
     elapsed_s: float = field(default=0.0, compare=False)
-    left_s: float | None = field(default=None, compare=False)
+    left_s: float | None = field(default=None, compare=False)  # None while unknown
 
 
 def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
@@ -179,10 +176,7 @@ class SharedFolder:
         return name in self._done
 
     def finish(self, elapsed_s: float, measured: int, others: int) -> None:
-        """Writes `run.json` once, when all chunks are finished.
-
-        `measured` questions were run by this process in that time, `others` by others.
-        """
+        """Writes `run.json` once, with questions measured here and by others, if all are done."""
         profile = Profile(self.path, self.info)
         while not profile.missing and profile.finished_at is None:
             with self._claimed(RUN_FILE) as is_mine:
