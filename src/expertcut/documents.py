@@ -79,11 +79,10 @@ class Identified(Record):
     def _is_on_the_hub(self) -> Self:
         if self.revision is None:
             return self
-        id_pattern = r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}"
-        if not re.fullmatch(id_pattern, self.id, re.A) or ".." in self.id:
+        is_id = re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", self.id, re.A)
+        if not is_id or ".." in self.id:
             raise ValueError(f"{self.id[:80]!a} is not an id of the Hub, but has a revision")
-        revision_pattern = r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}"
-        if not re.fullmatch(revision_pattern, self.revision, re.A):
+        if not re.fullmatch(r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}", self.revision, re.A):
             raise ValueError(f"{self.revision[:80]!a} is not a revision")
         return self
 

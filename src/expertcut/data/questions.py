@@ -86,11 +86,7 @@ def hashes_in(lines: Iterable[str]) -> frozenset[str]:
 def without(quiz: Quiz, lines: Iterable[str]) -> Quiz:
     """The quiz without questions whose hash is given, and without subjects left empty."""
     known = hashes_in(lines)
-    kept = {
-        subject: tuple(q for q in questions if not q.is_among(known))
-        for subject, questions in quiz.questions.items()
-    }
-    return replace_questions(quiz, {subject: qs for subject, qs in kept.items() if qs})
+    return replace_questions(quiz, group_by_subject([q for q in quiz if not q.is_among(known)]))
 
 
 def round_robin(quiz: Quiz, n: int) -> Quiz:

@@ -22,7 +22,6 @@ from expertcut.stats import Array, logprob_shift, wilson
 
 THRESHOLDS = (1e-4, 1e-3, 1e-2)  # of probability
 QUANTILES = (0.01, 0.05, 0.25, 0.75, 0.95, 0.99)
-_ROUNDING = 0.01  # relative; rounding to bfloat16 may change the order within it
 Kind = Literal["shuffle-choices", "bf16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PERTURBED = "perturbed"  # folder in a profile, with one of each kind
@@ -48,7 +47,7 @@ def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
         last_N = np.take_along_axis(alpha_NE, chosen_NK, axis=1).min(axis=1)
         np.put_along_axis(alpha_NE, chosen_NK, -np.inf, axis=1)
         next_N = alpha_NE.max(axis=1)
-        if (next_N <= last_N * (1 + _ROUNDING)).all():
+        if (next_N <= last_N * 1.01).all():  # rounding to bfloat16 may change the order within 1 %
             with np.errstate(divide="ignore", invalid="ignore"):
                 logit_N = logits(block, last_N) - logits(block, next_N)
             return Margin("", np.maximum(last_N - next_N, 0), np.maximum(logit_N, 0))

@@ -15,11 +15,11 @@ import torch
 
 from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
 from expertcut.data.sources import is_held_out, is_one_set
-from expertcut.errors import QuizError, SettingsError
+from expertcut.errors import QuizError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.models.devices import is_on_several
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
-from expertcut.profiling.findings import KINDS, PERTURBED, Kind
+from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.schema import (
     NO_CHOICE,
@@ -183,8 +183,7 @@ def default_folder(info: ProfileInfo, source: Source) -> Path:
     quiz = info.quiz
     name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
     settings_hash = info.called(source.id).short_hash  # with the id as typed
-    folder = f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}"
-    return Path("profiles") / folder
+    return Path("profiles", f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}")
 
 
 def model_info(moe: MoeModel) -> ModelInfo:
@@ -232,16 +231,6 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
     )
 
 
-def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:
-    """The kinds of perturbations with these names; SettingsError if bf16 changes nothing."""
-    if "bf16" in names and measurement.info.settings.dtype == "bfloat16":
-        raise SettingsError(
-            "--perturb bf16 changes nothing: the model runs in bfloat16: profile with "
-            "--dtype float32 or leave it out"
-        )
-    return [kind for kind in KINDS if kind in names]
-
-
 def perturb(
     measurement: Measurement,
     kind: Kind,
@@ -252,9 +241,7 @@ def perturb(
     """Measures the missing chunks of a perturbation of the profile in `folder`."""
     settings, limit = measurement.info.settings, measurement.info.quiz.limit
     moe, quiz = measurement.moe, measurement.quiz
-    options = MeasureOptions(
-        "answer", settings.batch_tokens, settings.threads, waits=measurement.waits
-    )
+    options = MeasureOptions("answer", settings.batch_tokens, settings.threads, measurement.waits)
     if kind == "shuffle-choices":
         other = Measurement(moe, shuffle_choices(quiz), limit, options)
     else:

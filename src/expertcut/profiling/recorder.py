@@ -80,7 +80,6 @@ class Recorder:
         # Separate for the last block's other tokens, which no answer depends on.
         self.unread_gap_N = self.gap_N.clone()
         self.unread_prefix_gap = self.prefix_gap.clone()
-        self.before: list[Tensor] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -114,8 +114,7 @@ class ProfileInfo(Record):
         """The hash in a chunk: all that its bytes depend on, no other subject and no path."""
         quiz_hash, settings = self.quiz.subjects[subject].content_hash, self.settings
         lines = (chunk, quiz_hash, self.model.fingerprint, settings.model_dump_json())
-        text = "\n".join(lines)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def chunks(self) -> Iterator[tuple[str, str, int]]:
         """(file name, subject, number of questions) of every chunk, in quiz order."""

@@ -61,10 +61,8 @@ def subjects_json(counts: SubjectCounts, layers: Sequence[LayerStatistics]) -> l
             row["appearances"] = (activated_E / n).tolist()
             row["expert_accuracy"] = [or_none(value) for value in accuracy_E]
             rows.append(row)
-        accuracy = float(counts.right_S[s] / n)
-        subjects.append(
-            {"subject": name, "questions": int(n), "accuracy": accuracy, "layers": rows}
-        )
+        subject = {"subject": name, "questions": int(n), "accuracy": float(counts.right_S[s] / n)}
+        subjects.append(subject | {"layers": rows})
     return subjects
 
 
