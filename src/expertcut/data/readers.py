@@ -86,7 +86,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
                         logger.warning("%s: a byte order mark inside the file is asked too", where)
                     yield where, cells
     except UnicodeDecodeError:
-        # The decoder counts from the start of its buffer, so its position is not in the file.
+        # The decoder counts from the start of its buffer, so its position is not the file's.
         with _opened(path) as lines:
             is_utf8 = (line == line.decode(errors="ignore").encode() for line in lines)
             number = next((n for n, is_sound in enumerate(is_utf8, start=1) if not is_sound), 0)

@@ -124,7 +124,7 @@ class SharedFolder:
         self.claims.__exit__(None, None, None)
 
     def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[tuple[str, bool]]:
-        """Every chunk once as finished (False), before that the own ones as to be measured (True).
+        """Every chunk once as (name, False) when finished; before, (name, True) to measure it here.
 
         Ends when all are finished; unless `is_waiting`, also if others measure all the rest.
         """
@@ -200,9 +200,12 @@ class SharedFolder:
     def _open(self) -> None:
         file = self.path / PROFILE_FILE
         while not file.is_file():
-            names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"."}
+            names = set()
+            if self.path.exists():
+                is_folder = self.path.is_dir()
+                names = {entry.name for entry in self.path.iterdir()} if is_folder else {"."}
             # Last, because another process may have created the profile in between.
-            if self.path.exists() and names - {CLAIMS} and not file.is_file():
+            if names - {CLAIMS} and not file.is_file():
                 raise OutputError(
                     f"{self.path} is not empty and holds no profile: name another --out"
                 )
