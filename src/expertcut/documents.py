@@ -1,8 +1,8 @@
-"""The pydantic base of every JSON file: loaded and validated, or refused in one line."""
+"""The pydantic base of every JSON file: validated and loaded, or refused in one line; saved."""
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -15,9 +15,8 @@ from pydantic import (
 )
 
 from expertcut.errors import ExpertcutError
-from expertcut.files import parse_json, read_file
+from expertcut.files import parse_json, read_file, write_atomically
 
-Document = TypeVar("Document", bound=BaseModel)
 # Left out of JSON if None: hashes and bytes stay those of older versions.
 _OMITTED = {"truncate", "cut", "selection", "chosen_by", "healed_from"}
 
@@ -32,9 +31,31 @@ Format1 = Annotated[Literal[1], BeforeValidator(_no_bool)]
 
 
 class Record(BaseModel):
-    """Base of JSON documents: frozen, without unknown keys and NaN."""
+    """Base of JSON documents and their parts: frozen, without unknown keys and NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def load(cls, file: Path, refusal: type[ExpertcutError], is_not: str) -> Self:
+        """Loads a JSON file with strict types, or raises a `refusal`; `is_not` names the kind."""
+        try:
+            content = read_file(file)
+            parse_json(content)
+            return cls.model_validate_json(content, strict=True)
+        except OSError as error:
+            raise refusal(f"{file} cannot be read: {error.strerror}") from None
+        except ValidationError as error:  # a ValueError too, so it comes first
+            raise refusal(f"{file} {is_not}: {first_fault(error)}") from None
+        except ValueError as error:
+            raise refusal(f"{file} {is_not}: invalid JSON: {error}") from None
+
+    def save(self, file: Path, scratch: Path | None = None) -> None:
+        """Writes the JSON file as `write_atomically` does."""
+        write_atomically(file, self.json_bytes(), scratch)
+
+    def json_bytes(self) -> bytes:
+        """The content of the JSON file."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
 
     @model_serializer(mode="wrap")
     def _without_omitted(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -58,29 +79,12 @@ class Identified(Record):
     def _is_on_the_hub(self) -> Self:
         if self.revision is None:
             return self
-        id_pattern = r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}"
-        if not re.fullmatch(id_pattern, self.id, re.A) or ".." in self.id:
+        is_id = re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", self.id, re.A)
+        if not is_id or ".." in self.id:
             raise ValueError(f"{self.id[:80]!a} is not an id of the Hub, but has a revision")
-        revision_pattern = r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}"
-        if not re.fullmatch(revision_pattern, self.revision, re.A):
+        if not re.fullmatch(r"\w[\w.-]{0,250}(/\w[\w.-]{0,250}){0,9}", self.revision, re.A):
             raise ValueError(f"{self.revision[:80]!a} is not a revision")
         return self
-
-
-def load_record(
-    file: Path, kind: type[Document], refusal: type[ExpertcutError], is_not: str
-) -> Document:
-    """Loads a JSON file with strict types, or raises a `refusal`; `is_not` names the kind."""
-    try:
-        content = read_file(file)
-        parse_json(content)
-        return kind.model_validate_json(content, strict=True)
-    except OSError as error:
-        raise refusal(f"{file} cannot be read: {error.strerror}") from None
-    except ValidationError as error:  # a ValueError too, so it comes first
-        raise refusal(f"{file} {is_not}: {first_fault(error)}") from None
-    except ValueError as error:
-        raise refusal(f"{file} {is_not}: invalid JSON: {error}") from None
 
 
 def first_fault(error: ValidationError) -> str:

@@ -19,7 +19,6 @@ from expertcut.errors import OutputError
 MAX_DEPTH = 100
 # Flags of POSIX and of Windows.
 _NONBLOCK, _BINARY = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_BINARY", 0)
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MARK_BYTES = 4  # of the longest byte order mark
 _UMASK = os.umask(0o077)  # the umask can be read only by setting it
 os.umask(_UMASK)
@@ -33,8 +32,7 @@ HIDDEN = "***"
 def open_file(file: Path) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading.
 
-    Raises:
-        OSError: missing, unreadable, or a folder, pipe or device, which might never end.
+    Raises OSError: missing, unreadable, or a folder, pipe or device, which might never end.
     """
     try:
         # Without the flag, opening a pipe waits for a writer.
@@ -51,11 +49,7 @@ def open_file(file: Path) -> BufferedReader:
 
 
 def read_file(file: Path, most_bytes: int = 32 << 20) -> bytes:
-    """The content of a regular file.
-
-    Raises:
-        OSError: as `open_file`, or larger than `most_bytes`.
-    """
+    """The content of a regular file; OSError as `open_file`, or if larger than `most_bytes`."""
     with open_file(file) as stream:
         content = stream.read(most_bytes + 1)
     if len(content) > most_bytes:
@@ -73,15 +67,15 @@ def wide_encoding(head: bytes) -> str | None:
         return "UTF-32"
     zeros = [byte == 0 for byte in head[:MARK_BYTES]]
     is_bare = zeros in ([False, True, False, True], [True, False, True, False])
-    return "UTF-16" if is_bare or head.startswith(_UTF16) else None
+    has_mark = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "UTF-16" if is_bare or has_mark else None
 
 
 def parse_json(content: bytes) -> Any:
     """Strict JSON (RFC 8259).
 
-    Raises:
-        ValueError: invalid JSON, a duplicate name in an object, NaN, Infinity, a number beyond 64
-            bits, or more than 100 levels.
+    Raises ValueError: invalid JSON, a duplicate name in an object, NaN, Infinity, a number beyond
+    64 bits, or more than 100 levels.
     """
     with suppress(RecursionError):
         value = json.loads(
@@ -140,17 +134,10 @@ def without_secrets(text: str) -> str:
     return _SECRET.sub(HIDDEN, text)
 
 
-def line_with_secret(text: str) -> int | None:
-    """The number of the first line with a secret, from 1; None if there is none."""
-    lines = enumerate(text.splitlines(), start=1)
-    return next((number for number, line in lines if without_secrets(line) != line), None)
-
-
 def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
     """Writes under a temporary name, beside the file or in `scratch`, syncs and renames.
 
-    Raises:
-        OutputError: the place cannot be written.
+    Raises OutputError: the place cannot be written.
     """
     # Not the pid: hosts that share the folder may have the same.
     temporary = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"

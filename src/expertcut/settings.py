@@ -23,7 +23,6 @@ from pydantic_core import PydanticCustomError
 
 from expertcut.errors import SettingsError
 
-_PATH = re.compile(r"[/~.].*|.*\.(jsonl|csv)")
 IN_RECIPE = "recipe"  # the validation context in which only fields with `in_recipe` are keys
 
 
@@ -67,7 +66,7 @@ def in_recipe_only(check: Callable[[str], None]) -> AfterValidator:
 
 
 def _check_exists(text: str) -> None:
-    if _PATH.fullmatch(text) and not Path(text).expanduser().exists():
+    if re.fullmatch(r"[/~.].*|.*\.(jsonl|csv)", text) and not Path(text).expanduser().exists():
         refuse(f"{text[:200]!a} does not exist: give an existing path, or an id of the Hub")
 
 
@@ -119,10 +118,10 @@ class Settings(BaseModel):
     def keys(cls, *, in_recipe: bool = False) -> dict[str, str]:
         """Accepted keys and their fields: the fields' names, and the names of their flags."""
         names = [n for n in cls.model_fields if shown(cls, n)["in_recipe"] or not in_recipe]
-        flags = [(flag, name) for name in names for flag in shown(cls, name)["flags"]]
         others = {
             flag.removeprefix("--").replace("-", "_"): name
-            for flag, name in flags
+            for name in names
+            for flag in shown(cls, name)["flags"]
             if "/" not in flag and not flag.startswith("--no-")
         }
         return others | dict(zip(names, names, strict=True))
@@ -144,9 +143,8 @@ class Settings(BaseModel):
 
     def recipe_values(self) -> dict[str, Any]:
         """The recorded fields as JSON values, in the order of their hash."""
-        names = [n for n in type(self).model_fields if shown(type(self), n)["is_recorded"]]
-        values = self.model_dump(mode="json", include={*names})
-        return {name: values[name] for name in names}
+        names = {n for n in type(self).model_fields if shown(type(self), n)["is_recorded"]}
+        return self.model_dump(mode="json", include=names)
 
 
 def fault_text(fault: Mapping[str, Any]) -> str:

@@ -69,18 +69,14 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
 
 
 class Comparison(Record):
-    """Paired comparison of two models on the same questions.
+    """Paired comparison of two models on the same questions."""
 
-    `delta` is other minus base accuracy; `gained` questions only the other answers correctly,
-    `lost` only the base. `smallest_effect` is the smallest change that this many questions detect.
-    """
-
-    delta: float
+    delta: float  # other minus base accuracy
     ci95: tuple[float, float]
-    gained: Count
-    lost: Count
+    gained: Count  # questions that only the other model answers correctly
+    lost: Count  # those that only the base does
     mcnemar_p: Share
-    smallest_effect: float
+    smallest_effect: float  # the smallest change that this many questions detect
 
     @property
     def is_significant(self) -> bool:
@@ -110,8 +106,6 @@ def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided McNemar test, 1 where nothing changed."""
     from scipy.special import bdtr  # not needed to start
 
-    if gained + lost == 0:
-        return 1.0
     return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
@@ -225,15 +219,11 @@ class ExpertShares(_Measured):
 
 
 class BitExactCheck(_Measured):
-    """Questions scored one at a time: without a token that chose a removed expert, no bit changes.
-
-    `untouched` of the `questions` have no such token, shots included; `bit_equal` of these came
-    out equal.
-    """
+    """Questions scored one at a time: no bit changes if no token chose a removed expert."""
 
     questions: int
-    untouched: int
-    bit_equal: int
+    untouched: int  # questions without such a token, shots included
+    bit_equal: int  # untouched questions that came out equal
 
 
 class RoutingAgreement(_Measured):
@@ -257,26 +247,20 @@ class FormResult(_Measured):
 
 
 class HeldOutResult(_Measured):
-    """`proof` in plan.json: the checkpoint against the unedited model on questions of a split.
-
-    `fits` and `rows` are figures of fitted directions and router rows, by name. `held_out_hashes`
-    are the hash lines of the questions; `held_out_used` says how healing used them. `alone` is set
-    where layout exact only removes experts, `agreement` where layout stock carries biases,
-    `outcomes` where any layout does.
-    """
+    """`proof` in plan.json: the checkpoint against the unedited model on questions of a split."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    fits: tuple[dict[str, int | float], ...] = ()
+    fits: tuple[dict[str, int | float], ...] = ()  # figures of fitted directions, by name
     held_out_split: str = ""
-    held_out_used: str = ""
+    held_out_used: str = ""  # how healing used the questions
     held_out: tuple[LogprobShift, ...] = ()
-    held_out_hashes: tuple[str, ...] = ()
+    held_out_hashes: tuple[str, ...] = ()  # hash lines of the questions
     shares: tuple[ExpertShares, ...] = ()
-    alone: BitExactCheck | None = None
-    agreement: tuple[RoutingAgreement, ...] = ()
-    outcomes: tuple[FormResult, ...] = ()
-    rows: tuple[dict[str, int | float], ...] = ()
+    alone: BitExactCheck | None = None  # where layout exact only removes experts
+    agreement: tuple[RoutingAgreement, ...] = ()  # where layout stock carries biases
+    outcomes: tuple[FormResult, ...] = ()  # where any layout carries biases
+    rows: tuple[dict[str, int | float], ...] = ()  # figures of router rows, by name
 
     def share(self, layer: int, expert: int) -> ExpertShares:
         """The shares of one expert, by its number before earlier cuts."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertcut.data.readers import read_csv, read_jsonl
+from expertcut.data.readers import json_lines, read_csv, read_records
 from expertcut.edits.edit_settings import read_size
 from expertcut.edits.plan import PlanFile, load_plan, plan_text, save_plan
 from expertcut.edits.router_edits import parse_target
@@ -106,7 +106,7 @@ def test_questions_come_back_from_csv_as_they_went(tmp_path: Path, rows: list[An
 @given(st.binary(max_size=200) | st.lists(JSON | QUESTIONS).map(lambda r: _jsonl(r)))
 def test_any_json_lines_are_questions_or_refused(tmp_path: Path, content: bytes) -> None:
     file = written(tmp_path / "test.jsonl", content)
-    read_or_refused(lambda: read_jsonl(file, "birds"))
+    read_or_refused(lambda: read_records(json_lines(file), str(file), "birds"))
 
 
 @FEW
@@ -114,7 +114,8 @@ def test_any_json_lines_are_questions_or_refused(tmp_path: Path, content: bytes)
 def test_questions_come_back_from_json_lines_as_they_went(
     tmp_path: Path, records: list[dict[str, Any]]
 ) -> None:
-    found = read_jsonl(written(tmp_path / "test.jsonl", _jsonl(records)), "birds")
+    file = written(tmp_path / "test.jsonl", _jsonl(records))
+    found = read_records(json_lines(file), str(file), "birds")
     assert [q.text for q in found] == [r["question"] for r in records]
     assert [list(q.choices) for q in found] == [r["choices"] for r in records]
     assert [q.subject for q in found] == [r.get("subject", "birds") for r in records]

@@ -17,16 +17,8 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
 from pyarrow import parquet
 
-from expertcut.data import (
-    Question,
-    Quiz,
-    Selection,
-    answer_letter,
-    load_quiz,
-    prompt,
-    round_robin,
-    without,
-)
+from expertcut.data import Question, Quiz, Selection, load_quiz, prompt, round_robin, without
+from expertcut.data.questions import LETTERS
 from expertcut.errors import QuizError
 from tests.conftest import COUNTS, SUBJECTS
 
@@ -64,7 +56,7 @@ def assert_the_harness_writes_the_same(quiz: Quiz, subject: str, as_subject: str
         asked = replace(question, subject=as_subject)
         assert prompt(asked, shots) == task.fewshot_context(doc, len(shots))
         letters = task.doc_to_choice(doc)
-        assert answer_letter(asked) == letters[task.doc_to_target(doc)]
+        assert LETTERS[asked.answer] == letters[task.doc_to_target(doc)]
         assert task.config.target_delimiter == " "  # so that " A" is what is scored
 
 

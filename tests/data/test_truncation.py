@@ -181,7 +181,7 @@ def test_a_profile_of_cut_prompts_is_not_gone_on_with_as_one_of_whole_ones(
     expertcut(*command, "--out", "left", "--truncate", "left")
     whole, left = load_profile(tmp_path / "whole"), load_profile(tmp_path / "left")
     assert "truncate" not in (tmp_path / "whole" / "profile.json").read_text()
-    assert (whole.n_cut, left.n_cut) == (None, 0)
+    assert (whole.answers.n_cut, left.answers.n_cut) == (None, 0)
     assert whole.info.short_hash != left.info.short_hash
     for mine, theirs in zip(whole.chunks, left.chunks, strict=True):  # nothing had to be cut
         assert all(np.array_equal(mine[name], theirs[name]) for name in mine.keys() | theirs.keys())

@@ -19,7 +19,6 @@ from expertcut.evaluation.cross_fit import (
     draw,
     load_cross_fit,
 )
-from expertcut.evaluation.results import record_bytes
 from tests.support.worlds import EXPERTS, LAYERS, TOP_K, World, softmax, world
 
 HARM = {(1, 3): -12.0}
@@ -232,7 +231,7 @@ def test_fewer_questions_than_folds_are_refused() -> None:
 def test_a_proof_is_read_as_it_was_written(tmp_path) -> None:
     found = judged(world(11, 100), SUPPRESS, draws=9)
     result = cross_fit_result(found, "suppress-worst 1", quiz="made up", split="val", seed=0)
-    (tmp_path / "proof.json").write_bytes(record_bytes(result))
+    (tmp_path / "proof.json").write_bytes(result.json_bytes())
     assert load_cross_fit(tmp_path) == result
     (tmp_path / "proof.json").write_text('{"format": 2}')
     with pytest.raises(PlanError, match="is not a valid proof"):

@@ -21,7 +21,7 @@ from expertcut.data import Selection, load_quiz, prompt
 from expertcut.edits.plan import BlockEdit, ChosenOn, PlanFile, PlanModel, hashes_sha256, save_plan
 from expertcut.errors import ModelError, OutputError, PlanError
 from expertcut.evaluation.evaluate import find_models, results, score
-from expertcut.evaluation.results import Results, Scored, Scoring, load_results, save_outcome
+from expertcut.evaluation.results import Results, Scored, Scoring, load_results
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.workers import Progress
@@ -387,7 +387,7 @@ def test_results_have_the_documented_keys(
     pair: tuple[list[Path], Scoring, Results], tmp_path: Path
 ):
     _, how, found = pair
-    save_outcome(tmp_path / "results.json", found)
+    found.save(tmp_path / "results.json")
     text = (tmp_path / "results.json").read_text()
 
     def never(constant: str) -> None:
@@ -521,7 +521,7 @@ def test_results_that_make_no_sense_are_refused(
     pair: tuple[list[Path], Scoring, Results], tmp_path: Path, path: tuple[Any, ...], value: object
 ):
     file = tmp_path / "results.json"
-    save_outcome(file, pair[2])
+    pair[2].save(file)
     fields = json.loads(file.read_text())
     *parents, last = path
     inner = fields

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 
 from expertcut.edits.plan import PlanModel, load_plan
-from expertcut.evaluation.results import load_results, save_outcome
+from expertcut.evaluation.results import load_results
 from expertcut.hub.card import Place, card_text, is_edited, loaders
 from expertcut.hub.provenance import evaluations, origin, verified
 from expertcut.models.load import find_source
@@ -286,6 +286,6 @@ def test_a_card_says_how_many_prompts_were_cut(made: Path, hub: LocalHub, tmp_pa
     found = load_results(made / "results.json")
     assert "cut from the left" not in card_of(folder, made / "results.json")
     models = [model.model_copy(update={"cut": 17}) for model in found.models]
-    save_outcome(tmp_path / "r.json", found.model_copy(update={"models": models}))
+    found.model_copy(update={"models": models}).save(tmp_path / "r.json")
     heading = "test, 1 shots, 17 prompts cut from the left to fit the context\n"
     assert heading in card_of(folder, tmp_path / "r.json").replace("\\", "")

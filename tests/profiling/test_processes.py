@@ -231,20 +231,21 @@ def test_time_left_and_tokens_come_from_what_was_done_since_the_run_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counts, now = tally(monkeypatch)
-    there = counts.note_done("1", was_there=True)
+    counts.was_there = {"1"}
+    there = counts.note_done("1")
     assert there == Progress(done=1, total=4, measured=0)
     assert (there.left_s, there.tokens) == (None, 0)
     now[0] += 6
-    counts.note_mine("2", 500)
-    mine = counts.note_done("2", was_there=False)
+    counts.tokens_by_mine["2"] = 500
+    mine = counts.note_done("2")
     assert mine == Progress(done=2, total=4, measured=1)
     assert (mine.left_s, mine.tokens) == (6 * 7 / 2, 500)
-    others = counts.note_done("4", was_there=False)
+    others = counts.note_done("4")
     assert others == Progress(done=3, total=4, measured=1)
     assert (others.left_s, others.tokens) == (6 * 3 / 6, 1500)
-    assert not counts.is_complete
-    counts.note_done("3", was_there=False)
-    assert counts.is_complete
+    assert counts.done < set(counts.work)
+    counts.note_done("3")
+    assert counts.done == set(counts.work)
     assert (counts.mine, counts.others) == (1, 2)
 
 

@@ -478,7 +478,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_unfinished_profile_cannot_be_read(tmp_path: Path):
     info = profile_info([block(0)], {"birds": 300, "clocks": 5})
     profile = random_profile(tmp_path / "p", info)
-    profile.chunk_path("birds-1.safetensors").unlink()
+    (profile.path / "chunks" / "birds-1.safetensors").unlink()
     again = load_profile(profile.path)
     assert again.missing == ["birds-1.safetensors"]
     with pytest.raises(ProfileError, match=r"1 of 3 chunks are missing.*run the same"):
@@ -532,7 +532,7 @@ def test_the_newest_profile_is_the_one_finished_last(tmp_path: Path):
         finish(found[name], 1e9 + at)
         assert newest_profile(root).path == root / name
     finish(found["e_incomplete"], 2e9)
-    found["e_incomplete"].chunk_path("birds-0.safetensors").unlink()
+    (found["e_incomplete"].path / "chunks" / "birds-0.safetensors").unlink()
     finish(found["f_broken"], "yesterday")
     assert newest_profile(root).path == root / "a_last"
     os.utime(root / "c_first" / "profile.json", (3e9, 3e9))  # a copy is not newer

@@ -20,7 +20,7 @@ from expertcut.edits.plan import BlockEdit, PlanFile, PlanModel, load_plan
 from expertcut.edits.selection import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
-from expertcut.evaluation.results import ChosenOnResult, save_outcome
+from expertcut.evaluation.results import ChosenOnResult
 from expertcut.evaluation.search_results import (
     AUDIT_FILE,
     SWEEP_FILE,
@@ -291,7 +291,7 @@ def make_sweep(folder: Path, profile: Profile) -> Sweep:
     chosen_on = ChosenOnResult(split="val", overlap=0)
     found = Sweep(asked=asked, chosen_on=chosen_on, base=SweptModel(**base), cells=tuple(cells))
     folder.mkdir()
-    save_outcome(folder / SWEEP_FILE, found)
+    found.save(folder / SWEEP_FILE)
     return found
 
 
@@ -342,7 +342,7 @@ def make_audit(folder: Path, profile: Profile) -> Audit:
         ),
     )
     folder.mkdir()
-    save_outcome(folder / AUDIT_FILE, found)
+    found.save(folder / AUDIT_FILE)
     return found
 
 

@@ -37,7 +37,6 @@ from expertcut.evaluation.results import (
     ModelResult,
     Results,
     SubjectResult,
-    save_outcome,
 )
 from expertcut.profiling import findings, schema
 from expertcut.profiling.findings import find, profile_json
@@ -668,7 +667,7 @@ def test_a_bias_says_whether_the_same_experts_are_chosen_and_where_it_acts():
 
 def test_what_is_shown_is_what_lies_there(profile: Profile, tmp_path: Path):
     save_plan(tmp_path / "made", plan(), [])
-    save_outcome(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
+    results(model("models/cut", 55), comparison()).save(tmp_path / "results.json")
     found = {
         tmp_path / "profile": ("Tables 1–2", "layers"),
         tmp_path / "profile" / "profile.json": ("Tables 1–2", "layers"),
@@ -714,7 +713,7 @@ def test_choices_on_the_command_line_are_those_of_the_files():
 def test_showing_a_profile_or_results_needs_no_torch(tmp_path: Path):
     """Importing it takes seconds in which a person waits for a table."""
     profile = random_profile(tmp_path / "p", profile_info([block(0)], {"birds": 30}))
-    save_outcome(tmp_path / "results.json", results(model("models/cut", 55), comparison()))
+    results(model("models/cut", 55), comparison()).save(tmp_path / "results.json")
     code = (
         "import sys; from expertcut.reporting.views import find_shown\nfrom pathlib import Path\n"
     )

@@ -14,7 +14,6 @@ from expertcut.evaluation.results import (
     ModelResult,
     Results,
     SubjectResult,
-    save_outcome,
 )
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.page import PAGE, render, sections_of
@@ -149,7 +148,7 @@ def make_results(file: Path, subjects: Mapping[str, int] = SUBJECTS, **changes: 
         "comparisons": [compared],
     }
     found = Results(**{**fields, **changes})
-    save_outcome(file, found)
+    found.save(file)
     return found
 
 
@@ -174,9 +173,8 @@ def make_hostile_run(folder: Path) -> Path:
     make_plan(folder / "cut $x$", profile, action=HOSTILE[1], criterion=HOSTILE[3], tuning=curve())
     results = make_results(folder / "results.json", subjects, quiz=HOSTILE[0], split=HOSTILE[7])
     cut = results.models[1].model_copy(update={"path": f"models/{HOSTILE[6]}"})
-    save_outcome(
-        folder / "results.json", results.model_copy(update={"models": [results.models[0], cut]})
-    )
+    results = results.model_copy(update={"models": [results.models[0], cut]})
+    results.save(folder / "results.json")
     return folder
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from expertcut.commands import SILENT, UI, BatchSettings, SplitSettings, model_option, output_option
+from expertcut.errors import SettingsError
 from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     ui.quiet()
     from expertcut.models.load import find_source
     from expertcut.profiling import measure
+    from expertcut.profiling.findings import KINDS
     from expertcut.profiling.storage import load_profile
     from expertcut.reporting.profile_tables import answered_sentence
 
@@ -53,13 +55,18 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
         load_as, options = measure.resumed(settings.out, load_as, options)
     source, quiz = find_source(settings.model, settings.revision), settings.load_quiz()
     measurement = measure.measure(source, quiz, settings.limit, load_as, options)
-    kinds = measure.check_kinds(measurement, settings.perturb)
+    if "bf16" in settings.perturb and measurement.info.settings.dtype == "bfloat16":
+        raise SettingsError(
+            "--perturb bf16 changes nothing: the model runs in bfloat16: profile with "
+            "--dtype float32 or leave it out"
+        )
     folder: Path = settings.out or measure.default_folder(measurement.info, source)
     name, total = measurement.moe.source.name, len(quiz)
     ui.watch(partial(measurement.run, folder), f"profiling {name}", total, folder)
-    for kind in kinds:
-        steps = partial(measure.perturb, measurement, kind, folder, load_as)
-        ui.watch(steps, f"again with {kind}", total, folder)
+    for kind in KINDS:
+        if kind in settings.perturb:
+            steps = partial(measure.perturb, measurement, kind, folder, load_as)
+            ui.watch(steps, f"again with {kind}", total, folder)
     profile = load_profile(folder)
     if ui.is_first:
         ui.say([], [answered_sentence(folder, profile.answers)])

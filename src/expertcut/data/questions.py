@@ -16,17 +16,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question; `row` counts within its subject and split, from 0.
-
-    `order` maps the places of shuffled choices to the original ones.
-    """
+    """One multiple-choice question; `row` counts within its subject and split, from 0."""
 
     subject: str
     text: str
     choices: tuple[str, ...]
     answer: int
     row: int
-    order: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()  # maps the places of shuffled choices to the original ones
 
     @property
     def content_hash(self) -> str:
@@ -51,19 +48,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Quiz:
-    """The questions of one split, subjects in name order, with their few-shot examples.
-
-    `shots_by_subject` holds `shots` dev questions per subject. `truncate` says on which side a
-    prompt beyond the model's context loses tokens; None refuses it.
-    """
+    """The questions of one split, subjects in name order, with their few-shot examples."""
 
     id: str
     revision: str | None
     split: str
     shots: int
     questions: Mapping[str, tuple[Question, ...]]
-    shots_by_subject: Mapping[str, tuple[Question, ...]]
-    truncate: Truncate | None = None
+    shots_by_subject: Mapping[str, tuple[Question, ...]]  # `shots` dev questions each
+    truncate: Truncate | None = None  # side on which too long a prompt is cut; None refuses it
 
     def __len__(self) -> int:
         return sum(map(len, self.questions.values()))
@@ -93,11 +86,7 @@ def hashes_in(lines: Iterable[str]) -> frozenset[str]:
 def without(quiz: Quiz, lines: Iterable[str]) -> Quiz:
     """The quiz without questions whose hash is given, and without subjects left empty."""
     known = hashes_in(lines)
-    kept = {
-        subject: tuple(q for q in questions if not q.is_among(known))
-        for subject, questions in quiz.questions.items()
-    }
-    return replace_questions(quiz, {subject: qs for subject, qs in kept.items() if qs})
+    return replace_questions(quiz, group_by_subject([q for q in quiz if not q.is_among(known)]))
 
 
 def round_robin(quiz: Quiz, n: int) -> Quiz:
@@ -124,14 +113,9 @@ def _sha256(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def answer_letter(question: Question) -> str:
-    """`A` for the first choice, and so on."""
-    return LETTERS[question.answer]
-
-
 def prompt(question: Question, shots: Sequence[Question] = ()) -> str:
     """The prompt before the answer ` A`, ` B`, …; without trailing space."""
-    solved = (f"{_format(shot)} {answer_letter(shot)}\n\n" for shot in shots)
+    solved = (f"{_format(shot)} {LETTERS[shot.answer]}\n\n" for shot in shots)
     return header(question.subject) + "".join(solved) + _format(question)
 
 

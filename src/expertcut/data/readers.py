@@ -19,8 +19,6 @@ from expertcut.files import MARK_BYTES, open_file, parse_json, wide_encoding
 
 _MAX_BYTES = 512 << 20  # of one file; the largest of MMLU has a third
 _MAX_CHARACTERS = 1 << 20  # of a question or choice
-_CHOICE_COLUMN = re.compile(r"(?:(?:option|choice)[ _-])?([a-z])")
-_HENDRYCKS_FIELDS = "question, 4 choices and a letter make 6"
 _MUST = "must have question, A, B, … and answer"
 
 logger = logging.getLogger(__name__)
@@ -45,23 +43,23 @@ def read_csv(path: Path, default_subject: str) -> list[Question]:
     Without a header, the columns are those of Hendrycks: question, A, B, C, D, letter. Further
     columns are ignored, except `subject`. Blank lines and a leading byte order mark are skipped.
 
-    Raises:
-        QuizError: the file cannot be read, or a row is invalid.
+    Raises QuizError: the file cannot be read, or a row is invalid.
     """
     questions: list[Question] = []
     n_rows = Counter[str]()
     columns, is_first = _HENDRYCKS, True
     for where, cells in _csv_rows(path):
-        if is_first and _is_header(names := [cell.strip().casefold() for cell in cells]):
-            columns, is_first = _named_columns(names, where), False
+        if is_first and (named_columns := _named_columns(cells, where)):
+            columns, is_first = named_columns, False
             continue
         subject = default_subject
         if columns.subject is not None and columns.subject < len(cells):
             subject = cells[columns.subject].strip() or default_subject
         try:
             if len(cells) != columns.n_columns:
-                is_named = columns is not _HENDRYCKS
-                wanted = f"the header has {columns.n_columns}" if is_named else _HENDRYCKS_FIELDS
+                wanted = f"the header has {columns.n_columns}"
+                if columns is _HENDRYCKS:
+                    wanted = "question, 4 choices and a letter make 6"
                 raise QuizError(f"{where}: {len(cells)} fields where {wanted}")
             text, answer = cells[columns.question], cells[columns.answer]
             choices = [cells[i] for i in columns.choices]
@@ -88,40 +86,34 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
                         logger.warning("%s: a byte order mark inside the file is asked too", where)
                     yield where, cells
     except UnicodeDecodeError:
-        raise QuizError(f"{path}:{_line_of(path)}: not UTF-8 text: save it as UTF-8") from None
+        # The decoder counts from the start of its buffer, so its position is not the file's.
+        with _opened(path) as lines:
+            is_utf8 = (line == line.decode(errors="ignore").encode() for line in lines)
+            number = next((n for n, is_sound in enumerate(is_utf8, start=1) if not is_sound), 0)
+        raise QuizError(f"{path}:{number}: not UTF-8 text: save it as UTF-8") from None
     except csv.Error as error:
         raise QuizError(f"{path}:{reader.line_num}: not a CSV row: {error}") from None
 
 
-def _is_header(names: list[str]) -> bool:
-    letters = {letter for letter, _ in _choice_columns(names)}
-    return "question" in names and ("answer" in names or {"a", "b"} <= letters)
-
-
-def _choice_columns(names: list[str]) -> list[tuple[str, int]]:
-    """Letter and place of the choice columns, sorted: `A`, `option_a`, `Choice A`."""
-    matches = [(_CHOICE_COLUMN.fullmatch(name), i) for i, name in enumerate(names)]
-    return sorted((found[1], i) for found, i in matches if found)
-
-
-def _named_columns(names: list[str], where: str) -> _Columns:
+def _named_columns(cells: list[str], where: str) -> _Columns | None:
+    """The columns that a header names; None if the row is not a header."""
+    names = [cell.strip().casefold() for cell in cells]
+    pattern = r"(?:(?:option|choice)[ _-])?([a-z])"  # `a`, `option_a`, `choice a`
+    matches = [(re.fullmatch(pattern, name), i) for i, name in enumerate(names)]
+    choices = sorted((match[1].upper(), i) for match, i in matches if match)
+    letters = [letter for letter, _ in choices]
+    if "question" not in names or not ("answer" in names or {"A", "B"} <= {*letters}):
+        return None
     for name in ("question", "answer", "subject"):
         n_found = names.count(name)
         if n_found > 1 or (n_found == 0 and name != "subject"):
             raise QuizError(f"{where}: a header with {n_found} columns {name}: it {_MUST}")
-    columns = _choice_columns(names)
-    letters = [letter.upper() for letter, _ in columns]
     if letters != list(LETTERS[: len(letters)]) or len(letters) < 2:
         found = ", ".join(letters) or "none"
         raise QuizError(f"{where}: a header whose choices are {found}: it {_MUST}")
     subject = names.index("subject") if "subject" in names else None
-    choices = tuple(place for _, place in columns)
-    return _Columns(len(names), names.index("question"), choices, names.index("answer"), subject)
-
-
-def read_jsonl(path: Path, default_subject: str) -> list[Question]:
-    """Questions of a JSON-lines file: `question`, `choices`, `answer`, optional `subject`."""
-    return read_records(json_lines(path), str(path), default_subject)
+    places = tuple(place for _, place in choices)
+    return _Columns(len(names), names.index("question"), places, names.index("answer"), subject)
 
 
 def read_records(
@@ -133,7 +125,7 @@ def read_records(
     for where, record in records:
         own = subject if is_only else record.get("subject") or subject
         if not isinstance(own, str):
-            raise QuizError(f"{where}: subject is {_short(own)}, must be text")
+            raise QuizError(f"{where}: subject is {own!r:.60}, must be text")
         questions.append(_record_question(record, own, n_rows[own], where))
         n_rows[own] += 1
         numbers += [record["answer"]] if isinstance(record["answer"], int) else []
@@ -147,25 +139,22 @@ def read_records(
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Position (file:line) and JSON object of each line that is not blank."""
+    """Position (file:line) and JSON object (`question`, `choices`, …) of each line not blank."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if text.strip():
-                where = f"{path}:{number}"
-                yield where, _json_record(text, where)
-
-
-def _json_record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = parse_json(line)
-    except UnicodeDecodeError:
-        raise QuizError(f"{where}: not UTF-8 text: save it as UTF-8") from None
-    except ValueError as error:
-        raise QuizError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise QuizError(f"{where}: a {type(record).__name__}, must be a JSON object")
-    return record
+            if not text.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = parse_json(text)
+            except UnicodeDecodeError:
+                raise QuizError(f"{where}: not UTF-8 text: save it as UTF-8") from None
+            except ValueError as error:
+                raise QuizError(f"{where}: not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise QuizError(f"{where}: a {type(record).__name__}, must be a JSON object")
+            yield where, record
 
 
 @contextmanager
@@ -193,7 +182,7 @@ def _record_question(record: dict[str, Any], subject: str, index: int, where: st
     if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
         raise QuizError(f"{where}: choices must be a list of texts")
     if not isinstance(record["question"], str):
-        raise QuizError(f"{where}: question is {_short(record['question'])}, must be text")
+        raise QuizError(f"{where}: question is {record['question']!r:.60}, must be text")
     return _make_question(subject, record["question"], choices, record["answer"], index, where)
 
 
@@ -211,19 +200,15 @@ def _make_question(
             raise QuizError(f"{where}: a NUL byte, which is not text")
         if not part.isascii() and any("\ud800" <= char <= "\udfff" for char in part):
             raise QuizError(f"{where}: a lone surrogate, which is not a character")
-        if (n := len(part)) > _MAX_CHARACTERS:
+        if len(part) > _MAX_CHARACTERS:
             most = f"must be at most {_MAX_CHARACTERS:,}"
-            raise QuizError(f"{where}: a text of {n:,} characters, {most}")
+            raise QuizError(f"{where}: a text of {len(part):,} characters, {most}")
     if len(quote(subject)) > 200:  # of the 255 in a file name
         raise QuizError(
             f"{where}: a subject of {len(subject)} characters, whose files could not be named: "
             "shorten it"
         )
     return Question(subject, text, tuple(choices), _answer_id(answer, choices, where), index)
-
-
-def _short(value: object) -> str:
-    return repr(value)[:60]
 
 
 def _answer_id(answer: object, choices: list[str], where: str) -> int:
@@ -234,16 +219,5 @@ def _answer_id(answer: object, choices: list[str], where: str) -> int:
         return answer
     numbers = "" if isinstance(answer, str) else f" or 0-{len(letters) - 1}"
     raise QuizError(
-        f"{where}: answer {_short(answer)} must be one of {letters[0]}-{letters[-1]}{numbers}"
+        f"{where}: answer {answer!r:.60} must be one of {letters[0]}-{letters[-1]}{numbers}"
     )
-
-
-def _line_of(path: Path) -> int:
-    # The decoder counts from the start of its buffer, so its position is not that in the file.
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 0

@@ -18,7 +18,7 @@ from expertcut.data.questions import (
     replace_questions,
     without,
 )
-from expertcut.data.readers import read_csv, read_jsonl, read_records
+from expertcut.data.readers import json_lines, read_csv, read_records
 from expertcut.errors import QuizError, SettingsError, SplitError
 from expertcut.files import open_file
 
@@ -36,27 +36,22 @@ _ONE_IN = 5
 
 @dataclass(frozen=True)
 class Selection:
-    """Which questions to use: the options of every command that takes a quiz.
-
-    Empty `subjects` mean all; `limit` is per subject; `revision` is of a hub data set, None for its
-    main one (for `mmlu`, the pinned one). `truncate` is for prompts beyond the model's context.
-    """
+    """Which questions to use: the options of every command that takes a quiz."""
 
     quiz: str = DEFAULT_QUIZ
     split: str = "test"
     shots: int = 5
-    subjects: tuple[str, ...] = ()
-    limit: int | None = None
-    revision: str | None = None
-    truncate: Truncate | None = None
+    subjects: tuple[str, ...] = ()  # empty for all
+    limit: int | None = None  # per subject
+    revision: str | None = None  # of a hub data set; None for main, for `mmlu` the pinned one
+    truncate: Truncate | None = None  # for prompts beyond the model's context
 
 
 def load_quiz(selection: Selection) -> Quiz:
     """Loads the selected questions.
 
-    Raises:
-        QuizError: no such quiz or subject, too few shots, or an invalid row.
-        SplitError: no questions in the split.
+    Raises QuizError: no such quiz or subject, too few shots, or an invalid row; SplitError: no
+    questions in the split.
     """
     if selection.shots < 0 or (selection.limit is not None and selection.limit < 1):
         raise QuizError("--shots must be at least 0 and --limit at least 1")
@@ -104,8 +99,10 @@ class _Files:
         return str(self.path)
 
     def read(self, split: str) -> list[Question]:
-        read_file = read_csv if self.ending == ".csv" else read_jsonl
-        return [q for file, subject in self.files(split) for q in read_file(file, subject)]
+        files = self.files(split)
+        if self.ending == ".csv":
+            return [q for file, subject in files for q in read_csv(file, subject)]
+        return [q for f, subject in files for q in read_records(json_lines(f), str(f), subject)]
 
     def files(self, split: str) -> list[tuple[Path, str]]:
         """The files of a split, each with its default subject; the first place with any counts."""
@@ -115,8 +112,8 @@ class _Files:
         folder = self.path.parent if self.path.is_file() else self.path
         for place in (folder, folder / "data"):
             for name in ("val", "validation") if split == "val" else (split,):
-                if self.ending == ".csv" and (found := self._by_subject(place, name)):
-                    return found
+                if self.ending == ".csv" and (files := self._by_subject(place, name)):
+                    return files
                 if (whole := place / f"{name}{self.ending}").exists():
                     return [(whole, subject)]
         return []
@@ -138,14 +135,14 @@ class _Files:
         if files := self.files(split):
             empty = ", ".join(str(file) for file, _ in files[:_MAX_LISTED])
             return f"{self.id} has no questions in split {split}: no row in {empty}"
-        found = (f for depth in ("*", "*/*", "*/*/*") for f in self.path.glob(depth))
-        there = sorted(
-            str(file.relative_to(self.path))
-            for file in islice(found, 1000)
-            if file.suffix and not file.is_dir() and not file.name.startswith(".")
+        paths = (f for depth in ("*", "*/*", "*/*/*") for f in self.path.glob(depth))
+        names = sorted(
+            str(path.relative_to(self.path))
+            for path in islice(paths, 1000)
+            if path.suffix and not path.is_dir() and not path.name.startswith(".")
         )
-        alike = [name for name in there if split.casefold() in name.casefold()]
-        listed = ", ".join((alike or there)[:_MAX_LISTED]) or "no file"
+        alike = [name for name in names if split.casefold() in name.casefold()]
+        listed = ", ".join((alike or names)[:_MAX_LISTED]) or "no file"
         wanted = f"{split}{self.ending}"
         if self.ending == ".csv":
             wanted = f"{split}/<subject>_{split}.csv, {split}/<subject>.csv or {wanted}"
@@ -161,9 +158,11 @@ class _DataSet:
     id: str
     revision: str | None
 
+    def __post_init__(self) -> None:
+        _config_names(self.id, self.revision)  # a QuizError if it cannot be read
+
     def read(self, split: str) -> list[Question]:
-        with _one_line(self.id, self.revision):
-            names = _config_names(self.id, self.revision)
+        names = _config_names(self.id, self.revision)
         # Configurations of cais/mmlu that are not subjects.
         subjects = [name for name in names if name not in ("all", "auxiliary_train")]
         if "all" in names or subjects in ([], ["default"]):  # each row names its subject
@@ -186,8 +185,8 @@ class _DataSet:
     def missing(self, split: str) -> str:
         from datasets import get_dataset_split_names
 
+        names = _config_names(self.id, self.revision)
         with _one_line(self.id, self.revision):
-            names = _config_names(self.id, self.revision)
             config = "all" if "all" in names else names[0]
             splits = get_dataset_split_names(self.id, config, revision=self.revision)
         return f"{self.id} has no questions in split {split}: it has {', '.join(splits)}"
@@ -200,64 +199,50 @@ def _find_source(quiz: str, revision: str | None) -> _Files | _DataSet:
     if path.is_dir():
         return _find_in(path)
     if quiz == DEFAULT_QUIZ:
-        return _open_mmlu()
+        if Path(MMLU_HUB_ID).is_dir():
+            return _DataSet(MMLU_HUB_ID, None)
+        try:
+            return _DataSet(MMLU_HUB_ID, MMLU_REVISION)
+        except QuizError as error:
+            # A mirror or cache may hold only another revision; the profile records which.
+            source = _DataSet(MMLU_HUB_ID, None)
+            logger.warning("%s; using its main revision instead", error)
+            return source
     if "/" not in quiz or quiz.startswith((".", "/")) or quiz.count("/") > 1:
         raise QuizError(f"no such quiz: {quiz} is not a folder, a .csv or .jsonl file or a hub id")
-    return _open_data_set(quiz, revision)
+    return _DataSet(quiz, revision)
 
 
 def _find_in(folder: Path) -> _Files | _DataSet:
     """The kind of a folder; the first match counts."""
-    if any(folder.glob("*/*.csv")):
-        return _Files(folder, ".csv")
-    if any(folder.glob("*.jsonl")):
-        return _Files(folder, ".jsonl")
-    if parquet := sorted(folder.rglob("*.parquet")):
-        for file in parquet:  # `datasets` would wait for a pipe
+    for pattern in ("*/*.csv", "*.jsonl", "**/*.parquet", "*.csv", "data/*/*.csv", "data/*.jsonl"):
+        files = sorted(folder.glob(pattern))
+        if files and not pattern.endswith(".parquet"):
+            return _Files(folder, Path(pattern).suffix)
+        for file in files:  # `datasets` would wait for a pipe
             try:
                 open_file(file).close()
             except OSError as error:
                 raise QuizError(f"{file}: cannot be read: {error.strerror}") from None
-        return _open_data_set(str(folder), None)
-    if any(folder.glob("*.csv")) or any(folder.glob("data/*/*.csv")):
-        return _Files(folder, ".csv")
-    if any(folder.glob("data/*.jsonl")):
-        return _Files(folder, ".jsonl")
+        if files:
+            return _DataSet(str(folder), None)
     raise QuizError(
         f"{folder} holds no quiz: no <split>/<subject>_<split>.csv, no <split>.csv, no "
         "<split>.jsonl, no parquet files"
     )
 
 
-def _open_mmlu() -> _DataSet:
-    if Path(MMLU_HUB_ID).is_dir():
-        return _open_data_set(MMLU_HUB_ID, None)
-    try:
-        return _open_data_set(MMLU_HUB_ID, MMLU_REVISION)
-    except QuizError as error:
-        # A mirror or cache may hold only another revision; the profile records which.
-        source = _open_data_set(MMLU_HUB_ID, None)
-        logger.warning("%s; using its main revision instead", error)
-        return source
-
-
-def _open_data_set(quiz: str, revision: str | None) -> _DataSet:
-    with _one_line(quiz, revision):
-        _config_names(quiz, revision)
-    return _DataSet(quiz, revision)
-
-
 def _config_names(quiz: str, revision: str | None) -> list[str]:
-    from datasets import config, get_dataset_config_names
-    from huggingface_hub import DatasetCard, hf_hub_download
+    with _one_line(quiz, revision):
+        from datasets import config, get_dataset_config_names
+        from huggingface_hub import DatasetCard, hf_hub_download
 
-    if config.HF_HUB_OFFLINE and not Path(quiz).is_dir():
-        # Offline, `datasets` has no configuration names; the cached card has.
-        card = hf_hub_download(quiz, "README.md", repo_type="dataset", revision=revision)
-        configs = DatasetCard.load(card).data.get("configs") or []
-        if configs:
-            return [entry["config_name"] for entry in configs]
-    return list(get_dataset_config_names(quiz, revision=revision))
+        if config.HF_HUB_OFFLINE and not Path(quiz).is_dir():
+            # Offline, `datasets` has no configuration names; the cached card has.
+            card = hf_hub_download(quiz, "README.md", repo_type="dataset", revision=revision)
+            if configs := DatasetCard.load(card).data.get("configs"):
+                return [entry["config_name"] for entry in configs]
+        return list(get_dataset_config_names(quiz, revision=revision))
 
 
 @contextmanager
@@ -287,10 +272,8 @@ class Weighted:
         """From `name` or `name=0.7`."""
         name, equals, number = text.rpartition("=")
         try:
-            weight = float(number)
+            weight = float(number if equals else "")
         except ValueError:  # a path may hold an equals sign of its own
-            return cls(text)
-        if not equals:
             return cls(text)
         if not 0 < weight < float("inf"):
             raise SettingsError(f"{text}: a weight must be above 0")
@@ -328,8 +311,7 @@ def fifth_of(quiz: Quiz) -> Quiz:
 def other_split(quiz: Quiz, split: str, *used: Quiz, is_quiet: bool = False) -> Quiz | None:
     """The same subjects' questions of another split without those in `used`; None if none is left.
 
-    Raises:
-        QuizError: more than 5 % of them stand in a used one.
+    Raises QuizError: more than 5 % of them stand in a used one.
     """
     if Path(quiz.id).is_file():
         return None  # one file stands for every split

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from expertcut.documents import Format1, Identified, Record, load_record
+from expertcut.documents import Format1, Identified, Record
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
@@ -224,7 +224,7 @@ def plan_text(plan: PlanFile) -> str:
 def load_plan(path: Path) -> PlanFile:
     """A plan from its file or the folder that holds it."""
     file = path / PLAN_FILE if path.is_dir() else path
-    return load_record(file, PlanFile, PlanError, "is not a valid plan")
+    return PlanFile.load(file, PlanError, "is not a valid plan")
 
 
 def plan_in(folder: Path) -> PlanFile | None:

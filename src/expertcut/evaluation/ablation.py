@@ -26,7 +26,7 @@ from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.selection import as_numbers, normalised, rank
 from expertcut.edits.splits import n_used, questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
-from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome
+from expertcut.evaluation.results import check_same, load_unfinished, profile_hash
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.evaluation.search_results import (
     ALL,
@@ -229,7 +229,7 @@ class Auditing:
 
     def _save(self, folder: Path, found: Audit) -> None:
         self.found = found
-        save_outcome(folder / AUDIT_FILE, found)
+        found.save(folder / AUDIT_FILE)
 
     def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
         records, numbers = rescorer.records, expert_ids(self.profile)

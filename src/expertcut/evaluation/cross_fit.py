@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from expertcut.documents import Format1, Record, load_record
+from expertcut.documents import Format1, Record
 from expertcut.edits.plan import PROOF_FILE, ExpertIds
 from expertcut.edits.reweight_select import (
     Array,
@@ -277,4 +277,4 @@ def _sentence(outcome: CrossFit, word: Verdict, p_random: float) -> str:
 
 def load_cross_fit(folder: Path) -> CrossFitResult:
     """`proof.json` of a folder, a PlanError where it is missing or not valid."""
-    return load_record(folder / PROOF_FILE, CrossFitResult, PlanError, "is not a valid proof")
+    return CrossFitResult.load(folder / PROOF_FILE, PlanError, "is not a valid proof")

@@ -26,7 +26,6 @@ from expertcut.evaluation.results import (
     Scoring,
     SubjectResult,
     load_results,
-    save_outcome,
 )
 from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
@@ -134,7 +133,7 @@ def save(
         places = harness_paths(harness_file, scored)
         for place, one, result in zip(places, scored, record.models, strict=True):
             write_atomically(place, harness_bytes(scoring, one, result))
-    save_outcome(out, record)
+    record.save(out)
     return record
 
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from expertcut.documents import Format1, Record, load_record
+from expertcut.documents import Format1, Record
 from expertcut.errors import OutputError
-from expertcut.files import write_atomically
 from expertcut.profiling.locks import CLAIMS
 from expertcut.profiling.schema import ProfileInfo, Settings
 from expertcut.stats import Comparison, Count, Share
@@ -106,24 +105,14 @@ class Results(Record):
         return self
 
 
-def record_bytes(record: Record) -> bytes:
-    """A record as JSON."""
-    return (record.model_dump_json(indent=1) + "\n").encode()
-
-
 def load_results(path: Path) -> Results:
     """Results from their file, an OutputError where it is missing or not valid."""
-    return load_record(path, Results, OutputError, "holds no results")
-
-
-def save_outcome(file: Path, record: Record) -> None:
-    """Writes a record as JSON, atomically."""
-    write_atomically(file, record_bytes(record))
+    return Results.load(path, OutputError, "holds no results")
 
 
 def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:
     """A saved record, an OutputError where it is missing or not valid."""
-    return load_record(file, kind, OutputError, f"is not a valid {kind.__name__.lower()}")
+    return kind.load(file, OutputError, f"is not a valid {kind.__name__.lower()}")
 
 
 def load_unfinished(file: Path, kind: type[Outcome]) -> Outcome | None:

@@ -35,7 +35,6 @@ from expertcut.evaluation.cross_fit import (
     cross_fit_result,
     numbered,
 )
-from expertcut.evaluation.results import record_bytes
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.recorder import Recorder
@@ -230,7 +229,7 @@ def chosen(
         settled = Settled(procedure.untuned(records, procedure.pick(records)))
     else:
         settled = tuned.settled
-    beside = {PROOF_FILE: record_bytes(tuned.proof)} if tuned and tuned.proof else {}
+    beside = {PROOF_FILE: tuned.proof.json_bytes()} if tuned and tuned.proof else {}
     if not settled.shifts:
         return Reweighting(None, beside=beside)
     blocks = profile.info.model.blocks

@@ -28,7 +28,6 @@ from expertcut.evaluation.results import (
     check_same,
     load_unfinished,
     profile_hash,
-    save_outcome,
 )
 from expertcut.evaluation.search_results import (
     SWEEP_FILE,
@@ -99,14 +98,14 @@ class Sweeping:
         # Criteria that need no model are ranked first: they fail before anything runs.
         at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
-            save_outcome(file, self.found)  # by every process: it claims the folder
+            self.found.save(file)  # by every process: it claims the folder
         place = folder / "cells" / "base"
         yield Step("the unedited model", partial(self.measurement.run, place))
         if self.waits:
             self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
             self.found = self.found.model_copy(update={"base": model})
-            save_outcome(file, self.found)
+            self.found.save(file)
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
@@ -122,7 +121,7 @@ class Sweeping:
                     places = product(self.grid.by, self.grid.fractions)  # the order of cells
                     cells = tuple(by_place[place] for place in places if place in by_place)
                     self.found = self.found.model_copy(update={"cells": cells})
-                    save_outcome(file, self.found)
+                    self.found.save(file)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
         missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]

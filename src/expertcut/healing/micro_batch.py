@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from pydantic import PositiveInt
 from torch import Tensor
 
-from expertcut.documents import Record, load_record
+from expertcut.documents import Record
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.files import write_atomically
 from expertcut.healing.data import TrainingData
@@ -114,7 +114,7 @@ def choose_micro_batch(
     recorded = None
     if file.is_file():
         try:
-            recorded = load_record(file, _Recorded, OutputError, "is not a micro-batch").rows
+            recorded = _Recorded.load(file, OutputError, "is not a micro-batch").rows
         except OutputError as error:
             logger.warning("%s: the micro-batch is chosen again", error)
     if settings.micro_batch is not None:

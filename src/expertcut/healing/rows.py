@@ -15,7 +15,8 @@ from typing import Any
 from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
-from expertcut.data import Question, answer_letter, prompt
+from expertcut.data import Question, prompt
+from expertcut.data.questions import LETTERS
 from expertcut.data.readers import json_lines
 from expertcut.errors import ModelError, QuizError
 
@@ -91,7 +92,7 @@ def group_questions(
 def question_row(tokenizer: Any, group: Sequence[Question]) -> Row:
     """The prompt of the last question, with the others as shots, and its answer letter."""
     prompts = [prompt(question, group[:i]) for i, question in enumerate(group)]
-    texts = [*prompts, f"{prompts[-1]} {answer_letter(group[-1])}"]
+    texts = [*prompts, f"{prompts[-1]} {LETTERS[group[-1].answer]}"]
     *prefixes, whole = tokenizer(texts)["input_ids"]
     is_clean = all(ids == whole[: len(ids)] for ids in prefixes)
     if not is_clean or len(whole) != len(prefixes[-1]) + 1:

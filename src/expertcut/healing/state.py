@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from expertcut.documents import Record, load_record
+from expertcut.documents import Record
 from expertcut.errors import OutputError
-from expertcut.evaluation.results import check_same, load_unfinished, save_outcome
+from expertcut.evaluation.results import check_same, load_unfinished
 from expertcut.healing.adapters import load_weights
 from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
@@ -75,7 +75,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _optimizer_numbers(folder: Path) -> _Numbers:
-    return load_record(folder / STEPS, _Numbers, OutputError, "is not a state of an optimizer")
+    return _Numbers.load(folder / STEPS, OutputError, "is not a state of an optimizer")
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
@@ -260,7 +260,7 @@ def check_resumable(folder: Path, own: RunIdentity) -> None:
     file = folder / "asked.json"
     before = load_unfinished(file, RunIdentity)
     if before is None:
-        save_outcome(file, own)
+        own.save(file)
     else:
         training = _without_memory(before.training)  # older files have all of it
         check_same(folder, before.model_copy(update={"training": training}), own, "healing")

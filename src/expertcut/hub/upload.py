@@ -13,7 +13,6 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from expertcut.edits.plan import PLAN_FILE, PlanFile, plan_text
 from expertcut.errors import HubError, SettingsError
-from expertcut.evaluation.results import record_bytes
 from expertcut.files import without_secrets, write_atomically
 from expertcut.hub.card import Place, card_text, is_edited
 from expertcut.hub.provenance import CARD_FILE, Checkpoint, Evaluated, evaluations, origin, verified
@@ -127,7 +126,7 @@ def _files(checkpoint: Checkpoint, card: Path, results: Sequence[Evaluated]) -> 
     if model.label != model.id:  # local paths are not published
         public = model.model_copy(update={"id": model.label or "base"})
         files[PLAN_FILE] = plan_text(plan.model_copy(update={"model": public})).encode()
-    return {**files, **{one.file: record_bytes(one.results) for one in results}}
+    return {**files, **{one.file: one.results.json_bytes() for one in results}}
 
 
 def _prepare(

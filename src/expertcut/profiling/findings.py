@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,36 +18,22 @@ from expertcut.profiling.significance import (
 )
 from expertcut.profiling.statistics import LayerStatistics, expert_json, layer_json, or_none
 from expertcut.profiling.storage import Profile, load_profile
-from expertcut.stats import logprob_shift, wilson
+from expertcut.stats import Array, logprob_shift, wilson
 
-Array = np.ndarray[Any, Any]
 THRESHOLDS = (1e-4, 1e-3, 1e-2)  # of probability
 QUANTILES = (0.01, 0.05, 0.25, 0.75, 0.95, 0.99)
-_ROUNDING = 0.01  # relative; rounding to bfloat16 may change the order within it
 Kind = Literal["shuffle-choices", "bf16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+PERTURBED = "perturbed"  # folder in a profile, with one of each kind
 
 
 @dataclass(frozen=True)
 class Margin:
-    """Rank K minus rank K+1 of one layer at the answer position, per question.
+    """Rank K minus rank K+1 of one layer at the answer position, per question."""
 
-    `undefined` says why the arrays are empty: the profile holds α, so it has no margin if experts
-    are chosen by something else.
-    """
-
-    undefined: str
+    undefined: str  # why the arrays are empty: something else than α chooses the experts
     probability_N: Array
     logit_N: Array
-
-
-def margins(profile: Profile) -> list[Margin]:
-    """The margins of every layer."""
-    alpha_NLE, chosen_NLK = profile.array("alpha_NLE"), profile.array("chosen_NLK")
-    return [
-        margin(block, alpha_NLE[:, layer, : block.experts], chosen_NLK[:, layer].astype(np.int64))
-        for layer, block in enumerate(profile.info.model.blocks)
-    ]
 
 
 def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
@@ -62,7 +47,7 @@ def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
         last_N = np.take_along_axis(alpha_NE, chosen_NK, axis=1).min(axis=1)
         np.put_along_axis(alpha_NE, chosen_NK, -np.inf, axis=1)
         next_N = alpha_NE.max(axis=1)
-        if (next_N <= last_N * (1 + _ROUNDING)).all():
+        if (next_N <= last_N * 1.01).all():  # rounding to bfloat16 may change the order within 1 %
             with np.errstate(divide="ignore", invalid="ignore"):
                 logit_N = logits(block, last_N) - logits(block, next_N)
             return Margin("", np.maximum(last_N - next_N, 0), np.maximum(logit_N, 0))
@@ -70,17 +55,17 @@ def margin(block: BlockInfo, alpha_NE: Array, chosen_NK: Array) -> Margin:
     return Margin(reason, np.empty(0), np.empty(0))
 
 
-def margin_json(found: Margin) -> dict[str, Any]:
+def margin_json(margin: Margin) -> dict[str, Any]:
     """The margins of a layer, null with a reason if undefined."""
-    if found.undefined:
+    if margin.undefined:
         names = ("margin_undefined", "margin_probability", "margin_logit", "margin_below")
-        return dict.fromkeys(names) | {"margin_undefined": found.undefined}
+        return dict.fromkeys(names) | {"margin_undefined": margin.undefined}
     return {
         "margin_undefined": None,
-        "margin_probability": _distribution(found.probability_N),
-        "margin_logit": _distribution(found.logit_N),
+        "margin_probability": _distribution(margin.probability_N),
+        "margin_logit": _distribution(margin.logit_N),
         "margin_below": [
-            {"probability": threshold, "share": float((found.probability_N < threshold).mean())}
+            {"probability": threshold, "share": float((margin.probability_N < threshold).mean())}
             for threshold in THRESHOLDS
         ],
     }
@@ -110,25 +95,20 @@ def logits(block: BlockInfo, alpha: Array) -> Array:
 
 def _distribution(values_N: Array) -> dict[str, float | None]:
     with np.errstate(invalid="ignore"):  # for α rounded to 0 or 1
-        found = {
+        numbers = {
             "mean": values_N.mean(),
             "std": values_N.std(),
             "median": np.median(values_N),
             **{f"q{100 * q:02.0f}": np.quantile(values_N, q) for q in QUANTILES},
         }
-    return {name: or_none(float(value)) for name, value in found.items()}
-
-
-def perturbed_folder(folder: Path, kind: Kind) -> Path:
-    """The folder of a perturbation."""
-    return folder / "perturbed" / kind
+    return {name: or_none(float(value)) for name, value in numbers.items()}
 
 
 def perturbed_profiles(profile: Profile) -> dict[Kind, Profile]:
     """The finished perturbations of a profile, by kind."""
-    folders = {kind: perturbed_folder(profile.path, kind) for kind in KINDS}
-    found = {k: load_profile(f) for k, f in folders.items() if (f / "profile.json").is_file()}
-    return {kind: other for kind, other in found.items() if other.finished_at is not None}
+    folders = {kind: profile.path / PERTURBED / kind for kind in KINDS}
+    started = {k: load_profile(f) for k, f in folders.items() if (f / "profile.json").is_file()}
+    return {kind: other for kind, other in started.items() if other.finished_at is not None}
 
 
 def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[str, Any]:
@@ -142,18 +122,8 @@ def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[s
     flipped_N = after_NC.argmax(axis=1) != before_NC.argmax(axis=1)
     before, after = (np.sort(p.array("chosen_NLK"), axis=2) for p in (profile, other))
     changed_NL = (before != after).any(axis=2)  # the chosen experts at the answer position
-    known = [m.probability_N for m in margins if not m.undefined]
-    least_N = np.min(known, axis=0) if known else None
-    layers = []
-    for layer, margin in enumerate(margins):
-        own_N, changed_N = None if margin.undefined else margin.probability_N, changed_NL[:, layer]
-        layers.append(
-            {
-                "layer": layer,
-                "changed": float(changed_N.mean()),
-                "margin_changed_correlation": correlation(own_N, changed_N),
-            }
-        )
+    defined = [m.probability_N for m in margins if not m.undefined]
+    least_N = np.min(defined, axis=0) if defined else np.empty(0)
     return {
         "questions": len(flipped_N),
         "accuracy": other.answers.accuracy,
@@ -164,7 +134,14 @@ def _compared(profile: Profile, other: Profile, margins: list[Margin]) -> dict[s
         "changed": float(changed_NL.any(axis=1).mean()),
         "margin_flipped_correlation": correlation(least_N, flipped_N),
         "margin_logprob_correlation": correlation(least_N, moved_N),
-        "layers": layers,
+        "layers": [
+            {
+                "layer": layer,
+                "changed": float(changed_N.mean()),
+                "margin_changed_correlation": correlation(margin.probability_N, changed_N),
+            }
+            for layer, (margin, changed_N) in enumerate(zip(margins, changed_NL.T, strict=True))
+        ],
     }
 
 
@@ -174,15 +151,15 @@ def unshuffled(profile: Profile) -> Array:
     if "order_NC" not in profile.chunks[0]:
         return logprob_NC
     order_NC = profile.array("order_NC")
-    found_NC = np.full_like(logprob_NC, -np.inf)
+    original_NC = np.full_like(logprob_NC, -np.inf)
     rows, places = np.nonzero(order_NC != NO_CHOICE)
-    found_NC[rows, order_NC[rows, places]] = logprob_NC[rows, places]
-    return found_NC
+    original_NC[rows, order_NC[rows, places]] = logprob_NC[rows, places]
+    return original_NC
 
 
-def correlation(margin_N: Array | None, moved_N: Array) -> float | None:
-    """Spearman's rank correlation by SciPy, with its last bits; None if one is constant."""
-    if margin_N is None or len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
+def correlation(margin_N: Array, moved_N: Array) -> float | None:
+    """Spearman's rank correlation by SciPy, with its last bits; None if one does not vary."""
+    if len(np.unique(margin_N)) < 2 or len(np.unique(moved_N)) < 2:
         return None
     from scipy.stats import spearmanr  # every profile would wait for it
 
@@ -206,17 +183,21 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
     """Computes all findings."""
     layers, is_correct_N = profile.layers, profile.answers.is_correct_N
     is_activated_NX = np.concatenate([layer.is_activated_NE for layer in layers], axis=1)
-    found = margins(profile)
+    alpha_NLE, chosen_NLK = profile.array("alpha_NLE"), profile.array("chosen_NLK")
+    margins = [
+        margin(block, alpha_NLE[:, layer, : block.experts], chosen_NLK[:, layer].astype(np.int64))
+        for layer, block in enumerate(profile.info.model.blocks)
+    ]
     counts = count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
     return Findings(
         profile=profile,
         layers=layers,
-        margins=found,
+        margins=margins,
         counts=counts,
         significance=significance(counts, is_correct_N, is_activated_NX, permutations, seed),
         places=[(layer.layer, e) for layer in layers for e in range(layer.n_experts)],
         perturbations=[
-            {"kind": kind, **_compared(profile, other, found)}
+            {"kind": kind, **_compared(profile, other, margins)}
             for kind, other in perturbed_profiles(profile).items()
         ],
     )
@@ -224,11 +205,11 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
 
 def profile_json(profile: Profile) -> dict[str, Any]:
     """The numbers of the paper."""
-    ties, found = profile.near_ties(), profile.answers
+    ties, answers = profile.near_ties(), profile.answers
     return {
-        "questions": len(found.answer_N),
-        "accuracy": found.accuracy,
-        **({} if found.n_cut is None else {"cut_prompts": found.n_cut}),
+        "questions": len(answers.answer_N),
+        "accuracy": answers.accuracy,
+        **({} if answers.n_cut is None else {"cut_prompts": answers.n_cut}),
         "near_ties": {"questions": len(ties), "listed": ties},
         "layers": [layer_json(layer) for layer in profile.layers],
     }
@@ -267,15 +248,15 @@ def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
     tests |= {name: getattr(tested, f"{name}_X") for name in ("z", "p", "p_adjusted", "p_family")}
     x = 0
     for layer in found.layers:
-        plain = wilson(layer.accuracy_E, layer.is_activated_NE.sum(axis=0))
-        weighted = wilson(layer.weighted_accuracy_E, layer.n_effective_E)
+        n_activated_E = layer.is_activated_NE.sum(axis=0)
+        intervals = {
+            "accuracy_ci95": wilson(layer.accuracy_E, n_activated_E),
+            "weighted_accuracy_ci95": wilson(layer.weighted_accuracy_E, layer.n_effective_E),
+        }
         for e in range(layer.n_experts):
             yield {
                 name: None if np.isnan(low_E[e]) else [float(low_E[e]), float(high_E[e])]
-                for name, (low_E, high_E) in (
-                    ("accuracy_ci95", plain),
-                    ("weighted_accuracy_ci95", weighted),
-                )
+                for name, (low_E, high_E) in intervals.items()
             } | {name: or_none(value_X[x]) for name, value_X in tests.items()}
             x += 1
 
@@ -283,8 +264,8 @@ def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
 def suspects_json(found: Findings) -> list[dict[str, Any]]:
     """Every tested expert with z < 0, the lowest first."""
     rows = list(evidence_rows(found))
+    suspects = [(found.places[x], rows[x]) for x in found.significance.suspects]
     return [
-        {"layer": layer, **expert_json(found.layers[layer], expert), **rows[x]}
-        for x in found.significance.suspects
-        for layer, expert in [found.places[x]]
+        {"layer": layer, **expert_json(found.layers[layer], expert), **row}
+        for (layer, expert), row in suspects
     ]

@@ -2,9 +2,8 @@
 
 A claim is a file `<name>.<n>` that only one process can create; its holder touches it every two
 seconds. If the holder is dead, the next process creates `<name>.<n + 1>`, so nobody removes a live
-claim; the highest number counts.
-
-Claims only save work: two processes that measure the same chunk would write equal bytes.
+claim; the highest number counts. Claims only save work: two processes that measure the same chunk
+would write equal bytes.
 """
 
 import json
@@ -26,8 +25,7 @@ from expertcut.errors import OutputError
 logger = logging.getLogger(__name__)
 
 CLAIMS = "claims"  # name of the folder
-_SAME_START_S = 5  # tolerance where only the time of day is known
-_POLL_S = 0.25
+POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,8 @@ def _is_gone(text: str) -> bool:
         if not _is_here(holder):
             return False
         process = psutil.Process(holder["pid"])
-        is_other = abs(_started(holder["pid"]) - holder["started"]) > _SAME_START_S
+        # Within 5 s, because some systems know only the time of day.
+        is_other = abs(_started(holder["pid"]) - holder["started"]) > 5
         return is_other or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
@@ -200,11 +199,10 @@ def _is_gone(text: str) -> bool:
 
 @contextmanager
 def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[None]:
-    """Locks a folder against other runs in the context.
+    """Locks a folder against other runs in the context; OutputError if another holds the lock.
 
     The lock of a killed run does not block: at once on the same host, after some seconds on
     another. Folders that were created and stay empty are removed.
-    Raises OutputError: another run holds the lock.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -217,7 +215,7 @@ def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[Non
                         f"{folder}: another run is at work there ({holder}): wait until it has "
                         "ended, or name another --out"
                     )
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
             yield
     finally:
         with suppress(OSError):  # not empty

@@ -6,6 +6,7 @@ A perturbation (shuffled choices, bfloat16) is a profile in the subfolder `pertu
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import numpy as np
 import torch
 
 from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
-from expertcut.data.sources import is_one_set
-from expertcut.errors import QuizError, SettingsError
+from expertcut.data.sources import is_held_out, is_one_set
+from expertcut.errors import QuizError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.models.devices import is_on_several
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
-from expertcut.profiling.findings import KINDS, Kind, perturbed_folder
+from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.schema import (
     NO_CHOICE,
@@ -29,8 +30,8 @@ from expertcut.profiling.schema import (
     Stats,
     quiz_info,
 )
-from expertcut.profiling.storage import CUT, Arrays, in_calibration, load_profile
-from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work
+from expertcut.profiling.storage import CUT, Arrays, load_profile
+from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, PassObserver, ignore
@@ -43,15 +44,12 @@ HALVED = "halved_passes"  # in a chunk whose passes were split for lack of memor
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How to measure; None means the recorded value of a resumed run, else the default.
-
-    A process that `waits` ends when all chunks exist, else when none is left for it.
-    """
+    """How to measure; None means the recorded value of a resumed run, else the default."""
 
     stats: Stats | None = None
     batch_tokens: int | None = None
     threads: int | None = None
-    waits: bool = True
+    waits: bool = True  # ends when all chunks exist, else when none is left for this process
 
 
 class Measurement:
@@ -65,7 +63,10 @@ class Measurement:
         for subject, questions in _checked(quiz):
             self.engine.check(self.engine.encode(quiz, subject, questions))
         self.waits = options.waits
-        self.is_one_set = options.stats in (None, "all") and _is_one_set(quiz)
+        self.is_one_set = False
+        if options.stats in (None, "all"):
+            with suppress(QuizError):  # `prune` refuses such a split
+                self.is_one_set = is_one_set(quiz)
         self.info = ProfileInfo(
             model=model_info(moe),
             quiz=quiz_info(quiz, limit),
@@ -73,29 +74,26 @@ class Measurement:
         )
 
     def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
-        """Measures the missing chunks of a folder, which other processes may share.
-
-        Yields after each chunk; `on_pass` is called before each forward pass.
-        """
-        started = time.monotonic()
+        """Measures the missing chunks, yields after each; `on_pass` precedes each forward pass."""
         work = chunks_of_work(self.info, self.quiz)
         tally = Tally(work)
         longest_first = sorted(work, key=lambda name: -work[name].cost)
         with SharedFolder(folder, self.info) as shared:
-            for turn in shared.deal(longest_first, is_waiting=self.waits):
-                if turn.is_mine:
-                    arrays, n_tokens = self._measure(work[turn.chunk], on_pass)
-                    shared.write(turn.chunk, arrays)
-                    tally.note_mine(turn.chunk, n_tokens)
+            tally.was_there = {name for name in work if shared.is_done(name)}
+            for name, is_to_measure in shared.deal(longest_first, is_waiting=self.waits):
+                if is_to_measure:
+                    arrays, n_tokens = self._measure(work[name], on_pass)
+                    shared.write(name, arrays)
+                    tally.tokens_by_mine[name] = n_tokens
                 else:
-                    yield tally.note_done(turn.chunk, was_there=turn.was_there)
-            if tally.is_complete:
-                shared.finish(time.monotonic() - started, tally.mine, tally.others)
+                    yield tally.note_done(name)
+            if len(tally.done) == len(work):
+                shared.finish(time.monotonic() - tally.started, tally.mine, tally.others)
 
     def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         questions, stats = work.questions, self.info.settings.stats
         encoded = self.engine.encode(self.quiz, work.subject, questions)
-        of_calibration = in_calibration(questions) if self.is_one_set else None
+        of_calibration = [not is_held_out(q) for q in questions] if self.is_one_set else None
         recorder = Recorder(self.moe.blocks, len(questions), stats, of_calibration)
         n_tokens = n_halved = 0
 
@@ -136,31 +134,17 @@ class Measurement:
 
 
 def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
-    """Questions to compare scoring modes on: four, and two of the longest prompts.
-
-    Some attention differs only for prompts longer than those of the first subject.
-    """
+    """Questions to compare scoring modes on: four, and two of the longest prompts."""
     first = next(iter(quiz.questions))
     yield first, quiz.questions[first][:CHECKED_QUESTIONS]
     sizes = {
-        subject: len(prompt(max(questions, key=_size), quiz.shots_by_subject[subject]))
+        subject: len(prompt(max(questions, key=n_chars), quiz.shots_by_subject[subject]))
         for subject, questions in quiz.questions.items()
     }
     longest = max(sizes, key=lambda subject: sizes[subject])
-    if sizes[longest] > 2 * sizes[first]:
-        by_size = sorted(quiz.questions[longest], key=_size)
+    if sizes[longest] > 2 * sizes[first]:  # some attention differs only for longer prompts
+        by_size = sorted(quiz.questions[longest], key=n_chars)
         yield longest, [by_size[-1], *by_size[:-1][:1]]
-
-
-def _size(question: Question) -> int:
-    return len(question.text) + sum(map(len, question.choices))
-
-
-def _is_one_set(quiz: Quiz) -> bool:
-    try:
-        return is_one_set(quiz)
-    except QuizError:  # `prune` refuses such a split
-        return False
 
 
 def measure(
@@ -194,12 +178,12 @@ def resumed(
     )
 
 
-def default_folder(info: ProfileInfo, source: Source, root: Path = Path("profiles")) -> Path:
+def default_folder(info: ProfileInfo, source: Source) -> Path:
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
     quiz = info.quiz
     name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
     settings_hash = info.called(source.id).short_hash  # with the id as typed
-    return root / f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}"
+    return Path("profiles", f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}")
 
 
 def model_info(moe: MoeModel) -> ModelInfo:
@@ -247,16 +231,6 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
     )
 
 
-def check_kinds(measurement: Measurement, names: Sequence[str]) -> list[Kind]:
-    """The kinds of perturbations with these names; SettingsError if bf16 changes nothing."""
-    if "bf16" in names and measurement.info.settings.dtype == "bfloat16":
-        raise SettingsError(
-            "--perturb bf16 changes nothing: the model runs in bfloat16: profile with "
-            "--dtype float32 or leave it out"
-        )
-    return [kind for kind in KINDS if kind in names]
-
-
 def perturb(
     measurement: Measurement,
     kind: Kind,
@@ -267,11 +241,9 @@ def perturb(
     """Measures the missing chunks of a perturbation of the profile in `folder`."""
     settings, limit = measurement.info.settings, measurement.info.quiz.limit
     moe, quiz = measurement.moe, measurement.quiz
-    options = MeasureOptions(
-        "answer", settings.batch_tokens, settings.threads, waits=measurement.waits
-    )
+    options = MeasureOptions("answer", settings.batch_tokens, settings.threads, measurement.waits)
     if kind == "shuffle-choices":
         other = Measurement(moe, shuffle_choices(quiz), limit, options)
     else:
         other = measure(moe.source, quiz, limit, replace(load_as, dtype="bfloat16"), options)
-    yield from other.run(perturbed_folder(folder, kind), on_pass)
+    yield from other.run(folder / PERTURBED / kind, on_pass)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,6 @@ class Recorder:
         # Separate for the last block's other tokens, which no answer depends on.
         self.unread_gap_N = self.gap_N.clone()
         self.unread_prefix_gap = self.prefix_gap.clone()
-        self.before: list[Tensor] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -171,22 +171,20 @@ class Recorder:
         """The arrays of the chunk by their names on disk."""
         if self.stats == "none":
             return {}
-        names = ["alpha_NLE", "chosen_NLK", "weight_NLK", "gap_N", "prefix_gap"]
-        if self.stats == "all":
-            names += ["unread_gap_N", "unread_prefix_gap"]
+        names = ("alpha_NLE", "chosen_NLK", "weight_NLK", "gap_N", "prefix_gap")
         kept: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         if self.stats == "all":
-            kept |= self._token_sums()
+            kept |= self._of_all_tokens()
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
-    def _token_sums(self) -> dict[str, Tensor]:
+    def _of_all_tokens(self) -> dict[str, Tensor]:
         tokens, left_out = self.tokens, set()
         if any(block.residual is None for block in self.blocks):
             left_out.add(RESIDUAL)
         if not tokens.is_in_width:
             left_out |= {INPUT, RESIDUAL}
-        parts = [(part, tokens.sums[:, p], tokens.largest[p]) for p, part in enumerate(PARTS)]
-        kept = {}
+        parts = [*zip(PARTS, tokens.sums.unbind(1), tokens.largest, strict=True)]
+        kept = {"unread_gap_N": self.unread_gap_N, "unread_prefix_gap": self.unread_prefix_gap}
         if self.in_calibration_N is not None:
             parts.append(("calibration", tokens.calibration, tokens.calibration_largest))
             kept["calibration_N"] = self.in_calibration_N.to(torch.uint8)
@@ -215,12 +213,13 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
     Computed as sin² / (1 + cos), which is accurate for small angles; 0 where x or the sum is 0.
     """
     output_TD = output_TD.to(x_TD.device)
-    xx_T, yy_T = _squared(x_TD), _squared(output_TD) * factor**2
+    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+    xx_T, yy_T = norm(x_TD).double() ** 2, norm(output_TD).double() ** 2 * factor**2
     # On a CPU twice as fast as vecdot.
     xy_T = (x_TD.float() * output_TD.float()).sum(dim=-1).double() * factor
     zz_T = (xx_T + 2 * xy_T + yy_T).clamp(min=0)
     lengths_T = xx_T * zz_T
-    is_defined_T = lengths_T > 0
+    is_defined_T: Tensor = lengths_T > 0
     lengths_T = lengths_T.where(is_defined_T, 1.0)
     cos_T = ((xx_T + xy_T) / lengths_T.sqrt()).clamp(-1, 1)
     sin2_T = (xx_T * yy_T - xy_T**2).clamp(min=0) / lengths_T
@@ -228,16 +227,10 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
     return shift_T * is_defined_T
 
 
-def _squared(x_TD: Tensor) -> Tensor:
-    norm_T: Tensor = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32)
-    return norm_T.double() ** 2
-
-
 class TokenSums:
     """Sums over tokens and the largest value of each expert, separate for shared prefix and rest.
 
-    Sums without a known residual stream stay 0. `is_in_width` becomes false if experts have another
-    width than the block's input.
+    Sums without a known residual stream stay 0.
     """
 
     def __init__(self, blocks: Sequence[MoeBlock], n_experts: int, device: torch.device) -> None:
@@ -248,7 +241,7 @@ class TokenSums:
         # Over the questions' own tokens, but for the questions that are held out.
         self.calibration = torch.zeros_like(self.sums[:, 0])
         self.calibration_largest = torch.zeros_like(self.largest[0])
-        self.is_in_width = True
+        self.is_in_width = True  # False once experts have another width than the block's input
 
     def begin(self, part: int) -> None:
         """Starts a pass of a part, an index of `PARTS`."""
@@ -313,14 +306,9 @@ class TokenSums:
         weighted_TE = norm_TE * weight_TE
         self._add("norm", layer, norm_TE)
         self._add("weighted_norm", layer, weighted_TE)
-        self._contributions(layer, weighted_TE, output_TD, routing)
         largest_E = self.largest[self.part, layer]
         largest_H = torch.stack(extremes).abs().amax(dim=1).to(largest_E)
         largest_E[expert_H] = largest_E[expert_H].maximum(largest_H)
-
-    def _contributions(
-        self, layer: int, weighted_TE: Tensor, output_TD: Tensor, routing: Routing | None
-    ) -> None:
         assert routing is not None, "a block's router runs before its experts"
         self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
         if output_TD.shape != routing.input_TD.shape:

@@ -10,32 +10,27 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from expertcut.data import Quiz, Truncate
+from expertcut.data.questions import LETTERS
 from expertcut.documents import Format1, Identified, Record
 
 Array = np.ndarray[Any, Any]
 Stats = Literal["none", "answer", "all"]
-_MOST_CHOICES = 26
 NO_CHOICE = 255  # padding of order_NC
 CHUNK_QUESTIONS = 256
-MOST_EXPERTS = 1 << 15  # ids are int16
-MOST_QUESTIONS = 10_000_000  # of a subject
 
 
 class BlockInfo(Record):
-    """A MoE block; see `models.moe_block.MoeBlock`.
-
-    `selection_bias`: whether one is added to choose experts; None is unknown. `selection`: None for
-    α (plus that bias), the logits (plus that bias), or a table of token ids.
-    """
+    """A MoE block; see `models.moe_block.MoeBlock`."""
 
     name: str
-    experts: int = Field(ge=1, le=MOST_EXPERTS)
+    experts: int = Field(ge=1, le=1 << 15)  # ids are int16
     top_k: int = Field(ge=1)
     scoring: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     inflates: bool
     groups: int = Field(ge=1)
     top_groups: int = Field(ge=1)
-    selection_bias: bool | None = None
+    selection_bias: bool | None = None  # whether one is added to choose experts; None is unknown
+    # What chooses experts: None for α, or the logits, each plus that bias; or a table of token ids.
     selection: Literal["logits", "table"] | None = None
 
     @property
@@ -68,7 +63,7 @@ class ModelInfo(Identified):
 class SubjectInfo(Record):
     """The questions of a subject; the hash includes the shots."""
 
-    questions: int = Field(ge=1, le=MOST_QUESTIONS)
+    questions: int = Field(ge=1, le=10_000_000)
     content_hash: str
 
 
@@ -117,10 +112,9 @@ class ProfileInfo(Record):
 
     def chunk_hash(self, chunk: str, subject: str) -> str:
         """The hash in a chunk: all that its bytes depend on, no other subject and no path."""
-        asked = self.quiz.subjects[subject].content_hash
-        settings = self.settings.model_dump_json()
-        text = "\n".join((chunk, asked, self.model.fingerprint, settings))
-        return hashlib.sha256(text.encode()).hexdigest()
+        quiz_hash, settings = self.quiz.subjects[subject].content_hash, self.settings
+        lines = (chunk, quiz_hash, self.model.fingerprint, settings.model_dump_json())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def chunks(self) -> Iterator[tuple[str, str, int]]:
         """(file name, subject, number of questions) of every chunk, in quiz order."""
@@ -147,12 +141,8 @@ def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
     )
 
 
-def arrays_fault(arrays: Mapping[str, Array], info: ProfileInfo, n_questions: int) -> str | None:
-    """The first error in the arrays of a chunk; None if they are valid."""
-    return next(_faults(arrays, info, n_questions), None)
-
-
-def _faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Iterator[str]:
+def arrays_faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Iterator[str]:
+    """The errors in the arrays of a chunk of n questions; read one only if there is none before."""
     blocks, has_routing = info.model.blocks, info.settings.stats != "none"
     shape_LE = (len(blocks), max(block.experts for block in blocks))
     shapes: dict[str, tuple[int, ...]] = {"answer_N": (n,), "row_N": (n,)}
@@ -184,8 +174,8 @@ def _faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Iterator[
 def _wrong_answers(arrays: Mapping[str, Array], n: int) -> Iterator[str]:
     logprob_NC = arrays.get("choice_logprob_NC", np.zeros(0, np.float32))
     shape = logprob_NC.shape
-    if len(shape) != 2 or shape[0] != n or not 2 <= shape[1] <= _MOST_CHOICES:
-        yield f"choice_logprob_NC has shape {list(shape)}, not {[n]} and 2 to {_MOST_CHOICES}"
+    if len(shape) != 2 or shape[0] != n or not 2 <= shape[1] <= len(LETTERS):
+        yield f"choice_logprob_NC has shape {list(shape)}, not {[n]} and 2 to {len(LETTERS)}"
         return
     order_NC = arrays.get("order_NC", np.zeros(shape, np.uint8))
     if order_NC.shape != shape or ((order_NC >= shape[1]) & (order_NC != NO_CHOICE)).any():

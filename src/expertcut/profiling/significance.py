@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from expertcut.profiling.statistics import LayerStatistics, or_none, routing_json, share
+from expertcut.stats import Array
 
-Array = np.ndarray[Any, Any]
 MIN_VARIANCE = 2.5  # below, the sum of the strata is too far from normal to test
 PERMUTATIONS = 2_000
 _WIDTH = 1024  # experts per matrix product, to bound memory
@@ -21,13 +21,10 @@ _WIDTH = 1024  # experts per matrix product, to bound memory
 
 @dataclass(frozen=True)
 class SubjectCounts:
-    """Questions and right answers by subject: of all, and of those that activated each expert.
-
-    `rows` are the questions of each subject, as indices into N.
-    """
+    """Questions and right answers by subject: of all, and of those that activated each expert."""
 
     names: tuple[str, ...]
-    rows: tuple[Array, ...]
+    rows: tuple[Array, ...]  # the questions of each subject, as indices into N
     questions_S: Array
     right_S: Array
     activated_SX: Array
@@ -53,40 +50,32 @@ def count_by_subject(
 
 def subjects_json(counts: SubjectCounts, layers: Sequence[LayerStatistics]) -> list[dict[str, Any]]:
     """One object per subject; `appearances` and `expert_accuracy` list a layer's experts."""
-    found = []
+    subjects = []
     for s, name in enumerate(counts.names):
-        n_questions, start, rows = counts.questions_S[s], 0, []
+        n, start, rows = counts.questions_S[s], 0, []
         for layer in layers:
             span = slice(start, start := start + layer.n_experts)
             activated_E = counts.activated_SX[s, span]
             accuracy_E = share(counts.activated_right_SX[s, span], activated_E)
-            rows.append(
-                {
-                    "layer": layer.layer,
-                    **routing_json(layer, counts.rows[s]),
-                    "appearances": (activated_E / n_questions).tolist(),
-                    "expert_accuracy": [or_none(value) for value in accuracy_E],
-                }
-            )
-        accuracy, n = float(counts.right_S[s] / n_questions), int(n_questions)
-        found.append({"subject": name, "questions": n, "accuracy": accuracy, "layers": rows})
-    return found
+            row = {"layer": layer.layer} | routing_json(layer, counts.rows[s])
+            row["appearances"] = (activated_E / n).tolist()
+            row["expert_accuracy"] = [or_none(value) for value in accuracy_E]
+            rows.append(row)
+        subject = {"subject": name, "questions": int(n), "accuracy": float(counts.right_S[s] / n)}
+        subjects.append(subject | {"layers": rows})
+    return subjects
 
 
 @dataclass(frozen=True)
 class Significance:
-    """Tests per expert (X,), NaN where undefined; z < 0 means lower accuracy with the expert.
-
-    `p_adjusted_X` is by Benjamini and Hochberg over the defined tests; `p_family_X` is the
-    probability, by permutation, that any test reaches this |z|.
-    """
+    """Tests per expert (X,), NaN where undefined; z < 0 means lower accuracy with the expert."""
 
     difference_X: Array
     se_X: Array
     z_X: Array
     p_X: Array
-    p_adjusted_X: Array
-    p_family_X: Array
+    p_adjusted_X: Array  # by Benjamini and Hochberg over the defined tests
+    p_family_X: Array  # probability, by permutation, that any test reaches this |z|
     permutations: int
     seed: int
 

@@ -12,38 +12,30 @@ from typing import Any
 import numpy as np
 
 from expertcut.profiling.schema import BlockInfo
-
-Array = np.ndarray[Any, Any]
+from expertcut.stats import Array
 
 
 @dataclass(frozen=True)
 class OverTokens:
-    """Sums of one MoE block over every token, shots included, as if each prompt had run alone.
-
-    A sum is None if the profile lacks it: it is older or, for `residual_shift_E`, its model has no
-    known residual stream.
-    """
+    """Sums of one MoE block over every token, shots included, as if each prompt had run alone."""
 
     tokens_E: Array
     weight_E: Array
     norm_E: Array
     weighted_norm_E: Array
-    votes_E: Array | None = None
+    votes_E: Array | None = None  # None in older profiles, as the following
     input_shift_E: Array | None = None
-    residual_shift_E: Array | None = None
+    residual_shift_E: Array | None = None  # None too if no residual stream is known
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers: log p of the choices, the right choices, and whether the best was right.
-
-    `n_cut` prompts were truncated; None if none may be.
-    """
+    """Answers: log p of the choices, the right choices, and whether the best was right."""
 
     logprob_NC: Array
     answer_N: Array
     is_correct_N: Array
-    n_cut: int | None = None
+    n_cut: int | None = None  # truncated prompts; None if none may be
 
     @property
     def accuracy(self) -> float:
@@ -53,11 +45,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One MoE block over the N questions of a profile.
-
-    `n_effective_E` is (Σα)²/Σα², the effective number of questions of a weighted accuracy;
-    `weight_E` is Σ gate weight over the questions that chose an expert.
-    """
+    """One MoE block over the N questions of a profile."""
 
     layer: int
     block: str
@@ -69,10 +57,10 @@ class LayerStatistics:
     is_activated_NE: Array
     accuracy_E: Array
     weighted_accuracy_E: Array
-    n_effective_E: Array
+    n_effective_E: Array  # (Σα)²/Σα², the effective number of questions of a weighted accuracy
     contribution_pct_E: Array
     alpha_mean_E: Array
-    weight_E: Array | None = None
+    weight_E: Array | None = None  # Σ gate weight over the questions that chose an expert
     over_tokens: OverTokens | None = None
 
     @property
@@ -83,8 +71,7 @@ class LayerStatistics:
     @cached_property
     def appearances_E(self) -> Array:
         """Share of questions that activated each expert."""
-        mean: Array = self.is_activated_NE.mean(axis=0)
-        return mean
+        return np.asarray(self.is_activated_NE.mean(axis=0))
 
     @property
     def n_activated(self) -> int:
@@ -96,7 +83,7 @@ def layers_of(
     blocks: Sequence[BlockInfo], alpha_NLE: Array, chosen_NLK: Array, is_correct_N: Array
 ) -> list[LayerStatistics]:
     """The statistics of any questions, without sums over gate weights and tokens."""
-    found = []
+    layers = []
     for layer, block in enumerate(blocks):
         alpha_NE = alpha_NLE[:, layer, : block.experts].astype(np.float64)
         chosen_NK = chosen_NLK[:, layer].astype(np.int64)
@@ -108,23 +95,24 @@ def layers_of(
         np.put_along_axis(p_NE, chosen_NK, p_NK, axis=1)
         mass_NE = alpha_NE * is_activated_NE
         mass_E, activated_E = mass_NE.sum(0), is_activated_NE.sum(0)
-        statistics = LayerStatistics(
-            layer=layer,
-            block=block.name,
-            n_experts=block.experts,
-            top_k=chosen_NK.shape[1],
-            entropy_top_N=entropy(p_NK),
-            entropy_all_N=entropy(alpha_NE),
-            rank_probability_NK=np.sort(p_NK, axis=1)[:, ::-1],
-            is_activated_NE=is_activated_NE,
-            accuracy_E=share(is_activated_NE[is_correct_N].sum(0), activated_E),
-            weighted_accuracy_E=share(mass_NE[is_correct_N].sum(0), mass_E),
-            n_effective_E=share(mass_E**2, (mass_NE**2).sum(0), 0.0),
-            contribution_pct_E=100 * share(p_NE.sum(0), activated_E),
-            alpha_mean_E=alpha_NE.mean(axis=0),
+        layers.append(
+            LayerStatistics(
+                layer=layer,
+                block=block.name,
+                n_experts=block.experts,
+                top_k=chosen_NK.shape[1],
+                entropy_top_N=entropy(p_NK),
+                entropy_all_N=entropy(alpha_NE),
+                rank_probability_NK=np.sort(p_NK, axis=1)[:, ::-1],
+                is_activated_NE=is_activated_NE,
+                accuracy_E=share(is_activated_NE[is_correct_N].sum(0), activated_E),
+                weighted_accuracy_E=share(mass_NE[is_correct_N].sum(0), mass_E),
+                n_effective_E=share(mass_E**2, (mass_NE**2).sum(0), 0.0),
+                contribution_pct_E=100 * share(p_NE.sum(0), activated_E),
+                alpha_mean_E=alpha_NE.mean(axis=0),
+            )
         )
-        found.append(statistics)
-    return found
+    return layers
 
 
 def entropy(p_NE: Array) -> Array:
@@ -148,14 +136,14 @@ def layer_json(layer: LayerStatistics) -> dict[str, Any]:
 
 def routing_json(layer: LayerStatistics, which: Array | slice) -> dict[str, Any]:
     """Entropies and rank probabilities over some of the questions."""
-    entropies = {"entropy_top": layer.entropy_top_N, "entropy_all": layer.entropy_all_N}
-    found: dict[str, Any] = {}
-    for name, entropy_N in entropies.items():
-        found[f"{name}_mean"] = float(entropy_N[which].mean())
-        found[f"{name}_std"] = float(entropy_N[which].std())
-    found["rank_probability_mean"] = layer.rank_probability_NK[which].mean(axis=0).tolist()
-    found["rank_probability_std"] = layer.rank_probability_NK[which].std(axis=0).tolist()
-    return found
+    return {
+        "entropy_top_mean": float(layer.entropy_top_N[which].mean()),
+        "entropy_top_std": float(layer.entropy_top_N[which].std()),
+        "entropy_all_mean": float(layer.entropy_all_N[which].mean()),
+        "entropy_all_std": float(layer.entropy_all_N[which].std()),
+        "rank_probability_mean": layer.rank_probability_NK[which].mean(axis=0).tolist(),
+        "rank_probability_std": layer.rank_probability_NK[which].std(axis=0).tolist(),
+    }
 
 
 def expert_json(layer: LayerStatistics, expert: int) -> dict[str, Any]:

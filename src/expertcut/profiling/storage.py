@@ -12,22 +12,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from expertcut.data import Question, Quiz, Truncate
+from expertcut.data import Quiz, Truncate
 from expertcut.data.sources import is_held_out
-from expertcut.documents import load_record
 from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file, write_atomically
-from expertcut.profiling.schema import NO_CHOICE, ProfileInfo, arrays_fault
+from expertcut.profiling.schema import NO_CHOICE, Array, ProfileInfo, arrays_faults
 from expertcut.profiling.statistics import Answers, LayerStatistics, OverTokens, layers_of
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, Array]
 
 _METADATA_KEY = "expertcut"  # a single key: several would be written in random order
 _MAX_BYTES = 1 << 30  # five times 256 questions, 1,024 experts and 200 layers
 _DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 CUT = "cut_N"  # tokens that each prompt lost on the left; only if one did
 _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
-Array = np.ndarray[Any, Any]
 CALIBRATION = "calibration"  # prefix of sums over the questions that are not held out
 IN_CALIBRATION = "calibration_N"
 NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
@@ -47,19 +45,14 @@ def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None =
 
 def read_chunk(path: Path, of: str = "") -> Arrays:
     """The arrays of a chunk; ProfileError if truncated, altered or of another profile."""
-    arrays = _read(path, of)
+    arrays = chunk_or_fault(path, of)
     if isinstance(arrays, str):
         raise ProfileError(f"{path} is damaged ({arrays}): profile again to redo it")
     return arrays
 
 
-def fault(path: Path, of: str) -> str | None:
-    """Why a chunk is invalid; None if it is valid."""
-    arrays = _read(path, of)
-    return arrays if isinstance(arrays, str) else None
-
-
-def _read(path: Path, of: str) -> Arrays | str:
+def chunk_or_fault(path: Path, of: str) -> Arrays | str:
+    """The arrays of a chunk, or why it is invalid."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             return f"it has more than {_MAX_BYTES >> 20} MiB"
@@ -88,24 +81,21 @@ def _description(arrays: Arrays, of: str) -> dict[str, object]:
 
 
 class Profile:
-    """A profile folder; chunks are read and validated on first use.
+    """A profile folder; chunks are read and validated on first use."""
 
-    `truncate` is for further prompts, by default that of the profile. With `holds_out`, some of the
-    tuning questions are held out if no other split can be.
-    """
-
-    holds_out = True
+    holds_out = True  # some of the tuning questions are held out if no other split can be
 
     def __init__(self, path: Path, info: ProfileInfo, truncate: Truncate | None = None) -> None:
         self.path = path
         self.info = info
-        self.truncate = truncate or info.settings.truncate
+        self.truncate = truncate or info.settings.truncate  # for further prompts
         self.derived: dict[Hashable, Any] = {}  # results of `once_per_profile`
 
     @property
     def missing(self) -> list[str]:
         """Chunks that are not measured yet."""
-        return [name for name, _, _ in self.info.chunks() if not self.chunk_path(name).is_file()]
+        folder = self.path / "chunks"
+        return [name for name, _, _ in self.info.chunks() if not (folder / name).is_file()]
 
     @property
     def finished_at(self) -> float | None:
@@ -115,10 +105,6 @@ class Profile:
             return None if self.missing else float(run["finished"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    def chunk_path(self, name: str) -> Path:
-        """The path of a chunk."""
-        return self.path / "chunks" / name
 
     @cached_property
     def chunks(self) -> list[Arrays]:
@@ -131,14 +117,14 @@ class Profile:
             )
         found = []
         for name, subject, n_questions in parts:
-            path = self.chunk_path(name)
+            path = self.path / "chunks" / name
             arrays = read_chunk(path, self.info.chunk_hash(name, subject))
-            if (reason := arrays_fault(arrays, self.info, n_questions)) is not None:
+            if reason := next(arrays_faults(arrays, self.info, n_questions), ""):
                 raise ProfileError(f"{path} is damaged ({reason}): profile again to redo it")
             found.append(arrays)
         return found
 
-    def array(self, name: str) -> np.ndarray[Any, Any]:
+    def array(self, name: str) -> Array:
         """A per-question array (first axis N) of all chunks; ProfileError if it was not kept."""
         chunks = [chunk[name] for chunk in self.chunks if name in chunk]
         if len(chunks) < len(self.chunks):
@@ -158,7 +144,10 @@ class Profile:
         """The model's answers; ties go to the first choice."""
         logprob_NC, answer_N = self.array("choice_logprob_NC"), self.array("answer_N")
         is_correct_N = logprob_NC.argmax(axis=1) == answer_N
-        return Answers(logprob_NC, answer_N, is_correct_N, self.n_cut)
+        n_cut = None
+        if self.info.settings.truncate:
+            n_cut = sum(int((chunk[CUT] > 0).sum()) for chunk in self.chunks if CUT in chunk)
+        return Answers(logprob_NC, answer_N, is_correct_N, n_cut)
 
     @cached_property
     def layers(self) -> list[LayerStatistics]:
@@ -167,7 +156,7 @@ class Profile:
         alpha_NLE, chosen_NLK = self.array("alpha_NLE"), self.array("chosen_NLK")
         weight_NLK = self.array("weight_NLK").astype(np.float64)
         sums = {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
-        found = []
+        layers = []
         for i, layer in enumerate(layers_of(blocks, alpha_NLE, chosen_NLK, is_correct_N)):
             n = layer.n_experts
             weight_E = np.bincount(chosen_NLK[:, i].ravel(), weight_NLK[:, i].ravel(), minlength=n)
@@ -175,8 +164,8 @@ class Profile:
             if sums["tokens_E"] is not None:
                 own: dict[str, Any] = {k: None if v is None else v[i, :n] for k, v in sums.items()}
                 over_tokens = OverTokens(**own)
-            found.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens))
-        return found
+            layers.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens))
+        return layers
 
     def near_ties(self) -> list[dict[str, Any]]:
         """Questions with a token, shots included, whose routing depends on a gap below 1e-5."""
@@ -188,18 +177,11 @@ class Profile:
             for i in np.flatnonzero(np.concatenate(gaps) < NEAR_TIE).tolist()
         ]
 
-    @property
-    def n_cut(self) -> int | None:
-        """Number of truncated prompts; None if none may be."""
-        if not self.info.settings.truncate:
-            return None
-        return sum(int((chunk[CUT] > 0).sum()) for chunk in self.chunks if CUT in chunk)
-
     def subjects(self) -> list[str]:
         """The subject of each question."""
         return [s for _, subject, n in self.info.chunks() for s in [subject] * n]
 
-    def token_sum(self, name: str) -> np.ndarray[Any, Any] | None:
+    def token_sum(self, name: str) -> Array | None:
         """An all-token sum (L, E) as if every prompt had run alone; None if a chunk lacks it."""
         if not all(f"question_{name}_LE" in chunk for chunk in self.chunks):
             return None
@@ -230,7 +212,7 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
     file = path / "profile.json"
     if not file.exists():
         raise ProfileError(f"no profile in {path}: it has no profile.json")
-    info = load_record(file, ProfileInfo, ProfileError, "is not a valid profile")
+    info = ProfileInfo.load(file, ProfileError, "is not a valid profile")
     return Profile(path, info, truncate)
 
 
@@ -291,16 +273,10 @@ def can_hold_out(profile: Profile, quiz: Quiz) -> bool:
     """Whether a profile has separate records of the held-out fifth, also in all-token sums."""
     if profile.info.settings.stats == "answer":
         return True
-    of_subject = zip(profile.info.chunks(), profile.chunks, strict=True)
-    asked = {(q.subject, q.row): q for q in quiz}
+    in_calibration = {(q.subject, q.row): not is_held_out(q) for q in quiz}
     return all(
         IN_CALIBRATION in chunk
         and chunk[IN_CALIBRATION].astype(bool).tolist()
-        == in_calibration([asked[subject, row] for row in chunk["row_N"].tolist()])
-        for (_, subject, _), chunk in of_subject
+        == [in_calibration[subject, row] for row in chunk["row_N"].tolist()]
+        for (_, subject, _), chunk in zip(profile.info.chunks(), profile.chunks, strict=True)
     )
-
-
-def in_calibration(questions: Collection[Question]) -> list[bool]:
-    """Which questions are not in the held-out fifth."""
-    return [not is_held_out(question) for question in questions]

@@ -7,23 +7,23 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from expertcut import __version__
 from expertcut.data import Question, Quiz
 from expertcut.errors import OutputError, ProfileError
 from expertcut.files import write_atomically
-from expertcut.profiling.locks import CLAIMS, Claims, Timing
+from expertcut.profiling.locks import CLAIMS, POLL_S, Claims, Timing
 from expertcut.profiling.schema import CHUNK_QUESTIONS, ProfileInfo, Settings
-from expertcut.profiling.storage import Arrays, Profile, fault, load_profile, write_chunk
+from expertcut.profiling.storage import Arrays, Profile, chunk_or_fault, load_profile, write_chunk
 
 _SCAFFOLD, _HEADER = 30, 85  # characters around a question and of the header, approximately
 logger = logging.getLogger(__name__)
 
 PROFILE_FILE, RUN_FILE = "profile.json", "run.json"
-POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress in questions; `measured` counts those of this process in this run.
-
-    `tokens` estimates those of all processes in this run; `left_s` is None while unknown.
-    """
+    """Progress in questions."""
 
     done: int
     total: int
-    measured: int
-    tokens: int = field(default=0, compare=False)
+    measured: int  # by this process in this run
+    tokens: int = field(default=0, compare=False)  # of all processes in this run, estimated
     elapsed_s: float = field(default=0.0, compare=False)
-    left_s: float | None = field(default=None, compare=False)
+    left_s: float | None = field(default=None, compare=False)  # None while unknown
 
 
 def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
@@ -56,14 +53,16 @@ def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
     for name, subject, n in info.chunks():
         k = int(name.removesuffix(".safetensors").rsplit("-", 1)[1])
         questions = quiz.questions[subject][k * CHUNK_QUESTIONS : k * CHUNK_QUESTIONS + n]
-        shared = _HEADER + _characters(quiz.shots_by_subject[subject])
-        cost = shared * (1 if info.settings.way == "shared" else n) + _characters(questions)
+        shared = _HEADER + sum(map(n_chars, quiz.shots_by_subject[subject]))
+        n_shared = 1 if info.settings.way == "shared" else n
+        cost = shared * n_shared + sum(map(n_chars, questions))
         work[name] = Work(subject, questions, cost)
     return work
 
 
-def _characters(questions: tuple[Question, ...]) -> int:
-    return sum(len(q.text) + sum(map(len, q.choices)) + _SCAFFOLD for q in questions)
+def n_chars(question: Question) -> int:
+    """Characters of a question in a prompt, approximately."""
+    return len(question.text) + sum(map(len, question.choices)) + _SCAFFOLD
 
 
 class Tally:
@@ -72,30 +71,19 @@ class Tally:
     def __init__(self, work: Mapping[str, Work]) -> None:
         self.work = work
         self.started = time.monotonic()
-        self.tokens_by_mine: dict[str, int] = {}
+        self.tokens_by_mine: dict[str, int] = {}  # of the chunks measured by this process
         self.done: set[str] = set()
-        self.was_there: set[str] = set()
+        self.was_there: set[str] = set()  # finished before this run
 
-    def note_mine(self, chunk: str, n_tokens: int) -> None:
-        """Counts a chunk measured by this process."""
-        self.tokens_by_mine[chunk] = n_tokens
-
-    def note_done(self, chunk: str, *, was_there: bool) -> Progress:
-        """Counts a finished chunk; `was_there` if finished before this run."""
+    def note_done(self, chunk: str) -> Progress:
+        """Counts a finished chunk."""
         self.done.add(chunk)
-        if was_there:
-            self.was_there.add(chunk)
         elapsed_s = time.monotonic() - self.started
         fresh, mine = self._cost(self.done - self.was_there), self._cost(self.tokens_by_mine)
         tokens = sum(self.tokens_by_mine.values()) * fresh // mine if mine else 0
         left_s = elapsed_s * self._cost(set(self.work) - self.done) / fresh if fresh else None
         total, done = self._questions(self.work), self._questions(self.done)
         return Progress(done, total, self.mine, tokens, elapsed_s, left_s)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all chunks are finished."""
-        return len(self.done) == len(self.work)
 
     @property
     def mine(self) -> int:
@@ -114,15 +102,6 @@ class Tally:
         return sum(len(self.work[name].questions) for name in chunks)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A finished chunk, or one that this process must measure next."""
-
-    chunk: str
-    is_mine: bool
-    was_there: bool = False
-
-
 class SharedFolder:
     """A profile folder that this and other processes fill, each in its context."""
 
@@ -134,43 +113,38 @@ class SharedFolder:
         self._stats: dict[str, tuple[int, ...]] = {}  # of the files that were checked
         self._done: set[str] = set()
 
-    def __enter__(self) -> "SharedFolder":
-        self.claims.__enter__()
-        try:
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self.claims)
             self._open()
-        except BaseException:
-            self.claims.__exit__(None, None, None)
-            raise
+            stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.claims.__exit__(None, None, None)
 
-    def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[Turn]:
-        """Every chunk once as finished; before that, those that this process must measure.
+    def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[tuple[str, bool]]:
+        """Every chunk once as (name, False) when finished; before, (name, True) to measure it here.
 
         Ends when all are finished; unless `is_waiting`, also if others measure all the rest.
         """
         left = list(chunks)
-        is_first_look = True
         while left:
             for name in [name for name in left if self.is_done(name)]:
                 left.remove(name)
-                yield Turn(name, is_mine=False, was_there=is_first_look)
-            is_first_look = False
+                yield name, False
             mine = next((name for name in left if self.claims.take(name)), None)
-            if mine is None:
-                if not is_waiting:
-                    return
-                if left:
-                    time.sleep(POLL_S)
-                continue
-            try:
-                if not self.is_done(mine):  # finished by another before the claim
-                    (self.path / RUN_FILE).unlink(missing_ok=True)
-                    yield Turn(mine, is_mine=True)
-            finally:
-                self.claims.release(mine)
+            if mine is not None:
+                try:
+                    if not self.is_done(mine):  # finished by another before the claim
+                        (self.path / RUN_FILE).unlink(missing_ok=True)
+                        yield mine, True
+                finally:
+                    self.claims.release(mine)
+            elif left and is_waiting:
+                time.sleep(POLL_S)
+            else:
+                return
 
     def write(self, name: str, arrays: Arrays) -> None:
         """Writes a chunk of this process and reads it back."""
@@ -194,18 +168,15 @@ class SharedFolder:
         if self._stats.get(name) != checked:
             self._stats[name] = checked
             self._done.discard(name)
-            reason = fault(path, self.hashes[name])
-            if reason is None:
-                self._done.add(name)
+            chunk = chunk_or_fault(path, self.hashes[name])
+            if isinstance(chunk, str):
+                logger.warning("%s is damaged (%s): measuring it again", path, chunk)
             else:
-                logger.warning("%s is damaged (%s): measuring it again", path, reason)
+                self._done.add(name)
         return name in self._done
 
     def finish(self, elapsed_s: float, measured: int, others: int) -> None:
-        """Writes `run.json` once, when all chunks are finished.
-
-        `measured` questions were run by this process in that time, `others` by others.
-        """
+        """Writes `run.json` once, with questions measured here and by others, if all are done."""
         profile = Profile(self.path, self.info)
         while not profile.missing and profile.finished_at is None:
             with self._claimed(RUN_FILE) as is_mine:
@@ -229,20 +200,19 @@ class SharedFolder:
     def _open(self) -> None:
         file = self.path / PROFILE_FILE
         while not file.is_file():
-            self._refuse_something_else()
+            names = set()
+            if self.path.exists():
+                is_folder = self.path.is_dir()
+                names = {entry.name for entry in self.path.iterdir()} if is_folder else {"."}
+            # Last, because another process may have created the profile in between.
+            if names - {CLAIMS} and not file.is_file():
+                raise OutputError(
+                    f"{self.path} is not empty and holds no profile: name another --out"
+                )
             with self._claimed(PROFILE_FILE) as is_mine:
                 if is_mine and not file.is_file():
-                    content = (self.info.model_dump_json(indent=1) + "\n").encode()
-                    write_atomically(file, content, self.claims.folder)
+                    self.info.save(file, self.claims.folder)
         _refuse_other(self.path, load_profile(self.path).info, self.info)
-
-    def _refuse_something_else(self) -> None:
-        if not self.path.exists():
-            return
-        names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"."}
-        # Last, because another process may have created the profile in between.
-        if names - {CLAIMS} and not (self.path / PROFILE_FILE).is_file():
-            raise OutputError(f"{self.path} is not empty and holds no profile: name another --out")
 
 
 def _refuse_other(folder: Path, theirs: ProfileInfo, ours: ProfileInfo) -> None:
@@ -257,19 +227,19 @@ def _refuse_other(folder: Path, theirs: ProfileInfo, ours: ProfileInfo) -> None:
             f"{_describe(ours)}: name another --out"
         )
     for key in Settings.model_fields:
-        recorded, asked = getattr(theirs.settings, key), getattr(ours.settings, key)
-        if asked != recorded:
+        recorded, given = getattr(theirs.settings, key), getattr(ours.settings, key)
+        if given != recorded:
             raise ProfileError(
-                f"{folder} was begun with {key} {recorded}, now it is {asked}: "
+                f"{folder} was begun with {key} {recorded}, now it is {given}: "
                 "give the recorded value or name another --out"
             )
 
 
 def _describe(info: ProfileInfo) -> str:
     quiz, subjects = info.quiz, info.quiz.subjects.values()
-    asked = hashlib.sha256("".join(s.content_hash for s in subjects).encode()).hexdigest()
+    content = hashlib.sha256("".join(s.content_hash for s in subjects).encode()).hexdigest()
     total = sum(s.questions for s in subjects)
-    return f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots ({asked[:8]})"
+    return f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots ({content[:8]})"
 
 
 def _run(elapsed_s: float, measured: int, others: int) -> bytes:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 from expertcut import __version__
 from expertcut.data import DEFAULT_QUIZ, load_quiz
 from expertcut.data.sources import MMLU_HUB_ID, MMLU_REVISION
-from expertcut.documents import Format1, Record, load_record
+from expertcut.documents import Format1, Record
 from expertcut.errors import ModelError, OutputError, QuizError, RecipeError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import check_folder
@@ -84,7 +84,7 @@ def load_manifest(run: Path) -> Manifest | None:
     if not file.exists():
         return None
     try:
-        return load_record(file, Manifest, OutputError, "is not a manifest")
+        return Manifest.load(file, OutputError, "is not a manifest")
     except OutputError as error:
         do = "name another --out, or remove it and what the run made"
         raise OutputError(f"{error}: {do}") from None
@@ -319,8 +319,7 @@ class Ledger:
         if not self._has_copy():
             write_atomically(self.folder / RECIPE_FILE, self.text)
         self._saved = self._manifest(inputs)
-        content = (self._saved.model_dump_json(indent=1) + "\n").encode()
-        write_atomically(self.folder / MANIFEST_FILE, content)
+        self._saved.save(self.folder / MANIFEST_FILE)
 
     def _has_copy(self) -> bool:
         copy = self.folder / RECIPE_FILE

@@ -23,7 +23,7 @@ from expertcut.commands.publish import PublishSettings
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.commands.show import ShowSettings
 from expertcut.errors import RecipeError
-from expertcut.files import line_with_secret, read_file, wide_encoding
+from expertcut.files import read_file, wide_encoding, without_secrets
 from expertcut.settings import (
     IN_RECIPE,
     FilePath,
@@ -227,11 +227,12 @@ def _parsed(file: Path, content: bytes) -> Any:
         raise RecipeError(f"{file} is {encoding} text, must be UTF-8: save it as UTF-8")
     try:
         text = content.decode("utf-8")
-        if (line := line_with_secret(text)) is not None:  # copies of the recipe are published
-            raise RecipeError(
-                f"{file} holds a token or a password in line {line}, and its copies would too: "
-                "take it out, and log in with `hf auth login` or set HF_TOKEN"
-            )
+        for number, line in enumerate(text.splitlines(), start=1):
+            if without_secrets(line) != line:  # copies of the recipe are published
+                raise RecipeError(
+                    f"{file} holds a token or a password in line {number}, and its copies would "
+                    "too: take it out, and log in with `hf auth login` or set HF_TOKEN"
+                )
         return yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is not YAML: byte {error.start} is not UTF-8") from None

@@ -65,7 +65,7 @@ def _activated(profile: Profile, layers: Sequence[LayerStatistics]) -> Table:
     n_questions = len(profile.array("answer_N"))
     note = (
         f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
-        f"{cut_text(profile.n_cut)}. {_FROM_0} "
+        f"{cut_text(profile.answers.n_cut)}. {_FROM_0} "
         f"Near-ties: {own:,} questions have a token of their own whose choice of experts hangs "
         f"on a gap below 1e-5, {len(ties) - own:,} more have one in their shots."
     )
