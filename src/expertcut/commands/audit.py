@@ -33,10 +33,10 @@ class AuditSettings(ProfiledSettings, edit_settings.AuditSettings):
 
 def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     """Ablates the experts, and writes the audit, its table and its figure."""
-    from expertcut.evaluation.search_results import read_criteria, read_fractions
+    from expertcut.edits.criteria import read_criteria
 
     read_criteria(settings.by)  # refused before the profile is read
-    read_fractions(settings.fractions, "--fractions")
+    edit_settings.read_fractions(settings.fractions, "--fractions")
     profile = choosing_profile(settings, ui)
     from expertcut.evaluation.ablation import Auditing  # torch, not to refuse options
     from expertcut.reporting import eval_tables as tables

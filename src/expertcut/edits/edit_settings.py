@@ -184,6 +184,24 @@ def read_size(text: str) -> int:
     return size_bytes
 
 
+def read_fractions(text: str, option: str) -> tuple[float, ...]:
+    """`0.75,0.5,0.25` as numbers in (0, 1], none twice."""
+    shares = []
+    for part in text.split(","):
+        try:
+            share = float(part)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise SettingsError(
+                f"{option} {text}: {part.strip()!r} must be a share above 0, at most 1"
+            )
+        if share in shares:
+            raise SettingsError(f"{option} {text} has {share:g} twice")
+        shares.append(share)
+    return tuple(shares)
+
+
 class RouterSettings(Settings):
     """Experts whose gate is biased or scaled by hand."""
 

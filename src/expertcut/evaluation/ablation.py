@@ -16,8 +16,8 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import check_layout
 from expertcut.checkpoints.held_out_check import NOT_REACHED, apply_at_runtime
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.edit_settings import AuditSettings
+from expertcut.edits.criteria import CRITERIA, read_criteria
+from expertcut.edits.edit_settings import AuditSettings, read_fractions
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import QuestionOutcomes, right
@@ -27,7 +27,6 @@ from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash, save_outcome
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.evaluation.search_results import (
-    ALL,
     AUDIT_FILE,
     AblationEffect,
     Audit,
@@ -37,8 +36,6 @@ from expertcut.evaluation.search_results import (
     CriterionEvaluation,
     CriterionRank,
     SampledExpert,
-    read_criteria,
-    read_fractions,
 )
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
@@ -100,7 +97,7 @@ def criterion_ranks(
             needed = engine if CRITERIA[name].needs_model else None
             ranking = rank(profile, settings.cut_by(name), needed)
         except ProfileError as error:
-            if settings.by != ALL:
+            if settings.by != "all":
                 raise
             logger.warning("%s is left out: %s", name, error)
             continue
