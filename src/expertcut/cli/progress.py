@@ -106,19 +106,6 @@ def _open_missing() -> None:
             setattr(sys, name, nothing)
 
 
-def quiet() -> None:
-    """Silences progress bars and reports of other libraries."""
-    # Read when datasets is imported, which takes seconds and is done only for its own quizzes.
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
-    import transformers
-    from huggingface_hub.utils import logging as hub_logging
-
-    hub_logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 class Stopped(Exception):
     """Ctrl-C or SIGTERM during a resumable run; `status` is the exit status."""
 
@@ -225,8 +212,16 @@ class TerminalUI(UI):
         self.is_first = is_first()
 
     def quiet(self) -> None:
-        """Silences other libraries."""
-        quiet()
+        """Silences progress bars and reports of other libraries."""
+        # Read when datasets is imported, which takes seconds and is done only for its own quizzes.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
+        import transformers
+        from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
         """Prints tables, then sentences."""

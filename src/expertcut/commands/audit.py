@@ -3,14 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    ProfiledSettings,
-    choosing_profile,
-    output_option,
-    save_table,
-)
+from expertcut.commands import SILENT, UI, ProfiledSettings, output_option, save_table
 from expertcut.edits import edit_settings
 from expertcut.settings import FilePath
 
@@ -37,7 +30,7 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
 
     read_criteria(settings.by)  # refused before the profile is read
     edit_settings.read_fractions(settings.fractions, "--fractions")
-    profile = choosing_profile(settings, ui)
+    profile = settings.choosing_profile(ui)
     from expertcut.evaluation.ablation import Auditing  # torch, not to refuse options
     from expertcut.reporting import eval_tables as tables
 

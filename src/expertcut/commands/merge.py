@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, choosing_profile, output_folder
+from expertcut.commands import SILENT, UI, CheckpointSettings
 from expertcut.edits import edit_settings
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ def run(
     settings: MergeSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Merged":
     """Makes the checkpoint, or the plan alone; `beside` are files to write beside the plan."""
-    profile = choosing_profile(settings, ui, settings.held_out)
+    profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.checkpoints.build import merge  # torch, not to refuse options
     from expertcut.reporting import edit_tables as tables
 
-    folder = output_folder(profile, settings.slug, settings, ui)
+    folder = settings.output_folder(profile, settings.slug, ui)
     ui.quiet()
     options = settings.build_options(beside or {})
     merged = merge(profile, settings, folder, options, is_plan=settings.plan_only)

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    CheckpointSettings,
-    choosing_profile,
-    output_folder,
-    say_written,
-)
+from expertcut.commands import SILENT, UI, CheckpointSettings, write_edit
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 
@@ -54,20 +47,20 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     from expertcut.edits.router_edits import check_settings, procedure_name
 
     check_settings(settings)
-    profile = choosing_profile(settings, ui, settings.held_out)
+    profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.evaluation.reweight_search import by_hand, chosen, decide, prepared  # torch
     from expertcut.reporting.edit_tables import decision_sentences, decision_tables
 
     if settings.is_by_hand:
         found = by_hand(profile, settings)
         assert found.draft is not None
-        return Choice(profile, found, output_folder(profile, found.draft.slug, settings, ui))
+        return Choice(profile, found, settings.output_folder(profile, found.draft.slug, ui))
     procedure = prepared(profile, settings)
     name = procedure_name(profile, settings, procedure).replace(":", ".").replace(" ", "-")
-    rules = LAYOUTS[settings.layout]
-    mark = f"-{rules.mark}" if rules.mark else ""
+    layout_mark = LAYOUTS[settings.layout].mark
+    mark = f"-{layout_mark}" if layout_mark else ""
     mark += "-answer" if settings.apply_at == "answer" else ""
-    folder = output_folder(profile, name + mark, settings, ui)
+    folder = settings.output_folder(profile, name + mark, ui)
     ui.quiet()
     decision = None
     if settings.is_deciding:
@@ -82,7 +75,7 @@ def write(
     choice: Choice, settings: ReweightSettings, ui: UI, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
-    from expertcut.checkpoints.build import build, write_beside, write_plan
+    from expertcut.checkpoints.build import write_beside
 
     profile, found, folder = choice.profile, choice.found, settings.out or choice.folder
     options = settings.build_options({**found.beside, **(beside or {})})
@@ -93,7 +86,6 @@ def write(
         write_beside(profile, folder, options)
         ui.say([], [f"no checkpoint is made; the proof, if any, is in {folder}"])
         return folder
-    make = write_plan if settings.plan_only else build
-    built = make(profile, found.draft, folder, options)
-    say_written(built, folder, found.draft, found.tilts, found.scalings, ui)
-    return built or folder
+    router = {"biases": found.tilts, "scalings": found.scalings}
+    is_plan = settings.plan_only
+    return write_edit(profile, found.draft, folder, options, ui, is_plan=is_plan, **router)

@@ -13,24 +13,21 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from expertcut import __version__
-from expertcut.data import DEFAULT_QUIZ, load_quiz
+from expertcut.data import DEFAULT_QUIZ, Selection, load_quiz
 from expertcut.data.sources import MMLU_HUB_ID, MMLU_REVISION
 from expertcut.documents import Format1, Record, load_record
 from expertcut.errors import ModelError, OutputError, QuizError, RecipeError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import check_folder
 from expertcut.recipes.recipe_schema import Recipe
-from expertcut.recipes.stages import Questions, Stage
+from expertcut.recipes.stages import Stage
 
 MANIFEST_FILE, RECIPE_FILE = "manifest.json", "recipe.yaml"
 ABSENT = "absent"  # instead of the hash of a split that the quiz does not have
-_COMMIT = re.compile("[0-9a-f]{40}")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_QUIZ_FILES = ("*.csv", "*.jsonl", "*.parquet")
-_NOT_HASHED = {"run.json", RECIPE_FILE}  # hold times and the like
 _MOST_CHANGES = 3
-_LIBRARIES = ("torch", "transformers", "numpy")
+_NOT_HASHED = {"run.json", RECIPE_FILE}  # hold times and the like
 
 
 def _below(name: str) -> str:
@@ -113,7 +110,8 @@ def quiz_files(quiz: str) -> list[Path] | None:
     if path.is_file():
         return sorted({path, *path.parent.glob(f"dev{path.suffix}")})
     if path.is_dir():
-        return sorted(file for pattern in _QUIZ_FILES for file in path.rglob(pattern))
+        patterns = ("*.csv", "*.jsonl", "*.parquet")
+        return sorted(file for pattern in patterns for file in path.rglob(pattern))
     return None
 
 
@@ -147,7 +145,7 @@ class Inputs:
         self._before = before or Manifest(model="")
         self._model: str | None = None
         self.commit: str | None = None
-        if _COMMIT.fullmatch(recipe.revision or ""):
+        if re.fullmatch("[0-9a-f]{40}", recipe.revision or ""):
             self.commit = recipe.revision
         elif self._before.model == self.model_name and not is_anew:
             self.commit = self._before.commit
@@ -159,8 +157,10 @@ class Inputs:
             found["model"] = self.model()
         if stage.adapter is not None:
             found["adapter"] = self._hash([Path(stage.adapter) / name for name in _ADAPTER_FILES])
-        for questions in stage.questions:
-            found[f"quiz {questions.split}"] = self._quiz(questions)
+        for selection in stage.questions:
+            found[f"quiz {selection.split}"] = self._quiz(selection, is_needed=True)
+        for selection in stage.optional_questions:
+            found[f"quiz {selection.split}"] = self._quiz(selection, is_needed=False)
         for name in stage.reads:
             files = quiz_files(name)  # what is on the Hub is its name
             found[f"data {name}"] = sha256_of(name if files is None else self._hashes(files))
@@ -196,9 +196,8 @@ class Inputs:
         """One hash over files of one folder."""
         return sha256_of({Path(name).name: value for name, value in self._hashes(files).items()})
 
-    def _quiz(self, questions: Questions) -> str:
+    def _quiz(self, selection: Selection, *, is_needed: bool) -> str:
         """A hash over the questions, which are read again only if a file of the quiz changed."""
-        selection = questions.selection(self.recipe)
         files = quiz_files(selection.quiz)
         key = sha256_of([self._hashes(files or []), vars(selection)])
         known = self.contents.get(key) or self._before.contents.get(key)
@@ -211,7 +210,7 @@ class Inputs:
                 quiz = load_quiz(selection)
                 known = sha256_of({name: quiz.content_hash(name) for name in quiz.questions})
             except QuizError:
-                if questions.is_needed:
+                if is_needed:
                     raise
                 known = ABSENT
         self.contents[key] = known
@@ -286,10 +285,10 @@ class Ledger:
         paths: list[Path] = []
         for place in (self.folder / name for name in (*stage.makes, *stage.leaves)):
             paths += sorted(place.rglob("*")) if place.is_dir() else [place]
-        names = [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
-        files = {name: stamp(self.folder / name) for name in names}
+        made = [path for path in paths if path.is_file()]
+        files = {path.relative_to(self.folder).as_posix(): stamp(path) for path in made}
         hashed = {n: s.sha256 for n, s in files.items() if n.rsplit("/", 1)[-1] not in _NOT_HASHED}
-        loaded = {name: version(name) for name in _LIBRARIES if name in sys.modules}
+        loaded = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
         output = sha256_of(hashed)
         self.records[stage.name] = StageRecord(
             inputs=self.records[stage.name].inputs,
@@ -297,7 +296,7 @@ class Ledger:
             files=files,
             elapsed_s=round(elapsed_s, 3),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={"expertcut": __version__, **loaded},
+            versions={"expertcut": __version__} | {name: version(name) for name in loaded},
         )
         return output
 

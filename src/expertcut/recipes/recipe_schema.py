@@ -196,7 +196,6 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
 _MOST_DIGITS = 18
-_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -209,8 +208,7 @@ def read_recipe(file: Path) -> Recipe:
         return Recipe.model_validate(content, context=IN_RECIPE)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        path = ".".join(map(_printable, fault["loc"]))
-        place = f" at {path}" if path else ""
+        place = " at " + ".".join(map(_printable, fault["loc"])) if fault["loc"] else ""
         raise RecipeError(f"{file} is not a valid recipe{place}: {fault_text(fault)}") from None
 
 
@@ -277,7 +275,7 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         """A scalar without NUL and lone surrogates."""
         value = super().construct_scalar(node)
-        if isinstance(value, str) and _NOT_TEXT.search(value):
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
             _refuse_yaml(node, "an escape that is not a character")
         return value
 
