@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from expertcut.commands import UI, OnPart
 from expertcut.errors import OutputError
@@ -170,13 +170,6 @@ class Line:
         self.started = time.monotonic()
         self.done = self.tokens = self.n_running = 0
 
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
     def see(self, step: "Pass") -> None:
         """Counts a forward pass that begins, and the questions of the one before."""
         self.done += self.n_running
@@ -244,7 +237,8 @@ class TerminalUI(UI):
         self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
     ) -> list[T]:
         """Shows a line of progress; a stop says what is kept."""
-        with resumable(where), Line(what, total) as line:
+        line = Line(what, total)
+        with resumable(where), line.bar:
             return list(line.follow(run(line.see)))
 
     @contextmanager

@@ -309,21 +309,18 @@ class Ledger:
 
     def is_saved(self, inputs: Inputs) -> bool:
         """Whether the manifest and the recipe's copy on disk are current."""
-        return self._manifest(inputs) == self._saved and self._has_copy()
+        copy = self.folder / RECIPE_FILE
+        is_copied = copy.is_file() and copy.read_bytes() == self.text
+        return is_copied and self._manifest(inputs) == self._saved
 
     def save(self, inputs: Inputs) -> None:
         """Writes the manifest and the recipe's copy, if they differ from those on disk."""
         if self.is_saved(inputs):
             return
-        if not self._has_copy():
-            write_atomically(self.folder / RECIPE_FILE, self.text)
+        write_atomically(self.folder / RECIPE_FILE, self.text)
         self._saved = self._manifest(inputs)
         content = (self._saved.model_dump_json(indent=1) + "\n").encode()
         write_atomically(self.folder / MANIFEST_FILE, content)
-
-    def _has_copy(self) -> bool:
-        copy = self.folder / RECIPE_FILE
-        return copy.is_file() and copy.read_bytes() == self.text
 
     def _manifest(self, inputs: Inputs) -> Manifest:
         return Manifest(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -36,7 +36,8 @@ from expertcut.settings import (
     refuse,
 )
 
-KINDS = ("prune", "merge", "reweight", "heal")  # of variants
+VariantKind = Literal["prune", "merge", "reweight", "heal"]
+KINDS: tuple[VariantKind, ...] = get_args(VariantKind)
 _RESERVED = ("profile", "show", "eval", "report", "publish", "results", "recipe", "manifest")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 
@@ -143,7 +144,7 @@ class Variant(_Sections):
         return self
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> VariantKind:
         """Its command."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 

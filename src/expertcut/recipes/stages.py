@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from expertcut.commands import SplitSettings
 from expertcut.data import Selection
 from expertcut.data.sources import Weighted
 from expertcut.errors import RecipeError
-from expertcut.recipes.recipe_schema import EvalSection, ProfileSection, Recipe, Variant
+from expertcut.recipes.recipe_schema import Recipe, Variant, VariantKind
 
-Kind = Literal["profile", "show", "prune", "merge", "reweight", "heal", "eval", "report", "publish"]
-PROFILE, RESULTS, REPORT, CARD = "profile", "results.json", "report.html", "README.md"
+Kind = Literal["profile", "show", VariantKind, "eval", "report", "publish"]
+PROFILE, RESULTS, REPORT = "profile", "results.json", "report.html"
 # The recipe's keys in a stage's hash, in the order of older runs.
 _LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
 _QUIZ = ("quiz", "quiz_revision", "shots", "subjects", "truncate")
@@ -84,15 +85,13 @@ def stages_of(recipe: Recipe) -> list[Stage]:
                 settings=published.recipe_values(),
                 makes=(f"publish/{published.variant}.json",),
                 after=(published.variant, *after),
-                leaves=(f"{folder}/{CARD}", *([f"{folder}/{REPORT}"] if recipe.report else [])),
+                leaves=(f"{folder}/README.md", *([f"{folder}/{REPORT}"] if recipe.report else [])),
             )
         )
     return stages
 
 
-def _scoring_stage(
-    recipe: Recipe, kind: Kind, section: ProfileSection | EvalSection, **more: Any
-) -> Stage:
+def _scoring_stage(recipe: Recipe, kind: Kind, section: SplitSettings, **more: Any) -> Stage:
     """Scores questions of the recipe's quiz with its settings."""
     settings = _recipe_keys(recipe, *_SCORED) | section.recipe_values()
     questions = (recipe.selection(section.split, section.limit),)
@@ -113,8 +112,7 @@ def _heal_stage(recipe: Recipe, variant: Variant) -> Stage:
     others = (section.eval_quiz,) if section.eval_quiz else ()
     settings = _recipe_keys(recipe, *_LOADED, "threads") | variant.recipe_values()
     return Stage(
-        *(variant.name, "heal"),
-        settings=settings | {"scored": split},
+        *(variant.name, variant.kind, settings | {"scored": split}),
         makes=(folder,),
         after=("profile", section.of),
         questions=(recipe.selection(section.split, section.limit),) if is_own else (),
@@ -132,8 +130,7 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
     if settings[variant.kind].get("held_out", 0) is None:  # keeps the hashes of older runs
         del settings[variant.kind]["held_out"]
     return Stage(
-        *(variant.name, variant.kind),  # type: ignore[arg-type]
-        settings=settings,
+        *(variant.name, variant.kind, settings),
         makes=(variant_folder(variant.name),),
         after=("profile",),
         questions=(recipe.selection(own, recipe.profile.limit),),
