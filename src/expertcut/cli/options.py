@@ -66,10 +66,7 @@ def add_command(
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     examples = "\n".join(getattr(settings, "examples", ()))
     help_text = (settings.__doc__ or "").partition("\n\n")[0]
-    names = {"help_option_names": ["-h", "--help"]}
-    app.command(name, cls=PanelCommand, help=help_text, epilog=examples, context_settings=names)(
-        call
-    )
+    app.command(name, cls=PanelCommand, help=help_text, epilog=examples)(call)
 
 
 def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]:

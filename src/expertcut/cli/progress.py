@@ -102,8 +102,7 @@ def _open_missing() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free one, which is this
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            nothing = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
-            setattr(sys, name, nothing)
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 class Stopped(Exception):

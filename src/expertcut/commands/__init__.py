@@ -6,22 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator
-
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.data.sources import HELD_OUT_SHARE
+from expertcut.edits.edit_settings import HeldOut
 from expertcut.errors import SettingsError
-from expertcut.settings import (
-    Count,
-    FilePath,
-    Folder,
-    Settings,
-    Source,
-    Texts,
-    like,
-    option,
-    refuse,
-)
+from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts, like, option
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
@@ -72,15 +60,6 @@ class UI:
 
 
 SILENT = UI()
-
-
-def _check_share(value: float) -> float:
-    if value not in (0, HELD_OUT_SHARE):
-        refuse(
-            f"must be {HELD_OUT_SHARE:g} or 0, not {value:g}: a profile keeps the sums of a fifth "
-            "of its questions apart"
-        )
-    return value
 
 
 class ModelSettings(Settings):
@@ -192,7 +171,7 @@ class ProfiledSettings(ModelSettings):
 class CheckpointSettings(ProfiledSettings):
     """How an edited checkpoint is scored, and where it is written."""
 
-    held_out: Annotated[float, AfterValidator(_check_share)] | None = option(
+    held_out: HeldOut | None = option(
         None,
         "Share of the profile's questions to hold out for scoring the checkpoint, if no other "
         "split can (0: none).  [default: 0.2]",

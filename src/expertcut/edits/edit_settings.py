@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from expertcut.data.sources import HELD_OUT_SHARE
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, Settings, Text, Texts, as_list, like, option, refuse
@@ -38,6 +39,16 @@ def criteria(text: str) -> str:
     return text if text == "all" else ",".join(criterion(part.strip()) for part in text.split(","))
 
 
+def _check_share(value: float) -> float:
+    if value not in (0, HELD_OUT_SHARE):
+        refuse(
+            f"must be {HELD_OUT_SHARE:g} or 0, not {value:g}: a profile keeps the sums of a fifth "
+            "of its questions apart"
+        )
+    return value
+
+
+HeldOut = Annotated[float, AfterValidator(_check_share)]
 Criterion = Annotated[str, AfterValidator(criterion)]
 Criteria = Annotated[str, AfterValidator(criteria)]
 _Expert = Annotated[Text, like(_EXPERT, "is not an expert: write 12, 3:12 or 3:12=0.25")]

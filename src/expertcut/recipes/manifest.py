@@ -23,7 +23,6 @@ from expertcut.recipes.recipe_schema import Recipe
 from expertcut.recipes.stages import Stage
 
 MANIFEST_FILE, RECIPE_FILE = "manifest.json", "recipe.yaml"
-ABSENT = "absent"  # instead of the hash of a split that the quiz does not have
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MOST_CHANGES = 3
@@ -212,7 +211,7 @@ class Inputs:
             except QuizError:
                 if is_needed:
                     raise
-                known = ABSENT
+                known = "absent"  # instead of the hash of a split that the quiz does not have
         self.contents[key] = known
         return known
 
