@@ -101,10 +101,8 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
     if "torch" not in sys.modules:
-        return False
+        return isinstance(error, MemoryError)
     from expertcut.models.devices import is_out_of_memory
 
     return is_out_of_memory(error)

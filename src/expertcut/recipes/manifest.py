@@ -156,10 +156,9 @@ class Inputs:
             found["model"] = self.model()
         if stage.adapter is not None:
             found["adapter"] = self._hash([Path(stage.adapter) / name for name in _ADAPTER_FILES])
-        for selection in stage.questions:
-            found[f"quiz {selection.split}"] = self._quiz(selection, is_needed=True)
-        for selection in stage.optional_questions:
-            found[f"quiz {selection.split}"] = self._quiz(selection, is_needed=False)
+        for selection in (*stage.questions, *stage.optional_questions):
+            is_needed = selection in stage.questions
+            found[f"quiz {selection.split}"] = self._quiz(selection, is_needed=is_needed)
         for name in stage.reads:
             files = quiz_files(name)  # what is on the Hub is its name
             found[f"data {name}"] = sha256_of(name if files is None else self._hashes(files))
@@ -167,15 +166,15 @@ class Inputs:
 
     def model(self) -> str | None:
         """A hash over a local model's files; `id@commit` of one of the Hub, None if not known."""
-        folder, has_code = Path(self.recipe.model), self.recipe.trust_remote_code
-        if self._model is None and folder.is_dir():
+        folder = Path(self.recipe.model)
+        if not folder.is_dir():
+            return f"{self.recipe.model}@{self.commit}" if self.commit else None
+        if self._model is None:
             if not (folder / "config.json").is_file():
                 raise ModelError(f"{self.recipe.model} holds no model: it has no config.json")
             check_folder(folder)
-            patterns = (*_MODEL_FILES, *(["*.py"] if has_code else []))
+            patterns = (*_MODEL_FILES, *(["*.py"] if self.recipe.trust_remote_code else []))
             self._model = self._hash(sorted(f for p in patterns for f in folder.glob(p)))
-        elif self._model is None and self.commit:
-            self._model = f"{self.recipe.model}@{self.commit}"
         return self._model
 
     def _hashes(self, files: Iterable[Path]) -> dict[str, str]:

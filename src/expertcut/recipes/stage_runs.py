@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +108,13 @@ class RecipeRun:
 
             inputs.commit = find_source(self.recipe.model, self.recipe.revision).revision
         before = inputs.of(stage, self.outputs)
-        if record is not None:
-            self._remove_stale(stage, record, before, is_forced=is_forced)
+        is_anew = record is not None and (is_forced or record.inputs != before)
+        # What must not be resumed goes; a checkpoint stays until the new one is complete.
+        stale = stage.makes if is_anew and stage.kind == "profile" else ()
+        if is_anew and (is_forced or stage.kind == "heal"):
+            stale += stage.keeps
+        for name in stale:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         self.ledger.records[stage.name] = StageRecord(inputs=before)
         self.ledger.save(inputs)
         started = time.monotonic()
@@ -128,18 +133,6 @@ class RecipeRun:
         self.until_done.enter_context(alone(self.folder, "recipe"))
         self.is_locked = True
         self.ledger.check_unchanged()
-
-    def _remove_stale(
-        self, stage: Stage, record: StageRecord, inputs: Mapping[str, Any], *, is_forced: bool
-    ) -> None:
-        """Removes what must not be resumed; a checkpoint stays until the new one is complete."""
-        stale: list[str] = []
-        if stage.kind == "profile" and (is_forced or record.inputs != inputs):
-            stale += stage.makes
-        if is_forced or (stage.kind == "heal" and record.inputs != inputs):
-            stale += stage.keeps
-        for name in stale:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def values_of(self, *settings: type[ModelSettings] | type[QuizSettings]) -> dict[str, Any]:
         """The recipe's own values of all fields of these settings."""
