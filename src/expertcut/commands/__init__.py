@@ -209,27 +209,21 @@ class CheckpointSettings(ProfiledSettings):
         return folder
 
 
-def write_edit(
-    profile: "Profile",
-    plan: "EditPlan",
+def say_written(
+    built: "Built | None",
     folder: Path,
-    options: "BuildOptions",
-    ui: UI,
-    *,
-    is_plan: bool,
+    plan: "EditPlan",
     biases: "Sequence[RouterEdit]",
     scalings: "Sequence[RouterEdit]",
-) -> "Built | Path":
-    """Writes the checkpoint, or with `is_plan` its plan, and reports the held-out scores."""
-    from expertcut.checkpoints.build import build, write_plan
+    ui: UI,
+) -> None:
+    """Reports the held-out scores of a new checkpoint, or with None that a plan was written."""
     from expertcut.reporting import edit_tables as tables
 
-    built = (write_plan if is_plan else build)(profile, plan, folder, options)
     scores = [*tables.proof_sentences(built), *tables.adapter_sentences(built)] if built else []
     ui.say(tables.proof_tables(built) if built else [], [*scores, f"written to {folder}"])
     router = tables.tilt_sentences(biases, built, plan.numbers)
     ui.say([], [*router, *tables.scale_sentences(scalings, built, plan.numbers)])
-    return built or folder
 
 
 def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, save_table, write_edit
+from expertcut.commands import SILENT, UI, CheckpointSettings, save_table, say_written
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import Positions
@@ -155,6 +155,7 @@ def write(
     choice: Choice, settings: PruneSettings, ui: UI, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path":
     """Writes the checkpoint or the plan, and reports what was removed."""
+    from expertcut.checkpoints.build import build, write_plan
     from expertcut.edits.selection import removed_traffic
     from expertcut.reporting.edit_tables import pruning_sentences, touched_sentences, touched_table
 
@@ -163,9 +164,10 @@ def write(
     removed = removed_traffic(profile, pruning.draft.edits)
     ui.say([], pruning_sentences(pruning))
     ui.say([touched_table(removed)], touched_sentences(pruning, removed))
-    options = settings.build_options(beside or {}, settings.adapter)
-    router = {"biases": choice.biases, "scalings": choice.scalings}
-    return write_edit(profile, plan, folder, options, ui, is_plan=settings.plan_only, **router)
+    make = write_plan if settings.plan_only else build
+    built = make(profile, plan, folder, settings.build_options(beside or {}, settings.adapter))
+    say_written(built, folder, plan, choice.biases, choice.scalings, ui)
+    return built or folder
 
 
 def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":

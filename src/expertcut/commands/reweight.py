@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, write_edit
+from expertcut.commands import SILENT, UI, CheckpointSettings, say_written
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 
@@ -75,7 +75,7 @@ def write(
     choice: Choice, settings: ReweightSettings, ui: UI, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
-    from expertcut.checkpoints.build import write_beside
+    from expertcut.checkpoints.build import build, write_beside, write_plan
 
     profile, found, folder = choice.profile, choice.found, settings.out or choice.folder
     options = settings.build_options({**found.beside, **(beside or {})})
@@ -86,6 +86,7 @@ def write(
         write_beside(profile, folder, options)
         ui.say([], [f"no checkpoint is made; the proof, if any, is in {folder}"])
         return folder
-    router = {"biases": found.tilts, "scalings": found.scalings}
-    is_plan = settings.plan_only
-    return write_edit(profile, found.draft, folder, options, ui, is_plan=is_plan, **router)
+    make = write_plan if settings.plan_only else build
+    built = make(profile, found.draft, folder, options)
+    say_written(built, folder, found.draft, found.tilts, found.scalings, ui)
+    return built or folder
