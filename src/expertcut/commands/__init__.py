@@ -150,13 +150,14 @@ class ProfiledSettings(ModelSettings):
         from expertcut.profiling.storage import load_profile, newest_profile
 
         cut, path = self.truncate, self.profile
-        found = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
-        if self.threads not in (None, found.info.settings.threads):
+        profile = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
+        threads = profile.info.settings.threads
+        if self.threads not in (None, threads):
             raise SettingsError(
-                f"--threads {self.threads}: the profile was made with "
-                f"{found.info.settings.threads}, and what is compared with it must be too"
+                f"--threads {self.threads}: the profile was made with {threads}, and what is "
+                "compared with it must be too"
             )
-        return found
+        return profile
 
     def choosing_profile(self, ui: UI, held_out: float | None = None) -> "Profile":
         """The profile without its held-out questions."""

@@ -172,9 +172,10 @@ def write(
 
 def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
+    assert settings.sweep is not None
+    edit_settings.read_fractions(settings.sweep, "--sweep")  # refused before all imports
     from expertcut.evaluation.search_results import Grid
 
-    assert settings.sweep is not None
     grid = Grid.of(settings.by, settings.sweep)
     profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
@@ -190,13 +191,12 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     sweeping = Sweeping(profile, grid, settings, asking)
     for step in sweeping.steps(folder):
         ui.watch(step.run, step.name, len(quiz), folder)
-    found = sweeping.found
+    sweep = sweeping.found
     if ui.is_first:
-        save_table(folder / "sweep.csv", tables.sweep_csv(found), tables.sweep_figure(found))
-        ui.say(
-            [tables.sweep_table(found)], [*tables.sweep_sentences(found), f"written to {folder}"]
-        )
-    return found
+        save_table(folder / "sweep.csv", tables.sweep_csv(sweep), tables.sweep_figure(sweep))
+        sentences = [*tables.sweep_sentences(sweep), f"written to {folder}"]
+        ui.say([tables.sweep_table(sweep)], sentences)
+    return sweep
 
 
 def scored_quiz(settings: PruneSettings, profile: "Profile") -> Quiz:

@@ -151,18 +151,18 @@ class Inputs:
 
     def of(self, stage: Stage, outputs: Mapping[str, str | None]) -> dict[str, Any]:
         """A stage's inputs by name; None for what is not made or not known yet."""
-        found: dict[str, Any] = {"settings": dict(stage.settings)}
+        inputs: dict[str, Any] = {"settings": dict(stage.settings)}
         if stage.reads_model:
-            found["model"] = self.model()
+            inputs["model"] = self.model()
         if stage.adapter is not None:
-            found["adapter"] = self._hash([Path(stage.adapter) / name for name in _ADAPTER_FILES])
+            inputs["adapter"] = self._hash([Path(stage.adapter) / name for name in _ADAPTER_FILES])
         for selection in (*stage.questions, *stage.optional_questions):
             is_needed = selection in stage.questions
-            found[f"quiz {selection.split}"] = self._quiz(selection, is_needed=is_needed)
+            inputs[f"quiz {selection.split}"] = self._quiz(selection, is_needed=is_needed)
         for name in stage.reads:
             files = quiz_files(name)  # what is on the Hub is its name
-            found[f"data {name}"] = sha256_of(name if files is None else self._hashes(files))
-        return {**found, **{f"stage {name}": outputs.get(name) for name in stage.after}}
+            inputs[f"data {name}"] = sha256_of(name if files is None else self._hashes(files))
+        return {**inputs, **{f"stage {name}": outputs.get(name) for name in stage.after}}
 
     def model(self) -> str | None:
         """A hash over a local model's files; `id@commit` of one of the Hub, None if not known."""
@@ -179,7 +179,7 @@ class Inputs:
 
     def _hashes(self, files: Iterable[Path]) -> dict[str, str]:
         """SHA-256 of each file, by path."""
-        found = {}
+        hashes = {}
         for file in files:
             name = str(file)
             try:
@@ -187,8 +187,8 @@ class Inputs:
                 self.stamps[name] = stamp(file, known)
             except OSError as error:
                 raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
-            found[name] = self.stamps[name].sha256
-        return found
+            hashes[name] = self.stamps[name].sha256
+        return hashes
 
     def _hash(self, files: Iterable[Path]) -> str:
         """One hash over files of one folder."""
