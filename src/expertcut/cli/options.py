@@ -66,7 +66,10 @@ def add_command(
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     examples = "\n".join(getattr(settings, "examples", ()))
     help_text = (settings.__doc__ or "").partition("\n\n")[0]
-    app.command(name, cls=PanelCommand, help=help_text, epilog=examples)(call)
+    names = {"help_option_names": ["-h", "--help"]}
+    app.command(name, cls=PanelCommand, help=help_text, epilog=examples, context_settings=names)(
+        call
+    )
 
 
 def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
