@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertcut.data.readers import json_lines, read_csv, read_records
-from expertcut.edits.edit_settings import read_size
+from expertcut.edits.edit_settings import read_fractions, read_size
 from expertcut.edits.plan import PlanFile, load_plan, plan_text, save_plan
 from expertcut.edits.router_edits import parse_target
 from expertcut.edits.selection import protection
 from expertcut.errors import ExpertcutError
-from expertcut.evaluation.search_results import read_fractions
 from expertcut.files import HIDDEN, parse_json, without_secrets
 from expertcut.models.devices import _limits
 from expertcut.profiling.schema import ProfileInfo

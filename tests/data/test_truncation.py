@@ -237,7 +237,7 @@ def test_a_recipe_says_it_once_and_one_that_does_not_is_what_it_was(tmp_path: Pa
         recipe = read_recipe(file)
         found[name] = {stage.name: stage for stage in stages_of(recipe)}
         asked = found[name]["eval"].questions
-        assert {a.selection(recipe).truncate for a in asked} == {recipe.truncate}
+        assert {a.truncate for a in asked} == {recipe.truncate}
     assert all("truncate" not in stage.settings for stage in found["silent"].values())
     asking = [name for name, stage in found["cut"].items() if "truncate" in stage.settings]
     assert asking == ["profile", "eval"]

@@ -12,13 +12,13 @@ import pytest
 
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.criteria import CRITERIA, read_criteria
+from expertcut.edits.edit_settings import CutSettings, read_fractions
 from expertcut.edits.selection import choose
 from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import results, score
 from expertcut.evaluation.results import Scored, Scoring
-from expertcut.evaluation.search_results import Grid, load_sweep, read_criteria, read_fractions
+from expertcut.evaluation.search_results import Grid, load_sweep
 from expertcut.evaluation.sweep import Sweeping
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions

@@ -410,7 +410,7 @@ def test_a_stop_before_there_is_anything_to_keep_is_one_line_too(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("expertcut.cli.progress.quiet", stopped)
+    monkeypatch.setattr("expertcut.cli.TerminalUI.quiet", stopped)
     monkeypatch.setattr(sys, "argv", ["expertcut", "profile"])
     with pytest.raises(SystemExit) as end:
         main()

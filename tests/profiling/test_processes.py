@@ -250,7 +250,8 @@ def test_time_left_and_tokens_come_from_what_was_done_since_the_run_began(
 
 
 def watched(model: Path, quiz: Path, out: Path, console: Console) -> Line:
-    with Line("profiling tiny", N_QUESTIONS, console) as line:
+    line = Line("profiling tiny", N_QUESTIONS, console)
+    with line.bar:
         measure = measurement(model, quiz)
         for _ in line.follow(measure.run(out, line.see)):
             pass
@@ -300,6 +301,7 @@ def test_nothing_is_drawn_where_nobody_watches_or_another_process_draws(
     else:
         monkeypatch.setattr(sys, "stderr", screen)
         console = None
-    with Line("profiling tiny", N_QUESTIONS, console) as line:
+    line = Line("profiling tiny", N_QUESTIONS, console)
+    with line.bar:
         assert len(list(line.follow(iter([Progress(1, 2, 1)])))) == 1
     assert screen.getvalue() == ""

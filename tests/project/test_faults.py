@@ -196,7 +196,7 @@ def test_what_the_machine_did_is_one_line_wherever_it_comes_and_our_faults_keep_
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("expertcut.cli.progress.quiet", fails)
+    monkeypatch.setattr("expertcut.cli.TerminalUI.quiet", fails)
     monkeypatch.setattr(sys, "argv", ["expertcut", "profile"])
     with pytest.raises(type(error) if said is None else SystemExit) as ended:
         main()

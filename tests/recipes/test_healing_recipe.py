@@ -124,7 +124,8 @@ def test_what_the_recipe_scores_is_kept_out(place: Place) -> None:
     settings = heal_settings(recipe, heal)
     assert (settings.eval_quiz, settings.eval_split) == (str(place.quiz), "val")
     stage = next(stage for stage in stages_of(recipe) if stage.kind == "heal")
-    assert [part.split for part in stage.questions] == ["val"] and stage.reads == (str(other),)
+    assert [part.split for part in stage.optional_questions] == ["val"]
+    assert not stage.questions and stage.reads == (str(other),)
     place.change(f", quiz: {other}", "")
     with pytest.raises(QuizError, match="stand in split val, which is scored later"):
         place.run()

@@ -488,7 +488,7 @@ def test_the_quiz_of_the_domain_recipe_can_be_asked(monkeypatch: pytest.MonkeyPa
     texts = [
         q.text
         for split in ("val", "test")
-        for q in load_quiz(next(a for a in asked if a.split == split).selection(recipe))
+        for q in load_quiz(next(a for a in asked if a.split == split))
     ]
     assert len(texts) == len(set(texts)) == 40
 

@@ -27,6 +27,7 @@ from expertcut.commands import (
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
+from expertcut.reporting.tables import printable
 from expertcut.settings import Settings
 
 _INTERRUPTED = 130
@@ -100,10 +101,8 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
     if "torch" not in sys.modules:
-        return False
+        return isinstance(error, MemoryError)
     from expertcut.models.devices import is_out_of_memory
 
     return is_out_of_memory(error)
@@ -111,8 +110,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _stop(text: str, status: int, *, is_printed: bool = True) -> None:
     if is_printed:
-        from expertcut.reporting.tables import printable  # with rich
-
         text = without_secrets(text)
         text = text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}…"
         print(f"expertcut: {printable(text)}", file=sys.stderr)
@@ -124,8 +121,6 @@ class HarmlessFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The formatted record."""
-        from expertcut.reporting.tables import printable  # with rich
-
         text = without_secrets(super().format(record))
         return "\n".join(map(printable, text.splitlines()))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from expertcut.commands import UI, OnPart
 from expertcut.errors import OutputError
@@ -102,21 +102,7 @@ def _open_missing() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free one, which is this
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            nothing = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
-            setattr(sys, name, nothing)
-
-
-def quiet() -> None:
-    """Silences progress bars and reports of other libraries."""
-    # Read when datasets is imported, which takes seconds and is done only for its own quizzes.
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
-    import transformers
-    from huggingface_hub.utils import logging as hub_logging
-
-    hub_logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 class Stopped(Exception):
@@ -183,13 +169,6 @@ class Line:
         self.started = time.monotonic()
         self.done = self.tokens = self.n_running = 0
 
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
     def see(self, step: "Pass") -> None:
         """Counts a forward pass that begins, and the questions of the one before."""
         self.done += self.n_running
@@ -225,8 +204,16 @@ class TerminalUI(UI):
         self.is_first = is_first()
 
     def quiet(self) -> None:
-        """Silences other libraries."""
-        quiet()
+        """Silences progress bars and reports of other libraries."""
+        # Read when datasets is imported, which takes seconds and is done only for its own quizzes.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
+        import transformers
+        from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
         """Prints tables, then sentences."""
@@ -249,7 +236,8 @@ class TerminalUI(UI):
         self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
     ) -> list[T]:
         """Shows a line of progress; a stop says what is kept."""
-        with resumable(where), Line(what, total) as line:
+        line = Line(what, total)
+        with resumable(where), line.bar:
             return list(line.follow(run(line.see)))
 
     @contextmanager

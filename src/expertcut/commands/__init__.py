@@ -6,25 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator
-
-from expertcut.data.sources import HELD_OUT_SHARE
+from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.edit_settings import HeldOut
 from expertcut.errors import SettingsError
-from expertcut.settings import (
-    Count,
-    FilePath,
-    Folder,
-    Settings,
-    Source,
-    Texts,
-    like,
-    option,
-    refuse,
-)
+from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts, like, option
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
-    from expertcut.data import Quiz
     from expertcut.edits.plan import EditPlan
     from expertcut.edits.router_edits import RouterEdit
     from expertcut.models.load import LoadOptions
@@ -38,7 +26,9 @@ OnPart = Callable[[int, int], None]
 
 QUIZ, MODEL, JUDGING, OUTPUT = "Quiz", "Model and device", "Judging", "Output"
 _DTYPE = like(r"auto|stored|b?float\d+\w*", "is not a dtype: take auto, stored, float32, bfloat16")
+argument = partial(option, is_argument=True, in_recipe=False)
 quiz_option = partial(option, panel=QUIZ, in_recipe=False)
+profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
 
@@ -72,15 +62,6 @@ class UI:
 SILENT = UI()
 
 
-def _check_share(value: float) -> float:
-    if value not in (0, HELD_OUT_SHARE):
-        refuse(
-            f"must be {HELD_OUT_SHARE:g} or 0, not {value:g}: a profile keeps the sums of a fifth "
-            "of its questions apart"
-        )
-    return value
-
-
 class ModelSettings(Settings):
     """How a model is loaded and run."""
 
@@ -104,8 +85,7 @@ class ModelSettings(Settings):
         """The options of the loader."""
         from expertcut.models.load import LoadOptions
 
-        offload = Path(self.offload) if self.offload else None
-        place = (self.device_map, self.max_memory, offload)
+        place = (self.device_map, self.max_memory, Path(self.offload) if self.offload else None)
         return LoadOptions(self.dtype, self.device, self.trust_remote_code, *place)
 
 
@@ -134,6 +114,11 @@ class QuizSettings(Settings):
         "[default: refuse them]",
     )
 
+    def selection(self, split: str, limit: int | None = None) -> Selection:
+        """Questions of a split, at most `limit` of each subject."""
+        which = (self.quiz, split, self.shots, tuple(self.subjects), limit)
+        return Selection(*which, self.quiz_revision, self.truncate)
+
 
 class SplitSettings(QuizSettings):
     """The questions of the quiz."""
@@ -143,26 +128,21 @@ class SplitSettings(QuizSettings):
         None, "Only the first N questions of each subject.", panel=QUIZ, metavar="N"
     )
 
-    def load_quiz(self) -> "Quiz":
+    def load_quiz(self) -> Quiz:
         """The questions."""
-        from expertcut.data import Selection, load_quiz
-
-        which = (self.quiz, self.split, self.shots, tuple(self.subjects), self.limit)
-        return load_quiz(Selection(*which, self.quiz_revision, self.truncate))
+        return load_quiz(self.selection(self.split, self.limit))
 
 
 class ProfiledSettings(ModelSettings):
     """The profile that an edit is chosen from, and how its model is loaded."""
 
-    profile: FilePath | None = option(
-        None, "Profile to use.  [default: newest in profiles/]", panel="Profile", in_recipe=False
+    profile: FilePath | None = profile_option(
+        None, "Profile to use.  [default: newest in profiles/]"
     )
-    truncate: Literal["left"] | None = option(
+    truncate: Literal["left"] | None = profile_option(
         None,
         "Cut prompts of questions outside the profile too, as `profile --truncate`.  "
         "[default: as profiled]",
-        panel="Profile",
-        in_recipe=False,
     )
 
     def load_profile(self) -> "Profile":
@@ -170,31 +150,29 @@ class ProfiledSettings(ModelSettings):
         from expertcut.profiling.storage import load_profile, newest_profile
 
         cut, path = self.truncate, self.profile
-        found = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
-        if self.threads not in (None, found.info.settings.threads):
+        profile = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
+        threads = profile.info.settings.threads
+        if self.threads not in (None, threads):
             raise SettingsError(
-                f"--threads {self.threads}: the profile was made with "
-                f"{found.info.settings.threads}, and what is compared with it must be too"
+                f"--threads {self.threads}: the profile was made with {threads}, and what is "
+                "compared with it must be too"
             )
-        return found
+        return profile
 
+    def choosing_profile(self, ui: UI, held_out: float | None = None) -> "Profile":
+        """The profile without its held-out questions."""
+        profile = self.load_profile()
+        from expertcut.edits.splits import choosing_profile  # not if there is no profile
 
-def choosing_profile(
-    settings: ProfiledSettings, ui: UI, held_out: float | None = None
-) -> "Profile":
-    """The profile without its held-out questions."""
-    profile = settings.load_profile()
-    from expertcut.edits.splits import choosing_profile as without_held_out
-
-    profile, note = without_held_out(profile, held_out)
-    ui.say([], [f"{note}."] if note else [])
-    return profile
+        profile, note = choosing_profile(profile, held_out)
+        ui.say([], [f"{note}."] if note else [])
+        return profile
 
 
 class CheckpointSettings(ProfiledSettings):
     """How an edited checkpoint is scored, and where it is written."""
 
-    held_out: Annotated[float, AfterValidator(_check_share)] | None = option(
+    held_out: HeldOut | None = option(
         None,
         "Share of the profile's questions to hold out for scoring the checkpoint, if no other "
         "split can (0: none).  [default: 0.2]",
@@ -219,18 +197,17 @@ class CheckpointSettings(ProfiledSettings):
         folder = None if adapter is None else Path(adapter)
         return BuildOptions(self.load_as(), self.verify, self.force, beside, folder)
 
+    def output_folder(self, profile: "Profile", slug: str, ui: UI) -> Path:
+        """The folder of the checkpoint or plan; refused early if it is not empty."""
+        from expertcut.checkpoints.build import default_out, found_source, inputs_of
+        from expertcut.checkpoints.output_dir import check_writable
 
-def output_folder(profile: "Profile", slug: str, settings: CheckpointSettings, ui: UI) -> Path:
-    """The folder of the checkpoint or plan; refused early if it is not empty."""
-    from expertcut.checkpoints.build import default_out, found_source, inputs_of
-    from expertcut.checkpoints.output_dir import check_writable
-
-    folder = settings.out or default_out(profile, slug, is_plan=settings.plan_only)
-    check_writable(folder, is_forced=settings.force, inputs=inputs_of(profile))
-    if not settings.plan_only:  # the source is checked before anything is said of it
-        ui.quiet()
-        found_source(profile)
-    return folder
+        folder = self.out or default_out(profile, slug, is_plan=self.plan_only)
+        check_writable(folder, is_forced=self.force, inputs=inputs_of(profile))
+        if not self.plan_only:  # the source is checked before anything is said of it
+            ui.quiet()
+            found_source(profile)
+        return folder
 
 
 def say_written(

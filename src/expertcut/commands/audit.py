@@ -3,14 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    ProfiledSettings,
-    choosing_profile,
-    output_option,
-    save_table,
-)
+from expertcut.commands import SILENT, UI, ProfiledSettings, output_option, save_table
 from expertcut.edits import edit_settings
 from expertcut.settings import FilePath
 
@@ -33,11 +26,11 @@ class AuditSettings(ProfiledSettings, edit_settings.AuditSettings):
 
 def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     """Ablates the experts, and writes the audit, its table and its figure."""
-    from expertcut.evaluation.search_results import read_criteria, read_fractions
+    edit_settings.read_fractions(settings.fractions, "--fractions")  # refused before all imports
+    from expertcut.edits.criteria import read_criteria
 
     read_criteria(settings.by)  # refused before the profile is read
-    read_fractions(settings.fractions, "--fractions")
-    profile = choosing_profile(settings, ui)
+    profile = settings.choosing_profile(ui)
     from expertcut.evaluation.ablation import Auditing  # torch, not to refuse options
     from expertcut.reporting import eval_tables as tables
 
@@ -45,7 +38,7 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     auditing = Auditing(profile, settings, settings.load_as())
     folder: Path = settings.out or Path("audits") / profile.path.resolve().name
     ui.watch(lambda see: auditing.run(folder, see), "auditing", auditing.n_questions, folder)
-    found = auditing.found
-    save_table(folder / "audit.csv", tables.audit_csv(found), tables.audit_figure(found))
-    ui.say(tables.audit_tables(found), [*tables.audit_sentences(found), f"written to {folder}"])
-    return found
+    audit = auditing.found
+    save_table(folder / "audit.csv", tables.audit_csv(audit), tables.audit_figure(audit))
+    ui.say(tables.audit_tables(audit), [*tables.audit_sentences(audit), f"written to {folder}"])
+    return audit

@@ -51,8 +51,8 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     scored: list[Scored] = []
     for source in sources:
         steps = partial(score, source, scoring, folder)
-        found = ui.watch(steps, f"scoring {source.name}", len(quiz), folder)
-        scored += [step for step in found if isinstance(step, Scored)]
+        done = ui.watch(steps, f"scoring {source.name}", len(quiz), folder)
+        scored += [step for step in done if isinstance(step, Scored)]
     if not ui.is_first:
         return None
     results = save(scoring, scored, settings.out, settings.lm_eval_json)

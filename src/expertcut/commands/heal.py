@@ -1,14 +1,17 @@
 """`expertcut heal`: train an edited checkpoint for a short while to recover accuracy."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, ModelSettings, output_option
+from expertcut.commands import SILENT, UI, ModelSettings, argument, output_option
 from expertcut.healing import heal_settings
 from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:
     from expertcut.healing.recovery import Healed
+
+_data_option = partial(option, panel=heal_settings.DATA, in_recipe=False)
 
 
 class HealSettings(ModelSettings, heal_settings.HealSettings):
@@ -20,15 +23,9 @@ class HealSettings(ModelSettings, heal_settings.HealSettings):
         "expertcut heal models/half --text chats.jsonl --objective lm --adapter",
     )
 
-    checkpoint: str = option(
-        ..., "Checkpoint that prune, merge or reweight wrote.", is_argument=True, in_recipe=False
-    )
-    quiz_revision: str | None = option(
-        None, "Revision of a quiz of the Hub.", panel=heal_settings.DATA, in_recipe=False
-    )
-    eval_revision: str | None = option(
-        None, "Revision of --eval-quiz on the Hub.", panel=heal_settings.DATA, in_recipe=False
-    )
+    checkpoint: str = argument(..., "Checkpoint that prune, merge or reweight wrote.")
+    quiz_revision: str | None = _data_option(None, "Revision of a quiz of the Hub.")
+    eval_revision: str | None = _data_option(None, "Revision of --eval-quiz on the Hub.")
     out: FilePath | None = output_option(
         None, "Output folder; must be absent or empty.  [default: beside the checkpoint]"
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, choosing_profile, output_folder
+from expertcut.commands import SILENT, UI, CheckpointSettings
 from expertcut.edits import edit_settings
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ def run(
     settings: MergeSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path":
     """Makes the checkpoint, or the plan alone; `beside` are files to write beside the plan."""
-    profile = choosing_profile(settings, ui, settings.held_out)
+    profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.checkpoints.build import choose_groups, merge, write_plan  # with torch
     from expertcut.reporting import edit_tables as tables
 
-    folder = output_folder(profile, settings.slug, settings, ui)
+    folder = settings.output_folder(profile, settings.slug, ui)
     ui.quiet()
     options, built = settings.build_options(beside or {}), None
     plan = choose_groups(profile, settings, folder, options.load_as)

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    CheckpointSettings,
-    choosing_profile,
-    output_folder,
-    save_table,
-    say_written,
-)
+from expertcut.commands import SILENT, UI, CheckpointSettings, save_table, say_written
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import Positions
 from expertcut.errors import SettingsError
@@ -24,7 +17,6 @@ from expertcut.settings import Count, Source, Texts, flag_of, in_recipe_only, op
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
-    from expertcut.data import Quiz
     from expertcut.edits.plan import EditPlan
     from expertcut.edits.router_edits import RouterEdit
     from expertcut.edits.selection import Pruning
@@ -81,6 +73,11 @@ class PruneSettings(CheckpointSettings, _Cut):
         None, "Only the first N questions of each subject in --sweep.", metavar="N"
     )
 
+    @property
+    def scored(self) -> tuple[object, ...]:
+        """What says which questions --sweep scores."""
+        return self.quiz, self.split, self.shots, self.subjects, self.limit
+
     @model_validator(mode="after")
     def _one_criterion_cuts(self) -> Self:
         if self.sweep is None and ("," in self.by or self.by == "all"):
@@ -98,8 +95,7 @@ class PruneSettings(CheckpointSettings, _Cut):
                         "checkpoint: leave it out"
                     )
             return
-        scored = (self.quiz, self.split, self.shots, self.subjects, self.limit)
-        if any(value is not None for value in scored):
+        if any(value is not None for value in self.scored):
             raise SettingsError(
                 "--quiz, --split, --shots, --subjects and --limit say what --sweep scores: add "
                 "--sweep or leave them out"
@@ -138,7 +134,7 @@ def choose(settings: PruneSettings, ui: UI) -> Choice:
         from expertcut.checkpoints.lora import read_adapter
 
         read_adapter(Path(settings.adapter))
-    profile = choosing_profile(settings, ui, settings.held_out)
+    profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.checkpoints.size import choose_cut, with_protection  # with torch
     from expertcut.edits.router_edits import scalings, tilts, with_tilts
 
@@ -164,7 +160,7 @@ def write(
     from expertcut.reporting.edit_tables import pruning_sentences, touched_sentences, touched_table
 
     profile, pruning, plan = choice.profile, choice.pruning, choice.plan
-    folder = output_folder(profile, plan.slug, settings, ui)
+    folder = settings.output_folder(profile, plan.slug, ui)
     removed = removed_traffic(profile, pruning.draft.edits)
     ui.say([], pruning_sentences(pruning))
     ui.say([touched_table(removed)], touched_sentences(pruning, removed))
@@ -176,11 +172,13 @@ def write(
 
 def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
-    from expertcut.evaluation.search_results import Grid, read_criteria, read_fractions
-
     assert settings.sweep is not None
-    grid = Grid(read_criteria(settings.by), read_fractions(settings.sweep, "--sweep"))
-    profile = choosing_profile(settings, ui, settings.held_out)
+    fractions = edit_settings.read_fractions(settings.sweep, "--sweep")  # refused before imports
+    from expertcut.edits.criteria import read_criteria
+    from expertcut.evaluation.search_results import Grid
+
+    grid = Grid(read_criteria(settings.by), fractions)
+    profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
     from expertcut.evaluation.results import Scoring
     from expertcut.evaluation.sweep import Sweeping
@@ -197,33 +195,29 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     sweeping = Sweeping(profile, grid, settings, scoring)
     for step in sweeping.steps(folder):
         ui.watch(step.run, step.name, len(quiz), folder)
-    found = sweeping.found
+    sweep = sweeping.found
     if ui.is_first:
-        save_table(folder / "sweep.csv", tables.sweep_csv(found), tables.sweep_figure(found))
-        ui.say(
-            [tables.sweep_table(found)], [*tables.sweep_sentences(found), f"written to {folder}"]
-        )
-    return found
+        save_table(folder / "sweep.csv", tables.sweep_csv(sweep), tables.sweep_figure(sweep))
+        sentences = [*tables.sweep_sentences(sweep), f"written to {folder}"]
+        ui.say([tables.sweep_table(sweep)], sentences)
+    return sweep
 
 
-def scored_quiz(settings: PruneSettings, profile: "Profile") -> "Quiz":
+def scored_quiz(settings: PruneSettings, profile: "Profile") -> Quiz:
     """The quiz as profiled, but split test, where no option says otherwise.
 
     Without options, a profile that holds questions out is scored on those.
     """
-    from expertcut.data import Selection, load_quiz
     from expertcut.edits.splits import held_out_quiz
     from expertcut.profiling.storage import ProfilePart
 
-    given = (settings.quiz, settings.split, settings.shots, settings.subjects, settings.limit)
-    if isinstance(profile, ProfilePart) and all(value is None for value in given):
+    if isinstance(profile, ProfilePart) and all(value is None for value in settings.scored):
         return held_out_quiz(profile)
     info = profile.info.quiz
     is_same = settings.quiz in (None, info.id)
-    subjects = settings.subjects
-    if subjects is None:
-        subjects = list(info.subjects) if is_same else []
+    subjects, revision = (tuple(info.subjects), info.revision) if is_same else ((), None)
+    if settings.subjects is not None:
+        subjects = tuple(settings.subjects)
     shots = info.shots if settings.shots is None else settings.shots
-    revision = info.revision if is_same else None
-    which = (settings.quiz or info.id, settings.split or "test", shots, tuple(subjects))
+    which = (settings.quiz or info.id, settings.split or "test", shots, subjects)
     return load_quiz(Selection(*which, settings.limit, revision, profile.truncate))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from expertcut.commands import SILENT, UI
+from expertcut.commands import SILENT, UI, argument
 from expertcut.settings import FilePath, Settings, as_list, like, option
 
 if TYPE_CHECKING:
@@ -23,10 +23,7 @@ class PublishSettings(Settings):
         "expertcut publish models/half OWNER/NAME --private --results results.json",
     )
 
-    checkpoint: FilePath = option(
-        ..., "Checkpoint that prune, merge, reweight or heal wrote.",
-        is_argument=True, in_recipe=False,
-    )  # fmt: skip
+    checkpoint: FilePath = argument(..., "Checkpoint that prune, merge, reweight or heal wrote.")
     repo: Annotated[str, _REPO] = option(
         ..., "Repository on the Hub.", is_argument=True, metavar="OWNER/NAME"
     )

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import ClassVar
 
-from expertcut.commands import SILENT, UI, output_option
+from expertcut.commands import SILENT, UI, argument, output_option
 from expertcut.errors import OutputError
-from expertcut.settings import FilePath, Settings, option
+from expertcut.settings import FilePath, Settings
 
 
 class ReportSettings(Settings):
@@ -13,10 +13,7 @@ class ReportSettings(Settings):
 
     examples: ClassVar = ("expertcut report results/run", "expertcut report . --out page.html")
 
-    run: FilePath = option(
-        ..., "Folder of a run, profile, checkpoint or results file.",
-        is_argument=True, in_recipe=False,
-    )  # fmt: skip
+    run: FilePath = argument(..., "Folder of a run, profile, checkpoint or results file.")
     out: FilePath | None = output_option(
         None, "Page to write, with its figures beside it.  [default: report.html in RUN]",
         metavar="FILE.html",

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    CheckpointSettings,
-    choosing_profile,
-    output_folder,
-    say_written,
-)
+from expertcut.commands import SILENT, UI, CheckpointSettings, say_written
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 
@@ -55,20 +48,20 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     from expertcut.edits.router_edits import procedure_name
 
     check_settings(settings)
-    profile = choosing_profile(settings, ui, settings.held_out)
+    profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.evaluation.reweight_search import by_hand, chosen, decide, prepared  # torch
     from expertcut.reporting.edit_tables import decision_sentences, decision_tables
 
     if settings.is_by_hand:
         found = by_hand(profile, settings)
         assert found.draft is not None
-        return Choice(profile, found, output_folder(profile, found.draft.slug, settings, ui))
+        return Choice(profile, found, settings.output_folder(profile, found.draft.slug, ui))
     procedure = prepared(profile, settings)
     name = procedure_name(profile, settings, procedure).replace(":", ".").replace(" ", "-")
-    rules = LAYOUTS[settings.layout]
-    mark = f"-{rules.mark}" if rules.mark else ""
+    layout_mark = LAYOUTS[settings.layout].mark
+    mark = f"-{layout_mark}" if layout_mark else ""
     mark += "-answer" if settings.apply_at == "answer" else ""
-    folder = output_folder(profile, name + mark, settings, ui)
+    folder = settings.output_folder(profile, name + mark, ui)
     ui.quiet()
     decision = None
     if settings.is_deciding:

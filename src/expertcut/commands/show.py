@@ -3,8 +3,9 @@
 import json
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands import SILENT, UI
+from expertcut.commands import SILENT, UI, argument
 from expertcut.errors import OutputError
+from expertcut.reporting.tables import as_csv, as_markdown
 from expertcut.settings import FilePath, Settings, option
 
 if TYPE_CHECKING:
@@ -20,10 +21,7 @@ class ShowSettings(Settings):
         "expertcut show results.json --format csv",
     )
 
-    path: FilePath = option(
-        ..., "Profile, plan, checkpoint, results, sweep or audit.",
-        is_argument=True, in_recipe=False,
-    )  # fmt: skip
+    path: FilePath = argument(..., "Profile, plan, checkpoint, results, sweep or audit.")
     format: Literal["table", "json", "csv", "md"] = option(
         "table", "Output format.", in_recipe=False
     )
@@ -38,16 +36,18 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
     """Prints the tables of the file or folder."""
     if not settings.path.exists():  # refused before anything heavy is imported
         raise OutputError(f"nothing to show in {settings.path}: it does not exist")
-    from expertcut.reporting.tables import as_csv, as_markdown
     from expertcut.reporting.views import find_shown
 
-    found = find_shown(settings.path, settings.subjects, settings.criteria)
+    shown = find_shown(settings.path, settings.subjects, settings.criteria)
     if settings.format == "table":
-        ui.say(found.tables(), [])
-    elif settings.format == "json":
-        ui.text(json.dumps(found.json(), indent=1, allow_nan=False) + "\n")
-    elif settings.format == "csv":
-        ui.text(as_csv(found.flat()))
+        ui.say(shown.tables(), [])
     else:
-        ui.text("\n".join(map(as_markdown, found.tables())))
-    return found
+        ui.text(text_of(shown, settings.format))
+    return shown
+
+
+def text_of(shown: "Shown", form: str) -> str:
+    """The tables as `json`, `csv` or `md`."""
+    if form == "json":
+        return json.dumps(shown.json(), indent=1, allow_nan=False) + "\n"
+    return as_csv(shown.flat()) if form == "csv" else "\n".join(map(as_markdown, shown.tables()))

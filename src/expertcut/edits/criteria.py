@@ -99,6 +99,16 @@ def criterion_name(text: str) -> str:
     raise SettingsError(f"{text[:60]!a} is not a criterion: {hint}")
 
 
+def read_criteria(text: str) -> tuple[str, ...]:
+    """Criteria from `reap,activations` or `all`; unknown and repeated ones are refused."""
+    if text == "all":
+        return tuple(CRITERIA)
+    names = tuple(criterion_name(name.strip()) for name in text.split(","))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingsError(f"--by names {twice[0]} twice")
+    return names
+
+
 @criterion(needs="profile", positions=("answer", "all"), paper="2502.17187", aliases=("frequency",))
 def activations(layer: LayerStatistics, positions: Positions) -> Array:
     """Number of questions (answer positions) or tokens (all) routed to the expert."""

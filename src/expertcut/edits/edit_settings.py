@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from expertcut.data.sources import HELD_OUT_SHARE
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, Settings, Text, Texts, as_list, like, option, refuse
@@ -38,6 +39,16 @@ def criteria(text: str) -> str:
     return text if text == "all" else ",".join(criterion(part.strip()) for part in text.split(","))
 
 
+def _check_share(value: float) -> float:
+    if value not in (0, HELD_OUT_SHARE):
+        refuse(
+            f"must be {HELD_OUT_SHARE:g} or 0, not {value:g}: a profile keeps the sums of a fifth "
+            "of its questions apart"
+        )
+    return value
+
+
+HeldOut = Annotated[float, AfterValidator(_check_share)]
 Criterion = Annotated[str, AfterValidator(criterion)]
 Criteria = Annotated[str, AfterValidator(criteria)]
 _Expert = Annotated[Text, like(_EXPERT, "is not an expert: write 12, 3:12 or 3:12=0.25")]
@@ -172,6 +183,24 @@ def read_size(text: str) -> int:
     if not 1 <= size_bytes < 1 << 62:
         raise SettingsError(f"--max-bytes {text!r} is not a size: write it as 4GB, 500MB or 3.5GiB")
     return size_bytes
+
+
+def read_fractions(text: str, option: str) -> tuple[float, ...]:
+    """`0.75,0.5,0.25` as numbers in (0, 1], none twice."""
+    shares = []
+    for part in text.split(","):
+        try:
+            share = float(part)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise SettingsError(
+                f"{option} {text}: {part.strip()!r} must be a share above 0, at most 1"
+            )
+        if share in shares:
+            raise SettingsError(f"{option} {text} has {share:g} twice")
+        shares.append(share)
+    return tuple(shares)
 
 
 class RouterSettings(Settings):

@@ -18,8 +18,8 @@ from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import round_robin
 from expertcut.data.sources import fifth_of, hash_lines
 from expertcut.edits.calibrate import zero_outputs
-from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.edit_settings import AuditSettings
+from expertcut.edits.criteria import CRITERIA, read_criteria
+from expertcut.edits.edit_settings import AuditSettings, read_fractions
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
@@ -29,7 +29,6 @@ from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.evaluation.search_results import (
-    ALL,
     AUDIT_FILE,
     AblationEffect,
     Audit,
@@ -39,8 +38,6 @@ from expertcut.evaluation.search_results import (
     CriterionEvaluation,
     CriterionRank,
     SampledExpert,
-    read_criteria,
-    read_fractions,
 )
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
@@ -260,7 +257,7 @@ class Auditing:
                 needed = self.engine if CRITERIA[name].needs_model else None
                 ranking = rank(self.profile, self.settings.cut_by(name), needed)
             except ProfileError as error:
-                if self.settings.by != ALL:
+                if self.settings.by != "all":
                     raise
                 logger.warning("%s is left out: %s", name, error)
                 continue

@@ -9,18 +9,16 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
-from expertcut.edits.criteria import CRITERIA, criterion_name
 from expertcut.edits.edit_settings import Budget, CutSettings
 from expertcut.edits.layouts import Fold, Layout, Positions, Removed
 from expertcut.edits.plan import Expert, PlanModel
 from expertcut.edits.selection import counts, wanted_count
-from expertcut.errors import PlanError, SettingsError
+from expertcut.errors import PlanError
 from expertcut.evaluation.results import ChosenOnResult, load_outcome
 from expertcut.profiling.schema import BlockInfo, ProfileInfo, Settings
 from expertcut.stats import LEVEL, Comparison, Count
 
 SWEEP_FILE = "sweep.json"
-ALL = "all"
 AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]
 
@@ -132,34 +130,6 @@ class Grid:
     def n_keep(self, fraction: float, blocks: Sequence[BlockInfo], settings: CutSettings) -> int:
         """How many experts a fraction keeps."""
         return wanted_count(settings.completed(keep_fraction=fraction, sparsity=None), blocks)
-
-
-def read_criteria(text: str) -> tuple[str, ...]:
-    """Criteria from `reap,activations` or `all`; unknown and repeated ones are refused."""
-    if text == ALL:
-        return tuple(CRITERIA)
-    names = tuple(criterion_name(name.strip()) for name in text.split(","))
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise SettingsError(f"--by names {twice[0]} twice")
-    return names
-
-
-def read_fractions(text: str, option: str) -> tuple[float, ...]:
-    """`0.75,0.5,0.25` as numbers in (0, 1], none twice."""
-    shares = []
-    for part in text.split(","):
-        try:
-            share = float(part)
-        except ValueError:
-            share = 0.0
-        if not 0 < share <= 1:
-            raise SettingsError(
-                f"{option} {text}: {part.strip()!r} must be a share above 0, at most 1"
-            )
-        if share in shares:
-            raise SettingsError(f"{option} {text} has {share:g} twice")
-        shares.append(share)
-    return tuple(shares)
 
 
 class AuditRequest(Record):

@@ -13,24 +13,20 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from expertcut import __version__
-from expertcut.data import DEFAULT_QUIZ, load_quiz
+from expertcut.data import DEFAULT_QUIZ, Selection, load_quiz
 from expertcut.data.sources import MMLU_HUB_ID, MMLU_REVISION
 from expertcut.documents import Format1, Record
 from expertcut.errors import ModelError, OutputError, QuizError, RecipeError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import check_folder
 from expertcut.recipes.recipe_schema import Recipe
-from expertcut.recipes.stages import Questions, Stage
+from expertcut.recipes.stages import Stage
 
 MANIFEST_FILE, RECIPE_FILE = "manifest.json", "recipe.yaml"
-ABSENT = "absent"  # instead of the hash of a split that the quiz does not have
-_COMMIT = re.compile("[0-9a-f]{40}")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_QUIZ_FILES = ("*.csv", "*.jsonl", "*.parquet")
-_NOT_HASHED = {"run.json", RECIPE_FILE}  # hold times and the like
 _MOST_CHANGES = 3
-_LIBRARIES = ("torch", "transformers", "numpy")
+_NOT_HASHED = {"run.json", RECIPE_FILE}  # hold times and the like
 
 
 def _below(name: str) -> str:
@@ -113,7 +109,8 @@ def quiz_files(quiz: str) -> list[Path] | None:
     if path.is_file():
         return sorted({path, *path.parent.glob(f"dev{path.suffix}")})
     if path.is_dir():
-        return sorted(file for pattern in _QUIZ_FILES for file in path.rglob(pattern))
+        patterns = ("*.csv", "*.jsonl", "*.parquet")
+        return sorted(file for pattern in patterns for file in path.rglob(pattern))
     return None
 
 
@@ -147,41 +144,42 @@ class Inputs:
         self._before = before or Manifest(model="")
         self._model: str | None = None
         self.commit: str | None = None
-        if _COMMIT.fullmatch(recipe.revision or ""):
+        if re.fullmatch("[0-9a-f]{40}", recipe.revision or ""):
             self.commit = recipe.revision
         elif self._before.model == self.model_name and not is_anew:
             self.commit = self._before.commit
 
     def of(self, stage: Stage, outputs: Mapping[str, str | None]) -> dict[str, Any]:
         """A stage's inputs by name; None for what is not made or not known yet."""
-        found: dict[str, Any] = {"settings": dict(stage.settings)}
+        inputs: dict[str, Any] = {"settings": dict(stage.settings)}
         if stage.reads_model:
-            found["model"] = self.model()
+            inputs["model"] = self.model()
         if stage.adapter is not None:
-            found["adapter"] = self._hash([Path(stage.adapter) / name for name in _ADAPTER_FILES])
-        for questions in stage.questions:
-            found[f"quiz {questions.split}"] = self._quiz(questions)
+            inputs["adapter"] = self._hash([Path(stage.adapter) / name for name in _ADAPTER_FILES])
+        for selection in (*stage.questions, *stage.optional_questions):
+            is_needed = selection in stage.questions
+            inputs[f"quiz {selection.split}"] = self._quiz(selection, is_needed=is_needed)
         for name in stage.reads:
             files = quiz_files(name)  # what is on the Hub is its name
-            found[f"data {name}"] = sha256_of(name if files is None else self._hashes(files))
-        return {**found, **{f"stage {name}": outputs.get(name) for name in stage.after}}
+            inputs[f"data {name}"] = sha256_of(name if files is None else self._hashes(files))
+        return {**inputs, **{f"stage {name}": outputs.get(name) for name in stage.after}}
 
     def model(self) -> str | None:
         """A hash over a local model's files; `id@commit` of one of the Hub, None if not known."""
-        folder, has_code = Path(self.recipe.model), self.recipe.trust_remote_code
-        if self._model is None and folder.is_dir():
+        folder = Path(self.recipe.model)
+        if not folder.is_dir():
+            return f"{self.recipe.model}@{self.commit}" if self.commit else None
+        if self._model is None:
             if not (folder / "config.json").is_file():
                 raise ModelError(f"{self.recipe.model} holds no model: it has no config.json")
             check_folder(folder)
-            patterns = (*_MODEL_FILES, *(["*.py"] if has_code else []))
+            patterns = (*_MODEL_FILES, *(["*.py"] if self.recipe.trust_remote_code else []))
             self._model = self._hash(sorted(f for p in patterns for f in folder.glob(p)))
-        elif self._model is None and self.commit:
-            self._model = f"{self.recipe.model}@{self.commit}"
         return self._model
 
     def _hashes(self, files: Iterable[Path]) -> dict[str, str]:
         """SHA-256 of each file, by path."""
-        found = {}
+        hashes = {}
         for file in files:
             name = str(file)
             try:
@@ -189,16 +187,15 @@ class Inputs:
                 self.stamps[name] = stamp(file, known)
             except OSError as error:
                 raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
-            found[name] = self.stamps[name].sha256
-        return found
+            hashes[name] = self.stamps[name].sha256
+        return hashes
 
     def _hash(self, files: Iterable[Path]) -> str:
         """One hash over files of one folder."""
         return sha256_of({Path(name).name: value for name, value in self._hashes(files).items()})
 
-    def _quiz(self, questions: Questions) -> str:
+    def _quiz(self, selection: Selection, *, is_needed: bool) -> str:
         """A hash over the questions, which are read again only if a file of the quiz changed."""
-        selection = questions.selection(self.recipe)
         files = quiz_files(selection.quiz)
         key = sha256_of([self._hashes(files or []), vars(selection)])
         known = self.contents.get(key) or self._before.contents.get(key)
@@ -211,9 +208,9 @@ class Inputs:
                 quiz = load_quiz(selection)
                 known = sha256_of({name: quiz.content_hash(name) for name in quiz.questions})
             except QuizError:
-                if questions.is_needed:
+                if is_needed:
                     raise
-                known = ABSENT
+                known = "absent"  # instead of the hash of a split that the quiz does not have
         self.contents[key] = known
         return known
 
@@ -286,10 +283,10 @@ class Ledger:
         paths: list[Path] = []
         for place in (self.folder / name for name in (*stage.makes, *stage.leaves)):
             paths += sorted(place.rglob("*")) if place.is_dir() else [place]
-        names = [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
-        files = {name: stamp(self.folder / name) for name in names}
+        made = [path for path in paths if path.is_file()]
+        files = {path.relative_to(self.folder).as_posix(): stamp(path) for path in made}
         hashed = {n: s.sha256 for n, s in files.items() if n.rsplit("/", 1)[-1] not in _NOT_HASHED}
-        loaded = {name: version(name) for name in _LIBRARIES if name in sys.modules}
+        loaded = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
         output = sha256_of(hashed)
         self.records[stage.name] = StageRecord(
             inputs=self.records[stage.name].inputs,
@@ -297,7 +294,7 @@ class Ledger:
             files=files,
             elapsed_s=round(elapsed_s, 3),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={"expertcut": __version__, **loaded},
+            versions={"expertcut": __version__} | {name: version(name) for name in loaded},
         )
         return output
 
@@ -310,20 +307,17 @@ class Ledger:
 
     def is_saved(self, inputs: Inputs) -> bool:
         """Whether the manifest and the recipe's copy on disk are current."""
-        return self._manifest(inputs) == self._saved and self._has_copy()
+        copy = self.folder / RECIPE_FILE
+        is_copied = copy.is_file() and copy.read_bytes() == self.text
+        return is_copied and self._manifest(inputs) == self._saved
 
     def save(self, inputs: Inputs) -> None:
         """Writes the manifest and the recipe's copy, if they differ from those on disk."""
         if self.is_saved(inputs):
             return
-        if not self._has_copy():
-            write_atomically(self.folder / RECIPE_FILE, self.text)
+        write_atomically(self.folder / RECIPE_FILE, self.text)
         self._saved = self._manifest(inputs)
         self._saved.save(self.folder / MANIFEST_FILE)
-
-    def _has_copy(self) -> bool:
-        copy = self.folder / RECIPE_FILE
-        return copy.is_file() and copy.read_bytes() == self.text
 
     def _manifest(self, inputs: Inputs) -> Manifest:
         return Manifest(

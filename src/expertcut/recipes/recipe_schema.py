@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -36,7 +36,8 @@ from expertcut.settings import (
     refuse,
 )
 
-KINDS = ("prune", "merge", "reweight", "heal")  # of variants
+VariantKind = Literal["prune", "merge", "reweight", "heal"]
+KINDS: tuple[VariantKind, ...] = get_args(VariantKind)
 _RESERVED = ("profile", "show", "eval", "report", "publish", "results", "recipe", "manifest")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 
@@ -143,7 +144,7 @@ class Variant(_Sections):
         return self
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> VariantKind:
         """Its command."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
@@ -196,7 +197,6 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
 _MOST_DIGITS = 18
-_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -209,8 +209,7 @@ def read_recipe(file: Path) -> Recipe:
         return Recipe.model_validate(content, context=IN_RECIPE)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        path = ".".join(map(_printable, fault["loc"]))
-        place = f" at {path}" if path else ""
+        place = " at " + ".".join(map(_printable, fault["loc"])) if fault["loc"] else ""
         raise RecipeError(f"{file} is not a valid recipe{place}: {fault_text(fault)}") from None
 
 
@@ -278,7 +277,7 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         """A scalar without NUL and lone surrogates."""
         value = super().construct_scalar(node)
-        if isinstance(value, str) and _NOT_TEXT.search(value):
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
             _refuse_yaml(node, "an escape that is not a character")
         return value
 

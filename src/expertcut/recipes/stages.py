@@ -1,17 +1,18 @@
 """The stages of a recipe: their settings, what each reads, and what it makes in the run folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from expertcut.commands import SplitSettings
 from expertcut.data import Selection
 from expertcut.data.sources import Weighted
 from expertcut.errors import RecipeError
-from expertcut.recipes.recipe_schema import Recipe, Variant
+from expertcut.recipes.recipe_schema import Recipe, Variant, VariantKind
 
-Kind = Literal["profile", "show", "prune", "merge", "reweight", "heal", "eval", "report", "publish"]
-PROFILE, RESULTS, REPORT, CARD = "profile", "results.json", "report.html", "README.md"
+Kind = Literal["profile", "show", VariantKind, "eval", "report", "publish"]
+PROFILE, RESULTS, REPORT = "profile", "results.json", "report.html"
 # The recipe's keys in a stage's hash, in the order of older runs.
 _LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
 _QUIZ = ("quiz", "quiz_revision", "shots", "subjects", "truncate")
@@ -19,26 +20,13 @@ _SCORED = (*_LOADED, "threads", "batch_tokens", *_QUIZ)
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Questions of the recipe's quiz; `is_needed` refuses a quiz without the split."""
-
-    split: str
-    limit: int | None = None
-    is_needed: bool = True
-
-    def selection(self, recipe: Recipe) -> Selection:
-        """The questions as `load_quiz` takes them."""
-        which = (recipe.quiz, self.split, recipe.shots, tuple(recipe.subjects), self.limit)
-        return Selection(*which, recipe.quiz_revision, recipe.truncate)
-
-
-@dataclass(frozen=True)
 class Stage:
     """One stage: `settings` are all its values from the recipe, `after` the stages that it reads.
 
     `makes` are its files and folders in the run folder, `leaves` its files in another stage's
-    folder, `keeps` its folders that let it resume. `reads` are other quizzes and files than the
-    recipe's, `adapter` is an adapter's folder.
+    folder, `keeps` its folders that let it resume. `questions` are of the recipe's quiz, which may
+    lack the splits of `optional_questions`. `reads` are other quizzes and files, `adapter` is an
+    adapter's folder.
     """
 
     name: str
@@ -46,7 +34,8 @@ class Stage:
     settings: Mapping[str, Any]
     makes: tuple[str, ...]
     after: tuple[str, ...] = ()
-    questions: tuple[Questions, ...] = ()
+    questions: tuple[Selection, ...] = ()
+    optional_questions: tuple[Selection, ...] = ()
     reads_model: bool = False
     keeps: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
@@ -72,49 +61,41 @@ def variant_folder(name: str) -> str:
 
 def stages_of(recipe: Recipe) -> list[Stage]:
     """All stages in order."""
-    return list(_stages(recipe))
-
-
-def _stages(recipe: Recipe) -> Iterator[Stage]:
-    yield Stage(
-        *("profile", "profile"),
-        settings=_recipe_keys(recipe, *_SCORED) | recipe.profile.recipe_values(),
-        makes=(PROFILE,),
-        questions=(Questions(recipe.profile.split, recipe.profile.limit),),
-        reads_model=True,
-    )
+    stages = [_scoring_stage(recipe, "profile", recipe.profile, makes=(PROFILE,))]
     if recipe.show:
         settings = recipe.show.recipe_values()
-        yield Stage("show", "show", settings, makes=("show",), after=("profile",))
+        stages.append(Stage("show", "show", settings, makes=("show",), after=("profile",)))
     for variant in recipe.variants:
         make = _variant_stage if variant.heal is None else _heal_stage
-        yield make(recipe, variant)
-    names = tuple(variant.name for variant in recipe.variants)
+        stages.append(make(recipe, variant))
+    results = tuple(stage.name for stage in stages if stage.kind != "show")
     if recipe.eval:
-        yield Stage(
-            *("eval", "eval"),
-            settings=_recipe_keys(recipe, *_SCORED) | recipe.eval.recipe_values(),
-            makes=(RESULTS, "predictions.parquet"),
-            after=("profile", *names),
-            questions=(Questions(recipe.eval.split, recipe.eval.limit),),
-            reads_model=True,
-            keeps=("results.chunks",),
-        )
-    evaluated = ["eval"] if recipe.eval else []
+        files = {"makes": (RESULTS, "predictions.parquet"), "keeps": ("results.chunks",)}
+        stages.append(_scoring_stage(recipe, "eval", recipe.eval, after=results, **files))
+        results += ("eval",)
     if recipe.report:
-        after = ("profile", *names, *evaluated)
         settings = recipe.report.recipe_values()
-        yield Stage("report", "report", settings, makes=(REPORT, "report"), after=after)
-    reported = ["report"] if recipe.report else []
+        stages.append(Stage("report", "report", settings, makes=(REPORT, "report"), after=results))
+    after = [stage.name for stage in stages if stage.kind in ("eval", "report")]
     for published in recipe.publish:
         folder = variant_folder(published.variant)
-        yield Stage(
-            *(f"publish {published.variant}", "publish"),
-            settings=published.recipe_values(),
-            makes=(f"publish/{published.variant}.json",),
-            after=(published.variant, *evaluated, *reported),
-            leaves=(f"{folder}/{CARD}", *([f"{folder}/{REPORT}"] if recipe.report else [])),
+        stages.append(
+            Stage(
+                *(f"publish {published.variant}", "publish"),
+                settings=published.recipe_values(),
+                makes=(f"publish/{published.variant}.json",),
+                after=(published.variant, *after),
+                leaves=(f"{folder}/README.md", *([f"{folder}/{REPORT}"] if recipe.report else [])),
+            )
         )
+    return stages
+
+
+def _scoring_stage(recipe: Recipe, kind: Kind, section: SplitSettings, **more: Any) -> Stage:
+    """Scores questions of the recipe's quiz with its settings."""
+    settings = _recipe_keys(recipe, *_SCORED) | section.recipe_values()
+    questions = (recipe.selection(section.split, section.limit),)
+    return Stage(kind, kind, settings, questions=questions, reads_model=True, **more)
 
 
 def _heal_stage(recipe: Recipe, variant: Variant) -> Stage:
@@ -127,17 +108,15 @@ def _heal_stage(recipe: Recipe, variant: Variant) -> Stage:
     folder = variant_folder(variant.name)
     is_own = not section.quiz and not section.text
     read = [*section.quiz, *section.text, *([recipe.quiz] if is_own and section.subjects else [])]
-    trained = [Questions(section.split, section.limit)] if is_own else []
     _, split = section.scored(recipe)
     others = (section.eval_quiz,) if section.eval_quiz else ()
-    scored = [] if section.eval_quiz else [Questions(split, None, is_needed=False)]
     settings = _recipe_keys(recipe, *_LOADED, "threads") | variant.recipe_values()
     return Stage(
-        *(variant.name, "heal"),
-        settings=settings | {"scored": split},
+        *(variant.name, variant.kind, settings | {"scored": split}),
         makes=(folder,),
         after=("profile", section.of),
-        questions=(*trained, *scored),
+        questions=(recipe.selection(section.split, section.limit),) if is_own else (),
+        optional_questions=() if section.eval_quiz else (recipe.selection(split),),
         reads_model=True,
         keeps=(f"{folder}.healing",),
         reads=tuple(Weighted.read(text).name for text in read) + others,
@@ -146,17 +125,16 @@ def _heal_stage(recipe: Recipe, variant: Variant) -> Stage:
 
 def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
     """Tunes and scores on splits of the quiz other than the profile's."""
-    own, limit = recipe.profile.split, recipe.profile.limit
-    others = [Questions(s, None, is_needed=False) for s in ("val", "test") if s != own]
+    own = recipe.profile.split
     settings = _recipe_keys(recipe, *_LOADED) | variant.recipe_values()
     if settings[variant.kind].get("held_out", 0) is None:  # keeps the hashes of older runs
         del settings[variant.kind]["held_out"]
     return Stage(
-        *(variant.name, variant.kind),  # type: ignore[arg-type]
-        settings=settings,
+        *(variant.name, variant.kind, settings),
         makes=(variant_folder(variant.name),),
         after=("profile",),
-        questions=(Questions(own, limit), *others),
+        questions=(recipe.selection(own, recipe.profile.limit),),
+        optional_questions=tuple(recipe.selection(s) for s in ("val", "test") if s != own),
         reads_model=True,
         adapter=variant.prune.adapter if variant.prune else None,
     )

@@ -6,11 +6,10 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
-from rich.table import Table as RichTable
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Group
 
 Cell = str | int | float | None
 # What CommonMark lets a backslash stand before, but for a point in a number or behind a word, a
@@ -59,8 +58,12 @@ class Table:
         ]
 
 
-def as_rich(table: Table) -> Group:
+def as_rich(table: Table) -> "Group":
     """For a terminal: title, table, note; text of files is never taken as markup."""
+    from rich.console import Group  # not to print an error
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
     rich = RichTable()
     for column, is_number in zip(table.columns, table.are_numbers(), strict=True):
         justify: Any = "right" if is_number else "left"
