@@ -27,7 +27,7 @@ from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.selection import choose
 from expertcut.evaluation.results import Scoring
 from expertcut.evaluation.search_results import Grid
-from expertcut.evaluation.sweep import Sweeping
+from expertcut.evaluation.sweep import SweepRun
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
@@ -70,7 +70,7 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         grid = Grid(("activations",), FRACTIONS)
         scoring = Scoring(self.quiz, None, LoadOptions(), MeasureOptions())
-        sweeping = Sweeping(self.profile, grid, way, scoring)
+        sweeping = SweepRun(self.profile, grid, way, scoring)
         found = []
         started = time.perf_counter()
         # Ranking, comparing and saving come between two runs, so they are in these times.

@@ -154,7 +154,7 @@ class Profile(_Shown):
         """Biases or scales the router, as `expertcut reweight`; writes nothing."""
         options = reweight_command.ReweightSettings.read(profile=self.path, **settings)
         choice = reweight_command.choose(options, _ProgressUI())
-        plan = choice.found.draft
+        plan = choice.reweighting.draft
         if plan is None:
             raise SettingsError("no expert was chosen: there is nothing to reweight")
         return Plan(self, plan, options, lambda s: reweight_command.write(choice, s, SILENT))

@@ -756,7 +756,7 @@ def test_of_a_single_file_a_fifth_is_held_out(tmp_path: Path, is_fitting: bool, 
     for every in (whole, part_of(whole, 0)):  # where all of them choose, none judges
         found = questions_for(every, is_fitting=is_fitting)
         assert (len(found.profiled), len(found.tuning), len(found.held_out)) == (total, total, 0)
-        assert f"all {total} test questions of {file}" in found.why_unjudged
+        assert f"all {total} test questions of {file}" in found.why_unscored
 
 
 @pytest.mark.parametrize("held_out", [0.3, 1.0, -0.2, float("nan")])

@@ -22,7 +22,7 @@ from expertcut.edits.plan import BlockEdit
 from expertcut.edits.selection import empty_draft
 from expertcut.errors import OutputError, PlanError
 from expertcut.evaluation.ablation import (
-    Auditing,
+    AuditRun,
     evaluate_criterion,
     interval,
     ranks_within,
@@ -65,8 +65,8 @@ def options(sample: int = 16, by: tuple[str, ...] = BY, **more: Any) -> AuditSet
 
 def audited(
     profile: Profile, folder: Path, asked: AuditSettings, on_pass: OnPass = ignore
-) -> tuple[Auditing, Audit]:
-    auditing = Auditing(profile, asked, LoadOptions())
+) -> tuple[AuditRun, Audit]:
+    auditing = AuditRun(profile, asked, LoadOptions())
     list(auditing.run(folder, on_pass))
     return auditing, load_audit(folder)
 
@@ -445,4 +445,4 @@ def test_where_every_expert_is_needed_none_is_removed(
 ) -> None:
     model = checkpoint("olmoe", num_experts=2)
     with pytest.raises(PlanError, match="all of its 2 experts"):
-        Auditing(profiled(model, quiz_folder, tmp_path / "p"), options(), LoadOptions())
+        AuditRun(profiled(model, quiz_folder, tmp_path / "p"), options(), LoadOptions())

@@ -21,9 +21,9 @@ from expertcut.edits.splits import (
     UNUSED,
     choosing_profile,
     draft_plan,
-    judged_by,
     questions_for,
-    read_judged,
+    read_scored_split,
+    scored_split,
     used_hashes,
 )
 from expertcut.errors import QuizError
@@ -33,7 +33,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile
 from expertcut.reporting.page_sections import _held_out
-from expertcut.reporting.views import Found
+from expertcut.reporting.views import NamedDocument
 from expertcut.stats import HeldOutResult, LogprobShift
 from tests.conftest import Commands, make_tokenizer, open_model
 from tests.support.hand_made import block, profile_info
@@ -186,7 +186,7 @@ def test_no_question_that_was_used_is_called_held_out(
         looked_at = numbers_in(questions.tuning) if draft.asks_tuning else set[int]()
         looked_at |= set() if draft.is_tuned else numbers_in(questions.profiled)
         if not len(questions.held_out):
-            assert questions.why_unjudged
+            assert questions.why_unscored
             return
         held_out = questions.held_out
         shift = LogprobShift(
@@ -201,16 +201,17 @@ def test_no_question_that_was_used_is_called_held_out(
             held_out=(shift,),
             held_out_hashes=tuple(sorted(question.hash_line for question in held_out)),
         )
-        judged = judged_by(proof.held_out_hashes, used, held_out.split)
+        scored_on = scored_split(proof.held_out_hashes, used, held_out.split)
         plan = plan.model_copy(update={"proof": proof})
         save_plan(folder / "cut", plan, used)
         read = load_plan(folder / "cut")
+        document = NamedDocument(folder / "cut" / "plan.json", "cut", read)
         titles = [
-            judged.title,
-            judged.noun,
-            read_judged(read, folder / "cut").title,
-            read_judged(read, folder / "cut").clause,
-            *(part.title for part in _held_out(Found(folder / "cut" / "plan.json", "cut", read))),  # type: ignore[union-attr]
+            scored_on.title,
+            scored_on.noun,
+            read_scored_split(read, folder / "cut").title,
+            read_scored_split(read, folder / "cut").clause,
+            *(part.title for part in _held_out(document)),  # type: ignore[union-attr]
         ]
         # The first hash of an older list is of the form that was used then, and no other.
         by_one = {q.content_hash for q in map(earlier.get, some) if q is not None}
@@ -321,7 +322,7 @@ def test_a_profile_without_sums_of_the_fifth_chooses_on_all_and_nothing_judges(
     found, note = choosing_profile(older)
     assert found is older and "profile again to hold a fifth out" in note
     questions = questions_for(found, is_fitting=False)
-    assert not len(questions.held_out) and "nothing judges it" in questions.why_unjudged
+    assert not len(questions.held_out) and "nothing judges it" in questions.why_unscored
 
 
 # The commands
@@ -345,17 +346,17 @@ def test_a_quiz_of_one_set_is_chosen_on_four_fifths_and_judged_on_the_last(
             continue  # a search that found nothing to gain
         plan = load_plan(Path(name))
         assert plan.chosen_on.questions == 41 - n_held
-        assert "Held-out questions (val)" in out and read_judged(plan, Path(name)).used == 0
+        assert "Held-out questions (val)" in out and read_scored_split(plan, Path(name)).used == 0
         assert len(load_hashes(Path(name), plan)) == 41 - n_held
         assert len(plan.proof.held_out_hashes) == n_held
         # A plan that was edited to name others is found out.
         lines = (Path(name) / "chosen_on.txt").read_text().splitlines()
         proof = plan.proof.model_copy(update={"held_out_hashes": tuple(lines[:2])})
         claims = plan.model_copy(update={"proof": proof})
-        assert read_judged(claims, Path(name)).used == 2
+        assert read_scored_split(claims, Path(name)).used == 2
     out = expertcut("prune", *asked, "--keep", 5, "--held-out", 0, "--out", "all")
     assert "eld-out" not in out and "held out" not in out
-    assert "was not asked any question: nothing judges it: all 41 val questions" in out
+    assert "was not scored on any question: nothing judges it: all 41 val questions" in out
     assert load_plan(Path("all")).chosen_on.questions == 41
 
 

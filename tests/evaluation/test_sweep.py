@@ -19,7 +19,7 @@ from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import results, score
 from expertcut.evaluation.results import Scored, Scoring
 from expertcut.evaluation.search_results import Grid, load_sweep
-from expertcut.evaluation.sweep import Sweeping
+from expertcut.evaluation.sweep import SweepRun
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
@@ -75,7 +75,7 @@ def swept(
 ) -> int:
     """Runs what is missing; how many forward passes that took."""
     passes: list[Pass] = []
-    sweeping = Sweeping(profile, grid, way, asking(quiz))
+    sweeping = SweepRun(profile, grid, way, asking(quiz))
     for step in sweeping.steps(folder):
         list(step.run(passes.append))
     return len(passes)
@@ -134,12 +134,12 @@ def test_a_cell_equals_eval_of_the_written_checkpoint(
 def test_a_sweep_leaves_the_model_as_it_was(
     profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
 ) -> None:
-    sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, asking(asked))
+    sweeping = SweepRun(profile_of("olmoe"), GRID, STOCK, asking(asked))
     before = ask(sweeping.engine, asked)
     for step in sweeping.steps(tmp_path / "sweep"):
         list(step.run(ignore))
     assert bool((ask(sweeping.engine, asked) == before).all())
-    assert any(cell.median_abs_logprob_diff > 0.01 for cell in sweeping.found.cells)
+    assert any(cell.median_abs_logprob_diff > 0.01 for cell in sweeping.sweep.cells)
 
 
 def test_a_global_budget_is_swept_too(
@@ -180,7 +180,7 @@ def test_a_sweep_that_was_killed_comes_to_the_same_bytes(
     n_done = []
     for n in (2, n_passes // 3, n_passes // 3):
         see = stopping_after(n)
-        sweeping = Sweeping(profile, GRID, STOCK, asking(asked))
+        sweeping = SweepRun(profile, GRID, STOCK, asking(asked))
         with pytest.raises(Stop):
             for step in sweeping.steps(tmp_path / "killed"):
                 list(step.run(see))
@@ -197,7 +197,7 @@ def test_what_another_process_did_is_not_done_again(
 ) -> None:
     profile = profile_of("olmoe")
     swept(profile, asked, tmp_path / "alone")
-    second = Sweeping(profile, GRID, STOCK, asking(asked, waits=False))
+    second = SweepRun(profile, GRID, STOCK, asking(asked, waits=False))
     for step in second.steps(tmp_path / "both"):
         list(step.run(ignore))
     assert load_sweep(tmp_path / "both").cells == ()
@@ -239,12 +239,12 @@ def test_a_folder_of_another_sweep_is_refused(
     told: str,
 ) -> None:
     profile = profile_of("olmoe")
-    begun = Sweeping(profile, GRID, STOCK, asking(quiz(quiz_folder, 1)))
+    begun = SweepRun(profile, GRID, STOCK, asking(quiz(quiz_folder, 1)))
     next(begun.steps(tmp_path / "sweep"))
     before = contents(tmp_path / "sweep")
     assert before
     grid, way, shots = other
-    now = Sweeping(profile, grid, way, asking(quiz(quiz_folder, shots)))
+    now = SweepRun(profile, grid, way, asking(quiz(quiz_folder, shots)))
     with pytest.raises(OutputError, match=told):
         next(now.steps(tmp_path / "sweep"))
     assert contents(tmp_path / "sweep") == before
@@ -262,7 +262,7 @@ def test_a_folder_of_something_else_is_refused(
     (tmp_path / "sweep" / what).write_text("{}")
     scoring = asking(quiz(quiz_folder, 1))
     with pytest.raises(OutputError, match=r"holds no sweep|is not a valid sweep"):
-        next(Sweeping(profile_of("olmoe"), GRID, STOCK, scoring).steps(tmp_path / "sweep"))
+        next(SweepRun(profile_of("olmoe"), GRID, STOCK, scoring).steps(tmp_path / "sweep"))
 
 
 def test_what_a_profile_is_too_small_for_is_said_before_anything_is_written(
@@ -272,9 +272,9 @@ def test_what_a_profile_is_too_small_for_is_said_before_anything_is_written(
     list(Measurement(moe, asked, 3, MeasureOptions(stats="answer")).run(tmp_path / "small"))
     small, way = load_profile(tmp_path / "small"), CutSettings(positions="all")
     grid = Grid(("random", "activations"), (0.5,))
-    sweeping = Sweeping(small, grid, way.completed(positions=None), asking(asked))
+    sweeping = SweepRun(small, grid, way.completed(positions=None), asking(asked))
     assert next(sweeping.steps(tmp_path / "can"))
-    sweeping = Sweeping(small, Grid(("activations",), (0.5,)), way, asking(asked))
+    sweeping = SweepRun(small, Grid(("activations",), (0.5,)), way, asking(asked))
     with pytest.raises(ProfileError, match="--stats all"):
         next(sweeping.steps(tmp_path / "cannot"))
     assert not (tmp_path / "cannot").exists()
@@ -326,7 +326,7 @@ def test_what_the_profile_asked_is_not_scored_without_a_word(
 def test_show_says_that_a_sweep_is_unfinished(
     profile_of: Callable[[str], Profile], asked: Quiz, expertcut: Commands
 ) -> None:
-    sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, asking(asked))
+    sweeping = SweepRun(profile_of("olmoe"), GRID, STOCK, asking(asked))
     steps = sweeping.steps(Path("half"))
     next(steps)
     assert "0 of 4 cells: the same command does the rest" in " ".join(
@@ -337,7 +337,7 @@ def test_show_says_that_a_sweep_is_unfinished(
 def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
     profile_of: Callable[[str], Profile], asked: Quiz, tmp_path: Path
 ) -> None:
-    sweeping = Sweeping(profile_of("olmoe"), GRID, STOCK, asking(asked))
+    sweeping = SweepRun(profile_of("olmoe"), GRID, STOCK, asking(asked))
     next(sweeping.steps(tmp_path / "half"))
     code = "import sys; from pathlib import Path\n"
     code += "from expertcut.reporting.views import find_shown\n"

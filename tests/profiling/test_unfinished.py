@@ -27,7 +27,7 @@ from tests.support.prune_runs import PAGE_BYTES, Runs, contents, make_runs, smal
 REPLACE = ("--no-verify", "--force")
 NORM = "model.norm.weight"
 NO_SPACE = "cannot be written: No space left on device"
-UNASKED = "The new checkpoint was not asked any question.\n"
+UNASKED = "The new checkpoint was not scored on any question.\n"
 Written = tuple[Path, list[Shard]]
 Patch = pytest.MonkeyPatch
 

@@ -28,7 +28,7 @@ from expertcut.edits.plan import (
 )
 from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic
-from expertcut.edits.splits import Judged
+from expertcut.edits.splits import ScoredSplit
 from expertcut.errors import OutputError
 from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
 from expertcut.evaluation.results import (
@@ -580,7 +580,7 @@ def built(alone: BitExactCheck | None = None) -> Built:
             shares=tuple(ExpertShares(expert=expert, **shares) for expert in (12, 40)),
             alone=alone,
         ),
-        judged=Judged("val", 256, 0),
+        scored_on=ScoredSplit("val", 256, 0),
     )
 
 
@@ -608,9 +608,9 @@ def test_layout_exact_says_whether_its_promise_held(alone: BitExactCheck | None,
 
 
 def test_a_checkpoint_that_was_not_asked_says_so():
-    unasked = replace(built(), proof=None, judged=None, fits=[])
+    unasked = replace(built(), proof=None, scored_on=None, fits=[])
     assert proof_tables(unasked) == []
-    assert proof_sentences(unasked) == ["The new checkpoint was not asked any question."]
+    assert proof_sentences(unasked) == ["The new checkpoint was not scored on any question."]
 
 
 def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():

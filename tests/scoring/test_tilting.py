@@ -55,7 +55,7 @@ def test_a_factor_on_the_gate_weight_is_a_factor_on_the_experts_output(
         scaled = logits(moe)
     with observe_routers(moe.blocks[LAYER:], lambda r: chosen.append(r.experts_TK)):
         assert torch.equal(logits(moe), before)  # what was put in is taken out
-    assert torch.equal(*chosen)  # who is chosen stays
+    assert torch.equal(*chosen)  # routing is unchanged
     assert (scaled - before).abs().max() > 1e-3
     scale_outputs(moe.blocks[LAYER], dict(enumerate(factors[LAYER].tolist())))
     # Some gates give float32 weights in any model.

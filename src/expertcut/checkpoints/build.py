@@ -20,11 +20,11 @@ from expertcut.edits.edit_settings import MergeSettings
 from expertcut.edits.merging import Quality, gather_evidence, merge_draft, merge_edits, token_counts
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, check_count, model_folder, save_plan
 from expertcut.edits.splits import (
-    Judged,
     Questions,
+    ScoredSplit,
     draft_plan,
-    judged_by,
     questions_for,
+    scored_split,
     used_hashes,
 )
 from expertcut.errors import ProfileError
@@ -57,8 +57,8 @@ class Built:
     plan: PlanFile
     fits: list[Fit]
     proof: HeldOutResult | None
-    why_unjudged: str = ""
-    judged: Judged | None = None
+    why_unscored: str = ""
+    scored_on: ScoredSplit | None = None
 
 
 def build(
@@ -85,7 +85,7 @@ def build(
     if is_verified and not fits_in_memory(source, load_as):
         is_verified = False
         logger.warning(
-            "%s does not fit in the free memory as %s: the checkpoint is not asked any question",
+            "%s does not fit in the free memory as %s: the checkpoint is not scored",
             *(source.id, load_as.dtype),
         )
     fitted, qualities, before = _fit_and_score(
@@ -108,8 +108,8 @@ def build(
         save_plan(temporary, file, used)
         add_files(temporary, options.beside)
     fits = [quality for quality in qualities if isinstance(quality, Fit)]
-    judged = judged_by(proof.held_out_hashes, used, proof.held_out_split) if proof else None
-    return Built(folder, file, fits, proof, questions.why_unjudged, judged)
+    scored_on = scored_split(proof.held_out_hashes, used, proof.held_out_split) if proof else None
+    return Built(folder, file, fits, proof, questions.why_unscored, scored_on)
 
 
 def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> None:

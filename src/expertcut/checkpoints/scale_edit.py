@@ -37,4 +37,4 @@ class ScaleEdit(Edit):
 
     def describe(self) -> Iterable[str]:
         n_scaled = sum(len(edit.scale) for edit in self.blocks.values())
-        yield f"{experts_get(n_scaled)} a factor on the gate weight; who is chosen stays."
+        yield f"{experts_get(n_scaled)} a factor on the gate weight; its routing is unchanged."

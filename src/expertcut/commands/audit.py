@@ -31,14 +31,14 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
 
     read_criteria(settings.by)  # refused before the profile is read
     profile = settings.choosing_profile(ui)
-    from expertcut.evaluation.ablation import Auditing  # torch, not to refuse options
+    from expertcut.evaluation.ablation import AuditRun  # torch, not to refuse options
     from expertcut.reporting import eval_tables as tables
 
     ui.quiet()
-    auditing = Auditing(profile, settings, settings.load_as())
+    auditing = AuditRun(profile, settings, settings.load_as())
     folder: Path = settings.out or Path("audits") / profile.path.resolve().name
     ui.watch(lambda see: auditing.run(folder, see), "auditing", auditing.n_questions, folder)
-    audit = auditing.found
+    audit = auditing.audit
     save_table(folder / "audit.csv", tables.audit_csv(audit), tables.audit_figure(audit))
     ui.say(tables.audit_tables(audit), [*tables.audit_sentences(audit), f"written to {folder}"])
     return audit

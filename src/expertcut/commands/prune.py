@@ -181,7 +181,7 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
     from expertcut.evaluation.results import Scoring
-    from expertcut.evaluation.sweep import Sweeping
+    from expertcut.evaluation.sweep import SweepRun
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.reporting import eval_tables as tables
 
@@ -192,10 +192,10 @@ def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
     options = MeasureOptions(waits=ui.is_first)
     scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
     folder = settings.out or Path("sweeps") / profile.path.resolve().name
-    sweeping = Sweeping(profile, grid, settings, scoring)
+    sweeping = SweepRun(profile, grid, settings, scoring)
     for step in sweeping.steps(folder):
         ui.watch(step.run, step.name, len(quiz), folder)
-    sweep = sweeping.found
+    sweep = sweeping.sweep
     if ui.is_first:
         save_table(folder / "sweep.csv", tables.sweep_csv(sweep), tables.sweep_figure(sweep))
         sentences = [*tables.sweep_sentences(sweep), f"written to {folder}"]

@@ -30,7 +30,7 @@ class Choice:
     """The biases and factors, before anything is written."""
 
     profile: "Profile"
-    found: "Reweighting"
+    reweighting: "Reweighting"
     folder: Path
 
 
@@ -53,9 +53,9 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     from expertcut.reporting.edit_tables import decision_sentences, decision_tables
 
     if settings.is_by_hand:
-        found = by_hand(profile, settings)
-        assert found.draft is not None
-        return Choice(profile, found, settings.output_folder(profile, found.draft.slug, ui))
+        edit = by_hand(profile, settings)
+        assert edit.draft is not None
+        return Choice(profile, edit, settings.output_folder(profile, edit.draft.slug, ui))
     procedure = prepared(profile, settings)
     name = procedure_name(profile, settings, procedure).replace(":", ".").replace(" ", "-")
     layout_mark = LAYOUTS[settings.layout].mark
@@ -78,9 +78,9 @@ def write(
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
     from expertcut.checkpoints.build import build, write_beside, write_plan
 
-    profile, found, folder = choice.profile, choice.found, settings.out or choice.folder
-    options = settings.build_options({**found.beside, **(beside or {})})
-    if found.draft is None:
+    profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
+    options = settings.build_options({**edit.beside, **(beside or {})})
+    if edit.draft is None:
         if not options.beside:
             ui.say([], ["nothing is written"])
             return None
@@ -88,6 +88,6 @@ def write(
         ui.say([], [f"no checkpoint is made; the proof, if any, is in {folder}"])
         return folder
     make = write_plan if settings.plan_only else build
-    built = make(profile, found.draft, folder, options)
-    say_written(built, folder, found.draft, found.tilts, found.scalings, ui)
+    built = make(profile, edit.draft, folder, options)
+    say_written(built, folder, edit.draft, edit.tilts, edit.scalings, ui)
     return built or folder

@@ -36,7 +36,7 @@ from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once
 UNUSED = "were not used"
 
 
-class Judged(NamedTuple):
+class ScoredSplit(NamedTuple):
     """Questions of a split that scored an edit."""
 
     split: str
@@ -75,21 +75,23 @@ class Judged(NamedTuple):
         return f"{which}, {self.used:,} of them used to choose or fit"
 
 
-def judged_by(lines: Iterable[str], used: Iterable[str], split: str, how: str = "") -> Judged:
+def scored_split(
+    lines: Iterable[str], used: Iterable[str], split: str, how: str = ""
+) -> ScoredSplit:
     """Counts the used ones among hash lines of questions."""
     scored, known = tuple(lines), hashes_in(used)
     n_used = sum(not known.isdisjoint(line.split()) for line in scored)
-    return Judged(split, len(scored), n_used, how)
+    return ScoredSplit(split, len(scored), n_used, how)
 
 
-def read_judged(plan: PlanFile, folder: Path) -> Judged:
+def read_scored_split(plan: PlanFile, folder: Path) -> ScoredSplit:
     """The held-out questions of a plan; `used` is None without a list or hashes to compare."""
     lines, split = plan.proof.held_out_hashes, plan.proof.held_out_split
     how = "" if plan.proof.held_out_used == UNUSED else plan.proof.held_out_used
     if lines:
         with suppress(PlanError):
-            return judged_by(lines, load_hashes(folder, plan), split, how)
-    return Judged(split, len(lines), None, how)
+            return scored_split(lines, load_hashes(folder, plan), split, how)
+    return ScoredSplit(split, len(lines), None, how)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Questions:
     inherited: frozenset[str] = frozenset()
 
     @property
-    def why_unjudged(self) -> str:
+    def why_unscored(self) -> str:
         """Why `held_out` is empty, in words; else empty."""
         quiz, n = self.tuning, len(self.tuning)
         why = f"nothing judges it: all {n:,} {quiz.split} questions of {quiz.id} had a part in it"

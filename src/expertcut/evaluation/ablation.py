@@ -163,8 +163,8 @@ def _shuffles(group_X: Array, seed: int) -> Array:
     return drawn_BX
 
 
-class Auditing:
-    """An audit of one loaded model; `found` holds the results so far."""
+class AuditRun:
+    """An audit of one loaded model; `audit` holds the results so far."""
 
     def __init__(self, profile: Profile, settings: AuditSettings, load_as: LoadOptions) -> None:
         self.profile, self.settings = profile, settings
@@ -211,7 +211,7 @@ class Auditing:
         )
         earlier = _earlier(folder, request)
         if earlier is not None and earlier.verdicts:
-            self.found = earlier
+            self.audit = earlier
             return
         with alone(folder, "audit"):
             earlier = _earlier(folder, request)  # another run may have ended since
@@ -219,14 +219,14 @@ class Auditing:
             self._save(folder, earlier or self._begin(request, rescorer))
             yield from self._remove(rescorer, folder, on_pass)
             verdicts = tuple(
-                evaluate_criterion(by, ranks, self.found.harms, self.fractions, self.settings.seed)
-                for by, ranks in self.found.standings.items()
+                evaluate_criterion(by, ranks, self.audit.harms, self.fractions, self.settings.seed)
+                for by, ranks in self.audit.standings.items()
             )
-            self._save(folder, self.found.model_copy(update={"verdicts": verdicts}))
+            self._save(folder, self.audit.model_copy(update={"verdicts": verdicts}))
 
-    def _save(self, folder: Path, found: Audit) -> None:
-        self.found = found
-        found.save(folder / AUDIT_FILE)
+    def _save(self, folder: Path, audit: Audit) -> None:
+        self.audit = audit
+        audit.save(folder / AUDIT_FILE)
 
     def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
         records, numbers = rescorer.records, expert_ids(self.profile)
@@ -271,10 +271,10 @@ class Auditing:
         return ranks
 
     def _remove(self, rescorer: CachedScorer, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
-        n_each, n_before, started = len(self.quiz), len(self.found.harms), time.monotonic()
-        total, base = len(self.found.sampled), rescorer.records
+        n_each, n_before, started = len(self.quiz), len(self.audit.harms), time.monotonic()
+        total, base = len(self.audit.sampled), rescorer.records
         is_masked = not LAYOUTS[self.settings.layout].keeps_rows
-        for done, expert in enumerate(self.found.sampled[n_before:], start=n_before + 1):
+        for done, expert in enumerate(self.audit.sampled[n_before:], start=n_before + 1):
             change = observed(self._without(expert), on_pass)
             logprob_NC = rescorer.changed(expert.layer, change)
             is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
@@ -284,8 +284,8 @@ class Auditing:
                 if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
                     name = f"without expert {expert.layer}:{expert.expert}"
                     raise ContractError(NOT_REACHED.format(name))
-            harms = (*self.found.harms, ablation_effect(expert, base, logprob_NC))
-            self._save(folder, self.found.model_copy(update={"harms": harms}))
+            harms = (*self.audit.harms, ablation_effect(expert, base, logprob_NC))
+            self._save(folder, self.audit.model_copy(update={"harms": harms}))
             n_here, elapsed_s = done - n_before, time.monotonic() - started
             left_s = elapsed_s * (total - done) / n_here
             yield Progress(done * n_each, total * n_each, n_here * n_each, 0, elapsed_s, left_s)

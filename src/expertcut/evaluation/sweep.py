@@ -54,8 +54,8 @@ class Step:
     run: Callable[[OnPass], Iterator[Progress]]
 
 
-class Sweeping:
-    """A sweep of one profiled model; `found` holds the finished cells."""
+class SweepRun:
+    """A sweep of one profiled model; `sweep` holds the finished cells."""
 
     def __init__(
         self, profile: Profile, grid: Grid, settings: CutSettings, scoring: Scoring
@@ -86,26 +86,26 @@ class Sweeping:
             protect=tuple(settings.protect),
             chosen_by=len(profile.subjects()) if isinstance(profile, ProfilePart) else None,
         )
-        self.found = Sweep(asked=request, chosen_on=chosen_on)
+        self.sweep = Sweep(asked=request, chosen_on=chosen_on)
 
     def steps(self, folder: Path) -> Iterator[Step]:
         """The unedited model, then every cell that the folder lacks; each is saved when done."""
         file = folder / SWEEP_FILE
         earlier = load_unfinished(file, Sweep)
         if earlier is not None:
-            check_same(folder, earlier.asked, self.found.asked, "sweep")
-            self.found = earlier
+            check_same(folder, earlier.asked, self.sweep.asked, "sweep")
+            self.sweep = earlier
         # Criteria that need no model are ranked first: they fail before anything runs.
         at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
-            self.found.save(file)  # by every process: it claims the folder
+            self.sweep.save(file)  # by every process: it claims the folder
         place = folder / "cells" / "base"
         yield Step("the unedited model", partial(self.measurement.run, place))
         if self.waits:
             self.base = load_profile(place).answers
             model = self._model(self.base, size(self.engine.moe))
-            self.found = self.found.model_copy(update={"base": model})
-            self.found.save(file)
+            self.sweep = self.sweep.model_copy(update={"base": model})
+            self.sweep.save(file)
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
@@ -117,14 +117,14 @@ class Sweeping:
                 yield Step(f"{fraction:g} by {by}", partial(self._run, draft, place))
                 if self.waits:
                     cell = self._cell(by, fraction, draft, load_profile(place).answers)
-                    by_place = {(c.by, c.fraction): c for c in (*self.found.cells, cell)}
+                    by_place = {(c.by, c.fraction): c for c in (*self.sweep.cells, cell)}
                     places = product(self.grid.by, self.grid.fractions)  # the order of cells
                     cells = tuple(by_place[place] for place in places if place in by_place)
-                    self.found = self.found.model_copy(update={"cells": cells})
-                    self.found.save(file)
+                    self.sweep = self.sweep.model_copy(update={"cells": cells})
+                    self.sweep.save(file)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
-        missing = [f for f in self.grid.fractions if self.found.cell(by, f) is None]
+        missing = [f for f in self.grid.fractions if self.sweep.cell(by, f) is None]
         if not missing:
             return {}
         settings = self.settings.completed(by=by)

@@ -18,7 +18,7 @@ from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.checkpoints.export import edits_of
 from expertcut.edits.plan import PlanFile
-from expertcut.edits.splits import read_judged
+from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
 from expertcut.reporting.edit_tables import proof_table, shift_rows
 from expertcut.reporting.eval_tables import plan_table, result_sentences, results_table
@@ -224,7 +224,7 @@ def _facts(
         "steps": list(step_sentences(origin)),
         "plan_table": plan_table(plan),
         "held_out": Table("How far answers moved", shifts, shift_rows(plan.proof.held_out)),
-        "judged": read_judged(plan, checkpoint.folder),
+        "scored_on": read_scored_split(plan, checkpoint.folder),
         "proof": proof,
         "proof_table": proof_table(proof) if proof else None,
         "evaluated": [(one, _results_facts(one)) for one in evaluated],

@@ -215,39 +215,39 @@ def profile_json(profile: Profile) -> dict[str, Any]:
     }
 
 
-def findings_json(found: Findings) -> dict[str, Any]:
+def findings_json(findings: Findings) -> dict[str, Any]:
     """`show PROFILE --format json`."""
-    tested = found.significance
-    return profile_json(found.profile) | {
-        "layers": layers_json(found),
+    tested = findings.significance
+    return profile_json(findings.profile) | {
+        "layers": layers_json(findings),
         "tests": tested.n_tests,
         "permutations": tested.permutations,
         "seed": tested.seed,
         "p_family": tested.p_family,
-        "suspects": suspects_json(found),
-        "perturbations": found.perturbations,
-        "subjects": subjects_json(found.counts, found.layers),
+        "suspects": suspects_json(findings),
+        "perturbations": findings.perturbations,
+        "subjects": subjects_json(findings.counts, findings.layers),
     }
 
 
-def layers_json(found: Findings) -> list[dict[str, Any]]:
+def layers_json(findings: Findings) -> list[dict[str, Any]]:
     """The numbers of every layer with its margins, and of every expert with its tests."""
-    rows = evidence_rows(found)
+    rows = evidence_rows(findings)
     return [
         layer_json(layer)
         | margin_json(margin)
         | {"expert": [expert_json(layer, e) | next(rows) for e in range(layer.n_experts)]}
-        for layer, margin in zip(found.layers, found.margins, strict=True)
+        for layer, margin in zip(findings.layers, findings.margins, strict=True)
     ]
 
 
-def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
+def evidence_rows(findings: Findings) -> Iterator[dict[str, Any]]:
     """Intervals and tests of each expert of all layers in order, None if undefined."""
-    tested = found.significance
+    tested = findings.significance
     tests = {"difference": tested.difference_X, "difference_se": tested.se_X}
     tests |= {name: getattr(tested, f"{name}_X") for name in ("z", "p", "p_adjusted", "p_family")}
     x = 0
-    for layer in found.layers:
+    for layer in findings.layers:
         n_activated_E = layer.is_activated_NE.sum(axis=0)
         intervals = {
             "accuracy_ci95": wilson(layer.accuracy_E, n_activated_E),
@@ -261,11 +261,11 @@ def evidence_rows(found: Findings) -> Iterator[dict[str, Any]]:
             x += 1
 
 
-def suspects_json(found: Findings) -> list[dict[str, Any]]:
+def suspects_json(findings: Findings) -> list[dict[str, Any]]:
     """Every tested expert with z < 0, the lowest first."""
-    rows = list(evidence_rows(found))
-    suspects = [(found.places[x], rows[x]) for x in found.significance.suspects]
+    rows = list(evidence_rows(findings))
+    suspects = [(findings.places[x], rows[x]) for x in findings.significance.suspects]
     return [
-        {"layer": layer, **expert_json(found.layers[layer], expert), **row}
+        {"layer": layer, **expert_json(findings.layers[layer], expert), **row}
         for (layer, expert), row in suspects
     ]

@@ -102,8 +102,8 @@ def groups_table(profile: Profile, plan: EditPlan, built: "Built | None") -> Tab
         "block; experts; made of several; of how many at most; "
         "choices of an expert that joined another::.2%; router rows::.4f"
     )
-    judged = built.judged if built else None
-    noun = "questions that judge" if judged is None else judged.noun
+    scored_on = built.scored_on if built else None
+    noun = "questions that judge" if scored_on is None else scored_on.noun
     note = (
         "router rows: 1 − Σ error² / Σ spread² of merged experts' logits against the one that "
         f"keeps their members' mass, on {noun}; 1 is exact."
@@ -151,7 +151,7 @@ def healing_sentences(healed: "Healed") -> list[str]:
         *map(dropped_sentence, read.dropped),
     ]
     if not healed.plan.proof.held_out:
-        sentences.append("The new checkpoint was not asked any question.")
+        sentences.append("The new checkpoint was not scored on any question.")
     return sentences
 
 
@@ -269,16 +269,16 @@ def proof_tables(built: "Built") -> list[Table]:
             "layer; fit::.4f; fit, answer positions::.4f; v·h, answer positions; v·h, elsewhere"
         )
         target = "1 at answer positions and 0 elsewhere, both weighing the same"
-        noun = "held-out questions" if built.judged is None else built.judged.noun
+        noun = "held-out questions" if built.scored_on is None else built.scored_on.noun
         note = (
             f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
             f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
         )
         tables.append(Table("The bias as a gate row", fit_heads, rows, note))
-    if built.proof is None or built.judged is None:
+    if built.proof is None or built.scored_on is None:
         return tables
     heads = "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers; questions"
-    tables.append(Table(built.judged.title, columns(heads), shift_rows(built.proof.held_out)))
+    tables.append(Table(built.scored_on.title, columns(heads), shift_rows(built.proof.held_out)))
     if built.proof.outcomes:
         title = f"Where the bias acts ({built.proof.held_out_split})"
         note = "Carried out at run time, in the unedited model, but for the last row."
@@ -305,8 +305,8 @@ def _forms_table(title: str, result: HeldOutResult, flipped: str, note: str) -> 
 def proof_sentences(built: "Built") -> list[str]:
     """Whether layout exact keeps untouched questions bit-equal, or why nothing was checked."""
     if built.proof is None:
-        why = f": {built.why_unjudged}" if built.why_unjudged else ""
-        return [f"The new checkpoint was not asked any question{why}."]
+        why = f": {built.why_unscored}" if built.why_unscored else ""
+        return [f"The new checkpoint was not scored on any question{why}."]
     alone = built.proof.alone
     if alone is None:
         return []
@@ -336,7 +336,7 @@ def adapter_sentences(built: "Built") -> list[str]:
     *done, last = [
         "chosen",
         *(["what was fitted is fitted"] if is_fitted else []),
-        *([f"{built.judged.noun.removeprefix('the ')} asked"] if built.judged else []),
+        *([f"{built.scored_on.noun.removeprefix('the ')} asked"] if built.scored_on else []),
     ]
     return [
         f"The adapter {plan.adapter.path} is cut to fit, in {built.folder / 'adapter'}; experts "
@@ -387,7 +387,7 @@ def scale_sentences(
         number = (numbers or ExpertIds()).number(scaling.block, scaling.expert)
         text = (
             f"The gate weight of expert {number} of layer {scaling.layer} is multiplied by "
-            f"{scaling.scale:g}; in its own layer who is chosen stays"
+            f"{scaling.scale:g}; routing in its own layer is unchanged"
         )
         if shares := _shares(scaling.layer, number, built):
             noun, share = shares
@@ -398,6 +398,6 @@ def scale_sentences(
 
 def _shares(layer: int, expert: int, built: "Built | None") -> tuple[str, ExpertShares] | None:
     """What the questions may be called, and the share of them that an expert serves."""
-    if built is None or built.proof is None or built.judged is None:
+    if built is None or built.proof is None or built.scored_on is None:
         return None
-    return built.judged.noun, built.proof.share(layer, expert)
+    return built.scored_on.noun, built.proof.share(layer, expert)

@@ -21,7 +21,7 @@ from expertcut.reporting.page_sections import (
 )
 from expertcut.reporting.plots import Curves, Heat, Series, rounded, span, spread
 from expertcut.reporting.tables import Column, Table, printable
-from expertcut.reporting.views import Found, Run
+from expertcut.reporting.views import NamedDocument, Run
 
 _MAPS = (
     ("appearances", "Appearances", ".1%", "Share of questions that chose the expert to answer."),
@@ -41,10 +41,10 @@ _FIGURES = (
 def expert_sections(run: Run) -> list[Section]:
     """Experts, routing and suspects of each profile."""
     sections: list[Section] = []
-    for found in run.profiles:
-        key = key_of(found.name, [s.key.removesuffix("-experts") for s in sections])
-        of = f": {found.name}" if len(run.profiles) > 1 else ""
-        findings, experts = found.content, tables.experts_csv(found.content)
+    for profile in run.profiles:
+        key = key_of(profile.name, [s.key.removesuffix("-experts") for s in sections])
+        of = f": {profile.name}" if len(run.profiles) > 1 else ""
+        findings, experts = profile.content, tables.experts_csv(profile.content)
         quiz, counts = findings.profile.info.quiz, findings.counts
         n_right, n_questions = int(counts.right_S.sum()), int(counts.questions_S.sum())
         summary = (
@@ -52,7 +52,7 @@ def expert_sections(run: Run) -> list[Section]:
             f"{n_right:,} of them ({n_right / n_questions:.2%}) answered right. Layers are MoE "
             "layers, counted from 0."
         )
-        explorer = Explorer(key, _maps(findings, key), _data(run, found, experts), experts)
+        explorer = Explorer(key, _maps(findings, key), _data(run, profile, experts), experts)
         sections += [
             Section(f"{key}-experts", f"Experts{of}", [Text(summary), explorer]),
             Section(f"{key}-suspects", f"Suspects{of}", [tables.suspects_table(findings)]),
@@ -61,15 +61,15 @@ def expert_sections(run: Run) -> list[Section]:
     return sections
 
 
-def _maps(found: Findings, key: str) -> tuple[Heat, ...]:
+def _maps(findings: Findings, key: str) -> tuple[Heat, ...]:
     maps = []
     for name, title, spec, note in _MAPS:
-        values = [getattr(layer, f"{name}_E") for layer in found.layers]
+        values = [getattr(layer, f"{name}_E") for layer in findings.layers]
         if any(value is None for value in values):
             continue
         rows = tuple(np.asarray(value, dtype=float) for value in values)
         # Of the experts in at least 1 % of questions: else one question would set the colours.
-        pairs = zip(found.layers, rows, strict=True)
+        pairs = zip(findings.layers, rows, strict=True)
         common = [row[layer.appearances_E >= tables.MIN_APPEARANCES] for layer, row in pairs]
         is_load = name == "tokens"
         low, high = span(rows if is_load or not any(map(len, common)) else common)
@@ -80,13 +80,13 @@ def _maps(found: Findings, key: str) -> tuple[Heat, ...]:
     return tuple(maps)
 
 
-def _data(run: Run, found: Found[Findings], experts: Table) -> dict[str, Any]:
-    counts, names = found.content.counts, [column.name for column in experts.columns]
+def _data(run: Run, document: NamedDocument[Findings], experts: Table) -> dict[str, Any]:
+    counts, names = document.content.counts, [column.name for column in experts.columns]
     values: dict[str, Any] = dict(zip(names, zip(*experts.rows, strict=True), strict=True))
     return {
         "layers": [
             {"layer": x.layer, "block": x.block, "experts": x.n_experts, "top_k": x.top_k}
-            for x in found.content.layers
+            for x in document.content.layers
         ],
         "figures": {name: rounded(values[name]) for name in _FIGURES},
         "subjects": {
@@ -96,21 +96,21 @@ def _data(run: Run, found: Found[Findings], experts: Table) -> dict[str, Any]:
             "activated": counts.activated_SX.tolist(),
             "activated_right": counts.activated_right_SX.tolist(),
         },
-        "marks": _marks(run, found),
-        "suspect": next(iter(found.content.significance.suspects), None),
+        "marks": _marks(run, document),
+        "suspect": next(iter(document.content.significance.suspects), None),
     }
 
 
-def _marks(run: Run, found: Found[Findings]) -> list[dict[str, Any]]:
+def _marks(run: Run, document: NamedDocument[Findings]) -> list[dict[str, Any]]:
     """What each plan that was made from this profile removes and tilts, by places in X."""
     marks = []
     for plan in run.plans:
         profile = run.profile_of(plan.content)
-        edits = edits_of(plan.content, found.content) if profile is found else None
+        edits = edits_of(plan.content, document.content) if profile is document else None
         if edits is None:
             continue
         removed, tilted, start = [], [], 0
-        for layer in found.content.layers:
+        for layer in document.content.layers:
             edit = edits[layer.block]
             removed += [start + expert for expert in edit.removed(layer.n_experts)]
             tilted += [start + expert for expert in edit.tilted]
@@ -120,17 +120,17 @@ def _marks(run: Run, found: Found[Findings]) -> list[dict[str, Any]]:
     return marks
 
 
-def _routing(found: Findings, key: str) -> list[Part]:
-    layers = found.layers
-    paper_tables = tables.profile_tables(found.profile, layers)
+def _routing(findings: Findings, key: str) -> list[Part]:
+    layers = findings.layers
+    paper_tables = tables.profile_tables(findings.profile, layers)
     return [
         _entropy(f"{key}-entropy-top", "Entropy of the chosen experts", layers, "top", "top_k"),
         _entropy(f"{key}-entropy-all", "Entropy over all experts", layers, "all", "n_experts"),
         _ranks(layers, key),
         *([_rank_map(layers, key)] if len(layers) > 2 else []),
-        *tables.perturbation_tables(found),
-        *rows_tables(found.profile),
-        Folded("Gate margins", [tables.margins_table(found)]),
+        *tables.perturbation_tables(findings),
+        *rows_tables(findings.profile),
+        Folded("Gate margins", [tables.margins_table(findings)]),
         Folded("Tables 1 to 7 of the paper (arXiv 2502.17187)", paper_tables),
     ]
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from expertcut.edits.plan import BlockEdit, PlanFile, Point
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
-from expertcut.edits.splits import read_judged
+from expertcut.edits.splits import read_scored_split
 from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import ModelResult, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
@@ -20,7 +20,14 @@ from expertcut.profiling.schema import BlockInfo, QuizInfo
 from expertcut.reporting import edit_tables, eval_tables
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.tables import Cell, Column, Table, columns
-from expertcut.reporting.views import MANIFEST_FILE, RUN_FILE, Found, Run, notes_in, recipe_in
+from expertcut.reporting.views import (
+    MANIFEST_FILE,
+    RUN_FILE,
+    NamedDocument,
+    Run,
+    notes_in,
+    recipe_in,
+)
 from expertcut.stats import wilson_interval
 
 Rows = list[tuple[str, str | None]]
@@ -103,10 +110,13 @@ def accuracies(name: str, scored: Sequence[ModelResult | SweepCell | Point | Non
 
 
 def _sections(
-    title: str, found: Iterable[Found[T]], prefix: str, parts: Callable[[Found[T], str], list[Part]]
+    title: str,
+    documents: Iterable[NamedDocument[T]],
+    prefix: str,
+    parts: Callable[[NamedDocument[T], str], list[Part]],
 ) -> list[Section]:
     sections: list[Section] = []
-    for document in found:
+    for document in documents:
         key = key_of(f"{prefix}{document.name}", [section.key for section in sections])
         sections.append(Section(key, f"{title}: {document.name}", parts(document, key)))
     return sections
@@ -138,16 +148,16 @@ def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
     )
 
 
-def edits_of(plan: PlanFile, found: Findings) -> dict[str, BlockEdit] | None:
+def edits_of(plan: PlanFile, findings: Findings) -> dict[str, BlockEdit] | None:
     """A plan by rows of a profile; None where the profile is of another cut of the model."""
-    blocks = found.profile.info.model.blocks
+    blocks = findings.profile.info.model.blocks
     by_row = {b.name: rows_of(plan.blocks[b.name], b) for b in blocks if b.name in plan.blocks}
     edits = {name: edit for name, edit in by_row.items() if edit is not None}
     return edits if len(edits) == len(blocks) else None
 
 
-def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
-    plan, profile = found.content, run.profile_of(found.content)
+def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[Part]:
+    plan, profile = document.content, run.profile_of(document.content)
     parts: list[Part] = [Text(_in_words(plan))]
     if profile and (edits := edits_of(plan, profile.content)) is not None:
         traffic = removed_traffic(profile.content.profile, edits)
@@ -160,10 +170,10 @@ def _plan_parts(run: Run, found: Found[PlanFile], key: str) -> list[Part]:
         parts += [_curve(plan.tuning, key), Folded("Every try", [tries])]
     if plan.proof.held_out:
         heads = "against; largest |Δ log p|::.4f; median::.4f; flipped answers::,d; questions::,d"
-        title = read_judged(plan, found.file.parent).title
+        title = read_scored_split(plan, document.file.parent).title
         parts.append(Table(title, columns(heads), edit_tables.shift_rows(plan.proof.held_out)))
     for proof in run.proofs:
-        if proof.file.parent == found.file.parent:
+        if proof.file.parent == document.file.parent:
             parts += _proof_parts(proof.content)
     return [*parts, Folded("Every block of the plan", [eval_tables.plan_table(plan)])]
 
@@ -368,8 +378,8 @@ def provenance_sections(run: Run) -> list[Section]:
     return [Section("provenance", "Where the numbers come from", parts)]
 
 
-def _profile(found: Findings, notes: Mapping[str, Any]) -> Rows:
-    info = found.profile.info
+def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
+    info = findings.profile.info
     model, quiz, settings = info.model, info.quiz, info.settings
     hashes = {name: subject.content_hash for name, subject in quiz.subjects.items()}
     return [

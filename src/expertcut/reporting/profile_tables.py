@@ -28,10 +28,10 @@ _FROM_0 = "Layers are MoE layers, counted from 0."
 _ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
 
 
-def answered_sentence(folder: Path, found: Answers) -> str:
+def answered_sentence(folder: Path, answers: Answers) -> str:
     """What a profile was made of, and how the model did."""
-    asked = f"{len(found.answer_N):,} questions, accuracy {found.accuracy:.2%}"
-    return f"{folder}: {asked}{cut_text(found.n_cut)}"
+    asked = f"{len(answers.answer_N):,} questions, accuracy {answers.accuracy:.2%}"
+    return f"{folder}: {asked}{cut_text(answers.n_cut)}"
 
 
 def cut_text(n_cut: int | None) -> str:
@@ -105,9 +105,9 @@ def _expert_table(layer: LayerStatistics) -> Table:
     return Table(title, heads, rows, "Tokens count every prompt token, shots included.")
 
 
-def suspects_table(found: Findings) -> Table:
+def suspects_table(findings: Findings) -> Table:
     """The experts whose questions went worst against others of their subjects."""
-    tested = found.significance
+    tested = findings.significance
     rows = [
         [
             *(row[name] for name in ("layer", "expert", "appearances", "accuracy")),
@@ -115,27 +115,27 @@ def suspects_table(found: Findings) -> Table:
             *(100 * row["difference"], 100 * row["difference_se"]),
             *(row[name] for name in ("z", "p", "p_adjusted", "p_family")),
         ]
-        for row in suspects_json(found)[:10]
+        for row in suspects_json(findings)[:10]
     ]
     heads = columns(
         "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f; "
         "± SE::.1f; z::+.2f; p::.2g; p, adjusted::.2g; p, family-wise::.2g"
     )
     note = (
-        f"By z, the most harmful first; {tested.n_tests:,} of {len(found.places):,} experts could "
-        "be tested. The difference is to questions of the same subjects that did not activate the "
-        "expert. Adjusted: Benjamini–Hochberg. Family-wise: the largest |z| of "
+        f"By z, the most harmful first; {tested.n_tests:,} of {len(findings.places):,} experts "
+        "could be tested. The difference is to questions of the same subjects that did not "
+        "activate the expert. Adjusted: Benjamini–Hochberg. Family-wise: the largest |z| of "
         f"{tested.permutations:,} permutations of correctness within subjects. {_FROM_0}"
     )
     return Table("Suspects: experts whose questions are answered worse", heads, rows, note)
 
 
-def margins_table(found: Findings) -> Table:
+def margins_table(findings: Findings) -> Table:
     """How far the last chosen expert is ahead of the next, layer by layer."""
     rows: list[list[Cell]] = []
     reasons: dict[str, list[int]] = {}
     parts = {"mean": "mean", "q05": "5 %", "median": "median", "q95": "95 %"}
-    for layer, margin in enumerate(found.margins):
+    for layer, margin in enumerate(findings.margins):
         shown = margin_json(margin)
         p, logit = shown["margin_probability"] or {}, shown["margin_logit"] or {}
         below = [item["share"] for item in shown["margin_below"] or []]
@@ -154,9 +154,9 @@ def margins_table(found: Findings) -> Table:
     return Table("Gate margins at the answer position", heads, rows, " ".join(notes))
 
 
-def perturbation_tables(found: Findings) -> list[Table]:
+def perturbation_tables(findings: Findings) -> list[Table]:
     """What moved when the questions were asked otherwise; nothing where they were not."""
-    if not found.perturbations:
+    if not findings.perturbations:
         return []
     keys = (
         *("kind", "accuracy", "flipped", "mean_abs_logprob_diff", "max_abs_logprob_diff"),
@@ -169,25 +169,25 @@ def perturbation_tables(found: Findings) -> list[Table]:
     note = "Correlations are Spearman's, with the smallest margin of any layer."
     by_layer = [
         [p["kind"], layer["layer"], layer["changed"], layer["margin_changed_correlation"]]
-        for p in found.perturbations
+        for p in findings.perturbations
         for layer in p["layers"]
     ]
     layer_heads = columns(
         "asked again with; layer; another set chosen::.2%; margin and change::+.2f"
     )
-    rows = [[p[key] for key in keys] for p in found.perturbations]
+    rows = [[p[key] for key in keys] for p in findings.perturbations]
     return [
         Table("Perturbations", heads, rows, note),
         Table("Perturbations, layer by layer", layer_heads, by_layer, _FROM_0),
     ]
 
 
-def subject_tables(found: Findings) -> list[Table]:
+def subject_tables(findings: Findings) -> list[Table]:
     """Every subject's accuracy and gate, and the experts in at least 1 % of its questions."""
     moments = ("entropy_top_mean", "entropy_top_std", "entropy_all_mean", "entropy_all_std")
     routing: list[list[Cell]] = []
     experts: list[list[Cell]] = []
-    for subject in subjects_json(found.counts, found.layers):
+    for subject in subjects_json(findings.counts, findings.layers):
         for layer in subject["layers"]:
             ranks = " ".join(f"{p:.3f}" for p in layer["rank_probability_mean"])
             own = (subject[name] for name in ("subject", "questions", "accuracy"))
@@ -209,10 +209,10 @@ def subject_tables(found: Findings) -> list[Table]:
     ]
 
 
-def experts_csv(found: Findings) -> Table:
+def experts_csv(findings: Findings) -> Table:
     """Every expert of every layer, one row each, for a data frame; intervals as two columns."""
     rows: list[dict[str, Any]] = []
-    for layer in layers_json(found):
+    for layer in layers_json(findings):
         for expert in layer["expert"]:
             row = {"layer": layer["layer"], "block": layer["block"]}
             for name, value in expert.items():
@@ -224,11 +224,11 @@ def experts_csv(found: Findings) -> Table:
     return Table("experts", tuple(map(Column, rows[0])), [list(row.values()) for row in rows])
 
 
-def subjects_csv(found: Findings) -> Table:
+def subjects_csv(findings: Findings) -> Table:
     """Every expert of every layer for every subject, one row each."""
     rows = [
         [subject["subject"], subject["questions"], layer["layer"], expert, *pair]
-        for subject in subjects_json(found.counts, found.layers)
+        for subject in subjects_json(findings.counts, findings.layers)
         for layer in subject["layers"]
         for expert, pair in enumerate(_pairs(layer))
     ]
@@ -240,84 +240,84 @@ def _pairs(layer: dict[str, Any]) -> list[tuple[float, float | None]]:
     return list(zip(layer["appearances"], layer["expert_accuracy"], strict=True))
 
 
-def criteria_tables(found: Compared) -> list[Table]:
+def criteria_tables(compared: Compared) -> list[Table]:
     """How far criteria agree, and the ranks that they give in the first and the last layer."""
     agreement: list[list[Cell]] = [
-        [name, *[or_none(found.agreement(name, other)) for other in found.names]]
-        for name in found.names
+        [name, *[or_none(compared.agreement(name, other)) for other in compared.names]]
+        for name in compared.names
     ]
-    n_layers = len(found.layers)
+    n_layers = len(compared.layers)
     note = f"Spearman's correlation of scores within a layer, its mean over {n_layers} layers."
-    if left_out := "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items()):
+    if left_out := "; ".join(f"{name}: {reason}" for name, reason in compared.left_out.items()):
         note += f" Left out: {left_out}."
-    heads = (Column("criterion"), *[Column(name, ".2f") for name in found.names])
+    heads = (Column("criterion"), *[Column(name, ".2f") for name in compared.names])
     return [
         Table("How far criteria agree", heads, agreement, note),
-        *[_criteria_ranks(found, layer) for layer in dict.fromkeys((0, n_layers - 1))],
-        *rows_tables(found.profile),
+        *[_criteria_ranks(compared, layer) for layer in dict.fromkeys((0, n_layers - 1))],
+        *rows_tables(compared.profile),
     ]
 
 
-def criteria_csv(found: Compared) -> Table:
+def criteria_csv(compared: Compared) -> Table:
     """One row for each expert of each layer: score and rank by each criterion."""
-    heads = [Column(f"{name}_{what}") for name in found.names for what in ("score", "rank")]
+    heads = [Column(f"{name}_{what}") for name in compared.names for what in ("score", "rank")]
     rows: list[list[Cell]] = []
-    for layer, expert, scores, ranks in _expert_scores(found):
-        cells = [cell for name in found.names for cell in (scores[name], ranks[name])]
+    for layer, expert, scores, ranks in _expert_scores(compared):
+        cells = [cell for name in compared.names for cell in (scores[name], ranks[name])]
         rows.append([layer, expert, *cells])
     return Table("Criteria", (Column("layer"), Column("expert"), *heads), rows)
 
 
-def criteria_json(found: Compared) -> dict[str, Any]:
+def criteria_json(compared: Compared) -> dict[str, Any]:
     """Scores, ranks and rank correlations of all layers, and what could not be answered."""
     layers: list[dict[str, Any]] = [
         {"layer": x.layer, "block": x.block, "super_experts": list(own), "expert": []}
-        for x, own in zip(found.layers, _supers(found), strict=True)
+        for x, own in zip(compared.layers, _supers(compared), strict=True)
     ]
-    for layer, expert, scores, ranks in _expert_scores(found):
+    for layer, expert, scores, ranks in _expert_scores(compared):
         layers[layer]["expert"].append({"expert": expert, "scores": scores, "ranks": ranks})
     return {
-        "criteria": list(found.names),
-        "left_out": dict(found.left_out),
+        "criteria": list(compared.names),
+        "left_out": dict(compared.left_out),
         "spearman": [
             {
                 "criteria": [a, b],
-                "mean": or_none(found.agreement(a, b)),
-                "layers": [or_none(value) for value in found.correlations(a, b)],
+                "mean": or_none(compared.agreement(a, b)),
+                "layers": [or_none(value) for value in compared.correlations(a, b)],
             }
-            for a, b in combinations(found.names, 2)
+            for a, b in combinations(compared.names, 2)
         ],
         "layers": layers,
     }
 
 
 def _expert_scores(
-    found: Compared,
+    compared: Compared,
 ) -> list[tuple[int, int, dict[str, float | None], dict[str, int]]]:
     """Layer, expert, scores and ranks by criterion; a score that is undefined is None."""
     return [
         (
             layer.layer,
             expert,
-            {name: or_none(found.scores[name][layer.layer][expert]) for name in found.names},
-            {name: int(found.ranks[name][layer.layer][expert]) for name in found.names},
+            {name: or_none(compared.scores[name][layer.layer][expert]) for name in compared.names},
+            {name: int(compared.ranks[name][layer.layer][expert]) for name in compared.names},
         )
-        for layer in found.layers
+        for layer in compared.layers
         for expert in range(layer.n_experts)
     ]
 
 
-def _criteria_ranks(found: Compared, index: int) -> Table:
-    layer, supers = found.layers[index], _supers(found)[index]
+def _criteria_ranks(compared: Compared, index: int) -> Table:
+    layer, supers = compared.layers[index], _supers(compared)[index]
     rows: list[list[Cell]] = []
-    for expert in np.argsort(found.ranks[found.names[0]][index]):  # the best first
-        ranks = [int(found.ranks[name][index][expert]) for name in found.names]
+    for expert in np.argsort(compared.ranks[compared.names[0]][index]):  # the best first
+        ranks = [int(compared.ranks[name][index][expert]) for name in compared.names]
         rows.append([int(expert), *ranks, "super" if expert in supers else ""])
-    heads = tuple(map(Column, ("expert", *found.names, "protected")))
+    heads = tuple(map(Column, ("expert", *compared.names, "protected")))
     title = f"Ranks of the experts of layer {layer.layer} by each criterion, 1 is kept longest"
     return Table(title, heads, rows, _FROM_0)
 
 
-def _supers(found: Compared) -> list[tuple[int, ...]]:
-    is_known = found.layers[0].over_tokens is not None
-    return super_experts(found.profile) if is_known else [()] * len(found.layers)
+def _supers(compared: Compared) -> list[tuple[int, ...]]:
+    is_known = compared.layers[0].over_tokens is not None
+    return super_experts(compared.profile) if is_known else [()] * len(compared.layers)

@@ -50,7 +50,7 @@ Document = TypeVar("Document", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
+class NamedDocument(Generic[T]):
     """A file of a run, its name in the page, and its content."""
 
     file: Path
@@ -63,14 +63,14 @@ class Run:
     """All documents under a path, sorted by name."""
 
     path: Path
-    profiles: list[Found[Findings]]
-    plans: list[Found[PlanFile]]
-    proofs: list[Found[CrossFitResult]]
-    results: list[Found[Results]]
-    sweeps: list[Found[Sweep]]
-    audits: list[Found[Audit]]
+    profiles: list[NamedDocument[Findings]]
+    plans: list[NamedDocument[PlanFile]]
+    proofs: list[NamedDocument[CrossFitResult]]
+    results: list[NamedDocument[Results]]
+    sweeps: list[NamedDocument[Sweep]]
+    audits: list[NamedDocument[Audit]]
 
-    def profile_of(self, plan: PlanFile) -> Found[Findings] | None:
+    def profile_of(self, plan: PlanFile) -> NamedDocument[Findings] | None:
         """The profile that a plan was chosen on, or another of its model."""
         infos = [(found, found.content.profile.info) for found in self.profiles]
         same = [(f, i.quiz) for f, i in infos if i.model.fingerprint == plan.model.fingerprint]
@@ -88,8 +88,8 @@ def gather(path: Path) -> Run:
             "checkpoint with one, or results.json"
         )
 
-    def read(kind: str, load: Callable[[Path], T]) -> list[Found[T]]:
-        return [Found(f, _name(f, path), load(f)) for f in files if _kind(f) == kind]
+    def read(kind: str, load: Callable[[Path], T]) -> list[NamedDocument[T]]:
+        return [NamedDocument(f, _name(f, path), load(f)) for f in files if _kind(f) == kind]
 
     return Run(
         path=path,
@@ -205,19 +205,19 @@ def _document(path: Path) -> Shown:
     )
 
 
-def _profile(found: Findings, by_subject: bool) -> Shown:
+def _profile(findings: Findings, by_subject: bool) -> Shown:
     def tables() -> list[Table]:
         return [
-            *profile_tables.profile_tables(found.profile, found.layers),
-            profile_tables.suspects_table(found),
-            profile_tables.margins_table(found),
-            *profile_tables.perturbation_tables(found),
-            *(profile_tables.subject_tables(found) if by_subject else []),
-            *rows_tables(found.profile),
+            *profile_tables.profile_tables(findings.profile, findings.layers),
+            profile_tables.suspects_table(findings),
+            profile_tables.margins_table(findings),
+            *profile_tables.perturbation_tables(findings),
+            *(profile_tables.subject_tables(findings) if by_subject else []),
+            *rows_tables(findings.profile),
         ]
 
     flat = profile_tables.subjects_csv if by_subject else profile_tables.experts_csv
-    return Shown(tables, lambda: flat(found), lambda: findings_json(found))
+    return Shown(tables, lambda: flat(findings), lambda: findings_json(findings))
 
 
 def _shown(
