@@ -637,7 +637,7 @@ def test_experts_of_a_cut_model_are_called_by_their_first_numbers():
     start = "The gate weight of expert 40 of layer 3 is multiplied by 1.5; routing in its"
     assert scale_sentences([scaling], None, numbers) == [f"{start} own layer is unchanged."]
     assert scale_sentences([scaling], built(), numbers) == [
-        f"{start} chosen stays, and it serves 12.5% of held-out questions."
+        f"{start} own layer is unchanged, and it serves 12.5% of held-out questions."
     ]
 
 
