@@ -12,6 +12,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import csv
+import gc
 
 import pytest
 import torch
@@ -110,6 +111,9 @@ DENSE_FIRST: dict[str, dict[str, object]] = {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     },
 }
+# A family of each form in which experts are stored: by projection, as w1 to w3, fused with biases,
+# fused without.
+STORAGE_FORMS = ("olmoe", "mixtral", "gpt_oss", "granitemoe")
 
 
 def pytest_configure() -> None:
@@ -251,3 +255,9 @@ def real_tokenizer() -> Path:
     if not folder.is_dir():
         pytest.skip("the real OLMoE tokenizer is not here (../shared/data/olmoe)")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: not to be searched for garbage again by every collection."""
+    gc.collect()
+    gc.freeze()

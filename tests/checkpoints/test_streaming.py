@@ -25,7 +25,7 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MoeModel
 from expertcut.models.safetensors_index import StoredTensor, read_headers, read_stored
 from expertcut.models.validate import EXPERT_COUNT_FIELDS
-from tests.conftest import FAMILIES, open_model
+from tests.conftest import FAMILIES, STORAGE_FORMS, open_model
 from tests.support.loaded_stock import apply_stock
 from tests.support.rewrites import Fitted, stock_rewrite
 
@@ -40,6 +40,7 @@ EDITS = {
     "tilted": (BlockEdit(keep=ALL, bias={5: 1.25, 2: -0.4}), BlockEdit(keep=ALL)),
     "scaled": (BlockEdit(keep=ALL), BlockEdit(keep=ALL, scale={6: 0.3})),
 }
+ALL_AT_ONCE = "cut, scaled and tilted"
 Checkpoints = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
 
@@ -105,8 +106,11 @@ def assert_same(found: Tensors, wanted: Tensors) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", EDITS)
-@pytest.mark.parametrize("family", FAMILIES)
+# All at once in every family, one by one in each form in which experts are stored.
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(f, k) for f in FAMILIES for k in EDITS if k == ALL_AT_ONCE or f in STORAGE_FORMS],
+)
 def test_a_streamed_stock_export_equals_the_one_through_the_model_bit_by_bit(
     stored_as: Callable[..., Path], tmp_path: Path, family: str, kind: str
 ) -> None:
@@ -135,7 +139,7 @@ def test_many_files_in_and_out_hold_the_same_tensors_as_one(
     source = stored_as(family, shard_size="30KB")
     assert len(list(source.glob("*.safetensors"))) > 2
     moe = open_model(source, dtype="stored")
-    rewrite = stock_rewrite(read_headers(source), *edits_of(moe, "cut, scaled and tilted"))
+    rewrite = stock_rewrite(read_headers(source), *edits_of(moe, ALL_AT_ONCE))
     write_checkpoint(source, tmp_path / "one", rewrite)
     write_checkpoint(source, tmp_path / "many", rewrite, max_shard_bytes=20_000)
     one, many = weights(tmp_path / "one"), weights(tmp_path / "many")

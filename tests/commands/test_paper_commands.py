@@ -272,6 +272,7 @@ def test_the_boost_says_in_words_what_it_did(paper: Paper) -> None:
     assert all(form in said for form in forms)
 
 
+@pytest.mark.slow
 def test_they_give_the_same_bytes_offline_from_the_cache(paper: Paper, tmp_path: Path) -> None:
     folder = tmp_path / "offline"
     folder.mkdir()

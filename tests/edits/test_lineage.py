@@ -197,7 +197,7 @@ def test_a_fingerprint_is_read_once_while_nothing_changes(
 ) -> None:
     before = fingerprint_of(own / "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_dir, "_hash", None)  # would fail
+        patch.setattr(checkpoint_dir.hashlib, "file_digest", None)  # would fail
         assert fingerprint_of(own / "cut") == before
     config = own / "cut" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()), indent=7))

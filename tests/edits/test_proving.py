@@ -253,10 +253,10 @@ def test_shuffled_labels_give_no_evidence() -> None:
 
     rng = np.random.default_rng(0)
     verdicts = Counter()
-    for seed in range(50):
+    for seed in range(30):
         answer_N = rng.permutation(made.records.answer_N)
         shuffled = replace(made.records, answer_N=answer_N)
         outcome = cross_fit(shuffled, procedure, ask, draws=24, seed=seed)
         result = cross_fit_result(outcome, "-", quiz="made up", split="val", seed=seed)
         verdicts[result.verdict] += 1
-    assert verdicts["no evidence"] >= 45, verdicts
+    assert verdicts["no evidence"] >= 27, verdicts

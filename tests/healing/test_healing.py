@@ -52,12 +52,12 @@ def test_a_cut_model_comes_back_toward_its_base(tmp_path: Path) -> None:
     folder = cut(BUNDLED, quiz, tmp_path)
     settings = settings_for(quiz, shots=0, limit=8, steps=10, batch=12, check_every=5, verify=True)
     found = healed(folder, settings, tmp_path / "out")
-    assert found.objective == "distill" and found.verdict is not None
+    assert found.objective == "distill" and found.plan.proof is not None
     by_step = dict(found.curve.held_out)
     assert by_step[found.curve.best_step] < 0.6 * found.curve.losses[0]
-    to_base, to_cut = found.verdict.held_out
+    to_base, to_cut = found.plan.proof.held_out
     assert (to_base.against, to_cut.against) == (BASE, BEFORE)
-    forms = {outcome.form: outcome for outcome in found.verdict.outcomes}
+    forms = {outcome.form: outcome for outcome in found.plan.proof.outcomes}
     assert forms[HEALED].right_logprob > forms[BEFORE].right_logprob + 0.1
     assert forms[HEALED].flipped < forms[BEFORE].flipped
 

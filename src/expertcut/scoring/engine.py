@@ -127,8 +127,9 @@ def _watching(moe: MoeModel) -> Iterator[list[str]]:
     def note(name: str, module: nn.Module, _args: Any, output: Any) -> None:
         parts = output if isinstance(output, (tuple, list)) else [output]
         tensors = [part for part in parts if isinstance(part, Tensor)]
-        is_router = id(module) in routers  # logits of masked experts are −inf
-        if not all((t.isfinite() | (t.isneginf() & is_router)).all() for t in tensors):
+        if id(module) in routers:  # logits of masked experts are −inf
+            tensors = [t.nan_to_num(torch.nan, torch.inf, neginf=0.0) for t in tensors]
+        if not all(tensor.isfinite().all() for tensor in tensors):
             seen.append(name)
 
     with ExitStack() as stack:
