@@ -650,10 +650,10 @@ def test_experts_of_a_cut_model_are_called_by_their_first_numbers():
     boost = RouterEdit(3, 12, 0.0856, block="model.layers.3.mlp", origin="given")
     assert tilt_sentences([boost], None, numbers)[0].startswith("Expert 40 of layer 3 is boosted")
     scaling = RouterEdit(3, 12, scale=1.5, block="model.layers.3.mlp")
-    start = "The gate weight of expert 40 of layer 3 is multiplied by 1.5; in its own layer who is"
-    assert scale_sentences([scaling], None, numbers) == [f"{start} chosen stays."]
+    start = "The gate weight of expert 40 of layer 3 is multiplied by 1.5; routing in its"
+    assert scale_sentences([scaling], None, numbers) == [f"{start} own layer is unchanged."]
     assert scale_sentences([scaling], built(), numbers) == [
-        f"{start} chosen stays, and it serves 12.5% of held-out questions."
+        f"{start} own layer is unchanged, and it serves 12.5% of held-out questions."
     ]
 
 
