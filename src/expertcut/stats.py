@@ -6,7 +6,7 @@ N are questions, C choices, E experts, B rows that are ranked independently, X r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -18,6 +18,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 LEVEL = 0.05
+_Z90 = 1.2815515655446004
+Verdict = Literal["better", "holds", "worse", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,33 @@ def smallest_effect(gained: int, lost: int, n: int) -> float:
     """
     delta = (gained - lost) / n
     return max(3 / n, 2.8 * math.sqrt(max(0.0, (gained + lost) / n**2 - delta**2 / n)))
+
+
+def verdict(gained: int, lost: int, n: int, margin: float) -> Verdict:
+    """Non-inferiority within a margin (a share of the n questions), by the paired 95 % interval.
+
+    `holds` asks that the interval lies above −margin even with one question more lost: without
+    this correction for counts, up to 2.9 % of evaluations with a true loss of the margin held.
+    """
+    low, high = paired_interval(gained, lost, n)
+    if low > 0:
+        return "better"
+    if paired_interval(gained, min(lost + 1, n - gained), n)[0] > -margin:
+        return "holds"
+    return "worse" if high < 0 else "undecided"
+
+
+def questions_to_hold(gained: int, lost: int, n: int, margin: float) -> int:
+    """Questions, to two digits upwards, with which an edit without effect holds 9 times in 10.
+
+    From the share of questions with other answers, one more than was seen, for few questions show
+    few. Near none, the interval is as wide as if a share `margin` had other answers.
+    """
+    discordance = (gained + lost + 1) / (n + 1)
+    width = Z95 * math.sqrt(max(discordance, margin)) + _Z90 * math.sqrt(discordance)
+    questions = (width / margin) ** 2 + 2 / margin
+    unit = 10 ** (math.floor(math.log10(questions)) - 1)
+    return int(math.ceil(questions / unit) * unit)
 
 
 def logprob_shift(a_NC: Array, b_NC: Array, dtype: Any = None) -> tuple[float, float]:

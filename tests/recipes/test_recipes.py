@@ -258,7 +258,7 @@ def test_a_dry_run_writes_nothing_and_says_why(done: Place) -> None:
     assert done.contents() == before
     shutil.rmtree(done.folder)
     assert done.run(dry_run=True).ran == ALL
-    assert set(done.why.values()) == {"it never ran"}
+    assert set(done.why.values()) == {"not run yet"}
     assert not done.folder.exists()
 
 

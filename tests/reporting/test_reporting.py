@@ -57,6 +57,7 @@ from expertcut.reporting.eval_tables import (
     result_sentences,
     results_csv,
     results_table,
+    verdict_sentences,
 )
 from expertcut.reporting.profile_tables import experts_csv, profile_tables
 from expertcut.reporting.tables import Column, Table, as_csv, as_markdown, as_rich
@@ -364,6 +365,21 @@ def test_an_interval_alone_is_no_evidence():
     text = verdict(delta=2 / 14, ci95=(0.01, 0.28), gained=3, lost=1, mcnemar_p=0.625)
     assert "shows no evidence of a change in accuracy: +14.29 points (3 gained, 1 lost)" in text
     assert "gains" not in text
+
+
+def test_a_verdict_names_the_margin_and_what_would_decide():
+    def said(**changes: Any) -> str:
+        return verdict_sentences(results(model("models/cut"), comparison(**changes)))[0]
+
+    ends = {"delta": -0.05, "ci95": (-0.11, 0.01)}
+    assert said(gained=2, lost=7, **ends) == (
+        "verdict: cut is undecided at a margin of 1 point: -5.00 points (95 % interval -11.00 to "
+        "+1.00); about 11,000 questions would decide"
+    )
+    assert said(gained=20, lost=1, delta=0.19, ci95=(0.1, 0.3)).startswith(
+        "verdict: cut is better than the base: +19.00 points"
+    )
+    assert "worse than the base" in said(gained=1, lost=20, delta=-0.19, ci95=(-0.3, -0.1))
 
 
 def test_models_of_one_name_are_told_apart_by_their_paths():

@@ -4,7 +4,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, BatchSettings, SplitSettings, model_option, output_option
+from expertcut.commands import (
+    JUDGING,
+    SILENT,
+    UI,
+    BatchSettings,
+    SplitSettings,
+    model_option,
+    output_option,
+)
 from expertcut.settings import FilePath, Texts, option
 
 if TYPE_CHECKING:
@@ -27,6 +35,10 @@ class EvalSettings(BatchSettings, SplitSettings):
     out: FilePath = output_option(
         Path("results.json"), "Results file; chunks beside it are resumed.", metavar="FILE"
     )
+    margin: float = option(
+        1.0, "Accepted loss in points of accuracy, for the verdicts.",
+        panel=JUDGING, in_recipe=False, gt=0, le=100,
+    )  # fmt: skip
     lm_eval_json: FilePath | None = output_option(
         None,
         "Write the results in the form of lm-evaluation-harness too, one file per model.",
@@ -40,7 +52,7 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     from expertcut.evaluation.evaluate import check_places, find_models, save, score
     from expertcut.evaluation.results import Scored, Scoring
     from expertcut.profiling.measure import MeasureOptions
-    from expertcut.reporting.eval_tables import result_sentences, results_table
+    from expertcut.reporting.eval_tables import result_sentences, results_table, verdict_sentences
 
     check_places(settings.out, settings.lm_eval_json)
     sources = find_models(settings.models, settings.revision)
@@ -56,5 +68,6 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     if not ui.is_first:
         return None
     results = save(scoring, scored, settings.out, settings.lm_eval_json)
-    ui.say([results_table(results)], [*result_sentences(results), f"written to {settings.out}"])
+    sentences = [*result_sentences(results), *verdict_sentences(results, settings.margin / 100)]
+    ui.say([results_table(results)], [*sentences, f"written to {settings.out}"])
     return results

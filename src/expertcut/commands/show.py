@@ -40,7 +40,7 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
 
     shown = find_shown(settings.path, settings.subjects, settings.criteria)
     if settings.format == "table":
-        ui.say(shown.tables(), [])
+        ui.say(shown.tables(), shown.sentences())
     else:
         ui.text(text_of(shown, settings.format))
     return shown

@@ -218,7 +218,7 @@ class Inputs:
 def reason(run: Path, record: StageRecord | None, inputs: Mapping[str, Any]) -> str:
     """Why a stage has to run, in words; empty if its output is current."""
     if record is None:
-        return "it never ran"
+        return "not run yet"
     pending = [n for n, v in inputs.items() if n.startswith("stage ") and v is None]
     if pending:
         return f"{pending[0].removeprefix('stage ')} runs before it"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -36,6 +36,7 @@ from expertcut.reporting.eval_tables import (
     results_table,
     sweep_csv,
     sweep_table,
+    verdict_sentences,
 )
 from expertcut.reporting.tables import Table
 
@@ -157,6 +158,7 @@ class Shown:
     tables: Callable[[], list[Table]]
     flat: Callable[[], Table]
     json: Callable[[], dict[str, Any]]
+    sentences: Callable[[], list[str]] = list
 
 
 def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) -> Shown:
@@ -233,10 +235,16 @@ def _plan(path: Path) -> Shown:
     return _shown(plan, lambda plan: [plan_table(plan), *tuning, *proof], plan_csv)
 
 
+def _results(path: Path) -> Shown:
+    results = load_results(path)
+    shown = _shown(results, lambda r: [results_table(r)], results_csv)
+    return replace(shown, sentences=lambda: verdict_sentences(results))
+
+
 _VIEWS: dict[str, Callable[[Path], Shown]] = {
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
     SWEEP_FILE: lambda path: _shown(load_sweep(path), lambda s: [sweep_table(s)], sweep_csv),
     AUDIT_FILE: lambda path: _shown(load_audit(path), audit_tables, audit_csv),
-    RESULTS: lambda path: _shown(load_results(path), lambda r: [results_table(r)], results_csv),
+    RESULTS: _results,
 }
