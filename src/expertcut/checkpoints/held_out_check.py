@@ -141,6 +141,23 @@ def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> s
 
 
 @dataclass(frozen=True)
+class AnsweredBoth:
+    """Accuracy of the unedited model and of the checkpoint, and the paired difference."""
+
+    base: float
+    edited: float
+    change: stats.Comparison
+
+
+def answered_both(quiz: Quiz, base_NC: Tensor, edited_NC: Tensor) -> AnsweredBoth:
+    """Compares the answers of both models to the same questions."""
+    answer_N = np.array([question.answer for question in quiz])
+    base_N, edited_N = (a.numpy().argmax(axis=1) == answer_N for a in (base_NC, edited_NC))
+    change = stats.compare(base_N, edited_N)
+    return AnsweredBoth(float(base_N.mean()), float(edited_N.mean()), change)
+
+
+@dataclass(frozen=True)
 class BaseScores:
     """All that the unedited model answers.
 
@@ -205,7 +222,7 @@ def _runtime_forms(
 
 def score_edited(
     engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
-) -> stats.HeldOutResult:
+) -> tuple[stats.HeldOutResult, AnsweredBoth]:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
     numbered, base, reference = _renumbered(plan), before.base, before.reference
     edited = HeldOutScores(engine, quiz, numbered)
@@ -217,7 +234,7 @@ def score_edited(
     if before.run_edited is not None:
         pairs.append(("these against the unedited base", reference, base))
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
-    return stats.HeldOutResult(
+    result = stats.HeldOutResult(
         held_out_split=quiz.split,
         held_out=tuple(compare_logprobs(n, a.logprob_NC, b.logprob_NC) for n, a, b in pairs),
         held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
@@ -228,6 +245,7 @@ def score_edited(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
     )
+    return result, answered_both(quiz, base.logprob_NC, edited.logprob_NC)
 
 
 def _expert_shares(

@@ -1,5 +1,6 @@
 """One file per command, with its settings and its run; here is what several commands share."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -31,6 +32,7 @@ quiz_option = partial(option, panel=QUIZ, in_recipe=False)
 profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
+wide_option = partial(output_option, False, "Print the tables of every layer too.")
 
 
 class UI:
@@ -168,6 +170,14 @@ class ProfiledSettings(ModelSettings):
         ui.say([], [f"{note}."] if note else [])
         return profile
 
+    def say_profile(self, profile: "Profile", ui: UI) -> None:
+        """Names the profile, and newer unfinished ones where it was not named."""
+        from expertcut.profiling.storage import unfinished_after
+        from expertcut.reporting.edit_tables import profile_line
+
+        unfinished = unfinished_after(profile) if self.profile is None else None
+        ui.say([], [profile_line(profile, unfinished)])
+
 
 class CheckpointSettings(ProfiledSettings):
     """How an edited checkpoint is scored, and where it is written."""
@@ -225,6 +235,34 @@ def say_written(
     ui.say(tables.proof_tables(built) if built else [], [*scores, f"written to {folder}"])
     router = tables.tilt_sentences(biases, built, plan.numbers)
     ui.say([], [*router, *tables.scale_sentences(scalings, built, plan.numbers)])
+
+
+def say_result(
+    built: "Built | None", folder: Path, profile: "Profile", sentences: Sequence[str], ui: UI
+) -> None:
+    """Reports a new checkpoint, or with None a plan: size, accuracy, folder, next commands."""
+    from expertcut.checkpoints.build import found_source
+    from expertcut.checkpoints.size import stored_size
+    from expertcut.models.load import Source
+    from expertcut.reporting.edit_tables import outcome_lines
+    from expertcut.reporting.tables import labelled, printable
+
+    lines, model, info = [], profile.info.model.id, profile.info.quiz
+    if built is not None:
+        sizes = (found_source(profile), Source(str(folder), folder))
+        lines = outcome_lines(built, *map(stored_size, sizes))
+    follow = [f"expertcut show {shlex.quote(str(folder))}"]
+    if built is not None:
+        if Path(model).is_relative_to(Path.cwd()):
+            model = str(Path(model).relative_to(Path.cwd()))
+        words = ["expertcut", "eval", model, str(folder)]
+        words += ["--quiz", info.id] if info.id != "mmlu" else []
+        words += ["--shots", str(info.shots)] if info.shots != 5 else []
+        follow.insert(0, shlex.join(words))
+    paragraphs = [labelled("", sentence) for sentence in sentences]
+    heads = ("next", *[""] * len(follow))
+    commands = [f"{head:<10}{printable(line)}" for head, line in zip(heads, follow, strict=False)]
+    ui.say([], [*lines, *paragraphs, f"{'written':<10}{folder}", *commands])
 
 
 def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:

@@ -226,6 +226,19 @@ def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = No
     return max(finished, key=lambda pair: pair[0])[1]
 
 
+def unfinished_after(profile: Profile) -> list[Profile]:
+    """Unfinished profiles in the same folder that were worked on after this one was finished."""
+    files = profile.path.parent.glob("*/profile.json")
+    others = [other for file in files if (other := load_profile(file.parent)).finished_at is None]
+    finished = profile.finished_at or 0.0
+
+    def worked_on(other: Profile) -> float:
+        paths = (other.path / "profile.json", other.path / "chunks")
+        return max(path.stat().st_mtime for path in paths if path.exists())
+
+    return sorted((o for o in others if worked_on(o) > finished), key=lambda o: o.path)
+
+
 def largest_values(profile: Profile) -> list[Array] | None:
     """The largest absolute output (E,) of each expert at any token, per MoE block."""
     if "question_largest_LE" not in profile.chunks[0]:
