@@ -45,7 +45,7 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
 def profile_line(profile: Profile, unfinished: Sequence[Profile] | None) -> str:
     """The profile, its questions and accuracy; `unfinished` ones, where the newest was taken."""
     answers = getattr(profile, "whole", profile).answers
-    newest = "" if unfinished is None else "the newest that is finished: "
+    newest = "" if unfinished is None else "newest; "
     text = (
         f"{profile.path} ({newest}{len(answers.answer_N):,} questions, accuracy "
         f"{percent(answers.accuracy)})"
