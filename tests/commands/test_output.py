@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from expertcut.checkpoints.build import Built
-from expertcut.checkpoints.held_out_check import AnsweredBoth
+from expertcut.checkpoints.held_out_check import Answered
 from expertcut.cli import main
 from expertcut.cli.progress import LastingStream
 from expertcut.data import Selection, load_quiz
@@ -225,7 +225,7 @@ def scored() -> Built:
         flipped=2,
     )
     proof = HeldOutResult(held_out_split="val", held_out=(shift,))
-    both = AnsweredBoth(float(base_N.mean()), float(edited_N.mean()), change)
+    both = Answered(float(base_N.mean()), change)
     return Built(Path("o"), cast(Any, None), [], proof, "", ScoredSplit("val", 8, 0), both)
 
 

@@ -10,12 +10,7 @@ import torch
 
 from expertcut.checkpoints.edit import Calibration, Edit
 from expertcut.checkpoints.export import check_export, edits_of, export
-from expertcut.checkpoints.held_out_check import (
-    AnsweredBoth,
-    BaseScores,
-    score_base,
-    score_edited,
-)
+from expertcut.checkpoints.held_out_check import Answered, BaseScores, score_base, score_edited
 from expertcut.checkpoints.lora import adapter_cut
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
@@ -64,7 +59,7 @@ class Built:
     proof: HeldOutResult | None
     why_unscored: str = ""
     scored_on: ScoredSplit | None = None
-    answered: AnsweredBoth | None = None
+    answered: Answered | None = None
 
 
 def build(

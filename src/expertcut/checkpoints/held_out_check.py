@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -140,21 +141,11 @@ def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> s
     )
 
 
-@dataclass(frozen=True)
-class AnsweredBoth:
-    """Accuracy of the unedited model and of the checkpoint, and the paired difference."""
+class Answered(NamedTuple):
+    """Accuracy of the unedited model, and the paired change to the checkpoint."""
 
     base: float
-    edited: float
     change: stats.Comparison
-
-
-def answered_both(quiz: Quiz, base_NC: Tensor, edited_NC: Tensor) -> AnsweredBoth:
-    """Compares the answers of both models to the same questions."""
-    answer_N = np.array([question.answer for question in quiz])
-    base_N, edited_N = (a.numpy().argmax(axis=1) == answer_N for a in (base_NC, edited_NC))
-    change = stats.compare(base_N, edited_N)
-    return AnsweredBoth(float(base_N.mean()), float(edited_N.mean()), change)
 
 
 @dataclass(frozen=True)
@@ -222,7 +213,7 @@ def _runtime_forms(
 
 def score_edited(
     engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
-) -> tuple[stats.HeldOutResult, AnsweredBoth]:
+) -> tuple[stats.HeldOutResult, Answered]:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
     numbered, base, reference = _renumbered(plan), before.base, before.reference
     edited = HeldOutScores(engine, quiz, numbered)
@@ -245,7 +236,9 @@ def score_edited(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
     )
-    return result, answered_both(quiz, base.logprob_NC, edited.logprob_NC)
+    answer_N = np.array([question.answer for question in quiz])
+    base_N, edited_N = (s.logprob_NC.numpy().argmax(axis=1) == answer_N for s in (base, edited))
+    return result, Answered(float(base_N.mean()), stats.compare(base_N, edited_N))
 
 
 def _expert_shares(

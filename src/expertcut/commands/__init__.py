@@ -14,8 +14,6 @@ from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts,
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
-    from expertcut.edits.plan import EditPlan
-    from expertcut.edits.router_edits import RouterEdit
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.reporting.tables import Table
@@ -220,23 +218,6 @@ class CheckpointSettings(ProfiledSettings):
         return folder
 
 
-def say_written(
-    built: "Built | None",
-    folder: Path,
-    plan: "EditPlan",
-    biases: "Sequence[RouterEdit]",
-    scalings: "Sequence[RouterEdit]",
-    ui: UI,
-) -> None:
-    """Reports the held-out scores of a new checkpoint, or with None that a plan was written."""
-    from expertcut.reporting import edit_tables as tables
-
-    scores = [*tables.proof_sentences(built), *tables.adapter_sentences(built)] if built else []
-    ui.say(tables.proof_tables(built) if built else [], [*scores, f"written to {folder}"])
-    router = tables.tilt_sentences(biases, built, plan.numbers)
-    ui.say([], [*router, *tables.scale_sentences(scalings, built, plan.numbers)])
-
-
 def say_result(
     built: "Built | None", folder: Path, profile: "Profile", sentences: Sequence[str], ui: UI
 ) -> None:
@@ -247,22 +228,17 @@ def say_result(
     from expertcut.reporting.edit_tables import outcome_lines
     from expertcut.reporting.tables import labelled, printable
 
-    lines, model, info = [], profile.info.model.id, profile.info.quiz
+    lines, model, quiz = [], Path(profile.info.model.id), profile.info.quiz
+    show, evaluate = shlex.join(["expertcut", "show", str(folder)]), ""
     if built is not None:
         sizes = (found_source(profile), Source(str(folder), folder))
         lines = outcome_lines(built, *map(stored_size, sizes))
-    follow = [f"expertcut show {shlex.quote(str(folder))}"]
-    if built is not None:
-        if Path(model).is_relative_to(Path.cwd()):
-            model = str(Path(model).relative_to(Path.cwd()))
-        words = ["expertcut", "eval", model, str(folder)]
-        words += ["--quiz", info.id] if info.id != "mmlu" else []
-        words += ["--shots", str(info.shots)] if info.shots != 5 else []
-        follow.insert(0, shlex.join(words))
-    paragraphs = [labelled("", sentence) for sentence in sentences]
-    heads = ("next", *[""] * len(follow))
-    commands = [f"{head:<10}{printable(line)}" for head, line in zip(heads, follow, strict=False)]
-    ui.say([], [*lines, *paragraphs, f"{'written':<10}{folder}", *commands])
+        base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
+        words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
+        words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
+        evaluate = f"expertcut eval {printable(shlex.join(words))}\n{'':<10}"
+    lines += [labelled("", sentence) for sentence in sentences]
+    ui.say([], [*lines, f"{'written':<10}{folder}", f"{'next':<10}{evaluate}{show}"])
 
 
 def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:

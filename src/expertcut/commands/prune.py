@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    CheckpointSettings,
-    save_table,
-    say_result,
-    wide_option,
-)
+from expertcut.commands import SILENT, UI, CheckpointSettings, save_table, say_result, wide_option
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import Positions
@@ -56,6 +49,7 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
         None, "LoRA adapter of the unpruned model to prune too, written to adapter/ of the output.",
         panel=edit_settings.CHECKPOINT, metavar="FOLDER",
     )  # fmt: skip
+    wide: bool = wide_option()
 
 
 class PruneSettings(CheckpointSettings, _Cut):
@@ -79,8 +73,6 @@ class PruneSettings(CheckpointSettings, _Cut):
     limit: Count | None = _sweep_option(
         None, "Only the first N questions of each subject in --sweep.", metavar="N"
     )
-
-    wide: bool = wide_option()
 
     @property
     def scored(self) -> tuple[object, ...]:
@@ -174,8 +166,7 @@ def write(
     settings.say_profile(profile, ui)
     removed = removed_traffic(profile, plan.edits)
     if settings.wide:
-        ui.say([], tables.pruning_sentences(pruning))
-        ui.say([tables.touched_table(removed)], [])
+        ui.say([tables.touched_table(removed)], tables.pruning_sentences(pruning))
     cut = tables.cut_line(pruning, profile.info.model.blocks)
     traffic = tables.traffic_line(profile, plan.edits, "removed experts")
     touched = tables.touched_sentences(pruning, removed)
@@ -184,11 +175,10 @@ def write(
     built = make(profile, plan, folder, settings.build_options(beside or {}, settings.adapter))
     if built and settings.wide:
         ui.say(tables.proof_tables(built), [])
-    scores = tables.proof_sentences(built) if built and built.proof else []
-    scores += tables.adapter_sentences(built) if built else []
-    router = tables.tilt_sentences(choice.biases, built, plan.numbers)
-    scaled = tables.scale_sentences(choice.scalings, built, plan.numbers)
-    say_result(built, folder, profile, [*scores, *router, *scaled], ui)
+    sentences = tables.adapter_sentences(built) if built else []
+    sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
+    sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
+    say_result(built, folder, profile, sentences, ui)
     return built or folder
 
 

@@ -380,17 +380,17 @@ def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[Re
     return traffic
 
 
-def removed_in_all(profile: Profile, edits: Mapping[str, BlockEdit]) -> RemovedTraffic:
-    """What the removal of experts would touch, all blocks together."""
+def removed_share(
+    profile: Profile, edits: Mapping[str, BlockEdit]
+) -> tuple[int, int, float | None]:
+    """Removed experts, questions that chose one to answer, and share of all gate weight."""
     traffic, weight_LE = removed_traffic(profile, edits), profile.token_sum("weight")
     chosen_NLK, hit_N = profile.array("chosen_NLK"), np.zeros(len(profile.subjects()), bool)
     for layer, block in enumerate(profile.info.model.blocks):
         removed = list(edits[block.name].removed(block.experts))
         hit_N |= np.isin(chosen_NLK[:, layer], removed).any(axis=1)
-    n_used, mass = None, None
-    if weight_LE is not None and traffic[0].mass is not None:
-        n_used = sum(block.n_used or 0 for block in traffic)
-        mass_L = np.array([block.mass for block in traffic])
-        mass = float(mass_L @ weight_LE.sum(axis=1) / weight_LE.sum())
-    n_removed = sum(block.n_removed for block in traffic)
-    return RemovedTraffic("all blocks", n_removed, int(hit_N.sum()), n_used, mass)
+    share = None
+    if weight_LE is not None:
+        share_L = np.array([block.mass for block in traffic], dtype=np.float64)
+        share = float(share_L @ weight_LE.sum(axis=1) / weight_LE.sum())
+    return sum(block.n_removed for block in traffic), int(hit_N.sum()), share

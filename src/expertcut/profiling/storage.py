@@ -228,15 +228,13 @@ def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = No
 
 def unfinished_after(profile: Profile) -> list[Profile]:
     """Unfinished profiles in the same folder that were worked on after this one was finished."""
-    files = profile.path.parent.glob("*/profile.json")
-    others = [other for file in files if (other := load_profile(file.parent)).finished_at is None]
-    finished = profile.finished_at or 0.0
-
-    def worked_on(other: Profile) -> float:
-        paths = (other.path / "profile.json", other.path / "chunks")
-        return max(path.stat().st_mtime for path in paths if path.exists())
-
-    return sorted((o for o in others if worked_on(o) > finished), key=lambda o: o.path)
+    finished, others = profile.finished_at or 0.0, profile.path.parent.glob("*/profile.json")
+    newer = (
+        load_profile(file.parent)
+        for file in sorted(others)
+        if any(p.stat().st_mtime > finished for p in (file, *file.parent.glob("chunks")))
+    )
+    return [other for other in newer if other.finished_at is None]
 
 
 def largest_values(profile: Profile) -> list[Array] | None:

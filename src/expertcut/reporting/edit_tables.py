@@ -8,7 +8,7 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Point, expert_ids, ids_text
 from expertcut.edits.router_edits import RouterEdit
-from expertcut.edits.selection import Pruning, RemovedTraffic, removed_in_all
+from expertcut.edits.selection import Pruning, RemovedTraffic, removed_share
 from expertcut.errors import ProfileError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
@@ -85,21 +85,18 @@ def cut_line(pruning: Pruning, blocks: Sequence[BlockInfo]) -> str:
 
 def merged_line(profile: Profile, plan: EditPlan) -> str:
     """How many experts became how many, and the largest group."""
-    blocks, edits = profile.info.model.blocks, plan.edits.values()
-    n_keeps, n_experts = {len(edit.keep) for edit in edits}, {block.experts for block in blocks}
+    blocks, edits = profile.info.model.blocks, list(plan.edits.values())
     most = max((len(g) for edit in edits for g in (edit.merged or {}).values()), default=1)
-    into = f"{ids_text(tuple(sorted(n_experts)))} experts into {ids_text(tuple(sorted(n_keeps)))}"
-    where = f"in each of {len(blocks)} layers, by {plan.criterion}"
-    return labelled("merged", f"{into} {where}; at most {most} in one")
+    text = f"{blocks[0].experts} experts into {len(edits[0].keep)} in each of {len(blocks)} layers"
+    return labelled("merged", f"{text}, by {plan.criterion}; at most {most} in one")
 
 
 def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str) -> str:
     """What the experts that do not stay had in the profile."""
-    traffic, n_questions = removed_in_all(profile, edits), len(profile.subjects())
-    mass = "" if traffic.mass is None else f"{percent(traffic.mass)} of all gate weight and "
-    chose = f"were chosen to answer by {traffic.n_questions:,} of {n_questions:,} questions"
-    text = f"the {traffic.n_removed:,} {experts} {'had ' if mass else ''}{mass}{chose}"
-    return labelled("traffic", text)
+    n_removed, n_questions, share = removed_share(profile, edits)
+    had = "" if share is None else f"had {percent(share)} of all gate weight and "
+    chose = f"were chosen to answer by {n_questions:,} of {len(profile.subjects()):,} questions"
+    return labelled("traffic", f"the {n_removed:,} {experts} {had}{chose}")
 
 
 def outcome_lines(built: "Built", before: tuple[int, int], after: tuple[int, int]) -> list[str]:
@@ -107,25 +104,26 @@ def outcome_lines(built: "Built", before: tuple[int, int], after: tuple[int, int
     change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
     size = f"{unit(after[1], 'B')}, was {unit(before[1], 'B')} ({change}); "
     size += f"{unit(after[0])} parameters, were {unit(before[0])}"
-    lines = [labelled("size", size)]
+    lines, sentences = [labelled("size", size)], proof_sentences(built)
     if not (built.answered and built.proof and built.scored_on):
-        return [*lines, labelled("accuracy", proof_sentences(built)[0])]
+        return [*lines, labelled("accuracy", sentences[0])]
     answered, scored_on = built.answered, built.scored_on
     low, high = (points(end) for end in answered.change.ci95)
     where = scored_on.clause
     if scored_on.used == 0:
         where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
+    delta, base = answered.change.delta, answered.base
     text = (
-        f"{percent(answered.edited)}, was {percent(answered.base)} on {where}: "
-        f"{points(answered.change.delta)} points ({low} … {high})"
+        f"{percent(base + delta)}, was {percent(base)} on {where}: {points(delta)} points "
+        f"({low} … {high})"
     )
-    shifts = [
+    shifts = "; ".join(
         f"{shift.against}: median {shift.median_abs_logprob_diff:.4f}, largest "
         f"{shift.max_abs_logprob_diff:.4f}, {shift.flipped:,} answers flipped"
         for shift in built.proof.held_out
-    ]
-    distance = f"|Δ log p| against {'; '.join(shifts)}"
-    return [*lines, labelled("accuracy", text), labelled("distance", distance)]
+    )
+    lines += [labelled("accuracy", text), labelled("distance", f"|Δ log p| against {shifts}")]
+    return lines + [labelled("", sentence) for sentence in sentences]
 
 
 def percent(share: float) -> str:
