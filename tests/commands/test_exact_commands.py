@@ -129,7 +129,9 @@ def test_a_plan_of_layout_exact_can_be_written_and_shown_alone(
 
 def test_a_cut_and_tilts_are_said_in_words(cut: Path, expertcut: Commands) -> None:
     keep = json.loads((cut / "plan.json").read_text())["blocks"]["model.layers.1.mlp"]["keep"]
-    line = f"prune --profile p --keep 3 --boost {keep[0]}=1 --scale 1:{keep[1]}=0.5 --out both"
+    line = (
+        f"prune --profile p --keep 3 --boost {keep[0]}=1 --scale 1:{keep[1]}=0.5 --out both --wide"
+    )
     printed = expertcut(line)
     assert f"Expert {keep[0]} of layer 1 is boosted by +1.0000 on its logit (given)" in printed
     assert f"The gate weight of expert {keep[1]} of layer 1 is multiplied by 0.5" in printed

@@ -26,7 +26,7 @@ def profiled(quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_merge_is_proved_shown_and_evaluated(
     profiled: Path, tmp_path: Path, quiz_folder: Path, expertcut: Commands
 ) -> None:
-    printed = expertcut(f"merge --profile {profiled} --keep 4 --by m_smoe --out cut")
+    printed = expertcut(f"merge --profile {profiled} --keep 4 --by m_smoe --out cut --wide")
     assert "8 of 16 experts joined another" in printed
     for words in ("the unedited base", "under the unedited router", "router rows"):
         assert words in printed

@@ -6,15 +6,27 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
+from expertcut.checkpoints.build import Built
+from expertcut.checkpoints.held_out_check import Answered
 from expertcut.cli import main
 from expertcut.cli.progress import LastingStream
+from expertcut.data import Selection, load_quiz
+from expertcut.edits.plan import load_plan
+from expertcut.edits.splits import ScoredSplit
+from expertcut.profiling.schema import quiz_info
+from expertcut.reporting.edit_tables import outcome_lines
+from expertcut.stats import HeldOutResult, LogprobShift, compare
+from tests.conftest import Commands
+from tests.support.hand_made import block, profile_info, random_profile
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -172,3 +184,63 @@ def test_the_C_locale_prints_and_replaces(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(b"expertcut: nothing to show in n")
     assert done.stderr.count(b"\n") == 1
+
+
+def test_the_last_lines_of_prune_do_not_grow_with_the_model(
+    quiz_folder: Path, tmp_path: Path, expertcut: Commands
+) -> None:
+    """48 layers of 128 experts; the profile is taken as the newest, beside an unfinished one."""
+    quiz = quiz_info(load_quiz(Selection(str(quiz_folder), "val", 0, limit=1)), 1)
+    info = profile_info([block(i, 128, 8) for i in range(48)], {"any": 1})
+    info = info.model_copy(update={"quiz": quiz})
+    taken = random_profile(tmp_path / "profiles/a", info).path
+    (taken / "run.json").write_text('{"finished": 1.0}')
+    (tmp_path / "profiles/b").mkdir()
+    (tmp_path / "profiles/b/profile.json").write_bytes((taken / "profile.json").read_bytes())
+    prune = ("prune", "--keep-fraction", 0.5, "--layout", "exact", "--budget", "global")
+    said = expertcut(*prune, "--by", "reap", "--plan-only", "--out", "plan")
+    counts = [len(edit.keep) for edit in load_plan(tmp_path / "plan").blocks.values()]
+    assert len(set(counts)) > 1 and sum(counts) == 3072
+    words = " ".join(said.split())
+    assert words.startswith("profile profiles/a (newest; 3 questions, accuracy ")
+    assert "; newer but not finished: profiles/b cut 3,072 of 6,144 experts stay in 48 lay" in words
+    assert f"{min(counts)} to {max(counts)} in each, by reap over all tokens; " in words
+    assert words.endswith("of 3 questions written plan next expertcut show plan")
+    outcome = outcome_lines(scored(), (100, 4_000_000), (75, 3_000_000))
+    lines = [*said.splitlines(), *"\n".join(outcome).splitlines()]
+    assert 10 < len(lines) <= 40 and max(map(len, lines)) <= 80
+    wide = expertcut(*prune, "--by", "reap", "--plan-only", "--out", "wide", "--wide")
+    assert wide.count("model.layers.47.mlp") == 2 and said.split()[:9] == wide.split()[:9]
+
+
+def scored() -> Built:
+    """A checkpoint that answers 1 of 8 held-out questions less than its base."""
+    base_N, edited_N = np.arange(8) < 4, np.arange(8) < 3
+    change = compare(base_N, edited_N)
+    shift = LogprobShift(
+        against="the unedited base",
+        questions=8,
+        max_abs_logprob_diff=1.25,
+        median_abs_logprob_diff=0.5,
+        flipped=2,
+    )
+    proof = HeldOutResult(held_out_split="val", held_out=(shift,))
+    both = Answered(float(base_N.mean()), change)
+    return Built(Path("o"), cast(Any, None), [], proof, "", ScoredSplit("val", 8, 0), both)
+
+
+def test_a_checkpoint_says_its_size_its_accuracy_and_its_distance() -> None:
+    low, high = (100 * end for end in compare(np.arange(8) < 4, np.arange(8) < 3).ci95)
+    said = outcome_lines(scored(), (4_000_000_000, 13_800_000_000), (3_000_000_000, 10_350_000_000))
+    assert [" ".join(line.split()) for line in said] == [
+        "size 10.3 GB, was 13.8 GB (−25 %); 3.0 B parameters, were 4.0 B",
+        "accuracy 37.5 %, was 50.0 % on 8 held-out questions (val): −12.5 points "
+        f"(−{-low:.1f} … +{high:.1f})",
+        "distance |Δ log p| against the unedited base: median 0.5000, largest 1.2500, "
+        "2 answers flipped",
+    ]
+    used = replace(scored(), scored_on=ScoredSplit("val", 8, 3))
+    assert "on 8 val questions, 3 of them used to choose" in outcome_lines(used, (1, 1), (1, 1))[1]
+    unscored = replace(scored(), proof=None, answered=None, why_unscored="nothing judges it")
+    (_, line) = outcome_lines(unscored, (1, 1), (1, 1))
+    assert line.startswith("accuracy  The new checkpoint was not scored") and "judges" in line

@@ -167,7 +167,7 @@ def test_the_three_commands_of_the_paper_run_as_they_stand(paper: Paper) -> None
     profiled, pruned, reweighted = (d.stdout for d in paper.done)
     assert profiled.startswith("profiles/OLMoE-1B-7B-0125-Instruct-mmlu-test-5shot-")
     assert ": 24 questions, accuracy " in profiled
-    assert f"written to checkpoints/{CUT}" in pruned
+    assert f"\nwritten   checkpoints/{CUT}\n" in pruned
     assert f"written to checkpoints/{TILTED}" in reweighted
 
 

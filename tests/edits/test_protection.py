@@ -85,17 +85,18 @@ def test_prune_protects_it_unasked_and_says_so(
 ):
     profile, expert = planted
     command = ("prune", "--profile", profile.path, "--plan-only", "--keep", N_KEEP)
-    said = run(*command, "--out", tmp_path / "super")
-    assert f"stay only because they are protected: {expert}" in said
+    said = " ".join(run(*command, "--out", tmp_path / "super").split())
+    assert f"stay only because they are protected: 0:{expert} traffic" in said
     blocks = list(load_plan(tmp_path / "super").blocks.values())
     assert expert in blocks[0].keep
     said = run(*command, "--protect", "none", "--out", tmp_path / "none")
     assert "protected" not in said
     assert expert not in next(iter(load_plan(tmp_path / "none").blocks.values())).keep
     idle = next(e for e in range(8) if e not in blocks[1].keep)
-    said = run(*command, "--protect", f"1:{idle}", "--out", tmp_path / "both")
+    said = run(*command, "--protect", f"1:{idle}", "--out", tmp_path / "both", "--wide")
     assert f"stay only because they are protected: {expert}." in said
     assert f"stay only because they are protected: {idle}." in said
+    assert f"are protected: 0:{expert}, 1:{idle} traffic" in " ".join(said.split())
     said = run(*command, "--by", "output_norm", "--out", tmp_path / "norm")
     assert "protected" not in said  # it would have stayed
 

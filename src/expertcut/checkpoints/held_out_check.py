@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -140,6 +141,13 @@ def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> s
     )
 
 
+class Answered(NamedTuple):
+    """Accuracy of the unedited model, and the paired change to the checkpoint."""
+
+    base: float
+    change: stats.Comparison
+
+
 @dataclass(frozen=True)
 class BaseScores:
     """All that the unedited model answers.
@@ -205,7 +213,7 @@ def _runtime_forms(
 
 def score_edited(
     engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
-) -> stats.HeldOutResult:
+) -> tuple[stats.HeldOutResult, Answered]:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
     numbered, base, reference = _renumbered(plan), before.base, before.reference
     edited = HeldOutScores(engine, quiz, numbered)
@@ -217,7 +225,7 @@ def score_edited(
     if before.run_edited is not None:
         pairs.append(("these against the unedited base", reference, base))
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
-    return stats.HeldOutResult(
+    result = stats.HeldOutResult(
         held_out_split=quiz.split,
         held_out=tuple(compare_logprobs(n, a.logprob_NC, b.logprob_NC) for n, a, b in pairs),
         held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
@@ -228,6 +236,9 @@ def score_edited(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
     )
+    answer_N = np.array([question.answer for question in quiz])
+    base_N, edited_N = (s.logprob_NC.numpy().argmax(axis=1) == answer_N for s in (base, edited))
+    return result, Answered(float(base_N.mean()), stats.compare(base_N, edited_N))
 
 
 def _expert_shares(

@@ -1,5 +1,6 @@
 """The size of a model or a cut, and the largest cut that fits in a size."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,6 +44,12 @@ def size(moe: MoeModel) -> Size:
         idle += 0 if constants is None else constants.numel()
     size_bytes = sum(file.stat().st_size for file in moe.source.weight_files)
     return Size(total, total - idle, size_bytes)
+
+
+def stored_size(source: Source) -> tuple[int, int]:
+    """Parameters and bytes of a checkpoint's safetensors files, without loading them."""
+    n_parameters = sum(math.prod(tensor.shape) for tensor in source.headers.values())
+    return n_parameters, sum(file.stat().st_size for file in source.weight_files)
 
 
 def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:

@@ -1,5 +1,6 @@
 """One file per command, with its settings and its run; here is what several commands share."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,8 +14,6 @@ from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts,
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
-    from expertcut.edits.plan import EditPlan
-    from expertcut.edits.router_edits import RouterEdit
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.reporting.tables import Table
@@ -31,6 +30,7 @@ quiz_option = partial(option, panel=QUIZ, in_recipe=False)
 profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
+wide_option = partial(output_option, False, "Print the tables of every layer too.")
 
 
 class UI:
@@ -168,6 +168,14 @@ class ProfiledSettings(ModelSettings):
         ui.say([], [f"{note}."] if note else [])
         return profile
 
+    def say_profile(self, profile: "Profile", ui: UI) -> None:
+        """Names the profile, and newer unfinished ones where it was not named."""
+        from expertcut.profiling.storage import unfinished_after
+        from expertcut.reporting.edit_tables import profile_line
+
+        unfinished = unfinished_after(profile) if self.profile is None else None
+        ui.say([], [profile_line(profile, unfinished)])
+
 
 class CheckpointSettings(ProfiledSettings):
     """How an edited checkpoint is scored, and where it is written."""
@@ -210,21 +218,27 @@ class CheckpointSettings(ProfiledSettings):
         return folder
 
 
-def say_written(
-    built: "Built | None",
-    folder: Path,
-    plan: "EditPlan",
-    biases: "Sequence[RouterEdit]",
-    scalings: "Sequence[RouterEdit]",
-    ui: UI,
+def say_result(
+    built: "Built | None", folder: Path, profile: "Profile", sentences: Sequence[str], ui: UI
 ) -> None:
-    """Reports the held-out scores of a new checkpoint, or with None that a plan was written."""
-    from expertcut.reporting import edit_tables as tables
+    """Reports a new checkpoint, or with None a plan: size, accuracy, folder, next commands."""
+    from expertcut.checkpoints.build import found_source
+    from expertcut.checkpoints.size import stored_size
+    from expertcut.models.load import Source
+    from expertcut.reporting.edit_tables import outcome_lines
+    from expertcut.reporting.tables import labelled, printable
 
-    scores = [*tables.proof_sentences(built), *tables.adapter_sentences(built)] if built else []
-    ui.say(tables.proof_tables(built) if built else [], [*scores, f"written to {folder}"])
-    router = tables.tilt_sentences(biases, built, plan.numbers)
-    ui.say([], [*router, *tables.scale_sentences(scalings, built, plan.numbers)])
+    lines, model, quiz = [], Path(profile.info.model.id), profile.info.quiz
+    show, evaluate = shlex.join(["expertcut", "show", str(folder)]), ""
+    if built is not None:
+        sizes = (found_source(profile), Source(str(folder), folder))
+        lines = outcome_lines(built, *map(stored_size, sizes))
+        base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
+        words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
+        words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
+        evaluate = f"expertcut eval {printable(shlex.join(words))}\n{'':<10}"
+    lines += [labelled("", sentence) for sentence in sentences]
+    ui.say([], [*lines, f"{'written':<10}{folder}", f"{'next':<10}{evaluate}{show}"])
 
 
 def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:

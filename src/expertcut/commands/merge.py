@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings
+from expertcut.commands import SILENT, UI, CheckpointSettings, say_result, wide_option
 from expertcut.edits import edit_settings
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
         "expertcut merge --keep 32",
         "expertcut merge --keep 32 --by hc_smoe --router mean --out models/merged",
     )
+    wide: bool = wide_option()
 
 
 def run(
@@ -30,15 +31,18 @@ def run(
 
     folder = settings.output_folder(profile, settings.slug, ui)
     ui.quiet()
+    settings.say_profile(profile, ui)
     options, built = settings.build_options(beside or {}), None
     plan = choose_groups(profile, settings, folder, options.load_as)
     if settings.plan_only:
         write_plan(profile, plan, folder, options)
     else:
         built = merge(profile, settings, plan, folder, options)
-    ui.say([tables.groups_table(profile, plan, built)], [])
-    if built is not None:
-        merging = tables.merging_sentences(profile, plan)
-        ui.say(tables.proof_tables(built), [*tables.proof_sentences(built), *merging])
-    ui.say([], [f"written to {folder}"])
+    if settings.wide:
+        proof = tables.proof_tables(built) if built else []
+        ui.say([tables.groups_table(profile, plan, built), *proof], [])
+    merged = tables.merged_line(profile, plan)
+    traffic = tables.traffic_line(profile, plan.edits, "experts that joined another")
+    ui.say([], [merged, traffic])
+    say_result(built, folder, profile, tables.merging_sentences(profile, plan), ui)
     return built or folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, save_table, say_written
+from expertcut.commands import SILENT, UI, CheckpointSettings, save_table, say_result, wide_option
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import Positions
@@ -49,6 +49,7 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
         None, "LoRA adapter of the unpruned model to prune too, written to adapter/ of the output.",
         panel=edit_settings.CHECKPOINT, metavar="FOLDER",
     )  # fmt: skip
+    wide: bool = wide_option()
 
 
 class PruneSettings(CheckpointSettings, _Cut):
@@ -157,16 +158,27 @@ def write(
     """Writes the checkpoint or the plan, and reports what was removed."""
     from expertcut.checkpoints.build import build, write_plan
     from expertcut.edits.selection import removed_traffic
-    from expertcut.reporting.edit_tables import pruning_sentences, touched_sentences, touched_table
+    from expertcut.reporting import edit_tables as tables
+    from expertcut.reporting.tables import labelled
 
     profile, pruning, plan = choice.profile, choice.pruning, choice.plan
     folder = settings.output_folder(profile, plan.slug, ui)
-    removed = removed_traffic(profile, pruning.draft.edits)
-    ui.say([], pruning_sentences(pruning))
-    ui.say([touched_table(removed)], touched_sentences(pruning, removed))
+    settings.say_profile(profile, ui)
+    removed = removed_traffic(profile, plan.edits)
+    if settings.wide:
+        ui.say([tables.touched_table(removed)], tables.pruning_sentences(pruning))
+    cut = tables.cut_line(pruning, profile.info.model.blocks)
+    traffic = tables.traffic_line(profile, plan.edits, "removed experts")
+    touched = tables.touched_sentences(pruning, removed)
+    ui.say([], [cut, traffic, *(labelled("", sentence) for sentence in touched)])
     make = write_plan if settings.plan_only else build
     built = make(profile, plan, folder, settings.build_options(beside or {}, settings.adapter))
-    say_written(built, folder, plan, choice.biases, choice.scalings, ui)
+    if built and settings.wide:
+        ui.say(tables.proof_tables(built), [])
+    sentences = tables.adapter_sentences(built) if built else []
+    sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
+    sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
+    say_result(built, folder, profile, sentences, ui)
     return built or folder
 
 

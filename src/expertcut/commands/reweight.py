@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, say_written
+from expertcut.commands import SILENT, UI, CheckpointSettings
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 
@@ -77,6 +77,7 @@ def write(
 ) -> "Built | Path | None":
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
     from expertcut.checkpoints.build import build, write_beside, write_plan
+    from expertcut.reporting import edit_tables as tables
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
     options = settings.build_options({**edit.beside, **(beside or {})})
@@ -89,5 +90,9 @@ def write(
         return folder
     make = write_plan if settings.plan_only else build
     built = make(profile, edit.draft, folder, options)
-    say_written(built, folder, edit.draft, edit.tilts, edit.scalings, ui)
+    scores = [*tables.proof_sentences(built), *tables.adapter_sentences(built)] if built else []
+    router = tables.tilt_sentences(edit.tilts, built, edit.draft.numbers)
+    scaled = tables.scale_sentences(edit.scalings, built, edit.draft.numbers)
+    sentences = [*scores, f"written to {folder}", *router, *scaled]
+    ui.say(tables.proof_tables(built) if built else [], sentences)
     return built or folder

@@ -378,3 +378,19 @@ def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[Re
             mass = float(weight_LE[layer, removed].sum() / weight_LE[layer].sum())
         traffic.append(RemovedTraffic(block.name, len(removed), int(hit_N.sum()), n_used, mass))
     return traffic
+
+
+def removed_share(
+    profile: Profile, edits: Mapping[str, BlockEdit]
+) -> tuple[int, int, float | None]:
+    """Removed experts, questions that chose one to answer, and share of all gate weight."""
+    traffic, weight_LE = removed_traffic(profile, edits), profile.token_sum("weight")
+    chosen_NLK, hit_N = profile.array("chosen_NLK"), np.zeros(len(profile.subjects()), bool)
+    for layer, block in enumerate(profile.info.model.blocks):
+        removed = list(edits[block.name].removed(block.experts))
+        hit_N |= np.isin(chosen_NLK[:, layer], removed).any(axis=1)
+    share = None
+    if weight_LE is not None:
+        share_L = np.array([block.mass for block in traffic], dtype=np.float64)
+        share = float(share_L @ weight_LE.sum(axis=1) / weight_LE.sum())
+    return sum(block.n_removed for block in traffic), int(hit_N.sum()), share

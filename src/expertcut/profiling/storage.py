@@ -226,6 +226,17 @@ def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = No
     return max(finished, key=lambda pair: pair[0])[1]
 
 
+def unfinished_after(profile: Profile) -> list[Profile]:
+    """Unfinished profiles in the same folder that were worked on after this one was finished."""
+    finished, others = profile.finished_at or 0.0, profile.path.parent.glob("*/profile.json")
+    newer = (
+        load_profile(file.parent)
+        for file in sorted(others)
+        if any(p.stat().st_mtime > finished for p in (file, *file.parent.glob("chunks")))
+    )
+    return [other for other in newer if other.finished_at is None]
+
+
 def largest_values(profile: Profile) -> list[Array] | None:
     """The largest absolute output (E,) of each expert at any token, per MoE block."""
     if "question_largest_LE" not in profile.chunks[0]:

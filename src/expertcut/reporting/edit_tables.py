@@ -1,16 +1,18 @@
 """Tables and sentences on cuts, merges, reweighting and healing."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import EditPlan, ExpertIds, Point, expert_ids, ids_text
+from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Point, expert_ids, ids_text
 from expertcut.edits.router_edits import RouterEdit
-from expertcut.edits.selection import Pruning, RemovedTraffic
+from expertcut.edits.selection import Pruning, RemovedTraffic, removed_share
 from expertcut.errors import ProfileError
+from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.tables import Cell, Column, Table, columns, printable
+from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable
 from expertcut.stats import Comparison, ExpertShares, HeldOutResult, LogprobShift
 
 if TYPE_CHECKING:  # with torch, which `show` does without
@@ -38,6 +40,108 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
             text += f"; stay only because they are protected: {spared}"
         sentences.append(f"{text}.")
     return sentences
+
+
+def profile_line(profile: Profile, unfinished: Sequence[Profile] | None) -> str:
+    """The profile, its questions and accuracy; `unfinished` ones, where the newest was taken."""
+    answers = getattr(profile, "whole", profile).answers
+    newest = "" if unfinished is None else "newest; "
+    text = (
+        f"{profile.path} ({newest}{len(answers.answer_N):,} questions, accuracy "
+        f"{percent(answers.accuracy)})"
+    )
+    if unfinished:
+        more = f" and {len(unfinished) - 1} more" if len(unfinished) > 1 else ""
+        text += f"; newer but not finished: {unfinished[0].path}{more}"
+    return labelled("profile", text)
+
+
+def cut_line(pruning: Pruning, blocks: Sequence[BlockInfo]) -> str:
+    """How many experts stay and by which criterion; idle and protected ones among them."""
+    draft, numbers = pruning.draft, pruning.draft.numbers or ExpertIds()
+    n_keeps, n_blocks = [len(edit.keep) for edit in draft.edits.values()], len(blocks)
+    if len({*n_keeps}) == len({block.experts for block in blocks}) == 1:
+        text = f"{n_keeps[0]} of {blocks[0].experts} experts stay in each of {n_blocks} layers"
+    else:
+        n_experts = sum(block.experts for block in blocks)
+        span = f"{min(n_keeps)} to {max(n_keeps)} in each"
+        text = f"{sum(n_keeps):,} of {n_experts:,} experts stay in {n_blocks} layers, {span}"
+    text += f", by {draft.criterion}"
+    if draft.criterion in CRITERIA and CRITERIA[draft.criterion].positions:
+        text += " over all tokens" if draft.positions == "all" else " at answer positions"
+    if n_idle := sum(len(numbers.kept(name, ids)) for name, ids in pruning.fillers.items()):
+        is_any = (draft.criterion, draft.positions) == ("activations", "all")
+        text += f"; {n_idle:,} of them were never chosen{'' if is_any else ' to answer'}"
+    spared = [
+        f"{layer}:{expert}"
+        for layer, name in enumerate(draft.edits)
+        for expert in numbers.kept(name, pruning.spared.get(name, ()))
+    ]
+    if spared:
+        more = f" and {len(spared) - _NAMED} more" if len(spared) > _NAMED else ""
+        text += f"; stay only because they are protected: {', '.join(spared[:_NAMED])}{more}"
+    return labelled("cut", text)
+
+
+def merged_line(profile: Profile, plan: EditPlan) -> str:
+    """How many experts became how many, and the largest group."""
+    blocks, edits = profile.info.model.blocks, list(plan.edits.values())
+    most = max((len(g) for edit in edits for g in (edit.merged or {}).values()), default=1)
+    text = f"{blocks[0].experts} experts into {len(edits[0].keep)} in each of {len(blocks)} layers"
+    return labelled("merged", f"{text}, by {plan.criterion}; at most {most} in one")
+
+
+def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str) -> str:
+    """What the experts that do not stay had in the profile."""
+    n_removed, n_questions, share = removed_share(profile, edits)
+    had = "" if share is None else f"had {percent(share)} of all gate weight and "
+    chose = f"were chosen to answer by {n_questions:,} of {len(profile.subjects()):,} questions"
+    return labelled("traffic", f"the {n_removed:,} {experts} {had}{chose}")
+
+
+def outcome_lines(built: "Built", before: tuple[int, int], after: tuple[int, int]) -> list[str]:
+    """Size, accuracy and distance; `before` and `after` are parameters and bytes."""
+    change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
+    size = f"{unit(after[1], 'B')}, was {unit(before[1], 'B')} ({change}); "
+    size += f"{unit(after[0])} parameters, were {unit(before[0])}"
+    lines, sentences = [labelled("size", size)], proof_sentences(built)
+    if not (built.answered and built.proof and built.scored_on):
+        return [*lines, labelled("accuracy", sentences[0])]
+    answered, scored_on = built.answered, built.scored_on
+    low, high = (points(end) for end in answered.change.ci95)
+    where = scored_on.clause
+    if scored_on.used == 0:
+        where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
+    delta, base = answered.change.delta, answered.base
+    text = (
+        f"{percent(base + delta)}, was {percent(base)} on {where}: {points(delta)} points "
+        f"({low} … {high})"
+    )
+    shifts = "; ".join(
+        f"{shift.against}: median {shift.median_abs_logprob_diff:.4f}, largest "
+        f"{shift.max_abs_logprob_diff:.4f}, {shift.flipped:,} answers flipped"
+        for shift in built.proof.held_out
+    )
+    lines += [labelled("accuracy", text), labelled("distance", f"|Δ log p| against {shifts}")]
+    return lines + [labelled("", sentence) for sentence in sentences]
+
+
+def percent(share: float) -> str:
+    """A share as `41.2 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def points(change: float) -> str:
+    """A change of accuracy as `−0.8`, in points."""
+    return f"{100 * change:+.1f}".replace("-", "−")
+
+
+def unit(number: float, name: str = "") -> str:
+    """A number as `33.1 M` or, of bytes, `13.8 GB`."""
+    for size, prefix in ((1e9, "G" if name else "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {prefix}{name}"
+    return f"{number:.0f} {name}".strip()
 
 
 def rows_tables(profile: Profile) -> list[Table]:

@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -96,6 +97,15 @@ def _text(cell: Cell, column: Column) -> str:
     if cell is None:
         return "–"
     return printable(cell if isinstance(cell, str) else format(cell, column.spec))
+
+
+def labelled(label: str, text: str) -> str:
+    """A paragraph of at most 80 columns behind a label; without one a plain paragraph."""
+    first = f"{label:<10}" if label else ""
+    return fill(
+        printable(text), 80, initial_indent=first, subsequent_indent=" " * len(first),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def printable(text: str) -> str:
