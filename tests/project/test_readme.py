@@ -34,6 +34,7 @@ COMMANDS = (
     "reweight",
     "heal",
     "audit",
+    "sweep",
     "eval",
     "report",
     "publish",

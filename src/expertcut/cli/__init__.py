@@ -24,6 +24,7 @@ from expertcut.commands import (
     report,
     reweight,
     show,
+    sweep,
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
@@ -53,6 +54,7 @@ COMMANDS: tuple[tuple[str, type[Settings], Callable[..., object]], ...] = (
     ("reweight", reweight.ReweightSettings, reweight.run),
     ("heal", heal.HealSettings, heal.run),
     ("audit", audit.AuditSettings, audit.run),
+    ("sweep", sweep.SweepSettings, sweep.run),
     ("eval", eval.EvalSettings, eval.run),
     ("report", report.ReportSettings, report.run),
     ("publish", publish.PublishSettings, publish.run),

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from expertcut.commands import JUDGING, MODEL, OUTPUT
 from expertcut.edits.edit_settings import CRITERIA_HERE
+from expertcut.errors import SettingsError
 from expertcut.settings import Settings, flag_of, shown
 
 _HIDDEN = "__also_"  # between a field and the number of its hidden spelling
@@ -88,6 +89,8 @@ def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]
             value = False
         if field in values and isinstance(value, list):
             value = [*values[field], *value]
+        elif values.get(field, value) != value:
+            raise SettingsError(f"{flag_of(settings, field)} is given twice, with two values")
         values[field] = value
     return values
 
@@ -105,10 +108,11 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         about: dict[str, Any] = {"help": _help(field), "metavar": metavar, "show_default": False}
         if extra["is_argument"]:
             yield _parameter(name, kind, default, typer.Argument(**about))
-            continue
-        flags = extra["flags"] or (flag_of(settings, name),)
-        option = typer.Option(*flags, **about, rich_help_panel=extra["panel"])
-        yield _parameter(name, kind, default, option)
+        else:
+            flags = extra["flags"] or (flag_of(settings, name),)
+            about["hidden"] = name in getattr(settings, "hidden", ())
+            option = typer.Option(*flags, **about, rich_help_panel=extra["panel"])
+            yield _parameter(name, kind, default, option)
         for number, flag in enumerate(extra["aliases"]):
             option = typer.Option(flag, hidden=True)
             yield _parameter(f"{name}{_HIDDEN}{number}", kind, None, option)
