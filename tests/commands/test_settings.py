@@ -126,8 +126,7 @@ def test_every_hidden_spelling_is_one_of_those() -> None:
 def test_help_fits_80_columns_and_explains_every_option(name: str) -> None:
     text = help_of(name)
     assert max(map(len, text.splitlines())) <= 80
-    assert "Examples:\n  expertcut " in text
-    assert f"expertcut {name}" in text.split("Examples:")[1]
+    assert text.split("Examples:\n")[1].count(f"  expertcut {name} ") == 3
     for field in OWN[name].model_fields:
         flags = shown(OWN[name], field)["flags"] or (f"--{field.replace('_', '-')}",)
         if not shown(OWN[name], field)["is_argument"]:

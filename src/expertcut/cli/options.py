@@ -3,12 +3,13 @@
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from expertcut.commands import JUDGING, MODEL, OUTPUT
 from expertcut.edits.edit_settings import CRITERIA_HERE
@@ -54,8 +55,25 @@ class PanelCommand(TyperCommand):
                 formatter.write("".join(f"  {line}\n" for line in self.epilog.splitlines()))
 
 
+class PanelGroup(TyperGroup):
+    """The root command, whose help groups the commands in panels."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each panel's commands with their whole sentences, in columns of one width."""
+        width = max(map(len, self.commands))
+        for panel, commands in groupby(
+            self.commands.items(), lambda c: vars(c[1]).get("rich_help_panel")
+        ):
+            with formatter.section(panel or "Commands"):
+                formatter.write_dl([(name.ljust(width), c.help or "") for name, c in commands])
+
+
 def add_command(
-    app: typer.Typer, name: str, settings: type[Settings], run: Callable[..., object]
+    app: typer.Typer,
+    name: str,
+    settings: type[Settings],
+    run: Callable[..., object],
+    panel: str | None = None,
 ) -> None:
     """Adds a command that reads its settings and runs."""
 
@@ -68,9 +86,8 @@ def add_command(
     examples = "\n".join(getattr(settings, "examples", ()))
     help_text = (settings.__doc__ or "").partition("\n\n")[0]
     names = {"help_option_names": ["-h", "--help"]}
-    app.command(name, cls=PanelCommand, help=help_text, epilog=examples, context_settings=names)(
-        call
-    )
+    shown_as: dict[str, Any] = {"help": help_text, "epilog": examples, "rich_help_panel": panel}
+    app.command(name, cls=PanelCommand, context_settings=names, **shown_as)(call)
 
 
 def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class ScoredSettings(Settings):
 
 
 class SweepSettings(ScoredSettings, HeldOutSettings, edit_settings.RankSettings):
-    """Score cuts of several sizes by several criteria without writing checkpoints."""
+    """Score a grid of cuts by criterion and size, without checkpoints."""
 
     examples: ClassVar = (
         "expertcut sweep 0.75,0.5,0.25 --by reap,frequency",
