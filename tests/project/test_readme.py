@@ -104,7 +104,7 @@ def test_help_lists_exactly_the_commands_that_the_readme_describes() -> None:
         rows = re.findall(r"^  ([a-z]+) +(\S.*(?:\n {5,}.*)*)", listed, re.M)
         assert tuple(command for command, _ in rows) == named
         assert all(re.fullmatch(r"[A-Z][^…]+[a-z]\.", sentence) for _, sentence in rows)
-    assert text.count("\n\n") == 2 + len(GROUPS)
+    assert text.count("\n\n") == 2 + len(GROUPS) and "--install-completion" in text
     described = re.findall(r"^\| `([a-z]+)`", section(README, "Commands"), re.M)
     assert tuple(described) == COMMANDS
 

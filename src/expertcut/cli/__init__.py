@@ -44,7 +44,6 @@ app = typer.Typer(
     cls=PanelGroup,
     help="Find the experts of a MoE language model that matter for a quiz, edit and evaluate them.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -149,7 +148,7 @@ def main() -> None:
         handler.setFormatter(HarmlessFormatter("%(levelname)s: %(message)s"))
         logging.basicConfig(level=level, handlers=[handler])
         with _errors_in_one_line(), terminable():
-            status = app(standalone_mode=False)
+            status = app(prog_name="expertcut", standalone_mode=False)
             if status == _INTERRUPTED:  # typer has caught it
                 raise KeyboardInterrupt
             out.check()

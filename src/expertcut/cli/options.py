@@ -1,6 +1,7 @@
 """A command of the command line, made from the fields of its settings."""
 
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -123,6 +124,7 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         if " " in (metavar or "") and not extra["is_argument"]:  # two values, as `A B`
             kind = tuple[str, str]
         about: dict[str, Any] = {"help": _help(field), "metavar": metavar, "show_default": False}
+        about["autocompletion"] = _completion(name, field, choices)
         if extra["is_argument"]:
             yield _parameter(name, kind, default, typer.Argument(**about))
         else:
@@ -133,6 +135,40 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         for number, flag in enumerate(extra["aliases"]):
             option = typer.Option(flag, hidden=True)
             yield _parameter(f"{name}{_HIDDEN}{number}", kind, None, option)
+
+
+def _completion(
+    name: str, field: FieldInfo, choices: tuple[str, ...]
+) -> Callable[[str], list[str]] | None:
+    """What the shell offers for a value; None leaves it to offer files."""
+    if choices:
+        return lambda incomplete: list(choices)
+    if CRITERIA_HERE in (field.description or ""):
+        return _complete_criteria
+    return _COMPLETIONS.get(name)
+
+
+def _complete_criteria(incomplete: str) -> list[str]:
+    """Criteria after those that are typed already."""
+    from expertcut.edits.criteria import CRITERIA
+
+    *typed, _ = incomplete.split(",")
+    return [",".join([*typed, name]) for name in CRITERIA if name not in typed]
+
+
+def _folders_with(file: str, place: str) -> Callable[[str], list[str]]:
+    """Folders of a place that hold a file, unless their name means something to a shell."""
+
+    def complete(incomplete: str) -> list[str]:
+        found = sorted(path.parent.as_posix() for path in Path(place).glob(f"*/{file}"))
+        return [name for name in found if re.fullmatch(r"[\w./+-]+", name)]
+
+    return complete
+
+
+_COMPLETIONS = {"profile": _folders_with("profile.json", "profiles")} | dict.fromkeys(
+    ("model", "models", "checkpoint"), _folders_with("config.json", "checkpoints")
+)
 
 
 def _parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
