@@ -107,7 +107,7 @@ def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]
             value = False
         if field in values and isinstance(value, list):
             value = [*values[field], *value]
-        elif values.get(field, value) != value:
+        elif field in values and values[field] != value:
             raise SettingsError(f"{flag_of(settings, field)} is given twice, with two values")
         values[field] = value
     return values
