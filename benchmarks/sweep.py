@@ -3,7 +3,7 @@
     python -m benchmarks.sweep --threads 1
 
 The bundled model and its quiz: profiled on val, scored on test. Both ways run in one process and in
-turns, cell by cell, so that no import is timed: a cell of `prune --sweep` is carried out in the
+turns, cell by cell, so that no import is timed: a cell of `sweep` is carried out in the
 model that is loaded already; else `prune --no-verify` writes, the checkpoint is loaded, and `eval`
 scores it. Answers of both are compared.
 """
@@ -27,7 +27,7 @@ from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.selection import choose
 from expertcut.evaluation.results import Scoring
 from expertcut.evaluation.search_results import Grid
-from expertcut.evaluation.sweep import SweepRun
+from expertcut.evaluation.sweep_run import SweepRun
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile

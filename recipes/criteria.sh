@@ -13,7 +13,7 @@ step() {
 
 # More threads do not help for so small a model.
 step expertcut profile "$model" --quiz "$model/quiz" --split val --threads 1 --out "$out/profile"
-step expertcut prune --profile "$out/profile" --sweep 0.75,0.5,0.25 --by all --out "$out/sweep"
+step expertcut sweep 0.75,0.5,0.25 --by all --profile "$out/profile" --out "$out/sweep"
 step expertcut audit --profile "$out/profile" --sample 64 --out "$out/audit"
 
 mkdir -p docs/figures

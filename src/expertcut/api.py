@@ -24,6 +24,7 @@ from expertcut.commands import prune as prune_command
 from expertcut.commands import publish as publish_command
 from expertcut.commands import report as report_command
 from expertcut.commands import reweight as reweight_command
+from expertcut.commands import sweep as sweep_command
 from expertcut.edits.criteria import compare as compare_criteria
 from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, load_plan
 from expertcut.errors import SettingsError
@@ -141,7 +142,7 @@ class Profile(_Shown):
         options = prune_command.PruneSettings.read(profile=self.path, **settings)
         options.check()
         if options.sweep is not None:
-            raise SettingsError("a sweep is not a plan: run `expertcut prune --sweep`")
+            raise SettingsError("a sweep is not a plan: run `expertcut sweep`")
         choice = prune_command.choose(options, _ProgressUI())
         return Plan(self, choice.plan, options, lambda s: prune_command.write(choice, s, SILENT))
 
@@ -197,8 +198,8 @@ class Plan(_Shown):
         defaults are the profile's. Biases act exactly, not as layout stock fits them. A merge is
         built in a temporary folder.
         """
-        options = prune_command.PruneSettings.read(profile=self.profile.path, **scored)
-        quiz = prune_command.scored_quiz(options, self.settings.load_profile())
+        options = sweep_command.ScoredSettings.read(**scored)
+        quiz = sweep_command.scored_quiz(options, self.settings.load_profile())
         with TemporaryDirectory(prefix="expertcut-") as folder:
             if self.edit is None:
                 saved = self.save(Path(folder) / "merged", verify=False)
@@ -206,7 +207,7 @@ class Plan(_Shown):
                 loaded = {"dtype": self.settings.dtype, "device": self.settings.device}
                 asked = {"quiz": quiz.id, "split": quiz.split, "limit": options.limit, **loaded}
                 return evaluate([base, saved], shots=quiz.shots, **asked).first
-            from expertcut.evaluation.sweep import simulate
+            from expertcut.evaluation.sweep_run import simulate
 
             where, watch = Path(folder), _ProgressUI().watch
             what = (self.profile.stored, self.edit, quiz, self.settings.load_as())

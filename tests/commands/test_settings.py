@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from expertcut.cli import COMMANDS
 from expertcut.cli.options import add_command
-from expertcut.commands import UI, profile, prune, show
+from expertcut.commands import UI, profile, prune, show, sweep
 from expertcut.commands.prune import PruneSettings
+from expertcut.commands.sweep import SweepSettings
 from expertcut.edits.plan import load_plan
 from expertcut.errors import SettingsError
 from expertcut.recipes.recipe_schema import read_recipe
@@ -84,6 +85,9 @@ OLD_AND_NEW = [
     ("prune", "--layout exact --removed mean", "--layout exact --replace-with mean"),
     ("prune", "--fold off", "--rescale-gates off"),
     ("audit", "--positions answer", "--tokens answer"),
+    ("sweep", "--fractions 0.5 --positions all", "0.5 --tokens all"),
+    ("sweep", "--layout exact --removed mean", "--layout exact --replace-with mean"),
+    ("sweep", "--fold off", "--rescale-gates off"),
     ("reweight", "--prove --draws 100", "--cross-fit --random-draws 100"),
     ("heal", "--likeliest 8", "--top-k-logits 8"),
     ("heal", "--check-every 5", "--eval-every 5"),
@@ -122,12 +126,12 @@ def test_every_hidden_spelling_is_one_of_those() -> None:
 def test_help_fits_80_columns_and_explains_every_option(name: str) -> None:
     text = help_of(name)
     assert max(map(len, text.splitlines())) <= 80
-    assert "Examples:\n  expertcut " in text
-    assert f"expertcut {name}" in text.split("Examples:")[1]
+    assert text.split("Examples:\n")[1].count(f"  expertcut {name} ") == 3
     for field in OWN[name].model_fields:
         flags = shown(OWN[name], field)["flags"] or (f"--{field.replace('_', '-')}",)
         if not shown(OWN[name], field)["is_argument"]:
-            assert flags[0].partition("/")[0] in text.split()
+            is_hidden = field in getattr(OWN[name], "hidden", ())
+            assert (flags[0].partition("/")[0] in text.split()) is not is_hidden
         assert OWN[name].model_fields[field].description
 
 
@@ -144,8 +148,30 @@ def test_the_fields_names_of_criteria_are_accepted_and_wrong_ones_name_the_neare
     assert isinstance(found, PruneSettings) and found.by == "activations,output_norm_mean"
     with pytest.raises(SettingsError, match=r"--by: 'reep' is .*: did you mean reap\?"):
         PruneSettings.read(by="reep")
-    with pytest.raises(SettingsError, match="only --sweep scores several"):
+    with pytest.raises(SettingsError, match="run `expertcut sweep` to score several"):
         PruneSettings.read(by="reap,random")
+
+
+def test_a_sweep_asked_of_prune_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun: list[Settings] = []
+    monkeypatch.setattr(sweep, "run", lambda settings, ui: begun.append(settings))
+    words = "--by ean_sum,reap --seed 3 --quiz mmlu --subjects law,logic --limit 2 --held-out 0"
+    both = f"{words} --layout exact --budget global --min-keep 4 --protect none --device cpu"
+    shared = [*both.split(), "--out", str(tmp_path / "o"), "--profile", "p", "--removed", "mean"]
+    prune.run(parsed("prune", PruneSettings, "--sweep", "0.5", *shared))  # type: ignore[arg-type]
+    named = parsed("sweep", SweepSettings, "0.5", *shared)
+    assert begun == [named] and isinstance(named, SweepSettings)
+    for name in SweepSettings.model_fields:
+        if name in PruneSettings.model_fields:
+            default = SweepSettings.model_fields[name].default
+            assert default == PruneSettings.model_fields[name].default
+    given = named.model_dump(exclude_defaults=True)
+    assert len(given) == 15 and given["by"] == "output_norm,reap"
+    assert named.cut().by == "activations" and named.cut().removed == "mean"
+    with pytest.raises(SettingsError, match="FRACTIONS is given twice"):
+        parsed("sweep", SweepSettings, "0.5", "--fractions", "0.75")
 
 
 RECIPE = """

@@ -1,4 +1,4 @@
-"""`prune --sweep`: a cell answers as the checkpoint of its plan; nothing finished is lost."""
+"""`sweep`: a cell answers as the checkpoint of its plan; nothing finished is lost."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from expertcut.errors import OutputError, PlanError, ProfileError, SettingsError
 from expertcut.evaluation.evaluate import results, score
 from expertcut.evaluation.results import Scored, Scoring
 from expertcut.evaluation.search_results import Grid, load_sweep
-from expertcut.evaluation.sweep import SweepRun
+from expertcut.evaluation.sweep_run import SweepRun
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
@@ -287,16 +287,8 @@ def test_the_command_writes_a_table_a_figure_and_what_show_reads(
     profile_of: Callable[[str], Profile], expertcut: Commands
 ) -> None:
     profile = profile_of("olmoe")
-    asked = (
-        "prune",
-        "--profile",
-        profile.path,
-        "--sweep",
-        "0.75,0.5",
-        "--by",
-        "activations,random",
-    )
-    out = expertcut(*asked)
+    shared = ("0.75,0.5", "--profile", profile.path, "--by", "activations,random")
+    out = expertcut("sweep", *shared)
     folder = Path("sweeps") / profile.path.name
     assert f"written to {folder}" in out and "none of the questions scored here" in out
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
@@ -308,7 +300,7 @@ def test_the_command_writes_a_table_a_figure_and_what_show_reads(
     assert "| random | 0.5 |" in expertcut("show", folder / "sweep.json", "--format", "md")
     assert "unedited" in expertcut("show", folder)
     before = contents(folder)
-    assert expertcut(*asked) == out
+    assert expertcut("prune", "--sweep", *shared) == out  # its earlier spelling
     assert contents(folder) == before
 
 
@@ -366,7 +358,7 @@ def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
         (("--sweep", "0.5", "--min-keep", "3"), "needs --budget global"),
         (("--sweep", "0.5", "--split", "nights"), "nights"),
         (("--sweep", "0.5", "--subjects", "dark_rooms"), "dark_rooms"),
-        (("--keep", "4", "--split", "test"), "add --sweep"),
+        (("--keep", "4", "--split", "test"), "run `expertcut sweep`"),
         (("--keep", "4", "--by", "fame"), "'fame' is not a criterion"),
         (("--keep", "4", "--by", "random,activations"), "names several criteria"),
         (("--max-bytes", "few"), "is not a size"),

@@ -26,19 +26,13 @@ from tests.project.test_architecture import ORDER
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = (
-    "profile",
-    "show",
-    "prune",
-    "merge",
-    "reweight",
-    "heal",
-    "audit",
-    "eval",
-    "report",
-    "publish",
-    "run",
-)
+GROUPS = {
+    "Measure": ("profile", "show", "audit"),
+    "Change": ("prune", "merge", "reweight", "heal"),
+    "Judge": ("sweep", "eval"),
+    "Share": ("report", "publish", "run"),
+}
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 PAPER = {"profile", "prune --keep-active", "reweight --boost 12"}  # run by test_paper_commands.py
 NUMBER = re.compile(r"[-+−]?\d[\d.,]*(?:e[-+]?\d+)?")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -104,8 +98,13 @@ def section(text: str, heading: str) -> str:
 
 
 def test_help_lists_exactly_the_commands_that_the_readme_describes() -> None:
-    listed = re.findall(r"^  ([a-z]+) {2,}\S", run("--help").split("Commands:")[1], re.M)
-    assert tuple(listed) == COMMANDS
+    text = run("--help")
+    for panel, named in GROUPS.items():
+        listed = text.split(f"\n{panel}:\n")[1].split("\n\n")[0]
+        rows = re.findall(r"^  ([a-z]+) +(\S.*(?:\n {5,}.*)*)", listed, re.M)
+        assert tuple(command for command, _ in rows) == named
+        assert all(re.fullmatch(r"[A-Z][^…]+[a-z]\.", sentence) for _, sentence in rows)
+    assert text.count("\n\n") == 2 + len(GROUPS) and "--install-completion" in text
     described = re.findall(r"^\| `([a-z]+)`", section(README, "Commands"), re.M)
     assert tuple(described) == COMMANDS
 

@@ -25,7 +25,7 @@ from tests.conftest import open_model, write_quiz
 # so whoever needs something there says so here.
 PROCESSES = multiprocessing.get_context("forkserver")
 _EXPERTCUT = (
-    *("checkpoints.build", "evaluation.sweep", "healing.recovery", "commands.run_recipe"),
+    *("checkpoints.build", "evaluation.sweep_run", "healing.recovery", "commands.run_recipe"),
     *(
         "commands.edit_stages",
         "commands.measure_stages",

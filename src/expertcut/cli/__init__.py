@@ -5,13 +5,14 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from expertcut import __version__, recipes
-from expertcut.cli.options import add_command
+from expertcut.cli.options import PanelGroup, add_command
 from expertcut.cli.progress import Stopped, TerminalUI, is_first, lasting_output, terminable
 from expertcut.commands import (
     audit,
@@ -24,6 +25,7 @@ from expertcut.commands import (
     report,
     reweight,
     show,
+    sweep,
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
@@ -39,29 +41,41 @@ _MENDABLE = {  # faults of a disk, its file system or its permissions
 _MAX_LINE = 1000  # characters; a name in a file may have millions
 
 app = typer.Typer(
+    cls=PanelGroup,
     help="Find the experts of a MoE language model that matter for a quiz, edit and evaluate them.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-COMMANDS: tuple[tuple[str, type[Settings], Callable[..., object]], ...] = (
-    ("profile", profile.ProfileSettings, profile.run),
-    ("show", show.ShowSettings, show.run),
-    ("prune", prune.PruneSettings, prune.run),
-    ("merge", merge.MergeSettings, merge.run),
-    ("reweight", reweight.ReweightSettings, reweight.run),
-    ("heal", heal.HealSettings, heal.run),
-    ("audit", audit.AuditSettings, audit.run),
-    ("eval", eval.EvalSettings, eval.run),
-    ("report", report.ReportSettings, report.run),
-    ("publish", publish.PublishSettings, publish.run),
-    ("run", recipes.RunSettings, recipes.run),
-)
+GROUPS: dict[str, tuple[tuple[str, type[Settings], Callable[..., object]], ...]] = {
+    "Measure": (
+        ("profile", profile.ProfileSettings, profile.run),
+        ("show", show.ShowSettings, show.run),
+        ("audit", audit.AuditSettings, audit.run),
+    ),
+    "Change": (
+        ("prune", prune.PruneSettings, prune.run),
+        ("merge", merge.MergeSettings, merge.run),
+        ("reweight", reweight.ReweightSettings, reweight.run),
+        ("heal", heal.HealSettings, heal.run),
+    ),
+    "Judge": (
+        ("sweep", sweep.SweepSettings, sweep.run),
+        ("eval", eval.EvalSettings, eval.run),
+    ),
+    "Share": (
+        ("report", report.ReportSettings, report.run),
+        ("publish", publish.PublishSettings, publish.run),
+        ("run", recipes.RunSettings, recipes.run),
+    ),
+}
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
 
-for _name, _settings, _run in COMMANDS:
-    add_command(app, _name, _settings, lambda given, run=_run: run(given, TerminalUI()))
+for _group, _commands in GROUPS.items():
+    for _name, _settings, _run in _commands:
+        _call = partial(lambda run, given: run(given, TerminalUI()), _run)
+        add_command(app, _name, _settings, _call, _group)
 
 
 @app.callback(invoke_without_command=True)
@@ -134,7 +148,7 @@ def main() -> None:
         handler.setFormatter(HarmlessFormatter("%(levelname)s: %(message)s"))
         logging.basicConfig(level=level, handlers=[handler])
         with _errors_in_one_line(), terminable():
-            status = app(standalone_mode=False)
+            status = app(prog_name="expertcut", standalone_mode=False)
             if status == _INTERRUPTED:  # typer has caught it
                 raise KeyboardInterrupt
             out.check()

@@ -1,17 +1,20 @@
 """A command of the command line, made from the fields of its settings."""
 
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from expertcut.commands import JUDGING, MODEL, OUTPUT
 from expertcut.edits.edit_settings import CRITERIA_HERE
+from expertcut.errors import SettingsError
 from expertcut.settings import Settings, flag_of, shown
 
 _HIDDEN = "__also_"  # between a field and the number of its hidden spelling
@@ -53,8 +56,25 @@ class PanelCommand(TyperCommand):
                 formatter.write("".join(f"  {line}\n" for line in self.epilog.splitlines()))
 
 
+class PanelGroup(TyperGroup):
+    """The root command, whose help groups the commands in panels."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each panel's commands with their whole sentences, in columns of one width."""
+        width = max(map(len, self.commands))
+        for panel, commands in groupby(
+            self.commands.items(), lambda c: vars(c[1]).get("rich_help_panel")
+        ):
+            with formatter.section(panel or "Commands"):
+                formatter.write_dl([(name.ljust(width), c.help or "") for name, c in commands])
+
+
 def add_command(
-    app: typer.Typer, name: str, settings: type[Settings], run: Callable[..., object]
+    app: typer.Typer,
+    name: str,
+    settings: type[Settings],
+    run: Callable[..., object],
+    panel: str | None = None,
 ) -> None:
     """Adds a command that reads its settings and runs."""
 
@@ -67,9 +87,8 @@ def add_command(
     examples = "\n".join(getattr(settings, "examples", ()))
     help_text = (settings.__doc__ or "").partition("\n\n")[0]
     names = {"help_option_names": ["-h", "--help"]}
-    app.command(name, cls=PanelCommand, help=help_text, epilog=examples, context_settings=names)(
-        call
-    )
+    shown_as: dict[str, Any] = {"help": help_text, "epilog": examples, "rich_help_panel": panel}
+    app.command(name, cls=PanelCommand, context_settings=names, **shown_as)(call)
 
 
 def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +107,8 @@ def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]
             value = False
         if field in values and isinstance(value, list):
             value = [*values[field], *value]
+        elif field in values and values[field] != value:
+            raise SettingsError(f"{flag_of(settings, field)} is given twice, with two values")
         values[field] = value
     return values
 
@@ -103,15 +124,51 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         if " " in (metavar or "") and not extra["is_argument"]:  # two values, as `A B`
             kind = tuple[str, str]
         about: dict[str, Any] = {"help": _help(field), "metavar": metavar, "show_default": False}
+        about["autocompletion"] = _completion(name, field, choices)
         if extra["is_argument"]:
             yield _parameter(name, kind, default, typer.Argument(**about))
-            continue
-        flags = extra["flags"] or (flag_of(settings, name),)
-        option = typer.Option(*flags, **about, rich_help_panel=extra["panel"])
-        yield _parameter(name, kind, default, option)
+        else:
+            flags = extra["flags"] or (flag_of(settings, name),)
+            about["hidden"] = name in getattr(settings, "hidden", ())
+            option = typer.Option(*flags, **about, rich_help_panel=extra["panel"])
+            yield _parameter(name, kind, default, option)
         for number, flag in enumerate(extra["aliases"]):
             option = typer.Option(flag, hidden=True)
             yield _parameter(f"{name}{_HIDDEN}{number}", kind, None, option)
+
+
+def _completion(
+    name: str, field: FieldInfo, choices: tuple[str, ...]
+) -> Callable[[str], list[str]] | None:
+    """What the shell offers for a value; None leaves it to offer files."""
+    if choices:
+        return lambda incomplete: list(choices)
+    if CRITERIA_HERE in (field.description or ""):
+        return _complete_criteria
+    return _COMPLETIONS.get(name)
+
+
+def _complete_criteria(incomplete: str) -> list[str]:
+    """Criteria after those that are typed already."""
+    from expertcut.edits.criteria import CRITERIA
+
+    *typed, _ = incomplete.split(",")
+    return [",".join([*typed, name]) for name in CRITERIA if name not in typed]
+
+
+def _folders_with(file: str, place: str) -> Callable[[str], list[str]]:
+    """Folders of a place that hold a file, unless their name means something to a shell."""
+
+    def complete(incomplete: str) -> list[str]:
+        found = sorted(path.parent.as_posix() for path in Path(place).glob(f"*/{file}"))
+        return [name for name in found if re.fullmatch(r"[\w./+-]+", name)]
+
+    return complete
+
+
+_COMPLETIONS = {"profile": _folders_with("profile.json", "profiles")} | dict.fromkeys(
+    ("model", "models", "checkpoint"), _folders_with("config.json", "checkpoints")
+)
 
 
 def _parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:

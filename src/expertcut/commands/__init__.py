@@ -177,15 +177,20 @@ class ProfiledSettings(ModelSettings):
         ui.say([], [profile_line(profile, unfinished)])
 
 
-class CheckpointSettings(ProfiledSettings):
-    """How an edited checkpoint is scored, and where it is written."""
+class HeldOutSettings(ProfiledSettings):
+    """The profile, and how many of its questions are held out."""
 
     held_out: HeldOut | None = option(
         None,
-        "Share of the profile's questions to hold out for scoring the checkpoint, if no other "
-        "split can (0: none).  [default: 0.2]",
+        "Share of the profile's questions to hold out for scoring, if no other split can "
+        "(0: none).  [default: 0.2]",
         panel=JUDGING,
     )
+
+
+class CheckpointSettings(HeldOutSettings):
+    """How an edited checkpoint is scored, and where it is written."""
+
     verify: bool = option(
         True, "Do not score the checkpoint on held-out questions.",
         panel=JUDGING, flags=("--no-verify",),

@@ -17,6 +17,7 @@ class AuditSettings(ProfiledSettings, edit_settings.AuditSettings):
     examples: ClassVar = (
         "expertcut audit --sample 64",
         "expertcut audit --by reap,frequency --questions 512 --layout exact",
+        "expertcut audit --sample 128 --seed 1 --out audits/mine",
     )
 
     out: FilePath | None = output_option(

@@ -25,6 +25,7 @@ class EvalSettings(BatchSettings, SplitSettings):
     examples: ClassVar = (
         "expertcut eval BASE models/half",
         "expertcut eval BASE models/half models/merged --quiz my.jsonl --limit 100",
+        "expertcut eval BASE models/half --lm-eval-json lm-eval.json",
     )
 
     models: Texts = option(

@@ -17,6 +17,7 @@ class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
     examples: ClassVar = (
         "expertcut merge --keep 32",
         "expertcut merge --keep 32 --by hc_smoe --router mean --out models/merged",
+        "expertcut merge --keep 32 --plan-only",
     )
     wide: bool = wide_option()
 

@@ -1,19 +1,18 @@
-"""`expertcut prune`: a checkpoint with fewer experts, its plan, or the scores of many cuts."""
+"""`expertcut prune`: a checkpoint with fewer experts, or its plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, save_table, say_result, wide_option
-from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.commands import SILENT, UI, CheckpointSettings, say_result, sweep, wide_option
+from expertcut.commands.sweep import ScoredSettings, SweepSettings
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import Positions
 from expertcut.errors import SettingsError
-from expertcut.settings import Count, Source, Texts, flag_of, in_recipe_only, option, refuse
+from expertcut.settings import flag_of, in_recipe_only, option, refuse
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
@@ -27,7 +26,6 @@ _NOT_IN_SWEEP = (
     *("keep_active", "keep", "keep_fraction", "sparsity", "max_bytes", "boost", "suppress"),
     *("scale", "apply_at", "adapter", "force", "verify", "plan_only"),
 )
-_sweep_option = partial(option, panel="Sweep", in_recipe=False)
 
 
 def _check_adapter(text: str) -> None:
@@ -40,8 +38,7 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
 
     by: edit_settings.Criteria = option(
         "activations",
-        "Criterion that ranks the experts, with --sweep several or all: "
-        f"{edit_settings.CRITERIA_HERE}.",
+        f"Criterion that ranks the experts: {edit_settings.CRITERIA_HERE}.",
         panel=edit_settings.RANK,
     )
     apply_at: Positions | None = edit_settings.apply_at_option()
@@ -52,37 +49,22 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
     wide: bool = wide_option()
 
 
-class PruneSettings(CheckpointSettings, _Cut):
+class PruneSettings(ScoredSettings, CheckpointSettings, _Cut):
     """Remove experts from the profiled model."""
 
     examples: ClassVar = (
         "expertcut prune --keep-active",
+        "expertcut prune --keep 32 --by reap",
         "expertcut prune --sparsity 0.5 --by reap --layout exact --out models/half",
-        "expertcut prune --sweep 0.75,0.5,0.25 --by reap,frequency",
     )
+    hidden: ClassVar = ("sweep", *ScoredSettings.model_fields)
 
-    sweep: str | None = _sweep_option(
-        None, "Score cuts that keep these shares, as 0.75,0.5,0.25; write no checkpoint."
-    )
-    quiz: Source | None = _sweep_option(None, "Quiz that --sweep scores.  [default: the profile's]")
-    split: str | None = _sweep_option(None, "Split that --sweep scores.  [default: test]")
-    shots: int | None = _sweep_option(None, "Shots of --sweep.  [default: the profile's]", ge=0)
-    subjects: Texts | None = _sweep_option(
-        None, "Subjects of --sweep, separated by commas.  [default: the profile's]", separator=","
-    )
-    limit: Count | None = _sweep_option(
-        None, "Only the first N questions of each subject in --sweep.", metavar="N"
-    )
-
-    @property
-    def scored(self) -> tuple[object, ...]:
-        """What says which questions --sweep scores."""
-        return self.quiz, self.split, self.shots, self.subjects, self.limit
+    sweep: str | None = option(None, "Shares to keep, as `expertcut sweep`.", in_recipe=False)
 
     @model_validator(mode="after")
     def _one_criterion_cuts(self) -> Self:
         if self.sweep is None and ("," in self.by or self.by == "all"):
-            refuse(f"--by {self.by} names several criteria: only --sweep scores several")
+            refuse(f"--by {self.by} names several criteria: run `expertcut sweep` to score several")
         return self
 
     def check(self) -> None:
@@ -95,11 +77,12 @@ class PruneSettings(CheckpointSettings, _Cut):
                         f"{flag_of(type(self), name)} does not go with --sweep, which writes no "
                         "checkpoint: leave it out"
                     )
+            edit_settings.read_fractions(self.sweep, "--sweep")
             return
-        if any(value is not None for value in self.scored):
+        if self.is_scored_given:
             raise SettingsError(
-                "--quiz, --split, --shots, --subjects and --limit say what --sweep scores: add "
-                "--sweep or leave them out"
+                "--quiz, --split, --shots, --subjects and --limit say what a sweep scores: run "
+                "`expertcut sweep` or leave them out"
             )
         super().check()
         if self.adapter is not None and self.plan_only:
@@ -122,10 +105,11 @@ class Choice:
 def run(
     settings: PruneSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Sweep | Path":
-    """Makes a checkpoint, a plan or a sweep; `beside` are files to write beside the plan."""
+    """Makes a checkpoint or a plan; `beside` are files to write beside the plan."""
     settings.check()
     if settings.sweep is not None:
-        return _sweep(settings, ui)
+        given = settings.model_dump(include={*SweepSettings.model_fields})
+        return sweep.run(SweepSettings(fractions=settings.sweep, **given), ui)
     return write(choose(settings, ui), settings, ui, beside)
 
 
@@ -180,56 +164,3 @@ def write(
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
     say_result(built, folder, profile, sentences, ui)
     return built or folder
-
-
-def _sweep(settings: PruneSettings, ui: UI) -> "Sweep":
-    """Scores every missing cell, then writes the table and the figure."""
-    assert settings.sweep is not None
-    fractions = edit_settings.read_fractions(settings.sweep, "--sweep")  # refused before imports
-    from expertcut.edits.criteria import read_criteria
-    from expertcut.evaluation.search_results import Grid
-
-    grid = Grid(read_criteria(settings.by), fractions)
-    profile = settings.choosing_profile(ui, settings.held_out)
-    from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
-    from expertcut.evaluation.results import Scoring
-    from expertcut.evaluation.sweep import SweepRun
-    from expertcut.profiling.measure import MeasureOptions
-    from expertcut.reporting import eval_tables as tables
-
-    settings, notes = with_protection(profile, settings)
-    ui.say([], notes)
-    ui.quiet()
-    quiz = scored_quiz(settings, profile)
-    options = MeasureOptions(waits=ui.is_first)
-    scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
-    folder = settings.out or Path("sweeps") / profile.path.resolve().name
-    sweeping = SweepRun(profile, grid, settings, scoring)
-    for step in sweeping.steps(folder):
-        ui.watch(step.run, step.name, len(quiz), folder)
-    sweep = sweeping.sweep
-    if ui.is_first:
-        save_table(folder / "sweep.csv", tables.sweep_csv(sweep), tables.sweep_figure(sweep))
-        sentences = [*tables.sweep_sentences(sweep), f"written to {folder}"]
-        ui.say([tables.sweep_table(sweep)], sentences)
-    return sweep
-
-
-def scored_quiz(settings: PruneSettings, profile: "Profile") -> Quiz:
-    """The quiz as profiled, but split test, where no option says otherwise.
-
-    Without options, a profile that holds questions out is scored on those.
-    """
-    from expertcut.edits.splits import held_out_quiz
-    from expertcut.profiling.storage import ProfilePart
-
-    if isinstance(profile, ProfilePart) and all(value is None for value in settings.scored):
-        return held_out_quiz(profile)
-    info = profile.info.quiz
-    is_same = settings.quiz in (None, info.id)
-    subjects, revision = (tuple(info.subjects), info.revision) if is_same else ((), None)
-    if settings.subjects is not None:
-        subjects = tuple(settings.subjects)
-    shots = info.shots if settings.shots is None else settings.shots
-    which = (settings.quiz or info.id, settings.split or "test", shots, subjects)
-    return load_quiz(Selection(*which, settings.limit, revision, profile.truncate))

@@ -21,6 +21,7 @@ class PublishSettings(Settings):
     examples: ClassVar = (
         "expertcut publish models/half OWNER/NAME --dry-run",
         "expertcut publish models/half OWNER/NAME --private --results results.json",
+        "expertcut publish models/half OWNER/NAME --revision v2",
     )
 
     checkpoint: FilePath = argument(..., "Checkpoint that prune, merge, reweight or heal wrote.")

@@ -11,7 +11,11 @@ from expertcut.settings import FilePath, Settings
 class ReportSettings(Settings):
     """Write report.html, a page with every table and figure."""
 
-    examples: ClassVar = ("expertcut report results/run", "expertcut report . --out page.html")
+    examples: ClassVar = (
+        "expertcut report results/run",
+        "expertcut report profiles/mine",
+        "expertcut report . --out page.html",
+    )
 
     run: FilePath = argument(..., "Folder of a run, profile, checkpoint or results file.")
     out: FilePath | None = output_option(

@@ -75,8 +75,8 @@ apply_at_option = partial(
 )  # fmt: skip
 
 
-class CutSettings(Settings):
-    """How many experts stay, how they are ranked, and what replaces the others."""
+class KeepSettings(Settings):
+    """How many experts stay."""
 
     keep_active: bool = _keep_option(False, "Keep every expert that is ever routed to.")
     keep: Count | None = _keep_option(None, "Keep this many experts per layer.", metavar="N")
@@ -88,6 +88,11 @@ class CutSettings(Settings):
         None, "Keep as many as fit in weights of this size, as 4GB, 500MB or 3.5GiB.",
         metavar="SIZE",
     )  # fmt: skip
+
+
+class RankSettings(Settings):
+    """How experts are ranked, and what replaces removed ones."""
+
     budget: Budget = _keep_option(
         "layer", "Keep equally many per layer, or rank all layers together (global, layout exact)."
     )
@@ -113,44 +118,12 @@ class CutSettings(Settings):
         flags=("--rescale-gates",), aliases=("--fold",),
     )  # fmt: skip
 
-    @model_validator(mode="after")
-    def _sparsity_is_a_share(self) -> Self:
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            refuse(f"--sparsity {self.sparsity:g} must be at least 0, below 1")
-        return self
-
-    @property
-    def fraction(self) -> float | None:
-        """The share of experts that stay, by `keep_fraction` or `sparsity`."""
-        return self.keep_fraction if self.sparsity is None else round(1 - self.sparsity, 12)
-
-    @property
-    def size_bytes(self) -> int | None:
-        """`max_bytes` as a number."""
-        return None if self.max_bytes is None else read_size(self.max_bytes)
-
     @property
     def at(self) -> Positions:
         """The tokens that the criterion counts."""
         from expertcut.edits.criteria import positions_of
 
         return positions_of(self.by, self.positions)
-
-    def check(self) -> None:
-        """Refuses options that do not go together, with a SettingsError."""
-        numbers = (self.keep, self.keep_fraction, self.sparsity, self.max_bytes)
-        if self.keep_active + sum(number is not None for number in numbers) != 1:
-            raise SettingsError(
-                "say how many experts to keep: --keep-active, --keep N, --keep-fraction F, "
-                "--sparsity F or --max-bytes SIZE, and only one of them"
-            )
-        if self.keep_fraction is not None and not 0 < self.keep_fraction <= 1:
-            raise SettingsError(
-                f"--keep-fraction {self.keep_fraction:g} must be above 0, at most 1"
-            )
-        self.check_layout()
-        if self.keep_active and self.budget == "global":
-            raise SettingsError("--budget global ranks experts: give it without --keep-active")
 
     def check_layout(self) -> None:
         """Refuses options that the layout does not support, with a SettingsError."""
@@ -172,6 +145,42 @@ class CutSettings(Settings):
             )
         if self.min_keep is not None and self.budget != "global":
             raise SettingsError(f"--min-keep {self.min_keep} needs --budget global: add it")
+
+
+class CutSettings(RankSettings, KeepSettings):
+    """How many experts stay, how they are ranked, and what replaces the others."""
+
+    @model_validator(mode="after")
+    def _sparsity_is_a_share(self) -> Self:
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            refuse(f"--sparsity {self.sparsity:g} must be at least 0, below 1")
+        return self
+
+    @property
+    def fraction(self) -> float | None:
+        """The share of experts that stay, by `keep_fraction` or `sparsity`."""
+        return self.keep_fraction if self.sparsity is None else round(1 - self.sparsity, 12)
+
+    @property
+    def size_bytes(self) -> int | None:
+        """`max_bytes` as a number."""
+        return None if self.max_bytes is None else read_size(self.max_bytes)
+
+    def check(self) -> None:
+        """Refuses options that do not go together, with a SettingsError."""
+        numbers = (self.keep, self.keep_fraction, self.sparsity, self.max_bytes)
+        if self.keep_active + sum(number is not None for number in numbers) != 1:
+            raise SettingsError(
+                "say how many experts to keep: --keep-active, --keep N, --keep-fraction F, "
+                "--sparsity F or --max-bytes SIZE, and only one of them"
+            )
+        if self.keep_fraction is not None and not 0 < self.keep_fraction <= 1:
+            raise SettingsError(
+                f"--keep-fraction {self.keep_fraction:g} must be above 0, at most 1"
+            )
+        self.check_layout()
+        if self.keep_active and self.budget == "global":
+            raise SettingsError("--budget global ranks experts: give it without --keep-active")
 
 
 def read_size(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The stage behind `prune --sweep`: scores every cut of a grid in one loaded model."""
+"""The stage behind `sweep`: scores every cut of a grid in one loaded model."""
 
 import hashlib
 from collections.abc import Callable, Iterator

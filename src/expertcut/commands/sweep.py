@@ -1,0 +1,122 @@
+"""`expertcut sweep`: score a grid of cuts by several criteria, and write no checkpoint."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from expertcut.commands import (
+    QUIZ,
+    SILENT,
+    UI,
+    HeldOutSettings,
+    argument,
+    output_option,
+    save_table,
+)
+from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits import edit_settings
+from expertcut.settings import Count, FilePath, Settings, Source, Texts, option
+
+if TYPE_CHECKING:
+    from expertcut.evaluation.search_results import Sweep
+    from expertcut.profiling.storage import Profile
+
+_scored_option = partial(option, None, panel=QUIZ, in_recipe=False)
+
+
+class ScoredSettings(Settings):
+    """The questions to score, by default the profile's quiz at its shots."""
+
+    quiz: Source | None = _scored_option("Quiz to score.  [default: the profile's]")
+    split: str | None = _scored_option("Split to score.  [default: test]")
+    shots: int | None = _scored_option("Shots of the quiz.  [default: the profile's]", ge=0)
+    subjects: Texts | None = _scored_option(
+        "Only these subjects, separated by commas.  [default: the profile's]", separator=","
+    )
+    limit: Count | None = _scored_option("Only the first N questions of each subject.", metavar="N")
+
+    @property
+    def is_scored_given(self) -> bool:
+        """Whether any of these options is given."""
+        return any(getattr(self, name) is not None for name in ScoredSettings.model_fields)
+
+
+class SweepSettings(ScoredSettings, HeldOutSettings, edit_settings.RankSettings):
+    """Score a grid of cuts by criterion and size, without checkpoints."""
+
+    examples: ClassVar = (
+        "expertcut sweep 0.75,0.5,0.25 --by reap,frequency",
+        "expertcut sweep 0.5 --by all --layout exact --budget global",
+        "expertcut sweep 0.75,0.5 --quiz my.jsonl --limit 100 --out sweeps/mine",
+    )
+
+    fractions: str = argument(
+        "0.75,0.5,0.25", "Shares of the experts to keep, separated by commas.",
+        aliases=("--fractions",),
+    )  # fmt: skip
+    by: edit_settings.Criteria = option(
+        "activations",
+        f"Criteria to score, separated by commas, or all: {edit_settings.CRITERIA_HERE}.",
+        panel=edit_settings.RANK,
+    )
+    out: FilePath | None = output_option(
+        None, "Output folder; a sweep started there is resumed.  [default: in sweeps/]"
+    )
+
+    def cut(self) -> edit_settings.CutSettings:
+        """What all cuts of the grid share; the criterion is set for each."""
+        names = {*edit_settings.RankSettings.model_fields} - {"by"}
+        return edit_settings.CutSettings(**self.model_dump(include=names))
+
+
+def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
+    """Scores every missing cell, then writes the table and the figure."""
+    settings.check_layout()
+    fractions = edit_settings.read_fractions(settings.fractions, "FRACTIONS")
+    from expertcut.edits.criteria import read_criteria  # options are refused before imports
+    from expertcut.evaluation.search_results import Grid
+
+    grid = Grid(read_criteria(settings.by), fractions)
+    profile = settings.choosing_profile(ui, settings.held_out)
+    from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
+    from expertcut.evaluation.results import Scoring
+    from expertcut.evaluation.sweep_run import SweepRun
+    from expertcut.profiling.measure import MeasureOptions
+    from expertcut.reporting import eval_tables as tables
+
+    cut, notes = with_protection(profile, settings.cut())
+    ui.say([], notes)
+    ui.quiet()
+    quiz = scored_quiz(settings, profile)
+    options = MeasureOptions(waits=ui.is_first)
+    scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
+    folder = settings.out or Path("sweeps") / profile.path.resolve().name
+    sweeping = SweepRun(profile, grid, cut, scoring)
+    for step in sweeping.steps(folder):
+        ui.watch(step.run, step.name, len(quiz), folder)
+    sweep = sweeping.sweep
+    if ui.is_first:
+        save_table(folder / "sweep.csv", tables.sweep_csv(sweep), tables.sweep_figure(sweep))
+        sentences = [*tables.sweep_sentences(sweep), f"written to {folder}"]
+        ui.say([tables.sweep_table(sweep)], sentences)
+    return sweep
+
+
+def scored_quiz(settings: ScoredSettings, profile: "Profile") -> Quiz:
+    """The quiz as profiled, but split test, where no option says otherwise.
+
+    Without options, a profile that holds questions out is scored on those.
+    """
+    from expertcut.edits.splits import held_out_quiz
+    from expertcut.profiling.storage import ProfilePart
+
+    if isinstance(profile, ProfilePart) and not settings.is_scored_given:
+        return held_out_quiz(profile)
+    info = profile.info.quiz
+    is_same = settings.quiz in (None, info.id)
+    subjects, revision = (tuple(info.subjects), info.revision) if is_same else ((), None)
+    if settings.subjects is not None:
+        subjects = tuple(settings.subjects)
+    shots = info.shots if settings.shots is None else settings.shots
+    which = (settings.quiz or info.id, settings.split or "test", shots, subjects)
+    return load_quiz(Selection(*which, settings.limit, revision, profile.truncate))
