@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from expertcut.checkpoints import shards
+from expertcut.data.sources import hash_lines
 from expertcut.edits.plan import load_hashes, load_plan
-from expertcut.edits.splits import hashes, questions_for
+from expertcut.edits.splits import questions_for
 from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands, make_checkpoint
 from tests.support.merged_models import measured
@@ -43,8 +44,8 @@ def test_a_merge_is_proved_shown_and_evaluated(
     assert results["models"][1]["chosen_on"]["overlap"] == 0
     looked_at = load_hashes(tmp_path / "cut", load_plan(tmp_path / "cut"))
     questions = questions_for(load_profile(profiled), is_fitting=True)
-    assert looked_at == hashes(questions.profiled) | hashes(questions.tuning)
-    assert not looked_at & hashes(questions.held_out)
+    assert looked_at == hash_lines(questions.profiled) | hash_lines(questions.tuning)
+    assert not looked_at & hash_lines(questions.held_out)
 
 
 def test_the_plan_alone_and_the_checkpoint_have_the_same_groups(

@@ -13,11 +13,12 @@ from scipy.stats import spearmanr
 
 from expertcut.cli import main
 from expertcut.data import Selection, load_quiz
+from expertcut.data.sources import hash_lines
 from expertcut.edits.criteria import CRITERIA, compare, ranked, scores
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.selection import choose, expressions_of, protected, protection, super_experts
-from expertcut.edits.splits import hashes, questions_for
+from expertcut.edits.splits import questions_for
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.storage import Profile
 from expertcut.stats import spearman
@@ -221,8 +222,8 @@ def test_a_calibrated_criterion_counts_its_questions_as_used(
     questions = questions_for(profile, is_fitting=True)
     assert (plan.chosen_on.split, plan.chosen_on.fitted_split) == ("test", "val")
     used = load_hashes(tmp_path / "plan", plan)
-    assert used == hashes(questions.tuning) | hashes(questions.profiled)
-    assert not used & hashes(questions.held_out) - hashes(questions.profiled)
+    assert used == hash_lines(questions.tuning) | hash_lines(questions.profiled)
+    assert not used & hash_lines(questions.held_out) - hash_lines(questions.profiled)
     torch.set_num_threads(1)
 
 

@@ -32,8 +32,9 @@ from expertcut.healing.heal_settings import HealSettings
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, largest_values, load_profile
-from expertcut.reporting.page_sections import _held_out
-from expertcut.reporting.views import NamedDocument
+from expertcut.reporting.page_sections import _plan_parts
+from expertcut.reporting.tables import Table
+from expertcut.reporting.views import gather
 from expertcut.stats import HeldOutResult, LogprobShift
 from tests.conftest import Commands, make_tokenizer, open_model
 from tests.support.hand_made import block, profile_info
@@ -205,13 +206,14 @@ def test_no_question_that_was_used_is_called_held_out(
         plan = plan.model_copy(update={"proof": proof})
         save_plan(folder / "cut", plan, used)
         read = load_plan(folder / "cut")
-        document = NamedDocument(folder / "cut" / "plan.json", "cut", read)
+        run = gather(folder / "cut")
+        [table] = [p for p in _plan_parts(run, run.plans[0], "plan") if isinstance(p, Table)]
         titles = [
             scored_on.title,
             scored_on.noun,
             read_scored_split(read, folder / "cut").title,
             read_scored_split(read, folder / "cut").clause,
-            *(part.title for part in _held_out(document)),  # type: ignore[union-attr]
+            table.title,
         ]
         # The first hash of an older list is of the form that was used then, and no other.
         by_one = {q.content_hash for q in map(earlier.get, some) if q is not None}
