@@ -42,8 +42,7 @@ def run(
     if settings.wide:
         proof = tables.proof_tables(built) if built else []
         ui.say([tables.groups_table(profile, plan, built), *proof], [])
-    merged = tables.merged_line(profile, plan)
     traffic = tables.traffic_line(profile, plan.edits, "experts that joined another")
-    ui.say([], [merged, traffic])
+    ui.say([], [tables.merged_line(profile, plan), traffic])
     say_result(built, folder, profile, tables.merging_sentences(profile, plan), ui)
     return built or folder

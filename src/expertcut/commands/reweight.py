@@ -58,10 +58,8 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
         return Choice(profile, edit, settings.output_folder(profile, edit.draft.slug, ui))
     procedure = prepared(profile, settings)
     name = procedure_name(profile, settings, procedure).replace(":", ".").replace(" ", "-")
-    layout_mark = LAYOUTS[settings.layout].mark
-    mark = f"-{layout_mark}" if layout_mark else ""
-    mark += "-answer" if settings.apply_at == "answer" else ""
-    folder = settings.output_folder(profile, name + mark, ui)
+    marks = (LAYOUTS[settings.layout].mark, "answer" if settings.apply_at == "answer" else "")
+    folder = settings.output_folder(profile, "-".join(filter(None, (name, *marks))), ui)
     ui.quiet()
     decision = None
     if settings.is_deciding:

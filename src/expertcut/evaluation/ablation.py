@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from expertcut import stats
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.export import WRITERS
@@ -45,15 +46,6 @@ from expertcut.profiling.storage import Profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
-from expertcut.stats import (
-    Z95,
-    centred_ranks,
-    gained_lost,
-    logprob_shift,
-    mcnemar,
-    pearson,
-    right_logprobs,
-)
 
 logger = logging.getLogger(__name__)
 DRAWS = 2_000
@@ -99,13 +91,13 @@ def evaluate_criterion(
 def correlation(score_X: Array, effect_X: Array, group_X: Array, seed: int) -> Correlation:
     """Spearman's ρ within groups, with its interval; p is by shuffling effects within them."""
     score_1X, effect_1X = (ranks_within(x_X[None], group_X) for x_X in (score_X, effect_X))
-    rho = float(pearson(score_1X, effect_1X)[0])
+    rho = float(stats.pearson(score_1X, effect_1X)[0])
     if len(score_X) < 3 or not np.isfinite(rho):
         return Correlation(rho=None, ci95=None)
     # Σ (experts − 1) over the groups in which both ranks vary.
     own = [group_X == group for group in np.unique(group_X)]
     freedom = sum(int(o.sum()) - 1 for o in own if score_1X[0, o].any() and effect_1X[0, o].any())
-    shuffled_B = pearson(score_1X, effect_1X[0, _shuffles(group_X, seed)])
+    shuffled_B = stats.pearson(score_1X, effect_1X[0, _shuffles(group_X, seed)])
     return Correlation(
         rho=rho,
         ci95=interval(rho, freedom),
@@ -123,7 +115,7 @@ def interval(rho: float, freedom: int) -> tuple[float, float]:
     """
     most = 1 - 1 / freedom
     shrunk = min(max(rho, -most), most)
-    half = Z95 * math.sqrt((1 + shrunk**2 / 2) / max(freedom - 2, 1))
+    half = stats.Z95 * math.sqrt((1 + shrunk**2 / 2) / max(freedom - 2, 1))
     low, high = math.tanh(math.atanh(shrunk) - half), math.tanh(math.atanh(shrunk) + half)
     return min(low, rho), max(high, rho)
 
@@ -133,7 +125,7 @@ def ranks_within(values_BX: Array, group_X: Array) -> Array:
     ranks_BX = np.empty(values_BX.shape)
     for group in np.unique(group_X):
         is_own_X = group_X == group
-        ranks_BX[:, is_own_X] = centred_ranks(values_BX[:, is_own_X])
+        ranks_BX[:, is_own_X] = stats.centred_ranks(values_BX[:, is_own_X])
     return ranks_BX
 
 
@@ -328,7 +320,7 @@ def ablation_effect(
 ) -> AblationEffect:
     """Log p (N, C) without one expert, compared with the unedited model."""
     lost_N = _right(base.logprob_NC, base.answer_N) - _right(logprob_NC, base.answer_N)
-    gained, lost = gained_lost(base.is_correct_N, right(logprob_NC, base.answer_N))
+    gained, lost = stats.gained_lost(base.is_correct_N, right(logprob_NC, base.answer_N))
     n = len(lost_N)
     return AblationEffect(
         layer=expert.layer,
@@ -338,10 +330,10 @@ def ablation_effect(
         accuracy=(lost - gained) / n,
         gained=gained,
         lost=lost,
-        mcnemar_p=mcnemar(gained, lost),
-        largest=logprob_shift(base.logprob_NC, logprob_NC)[0],
+        mcnemar_p=stats.mcnemar(gained, lost),
+        largest=stats.logprob_shift(base.logprob_NC, logprob_NC)[0],
     )
 
 
 def _right(logprob_NC: Array, answer_N: Array) -> Array:
-    return np.asarray(right_logprobs(logprob_NC, answer_N), np.float64)
+    return np.asarray(stats.right_logprobs(logprob_NC, answer_N), np.float64)

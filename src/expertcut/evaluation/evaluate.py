@@ -10,13 +10,7 @@ from expertcut.checkpoints.size import size
 from expertcut.edits.plan import PlanFile, load_hashes, plan_in
 from expertcut.edits.splits import n_used
 from expertcut.errors import OutputError
-from expertcut.evaluation.lm_eval_export import (
-    harness_bytes,
-    harness_paths,
-    is_harness_file,
-    predictions_bytes,
-    predictions_path,
-)
+from expertcut.evaluation import lm_eval_export as export
 from expertcut.evaluation.results import (
     ChosenOnResult,
     ComparisonResult,
@@ -95,10 +89,7 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
         comparisons.append(change)
     return Results(
         quiz=info.id,
-        revision=info.revision,
-        split=info.split,
-        shots=info.shots,
-        limit=info.limit,
+        **info.model_dump(include={"revision", "split", "shots", "limit"}),
         content_hashes={name: s.content_hash for name, s in info.subjects.items()},
         models=[_model_result(s, subjects) for s in scored],
         comparisons=comparisons,
@@ -116,7 +107,7 @@ def check_places(out: Path, harness_file: Path | None) -> None:
         return
     if harness_file.resolve() == out.resolve():
         raise OutputError(f"--lm-eval-json {harness_file} is --out too: name another")
-    if harness_file.exists() and not is_harness_file(harness_file):
+    if harness_file.exists() and not export.is_harness_file(harness_file):
         raise OutputError(
             f"{harness_file} holds no results of a harness, so it is not overwritten: name "
             "another --lm-eval-json"
@@ -128,11 +119,11 @@ def save(
 ) -> Results:
     """Writes predictions, the harness's files if requested, and the results last."""
     record = results(scoring, scored)
-    write_atomically(predictions_path(out), predictions_bytes(scoring.quiz, scored))
+    write_atomically(export.predictions_path(out), export.predictions_bytes(scoring.quiz, scored))
     if harness_file is not None:
-        places = harness_paths(harness_file, scored)
+        places = export.harness_paths(harness_file, scored)
         for place, one, result in zip(places, scored, record.models, strict=True):
-            write_atomically(place, harness_bytes(scoring, one, result))
+            write_atomically(place, export.harness_bytes(scoring, one, result))
     record.save(out)
     return record
 

@@ -13,20 +13,11 @@ import torch
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS
 from expertcut.data import Quiz
+from expertcut.edits import router_edits
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, check_settings, right
-from expertcut.edits.router_edits import (
-    Procedure,
-    RouterEdit,
-    Settled,
-    check_place,
-    procedure_name,
-    procedure_of,
-    reweight_draft,
-    scalings,
-    tilts,
-)
+from expertcut.edits.router_edits import Procedure, RouterEdit, Settled
 from expertcut.edits.splits import profiled_quiz, questions_for
 from expertcut.evaluation.cross_fit import (
     Biases,
@@ -168,7 +159,7 @@ def decide(
         settled = outcome.settled
         proof = cross_fit_result(
             outcome,
-            procedure_name(profile, settings, procedure),
+            router_edits.procedure_name(profile, settings, procedure),
             quiz=tuning.id,
             split=tuning.split,
             seed=settings.seed,
@@ -206,17 +197,19 @@ class Reweighting:
 def by_hand(profile: Profile, settings: ReweightSettings) -> Reweighting:
     """Experts and strengths as named."""
     check_settings(settings)
-    biases = tilts(profile, settings.boost or [], settings.suppress or [])
-    factors = scalings(profile, settings.scale or [])
-    draft = reweight_draft(profile, biases, settings.layout, factors, settings.apply_at)
+    biases = router_edits.tilts(profile, settings.boost or [], settings.suppress or [])
+    factors = router_edits.scalings(profile, settings.scale or [])
+    draft = router_edits.reweight_draft(
+        profile, biases, settings.layout, factors, settings.apply_at
+    )
     return Reweighting(draft, biases, factors)
 
 
 def prepared(profile: Profile, settings: ReweightSettings) -> Procedure:
     """The procedure; invalid settings are refused before a model runs."""
-    check_place(settings.layout, settings.apply_at, is_biased=True)
+    router_edits.check_place(settings.layout, settings.apply_at, is_biased=True)
     WRITERS[settings.layout].check(profiled_source(profile), is_cutting=False)
-    return procedure_of(profile, settings)
+    return router_edits.procedure_of(profile, settings)
 
 
 def chosen(
@@ -238,7 +231,7 @@ def chosen(
         for shift in settled.shifts
     ]
     draft = replace(
-        reweight_draft(profile, biases, settings.layout, (), settings.apply_at),
+        router_edits.reweight_draft(profile, biases, settings.layout, (), settings.apply_at),
         criterion=settings.criterion,
         is_tuned=tuned is not None,
         tuning=tuned.curve if tuned else (),

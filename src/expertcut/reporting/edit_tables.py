@@ -46,10 +46,8 @@ def profile_line(profile: Profile, unfinished: Sequence[Profile] | None) -> str:
     """The profile, its questions and accuracy; `unfinished` ones, where the newest was taken."""
     answers = getattr(profile, "whole", profile).answers
     newest = "" if unfinished is None else "newest; "
-    text = (
-        f"{profile.path} ({newest}{len(answers.answer_N):,} questions, accuracy "
-        f"{percent(answers.accuracy)})"
-    )
+    text = f"{profile.path} ({newest}{len(answers.answer_N):,} questions"
+    text += f", accuracy {percent(answers.accuracy)})"
     if unfinished:
         more = f" and {len(unfinished) - 1} more" if len(unfinished) > 1 else ""
         text += f"; newer but not finished: {unfinished[0].path}{more}"
@@ -108,15 +106,12 @@ def outcome_lines(built: "Built", before: tuple[int, int], after: tuple[int, int
     if not (built.answered and built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
     answered, scored_on = built.answered, built.scored_on
-    low, high = (points(end) for end in answered.change.ci95)
     where = scored_on.clause
     if scored_on.used == 0:
         where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
     delta, base = answered.change.delta, answered.base
-    text = (
-        f"{percent(base + delta)}, was {percent(base)} on {where}: {points(delta)} points "
-        f"({low} … {high})"
-    )
+    text = f"{percent(base + delta)}, was {percent(base)} on {where}: {points(delta)} points "
+    text += f"({' … '.join(map(points, answered.change.ci95))})"
     shifts = "; ".join(
         f"{shift.against}: median {shift.median_abs_logprob_diff:.4f}, largest "
         f"{shift.max_abs_logprob_diff:.4f}, {shift.flipped:,} answers flipped"
@@ -180,18 +175,16 @@ def touched_sentences(pruning: Pruning, traffic: Sequence[RemovedTraffic]) -> li
                 "not known."]  # fmt: skip
     if pruning.draft.positions == "all" or not sum(n_used):
         return []
-    n_removed = sum(t.n_removed for t in traffic)
     return [
-        f"{sum(n_used)} of the {n_removed} removed experts are used by other "
-        "tokens of the prompts; --keep-active --positions all would keep them."
+        f"{sum(n_used)} of the {sum(t.n_removed for t in traffic)} removed experts are used by "
+        "other tokens of the prompts; --keep-active --positions all would keep them."
     ]
 
 
 def groups_table(profile: Profile, plan: EditPlan, built: "Built | None") -> Table:
     """One row per block: groups of several experts, the largest, and their traffic."""
     tokens_LE = profile.token_sum("tokens")
-    router_rows = built.plan.proof.rows if built else ()
-    quality = {row["layer"]: row["quality"] for row in router_rows}
+    quality = {row["layer"]: row["quality"] for row in (built.plan.proof.rows if built else ())}
     rows: list[list[Cell]] = []
     for layer, block in enumerate(profile.info.model.blocks):
         edit = plan.edits[block.name]
@@ -206,8 +199,7 @@ def groups_table(profile: Profile, plan: EditPlan, built: "Built | None") -> Tab
         "block; experts; made of several; of how many at most; "
         "choices of an expert that joined another::.2%; router rows::.4f"
     )
-    scored_on = built.scored_on if built else None
-    noun = "questions that judge" if scored_on is None else scored_on.noun
+    noun = built.scored_on.noun if built and built.scored_on else "questions that judge"
     note = (
         "router rows: 1 − Σ error² / Σ spread² of merged experts' logits against the one that "
         f"keeps their members' mass, on {noun}; 1 is exact."
@@ -274,16 +266,11 @@ def dropped_sentence(dropped: "Dropped") -> str:
 
 def curve_table(curve: Sequence[Point]) -> Table:
     """Strength against accuracy, in the order of the search."""
-    rows: list[list[Cell]] = [
-        [
-            point.strength,
-            ", ".join(f"{layer}:{e}" for layer, e, _ in point.biases) or None,
-            point.accuracy,
-            interval_text(point.ci95),
-            point.questions,
-        ]
-        for point in curve
-    ]
+    rows: list[list[Cell]] = []
+    for point in curve:
+        experts = ", ".join(f"{layer}:{e}" for layer, e, _ in point.biases) or None
+        interval = interval_text(point.ci95)
+        rows.append([point.strength, experts, point.accuracy, interval, point.questions])
     heads = columns("strength::.4g; experts; accuracy::.2%; 95 % interval; questions::,d")
     note = "Accuracy on the questions that the strength was chosen on, so the best of it flatters."
     return Table("Strength (logits) against accuracy", heads, rows, note)
@@ -359,21 +346,16 @@ def proof_tables(built: "Built") -> list[Table]:
     """How well biases are carried, and the held-out check."""
     tables = []
     if built.fits:
-        rows: list[list[Cell]] = [
-            [
-                f.layer,
-                f.quality,
-                f.quality_answer,
-                f"{f.mean_answer:.3f} ± {f.std_answer:.3f}",
-                f"{f.mean_elsewhere:.3f} ± {f.std_elsewhere:.3f}",
-            ]
-            for f in built.fits
-        ]
+        rows: list[list[Cell]] = []
+        for f in built.fits:
+            at_answer = f"{f.mean_answer:.3f} ± {f.std_answer:.3f}"
+            elsewhere = f"{f.mean_elsewhere:.3f} ± {f.std_elsewhere:.3f}"
+            rows.append([f.layer, f.quality, f.quality_answer, at_answer, elsewhere])
         fit_heads = columns(
             "layer; fit::.4f; fit, answer positions::.4f; v·h, answer positions; v·h, elsewhere"
         )
         target = "1 at answer positions and 0 elsewhere, both weighing the same"
-        noun = "held-out questions" if built.scored_on is None else built.scored_on.noun
+        noun = built.scored_on.noun if built.scored_on else "held-out questions"
         note = (
             f"fit = 1 − mean((t − v·h)²) on {noun}, where t is "
             f"{target if built.plan.apply_at == 'answer' else '1'}; 1 is a bias carried exactly."
@@ -431,12 +413,9 @@ def adapter_sentences(built: "Built") -> list[str]:
     plan = built.plan
     if plan.adapter is None:
         return []
-    is_biased = any(edit.bias for edit in plan.blocks.values())
-    is_fitted = (
-        (is_biased and LAYOUTS[plan.layout].fits_biases)
-        or plan.fold in ("answer", "all")
-        or plan.removed == "mean"
-    )
+    is_fitted = plan.fold in ("answer", "all") or plan.removed == "mean"
+    if LAYOUTS[plan.layout].fits_biases:
+        is_fitted |= any(edit.bias for edit in plan.blocks.values())
     *done, last = [
         "chosen",
         *(["what was fitted is fitted"] if is_fitted else []),
@@ -456,23 +435,17 @@ def tilt_sentences(
     for tilt in tilts:
         verb = "boosted" if tilt.bias > 0 else "suppressed"
         number = (numbers or ExpertIds()).number(tilt.block, tilt.expert)
-        text = (
-            f"Expert {number} of layer {tilt.layer} is {verb} by {tilt.bias:+.4f} on its logit "
-            f"({tilt.origin})"
-        )
+        text = f"Expert {number} of layer {tilt.layer} is {verb} by {tilt.bias:+.4f} on its logit"
+        text += f" ({tilt.origin})"
         fits = [] if built is None else built.fits
         if fit := next((fit for fit in fits if fit.layer == tilt.layer), None):
             mean, spread = tilt.bias * fit.mean_answer, abs(tilt.bias) * fit.std_answer
-            text += (
-                f"; the checkpoint's gate row moves it by {mean:+.4f} ± {spread:.4f} at answer "
-                "positions"
-            )
+            text += f"; the checkpoint's gate row moves it by {mean:+.4f} ± {spread:.4f}"
+            text += " at answer positions"
         if shares := _shares(tilt.layer, number, built):
             noun, share = shares
-            text += (
-                f"; it serves {share.edited:.1%} of {noun}, before {share.base:.1%}, "
-                f"with the exact bias {share.exact:.1%}"
-            )
+            text += f"; it serves {share.edited:.1%} of {noun}, before {share.base:.1%}"
+            text += f", with the exact bias {share.exact:.1%}"
         sentences.append(f"{text}.")
     return sentences + [
         f"In layer {a.layer} the checkpoint chooses the very experts of the exact bias at "
@@ -489,10 +462,8 @@ def scale_sentences(
     sentences = []
     for scaling in scaled:
         number = (numbers or ExpertIds()).number(scaling.block, scaling.expert)
-        text = (
-            f"The gate weight of expert {number} of layer {scaling.layer} is multiplied by "
-            f"{scaling.scale:g}; routing in its own layer is unchanged"
-        )
+        text = f"The gate weight of expert {number} of layer {scaling.layer} is multiplied by "
+        text += f"{scaling.scale:g}; routing in its own layer is unchanged"
         if shares := _shares(scaling.layer, number, built):
             noun, share = shares
             text += f", and it serves {share.edited:.1%} of {noun}"

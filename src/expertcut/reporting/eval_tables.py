@@ -42,11 +42,10 @@ def plan_table(plan: PlanFile) -> Table:
 def chosen_text(plan: PlanFile) -> str:
     """The questions that a plan was chosen and fitted on."""
     chosen = plan.chosen_on
-    fitted = f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
-    return (
-        f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
-        f"{fitted if chosen.fitted_split else ''}"
-    )
+    text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
+    if chosen.fitted_split:
+        text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
+    return text
 
 
 def plan_csv(plan: PlanFile) -> Table:
@@ -251,13 +250,10 @@ def _sweep_verdict(fraction: float, sweep: Sweep) -> str:
 
 def sweep_figure(sweep: Sweep) -> dict[str, bytes]:
     """`sweep.png` and `sweep.svg`: accuracy against the size of the weights, with intervals."""
-    series = []
-    for by in sweep.asked.by:
-        cells = sorted((c for c in sweep.cells if c.by == by), key=lambda c: c.bytes)
-        series.append(_sweep_series(by, cells))
+    cells = sorted(sweep.cells, key=lambda cell: cell.bytes)
+    series = [_sweep_series(by, [c for c in cells if c.by == by]) for by in sweep.asked.by]
     base = None if sweep.base is None else _sweep_series("unedited", [sweep.base])
-    quiz = sweep.asked.scored.quiz
-    labels = ("size of the weights (MB)", f"accuracy on {quiz.split} (%)")
+    labels = ("size of the weights (MB)", f"accuracy on {sweep.asked.scored.quiz.split} (%)")
     return draw_lines("sweep", series, base, labels)
 
 

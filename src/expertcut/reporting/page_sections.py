@@ -17,17 +17,10 @@ from expertcut.evaluation.results import ModelResult, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo, QuizInfo
-from expertcut.reporting import edit_tables, eval_tables
+from expertcut.reporting import edit_tables, eval_tables, views
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.tables import Cell, Column, Table, columns
-from expertcut.reporting.views import (
-    MANIFEST_FILE,
-    RUN_FILE,
-    NamedDocument,
-    Run,
-    notes_in,
-    recipe_in,
-)
+from expertcut.reporting.views import NamedDocument, Run
 from expertcut.stats import wilson_interval
 
 Rows = list[tuple[str, str | None]]
@@ -365,12 +358,12 @@ def _audit(audit: Audit, key: str) -> list[Part]:
 def provenance_sections(run: Run) -> list[Section]:
     """One, with facts on everything that was found."""
     facts: dict[str, Part] = {}
-    if stages := _stages(notes_in(run.path / MANIFEST_FILE)):
+    if stages := _stages(views.notes_in(run.path / views.MANIFEST_FILE)):
         facts["Stages of the run"] = Facts(stages)
-    if recipe := recipe_in(run.path):
+    if recipe := views.recipe_in(run.path):
         facts["Recipe"] = Lines(recipe)
     for profile in run.profiles:
-        notes = notes_in(profile.file.parent / RUN_FILE)
+        notes = views.notes_in(profile.file.parent / views.RUN_FILE)
         facts[f"Profile {profile.name}"] = Facts(_profile(profile.content, notes))
     facts |= {f"Plan {plan.name}": Facts(_plan(plan.content)) for plan in run.plans}
     facts |= {f"Results {found.name}": Facts(_results(found.content)) for found in run.results}

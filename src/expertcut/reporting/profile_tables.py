@@ -94,10 +94,8 @@ def _expert_table(layer: LayerStatistics) -> Table:
         for expert in range(layer.n_experts)
         if layer.appearances_E[expert] >= MIN_APPEARANCES
     ]
-    number, which = ("4", "first") if layer.layer == 0 else ("5", "last")
-    title = (
-        f"Table {number}: experts of the {which} layer ({layer.layer}) in at least 1 % of questions"
-    )
+    which = "4: experts of the first" if layer.layer == 0 else "5: experts of the last"
+    title = f"Table {which} layer ({layer.layer}) in at least 1 % of questions"
     heads = columns(
         "expert; appearances::.1%; accuracy::.1%; weighted accuracy::.1%; contribution, %::.2f; "
         "tokens::,d"
@@ -138,8 +136,7 @@ def margins_table(findings: Findings) -> Table:
     for layer, margin in enumerate(findings.margins):
         shown = margin_json(margin)
         p, logit = shown["margin_probability"] or {}, shown["margin_logit"] or {}
-        below = [item["share"] for item in shown["margin_below"] or []]
-        below = below or [None] * len(THRESHOLDS)
+        below = [item["share"] for item in shown["margin_below"] or []] or [None] * len(THRESHOLDS)
         rows.append([layer, *map(p.get, parts), *map(logit.get, parts), *below])
         if margin.undefined:
             reasons.setdefault(margin.undefined, []).append(layer)

@@ -25,19 +25,8 @@ from expertcut.evaluation.search_results import (
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json
 from expertcut.profiling.storage import load_profile
-from expertcut.reporting import profile_tables
+from expertcut.reporting import eval_tables, profile_tables
 from expertcut.reporting.edit_tables import curve_table, proof_csv, proof_table, rows_tables
-from expertcut.reporting.eval_tables import (
-    audit_csv,
-    audit_tables,
-    plan_csv,
-    plan_table,
-    results_csv,
-    results_table,
-    sweep_csv,
-    sweep_table,
-    verdict_sentences,
-)
 from expertcut.reporting.tables import Table
 
 PROFILE_FILE = "profile.json"
@@ -232,19 +221,25 @@ def _plan(path: Path) -> Shown:
     plan = load_plan(path)
     proof = [proof_table(load_cross_fit(path))] if (path / PROOF_FILE).is_file() else []
     tuning = [curve_table(plan.tuning)] if plan.tuning else []
-    return _shown(plan, lambda plan: [plan_table(plan), *tuning, *proof], plan_csv)
+    return _shown(
+        plan, lambda plan: [eval_tables.plan_table(plan), *tuning, *proof], eval_tables.plan_csv
+    )
 
 
 def _results(path: Path) -> Shown:
     results = load_results(path)
-    shown = _shown(results, lambda r: [results_table(r)], results_csv)
-    return replace(shown, sentences=lambda: verdict_sentences(results))
+    shown = _shown(results, lambda r: [eval_tables.results_table(r)], eval_tables.results_csv)
+    return replace(shown, sentences=lambda: eval_tables.verdict_sentences(results))
 
 
 _VIEWS: dict[str, Callable[[Path], Shown]] = {
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
-    SWEEP_FILE: lambda path: _shown(load_sweep(path), lambda s: [sweep_table(s)], sweep_csv),
-    AUDIT_FILE: lambda path: _shown(load_audit(path), audit_tables, audit_csv),
+    SWEEP_FILE: lambda path: _shown(
+        load_sweep(path), lambda s: [eval_tables.sweep_table(s)], eval_tables.sweep_csv
+    ),
+    AUDIT_FILE: lambda path: _shown(
+        load_audit(path), eval_tables.audit_tables, eval_tables.audit_csv
+    ),
     RESULTS: _results,
 }
