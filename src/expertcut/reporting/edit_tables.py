@@ -13,7 +13,14 @@ from expertcut.errors import ProfileError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable
-from expertcut.stats import Comparison, ExpertShares, HeldOutResult, LogprobShift
+from expertcut.stats import (
+    Comparison,
+    ExpertShares,
+    HeldOutResult,
+    LogprobShift,
+    questions_to_hold,
+    verdict,
+)
 
 if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built
@@ -98,7 +105,7 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
 
 
 def outcome_lines(built: "Built", before: tuple[int, int], after: tuple[int, int]) -> list[str]:
-    """Size, accuracy and distance; `before` and `after` are parameters and bytes."""
+    """Size, accuracy, verdict and distance; `before` and `after` are parameters and bytes."""
     change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
     size = f"{unit(after[1], 'B')}, was {unit(before[1], 'B')} ({change}); "
     size += f"{unit(after[0])} parameters, were {unit(before[0])}"
@@ -117,8 +124,30 @@ def outcome_lines(built: "Built", before: tuple[int, int], after: tuple[int, int
         f"{shift.max_abs_logprob_diff:.4f}, {shift.flipped:,} answers flipped"
         for shift in built.proof.held_out
     )
-    lines += [labelled("accuracy", text), labelled("distance", f"|Δ log p| against {shifts}")]
+    judged = verdict_text(answered.change, scored_on.questions, 0.01).removeprefix("is ")
+    lines += [labelled("accuracy", text), labelled("verdict", judged)]
+    lines += [labelled("distance", f"|Δ log p| against {shifts}")]
     return lines + [labelled("", sentence) for sentence in sentences]
+
+
+def verdict_text(change: Comparison, n: int, margin: float) -> str:
+    """The verdict on a change over n questions, with its interval or what would decide."""
+    gained, lost, points = change.gained, change.lost, f"{margin * 100:g} points"
+    points = points.removesuffix("s") if margin == 0.01 else points
+    low, high = (100 * end for end in change.ci95)
+    ends = f"{change.delta * 100:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
+    word = verdict(gained, lost, n, margin)
+    if word == "undecided":
+        return (
+            f"is undecided at a margin of {points}: {ends}; about "
+            f"{questions_to_hold(gained, lost, n, margin):,} questions would decide"
+        )
+    if word != "holds":
+        return f"is {word} than the base: {ends}"
+    if gained + lost == 0:
+        ends = "same answers"
+    worse = ", yet is measurably worse" if high < 0 else ""
+    return f"holds within {points} of the base{worse}: {ends}"
 
 
 def percent(share: float) -> str:

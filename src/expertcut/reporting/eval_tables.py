@@ -12,11 +12,11 @@ from expertcut.evaluation.search_results import (
     Sweep,
     SweptModel,
 )
-from expertcut.reporting.edit_tables import change_cells, interval_text
+from expertcut.reporting.edit_tables import change_cells, interval_text, verdict_text
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns
-from expertcut.stats import Comparison, questions_to_hold, verdict
+from expertcut.stats import Comparison
 
 _SCORED = "accuracy::.2%; 95 % interval; Δ::+.2%; 95 % interval of Δ; gained; lost; McNemar p::.3g"
 
@@ -99,26 +99,6 @@ def verdict_sentences(results: Results, margin: float = 0.01) -> list[str]:
     """A sentence per model compared: whether it holds within a margin (a share of questions)."""
     names, n = model_names(results), results.models[0].questions
     return [f"verdict: {names[c.other]} {verdict_text(c, n, margin)}" for c in results.comparisons]
-
-
-def verdict_text(change: Comparison, n: int, margin: float) -> str:
-    """The verdict on a change over n questions, with its interval or what would decide."""
-    gained, lost, points = change.gained, change.lost, f"{margin * 100:g} points"
-    points = points.removesuffix("s") if margin == 0.01 else points
-    low, high = (100 * end for end in change.ci95)
-    ends = f"{change.delta * 100:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
-    word = verdict(gained, lost, n, margin)
-    if word == "undecided":
-        return (
-            f"is undecided at a margin of {points}: {ends}; about "
-            f"{questions_to_hold(gained, lost, n, margin):,} questions would decide"
-        )
-    if word != "holds":
-        return f"is {word} than the base: {ends}"
-    if gained + lost == 0:
-        ends = "same answers"
-    worse = ", yet is measurably worse" if high < 0 else ""
-    return f"holds within {points} of the base{worse}: {ends}"
 
 
 def model_names(results: Results) -> list[str]:
