@@ -185,12 +185,9 @@ def chunked_loss(
 
     Gradients reach the hidden states; the vocabulary projection is not trained.
     """
-
-    def of_chunk(hidden_NH: Tensor, at: slice) -> Tensor:
-        return loss_of(projection.logits(run, hidden_NH), at)
-
     apply: Any = _ChunkedSum.apply
-    total: Tensor = apply(hidden_MH, of_chunk, list(projection.chunks(len(hidden_MH))))
+    chunks = list(projection.chunks(len(hidden_MH)))
+    total: Tensor = apply(hidden_MH, lambda h, at: loss_of(projection.logits(run, h), at), chunks)
     return total
 
 
@@ -288,7 +285,12 @@ class LiveTeacher:
     def _top_logprobs(self, batch: Batch) -> TopLogprobs:
         """One pass, or several if memory runs out."""
         try:
-            return self._pass(batch)
+            model, projection = self.moe.model, self.projection
+            hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
+            hidden_MH = hidden_BSH[batch["at_BS"]]
+            chunks = projection.chunks(len(hidden_MH))
+            logits = (projection.logits(model, hidden_MH[at]) for at in chunks)
+            return _joined([top_logprobs(logits_NV, self.n_likeliest) for logits_NV in logits])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -300,14 +302,6 @@ class LiveTeacher:
             )
         give_back()
         return self._by_rows(batch, n_rows // 2)
-
-    def _pass(self, batch: Batch) -> TopLogprobs:
-        model, projection = self.moe.model, self.projection
-        hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
-        hidden_MH = hidden_BSH[batch["at_BS"]]
-        chunks = projection.chunks(len(hidden_MH))
-        logits = (projection.logits(model, hidden_MH[at]) for at in chunks)
-        return _joined([top_logprobs(logits_NV, self.n_likeliest) for logits_NV in logits])
 
 
 def _joined(parts: list[TopLogprobs]) -> TopLogprobs:

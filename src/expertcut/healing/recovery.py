@@ -217,6 +217,7 @@ def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
     quiz, healed_NC = scored.quiz, by_form[HEALED]
     others = [form for form in (BASE, BEFORE) if form in by_form]
     first_NC = by_form[others[0]]
+    outcomes = (form_result(form, quiz, by_form[form], first_NC) for form in (*others, HEALED))
     return HeldOutResult(
         held_out_split=quiz.split,
         held_out_used=scored.used,
@@ -225,9 +226,7 @@ def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
         shares=(),
         alone=None,
         agreement=(),
-        outcomes=tuple(
-            form_result(form, quiz, by_form[form], first_NC) for form in (*others, HEALED)
-        ),
+        outcomes=tuple(outcomes),
     )
 
 

@@ -120,9 +120,8 @@ def _check_block(
     block: DiskBlock, edit: BlockEdit, plan: PlanFile, config: Mapping[str, Any]
 ) -> None:
     numbers = zip(range(block.n_experts), edit.rows or range(block.n_experts), strict=False)
-    own = [  # those that are not constants
-        number for row, number in numbers if not block.by_expert or block.by_expert[row]
-    ]
+    # Those that are not constants.
+    own = [number for row, number in numbers if not block.by_expert or block.by_expert[row]]
     n_experts = expert_count(dict(config))
     is_right = block.n_experts == len(edit.keep) == n_experts
     if LAYOUTS[plan.layout].keeps_rows:
@@ -175,15 +174,10 @@ def of_model(results: Results, fingerprint: str) -> Results | None:
         return None
     compared = [c for c in results.comparisons if c.other == place]
     kept = [results.models[i] for i in ([compared[0].base, place] if compared else [place])]
-    return results.model_copy(
-        update={
-            "quiz": public_name(results.quiz, results.revision),
-            "models": [
-                m.model_copy(update={"path": public_name(m.path, m.revision)}) for m in kept
-            ],
-            "comparisons": [c.model_copy(update={"base": 0, "other": 1}) for c in compared[:1]],
-        }
-    )
+    models = [m.model_copy(update={"path": public_name(m.path, m.revision)}) for m in kept]
+    comparisons = [c.model_copy(update={"base": 0, "other": 1}) for c in compared[:1]]
+    quiz = public_name(results.quiz, results.revision)
+    return results.model_copy(update={"quiz": quiz, "models": models, "comparisons": comparisons})
 
 
 def public_name(id: str, revision: str | None) -> str:

@@ -273,10 +273,8 @@ class Ledger:
     def keep(self, stage: Stage) -> None:
         """Notes new times of a current stage's files."""
         record = self.records[stage.name]
-        _, stamps = check_outputs(self.folder, record)
-        if stamps:
-            files = {**record.files, **stamps}
-            self.records[stage.name] = record.model_copy(update={"files": files})
+        files = {**record.files, **check_outputs(self.folder, record)[1]}
+        self.records[stage.name] = record.model_copy(update={"files": files})
 
     def finish(self, stage: Stage, elapsed_s: float) -> str:
         """Records the stage's files; returns the hash of their content."""
