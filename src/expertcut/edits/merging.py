@@ -202,8 +202,7 @@ def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
         if valid_T is not None:
             flat_TD = flat_TD[valid_T.to(x_TD.device)]
         outputs = [own(e, flat_TD).double().sum(dim=0) for e in range(block.n_experts)]
-        total_ED = torch.stack(outputs).cpu()
-        totals[block.layer] = totals.get(block.layer, torch.zeros(())) + total_ED
+        totals[block.layer] = totals.get(block.layer, torch.zeros(())) + torch.stack(outputs).cpu()
         n_tokens[block.layer] += len(flat_TD)
         return forward(x_TD, *args)
 

@@ -320,8 +320,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
         per_group = is_active_E.reshape(block.groups, -1).sum(axis=1)
         most = max(most, _stock_count(block, int(per_group.max())))
         fill_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
-        above_E = is_active_E * (1.0 + fill_E.max())
-        orders.append(ranked(above_E + fill_E, layer.alpha_mean_E))
+        orders.append(ranked(is_active_E * (1.0 + fill_E.max()) + fill_E, layer.alpha_mean_E))
     if LAYOUTS[settings.layout].needs_equal_counts:
         n_keeps = [most] * len(blocks)
     draft = empty_draft(settings, "keep-active", "prune --keep-active", "activations")

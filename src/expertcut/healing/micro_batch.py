@@ -122,8 +122,7 @@ def choose_micro_batch(
     else:
         first = data.rows(min(settings.steps * settings.batch, _LOOKED_AT))
         rows = [*data.held_out, *(first[at][1] for at in range(len(first)))]
-        longest = max(len(row.ids) for row in rows)
-        needs = estimate_memory(moe, run, projection, longest, settings)
+        needs = estimate_memory(moe, run, projection, max(len(row.ids) for row in rows), settings)
         chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)
         chosen.rows = min(gather_object([chosen.rows]))
     if recorded not in (None, chosen.rows):

@@ -67,15 +67,13 @@ def distillation(logits_MV: Tensor, next_M: Tensor, teacher: TopLogprobs | None 
 
 def top_logprobs(logits_MV: Tensor, n: int) -> TopLogprobs:
     """The R = min(n, V) most likely tokens and their log p."""
-    logprob_MV = logits_MV.float().log_softmax(dim=-1)
-    top = logprob_MV.topk(min(n, logits_MV.shape[1]), dim=-1)
+    top = logits_MV.float().log_softmax(dim=-1).topk(min(n, logits_MV.shape[1]), dim=-1)
     return TopLogprobs(top.indices, top.values)
 
 
 def _log_rest(logprob_MR: Tensor) -> Tensor:
     """Log probability of all other tokens (M), kept above 0 after rounding."""
-    rest_M = -torch.expm1(logprob_MR.logsumexp(dim=-1).clamp(max=-1e-7))
-    return rest_M.log()
+    return torch.expm1(logprob_MR.logsumexp(dim=-1).clamp(max=-1e-7)).neg().log()
 
 
 Where = Callable[[Row], Sequence[int]]
@@ -276,8 +274,7 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """Forward passes over some rows each."""
-        n_rows = max(1, _PASS_TOKENS // at_BS.shape[1])
-        return self._by_rows({**batch, "at_BS": at_BS}, n_rows)
+        return self._by_rows({**batch, "at_BS": at_BS}, max(1, _PASS_TOKENS // at_BS.shape[1]))
 
     def _by_rows(self, batch: Batch, n_rows: int) -> TopLogprobs:
         return _joined([self._top_logprobs(piece) for piece in cut_rows(batch, n_rows)])

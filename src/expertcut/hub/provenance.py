@@ -182,8 +182,7 @@ def of_model(results: Results, fingerprint: str) -> Results | None:
 
 def public_name(id: str, revision: str | None) -> str:
     """An id of the Hub, or the last part of a path, which must not be published whole."""
-    name = id if revision is not None else Path(id).resolve().name
-    return one_line(name) or "unnamed"
+    return one_line(id if revision is not None else Path(id).resolve().name) or "unnamed"
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,7 @@ def origin(folder: Path) -> Origin:
             config = read_config(config_file.parent)
     card = _base_file(base_id, base.revision, CARD_FILE)
     metadata = _front_matter(card) if card else {}
-    stated = metadata.get("license") or config.get("license")
-    licence = _licence(stated, metadata, base, folder)
+    licence = _licence(metadata.get("license") or config.get("license"), metadata, base, folder)
     return Origin(base.id, base.revision, licence, expert_count(config), tuple(steps), is_here)
 
 

@@ -244,8 +244,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         elif kind == "stage":
             yield f"{which} made something else" if was else f"{which} is new"
         else:
-            named = {"quiz": f"split {which} of the quiz", "data": which}
-            what = named.get(kind, f"the {kind}")
+            what = {"quiz": f"split {which} of the quiz", "data": which}.get(kind, f"the {kind}")
             yield f"{what} changed" if was else f"{what} is new"
     yield from (f"{name} is no longer read" for name in before if name not in now)
 
