@@ -56,8 +56,7 @@ def collect_routing(
         tensors = {name: getattr(routing, name).cpu()[valid_T] for name in names}
         see(replace(routing, **tensors), is_answer_T[valid_T])
 
-    blocks = [block for block in engine.moe.blocks if block.layer in layers]
-    with observe_routers(blocks, observe):
+    with observe_routers([block for block in engine.moe.blocks if block.layer in layers], observe):
         ask(engine, quiz, current.append)
 
 

@@ -149,8 +149,7 @@ def _shares(group: list[int], tokens_E: Array) -> dict[int, float]:
 
 def members_of(edit: BlockEdit) -> Mapping[int, Mapping[int, float]]:
     """The shares of members for every kept expert, merged or not."""
-    merged = edit.merged or {}
-    return {expert: merged.get(expert, {expert: 1.0}) for expert in edit.keep}
+    return {expert: (edit.merged or {}).get(expert, {expert: 1.0}) for expert in edit.keep}
 
 
 def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:

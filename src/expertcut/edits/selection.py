@@ -48,10 +48,9 @@ class Protection(NamedTuple):
         self, edits: Mapping[str, BlockEdit], plain: Mapping[str, BlockEdit]
     ) -> dict[str, tuple[int, ...]]:
         """By block, what stays and without protection would not."""
-        blocks = zip(edits.items(), self.ids, strict=True)
         return {
             block: tuple(e for e in edit.keep if e in ids and e not in plain[block].keep)
-            for (block, edit), ids in blocks
+            for (block, edit), ids in zip(edits.items(), self.ids, strict=True)
         }
 
 
