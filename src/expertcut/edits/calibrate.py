@@ -56,8 +56,7 @@ def collect_routing(
         tensors = {name: getattr(routing, name).cpu()[valid_T] for name in names}
         see(replace(routing, **tensors), is_answer_T[valid_T])
 
-    blocks = [block for block in engine.moe.blocks if block.layer in layers]
-    with observe_routers(blocks, observe):
+    with observe_routers([block for block in engine.moe.blocks if block.layer in layers], observe):
         ask(engine, quiz, current.append)
 
 
@@ -222,8 +221,7 @@ class _GateSums:
 
     def folds(self) -> Array:
         mean_E = self.by_expert / self.n_by_expert.clamp(min=1)
-        overall = self.total / self.n_tokens
-        folds: Array = torch.where(self.n_by_expert > 0, mean_E, overall).numpy()
+        folds: Array = torch.where(self.n_by_expert > 0, mean_E, self.total / self.n_tokens).numpy()
         return folds
 
 
@@ -293,9 +291,8 @@ def sample_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     """Inputs (T, D) of every block, by layer, at the same sample of T tokens."""
     blocks = engine.moe.blocks
     width = int(engine.moe.model.config.get_text_config().hidden_size)
-    n_experts = max(block.n_experts for block in blocks)
     by_inputs = KEPT_BYTES // (len(blocks) * width * engine.moe.dtype.itemsize)
-    by_grams = KEPT_BYTES // (n_experts**2 * 8)
+    by_grams = KEPT_BYTES // (max(block.n_experts for block in blocks) ** 2 * 8)
     reservoir = _Reservoir(max(1, min(MOST_TOKENS, by_inputs, by_grams)))
     few, layers = round_robin(quiz, CALIBRATION_QUESTIONS), {block.layer for block in blocks}
     collect_routing(engine, few, layers, reservoir.add)

@@ -149,8 +149,7 @@ def _shares(group: list[int], tokens_E: Array) -> dict[int, float]:
 
 def members_of(edit: BlockEdit) -> Mapping[int, Mapping[int, float]]:
     """The shares of members for every kept expert, merged or not."""
-    merged = edit.merged or {}
-    return {expert: merged.get(expert, {expert: 1.0}) for expert in edit.keep}
+    return {expert: (edit.merged or {}).get(expert, {expert: 1.0}) for expert in edit.keep}
 
 
 def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:
@@ -202,8 +201,7 @@ def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
         if valid_T is not None:
             flat_TD = flat_TD[valid_T.to(x_TD.device)]
         outputs = [own(e, flat_TD).double().sum(dim=0) for e in range(block.n_experts)]
-        total_ED = torch.stack(outputs).cpu()
-        totals[block.layer] = totals.get(block.layer, torch.zeros(())) + total_ED
+        totals[block.layer] = totals.get(block.layer, torch.zeros(())) + torch.stack(outputs).cpu()
         n_tokens[block.layer] += len(flat_TD)
         return forward(x_TD, *args)
 

@@ -183,11 +183,6 @@ class EditPlan:
         return any(edit.bias for edit in self.edits.values())
 
     @property
-    def is_tilted(self) -> bool:
-        """Whether any expert gets a bias or a factor."""
-        return any(edit.tilted for edit in self.edits.values())
-
-    @property
     def is_fitting(self) -> bool:
         """Whether tuning questions rank the experts too, or fit bias directions."""
         return self.is_calibrated or (LAYOUTS[self.layout].fits_biases and self.is_biased)

@@ -403,7 +403,6 @@ def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
         contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
         if isinstance(profile, ProfilePart):
             contrast = contrast.less({q.overlap_hash for q in held_out_quiz(profile)})
-    constant = expert_ids(profile).constant
     return Chooser(
         boost_best=settings.boost_best,
         suppress_worst=settings.suppress_worst,
@@ -415,7 +414,7 @@ def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
         constant=tuple(
             (layer, row)
             for layer, block in enumerate(profile.info.model.blocks)
-            for row in sorted(constant.get(block.name, ()))
+            for row in sorted(expert_ids(profile).constant.get(block.name, ()))
         ),
     )
 

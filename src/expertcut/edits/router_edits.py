@@ -157,27 +157,24 @@ class _Search:
 
     def run(self, picks: Sequence[SelectedExpert], n_named: int) -> Settled:
         for few in firsts(picks, n_named):
-            self._climb(few)
+            before_NC = self.used.logprob_NC
+            gaps = [gap(self.used, pick) for pick in few if pick.sign > 0]
+            enough = max(STRENGTHS[-1], *gaps, 0)
+            for strength in (*STRENGTHS, 16.0, 32.0, 64.0):
+                shifts = tuple(RouterEdit(p.layer, p.expert, p.sign * strength) for p in few)
+                logprob_NC = self._try(shifts, strength)
+                gained, lost = gained_lost(self.base_N, right(logprob_NC, self.used.answer_N))
+                is_same = not gaps and np.allclose(logprob_NC, before_NC, rtol=0, atol=1e-5)
+                is_hurting = lost - gained > 2 * math.sqrt(lost + gained)
+                if is_hurting or is_same or (strength >= enough and self.best != shifts):
+                    break
+                before_NC = logprob_NC
         if best := self.best:
             point = max(self.curve, key=lambda p: p.accuracy)
             for factor in (2**-0.5, 2**0.5):
                 finer = tuple(s._replace(bias=s.bias * factor) for s in best)
                 self._try(finer, point.strength * factor)
         return Settled(self.best, tuple(self.curve))
-
-    def _climb(self, picks: Sequence[SelectedExpert]) -> None:
-        before_NC = self.used.logprob_NC
-        gaps = [gap(self.used, pick) for pick in picks if pick.sign > 0]
-        enough = max(STRENGTHS[-1], *gaps, 0)
-        for strength in (*STRENGTHS, 16.0, 32.0, 64.0):
-            shifts = tuple(RouterEdit(p.layer, p.expert, p.sign * strength) for p in picks)
-            logprob_NC = self._try(shifts, strength)
-            gained, lost = gained_lost(self.base_N, right(logprob_NC, self.used.answer_N))
-            is_same = not gaps and np.allclose(logprob_NC, before_NC, rtol=0, atol=1e-5)
-            is_hurting = lost - gained > 2 * math.sqrt(lost + gained)
-            if is_hurting or is_same or (strength >= enough and self.best != shifts):
-                return
-            before_NC = logprob_NC
 
     def _try(self, shifts: tuple[RouterEdit, ...], strength: float) -> Array:
         logprob_NC: Array = self.ask(shifts)[self.is_used_N]

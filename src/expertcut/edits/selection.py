@@ -48,10 +48,9 @@ class Protection(NamedTuple):
         self, edits: Mapping[str, BlockEdit], plain: Mapping[str, BlockEdit]
     ) -> dict[str, tuple[int, ...]]:
         """By block, what stays and without protection would not."""
-        blocks = zip(edits.items(), self.ids, strict=True)
         return {
             block: tuple(e for e in edit.keep if e in ids and e not in plain[block].keep)
-            for (block, edit), ids in blocks
+            for (block, edit), ids in zip(edits.items(), self.ids, strict=True)
         }
 
 
@@ -320,8 +319,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
         per_group = is_active_E.reshape(block.groups, -1).sum(axis=1)
         most = max(most, _stock_count(block, int(per_group.max())))
         fill_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
-        above_E = is_active_E * (1.0 + fill_E.max())
-        orders.append(ranked(above_E + fill_E, layer.alpha_mean_E))
+        orders.append(ranked(is_active_E * (1.0 + fill_E.max()) + fill_E, layer.alpha_mean_E))
     if LAYOUTS[settings.layout].needs_equal_counts:
         n_keeps = [most] * len(blocks)
     draft = empty_draft(settings, "keep-active", "prune --keep-active", "activations")

@@ -139,26 +139,19 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[P
             "choose on all of them with --held-out 0"
         )
     if can_hold_out(profile, quiz):
-        profile = ProfilePart(profile, held)
-        note = (
+        return ProfilePart(profile, held), (
             f"{quiz.id} has one set of questions: {len(quiz) - len(held):,} of them choose, the "
             f"other {len(held):,} are held out"
         )
-    else:
-        note = (
-            f"{profile.path} does not keep the sums of a fifth of its questions apart, so all of "
-            "them choose and nothing judges: profile again to hold a fifth out"
-        )
-    return profile, note
+    return profile, (
+        f"{profile.path} does not keep the sums of a fifth of its questions apart, so all of them "
+        "choose and nothing judges: profile again to hold a fifth out"
+    )
 
 
 @once_per_profile
 def questions_for(
-    profile: Profile,
-    *,
-    is_fitting: bool,
-    used: frozenset[str] = frozenset(),
-    n_held_out: int = 256,
+    profile: Profile, *, is_fitting: bool, used: frozenset[str] = frozenset(), n_held_out: int = 256
 ) -> Questions:
     """The questions of a command that works from a profile.
 

@@ -129,15 +129,9 @@ class _Reader:
 
     def read_quiz(self, source: Weighted) -> Quiz:
         """A quiz without questions that are scored later or do not fit into a row."""
-        settings = self.settings
+        own = self.settings
         selection = Selection(
-            source.name,
-            settings.split,
-            shots=0,
-            subjects=settings.subjects,
-            limit=settings.limit,
-            revision=source.revision,
-            truncate=settings.truncate,
+            source.name, own.split, 0, own.subjects, own.limit, source.revision, own.truncate
         )
         quiz, dropped = without_scored(load_quiz(selection), self.scored)
         self.data.dropped += dropped

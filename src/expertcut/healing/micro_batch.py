@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 
 MICRO_BATCH_FILE = "micro_batch.json"
 # More tokens in a pass make a step hardly faster.
-_PASS_TOKENS = {"cpu": 4096}
-_PASS_TOKENS_ELSEWHERE = 16384
+_PASS_TOKENS_ON_CPU, _PASS_TOKENS = 4096, 16384
 _CPU_PASS_BYTES = 0.75e9  # more only for one row alone: others use the CPU too
 _FREE_SHARE = 0.5  # of the free memory, for a new run; a recorded number may take all of it
 _SLACK = 2.0  # bytes of a pass per byte that autograd keeps: gradients, copies, gaps
@@ -122,8 +121,7 @@ def choose_micro_batch(
     else:
         first = data.rows(min(settings.steps * settings.batch, _LOOKED_AT))
         rows = [*data.held_out, *(first[at][1] for at in range(len(first)))]
-        longest = max(len(row.ids) for row in rows)
-        needs = estimate_memory(moe, run, projection, longest, settings)
+        needs = estimate_memory(moe, run, projection, max(len(row.ids) for row in rows), settings)
         chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)
         chosen.rows = min(gather_object([chosen.rows]))
     if recorded not in (None, chosen.rows):
@@ -145,12 +143,11 @@ def _chosen(
     free = free_bytes(device) / n_sharing
     if recorded is not None and recorded <= min(share, max(1, needs.rows_within(free))):
         return recorded, "as before the interruption"
-    most_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
+    most_tokens = _PASS_TOKENS_ON_CPU if device.type == "cpu" else _PASS_TOKENS
     most: float = min(most_tokens // needs.longest, needs.rows_within(free * _FREE_SHARE))
     if device.type == "cpu":
         most = min(most, _CPU_PASS_BYTES // max(1, needs.row_bytes))
-    rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, most))
-    return rows, (
+    return max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, most)), (
         f"{free / 1e9:.1f} GB are free, a row of {needs.longest:,} tokens takes about "
         f"{needs.row_bytes / 1e9:.2f} GB"
     )

@@ -67,15 +67,13 @@ def distillation(logits_MV: Tensor, next_M: Tensor, teacher: TopLogprobs | None 
 
 def top_logprobs(logits_MV: Tensor, n: int) -> TopLogprobs:
     """The R = min(n, V) most likely tokens and their log p."""
-    logprob_MV = logits_MV.float().log_softmax(dim=-1)
-    top = logprob_MV.topk(min(n, logits_MV.shape[1]), dim=-1)
+    top = logits_MV.float().log_softmax(dim=-1).topk(min(n, logits_MV.shape[1]), dim=-1)
     return TopLogprobs(top.indices, top.values)
 
 
 def _log_rest(logprob_MR: Tensor) -> Tensor:
     """Log probability of all other tokens (M), kept above 0 after rounding."""
-    rest_M = -torch.expm1(logprob_MR.logsumexp(dim=-1).clamp(max=-1e-7))
-    return rest_M.log()
+    return torch.expm1(logprob_MR.logsumexp(dim=-1).clamp(max=-1e-7)).neg().log()
 
 
 Where = Callable[[Row], Sequence[int]]
@@ -185,12 +183,9 @@ def chunked_loss(
 
     Gradients reach the hidden states; the vocabulary projection is not trained.
     """
-
-    def of_chunk(hidden_NH: Tensor, at: slice) -> Tensor:
-        return loss_of(projection.logits(run, hidden_NH), at)
-
     apply: Any = _ChunkedSum.apply
-    total: Tensor = apply(hidden_MH, of_chunk, list(projection.chunks(len(hidden_MH))))
+    chunks = list(projection.chunks(len(hidden_MH)))
+    total: Tensor = apply(hidden_MH, lambda h, at: loss_of(projection.logits(run, h), at), chunks)
     return total
 
 
@@ -279,8 +274,7 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """Forward passes over some rows each."""
-        n_rows = max(1, _PASS_TOKENS // at_BS.shape[1])
-        return self._by_rows({**batch, "at_BS": at_BS}, n_rows)
+        return self._by_rows({**batch, "at_BS": at_BS}, max(1, _PASS_TOKENS // at_BS.shape[1]))
 
     def _by_rows(self, batch: Batch, n_rows: int) -> TopLogprobs:
         return _joined([self._top_logprobs(piece) for piece in cut_rows(batch, n_rows)])
@@ -288,7 +282,12 @@ class LiveTeacher:
     def _top_logprobs(self, batch: Batch) -> TopLogprobs:
         """One pass, or several if memory runs out."""
         try:
-            return self._pass(batch)
+            model, projection = self.moe.model, self.projection
+            hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
+            hidden_MH = hidden_BSH[batch["at_BS"]]
+            chunks = projection.chunks(len(hidden_MH))
+            logits = (projection.logits(model, hidden_MH[at]) for at in chunks)
+            return _joined([top_logprobs(logits_NV, self.n_likeliest) for logits_NV in logits])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -300,14 +299,6 @@ class LiveTeacher:
             )
         give_back()
         return self._by_rows(batch, n_rows // 2)
-
-    def _pass(self, batch: Batch) -> TopLogprobs:
-        model, projection = self.moe.model, self.projection
-        hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
-        hidden_MH = hidden_BSH[batch["at_BS"]]
-        chunks = projection.chunks(len(hidden_MH))
-        logits = (projection.logits(model, hidden_MH[at]) for at in chunks)
-        return _joined([top_logprobs(logits_NV, self.n_likeliest) for logits_NV in logits])
 
 
 def _joined(parts: list[TopLogprobs]) -> TopLogprobs:

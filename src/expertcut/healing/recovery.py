@@ -217,6 +217,7 @@ def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
     quiz, healed_NC = scored.quiz, by_form[HEALED]
     others = [form for form in (BASE, BEFORE) if form in by_form]
     first_NC = by_form[others[0]]
+    outcomes = (form_result(form, quiz, by_form[form], first_NC) for form in (*others, HEALED))
     return HeldOutResult(
         held_out_split=quiz.split,
         held_out_used=scored.used,
@@ -225,9 +226,7 @@ def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
         shares=(),
         alone=None,
         agreement=(),
-        outcomes=tuple(
-            form_result(form, quiz, by_form[form], first_NC) for form in (*others, HEALED)
-        ),
+        outcomes=tuple(outcomes),
     )
 
 
@@ -247,8 +246,7 @@ class _Run:
         folder = self.settings.teacher_cache
         if folder is None or self.base is None or not self.objective.needs_teacher:
             return None
-        key = CacheKey(self.base.fingerprint, str(self.moe.dtype), self.settings.likeliest)
-        return folder, key
+        return folder, CacheKey(self.base.fingerprint, str(self.moe.dtype), self.settings.likeliest)
 
     def train(self, out: Path, working: Path) -> Healed | None:
         """Trains and, in the first process, writes; then removes the working folder."""
@@ -316,8 +314,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
             if settings.adapter:
                 load_adapter(healed, temporary)
             after = _choice_logprobs(healed, run.scored.quiz)
-            proof = compare(run.scored, {**before, HEALED: after})
-            plan = plan.model_copy(update={"proof": proof})
+            plan = plan.model_copy(update={"proof": compare(run.scored, {**before, HEALED: after})})
         save_plan(temporary, plan, used_questions(source, data))
         add_files(temporary, {HEALING_FILE: content, **run.options.beside})
     trained, parameters = model.get_nb_trainable_parameters()

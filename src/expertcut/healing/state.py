@@ -230,6 +230,7 @@ class RunIdentity(Record):
         whole = settings.recorded()
         whole["training"] = _without_memory(whole["training"])
         rows = (part.shuffled(random.Random(0)) for part in data.parts)  # one epoch
+        used = sorted(line.split()[0] for line in data.hashes)
         scored = [
             None if quiz is None else [(s, quiz.content_hash(s)) for s in quiz.questions]
             for quiz in (data.scored, data.held_out_quiz)
@@ -240,9 +241,7 @@ class RunIdentity(Record):
             teacher=None if base is None else base.fingerprint,
             objective=objective,
             rows_hash=_hash(chain(data.held_out, *rows)),
-            scored_hash=_hash(
-                [*scored, data.dropped, sorted(line.split()[0] for line in data.hashes)]
-            ),
+            scored_hash=_hash([*scored, data.dropped, used]),
             **{key: whole[key] for key in ("likeliest", "data", "lora", "training")},
         )
 

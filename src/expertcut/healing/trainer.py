@@ -87,17 +87,16 @@ class Balance:
             self.count(mask_BS)
             self.share()
         real_T = mask_BS.reshape(-1).bool()
-        losses = [self._of(block, self.seen[block.layer], real_T) for block in self.blocks]
+        losses = []
+        for block in self.blocks:
+            routing, total_E = self.seen[block.layer], self.counts[block.layer]
+            alpha_TE = block.alpha(routing.logits_TE[real_T])
+            sum_E = (alpha_TE / alpha_TE.sum(dim=-1, keepdim=True)).sum(dim=0)
+            n_choices = total_E.sum()
+            mean_E = sum_E * routing.experts_TK.shape[1] / n_choices
+            losses.append(block.n_experts * (total_E / n_choices * mean_E).sum())
         self.seen = {}
         return torch.stack(losses).mean()
-
-    def _of(self, block: MoeBlock, routing: Routing, real_T: Tensor) -> Tensor:
-        alpha_TE = block.alpha(routing.logits_TE[real_T])
-        sum_E = (alpha_TE / alpha_TE.sum(dim=-1, keepdim=True)).sum(dim=0)
-        total_E = self.counts[block.layer]
-        n_choices = total_E.sum()
-        mean_E = sum_E * routing.experts_TK.shape[1] / n_choices
-        return block.n_experts * (total_E / n_choices * mean_E).sum()
 
 
 class HealTrainer(Trainer):
@@ -419,8 +418,7 @@ class _Watch(TrainerCallback):
                 )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if states.is_over(state, self.settings):
-            control.should_training_stop = True
+        control.should_training_stop |= states.is_over(state, self.settings)
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.is_world_process_zero:

@@ -252,13 +252,12 @@ def _results_facts(one: Evaluated) -> dict[str, Any]:
         shares = (m.subjects[name].accuracy if name in m.subjects else None for m in models)
         rows.append([name, *shares, subject.questions])
     named = (Column(Path(m.path).name, ".2%") for m in models)
-    heads = (Column("subject"), *named, Column("questions", ",d"))
     return {
         "file": Markdown(one.file),
         "cut": cut_text(one.model.cut),
         "table": results_table(one.results),
         "sentences": result_sentences(one.results) if one.results.comparisons else [],
-        "subjects": Table("Subjects", heads, rows),
+        "subjects": Table("Subjects", (Column("subject"), *named, Column("questions", ",d")), rows),
     }
 
 

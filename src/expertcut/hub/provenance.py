@@ -120,9 +120,8 @@ def _check_block(
     block: DiskBlock, edit: BlockEdit, plan: PlanFile, config: Mapping[str, Any]
 ) -> None:
     numbers = zip(range(block.n_experts), edit.rows or range(block.n_experts), strict=False)
-    own = [  # those that are not constants
-        number for row, number in numbers if not block.by_expert or block.by_expert[row]
-    ]
+    # Those that are not constants.
+    own = [number for row, number in numbers if not block.by_expert or block.by_expert[row]]
     n_experts = expert_count(dict(config))
     is_right = block.n_experts == len(edit.keep) == n_experts
     if LAYOUTS[plan.layout].keeps_rows:
@@ -175,21 +174,15 @@ def of_model(results: Results, fingerprint: str) -> Results | None:
         return None
     compared = [c for c in results.comparisons if c.other == place]
     kept = [results.models[i] for i in ([compared[0].base, place] if compared else [place])]
-    return results.model_copy(
-        update={
-            "quiz": public_name(results.quiz, results.revision),
-            "models": [
-                m.model_copy(update={"path": public_name(m.path, m.revision)}) for m in kept
-            ],
-            "comparisons": [c.model_copy(update={"base": 0, "other": 1}) for c in compared[:1]],
-        }
-    )
+    models = [m.model_copy(update={"path": public_name(m.path, m.revision)}) for m in kept]
+    comparisons = [c.model_copy(update={"base": 0, "other": 1}) for c in compared[:1]]
+    quiz = public_name(results.quiz, results.revision)
+    return results.model_copy(update={"quiz": quiz, "models": models, "comparisons": comparisons})
 
 
 def public_name(id: str, revision: str | None) -> str:
     """An id of the Hub, or the last part of a path, which must not be published whole."""
-    name = id if revision is not None else Path(id).resolve().name
-    return one_line(name) or "unnamed"
+    return one_line(id if revision is not None else Path(id).resolve().name) or "unnamed"
 
 
 @dataclass(frozen=True)
@@ -239,8 +232,7 @@ def origin(folder: Path) -> Origin:
             config = read_config(config_file.parent)
     card = _base_file(base_id, base.revision, CARD_FILE)
     metadata = _front_matter(card) if card else {}
-    stated = metadata.get("license") or config.get("license")
-    licence = _licence(stated, metadata, base, folder)
+    licence = _licence(metadata.get("license") or config.get("license"), metadata, base, folder)
     return Origin(base.id, base.revision, licence, expert_count(config), tuple(steps), is_here)
 
 

@@ -64,16 +64,14 @@ def publish(
     evaluated = evaluations(checkpoint, results)
     card, is_kept = _write_card(checkpoint, evaluated, Place(repo, revision, endpoint))
     files = _files(checkpoint, card, evaluated)
+    sizes = {n: len(c) if isinstance(c, bytes) else c.stat().st_size for n, c in files.items()}
     prepared = Published(
         repo=repo,
         url=f"{endpoint}/{repo}" + (f"/tree/{revision}" if revision else ""),
         card=card,
         is_card_kept=is_kept,
         n_results=len(evaluated),
-        files={
-            name: len(content) if isinstance(content, bytes) else content.stat().st_size
-            for name, content in files.items()
-        },
+        files=sizes,
         left_out=checkpoint.left_out,
     )
     if is_dry:
@@ -98,8 +96,7 @@ def _check_names(repo: str, revision: str | None) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        what = f"{repo!a} is not a valid name on the Hub: {error}"
-        raise SettingsError(one_line(what)) from None
+        raise SettingsError(one_line(f"{repo!a} is not a valid name on the Hub: {error}")) from None
     if repo.count("/") != 1:
         raise SettingsError(f"{repo} must name owner and repository: OWNER/NAME")
     if revision is not None and not _REVISION.fullmatch(revision):

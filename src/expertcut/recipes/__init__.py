@@ -67,6 +67,5 @@ def run(settings: RunSettings, ui: UI = SILENT) -> "Outcome":
         from expertcut.reporting.eval_tables import result_sentences
 
         ui.say([], ["", *result_sentences(load_results(folder / RESULTS))])
-    unused = (f"{name} is no longer in the recipe; its files stay" for name in outcome.left_over)
-    ui.say([], list(unused))
+    ui.say([], [f"{name} is no longer in the recipe; its files stay" for name in outcome.left_over])
     return outcome

@@ -244,8 +244,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         elif kind == "stage":
             yield f"{which} made something else" if was else f"{which} is new"
         else:
-            named = {"quiz": f"split {which} of the quiz", "data": which}
-            what = named.get(kind, f"the {kind}")
+            what = {"quiz": f"split {which} of the quiz", "data": which}.get(kind, f"the {kind}")
             yield f"{what} changed" if was else f"{what} is new"
     yield from (f"{name} is no longer read" for name in before if name not in now)
 
@@ -273,10 +272,8 @@ class Ledger:
     def keep(self, stage: Stage) -> None:
         """Notes new times of a current stage's files."""
         record = self.records[stage.name]
-        _, stamps = check_outputs(self.folder, record)
-        if stamps:
-            files = {**record.files, **stamps}
-            self.records[stage.name] = record.model_copy(update={"files": files})
+        files = {**record.files, **check_outputs(self.folder, record)[1]}
+        self.records[stage.name] = record.model_copy(update={"files": files})
 
     def finish(self, stage: Stage, elapsed_s: float) -> str:
         """Records the stage's files; returns the hash of their content."""

@@ -80,8 +80,7 @@ class RecipeRun:
     def _run_if_due(self, stage: Stage, *, is_forced: bool) -> None:
         record = self.ledger.records.get(stage.name)
         inputs = self.inputs.of(stage, self.outputs)
-        why = reason(self.folder, record, inputs)
-        why = "--from asks for it" if is_forced else why
+        why = "--from asks for it" if is_forced else reason(self.folder, record, inputs)
         runs = f"[{stage.name}] would run" if self.is_dry else f"\n[{stage.name}] runs"
         self.ui.say([], [f"{runs}: {why}" if why else f"[{stage.name}] is current"])
         if not why and record is not None:
@@ -163,8 +162,7 @@ def _show(run: RecipeRun, _: Stage) -> None:
     shown = show.run(run.recipe.show.completed(path=run.folder / PROFILE), run.ui)
     with atomic_dir(run.folder / "show", is_forced=True) as folder:
         for name in ("tables.md", "findings.json", "experts.csv"):
-            text = show.text_of(shown, name.rpartition(".")[2])
-            write_atomically(folder / name, text.encode())
+            write_atomically(folder / name, show.text_of(shown, name.rpartition(".")[2]).encode())
 
 
 def _edit(run: RecipeRun, stage: Stage) -> None:
