@@ -65,8 +65,7 @@ def by_expert(
     for expert, tokens_M, weights_M in zip(hit, *parts, strict=True):
         # oneDNN prepares each new number of rows for a millisecond.
         n_more = -len(tokens_M) % 16 if x_TD.device.type == "cpu" else 0
-        own_TD = x_TD.index_select(0, F.pad(tokens_M, (0, n_more)))
-        output_MD = own(expert, own_TD)[: len(tokens_M)]
+        output_MD = own(expert, x_TD.index_select(0, F.pad(tokens_M, (0, n_more))))[: len(tokens_M)]
         if see is not None:
             see(expert, tokens_M, weights_M, output_MD)
         y_TD.index_add_(0, tokens_M, (output_MD * weights_M[:, None]).to(y_TD.dtype))

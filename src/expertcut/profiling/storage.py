@@ -143,11 +143,10 @@ class Profile:
     def answers(self) -> Answers:
         """The model's answers; ties go to the first choice."""
         logprob_NC, answer_N = self.array("choice_logprob_NC"), self.array("answer_N")
-        is_correct_N = logprob_NC.argmax(axis=1) == answer_N
         n_cut = None
         if self.info.settings.truncate:
             n_cut = sum(int((chunk[CUT] > 0).sum()) for chunk in self.chunks if CUT in chunk)
-        return Answers(logprob_NC, answer_N, is_correct_N, n_cut)
+        return Answers(logprob_NC, answer_N, logprob_NC.argmax(axis=1) == answer_N, n_cut)
 
     @cached_property
     def layers(self) -> list[LayerStatistics]:
@@ -212,8 +211,7 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
     file = path / "profile.json"
     if not file.exists():
         raise ProfileError(f"no profile in {path}: it has no profile.json")
-    info = ProfileInfo.load(file, ProfileError, "is not a valid profile")
-    return Profile(path, info, truncate)
+    return Profile(path, ProfileInfo.load(file, ProfileError, "is not a valid profile"), truncate)
 
 
 def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = None) -> Profile:

@@ -175,8 +175,7 @@ class Engine:
         """Checks the gates, and takes mode single if four questions score otherwise together."""
         few = encoded.part(slice(CHECKED_QUESTIONS))
         way = self.way(few)
-        model_type = str(self.moe.model.config.model_type)
-        with verifying(self.moe.blocks, model_type, check_gate):
+        with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
             alone = few.part(slice(1)) if way == "single" else few
             one_by_one_NC = self._score(self._run(alone, "single", PassObserver()))
         if way == "single":

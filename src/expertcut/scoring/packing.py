@@ -140,8 +140,7 @@ def packed_pass(
     lengths_N = torch.tensor([len(tail) for tail in tails])
     ends_N = lengths_N.cumsum(0)
     owner_T = torch.arange(len(tails)).repeat_interleave(lengths_N)
-    starts_T = (ends_N - lengths_N)[owner_T]
-    positions_T = torch.arange(len(owner_T)) - starts_T + n_prefix
+    positions_T = torch.arange(len(owner_T)) - (ends_N - lengths_N)[owner_T] + n_prefix
     mask = None
     if is_masked:
         itself_TT = (owner_T[:, None] == owner_T).tril_()
