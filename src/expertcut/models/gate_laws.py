@@ -237,9 +237,8 @@ def _follows(block: MoeBlock, routing: Routing, selection: moe_block.Selection) 
         for outside in (-torch.inf, 0.0):  # the score of experts in other groups
             best_TK = score_TE.where(allowed_TE, outside).topk(block.top_k, dim=-1).indices
             best_TE = torch.zeros_like(chosen_TE).scatter(1, best_TK, True)
-            is_other_T = (best_TE != chosen_TE).any(dim=1)
             is_tie_T = block.selection_gap(score_TE, best_TK) <= near
-            if not bool((is_other_T & ~is_tie_T).any()):
+            if not bool(((best_TE != chosen_TE).any(dim=1) & ~is_tie_T).any()):
                 return True
     return False
 

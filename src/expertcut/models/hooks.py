@@ -295,7 +295,6 @@ def moved_by(before_TE: Tensor, after_TE: Tensor, bias: Tensor) -> bool:
     if not torch.equal(wanted_TE.isneginf(), after_TE.isneginf()):
         return False
     # The sum is rounded once; on some devices the product is not repeatable to the bit.
-    eps = torch.finfo(before_TE.dtype).eps
     size_TE = before_TE.double().abs() + bias.abs() + 1
-    is_off_TE = (wanted_TE - after_TE).abs() > eps * size_TE
+    is_off_TE = (wanted_TE - after_TE).abs() > torch.finfo(before_TE.dtype).eps * size_TE
     return not bool((is_off_TE & wanted_TE.isfinite()).any())

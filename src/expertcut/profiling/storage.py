@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import fields, replace
-from functools import cached_property, reduce, wraps
+from functools import cached_property, partial, reduce, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -134,9 +134,8 @@ class Profile:
             )
         if name in _PADDING:  # questions differ in their number of choices
             most = max(chunk.shape[1] for chunk in chunks)
-            widths = [((0, 0), (0, most - chunk.shape[1])) for chunk in chunks]
-            pairs = zip(chunks, widths, strict=True)
-            chunks = [np.pad(c, w, constant_values=_PADDING[name]) for c, w in pairs]
+            pad = partial(np.pad, constant_values=_PADDING[name])
+            chunks = [pad(chunk, ((0, 0), (0, most - chunk.shape[1]))) for chunk in chunks]
         return np.concatenate(chunks)
 
     @cached_property
