@@ -234,8 +234,7 @@ def choose_groups(
     tuning = questions_for(profile, is_fitting=True).tuning
     engine = engine_as_profiled(profile, source, load_as)
     evidence = gather_evidence(profile, engine, tuning, settings.by)
-    edits = merge_edits(blocks, evidence, settings.keep, settings.by)
-    return merge_draft(settings, profile, edits)
+    return merge_draft(settings, profile, merge_edits(blocks, evidence, settings.keep, settings.by))
 
 
 def merge(

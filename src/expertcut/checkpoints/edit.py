@@ -5,7 +5,7 @@ sweeps, simulation, the held-out check and the model card loop over the edits of
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, Self
@@ -22,6 +22,7 @@ from expertcut.edits.merging import Quality
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.edits.splits import Questions
 from expertcut.errors import ContractError
+from expertcut.models.hooks import registered
 from expertcut.models.load import MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.storage import Profile
@@ -106,7 +107,7 @@ class Simulation:
     biases: Mapping[int, Tensor]
     scales: Mapping[int, Tensor]
     apply_at: Positions = "all"
-    contexts: list[AbstractContextManager[None]] = field(default_factory=list)
+    contexts: list[AbstractContextManager[Any]] = field(default_factory=list)
 
 
 class LayoutWriter(Protocol):
@@ -211,10 +212,9 @@ def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> I
         edit.simulate(simulation)
     biases = {layer: bias_E for layer, bias_E in biases.items() if bias_E.any()}
     scales = {layer: scale_E for layer, scale_E in scales.items() if (scale_E != 1).any()}
-    with ExitStack() as stack:
-        for context in simulation.contexts:
-            stack.enter_context(context)
-        yield stack.enter_context(tilted(moe.blocks, Tilts(biases, scales, simulation.apply_at)))
+    tilts = Tilts(biases, scales, simulation.apply_at)
+    with registered(simulation.contexts), tilted(moe.blocks, tilts) as begin:
+        yield begin
 
 
 def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:

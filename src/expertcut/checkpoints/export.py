@@ -74,8 +74,7 @@ def cut_rewrite(source: Source, plan: EditPlan, n_experts: int) -> TensorChanges
     width = int(read_config(source.path).get("hidden_size", 0))
     cut = {name: BlockEdit(keep=edit.keep) for name, edit in plan.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), width)
-    edits = [PruneEdit(cut, plan.layout, constants=constants)]
-    return rewrite_of(plan.layout, source, cut, edits)
+    return rewrite_of(plan.layout, source, cut, [PruneEdit(cut, plan.layout, constants=constants)])
 
 
 def rewrite_of(

@@ -168,7 +168,10 @@ class BaseScores:
 
 def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]) -> BaseScores:
     """Everything that needs the unedited model, so that one model is in memory at a time."""
-    base, name = HeldOutScores(engine, quiz, plan.edits), _reference_name(edits)
+    base = HeldOutScores(engine, quiz, plan.edits)
+    names = [edit.reference for edit in edits if edit.reference]
+    is_mixed = len(names) > 1 and any(isinstance(edit, PruneEdit) for edit in edits)
+    name = "the same plan at run time" if is_mixed else names[-1]
     for edit in edits:
         if run_edited := edit.reference_of_edited(engine.moe):
             return BaseScores(base, name, run_edited=run_edited)
@@ -301,9 +304,3 @@ def _agreements(
         )
         agreements.append(agreement)
     return tuple(agreements)
-
-
-def _reference_name(edits: Sequence[Edit]) -> str:
-    names = [edit.reference for edit in edits if edit.reference]
-    is_mixed = len(names) > 1 and any(isinstance(edit, PruneEdit) for edit in edits)
-    return "the same plan at run time" if is_mixed else names[-1]

@@ -438,8 +438,7 @@ class AdapterCut:
                 "leave these out, or train the router by lora_A and lora_B"
             )
         if is_of_block:
-            axis = shape.index(self._blocks[block].n_experts)
-            self._slice_router(rewrite, block, name, axis)
+            self._slice_router(rewrite, block, name, shape.index(self._blocks[block].n_experts))
 
     def _slice_router(self, rewrite: Rewrite, block: str, name: str, axis: int) -> None:
         """Cuts the router's rows, which layout exact keeps."""

@@ -9,7 +9,7 @@ No checkpoint of layout stock can express this.
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -33,7 +33,7 @@ from expertcut.edits.merging import (
 )
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
-from expertcut.models.hooks import replaced_forward
+from expertcut.models.hooks import registered, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
@@ -287,13 +287,11 @@ def unedited_routers(
     return routers
 
 
-@contextmanager
-def under(routers: Mapping[str, Callable[..., Any]], blocks: Sequence[MoeBlock]) -> Iterator[None]:
+def under(
+    routers: Mapping[str, Callable[..., Any]], blocks: Sequence[MoeBlock]
+) -> AbstractContextManager[None]:
     """The merged model runs under the unedited routers."""
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(replaced_forward(block.router, routers[block.name]))
-        yield
+    return registered(replaced_forward(block.router, routers[block.name]) for block in blocks)
 
 
 def _route(

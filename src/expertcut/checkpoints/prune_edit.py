@@ -1,7 +1,7 @@
 """The edit `prune`: which experts stay, and what takes the place of the others."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -93,34 +93,30 @@ class PruneEdit(Edit):
                 if removed := self.blocks[block.name].removed(block.n_experts):
                     simulation.biases[block.layer][list(removed)] = -torch.inf
         if simulation.is_as_written and self.folds:
-            simulation.contexts.append(self._rescaled(simulation))
+            simulation.contexts.extend(self._rescaled(simulation))
 
     @property
     def reference(self) -> str:
         how = "after top-k" if LAYOUTS[self.layout].keeps_rows else "as a mask"
         return f"the same removal {how}"
 
-    @contextmanager
-    def _rescaled(self, simulation: Simulation) -> Iterator[None]:
+    def _rescaled(self, simulation: Simulation) -> Iterator[AbstractContextManager[Any]]:
         """Scales last projections of kept experts as on disk; gate weights if offloaded."""
         moe, headers = simulation.moe, simulation.moe.source.headers
         matched, _ = match_blocks(headers, self.blocks)
-        with ExitStack() as stack:
-            for block in moe.blocks:
-                if block.layer not in self.folds:
-                    continue
-                kept = zip(self.blocks[block.name].keep, self.folds[block.layer], strict=True)
-                factors = {expert: float(factor) for expert, factor in kept}
-                if any(p.device.type == "meta" for p in block.experts.parameters()):
-                    scale_E = torch.ones(block.n_experts, dtype=torch.float64)
-                    scale_E[list(factors)] = torch.tensor([*factors.values()]).double()
-                    tilts = Tilts(scale_by_layer={block.layer: scale_E})
-                    stack.enter_context(tilted([block], tilts))
-                    continue
-                last = sorted(matched[block.name].last)
-                dtype = DTYPES[headers[last[0]].dtype] if last else torch.float32
-                stack.enter_context(_scaled_experts(block, factors, dtype))
-            yield
+        for block in moe.blocks:
+            if block.layer not in self.folds:
+                continue
+            kept = zip(self.blocks[block.name].keep, self.folds[block.layer], strict=True)
+            factors = {expert: float(factor) for expert, factor in kept}
+            if any(p.device.type == "meta" for p in block.experts.parameters()):
+                scale_E = torch.ones(block.n_experts, dtype=torch.float64)
+                scale_E[list(factors)] = torch.tensor([*factors.values()]).double()
+                yield tilted([block], Tilts(scale_by_layer={block.layer: scale_E}))
+                continue
+            last = sorted(matched[block.name].last)
+            dtype = DTYPES[headers[last[0]].dtype] if last else torch.float32
+            yield _scaled_experts(block, factors, dtype)
 
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         layout.remove_experts(tensors, self.constants)
@@ -147,8 +143,7 @@ def _check_constants(block: MoeBlock, by_expert: Mapping[int, Tensor]) -> None:
     experts_M = torch.tensor([*by_expert], device=given.device)
     x_MD = given.new_ones(len(experts_M), given.shape[-1])
     found_MD = block.experts.forward(x_MD, experts_M[:, None], x_MD.new_ones(len(experts_M), 1))
-    wanted_MD = torch.stack([*by_expert.values()]).to(found_MD)
-    if not torch.allclose(found_MD, wanted_MD, atol=1e-6):
+    if not torch.allclose(found_MD, torch.stack([*by_expert.values()]).to(found_MD), atol=1e-6):
         raise ContractError(
             f"{block.name}: experts that are made constant give something else than their constants"
         )

@@ -46,14 +46,19 @@ _ALIGNMENT_BYTES = 64  # the format asks for 8; at 64, weights that are mapped c
 _PADDING_BYTES = 128  # length field, braces, alignment
 MAX_SHARD_BYTES = 5_000_000_000
 _AHEAD = 8  # tensors that the disk fetches while others are written
+# By the names of the system calls, which `os` may lack.
+_MOVES: Mapping[str, Callable[[int, int, int, int], int]] = {
+    "copy_file_range": lambda old, new, begin, n: os.copy_file_range(old, new, n, begin),
+    "sendfile": lambda old, new, begin, n: os.sendfile(new, old, begin, n),
+}
 
 
 def copy_ranges(source: FileIO, target: FileIO, ranges: Iterable[Range]) -> None:
     """Appends byte ranges of `source` to `target`."""
     for begin, size_bytes in ranges:
         end = begin + size_bytes
-        for move in (_copy_file_range, _sendfile):
-            begin += _move(move, source, target, begin, end)
+        for name, move in _MOVES.items():
+            begin += _move(move, source, target, begin, end) if hasattr(os, name) else 0
         source.seek(begin)
         buffer = memoryview(bytearray(min(_BUFFER_BYTES, end - begin)))
         for at in range(begin, end, _BUFFER_BYTES):
@@ -96,18 +101,6 @@ def _move(
         if error.errno not in _CANNOT:
             raise
     return done
-
-
-def _copy_file_range(source: int, target: int, begin: int, size_bytes: int) -> int:
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    return os.copy_file_range(source, target, size_bytes, offset_src=begin)
-
-
-def _sendfile(source: int, target: int, begin: int, size_bytes: int) -> int:
-    if not hasattr(os, "sendfile"):
-        return 0
-    return os.sendfile(target, source, begin, size_bytes)
 
 
 def _read_into(source: FileIO, content: memoryview) -> None:
@@ -220,8 +213,7 @@ def _pieces(stored: Stored, rewrite: Rewrite) -> Iterator[Piece]:
         if name not in rewrite.removed:
             change = rewrite.changed.get(name)
             shape = change.shape if change else tensor.shape
-            new_name = rewrite.renamed.get(name, name)
-            yield Piece(new_name, tensor.dtype, shape, tensor, change)
+            yield Piece(rewrite.renamed.get(name, name), tensor.dtype, shape, tensor, change)
     for name, added in rewrite.added.items():
         yield Piece(name, _DTYPE_NAMES[added.dtype], tuple(added.shape), added)
 

@@ -42,8 +42,7 @@ def size(moe: MoeModel) -> Size:
         per_expert = sum(p.numel() for p in experts.values()) // n_kept
         idle += per_expert * max(0, n_kept - block.top_k)
         idle += 0 if constants is None else constants.numel()
-    size_bytes = sum(file.stat().st_size for file in moe.source.weight_files)
-    return Size(total, total - idle, size_bytes)
+    return Size(total, total - idle, sum(file.stat().st_size for file in moe.source.weight_files))
 
 
 def stored_size(source: Source) -> tuple[int, int]:

@@ -92,8 +92,7 @@ class StockWriter(LayoutWriter):
     def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         n_kept = len(next(iter(tensors.edits.values())).keep)
         counted = with_expert_count(read_config(source.path), n_experts, n_kept)
-        is_dropping = n_kept < n_experts and tensors.unused
-        return without_further_tokens(counted) if is_dropping else counted
+        return without_further_tokens(counted) if n_kept < n_experts and tensors.unused else counted
 
 
 def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:

@@ -138,8 +138,7 @@ def _by_number(number: int, blocks: Mapping[str, DiskBlock], numbers: set[int]) 
     for layer, layer_number in (_layer(name) for name in blocks):
         lists.setdefault(layer.rpartition(".")[0], set()).add(layer_number)
     whole = [b for b in found if numbers <= lists[_layer(b.name)[0].rpartition(".")[0]]]
-    plain = [b for b in whole or found if not _FURTHER_TOKENS.search(b.name)]
-    return plain or whole or found
+    return [b for b in whole or found if not _FURTHER_TOKENS.search(b.name)] or whole or found
 
 
 def _layer(block: str) -> tuple[str, int]:

@@ -91,8 +91,7 @@ def without(quiz: Quiz, lines: Iterable[str]) -> Quiz:
 
 def round_robin(quiz: Quiz, n: int) -> Quiz:
     """The first question of every subject, then the second, and so on, up to `n`."""
-    turns = zip_longest(*quiz.questions.values())
-    taken = [q for turn in turns for q in turn if q is not None][:n]
+    taken = [q for turn in zip_longest(*quiz.questions.values()) for q in turn if q is not None][:n]
     return replace_questions(quiz, group_by_subject(taken))
 
 

@@ -18,7 +18,7 @@ are often so peaked that several rules give the same weights. A block that break
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count, product
@@ -139,13 +139,12 @@ def _synthetic_routings(block: MoeBlock, op: moe_block.LogitsOp | None) -> Itera
             call = RouterCall((x * scale, *more), block.call.kwargs)
             yield Routing(block.layer, call.args[0], *route(block.router, call))
         else:
-            put = partial(_random_logits, scale=scale, generator=generator)
-            with hooks.changed_logits(block.router, op, put):
+            with hooks.changed_logits(block.router, op, partial(_random_logits, scale, generator)):
                 routed = route(block.router, block.call)
             yield Routing(block.layer, x, *routed)
 
 
-def _random_logits(logits: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+def _random_logits(scale: float, generator: torch.Generator, logits: Tensor) -> Tensor:
     return (torch.randn(logits.shape, generator=generator) * scale).to(logits)
 
 
@@ -158,9 +157,8 @@ def _is_linear(block: MoeBlock, routing: Routing) -> bool:
     bias_E = next((t.float() for n, t in tensors if n == "bias" and t.shape == shape[:1]), None)
     product_TE = F.linear(routing.input_TD.float().to(weight_ED.device), weight_ED, bias_E)
     logits_TE = routing.logits_TE.float().to(weight_ED.device)
-    off = (product_TE - logits_TE).abs().max()
     tolerance = 3e-2 if routing.input_TD.dtype.itemsize < 4 else _tolerance(routing)
-    return bool(off <= tolerance * logits_TE.abs().max())
+    return bool((product_TE - logits_TE).abs().max() <= tolerance * logits_TE.abs().max())
 
 
 def _explained_weights(
@@ -239,9 +237,8 @@ def _follows(block: MoeBlock, routing: Routing, selection: moe_block.Selection) 
         for outside in (-torch.inf, 0.0):  # the score of experts in other groups
             best_TK = score_TE.where(allowed_TE, outside).topk(block.top_k, dim=-1).indices
             best_TE = torch.zeros_like(chosen_TE).scatter(1, best_TK, True)
-            is_other_T = (best_TE != chosen_TE).any(dim=1)
             is_tie_T = block.selection_gap(score_TE, best_TK) <= near
-            if not bool((is_other_T & ~is_tie_T).any()):
+            if not bool(((best_TE != chosen_TE).any(dim=1) & ~is_tie_T).any()):
                 return True
     return False
 
@@ -284,18 +281,17 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
         raise broken(other, "arrays", fault)
 
 
-@contextmanager
-def verifying(blocks: Sequence[MoeBlock], model_type: str, see: See) -> Iterator[None]:
+def verifying(
+    blocks: Sequence[MoeBlock], model_type: str, see: See
+) -> AbstractContextManager[None]:
     """Checks the laws of once and sum in each block's first forward, and passes its routing on.
 
     Costs two more runs of the block's shared part and one of 16 tokens through its experts.
     """
     is_summed = not _is_excepted(model_type, "sum")
-    with ExitStack() as stack:
-        for block in blocks:
-            verified = _verified(block, is_summed, see)
-            stack.enter_context(replaced_forward(block.module, verified))
-        yield
+    return hooks.registered(
+        replaced_forward(block.module, _verified(block, is_summed, see)) for block in blocks
+    )
 
 
 def _verified(block: MoeBlock, is_summed: bool, see: See) -> hooks.Forward:

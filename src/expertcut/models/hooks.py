@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from expertcut.errors import ContractError
 from expertcut.models.kernels import BY_EXPERT, INNER, Own, by_expert, own_output
@@ -49,11 +48,11 @@ class ExpertCall:
 
 
 @contextmanager
-def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Registers hooks by iterating over their handles, and removes them at the end."""
+def registered(changes: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
+    """Makes changes, such as the handles of hooks, by iterating; reverts them at the end."""
     with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
+        for change in changes:
+            stack.enter_context(change)
         yield
 
 
@@ -83,12 +82,11 @@ def observe_residuals(
     )
 
 
-@contextmanager
 def observe_experts(
     blocks: Sequence[MoeBlock],
     see: Callable[[ExpertCall], None],
     combined: Callable[[int, Tensor], None] | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Runs experts one by one, in id order, and calls `see` with each output.
 
     After a block's last expert, `combined` gets the layer and the weighted sum (T, D), on a CPU
@@ -107,11 +105,7 @@ def observe_experts(
             combined(block.layer, y_TD)
         return y_TD
 
-    with ExitStack() as stack:
-        for block in blocks:
-            watched = partial(run, block, own_expert(block))
-            stack.enter_context(replaced_forward(block.experts, watched))
-        yield
+    return registered(replaced_forward(b.experts, partial(run, b, own_expert(b))) for b in blocks)
 
 
 def own_expert(block: MoeBlock) -> Own:
@@ -263,8 +257,7 @@ def biased_forward(
 
     def read(value: Any) -> Any:
         # Looked up in each operation: an offloaded bias is present only during the forward.
-        is_own = is_one_each(value) and value is block.selection_tensor()
-        return masked(value) if is_own else value
+        return masked(value) if is_one_each(value) and value is block.selection_tensor() else value
 
     def run(*args: Any, **kwargs: Any) -> Routed:
         add = partial(_added, bias_E=bias_E, rows_N=rows())
@@ -302,7 +295,6 @@ def moved_by(before_TE: Tensor, after_TE: Tensor, bias: Tensor) -> bool:
     if not torch.equal(wanted_TE.isneginf(), after_TE.isneginf()):
         return False
     # The sum is rounded once; on some devices the product is not repeatable to the bit.
-    eps = torch.finfo(before_TE.dtype).eps
     size_TE = before_TE.double().abs() + bias.abs() + 1
-    is_off_TE = (wanted_TE - after_TE).abs() > eps * size_TE
+    is_off_TE = (wanted_TE - after_TE).abs() > torch.finfo(before_TE.dtype).eps * size_TE
     return not bool((is_off_TE & wanted_TE.isfinite()).any())

@@ -59,14 +59,12 @@ def by_expert(
     y_TD = torch.zeros_like(x_TD)
     # A: all T * K assignments, sorted once; a stable sort keeps each expert's tokens in order.
     expert_A, order_A = experts_TK.T.flatten().sort(stable=True)
-    weight_A = weights_TK.T.flatten()[order_A]
     hit, counts = (found.tolist() for found in expert_A.unique_consecutive(return_counts=True))
-    parts = ((order_A % len(x_TD)).split(counts), weight_A.split(counts))
+    parts = ((order_A % len(x_TD)).split(counts), weights_TK.T.flatten()[order_A].split(counts))
     for expert, tokens_M, weights_M in zip(hit, *parts, strict=True):
         # oneDNN prepares each new number of rows for a millisecond.
         n_more = -len(tokens_M) % 16 if x_TD.device.type == "cpu" else 0
-        own_TD = x_TD.index_select(0, F.pad(tokens_M, (0, n_more)))
-        output_MD = own(expert, own_TD)[: len(tokens_M)]
+        output_MD = own(expert, x_TD.index_select(0, F.pad(tokens_M, (0, n_more))))[: len(tokens_M)]
         if see is not None:
             see(expert, tokens_M, weights_M, output_MD)
         y_TD.index_add_(0, tokens_M, (output_MD * weights_M[:, None]).to(y_TD.dtype))

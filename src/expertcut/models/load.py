@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from expertcut.errors import ContractError, ModelError, SettingsError
 from expertcut.models import checkpoint_dir, safetensors_index, validate
-from expertcut.models.checkpoint_dir import fingerprint_of, read_config, stamp
+from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.find_blocks import check_family, find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
@@ -31,6 +31,7 @@ _EARLIER_FILES = (
     "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
+_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MODELS: Any = AutoModelForCausalLM  # its types lack output_loading_info
 
 
@@ -206,7 +207,9 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, is_trusted = _checked_config(source, options)
-    validate.check_files(source.path)
+    for file in (source.path / name for name in _JSON):
+        if file.exists():
+            read_object(file, 500_000_000)  # the largest known has 33 MB
     with translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=options.trust_remote_code, local_files_only=True

@@ -124,8 +124,7 @@ class MoeBlock:
         if self.is_hashed:
             return score_TE.new_full((len(score_TE),), torch.inf)
         last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
-        gap_TE = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf)
-        gap_T = gap_TE.min(dim=-1).values
+        gap_T = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf).min(dim=-1).values
         if self.top_groups == self.n_groups:
             return gap_T
         for group_score_TG in self.group_scores(score_TE):

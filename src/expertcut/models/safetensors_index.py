@@ -92,8 +92,7 @@ def read_even_quantized(folder: Path) -> Stored:
         if index:
             wanted = {tensor for tensor, file in index.items() if file == name}
             for tensor in sorted(wanted - set(stored.tensors)):
-                fault = f"it lacks {tensor}, which the index says it holds"
-                raise _damaged(folder / name, fault)
+                raise _damaged(folder / name, f"it lacks {tensor}, which the index says it holds")
             for tensor in sorted(set(stored.tensors) - wanted):
                 raise _damaged(folder / name, f"it holds {tensor}, which the index does not say")
         tensors |= stored.tensors

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from expertcut.errors import ContractError, ExpertcutError, ModelError
-from expertcut.models.checkpoint_dir import read_config, read_object
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.safetensors_index import Stored, StoredTensor, weights_file
 
 _BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
@@ -34,7 +34,6 @@ _COUNT_FIELDS = (
 )
 _OF_EXPERT = re.compile(r"(?P<block>.+)\.(constant_)?experts\.(?P<expert>\d{1,9})\.(?P<part>.+)")
 _CONSTANT = {"approx_value"}  # the tensors of a removed expert of layout exact
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PROBE = "Answer: A"
 
 logger = logging.getLogger(__name__)
@@ -209,13 +208,6 @@ def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTe
                     f"{parts[part].file} is damaged: {name} has shape "
                     f"{list(parts[part].shape)}, that of expert {first} {list(wanted[part].shape)}"
                 )
-
-
-def check_files(folder: Path) -> None:
-    """Checks that the tokenizer files are JSON objects."""
-    for name in _FILES:
-        if (folder / name).exists():
-            read_object(folder / name, 500_000_000)  # the largest known has 33 MB
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:

@@ -248,9 +248,8 @@ def evidence_rows(findings: Findings) -> Iterator[dict[str, Any]]:
     tests |= {name: getattr(tested, f"{name}_X") for name in ("z", "p", "p_adjusted", "p_family")}
     x = 0
     for layer in findings.layers:
-        n_activated_E = layer.is_activated_NE.sum(axis=0)
         intervals = {
-            "accuracy_ci95": wilson(layer.accuracy_E, n_activated_E),
+            "accuracy_ci95": wilson(layer.accuracy_E, layer.is_activated_NE.sum(axis=0)),
             "weighted_accuracy_ci95": wilson(layer.weighted_accuracy_E, layer.n_effective_E),
         }
         for e in range(layer.n_experts):

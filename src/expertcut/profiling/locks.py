@@ -95,9 +95,8 @@ class Claims:
 
     def holder(self, name: str) -> tuple[str, bool]:
         """The holder as text, and whether it is a live process of this host."""
-        claims = self._claims(name)
         try:
-            held = json.loads(claims[-1].read_text())
+            held = json.loads(self._claims(name)[-1].read_text())
             words = f"process {held['pid']} on {held['host']}"
             return words, _is_here(held) and psutil.pid_exists(held["pid"])
         except (IndexError, OSError, ValueError, KeyError, TypeError):

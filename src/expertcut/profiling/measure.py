@@ -214,7 +214,6 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
     # Offloading to memory or disk changes no bytes on one CPU.
     is_spread = is_on_several(moe.model) and not on_cpu
     config = moe.model.config
-    is_split = engine.attention == "split"
     return Settings(
         dtype=str(moe.dtype).removeprefix("torch."),
         device_type=moe.device.type,
@@ -223,7 +222,7 @@ def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settin
         stats=stats,
         way="shared" if engine.is_trusted else "single",
         experts_implementation=str(config._experts_implementation),
-        attention=engine.attention if is_split else str(config._attn_implementation),
+        attention="split" if engine.attention == "split" else str(config._attn_implementation),
         torch=torch.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability() if on_cpu else None,
         device_map="auto" if is_spread else None,

@@ -1,7 +1,7 @@
 """Records what a profile stores of a chunk: routing at answers, and sums over all tokens."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from expertcut.models.hooks import (
     observe_experts,
     observe_residuals,
     observe_routers,
+    registered,
 )
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
@@ -81,20 +82,18 @@ class Recorder:
         self.unread_gap_N = self.gap_N.clone()
         self.unread_prefix_gap = self.prefix_gap.clone()
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Hooks the routers, and for all-token sums the experts."""
-        tokens = self.tokens
-        with ExitStack() as stack:
-            if self.stats != "none":
-                stack.enter_context(observe_routers(self.blocks, self._route))
-            if self.stats == "all":
-                stack.enter_context(observe_residuals(self.blocks, tokens.read))
-                experts = observe_experts(
-                    self.blocks, lambda call: tokens.expert(call, self.valid_T), tokens.combined
-                )
-                stack.enter_context(experts)
-            yield
+        blocks, tokens = self.blocks, self.tokens
+        observers = [] if self.stats == "none" else [observe_routers(blocks, self._route)]
+        if self.stats == "all":
+            observers += [
+                observe_residuals(blocks, tokens.read),
+                observe_experts(
+                    blocks, lambda call: tokens.expert(call, self.valid_T), tokens.combined
+                ),
+            ]
+        return registered(observers)
 
     def begin(self, step: Pass) -> None:
         """Called before each forward pass."""
@@ -217,14 +216,12 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
     xx_T, yy_T = norm(x_TD).double() ** 2, norm(output_TD).double() ** 2 * factor**2
     # On a CPU twice as fast as vecdot.
     xy_T = (x_TD.float() * output_TD.float()).sum(dim=-1).double() * factor
-    zz_T = (xx_T + 2 * xy_T + yy_T).clamp(min=0)
-    lengths_T = xx_T * zz_T
+    lengths_T = xx_T * (xx_T + 2 * xy_T + yy_T).clamp(min=0)
     is_defined_T: Tensor = lengths_T > 0
     lengths_T = lengths_T.where(is_defined_T, 1.0)
     cos_T = ((xx_T + xy_T) / lengths_T.sqrt()).clamp(-1, 1)
     sin2_T = (xx_T * yy_T - xy_T**2).clamp(min=0) / lengths_T
-    shift_T = torch.where(cos_T > 0, sin2_T / (1 + cos_T.abs()), 1 - cos_T)
-    return shift_T * is_defined_T
+    return torch.where(cos_T > 0, sin2_T / (1 + cos_T.abs()), 1 - cos_T) * is_defined_T
 
 
 class TokenSums:

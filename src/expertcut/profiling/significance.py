@@ -92,8 +92,7 @@ class Significance:
     @property
     def suspects(self) -> list[int]:
         """Tested experts with z < 0, the lowest first."""
-        order = np.argsort(self.z_X, kind="stable")  # NaN last
-        return [int(x) for x in order if self.z_X[x] < 0]
+        return [int(x) for x in np.argsort(self.z_X, kind="stable") if self.z_X[x] < 0]
 
 
 def significance(
@@ -131,9 +130,8 @@ def significance(
 def z_scores(counts: SubjectCounts) -> Array:
     """Cochran–Mantel–Haenszel z (X,), without continuity correction; NaN where not tested."""
     expected_X, variance_X = null_moments(counts)
-    is_tested_X = variance_X >= MIN_VARIANCE
     excess_X = counts.activated_right_SX.sum(0) - expected_X
-    return share(excess_X, np.sqrt(np.where(is_tested_X, variance_X, 0)))
+    return share(excess_X, np.sqrt(np.where(variance_X >= MIN_VARIANCE, variance_X, 0)))
 
 
 def difference(counts: SubjectCounts) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import fields, replace
-from functools import cached_property, reduce, wraps
+from functools import cached_property, partial, reduce, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -134,20 +134,18 @@ class Profile:
             )
         if name in _PADDING:  # questions differ in their number of choices
             most = max(chunk.shape[1] for chunk in chunks)
-            widths = [((0, 0), (0, most - chunk.shape[1])) for chunk in chunks]
-            pairs = zip(chunks, widths, strict=True)
-            chunks = [np.pad(c, w, constant_values=_PADDING[name]) for c, w in pairs]
+            pad = partial(np.pad, constant_values=_PADDING[name])
+            chunks = [pad(chunk, ((0, 0), (0, most - chunk.shape[1]))) for chunk in chunks]
         return np.concatenate(chunks)
 
     @cached_property
     def answers(self) -> Answers:
         """The model's answers; ties go to the first choice."""
         logprob_NC, answer_N = self.array("choice_logprob_NC"), self.array("answer_N")
-        is_correct_N = logprob_NC.argmax(axis=1) == answer_N
         n_cut = None
         if self.info.settings.truncate:
             n_cut = sum(int((chunk[CUT] > 0).sum()) for chunk in self.chunks if CUT in chunk)
-        return Answers(logprob_NC, answer_N, is_correct_N, n_cut)
+        return Answers(logprob_NC, answer_N, logprob_NC.argmax(axis=1) == answer_N, n_cut)
 
     @cached_property
     def layers(self) -> list[LayerStatistics]:
@@ -212,8 +210,7 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
     file = path / "profile.json"
     if not file.exists():
         raise ProfileError(f"no profile in {path}: it has no profile.json")
-    info = ProfileInfo.load(file, ProfileError, "is not a valid profile")
-    return Profile(path, info, truncate)
+    return Profile(path, ProfileInfo.load(file, ProfileError, "is not a valid profile"), truncate)
 
 
 def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = None) -> Profile:

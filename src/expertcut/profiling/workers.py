@@ -55,8 +55,7 @@ def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
         questions = quiz.questions[subject][k * CHUNK_QUESTIONS : k * CHUNK_QUESTIONS + n]
         shared = _HEADER + sum(map(n_chars, quiz.shots_by_subject[subject]))
         n_shared = 1 if info.settings.way == "shared" else n
-        cost = shared * n_shared + sum(map(n_chars, questions))
-        work[name] = Work(subject, questions, cost)
+        work[name] = Work(subject, questions, shared * n_shared + sum(map(n_chars, questions)))
     return work
 
 

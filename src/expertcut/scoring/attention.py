@@ -142,6 +142,5 @@ def _flash(
     if not _SUPPORTS_GROUPED_QUERIES:
         n_sharing = query.shape[1] // key.shape[1]
         key, value = (s.repeat_interleave(n_sharing, dim=1) for s in (key, value))
-    flash = getattr(torch.ops.aten, _FLASH)
-    out, weight = flash(query, key, value, 0.0, is_causal, scale=scale)
+    out, weight = getattr(torch.ops.aten, _FLASH)(query, key, value, 0.0, is_causal, scale=scale)
     return out.transpose(1, 2)[..., :width], weight.transpose(1, 2)

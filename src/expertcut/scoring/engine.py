@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from os.path import commonprefix
 from types import MethodType
@@ -61,13 +62,15 @@ class Context:
 
     def fit(self, encoded: Encoded, quiz: Quiz) -> Encoded:
         """Truncates the prompts of a chunk if the quiz says so, else refuses too long ones."""
-        if self.length is None or encoded.longest <= self.length:
+        most, prompts = self.length, encoded.prompts
+        if most is None or encoded.longest <= most:
             return encoded
         if quiz.truncate == "left":
-            return encoded.cut_left(self.length)
+            cut_N = tuple(max(len(ids) - most, 0) for ids in prompts)
+            return replace(encoded, prompts=tuple(ids[-most:] for ids in prompts), cut_N=cut_N)
         if self.takes_more:
             return encoded
-        too_long = [len(ids) for ids in encoded.prompts if len(ids) > self.length]
+        too_long = [len(ids) for ids in prompts if len(ids) > most]
         raise self._too_long(too_long, len(encoded))
 
     def check(self, quiz: Quiz) -> None:
@@ -175,8 +178,7 @@ class Engine:
         """Checks the gates, and takes mode single if four questions score otherwise together."""
         few = encoded.part(slice(CHECKED_QUESTIONS))
         way = self.way(few)
-        model_type = str(self.moe.model.config.model_type)
-        with verifying(self.moe.blocks, model_type, check_gate):
+        with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
             alone = few.part(slice(1)) if way == "single" else few
             one_by_one_NC = self._score(self._run(alone, "single", PassObserver()))
         if way == "single":

@@ -1,7 +1,7 @@
 """Turns a chunk of questions into forward passes: token ids, shared prefix and packs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,11 +38,6 @@ class Encoded:
     def n_cut(self) -> int:
         """Number of truncated prompts."""
         return sum(n > 0 for n in self.cut_N)
-
-    def cut_left(self, most: int) -> "Encoded":
-        """The chunk with the last `most` tokens of each prompt."""
-        cut_N = tuple(max(len(ids) - most, 0) for ids in self.prompts)
-        return replace(self, prompts=tuple(ids[-most:] for ids in self.prompts), cut_N=cut_N)
 
     def name(self, question: int) -> str:
         """The name of a question, for errors."""
@@ -140,8 +135,7 @@ def packed_pass(
     lengths_N = torch.tensor([len(tail) for tail in tails])
     ends_N = lengths_N.cumsum(0)
     owner_T = torch.arange(len(tails)).repeat_interleave(lengths_N)
-    starts_T = (ends_N - lengths_N)[owner_T]
-    positions_T = torch.arange(len(owner_T)) - starts_T + n_prefix
+    positions_T = torch.arange(len(owner_T)) - (ends_N - lengths_N)[owner_T] + n_prefix
     mask = None
     if is_masked:
         itself_TT = (owner_T[:, None] == owner_T).tril_()

@@ -5,7 +5,7 @@ Replay: passes run again from a later layer on, because nothing before a changed
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -78,10 +78,9 @@ def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
     return int(match["number"]) if match and is_last else None
 
 
-@contextmanager
 def reading_answers(
     block: MoeBlock, answers_N: Tensor, on_rows: OnRows, *, keeps_all: bool
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Runs a block on the answer positions only; its output elsewhere is zero.
 
     With `keeps_all` the other tokens run afterwards, for observers. `on_rows` is called before each
@@ -110,8 +109,7 @@ def reading_answers(
         y_BTD = y_TD.view_as(x_BTD)
         return (y_BTD, *output[1:]) if is_pair else y_BTD
 
-    with replaced_forward(block.module, run):
-        yield
+    return replaced_forward(block.module, run)
 
 
 def _rows(value: Any, shape: torch.Size, rows_M: Tensor) -> Any:
@@ -284,8 +282,7 @@ class Replay:
             for number, kept in self.outputs.items()
         )
 
-    @contextmanager
-    def starting_at(self, layer: int) -> Iterator[None]:
+    def starting_at(self, layer: int) -> AbstractContextManager[None]:
         """Runs from the decoder layer of this MoE block on, or from an earlier stored one."""
         number = max((n for n in self.starts if n <= self.decoder_of[layer]), default=0)
         outputs, n_done = self.outputs.get(number, []), 0
@@ -295,11 +292,10 @@ class Replay:
             n_done += is_last
             return outputs[n_done - is_last]  # only the last replaced layer's is used
 
-        with ExitStack() as stack:
-            for place, module in enumerate(self.decoders[:number], start=1):
-                forward = partial(stored, is_last=place == number)
-                stack.enter_context(replaced_forward(module, forward))
-            yield
+        return registered(
+            replaced_forward(module, partial(stored, is_last=place == number))
+            for place, module in enumerate(self.decoders[:number], start=1)
+        )
 
     def forget(self) -> None:
         """Frees the outputs; later runs run the whole model."""
