@@ -229,13 +229,15 @@ def scored() -> Built:
     return Built(Path("o"), cast(Any, None), [], proof, "", ScoredSplit("val", 8, 0), both)
 
 
-def test_a_checkpoint_says_its_size_its_accuracy_and_its_distance() -> None:
+def test_a_checkpoint_says_its_size_accuracy_verdict_and_distance() -> None:
     low, high = (100 * end for end in compare(np.arange(8) < 4, np.arange(8) < 3).ci95)
     said = outcome_lines(scored(), (4_000_000_000, 13_800_000_000), (3_000_000_000, 10_350_000_000))
     assert [" ".join(line.split()) for line in said] == [
         "size 10.3 GB, was 13.8 GB (−25 %); 3.0 B parameters, were 4.0 B",
         "accuracy 37.5 %, was 50.0 % on 8 held-out questions (val): −12.5 points "
         f"(−{-low:.1f} … +{high:.1f})",
+        "verdict undecided at a margin of 1 point: -12.50 points (95 % interval "
+        f"{low:+.2f} to {high:+.2f}); about 24,000 questions would decide",
         "distance |Δ log p| against the unedited base: median 0.5000, largest 1.2500, "
         "2 answers flipped",
     ]
