@@ -245,5 +245,5 @@ def test_a_model_too_large_for_memory_is_cut_unproved_with_a_warning(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     status, stdout, _ = runs.prune("--device", "cpu")
     assert (status, UNASKED in stdout) == (0, True)
-    assert "does not fit in the free memory as float32: the checkpoint is not asked" in caplog.text
+    assert "does not fit in the free memory as float32: the checkpoint is not scored" in caplog.text
     assert contents(runs.out) == runs.new
