@@ -73,10 +73,12 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
     settings.check_layout()
     fractions = edit_settings.read_fractions(settings.fractions, "FRACTIONS")
-    from expertcut.edits.criteria import read_criteria  # options are refused before imports
+    from expertcut.edits.criteria import read_criteria
+
+    criteria = read_criteria(settings.by)  # options are refused before imports
     from expertcut.evaluation.search_results import Grid
 
-    grid = Grid(read_criteria(settings.by), fractions)
+    grid = Grid(criteria, fractions)
     profile = settings.choosing_profile(ui, settings.held_out)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
     from expertcut.evaluation.results import Scoring
