@@ -420,7 +420,8 @@ def test_prune_writes_the_adapter_into_its_checkpoint(
 ) -> None:
     printed = expertcut(f"prune --profile p --keep 5 --layout {layout} --adapter lora --out cut")
     fitted = ", what was fitted is fitted" if layout == "stock" else ""
-    assert f"experts were chosen{fitted} and held-out questions asked without it." in " ".join(printed.split())
+    said = " ".join(printed.split())
+    assert f"experts were chosen{fitted} and held-out questions asked without it." in said
     folder = profiled / "cut" / "adapter"
     assert sorted(f.name for f in folder.iterdir()) == [CONFIG, WEIGHTS]
     plan = load_plan(profiled / "cut")
