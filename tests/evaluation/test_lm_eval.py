@@ -61,6 +61,7 @@ class Evaluated:
     logprobs: dict[str, Array]
 
 
+@pytest.mark.slow
 def test_prompts_and_scores_on_mmlu_are_those_of_lm_eval(
     real_mmlu: Path, real_tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -32,9 +32,9 @@ def run(
 
     folder = settings.output_folder(profile, settings.slug, ui)
     ui.quiet()
-    settings.say_profile(profile, ui)
     options, built = settings.build_options(beside or {}), None
     plan = choose_groups(profile, settings, folder, options.load_as)
+    settings.say_profile(profile, ui)
     if settings.plan_only:
         write_plan(profile, plan, folder, options)
     else:
