@@ -132,7 +132,7 @@ def test_a_streamed_stock_export_equals_the_one_through_the_model_bit_by_bit(
     assert_same(reloaded.state_dict(), moe.model.state_dict())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STORAGE_FORMS)
 def test_many_files_in_and_out_hold_the_same_tensors_as_one(
     stored_as: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:

@@ -18,7 +18,7 @@ def comparison(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.mark.parametrize("is_bundled", [True, False])
+@pytest.mark.parametrize("is_bundled", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_keeping_what_fires_at_any_token_changes_no_bit_of_what_was_profiled(
     tmp_path: Path, expertcut: Commands, is_bundled: bool
 ) -> None:

@@ -240,6 +240,7 @@ def test_a_proof_is_read_as_it_was_written(tmp_path) -> None:
         load_cross_fit(tmp_path / "nowhere")
 
 
+@pytest.mark.slow  # as test_planted_tilts.py does with a model
 def test_shuffled_labels_give_no_evidence() -> None:
     """Nothing was chosen that helps, whatever the search found."""
     made = world(12, 300)

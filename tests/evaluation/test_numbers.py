@@ -197,6 +197,7 @@ def test_edges_of_the_model_go_all_the_way(
     finite(expertcut("show", "kept", "--format", "json"))
 
 
+@pytest.mark.slow
 def test_a_thousand_experts_are_measured_shown_cut_and_compared_in_bounded_time(
     tmp_path: Path, quiz_folder: Path, expertcut: Commands
 ) -> None:

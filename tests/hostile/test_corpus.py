@@ -9,7 +9,7 @@ from tests.hostile.corpus import CASES
 from tests.hostile.running import run, run_alone
 from tests.hostile.world import World
 
-N_ALONE = 4
+N_ALONE = 2
 
 
 @pytest.mark.parametrize("name", CASES)
