@@ -18,6 +18,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 LEVEL = 0.05
+MARGIN = 0.01  # a loss of accuracy that is accepted unless another is named
 _Z90 = 1.2815515655446004
 Verdict = Literal["better", "holds", "worse", "undecided"]
 

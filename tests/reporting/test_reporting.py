@@ -368,18 +368,20 @@ def test_an_interval_alone_is_no_evidence():
 
 
 def test_a_verdict_names_the_margin_and_what_would_decide():
-    def said(**changes: Any) -> str:
-        return verdict_sentences(results(model("models/cut"), comparison(**changes)))[0]
+    def said(margin: float = 0.01, **changes: Any) -> str:
+        found = results(model("models/cut"), comparison(**changes))
+        return verdict_sentences(found, margin)[0]
 
     ends = {"delta": -0.05, "ci95": (-0.11, 0.01)}
     assert said(gained=2, lost=7, **ends) == (
-        "verdict: cut is undecided at a margin of 1 point: -5.00 points (95 % interval -11.00 to "
-        "+1.00); about 11,000 questions would decide"
+        "verdict on cut: undecided at a margin of 1 point: could be 11.0 points worse; about "
+        "11,000 questions would decide (−5.0 points, 95 % interval −11.0 … +1.0)"
     )
-    assert said(gained=20, lost=1, delta=0.19, ci95=(0.1, 0.3)).startswith(
-        "verdict: cut is better than the base: +19.00 points"
-    )
-    assert "worse than the base" in said(gained=1, lost=20, delta=-0.19, ci95=(-0.3, -0.1))
+    better = said(gained=20, lost=1, delta=0.19, ci95=(0.1, 0.3))
+    assert better.startswith("verdict on cut: better than the base (+19.0 points")
+    worse = said(gained=1, lost=20, delta=-0.19, ci95=(-0.3, -0.1))
+    assert "worse than the base" in worse and "undecided" not in worse
+    assert "holds within 50 points of the base" in said(0.5, gained=2, lost=7, **ends)
 
 
 def test_models_of_one_name_are_told_apart_by_their_paths():
@@ -550,7 +552,7 @@ def test_idle_experts_that_stay_are_listed():
     ("positions", "n_used", "said"),
     [
         ("answer", 2, "2 of the 5 removed experts are used by other tokens of the prompts; "
-                      "--keep-active --positions all would keep them."),
+                      "--keep-active --tokens all would keep them."),
         ("answer", 0, None),
         ("all", 2, None),
         ("answer", None, "The profile holds no all-token statistics: whether other tokens use "

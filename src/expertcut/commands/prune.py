@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _NOT_IN_SWEEP = (
     *("keep_active", "keep", "keep_fraction", "sparsity", "max_bytes", "boost", "suppress"),
-    *("scale", "apply_at", "adapter", "force", "verify", "plan_only"),
+    *("scale", "apply_at", "adapter", "force", "verify", "plan_only", "wide"),
 )
 
 

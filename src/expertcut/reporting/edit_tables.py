@@ -14,6 +14,7 @@ from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable
 from expertcut.stats import (
+    MARGIN,
     Comparison,
     ExpertShares,
     HeldOutResult,
@@ -124,30 +125,26 @@ def outcome_lines(built: "Built", before: tuple[int, int], after: tuple[int, int
         f"{shift.max_abs_logprob_diff:.4f}, {shift.flipped:,} answers flipped"
         for shift in built.proof.held_out
     )
-    judged = verdict_text(answered.change, scored_on.questions, 0.01).removeprefix("is ")
+    judged = verdict_text(answered.change, scored_on.questions, MARGIN)
     lines += [labelled("accuracy", text), labelled("verdict", judged)]
     lines += [labelled("distance", f"|Δ log p| against {shifts}")]
     return lines + [labelled("", sentence) for sentence in sentences]
 
 
 def verdict_text(change: Comparison, n: int, margin: float) -> str:
-    """The verdict on a change over n questions, with its interval or what would decide."""
-    gained, lost, points = change.gained, change.lost, f"{margin * 100:g} points"
-    points = points.removesuffix("s") if margin == 0.01 else points
-    low, high = (100 * end for end in change.ci95)
-    ends = f"{change.delta * 100:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
-    word = verdict(gained, lost, n, margin)
+    """The verdict on a change over n questions, and how many would decide where these do not."""
+    within = f"{margin * 100:g} point{'' if margin == 0.01 else 's'}"
+    word = verdict(change.gained, change.lost, n, margin)
     if word == "undecided":
+        needed = questions_to_hold(change.gained, change.lost, n, margin)
         return (
-            f"is undecided at a margin of {points}: {ends}; about "
-            f"{questions_to_hold(gained, lost, n, margin):,} questions would decide"
+            f"undecided at a margin of {within}: could be {points(-change.ci95[0])[1:]} points "
+            f"worse; about {needed:,} questions would decide"
         )
     if word != "holds":
-        return f"is {word} than the base: {ends}"
-    if gained + lost == 0:
-        ends = "same answers"
-    worse = ", yet is measurably worse" if high < 0 else ""
-    return f"holds within {points} of the base{worse}: {ends}"
+        return f"{word} than the base"
+    is_worse = change.ci95[1] < 0
+    return f"holds within {within} of the base{', yet is measurably worse' if is_worse else ''}"
 
 
 def percent(share: float) -> str:
@@ -206,7 +203,7 @@ def touched_sentences(pruning: Pruning, traffic: Sequence[RemovedTraffic]) -> li
         return []
     return [
         f"{sum(n_used)} of the {sum(t.n_removed for t in traffic)} removed experts are used by "
-        "other tokens of the prompts; --keep-active --positions all would keep them."
+        "other tokens of the prompts; --keep-active --tokens all would keep them."
     ]
 
 

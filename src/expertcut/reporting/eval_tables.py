@@ -12,11 +12,11 @@ from expertcut.evaluation.search_results import (
     Sweep,
     SweptModel,
 )
-from expertcut.reporting.edit_tables import change_cells, interval_text, verdict_text
+from expertcut.reporting.edit_tables import change_cells, interval_text, points, verdict_text
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns
-from expertcut.stats import Comparison
+from expertcut.stats import MARGIN, Comparison
 
 _SCORED = "accuracy::.2%; 95 % interval; Δ::+.2%; 95 % interval of Δ; gained; lost; McNemar p::.3g"
 
@@ -95,10 +95,14 @@ def result_sentences(results: Results) -> list[str]:
     return sentences
 
 
-def verdict_sentences(results: Results, margin: float = 0.01) -> list[str]:
+def verdict_sentences(results: Results, margin: float = MARGIN) -> list[str]:
     """A sentence per model compared: whether it holds within a margin (a share of questions)."""
     names, n = model_names(results), results.models[0].questions
-    return [f"verdict: {names[c.other]} {verdict_text(c, n, margin)}" for c in results.comparisons]
+    return [
+        f"verdict on {names[c.other]}: {verdict_text(c, n, margin)} ({points(c.delta)} points, "
+        f"95 % interval {' … '.join(map(points, c.ci95))})"
+        for c in results.comparisons
+    ]
 
 
 def model_names(results: Results) -> list[str]:
