@@ -284,7 +284,7 @@ def test_a_cross_fit_that_was_killed_goes_on_to_the_same_bytes(
 
     done = scored(10**6)
     whole, total = made("whole"), len(done)
-    assert total > 20 and {"proof.json", "plan.json", "model.safetensors"} <= set(whole)
+    assert total > 20 and "proof.json" in whole
     kept, working = 0, tmp_path / ".out.tuning"
     for last in (0, total // 2):  # in the first tilt, in the middle of the random draws
         done = scored(last)
@@ -294,10 +294,10 @@ def test_a_cross_fit_that_was_killed_goes_on_to_the_same_bytes(
         assert len(list(working.glob("*"))) == (kept + 1 if kept else 0)  # the unedited model too
     done = scored(10**6)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("expertcut.checkpoints.build.export", Mock(side_effect=Killed))
+        patch.setattr("expertcut.checkpoints.build.atomic_dir", Mock(side_effect=Killed))
         made("out")
     assert kept + len(done) == total
-    done = scored(0)  # nothing is left to score
+    done = scored(0)  # no tilt is left
     assert made("out") == whole and not done
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "p", "quiz", "whole"]
 

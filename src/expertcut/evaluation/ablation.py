@@ -252,9 +252,8 @@ class AuditRun:
         for name in sorted(self.by, key=lambda by: CRITERIA[by].needs_model):
             if name in ranks:
                 continue
-            needs_model = CRITERIA[name].needs_model
+            needed = self.engine if CRITERIA[name].needs_model else None
             try:
-                needed = self.engine if needs_model else None
                 ranking = rank(self.profile, self.settings.cut_by(name), needed)
             except ProfileError as error:
                 if self.settings.by != "all":
@@ -270,7 +269,7 @@ class AuditRun:
             )
             ordered = {name: ranks[name] for name in self.by if name in ranks}
             self.audit = self.audit.model_copy(update={"standings": ordered})
-            if needs_model:
+            if needed is not None:
                 self._save(folder, self.audit)
         if not ranks:
             raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")

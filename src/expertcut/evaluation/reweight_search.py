@@ -196,12 +196,8 @@ def decide(
     report: Callable[[int, int], None],
     folder: Path | None = None,
 ) -> TuningResult:
-    """Chooses experts and strengths on a profile's tuning questions; reports steps and total.
-
-    Every scored tilt is kept in the folder, for a run that begins again.
-    """
-    n_steps = 2 + settings.draws if settings.prove else 1
-    report(0, n_steps)
+    """Chooses experts and strengths on the tuning questions; the folder keeps all scored tilts."""
+    report(0, 1)
     tuning = questions_for(profile, is_fitting=True).tuning
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     rescorer = CachedScorer(engine, tuning, folder=folder)
@@ -223,7 +219,6 @@ def decide(
         )
     else:
         settled = procedure.settle(records, procedure.pick(records), ask)
-    report(n_steps, n_steps)
     return TuningResult(
         tuning=tuning,
         settled=settled,
