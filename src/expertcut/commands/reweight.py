@@ -35,6 +35,12 @@ class Choice:
     folder: Path
 
 
+def working_folder(out: Path) -> Path:
+    """Hidden sibling of the output that keeps the scored tilts of an unfinished run."""
+    place = out.resolve()
+    return place.with_name(f".{place.name}.tuning")
+
+
 def run(
     settings: ReweightSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
@@ -42,8 +48,6 @@ def run(
     choice = choose(settings, ui)
     made = write(choice, settings, ui, beside)
     if settings.is_deciding:
-        from expertcut.evaluation.reweight_search import working_folder
-
         shutil.rmtree(working_folder(choice.folder), ignore_errors=True)
     return made
 
@@ -70,8 +74,6 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     ui.quiet()
     decision = None
     if settings.is_deciding:
-        from expertcut.evaluation.reweight_search import working_folder
-
         kept_in, load_as = working_folder(folder), settings.load_as()
         with ui.parts("cross-fitting" if settings.prove else "tuning", kept_in) as report:
             decision = decide(profile, procedure, settings, load_as, report, kept_in)

@@ -124,7 +124,8 @@ def cross_fit(
         )
     fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
     total = FOLDS + 1 + draws * (FOLDS if procedure.is_tuned else 1)
-    advance = map(report, count(1), repeat(total)).__next__  # reports one more
+    advance = map(report, count(), repeat(total)).__next__  # reports one more
+    advance()
     folded = partial(_cross_fitted, records, procedure, ask, fold_N, advance)
     cross_N, folds = folded()
     picks = procedure.pick(records)

@@ -197,7 +197,6 @@ def decide(
     folder: Path | None = None,
 ) -> TuningResult:
     """Chooses experts and strengths on the tuning questions; the folder keeps all scored tilts."""
-    report(0, 1)
     tuning = questions_for(profile, is_fitting=True).tuning
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     rescorer = CachedScorer(engine, tuning, folder=folder)
@@ -206,8 +205,13 @@ def decide(
     procedure.check(records)
     numbers = expert_ids(profile)
     proof = None
+
+    def report_scored(done: int, total: int) -> None:
+        if rescorer.is_recorded:  # what an earlier process scored says nothing of the pace
+            report(done, total)
+
     if settings.prove:
-        outcome = cross_fit(records, procedure, ask, settings.draws, settings.seed, report)
+        outcome = cross_fit(records, procedure, ask, settings.draws, settings.seed, report_scored)
         settled = outcome.settled
         proof = cross_fit_result(
             outcome,
@@ -244,12 +248,6 @@ class Reweighting:
     tilts: list[RouterEdit] = field(default_factory=list)
     scalings: list[RouterEdit] = field(default_factory=list)
     beside: Mapping[str, bytes] = field(default_factory=dict)
-
-
-def working_folder(out: Path) -> Path:
-    """Hidden sibling of the output that keeps the scored tilts of an unfinished run."""
-    place = out.resolve()
-    return place.with_name(f".{place.name}.tuning")
 
 
 def by_hand(profile: Profile, settings: ReweightSettings) -> Reweighting:
