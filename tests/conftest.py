@@ -16,6 +16,7 @@ import gc
 
 import pytest
 import torch
+import typer.main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -119,6 +120,15 @@ STORAGE_FORMS = ("olmoe", "mixtral", "gpt_oss", "granitemoe")
 def pytest_configure() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
+    build = typer.main.get_command
+    built: dict[tuple[str | None, ...], object] = {}
+
+    def get_command(app: typer.Typer) -> object:
+        """The commands, built once: at each call anew, that is a third of a refused command."""
+        key = tuple(command.name for command in app.registered_commands)
+        return built.get(key) or built.setdefault(key, build(app))
+
+    typer.main.get_command = get_command  # type: ignore[assignment]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
