@@ -114,6 +114,7 @@ DENSE_FIRST: dict[str, dict[str, object]] = {
 }
 # A family of each form in which experts are stored: by projection, as w1 to w3, fused with biases,
 # fused without.
+FROZEN = [0]  # numbers of modules
 STORAGE_FORMS = ("olmoe", "mixtral", "gpt_oss", "granitemoe")
 
 
@@ -121,11 +122,11 @@ def pytest_configure() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     build = typer.main.get_command
-    built: dict[tuple[str | None, ...], object] = {}
+    built: dict[object, object] = {}
 
     def get_command(app: typer.Typer) -> object:
         """The commands, built once: at each call anew, that is a third of a refused command."""
-        key = tuple(command.name for command in app.registered_commands)
+        key = (app, len(app.registered_commands))
         return built.get(key) or built.setdefault(key, build(app))
 
     typer.main.get_command = get_command  # type: ignore[assignment]
@@ -267,7 +268,9 @@ def real_tokenizer() -> Path:
     return folder
 
 
-def pytest_collection_finish() -> None:
+def pytest_runtest_logfinish() -> None:
     """What is imported stays: not to be searched for garbage again by every collection."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > FROZEN[-1] + 100:
+        FROZEN.append(len(sys.modules))
+        gc.collect()
+        gc.freeze()
