@@ -4,7 +4,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands import SILENT, UI, BatchSettings, SplitSettings, model_option, output_option
+from expertcut.commands import (
+    SILENT,
+    UI,
+    BatchSettings,
+    ModelFirstSettings,
+    SplitSettings,
+    model_option,
+    output_option,
+)
 from expertcut.errors import SettingsError
 from expertcut.settings import FilePath, option
 
@@ -71,3 +79,13 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     if ui.is_first:
         ui.say([], [answered_sentence(folder, profile.answers)])
     return profile
+
+
+def profiled_first(settings: ModelFirstSettings, ui: UI) -> dict[str, Path]:
+    """The `profile` of the model that settings name, made or resumed; nothing without a model."""
+    settings.check_model()
+    if settings.model is None:
+        return {}
+    given = settings.model_dump(include={*ProfileSettings.model_fields} - {"out"})
+    known = {name: value for name, value in given.items() if value is not None}
+    return {"profile": run(ProfileSettings.read(**known), ui).path}
