@@ -188,16 +188,12 @@ class ScoredSettings(Settings):
 
     quiz: Source | None = quiz_option(None, "Quiz to run.  [default: the profile's]")
     split: str | None = quiz_option(None, "Split of the quiz.  [default: test]")
-    shots: int | None = quiz_option(
-        None, "Shots of the quiz.  [default: the profile's, or 5]", ge=0
-    )
+    shots: int | None = quiz_option(None, "Shots.  [default: the profile's, or 5]", ge=0)
     subjects: Texts | None = quiz_option(
         None, "Only these subjects, separated by commas.  [default: the profile's, or all]",
         separator=",",
     )  # fmt: skip
-    limit: Count | None = quiz_option(
-        None, "Only the first N questions of each subject.", metavar="N"
-    )
+    limit: Count | None = quiz_option(None, "Only the first N of each subject.", metavar="N")
 
     @property
     def is_scored_given(self) -> bool:
@@ -208,17 +204,13 @@ class ScoredSettings(Settings):
 class ModelFirstSettings(ScoredSettings, ProfiledSettings):
     """The profile, or the model and the quiz to make it from."""
 
-    model: str | None = argument(
-        None, "Model to profile first, on --quiz: a checkpoint folder or Hub id."
-    )
+    model: str | None = argument(None, "Model to profile first on --quiz: folder or Hub id.")
 
     def check_model(self) -> None:
         """Refuses a model without a quiz or beside a profile, and a quiz without a model."""
         if self.model is None and self.is_scored_given:
-            raise SettingsError(
-                "--quiz, --split, --shots, --subjects and --limit say on what a MODEL is profiled "
-                "first: name the model, or leave them out"
-            )
+            text = "--quiz and its options say what MODEL is profiled on: name it or leave them out"
+            raise SettingsError(text)
         if self.model is not None and (self.quiz is None or self.profile is not None):
             how = ", or add --quiz QUIZ, and no --profile, to profile it first"
             raise no_profile(self.model, how)

@@ -18,18 +18,15 @@ BUNDLED = (  # as in setup.py, which puts them into wheels
 )
 MODEL, QUIZ, HALF = (f"checkpoints/quickstart{end}" for end in ("", "/quiz", "-keep-16-reap"))
 
-
-STEPS = {  # what a user would type, and what it does; more threads do not help so small a model
-    f"profile {MODEL} --quiz {QUIZ} --split val --threads 1": (
-        "Record what every expert does in the questions of split val"
-    ),
-    "prune --keep 16 --by reap": (
-        "Keep the 16 of 32 experts in each layer that the criterion REAP ranks highest"
-    ),
-    f"eval {MODEL} {HALF} --quiz {QUIZ} --threads 1": (
-        "Compare the two models on split test, which had no part in the choice"
-    ),
-}
+# More than one thread does not help for so small a model.
+STEPS = (
+    ("Record what every expert does in the questions of split val",
+     f"profile {MODEL} --quiz {QUIZ} --split val --threads 1"),
+    ("Keep the 16 of 32 experts in each layer that the criterion REAP ranks highest",
+     "prune --keep 16 --by reap"),
+    ("Compare the two models on split test, which had no part in the choice",
+     f"eval {MODEL} {HALF} --quiz {QUIZ} --threads 1"),
+)  # fmt: skip
 
 
 class DemoSettings(Settings):
@@ -53,10 +50,10 @@ def run(settings: DemoSettings, ui: UI = SILENT) -> Path:
     if not (folder / BUNDLED[-1]).is_file():
         _copy(folder)
     ui.say([], [f"{folder} has a model of 4 layers × 32 experts, its quiz and a recipe"])
-    following = [f"expertcut {words}" for words in STEPS]
+    following = [f"expertcut {words}" for _, words in STEPS]
     if not settings.copy_only:
         with chdir(folder):
-            for number, (words, text) in enumerate(STEPS.items(), 1):
+            for number, (text, words) in enumerate(STEPS, 1):
                 ui.say([], [f"\n{number}. {text}", f"$ expertcut {words}"])
                 _run(words.partition(" ")[0], ui)
             profiles = [file.parent for file in Path("profiles").glob("*/profile.json")]
@@ -69,8 +66,7 @@ def run(settings: DemoSettings, ui: UI = SILENT) -> Path:
 def _run(command: str, ui: UI) -> None:
     """Runs a step, with the settings of its words; a checkpoint is not written twice."""
     if command == "profile":
-        asked = profile.ProfileSettings(model=MODEL, quiz=QUIZ, split="val", threads=1)
-        profile.run(asked, ui)
+        profile.run(profile.ProfileSettings(model=MODEL, quiz=QUIZ, split="val", threads=1), ui)
     elif command == "eval":
         eval.run(eval.EvalSettings(models=[MODEL, HALF], quiz=QUIZ, threads=1), ui)
     elif not Path(HALF, "plan.json").is_file():

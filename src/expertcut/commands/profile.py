@@ -86,6 +86,6 @@ def profiled_first(settings: ModelFirstSettings, ui: UI) -> dict[str, Path]:
     settings.check_model()
     if settings.model is None:
         return {}
-    given = settings.model_dump(include={*ProfileSettings.model_fields} - {"out"})
-    known = {name: value for name, value in given.items() if value is not None}
-    return {"profile": run(ProfileSettings.read(**known), ui).path}
+    names = {*ProfileSettings.model_fields} - {"out"}
+    given = settings.model_dump(include=names, exclude_none=True)
+    return {"profile": run(ProfileSettings.read(**given), ui).path}
