@@ -9,6 +9,7 @@ from expertcut.commands import (
     UI,
     BatchSettings,
     ModelFirstSettings,
+    ScoredSettings,
     SplitSettings,
     model_option,
     output_option,
@@ -81,11 +82,12 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     return profile
 
 
-def profiled_first(settings: ModelFirstSettings, ui: UI) -> dict[str, Path]:
-    """The `profile` of the model that settings name, made or resumed; nothing without a model."""
+def profiled_first(settings: ModelFirstSettings, ui: UI) -> dict[str, Path | None]:
+    """The `profile` of the model, made or resumed, and neither model nor quiz; else nothing."""
     settings.check_model()
     if settings.model is None:
         return {}
     names = {*ProfileSettings.model_fields} - {"out"}
     given = settings.model_dump(include=names, exclude_none=True)
-    return {"profile": run(ProfileSettings.read(**given), ui).path}
+    profile = run(ProfileSettings.read(**given), ui)
+    return dict.fromkeys(("model", *ScoredSettings.model_fields)) | {"profile": profile.path}
