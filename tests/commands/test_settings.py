@@ -318,5 +318,5 @@ def test_a_model_with_a_quiz_is_profiled_first_and_once(
     chunks = {file: file.stat().st_mtime_ns for file in made.glob("chunks/*")}
     expertcut("reweight", *asked, "--limit", 2, "--boost", "0:1", "--plan-only", "--out", "b")
     assert chunks and chunks == {file: file.stat().st_mtime_ns for file in made.glob("chunks/*")}
-    assert load_plan(Path("a")).chosen_on == load_plan(Path("b")).chosen_on
+    assert load_plan(Path("a")).chosen_on.sha256 == load_plan(Path("b")).chosen_on.sha256
     assert f"profile   {made} (newest; " in expertcut("prune --keep 5 --plan-only --out c")
