@@ -292,7 +292,7 @@ def test_the_commands_run_from_python_and_say_nothing(
         ("prune owner/name --profile p --quiz q --keep 4", "add --quiz QUIZ, and no --profile"),
         ("prune mine --keep 4", "mine is a profile: name it with --profile mine"),
         ("sweep mine", "mine is a profile: name it with --profile mine"),
-        ("merge --quiz q --keep 4", "say what MODEL is profiled on: name it or leave"),
+        ("merge --quiz q --keep 4", "need a MODEL to profile: name it or run"),
         ("prune --profile owner/name --keep 4", "no profile in owner/name: it has no profile.json"),
         ("prune owner/name --sweep 0.5", "MODEL does not go with --sweep"),
     ],

@@ -209,8 +209,8 @@ class ModelFirstSettings(ScoredSettings, ProfiledSettings):
     def check_model(self) -> None:
         """Refuses a model without a quiz or beside a profile, and a quiz without a model."""
         if self.model is None and self.is_scored_given:
-            text = "--quiz and its options say what MODEL is profiled on: name it or leave them out"
-            raise SettingsError(text)
+            how = "--quiz and its options need a MODEL to profile: name it or run `expertcut sweep`"
+            raise SettingsError(how)
         if self.model is not None and (self.quiz is None or self.profile is not None):
             how = ", or add --quiz QUIZ, and no --profile, to profile it first"
             raise no_profile(self.model, how)
