@@ -1,5 +1,6 @@
 """`expertcut demo`: the tour of the README in a folder of its own, on the bundled model."""
 
+import shlex
 import shutil
 from contextlib import chdir
 from pathlib import Path
@@ -59,7 +60,8 @@ def run(settings: DemoSettings, ui: UI = SILENT) -> Path:
             profiles = [file.parent for file in Path("profiles").glob("*/profile.json")]
         following = [f"expertcut show {place}" for place in (*profiles, HALF, "results.json")]
     following += [f"expertcut run {BUNDLED[-1]}", "expertcut profile MODEL --quiz FILE.jsonl"]
-    ui.say([], ["", f"next      cd {folder}", *(f"{'':<10}{line}" for line in following)])
+    first = f"next      cd {shlex.quote(str(folder))}"
+    ui.say([], ["", first, *(f"{'':<10}{line}" for line in following)])
     return folder
 
 
