@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut.commands import SILENT, UI, CheckpointSettings
+from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 
@@ -45,6 +46,9 @@ def run(
     settings: ReweightSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
     """Makes a checkpoint or a plan; None where nothing was chosen and nothing written."""
+    settings.check_model()
+    settings.check()
+    settings = settings.completed(**profiled_first(settings, ui))
     choice = choose(settings, ui)
     made = write(choice, settings, ui, beside)
     if settings.is_deciding:
@@ -59,7 +63,7 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     from expertcut.edits.router_edits import procedure_name
 
     check_settings(settings)
-    profile = settings.choosing_profile(ui, settings.held_out)
+    profile = settings.choosing_profile(ui)
     from expertcut.evaluation.reweight_search import by_hand, chosen, decide, prepared  # torch
     from expertcut.reporting.edit_tables import decision_sentences, decision_tables
 
@@ -89,6 +93,7 @@ def write(
     from expertcut.reporting import edit_tables as tables
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
+    settings.say_profile(profile, ui)
     options = settings.build_options({**edit.beside, **(beside or {})})
     if edit.draft is None:
         if not options.beside:

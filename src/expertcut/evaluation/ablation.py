@@ -16,7 +16,7 @@ from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.export import WRITERS
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.prune_edit import PruneEdit
-from expertcut.data import round_robin
+from expertcut.data import round_robin, without
 from expertcut.data.sources import fifth_of, hash_lines
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA, read_criteria
@@ -25,7 +25,7 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.selection import as_numbers, normalised, rank
-from expertcut.edits.splits import n_used, questions_for
+from expertcut.edits.splits import questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash
 from expertcut.evaluation.reweight_search import CachedScorer
@@ -180,7 +180,7 @@ class AuditRun:
         used = hash_lines(questions.profiled) | questions.inherited
         if is_fitting:
             used |= hash_lines(questions.tuning)
-        self.overlap = n_used(self.quiz, used)
+        self.overlap = len(self.quiz) - len(without(self.quiz, used))
         self.engine = engine_as_profiled(profile, source, load_as)
         # Without those of the unedited model.
         n_ablations = min(settings.sample, sum(block.experts for block in self.blocks))
