@@ -232,12 +232,16 @@ def _results(path: Path) -> Shown:
     return replace(shown, sentences=lambda: eval_tables.verdict_sentences(results))
 
 
+def _sweep(path: Path) -> Shown:
+    sweep = load_sweep(path)
+    shown = _shown(sweep, lambda s: [eval_tables.sweep_table(s)], eval_tables.sweep_csv)
+    return replace(shown, sentences=lambda: eval_tables.sweep_sentences(sweep))
+
+
 _VIEWS: dict[str, Callable[[Path], Shown]] = {
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
-    SWEEP_FILE: lambda path: _shown(
-        load_sweep(path), lambda s: [eval_tables.sweep_table(s)], eval_tables.sweep_csv
-    ),
+    SWEEP_FILE: _sweep,
     AUDIT_FILE: lambda path: _shown(
         load_audit(path), eval_tables.audit_tables, eval_tables.audit_csv
     ),
