@@ -68,7 +68,7 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     margin, table = settings.margin / 100, results_table(results, settings.margin / 100)
     settings.say(ui, [table])
     verdicts, changes = verdict_sentences(results, margin), result_sentences(results)[1:]
-    facts = [("questions", table.note)]
+    facts = [("quiz", table.note)]
     for verdict, change in zip(verdicts, changes, strict=True):
         facts += [("verdict", verdict), ("change", change)]
     ui.end(facts, settings.out, ["report", str(settings.out)])
