@@ -134,7 +134,7 @@ class MarkEdit(Edit):
     def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
         tensors.added["marker"] = torch.arange(3.0)
 
-    def describe(self) -> list[str]:
+    def describe(self, _n_experts: int | None) -> list[str]:
         return ["The checkpoint carries a marker."]
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from expertcut.profiling.findings import (
     suspects_json,
 )
 from expertcut.profiling.significance import subjects_json
-from expertcut.profiling.statistics import Answers, LayerStatistics, expert_json, or_none, share
+from expertcut.profiling.statistics import LayerStatistics, expert_json, or_none, share
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.edit_tables import interval_text, known_ids, percent, rows_tables
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, next_lines
@@ -29,12 +28,6 @@ _NAMED = 5
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
 _FROM_0 = "Layers are MoE layers, counted from 0."
 _ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
-
-
-def answered_sentence(folder: Path, answers: Answers) -> str:
-    """What a profile was made of, and how the model did."""
-    asked = f"{len(answers.answer_N):,} questions, accuracy {answers.accuracy:.2%}"
-    return f"{folder}: {asked}{cut_text(answers.n_cut)}"
 
 
 def cut_text(n_cut: int | None) -> str:
@@ -61,7 +54,7 @@ def headline(findings: Findings) -> list[str]:
         "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
         f"(layer {flattest}) of the entropy of a uniform gate",
     }
-    prune = ["prune", "--profile", path, "--keep-fraction", "0.5"]
+    prune = ["prune", "--profile", path, "--sparsity", "0.5"]
     commands = (
         prune + (["--by", "reap"] if layers[0].over_tokens else []),
         ["show", path, "--tables"],
@@ -164,7 +157,7 @@ def suspects_table(findings: Findings) -> Table:
         for row in suspects_json(findings)[:10]
     ]
     heads = columns(
-        "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f; "
+        "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f | "
         "± SE::.1f; z::+.2f; p::.2g; p, adjusted::.2g; p, family-wise::.2g"
     )
     note = (
@@ -191,8 +184,8 @@ def margins_table(findings: Findings) -> Table:
     heads = (
         Column("layer"),
         *[Column(f"p: {part}", ".2e") for part in parts.values()],
-        *[Column(f"logit: {part}", ".3f") for part in parts.values()],
-        *[Column(f"p < {threshold:g}", ".1%") for threshold in THRESHOLDS],
+        *[Column(f"logit: {part}", ".3f", is_wide=True) for part in parts.values()],
+        *[Column(f"p < {threshold:g}", ".1%", is_wide=True) for threshold in THRESHOLDS],
     )
     notes = [f"Rank K minus rank K+1, in probability and in logit. {_FROM_0}"]
     notes += [f"None in layers {', '.join(map(str, at))}: {why}." for why, at in reasons.items()]
@@ -209,7 +202,7 @@ def perturbation_tables(findings: Findings) -> list[Table]:
     )
     heads = columns(
         "asked again with; accuracy::.2%; flipped answers::.2%; mean |Δ log p|::.4f; largest::.4f; "
-        "another set chosen::.2%; margin and flips::+.2f; margin and |Δ log p|::+.2f"
+        "another set chosen::.2% | margin and flips::+.2f; margin and |Δ log p|::+.2f"
     )
     note = "Correlations are Spearman's, with the smallest margin of any layer."
     by_layer = [
