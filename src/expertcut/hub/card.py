@@ -20,18 +20,10 @@ from expertcut.checkpoints.export import edits_of
 from expertcut.edits.plan import PLAN_FILE, PlanFile
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
+from expertcut.reporting import eval_tables, page_sections
 from expertcut.reporting.edit_tables import proof_table, shift_rows
-from expertcut.reporting.eval_tables import (
-    plan_table,
-    result_sentences,
-    results_table,
-    verdict_sentences,
-)
-from expertcut.reporting.page_sections import headline, judged, judged_checkpoint, summary_table
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import (
-    Cell,
-    Column,
     Markdown,
     Table,
     code,
@@ -209,7 +201,9 @@ def _facts(
 ) -> dict[str, Any]:
     plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
     name, scored_on = place.repo.split("/")[-1], read_scored_split(plan, checkpoint.folder)
-    held_out = judged_checkpoint(NamedDocument(checkpoint.folder / PLAN_FILE, name, plan))
+    held_out = page_sections.judged_checkpoint(
+        NamedDocument(checkpoint.folder / PLAN_FILE, name, plan)
+    )
     shifts = columns(
         "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
     )
@@ -223,10 +217,12 @@ def _facts(
         "plan": plan,
         "changes": list(change_sentences(plan, origin)),
         "steps": list(step_sentences(origin)),
-        "plan_table": plan_table(plan),
+        "plan_table": eval_tables.plan_table(plan),
         "held_out": Table("How far answers moved", shifts, shift_rows(plan.proof.held_out)),
         "scored_on": scored_on,
-        "judged": summary_table(held_out, scored_on.questions, "") if plan.proof.answered else None,
+        "judged": page_sections.summary_table(held_out, scored_on.questions, "")
+        if plan.proof.answered
+        else None,
         "proof": proof,
         "proof_table": proof_table(proof) if proof else None,
         "evaluated": [(one, _results_facts(one)) for one in evaluated],
@@ -248,21 +244,16 @@ def _base_link(origin: Origin, endpoint: str, *, is_pinned: bool = False) -> Mar
 
 
 def _results_facts(one: Evaluated) -> dict[str, Any]:
-    models = one.results.models
-    rows: list[list[Cell]] = []
-    for name, subject in one.model.subjects.items():
-        shares = (m.subjects[name].accuracy if name in m.subjects else None for m in models)
-        rows.append([name, *shares, subject.questions])
-    named = (Column(Path(m.path).name, ".2%") for m in models)
+    models, n = page_sections.judged(one.results), one.model.questions
     return {
         "file": Markdown(one.file),
         "cut": cut_text(one.model.cut),
-        "headline": headline(judged(one.results), one.model.questions, "").lines[0][0],
-        "summary": summary_table(judged(one.results), one.model.questions, ""),
-        "verdicts": verdict_sentences(one.results),
-        "table": results_table(one.results),
-        "sentences": result_sentences(one.results) if one.results.comparisons else [],
-        "subjects": Table("Subjects", (Column("subject"), *named, Column("questions", ",d")), rows),
+        "headline": page_sections.headline(models, n).findings[0][0],
+        "summary": page_sections.summary_table(models, n, ""),
+        "verdicts": eval_tables.verdict_sentences(one.results),
+        "table": eval_tables.results_table(one.results),
+        "sentences": eval_tables.result_sentences(one.results) if one.results.comparisons else [],
+        "subjects": page_sections.subjects_table(one.results),
     }
 
 

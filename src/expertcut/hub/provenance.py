@@ -179,8 +179,8 @@ def places(folder: Path) -> list[Path]:
     """A checkpoint's folder, the one above it, its run's folder, and the working directory."""
     above = folder.resolve().parents
     runs = [place for place in above if (place / "manifest.json").is_file()]
-    own = (folder, above[0], *runs[:1], Path())
-    return list({place.resolve(): place for place in reversed(own)}.values())[::-1]
+    own = {place.resolve(): place for place in (Path(), *runs[:1], above[0], folder)}
+    return list(own.values())[::-1]
 
 
 def of_model(results: Results, fingerprint: str) -> Results | None:

@@ -92,14 +92,6 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
     page = environment.get_template("page.html").render(
         title=printable(run.path.resolve().name),
         headlines=headlines(run),
-        cuts=[
-            (section.key, number, mark["name"])
-            for section in sections
-            for part in section.parts
-            if isinstance(part, Explorer)
-            for number, mark in enumerate(part.data["marks"])
-            if mark["removed"]
-        ],
         sections=sections,
         folder=folder,
         version=__version__,

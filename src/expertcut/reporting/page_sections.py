@@ -92,10 +92,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Headline:
-    """What was found: lines of a finding and its figures, and the questions and the date."""
+    """A finding on each model with its figures, on which questions, and when."""
 
-    lines: Sequence[tuple[str, str]]
-    context: str
+    findings: Sequence[tuple[str, str]]
+    context: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,94 +116,77 @@ def judged(results: Results) -> list[Judged]:
 
 
 def judged_checkpoint(document: NamedDocument[PlanFile]) -> list[Judged]:
-    """A checkpoint and its base by the held-out check; none of a plan without weights."""
+    """A checkpoint behind its base, by the held-out check; none of a plan without weights."""
     plan, folder = document.content, document.file.parent
-    base = base_folder(plan.model, folder) if (size := _weight_bytes(folder)) else None
-    first, accuracy, change = None, None, None
-    if plan.proof.answered:
-        first, change = plan.proof.answered.base, plan.proof.answered.change
-        accuracy = first + change.delta
-    elif plan.proof.outcomes:  # of checkpoints of earlier versions, and of `heal`
-        accuracy = plan.proof.outcomes[-1].accuracy
-    base_size = _weight_bytes(base) if base else 0
-    models = [Judged(plan.model.label, base_size, first)]
-    return [*models, Judged(document.name, size, accuracy, change)] if size else []
+    if not (size := _weight_bytes(folder)):
+        return []
+    answered, forms = plan.proof.answered, plan.proof.outcomes  # of heal and old plans: forms
+    base = Judged(plan.model.label, _weight_bytes(base_folder(plan.model, folder)), None)
+    if answered is None:
+        return [base, Judged(document.name, size, forms[-1].accuracy if forms else None)]
+    accuracy = answered.base + answered.change.delta
+    edited = Judged(document.name, size, accuracy, answered.change)
+    return [replace(base, accuracy=answered.base), edited]
 
 
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _weight_bytes(folder: Path | None) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
 
 
 def _size_change(model: Judged, base: Judged) -> str:
-    if not base.size_bytes:
-        return unit(model.size_bytes, "B") if model.size_bytes else ""
+    if model is base or not base.size_bytes:
+        return unit(model.size_bytes, "B")
     change = round(100 * (model.size_bytes / base.size_bytes - 1))
     return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
 
 
 def _change_text(change: Comparison) -> str:
-    if not change.gained + change.lost:
-        return "same answers"
-    return f"{points(change.delta)} ({' … '.join(map(points, change.ci95))})"
+    text = f"{points(change.delta)} ({' … '.join(map(points, change.ci95))})"
+    return text if change.gained + change.lost else "same answers"
 
 
 def summary_table(models: Sequence[Judged], n: int, title: str, note: str = "") -> Table:
     """Five columns on models that answered n questions, the base first."""
     rows: list[list[Cell]] = []
     for model in models:
-        change, size = model.change, unit(model.size_bytes, "B") if model.size_bytes else None
-        if size and model is not models[0] and models[0].size_bytes:
-            size += f", {_size_change(model, models[0])}"
-        judgement = verdict(change.gained, change.lost, n, MARGIN) if change else None
-        delta = _change_text(change) if change else None
-        rows.append([model.name, size, model.accuracy, delta, judgement])
+        size = unit(model.size_bytes, "B") if model.size_bytes else None
+        if (change := model.change) is None:
+            rows.append([model.name, size, model.accuracy, None, None])
+            continue
+        sizes = ", ".join(dict.fromkeys(filter(None, [size, _size_change(model, models[0])])))
+        judgement = verdict(change.gained, change.lost, n, MARGIN)
+        rows.append([model.name, sizes, model.accuracy, _change_text(change), judgement])
     return Table(title, columns(_SUMMARY), rows, note)
 
 
-def headline(models: Sequence[Judged], n: int, context: str) -> Headline:
-    """A line for each model, or for the only one: its size, and its verdict or accuracy."""
-    base, lines = models[0], []
+def headline(models: Sequence[Judged], n: int, context: str = "") -> Headline:
+    """The size of each model, or of the only one, and its verdict or accuracy."""
+    base, findings = models[0], []
     for model in models[1 : 1 + _HEADLINES] or models:
-        words, figures = [_size_change(model, base) if model is not base else ""], model.name
+        words = (
+            "not evaluated yet" if model.accuracy is None else f"{percent(model.accuracy)} right"
+        )
+        figures = model.name
         if model.change is not None:
-            words.append(verdict_text(model.change, n, MARGIN).partition(";")[0])
+            words = verdict_text(model.change, n, MARGIN).partition(";")[0]
             figures += f" against {base.name}: {_change_text(model.change)}"
-        elif model.accuracy is not None:
-            words.append(f"{percent(model.accuracy)} right")
-        else:
-            words.append("not evaluated yet")
-        lines.append((", ".join(filter(None, words)), figures))
-    return Headline(lines, context)
+        findings.append((f"{_size_change(model, base)}, {words}", figures))
+    return Headline(findings, context)
 
 
-def headlines(run: Run) -> list[Headline]:
-    """One for each evaluation; without any one for each checkpoint, else for each profile."""
-    found = []
+def headlines(run: Run) -> Iterator[Headline]:
+    """One for each evaluation; without any one for each checkpoint."""
     for document in run.results:
-        results, base = document.content, document.content.models[0]
+        results, n = document.content, document.content.models[0].questions
+        (_, questions), *_ = _quiz(results, results.quiz)
         chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
-        finished = max((_finished(views.notes_in(file)) for file in chunks), default="")
-        context = _context(_quiz(results, results.quiz), base.questions, finished)
-        found.append(headline(judged(results), base.questions, context))
-    for plan in run.plans if not found else ():
+        on = max((_finished(views.notes_in(file)) for file in chunks), default="")[:10]
+        context = f"{n:,} questions of {questions}" + (f"; measured on {on}" if on else "")
+        yield headline(judged(results), n, context)
+    for plan in run.plans if not run.results else ():
         scored_on = read_scored_split(plan.content, plan.file.parent)
         if models := judged_checkpoint(plan):
-            context = scored_on.title if models[1].accuracy is not None else ""
-            found.append(headline(models, scored_on.questions, context))
-    for document in run.profiles if not found else ():
-        profile, notes = (
-            document.content.profile,
-            views.notes_in(document.file.parent / views.RUN_FILE),
-        )
-        model = Judged(profile.info.model.label, 0, profile.answers.accuracy)
-        n, quiz = len(profile.answers.answer_N), profile.info.quiz
-        found.append(headline([model], n, _context(_quiz(quiz, quiz.id), n, _finished(notes))))
-    return found
-
-
-def _context(quiz: Rows, n: int, finished: str) -> str:
-    text = f"{n:,} questions of {quiz[0][1]}"
-    return f"{text}; measured on {finished[:10]}" if finished else text
+            yield headline(models, scored_on.questions, scored_on.title if scored_on.split else "")
 
 
 def figures_of(parts: Sequence[Part]) -> Iterator[Heat | Curves]:
@@ -282,10 +265,7 @@ def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[P
     parts: list[Part] = [Text(_in_words(plan, profile))]
     if not run.results and (models := judged_checkpoint(document)):
         scored_on = read_scored_split(plan, document.file.parent)
-        is_scored = models[1].accuracy is not None
-        title = (
-            scored_on.title if is_scored else "Not evaluated: expertcut eval measures its accuracy"
-        )
+        title = scored_on.title if scored_on.split else "Not evaluated yet: see expertcut eval"
         parts.append(Summary(summary_table(models, scored_on.questions, title)))
     if profile and (edits := edits_of(plan, profile.content)) is not None:
         traffic = removed_traffic(profile.content.profile, edits)
@@ -311,13 +291,10 @@ def _in_words(plan: PlanFile, profile: NamedDocument[Findings] | None) -> str:
     is_first = not any(edit.rows for edit in plan.blocks.values())  # else of an edited model
     n_experts = blocks[0].experts if blocks and is_first else None
     described = [s for edit in export.edits_of(plan) for s in edit.describe(n_experts)]
+    first = f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}."
     chosen = plan.chosen_on
-    sentences = [
-        f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}.",
-        *described,
-        f"Chosen on {chosen.questions:,} {chosen.split} questions of {chosen.quiz}.",
-    ]
-    return " ".join(sentences)
+    on = f"Chosen on {chosen.questions:,} {chosen.split} questions of {chosen.quiz}."
+    return " ".join([first, *described, on])
 
 
 def _traffic(traffic: Sequence[RemovedTraffic], key: str) -> Curves:
@@ -389,7 +366,7 @@ def _results_parts(results: Results, key: str) -> list[Part]:
         figure,
         *([_differences(results, key)] if len(results.models) > 1 else []),
         Folded("All figures of the evaluation", [table]),
-        Folded("Accuracy of every subject", [_subjects(results)]),
+        Folded("Accuracy of every subject", [subjects_table(results)]),
     ]
 
 
@@ -413,7 +390,8 @@ def _differences(results: Results, key: str) -> Curves:
     )
 
 
-def _subjects(results: Results) -> Table:
+def subjects_table(results: Results) -> Table:
+    """Accuracy of every subject and model, with intervals and changes."""
     base, names = results.models[0], eval_tables.model_names(results)
     rows: list[list[Cell]] = []
     for subject, of_base in base.subjects.items():
