@@ -17,7 +17,14 @@ import pytest
 
 from expertcut.checkpoints import export
 from expertcut.cli import HarmlessFormatter, main
-from expertcut.edits.plan import BlockEdit, PlanFile, PlanModel, load_plan
+from expertcut.edits.plan import (
+    BlockEdit,
+    ChosenOn,
+    PlanFile,
+    PlanModel,
+    hashes_sha256,
+    load_plan,
+)
 from expertcut.edits.selection import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
@@ -179,9 +186,9 @@ def test_the_headline_has_size_verdict_models_quiz_and_date(tmp_path: Path):
         (chunks / name).mkdir(parents=True)
         (chunks / name / "run.json").write_text(json.dumps({"finished": finished}))
     (head,) = re.findall(r'<div class="headline">(.*?)</div>', text_of(tmp_path), re.S)
-    assert re.findall(r">([^<>\n]+)<", head) == [
+    assert re.findall(r">(\S[^<>\n]+)<", head) == [
         "25 % smaller, undecided at a margin of 1 point: could be 8.0 points worse",
-        "cut against base: −3.0 (−8.0 … +2.0)",
+        "cut against base: −3.0 points (−8.0 … +2.0)",
         "100 questions of birds, split test, 5 shots; measured on 2023-11-15",
     ]
     results = make_results(tmp_path / "results.json")
@@ -191,7 +198,8 @@ def test_the_headline_has_size_verdict_models_quiz_and_date(tmp_path: Path):
     changes = {"comparisons": compared, "models": models}
     results.model_copy(update=changes).save(tmp_path / "results.json")
     assert "same size, undecided" in (text := text_of(tmp_path)) and "same answers" in text
-    results.model_copy(update={"comparisons": []}).save(tmp_path / "results.json")
+    alone = {"comparisons": [], "models": results.models[:1]}
+    results.model_copy(update=alone).save(tmp_path / "results.json")
     assert "<strong>16.8 MB, 50.0 % right</strong>" in text_of(tmp_path)
 
 
@@ -213,7 +221,9 @@ def test_a_checkpoint_alone_shows_its_size_and_accuracy(tmp_path: Path, known: s
         id=str(tmp_path / "base"), revision=None, fingerprint=fingerprint_of(tmp_path / "base")
     )
     profile = make_profile(tmp_path / "p", 1)
-    make_plan(tmp_path / "cut", profile, model=model, proof=HeldOutResult(**proof))
+    chosen = {"quiz": "birds", "split": "val", "questions": 9, "sha256": hashes_sha256([])}
+    changes = {"model": model, "proof": HeldOutResult(**proof), "chosen_on": ChosenOn(**chosen)}
+    make_plan(tmp_path / "cut", profile, **changes)
     text = text_of(tmp_path / "cut")
     cells = Outline(text).cells[:10]
     assert cells[1] == "1.0 MB" and cells[6] == "700.0 kB, 30 % smaller"[: len(cells[6])]

@@ -26,7 +26,7 @@ from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import NamedDocument, Run
 from expertcut.stats import MARGIN, Comparison, verdict, wilson_interval
 
-_HEADLINES = 5  # of one evaluation
+_HEADLINES = 3  # of one evaluation
 _SUMMARY = "model; size; accuracy::.1%; Δ in points (95 % interval); verdict"
 Rows = list[tuple[str, str | None]]
 T = TypeVar("T")
@@ -140,8 +140,8 @@ def _size_change(model: Judged, base: Judged) -> str:
     return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
 
 
-def _change_text(change: Comparison) -> str:
-    text = f"{points(change.delta)} ({' … '.join(map(points, change.ci95))})"
+def _change_text(change: Comparison, noun: str = "") -> str:
+    text = f"{points(change.delta)}{noun} ({' … '.join(map(points, change.ci95))})"
     return text if change.gained + change.lost else "same answers"
 
 
@@ -169,7 +169,7 @@ def headline(models: Sequence[Judged], n: int, context: str = "") -> Headline:
         figures = model.name
         if model.change is not None:
             words = verdict_text(model.change, n, MARGIN).partition(";")[0]
-            figures += f" against {base.name}: {_change_text(model.change)}"
+            figures += f" against {base.name}: {_change_text(model.change, ' points')}"
         findings.append((f"{_size_change(model, base)}, {words}", figures))
     return Headline(findings, context)
 
