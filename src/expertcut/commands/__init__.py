@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -30,7 +31,6 @@ quiz_option = partial(option, panel=QUIZ, in_recipe=False)
 profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
-wide_option = partial(output_option, False, "Print the tables of every layer too.")
 
 
 class UI:
@@ -44,6 +44,18 @@ class UI:
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
         """Reports results."""
+
+    def end(
+        self, facts: Sequence[tuple[str, str]], written: object, *commands: Sequence[str]
+    ) -> None:
+        """Reports the last lines: labelled facts, what was written, and what to do next."""
+        from expertcut.reporting.tables import labelled, printable
+
+        lines = [labelled(*fact) for fact in facts]
+        lines.append(f"{'written':<10}{written}")
+        for label, words in zip(("next", *[""] * len(commands)), commands, strict=False):
+            lines.append(f"{label:<10}{printable(shlex.join(['expertcut', *words]))}")
+        self.say([], lines)
 
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
@@ -60,6 +72,20 @@ class UI:
 
 
 SILENT = UI()
+
+
+class JudgedSettings(Settings):
+    """The margin of the verdicts, and how much is printed."""
+
+    margin: float = option(
+        1.0, "Accepted loss in points of accuracy, for the verdicts.",
+        panel=JUDGING, in_recipe=False, gt=0, le=100,
+    )  # fmt: skip
+    wide: bool = output_option(False, "Print all columns and tables.")
+
+    def say(self, ui: UI, tables: "Sequence[Table]") -> None:
+        """Reports tables without their notes, and without wide columns unless asked for."""
+        ui.say([replace(table, note="").narrow(unless=self.wide) for table in tables], [])
 
 
 class ModelSettings(Settings):
@@ -188,7 +214,7 @@ class HeldOutSettings(ProfiledSettings):
     )
 
 
-class CheckpointSettings(HeldOutSettings):
+class CheckpointSettings(JudgedSettings, HeldOutSettings):
     """How an edited checkpoint is scored, and where it is written."""
 
     verify: bool = option(
@@ -224,8 +250,9 @@ class CheckpointSettings(HeldOutSettings):
 
 
 def say_result(
-    built: "Built | None", folder: Path, profile: "Profile", sentences: Sequence[str], ui: UI
-) -> None:
+    built: "Built | None", folder: Path, profile: "Profile", sentences: Sequence[str], ui: UI,
+    margin: float,
+) -> None:  # fmt: skip
     """Reports a new checkpoint, or with None a plan: size, accuracy, folder, next commands."""
     from expertcut.checkpoints.build import found_source
     from expertcut.checkpoints.size import stored_size
@@ -237,7 +264,7 @@ def say_result(
     show, evaluate = shlex.join(["expertcut", "show", str(folder)]), ""
     if built is not None:
         sizes = (found_source(profile), Source(str(folder), folder))
-        lines = outcome_lines(built, *map(stored_size, sizes))
+        lines = outcome_lines(built, *map(stored_size, sizes), margin / 100)
         base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
         words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
         words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []

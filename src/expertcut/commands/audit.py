@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, ProfiledSettings, output_option, save_table
+from expertcut.commands import (
+    SILENT,
+    UI,
+    JudgedSettings,
+    ProfiledSettings,
+    output_option,
+    save_table,
+)
 from expertcut.edits import edit_settings
 from expertcut.settings import FilePath
 
@@ -11,7 +18,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Audit
 
 
-class AuditSettings(ProfiledSettings, edit_settings.AuditSettings):
+class AuditSettings(JudgedSettings, ProfiledSettings, edit_settings.AuditSettings):
     """Ablate single experts and compare the damage with criteria."""
 
     examples: ClassVar = (
@@ -41,5 +48,9 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     ui.watch(lambda see: auditing.run(folder, see), "auditing", auditing.n_questions, folder)
     audit = auditing.audit
     save_table(folder / "audit.csv", tables.audit_csv(audit), tables.audit_figure(audit))
-    ui.say(tables.audit_tables(audit), [*tables.audit_sentences(audit), f"written to {folder}"])
+    shown = tables.audit_tables(audit, settings.margin / 100)
+    settings.say(ui, shown if settings.wide else shown[:1])
+    said = [tables.ablation_sentence(audit, settings.margin / 100), *tables.audit_sentences(audit)]
+    labels = ("ablated", "questions", "best", "regret")
+    ui.end([*zip(labels, said, strict=False)], folder, ["show", str(folder)])
     return audit

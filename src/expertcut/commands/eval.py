@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut.commands import (
-    JUDGING,
     SILENT,
     UI,
     BatchSettings,
+    JudgedSettings,
     SplitSettings,
     model_option,
     output_option,
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.results import Results
 
 
-class EvalSettings(BatchSettings, SplitSettings):
+class EvalSettings(JudgedSettings, BatchSettings, SplitSettings):
     """Compare checkpoints on the same questions."""
 
     examples: ClassVar = (
@@ -36,10 +36,6 @@ class EvalSettings(BatchSettings, SplitSettings):
     out: FilePath = output_option(
         Path("results.json"), "Results file; chunks beside it are resumed.", metavar="FILE"
     )
-    margin: float = option(
-        1.0, "Accepted loss in points of accuracy, for the verdicts.",
-        panel=JUDGING, in_recipe=False, gt=0, le=100,
-    )  # fmt: skip
     lm_eval_json: FilePath | None = output_option(
         None,
         "Write the results in the form of lm-evaluation-harness too, one file per model.",
@@ -69,6 +65,11 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     if not ui.is_first:
         return None
     results = save(scoring, scored, settings.out, settings.lm_eval_json)
-    sentences = [*result_sentences(results), *verdict_sentences(results, settings.margin / 100)]
-    ui.say([results_table(results)], [*sentences, f"written to {settings.out}"])
+    margin, table = settings.margin / 100, results_table(results, settings.margin / 100)
+    settings.say(ui, [table])
+    verdicts, changes = verdict_sentences(results, margin), result_sentences(results)[1:]
+    facts = [("questions", table.note)]
+    for verdict, change in zip(verdicts, changes, strict=True):
+        facts += [("verdict", verdict), ("change", change)]
+    ui.end(facts, settings.out, ["report", str(settings.out)])
     return results

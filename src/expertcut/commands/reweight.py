@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings
+from expertcut.commands import SILENT, UI, CheckpointSettings, output_option, say_result
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
+    from expertcut.evaluation.cross_fit import CrossFitResult
     from expertcut.evaluation.reweight_search import Reweighting
     from expertcut.profiling.storage import Profile
+
+
+_FEW = 6  # sentences on single experts
 
 
 class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
@@ -23,6 +27,9 @@ class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
         "expertcut reweight --suppress-worst 2 --tune --cross-fit",
         "expertcut reweight --scale 3:12=1.5 --out models/scaled",
     )
+    force_write: bool = output_option(
+        False, "Write the checkpoint even if --cross-fit does not show that it helps."
+    )
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Choice:
     profile: "Profile"
     reweighting: "Reweighting"
     folder: Path
+    proof: "CrossFitResult | None" = None
 
 
 def run(
@@ -66,8 +74,10 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
         # Only cross-fitting has parts to show.
         with (ui if settings.prove else SILENT).parts("proving") as report:
             decision = decide(profile, procedure, settings, settings.load_as(), report)
-        ui.say(decision_tables(decision), decision_sentences(decision))
-    return Choice(profile, chosen(profile, settings, procedure, decision), folder)
+        tables = decision_tables(decision)
+        ui.say(tables if settings.wide else tables[-1:], decision_sentences(decision))
+    edit = chosen(profile, settings, procedure, decision)
+    return Choice(profile, edit, folder, decision.proof if decision else None)
 
 
 def write(
@@ -76,21 +86,34 @@ def write(
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
     from expertcut.checkpoints.build import build, write_beside, write_plan
     from expertcut.reporting import edit_tables as tables
+    from expertcut.reporting.tables import labelled
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
-    options = settings.build_options({**edit.beside, **(beside or {})})
-    if edit.draft is None:
-        if not options.beside:
-            ui.say([], ["nothing is written"])
-            return None
-        write_beside(profile, folder, options)
-        ui.say([], [f"no checkpoint is made; the proof, if any, is in {folder}"])
-        return folder
+    options, proof = settings.build_options({**edit.beside, **(beside or {})}), choice.proof
+    facts = []
+    if proof is not None:
+        judged = tables.verdict_text(proof.cross_fitted, proof.questions, settings.margin / 100)
+        facts = [("verdict", f"{judged}. Cross-fitting: {proof.verdict}")]
+    is_shown = proof is None or proof.verdict == "helps" or settings.force_write
+    if edit.draft is None or not is_shown:
+        why = "no checkpoint, for no expert was chosen"
+        if edit.draft is not None:
+            why = "no checkpoint, for this is not shown to help: --force-write writes it"
+        if options.beside:
+            write_beside(profile, folder, options)
+            why += f"; the proof is in {folder}" if proof else ""
+        ui.end(facts, why, *([["show", str(folder)]] if proof else []))
+        return folder if options.beside else None
+    settings.say_profile(profile, ui)
     make = write_plan if settings.plan_only else build
     built = make(profile, edit.draft, folder, options)
-    scores = [*tables.proof_sentences(built), *tables.adapter_sentences(built)] if built else []
-    router = tables.tilt_sentences(edit.tilts, built, edit.draft.numbers)
-    scaled = tables.scale_sentences(edit.scalings, built, edit.draft.numbers)
-    sentences = [*scores, f"written to {folder}", *router, *scaled]
-    ui.say(tables.proof_tables(built) if built else [], sentences)
+    if built and settings.wide:
+        ui.say(tables.proof_tables(built), [])
+    sentences = tables.adapter_sentences(built) if built else []
+    sentences += tables.tilt_sentences(edit.tilts, built, edit.draft.numbers)
+    sentences += tables.scale_sentences(edit.scalings, built, edit.draft.numbers)
+    if len(sentences) > _FEW and not settings.wide:
+        sentences[_FEW:] = [f"{len(sentences) - _FEW} more such sentences: --wide prints them."]
+    ui.say([], [labelled(*fact) for fact in facts])
+    say_result(built, folder, profile, sentences, ui, settings.margin)
     return built or folder

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from expertcut.profiling.findings import (
     suspects_json,
 )
 from expertcut.profiling.significance import subjects_json
-from expertcut.profiling.statistics import Answers, LayerStatistics, expert_json, or_none
+from expertcut.profiling.statistics import LayerStatistics, expert_json, or_none
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.edit_tables import interval_text, rows_tables
 from expertcut.reporting.tables import Cell, Column, Table, columns
@@ -26,12 +25,6 @@ from expertcut.reporting.tables import Cell, Column, Table, columns
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
 _FROM_0 = "Layers are MoE layers, counted from 0."
 _ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
-
-
-def answered_sentence(folder: Path, answers: Answers) -> str:
-    """What a profile was made of, and how the model did."""
-    asked = f"{len(answers.answer_N):,} questions, accuracy {answers.accuracy:.2%}"
-    return f"{folder}: {asked}{cut_text(answers.n_cut)}"
 
 
 def cut_text(n_cut: int | None) -> str:

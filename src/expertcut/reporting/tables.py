@@ -5,7 +5,7 @@ import io
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,21 @@ _ESCAPES |= {char: char for char in ",;%'\"/+=()"} | {"<": "&lt;", ">": "&gt;", 
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading and how its numbers are written, as a format specification."""
+    """A column's heading and how its numbers are written, as a format specification.
+
+    A terminal has room for a wide one only with --wide; files and pages have them all.
+    """
 
     name: str
     spec: str = ""
+    is_wide: bool = False
 
 
 def columns(text: str) -> tuple[Column, ...]:
-    """Columns from `name; name::spec; …`."""
-    return tuple(Column(*column.split("::")) for column in text.split("; "))
+    """Columns from `name; name::spec; …`; those behind ` | ` are wide."""
+    parts = zip(text.split(" | "), (False, True), strict=False)
+    named = [(*name.partition("::")[::2], wide) for p, wide in parts for name in p.split("; ")]
+    return tuple(Column(*column) for column in named)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,12 @@ class Table:
             [_text(cell, column) for cell, column in zip(row, self.columns, strict=True)]
             for row in self.rows
         ]
+
+    def narrow(self, *, unless: bool) -> "Table":
+        """Without its wide columns, unless these are asked for."""
+        kept = [i for i, column in enumerate(self.columns) if unless or not column.is_wide]
+        heads = tuple(self.columns[i] for i in kept)
+        return replace(self, columns=heads, rows=[[row[i] for i in kept] for row in self.rows])
 
     def are_numbers(self) -> list[bool]:
         """Of each column, whether it holds numbers."""
