@@ -3,16 +3,16 @@
 import json
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands import SILENT, UI, argument
+from expertcut.commands import SILENT, UI, JudgedSettings, argument
 from expertcut.errors import OutputError
 from expertcut.reporting.tables import as_csv, as_markdown
-from expertcut.settings import FilePath, Settings, option
+from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:
     from expertcut.reporting.views import Shown
 
 
-class ShowSettings(Settings):
+class ShowSettings(JudgedSettings):
     """Print what another command wrote."""
 
     examples: ClassVar = (
@@ -31,7 +31,6 @@ class ShowSettings(Settings):
         False, "Print the paper's tables of a profile too; json, csv and md ignore this.",
         in_recipe=False,
     )  # fmt: skip
-    wide: bool = option(False, "Print all columns of the tables.", in_recipe=False)
     subjects: bool = option(False, "Show each subject of a profile too; json always does.")
     criteria: bool = option(
         False, "Show how each criterion ranks a profile's experts, and how far they agree.",
@@ -45,11 +44,11 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
         raise OutputError(f"nothing to show in {settings.path}: it does not exist")
     from expertcut.reporting.views import find_shown
 
-    shown = find_shown(settings.path, settings.subjects, settings.criteria)
+    shown = find_shown(settings.path, settings.subjects, settings.criteria, settings.margin / 100)
     if settings.format == "table":
         ui.say([], headline := shown.headline())
         is_whole = settings.tables or settings.subjects or not headline
-        tables = [table.narrow(unless=settings.wide) for table in shown.tables() if is_whole]
+        tables = [t.narrow(unless=settings.wide) for t in (shown.tables() if is_whole else ())]
         ui.say(tables, shown.sentences())
     else:
         ui.text(text_of(shown, settings.format))

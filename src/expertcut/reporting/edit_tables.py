@@ -128,8 +128,8 @@ def outcome_lines(
         where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
     if answered is not None:
         delta, base = answered.change.delta, answered.base
-        text = f"{percent(base + delta)}, was {percent(base)} on {where}: {points(delta)} points "
-        text += f"({' … '.join(map(points, answered.change.ci95))})"
+        text = f"{percent(base + delta)}, was {percent(base)} on {where}: "
+        text += f"{points(delta)} points ({span(answered.change.ci95)})"
         judged = verdict_text(answered.change, scored_on.questions, margin)
         lines += [labelled("accuracy", text), labelled("verdict", judged)]
     elif forms := "; ".join(f"{o.form} {percent(o.accuracy)}" for o in built.proof.outcomes):

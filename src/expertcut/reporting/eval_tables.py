@@ -101,6 +101,12 @@ def verdict_sentences(results: Results, margin: float = MARGIN) -> list[str]:
     return [f"{name}: {text}" for name, text in texts]
 
 
+def result_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
+    """The verdict and the change of each model compared, behind their labels."""
+    said = zip(verdict_sentences(results, margin), result_sentences(results)[1:], strict=True)
+    return [fact for pair in said for fact in zip(("verdict", "change"), pair, strict=True)]
+
+
 def model_names(results: Results) -> list[str]:
     """The last part of each model's path, or the whole path where that is ambiguous."""
     last = [Path(model.path).name for model in results.models]

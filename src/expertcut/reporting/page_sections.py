@@ -7,9 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-from expertcut.edits.plan import BlockEdit, PlanFile, Point
+from expertcut.checkpoints import export
+from expertcut.edits.plan import BlockEdit, PlanFile, Point, base_folder
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_scored_split
 from expertcut.evaluation.cross_fit import CrossFitResult
@@ -18,11 +20,14 @@ from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo, QuizInfo
 from expertcut.reporting import edit_tables, eval_tables, views
+from expertcut.reporting.edit_tables import percent, points, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import NamedDocument, Run
-from expertcut.stats import wilson_interval
+from expertcut.stats import MARGIN, Comparison, verdict, wilson_interval
 
+_HEADLINES = 3  # of one evaluation
+_SUMMARY = "model; size; accuracy::.1%; Δ in points (95 % interval); verdict"
 Rows = list[tuple[str, str | None]]
 T = TypeVar("T")
 
@@ -32,6 +37,13 @@ class Text:
     """A paragraph."""
 
     words: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table of few columns, which is never wider than a phone."""
+
+    table: Table
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Folded:
-    """Parts that are shown when their title is opened, and always on paper."""
+    """Parts that are shown when their title is opened, and on paper unless they are lines."""
 
     title: str
     parts: "Sequence[Part]"
@@ -66,7 +78,7 @@ class Explorer:
     table: Table
 
 
-Part = Text | Facts | Lines | Table | Heat | Curves | Folded | Explorer
+Part = Text | Summary | Facts | Lines | Table | Heat | Curves | Folded | Explorer
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,105 @@ class Section:
     key: str
     title: str
     parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A finding on each model with its figures, on which questions, and when."""
+
+    findings: Sequence[tuple[str, str]]
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model with what is known of it; `change` is that from the first model beside it."""
+
+    name: str
+    size_bytes: int
+    accuracy: float | None
+    change: Comparison | None = None
+
+
+def judged(results: Results) -> list[Judged]:
+    """The models of an evaluation, the base first."""
+    compared = {c.other: c for c in results.comparisons}
+    pairs = enumerate(zip(eval_tables.model_names(results), results.models, strict=True))
+    return [Judged(name, m.bytes, m.accuracy, compared.get(i)) for i, (name, m) in pairs]
+
+
+def judged_checkpoint(document: NamedDocument[PlanFile]) -> list[Judged]:
+    """A checkpoint behind its base, by the held-out check; none of a plan without weights."""
+    plan, folder = document.content, document.file.parent
+    if not (size := _weight_bytes(folder)):
+        return []
+    answered, forms = plan.proof.answered, plan.proof.outcomes  # of heal and old plans: forms
+    base = Judged(plan.model.label, _weight_bytes(base_folder(plan.model, folder)), None)
+    if answered is None:
+        return [base, Judged(document.name, size, forms[-1].accuracy if forms else None)]
+    accuracy = answered.base + answered.change.delta
+    edited = Judged(document.name, size, accuracy, answered.change)
+    return [replace(base, accuracy=answered.base), edited]
+
+
+def _weight_bytes(folder: Path | None) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+
+
+def _size_change(model: Judged, base: Judged) -> str:
+    if model is base or not base.size_bytes:
+        return unit(model.size_bytes, "B")
+    change = round(100 * (model.size_bytes / base.size_bytes - 1))
+    return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
+
+
+def _change_text(change: Comparison, noun: str = "") -> str:
+    text = f"{points(change.delta)}{noun} ({' … '.join(map(points, change.ci95))})"
+    return text if change.gained + change.lost else "same answers"
+
+
+def summary_table(models: Sequence[Judged], n: int, title: str, note: str = "") -> Table:
+    """Five columns on models that answered n questions, the base first."""
+    rows: list[list[Cell]] = []
+    for model in models:
+        size = unit(model.size_bytes, "B") if model.size_bytes else None
+        if (change := model.change) is None:
+            rows.append([model.name, size, model.accuracy, None, None])
+            continue
+        sizes = ", ".join(dict.fromkeys(filter(None, [size, _size_change(model, models[0])])))
+        judgement = verdict(change.gained, change.lost, n, MARGIN)
+        rows.append([model.name, sizes, model.accuracy, _change_text(change), judgement])
+    return Table(title, columns(_SUMMARY), rows, note)
+
+
+def headline(models: Sequence[Judged], n: int, context: str = "") -> Headline:
+    """The size of each model, or of the only one, and its verdict or accuracy."""
+    base, findings = models[0], []
+    for model in models[1 : 1 + _HEADLINES] or models:
+        words = (
+            "not evaluated yet" if model.accuracy is None else f"{percent(model.accuracy)} right"
+        )
+        figures = model.name
+        if model.change is not None:
+            words = verdict_text(model.change, n, MARGIN).partition(";")[0]
+            figures += f" against {base.name}: {_change_text(model.change, ' points')}"
+        findings.append((f"{_size_change(model, base)}, {words}", figures))
+    return Headline(findings, context)
+
+
+def headlines(run: Run) -> Iterator[Headline]:
+    """One for each evaluation; without any one for each checkpoint."""
+    for document in run.results:
+        results, n = document.content, document.content.models[0].questions
+        (_, questions), *_ = _quiz(results, results.quiz)
+        chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
+        on = max((_finished(views.notes_in(file)) for file in chunks), default="")[:10]
+        context = f"{n:,} questions of {questions}" + (f"; measured on {on}" if on else "")
+        yield headline(judged(results), n, context)
+    for plan in run.plans if not run.results else ():
+        scored_on = read_scored_split(plan.content, plan.file.parent)
+        if models := judged_checkpoint(plan):
+            yield headline(models, scored_on.questions, scored_on.title if scored_on.split else "")
 
 
 def figures_of(parts: Sequence[Part]) -> Iterator[Heat | Curves]:
@@ -151,7 +262,11 @@ def edits_of(plan: PlanFile, findings: Findings) -> dict[str, BlockEdit] | None:
 
 def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[Part]:
     plan, profile = document.content, run.profile_of(document.content)
-    parts: list[Part] = [Text(_in_words(plan))]
+    parts: list[Part] = [Text(_in_words(plan, profile))]
+    if not run.results and (models := judged_checkpoint(document)):
+        scored_on = read_scored_split(plan, document.file.parent)
+        title = scored_on.title if scored_on.split else "Not evaluated yet: see expertcut eval"
+        parts.append(Summary(summary_table(models, scored_on.questions, title)))
     if profile and (edits := edits_of(plan, profile.content)) is not None:
         traffic = removed_traffic(profile.content.profile, edits)
         if any(block.n_removed for block in traffic):
@@ -171,20 +286,15 @@ def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[P
     return [*parts, Folded("Every block of the plan", [eval_tables.plan_table(plan)])]
 
 
-def _in_words(plan: PlanFile) -> str:
-    removal = {
-        "reroute": "the router takes the next best expert instead of a removed one",
-        "constant": f"a removed expert may be chosen and gives a constant ({plan.removed})",
-        "merge": "a removed expert lives on in one that stays, which it has joined",
-    }
-    parts = [f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}"]
-    if not any(edit.tilted for edit in plan.blocks.values()):
-        parts.append(removal[plan.removal])
-    elif plan.apply_at:
-        parts.append(f"biases act at {plan.apply_at} positions")
+def _in_words(plan: PlanFile, profile: NamedDocument[Findings] | None) -> str:
+    blocks = profile.content.profile.info.model.blocks if profile else []
+    is_first = not any(edit.rows for edit in plan.blocks.values())  # else of an edited model
+    n_experts = blocks[0].experts if blocks and is_first else None
+    described = [s for edit in export.edits_of(plan) for s in edit.describe(n_experts)]
+    first = f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}."
     chosen = plan.chosen_on
     on = f"Chosen on {chosen.questions:,} {chosen.split} questions of {chosen.quiz}."
-    return f"{'; '.join(parts)}. {on}"
+    return " ".join([first, *described, on])
 
 
 def _traffic(traffic: Sequence[RemovedTraffic], key: str) -> Curves:
@@ -228,12 +338,13 @@ def outcome_sections(run: Run) -> list[Section]:
 
 
 def _change(base: ModelResult, model: ModelResult, subject: str) -> float | None:
-    """Accuracy in a subject above the base's; None where it was not scored."""
+    """Points of accuracy in a subject above the base's; None where it was not scored."""
     scored = model.subjects.get(subject)
-    return None if scored is None else scored.accuracy - base.subjects[subject].accuracy
+    return None if scored is None else 100 * (scored.accuracy - base.subjects[subject].accuracy)
 
 
 def _results_parts(results: Results, key: str) -> list[Part]:
+    table = eval_tables.results_table(results)
     figure = Curves(
         key=f"{key}-accuracy",
         title="Accuracy of every variant",
@@ -247,11 +358,15 @@ def _results_parts(results: Results, key: str) -> list[Part]:
         zero=results.models[0].accuracy,
     )
     return [
-        eval_tables.results_table(results),
+        Summary(
+            summary_table(judged(results), results.models[0].questions, table.title, table.note)
+        ),
+        *map(Text, eval_tables.verdict_sentences(results)),
         *map(Text, eval_tables.result_sentences(results)),
         figure,
         *([_differences(results, key)] if len(results.models) > 1 else []),
-        Folded("Accuracy of every subject", [_subjects(results)]),
+        Folded("All figures of the evaluation", [table]),
+        Folded("Accuracy of every subject", [subjects_table(results)]),
     ]
 
 
@@ -269,13 +384,14 @@ def _differences(results: Results, key: str) -> Curves:
             Series(name, tuple(_change(base, model, subject) for subject in subjects))
             for name, model in others
         ),
-        column=Column("Δ accuracy", "+.1%"),
+        column=Column("Δ accuracy, points", "+.1f"),
         is_flat=True,
         zero=0.0,
     )
 
 
-def _subjects(results: Results) -> Table:
+def subjects_table(results: Results) -> Table:
+    """Accuracy of every subject and model, with intervals and changes."""
     base, names = results.models[0], eval_tables.model_names(results)
     rows: list[list[Cell]] = []
     for subject, of_base in base.subjects.items():
@@ -290,7 +406,7 @@ def _subjects(results: Results) -> Table:
     heads = [*columns("subject; questions::,d")]
     for name in names:
         heads += [Column(name, ".1%"), Column("95 % interval")]
-    heads += [Column(f"Δ {name}", "+.1%") for name in names[1:]]
+    heads += [Column(f"Δ {name}, points", "+.1f") for name in names[1:]]
     return Table("Subjects", tuple(heads), rows, "Intervals are Wilson's, of each model alone.")
 
 
@@ -432,17 +548,20 @@ def _stages(manifest: Mapping[str, Any]) -> Rows:
 
 def _times(notes: Mapping[str, Any]) -> Rows:
     """Whatever of it is there: `run.json` promises nothing."""
-    rows: Rows = []
-    if isinstance(finished := notes.get("finished"), int | float):
-        with suppress(ValueError, OverflowError, OSError):  # no year that a calendar has
-            at = datetime.fromtimestamp(finished, UTC)
-            rows.append(("finished", at.strftime("%Y-%m-%d %H:%M:%S UTC")))
+    rows: Rows = [("finished", _finished(notes) or None)]
     if isinstance(elapsed_s := notes.get("elapsed_s"), int | float):
         rows.append(("took", f"{elapsed_s:,.1f} s"))
     for name in ("expertcut", "python"):
         if isinstance(version := notes.get(name), str):
             rows.append((f"version of {name}", version))
     return rows
+
+
+def _finished(notes: Mapping[str, Any]) -> str:
+    if isinstance(finished := notes.get("finished"), int | float):
+        with suppress(ValueError, OverflowError, OSError):  # no year that a calendar has
+            return datetime.fromtimestamp(finished, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return ""
 
 
 def _hash(hashes: Mapping[str, str]) -> str:

@@ -324,7 +324,9 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
         extent=(figure.first - 0.5, figure.first + most - 0.5, len(figure.rows) - 0.5, -0.5),
         zorder=1,
     )
-    axes.set_xlabel(printable(figure.across))
+    is_hatched = any(np.isnan(values).any() for values in figure.rows)
+    hatched = f" (hatched: {figure.undefined})" if is_hatched else ""
+    axes.set_xlabel(printable(figure.across) + hatched)
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -332,8 +334,6 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
     bar = canvas.colorbar(image, ax=axes, extend=extend, shrink=0.9)
     bar.ax.yaxis.set_major_formatter(lambda value, _: format(value, _spec(figure)))
-    axes.annotate(f"hatched: {figure.undefined}", (1, 1.01), xycoords="axes fraction", ha="right",
-                  va="bottom", fontsize="small", color=_GREY)  # fmt: skip
 
 
 def _spec(figure: Figure) -> str:

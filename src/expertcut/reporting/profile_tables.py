@@ -54,7 +54,7 @@ def headline(findings: Findings) -> list[str]:
         "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
         f"(layer {flattest}) of the entropy of a uniform gate",
     }
-    prune = ["prune", "--profile", path, "--keep-fraction", "0.5"]
+    prune = ["prune", "--profile", path, "--sparsity", "0.5"]
     commands = (
         prune + (["--by", "reap"] if layers[0].over_tokens else []),
         ["show", path, "--tables"],
@@ -157,7 +157,7 @@ def suspects_table(findings: Findings) -> Table:
         for row in suspects_json(findings)[:10]
     ]
     heads = columns(
-        "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f; "
+        "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f | "
         "± SE::.1f; z::+.2f; p::.2g; p, adjusted::.2g; p, family-wise::.2g"
     )
     note = (
@@ -184,8 +184,8 @@ def margins_table(findings: Findings) -> Table:
     heads = (
         Column("layer"),
         *[Column(f"p: {part}", ".2e") for part in parts.values()],
-        *[Column(f"logit: {part}", ".3f") for part in parts.values()],
-        *[Column(f"p < {threshold:g}", ".1%") for threshold in THRESHOLDS],
+        *[Column(f"logit: {part}", ".3f", is_wide=True) for part in parts.values()],
+        *[Column(f"p < {threshold:g}", ".1%", is_wide=True) for threshold in THRESHOLDS],
     )
     notes = [f"Rank K minus rank K+1, in probability and in logit. {_FROM_0}"]
     notes += [f"None in layers {', '.join(map(str, at))}: {why}." for why, at in reasons.items()]
@@ -202,7 +202,7 @@ def perturbation_tables(findings: Findings) -> list[Table]:
     )
     heads = columns(
         "asked again with; accuracy::.2%; flipped answers::.2%; mean |Δ log p|::.4f; largest::.4f; "
-        "another set chosen::.2%; margin and flips::+.2f; margin and |Δ log p|::+.2f"
+        "another set chosen::.2% | margin and flips::+.2f; margin and |Δ log p|::+.2f"
     )
     note = "Correlations are Spearman's, with the smallest margin of any layer."
     by_layer = [

@@ -37,7 +37,8 @@ from expertcut.reporting.edit_tables import (
     proof_table,
     rows_tables,
 )
-from expertcut.reporting.tables import Cell, Table, columns, next_lines
+from expertcut.reporting.tables import Cell, Table, columns, labelled, next_lines
+from expertcut.stats import MARGIN
 
 PROFILE_FILE = "profile.json"
 RUN_FILE = "run.json"
@@ -161,8 +162,10 @@ class Shown:
     headline: Callable[[], list[str]] = list  # printed instead of the tables
 
 
-def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) -> Shown:
-    """The view of a profile, plan, proof, results, sweep, audit or run.
+def find_shown(
+    path: Path, by_subject: bool = False, by_criteria: bool = False, margin: float = MARGIN
+) -> Shown:
+    """The view of a profile, plan, proof, results, sweep, audit or run, with verdicts.
 
     With `by_subject`, tables of a profile's subjects follow, and the flat table has a row per
     expert and subject. With `by_criteria`, only the criteria are shown.
@@ -182,15 +185,15 @@ def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) 
     if by_subject or by_criteria:
         option = "--subjects" if by_subject else "--criteria"
         raise SettingsError(f"{option}: {path} is not a profile: name one or omit the option")
-    return _document(path)
+    return _document(path, margin)
 
 
-def _document(path: Path) -> Shown:
+def _document(path: Path, margin: float) -> Shown:
     for name in (PLAN_FILE, PROOF_FILE, SWEEP_FILE, AUDIT_FILE, MANIFEST_FILE):
         if (path / name).is_file():
-            return _VIEWS[name](path)
+            return _VIEWS[name](path, margin)
     if path.name in (PROOF_FILE, MANIFEST_FILE):
-        return _VIEWS[path.name](path.parent)
+        return _VIEWS[path.name](path.parent, margin)
     if path.is_file():
         try:
             content = parse_json(read_file(path))
@@ -200,7 +203,8 @@ def _document(path: Path) -> Shown:
             raise OutputError(f"{path} cannot be read as JSON: {error}") from None
         keys = content if isinstance(content, dict) else {}
         by_key = {"models": RESULTS, "cells": SWEEP_FILE, "harms": AUDIT_FILE}
-        return _VIEWS[next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)](path)
+        kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
+        return _VIEWS[kind](path, margin)
     raise OutputError(
         f"nothing to show in {path}: no profile, plan, results, sweep, audit or run, and no "
         "checkpoint with a plan: name a part of a run's folder, or make its page with report"
@@ -229,7 +233,7 @@ def _shown(
     return Shown(lambda: tables(found), lambda: flat(found), lambda: found.model_dump(mode="json"))
 
 
-def _plan(path: Path) -> Shown:
+def _plan(path: Path, margin: float) -> Shown:
     plan = load_plan(path)
     tables = [eval_tables.plan_table(plan)]
     tables += [curve_table(plan.tuning)] if plan.tuning else []
@@ -237,10 +241,10 @@ def _plan(path: Path) -> Shown:
         tables.append(proof_table(load_cross_fit(path)))
     shown = _shown(plan, lambda _: tables, eval_tables.plan_csv)
     folder = path if path.is_dir() else path.parent
-    return replace(shown, sentences=lambda: _checkpoint_lines(plan, folder))
+    return replace(shown, sentences=lambda: _checkpoint_lines(plan, folder, margin))
 
 
-def _checkpoint_lines(plan: PlanFile, folder: Path) -> list[str]:
+def _checkpoint_lines(plan: PlanFile, folder: Path, margin: float) -> list[str]:
     """What the command that wrote a checkpoint said of it; nothing of a plan without weights."""
     if not any(folder.glob("*.safetensors")):
         return []
@@ -254,17 +258,18 @@ def _checkpoint_lines(plan: PlanFile, folder: Path) -> list[str]:
             sizes.append(stored_size(Source(str(place), place)))
     proof, scored_on = plan.proof if plan.proof.held_out else None, read_scored_split(plan, folder)
     built = Built(folder, plan, [], proof, scored_on=scored_on)
-    return outcome_lines(built, [*sizes, None][1], sizes[0]) if sizes else []
+    return outcome_lines(built, [*sizes, None][1], sizes[0], margin) if sizes else []
 
 
-def _results(path: Path) -> Shown:
+def _results(path: Path, margin: float) -> Shown:
     results = load_results(path)
-    shown = _shown(results, lambda r: [eval_tables.results_table(r)], eval_tables.results_csv)
-    said = (eval_tables.result_sentences, eval_tables.verdict_sentences)
-    return replace(shown, sentences=lambda: [sentence for say in said for sentence in say(results)])
+    tables = [eval_tables.results_table(results, margin)]
+    shown = _shown(results, lambda _: tables, eval_tables.results_csv)
+    facts = eval_tables.result_facts(results, margin)
+    return replace(shown, sentences=lambda: [labelled(*fact) for fact in facts])
 
 
-def _run(folder: Path) -> Shown:
+def _run(folder: Path, margin: float) -> Shown:
     """The stages of a recipe and what they wrote, and the results of its evaluation."""
     manifest = notes_in(folder / MANIFEST_FILE)
     if not isinstance(records := manifest.get("stages"), dict):
@@ -272,7 +277,7 @@ def _run(folder: Path) -> Shown:
     names = dict.fromkeys([*stage_names(folder), *records])
     rows = [[name, *_stage(folder, records.get(name))] for name in names]
     table = Table(f"Run {folder}", columns("stage; state; took, s::,.1f; wrote"), rows)
-    evaluated = [_results(file) for file in folder.glob("results.json")]
+    evaluated = [_results(file, margin) for file in folder.glob("results.json")]
     again = next_lines(["run", str(folder / RECIPE_FILE), "--out", str(folder)])
     said = [sentence for one in evaluated for sentence in one.sentences()]
     said += again if any(row[1] != "done" for row in rows) else []
@@ -303,18 +308,18 @@ def _stage(folder: Path, record: Any) -> list[Cell]:
     return [[*gone, "done"][0], elapsed_s if isinstance(elapsed_s, float) else None, wrote]
 
 
-def _sweep(path: Path) -> Shown:
+def _sweep(path: Path, margin: float) -> Shown:
     sweep = load_sweep(path)
-    shown = _shown(sweep, lambda s: [eval_tables.sweep_table(s)], eval_tables.sweep_csv)
-    return replace(shown, sentences=lambda: eval_tables.sweep_sentences(sweep))
+    shown = _shown(sweep, lambda s: [eval_tables.sweep_table(s, margin)], eval_tables.sweep_csv)
+    return replace(shown, sentences=lambda: eval_tables.sweep_sentences(sweep, margin))
 
 
-_VIEWS: dict[str, Callable[[Path], Shown]] = {
+_VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     PLAN_FILE: _plan,
-    PROOF_FILE: lambda path: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
+    PROOF_FILE: lambda path, _: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
     SWEEP_FILE: _sweep,
-    AUDIT_FILE: lambda path: _shown(
-        load_audit(path), eval_tables.audit_tables, eval_tables.audit_csv
+    AUDIT_FILE: lambda path, margin: _shown(
+        load_audit(path), lambda a: eval_tables.audit_tables(a, margin), eval_tables.audit_csv
     ),
     RESULTS: _results,
     MANIFEST_FILE: _run,
