@@ -20,7 +20,7 @@ from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo, QuizInfo
 from expertcut.reporting import edit_tables, eval_tables, views
-from expertcut.reporting.edit_tables import percent, points, unit, verdict_text
+from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import NamedDocument, Run
@@ -140,11 +140,6 @@ def _size_change(model: Judged, base: Judged) -> str:
     return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
 
 
-def _change_text(change: Comparison, noun: str = "") -> str:
-    text = f"{points(change.delta)}{noun} ({' … '.join(map(points, change.ci95))})"
-    return text if change.gained + change.lost else "same answers"
-
-
 def summary_table(models: Sequence[Judged], n: int, title: str, note: str = "") -> Table:
     """Five columns on models that answered n questions, the base first."""
     rows: list[list[Cell]] = []
@@ -155,7 +150,7 @@ def summary_table(models: Sequence[Judged], n: int, title: str, note: str = "") 
             continue
         sizes = ", ".join(dict.fromkeys(filter(None, [size, _size_change(model, models[0])])))
         judgement = verdict(change.gained, change.lost, n, MARGIN)
-        rows.append([model.name, sizes, model.accuracy, _change_text(change), judgement])
+        rows.append([model.name, sizes, model.accuracy, change_text(change, ""), judgement])
     return Table(title, columns(_SUMMARY), rows, note)
 
 
@@ -169,7 +164,7 @@ def headline(models: Sequence[Judged], n: int, context: str = "") -> Headline:
         figures = model.name
         if model.change is not None:
             words = verdict_text(model.change, n, MARGIN).partition(";")[0]
-            figures += f" against {base.name}: {_change_text(model.change, ' points')}"
+            figures += f" against {base.name}: {change_text(model.change)}"
         findings.append((f"{_size_change(model, base)}, {words}", figures))
     return Headline(findings, context)
 
