@@ -84,7 +84,8 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
         with ui.parts("cross-fitting" if settings.prove else "tuning", kept_in) as report:
             decision = decide(profile, procedure, settings, load_as, report, kept_in)
         tables = decision_tables(decision)
-        ui.say(tables if settings.wide else tables[-1:], decision_sentences(decision))
+        few = tables[-1:] if decision.proof else []  # the search has a table of its own
+        ui.say(tables if settings.wide else few, decision_sentences(decision))
     edit = chosen(profile, settings, procedure, decision)
     return Choice(profile, edit, folder, decision.proof if decision else None)
 
@@ -102,7 +103,7 @@ def write(
     facts = []
     if proof is not None:
         judged = tables.verdict_text(proof.cross_fitted, proof.questions, settings.margin / 100)
-        facts = [("verdict", f"{judged}. Cross-fitting: {proof.verdict}")]
+        facts = [("verdict", f"by cross-fitting: {judged}")]
     is_shown = proof is None or proof.verdict == "helps" or settings.force_write
     if edit.draft is None or not is_shown:
         why = "no checkpoint, for no expert was chosen"
