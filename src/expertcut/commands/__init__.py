@@ -80,8 +80,9 @@ class JudgedSettings(Settings):
     wide: bool = output_option(False, "Print all columns and tables.")
 
     def say(self, ui: UI, tables: "Sequence[Table]") -> None:
-        """Reports tables without their notes, and without wide columns unless asked for."""
-        ui.say([replace(table, note="").narrow(unless=self.wide) for table in tables], [])
+        """Reports tables, without their notes and wide columns unless asked for."""
+        narrow = [replace(table, note="").narrow(unless=False) for table in tables]
+        ui.say(tables if self.wide else narrow, [])
 
 
 class ModelSettings(Settings):

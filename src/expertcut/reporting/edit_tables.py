@@ -129,7 +129,7 @@ def outcome_lines(
     if answered is not None:
         delta, base = answered.change.delta, answered.base
         text = f"{percent(base + delta)}, was {percent(base)} on {where}: "
-        text += f"{points(delta)} points ({span(answered.change.ci95)})"
+        text += change_text(answered.change)
         judged = verdict_text(answered.change, scored_on.questions, margin)
         lines += [labelled("accuracy", text), labelled("verdict", judged)]
     elif forms := "; ".join(f"{o.form} {percent(o.accuracy)}" for o in built.proof.outcomes):

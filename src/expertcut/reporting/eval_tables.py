@@ -269,7 +269,8 @@ def audit_tables(audit: Audit, margin: float = MARGIN) -> list[Table]:
     n = audit.asked.questions
     rows: list[list[Cell]] = [
         [h.layer, h.expert, h.logprob, h.stderr, 100 * h.accuracy,
-         verdict(h.gained, h.lost, n, margin), h.gained, h.lost, h.mcnemar_p]
+         verdict(h.gained, h.lost, n, margin), h.gained, h.lost,
+         h.mcnemar_p if h.gained + h.lost else None]
         for h in sorted(audit.harms, key=lambda harm: -harm.logprob)[:10]
     ]  # fmt: skip
     heads = columns(
