@@ -69,11 +69,11 @@ def _useful(findings: Findings, numbers: ExpertIds) -> dict[str, str]:
     listed = [f"{names[x]} {100 * share_X[x]:.2g} %" for x in order]
     what = "gate weight·‖f(x)‖" if findings.layers[0].over_tokens else "gate weight at the answer"
     harmful = [names[x] for x in tested.suspects if tested.p_family_X[x] < LEVEL]
-    worse = f"{', '.join(harmful) or 'none'} of {tested.n_tests:,} tested experts"
+    worse = f"{', '.join(harmful)} answer worse" if harmful else "none answers worse"
     return {
         "most": f"{', '.join(listed[:5])} of the {what} of their layers",
         "least": f"{', '.join(listed[:-6:-1])}, of experts that are chosen at all",
-        "suspects": f"{worse}: questions that choose them go worse beyond chance",
+        "suspects": f"{worse} beyond chance, of {tested.n_tests:,} experts that could be tested",
     }
 
 
