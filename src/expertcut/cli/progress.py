@@ -233,17 +233,18 @@ class TerminalUI(UI):
         from expertcut.reporting.tables import as_rich, wrapped
 
         width = get_terminal_size().columns if sys.stdout.isatty() else None
+
+        def spell(text: str, encoding: str = sys.stdout.encoding or "utf-8") -> str:
+            return text.encode(encoding, "expertcut").decode(encoding)
+
         if tables:
             from rich.console import Console
-
-            def spell(text: str, encoding: str = sys.stdout.encoding or "utf-8") -> str:
-                return text.encode(encoding, "expertcut").decode(encoding)
 
             console = Console(width=width or 200, highlight=False)
             for table in tables:
                 console.print(as_rich(table, console.width, spell))
         for sentence in sentences:
-            print(wrapped(sentence, width) if width else sentence, flush=True)
+            print(wrapped(spell(sentence), width) if width else sentence, flush=True)
 
     def text(self, text: str) -> None:
         """Prints the text."""

@@ -108,10 +108,7 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
 
 
 def outcome_lines(
-    built: "Built",
-    before: tuple[int, int] | None,
-    after: tuple[int, int],
-    margin: float = MARGIN,
+    built: "Built", before: tuple[int, int] | None, after: tuple[int, int], margin: float = MARGIN
 ) -> list[str]:
     """Size, accuracy, verdict and distance; `before` and `after` are parameters and bytes."""
     size, parameters = unit(after[1], "B"), f"{unit(after[0])} parameters"

@@ -24,7 +24,6 @@ from expertcut.reporting.edit_tables import interval_text, known_ids, percent, r
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, next_lines
 from expertcut.stats import LEVEL, wilson_interval
 
-_NAMED = 5
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
 _FROM_0 = "Layers are MoE layers, counted from 0."
 _ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
@@ -54,12 +53,10 @@ def headline(findings: Findings) -> list[str]:
         "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
         f"(layer {flattest}) of the entropy of a uniform gate",
     }
-    prune = ["prune", "--profile", path, "--sparsity", "0.5"]
-    commands = (
-        prune + (["--by", "reap"] if layers[0].over_tokens else []),
-        ["show", path, "--tables"],
-    )
-    return [*(labelled(*line) for line in lines.items()), *next_lines(*commands)]
+    by = ("--by", "reap") if layers[0].over_tokens else ()
+    prune = ("prune", "--profile", path, "--sparsity", "0.5", *by)
+    commands = next_lines(prune, ("show", path, "--tables"))
+    return [*(labelled(*line) for line in lines.items()), *commands]
 
 
 def _useful(findings: Findings, numbers: ExpertIds) -> dict[str, str]:
@@ -72,11 +69,11 @@ def _useful(findings: Findings, numbers: ExpertIds) -> dict[str, str]:
     listed = [f"{names[x]} {100 * share_X[x]:.2g} %" for x in order]
     what = "gate weight·‖f(x)‖" if findings.layers[0].over_tokens else "gate weight at the answer"
     harmful = [names[x] for x in tested.suspects if tested.p_family_X[x] < LEVEL]
-    which = ", ".join(harmful) or "none"
+    worse = f"{', '.join(harmful)} answer worse" if harmful else "none answers worse"
     return {
-        "most": f"{', '.join(listed[:_NAMED])} of the {what} of their layers",
-        "least": f"{', '.join(listed[-_NAMED:][::-1])}, of experts that are chosen at all",
-        "suspects": f"{which} of {tested.n_tests:,} tested experts answer worse beyond chance",
+        "most": f"{', '.join(listed[:5])} of the {what} of their layers",
+        "least": f"{', '.join(listed[:-6:-1])}, of experts that are chosen at all",
+        "suspects": f"{worse} beyond chance, of {tested.n_tests:,} experts that could be tested",
     }
 
 

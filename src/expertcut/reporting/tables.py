@@ -23,6 +23,7 @@ _ESCAPES = {char: f"\\{char}" for char in string.punctuation}
 _ESCAPES |= {char: char for char in ",;%'\"/+=()"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _AT_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 _LABEL = 10  # columns before a labelled paragraph
+_UNBROKEN = r" (?=[%…])|(?<=…) |(?<= )'[^']*'"  # an interval, a quoted path
 _WORDS = re.compile(r"(?<!…) (?!…)").split  # an interval is one
 
 
@@ -91,6 +92,7 @@ def as_rich(table: Table, width: int = 200, spell: Callable[[str], str] = str) -
     if sum(widths) + 3 * len(heads) + 1 > width:
         rows = [[*pair] for row in rows for pair in (*zip(heads, row, strict=True), ("", ""))]
         heads, are_numbers, widths = ["", ""], [False] * 2, _widths([["", ""], *rows], width - 2)
+        widths[1] = max(1, min(widths[1], width - 2 - widths[0]))
         rich = RichTable(box=None, show_header=False, pad_edge=False)
     for head, is_number, own in zip(heads, are_numbers, widths, strict=True):
         justify: Any = "right" if is_number else "left"
@@ -148,9 +150,9 @@ def wrapped(text: str, width: int) -> str:
         label = re.match(rf"[a-z ]{{{_LABEL}}}(?<= )(?=\S)", line)
         after = " " * _LABEL if label and "  " in label[0] else ""
         end = " \\" if line[len(after) :].startswith("expertcut ") else ""
-        whole = re.sub(r" (?=[%…])|(?<=…) ", "\N{NO-BREAK SPACE}", line)
+        whole = re.sub(_UNBROKEN, lambda found: found[0].replace(" ", "\0"), line)
         parts = TextWrapper(width - len(end), "", after, **_AT_WORDS).wrap(whole)
-        lines.append(f"{end}\n".join(parts).replace("\N{NO-BREAK SPACE}", " "))
+        lines.append(f"{end}\n".join(parts).replace("\0", " "))
     return "\n".join(lines)
 
 
