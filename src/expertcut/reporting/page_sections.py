@@ -153,7 +153,8 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     ]
     heads = columns(f"model; size; accuracy::.2%; {edit_tables.CHANGE}; verdict")
     finding = f"{_size_text(size, base_size)}, {words}"
-    return Headline([(finding, figures)], title, Table(title, heads, rows))
+    context = f"{title}, {scored_on.questions:,} in all" if scored_on.split else title
+    return Headline([(finding, figures)], context, Table(title, heads, rows))
 
 
 def _weight_bytes(folder: Path | None) -> int:
