@@ -73,7 +73,7 @@ def test_outputs_that_do_not_repeat_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(CachedScorer, "_replays_exactly", lambda self: False)
+    monkeypatch.setattr(CachedScorer, "_replays_exactly", lambda *_: False)
     moe = open_model(checkpoint("olmoe"))
     rescorer = CachedScorer(Engine(moe, 2048), quiz)
     assert "every run starts at layer 0" in caplog.text

@@ -1,6 +1,5 @@
 """One file per command, with its settings and its run; here is what several commands share."""
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -49,13 +48,10 @@ class UI:
         self, facts: Sequence[tuple[str, str]], written: object, *commands: Sequence[str]
     ) -> None:
         """Reports the last lines: labelled facts, what was written, and what to do next."""
-        from expertcut.reporting.tables import labelled, printable
+        from expertcut.reporting.tables import labelled, next_lines
 
         lines = [labelled(*fact) for fact in facts]
-        lines.append(f"{'written':<10}{written}")
-        for label, words in zip(("next", *[""] * len(commands)), commands, strict=False):
-            lines.append(f"{label:<10}{printable(shlex.join(['expertcut', *words]))}")
-        self.say([], lines)
+        self.say([], [*lines, labelled("written", str(written)), *next_lines(*commands)])
 
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
@@ -84,8 +80,9 @@ class JudgedSettings(Settings):
     wide: bool = output_option(False, "Print all columns and tables.")
 
     def say(self, ui: UI, tables: "Sequence[Table]") -> None:
-        """Reports tables without their notes, and without wide columns unless asked for."""
-        ui.say([replace(table, note="").narrow(unless=self.wide) for table in tables], [])
+        """Reports tables, without their notes and wide columns unless asked for."""
+        narrow = [replace(table, note="").narrow(unless=False) for table in tables]
+        ui.say(tables if self.wide else narrow, [])
 
 
 class ModelSettings(Settings):
@@ -189,9 +186,10 @@ class ProfiledSettings(ModelSettings):
         """The profile without its held-out questions."""
         profile = self.load_profile()
         from expertcut.edits.splits import choosing_profile  # not if there is no profile
+        from expertcut.reporting.tables import labelled
 
         profile, note = choosing_profile(profile, held_out)
-        ui.say([], [f"{note}."] if note else [])
+        ui.say([], [labelled("split", f"{note}.")] if note else [])
         return profile
 
     def say_profile(self, profile: "Profile", ui: UI) -> None:
@@ -258,19 +256,19 @@ def say_result(
     from expertcut.checkpoints.size import stored_size
     from expertcut.models.load import Source
     from expertcut.reporting.edit_tables import outcome_lines
-    from expertcut.reporting.tables import labelled, printable
+    from expertcut.reporting.tables import labelled, next_lines
 
     lines, model, quiz = [], Path(profile.info.model.id), profile.info.quiz
-    show, evaluate = shlex.join(["expertcut", "show", str(folder)]), ""
+    commands = [["show", str(folder)]]
     if built is not None:
         sizes = (found_source(profile), Source(str(folder), folder))
         lines = outcome_lines(built, *map(stored_size, sizes), margin / 100)
         base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
         words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
         words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
-        evaluate = f"expertcut eval {printable(shlex.join(words))}\n{'':<10}"
+        commands.insert(0, ["eval", *words])
     lines += [labelled("", sentence) for sentence in sentences]
-    ui.say([], [*lines, f"{'written':<10}{folder}", f"{'next':<10}{evaluate}{show}"])
+    ui.say([], [*lines, f"{'written':<10}{folder}", *next_lines(*commands)])
 
 
 def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:

@@ -51,6 +51,6 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     shown = tables.audit_tables(audit, settings.margin / 100)
     settings.say(ui, shown if settings.wide else shown[:1])
     said = [tables.ablation_sentence(audit, settings.margin / 100), *tables.audit_sentences(audit)]
-    labels = ("ablated", "questions", "best", "regret")
+    labels = ("ablated", "quiz", "best", "regret")
     ui.end([*zip(labels, said, strict=False)], folder, ["show", str(folder)])
     return audit

@@ -49,7 +49,7 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     from expertcut.evaluation.evaluate import check_places, find_models, save, score
     from expertcut.evaluation.results import Scored, Scoring
     from expertcut.profiling.measure import MeasureOptions
-    from expertcut.reporting.eval_tables import result_sentences, results_table, verdict_sentences
+    from expertcut.reporting.eval_tables import result_facts, results_table
 
     check_places(settings.out, settings.lm_eval_json)
     sources = find_models(settings.models, settings.revision)
@@ -67,9 +67,6 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     results = save(scoring, scored, settings.out, settings.lm_eval_json)
     margin, table = settings.margin / 100, results_table(results, settings.margin / 100)
     settings.say(ui, [table])
-    verdicts, changes = verdict_sentences(results, margin), result_sentences(results)[1:]
-    facts = [("questions", table.note)]
-    for verdict, change in zip(verdicts, changes, strict=True):
-        facts += [("verdict", verdict), ("change", change)]
+    facts = [("quiz", table.note), *result_facts(results, margin)]
     ui.end(facts, settings.out, ["report", str(settings.out)])
     return results

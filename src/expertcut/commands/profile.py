@@ -74,7 +74,7 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
         n, accuracy = len(profile.answers.answer_N), profile.answers.accuracy
         text = f"{n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
         low, high = map(percent, wilson_interval(accuracy, n))
-        facts = [("questions", f"{text}{cut_text(profile.answers.n_cut)}")]
+        facts = [("quiz", f"{text}{cut_text(profile.answers.n_cut)}")]
         facts += [("accuracy", f"{percent(accuracy)} ({low} … {high})")]
         by = () if profile.info.settings.stats == "answer" else ("--by", "reap")
         prune = ["prune", "--sparsity", "0.5", *by, "--profile", str(folder)]

@@ -1,5 +1,6 @@
 """`expertcut reweight`: a checkpoint whose router favours or avoids experts."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,13 @@ def run(
     settings: ReweightSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
     """Makes a checkpoint or a plan; None where nothing was chosen and nothing written."""
-    return write(choose(settings, ui), settings, ui, beside)
+    choice = choose(settings, ui)
+    made = write(choice, settings, ui, beside)
+    if settings.is_deciding:
+        from expertcut.evaluation.reweight_search import working_folder
+
+        shutil.rmtree(working_folder(choice.folder), ignore_errors=True)
+    return made
 
 
 def choose(settings: ReweightSettings, ui: UI) -> Choice:
@@ -71,11 +78,14 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     ui.quiet()
     decision = None
     if settings.is_deciding:
-        # Only cross-fitting has parts to show.
-        with (ui if settings.prove else SILENT).parts("proving") as report:
-            decision = decide(profile, procedure, settings, settings.load_as(), report)
+        from expertcut.evaluation.reweight_search import working_folder
+
+        kept_in, load_as = working_folder(folder), settings.load_as()
+        with ui.parts("cross-fitting" if settings.prove else "tuning", kept_in) as report:
+            decision = decide(profile, procedure, settings, load_as, report, kept_in)
         tables = decision_tables(decision)
-        ui.say(tables if settings.wide else tables[-1:], decision_sentences(decision))
+        few = tables[-1:] if decision.proof else []  # the search has a table of its own
+        ui.say(tables if settings.wide else few, decision_sentences(decision))
     edit = chosen(profile, settings, procedure, decision)
     return Choice(profile, edit, folder, decision.proof if decision else None)
 
@@ -93,7 +103,7 @@ def write(
     facts = []
     if proof is not None:
         judged = tables.verdict_text(proof.cross_fitted, proof.questions, settings.margin / 100)
-        facts = [("verdict", f"{judged}. Cross-fitting: {proof.verdict}")]
+        facts = [("verdict", f"by cross-fitting: {judged}")]
     is_shown = proof is None or proof.verdict == "helps" or settings.force_write
     if edit.draft is None or not is_shown:
         why = "no checkpoint, for no expert was chosen"

@@ -111,7 +111,7 @@ def _say(sweep: "Sweep", settings: SweepSettings, profile: Path, folder: Path, u
     margin, given = settings.margin / 100, settings.model_dump(exclude_defaults=True)
     table, (leak, *bests) = tables.sweep_table(sweep, margin), tables.sweep_sentences(sweep, margin)
     settings.say(ui, [table])
-    facts = [("questions", f"{table.note} {leak}"), *(("best", text) for text in bests)]
+    facts = [("quiz", f"{table.note} {leak}"), *(("best", text) for text in bests)]
     held = tables.within_margin(sweep.cells, margin)
     cell = min(held, key=lambda c: c.bytes) if held else max(sweep.cells, key=lambda c: c.accuracy)
     words = ["prune", "--sparsity", f"{1 - cell.fraction:g}", "--by", cell.by]

@@ -70,7 +70,7 @@ class Measurement:
         self.info = ProfileInfo(
             model=model_info(moe),
             quiz=quiz_info(quiz, limit),
-            settings=_settings(self.engine, options.stats or "all", quiz.truncate),
+            settings=engine_settings(self.engine, options.stats or "all", quiz.truncate),
         )
 
     def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
@@ -209,7 +209,8 @@ def model_info(moe: MoeModel) -> ModelInfo:
     )
 
 
-def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settings:
+def engine_settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settings:
+    """Everything that the bytes of a chunk depend on, besides model and questions."""
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
     # Offloading to memory or disk changes no bytes on one CPU.
     is_spread = is_on_several(moe.model) and not on_cpu

@@ -108,29 +108,37 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
 
 
 def outcome_lines(
-    built: "Built", before: tuple[int, int], after: tuple[int, int], margin: float = MARGIN
+    built: "Built",
+    before: tuple[int, int] | None,
+    after: tuple[int, int],
+    margin: float = MARGIN,
 ) -> list[str]:
     """Size, accuracy, verdict and distance; `before` and `after` are parameters and bytes."""
-    change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
-    size = f"{unit(after[1], 'B')}, was {unit(before[1], 'B')} ({change}); "
-    size += f"{unit(after[0])} parameters, were {unit(before[0])}"
-    lines, sentences = [labelled("size", size)], proof_sentences(built)
-    if not (built.answered and built.proof and built.scored_on):
+    size, parameters = unit(after[1], "B"), f"{unit(after[0])} parameters"
+    if before is not None:
+        change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
+        size += f", was {unit(before[1], 'B')} ({change})"
+        parameters += f", were {unit(before[0])}"
+    lines, sentences = [labelled("size", f"{size}; {parameters}")], proof_sentences(built)
+    if not (built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
     answered, scored_on = built.answered, built.scored_on
     where = scored_on.clause
     if scored_on.used == 0:
         where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
-    delta, base = answered.change.delta, answered.base
-    text = f"{percent(base + delta)}, was {percent(base)} on {where}: {points(delta)} points "
-    text += f"({' … '.join(map(points, answered.change.ci95))})"
+    if answered is not None:
+        delta, base = answered.change.delta, answered.base
+        text = f"{percent(base + delta)}, was {percent(base)} on {where}: "
+        text += change_text(answered.change)
+        judged = verdict_text(answered.change, scored_on.questions, margin)
+        lines += [labelled("accuracy", text), labelled("verdict", judged)]
+    elif forms := "; ".join(f"{o.form} {percent(o.accuracy)}" for o in built.proof.outcomes):
+        lines.append(labelled("accuracy", f"{forms} on {where}"))
     shifts = "; ".join(
         f"{shift.against}: median {shift.median_abs_logprob_diff:.4f}, largest "
         f"{shift.max_abs_logprob_diff:.4f}, {shift.flipped:,} answers flipped"
         for shift in built.proof.held_out
     )
-    judged = verdict_text(answered.change, scored_on.questions, margin)
-    lines += [labelled("accuracy", text), labelled("verdict", judged)]
     lines += [labelled("distance", f"|Δ log p| against {shifts}")]
     return lines + [labelled("", sentence) for sentence in sentences]
 
@@ -186,13 +194,18 @@ def unit(number: float, name: str = "") -> str:
     return f"{number:.0f} {name}".strip()
 
 
-def rows_tables(profile: Profile) -> list[Table]:
-    """Expert numbers of a model that was cut before; a missing model is logged."""
+def known_ids(profile: Profile) -> ExpertIds:
+    """Numbers of the experts before any cut; a missing model is logged, and rows are numbers."""
     try:
-        numbers = expert_ids(profile)
+        return expert_ids(profile)
     except ProfileError as error:
         logger.warning("the tables call experts by rows of the routers: %s", error)
-        return []
+        return ExpertIds()
+
+
+def rows_tables(profile: Profile) -> list[Table]:
+    """Expert numbers of a model that was cut before."""
+    numbers = known_ids(profile)
     rows: list[list[Cell]] = [
         [layer, ids_text(numbers.rows[block.name])]
         for layer, block in enumerate(profile.info.model.blocks)
@@ -396,7 +409,7 @@ def decision_sentences(decision: "TuningResult") -> list[str]:
             f"to {answer:.2%} with it at the answer position alone."
         )
     lines = [labelled("tuned", first)]
-    return [*lines, labelled("cross-fit", decision.proof.sentence)] if decision.proof else lines
+    return [*lines, labelled("proof", decision.proof.sentence)] if decision.proof else lines
 
 
 def proof_tables(built: "Built") -> list[Table]:

@@ -101,6 +101,12 @@ def verdict_sentences(results: Results, margin: float = MARGIN) -> list[str]:
     return [f"{name}: {text}" for name, text in texts]
 
 
+def result_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
+    """The verdict and the change of each model compared, behind their labels."""
+    said = zip(verdict_sentences(results, margin), result_sentences(results)[1:], strict=True)
+    return [fact for pair in said for fact in zip(("verdict", "change"), pair, strict=True)]
+
+
 def model_names(results: Results) -> list[str]:
     """The last part of each model's path, or the whole path where that is ambiguous."""
     last = [Path(model.path).name for model in results.models]
@@ -263,7 +269,8 @@ def audit_tables(audit: Audit, margin: float = MARGIN) -> list[Table]:
     n = audit.asked.questions
     rows: list[list[Cell]] = [
         [h.layer, h.expert, h.logprob, h.stderr, 100 * h.accuracy,
-         verdict(h.gained, h.lost, n, margin), h.gained, h.lost, h.mcnemar_p]
+         verdict(h.gained, h.lost, n, margin), h.gained, h.lost,
+         h.mcnemar_p if h.gained + h.lost else None]
         for h in sorted(audit.harms, key=lambda harm: -harm.logprob)[:10]
     ]  # fmt: skip
     heads = columns(
