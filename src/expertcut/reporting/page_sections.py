@@ -20,6 +20,7 @@ from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo, QuizInfo
 from expertcut.reporting import edit_tables, eval_tables, views
+from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import NamedDocument, Run
@@ -114,15 +115,12 @@ def headlines(run: Run) -> Iterator[Headline]:
 def results_headline(results: Results, context: str = "") -> Headline:
     """The size and the verdict of the first models compared, or the accuracy of the only one."""
     base, names = results.models[0], eval_tables.model_names(results)
-    findings = [
-        (
-            f"{_size_text(results.models[c.other].bytes, base.bytes)}, "
-            f"{_verdict_text(c, base.questions)}",
-            f"{names[c.other]} against {names[0]}: {edit_tables.change_text(c)}",
-        )
-        for c in results.comparisons[:_HEADLINES]
-    ]
-    alone = (f"{_size_text(base.bytes, 0)}, {edit_tables.percent(base.accuracy)} right", names[0])
+    findings = []
+    for c in results.comparisons[:_HEADLINES]:
+        size = _size_text(results.models[c.other].bytes, base.bytes)
+        figures = f"{names[c.other]} against {names[0]}: {change_text(c)}"
+        findings.append((f"{size}, {_verdict_text(c, base.questions)}", figures))
+    alone = (f"{_size_text(base.bytes)}, {percent(base.accuracy)} right", names[0])
     return Headline(findings or [alone], context)
 
 
@@ -132,28 +130,24 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     if not (size := _weight_bytes(folder)):
         return None
     base_size = _weight_bytes(base_folder(plan.model, folder))
-    scored_on, answered = read_scored_split(plan, folder), plan.proof.answered
+    scored_on = read_scored_split(plan, folder)
+    n = scored_on.questions
     title = scored_on.title if scored_on.split else "Evaluate it with expertcut eval"
-    # Healed checkpoints and those of earlier versions hold their accuracy at most.
-    accuracy = plan.proof.outcomes[-1].accuracy if plan.proof.outcomes else None
-    words = "not evaluated yet" if accuracy is None else f"{edit_tables.percent(accuracy)} right"
-    first, judged, figures = None, [None, None], f"{document.name} against {plan.model.label}"
-    if answered is not None:
-        change, n = answered.change, scored_on.questions
-        first, accuracy = answered.base, answered.base + change.delta
-        words = _verdict_text(change, n)
-        judged = [
-            edit_tables.change_text(change, ""),
-            verdict(change.gained, change.lost, n, MARGIN),
-        ]
-        figures += f": {edit_tables.change_text(change)}"
-    rows = [
-        [plan.model.label, _size_text(base_size, 0) if base_size else None, first, None, None],
-        [document.name, _size_text(size, 0), accuracy, *judged],
-    ]
+    base: list[Cell] = [plan.model.label, _size_text(base_size) if base_size else None]
+    own: list[Cell] = [document.name, _size_text(size)]
+    words, figures = "not evaluated yet", f"{document.name} against {plan.model.label}"
+    if answered := plan.proof.answered:
+        c = answered.change
+        words, figures = _verdict_text(c, n), f"{figures}: {change_text(c)}"
+        base.append(answered.base)
+        own += [answered.base + c.delta, change_text(c, ""), verdict(c.gained, c.lost, n, MARGIN)]
+    elif plan.proof.outcomes:  # of healed checkpoints, and of those of earlier versions
+        own.append(accuracy := plan.proof.outcomes[-1].accuracy)
+        words = f"{percent(accuracy)} right"
     heads = columns(f"model; size; accuracy::.2%; {edit_tables.CHANGE}; verdict")
+    rows = [[*row, *[None] * (len(heads) - len(row))] for row in (base, own)]
     finding = f"{_size_text(size, base_size)}, {words}"
-    context = f"{title}, {scored_on.questions:,} in all" if scored_on.split else title
+    context = f"{title}, {n:,} in all" if scored_on.split else title
     return Headline([(finding, figures)], context, Table(title, heads, rows))
 
 
@@ -161,15 +155,15 @@ def _weight_bytes(folder: Path | None) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
 
 
-def _size_text(size: int, base_size: int) -> str:
+def _size_text(size: int, base_size: int = 0) -> str:
     if not base_size:
-        return edit_tables.unit(size, "B")
+        return unit(size, "B")
     change = round(100 * (size / base_size - 1))
     return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
 
 
 def _verdict_text(change: Comparison, n: int) -> str:
-    return edit_tables.verdict_text(change, n, MARGIN).partition(";")[0]
+    return verdict_text(change, n, MARGIN).partition(";")[0]
 
 
 def figures_of(parts: Sequence[Part]) -> Iterator[Heat | Curves]:
@@ -510,14 +504,11 @@ def _stages(manifest: Mapping[str, Any]) -> Rows:
     stages = manifest.get("stages")
     rows: Rows = []
     for name, record in stages.items() if isinstance(stages, dict) else ():
-        if not isinstance(record, dict) or not isinstance(record.get("finished"), str):
-            continue
-        texts = [record["finished"]]
-        if isinstance(elapsed_s := record.get("elapsed_s"), int | float):
-            texts.append(f"{elapsed_s:,.1f} s")
-        if isinstance(versions := record.get("versions"), dict):
-            texts += [f"{package} {version}" for package, version in versions.items()]
-        rows.append((name, ", ".join(texts)))
+        if isinstance(record, dict) and isinstance(record.get("finished"), str):
+            elapsed_s, versions = record.get("elapsed_s"), record.get("versions")
+            texts = [f"{elapsed_s:,.1f} s"] if isinstance(elapsed_s, int | float) else []
+            texts += [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
+            rows.append((name, ", ".join([record["finished"], *texts])))
     return rows
 
 
