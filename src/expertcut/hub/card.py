@@ -201,9 +201,8 @@ def _facts(
 ) -> dict[str, Any]:
     plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
     name, scored_on = place.repo.split("/")[-1], read_scored_split(plan, checkpoint.folder)
-    held_out = page_sections.judged_checkpoint(
-        NamedDocument(checkpoint.folder / PLAN_FILE, name, plan)
-    )
+    document = NamedDocument(checkpoint.folder / PLAN_FILE, name, plan)
+    found = page_sections.checkpoint_headline(document) if plan.proof.answered else None
     shifts = columns(
         "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
     )
@@ -220,9 +219,7 @@ def _facts(
         "plan_table": eval_tables.plan_table(plan),
         "held_out": Table("How far answers moved", shifts, shift_rows(plan.proof.held_out)),
         "scored_on": scored_on,
-        "judged": page_sections.summary_table(held_out, scored_on.questions, "")
-        if plan.proof.answered
-        else None,
+        "judged": found.table if found else None,
         "proof": proof,
         "proof_table": proof_table(proof) if proof else None,
         "evaluated": [(one, _results_facts(one)) for one in evaluated],
@@ -244,14 +241,14 @@ def _base_link(origin: Origin, endpoint: str, *, is_pinned: bool = False) -> Mar
 
 
 def _results_facts(one: Evaluated) -> dict[str, Any]:
-    models, n = page_sections.judged(one.results), one.model.questions
+    table = eval_tables.results_table(one.results)
     return {
         "file": Markdown(one.file),
         "cut": cut_text(one.model.cut),
-        "headline": page_sections.headline(models, n).findings[0][0],
-        "summary": page_sections.summary_table(models, n, ""),
+        "headline": page_sections.results_headline(one.results).findings[0][0],
+        "summary": table.narrow(unless=False),
         "verdicts": eval_tables.verdict_sentences(one.results),
-        "table": eval_tables.results_table(one.results),
+        "table": table,
         "sentences": eval_tables.result_sentences(one.results) if one.results.comparisons else [],
         "subjects": page_sections.subjects_table(one.results),
     }

@@ -152,9 +152,16 @@ class Evaluated:
 
 
 def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluated, ...]:
-    """Evaluations in the named files, else in each `results.json` of `places`."""
+    """Evaluations in the named files, else in each `results.json` that is looked for.
+
+    It may lie in the folder, in the one above, in the run's, and in the working directory.
+    """
     folder, found = checkpoint.folder, dict[Path, Results]()
-    for file in named or [p / RESULTS_FILE for p in places(folder) if (p / RESULTS_FILE).is_file()]:
+    above = folder.resolve().parents
+    runs = [place for place in above if (place / "manifest.json").is_file()]
+    places = {place.resolve(): place for place in (Path(), *runs[:1], above[0], folder)}
+    beside = (place / RESULTS_FILE for place in reversed(places.values()))
+    for file in named or filter(Path.is_file, beside):
         try:
             own = of_model(load_results(file), checkpoint.source.fingerprint)
         except OutputError as error:
@@ -173,14 +180,6 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
         Evaluated(RESULTS_FILE if i == 1 else f"results-{i}.json", results, file)
         for i, (file, results) in enumerate(found.items(), start=1)
     )
-
-
-def places(folder: Path) -> list[Path]:
-    """A checkpoint's folder, the one above it, its run's folder, and the working directory."""
-    above = folder.resolve().parents
-    runs = [place for place in above if (place / "manifest.json").is_file()]
-    own = {place.resolve(): place for place in (Path(), *runs[:1], above[0], folder)}
-    return list(own.values())[::-1]
 
 
 def of_model(results: Results, fingerprint: str) -> Results | None:

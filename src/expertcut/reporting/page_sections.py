@@ -27,7 +27,6 @@ from expertcut.reporting.views import NamedDocument, Run
 from expertcut.stats import MARGIN, Comparison, verdict, wilson_interval
 
 _HEADLINES = 3  # of one evaluation
-_SUMMARY = "model; size; accuracy::.1%; Δ in points (95 % interval); verdict"
 Rows = list[tuple[str, str | None]]
 T = TypeVar("T")
 
@@ -96,92 +95,75 @@ class Headline:
 
     findings: Sequence[tuple[str, str]]
     context: str = ""
+    table: Table | None = None
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A model with what is known of it; `change` is that from the first model beside it."""
-
-    name: str
-    size_bytes: int
-    accuracy: float | None
-    change: Comparison | None = None
-
-
-def judged(results: Results) -> list[Judged]:
-    """The models of an evaluation, the base first."""
-    compared = {c.other: c for c in results.comparisons}
-    pairs = enumerate(zip(eval_tables.model_names(results), results.models, strict=True))
-    return [Judged(name, m.bytes, m.accuracy, compared.get(i)) for i, (name, m) in pairs]
+def headlines(run: Run) -> Iterator[Headline]:
+    """One for each evaluation; without any one for each checkpoint."""
+    for document in run.results:
+        results = document.content
+        (_, questions), *_ = _quiz(results, results.quiz)
+        chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
+        on = max((_finished(views.notes_in(file)) for file in chunks), default="")[:10]
+        context = f"{results.models[0].questions:,} questions of {questions}"
+        yield results_headline(results, context + (f"; measured on {on}" if on else ""))
+    for plan in run.plans if not run.results else ():
+        if (found := checkpoint_headline(plan)) is not None:
+            yield found
 
 
-def judged_checkpoint(document: NamedDocument[PlanFile]) -> list[Judged]:
-    """A checkpoint behind its base, by the held-out check; none of a plan without weights."""
+def results_headline(results: Results, context: str = "") -> Headline:
+    """The size and the verdict of the first models compared, or the accuracy of the only one."""
+    base, names = results.models[0], eval_tables.model_names(results)
+    findings = []
+    for c in results.comparisons[:_HEADLINES]:
+        size = _size_text(results.models[c.other].bytes, base.bytes)
+        figures = f"{names[c.other]} against {names[0]}: {change_text(c)}"
+        findings.append((f"{size}, {_verdict_text(c, base.questions)}", figures))
+    alone = (f"{_size_text(base.bytes)}, {percent(base.accuracy)} right", names[0])
+    return Headline(findings or [alone], context)
+
+
+def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
+    """The same of a checkpoint by its held-out check, with a table; None of a plan alone."""
     plan, folder = document.content, document.file.parent
     if not (size := _weight_bytes(folder)):
-        return []
-    answered, forms = plan.proof.answered, plan.proof.outcomes  # of heal and old plans: forms
-    base = Judged(plan.model.label, _weight_bytes(base_folder(plan.model, folder)), None)
-    if answered is None:
-        return [base, Judged(document.name, size, forms[-1].accuracy if forms else None)]
-    accuracy = answered.base + answered.change.delta
-    edited = Judged(document.name, size, accuracy, answered.change)
-    return [replace(base, accuracy=answered.base), edited]
+        return None
+    base_size = _weight_bytes(base_folder(plan.model, folder))
+    scored_on = read_scored_split(plan, folder)
+    n = scored_on.questions
+    title = scored_on.title if scored_on.split else "Evaluate it with expertcut eval"
+    base: list[Cell] = [plan.model.label, _size_text(base_size) if base_size else None]
+    own: list[Cell] = [document.name, _size_text(size)]
+    words, figures = "not evaluated yet", f"{document.name} against {plan.model.label}"
+    if answered := plan.proof.answered:
+        c = answered.change
+        words, figures = _verdict_text(c, n), f"{figures}: {change_text(c)}"
+        base.append(answered.base)
+        own += [answered.base + c.delta, change_text(c, ""), verdict(c.gained, c.lost, n, MARGIN)]
+    elif plan.proof.outcomes:  # of healed checkpoints, and of those of earlier versions
+        own.append(accuracy := plan.proof.outcomes[-1].accuracy)
+        words = f"{percent(accuracy)} right"
+    heads = columns(f"model; size; accuracy::.2%; {edit_tables.CHANGE}; verdict")
+    rows = [[*row, *[None] * (len(heads) - len(row))] for row in (base, own)]
+    finding = f"{_size_text(size, base_size)}, {words}"
+    context = f"{title}, {n:,} in all" if scored_on.split else title
+    return Headline([(finding, figures)], context, Table(title, heads, rows))
 
 
 def _weight_bytes(folder: Path | None) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
 
 
-def _size_change(model: Judged, base: Judged) -> str:
-    if model is base or not base.size_bytes:
-        return unit(model.size_bytes, "B")
-    change = round(100 * (model.size_bytes / base.size_bytes - 1))
+def _size_text(size: int, base_size: int = 0) -> str:
+    if not base_size:
+        return unit(size, "B")
+    change = round(100 * (size / base_size - 1))
     return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
 
 
-def summary_table(models: Sequence[Judged], n: int, title: str, note: str = "") -> Table:
-    """Five columns on models that answered n questions, the base first."""
-    rows: list[list[Cell]] = []
-    for model in models:
-        size = unit(model.size_bytes, "B") if model.size_bytes else None
-        if (change := model.change) is None:
-            rows.append([model.name, size, model.accuracy, None, None])
-            continue
-        sizes = ", ".join(dict.fromkeys(filter(None, [size, _size_change(model, models[0])])))
-        judgement = verdict(change.gained, change.lost, n, MARGIN)
-        rows.append([model.name, sizes, model.accuracy, change_text(change, ""), judgement])
-    return Table(title, columns(_SUMMARY), rows, note)
-
-
-def headline(models: Sequence[Judged], n: int, context: str = "") -> Headline:
-    """The size of each model, or of the only one, and its verdict or accuracy."""
-    base, findings = models[0], []
-    for model in models[1 : 1 + _HEADLINES] or models:
-        words = (
-            "not evaluated yet" if model.accuracy is None else f"{percent(model.accuracy)} right"
-        )
-        figures = model.name
-        if model.change is not None:
-            words = verdict_text(model.change, n, MARGIN).partition(";")[0]
-            figures += f" against {base.name}: {change_text(model.change)}"
-        findings.append((f"{_size_change(model, base)}, {words}", figures))
-    return Headline(findings, context)
-
-
-def headlines(run: Run) -> Iterator[Headline]:
-    """One for each evaluation; without any one for each checkpoint."""
-    for document in run.results:
-        results, n = document.content, document.content.models[0].questions
-        (_, questions), *_ = _quiz(results, results.quiz)
-        chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
-        on = max((_finished(views.notes_in(file)) for file in chunks), default="")[:10]
-        context = f"{n:,} questions of {questions}" + (f"; measured on {on}" if on else "")
-        yield headline(judged(results), n, context)
-    for plan in run.plans if not run.results else ():
-        scored_on = read_scored_split(plan.content, plan.file.parent)
-        if models := judged_checkpoint(plan):
-            yield headline(models, scored_on.questions, scored_on.title if scored_on.split else "")
+def _verdict_text(change: Comparison, n: int) -> str:
+    return verdict_text(change, n, MARGIN).partition(";")[0]
 
 
 def figures_of(parts: Sequence[Part]) -> Iterator[Heat | Curves]:
@@ -258,10 +240,8 @@ def edits_of(plan: PlanFile, findings: Findings) -> dict[str, BlockEdit] | None:
 def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[Part]:
     plan, profile = document.content, run.profile_of(document.content)
     parts: list[Part] = [Text(_in_words(plan, profile))]
-    if not run.results and (models := judged_checkpoint(document)):
-        scored_on = read_scored_split(plan, document.file.parent)
-        title = scored_on.title if scored_on.split else "Not evaluated yet: see expertcut eval"
-        parts.append(Summary(summary_table(models, scored_on.questions, title)))
+    found = None if run.results else checkpoint_headline(document)
+    parts += [Summary(found.table)] if found and found.table else []
     if profile and (edits := edits_of(plan, profile.content)) is not None:
         traffic = removed_traffic(profile.content.profile, edits)
         if any(block.n_removed for block in traffic):
@@ -353,9 +333,7 @@ def _results_parts(results: Results, key: str) -> list[Part]:
         zero=results.models[0].accuracy,
     )
     return [
-        Summary(
-            summary_table(judged(results), results.models[0].questions, table.title, table.note)
-        ),
+        Summary(table.narrow(unless=False)),
         *map(Text, eval_tables.verdict_sentences(results)),
         *map(Text, eval_tables.result_sentences(results)),
         figure,
@@ -413,7 +391,9 @@ def search_sections(run: Run) -> list[Section]:
 
 def _sweep(sweep: Sweep, key: str) -> list[Part]:
     sentences = map(Text, eval_tables.sweep_sentences(sweep))
-    parts: list[Part] = [*sentences, eval_tables.sweep_table(sweep)]
+    table = eval_tables.sweep_table(sweep)
+    parts: list[Part] = [Summary(table.narrow(unless=False)), *sentences]
+    parts.append(Folded("All figures of the sweep", [table]))
     if not sweep.cells:
         return parts
     fractions = sorted(sweep.asked.fractions, reverse=True)
@@ -437,15 +417,10 @@ def _audit(audit: Audit, key: str) -> list[Part]:
     tables, order = eval_tables.audit_tables(audit), eval_tables.ranked(audit)
     if not order:
         return [*tables]
-    by_criterion = partial(
-        Curves,
-        across="criterion",
-        categories=tuple(verdict.by for verdict in order),
-        is_flat=True,
-        zero=0.0,
-    )
-    ends = [verdict.within.ci95 or (None, None) for verdict in order]
-    rhos = series_of("ρ within layers", [verdict.within.rho for verdict in order], ends)
+    names = tuple(found.by for found in order)
+    by_criterion = partial(Curves, across="criterion", categories=names, is_flat=True, zero=0.0)
+    ends = [found.within.ci95 or (None, None) for found in order]
+    rhos = series_of("ρ within layers", [found.within.rho for found in order], ends)
     correlations = by_criterion(
         key=f"{key}-correlations",
         title="How well each criterion foretold the harm",
@@ -458,7 +433,7 @@ def _audit(audit: Audit, key: str) -> list[Part]:
         title="Regret of each criterion",
         note="How much more mean log p its removals cost, one by one, than the least harmful.",
         series=tuple(
-            Series(f"{fraction:g} kept", tuple(verdict.regrets[i].regret for verdict in order))
+            Series(f"{fraction:g} kept", tuple(found.regrets[i].regret for found in order))
             for i, fraction in enumerate(audit.asked.fractions)
         ),
         column=Column("regret, nats", ".3f"),
@@ -499,7 +474,6 @@ def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
 
 def _plan(plan: PlanFile) -> Rows:
     adapter = plan.adapter
-    adapter_text = f"{adapter.path}, {adapter.weights_sha256}" if adapter else None
     return [
         ("made by", plan.action),
         ("model", plan.model.label),
@@ -507,7 +481,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("fingerprint of config and weights", plan.model.fingerprint),
         ("chosen on", eval_tables.chosen_text(plan)),
         ("hash of their list", plan.chosen_on.sha256),
-        ("adapter that was cut along", adapter_text),
+        ("adapter that was cut along", adapter and f"{adapter.path}, {adapter.weights_sha256}"),
     ]
 
 
@@ -530,14 +504,11 @@ def _stages(manifest: Mapping[str, Any]) -> Rows:
     stages = manifest.get("stages")
     rows: Rows = []
     for name, record in stages.items() if isinstance(stages, dict) else ():
-        if not isinstance(record, dict) or not isinstance(record.get("finished"), str):
-            continue
-        texts = [record["finished"]]
-        if isinstance(elapsed_s := record.get("elapsed_s"), int | float):
-            texts.append(f"{elapsed_s:,.1f} s")
-        if isinstance(versions := record.get("versions"), dict):
-            texts += [f"{package} {version}" for package, version in versions.items()]
-        rows.append((name, ", ".join(texts)))
+        if isinstance(record, dict) and isinstance(record.get("finished"), str):
+            elapsed_s, versions = record.get("elapsed_s"), record.get("versions")
+            texts = [f"{elapsed_s:,.1f} s"] if isinstance(elapsed_s, int | float) else []
+            texts += [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
+            rows.append((name, ", ".join([record["finished"], *texts])))
     return rows
 
 

@@ -344,19 +344,11 @@ def _spec(figure: Figure) -> str:
 def _draw_curves(axes: "Axes", figure: Curves) -> None:
     places = np.arange(len(figure.categories), dtype=float)
     drawn = [series for series in figure.series if not series.is_reference]
-    for number, series in enumerate(drawn):
-        shift = (number - (len(drawn) - 1) / 2) * (0.5 / max(len(drawn), 1))
-        _draw_bars(
-            axes,
-            places + (shift if figure.is_flat else 0),
-            series,
-            is_flat=figure.is_flat,
-            capsize=2,
-            markersize=4,
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-            linestyle="none" if figure.is_flat else "-",
-        )
+    for number, (series, look) in enumerate(zip(drawn, _looks(len(drawn)), strict=True)):
+        shift = (number - (len(drawn) - 1) / 2) * (0.5 / len(drawn)) if figure.is_flat else 0
+        look |= {"linestyle": "none"} if figure.is_flat else {}
+        bars = dict(is_flat=figure.is_flat, capsize=2, markersize=4)
+        _draw_bars(axes, places + shift, series, **bars, **look)
     for series in figure.series:
         if series.is_reference:
             pair = (series.values, places) if figure.is_flat else (places, series.values)

@@ -118,7 +118,9 @@ addEventListener("beforeprint", () => {
   document.documentElement.classList.add("printing");
   for (const box of redraws.keys()) redraw(box);
   for (const table of document.querySelectorAll(".scroll > table")) {
-    table.style.zoom = Math.min(1, table.parentElement.clientWidth / table.offsetWidth);
+    const share = () => Math.min(1, table.parentElement.clientWidth / table.offsetWidth);
+    table.classList.toggle("tight", share() < 0.7); // headings may break within words
+    table.style.zoom = share();
   }
 });
 addEventListener("afterprint", () => {
