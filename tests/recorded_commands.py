@@ -128,10 +128,11 @@ def _tilts() -> Iterator[Step]:
     exact = "--boost 1:2=0.5 --scale 0:1=1.25 --layout exact"
     yield Step(out, f"{reweight} {exact} --out {out}", EXACT)
     few = "--boost-best 1 --by weighted_accuracy --layers 1 --min-appearances 0.05 --prove"
+    few += " --force-write"
     yield Step("proof/fixed", f"{reweight} {few} --strength 0.5 --out proof/fixed")
     yield Step("proof/tuned", f"{reweight} {few} --tune --out proof/tuned", (BUNDLED,))
     # A search that finds something in each of the random models, so that a checkpoint is written.
-    found = "--boost-best 2 --by tokens --tune --prove"
+    found = "--boost-best 2 --by tokens --tune --prove --force-write"
     yield Step("proof/tuned", f"{reweight} {found} --out proof/tuned", tuple(FAMILIES))
 
 

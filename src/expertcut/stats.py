@@ -276,6 +276,13 @@ class FormResult(_Measured):
     flipped: int
 
 
+class HeldOutAccuracy(_Measured):
+    """Accuracy of the unedited model, and the paired change to the checkpoint."""
+
+    base: Share
+    change: Comparison
+
+
 class HeldOutResult(_Measured):
     """`proof` in plan.json: the checkpoint against the unedited model on questions of a split."""
 
@@ -285,6 +292,7 @@ class HeldOutResult(_Measured):
     held_out_split: str = ""
     held_out_used: str = ""  # how healing used the questions
     held_out: tuple[LogprobShift, ...] = ()
+    answered: HeldOutAccuracy | None = None
     held_out_hashes: tuple[str, ...] = ()  # hash lines of the questions
     shares: tuple[ExpertShares, ...] = ()
     alone: BitExactCheck | None = None  # where layout exact only removes experts

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from expertcut.checkpoints.build import Built
-from expertcut.checkpoints.held_out_check import Answered
 from expertcut.cli import main
 from expertcut.cli.progress import LastingStream
 from expertcut.data import Selection, load_quiz
@@ -24,7 +23,7 @@ from expertcut.edits.plan import load_plan
 from expertcut.edits.splits import ScoredSplit
 from expertcut.profiling.schema import quiz_info
 from expertcut.reporting.edit_tables import outcome_lines
-from expertcut.stats import HeldOutResult, LogprobShift, compare
+from expertcut.stats import HeldOutAccuracy, HeldOutResult, LogprobShift, compare
 from tests.conftest import Commands
 from tests.support.hand_made import block, profile_info, random_profile
 
@@ -224,9 +223,9 @@ def scored() -> Built:
         median_abs_logprob_diff=0.5,
         flipped=2,
     )
-    proof = HeldOutResult(held_out_split="val", held_out=(shift,))
-    both = Answered(float(base_N.mean()), change)
-    return Built(Path("o"), cast(Any, None), [], proof, "", ScoredSplit("val", 8, 0), both)
+    both = HeldOutAccuracy(base=float(base_N.mean()), change=change)
+    proof = HeldOutResult(held_out_split="val", held_out=(shift,), answered=both)
+    return Built(Path("o"), cast(Any, None), [], proof, "", ScoredSplit("val", 8, 0))
 
 
 def test_a_checkpoint_says_its_size_accuracy_verdict_and_distance() -> None:
@@ -243,6 +242,6 @@ def test_a_checkpoint_says_its_size_accuracy_verdict_and_distance() -> None:
     ]
     used = replace(scored(), scored_on=ScoredSplit("val", 8, 3))
     assert "on 8 val questions, 3 of them used to choose" in outcome_lines(used, (1, 1), (1, 1))[1]
-    unscored = replace(scored(), proof=None, answered=None, why_unscored="nothing judges it")
+    unscored = replace(scored(), proof=None, why_unscored="nothing judges it")
     (_, line) = outcome_lines(unscored, (1, 1), (1, 1))
     assert line.startswith("accuracy  The new checkpoint was not scored") and "judges" in line

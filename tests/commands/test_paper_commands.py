@@ -165,10 +165,10 @@ def test_the_three_commands_of_the_paper_run_as_they_stand(paper: Paper) -> None
     assert [d.status for d in paper.done] == [0, 0, 0], paper.done
     assert [d.stderr for d in paper.done] == ["", "", ""]
     profiled, pruned, reweighted = (d.stdout for d in paper.done)
-    assert profiled.startswith("profiles/OLMoE-1B-7B-0125-Instruct-mmlu-test-5shot-")
-    assert ": 24 questions, accuracy " in profiled
+    assert profiled.startswith("quiz      24 test questions of ")
+    assert "\nwritten   profiles/OLMoE-1B-7B-0125-Instruct-mmlu-test-5shot-" in profiled
     assert f"\nwritten   checkpoints/{CUT}\n" in pruned
-    assert f"written to checkpoints/{TILTED}" in reweighted
+    assert f"\nwritten   checkpoints/{TILTED}\n" in reweighted
 
 
 def test_they_leave_a_profile_and_two_checkpoints_and_nothing_else(paper: Paper) -> None:

@@ -29,6 +29,7 @@ from expertcut.models.load import LoadOptions
 from expertcut.profiling.statistics import LayerStatistics
 from tests.conftest import Commands
 from tests.profiling.test_profile import profiled
+from tests.support.pages import text_of
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ class MarkEdit(Edit):
     def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
         tensors.added["marker"] = torch.arange(3.0)
 
-    def describe(self) -> list[str]:
+    def describe(self, _n_experts: int | None) -> list[str]:
         return ["The checkpoint carries a marker."]
 
 
@@ -162,6 +163,7 @@ def test_an_edit_of_one_class_is_built_checked_and_reported(
         assert ("marker" in tensors) == is_marked
         sentences = list(change_sentences(load_plan(folder), origin(folder)))
         assert ("The checkpoint carries a marker." in sentences) == is_marked
+        assert ("The checkpoint carries a marker." in text_of(folder)) == is_marked
         assert len(RUNS) == 1  # the marked plan alone was simulated with it
         if is_marked:
             assert tensors.pop("marker").tolist() == [0, 1, 2]

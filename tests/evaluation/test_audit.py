@@ -393,7 +393,10 @@ def test_the_command_writes_tables_a_figure_and_what_show_reads(
     asked = ("audit", "--profile", profile.path, "--sample", 8, "--by", "activations,random")
     out = expertcut(*asked, "--questions", 9)
     folder = Path("audits") / profile.path.name
-    assert f"written to {folder}" in out
+    lines = out.splitlines()
+    assert lines[-2:] == [f"written   {folder}", f"next      expertcut show {folder}"]
+    assert max(map(len, lines)) <= 80 and len(lines) <= 40
+    assert any(line.startswith("ablated   8 experts, one at a time") for line in lines)
     assert "None of the 9 held-out questions (test) had a part in scoring" in " ".join(out.split())
     assert (folder / "audit.png").read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in (folder / "audit.svg").read_bytes()

@@ -85,7 +85,8 @@ def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(profile: Profile
         (blocks.index(n), e): b for n, edit in plan.blocks.items() for e, b in edit.bias.items()
     }
     assert kept == pytest.approx(named)
-    assert "found by a search" in out and "at the answer position alone" in out
+    words = " ".join(out.split())
+    assert "found by a search" in words and "at the answer position alone" in words
     assert plan.chosen_on.split == "val" and plan.proof.held_out_split
     quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=1))
     assert load_hashes(Path("tuned"), plan) == {q.hash_line for q in quiz}
@@ -96,11 +97,12 @@ def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(profile: Profile
 
 def test_a_proof_is_printed_written_and_shown(profile: Profile, run: Run) -> None:
     asked = ("--boost-best", 1, "--strength", 2, "--prove", "--plan-only", "--seed", 3)
+    asked = (*asked, "--force-write")
     out = run("reweight", "--profile", profile.path, *asked, "--out", "proof-1")
     proof = load_cross_fit(Path("proof-1"))
     assert proof.random.draws == 99 and proof.seed == 3 and len(proof.folds) == 5
     assert sum(fold.questions for fold in proof.folds) == proof.questions
-    assert proof.sentence in out.replace("\n", " ")
+    assert proof.sentence in " ".join(out.split()) and "\nverdict   " in out
     assert "cross-fitted" in out and "chosen and scored on the same questions" in out
     assert "cross-fitted" in run("show", "proof-1")
     assert json.loads(Path("proof-1/proof.json").read_text())["verdict"] == proof.verdict
@@ -114,7 +116,8 @@ def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(
 ) -> None:
     monkeypatch.setattr("expertcut.edits.router_edits.STRENGTHS", (1e-9,))
     asked = ("reweight", "--profile", profile.path, "--boost", "1:1", "--tune")
-    assert "nothing is written" in run(*asked, "--out", "none")
+    out = run(*asked, "--out", "none")
+    assert out.splitlines()[-1] == "written   no checkpoint, for no expert was chosen"
     assert not Path("none").exists()
     out = run(*asked, "--prove", "--out", "proof")
     assert "No tilt that was tried beats the unedited model" in out
@@ -122,6 +125,19 @@ def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(
     assert load_cross_fit(Path("proof")).verdict == "no evidence"
     assert "cross-fitted" in run("show", "proof")
     assert "cross-fitted" in run("show", "proof/proof.json")
+
+
+def test_what_is_not_shown_to_help_is_written_only_if_forced(profile: Profile, run: Run) -> None:
+    asked = ("reweight", "--profile", profile.path, "--boost", "1:1=0.0001", "--prove")
+    lines = run(*asked, "--out", "proof").splitlines()
+    assert load_cross_fit(Path("proof")).verdict == "no evidence"
+    assert [f.name for f in Path("proof").iterdir()] == ["proof.json"]
+    words = " ".join(lines[-3:])
+    assert "no checkpoint, for this is not shown to help: --force-write writes it" in words
+    assert words.endswith("the proof is in proof next      expertcut show proof")
+    run(*asked, "--out", "forced", "--force-write", "--plan-only")
+    assert Path("forced/proof.json").read_bytes() == Path("proof/proof.json").read_bytes()
+    assert Path("forced/plan.json").is_file()
 
 
 def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run: Run) -> None:

@@ -343,12 +343,18 @@ def test_a_quiz_of_one_set_is_chosen_on_four_fifths_and_judged_on_the_last(
         "tune": ("reweight", *asked, "--boost", "0:1", "--tune", "--apply-at", "answer"),
     }.items():
         out = expertcut(*words, "--out", name)
-        assert f"{41 - n_held} of them choose, the other {n_held} are held out" in out
+        said = " ".join(out.split())
+        assert f"{41 - n_held} of them choose, the other {n_held} are held out" in said
         if not Path(name, "plan.json").is_file():
             continue  # a search that found nothing to gain
         plan = load_plan(Path(name))
         assert plan.chosen_on.questions == 41 - n_held
-        assert "eld-out questions (val)" in " ".join(out.split())
+        assert "eld-out questions (val)" in said
+        if name in ("reap", "merge"):  # `show` says what the command said
+            shown = expertcut("show", name)
+            ending = shown[shown.index("size  ") :]
+            assert out[out.index("size  ") :].startswith(ending)
+            assert {"accuracy", "verdict", "distance"} < set(ending.split())
         assert read_scored_split(plan, Path(name)).used == 0
         assert len(load_hashes(Path(name), plan)) == 41 - n_held
         assert len(plan.proof.held_out_hashes) == n_held

@@ -88,7 +88,7 @@ def test_all_right_and_all_wrong_are_numbers_in_every_table_file_and_page(
     model = predicted.info.model.id
     asked = ("--quiz", quiz, "--shots", 0)
     said = expertcut("profile", model, *asked, "--split", "val", "--out", "p")
-    assert f"21 questions, accuracy {share:.2%}" in said
+    assert said.startswith("quiz      21 ") and f"accuracy  {100 * share:.1f} % (" in said
     found = finite(expertcut("show", "p", "--format", "json"))
     experts = [e for layer in found["layers"] for e in layer["expert"]]
     used = [e for e in experts if e["appearances"]]

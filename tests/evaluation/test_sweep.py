@@ -290,14 +290,19 @@ def test_the_command_writes_a_table_a_figure_and_what_show_reads(
     shared = ("0.75,0.5", "--profile", profile.path, "--by", "activations,random")
     out = expertcut("sweep", *shared)
     folder = Path("sweeps") / profile.path.name
-    assert f"written to {folder}" in out and "none of the questions scored here" in out
+    lines, words = out.splitlines(), " ".join(out.split())
+    assert f"written   {folder}" in lines and "none of the questions scored here" in words
+    assert words.count("best At 0.") == 2 and max(map(len, lines[:-1])) <= 80 and len(lines) <= 40
+    assert lines[-1].startswith("next      expertcut prune --sparsity 0.")
+    wider = expertcut("sweep", *shared, "--margin", 100)
+    assert wider.count("│ holds") + wider.count("│ better") == 4 and "worse" not in wider
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in (folder / "sweep.svg").read_bytes()
     lines = (folder / "sweep.csv").read_text().splitlines()
     assert len(lines) == 1 + 1 + 4
     assert expertcut("show", folder, "--format", "csv").splitlines() == lines
     assert len(json.loads(expertcut("show", folder, "--format", "json"))["cells"]) == 4
-    assert "| random | 0.5 |" in expertcut("show", folder / "sweep.json", "--format", "md")
+    assert "| random 0.5 |" in expertcut("show", folder / "sweep.json", "--format", "md")
     assert "unedited" in expertcut("show", folder)
     before = contents(folder)
     assert expertcut("prune", "--sweep", *shared) == out  # its earlier spelling
@@ -311,7 +316,7 @@ def test_what_the_profile_asked_is_not_scored_without_a_word(
     n = sum(subject.questions for subject in profile.info.quiz.subjects.values())
     asked = ("prune", "--profile", profile.path, "--sweep", "0.5", "--split", "val")
     out = expertcut(*asked, "--out", "here")
-    assert f"{n} of the {n} val questions scored here were used to choose" in out
+    assert f"{n} of the {n} val questions scored here were used to choose" in " ".join(out.split())
     assert load_sweep(Path("here")).chosen_on.overlap == n
 
 
@@ -321,9 +326,9 @@ def test_show_says_that_a_sweep_is_unfinished(
     sweeping = SweepRun(profile_of("olmoe"), GRID, STOCK, asking(asked))
     steps = sweeping.steps(Path("half"))
     next(steps)
-    assert "0 of 4 cells: the same command does the rest" in " ".join(
-        expertcut("show", "half").split()
-    )
+    shown = " ".join(expertcut("show", "half").split())
+    assert "0 of 4 cells: the same command does the rest" in shown
+    assert "At 0.5 no cell is finished." in shown
 
 
 def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(

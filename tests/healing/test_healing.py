@@ -189,18 +189,23 @@ def test_the_plan_says_who_is_left_and_what_was_shown(
 def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: Commands) -> None:
     short = ("--steps", 2, "--batch", 4, "--shots", 1, "--rank", 2, "--threads", 1)
     printed = expertcut("heal", stock, "--quiz", quiz_folder, *short)
-    assert "Questions that were not used (test)" in printed
-    assert "by distill on " in printed and "2 steps" in printed
-    assert printed.splitlines()[-1] == "written to checkpoints/cut-healed"
+    lines, words = printed.splitlines(), " ".join(printed.split())
+    assert f"cut {stock}: prune --keep 5 of " in words and "2 steps" in words
+    assert "by distill on " in words and "test questions that were not used" in words
+    assert any(line.startswith("verdict   ") for line in lines) and len(lines) <= 40
+    assert lines[-3] == "written   checkpoints/cut-healed"
+    assert lines[-1].split() == ["expertcut", "show", "checkpoints/cut-healed"]
     evaluated = expertcut(
         "eval", stock, "checkpoints/cut-healed", "--quiz", quiz_folder, "--shots", 1
     )
-    assert "it was chosen on val, none of the questions scored here" in evaluated
+    assert "chosen on val, none of these questions" in " ".join(evaluated.split())
+    ends = ["written   results.json", "next      expertcut report results.json"]
+    assert evaluated.splitlines()[-2:] == ends
     again = expertcut("heal", stock, "--quiz", quiz_folder, *short, status=2)
     assert "checkpoints/cut-healed is not empty" in again
     adapter = ("--adapter", "--objective", "lm", "--out", "lora")
     printed = expertcut("heal", stock, "--quiz", quiz_folder, *short, *adapter)
-    assert "by lm on " in printed and "the unedited base" in printed
+    assert "by lm on " in " ".join(printed.split()) and "the unedited base" in printed
     modes = {
         name: Path("lora", name).stat().st_mode
         for name in ("adapter_model.safetensors", "plan.json")
@@ -231,6 +236,15 @@ def test_what_cannot_be_done_is_refused_in_a_line(
     printed = expertcut("heal", stock, "--quiz", quiz_folder, "--shots", 1, *options, status=2)
     assert said in printed and len(printed.splitlines()) == 1
     assert not Path("checkpoints").exists()
+
+
+def test_a_model_that_was_not_edited_is_trained_only_if_told(
+    checkpoint: Checkpoints, quiz_folder: Path, expertcut: Commands
+) -> None:
+    asked = ("heal", checkpoint("olmoe"), "--quiz", quiz_folder, "--split", "nothing")
+    printed = expertcut(*asked, status=2)
+    assert "was not edited" in printed and len(printed.splitlines()) == 1
+    assert "has no questions in split nothing" in expertcut(*asked, "--unedited", status=2)
 
 
 def test_without_a_base_the_letters_are_trained_on(

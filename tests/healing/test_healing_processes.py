@@ -33,7 +33,7 @@ def test_torchrun_trains_one_model_with_the_losses_of_one_process(
         [*command, *map(str, ask)], capture_output=True, text=True, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == 1
+    assert done.stdout.count("\nwritten   ") == 1
     assert done.stderr.count("it is ignored") == 72
     record = json.loads((tmp_path / "out" / "healing.json").read_text())
     assert record["losses"] == pytest.approx(alone.curve.losses, rel=1e-4)

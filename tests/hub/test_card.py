@@ -72,7 +72,9 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
         "prune --keep 5 (layout stock), by activations, counted at the answer position",
         f"[{BASE}](<https://huggingface.co/{BASE}/tree/{hub.commit(BASE)}>)",
         "the same removal as a mask",
-        f"{own.subjects['green_birds'].accuracy:.2%} | {own.subjects['green_birds'].questions} |",
+        f"| {own.subjects['green_birds'].questions} | ",
+        f"| {own.subjects['green_birds'].accuracy:.1%} | ",
+        "with expertcut: `prune --keep 5`.\n\n**19 % smaller, undecided at a margin of 1 point",
         'AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
         f"vllm serve {REPO}",
         "convert_hf_to_gguf.py",
@@ -80,6 +82,10 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
     ):
         assert said in plain or said in card, said
     assert str(tmp_path) not in card and str(made) not in card
+    places = [card.index(f"## {title}") for title in ("Results", "Size", "What was changed")]
+    assert places == sorted(places) and f"[{BASE}](<" in card[: places[0]]
+    assert not re.search(r"[0-9a-f]{7,}", card[card.index("# cut") : places[0]])
+    assert "| 42.42% | +3.0 (−7.7 … +15.3) | undecided |\n" in plain  # five columns
 
 
 def test_a_card_without_results_and_of_a_local_base_says_so(made: Path, tmp_path: Path) -> None:
@@ -136,13 +142,42 @@ def test_results_of_other_weights_are_refused_and_what_goes_up_names_no_path(
     assert "holds no results of" in line
     stock = copied(made / "stock", tmp_path / "stock")
     (tmp_path / "results.json").write_bytes((made / "results.json").read_bytes())
-    assert publish(stock, REPO).status == 0  # found beside it
+    done = publish(stock, REPO)
+    assert done.status == 0 and f"the evaluation in {tmp_path / 'results.json'}" in done.out
     base = Path(load_results(made / "results.json").models[0].path).name
     sent = json.loads(hub.files(REPO)["results.json"])
     assert [model["path"] for model in sent["models"]] == [base, "stock"]
     assert (sent["comparisons"][0]["base"], sent["comparisons"][0]["other"]) == (0, 1)
     assert "/" not in sent["quiz"]
     assert load_results(tmp_path / "results.json").models[1].fingerprint is not None
+
+
+def test_results_are_looked_for_beside_the_checkpoint_in_the_run_and_here(
+    made: Path,
+    publish: Publish,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stock = copied(made / "stock", tmp_path / "run" / "variants" / "stock")
+    dry = (stock, REPO, "--dry-run")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "without an evaluation: no results.json of these weights" in publish(*dry).out
+    card = (stock / "README.md").read_text().replace("\\", "")
+    assert "on 33 questions: test questions that were not used to choose" in card
+    assert "| +3.0 (−7.7 … +15.3) | undecided |" in card  # of the held-out check
+    Path("results.json").write_text("{}")  # another program's
+    done = publish(*dry)
+    assert "results.json holds no results" in caplog.text
+    assert "without an evaluation" in done.out
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    results, one = (made / "results.json").read_bytes(), load_results(made / "results.json")
+    (tmp_path / "run" / "results.json").write_bytes(results)
+    assert f"evaluation in {tmp_path}/run/results.json\n" in publish(*dry).out
+    one.model_copy(update={"shots": 0}).save(Path("results.json"))
+    said = publish(*dry).out
+    assert f"in {tmp_path}/run/results.json and in results.json\n" in said
 
 
 def test_a_card_that_was_edited_stays_and_goes_up_as_it_is(

@@ -59,7 +59,7 @@ def test_a_variant_is_healed_only_where_that_is_due(
     assert not (place.folder / "variants" / "healed").exists()
     assert place.run().ran == ("healed",)
     assert done == [1, 2, 3, 3, 4]  # the third step was not saved
-    assert any(line.startswith("Trained ") for line in place.said)
+    assert any(line.startswith("trained   ") for line in place.said)
     assert sorted(p.name for p in (place.folder / "variants").iterdir()) == ["cut", "healed"]
     assert (place.folder / "variants" / "healed" / "recipe.yaml").is_file()
     assert place.run().ran == ()
@@ -75,7 +75,7 @@ def test_a_recipe_ends_with_a_sentence_for_each_model_and_knows_what_was_healed(
 ) -> None:
     place.write(TEXT + "eval: {{split: test, limit: 2}}\nreport:\n")
     monkeypatch.setattr(sys, "argv", ["expertcut", "run", str(place.file), "--out", "run"])
-    for last in (["model answers", "cut ", "healed "], None):
+    for last in (["model answers", "cut: ", "healed: "], None):
         with pytest.raises(SystemExit) as ending:
             main()
         assert ending.value.code == 0

@@ -15,8 +15,16 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from expertcut.checkpoints import export
 from expertcut.cli import HarmlessFormatter, main
-from expertcut.edits.plan import BlockEdit, PlanFile, PlanModel, load_plan
+from expertcut.edits.plan import (
+    BlockEdit,
+    ChosenOn,
+    PlanFile,
+    PlanModel,
+    hashes_sha256,
+    load_plan,
+)
 from expertcut.edits.selection import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
@@ -37,8 +45,10 @@ from expertcut.evaluation.search_results import (
     SweepRequest,
     SweptModel,
 )
+from expertcut.models.checkpoint_dir import fingerprint_of
 from expertcut.profiling.findings import find, findings_json
 from expertcut.profiling.storage import Profile, load_profile
+from expertcut.reporting.edit_tables import points
 from expertcut.reporting.eval_tables import (
     audit_sentences,
     audit_tables,
@@ -46,12 +56,14 @@ from expertcut.reporting.eval_tables import (
     results_table,
     sweep_sentences,
     sweep_table,
+    verdict_sentences,
 )
 from expertcut.reporting.page import PAGE, write
 from expertcut.reporting.page_sections import edits_of, key_of, rows_of
 from expertcut.reporting.plots import Curves, Heat, Series, draw, span
 from expertcut.reporting.profile_tables import experts_csv
 from expertcut.reporting.tables import Column, as_csv
+from expertcut.stats import FormResult, HeldOutAccuracy, HeldOutResult, compare
 from tests.support.hand_made import block, profile_info, random_chunk, write_profile
 from tests.support.pages import (
     HOSTILE,
@@ -153,12 +165,82 @@ def test_the_subjects_of_an_expert_are_those_of_show(run: Path, page: Path):
 
 def test_results_stand_there_as_eval_printed_them(run: Path, page: Path):
     results = make_results(run / "results.json")
-    cells = Outline(page.read_text(encoding="utf-8")).cells
-    expected = [cell for row in results_table(results).texts() for cell in row]
-    start = cells.index(expected[0])
-    assert cells[start : start + len(expected)] == expected
-    for sentence in result_sentences(results):
-        assert sentence in unescape(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    cells, expected = Outline(text).cells, results_table(results).texts()
+    starts = [i for i, cell in enumerate(cells) if cell == expected[0][0]]
+    flat = [cell for row in expected for cell in row]
+    assert any(cells[start : start + len(flat)] == flat for start in starts)
+    for sentence in (*result_sentences(results), *verdict_sentences(results)):
+        assert sentence in unescape(text)
+    # Five columns come first.
+    assert cells[:10] == [
+        *("base", "16.8 MB", "50.00%", "–", "–"),
+        *("cut", "12.6 MB", "47.00%", "−3.0 (−8.0 … +2.0)", "undecided"),
+    ]
+
+
+def test_the_headline_has_size_verdict_models_quiz_and_date(tmp_path: Path):
+    make_results(tmp_path / "results.json")
+    chunks = tmp_path / "results.chunks"
+    for name, finished in (("base", 1_700_000_000), ("cut", 1_700_086_400.5), ("broken", "soon")):
+        (chunks / name).mkdir(parents=True)
+        (chunks / name / "run.json").write_text(json.dumps({"finished": finished}))
+    (head,) = re.findall(r'<div class="headline">(.*?)</div>', text_of(tmp_path), re.S)
+    assert re.findall(r">(\S[^<>\n]+)<", head) == [
+        "25 % smaller, undecided at a margin of 1 point: could be 8.0 points worse",
+        "cut against base: −3.0 points (−8.0 … +2.0)",
+        "100 questions of birds, split test, 5 shots; measured on 2023-11-15",
+    ]
+    results = make_results(tmp_path / "results.json")
+    compared = [c.model_copy(update={"lost": 0, "gained": 0, "delta": 0.0, "ci95": (-0.009, 0.009)})
+                for c in results.comparisons]  # fmt: skip
+    models = [m.model_copy(update={"bytes": 1_000}) for m in results.models]
+    changes = {"comparisons": compared, "models": models}
+    results.model_copy(update=changes).save(tmp_path / "results.json")
+    assert "same size, undecided" in (text := text_of(tmp_path)) and "same answers" in text
+    alone = {"comparisons": [], "models": results.models[:1]}
+    results.model_copy(update=alone).save(tmp_path / "results.json")
+    assert "<strong>16.8 MB, 50.0 % right</strong>" in text_of(tmp_path)
+
+
+@pytest.mark.parametrize("known", ["all", "accuracy", "nothing"])
+def test_a_checkpoint_alone_shows_its_size_and_accuracy(tmp_path: Path, known: str):
+    for name, n_bytes in (("base", 1_000_000), ("cut", 700_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(n_bytes))
+    right_N = np.arange(400) < 300
+    change = compare(right_N, np.roll(right_N, 2))
+    form = {"form": "this", "questions": 400, "accuracy": 0.75, "right_logprob": 0.0, "flipped": 0}
+    proof = {"held_out_split": "val", "held_out_hashes": tuple(f"{i:064x}" for i in range(400))}
+    proof |= {"answered": HeldOutAccuracy(base=0.75, change=change)} if known == "all" else {}
+    proof |= {"outcomes": (FormResult(**form),)} if known == "accuracy" else {}
+    if known == "nothing":
+        proof = {}
+    model = PlanModel(
+        id=str(tmp_path / "base"), revision=None, fingerprint=fingerprint_of(tmp_path / "base")
+    )
+    profile = make_profile(tmp_path / "p", 1)
+    chosen = {"quiz": "birds", "split": "val", "questions": 9, "sha256": hashes_sha256([])}
+    changes = {"model": model, "proof": HeldOutResult(**proof), "chosen_on": ChosenOn(**chosen)}
+    make_plan(tmp_path / "cut", profile, **changes)
+    text = text_of(tmp_path / "cut")
+    cells = Outline(text).cells[:10]
+    assert cells[1] == "1.0 MB" and cells[6] == "700.0 kB"
+    ends = " … ".join(map(points, change.ci95))
+    assert (
+        cells[7:]
+        == {
+            "all": ["75.00%", f"+0.0 ({ends})", "undecided"],
+            "accuracy": ["75.00%", "–", "–"],
+            "nothing": ["–", "–", "–"],
+        }[known]
+    )
+    found = {"all": "undecided", "accuracy": "75.0 % right", "nothing": "not evaluated yet"}[known]
+    assert f"<strong>30 % smaller, {found}" in text
+    assert ("Held-out questions (val)" in text) == (known != "nothing")
+    (tmp_path / "cut" / "chosen_on.txt").unlink()  # whether they were used is not known any more
+    assert "held-out" not in text_of(tmp_path / "cut").lower()
 
 
 def test_what_a_cut_touches_and_marks_is_what_prune_said(run: Path, page: Path):
@@ -418,12 +500,15 @@ def test_a_plan_of_a_cut_model_is_read_by_the_rows_of_its_profile():
 
 @pytest.mark.parametrize("removal", get_args(PlanFile.model_fields["removal"].annotation))
 def test_every_kind_of_removal_is_said_in_words(tmp_path: Path, removal: str):
-    profile = make_profile(tmp_path / "p", 1)
-    make_plan(tmp_path / "cut", profile, removal=removal, blocks={
-        "model.layers.0.mlp": BlockEdit(keep=(0, 2, 3, 4, 5, 6, 7)),
-    })  # fmt: skip
+    profile, keep = make_profile(tmp_path / "p", 1), (0, 2, 3, 4, 5, 6, 7)
+    merged = {0: {0: 0.5, 1: 0.5}} if removal == "merge" else None
+    form = {"layout": "exact", "removed": "mean"} if removal == "constant" else {}
+    blocks = {"model.layers.0.mlp": BlockEdit(keep=keep, merged=merged)}
+    plan = make_plan(tmp_path / "cut", profile, removal=removal, blocks=blocks, **form)
     text = text_of(tmp_path)
-    assert "a removed" in text
+    (sentence,) = [s for edit in export.edits_of(plan) for s in edit.describe(8)]
+    assert "of 8 experts" in sentence or "8 experts merged into 7" in sentence
+    assert "a removed" in sentence and sentence in text
     (mark,) = data_of(text)["explorers"]["p"]["marks"]
     assert (mark["removed"], mark["verb"] == "merged") == ([1], removal == "merge")
 
@@ -453,6 +538,9 @@ def test_the_page_asks_for_nothing_and_runs_nothing_else(page: Path):
     assert not [name for _, name, _ in its.attributes if name.startswith("on")]
     hrefs = [v or "" for t, n, v in its.attributes if (t, n) == ("a", "href")]
     assert hrefs and all(h.startswith(("#", "report/")) for h in hrefs)
+    assert "#profile-experts" in hrefs  # the map of the removed experts, beside the headline
+    # Boxes that scroll are no landmarks: several have one name (axe-core: landmark-unique).
+    assert ("div", "role", "region") not in its.attributes
     (policy,) = re.findall(r'Policy" content="([^"]*)"', text)
     assert unescape(policy).startswith("default-src 'none';") and "unsafe" not in policy
     assert "@import" not in text and "url(" not in text
@@ -559,6 +647,9 @@ def test_a_figure_that_holds_nothing_is_drawn_all_the_same():
         drawn = draw(figure)
         assert is_png(drawn["k.png"]) and drawn["k.svg"].startswith(b"<?xml")
         assert "NaN" not in json.dumps(figure.as_json())
+    assert "hatched: never chosen" in draw(nothing)["k.svg"].decode()
+    whole = Heat("k", "t", "n", (np.zeros(2),), Column("x", ".1%"))
+    assert "hatched" not in draw(whole)["k.svg"].decode()
     assert span([np.full(3, np.nan)]) == (0.0, 1.0)
     low, high = span([np.array([2.0, math.nan])])
     assert low == 2.0 < high

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from expertcut.evaluation.results import load_results
 from tests.support.pages import (
     HOSTILE,
     bare_page,
@@ -207,10 +208,12 @@ def test_the_dark_theme_is_the_system_s_until_one_is_chosen(visit: Callable[...,
 def test_what_a_plan_removes_is_marked(visit: Callable[..., Seen], page: Path):
     seen = visit(page)
     marks = f"{MAP} .mark"
-    assert not seen.page.locator(marks).first.get_attribute("d")
-    seen.page.locator(".marks").select_option("0")
     path = seen.page.locator(marks).first.get_attribute("d")
     assert path.count("l") == 2 * 3 and path.count("a") == 2 * 3  # crosses and rings, a layer each
+    seen.page.locator(".marks").select_option("")
+    assert not seen.page.locator(marks).first.get_attribute("d")
+    seen.page.locator(".cuts a").click()
+    assert seen.page.locator(marks).first.get_attribute("d") == path
 
 
 def test_a_phone_scrolls_down_only(visit: Callable[..., Seen], page: Path, large: Path):
@@ -222,18 +225,37 @@ def test_a_phone_scrolls_down_only(visit: Callable[..., Seen], page: Path, large
             return box.width && box.right > innerWidth + 1 && !node.closest(".scroll, .plot, nav");
         }).map(node => node.className || node.tagName)"""
         assert seen.page.evaluate(wide) == []
+        if its is page:  # size, accuracy, Δ and verdict without scrolling, no word broken
+            cells = seen.page.locator(".summary td")
+            assert cells.count() == 10 and not seen.page.locator(".scroll .summary").count()
+            boxes = [cell.bounding_box() for cell in cells.all()]
+            assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
         seen.page.locator(MAP).first.tap(position={"x": 60, "y": 3})
         assert seen.page.locator(".detail h3").inner_text().startswith("Layer 0")
 
 
-def test_on_paper_everything_is_open_and_light(visit: Callable[..., Seen], page: Path):
-    seen = visit(page, color_scheme="dark")
+def test_on_paper_all_but_the_recipe_is_open_and_no_table_is_cut(
+    visit: Callable[..., Seen], tmp_path: Path
+):
+    folder = make_run(tmp_path / "run")
+    (folder / "recipe.yaml").write_text("model: base\n" * 100)
+    results = load_results(folder / "results.json")
+    cuts = [
+        results.models[1].model_copy(update={"path": f"{'long_name' * 6}{i}"}) for i in range(8)
+    ]
+    models = [results.models[0], *cuts]
+    results.model_copy(update={"models": models}).save(folder / "results.json")
+    seen = visit(bare_page(folder), color_scheme="dark")
     closed = seen.page.locator("details:not([open])")
     before = closed.count()
     assert before >= 4
     seen.page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert closed.count() == 0
+    assert closed.locator("summary").all_inner_texts() == ["Recipe"]
     seen.page.emulate_media(media="print", color_scheme="dark")
+    seen.page.set_viewport_size({"width": 718, "height": 1_000})  # A4 without its margins
+    tables = seen.page.locator("table")
+    rights = tables.evaluate_all("all => all.map(each => each.getBoundingClientRect().right)")
+    assert len(rights) > 8 and 400 < max(rights) <= 718
     paper = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == "rgb(255, 255, 255)"
     seen.page.emulate_media(media="screen")

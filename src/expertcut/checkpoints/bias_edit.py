@@ -71,7 +71,7 @@ class BiasEdit(Edit):
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         layout.add_biases(tensors, self.directions, self.apply_at)
 
-    def describe(self) -> Iterable[str]:
+    def describe(self, _n_experts: int | None) -> Iterable[str]:
         where = "at every token" if self.apply_at != "answer" else "where an answer is written"
         form = "a bias of the gate itself"
         if LAYOUTS[self.layout].fits_biases:

@@ -10,7 +10,7 @@ import torch
 
 from expertcut.checkpoints.edit import Calibration, Edit
 from expertcut.checkpoints.export import check_export, edits_of, export
-from expertcut.checkpoints.held_out_check import Answered, BaseScores, score_base, score_edited
+from expertcut.checkpoints.held_out_check import BaseScores, score_base, score_edited
 from expertcut.checkpoints.lora import adapter_cut
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
@@ -33,7 +33,7 @@ from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memo
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.storage import Profile, once_per_profile
 from expertcut.scoring.engine import Engine
-from expertcut.stats import HeldOutResult
+from expertcut.stats import HeldOutAccuracy, HeldOutResult
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,11 @@ class Built:
     proof: HeldOutResult | None
     why_unscored: str = ""
     scored_on: ScoredSplit | None = None
-    answered: Answered | None = None
+
+    @property
+    def answered(self) -> HeldOutAccuracy | None:
+        """The accuracy of base and checkpoint, None where the checkpoint was not scored."""
+        return self.proof.answered if self.proof else None
 
 
 def build(
@@ -94,7 +98,7 @@ def build(
     )
     gc.collect()
     is_merging = any(isinstance(edit, MergeEdit) for edit in fitted)
-    proof, answered = None, None
+    proof = None
     unscored = HeldOutResult() if is_merging else HeldOutResult(fits=())
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         export(source, plan, calibration.n_experts, fitted, temporary)
@@ -104,14 +108,14 @@ def build(
         if before is not None:
             engine = engine_as_profiled(profile, Source(str(folder), temporary), load_as)
             figures = {"rows" if is_merging else "fits": tuple(map(asdict, qualities))}
-            proof, answered = score_edited(engine, questions.held_out, plan, before)
+            proof = score_edited(engine, questions.held_out, plan, before)
             proof = proof.model_copy(update=figures)
         file = file.model_copy(update={"proof": proof or unscored})
         save_plan(temporary, file, used)
         add_files(temporary, options.beside)
     fits = [quality for quality in qualities if isinstance(quality, Fit)]
     scored_on = scored_split(proof.held_out_hashes, used, proof.held_out_split) if proof else None
-    return Built(folder, file, fits, proof, questions.why_unscored, scored_on, answered)
+    return Built(folder, file, fits, proof, questions.why_unscored, scored_on)
 
 
 def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> None:

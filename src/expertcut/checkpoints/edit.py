@@ -1,7 +1,7 @@
 """An edit of a model as an object: what it fits, what it does at run time and on disk.
 
 To add an edit, write a class of `Edit` and append it to `EDITS` (checkpoints/export.py). Building,
-sweeps, simulation, the held-out check and the model card loop over the edits of a plan.
+sweeps, simulation, the held-out check, the model card and the page loop over the edits of a plan.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -194,8 +194,8 @@ class Edit(Protocol):
         """Acts on the tensors on disk."""
         return
 
-    def describe(self) -> Iterable[str]:
-        """Sentences for the model card."""
+    def describe(self, _n_experts: int | None) -> Iterable[str]:
+        """Sentences for card and page; the base had `n_experts` in each layer, None if unknown."""
         return ()
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -141,13 +140,6 @@ def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> s
     )
 
 
-class Answered(NamedTuple):
-    """Accuracy of the unedited model, and the paired change to the checkpoint."""
-
-    base: float
-    change: stats.Comparison
-
-
 @dataclass(frozen=True)
 class BaseScores:
     """All that the unedited model answers.
@@ -216,7 +208,7 @@ def _runtime_forms(
 
 def score_edited(
     engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
-) -> tuple[stats.HeldOutResult, Answered]:
+) -> stats.HeldOutResult:
     """The checkpoint compared with the unedited model, as it is and with the plan at run time."""
     numbered, base, reference = _renumbered(plan), before.base, before.reference
     edited = HeldOutScores(engine, quiz, numbered)
@@ -228,9 +220,13 @@ def score_edited(
     if before.run_edited is not None:
         pairs.append(("these against the unedited base", reference, base))
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
-    result = stats.HeldOutResult(
+    answer_N = np.array([question.answer for question in quiz])
+    base_N, edited_N = (s.logprob_NC.numpy().argmax(axis=1) == answer_N for s in (base, edited))
+    change = stats.compare(base_N, edited_N)
+    return stats.HeldOutResult(
         held_out_split=quiz.split,
         held_out=tuple(compare_logprobs(n, a.logprob_NC, b.logprob_NC) for n, a, b in pairs),
+        answered=stats.HeldOutAccuracy(base=float(base_N.mean()), change=change),
         held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
         shares=_expert_shares(len(quiz), plan, base, reference, edited),
         alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
@@ -239,9 +235,6 @@ def score_edited(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
     )
-    answer_N = np.array([question.answer for question in quiz])
-    base_N, edited_N = (s.logprob_NC.numpy().argmax(axis=1) == answer_N for s in (base, edited))
-    return result, Answered(float(base_N.mean()), stats.compare(base_N, edited_N))
 
 
 def _expert_shares(

@@ -8,7 +8,7 @@ No checkpoint of layout stock can express this.
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -179,6 +179,13 @@ class MergeEdit(Edit):
                 tensors.changed |= _expert_changes(experts, edit, self.orders.get(name, {}))
             if layer in self.rows:
                 tensors.changed |= _router_changes(headers, block, edit, self.rows[layer])
+
+    def describe(self, n_experts: int | None) -> Iterable[str]:
+        n_left, of = len(next(iter(self.blocks.values())).keep), f"{n_experts or 'its'} experts"
+        yield (
+            f"Each of {len(self.blocks)} MoE layers has {of} merged into {n_left}: a removed "
+            "one lives on in one that stays, which it has joined."
+        )
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """The edit `prune`: which experts stay, and what takes the place of the others."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -123,6 +123,19 @@ class PruneEdit(Edit):
         for layer, name in enumerate(self.blocks):
             if layer in self.folds:
                 tensors.scale_outputs(name, dict(enumerate(map(float, self.folds[layer]))))
+
+    def describe(self, n_experts: int | None) -> Iterable[str]:
+        edits = self.blocks.values()
+        n_keeps = [len(edit.keep) for edit in edits]
+        n_least = max((edit.keep[-1] + 1 for edit in edits if edit.keep), default=0)
+        if min(n_keeps) < (n_experts or n_least) and not any(edit.merged for edit in edits):
+            kept = f"{min(n_keeps)} to {max(n_keeps)}" if len({*n_keeps}) > 1 else f"{n_keeps[0]}"
+            of = f" of {n_experts}" if n_experts else ""
+            then = "the others are cut out; the router takes the next best instead of a removed one"
+            if LAYOUTS[self.layout].keeps_rows:
+                gives = "its mean output" if self.removed == "mean" else "nothing"
+                then = f"the router may still choose a removed expert, which then gives {gives}"
+            yield f"Each of {len(n_keeps)} MoE layers keeps {kept}{of} experts; {then}."
 
 
 @contextmanager

@@ -35,6 +35,6 @@ class ScaleEdit(Edit):
                 factors = {edit.keep.index(e): factor for e, factor in edit.scale.items()}
                 tensors.scale_outputs(name, dict(sorted(factors.items())))
 
-    def describe(self) -> Iterable[str]:
+    def describe(self, _n_experts: int | None) -> Iterable[str]:
         n_scaled = sum(len(edit.scale) for edit in self.blocks.values())
         yield f"{experts_get(n_scaled)} a factor on the gate weight; its routing is unchanged."

@@ -1,10 +1,11 @@
 """The terminal: output that stops no work, progress on stderr, how to resume after a stop.
 
-A closed terminal, a full disk or an encoding that lacks a character never stops a run: output is
-dropped or gets a `?`, and the command fails at its end. Launchers name the process in the
+A closed terminal or a full disk never stops a run: output is dropped, and the command fails at its
+end. Characters that an encoding lacks are spelt in others. Launchers name the process in the
 environment; no process group is set up, and no process waits for another's message.
 """
 
+import codecs
 import errno
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from shutil import get_terminal_size
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +30,17 @@ if TYPE_CHECKING:
     from expertcut.scoring.passes import OnPass
 
 T = TypeVar("T")
+_OTHERS = "... - - x * <- -> +- delta alpha rho sum ^2 | inf <= >="
+_SPELT = dict(zip("…−–×·←→±ΔαρΣ²‖∞≤≥", _OTHERS.split(), strict=True))
+
+
+def _spell(error: Any) -> tuple[str, int]:
+    """Characters that an encoding lacks, in others."""
+    lacking = error.object[error.start : error.end]
+    return "".join(_SPELT.get(char, "?") for char in lacking), error.end
+
+
+codecs.register_error("expertcut", _spell)
 
 
 class LastingStream:
@@ -37,7 +50,7 @@ class LastingStream:
         self.stream = stream
         self.fault: OSError | None = None
         if hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="expertcut")
 
     def write(self, text: str) -> int:
         """Writes the text."""
@@ -216,17 +229,22 @@ class TerminalUI(UI):
         transformers.utils.logging.set_verbosity_error()
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
-        """Prints tables, then sentences."""
+        """Prints tables, then sentences: within the width of a terminal, but for a word."""
+        from expertcut.reporting.tables import as_rich, wrapped
+
+        width = get_terminal_size().columns if sys.stdout.isatty() else None
+
+        def spell(text: str, encoding: str = sys.stdout.encoding or "utf-8") -> str:
+            return text.encode(encoding, "expertcut").decode(encoding)
+
         if tables:
             from rich.console import Console
 
-            from expertcut.reporting.tables import as_rich
-
-            console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+            console = Console(width=width or 200, highlight=False)
             for table in tables:
-                console.print(as_rich(table))
+                console.print(as_rich(table, console.width, spell))
         for sentence in sentences:
-            print(sentence, flush=True)
+            print(wrapped(spell(sentence), width) if width else sentence, flush=True)
 
     def text(self, text: str) -> None:
         """Prints the text."""

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -30,7 +31,6 @@ quiz_option = partial(option, panel=QUIZ, in_recipe=False)
 profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
-wide_option = partial(output_option, False, "Print the tables of every layer too.")
 
 
 class UI:
@@ -44,6 +44,15 @@ class UI:
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
         """Reports results."""
+
+    def end(
+        self, facts: Sequence[tuple[str, str]], written: object, *commands: Sequence[str]
+    ) -> None:
+        """Reports the last lines: labelled facts, what was written, and what to do next."""
+        from expertcut.reporting.tables import labelled, next_lines
+
+        lines = [labelled(*fact) for fact in facts]
+        self.say([], [*lines, labelled("written", str(written)), *next_lines(*commands)])
 
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
@@ -60,6 +69,21 @@ class UI:
 
 
 SILENT = UI()
+
+
+class JudgedSettings(Settings):
+    """The margin of the verdicts, and how much is printed."""
+
+    margin: float = option(
+        1.0, "Accepted loss in points of accuracy, for the verdicts.",
+        panel=JUDGING, in_recipe=False, gt=0, le=100,
+    )  # fmt: skip
+    wide: bool = output_option(False, "Print all columns and tables.")
+
+    def say(self, ui: UI, tables: "Sequence[Table]") -> None:
+        """Reports tables, without their notes and wide columns unless asked for."""
+        narrow = [replace(table, note="").narrow(unless=False) for table in tables]
+        ui.say(tables if self.wide else narrow, [])
 
 
 class ModelSettings(Settings):
@@ -169,9 +193,10 @@ class ProfiledSettings(ModelSettings):
         """The profile without its held-out questions."""
         profile = self.load_profile()
         from expertcut.edits.splits import choosing_profile  # not if there is no profile
+        from expertcut.reporting.tables import labelled
 
         profile, note = choosing_profile(profile, self.held_out)
-        ui.say([], [f"{note}."] if note else [])
+        ui.say([], [labelled("split", f"{note}.")] if note else [])
         return profile
 
     def say_profile(self, profile: "Profile", ui: UI) -> None:
@@ -216,7 +241,7 @@ class ModelFirstSettings(ScoredSettings, ProfiledSettings):
             raise no_profile(self.model, how)
 
 
-class CheckpointSettings(ModelFirstSettings):
+class CheckpointSettings(JudgedSettings, ModelFirstSettings):
     """How an edited checkpoint is scored, and where it is written."""
 
     verify: bool = option(
@@ -262,26 +287,27 @@ def no_profile(model: str, otherwise: str = "") -> SettingsError:
 
 
 def say_result(
-    built: "Built | None", folder: Path, profile: "Profile", sentences: Sequence[str], ui: UI
-) -> None:
+    built: "Built | None", folder: Path, profile: "Profile", sentences: Sequence[str], ui: UI,
+    margin: float,
+) -> None:  # fmt: skip
     """Reports a new checkpoint, or with None a plan: size, accuracy, folder, next commands."""
     from expertcut.checkpoints.build import found_source
     from expertcut.checkpoints.size import stored_size
     from expertcut.models.load import Source
     from expertcut.reporting.edit_tables import outcome_lines
-    from expertcut.reporting.tables import labelled, printable
+    from expertcut.reporting.tables import labelled, next_lines
 
     lines, model, quiz = [], Path(profile.info.model.id), profile.info.quiz
-    show, evaluate = shlex.join(["expertcut", "show", str(folder)]), ""
+    commands = [["show", str(folder)]]
     if built is not None:
         sizes = (found_source(profile), Source(str(folder), folder))
-        lines = outcome_lines(built, *map(stored_size, sizes))
+        lines = outcome_lines(built, *map(stored_size, sizes), margin=margin / 100)
         base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
         words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
         words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
-        evaluate = f"expertcut eval {printable(shlex.join(words))}\n{'':<10}"
+        commands.insert(0, ["eval", *words])
     lines += [labelled("", sentence) for sentence in sentences]
-    ui.say([], [*lines, f"{'written':<10}{folder}", f"{'next':<10}{evaluate}{show}"])
+    ui.say([], [*lines, f"{'written':<10}{folder}", *next_lines(*commands)])
 
 
 def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:

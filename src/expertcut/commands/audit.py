@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, ModelFirstSettings, output_option, save_table
+from expertcut.commands import (
+    SILENT,
+    UI,
+    JudgedSettings,
+    ModelFirstSettings,
+    output_option,
+    save_table,
+)
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.settings import FilePath
@@ -12,7 +19,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Audit
 
 
-class AuditSettings(ModelFirstSettings, edit_settings.AuditSettings):
+class AuditSettings(JudgedSettings, ModelFirstSettings, edit_settings.AuditSettings):
     """Ablate single experts and compare the damage with criteria."""
 
     examples: ClassVar = (
@@ -44,5 +51,9 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     audit = auditing.audit
     settings.say_profile(profile, ui)
     save_table(folder / "audit.csv", tables.audit_csv(audit), tables.audit_figure(audit))
-    ui.say(tables.audit_tables(audit), [*tables.audit_sentences(audit), f"written to {folder}"])
+    shown = tables.audit_tables(audit, settings.margin / 100)
+    settings.say(ui, shown if settings.wide else shown[:1])
+    said = [tables.ablation_sentence(audit, settings.margin / 100), *tables.audit_sentences(audit)]
+    labels = ("ablated", "quiz", "best", "regret")
+    ui.end([*zip(labels, said, strict=False)], folder, ["show", str(folder)])
     return audit

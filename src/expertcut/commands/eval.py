@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut.commands import (
-    JUDGING,
     SILENT,
     UI,
     BatchSettings,
+    JudgedSettings,
     SplitSettings,
     model_option,
     output_option,
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.results import Results
 
 
-class EvalSettings(BatchSettings, SplitSettings):
+class EvalSettings(JudgedSettings, BatchSettings, SplitSettings):
     """Compare checkpoints on the same questions."""
 
     examples: ClassVar = (
@@ -36,10 +36,6 @@ class EvalSettings(BatchSettings, SplitSettings):
     out: FilePath = output_option(
         Path("results.json"), "Results file; chunks beside it are resumed.", metavar="FILE"
     )
-    margin: float = option(
-        1.0, "Accepted loss in points of accuracy, for the verdicts.",
-        panel=JUDGING, in_recipe=False, gt=0, le=100,
-    )  # fmt: skip
     lm_eval_json: FilePath | None = output_option(
         None,
         "Write the results in the form of lm-evaluation-harness too, one file per model.",
@@ -53,7 +49,7 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     from expertcut.evaluation.evaluate import check_places, find_models, save, score
     from expertcut.evaluation.results import Scored, Scoring
     from expertcut.profiling.measure import MeasureOptions
-    from expertcut.reporting.eval_tables import result_sentences, results_table, verdict_sentences
+    from expertcut.reporting.eval_tables import result_facts, results_table
 
     check_places(settings.out, settings.lm_eval_json)
     sources = find_models(settings.models, settings.revision)
@@ -69,6 +65,8 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     if not ui.is_first:
         return None
     results = save(scoring, scored, settings.out, settings.lm_eval_json)
-    sentences = [*result_sentences(results), *verdict_sentences(results, settings.margin / 100)]
-    ui.say([results_table(results)], [*sentences, f"written to {settings.out}"])
+    margin, table = settings.margin / 100, results_table(results, settings.margin / 100)
+    settings.say(ui, [table])
+    facts = [("quiz", table.note), *result_facts(results, margin)]
+    ui.end(facts, settings.out, ["report", str(settings.out)])
     return results

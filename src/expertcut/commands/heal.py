@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, ModelSettings, argument, output_option
+from expertcut.commands import SILENT, UI, JudgedSettings, ModelSettings, argument, output_option
+from expertcut.errors import SettingsError
 from expertcut.healing import heal_settings
 from expertcut.settings import FilePath, option
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 _data_option = partial(option, panel=heal_settings.DATA, in_recipe=False)
 
 
-class HealSettings(ModelSettings, heal_settings.HealSettings):
+class HealSettings(JudgedSettings, ModelSettings, heal_settings.HealSettings):
     """Train an edited checkpoint briefly to recover accuracy."""
 
     examples: ClassVar = (
@@ -23,6 +24,7 @@ class HealSettings(ModelSettings, heal_settings.HealSettings):
         "expertcut heal models/half --text chats.jsonl --objective lm --adapter",
     )
 
+    unedited: bool = _data_option(False, "Train a model that was not edited, too.")
     checkpoint: str = argument(..., "Checkpoint that prune, merge or reweight wrote.")
     quiz_revision: str | None = _data_option(None, "Revision of a quiz of the Hub.")
     eval_revision: str | None = _data_option(None, "Revision of --eval-quiz on the Hub.")
@@ -37,8 +39,17 @@ def run(
 ) -> "Healed | None":
     """Trains and writes the checkpoint; None in all but the first process."""
     ui.quiet()
+    from expertcut.edits.plan import plan_in
     from expertcut.healing.recovery import Options, default_out, heal, working_folder
-    from expertcut.reporting.edit_tables import healing_sentences, healing_tables
+    from expertcut.models.load import find_source
+    from expertcut.reporting.edit_tables import healing_facts, healing_tables
+
+    before = plan_in(find_source(settings.checkpoint).path)
+    if before is None and not settings.unedited:
+        raise SettingsError(
+            f"{settings.checkpoint} was not edited: it has no plan.json: heal a checkpoint that "
+            "prune, merge or reweight wrote, or add --unedited to train this one"
+        )
 
     def tell(sentence: str) -> None:
         if ui.is_first:
@@ -51,5 +62,10 @@ def run(
         )
         healed = heal(settings.checkpoint, settings, out, options)
     if healed is not None:
-        ui.say(healing_tables(healed), [*healing_sentences(healed), f"written to {out}"])
+        settings.say(ui, healing_tables(healed) if settings.wide else [])
+        facts = healing_facts(healed, before, settings.checkpoint, settings.margin / 100)
+        names = [settings.eval_quiz, *(quiz.name for quiz in settings.quizzes), "mmlu"]
+        quiz, shots = next(filter(None, names)), str(settings.n_shots)
+        words = ["eval", settings.checkpoint, str(out), "--quiz", quiz, "--shots", shots]
+        ui.end(facts, out, *([] if settings.adapter else [words]), ["show", str(out)])
     return healed

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, say_result, wide_option
+from expertcut.commands import SILENT, UI, CheckpointSettings, say_result
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 
@@ -20,7 +20,6 @@ class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
         "expertcut merge --keep 32 --by hc_smoe --router mean --out models/merged",
         "expertcut merge --keep 32 --plan-only",
     )
-    wide: bool = wide_option()
 
 
 def run(
@@ -46,5 +45,5 @@ def run(
         ui.say([tables.groups_table(profile, plan, built), *proof], [])
     traffic = tables.traffic_line(profile, plan.edits, "experts that joined another")
     ui.say([], [tables.merged_line(profile, plan), traffic])
-    say_result(built, folder, profile, tables.merging_sentences(profile, plan), ui)
+    say_result(built, folder, profile, tables.merging_sentences(profile, plan), ui, settings.margin)
     return built or folder

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, say_result, sweep, wide_option
+from expertcut.commands import SILENT, UI, CheckpointSettings, say_result, sweep
 from expertcut.commands.profile import profiled_first
 from expertcut.commands.sweep import SweepSettings
 from expertcut.edits import edit_settings
@@ -47,7 +47,6 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
         None, "LoRA adapter of the unpruned model to prune too, written to adapter/ of the output.",
         panel=edit_settings.CHECKPOINT, metavar="FOLDER",
     )  # fmt: skip
-    wide: bool = wide_option()
 
 
 class PruneSettings(CheckpointSettings, _Cut):
@@ -160,5 +159,5 @@ def write(
     sentences = tables.adapter_sentences(built) if built else []
     sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
-    say_result(built, folder, profile, sentences, ui)
+    say_result(built, folder, profile, sentences, ui, settings.margin)
     return built or folder

@@ -30,7 +30,8 @@ class PublishSettings(Settings):
     )
     results: Annotated[list[FilePath], BeforeValidator(as_list)] = option(
         [],
-        "Results file of `eval`; repeatable.  [default: results.json in or beside the folder]",
+        "Results file of `eval`; repeatable.  "
+        "[default: results.json in or beside the folder, in its run's, and here]",
         metavar="FILE",
         in_recipe=False,
     )
@@ -68,9 +69,10 @@ def _sentences(done: "Published") -> Iterator[str]:
     if done.is_card_kept:
         yield f"{done.card} was edited by hand and stays; remove it for a new one"
     else:
-        counts = {0: "without an evaluation", 1: "with an evaluation"}
-        what = counts.get(done.n_results, f"with {done.n_results} evaluations")
-        yield f"the card is written to {done.card}, {what}"
+        what = f"with the evaluation in {' and in '.join(map(str, done.results))}"
+        if not done.results:
+            what = "without an evaluation: no results.json of these weights is beside it or here"
+        yield one_line(f"the card is written to {done.card}, {what}")
     if done.left_out:
         yield f"left out: {one_line(', '.join(done.left_out))}"
     if done.gone:

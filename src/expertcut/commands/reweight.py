@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings
+from expertcut.commands import SILENT, UI, CheckpointSettings, output_option, say_result
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
+    from expertcut.evaluation.cross_fit import CrossFitResult
     from expertcut.evaluation.reweight_search import Reweighting
     from expertcut.profiling.storage import Profile
+
+
+_FEW = 6  # sentences on single experts
 
 
 class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
@@ -25,6 +29,9 @@ class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
         "expertcut reweight --suppress-worst 2 --tune --cross-fit",
         "expertcut reweight --scale 3:12=1.5 --out models/scaled",
     )
+    force_write: bool = output_option(
+        False, "Write the checkpoint even if --cross-fit does not show that it helps."
+    )
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Choice:
     profile: "Profile"
     reweighting: "Reweighting"
     folder: Path
+    proof: "CrossFitResult | None" = None
 
 
 def working_folder(out: Path) -> Path:
@@ -51,7 +59,7 @@ def run(
     settings = settings.completed(**profiled_first(settings, ui))
     choice = choose(settings, ui)
     made = write(choice, settings, ui, beside)
-    if settings.is_deciding:
+    if settings.is_deciding and is_shown(choice, settings):  # else --force-write starts from there
         shutil.rmtree(working_folder(choice.folder), ignore_errors=True)
     return made
 
@@ -81,8 +89,16 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
         kept_in, load_as = working_folder(folder), settings.load_as()
         with ui.parts("cross-fitting" if settings.prove else "tuning", kept_in) as report:
             decision = decide(profile, procedure, settings, load_as, report, kept_in)
-        ui.say(decision_tables(decision), decision_sentences(decision))
-    return Choice(profile, chosen(profile, settings, procedure, decision), folder)
+        tables = decision_tables(decision)
+        few = tables[-1:] if decision.proof else []  # the search has a table of its own
+        ui.say(tables if settings.wide else few, decision_sentences(decision))
+    edit = chosen(profile, settings, procedure, decision)
+    return Choice(profile, edit, folder, decision.proof if decision else None)
+
+
+def is_shown(choice: Choice, settings: ReweightSettings) -> bool:
+    """Whether cross-fitting shows that the choice helps, if it was asked."""
+    return choice.proof is None or choice.proof.verdict == "helps" or settings.force_write
 
 
 def write(
@@ -91,22 +107,33 @@ def write(
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
     from expertcut.checkpoints.build import build, write_beside, write_plan
     from expertcut.reporting import edit_tables as tables
+    from expertcut.reporting.tables import labelled
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
+    options, proof = settings.build_options({**edit.beside, **(beside or {})}), choice.proof
+    facts = []
+    if proof is not None:
+        judged = tables.verdict_text(proof.cross_fitted, proof.questions, settings.margin / 100)
+        facts = [("verdict", f"by cross-fitting: {judged}")]
+    if edit.draft is None or not is_shown(choice, settings):
+        why = "no checkpoint, for no expert was chosen"
+        if edit.draft is not None:
+            why = "no checkpoint, for this is not shown to help: --force-write writes it"
+        if options.beside:
+            write_beside(profile, folder, options)
+            why += f"; the proof is in {folder}" if proof else ""
+        ui.end(facts, why, *([["show", str(folder)]] if proof else []))
+        return folder if options.beside else None
     settings.say_profile(profile, ui)
-    options = settings.build_options({**edit.beside, **(beside or {})})
-    if edit.draft is None:
-        if not options.beside:
-            ui.say([], ["nothing is written"])
-            return None
-        write_beside(profile, folder, options)
-        ui.say([], [f"no checkpoint is made; the proof, if any, is in {folder}"])
-        return folder
     make = write_plan if settings.plan_only else build
     built = make(profile, edit.draft, folder, options)
-    scores = [*tables.proof_sentences(built), *tables.adapter_sentences(built)] if built else []
-    router = tables.tilt_sentences(edit.tilts, built, edit.draft.numbers)
-    scaled = tables.scale_sentences(edit.scalings, built, edit.draft.numbers)
-    sentences = [*scores, f"written to {folder}", *router, *scaled]
-    ui.say(tables.proof_tables(built) if built else [], sentences)
+    if built and settings.wide:
+        ui.say(tables.proof_tables(built), [])
+    sentences = tables.adapter_sentences(built) if built else []
+    sentences += tables.tilt_sentences(edit.tilts, built, edit.draft.numbers)
+    sentences += tables.scale_sentences(edit.scalings, built, edit.draft.numbers)
+    if len(sentences) > _FEW and not settings.wide:
+        sentences[_FEW:] = [f"{len(sentences) - _FEW} more such sentences: --wide prints them."]
+    ui.say([], [labelled(*fact) for fact in facts])
+    say_result(built, folder, profile, sentences, ui, settings.margin)
     return built or folder

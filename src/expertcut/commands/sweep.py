@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 from expertcut.commands import (
     SILENT,
     UI,
+    JudgedSettings,
     ProfiledSettings,
     ScoredSettings,
     argument,
@@ -15,14 +16,14 @@ from expertcut.commands import (
 )
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits import edit_settings
-from expertcut.settings import FilePath, option
+from expertcut.settings import FilePath, flag_of, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Sweep
     from expertcut.profiling.storage import Profile
 
 
-class SweepSettings(ScoredSettings, ProfiledSettings, edit_settings.RankSettings):
+class SweepSettings(JudgedSettings, ScoredSettings, ProfiledSettings, edit_settings.RankSettings):
     """Score a grid of cuts by criterion and size, without checkpoints."""
 
     examples: ClassVar = (
@@ -83,9 +84,25 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     if ui.is_first:
         settings.say_profile(profile, ui)
         save_table(folder / "sweep.csv", tables.sweep_csv(sweep), tables.sweep_figure(sweep))
-        sentences = [*tables.sweep_sentences(sweep), f"written to {folder}"]
-        ui.say([tables.sweep_table(sweep)], sentences)
+        _say(sweep, settings, profile.path, folder, ui)
     return sweep
+
+
+def _say(sweep: "Sweep", settings: SweepSettings, profile: Path, folder: Path, ui: UI) -> None:
+    """Reports the cells, and how to prune as in the smallest within the margin, else the best."""
+    from expertcut.reporting import eval_tables as tables
+
+    margin, given = settings.margin / 100, settings.model_dump(exclude_defaults=True)
+    table, (leak, *bests) = tables.sweep_table(sweep, margin), tables.sweep_sentences(sweep, margin)
+    settings.say(ui, [table])
+    facts = [("quiz", f"{table.note} {leak}"), *(("best", text) for text in bests)]
+    held = tables.within_margin(sweep.cells, margin)
+    cell = min(held, key=lambda c: c.bytes) if held else max(sweep.cells, key=lambda c: c.accuracy)
+    words = ["prune", "--sparsity", f"{1 - cell.fraction:g}", "--by", cell.by]
+    for name in (n for n in given if n in edit_settings.RankSettings.model_fields and n != "by"):
+        for value in given[name] if isinstance(given[name], list) else [given[name]]:
+            words += [flag_of(SweepSettings, name), str(value)]
+    ui.end(facts, folder, [*words, "--profile", str(profile)])
 
 
 def scored_quiz(settings: ScoredSettings, profile: "Profile") -> Quiz:

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from expertcut import stats
 from expertcut.checkpoints.build import add_files
 from expertcut.checkpoints.exact import is_exact
 from expertcut.checkpoints.held_out_check import compare_logprobs, form_result
@@ -74,7 +75,8 @@ class Options:
 class Healed:
     """A healed checkpoint, its training data and its losses.
 
-    `trained` counts the weights of the adapters, `parameters` those of the checkpoint.
+    `trained` counts the weights of the adapters, `parameters` those of the checkpoint. `change` is
+    that from the unedited base on the scored questions, None where either is not there.
     """
 
     folder: Path
@@ -84,6 +86,7 @@ class Healed:
     curve: Curve
     trained: int
     parameters: int
+    change: stats.Comparison | None
 
 
 def default_out(checkpoint: str) -> Path:
@@ -305,7 +308,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
         "dropped": [asdict(dropped) for dropped in data.dropped],
         **asdict(curve),
     }
-    content = (json.dumps(record, indent=1) + "\n").encode()
+    content, change = (json.dumps(record, indent=1) + "\n").encode(), None
     with atomic_dir(out, is_forced=run.options.is_forced) as temporary:
         write(source, model, temporary)
         if run.scored is not None:
@@ -315,7 +318,12 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
                 load_adapter(healed, temporary)
             after = _choice_logprobs(healed, run.scored.quiz)
             plan = plan.model_copy(update={"proof": compare(run.scored, {**before, HEALED: after})})
+            if BASE in before:
+                answer_N = torch.tensor([question.answer for question in run.scored.quiz])
+                forms = (before[BASE], after)
+                change = stats.compare(*((form.argmax(1) == answer_N).numpy() for form in forms))
         save_plan(temporary, plan, used_questions(source, data))
         add_files(temporary, {HEALING_FILE: content, **run.options.beside})
     trained, parameters = model.get_nb_trainable_parameters()
-    return Healed(out, plan, run.objective.name, data, curve, trained, parameters - trained)
+    sizes = (trained, parameters - trained)
+    return Healed(out, plan, run.objective.name, data, curve, *sizes, change)

@@ -17,15 +17,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.checkpoints.export import edits_of
-from expertcut.edits.plan import PlanFile
+from expertcut.edits.plan import PLAN_FILE, PlanFile
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
+from expertcut.reporting import eval_tables, page_sections
 from expertcut.reporting.edit_tables import proof_table, shift_rows
-from expertcut.reporting.eval_tables import plan_table, result_sentences, results_table
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import (
-    Cell,
-    Column,
     Markdown,
     Table,
     code,
@@ -34,6 +32,7 @@ from expertcut.reporting.tables import (
     markdown_table,
     one_line,
 )
+from expertcut.reporting.views import NamedDocument
 
 _WHERE = {"answer": "at the answer position", "all": "over all tokens"}
 # By config.model_type. vLLM has a class of its own for these; see docs/publishing.md.
@@ -58,17 +57,8 @@ def is_pruned(origin: Origin) -> bool:
 
 def change_sentences(plan: PlanFile, origin: Origin) -> Iterator[str]:
     """How this checkpoint differs from its base."""
-    if is_pruned(origin):
-        counts = [len(edit.keep) for edit in plan.blocks.values()]
-        kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-        of = "" if origin.n_experts is None else f" of {origin.n_experts}"
-        then = "the others are cut out, and the router takes the next best"
-        if plan.removal == "constant":
-            gives = "its mean output" if plan.removed == "mean" else "nothing"
-            then = f"the router may still choose a removed expert, which then gives {gives}"
-        yield f"Each of {len(counts)} MoE layers keeps {kept}{of} experts; {then}."
     for edit in edits_of(plan):
-        yield from edit.describe()
+        yield from edit.describe(origin.n_experts)
 
 
 def step_sentences(origin: Origin) -> Iterator[str]:
@@ -210,21 +200,26 @@ def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
     plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
+    name, scored_on = place.repo.split("/")[-1], read_scored_split(plan, checkpoint.folder)
+    document = NamedDocument(checkpoint.folder / PLAN_FILE, name, plan)
+    found = page_sections.checkpoint_headline(document) if plan.proof.answered else None
     shifts = columns(
         "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
     )
     return {
-        "name": place.repo.split("/")[-1],
+        "name": name,
         "version": __version__,
         "origin": origin,
         "base": _base_link(origin, place.endpoint),
+        "base_at": _base_link(origin, place.endpoint, is_pinned=True),
         "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
         "plan": plan,
         "changes": list(change_sentences(plan, origin)),
         "steps": list(step_sentences(origin)),
-        "plan_table": plan_table(plan),
+        "plan_table": eval_tables.plan_table(plan),
         "held_out": Table("How far answers moved", shifts, shift_rows(plan.proof.held_out)),
-        "scored_on": read_scored_split(plan, checkpoint.folder),
+        "scored_on": scored_on,
+        "judged": found.table if found else None,
         "proof": proof,
         "proof_table": proof_table(proof) if proof else None,
         "evaluated": [(one, _results_facts(one)) for one in evaluated],
@@ -238,26 +233,24 @@ def _facts(
     }
 
 
-def _base_link(origin: Origin, endpoint: str) -> Markdown:
+def _base_link(origin: Origin, endpoint: str, *, is_pinned: bool = False) -> Markdown:
     if not origin.revision:
         return escaped(Path(origin.id).name or "a local folder")
-    at = f"{endpoint}/{origin.id}/tree/{origin.revision}"
+    at = f"{endpoint}/{origin.id}" + (f"/tree/{origin.revision}" if is_pinned else "")
     return Markdown(f"[{escaped(origin.id)}](<{one_line(at).replace('>', '').replace('<', '')}>)")
 
 
 def _results_facts(one: Evaluated) -> dict[str, Any]:
-    models = one.results.models
-    rows: list[list[Cell]] = []
-    for name, subject in one.model.subjects.items():
-        shares = (m.subjects[name].accuracy if name in m.subjects else None for m in models)
-        rows.append([name, *shares, subject.questions])
-    named = (Column(Path(m.path).name, ".2%") for m in models)
+    table = eval_tables.results_table(one.results)
     return {
         "file": Markdown(one.file),
         "cut": cut_text(one.model.cut),
-        "table": results_table(one.results),
-        "sentences": result_sentences(one.results) if one.results.comparisons else [],
-        "subjects": Table("Subjects", (Column("subject"), *named, Column("questions", ",d")), rows),
+        "headline": page_sections.results_headline(one.results).findings[0][0],
+        "summary": table.narrow(unless=False),
+        "verdicts": eval_tables.verdict_sentences(one.results),
+        "table": table,
+        "sentences": eval_tables.result_sentences(one.results) if one.results.comparisons else [],
+        "subjects": page_sections.subjects_table(one.results),
     }
 
 

@@ -26,7 +26,7 @@ from expertcut.edits.plan import (
     load_hashes,
     load_plan,
 )
-from expertcut.errors import ModelError, PlanError, SettingsError
+from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import ModelResult, Results, load_results
 from expertcut.models.checkpoint_dir import read_config
@@ -136,10 +136,14 @@ def _check_block(
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation of checkpoint and base, without local paths; `file` is its name on the Hub."""
+    """An evaluation of checkpoint and base, without local paths.
+
+    `file` is its name on the Hub, `source` where it was read.
+    """
 
     file: str
     results: Results
+    source: Path
 
     @property
     def model(self) -> ModelResult:
@@ -148,22 +152,33 @@ class Evaluated:
 
 
 def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluated, ...]:
-    """Evaluations in the named files, else in `results.json` in the folder or beside it."""
-    folder = checkpoint.folder
-    beside = (folder / RESULTS_FILE, folder.resolve().parent / RESULTS_FILE)
-    found: list[Results] = []
-    for file in named or [file for file in beside if file.is_file()]:
-        own = of_model(load_results(file), checkpoint.source.fingerprint)
-        if own is not None and own not in found:
-            found.append(own)
+    """Evaluations in the named files, else in each `results.json` that is looked for.
+
+    It may lie in the folder, in the one above, in the run's, and in the working directory.
+    """
+    folder, found = checkpoint.folder, dict[Path, Results]()
+    above = folder.resolve().parents
+    runs = [place for place in above if (place / "manifest.json").is_file()]
+    places = {place.resolve(): place for place in (Path(), *runs[:1], above[0], folder)}
+    beside = (place / RESULTS_FILE for place in reversed(places.values()))
+    for file in named or filter(Path.is_file, beside):
+        try:
+            own = of_model(load_results(file), checkpoint.source.fingerprint)
+        except OutputError as error:
+            if named:
+                raise
+            logger.warning("%s: not used", one_line(str(error)))
+            continue
+        if own is not None and own not in found.values():
+            found[file] = own
         elif own is None and named:
             raise SettingsError(
                 f"{file} holds no results of {folder}, known by the hash of its weights: evaluate "
                 "it again with `expertcut eval`"
             )
     return tuple(
-        Evaluated(RESULTS_FILE if i == 1 else f"results-{i}.json", results)
-        for i, results in enumerate(found, start=1)
+        Evaluated(RESULTS_FILE if i == 1 else f"results-{i}.json", results, file)
+        for i, (file, results) in enumerate(found.items(), start=1)
     )
 
 

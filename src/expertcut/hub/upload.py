@@ -36,7 +36,7 @@ class Published:
     url: str
     card: Path
     is_card_kept: bool
-    n_results: int
+    results: tuple[Path, ...]
     files: Mapping[str, int]
     left_out: tuple[str, ...]
     commit: str | None = None
@@ -70,7 +70,7 @@ def publish(
         url=f"{endpoint}/{repo}" + (f"/tree/{revision}" if revision else ""),
         card=card,
         is_card_kept=is_kept,
-        n_results=len(evaluated),
+        results=tuple(one.source for one in evaluated),
         files=sizes,
         left_out=checkpoint.left_out,
     )

@@ -175,7 +175,8 @@ def _edit(run: RecipeRun, stage: Stage) -> None:
         given["checkpoint"] = str(run.folder / variant_folder(variant.heal.of))
     else:
         given |= {"threads": None, "profile": run.folder / PROFILE}
-    given |= {"prove": True, **dict(variant.prove)} if variant.prove else {}
+    if variant.prove:  # `eval` and the page then compare it with the others, helpful or not
+        given |= {"prove": True, "force_write": True, **dict(variant.prove)}
     runs: dict[str, Any] = {"prune": prune, "merge": merge, "reweight": reweight, "heal": heal}
     settings = section.completed(**given, force=True)
     runs[variant.kind].run(settings, run.ui, {RECIPE_FILE: run.ledger.text})

@@ -25,6 +25,7 @@ from expertcut.stats import (
 
 if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built
+    from expertcut.edits.plan import PlanFile
     from expertcut.evaluation.cross_fit import CrossFitResult
     from expertcut.evaluation.reweight_search import TuningResult
     from expertcut.healing.data import Dropped
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # with torch, which `show` does without
 logger = logging.getLogger(__name__)
 
 _NAMED = 10
+CHANGE = "Δ in points (95 %)"
 
 
 def pruning_sentences(pruning: Pruning) -> list[str]:
@@ -105,35 +107,42 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
     return labelled("traffic", f"the {n_removed:,} {experts} {had}{chose}")
 
 
-def outcome_lines(built: "Built", before: tuple[int, int], after: tuple[int, int]) -> list[str]:
+def outcome_lines(
+    built: "Built", before: tuple[int, int] | None, after: tuple[int, int], margin: float = MARGIN
+) -> list[str]:
     """Size, accuracy, verdict and distance; `before` and `after` are parameters and bytes."""
-    change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
-    size = f"{unit(after[1], 'B')}, was {unit(before[1], 'B')} ({change}); "
-    size += f"{unit(after[0])} parameters, were {unit(before[0])}"
-    lines, sentences = [labelled("size", size)], proof_sentences(built)
-    if not (built.answered and built.proof and built.scored_on):
+    size, parameters = unit(after[1], "B"), f"{unit(after[0])} parameters"
+    if before is not None:
+        change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
+        size += f", was {unit(before[1], 'B')} ({change})"
+        parameters += f", were {unit(before[0])}"
+    lines, sentences = [labelled("size", f"{size}; {parameters}")], proof_sentences(built)
+    if not (built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
     answered, scored_on = built.answered, built.scored_on
     where = scored_on.clause
     if scored_on.used == 0:
         where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
-    delta, base = answered.change.delta, answered.base
-    text = f"{percent(base + delta)}, was {percent(base)} on {where}: {points(delta)} points "
-    text += f"({' … '.join(map(points, answered.change.ci95))})"
+    if answered is not None:
+        delta, base = answered.change.delta, answered.base
+        text = f"{percent(base + delta)}, was {percent(base)} on {where}: "
+        text += change_text(answered.change)
+        judged = verdict_text(answered.change, scored_on.questions, margin)
+        lines += [labelled("accuracy", text), labelled("verdict", judged)]
+    elif forms := "; ".join(f"{o.form} {percent(o.accuracy)}" for o in built.proof.outcomes):
+        lines.append(labelled("accuracy", f"{forms} on {where}"))
     shifts = "; ".join(
         f"{shift.against}: median {shift.median_abs_logprob_diff:.4f}, largest "
         f"{shift.max_abs_logprob_diff:.4f}, {shift.flipped:,} answers flipped"
         for shift in built.proof.held_out
     )
-    judged = verdict_text(answered.change, scored_on.questions, MARGIN)
-    lines += [labelled("accuracy", text), labelled("verdict", judged)]
     lines += [labelled("distance", f"|Δ log p| against {shifts}")]
     return lines + [labelled("", sentence) for sentence in sentences]
 
 
 def verdict_text(change: Comparison, n: int, margin: float) -> str:
     """The verdict on a change over n questions, and how many would decide where these do not."""
-    within = f"{margin * 100:g} point{'' if margin == 0.01 else 's'}"
+    within = margin_text(margin)
     word = verdict(change.gained, change.lost, n, margin)
     if word == "undecided":
         needed = questions_to_hold(change.gained, change.lost, n, margin)
@@ -147,6 +156,11 @@ def verdict_text(change: Comparison, n: int, margin: float) -> str:
     return f"holds within {within} of the base{', yet is measurably worse' if is_worse else ''}"
 
 
+def margin_text(margin: float) -> str:
+    """A margin in points."""
+    return f"{margin * 100:g} point{'' if margin == 0.01 else 's'}"
+
+
 def percent(share: float) -> str:
     """A share as `41.2 %`."""
     return f"{100 * share:.1f} %"
@@ -157,6 +171,18 @@ def points(change: float) -> str:
     return f"{100 * change:+.1f}".replace("-", "−")
 
 
+def span(ends: Sequence[float]) -> str:
+    """An interval of changes of accuracy, in points."""
+    return " … ".join(map(points, ends))
+
+
+def change_text(change: Comparison, noun: str = " points") -> str:
+    """A change of accuracy with its interval, as `−0.8 points (−3.1 … +1.6)`."""
+    if not change.gained + change.lost:
+        return "same answers"
+    return f"{points(change.delta)}{noun} ({span(change.ci95)})"
+
+
 def unit(number: float, name: str = "") -> str:
     """A number as `33.1 M` or, of bytes, `13.8 GB`."""
     for size, prefix in ((1e9, "G" if name else "B"), (1e6, "M"), (1e3, "k")):
@@ -165,13 +191,18 @@ def unit(number: float, name: str = "") -> str:
     return f"{number:.0f} {name}".strip()
 
 
-def rows_tables(profile: Profile) -> list[Table]:
-    """Expert numbers of a model that was cut before; a missing model is logged."""
+def known_ids(profile: Profile) -> ExpertIds:
+    """Numbers of the experts before any cut; a missing model is logged, and rows are numbers."""
     try:
-        numbers = expert_ids(profile)
+        return expert_ids(profile)
     except ProfileError as error:
         logger.warning("the tables call experts by rows of the routers: %s", error)
-        return []
+        return ExpertIds()
+
+
+def rows_tables(profile: Profile) -> list[Table]:
+    """Expert numbers of a model that was cut before."""
+    numbers = known_ids(profile)
     rows: list[list[Cell]] = [
         [layer, ids_text(numbers.rows[block.name])]
         for layer, block in enumerate(profile.info.model.blocks)
@@ -259,22 +290,31 @@ def healing_tables(healed: "Healed") -> list[Table]:
     return [_forms_table(title, verdict, f"answers unlike {verdict.outcomes[0].form}", note)]
 
 
-def healing_sentences(healed: "Healed") -> list[str]:
-    """Trained weights, training data, loss, and dropped data."""
+def healing_facts(
+    healed: "Healed", before: "PlanFile | None", checkpoint: str, margin: float
+) -> list[tuple[str, str]]:
+    """The cut, training and dropped data, accuracy, and the verdict against the base."""
+    made = f": {before.action} of {before.model.label}, by {before.criterion}" if before else ""
     read, curve = healed.data, healed.curve
     texts = f" and {read.n_texts:,} texts" if read.n_texts else ""
     by_step = dict(curve.held_out)
     first = f"{curve.losses[0]:.4f}" if curve.losses else "?"
-    sentences = [
-        f"Trained {healed.trained:,} weights of adapters beside {healed.parameters:,} by "
+    text = (
+        f"{healed.trained:,} weights of adapters beside {healed.parameters:,}, by "
         f"{healed.objective} on {read.n_questions:,} questions{texts}: {curve.steps} steps, the "
         f"loss from {first} to {curve.losses[-1]:.4f}; kept is step {curve.best_step}, where it "
-        f"was {by_step[curve.best_step]:.4f} on {len(read.held_out)} untrained rows.",
-        *map(dropped_sentence, read.dropped),
-    ]
-    if not healed.plan.proof.held_out:
-        sentences.append("The new checkpoint was not scored on any question.")
-    return sentences
+        f"was {by_step[curve.best_step]:.4f} on {len(read.held_out)} untrained rows"
+    )
+    dropped = [("dropped", dropped_sentence(group)) for group in read.dropped]
+    facts, scored = [("cut", f"{checkpoint}{made}"), ("trained", text), *dropped], healed.plan.proof
+    if not scored.outcomes:
+        return [*facts, ("accuracy", "the new checkpoint was not scored on any question")]
+    forms = ", ".join(f"{percent(o.accuracy)} {o.form}" for o in scored.outcomes)
+    n, judged = scored.outcomes[0].questions, "none, for the unedited base is not available"
+    if healed.change is not None:
+        judged = f"{verdict_text(healed.change, n, margin)}. {change_text(healed.change)}"
+    where = f"{n:,} {scored.held_out_split} questions that {scored.held_out_used}"
+    return [*facts, ("accuracy", f"{forms}, on {where}"), ("verdict", judged)]
 
 
 def dropped_sentence(dropped: "Dropped") -> str:
@@ -306,14 +346,14 @@ def proof_table(proof: "CrossFitResult") -> Table:
     """Cross-fitted, same questions and random experts side by side."""
     random = proof.random
     name = f"random experts ({random.draws} draws, {random.distinct} distinct)"
-    rows = [
+    rows: list[list[Cell]] = [
         ["cross-fitted", *change_cells(proof.cross_fitted)],
         ["chosen and scored on the same questions", *change_cells(proof.same_questions)],
-        [name, random.delta_mean, interval_text(random.range95, "+"), *[None] * 3],
+        [name, f"{points(random.delta_mean)} ({span(random.range95)})", *[None] * 3],
     ]
     heads = (
         Column(f"{proof.questions:,} questions of {proof.split}"),
-        *columns("Δ accuracy::+.2%; 95 % interval; gained; lost; McNemar p::.3g"),
+        *columns(f"{CHANGE}; gained; lost; McNemar p::.3g"),
     )
     note = f"Unedited accuracy {proof.base_accuracy:.2%}; p against random experts {random.p:.3g}."
     return Table(f"Proof: {proof.procedure}", heads, rows, note)
@@ -335,16 +375,16 @@ def proof_csv(proof: "CrossFitResult") -> Table:
 
 
 def change_cells(change: Comparison | None) -> list[Cell]:
-    """Δ accuracy, its interval, gained, lost and McNemar's p; empty for the base."""
+    """Δ in points with its interval, gained, lost and McNemar's p; empty for the base."""
     if change is None:
-        return [None] * 5
-    interval = interval_text(change.ci95, "+")
-    return [change.delta, interval, change.gained, change.lost, change.mcnemar_p]
+        return [None] * 4
+    p = change.mcnemar_p if change.gained + change.lost else None
+    return [change_text(change, ""), change.gained, change.lost, p]
 
 
-def interval_text(ends: Sequence[float], sign: str = "", places: int = 2) -> str:
-    """An interval in per cent; `sign` "+" for changes."""
-    return f"{ends[0]:{sign}.{places}%} … {ends[1]:{sign}.{places}%}"
+def interval_text(ends: Sequence[float], places: int = 2) -> str:
+    """An interval in per cent."""
+    return f"{ends[0]:.{places}%} … {ends[1]:.{places}%}"
 
 
 def decision_tables(decision: "TuningResult") -> list[Table]:
@@ -365,7 +405,8 @@ def decision_sentences(decision: "TuningResult") -> list[str]:
             f"{decision.base_accuracy:.2%} to {everywhere:.2%} with the bias at every token, and "
             f"to {answer:.2%} with it at the answer position alone."
         )
-    return [first, decision.proof.sentence] if decision.proof else [first]
+    lines = [labelled("tuned", first)]
+    return [*lines, labelled("proof", decision.proof.sentence)] if decision.proof else lines
 
 
 def proof_tables(built: "Built") -> list[Table]:

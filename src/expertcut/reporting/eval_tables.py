@@ -1,5 +1,6 @@
 """Tables, sentences and figures of plans, results, sweeps and audits."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,15 +11,18 @@ from expertcut.evaluation.search_results import (
     Correlation,
     CriterionEvaluation,
     Sweep,
+    SweepCell,
     SweptModel,
 )
-from expertcut.reporting.edit_tables import change_cells, interval_text, points, verdict_text
+from expertcut.reporting import edit_tables as edits
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns
-from expertcut.stats import MARGIN, Comparison
+from expertcut.stats import MARGIN, Comparison, verdict
 
-_SCORED = "accuracy::.2%; 95 % interval; Δ::+.2%; 95 % interval of Δ; gained; lost; McNemar p::.3g"
+_SCORED = (
+    f"size; accuracy::.2%; {edits.CHANGE}; verdict | 95 % interval; gained; lost; McNemar p::.3g"
+)
 
 
 def plan_table(plan: PlanFile) -> Table:
@@ -58,15 +62,14 @@ def plan_csv(plan: PlanFile) -> Table:
     return Table("plan", columns("block; expert; bias; scale"), rows)
 
 
-def results_table(results: Results) -> Table:
+def results_table(results: Results, margin: float = MARGIN) -> Table:
     """One row per model, compared with the first."""
     compared = {c.other: c for c in results.comparisons}
     rows: list[list[Cell]] = [
-        [Path(m.path).name, *_scored(m, compared.get(i)), m.parameters, m.active_parameters,
-         m.bytes / 1e6]
-        for i, m in enumerate(results.models)
-    ]  # fmt: skip
-    heads = columns(f"model; {_SCORED}; parameters::,d; active::,d; MB::.1f")
+        [name, *_scored(m, compared.get(i), margin), m.parameters, m.active_parameters]
+        for i, (name, m) in enumerate(zip(model_names(results), results.models, strict=True))
+    ]
+    heads = columns(f"model; {_SCORED}; parameters::,d; active::,d")
     n_questions = results.models[0].questions
     note = f"{n_questions:,} {results.split} questions of {results.quiz} at {results.shots} shots"
     if cuts := {model.cut for model in results.models if model.cut is not None}:
@@ -85,24 +88,23 @@ def results_csv(results: Results) -> Table:
 
 
 def result_sentences(results: Results) -> list[str]:
-    """A sentence per model: the change, its significance, and leakage."""
-    base, names = results.models[0], model_names(results)
-    sentences = [f"{names[0]} answers {base.accuracy:.2%} right: the base of the comparisons."]
-    for comparison in results.comparisons:
-        model = results.models[comparison.other]
-        verdict = _comparison_verdict(comparison) + _won_back(results, names, comparison)
-        sentences.append(f"{names[comparison.other]} {verdict}{_leak(model, results.split)}.")
-    return sentences
+    """A sentence per model: the change, the size, and leakage."""
+    names = model_names(results)
+    first = f"{names[0]} answers {results.models[0].accuracy:.2%} right: the base of the others."
+    return [first, *(f"{names[c.other]}: {_facts(results, c)}." for c in results.comparisons)]
 
 
 def verdict_sentences(results: Results, margin: float = MARGIN) -> list[str]:
-    """A sentence per model compared: whether it holds within a margin (a share of questions)."""
+    """A verdict per model compared, within a margin (a share of questions)."""
     names, n = model_names(results), results.models[0].questions
-    return [
-        f"verdict on {names[c.other]}: {verdict_text(c, n, margin)} ({points(c.delta)} points, "
-        f"95 % interval {' … '.join(map(points, c.ci95))})"
-        for c in results.comparisons
-    ]
+    texts = ((names[c.other], edits.verdict_text(c, n, margin)) for c in results.comparisons)
+    return [f"{name}: {text}" for name, text in texts]
+
+
+def result_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
+    """The verdict and the change of each model compared, behind their labels."""
+    said = zip(verdict_sentences(results, margin), result_sentences(results)[1:], strict=True)
+    return [fact for pair in said for fact in zip(("verdict", "change"), pair, strict=True)]
 
 
 def model_names(results: Results) -> list[str]:
@@ -114,67 +116,56 @@ def model_names(results: Results) -> list[str]:
     ]
 
 
-def _won_back(results: Results, names: list[str], healed: ComparisonResult) -> str:
+def _facts(results: Results, change: ComparisonResult) -> str:
+    """The change, what healing won back, the size, and whether questions chose the model."""
+    base, model = results.models[change.base], results.models[change.other]
+    text = edits.change_text(change)
+    if change.gained + change.lost:
+        text += f", {change.gained:,} gained, {change.lost:,} lost{_won_back(results, change)}"
+    if change.parameters_delta and base.parameters:
+        share = abs(change.parameters_delta) / base.parameters
+        few = f"{100 * share:.0f}" if share >= 0.01 else "under 1"
+        text += f"; {few} % {'more' if change.parameters_delta > 0 else 'fewer'} parameters"
+    if model.chosen_on and model.chosen_on.overlap:
+        used = f"{model.chosen_on.overlap:,} of these {model.questions:,} questions"
+        text += f"; chosen on {used}, which flatters it"
+    elif model.chosen_on:
+        text += f"; chosen on {model.chosen_on.split}, none of these questions"
+    return text
+
+
+def _won_back(results: Results, healed: ComparisonResult) -> str:
     """The points that healing regained, if the cut was evaluated too and lost accuracy."""
     before = results.models[healed.other].healed_from
     for cut in results.comparisons if before else []:
         is_lost = cut.is_significant and cut.delta < 0
         if is_lost and results.models[cut.other].fingerprint == before:
-            won, lost = healed.delta - cut.delta, -cut.delta
-            return (
-                f"; healing won back {won * 100:.2f} of the {lost * 100:.2f} points that "
-                f"{names[cut.other]} had lost"
-            )
+            won, lost = (f"{100 * d:.1f}" for d in (healed.delta - cut.delta, -cut.delta))
+            name = model_names(results)[cut.other]
+            return f"; healing won back {won} of the {lost} points that {name} had lost"
     return ""
 
 
-def _scored(model: ModelResult | SweptModel, change: Comparison | None) -> list[Cell]:
-    return [model.accuracy, interval_text(model.ci95), *change_cells(change)]
+def _scored(m: ModelResult | SweptModel, change: Comparison | None, margin: float) -> list[Cell]:
+    delta, *counts = edits.change_cells(change)
+    word = verdict(change.gained, change.lost, m.questions, margin) if change else None
+    return [edits.unit(m.bytes, "B"), m.accuracy, delta, word, edits.interval_text(m.ci95), *counts]
 
 
-def _comparison_verdict(c: ComparisonResult) -> str:
-    change = f"{c.delta * 100:+.2f} points ({c.gained} gained, {c.lost} lost)"
-    if c.gained + c.lost == 0:
-        text = "answers every question as the base does"
-    elif not c.is_significant:
-        text = (
-            f"shows no evidence of a change in accuracy: {change}, McNemar p = {c.mcnemar_p:.2g}; "
-            f"{c.smallest_effect * 100:.2f} points could have been shown"
-        )
-    else:
-        word = "gains" if c.delta > 0 else "loses"
-        text = f"{word} accuracy: {change}, McNemar p = {c.mcnemar_p:.2g}"
-    if c.parameters_delta:
-        text += f", with {c.parameters_delta:+,} parameters"
-    return text
-
-
-def _leak(model: ModelResult, split: str) -> str:
-    chosen = model.chosen_on
-    if chosen is None:
-        return ""
-    if chosen.overlap == 0:
-        return f"; it was chosen on {chosen.split}, none of the questions scored here"
-    return (
-        f"; {chosen.overlap:,} of the {model.questions:,} {split} questions scored here were used "
-        "to choose it, so this flatters it"
-    )
-
-
-def sweep_table(sweep: Sweep) -> Table:
+def sweep_table(sweep: Sweep, margin: float = MARGIN) -> Table:
     """The unedited model and every finished cell."""
     rows: list[list[Cell]] = []
     if b := sweep.base:
-        rows.append(["unedited", None, None, *_scored(b, None), b.parameters, b.bytes / 1e6])
+        rows.append(["unedited", *_scored(b, None, margin), None, b.parameters])
     for c in sweep.cells:
-        scored = _scored(c, c.change)
-        rows.append([c.by, c.fraction, c.kept, *scored, c.parameters, c.bytes / 1e6])
-    heads = columns(f"by; share::g; kept a layer; {_SCORED}; parameters::,d; MB::.2f")
+        name = f"{c.by} {c.fraction:g}"
+        rows.append([name, *_scored(c, c.change, margin), c.kept, c.parameters])
+    heads = columns(f"criterion, share kept; {_SCORED}; kept a layer; parameters::,d")
     request, quiz = sweep.asked, sweep.asked.scored.quiz
     n_cells = len(request.by) * len(request.fractions)
     note = (
         f"{sweep.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, layout "
-        f"{request.layout}. MB are those of the weights that a checkpoint would have."
+        f"{request.layout}. The size is that of a checkpoint's weights."
     )
     if sweep.base is not None and sweep.base.cut is not None:
         note += f" {sweep.base.cut:,} prompts are cut from the left to fit the context."
@@ -203,8 +194,8 @@ def sweep_csv(sweep: Sweep) -> Table:
     return Table("sweep", heads, rows)
 
 
-def sweep_sentences(sweep: Sweep) -> list[str]:
-    """Leakage, and which cells change accuracy significantly."""
+def sweep_sentences(sweep: Sweep, margin: float = MARGIN) -> list[str]:
+    """Leakage, and for each share the best cell and those within the margin."""
     quiz, chosen = sweep.asked.scored.quiz, sweep.chosen_on
     leak = (
         f"The experts were chosen on {chosen.split}, none of the questions scored here."
@@ -212,24 +203,27 @@ def sweep_sentences(sweep: Sweep) -> list[str]:
         else f"{chosen.overlap:,} of the {sweep.n_questions:,} {quiz.split} questions scored here "
         "were used to choose the experts, so this flatters the cuts."
     )
-    return [leak, *(_sweep_verdict(fraction, sweep) for fraction in sweep.asked.fractions)]
+    return [leak, *(_best_cell(share, sweep, margin) for share in sweep.asked.fractions)]
 
 
-def _sweep_verdict(fraction: float, sweep: Sweep) -> str:
+def within_margin(cells: Sequence[SweepCell], margin: float) -> list[SweepCell]:
+    """The cells whose verdict is better or holds."""
+    words = [verdict(c.change.gained, c.change.lost, c.questions, margin) for c in cells]
+    return [c for c, word in zip(cells, words, strict=True) if word in ("better", "holds")]
+
+
+def _best_cell(fraction: float, sweep: Sweep, margin: float) -> str:
     cells = [cell for cell in sweep.cells if cell.fraction == fraction]
     if not cells:
         return f"At {fraction:g} no cell is finished."
     best = max(cells, key=lambda cell: cell.accuracy)
-    clear = ", ".join(c.by for c in cells if c.change.is_significant)
-    change = best.change
-    text = (
-        f"At {fraction:g} of the experts {best.by} keeps most: {best.accuracy:.2%}, "
-        f"{change.delta * 100:+.2f} points (95 % interval {change.ci95[0] * 100:+.2f} to "
-        f"{change.ci95[1] * 100:+.2f}, McNemar p = {change.mcnemar_p:.2g})"
+    held = ", ".join(cell.by for cell in within_margin(cells, margin)) or "none"
+    return (
+        f"At {fraction:g} of the experts {best.by} keeps most, {edits.percent(best.accuracy)}: "
+        f"{edits.change_text(best.change)}, "
+        + edits.verdict_text(best.change, best.questions, margin)
+        + (f"; within the margin: {held}." if len(cells) > 1 else ".")
     )
-    if clear:
-        return f"{text}; accuracy changes beyond chance with {clear}."
-    return f"{text}; no evidence of a change with any criterion."
 
 
 def sweep_figure(sweep: Sweep) -> dict[str, bytes]:
@@ -251,13 +245,13 @@ def _criteria_table(audit: Audit) -> Table:
     """One row per criterion, the best correlation first."""
     rows: list[list[Cell]] = []
     for v in ranked(audit):
-        rhos = [*_correlation(v.within), *_correlation(v.overall), *_correlation(v.within_accuracy)]
-        rows.append([v.by, *rhos, *(r.regret for r in v.regrets)])
-    heads = (
-        "criterion; ρ within layers::+.2f; 95 % interval; ρ over all::+.2f; 95 % interval; "
-        "ρ with accuracy::+.2f; 95 % interval"
-    )
-    heads += "".join(f"; regret at {f:g}::.4f" for f in audit.asked.fractions)
+        others = [*_correlation(v.overall), *_correlation(v.within_accuracy)]
+        within, interval = _correlation(v.within)
+        text = None if within is None else f"{within:+.2f}" + (f" ({interval})" if interval else "")
+        rows.append([v.by, text, *(r.regret for r in v.regrets), *others])
+    heads = "criterion; ρ within layers (95 %)"
+    heads += "".join(f"; at {f:g}::.4f" for f in audit.asked.fractions)
+    heads += " | ρ over all::+.2f; 95 % interval; ρ with accuracy::+.2f; 95 % interval"
     expected = ", ".join(
         f"{r.random - r.least:.4f} at {r.fraction:g}" for r in audit.verdicts[0].regrets
     )
@@ -266,18 +260,21 @@ def _criteria_table(audit: Audit) -> Table:
         "experts first. Regret is in nats of mean log p, as a sum of single harms; removing at "
         f"random costs {expected} on average."
     )
-    title = f"Audit of {audit.asked.model.label}: the criteria"
+    title = f"Audit of {audit.asked.model.label}: the criteria, with their regret at each share"
     return Table(title, columns(heads), rows, note)
 
 
-def audit_tables(audit: Audit) -> list[Table]:
+def audit_tables(audit: Audit, margin: float = MARGIN) -> list[Table]:
     """The criteria, and the ten experts whose ablation has the largest effects."""
-    rows = [
-        [h.layer, h.expert, h.logprob, h.stderr, h.accuracy, h.gained, h.lost, h.mcnemar_p]
+    n = audit.asked.questions
+    rows: list[list[Cell]] = [
+        [h.layer, h.expert, h.logprob, h.stderr, 100 * h.accuracy,
+         verdict(h.gained, h.lost, n, margin), h.gained, h.lost,
+         h.mcnemar_p if h.gained + h.lost else None]
         for h in sorted(audit.harms, key=lambda harm: -harm.logprob)[:10]
-    ]
+    ]  # fmt: skip
     heads = columns(
-        "layer; expert; loss of log p::+.4f; ± standard error::.4f; loss of accuracy::+.2%; "
+        "layer; expert; loss of log p::+.4f; ± standard error::.4f; points lost::+.1f; verdict | "
         "gained; lost; McNemar p::.3g"
     )
     request = audit.asked
@@ -304,6 +301,18 @@ def audit_csv(audit: Audit) -> Table:
         for i, effect in enumerate(audit.harms)
     ]
     return Table("audit", (*heads, *map(Column, audit.standings)), rows)
+
+
+def ablation_sentence(audit: Audit, margin: float = MARGIN) -> str:
+    """How many experts were ablated, the verdicts without them, and the worst of them."""
+    n = audit.asked.questions
+    words = Counter(verdict(h.gained, h.lost, n, margin) for h in audit.harms).most_common()
+    worst = max(audit.harms, key=lambda harm: harm.logprob)
+    return (
+        f"{len(audit.harms)} experts, one at a time (layout {audit.asked.layout}); at a margin of "
+        f"{edits.margin_text(margin)} {', '.join(f'{k} {word}' for word, k in words)}; most harm "
+        f"without {worst.layer}:{worst.expert}, {worst.logprob:.4f} nats of log p"
+    )
 
 
 def audit_sentences(audit: Audit) -> list[str]:

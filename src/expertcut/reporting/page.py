@@ -20,6 +20,7 @@ from expertcut.reporting.page_sections import (
     Section,
     change_sections,
     figures_of,
+    headlines,
     outcome_sections,
     provenance_sections,
     search_sections,
@@ -90,6 +91,7 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
     }
     page = environment.get_template("page.html").render(
         title=printable(run.path.resolve().name),
+        headlines=headlines(run),
         sections=sections,
         folder=folder,
         version=__version__,

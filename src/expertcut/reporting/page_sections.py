@@ -7,9 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-from expertcut.edits.plan import BlockEdit, PlanFile, Point
+from expertcut.checkpoints import export
+from expertcut.edits.plan import BlockEdit, PlanFile, Point, base_folder
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_scored_split
 from expertcut.evaluation.cross_fit import CrossFitResult
@@ -18,11 +20,13 @@ from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo, QuizInfo
 from expertcut.reporting import edit_tables, eval_tables, views
+from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import NamedDocument, Run
-from expertcut.stats import wilson_interval
+from expertcut.stats import MARGIN, Comparison, verdict, wilson_interval
 
+_HEADLINES = 3  # of one evaluation
 Rows = list[tuple[str, str | None]]
 T = TypeVar("T")
 
@@ -32,6 +36,13 @@ class Text:
     """A paragraph."""
 
     words: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table of few columns, which is never wider than a phone."""
+
+    table: Table
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Folded:
-    """Parts that are shown when their title is opened, and always on paper."""
+    """Parts that are shown when their title is opened, and on paper unless they are lines."""
 
     title: str
     parts: "Sequence[Part]"
@@ -66,7 +77,7 @@ class Explorer:
     table: Table
 
 
-Part = Text | Facts | Lines | Table | Heat | Curves | Folded | Explorer
+Part = Text | Summary | Facts | Lines | Table | Heat | Curves | Folded | Explorer
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,83 @@ class Section:
     key: str
     title: str
     parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A finding on each model with its figures, on which questions, and when."""
+
+    findings: Sequence[tuple[str, str]]
+    context: str = ""
+    table: Table | None = None
+
+
+def headlines(run: Run) -> Iterator[Headline]:
+    """One for each evaluation; without any one for each checkpoint."""
+    for document in run.results:
+        results = document.content
+        (_, questions), *_ = _quiz(results, results.quiz)
+        chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
+        on = max((_finished(views.notes_in(file)) for file in chunks), default="")[:10]
+        context = f"{results.models[0].questions:,} questions of {questions}"
+        yield results_headline(results, context + (f"; measured on {on}" if on else ""))
+    for plan in run.plans if not run.results else ():
+        if (found := checkpoint_headline(plan)) is not None:
+            yield found
+
+
+def results_headline(results: Results, context: str = "") -> Headline:
+    """The size and the verdict of the first models compared, or the accuracy of the only one."""
+    base, names = results.models[0], eval_tables.model_names(results)
+    findings = []
+    for c in results.comparisons[:_HEADLINES]:
+        size = _size_text(results.models[c.other].bytes, base.bytes)
+        figures = f"{names[c.other]} against {names[0]}: {change_text(c)}"
+        findings.append((f"{size}, {_verdict_text(c, base.questions)}", figures))
+    alone = (f"{_size_text(base.bytes)}, {percent(base.accuracy)} right", names[0])
+    return Headline(findings or [alone], context)
+
+
+def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
+    """The same of a checkpoint by its held-out check, with a table; None of a plan alone."""
+    plan, folder = document.content, document.file.parent
+    if not (size := _weight_bytes(folder)):
+        return None
+    base_size = _weight_bytes(base_folder(plan.model, folder))
+    scored_on = read_scored_split(plan, folder)
+    n = scored_on.questions
+    title = scored_on.title if scored_on.split else "Evaluate it with expertcut eval"
+    base: list[Cell] = [plan.model.label, _size_text(base_size) if base_size else None]
+    own: list[Cell] = [document.name, _size_text(size)]
+    words, figures = "not evaluated yet", f"{document.name} against {plan.model.label}"
+    if answered := plan.proof.answered:
+        c = answered.change
+        words, figures = _verdict_text(c, n), f"{figures}: {change_text(c)}"
+        base.append(answered.base)
+        own += [answered.base + c.delta, change_text(c, ""), verdict(c.gained, c.lost, n, MARGIN)]
+    elif plan.proof.outcomes:  # of healed checkpoints, and of those of earlier versions
+        own.append(accuracy := plan.proof.outcomes[-1].accuracy)
+        words = f"{percent(accuracy)} right"
+    heads = columns(f"model; size; accuracy::.2%; {edit_tables.CHANGE}; verdict")
+    rows = [[*row, *[None] * (len(heads) - len(row))] for row in (base, own)]
+    finding = f"{_size_text(size, base_size)}, {words}"
+    context = f"{title}, {n:,} in all" if scored_on.split else title
+    return Headline([(finding, figures)], context, Table(title, heads, rows))
+
+
+def _weight_bytes(folder: Path | None) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+
+
+def _size_text(size: int, base_size: int = 0) -> str:
+    if not base_size:
+        return unit(size, "B")
+    change = round(100 * (size / base_size - 1))
+    return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
+
+
+def _verdict_text(change: Comparison, n: int) -> str:
+    return verdict_text(change, n, MARGIN).partition(";")[0]
 
 
 def figures_of(parts: Sequence[Part]) -> Iterator[Heat | Curves]:
@@ -151,7 +239,9 @@ def edits_of(plan: PlanFile, findings: Findings) -> dict[str, BlockEdit] | None:
 
 def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[Part]:
     plan, profile = document.content, run.profile_of(document.content)
-    parts: list[Part] = [Text(_in_words(plan))]
+    parts: list[Part] = [Text(_in_words(plan, profile))]
+    found = None if run.results else checkpoint_headline(document)
+    parts += [Summary(found.table)] if found and found.table else []
     if profile and (edits := edits_of(plan, profile.content)) is not None:
         traffic = removed_traffic(profile.content.profile, edits)
         if any(block.n_removed for block in traffic):
@@ -171,20 +261,15 @@ def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[P
     return [*parts, Folded("Every block of the plan", [eval_tables.plan_table(plan)])]
 
 
-def _in_words(plan: PlanFile) -> str:
-    removal = {
-        "reroute": "the router takes the next best expert instead of a removed one",
-        "constant": f"a removed expert may be chosen and gives a constant ({plan.removed})",
-        "merge": "a removed expert lives on in one that stays, which it has joined",
-    }
-    parts = [f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}"]
-    if not any(edit.tilted for edit in plan.blocks.values()):
-        parts.append(removal[plan.removal])
-    elif plan.apply_at:
-        parts.append(f"biases act at {plan.apply_at} positions")
+def _in_words(plan: PlanFile, profile: NamedDocument[Findings] | None) -> str:
+    blocks = profile.content.profile.info.model.blocks if profile else []
+    is_first = not any(edit.rows for edit in plan.blocks.values())  # else of an edited model
+    n_experts = blocks[0].experts if blocks and is_first else None
+    described = [s for edit in export.edits_of(plan) for s in edit.describe(n_experts)]
+    first = f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}."
     chosen = plan.chosen_on
     on = f"Chosen on {chosen.questions:,} {chosen.split} questions of {chosen.quiz}."
-    return f"{'; '.join(parts)}. {on}"
+    return " ".join([first, *described, on])
 
 
 def _traffic(traffic: Sequence[RemovedTraffic], key: str) -> Curves:
@@ -228,12 +313,13 @@ def outcome_sections(run: Run) -> list[Section]:
 
 
 def _change(base: ModelResult, model: ModelResult, subject: str) -> float | None:
-    """Accuracy in a subject above the base's; None where it was not scored."""
+    """Points of accuracy in a subject above the base's; None where it was not scored."""
     scored = model.subjects.get(subject)
-    return None if scored is None else scored.accuracy - base.subjects[subject].accuracy
+    return None if scored is None else 100 * (scored.accuracy - base.subjects[subject].accuracy)
 
 
 def _results_parts(results: Results, key: str) -> list[Part]:
+    table = eval_tables.results_table(results)
     figure = Curves(
         key=f"{key}-accuracy",
         title="Accuracy of every variant",
@@ -247,11 +333,13 @@ def _results_parts(results: Results, key: str) -> list[Part]:
         zero=results.models[0].accuracy,
     )
     return [
-        eval_tables.results_table(results),
+        Summary(table.narrow(unless=False)),
+        *map(Text, eval_tables.verdict_sentences(results)),
         *map(Text, eval_tables.result_sentences(results)),
         figure,
         *([_differences(results, key)] if len(results.models) > 1 else []),
-        Folded("Accuracy of every subject", [_subjects(results)]),
+        Folded("All figures of the evaluation", [table]),
+        Folded("Accuracy of every subject", [subjects_table(results)]),
     ]
 
 
@@ -269,13 +357,14 @@ def _differences(results: Results, key: str) -> Curves:
             Series(name, tuple(_change(base, model, subject) for subject in subjects))
             for name, model in others
         ),
-        column=Column("Δ accuracy", "+.1%"),
+        column=Column("Δ accuracy, points", "+.1f"),
         is_flat=True,
         zero=0.0,
     )
 
 
-def _subjects(results: Results) -> Table:
+def subjects_table(results: Results) -> Table:
+    """Accuracy of every subject and model, with intervals and changes."""
     base, names = results.models[0], eval_tables.model_names(results)
     rows: list[list[Cell]] = []
     for subject, of_base in base.subjects.items():
@@ -290,7 +379,7 @@ def _subjects(results: Results) -> Table:
     heads = [*columns("subject; questions::,d")]
     for name in names:
         heads += [Column(name, ".1%"), Column("95 % interval")]
-    heads += [Column(f"Δ {name}", "+.1%") for name in names[1:]]
+    heads += [Column(f"Δ {name}, points", "+.1f") for name in names[1:]]
     return Table("Subjects", tuple(heads), rows, "Intervals are Wilson's, of each model alone.")
 
 
@@ -302,7 +391,9 @@ def search_sections(run: Run) -> list[Section]:
 
 def _sweep(sweep: Sweep, key: str) -> list[Part]:
     sentences = map(Text, eval_tables.sweep_sentences(sweep))
-    parts: list[Part] = [*sentences, eval_tables.sweep_table(sweep)]
+    table = eval_tables.sweep_table(sweep)
+    parts: list[Part] = [Summary(table.narrow(unless=False)), *sentences]
+    parts.append(Folded("All figures of the sweep", [table]))
     if not sweep.cells:
         return parts
     fractions = sorted(sweep.asked.fractions, reverse=True)
@@ -326,15 +417,10 @@ def _audit(audit: Audit, key: str) -> list[Part]:
     tables, order = eval_tables.audit_tables(audit), eval_tables.ranked(audit)
     if not order:
         return [*tables]
-    by_criterion = partial(
-        Curves,
-        across="criterion",
-        categories=tuple(verdict.by for verdict in order),
-        is_flat=True,
-        zero=0.0,
-    )
-    ends = [verdict.within.ci95 or (None, None) for verdict in order]
-    rhos = series_of("ρ within layers", [verdict.within.rho for verdict in order], ends)
+    names = tuple(found.by for found in order)
+    by_criterion = partial(Curves, across="criterion", categories=names, is_flat=True, zero=0.0)
+    ends = [found.within.ci95 or (None, None) for found in order]
+    rhos = series_of("ρ within layers", [found.within.rho for found in order], ends)
     correlations = by_criterion(
         key=f"{key}-correlations",
         title="How well each criterion foretold the harm",
@@ -347,7 +433,7 @@ def _audit(audit: Audit, key: str) -> list[Part]:
         title="Regret of each criterion",
         note="How much more mean log p its removals cost, one by one, than the least harmful.",
         series=tuple(
-            Series(f"{fraction:g} kept", tuple(verdict.regrets[i].regret for verdict in order))
+            Series(f"{fraction:g} kept", tuple(found.regrets[i].regret for found in order))
             for i, fraction in enumerate(audit.asked.fractions)
         ),
         column=Column("regret, nats", ".3f"),
@@ -388,7 +474,6 @@ def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
 
 def _plan(plan: PlanFile) -> Rows:
     adapter = plan.adapter
-    adapter_text = f"{adapter.path}, {adapter.weights_sha256}" if adapter else None
     return [
         ("made by", plan.action),
         ("model", plan.model.label),
@@ -396,7 +481,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("fingerprint of config and weights", plan.model.fingerprint),
         ("chosen on", eval_tables.chosen_text(plan)),
         ("hash of their list", plan.chosen_on.sha256),
-        ("adapter that was cut along", adapter_text),
+        ("adapter that was cut along", adapter and f"{adapter.path}, {adapter.weights_sha256}"),
     ]
 
 
@@ -419,30 +504,30 @@ def _stages(manifest: Mapping[str, Any]) -> Rows:
     stages = manifest.get("stages")
     rows: Rows = []
     for name, record in stages.items() if isinstance(stages, dict) else ():
-        if not isinstance(record, dict) or not isinstance(record.get("finished"), str):
-            continue
-        texts = [record["finished"]]
-        if isinstance(elapsed_s := record.get("elapsed_s"), int | float):
-            texts.append(f"{elapsed_s:,.1f} s")
-        if isinstance(versions := record.get("versions"), dict):
-            texts += [f"{package} {version}" for package, version in versions.items()]
-        rows.append((name, ", ".join(texts)))
+        if isinstance(record, dict) and isinstance(record.get("finished"), str):
+            elapsed_s, versions = record.get("elapsed_s"), record.get("versions")
+            texts = [f"{elapsed_s:,.1f} s"] if isinstance(elapsed_s, int | float) else []
+            texts += [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
+            rows.append((name, ", ".join([record["finished"], *texts])))
     return rows
 
 
 def _times(notes: Mapping[str, Any]) -> Rows:
     """Whatever of it is there: `run.json` promises nothing."""
-    rows: Rows = []
-    if isinstance(finished := notes.get("finished"), int | float):
-        with suppress(ValueError, OverflowError, OSError):  # no year that a calendar has
-            at = datetime.fromtimestamp(finished, UTC)
-            rows.append(("finished", at.strftime("%Y-%m-%d %H:%M:%S UTC")))
+    rows: Rows = [("finished", _finished(notes) or None)]
     if isinstance(elapsed_s := notes.get("elapsed_s"), int | float):
         rows.append(("took", f"{elapsed_s:,.1f} s"))
     for name in ("expertcut", "python"):
         if isinstance(version := notes.get(name), str):
             rows.append((f"version of {name}", version))
     return rows
+
+
+def _finished(notes: Mapping[str, Any]) -> str:
+    if isinstance(finished := notes.get("finished"), int | float):
+        with suppress(ValueError, OverflowError, OSError):  # no year that a calendar has
+            return datetime.fromtimestamp(finished, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return ""
 
 
 def _hash(hashes: Mapping[str, str]) -> str:

@@ -324,7 +324,9 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
         extent=(figure.first - 0.5, figure.first + most - 0.5, len(figure.rows) - 0.5, -0.5),
         zorder=1,
     )
-    axes.set_xlabel(printable(figure.across))
+    is_hatched = any(np.isnan(values).any() for values in figure.rows)
+    hatched = f" (hatched: {figure.undefined})" if is_hatched else ""
+    axes.set_xlabel(printable(figure.across) + hatched)
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -332,8 +334,6 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
     bar = canvas.colorbar(image, ax=axes, extend=extend, shrink=0.9)
     bar.ax.yaxis.set_major_formatter(lambda value, _: format(value, _spec(figure)))
-    axes.annotate(f"hatched: {figure.undefined}", (1, 1.01), xycoords="axes fraction", ha="right",
-                  va="bottom", fontsize="small", color=_GREY)  # fmt: skip
 
 
 def _spec(figure: Figure) -> str:
@@ -344,19 +344,11 @@ def _spec(figure: Figure) -> str:
 def _draw_curves(axes: "Axes", figure: Curves) -> None:
     places = np.arange(len(figure.categories), dtype=float)
     drawn = [series for series in figure.series if not series.is_reference]
-    for number, series in enumerate(drawn):
-        shift = (number - (len(drawn) - 1) / 2) * (0.5 / max(len(drawn), 1))
-        _draw_bars(
-            axes,
-            places + (shift if figure.is_flat else 0),
-            series,
-            is_flat=figure.is_flat,
-            capsize=2,
-            markersize=4,
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-            linestyle="none" if figure.is_flat else "-",
-        )
+    for number, (series, look) in enumerate(zip(drawn, _looks(len(drawn)), strict=True)):
+        shift = (number - (len(drawn) - 1) / 2) * (0.5 / len(drawn)) if figure.is_flat else 0
+        look |= {"linestyle": "none"} if figure.is_flat else {}
+        bars = dict(is_flat=figure.is_flat, capsize=2, markersize=4)
+        _draw_bars(axes, places + shift, series, **bars, **look)
     for series in figure.series:
         if series.is_reference:
             pair = (series.values, places) if figure.is_flat else (places, series.values)

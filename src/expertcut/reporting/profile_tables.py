@@ -1,14 +1,14 @@
 """A profile as tables: the paper's Tables 1 to 7 (arXiv 2502.17187), its evidence, criteria."""
 
 import math
-from collections.abc import Sequence
-from itertools import combinations
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
 
 from expertcut.edits.criteria import Compared
+from expertcut.edits.plan import ExpertIds
 from expertcut.edits.selection import super_experts
 from expertcut.profiling.findings import (
     THRESHOLDS,
@@ -18,25 +18,63 @@ from expertcut.profiling.findings import (
     suspects_json,
 )
 from expertcut.profiling.significance import subjects_json
-from expertcut.profiling.statistics import Answers, LayerStatistics, expert_json, or_none
+from expertcut.profiling.statistics import LayerStatistics, expert_json, or_none, share
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.edit_tables import interval_text, rows_tables
-from expertcut.reporting.tables import Cell, Column, Table, columns
+from expertcut.reporting.edit_tables import interval_text, known_ids, percent, rows_tables
+from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, next_lines
+from expertcut.stats import LEVEL, wilson_interval
 
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
 _FROM_0 = "Layers are MoE layers, counted from 0."
 _ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
 
 
-def answered_sentence(folder: Path, answers: Answers) -> str:
-    """What a profile was made of, and how the model did."""
-    asked = f"{len(answers.answer_N):,} questions, accuracy {answers.accuracy:.2%}"
-    return f"{folder}: {asked}{cut_text(answers.n_cut)}"
-
-
 def cut_text(n_cut: int | None) -> str:
     """How many prompts were cut, as the end of a sentence; nothing where none may be."""
     return "" if n_cut is None else f", {n_cut:,} prompts cut from the left to fit the context"
+
+
+def headline(findings: Findings) -> list[str]:
+    """What a profile says of a model, in a few lines, and what to do next."""
+    profile, layers = findings.profile, findings.layers
+    quiz, answers, path = profile.info.quiz, profile.answers, str(profile.path)
+    n, ends = len(answers.answer_N), wilson_interval(answers.accuracy, len(answers.answer_N))
+    counts = f"{sum(x.n_activated for x in layers):,} of {len(findings.places):,} ever answer"
+    if (tokens_LE := profile.token_sum("tokens")) is not None:
+        counts += f", {int((tokens_LE > 0).sum()):,} are chosen by any token"
+    flat_L = [float(x.entropy_all_N.mean()) / math.log(max(x.n_experts, 2)) for x in layers]
+    sharpest, flattest = int(np.argmin(flat_L)), int(np.argmax(flat_L))
+    lines = {
+        "profile": f"{path}: {n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
+        + cut_text(answers.n_cut),
+        "accuracy": f"{percent(answers.accuracy)} ({' … '.join(map(percent, ends))})",
+        "experts": f"{counts}, in {len(layers)} layers of {profile.info.model.label}",
+        **_useful(findings, known_ids(profile)),
+        "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
+        f"(layer {flattest}) of the entropy of a uniform gate",
+    }
+    by = ("--by", "reap") if layers[0].over_tokens else ()
+    prune = ("prune", "--profile", path, "--sparsity", "0.5", *by)
+    commands = next_lines(prune, ("show", path, "--tables"))
+    return [*(labelled(*line) for line in lines.items()), *commands]
+
+
+def _useful(findings: Findings, numbers: ExpertIds) -> dict[str, str]:
+    """Experts with the largest and the smallest part in their layer's output, and suspects."""
+    blocks, tested = findings.profile.info.model.blocks, findings.significance
+    names = [f"{layer}:{numbers.number(blocks[layer].name, e)}" for layer, e in findings.places]
+    sums = [x.over_tokens.weighted_norm_E if x.over_tokens else x.weight_E for x in findings.layers]
+    share_X = np.concatenate([share(own_E, own_E.sum(), 0.0) for own_E in map(np.asarray, sums)])
+    order = [x for x in np.argsort(-share_X, kind="stable") if share_X[x] > 0]
+    listed = [f"{names[x]} {100 * share_X[x]:.2g} %" for x in order]
+    what = "gate weight·‖f(x)‖" if findings.layers[0].over_tokens else "gate weight at the answer"
+    harmful = [names[x] for x in tested.suspects if tested.p_family_X[x] < LEVEL]
+    worse = f"{', '.join(harmful)} answer worse" if harmful else "none answers worse"
+    return {
+        "most": f"{', '.join(listed[:5])} of the {what} of their layers",
+        "least": f"{', '.join(listed[:-6:-1])}, of experts that are chosen at all",
+        "suspects": f"{worse} beyond chance, of {tested.n_tests:,} experts that could be tested",
+    }
 
 
 def profile_tables(profile: Profile, layers: Sequence[LayerStatistics] = ()) -> list[Table]:
@@ -116,7 +154,7 @@ def suspects_table(findings: Findings) -> Table:
         for row in suspects_json(findings)[:10]
     ]
     heads = columns(
-        "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f; "
+        "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f | "
         "± SE::.1f; z::+.2f; p::.2g; p, adjusted::.2g; p, family-wise::.2g"
     )
     note = (
@@ -143,8 +181,8 @@ def margins_table(findings: Findings) -> Table:
     heads = (
         Column("layer"),
         *[Column(f"p: {part}", ".2e") for part in parts.values()],
-        *[Column(f"logit: {part}", ".3f") for part in parts.values()],
-        *[Column(f"p < {threshold:g}", ".1%") for threshold in THRESHOLDS],
+        *[Column(f"logit: {part}", ".3f", is_wide=True) for part in parts.values()],
+        *[Column(f"p < {threshold:g}", ".1%", is_wide=True) for threshold in THRESHOLDS],
     )
     notes = [f"Rank K minus rank K+1, in probability and in logit. {_FROM_0}"]
     notes += [f"None in layers {', '.join(map(str, at))}: {why}." for why, at in reasons.items()]
@@ -161,7 +199,7 @@ def perturbation_tables(findings: Findings) -> list[Table]:
     )
     heads = columns(
         "asked again with; accuracy::.2%; flipped answers::.2%; mean |Δ log p|::.4f; largest::.4f; "
-        "another set chosen::.2%; margin and flips::+.2f; margin and |Δ log p|::+.2f"
+        "another set chosen::.2% | margin and flips::+.2f; margin and |Δ log p|::+.2f"
     )
     note = "Correlations are Spearman's, with the smallest margin of any layer."
     by_layer = [
@@ -258,10 +296,10 @@ def criteria_tables(compared: Compared) -> list[Table]:
 def criteria_csv(compared: Compared) -> Table:
     """One row for each expert of each layer: score and rank by each criterion."""
     heads = [Column(f"{name}_{what}") for name in compared.names for what in ("score", "rank")]
-    rows: list[list[Cell]] = []
-    for layer, expert, scores, ranks in _expert_scores(compared):
-        cells = [cell for name in compared.names for cell in (scores[name], ranks[name])]
-        rows.append([layer, expert, *cells])
+    rows = [
+        [layer, expert, *chain(*zip(scores.values(), ranks.values(), strict=True))]
+        for layer, expert, scores, ranks in _expert_scores(compared)
+    ]
     return Table("Criteria", (Column("layer"), Column("expert"), *heads), rows)
 
 
@@ -290,18 +328,14 @@ def criteria_json(compared: Compared) -> dict[str, Any]:
 
 def _expert_scores(
     compared: Compared,
-) -> list[tuple[int, int, dict[str, float | None], dict[str, int]]]:
+) -> Iterator[tuple[int, int, dict[str, float | None], dict[str, int]]]:
     """Layer, expert, scores and ranks by criterion; a score that is undefined is None."""
-    return [
-        (
-            layer.layer,
-            expert,
-            {name: or_none(compared.scores[name][layer.layer][expert]) for name in compared.names},
-            {name: int(compared.ranks[name][layer.layer][expert]) for name in compared.names},
-        )
-        for layer in compared.layers
-        for expert in range(layer.n_experts)
-    ]
+    for layer in compared.layers:
+        scores = {name: compared.scores[name][layer.layer] for name in compared.names}
+        ranks = {name: compared.ranks[name][layer.layer] for name in compared.names}
+        for e in range(layer.n_experts):
+            own = {name: or_none(score_E[e]) for name, score_E in scores.items()}
+            yield layer.layer, e, own, {name: int(rank_E[e]) for name, rank_E in ranks.items()}
 
 
 def _criteria_ranks(compared: Compared, index: int) -> Table:

@@ -3,10 +3,11 @@
 import csv
 import io
 import re
+import shlex
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
-from textwrap import fill
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,19 +21,29 @@ _PUNCTUATION = re.compile(
 )
 _ESCAPES = {char: f"\\{char}" for char in string.punctuation}
 _ESCAPES |= {char: char for char in ",;%'\"/+=()"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+_AT_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
+_LABEL = 10  # columns before a labelled paragraph
+_UNBROKEN = r" (?=[%…])|(?<=…) |(?<= )'[^']*'"  # an interval, a quoted path
+_WORDS = re.compile(r"(?<!…) (?!…)").split  # an interval is one
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading and how its numbers are written, as a format specification."""
+    """A column's heading and how its numbers are written, as a format specification.
+
+    A terminal has room for a wide one only with --wide; files and pages have them all.
+    """
 
     name: str
     spec: str = ""
+    is_wide: bool = False
 
 
 def columns(text: str) -> tuple[Column, ...]:
-    """Columns from `name; name::spec; …`."""
-    return tuple(Column(*column.split("::")) for column in text.split("; "))
+    """Columns from `name; name::spec; …`; those behind ` | ` are wide."""
+    parts = zip(text.split(" | "), (False, True), strict=False)
+    named = [(*name.partition("::")[::2], wide) for p, wide in parts for name in p.split("; ")]
+    return tuple(Column(*column) for column in named)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,12 @@ class Table:
             for row in self.rows
         ]
 
+    def narrow(self, *, unless: bool) -> "Table":
+        """Without its wide columns, unless these are asked for."""
+        kept = [i for i, column in enumerate(self.columns) if unless or not column.is_wide]
+        heads = tuple(self.columns[i] for i in kept)
+        return replace(self, columns=heads, rows=[[row[i] for i in kept] for row in self.rows])
+
     def are_numbers(self) -> list[bool]:
         """Of each column, whether it holds numbers."""
         return [
@@ -59,20 +76,42 @@ class Table:
         ]
 
 
-def as_rich(table: Table) -> "Group":
-    """For a terminal: title, table, note; text of files is never taken as markup."""
+def as_rich(table: Table, width: int = 200, spell: Callable[[str], str] = str) -> "Group":
+    """For a terminal: title, table, note; text of files is never taken as markup.
+
+    A table that would have to break words is a list of names and values, row by row.
+    """
+    from rich.box import HEAVY_HEAD
     from rich.console import Group  # not to print an error
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    rich = RichTable()
-    for column, is_number in zip(table.columns, table.are_numbers(), strict=True):
+    heads = [spell(printable(column.name)) for column in table.columns]
+    rows, are_numbers = [list(map(spell, row)) for row in table.texts()], table.are_numbers()
+    widths, rich = _widths([heads, *rows], width - 3 * len(heads) - 1), RichTable(box=HEAVY_HEAD)
+    if sum(widths) + 3 * len(heads) + 1 > width:
+        rows = [[*pair] for row in rows for pair in (*zip(heads, row, strict=True), ("", ""))]
+        heads, are_numbers, widths = ["", ""], [False] * 2, _widths([["", ""], *rows], width - 2)
+        widths[1] = max(1, min(widths[1], width - 2 - widths[0]))
+        rich = RichTable(box=None, show_header=False, pad_edge=False)
+    for head, is_number, own in zip(heads, are_numbers, widths, strict=True):
         justify: Any = "right" if is_number else "left"
-        rich.add_column(Text(printable(column.name)), justify=justify, overflow="fold")
-    for row in table.texts():
+        rich.add_column(Text(head), justify=justify, overflow="fold", width=own)
+    for row in rows:
         rich.add_row(*map(Text, row))
-    note = [Text(printable(table.note))] if table.note else []
-    return Group(Text(printable(table.title), style="bold"), rich, *note, Text())
+    note = [Text(spell(printable(table.note)))] if table.note else []
+    return Group(Text(spell(printable(table.title)), style="bold"), rich, *note, Text())
+
+
+def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Columns as wide as their texts, or narrower to fit into `room`, but never than a word."""
+    columns = [*zip(*rows, strict=True)]
+    most = [max(map(len, column)) for column in columns]
+    widths = [max(len(word) for cell in column for word in _WORDS(cell)) for column in columns]
+    for _ in range(min(room, sum(most)) - sum(widths)):
+        missing = [m - w for m, w in zip(most, widths, strict=True)]
+        widths[missing.index(max(missing))] += 1
+    return widths
 
 
 def as_markdown(table: Table) -> str:
@@ -101,11 +140,27 @@ def _text(cell: Cell, column: Column) -> str:
 
 def labelled(label: str, text: str) -> str:
     """A paragraph of at most 80 columns behind a label; without one a plain paragraph."""
-    first = f"{label:<10}" if label else ""
-    return fill(
-        printable(text), 80, initial_indent=first, subsequent_indent=" " * len(first),
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+    return wrapped(f"{label:<{_LABEL}}{printable(text)}" if label else printable(text), 80)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The lines of a text, and paragraphs behind a label, broken at words; a command as in sh."""
+    lines = []
+    for line in text.replace("\n" + " " * _LABEL, " ").split("\n"):
+        label = re.match(rf"[a-z ]{{{_LABEL}}}(?<= )(?=\S)", line)
+        after = " " * _LABEL if label and "  " in label[0] else ""
+        end = " \\" if line[len(after) :].startswith("expertcut ") else ""
+        whole = re.sub(_UNBROKEN, lambda found: found[0].replace(" ", "\0"), line)
+        parts = TextWrapper(width - len(end), "", after, **_AT_WORDS).wrap(whole)
+        lines.append(f"{end}\n".join(parts).replace("\0", " "))
+    return "\n".join(lines)
+
+
+def next_lines(*commands: Sequence[str]) -> list[str]:
+    """Commands to go on with, each on a line of its own that a shell takes."""
+    texts = [printable(shlex.join(["expertcut", *words])) for words in commands]
+    labels = ("next", *[""] * len(texts))
+    return [f"{label:<{_LABEL}}{text}" for label, text in zip(labels, texts, strict=False)]
 
 
 def printable(text: str) -> str:

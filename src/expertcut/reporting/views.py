@@ -1,17 +1,21 @@
 """What `show` prints for a path, and what a report finds in the folder of a run."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import yaml
 from pydantic import BaseModel
 
 from expertcut.edits.criteria import compare
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, PlanFile, load_plan
-from expertcut.errors import OutputError, SettingsError
+from expertcut.edits.splits import read_scored_split
+from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import Results, load_results
 from expertcut.evaluation.search_results import (
@@ -26,8 +30,15 @@ from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json
 from expertcut.profiling.storage import load_profile
 from expertcut.reporting import eval_tables, profile_tables
-from expertcut.reporting.edit_tables import curve_table, proof_csv, proof_table, rows_tables
-from expertcut.reporting.tables import Table
+from expertcut.reporting.edit_tables import (
+    curve_table,
+    outcome_lines,
+    proof_csv,
+    proof_table,
+    rows_tables,
+)
+from expertcut.reporting.tables import Cell, Table, columns, labelled, next_lines
+from expertcut.stats import MARGIN
 
 PROFILE_FILE = "profile.json"
 RUN_FILE = "run.json"
@@ -148,10 +159,13 @@ class Shown:
     flat: Callable[[], Table]
     json: Callable[[], dict[str, Any]]
     sentences: Callable[[], list[str]] = list
+    headline: Callable[[], list[str]] = list  # printed instead of the tables
 
 
-def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) -> Shown:
-    """The view of a profile, plan, proof, results, sweep or audit.
+def find_shown(
+    path: Path, by_subject: bool = False, by_criteria: bool = False, margin: float = MARGIN
+) -> Shown:
+    """The view of a profile, plan, proof, results, sweep, audit or run, with verdicts.
 
     With `by_subject`, tables of a profile's subjects follow, and the flat table has a row per
     expert and subject. With `by_criteria`, only the criteria are shown.
@@ -171,15 +185,15 @@ def find_shown(path: Path, by_subject: bool = False, by_criteria: bool = False) 
     if by_subject or by_criteria:
         option = "--subjects" if by_subject else "--criteria"
         raise SettingsError(f"{option}: {path} is not a profile: name one or omit the option")
-    return _document(path)
+    return _document(path, margin)
 
 
-def _document(path: Path) -> Shown:
-    for name in (PLAN_FILE, PROOF_FILE, SWEEP_FILE, AUDIT_FILE):
+def _document(path: Path, margin: float) -> Shown:
+    for name in (PLAN_FILE, PROOF_FILE, SWEEP_FILE, AUDIT_FILE, MANIFEST_FILE):
         if (path / name).is_file():
-            return _VIEWS[name](path)
-    if path.name == PROOF_FILE:
-        return _VIEWS[PROOF_FILE](path.parent)
+            return _VIEWS[name](path, margin)
+    if path.name in (PROOF_FILE, MANIFEST_FILE):
+        return _VIEWS[path.name](path.parent, margin)
     if path.is_file():
         try:
             content = parse_json(read_file(path))
@@ -189,10 +203,11 @@ def _document(path: Path) -> Shown:
             raise OutputError(f"{path} cannot be read as JSON: {error}") from None
         keys = content if isinstance(content, dict) else {}
         by_key = {"models": RESULTS, "cells": SWEEP_FILE, "harms": AUDIT_FILE}
-        return _VIEWS[next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)](path)
+        kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
+        return _VIEWS[kind](path, margin)
     raise OutputError(
-        f"nothing to show in {path}: no profile, plan, results, sweep or audit, and no checkpoint "
-        "with a plan: name a part of a run's folder, or make its page with report"
+        f"nothing to show in {path}: no profile, plan, results, sweep, audit or run, and no "
+        "checkpoint with a plan: name a part of a run's folder, or make its page with report"
     )
 
 
@@ -208,7 +223,8 @@ def _profile(findings: Findings, by_subject: bool) -> Shown:
         ]
 
     flat = profile_tables.subjects_csv if by_subject else profile_tables.experts_csv
-    return Shown(tables, lambda: flat(findings), lambda: findings_json(findings))
+    shown = Shown(tables, lambda: flat(findings), lambda: findings_json(findings))
+    return replace(shown, headline=lambda: profile_tables.headline(findings))
 
 
 def _shown(
@@ -217,29 +233,94 @@ def _shown(
     return Shown(lambda: tables(found), lambda: flat(found), lambda: found.model_dump(mode="json"))
 
 
-def _plan(path: Path) -> Shown:
+def _plan(path: Path, margin: float) -> Shown:
     plan = load_plan(path)
-    proof = [proof_table(load_cross_fit(path))] if (path / PROOF_FILE).is_file() else []
-    tuning = [curve_table(plan.tuning)] if plan.tuning else []
-    return _shown(
-        plan, lambda plan: [eval_tables.plan_table(plan), *tuning, *proof], eval_tables.plan_csv
-    )
+    tables = [eval_tables.plan_table(plan)]
+    tables += [curve_table(plan.tuning)] if plan.tuning else []
+    if (path / PROOF_FILE).is_file():
+        tables.append(proof_table(load_cross_fit(path)))
+    shown = _shown(plan, lambda _: tables, eval_tables.plan_csv)
+    folder = path if path.is_dir() else path.parent
+    return replace(shown, sentences=lambda: _checkpoint_lines(plan, folder, margin))
 
 
-def _results(path: Path) -> Shown:
+def _checkpoint_lines(plan: PlanFile, folder: Path, margin: float) -> list[str]:
+    """What the command that wrote a checkpoint said of it; nothing of a plan without weights."""
+    if not any(folder.glob("*.safetensors")):
+        return []
+    from expertcut.checkpoints.build import Built  # with torch
+    from expertcut.checkpoints.size import stored_size
+    from expertcut.models.load import Source
+
+    sizes: list[tuple[int, int]] = []
+    with suppress(ModelError, OSError):
+        for place in (folder, Path(plan.model.id)):
+            sizes.append(stored_size(Source(str(place), place)))
+    proof, scored_on = plan.proof if plan.proof.held_out else None, read_scored_split(plan, folder)
+    built = Built(folder, plan, [], proof, scored_on=scored_on)
+    return outcome_lines(built, [*sizes, None][1], sizes[0], margin) if sizes else []
+
+
+def _results(path: Path, margin: float) -> Shown:
     results = load_results(path)
-    shown = _shown(results, lambda r: [eval_tables.results_table(r)], eval_tables.results_csv)
-    return replace(shown, sentences=lambda: eval_tables.verdict_sentences(results))
+    tables = [eval_tables.results_table(results, margin)]
+    shown = _shown(results, lambda _: tables, eval_tables.results_csv)
+    facts = eval_tables.result_facts(results, margin)
+    return replace(shown, sentences=lambda: [labelled(*fact) for fact in facts])
 
 
-_VIEWS: dict[str, Callable[[Path], Shown]] = {
+def _run(folder: Path, margin: float) -> Shown:
+    """The stages of a recipe and what they wrote, and the results of its evaluation."""
+    manifest = notes_in(folder / MANIFEST_FILE)
+    if not isinstance(records := manifest.get("stages"), dict):
+        raise OutputError(f"{folder / MANIFEST_FILE} is not a manifest: name a part of the run")
+    names = dict.fromkeys([*stage_names(folder), *records])
+    rows = [[name, *_stage(folder, records.get(name))] for name in names]
+    table = Table(f"Run {folder}", columns("stage; state; took, s::,.1f; wrote"), rows)
+    evaluated = [_results(file, margin) for file in folder.glob("results.json")]
+    again = next_lines(["run", str(folder / RECIPE_FILE), "--out", str(folder)])
+    said = [sentence for one in evaluated for sentence in one.sentences()]
+    said += again if any(row[1] != "done" for row in rows) else []
+    tables = [table, *(own for one in evaluated for own in one.tables())]
+    return Shown(lambda: tables, lambda: table, lambda: manifest, lambda: said)
+
+
+def stage_names(folder: Path) -> list[str]:
+    """The stages of a run's recipe, in order; none of a recipe that cannot be read."""
+    with suppress(yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        recipe = yaml.safe_load("\n".join(recipe_in(folder)))
+        named = [variant["name"].strip() for variant in recipe.get("variants") or ()]
+        published = ["publish " + section["variant"] for section in recipe.get("publish") or ()]
+        order = ["show", *named, "eval", "report"]
+        return ["profile", *(name for name in order if name in (*recipe, *named)), *published]
+    return []
+
+
+def _stage(folder: Path, record: Any) -> list[Cell]:
+    """State and seconds of a stage, and what it wrote, from its record in the manifest."""
+    if not isinstance(record, dict) or not record.get("output"):
+        return ["not finished" if record else "not run yet", None, None]
+    files, elapsed_s = record.get("files"), record.get("elapsed_s")
+    names = [*files] if isinstance(files, dict) else []
+    gone = [f"{name} is gone" for name in names if not os.path.exists(folder / name)]  # noqa: PTH110
+    parts = Counter("/".join(n.split("/")[: 1 + n.startswith("variants/")]) for n in names)
+    wrote = ", ".join(f"{part} ({n} files)" if n > 1 else part for part, n in parts.items())
+    return [[*gone, "done"][0], elapsed_s if isinstance(elapsed_s, float) else None, wrote]
+
+
+def _sweep(path: Path, margin: float) -> Shown:
+    sweep = load_sweep(path)
+    shown = _shown(sweep, lambda s: [eval_tables.sweep_table(s, margin)], eval_tables.sweep_csv)
+    return replace(shown, sentences=lambda: eval_tables.sweep_sentences(sweep, margin))
+
+
+_VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     PLAN_FILE: _plan,
-    PROOF_FILE: lambda path: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
-    SWEEP_FILE: lambda path: _shown(
-        load_sweep(path), lambda s: [eval_tables.sweep_table(s)], eval_tables.sweep_csv
-    ),
-    AUDIT_FILE: lambda path: _shown(
-        load_audit(path), eval_tables.audit_tables, eval_tables.audit_csv
+    PROOF_FILE: lambda path, _: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
+    SWEEP_FILE: _sweep,
+    AUDIT_FILE: lambda path, margin: _shown(
+        load_audit(path), lambda a: eval_tables.audit_tables(a, margin), eval_tables.audit_csv
     ),
     RESULTS: _results,
+    MANIFEST_FILE: _run,
 }

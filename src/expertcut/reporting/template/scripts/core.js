@@ -17,12 +17,12 @@ const html = (name, attributes = {}, ...children) =>
 const svg = (name, attributes = {}, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
 
-/** A number as Python's format specification says; nothing is a dash. */
+/** A number as Python's format specification says, a share with `p` in points; nothing is a dash. */
 function format(spec, value) {
   if (value === null || value === undefined) return "–";
-  const [, sign, comma, digits, kind] = /^(\+?)(,?)(?:\.(\d+))?([%fdg]?)$/.exec(spec);
+  const [, sign, comma, digits, kind] = /^(\+?)(,?)(?:\.(\d+))?([%fdgp]?)$/.exec(spec);
   if (kind === "g") return withSign(sign, value, String(Number(value.toPrecision(Number(digits)))));
-  const shown = kind === "%" ? 100 * value : value;
+  const shown = kind === "%" || kind === "p" ? 100 * value : value;
   const places = kind === "d" ? 0 : Number(digits ?? 6);
   const text = comma
     ? shown.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places })
@@ -109,17 +109,23 @@ themeButton.addEventListener("click", () => {
 });
 setTheme(THEMES.find((theme) => theme === remembered()) ?? "automatic");
 
-// On paper everything is open, and drawn for the width of a sheet.
+// On paper everything but a recipe is open, drawn for the width of a sheet, and no table is wider.
 let opened = [];
 addEventListener("beforeprint", () => {
   hideTip();
-  opened = [...document.querySelectorAll("details:not([open])")];
+  opened = [...document.querySelectorAll("details:not([open], :has(pre))")];
   for (const details of opened) details.open = true;
   document.documentElement.classList.add("printing");
   for (const box of redraws.keys()) redraw(box);
+  for (const table of document.querySelectorAll(".scroll > table")) {
+    const share = () => Math.min(1, table.parentElement.clientWidth / table.offsetWidth);
+    table.classList.toggle("tight", share() < 0.7); // headings may break within words
+    table.style.zoom = share();
+  }
 });
 addEventListener("afterprint", () => {
   for (const details of opened) details.open = false;
   document.documentElement.classList.remove("printing");
+  for (const table of document.querySelectorAll(".scroll > table")) table.style.zoom = "";
   for (const box of redraws.keys()) redraw(box);
 });

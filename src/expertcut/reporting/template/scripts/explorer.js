@@ -8,7 +8,7 @@ const COLUMNS = [
   ["weighted accuracy", "weighted_accuracy", ".1%", "weighted_accuracy_ci95"],
   ["contribution, %", "contribution_pct", ".2f"],
   ["tokens", "tokens", ",d"],
-  ["difference", "difference", "+.1%"],
+  ["difference, points", "difference", "+.1p"],
   ["z", "z", "+.2f"],
   ["p, adjusted", "p_adjusted", ".2g"],
   ["p, family-wise", "p_family", ".2g"],
@@ -93,11 +93,17 @@ class Explorer {
     choice.parentElement.hidden = false;
     choice.append(html("option", { value: "" }, "nothing"));
     this.marks.forEach(({ name }, i) => choice.append(html("option", { value: i }, name)));
-    choice.addEventListener("change", () => {
+    const mark = (value) => {
+      choice.value = value;
       const its = choice.value === "" ? { removed: [], tilted: [] } : this.marks[Number(choice.value)];
       const places = (list) => list.map((x) => [this.experts[x].row, this.experts[x].column]);
       for (const map of this.maps) map.mark({ removed: places(its.removed), tilted: places(its.tilted) });
-    });
+    };
+    choice.addEventListener("change", () => mark(choice.value));
+    for (const link of document.querySelectorAll(".cuts a")) {
+      if (link.hash.slice(1) === this.root.closest("section").id) link.addEventListener("click", () => mark(link.dataset.cut));
+    }
+    mark("0");
   }
 
   showDetail(x) {
