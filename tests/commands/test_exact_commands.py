@@ -145,7 +145,7 @@ def test_a_cut_and_tilts_are_said_in_words(cut: Path, expertcut: Commands) -> No
         f"reweight --profile p-both --boost {keep[2]}=1 --apply-at answer --out again"
     )
     assert f"Expert {keep[2]} of layer 1 is boosted by +1.0000" in printed
-    assert "This model was cut before" in expertcut("show p-both")
+    assert "This model was cut before" in expertcut("show p-both --tables")
     said = expertcut("profile cut --quiz quiz --split val --shots 1 --threads 1 --out p-cut")
     said = expertcut(f"reweight --profile p-cut --boost {keep[0]}=1 --out new", status=2)
     assert "has layout exact, which layout stock cannot carry on: take --layout exact" in said
