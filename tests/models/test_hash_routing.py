@@ -56,7 +56,7 @@ def test_its_alpha_is_its_own_score_and_its_tables_layer_is_told(
         np.testing.assert_allclose(
             sorted(profile.array("weight_NLK")[0, layer]), sorted(weights_K), atol=1e-4
         )
-    shown = " ".join(expertcut(f"show {profiled}").split())
+    shown = " ".join(expertcut(f"show {profiled} --tables").split())
     assert "Hash-routed: layers 0 choose their experts by a table of token ids" in shown
     assert '"selection":"table"' in (tmp_path / profiled / "profile.json").read_text().replace(
         " ", ""

@@ -142,7 +142,7 @@ def test_the_command_asks_again_and_show_prints_it(
     assert run(f"{line} --perturb shuffle-choices --perturb bf16", monkeypatch) == 0
     assert {f.name: f.read_bytes() for f in (out / "chunks").iterdir()} == before
     capsys.readouterr()
-    assert run(f"show {out}", monkeypatch) == 0
+    assert run(f"show {out} --tables", monkeypatch) == 0
     printed = capsys.readouterr().out
     assert "Perturbations" in printed and "shuffle-choices" in printed and "bf16" in printed
     assert run(f"show {out} --format json", monkeypatch) == 0

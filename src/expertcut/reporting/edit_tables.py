@@ -123,7 +123,7 @@ def outcome_lines(
     where = scored_on.clause
     if scored_on.used == 0:
         where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
-    if answered is not None:
+    if answered is not None and scored_on.questions:
         delta, base = answered.change.delta, answered.base
         text = f"{percent(base + delta)}, was {percent(base)} on {where}: "
         text += change_text(answered.change)

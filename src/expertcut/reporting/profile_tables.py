@@ -55,8 +55,9 @@ def headline(findings: Findings) -> list[str]:
     }
     by = ("--by", "reap") if layers[0].over_tokens else ()
     prune = ("prune", "--profile", path, "--sparsity", "0.5", *by)
-    commands = next_lines(prune, ("show", path, "--tables"))
-    return [*(labelled(*line) for line in lines.items()), *commands]
+    can_prune = not any(block.is_hashed for block in profile.info.model.blocks)
+    commands = (*((prune,) if can_prune else ()), ("show", path, "--tables"))
+    return [*(labelled(*line) for line in lines.items()), *next_lines(*commands)]
 
 
 def _useful(findings: Findings, numbers: ExpertIds) -> dict[str, str]:
