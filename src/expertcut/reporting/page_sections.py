@@ -474,6 +474,7 @@ def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
 
 def _plan(plan: PlanFile) -> Rows:
     adapter = plan.adapter
+    adapter_text = f"{adapter.path}, {adapter.weights_sha256}" if adapter else None
     return [
         ("made by", plan.action),
         ("model", plan.model.label),
@@ -481,7 +482,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("fingerprint of config and weights", plan.model.fingerprint),
         ("chosen on", eval_tables.chosen_text(plan)),
         ("hash of their list", plan.chosen_on.sha256),
-        ("adapter that was cut along", adapter and f"{adapter.path}, {adapter.weights_sha256}"),
+        ("adapter that was cut along", adapter_text),
     ]
 
 
