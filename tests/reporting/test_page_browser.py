@@ -237,7 +237,7 @@ def test_a_phone_scrolls_down_only(visit: Callable[..., Seen], page: Path, large
 def test_on_paper_all_but_the_recipe_is_open_and_no_table_is_cut(
     visit: Callable[..., Seen], tmp_path: Path
 ):
-    folder = make_run(tmp_path / "run")
+    folder = make_run(tmp_path / "run", experts=256)
     (folder / "recipe.yaml").write_text("model: base\n" * 100)
     results = load_results(folder / "results.json")
     cuts = [
@@ -256,6 +256,10 @@ def test_on_paper_all_but_the_recipe_is_open_and_no_table_is_cut(
     tables = seen.page.locator("table")
     rights = tables.evaluate_all("all => all.map(each => each.getBoundingClientRect().right)")
     assert len(rights) > 8 and 400 < max(rights) <= 718
+    maps = seen.page.locator(".plot").evaluate_all(
+        "all => all.map(each => each.scrollWidth - each.clientWidth)"
+    )
+    assert len(maps) == 12 and max(maps) <= 1
     paper = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == "rgb(255, 255, 255)"
     seen.page.emulate_media(media="screen")

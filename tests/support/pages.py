@@ -152,9 +152,9 @@ def make_results(file: Path, subjects: Mapping[str, int] = SUBJECTS, **changes: 
     return found
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, experts: int = 8) -> Path:
     """A profile, a cut of its model with a curve, and results."""
-    profile = make_profile(folder / "profile")
+    profile = make_profile(folder / "profile", experts=experts)
     make_plan(folder / "cut", profile, tuning=curve())
     make_results(folder / "results.json")
     return folder

@@ -132,7 +132,6 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     base_size = _weight_bytes(base_folder(plan.model, folder))
     scored_on = read_scored_split(plan, folder)
     n = scored_on.questions
-    title = scored_on.title if scored_on.split else "Evaluate it with expertcut eval"
     base: list[Cell] = [plan.model.label, _size_text(base_size) if base_size else None]
     own: list[Cell] = [document.name, _size_text(size)]
     words, figures = "not evaluated yet", f"{document.name} against {plan.model.label}"
@@ -147,7 +146,8 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     heads = columns(f"model; size; accuracy::.2%; {edit_tables.CHANGE}; verdict")
     rows = [[*row, *[None] * (len(heads) - len(row))] for row in (base, own)]
     finding = f"{_size_text(size, base_size)}, {words}"
-    context = f"{title}, {n:,} in all" if scored_on.split else title
+    title = scored_on.title if own[2:] else "Evaluate it with expertcut eval"
+    context = f"{title}, {n:,} in all" if own[2:] else title
     return Headline([(finding, figures)], context, Table(title, heads, rows))
 
 
@@ -474,6 +474,7 @@ def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
 
 def _plan(plan: PlanFile) -> Rows:
     adapter = plan.adapter
+    adapter_text = f"{adapter.path}, {adapter.weights_sha256}" if adapter else None
     return [
         ("made by", plan.action),
         ("model", plan.model.label),
@@ -481,7 +482,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("fingerprint of config and weights", plan.model.fingerprint),
         ("chosen on", eval_tables.chosen_text(plan)),
         ("hash of their list", plan.chosen_on.sha256),
-        ("adapter that was cut along", adapter and f"{adapter.path}, {adapter.weights_sha256}"),
+        ("adapter that was cut along", adapter_text),
     ]
 
 

@@ -347,8 +347,8 @@ def _draw_curves(axes: "Axes", figure: Curves) -> None:
     for number, (series, look) in enumerate(zip(drawn, _looks(len(drawn)), strict=True)):
         shift = (number - (len(drawn) - 1) / 2) * (0.5 / len(drawn)) if figure.is_flat else 0
         look |= {"linestyle": "none"} if figure.is_flat else {}
-        bars = dict(is_flat=figure.is_flat, capsize=2, markersize=4)
-        _draw_bars(axes, places + shift, series, **bars, **look)
+        look |= {"is_flat": figure.is_flat, "capsize": 2, "markersize": 4}
+        _draw_bars(axes, places + shift, series, **look)
     for series in figure.series:
         if series.is_reference:
             pair = (series.values, places) if figure.is_flat else (places, series.values)

@@ -109,7 +109,8 @@ themeButton.addEventListener("click", () => {
 });
 setTheme(THEMES.find((theme) => theme === remembered()) ?? "automatic");
 
-// On paper everything but a recipe is open, drawn for the width of a sheet, and no table is wider.
+// On paper all but a recipe is open, drawn for the width of a sheet; no table or map is wider.
+const WIDE = ".scroll > table, .plot > .heat";
 let opened = [];
 addEventListener("beforeprint", () => {
   hideTip();
@@ -117,15 +118,15 @@ addEventListener("beforeprint", () => {
   for (const details of opened) details.open = true;
   document.documentElement.classList.add("printing");
   for (const box of redraws.keys()) redraw(box);
-  for (const table of document.querySelectorAll(".scroll > table")) {
-    const share = () => Math.min(1, table.parentElement.clientWidth / table.offsetWidth);
-    table.classList.toggle("tight", share() < 0.7); // headings may break within words
-    table.style.zoom = share();
+  for (const wide of document.querySelectorAll(WIDE)) {
+    const share = () => Math.min(1, wide.parentElement.clientWidth / wide.offsetWidth);
+    wide.classList.toggle("tight", share() < 0.7); // headings may break within words
+    wide.style.zoom = share();
   }
 });
 addEventListener("afterprint", () => {
   for (const details of opened) details.open = false;
   document.documentElement.classList.remove("printing");
-  for (const table of document.querySelectorAll(".scroll > table")) table.style.zoom = "";
+  for (const wide of document.querySelectorAll(WIDE)) wide.style.zoom = "";
   for (const box of redraws.keys()) redraw(box);
 });
