@@ -1,7 +1,11 @@
-"""Files: bounded reads, strict JSON, private temporary files, atomic writes, no secrets."""
+"""Files: bounded reads, strict JSON, private temporary files, atomic writes, no secrets.
+
+Also what earlier runs found: one small file for each key, in a cache folder of the user.
+"""
 
 import codecs
 import errno
+import hashlib
 import json
 import os
 import re
@@ -157,3 +161,22 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
         if isinstance(error, OSError):
             raise OutputError(f"{path} cannot be written: {error.strerror}") from None
         raise
+
+
+def recall(key: object) -> str | None:
+    """What an earlier run remembered under the key, which is hashed by its `repr`."""
+    with suppress(OSError, ValueError):
+        return read_file(_memory(key), 1000).decode("ascii")
+    return None
+
+
+def remember(key: object, found: str) -> None:
+    """Keeps a short ASCII text for later runs; a folder that cannot be written keeps none."""
+    with suppress(OutputError):
+        write_atomically(_memory(key), found.encode("ascii"))
+
+
+def _memory(key: object) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = os.environ.get("EXPERTCUT_CACHE") or Path(cache, "expertcut")
+    return Path(folder, hashlib.sha256(repr(key).encode()).hexdigest())

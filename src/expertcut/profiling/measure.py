@@ -60,8 +60,7 @@ class Measurement:
         self.quiz = quiz
         self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
         self.engine.context.check(quiz)
-        for subject, questions in _checked(quiz):
-            self.engine.check(self.engine.encode(quiz, subject, questions))
+        self.engine.check_once([self.engine.encode(quiz, *few) for few in _checked(quiz)])
         self.waits = options.waits
         self.is_one_set = False
         if options.stats in (None, "all"):

@@ -15,6 +15,7 @@ prompt runs again to find the first module with a non-finite output.
 """
 
 import logging
+import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,10 +27,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
+from expertcut import __version__
 from expertcut.data import Question, Quiz, prompt
 from expertcut.errors import ModelError
+from expertcut.files import recall, remember
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.gate_laws import check_gate, verifying
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
@@ -173,6 +178,25 @@ class Engine:
                 "%d of %d %s prompts lost tokens on their left: the context of %s has %d",
                 *(n_cut, len(quiz), quiz.split, self.moe.source.id, self.context.length),
             )
+
+    def check_once(self, chunks: Sequence[Encoded]) -> None:
+        """Checks chunks, unless an earlier run found the same model, tokens and settings right.
+
+        Code that comes with a checkpoint is not part of its fingerprint, so it is always checked.
+        """
+        moe, config = self.moe, self.moe.model.config
+        versions = (__version__, torch.__version__, transformers.__version__, platform.node())
+        places = (str(moe.dtype), str(moe.device), str(getattr(moe.model, "hf_device_map", None)))
+        kernels = (torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+        ways = (self.attention, config._attn_implementation, config._experts_implementation)
+        settings = (*versions, *places, *kernels, *ways, self.batch_tokens)
+        key = ("checked", moe.source.fingerprint, settings, chunks)
+        if "auto_map" not in read_config(moe.source.path) and recall(key):
+            return
+        for encoded in chunks:
+            self.check(encoded)
+        if self.is_trusted and self.attention == ways[0]:  # else the warning comes each time
+            remember(key, "agrees")
 
     def check(self, encoded: Encoded) -> None:
         """Checks the gates, and takes mode single if four questions score otherwise together."""
