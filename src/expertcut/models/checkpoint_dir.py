@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
-
 from expertcut.errors import ModelError
 from expertcut.files import parse_json, recall, remember, wide_encoding
 
@@ -41,15 +39,6 @@ def read_object(file: Path, max_bytes: int = _MAX_CONFIG_BYTES) -> dict[str, Any
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds a {type(config).__name__}, must be a JSON object")
     return config
-
-
-def check_object(file: Path, max_bytes: int) -> None:
-    """Checks that a file holds a JSON object, eight times as fast as `read_object` if it does."""
-    check_size(file, max_bytes)
-    with suppress(OSError, ValueError):
-        if isinstance(from_json(file.read_bytes()), dict):
-            return
-    read_object(file, max_bytes)
 
 
 def check_size(file: Path, max_bytes: int) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from expertcut.errors import ContractError, ModelError, SettingsError
 from expertcut.models import checkpoint_dir, safetensors_index, validate
-from expertcut.models.checkpoint_dir import check_object, fingerprint_of, read_config, stamp
+from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.find_blocks import check_family, find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
@@ -209,7 +209,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     config, is_trusted = _checked_config(source, options)
     for file in (source.path / name for name in _JSON):
         if file.exists():
-            check_object(file, 500_000_000)  # the largest known has 33 MB
+            read_object(file, 500_000_000)  # the largest known has 33 MB
     with translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
