@@ -15,7 +15,6 @@ prompt runs again to find the first module with a non-finite output.
 """
 
 import logging
-import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,14 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
-from expertcut import __version__
 from expertcut.data import Question, Quiz, prompt
 from expertcut.errors import ModelError
-from expertcut.files import recall, remember
-from expertcut.models.checkpoint_dir import read_config
+from expertcut.files import advance
 from expertcut.models.gate_laws import check_gate, verifying
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
@@ -156,6 +152,7 @@ class Engine:
     def __init__(self, moe: MoeModel, batch_tokens: int) -> None:
         self.moe, self.batch_tokens, self.context = moe, batch_tokens, Context(moe)
         self.is_trusted = True
+        self.n_scored = self.n_asked = 0  # of the quiz that `encode_all` gives out
         is_split = attention.is_available(moe.model, moe.device)
         self.attention: passes.Attention = "split" if is_split else "masked"
         self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
@@ -168,35 +165,17 @@ class Engine:
     def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
         """Tokenizes a quiz, subject by subject; warns of truncated prompts."""
         self.context.check(quiz)
-        n_cut = 0
+        n_cut, self.n_scored, self.n_asked = 0, 0, len(quiz)
         for subject, questions in quiz.questions.items():
             encoded = self.encode(quiz, subject, questions)
             n_cut += encoded.n_cut
             yield encoded
+        self.n_asked = 0
         if n_cut:
             logger.warning(
                 "%d of %d %s prompts lost tokens on their left: the context of %s has %d",
                 *(n_cut, len(quiz), quiz.split, self.moe.source.id, self.context.length),
             )
-
-    def check_once(self, chunks: Sequence[Encoded]) -> None:
-        """Checks chunks, unless an earlier run found the same model, tokens and settings right.
-
-        Code that comes with a checkpoint is not part of its fingerprint, so it is always checked.
-        """
-        moe, config = self.moe, self.moe.model.config
-        versions = (__version__, torch.__version__, transformers.__version__, platform.node())
-        places = (str(moe.dtype), str(moe.device), str(getattr(moe.model, "hf_device_map", None)))
-        kernels = (torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-        ways = (self.attention, config._attn_implementation, config._experts_implementation)
-        settings = (*versions, *places, *kernels, *ways, self.batch_tokens)
-        key = ("checked", moe.source.fingerprint, settings, chunks)
-        if "auto_map" not in read_config(moe.source.path) and recall(key):
-            return
-        for encoded in chunks:
-            self.check(encoded)
-        if self.is_trusted and self.attention == ways[0]:  # else the warning comes each time
-            remember(key, "agrees")
 
     def check(self, encoded: Encoded) -> None:
         """Checks the gates, and takes mode single if four questions score otherwise together."""
@@ -267,6 +246,10 @@ class Engine:
             ids_NC = choice_NC.to(logits_NV.device)[at_N]
             found_NC = logprob_NV.gather(1, ids_NC.clamp(min=0)).where(ids_NC >= 0, -torch.inf)
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)
+            if self.n_asked:
+                self.n_scored += len(done.questions)
+                name = f"running {self.moe.source.name}"
+                advance(name, self.n_scored, self.n_asked, "questions")
         is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
         if bool(is_bad_N.any()):
             bad = int(is_bad_N.int().argmax())
