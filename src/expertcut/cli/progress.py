@@ -186,7 +186,7 @@ class Bars:
         bar.update(done - bar.n)
         if self.terminal is None and total and time.monotonic() - self.last_s >= 60:
             self.last_s = time.monotonic()
-            print(bar, file=sys.stderr, flush=True)
+            print(" ".join(str(bar).split()), file=sys.stderr, flush=True)
         if total and done == total and what != self.kept:
             self.bars.pop(what).close()
 
