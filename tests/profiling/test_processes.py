@@ -339,5 +339,5 @@ def test_the_bar_of_a_part_has_amount_pace_and_time_left_and_goes_when_it_ends(
 def test_only_the_first_process_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     bars = Bars(Screen())
-    assert len(list(Line("profiling tiny", 2, bars).follow(iter([Progress(1, 2, 1)])))) == 1
+    assert len(list(Line("profiling tiny", 2, bars).follow(iter([Progress(1, 2, 0)])))) == 1
     assert bars.terminal.getvalue() == ""

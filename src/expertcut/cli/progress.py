@@ -246,8 +246,9 @@ class Line:
                 self.done, self.n_running = progress.done, 0
                 self.tokens = max(self.tokens, progress.tokens)
                 self._show()
-                if not progress.measured:  # finished before: not to be counted as speed
-                    self.bars.bars[self.what].initial = progress.done
+                bar = self.bars.bars.get(self.what)
+                if bar is not None and not progress.measured:  # done before: not to count as speed
+                    bar.initial = progress.done
             yield step
 
     def _show(self) -> None:
