@@ -1,13 +1,18 @@
-"""Files: bounded reads, strict JSON, private temporary files, atomic writes, no secrets."""
+"""Files: bounded reads, strict JSON, private temporary files, atomic writes, no secrets.
+
+Also what earlier runs found, in a cache folder of the user, and the progress of long work.
+"""
 
 import codecs
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import stat
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from io import BufferedReader
 from math import isinf
@@ -157,3 +162,32 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
         if isinstance(error, OSError):
             raise OutputError(f"{path} cannot be written: {error.strerror}") from None
         raise
+
+
+def recall(key: object) -> str:
+    """What an earlier run remembered under the `repr` of the key; empty if nothing."""
+    with suppress(OSError, ValueError):
+        return read_file(_memory(key), 1000).decode("ascii")
+    return ""
+
+
+def remember(key: object, found: str) -> None:
+    """Keeps a short ASCII text for later runs, where the cache can be written."""
+    with suppress(OutputError):
+        write_atomically(_memory(key), found.encode("ascii"))
+
+
+def _memory(key: object) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = os.environ.get("EXPERTCUT_CACHE") or Path(cache, "expertcut")
+    return Path(folder, hashlib.sha256(repr(key).encode()).hexdigest())
+
+
+on_progress: list[Callable[[str, float, float, str], None]] = []
+"""Called with what runs, how much of it is done, of how much (0: unknown), and the unit."""
+
+
+def advance(what: str, done: float, total: float, unit: str = "") -> None:
+    """Reports progress to the terminal, if there is one."""
+    for report in on_progress:
+        report(what, done, total, unit)

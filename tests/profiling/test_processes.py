@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from expertcut.cli import main
-from expertcut.cli.progress import Line, is_first
+from expertcut.cli.progress import Bars, Line, is_first
 from expertcut.data import Selection, load_quiz
 from expertcut.profiling.locks import Claims
 from expertcut.profiling.storage import load_profile
@@ -248,59 +247,96 @@ def test_time_left_and_tokens_come_from_what_was_done_since_the_run_began(
     assert (counts.mine, counts.others) == (1, 2)
 
 
-def watched(model: Path, quiz: Path, out: Path, console: Console) -> Line:
-    line = Line("profiling tiny", N_QUESTIONS, console)
-    with line.bar:
-        measure = measurement(model, quiz)
-        for _ in line.follow(measure.run(out, line.see)):
-            pass
-    return line
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
-def test_a_person_at_a_terminal_sees_questions_tokens_and_time(
-    model: Path, quiz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def shown(screen: io.StringIO) -> list[str]:
+    lines = (line.strip() for line in screen.getvalue().replace("\n", "\r").split("\r"))
+    return [line for line in lines if line]
+
+
+@pytest.fixture
+def first(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    watched(model, quiz, tmp_path / "p", console)
-    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", screen.getvalue()).strip().split("\r")[-1]
-    assert "profiling tiny" in last
-    assert f"{N_QUESTIONS}/{N_QUESTIONS} questions" in last
-    pace = re.search(r"([\d,]+) tokens/s, (\d+:\d\d:\d\d) left", last)
-    assert pace
-    assert pace[2] == "0:00:00"
-    assert int(pace[1].replace(",", "")) > 100
 
 
-def test_the_line_moves_within_a_chunk(model: Path, quiz: Path, tmp_path: Path) -> None:
-    line = Line("profiling tiny", N_QUESTIONS, Console(file=io.StringIO(), force_terminal=True))
-    seen = []
+@pytest.mark.usefixtures("first")
+def test_a_person_at_a_terminal_sees_questions_tokens_and_time(
+    model: Path, quiz: Path, tmp_path: Path
+) -> None:
+    bars, seen = Bars(Screen()), []
+    line = Line("profiling tiny", N_QUESTIONS, bars)
+    bars.kept = line.what
 
     def see(step: object) -> None:
         line.see(step)  # type: ignore[arg-type]
-        seen.append(line.bar.tasks[0].completed)
+        seen.append(bars.bars[line.what].n)
 
     list(line.follow(measurement(model, quiz).run(tmp_path / "p", see)))
+    bars.close()
     assert seen == sorted(seen)
-    assert len(set(seen)) > 2 * len(CHUNKS)
-    assert line.bar.tasks[0].completed == N_QUESTIONS
+    assert len(set(seen)) > 2 * len(CHUNKS)  # it moves within a chunk
+    last = shown(bars.terminal)[-1]
+    assert "profiling tiny" in last
+    pace = re.search(rf"{N_QUESTIONS}/{N_QUESTIONS} questions, 00:00 left, ([\d,]+) tokens/s", last)
+    assert pace
+    assert int(pace[1].replace(",", "")) > 100
+    assert "None" not in bars.terminal.getvalue()
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_nothing_is_drawn_where_nobody_watches_or_another_process_draws(
-    rank: str, model: Path, quiz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    return now
+
+
+@pytest.mark.usefixtures("first")
+def test_a_file_gets_a_plain_line_a_minute_and_none_in_the_first(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("FORCE_COLOR", "1")  # what build servers set
-    screen = io.StringIO()
-    if rank == "1":
-        console = Console(file=screen, force_terminal=True)
-    else:
-        monkeypatch.setattr(sys, "stderr", screen)
-        console = None
-    line = Line("profiling tiny", N_QUESTIONS, console)
-    with line.bar:
-        assert len(list(line.follow(iter([Progress(1, 2, 1)])))) == 1
-    assert screen.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    now = at(monkeypatch)
+    bars = Bars()
+    for minute in range(3):
+        for done in range(0, 101, 10):
+            bars.advance(f"cell {minute}", done, 100, "questions")
+            now[0] += 5
+            if not minute:
+                assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+    lines = sys.stderr.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == [
+        "cell 1 10/100 questions, 00:45 left, 2.00 questions/s",
+        "cell 2 20/100 questions, 00:40 left, 2.00 questions/s",
+    ]
+
+
+@pytest.mark.usefixtures("first")
+def test_the_bar_of_a_part_has_amount_pace_and_time_left_and_goes_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, bars = at(monkeypatch), Bars(Screen())
+    for tenth in range(11):
+        bars.advance("loading olmoe", tenth * 1e8, 1e9, "B")
+        now[0] += 1
+    lines = shown(bars.terminal)
+    assert lines[0] == "loading olmoe"
+    assert re.search(r"400M/1.00GB, 00:06 left, 100MB/s$", lines[4])
+    assert not bars.bars
+    bars.advance("expertcut prune", 0, 0, "")
+    with bars.hidden():
+        assert bars.terminal.getvalue().endswith("\r")  # it gave way
+    bars.advance("writing weights", 1, 2, "B")
+    assert {*bars.bars} == {"writing weights"}  # one after another
+    assert "None" not in bars.terminal.getvalue()
+
+
+def test_only_the_first_process_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    bars = Bars(Screen())
+    assert len(list(Line("profiling tiny", 2, bars).follow(iter([Progress(1, 2, 0)])))) == 1
+    assert bars.terminal.getvalue() == ""

@@ -1,13 +1,19 @@
 """The engine's ways of scoring agree, whatever the family."""
 
+import hashlib
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from expertcut.data import Selection, load_quiz
+from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.models import checkpoint_dir
+from expertcut.models.checkpoint_dir import fingerprint_of
 from expertcut.models.load import MoeModel
+from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Encoded, encode
 from tests.conftest import PADDED_FAMILIES, SUBJECTS, open_model
@@ -139,3 +145,64 @@ def test_the_vocabulary_is_projected_at_answer_positions_only(
     Engine(moe, batch_tokens=150).score(chunk)
     handle.remove()
     assert sum(rows) == len(chunk)
+
+
+def test_what_was_checked_is_checked_once_for_the_same_model_prompts_and_settings(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTCUT_CACHE", str(tmp_path / "cache"))
+    moe = open_model(checkpoint("olmoe"))
+    quiz = load_quiz(Selection(str(quiz_folder), shots=2))
+    checked: list[Encoded] = []
+    passes = Engine.check
+
+    def check(engine: Engine, chunk: Encoded) -> None:
+        checked.append(chunk)
+        passes(engine, chunk)
+
+    def n_checked(quiz: Quiz = quiz, batch_tokens: int = 300) -> int:
+        checked.clear()
+        Measurement(moe, quiz, None, MeasureOptions("none", batch_tokens))
+        return len(checked)
+
+    monkeypatch.setattr(Engine, "check", check)
+    assert n_checked() > 0
+    assert n_checked() == 0
+    assert n_checked(batch_tokens=301) > 0
+    assert n_checked(load_quiz(Selection(str(quiz_folder), shots=1))) > 0
+    monkeypatch.setattr("expertcut.profiling.measure.__version__", "0")
+    monkeypatch.setattr(Engine, "check", lambda engine, _: setattr(engine, "is_trusted", False))
+    n_checked()
+    monkeypatch.setattr(Engine, "check", check)
+    assert n_checked() > 0  # what failed is not remembered
+    assert n_checked() == 0
+
+
+def test_a_fingerprint_is_remembered_until_a_file_changes(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTCUT_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(checkpoint("olmoe"), tmp_path / "m"))
+    weights = folder / "model.safetensors"
+
+    def n_hashed(seconds_later: float) -> int:
+        checkpoint_dir._fingerprints.clear()  # as a new process
+        now = time.time() + seconds_later
+        n_before = len(hashed)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint_dir.time, "time", lambda: now)
+            found.append(fingerprint_of(folder))
+        return len(hashed) - n_before
+
+    hashed: list[object] = []
+    found: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda f, n: hashed.append(f) or digest(f, n))
+    assert [n_hashed(1), n_hashed(1)] == [1, 1]  # a fresh file may change unseen
+    assert [n_hashed(60), n_hashed(60)] == [1, 0]
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert n_hashed(60) == 1
+    assert len(set(found[:-1])) == 1
+    assert found[-1] != found[0]

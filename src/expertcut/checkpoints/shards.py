@@ -21,6 +21,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.output_dir import failed, sync_folder
 from expertcut.errors import ModelError, OutputError
+from expertcut.files import advance
 from expertcut.models.safetensors_index import (
     DTYPES,
     INDEX_FILE,
@@ -326,11 +327,14 @@ def write_shards(folder: Path, shards: Sequence[Shard]) -> None:
         soon = chain((p for shard in shards for p in shard.pieces), [None] * _AHEAD)
         for piece in islice(soon, _AHEAD):
             _announce(piece, sources)
+        n_done, n_bytes = 0, sum(piece.size_bytes for shard in shards for piece in shard.pieces)
         for shard, target in zip(shards, targets, strict=True):
             write_all(target, memoryview(shard.header))
             for piece, later in zip(shard.pieces, soon, strict=False):
                 _announce(later, sources)
                 _write_piece(piece, sources, target)
+                n_done += piece.size_bytes
+                advance("writing weights", n_done, n_bytes, "B")
         if index := index_bytes(shards):
             targets.append(closing.enter_context(FileIO(folder / INDEX_FILE, "w")))
             write_all(targets[-1], memoryview(index))

@@ -74,10 +74,14 @@ GROUPS: dict[str, tuple[tuple[str, type[Settings], Callable[..., object]], ...]]
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
 
+def _shown(name: str, run: Callable[..., object], settings: Settings) -> None:
+    with TerminalUI().running(name) as ui:
+        run(settings, ui)
+
+
 for _group, _commands in GROUPS.items():
     for _name, _settings, _run in _commands:
-        _call = partial(lambda run, given: run(given, TerminalUI()), _run)
-        add_command(app, _name, _settings, _call, _group)
+        add_command(app, _name, _settings, partial(_shown, _name, _run), _group)
 
 
 @app.callback(invoke_without_command=True)

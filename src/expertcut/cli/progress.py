@@ -7,24 +7,32 @@ environment; no process group is set up, and no process waits for another's mess
 
 import codecs
 import errno
+import gc
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import (
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from shutil import get_terminal_size
-from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from expertcut.commands import UI, OnPart
 from expertcut.errors import OutputError
+from expertcut.files import on_progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from expertcut.reporting.tables import Table
     from expertcut.scoring.packing import Pass
     from expertcut.scoring.passes import OnPass
@@ -161,24 +169,78 @@ def resumable(where: Path, what: str = "finished chunks are") -> Iterator[None]:
         raise Stopped(f"{text} to go on", status) from None
 
 
-def _progress(before: str, *after: str, console: "Console | None" = None) -> "Progress":
-    """A bar on stderr between texts; shown by the first process, in a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+class Bars:
+    """Progress on stderr by the first process: bars in a terminal, elsewhere a line a minute."""
 
-    # With FORCE_COLOR, which build servers set, rich would take any file for a terminal.
-    console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
-    columns = (TextColumn(before), BarColumn(), *map(TextColumn, after))
-    return Progress(*columns, console=console, disable=not (console.is_terminal and is_first()))
+    def __init__(self, terminal: Any = None) -> None:
+        self.terminal = terminal
+        if terminal is None and sys.stderr.isatty():
+            # A stream of its own, because `translate_errors` keeps what others write to stderr.
+            own = os.dup(sys.stderr.fileno())
+            self.terminal = LastingStream(open(own, "w", encoding=sys.stderr.encoding))  # noqa: PTH123, SIM115
+        self.last_s = time.monotonic()
+        self.bars: dict[str, Any] = {}
+        self.kept: str | None = None
+
+    def advance(
+        self, what: str, done: float, total: float, unit: str, pace: str | None = None
+    ) -> None:
+        """Shows a part of the work instead of the one before, but for the kept one."""
+        if not is_first():
+            return
+        if what not in self.bars:
+            self.close({self.kept} if self.kept else set())
+            self.bars[what] = self._bar(what, done, unit)
+        bar, speed = self.bars[what], "{rate_fmt}" if pace is None else pace
+        amount = f"{{n_fmt}}/{{total_fmt}}{{unit}}, {{remaining}} left, {speed}"
+        drawn = "" if self.terminal is None else "|{bar}| "
+        bar.bar_format = f"{{desc}} {drawn}{amount}" if total else "{desc} {elapsed}"
+        bar.total = total or None
+        bar.update(done - bar.n)
+        if self.terminal is None and total and time.monotonic() - self.last_s >= 60:
+            self.last_s = time.monotonic()
+            print(" ".join(str(bar).split()), file=sys.stderr, flush=True)
+        if total and done == total and what != self.kept:
+            self.bars.pop(what).close()
+
+    def _bar(self, what: str, done: float, unit: str) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            desc=what,
+            initial=int(done),
+            unit="B" if unit == "B" else f" {unit}",
+            unit_scale=unit == "B",
+            bar_format="{desc}",
+            smoothing=0,  # the time left by the mean pace
+            leave=what == self.kept,
+            dynamic_ncols=self.terminal is not None,
+            file=self.terminal or StringIO(),
+            mininterval=0.1 if self.terminal else 1e9,
+        )
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Takes the bars away while something is printed."""
+        if self.terminal is None or not self.bars:
+            yield
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.terminal):
+            yield
+
+    def close(self, but: Set[str] = frozenset()) -> None:
+        """Takes bars away."""
+        for name in self.bars.keys() - but:
+            self.bars.pop(name).close()
 
 
 class Line:
-    """A line of progress on stderr: questions, tokens per second, time left."""
+    """The bar of a run: questions, tokens per second, time left."""
 
-    def __init__(self, what: str, total: int, console: "Console | None" = None) -> None:
-        texts = ("{task.completed:,.0f}/{task.total:,.0f} questions", "{task.fields[pace]}")
-        self.bar = _progress("{task.description}", *texts, console=console)
-        self.task = self.bar.add_task(what, total=total, pace="")
+    def __init__(self, what: str, total: int, bars: Bars) -> None:
+        self.what, self.total, self.bars = what, total, bars
         self.started = time.monotonic()
         self.done = self.tokens = self.n_running = 0
 
@@ -186,7 +248,7 @@ class Line:
         """Counts a forward pass that begins, and the questions of the one before."""
         self.done += self.n_running
         self.n_running = len(step.questions)
-        self._show(None)
+        self._show()
         self.tokens += step.n_tokens
 
     def follow(self, steps: Iterator[T]) -> Iterator[T]:
@@ -196,31 +258,88 @@ class Line:
             if hasattr(step, "left_s"):
                 self.done, self.n_running = progress.done, 0
                 self.tokens = max(self.tokens, progress.tokens)
-                self._show(progress.left_s)
+                self._show()
+                bar = self.bars.bars.get(self.what)
+                if bar is not None and not progress.measured:  # done before: not to count as speed
+                    bar.initial = progress.done
             yield step
 
-    def _show(self, left_s: float | None) -> None:
-        if left_s is not None:
-            self.end = time.monotonic() + left_s
-        elapsed_s = time.monotonic() - self.started
-        words = [f"{self.tokens / elapsed_s:,.0f} tokens/s"] if self.tokens and elapsed_s else []
-        if hasattr(self, "end"):
-            minutes, seconds = divmod(max(0, round(self.end - time.monotonic())), 60)
-            words.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
-        self.bar.update(self.task, completed=self.done, pace=", ".join(words))
+    def _show(self) -> None:
+        elapsed_s = max(time.monotonic() - self.started, 1e-9)
+        pace = f"{self.tokens / elapsed_s:,.0f} tokens/s"
+        self.bars.advance(self.what, self.done, self.total, "questions", pace)
+
+
+class _Compiler(ModuleType):
+    """Stands for `torch._dynamo` until more than its decorators is needed, then imports that."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), name)
+
+    @staticmethod
+    def disable(function: Any = None, *_: object, **__: object) -> Any:
+        """The function, or the decorator, as in eager mode."""
+        return _Compiler.disable if function is None else function
+
+    allow_in_graph = assume_constant_result = disable
+
+
+def _import_transformers() -> None:
+    """Imports transformers without torch's compiler, DTensor and scipy, which it does not need.
+
+    Its decorators and losses import them, with sympy, and the garbage collector walks all objects
+    again and again: 1.9 of 3.3 s of processor time.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 or "torch._dynamo" in sys.modules:
+        return
+    gc.disable()
+    import torch
+    from transformers import utils
+
+    compiler: Any = _Compiler("torch._dynamo")
+    sys.modules["torch._dynamo"] = torch._dynamo = compiler
+    with ExitStack() as stack, suppress(ImportError, AttributeError):  # of other versions
+        stack.callback(gc.enable)
+        stack.callback(gc.freeze)
+        for owner in (utils, utils.import_utils):
+            for name in ("is_torch_distributed_available", "is_scipy_available"):
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, lambda: False)
+        # One submodule is imported, which needs no other.
+        compiler.__path__ = [str(Path(torch.__file__).with_name("_dynamo"))]
+        stack.callback(delattr, compiler, "__path__")
+        for name in ("generation.utils", "modeling_utils", "integrations.moe"):
+            import_module(f"transformers.{name}")
 
 
 class TerminalUI(UI):
     """Prints to stdout, and shows progress on stderr."""
 
     def __init__(self) -> None:
-        self.is_first = is_first()
+        self.is_first, self.bars = is_first(), Bars()
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[Self]:
+        """Shows the command at once in a terminal, and then what the library reports."""
+        on_progress.append(self.bars.advance)
+        try:
+            if self.bars.terminal is not None:
+                self.bars.advance(f"expertcut {name}", 0, 0, "")
+            yield self
+        finally:
+            self.bars.close()
+            on_progress.remove(self.bars.advance)
 
     def quiet(self) -> None:
         """Silences progress bars and reports of other libraries."""
         # Read when datasets is imported, which takes seconds and is done only for its own quizzes.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
+        _import_transformers()
         import transformers
         from huggingface_hub.utils import logging as hub_logging
 
@@ -230,6 +349,10 @@ class TerminalUI(UI):
 
     def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
         """Prints tables, then sentences: within the width of a terminal, but for a word."""
+        with self.bars.hidden():
+            self._say(tables, sentences)
+
+    def _say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
         from expertcut.reporting.tables import as_rich, wrapped
 
         width = get_terminal_size().columns if sys.stdout.isatty() else None
@@ -248,20 +371,29 @@ class TerminalUI(UI):
 
     def text(self, text: str) -> None:
         """Prints the text."""
-        print(text, end="")
+        with self.bars.hidden():
+            print(text, end="")
 
     def watch(
         self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
     ) -> list[T]:
         """Shows a line of progress; a stop says what is kept."""
-        line = Line(what, total)
-        with resumable(where), line.bar:
+        with resumable(where), self._kept(what):
+            line = Line(what, total, self.bars)
             return list(line.follow(run(line.see)))
 
     @contextmanager
     def parts(self, what: str, kept_in: Path | None = None) -> Iterator[OnPart]:
         """Shows a bar; a stop says what is kept."""
         kept = nullcontext() if kept_in is None else resumable(kept_in, "the last state is")
-        with kept, _progress(what, "{task.completed}/{task.total}") as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with kept, self._kept(what):
+            yield lambda done, total: self.bars.advance(what, done, total, "steps")
+
+    @contextmanager
+    def _kept(self, what: str) -> Iterator[None]:
+        self.bars.kept = what
+        try:
+            yield
+        finally:
+            self.bars.kept = None
+            self.bars.close()

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import linkage
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from expertcut.data import Quiz, round_robin
@@ -73,6 +71,8 @@ def matching(dominant: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
         a.float() @ b.float().T for a, b in zip(dominant, other, strict=True) if a.numel()
     )
     assert isinstance(like_II, Tensor), "an expert without neurons"
+    from scipy.optimize import linear_sum_assignment  # slow import
+
     _, order = linear_sum_assignment(like_II.numpy(), maximize=True)
     return torch.from_numpy(order)
 
@@ -110,6 +110,8 @@ def hc_smoe(evidence: Evidence, experts: range, n_groups: int) -> Groups:
     """Clusters of mean outputs by Euclidean distance, average linkage. arXiv:2410.08589, §3."""
     clusters = {number: [expert] for number, expert in enumerate(experts)}
     if n_groups < len(experts):
+        from scipy.cluster.hierarchy import linkage  # slow import
+
         joined = linkage(evidence.measured_EX[list(experts)], method="average")
         for step, (first, second, *_) in enumerate(joined[: len(experts) - n_groups]):
             clusters[len(experts) + step] = clusters.pop(int(first)) + clusters.pop(int(second))

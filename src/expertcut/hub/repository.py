@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from expertcut.edits.plan import PLAN_FILE, PlanFile, load_plan
 from expertcut.errors import HubError, PlanError
-from expertcut.files import HIDDEN, without_secrets
+from expertcut.files import HIDDEN, advance, without_secrets
 from expertcut.reporting.tables import one_line
 
 # The base error of the HTTP library, which differs between versions of huggingface_hub.
@@ -156,6 +156,7 @@ class Repository:
         Without changes that is the id of the previous commit. After an error the repository is
         unchanged; uploaded files stay for the next attempt.
         """
+        advance(f"uploading to {self.id}", 0, 0)
         with in_words(f"uploading to {self.id}", self.id, self.token):
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 *(CommitOperationAdd(name, content) for name, content in files.items()),

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from expertcut.errors import ModelError
-from expertcut.files import parse_json, wide_encoding
+from expertcut.files import parse_json, recall, remember, wide_encoding
 
 _MAX_CONFIG_BYTES = 10_000_000  # a thousand times those of models
 _READ_ENDINGS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _READ_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README.md")
+_FRESH_S = 10.0
 _fingerprints: dict[tuple[object, ...], str] = {}  # by the stamps of the files
 
 
@@ -118,13 +120,22 @@ def _check_link(file: Path, folder: Path) -> None:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """SHA-256 over config.json (as parsed JSON) and the bytes of the weights; cached by `stamp`."""
+    """SHA-256 over config.json (as parsed JSON) and the bytes of the weights.
+
+    Remembered by `stamp`, by later runs too if no file changed in the seconds before: a change
+    within the resolution of the file system's clock would leave the stamp as it was.
+    """
     files = sorted(folder.glob("*.safetensors"))
     stamps: tuple[object, ...] = ()
+    is_settled = False
     with suppress(OSError):  # reading the file raises an error that names it
-        stamps = tuple(stamp(file) for file in (folder / "config.json", *files))
+        paths = (folder / "config.json", *files)
+        stamps = tuple(map(stamp, paths))
+        is_settled = time.time() - max(file.stat().st_ctime for file in paths) > _FRESH_S
     if stamps in _fingerprints:
         return _fingerprints[stamps]
+    if is_settled and (known := recall(("fingerprint", stamps))):
+        return _fingerprints.setdefault(stamps, known)
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
     for file in files:
         try:
@@ -136,6 +147,8 @@ def fingerprint_of(folder: Path) -> str:
             ) from None
     if stamps:
         _fingerprints[stamps] = digest.hexdigest()
+    if is_settled:
+        remember(("fingerprint", stamps), digest.hexdigest())
     return digest.hexdigest()
 
 

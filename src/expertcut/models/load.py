@@ -6,15 +6,18 @@ byte for byte, that of this package or of an earlier version.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
 from expertcut.errors import ContractError, ModelError, SettingsError
+from expertcut.files import advance
 from expertcut.models import checkpoint_dir, safetensors_index, validate
 from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
@@ -155,6 +158,7 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    advance(f"downloading {model}", 0, 0)
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -215,7 +219,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
         )
     # The config was tested without weights before, so an error here may be in any file.
-    with translate_errors("AutoModelForCausalLM", source.path):
+    with translate_errors("AutoModelForCausalLM", source.path), _loading(source):
         model, info = _MODELS.from_pretrained(
             source.path,
             config=config,
@@ -248,6 +252,28 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
                 tensor.data = tensor.data.clone()
     validate.check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
     return MoeModel(source, model, tokenizer, _blocks(source, model))
+
+
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """Reports the share of tensors that are loaded, as bytes of the files."""
+    n_bytes = sum(file.stat().st_size for file in source.weight_files)
+
+    def each(tensors: Sequence[Any]) -> Iterator[Any]:
+        for n_done, tensor in enumerate(tensors, start=1):
+            yield tensor
+            advance(f"loading {source.name}", n_bytes * n_done / len(tensors), n_bytes, "B")
+
+    def shown(bar: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        is_loading = args and kwargs.get("desc") == "Loading weights"
+        return each(tuple(args[0])) if is_loading else bar(*args, **kwargs)
+
+    advance(f"loading {source.name}", 0, n_bytes, "B")
+    before = logging.set_tqdm_hook(shown)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:

@@ -4,6 +4,7 @@ A perturbation (shuffled choices, bfloat16) is a profile in the subfolder `pertu
 """
 
 import logging
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 
+from expertcut import __version__
 from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
 from expertcut.data.sources import is_held_out, is_one_set
 from expertcut.errors import QuizError
-from expertcut.models.checkpoint_dir import absolute_id
+from expertcut.files import recall, remember
+from expertcut.models.checkpoint_dir import absolute_id, read_config
 from expertcut.models.devices import is_on_several
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
 from expertcut.profiling.findings import PERTURBED, Kind
@@ -60,8 +64,7 @@ class Measurement:
         self.quiz = quiz
         self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
         self.engine.context.check(quiz)
-        for subject, questions in _checked(quiz):
-            self.engine.check(self.engine.encode(quiz, subject, questions))
+        self._check_once(options.stats or "all")
         self.waits = options.waits
         self.is_one_set = False
         if options.stats in (None, "all"):
@@ -72,6 +75,21 @@ class Measurement:
             quiz=quiz_info(quiz, limit),
             settings=engine_settings(self.engine, options.stats or "all", quiz.truncate),
         )
+
+    def _check_once(self, stats: Stats) -> None:
+        """Checks the engine, unless an earlier run found all the same right with these prompts."""
+        moe, quiz = self.moe, self.quiz
+        settings = engine_settings(self.engine, stats, quiz.truncate)
+        few = [self.engine.encode(quiz, *questions) for questions in _checked(quiz)]
+        versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
+        key = ("checked", moe.source.fingerprint, settings, versions, few)
+        # The fingerprint does not cover code that comes with a checkpoint.
+        if "auto_map" not in read_config(moe.source.path) and recall(key):
+            return
+        for encoded in few:
+            self.engine.check(encoded)
+        if settings == engine_settings(self.engine, stats, quiz.truncate):  # else it warns each time
+            remember(key, "agrees")
 
     def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
         """Measures the missing chunks, yields after each; `on_pass` precedes each forward pass."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, prompt
 from expertcut.errors import ModelError
+from expertcut.files import advance
 from expertcut.models.gate_laws import check_gate, verifying
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
@@ -151,6 +152,7 @@ class Engine:
     def __init__(self, moe: MoeModel, batch_tokens: int) -> None:
         self.moe, self.batch_tokens, self.context = moe, batch_tokens, Context(moe)
         self.is_trusted = True
+        self.n_scored = self.n_asked = 0  # of the quiz that `encode_all` gives out
         is_split = attention.is_available(moe.model, moe.device)
         self.attention: passes.Attention = "split" if is_split else "masked"
         self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
@@ -163,11 +165,12 @@ class Engine:
     def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
         """Tokenizes a quiz, subject by subject; warns of truncated prompts."""
         self.context.check(quiz)
-        n_cut = 0
+        n_cut, self.n_scored, self.n_asked = 0, 0, len(quiz)
         for subject, questions in quiz.questions.items():
             encoded = self.encode(quiz, subject, questions)
             n_cut += encoded.n_cut
             yield encoded
+        self.n_asked = 0
         if n_cut:
             logger.warning(
                 "%d of %d %s prompts lost tokens on their left: the context of %s has %d",
@@ -243,6 +246,10 @@ class Engine:
             ids_NC = choice_NC.to(logits_NV.device)[at_N]
             found_NC = logprob_NV.gather(1, ids_NC.clamp(min=0)).where(ids_NC >= 0, -torch.inf)
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)
+            if self.n_asked:
+                self.n_scored += len(done.questions)
+                name = f"running {self.moe.source.name}"
+                advance(name, self.n_scored, self.n_asked, "questions")
         is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
         if bool(is_bad_N.any()):
             bad = int(is_bad_N.int().argmax())
