@@ -12,7 +12,6 @@ read; new checkpoints get the new names.
 
 import re
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ class ExactWriter(LayoutWriter):
             for expert, bias in edit.bias.items():
                 bias_E[expert] = bias
             if gate in tensors.headers:
-                tensors.apply(gate, partial(_plus, bias_E=bias_E))
+                tensors.apply(gate, lambda own_E, b_E=bias_E: (own_E.float() + b_E).to(own_E.dtype))
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
                 tensors.added[gate] = bias_E
 
@@ -224,10 +223,6 @@ def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Cons
             like = headers[_own_tensors(blocks, name, expert)[0]]
             stored.setdefault(name, {})[expert] = value_D.to(DTYPES[like.dtype])
     return stored
-
-
-def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:
-    return (before_E.float() + bias_E).to(before_E.dtype)
 
 
 def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> list[str]:

@@ -1,6 +1,7 @@
 """The size of a model or a cut, and the largest cut that fits in a size."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -88,20 +89,14 @@ def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
     assert most is not None
     settings.check()
     choices = counts(settings, ranking.blocks)
-    best, fitting, too_large = cut(ranking, choices[0]), 0, len(choices)
-    if (smallest := size_of(best.draft)) > most:
+    least = cut(ranking, choices[0]).draft
+    if (smallest := size_of(least)) > most:
         raise PlanError(
             f"--max-bytes {most:,} is too small: the smallest cut, "
-            f"{best.draft.action.removeprefix('prune ')}, has {smallest:,} bytes"
+            f"{least.action.removeprefix('prune ')}, has {smallest:,} bytes"
         )
-    while too_large - fitting > 1:
-        middle = (fitting + too_large) // 2
-        tried = cut(ranking, choices[middle])
-        if size_of(tried.draft) <= most:
-            best, fitting = tried, middle
-        else:
-            too_large = middle
-    return best
+    n_fitting = bisect_right(choices, most, key=lambda n: size_of(cut(ranking, n).draft))
+    return cut(ranking, choices[n_fitting - 1])
 
 
 def choose_cut(

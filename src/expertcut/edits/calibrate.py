@@ -1,7 +1,7 @@
 """Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,25 +140,25 @@ def direction_quality(
         products[routing.layer].append((product_T[is_answer_T], product_T[~is_answer_T]))
 
     collect_routing(engine, held_out, directions, add)
-    return [_fit(layer, pairs, apply_at) for layer, pairs in products.items()]
-
-
-def _fit(layer: int, pairs: Sequence[tuple[Tensor, Tensor]], apply_at: ApplyAt) -> Fit:
-    answer_N, elsewhere_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    answer_loss = ((1 - answer_N) ** 2).mean()
-    if apply_at == "all":
-        loss = ((1 - torch.cat([answer_N, elsewhere_T])) ** 2).mean()
-    else:
-        loss = (answer_loss + (elsewhere_T**2).mean()) / 2
-    return Fit(
-        layer=layer,
-        quality=float(1 - loss),
-        quality_answer=float(1 - answer_loss),
-        mean_answer=float(answer_N.mean()),
-        std_answer=float(answer_N.std(correction=0)),
-        mean_elsewhere=float(elsewhere_T.mean()),
-        std_elsewhere=float(elsewhere_T.std(correction=0)),
-    )
+    fits = []
+    for layer, pairs in products.items():
+        answer_N, elsewhere_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        answer_loss = ((1 - answer_N) ** 2).mean()
+        if apply_at == "all":
+            loss = ((1 - torch.cat([answer_N, elsewhere_T])) ** 2).mean()
+        else:
+            loss = (answer_loss + (elsewhere_T**2).mean()) / 2
+        fit = Fit(
+            layer=layer,
+            quality=float(1 - loss),
+            quality_answer=float(1 - answer_loss),
+            mean_answer=float(answer_N.mean()),
+            std_answer=float(answer_N.std(correction=0)),
+            mean_elsewhere=float(elsewhere_T.mean()),
+            std_elsewhere=float(elsewhere_T.std(correction=0)),
+        )
+        fits.append(fit)
+    return fits
 
 
 def rescaling_at_answers(

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -316,12 +316,7 @@ def find_row(profile: Profile, layer: int, expert: int) -> int:
 
 def ids_text(ids: tuple[int, ...]) -> str:
     """Ids as `0–3, 7, 9–12`."""
-    runs: list[list[int]] = []
-    for i in ids:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(ids), lambda at: at[1] - at[0])]
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
 
 

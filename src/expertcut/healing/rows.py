@@ -45,8 +45,10 @@ def read_texts(file: Path, tokenizer: Any) -> list[Text]:
 
 
 def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
-    messages = record.get("messages")
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+    messages, keys = record.get("messages"), ("role", "content")
+    if not (isinstance(messages, list) and messages) or not all(
+        isinstance(m, dict) and isinstance(m.get(key), str) for m in messages for key in keys
+    ):
         raise QuizError(
             f"{where}: must hold text, or messages with role and content: it holds "
             f"{', '.join(record)[:200] or 'nothing'}"
@@ -58,11 +60,6 @@ def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
     except TemplateError as error:
         raise ModelError(f"{where}: the tokenizer's chat template fails: {error}") from None
     return Text(chat, "\n".join(message["content"] for message in messages))
-
-
-def _is_message(found: object) -> bool:
-    keys = ("role", "content")
-    return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in keys)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
 from expertcut.edits.plan import PLAN_FILE, PlanFile, load_plan
 from expertcut.errors import HubError, PlanError
@@ -23,7 +16,7 @@ from expertcut.files import HIDDEN, without_secrets
 from expertcut.reporting.tables import one_line
 
 # The base error of the HTTP library, which differs between versions of huggingface_hub.
-TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
+TransportError: type[Exception] = errors.HfHubHTTPError.__bases__[0]
 
 AGAIN = "run the same command again: what is uploaded already stays"
 _BEARER = re.compile(r"(?i:bearer)\s+\S+")
@@ -52,7 +45,7 @@ def in_words(step: str, repo: str, token: str | None) -> Iterator[None]:
     """Turns errors of the Hub and of the connection into a HubError of one line."""
     try:
         yield
-    except (HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
+    except (errors.HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
         # A fault while a file goes up comes wrapped, and a fault of ours does not.
         cause: BaseException = error
         if isinstance(error, RuntimeError):
@@ -65,11 +58,11 @@ def in_words(step: str, repo: str, token: str | None) -> Iterator[None]:
 
 
 def _reason(error: BaseException, repo: str) -> str:
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return _http_reason(error, repo)
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to reach the Hub"
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return f"{repo} is not a valid name on the Hub: {_short(str(error))}"
     if isinstance(error, json.JSONDecodeError):
         return f"the Hub's answer is not valid JSON: {AGAIN}"
@@ -80,11 +73,11 @@ def _reason(error: BaseException, repo: str) -> str:
     return f"the connection broke ({type(error).__name__}): {AGAIN}"
 
 
-def _http_reason(error: HfHubHTTPError, repo: str) -> str:
+def _http_reason(error: errors.HfHubHTTPError, repo: str) -> str:
     status = error.response.status_code
     # 401 also means that it does not exist, or is private and belongs to others.
     is_credential = error.response.headers.get("X-Error-Message", "").startswith("Invalid cred")
-    if isinstance(error, RepositoryNotFoundError) and status == 401 and not is_credential:
+    if isinstance(error, errors.RepositoryNotFoundError) and status == 401 and not is_credential:
         meaning = _MEANINGS[404] + "; if it exists, the token is wrong: `hf auth login`"
     elif status >= 500:
         meaning = f"the Hub has an internal error: {AGAIN}"
@@ -124,9 +117,9 @@ class Repository:
         with in_words(f"looking at {self.id}", self.id, self.token):
             try:
                 info = self.api.model_info(self.id, revision=revision)
-            except RevisionNotFoundError:
+            except errors.RevisionNotFoundError:
                 return None
-            except RepositoryNotFoundError as error:
+            except errors.RepositoryNotFoundError as error:
                 if error.response.status_code != 404:
                     raise
                 return None

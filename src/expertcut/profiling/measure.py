@@ -19,17 +19,9 @@ from expertcut.errors import QuizError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.models.devices import is_on_several
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
+from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
-from expertcut.profiling.schema import (
-    NO_CHOICE,
-    BlockInfo,
-    ModelInfo,
-    ProfileInfo,
-    Settings,
-    Stats,
-    quiz_info,
-)
 from expertcut.profiling.storage import CUT, Arrays, load_profile
 from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
@@ -46,7 +38,7 @@ HALVED = "halved_passes"  # in a chunk whose passes were split for lack of memor
 class MeasureOptions:
     """How to measure; None means the recorded value of a resumed run, else the default."""
 
-    stats: Stats | None = None
+    stats: schema.Stats | None = None
     batch_tokens: int | None = None
     threads: int | None = None
     waits: bool = True  # ends when all chunks exist, else when none is left for this process
@@ -67,9 +59,9 @@ class Measurement:
         if options.stats in (None, "all"):
             with suppress(QuizError):  # `prune` refuses such a split
                 self.is_one_set = is_one_set(quiz)
-        self.info = ProfileInfo(
+        self.info = schema.ProfileInfo(
             model=model_info(moe),
-            quiz=quiz_info(quiz, limit),
+            quiz=schema.quiz_info(quiz, limit),
             settings=_settings(self.engine, options.stats or "all", quiz.truncate),
         )
 
@@ -128,7 +120,7 @@ class Measurement:
         arrays["row_N"] = np.array([q.row for q in questions], dtype=np.int32)
         if any(q.order for q in questions):  # the original numbers of shuffled choices
             most = max(len(q.choices) for q in questions)
-            orders = [[*q.order, *[NO_CHOICE] * (most - len(q.order))] for q in questions]
+            orders = [[*q.order, *[schema.NO_CHOICE] * (most - len(q.order))] for q in questions]
             arrays["order_NC"] = np.array(orders, dtype=np.uint8)
         return arrays, n_tokens
 
@@ -178,7 +170,7 @@ def resumed(
     )
 
 
-def default_folder(info: ProfileInfo, source: Source) -> Path:
+def default_folder(info: schema.ProfileInfo, source: Source) -> Path:
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
     quiz = info.quiz
     name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
@@ -186,10 +178,10 @@ def default_folder(info: ProfileInfo, source: Source) -> Path:
     return Path("profiles", f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}")
 
 
-def model_info(moe: MoeModel) -> ModelInfo:
+def model_info(moe: MoeModel) -> schema.ModelInfo:
     """The model's entry in a profile."""
     blocks = tuple(
-        BlockInfo(
+        schema.BlockInfo(
             name=b.name,
             experts=b.n_experts,
             top_k=b.top_k,
@@ -204,17 +196,17 @@ def model_info(moe: MoeModel) -> ModelInfo:
     )
     source = moe.source
     model_id = absolute_id(source.id, source.revision)
-    return ModelInfo(
+    return schema.ModelInfo(
         id=model_id, revision=source.revision, fingerprint=source.fingerprint, blocks=blocks
     )
 
 
-def _settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settings:
+def _settings(engine: Engine, stats: schema.Stats, truncate: Truncate | None) -> schema.Settings:
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
     # Offloading to memory or disk changes no bytes on one CPU.
     is_spread = is_on_several(moe.model) and not on_cpu
     config = moe.model.config
-    return Settings(
+    return schema.Settings(
         dtype=str(moe.dtype).removeprefix("torch."),
         device_type=moe.device.type,
         threads=torch.get_num_threads(),
