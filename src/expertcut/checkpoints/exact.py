@@ -12,6 +12,7 @@ read; new checkpoints get the new names.
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class ExactWriter(LayoutWriter):
             for expert, bias in edit.bias.items():
                 bias_E[expert] = bias
             if gate in tensors.headers:
-                tensors.apply(gate, lambda own_E, b_E=bias_E: (own_E.float() + b_E).to(own_E.dtype))
+                tensors.apply(gate, partial(Tensor.add_, other=bias_E))
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
                 tensors.added[gate] = bias_E
 

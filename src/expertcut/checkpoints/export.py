@@ -7,12 +7,10 @@ from pathlib import Path
 
 import torch
 
-from expertcut.checkpoints.bias_edit import BiasEdit
 from expertcut.checkpoints.edit import Edit, LayoutWriter, TensorChanges, removed_experts
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.prune_edit import PruneEdit
-from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.shards import (
     MAX_SHARD_BYTES,
     check_space,
@@ -21,6 +19,7 @@ from expertcut.checkpoints.shards import (
     write_checkpoint,
 )
 from expertcut.checkpoints.stock import StockWriter
+from expertcut.checkpoints.tilt_edit import BiasEdit, ScaleEdit
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import (

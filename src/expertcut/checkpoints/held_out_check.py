@@ -14,7 +14,7 @@ from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds
+from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
@@ -220,11 +220,23 @@ def score_edited(
     if before.run_edited is not None:
         pairs.append(("these against the unedited base", reference, base))
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
+    numbers, names, n = plan.numbers, list(plan.edits), len(quiz)
+    # The checkpoint has the same experts in the same order.
+    served = zip(base.n_served.items(), edited.n_served.values(), strict=True)
     result = stats.HeldOutResult(
         held_out_split=quiz.split,
         held_out=tuple(compare_logprobs(n, a.logprob_NC, b.logprob_NC) for n, a, b in pairs),
         held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
-        shares=_expert_shares(len(quiz), plan, base, reference, edited),
+        shares=tuple(
+            stats.ExpertShares(
+                layer=layer,
+                expert=numbers.number(names[layer], row),
+                base=n_base / n,
+                exact=reference.n_served[layer, row] / n,
+                edited=n_edited / n,
+            )
+            for ((layer, row), n_base), n_edited in served
+        ),
         alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
         agreement=_agreements(reference, edited, plan, engine.moe),
         outcomes=tuple(
@@ -234,25 +246,6 @@ def score_edited(
     answer_N = np.array([question.answer for question in quiz])
     base_N, edited_N = (s.logprob_NC.numpy().argmax(axis=1) == answer_N for s in (base, edited))
     return result, Answered(float(base_N.mean()), stats.compare(base_N, edited_N))
-
-
-def _expert_shares(
-    n: int, plan: EditPlan, base: HeldOutScores, reference: HeldOutScores, edited: HeldOutScores
-) -> tuple[stats.ExpertShares, ...]:
-    """By the numbers of plan.json; `edited` has the same experts in the same order."""
-    numbers, blocks = plan.numbers or ExpertIds(), list(plan.edits)
-    return tuple(
-        stats.ExpertShares(
-            layer=layer,
-            expert=numbers.number(blocks[layer], row),
-            base=n_base / n,
-            exact=reference.n_served[layer, row] / n,
-            edited=n_edited / n,
-        )
-        for ((layer, row), n_base), n_edited in zip(
-            base.n_served.items(), edited.n_served.values(), strict=True
-        )
-    )
 
 
 def _bit_exact_check(

@@ -9,7 +9,6 @@ No checkpoint of layout stock can express this.
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -156,7 +155,10 @@ class MergeEdit(Edit):
         return "the same experts under the unedited router"
 
     def reference_of_edited(self, moe: MoeModel) -> RunEdited:
-        return partial(under, unedited_routers(moe.blocks, self.blocks))
+        routers = unedited_routers(moe.blocks, self.blocks)
+        return lambda blocks: registered(
+            replaced_forward(block.router, routers[block.name]) for block in blocks
+        )
 
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         """Layers in `rows` are MoE blocks, in the order of the plan."""
@@ -276,13 +278,6 @@ def unedited_routers(
         kept = None if selection_E is None else selection_E.clone()
         routers[block.name] = partial(_route, copy.deepcopy(block.router), kept, place_E)
     return routers
-
-
-def under(
-    routers: Mapping[str, Callable[..., Any]], blocks: Sequence[MoeBlock]
-) -> AbstractContextManager[None]:
-    """The merged model runs under the unedited routers."""
-    return registered(replaced_forward(block.router, routers[block.name]) for block in blocks)
 
 
 def _route(

@@ -87,20 +87,6 @@ class _Moments:
         self.n_tokens += len(h_TD)
 
 
-def _direction_D(answer: _Moments, elsewhere: _Moments, apply_at: ApplyAt) -> Tensor:
-    if apply_at == "all":
-        n_tokens = answer.n_tokens + elsewhere.n_tokens
-        outer_DD = (answer.outer_DD + elsewhere.outer_DD) / n_tokens
-        mean_D = (answer.total_D + elsewhere.total_D) / n_tokens
-    else:
-        outer_DD = answer.outer_DD / answer.n_tokens
-        outer_DD = outer_DD + elsewhere.outer_DD / max(elsewhere.n_tokens, 1)
-        mean_D = answer.total_D / answer.n_tokens
-    ridge = _RIDGE * outer_DD.diagonal().mean()
-    v_D: Tensor = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), mean_D)
-    return v_D / (v_D @ mean_D)
-
-
 def fit_directions(
     engine: Engine, tuning: Quiz, layers: Collection[int], apply_at: ApplyAt = "all"
 ) -> dict[int, Tensor]:
@@ -126,7 +112,20 @@ def fit_directions(
         elsewhere.add(h_TD[~is_answer_T])
 
     collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), layers, add)
-    return {layer: _direction_D(*pair, apply_at) for layer, pair in moments.items()}
+    directions = {}
+    for layer, (answer, elsewhere) in moments.items():
+        if apply_at == "all":
+            n_tokens = answer.n_tokens + elsewhere.n_tokens
+            outer_DD = (answer.outer_DD + elsewhere.outer_DD) / n_tokens
+            mean_D = (answer.total_D + elsewhere.total_D) / n_tokens
+        else:
+            outer_DD = answer.outer_DD / answer.n_tokens
+            outer_DD = outer_DD + elsewhere.outer_DD / max(elsewhere.n_tokens, 1)
+            mean_D = answer.total_D / answer.n_tokens
+        ridge = _RIDGE * outer_DD.diagonal().mean()
+        v_D = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), mean_D)
+        directions[layer] = v_D / (v_D @ mean_D)
+    return directions
 
 
 def direction_quality(

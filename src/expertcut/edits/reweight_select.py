@@ -360,31 +360,30 @@ class Contrast(NamedTuple):
 
 def read_contrast(expressions: Sequence[str], fingerprint: str) -> Contrast:
     """Two expressions `PROFILE`, `PROFILE@right`, `PROFILE@wrong` or `PROFILE@subject,subject`."""
-    return Contrast(*(_side(expression, fingerprint) for expression in expressions))
-
-
-def _side(expression: str, fingerprint: str) -> QuestionOutcomes:
-    path, _, which = expression.partition("@")
-    profile = load_profile(Path(path))
-    if profile.info.model.fingerprint != fingerprint:
-        raise SettingsError(
-            f"--contrast {path} is a profile of another model, {profile.info.model.id}: "
-            "take profiles of the model that is to be changed"
-        )
-    records = QuestionOutcomes.of(profile, profiled_quiz(profile))
-    if which in ("right", "wrong"):
-        records = records.part(records.is_correct_N == (which == "right"))
-    elif which:
-        names, known = [name.strip() for name in which.split(",")], profile.info.quiz.subjects
-        if unknown := [name for name in names if name not in known]:
+    sides = []
+    for expression in expressions:
+        path, _, which = expression.partition("@")
+        profile = load_profile(Path(path))
+        if profile.info.model.fingerprint != fingerprint:
             raise SettingsError(
-                f"--contrast {expression}: {unknown[0]!r} is not a subject of that profile: write "
-                f"right, wrong or some of {', '.join(list(known)[:3])}, …"
+                f"--contrast {path} is a profile of another model, {profile.info.model.id}: "
+                "take profiles of the model that is to be changed"
             )
-        records = records.part(np.isin(records.subject_N, names))
-    if not len(records):
-        raise SettingsError(f"--contrast {expression} leaves no question: name another part")
-    return records
+        records = QuestionOutcomes.of(profile, profiled_quiz(profile))
+        if which in ("right", "wrong"):
+            records = records.part(records.is_correct_N == (which == "right"))
+        elif which:
+            names, known = [name.strip() for name in which.split(",")], profile.info.quiz.subjects
+            if unknown := [name for name in names if name not in known]:
+                raise SettingsError(
+                    f"--contrast {expression}: {unknown[0]!r} is not a subject of that profile: "
+                    f"write right, wrong or some of {', '.join(list(known)[:3])}, …"
+                )
+            records = records.part(np.isin(records.subject_N, names))
+        if not len(records):
+            raise SettingsError(f"--contrast {expression} leaves no question: name another part")
+        sides.append(records)
+    return Contrast(*sides)
 
 
 def check_settings(settings: ReweightSettings) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from expertcut.errors import ModelError
-from expertcut.healing.rows import Row
+from expertcut.healing.data import Row
 from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel

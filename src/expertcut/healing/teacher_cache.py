@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch import Tensor
 from expertcut.errors import OutputError
 from expertcut.files import write_atomically
 from expertcut.healing import objectives
+from expertcut.healing.data import Row
 from expertcut.healing.objectives import Batch
-from expertcut.healing.rows import Row
 
 _ROWS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
@@ -120,20 +121,17 @@ def fill_cache(
         missing = {name: item for name, item in by_name.items() if name not in known.places}
         if missing:
             teacher = teacher or live()
-            name = hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()[:16]
-            write_atomically(folder / f"{name}.safetensors", _outputs(teacher, missing))
+            pad_id, device = teacher.moe.tokenizer.pad_token_id or 0, teacher.moe.device
+            padded = objectives.Collator(objectives.at_all_tokens, pad_id)([*missing.values()])
+            batch_of_rows = {name: tensor.to(device) for name, tensor in padded.items()}
+            top = teacher(batch_of_rows, batch_of_rows["labels"] != objectives.IGNORED)
+            lengths = [len(row.ids) - 1 for _, row in missing.values()]
+            begins = accumulate(lengths, initial=0)
+            places = dict(zip(missing, zip(begins, lengths, strict=False), strict=True))
+            tensors = {"ids": top.ids_MR.int().cpu(), "logprob": top.logprob_MR.float().cpu()}
+            file = hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()[:16]
+            content = save(tensors, {"rows": json.dumps(places)})
+            write_atomically(folder / f"{file}.safetensors", content)
     known.files.close()
     processes.wait_for_everyone()
     return CachedTeacher(folder, key)
-
-
-def _outputs(live: objectives.LiveTeacher, missing: dict[str, tuple[int, Row]]) -> bytes:
-    collator = objectives.Collator(objectives.at_all_tokens, live.moe.tokenizer.pad_token_id or 0)
-    batch = {name: t.to(live.moe.device) for name, t in collator(list(missing.values())).items()}
-    top = live(batch, batch["labels"] != objectives.IGNORED)
-    begin, rows = 0, {}
-    for name, (_, row) in missing.items():
-        rows[name] = (begin, len(row.ids) - 1)
-        begin += len(row.ids) - 1
-    tensors = {"ids": top.ids_MR.int().cpu(), "logprob": top.logprob_MR.float().cpu()}
-    return save(tensors, {"rows": json.dumps(rows)})

@@ -17,7 +17,6 @@ from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
 from expertcut.data.sources import is_held_out, is_one_set
 from expertcut.errors import QuizError
 from expertcut.models.checkpoint_dir import absolute_id
-from expertcut.models.devices import is_on_several
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
 from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
@@ -203,8 +202,9 @@ def model_info(moe: MoeModel) -> schema.ModelInfo:
 
 def _settings(engine: Engine, stats: schema.Stats, truncate: Truncate | None) -> schema.Settings:
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
+    devices = set((getattr(moe.model, "hf_device_map", None) or {}).values())
     # Offloading to memory or disk changes no bytes on one CPU.
-    is_spread = is_on_several(moe.model) and not on_cpu
+    is_spread = len(devices) > 1 and not on_cpu
     config = moe.model.config
     return schema.Settings(
         dtype=str(moe.dtype).removeprefix("torch."),
