@@ -320,18 +320,6 @@ TOKEN_SCORES = {
 }
 
 
-def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
-    """A score of `TOKEN_SCORES` (X,), NaN where no token chose the expert."""
-    total_LE, per_LE = (profile.token_sum(name) if name else None for name in TOKEN_SCORES[by])
-    if total_LE is None:
-        raise ProfileError(
-            f"--by {by}: {profile.path} holds no all-token statistics (--stats answer): profile "
-            "with --stats all"
-        )
-    score_LE = total_LE if per_LE is None else share(total_LE, per_LE)
-    return tuple(float(score_LE[place]) for place in places(profile.info.model.blocks))
-
-
 class Contrast(NamedTuple):
     """Two sets of questions; an expert's score is how much more often the first activates it.
 
@@ -397,7 +385,16 @@ def check_settings(settings: ReweightSettings) -> None:
 def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
     """The number, the score and the candidates that the settings say."""
     least, by = settings.min_appearances, settings.by or "difference"
-    contrast = None
+    contrast = fixed = None
+    if by in TOKEN_SCORES:  # NaN where no token chose the expert
+        total_LE, per_LE = (profile.token_sum(name) if name else None for name in TOKEN_SCORES[by])
+        if total_LE is None:
+            raise ProfileError(
+                f"--by {by}: {profile.path} holds no all-token statistics (--stats answer): "
+                "profile with --stats all"
+            )
+        score_LE = total_LE if per_LE is None else share(total_LE, per_LE)
+        fixed = tuple(float(score_LE[place]) for place in places(profile.info.model.blocks))
     if settings.contrast is not None:
         contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
         if isinstance(profile, ProfilePart):
@@ -409,7 +406,7 @@ def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
         min_appearances=MIN_APPEARANCES if least is None else least,
         layers=read_layers(settings.layers),
         contrast=contrast,
-        fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
+        fixed=fixed,
         constant=tuple(
             (layer, row)
             for layer, block in enumerate(profile.info.model.blocks)

@@ -373,12 +373,10 @@ def removed_share(
 ) -> tuple[int, int, float | None]:
     """Removed experts, questions that chose one to answer, and share of all gate weight."""
     traffic, weight_LE = removed_traffic(profile, edits), profile.token_sum("weight")
-    chosen_NLK, hit_N = profile.array("chosen_NLK"), np.zeros(len(profile.subjects()), bool)
-    for layer, block in enumerate(profile.info.model.blocks):
-        removed = list(edits[block.name].removed(block.experts))
-        hit_N |= np.isin(chosen_NLK[:, layer], removed).any(axis=1)
-    share = None
+    chosen_NLK, share = profile.array("chosen_NLK"), None
+    removed = [list(edits[b.name].removed(b.experts)) for b in profile.info.model.blocks]
+    hit_LN = [np.isin(chosen_NLK[:, i], ids).any(axis=1) for i, ids in enumerate(removed)]
     if weight_LE is not None:
         share_L = np.array([block.mass for block in traffic], dtype=np.float64)
         share = float(share_L @ weight_LE.sum(axis=1) / weight_LE.sum())
-    return sum(block.n_removed for block in traffic), int(hit_N.sum()), share
+    return sum(map(len, removed)), int(np.any(hit_LN, axis=0).sum()), share

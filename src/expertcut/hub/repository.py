@@ -59,7 +59,22 @@ def in_words(step: str, repo: str, token: str | None) -> Iterator[None]:
 
 def _reason(error: BaseException, repo: str) -> str:
     if isinstance(error, errors.HfHubHTTPError):
-        return _http_reason(error, repo)
+        status = error.response.status_code
+        # 401 also means that it does not exist, or is private and belongs to others.
+        is_credential = error.response.headers.get("X-Error-Message", "").startswith("Invalid cred")
+        if (
+            isinstance(error, errors.RepositoryNotFoundError)
+            and status == 401
+            and not is_credential
+        ):
+            meaning = _MEANINGS[404] + "; if it exists, the token is wrong: `hf auth login`"
+        elif status >= 500:
+            meaning = f"the Hub has an internal error: {AGAIN}"
+        else:
+            meaning = _MEANINGS.get(status, f"the Hub refuses it: {AGAIN}")
+        said = _short(error.server_message or "")
+        meaning = meaning.replace("{repo}", repo).replace("{owner}", repo.split("/")[0])
+        return f"{status}{f' ({said})' if said else ''}: {meaning}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to reach the Hub"
     if isinstance(error, errors.HFValidationError):
@@ -71,21 +86,6 @@ def _reason(error: BaseException, repo: str) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read: {error.strerror}"
     return f"the connection broke ({type(error).__name__}): {AGAIN}"
-
-
-def _http_reason(error: errors.HfHubHTTPError, repo: str) -> str:
-    status = error.response.status_code
-    # 401 also means that it does not exist, or is private and belongs to others.
-    is_credential = error.response.headers.get("X-Error-Message", "").startswith("Invalid cred")
-    if isinstance(error, errors.RepositoryNotFoundError) and status == 401 and not is_credential:
-        meaning = _MEANINGS[404] + "; if it exists, the token is wrong: `hf auth login`"
-    elif status >= 500:
-        meaning = f"the Hub has an internal error: {AGAIN}"
-    else:
-        meaning = _MEANINGS.get(status, f"the Hub refuses it: {AGAIN}")
-    said = _short(error.server_message or "")
-    meaning = meaning.replace("{repo}", repo).replace("{owner}", repo.split("/")[0])
-    return f"{status}{f' ({said})' if said else ''}: {meaning}"
 
 
 def _short(text: str) -> str:
