@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import LayoutWriter, TensorChanges, removed_experts
+from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.tensor_names import (
     DiskBlock,
     constant_name,
@@ -27,7 +27,7 @@ from expertcut.checkpoints.tensor_names import (
 )
 from expertcut.edits.calibrate import Constants, Removed
 from expertcut.edits.layouts import Positions
-from expertcut.edits.plan import BlockEdit
+from expertcut.edits.plan import BlockEdit, removed_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code

@@ -176,7 +176,9 @@ class Shard:
         return len(self.header) + sum(piece.size_bytes for piece in self.pieces)
 
 
-def lay_out(stored: Stored, rewrite: Rewrite, max_shard_bytes: int) -> list[Shard]:
+def lay_out(
+    stored: Stored, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[Shard]:
     """The new files; none is larger than the limit unless one tensor alone is."""
     pieces = list(_pieces(stored, rewrite))
     assert len({p.name for p in pieces}) == len(pieces), "two new tensors have the same name"

@@ -10,7 +10,7 @@ from torch import nn
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS, cut_rewrite
-from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
+from expertcut.checkpoints.shards import lay_out
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
@@ -76,7 +76,7 @@ def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
     WRITERS[layout].check(source, is_cutting=True)
 
     def size_of(draft: EditPlan) -> int:
-        shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts), MAX_SHARD_BYTES)
+        shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts))
         return sum(shard.size_bytes for shard in shards)
 
     return size_of

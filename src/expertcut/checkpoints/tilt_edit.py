@@ -6,14 +6,7 @@ from typing import Self
 
 from torch import Tensor
 
-from expertcut.checkpoints.edit import (
-    Calibration,
-    Edit,
-    LayoutWriter,
-    Simulation,
-    TensorChanges,
-    experts_get,
-)
+from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
 from expertcut.data import Quiz
 from expertcut.edits.calibrate import Fit, direction_quality, fit_directions
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
@@ -77,7 +70,7 @@ class BiasEdit(Edit):
         if LAYOUTS[self.layout].fits_biases:
             form = "carried by a direction in the gate's row, which comes close to the bias itself"
         n_biased = sum(len(edit.bias) for edit in self.blocks.values())
-        yield f"{experts_get(n_biased)} a bias on the gate's logit, to act {where}: {form}."
+        yield f"{_experts_get(n_biased)} a bias on the gate's logit, to act {where}: {form}."
 
 
 @dataclass(frozen=True)
@@ -109,4 +102,8 @@ class ScaleEdit(Edit):
 
     def describe(self) -> Iterable[str]:
         n_scaled = sum(len(edit.scale) for edit in self.blocks.values())
-        yield f"{experts_get(n_scaled)} a factor on the gate weight; its routing is unchanged."
+        yield f"{_experts_get(n_scaled)} a factor on the gate weight; its routing is unchanged."
+
+
+def _experts_get(n: int) -> str:
+    return "1 expert gets" if n == 1 else f"{n} experts get"

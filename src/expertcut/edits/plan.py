@@ -28,6 +28,7 @@ PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
+RECORDS = (PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE)  # of one edit, in its folder
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
@@ -312,6 +313,11 @@ def find_row(profile: Profile, layer: int, expert: int) -> int:
         f"expert {expert} of layer {layer} is not in this pruned model: "
         f"there it keeps {ids_text(kept)}, name one of these"
     )
+
+
+def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
+    """The experts that each block's edit does not keep; blocks that keep all are left out."""
+    return {name: gone for name, edit in edits.items() if (gone := edit.removed(n_experts))}
 
 
 def ids_text(ids: tuple[int, ...]) -> str:

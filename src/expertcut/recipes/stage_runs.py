@@ -9,20 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertcut.commands import (
-    UI,
-    ModelSettings,
-    QuizSettings,
-    eval,
-    heal,
-    merge,
-    profile,
-    prune,
-    publish,
-    report,
-    reweight,
-    show,
-)
+from expertcut import commands
+from expertcut.commands import eval, heal, merge, profile, prune, publish, report, reweight, show
 from expertcut.errors import ExpertcutError, OutputError
 from expertcut.files import write_atomically
 from expertcut.recipes.manifest import RECIPE_FILE, Inputs, Ledger, StageRecord, reason
@@ -36,6 +24,7 @@ from expertcut.recipes.stages import (
     stages_of,
     variant_folder,
 )
+from expertcut.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class RecipeRun:
     """One run of a recipe."""
 
     def __init__(
-        self, recipe: Recipe, ledger: Ledger, ui: UI, *, start: str | None, is_dry: bool
+        self, recipe: Recipe, ledger: Ledger, ui: commands.UI, *, start: str | None, is_dry: bool
     ) -> None:
         self.recipe, self.ledger, self.ui = recipe, ledger, ui
         self.folder, self.is_dry = ledger.folder, is_dry
@@ -133,14 +122,15 @@ class RecipeRun:
         self.is_locked = True
         self.ledger.check_unchanged()
 
-    def values_of(self, *settings: type[ModelSettings] | type[QuizSettings]) -> dict[str, Any]:
+    def values_of(self, *settings: type[Settings]) -> dict[str, Any]:
         """The recipe's own values of all fields of these settings."""
         return {name: getattr(self.recipe, name) for kind in settings for name in kind.model_fields}
 
     def scored(self) -> dict[str, Any]:
         """The recipe's quiz, its model, and how it is loaded."""
         revision = self.inputs.commit or self.recipe.revision
-        return self.values_of(ModelSettings, QuizSettings) | {"revision": revision}
+        own = self.values_of(commands.ModelSettings, commands.QuizSettings)
+        return own | {"revision": revision}
 
     def checkpoints(self) -> dict[str, Path]:
         """Folders of the variants with a checkpoint, by name; a search may find no edit."""
@@ -168,7 +158,8 @@ def _show(run: RecipeRun, _: Stage) -> None:
 def _edit(run: RecipeRun, stage: Stage) -> None:
     """Makes the checkpoint of a variant; an existing folder was made by this recipe."""
     variant = next(v for v in run.recipe.variants if v.name == stage.name)
-    given = {**run.values_of(ModelSettings), "out": run.folder / variant_folder(variant.name)}
+    loaded = run.values_of(commands.ModelSettings)
+    given = {**loaded, "out": run.folder / variant_folder(variant.name)}
     section: Any = getattr(variant, variant.kind)
     if variant.heal:
         section = heal_settings(run.recipe, variant.heal)
