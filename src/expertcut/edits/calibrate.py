@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from expertcut.models.hooks import (
     observe_experts,
     observe_routers,
     own_forward,
-    registered,
     replaced_forward,
 )
 from expertcut.models.moe_block import MoeBlock
@@ -264,7 +264,19 @@ class RemovalTrial:
     def __init__(self, block: MoeBlock, x_TD: Tensor) -> None:
         self.block = block
         self.x_TD = x_TD.to(next(block.router.parameters()).device)
-        self.route, own_TD = _own_calls(block, self.x_TD)
+        calls: list[tuple[Any, ...]] = []
+        given: list[Tensor] = []
+
+        def nothing(own_TD: Tensor, *_: Any) -> Tensor:
+            given.append(own_TD)
+            return torch.zeros_like(own_TD)
+
+        # The block's own calls: routers may take another rank than (T, D) and further arguments,
+        # experts a projection of the tokens.
+        handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
+        with handle, replaced_forward(block.experts, nothing):
+            block.module(self.x_TD[None])
+        self.route, own_TD = partial(block.router, *calls[0]), given[0]
         n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * x_TD.shape[1] * 8))
         parts = zip(self.x_TD.split(n_rows), own_TD.split(n_rows), strict=True)
         self.gram_TEE = torch.cat([_gram(block, *rows) for rows in parts])
@@ -350,22 +362,3 @@ def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
         output = block.module(x_RD[None])
     y_RD: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
     return y_RD.double().cpu()
-
-
-def _own_calls(block: MoeBlock, x_TD: Tensor) -> tuple[Callable[[], Any], Tensor]:
-    """The block's own call of its router on these tokens, and the input of its experts.
-
-    Routers may take another rank than (T, D) and further arguments; experts may take a projection
-    of the tokens.
-    """
-    calls: list[tuple[Any, ...]] = []
-    given: list[Tensor] = []
-
-    def nothing(own_TD: Tensor, *_: Any) -> Tensor:
-        given.append(own_TD)
-        return torch.zeros_like(own_TD)
-
-    handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
-    with registered([handle]), replaced_forward(block.experts, nothing):
-        block.module(x_TD[None])
-    return lambda: block.router(*calls[0]), given[0]
