@@ -128,6 +128,11 @@ class Settings(pydantic.BaseModel):
             option_name = f"{flag_of(cls, str(place))}: " if place in cls.model_fields else ""
             raise SettingsError(f"{option_name}{fault_text(fault)}") from None
 
+    @classmethod
+    def of_recipe(cls, values: Any) -> Self:
+        """Settings of a recipe's values; pydantic's error names the key whose value is wrong."""
+        return cls.model_validate(values, context=IN_RECIPE)
+
     def completed(self, **values: Any) -> Self:
         """A copy with these values, which are not validated."""
         return self.model_copy(update=values)
