@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
 from expertcut.checkpoints import shards
+from expertcut.checkpoints.shards import write_shards
 from expertcut.checkpoints.tensor_names import DiskBlock, blocks_of
 from expertcut.documents import first_fault
 from expertcut.edits.layouts import LAYOUTS
@@ -236,7 +237,7 @@ class AdapterCut:
         """Writes the sliced adapter in peft's format; returns the plan that names it."""
         shard, place = self.laid_out(folds), temporary / "adapter"
         try:
-            shards.write_shards(place, [shard])
+            write_shards(place, [shard])
         except EOFError:
             raise ModelError(f"{self.adapter.folder} became shorter while it was read") from None
         except OSError as error:
