@@ -16,6 +16,7 @@ import gc
 
 import pytest
 import torch
+import typer.main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -113,12 +114,22 @@ DENSE_FIRST: dict[str, dict[str, object]] = {
 }
 # A family of each form in which experts are stored: by projection, as w1 to w3, fused with biases,
 # fused without.
+FROZEN = [0]  # numbers of modules
 STORAGE_FORMS = ("olmoe", "mixtral", "gpt_oss", "granitemoe")
 
 
 def pytest_configure() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
+    build = typer.main.get_command
+    built: dict[object, object] = {}
+
+    def get_command(app: typer.Typer) -> object:
+        """The commands, built once: at each call anew, that is a third of a refused command."""
+        key = (app, len(app.registered_commands))
+        return built.get(key) or built.setdefault(key, build(app))
+
+    typer.main.get_command = get_command  # type: ignore[assignment]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -257,7 +268,9 @@ def real_tokenizer() -> Path:
     return folder
 
 
-def pytest_collection_finish() -> None:
+def pytest_runtest_logfinish() -> None:
     """What is imported stays: not to be searched for garbage again by every collection."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > FROZEN[-1] + 100:
+        FROZEN.append(len(sys.modules))
+        gc.collect()
+        gc.freeze()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, OnPart
+from expertcut.commands import SILENT, UI, CheckpointSettings, OnPart, ScoredSettings
 from expertcut.commands import eval as eval_command
 from expertcut.commands import heal as heal_command
 from expertcut.commands import merge as merge_command
@@ -198,7 +198,7 @@ class Plan(_Shown):
         defaults are the profile's. Biases act exactly, not as layout stock fits them. A merge is
         built in a temporary folder.
         """
-        options = sweep_command.ScoredSettings.read(**scored)
+        options = ScoredSettings.read(**scored)
         quiz = sweep_command.scored_quiz(options, self.settings.load_profile())
         with TemporaryDirectory(prefix="expertcut-") as folder:
             if self.edit is None:

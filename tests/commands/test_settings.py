@@ -22,6 +22,7 @@ from expertcut.errors import SettingsError
 from expertcut.recipes.recipe_schema import read_recipe
 from expertcut.recipes.stages import stages_of
 from expertcut.settings import IN_RECIPE, Settings, option, shown
+from tests.conftest import Commands
 
 OWN = {name: settings for name, settings, _ in COMMANDS}
 NEEDED = {
@@ -278,3 +279,44 @@ def test_the_commands_run_from_python_and_say_nothing(
     shown_plan = show.run(show.ShowSettings(path=tmp_path / "plan"))
     assert shown_plan.tables()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("prune owner/name", "make one with `expertcut profile owner/name --quiz QUIZ`, or add"),
+        ("merge owner/name --keep 4", "`expertcut profile owner/name --quiz QUIZ`, or add --quiz"),
+        ("reweight owner/name", "`expertcut profile owner/name --quiz QUIZ`, or add --quiz QUIZ"),
+        ("audit owner/name", "`expertcut profile owner/name --quiz QUIZ`, or add --quiz QUIZ"),
+        ("sweep owner/name", "make one with `expertcut profile owner/name --quiz QUIZ`\n"),
+        ("prune owner/name --profile p --quiz q --keep 4", "add --quiz QUIZ, and no --profile"),
+        ("prune mine --keep 4", "mine is a profile: name it with --profile mine"),
+        ("sweep mine", "mine is a profile: name it with --profile mine"),
+        ("merge --quiz q --keep 4", "need a MODEL to profile: name it or run"),
+        ("prune --profile owner/name --keep 4", "no profile in owner/name: it has no profile.json"),
+        ("prune owner/name --sweep 0.5", "MODEL does not go with --sweep"),
+    ],
+)
+def test_a_model_where_a_profile_is_needed_is_answered_with_how_to_make_one(
+    line: str, words: str, expertcut: Commands, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "profile.json").touch()
+    refused = expertcut(line, status=2)
+    assert words in refused and refused.count("\n") == 1
+
+
+def test_a_model_with_a_quiz_is_profiled_first_and_once(
+    checkpoint: Callable[..., Path], quiz_folder: Path, expertcut: Commands
+) -> None:
+    asked = (checkpoint("olmoe"), "--quiz", quiz_folder, "--split", "val", "--shots", 1)
+    first = expertcut("prune", *asked, "--limit", 2, "--keep", 5, "--plan-only", "--out", "a")
+    (made,) = Path("profiles").iterdir()
+    assert f"{made}: " in first and f"profile   {made} (" in first and "newest" not in first
+    found = json.loads((made / "profile.json").read_text())["quiz"]
+    assert (found["split"], found["shots"], found["limit"]) == ("val", 1, 2)
+    chunks = {file: file.stat().st_mtime_ns for file in made.glob("chunks/*")}
+    expertcut("reweight", *asked, "--limit", 2, "--boost", "0:1", "--plan-only", "--out", "b")
+    assert chunks and chunks == {file: file.stat().st_mtime_ns for file in made.glob("chunks/*")}
+    assert load_plan(Path("a")).chosen_on.sha256 == load_plan(Path("b")).chosen_on.sha256
+    assert f"profile   {made} (newest; " in expertcut("prune --keep 5 --plan-only --out c")

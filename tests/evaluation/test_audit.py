@@ -3,11 +3,13 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from expertcut.edits.edit_settings import AuditSettings, CutSettings
 from expertcut.edits.plan import BlockEdit
 from expertcut.edits.selection import empty_draft
 from expertcut.errors import OutputError, PlanError
+from expertcut.evaluation import ablation
 from expertcut.evaluation.ablation import (
     AuditRun,
     evaluate_criterion,
@@ -36,7 +39,6 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.eval_tables import audit_sentences
 from expertcut.scoring.engine import Engine, ask
-from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, ignore
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import LETTERS, Commands, make_checkpoint, open_model, write_quiz
@@ -312,37 +314,47 @@ def test_the_sample_is_spread_over_layers_and_keeps_nothing_away() -> None:
 # What is finished is kept
 
 
-class Stop(Exception):
-    """In place of a kill."""
+class Killed(BaseException):
+    """In place of a SIGKILL."""
 
 
-def stopping_after(n: int) -> OnPass:
-    passes: Iterator[int] = iter(range(n))
+def test_an_audit_that_was_killed_comes_to_the_same_bytes(
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, done = options(sample=8, by=("random", "aimer", "reconstruction")), Counter[str]()
 
-    def see(_step: Pass) -> None:
-        if next(passes, None) is None:
-            raise Stop
+    def stopping(name: str, last: int) -> None:
+        """Counts the results of a function; the run is killed instead of number `last`."""
+        function = getattr(ablation, name)
 
-    return see
+        def call(*arguments: Any) -> Any:
+            if done[name] == last:
+                raise Killed
+            result = function(*arguments)
+            done[name] += 1
+            return result
 
+        monkeypatch.setattr(ablation, name, call)
 
-def test_an_audit_that_was_killed_comes_to_the_same_bytes(profile: Profile, tmp_path: Path) -> None:
-    seen: list[Pass] = []
-    _, whole = audited(profile, tmp_path / "whole", options(sample=8), seen.append)
-    assert whole.is_complete and len(whole.verdicts) == 2
-    for n in (1, len(seen) // 2):
-        with pytest.raises(Stop):
-            audited(profile, tmp_path / "killed", options(sample=8), stopping_after(n))
-    half = load_audit(tmp_path / "killed")
-    assert 0 < len(half.harms) < 8 and not half.verdicts
-    left: list[Pass] = []
-    audited(profile, tmp_path / "killed", options(sample=8), left.append)
-    assert 0 < len(left) < len(seen)
+    _, whole = audited(profile, tmp_path / "whole", asked)
+    assert whole.is_complete and list(whole.standings) == list(asked.by.split(","))
+    # While the third criterion ranks, within the fourth expert, after the last one.
+    for moment in ({"rank": 2}, {"ablation_effect": 3}, {"evaluate_criterion": 0}):
+        for name, last in ({"rank": -1, "ablation_effect": -1} | moment).items():
+            stopping(name, last)
+        with pytest.raises(Killed):
+            audited(profile, tmp_path / "killed", asked)
+        monkeypatch.undo()
+    assert done == {"rank": 3, "ablation_effect": 8}
+    left = load_audit(tmp_path / "killed")
+    assert left.harms == whole.harms and not left.verdicts
+    monkeypatch.setattr(ablation, "CachedScorer", Mock(side_effect=Killed))
+    audited(profile, tmp_path / "killed", asked)
+    audited(profile, tmp_path / "killed", asked)
     files = [(tmp_path / name / "audit.json").read_bytes() for name in ("killed", "whole")]
     assert files[0] == files[1]
-    again: list[Pass] = []
-    audited(profile, tmp_path / "whole", options(sample=8), again.append)
-    assert not again and (tmp_path / "whole" / "audit.json").read_bytes() == files[1]
+    with pytest.raises(OutputError, match="its settings"):
+        list(AuditRun(profile, asked, LoadOptions("bfloat16")).run(tmp_path / "killed", ignore))
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,26 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from expertcut.cli import main
-from expertcut.data import Selection, load_quiz
+from expertcut.commands import reweight
+from expertcut.commands.reweight import ReweightSettings
+from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.plan import load_hashes, load_plan
 from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast, read_layers
+from expertcut.edits.router_edits import RouterEdit
 from expertcut.errors import SettingsError
 from expertcut.evaluation.cross_fit import load_cross_fit
+from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.router_bias import ApplyAt
 from tests.conftest import COUNTS, open_model, write_quiz
 
 Run = Callable[..., str]
@@ -229,3 +237,98 @@ def test_without_sums_over_tokens_nothing_is_ranked_by_them(
     list(Measurement(moe, quiz, None, MeasureOptions("answer")).run(tmp_path / "p"))
     said = run("reweight", "--profile", "p", "--boost-best", 1, "--by", "tokens", status=2)
     assert "holds no all-token statistics" in said
+
+
+class Killed(BaseException):
+    """In place of a SIGKILL."""
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Counts the tilts that are scored from now on; the run is killed within number `last`."""
+    changed = CachedScorer.changed
+
+    def count(last: int) -> list[int]:
+        done: list[int] = []
+
+        def counted(scorer: CachedScorer, layer: int, change: Any) -> Any:
+            result = changed(scorer, layer, change)
+            if len(done) == last:
+                raise Killed
+            done.append(layer)
+            return result
+
+        monkeypatch.setattr(CachedScorer, "changed", counted)
+        return done
+
+    return count
+
+
+def test_a_cross_fit_that_was_killed_goes_on_to_the_same_bytes(
+    checkpoint: Callable[..., Path],
+    scored: Callable[[int], list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quiz = write_quiz(tmp_path / "quiz", {"dev": 1, "val": 10})
+    asking = load_quiz(Selection(str(quiz), split="val", shots=0))
+    measured = Measurement(open_model(checkpoint("olmoe")), asking, None, MeasureOptions("answer"))
+    list(measured.run(tmp_path / "p"))
+    asked = ReweightSettings(
+        profile=tmp_path / "p", by="accuracy", boost_best=1, tune=True, prove=True, verify=False
+    ).model_copy(update={"draws": 1})
+
+    def made(out: str) -> dict[str, bytes]:
+        reweight.run(asked.completed(out=tmp_path / out))
+        return {f.name: f.read_bytes() for f in (tmp_path / out).iterdir()}
+
+    done = scored(10**6)
+    whole, total = made("whole"), len(done)
+    assert total > 20 and "proof.json" in whole
+    kept, working = 0, tmp_path / ".out.tuning"
+    for last in (0, total // 2):  # in the first tilt, in the middle of the random draws
+        done = scored(last)
+        with pytest.raises(Killed):
+            made("out")
+        kept += len(done)
+        assert len(list(working.glob("*"))) == (kept + 1 if kept else 0)  # the unedited model too
+    done = scored(10**6)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("expertcut.checkpoints.build.atomic_dir", Mock(side_effect=Killed))
+        made("out")
+    assert kept + len(done) == total
+    done = scored(0)  # no tilt is left
+    assert made("out") == whole and not done
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "p", "quiz", "whole"]
+
+
+def test_what_is_kept_is_used_only_for_the_same_question(
+    profile: Profile,
+    scored: Callable[[int], list[int]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    moe = open_model(Path(profile.info.model.id))
+    few, many = (
+        load_quiz(Selection(profile.info.quiz.id, split="val", shots=1, limit=n)) for n in (4, 5)
+    )
+    edit = (RouterEdit(1, 2, 0.1),)
+    done = scored(10**6)
+
+    def ask(
+        n_scored: int, quiz: Quiz = few, tokens: int = 2048, at: ApplyAt = "all", bias: float = 0.1
+    ) -> np.ndarray:
+        before = len(done)
+        scorer = CachedScorer(Engine(moe, tokens), quiz, folder=tmp_path)
+        found = scorer.ask((edit[0]._replace(bias=bias),), at)
+        assert len(done) - before == n_scored
+        return found
+
+    first = ask(1)
+    assert np.array_equal(ask(0), first)
+    for other in ({"quiz": many}, {"tokens": 64}, {"at": "answer"}, {"bias": 0.1 + 1e-12}):
+        ask(1, **other)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    assert np.array_equal(ask(1), first)
+    assert caplog.text.count("scoring it again") == 2  # of it and of the unedited model

@@ -27,6 +27,7 @@ from tests.project.test_architecture import ORDER
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GROUPS = {
+    "Start": ("demo",),
     "Measure": ("profile", "show", "audit"),
     "Change": ("prune", "merge", "reweight", "heal"),
     "Judge": ("sweep", "eval"),
@@ -34,6 +35,7 @@ GROUPS = {
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 PAPER = {"profile", "prune --keep-active", "reweight --boost 12"}  # run by test_paper_commands.py
+DEMO = {"demo"}  # run by test_demo.py
 NUMBER = re.compile(r"[-+−]?\d[\d.,]*(?:e[-+]?\d+)?")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LINKING = (
@@ -251,7 +253,7 @@ def test_every_command_in_the_readme_is_run_by_a_test() -> None:
     recipes = [c for c in commands(README + read("docs/recipes.md")) if c.startswith("run ")]
     assert len(toured) >= 3 and len(recipes) >= 4
     assert all((ROOT / command.split()[1]).is_file() for command in recipes)
-    assert PAPER <= set(commands(README)) <= toured | set(recipes) | PAPER
+    assert PAPER | DEMO <= set(commands(README)) <= toured | set(recipes) | PAPER | DEMO
 
 
 def read(name: str) -> str:

@@ -50,11 +50,12 @@ def test_a_run_that_starts_at_the_first_tilt_has_the_bits_of_a_whole_one(
             assert np.nanmax(moved_NC) > 1e-4
 
 
-def test_without_room_every_layer_runs(tiny_moe: MoeModel, quiz: Quiz) -> None:
-    rescorer = CachedScorer(Engine(tiny_moe, 2048), quiz, kept_bytes=0)
+def test_without_room_every_layer_runs(checkpoint: Callable[..., Path], quiz: Quiz) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    rescorer = CachedScorer(Engine(moe, 2048), quiz, kept_bytes=0)
     assert rescorer.replay.starts == ()
-    shifts = (RouterEdit(len(tiny_moe.blocks) - 1, 1, 3.0),)
-    assert np.array_equal(rescorer.ask(shifts), whole_run(tiny_moe, quiz, shifts, "all"))
+    shifts = (RouterEdit(len(moe.blocks) - 1, 1, 3.0),)
+    assert np.array_equal(rescorer.ask(shifts), whole_run(moe, quiz, shifts, "all"))
 
 
 def test_what_was_asked_once_is_remembered(checkpoint: Callable[..., Path], quiz: Quiz) -> None:
@@ -73,7 +74,7 @@ def test_outputs_that_do_not_repeat_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(CachedScorer, "_replays_exactly", lambda self: False)
+    monkeypatch.setattr(CachedScorer, "_replays_exactly", lambda *_: False)
     moe = open_model(checkpoint("olmoe"))
     rescorer = CachedScorer(Engine(moe, 2048), quiz)
     assert "every run starts at layer 0" in caplog.text

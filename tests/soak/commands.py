@@ -33,7 +33,7 @@ variants:
 eval: {{split: dev}}
 """
 # What holds times, hosts, or how far a run is; the rest must be equal to the last byte.
-RUN_FILES, GROWING = {"run.json"}, {"sweep.json", "manifest.json"}
+RUN_FILES, GROWING = {"run.json"}, {"sweep.json", "audit.json", "manifest.json"}
 _TIMES = {"elapsed_s", "finished", "mtime_ns", "ctime_ns"}
 Files = dict[str, bytes]
 
@@ -112,6 +112,17 @@ def commands(root: Path) -> list[Command]:
         Command("prune --sweep", ("prune", *grid, *of)),
         Command("heal", ("heal", str(root / "cut"), *asked, *briefly, "--threads", "1")),
         Command("run", ("run", str(recipe))),
+    ]
+
+
+def searches(root: Path) -> list[Command]:
+    """Two that score one loaded model again and again, of the profile of `commands`."""
+    of = ("--profile", str(root / "profile"))
+    tuned = ("--suppress-worst", "1", "--by", "accuracy", "--layers", "1", "--tune", "--cross-fit")
+    ranked = ("--by", "random,aimer,reconstruction", "--questions", "40", "--sample", "12")
+    return [
+        Command("reweight", ("reweight", *tuned, "--no-verify", *of)),
+        Command("audit", ("audit", *ranked, *of)),
     ]
 
 

@@ -22,6 +22,7 @@ from tests.soak.commands import (
     finished,
     partial,
     run,
+    searches,
     start,
     timed,
     until,
@@ -64,7 +65,7 @@ def kill(command: Command, root: Path, moments: int, seed: int) -> Tally:
     shutil.rmtree(out)
     tally = Tally(command.name, timed(command.argv(out), log))
     assert comparable(files(out)) == whole, f"{command.name} is not reproducible"
-    assert len(whole) > 3
+    assert whole
     while tally.landed < moments:
         shutil.rmtree(out)
         for left in (*root.glob(".whole.*"), *root.glob("whole.healing")):
@@ -114,7 +115,8 @@ def _count_kept(before: dict[str, int], after: dict[str, int], tally: Tally) -> 
 def soak(moments: int, seed: int, only: str | None = None) -> Iterator[Tally]:
     """Kills spread evenly over the commands, in a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="expertcut-kills-") as folder:
-        wanted = [c for c in commands(Path(folder)) if only in (None, c.name)]
+        every = (*commands(Path(folder)), *searches(Path(folder)))
+        wanted = [c for c in every if only in (None, c.name)]
         for i, command in enumerate(wanted):
             n = moments // len(wanted) + (i < moments % len(wanted))
             (root := Path(folder) / f"{i}").mkdir()
@@ -131,7 +133,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moments", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one command: profile, prune, 'prune --sweep', heal or run")
+    parser.add_argument(
+        "--only", help="one command: profile, prune, 'prune --sweep', heal, run, reweight or audit"
+    )
     asked = parser.parse_args()
     began_s = time.monotonic()
     tallies = list(soak(asked.moments, asked.seed, asked.only))

@@ -16,6 +16,7 @@ from expertcut.cli.options import PanelGroup, add_command
 from expertcut.cli.progress import Stopped, TerminalUI, is_first, lasting_output, terminable
 from expertcut.commands import (
     audit,
+    demo,
     eval,
     heal,
     merge,
@@ -48,6 +49,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 GROUPS: dict[str, tuple[tuple[str, type[Settings], Callable[..., object]], ...]] = {
+    "Start": (("demo", demo.DemoSettings, demo.run),),
     "Measure": (
         ("profile", profile.ProfileSettings, profile.run),
         ("show", show.ShowSettings, show.run),

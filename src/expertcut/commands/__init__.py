@@ -144,6 +144,12 @@ class ProfiledSettings(ModelSettings):
         "Cut prompts of questions outside the profile too, as `profile --truncate`.  "
         "[default: as profiled]",
     )
+    held_out: HeldOut | None = option(
+        None,
+        "Share of the profile's questions to hold out for scoring, if no other split can "
+        "(0: none).  [default: 0.2]",
+        panel=JUDGING,
+    )
 
     def load_profile(self) -> "Profile":
         """The profile; SettingsError if `threads` differs from its own."""
@@ -159,12 +165,12 @@ class ProfiledSettings(ModelSettings):
             )
         return profile
 
-    def choosing_profile(self, ui: UI, held_out: float | None = None) -> "Profile":
+    def choosing_profile(self, ui: UI) -> "Profile":
         """The profile without its held-out questions."""
         profile = self.load_profile()
         from expertcut.edits.splits import choosing_profile  # not if there is no profile
 
-        profile, note = choosing_profile(profile, held_out)
+        profile, note = choosing_profile(profile, self.held_out)
         ui.say([], [f"{note}."] if note else [])
         return profile
 
@@ -177,18 +183,40 @@ class ProfiledSettings(ModelSettings):
         ui.say([], [profile_line(profile, unfinished)])
 
 
-class HeldOutSettings(ProfiledSettings):
-    """The profile, and how many of its questions are held out."""
+class ScoredSettings(Settings):
+    """Questions to score or to profile, by default the profile's quiz at its shots."""
 
-    held_out: HeldOut | None = option(
-        None,
-        "Share of the profile's questions to hold out for scoring, if no other split can "
-        "(0: none).  [default: 0.2]",
-        panel=JUDGING,
-    )
+    quiz: Source | None = quiz_option(None, "Quiz to run.  [default: the profile's]")
+    split: str | None = quiz_option(None, "Split of the quiz.  [default: test]")
+    shots: int | None = quiz_option(None, "Shots.  [default: the profile's, or 5]", ge=0)
+    subjects: Texts | None = quiz_option(
+        None, "Only these subjects, separated by commas.  [default: the profile's, or all]",
+        separator=",",
+    )  # fmt: skip
+    limit: Count | None = quiz_option(None, "Only the first N of each subject.", metavar="N")
+
+    @property
+    def is_scored_given(self) -> bool:
+        """Whether any of these options is given."""
+        return any(getattr(self, name) is not None for name in ScoredSettings.model_fields)
 
 
-class CheckpointSettings(HeldOutSettings):
+class ModelFirstSettings(ScoredSettings, ProfiledSettings):
+    """The profile, or the model and the quiz to make it from."""
+
+    model: str | None = argument(None, "Model to profile first on --quiz: folder or Hub id.")
+
+    def check_model(self) -> None:
+        """Refuses a model without a quiz or beside a profile, and a quiz without a model."""
+        if self.model is None and self.is_scored_given:
+            how = "--quiz and its options need a MODEL to profile: name it or run `expertcut sweep`"
+            raise SettingsError(how)
+        if self.model is not None and (self.quiz is None or self.profile is not None):
+            how = ", or add --quiz QUIZ, and no --profile, to profile it first"
+            raise no_profile(self.model, how)
+
+
+class CheckpointSettings(ModelFirstSettings):
     """How an edited checkpoint is scored, and where it is written."""
 
     verify: bool = option(
@@ -221,6 +249,16 @@ class CheckpointSettings(HeldOutSettings):
             ui.quiet()
             found_source(profile)
         return folder
+
+
+def no_profile(model: str, otherwise: str = "") -> SettingsError:
+    """The error for a model where experts are chosen from a profile."""
+    if Path(model, "profile.json").is_file():
+        return SettingsError(f"{model} is a profile: name it with --profile {shlex.quote(model)}")
+    return SettingsError(
+        "experts are chosen from a profile, not from a model: make one with `expertcut profile "
+        f"{shlex.quote(model)} --quiz QUIZ`{otherwise}"
+    )
 
 
 def say_result(

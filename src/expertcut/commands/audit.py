@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, ProfiledSettings, output_option, save_table
+from expertcut.commands import SILENT, UI, ModelFirstSettings, output_option, save_table
+from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.settings import FilePath
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Audit
 
 
-class AuditSettings(ProfiledSettings, edit_settings.AuditSettings):
+class AuditSettings(ModelFirstSettings, edit_settings.AuditSettings):
     """Ablate single experts and compare the damage with criteria."""
 
     examples: ClassVar = (
@@ -31,6 +32,7 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     from expertcut.edits.criteria import read_criteria
 
     read_criteria(settings.by)  # refused before the profile is read
+    settings = settings.completed(**profiled_first(settings, ui))
     profile = settings.choosing_profile(ui)
     from expertcut.evaluation.ablation import AuditRun  # torch, not to refuse options
     from expertcut.reporting import eval_tables as tables
@@ -40,6 +42,7 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     folder: Path = settings.out or Path("audits") / profile.path.resolve().name
     ui.watch(lambda see: auditing.run(folder, see), "auditing", auditing.n_questions, folder)
     audit = auditing.audit
+    settings.say_profile(profile, ui)
     save_table(folder / "audit.csv", tables.audit_csv(audit), tables.audit_figure(audit))
     ui.say(tables.audit_tables(audit), [*tables.audit_sentences(audit), f"written to {folder}"])
     return audit

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut.commands import SILENT, UI, CheckpointSettings, say_result, wide_option
+from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def run(
     settings: MergeSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path":
     """Makes the checkpoint, or the plan alone; `beside` are files to write beside the plan."""
-    profile = settings.choosing_profile(ui, settings.held_out)
+    settings = settings.completed(**profiled_first(settings, ui))
+    profile = settings.choosing_profile(ui)
     from expertcut.checkpoints.build import choose_groups, merge, write_plan  # with torch
     from expertcut.reporting import edit_tables as tables
 

@@ -4,7 +4,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands import SILENT, UI, BatchSettings, SplitSettings, model_option, output_option
+from expertcut.commands import (
+    SILENT,
+    UI,
+    BatchSettings,
+    ModelFirstSettings,
+    ScoredSettings,
+    SplitSettings,
+    model_option,
+    output_option,
+)
 from expertcut.errors import SettingsError
 from expertcut.settings import FilePath, option
 
@@ -71,3 +80,14 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     if ui.is_first:
         ui.say([], [answered_sentence(folder, profile.answers)])
     return profile
+
+
+def profiled_first(settings: ModelFirstSettings, ui: UI) -> dict[str, Path | None]:
+    """The `profile` of the model, made or resumed, and neither model nor quiz; else nothing."""
+    settings.check_model()
+    if settings.model is None:
+        return {}
+    names = {*ProfileSettings.model_fields} - {"out"}
+    given = settings.model_dump(include=names, exclude_none=True)
+    profile = run(ProfileSettings.read(**given), ui)
+    return dict.fromkeys(("model", *ScoredSettings.model_fields)) | {"profile": profile.path}

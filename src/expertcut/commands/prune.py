@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 from pydantic import model_validator
 
 from expertcut.commands import SILENT, UI, CheckpointSettings, say_result, sweep, wide_option
-from expertcut.commands.sweep import ScoredSettings, SweepSettings
+from expertcut.commands.profile import profiled_first
+from expertcut.commands.sweep import SweepSettings
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import Positions
 from expertcut.errors import SettingsError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _NOT_IN_SWEEP = (
     *("keep_active", "keep", "keep_fraction", "sparsity", "max_bytes", "boost", "suppress"),
-    *("scale", "apply_at", "adapter", "force", "verify", "plan_only", "wide"),
+    *("scale", "apply_at", "adapter", "force", "verify", "plan_only", "wide", "model"),
 )
 
 
@@ -49,15 +50,15 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
     wide: bool = wide_option()
 
 
-class PruneSettings(ScoredSettings, CheckpointSettings, _Cut):
+class PruneSettings(CheckpointSettings, _Cut):
     """Remove experts from the profiled model."""
 
     examples: ClassVar = (
         "expertcut prune --keep-active",
-        "expertcut prune --keep 32 --by reap",
+        "expertcut prune MODEL --quiz my.jsonl --shots 0 --keep 32 --by reap",
         "expertcut prune --sparsity 0.5 --by reap --layout exact --out models/half",
     )
-    hidden: ClassVar = ("sweep", *ScoredSettings.model_fields)
+    hidden: ClassVar = ("sweep",)
 
     sweep: str | None = option(None, "Shares to keep, as `expertcut sweep`.", in_recipe=False)
 
@@ -79,11 +80,7 @@ class PruneSettings(ScoredSettings, CheckpointSettings, _Cut):
                     )
             edit_settings.read_fractions(self.sweep, "--sweep")
             return
-        if self.is_scored_given:
-            raise SettingsError(
-                "--quiz, --split, --shots, --subjects and --limit say what a sweep scores: run "
-                "`expertcut sweep` or leave them out"
-            )
+        self.check_model()
         super().check()
         if self.adapter is not None and self.plan_only:
             raise SettingsError(
@@ -110,6 +107,7 @@ def run(
     if settings.sweep is not None:
         given = settings.model_dump(include={*SweepSettings.model_fields})
         return sweep.run(SweepSettings(fractions=settings.sweep, **given), ui)
+    settings = settings.completed(**profiled_first(settings, ui))
     return write(choose(settings, ui), settings, ui, beside)
 
 
@@ -119,7 +117,7 @@ def choose(settings: PruneSettings, ui: UI) -> Choice:
         from expertcut.checkpoints.lora import read_adapter
 
         read_adapter(Path(settings.adapter))
-    profile = settings.choosing_profile(ui, settings.held_out)
+    profile = settings.choosing_profile(ui)
     from expertcut.checkpoints.size import choose_cut, with_protection  # with torch
     from expertcut.edits.router_edits import scalings, tilts, with_tilts
 

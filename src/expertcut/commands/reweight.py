@@ -1,11 +1,13 @@
 """`expertcut reweight`: a checkpoint whose router favours or avoids experts."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut.commands import SILENT, UI, CheckpointSettings
+from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 
@@ -34,11 +36,24 @@ class Choice:
     folder: Path
 
 
+def working_folder(out: Path) -> Path:
+    """Hidden sibling of the output that keeps the scored tilts of an unfinished run."""
+    place = out.resolve()
+    return place.with_name(f".{place.name}.tuning")
+
+
 def run(
     settings: ReweightSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
     """Makes a checkpoint or a plan; None where nothing was chosen and nothing written."""
-    return write(choose(settings, ui), settings, ui, beside)
+    settings.check_model()
+    settings.check()
+    settings = settings.completed(**profiled_first(settings, ui))
+    choice = choose(settings, ui)
+    made = write(choice, settings, ui, beside)
+    if settings.is_deciding:
+        shutil.rmtree(working_folder(choice.folder), ignore_errors=True)
+    return made
 
 
 def choose(settings: ReweightSettings, ui: UI) -> Choice:
@@ -48,7 +63,7 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     from expertcut.edits.router_edits import procedure_name
 
     check_settings(settings)
-    profile = settings.choosing_profile(ui, settings.held_out)
+    profile = settings.choosing_profile(ui)
     from expertcut.evaluation.reweight_search import by_hand, chosen, decide, prepared  # torch
     from expertcut.reporting.edit_tables import decision_sentences, decision_tables
 
@@ -63,9 +78,9 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     ui.quiet()
     decision = None
     if settings.is_deciding:
-        # Only cross-fitting has parts to show.
-        with (ui if settings.prove else SILENT).parts("proving") as report:
-            decision = decide(profile, procedure, settings, settings.load_as(), report)
+        kept_in, load_as = working_folder(folder), settings.load_as()
+        with ui.parts("cross-fitting" if settings.prove else "tuning", kept_in) as report:
+            decision = decide(profile, procedure, settings, load_as, report, kept_in)
         ui.say(decision_tables(decision), decision_sentences(decision))
     return Choice(profile, chosen(profile, settings, procedure, decision), folder)
 
@@ -78,6 +93,7 @@ def write(
     from expertcut.reporting import edit_tables as tables
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
+    settings.say_profile(profile, ui)
     options = settings.build_options({**edit.beside, **(beside or {})})
     if edit.draft is None:
         if not options.beside:

@@ -1,47 +1,28 @@
 """`expertcut sweep`: score a grid of cuts by several criteria, and write no checkpoint."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut.commands import (
-    QUIZ,
     SILENT,
     UI,
-    HeldOutSettings,
+    ProfiledSettings,
+    ScoredSettings,
     argument,
+    no_profile,
     output_option,
     save_table,
 )
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits import edit_settings
-from expertcut.settings import Count, FilePath, Settings, Source, Texts, option
+from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Sweep
     from expertcut.profiling.storage import Profile
 
-_scored_option = partial(option, None, panel=QUIZ, in_recipe=False)
 
-
-class ScoredSettings(Settings):
-    """The questions to score, by default the profile's quiz at its shots."""
-
-    quiz: Source | None = _scored_option("Quiz to score.  [default: the profile's]")
-    split: str | None = _scored_option("Split to score.  [default: test]")
-    shots: int | None = _scored_option("Shots of the quiz.  [default: the profile's]", ge=0)
-    subjects: Texts | None = _scored_option(
-        "Only these subjects, separated by commas.  [default: the profile's]", separator=","
-    )
-    limit: Count | None = _scored_option("Only the first N questions of each subject.", metavar="N")
-
-    @property
-    def is_scored_given(self) -> bool:
-        """Whether any of these options is given."""
-        return any(getattr(self, name) is not None for name in ScoredSettings.model_fields)
-
-
-class SweepSettings(ScoredSettings, HeldOutSettings, edit_settings.RankSettings):
+class SweepSettings(ScoredSettings, ProfiledSettings, edit_settings.RankSettings):
     """Score a grid of cuts by criterion and size, without checkpoints."""
 
     examples: ClassVar = (
@@ -72,6 +53,8 @@ class SweepSettings(ScoredSettings, HeldOutSettings, edit_settings.RankSettings)
 def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
     settings.check_layout()
+    if "/" in settings.fractions or Path(settings.fractions).is_dir():
+        raise no_profile(settings.fractions)
     fractions = edit_settings.read_fractions(settings.fractions, "FRACTIONS")
     from expertcut.edits.criteria import read_criteria
 
@@ -79,7 +62,7 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     from expertcut.evaluation.search_results import Grid
 
     grid = Grid(criteria, fractions)
-    profile = settings.choosing_profile(ui, settings.held_out)
+    profile = settings.choosing_profile(ui)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
     from expertcut.evaluation.results import Scoring
     from expertcut.evaluation.sweep_run import SweepRun
@@ -98,6 +81,7 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
         ui.watch(step.run, step.name, len(quiz), folder)
     sweep = sweeping.sweep
     if ui.is_first:
+        settings.say_profile(profile, ui)
         save_table(folder / "sweep.csv", tables.sweep_csv(sweep), tables.sweep_figure(sweep))
         sentences = [*tables.sweep_sentences(sweep), f"written to {folder}"]
         ui.say([tables.sweep_table(sweep)], sentences)
@@ -109,11 +93,11 @@ def scored_quiz(settings: ScoredSettings, profile: "Profile") -> Quiz:
 
     Without options, a profile that holds questions out is scored on those.
     """
-    from expertcut.edits.splits import held_out_quiz
+    from expertcut.edits.splits import profiled_quiz
     from expertcut.profiling.storage import ProfilePart
 
     if isinstance(profile, ProfilePart) and not settings.is_scored_given:
-        return held_out_quiz(profile)
+        return profiled_quiz(profile, is_held_out=True)
     info = profile.info.quiz
     is_same = settings.quiz in (None, info.id)
     subjects, revision = (tuple(info.subjects), info.revision) if is_same else ((), None)

@@ -14,7 +14,7 @@ from expertcut.data import Quiz
 from expertcut.data.sources import hash_lines
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import expert_ids
-from expertcut.edits.splits import held_out_quiz, profiled_quiz
+from expertcut.edits.splits import profiled_quiz
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.findings import logits
 from expertcut.profiling.schema import BlockInfo, ModelInfo
@@ -398,7 +398,8 @@ def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
     if settings.contrast is not None:
         contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
         if isinstance(profile, ProfilePart):
-            contrast = contrast.less({q.overlap_hash for q in held_out_quiz(profile)})
+            held_out = profiled_quiz(profile, is_held_out=True)
+            contrast = contrast.less({q.overlap_hash for q in held_out})
     return Chooser(
         boost_best=settings.boost_best,
         suppress_worst=settings.suppress_worst,

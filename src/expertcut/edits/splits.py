@@ -9,7 +9,6 @@ from typing import NamedTuple
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
 from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
 from expertcut.data.sources import (
-    HELD_OUT_SHARE,
     JUDGING,
     fifth_of,
     hash_lines,
@@ -28,7 +27,7 @@ from expertcut.edits.plan import (
     plan_model,
     profiled_plan,
 )
-from expertcut.errors import PlanError, ProfileError, QuizError, SettingsError
+from expertcut.errors import PlanError, ProfileError, QuizError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
@@ -116,15 +115,8 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[P
     """Four fifths of a quiz with one set of questions, else the whole profile; and any message.
 
     The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
-    split can be held out.
-    Raises QuizError: too few questions to hold any out; SettingsError: another share than 0 and a
-    fifth.
+    split can be held out. Raises QuizError: too few questions to hold any out.
     """
-    if held_out not in (None, 0, HELD_OUT_SHARE):
-        raise SettingsError(
-            f"--held-out {held_out:g}: a profile keeps its sums apart for a fifth of the questions "
-            f"alone: give {HELD_OUT_SHARE:g}, which is the default, or 0 to choose on all of them"
-        )
     if held_out == 0:
         whole = Profile(profile.path, profile.info, profile.truncate)
         whole.holds_out = False
@@ -171,7 +163,8 @@ def questions_for(
         return round_robin(unused if len(unused) else quiz, n_held_out)
 
     if isinstance(profile, ProfilePart):
-        return Questions(profiled, profiled, judged_on(held_out_quiz(profile)), inherited)
+        held_out = judged_on(profiled_quiz(profile, is_held_out=True))
+        return Questions(profiled, profiled, held_out, inherited)
     tuning = profiled
     if is_fitting and profiled.split == "test":
         tuning = other_split(profiled, "val", profiled) or profiled
@@ -188,12 +181,6 @@ def questions_for(
             f"{tuning.split}: add some, or fit on all of them with --held-out 0"
         )
     return Questions(profiled, kept, held_out, inherited)
-
-
-def n_used(quiz: Quiz, lines: frozenset[str]) -> int:
-    """Number of its questions among the used ones, by either hash."""
-    known = hashes_in(lines)
-    return sum(question.is_among(known) for question in quiz)
 
 
 def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanFile:
@@ -235,21 +222,12 @@ def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     return chosen | questions.inherited
 
 
-def profiled_quiz(profile: Profile) -> Quiz:
-    """The quiz of a profile, without its held-out questions."""
-    if isinstance(profile, ProfilePart):
-        return _part_of(profile, is_held_out=False)
-    return _whole_quiz(profile)
-
-
-def held_out_quiz(part: ProfilePart) -> Quiz:
-    """The held-out questions of a profile."""
-    return _part_of(part, is_held_out=True)
-
-
-def _part_of(part: ProfilePart, *, is_held_out: bool) -> Quiz:
-    quiz = _whole_quiz(part.whole)
-    own = [q for q in quiz if ((q.subject, q.row) in part.held_out) == is_held_out]
+def profiled_quiz(profile: Profile, *, is_held_out: bool = False) -> Quiz:
+    """The quiz of a profile without its held-out questions, or these alone."""
+    if not isinstance(profile, ProfilePart):
+        return _whole_quiz(profile)
+    quiz, held = _whole_quiz(profile.whole), profile.held_out
+    own = [q for q in quiz if ((q.subject, q.row) in held) == is_held_out]
     return replace_questions(quiz, group_by_subject(own))
 
 

@@ -16,7 +16,7 @@ from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.export import WRITERS
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.prune_edit import PruneEdit
-from expertcut.data import round_robin
+from expertcut.data import round_robin, without
 from expertcut.data.sources import fifth_of, hash_lines
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA, read_criteria
@@ -25,7 +25,7 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.selection import as_numbers, normalised, rank
-from expertcut.edits.splits import n_used, questions_for
+from expertcut.edits.splits import questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation.results import check_same, load_unfinished, profile_hash
 from expertcut.evaluation.reweight_search import CachedScorer
@@ -42,6 +42,7 @@ from expertcut.evaluation.search_results import (
 )
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
+from expertcut.profiling.measure import engine_settings
 from expertcut.profiling.storage import Profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.packing import Pass
@@ -179,7 +180,7 @@ class AuditRun:
         used = hash_lines(questions.profiled) | questions.inherited
         if is_fitting:
             used |= hash_lines(questions.tuning)
-        self.overlap = n_used(self.quiz, used)
+        self.overlap = len(self.quiz) - len(without(self.quiz, used))
         self.engine = engine_as_profiled(profile, source, load_as)
         # Without those of the unedited model.
         n_ablations = min(settings.sample, sum(block.experts for block in self.blocks))
@@ -191,7 +192,7 @@ class AuditRun:
         content = "\n".join(f"{q.content_hash} {q.answer}" for q in quiz)
         request = AuditRequest(
             model=plan_model(info.model),
-            settings=info.settings,
+            settings=engine_settings(self.engine, info.settings.stats, info.settings.truncate),
             profile=profile_hash(info),
             quiz=quiz.id,
             questions=len(quiz),
@@ -207,9 +208,13 @@ class AuditRun:
             return
         with alone(folder, "audit"):
             earlier = _earlier(folder, request)  # another run may have ended since
-            rescorer = CachedScorer(self.engine, quiz)
-            self._save(folder, earlier or self._begin(request, rescorer))
-            yield from self._remove(rescorer, folder, on_pass)
+            if earlier is not None and earlier.is_complete:
+                self.audit = earlier  # only the verdicts are missing
+            else:
+                rescorer = CachedScorer(self.engine, quiz)
+                self.audit = earlier or self._begin(request, rescorer)
+                self._rank(folder)
+                yield from self._remove(rescorer, folder, on_pass)
             verdicts = tuple(
                 evaluate_criterion(by, ranks, self.audit.harms, self.fractions, self.settings.seed)
                 for by, ranks in self.audit.standings.items()
@@ -228,9 +233,6 @@ class AuditRun:
             SampledExpert(layer=layer, row=row, expert=numbers.number(self.blocks[layer].name, row))
             for layer, row in sample_experts(n_experts, request.sample, request.seed)
         )
-        ranks = self._criterion_ranks(sampled)
-        if not ranks:
-            raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")
         return Audit(
             asked=request,
             overlap=self.overlap,
@@ -238,15 +240,20 @@ class AuditRun:
             accuracy=float(records.is_correct_N.mean()),
             right_logprob=float(_right(records.logprob_NC, records.answer_N).mean()),
             sampled=sampled,
-            standings=ranks,
+            standings={},
         )
 
-    def _criterion_ranks(self, sampled: Sequence[SampledExpert]) -> dict[str, CriterionRank]:
-        """By each criterion; of `all`, those that the profile cannot serve are only logged."""
-        ranks = {}
-        for name in self.by:
+    def _rank(self, folder: Path) -> None:
+        """Ranks by each criterion; of `all`, those that the profile cannot serve are only logged.
+
+        Those that need no model come first: they fail before anything is saved.
+        """
+        sampled, ranks = self.audit.sampled, dict(self.audit.standings)
+        for name in sorted(self.by, key=lambda by: CRITERIA[by].needs_model):
+            if name in ranks:
+                continue
+            needed = self.engine if CRITERIA[name].needs_model else None
             try:
-                needed = self.engine if CRITERIA[name].needs_model else None
                 ranking = rank(self.profile, self.settings.cut_by(name), needed)
             except ProfileError as error:
                 if self.settings.by != "all":
@@ -260,12 +267,20 @@ class AuditRun:
                 share=tuple(float(shares[s.layer][s.row]) for s in sampled),
                 place=tuple(ranking.orders[s.layer].index(s.row) for s in sampled),
             )
-        return ranks
+            ordered = {name: ranks[name] for name in self.by if name in ranks}
+            self.audit = self.audit.model_copy(update={"standings": ordered})
+            if needed is not None:
+                self._save(folder, self.audit)
+        if not ranks:
+            raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")
+        self._save(folder, self.audit)
 
     def _remove(self, rescorer: CachedScorer, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         n_each, n_before, started = len(self.quiz), len(self.audit.harms), time.monotonic()
         total, base = len(self.audit.sampled), rescorer.records
         is_masked = not LAYOUTS[self.settings.layout].keeps_rows
+        if n_before:
+            yield Progress(n_before * n_each, total * n_each, 0)
         for done, expert in enumerate(self.audit.sampled[n_before:], start=n_before + 1):
             change = observed(self._without(expert), on_pass)
             logprob_NC = rescorer.changed(expert.layer, change)

@@ -6,6 +6,7 @@ The baseline are random experts in place of the chosen ones. `proof.json` holds 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -116,24 +117,26 @@ def cross_fit(
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> CrossFit:
-    """Five folds, all questions at once, then the random draws; reports steps done and total."""
+    """Five folds, all questions at once, then the random draws; reports each search of them."""
     if len(set(records.hash_N.tolist())) < FOLDS:
         raise QuizError(
             f"{len(records)} tuning questions cannot be split into {FOLDS} folds: profile more"
         )
-    fold_N, total = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed), 2 + draws
-    folded = partial(_cross_fitted, records, procedure, ask, fold_N)
+    fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
+    total = FOLDS + 1 + draws * (FOLDS if procedure.is_tuned else 1)
+    advance = map(report, count(), repeat(total)).__next__  # reports one more
+    advance()
+    folded = partial(_cross_fitted, records, procedure, ask, fold_N, advance)
     cross_N, folds = folded()
-    report(1, total)
     picks = procedure.pick(records)
     settled = procedure.settle(records, picks, ask)
     same_N = right(ask(settled.shifts), records.answer_N)
-    report(2, total)
+    advance()
     bias_of = {(shift.layer, shift.expert): shift.bias for shift in settled.shifts}
     rng = np.random.default_rng(seed)
     deltas: list[float] = []
     seen: set[tuple[SelectedExpert, ...]] = set()
-    for done in range(3, total + 1):
+    for _ in range(draws):
         others = draw(procedure.chooser, records, picks, rng)
         seen.add(tuple(sorted(others.values(), key=lambda p: (p.layer, p.expert))))
         if procedure.is_tuned:
@@ -145,8 +148,8 @@ def cross_fit(
                 if (pick.layer, pick.expert) in bias_of
             )
             random_N = right(ask(tuple(shifts)), records.answer_N)
+            advance()
         deltas.append(float(random_N.mean() - records.is_correct_N.mean()))
-        report(done, total)
     crossed, same = (compare(records.is_correct_N, right_N) for right_N in (cross_N, same_N))
     random = RandomBaseline(np.array(deltas), len(seen))
     return CrossFit(records, crossed, same, random, folds, settled)
@@ -157,6 +160,7 @@ def _cross_fitted(
     procedure: Procedure,
     ask: Ask,
     fold_N: Array,
+    advance: Callable[[], None],
     picks: Sequence[SelectedExpert] | None = None,
 ) -> tuple[Array, tuple[FoldResult, ...]]:
     """Correct answers (N,), each with these picks, or those chosen without the question's fold."""
@@ -171,6 +175,7 @@ def _cross_fitted(
         biases = tuple(shift[:3] for shift in shifts)
         n, delta = int(is_own_N.sum()), float(change_n.mean())
         folds.append(FoldResult(questions=n, biases=biases, delta=delta))
+        advance()
     return right_N, tuple(folds)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.checkpoints.size import size
+from expertcut.data import without
 from expertcut.edits.plan import PlanFile, load_hashes, plan_in
-from expertcut.edits.splits import n_used
 from expertcut.errors import OutputError
 from expertcut.evaluation import lm_eval_export as export
 from expertcut.evaluation.results import (
@@ -53,7 +53,7 @@ def score(
     if edited := _plan_and_hashes(source):
         plan, hashes = edited
         splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
-        overlap = n_used(scoring.quiz, hashes)
+        overlap = len(scoring.quiz) - len(without(scoring.quiz, hashes))
         chosen_on = ChosenOnResult(split="+".join(splits), overlap=overlap)
         healed_from = plan.healed_from
     moe, settings = measurement.moe, measurement.info.settings

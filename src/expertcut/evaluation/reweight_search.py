@@ -1,15 +1,18 @@
 """The stages behind `reweight`, `--tune` and `--prove`: one loaded model, scored repeatedly."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
 
+from expertcut import __version__
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS
 from expertcut.data import Quiz
@@ -27,9 +30,9 @@ from expertcut.evaluation.cross_fit import (
     numbered,
 )
 from expertcut.models.load import LoadOptions
-from expertcut.profiling.measure import model_info
+from expertcut.profiling.measure import engine_settings, model_info
 from expertcut.profiling.recorder import Recorder
-from expertcut.profiling.storage import Profile
+from expertcut.profiling.storage import Arrays, Profile, chunk_or_fault, write_chunk
 from expertcut.scoring.engine import Engine, stack_scores
 from expertcut.scoring.packing import Encoded
 from expertcut.scoring.passes import OnPass, Replay
@@ -39,64 +42,109 @@ logger = logging.getLogger(__name__)
 
 
 class CachedScorer:
-    """Log p of a quiz's choices under any biases; each result is cached.
+    """Log p of a quiz's choices under any biases; each result is cached, also in a folder if given.
 
     The first run records the unedited model and keeps up to `kept_bytes` of layer outputs; later
     ones start at the first biased block, with the same bits as a whole run.
     """
 
-    def __init__(self, engine: Engine, quiz: Quiz, kept_bytes: int = 2 << 30) -> None:
-        self.engine, self.quiz = engine, quiz
+    def __init__(
+        self, engine: Engine, quiz: Quiz, kept_bytes: int = 2 << 30, folder: Path | None = None
+    ) -> None:
+        self.engine, self.quiz, self.folder = engine, quiz, folder
         self.chunks = list(engine.encode_all(quiz))
         # Prompts truncated on the left; None without `--truncate`.
         self.n_cut = sum(c.n_cut for c in self.chunks) if quiz.truncate else None
         blocks, model = engine.moe.blocks, engine.moe.model
         self.replay = Replay(model, blocks, sum(map(self._n_tokens, self.chunks)), kept_bytes)
-        self.known: dict[tuple[tuple[RouterEdit, ...], ApplyAt], Array] = {}
-        self.records = self._first_run()
-        if not self._replays_exactly():
-            logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
-            self.replay.forget()
+        self.known: dict[tuple[object, ...], Array] = {}
+        self.is_recorded = False  # by this process
+        self.unedited = self._stored(()) or self._first_run()
+        self.records = QuestionOutcomes(
+            blocks=model_info(engine.moe).blocks,
+            subject_N=np.array([q.subject for q in quiz]),
+            hash_N=np.array([q.overlap_hash for q in quiz]),
+            answer_N=np.array([q.answer for q in quiz]),
+            selection_of=self._selection,
+            line_N=np.array([q.hash_line for q in quiz]),
+            **self.unedited,
+        )
 
     def ask(self, shifts: tuple[RouterEdit, ...], apply_at: ApplyAt = "all") -> Array:
         """Log p (N, C), −∞ where a question has fewer choices."""
         if not shifts:
             return self.records.logprob_NC
-        key = (tuple(sorted(shifts)), apply_at)
-        if key not in self.known:
-            blocks = self.engine.moe.blocks
-            biases = {s.layer: torch.zeros(blocks[s.layer].n_experts) for s in shifts}
-            for shift in shifts:
-                biases[shift.layer][shift.expert] += shift.bias
-            change = tilted(blocks, Tilts(biases, apply_at=apply_at))
-            self.known[key] = self.changed(min(biases), change)
-        return self.known[key]
+        name = (*sorted((s.layer, s.expert, float(s.bias)) for s in shifts), apply_at)
+        if name not in self.known:
+            arrays = self._stored(name) or {"logprob_NC": self._tilted(shifts, apply_at)}
+            self._store((), self.unedited)
+            self._store(name, arrays)
+            self.known[name] = arrays["logprob_NC"]
+        return self.known[name]
+
+    def _tilted(self, shifts: tuple[RouterEdit, ...], apply_at: ApplyAt) -> Array:
+        blocks = self.engine.moe.blocks
+        biases = {s.layer: torch.zeros(blocks[s.layer].n_experts) for s in shifts}
+        for shift in shifts:
+            biases[shift.layer][shift.expert] += shift.bias
+        return self.changed(min(biases), tilted(blocks, Tilts(biases, apply_at=apply_at)))
+
+    @cached_property
+    def _identity(self) -> str:
+        """Everything that a result depends on, besides the biases."""
+        settings = engine_settings(self.engine, "answer", self.quiz.truncate)
+        prompts = [(chunk.prompts, chunk.choice_ids) for chunk in self.chunks]
+        parts = (self.engine.moe.source.fingerprint, settings.model_dump_json(), __version__)
+        return hashlib.sha256(f"{parts} {prompts}".encode()).hexdigest()
+
+    def _file(self, name: tuple[object, ...]) -> Path | None:
+        """The file of a result, called by the hash of all that it depends on."""
+        if self.folder is None:
+            return None
+        digest = hashlib.sha256(f"{self._identity} {name}".encode()).hexdigest()
+        return self.folder / f"{digest}.safetensors"
+
+    def _stored(self, name: tuple[object, ...]) -> Arrays | None:
+        file = self._file(name)
+        if file is None or not file.exists():
+            return None
+        arrays = chunk_or_fault(file, file.stem)
+        if isinstance(arrays, str):
+            logger.warning("%s is damaged (%s): scoring it again", file, arrays)
+            file.unlink()
+            return None
+        return arrays
+
+    def _store(self, name: tuple[object, ...], arrays: Arrays) -> None:
+        file = self._file(name)
+        if file is not None and not file.exists():
+            write_chunk(file, arrays, file.stem)
 
     def _n_tokens(self, chunk: Encoded) -> int:
         n_all = sum(map(len, chunk.prompts))
         is_shared = self.engine.way(chunk) == "packed"
         return n_all - (len(chunk) - 1) * chunk.shared_prefix() if is_shared else n_all
 
-    def _first_run(self) -> QuestionOutcomes:
+    def _first_run(self) -> Arrays:
+        """Scores the unedited model, and keeps the layer outputs where later runs start."""
         blocks = self.engine.moe.blocks
         scores, recorders = [], []
+        self.is_recorded = True
         with self.replay.recording():
             for chunk in self.chunks:
                 recorder = Recorder(blocks, len(chunk), "answer")
                 with recorder.listening():
                     scores.append(self.engine.score(chunk, recorder.begin))
                 recorders.append(recorder.arrays())
-        return QuestionOutcomes(
-            blocks=model_info(self.engine.moe).blocks,
-            subject_N=np.array([q.subject for q in self.quiz]),
-            hash_N=np.array([q.overlap_hash for q in self.quiz]),
-            answer_N=np.array([q.answer for q in self.quiz]),
-            logprob_NC=stack_scores(scores).numpy(),
-            alpha_NLE=np.concatenate([arrays["alpha_NLE"] for arrays in recorders]),
-            chosen_NLK=np.concatenate([arrays["chosen_NLK"] for arrays in recorders]),
-            selection_of=self._selection,
-            line_N=np.array([q.hash_line for q in self.quiz]),
-        )
+        logprob_NC: Array = stack_scores(scores).numpy()
+        if not self._replays_exactly(logprob_NC):
+            logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
+            self.replay.forget()
+        return {
+            "logprob_NC": logprob_NC,
+            "alpha_NLE": np.concatenate([arrays["alpha_NLE"] for arrays in recorders]),
+            "chosen_NLK": np.concatenate([arrays["chosen_NLK"] for arrays in recorders]),
+        }
 
     def _selection(self, layer: int) -> Array | None:
         bias_E = self.engine.moe.blocks[layer].selection_bias()
@@ -104,14 +152,16 @@ class CachedScorer:
 
     def changed(self, layer: int, change: AbstractContextManager[OnPass]) -> Array:
         """Log p (N, C) with a change of this MoE block, and of later ones."""
+        if not self.is_recorded:
+            self._first_run()
         with self.replay.starting_at(layer), change as begin:
             scores = [self.engine.score(chunk, begin) for chunk in self.chunks]
         logprob_NC: Array = stack_scores(scores).numpy()
         return logprob_NC
 
-    def _replays_exactly(self) -> bool:
+    def _replays_exactly(self, logprob_NC: Array) -> bool:
         """Whether the first subject has the same bits from every kept layer."""
-        first = self.records.logprob_NC[: len(self.chunks[0])]
+        first = logprob_NC[: len(self.chunks[0])]
         for layer, number in self.replay.decoder_of.items():
             if number in self.replay.starts:
                 with self.replay.starting_at(layer):
@@ -144,18 +194,24 @@ def decide(
     settings: ReweightSettings,
     load_as: LoadOptions,
     report: Callable[[int, int], None],
+    folder: Path | None = None,
 ) -> TuningResult:
-    """Chooses experts and strengths on a profile's tuning questions; reports steps and total."""
+    """Chooses experts and strengths on the tuning questions; the folder keeps all scored tilts."""
     tuning = questions_for(profile, is_fitting=True).tuning
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
-    rescorer = CachedScorer(engine, tuning)
+    rescorer = CachedScorer(engine, tuning, folder=folder)
     records = rescorer.records
     ask = partial(rescorer.ask, apply_at=settings.apply_at or "all")
     procedure.check(records)
     numbers = expert_ids(profile)
     proof = None
+
+    def report_scored(done: int, total: int) -> None:
+        if rescorer.is_recorded:  # what an earlier process scored says nothing of the pace
+            report(done, total)
+
     if settings.prove:
-        outcome = cross_fit(records, procedure, ask, settings.draws, settings.seed, report)
+        outcome = cross_fit(records, procedure, ask, settings.draws, settings.seed, report_scored)
         settled = outcome.settled
         proof = cross_fit_result(
             outcome,

@@ -13,13 +13,13 @@ from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_
 from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
-from expertcut.data import Quiz
+from expertcut.data import Quiz, without
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import EditPlan
 from expertcut.edits.selection import cut, empty_draft, rank
-from expertcut.edits.splits import Questions, n_used, questions_for, used_hashes
+from expertcut.edits.splits import Questions, questions_for, used_hashes
 from expertcut.errors import ContractError
 from expertcut.evaluation.ablation import observed
 from expertcut.evaluation.results import (
@@ -72,7 +72,7 @@ class SweepRun:
         options = MeasureOptions("none", measured.batch_tokens, measured.threads, self.waits)
         self.measurement = Measurement(self.engine.moe, scoring.quiz, scoring.limit, options)
         self.subjects = [question.subject for question in scoring.quiz]
-        overlap = n_used(scoring.quiz, used)
+        overlap = len(scoring.quiz) - len(without(scoring.quiz, used))
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
         layout_options = LAYOUTS[settings.layout].options
         request = SweepRequest(

@@ -61,7 +61,7 @@ class Measurement:
         self.info = schema.ProfileInfo(
             model=model_info(moe),
             quiz=schema.quiz_info(quiz, limit),
-            settings=_settings(self.engine, options.stats or "all", quiz.truncate),
+            settings=engine_settings(self.engine, options.stats or "all", quiz.truncate),
         )
 
     def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
@@ -200,7 +200,10 @@ def model_info(moe: MoeModel) -> schema.ModelInfo:
     )
 
 
-def _settings(engine: Engine, stats: schema.Stats, truncate: Truncate | None) -> schema.Settings:
+def engine_settings(
+    engine: Engine, stats: schema.Stats, truncate: Truncate | None
+) -> schema.Settings:
+    """Everything that the bytes of a chunk depend on, besides model and questions."""
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
     devices = set((getattr(moe.model, "hf_device_map", None) or {}).values())
     # Offloading to memory or disk changes no bytes on one CPU.

@@ -209,7 +209,7 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
     """Loads a profile, its chunks later; ProfileError without a valid profile.json."""
     file = path / "profile.json"
     if not file.exists():
-        raise ProfileError(f"no profile in {path}: it has no profile.json")
+        raise ProfileError(f"no profile in {path}: it has no profile.json: run `expertcut profile`")
     return Profile(path, ProfileInfo.load(file, ProfileError, "is not a valid profile"), truncate)
 
 

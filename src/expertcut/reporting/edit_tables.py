@@ -269,7 +269,7 @@ def healing_sentences(healed: "Healed") -> list[str]:
         f"Trained {healed.trained:,} weights of adapters beside {healed.parameters:,} by "
         f"{healed.objective} on {read.n_questions:,} questions{texts}: {curve.steps} steps, the "
         f"loss from {first} to {curve.losses[-1]:.4f}; kept is step {curve.best_step}, where it "
-        f"was {by_step[curve.best_step]:.4f} on {len(read.held_out)} rows that were held out.",
+        f"was {by_step[curve.best_step]:.4f} on {len(read.held_out)} untrained rows.",
         *map(dropped_sentence, read.dropped),
     ]
     if not healed.plan.proof.held_out:
