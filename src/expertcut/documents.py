@@ -4,15 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+import pydantic
 
 from expertcut.errors import ExpertcutError
 from expertcut.files import parse_json, read_file, write_atomically
@@ -27,13 +19,13 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Format1 = Annotated[Literal[1], BeforeValidator(_no_bool)]
+Format1 = Annotated[Literal[1], pydantic.BeforeValidator(_no_bool)]
 
 
-class Record(BaseModel):
+class Record(pydantic.BaseModel):
     """Base of JSON documents and their parts: frozen, without unknown keys and NaN."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def load(cls, file: Path, refusal: type[ExpertcutError], is_not: str) -> Self:
@@ -44,7 +36,7 @@ class Record(BaseModel):
             return cls.model_validate_json(content, strict=True)
         except OSError as error:
             raise refusal(f"{file} cannot be read: {error.strerror}") from None
-        except ValidationError as error:  # a ValueError too, so it comes first
+        except pydantic.ValidationError as error:  # a ValueError too, so it comes first
             raise refusal(f"{file} {is_not}: {first_fault(error)}") from None
         except ValueError as error:
             raise refusal(f"{file} {is_not}: invalid JSON: {error}") from None
@@ -57,8 +49,8 @@ class Record(BaseModel):
         """The content of the JSON file."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
-    @model_serializer(mode="wrap")
-    def _without_omitted(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    @pydantic.model_serializer(mode="wrap")
+    def _without_omitted(self, values: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = values(self)
         return {k: v for k, v in fields.items() if v is not None or k not in _OMITTED}
 
@@ -75,7 +67,7 @@ class Identified(Record):
         is_folder = self.revision is None and Path(self.id).is_absolute()
         return Path(self.id).name if is_folder else self.id
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _is_on_the_hub(self) -> Self:
         if self.revision is None:
             return self
@@ -87,7 +79,7 @@ class Identified(Record):
         return self
 
 
-def first_fault(error: ValidationError) -> str:
+def first_fault(error: pydantic.ValidationError) -> str:
     """The first error of a validation, in one line."""
     fault = error.errors(include_url=False)[0]
     place = ".".join(str(part)[:80] for part in fault["loc"]) or "the file"

@@ -9,16 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+import pydantic
 from pydantic_core import PydanticCustomError
 
 from expertcut.errors import SettingsError
@@ -43,7 +34,7 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
-def like(pattern: str, problem: str) -> AfterValidator:
+def like(pattern: str, problem: str) -> pydantic.AfterValidator:
     """A check of a text against a pattern; `problem` ends the error message."""
 
     def check(text: str) -> str:
@@ -51,18 +42,18 @@ def like(pattern: str, problem: str) -> AfterValidator:
             refuse(f"{text[:100]!a} {problem}")
         return text
 
-    return AfterValidator(check)
+    return pydantic.AfterValidator(check)
 
 
-def in_recipe_only(check: Callable[[str], None]) -> AfterValidator:
+def in_recipe_only(check: Callable[[str], None]) -> pydantic.AfterValidator:
     """A check of the values that a recipe gives, and of no others."""
 
-    def checked(value: Any, info: ValidationInfo) -> Any:
+    def checked(value: Any, info: pydantic.ValidationInfo) -> Any:
         if info.context == IN_RECIPE:
             check(str(value))
         return value
 
-    return AfterValidator(checked)
+    return pydantic.AfterValidator(checked)
 
 
 def _check_exists(text: str) -> None:
@@ -77,25 +68,25 @@ def _check_below_here(text: str) -> None:
         refuse(f"{text[:200]!a} lies outside this folder: a recipe writes below where you stand")
 
 
-Text = Annotated[str, BeforeValidator(_as_text)]
-Texts = Annotated[list[Text], BeforeValidator(as_list)]
-FilePath = Annotated[Path, BeforeValidator(lambda v: Path(v) if isinstance(v, str) else v)]
-Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, pydantic.BeforeValidator(_as_text)]
+Texts = Annotated[list[Text], pydantic.BeforeValidator(as_list)]
+FilePath = Annotated[Path, pydantic.BeforeValidator(lambda v: Path(v) if isinstance(v, str) else v)]
+Count = Annotated[int, pydantic.Field(ge=1)]
 Source = Annotated[str, in_recipe_only(_check_exists)]
 Folder = Annotated[str, in_recipe_only(_check_below_here)]
 WorkFolder = Annotated[FilePath, in_recipe_only(_check_below_here)]
 
 
-class Settings(BaseModel):
+class Settings(pydantic.BaseModel):
     """Base of all settings: values have their own type, an unknown key names the nearest one."""
 
-    model_config = ConfigDict(
+    model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
     )
 
-    @model_validator(mode="before")
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def _knows_its_keys(cls, values: Any, info: ValidationInfo) -> Any:
+    def _knows_its_keys(cls, values: Any, info: pydantic.ValidationInfo) -> Any:
         if values is None:
             return {}
         if not isinstance(values, Mapping):
@@ -131,11 +122,16 @@ class Settings(BaseModel):
         """Settings of these values; a SettingsError names the option whose value is wrong."""
         try:
             return cls.model_validate(values)
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             fault = error.errors(include_url=False)[0]
             place = fault["loc"][0] if fault["loc"] else None
             option_name = f"{flag_of(cls, str(place))}: " if place in cls.model_fields else ""
             raise SettingsError(f"{option_name}{fault_text(fault)}") from None
+
+    @classmethod
+    def of_recipe(cls, values: Any) -> Self:
+        """Settings of a recipe's values; pydantic's error names the key whose value is wrong."""
+        return cls.model_validate(values, context=IN_RECIPE)
 
     def completed(self, **values: Any) -> Self:
         """A copy with these values, which are not validated."""
@@ -182,7 +178,7 @@ def option(
         **{"separator": separator, "is_argument": is_argument, "in_recipe": in_recipe},
         "is_recorded": in_recipe and is_recorded,
     }
-    return Field(default, description=text, json_schema_extra=extra, **limits)
+    return pydantic.Field(default, description=text, json_schema_extra=extra, **limits)
 
 
 _PLAIN = option(None, "").json_schema_extra

@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.edit import removed_experts
 from expertcut.checkpoints.exact import exact_config
 from expertcut.checkpoints.prune_edit import constant_experts
 from expertcut.checkpoints.size import size
-from expertcut.edits.plan import BlockEdit, EditPlan
+from expertcut.edits.plan import BlockEdit, EditPlan, removed_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.models import modeling_exact
 from expertcut.models.checkpoint_dir import read_config

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertcut.checkpoints.edit import removed_experts
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.plan import (
@@ -19,6 +18,7 @@ from expertcut.edits.plan import (
     PlanFile,
     PlanModel,
     load_plan,
+    removed_experts,
     save_plan,
 )
 from expertcut.models.load import LoadOptions, Source, find_source, load

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import BuildOptions, build
-from expertcut.checkpoints.scale_edit import ScaleEdit
 from expertcut.checkpoints.size import size
+from expertcut.checkpoints.tilt_edit import ScaleEdit
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import BlockEdit, load_plan

@@ -8,7 +8,7 @@ import pytest
 
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.errors import ModelError, QuizError, RecipeError
-from expertcut.healing.rows import read_texts
+from expertcut.healing.data import read_texts
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.recipes.recipe_schema import read_recipe
 

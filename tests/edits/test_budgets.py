@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expertcut.checkpoints.edit import removed_experts
 from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings, read_size
+from expertcut.edits.plan import removed_experts
 from expertcut.edits.selection import (
     Pruning,
     Ranking,

@@ -21,7 +21,14 @@ from expertcut.errors import QuizError
 from expertcut.healing.data import (
     CHOSE_STEP,
     USED_BEFORE,
+    Part,
+    Row,
+    Rows,
+    Text,
     TrainingData,
+    group_questions,
+    question_lengths,
+    question_row,
     quizzes_kept_out,
     read_data,
     texts_without_scored,
@@ -35,15 +42,6 @@ from expertcut.healing.objectives import (
     TopLogprobs,
     distillation,
     top_logprobs,
-)
-from expertcut.healing.rows import (
-    Part,
-    Row,
-    Rows,
-    Text,
-    group_questions,
-    question_lengths,
-    question_row,
 )
 from expertcut.healing.trainer import Balance
 from expertcut.models.hooks import Routing

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.edit import removed_experts
 from expertcut.checkpoints.lora import adapter_cut
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import Layout
-from expertcut.edits.plan import BlockEdit, ChosenOn, EditPlan, PlanFile, PlanModel
+from expertcut.edits.plan import BlockEdit, ChosenOn, EditPlan, PlanFile, PlanModel, removed_experts
 from expertcut.models.load import find_source
 from tests.conftest import make_tokenizer
 from tests.support.rewrites import Fitted, export

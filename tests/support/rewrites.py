@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from expertcut.checkpoints import export as exporting
-from expertcut.checkpoints.bias_edit import BiasEdit
 from expertcut.checkpoints.edit import Edit
 from expertcut.checkpoints.export import edits_of, rewrite_of
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.shards import Rewrite
 from expertcut.checkpoints.tensor_names import Headers
+from expertcut.checkpoints.tilt_edit import BiasEdit
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.criteria import Array
 from expertcut.edits.layouts import Layout, Positions

@@ -215,13 +215,3 @@ def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> I
     tilts = Tilts(biases, scales, simulation.apply_at)
     with registered(simulation.contexts), tilted(moe.blocks, tilts) as begin:
         yield begin
-
-
-def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
-    """The experts that each block's edit does not keep; blocks that keep all are left out."""
-    return {name: gone for name, edit in edits.items() if (gone := edit.removed(n_experts))}
-
-
-def experts_get(n: int) -> str:
-    """The beginning of a sentence of `describe` about n experts."""
-    return "1 expert gets" if n == 1 else f"{n} experts get"

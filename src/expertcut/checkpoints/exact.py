@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import LayoutWriter, TensorChanges, removed_experts
+from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.tensor_names import (
     DiskBlock,
     constant_name,
@@ -27,7 +27,7 @@ from expertcut.checkpoints.tensor_names import (
 )
 from expertcut.edits.calibrate import Constants, Removed
 from expertcut.edits.layouts import Positions
-from expertcut.edits.plan import BlockEdit
+from expertcut.edits.plan import BlockEdit, removed_experts
 from expertcut.errors import ContractError, PlanError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
@@ -72,7 +72,7 @@ class ExactWriter(LayoutWriter):
             for expert, bias in edit.bias.items():
                 bias_E[expert] = bias
             if gate in tensors.headers:
-                tensors.apply(gate, partial(_plus, bias_E=bias_E))
+                tensors.apply(gate, partial(Tensor.add_, other=bias_E))
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
                 tensors.added[gate] = bias_E
 
@@ -224,10 +224,6 @@ def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Cons
             like = headers[_own_tensors(blocks, name, expert)[0]]
             stored.setdefault(name, {})[expert] = value_D.to(DTYPES[like.dtype])
     return stored
-
-
-def _plus(before_E: Tensor, bias_E: Tensor) -> Tensor:
-    return (before_E.float() + bias_E).to(before_E.dtype)
 
 
 def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> list[str]:

@@ -7,31 +7,16 @@ from pathlib import Path
 
 import torch
 
-from expertcut.checkpoints.bias_edit import BiasEdit
-from expertcut.checkpoints.edit import Edit, LayoutWriter, TensorChanges, removed_experts
+from expertcut.checkpoints.edit import Edit, LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.prune_edit import PruneEdit
-from expertcut.checkpoints.scale_edit import ScaleEdit
-from expertcut.checkpoints.shards import (
-    MAX_SHARD_BYTES,
-    check_space,
-    lay_out,
-    total_bytes,
-    write_checkpoint,
-)
+from expertcut.checkpoints.shards import check_space, lay_out, total_bytes, write_checkpoint
 from expertcut.checkpoints.stock import StockWriter
+from expertcut.checkpoints.tilt_edit import BiasEdit, ScaleEdit
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import (
-    HEALING_FILE,
-    PLAN_FILE,
-    PROOF_FILE,
-    QUESTIONS_FILE,
-    BlockEdit,
-    EditPlan,
-    PlanFile,
-)
+from expertcut.edits.plan import RECORDS, BlockEdit, EditPlan, PlanFile, removed_experts
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
@@ -39,7 +24,7 @@ from expertcut.models.meta_model import check_loads
 from expertcut.models.safetensors_index import DTYPES
 
 logger = logging.getLogger(__name__)
-_NOT_COPIED = {PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE, "config.json", "README.md"}
+_NOT_COPIED = {*RECORDS, "config.json", "README.md"}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 WRITERS: Mapping[Layout, LayoutWriter] = {"stock": StockWriter(), "exact": ExactWriter()}
@@ -56,7 +41,7 @@ def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -
     """That the layout can hold the plan for this model, and that there is room for the result."""
     WRITERS[plan.layout].check(source, is_cutting=plan.is_cut)
     rewrite = cut_rewrite(source, plan, n_experts)
-    shards = lay_out(source.stored, rewrite, MAX_SHARD_BYTES)
+    shards = lay_out(source.stored, rewrite)
     check_space(folder, total_bytes(shards))
     n_kept = len(next(iter(plan.edits.values())).keep)
     if not LAYOUTS[plan.layout].keeps_rows and n_kept < n_experts:

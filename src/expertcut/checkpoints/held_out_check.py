@@ -13,7 +13,7 @@ from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
 from expertcut.data.questions import group_by_subject, replace_questions
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds
+from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
@@ -82,29 +82,28 @@ class HeldOutScores:
         for layer, expert in self.n_served:
             if layer == routing.layer:
                 self.n_served[layer, expert] += int((chosen_NK == expert).sum())
+        valid_T = self._step.valid_T
         if removed := self._removed[routing.layer]:
-            self._note_removed(routing, torch.isin(experts_TK, experts_TK.new_tensor(removed)))
+            is_removed_TK = torch.isin(experts_TK, experts_TK.new_tensor(removed))
+            hit_T = is_removed_TK.any(dim=1)
+            if valid_T is not None:
+                hit_T &= valid_T
+            if self._step.is_prefix:
+                self.is_untouched_N &= ~hit_T.any()
+            else:
+                self.is_untouched_N[self._step.question_T[hit_T]] = False
+            share_TK = routing.weights_TK.float().abs()
+            share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
+            counts_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE).cpu()).any(dim=1)
+            # Only the answers come after the last block.
+            at = self._step.answers_N if routing.layer == self._last_layer else valid_T
+            self.depends_on_removed |= bool((counts_T if at is None else counts_T[at]).any())
         if routing.layer in self.routed:
             is_answer_T = torch.zeros(len(experts_TK), dtype=torch.bool)
             is_answer_T[self._step.answers_N] = True
-            valid_T = slice(None) if self._step.valid_T is None else self._step.valid_T
-            routed = (experts_TK[valid_T].to(torch.int16), is_answer_T[valid_T])
+            kept = slice(None) if valid_T is None else valid_T
+            routed = (experts_TK[kept].to(torch.int16), is_answer_T[kept])
             self.routed[routing.layer].append(routed)
-
-    def _note_removed(self, routing: Routing, is_removed_TK: Tensor) -> None:
-        hit_T, valid_T = is_removed_TK.any(dim=1), self._step.valid_T
-        if valid_T is not None:
-            hit_T &= valid_T
-        if self._step.is_prefix:
-            self.is_untouched_N &= ~hit_T.any()
-        else:
-            self.is_untouched_N[self._step.question_T[hit_T]] = False
-        share_TK = routing.weights_TK.float().abs()
-        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
-        counts_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE).cpu()).any(dim=1)
-        # Only the answers come after the last block.
-        at = self._step.answers_N if routing.layer == self._last_layer else valid_T
-        self.depends_on_removed |= bool((counts_T if at is None else counts_T[at]).any())
 
 
 def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
@@ -171,7 +170,15 @@ def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]
     must_change = not LAYOUTS[plan.layout].keeps_rows and base.depends_on_removed
     if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
         raise ContractError(NOT_REACHED.format(name))
-    forms = _runtime_forms(engine, quiz, plan, edits, reference)
+    forms: dict[str, HeldOutScores] = {}
+    for edit in edits:
+        others = [other for other in edits if other is not edit]
+        for form_name, form in edit.forms().items():
+            if form == edit:
+                forms[form_name] = reference
+            elif form is not None or any(other.reference for other in others):
+                changed = [*others, form] if form else others
+                forms[form_name] = _score_at_runtime(engine, quiz, plan, changed)
     is_exact = all(isinstance(e, PruneEdit) and e.constants for e in edits if e.reference)
     quiet = untouched(quiz, base) if is_exact else None
     alone = _score_alone(engine, quiet, plan.edits) if quiet else None
@@ -191,21 +198,6 @@ def _score_at_runtime(
         return HeldOutScores(engine, quiz, plan.edits, begin)
 
 
-def _runtime_forms(
-    engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit], reference: HeldOutScores
-) -> dict[str, HeldOutScores]:
-    scores: dict[str, HeldOutScores] = {}
-    for edit in edits:
-        others = [other for other in edits if other is not edit]
-        for name, form in edit.forms().items():
-            if form == edit:
-                scores[name] = reference
-            elif form is not None or any(other.reference for other in others):
-                changed = [*others, form] if form else others
-                scores[name] = _score_at_runtime(engine, quiz, plan, changed)
-    return scores
-
-
 def score_edited(
     engine: Engine, quiz: Quiz, plan: EditPlan, before: BaseScores
 ) -> stats.HeldOutResult:
@@ -223,36 +215,29 @@ def score_edited(
     answer_N = np.array([question.answer for question in quiz])
     base_N, edited_N = (s.logprob_NC.numpy().argmax(axis=1) == answer_N for s in (base, edited))
     change = stats.compare(base_N, edited_N)
+    numbers, names, n = plan.numbers, list(plan.edits), len(quiz)
+    # The checkpoint has the same experts in the same order.
+    served = zip(base.n_served.items(), edited.n_served.values(), strict=True)
     return stats.HeldOutResult(
         held_out_split=quiz.split,
         held_out=tuple(compare_logprobs(n, a.logprob_NC, b.logprob_NC) for n, a, b in pairs),
         answered=stats.HeldOutAccuracy(base=float(base_N.mean()), change=change),
         held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
-        shares=_expert_shares(len(quiz), plan, base, reference, edited),
+        shares=tuple(
+            stats.ExpertShares(
+                layer=layer,
+                expert=numbers.number(names[layer], row),
+                base=n_base / n,
+                exact=reference.n_served[layer, row] / n,
+                edited=n_edited / n,
+            )
+            for ((layer, row), n_base), n_edited in served
+        ),
         alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
         agreement=_agreements(reference, edited, plan, engine.moe),
         outcomes=tuple(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
-    )
-
-
-def _expert_shares(
-    n: int, plan: EditPlan, base: HeldOutScores, reference: HeldOutScores, edited: HeldOutScores
-) -> tuple[stats.ExpertShares, ...]:
-    """By the numbers of plan.json; `edited` has the same experts in the same order."""
-    numbers, blocks = plan.numbers or ExpertIds(), list(plan.edits)
-    return tuple(
-        stats.ExpertShares(
-            layer=layer,
-            expert=numbers.number(blocks[layer], row),
-            base=n_base / n,
-            exact=reference.n_served[layer, row] / n,
-            edited=n_edited / n,
-        )
-        for ((layer, row), n_base), n_edited in zip(
-            base.n_served.items(), edited.n_served.values(), strict=True
-        )
     )
 
 

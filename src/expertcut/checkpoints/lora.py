@@ -25,15 +25,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
-from expertcut.checkpoints.shards import (
-    Change,
-    Rewrite,
-    Shard,
-    check_space,
-    check_written,
-    lay_out,
-    write_shards,
-)
+from expertcut.checkpoints import shards
+from expertcut.checkpoints.shards import write_shards
 from expertcut.checkpoints.tensor_names import DiskBlock, blocks_of
 from expertcut.documents import first_fault
 from expertcut.edits.layouts import LAYOUTS
@@ -109,7 +102,19 @@ class Adapter:
         for name in self.stored.tensors:
             if lora := _LORA.fullmatch(name):
                 by_module.setdefault(lora["module"], {})[lora["side"]] = name
-        return {module: self._pair(module, sides) for module, sides in by_module.items()}
+        pairs = {}
+        for module, sides in by_module.items():
+            if len(sides) < 2:
+                missing = "B" if "A" in sides else "A"
+                raise self.refusal(f"{module} has no lora_{missing}.weight: save the adapter again")
+            a, b = self.shape(sides["A"]), self.shape(sides["B"])
+            if not len(a) > 1 < len(b) or not all(a + b) or a[0] != b[1]:
+                raise self.refusal(
+                    f"{module} has lora_A {a} and lora_B {b}, which must meet in one rank: save "
+                    "the adapter again"
+                )
+            pairs[module] = sides["A"], sides["B"]
+        return pairs
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -124,19 +129,6 @@ class Adapter:
     def refusal(self, fault: str) -> ModelError:
         """An error about this adapter."""
         return ModelError(f"{self.folder / WEIGHTS_FILE}: {fault}")
-
-    def _pair(self, module: str, sides: Mapping[str, str]) -> tuple[str, str]:
-        if len(sides) < 2:
-            missing = "B" if "A" in sides else "A"
-            raise self.refusal(f"{module} has no lora_{missing}.weight: save the adapter again")
-        a, b = sides["A"], sides["B"]
-        is_pair = len(self.shape(a)) > 1 < len(self.shape(b)) and all(self.shape(a) + self.shape(b))
-        if not is_pair or self.shape(a)[0] != self.shape(b)[1]:
-            raise self.refusal(
-                f"{module} has lora_A {self.shape(a)} and lora_B {self.shape(b)}, which must meet "
-                "in one rank: save the adapter again"
-            )
-        return a, b
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -250,7 +242,7 @@ class AdapterCut:
             raise ModelError(f"{self.adapter.folder} became shorter while it was read") from None
         except OSError as error:
             raise OutputError(f"{place} cannot be written: {error.strerror}") from None
-        check_written(place, [shard])
+        shards.check_written(place, [shard])
         config = {**self.adapter.config, "revision": None}
         config["base_model_name_or_path"] = str(self.folder.resolve())
         if LAYOUTS[self.plan.layout].keeps_rows:
@@ -263,9 +255,11 @@ class AdapterCut:
         record = PlanAdapter(path=str(self.adapter.folder), **sums)
         return plan.model_copy(update={"adapter": record})
 
-    def laid_out(self, folds: Folds) -> Shard:
+    def laid_out(self, folds: Folds) -> shards.Shard:
         """The file of its weights; with empty `folds` only its size is right."""
-        (shard,) = lay_out(self.adapter.stored, self._rewrite(folds), max_shard_bytes=1 << 62)
+        (shard,) = shards.lay_out(
+            self.adapter.stored, self._rewrite(folds), max_shard_bytes=1 << 62
+        )
         return replace(shard, name=WEIGHTS_FILE)
 
     @cached_property
@@ -276,9 +270,9 @@ class AdapterCut:
     def _is_stock(self) -> bool:
         return not LAYOUTS[self.plan.layout].keeps_rows
 
-    def _rewrite(self, folds: Folds) -> Rewrite:
+    def _rewrite(self, folds: Folds) -> shards.Rewrite:
         """What becomes of its tensors in MoE blocks; a ModelError if one cannot be sliced."""
-        rewrite, headers = Rewrite(), self.source.headers
+        rewrite, headers = shards.Rewrite(), self.source.headers
         is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
         factors = {
             name: _output_factors(edit, folds.get(layer))
@@ -314,7 +308,7 @@ class AdapterCut:
                     return name, module.removeprefix(f"{prefix}.")
         return "", module
 
-    def _slice_all(self, rewrite: Rewrite, block: str, pair: Pair, factors: Factors) -> None:
+    def _slice_all(self, rewrite: shards.Rewrite, block: str, pair: Pair, factors: Factors) -> None:
         adapter, n_experts = self.adapter, self._blocks[block].n_experts
         self._check_axes(pair, 2)
         (rows, n_in), (n_out, _) = map(adapter.shape, pair)
@@ -345,10 +339,10 @@ class AdapterCut:
         keep, scaled = self.plan.edits[block].keep, factors if is_last else {}
         if len(keep) < n_experts:
             kept_rows = tuple(expert * rank + j for expert in keep for j in range(rank))
-            rewrite.changed[pair[0]] = Change((len(kept_rows), n_in), rows=kept_rows)
+            rewrite.changed[pair[0]] = shards.Change((len(kept_rows), n_in), rows=kept_rows)
         if len(keep) < n_experts or scaled:
             apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
-            rewrite.changed[pair[1]] = Change((n_out, rank * len(keep)), apply)
+            rewrite.changed[pair[1]] = shards.Change((n_out, rank * len(keep)), apply)
 
     def _widths(self, block: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """In and out widths of an expert's first projections, fused as loaded, and of its last."""
@@ -362,7 +356,7 @@ class AdapterCut:
         return (width, sizes[False] // width), (sizes[True] // width, width)
 
     def _slice_one(
-        self, rewrite: Rewrite, block: str, pair: Pair, one: re.Match[str], factors: Factors
+        self, rewrite: shards.Rewrite, block: str, pair: Pair, one: re.Match[str], factors: Factors
     ) -> None:
         disk, keep, expert = self._blocks[block], self.plan.edits[block].keep, int(one["expert"])
         if not disk.by_expert:
@@ -382,7 +376,7 @@ class AdapterCut:
             rewrite.renamed |= {name: name.replace(old, new) for name in pair}
         if position in factors and _LAST.fullmatch(one["part"]):
             apply = partial(_multiplied, factors=factors[position])
-            rewrite.changed[pair[1]] = Change(self.adapter.shape(pair[1]), apply)
+            rewrite.changed[pair[1]] = shards.Change(self.adapter.shape(pair[1]), apply)
 
     def _refuse_linear_layer(self, pair: Pair) -> None:
         """Refuses a linear layer, which peft converts to a parameter, beside gates with biases."""
@@ -413,7 +407,7 @@ class AdapterCut:
                 f"{wrong} is {shape(wrong)}, but what it adapts has {n_axes} axes: {_ANOTHER}"
             )
 
-    def _slice_unpaired(self, rewrite: Rewrite, name: str) -> None:
+    def _slice_unpaired(self, rewrite: shards.Rewrite, name: str) -> None:
         """Slices a router that was trained whole; refuses other tensors of a block."""
         headers, stored = self.source.headers, name.removeprefix(PREFIX)
         block, part = self._block_of(stored)
@@ -440,14 +434,14 @@ class AdapterCut:
         if is_of_block:
             self._slice_router(rewrite, block, name, shape.index(self._blocks[block].n_experts))
 
-    def _slice_router(self, rewrite: Rewrite, block: str, name: str, axis: int) -> None:
+    def _slice_router(self, rewrite: shards.Rewrite, block: str, name: str, axis: int) -> None:
         """Cuts the router's rows, which layout exact keeps."""
         keep = self.plan.edits[block].keep
         if self._is_stock and len(keep) < self._blocks[block].n_experts:
             shape = list(self.adapter.shape(name))
             shape[axis] = len(keep)
             select = partial(torch.index_select, dim=axis, index=torch.tensor(keep))
-            rewrite.changed[name] = Change(tuple(shape), select)
+            rewrite.changed[name] = shards.Change(tuple(shape), select)
 
     def _refuse_numbers(self) -> None:
         for key in _PATTERNS:
@@ -467,6 +461,6 @@ def adapter_cut(
     if adapter is None:
         return None
     adapted = AdapterCut(read_adapter(adapter), source, plan, folder)
-    check_space(folder, adapted.laid_out({}).size_bytes)
+    shards.check_space(folder, adapted.laid_out({}).size_bytes)
     check_values(adapter / WEIGHTS_FILE)
     return adapted

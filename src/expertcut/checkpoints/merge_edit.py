@@ -9,7 +9,6 @@ No checkpoint of layout stock can express this.
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -21,16 +20,8 @@ from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, RunEdite
 from expertcut.checkpoints.shards import Change, read_tensor
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, blocks_of
 from expertcut.data import Quiz
+from expertcut.edits import merging
 from expertcut.edits.edit_settings import RouterRow
-from expertcut.edits.merging import (
-    Neurons,
-    Quality,
-    Rows,
-    judge_rows,
-    matching,
-    members_of,
-    merged_rows,
-)
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
 from expertcut.models.hooks import registered, replaced_forward
@@ -40,13 +31,13 @@ from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.scoring.engine import Engine
 
 _BOTH = re.compile(r"gate_up_proj|input_linear")  # gate and up in one tensor
-_UNKNOWN = Neurons(None, n_parts=0)
+_UNKNOWN = merging.Neurons(None, n_parts=0)
 # By the part after the expert's number: `gate_proj.weight` is (I, D).
 _OWN_NEURONS = {
-    **{f"{name}.weight": Neurons(0) for name in ("gate_proj", "up_proj", "w1", "w3")},
-    **{f"{name}.bias": Neurons(0) for name in ("gate_proj", "up_proj", "w1", "w3")},
-    **{f"{name}.weight": Neurons(1) for name in ("down_proj", "w2")},
-    **{f"{name}.bias": Neurons(None) for name in ("down_proj", "w2")},
+    **{f"{name}.weight": merging.Neurons(0) for name in ("gate_proj", "up_proj", "w1", "w3")},
+    **{f"{name}.bias": merging.Neurons(0) for name in ("gate_proj", "up_proj", "w1", "w3")},
+    **{f"{name}.weight": merging.Neurons(1) for name in ("down_proj", "w2")},
+    **{f"{name}.bias": merging.Neurons(None) for name in ("down_proj", "w2")},
 }
 
 
@@ -56,7 +47,7 @@ class ExpertTensor:
 
     tensor: StoredTensor
     row: int | None
-    neurons: Neurons
+    neurons: merging.Neurons
 
     def read(self) -> Tensor:
         """The tensor on disk."""
@@ -100,26 +91,23 @@ class Experts:
             for kind, name in self.block.by_expert[expert].items()
         }
 
-    def _fused_neurons(self, name: str) -> Neurons:
+    def _fused_neurons(self, name: str) -> merging.Neurons:
         """Of one row: (2I, D) and (D, I), or transposed; biases (2I,) and (D,)."""
         is_last, shape = name in self.block.last, self.headers[name].shape[1:]
         n_parts = 2 if _BOTH.search(name) else 1
         is_in_turn = self.is_interleaved and n_parts > 1
         if len(shape) == 1:
-            return Neurons(None) if is_last else Neurons(0, n_parts, is_in_turn)
-        is_transposed = self._is_transposed()
-        if is_transposed is None or not (is_last or n_parts == 2):
+            return merging.Neurons(None) if is_last else merging.Neurons(0, n_parts, is_in_turn)
+        if not self.block.last or not (is_last or n_parts == 2):
             return _UNKNOWN
-        return Neurons(int(is_transposed != is_last), n_parts, is_in_turn)
-
-    def _is_transposed(self) -> bool | None:
-        """Whether rows are inputs: a tensor that is not square tells by its axis of width D."""
+        # Whether rows are inputs: a tensor that is not square tells by its axis of width D.
         width = self.headers[self.block.router_weight].shape[1]
-        for name in self.block.fused if self.block.last else ():
-            shape = self.headers[name].shape[1:]
+        for other in self.block.fused:
+            shape = self.headers[other].shape[1:]
             if len(shape) == 2 and shape[0] != shape[1]:
-                return shape[int(name in self.block.last)] == width
-        return None
+                is_transposed = shape[int(other in self.block.last)] == width
+                return merging.Neurons(int(is_transposed != is_last), n_parts, is_in_turn)
+        return _UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -133,7 +121,7 @@ class MergeEdit(Edit):
     blocks: Mapping[str, BlockEdit]
     router: RouterRow = "fitted"
     is_aligned: bool = False
-    rows: Mapping[int, Rows] = field(default_factory=dict)
+    rows: Mapping[int, merging.Rows] = field(default_factory=dict)
     orders: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
 
@@ -146,7 +134,7 @@ class MergeEdit(Edit):
 
     def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
         assert engine is not None, "merging runs the model"
-        rows = merged_rows(engine, calibration.questions.tuning, self.blocks, self.router)
+        rows = merging.merged_rows(engine, calibration.questions.tuning, self.blocks, self.router)
         blocks, headers = engine.moe.blocks, calibration.source.headers
         interleaved = frozenset(b.name for b in blocks if is_interleaved(b.experts))
         on_disk = blocks_of(headers, self.blocks) if self.is_aligned else {}
@@ -156,18 +144,21 @@ class MergeEdit(Edit):
             for dominant, shares in (self.blocks[name].merged or {}).items():
                 first = experts.neurons(dominant)
                 for member in set(shares) - {dominant}:
-                    orders[name][member] = matching(first, experts.neurons(member))
+                    orders[name][member] = merging.matching(first, experts.neurons(member))
         return replace(self, rows=rows, orders=orders, interleaved=interleaved)
 
-    def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Quality]:
-        return judge_rows(engine, held_out, self.blocks, self.rows)
+    def judge(self, engine: Engine, held_out: Quiz) -> Sequence[merging.Quality]:
+        return merging.judge_rows(engine, held_out, self.blocks, self.rows)
 
     @property
     def reference(self) -> str:
         return "the same experts under the unedited router"
 
     def reference_of_edited(self, moe: MoeModel) -> RunEdited:
-        return partial(under, unedited_routers(moe.blocks, self.blocks))
+        routers = unedited_routers(moe.blocks, self.blocks)
+        return lambda blocks: registered(
+            replaced_forward(block.router, routers[block.name]) for block in blocks
+        )
 
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         """Layers in `rows` are MoE blocks, in the order of the plan."""
@@ -204,7 +195,7 @@ def is_interleaved(experts: Any) -> bool:
 def _expert_changes(
     experts: Experts, edit: BlockEdit, orders: Mapping[int, Tensor]
 ) -> dict[str, Change]:
-    headers, block, members = experts.headers, experts.block, members_of(edit)
+    headers, block, members = experts.headers, experts.block, merging.members_of(edit)
     changes: dict[str, Change] = {}
     for name in block.fused:
         groups = [experts.of(shares, orders, name) for shares in members.values()]
@@ -234,7 +225,7 @@ def _averages(groups: list[Members]) -> Iterator[Tensor]:
 
 
 def _router_changes(
-    headers: Headers, block: DiskBlock, edit: BlockEdit, rows: Rows
+    headers: Headers, block: DiskBlock, edit: BlockEdit, rows: merging.Rows
 ) -> dict[str, Change]:
     if block.unclear_bias:
         raise ContractError(
@@ -259,7 +250,9 @@ def _router_changes(
     return changes
 
 
-def _rows(tensor: Tensor, edit: BlockEdit, rows: Rows, added: Mapping[int, Tensor]) -> Tensor:
+def _rows(
+    tensor: Tensor, edit: BlockEdit, rows: merging.Rows, added: Mapping[int, Tensor]
+) -> Tensor:
     """Kept rows; rows of merged experts are their weighted sums."""
     kept = tensor[list(edit.keep)]
     for expert, own in rows.shares.items():
@@ -271,7 +264,7 @@ def _rows(tensor: Tensor, edit: BlockEdit, rows: Rows, added: Mapping[int, Tenso
     return kept
 
 
-def _selection(tensor: Tensor, edit: BlockEdit, rows: Rows, axis: int) -> Tensor:
+def _selection(tensor: Tensor, edit: BlockEdit, rows: merging.Rows, axis: int) -> Tensor:
     """Selection biases: fitted, else weighted sums."""
     moved = _rows(tensor.movedim(axis, 0), edit, rows, {})
     for expert, bias in rows.selection.items():
@@ -286,19 +279,12 @@ def unedited_routers(
     routers: dict[str, Callable[..., Any]] = {}
     for block in blocks:
         place_E = torch.zeros(block.n_experts, dtype=torch.long)
-        for place, members in enumerate(members_of(edits[block.name]).values()):
+        for place, members in enumerate(merging.members_of(edits[block.name]).values()):
             place_E[list(members)] = place
         selection_E = block.selection_bias()
         kept = None if selection_E is None else selection_E.clone()
         routers[block.name] = partial(_route, copy.deepcopy(block.router), kept, place_E)
     return routers
-
-
-def under(
-    routers: Mapping[str, Callable[..., Any]], blocks: Sequence[MoeBlock]
-) -> AbstractContextManager[None]:
-    """The merged model runs under the unedited routers."""
-    return registered(replaced_forward(block.router, routers[block.name]) for block in blocks)
 
 
 def _route(

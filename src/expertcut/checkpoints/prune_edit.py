@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.edit import (
-    Calibration,
-    Edit,
-    LayoutWriter,
-    Simulation,
-    TensorChanges,
-    removed_experts,
-)
+from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
 from expertcut.checkpoints.exact import as_stored
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.calibrate import (
@@ -28,7 +21,7 @@ from expertcut.edits.calibrate import (
     zero_outputs,
 )
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Removed
-from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
+from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, removed_experts
 from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import own_expert, own_forward, replaced_forward

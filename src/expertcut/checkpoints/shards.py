@@ -177,7 +177,9 @@ class Shard:
         return len(self.header) + sum(piece.size_bytes for piece in self.pieces)
 
 
-def lay_out(stored: Stored, rewrite: Rewrite, max_shard_bytes: int) -> list[Shard]:
+def lay_out(
+    stored: Stored, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[Shard]:
     """The new files; none is larger than the limit unless one tensor alone is."""
     pieces = list(_pieces(stored, rewrite))
     assert len({p.name for p in pieces}) == len(pieces), "two new tensors have the same name"
@@ -188,7 +190,15 @@ def lay_out(stored: Stored, rewrite: Rewrite, max_shard_bytes: int) -> list[Shar
         # As in safetensors' own writer: wide types first, so that each value is aligned.
         ordered = sorted(part, key=lambda piece: -DTYPES[piece.dtype].itemsize)
         name = f"model-{i:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else SINGLE_FILE
-        shards.append(Shard(name, _header(ordered, metadata), ordered))
+        header: dict[str, object] = {"__metadata__": metadata}
+        begin = 0
+        for piece in ordered:
+            header[piece.name] = piece.entry(begin)
+            begin += piece.size_bytes
+        content = _json(header)
+        content += b" " * (-(_LENGTH_BYTES + len(content)) % _ALIGNMENT_BYTES)
+        length = len(content).to_bytes(_LENGTH_BYTES, "little")
+        shards.append(Shard(name, length + content, ordered))
     return shards
 
 
@@ -231,17 +241,6 @@ def _split(pieces: Iterable[Piece], max_bytes: int) -> Iterator[list[Piece]]:
         part.append(piece)
         part_bytes += size_bytes
     yield part
-
-
-def _header(pieces: Sequence[Piece], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": metadata}
-    begin = 0
-    for piece in pieces:
-        header[piece.name] = piece.entry(begin)
-        begin += piece.size_bytes
-    content = _json(header)
-    content += b" " * (-(_LENGTH_BYTES + len(content)) % _ALIGNMENT_BYTES)
-    return len(content).to_bytes(_LENGTH_BYTES, "little") + content
 
 
 def _json(value: object) -> bytes:

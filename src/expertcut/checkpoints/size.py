@@ -1,6 +1,7 @@
 """The size of a model or a cut, and the largest cut that fits in a size."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,7 +10,7 @@ from torch import nn
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS, cut_rewrite
-from expertcut.checkpoints.shards import MAX_SHARD_BYTES, lay_out
+from expertcut.checkpoints.shards import lay_out
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
@@ -75,7 +76,7 @@ def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
     WRITERS[layout].check(source, is_cutting=True)
 
     def size_of(draft: EditPlan) -> int:
-        shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts), MAX_SHARD_BYTES)
+        shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts))
         return sum(shard.size_bytes for shard in shards)
 
     return size_of
@@ -88,20 +89,14 @@ def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
     assert most is not None
     settings.check()
     choices = counts(settings, ranking.blocks)
-    best, fitting, too_large = cut(ranking, choices[0]), 0, len(choices)
-    if (smallest := size_of(best.draft)) > most:
+    least = cut(ranking, choices[0]).draft
+    if (smallest := size_of(least)) > most:
         raise PlanError(
             f"--max-bytes {most:,} is too small: the smallest cut, "
-            f"{best.draft.action.removeprefix('prune ')}, has {smallest:,} bytes"
+            f"{least.action.removeprefix('prune ')}, has {smallest:,} bytes"
         )
-    while too_large - fitting > 1:
-        middle = (fitting + too_large) // 2
-        tried = cut(ranking, choices[middle])
-        if size_of(tried.draft) <= most:
-            best, fitting = tried, middle
-        else:
-            too_large = middle
-    return best
+    n_fitting = bisect_right(choices, most, key=lambda n: size_of(cut(ranking, n).draft))
+    return cut(ranking, choices[n_fitting - 1])
 
 
 def choose_cut(

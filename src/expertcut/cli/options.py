@@ -123,7 +123,11 @@ def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
         metavar = extra["metavar"] or (name.upper() if extra["is_argument"] else usual)
         if " " in (metavar or "") and not extra["is_argument"]:  # two values, as `A B`
             kind = tuple[str, str]
-        about: dict[str, Any] = {"help": _help(field), "metavar": metavar, "show_default": False}
+        text, value = field.description or "", field.get_default()
+        is_named = "[default" in text or field.is_required()
+        if not is_named and not isinstance(value, bool | None | list | tuple):
+            text = f"{text}  [default: {value}]"
+        about: dict[str, Any] = {"help": text, "metavar": metavar, "show_default": False}
         about["autocompletion"] = _completion(name, field, choices)
         if extra["is_argument"]:
             yield _parameter(name, kind, default, typer.Argument(**about))
@@ -175,14 +179,6 @@ def _parameter(name: str, kind: Any, default: Any, info: Any) -> inspect.Paramet
     annotation: Any = Annotated[kind if default is not None else kind | None, info]
     where = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, where, default=default, annotation=annotation)
-
-
-def _help(field: FieldInfo) -> str:
-    """The description, with the default unless it names it."""
-    text, default = field.description or "", field.get_default()
-    if "[default" in text or field.is_required() or isinstance(default, bool | None | list | tuple):
-        return text
-    return f"{text}  [default: {default}]"
 
 
 def _kind(field: FieldInfo) -> tuple[Any, tuple[str, ...]]:

@@ -126,9 +126,19 @@ def read_records(
         own = subject if is_only else record.get("subject") or subject
         if not isinstance(own, str):
             raise QuizError(f"{where}: subject is {own!r:.60}, must be text")
-        questions.append(_record_question(record, own, n_rows[own], where))
+        if missing := [key for key in ("question", "choices", "answer") if record.get(key) is None]:
+            there = ", ".join(str(key)[:40] for key in list(record)[:12])
+            raise QuizError(
+                f"{where}: has no {' and no '.join(missing)}: it has {there or 'nothing at all'}"
+            )
+        text, choices, answer = record["question"], record["choices"], record["answer"]
+        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise QuizError(f"{where}: choices must be a list of texts")
+        if not isinstance(text, str):
+            raise QuizError(f"{where}: question is {text!r:.60}, must be text")
+        questions.append(_make_question(own, text, choices, answer, n_rows[own], where))
         n_rows[own] += 1
-        numbers += [record["answer"]] if isinstance(record["answer"], int) else []
+        numbers += [answer] if isinstance(answer, int) else []
     if len(numbers) > 1 and 0 not in numbers:
         logger.warning(
             "%s: none of its %d answers by number is 0, which is the first choice: if they count "
@@ -171,21 +181,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise QuizError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _record_question(record: dict[str, Any], subject: str, index: int, where: str) -> Question:
-    missing = [key for key in ("question", "choices", "answer") if record.get(key) is None]
-    if missing:
-        there = ", ".join(str(key)[:40] for key in list(record)[:12])
-        raise QuizError(
-            f"{where}: has no {' and no '.join(missing)}: it has {there or 'nothing at all'}"
-        )
-    choices = record["choices"]
-    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-        raise QuizError(f"{where}: choices must be a list of texts")
-    if not isinstance(record["question"], str):
-        raise QuizError(f"{where}: question is {record['question']!r:.60}, must be text")
-    return _make_question(subject, record["question"], choices, record["answer"], index, where)
-
-
 def _make_question(
     subject: str, text: str, choices: list[str], answer: object, index: int, where: str
 ) -> Question:
@@ -208,16 +203,10 @@ def _make_question(
             f"{where}: a subject of {len(subject)} characters, whose files could not be named: "
             "shorten it"
         )
-    return Question(subject, text, tuple(choices), _answer_id(answer, choices, where), index)
-
-
-def _answer_id(answer: object, choices: list[str], where: str) -> int:
-    letters = LETTERS[: len(choices)]
-    if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:
-        return letters.index(answer.strip())
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
-    numbers = "" if isinstance(answer, str) else f" or 0-{len(letters) - 1}"
-    raise QuizError(
-        f"{where}: answer {answer!r:.60} must be one of {letters[0]}-{letters[-1]}{numbers}"
-    )
+    last, letter = len(choices) - 1, answer.strip() if isinstance(answer, str) else ""
+    if len(letter) == 1 and letter in LETTERS[: last + 1]:
+        answer = LETTERS.index(letter)
+    elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer <= last:
+        numbers = "" if isinstance(answer, str) else f" or 0-{last}"
+        raise QuizError(f"{where}: answer {answer!r:.60} must be one of A-{LETTERS[last]}{numbers}")
+    return Question(subject, text, tuple(choices), answer, index)

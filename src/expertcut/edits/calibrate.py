@@ -1,8 +1,9 @@
 """Calibration passes of the unedited model: bias directions, gate rescaling, mean outputs."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from expertcut.models.hooks import (
     observe_experts,
     observe_routers,
     own_forward,
-    registered,
     replaced_forward,
 )
 from expertcut.models.moe_block import MoeBlock
@@ -87,20 +87,6 @@ class _Moments:
         self.n_tokens += len(h_TD)
 
 
-def _direction_D(answer: _Moments, elsewhere: _Moments, apply_at: ApplyAt) -> Tensor:
-    if apply_at == "all":
-        n_tokens = answer.n_tokens + elsewhere.n_tokens
-        outer_DD = (answer.outer_DD + elsewhere.outer_DD) / n_tokens
-        mean_D = (answer.total_D + elsewhere.total_D) / n_tokens
-    else:
-        outer_DD = answer.outer_DD / answer.n_tokens
-        outer_DD = outer_DD + elsewhere.outer_DD / max(elsewhere.n_tokens, 1)
-        mean_D = answer.total_D / answer.n_tokens
-    ridge = _RIDGE * outer_DD.diagonal().mean()
-    v_D: Tensor = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), mean_D)
-    return v_D / (v_D @ mean_D)
-
-
 def fit_directions(
     engine: Engine, tuning: Quiz, layers: Collection[int], apply_at: ApplyAt = "all"
 ) -> dict[int, Tensor]:
@@ -126,7 +112,20 @@ def fit_directions(
         elsewhere.add(h_TD[~is_answer_T])
 
     collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), layers, add)
-    return {layer: _direction_D(*pair, apply_at) for layer, pair in moments.items()}
+    directions = {}
+    for layer, (answer, elsewhere) in moments.items():
+        if apply_at == "all":
+            n_tokens = answer.n_tokens + elsewhere.n_tokens
+            outer_DD = (answer.outer_DD + elsewhere.outer_DD) / n_tokens
+            mean_D = (answer.total_D + elsewhere.total_D) / n_tokens
+        else:
+            outer_DD = answer.outer_DD / answer.n_tokens
+            outer_DD = outer_DD + elsewhere.outer_DD / max(elsewhere.n_tokens, 1)
+            mean_D = answer.total_D / answer.n_tokens
+        ridge = _RIDGE * outer_DD.diagonal().mean()
+        v_D = torch.linalg.solve(outer_DD + ridge * torch.eye(len(mean_D)), mean_D)
+        directions[layer] = v_D / (v_D @ mean_D)
+    return directions
 
 
 def direction_quality(
@@ -140,25 +139,25 @@ def direction_quality(
         products[routing.layer].append((product_T[is_answer_T], product_T[~is_answer_T]))
 
     collect_routing(engine, held_out, directions, add)
-    return [_fit(layer, pairs, apply_at) for layer, pairs in products.items()]
-
-
-def _fit(layer: int, pairs: Sequence[tuple[Tensor, Tensor]], apply_at: ApplyAt) -> Fit:
-    answer_N, elsewhere_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    answer_loss = ((1 - answer_N) ** 2).mean()
-    if apply_at == "all":
-        loss = ((1 - torch.cat([answer_N, elsewhere_T])) ** 2).mean()
-    else:
-        loss = (answer_loss + (elsewhere_T**2).mean()) / 2
-    return Fit(
-        layer=layer,
-        quality=float(1 - loss),
-        quality_answer=float(1 - answer_loss),
-        mean_answer=float(answer_N.mean()),
-        std_answer=float(answer_N.std(correction=0)),
-        mean_elsewhere=float(elsewhere_T.mean()),
-        std_elsewhere=float(elsewhere_T.std(correction=0)),
-    )
+    fits = []
+    for layer, pairs in products.items():
+        answer_N, elsewhere_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        answer_loss = ((1 - answer_N) ** 2).mean()
+        if apply_at == "all":
+            loss = ((1 - torch.cat([answer_N, elsewhere_T])) ** 2).mean()
+        else:
+            loss = (answer_loss + (elsewhere_T**2).mean()) / 2
+        fit = Fit(
+            layer=layer,
+            quality=float(1 - loss),
+            quality_answer=float(1 - answer_loss),
+            mean_answer=float(answer_N.mean()),
+            std_answer=float(answer_N.std(correction=0)),
+            mean_elsewhere=float(elsewhere_T.mean()),
+            std_elsewhere=float(elsewhere_T.std(correction=0)),
+        )
+        fits.append(fit)
+    return fits
 
 
 def rescaling_at_answers(
@@ -265,7 +264,19 @@ class RemovalTrial:
     def __init__(self, block: MoeBlock, x_TD: Tensor) -> None:
         self.block = block
         self.x_TD = x_TD.to(next(block.router.parameters()).device)
-        self.route, own_TD = _own_calls(block, self.x_TD)
+        calls: list[tuple[Any, ...]] = []
+        given: list[Tensor] = []
+
+        def nothing(own_TD: Tensor, *_: Any) -> Tensor:
+            given.append(own_TD)
+            return torch.zeros_like(own_TD)
+
+        # The block's own calls: routers may take another rank than (T, D) and further arguments,
+        # experts a projection of the tokens.
+        handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
+        with handle, replaced_forward(block.experts, nothing):
+            block.module(self.x_TD[None])
+        self.route, own_TD = partial(block.router, *calls[0]), given[0]
         n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * x_TD.shape[1] * 8))
         parts = zip(self.x_TD.split(n_rows), own_TD.split(n_rows), strict=True)
         self.gram_TEE = torch.cat([_gram(block, *rows) for rows in parts])
@@ -351,22 +362,3 @@ def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
         output = block.module(x_RD[None])
     y_RD: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
     return y_RD.double().cpu()
-
-
-def _own_calls(block: MoeBlock, x_TD: Tensor) -> tuple[Callable[[], Any], Tensor]:
-    """The block's own call of its router on these tokens, and the input of its experts.
-
-    Routers may take another rank than (T, D) and further arguments; experts may take a projection
-    of the tokens.
-    """
-    calls: list[tuple[Any, ...]] = []
-    given: list[Tensor] = []
-
-    def nothing(own_TD: Tensor, *_: Any) -> Tensor:
-        given.append(own_TD)
-        return torch.zeros_like(own_TD)
-
-    handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
-    with registered([handle]), replaced_forward(block.experts, nothing):
-        block.module(x_TD[None])
-    return lambda: block.router(*calls[0]), given[0]

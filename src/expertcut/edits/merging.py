@@ -2,7 +2,6 @@
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
 from expertcut.edits.edit_settings import MergeSettings, RouterRow
 from expertcut.edits.plan import BlockEdit, EditPlan, check_count, expert_ids, validate_edits
 from expertcut.errors import ContractError, ProfileError
-from expertcut.models.hooks import Routing, own_expert, own_forward, replaced_forward
+from expertcut.models.hooks import Routing, own_expert, own_forward, registered, replaced_forward
 from expertcut.models.kernels import Own
 from expertcut.models.moe_block import SCORES, MoeBlock
 from expertcut.profiling.schema import BlockInfo
@@ -207,10 +206,11 @@ def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
         n_tokens[block.layer] += len(flat_TD)
         return forward(x_TD, *args)
 
-    with ExitStack() as stack:
-        for block in engine.moe.blocks:
-            watched = partial(run, block, own_expert(block), own_forward(block.experts))
-            stack.enter_context(replaced_forward(block.experts, watched))
+    changes = (
+        replaced_forward(b.experts, partial(run, b, own_expert(b), own_forward(b.experts)))
+        for b in engine.moe.blocks
+    )
+    with registered(changes):
         ask(engine, quiz, current.append)
     return {layer: total_ED / n_tokens[layer] for layer, total_ED in totals.items()}
 

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -28,6 +28,7 @@ PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
+RECORDS = (PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE)  # of one edit, in its folder
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
@@ -314,14 +315,14 @@ def find_row(profile: Profile, layer: int, expert: int) -> int:
     )
 
 
+def removed_experts(edits: Mapping[str, BlockEdit], n_experts: int) -> dict[str, tuple[int, ...]]:
+    """The experts that each block's edit does not keep; blocks that keep all are left out."""
+    return {name: gone for name, edit in edits.items() if (gone := edit.removed(n_experts))}
+
+
 def ids_text(ids: tuple[int, ...]) -> str:
     """Ids as `0–3, 7, 9–12`."""
-    runs: list[list[int]] = []
-    for i in ids:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(ids), lambda at: at[1] - at[0])]
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
 
 

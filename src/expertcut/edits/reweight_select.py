@@ -320,18 +320,6 @@ TOKEN_SCORES = {
 }
 
 
-def token_scores(profile: Profile, by: str) -> tuple[float, ...]:
-    """A score of `TOKEN_SCORES` (X,), NaN where no token chose the expert."""
-    total_LE, per_LE = (profile.token_sum(name) if name else None for name in TOKEN_SCORES[by])
-    if total_LE is None:
-        raise ProfileError(
-            f"--by {by}: {profile.path} holds no all-token statistics (--stats answer): profile "
-            "with --stats all"
-        )
-    score_LE = total_LE if per_LE is None else share(total_LE, per_LE)
-    return tuple(float(score_LE[place]) for place in places(profile.info.model.blocks))
-
-
 class Contrast(NamedTuple):
     """Two sets of questions; an expert's score is how much more often the first activates it.
 
@@ -360,31 +348,30 @@ class Contrast(NamedTuple):
 
 def read_contrast(expressions: Sequence[str], fingerprint: str) -> Contrast:
     """Two expressions `PROFILE`, `PROFILE@right`, `PROFILE@wrong` or `PROFILE@subject,subject`."""
-    return Contrast(*(_side(expression, fingerprint) for expression in expressions))
-
-
-def _side(expression: str, fingerprint: str) -> QuestionOutcomes:
-    path, _, which = expression.partition("@")
-    profile = load_profile(Path(path))
-    if profile.info.model.fingerprint != fingerprint:
-        raise SettingsError(
-            f"--contrast {path} is a profile of another model, {profile.info.model.id}: "
-            "take profiles of the model that is to be changed"
-        )
-    records = QuestionOutcomes.of(profile, profiled_quiz(profile))
-    if which in ("right", "wrong"):
-        records = records.part(records.is_correct_N == (which == "right"))
-    elif which:
-        names, known = [name.strip() for name in which.split(",")], profile.info.quiz.subjects
-        if unknown := [name for name in names if name not in known]:
+    sides = []
+    for expression in expressions:
+        path, _, which = expression.partition("@")
+        profile = load_profile(Path(path))
+        if profile.info.model.fingerprint != fingerprint:
             raise SettingsError(
-                f"--contrast {expression}: {unknown[0]!r} is not a subject of that profile: write "
-                f"right, wrong or some of {', '.join(list(known)[:3])}, …"
+                f"--contrast {path} is a profile of another model, {profile.info.model.id}: "
+                "take profiles of the model that is to be changed"
             )
-        records = records.part(np.isin(records.subject_N, names))
-    if not len(records):
-        raise SettingsError(f"--contrast {expression} leaves no question: name another part")
-    return records
+        records = QuestionOutcomes.of(profile, profiled_quiz(profile))
+        if which in ("right", "wrong"):
+            records = records.part(records.is_correct_N == (which == "right"))
+        elif which:
+            names, known = [name.strip() for name in which.split(",")], profile.info.quiz.subjects
+            if unknown := [name for name in names if name not in known]:
+                raise SettingsError(
+                    f"--contrast {expression}: {unknown[0]!r} is not a subject of that profile: "
+                    f"write right, wrong or some of {', '.join(list(known)[:3])}, …"
+                )
+            records = records.part(np.isin(records.subject_N, names))
+        if not len(records):
+            raise SettingsError(f"--contrast {expression} leaves no question: name another part")
+        sides.append(records)
+    return Contrast(*sides)
 
 
 def check_settings(settings: ReweightSettings) -> None:
@@ -398,7 +385,16 @@ def check_settings(settings: ReweightSettings) -> None:
 def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
     """The number, the score and the candidates that the settings say."""
     least, by = settings.min_appearances, settings.by or "difference"
-    contrast = None
+    contrast = fixed = None
+    if by in TOKEN_SCORES:  # NaN where no token chose the expert
+        total_LE, per_LE = (profile.token_sum(name) if name else None for name in TOKEN_SCORES[by])
+        if total_LE is None:
+            raise ProfileError(
+                f"--by {by}: {profile.path} holds no all-token statistics (--stats answer): "
+                "profile with --stats all"
+            )
+        score_LE = total_LE if per_LE is None else share(total_LE, per_LE)
+        fixed = tuple(float(score_LE[place]) for place in places(profile.info.model.blocks))
     if settings.contrast is not None:
         contrast = read_contrast(settings.contrast, profile.info.model.fingerprint)
         if isinstance(profile, ProfilePart):
@@ -411,7 +407,7 @@ def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
         min_appearances=MIN_APPEARANCES if least is None else least,
         layers=read_layers(settings.layers),
         contrast=contrast,
-        fixed=token_scores(profile, by) if by in TOKEN_SCORES else None,
+        fixed=fixed,
         constant=tuple(
             (layer, row)
             for layer, block in enumerate(profile.info.model.blocks)

@@ -7,20 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from expertcut.edits import plan
 from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import (
-    BlockEdit,
-    EditPlan,
-    ExpertIds,
-    check_count,
-    expert_ids,
-    find_row,
-    least_experts,
-    least_per_group,
-    validate_edits,
-)
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile, largest_values
@@ -45,7 +35,7 @@ class Protection(NamedTuple):
         return [(*own, *named) for own, named in zip(self.supers, self.named, strict=True)]
 
     def spared(
-        self, edits: Mapping[str, BlockEdit], plain: Mapping[str, BlockEdit]
+        self, edits: Mapping[str, plan.BlockEdit], plain: Mapping[str, plan.BlockEdit]
     ) -> dict[str, tuple[int, ...]]:
         """By block, what stays and without protection would not."""
         return {
@@ -68,7 +58,7 @@ def protection(profile: Profile, expressions: Sequence[str]) -> Protection:
     named: list[list[int]] = [[] for _ in profile.info.model.blocks]
     for text in expressions:
         if match := _EXPERT.fullmatch(text.strip()):
-            row = find_row(profile, int(match[1]), int(match[2]))
+            row = plan.find_row(profile, int(match[1]), int(match[2]))
             named[int(match[1])].append(row)
         elif text != SUPER:
             raise SettingsError(
@@ -104,7 +94,7 @@ def protected(order: Sequence[int], ids: Collection[int]) -> list[int]:
     return sorted(order, key=lambda expert: expert not in ids)
 
 
-def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -> EditPlan:
+def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -> plan.EditPlan:
     """A draft without edits, named after what makes it differ from the usual."""
     removed, fold = settings.removed or "zero", settings.fold or "answer"
     unusual = {"all": settings.at, "exact": settings.layout, "mean": removed}
@@ -112,7 +102,7 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
     marks = "".join(f"-{m}" for m, value in unusual.items() if value == m != usual)
     if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
         marks += f"-fold-{fold}"
-    return EditPlan(
+    return plan.EditPlan(
         f"{slug}{marks}",
         action,
         criterion,
@@ -136,7 +126,7 @@ class Ranking:
     orders: tuple[list[int], ...]  # by the criterion alone
     stay: Protection
     counts: tuple[Array, ...]  # how often each expert was active
-    numbers: ExpertIds
+    numbers: plan.ExpertIds
 
 
 def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Ranking:
@@ -152,7 +142,7 @@ def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None
         orders=tuple(orders),
         stay=protection(profile, settings.protect),
         counts=tuple(activations(layer, at) for layer in layers),
-        numbers=expert_ids(profile),
+        numbers=plan.expert_ids(profile),
     )
 
 
@@ -169,7 +159,7 @@ def counts(settings: CutSettings, blocks: Sequence[BlockInfo]) -> range:
 
 def _stock_count(block: BlockInfo, n_per_group: int) -> int:
     """The smallest count of layout stock that keeps this many experts of a routing group."""
-    least = least_experts(block, "stock") if block.groups == 1 else least_per_group(block)
+    least = plan.least_experts(block, "stock") if block.groups == 1 else plan.least_per_group(block)
     return max(n_per_group, least) * block.groups
 
 
@@ -250,7 +240,7 @@ def share_out(
 class Pruning:
     """The experts that stay, how many were active, and which idle ones fill up, by block."""
 
-    draft: EditPlan
+    draft: plan.EditPlan
     n_active: dict[str, int]
     fillers: dict[str, tuple[int, ...]]
     spared: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by their protection alone
@@ -264,7 +254,7 @@ def choose(profile: Profile, settings: CutSettings, engine: "Engine | None" = No
     blocks = profile.info.model.blocks
     n_keep = wanted_count(settings, blocks)
     if settings.budget == "layer":  # before a criterion runs the model
-        check_count(blocks, n_keep, settings.layout)
+        plan.check_count(blocks, n_keep, settings.layout)
     return cut(rank(profile, settings, engine), n_keep)
 
 
@@ -277,7 +267,7 @@ def cut(ranking: Ranking, n_keep: int) -> Pruning:
         action = f"prune --budget global ({n_keep} of {n_experts} experts)"
         draft = empty_draft(settings, f"keep-{n_keep}-global-{name}", action, name)
     else:
-        check_count(blocks, n_keep, settings.layout)
+        plan.check_count(blocks, n_keep, settings.layout)
         draft = empty_draft(settings, f"keep-{n_keep}-{name}", f"prune --keep {n_keep}", name)
 
     def prune(orders: Sequence[list[int]], first: Sequence[tuple[int, ...]]) -> Pruning:
@@ -323,7 +313,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
     if LAYOUTS[settings.layout].needs_equal_counts:
         n_keeps = [most] * len(blocks)
     draft = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
-    pruning = _prune(n_keeps, orders, counts, blocks, draft, expert_ids(profile))
+    pruning = _prune(n_keeps, orders, counts, blocks, draft, plan.expert_ids(profile))
     if not settings.protect:
         return pruning
     plain = keep_active(profile, settings.completed(protect=[]))
@@ -335,8 +325,8 @@ def _prune(
     orders: Sequence[list[int]],
     counts: Sequence[Array],
     blocks: Sequence[BlockInfo],
-    draft: EditPlan,
-    numbers: ExpertIds,
+    draft: plan.EditPlan,
+    numbers: plan.ExpertIds,
 ) -> Pruning:
     """Keeps the first of each order, in layout stock equally many of each routing group."""
     edits, fillers, n_active = {}, {}, {}
@@ -345,10 +335,10 @@ def _prune(
         size = block.experts // n_groups
         groups = [[e for e in order if e // size == g] for g in range(n_groups)]
         keep = tuple(sorted(e for group in groups for e in group[: n_keep // n_groups]))
-        edits[block.name] = BlockEdit(keep=keep)
+        edits[block.name] = plan.BlockEdit(keep=keep)
         fillers[block.name] = tuple(e for e in keep if count_E[e] == 0)
         n_active[block.name] = int((count_E > 0).sum())
-    validate_edits(edits, blocks, draft.layout)
+    plan.validate_edits(edits, blocks, draft.layout)
     return Pruning(replace(draft, edits=edits, numbers=numbers), n_active, fillers)
 
 
@@ -362,7 +352,7 @@ class RemovedTraffic(NamedTuple):
     mass: float | None  # their share of all tokens' gate weight
 
 
-def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[RemovedTraffic]:
+def removed_traffic(profile: Profile, edits: Mapping[str, plan.BlockEdit]) -> list[RemovedTraffic]:
     """What the removal of experts would touch, block by block."""
     chosen_NLK = profile.array("chosen_NLK")
     tokens_LE, weight_LE = profile.token_sum("tokens"), profile.token_sum("weight")
@@ -379,16 +369,14 @@ def removed_traffic(profile: Profile, edits: Mapping[str, BlockEdit]) -> list[Re
 
 
 def removed_share(
-    profile: Profile, edits: Mapping[str, BlockEdit]
+    profile: Profile, edits: Mapping[str, plan.BlockEdit]
 ) -> tuple[int, int, float | None]:
     """Removed experts, questions that chose one to answer, and share of all gate weight."""
     traffic, weight_LE = removed_traffic(profile, edits), profile.token_sum("weight")
-    chosen_NLK, hit_N = profile.array("chosen_NLK"), np.zeros(len(profile.subjects()), bool)
-    for layer, block in enumerate(profile.info.model.blocks):
-        removed = list(edits[block.name].removed(block.experts))
-        hit_N |= np.isin(chosen_NLK[:, layer], removed).any(axis=1)
-    share = None
+    chosen_NLK, share = profile.array("chosen_NLK"), None
+    removed = [list(edits[b.name].removed(b.experts)) for b in profile.info.model.blocks]
+    hit_LN = [np.isin(chosen_NLK[:, i], ids).any(axis=1) for i, ids in enumerate(removed)]
     if weight_LE is not None:
         share_L = np.array([block.mass for block in traffic], dtype=np.float64)
         share = float(share_L @ weight_LE.sum(axis=1) / weight_LE.sum())
-    return sum(block.n_removed for block in traffic), int(hit_N.sum()), share
+    return sum(map(len, removed)), int(np.any(hit_LN, axis=0).sum()), share

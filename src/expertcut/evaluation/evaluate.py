@@ -119,7 +119,9 @@ def save(
 ) -> Results:
     """Writes predictions, the harness's files if requested, and the results last."""
     record = results(scoring, scored)
-    write_atomically(export.predictions_path(out), export.predictions_bytes(scoring.quiz, scored))
+    name = "predictions" if out.stem == "results" else f"{out.stem}.predictions"
+    content = export.predictions_bytes(scoring.quiz, scored)
+    write_atomically(out.with_name(f"{name}.parquet"), content)
     if harness_file is not None:
         places = export.harness_paths(harness_file, scored)
         for place, one, result in zip(places, scored, record.models, strict=True):

@@ -156,13 +156,6 @@ def _run(scoring: Scoring, scored: Scored, result: ModelResult) -> dict[str, Any
     }
 
 
-def predictions_path(results: Path) -> Path:
-    """Beside the results: `predictions.parquet`, or `x.predictions.parquet` where these are `x`."""
-    if results.stem == "results":
-        return results.with_name("predictions.parquet")
-    return results.with_name(f"{results.stem}.predictions.parquet")
-
-
 def predictions_bytes(quiz: Quiz, scored: Sequence[Scored]) -> bytes:
     """The file's bytes; its columns are those of docs/formats.md."""
     import pyarrow as pa

@@ -126,18 +126,6 @@ def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]
 
 def write_merged(source: Source, model: Any, folder: Path) -> None:
     """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once."""
-    write_checkpoint(source.path, folder, _merged_rewrite(source, model), stored=source.stored)
-    for file in companions(source.path):
-        write_atomically(folder / file.name, file.read_bytes())
-    content = (source.path / "config.json").read_bytes()
-    if has_earlier_names(config := read_config(source.path)):
-        config = exact_config(config, {}, earlier=constants_on_disk(source.headers))
-        content = (json.dumps(config, indent=2) + "\n").encode()
-        write_atomically(folder / MODELLING_FILE, modelling_code())
-    write_atomically(folder / "config.json", content)
-
-
-def _merged_rewrite(source: Source, model: Any) -> Rewrite:
     base, added, stored = model.get_base_model(), dict(deltas(model)), source.headers
 
     @lru_cache(maxsize=4)  # parameters whose tensors alternate on disk
@@ -158,7 +146,16 @@ def _merged_rewrite(source: Source, model: Any) -> Rewrite:
                     "which does not exist: keep the adapter, with --adapter"
                 )
             changed[name] = Change(shape, partial(plus, parameter, name))
-    return Rewrite(renamed=earlier_constants(stored), changed=changed)
+    rewrite = Rewrite(renamed=earlier_constants(stored), changed=changed)
+    write_checkpoint(source.path, folder, rewrite, stored=source.stored)
+    for file in companions(source.path):
+        write_atomically(folder / file.name, file.read_bytes())
+    content = (source.path / "config.json").read_bytes()
+    if has_earlier_names(config := read_config(source.path)):
+        config = exact_config(config, {}, earlier=constants_on_disk(source.headers))
+        content = (json.dumps(config, indent=2) + "\n").encode()
+        write_atomically(folder / MODELLING_FILE, modelling_code())
+    write_atomically(folder / "config.json", content)
 
 
 def _on_disk(base: Any, parameter: str, values: Tensor) -> dict[str, Tensor]:

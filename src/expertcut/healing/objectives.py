@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from expertcut.errors import ModelError
-from expertcut.healing.rows import Row
+from expertcut.healing.data import Row
 from expertcut.models.devices import give_back, is_out_of_memory
+from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 
 IGNORED = -100  # the label of positions that are not trained on: transformers' own number
@@ -126,11 +127,8 @@ class Projection:
             kept.append(output)
             return type(output)(last_hidden_state=output.last_hidden_state[:, :1])
 
-        handle = self.decoder.register_forward_hook(keep)
-        try:
+        with self.decoder.register_forward_hook(keep):
             run(**given)
-        finally:
-            handle.remove()
         self.output = type(kept[0])
         hidden_BSH: Tensor = kept[0].last_hidden_state
         return hidden_BSH
@@ -140,15 +138,9 @@ class Projection:
         if not self.is_split:
             return hidden_NH
         ids_1N = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
-        own = vars(self.decoder).get("forward")
-        self.decoder.forward = lambda *_, **__: self.output(last_hidden_state=hidden_NH[None])
-        try:
+        output = self.output(last_hidden_state=hidden_NH[None])
+        with replaced_forward(self.decoder, lambda *_, **__: output):
             logits_1NV: Tensor = run(input_ids=ids_1N, use_cache=False).logits
-        finally:
-            if own is None:
-                del self.decoder.forward
-            else:
-                self.decoder.forward = own
         return logits_1NV[0]
 
     def chunks(self, n_positions: int) -> Iterator[slice]:

@@ -21,20 +21,8 @@ from expertcut.checkpoints.held_out_check import compare_logprobs, form_result
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.data import Quiz
 from expertcut.data.sources import hash_lines
+from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import (
-    HEALING_FILE,
-    BlockEdit,
-    ChosenOn,
-    PlanFile,
-    PlanModel,
-    base_folder,
-    hashes_sha256,
-    lineage,
-    load_hashes,
-    plan_in,
-    save_plan,
-)
 from expertcut.errors import ModelError, SettingsError
 from expertcut.healing.adapters import adapted, load_adapter, write_adapter, write_merged
 from expertcut.healing.data import ScoredQuiz, TrainingData, read_data
@@ -80,7 +68,7 @@ class Healed:
     """
 
     folder: Path
-    plan: PlanFile
+    plan: plans.PlanFile
     objective: str
     data: TrainingData
     curve: Curve
@@ -151,9 +139,9 @@ def first_base(source: Source) -> Source | None:
     """The unedited model below all edits; None, logged, if a step is missing or has changed."""
     base: Source | None = None
 
-    def find_base(model: PlanModel, near: Path) -> Path | None:
+    def find_base(model: plans.PlanModel, near: Path) -> Path | None:
         nonlocal base
-        base, folder = None, base_folder(model, near)
+        base, folder = None, plans.base_folder(model, near)
         try:
             if folder is None and model.revision is None:
                 short = model.fingerprint[:8]
@@ -168,29 +156,31 @@ def first_base(source: Source) -> Source | None:
         base = found
         return base.path
 
-    for _ in lineage(source.path, find_base):
+    for _ in plans.lineage(source.path, find_base):
         pass
     return base
 
 
 def used_questions(source: Source, data: TrainingData) -> frozenset[str]:
     """Hash lines of the questions that this run or an earlier step of the checkpoint used."""
-    plan = plan_in(source.path)
-    return data.hashes | (load_hashes(source.path, plan) if plan else frozenset())
+    plan = plans.plan_in(source.path)
+    return data.hashes | (plans.load_hashes(source.path, plan) if plan else frozenset())
 
 
 def healed_plan(
     moe: MoeModel, settings: HealSettings, objective: str, data: TrainingData
-) -> PlanFile:
+) -> plans.PlanFile:
     """The plan of the healed checkpoint, without its proof; experts keep their identity."""
-    source, before = moe.source, plan_in(moe.source.path)
-    blocks = {block.name: BlockEdit(keep=tuple(range(block.n_experts))) for block in moe.blocks}
+    source, before = moe.source, plans.plan_in(moe.source.path)
+    blocks = {
+        block.name: plans.BlockEdit(keep=tuple(range(block.n_experts))) for block in moe.blocks
+    }
     for name, edit in before.blocks.items() if before else ():
         if name in blocks:
-            blocks[name] = BlockEdit(keep=edit.keep, rows=edit.rows)
+            blocks[name] = plans.BlockEdit(keep=edit.keep, rows=edit.rows)
     layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
-    return PlanFile(
-        model=PlanModel(
+    return plans.PlanFile(
+        model=plans.PlanModel(
             id=absolute_id(source.id, source.revision),
             revision=source.revision,
             fingerprint=source.fingerprint,
@@ -201,11 +191,11 @@ def healed_plan(
         removal=LAYOUTS[layout].removal,
         layout=layout,
         removed=before.removed if before else None,
-        chosen_on=ChosenOn(
+        chosen_on=plans.ChosenOn(
             quiz=(*settings.quizzes, *settings.texts)[0].name,
             split=settings.split,
             questions=data.n_questions,
-            sha256=hashes_sha256(used_questions(source, data)),
+            sha256=plans.hashes_sha256(used_questions(source, data)),
         ),
         blocks=blocks,
     )
@@ -322,8 +312,8 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
                 answer_N = torch.tensor([question.answer for question in run.scored.quiz])
                 forms = (before[BASE], after)
                 change = stats.compare(*((form.argmax(1) == answer_N).numpy() for form in forms))
-        save_plan(temporary, plan, used_questions(source, data))
-        add_files(temporary, {HEALING_FILE: content, **run.options.beside})
+        plans.save_plan(temporary, plan, used_questions(source, data))
+        add_files(temporary, {plans.HEALING_FILE: content, **run.options.beside})
     trained, parameters = model.get_nb_trainable_parameters()
     sizes = (trained, parameters - trained)
     return Healed(out, plan, run.objective.name, data, curve, *sizes, change)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,9 @@ from torch import Tensor
 
 from expertcut.errors import OutputError
 from expertcut.files import write_atomically
-from expertcut.healing.objectives import (
-    IGNORED,
-    Batch,
-    Collator,
-    LiveTeacher,
-    TopLogprobs,
-    at_all_tokens,
-)
-from expertcut.healing.rows import Row
+from expertcut.healing import objectives
+from expertcut.healing.data import Row
+from expertcut.healing.objectives import Batch
 
 _ROWS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
@@ -69,7 +64,7 @@ class CachedTeacher:
                 )
             self.places |= {name: (opened, *place) for name, place in rows.items()}
 
-    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
+    def __call__(self, batch: Batch, at_BS: Tensor) -> objectives.TopLogprobs:
         """As LiveTeacher."""
         ids, logprobs = [], []
         lengths_B = batch["attention_mask"].sum(dim=1)
@@ -79,7 +74,7 @@ class CachedTeacher:
             ids.append(file.get_slice("ids")[rows][at])
             logprobs.append(file.get_slice("logprob")[rows][at])
         ids_MR, logprob_MR = torch.cat(ids).long(), torch.cat(logprobs)
-        return TopLogprobs(ids_MR.to(at_BS.device), logprob_MR.to(at_BS.device))
+        return objectives.TopLogprobs(ids_MR.to(at_BS.device), logprob_MR.to(at_BS.device))
 
 
 def _digest(ids: Sequence[int]) -> str:
@@ -105,7 +100,7 @@ def fill_cache(
     folder: Path,
     key: CacheKey,
     sources: Sequence[Sequence[tuple[int, Row]]],
-    live: Callable[[], LiveTeacher],
+    live: Callable[[], objectives.LiveTeacher],
     batch: int,
 ) -> CachedTeacher:
     """Computes missing rows, in the batches of the training, and returns the cache.
@@ -120,26 +115,23 @@ def fill_cache(
         for rows in sources
         for begin in range(0, len(rows), batch)
     ]
-    teacher: LiveTeacher | None = None
+    teacher: objectives.LiveTeacher | None = None
     for items in batches[processes.process_index :: processes.num_processes]:
         by_name = {_digest(row.ids): (at, row) for at, row in items}
         missing = {name: item for name, item in by_name.items() if name not in known.places}
         if missing:
             teacher = teacher or live()
-            name = hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()[:16]
-            write_atomically(folder / f"{name}.safetensors", _outputs(teacher, missing))
+            pad_id, device = teacher.moe.tokenizer.pad_token_id or 0, teacher.moe.device
+            padded = objectives.Collator(objectives.at_all_tokens, pad_id)([*missing.values()])
+            batch_of_rows = {name: tensor.to(device) for name, tensor in padded.items()}
+            top = teacher(batch_of_rows, batch_of_rows["labels"] != objectives.IGNORED)
+            lengths = [len(row.ids) - 1 for _, row in missing.values()]
+            begins = accumulate(lengths, initial=0)
+            places = dict(zip(missing, zip(begins, lengths, strict=False), strict=True))
+            tensors = {"ids": top.ids_MR.int().cpu(), "logprob": top.logprob_MR.float().cpu()}
+            file = hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()[:16]
+            content = save(tensors, {"rows": json.dumps(places)})
+            write_atomically(folder / f"{file}.safetensors", content)
     known.files.close()
     processes.wait_for_everyone()
     return CachedTeacher(folder, key)
-
-
-def _outputs(live: LiveTeacher, missing: dict[str, tuple[int, Row]]) -> bytes:
-    collator = Collator(at_all_tokens, live.moe.tokenizer.pad_token_id or 0)
-    batch = {name: t.to(live.moe.device) for name, t in collator(list(missing.values())).items()}
-    top = live(batch, batch["labels"] != IGNORED)
-    begin, rows = 0, {}
-    for name, (_, row) in missing.items():
-        rows[name] = (begin, len(row.ids) - 1)
-        begin += len(row.ids) - 1
-    tensors = {"ids": top.ids_MR.int().cpu(), "logprob": top.logprob_MR.float().cpu()}
-    return save(tensors, {"rows": json.dumps(rows)})

@@ -11,27 +11,16 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from expertcut.checkpoints.output_dir import system_errors
 from expertcut.errors import ModelError, SettingsError
+from expertcut.healing import objectives
 from expertcut.healing import state as states
 from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.micro_batch import MicroBatch, choose_micro_batch, share_of_process
-from expertcut.healing.objectives import (
-    IGNORED,
-    Batch,
-    Collator,
-    Objective,
-    Projection,
-    Teacher,
-    TopLogprobs,
-    chunked_loss,
-    cut_rows,
-    longest_first,
-)
+from expertcut.healing.objectives import Batch
 from expertcut.models.devices import is_out_of_memory, trim
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
@@ -102,21 +91,21 @@ class Balance:
 class HealTrainer(Trainer):
     """Trains adapters on rows in the order of `Rows`."""
 
-    objective: Objective
+    objective: objectives.Objective
     micro_batch: MicroBatch
     model: Any
 
     def __init__(
         self,
         moe: MoeModel,
-        objective: Objective,
-        teacher: Teacher | None,
+        objective: objectives.Objective,
+        teacher: objectives.Teacher | None,
         balance_weight: float,
         **more: Any,
     ) -> None:
         super().__init__(**more)
         self.moe, self.objective, self.teacher = moe, objective, teacher
-        self.projection = Projection(moe)
+        self.projection = objectives.Projection(moe)
         self.n_processes: int = self.accelerator.num_processes
         self.balance_weight = balance_weight
         balance = Balance(moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
@@ -139,12 +128,12 @@ class HealTrainer(Trainer):
         Not by DistributedDataParallel: gradients are summed once all processes had enough memory.
         """
         self.model.train()
-        batch = longest_first(self._prepare_inputs(inputs))
+        batch = objectives.longest_first(self._prepare_inputs(inputs))
         n_items = self._n_items(batch, num_items_in_batch)
         is_shared = self.n_processes > 1
 
         def of_step(n_rows: int) -> Tensor:
-            pieces = list(cut_rows(batch, n_rows))
+            pieces = list(objectives.cut_rows(batch, n_rows))
             if self.balance is not None and not is_shared:
                 self.balance.begin()  # a pass over all rows counts by itself
                 if len(pieces) > 1:
@@ -154,11 +143,17 @@ class HealTrainer(Trainer):
 
         if self.balance is not None and is_shared:
             balance = self.balance
-            self._within_memory(lambda n: self._count_loads(balance, cut_rows(batch, n)), batch)
+            self._within_memory(
+                lambda n: self._count_loads(balance, objectives.cut_rows(batch, n)), batch
+            )
             balance.share()
         loss = self._within_memory(of_step, batch)
-        if is_shared:
-            self._average_gradients()
+        if is_shared:  # gradients are averaged, for losses are multiplied by the processes
+            trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+            for weight, part in zip(trained, flat.split([w.numel() for w in trained]), strict=True):
+                weight.grad = part.view_as(weight).clone()
         return loss
 
     @torch.no_grad()
@@ -170,39 +165,39 @@ class HealTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss per trained position of the global batch, without gradients."""
-        batch = longest_first(inputs)
+        batch = objectives.longest_first(inputs)
         n_items = self._n_items(batch, num_items_in_batch)
-        loss = self._within_memory(lambda n: self._sum_losses(cut_rows(batch, n), n_items), batch)
+        loss = self._within_memory(
+            lambda n: self._sum_losses(objectives.cut_rows(batch, n), n_items), batch
+        )
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _n_items(self, batch: Batch, n_items: Tensor | int | None) -> float:
         """The divisor of a sum of losses; the mean over processes is taken later."""
         if n_items is None:
-            return max(1, int((batch["labels"] != IGNORED).sum()))
+            return max(1, int((batch["labels"] != objectives.IGNORED).sum()))
         return float(n_items) / self.n_processes
 
     def _sum_losses(self, pieces: Iterable[Batch], n_items: float) -> Tensor:
         """The loss of some micro-batches; their gradients too, where these are enabled."""
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for piece in pieces:
-            loss = self._loss(piece, n_items)
+            # Before the student's pass, whose activations are kept for its gradients.
+            at_BS = piece["labels"] != objectives.IGNORED
+            taught = None if self.teacher is None else self.teacher(piece, at_BS)
+            if self.balance is None or not self.model.training:
+                loss = self._objective(self._hidden(piece), piece, taught) / n_items
+            else:
+                with self.balance.watching():
+                    hidden_BSH = self._hidden(piece)
+                loss = self._objective(hidden_BSH, piece, taught) / n_items
+                balance = self.balance.loss(piece["attention_mask"])
+                loss = loss + self.balance_weight * balance * self.n_processes
             if torch.is_grad_enabled():
                 self.accelerator.backward(loss)
             total += loss.detach()
             trim()
         return total.float()
-
-    def _loss(self, batch: Batch, n_items: float) -> Tensor:
-        at_BS = batch["labels"] != IGNORED
-        # Before the student's pass, whose activations are kept for its gradients.
-        taught = None if self.teacher is None else self.teacher(batch, at_BS)
-        if self.balance is None or not self.model.training:
-            return self._objective(self._hidden(batch), batch, taught) / n_items
-        with self.balance.watching():
-            hidden_BSH = self._hidden(batch)
-        loss = self._objective(hidden_BSH, batch, taught) / n_items
-        balance = self.balance.loss(batch["attention_mask"])
-        return loss + self.balance_weight * balance * self.n_processes
 
     def _hidden(self, batch: Batch) -> Tensor:
         trim()  # passes over rows of different lengths fragment memory
@@ -210,15 +205,17 @@ class HealTrainer(Trainer):
         trim()
         return hidden_BSH
 
-    def _objective(self, hidden_BSH: Tensor, batch: Batch, taught: TopLogprobs | None) -> Tensor:
-        at_BS = batch["labels"] != IGNORED
+    def _objective(
+        self, hidden_BSH: Tensor, batch: Batch, taught: objectives.TopLogprobs | None
+    ) -> Tensor:
+        at_BS = batch["labels"] != objectives.IGNORED
         next_M, weight_M = batch["labels"][at_BS], batch["weight_BS"][at_BS]
 
         def of_chunk(logits_NV: Tensor, at: slice) -> Tensor:
             loss_N = self.objective.loss(logits_NV, next_M[at], taught[at] if taught else None)
             return (loss_N * weight_M[at]).double().sum()
 
-        return chunked_loss(self.projection, self.model, hidden_BSH[at_BS], of_chunk)
+        return objectives.chunked_loss(self.projection, self.model, hidden_BSH[at_BS], of_chunk)
 
     @torch.no_grad()
     def _count_loads(self, balance: Balance, pieces: Iterable[Batch]) -> bool:
@@ -251,18 +248,6 @@ class HealTrainer(Trainer):
             self.micro_batch.halve(self.moe, batch["input_ids"].shape[1])
             states.set_random_states(before)
 
-    def _average_gradients(self) -> None:
-        """Averages gradients over processes; losses are multiplied by their number."""
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-        for weight, part in zip(trained, flat.split([w.numel() for w in trained]), strict=True):
-            weight.grad = part.view_as(weight).clone()
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset: Any = train_dataset or self.train_dataset
-        return SequentialSampler(dataset)
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Saves the adapter only; Trainer would pickle its arguments too."""
         if self.args.should_save:
@@ -288,11 +273,8 @@ class HealTrainer(Trainer):
     def _random_file(self, folder: str) -> Path:
         return Path(folder) / f"random-{self.args.process_index}.safetensors"
 
-    def _save_scaler(self, output_dir: str) -> None:
-        """No scaler: bfloat16 needs none, and float16 is not offered."""
-
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """No scaler, as above."""
+        """No scaler: bfloat16 needs none, and float16 is not offered."""
 
 
 @dataclass(frozen=True)
@@ -311,8 +293,8 @@ def fit(
     model: Any,
     data: TrainingData,
     settings: HealSettings,
-    objective: Objective,
-    teacher: Teacher | None,
+    objective: objectives.Objective,
+    teacher: objectives.Teacher | None,
     *,
     folder: Path,
     report: Report,
@@ -327,7 +309,7 @@ def fit(
         args=_arguments(moe, settings, folder),
         train_dataset=rows,
         eval_dataset=held_out_rows,
-        data_collator=Collator(objective.where, moe.tokenizer.pad_token_id or 0, weight),
+        data_collator=objectives.Collator(objective.where, moe.tokenizer.pad_token_id or 0, weight),
         callbacks=[_Watch(settings, folder, report)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints
@@ -379,6 +361,7 @@ def _arguments(moe: MoeModel, settings: HealSettings, folder: Path) -> TrainingA
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would report 0 instead
         remove_unused_columns=False,
+        train_sampling_strategy="sequential",
         dataloader_pin_memory=is_cuda,
         disable_tqdm=True,
         report_to="none",

@@ -14,18 +14,9 @@ import yaml
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from expertcut.checkpoints.exact import has_constants, is_exact
-from expertcut.checkpoints.tensor_names import DiskBlock, match_blocks
+from expertcut.checkpoints.tensor_names import match_blocks
+from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import (
-    PLAN_FILE,
-    PROOF_FILE,
-    BlockEdit,
-    PlanFile,
-    PlanModel,
-    lineage,
-    load_hashes,
-    load_plan,
-)
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import ModelResult, Results, load_results
@@ -53,7 +44,7 @@ class Checkpoint:
 
     source: Source
     config: Mapping[str, Any]
-    plan: PlanFile
+    plan: plans.PlanFile
     proof: CrossFitResult | None
     tensors: Mapping[str, StoredTensor]
 
@@ -98,40 +89,34 @@ def verified(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise ModelError(f"no such checkpoint: {folder} is not a folder")
     config = read_config(folder)
-    if not (folder / PLAN_FILE).is_file():
+    if not (folder / plans.PLAN_FILE).is_file():
         raise PlanError(
-            f"{folder} has no {PLAN_FILE}: publish a checkpoint of `prune`, `merge`, `reweight` or "
-            "`heal`"
+            f"{folder} has no {plans.PLAN_FILE}: publish a checkpoint of `prune`, `merge`, "
+            "`reweight` or `heal`"
         )
-    source, tensors, plan = find_source(str(folder)), read_headers(folder), load_plan(folder)
-    load_hashes(folder, plan)
+    source, tensors, plan = find_source(str(folder)), read_headers(folder), plans.load_plan(folder)
+    plans.load_hashes(folder, plan)
     blocks, _ = match_blocks(tensors, plan.blocks)
     for name, edit in plan.blocks.items():
-        _check_block(blocks[name], edit, plan, config)
+        block, n_experts = blocks[name], expert_count(config)
+        rows = zip(range(block.n_experts), edit.rows or range(block.n_experts), strict=False)
+        # Those that are not constants.
+        own = [number for row, number in rows if not block.by_expert or block.by_expert[row]]
+        is_right = block.n_experts == len(edit.keep) == n_experts
+        if LAYOUTS[plan.layout].keeps_rows:
+            is_right = set(own) == set(edit.keep)
+        if not is_right:
+            raise PlanError(
+                f"{plans.PLAN_FILE} is not of these weights: it keeps {len(edit.keep)} experts of "
+                f"{block.name}, on disk are {len(own)} and config.json says {n_experts}: put the "
+                "plan back that made them"
+            )
     if is_exact(config) and not (folder / MODELLING_FILE).is_file():
         raise ModelError(
             f"{folder} lacks {MODELLING_FILE}, which layout exact needs: export it again"
         )
-    proof = load_cross_fit(folder) if (folder / PROOF_FILE).is_file() else None
+    proof = load_cross_fit(folder) if (folder / plans.PROOF_FILE).is_file() else None
     return Checkpoint(source, config, plan, proof, tensors)
-
-
-def _check_block(
-    block: DiskBlock, edit: BlockEdit, plan: PlanFile, config: Mapping[str, Any]
-) -> None:
-    numbers = zip(range(block.n_experts), edit.rows or range(block.n_experts), strict=False)
-    # Those that are not constants.
-    own = [number for row, number in numbers if not block.by_expert or block.by_expert[row]]
-    n_experts = expert_count(dict(config))
-    is_right = block.n_experts == len(edit.keep) == n_experts
-    if LAYOUTS[plan.layout].keeps_rows:
-        is_right = set(own) == set(edit.keep)
-    if not is_right:
-        raise PlanError(
-            f"{PLAN_FILE} is not of these weights: it keeps {len(edit.keep)} experts of "
-            f"{block.name}, on disk are {len(own)} and config.json says {n_experts}: put the plan "
-            "back that made them"
-        )
 
 
 @dataclass(frozen=True)
@@ -221,16 +206,16 @@ class Origin:
     revision: str | None
     licence: Licence
     n_experts: int | None
-    steps: tuple[PlanFile, ...]
+    steps: tuple[plans.PlanFile, ...]
     is_here: bool
 
 
 def origin(folder: Path) -> Origin:
     """The base and steps of a checkpoint, as far as they are available here or in the cache."""
-    steps: list[PlanFile] = []
+    steps: list[plans.PlanFile] = []
     place: Path | None = None
     with suppress(PlanError):  # the base's folder now holds something else
-        for step, before in lineage(folder):
+        for step, before in plans.lineage(folder):
             steps.insert(0, step)
             place = before
     base = steps[0].model
@@ -275,7 +260,9 @@ def _front_matter(card: Path) -> Mapping[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _licence(stated: object, metadata: Mapping[str, Any], base: PlanModel, folder: Path) -> Licence:
+def _licence(
+    stated: object, metadata: Mapping[str, Any], base: plans.PlanModel, folder: Path
+) -> Licence:
     """The licence that the base's card states, else its config; never guessed."""
     if isinstance(stated, list) and len(stated) == 1:
         (stated,) = stated

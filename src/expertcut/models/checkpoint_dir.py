@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from expertcut.errors import ModelError
 from expertcut.files import parse_json, recall, remember, wide_encoding
 
 _MAX_CONFIG_BYTES = 10_000_000  # a thousand times those of models
+# Of files that expertcut or transformers reads, copies or uploads.
 _READ_ENDINGS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _READ_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README.md")
 _FRESH_S = 10.0
@@ -72,7 +72,16 @@ def check_folder(folder: Path) -> None:
     """
     if (adapter := folder / "adapter_config.json").exists():
         raise ModelError(f"{adapter} makes this an adapter: merge it into its base and save that")
-    for file in _files(folder):
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix in _READ_ENDINGS or file.name.startswith(_READ_NAMES)
+    ]
+    templates = folder / "additional_chat_templates"  # the only subfolder that tokenizers read
+    if templates.is_symlink():
+        raise ModelError(f"{templates} is a link: put the folder itself there")
+    files += sorted(templates.iterdir()) if templates.is_dir() else []
+    for file in files:
         if file.is_symlink():
             _check_link(file, folder)
         if not file.is_file():
@@ -87,18 +96,6 @@ def refuse_pickles(folder: Path) -> None:
             f"{pickles[0]} is a pickle, which can run code, so it is never read: "
             "take the weights as safetensors"
         )
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The files that expertcut or transformers reads, copies or uploads."""
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _READ_ENDINGS or file.name.startswith(_READ_NAMES):
-            yield file
-    templates = folder / "additional_chat_templates"  # the only subfolder that tokenizers read
-    if templates.is_symlink():
-        raise ModelError(f"{templates} is a link: put the folder itself there")
-    if templates.is_dir():
-        yield from sorted(templates.iterdir())
 
 
 def _check_link(file: Path, folder: Path) -> None:

@@ -91,11 +91,6 @@ def runs_on(module: nn.Module) -> torch.device:
     return torch.device(next(h.execution_device for h in hooks if hasattr(h, "execution_device")))
 
 
-def is_on_several(model: Any) -> bool:
-    """Whether the model is spread over several devices."""
-    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-
-
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device; on a CPU within cgroup limits and `ulimit -v`."""
     if device.type == "cuda":

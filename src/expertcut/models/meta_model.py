@@ -27,18 +27,27 @@ def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
     It is the axis that grows with the number of experts in config.json. Tensors stacked with others
     in loading are left out; without code in transformers for the model, all are.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     n_experts = expert_count(dict(config)) or 0
     try:
         with _meta_model(config) as model:
             if model is None:
                 return {}
-            shapes, renamed = _shapes(model), _renamed(model, names)
+            conversions, shapes = get_model_conversion_mapping(model), _shapes(model)
+            renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+            converters = [c for c in conversions if isinstance(c, WeightConverter)]
+            rules = (renamings, converters, model.base_model_prefix, model.state_dict())
+            renamed = {name: rename_source_key(name, *rules) for name in names}
         with _meta_model(with_expert_count(config, n_experts, 2 * n_experts)) as larger:
             grown = {} if larger is None else _shapes(larger)
     except _FAULTS:
         return {}
     axis_of = {}
-    for name, parameter in renamed.items():
+    for name, (parameter, pattern) in renamed.items():
+        if pattern is not None:  # stacked with others
+            continue
         before, after = shapes.get(parameter, ()), grown.get(parameter, ())
         axes = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
         if len(axes) == 1:
@@ -105,16 +114,3 @@ def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """The parameter of each tensor that is not stacked with others, by name on disk."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    rules = (renamings, converters, model.base_model_prefix, model.state_dict())
-    sources = ((name, *rename_source_key(name, *rules)) for name in names)
-    return {name: renamed for name, renamed, pattern in sources if pattern is None}

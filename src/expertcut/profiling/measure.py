@@ -21,19 +21,10 @@ from expertcut.data.sources import is_held_out, is_one_set
 from expertcut.errors import QuizError
 from expertcut.files import recall, remember
 from expertcut.models.checkpoint_dir import absolute_id, read_config
-from expertcut.models.devices import is_on_several
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
+from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
-from expertcut.profiling.schema import (
-    NO_CHOICE,
-    BlockInfo,
-    ModelInfo,
-    ProfileInfo,
-    Settings,
-    Stats,
-    quiz_info,
-)
 from expertcut.profiling.storage import CUT, Arrays, load_profile
 from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
@@ -50,7 +41,7 @@ HALVED = "halved_passes"  # in a chunk whose passes were split for lack of memor
 class MeasureOptions:
     """How to measure; None means the recorded value of a resumed run, else the default."""
 
-    stats: Stats | None = None
+    stats: schema.Stats | None = None
     batch_tokens: int | None = None
     threads: int | None = None
     waits: bool = True  # ends when all chunks exist, else when none is left for this process
@@ -70,13 +61,13 @@ class Measurement:
         if options.stats in (None, "all"):
             with suppress(QuizError):  # `prune` refuses such a split
                 self.is_one_set = is_one_set(quiz)
-        self.info = ProfileInfo(
+        self.info = schema.ProfileInfo(
             model=model_info(moe),
-            quiz=quiz_info(quiz, limit),
+            quiz=schema.quiz_info(quiz, limit),
             settings=engine_settings(self.engine, options.stats or "all", quiz.truncate),
         )
 
-    def _check_once(self, stats: Stats) -> None:
+    def _check_once(self, stats: schema.Stats) -> None:
         """Checks the engine, unless an earlier run found all the same right with these prompts."""
         moe, quiz = self.moe, self.quiz
         settings = engine_settings(self.engine, stats, quiz.truncate)
@@ -88,7 +79,8 @@ class Measurement:
             return
         for encoded in few:
             self.engine.check(encoded)
-        if settings == engine_settings(self.engine, stats, quiz.truncate):  # else it warns each time
+        # Where the check changed the engine it warns, each time.
+        if settings == engine_settings(self.engine, stats, quiz.truncate):
             remember(key, "agrees")
 
     def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
@@ -146,7 +138,7 @@ class Measurement:
         arrays["row_N"] = np.array([q.row for q in questions], dtype=np.int32)
         if any(q.order for q in questions):  # the original numbers of shuffled choices
             most = max(len(q.choices) for q in questions)
-            orders = [[*q.order, *[NO_CHOICE] * (most - len(q.order))] for q in questions]
+            orders = [[*q.order, *[schema.NO_CHOICE] * (most - len(q.order))] for q in questions]
             arrays["order_NC"] = np.array(orders, dtype=np.uint8)
         return arrays, n_tokens
 
@@ -196,7 +188,7 @@ def resumed(
     )
 
 
-def default_folder(info: ProfileInfo, source: Source) -> Path:
+def default_folder(info: schema.ProfileInfo, source: Source) -> Path:
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
     quiz = info.quiz
     name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
@@ -204,10 +196,10 @@ def default_folder(info: ProfileInfo, source: Source) -> Path:
     return Path("profiles", f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}")
 
 
-def model_info(moe: MoeModel) -> ModelInfo:
+def model_info(moe: MoeModel) -> schema.ModelInfo:
     """The model's entry in a profile."""
     blocks = tuple(
-        BlockInfo(
+        schema.BlockInfo(
             name=b.name,
             experts=b.n_experts,
             top_k=b.top_k,
@@ -222,18 +214,21 @@ def model_info(moe: MoeModel) -> ModelInfo:
     )
     source = moe.source
     model_id = absolute_id(source.id, source.revision)
-    return ModelInfo(
+    return schema.ModelInfo(
         id=model_id, revision=source.revision, fingerprint=source.fingerprint, blocks=blocks
     )
 
 
-def engine_settings(engine: Engine, stats: Stats, truncate: Truncate | None) -> Settings:
+def engine_settings(
+    engine: Engine, stats: schema.Stats, truncate: Truncate | None
+) -> schema.Settings:
     """Everything that the bytes of a chunk depend on, besides model and questions."""
     moe, on_cpu = engine.moe, engine.moe.device.type == "cpu"
+    devices = set((getattr(moe.model, "hf_device_map", None) or {}).values())
     # Offloading to memory or disk changes no bytes on one CPU.
-    is_spread = is_on_several(moe.model) and not on_cpu
+    is_spread = len(devices) > 1 and not on_cpu
     config = moe.model.config
-    return Settings(
+    return schema.Settings(
         dtype=str(moe.dtype).removeprefix("torch."),
         device_type=moe.device.type,
         threads=torch.get_num_threads(),

@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from expertcut.errors import ModelError
+from expertcut.models import hooks
 from expertcut.models.devices import runs_on
-from expertcut.models.hooks import (
-    ExpertCall,
-    Routing,
-    observe_experts,
-    observe_residuals,
-    observe_routers,
-    registered,
-)
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.schema import Stats
@@ -85,15 +78,15 @@ class Recorder:
     def listening(self) -> AbstractContextManager[None]:
         """Hooks the routers, and for all-token sums the experts."""
         blocks, tokens = self.blocks, self.tokens
-        observers = [] if self.stats == "none" else [observe_routers(blocks, self._route)]
+        observers = [] if self.stats == "none" else [hooks.observe_routers(blocks, self._route)]
         if self.stats == "all":
             observers += [
-                observe_residuals(blocks, tokens.read),
-                observe_experts(
+                hooks.observe_residuals(blocks, tokens.read),
+                hooks.observe_experts(
                     blocks, lambda call: tokens.expert(call, self.valid_T), tokens.combined
                 ),
             ]
-        return registered(observers)
+        return hooks.registered(observers)
 
     def begin(self, step: Pass) -> None:
         """Called before each forward pass."""
@@ -141,7 +134,7 @@ class Recorder:
             return gaps if self.stats == "answer" else []
         return [sums.sums, sums.largest, sums.calibration, sums.calibration_largest, *gaps]
 
-    def _route(self, routing: Routing) -> None:
+    def _route(self, routing: hooks.Routing) -> None:
         if not len(routing.logits_TE):
             return
         fields: dict[str, Any] = vars(routing)
@@ -172,27 +165,24 @@ class Recorder:
             return {}
         names = ("alpha_NLE", "chosen_NLK", "weight_NLK", "gap_N", "prefix_gap")
         kept: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        tokens, left_out, parts = self.tokens, set(), []
         if self.stats == "all":
-            kept |= self._of_all_tokens()
-        return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
-
-    def _of_all_tokens(self) -> dict[str, Tensor]:
-        tokens, left_out = self.tokens, set()
+            kept["unread_gap_N"] = self.unread_gap_N
+            kept["unread_prefix_gap"] = self.unread_prefix_gap
+            parts = [*zip(PARTS, tokens.sums.unbind(1), tokens.largest, strict=True)]
+        if self.in_calibration_N is not None:
+            parts.append(("calibration", tokens.calibration, tokens.calibration_largest))
+            kept["calibration_N"] = self.in_calibration_N.to(torch.uint8)
         if any(block.residual is None for block in self.blocks):
             left_out.add(RESIDUAL)
         if not tokens.is_in_width:
             left_out |= {INPUT, RESIDUAL}
-        parts = [*zip(PARTS, tokens.sums.unbind(1), tokens.largest, strict=True)]
-        kept = {"unread_gap_N": self.unread_gap_N, "unread_prefix_gap": self.unread_prefix_gap}
-        if self.in_calibration_N is not None:
-            parts.append(("calibration", tokens.calibration, tokens.calibration_largest))
-            kept["calibration_N"] = self.in_calibration_N.to(torch.uint8)
         for part, sums, largest in parts:
             for name, sum_LE in zip(NAMES, sums, strict=True):
                 if name not in left_out:
                     kept[f"{part}_{name}_LE"] = sum_LE
             kept[f"{part}_largest_LE"] = largest
-        return kept
+        return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
 
 def borda_points(weighted_TE: Tensor, experts_TK: Tensor) -> Tensor:
@@ -246,7 +236,7 @@ class TokenSums:
         self.in_calibration_T: Tensor | None = None  # tokens that count in both sums
         # Of one block's experts: id, tokens, weights, norms, least and greatest output value.
         self.pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
-        self.routing: Routing | None = None
+        self.routing: hooks.Routing | None = None
         self.stream: tuple[int, Tensor] | None = None
         self.rows_M: Tensor | None = None
 
@@ -254,7 +244,7 @@ class TokenSums:
         """Keeps the residual stream before a block until the next block."""
         self.stream = layer, x_TD
 
-    def route(self, routing: Routing, valid_T: Tensor | None) -> None:
+    def route(self, routing: hooks.Routing, valid_T: Tensor | None) -> None:
         """Adds the routing of one block."""
         self.routing = routing
         experts_TK, weights_TK = routing.experts_TK, routing.weights_TK.double()
@@ -265,7 +255,7 @@ class TokenSums:
         self._add("weight", routing.layer, nothing_TE.scatter(1, experts_TK, weights_TK), valid_T)
         self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0), valid_T)
 
-    def expert(self, call: ExpertCall, valid_T: Tensor | None) -> None:
+    def expert(self, call: hooks.ExpertCall, valid_T: Tensor | None) -> None:
         """Keeps what `combined` needs of one expert's outputs."""
         tokens_M, weights_M, output_MD = call.tokens_M, call.weights_M, call.output_MD
         if valid_T is not None:

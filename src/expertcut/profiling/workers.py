@@ -211,27 +211,25 @@ class SharedFolder:
             with self._claimed(PROFILE_FILE) as is_mine:
                 if is_mine and not file.is_file():
                     self.info.save(file, self.claims.folder)
-        _refuse_other(self.path, load_profile(self.path).info, self.info)
-
-
-def _refuse_other(folder: Path, theirs: ProfileInfo, ours: ProfileInfo) -> None:
-    if theirs.model.fingerprint != ours.model.fingerprint:
-        raise ProfileError(
-            f"{folder} is a profile of another model: {theirs.model.id} with weights "
-            f"{theirs.model.fingerprint[:8]}, not {ours.model.fingerprint[:8]}: name another --out"
-        )
-    if theirs.quiz != ours.quiz:
-        raise ProfileError(
-            f"{folder} is a profile of another quiz: {_describe(theirs)}, not "
-            f"{_describe(ours)}: name another --out"
-        )
-    for key in Settings.model_fields:
-        recorded, given = getattr(theirs.settings, key), getattr(ours.settings, key)
-        if given != recorded:
+        theirs, ours = load_profile(self.path).info, self.info
+        if theirs.model.fingerprint != ours.model.fingerprint:
+            their_hash, our_hash = theirs.model.fingerprint[:8], ours.model.fingerprint[:8]
             raise ProfileError(
-                f"{folder} was begun with {key} {recorded}, now it is {given}: "
-                "give the recorded value or name another --out"
+                f"{self.path} is a profile of another model: {theirs.model.id} with weights "
+                f"{their_hash}, not {our_hash}: name another --out"
             )
+        if theirs.quiz != ours.quiz:
+            raise ProfileError(
+                f"{self.path} is a profile of another quiz: {_describe(theirs)}, not "
+                f"{_describe(ours)}: name another --out"
+            )
+        for key in Settings.model_fields:
+            recorded, given = getattr(theirs.settings, key), getattr(ours.settings, key)
+            if given != recorded:
+                raise ProfileError(
+                    f"{self.path} was begun with {key} {recorded}, now it is {given}: "
+                    "give the recorded value or name another --out"
+                )
 
 
 def _describe(info: ProfileInfo) -> str:

@@ -24,17 +24,7 @@ from expertcut.commands.reweight import ReweightSettings
 from expertcut.commands.show import ShowSettings
 from expertcut.errors import RecipeError
 from expertcut.files import read_file, wide_encoding, without_secrets
-from expertcut.settings import (
-    IN_RECIPE,
-    FilePath,
-    Folder,
-    Settings,
-    Source,
-    Texts,
-    fault_text,
-    option,
-    refuse,
-)
+from expertcut.settings import FilePath, Folder, Settings, Source, Texts, fault_text, option, refuse
 
 VariantKind = Literal["prune", "merge", "reweight", "heal"]
 KINDS: tuple[VariantKind, ...] = get_args(VariantKind)
@@ -206,7 +196,7 @@ def read_recipe(file: Path) -> Recipe:
         kind = "nothing" if content is None else f"a {type(content).__name__}"
         raise RecipeError(f"{file} holds {kind}, must be keys and values: model: ...")
     try:
-        return Recipe.model_validate(content, context=IN_RECIPE)
+        return Recipe.of_recipe(content)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = " at " + ".".join(map(_printable, fault["loc"])) if fault["loc"] else ""

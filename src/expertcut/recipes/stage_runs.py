@@ -6,36 +6,18 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from expertcut.commands import (
-    UI,
-    ModelSettings,
-    QuizSettings,
-    eval,
-    heal,
-    merge,
-    profile,
-    prune,
-    publish,
-    report,
-    reweight,
-    show,
-)
-from expertcut.errors import ExpertcutError, OutputError
+from expertcut import commands
+from expertcut.commands import eval, heal, merge, profile, prune, publish, report, reweight, show
+from expertcut.errors import ExpertcutError, OutputError, RecipeError
 from expertcut.files import write_atomically
 from expertcut.recipes.manifest import RECIPE_FILE, Inputs, Ledger, StageRecord, reason
 from expertcut.recipes.recipe_schema import KINDS, HealSection, Recipe
-from expertcut.recipes.stages import (
-    PROFILE,
-    REPORT,
-    RESULTS,
-    Stage,
-    find_stage,
-    stages_of,
-    variant_folder,
-)
+from expertcut.recipes.stages import PROFILE, REPORT, RESULTS, Stage, stages_of, variant_folder
+from expertcut.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -51,12 +33,12 @@ class RecipeRun:
     """One run of a recipe."""
 
     def __init__(
-        self, recipe: Recipe, ledger: Ledger, ui: UI, *, start: str | None, is_dry: bool
+        self, recipe: Recipe, ledger: Ledger, ui: commands.UI, *, start: str | None, is_dry: bool
     ) -> None:
         self.recipe, self.ledger, self.ui = recipe, ledger, ui
         self.folder, self.is_dry = ledger.folder, is_dry
         self.stages = stages_of(recipe)
-        self.first = len(self.stages) if start is None else find_stage(start, self.stages)
+        self.first = len(self.stages) if start is None else _find_stage(start, self.stages)
         self.inputs = Inputs(recipe, ledger.before, is_anew=self.first == 0)
         self.outputs: dict[str, str | None] = {}
         self.ran: list[str] = []
@@ -133,19 +115,31 @@ class RecipeRun:
         self.is_locked = True
         self.ledger.check_unchanged()
 
-    def values_of(self, *settings: type[ModelSettings] | type[QuizSettings]) -> dict[str, Any]:
+    def values_of(self, *settings: type[Settings]) -> dict[str, Any]:
         """The recipe's own values of all fields of these settings."""
         return {name: getattr(self.recipe, name) for kind in settings for name in kind.model_fields}
 
     def scored(self) -> dict[str, Any]:
         """The recipe's quiz, its model, and how it is loaded."""
         revision = self.inputs.commit or self.recipe.revision
-        return self.values_of(ModelSettings, QuizSettings) | {"revision": revision}
+        own = self.values_of(commands.ModelSettings, commands.QuizSettings)
+        return own | {"revision": revision}
 
     def checkpoints(self) -> dict[str, Path]:
         """Folders of the variants with a checkpoint, by name; a search may find no edit."""
         folders = {v.name: self.folder / variant_folder(v.name) for v in self.recipe.variants}
         return {name: path for name, path in folders.items() if (path / "config.json").is_file()}
+
+
+def _find_stage(name: str, stages: list[Stage]) -> int:
+    """The place of the stage of that name, else of the first of that kind, else RecipeError."""
+    names, kinds = [stage.name for stage in stages], [str(stage.kind) for stage in stages]
+    for found in (names, kinds):
+        if name in found:
+            return found.index(name)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+    raise RecipeError(f"--from {name[:80]!a}: the recipe has no such stage: {hint}")
 
 
 def _profile(run: RecipeRun, _: Stage) -> None:
@@ -168,7 +162,8 @@ def _show(run: RecipeRun, _: Stage) -> None:
 def _edit(run: RecipeRun, stage: Stage) -> None:
     """Makes the checkpoint of a variant; an existing folder was made by this recipe."""
     variant = next(v for v in run.recipe.variants if v.name == stage.name)
-    given = {**run.values_of(ModelSettings), "out": run.folder / variant_folder(variant.name)}
+    loaded = run.values_of(commands.ModelSettings)
+    given = {**loaded, "out": run.folder / variant_folder(variant.name)}
     section: Any = getattr(variant, variant.kind)
     if variant.heal:
         section = heal_settings(run.recipe, variant.heal)

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from expertcut.commands import SplitSettings
 from expertcut.data import Selection
 from expertcut.data.sources import Weighted
-from expertcut.errors import RecipeError
 from expertcut.recipes.recipe_schema import Recipe, Variant, VariantKind
 
 Kind = Literal["profile", "show", VariantKind, "eval", "report", "publish"]
@@ -41,17 +39,6 @@ class Stage:
     leaves: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     adapter: str | None = None
-
-
-def find_stage(name: str, stages: list[Stage]) -> int:
-    """The place of the stage of that name, else of the first of that kind, else RecipeError."""
-    names, kinds = [stage.name for stage in stages], [str(stage.kind) for stage in stages]
-    for found in (names, kinds):
-        if name in found:
-            return found.index(name)
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
-    raise RecipeError(f"--from {name[:80]!a}: the recipe has no such stage: {hint}")
 
 
 def variant_folder(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The edit `bias`: single experts are favoured or avoided on the router's logits."""
+"""The edits `bias` and `scale` of single experts: on the router's logits, on gate weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,14 +6,7 @@ from typing import Self
 
 from torch import Tensor
 
-from expertcut.checkpoints.edit import (
-    Calibration,
-    Edit,
-    LayoutWriter,
-    Simulation,
-    TensorChanges,
-    experts_get,
-)
+from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
 from expertcut.data import Quiz
 from expertcut.edits.calibrate import Fit, direction_quality, fit_directions
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
@@ -77,4 +70,40 @@ class BiasEdit(Edit):
         if LAYOUTS[self.layout].fits_biases:
             form = "carried by a direction in the gate's row, which comes close to the bias itself"
         n_biased = sum(len(edit.bias) for edit in self.blocks.values())
-        yield f"{experts_get(n_biased)} a bias on the gate's logit, to act {where}: {form}."
+        yield f"{_experts_get(n_biased)} a bias on the gate's logit, to act {where}: {form}."
+
+
+@dataclass(frozen=True)
+class ScaleEdit(Edit):
+    """Multiplies outputs; routing is unchanged. On disk the last projection is scaled."""
+
+    blocks: Mapping[str, BlockEdit]
+
+    @classmethod
+    def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        return cls(plan.blocks) if any(edit.scale for edit in plan.blocks.values()) else None
+
+    def simulate(self, simulation: Simulation) -> None:
+        for block in simulation.moe.blocks:
+            for expert, factor in self.blocks[block.name].scale.items():
+                simulation.scales[block.layer][expert] = factor
+
+    @property
+    def reference(self) -> str:
+        return "the same factors at run time"
+
+    def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
+        for name, edit in self.blocks.items():
+            for expert in edit.scale:
+                layout.check_expert(tensors, name, expert)
+            if edit.scale:
+                factors = {edit.keep.index(e): factor for e, factor in edit.scale.items()}
+                tensors.scale_outputs(name, dict(sorted(factors.items())))
+
+    def describe(self, _n_experts: int | None) -> Iterable[str]:
+        n_scaled = sum(len(edit.scale) for edit in self.blocks.values())
+        yield f"{_experts_get(n_scaled)} a factor on the gate weight; its routing is unchanged."
+
+
+def _experts_get(n: int) -> str:
+    return "1 expert gets" if n == 1 else f"{n} experts get"
