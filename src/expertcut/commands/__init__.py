@@ -262,7 +262,8 @@ def say_result(
     commands = [["show", str(folder)]]
     if built is not None:
         sizes = (found_source(profile), Source(str(folder), folder))
-        lines = outcome_lines(built, *map(stored_size, sizes), margin=margin / 100)
+        before, after = map(stored_size, sizes)
+        lines = outcome_lines(built, before, after, margin / 100)
         base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
         words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
         words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
