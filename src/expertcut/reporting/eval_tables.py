@@ -160,7 +160,7 @@ def sweep_table(sweep: Sweep, margin: float = MARGIN) -> Table:
     for c in sweep.cells:
         name = f"{c.by} {c.fraction:g}"
         rows.append([name, *_scored(c, c.change, margin), c.kept, c.parameters])
-    heads = columns(f"criterion, share kept; {_SCORED}; kept a layer; parameters::,d")
+    heads = columns(f"criterion, share; {_SCORED}; kept a layer; parameters::,d")
     request, quiz = sweep.asked, sweep.asked.scored.quiz
     n_cells = len(request.by) * len(request.fractions)
     note = (
