@@ -11,10 +11,11 @@ from functools import cached_property
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from expertcut import stats
 from expertcut.commands import SILENT, UI, CheckpointSettings, OnPart, ScoredSettings
 from expertcut.commands import eval as eval_command
 from expertcut.commands import heal as heal_command
@@ -24,7 +25,6 @@ from expertcut.commands import prune as prune_command
 from expertcut.commands import publish as publish_command
 from expertcut.commands import report as report_command
 from expertcut.commands import reweight as reweight_command
-from expertcut.commands import sweep as sweep_command
 from expertcut.edits.criteria import compare as compare_criteria
 from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, load_plan
 from expertcut.errors import SettingsError
@@ -33,29 +33,15 @@ from expertcut.profiling import storage
 if TYPE_CHECKING:
     from expertcut.evaluation.results import Results
     from expertcut.hub.upload import Published
-    from expertcut.scoring.passes import OnPass
 
-T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 
 
 class _ProgressUI(UI):
     """Shows progress bars, in a terminal or a notebook; prints nothing."""
 
-    def watch(
-        self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
-    ) -> list[T]:
-        """Runs under a bar."""
-        found = []
-        with self.parts(what) as report:
-            for step in run(lambda step: None):
-                report(getattr(step, "done", 0), total)
-                found.append(step)
-        return found
-
     @contextmanager
-    def parts(self, what: str, kept_in: Path | None = None) -> Iterator[OnPart]:
-        """A bar for parts of a run."""
+    def parts(self, what: str, kept_in: Path) -> Iterator[OnPart]:
         from tqdm.auto import tqdm
 
         with tqdm(desc=what, leave=False, disable=None) as bar:
@@ -199,7 +185,7 @@ class Plan(_Shown):
         built in a temporary folder.
         """
         options = ScoredSettings.read(**scored)
-        quiz = sweep_command.scored_quiz(options, self.settings.load_profile())
+        quiz = options.scored_quiz(self.settings.load_profile())
         with TemporaryDirectory(prefix="expertcut-") as folder:
             if self.edit is None:
                 saved = self.save(Path(folder) / "merged", verify=False)
@@ -212,12 +198,8 @@ class Plan(_Shown):
             where, watch = Path(folder), _ProgressUI().watch
             what = (self.profile.stored, self.edit, quiz, self.settings.load_as())
             before, after = simulate(*what, folder=where, watch=watch)
-        from expertcut.stats import accuracy, compare
-
-        subjects = [question.subject for question in quiz]
-        scores = [accuracy(found.is_correct_N, subjects) for found in (before, after)]
-        change = compare(before.is_correct_N, after.is_correct_N)
-        return Comparison(len(quiz), scores[0].accuracy, scores[1].accuracy, **change.model_dump())
+        change = stats.compare(before.is_correct_N, after.is_correct_N)
+        return Comparison(len(quiz), before.accuracy, after.accuracy, **change.model_dump())
 
     def save(
         self, out: PathLike | None = None, *, force: bool = False, verify: bool = True
@@ -267,8 +249,7 @@ class Checkpoint(_Shown, os.PathLike[str]):
     @property
     def held_out(self) -> pd.DataFrame:
         """Comparisons with other forms of the model on held-out questions, if it was verified."""
-        rows = self.plan.proof.model_dump().get("held_out") or ()
-        return pd.DataFrame([dict(row) for row in rows])
+        return pd.DataFrame(list(self.plan.proof.model_dump().get("held_out") or ()))
 
     def _facts(self) -> Mapping[str, str]:
         return {
@@ -316,8 +297,8 @@ class Evaluation(_Shown):
     @property
     def models(self) -> pd.DataFrame:
         """One row per model: accuracy (0 to 1) with its 95 % interval, parameters, bytes."""
-        sizes = ["parameters", "active_parameters", "bytes"]
-        names = ["path", "accuracy", "ci95", "questions", *sizes]
+        names = ["path", "accuracy", "ci95", "questions"]
+        names += ["parameters", "active_parameters", "bytes"]
         rows = [model.model_dump(include=set(names)) for model in self.results.models]
         return pd.DataFrame(rows)[names]
 
@@ -373,7 +354,6 @@ def publish(checkpoint: PathLike, repo: str, **settings: Any) -> "Published":
 
 
 def _experts(edits: Mapping[str, BlockEdit], ids: Mapping[str, Sequence[int]]) -> pd.DataFrame:
-    """One row per expert of each block."""
     rows = [
         {
             "layer": layer,

@@ -98,8 +98,7 @@ class Settings(pydantic.BaseModel):
                 key = str(key)[:60]
                 near = get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"it may have {', '.join(known)}"
-                text = f"unknown key {key!a}: {hint}"
-                raise PydanticCustomError("unknown_key", "{text}", {"text": text})
+                refuse(f"unknown key {key!a}: {hint}")
             if known[key] in renamed:
                 refuse(f"{key} is given twice: as {key} and under its other name")
             renamed[known[key]] = value

@@ -24,7 +24,7 @@ from expertcut.recipes.stages import stages_of
 from expertcut.settings import IN_RECIPE, Settings, option, shown
 from tests.conftest import Commands
 
-OWN = {name: settings for name, settings, _ in COMMANDS}
+OWN = {name: settings for _, name, settings, _ in COMMANDS}
 NEEDED = {
     "show": ["there"],
     "merge": ["--keep", "4"],

@@ -136,7 +136,7 @@ def test_a_profile_begins_with_the_same_few_lines_on_any_model(large: Profile) -
     assert by_label["most"].startswith(f"{layer}:{expert} {100 * share_LE.max():.2g} %, ")
     flat_L = [layer.entropy_all_N.mean() / np.log(128) for layer in large.layers]
     assert by_label["gate"].startswith(f"{100 * min(flat_L):.1f} % (layer {np.argmin(flat_L)}) to")
-    named = {name: settings for name, settings, _ in COMMANDS}
+    named = {name: settings for _, name, settings, _ in COMMANDS}
     for line in lines[-2:]:
         _, command, *words = shlex.split(line.removeprefix("next"))
         assert command in ("prune", "show") and str(large.path) in words

@@ -48,30 +48,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-GROUPS: dict[str, tuple[tuple[str, type[Settings], Callable[..., object]], ...]] = {
-    "Start": (("demo", demo.DemoSettings, demo.run),),
-    "Measure": (
-        ("profile", profile.ProfileSettings, profile.run),
-        ("show", show.ShowSettings, show.run),
-        ("audit", audit.AuditSettings, audit.run),
-    ),
-    "Change": (
-        ("prune", prune.PruneSettings, prune.run),
-        ("merge", merge.MergeSettings, merge.run),
-        ("reweight", reweight.ReweightSettings, reweight.run),
-        ("heal", heal.HealSettings, heal.run),
-    ),
-    "Judge": (
-        ("sweep", sweep.SweepSettings, sweep.run),
-        ("eval", eval.EvalSettings, eval.run),
-    ),
-    "Share": (
-        ("report", report.ReportSettings, report.run),
-        ("publish", publish.PublishSettings, publish.run),
-        ("run", recipes.RunSettings, recipes.run),
-    ),
-}
-COMMANDS = tuple(command for group in GROUPS.values() for command in group)
+COMMANDS: tuple[tuple[str, str, type[Settings], Callable[..., object]], ...] = (
+    ("Start", "demo", demo.DemoSettings, demo.run),
+    ("Measure", "profile", profile.ProfileSettings, profile.run),
+    ("Measure", "show", show.ShowSettings, show.run),
+    ("Measure", "audit", audit.AuditSettings, audit.run),
+    ("Change", "prune", prune.PruneSettings, prune.run),
+    ("Change", "merge", merge.MergeSettings, merge.run),
+    ("Change", "reweight", reweight.ReweightSettings, reweight.run),
+    ("Change", "heal", heal.HealSettings, heal.run),
+    ("Judge", "sweep", sweep.SweepSettings, sweep.run),
+    ("Judge", "eval", eval.EvalSettings, eval.run),
+    ("Share", "report", report.ReportSettings, report.run),
+    ("Share", "publish", publish.PublishSettings, publish.run),
+    ("Share", "run", recipes.RunSettings, recipes.run),
+)
 
 
 def _shown(name: str, run: Callable[..., object], settings: Settings) -> None:
@@ -79,9 +70,8 @@ def _shown(name: str, run: Callable[..., object], settings: Settings) -> None:
         run(settings, ui)
 
 
-for _group, _commands in GROUPS.items():
-    for _name, _settings, _run in _commands:
-        add_command(app, _name, _settings, partial(_shown, _name, _run), _group)
+for _panel, _name, _settings, _run in COMMANDS:
+    add_command(app, _name, _settings, partial(_shown, _name, _run), _panel)
 
 
 @app.callback(invoke_without_command=True)
@@ -106,7 +96,7 @@ def _errors_in_one_line() -> Iterator[None]:
         text = error.format_message().replace("Input should be", "must be")  # pydantic's
         _stop(" ".join(text.split()), 2)
     except Stopped as stopped:
-        _stop(str(stopped), stopped.status, is_printed=is_first())
+        _stop(*stopped.args, is_printed=is_first())
     except (typer.Abort, KeyboardInterrupt):
         text = "interrupted: run the same command again to go on"
         _stop(text, _INTERRUPTED, is_printed=is_first())
@@ -114,18 +104,15 @@ def _errors_in_one_line() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in _MENDABLE:
             place = f"{error.filename}: " if error.filename else ""
             _stop(f"{place}{error.strerror}: mend that and run the same command again", 2)
-        if _is_out_of_memory(error):
+        is_memory_full = isinstance(error, MemoryError)
+        if "torch" in sys.modules:
+            from expertcut.models.devices import is_out_of_memory
+
+            is_memory_full = is_out_of_memory(error)
+        if is_memory_full:
             what = str(error).splitlines()[0][:200] if str(error) else "nothing more is known"
             _stop(f"not enough memory ({what}): free some, or give a smaller --batch-tokens", 2)
         raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from expertcut.models.devices import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 def _stop(text: str, status: int, *, is_printed: bool = True) -> None:

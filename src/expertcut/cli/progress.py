@@ -13,14 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import (
-    ExitStack,
-    contextmanager,
-    nullcontext,
-    redirect_stderr,
-    redirect_stdout,
-    suppress,
-)
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -28,14 +21,13 @@ from shutil import get_terminal_size
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from expertcut.commands import UI, OnPart
+from expertcut.commands import UI, OnPart, Watched
 from expertcut.errors import OutputError
 from expertcut.files import on_progress
+from expertcut.reporting.tables import Table, as_rich, wrapped
 
 if TYPE_CHECKING:
-    from expertcut.reporting.tables import Table
     from expertcut.scoring.packing import Pass
-    from expertcut.scoring.passes import OnPass
 
 T = TypeVar("T")
 _OTHERS = "... - - x * <- -> +- delta alpha rho sum ^2 | inf <= >="
@@ -43,7 +35,6 @@ _SPELT = dict(zip("…−–×·←→±ΔαρΣ²‖∞≤≥", _OTHERS.split()
 
 
 def _spell(error: Any) -> tuple[str, int]:
-    """Characters that an encoding lacks, in others."""
     lacking = error.object[error.start : error.end]
     return "".join(_SPELT.get(char, "?") for char in lacking), error.end
 
@@ -127,15 +118,7 @@ def _open_missing() -> None:
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM during a resumable run; `status` is the exit status."""
-
-    def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which torchrun and Slurm send; handled as Ctrl-C."""
+    """Ctrl-C or SIGTERM during a resumable run: a message and the exit status."""
 
 
 def is_first() -> bool:
@@ -146,27 +129,16 @@ def is_first() -> bool:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Handles SIGTERM as Ctrl-C."""
+    """Handles SIGTERM, which torchrun and Slurm send, as Ctrl-C."""
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def resumable(where: Path, what: str = "finished chunks are") -> Iterator[None]:
-    """Turns Ctrl-C and SIGTERM into `Stopped`, which names what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        status = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-        text = f"interrupted: {what} kept in {where}: run the same command again"
-        raise Stopped(f"{text} to go on", status) from None
 
 
 class Bars:
@@ -189,8 +161,21 @@ class Bars:
         if not is_first():
             return
         if what not in self.bars:
+            from tqdm import tqdm
+
             self.close({self.kept} if self.kept else set())
-            self.bars[what] = self._bar(what, done, unit)
+            self.bars[what] = tqdm(
+                desc=what,
+                initial=int(done),
+                unit="B" if unit == "B" else f" {unit}",
+                unit_scale=unit == "B",
+                bar_format="{desc}",
+                smoothing=0,  # the time left by the mean pace
+                leave=what == self.kept,
+                dynamic_ncols=self.terminal is not None,
+                file=self.terminal or StringIO(),
+                mininterval=0.1 if self.terminal else 1e9,
+            )
         bar, speed = self.bars[what], "{rate_fmt}" if pace is None else pace
         amount = f"{{n_fmt}}/{{total_fmt}}{{unit}}, {{remaining}} left, {speed}"
         drawn = "" if self.terminal is None else "|{bar}| "
@@ -202,22 +187,6 @@ class Bars:
             print(" ".join(str(bar).split()), file=sys.stderr, flush=True)
         if total and done == total and what != self.kept:
             self.bars.pop(what).close()
-
-    def _bar(self, what: str, done: float, unit: str) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
-            desc=what,
-            initial=int(done),
-            unit="B" if unit == "B" else f" {unit}",
-            unit_scale=unit == "B",
-            bar_format="{desc}",
-            smoothing=0,  # the time left by the mean pace
-            leave=what == self.kept,
-            dynamic_ncols=self.terminal is not None,
-            file=self.terminal or StringIO(),
-            mininterval=0.1 if self.terminal else 1e9,
-        )
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -347,53 +316,50 @@ class TerminalUI(UI):
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
 
-    def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
+    def say(self, tables: Sequence[Table], sentences: Sequence[str]) -> None:
         """Prints tables, then sentences: within the width of a terminal, but for a word."""
-        with self.bars.hidden():
-            self._say(tables, sentences)
-
-    def _say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
-        from expertcut.reporting.tables import as_rich, wrapped
-
         width = get_terminal_size().columns if sys.stdout.isatty() else None
 
         def spell(text: str, encoding: str = sys.stdout.encoding or "utf-8") -> str:
             return text.encode(encoding, "expertcut").decode(encoding)
 
-        if tables:
-            from rich.console import Console
+        with self.bars.hidden():
+            if tables:
+                from rich.console import Console
 
-            console = Console(width=width or 200, highlight=False)
-            for table in tables:
-                console.print(as_rich(table, console.width, spell))
-        for sentence in sentences:
-            print(wrapped(spell(sentence), width) if width else sentence, flush=True)
+                console = Console(width=width or 200, highlight=False)
+                for table in tables:
+                    console.print(as_rich(table, console.width, spell))
+            for sentence in sentences:
+                print(wrapped(spell(sentence), width) if width else sentence, flush=True)
 
     def text(self, text: str) -> None:
         """Prints the text."""
         with self.bars.hidden():
             print(text, end="")
 
-    def watch(
-        self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
-    ) -> list[T]:
+    def watch(self, run: Watched[T], what: str, total: int, where: Path) -> list[T]:
         """Shows a line of progress; a stop says what is kept."""
-        with resumable(where), self._kept(what):
+        with self._kept(what, "finished chunks are", where):
             line = Line(what, total, self.bars)
             return list(line.follow(run(line.see)))
 
     @contextmanager
-    def parts(self, what: str, kept_in: Path | None = None) -> Iterator[OnPart]:
+    def parts(self, what: str, kept_in: Path) -> Iterator[OnPart]:
         """Shows a bar; a stop says what is kept."""
-        kept = nullcontext() if kept_in is None else resumable(kept_in, "the last state is")
-        with kept, self._kept(what):
+        with self._kept(what, "the last state is", kept_in):
             yield lambda done, total: self.bars.advance(what, done, total, "steps")
 
     @contextmanager
-    def _kept(self, what: str) -> Iterator[None]:
+    def _kept(self, what: str, result: str, where: Path) -> Iterator[None]:
+        """Keeps the bar; turns Ctrl-C and SIGTERM into `Stopped`, which names what is on disk."""
         self.bars.kept = what
         try:
             yield
+        except KeyboardInterrupt as error:
+            number = error.args[0] if error.args else signal.SIGINT
+            text = f"interrupted: {result} kept in {where}: run the same command again to go on"
+            raise Stopped(text, 128 + number) from None
         finally:
             self.bars.kept = None
             self.bars.close()

@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.edit_settings import HeldOut
 from expertcut.errors import SettingsError
+from expertcut.reporting.tables import Table, labelled, next_lines
 from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts, like, option
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
-    from expertcut.reporting.tables import Table
     from expertcut.scoring.passes import OnPass
 
 T = TypeVar("T")
+Files = Mapping[str, bytes] | None
+"""The contents of files to write beside a plan, by name."""
 OnPart = Callable[[int, int], None]
 """Called with the number of finished parts, and of all."""
+Watched = Callable[["OnPass"], Iterator[T]]
+"""A run that reports its forward passes and yields its results."""
 
 QUIZ, MODEL, JUDGING, OUTPUT = "Quiz", "Model and device", "Judging", "Output"
 _DTYPE = like(r"auto|stored|b?float\d+\w*", "is not a dtype: take auto, stored, float32, bfloat16")
@@ -42,28 +46,29 @@ class UI:
     def quiet(self) -> None:
         """Silences other libraries, before models and data sets are loaded."""
 
-    def say(self, tables: "Sequence[Table]", sentences: Sequence[str]) -> None:
+    def say(self, tables: Sequence[Table], sentences: Sequence[str]) -> None:
         """Reports results."""
 
     def end(
         self, facts: Sequence[tuple[str, str]], written: object, *commands: Sequence[str]
     ) -> None:
         """Reports the last lines: labelled facts, what was written, and what to do next."""
-        from expertcut.reporting.tables import labelled, next_lines
-
-        lines = [labelled(*fact) for fact in facts]
-        self.say([], [*lines, labelled("written", str(written)), *next_lines(*commands)])
+        lines = [labelled(*fact) for fact in (*facts, ("written", str(written)))]
+        self.say([], [*lines, *next_lines(*commands)])
 
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
 
-    def watch(
-        self, run: "Callable[[OnPass], Iterator[T]]", what: str, total: int, where: Path
-    ) -> list[T]:
+    def watch(self, run: Watched[T], what: str, total: int, where: Path) -> list[T]:
         """All results of a run over `total` questions, which keeps finished chunks in `where`."""
-        return list(run(lambda step: None))
+        found = []
+        with self.parts(what, where) as report:
+            for step in run(lambda step: None):
+                report(getattr(step, "done", 0), total)
+                found.append(step)
+        return found
 
-    def parts(self, what: str, kept_in: Path | None = None) -> AbstractContextManager[OnPart]:
+    def parts(self, what: str, kept_in: Path) -> AbstractContextManager[OnPart]:
         """A progress bar for parts of a run, whose last state is kept in a folder."""
         return nullcontext(lambda done, total: None)
 
@@ -80,7 +85,7 @@ class JudgedSettings(Settings):
     )  # fmt: skip
     wide: bool = output_option(False, "Print all columns and tables.")
 
-    def say(self, ui: UI, tables: "Sequence[Table]") -> None:
+    def say(self, ui: UI, tables: Sequence[Table]) -> None:
         """Reports tables, without their notes and wide columns unless asked for."""
         narrow = [replace(table, note="").narrow(unless=False) for table in tables]
         ui.say(tables if self.wide else narrow, [])
@@ -114,7 +119,7 @@ class ModelSettings(Settings):
 
 
 class BatchSettings(ModelSettings):
-    """How questions are batched."""
+    """How a model is run on batches of questions."""
 
     batch_tokens: int | None = model_option(
         None, "Tokens of one forward pass.  [default: 2048]", ge=1, le=2**30
@@ -144,8 +149,8 @@ class QuizSettings(Settings):
         return Selection(*which, self.quiz_revision, self.truncate)
 
 
-class SplitSettings(QuizSettings):
-    """The questions of the quiz."""
+class SplitSettings(BatchSettings, QuizSettings):
+    """The questions of the quiz, and how a model is run on them."""
 
     split: str = option("test", "Split of the quiz: test, val, ...", panel=QUIZ)
     limit: Count | None = option(
@@ -193,7 +198,6 @@ class ProfiledSettings(ModelSettings):
         """The profile without its held-out questions."""
         profile = self.load_profile()
         from expertcut.edits.splits import choosing_profile  # not if there is no profile
-        from expertcut.reporting.tables import labelled
 
         profile, note = choosing_profile(profile, self.held_out)
         ui.say([], [labelled("split", f"{note}.")] if note else [])
@@ -225,8 +229,31 @@ class ScoredSettings(Settings):
         """Whether any of these options is given."""
         return any(getattr(self, name) is not None for name in ScoredSettings.model_fields)
 
+    def scored_quiz(self, profile: "Profile") -> Quiz:
+        """The quiz as profiled, but split test, where no option says otherwise.
 
-class ModelFirstSettings(ScoredSettings, ProfiledSettings):
+        Without options, a profile that holds questions out is scored on those.
+        """
+        from expertcut.edits.splits import profiled_quiz
+        from expertcut.profiling.storage import ProfilePart
+
+        if isinstance(profile, ProfilePart) and not self.is_scored_given:
+            return profiled_quiz(profile, is_held_out=True)
+        info = profile.info.quiz
+        is_same = self.quiz in (None, info.id)
+        subjects, revision = (tuple(info.subjects), info.revision) if is_same else ((), None)
+        if self.subjects is not None:
+            subjects = tuple(self.subjects)
+        shots = info.shots if self.shots is None else self.shots
+        which = (self.quiz or info.id, self.split or "test", shots, subjects)
+        return load_quiz(Selection(*which, self.limit, revision, profile.truncate))
+
+
+class ProfiledQuizSettings(JudgedSettings, ScoredSettings, ProfiledSettings):
+    """The profile and the questions to score."""
+
+
+class ModelFirstSettings(ProfiledQuizSettings):
     """The profile, or the model and the quiz to make it from."""
 
     model: str | None = argument(None, "Model to profile first on --quiz: folder or Hub id.")
@@ -241,7 +268,7 @@ class ModelFirstSettings(ScoredSettings, ProfiledSettings):
             raise no_profile(self.model, how)
 
 
-class CheckpointSettings(JudgedSettings, ModelFirstSettings):
+class CheckpointSettings(ModelFirstSettings):
     """How an edited checkpoint is scored, and where it is written."""
 
     verify: bool = option(
@@ -254,14 +281,12 @@ class CheckpointSettings(JudgedSettings, ModelFirstSettings):
     force: bool = output_option(False, "Replace the output folder once the new one is complete.")
     plan_only: bool = output_option(False, "Write only the plan.")
 
-    def build_options(
-        self, beside: Mapping[str, bytes], adapter: str | None = None
-    ) -> "BuildOptions":
-        """How to build; `beside` are files to write beside the plan."""
+    def build_options(self, beside: Files, adapter: str | None = None) -> "BuildOptions":
+        """How to build."""
         from expertcut.checkpoints.build import BuildOptions
 
         folder = None if adapter is None else Path(adapter)
-        return BuildOptions(self.load_as(), self.verify, self.force, beside, folder)
+        return BuildOptions(self.load_as(), self.verify, self.force, beside or {}, folder)
 
     def output_folder(self, profile: "Profile", slug: str, ui: UI) -> Path:
         """The folder of the checkpoint or plan; refused early if it is not empty."""
@@ -275,6 +300,27 @@ class CheckpointSettings(JudgedSettings, ModelFirstSettings):
             found_source(profile)
         return folder
 
+    def say_result(
+        self, built: "Built | None", folder: Path, profile: "Profile", notes: Sequence[str], ui: UI
+    ) -> None:
+        """Reports a new checkpoint, or with None a plan: size, accuracy, folder, next commands."""
+        from expertcut.checkpoints.build import found_source
+        from expertcut.checkpoints.size import stored_size
+        from expertcut.models.load import Source
+        from expertcut.reporting.edit_tables import outcome_lines
+
+        lines, model, quiz = [], Path(profile.info.model.id), profile.info.quiz
+        commands = [["show", str(folder)]]
+        if built is not None:
+            before, after = map(stored_size, (found_source(profile), Source(str(folder), folder)))
+            lines = outcome_lines(built, before, after, self.margin / 100)
+            base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
+            words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
+            words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
+            commands.insert(0, ["eval", *words])
+        lines += [labelled("", note) for note in notes]
+        ui.say([], [*lines, f"{'written':<10}{folder}", *next_lines(*commands)])
+
 
 def no_profile(model: str, otherwise: str = "") -> SettingsError:
     """The error for a model where experts are chosen from a profile."""
@@ -284,36 +330,3 @@ def no_profile(model: str, otherwise: str = "") -> SettingsError:
         "experts are chosen from a profile, not from a model: make one with `expertcut profile "
         f"{shlex.quote(model)} --quiz QUIZ`{otherwise}"
     )
-
-
-def say_result(
-    built: "Built | None", folder: Path, profile: "Profile", sentences: Sequence[str], ui: UI,
-    margin: float,
-) -> None:  # fmt: skip
-    """Reports a new checkpoint, or with None a plan: size, accuracy, folder, next commands."""
-    from expertcut.checkpoints.build import found_source
-    from expertcut.checkpoints.size import stored_size
-    from expertcut.models.load import Source
-    from expertcut.reporting.edit_tables import outcome_lines
-    from expertcut.reporting.tables import labelled, next_lines
-
-    lines, model, quiz = [], Path(profile.info.model.id), profile.info.quiz
-    commands = [["show", str(folder)]]
-    if built is not None:
-        before, after = map(stored_size, (found_source(profile), Source(str(folder), folder)))
-        lines = outcome_lines(built, before, after, margin / 100)
-        base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
-        words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
-        words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
-        commands.insert(0, ["eval", *words])
-    lines += [labelled("", sentence) for sentence in sentences]
-    ui.say([], [*lines, f"{'written':<10}{folder}", *next_lines(*commands)])
-
-
-def save_table(file: Path, table: "Table", figure: Mapping[str, bytes]) -> None:
-    """Writes a table as CSV, with the files of its figure beside it."""
-    from expertcut.files import write_atomically
-    from expertcut.reporting.tables import as_csv
-
-    for name, content in {file.name: as_csv(table).encode(), **figure}.items():
-        write_atomically(file.with_name(name), content)

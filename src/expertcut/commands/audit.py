@@ -3,23 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    JudgedSettings,
-    ModelFirstSettings,
-    output_option,
-    save_table,
-)
+from expertcut.commands import SILENT, UI, ModelFirstSettings, output_option
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
+from expertcut.reporting.tables import save_table
 from expertcut.settings import FilePath
 
 if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Audit
 
 
-class AuditSettings(JudgedSettings, ModelFirstSettings, edit_settings.AuditSettings):
+class AuditSettings(ModelFirstSettings, edit_settings.AuditSettings):
     """Ablate single experts and compare the damage with criteria."""
 
     examples: ClassVar = (

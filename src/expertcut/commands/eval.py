@@ -4,22 +4,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    BatchSettings,
-    JudgedSettings,
-    SplitSettings,
-    model_option,
-    output_option,
-)
+from expertcut import commands
+from expertcut.commands import SILENT, UI, SplitSettings, model_option, output_option
 from expertcut.settings import FilePath, Texts, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.results import Results
 
 
-class EvalSettings(JudgedSettings, BatchSettings, SplitSettings):
+class EvalSettings(commands.JudgedSettings, SplitSettings):
     """Compare checkpoints on the same questions."""
 
     examples: ClassVar = (

@@ -1,10 +1,9 @@
 """`expertcut merge`: a checkpoint in which several experts become one."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, say_result
+from expertcut.commands import SILENT, UI, CheckpointSettings, Files
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 
@@ -22,10 +21,8 @@ class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
     )
 
 
-def run(
-    settings: MergeSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
-) -> "Built | Path":
-    """Makes the checkpoint, or the plan alone; `beside` are files to write beside the plan."""
+def run(settings: MergeSettings, ui: UI = SILENT, beside: Files = None) -> "Built | Path":
+    """Makes the checkpoint, or the plan alone."""
     settings = settings.completed(**profiled_first(settings, ui))
     profile = settings.choosing_profile(ui)
     from expertcut.checkpoints.build import choose_groups, merge, write_plan  # with torch
@@ -33,7 +30,7 @@ def run(
 
     folder = settings.output_folder(profile, settings.slug, ui)
     ui.quiet()
-    options, built = settings.build_options(beside or {}), None
+    options, built = settings.build_options(beside), None
     plan = choose_groups(profile, settings, folder, options.load_as)
     settings.say_profile(profile, ui)
     if settings.plan_only:
@@ -45,5 +42,5 @@ def run(
         ui.say([tables.groups_table(profile, plan, built), *proof], [])
     traffic = tables.traffic_line(profile, plan.edits, "experts that joined another")
     ui.say([], [tables.merged_line(profile, plan), traffic])
-    say_result(built, folder, profile, tables.merging_sentences(profile, plan), ui, settings.margin)
+    settings.say_result(built, folder, profile, tables.merging_sentences(profile, plan), ui)
     return built or folder

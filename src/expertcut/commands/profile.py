@@ -4,16 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    BatchSettings,
-    ModelFirstSettings,
-    ScoredSettings,
-    SplitSettings,
-    model_option,
-    output_option,
-)
+from expertcut import commands
+from expertcut.commands import SILENT, UI, SplitSettings, model_option, output_option
 from expertcut.errors import SettingsError
 from expertcut.settings import FilePath, option
 
@@ -21,7 +13,7 @@ if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
 
 
-class ProfileSettings(BatchSettings, SplitSettings):
+class ProfileSettings(SplitSettings):
     """Measure what experts do in a quiz."""
 
     examples: ClassVar = (
@@ -91,12 +83,12 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     return profile
 
 
-def profiled_first(settings: ModelFirstSettings, ui: UI) -> dict[str, Path | None]:
+def profiled_first(settings: commands.ModelFirstSettings, ui: UI) -> dict[str, Path | None]:
     """The `profile` of the model, made or resumed, and neither model nor quiz; else nothing."""
     settings.check_model()
     if settings.model is None:
         return {}
     names = {*ProfileSettings.model_fields} - {"out"}
     given = settings.model_dump(include=names, exclude_none=True)
-    profile = run(ProfileSettings.read(**given), ui)
-    return dict.fromkeys(("model", *ScoredSettings.model_fields)) | {"profile": profile.path}
+    unset = dict.fromkeys(("model", *commands.ScoredSettings.model_fields))
+    return unset | {"profile": run(ProfileSettings.read(**given), ui).path}

@@ -1,18 +1,18 @@
 """`expertcut prune`: a checkpoint with fewer experts, or its plan."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, say_result, sweep
+from expertcut.commands import SILENT, UI, CheckpointSettings, Files, sweep
 from expertcut.commands.profile import profiled_first
 from expertcut.commands.sweep import SweepSettings
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import Positions
 from expertcut.errors import SettingsError
+from expertcut.reporting.tables import labelled
 from expertcut.settings import flag_of, in_recipe_only, option, refuse
 
 if TYPE_CHECKING:
@@ -98,10 +98,8 @@ class Choice:
     scalings: "list[RouterEdit]"
 
 
-def run(
-    settings: PruneSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
-) -> "Built | Sweep | Path":
-    """Makes a checkpoint or a plan; `beside` are files to write beside the plan."""
+def run(settings: PruneSettings, ui: UI = SILENT, beside: Files = None) -> "Built | Sweep | Path":
+    """Makes a checkpoint or a plan."""
     settings.check()
     if settings.sweep is not None:
         given = settings.model_dump(include={*SweepSettings.model_fields})
@@ -133,14 +131,11 @@ def choose(settings: PruneSettings, ui: UI) -> Choice:
     return Choice(profile, pruning, plan, biased, scaled)
 
 
-def write(
-    choice: Choice, settings: PruneSettings, ui: UI, beside: Mapping[str, bytes] | None = None
-) -> "Built | Path":
+def write(choice: Choice, settings: PruneSettings, ui: UI, beside: Files = None) -> "Built | Path":
     """Writes the checkpoint or the plan, and reports what was removed."""
     from expertcut.checkpoints.build import build, write_plan
     from expertcut.edits.selection import removed_traffic
     from expertcut.reporting import edit_tables as tables
-    from expertcut.reporting.tables import labelled
 
     profile, pruning, plan = choice.profile, choice.pruning, choice.plan
     folder = settings.output_folder(profile, plan.slug, ui)
@@ -153,11 +148,11 @@ def write(
     touched = tables.touched_sentences(pruning, removed)
     ui.say([], [cut, traffic, *(labelled("", sentence) for sentence in touched)])
     make = write_plan if settings.plan_only else build
-    built = make(profile, plan, folder, settings.build_options(beside or {}, settings.adapter))
+    built = make(profile, plan, folder, settings.build_options(beside, settings.adapter))
     if built and settings.wide:
         ui.say(tables.proof_tables(built), [])
     sentences = tables.adapter_sentences(built) if built else []
     sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
-    say_result(built, folder, profile, sentences, ui, settings.margin)
+    settings.say_result(built, folder, profile, sentences, ui)
     return built or folder

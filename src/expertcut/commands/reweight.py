@@ -1,15 +1,15 @@
 """`expertcut reweight`: a checkpoint whose router favours or avoids experts."""
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, output_option, say_result
+from expertcut.commands import SILENT, UI, CheckpointSettings, Files, output_option
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
+from expertcut.reporting.tables import labelled
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import Built
@@ -50,9 +50,7 @@ def working_folder(out: Path) -> Path:
     return place.with_name(f".{place.name}.tuning")
 
 
-def run(
-    settings: ReweightSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
-) -> "Built | Path | None":
+def run(settings: ReweightSettings, ui: UI = SILENT, beside: Files = None) -> "Built | Path | None":
     """Makes a checkpoint or a plan; None where nothing was chosen and nothing written."""
     settings.check_model()
     settings.check()
@@ -102,12 +100,11 @@ def is_shown(choice: Choice, settings: ReweightSettings) -> bool:
 
 
 def write(
-    choice: Choice, settings: ReweightSettings, ui: UI, beside: Mapping[str, bytes] | None = None
+    choice: Choice, settings: ReweightSettings, ui: UI, beside: Files = None
 ) -> "Built | Path | None":
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
     from expertcut.checkpoints.build import build, write_beside, write_plan
     from expertcut.reporting import edit_tables as tables
-    from expertcut.reporting.tables import labelled
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
     options, proof = settings.build_options({**edit.beside, **(beside or {})}), choice.proof
@@ -135,5 +132,5 @@ def write(
     if len(sentences) > _FEW and not settings.wide:
         sentences[_FEW:] = [f"{len(sentences) - _FEW} more such sentences: --wide prints them."]
     ui.say([], [labelled(*fact) for fact in facts])
-    say_result(built, folder, profile, sentences, ui, settings.margin)
+    settings.say_result(built, folder, profile, sentences, ui)
     return built or folder

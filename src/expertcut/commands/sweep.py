@@ -3,27 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import (
-    SILENT,
-    UI,
-    JudgedSettings,
-    ProfiledSettings,
-    ScoredSettings,
-    argument,
-    no_profile,
-    output_option,
-    save_table,
-)
-from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.commands import SILENT, UI, ProfiledQuizSettings, argument, no_profile, output_option
 from expertcut.edits import edit_settings
+from expertcut.reporting.tables import save_table
 from expertcut.settings import FilePath, flag_of, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Sweep
-    from expertcut.profiling.storage import Profile
 
 
-class SweepSettings(JudgedSettings, ScoredSettings, ProfiledSettings, edit_settings.RankSettings):
+class SweepSettings(ProfiledQuizSettings, edit_settings.RankSettings):
     """Score a grid of cuts by criterion and size, without checkpoints."""
 
     examples: ClassVar = (
@@ -73,7 +62,7 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     cut, notes = with_protection(profile, settings.cut())
     ui.say([], notes)
     ui.quiet()
-    quiz = scored_quiz(settings, profile)
+    quiz = settings.scored_quiz(profile)
     options = MeasureOptions(waits=ui.is_first)
     scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
     folder = settings.out or Path("sweeps") / profile.path.resolve().name
@@ -103,23 +92,3 @@ def _say(sweep: "Sweep", settings: SweepSettings, profile: Path, folder: Path, u
         for value in given[name] if isinstance(given[name], list) else [given[name]]:
             words += [flag_of(SweepSettings, name), str(value)]
     ui.end(facts, folder, [*words, "--profile", str(profile)])
-
-
-def scored_quiz(settings: ScoredSettings, profile: "Profile") -> Quiz:
-    """The quiz as profiled, but split test, where no option says otherwise.
-
-    Without options, a profile that holds questions out is scored on those.
-    """
-    from expertcut.edits.splits import profiled_quiz
-    from expertcut.profiling.storage import ProfilePart
-
-    if isinstance(profile, ProfilePart) and not settings.is_scored_given:
-        return profiled_quiz(profile, is_held_out=True)
-    info = profile.info.quiz
-    is_same = settings.quiz in (None, info.id)
-    subjects, revision = (tuple(info.subjects), info.revision) if is_same else ((), None)
-    if settings.subjects is not None:
-        subjects = tuple(settings.subjects)
-    shots = info.shots if settings.shots is None else settings.shots
-    which = (settings.quiz or info.id, settings.split or "test", shots, subjects)
-    return load_quiz(Selection(*which, settings.limit, revision, profile.truncate))

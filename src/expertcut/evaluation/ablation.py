@@ -27,19 +27,9 @@ from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.selection import as_numbers, normalised, rank
 from expertcut.edits.splits import questions_for
 from expertcut.errors import ContractError, PlanError, ProfileError
-from expertcut.evaluation.results import check_same, load_unfinished, profile_hash
+from expertcut.evaluation import search_results as schema
+from expertcut.evaluation.results import profile_hash
 from expertcut.evaluation.reweight_search import CachedScorer
-from expertcut.evaluation.search_results import (
-    AUDIT_FILE,
-    AblationEffect,
-    Audit,
-    AuditRequest,
-    BudgetRegret,
-    Correlation,
-    CriterionEvaluation,
-    CriterionRank,
-    SampledExpert,
-)
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
 from expertcut.profiling.measure import engine_settings
@@ -69,16 +59,16 @@ def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tup
 
 def evaluate_criterion(
     by: str,
-    ranks: CriterionRank,
-    effects: Sequence[AblationEffect],
+    ranks: schema.CriterionRank,
+    effects: Sequence[schema.AblationEffect],
     fractions: Sequence[float],
     seed: int,
-) -> CriterionEvaluation:
+) -> schema.CriterionEvaluation:
     """How well one criterion predicts the effects of X ablated experts."""
     of_each = [(effect.layer, effect.logprob, effect.accuracy) for effect in effects]
     layer_X, logprob_X, accuracy_X = map(np.array, zip(*of_each, strict=True))
     score_X, share_X = np.array(ranks.score), np.array(ranks.share)
-    return CriterionEvaluation(
+    return schema.CriterionEvaluation(
         by=by,
         within=correlation(score_X, logprob_X, layer_X, seed),
         overall=correlation(share_X, logprob_X, np.zeros_like(layer_X), seed),
@@ -89,17 +79,17 @@ def evaluate_criterion(
     )
 
 
-def correlation(score_X: Array, effect_X: Array, group_X: Array, seed: int) -> Correlation:
+def correlation(score_X: Array, effect_X: Array, group_X: Array, seed: int) -> schema.Correlation:
     """Spearman's ρ within groups, with its interval; p is by shuffling effects within them."""
     score_1X, effect_1X = (ranks_within(x_X[None], group_X) for x_X in (score_X, effect_X))
     rho = float(stats.pearson(score_1X, effect_1X)[0])
     if len(score_X) < 3 or not np.isfinite(rho):
-        return Correlation(rho=None, ci95=None)
+        return schema.Correlation(rho=None, ci95=None)
     # Σ (experts − 1) over the groups in which both ranks vary.
     own = [group_X == group for group in np.unique(group_X)]
     freedom = sum(int(o.sum()) - 1 for o in own if score_1X[0, o].any() and effect_1X[0, o].any())
     shuffled_B = stats.pearson(score_1X, effect_1X[0, _shuffles(group_X, seed)])
-    return Correlation(
+    return schema.Correlation(
         rho=rho,
         ci95=interval(rho, freedom),
         # Sums in another order differ in their last bits.
@@ -130,7 +120,7 @@ def ranks_within(values_BX: Array, group_X: Array) -> Array:
     return ranks_BX
 
 
-def regret(place_X: Array, effect_X: Array, layer_X: Array, fraction: float) -> BudgetRegret:
+def regret(place_X: Array, effect_X: Array, layer_X: Array, fraction: float) -> schema.BudgetRegret:
     """Regret where this fraction of each layer's sampled experts stays."""
     removed, chosen, least, random = 0, 0.0, 0.0, 0.0
     for layer in np.unique(layer_X):
@@ -141,7 +131,7 @@ def regret(place_X: Array, effect_X: Array, layer_X: Array, fraction: float) -> 
         chosen += float(by_place[:n_removed].sum())
         least += float(np.sort(by_place)[:n_removed].sum())
         random += n_removed * float(by_place.mean())
-    return BudgetRegret(
+    return schema.BudgetRegret(
         fraction=fraction, removed=removed, chosen=chosen, least=least, random=random
     )
 
@@ -190,7 +180,7 @@ class AuditRun:
         """Ablates every sampled expert that the folder lacks, and saves each result."""
         quiz, info = self.quiz, self.profile.info
         content = "\n".join(f"{q.content_hash} {q.answer}" for q in quiz)
-        request = AuditRequest(
+        request = schema.AuditRequest(
             model=plan_model(info.model),
             settings=engine_settings(self.engine, info.settings.stats, info.settings.truncate),
             profile=profile_hash(info),
@@ -202,12 +192,13 @@ class AuditRun:
             **{name: getattr(quiz, name) for name in ("split", "shots", "truncate")},
             **self.settings.model_dump(include={"positions", "layout", "sample", "seed"}),
         )
-        earlier = _earlier(folder, request)
+        earlier = schema.load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
         if earlier is not None and earlier.verdicts:
             self.audit = earlier
             return
         with alone(folder, "audit"):
-            earlier = _earlier(folder, request)  # another run may have ended since
+            # Another run may have ended since.
+            earlier = schema.load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
             if earlier is not None and earlier.is_complete:
                 self.audit = earlier  # only the verdicts are missing
             else:
@@ -221,19 +212,21 @@ class AuditRun:
             )
             self._save(folder, self.audit.model_copy(update={"verdicts": verdicts}))
 
-    def _save(self, folder: Path, audit: Audit) -> None:
+    def _save(self, folder: Path, audit: schema.Audit) -> None:
         self.audit = audit
-        audit.save(folder / AUDIT_FILE)
+        audit.save(folder / schema.AUDIT_FILE)
 
-    def _begin(self, request: AuditRequest, rescorer: CachedScorer) -> Audit:
+    def _begin(self, request: schema.AuditRequest, rescorer: CachedScorer) -> schema.Audit:
         records, numbers = rescorer.records, expert_ids(self.profile)
         # A table of token ids chooses the experts of hashed blocks: they cannot be removed.
         n_experts = [0 if block.is_hashed else block.experts for block in self.blocks]
         sampled = tuple(
-            SampledExpert(layer=layer, row=row, expert=numbers.number(self.blocks[layer].name, row))
+            schema.SampledExpert(
+                layer=layer, row=row, expert=numbers.number(self.blocks[layer].name, row)
+            )
             for layer, row in sample_experts(n_experts, request.sample, request.seed)
         )
-        return Audit(
+        return schema.Audit(
             asked=request,
             overlap=self.overlap,
             cut=rescorer.n_cut,
@@ -262,7 +255,7 @@ class AuditRun:
                 continue
             numbers = [as_numbers(score_E) for score_E in ranking.scores]
             shares = [normalised(score_E) for score_E in ranking.scores]
-            ranks[name] = CriterionRank(
+            ranks[name] = schema.CriterionRank(
                 score=tuple(float(numbers[s.layer][s.row]) for s in sampled),
                 share=tuple(float(shares[s.layer][s.row]) for s in sampled),
                 place=tuple(ranking.orders[s.layer].index(s.row) for s in sampled),
@@ -297,25 +290,17 @@ class AuditRun:
             left_s = elapsed_s * (total - done) / n_here
             yield Progress(done * n_each, total * n_each, n_here * n_each, 0, elapsed_s, left_s)
 
-    def _without(self, expert: SampledExpert) -> AbstractContextManager[OnPass]:
+    def _without(self, expert: schema.SampledExpert) -> AbstractContextManager[OnPass]:
         """The unedited model without one expert, as the layout removes it."""
         settings, model = self.settings, self.engine.moe.model
-        ids = {block.name: tuple(range(block.experts)) for block in self.blocks}
         name = self.blocks[expert.layer].name
-        ids[name] = tuple(row for row in ids[name] if row != expert.row)
-        edits = {block: BlockEdit(keep=keep) for block, keep in ids.items()}
+        edits = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in self.blocks}
+        edits[name] = BlockEdit(keep=tuple(r for r in edits[name].keep if r != expert.row))
         width = int(model.config.get_text_config().hidden_size)
         is_exact = LAYOUTS[settings.layout].keeps_rows
         constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
         edit = PruneEdit(edits, settings.layout, constants=constants)
         return simulated(self.engine.moe, [edit], is_as_written=False)
-
-
-def _earlier(folder: Path, request: AuditRequest) -> Audit | None:
-    earlier = load_unfinished(folder / AUDIT_FILE, Audit)
-    if earlier is not None:
-        check_same(folder, earlier.asked, request, "audit")
-    return earlier
 
 
 @contextmanager
@@ -331,13 +316,13 @@ def observed(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterato
 
 
 def ablation_effect(
-    expert: SampledExpert, base: QuestionOutcomes, logprob_NC: Array
-) -> AblationEffect:
+    expert: schema.SampledExpert, base: QuestionOutcomes, logprob_NC: Array
+) -> schema.AblationEffect:
     """Log p (N, C) without one expert, compared with the unedited model."""
     lost_N = _right(base.logprob_NC, base.answer_N) - _right(logprob_NC, base.answer_N)
     gained, lost = stats.gained_lost(base.is_correct_N, right(logprob_NC, base.answer_N))
     n = len(lost_N)
-    return AblationEffect(
+    return schema.AblationEffect(
         layer=expert.layer,
         expert=expert.expert,
         logprob=float(lost_N.mean()),

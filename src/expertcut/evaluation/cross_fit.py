@@ -32,6 +32,7 @@ FOLDS = 5
 DRAWS = 99
 _MIN_DISTINCT = 20  # distinct draws with which p can lie below 0.05
 Biases = tuple[tuple[int, int, float], ...]  # (layer, expert, bias in logits)
+Picks = Sequence[SelectedExpert]
 Verdict = Literal["helps", "hurts", "no evidence"]
 
 
@@ -51,10 +52,7 @@ def deal(subjects: Sequence[str], hashes: Sequence[str], seed: int, folds: int =
 
 
 def draw(
-    chooser: Chooser,
-    records: QuestionOutcomes,
-    picks: Sequence[SelectedExpert],
-    rng: np.random.Generator,
+    chooser: Chooser, records: QuestionOutcomes, picks: Picks, rng: np.random.Generator
 ) -> dict[SelectedExpert, SelectedExpert]:
     """For each pick another expert of its sign and layers, matched in appearances, while any is."""
     by_id = places(records.blocks)
@@ -161,7 +159,7 @@ def _cross_fitted(
     ask: Ask,
     fold_N: Array,
     advance: Callable[[], None],
-    picks: Sequence[SelectedExpert] | None = None,
+    picks: Picks | None = None,
 ) -> tuple[Array, tuple[FoldResult, ...]]:
     """Correct answers (N,), each with these picks, or those chosen without the question's fold."""
     right_N, folds = records.is_correct_N.copy(), []

@@ -11,16 +11,8 @@ from expertcut.data import without
 from expertcut.edits.plan import PlanFile, load_hashes, plan_in
 from expertcut.errors import OutputError
 from expertcut.evaluation import lm_eval_export as export
-from expertcut.evaluation.results import (
-    ChosenOnResult,
-    ComparisonResult,
-    ModelResult,
-    Results,
-    Scored,
-    Scoring,
-    SubjectResult,
-    load_results,
-)
+from expertcut.evaluation import results as schema
+from expertcut.evaluation.results import Scored, Scoring, load_results
 from expertcut.files import write_atomically
 from expertcut.models.load import Source, find_source
 from expertcut.profiling.measure import measure
@@ -54,7 +46,7 @@ def score(
         plan, hashes = edited
         splits = dict.fromkeys(s for s in (plan.chosen_on.split, plan.chosen_on.fitted_split) if s)
         overlap = len(scoring.quiz) - len(without(scoring.quiz, hashes))
-        chosen_on = ChosenOnResult(split="+".join(splits), overlap=overlap)
+        chosen_on = schema.ChosenOnResult(split="+".join(splits), overlap=overlap)
         healed_from = plan.healed_from
     moe, settings = measurement.moe, measurement.info.settings
     answers, tokenizer = load_profile(store).answers, moe.tokenizer
@@ -70,14 +62,14 @@ def score(
     yield scored
 
 
-def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
+def results(scoring: Scoring, scored: Sequence[Scored]) -> schema.Results:
     """The record of all models, each compared with the first."""
     subjects, base = [q.subject for q in scoring.quiz], scored[0]
     info = quiz_info(scoring.quiz, scoring.limit)
     comparisons = []
     for index, other in enumerate(scored[1:], start=1):
         largest, median = logprob_shift(base.answers.logprob_NC, other.answers.logprob_NC)
-        change = ComparisonResult(
+        change = schema.ComparisonResult(
             base=0,
             other=index,
             **compare(base.answers.is_correct_N, other.answers.is_correct_N).model_dump(),
@@ -87,7 +79,7 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> Results:
             bytes_delta=other.size.size_bytes - base.size.size_bytes,
         )
         comparisons.append(change)
-    return Results(
+    return schema.Results(
         quiz=info.id,
         **info.model_dump(include={"revision", "split", "shots", "limit"}),
         content_hashes={name: s.content_hash for name, s in info.subjects.items()},
@@ -116,7 +108,7 @@ def check_places(out: Path, harness_file: Path | None) -> None:
 
 def save(
     scoring: Scoring, scored: Sequence[Scored], out: Path, harness_file: Path | None = None
-) -> Results:
+) -> schema.Results:
     """Writes predictions, the harness's files if requested, and the results last."""
     record = results(scoring, scored)
     name = "predictions" if out.stem == "results" else f"{out.stem}.predictions"
@@ -136,9 +128,9 @@ def _plan_and_hashes(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
     return None if plan is None else (plan, load_hashes(source.path, plan))
 
 
-def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
+def _model_result(scored: Scored, subjects: Sequence[str]) -> schema.ModelResult:
     measured, source = accuracy(scored.answers.is_correct_N, subjects), scored.source
-    return ModelResult(
+    return schema.ModelResult(
         path=source.id,
         revision=source.revision,
         fingerprint=source.fingerprint,
@@ -148,7 +140,7 @@ def _model_result(scored: Scored, subjects: Sequence[str]) -> ModelResult:
         questions=measured.n_questions,
         cut=scored.answers.n_cut,
         subjects={
-            name: SubjectResult(accuracy=share, questions=n)
+            name: schema.SubjectResult(accuracy=share, questions=n)
             for name, (share, n) in measured.by_subject.items()
         },
         parameters=scored.size.parameters,

@@ -57,26 +57,49 @@ def harness_bytes(scoring: Scoring, scored: Scored, result: ModelResult) -> byte
     tasks = {f"{group}_{subject}": subject for subject in quiz.questions}
     of_group = _metrics(group, result.accuracy, result.stderr, result.questions)
     of_group["sample_count"] = {"acc,none": result.questions}
-    names, model = (group, *tasks), scored.source.id
+    names, model, settings, limit = (group, *tasks), scored.source, scored.settings, scoring.limit
+    loaded = {"pretrained": model.id, "dtype": settings.dtype}
     of_tasks, n_samples = {}, {}
     for task, subject in tasks.items():
         share, n = result.subjects[subject].accuracy, result.subjects[subject].questions
         of_tasks[task] = _metrics(task, share, pooled_stderr([(share, n)]), n)
-        n_samples[task] = {"original": n if scoring.limit is None else None, "effective": n}
+        n_samples[task] = {"original": n if limit is None else None, "effective": n}
     results = {
         "results": {**of_tasks, group: of_group},
         "groups": {group: of_group},
         "group_subtasks": {group: list(tasks)},
-        "configs": {t: _config(t, s, quiz, scored) for t, s in tasks.items()},
+        "configs": {t: _config(t, s, quiz, loaded) for t, s in tasks.items()},
         "versions": {group: _UNKNOWN, **dict.fromkeys(tasks, _TASK_VERSION)},
         "n-shot": dict.fromkeys(names, quiz.shots),
         "higher_is_better": {name: {"acc": True} for name in names},
         "n-samples": n_samples,
-        **_run(scoring, scored, result),
+        "config": {
+            "model": "expertcut",
+            "model_args": loaded,
+            "model_num_parameters": result.parameters,
+            "model_dtype": f"torch.{settings.dtype}",
+            "model_revision": model.revision or "main",
+            "model_sha": model.revision or "",
+            "batch_size": None,
+            "batch_sizes": [],
+            "device": settings.device_type,
+            "use_cache": None,
+            "limit": limit,
+            "bootstrap_iters": 0,
+            "gen_kwargs": {},
+            **dict.fromkeys(("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")),
+        },
+        "git_hash": None,
+        "date": time.time(),
+        "pretty_env_info": f"expertcut {__version__}, torch {settings.torch}",
+        "transformers_version": transformers.__version__,
+        "lm_eval_version": None,
+        "upper_git_hash": None,
+        **scored.special_tokens,
         "task_hashes": {},
         "model_source": "expertcut",
-        "model_name": model,
-        "model_name_sanitized": "".join(c if c.isalnum() or c in "-." else "_" for c in model),
+        "model_name": model.id,
+        "model_name_sanitized": "".join(c if c.isalnum() or c in "-." else "_" for c in model.id),
         **dict.fromkeys(_SILENT),
     }
     return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode()
@@ -89,7 +112,7 @@ def _metrics(name: str, share: float, stderr: float | None, n: int) -> dict[str,
     }
 
 
-def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, Any]:
+def _config(task: str, subject: str, quiz: Quiz, loaded: dict[str, str]) -> dict[str, Any]:
     letters = list(LETTERS[: max(len(q.choices) for q in quiz.questions[subject])])
     lines = [f"{letter}. {{{{choices[{i}]}}}}\n" for i, letter in enumerate(letters)]
     prompt = {
@@ -119,40 +142,7 @@ def _config(task: str, subject: str, quiz: Quiz, scored: Scored) -> dict[str, An
         "output_type": "multiple_choice",
         "repeats": 1,
         "should_decontaminate": False,
-        "metadata": {"version": _TASK_VERSION, **_loaded(scored)},
-    }
-
-
-def _loaded(scored: Scored) -> dict[str, Any]:
-    return {"pretrained": scored.source.id, "dtype": scored.settings.dtype}
-
-
-def _run(scoring: Scoring, scored: Scored, result: ModelResult) -> dict[str, Any]:
-    settings, source = scored.settings, scored.source
-    return {
-        "config": {
-            "model": "expertcut",
-            "model_args": _loaded(scored),
-            "model_num_parameters": result.parameters,
-            "model_dtype": f"torch.{settings.dtype}",
-            "model_revision": source.revision or "main",
-            "model_sha": source.revision or "",
-            "batch_size": None,
-            "batch_sizes": [],
-            "device": settings.device_type,
-            "use_cache": None,
-            "limit": scoring.limit,
-            "bootstrap_iters": 0,
-            "gen_kwargs": {},
-            **dict.fromkeys(("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")),
-        },
-        "git_hash": None,
-        "date": time.time(),
-        "pretty_env_info": f"expertcut {__version__}, torch {settings.torch}",
-        "transformers_version": transformers.__version__,
-        "lm_eval_version": None,
-        "upper_git_hash": None,
-        **scored.special_tokens,
+        "metadata": {"version": _TASK_VERSION, **loaded},
     }
 
 

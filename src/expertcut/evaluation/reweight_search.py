@@ -19,16 +19,10 @@ from expertcut.data import Quiz
 from expertcut.edits import router_edits
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
-from expertcut.edits.reweight_select import Array, QuestionOutcomes, check_settings, right
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.router_edits import Procedure, RouterEdit, Settled
 from expertcut.edits.splits import profiled_quiz, questions_for
-from expertcut.evaluation.cross_fit import (
-    Biases,
-    CrossFitResult,
-    cross_fit,
-    cross_fit_result,
-    numbered,
-)
+from expertcut.evaluation.cross_fit import CrossFitResult, cross_fit, cross_fit_result, numbered
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import engine_settings, model_info
 from expertcut.profiling.recorder import Recorder
@@ -156,8 +150,7 @@ class CachedScorer:
             self._first_run()
         with self.replay.starting_at(layer), change as begin:
             scores = [self.engine.score(chunk, begin) for chunk in self.chunks]
-        logprob_NC: Array = stack_scores(scores).numpy()
-        return logprob_NC
+        return np.asarray(stack_scores(scores).numpy())
 
     def _replays_exactly(self, logprob_NC: Array) -> bool:
         """Whether the first subject has the same bits from every kept layer."""
@@ -182,7 +175,7 @@ class TuningResult:
     tuning: Quiz
     settled: Settled
     curve: tuple[Point, ...]
-    chosen: Biases
+    chosen: tuple[tuple[int, int, float], ...]
     base_accuracy: float
     accuracy_at: dict[ApplyAt, float]
     proof: CrossFitResult | None
@@ -252,7 +245,6 @@ class Reweighting:
 
 def by_hand(profile: Profile, settings: ReweightSettings) -> Reweighting:
     """Experts and strengths as named."""
-    check_settings(settings)
     biases = router_edits.tilts(profile, settings.boost or [], settings.suppress or [])
     factors = router_edits.scalings(profile, settings.scale or [])
     draft = router_edits.reweight_draft(

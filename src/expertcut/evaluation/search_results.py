@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -14,7 +14,7 @@ from expertcut.edits.layouts import Fold, Layout, Positions, Removed
 from expertcut.edits.plan import Expert, PlanModel
 from expertcut.edits.selection import counts, wanted_count
 from expertcut.errors import PlanError
-from expertcut.evaluation.results import ChosenOnResult, load_outcome
+from expertcut.evaluation.results import ChosenOnResult, check_same, load_outcome, load_unfinished
 from expertcut.profiling.schema import BlockInfo, ProfileInfo, Settings
 from expertcut.stats import LEVEL, Comparison, Count
 
@@ -276,3 +276,14 @@ class Audit(Record):
 def load_audit(path: Path) -> Audit:
     """An audit from its folder or file."""
     return load_outcome(path / AUDIT_FILE if path.is_dir() else path, Audit)
+
+
+Search = TypeVar("Search", Sweep, Audit)
+
+
+def load_earlier(file: Path, kind: type[Search], request: Record) -> Search | None:
+    """The search of an earlier run of this request, None in a new or empty folder."""
+    earlier = load_unfinished(file, kind)
+    if earlier is not None:
+        check_same(file.parent, earlier.asked, request, kind.__name__.lower())
+    return earlier

@@ -21,22 +21,9 @@ from expertcut.edits.plan import EditPlan
 from expertcut.edits.selection import cut, empty_draft, rank
 from expertcut.edits.splits import Questions, questions_for, used_hashes
 from expertcut.errors import ContractError
+from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.ablation import observed
-from expertcut.evaluation.results import (
-    ChosenOnResult,
-    Scoring,
-    check_same,
-    load_unfinished,
-    profile_hash,
-)
-from expertcut.evaluation.search_results import (
-    SWEEP_FILE,
-    Grid,
-    Sweep,
-    SweepCell,
-    SweepRequest,
-    SweptModel,
-)
+from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
@@ -58,7 +45,7 @@ class SweepRun:
     """A sweep of one profiled model; `sweep` holds the finished cells."""
 
     def __init__(
-        self, profile: Profile, grid: Grid, settings: CutSettings, scoring: Scoring
+        self, profile: Profile, grid: schema.Grid, settings: CutSettings, scoring: Scoring
     ) -> None:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
@@ -75,7 +62,7 @@ class SweepRun:
         overlap = len(scoring.quiz) - len(without(scoring.quiz, used))
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
         layout_options = LAYOUTS[settings.layout].options
-        request = SweepRequest(
+        request = schema.SweepRequest(
             scored=self.measurement.info.called(profile.info.model.id),
             profile=profile_hash(profile.info),
             by=grid.by,
@@ -86,15 +73,13 @@ class SweepRun:
             protect=tuple(settings.protect),
             chosen_by=len(profile.subjects()) if isinstance(profile, ProfilePart) else None,
         )
-        self.sweep = Sweep(asked=request, chosen_on=chosen_on)
+        self.sweep = schema.Sweep(asked=request, chosen_on=chosen_on)
 
     def steps(self, folder: Path) -> Iterator[Step]:
         """The unedited model, then every cell that the folder lacks; each is saved when done."""
-        file = folder / SWEEP_FILE
-        earlier = load_unfinished(file, Sweep)
-        if earlier is not None:
-            check_same(folder, earlier.asked, self.sweep.asked, "sweep")
-            self.sweep = earlier
+        file = folder / schema.SWEEP_FILE
+        earlier = schema.load_earlier(file, schema.Sweep, self.sweep.asked)
+        self.sweep = earlier or self.sweep
         # Criteria that need no model are ranked first: they fail before anything runs.
         at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
@@ -137,9 +122,9 @@ class SweepRun:
         with simulated(self.engine.moe, edits, is_as_written=True):
             yield from self.measurement.run(place, on_pass)
 
-    def _model(self, answered: Answers, of: Size) -> SweptModel:
+    def _model(self, answered: Answers, of: Size) -> schema.SweptModel:
         scored = accuracy(answered.is_correct_N, self.subjects)
-        return SweptModel(
+        return schema.SweptModel(
             accuracy=scored.accuracy,
             ci95=scored.ci95,
             questions=scored.n_questions,
@@ -150,14 +135,16 @@ class SweepRun:
             bytes=of.size_bytes,
         )
 
-    def _cell(self, by: str, fraction: float, draft: EditPlan, answered: Answers) -> SweepCell:
+    def _cell(
+        self, by: str, fraction: float, draft: EditPlan, answered: Answers
+    ) -> schema.SweepCell:
         base, numbers = self.base, draft.numbers
         largest, median = logprob_shift(base.logprob_NC, answered.logprob_NC)
         if not largest and is_used(self.profile, draft):
             raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
         cut_size = size_of_cut(self.engine.moe, draft, self.size_of(draft))
         assert numbers is not None
-        return SweepCell(
+        return schema.SweepCell(
             **self._model(answered, cut_size).model_dump(),
             by=by,
             fraction=fraction,

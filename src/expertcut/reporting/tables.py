@@ -5,10 +5,13 @@ import io
 import re
 import shlex
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
+
+from expertcut.files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -130,6 +133,12 @@ def as_csv(table: Table) -> str:
     for row in table.rows:  # None is written as nothing
         writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in row])
     return stream.getvalue()
+
+
+def save_table(file: Path, table: Table, figure: Mapping[str, bytes]) -> None:
+    """Writes a table as CSV, with the files of its figure beside it."""
+    for name, content in {file.name: as_csv(table).encode(), **figure}.items():
+        write_atomically(file.with_name(name), content)
 
 
 def _text(cell: Cell, column: Column) -> str:
