@@ -94,7 +94,14 @@ class LastingStream:
 @contextmanager
 def lasting_output() -> Iterator[LastingStream]:
     """Replaces stdout (which it yields) and stderr by lasting streams."""
-    _open_missing()
+    for descriptor in range(3):  # opens closed ones, so that no file that is written gets one
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free one, which is this
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     out: Any = LastingStream(sys.stdout)
     err: Any = LastingStream(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
@@ -103,18 +110,6 @@ def lasting_output() -> Iterator[LastingStream]:
         finally:
             out.flush()
             err.flush()
-
-
-def _open_missing() -> None:
-    """Opens closed standard descriptors, so that no file that is written gets one."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free one, which is this
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 class Stopped(Exception):

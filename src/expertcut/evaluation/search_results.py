@@ -21,6 +21,7 @@ from expertcut.stats import LEVEL, Comparison, Count
 SWEEP_FILE = "sweep.json"
 AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]
+Search = TypeVar("Search", "Sweep", "Audit")
 
 
 class SweepRequest(Record):
@@ -276,9 +277,6 @@ class Audit(Record):
 def load_audit(path: Path) -> Audit:
     """An audit from its folder or file."""
     return load_outcome(path / AUDIT_FILE if path.is_dir() else path, Audit)
-
-
-Search = TypeVar("Search", Sweep, Audit)
 
 
 def load_earlier(file: Path, kind: type[Search], request: Record) -> Search | None:

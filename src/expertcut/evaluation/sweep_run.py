@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +33,7 @@ from expertcut.scoring.passes import OnPass
 from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One form of the model: its name, and the run that scores the missing questions."""
 
     name: str
