@@ -53,8 +53,8 @@ class UI:
         self, facts: Sequence[tuple[str, str]], written: object, *commands: Sequence[str]
     ) -> None:
         """Reports the last lines: labelled facts, what was written, and what to do next."""
-        lines = [labelled(*fact) for fact in (*facts, ("written", str(written)))]
-        self.say([], [*lines, *next_lines(*commands)])
+        lines = [labelled(*fact) for fact in facts]
+        self.say([], [*lines, f"{'written':<10}{written}", *next_lines(*commands)])
 
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
@@ -318,8 +318,8 @@ class CheckpointSettings(ModelFirstSettings):
             words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
             words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
             commands.insert(0, ["eval", *words])
-        lines += [labelled("", note) for note in notes]
-        ui.say([], [*lines, f"{'written':<10}{folder}", *next_lines(*commands)])
+        ui.say([], [*lines, *(labelled("", note) for note in notes)])
+        ui.end([], folder, *commands)
 
 
 def no_profile(model: str, otherwise: str = "") -> SettingsError:
