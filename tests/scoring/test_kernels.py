@@ -81,11 +81,11 @@ def test_each_expert_gets_the_tokens_that_chose_it_and_no_more() -> None:
 def test_groups_hold_each_token_of_a_pack_once_with_few_fillings() -> None:
     lengths_N = torch.tensor([1, 9, 3, 8, 2, 31, 1, 15, 16])
     found = groups(lengths_N)
-    tokens = torch.cat([group.places_NS[group.is_own_NS] for group in found])
+    tokens = torch.cat([places_MS[is_own_MS] for places_MS, is_own_MS in found])
     assert sorted(tokens.tolist()) == list(range(int(lengths_N.sum())))
     assert len(found) > 2
-    for group in found:
-        assert int(group.is_own_NS.sum()) * 2 > group.is_own_NS.numel()
+    for _, is_own_MS in found:
+        assert int(is_own_MS.sum()) * 2 > is_own_MS.numel()
 
 
 def test_split_attention_equals_the_masked_one(tiny_moe: MoeModel, quiz: Quiz) -> None:

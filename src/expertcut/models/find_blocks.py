@@ -17,14 +17,6 @@ from expertcut.models.gate_laws import check_blocks, explain_gate, first, verify
 from expertcut.models.hooks import Routing, registered, replaced_forward
 from expertcut.models.moe_block import MoeBlock, Residual
 
-_SCALES_INPUT = "its router scales the expert's input, so an expert has no output of its own"
-# Families that break the contract, by config.model_type.
-REFUSED = {
-    "llama4": _SCALES_INPUT,
-    "llama4_text": _SCALES_INPUT,
-    "jetmoe": "its attention is routed too, so its experts are not all in MoE blocks",
-}
-
 
 class Probe:
     """Records the calls of a decoder layer's modules in one forward pass of a few tokens."""
@@ -84,12 +76,6 @@ def _factor(x: Tensor, own: Any, result: Any) -> float | None:
     return round(factor, 2 if is_half else 4)
 
 
-def check_family(model_type: object) -> None:
-    """Refuses families that break the contract."""
-    if isinstance(model_type, str) and model_type in REFUSED:
-        raise ContractError(f"{model_type} models are not supported: {REFUSED[model_type]}")
-
-
 def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
     """The MoE blocks in layer order, their gates identified on one forward pass of the tokens.
 
@@ -97,7 +83,6 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
         ContractError: no block, or one that breaks the contract.
     """
     model_type = str(getattr(model.config, "model_type", "?"))
-    check_family(model_type)
     unprobed = tuple(_block(name, module, i) for i, (name, module) in enumerate(_candidates(model)))
     if not unprobed:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")

@@ -23,6 +23,7 @@ from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall
 Change = Callable[[Any], Any]
 Forward = Callable[..., Any]
 Routed = tuple[Tensor, Tensor, Tensor]  # logits_TE, weights_TK, experts_TK
+Scope = AbstractContextManager[None]  # at whose end a change is reverted
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ def registered(changes: Iterable[AbstractContextManager[Any]]) -> Iterator[None]
         yield
 
 
-def observe_routers(
-    blocks: Sequence[MoeBlock], see: Callable[[Routing], None]
-) -> AbstractContextManager[None]:
+def observe_routers(blocks: Sequence[MoeBlock], see: Callable[[Routing], None]) -> Scope:
     """Calls `see` after each router's forward."""
 
     def hook(layer: int, _module: nn.Module, args: tuple[Any, ...], output: Routed) -> None:
@@ -67,9 +66,7 @@ def observe_routers(
     return registered(b.router.register_forward_hook(partial(hook, b.layer)) for b in blocks)
 
 
-def observe_residuals(
-    blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], None]
-) -> AbstractContextManager[None]:
+def observe_residuals(blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], None]) -> Scope:
     """Calls `see` with layer and residual stream (T, D), if known, before a block's router runs."""
 
     def hook(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -86,7 +83,7 @@ def observe_experts(
     blocks: Sequence[MoeBlock],
     see: Callable[[ExpertCall], None],
     combined: Callable[[int, Tensor], None] | None = None,
-) -> AbstractContextManager[None]:
+) -> Scope:
     """Runs experts one by one, in id order, and calls `see` with each output.
 
     After a block's last expert, `combined` gets the layer and the weighted sum (T, D), on a CPU
@@ -94,13 +91,8 @@ def observe_experts(
     of the model, so no family needs code here.
     """
 
-    def run(
-        block: MoeBlock, own: Own, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
-    ) -> Tensor:
-        def note(*call: Any) -> None:
-            see(ExpertCall(block.layer, *call))
-
-        y_TD = by_expert(x_TD, experts_TK, weights_TK, own, note)
+    def run(block: MoeBlock, own: Own, *routed: Tensor) -> Tensor:
+        y_TD = by_expert(*routed, own=own, see=lambda *call: see(ExpertCall(block.layer, *call)))
         if combined is not None:
             combined(block.layer, y_TD)
         return y_TD
@@ -192,7 +184,7 @@ def _run_changed(
     return logits_TE, weights_TK, experts_TK
 
 
-def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> AbstractContextManager[None]:
+def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Scope:
     """Changes the logits of a router in the context."""
     return replaced_forward(router, partial(_run_changed, own_forward(router), op, change, None))
 

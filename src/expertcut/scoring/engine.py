@@ -183,12 +183,12 @@ class Engine:
         way = self.way(few)
         with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
             alone = few.part(slice(1)) if way == "single" else few
-            one_by_one_NC = self._score(self._run(alone, "single", PassObserver()))
+            one_by_one_NC = self._score(self._run(alone, "single", PassObserver(), False))
         if way == "single":
             return
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
-            together_NC = self._score(self._run(few, way, PassObserver(), trims=True))
+            together_NC = self._score(self._run(few, way, PassObserver(), True))
             difference = (together_NC - one_by_one_NC).nan_to_num(0).abs().max()
             if difference <= tolerance:
                 return
@@ -222,11 +222,9 @@ class Engine:
         `on_pass` is called before each forward pass; a `watch` sees more of it.
         """
         observer = watch or PassObserver(begin=on_pass)
-        return self._score(self._run(encoded, self.way(encoded), observer, trims=watch is not None))
+        return self._score(self._run(encoded, self.way(encoded), observer, watch is not None))
 
-    def _run(
-        self, encoded: Encoded, way: ScoringMode, watch: PassObserver, *, trims: bool = False
-    ) -> Run:
+    def _run(self, encoded: Encoded, way: ScoringMode, watch: PassObserver, trims: bool) -> Run:
         last_layer = self.last_layer if trims and way != "single" else None
         return Run(self.moe, encoded, watch, way, self.batch_tokens, self.attention, last_layer)
 
@@ -255,8 +253,8 @@ class Engine:
             bad = int(is_bad_N.int().argmax())
             alone, watch = encoded.part(slice(bad, bad + 1)), PassObserver(begin=run.watch.begin)
             with _watching(self.moe) as seen:
-                list(self._run(alone, "single", watch).passes())
-            raise _not_finite(self.moe, encoded.name(bad), seen)
+                list(self._run(alone, "single", watch, False).passes())
+            raise _not_finite(self.moe, encoded.names[bad], seen)
         return logprob_NC.cpu()
 
 

@@ -171,19 +171,12 @@ class Run:
             self.watch.begin(step)
             logits_NV = self._attempt(step)
             if logits_NV is None:
-                if len(questions) <= 1:
-                    advice = ", which cannot be cut smaller: free memory, or use another device"
-                    raise self._out_of_memory(step, advice)
                 give_back()
                 self.watch.undo(step)
                 half = len(questions) // 2
                 todo = [questions[:half], questions[half:], *todo]
             elif questions:
                 yield step, logits_NV
-
-    def _out_of_memory(self, step: Pass, advice: str) -> ModelError:
-        what = f"not enough memory for {step.n_tokens} tokens at once"
-        return ModelError(f"{self.moe.source.id}: {what}{advice}")
 
     def _pass(self, questions: Sequence[int]) -> Pass:
         if not questions:
@@ -207,8 +200,13 @@ class Run:
                 raise
             if self.watch.undo is ignore:
                 below = f"a --batch-tokens below {self.batch_tokens}, or on another device"
-                raise self._out_of_memory(step, f": profile or score with {below}") from None
-            return None
+                advice = f": profile or score with {below}"
+            elif len(step.questions) > 1:
+                return None
+            else:
+                advice = ", which cannot be cut smaller: free memory, or use another device"
+            what = f"not enough memory for {step.n_tokens} tokens at once"
+            raise ModelError(f"{self.moe.source.id}: {what}{advice}") from None
         finally:
             layers: Any = () if self.cache is None else self.cache.layers
             for layer in layers:
@@ -296,7 +294,3 @@ class Replay:
             replaced_forward(module, partial(stored, is_last=place == number))
             for place, module in enumerate(self.decoders[:number], start=1)
         )
-
-    def forget(self) -> None:
-        """Frees the outputs; later runs run the whole model."""
-        self.starts, self.outputs = (), {}
