@@ -211,7 +211,7 @@ def test_the_last_block_is_called_in_the_rank_that_the_model_calls_it_in(
     def told(rows_M: Tensor, is_read: bool) -> None:
         seen.append((rows_M.tolist(), is_read))
 
-    with reading_answers(block, answers_N, told, keeps_all=True):
+    with reading_answers(block, answers_N, PassObserver(on_rows=told, keeps_all=True)):
         y = module(x, ids=ids, scale=2.0)
     is_answer = torch.isin(ids, answers_N)[..., None]
     assert torch.equal(y, module(x, ids, 2.0) * is_answer) and y.any()

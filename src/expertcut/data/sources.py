@@ -275,8 +275,8 @@ def hash_lines(quiz: Quiz) -> frozenset[str]:
 
 def is_one_set(quiz: Quiz) -> bool:
     """Whether no other split has questions to evaluate on; logs nothing."""
-    others = (s for s in JUDGING if s != quiz.split)
-    return all(other_split(quiz, split, quiz, is_quiet=True) is None for split in others)
+    splits = (s for s in JUDGING if s != quiz.split)
+    return not any(other_split(quiz, split, quiz, is_quiet=True) for split in splits)
 
 
 def is_held_out(question: Question) -> bool:

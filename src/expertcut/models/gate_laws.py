@@ -75,10 +75,9 @@ def check_gate(block: MoeBlock, routing: Routing) -> None:
     """Checks the identified gate on the routing of other tokens, by the block's `call`."""
     if block.is_hashed != _is_table(block, routing):
         raise broken(block, "choice", "a table of token ids chooses its experts only sometimes")
-    if block.weights is not None:
-        off = _misfit(block.scoring, block.weights, routing)
-        if off > _tolerance(routing):
-            raise _broken_weights(block, block.scoring, off)
+    off = 0.0 if block.weights is None else _misfit(block.scoring, block.weights, routing)
+    if off > _tolerance(routing):
+        raise _broken_weights(block, block.scoring, off)
     if not block.is_hashed:
         _find_choice(block, [routing], [block.selection])
 

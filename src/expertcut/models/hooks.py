@@ -91,13 +91,15 @@ def observe_experts(
     of the model, so no family needs code here.
     """
 
-    def run(block: MoeBlock, own: Own, *routed: Tensor) -> Tensor:
-        y_TD = by_expert(*routed, own=own, see=lambda *call: see(ExpertCall(block.layer, *call)))
+    def run(layer: int, own: Own, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        call = partial(ExpertCall, layer)
+        y_TD = by_expert(x_TD, experts_TK, weights_TK, own, lambda *parts: see(call(*parts)))
         if combined is not None:
-            combined(block.layer, y_TD)
+            combined(layer, y_TD)
         return y_TD
 
-    return registered(replaced_forward(b.experts, partial(run, b, own_expert(b))) for b in blocks)
+    changes = (replaced_forward(b.experts, partial(run, b.layer, own_expert(b))) for b in blocks)
+    return registered(changes)
 
 
 def own_expert(block: MoeBlock) -> Own:

@@ -101,7 +101,7 @@ def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
     for part in (_text_config(config), config):
         if isinstance(n_zero := part.get(field), int) and n_zero > 0:
             raise ContractError(f"{file}: {family} {_NO_WEIGHTS}: {field} {n_zero}")
-    if config.get(field) is None and family in REFUSED:
+    if family in REFUSED and (family != "longcat_flash" or config.get(field) is None):
         raise ContractError(f"{file}: {family} {REFUSED[family]}")
     n_experts = expert_count(config)
     if n_experts is None and _modalities(config):
@@ -121,12 +121,11 @@ def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
 
 def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
     """The error for a model that is not a text model."""
-    family, modalities = str(config.get("model_type"))[:50], _modalities(config)
+    model, modalities = str(config.get("model_type"))[:50], _modalities(config)
     kind = "a vision-language model" if modalities == {"vision_config"} else "a multimodal model"
     what = kind if modalities else "no text model that transformers can load (AutoModelForCausalLM)"
-    return ModelError(
-        f"{folder / 'config.json'}: {family} is {what}, not supported: take a text model"
-    )
+    fault = f"{model} is {what}, not supported: take a text model"
+    return ModelError(f"{folder / 'config.json'}: {fault}")
 
 
 def _modalities(config: Mapping[str, Any]) -> set[str]:

@@ -53,55 +53,6 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
     return int(length) if length and length < 10**12 else None  # those without a length say 1e30
 
 
-class Context:
-    """The context of a model: `length`, None if unknown; `takes_more` for dynamic RoPE."""
-
-    def __init__(self, moe: MoeModel) -> None:
-        self.moe = moe
-        self.length = context_length(moe.model.config, moe.tokenizer)
-        self.takes_more = passes.grows_with_prompt(moe.model.config)
-
-    def fit(self, encoded: Encoded, quiz: Quiz) -> Encoded:
-        """Truncates the prompts of a chunk if the quiz says so, else refuses too long ones."""
-        most, prompts = self.length, encoded.prompts
-        if most is None or encoded.longest <= most:
-            return encoded
-        if quiz.truncate == "left":
-            cut_N = tuple(max(len(ids) - most, 0) for ids in prompts)
-            return replace(encoded, prompts=tuple(ids[-most:] for ids in prompts), cut_N=cut_N)
-        if self.takes_more:
-            return encoded
-        too_long = [len(ids) for ids in prompts if len(ids) > most]
-        raise self._too_long(too_long, len(encoded))
-
-    def check(self, quiz: Quiz) -> None:
-        """Refuses a quiz with prompts beyond the context, unless it truncates."""
-        if self.length is None or quiz.truncate or self.takes_more:
-            return
-        if too_long := [n for n in self.possible(quiz, self.length) if n > self.length]:
-            raise self._too_long(too_long, len(quiz))
-
-    def possible(self, quiz: Quiz, limit: int) -> Iterator[int]:
-        """Lengths of the prompts that may exceed the limit: by bytes, and only these tokenized."""
-        tokenizer = self.moe.tokenizer
-        for subject, questions in quiz.questions.items():
-            shots = quiz.shots_by_subject[subject]
-            texts = [prompt(question, shots) for question in questions]
-            before = commonprefix(texts)  # noqa: RUF071 - of texts, not paths
-            n_before = len(tokenizer(before)["input_ids"])
-            for text in texts:
-                # A text cut in two may have some more tokens.
-                if n_before + len(text[len(before) :].encode()) + 16 > limit:
-                    yield len(tokenizer(text)["input_ids"])
-
-    def _too_long(self, lengths: Sequence[int], n_all: int) -> ModelError:
-        return ModelError(
-            f"{len(lengths)} of {n_all} prompts have more tokens than the {self.length} of the "
-            f"context of {self.moe.source.id}, the longest {max(lengths)}: ask with fewer --shots, "
-            "or with --truncate left, which cuts them as lm-evaluation-harness does"
-        )
-
-
 def _not_finite(moe: MoeModel, question: str, seen: list[str]) -> ModelError:
     """The error for a non-finite answer; `seen` names the modules with non-finite outputs."""
     fault = f"{moe.source.id}: non-finite log-probability for {question}"
@@ -147,10 +98,15 @@ def _watching(moe: MoeModel) -> Iterator[list[str]]:
 
 
 class Engine:
-    """Scores chunks with one model; `check` sets `is_trusted` and `attention`."""
+    """Scores chunks with one model; `check` sets `is_trusted` and `attention`.
+
+    `context` is the length of its context, None if unknown; it `grows` with dynamic RoPE.
+    """
 
     def __init__(self, moe: MoeModel, batch_tokens: int) -> None:
-        self.moe, self.batch_tokens, self.context = moe, batch_tokens, Context(moe)
+        self.moe, self.batch_tokens = moe, batch_tokens
+        self.context = context_length(moe.model.config, moe.tokenizer)
+        self.grows = passes.grows_with_prompt(moe.model.config)
         self.is_trusted = True
         self.n_scored = self.n_asked = 0  # of the quiz that `encode_all` gives out
         is_split = attention.is_available(moe.model, moe.device)
@@ -158,13 +114,49 @@ class Engine:
         self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
 
     def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
-        """Tokenizes questions of one subject."""
-        shots = quiz.shots_by_subject[subject]
-        return self.context.fit(encode(self.moe.tokenizer, questions, shots), quiz)
+        """Tokenizes questions of one subject; truncates too long prompts or refuses them."""
+        most, shots = self.context, quiz.shots_by_subject[subject]
+        encoded = encode(self.moe.tokenizer, questions, shots)
+        lengths_N = [len(ids) for ids in encoded.prompts]
+        if most is None or max(lengths_N) <= most or (self.grows and not quiz.truncate):
+            return encoded
+        if not quiz.truncate:
+            raise self._too_long([n for n in lengths_N if n > most], len(encoded))
+        cut_N = tuple(max(n - most, 0) for n in lengths_N)
+        prompts = tuple(ids[-most:] for ids in encoded.prompts)
+        return replace(encoded, prompts=prompts, cut_N=cut_N)
+
+    def check_lengths(self, quiz: Quiz) -> None:
+        """Refuses a quiz with prompts beyond the context, unless it truncates."""
+        most = self.context
+        if most is None or quiz.truncate or self.grows:
+            return
+        if too_long := [n for n in self.possible_lengths(quiz, most) if n > most]:
+            raise self._too_long(too_long, len(quiz))
+
+    def possible_lengths(self, quiz: Quiz, limit: int) -> Iterator[int]:
+        """Lengths of the prompts that may exceed the limit: by bytes, and only these tokenized."""
+        tokenizer = self.moe.tokenizer
+        for subject, questions in quiz.questions.items():
+            shots = quiz.shots_by_subject[subject]
+            texts = [prompt(question, shots) for question in questions]
+            before = commonprefix(texts)  # noqa: RUF071 - of texts, not paths
+            n_before = len(tokenizer(before)["input_ids"])
+            for text in texts:
+                # A text cut in two may have some more tokens.
+                if n_before + len(text[len(before) :].encode()) + 16 > limit:
+                    yield len(tokenizer(text)["input_ids"])
+
+    def _too_long(self, lengths: Sequence[int], n_all: int) -> ModelError:
+        return ModelError(
+            f"{len(lengths)} of {n_all} prompts have more tokens than the {self.context} of the "
+            f"context of {self.moe.source.id}, the longest {max(lengths)}: ask with fewer --shots, "
+            "or with --truncate left, which cuts them as lm-evaluation-harness does"
+        )
 
     def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
         """Tokenizes a quiz, subject by subject; warns of truncated prompts."""
-        self.context.check(quiz)
+        self.check_lengths(quiz)
         n_cut, self.n_scored, self.n_asked = 0, 0, len(quiz)
         for subject, questions in quiz.questions.items():
             encoded = self.encode(quiz, subject, questions)
@@ -174,7 +166,7 @@ class Engine:
         if n_cut:
             logger.warning(
                 "%d of %d %s prompts lost tokens on their left: the context of %s has %d",
-                *(n_cut, len(quiz), quiz.split, self.moe.source.id, self.context.length),
+                *(n_cut, len(quiz), quiz.split, self.moe.source.id, self.context),
             )
 
     def check(self, encoded: Encoded) -> None:
@@ -210,9 +202,8 @@ class Engine:
 
     def way(self, encoded: Encoded) -> ScoringMode:
         """The mode of a chunk: a function of chunk and model alone."""
-        if not self.is_trusted:
-            return "single"
-        return passes.scoring_mode(self.moe.model.config, encoded.longest)
+        config, longest = self.moe.model.config, encoded.longest
+        return passes.scoring_mode(config, longest) if self.is_trusted else "single"
 
     def score(
         self, encoded: Encoded, on_pass: OnPass = ignore, watch: PassObserver | None = None
