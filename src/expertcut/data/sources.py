@@ -116,12 +116,9 @@ class _Files:
         ending = f"_{split}.csv"
         files = sorted(f for f in (folder / split).glob("*.csv") if not f.name.startswith("."))
         named = [f for f in files if f.name.endswith(ending)]
-        if named and len(named) < len(files):
-            logger.warning(
-                "%s: %d files are not read, first %s: name them <subject>%s",
-                *(folder / split, len(files) - len(named)),
-                *(next(f.name for f in files if f not in named), ending),
-            )
+        if named and (unread := [f.name for f in files if f not in named]):
+            text = "%s: %d files are not read, first %s: name them <subject>%s"
+            logger.warning(text, folder / split, len(unread), unread[0], ending)
         return [(f, f.name.removesuffix(ending if named else ".csv")) for f in named or files]
 
     def missing(self, split: str) -> str:

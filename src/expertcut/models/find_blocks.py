@@ -64,16 +64,15 @@ def _factor(x: Tensor, own: Any, result: Any) -> float | None:
     """The number c with result = x + c · own, or None."""
     if not isinstance(own, Tensor) or not isinstance(result, Tensor) or x.shape != result.shape:
         return None
-    is_half = result.dtype.itemsize < 4
     added, given = (result.double() - x.double()).flatten(), own.double().flatten().to(x.device)
     if added.shape != given.shape or not given.any():
         return None
     factor = float(added @ given / (given @ given))
-    tolerance, rounding = (2e-2, 4e-3) if is_half else (1e-3, 1e-6)
+    is_half = result.dtype.itemsize < 4
+    tolerance, rounding, digits = (2e-2, 4e-3, 2) if is_half else (1e-3, 1e-6, 4)
     allowed = tolerance * added.norm() + rounding * result.double().norm()
-    if not bool((added - factor * given).norm() <= allowed):
-        return None
-    return round(factor, 2 if is_half else 4)
+    is_plain = bool((added - factor * given).norm() <= allowed)
+    return round(factor, digits) if is_plain else None
 
 
 def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:

@@ -110,18 +110,16 @@ def own_expert(block: MoeBlock) -> Own:
         return partial(own_output, block.experts)
     forward = own_forward(block.experts)
 
-    def one(expert: int, x_MD: Tensor) -> Tensor:
+    def one(expert: int, x_MD: Tensor) -> Any:
         chosen_M1 = torch.full((len(x_MD), 1), expert, device=x_MD.device)
-        output_MD: Tensor = forward(x_MD, chosen_M1, x_MD.new_ones(len(x_MD), 1))
-        return output_MD
+        return forward(x_MD, chosen_M1, x_MD.new_ones(len(x_MD), 1))
 
     return one
 
 
-def own_forward(module: nn.Module) -> Forward:
+def own_forward(module: nn.Module) -> Any:
     """The forward of a module, inside accelerate's wrapper if it has one."""
-    forward: Forward = module.__dict__.get(INNER, module.forward)
-    return forward
+    return module.__dict__.get(INNER, module.forward)
 
 
 @contextmanager

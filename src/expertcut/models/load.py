@@ -25,7 +25,6 @@ from expertcut.models.find_blocks import find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
-from expertcut.models.validate import translate_errors
 
 MODELLING_FILE = "modeling_exact.py"
 # SHA-256 of earlier files, whose constants are called `experts.<id>.approx_value`.
@@ -210,12 +209,12 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     for file in (source.path / name for name in _JSON):
         if file.exists():
             read_object(file, 500_000_000)  # the largest known has 33 MB
-    with translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
+    with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
         )
     # The config was tested without weights before, so an error here may be in any file.
-    with translate_errors("AutoModelForCausalLM", source.path), _loading(source):
+    with validate.translate_errors("AutoModelForCausalLM", source.path), _loading(source):
         model, info = _MODELS.from_pretrained(
             source.path,
             config=config,
@@ -280,7 +279,7 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
     folder, raw = source.path, read_config(source.path)
     check_named(folder, raw)
     may_run_code = options.trust_remote_code or runs_our_code_only(folder, raw)
-    with translate_errors("AutoConfig", folder / "config.json"):
+    with validate.translate_errors("AutoConfig", folder / "config.json"):
         if options.trust_remote_code and "auto_map" in raw:
             return AutoConfig.from_pretrained(folder, trust_remote_code=True), True
         validate.check_counts(folder, raw, source.even_quantized)

@@ -296,9 +296,8 @@ class Ledger:
     def check_unchanged(self) -> None:
         """Refuses to go on, with an OutputError, if another run has written the manifest."""
         if load_manifest(self.folder) != self._saved:
-            raise OutputError(
-                f"{self.folder} was just changed by another run: run the same command again"
-            )
+            fault = "was just changed by another run: run the same command again"
+            raise OutputError(f"{self.folder} {fault}")
 
     def is_saved(self, inputs: Inputs) -> bool:
         """Whether the manifest and the recipe's copy on disk are current."""

@@ -164,10 +164,8 @@ class Engine:
             yield encoded
         self.n_asked = 0
         if n_cut:
-            logger.warning(
-                "%d of %d %s prompts lost tokens on their left: the context of %s has %d",
-                *(n_cut, len(quiz), quiz.split, self.moe.source.id, self.context),
-            )
+            text = "%d of %d %s prompts lost tokens on their left: the context of %s has %d"
+            logger.warning(text, n_cut, len(quiz), quiz.split, self.moe.source.id, self.context)
 
     def check(self, encoded: Encoded) -> None:
         """Checks the gates, and takes mode single if four questions score otherwise together."""
@@ -181,24 +179,17 @@ class Engine:
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
             together_NC = self._score(self._run(few, way, PassObserver(), True))
-            difference = (together_NC - one_by_one_NC).nan_to_num(0).abs().max()
+            difference = float((together_NC - one_by_one_NC).nan_to_num(0).abs().max())
             if difference <= tolerance:
                 return
+            off = f"off by {difference:.2g} on {len(few)} questions (at most {tolerance:g} allowed)"
             if self.attention == "masked" or way != "packed":
                 break
             self.attention = "masked"
             # Only slower, so no warning: rounding in half precision can cause it.
-            logger.info(
-                "attention in two parts is off by %.2g on %d questions (at most %g allowed): "
-                "using a mask instead, which is slower",
-                *(float(difference), len(few), tolerance),
-            )
+            logger.info("attention in two parts is %s: using a mask instead, which is slower", off)
         self.is_trusted = False
-        logger.warning(
-            "%s scoring is off by %.2g on %d questions (at most %g allowed): "
-            "scoring one prompt at a time instead",
-            *(way, float(difference), len(few), tolerance),
-        )
+        logger.warning("%s scoring is %s: scoring one prompt at a time instead", way, off)
 
     def way(self, encoded: Encoded) -> ScoringMode:
         """The mode of a chunk: a function of chunk and model alone."""
