@@ -52,12 +52,9 @@ def _reason(error: BaseException, repo: str) -> str:
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         # 401 also means that it does not exist, or is private and belongs to others.
+        is_missing = status == 401 and isinstance(error, errors.RepositoryNotFoundError)
         is_credential = error.response.headers.get("X-Error-Message", "").startswith("Invalid cred")
-        if (
-            isinstance(error, errors.RepositoryNotFoundError)
-            and status == 401
-            and not is_credential
-        ):
+        if is_missing and not is_credential:
             meaning = _MEANINGS[404] + "; if it exists, the token is wrong: `hf auth login`"
         elif status >= 500:
             meaning = f"the Hub has an internal error: {AGAIN}"

@@ -352,7 +352,7 @@ def audit_figure(audit: Audit) -> dict[str, bytes]:
     order = ranked(audit)
     labels = ("Spearman's ρ of score and harm, within layers", "regret (nats); dotted: at random")
     names, rhos = [verdict.by for verdict in order], [verdict.within.rho for verdict in order]
-    ends = [verdict.within.ci95 or (verdict.within.rho,) * 2 for verdict in order]
+    ends = [verdict.within.ci95 or (verdict.within.rho, verdict.within.rho) for verdict in order]
     left, marks = series_of("ρ", rhos, ends), [r.random - r.least for r in order[0].regrets]
     return draw_forest("audit", names, left, regret_series(audit), labels=labels, marks=marks)
 

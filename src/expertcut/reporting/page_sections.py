@@ -384,16 +384,11 @@ def _sweep(sweep: Sweep, key: str) -> list[Part]:
     if sweep.base is not None:
         level = (sweep.base.accuracy,) * len(fractions)
         series.append(Series("unedited", level, is_reference=True))
-    figure = Curves(
-        key=f"{key}-accuracy",
-        title="Accuracy against the share of experts that stays",
-        note="Bars are 95 % intervals (Wilson); the questions are the same for every cut.",
-        across="share that stays",
-        categories=tuple(f"{fraction:g}" for fraction in fractions),
-        series=tuple(series),
-        column=Column("accuracy", ".1%"),
-    )
-    return [*parts, figure]
+    title = "Accuracy against the share of experts that stays"
+    note = "Bars are 95 % intervals (Wilson); the questions are the same for every cut."
+    shares, column = tuple(f"{fraction:g}" for fraction in fractions), Column("accuracy", ".1%")
+    across = "share that stays"
+    return [*parts, Curves(f"{key}-accuracy", title, note, across, shares, tuple(series), column)]
 
 
 def _audit(audit: Audit, key: str) -> list[Part]:
@@ -440,7 +435,7 @@ def provenance_sections(run: Run) -> list[Section]:
 def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
     info, quiz = findings.profile.info, findings.profile.info.quiz
     hashes = {name: subject.content_hash for name, subject in quiz.subjects.items()}
-    elapsed_s = notes.get("elapsed_s")
+    elapsed_s = notes.get("elapsed_s")  # `run.json` promises nothing
     took = f"{elapsed_s:,.1f} s" if isinstance(elapsed_s, int | float) else None
     versions = [(f"version of {name}", notes.get(name)) for name in ("expertcut", "python")]
     return [
