@@ -36,7 +36,7 @@ from expertcut.models.hooks import registered, replaced_forward
 from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
-from tests.conftest import FAMILIES, open_model
+from tests.conftest import STORAGE_FORMS, open_model
 from tests.support.merged_models import (
     AS_IS,
     UNASKED,
@@ -229,11 +229,11 @@ def test_the_weights_on_disk_are_the_averages_by_frequency(
 # Clones
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*STORAGE_FORMS, "deepseek_v3", "ernie4_5_moe"))
 def test_clones_merge_without_a_trace_under_the_unedited_router(
     checkpoint: Checkpoints, profile_of: Profiles, tmp_path: Path, family: str
 ) -> None:
-    """Equal weights in another order, any routers: the law of merging itself, in every family."""
+    """Equal weights in another order, any routers: the law of merging, in every storage form."""
     pairs = [(0, 2), (5, 7)]
     base = with_clones(checkpoint(family), tmp_path / "base", pairs, is_shuffled=True)
     profile = profile_of(base)

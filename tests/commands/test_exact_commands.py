@@ -8,6 +8,8 @@ import pytest
 
 from expertcut.models.safetensors_index import read_headers
 from tests.conftest import Commands, make_checkpoint, write_quiz
+from tests.hostile.running import run
+from tests.hostile.world import copied_world
 from tests.support.exact_models import as_written_before, declared
 
 QUICKSTART = Path(__file__).parents[2] / "checkpoints" / "quickstart"
@@ -45,14 +47,25 @@ def test_keeping_what_fires_at_any_token_changes_no_bit_of_what_was_profiled(
     assert is_bundled or (found["parameters_delta"] < 0 and found["bytes_delta"] < 0)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, a profile `p` and an exact checkpoint `cut`, to be copied."""
+    root = tmp_path_factory.mktemp("exact")
+    make_checkpoint(root / "model", "olmoe")
+    write_quiz(root / "quiz", {"dev": 5, "val": 3, "test": 2})
+    for line in (
+        "profile model --quiz quiz --split val --shots 1 --threads 1 --out p",
+        "prune --profile p --keep 3 --layout exact --out cut",
+    ):
+        ended = run(root, line.split())
+        assert ended.status == 0, ended.stderr
+    return root
+
+
 @pytest.fixture
-def cut(tmp_path: Path, expertcut: Commands) -> Path:
+def cut(made: Path, tmp_path: Path) -> Path:
     """An exact checkpoint of a small model, beside its profile `p`."""
-    make_checkpoint(tmp_path / "model", "olmoe")
-    write_quiz(tmp_path / "quiz", {"dev": 5, "val": 3, "test": 2})
-    expertcut("profile model --quiz quiz --split val --shots 1 --threads 1 --out p")
-    expertcut("prune --profile p --keep 3 --layout exact --out cut")
-    return tmp_path / "cut"
+    return copied_world(made, tmp_path) / "cut"
 
 
 def test_code_of_our_own_runs_and_no_other(cut: Path, expertcut: Commands) -> None:

@@ -312,7 +312,8 @@ def test_a_model_with_a_quiz_is_profiled_first_and_once(
     asked = (checkpoint("olmoe"), "--quiz", quiz_folder, "--split", "val", "--shots", 1)
     first = expertcut("prune", *asked, "--limit", 2, "--keep", 5, "--plan-only", "--out", "a")
     (made,) = Path("profiles").iterdir()
-    assert f"{made}: " in first and f"profile   {made} (" in first and "newest" not in first
+    assert f"written   {made}\n" in first and f"profile   {made} (" in first
+    assert "newest" not in first
     found = json.loads((made / "profile.json").read_text())["quiz"]
     assert (found["split"], found["shots"], found["limit"]) == ("val", 1, 2)
     chunks = {file: file.stat().st_mtime_ns for file in made.glob("chunks/*")}

@@ -133,7 +133,7 @@ def test_what_is_not_shown_to_help_is_written_only_if_forced(profile: Profile, r
     assert load_cross_fit(Path("proof")).verdict == "no evidence"
     assert [f.name for f in Path("proof").iterdir()] == ["proof.json"]
     words = " ".join(lines[-3:])
-    assert "no checkpoint, for this is not shown to help: --force-write writes it" in words
+    assert "no checkpoint, for this is not shown to help: --force --force-write writes it" in words
     assert words.endswith("the proof is in proof next      expertcut show proof")
     run(*asked, "--out", "forced", "--force-write", "--plan-only")
     assert Path("forced/proof.json").read_bytes() == Path("proof/proof.json").read_bytes()
@@ -315,7 +315,9 @@ def test_a_cross_fit_that_was_killed_goes_on_to_the_same_bytes(
     assert kept + len(done) == total
     done = scored(0)  # no tilt is left
     assert made("out") == whole and not done
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "p", "quiz", "whole"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(".out.tuning", ".whole.tuning", "out", "p", "quiz", "whole")  # for --force-write
+    ]
 
 
 def test_what_is_kept_is_used_only_for_the_same_question(

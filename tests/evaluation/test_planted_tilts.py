@@ -23,7 +23,7 @@ from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
 
-N_VAL, N_TEST = 20, 25  # questions of each of 11 subjects, without shots
+N_VAL, N_TEST = 20, 15  # questions of each of 11 subjects, without shots
 
 
 def asked(moe: MoeModel, quiz: Path, split: str = "val", limit: int = N_VAL) -> CachedScorer:
@@ -56,7 +56,7 @@ def test_a_saboteur_is_found_and_suppressed(healthy: CachedScorer):
     for weights in (experts.gate_up_proj.data, experts.down_proj.data):
         weights[expert] = strong_noise(weights[expert], torch.Generator().manual_seed(0))
     procedure = Procedure(chooser=Chooser(suppress_worst=1), is_tuned=True)
-    found = judged(asked(moe, QUIZ), procedure, draws=3)
+    found = judged(asked(moe, QUIZ), procedure, draws=1)
     assert found.settled.shifts[0][:2] == (LAST, expert)
     assert found.cross_fitted.ci95[0] > 0
     assert found.random.delta_B.max() < found.cross_fitted.delta / 2
@@ -92,10 +92,10 @@ def test_a_starved_expert_is_fed(tmp_path: Path):
 def test_shuffled_answers_of_a_healthy_model_are_no_evidence(healthy: CachedScorer):
     chooser = Chooser(suppress_worst=1, layers=(LAST,))
     procedure, verdicts = Procedure(chooser=chooser, is_tuned=True), Counter[str]()
-    for seed in range(100):
+    for seed in range(40):
         answer_N = np.random.default_rng(seed).permutation(healthy.records.answer_N)
         records = replace(healthy.records, answer_N=answer_N)
         # One draw could never let it say "helps": as if no random expert ever did as well.
         found = cross_fit(records, procedure, healthy.ask, draws=1, seed=seed).cross_fitted
         verdicts[verdict(found, p_random=0)] += 1
-    assert verdicts["no evidence"] >= 90, verdicts
+    assert verdicts["no evidence"] >= 36, verdicts

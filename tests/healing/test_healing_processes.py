@@ -12,6 +12,7 @@ import pytest
 from tests.support.healed_models import Stop, cut, healed, settings_for, stopped_after
 
 
+@pytest.mark.slow  # profiling under torchrun is always tried
 def test_torchrun_trains_one_model_with_the_losses_of_one_process(
     checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path
 ) -> None:

@@ -42,14 +42,18 @@ class World:
         return ["--quiz", self.quiz, "--shots", "0", "--threads", "1"]
 
     def copy(self, root: Path) -> "World":
-        shutil.copytree(self.root, root)
-        # Records hold the whole path of a model: those of the copy are of the copied model.
-        before, after = str(self.root).encode(), str(root).encode()
-        for file in root.rglob("*.json"):
-            content = file.read_bytes()
-            if before in content:
-                file.write_bytes(content.replace(before, after))
-        return World(root)
+        return World(copied_world(self.root, root))
+
+
+def copied_world(source: Path, root: Path) -> Path:
+    """A copy whose records, which hold the whole path of a model, are of the copied model."""
+    shutil.copytree(source, root, dirs_exist_ok=True)
+    before, after = str(source).encode(), str(root).encode()
+    for file in root.rglob("*.json"):
+        content = file.read_bytes()
+        if before in content:
+            file.write_bytes(content.replace(before, after))
+    return root
 
 
 def make_world(root: Path) -> World:

@@ -20,7 +20,7 @@ from expertcut.reporting.tables import Markdown, escaped, one_line
 from tests.support.exact_models import as_written_before
 from tests.support.fake_hub import LocalHub
 from tests.support.fake_hub.uploads import card_faults
-from tests.support.published import HOSTILE, REPO, Publish, copied, refused
+from tests.support.published import HOSTILE, REPO, Publish, copied, refused, said
 
 PLACE = Place(REPO, None, "https://huggingface.co")
 BASE = "clocks/base"
@@ -66,7 +66,7 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
     assert result["dataset"]["args"] == {"num_few_shot": 1}
     assert result["source"]["url"] == f"https://huggingface.co/{REPO}/blob/main/results.json"
     plain = card.replace("\\", "")
-    for said in (
+    for sentence in (
         "Each of 2 MoE layers keeps 5 of 8 experts; the others are cut out",
         "with expertcut: `prune --keep 5`.",
         "prune --keep 5 (layout stock), by activations, counted at the answer position",
@@ -80,7 +80,7 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
         "convert_hf_to_gguf.py",
         "2502.17187",
     ):
-        assert said in plain or said in card, said
+        assert sentence in plain or sentence in card, sentence
     assert str(tmp_path) not in card and str(made) not in card
     places = [card.index(f"## {title}") for title in ("Results", "Size", "What was changed")]
     assert places == sorted(places) and f"[{BASE}](<" in card[: places[0]]
@@ -163,21 +163,20 @@ def test_results_are_looked_for_beside_the_checkpoint_in_the_run_and_here(
     dry = (stock, REPO, "--dry-run")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert "without an evaluation: no results.json of these weights" in publish(*dry).out
+    assert "without an evaluation: no results.json of these weights" in said(publish(*dry))
     card = (stock / "README.md").read_text().replace("\\", "")
     assert "on 33 questions: test questions that were not used to choose" in card
     assert "| +3.0 (−7.7 … +15.3) | undecided |" in card  # of the held-out check
     Path("results.json").write_text("{}")  # another program's
     done = publish(*dry)
     assert "results.json holds no results" in caplog.text
-    assert "without an evaluation" in done.out
+    assert "without an evaluation" in said(done)
     (tmp_path / "run" / "manifest.json").write_text("{}")
     results, one = (made / "results.json").read_bytes(), load_results(made / "results.json")
     (tmp_path / "run" / "results.json").write_bytes(results)
-    assert f"evaluation in {tmp_path}/run/results.json\n" in publish(*dry).out
+    assert f"evaluation in {tmp_path}/run/results.json " in said(publish(*dry))
     one.model_copy(update={"shots": 0}).save(Path("results.json"))
-    said = publish(*dry).out
-    assert f"in {tmp_path}/run/results.json and in results.json\n" in said
+    assert f"in {tmp_path}/run/results.json and in results.json " in said(publish(*dry))
 
 
 def test_a_card_that_was_edited_stays_and_goes_up_as_it_is(
@@ -192,7 +191,7 @@ def test_a_card_that_was_edited_stays_and_goes_up_as_it_is(
         assert is_edited(edited)
         card.write_text(edited)
         done = publish(folder, REPO)
-        assert done.status == 0 and "was edited by hand and stays" in done.out
+        assert done.status == 0 and "was edited by hand and stays" in said(done)
         assert hub.files(REPO)["README.md"].decode() == edited == card.read_text()
     card.write_text("---\nlicense: [a]\n---\n")
     refused(publish(folder, REPO), "Invalid metadata in README.md", '"license" must be a string')

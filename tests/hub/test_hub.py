@@ -9,7 +9,7 @@ import pytest
 
 from expertcut.edits.plan import load_plan, plan_text
 from tests.support.fake_hub import Fault, LocalHub
-from tests.support.published import REPO, Publish, copied, in_two_files, refused
+from tests.support.published import REPO, Publish, copied, in_two_files, refused, said
 
 # In a process of its own, to which expertcut cannot be imported.
 LOAD_BACK = """
@@ -40,7 +40,7 @@ def test_what_is_published_loads_back_by_its_id_without_expertcut(
         folder = copied(made / name, tmp_path / name)
         done = publish(folder, f"birds/{name}", "--results", made / "results.json")
         assert done.status == 0, done.err
-        assert f"published to {hub.url}/birds/{name} (commit " in done.out
+        assert f"uploaded to {hub.url}/birds/{name} (commit " in said(done)
         held = hub.files(f"birds/{name}")
         for file in folder.iterdir():
             if file.name != "plan.json":
@@ -77,7 +77,7 @@ def test_publishing_again_changes_nothing_and_a_new_result_only_what_tells_of_it
     assert publish(folder, REPO).status == 0
     commit, put = hub.commit(REPO), hub.uploads.bytes_put
     again = publish(folder, REPO)
-    assert again.status == 0 and f"holds all of this already (commit {commit[:8]})" in again.out
+    assert again.status == 0 and f"holds all of this already ({commit[:8]})" in said(again)
     assert hub.commit(REPO) == commit
     before = dict(hub.files(REPO))
     assert "results.json" not in before
@@ -100,9 +100,9 @@ def test_a_dry_run_asks_the_hub_nothing_and_says_what_would_go(
     assert hub.asked == []
     assert (folder / "README.md").read_text().startswith("---\n")
     assert "model.safetensors" in done.out and "plan.json" in done.out
-    assert "left out: logs/, notes.pdf\n" in done.out
+    assert "left out logs/, notes.pdf " in said(done)
     assert ".env" not in done.out
-    assert f"nothing is uploaded; without --dry-run it would go to {hub.url}/{REPO}" in done.out
+    assert f"uploaded nothing; without --dry-run it would go to {hub.url}/{REPO}" in said(done)
 
 
 def test_another_models_repository_is_refused_and_replaced_only_by_force(
@@ -118,7 +118,7 @@ def test_another_models_repository_is_refused_and_replaced_only_by_force(
     refused(publish(stock, REPO), "holds something else (config.json, pytorch_model.bin)")
     assert set(hub.files(REPO)) == {"pytorch_model.bin", "config.json", "README.md"}
     done = publish(stock, REPO, "--force")
-    assert done.status == 0 and "removed there: pytorch_model.bin\n" in done.out
+    assert done.status == 0 and "removed from the repository: pytorch_model.bin " in said(done)
     held = dict(hub.files(REPO))
     refused(publish(exact, REPO), "holds another checkpoint of this base", "--revision")
     plan = json.loads((stock / "plan.json").read_text())
@@ -142,7 +142,7 @@ def test_old_weights_go_and_what_people_put_beside_them_stays(
     hub.add("models", REPO, grown)
     done = publish(in_two_files(folder), REPO)
     assert done.status == 0, done.err
-    assert "removed there: model.safetensors\n" in done.out
+    assert "removed from the repository: model.safetensors " in said(done)
     held = set(hub.files(REPO))
     assert "model.gguf" in held and "model.safetensors" not in held
     assert "model-00002-of-00002.safetensors" in held

@@ -44,7 +44,7 @@ LINKING = (
     *PAGES,
 )
 EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named as such
-OPTIONS_OF_OTHERS = {"--rounds", "--section", "--output"}  # benchmarks and lm-evaluation-harness
+OPTIONS_OF_OTHERS = {"--rounds", "--section", "--output", "--moments", "--only"}  # not of expertcut
 MAX_README_LINES = 130
 MAX_PAGES = 14  # beside log.md
 

@@ -73,11 +73,11 @@ def test_no_table_is_wider_than_the_terminal_or_breaks_a_word(width: int, large:
 def test_sentences_wrap_at_words_and_commands_as_a_shell_reads_them(width: int) -> None:
     for sentence in SENTENCES:
         lines = wrapped(sentence, width).split("\n")
-        assert max(map(len, lines)) <= width and len(lines) >= (2 if width < 60 else 1)
+        assert max(map(len, lines)) <= width and len(lines) >= (2 if width < len(sentence) else 1)
         whole = " ".join(" ".join(line.removesuffix("\\") for line in lines).split())
         assert whole == " ".join(sentence.split())
         if "expertcut" in sentence:
-            told = shlex.split(wrapped(sentence, width).removeprefix("next"))
+            told = shlex.split(wrapped(sentence, width).removeprefix("next").replace("\\\n", ""))
             assert told == shlex.split(sentence.removeprefix("next"))
     (first, *others) = wrapped(SENTENCES[0], 40).split("\n")
     assert first.startswith("accuracy  75.8 %") and {line[:10] for line in others} == {" " * 10}
@@ -98,7 +98,7 @@ def test_a_terminal_has_its_width_and_a_pipe_whole_sentences(
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr("sys.stdout", screen)
     TerminalUI().say([Table("Title", (Column("a"),), [["b"]])], SENTENCES[1:2])
-    text = screen.getvalue()
+    text = re.sub(r"\x1b\[\d*m", "", screen.getvalue())  # bold
     assert text.startswith("Title") and "┃ a ┃" in text
     assert max(map(len, text.splitlines())) in range(longest - 9, longest + 1)
 

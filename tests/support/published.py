@@ -119,6 +119,11 @@ def in_two_files(folder: Path) -> Path:
     return folder
 
 
+def said(done: Done) -> str:
+    """What it printed, in one line."""
+    return " ".join(done.out.split())
+
+
 def refused(done: Done, *parts: str) -> str:
     """One line, exit status 2."""
     assert (done.status, done.out) == (2, ""), done

@@ -52,7 +52,7 @@ class UI:
         from expertcut.reporting.tables import labelled, next_lines
 
         lines = [labelled(*fact) for fact in facts]
-        self.say([], [*lines, labelled("written", str(written)), *next_lines(*commands)])
+        self.say([], [*lines, f"{'written':<10}{written}", *next_lines(*commands)])
 
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""

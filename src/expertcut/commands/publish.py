@@ -1,6 +1,7 @@
 """`expertcut publish`: a checkpoint's model card, and both to the Hugging Face Hub."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator
@@ -59,27 +60,34 @@ def run(settings: PublishSettings, ui: UI = SILENT) -> "Published":
     sizes = {**dict(sorted(done.files.items())), "all": sum(done.files.values())}
     rows: list[list[Cell]] = [[name, size / 1e6] for name, size in sizes.items()]
     table = Table(f"What goes to {done.repo}", (Column("file"), Column("MB", ",.3f")), rows)
-    ui.say([table] if done.commit is None else [], list(_sentences(done)))
+    ui.say([table] if done.commit is None else [], [])
+    again = ["publish", str(settings.checkpoint), settings.repo]
+    ui.end(list(_facts(done)), _card(done), *([again] if done.commit is None else []))
     return done
 
 
-def _sentences(done: "Published") -> Iterator[str]:
+def _facts(done: "Published") -> Iterator[tuple[str, str]]:
+    from expertcut.reporting.tables import one_line
+
+    if done.left_out:
+        yield "left out", one_line(", ".join(done.left_out))
+    if done.gone:
+        yield "removed", f"from the repository: {one_line(', '.join(done.gone))}"
+    if done.commit is None:
+        yield "uploaded", f"nothing; without --dry-run it would go to {done.url}"
+    elif done.is_changed:
+        yield "uploaded", f"to {done.url} (commit {done.commit[:8]})"
+    else:
+        yield "uploaded", f"nothing: {done.url} holds all of this already ({done.commit[:8]})"
+
+
+def _card(done: "Published") -> str:
     from expertcut.reporting.tables import one_line
 
     if done.is_card_kept:
-        yield f"{done.card} was edited by hand and stays; remove it for a new one"
-    else:
-        what = f"with the evaluation in {' and in '.join(map(str, done.results))}"
-        if not done.results:
-            what = "without an evaluation: no results.json of these weights is beside it or here"
-        yield one_line(f"the card is written to {done.card}, {what}")
-    if done.left_out:
-        yield f"left out: {one_line(', '.join(done.left_out))}"
-    if done.gone:
-        yield f"removed there: {one_line(', '.join(done.gone))}"
-    if done.commit is None:
-        yield f"nothing is uploaded; without --dry-run it would go to {done.url}"
-    elif done.is_changed:
-        yield f"published to {done.url} (commit {done.commit[:8]})"
-    else:
-        yield f"{done.url} holds all of this already (commit {done.commit[:8]})"
+        return f"nothing: {done.card} was edited by hand and stays; remove it for a new one"
+    here = Path.cwd()
+    found = [r.relative_to(here) if r.is_relative_to(here) else r for r in done.results]
+    if not found:
+        return f"{done.card}, without an evaluation: no results.json of these weights is found"
+    return one_line(f"{done.card}, with the evaluation in {' and in '.join(map(str, found))}")

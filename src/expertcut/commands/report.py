@@ -31,5 +31,5 @@ def run(settings: ReportSettings, ui: UI = SILENT) -> Path:
     from expertcut.reporting.page import write
 
     page = write(settings.run, settings.out)
-    ui.say([], [f"written to {page}, its figures to {page.with_suffix('')}/"])
+    ui.end([], f"{page}, its figures in {page.with_suffix('')}/")
     return page

@@ -118,15 +118,16 @@ def write(
     if edit.draft is None or not is_shown(choice, settings):
         why = "no checkpoint, for no expert was chosen"
         if edit.draft is not None:
-            why = "no checkpoint, for this is not shown to help: --force-write writes it"
+            force = "--force --force-write" if options.beside else "--force-write"
+            why = f"no checkpoint, for this is not shown to help: {force} writes it"
         if options.beside:
             write_beside(profile, folder, options)
             why += f"; the proof is in {folder}" if proof else ""
         ui.end(facts, why, *([["show", str(folder)]] if proof else []))
         return folder if options.beside else None
-    settings.say_profile(profile, ui)
     make = write_plan if settings.plan_only else build
     built = make(profile, edit.draft, folder, options)
+    settings.say_profile(profile, ui)
     if built and settings.wide:
         ui.say(tables.proof_tables(built), [])
     sentences = tables.adapter_sentences(built) if built else []
