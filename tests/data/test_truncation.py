@@ -20,7 +20,7 @@ from expertcut.evaluation.search_results import load_audit, load_sweep
 from expertcut.profiling.storage import CUT, load_profile
 from expertcut.recipes.recipe_schema import read_recipe
 from expertcut.recipes.stages import stages_of
-from expertcut.scoring.engine import Context, Engine, context_length
+from expertcut.scoring.engine import Engine, context_length
 from tests.conftest import SUBJECTS, Commands, make_checkpoint, open_model
 
 Checkpoints = Callable[..., Path]
@@ -162,14 +162,14 @@ def test_only_prompts_that_may_be_too_long_are_made_into_tokens(
     short: Path, quiz: Quiz, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moe, made = open_model(short), []
-    context = Context(moe)
+    engine = Engine(moe, 2048)
     tokenizer = type(moe.tokenizer)
     encode = tokenizer.__call__
     monkeypatch.setattr(tokenizer, "__call__", lambda *a: made.append(a[1]) or encode(*a))
-    assert sum(n > PLACES for n in context.possible(quiz, PLACES)) == n_long(quiz)
+    assert sum(n > PLACES for n in engine.possible_lengths(quiz, PLACES)) == n_long(quiz)
     assert len(made) < len(quiz)
     made.clear()
-    assert list(context.possible(quiz, 4096)) == []
+    assert list(engine.possible_lengths(quiz, 4096)) == []
     assert len(made) == len(SUBJECTS)
 
 

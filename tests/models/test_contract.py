@@ -12,6 +12,7 @@ from torch import Tensor
 from expertcut.errors import ContractError
 from expertcut.models.hooks import observe_experts, observe_routers
 from expertcut.models.load import MoeModel
+from expertcut.models.validate import check_moe
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import FAMILIES, open_model
 from tests.support.loaded_stock import cut, scale_outputs
@@ -160,12 +161,7 @@ def test_a_bias_at_run_time_equals_an_edit_of_the_logits(checkpoint: Checkpoints
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "jetmoe"])
-def test_what_breaks_the_contract_is_refused_by_name(
-    checkpoint: Checkpoints, model_type: str
-) -> None:
-    moe = open_model(checkpoint("olmoe"))
-    moe.model.config.model_type = model_type
-    from expertcut.models.find_blocks import find_blocks
-
-    with pytest.raises(ContractError, match=model_type):
-        find_blocks(moe.model, TOKENS)
+def test_what_breaks_the_contract_is_refused_by_name(model_type: str) -> None:
+    config = {"model_type": model_type, "num_experts": 8}
+    with pytest.raises(ContractError, match=rf"config\.json: {model_type} models are not"):
+        check_moe("owner/name", Path("folder"), config)

@@ -52,7 +52,6 @@ def test_each_process_of_a_host_takes_its_own_device(
 @pytest.mark.parametrize(
     ("options", "environment", "words"),
     [
-        ({"device_map": "balanced"}, {}, "unknown: it can be auto"),
         ({"device_map": "auto", "device": "cpu"}, {}, "leave out --device cpu"),
         ({"device_map": "auto", "max_memory": "20GiB"}, {}, "must be like 0=20GiB,cpu=60GiB"),
         ({"device_map": "auto", "max_memory": "gpu=1"}, {}, "must be like 0=20GiB,cpu=60GiB"),

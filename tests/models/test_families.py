@@ -8,9 +8,9 @@ import torch
 
 from expertcut.checkpoints.exact import FAMILIES as EXACT_FAMILIES
 from expertcut.checkpoints.tensor_names import match_blocks
-from expertcut.models.find_blocks import REFUSED
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.safetensors_index import read_headers
+from expertcut.models.validate import REFUSED
 from tests.conftest import FAMILIES, PADDED_FAMILIES, open_model
 
 Checkpoints = Callable[..., Path]

@@ -4,7 +4,6 @@ from expertcut.data.questions import Question as Question
 from expertcut.data.questions import Quiz as Quiz
 from expertcut.data.questions import Truncate as Truncate
 from expertcut.data.questions import prompt as prompt
-from expertcut.data.questions import reordered as reordered
 from expertcut.data.questions import round_robin as round_robin
 from expertcut.data.questions import shuffle_choices as shuffle_choices
 from expertcut.data.questions import without as without

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from expertcut.data.questions import LETTERS, Question
@@ -20,21 +20,9 @@ from expertcut.files import MARK_BYTES, open_file, parse_json, wide_encoding
 _MAX_BYTES = 512 << 20  # of one file; the largest of MMLU has a third
 _MAX_CHARACTERS = 1 << 20  # of a question or choice
 _MUST = "must have question, A, B, … and answer"
+_HENDRYCKS = ["question", "A", "B", "C", "D", "answer"]  # the columns without a header
 
 logger = logging.getLogger(__name__)
-
-
-class _Columns(NamedTuple):
-    """The columns of a CSV file; `subject` is None if the file name is the subject."""
-
-    n_columns: int
-    question: int
-    choices: tuple[int, ...]
-    answer: int
-    subject: int | None = None
-
-
-_HENDRYCKS = _Columns(6, 0, (1, 2, 3, 4), 5)
 
 
 def read_csv(path: Path, default_subject: str) -> list[Question]:
@@ -46,30 +34,28 @@ def read_csv(path: Path, default_subject: str) -> list[Question]:
     Raises QuizError: the file cannot be read, or a row is invalid.
     """
     questions: list[Question] = []
-    n_rows = Counter[str]()
-    columns, is_first = _HENDRYCKS, True
+    n_rows, names = Counter[str](), list[str]()
     for where, cells in _csv_rows(path):
-        if is_first and (named_columns := _named_columns(cells, where)):
-            columns, is_first = named_columns, False
+        is_first = not names
+        if is_first and (names := _named_columns(cells, where)):
             continue
-        subject = default_subject
-        if columns.subject is not None and columns.subject < len(cells):
-            subject = cells[columns.subject].strip() or default_subject
+        names = names or _HENDRYCKS
+        row = dict(zip(names, cells, strict=False))
+        subject = row.get("subject", "").strip() or default_subject
         try:
-            if len(cells) != columns.n_columns:
-                wanted = f"the header has {columns.n_columns}"
-                if columns is _HENDRYCKS:
+            if len(cells) != len(names):
+                wanted = f"the header has {len(names)}"
+                if names is _HENDRYCKS:
                     wanted = "question, 4 choices and a letter make 6"
                 raise QuizError(f"{where}: {len(cells)} fields where {wanted}")
-            text, answer = cells[columns.question], cells[columns.answer]
-            choices = [cells[i] for i in columns.choices]
-            questions.append(_make_question(subject, text, choices, answer, n_rows[subject], where))
+            text, choices = row["question"], [row[letter] for letter in LETTERS if letter in row]
+            index = n_rows[subject]
+            questions.append(_make_question(subject, text, choices, row["answer"], index, where))
         except QuizError as error:
             if is_first and len(cells[-1].strip()) > 1:
                 raise QuizError(f"{error}; if this is a header, it {_MUST}") from None
             raise
         n_rows[subject] += 1
-        is_first = False
     return questions
 
 
@@ -95,15 +81,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
         raise QuizError(f"{path}:{reader.line_num}: not a CSV row: {error}") from None
 
 
-def _named_columns(cells: list[str], where: str) -> _Columns | None:
-    """The columns that a header names; None if the row is not a header."""
+def _named_columns(cells: list[str], where: str) -> list[str]:
+    """The columns that a header names, choices as `A`, `B`, …; none if the row is not a header."""
     names = [cell.strip().casefold() for cell in cells]
     pattern = r"(?:(?:option|choice)[ _-])?([a-z])"  # `a`, `option_a`, `choice a`
-    matches = [(re.fullmatch(pattern, name), i) for i, name in enumerate(names)]
-    choices = sorted((match[1].upper(), i) for match, i in matches if match)
-    letters = [letter for letter, _ in choices]
+    matches = [re.fullmatch(pattern, name) for name in names]
+    names = [m[1].upper() if m else name for m, name in zip(matches, names, strict=True)]
+    letters = sorted(match[1].upper() for match in matches if match)
     if "question" not in names or not ("answer" in names or {"A", "B"} <= {*letters}):
-        return None
+        return []
     for name in ("question", "answer", "subject"):
         n_found = names.count(name)
         if n_found > 1 or (n_found == 0 and name != "subject"):
@@ -111,9 +97,7 @@ def _named_columns(cells: list[str], where: str) -> _Columns | None:
     if letters != list(LETTERS[: len(letters)]) or len(letters) < 2:
         found = ", ".join(letters) or "none"
         raise QuizError(f"{where}: a header whose choices are {found}: it {_MUST}")
-    subject = names.index("subject") if "subject" in names else None
-    places = tuple(place for _, place in choices)
-    return _Columns(len(names), names.index("question"), places, names.index("answer"), subject)
+    return names
 
 
 def read_records(

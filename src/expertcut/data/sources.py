@@ -83,20 +83,14 @@ def load_quiz(selection: Selection) -> Quiz:
     return Quiz(source.id, revision, split, selection.shots, questions, shots, truncate)
 
 
-@dataclass(frozen=True)
 class _Files:
     """Questions in CSV files or JSON lines: a folder, or one file that stands for every split.
 
     `<split>/<subject>_<split>.csv`, `<split>/<subject>.csv` or `<split>.csv`; `<split>.jsonl`.
     """
 
-    path: Path
-    ending: str
-    revision: str | None = None
-
-    @property
-    def id(self) -> str:
-        return str(self.path)
+    def __init__(self, path: Path, ending: str) -> None:
+        self.path, self.ending, self.id, self.revision = path, ending, str(path), None
 
     def read(self, split: str) -> list[Question]:
         files = self.files(split)
@@ -122,12 +116,9 @@ class _Files:
         ending = f"_{split}.csv"
         files = sorted(f for f in (folder / split).glob("*.csv") if not f.name.startswith("."))
         named = [f for f in files if f.name.endswith(ending)]
-        if named and len(named) < len(files):
-            logger.warning(
-                "%s: %d files are not read, first %s: name them <subject>%s",
-                *(folder / split, len(files) - len(named)),
-                *(next(f.name for f in files if f not in named), ending),
-            )
+        if named and (unread := [f.name for f in files if f not in named]):
+            text = "%s: %d files are not read, first %s: name them <subject>%s"
+            logger.warning(text, folder / split, len(unread), unread[0], ending)
         return [(f, f.name.removesuffix(ending if named else ".csv")) for f in named or files]
 
     def missing(self, split: str) -> str:
@@ -151,22 +142,18 @@ class _Files:
         return f"{self.id} has no questions in split {split}: no {wanted}, but {listed}"
 
 
-@dataclass(frozen=True)
 class _DataSet:
     """A data set of the hub or of a local folder, read through `datasets`."""
 
-    id: str
-    revision: str | None
-
-    def __post_init__(self) -> None:
-        _config_names(self.id, self.revision)  # a QuizError if it cannot be read
+    def __init__(self, id: str, revision: str | None) -> None:
+        self.id, self.revision, self.names = id, revision, _config_names(id, revision)
+        self.main = "all" if "all" in self.names else self.names[0]
 
     def read(self, split: str) -> list[Question]:
-        names = _config_names(self.id, self.revision)
         # Configurations of cais/mmlu that are not subjects.
-        subjects = [name for name in names if name not in ("all", "auxiliary_train")]
-        if "all" in names or subjects in ([], ["default"]):  # each row names its subject
-            return self._read_config("all" if "all" in names else names[0], split, None)
+        subjects = [name for name in self.names if name not in ("all", "auxiliary_train")]
+        if self.main == "all" or subjects in ([], ["default"]):  # each row names its subject
+            return self._read_config(self.main, split, None)
         return [q for name in subjects for q in self._read_config(name, split, name)]
 
     def _read_config(self, config: str, split: str, subject: str | None) -> list[Question]:
@@ -185,10 +172,8 @@ class _DataSet:
     def missing(self, split: str) -> str:
         from datasets import get_dataset_split_names
 
-        names = _config_names(self.id, self.revision)
         with _one_line(self.id, self.revision):
-            config = "all" if "all" in names else names[0]
-            splits = get_dataset_split_names(self.id, config, revision=self.revision)
+            splits = get_dataset_split_names(self.id, self.main, revision=self.revision)
         return f"{self.id} has no questions in split {split}: it has {', '.join(splits)}"
 
 
@@ -287,8 +272,8 @@ def hash_lines(quiz: Quiz) -> frozenset[str]:
 
 def is_one_set(quiz: Quiz) -> bool:
     """Whether no other split has questions to evaluate on; logs nothing."""
-    others = (s for s in JUDGING if s != quiz.split)
-    return all(other_split(quiz, split, quiz, is_quiet=True) is None for split in others)
+    splits = (s for s in JUDGING if s != quiz.split)
+    return not any(other_split(quiz, split, quiz, is_quiet=True) for split in splits)
 
 
 def is_held_out(question: Question) -> bool:
@@ -315,11 +300,9 @@ def other_split(quiz: Quiz, split: str, *used: Quiz, is_quiet: bool = False) -> 
     """
     if Path(quiz.id).is_file():
         return None  # one file stands for every split
-    selection = Selection(
-        *(quiz.id, split, quiz.shots), revision=quiz.revision, truncate=quiz.truncate
-    )
+    which = Selection(quiz.id, split, quiz.shots, revision=quiz.revision, truncate=quiz.truncate)
     try:
-        other = load_quiz(selection)
+        other = load_quiz(which)
     except QuizError as error:
         if not is_quiet:
             logger.warning("split %s is not used to judge: %s", split, error)

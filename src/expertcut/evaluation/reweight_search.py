@@ -133,7 +133,7 @@ class CachedScorer:
         logprob_NC: Array = stack_scores(scores).numpy()
         if not self._replays_exactly(logprob_NC):
             logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
-            self.replay.forget()
+            self.replay.starts, self.replay.outputs = (), {}
         return {
             "logprob_NC": logprob_NC,
             "alpha_NLE": np.concatenate([arrays["alpha_NLE"] for arrays in recorders]),

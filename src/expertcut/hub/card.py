@@ -20,18 +20,9 @@ from expertcut.checkpoints.export import edits_of
 from expertcut.edits.plan import PLAN_FILE, PlanFile
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
-from expertcut.reporting import eval_tables, page_sections
-from expertcut.reporting.edit_tables import proof_table, shift_rows
+from expertcut.reporting import edit_tables, eval_tables, page_sections, tables
 from expertcut.reporting.profile_tables import cut_text
-from expertcut.reporting.tables import (
-    Markdown,
-    Table,
-    code,
-    columns,
-    escaped,
-    markdown_table,
-    one_line,
-)
+from expertcut.reporting.tables import Markdown, Table, columns, escaped, one_line
 from expertcut.reporting.views import NamedDocument
 
 _WHERE = {"answer": "at the answer position", "all": "over all tokens"}
@@ -65,15 +56,12 @@ def step_sentences(origin: Origin) -> Iterator[str]:
     """Every step, first to last: its rule and the questions it was chosen on."""
     for step in origin.steps:
         chosen = step.chosen_on
-        # A plan does not say whether a quiz is on the Hub, and a path must not be published.
-        quiz = chosen.quiz if chosen.quiz.count("/") == 1 else public_name(chosen.quiz, None)
+        if chosen.quiz.count("/") != 1:  # it may be a path, which must not be published
+            chosen = chosen.model_copy(update={"quiz": public_name(chosen.quiz, None)})
         text = f"{step.action} (layout {step.layout})"
         if step.criterion != "by hand":
             text += f", by {step.criterion}, counted {_WHERE[step.positions]}"
-        text += f", on {chosen.questions:,} {chosen.split} questions of {quiz}"
-        if chosen.fitted_split:
-            text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
-        yield f"{text}."
+        yield f"{text}, on {eval_tables.chosen_text(chosen)}."
 
 
 @dataclass(frozen=True)
@@ -146,7 +134,9 @@ def card_text(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals.update(code=code, table=markdown_table)
+    environment.globals.update(code=tables.code, table=tables.markdown_table, Markdown=Markdown)
+    modules = dict(eval_tables=eval_tables, page_sections=page_sections)
+    environment.globals.update(modules, cut_text=cut_text)
     template = files("expertcut.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
     body = environment.from_string(template).render(_facts(checkpoint, origin, evaluated, place))
     text = re.sub(r"\n{3,}", "\n\n", f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
@@ -200,7 +190,7 @@ def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
     plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
-    name, scored_on = place.repo.split("/")[-1], read_scored_split(plan, checkpoint.folder)
+    name = place.repo.split("/")[-1]
     document = NamedDocument(checkpoint.folder / PLAN_FILE, name, plan)
     found = page_sections.checkpoint_headline(document) if plan.proof.answered else None
     shifts = columns(
@@ -209,25 +199,23 @@ def _facts(
     return {
         "name": name,
         "version": __version__,
+        "checkpoint": checkpoint,
         "origin": origin,
+        "evaluated": evaluated,
         "base": _base_link(origin, place.endpoint),
         "base_at": _base_link(origin, place.endpoint, is_pinned=True),
         "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
         "plan": plan,
-        "changes": list(change_sentences(plan, origin)),
-        "steps": list(step_sentences(origin)),
-        "plan_table": eval_tables.plan_table(plan),
-        "held_out": Table("How far answers moved", shifts, shift_rows(plan.proof.held_out)),
-        "scored_on": scored_on,
+        "changes": change_sentences(plan, origin),
+        "steps": step_sentences(origin),
+        "held_out": Table("Shifts", shifts, edit_tables.shift_rows(plan.proof.held_out)),
+        "scored_on": read_scored_split(plan, checkpoint.folder),
         "judged": found.table if found else None,
-        "proof": proof,
-        "proof_table": proof_table(proof) if proof else None,
-        "evaluated": [(one, _results_facts(one)) for one in evaluated],
+        "proof_table": edit_tables.proof_table(proof) if proof else None,
         "size": _size(checkpoint, evaluated),
         "loaders": loaders(checkpoint, place.repo, place.revision),
         "is_misread": has_constants(config) and "biased_gates" not in config,
         "has_earlier_names": has_earlier_names(config),
-        "has_family_form": checkpoint.has_family_form,
         "has_report": any(f.name == REPORT_FILE for f in checkpoint.files),
         "files": Markdown(place.files),
     }
@@ -238,20 +226,6 @@ def _base_link(origin: Origin, endpoint: str, *, is_pinned: bool = False) -> Mar
         return escaped(Path(origin.id).name or "a local folder")
     at = f"{endpoint}/{origin.id}" + (f"/tree/{origin.revision}" if is_pinned else "")
     return Markdown(f"[{escaped(origin.id)}](<{one_line(at).replace('>', '').replace('<', '')}>)")
-
-
-def _results_facts(one: Evaluated) -> dict[str, Any]:
-    table = eval_tables.results_table(one.results)
-    return {
-        "file": Markdown(one.file),
-        "cut": cut_text(one.model.cut),
-        "headline": page_sections.results_headline(one.results).findings[0][0],
-        "summary": table.narrow(unless=False),
-        "verdicts": eval_tables.verdict_sentences(one.results),
-        "table": table,
-        "sentences": eval_tables.result_sentences(one.results) if one.results.comparisons else [],
-        "subjects": page_sections.subjects_table(one.results),
-    }
 
 
 def _size(checkpoint: Checkpoint, evaluated: Sequence[Evaluated]) -> Table:

@@ -121,14 +121,11 @@ def verified(folder: Path) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation of checkpoint and base, without local paths.
+    """An evaluation of checkpoint and base, without local paths."""
 
-    `file` is its name on the Hub, `source` where it was read.
-    """
-
-    file: str
+    file: str  # its name on the Hub
     results: Results
-    source: Path
+    source: Path  # where it was read
 
     @property
     def model(self) -> ModelResult:
@@ -196,18 +193,14 @@ class Licence:
 
 @dataclass(frozen=True)
 class Origin:
-    """The base that the first plan names, and the plans of all steps, first to last.
-
-    `is_here` is false for a local base that is missing or changed: earlier steps are then unknown.
-    `n_experts` is the base's count, None if its config cannot be read.
-    """
+    """The base that the first plan names, and the plans of all steps, first to last."""
 
     id: str
     revision: str | None
     licence: Licence
-    n_experts: int | None
+    n_experts: int | None  # of the base; None if its config cannot be read
     steps: tuple[plans.PlanFile, ...]
-    is_here: bool
+    is_here: bool  # false for a local base that is missing or changed: earlier steps are unknown
 
 
 def origin(folder: Path) -> Origin:

@@ -48,33 +48,13 @@ _DECIDING = (".safetensors", ".bin", ".index.json", ".py", ".pt", ".pth")
 Content = Path | bytes
 
 
-@contextmanager
-def in_words(step: str, repo: str, token: str | None) -> Iterator[None]:
-    """Turns errors of the Hub and of the connection into a HubError of one line."""
-    try:
-        yield
-    except (errors.HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
-        # A fault while a file goes up comes wrapped, and a fault of ours does not.
-        cause: BaseException = error
-        if isinstance(error, RuntimeError):
-            if not isinstance(error.__cause__, (TransportError, OSError)):
-                raise
-            cause = error.__cause__
-        text = f"{step} failed: {_reason(cause, repo)}"
-        text = without_secrets(text.replace(token, HIDDEN) if token else text)
-        raise HubError(_BEARER.sub(HIDDEN, text)) from None
-
-
 def _reason(error: BaseException, repo: str) -> str:
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         # 401 also means that it does not exist, or is private and belongs to others.
+        is_missing = status == 401 and isinstance(error, errors.RepositoryNotFoundError)
         is_credential = error.response.headers.get("X-Error-Message", "").startswith("Invalid cred")
-        if (
-            isinstance(error, errors.RepositoryNotFoundError)
-            and status == 401
-            and not is_credential
-        ):
+        if is_missing and not is_credential:
             meaning = _MEANINGS[404] + "; if it exists, the token is wrong: `hf auth login`"
         elif status >= 500:
             meaning = f"the Hub has an internal error: {AGAIN}"
@@ -118,11 +98,26 @@ class Repository:
     api: HfApi
     id: str
     revision: str | None
-    token: str | None
+
+    @contextmanager
+    def in_words(self, step: str) -> Iterator[None]:
+        """Turns errors of the Hub and of the connection into a HubError of one line."""
+        try:
+            yield
+        except (errors.HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
+            # A fault while a file goes up comes wrapped, and a fault of ours does not.
+            cause: BaseException = error
+            if isinstance(error, RuntimeError):
+                if not isinstance(error.__cause__, (TransportError, OSError)):
+                    raise
+                cause = error.__cause__
+            text = f"{step} {self.id} failed: {_reason(cause, self.id)}"
+            text = without_secrets(text.replace(str(self.api.token), HIDDEN))
+            raise HubError(_BEARER.sub(HIDDEN, text)) from None
 
     def look(self, revision: str | None = None) -> Remote | None:
         """Its state, None if the repository or revision does not exist."""
-        with in_words(f"looking at {self.id}", self.id, self.token):
+        with self.in_words("looking at"):
             try:
                 info = self.api.model_info(self.id, revision=revision)
             except errors.RevisionNotFoundError:
@@ -139,16 +134,6 @@ class Repository:
                     plan = load_plan(Path(folder))
         return Remote(commit, files, bool(info.private), plan)
 
-    def create(self, *, is_private: bool) -> None:
-        """Creates the repository."""
-        with in_words(f"creating {self.id}", self.id, self.token):
-            self.api.create_repo(self.id, private=is_private or None)
-
-    def branch(self) -> None:
-        """Creates the revision from the main one."""
-        with in_words(f"creating revision {self.revision} of {self.id}", self.id, self.token):
-            self.api.create_branch(self.id, branch=str(self.revision))
-
     def commit(
         self, files: Mapping[str, Content], gone: Sequence[str], parent: str, message: str
     ) -> str:
@@ -158,7 +143,7 @@ class Repository:
         unchanged; uploaded files stay for the next attempt.
         """
         advance(f"uploading to {self.id}", 0, 0)
-        with in_words(f"uploading to {self.id}", self.id, self.token):
+        with self.in_words("uploading to"):
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 *(CommitOperationAdd(name, content) for name, content in files.items()),
                 *(CommitOperationDelete(name, is_folder=False) for name in gone),
@@ -210,22 +195,18 @@ def stale(remote: Remote, kept: Mapping[str, Content], *, is_replacing: bool) ->
 
 @dataclass(frozen=True)
 class Published:
-    """The result; `files` by name with their sizes in bytes, `commit` None in a dry run.
-
-    `is_card_kept`: the card was edited by hand and stays. `gone` are files deleted from the
-    repository, `left_out` files of the folder that do not belong to the checkpoint.
-    """
+    """The result."""
 
     repo: str
     url: str
     card: Path
-    is_card_kept: bool
+    is_card_kept: bool  # it was edited by hand and stays
     results: tuple[Path, ...]
-    files: Mapping[str, int]
-    left_out: tuple[str, ...]
-    commit: str | None = None
+    files: Mapping[str, int]  # by name, their sizes in bytes
+    left_out: tuple[str, ...]  # files of the folder that do not belong to the checkpoint
+    commit: str | None = None  # None in a dry run
     is_changed: bool = False
-    gone: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()  # files deleted from the repository
 
 
 def publish(
@@ -263,7 +244,7 @@ def publish(
     token = get_token()
     if token is None:
         raise SettingsError("no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN")
-    repository = Repository(HfApi(token=token), repo, revision, token)
+    repository = Repository(HfApi(token=token), repo, revision)
     parent, gone = _prepare(
         repository, checkpoint.plan, files, is_private=is_private, is_forced=is_forced
     )
@@ -321,7 +302,8 @@ def _prepare(
     """Creates missing repository and revision; returns the parent commit and files to delete."""
     remote, there, is_new = repository.look(), None, False
     if remote is None:
-        repository.create(is_private=is_private)
+        with repository.in_words("creating"):
+            repository.api.create_repo(repository.id, private=is_private or None)
         remote = repository.look()
     elif is_private and not remote.is_private:
         raise HubError(
@@ -340,5 +322,6 @@ def _prepare(
     if not is_forced:
         check_ours(remote, plan, repository.id, is_new_branch=is_new)
     if repository.revision is not None and there is None:
-        repository.branch()
+        with repository.in_words(f"creating revision {repository.revision} of"):
+            repository.api.create_branch(repository.id, branch=repository.revision)
     return remote.commit, stale(remote, files, is_replacing=is_forced or is_new)

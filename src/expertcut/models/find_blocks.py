@@ -17,14 +17,6 @@ from expertcut.models.gate_laws import check_blocks, explain_gate, first, verify
 from expertcut.models.hooks import Routing, registered, replaced_forward
 from expertcut.models.moe_block import MoeBlock, Residual
 
-_SCALES_INPUT = "its router scales the expert's input, so an expert has no output of its own"
-# Families that break the contract, by config.model_type.
-REFUSED = {
-    "llama4": _SCALES_INPUT,
-    "llama4_text": _SCALES_INPUT,
-    "jetmoe": "its attention is routed too, so its experts are not all in MoE blocks",
-}
-
 
 class Probe:
     """Records the calls of a decoder layer's modules in one forward pass of a few tokens."""
@@ -72,22 +64,15 @@ def _factor(x: Tensor, own: Any, result: Any) -> float | None:
     """The number c with result = x + c · own, or None."""
     if not isinstance(own, Tensor) or not isinstance(result, Tensor) or x.shape != result.shape:
         return None
-    is_half = result.dtype.itemsize < 4
     added, given = (result.double() - x.double()).flatten(), own.double().flatten().to(x.device)
     if added.shape != given.shape or not given.any():
         return None
     factor = float(added @ given / (given @ given))
-    tolerance, rounding = (2e-2, 4e-3) if is_half else (1e-3, 1e-6)
+    is_half = result.dtype.itemsize < 4
+    tolerance, rounding, digits = (2e-2, 4e-3, 2) if is_half else (1e-3, 1e-6, 4)
     allowed = tolerance * added.norm() + rounding * result.double().norm()
-    if not bool((added - factor * given).norm() <= allowed):
-        return None
-    return round(factor, 2 if is_half else 4)
-
-
-def check_family(model_type: object) -> None:
-    """Refuses families that break the contract."""
-    if isinstance(model_type, str) and model_type in REFUSED:
-        raise ContractError(f"{model_type} models are not supported: {REFUSED[model_type]}")
+    is_plain = bool((added - factor * given).norm() <= allowed)
+    return round(factor, digits) if is_plain else None
 
 
 def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
@@ -97,7 +82,6 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
         ContractError: no block, or one that breaks the contract.
     """
     model_type = str(getattr(model.config, "model_type", "?"))
-    check_family(model_type)
     unprobed = tuple(_block(name, module, i) for i, (name, module) in enumerate(_candidates(model)))
     if not unprobed:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")

@@ -18,7 +18,7 @@ are often so peaked that several rules give the same weights. A block that break
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count, product
@@ -32,25 +32,20 @@ from expertcut.errors import ContractError
 from expertcut.models import hooks, moe_block
 from expertcut.models.hooks import Routing, own_forward, replaced_forward, route
 from expertcut.models.kernels import by_expert
-from expertcut.models.moe_block import SCORES, MoeBlock, RouterCall, Scoring, WeightRule
+from expertcut.models.moe_block import SCORES, MoeBlock, RouterCall, Scoring, Selection, WeightRule
 
 _Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
 See = Callable[[MoeBlock, Routing], None]  # a block whose `call` is that of the routing
 Law = Literal["weights", "choice", "repeatable", "once", "sum", "storage", "arrays"]
 
-# By config.model_type: the law that is not checked, and its consequence.
-EXCEPTIONS: dict[str, tuple[Law, str]] = {
-    "phimoe": (
-        "weights",
-        "its sparse mixer takes each weight from a softmax over the experts that are near the best "
-        "one, so α (the softmax over all) is not proportional to the weights",
-    ),
-    "axk1": (
-        "sum",
-        "its block normalises the sum of experts and shared expert, so contributions are those "
-        "before that norm",
-    ),
-}
+# The law that is not checked, and the config.model_type of the family.
+EXCEPTIONS: tuple[tuple[Law, str], ...] = (
+    # Its sparse mixer takes each weight from a softmax over the experts that are near the best one,
+    # so α (the softmax over all) is not proportional to the weights.
+    ("weights", "phimoe"),
+    # Its block normalises the sum of experts and shared expert: contributions are those before.
+    ("sum", "axk1"),
+)
 
 
 @torch.inference_mode()
@@ -66,10 +61,12 @@ def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBlock
     ops = hooks.logits_ops(block.router, block.call)
     op = next((op for op in ops if _acts(block, op, is_table)), None)
     routings = [routing, *_synthetic_routings(block, op)]
-    scoring, weights = _explained_weights(block, routings, model_type)
+    scoring, weights = _find_weights(block, routings, model_type)
     block = replace(block, scoring=scoring, weights=weights, logits_op=op)
     is_cut_softmax = scoring == "softmax" and weights is not None and not weights.is_renormalised
-    selection: moe_block.Selection = "table" if is_table else _explained_choice(block, routings)
+    has_bias = block.selection_bias() is not None
+    ways: Sequence[Selection] = ("score", "logits") if has_bias else ("score",)
+    selection = "table" if is_table else _find_choice(block, routings, ways)
     is_linear = _is_linear(block, routing)
     return replace(block, inflates=is_cut_softmax, selection=selection, is_linear=is_linear)
 
@@ -78,21 +75,16 @@ def check_gate(block: MoeBlock, routing: Routing) -> None:
     """Checks the identified gate on the routing of other tokens, by the block's `call`."""
     if block.is_hashed != _is_table(block, routing):
         raise broken(block, "choice", "a table of token ids chooses its experts only sometimes")
-    if block.weights is not None:
-        off = _misfit(block.scoring, block.weights, routing)
-        if off > _tolerance(routing):
-            raise _broken_weights(block, block.scoring, off)
-    if not block.is_hashed and not _follows(block, routing, block.selection):
-        raise _broken_choice(block)
+    off = 0.0 if block.weights is None else _misfit(block.scoring, block.weights, routing)
+    if off > _tolerance(routing):
+        raise _broken_weights(block, block.scoring, off)
+    if not block.is_hashed:
+        _find_choice(block, [routing], [block.selection])
 
 
 def broken(block: MoeBlock, law: Law, fault: str) -> ContractError:
     """The error for a block that breaks a law."""
     return ContractError(f"{block.name} breaks the law of {law} (docs/families.md): {fault}")
-
-
-def _is_excepted(model_type: str, law: Law) -> bool:
-    return model_type in EXCEPTIONS and EXCEPTIONS[model_type][0] == law
 
 
 def _tolerance(*routings: Routing) -> float:
@@ -161,10 +153,10 @@ def _is_linear(block: MoeBlock, routing: Routing) -> bool:
     return bool((product_TE - logits_TE).abs().max() <= tolerance * logits_TE.abs().max())
 
 
-def _explained_weights(
+def _find_weights(
     block: MoeBlock, seen: Sequence[Routing], model_type: str
 ) -> tuple[Scoring, WeightRule | None]:
-    if _is_excepted(model_type, "weights"):
+    if ("weights", model_type) in EXCEPTIONS:
         return "softmax", None
     weights = torch.cat([r.weights_TK.double().flatten() for r in seen])
     fits = []
@@ -219,15 +211,19 @@ def _broken_weights(block: MoeBlock, scoring: Scoring, off: float) -> ContractEr
     )
 
 
-def _explained_choice(block: MoeBlock, seen: Sequence[Routing]) -> moe_block.Selection:
-    ways: tuple[moe_block.Selection, ...] = ("score", "logits")
-    for selection in ways if block.selection_bias() is not None else ways[:1]:
+def _find_choice(block: MoeBlock, seen: Sequence[Routing], ways: Sequence[Selection]) -> Selection:
+    for selection in ways:
         if all(_follows(block, routing, selection) for routing in seen):
             return selection
-    raise _broken_choice(block)
+    raise broken(
+        block,
+        "choice",
+        f"its router does not choose the {block.top_k} experts with the largest {block.scoring} "
+        "of its logits (plus its selection bias, within the allowed groups)",
+    )
 
 
-def _follows(block: MoeBlock, routing: Routing, selection: moe_block.Selection) -> bool:
+def _follows(block: MoeBlock, routing: Routing, selection: Selection) -> bool:
     """Whether the chosen experts are the best, except for near-ties."""
     block = replace(block, selection=selection)
     score_TE = block.selection_scores(routing.logits_TE)
@@ -254,15 +250,6 @@ def _allowed(block: MoeBlock, score_TE: Tensor) -> Iterator[Tensor]:
         yield is_best_TG.repeat_interleave(score_TE.shape[1] // block.n_groups, dim=1)
 
 
-def _broken_choice(block: MoeBlock) -> ContractError:
-    return broken(
-        block,
-        "choice",
-        f"its router does not choose the {block.top_k} experts with the largest {block.scoring} "
-        "of its logits (plus its selection bias, within the allowed groups)",
-    )
-
-
 def check_blocks(blocks: Sequence[MoeBlock]) -> None:
     """Checks the laws of storage and arrays, which need no forward pass."""
     owner: dict[object, MoeBlock] = {}
@@ -281,14 +268,12 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
         raise broken(other, "arrays", fault)
 
 
-def verifying(
-    blocks: Sequence[MoeBlock], model_type: str, see: See
-) -> AbstractContextManager[None]:
+def verifying(blocks: Sequence[MoeBlock], model_type: str, see: See) -> hooks.Scope:
     """Checks the laws of once and sum in each block's first forward, and passes its routing on.
 
     Costs two more runs of the block's shared part and one of 16 tokens through its experts.
     """
-    is_summed = not _is_excepted(model_type, "sum")
+    is_summed = ("sum", model_type) not in EXCEPTIONS
     return hooks.registered(
         replaced_forward(block.module, _verified(block, is_summed, see)) for block in blocks
     )

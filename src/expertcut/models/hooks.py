@@ -23,6 +23,7 @@ from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall
 Change = Callable[[Any], Any]
 Forward = Callable[..., Any]
 Routed = tuple[Tensor, Tensor, Tensor]  # logits_TE, weights_TK, experts_TK
+Scope = AbstractContextManager[None]  # at whose end a change is reverted
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ def registered(changes: Iterable[AbstractContextManager[Any]]) -> Iterator[None]
         yield
 
 
-def observe_routers(
-    blocks: Sequence[MoeBlock], see: Callable[[Routing], None]
-) -> AbstractContextManager[None]:
+def observe_routers(blocks: Sequence[MoeBlock], see: Callable[[Routing], None]) -> Scope:
     """Calls `see` after each router's forward."""
 
     def hook(layer: int, _module: nn.Module, args: tuple[Any, ...], output: Routed) -> None:
@@ -67,9 +66,7 @@ def observe_routers(
     return registered(b.router.register_forward_hook(partial(hook, b.layer)) for b in blocks)
 
 
-def observe_residuals(
-    blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], None]
-) -> AbstractContextManager[None]:
+def observe_residuals(blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], None]) -> Scope:
     """Calls `see` with layer and residual stream (T, D), if known, before a block's router runs."""
 
     def hook(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -86,7 +83,7 @@ def observe_experts(
     blocks: Sequence[MoeBlock],
     see: Callable[[ExpertCall], None],
     combined: Callable[[int, Tensor], None] | None = None,
-) -> AbstractContextManager[None]:
+) -> Scope:
     """Runs experts one by one, in id order, and calls `see` with each output.
 
     After a block's last expert, `combined` gets the layer and the weighted sum (T, D), on a CPU
@@ -94,18 +91,15 @@ def observe_experts(
     of the model, so no family needs code here.
     """
 
-    def run(
-        block: MoeBlock, own: Own, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
-    ) -> Tensor:
-        def note(*call: Any) -> None:
-            see(ExpertCall(block.layer, *call))
-
-        y_TD = by_expert(x_TD, experts_TK, weights_TK, own, note)
+    def run(layer: int, own: Own, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        call = partial(ExpertCall, layer)
+        y_TD = by_expert(x_TD, experts_TK, weights_TK, own, lambda *parts: see(call(*parts)))
         if combined is not None:
-            combined(block.layer, y_TD)
+            combined(layer, y_TD)
         return y_TD
 
-    return registered(replaced_forward(b.experts, partial(run, b, own_expert(b))) for b in blocks)
+    changes = (replaced_forward(b.experts, partial(run, b.layer, own_expert(b))) for b in blocks)
+    return registered(changes)
 
 
 def own_expert(block: MoeBlock) -> Own:
@@ -116,18 +110,16 @@ def own_expert(block: MoeBlock) -> Own:
         return partial(own_output, block.experts)
     forward = own_forward(block.experts)
 
-    def one(expert: int, x_MD: Tensor) -> Tensor:
+    def one(expert: int, x_MD: Tensor) -> Any:
         chosen_M1 = torch.full((len(x_MD), 1), expert, device=x_MD.device)
-        output_MD: Tensor = forward(x_MD, chosen_M1, x_MD.new_ones(len(x_MD), 1))
-        return output_MD
+        return forward(x_MD, chosen_M1, x_MD.new_ones(len(x_MD), 1))
 
     return one
 
 
-def own_forward(module: nn.Module) -> Forward:
+def own_forward(module: nn.Module) -> Any:
     """The forward of a module, inside accelerate's wrapper if it has one."""
-    forward: Forward = module.__dict__.get(INNER, module.forward)
-    return forward
+    return module.__dict__.get(INNER, module.forward)
 
 
 @contextmanager
@@ -192,7 +184,7 @@ def _run_changed(
     return logits_TE, weights_TK, experts_TK
 
 
-def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> AbstractContextManager[None]:
+def changed_logits(router: nn.Module, op: LogitsOp, change: Change) -> Scope:
     """Changes the logits of a router in the context."""
     return replaced_forward(router, partial(_run_changed, own_forward(router), op, change, None))
 

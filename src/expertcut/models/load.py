@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -21,11 +21,10 @@ from expertcut.files import advance
 from expertcut.models import checkpoint_dir, safetensors_index, validate
 from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
-from expertcut.models.find_blocks import check_family, find_blocks, routers
+from expertcut.models.find_blocks import find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
-from expertcut.models.validate import translate_errors
 
 MODELLING_FILE = "modeling_exact.py"
 # SHA-256 of earlier files, whose constants are called `experts.<id>.approx_value`.
@@ -140,10 +139,6 @@ def find_source(model: str, revision: str | None = None) -> Source:
         source = Source(model, folder, folder.name)
     checkpoint_dir.check_folder(source.path)
     config = read_config(source.path)
-    try:
-        check_family(config.get("model_type"))
-    except ContractError as error:
-        raise ContractError(f"{source.path / 'config.json'}: {error}") from None
     validate.check_moe(model, source.path, config)
     if not source.weight_files:
         checkpoint_dir.refuse_pickles(source.path)
@@ -180,7 +175,7 @@ class LoadOptions:
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    device_map: str | None = None
+    device_map: Literal["auto"] | None = None
     max_memory: str | None = None
     offload: Path | None = None
 
@@ -214,12 +209,12 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     for file in (source.path / name for name in _JSON):
         if file.exists():
             read_object(file, 500_000_000)  # the largest known has 33 MB
-    with translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
+    with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
         )
     # The config was tested without weights before, so an error here may be in any file.
-    with translate_errors("AutoModelForCausalLM", source.path), _loading(source):
+    with validate.translate_errors("AutoModelForCausalLM", source.path), _loading(source):
         model, info = _MODELS.from_pretrained(
             source.path,
             config=config,
@@ -284,7 +279,7 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
     folder, raw = source.path, read_config(source.path)
     check_named(folder, raw)
     may_run_code = options.trust_remote_code or runs_our_code_only(folder, raw)
-    with translate_errors("AutoConfig", folder / "config.json"):
+    with validate.translate_errors("AutoConfig", folder / "config.json"):
         if options.trust_remote_code and "auto_map" in raw:
             return AutoConfig.from_pretrained(folder, trust_remote_code=True), True
         validate.check_counts(folder, raw, source.even_quantized)
@@ -299,17 +294,15 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
 
 
 def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
-    device = runs_on(model.get_input_embeddings())
+    device, file = runs_on(model.get_input_embeddings()), source.path / "config.json"
     probe_1T = torch.arange(16, device=device)[None] % model.config.vocab_size
     try:
         return find_blocks(model, probe_1T)
     except ContractError as error:
-        raise ContractError(f"{source.path / 'config.json'}: {error}") from None
+        raise ContractError(f"{file}: {error}") from None
     except (RuntimeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"{source.path / 'config.json'} describes a model that does not run: {reason}"
-        ) from error
+        raise ModelError(f"{file} describes a model that does not run: {reason}") from error
 
 
 def fits_in_memory(source: Source, options: LoadOptions) -> bool:

@@ -35,21 +35,21 @@ def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
         with _meta_model(config) as model:
             if model is None:
                 return {}
-            conversions, shapes = get_model_conversion_mapping(model), _shapes(model)
+            conversions, before = get_model_conversion_mapping(model), model.state_dict()
             renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
             converters = [c for c in conversions if isinstance(c, WeightConverter)]
-            rules = (renamings, converters, model.base_model_prefix, model.state_dict())
+            rules = (renamings, converters, model.base_model_prefix, before)
             renamed = {name: rename_source_key(name, *rules) for name in names}
         with _meta_model(with_expert_count(config, n_experts, 2 * n_experts)) as larger:
-            grown = {} if larger is None else _shapes(larger)
+            after = {} if larger is None else larger.state_dict()
     except _FAULTS:
         return {}
     axis_of = {}
     for name, (parameter, pattern) in renamed.items():
         if pattern is not None:  # stacked with others
             continue
-        before, after = shapes.get(parameter, ()), grown.get(parameter, ())
-        axes = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
+        shapes = (getattr(state.get(parameter), "shape", ()) for state in (before, after))
+        axes = [i for i, (a, b) in enumerate(zip(*shapes, strict=False)) if a != b]
         if len(axes) == 1:
             axis_of[name] = (parameter, axes[0])
     return axis_of
@@ -110,7 +110,3 @@ def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
         logging.set_verbosity(verbosity)
         if has_bar:
             logging.enable_progress_bar()
-
-
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -15,6 +15,7 @@ from expertcut.models.checkpoint_dir import check_size, parse, read_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TAKE_PLAIN = "take the bf16, f16 or f32 weights instead"
 DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16},
     **{"U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64},
@@ -70,16 +71,11 @@ def refuse_quantized(folder: Path, stored: Stored) -> None:
     for part in (config, config.get("text_config")):
         if quantized := part.get("quantization_config") if isinstance(part, dict) else None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            raise ModelError(
-                f"{folder} is quantized ({method}): take the bf16, f16 or f32 weights instead"
-            )
+            raise ModelError(f"{folder} is quantized ({method}): {TAKE_PLAIN}")
     for name, tensor in stored.tensors.items():
         packed = ("_blocks", "_scales", ".weight_scale_inv")  # MXFP4; block-wise fp8
         if tensor.dtype in _QUANTIZED_BITS or name.endswith(packed):
-            raise ModelError(
-                f"{tensor.file} is quantized ({name} is {tensor.dtype}): "
-                "take the bf16, f16 or f32 weights instead"
-            )
+            raise ModelError(f"{tensor.file} is quantized ({name} is {tensor.dtype}): {TAKE_PLAIN}")
 
 
 def read_even_quantized(folder: Path) -> Stored:

@@ -16,15 +16,20 @@ from torch import Tensor
 
 from expertcut.errors import ContractError, ExpertcutError, ModelError
 from expertcut.models.checkpoint_dir import read_config
-from expertcut.models.safetensors_index import Stored, StoredTensor, weights_file
+from expertcut.models.safetensors_index import TAKE_PLAIN, Stored, StoredTensor, weights_file
 
 _BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
-_NO_WEIGHTS = "not supported: has experts without weights (zero-computation experts)"
-# By config.model_type, beside `expertcut.models.find_blocks.REFUSED`.
-_UNSUPPORTED = {
+_NO_WEIGHTS = "is not supported: has experts without weights (zero-computation experts)"
+_BREAKS = "models are not supported: its"
+_SCALES_INPUT = f"{_BREAKS} router scales the expert's input, so an expert has no output of its own"
+# Families that break the contract, by config.model_type.
+REFUSED = {
+    "llama4": _SCALES_INPUT,
+    "llama4_text": _SCALES_INPUT,
+    "jetmoe": f"{_BREAKS} attention is routed too, so its experts are not all in MoE blocks",
     "longcat_flash": _NO_WEIGHTS,  # 256 of them where config.json does not say
     "zaya": f"{_NO_WEIGHTS}: its router can skip all experts",
-    "doge": "not supported: its experts are rows of an embedding, not modules",
+    "doge": "is not supported: its experts are rows of an embedding, not modules",
 }
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
@@ -85,10 +90,8 @@ def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
 
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise ModelError(
-            f"{folder / 'config.json'} says quantization_config with the unknown method "
-            f"{str(method)[:50]}: take the bf16, f16 or f32 weights instead"
-        )
+        unknown = f"says quantization_config with the unknown method {str(method)[:50]}"
+        raise ModelError(f"{folder / 'config.json'} {unknown}: {TAKE_PLAIN}")
 
 
 def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
@@ -97,9 +100,9 @@ def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
     field = "zero_expert_num"  # of LongCat
     for part in (_text_config(config), config):
         if isinstance(n_zero := part.get(field), int) and n_zero > 0:
-            raise ContractError(f"{file}: {family} is {_NO_WEIGHTS}: {field} {n_zero}")
-    if config.get(field) is None and family in _UNSUPPORTED:
-        raise ContractError(f"{file}: {family} is {_UNSUPPORTED[family]}")
+            raise ContractError(f"{file}: {family} {_NO_WEIGHTS}: {field} {n_zero}")
+    if family in REFUSED and (family != "longcat_flash" or config.get(field) is None):
+        raise ContractError(f"{file}: {family} {REFUSED[family]}")
     n_experts = expert_count(config)
     if n_experts is None and _modalities(config):
         raise not_a_text_model(folder, config)
@@ -118,12 +121,11 @@ def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
 
 def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
     """The error for a model that is not a text model."""
-    family, modalities = str(config.get("model_type"))[:50], _modalities(config)
+    model, modalities = str(config.get("model_type"))[:50], _modalities(config)
     kind = "a vision-language model" if modalities == {"vision_config"} else "a multimodal model"
     what = kind if modalities else "no text model that transformers can load (AutoModelForCausalLM)"
-    return ModelError(
-        f"{folder / 'config.json'}: {family} is {what}, not supported: take a text model"
-    )
+    fault = f"{model} is {what}, not supported: take a text model"
+    return ModelError(f"{folder / 'config.json'}: {fault}")
 
 
 def _modalities(config: Mapping[str, Any]) -> set[str]:
@@ -147,10 +149,8 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
             raise ModelError(f"{file} routes each token to {fields[name]} of {n_experts} experts")
     numbers = (re.search(r"\.(\d{1,9})\.", f".{name}") for name in stored.tensors)
     n_layers = max((int(number[1]) for number in numbers if number), default=-1) + 1
-    if (fields.get("num_hidden_layers") or 0) > n_layers:
-        raise ModelError(
-            f"{file} says {fields['num_hidden_layers']} layers, the weights hold {n_layers}"
-        )
+    if (n_said := fields.get("num_hidden_layers") or 0) > n_layers:
+        raise ModelError(f"{file} says {n_said} layers, the weights hold {n_layers}")
     blocks: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for name, tensor in stored.tensors.items():
         if match := _OF_EXPERT.fullmatch(name):
@@ -216,8 +216,7 @@ def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
     ids = token_ids(tokenizer, [_PROBE])[0]
     if not ids:
         raise ModelError(f"{folder} holds no tokenizer: add its tokenizer.json")
-    with translate_errors("AutoTokenizer", folder / "tokenizer.json"):
-        plain: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    plain = token_ids(tokenizer, [_PROBE], add_special_tokens=False)[0]
     n_before = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), len(ids))
     if appended := ids[n_before + len(plain) :]:  # after an end of text no answer follows
         named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(appended)))
@@ -234,10 +233,10 @@ def check_vocabulary(folder: Path, tokenizer: Any, n_embeddings: int) -> None:
     check_ids(folder, ids, n_embeddings)
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: Sequence[str], **options: bool) -> list[list[int]]:
     """The token ids of each text."""
     with translate_errors("AutoTokenizer", file_of(tokenizer)):
-        ids: list[list[int]] = tokenizer(list(texts))["input_ids"]
+        ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
     return ids
 
 
@@ -283,13 +282,11 @@ def check_complete(folder: Path, info: dict[str, Any], *, is_trusted: bool) -> N
     if lost and not is_trusted and "auto_map" in read_config(folder):
         raise ModelError(f"{folder / 'config.json'} {_BRINGS_CODE}")
     if lost:
-        raise ModelError(
-            f"{weights_file(folder)} lacks {len(lost)} of the model's weights, first {lost[0]}"
-        )
+        part = f"{len(lost)} of the model's weights, first {lost[0]}"
+        raise ModelError(f"{weights_file(folder)} lacks {part}")
     if surplus:
-        logger.warning(
-            "%s: no place for %d tensors, first %s: left out", folder, len(surplus), min(surplus)
-        )
+        told = "%s: no place for %d tensors, first %s: left out"
+        logger.warning(told, folder, len(surplus), min(surplus))
 
 
 def check_finite(folder: Path, model: Any, files: list[Path]) -> None:

@@ -54,7 +54,7 @@ class Measurement:
         self.moe = moe
         self.quiz = quiz
         self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
-        self.engine.context.check(quiz)
+        self.engine.check_lengths(quiz)
         self._check_once(options.stats or "all")
         self.waits = options.waits
         self.is_one_set = False

@@ -109,8 +109,7 @@ def quiz_files(quiz: str) -> list[Path] | None:
     if path.is_file():
         return sorted({path, *path.parent.glob(f"dev{path.suffix}")})
     if path.is_dir():
-        patterns = ("*.csv", "*.jsonl", "*.parquet")
-        return sorted(file for pattern in patterns for file in path.rglob(pattern))
+        return sorted(f for f in path.rglob("*") if f.suffix in (".csv", ".jsonl", ".parquet"))
     return None
 
 
@@ -241,11 +240,10 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
             for key in dict.fromkeys([*new, *old]):
                 if old.get(key) != new.get(key):
                     yield f"{key} is {_short(new.get(key))}, was {_short(old.get(key))}"
-        elif kind == "stage":
-            yield f"{which} made something else" if was else f"{which} is new"
         else:
-            what = {"quiz": f"split {which} of the quiz", "data": which}.get(kind, f"the {kind}")
-            yield f"{what} changed" if was else f"{what} is new"
+            what = f"split {which} of the quiz" if kind == "quiz" else which or f"the {kind}"
+            done = "made something else" if kind == "stage" else "changed"
+            yield f"{what} {done if was else 'is new'}"
     yield from (f"{name} is no longer read" for name in before if name not in now)
 
 
@@ -298,9 +296,8 @@ class Ledger:
     def check_unchanged(self) -> None:
         """Refuses to go on, with an OutputError, if another run has written the manifest."""
         if load_manifest(self.folder) != self._saved:
-            raise OutputError(
-                f"{self.folder} was just changed by another run: run the same command again"
-            )
+            fault = "was just changed by another run: run the same command again"
+            raise OutputError(f"{self.folder} {fault}")
 
     def is_saved(self, inputs: Inputs) -> bool:
         """Whether the manifest and the recipe's copy on disk are current."""

@@ -5,7 +5,7 @@ leaves the stage out.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -287,24 +287,18 @@ def _refuse_yaml(place: Any, problem: str) -> None:
     raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
-def _integer(text: str) -> int:
+def _construct_int(loader: _Loader, node: Any) -> int:
+    text = loader.construct_scalar(node)
     if len(text) > _MOST_DIGITS:
         raise ValueError(f"{text[:_MOST_DIGITS]}… has too many digits")
     return int(text)
 
 
-def _add_scalar(tag: str, form: str, read: Callable[[str], Any]) -> None:
-    """Teaches the loader the words of a type, and how to read them."""
-    name = f"tag:yaml.org,2002:{tag}"
-    _Loader.add_implicit_resolver(name, re.compile(f"^(?:{form})$"), None)
-
-    def construct(loader: Any, node: Any) -> Any:
-        return read(loader.construct_scalar(node))
-
-    _Loader.add_constructor(name, construct)
-
-
-_add_scalar("null", r"null|Null|NULL|~|", lambda _: None)
-_add_scalar("bool", r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true")
-_add_scalar("int", r"[-+]?[0-9]+", _integer)
-_add_scalar("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float)
+for _tag, _form in {
+    "null": r"null|Null|NULL|~|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)

@@ -121,9 +121,8 @@ class RecipeRun:
 
     def scored(self) -> dict[str, Any]:
         """The recipe's quiz, its model, and how it is loaded."""
-        revision = self.inputs.commit or self.recipe.revision
         own = self.values_of(commands.ModelSettings, commands.QuizSettings)
-        return own | {"revision": revision}
+        return own | {"revision": self.inputs.commit or self.recipe.revision}
 
     def checkpoints(self) -> dict[str, Path]:
         """Folders of the variants with a checkpoint, by name; a search may find no edit."""
@@ -207,10 +206,6 @@ def _eval(run: RecipeRun, _: Stage) -> None:
     eval.run(recipe.eval.completed(**given, models=models, out=run.folder / RESULTS), run.ui)
 
 
-def _report(run: RecipeRun, _: Stage) -> None:
-    report.run(report.ReportSettings(run=run.folder), run.ui)
-
-
 def _publish(run: RecipeRun, stage: Stage) -> None:
     recipe, name = run.recipe, stage.settings["variant"]
     section = next(p for p in recipe.publish if p.variant == name)
@@ -228,7 +223,8 @@ def _publish(run: RecipeRun, stage: Stage) -> None:
     write_atomically(run.folder / place, (json.dumps(outcome, indent=1) + "\n").encode())
 
 
-_RUNS: dict[str, Callable[[RecipeRun, Stage], None]] = {
-    **{"profile": _profile, "show": _show, "eval": _eval, "report": _report, "publish": _publish},
+_RUNS: dict[str, Callable[[RecipeRun, Stage], object]] = {
+    **{"profile": _profile, "show": _show, "eval": _eval, "publish": _publish},
+    "report": lambda run, _: report.run(report.ReportSettings(run=run.folder), run.ui),
     **dict.fromkeys(KINDS, _edit),
 }

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from expertcut import stats
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Point, expert_ids, ids_text
@@ -13,15 +14,7 @@ from expertcut.errors import ProfileError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable
-from expertcut.stats import (
-    MARGIN,
-    Comparison,
-    ExpertShares,
-    HeldOutResult,
-    LogprobShift,
-    questions_to_hold,
-    verdict,
-)
+from expertcut.stats import MARGIN, ExpertShares
 
 if TYPE_CHECKING:  # with torch, which `show` does without
     from expertcut.checkpoints.build import Built
@@ -140,12 +133,12 @@ def outcome_lines(
     return lines + [labelled("", sentence) for sentence in sentences]
 
 
-def verdict_text(change: Comparison, n: int, margin: float) -> str:
+def verdict_text(change: stats.Comparison, n: int, margin: float) -> str:
     """The verdict on a change over n questions, and how many would decide where these do not."""
     within = margin_text(margin)
-    word = verdict(change.gained, change.lost, n, margin)
+    word = stats.verdict(change.gained, change.lost, n, margin)
     if word == "undecided":
-        needed = questions_to_hold(change.gained, change.lost, n, margin)
+        needed = stats.questions_to_hold(change.gained, change.lost, n, margin)
         return (
             f"undecided at a margin of {within}: could be {points(-change.ci95[0])[1:]} points "
             f"worse; about {needed:,} questions would decide"
@@ -176,7 +169,7 @@ def span(ends: Sequence[float]) -> str:
     return " … ".join(map(points, ends))
 
 
-def change_text(change: Comparison, noun: str = " points") -> str:
+def change_text(change: stats.Comparison, noun: str = " points") -> str:
     """A change of accuracy with its interval, as `−0.8 points (−3.1 … +1.6)`."""
     if not change.gained + change.lost:
         return "same answers"
@@ -374,7 +367,7 @@ def proof_csv(proof: "CrossFitResult") -> Table:
     return Table("proof", heads, [*rows, ["random", *drawn, random.p]])
 
 
-def change_cells(change: Comparison | None) -> list[Cell]:
+def change_cells(change: stats.Comparison | None) -> list[Cell]:
     """Δ in points with its interval, gained, lost and McNemar's p; empty for the base."""
     if change is None:
         return [None] * 4
@@ -439,7 +432,7 @@ def proof_tables(built: "Built") -> list[Table]:
     return tables
 
 
-def shift_rows(shifts: Sequence[LogprobShift]) -> list[list[Cell]]:
+def shift_rows(shifts: Sequence[stats.LogprobShift]) -> list[list[Cell]]:
     """One row per comparison: against, max and median |Δ log p|, flipped answers, questions."""
     return [
         [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
@@ -447,7 +440,7 @@ def shift_rows(shifts: Sequence[LogprobShift]) -> list[list[Cell]]:
     ]
 
 
-def _forms_table(title: str, result: HeldOutResult, flipped: str, note: str) -> Table:
+def _forms_table(title: str, result: stats.HeldOutResult, flipped: str, note: str) -> Table:
     rows: list[list[Cell]] = [
         [o.form, o.accuracy, o.right_logprob, o.flipped, o.questions] for o in result.outcomes
     ]

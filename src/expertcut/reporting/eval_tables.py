@@ -4,16 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from expertcut.edits.plan import PlanFile, ids_text
+from expertcut.edits.plan import ChosenOn, PlanFile, ids_text
+from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
-from expertcut.evaluation.search_results import (
-    Audit,
-    Correlation,
-    CriterionEvaluation,
-    Sweep,
-    SweepCell,
-    SweptModel,
-)
+from expertcut.evaluation.search_results import Audit, Sweep, SweptModel
 from expertcut.reporting import edit_tables as edits
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
@@ -39,13 +33,12 @@ def plan_table(plan: PlanFile) -> Table:
         joined = ["; ".join(groups) or None] if is_merged else []
         rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
     heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
-    note = f"Chosen on {chosen_text(plan)}; model {plan.model.label}."
+    note = f"Chosen on {chosen_text(plan.chosen_on)}; model {plan.model.label}."
     return Table(f"Plan: {plan.action} ({plan.layout})", columns(heads), rows, note)
 
 
-def chosen_text(plan: PlanFile) -> str:
+def chosen_text(chosen: ChosenOn) -> str:
     """The questions that a plan was chosen and fitted on."""
-    chosen = plan.chosen_on
     text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
     if chosen.fitted_split:
         text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
@@ -72,9 +65,7 @@ def results_table(results: Results, margin: float = MARGIN) -> Table:
     heads = columns(f"model; {_SCORED}; parameters::,d; active::,d")
     n_questions = results.models[0].questions
     note = f"{n_questions:,} {results.split} questions of {results.quiz} at {results.shots} shots"
-    if cuts := {model.cut for model in results.models if model.cut is not None}:
-        n_cut = " or ".join(f"{n:,}" for n in sorted(cuts))  # tokenizers and contexts may differ
-        note += f", {n_cut} prompts cut from the left to fit the context"
+    note += cut_text(*(model.cut for model in results.models))
     return Table("Evaluation", heads, rows, note)
 
 
@@ -206,7 +197,7 @@ def sweep_sentences(sweep: Sweep, margin: float = MARGIN) -> list[str]:
     return [leak, *(_best_cell(share, sweep, margin) for share in sweep.asked.fractions)]
 
 
-def within_margin(cells: Sequence[SweepCell], margin: float) -> list[SweepCell]:
+def within_margin(cells: Sequence[searches.SweepCell], margin: float) -> list[searches.SweepCell]:
     """The cells whose verdict is better or holds."""
     words = [verdict(c.change.gained, c.change.lost, c.questions, margin) for c in cells]
     return [c for c, word in zip(cells, words, strict=True) if word in ("better", "holds")]
@@ -359,30 +350,26 @@ def _least_regrets(audit: Audit) -> str:
 def audit_figure(audit: Audit) -> dict[str, bytes]:
     """`audit.png` and `audit.svg`: correlations with their intervals, and regrets."""
     order = ranked(audit)
-    regrets, marks = [], []
-    for i, fraction in enumerate(audit.asked.fractions):
-        each = [verdict.regrets[i] for verdict in order]
-        regrets.append(Series(f"{fraction:g} kept", tuple(r.regret for r in each)))
-        marks.append(each[0].random - each[0].least)
     labels = ("Spearman's ρ of score and harm, within layers", "regret (nats); dotted: at random")
     names, rhos = [verdict.by for verdict in order], [verdict.within.rho for verdict in order]
-    left = series_of("ρ", rhos, [_ends(verdict.within) for verdict in order])
-    return draw_forest("audit", names, left, regrets, labels=labels, marks=marks)
+    ends = [verdict.within.ci95 or (verdict.within.rho, verdict.within.rho) for verdict in order]
+    left, marks = series_of("ρ", rhos, ends), [r.random - r.least for r in order[0].regrets]
+    return draw_forest("audit", names, left, regret_series(audit), labels=labels, marks=marks)
 
 
-def _ends(rank: Correlation) -> tuple[float, float] | tuple[None, None]:
-    """The interval, widened to contain the correlation itself."""
-    if rank.rho is None:
-        return None, None
-    values = (rank.rho, *(rank.ci95 or ()))
-    return min(values), max(values)
+def regret_series(audit: Audit) -> list[Series]:
+    """The regrets of the ranked criteria, a series for each share that is kept."""
+    return [
+        Series(f"{share:g} kept", tuple(found.regrets[i].regret for found in ranked(audit)))
+        for i, share in enumerate(audit.asked.fractions)
+    ]
 
 
-def ranked(audit: Audit) -> list[CriterionEvaluation]:
+def ranked(audit: Audit) -> list[searches.CriterionEvaluation]:
     """By correlation within layers, best first, undefined last."""
     return sorted(audit.verdicts, key=lambda v: 2.0 if v.within.rho is None else -v.within.rho)
 
 
-def _correlation(rank: Correlation) -> list[Cell]:
+def _correlation(rank: searches.Correlation) -> list[Cell]:
     interval = None if rank.ci95 is None else f"{rank.ci95[0]:+.2f} … {rank.ci95[1]:+.2f}"
     return [rank.rho, interval]

@@ -10,15 +10,7 @@ from expertcut.profiling.findings import Findings
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.reporting import profile_tables as tables
 from expertcut.reporting.edit_tables import rows_tables
-from expertcut.reporting.page_sections import (
-    Explorer,
-    Folded,
-    Part,
-    Section,
-    Text,
-    edits_of,
-    key_of,
-)
+from expertcut.reporting.page_sections import Explorer, Folded, Part, Section, edits_of, key_of
 from expertcut.reporting.plots import Curves, Heat, Series, rounded, span, spread
 from expertcut.reporting.tables import Column, Table, printable
 from expertcut.reporting.views import NamedDocument, Run
@@ -54,7 +46,7 @@ def expert_sections(run: Run) -> list[Section]:
         )
         explorer = Explorer(key, _maps(findings, key), _data(run, profile, experts), experts)
         sections += [
-            Section(f"{key}-experts", f"Experts{of}", [Text(summary), explorer]),
+            Section(f"{key}-experts", f"Experts{of}", [summary, explorer]),
             Section(f"{key}-suspects", f"Suspects{of}", [tables.suspects_table(findings)]),
             Section(f"{key}-routing", f"Routing{of}", _routing(findings, key)),
         ]
@@ -140,21 +132,13 @@ def _entropy(
 ) -> Curves:
     entropies = [getattr(layer, f"entropy_{which}_N") for layer in layers]
     most = tuple(math.log(getattr(layer, count)) for layer in layers)
-    mean = spread(
-        "mean ± standard deviation",
-        np.array([entropy_N.mean() for entropy_N in entropies]),
-        np.array([entropy_N.std() for entropy_N in entropies]),
-    )
-    return Curves(
-        key=key,
-        title=title,
-        note="Over questions, at the answer position. The maximum is that of a uniform gate.",
-        across="layer",
-        categories=tuple(str(layer.layer) for layer in layers),
-        series=(mean, Series("maximum", most, is_reference=True)),
-        column=Column("entropy (nats)", ".2f"),
-        zero=0.0,
-    )
+    mean_L = np.array([entropy_N.mean() for entropy_N in entropies])
+    std_L = np.array([entropy_N.std() for entropy_N in entropies])
+    mean = spread("mean ± standard deviation", mean_L, std_L)
+    series = (mean, Series("maximum", most, is_reference=True))
+    note = "Over questions, at the answer position. The maximum is that of a uniform gate."
+    names, column = tuple(str(layer.layer) for layer in layers), Column("entropy (nats)", ".2f")
+    return Curves(key, title, note, "layer", names, series, column, zero=0.0)
 
 
 def _ranks(layers: Sequence[LayerStatistics], key: str) -> Curves:
@@ -164,29 +148,14 @@ def _ranks(layers: Sequence[LayerStatistics], key: str) -> Curves:
         p_NK, rest = layer.rank_probability_NK, (None,) * (most - layer.top_k)
         ranks = spread(f"layer {layer.layer}", p_NK.mean(axis=0), p_NK.std(axis=0))
         series.append(Series(ranks.name, ranks.values + rest, ranks.low + rest, ranks.high + rest))
-    return Curves(
-        key=f"{key}-ranks",
-        title="Probability of each rank, first and last layer",
-        note="Normalised over the chosen experts; mean and standard deviation over questions.",
-        across="rank",
-        categories=tuple(str(rank + 1) for rank in range(most)),
-        series=tuple(series),
-        column=Column("probability", ".2f"),
-        zero=0.0,
-    )
+    title = "Probability of each rank, first and last layer"
+    note = "Normalised over the chosen experts; mean and standard deviation over questions."
+    names, column = tuple(str(rank + 1) for rank in range(most)), Column("probability", ".2f")
+    return Curves(f"{key}-ranks", title, note, "rank", names, tuple(series), column, zero=0.0)
 
 
 def _rank_map(layers: Sequence[LayerStatistics], key: str) -> Heat:
     rows = tuple(layer.rank_probability_NK.mean(axis=0) for layer in layers)
-    low, high = span(rows)
-    return Heat(
-        key=f"{key}-rank-map",
-        title="Mean probability of each rank, every layer",
-        note="Normalised over the chosen experts.",
-        rows=rows,
-        column=Column("mean probability", ".3f"),
-        across="rank",
-        first=1,
-        low=low,
-        high=high,
-    )
+    title = "Mean probability of each rank, every layer"
+    note, column = "Normalised over the chosen experts.", Column("mean probability", ".3f")
+    return Heat(f"{key}-rank-map", title, note, rows, column, "rank", 1, *span(rows))

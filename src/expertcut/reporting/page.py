@@ -14,27 +14,19 @@ from markupsafe import Markup
 from expertcut import __version__
 from expertcut.errors import OutputError
 from expertcut.files import without_secrets, write_atomically
+from expertcut.reporting import page_sections
 from expertcut.reporting.expert_maps import expert_sections
-from expertcut.reporting.page_sections import (
-    Explorer,
-    Section,
-    change_sections,
-    figures_of,
-    headlines,
-    outcome_sections,
-    provenance_sections,
-    search_sections,
-)
+from expertcut.reporting.page_sections import Explorer, Section, figures_of
 from expertcut.reporting.plots import colour_stops, draw
-from expertcut.reporting.tables import Cell, Table, as_csv, printable
+from expertcut.reporting.tables import as_csv, printable
 from expertcut.reporting.views import Run, gather
 
 SECTIONS = (
-    outcome_sections,
-    change_sections,
-    search_sections,
+    page_sections.outcome_sections,
+    page_sections.change_sections,
+    page_sections.search_sections,
     expert_sections,
-    provenance_sections,
+    page_sections.provenance_sections,
 )
 PAGE = "report.html"
 SCRIPTS = ("core", "tables", "heat", "curves", "explorer")  # each uses those before it
@@ -78,11 +70,12 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cells": _cells, "kind": lambda part: type(part).__name__.lower()}
+    environment.globals["zip"] = zip
+    environment.filters["kind"] = lambda part: type(part).__name__.lower()
     template = files("expertcut.reporting") / "template"
-    style = (template / "style.css").read_text(encoding="utf-8")
-    scripts = [template / "scripts" / f"{name}.js" for name in SCRIPTS]
+    scripts = (template / "scripts" / f"{name}.js" for name in SCRIPTS)
     script = "\n".join(file.read_text(encoding="utf-8") for file in scripts)
+    style = (template / "style.css").read_text(encoding="utf-8")
     parts = [part for section in sections for part in section.parts]
     data = {
         "colours": colour_stops(),
@@ -91,7 +84,7 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
     }
     page = environment.get_template("page.html").render(
         title=printable(run.path.resolve().name),
-        headlines=headlines(run),
+        headlines=page_sections.headlines(run),
         sections=sections,
         folder=folder,
         version=__version__,
@@ -102,15 +95,6 @@ def render(run: Run, sections: Sequence[Section], folder: str) -> str:
         data=htmlsafe_json_dumps(data, dumps=json.dumps, allow_nan=False, separators=(",", ":")),
     )
     return without_secrets(page)
-
-
-def _cells(table: Table) -> list[list[tuple[str, Cell, bool]]]:
-    """Each cell as a person reads it, as it is sorted, and whether its column holds numbers."""
-    numbers = table.are_numbers()
-    return [
-        list(zip(*cells, numbers, strict=True))
-        for cells in zip(table.texts(), table.rows, strict=True)
-    ]
 
 
 def _plain(value: object) -> object:

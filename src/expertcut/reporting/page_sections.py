@@ -32,13 +32,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    words: str
-
-
-@dataclass(frozen=True)
 class Summary:
     """A table of few columns, which is never wider than a phone."""
 
@@ -77,7 +70,7 @@ class Explorer:
     table: Table
 
 
-Part = Text | Summary | Facts | Lines | Table | Heat | Curves | Folded | Explorer
+Part = str | Summary | Facts | Lines | Table | Heat | Curves | Folded | Explorer  # str: a paragraph
 
 
 @dataclass(frozen=True)
@@ -212,7 +205,7 @@ def change_sections(run: Run) -> list[Section]:
 
 
 def _proof_parts(proof: CrossFitResult) -> list[Part]:
-    return [Text(proof.sentence), edit_tables.proof_table(proof)]
+    return [proof.sentence, edit_tables.proof_table(proof)]
 
 
 def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
@@ -239,7 +232,7 @@ def edits_of(plan: PlanFile, findings: Findings) -> dict[str, BlockEdit] | None:
 
 def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[Part]:
     plan, profile = document.content, run.profile_of(document.content)
-    parts: list[Part] = [Text(_in_words(plan, profile))]
+    parts: list[Part] = [_in_words(plan, profile)]
     found = None if run.results else checkpoint_headline(document)
     parts += [Summary(found.table)] if found and found.table else []
     if profile and (edits := edits_of(plan, profile.content)) is not None:
@@ -273,16 +266,12 @@ def _in_words(plan: PlanFile, profile: NamedDocument[Findings] | None) -> str:
 
 
 def _traffic(traffic: Sequence[RemovedTraffic], key: str) -> Curves:
-    return Curves(
-        key=f"{key}-traffic",
-        title="Gate weight that went through the removed experts",
-        note="Share of all gate weight of the profiled prompts, every token counted.",
-        across="layer",
-        categories=tuple(map(str, range(len(traffic)))),
-        series=(Series("share", tuple(block.mass for block in traffic)),),
-        column=Column("share of gate weight", ".1%"),
-        zero=0.0,
-    )
+    title = "Gate weight that went through the removed experts"
+    note = "Share of all gate weight of the profiled prompts, every token counted."
+    layers = tuple(map(str, range(len(traffic))))
+    series = Series("share", tuple(block.mass for block in traffic))
+    column = Column("share of gate weight", ".1%")
+    return Curves(f"{key}-traffic", title, note, "layer", layers, (series,), column, zero=0.0)
 
 
 def _curve(tuning: Sequence[Point], key: str) -> Curves:
@@ -294,16 +283,11 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
         at = {point.strength: point for point in tried if point.experts == n_experts}
         points = [at.get(strength) for strength in strengths]
         series.append(accuracies(f"{n_experts} expert{'s' if n_experts > 1 else ''}", points))
-    level = Series("unedited", (base.accuracy,) * len(strengths), is_reference=True)
-    return Curves(
-        key=f"{key}-tuning",
-        title="The search for a strength",
-        note=edit_tables.curve_table(tuning).note,
-        across="strength (logits)",
-        categories=tuple(f"{strength:.4g}" for strength in strengths),
-        series=(*series, level),
-        column=Column("accuracy", ".1%"),
-    )
+    series.append(Series("unedited", (base.accuracy,) * len(strengths), is_reference=True))
+    title, note = "The search for a strength", edit_tables.curve_table(tuning).note
+    names = tuple(f"{strength:.4g}" for strength in strengths)
+    across, column = "strength (logits)", Column("accuracy", ".1%")
+    return Curves(f"{key}-tuning", title, note, across, names, tuple(series), column)
 
 
 def outcome_sections(run: Run) -> list[Section]:
@@ -334,8 +318,8 @@ def _results_parts(results: Results, key: str) -> list[Part]:
     )
     return [
         Summary(table.narrow(unless=False)),
-        *map(Text, eval_tables.verdict_sentences(results)),
-        *map(Text, eval_tables.result_sentences(results)),
+        *eval_tables.verdict_sentences(results),
+        *eval_tables.result_sentences(results),
         figure,
         *([_differences(results, key)] if len(results.models) > 1 else []),
         Folded("All figures of the evaluation", [table]),
@@ -390,8 +374,7 @@ def search_sections(run: Run) -> list[Section]:
 
 
 def _sweep(sweep: Sweep, key: str) -> list[Part]:
-    sentences = map(Text, eval_tables.sweep_sentences(sweep))
-    table = eval_tables.sweep_table(sweep)
+    table, sentences = eval_tables.sweep_table(sweep), eval_tables.sweep_sentences(sweep)
     parts: list[Part] = [Summary(table.narrow(unless=False)), *sentences]
     parts.append(Folded("All figures of the sweep", [table]))
     if not sweep.cells:
@@ -401,16 +384,11 @@ def _sweep(sweep: Sweep, key: str) -> list[Part]:
     if sweep.base is not None:
         level = (sweep.base.accuracy,) * len(fractions)
         series.append(Series("unedited", level, is_reference=True))
-    figure = Curves(
-        key=f"{key}-accuracy",
-        title="Accuracy against the share of experts that stays",
-        note="Bars are 95 % intervals (Wilson); the questions are the same for every cut.",
-        across="share that stays",
-        categories=tuple(f"{fraction:g}" for fraction in fractions),
-        series=tuple(series),
-        column=Column("accuracy", ".1%"),
-    )
-    return [*parts, figure]
+    title = "Accuracy against the share of experts that stays"
+    note = "Bars are 95 % intervals (Wilson); the questions are the same for every cut."
+    shares, column = tuple(f"{fraction:g}" for fraction in fractions), Column("accuracy", ".1%")
+    across = "share that stays"
+    return [*parts, Curves(f"{key}-accuracy", title, note, across, shares, tuple(series), column)]
 
 
 def _audit(audit: Audit, key: str) -> list[Part]:
@@ -432,13 +410,10 @@ def _audit(audit: Audit, key: str) -> list[Part]:
         key=f"{key}-regrets",
         title="Regret of each criterion",
         note="How much more mean log p its removals cost, one by one, than the least harmful.",
-        series=tuple(
-            Series(f"{fraction:g} kept", tuple(found.regrets[i].regret for found in order))
-            for i, fraction in enumerate(audit.asked.fractions)
-        ),
+        series=tuple(eval_tables.regret_series(audit)),
         column=Column("regret, nats", ".3f"),
     )
-    return [*map(Text, eval_tables.audit_sentences(audit)), *tables, correlations, regrets]
+    return [*eval_tables.audit_sentences(audit), *tables, correlations, regrets]
 
 
 def provenance_sections(run: Run) -> list[Section]:
@@ -458,17 +433,21 @@ def provenance_sections(run: Run) -> list[Section]:
 
 
 def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
-    info = findings.profile.info
-    model, quiz, settings = info.model, info.quiz, info.settings
+    info, quiz = findings.profile.info, findings.profile.info.quiz
     hashes = {name: subject.content_hash for name, subject in quiz.subjects.items()}
+    elapsed_s = notes.get("elapsed_s")  # `run.json` promises nothing
+    took = f"{elapsed_s:,.1f} s" if isinstance(elapsed_s, int | float) else None
+    versions = [(f"version of {name}", notes.get(name)) for name in ("expertcut", "python")]
     return [
-        ("model", model.label),
-        ("revision", model.revision),
-        ("fingerprint of config and weights", model.fingerprint),
+        ("model", info.model.label),
+        ("revision", info.model.revision),
+        ("fingerprint of config and weights", info.model.fingerprint),
         *_quiz(quiz, quiz.id),
         ("hash of the questions", _hash(hashes)),
-        ("settings", ", ".join(f"{k} {v}" for k, v in settings.model_dump().items() if v)),
-        *_times(notes),
+        ("settings", ", ".join(f"{k} {v}" for k, v in info.settings.model_dump().items() if v)),
+        ("finished", _finished(notes) or None),
+        ("took", took),
+        *((name, version) for name, version in versions if isinstance(version, str)),
     ]
 
 
@@ -480,7 +459,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("model", plan.model.label),
         ("revision", plan.model.revision),
         ("fingerprint of config and weights", plan.model.fingerprint),
-        ("chosen on", eval_tables.chosen_text(plan)),
+        ("chosen on", eval_tables.chosen_text(plan.chosen_on)),
         ("hash of their list", plan.chosen_on.sha256),
         ("adapter that was cut along", adapter_text),
     ]
@@ -510,17 +489,6 @@ def _stages(manifest: Mapping[str, Any]) -> Rows:
             texts = [f"{elapsed_s:,.1f} s"] if isinstance(elapsed_s, int | float) else []
             texts += [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
             rows.append((name, ", ".join([record["finished"], *texts])))
-    return rows
-
-
-def _times(notes: Mapping[str, Any]) -> Rows:
-    """Whatever of it is there: `run.json` promises nothing."""
-    rows: Rows = [("finished", _finished(notes) or None)]
-    if isinstance(elapsed_s := notes.get("elapsed_s"), int | float):
-        rows.append(("took", f"{elapsed_s:,.1f} s"))
-    for name in ("expertcut", "python"):
-        if isinstance(version := notes.get(name), str):
-            rows.append((f"version of {name}", version))
     return rows
 
 

@@ -36,10 +36,7 @@ _LEGEND: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Heat:
-    """A map with a row per layer; NaN cells are hatched and explained by `undefined`.
-
-    Colours reach from `low` to `high`; values outside have the colour of that end.
-    """
+    """A map with a row per layer; NaN cells are hatched and explained by `undefined`."""
 
     key: str
     title: str
@@ -48,7 +45,7 @@ class Heat:
     column: Column
     across: str = "expert"
     first: int = 0
-    low: float = 0.0
+    low: float = 0.0  # colours reach from low to high; values outside have the colour of that end
     high: float = 1.0
     undefined: str = "never chosen"
 

@@ -10,13 +10,8 @@ import numpy as np
 from expertcut.edits.criteria import Compared
 from expertcut.edits.plan import ExpertIds
 from expertcut.edits.selection import super_experts
-from expertcut.profiling.findings import (
-    THRESHOLDS,
-    Findings,
-    layers_json,
-    margin_json,
-    suspects_json,
-)
+from expertcut.profiling import findings as evidence
+from expertcut.profiling.findings import THRESHOLDS, Findings
 from expertcut.profiling.significance import subjects_json
 from expertcut.profiling.statistics import LayerStatistics, expert_json, or_none, share
 from expertcut.profiling.storage import Profile
@@ -29,9 +24,10 @@ _FROM_0 = "Layers are MoE layers, counted from 0."
 _ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
 
 
-def cut_text(n_cut: int | None) -> str:
-    """How many prompts were cut, as the end of a sentence; nothing where none may be."""
-    return "" if n_cut is None else f", {n_cut:,} prompts cut from the left to fit the context"
+def cut_text(*n_cut: int | None) -> str:
+    """How many prompts each tokenizer cut, as the end of a sentence; nothing where none may be."""
+    counts = " or ".join(f"{n:,}" for n in sorted({n for n in n_cut if n is not None}))
+    return f", {counts} prompts cut from the left to fit the context" if counts else ""
 
 
 def headline(findings: Findings) -> list[str]:
@@ -152,7 +148,7 @@ def suspects_table(findings: Findings) -> Table:
             *(100 * row["difference"], 100 * row["difference_se"]),
             *(row[name] for name in ("z", "p", "p_adjusted", "p_family")),
         ]
-        for row in suspects_json(findings)[:10]
+        for row in evidence.suspects_json(findings)[:10]
     ]
     heads = columns(
         "layer; expert; appearances::.1%; accuracy::.1%; 95 % interval; difference, points::+.1f | "
@@ -173,7 +169,7 @@ def margins_table(findings: Findings) -> Table:
     reasons: dict[str, list[int]] = {}
     parts = {"mean": "mean", "q05": "5 %", "median": "median", "q95": "95 %"}
     for layer, margin in enumerate(findings.margins):
-        shown = margin_json(margin)
+        shown = evidence.margin_json(margin)
         p, logit = shown["margin_probability"] or {}, shown["margin_logit"] or {}
         below = [item["share"] for item in shown["margin_below"] or []] or [None] * len(THRESHOLDS)
         rows.append([layer, *map(p.get, parts), *map(logit.get, parts), *below])
@@ -248,7 +244,7 @@ def subject_tables(findings: Findings) -> list[Table]:
 def experts_csv(findings: Findings) -> Table:
     """Every expert of every layer, one row each, for a data frame; intervals as two columns."""
     rows: list[dict[str, Any]] = []
-    for layer in layers_json(findings):
+    for layer in evidence.layers_json(findings):
         for expert in layer["expert"]:
             row = {"layer": layer["layer"], "block": layer["block"]}
             for name, value in expert.items():

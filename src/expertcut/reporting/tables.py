@@ -32,14 +32,11 @@ _WORDS = re.compile(r"(?<!…) (?!…)").split  # an interval is one
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading and how its numbers are written, as a format specification.
-
-    A terminal has room for a wide one only with --wide; files and pages have them all.
-    """
+    """A column's heading and how its numbers are written, as a format specification."""
 
     name: str
     spec: str = ""
-    is_wide: bool = False
+    is_wide: bool = False  # a terminal shows it only with --wide; files and pages show it always
 
 
 def columns(text: str) -> tuple[Column, ...]:

@@ -16,27 +16,14 @@ from expertcut.edits.criteria import compare
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, PlanFile, load_plan
 from expertcut.edits.splits import read_scored_split
 from expertcut.errors import ModelError, OutputError, SettingsError
+from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import Results, load_results
-from expertcut.evaluation.search_results import (
-    AUDIT_FILE,
-    SWEEP_FILE,
-    Audit,
-    Sweep,
-    load_audit,
-    load_sweep,
-)
+from expertcut.evaluation.search_results import AUDIT_FILE, SWEEP_FILE, Audit, Sweep
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json
 from expertcut.profiling.storage import load_profile
-from expertcut.reporting import eval_tables, profile_tables
-from expertcut.reporting.edit_tables import (
-    curve_table,
-    outcome_lines,
-    proof_csv,
-    proof_table,
-    rows_tables,
-)
+from expertcut.reporting import edit_tables, eval_tables, profile_tables
 from expertcut.reporting.tables import Cell, Table, columns, labelled, next_lines
 from expertcut.stats import MARGIN
 
@@ -98,8 +85,8 @@ def gather(path: Path) -> Run:
         plans=read(PLAN_FILE, load_plan),
         proofs=read(PROOF_FILE, lambda file: load_cross_fit(file.parent)),
         results=read(RESULTS, load_results),
-        sweeps=read(SWEEP_FILE, load_sweep),
-        audits=read(AUDIT_FILE, load_audit),
+        sweeps=read(SWEEP_FILE, searches.load_sweep),
+        audits=read(AUDIT_FILE, searches.load_audit),
     )
 
 
@@ -219,7 +206,7 @@ def _profile(findings: Findings, by_subject: bool) -> Shown:
             profile_tables.margins_table(findings),
             *profile_tables.perturbation_tables(findings),
             *(profile_tables.subject_tables(findings) if by_subject else []),
-            *rows_tables(findings.profile),
+            *edit_tables.rows_tables(findings.profile),
         ]
 
     flat = profile_tables.subjects_csv if by_subject else profile_tables.experts_csv
@@ -234,13 +221,12 @@ def _shown(
 
 
 def _plan(path: Path, margin: float) -> Shown:
-    plan = load_plan(path)
+    plan, folder = load_plan(path), path if path.is_dir() else path.parent
     tables = [eval_tables.plan_table(plan)]
-    tables += [curve_table(plan.tuning)] if plan.tuning else []
+    tables += [edit_tables.curve_table(plan.tuning)] if plan.tuning else []
     if (path / PROOF_FILE).is_file():
-        tables.append(proof_table(load_cross_fit(path)))
+        tables.append(edit_tables.proof_table(load_cross_fit(path)))
     shown = _shown(plan, lambda _: tables, eval_tables.plan_csv)
-    folder = path if path.is_dir() else path.parent
     return replace(shown, sentences=lambda: _checkpoint_lines(plan, folder, margin))
 
 
@@ -258,7 +244,7 @@ def _checkpoint_lines(plan: PlanFile, folder: Path, margin: float) -> list[str]:
             sizes.append(stored_size(Source(str(place), place)))
     proof, scored_on = plan.proof if plan.proof.held_out else None, read_scored_split(plan, folder)
     built = Built(folder, plan, [], proof, scored_on=scored_on)
-    return outcome_lines(built, [*sizes, None][1], sizes[0], margin) if sizes else []
+    return edit_tables.outcome_lines(built, [*sizes, None][1], sizes[0], margin) if sizes else []
 
 
 def _results(path: Path, margin: float) -> Shown:
@@ -309,17 +295,21 @@ def _stage(folder: Path, record: Any) -> list[Cell]:
 
 
 def _sweep(path: Path, margin: float) -> Shown:
-    sweep = load_sweep(path)
+    sweep = searches.load_sweep(path)
     shown = _shown(sweep, lambda s: [eval_tables.sweep_table(s, margin)], eval_tables.sweep_csv)
     return replace(shown, sentences=lambda: eval_tables.sweep_sentences(sweep, margin))
 
 
 _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     PLAN_FILE: _plan,
-    PROOF_FILE: lambda path, _: _shown(load_cross_fit(path), lambda p: [proof_table(p)], proof_csv),
+    PROOF_FILE: lambda path, _: _shown(
+        load_cross_fit(path), lambda p: [edit_tables.proof_table(p)], edit_tables.proof_csv
+    ),
     SWEEP_FILE: _sweep,
     AUDIT_FILE: lambda path, margin: _shown(
-        load_audit(path), lambda a: eval_tables.audit_tables(a, margin), eval_tables.audit_csv
+        searches.load_audit(path),
+        lambda audit: eval_tables.audit_tables(audit, margin),
+        eval_tables.audit_csv,
     ),
     RESULTS: _results,
     MANIFEST_FILE: _run,

@@ -11,7 +11,7 @@ head.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 # Earlier kernels read out of bounds with grouped-query attention.
 _SUPPORTS_GROUPED_QUERIES = TorchVersion(torch.__version__) >= "2.9"
 Prefix = dict[int, tuple[Tensor, Tensor]]  # keys and values (1, H, P, d) by layer
+Group = tuple[Tensor, Tensor]  # tokens of M questions among the T of a pack; False for padding
 
 
 def is_available(model: Any, device: torch.device) -> bool:
@@ -48,25 +49,15 @@ def attending(model: Any, attend: Callable[..., tuple[Tensor, None]]) -> Iterato
         del ALL_ATTENTION_FUNCTIONS[SPLIT]
 
 
-class Group(NamedTuple):
-    """Questions of a pack whose lengths differ by less than a factor of two.
-
-    `places_NS` are their tokens among the T of the pack; `is_own_NS` is false for padding.
-    """
-
-    places_NS: Tensor
-    is_own_NS: Tensor
-
-
 def groups(lengths_N: Tensor) -> list[Group]:
-    """Groups the consecutive questions of a pack by length."""
+    """Questions of a pack by length: within a group it differs by less than a factor of two."""
     starts_N, size_N = lengths_N.cumsum(0) - lengths_N, lengths_N.log2().long()
     found = []
     for size in size_N.unique().tolist():
         lengths_M, starts_M1 = lengths_N[size_N == size], starts_N[size_N == size][:, None]
         place_S = torch.arange(int(lengths_M.max()))
         is_own_MS = place_S < lengths_M[:, None]
-        found.append(Group((starts_M1 + place_S).where(is_own_MS, starts_M1), is_own_MS))
+        found.append(((starts_M1 + place_S).where(is_own_MS, starts_M1), is_own_MS))
     return found
 
 
@@ -120,12 +111,11 @@ class Split:
         out = query.new_empty(1, n_tokens, n_heads, value.shape[-1])
         weight_dtype = torch.promote_types(query.dtype, torch.float32)
         weight = query.new_empty(1, n_tokens, n_heads, dtype=weight_dtype)
-        for group in self.groups:
-            query, key, value = (s[group.places_NS].transpose(1, 2) for s in states)
+        for places_MS, is_own_MS in self.groups:
+            query, key, value = (s[places_MS].transpose(1, 2) for s in states)
             own, own_weight = _flash(query, key, value, scale)
-            own_T = group.places_NS[group.is_own_NS]
-            out[0, own_T] = own[group.is_own_NS]
-            weight[0, own_T] = own_weight[group.is_own_NS]
+            own_T = places_MS[is_own_MS]
+            out[0, own_T], weight[0, own_T] = own[is_own_MS], own_weight[is_own_MS]
         return out, weight
 
 

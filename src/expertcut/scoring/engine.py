@@ -53,55 +53,6 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
     return int(length) if length and length < 10**12 else None  # those without a length say 1e30
 
 
-class Context:
-    """The context of a model: `length`, None if unknown; `takes_more` for dynamic RoPE."""
-
-    def __init__(self, moe: MoeModel) -> None:
-        self.moe = moe
-        self.length = context_length(moe.model.config, moe.tokenizer)
-        self.takes_more = passes.grows_with_prompt(moe.model.config)
-
-    def fit(self, encoded: Encoded, quiz: Quiz) -> Encoded:
-        """Truncates the prompts of a chunk if the quiz says so, else refuses too long ones."""
-        most, prompts = self.length, encoded.prompts
-        if most is None or encoded.longest <= most:
-            return encoded
-        if quiz.truncate == "left":
-            cut_N = tuple(max(len(ids) - most, 0) for ids in prompts)
-            return replace(encoded, prompts=tuple(ids[-most:] for ids in prompts), cut_N=cut_N)
-        if self.takes_more:
-            return encoded
-        too_long = [len(ids) for ids in prompts if len(ids) > most]
-        raise self._too_long(too_long, len(encoded))
-
-    def check(self, quiz: Quiz) -> None:
-        """Refuses a quiz with prompts beyond the context, unless it truncates."""
-        if self.length is None or quiz.truncate or self.takes_more:
-            return
-        if too_long := [n for n in self.possible(quiz, self.length) if n > self.length]:
-            raise self._too_long(too_long, len(quiz))
-
-    def possible(self, quiz: Quiz, limit: int) -> Iterator[int]:
-        """Lengths of the prompts that may exceed the limit: by bytes, and only these tokenized."""
-        tokenizer = self.moe.tokenizer
-        for subject, questions in quiz.questions.items():
-            shots = quiz.shots_by_subject[subject]
-            texts = [prompt(question, shots) for question in questions]
-            before = commonprefix(texts)  # noqa: RUF071 - of texts, not paths
-            n_before = len(tokenizer(before)["input_ids"])
-            for text in texts:
-                # A text cut in two may have some more tokens.
-                if n_before + len(text[len(before) :].encode()) + 16 > limit:
-                    yield len(tokenizer(text)["input_ids"])
-
-    def _too_long(self, lengths: Sequence[int], n_all: int) -> ModelError:
-        return ModelError(
-            f"{len(lengths)} of {n_all} prompts have more tokens than the {self.length} of the "
-            f"context of {self.moe.source.id}, the longest {max(lengths)}: ask with fewer --shots, "
-            "or with --truncate left, which cuts them as lm-evaluation-harness does"
-        )
-
-
 def _not_finite(moe: MoeModel, question: str, seen: list[str]) -> ModelError:
     """The error for a non-finite answer; `seen` names the modules with non-finite outputs."""
     fault = f"{moe.source.id}: non-finite log-probability for {question}"
@@ -147,10 +98,15 @@ def _watching(moe: MoeModel) -> Iterator[list[str]]:
 
 
 class Engine:
-    """Scores chunks with one model; `check` sets `is_trusted` and `attention`."""
+    """Scores chunks with one model; `check` sets `is_trusted` and `attention`.
+
+    `context` is the length of its context, None if unknown; it `grows` with dynamic RoPE.
+    """
 
     def __init__(self, moe: MoeModel, batch_tokens: int) -> None:
-        self.moe, self.batch_tokens, self.context = moe, batch_tokens, Context(moe)
+        self.moe, self.batch_tokens = moe, batch_tokens
+        self.context = context_length(moe.model.config, moe.tokenizer)
+        self.grows = passes.grows_with_prompt(moe.model.config)
         self.is_trusted = True
         self.n_scored = self.n_asked = 0  # of the quiz that `encode_all` gives out
         is_split = attention.is_available(moe.model, moe.device)
@@ -158,13 +114,49 @@ class Engine:
         self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
 
     def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
-        """Tokenizes questions of one subject."""
-        shots = quiz.shots_by_subject[subject]
-        return self.context.fit(encode(self.moe.tokenizer, questions, shots), quiz)
+        """Tokenizes questions of one subject; truncates too long prompts or refuses them."""
+        most, shots = self.context, quiz.shots_by_subject[subject]
+        encoded = encode(self.moe.tokenizer, questions, shots)
+        lengths_N = [len(ids) for ids in encoded.prompts]
+        if most is None or max(lengths_N) <= most or (self.grows and not quiz.truncate):
+            return encoded
+        if not quiz.truncate:
+            raise self._too_long([n for n in lengths_N if n > most], len(encoded))
+        cut_N = tuple(max(n - most, 0) for n in lengths_N)
+        prompts = tuple(ids[-most:] for ids in encoded.prompts)
+        return replace(encoded, prompts=prompts, cut_N=cut_N)
+
+    def check_lengths(self, quiz: Quiz) -> None:
+        """Refuses a quiz with prompts beyond the context, unless it truncates."""
+        most = self.context
+        if most is None or quiz.truncate or self.grows:
+            return
+        if too_long := [n for n in self.possible_lengths(quiz, most) if n > most]:
+            raise self._too_long(too_long, len(quiz))
+
+    def possible_lengths(self, quiz: Quiz, limit: int) -> Iterator[int]:
+        """Lengths of the prompts that may exceed the limit: by bytes, and only these tokenized."""
+        tokenizer = self.moe.tokenizer
+        for subject, questions in quiz.questions.items():
+            shots = quiz.shots_by_subject[subject]
+            texts = [prompt(question, shots) for question in questions]
+            before = commonprefix(texts)  # noqa: RUF071 - of texts, not paths
+            n_before = len(tokenizer(before)["input_ids"])
+            for text in texts:
+                # A text cut in two may have some more tokens.
+                if n_before + len(text[len(before) :].encode()) + 16 > limit:
+                    yield len(tokenizer(text)["input_ids"])
+
+    def _too_long(self, lengths: Sequence[int], n_all: int) -> ModelError:
+        return ModelError(
+            f"{len(lengths)} of {n_all} prompts have more tokens than the {self.context} of the "
+            f"context of {self.moe.source.id}, the longest {max(lengths)}: ask with fewer --shots, "
+            "or with --truncate left, which cuts them as lm-evaluation-harness does"
+        )
 
     def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
         """Tokenizes a quiz, subject by subject; warns of truncated prompts."""
-        self.context.check(quiz)
+        self.check_lengths(quiz)
         n_cut, self.n_scored, self.n_asked = 0, 0, len(quiz)
         for subject, questions in quiz.questions.items():
             encoded = self.encode(quiz, subject, questions)
@@ -172,10 +164,8 @@ class Engine:
             yield encoded
         self.n_asked = 0
         if n_cut:
-            logger.warning(
-                "%d of %d %s prompts lost tokens on their left: the context of %s has %d",
-                *(n_cut, len(quiz), quiz.split, self.moe.source.id, self.context.length),
-            )
+            text = "%d of %d %s prompts lost tokens on their left: the context of %s has %d"
+            logger.warning(text, n_cut, len(quiz), quiz.split, self.moe.source.id, self.context)
 
     def check(self, encoded: Encoded) -> None:
         """Checks the gates, and takes mode single if four questions score otherwise together."""
@@ -183,36 +173,28 @@ class Engine:
         way = self.way(few)
         with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
             alone = few.part(slice(1)) if way == "single" else few
-            one_by_one_NC = self._score(self._run(alone, "single", PassObserver()))
+            one_by_one_NC = self._score(self._run(alone, "single", PassObserver(), False))
         if way == "single":
             return
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
-            together_NC = self._score(self._run(few, way, PassObserver(), trims=True))
-            difference = (together_NC - one_by_one_NC).nan_to_num(0).abs().max()
+            together_NC = self._score(self._run(few, way, PassObserver(), True))
+            difference = float((together_NC - one_by_one_NC).nan_to_num(0).abs().max())
             if difference <= tolerance:
                 return
+            off = f"off by {difference:.2g} on {len(few)} questions (at most {tolerance:g} allowed)"
             if self.attention == "masked" or way != "packed":
                 break
             self.attention = "masked"
             # Only slower, so no warning: rounding in half precision can cause it.
-            logger.info(
-                "attention in two parts is off by %.2g on %d questions (at most %g allowed): "
-                "using a mask instead, which is slower",
-                *(float(difference), len(few), tolerance),
-            )
+            logger.info("attention in two parts is %s: using a mask instead, which is slower", off)
         self.is_trusted = False
-        logger.warning(
-            "%s scoring is off by %.2g on %d questions (at most %g allowed): "
-            "scoring one prompt at a time instead",
-            *(way, float(difference), len(few), tolerance),
-        )
+        logger.warning("%s scoring is %s: scoring one prompt at a time instead", way, off)
 
     def way(self, encoded: Encoded) -> ScoringMode:
         """The mode of a chunk: a function of chunk and model alone."""
-        if not self.is_trusted:
-            return "single"
-        return passes.scoring_mode(self.moe.model.config, encoded.longest)
+        config, longest = self.moe.model.config, encoded.longest
+        return passes.scoring_mode(config, longest) if self.is_trusted else "single"
 
     def score(
         self, encoded: Encoded, on_pass: OnPass = ignore, watch: PassObserver | None = None
@@ -222,11 +204,9 @@ class Engine:
         `on_pass` is called before each forward pass; a `watch` sees more of it.
         """
         observer = watch or PassObserver(begin=on_pass)
-        return self._score(self._run(encoded, self.way(encoded), observer, trims=watch is not None))
+        return self._score(self._run(encoded, self.way(encoded), observer, watch is not None))
 
-    def _run(
-        self, encoded: Encoded, way: ScoringMode, watch: PassObserver, *, trims: bool = False
-    ) -> Run:
+    def _run(self, encoded: Encoded, way: ScoringMode, watch: PassObserver, trims: bool) -> Run:
         last_layer = self.last_layer if trims and way != "single" else None
         return Run(self.moe, encoded, watch, way, self.batch_tokens, self.attention, last_layer)
 
@@ -255,8 +235,8 @@ class Engine:
             bad = int(is_bad_N.int().argmax())
             alone, watch = encoded.part(slice(bad, bad + 1)), PassObserver(begin=run.watch.begin)
             with _watching(self.moe) as seen:
-                list(self._run(alone, "single", watch).passes())
-            raise _not_finite(self.moe, encoded.name(bad), seen)
+                list(self._run(alone, "single", watch, False).passes())
+            raise _not_finite(self.moe, encoded.names[bad], seen)
         return logprob_NC.cpu()
 
 

@@ -39,10 +39,6 @@ class Encoded:
         """Number of truncated prompts."""
         return sum(n > 0 for n in self.cut_N)
 
-    def name(self, question: int) -> str:
-        """The name of a question, for errors."""
-        return self.names[question] if self.names else f"question {question} of a chunk"
-
     def part(self, at: slice) -> "Encoded":
         """Some of its questions."""
         return Encoded(self.prompts[at], self.choice_ids[at], self.names[at], self.cut_N[at])

@@ -5,7 +5,7 @@ Replay: passes run again from a later layer on, because nothing before a changed
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expertcut.errors import ModelError
 from expertcut.models.devices import give_back, is_out_of_memory
-from expertcut.models.hooks import own_forward, registered, replaced_forward
+from expertcut.models.hooks import Scope, own_forward, registered, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring import packing
@@ -78,14 +78,8 @@ def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
     return int(match["number"]) if match and is_last else None
 
 
-def reading_answers(
-    block: MoeBlock, answers_N: Tensor, on_rows: OnRows, *, keeps_all: bool
-) -> AbstractContextManager[None]:
-    """Runs a block on the answer positions only; its output elsewhere is zero.
-
-    With `keeps_all` the other tokens run afterwards, for observers. `on_rows` is called before each
-    of the two runs with its tokens and whether their output is used.
-    """
+def reading_answers(block: MoeBlock, answers_N: Tensor, watch: "PassObserver") -> Scope:
+    """Runs a block on the answer positions only; its output elsewhere is zero."""
     forward = own_forward(block.module)
 
     def run(x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -96,15 +90,15 @@ def reading_answers(
 
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         answers = answers_N.to(x_TD.device)
-        on_rows(answers, True)
+        watch.on_rows(answers, True)
         output = call(answers)
         is_pair = isinstance(output, tuple)  # some also return router scores
         y_TD = torch.zeros_like(x_TD)
         y_TD[answers] = (output[0] if is_pair else output).reshape(-1, x_TD.shape[-1])
-        if keeps_all:
+        if watch.keeps_all:
             is_other_T = torch.ones(len(x_TD), dtype=torch.bool).index_fill(0, answers_N, False)
             others = is_other_T.nonzero()[:, 0].to(x_TD.device)
-            on_rows(others, False)
+            watch.on_rows(others, False)
             call(others)
         y_BTD = y_TD.view_as(x_BTD)
         return (y_BTD, *output[1:]) if is_pair else y_BTD
@@ -128,9 +122,9 @@ def ignore(*_: object) -> None:
 class PassObserver:
     """Observes single passes; allows the last-block trick and splitting of passes.
 
-    The last MoE block then runs on answer positions only, and with `keeps_all` separately on the
-    others; `on_rows` gets the tokens of each of these runs and whether its output is used. A pass
-    that runs out of memory is split in halves, after `undo`.
+    The last MoE block then runs on answer positions only, and with `keeps_all` afterwards on the
+    others; before each of these runs `on_rows` gets its tokens and whether its output is used. A
+    pass that runs out of memory is split in halves, after `undo`.
     """
 
     begin: OnPass = ignore
@@ -171,19 +165,12 @@ class Run:
             self.watch.begin(step)
             logits_NV = self._attempt(step)
             if logits_NV is None:
-                if len(questions) <= 1:
-                    advice = ", which cannot be cut smaller: free memory, or use another device"
-                    raise self._out_of_memory(step, advice)
                 give_back()
                 self.watch.undo(step)
                 half = len(questions) // 2
                 todo = [questions[:half], questions[half:], *todo]
             elif questions:
                 yield step, logits_NV
-
-    def _out_of_memory(self, step: Pass, advice: str) -> ModelError:
-        what = f"not enough memory for {step.n_tokens} tokens at once"
-        return ModelError(f"{self.moe.source.id}: {what}{advice}")
 
     def _pass(self, questions: Sequence[int]) -> Pass:
         if not questions:
@@ -207,8 +194,13 @@ class Run:
                 raise
             if self.watch.undo is ignore:
                 below = f"a --batch-tokens below {self.batch_tokens}, or on another device"
-                raise self._out_of_memory(step, f": profile or score with {below}") from None
-            return None
+                advice = f": profile or score with {below}"
+            elif len(step.questions) > 1:
+                return None
+            else:
+                advice = ", which cannot be cut smaller: free memory, or use another device"
+            what = f"not enough memory for {step.n_tokens} tokens at once"
+            raise ModelError(f"{self.moe.source.id}: {what}{advice}") from None
         finally:
             layers: Any = () if self.cache is None else self.cache.layers
             for layer in layers:
@@ -226,9 +218,8 @@ class Run:
                 split = Split(self.prefix, groups(lengths_N), last, step.answers_N, keeps_all)
                 stack.enter_context(attending(self.moe.model, split))
             if last is not None:
-                on_rows, block = self.watch.on_rows, self.moe.blocks[-1]
-                answering = reading_answers(block, step.answers_N, on_rows, keeps_all=keeps_all)
-                stack.enter_context(answering)
+                block = self.moe.blocks[-1]
+                stack.enter_context(reading_answers(block, step.answers_N, self.watch))
             logits_BCV = self.moe.model(
                 input_ids=step.input_ids.to(device),
                 attention_mask=None if step.mask is None else self._mask(step.mask.to(device)),
@@ -272,7 +263,7 @@ class Replay:
         n_kept = budget_bytes // (n_tokens * weight.shape[1] * weight.element_size())
         self.starts = tuple(deepest[:n_kept])
 
-    def recording(self) -> AbstractContextManager[None]:
+    def recording(self) -> Scope:
         """Stores the inputs of the layers that later runs may start at."""
         self.outputs = {number: [] for number in self.starts}
         return registered(
@@ -282,7 +273,7 @@ class Replay:
             for number, kept in self.outputs.items()
         )
 
-    def starting_at(self, layer: int) -> AbstractContextManager[None]:
+    def starting_at(self, layer: int) -> Scope:
         """Runs from the decoder layer of this MoE block on, or from an earlier stored one."""
         number = max((n for n in self.starts if n <= self.decoder_of[layer]), default=0)
         outputs, n_done = self.outputs.get(number, []), 0
@@ -296,7 +287,3 @@ class Replay:
             replaced_forward(module, partial(stored, is_last=place == number))
             for place, module in enumerate(self.decoders[:number], start=1)
         )
-
-    def forget(self) -> None:
-        """Frees the outputs; later runs run the whole model."""
-        self.starts, self.outputs = (), {}

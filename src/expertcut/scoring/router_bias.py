@@ -73,10 +73,7 @@ def _add_bias(stack: ExitStack, block: MoeBlock, bias_E: Tensor, answers: _Answe
         is_there_T1 = torch.arange(len(bias_TE))[:, None] == len(bias_TE) - 1
         bias_TE = bias_TE.where(is_there_T1 | bias_TE.isneginf(), 0.0)
     if not hooks.moved_by(before_TE, after_TE, bias_TE):
-        raise ContractError(
-            f"{block.name}: a bias on its router does not move the logits by just that much, so no "
-            "result with it would be true"
-        )
+        raise _untrue(block, "a bias on its router does not move the logits by just that much")
 
 
 def _scale(stack: ExitStack, block: MoeBlock, scale_E: Tensor, answers: _Answers | None) -> None:
@@ -93,10 +90,11 @@ def _scale(stack: ExitStack, block: MoeBlock, scale_E: Tensor, answers: _Answers
     wanted_TK = (before[1].double() * factors_TK).to(weights_TK.dtype)
     is_same = torch.equal(experts_TK, before[2]) and torch.equal(logits_TE, before[0])
     if not is_same or not torch.allclose(weights_TK, wanted_TK):
-        raise ContractError(
-            f"{block.name}: a factor on its gate weights does not act on them, so no result with "
-            "it would be true"
-        )
+        raise _untrue(block, "a factor on its gate weights does not act on them")
+
+
+def _untrue(block: MoeBlock, fault: str) -> ContractError:
+    return ContractError(f"{block.name}: {fault}, so no result with it would be true")
 
 
 def _probe(block: MoeBlock, answers: _Answers | None) -> Routed:
