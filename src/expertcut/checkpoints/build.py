@@ -33,7 +33,7 @@ from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memo
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.storage import Profile, once_per_profile
 from expertcut.scoring.engine import Engine
-from expertcut.stats import HeldOutAccuracy, HeldOutResult
+from expertcut.stats import HeldOutResult
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,6 @@ class Built:
     proof: HeldOutResult | None
     why_unscored: str = ""
     scored_on: ScoredSplit | None = None
-
-    @property
-    def answered(self) -> HeldOutAccuracy | None:
-        """The accuracy of base and checkpoint, None where the checkpoint was not scored."""
-        return self.proof.answered if self.proof else None
 
 
 def build(
@@ -118,20 +113,16 @@ def build(
     return Built(folder, file, fits, proof, questions.why_unscored, scored_on)
 
 
-def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> None:
-    """Writes `plan.json` and the list of its questions, without running the model."""
-    check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
-    questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
-    plan = draft_plan(profile, draft, questions)
-    with atomic_dir(folder, is_forced=options.is_forced) as temporary:
-        save_plan(temporary, plan, used_hashes(draft, questions))
-        add_files(temporary, options.beside)
-
-
-def write_beside(profile: Profile, folder: Path, options: BuildOptions) -> None:
-    """Writes only the further files of a build that changes nothing."""
+def write_plan(
+    profile: Profile, draft: EditPlan | None, folder: Path, options: BuildOptions
+) -> None:
+    """Writes the plan, if any, with the list of its questions, and the further files."""
     check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
+        if draft is not None:
+            questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
+            plan = draft_plan(profile, draft, questions)
+            save_plan(temporary, plan, used_hashes(draft, questions))
         add_files(temporary, options.beside)
 
 
@@ -148,9 +139,8 @@ def inputs_of(profile: Profile) -> tuple[Path, ...]:
     return (profile.path, *(path for path in made_from if path.exists()))
 
 
-def default_out(profile: Profile, slug: str, *, is_plan: bool) -> Path:
+def default_out(model: str, slug: str, *, is_plan: bool = False) -> Path:
     """`checkpoints/<model>-<what>`, or the same under `plans/`."""
-    model = profile.info.model.id
     name = Path(model).resolve().name if Path(model).is_dir() else model.split("/")[-1]
     return Path("plans" if is_plan else "checkpoints") / f"{name}-{slug}"
 

@@ -28,7 +28,7 @@ from expertcut.checkpoints.tensor_names import (
 from expertcut.edits.calibrate import Constants, Removed
 from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit, removed_experts
-from expertcut.errors import ContractError, PlanError
+from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
@@ -144,15 +144,6 @@ def exact_config(
     _check_exact(config, is_cutting=any(removed.values()))
     model_type, n_experts = _family_type(config), expert_count(dict(config)) or 0
     family = FAMILIES[model_type]
-    for block, experts in removed.items():
-        outside = sorted(e for e in experts if not 0 <= e < n_experts)
-        if outside or len(set(experts)) < len(experts):
-            raise PlanError(
-                f"{block}: removes experts {sorted(experts)}, must be different ones of 0 to "
-                f"{n_experts - 1}"
-            )
-        if len(experts) == n_experts:
-            raise PlanError(f"{block} keeps none of its {n_experts} experts: keep at least 1")
     auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Exact{family}ForCausalLM"}
     edited = {**config, "auto_map": auto_map}
     edited.pop("approximate_experts", None)

@@ -105,7 +105,7 @@ def write(
     choice: Choice, settings: ReweightSettings, ui: UI, beside: Mapping[str, bytes] | None = None
 ) -> "Built | Path | None":
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
-    from expertcut.checkpoints.build import build, write_beside, write_plan
+    from expertcut.checkpoints.build import build, write_plan
     from expertcut.reporting import edit_tables as tables
     from expertcut.reporting.tables import labelled
 
@@ -120,7 +120,7 @@ def write(
         if edit.draft is not None:
             why = "no checkpoint, for this is not shown to help: --force-write writes it"
         if options.beside:
-            write_beside(profile, folder, options)
+            write_plan(profile, None, folder, options)
             why += f"; the proof is in {folder}" if proof else ""
         ui.end(facts, why, *([["show", str(folder)]] if proof else []))
         return folder if options.beside else None

@@ -26,8 +26,8 @@ from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
+from expertcut.stats import Array
 
-Array = np.ndarray[Any, Any]
 CALIBRATION_QUESTIONS = 512
 _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 # By block name and expert id: which experts, and what each gives (D,).
@@ -74,7 +74,7 @@ class Fit:
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Σ hhᵀ, Σ h and number of router inputs, in float64."""
 
     outer_DD: Tensor = field(default_factory=lambda: torch.zeros(()).double())
@@ -82,6 +82,7 @@ class _Moments:
     n_tokens: int = 0
 
     def add(self, h_TD: Tensor) -> None:
+        """Adds the inputs of some tokens."""
         self.outer_DD = self.outer_DD + h_TD.T @ h_TD
         self.total_D = self.total_D + h_TD.sum(dim=0)
         self.n_tokens += len(h_TD)
@@ -104,7 +105,7 @@ def fit_directions(
                 "its gate matrix moves a logit by just a bias: boost and suppress are not "
                 "supported here"
             )
-    moments = {layer: (_Moments(), _Moments()) for layer in layers}  # at answers, and elsewhere
+    moments = {layer: (Moments(), Moments()) for layer in layers}  # at answers, and elsewhere
 
     def add(routing: Routing, is_answer_T: Tensor) -> None:
         h_TD, (answer, elsewhere) = routing.input_TD.double(), moments[routing.layer]

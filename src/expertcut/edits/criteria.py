@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from expertcut.edits.layouts import Positions
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics, OverTokens, share
+from expertcut.stats import Array, spearman
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.engine import Engine
 
-Array = np.ndarray[Any, Any]
 Needs = Literal["profile", "weights", "calibration", "nothing"]
 
 
@@ -358,8 +358,6 @@ class Compared:
 
     def correlations(self, a: str, b: str) -> list[float]:
         """Spearman's rank correlation of two criteria's scores by layer, NaN if one is constant."""
-        from expertcut.stats import spearman  # not needed to know the names
-
         return [spearman(x, y) for x, y in zip(self.scores[a], self.scores[b], strict=True)]
 
     def agreement(self, a: str, b: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.significance import SubjectCounts, count_by_subject, z_scores
 from expertcut.profiling.statistics import LayerStatistics, layers_of, share
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
+from expertcut.stats import Array
 
-Array = np.ndarray[Any, Any]
 MIN_APPEARANCES = 0.01
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
 _LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
@@ -294,11 +294,7 @@ def _by_layer(records: QuestionOutcomes, name: str) -> Array:
     return np.concatenate([getattr(x, name).astype(np.float64) for x in records.layers])
 
 
-def appearances(records: QuestionOutcomes) -> Array:
-    """Share of questions that activated each expert."""
-    return _by_layer(records, "appearances_E")
-
-
+appearances = partial(_by_layer, name="appearances_E")  # share of questions that activated each
 # The difference is the z of Cochran, Mantel and Haenszel, within subjects: the raw difference is
 # largest where there are few questions.
 SCORES: dict[str, Callable[[QuestionOutcomes], Array]] = {

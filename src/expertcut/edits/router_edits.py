@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,9 +25,8 @@ from expertcut.edits.reweight_select import (
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile
-from expertcut.stats import gained_lost, wilson_interval
+from expertcut.stats import Array, gained_lost, wilson_interval
 
-Array = np.ndarray[Any, Any]
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
 

@@ -40,7 +40,7 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
         target_parameters=parameters or None,
     )
     torch.manual_seed(settings.seed)
-    with _without_warning():
+    with without_warning():
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
 
 
@@ -48,18 +48,12 @@ def load_adapter(moe: MoeModel, folder: Path) -> None:
     """Adds written adapters to a model."""
     from peft import PeftModel
 
-    with _without_warning():
+    with without_warning():
         PeftModel.from_pretrained(moe.model, folder)
 
 
-def load_weights(model: Any, folder: Path) -> None:
-    """Loads written weights into the adapters of a peft model."""
-    with _without_warning():
-        model.load_adapter(str(folder), ADAPTER)
-
-
 # peft uses a deprecated name of transformers.
-_without_warning = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
+without_warning = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 
 
 def deltas(model: Any) -> Iterator[tuple[str, Any]]:

@@ -77,12 +77,6 @@ class Healed:
     change: stats.Comparison | None
 
 
-def default_out(checkpoint: str) -> Path:
-    """`checkpoints/<name>-healed`."""
-    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
-    return Path("checkpoints") / f"{name.split('/')[-1]}-healed"
-
-
 def working_folder(out: Path) -> Path:
     """Sibling of the output that holds the states of an unfinished run."""
     place = out.resolve()

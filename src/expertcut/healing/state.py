@@ -26,7 +26,7 @@ from transformers.trainer_callback import TrainerState
 from expertcut.documents import Record
 from expertcut.errors import OutputError
 from expertcut.evaluation.results import check_same, load_unfinished
-from expertcut.healing.adapters import load_weights
+from expertcut.healing.adapters import ADAPTER, without_warning
 from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.models.load import MoeModel, Source
@@ -181,7 +181,8 @@ def load_best(model: Any, folder: Path, best: int) -> None:
             f"{place}, the best state, is damaged or missing: run the same command again to train "
             "the missing steps again"
         )
-    load_weights(model, place)
+    with without_warning():
+        model.load_adapter(str(place), ADAPTER)
 
 
 def _states(folder: Path) -> dict[int, Path]:
